@@ -1,0 +1,6 @@
+"""`python -m uft` is `uft`."""
+
+from uft.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Batch: rows as tensors, laid out for the model and described for the objective.
+
+Two levels are kept apart. *What goes into the model* is `input_ids` and friends; its layout (padded today, packed or
+prefix-shared tomorrow) is the batcher's business alone. *What is asked of the model* is a flat list of N supervised
+targets in sequence order. Objectives see only the second level, so no objective knows how a batch was packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """S sequences (prompt + one completion each) of R rows with N supervised targets in all.
+
+    Model level: `input_ids`, `attention_mask`, `position_ids` are (B, L) int64; mask 1 on real tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    # targets, in sequence order, each sequence's in reading order
+    target_ids: Tensor  # (N,) int64: the supervised tokens
+    predictor: Tensor  # (N,) int64: flat index into (B*L) of the position whose output predicts the target
+    place: Tensor  # (N,) int64: flat index into (B*L) of the target itself among the inputs
+    offset: Tensor  # (N,) int64: the target's position within its own sequence
+    sequence: Tensor  # (N,) int64, non-decreasing: which sequence the target belongs to
+    # sequences
+    row: Tensor  # (S,) int64, non-decreasing: which row of the batch
+    role: Tensor  # (S,) int64: a Role
+    target: Tensor  # (S,) float32: explicit reward in [0, 1], NaN where there is none
+    good: Tensor  # (S,) bool: demonstrations, chosen, good labels, scores >= 0.5; `nll` is measured on these
+    pairs: Tensor  # (P, 2) int64: sequence indices (positive, negative), all pairs within each row
+    # rows
+    example: Tensor  # (R,) int64: the row's number in the whole mixture; the owner of per-example state
+    kind: Tensor  # (R,) int64: position of the row's Kind in `tuple(Kind)`
+    columns: dict[str, Tensor]  # named extras per target (N,): "reference" log-probs
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) int64: supervised targets of each sequence."""
+        return torch.bincount(self.sequence, minlength=self.row.numel())
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(N,) per target -> (S,) summed over each sequence, differentiable."""
+        out = values.new_zeros(self.row.numel())
+        return out.index_add(0, self.sequence, values)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """(N,) per target -> (S,) averaged over each sequence; an empty sequence gives 0."""
+        return self.sum(values) / self.lengths.clamp(min=1)
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "columns"
+        }
+        return replace(self, **moved, columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()})

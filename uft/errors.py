@@ -1,0 +1,53 @@
+"""What a user is told when a request cannot be carried out.
+
+A user's mistake raises :class:`UftError` with every problem found, never just the first; an internal
+impossibility asserts. Nothing here imports anything heavy: the text must be there in milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GOOD, FAILED, BAD_REQUEST, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+"""Exit codes: finished; a run failed; bad request; stopped by a signal after a checkpoint; Ctrl-C likewise."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: what, why, where it was set, and what would be right."""
+
+    what: str  # as the user wrote it: "objective.bta=0.2"
+    why: str  # "no such key in objective=dpo"
+    where: str = ""  # "command line", "conf/data/mix.yaml", "rows.jsonl:17"
+    advice: tuple[str, ...] = ()  # "did you mean  objective.beta ?", "keys: beta, label_smoothing"
+
+
+class UftError(Exception):
+    """A request that cannot be carried out; the message is for the person who made it.
+
+    `problems` are all that was found, `footer` is what to do next, `code` the exit status.
+    """
+
+    def __init__(self, *problems: Problem | str, footer: str = "", code: int = BAD_REQUEST) -> None:
+        self.problems = tuple(p if isinstance(p, Problem) else Problem(p, "") for p in problems)
+        self.footer = footer
+        self.code = code
+        super().__init__(self.problems, footer, code)
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+def render(error: UftError) -> str:
+    """The message as it is printed, columns aligned over all problems."""
+    count = len(error.problems)
+    width = min(max((len(p.what) for p in error.problems), default=0), 40)
+    lines = [f"uft: {count} problem{'s' if count != 1 else ''} in this request", ""]
+    for problem in error.problems:
+        where = f"      ({problem.where})" if problem.where else ""
+        lines.append(f"  {problem.what:<{width}}  {problem.why}{where}".rstrip())
+        lines += [f"      {line}" for line in problem.advice]
+        lines.append("")
+    if error.footer:
+        lines.append(error.footer)
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,112 @@
+"""What an objective is: a frozen dataclass of hyper-parameters and one pure method from log-probs to sums.
+
+An objective never divides: it returns the sum of each term and the training step divides once, by the count over all
+micro-batches of the optimiser step and all ranks. Gradient accumulation, padding and packing then change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+import torch
+
+from uft.data.batch import Batch
+from uft.data.rows import Kind
+from uft.data.views import View
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one forward pass says of a batch's N targets."""
+
+    log_probs: Tensor  # (N,) float32: log-probability of each supervised target
+    guesses: Tensor | None = None  # (N,) int64: the most likely token in each target's place, if asked for
+
+
+class Forward(Protocol):
+    """The policy or the reference as objectives see it. Everything calls it once; IFT calls it twice."""
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        guess: bool = False,
+        replace: Tensor | None = None,
+        mix: float = 0.0,
+        embed_grad: bool = True,
+    ) -> Scores:
+        """Log-probs of the supervised targets.
+
+        `guess`: also return the argmax token for every target. `replace` (N,) int64 with `mix` in [0, 1]: the input
+        embedding in each target's place becomes (1 - mix) E[target] + mix E[replace]; prompt positions stay bit-equal.
+        `embed_grad=False`: no gradient reaches the input embeddings.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where the run is. `learning` is False in evaluation: no objective may change its state then."""
+
+    step: int = 0  # 0-based optimiser step
+    steps: int = 1
+    warmup: int = 0  # warm-up steps of the learning rate
+    noise: float = 0.0  # one standard normal draw, the same for all micro-batches of a step
+    learning: bool = True
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a loss: `weight * total / count`, the count summed over the whole optimiser step."""
+
+    total: Tensor  # () float32 sum
+    count: Tensor  # () float32 units it is a sum over
+    weight: float = 1.0  # 0: logged, not differentiated
+
+
+Loss = dict[str, Term]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be there before step 0."""
+
+    reference: bool = False
+    guesses: bool = False  # a second forward on mixed embeddings (IFT)
+    state: bool = False  # one float per example, kept in the checkpoint
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Hyper-parameters every objective has, and the contract it fulfils."""
+
+    name: str = field(default="", metadata={"help": "public name of the method"})
+    method: str = field(default="", metadata={"help": "which class of uft/objectives computes it"})
+
+    headline: ClassVar[str] = ""  # the term that is shown as `loss`; "": the weighted sum of all terms
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    @property
+    def views(self) -> Mapping[Kind, View]:
+        """The kinds of row this objective can use, and what it takes of each. A kind that is absent stops the run."""
+        raise NotImplementedError
+
+    @property
+    def length_convention(self) -> str:
+        """One line for the start card: over what the loss is averaged and how log-probs of a sequence are joined."""
+        raise NotImplementedError
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Units of each term, () float32 each, from the batch alone: known before any forward pass."""
+        raise NotImplementedError
+
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+        """Sums and counts per term; the keys and counts equal those of :meth:`counts`."""
+        raise NotImplementedError
