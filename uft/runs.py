@@ -1,0 +1,180 @@
+"""Run: a folder that holds everything about one training run. It can be moved and still be resumed and compared.
+
+Layout (see `docs/runs.md`): `config.yaml overrides.yaml run.json data.json check.json metrics.jsonl samples.jsonl
+checkpoints/step-000400/ model/ console.log result.json wandb/`. Files that are rewritten appear by rename, so that a
+reader never sees half of one. No torch here: `uft ls` must answer at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uft.errors import Problem, UftError
+
+CHECKPOINT = re.compile(r"step-(\d{6,})$")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: `path` is either the old text or the new, never half."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(beside, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The file's object, or {} when there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON Lines file; a torn last line (the process was killed) ends the reading."""
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8", errors="replace") as handle:
+        for line in handle:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. Construct it for any path; `open_run` checks that it is one."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model_dir(self) -> Path:
+        return self.path / "model"
+
+    def config(self) -> dict[str, Any]:
+        """The frozen, resolved configuration."""
+        import yaml
+
+        return yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+
+    def info(self) -> dict[str, Any]:
+        """`run.json`: id, versions, commit, devices, data digest."""
+        return read_json(self.path / "run.json")
+
+    def result(self) -> dict[str, Any]:
+        """`result.json`; {} while the run has not ended."""
+        return read_json(self.path / "result.json")
+
+    def update_info(self, **values: Any) -> None:
+        write_json(self.path / "run.json", {**self.info(), **values})
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, folder) of the complete checkpoints, oldest first. They appear by rename: what is there is whole."""
+        if not self.checkpoints_dir.is_dir():
+            return []
+        found = ((CHECKPOINT.match(p.name), p) for p in self.checkpoints_dir.iterdir())
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    @property
+    def status(self) -> str:
+        """finished, failed, stopped, running (its lock is held) or interrupted (it is not, and there is no result)."""
+        if self.locked():
+            return "running"
+        return str(self.result().get("status", "interrupted"))
+
+    def locked(self) -> bool:
+        """Whether a living process holds this run."""
+        lock = self.path / ".lock"
+        if not lock.exists():
+            return False
+        with open(lock, "rb") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run: a second process is refused; the kernel frees the lock of a dead one."""
+        with open(self.path / ".lock", "a+b") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UftError(
+                    Problem(str(self.path), "another process is working in this run folder"),
+                    footer="See what runs:  uft ls",
+                ) from None
+            yield
+
+
+def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) -> Run:
+    """A fresh run folder holding its frozen configuration. The W&B id is made here and never changes."""
+    path.mkdir(parents=True, exist_ok=True)
+    run = Run(path)
+    write_atomically(path / "overrides.yaml", "".join(f"- {json.dumps(item)}\n" for item in overrides))
+    write_json(path / "run.json", {"id": uuid.uuid4().hex[:10], "name": path.name, **info})
+    write_atomically(run.config_file, config_text)  # last: a folder with a config is a run
+    return run
+
+
+def open_run(path: str | Path) -> Run:
+    """The run at `path`, or a UftError that says what the folder lacks."""
+    run = Run(Path(path))
+    if not run.config_file.is_file():
+        why = "no config.yaml in this folder: it is not a run" if run.path.is_dir() else "no such folder"
+        raise UftError(Problem(str(path), why), footer="See the runs here:  uft ls")
+    return run
+
+
+def find_runs(root: Path) -> list[Run]:
+    """All runs below `root`, by path. Does not descend into runs."""
+    found: list[Run] = []
+    for folder, children, files in os.walk(root):
+        if "config.yaml" in files:
+            found.append(Run(Path(folder)))
+            children.clear()
+        children.sort()
+    return found
+
+
+def summary(run: Run) -> Mapping[str, Any]:
+    """What a list of runs shows: state, steps and the result's metrics."""
+    result = run.result()
+    steps = result.get("steps")
+    if steps is None:
+        steps = max((step for step, _ in run.checkpoints()), default=0)
+    return {"name": run.name, "path": str(run.path), "status": run.status, "steps": steps, **result.get("final", {})}
