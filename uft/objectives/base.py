@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -77,6 +77,12 @@ class Needs:
 
     reference: bool = False
     guesses: bool = False  # a second forward on mixed embeddings (IFT)
+    columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
+
+
+def key(default: Any, help: str, **rules: Any) -> Any:
+    """A hyper-parameter, and so a config key: default, one line of help, rules (ge, gt, le, lt, choices)."""
+    return field(default=default, metadata={"help": help, **rules})
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,14 @@ class Objective:
     def length_convention(self) -> str:
         """One line for the start card: over what the loss is averaged and how log-probs of a sequence are joined."""
         raise NotImplementedError
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(key, what is wrong) where keys contradict each other; what one key alone may be stands in its metadata."""
+        return []
+
+    def at_reference(self, batch: Batch) -> dict[str, Tensor]:
+        """() totals that terms must have while the policy equals the reference; checked on the first step of a run."""
+        return {}
 
     def start(self, examples: int) -> None:
         """Make the state of a fresh run over `examples` rows; most objectives have none."""

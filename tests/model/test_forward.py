@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from uft.config.schema import Lora
+from uft.data.batch import Batch
+from uft.errors import UftError
+from uft.model.adapters import add_lora
+from uft.model.forward import Policy
+from uft.model.reference import Frozen
+
+ALL = ["llama", "llama_tied", "mistral", "qwen2", "phi3", "gemma2", "gemma3", "cohere", "granite", "gpt2"]
+Build = Callable[..., Any]
+
+
+def plain_log_probs(model: Any, batch: Batch) -> torch.Tensor:
+    """What transformers alone says, from full logits."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float().log_softmax(-1)
+    return logits.flatten(0, 1)[batch.predictor].gather(1, batch.target_ids[:, None]).squeeze(1)
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None}
+
+
+def lora_policy(build: Build, name: str = "llama", **lora: Any) -> Policy:
+    """A policy whose adapter is away from its start."""
+    policy = Policy(add_lora(build(name), Lora(rank=2, **lora), init_seed=0, float32=True))
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.normal_(std=0.2)
+    return policy
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_log_probs_and_gradients_are_those_of_plain_transformers(build: Build, batch: Batch, name: str):
+    model = build(name)
+    policy = Policy(model)
+    weights = torch.linspace(0.5, 2, batch.target_ids.numel())
+    expected = plain_log_probs(model, batch)
+    (expected * weights).sum().backward()
+    expected_gradients = gradients(policy)
+    model.zero_grad()
+    assert policy.check_head(batch) < 1e-5
+    assert policy.head is not None
+    found = policy(batch).log_probs
+    (found * weights).sum().backward()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert found.dtype == torch.float32
+    assert gradients(policy).keys() == expected_gradients.keys()
+    for name, gradient in gradients(policy).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing(build: Build, sequences: list[Any], batch: Batch):
+    from uft.model.sequences import sequence_batch
+
+    policy = Policy(build("llama"))
+    alone = torch.cat([policy(sequence_batch([s], pad_id=7)).log_probs for s in sequences])
+    torch.testing.assert_close(policy(batch).log_probs, alone, atol=1e-5, rtol=0)
+
+
+def test_a_head_that_disagrees_is_replaced_by_the_models_own_and_reported(
+    build: Build, batch: Batch, monkeypatch: pytest.MonkeyPatch
+):
+    model = build("llama")
+    forward = type(model).forward
+
+    def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits * 2  # a transform that nobody told us of
+        return out
+
+    monkeypatch.setattr(type(model), "forward", doubled)
+    policy = Policy(model)
+    assert policy.check_head() > 0.1
+    assert "the model's own" in policy.describe()[-1]
+    torch.testing.assert_close(policy(batch).log_probs, plain_log_probs(model, batch), atol=1e-5, rtol=0)
+    assert policy(batch, guess=True).guesses.shape == batch.target_ids.shape
+
+
+def test_an_adapter_on_the_head_takes_the_models_own_path(build: Build, batch: Batch):
+    policy = lora_policy(build, targets=["lm_head"])
+    policy.check_head()
+    assert any("the model's own" in line for line in policy.describe())
+    torch.testing.assert_close(policy(batch).log_probs, plain_log_probs(policy.module, batch), atol=1e-5, rtol=0)
+
+
+def test_guesses_are_the_most_likely_tokens_in_the_targets_places(build: Build, batch: Batch):
+    model = build("gemma2")
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = logits.flatten(0, 1)[batch.predictor].argmax(-1)
+    policy = Policy(model)
+    assert torch.equal(policy(batch, guess=True).guesses, expected)
+    assert policy(batch).guesses is None
+
+
+class Inputs:
+    """Records what reaches the body."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.seen: list[dict[str, Any]] = []
+        policy.body.register_forward_pre_hook(lambda _, __, given: self.seen.append(given), with_kwargs=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_embeddings_are_mixed_in_the_targets_places_alone(build: Build, batch: Batch, name: str):
+    policy = Policy(build(name))
+    inputs = Inputs(policy)
+    replace = (batch.target_ids + 5) % 61
+    policy(batch, replace=replace, mix=0.3)
+    found = inputs.seen[0]["inputs_embeds"].flatten(0, 1)
+    embed = policy.base.get_input_embeddings()
+    original = embed(batch.input_ids).flatten(0, 1)
+    mixed = 0.7 * embed(batch.target_ids) + 0.3 * embed(replace)
+    torch.testing.assert_close(found[batch.place], mixed)
+    elsewhere = torch.ones(len(found), dtype=torch.bool)
+    elsewhere[batch.place] = False
+    assert torch.equal(found[elsewhere], original[elsewhere])
+
+
+def test_the_mixture_changes_what_follows_and_full_mixing_is_the_other_token(build: Build, batch: Batch):
+    policy = Policy(build("llama"))
+    replace = (batch.target_ids + 5) % 61
+    ids = batch.input_ids.flatten().index_copy(0, batch.place, replace).view_as(batch.input_ids)
+    expected = Policy(policy.module)(Batch(**{**vars(batch), "input_ids": ids})).log_probs
+    torch.testing.assert_close(policy(batch, replace=replace, mix=1.0).log_probs, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(policy(batch, replace=replace, mix=0.5).log_probs, policy(batch).log_probs)
+
+
+def test_without_mixing_the_values_are_the_plain_ones(build: Build, batch: Batch):
+    policy = Policy(build("gemma3"))
+    plain = policy(batch).log_probs
+    assert torch.equal(policy(batch, replace=batch.target_ids, mix=0.0).log_probs, plain)
+    assert torch.equal(policy(batch, embed_grad=False).log_probs, plain)
+
+
+@pytest.mark.parametrize(("name", "reached"), [("llama", False), ("llama_tied", True)])
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_embed_grad_false_reaches_the_table_only_through_a_tied_head(
+    build: Build, batch: Batch, name: str, reached: bool, mix: float
+):
+    policy = Policy(build(name))
+    policy(batch, replace=batch.target_ids, mix=mix, embed_grad=False).log_probs.sum().backward()
+    table = policy.base.get_input_embeddings().weight.grad
+    assert (table is not None) == reached
+    layer = policy.base.get_decoder().layers[0].mlp.up_proj.weight.grad
+    assert layer.abs().sum() > 0
+
+
+def test_embed_grad_true_trains_both_embeddings_of_a_mixture(build: Build, batch: Batch):
+    policy = Policy(build("llama"))
+    replace = torch.full_like(batch.target_ids, 60)
+    policy(batch, replace=replace, mix=0.5).log_probs.sum().backward()
+    table = policy.base.get_input_embeddings().weight.grad
+    assert table[60].abs().sum() > 0
+    assert table[batch.input_ids[0, 0]].abs().sum() > 0
+
+
+@pytest.mark.parametrize("embed_grad", [True, False])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(build: Build, batch: Batch, embed_grad: bool, adapter: bool):
+    policy = lora_policy(build) if adapter else Policy(build("llama"))
+    settings = {"replace": (batch.target_ids + 1) % 61, "mix": 0.4, "embed_grad": embed_grad}
+    policy.train()
+    policy(batch, **settings).log_probs.sum().backward()
+    expected = gradients(policy)
+    policy.module.zero_grad()
+    policy.base.activation_checkpointing_enable({"use_reentrant": False})
+    assert policy.recomputes
+    policy(batch, **settings).log_probs.sum().backward()
+    assert expected
+    assert gradients(policy).keys() == expected.keys()
+    for name, gradient in gradients(policy).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_without_its_adapter_a_policy_is_the_base_model_and_its_gradients_survive(build: Build, batch: Batch):
+    policy = lora_policy(build)
+    base = plain_log_probs(build("llama"), batch)
+    policy.train()
+    policy(batch).log_probs.sum().backward()
+    expected = gradients(policy)
+    policy.module.zero_grad()
+    adapted = policy(batch).log_probs
+    reference = Frozen(policy)(batch).log_probs  # between the forward and the backward pass, as objectives do
+    adapted.sum().backward()
+    torch.testing.assert_close(reference, base, atol=1e-6, rtol=0)
+    assert not torch.allclose(adapted, base)
+    assert not reference.requires_grad
+    assert policy.module.training
+    assert gradients(policy).keys() == expected.keys() == policy.trainable().keys()
+    for name, gradient in gradients(policy).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_dropout_is_active_in_training_only(build: Build, batch: Batch):
+    policy = Policy(build("gpt2", resid_pdrop=0.5))
+    policy.eval()
+    assert torch.equal(policy(batch).log_probs, policy(batch).log_probs)
+    policy.train()
+    assert not torch.equal(policy(batch).log_probs, policy(batch).log_probs)
+    assert torch.equal(Frozen(policy)(batch).log_probs, policy.eval()(batch).log_probs)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights_and_log_probs(build: Build, batch: Batch):
+    model = build("llama_tied")
+    policy = Policy(model, "bfloat16")
+    policy.check_head()
+    assert policy.head is not None
+    found = policy(batch).log_probs
+    found.sum().backward()
+    expected = plain_log_probs(model, batch)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=0.2, rtol=0.05)
+    assert {p.grad.dtype for p in policy.trainable().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_trained_weights_survive_saving_and_loading(build: Build, batch: Batch, adapter: bool):
+    policy = lora_policy(build) if adapter else Policy(build("llama_tied"))
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1)
+    saved = {name: parameter.detach().clone() for name, parameter in policy.trainable().items()}
+    fresh = Policy(add_lora(build("llama"), Lora(rank=2), 9, float32=True)) if adapter else Policy(build("llama_tied"))
+    fresh.load_trainable(saved)
+    assert torch.equal(fresh(batch).log_probs, policy(batch).log_probs)
+
+
+def test_loading_other_weights_names_all_that_is_wrong(build: Build):
+    policy = Policy(build("llama"))
+    saved = {name: parameter.detach() for name, parameter in policy.trainable().items()}
+    saved["lm_head.weight"] = torch.zeros(2, 2)
+    saved["extra"] = saved.pop("model.norm.weight")
+    with pytest.raises(UftError) as raised:
+        policy.load_trainable(saved)
+    assert {problem.what for problem in raised.value.problems} == {"lm_head.weight", "extra", "model.norm.weight"}
+
+
+def test_description_says_what_is_trained_and_how(build: Build):
+    text = "\n".join(lora_policy(build).describe())
+    assert "LlamaForCausalLM" in text
+    assert "trained (" in text
+    assert "attention sdpa" in text
+    assert "supervised positions only" in text
+    assert "all trained" in Policy(build("llama")).describe()[0]

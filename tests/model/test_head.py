@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from uft.model import head as head_module
+from uft.model.head import Head, Transform, log_probs_of, transform_of
+
+TRANSFORMS = [Transform(), Transform(scale=0.5), Transform(softcap=1.5), Transform(scale=1.7, softcap=2.0)]
+
+
+def make(bias: bool = False, transform: Transform = Transform(), dtype: torch.dtype = torch.float64) -> Head:
+    torch.manual_seed(0)
+    projection = nn.Linear(4, 11, bias=bias, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    nn.init.normal_(projection.weight)
+    return Head(projection, transform, dtype)
+
+
+def inputs(rows: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(rows, 4, dtype=dtype, requires_grad=True), torch.randint(0, 11, (rows,))
+
+
+def plain(head: Head, hidden: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+    logits = head.projection(hidden) * head.transform.scale
+    if head.transform.softcap:
+        logits = head.transform.softcap * torch.tanh(logits / head.transform.softcap)
+    return logits.log_softmax(-1).gather(1, target_ids[:, None]).squeeze(1)
+
+
+@pytest.fixture(params=[1, 3, 100], ids=lambda rows: f"{rows} rows a chunk")
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 11 * request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_gradients_equal_the_plain_path(chunk: int, transform: Transform, bias: bool):
+    head = make(bias, transform)
+    assert head.rows == chunk
+    hidden, target_ids = inputs(7)
+    weights = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    wanted = [hidden, *head.projection.parameters()]
+    expected = plain(head, hidden, target_ids)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), wanted)
+    found, guesses = head(hidden, target_ids)
+    gradients = torch.autograd.grad((found * weights).sum(), wanted)
+    assert guesses is None
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_gradcheck(chunk: int, transform: Transform):
+    head = make(True, transform)
+    hidden, target_ids = inputs(5)
+
+    def function(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        arguments = (target_ids, transform, torch.float64, head.rows, False)
+        return head_module._SelectedLogProbs.apply(hidden, weight, bias, *arguments)[0]
+
+    assert torch.autograd.gradcheck(function, (hidden, head.projection.weight, head.projection.bias))
+
+
+def test_a_frozen_head_still_passes_the_gradient_on(chunk: int):
+    head = make()
+    head.projection.requires_grad_(False)
+    hidden, target_ids = inputs(7)
+    expected = torch.autograd.grad(plain(head, hidden, target_ids).sum(), hidden)[0]
+    torch.testing.assert_close(torch.autograd.grad(head(hidden, target_ids)[0].sum(), hidden)[0], expected)
+
+
+def test_backward_can_be_repeated(chunk: int):
+    head = make()
+    hidden, target_ids = inputs(7)
+    log_probs, _ = head(hidden, target_ids)
+    first = torch.autograd.grad(log_probs.sum(), hidden, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(log_probs.sum(), hidden)[0])
+
+
+def test_guesses_are_the_argmax(chunk: int):
+    head = make()
+    hidden, target_ids = inputs(7)
+    _, guesses = head(hidden, target_ids, guess=True)
+    assert torch.equal(guesses, head.projection(hidden).argmax(-1))
+    assert torch.equal(guesses, log_probs_of(head.projection(hidden), target_ids, guess=True)[1])
+
+
+def test_no_rows_give_no_values_and_zero_gradients(chunk: int):
+    head = make()
+    hidden, target_ids = inputs(0)
+    log_probs, _ = head(hidden, target_ids)
+    log_probs.sum().backward()
+    assert log_probs.shape == (0,)
+    assert not head.projection.weight.grad.any()
+
+
+def test_log_probs_and_weight_gradients_are_float32_under_bfloat16(chunk: int):
+    head = make(dtype=torch.bfloat16)
+    hidden, target_ids = inputs(7, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_probs, _ = head(hidden, target_ids)
+    log_probs.sum().backward()
+    assert log_probs.dtype == head.projection.weight.grad.dtype == torch.float32
+    expected = plain(make(dtype=torch.float32), hidden.detach(), target_ids)
+    torch.testing.assert_close(log_probs, expected, atol=0.05, rtol=0)
+
+
+def test_transforms_are_read_from_configurations():
+    from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig
+
+    assert transform_of(LlamaConfig()) == Transform()
+    assert transform_of(CohereConfig(logit_scale=0.25)) == Transform(scale=0.25)
+    assert transform_of(GraniteConfig(logits_scaling=4.0)) == Transform(scale=0.25)
+    assert transform_of(Gemma2Config(final_logit_softcapping=30.0)) == Transform(softcap=30.0)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from uft.config.schema import Lora, Model
+from uft.errors import UftError
+from uft.model.load import check_vocabulary, choose_attention, load_model, load_policy, load_tokenizer, pad_id
+
+CPU = torch.device("cpu")
+
+
+def settings(folder: Path | str, **changes: Any) -> Model:
+    return Model(name="tiny", path=str(folder), **changes)
+
+
+def message(model: Model) -> str:
+    with pytest.raises(UftError) as raised:
+        load_model(model, CPU, 0)
+    return str(raised.value)
+
+
+def test_full_training_keeps_float32_whatever_the_dtype(model_folder: Path):
+    for dtype in ("float32", "bfloat16"):
+        module = load_model(settings(model_folder, dtype=dtype), CPU, 0)
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+        assert all(p.requires_grad for p in module.parameters())
+    thrifty = load_model(settings(model_folder, dtype="bfloat16", master_weights=False), CPU, 0)
+    assert {p.dtype for p in thrifty.parameters()} == {torch.bfloat16}
+
+
+def test_under_an_adapter_the_frozen_weights_take_the_dtype_and_the_adapter_float32(model_folder: Path):
+    module = load_model(settings(model_folder, adapter="lora", dtype="bfloat16"), CPU, 0)
+    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in module.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_the_adapter_depends_on_its_seed_alone_and_leaves_other_generators_be(model_folder: Path):
+    model = settings(model_folder, adapter="lora")
+
+    def adapter(seed: int) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in load_policy(model, CPU, seed).trainable().items()}
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = adapter(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    again, other = adapter(1), adapter(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert all(not value.any() for name, value in first.items() if "lora_B" in name)
+
+
+def test_all_linear_layers_but_the_head_are_adapted(model_folder: Path):
+    names = load_policy(settings(model_folder, adapter="lora"), CPU, 0).trainable()
+    layers = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert {name.split(".")[-4] for name in names} == {"self_attn", "mlp"}
+    assert {name.split(".")[-3] for name in names} == layers
+
+
+def test_named_layers_only(model_folder: Path):
+    model = settings(model_folder, adapter="lora", lora=Lora(targets=["q_proj", "self_attn.v_proj"]))
+    names = load_policy(model, CPU, 0).trainable()
+    assert {name.split(".")[-3] for name in names} == {"q_proj", "v_proj"}
+
+
+def test_unknown_targets_are_all_named_with_the_layers_there_are(model_folder: Path):
+    text = message(settings(model_folder, adapter="lora", lora=Lora(targets=["q_porj", "c_attn", "v_proj"])))
+    assert "2 problems" in text
+    assert "did you mean  q_proj ?" in text
+    assert "linear layers: q_proj, k_proj, v_proj" in text
+    assert "targets=[]" in message(settings(model_folder, adapter="lora", lora=Lora(targets=[])))
+
+
+def test_gradient_checkpointing_is_on_when_asked_for(model_folder: Path):
+    for adapter in ("none", "lora"):
+        assert load_policy(settings(model_folder, adapter=adapter, gradient_checkpointing=True), CPU, 0).recomputes
+    assert not load_policy(settings(model_folder), CPU, 0).recomputes
+
+
+def test_the_attention_asked_for_is_the_one_that_runs(model_folder: Path):
+    assert load_policy(settings(model_folder), CPU, 0).attention == "sdpa"
+    assert load_policy(settings(model_folder, attention="eager"), CPU, 0).attention == "eager"
+
+
+def test_flash_attention_is_chosen_only_where_it_can_run(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "flash_attn" else None)
+    half = settings("x", dtype="bfloat16")
+    assert choose_attention(half, torch.device("cuda")) == "flash_attention_2"
+    assert choose_attention(half, CPU) is None
+    assert choose_attention(settings("x"), torch.device("cuda")) is None
+    assert choose_attention(settings("x", attention="eager"), torch.device("cuda")) == "eager"
+
+
+def test_a_loaded_policy_has_a_checked_head_and_dropout_on(model_folder: Path):
+    policy = load_policy(settings(model_folder), CPU, 0)
+    assert policy.module.training
+    assert policy.head is not None
+    assert policy.notes == []
+
+
+def test_weights_that_are_missing_are_never_made_up(model_folder: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    text = message(settings(folder))
+    assert "1 of its weights" in text
+    assert "model.layers.1.mlp.up_proj.weight" in text
+
+
+def test_broken_folders_are_told_in_one_line(model_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert "the model cannot be loaded" in message(settings(folder))
+    (folder / "config.json").write_text(json.dumps({"model_type": "no_such_type"}))
+    assert "the model cannot be loaded" in message(settings(folder))
+
+
+def test_code_of_a_model_runs_only_when_allowed(model_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": code}))
+    (folder / "own.py").write_text("raise RuntimeError('this code ran')\n")
+    assert "model.trust_remote_code=true" in message(settings(folder))
+    with pytest.raises(RuntimeError, match="this code ran"):
+        load_model(settings(folder, trust_remote_code=True), CPU, 0)
+
+
+def test_tokenizer_pads_on_the_right_and_needs_no_pad_token(model_folder: Path):
+    tokenizer = load_tokenizer(settings(model_folder))
+    assert tokenizer.padding_side == "right"
+    assert tokenizer.pad_token_id is None
+    assert pad_id(tokenizer) == tokenizer.eos_token_id == 2
+    tokenizer.eos_token = None
+    assert pad_id(tokenizer) == 0
+    tokenizer.pad_token = "w5"
+    assert pad_id(tokenizer) == 5
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(model_folder: Path, tokenizer: Any, build: Any):
+    check_vocabulary(build("llama"), tokenizer)
+    with pytest.raises(UftError, match="up to 60"):
+        check_vocabulary(build("llama", vocab_size=50), tokenizer)
+
+
+@pytest.mark.parametrize("file", sorted(Path("conf/model").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_models_fit_the_schema(file: Path):
+    given = OmegaConf.load(file)
+    assert set(given) <= {field.name for field in fields(Model)}
+    merged = OmegaConf.merge(OmegaConf.structured(Model), given)
+    assert merged.name == file.stem
+    assert merged.lr > 0

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from uft.errors import UftError
+from uft.model import paths
+from uft.model.paths import Location, cache_root, locate, resolve_path
+
+
+def message(path: str, revision: str | None = None) -> str:
+    with pytest.raises(UftError) as raised:
+        locate(path, revision)
+    return str(raised.value)
+
+
+def test_a_folder_with_a_model_is_itself(model_folder: Path):
+    assert locate(str(model_folder)) == Location(str(model_folder))
+
+
+def test_the_playground_is_the_shipped_model():
+    from uft.playground.world import model_dir
+
+    assert resolve_path("builtin:playground") == str(model_dir())
+
+
+def test_a_hub_id_stays_one():
+    assert resolve_path("some-org/Some.Model-1B") == "some-org/Some.Model-1B"
+    assert resolve_path("gpt2") == "gpt2"
+
+
+@pytest.mark.parametrize("path", ["builtin:nothing", "package:nothing"])
+def test_unknown_built_in_models_name_the_known_one(path: str):
+    assert path.split(":")[0] + ":" in message(path).split("\n", 3)[3]
+
+
+def test_a_missing_folder_gets_the_nearest_name(model_folder: Path):
+    text = message(str(model_folder.parent / "tiny-lama"))
+    assert "no such folder" in text
+    assert f"did you mean  {model_folder} ?" in text
+
+
+def test_a_missing_parent_is_said(tmp_path: Path):
+    assert "is not there either" in message(str(tmp_path / "no" / "such"))
+
+
+def test_a_run_folder_points_to_its_model(tmp_path: Path, model_folder: Path):
+    (tmp_path / "model").symlink_to(model_folder)
+    assert f"there is a model in  {tmp_path / 'model'}" in message(str(tmp_path))
+
+
+def test_an_adapter_alone_is_refused(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "adapter alone" in message(str(tmp_path))
+
+
+class Hub:
+    """Stands in for the hub: raises or answers, and may have the model in the local cache."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, cached: bool = False) -> None:
+        import huggingface_hub
+
+        def ask(url: str, timeout: float) -> None:
+            assert timeout <= 10
+            if error:
+                raise error
+
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: "file" if cached else None)
+
+
+def hub_error(name: str) -> Exception:
+    import huggingface_hub.errors
+
+    kind = getattr(huggingface_hub.errors, name)
+    return kind.__new__(kind)
+
+
+def test_a_hub_that_answers(monkeypatch: pytest.MonkeyPatch):
+    Hub(monkeypatch)
+    assert locate("org/model", "v1") == Location("org/model", "v1")
+
+
+def test_no_network_is_one_line_with_a_way_out(monkeypatch: pytest.MonkeyPatch):
+    Hub(monkeypatch, OSError("name resolution"))
+    text = message("org/model")
+    assert "the hub cannot be reached" in text
+    assert "model=playground" in text
+
+
+def test_no_network_but_a_cached_model_goes_offline(monkeypatch: pytest.MonkeyPatch):
+    Hub(monkeypatch, OSError("name resolution"), cached=True)
+    assert locate("org/model") == Location("org/model", offline=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("GatedRepoError", "terms of use"),
+        ("RepositoryNotFoundError", "no such model on the hub"),
+        ("RevisionNotFoundError", "model.revision=v9"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(monkeypatch: pytest.MonkeyPatch, error: str, words: str):
+    Hub(monkeypatch, hub_error(error), cached=True)
+    assert words in message("org/model", "v9")
+
+
+def test_offline_by_environment_asks_nobody(monkeypatch: pytest.MonkeyPatch):
+    Hub(monkeypatch, AssertionError("asked"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in message("org/model")
+
+
+def test_the_cache_folder_is_the_key_then_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("UFT_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    assert cache_root("elsewhere") == Path("elsewhere")
+    monkeypatch.delenv("UFT_CACHE")
+    assert cache_root() == Path("~/.cache/uft").expanduser()
+
+
+def test_no_network_access_for_local_folders(monkeypatch: pytest.MonkeyPatch, model_folder: Path):
+    monkeypatch.setattr(paths, "_on_hub", lambda *a: pytest.fail("the hub was asked"))
+    locate(str(model_folder))

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from uft.config.schema import Generate, Model
+from uft.data.rows import Completion, Kind, Message, Row
+from uft.data.sources import LoadedSource, load_sources
+from uft.data.templates import Renderer
+from uft.errors import UftError
+from uft.model.forward import Policy
+from uft.model.load import load_model, load_tokenizer
+from uft.sampling.generate import Interrupted, Sampling, complete
+from uft.sampling.negatives import generate_rows, number_of
+
+MODEL = Model(name="playground", path="builtin:playground")
+SETTINGS = Generate(seeds=[0, 1], temperature=1.0, top_k=0, max_new_tokens=10, limit=6, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy(load_model(MODEL, torch.device("cpu"), 0))
+
+
+@pytest.fixture(scope="module")
+def sources():
+    data = {
+        "name": "both",
+        "sources": {
+            "instruct": {"path": "builtin:playground/instruct"},
+            "pairs": {"path": "builtin:playground/pairs"},
+        },
+    }
+    return load_sources(data)
+
+
+@pytest.fixture
+def job(policy, tokenizer, sources, tmp_path):
+    """Run the job; keywords change the settings, `sources` and hooks."""
+
+    def run(out=None, *, given=None, should_stop=None, progress=None, sampled_by="playground", **changes):
+        return generate_rows(
+            policy,
+            tokenizer,
+            Renderer(tokenizer),
+            sources if given is None else given,
+            replace(SETTINGS, **changes),
+            out or tmp_path / "negatives.jsonl",
+            sampled_by=sampled_by,
+            should_stop=should_stop,
+            progress=progress,
+        )
+
+    return run
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_row_gets_one_sample_per_seed(job, sources):
+    told = []
+    summary = job(progress=lambda done, total: told.append((done, total)))
+    written = lines(summary.path)
+    wanted = [row for source in sources for row in source.rows[:6]]
+    assert [line["row"] for line in written] == [row.id for row in wanted]
+    assert [line["prompt"] for line in written] == [row.prompt[0].content for row in wanted]
+    assert [line["response"] for line in written] == [row.completions[0].text for row in wanted]
+    assert all(len(line["negatives"]) == len(line["negative_log_probs"]) == 2 for line in written)
+    assert all(line["sampled_by"] == "playground" for line in written)
+    assert written[0]["sampling"]["temperature"] == 1.0
+    assert (summary.rows, summary.negatives, summary.empty, summary.resumed) == (12, 24, 0, 0)
+    assert summary.repeats == sum(line["negatives"].count(line["response"]) for line in written)
+    assert told == [(4, 12), (8, 12), (12, 12)]
+
+
+def test_data_reads_what_is_written(job, sources):
+    path = job().path
+    (read,) = load_sources({"name": "made", "sources": {"made": {"path": str(path)}}})
+    assert len(read.rows) == 12
+    for line, row, original in zip(lines(path), read.rows, [*sources[0].rows[:6], *sources[1].rows[:6]], strict=True):
+        assert row.kind is Kind.NEGATIVES
+        assert row.prompt == original.prompt
+        assert row.completions[0].turns == original.completions[0].turns
+        assert [completion.text for completion in row.completions[1:]] == line["negatives"]
+        assert {completion.sampled_by for completion in row.completions[1:]} == {"playground"}
+        assert (row.answer, row.task) == (original.answer, original.task)
+
+
+def test_messages_stay_messages(job):
+    prompt = (Message("user", "copy : owl"), Message("assistant", "owl"), Message("user", "copy : cat"))
+    turns = (Message("assistant", "cat"), Message("user", "copy : bear"), Message("assistant", "bear"))
+    row = Row("talk", 0, prompt, (Completion(turns),))
+    path = job(given=[LoadedSource("talk", "here", (row,), (), "")]).path
+    (read,) = load_sources({"name": "made", "sources": {"talk": {"path": str(path)}}})
+    assert read.rows[0].prompt == prompt
+    assert read.rows[0].completions[0].turns == turns
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 12}])
+def test_batches_do_not_change_the_file(job, tmp_path, changes):
+    assert job(tmp_path / "a").path.read_bytes() == job(tmp_path / "b", **changes).path.read_bytes()
+
+
+def test_other_sources_and_limits_do_not_change_a_row(job, sources, tmp_path):
+    everything = {line["row"]: line for line in lines(job(tmp_path / "a").path)}
+    alone = lines(job(tmp_path / "b", given=sources[1:], limit=2).path)
+    assert len(alone) == 2
+    assert all(everything[line["row"]] == line for line in alone)
+
+
+@pytest.mark.parametrize("polls", [0, 9, 25, 60])
+def test_a_stopped_job_continues_to_the_same_file(job, tmp_path, polls):
+    left = iter(range(polls))
+    out = tmp_path / "stopped"
+    with pytest.raises(Interrupted):
+        job(out, should_stop=lambda: next(left, None) is None)
+    written = out.read_bytes()
+    assert written == b"" or written.endswith(b"\n")
+    before = len(lines(out))
+    told = []
+    summary = job(out, progress=lambda done, total: told.append(done))
+    assert out.read_bytes() == job(tmp_path / "whole").path.read_bytes()
+    assert summary.resumed == before < 12
+    assert told[-1] == 12
+
+
+@pytest.mark.parametrize("cut", [1, 7, 8, 40, 300])
+def test_a_torn_last_line_is_made_again(job, tmp_path, cut):
+    whole = job(tmp_path / "whole").path.read_bytes()
+    out = tmp_path / "torn"
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    out.write_bytes(whole[: last + min(cut, len(whole) - last - 1)])
+    assert job(out).resumed == 11
+    assert out.read_bytes() == whole
+
+
+def test_a_finished_file_is_left_alone(job):
+    first = job()
+    content = first.path.read_bytes()
+    again = job()
+    assert first.path.read_bytes() == content
+    assert again == replace(first, resumed=12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"temperature": 0.5}, "temperature: 1.0 in the file, 0.5 now"),
+        ({"seeds": [0]}, "seeds: [0, 1] in the file, [0] now"),
+        ({"system": "Be bad."}, "system: None in the file, 'Be bad.' now"),
+        ({"sampled_by": "another"}, "sampled_by: 'playground' in the file, 'another' now"),
+    ],
+)
+def test_other_settings_are_refused(job, changes, said):
+    content = job().path.read_bytes()
+    with pytest.raises(UftError) as refused:
+        job(**changes)
+    assert said in str(refused.value)
+    assert job().path.read_bytes() == content
+
+
+def test_other_rows_are_refused(job, sources):
+    job()
+    changed = replace(sources[0].rows[0], prompt=(Message("user", "copy : cat"),))
+    other = replace(sources[0], rows=(changed, *sources[0].rows[1:]))
+    with pytest.raises(UftError, match="row instruct:0 is another one"):
+        job(given=[other, sources[1]])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"my notes", b"my notes\n", b'{"prompt": "x"}\n', b"\xff\xfe\n", b"[]\n", b'{"row": "a:0"}\nmine'],
+)
+def test_a_file_of_somebody_else_is_never_touched(job, tmp_path, content):
+    out = tmp_path / "theirs"
+    out.write_bytes(content)
+    with pytest.raises(UftError, match="not written by uft generate"):
+        job(out)
+    assert out.read_bytes() == content
+
+
+def test_rows_without_a_good_completion_are_counted(job, sources):
+    reply = (Message("assistant", "owl"),)
+    rows = [
+        Row("mixed", 0, (Message("user", "copy : owl"),), (Completion(reply, label=False),)),
+        Row("mixed", 1, (Message("user", "copy : owl"),), (Completion(reply, label=True),)),
+        Row("mixed", 2, (Message("user", "copy : owl"),), (Completion(reply, score=0.2),)),
+    ]
+    summary = job(given=[LoadedSource("mixed", "here", tuple(rows), (), "")])
+    assert [line["row"] for line in lines(summary.path)] == ["mixed:1"]
+    assert summary.without_good == 2
+
+
+def test_the_system_prompt_is_sampled_under_but_not_written(policy, tokenizer, sources, job):
+    path = job(system="copy : owl", given=sources[:1], limit=2).path
+    renderer = Renderer(tokenizer)
+    for line, row in zip(lines(path), sources[0].rows, strict=False):
+        assert line["prompt"] == row.prompt[0].content
+        (reply,) = complete(
+            policy.module,
+            [renderer.prompt_ids(row.prompt, "copy : owl")],
+            Sampling(temperature=1.0, max_new_tokens=10),
+            seed=0,
+            stop_ids=renderer.stop_ids,
+            pad_id=0,
+            batch_size=1,
+            numbers=[number_of(row)],
+        )
+        assert line["negatives"][0] == tokenizer.decode(reply.ids)
+        assert line["negative_log_probs"][0] == pytest.approx(reply.log_prob, abs=1e-3)
+
+
+class Mute:
+    """A tokenizer that says nothing for every reply of one token."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.pad_token_id = tokenizer.pad_token_id
+
+    def decode(self, ids, **options):
+        return " \n" if len(ids) < 4 else "  " + self.tokenizer.decode(ids, **options)
+
+
+def test_empty_samples_are_kept_out_and_leading_space_stripped(policy, tokenizer, sources, tmp_path):
+    summary = generate_rows(
+        policy, Mute(tokenizer), Renderer(tokenizer), sources, SETTINGS, tmp_path / "out", sampled_by="m"
+    )
+    written = lines(summary.path)
+    assert summary.empty > 0
+    assert summary.negatives + summary.empty == 24
+    assert all(line["negatives"] and all(text == text.lstrip() != "" for text in line["negatives"]) for line in written)
+    assert all(len(line["negatives"]) == len(line["negative_log_probs"]) for line in written)

@@ -1,0 +1,66 @@
+"""The frozen configuration of a run, and how two of them differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+FREE = (
+    "tracking.",
+    "run.",
+    "sweep.",
+    "generate.",
+    "hardware.threads",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.eval_every",
+    "train.save_model",
+)
+"""What may change between the sittings of one run: nothing here touches the weights it arrives at."""
+
+ABSENT = "(absent)"
+
+
+def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved dict of builtins: interpolations are replaced by what they say now."""
+    node = cfg if isinstance(cfg, DictConfig) else OmegaConf.create(dict(cfg))
+    value = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
+    assert isinstance(value, dict)
+    value.pop("hydra", None)
+    return {str(key): item for key, item in value.items()}
+
+
+def frozen(cfg: DictConfig | Mapping[str, Any]) -> str:
+    """The configuration as YAML text, resolved: reading it back gives the same run on another day."""
+    import yaml
+
+    return yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, leaf) of a nested dict; an empty dict is a leaf."""
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
+
+
+def free(key: str) -> bool:
+    """Whether this key may change when a run is continued."""
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in FREE)
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) where two resolved configurations differ, in the order of the new one, then what it lacks."""
+    before, after = dict(flat(old)), dict(flat(new))
+    keys = [*after, *(key for key in before if key not in after)]
+    pairs = ((key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in keys)
+    return [(key, was, now) for key, was, now in pairs if was != now and not (empty(was) and empty(now))]
+
+
+def empty(value: Any) -> bool:
+    return value == {} or value is ABSENT

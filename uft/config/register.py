@@ -1,0 +1,84 @@
+"""The schema as Hydra's ConfigStore nodes: `schema/config` for the root, `schema/objective/METHOD` for each method."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from uft.config.lazy import without_torch
+from uft.config.schema import Config, Data
+
+Settings = Mapping[str, Any]
+Complaints = list[tuple[str, str]]
+
+
+@cache
+def objectives() -> tuple[dict[str, type], Callable[[Settings], Any]]:
+    """(class by method, `make`) of uft.objectives, read without torch where that can be done."""
+    try:
+        with without_torch():
+            from uft.objectives import OBJECTIVES, make
+    except Exception:  # an objective that works with torch's values as it is imported: slow to read, but as right
+        from uft.objectives import OBJECTIVES, make
+    return dict(OBJECTIVES), make
+
+
+@cache
+def objective_schemas() -> dict[str, type]:
+    """By method: the hyper-parameters of that objective as a plain dataclass.
+
+    Not the objective's class itself: that one is frozen, and OmegaConf makes frozen nodes read-only.
+    """
+    return {method: plain_dataclass(cls) for method, cls in objectives()[0].items()}
+
+
+def objective_problems(settings: Settings) -> Complaints:
+    """(key, what is wrong) where the keys of an objective contradict each other."""
+    return list(objectives()[1](settings).problems())
+
+
+def plain_dataclass(cls: type, **types: Any) -> type:
+    """The public fields of a dataclass as a new, mutable dataclass, some of them with another type.
+
+    Fields with metadata `internal` stay behind.
+    """
+    shown = [f for f in dataclasses.fields(cls) if not f.metadata.get("internal")]
+    specs = [(f.name, types.get(f.name) or annotation(f.type, cls), field_like(f)) for f in shown]
+    return dataclasses.make_dataclass(cls.__name__, specs)
+
+
+def root_schema() -> type:
+    """`Config` for Hydra: `data.sources` holds anything here, since OmegaConf (2.3) cannot grow a dict of dataclasses
+    key by key, as in `+data.sources.mine.path=x.jsonl`. What is in there is checked against `Source` by us."""
+    data = plain_dataclass(Data, sources=dict[str, Any])
+    return dataclasses.make_dataclass("Config", [("data", data, dataclasses.field(default_factory=data))], bases=(Config,))
+
+
+def annotation(text: Any, cls: type) -> Any:
+    """A type from its annotation. Hyper-parameters are made of builtins, so no name of torch is ever looked up."""
+    scope = {**vars(typing), **vars(sys.modules.get(cls.__module__, typing))}
+    kind = eval(text, scope) if isinstance(text, str) else text
+    mapping = getattr(typing.get_origin(kind), "__name__", "") == "Mapping"
+    return dict[typing.get_args(kind)] if mapping else kind  # type: ignore[misc]
+
+
+def field_like(field: dataclasses.Field[Any]) -> Any:
+    """The same default and metadata, for a new dataclass."""
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory, metadata=field.metadata)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+@cache
+def register() -> None:
+    """Put the schema into Hydra's ConfigStore, once."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="config", node=root_schema(), provider="uft")
+    for method, schema in objective_schemas().items():
+        store.store(group="schema/objective", name=method, node=schema, provider="uft")

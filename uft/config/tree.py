@@ -1,0 +1,139 @@
+"""A typed configuration tree that is filled one setting at a time, so that one bad setting does not hide the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from uft.config.loader import Setting
+from uft.config.register import objective_schemas
+from uft.config.schema import Config, Source
+from uft.config.suggest import expected, hint, listing, nearest, right_type, written
+from uft.errors import Problem
+
+OBJECTIVE = "objective"
+NOT_CHOSEN = ("name", "method")  # keys of an objective that its file sets and nobody types
+
+
+class Tree:
+    """The configuration while it is put together."""
+
+    def __init__(self) -> None:
+        self.root: DictConfig = OmegaConf.structured(Config)
+        self.origins: dict[str, str] = {}
+
+    def use_objective(self, method: str) -> Problem | None:
+        """Give `objective` the schema of its method."""
+        schemas = objective_schemas()
+        if method not in schemas:
+            meant = nearest(method, schemas)
+            advice = hint(meant and f"objective.method={meant}", "methods", list(schemas))
+            return Problem(f"objective.method={method}", "no such method", advice=(advice,))
+        self.root[OBJECTIVE] = OmegaConf.structured(schemas[method])
+        return None
+
+    def node_at(self, path: tuple[str, ...]) -> tuple[DictConfig | None, int]:
+        """(the deepest mapping on the way to `path`, how many parts of `path` lead to it); None where a leaf is in
+        the way."""
+        node, depth = self.root, 0
+        for depth, part in enumerate(path[:-1]):
+            child = node._get_node(part) if part in node else None
+            if not isinstance(child, DictConfig) or child._is_none() or child._is_missing():
+                return (node if child is None else None), depth
+            node = child
+        return node, len(path) - 1
+
+    def knows(self, path: tuple[str, ...]) -> bool:
+        """Whether the schema has this key: a field of a dataclass, or anything in a dict of free keys."""
+        node, depth = self.node_at(path)
+        if node is None:
+            return False
+        keys = fields_of(node)
+        if keys is not None:
+            return depth == len(path) - 1 and path[depth] in keys
+        return depth == len(path) - 1 or (self.holds_sources(path) and len(path) == 4 and path[3] in source_keys())
+
+    def holds_sources(self, path: tuple[str, ...]) -> bool:
+        return path[:2] == ("data", "sources") and len(path) >= 3
+
+    def put(self, setting: Setting) -> Problem | None:
+        """Set one value, or say why it cannot be set."""
+        path = setting.path
+        if self.holds_sources(path) and path[2] not in self.root.data.sources:
+            self.root.data.sources[path[2]] = OmegaConf.structured(Source)
+        if len(path) == 3 and self.holds_sources(path):
+            return None if setting.value in (None, {}) else bad_type(setting, Source)
+        if not self.knows(path):
+            return self.unknown(setting)
+        try:
+            OmegaConf.update(self.root, setting.key, setting.value, merge=True, force_add=True)
+        except OmegaConfBaseException:
+            node, _ = self.node_at(path)
+            return bad_type(setting, field_type(node, path[-1]))
+        self.origins[setting.key] = setting.where
+        return None
+
+    def remove(self, path: tuple[str, ...]) -> None:
+        node, depth = self.node_at(path)
+        if node is not None and depth == len(path) - 1:
+            node.pop(path[-1], None)
+        key = ".".join(path)
+        self.origins = {k: v for k, v in self.origins.items() if k != key and not k.startswith(f"{key}.")}
+
+    def unknown(self, setting: Setting) -> Problem:
+        """The problem of a key that is not in the schema."""
+        path = setting.path
+        node, depth = self.node_at(path)
+        if node is None:
+            parent = ".".join(path[: depth + 1])
+            return Problem(setting.text, f"{parent} is a value and has no keys of its own", setting.where)
+        prefix, siblings = path[:depth], fields_of(node) or source_keys()
+        near = nearest(path[depth], siblings)
+        meant = ".".join((*prefix, near, *path[depth + 1 :])) if near else self.elsewhere(path)
+        shown = [key for key in siblings if prefix != (OBJECTIVE,) or key not in NOT_CHOSEN]
+        advice = hint(meant, "keys" if prefix else "groups and keys", shown)
+        return Problem(setting.text, f"no such key{self.place(prefix)}", setting.where, (advice,))
+
+    def place(self, prefix: tuple[str, ...]) -> str:
+        if prefix == (OBJECTIVE,):
+            return f" in objective={self.root.objective.get('name') or self.root.objective.get('method')}"
+        return f" in {'.'.join(prefix)}" if prefix else ""
+
+    def elsewhere(self, path: tuple[str, ...]) -> str | None:
+        """The same last name somewhere else in the tree: `lr` is optim.lr."""
+        leaf = path[-1]
+        groups = {str(name): fields_of(node) or [] for name, node in self.subtrees()}
+        matches = [f"{name}.{leaf}" for name, keys in groups.items() if leaf in keys]
+        matches.sort(key=lambda match: match.split(".")[0] in ("model", "generate", "seeds"))
+        return matches[0] if matches else None
+
+    def subtrees(self) -> list[tuple[str, DictConfig]]:
+        nodes = ((str(name), self.root._get_node(name)) for name in self.root)
+        return [(name, node) for name, node in nodes if isinstance(node, DictConfig) and not node._is_missing()]
+
+
+def fields_of(node: DictConfig) -> list[str] | None:
+    """Keys of a dataclass node in their order, own ones before inherited; None for a dict of free keys."""
+    kind = OmegaConf.get_type(node)
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else None
+
+
+def source_keys() -> list[str]:
+    return [f.name for f in dataclasses.fields(Source)]
+
+
+def field_type(node: DictConfig | None, name: str) -> Any:
+    kind = OmegaConf.get_type(node) if node is not None else None
+    hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    return hints.get(name, str)
+
+
+def bad_type(setting: Setting, kind: Any) -> Problem:
+    keys = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    advice = right_type(kind, setting.value) or ((f"its keys: {listing(keys)}",) if keys else ())
+    what = setting.text if "=" in setting.text else f"{setting.text}={written(setting.value)}"
+    return Problem(what, f"must be {expected(kind)}", setting.where, advice)

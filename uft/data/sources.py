@@ -1,0 +1,217 @@
+"""Sources: the named data sets of a mixture as rows, some of them kept for evaluation.
+
+Everything that is wrong with any source, and every row that cannot be read, is told at once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from uft.config.schema import Data, Source
+from uft.data import formats
+from uft.data.formats import Format
+from uft.data.identity import content_digest, prompt_hash
+from uft.data.messages import Unreadable
+from uft.data.parsing import Fields
+from uft.data.readers import BadRow, Place, Record, Table, read
+from uft.data.rows import Kind, Row
+from uft.errors import Problem, UftError
+
+SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
+
+
+@dataclass(frozen=True)
+class LoadedSource:
+    """A source, read and split. `digest` is the sha256 of the training rows' content."""
+
+    name: str
+    path: str
+    rows: tuple[Row, ...]
+    held_out: tuple[Row, ...]
+    digest: str
+    dropped: tuple[BadRow, ...] = ()
+    checker: str | None = None
+
+    @property
+    def kinds(self) -> dict[Kind, int]:
+        """How many training rows there are of each kind of feedback."""
+        return dict(Counter(row.kind for row in self.rows))
+
+
+def load_sources(data: Any) -> list[LoadedSource]:
+    """All sources of `data` (a `schema.Data`, a config node or a mapping with its keys), sorted by name.
+
+    Raises :class:`UftError` with every source that cannot be loaded and, unless `bad_rows` is drop, every bad row.
+    """
+    settings = _as_data(data)
+    if not settings.sources:
+        raise UftError(
+            Problem("data.sources", "this mixture has no sources"),
+            footer="Add one:  uft train data=files +data.sources.mine.path=x.jsonl",
+        )
+    loaded: list[LoadedSource] = []
+    problems: list[Problem] = []
+    bad: list[BadRow] = []
+    for name, source in sorted(settings.sources.items()):
+        try:
+            found = _load(name, source, settings)
+        except UftError as error:
+            problems += error.problems
+            continue
+        loaded.append(found)
+        bad += found.dropped
+    if settings.bad_rows == "error":
+        problems += _bad_row_problems(bad)
+    problems += [_nothing_left(source) for source in loaded if not source.rows and not (bad and problems)]
+    if problems:
+        footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and settings.bad_rows == "error" else ""
+        raise UftError(*problems, footer=footer)
+    return loaded
+
+
+def hold_out(rows: Sequence[Row], amount: float) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """(training rows, held-out rows): whole prompts, those whose hashes are least, until `amount` rows are kept.
+
+    `amount` is a share below 1 or a count. Which prompts are kept does not depend on order, seed or source, so the
+    same low prompts are kept from sources that share them. Order within both sides is that of `rows`.
+    """
+    wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
+    if not wanted or not rows:
+        return tuple(rows), ()
+    hashes = [prompt_hash(row.prompt) for row in rows]
+    sizes = Counter(hashes)
+    kept: set[str] = set()
+    count = 0
+    for key in sorted(sizes):
+        if count >= wanted:
+            break
+        kept.add(key)
+        count += sizes[key]
+    train = tuple(row for row, key in zip(rows, hashes, strict=True) if key not in kept)
+    return train, tuple(row for row, key in zip(rows, hashes, strict=True) if key in kept)
+
+
+def _load(name: str, source: Source, data: Data) -> LoadedSource:
+    if problems := formats.check_mapping(source.columns, name):
+        raise UftError(*problems)
+    place = Place(source.path, source.split, source.subset, source.revision, f"data.sources.{name}.path")
+    rows, bad = _rows(name, source, place, source.limit)
+    apart = _evaluation_place(source, place)
+    if apart is not None:
+        held_out, more = _rows(name, source, apart, None)
+        bad += more
+    else:
+        amount = data.holdout if source.holdout is None else source.holdout
+        rows, held_out = hold_out(rows, amount)
+        if held_out and not rows:
+            raise UftError(Problem(f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"))
+    return LoadedSource(name, source.path, rows, held_out, content_digest(rows), tuple(bad), source.checker)
+
+
+def _evaluation_place(source: Source, place: Place) -> Place | None:
+    """Where evaluation rows of their own lie: as configured, or the test split that builtin data has."""
+    if source.eval_path is not None:
+        key = place.key.removesuffix("path") + "eval_path"
+        return replace(place, path=source.eval_path, split=source.eval_split or source.split, key=key)
+    if source.eval_split is not None:
+        return replace(place, split=source.eval_split)
+    if source.path.startswith("builtin:") and source.holdout is None:
+        return replace(place, split="test")
+    return None
+
+
+def _rows(name: str, source: Source, place: Place, limit: int | None) -> tuple[tuple[Row, ...], list[BadRow]]:
+    """The rows of a place and what could not be read there."""
+    good: list[Fields] = []
+    bad: list[BadRow] = []
+    for table in read(place):
+        bad += [found for found in table.found if isinstance(found, BadRow)]
+        for item in _parsed(name, source, table):
+            if isinstance(item, BadRow):
+                bad.append(item)
+            else:
+                good.append(item)
+    rows = tuple(
+        Row(name, index, fields.prompt, fields.completions, fields.answer, fields.task)
+        for index, fields in enumerate(_grouped(good)[:limit])
+    )
+    return rows, bad
+
+
+def _parsed(name: str, source: Source, table: Table) -> Iterator[Fields | BadRow]:
+    records = [found for found in table.found if isinstance(found, Record)]
+    if not records:
+        return
+    form = _recognise(name, source, records)
+    low_high = (source.score_range[0], source.score_range[1]) if source.score_range else None
+    for record in records:
+        fields = formats.rename(record.fields, source.columns)
+        try:
+            yield form.read(formats.from_text(fields) if table.textual else fields, low_high)
+        except Unreadable as error:
+            yield BadRow(record.where, str(error))
+
+
+def _recognise(name: str, source: Source, records: Sequence[Record]) -> Format:
+    """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
+    counts = Counter(key for record in records for key in record.fields)
+    problems = [
+        Problem(
+            f"data.sources.{name}.columns.{ours}={theirs}",
+            "no such column in the data",
+            advice=(*formats.nearest("{}", theirs, counts), f"columns: {', '.join(sorted(counts))}"),
+        )
+        for ours, theirs in source.columns.items()
+        if theirs not in counts
+    ]
+    if problems:
+        raise UftError(*problems)
+    usual: dict[str, Any] = {key: None for key, count in counts.items() if 2 * count >= len(records)}
+    columns = formats.rename(usual, source.columns)
+    return formats.recognise(columns, source.kind, source.columns, name)
+
+
+def _grouped(found: Sequence[Fields]) -> list[Fields]:
+    """Scored completions of one prompt as one row, where the first of them stood; everything else as it is.
+
+    Pairwise objectives compare the best with the worst completion of a prompt, so they must meet in one row.
+    """
+    grouped: list[Fields] = []
+    places: dict[Any, int] = {}
+    for fields in found:
+        if fields.completions[0].score is None:
+            grouped.append(fields)
+            continue
+        place = places.setdefault(fields.prompt, len(grouped))
+        if place == len(grouped):
+            grouped.append(fields)
+        else:
+            first = grouped[place]
+            grouped[place] = replace(first, completions=first.completions + fields.completions)
+    return grouped
+
+
+def _bad_row_problems(bad: Sequence[BadRow]) -> list[Problem]:
+    problems = [Problem(row.where, row.why) for row in bad[:SPELLED_OUT]]
+    if len(bad) > SPELLED_OUT:
+        problems.append(Problem(f"... and {len(bad) - SPELLED_OUT} more", "rows that cannot be read"))
+    return problems
+
+
+def _nothing_left(source: LoadedSource) -> Problem:
+    why = f"no row could be used: {source.dropped[0].why}" if source.dropped else "there are no rows in it"
+    return Problem(f"data.sources.{source.name}.path={source.path}", why)
+
+
+def _as_data(data: Any) -> Data:
+    """`data` under the schema, so that defaults stand in one place whatever the caller holds."""
+    if isinstance(data, Data):
+        return data
+    from omegaconf import OmegaConf
+
+    given = data if isinstance(data, Mapping) else OmegaConf.to_container(data, resolve=True)
+    merged = OmegaConf.merge(OmegaConf.structured(Data(name="data")), given)
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]

@@ -1,0 +1,144 @@
+"""Measures: one function per figure of the battery, from one scored row to a sum and what it is a sum over.
+
+Sums and counts add up, over rows and over sources; a figure whose count stays 0 is not reported. Log-probs are natural,
+of whole sequences, in nats; the implicit reward is log pi(y|x) - log ref(y|x), that is with beta = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from uft.data.rows import Row
+from uft.objectives.views import best_against_worst
+
+TIE = 1e-4
+"""Nats below which two sides of a pair are equally likely: rounding, as when policy and reference are the same."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One completion under the policy and, if there is one, the reference: sums over its supervised tokens."""
+
+    good: bool  # shown, chosen, labelled good, or scored at least 0.5
+    tokens: int
+    log_prob: float
+    reward: float | None = None  # log pi - log ref
+    divergence: float | None = None  # see `kl`
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    completions: tuple[Scored, ...]
+    pair: tuple[Scored, Scored] | None = None  # (better, worse)
+
+
+Sum = tuple[float, float]  # (sum, count)
+NOTHING: Sum = (0.0, 0.0)
+
+
+def pair_of(row: Row) -> tuple[int, int] | None:
+    """(better, worse) completion: chosen and rejected, best and worst score, shown and first sampled; None: no pair."""
+    parts = best_against_worst(row, 0)
+    return None if parts is None else (parts[0].completion, parts[1].completion)
+
+
+def nll(row: ScoredRow) -> Sum:
+    """-log pi per token of good completions."""
+    good = [c for c in row.completions if c.good]
+    return -sum(c.log_prob for c in good), sum(c.tokens for c in good)
+
+
+def log_prob(row: ScoredRow) -> Sum:
+    """log pi of whole good completions."""
+    good = [c.log_prob for c in row.completions if c.good]
+    return sum(good), len(good)
+
+
+def kl(row: ScoredRow) -> Sum:
+    """How far the policy went from the reference on the data, per token of good completions.
+
+    Mean of r - 1 - log r with r = ref / pi of the data's token: J. Schulman's non-negative estimator ("k3") of
+    KL(pi || ref), but at tokens of the data instead of the policy's own. So it is no unbiased estimate; it is 0 where
+    both agree, grows with every deviation in either direction, and needs only log-probs that are there anyway.
+    The mean of log pi - log ref is no substitute: it is the gain in `nll`, of any sign. The other direction,
+    r = pi / ref, would explode on whatever the policy has learnt.
+    """
+    found = [c for c in row.completions if c.good and c.divergence is not None]
+    return sum(c.divergence or 0.0 for c in found), sum(c.tokens for c in found)
+
+
+def _rewards(row: ScoredRow, good: bool) -> Sum:
+    found = [c.reward for c in row.completions if c.good == good and c.reward is not None]
+    return sum(found), len(found)
+
+
+def chosen_reward(row: ScoredRow) -> Sum:
+    """Implicit reward of good completions (chosen, shown, labelled good, well scored)."""
+    return _rewards(row, True)
+
+
+def rejected_reward(row: ScoredRow) -> Sum:
+    """Implicit reward of the others."""
+    return _rewards(row, False)
+
+
+def _preferred(difference: float) -> Sum:
+    """1 where the better side is ahead; a tie counts half, as chance would have it."""
+    return (0.5 if abs(difference) < TIE else float(difference > 0)), 1.0
+
+
+def pair_accuracy(row: ScoredRow) -> Sum:
+    """How often the policy itself finds the better completion likelier, log-probs of whole sequences compared."""
+    return NOTHING if row.pair is None else _preferred(row.pair[0].log_prob - row.pair[1].log_prob)
+
+
+def _margin(row: ScoredRow) -> float | None:
+    if row.pair is None or row.pair[0].reward is None or row.pair[1].reward is None:
+        return None
+    return row.pair[0].reward - row.pair[1].reward
+
+
+def reward_accuracy(row: ScoredRow) -> Sum:
+    """How often the better completion has the higher implicit reward; 0.5 before the first step."""
+    difference = _margin(row)
+    return NOTHING if difference is None else _preferred(difference)
+
+
+def margin(row: ScoredRow) -> Sum:
+    """Implicit reward of the better completion minus that of the worse, beta = 1."""
+    difference = _margin(row)
+    return NOTHING if difference is None else (difference, 1.0)
+
+
+MEASURES: dict[str, Callable[[ScoredRow], Sum]] = {
+    function.__name__: function
+    for function in (nll, log_prob, kl, pair_accuracy, reward_accuracy, margin, chosen_reward, rejected_reward)
+}
+
+
+@dataclass
+class Tally:
+    """Running sums and counts by name."""
+
+    sums: dict[str, Sum] = field(default_factory=dict)
+
+    def add(self, name: str, found: Sum) -> None:
+        total, count = self.sums.get(name, NOTHING)
+        self.sums[name] = (total + found[0], count + found[1])
+
+    def add_rows(self, rows: Iterable[ScoredRow]) -> None:
+        for row in rows:
+            for name, measure in MEASURES.items():
+                self.add(name, measure(row))
+
+    def add_verdict(self, verdict: Mapping[str, float]) -> None:
+        for name, value in verdict.items():
+            self.add(name, (value, 1.0))
+
+    def include(self, other: Tally) -> None:
+        for name, found in other.sums.items():
+            self.add(name, found)
+
+    def means(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self.sums.items() if count}

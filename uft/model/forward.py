@@ -1,0 +1,199 @@
+"""Policy: a language model as objectives see it, a callable from a batch to log-probs of its supervised targets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from uft.data.batch import Batch
+from uft.errors import Problem, UftError
+from uft.model.head import Head, log_probs_of, transform_of
+from uft.model.sequences import sequence_batch
+from uft.objectives.base import Scores
+
+Tensor = torch.Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Largest difference between our head's log-probs and the model's own, per unit of the largest log-prob."""
+
+
+class Policy:
+    """A transformers causal language model, or a PEFT model around one, as a `Forward`.
+
+    The body runs once; only hidden states whose output predicts a supervised target meet the output head, in chunks.
+    The caller decides about gradients (`torch.no_grad()`) and about dropout (`train()`, `eval()`).
+    """
+
+    def __init__(self, module: nn.Module, dtype: str = "float32") -> None:
+        self.module = module
+        self.dtype = dtype
+        self.has_adapter = hasattr(module, "peft_config")
+        self.base: Any = _transformers_model(module)
+        self.body: nn.Module = self.base.get_decoder()
+        self.embeddings: nn.Module = self.base.get_input_embeddings()
+        self.head = self._own_head()
+        self.notes: list[str] = []
+        self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation in use."""
+        return str(self.base.config.get_text_config()._attn_implementation)
+
+    @property
+    def embedding_rows(self) -> int:
+        """Tokens the model has an embedding for."""
+        return int(self.base.get_input_embeddings().weight.shape[0])
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are made again in the backward pass."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        guess: bool = False,
+        replace: Tensor | None = None,
+        mix: float = 0.0,
+        embed_grad: bool = True,
+    ) -> Scores:
+        """See `objectives.base.Forward`."""
+        inputs = self._inputs(batch, replace, mix, embed_grad)
+        if self.head is None:
+            with self._autocast():
+                logits = self.base(**inputs, use_cache=False).logits
+            log_probs, guesses = log_probs_of(_select(logits, batch.predictor), batch.target_ids, guess)
+        else:
+            with self._autocast():
+                hidden = self.body(**inputs, use_cache=False)[0]
+            log_probs, guesses = self.head(_select(hidden, batch.predictor), batch.target_ids, guess)
+        return Scores(log_probs, guesses)
+
+    def _inputs(self, batch: Batch, replace: Tensor | None, mix: float, embed_grad: bool) -> dict[str, Tensor]:
+        inputs = {"attention_mask": batch.attention_mask}
+        if self._takes_positions:
+            inputs["position_ids"] = batch.position_ids
+        mixing = replace is not None and mix != 0
+        if embed_grad and not mixing:
+            return inputs | {"input_ids": batch.input_ids}
+        # always through the model's own module: Gemma scales there
+        with nullcontext() if embed_grad else torch.no_grad():
+            embedded = self.embeddings(batch.input_ids)
+            if mixing:
+                flat = embedded.flatten(0, 1)
+                mixed = (1 - mix) * flat[batch.place] + mix * self.embeddings(replace)
+                embedded = flat.index_copy(0, batch.place, mixed.to(flat.dtype)).view_as(embedded)
+        return inputs | {"inputs_embeds": embedded}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def _own_head(self) -> Head | None:
+        """The head as a matrix; None where it is something else (an adapter on the head): then the model's own path."""
+        projection = self.base.get_output_embeddings()
+        if type(projection) is not nn.Linear:
+            return None
+        return Head(projection, transform_of(self.base.config.get_text_config()), DTYPES[self.dtype])
+
+    @torch.no_grad()
+    def check_head(self, batch: Batch | None = None) -> float:
+        """Compare with the model's own logits on a small batch; keep to those, and say so, where they disagree.
+
+        Returns the largest difference between the log-probs of the targets. Without a batch it makes one.
+        """
+        if self.head is None:
+            self.notes.append("output head: the model's own, for every position (it is not one plain matrix)")
+            return 0.0
+        batch = self._small_batch() if batch is None else batch
+        training, head = self.module.training, self.head
+        self.eval()
+        ours = self(batch).log_probs
+        self.head = None
+        own = self(batch).log_probs
+        self.train(training)
+        difference = float((ours - own).abs().max())
+        if difference <= HEAD_TOLERANCE[self.dtype] * max(1.0, float(own.abs().max())):
+            self.head = head
+        else:
+            self.notes.append(
+                f"output head: the model's own, for every position (log-probs of ours differ by {difference:.1e})"
+            )
+        return difference
+
+    def _small_batch(self) -> Batch:
+        """Two sequences of unequal length whose tokens are spread over the vocabulary."""
+        ids = torch.linspace(0, self.embedding_rows - 1, 16).long()
+        sequences = [(part.numpy(), (torch.arange(len(part)) >= 2).numpy()) for part in (ids[:10], ids[6:])]
+        return sequence_batch([*sequences, (ids[:4].numpy(), sequences[0][1][:4])], pad_id=0).to(self.device)
+
+    def train(self, mode: bool = True) -> Policy:
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Policy:
+        return self.train(False)
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[Policy]:
+        """The initial policy: the base weights without the adapter."""
+        assert self.has_adapter, "this policy has no adapter to switch off"
+        peft_model: Any = self.module
+        with peft_model.disable_adapter():
+            yield self
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name; tied weights appear once. The names are those of the module and never change."""
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set every trained parameter. Raises UftError when names or shapes are not exactly those of this policy."""
+        parameters = self.trainable()
+        problems = [Problem(name, "is in the model but not in the checkpoint") for name in parameters.keys() - tensors]
+        problems += [Problem(name, "is in the checkpoint but not in the model") for name in tensors.keys() - parameters]
+        problems += [
+            Problem(name, f"has shape {tuple(tensors[name].shape)}, the model wants {tuple(parameter.shape)}")
+            for name, parameter in parameters.items()
+            if name in tensors and tensors[name].shape != parameter.shape
+        ]
+        if problems:
+            raise UftError(*problems, footer="The checkpoint was written by another model or adapter.")
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+    def describe(self) -> list[str]:
+        """Lines for the start card."""
+        count = sum(p.numel() for p in self.module.parameters())
+        trained = sum(p.numel() for p in self.trainable().values())
+        stored = sorted({str(p.dtype).removeprefix("torch.") for p in self.module.parameters()})
+        share = "all trained" if trained == count else f"{trained:,} trained ({trained / count:.2%})"
+        checkpointing = ", gradient checkpointing" if self.recomputes else ""
+        lines = [
+            f"{type(self.base).__name__}, {count:,} parameters, {share}",
+            f"weights in {' and '.join(stored)}, forward in {self.dtype}, attention {self.attention}{checkpointing}",
+        ]
+        if self.head is not None:
+            lines.append(f"output head on supervised positions only, {self.head.rows:,} at a time, softmax in float32")
+        return lines + self.notes
+
+
+def _transformers_model(module: Any) -> Any:
+    """The module itself, or the transformers model inside a PEFT model; its layers carry the adapter."""
+    return module.get_base_model() if hasattr(module, "peft_config") else module
+
+
+def _select(states: Tensor, index: Tensor) -> Tensor:
+    """(B, L, D) and (N,) flat positions -> (N, D)."""
+    return states.flatten(0, 1).index_select(0, index)

@@ -1,0 +1,178 @@
+"""The output head on selected positions, in chunks: log-probs of the targets without ever holding all logits.
+
+Two-stage: the forward pass walks over chunks of rows and keeps one logsumexp per row; the backward pass makes each
+chunk's logits again and turns them into `softmax - onehot`. What is held is one chunk, whatever the batch. A single
+chunk is kept for the backward pass instead, because then making it again would save nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+Tensor = torch.Tensor
+
+CHUNK_ELEMENTS = 2**24
+"""Logits in one chunk, at most: 64 MiB in float32, about 340 rows of a vocabulary of 49,152."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What an architecture does to `hidden @ weight.T + bias` before the softmax."""
+
+    scale: float = 1.0  # Cohere multiplies by logit_scale, Granite divides by logits_scaling
+    softcap: float | None = None  # Gemma 2 and 3: softcap * tanh(logits / softcap)
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """In place, and returns it."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def backward_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Gradient with respect to the raw logits, in place; `logits` are the transformed ones."""
+        if self.softcap is not None:
+            gradient.mul_(1 - (logits / self.softcap).square_())
+        if self.scale != 1.0:
+            gradient.mul_(self.scale)
+        return gradient
+
+
+SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
+"""Configuration keys of known logit scales: 1 multiplies, -1 divides. `Policy.check_head` tells when this is wrong."""
+
+
+def transform_of(config: Any) -> Transform:
+    """The transform that a transformers configuration asks for."""
+    scale = 1.0
+    for key, power in SCALES.items():
+        value = getattr(config, key, None)
+        if isinstance(value, int | float):
+            scale *= float(value) ** power
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Transform(scale, None if softcap is None else float(softcap))
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output projection of a model. `dtype`: precision of its matrix products; sums and softmax are float32."""
+
+    projection: nn.Linear
+    transform: Transform
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        """Rows in one chunk."""
+        return max(1, CHUNK_ELEMENTS // self.projection.out_features)
+
+    def __call__(self, hidden: Tensor, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(N, H) and (N,) -> log-probs of the targets, (N,) float32, and the argmax tokens (N,) if asked for."""
+        log_probs, guesses = _SelectedLogProbs.apply(
+            hidden,
+            self.projection.weight,
+            self.projection.bias,
+            target_ids,
+            self.transform,
+            self.dtype,
+            self.rows,
+            guess,
+        )
+        return log_probs, guesses if guess else None
+
+
+def log_probs_of(logits: Tensor, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(N, V) and (N,) -> what `Head` returns, of logits that are all there."""
+    logits = _at_least_float32(logits)
+    picked = logits.gather(1, target_ids[:, None]).squeeze(1)
+    return picked - logits.logsumexp(1), logits.argmax(1) if guess else None
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _chunks(count: int, rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+    """One chunk of transformed logits in at least float32, freshly made."""
+    logits = _at_least_float32(hidden @ weight.T)
+    if bias is not None:
+        logits += bias
+    return transform.apply_(logits)
+
+
+class _SelectedLogProbs(torch.autograd.Function):
+    """log softmax(transform(hidden @ weight.T + bias))[target], first derivatives only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target_ids: Tensor,
+        transform: Transform,
+        dtype: torch.dtype,
+        rows: int,
+        guess: bool,
+    ) -> tuple[Tensor, Tensor]:
+        count = hidden.shape[0]
+        log_probs = _at_least_float32(hidden.new_empty(count, dtype=dtype))
+        normaliser = torch.empty_like(log_probs)
+        guesses = torch.empty_like(target_ids if guess else target_ids[:0])
+        logits = log_probs.new_empty(0)
+        with torch.autocast(hidden.device.type, enabled=False):
+            inputs, matrix = hidden.to(dtype), weight.to(dtype)
+            for part in _chunks(count, rows):
+                logits = _logits(inputs[part], matrix, bias, transform)
+                normaliser[part] = logits.logsumexp(1)
+                log_probs[part] = logits.gather(1, target_ids[part, None]).squeeze(1) - normaliser[part]
+                if guess:
+                    guesses[part] = logits.argmax(1)
+        kept = logits if count <= rows and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(hidden, weight, bias, target_ids, normaliser, kept)
+        ctx.transform, ctx.dtype, ctx.rows = transform, dtype, rows
+        ctx.mark_non_differentiable(guesses)
+        return log_probs, guesses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target_ids, normaliser, kept = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        to_hidden = torch.empty_like(hidden) if wants_hidden else None
+        to_weight = torch.zeros_like(weight) if wants_weight else None
+        to_bias = torch.zeros_like(bias) if wants_bias else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            inputs, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+            for part in _chunks(hidden.shape[0], ctx.rows):
+                logits = kept if kept is not None else _logits(inputs[part], matrix, bias, ctx.transform)
+                gradient = (logits - normaliser[part, None]).exp_().neg_()  # onehot - softmax, times what comes in
+                gradient.scatter_add_(1, target_ids[part, None], gradient.new_ones(gradient.shape[0], 1))
+                ctx.transform.backward_(gradient.mul_(incoming[part, None]), logits)
+                if to_bias is not None:
+                    to_bias += gradient.sum(0)
+                gradient = gradient.to(ctx.dtype)
+                if to_hidden is not None:
+                    to_hidden[part] = gradient @ matrix
+                if to_weight is not None:
+                    _add_product_(to_weight, gradient.T, inputs[part])
+        return to_hidden, to_weight, to_bias, None, None, None, None, None
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right; in one call where the precisions agree."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

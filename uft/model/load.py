@@ -1,0 +1,129 @@
+"""Loading tokenizers and models; what cannot be loaded is said in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from uft.config.schema import Model
+from uft.errors import Problem, UftError
+from uft.model.adapters import add_lora
+from uft.model.forward import DTYPES, Policy
+from uft.model.paths import Location, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the right. It may have no pad token: see :func:`pad_id`."""
+    from transformers import AutoTokenizer
+
+    place = locate(model.path, model.revision)
+    with _humane(model.path, "its tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id to fill with. It may be the stop token: padding is masked by length, never by its id."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in found if token is not None))
+
+
+def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key: str = "model.path") -> None:
+    """Raises UftError when the tokenizer makes ids that the embedding does not have."""
+    rows = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        why = f"the tokenizer makes token ids up to {highest}, the model's embedding has {rows} rows"
+        raise UftError(Problem(key, why, advice=("this tokenizer belongs to another model",)))
+
+
+def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
+    """The initial policy, its head checked against the model's own logits."""
+    policy = Policy(load_model(model, device, init_seed), model.dtype)
+    policy.check_head()
+    return policy
+
+
+def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
+    """The model on `device` with its adapter, in training mode as far as dropout goes, or a UftError.
+
+    Weights that are trained are float32 under `master_weights`; frozen ones under an adapter are stored in `dtype`.
+    Everything random happens on the CPU from `init_seed`, so that the start is the same on every device.
+    """
+    base = load_base(model, device)
+    lora = model.adapter == "lora"
+    module = add_lora(base, model.lora, init_seed, float32=model.master_weights) if lora else base
+    if model.gradient_checkpointing:
+        with _humane(model.path, "model.gradient_checkpointing=true"):
+            # transformers 5 renamed it on the way; not re-entrant: works with frozen embeddings and with mixed ones
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+    return module.to(device).train()
+
+
+def load_base(model: Model, device: torch.device, path: str | None = None) -> Any:
+    """The transformers model of `model` (or of another `path`, stored alike) without an adapter, on the CPU."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of reading files; a download still shows its own
+    where = model.path if path is None else path
+    place = locate(where, model.revision if path is None else None)
+    attention = choose_attention(model, device)
+    with _humane(where, "the model cannot be loaded"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place.path,
+            dtype=DTYPES[storage_dtype(model)],
+            **({"attn_implementation": attention} if attention else {}),
+            **_access(place, model),
+            output_loading_info=True,
+        )
+    module, info = loaded
+    absent = sorted(info["missing_keys"])
+    if absent:
+        why = f"{len(absent)} of its weights are not in its files (they would be random)"
+        raise UftError(Problem(f"model.path={where}", why, advice=tuple(absent[:5])))
+    return module
+
+
+def storage_dtype(model: Model) -> str:
+    """How the weights from the files are kept: in the forward's precision where they are frozen or nobody minds."""
+    return model.dtype if model.adapter == "lora" or not model.master_weights else "float32"
+
+
+def choose_attention(model: Model, device: torch.device) -> str | None:
+    """The kernel asked for; under `auto` FlashAttention where it can run, else None: transformers takes its best."""
+    if model.attention != "auto":
+        return model.attention
+    flash = device.type == "cuda" and model.dtype == "bfloat16" and importlib.util.find_spec("flash_attn") is not None
+    return "flash_attention_2" if flash else None
+
+
+def _access(place: Location, model: Model) -> dict[str, Any]:
+    return {
+        "revision": place.revision or "main",
+        "local_files_only": place.offline,
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+@contextmanager
+def _humane(path: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises about a model into one line for the person who named it."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        needs_code = "trust_remote_code" in str(error)
+        advice = ("this model brings its own code: read it, then  model.trust_remote_code=true",) if needs_code else ()
+        first = lines[0] if lines else type(error).__name__
+        raise UftError(Problem(f"model.path={path}", f"{what}: {first}", advice=advice)) from error

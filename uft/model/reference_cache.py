@@ -1,0 +1,212 @@
+"""Reference log-probs on disk: one folder per model and precision, one float32 vector per token sequence.
+
+A sequence is known by its token ids and its supervised mask, so that any run with the same rows, template and model
+finds its values. Files appear by rename and carry a checksum; one that does not read back is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from uft.config.schema import Model
+from uft.model.paths import locate
+from uft.model.sequences import TokenSequence, batches_of, sequence_batch
+from uft.objectives.base import Forward
+from uft.runs import write_json
+
+FORMAT = 1  # count up when keys or values change their meaning
+SEQUENCES_PER_FILE = 4096  # also what a killed process loses, at most
+BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+class Encoded(Protocol):
+    """What the cache needs of an encoded completion."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+
+    @property
+    def supervised(self) -> np.ndarray: ...
+
+
+def sequence_key(ids: np.ndarray, supervised: np.ndarray) -> bytes:
+    """16 bytes that name a sequence."""
+    hashed = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=16)
+    hashed.update(np.packbits(np.asarray(supervised, dtype=bool)).tobytes())
+    return hashed.digest()
+
+
+class LogProbStore:
+    """The files of one reference: sequence key -> (supervised tokens,) float32."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.values: dict[bytes, np.ndarray] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            found = _read(file)
+            if found is None:
+                file.unlink(missing_ok=True)  # torn or changed: its sequences are computed again
+            else:
+                self.values.update(found)
+
+    @classmethod
+    def of(cls, root: Path, identity: Mapping[str, str]) -> LogProbStore:
+        """The store below `root` of the reference that `identity` describes."""
+        text = json.dumps({**identity, "format": FORMAT}, sort_keys=True)
+        folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "reference.json", dict(identity))
+        return cls(folder)
+
+    def add(self, values: Mapping[bytes, np.ndarray]) -> None:
+        """Keep and publish a file of new sequences."""
+        from safetensors.numpy import save
+
+        arrays: dict[str, np.ndarray] = {
+            "keys": np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 16),
+            "lengths": np.array([len(v) for v in values.values()], dtype=np.int64),
+            "values": np.concatenate(list(values.values())).astype(np.float32),
+        }
+        checksum = _checksum(arrays)
+        final = self.folder / f"{checksum[:24]}.safetensors"
+        beside = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        with open(beside, "wb") as handle:
+            handle.write(save(arrays, metadata={"checksum": checksum}))
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(beside, final)
+        self.values.update(values)
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    hashed = hashlib.sha256()
+    for name in sorted(arrays):
+        hashed.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return hashed.hexdigest()
+
+
+def _read(file: Path) -> dict[bytes, np.ndarray] | None:
+    """The sequences of a file, or None when it is not what was written."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            arrays = {name: handle.get_tensor(name) for name in ("keys", "lengths", "values")}
+            intact = _checksum(arrays) == (handle.metadata() or {}).get("checksum")
+    except (SafetensorError, OSError):
+        return None
+    if not intact:
+        return None
+    ends = np.cumsum(arrays["lengths"])
+    pieces = np.split(arrays["values"], ends[:-1]) if len(ends) else []
+    return {key.tobytes(): piece for key, piece in zip(arrays["keys"], pieces, strict=True)}
+
+
+class ReferenceColumn:
+    """The cached reference of a run: filled once, then asked for every completion that goes into a batch."""
+
+    def __init__(self, store: LogProbStore, forward: Callable[[], Forward], pad_id: int, device: torch.device) -> None:
+        self.store = store
+        self.forward = forward  # makes the model, only when something is missing
+        self.pad_id = pad_id
+        self.device = device
+
+    def __call__(self, encoded: Encoded) -> np.ndarray:
+        """(supervised tokens,) float32, in reading order. KeyError: `fill` has not seen this sequence."""
+        return self.store.values[sequence_key(encoded.ids, encoded.supervised)]
+
+    def missing(self, encoded: Iterable[Encoded]) -> dict[bytes, TokenSequence]:
+        """The sequences that are not on disk yet, each once."""
+        keyed = ((sequence_key(e.ids, e.supervised), (e.ids, e.supervised)) for e in encoded)
+        return {key: sequence for key, sequence in keyed if key not in self.store.values}
+
+    def fill(
+        self,
+        encoded: Iterable[Encoded],
+        *,
+        batch_tokens: int = 8192,
+        should_stop: Callable[[], bool] = lambda: False,
+        progress: Callable[[int, int], None] = lambda done, of: None,
+    ) -> bool:
+        """Compute and keep what is missing. False: it was asked to stop; what was finished is kept.
+
+        `batch_tokens`: tokens per forward pass, padding counted. `progress(done, of)` is called after each file.
+        """
+        missing = self.missing(encoded)
+        if not missing:
+            return True
+        forward = self.forward()
+        # like lengths together, and files in that order, so that batches stay full
+        keys = sorted(missing, key=lambda key: len(missing[key][0]))
+        for start in range(0, len(keys), SEQUENCES_PER_FILE):
+            part = keys[start : start + SEQUENCES_PER_FILE]
+            values = self._compute(forward, [missing[key] for key in part], batch_tokens, should_stop)
+            if values:
+                self.store.add({part[position]: value for position, value in values.items()})
+            if len(values) < len(part):
+                return False
+            progress(start + len(part), len(keys))
+        return True
+
+    def _compute(
+        self, forward: Forward, sequences: Sequence[TokenSequence], batch_tokens: int, should_stop: Callable[[], bool]
+    ) -> dict[int, np.ndarray]:
+        """Position -> log-probs; those that were finished before somebody asked to stop."""
+        found: dict[int, np.ndarray] = {}
+        for group in batches_of([len(ids) for ids, _ in sequences], batch_tokens):
+            if should_stop():
+                break
+            batch = sequence_batch([sequences[position] for position in group], self.pad_id).to(self.device)
+            log_probs = forward(batch).log_probs.float()
+            pieces = log_probs.cpu().split(batch.lengths.tolist())
+            found.update({position: piece.numpy().copy() for position, piece in zip(group, pieces, strict=True)})
+        return found
+
+
+def weights_digest(model: Model, path: str | None, fetch: Callable[[], Any]) -> str:
+    """Hash of the configuration and weight files of `path`, or of `model.path`.
+
+    A hub model that is not in the local cache yet is brought there by `fetch`.
+    """
+    place = locate(model.path if path is None else path, model.revision if path is None else None)
+    files = _weight_files(place.path, place.revision)
+    if not files:
+        fetch()
+        files = _weight_files(place.path, place.revision)
+    hashed = hashlib.sha256()
+    for file in files:
+        hashed.update(f"{file.name} {_file_digest(file)}\n".encode())
+    return hashed.hexdigest()
+
+
+def _weight_files(path: str, revision: str | None) -> list[Path]:
+    """config.json and the weights of a local folder, or of a hub model's snapshot in the local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(path).is_dir():
+        folder = Path(path)
+    else:
+        config = try_to_load_from_cache(path, "config.json", revision=revision)
+        if not isinstance(config, str):
+            return []
+        folder = Path(config).parent
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    return [folder / "config.json", *weights] if weights else []
+
+
+def _file_digest(file: Path) -> str:
+    """sha256 of the content; the hub's cache already names large files by it."""
+    real = file.resolve()
+    if BLOB.fullmatch(real.name):
+        return real.name
+    with open(real, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,0 +1,109 @@
+"""Arithmetic that objectives share: float32, sums instead of means, and the terms every researcher wants to see."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from uft.data.batch import Batch
+from uft.objectives.base import Forward, Loss, Term
+
+Tensor = torch.Tensor
+
+
+def promote(values: Tensor) -> Tensor:
+    """At least float32, whatever precision the model ran in; float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def assemble(totals: Mapping[str, Tensor], counts: Mapping[str, Tensor], weights: Mapping[str, float]) -> Loss:
+    """Totals and counts as terms; what has no weight is logged only, and cut from the graph."""
+    assert totals.keys() == counts.keys(), (sorted(totals), sorted(counts))
+    return {
+        name: Term(total if name in weights else total.detach(), counts[name], weights.get(name, 0.0))
+        for name, total in totals.items()
+    }
+
+
+def units(batch: Batch, number: Tensor | int) -> Tensor:
+    """() float32 count on the batch's device; a mask is counted."""
+    if isinstance(number, int):
+        return torch.full((), float(number), device=batch.role.device)
+    return number.sum().to(torch.float32)
+
+
+def present(batch: Batch) -> Tensor:
+    """(S,) bool: sequences that have a supervised target. An empty one is worth an exact 0 and is not counted."""
+    return batch.lengths > 0
+
+
+# --- negative log-likelihood ----------------------------------------------------------------------------------------
+
+
+def nll_count(batch: Batch) -> Tensor:
+    """() supervised targets of the good sequences."""
+    return units(batch, batch.good[batch.sequence])
+
+
+def nll_total(batch: Batch, log_probs: Tensor) -> Tensor:
+    """() sum of -log p over the targets of the good sequences: the same measure under every objective."""
+    return -torch.where(batch.good[batch.sequence], log_probs, 0.0).sum()
+
+
+def reduced_count(batch: Batch, reduction: str, sequences: Tensor) -> Tensor:
+    """() units of a likelihood term over `sequences` (S,) bool: targets, or sequences that have any."""
+    return units(batch, sequences[batch.sequence] if reduction == "token" else sequences & present(batch))
+
+
+def reduced_total(batch: Batch, values: Tensor, reduction: str, sequences: Tensor) -> Tensor:
+    """() sum of `values` (N,) over the targets of `sequences` (S,) bool, or of their means over those sequences."""
+    if reduction == "token":
+        return torch.where(sequences[batch.sequence], values, 0.0).sum()
+    return torch.where(sequences, batch.mean(values), 0.0).sum()
+
+
+# --- the reference --------------------------------------------------------------------------------------------------
+
+
+def reference_log_probs(batch: Batch, reference: Forward | None) -> Tensor:
+    """(N,) log-probs under the frozen reference, from the cached column or a forward pass; never a gradient."""
+    if "reference" in batch.columns:
+        return promote(batch.columns["reference"].detach())
+    assert reference is not None, "neither a reference nor its cached column"
+    with torch.no_grad():
+        return promote(reference(batch).log_probs)
+
+
+def implicit_reward(
+    batch: Batch, log_probs: Tensor, reference: Tensor, beta: float, length_normalize: bool = False
+) -> Tensor:
+    """(S,) beta (log pi(y|x) - log pi_ref(y|x)), the log-ratio summed over the sequence, or averaged.
+
+    The difference is taken per target: two sums of a thousand log-probs would lose four digits in float32.
+    """
+    join = batch.mean if length_normalize else batch.sum
+    return beta * join(log_probs - reference)
+
+
+# --- what is shown of rewards ---------------------------------------------------------------------------------------
+
+
+def reward_counts(batch: Batch) -> dict[str, Tensor]:
+    pairs = units(batch, batch.pairs.shape[0])
+    shown = dict.fromkeys(("chosen_reward", "rejected_reward", "margin", "accuracy"), pairs)
+    return {**shown, "implicit_reward": units(batch, present(batch))}
+
+
+def reward_totals(batch: Batch, z: Tensor) -> dict[str, Tensor]:
+    """Implicit rewards z (S,) of both sides of every pair, their margin and how often it is positive."""
+    z = z.detach()
+    chosen, rejected = z[batch.pairs].unbind(-1)
+    margin = chosen - rejected
+    return {
+        "chosen_reward": chosen.sum(),
+        "rejected_reward": rejected.sum(),
+        "margin": margin.sum(),
+        "accuracy": (margin > 0).to(z.dtype).sum(),
+        "implicit_reward": z.sum(),
+    }

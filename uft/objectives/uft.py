@@ -1,0 +1,126 @@
+"""Unified Fine-Tuning (arXiv 2410.21438) and UNA (arXiv 2408.15339): one regression for every kind of feedback.
+
+The optimum of the KL-regularised objective satisfies r(x, y) = beta log(pi/pi_ref) + f(x) + c; both papers set
+f = c = 0. Training fits the score sigmoid(z), z = beta (log pi(y|x) - log pi_ref(y|x)), to an explicit reward r in
+[0, 1]. UNA is the same on alignment data alone: a preset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch.nn.functional import softplus
+
+from uft.data.batch import Batch
+from uft.data.rows import Kind
+from uft.data.views import View
+from uft.objectives import terms, views
+from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, key
+
+Tensor = torch.Tensor
+
+
+def squared_error(z: Tensor, target: Tensor) -> Tensor:
+    """(S,) (sigmoid(z) - r)^2 (UFT eq. 7; UNA eqs. 11-13, whose printed minus is a typo). Saturates at both ends."""
+    return (torch.sigmoid(z) - target) ** 2
+
+
+def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
+    """(S,) -r log sigmoid(z) - (1 - r) log sigmoid(-z), stable for any z; r may be soft."""
+    return target * softplus(-z) + (1 - target) * softplus(z)
+
+
+REGRESSION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": squared_error, "bce": cross_entropy}
+
+
+@dataclass(frozen=True)
+class UFT(Objective):
+    """One term over all rows: every scored completion counts once, and so does every pair.
+
+    Scored sequence: `loss`(z, r); an empty one adds an exact 0 and is not counted. Pair: softplus(-(z_w - z_l)), which
+    is DPO's loss; UFT's eq. 10 as printed lacks the log-sigmoid and is unbounded. Weights of kinds multiply the sum,
+    never the count. At policy = reference mse is (.5 - r)^2, bce and pairs are log 2.
+    """
+
+    reduction: str = key(
+        "sequence", "what counts once in the mean: completions and pairs", choices=("token", "sequence")
+    )
+    beta: float = key(0.01, "strength of the anchor to the reference: z = beta log(pi / pi_ref)", gt=0)
+    loss: str = key("mse", "distance between implicit and explicit reward", choices=tuple(REGRESSION))
+    pairs: str = key("pairwise", "preferences: one comparison, or r = 1 and r = 0", choices=("pairwise", "scores"))
+    demonstration_score: float = key(1.0, "explicit reward of a demonstration", ge=0, le=1)
+    length_normalize: bool = key(False, "average the log-ratio over tokens instead of summing it")
+    kind_weights: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "weight per kind of row, e.g. demonstration: 0.5; default 1"}
+    )
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(reference=True)
+
+    @property
+    def views(self) -> Mapping[Kind, View]:
+        scored: View = partial(views.pointwise, demonstration_score=self.demonstration_score)
+        pairs: dict[str, View] = {"pairwise": views.against_each, "scores": scored}
+        return {**views.every_kind(scored), Kind.PREFERENCE: pairs[self.pairs]}
+
+    @property
+    def length_convention(self) -> str:
+        joined = "averaged" if self.length_normalize else "summed"
+        return f"every scored completion and every pair counts once; log-ratios are {joined} over tokens"
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = [("reduction", "rows are counted, never tokens: use sequence")] if self.reduction == "token" else []
+        kinds = [kind.value for kind in Kind]
+        unknown = [name for name in self.kind_weights if name not in kinds]
+        found += [("kind_weights", f"{name} is no kind of row; kinds: {', '.join(kinds)}") for name in unknown]
+        bad = {n: w for n, w in self.kind_weights.items() if not (w >= 0 and math.isfinite(w))}
+        return found + [("kind_weights", f"{name}: {weight} is not a weight") for name, weight in bad.items()]
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        scored, compared = self.scored(batch), self.compared(batch)
+        counted = terms.units(batch, scored) + terms.units(batch, compared)
+        return {"uft": counted, "nll": terms.nll_count(batch), **terms.reward_counts(batch)}
+
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+        log_probs = terms.promote(policy(batch).log_probs)
+        anchor = terms.reference_log_probs(batch, reference)
+        z = terms.implicit_reward(batch, log_probs, anchor, self.beta, self.length_normalize)
+        totals = {
+            "uft": self.regression(batch, z),
+            "nll": terms.nll_total(batch, log_probs),
+            **terms.reward_totals(batch, z),
+        }
+        return terms.assemble(totals, self.counts(batch), {"uft": 1.0})
+
+    def at_reference(self, batch: Batch) -> dict[str, Tensor]:
+        return {"uft": self.regression(batch, torch.zeros_like(batch.target))}
+
+    def regression(self, batch: Batch, z: Tensor) -> Tensor:
+        """() the weighted sum over scored sequences and pairs, given z (S,)."""
+        weight = self.weights(batch).to(z.dtype)
+        scored = self.scored(batch)
+        target = torch.where(scored, batch.target, 0.0).to(z.dtype)
+        points = torch.where(scored, weight * REGRESSION[self.loss](z, target), 0.0)
+        chosen, rejected = batch.pairs.unbind(-1)
+        comparisons = weight[chosen] * softplus(-(z[chosen] - z[rejected]))
+        return points.sum() + torch.where(self.compared(batch), comparisons, 0.0).sum()
+
+    @staticmethod
+    def scored(batch: Batch) -> Tensor:
+        """(S,) bool: sequences with an explicit reward."""
+        return ~batch.target.isnan() & terms.present(batch)
+
+    @staticmethod
+    def compared(batch: Batch) -> Tensor:
+        """(P,) bool: pairs without explicit rewards; those of scored completions are shown, not trained."""
+        return batch.target[batch.pairs].isnan().all(-1)
+
+    def weights(self, batch: Batch) -> Tensor:
+        """(S,) float32: the weight of each sequence's kind."""
+        table = torch.tensor([self.kind_weights.get(kind.value, 1.0) for kind in Kind], device=batch.kind.device)
+        return table[batch.kind][batch.row]

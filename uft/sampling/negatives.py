@@ -1,0 +1,243 @@
+"""Negatives: what a model answers to the training prompts, written as rows that `uft.data` reads.
+
+Made for DFT (arXiv 2502.18679), whose negatives are samples of the base model, several seeds per prompt, often under a
+system prompt that asks for bad answers. One line per row, in file order; a line is whole or not there. A job that was
+stopped continues where it was, and then the file is the same as if it had never stopped.
+
+A line: `row` (id of the row it was made from), `prompt`, `response` (the row's own good completion), `negatives`,
+`negative_log_probs` (of each sample with its end token, under the prompt it was sampled with, at temperature 1),
+`sampled_by`, `sampling` (the settings), and `answer` and `task` where the row has them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from uft.config.schema import Generate
+from uft.data.rows import Completion, Message, Row
+from uft.data.sources import LoadedSource
+from uft.data.templates import Renderer
+from uft.errors import Problem, UftError
+from uft.model.forward import Policy
+from uft.model.load import pad_id
+from uft.objectives.views import GOOD_ENOUGH, reward
+from uft.sampling.generate import Reply, Sampling, complete
+
+Line = dict[str, Any]
+START = b'{"row": "'
+"""How every line begins: a torn last line is cut off only if it is one of ours."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the file holds when the job is done."""
+
+    path: Path
+    rows: int
+    negatives: int
+    empty: int  # samples that said nothing: not written
+    repeats: int  # samples equal to the row's own good completion: written, as the theory wants
+    resumed: int  # rows that were there before this job
+    without_good: int  # rows that have no good completion to set the samples against: left out
+
+
+def generate_rows(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    sources: Sequence[LoadedSource],
+    settings: Generate,
+    out: Path,
+    *,
+    sampled_by: str,
+    should_stop: Callable[[], bool] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Summary:
+    """Sample one completion per seed for the training rows of every source and append them to `out`.
+
+    `progress` hears (rows done, rows in all). Raises Interrupted when asked to stop, with all finished batches written;
+    UftError when `out` holds something else than an earlier part of this very job.
+    """
+    rows = [row for source in sources for row in source.rows[: settings.limit]]
+    usable = [row for row in rows if good_completion(row) is not None]
+    recipe = {"sampled_by": sampled_by, "sampling": recorded(settings, renderer)}
+    lines = _earlier_lines(out, usable, recipe)
+    resumed = len(lines)
+    done = {line["row"] for line in lines}
+    missing = iter([row for row in usable if row.id not in done])
+    handled, empty = resumed, len(settings.seeds) * resumed - sum(len(line["negatives"]) for line in lines)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a", encoding="utf-8") as handle:
+        while batch := list(islice(missing, settings.batch_size)):
+            for line in _sample(policy, tokenizer, renderer, batch, settings, recipe, should_stop):
+                empty += len(settings.seeds) - len(line["negatives"])
+                if line["negatives"]:
+                    handle.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    lines.append(line)
+            handle.flush()
+            handled += len(batch)
+            if progress:
+                progress(handled, len(usable))
+    return Summary(
+        path=out,
+        rows=len(lines),
+        negatives=sum(len(line["negatives"]) for line in lines),
+        empty=empty,
+        repeats=sum(negative == line["response"] for line in lines for negative in line["negatives"]),
+        resumed=resumed,
+        without_good=len(rows) - len(usable),
+    )
+
+
+def good_completion(row: Row) -> Completion | None:
+    """The best completion by its feedback, or None if even that is not good."""
+    best = max(row.completions, key=reward)
+    return best if reward(best) >= GOOD_ENOUGH else None
+
+
+def recorded(settings: Generate, renderer: Renderer) -> dict[str, Any]:
+    """The settings that decide what is sampled; batch size and limit do not."""
+    return {
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "max_new_tokens": settings.max_new_tokens,
+        "system": settings.system,
+        "seeds": list(settings.seeds),
+        "template": renderer.digest,
+    }
+
+
+def number_of(row: Row) -> int:
+    """The row's number for the randomness: its id alone, so that other sources and limits change nothing."""
+    return int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "big")
+
+
+def _sample(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    rows: Sequence[Row],
+    settings: Generate,
+    recipe: Mapping[str, Any],
+    should_stop: Callable[[], bool] | None,
+) -> Iterator[Line]:
+    """One batch of rows, every seed; a line for each, empty samples already left out."""
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
+    prompts = [renderer.prompt_ids(row.prompt, settings.system) for row in rows]
+    by_seed = [
+        complete(
+            policy.module,
+            prompts,
+            sampling,
+            seed=seed,
+            stop_ids=renderer.stop_ids,
+            pad_id=pad_id(tokenizer),
+            batch_size=settings.batch_size,
+            should_stop=should_stop,
+            numbers=[number_of(row) for row in rows],
+            dtype=policy.dtype,
+        )
+        for seed in settings.seeds
+    ]
+    for row, replies in zip(rows, zip(*by_seed, strict=True), strict=True):
+        yield _line(row, replies, tokenizer, recipe)
+
+
+def _line(row: Row, replies: Sequence[Reply], tokenizer: PreTrainedTokenizerBase, recipe: Mapping[str, Any]) -> Line:
+    texts = [str(tokenizer.decode(reply.ids, skip_special_tokens=True)).lstrip() for reply in replies]
+    kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text]
+    extras = {"answer": row.answer, "task": row.task}
+    return {
+        **_own(row),
+        "negatives": [text for text, _ in kept],
+        "negative_log_probs": [round(reply.log_prob, 4) for _, reply in kept],
+        **{name: value for name, value in extras.items() if value is not None},
+        **recipe,
+    }
+
+
+def _own(row: Row) -> Line:
+    """What a line says of the row itself, `row` first. A single user turn and a single reply are written as text."""
+    good = good_completion(row)
+    assert good is not None, row.id
+    return {"row": row.id, "prompt": _written(row.prompt, "user"), "response": _written(good.turns, "assistant")}
+
+
+def _written(turns: Sequence[Message], role: str) -> str | list[dict[str, str]]:
+    if len(turns) == 1 and turns[0].role == role:
+        return turns[0].content
+    return [{"role": turn.role, "content": turn.content} for turn in turns]
+
+
+# --- continuing -----------------------------------------------------------------------------------------------------
+
+
+def _earlier_lines(out: Path, rows: Sequence[Row], recipe: Mapping[str, Any]) -> list[Line]:
+    """The lines of an earlier, stopped part of this job. A torn last line is cut off, once all others are known good.
+
+    Raises UftError, and changes nothing, when the file is not an earlier part of this job.
+    """
+    if not out.is_file():
+        return []
+    content = out.read_bytes()
+    whole, _, torn = content.rpartition(b"\n")
+    lines = [_parsed(out, number, raw) for number, raw in enumerate(whole.split(b"\n"), 1)] if whole else []
+    if torn and torn[: len(START)] != START[: len(torn)]:
+        raise _foreign(out, len(lines) + 1)
+    if problems := [*_other_settings(out, lines, recipe), *_other_rows(out, lines, rows)]:
+        raise UftError(*problems, footer="Write to another file:  generate.out=FILE   or remove this one.")
+    if torn:
+        os.truncate(out, len(content) - len(torn))
+    return lines
+
+
+def _parsed(out: Path, number: int, raw: bytes) -> Line:
+    try:
+        line = json.loads(raw)
+    except ValueError:  # broken JSON, or not UTF-8
+        raise _foreign(out, number) from None
+    if not isinstance(line, dict) or not {"row", "prompt", "negatives", "sampling"} <= line.keys():
+        raise _foreign(out, number)
+    return line
+
+
+def _foreign(out: Path, number: int) -> UftError:
+    return UftError(
+        Problem(str(out), "was not written by uft generate; it is left as it is", f"{out.name}:{number}"),
+        footer="Write to another file:  generate.out=FILE",
+    )
+
+
+def _other_settings(out: Path, lines: Sequence[Line], recipe: Mapping[str, Any]) -> list[Problem]:
+    """One problem for the first line that was sampled in another way, naming every difference."""
+    for number, line in enumerate(lines, 1):
+        there, now = ({"sampled_by": made.get("sampled_by"), **made["sampling"]} for made in (line, recipe))
+        if there != now:
+            differences = (
+                f"{name}: {there.get(name)!r} in the file, {now.get(name)!r} now"
+                for name in sorted(there.keys() | now.keys())
+                if there.get(name) != now.get(name)
+            )
+            why = "holds samples that were made in another way"
+            return [Problem(str(out), why, f"{out.name}:{number}", tuple(differences))]
+    return []
+
+
+def _other_rows(out: Path, lines: Sequence[Line], rows: Sequence[Row]) -> list[Problem]:
+    """One problem for the first line whose row says something else in the data now."""
+    now = {row.id: row for row in rows}
+    for number, line in enumerate(lines, 1):
+        row = now.get(line["row"])
+        if row is not None and any(line.get(name) != value for name, value in _own(row).items()):
+            return [Problem(str(out), f"row {row.id} is another one in the data now", f"{out.name}:{number}")]
+    return []

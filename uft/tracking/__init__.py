@@ -1,0 +1,75 @@
+"""Where the numbers of a run go: `metrics.jsonl` and `samples.jsonl` always, W&B besides, a console for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from uft.evaluation.samples import Sample
+from uft.runs import Run
+from uft.tracking.files import Files
+from uft.tracking.wandb import Wandb
+
+
+class Tracker(Protocol):
+    """Takes what a run measures. Calls come from one process, in the order start, log and samples, finish."""
+
+    def start(self) -> None:
+        """Open. Raises UftError if what was asked for cannot be had."""
+        ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics after optimiser step `step` (0: before the first). The same step may come twice, with other names."""
+        ...
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None: ...
+
+    def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
+        """Close as `status` (finished, failed, stopped), with the process's exit code. A second call does nothing."""
+        ...
+
+
+class Trackers:
+    """Several trackers as one; none at all on every rank but the first."""
+
+    def __init__(self, *trackers: Tracker) -> None:
+        self.trackers = trackers
+
+    def start(self) -> None:
+        for tracker in self.trackers:
+            tracker.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        for tracker in self.trackers:
+            tracker.samples(step, samples)
+
+    def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
+        for tracker in self.trackers:
+            tracker.finish(status, exit_code, summary)
+
+    @property
+    def description(self) -> str:
+        """One line for the start card, once started."""
+        return next((t.description for t in self.trackers if isinstance(t, Wandb)), "")
+
+
+def make_tracker(
+    run: Run,
+    config: Mapping[str, Any],
+    *,
+    resumed_step: int | None = None,
+    rank: int = 0,
+    say: Callable[[str], None] = print,
+) -> Trackers:
+    """The trackers of a run, not yet started.
+
+    `config` is the resolved configuration as plain dicts, `resumed_step` the step of the checkpoint that training
+    continues from (None: a fresh start), `say` prints the few lines that W&B's state may need.
+    """
+    if rank != 0:
+        return Trackers()
+    return Trackers(Files(run, resumed_step), Wandb(run, config, say))

@@ -1,0 +1,143 @@
+"""What is shown around the steps: the table of a battery, samples, and the card at the end. Text is made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from uft.evaluation.samples import Sample
+from uft.tracking.format import count, duration, number, printable, shorten
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PREFIX = "eval/"
+SHOWN_METRICS = 10  # in the end card
+
+
+class Battery(Protocol):
+    """What `uft.evaluation.battery` measures."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended, for its last card. `final` and `best` are metrics by their full names."""
+
+    status: str  # finished, failed or stopped
+    steps: int
+    total_steps: int
+    seconds: float
+    tokens: int
+    final: Mapping[str, float] = field(default_factory=dict)
+    best: Mapping[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+    best_checkpoint: str | None = None
+    tokens_per_second: float | None = None  # None: tokens / seconds
+    peak_memory_gb: float | None = None
+    error: str | None = None  # the first one
+    commands: Sequence[str] = ()  # to try next; the resume command of a run that did not finish
+
+
+def overall(metrics: Mapping[str, float]) -> dict[str, float]:
+    """eval/<metric> by metric, without the sources' own."""
+    names = {name: name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX)}
+    return {short: metrics[name] for name, short in names.items() if "/" not in short}
+
+
+def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """eval/<source>/<metric> by source and metric."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        source, slash, metric = name.removeprefix(PREFIX).rpartition("/")
+        if name.startswith(PREFIX) and slash:
+            found.setdefault(source, {})[metric] = value
+    return found
+
+
+def progress_table(step: int, history: Mapping[int, Mapping[str, float]]) -> Table:
+    """The battery's metrics before training, the last time and now. `history` holds every battery so far, by step."""
+    earlier = sorted(s for s in history if s < step)
+    columns = {"before": 0 if 0 in earlier else None, "last": earlier[-1] if earlier and earlier[-1] else None}
+    shown = {name: at for name, at in columns.items() if at is not None} | {"now": step}
+    table = _table(f"evaluation at step {step}", "metric", [f"{name} ({at})" for name, at in shown.items()])
+    for metric in overall(history[step]):
+        values = (overall(history[at]).get(metric) for at in shown.values())
+        table.add_row(printable(metric), *(number(value, 3) for value in values))
+    return table
+
+
+def source_table(metrics: Mapping[str, float]) -> Table | None:
+    """One row per source, one column per metric; None if nothing was measured by source."""
+    sources = by_source(metrics)
+    if not sources:
+        return None
+    names = list(dict.fromkeys(name for values in sources.values() for name in values))
+    table = _table("", "source", names)
+    for source, values in sources.items():
+        table.add_row(printable(source), *(number(values.get(name), 3) for name in names))
+    return table
+
+
+def _table(title: str, first: str, others: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(first)
+    for name in others:
+        table.add_column(printable(name), justify="right", overflow="fold")
+    return table
+
+
+def sample_lines(samples: Sequence[Sample], width: int, per_source: int = 1) -> list[str]:
+    """The first samples of every source, a line each."""
+    shown: dict[str, int] = {}
+    lines = []
+    for sample in samples:
+        shown[sample.source] = shown.get(sample.source, 0) + 1
+        if shown[sample.source] <= per_source:
+            part = max((width - len(sample.source) - 12) // 2, 16)
+            line = f"{sample.source}: {_quote(sample.prompt, part)} -> {_quote(sample.reply, part)}"
+            wanted = f"  (answer {_quote(sample.answer, 16)})" if sample.answer is not None else ""
+            lines.append("  " + line + wanted)
+    return lines
+
+
+def _quote(text: str, width: int) -> str:
+    return f'"{shorten(printable(text), width)}"'
+
+
+def ending_rows(ending: Ending) -> list[tuple[str, str]]:
+    """The last card, line by line."""
+    speed = ending.tokens_per_second
+    if speed is None and ending.seconds > 0:
+        speed = ending.tokens / ending.seconds
+    rows = [
+        ("status", f"{ending.status} at step {ending.steps}/{ending.total_steps}"),
+        ("error", printable(ending.error) if ending.error else ""),
+        ("final", _metrics(ending.final)),
+        ("best", _best(ending)),
+        ("time", f"{duration(ending.seconds)} of training" if ending.seconds else ""),
+        ("tokens", count(ending.tokens) + (f", {count(speed)} tok/s" if speed else "") if ending.tokens else ""),
+        ("peak memory", f"{ending.peak_memory_gb:.1f} GB" if ending.peak_memory_gb is not None else ""),
+        ("checkpoint", ending.best_checkpoint or ""),
+        ("next", "\n".join(ending.commands)),
+    ]
+    return [(label, value) for label, value in rows if value]
+
+
+def _metrics(metrics: Mapping[str, float]) -> str:
+    pairs = [f"{name.removeprefix(PREFIX)} {number(value, 3)}" for name, value in metrics.items()]
+    lines = [pairs[start : start + 5] for start in range(0, min(len(pairs), SHOWN_METRICS), 5)]
+    return "\n".join(", ".join(line) for line in lines)
+
+
+def _best(ending: Ending) -> str:
+    text = _metrics(ending.best)
+    return f"{text} at step {ending.best_step}" if text and ending.best_step is not None else text

@@ -1,0 +1,240 @@
+"""W&B as a mirror of the run: it may be offline, slow or broken, and training neither waits for it nor fails with it.
+
+The run's id comes from `run.json` and never changes, so that a resumed run continues the same W&B run. On one process
+one W&B run is open at a time: a second one first finishes the first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uft.errors import STOPPED, UftError
+from uft.evaluation.samples import Sample
+from uft.runs import Run
+from uft.tracking import segments
+from uft.tracking.connection import CONNECT_TIMEOUT, Choice, Server, choose, no_key
+
+LONGEST_TAG = 64  # characters; W&B refuses more
+AXES = ("step", "tokens", "rows")
+
+
+@dataclass
+class Wandb:
+    """Sends what is logged to W&B. `config` is the run's resolved configuration."""
+
+    run: Run
+    config: Mapping[str, Any]
+    say: Callable[[str], None] = print
+    connect_timeout: float = CONNECT_TIMEOUT
+    init_timeout: float = 20.0  # wandb's own is 90 s
+    finish_timeout: float = 60.0  # wandb's own is forever
+    mode: str = field(default="disabled", init=False)
+    why: str = field(default="", init=False)
+    _handle: Any = field(default=None, init=False)
+    _folder: Path = field(default=Path(), init=False)
+    _broken: bool = field(default=False, init=False)
+    _first: int = field(default=0, init=False)  # rows of earlier steps are at the server already
+    _shift: int = field(default=0, init=False)
+
+    def start(self) -> None:
+        """Open the W&B run. Raises UftError if it is to be online and there is no key that W&B accepts."""
+        asked = self._mode_asked()
+        if asked == "disabled":
+            self.run.update_info(wandb={**self.run.info().get("wandb", {}), "mode": asked})
+            return
+        try:
+            self._begin(asked)
+        except UftError:
+            raise
+        except Exception as error:
+            _forget()
+            self.say(f"W&B could not start ({_first_line(error)}); metrics.jsonl has everything.")
+            return
+        self._note()
+        if self.why:
+            self.say(f"W&B is offline: {self.why}. Upload it later:  {self.sync_command}")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._send(step, lambda: metrics)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        self._send(step, lambda: {"samples": _table(step, samples)})
+
+    def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
+        """Close the W&B run as what it was. Takes at most `finish_timeout` seconds."""
+        handle, self._handle = self._handle, None
+        if handle is None:
+            return
+        try:
+            handle.summary.update({**summary, "status": status})
+            if exit_code == STOPPED:
+                handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
+            handle.finish(exit_code=exit_code)
+        except Exception as error:
+            self.say(f"W&B did not take everything ({_first_line(error)}). Upload the rest:  {self.sync_command}")
+            _forget()
+
+    @property
+    def description(self) -> str:
+        """One line for the start card."""
+        if self._handle is None:
+            return "metrics.jsonl, no W&B"
+        return f"metrics.jsonl, W&B {self.mode}: {self._handle.url if self.mode == 'online' else self._folder}"
+
+    @property
+    def sync_command(self) -> str:
+        here = self._folder if self.mode == "online" else self.run.path / "wandb" / "offline-run-*"
+        return f"wandb sync {here}"
+
+    def _mode_asked(self) -> str:
+        """`tracking.mode`; under `auto` the WANDB_MODE that users of W&B know."""
+        mode = self.config["tracking"]["mode"]
+        wish = os.environ.get("WANDB_MODE", "")
+        return wish if mode == "auto" and wish in ("online", "offline", "disabled") else mode
+
+    def _begin(self, asked: str) -> None:
+        settings = _quiet_service().settings
+        choice = choose(asked, Server(settings.base_url, settings.api_key), self.connect_timeout)
+        segments.repair_all(self.run.path / "wandb")
+        try:
+            self._open(choice)
+        except Exception as error:
+            if choice.mode == "offline":
+                raise
+            _refuse_bad_key(asked, error)
+            _forget()
+            self._open(Choice("offline", _first_line(error)))
+
+    def _open(self, choice: Choice) -> None:
+        handle = self._init(choice.mode)
+        for axis in AXES:  # steps are the x-axis of every chart; tokens and rows can be chosen instead
+            handle.define_metric(axis, hidden=True)
+        handle.define_metric("*", step_metric="step")
+        self._first, self._shift = _continuation(handle)
+        self._handle, self.mode, self.why = handle, choice.mode, choice.why
+
+    def _init(self, mode: Any) -> Any:
+        import wandb
+
+        _quiet_service()
+        tracking = self.config["tracking"]
+        agent = _agent()
+        return wandb.init(
+            mode=mode,
+            id=self._id(agent),
+            resume="allow",
+            reinit="finish_previous",  # else a second run of this process would log into the first
+            name=self.run.name,
+            project=agent.get("WANDB_PROJECT") or tracking["project"],
+            entity=agent.get("WANDB_ENTITY") or tracking["entity"],
+            group=tracking["group"] or self.config["sweep"]["name"] or self.run.info().get("sweep"),
+            job_type=tracking["job_type"],
+            tags=self._tags(),
+            config=dict(self.config),
+            dir=str(self.run.path),
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                init_timeout=self.init_timeout,
+                finish_timeout=self.finish_timeout,
+                finish_timeout_raises=True,
+            ),
+        )
+
+    def _id(self, agent: Mapping[str, str]) -> str:
+        info = self.run.info()
+        return info.get("wandb", {}).get("id") or agent.get("WANDB_RUN_ID") or info["id"]
+
+    def _tags(self) -> list[str]:
+        names = [self.config[group]["name"] for group in ("objective", "data", "model")]
+        return list(dict.fromkeys(str(tag)[:LONGEST_TAG] for tag in (*names, *self.config["tracking"]["tags"]) if tag))
+
+    def _note(self) -> None:
+        earlier = self.run.info().get("wandb", {}).get("dirs", [])
+        self._folder = Path(self._handle.dir).parent
+        here = os.path.relpath(self._folder, self.run.path)  # relative: a run folder can be moved
+        url = self._handle.url if self.mode == "online" else None
+        self.run.update_info(
+            wandb={"id": self._handle.id, "mode": self.mode, "url": url, "dirs": list(dict.fromkeys([*earlier, here]))}
+        )
+
+    def _send(self, step: int, row: Callable[[], Mapping[str, Any]]) -> None:
+        if self._handle is None or self._broken or step < self._first:
+            return
+        try:
+            with _staging_in(self.run.path / "wandb"):
+                self._handle.log({"step": step, **row()}, step=step + self._shift)
+        except Exception as error:
+            self._broken = True
+            self.say(f"W&B stopped taking metrics ({_first_line(error)}); metrics.jsonl has everything.")
+
+
+def _continuation(handle: Any) -> tuple[int, int]:
+    """(first step to send, what to add to it) that continue the rows of a resumed online run.
+
+    W&B drops what is logged at a `_step` that it has seen. Steps trained again since the last checkpoint are left out,
+    they are there already; the last step it knows may lack its evaluation and is sent again, one `_step` further.
+    """
+    known = handle.summary.get("step") if handle.resumed else None
+    return (known, max(0, handle.starting_step - known)) if isinstance(known, int) else (0, 0)
+
+
+def _refuse_bad_key(asked: str, error: Exception) -> None:
+    import wandb
+
+    if asked == "online" and isinstance(error, wandb.errors.AuthenticationError):
+        raise UftError(no_key(_first_line(error))) from error
+
+
+def _quiet_service() -> Any:
+    """wandb's state in this process, with its settings; started without its usual lines."""
+    import wandb
+
+    return wandb.setup(wandb.Settings(silent=True))
+
+
+def _forget() -> None:
+    """Stop wandb's service: after a failure it keeps the run's id as in use, and would go on trying at exit."""
+    import wandb
+
+    with suppress(Exception):  # it may be what died
+        wandb.teardown()
+
+
+def _agent() -> Mapping[str, str]:
+    """The environment if a W&B sweep agent made it. Else W&B's variables would give every job of a sweep one id."""
+    return os.environ if os.environ.get("WANDB_SWEEP_ID") else {}
+
+
+def _table(step: int, samples: Sequence[Sample]) -> Any:
+    import wandb
+
+    verdicts = sorted({name for sample in samples for name in sample.verdict})
+    columns: list[str | int] = ["step", "source", "row", "prompt", "reply", "answer", *verdicts]
+    rows = [
+        [step, s.source, s.row, s.prompt, s.reply, s.answer, *(s.verdict.get(name) for name in verdicts)]
+        for s in samples
+    ]
+    return wandb.Table(columns=columns, data=rows)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+@contextmanager
+def _staging_in(folder: Path) -> Iterator[None]:
+    """Copies of tables, which wandb keeps under the home directory, go where the run is, unless the user chose."""
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(folder / "data")
+    try:
+        yield
+    finally:
+        os.environ.pop("WANDB_DATA_DIR", None)

@@ -1,0 +1,144 @@
+"""What happens around the steps: metric lines, the battery, checkpoints. The loop calls them in this order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from uft.evaluation.battery import Battery
+from uft.sampling.generate import Interrupted
+from uft.tracking import Tracker
+from uft.training.optim import learning_rate
+from uft.training.step import Step
+from uft.training.trainer import Trainer
+
+Metrics = dict[str, float]
+
+
+class Display(Protocol):
+    """Where a person watches: the console."""
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def battery(self, step: int, battery: Battery) -> None: ...
+
+
+@dataclass
+class Lines:
+    """One metric line at the first step, every `every` steps and at the last; the only place that syncs the device."""
+
+    tracker: Tracker
+    display: Display
+    every: int
+    tokens: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        self.tokens += step.tokens
+        number = trainer.progress.step
+        if number == 1 or number % self.every == 0 or number == trainer.steps:
+            metrics = self._metrics(trainer)
+            self.tracker.log(number, metrics)
+            self.display.step(number, metrics)
+
+    def restart(self) -> None:
+        """Time spent elsewhere (the battery, a checkpoint) is not training time."""
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def _metrics(self, trainer: Trainer) -> Metrics:
+        progress, means = trainer.progress, trainer.meter.means()
+        seconds = time.perf_counter() - self.since
+        metrics: Metrics = {
+            "rows": progress.rows,
+            "tokens": progress.tokens,
+            "supervised_tokens": progress.supervised_tokens,
+            "seconds": progress.seconds,
+            "epoch": progress.rows / trainer.epoch_rows,
+            **{name: means.pop(name) for name in ("loss", "nll") if name in means},
+            "lr": learning_rate(progress.step - 1, trainer.steps, trainer.config.optim),
+            "grad_norm": means.pop("grad_norm"),
+            "tokens_per_second": self.tokens / max(seconds, 1e-9),
+        }
+        self.restart()
+        return metrics | {f"objective/{name}": value for name, value in means.items()}
+
+
+class Measure(Protocol):
+    """Runs the battery on the policy as it is now. Raises Interrupted when the run is asked to stop."""
+
+    def __call__(self) -> Battery: ...
+
+
+@dataclass
+class Batteries:
+    """The battery before the first step, every `every` steps and after the last, and which step was the best."""
+
+    measure: Measure
+    tracker: Tracker
+    display: Display
+    lines: Lines
+    every: int
+    before: bool
+    best: str
+    best_mode: str
+    last: Metrics = field(default_factory=dict)
+
+    def start(self, trainer: Trainer) -> None:
+        """Before the first step, and on a resume whose battery was cut short."""
+        self._maybe(trainer)
+        self.lines.restart()
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        self._maybe(trainer)
+
+    def _due(self, step: int, steps: int) -> bool:
+        if step == 0:
+            return self.before
+        return step == steps or bool(self.every and step % self.every == 0)
+
+    def _maybe(self, trainer: Trainer) -> None:
+        progress = trainer.progress
+        if progress.evaluated >= progress.step or not self._due(progress.step, trainer.steps):
+            return
+        try:
+            battery = self.measure()
+        except Interrupted:
+            return  # `evaluated` stays behind: the resumed run measures this step first
+        finally:
+            self.lines.restart()
+        progress.evaluated = progress.step
+        self.last = battery.metrics
+        self._note_best(trainer, battery.metrics)
+        if battery.metrics:
+            self.tracker.log(progress.step, battery.metrics)
+        if battery.samples:
+            self.tracker.samples(progress.step, battery.samples)
+        self.display.battery(progress.step, battery)
+
+    def _note_best(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        value, progress = metrics.get(self.best), trainer.progress
+        if value is None or progress.step == 0:
+            return
+        sign = 1 if self.best_mode == "max" else -1
+        if progress.best_value is None or sign * value > sign * progress.best_value:
+            progress.best_step, progress.best_value = progress.step, value
+
+
+@dataclass
+class Checkpoints:
+    """A checkpoint every `every` steps, at a new best, at the end, and when the run is asked to stop."""
+
+    every: int
+    saved: int = -1
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        number = trainer.progress.step
+        due = number == trainer.steps or bool(self.every and number % self.every == 0)
+        if due or trainer.progress.best_step == number:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint()
+        self.saved = trainer.progress.step

@@ -1,0 +1,50 @@
+"""Stopping politely: a signal sets a flag, and the loop, the battery and generation look at it at their safe points."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from uft.errors import INTERRUPTED, STOPPED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclass
+class Stop:
+    """Whether somebody asked this run to stop, and how. Call it to ask."""
+
+    signal: int | None = None
+
+    def __call__(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def exit_code(self) -> int:
+        return INTERRUPTED if self.signal == signal.SIGINT else STOPPED
+
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.signal).name if self.signal is not None else ""
+
+
+@contextmanager
+def listening() -> Iterator[Stop]:
+    """A `Stop` that SIGTERM, SIGINT and SIGUSR1 set. A second Ctrl-C does not wait for the safe point."""
+    stop = Stop()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if stop.signal is not None and number == signal.SIGINT:
+            os._exit(INTERRUPTED)
+        stop.signal = number
+
+    before = {number: signal.signal(number, receive) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,121 @@
+"""One optimiser step, as it should read: take rows, count, forward and backward, clip, check, step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from uft.data.batch import Batch
+from uft.data.batches import Item, micro_batches
+from uft.objectives.base import Clock, Forward, Loss, Objective, Term
+
+Tensor = torch.Tensor
+Parameters = Mapping[str, torch.nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimiser step measured, still on the device."""
+
+    loss: Tensor  # () the number shown as `loss`
+    terms: Loss  # totals and counts over all micro-batches
+    grad_norm: Tensor  # () before clipping
+    tokens: int  # forwarded, padding not counted
+    supervised_tokens: int
+
+
+class NonFinite(Exception):
+    """The loss or a gradient is not a number any more; `items` are the rows of the step."""
+
+    def __init__(self, items: Sequence[Item], loss: float, grad_norm: float) -> None:
+        self.items, self.loss, self.grad_norm = items, loss, grad_norm
+        super().__init__(f"loss {loss}, gradient norm {grad_norm}")
+
+
+def forward_backward(
+    objective: Objective, batches: Sequence[Batch], policy: Forward, reference: Forward | None, clock: Clock
+) -> Loss:
+    """Gradients of `sum over terms of weight * total / count`, the count taken over all micro-batches first."""
+    units: dict[str, Tensor] = {}
+    for batch in batches:
+        for name, count in objective.counts(batch).items():
+            units[name] = units[name] + count if name in units else count
+    terms: Loss = {}
+    for batch in batches:
+        loss = objective(batch, policy, reference, clock)
+        parts = [t.weight * t.total / units[name].clamp(min=1) for name, t in loss.items() if t.weight and t.count > 0]
+        if parts:
+            torch.stack(parts).sum().backward()
+        for name, term in loss.items():
+            before = terms[name].total if name in terms else 0.0
+            terms[name] = Term(before + term.total.detach(), units[name], term.weight)
+    return terms
+
+
+def reported_loss(objective: Objective, terms: Loss) -> Tensor:
+    """The objective's headline term, else the weighted sum that was differentiated."""
+    if objective.headline:
+        return terms[objective.headline].total / terms[objective.headline].count.clamp(min=1)
+    return torch.stack([t.weight * t.total / t.count.clamp(min=1) for t in terms.values() if t.weight]).sum()
+
+
+def optimiser_step(
+    items: Sequence[Item],
+    objective: Objective,
+    policy: Forward,
+    reference: Forward | None,
+    optimiser: torch.optim.Optimizer,
+    parameters: Parameters,
+    clock: Clock,
+    *,
+    lr: float,
+    micro_batch_tokens: int,
+    max_grad_norm: float,
+    pad_id: int,
+    device: torch.device,
+) -> Step:
+    """Update the parameters with the gradient of `items`. Raises NonFinite before anything was changed."""
+    batches = [batch.to(device) for batch in micro_batches(items, micro_batch_tokens, pad_id)]
+    optimiser.zero_grad(set_to_none=True)
+    terms = forward_backward(objective, batches, policy, reference, clock)
+    loss = reported_loss(objective, terms)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf"))
+    if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
+        optimiser.zero_grad(set_to_none=True)
+        raise NonFinite(items, float(loss), float(grad_norm))
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    return Step(
+        loss,
+        terms,
+        grad_norm,
+        tokens=sum(int(batch.attention_mask.sum()) for batch in batches),
+        supervised_tokens=sum(batch.target_ids.numel() for batch in batches),
+    )
+
+
+def culprits(
+    items: Sequence[Item],
+    objective: Objective,
+    policy: Forward,
+    reference: Forward | None,
+    parameters: Parameters,
+    clock: Clock,
+    *,
+    pad_id: int,
+    device: torch.device,
+) -> list[str]:
+    """Ids of the rows whose loss or gradient alone is not finite; empty when only their sum overflows."""
+    found = []
+    for item in items:
+        batches = [batch.to(device) for batch in micro_batches([item], 1, pad_id)]
+        terms = forward_backward(objective, batches, policy, reference, clock)
+        gradients = [p.grad for p in parameters.values() if p.grad is not None]
+        if not all(bool(torch.isfinite(x).all()) for x in [reported_loss(objective, terms), *gradients]):
+            found.append(item.row.id)
+        for parameter in parameters.values():
+            parameter.grad = None
+    return found

@@ -1,0 +1,183 @@
+"""The loop. What is optional around it (lines of metrics, the battery, checkpoints) are hooks in `hooks.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from uft.config.schema import Config
+from uft.errors import FAILED, Problem, UftError
+from uft.model.forward import Policy
+from uft.objectives.base import Clock, Forward, Objective
+from uft.runs import Run
+from uft.training import checkpoints
+from uft.training.feed import Feed
+from uft.training.meter import Meter
+from uft.training.optim import learning_rate, warmup_steps
+from uft.training.signals import Stop
+from uft.training.step import NonFinite, Step, culprits, optimiser_step
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Progress:
+    """Counters that survive a resume."""
+
+    step: int = 0  # optimiser steps done
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0  # of training, over all sessions of the run
+    evaluated: int = -1  # the step whose battery was last written
+    best_step: int | None = None
+    best_value: float | None = None
+
+
+class Hook(Protocol):
+    """Something that happens around steps. `trainer.stop()` is looked at between hooks."""
+
+    def after_step(self, trainer: Trainer, step: Step) -> None: ...
+
+
+@dataclass
+class Trainer:
+    """Everything a training run is made of, after `prepare` has put it together and before any step."""
+
+    run: Run
+    config: Config
+    device: torch.device
+    objective: Objective
+    policy: Policy
+    reference: Forward | None
+    feed: Feed
+    optimiser: torch.optim.Optimizer
+    pad_id: int
+    steps: int  # the horizon; kept in the checkpoint
+    total_rows: int  # rows the horizon draws; the last step may take fewer than a batch
+    epoch_rows: int
+    stop: Stop
+    hooks: Sequence[Hook] = ()
+    progress: Progress = field(default_factory=Progress)
+    meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        self.parameters = self.policy.trainable()
+
+    def clock(self, step: int) -> Clock:
+        """The clock of a step: a function of its number and the seed alone."""
+        generator = torch.Generator().manual_seed(hash((self.config.seeds.sampling, step)) % 2**63)
+        noise = float(torch.randn((), generator=generator))
+        warmup = warmup_steps(self.config.optim.warmup, self.steps)
+        return Clock(step=step, steps=self.steps, warmup=warmup, noise=noise)
+
+    def fit(self) -> None:
+        """Train to the horizon or until asked to stop. Raises UftError (code 1) when the numbers stop being numbers."""
+        self.policy.train()
+        while self.progress.step < self.steps and not self.stop():
+            step = self._step()
+            for hook in self.hooks:
+                hook.after_step(self, step)
+
+    def _step(self) -> Step:
+        cfg, number = self.config.train, self.progress.step
+        before = self._reversible_state()
+        started = time.perf_counter()
+        rows = min(cfg.batch_size, self.total_rows - self.progress.rows)
+        items = self.feed.take(rows)
+        clock = self.clock(number)
+        lr = learning_rate(number, self.steps, self.config.optim)
+        try:
+            step = optimiser_step(
+                items,
+                self.objective,
+                self.policy,
+                self.reference,
+                self.optimiser,
+                self.parameters,
+                clock,
+                lr=lr,
+                micro_batch_tokens=cfg.micro_batch_tokens,
+                max_grad_norm=cfg.max_grad_norm,
+                pad_id=self.pad_id,
+                device=self.device,
+            )
+        except NonFinite as problem:
+            self._restore(before)
+            self._give_up(problem, clock)
+        self.progress.step += 1
+        self.progress.rows += rows
+        self.progress.tokens += step.tokens
+        self.progress.supervised_tokens += step.supervised_tokens
+        self.progress.seconds += time.perf_counter() - started
+        self.meter.add("loss", step.loss)
+        self.meter.add("grad_norm", step.grad_norm)
+        self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
+        return step
+
+    def _reversible_state(self) -> dict[str, Any]:
+        """What a step changes before the optimiser does: the data cursors, the objective's state, the generators."""
+        state = {name: tensor.clone() for name, tensor in self.objective.state.items()}
+        return {"feed": self.feed.state_dict(), "state": state, "rng": checkpoints.random_state(self.device)}
+
+    def _restore(self, before: Mapping[str, Any]) -> None:
+        self.feed.load_state_dict(before["feed"])
+        for name, tensor in before["state"].items():
+            self.objective.state[name].copy_(tensor)
+        checkpoints.restore_random_state(before["rng"], self.device)
+
+    def _give_up(self, problem: NonFinite, clock: Clock) -> None:
+        rows = culprits(
+            problem.items,
+            self.objective,
+            self.policy,
+            self.reference,
+            self.parameters,
+            clock,
+            pad_id=self.pad_id,
+            device=self.device,
+        )
+        named = ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
+        if not named:
+            named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in problem.items[:10])
+        folder = self.save_checkpoint()
+        raise UftError(
+            Problem(
+                f"step {self.progress.step + 1}",
+                f"the numbers are not finite: {problem}",
+                advice=(f"rows: {named}", f"the last good state is kept in {folder}"),
+            ),
+            footer="Look at the rows, lower optim.lr or train.max_grad_norm, and start again.",
+            code=FAILED,
+        )
+
+    def save_checkpoint(self) -> Path:
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        tensors = {
+            **checkpoints.nested("model", self.parameters),
+            **checkpoints.nested("optimiser", checkpoints.optimiser_tensors(self.optimiser, names)),
+            **checkpoints.nested("objective", self.objective.state),
+            **checkpoints.nested("meter", self.meter.state_dict()),
+            **checkpoints.nested("random", checkpoints.random_state(self.device)),
+        }
+        state = {"progress": asdict(self.progress), "feed": self.feed.state_dict(), "steps": self.steps}
+        folder = checkpoints.save(self.run, self.progress.step, tensors, state)
+        checkpoints.prune(self.run, self.config.train.keep_last, self.progress.best_step)
+        return folder
+
+    def load_checkpoint(self, folder: Path) -> None:
+        tensors, state = checkpoints.load(folder)
+        self.policy.load_trainable(checkpoints.below("model", tensors))
+        checkpoints.load_optimiser(self.optimiser, self.parameters, checkpoints.below("optimiser", tensors))
+        for name, tensor in checkpoints.below("objective", tensors).items():
+            self.objective.state[name].copy_(tensor)
+        self.meter.load_state_dict(checkpoints.below("meter", tensors), self.device)
+        checkpoints.restore_random_state(checkpoints.below("random", tensors), self.device)
+        self.feed.load_state_dict(state["feed"])
+        self.progress = Progress(**state["progress"])
+        self.steps = state["steps"]  # the horizon of the schedule never changes shape under a run
