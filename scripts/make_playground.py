@@ -27,7 +27,7 @@ TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
-LEARNING_RATE, WARMUP, BATCH = 3e-3, 50, 64
+LEARNING_RATE, WARMUP, BATCH = 2e-3, 50, 64
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -106,7 +106,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=world.model_dir(), help="folder to write")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

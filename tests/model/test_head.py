@@ -10,7 +10,10 @@ from uft.model.head import Head, Transform, log_probs_of, transform_of
 TRANSFORMS = [Transform(), Transform(scale=0.5), Transform(softcap=1.5), Transform(scale=1.7, softcap=2.0)]
 
 
-def make(bias: bool = False, transform: Transform = Transform(), dtype: torch.dtype = torch.float64) -> Head:
+PLAIN = Transform()
+
+
+def make(bias: bool = False, transform: Transform = PLAIN, dtype: torch.dtype = torch.float64) -> Head:
     torch.manual_seed(0)
     projection = nn.Linear(4, 11, bias=bias, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     nn.init.normal_(projection.weight)

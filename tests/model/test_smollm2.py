@@ -70,7 +70,7 @@ def test_two_processes_may_convert_at_once(installed: Path, monkeypatch: pytest.
     monkeypatch.setattr(smollm2, "convert", convert)
     folder = Path(prepare(tmp_path / "models"))
     assert (folder / "config.json").is_file()
-    assert [path for path in (tmp_path / "models").iterdir()] == [folder]
+    assert list((tmp_path / "models").iterdir()) == [folder]
 
 
 def test_missing_readers_name_the_extra(installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

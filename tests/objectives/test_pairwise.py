@@ -42,7 +42,7 @@ def test_toy_pair(kit, pair, settings, loss):
 
 def test_shown_terms(kit, pair):
     terms = pairwise()(pair, kit.Told(POLICY), kit.Told(REFERENCE), Clock())
-    shown = {name: float(term.total / term.count) for name, term in terms.items()}
+    shown = {name: float(term.total.detach() / term.count) for name, term in terms.items()}
     assert shown["chosen_reward"] == pytest.approx(0.02)
     assert shown["rejected_reward"] == pytest.approx(-0.06)
     assert shown["margin"] == pytest.approx(0.08)

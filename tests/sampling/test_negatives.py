@@ -66,6 +66,14 @@ def lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def same(one, other):
+    """Equal but for the rounding of log-probs: kernels add up differently in batches of other shapes."""
+    left, right = lines(one), lines(other)
+    for line, twin in zip(left, right, strict=True):
+        assert line.pop("negative_log_probs") == pytest.approx(twin.pop("negative_log_probs"), abs=1e-3)
+    return left == right
+
+
 def test_every_row_gets_one_sample_per_seed(job, sources):
     told = []
     summary = job(progress=lambda done, total: told.append((done, total)))
@@ -107,17 +115,17 @@ def test_messages_stay_messages(job):
 
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 12}])
 def test_batches_do_not_change_the_file(job, tmp_path, changes):
-    assert job(tmp_path / "a").path.read_bytes() == job(tmp_path / "b", **changes).path.read_bytes()
+    assert same(job(tmp_path / "a").path, job(tmp_path / "b", **changes).path)
 
 
 def test_other_sources_and_limits_do_not_change_a_row(job, sources, tmp_path):
-    everything = {line["row"]: line for line in lines(job(tmp_path / "a").path)}
+    everything = {line["row"]: line["negatives"] for line in lines(job(tmp_path / "a").path)}
     alone = lines(job(tmp_path / "b", given=sources[1:], limit=2).path)
     assert len(alone) == 2
-    assert all(everything[line["row"]] == line for line in alone)
+    assert all(everything[line["row"]] == line["negatives"] for line in alone)
 
 
-@pytest.mark.parametrize("polls", [0, 9, 25, 60])
+@pytest.mark.parametrize("polls", [0, 9, 25, 40])
 def test_a_stopped_job_continues_to_the_same_file(job, tmp_path, polls):
     left = iter(range(polls))
     out = tmp_path / "stopped"
@@ -128,19 +136,19 @@ def test_a_stopped_job_continues_to_the_same_file(job, tmp_path, polls):
     before = len(lines(out))
     told = []
     summary = job(out, progress=lambda done, total: told.append(done))
-    assert out.read_bytes() == job(tmp_path / "whole").path.read_bytes()
+    assert same(out, job(tmp_path / "whole").path)
     assert summary.resumed == before < 12
     assert told[-1] == 12
 
 
 @pytest.mark.parametrize("cut", [1, 7, 8, 40, 300])
 def test_a_torn_last_line_is_made_again(job, tmp_path, cut):
-    whole = job(tmp_path / "whole").path.read_bytes()
-    out = tmp_path / "torn"
+    uncut, out = job(tmp_path / "whole").path, tmp_path / "torn"
+    whole = uncut.read_bytes()
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     out.write_bytes(whole[: last + min(cut, len(whole) - last - 1)])
     assert job(out).resumed == 11
-    assert out.read_bytes() == whole
+    assert same(out, uncut)
 
 
 def test_a_finished_file_is_left_alone(job):
@@ -220,14 +228,14 @@ def test_the_system_prompt_is_sampled_under_but_not_written(policy, tokenizer, s
 
 
 class Mute:
-    """A tokenizer that says nothing for every reply of one token."""
+    """A tokenizer that has nothing but space to say of some replies."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.pad_token_id = tokenizer.pad_token_id
+        self.pad_token_id, self.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
 
     def decode(self, ids, **options):
-        return " \n" if len(ids) < 4 else "  " + self.tokenizer.decode(ids, **options)
+        return " \n" if sum(ids) % 3 == 0 else "  " + self.tokenizer.decode(ids, **options)
 
 
 def test_empty_samples_are_kept_out_and_leading_space_stripped(policy, tokenizer, sources, tmp_path):

@@ -35,9 +35,18 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 def frozen(cfg: DictConfig | Mapping[str, Any]) -> str:
     """The configuration as YAML text, resolved: reading it back gives the same run on another day."""
+    return to_yaml(plain(cfg))
+
+
+def to_yaml(value: Mapping[str, Any]) -> str:
+    """YAML with a line per key and lists of plain values in one line."""
     import yaml
 
-    return yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+    class Dumper(yaml.SafeDumper):
+        def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+            return super().represent_sequence(tag, sequence, not any(isinstance(x, (dict, list)) for x in sequence))
+
+    return yaml.dump(dict(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -107,8 +107,8 @@ class Optim:
 
 @dataclass
 class Train:
-    steps: int | None = _key(None, "optimiser steps; give this or epochs", ge=1)
-    epochs: float | None = _key(None, "passes over the mixture; give this or steps", gt=0)
+    steps: int | None = _key(None, "optimiser steps; null: as many as train.epochs needs", ge=1)
+    epochs: float = _key(1.0, "passes over the mixture, when train.steps is null", gt=0)
     batch_size: int = _key(32, "rows per optimiser step, over all ranks", ge=1)
     micro_batch_tokens: int = _key(8192, "tokens per forward pass, padding counted", ge=1)
     max_length: int = _key(1024, "longest prompt + completion in tokens", ge=2)

@@ -60,16 +60,22 @@ def written(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[int]: "a list of whole numbers, like [0,1]",
+    list[float]: "a list of numbers, like [0.9,0.95]",
+    list[str]: "a list, like [a,b]",
+}
 
 
 def expected(kind: Any) -> str:
-    """A type in words: `a whole number or null`, `a list of numbers, like [0.9,0.95]`."""
+    """A type in words: `a whole number or null`."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         parts = [expected(part) for part in typing.get_args(kind) if part is not type(None)]
         return " or ".join([*parts, "null"])
-    if typing.get_origin(kind) is list:
-        return f"a list of {WORDS.get(typing.get_args(kind)[0], 'values')}s, like [1,2]".replace(" a ", " ")
     return WORDS.get(kind, "a group of keys")
 
 

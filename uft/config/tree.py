@@ -10,12 +10,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from uft.config.loader import Setting
+from uft.config.places import config_dirs, groups
 from uft.config.register import objective_schemas
 from uft.config.schema import Config, Source
 from uft.config.suggest import expected, hint, listing, nearest, right_type, written
 from uft.errors import Problem
 
 OBJECTIVE = "objective"
+SOURCES = ("data", "sources")
 NOT_CHOSEN = ("name", "method")  # keys of an objective that its file sets and nobody types
 
 
@@ -26,13 +28,13 @@ class Tree:
         self.root: DictConfig = OmegaConf.structured(Config)
         self.origins: dict[str, str] = {}
 
-    def use_objective(self, method: str) -> Problem | None:
+    def use_objective(self, setting: Setting) -> Problem | None:
         """Give `objective` the schema of its method."""
-        schemas = objective_schemas()
+        schemas, method = objective_schemas(), str(setting.value)
         if method not in schemas:
             meant = nearest(method, schemas)
             advice = hint(meant and f"objective.method={meant}", "methods", list(schemas))
-            return Problem(f"objective.method={method}", "no such method", advice=(advice,))
+            return Problem(f"objective.method={method}", "no such method", setting.where, (advice,))
         self.root[OBJECTIVE] = OmegaConf.structured(schemas[method])
         return None
 
@@ -50,29 +52,24 @@ class Tree:
     def knows(self, path: tuple[str, ...]) -> bool:
         """Whether the schema has this key: a field of a dataclass, or anything in a dict of free keys."""
         node, depth = self.node_at(path)
-        if node is None:
+        if node is None or depth < len(path) - 1:
             return False
         keys = fields_of(node)
-        if keys is not None:
-            return depth == len(path) - 1 and path[depth] in keys
-        return depth == len(path) - 1 or (self.holds_sources(path) and len(path) == 4 and path[3] in source_keys())
-
-    def holds_sources(self, path: tuple[str, ...]) -> bool:
-        return path[:2] == ("data", "sources") and len(path) >= 3
+        return keys is None or path[-1] in keys
 
     def put(self, setting: Setting) -> Problem | None:
         """Set one value, or say why it cannot be set."""
         path = setting.path
-        if self.holds_sources(path) and path[2] not in self.root.data.sources:
-            self.root.data.sources[path[2]] = OmegaConf.structured(Source)
-        if len(path) == 3 and self.holds_sources(path):
-            return None if setting.value in (None, {}) else bad_type(setting, Source)
+        if path[:2] == SOURCES and len(path) > 2:
+            self.root.data.sources.setdefault(path[2], OmegaConf.structured(Source))
+            if len(path) == 3:
+                return None if setting.value in (None, {}) else bad_type(setting, Source)
         if not self.knows(path):
             return self.unknown(setting)
+        node, _ = self.node_at(path)
         try:
             OmegaConf.update(self.root, setting.key, setting.value, merge=True, force_add=True)
         except OmegaConfBaseException:
-            node, _ = self.node_at(path)
             return bad_type(setting, field_type(node, path[-1]))
         self.origins[setting.key] = setting.where
         return None
@@ -84,6 +81,11 @@ class Tree:
         key = ".".join(path)
         self.origins = {k: v for k, v in self.origins.items() if k != key and not k.startswith(f"{key}.")}
 
+    def value(self, key: str) -> Any:
+        """What is at a dotted key, resolved where it can be; None where nothing is."""
+        value = OmegaConf.select(self.root, key, throw_on_missing=False, throw_on_resolution_failure=False)
+        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
     def unknown(self, setting: Setting) -> Problem:
         """The problem of a key that is not in the schema."""
         path = setting.path
@@ -91,12 +93,13 @@ class Tree:
         if node is None:
             parent = ".".join(path[: depth + 1])
             return Problem(setting.text, f"{parent} is a value and has no keys of its own", setting.where)
-        prefix, siblings = path[:depth], fields_of(node) or source_keys()
+        prefix, siblings = path[:depth], fields_of(node) or []
         near = nearest(path[depth], siblings)
         meant = ".".join((*prefix, near, *path[depth + 1 :])) if near else self.elsewhere(path)
         shown = [key for key in siblings if prefix != (OBJECTIVE,) or key not in NOT_CHOSEN]
         advice = hint(meant, "keys" if prefix else "groups and keys", shown)
-        return Problem(setting.text, f"no such key{self.place(prefix)}", setting.where, (advice,))
+        more = belongs_to(path[-1]) if prefix == (OBJECTIVE,) else ()
+        return Problem(setting.text, f"no such key{self.place(prefix)}", setting.where, (advice, *more))
 
     def place(self, prefix: tuple[str, ...]) -> str:
         if prefix == (OBJECTIVE,):
@@ -116,14 +119,19 @@ class Tree:
         return [(name, node) for name, node in nodes if isinstance(node, DictConfig) and not node._is_missing()]
 
 
+def belongs_to(key: str) -> tuple[str, ...]:
+    """The objectives that do have a key, in words."""
+    import yaml
+
+    files = groups(config_dirs()).get(OBJECTIVE, {})
+    names = [name for name, file in files.items() if key in (yaml.safe_load(file.read_text(encoding="utf-8")) or {})]
+    return (f"{key} is a key of:  {', '.join(names)}",) if names else ()
+
+
 def fields_of(node: DictConfig) -> list[str] | None:
     """Keys of a dataclass node in their order, own ones before inherited; None for a dict of free keys."""
     kind = OmegaConf.get_type(node)
     return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else None
-
-
-def source_keys() -> list[str]:
-    return [f.name for f in dataclasses.fields(Source)]
 
 
 def field_type(node: DictConfig | None, name: str) -> Any:

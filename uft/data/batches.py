@@ -5,9 +5,11 @@ The layout today is padding on the right; objectives see only the flat targets o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ import torch
 from uft.data.batch import Batch
 from uft.data.rows import Completion, Kind, Row
 from uft.data.templates import Encoded
-from uft.data.views import Parts, Role, View
+from uft.data.views import Part, Parts, Role, View
 
 _KINDS = {kind: number for number, kind in enumerate(Kind)}
 _GOOD_SCORE = 0.5
@@ -81,34 +83,70 @@ def _groups(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
 
 def collate(items: Sequence[Item], pad_id: int) -> Batch:
     """Items as one batch, padded on the right. An item twice in it is two rows."""
-    sequences = [(number, item, part, encoded) for number, item in enumerate(items) for part, encoded in _pairs(item)]
-    length = max((encoded.length for *_, encoded in sequences), default=0)
-    input_ids = np.full((len(sequences), length), pad_id, np.int64)
-    mask = np.zeros((len(sequences), length), np.int64)
-    supervised = np.zeros((len(sequences), length), bool)
-    for number, (*_, encoded) in enumerate(sequences):
-        input_ids[number, : encoded.length] = encoded.ids
-        mask[number, : encoded.length] = 1
-        supervised[number, : encoded.length] = encoded.supervised
+    lines = [
+        _Line(row, item, *line) for row, item in enumerate(items) for line in zip(item.parts, item.encoded, strict=True)
+    ]
+    length = max((line.encoded.length for line in lines), default=0)
+    input_ids = np.full((len(lines), length), pad_id, np.int64)
+    attention_mask = np.zeros((len(lines), length), np.int64)
+    supervised = np.zeros((len(lines), length), bool)
+    for number, line in enumerate(lines):
+        real = line.encoded.length
+        input_ids[number, :real] = line.encoded.ids
+        attention_mask[number, :real] = 1
+        supervised[number, :real] = line.encoded.supervised
     supervised[:, :1] = False  # the first token has no predictor
     sequence, offset = np.nonzero(supervised)
     place = sequence * length + offset
-    completions = [item.row.completions[part.completion] for _, item, part, _ in sequences]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(mask),
-        position_ids=torch.arange(length).expand(len(sequences), length).contiguous(),
+        attention_mask=torch.from_numpy(attention_mask),
+        position_ids=torch.arange(length).expand(len(lines), length).contiguous(),
         target_ids=torch.from_numpy(input_ids.reshape(-1)[place]),
         predictor=torch.from_numpy(place - 1),
         place=torch.from_numpy(place),
         offset=torch.from_numpy(offset),
         sequence=torch.from_numpy(sequence),
-        row=_integers([number for number, *_ in sequences]),
-        role=_integers([part.role for _, _, part, _ in sequences]),
-        target=torch.tensor([part.target for _, _, part, _ in sequences], dtype=torch.float32),
-        good=torch.tensor([is_good(completion) for completion in completions], dtype=torch.bool),
-        pairs=_integers([pair for group in _by_row(sequences) for pair in group]).reshape(-1, 2),
-        example=_integers([item.example for item in items]),
-        kind=_integers([_KINDS[item.row.kind] for item in items]),
+        row=_integers(line.row for line in lines),
+        role=_integers(line.part.role for line in lines),
+        target=torch.tensor([line.part.target for line in lines], dtype=torch.float32),
+        good=torch.tensor(
+            [is_good(line.item.row.completions[line.part.completion]) for line in lines], dtype=torch.bool
+        ),
+        pairs=_pairs(lines),
+        example=_integers(item.example for item in items),
+        kind=_integers(_KINDS[item.row.kind] for item in items),
         columns=_columns(items, len(place)),
     )
+
+
+class _Line(NamedTuple):
+    """One sequence of a batch."""
+
+    row: int
+    item: Item
+    part: Part
+    encoded: Encoded
+
+
+def _pairs(lines: Sequence[_Line]) -> torch.Tensor:
+    """(P, 2): every positive with every negative of its row."""
+    sides: dict[tuple[int, Role], list[int]] = defaultdict(list)
+    for number, line in enumerate(lines):
+        sides[line.row, line.part.role].append(number)
+    rows = dict.fromkeys(line.row for line in lines)
+    pairs = [pair for row in rows for pair in product(sides[row, Role.POSITIVE], sides[row, Role.NEGATIVE])]
+    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+
+
+def _columns(items: Sequence[Item], targets: int) -> dict[str, torch.Tensor]:
+    """The reference's log-probs, when every item brings them."""
+    if not items or any(item.reference is None for item in items):
+        return {}
+    values = np.concatenate([column for item in items for column in item.reference or ()])
+    assert len(values) == targets, f"{len(values)} reference log-probs for {targets} targets"
+    return {"reference": torch.from_numpy(values.astype(np.float32))}
+
+
+def _integers(values: Iterable[int]) -> torch.Tensor:
+    return torch.tensor([int(value) for value in values], dtype=torch.int64)

@@ -1,9 +1,9 @@
 """Mixture: which row comes next.
 
-Sources are interleaved by Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): after any
-n rows, source i has been drawn within one row of n * share_i, whatever the number of sources. The interleave knows no
-seed. Each source has an order of its own, made from its name, the data seed and the pass over it: its k-th row is the
-same in every mixture, so that changing a share or adding a source never reorders another.
+Sources are interleaved by Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): after
+any n rows, source i has been drawn within one row of n * share_i, whatever the number of sources. The interleave knows
+no seed. Each source has an order of its own, made from its name, the data seed and the pass over it: its k-th row is
+the same in every mixture, so that changing a share or adding a source never reorders another.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Mixture:
     """
 
     def __init__(self, names: Sequence[str], sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        assert len(names) == len(sizes) == len(weights) and math.isclose(sum(weights), 1.0, abs_tol=1e-6)
+        assert len(names) == len(sizes) == len(weights)
+        assert math.isclose(sum(weights), 1.0, abs_tol=1e-6)
         assert all(size > 0 for size, weight in zip(sizes, weights, strict=True) if weight > 0)
         self.names, self.sizes, self.weights, self.seed = list(names), list(sizes), list(weights), seed
         self.counts = [0] * len(self.names)  # rows drawn from each source
@@ -63,7 +64,8 @@ class Mixture:
         return {"seed": self.seed, "counts": dict(zip(self.names, self.counts, strict=True))}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        assert state["seed"] == self.seed and set(state["counts"]) == set(self.names), "another mixture's state"
+        assert state["seed"] == self.seed, "the state of a mixture with another data seed"
+        assert set(state["counts"]) == set(self.names), "the state of a mixture of other sources"
         self.counts = [int(state["counts"][name]) for name in self.names]
 
     def _next(self) -> Draw:
@@ -126,7 +128,8 @@ def mixture_weights(portions: Sequence[Portion], ratio: float | None = None) -> 
     total = sum(raw)
     if ratio is None:
         return [value / total for value in raw]
-    sides = {side: sum(v for v, p in zip(raw, portions, strict=True) if p.demonstration is side) for side in (True, False)}
+    shown = sum(value for value, p in zip(raw, portions, strict=True) if p.demonstration)
+    sides = {True: shown, False: total - shown}
     asked = {True: ratio, False: 1 - ratio}
     names = {True: "demonstrations", False: "rows with feedback (pairs, labels, scores, negatives)"}
     lacking = [names[side] for side in (True, False) if asked[side] > 0 and sides[side] == 0]

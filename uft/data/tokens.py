@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import batched
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def tokenize(
         except cache.Corrupt as error:
             cache.discard(folder, error)
             state = "rebuilt"
-    encoded = list(_encode(rows, renderer))
+    encoded = _encode(rows, renderer)
     _check(rows, encoded, renderer)
     fitted = [POLICIES[too_long](row, max_length) for row in encoded]
     if too_long == "error":
@@ -125,16 +125,14 @@ def _recalled(name: str, rows: Sequence[Row], encoded: EncodedRows, notes: dict[
     return Tokenized(name, tuple(rows[n] for n in notes["kept"]), encoded, LengthReport(**report), "hit")
 
 
-def _encode(rows: Sequence[Row], renderer: Renderer) -> Iterator[tuple[Encoded, ...]]:
+def _encode(rows: Sequence[Row], renderer: Renderer) -> list[tuple[Encoded, ...]]:
     """Rows in chunks through the tokenizer, which is fastest on many texts at once."""
-    flat = ((row.prompt, completion.turns, row.id) for row in rows for completion in row.completions)
-    encoded = (
-        one
-        for chunk in batched(flat, CHUNK)
-        for one in renderer.encode_many([(p, t) for p, t, _ in chunk], [name for _, _, name in chunk])
-    )
-    for row in rows:
-        yield tuple(next(encoded) for _ in row.completions)
+    flat = (((row.prompt, completion.turns), row.id) for row in rows for completion in row.completions)
+    encoded: list[Encoded] = []
+    while chunk := list(islice(flat, CHUNK)):
+        encoded += renderer.encode_many([conversation for conversation, _ in chunk], [name for _, name in chunk])
+    following = iter(encoded)
+    return [tuple(islice(following, len(row.completions))) for row in rows]
 
 
 # --- checks
@@ -150,7 +148,9 @@ def _check(rows: Sequence[Row], encoded: Sequence[Sequence[Encoded]], renderer: 
     ]
     if not wrong:
         return
-    problems = [Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template") for row, why in wrong[:SHOWN]]
+    problems = [
+        Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template") for row, why in wrong[:SHOWN]
+    ]
     if len(wrong) > SHOWN:
         problems.append(Problem(f"... and {len(wrong) - SHOWN} more rows", "alike"))
     raise UftError(*problems, footer="Look at a row's tokens:  uft data")
@@ -205,11 +205,16 @@ def _refuse_long(name: str, encoded: Sequence[tuple[Encoded, ...]], max_length: 
     long = sum(length > max_length for length in lengths)
     if not long:
         return
+    longest = max(lengths)
+    these = f"{long} of {len(lengths)} rows are longer than train.max_length={max_length}"
     raise UftError(
         Problem(
             f"data.sources.{name}",
-            f"{long} of {len(lengths)} rows are longer than train.max_length={max_length}; the longest has {max(lengths)} tokens",
-            advice=("leave them out or cut them:  data.too_long=drop|truncate", f"or make room:  train.max_length={max(lengths)}"),
+            f"{these}; the longest has {longest} tokens",
+            advice=(
+                "leave them out or cut them:  data.too_long=drop|truncate",
+                f"or make room:  train.max_length={longest}",
+            ),
         )
     )
 

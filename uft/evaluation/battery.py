@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -111,7 +112,7 @@ class _Bench:
 
     def _items(self, held: HeldOut) -> list[Item]:
         """Items with all completions; with their cached reference log-probs, if that is where those come from."""
-        rows = list(zip(held.rows, held.encoded, strict=True))[: self.settings.rows]
+        rows = islice(zip(held.rows, held.encoded, strict=True), self.settings.rows)
         made = (make_item(row, encoded, number, 0, pointwise) for number, (row, encoded) in enumerate(rows))
         items = [item for item in made if item is not None]
         column = self.reference.column if self.reference else None

@@ -114,8 +114,6 @@ def _on_hub(name: str, revision: str | None) -> bool:
         if cached:
             return False
         advice = "without network:  model=playground, or model.path=FOLDER"
-        why = (
-            f"the Hugging Face hub cannot be reached, and the model is not in the local cache ({type(error).__name__})"
-        )
+        why = f"the hub cannot be reached ({type(error).__name__}), and the model is not in its local cache"
         raise UftError(Problem(what, why, advice=(advice,))) from None
     return True

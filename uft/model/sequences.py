@@ -10,7 +10,7 @@ import torch
 from uft.data.batch import Batch
 
 TokenSequence = tuple[np.ndarray, np.ndarray]
-"""ids (L,) int and supervised (L,) bool. The first token is never supervised: nothing predicts it."""
+"""ids (L,) int and supervised (L,) bool."""
 
 
 def sequence_batch(sequences: Sequence[TokenSequence], pad_id: int) -> Batch:
@@ -24,7 +24,7 @@ def sequence_batch(sequences: Sequence[TokenSequence], pad_id: int) -> Batch:
         input_ids[number, : len(ids)] = torch.as_tensor(np.asarray(ids, dtype=np.int64))
         supervised[number, : len(ids)] = torch.as_tensor(np.asarray(mask, dtype=bool))
         real[number, : len(ids)] = 1
-    assert not supervised[:, 0].any(), "nothing predicts the first token of a sequence"
+    supervised[:, :1] = False  # nothing predicts the first token
     sequence, offset = supervised.nonzero(as_tuple=True)
     place = sequence * longest + offset
     each = torch.arange(count)

@@ -2,7 +2,7 @@
 
 Made for DFT (arXiv 2502.18679), whose negatives are samples of the base model, several seeds per prompt, often under a
 system prompt that asks for bad answers. One line per row, in file order; a line is whole or not there. A job that was
-stopped continues where it was, and then the file is the same as if it had never stopped.
+stopped continues where it was, and then the file is as if it had never stopped (to the last digit of a log-prob).
 
 A line: `row` (id of the row it was made from), `prompt`, `response` (the row's own good completion), `negatives`,
 `negative_log_probs` (of each sample with its end token, under the prompt it was sampled with, at temperature 1),

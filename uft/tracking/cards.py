@@ -61,37 +61,26 @@ def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     return found
 
 
-def progress_table(step: int, history: Mapping[int, Mapping[str, float]]) -> Table:
-    """The battery's metrics before training, the last time and now. `history` holds every battery so far, by step."""
-    earlier = sorted(s for s in history if s < step)
-    columns = {"before": 0 if 0 in earlier else None, "last": earlier[-1] if earlier and earlier[-1] else None}
-    shown = {name: at for name, at in columns.items() if at is not None} | {"now": step}
-    table = _table(f"evaluation at step {step}", "metric", [f"{name} ({at})" for name, at in shown.items()])
-    for metric in overall(history[step]):
-        values = (overall(history[at]).get(metric) for at in shown.values())
-        table.add_row(printable(metric), *(number(value, 3) for value in values))
-    return table
+def battery_table(step: int, history: Mapping[int, Mapping[str, float]]) -> Table:
+    """A row per metric: before training, the last time, now, and now for each source.
 
-
-def source_table(metrics: Mapping[str, float]) -> Table | None:
-    """One row per source, one column per metric; None if nothing was measured by source."""
-    sources = by_source(metrics)
-    if not sources:
-        return None
-    names = list(dict.fromkeys(name for values in sources.values() for name in values))
-    table = _table("", "source", names)
-    for source, values in sources.items():
-        table.add_row(printable(source), *(number(values.get(name), 3) for name in names))
-    return table
-
-
-def _table(title: str, first: str, others: Sequence[str]) -> Table:
+    `history` holds every battery so far by step, `step` among them.
+    """
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(first)
-    for name in others:
-        table.add_column(printable(name), justify="right", overflow="fold")
+    earlier = sorted(at for at in history if at < step)
+    times = {"before": 0} if 0 in earlier else {}
+    times |= {"last": earlier[-1]} if any(earlier) else {}
+    times |= {"now": step}
+    sources = by_source(history[step])
+    columns = [overall(history[at]) for at in times.values()] + list(sources.values())
+    title = f"evaluation at step {step}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.padding = (0, 2, 0, 0)
+    for name in ("metric", *(f"{name} ({at})" for name, at in times.items()), *sources):
+        table.add_column(printable(name), justify="left" if name == "metric" else "right", overflow="fold")
+    for metric in dict.fromkeys(name for column in columns for name in column):
+        table.add_row(printable(metric), *(number(column.get(metric), 3) for column in columns))
     return table
 
 
@@ -120,7 +109,7 @@ def ending_rows(ending: Ending) -> list[tuple[str, str]]:
         speed = ending.tokens / ending.seconds
     rows = [
         ("status", f"{ending.status} at step {ending.steps}/{ending.total_steps}"),
-        ("error", printable(ending.error) if ending.error else ""),
+        ("error", ending.error or ""),
         ("final", _metrics(ending.final)),
         ("best", _best(ending)),
         ("time", f"{duration(ending.seconds)} of training" if ending.seconds else ""),

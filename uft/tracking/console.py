@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from uft.tracking.cards import Battery, Ending, ending_rows, progress_table, sample_lines, source_table
-from uft.tracking.format import card, printable, step_line
+from uft.tracking.cards import Battery, Ending, battery_table, ending_rows, sample_lines
+from uft.tracking.format import card, printable, printable_lines, step_line
 
 CLEAR_LINE = "\r\x1b[2K"
 PLAIN_WIDTH = 110  # of tables where there is no terminal
@@ -42,7 +42,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """A line or more between the steps."""
-        self._print(text)
+        self._print(printable_lines(text))
 
     def start(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """The card before the first step: what runs, on what, and where it goes."""
@@ -77,17 +77,14 @@ class Console:
         self._note(line)
 
     def battery(self, step: int, battery: Battery) -> None:
-        """The battery's metrics before, last and now, by source, and one sample of each source."""
+        """The battery's metrics before, last, now and by source, and one sample of each source."""
+        self._print("")
         if battery.metrics:
             self._batteries[step] = dict(battery.metrics)
+            self._rich(battery_table(step, self._batteries))
             self._print("")
-            self._rich(progress_table(step, self._batteries))
-            by_source = source_table(battery.metrics)
-            if by_source is not None:
-                self._rich(by_source)
         if battery.samples:
-            self._print("\n".join(sample_lines(battery.samples, self._width())))
-        self._print("")
+            self._print("\n".join(sample_lines(battery.samples, self._width())) + "\n")
 
     def close(self) -> None:
         self._finish_line()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 SEPARATOR = " | "
-FIRST_TO_GO = ("terms", "mfu", "memory", "grad", "lr", "speed", "percent")  # when a terminal is too narrow
+FIRST_TO_GO = ("mfu", "lr", "grad", "memory", "terms", "speed", "percent")  # when a terminal is too narrow
+JOINERS = "\u200c\u200d"  # Persian, Hindi and emoji need them; they move nothing
 HEADLINE_TERMS = 3  # of the objective, in the step line; metrics.jsonl has them all
 
 
@@ -43,7 +43,16 @@ def duration(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """One line that cannot move the cursor: line feeds and control codes of data and models are shown as escapes."""
-    return "".join(c if unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c.encode("unicode_escape").decode() if _moves(c) else c for c in text)
+
+
+def printable_lines(text: str) -> str:
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
+def _moves(character: str) -> bool:
+    category = unicodedata.category(character)
+    return (category[0] == "C" and character not in JOINERS) or category in ("Zl", "Zp")
 
 
 def shorten(text: str, width: int) -> str:
@@ -58,7 +67,7 @@ def step_line(
     eta: float | None = None,
     width: int | None = None,
 ) -> str:
-    """The line of one step. What is not known is left out, and on a terminal narrower than the line the least wanted."""
+    """The line of one step. What is not known is left out; so is the least wanted where `width` is too narrow."""
     fields = {
         "step": f"step {step:>{len(str(total))}}/{total}",
         "percent": f"{100 * step // max(total, 1):>3}%",
@@ -108,14 +117,7 @@ def card(rows: Sequence[tuple[str, str]]) -> str:
     width = max((len(label) for label, _ in rows), default=0)
     lines = []
     for label, value in rows:
-        first, *more = value.split("\n")
+        first, *more = printable_lines(value).split("\n")
         lines.append(f"  {label:<{width}}  {first}".rstrip())
         lines += [f"  {'':<{width}}  {line}".rstrip() for line in more]
     return "\n".join(lines)
-
-
-def path(folder: Path) -> str:
-    """`folder` as one would type it here."""
-    here = Path.cwd()
-    absolute = folder.absolute()
-    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)

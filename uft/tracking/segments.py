@@ -1,15 +1,18 @@
-"""Repair of W&B's local logs after a kill.
+"""W&B's local logs of a run: what they hold, and their repair after a kill.
 
 Each process of a run writes a segment, `wandb/*run-TIME-ID/run-ID.wandb`: seven bytes of header, then records in
 LevelDB's log framing (blocks of 32 KiB; a record is one fragment, or several marked first, middle and last, each with
-CRC, length and kind in seven bytes). A process that is killed leaves half a record, and `wandb sync` stops there
-without uploading the segments that follow. Cut at the last whole record, a segment uploads like any other.
+CRC, length and kind in seven bytes). The block being filled stays in memory. A process that is killed thus loses some
+rows and leaves half a record, and `wandb sync` stops there without uploading the segments that follow. Cut at the last
+whole record, a segment uploads like any other.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 BLOCK = 32 * 1024
@@ -17,31 +20,43 @@ HEADER = 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
-def repair_all(folder: Path) -> list[Path]:
-    """Cut every torn segment below `folder`, a run's `wandb/`; the segments that were."""
-    return [path for path in sorted(folder.glob("*run-*/run-*.wandb")) if repair(path)]
+def files(folders: Iterable[Path]) -> list[Path]:
+    return [file for folder in folders for file in sorted(folder.glob("run-*.wandb"))]
 
 
 def repair(path: Path) -> bool:
     """Cut a segment at its last whole record; whether there was anything to cut."""
-    whole, size = whole_until(path.read_bytes()), path.stat().st_size
-    if whole < size:
+    data = path.read_bytes()
+    ends = [end for end, _ in records(data)]
+    whole = ends[-1] if ends else min(HEADER, len(data))
+    if whole < len(data):
         os.truncate(path, whole)
-    return whole < size
+    return whole < len(data)
 
 
-def whole_until(data: bytes) -> int:
-    """The offset where the last whole record ends."""
-    position = end = min(HEADER, len(data))
+def last_step(path: Path) -> int | None:
+    """The last `step` among the history rows of a segment."""
+    from wandb.proto import wandb_internal_pb2 as messages  # made at run time: no type checker sees what is in it
+
+    for _, content in reversed(list(records(path.read_bytes()))):
+        for item in messages.Record.FromString(content).history.item:  # type: ignore[attr-defined]
+            if item.key == "step" or list(item.nested_key) == ["step"]:
+                return int(json.loads(item.value_json))
+    return None
+
+
+def records(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(offset of its end, content) of each whole record."""
+    position, parts = HEADER, b""
     while position + HEADER <= len(data):
         left = BLOCK - position % BLOCK
         if left < HEADER:  # a block's last bytes, too few for a fragment, are padding
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
-        position += HEADER + length
+        start, position = position + HEADER, position + HEADER + length
         if not FULL <= kind <= LAST or position > len(data):
-            break
+            return
+        parts = data[start:position] if kind in (FULL, FIRST) else parts + data[start:position]
         if kind in (FULL, LAST):
-            end = position
-    return end
+            yield position, parts

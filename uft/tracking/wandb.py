@@ -1,7 +1,7 @@
 """W&B as a mirror of the run: it may be offline, slow or broken, and training neither waits for it nor fails with it.
 
-The run's id comes from `run.json` and never changes, so that a resumed run continues the same W&B run. On one process
-one W&B run is open at a time: a second one first finishes the first.
+The run's id comes from `run.json` and never changes, so that a resumed run continues the same W&B run, and what W&B
+lacks of `metrics.jsonl` is sent again. In one process one W&B run is open at a time: a second first finishes the first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from uft.evaluation.samples import Sample
 from uft.runs import Run
 from uft.tracking import segments
 from uft.tracking.connection import CONNECT_TIMEOUT, Choice, Server, choose, no_key
+from uft.tracking.files import read_metrics
 
 LONGEST_TAG = 64  # characters; W&B refuses more
 AXES = ("step", "tokens", "rows")
@@ -38,26 +39,26 @@ class Wandb:
     _handle: Any = field(default=None, init=False)
     _folder: Path = field(default=Path(), init=False)
     _broken: bool = field(default=False, init=False)
-    _first: int = field(default=0, init=False)  # rows of earlier steps are at the server already
-    _shift: int = field(default=0, init=False)
+    _known: int = field(default=-1, init=False)  # rows of earlier steps are there already
+    _shift: int = field(default=0, init=False)  # W&B's `_step` - ours
 
     def start(self) -> None:
         """Open the W&B run. Raises UftError if it is to be online and there is no key that W&B accepts."""
         asked = self._mode_asked()
         if asked == "disabled":
-            self.run.update_info(wandb={**self.run.info().get("wandb", {}), "mode": asked})
+            self.run.update_info(wandb={**self._info(), "mode": asked})
             return
         try:
             self._begin(asked)
         except UftError:
             raise
         except Exception as error:
-            _forget()
+            _shut_down()
             self.say(f"W&B could not start ({_first_line(error)}); metrics.jsonl has everything.")
             return
-        self._note()
         if self.why:
             self.say(f"W&B is offline: {self.why}. Upload it later:  {self.sync_command}")
+        self._catch_up()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._send(step, lambda: metrics)
@@ -77,7 +78,7 @@ class Wandb:
             handle.finish(exit_code=exit_code)
         except Exception as error:
             self.say(f"W&B did not take everything ({_first_line(error)}). Upload the rest:  {self.sync_command}")
-            _forget()
+        _shut_down()
 
     @property
     def description(self) -> str:
@@ -100,23 +101,39 @@ class Wandb:
     def _begin(self, asked: str) -> None:
         settings = _quiet_service().settings
         choice = choose(asked, Server(settings.base_url, settings.api_key), self.connect_timeout)
-        segments.repair_all(self.run.path / "wandb")
         try:
             self._open(choice)
         except Exception as error:
             if choice.mode == "offline":
                 raise
             _refuse_bad_key(asked, error)
-            _forget()
+            _shut_down()
             self._open(Choice("offline", _first_line(error)))
 
     def _open(self, choice: Choice) -> None:
+        earlier = segments.files(self.run.path / name for name in self._info().get("dirs", ()))
+        for file in earlier:
+            segments.repair(file)
         handle = self._init(choice.mode)
         for axis in AXES:  # steps are the x-axis of every chart; tokens and rows can be chosen instead
             handle.define_metric(axis, hidden=True)
         handle.define_metric("*", step_metric="step")
-        self._first, self._shift = _continuation(handle)
         self._handle, self.mode, self.why = handle, choice.mode, choice.why
+        self._known = self._known_step(earlier)
+        self._shift = max(0, handle.starting_step - self._known) if handle.resumed else 0
+        self._note()
+
+    def _known_step(self, earlier: Sequence[Path]) -> int:
+        """The last step that the server, or W&B's local logs of earlier sessions, have; -1: none."""
+        if self.mode == "online":
+            return int(self._handle.summary.get("step", -1)) if self._handle.resumed else -1
+        return max((step for file in earlier if (step := segments.last_step(file)) is not None), default=-1)
+
+    def _catch_up(self) -> None:
+        """Send what `metrics.jsonl` has and W&B lacks: rows lost in a kill, or of sessions that were offline."""
+        for line in read_metrics(self.run):
+            if line["step"] > self._known:
+                self.log(line["step"], line)
 
     def _init(self, mode: Any) -> Any:
         import wandb
@@ -147,24 +164,30 @@ class Wandb:
         )
 
     def _id(self, agent: Mapping[str, str]) -> str:
-        info = self.run.info()
-        return info.get("wandb", {}).get("id") or agent.get("WANDB_RUN_ID") or info["id"]
+        return self._info().get("id") or agent.get("WANDB_RUN_ID") or self.run.info()["id"]
+
+    def _info(self) -> dict[str, Any]:
+        """What earlier sessions of this run noted about W&B in `run.json`."""
+        return self.run.info().get("wandb", {})
 
     def _tags(self) -> list[str]:
         names = [self.config[group]["name"] for group in ("objective", "data", "model")]
         return list(dict.fromkeys(str(tag)[:LONGEST_TAG] for tag in (*names, *self.config["tracking"]["tags"]) if tag))
 
     def _note(self) -> None:
-        earlier = self.run.info().get("wandb", {}).get("dirs", [])
         self._folder = Path(self._handle.dir).parent
         here = os.path.relpath(self._folder, self.run.path)  # relative: a run folder can be moved
+        dirs = list(dict.fromkeys([*self._info().get("dirs", ()), here]))
         url = self._handle.url if self.mode == "online" else None
-        self.run.update_info(
-            wandb={"id": self._handle.id, "mode": self.mode, "url": url, "dirs": list(dict.fromkeys([*earlier, here]))}
-        )
+        self.run.update_info(wandb={"id": self._handle.id, "mode": self.mode, "url": url, "dirs": dirs})
 
     def _send(self, step: int, row: Callable[[], Mapping[str, Any]]) -> None:
-        if self._handle is None or self._broken or step < self._first:
+        """Send a row of step `step`, unless it is there.
+
+        W&B drops what is logged at a `_step` that it has seen. Steps trained again since the last checkpoint are left
+        out; the last step it knows may lack its evaluation and is sent again, one `_step` further.
+        """
+        if self._handle is None or self._broken or step < self._known:
             return
         try:
             with _staging_in(self.run.path / "wandb"):
@@ -172,16 +195,6 @@ class Wandb:
         except Exception as error:
             self._broken = True
             self.say(f"W&B stopped taking metrics ({_first_line(error)}); metrics.jsonl has everything.")
-
-
-def _continuation(handle: Any) -> tuple[int, int]:
-    """(first step to send, what to add to it) that continue the rows of a resumed online run.
-
-    W&B drops what is logged at a `_step` that it has seen. Steps trained again since the last checkpoint are left out,
-    they are there already; the last step it knows may lack its evaluation and is sent again, one `_step` further.
-    """
-    known = handle.summary.get("step") if handle.resumed else None
-    return (known, max(0, handle.starting_step - known)) if isinstance(known, int) else (0, 0)
 
 
 def _refuse_bad_key(asked: str, error: Exception) -> None:
@@ -198,8 +211,11 @@ def _quiet_service() -> Any:
     return wandb.setup(wandb.Settings(silent=True))
 
 
-def _forget() -> None:
-    """Stop wandb's service: after a failure it keeps the run's id as in use, and would go on trying at exit."""
+def _shut_down() -> None:
+    """Stop wandb's service.
+
+    Only then is an offline run on disk to its end; after a failure, the service would keep the run's id as in use.
+    """
     import wandb
 
     with suppress(Exception):  # it may be what died

@@ -66,7 +66,7 @@ class Feed:
         for source in self.sources:
             for row in source.rows:
                 if self._view(row, 0) is None:
-                    found.setdefault(source.name, {}).setdefault(row.kind, []).append(row.id)
+                    found.setdefault(source.source, {}).setdefault(row.kind, []).append(row.id)
         return found
 
     def preview(self, rows: int) -> list[Draw]:

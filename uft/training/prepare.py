@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Config, Hardware
+from uft.data.batch import Batch
 from uft.data.batches import micro_batches
-from uft.data.templates import Encoded
-from uft.errors import Problem, UftError
+from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.stepzero import check_step_zero
+from uft.model.forward import Policy
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.reference import Reference, make_reference
 from uft.objectives import make
-from uft.objectives.base import Objective
+from uft.objectives.base import Clock
 from uft.runs import Run
+from uft.training import checkpoints
 from uft.training.corpus import Corpus, Plan, cache_dir, make_feed, plan, read_corpus
 from uft.training.feed import Feed
 from uft.training.optim import make_optimiser
@@ -29,6 +32,13 @@ STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a token's log-prob between policy and reference before the first step: rounding, no more."""
 
 
+Say = Callable[[str], None]
+
+
+def _silent(text: str) -> None:
+    """Nobody is watching."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A trainer and what it was made from, for the start card, the battery and the export."""
@@ -37,7 +47,8 @@ class Prepared:
     corpus: Corpus
     plan: Plan
     tokenizer: PreTrainedTokenizerBase
-    reference: Reference | None
+    reference: Reference | None  # what the objective compares with; None: it needs none
+    yardstick: Reference | None  # what the battery compares with: every objective is measured against one
 
 
 class Stopped(Exception):
@@ -62,25 +73,29 @@ def choose_device(hardware: Hardware) -> torch.device:
     return torch.device(name)
 
 
-def longest_sequence(tokenizer: PreTrainedTokenizerBase, config: object) -> int | None:
-    """Positions the model has, if it says so."""
-    return getattr(config, "max_position_embeddings", None)
-
-
-def prepare(run: Run, config: Config, device: torch.device, stop: Stop) -> Prepared:
-    """Data, model, objective, reference and optimiser of a run, before its first step or resumed at its newest one."""
+def prepare(run: Run, config: Config, device: torch.device, stop: Stop, say: Say = _silent) -> Prepared:
+    """Data, model, objective, reference and optimiser of a run before its first step, then its newest checkpoint."""
     torch.manual_seed(config.seeds.sampling)
     objective = make(config.objective)
     tokenizer = load_tokenizer(config.model)
     corpus = read_corpus(config, tokenizer)
     horizon = plan(config, corpus)
-    feed = make_feed(config, corpus, objective.views)
+    feed = make_feed(config, corpus, objective)
+    say("loading the model")
     policy = load_policy(config.model, device, config.seeds.init)
     check_vocabulary(policy.module, tokenizer)
+    check_positions(policy, corpus)
     objective.start(feed.examples)
-    reference = _reference(config, policy, tokenizer, device, feed, horizon) if _wanted(config, objective) else None
-    if reference and reference.column:
-        _fill(reference, corpus, feed, horizon, stop)
+    against = partial(make_reference, policy, config.model, device=device, tokenizer=tokenizer, cache=cache_dir(config))
+    visits = horizon.total_rows / max(1, feed.examples)
+    reference = None
+    if objective.needs.reference:
+        reference = against(config.reference, visits_per_row=visits)
+        _fill(reference, feed, horizon, config, stop, say)
+    # the battery visits its rows many times, so without a reference in memory its column is computed once
+    yardstick = reference
+    if reference is None and corpus.held_out:
+        yardstick = against(replace(config.reference, mode="auto"), visits_per_row=float("inf"))
     trainer = Trainer(
         run=run,
         config=config,
@@ -96,4 +111,82 @@ def prepare(run: Run, config: Config, device: torch.device, stop: Stop) -> Prepa
         epoch_rows=horizon.epoch_rows,
         stop=stop,
     )
-    return Prepared(trainer, corpus, horizon, tokenizer, reference)
+    return Prepared(trainer, corpus, horizon, tokenizer, reference, yardstick)
+
+
+def resume(trainer: Trainer) -> int:
+    """Continue from the newest checkpoint; its step, or -1 where there is none: the run starts from the beginning."""
+    checkpoints.recover(trainer.run)
+    found = trainer.run.checkpoints()
+    if not found:
+        return -1
+    step, folder = found[-1]
+    trainer.load_checkpoint(folder)
+    return step
+
+
+def _fill(reference: Reference, feed: Feed, horizon: Plan, config: Config, stop: Stop, say: Say) -> None:
+    """Compute the cached reference of all completions the run will meet, and hand the column to the feed."""
+    if reference.column is None:
+        return
+    rows = {(draw.source, draw.index) for draw in feed.preview(horizon.total_rows)}
+    encoded = [one for source, index in sorted(rows) for one in feed.sources[source].encoded[index]]
+    done = reference.column.fill(
+        encoded,
+        batch_tokens=config.train.micro_batch_tokens,
+        should_stop=stop,
+        progress=lambda count, of: say(f"reference log-probs: {count} of {of} completions"),
+    )
+    if not done:
+        raise Stopped
+    feed.reference = reference.column
+
+
+def check_positions(policy: Policy, corpus: Corpus) -> None:
+    """Learned position embeddings end somewhere; a longer row must be said before step 0, not by an index error."""
+    positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None)
+    problems = [
+        Problem(
+            f"data.sources.{source.source}",
+            f"its longest row has {longest} tokens, the model has {positions} positions",
+            advice=(f"train.max_length={positions} data.too_long=drop|truncate",),
+        )
+        for source in [*corpus.train, *corpus.held_out]
+        if positions and (longest := max(e.length for row in source.encoded for e in row)) > positions
+    ]
+    if problems:
+        raise UftError(*problems)
+
+
+@torch.no_grad()
+def check_start(trainer: Trainer, reference: Reference | None) -> None:
+    """Rule 5 on the real run: before step 0 the policy is the reference, and losses have the values that follow."""
+    if reference is None or trainer.config.reference.path is not None or trainer.progress.step > 0:
+        return
+    draws = trainer.feed.preview(min(trainer.config.train.batch_size, 8))
+    items = trainer.feed.items(draws)
+    if not items:
+        return
+    batch = micro_batches(items[:2], 1, trainer.pad_id)[0].to(trainer.device)
+    trainer.policy.eval()
+    ours, theirs = trainer.policy(batch).log_probs, reference.forward(batch).log_probs
+    tolerance = STEP_ZERO_TOLERANCE[trainer.config.model.dtype]
+    problems = check_step_zero(ours, theirs, tolerance)
+    if not problems:
+        problems = _wrong_terms(trainer, reference, batch)
+    trainer.policy.train()
+    if problems:
+        raise UftError(Problem("step 0", problems[0], advice=tuple(problems[1:])), code=FAILED)
+
+
+def _wrong_terms(trainer: Trainer, reference: Reference, batch: Batch) -> list[str]:
+    """Terms of the loss that are not what they must be while policy and reference are equal."""
+    clock = Clock(learning=False)
+    loss = trainer.objective(batch, trainer.policy, reference.forward, clock)
+    expected = trainer.objective.at_reference(batch)
+    loose = 1e-2 if trainer.config.model.dtype == "float32" else 1.0
+    return [
+        f"{name} is {float(loss[name].total):.6g} where policy = reference gives {float(total):.6g}"
+        for name, total in expected.items()
+        if abs(float(loss[name].total) - float(total)) > loose * max(1.0, float(loss[name].count))
+    ]

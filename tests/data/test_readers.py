@@ -1,0 +1,229 @@
+"""Records out of files, folders, the hub and the playground."""
+
+import json
+import sys
+
+import pytest
+
+from uft.data.readers import BadRow, Place, Record, read
+from uft.errors import UftError
+
+ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(3)]
+
+
+def fields(tables):
+    return [dict(found.fields) for table in tables for found in table.found]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_parquet(path, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def place(path, **more):
+    return Place(str(path), key="data.sources.mine.path", **more)
+
+
+def refused(path, **more):
+    with pytest.raises(UftError) as error:
+        read(place(path, **more))
+    return str(error.value)
+
+
+def test_jsonl_passes_over_bom_blank_lines_and_crlf(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"prompt": "q", "completion": "a"}\r\n\r\n{"prompt": "\\u2028", "completion": "b"}')
+    found = read(place(file))[0].found
+    assert [f.where for f in found] == [f"{file}:1", f"{file}:3"]
+    assert found[0].fields == {"prompt": "q", "completion": "a"}
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text(json.dumps({"prompt": "one\u2028two\x85three"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert fields(read(place(file))) == [{"prompt": "one\u2028two\x85three"}]
+
+
+def test_broken_lines_are_bad_rows_with_their_place_and_the_others_are_read(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"a": 1}\n{"a": \n\xff\xfe\n[1]\n"x"\n{"a": 2}\n')
+    found = read(place(file))[0].found
+    bad = {f.where.rsplit(":", 1)[1]: f.why for f in found if isinstance(f, BadRow)}
+    assert sorted(bad) == ["2", "3", "4", "5"]
+    assert "broken JSON" in bad["2"]
+    assert "not UTF-8: byte 0xff" in bad["3"]
+    assert bad["4"] == bad["5"] == "not a JSON object"
+    assert [f.fields for f in found if isinstance(f, Record)] == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize("text", [json.dumps(ROWS), json.dumps(ROWS, indent=2), "\n".join(map(json.dumps, ROWS))])
+def test_json_is_an_array_or_lines(tmp_path, text):
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    assert fields(read(place(file))) == ROWS
+
+
+def test_a_broken_json_array_names_the_line(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text('[{"a": 1},\n{"a": }]')
+    (bad,) = read(place(file))[0].found
+    assert bad.where == f"{file}:2"
+
+
+def test_csv_counts_lines_through_quoted_newlines(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_bytes(b'prompt,completion\r\n"two\nlines",a\r\nq,b\r\nq,b,c\r\n')
+    table = read(place(file))[0]
+    assert table.textual
+    assert table.found[0] == Record(f"{file}:2", {"prompt": "two\nlines", "completion": "a"})
+    assert table.found[1].where == f"{file}:4"
+    assert table.found[2] == BadRow(f"{file}:5", "has 3 cells under 2 columns")
+
+
+def test_tsv(tmp_path):
+    file = tmp_path / "x.tsv"
+    file.write_text("prompt\tcompletion\nq, with a comma\ta\n")
+    assert fields(read(place(file))) == [{"prompt": "q, with a comma", "completion": "a"}]
+
+
+def test_parquet(tmp_path):
+    nested = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
+    assert fields(read(place(write_parquet(tmp_path / "x.parquet", nested)))) == nested
+
+
+def test_a_broken_parquet_file_is_a_problem_not_a_traceback(tmp_path):
+    file = tmp_path / "x.parquet"
+    file.write_bytes(b"nothing of the kind")
+    assert "cannot be read" in refused(file)
+
+
+def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", ROWS[1:])
+    write_parquet(tmp_path / "a.parquet", ROWS[:1])
+    (tmp_path / "notes.txt").write_text("not data")
+    assert fields(read(place(tmp_path))) == ROWS
+
+
+def test_files_named_after_splits_are_kept_apart(tmp_path):
+    write_jsonl(tmp_path / "train-00.jsonl", ROWS[:2])
+    write_jsonl(tmp_path / "test.jsonl", ROWS[2:])
+    assert fields(read(place(tmp_path))) == ROWS[:2]
+    assert fields(read(place(tmp_path, split="test"))) == ROWS[2:]
+    assert "splits: test, train" in refused(tmp_path, split="validation")
+
+
+def test_datasets_folders_on_disk(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    both = datasets.DatasetDict(
+        train=datasets.Dataset.from_list(ROWS[:2]), heldout=datasets.Dataset.from_list(ROWS[2:])
+    )
+    both.save_to_disk(tmp_path / "two")
+    assert fields(read(place(tmp_path / "one"))) == ROWS
+    assert fields(read(place(tmp_path / "two", split="heldout"))) == ROWS[2:]
+    assert "splits: heldout, train" in refused(tmp_path / "two", split="test")
+
+
+@pytest.fixture()
+def hub_layout(tmp_path, monkeypatch):
+    """A folder as the hub keeps it: Parquet files under data/ and a card."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    repository = tmp_path / "repository"
+    write_parquet(repository / "data" / "train-00000-of-00001.parquet", ROWS[:2])
+    write_parquet(repository / "data" / "test-00000-of-00001.parquet", ROWS[2:])
+    (repository / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n"
+        "  - split: test\n    path: data/test-*\n---\n# Rows\n"
+    )
+    return repository
+
+
+def test_a_hub_repository_s_layout_is_read_by_split(hub_layout):
+    assert fields(read(place(hub_layout))) == ROWS[:2]
+    assert fields(read(place(hub_layout, split="test"))) == ROWS[2:]
+    assert "datasets cannot read this folder" in refused(hub_layout, split="nothing")
+
+
+def test_a_hub_id_is_asked_for_with_subset_split_and_revision(monkeypatch):
+    import datasets
+
+    asked = {}
+
+    def load_dataset(path, name, *, split, revision):
+        asked.update(path=path, name=name, split=split, revision=revision)
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert fields(read(place("org/rows-v1.5", subset="en", split="train_sft", revision="abc"))) == ROWS
+    assert asked == {"path": "org/rows-v1.5", "name": "en", "split": "train_sft", "revision": "abc"}
+
+
+def test_a_hub_that_cannot_be_reached_is_said_plainly(monkeypatch):
+    import datasets
+
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'org/rows' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    said = refused("org/rows")
+    assert "data.sources.mine.path=org/rows" in said
+    assert "not from the hub: Couldn't reach 'org/rows' on the Hub" in said
+    assert "more" not in said
+
+
+def test_a_missing_file_never_becomes_a_hub_call(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert "did you mean  rows.jsonl ?" in refused("row.jsonl")
+    assert f"did you mean  {tmp_path / 'rows.jsonl'} ?" in refused(tmp_path / "rowz.jsonl")
+    assert "no such file or folder" in refused("./data")
+    assert "no such file or folder" in refused("a/b/c")
+    assert "does not exist either" in refused(tmp_path / "deep" / "rows.jsonl")
+
+
+def test_a_file_of_a_type_that_is_not_read(tmp_path):
+    (tmp_path / "x.xlsx").write_bytes(b"")
+    said = refused(tmp_path / "x.xlsx")
+    assert "cannot read files of type .xlsx" in said
+    assert ".jsonl" in said
+
+
+def test_builtin_playground_rows_have_a_train_and_a_test_side():
+    train = fields(read(place("builtin:playground/instruct")))
+    test = fields(read(place("builtin:playground/instruct", split="test")))
+    assert train
+    assert test
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
+    assert "builtin:playground/instruct" in refused("builtin:playground/nothing")
+    assert "no split dev" in refused("builtin:playground/instruct", split="dev")
+    assert "no such builtin data" in refused("builtin:sandbox")
+
+
+def test_jsonl_and_csv_need_neither_datasets_nor_pyarrow(tmp_path):
+    import subprocess
+
+    write_jsonl(tmp_path / "x.jsonl", ROWS)
+    (tmp_path / "y.csv").write_text("prompt,completion\nq,a\n")
+    code = (
+        "import sys; from uft.data.sources import load_sources; "
+        f"s = {{'a': {{'path': {str(tmp_path / 'x.jsonl')!r}}}, 'b': {{'path': {str(tmp_path / 'y.csv')!r}}}}}; "
+        "assert len(load_sources({'sources': s})) == 2; "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'numpy') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

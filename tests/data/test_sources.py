@@ -1,0 +1,309 @@
+"""Sources as rows: grouping, holding out, and telling everything that is wrong at once."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from uft.config.schema import Data, Source
+from uft.data.rows import Kind
+from uft.data.sources import hold_out, load_sources
+from uft.errors import UftError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def demonstrations(count, start=0):
+    return [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(start, start + count)]
+
+
+def load(sources, **data):
+    return load_sources({"sources": sources, **data})
+
+
+def refused(sources, **data):
+    with pytest.raises(UftError) as error:
+        load(sources, **data)
+    return str(error.value)
+
+
+@pytest.fixture()
+def ten(tmp_path):
+    return write(tmp_path / "ten.jsonl", demonstrations(10))
+
+
+def test_sources_come_sorted_with_rows_named_after_them(ten):
+    second, first = load({"z": {"path": ten}, "a": {"path": ten, "limit": 3}})[::-1]
+    assert (first.name, second.name) == ("a", "z")
+    assert [row.id for row in first.rows] == ["a:0", "a:1", "a:2"]
+    assert len(second.rows) == 10
+    assert second.kinds == {Kind.DEMONSTRATION: 10}
+
+
+def test_a_schema_a_config_node_and_a_mapping_are_all_understood(ten):
+    from omegaconf import OmegaConf
+
+    schema = load_sources(Data(name="d", sources={"a": Source(path=ten)}))
+    node = load_sources(OmegaConf.create({"name": "d", "sources": {"a": {"path": ten}}}))
+    assert schema == node == load({"a": {"path": ten}})
+
+
+def test_no_sources_shows_how_to_add_one():
+    said = refused({})
+    assert "+data.sources.mine.path=x.jsonl" in said
+
+
+def test_columns_are_mapped(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"q": "why", "a": "because", "gold": 7}])
+    (source,) = load({"a": {"path": path, "columns": {"prompt": "q", "completion": "a", "answer": "gold"}}})
+    (row,) = source.rows
+    assert (row.prompt[0].content, row.completions[0].text, row.answer) == ("why", "because", "7")
+
+
+def test_a_mapping_to_a_column_that_is_not_there(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"question": "why", "reply": "because"}])
+    said = refused({"a": {"path": path, "columns": {"prompt": "quesion", "completion": "reply"}}})
+    assert "data.sources.a.columns.prompt=quesion" in said
+    assert "did you mean  question ?" in said
+
+
+def test_a_kind_decides_between_formats(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "q", "completion": "a", "label": True, "score": 0.5}])
+    assert "fit" in refused({"a": {"path": path}})
+    (source,) = load({"a": {"path": path, "kind": "binary"}})
+    assert source.rows[0].kind is Kind.BINARY
+
+
+def test_completions_of_one_prompt_meet_in_one_scored_row_where_the_first_stood(tmp_path):
+    rows = [{"prompt": p, "completion": c, "score": s} for p, c, s in (("q", "a", 0), ("r", "b", 1), ("q", "c", 0.5))]
+    (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}})
+    assert [[c.score for c in row.completions] for row in source.rows] == [[0.0, 0.5], [1.0]]
+    assert [row.index for row in source.rows] == [0, 1]
+
+
+def test_other_kinds_are_not_grouped(tmp_path):
+    rows = [{"prompt": "q", "completion": c, "label": c == "a"} for c in "ab"]
+    (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}})
+    assert [row.completions[0].label for row in source.rows] == [True, False]
+
+
+def test_every_bad_row_of_every_source_is_told_at_once_with_its_place(tmp_path):
+    good = json.dumps({"prompt": "q", "completion": "a"}).encode()
+    bad = [
+        b'{"prompt": "q"}',
+        b'{"prompt": "q", "completion": ""}',
+        b'{"prompt": 7, "completion": "a"}',
+        b'{"prompt": "q", "completion": ',
+        b'{"prompt": "q\xff", "completion": "a"}',
+        b"[]",
+    ]
+    (tmp_path / "one.jsonl").write_bytes(b"\n".join([good, *bad, good, good, good, good, good]))
+    write(tmp_path / "two.jsonl", [{"prompt": "q", "completion": "a", "score": 2}])
+    sources = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("one", "two")}
+    said = refused(sources)
+    for line, why in enumerate(
+        (
+            "completion is missing",
+            "completion is empty",
+            "prompt is a number",
+            "broken JSON",
+            "not UTF-8",
+            "not a JSON",
+        ),
+        2,
+    ):
+        assert f"one.jsonl:{line} " in said
+        assert why in said
+    assert f"two.jsonl:1 " in said
+    assert "outside 0 to 1" in said
+    assert "data.bad_rows=drop" in said
+
+
+def test_many_bad_rows_are_counted(tmp_path):
+    said = refused({"a": {"path": write(tmp_path / "x.jsonl", [{"prompt": "q", "completion": ""}] * 50)}})
+    assert said.count("completion is empty") == 20
+    assert "and 30 more" in said
+
+
+def test_bad_rows_are_dropped_and_counted_when_asked(tmp_path):
+    rows = [*demonstrations(2), {"prompt": "q", "completion": ""}, *demonstrations(2, start=2)]
+    (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}}, bad_rows="drop")
+    assert [row.index for row in source.rows] == [0, 1, 2, 3]
+    assert [bad.where.rsplit(":", 1)[1] for bad in source.dropped] == ["3"]
+
+
+def test_a_source_with_nothing_good_left_stops_even_then(tmp_path):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "q", "completion": ""}])
+    assert "no row could be used: completion is empty" in refused({"a": {"path": path}}, bad_rows="drop")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "there are no rows in it" in refused({"a": {"path": str(tmp_path / "empty.jsonl")}})
+
+
+def test_one_missing_or_stray_key_does_not_change_the_format(tmp_path):
+    rows = [*demonstrations(3), {"prompt": "q", "completion": "a", "label": True}]
+    (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}})
+    assert source.kinds == {Kind.DEMONSTRATION: 4}
+
+
+def test_problems_of_several_sources_are_told_together(tmp_path, ten):
+    said = refused(
+        {
+            "a": {"path": str(tmp_path / "no.jsonl")},
+            "b": {"path": ten, "columns": {"promt": "prompt"}},
+            "c": {"path": ten},
+        }
+    )
+    assert "2 problems" in said
+    assert "data.sources.a.path" in said
+    assert "data.sources.b.columns.promt" in said
+
+
+def test_csv_scores_and_labels(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,completion,score\nq,a,0.25\nr,b,high\n")
+    (tmp_path / "y.csv").write_text("prompt,completion,label\nq,a,True\nr,7,0\n")
+    scored, labelled = load(
+        {"x": {"path": str(tmp_path / "x.csv")}, "y": {"path": str(tmp_path / "y.csv")}}, bad_rows="drop"
+    )
+    assert scored.rows[0].completions[0].score == 0.25
+    assert scored.dropped[0].why == "score is text, not a number"
+    assert [row.completions[0].label for row in labelled.rows] == [True, False]
+    assert labelled.rows[1].completions[0].text == "7"
+
+
+def test_a_csv_that_is_not_utf8(tmp_path):
+    (tmp_path / "x.csv").write_bytes("prompt,completion\nq,caf\xe9\n".encode("latin-1"))
+    said = refused({"x": {"path": str(tmp_path / "x.csv")}})
+    assert "x.csv:2" in said
+    assert "not valid UTF-8" in said
+
+
+# --- held-out rows
+
+
+def test_held_out_rows_depend_on_prompts_alone(tmp_path):
+    rows = demonstrations(40)
+    shuffled = random.Random(1).sample(rows, len(rows))
+    sides = []
+    for name, order in (("a", rows), ("b", shuffled)):
+        (source,) = load({name: {"path": write(tmp_path / f"{name}.jsonl", order), "holdout": 0.25}})
+        assert len(source.held_out) == 10
+        assert len(source.rows) == 30
+        sides.append({row.prompt for row in source.held_out})
+        assert not sides[-1] & {row.prompt for row in source.rows}
+    assert sides[0] == sides[1]
+
+
+def test_one_prompt_never_sits_on_both_sides(tmp_path):
+    rows = [{"prompt": f"q{n % 7}", "completion": f"a{n}", "label": True} for n in range(70)]
+    (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}}, holdout=0.2)
+    train, held = ({row.prompt for row in side} for side in (source.rows, source.held_out))
+    assert train
+    assert held
+    assert not train & held
+    assert len(source.rows) + len(source.held_out) == 70
+
+
+def test_a_holdout_is_a_share_or_a_count_and_the_source_s_own_wins(ten):
+    (source,) = load({"a": {"path": ten, "holdout": 3}}, holdout=0.5)
+    assert len(source.held_out) == 3
+    (source,) = load({"a": {"path": ten, "holdout": 0}}, holdout=0.5)
+    assert source.held_out == ()
+    (source,) = load({"a": {"path": ten}}, holdout=0.01)
+    assert len(source.held_out) == 1
+    assert "leaves no row to train on" in refused({"a": {"path": ten, "holdout": 10}})
+
+
+def test_what_is_held_out_of_fewer_rows_is_held_out_of_more():
+    from uft.data.rows import Completion, Message, Row
+
+    turns = (Message("assistant", "a"),)
+    rows = [Row("s", n, (Message("user", f"q{n}"),), (Completion(turns),)) for n in range(50)]
+    few, more = ({row.index for row in hold_out(rows, amount)[1]} for amount in (5, 10))
+    assert few < more
+
+
+def test_the_limit_comes_before_the_holdout(ten):
+    (source,) = load({"a": {"path": ten, "limit": 4, "holdout": 0.5}})
+    assert {row.index for row in (*source.rows, *source.held_out)} == {0, 1, 2, 3}
+
+
+def test_evaluation_rows_of_their_own(tmp_path, ten):
+    other = write(tmp_path / "eval.jsonl", demonstrations(3, start=100))
+    (source,) = load({"a": {"path": ten, "eval_path": other, "limit": 2}}, holdout=0.5)
+    assert (len(source.rows), len(source.held_out)) == (2, 3)
+    assert source.held_out[0].prompt[0].content == "question 100"
+    said = refused({"a": {"path": ten, "eval_path": str(tmp_path / "evol.jsonl")}})
+    assert "data.sources.a.eval_path" in said
+
+
+def test_an_evaluation_split_of_the_same_folder(tmp_path):
+    write(tmp_path / "train.jsonl", demonstrations(4))
+    write(tmp_path / "test.jsonl", demonstrations(2, start=50))
+    (source,) = load({"a": {"path": str(tmp_path), "eval_split": "test"}})
+    assert (len(source.rows), len(source.held_out)) == (4, 2)
+
+
+def test_builtin_sources_bring_their_test_rows():
+    from uft.playground import world
+
+    (source,) = load({"a": {"path": "builtin:playground/instruct", "checker": "playground"}}, holdout=0.5)
+    assert len(source.held_out) == len(world.records("instruct", "test"))
+    assert source.checker == "playground"
+    (source,) = load({"a": {"path": "builtin:playground/instruct", "holdout": 5}})
+    assert len(source.held_out) == 5
+
+
+@pytest.mark.parametrize("name", ["instruct", "pairs", "binary", "scored", "negatives"])
+def test_every_playground_source_loads(name):
+    (source,) = load({"a": {"path": f"builtin:playground/{name}"}})
+    kinds = {"instruct": "demonstration", "pairs": "preference"}
+    assert {kind.value for kind in source.kinds} == {kinds.get(name, name)}
+    assert all(row.answer and row.task for row in source.rows)
+
+
+# --- digest
+
+
+def test_the_digest_is_of_the_content_in_its_order(tmp_path):
+    paths = [
+        write(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate((demonstrations(3), demonstrations(3)[::-1]))
+    ]
+    first, second = (load({"a": {"path": path}})[0].digest for path in paths)
+    assert first != second
+    assert first == load({"another_name": {"path": paths[0]}})[0].digest
+    assert len(first) == 64
+
+
+# --- real rows
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows lie beside a working copy, not in the repository")
+@pytest.mark.parametrize(
+    ("file", "rows", "kind"),
+    [
+        ("instruction", 2639, Kind.DEMONSTRATION),
+        ("instruction_messages", 76, Kind.DEMONSTRATION),
+        ("preference", 2589, Kind.PREFERENCE),
+        ("preference_messages", 227, Kind.PREFERENCE),
+        ("binary", 1047, Kind.BINARY),
+        ("gsm8k_test", 500, Kind.DEMONSTRATION),
+    ],
+)
+def test_real_rows_load_whole(file, rows, kind):
+    (source,) = load({"a": {"path": str(SHARED / f"{file}.jsonl")}})
+    assert source.kinds == {kind: rows}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows lie beside a working copy, not in the repository")
+def test_real_scores_are_grouped_by_prompt():
+    (source,) = load({"a": {"path": str(SHARED / "scored.jsonl")}})
+    scores = [c.score for row in source.rows for c in row.completions]
+    assert len(scores) == 924
+    assert 0 <= min(scores) < max(scores) <= 1
+    assert len(source.rows) == len({row.prompt for row in source.rows}) < 924

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from uft.config.schema import Eval, Lora, Model, ReferenceModel
+from uft.data.rows import Completion, Message, Row
+from uft.data.sources import load_sources
+from uft.data.templates import Renderer
+from uft.evaluation.battery import HeldOut, battery, distinct, shown
+from uft.model.forward import Policy
+from uft.model.load import load_model, load_tokenizer
+from uft.model.reference import make_reference
+from uft.objectives.views import best_against_worst, reward
+from uft.sampling.generate import Interrupted
+
+CPU = torch.device("cpu")
+MODEL = Model(name="playground", path="builtin:playground")
+LORA = Model(name="playground", path="builtin:playground", adapter="lora", lora=Lora(rank=2))
+SETTINGS = Eval(rows=6, samples=2, generate_rows=5, max_new_tokens=8)
+NAMES = ("binary", "instruct", "negatives", "pairs", "scored")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(MODEL)
+
+
+@pytest.fixture(scope="module")
+def renderer(tokenizer):
+    return Renderer(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def held(renderer):
+    sources = load_sources(
+        {
+            "name": "all",
+            "sources": {name: {"path": f"builtin:playground/{name}", "checker": "playground"} for name in NAMES},
+        }
+    )
+    return [held_out(source.name, source.rows[:8], renderer) for source in sources]
+
+
+def held_out(name, rows, renderer, checker="playground"):
+    encoded = [tuple(renderer.encode(row.prompt, c.turns) for c in row.completions) for row in rows]
+    return HeldOut(name, rows, encoded, checker)
+
+
+def moved(model=MODEL, seed=1):
+    """A policy that has left its reference."""
+    policy = Policy(load_model(model, CPU, 0))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+@pytest.fixture
+def measure(tokenizer, renderer, held, tmp_path):
+    def run(policy, mode=None, sources=None, *, model=MODEL, settings=SETTINGS, should_stop=None, **options):
+        reference = mode and make_reference(
+            policy,
+            model,
+            ReferenceModel(mode=mode),
+            device=CPU,
+            tokenizer=tokenizer,
+            visits_per_row=1.0,
+            cache=Path(tmp_path),
+        )
+        sources = held if sources is None else sources
+        return battery(policy, reference, sources, renderer, tokenizer, settings, should_stop, **options)
+
+    return run
+
+
+@torch.no_grad()
+def independent(module, encoded):
+    """(tokens,) log-probs of the supervised tokens by plain transformers."""
+    ids = torch.as_tensor(encoded.ids, dtype=torch.long)
+    logits = module(ids[None]).logits[0].double().log_softmax(-1)
+    places = torch.as_tensor(encoded.supervised).nonzero().squeeze(1)
+    return logits[places - 1, ids[places]]
+
+
+def test_figures_equal_an_independent_computation(measure, held):
+    policy = moved()
+    policy.eval()
+    base = load_model(MODEL, CPU, 0).eval()
+    found = measure(policy, "copy").metrics
+    totals = dict.fromkeys(("nll", "kl", "tokens"), 0.0)
+    for source in held:
+        sums = {name: [] for name in ("log_prob", "chosen_reward", "rejected_reward", "margin", "pair_accuracy")}
+        tokens = nll = 0
+        for row, encoded in list(zip(source.rows, source.encoded, strict=True))[: SETTINGS.rows]:
+            ours = [independent(policy.module, e) for e in encoded]
+            theirs = [independent(base, e) for e in encoded]
+            rewards = [float((a - b).sum()) for a, b in zip(ours, theirs, strict=True)]
+            for completion, a, b, z in zip(row.completions, ours, theirs, rewards, strict=True):
+                good = reward(completion) >= 0.5
+                sums["chosen_reward" if good else "rejected_reward"].append(z)
+                if good:
+                    sums["log_prob"].append(float(a.sum()))
+                    nll, tokens = nll - float(a.sum()), tokens + len(a)
+                    totals["kl"] += float(((b - a).exp() - 1 - (b - a)).sum())
+            if pair := best_against_worst(row, 0):
+                better, worse = (part.completion for part in pair)
+                sums["margin"].append(rewards[better] - rewards[worse])
+                sums["pair_accuracy"].append(float(ours[better].sum() > ours[worse].sum()))
+        for name, values in sums.items():
+            key = f"eval/{source.name}/{name}"
+            assert (key in found) == bool(values), key
+            if values:
+                assert found[key] == pytest.approx(math.fsum(values) / len(values), abs=1e-4), key
+        assert found[f"eval/{source.name}/nll"] == pytest.approx(nll / tokens, abs=1e-5)
+        totals["nll"] += nll
+        totals["tokens"] += tokens
+    assert found["eval/nll"] == pytest.approx(totals["nll"] / totals["tokens"], abs=1e-5)
+    assert found["eval/kl"] == pytest.approx(totals["kl"] / totals["tokens"], abs=1e-5)
+    assert found["eval/kl"] > 0.001
+
+
+@pytest.mark.parametrize("mode", ["copy", "cached"])
+def test_before_the_first_step_nothing_differs_from_the_reference(measure, mode):
+    metrics = measure(Policy(load_model(MODEL, CPU, 0)), mode).metrics
+    for name in ("kl", "margin", "chosen_reward", "rejected_reward"):
+        assert metrics[f"eval/{name}"] == pytest.approx(0, abs=1e-4)
+    assert metrics["eval/reward_accuracy"] == 0.5
+
+
+def test_the_kind_of_reference_changes_nothing(measure):
+    policy = moved()
+    assert measure(policy, "copy").metrics == pytest.approx(measure(policy, "cached").metrics, abs=1e-4)
+    adapted = moved(LORA)
+    off = measure(adapted, "adapter_off", model=LORA)
+    assert off.metrics == pytest.approx(measure(adapted, "cached", model=LORA).metrics, abs=1e-4)
+    assert off.metrics["eval/kl"] > 1e-4
+
+
+def test_without_a_reference_what_compares_with_one_is_left_out(measure):
+    policy = moved()
+    alone, compared = measure(policy).metrics, measure(policy, "copy").metrics
+    missing = {key.rpartition("/")[2] for key in compared.keys() - alone.keys()}
+    assert missing == {"kl", "margin", "reward_accuracy", "chosen_reward", "rejected_reward"}
+    assert {key: compared[key] for key in alone} == alone
+
+
+def test_the_size_of_batches_changes_nothing(measure):
+    policy = moved()
+    small = measure(policy, "copy", micro_batch_tokens=16)
+    assert small.metrics == pytest.approx(measure(policy, "copy").metrics, abs=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_changes_nothing(measure, training):
+    policy = moved(LORA).train(training)
+    before = {name: parameter.clone() for name, parameter in policy.trainable().items()}
+    random = torch.get_rng_state()
+    measure(policy, "adapter_off", model=LORA)
+    assert policy.module.training is training
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, parameter in policy.trainable().items():
+        assert torch.equal(parameter, before[name])
+        assert parameter.grad is None
+
+
+def test_samples_are_the_first_prompts_with_the_checkers_word(measure, held):
+    policy = Policy(load_model(MODEL, CPU, 0))
+    found = measure(policy)
+    by_source = {source.name: [s for s in found.samples if s.source == source.name] for source in held}
+    for source in held:
+        rows = distinct(source.rows, SETTINGS.samples)
+        assert [sample.row for sample in by_source[source.name]] == [row.id for row in rows]
+        assert [sample.prompt for sample in by_source[source.name]] == [row.prompt[0].content for row in rows]
+        assert all(sample.answer == row.answer for sample, row in zip(by_source[source.name], rows, strict=True))
+        assert all(sample.verdict.keys() == {"exact_match", "correct", "plain"} for sample in by_source[source.name])
+    pairs = found.metrics
+    assert pairs["eval/pairs/correct"] > pairs["eval/instruct/correct"]  # the base model knows the old tasks alone
+    assert 1 <= pairs["eval/pairs/completion_length"] <= SETTINGS.max_new_tokens
+
+
+def test_every_checked_row_counts_once(measure, held):
+    policy = Policy(load_model(MODEL, CPU, 0))
+    everything = measure(policy, settings=Eval(rows=0, samples=5, generate_rows=5, max_new_tokens=8))
+    pairs = [sample.verdict for sample in everything.samples if sample.source == "pairs"]
+    assert len(pairs) == 5
+    for name in ("exact_match", "correct", "plain"):
+        assert everything.metrics[f"eval/pairs/{name}"] == pytest.approx(sum(v[name] for v in pairs) / 5)
+    count = sum(len(distinct(source.rows, 5)) for source in held)
+    mean = sum(s.verdict["correct"] for s in everything.samples) / count
+    assert everything.metrics["eval/correct"] == pytest.approx(mean)
+    assert "eval/nll" not in everything.metrics
+
+
+def test_nothing_asked_for_is_nothing_done(measure):
+    found = measure(moved(), settings=Eval(rows=0, samples=0, generate_rows=0))
+    assert (found.metrics, found.samples) == ({}, [])
+    assert measure(moved(), sources=[]).metrics == {}
+
+
+def test_a_source_without_checker_is_answered_for_the_eye_only(measure, held, renderer):
+    instruct = next(source for source in held if source.name == "instruct")
+    unchecked = held_out("mine", instruct.rows, renderer, checker=None)
+    found = measure(moved(), sources=[unchecked])
+    assert len(found.samples) == SETTINGS.samples
+    assert all(sample.verdict == {} for sample in found.samples)
+    assert not any("exact_match" in key for key in found.metrics)
+    assert "eval/mine/completion_length" in found.metrics
+
+
+@pytest.mark.parametrize("polls", [0, 1, 4, 9])
+def test_a_request_to_stop_ends_it_and_leaves_the_mode(measure, polls):
+    policy = moved().train()
+    left = iter(range(polls))
+    with pytest.raises(Interrupted):
+        measure(policy, "cached", should_stop=lambda: next(left, None) is None)
+    assert policy.module.training
+
+
+def test_prompts_for_the_eye():
+    prompt = (Message("system", "Be brief."), Message("user", "Hi"))
+    assert shown(prompt) == "system: Be brief.\nuser: Hi"
+    assert shown(prompt[1:]) == "Hi"
+
+
+def test_a_prompt_is_answered_once():
+    rows = [
+        Row("s", n, (Message("user", p),), (Completion((Message("assistant", "x"),)),)) for n, p in enumerate("aab")
+    ]
+    assert [row.index for row in distinct(rows, 5)] == [0, 2]
+    assert [row.index for row in distinct(rows, 1)] == [0]

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from uft.config.schema import Lora
+from uft.model.adapters import add_lora
+from uft.model.forward import Policy
+from uft.model.memory import Shape, estimate, peak_memory, shape_of
+
+SHAPE = Shape(
+    weight_bytes=400,
+    trained_bytes=400,
+    trained=100,
+    layers=2,
+    hidden=8,
+    intermediate=16,
+    vocabulary=64,
+    activation_bytes=4,
+    recompute=False,
+)
+
+
+def parts(shape: Shape = SHAPE, **changes: Any) -> dict[str, int]:
+    settings = {"optimiser": "adamw", "momentum": False, "micro_batch_tokens": 10, "reference_mode": None}
+    return estimate(shape, **{**settings, **changes})
+
+
+def test_full_training_with_adamw_takes_sixteen_bytes_a_weight():
+    found = parts()
+    assert found["weights"] + found["gradients"] + found["optimiser"] == 16 * 100
+
+
+@pytest.mark.parametrize(
+    ("optimiser", "momentum", "numbers"),
+    [("adamw", False, 2), ("rmsprop", False, 1), ("rmsprop", True, 2), ("sgd", False, 0), ("sgd", True, 1)],
+)
+def test_what_optimisers_keep(optimiser: str, momentum: bool, numbers: int):
+    assert parts(optimiser=optimiser, momentum=momentum)["optimiser"] == 4 * 100 * numbers
+
+
+def test_only_a_copy_costs_weights_again():
+    modes = ("copy", "cached", "adapter_off", None)
+    assert [parts(reference_mode=mode)["reference"] for mode in modes] == [400, 0, 0, 0]
+
+
+def test_activations_grow_with_tokens_and_shrink_with_recomputing():
+    assert parts(micro_batch_tokens=20)["activations"] == 2 * parts()["activations"]
+    assert parts(replace(SHAPE, recompute=True))["activations"] < parts()["activations"]
+
+
+def test_the_head_is_bounded_by_its_chunk():
+    large = replace(SHAPE, vocabulary=50_000)
+    assert parts(large, micro_batch_tokens=10**6)["head"] <= 2 * 4 * 2**24
+
+
+def test_the_numbers_of_a_model(build: Callable[..., Any]):
+    model = build("llama_tied")
+    count = sum(p.numel() for p in model.parameters())
+    shape = shape_of(Policy(model))
+    assert (shape.weight_bytes, shape.trained, shape.layers, shape.hidden) == (4 * count, count, 2, 16)
+    assert (shape.intermediate, shape.vocabulary, shape.recompute) == (24, 61, False)
+    lora = shape_of(Policy(add_lora(build("llama"), Lora(rank=2), 0, float32=True), "bfloat16"))
+    assert lora.trained_bytes == 4 * lora.trained < lora.weight_bytes
+    assert lora.activation_bytes == 2
+    assert shape_of(Policy(build("gpt2"))).intermediate == 64
+
+
+def test_peak_memory_counts_this_process():
+    assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40

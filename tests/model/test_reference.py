@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from uft.config.schema import Model, ReferenceModel
+from uft.data.batch import Batch
+from uft.errors import UftError
+from uft.model import reference as reference_module
+from uft.model.forward import Policy
+from uft.model.load import load_policy
+from uft.model.reference import Reference, choose_mode, make_reference
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Completion:
+    ids: np.ndarray
+    supervised: np.ndarray
+
+
+@pytest.fixture
+def completions(sequences: list[tuple[np.ndarray, np.ndarray]]) -> list[Completion]:
+    return [Completion(*sequence) for sequence in sequences]
+
+
+def settings(folder: Path, **changes: Any) -> Model:
+    return Model(name="tiny", path=str(folder), **changes)
+
+
+def trained(policy: Policy) -> Policy:
+    """The policy after some training: away from where it started."""
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.05)
+    return policy
+
+
+def make(policy: Policy, model: Model, mode: str, cache: Path, tokenizer: Any, path: str | None = None) -> Reference:
+    cfg = ReferenceModel(path=path, mode=mode)
+    return make_reference(policy, model, cfg, device=CPU, tokenizer=tokenizer, visits_per_row=1.0, cache=cache)
+
+
+def log_probs(reference: Reference, batch: Batch, completions: list[Completion]) -> torch.Tensor:
+    if reference.column is not None:
+        assert reference.column.fill(completions)
+        values = torch.from_numpy(np.concatenate([reference.column(c) for c in completions]))
+        batch = replace(batch, columns={"reference": values})
+    return reference.forward(batch).log_probs
+
+
+@pytest.mark.parametrize(
+    ("adapter", "modes"), [("none", ["copy", "cached"]), ("lora", ["copy", "cached", "adapter_off"])]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_modes_are_the_initial_policy_even_when_it_has_been_trained(
+    model_folder: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+    batch: Batch,
+    completions: list[Completion],
+    adapter: str,
+    modes: list[str],
+    dtype: str,
+):
+    model = settings(model_folder, adapter=adapter, dtype=dtype)
+    policy = load_policy(model, CPU, 0)
+    initial = policy(batch).log_probs.detach()
+    trained(policy)
+    assert not torch.allclose(policy(batch).log_probs, initial, atol=1e-3)
+    for mode in modes:
+        found = log_probs(make(policy, model, mode, tmp_path, tokenizer), batch, completions)
+        assert not found.requires_grad
+        tolerance = 1e-5 if dtype == "float32" else 1e-2 if mode == "cached" else 1e-5  # cached: other padding
+        torch.testing.assert_close(found, initial, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["copy", "cached"])
+def test_another_model_can_be_the_reference(
+    model_folder: Path,
+    tokenizer: Any,
+    build: Any,
+    tmp_path: Path,
+    batch: Batch,
+    completions: list[Completion],
+    mode: str,
+):
+    other = build("gemma2")
+    other.save_pretrained(tmp_path / "other")
+    model = settings(model_folder, adapter="lora")
+    reference = make(load_policy(model, CPU, 0), model, mode, tmp_path, tokenizer, path=str(tmp_path / "other"))
+    expected = Policy(other)(batch).log_probs
+    torch.testing.assert_close(log_probs(reference, batch, completions), expected, atol=1e-5, rtol=0)
+
+
+def test_a_reference_with_too_small_a_vocabulary_is_refused(
+    model_folder: Path, tokenizer: Any, build: Any, tmp_path: Path
+):
+    build("llama", vocab_size=40).save_pretrained(tmp_path / "other")
+    model = settings(model_folder)
+    with pytest.raises(UftError, match="reference\\.path"):
+        make(load_policy(model, CPU, 0), model, "copy", tmp_path, tokenizer, path=str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "path", "visits", "mode"),
+    [
+        ("lora", None, 9.0, "adapter_off"),
+        ("lora", "other", 9.0, "cached"),
+        ("lora", "other", 1.0, "copy"),
+        ("none", None, 1.5, "copy"),
+        ("none", None, 1.6, "cached"),
+    ],
+)
+def test_the_cheapest_mode_is_chosen_with_a_reason(adapter: str, path: str | None, visits: float, mode: str):
+    found, why = choose_mode(Model(adapter=adapter), ReferenceModel(path=path), visits)
+    assert found == mode
+    assert why
+
+
+@pytest.mark.parametrize(("adapter", "path"), [("none", None), ("lora", "other")])
+def test_no_adapter_can_be_off_where_there_is_none(adapter: str, path: str | None):
+    with pytest.raises(UftError, match="adapter_off"):
+        choose_mode(Model(adapter=adapter), ReferenceModel(path=path, mode="adapter_off"), 1.0)
+
+
+def test_the_mode_asked_for_is_taken():
+    assert choose_mode(Model(adapter="lora"), ReferenceModel(mode="copy"), 9.0)[0] == "copy"
+
+
+def test_a_filled_cache_loads_no_model_and_serves_other_runs(
+    model_folder: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+    batch: Batch,
+    completions: list[Completion],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model = settings(model_folder)
+    policy = load_policy(model, CPU, 0)
+    first = log_probs(make(policy, model, "cached", tmp_path, tokenizer), batch, completions)
+    monkeypatch.setattr(reference_module, "load_base", lambda *a: pytest.fail("the model was loaded"))
+    again = log_probs(make(trained(policy), model, "cached", tmp_path, tokenizer), batch, completions)
+    assert torch.equal(first, again)
+
+
+def test_other_weights_or_another_precision_have_a_cache_of_their_own(
+    model_folder: Path, tokenizer: Any, build: Any, tmp_path: Path, completions: list[Completion]
+):
+    tokenizer.save_pretrained(tmp_path / "other")
+    other = build("llama_tied")
+    with torch.no_grad():
+        other.model.norm.weight.add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    models = [settings(model_folder), settings(tmp_path / "other"), settings(model_folder, dtype="bfloat16")]
+    for model in models:
+        column = make(load_policy(model, CPU, 0), model, "cached", tmp_path, tokenizer).column
+        assert len(column.missing(completions)) == 3
+        column.fill(completions)
+    assert len(list((tmp_path / "reference").iterdir())) == 3

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from uft.data.batch import Batch
+from uft.model import reference_cache
+from uft.model.reference_cache import LogProbStore, ReferenceColumn, sequence_key
+from uft.model.sequences import batches_of
+from uft.objectives.base import Scores
+
+
+@dataclass
+class Completion:
+    ids: np.ndarray
+    supervised: np.ndarray
+
+
+def completion(length: int, first: int = 0) -> Completion:
+    return Completion(np.arange(first, first + length, dtype=np.int32), np.arange(length) >= 2)
+
+
+class Forward:
+    """Answers with -token id, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+
+    def __call__(self, batch: Batch, **_: object) -> Scores:
+        self.batches.append(batch)
+        return Scores(-batch.target_ids.float())
+
+
+def column(folder: Path, forward: Forward) -> ReferenceColumn:
+    return ReferenceColumn(LogProbStore.of(folder, {"weights": "abc"}), lambda: forward, 0, torch.device("cpu"))
+
+
+def test_values_come_back_per_sequence_in_reading_order(tmp_path: Path):
+    rows = [completion(7), completion(3, 20), completion(12, 5)]
+    made = column(tmp_path, Forward())
+    assert made.fill(rows, batch_tokens=16)
+    for row in rows:
+        assert np.array_equal(made(row), -row.ids[2:].astype(np.float32))
+        assert made(row).dtype == np.float32
+
+
+def test_the_budget_is_kept_and_equal_sequences_are_computed_once(tmp_path: Path):
+    forward = Forward()
+    assert column(tmp_path, forward).fill([completion(n, n) for n in (4, 9, 5, 4, 6, 4)], batch_tokens=12)
+    assert sum(len(b.row) for b in forward.batches) == 4
+    assert all(b.input_ids.numel() <= 12 for b in forward.batches)
+
+
+def test_a_second_run_reads_what_the_first_wrote_and_adds_the_rest(tmp_path: Path):
+    column(tmp_path, Forward()).fill([completion(5), completion(6)])
+    forward = Forward()
+    second = column(tmp_path, forward)
+    assert second.fill([completion(6), completion(7)])
+    assert [len(b.row) for b in forward.batches] == [1]
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert column(tmp_path, forward).missing([completion(n) for n in (5, 6, 7)]) == {}
+
+
+def test_ids_and_mask_both_name_a_sequence():
+    one = completion(6)
+    other_mask = np.arange(6) >= 3
+    keys = {
+        sequence_key(one.ids, one.supervised),
+        sequence_key(one.ids, other_mask),
+        sequence_key(one.ids + 1, one.supervised),
+        sequence_key(one.ids.astype(np.int64), one.supervised),  # the same as the first
+    }
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str):
+    column(tmp_path, Forward()).fill([completion(5)])
+    (file,) = tmp_path.rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes({"cut": bytes(data[:-4]), "flip": bytes(data), "empty": b""}[damage])
+    forward = Forward()
+    again = column(tmp_path, forward)
+    assert again.fill([completion(5)])
+    assert len(forward.batches) == 1
+    assert np.array_equal(again(completion(5)), [-2.0, -3.0, -4.0])
+    assert column(tmp_path, Forward()).missing([completion(5)]) == {}
+
+
+def test_when_asked_to_stop_it_keeps_what_is_finished(tmp_path: Path):
+    forward = Forward()
+    rows = [completion(n) for n in (4, 6, 8, 10)]
+    stopped = column(tmp_path, forward)
+    assert not stopped.fill(rows, batch_tokens=1, should_stop=lambda: len(forward.batches) == 2)
+    assert len(column(tmp_path, forward).missing(rows)) == 2
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_progress_is_told_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reference_cache, "SEQUENCES_PER_FILE", 2)
+    told: list[tuple[int, int]] = []
+    column(tmp_path, Forward()).fill([completion(n) for n in (4, 5, 6)], progress=lambda *done: told.append(done))
+    assert told == [(2, 3), (3, 3)]
+
+
+def test_nothing_missing_makes_no_model(tmp_path: Path):
+    made = ReferenceColumn(LogProbStore.of(tmp_path, {}), lambda: pytest.fail("made"), 0, torch.device("cpu"))
+    assert made.fill([])
+
+
+def test_batches_are_sorted_and_within_the_budget():
+    assert batches_of([5, 2, 9, 2], 8) == [[1, 3], [0], [2]]
+    assert batches_of([], 8) == []

@@ -1,0 +1,46 @@
+"""From overrides to a configuration, without a Hydra application around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from uft.config.examine import Examined, require
+from uft.config.loader import Request, make_loader
+from uft.config.register import objective_schemas
+from uft.config.schema import Config
+from uft.config.translate import translate
+from uft.errors import UftError
+
+
+def compose(overrides: list[str] | tuple[str, ...] = ()) -> DictConfig:
+    """The configuration of `uft train OVERRIDES`, checked. Raises UftError with every problem."""
+    return composed(Request(tuple(overrides)))[0]
+
+
+def composed(request: Request) -> tuple[DictConfig, Examined]:
+    """(the configuration as Hydra composes it, what was found out on the way)."""
+    loader = make_loader(request)
+    examined = require(request, loader)
+    try:
+        cfg = loader.load_configuration(request.config_name, list(request.overrides), RunMode.RUN)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UftError(translate(error)) from error
+    return settle(cfg), examined
+
+
+def settle(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
+    """A composed configuration in its typed form: without `hydra`, and with every source's defaults filled in."""
+    content = OmegaConf.to_container(cfg, resolve=False) if isinstance(cfg, DictConfig) else dict(cfg)
+    assert isinstance(content, dict)
+    content.pop("hydra", None)
+    base = OmegaConf.structured(Config)
+    base.objective = OmegaConf.structured(objective_schemas()[content["objective"]["method"]])
+    settled = OmegaConf.merge(base, OmegaConf.create(content))
+    assert isinstance(settled, DictConfig)
+    return settled

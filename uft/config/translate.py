@@ -1,0 +1,61 @@
+"""What Hydra and OmegaConf raise, in one line for the person at the keyboard.
+
+Most mistakes are found before Hydra sees them (:mod:`uft.config.examine`); this is for the rest: a broken YAML file,
+a defaults list that names a file which is not there, a plugin that is not installed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from uft.config.suggest import hint, nearest
+from uft.errors import Problem
+
+NO_FILE = re.compile(r"Could not find '([^']+)'")
+OPTIONS = re.compile(r"Available options in '([^']+)':\n((?:\t.+\n?)+)")
+PARENT = re.compile(r"In '([^']+)': ")
+NO_CONFIG = re.compile(r"Cannot find primary config '([^']+)'")
+NO_MATCH = re.compile(r"Could not override '([^']+)'")
+YAML_AT = re.compile(r'in "([^"]+)", line (\d+)')
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the innermost message that says anything."""
+    texts = [str(e).strip() for e in chain(error)]
+    return next((text.splitlines()[0] for text in texts if text), type(error).__name__)
+
+
+def chain(error: BaseException | None) -> list[BaseException]:
+    """An error and its causes, innermost first."""
+    found: list[BaseException] = []
+    while error is not None:
+        found.insert(0, error)
+        error = error.__cause__
+    return found
+
+
+def translate(error: BaseException) -> Problem:
+    """An exception of composition as a problem."""
+    text = "\n".join(str(e) for e in reversed(chain(error)))
+    broken = YAML_AT.search(text)
+    if broken:
+        from uft.config.places import Path, shown
+
+        where = f"{shown(Path(broken[1]))}:{broken[2]}"
+        return Problem(where, f"cannot be read as YAML: {first_line(error)}")
+    missing = NO_CONFIG.search(text)
+    if missing:
+        return Problem(missing[1], "no such primary config", "command line")
+    parent = PARENT.search(text)
+    where = f"conf/{parent[1]}.yaml" if parent else ""
+    lost = NO_FILE.search(text)
+    if lost:
+        found = OPTIONS.search(text)
+        group, options = (found[1], found[2].split()) if found else ("", [])
+        near = nearest(lost[1].rpartition("/")[2], options)
+        advice = hint(f"{group}={near}" if near else None, "choices", options)
+        return Problem(lost[1], "no such file in conf/", where, (advice,) if advice else ())
+    unused = NO_MATCH.search(text)
+    if unused:
+        return Problem(unused[1], "is not in the defaults list, so there is nothing to override", where)
+    return Problem(first_line(error), "", where)

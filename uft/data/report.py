@@ -1,0 +1,174 @@
+"""What the data came to: the figures of `data.json`, and the same for a terminal."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from uft.data.identity import prompt_hash
+from uft.data.mixture import Mixture
+from uft.data.rows import Kind, Row
+from uft.data.sources import LoadedSource
+from uft.data.templates import Encoded
+from uft.data.tokens import LengthReport, Tokenized
+from uft.data.views import View
+
+if TYPE_CHECKING:
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+BAR = "█"
+COUNTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "rows": lambda entry: entry["rows"],
+    "held out": lambda entry: entry["held_out"],
+    "drawn": lambda entry: entry["rows_drawn"],
+    "cut": lambda entry: entry["truncated"],
+    "dropped": lambda entry: entry["dropped_bad"] + entry["dropped_long"] + entry["dropped_unusable"],
+    "tokens lost": lambda entry: entry["supervised_tokens_lost"],
+}
+"""Columns of the table that can be added up."""
+
+HEADER = (
+    "source",
+    "kind",
+    "rows",
+    "held out",
+    "asked",
+    "drawn",
+    "of rows",
+    "of tokens",
+    "cut",
+    "dropped",
+    "tokens lost",
+)
+
+
+def data_report(
+    loaded: Sequence[LoadedSource],
+    tokenized: Sequence[Tokenized],
+    mixture: Mixture,
+    rows: int,
+    views: Mapping[Kind, View] | None = None,
+    unusable: Mapping[str, int] | None = None,
+) -> dict[str, Any]:
+    """`data.json`: per source what was asked, what `rows` draws of a fresh mixture give, and what was lost on the way.
+
+    `loaded`, `tokenized` and the mixture's sources are in the same order. With `views` a row's supervised tokens are
+    those of the completions the objective takes, else of all. `unusable`: rows per source that it could not use.
+    `held_out_seen` counts held-out rows whose prompt some source trains on.
+    """
+    drawn, taught = _realised(tokenized, mixture, rows, views)
+    seen = {prompt_hash(row.prompt) for source in loaded for row in source.rows}
+    sources = {}
+    for number, (source, tokens) in enumerate(zip(loaded, tokenized, strict=True)):
+        sources[source.name] = {
+            "path": source.path,
+            "kinds": {kind.value: count for kind, count in source.kinds.items()},
+            "rows": mixture.sizes[number],
+            "held_out": len(source.held_out),
+            "held_out_seen": sum(prompt_hash(row.prompt) in seen for row in source.held_out),
+            "share_asked": mixture.weights[number],
+            "share_rows": _share(drawn, number),
+            "share_supervised_tokens": _share(taught, number),
+            "rows_drawn": drawn[number],
+            "passes": drawn[number] / mixture.sizes[number] if mixture.sizes[number] else 0.0,
+            "supervised_tokens_drawn": taught[number],
+            "tokens": tokens.report.tokens,
+            "supervised_tokens": tokens.report.supervised,
+            "longest": tokens.report.longest,
+            "dropped_bad": len(source.dropped),
+            "dropped_long": tokens.report.dropped,
+            "dropped_unusable": (unusable or {}).get(source.name, 0),
+            "truncated": tokens.report.touched,
+            "supervised_tokens_lost": tokens.report.supervised_lost,
+            "lengths": [list(pair) for pair in tokens.report.lengths],
+            "digest": source.digest,
+            "cache": tokens.cache,
+        }
+    return {"rows_drawn": sum(drawn), "digest": data_digest(loaded), "seed": mixture.seed, "sources": sources}
+
+
+def data_digest(loaded: Sequence[LoadedSource]) -> str:
+    """One digest over the names and contents of all sources: two runs with the same one saw the same rows."""
+    return hashlib.sha256("\n".join(f"{s.name} {s.digest}" for s in loaded).encode()).hexdigest()
+
+
+def report_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """The report as rows of text for a terminal: a header, one row per source, and their sums."""
+    sources = report["sources"]
+    lines = [_line(name, entry) for name, entry in sources.items()]
+    sums = {name: sum(count(entry) for entry in sources.values()) for name, count in COUNTS.items()}
+    return [[*HEADER], *lines, ["all", *(f"{sums[name]:,}" if name in sums else "" for name in HEADER[1:])]]
+
+
+def length_histogram(lengths: Sequence[Sequence[int]], width: int = 40) -> list[str]:
+    """Text bars of a report's `lengths`: one line per range of lengths, the longest bar `width` wide."""
+    if not lengths:
+        return []
+    most = max(count for _, count in lengths)
+    digits = len(f"{lengths[-1][0]:,}")
+    return [
+        f"<= {edge:>{digits},}  {BAR * max(1, round(width * count / most)):<{width}} {count:,}"
+        for edge, count in lengths
+    ]
+
+
+def merged_lengths(reports: Sequence[LengthReport]) -> list[tuple[int, int]]:
+    """The length counts of several sources in one histogram."""
+    counts: dict[int, int] = {}
+    for report in reports:
+        for edge, count in report.lengths:
+            counts[edge] = counts.get(edge, 0) + count
+    return sorted(counts.items())
+
+
+def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """A row's text as the model reads it, the trained tokens highlighted."""
+    from rich.text import Text
+
+    text = Text()
+    start = 0
+    for end in range(1, encoded.length + 1):
+        if end < encoded.length and encoded.supervised[end] == encoded.supervised[start]:
+            continue  # runs are decoded whole: one character may be several tokens
+        said = tokenizer.decode(encoded.ids[start:end].tolist(), clean_up_tokenization_spaces=False)
+        text.append(str(said), style="bold green" if encoded.supervised[start] else "dim")
+        start = end
+    return text
+
+
+def _realised(
+    tokenized: Sequence[Tokenized], mixture: Mixture, rows: int, views: Mapping[Kind, View] | None
+) -> tuple[list[int], list[int]]:
+    """(rows, supervised tokens) of each source in the first `rows` draws."""
+    fresh = Mixture(mixture.names, mixture.sizes, mixture.weights, mixture.seed)
+    taught = [0] * len(tokenized)
+    for draw in fresh.take(rows):
+        source = tokenized[draw.source]
+        row, encoded = source.rows[draw.index], source.encoded[draw.index]
+        used = range(len(encoded)) if views is None else _used(row, draw.visit, views)
+        taught[draw.source] += sum(encoded[part].targets for part in used)
+    return fresh.counts, taught
+
+
+def _used(row: Row, visit: int, views: Mapping[Kind, View]) -> list[int]:
+    view = views.get(row.kind)
+    return [part.completion for part in (view(row, visit) or () if view else ())]
+
+
+def _share(values: Sequence[int], number: int) -> float:
+    total = sum(values)
+    return values[number] / total if total else 0.0
+
+
+def _line(name: str, entry: Mapping[str, Any]) -> list[str]:
+    cells = {
+        "source": name,
+        "kind": ", ".join(entry["kinds"]),
+        "asked": f"{entry['share_asked']:.1%}",
+        "of rows": f"{entry['share_rows']:.1%}",
+        "of tokens": f"{entry['share_supervised_tokens']:.1%}",
+        **{column: f"{count(entry):,}" for column, count in COUNTS.items()},
+    }
+    return [cells[column] for column in HEADER]

@@ -1,0 +1,83 @@
+"""The process that does the work of one request: `python -m uft.launch.worker RUN`, or `--job NAME SPEC`.
+
+One process tree per run: W&B, CUDA contexts and a crash never leak from one run into the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from uft.launch.process import die_with_parent
+
+from uft.errors import FAILED, UftError, render
+
+
+def train(folder: str) -> int:
+    """Train the run in `folder` from where it stands."""
+    from uft.config.load import load_config
+    from uft.runs import open_run
+    from uft.training.session import train as sit
+
+    run = open_run(folder)
+    return sit(run, load_config(run.config_file))
+
+
+def check(spec: str) -> int:
+    """Everything before step 0 and one real worst-case step, of the configuration in `spec`."""
+    from uft.config.load import load_config
+    from uft.training.jobs import check as job
+
+    return job(load_config(spec))
+
+
+def data(spec: str) -> int:
+    """The mixture, its lengths and rows with their trained tokens."""
+    from uft.config.load import load_config
+    from uft.training.jobs import data as job
+
+    return job(load_config(spec))
+
+
+def generate(spec: str) -> int:
+    """Completions of the training prompts."""
+    from uft.config.load import load_config
+    from uft.training.jobs import generate as job
+
+    return job(load_config(spec))
+
+
+JOBS: dict[str, Callable[[str], int]] = {"train": train, "check": check, "data": data, "generate": generate}
+
+
+def quiet() -> None:
+    """Libraries do not talk into the console; what a person should know, uft says."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one job; the exit code. A user's mistake is told without a traceback."""
+    die_with_parent()
+    quiet()
+    job, target = (arguments[1], arguments[2]) if arguments[0] == "--job" else ("train", arguments[0])
+    try:
+        return JOBS[job](str(Path(target)))
+    except UftError as error:
+        if os.environ.get("UFT_TRACE"):
+            raise
+        print(render(error), file=sys.stderr, end="")
+        return error.code
+    except BrokenPipeError:
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

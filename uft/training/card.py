@@ -1,0 +1,115 @@
+"""The start card: what runs, on what, and where it goes, with every derived number said once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+
+from uft import __version__
+from uft.data.report import report_table
+from uft.model.memory import estimate, shape_of
+from uft.runs import Run
+from uft.tracking.format import count
+from uft.training.optim import warmup_steps
+from uft.training.prepare import Prepared
+
+GIGABYTE = 1e9
+MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
+Card = list[tuple[str, str]]
+
+
+def start_card(prepared: Prepared, run: Run, data: Mapping[str, Any], tracking: str) -> Card:
+    """(label, value) lines; a value of several lines stands indented under its label."""
+    return [
+        *_identity(run),
+        *_model_and_objective(prepared),
+        ("data", _mixture(data)),
+        ("digest", prepared.corpus.digest),
+        ("template", prepared.corpus.renderer.name),
+        *_horizon(prepared),
+        *_machine(prepared),
+        ("output", str(run.path)),
+        ("tracking", tracking or "metrics.jsonl only"),
+    ]
+
+
+def _identity(run: Run) -> Card:
+    info = run.info()
+    commit = str(info.get("git_commit") or "")[:10]
+    version = f"uft {__version__}" + (f", commit {commit}" if commit else "")
+    return [("run", f"{run.name} ({info.get('id', '')})"), ("version", f"{version}, torch {torch.__version__}")]
+
+
+def _model_and_objective(prepared: Prepared) -> Card:
+    trainer, config = prepared.trainer, prepared.trainer.config
+    objective = trainer.objective
+    defaults = {f.name: f.default for f in fields(objective) if not f.metadata.get("internal")}
+    changed = [
+        f"{name}={value}"
+        for name, default in defaults.items()
+        if (value := getattr(objective, name)) != default and name not in ("name", "method")
+    ]
+    reference = prepared.reference
+    return [
+        ("model", "\n".join([f"{config.model.name}: {config.model.path}", *trainer.policy.describe()])),
+        ("objective", f"{objective.name}  {' '.join(changed)}".rstrip()),
+        ("lengths", objective.length_convention),
+        ("reference", f"{reference.mode}: {reference.why}" if reference else "none needed to train"),
+    ]
+
+
+def _mixture(data: Mapping[str, Any]) -> str:
+    """The report's table cut to what fits a card."""
+    header, *rows = report_table(data)
+    kept = [header.index(name) for name in MIXTURE_COLUMNS if name in header]
+    table = [[line[i] for i in kept] for line in (header, *rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(kept))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table)
+
+
+def _horizon(prepared: Prepared) -> Card:
+    trainer, cfg = prepared.trainer, prepared.trainer.config
+    passes = prepared.plan.total_rows / prepared.plan.epoch_rows
+    warmup = warmup_steps(cfg.optim.warmup, trainer.steps)
+    held_out = sum(len(source.rows) for source in prepared.corpus.held_out)
+    battery = f"{held_out} rows held out" if held_out else "no held-out rows: set data.holdout=0.05 to measure on some"
+    return [
+        ("horizon", f"{trainer.steps} steps of {cfg.train.batch_size} rows, {passes:.2f} passes"),
+        ("batch", f"at most {cfg.train.micro_batch_tokens:,} tokens per forward pass, padding counted"),
+        ("optimiser", f"{cfg.optim.name} lr {cfg.optim.lr:g}, {cfg.optim.schedule}, {warmup} steps of warm-up"),
+        ("battery", battery),
+    ]
+
+
+def _machine(prepared: Prepared) -> Card:
+    trainer, cfg = prepared.trainer, prepared.trainer.config
+    device = trainer.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    parts = estimate(
+        shape_of(trainer.policy),
+        optimiser=cfg.optim.name,
+        momentum=cfg.optim.momentum > 0,
+        micro_batch_tokens=cfg.train.micro_batch_tokens,
+        reference_mode=prepared.reference.mode if prepared.reference else None,
+    )
+    needed = ", ".join(f"{part} {size / GIGABYTE:.2f}" for part, size in parts.items() if size)
+    total, free = sum(parts.values()) / GIGABYTE, free_memory(device) / GIGABYTE
+    disk = shutil.disk_usage(trainer.run.path).free
+    return [
+        ("device", f"{device} ({name})"),
+        ("memory", f"about {total:.2f} GB of {free:.1f} GB free ({needed})"),
+        ("disk", f"{count(disk)}B free"),
+    ]
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import os
+
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

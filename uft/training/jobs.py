@@ -1,0 +1,151 @@
+"""Jobs that leave no run behind: `check`, `data` and `generate`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from uft.config.schema import Config
+from uft.data.batches import Item, micro_batches
+from uft.data.report import coloured, length_histogram, merged_lengths, report_table
+from uft.data.rows import Row
+from uft.data.sources import load_sources
+from uft.data.templates import Encoded, Renderer
+from uft.errors import GOOD
+from uft.model.load import check_vocabulary, load_policy, load_tokenizer
+from uft.model.memory import peak_memory
+from uft.objectives import make
+from uft.objectives.kinds import kind_table
+from uft.runs import Run
+from uft.sampling.generate import Interrupted
+from uft.sampling.negatives import generate_rows
+from uft.tracking.format import card
+from uft.training.card import start_card
+from uft.training.corpus import make_feed, plan, read_corpus
+from uft.training.prepare import Prepared, check_start, choose_device, prepare
+from uft.training.records import data_record
+from uft.training.signals import listening
+from uft.training.step import forward_backward
+
+GIGABYTE = 1e9
+ROWS_SHOWN = 3  # per source, with their trained tokens coloured
+
+
+def check(config: Config) -> int:
+    """Prepare as `train` does, in a folder that vanishes, and take the largest step there can be; train nothing."""
+    console = Console()
+    device = choose_device(config.hardware)
+    with tempfile.TemporaryDirectory(prefix="uft-check-") as folder, listening() as stop:
+        run = Run(Path(folder))
+        prepared = prepare(run, config, device, stop)
+        data = data_record(prepared.corpus, prepared.trainer.feed, prepared.plan)
+        lines = [
+            line for line in start_card(prepared, run, data, "nothing is tracked") if line[0] not in ("run", "output")
+        ]
+        console.print(card(lines), highlight=False, markup=False)
+        check_start(prepared.trainer, prepared.reference)
+        seconds, tokens = _worst_step(prepared)
+    console.print(
+        f"\nlargest step: {tokens:,} tokens in {seconds:.1f} s; peak memory {peak_memory(device) / GIGABYTE:.2f} GB\n"
+        "All is well: the same request will train.  Nothing was written.",
+        highlight=False,
+    )
+    return GOOD
+
+
+def _worst_step(prepared: Prepared) -> tuple[float, int]:
+    """Forward and backward of a whole batch of the longest rows the objective takes; seconds and tokens."""
+    trainer = prepared.trainer
+    cfg = trainer.config.train
+    draws = trainer.feed.preview(prepared.plan.total_rows)
+    longest: list[Item] = sorted(trainer.feed.items(draws), key=lambda item: -item.length)[: cfg.batch_size]
+    if not longest:
+        return 0.0, 0
+    batches = [b.to(trainer.device) for b in micro_batches(longest, cfg.micro_batch_tokens, trainer.pad_id)]
+    started = time.perf_counter()
+    forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, trainer.clock(0))
+    trainer.optimiser.zero_grad(set_to_none=True)
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize(trainer.device)
+    return time.perf_counter() - started, sum(int(batch.attention_mask.sum()) for batch in batches)
+
+
+def data(config: Config) -> int:
+    """The mixture as it will be drawn, what the objective does with each kind, lengths, and rows as trained."""
+    console = Console()
+    objective = make(config.objective)
+    tokenizer = load_tokenizer(config.model)
+    corpus = read_corpus(config, tokenizer)
+    horizon = plan(config, corpus)
+    feed = make_feed(config, corpus, objective, refuse=False)
+    report = data_record(corpus, feed, horizon)
+    drawn = f"{horizon.total_rows:,} rows drawn in {horizon.steps:,} steps"
+    _print_table(console, f"data={config.data.name}: {drawn}", report_table(report))
+    _print_table(console, "what the objective takes", kind_table({objective.name: objective}))
+    console.print("[bold]tokens per completion with its prompt[/bold]")
+    for line in length_histogram(merged_lengths([source.report for source in corpus.train])):
+        console.print(f"  {line}", highlight=False)
+    console.print("\n[bold]rows as they are trained[/bold] (trained tokens coloured)")
+    for source in corpus.train:
+        for row, encoded in list(zip(source.rows, source.encoded, strict=True))[:ROWS_SHOWN]:
+            _print_row(console, row, encoded, corpus.renderer)
+    return GOOD
+
+
+def _print_table(console: Console, title: str, lines: list[list[str]]) -> None:
+    header, *rows = lines
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print()
+
+
+def _print_row(console: Console, row: Row, encoded: tuple[Encoded, ...], renderer: Renderer) -> None:
+    console.print(f"\n  {row.id}  {row.kind.value}", style="dim", highlight=False)
+    for one in encoded:
+        console.print(coloured(one, renderer.tokenizer))
+
+
+def generate(config: Config) -> int:
+    """Sample completions of the training prompts and write them as rows."""
+    console = Console()
+    device = choose_device(config.hardware)
+    sources = load_sources(config.data)
+    tokenizer = load_tokenizer(config.model)
+    renderer = Renderer(tokenizer, config.data.template)
+    policy = load_policy(config.model, device, config.seeds.init)
+    check_vocabulary(policy.module, tokenizer)
+    out = Path(config.generate.out or "generated.jsonl")
+    with listening() as stop:
+        try:
+            summary = generate_rows(
+                policy,
+                tokenizer,
+                renderer,
+                sources,
+                config.generate,
+                out,
+                sampled_by=config.model.path,
+                should_stop=stop,
+                progress=lambda done, of: console.print(f"{done}/{of} prompts", highlight=False),
+            )
+        except Interrupted:
+            console.print(f"stopped; what is done is in {out}. Run the same command to continue.", highlight=False)
+            return stop.exit_code
+    console.print(
+        f"{summary.rows} rows with {summary.negatives} completions in {summary.path}"
+        f" ({summary.empty} empty ones left out, {summary.repeats} equal to the row's own,"
+        f" {summary.without_good} rows without a good completion left out)\n"
+        f"train on them:  uft train objective=dft data=files +data.sources.negatives.path={summary.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return GOOD

@@ -1,0 +1,208 @@
+"""A sitting of a run: prepare, show the card, train until the end or until asked to stop, and leave a true result."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from uft.config.freeze import plain
+from uft.config.schema import Config
+from uft.errors import FAILED, GOOD, UftError
+from uft.evaluation.battery import Battery, HeldOut, battery
+from uft.model.export import export
+from uft.model.memory import peak_memory
+from uft.runs import Run, write_json
+from uft.tracking import Trackers, make_tracker
+from uft.tracking.cards import Ending
+from uft.tracking.console import Console
+from uft.tracking.files import read_metrics
+from uft.training.card import start_card
+from uft.training.hooks import Batteries, Checkpoints, Lines
+from uft.training.prepare import Prepared, Stopped, check_start, choose_device, prepare, resume
+from uft.training.records import data_record
+from uft.training.signals import Stop, listening
+from uft.training.trainer import Trainer
+
+GIGABYTE = 1e9
+
+
+def train(run: Run, config: Config) -> int:
+    """Train `run` from where it stands; the exit code. UftErrors before the first step go to the caller."""
+    with run.lock(), listening() as stop:
+        (run.path / "result.json").unlink(missing_ok=True)
+        console = Console(sys.stdout, run.path / "console.log")
+        try:
+            return _Sitting(run, config, stop, console).go()
+        finally:
+            console.close()
+
+
+@dataclass
+class _Sitting:
+    run: Run
+    config: Config
+    stop: Stop
+    console: Console
+    started: float = field(default_factory=time.perf_counter)
+    tracker: Trackers = field(default_factory=Trackers)
+    batteries: Batteries | None = None
+
+    def go(self) -> int:
+        device = choose_device(self.config.hardware)
+        try:
+            prepared = prepare(self.run, self.config, device, self.stop, self.console.message)
+        except Stopped:
+            return self._end(None, "stopped", self.stop.exit_code)
+        trainer = prepared.trainer
+        check_start(trainer, prepared.reference)
+        resumed = resume(trainer)
+        self._open(prepared, resumed)
+        try:
+            self._work(prepared)
+        except UftError as error:
+            return self._end(trainer, "failed", error.code, error=str(error))
+        except Exception as error:
+            traceback.print_exc()
+            return self._end(trainer, "failed", FAILED, error=f"{type(error).__name__}: {error}")
+        if trainer.progress.step < trainer.steps or self._owes_battery(trainer):
+            return self._end(trainer, "stopped", self.stop.exit_code)
+        if self.config.train.save_model:
+            export(trainer.policy, prepared.tokenizer, self.run.model_dir)
+        return self._end(trainer, "finished", GOOD)
+
+    def _open(self, prepared: Prepared, resumed: int) -> None:
+        """Everything that is written before the first step: who, what, where, and the card."""
+        trainer = prepared.trainer
+        fresh = resumed < 0
+        data = data_record(prepared.corpus, trainer.feed, prepared.plan)
+        write_json(self.run.path / "data.json", data)
+        self.run.update_info(data_digest=prepared.corpus.digest, device=str(trainer.device), torch=torch.__version__)
+        # -1: whatever an earlier sitting wrote without reaching a checkpoint is written again
+        self.tracker = make_tracker(
+            self.run, plain(asdict(self.config)), resumed_step=resumed, say=self.console.message
+        )
+        self.tracker.start()
+        self.console.total_steps = trainer.steps
+        title = f"uft train {self.run.name}" if fresh else f"uft train {self.run.name}, resumed at step {resumed}"
+        self.console.start(title, start_card(prepared, self.run, data, self.tracker.description))
+        if not fresh:
+            self.console.recall(read_metrics(self.run))
+
+    def _work(self, prepared: Prepared) -> None:
+        trainer, cfg = prepared.trainer, self.config
+        lines = Lines(self.tracker, self.console, cfg.train.log_every)
+        saving = Checkpoints(cfg.train.checkpoint_every)
+        self.batteries = Batteries(
+            measure=self._measure(prepared),
+            tracker=self.tracker,
+            display=self.console,
+            lines=lines,
+            every=cfg.train.eval_every,
+            before=cfg.eval.before,
+            best=cfg.eval.best,
+            best_mode=cfg.eval.best_mode,
+        )
+        trainer.hooks = (lines, self.batteries, saving)
+        measured = trainer.progress.evaluated
+        self.batteries.start(trainer)
+        if trainer.progress.evaluated > measured and trainer.progress.step > 0:
+            saving.save(trainer)  # the battery that the last sitting owed is now part of the checkpoint
+        trainer.fit()
+        if saving.saved != trainer.progress.step and self.stop():
+            saving.save(trainer)
+
+    def _measure(self, prepared: Prepared) -> Callable[[], Battery]:
+        checkers = {source.name: source.checker for source in prepared.corpus.loaded}
+        sources = [HeldOut(s.source, s.rows, s.encoded, checkers[s.source]) for s in prepared.corpus.held_out]
+
+        def measure() -> Battery:
+            return battery(
+                prepared.trainer.policy,
+                prepared.yardstick,
+                sources,
+                prepared.corpus.renderer,
+                prepared.tokenizer,
+                self.config.eval,
+                self.stop,
+                micro_batch_tokens=self.config.train.micro_batch_tokens,
+            )
+
+        return measure
+
+    def _owes_battery(self, trainer: Trainer) -> bool:
+        """Asked to stop within the last battery: the run has its steps but not its result."""
+        return self.stop() and trainer.progress.evaluated < trainer.steps
+
+    def _end(self, trainer: Trainer | None, status: str, code: int, error: str | None = None) -> int:
+        """Write `result.json`, close the tracker with the true status, show the last card."""
+        result = self._result(trainer, status, error)
+        write_json(self.run.path / "result.json", result)
+        self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
+        ending = Ending(
+            status=status,
+            steps=result["steps"],
+            total_steps=trainer.steps if trainer else 0,
+            seconds=result["seconds"],
+            tokens=result["tokens"],
+            final=result["final"],
+            best=result["best"],
+            best_step=result["best_step"],
+            best_checkpoint=result["best_checkpoint"],
+            peak_memory_gb=result["peak_memory_bytes"] / GIGABYTE,
+            error=error,
+            commands=next_commands(self.run, self.config, status),
+        )
+        self.console.end(f"uft train {self.run.name}", ending)
+        return code
+
+    def _result(self, trainer: Trainer | None, status: str, error: str | None) -> dict[str, Any]:
+        final = self.batteries.last if self.batteries else {}
+        device = trainer.device if trainer else torch.device("cpu")
+        progress = trainer.progress if trainer else None
+        best_step = progress.best_step if progress else None
+        folder = f"checkpoints/step-{best_step:06d}" if best_step is not None else None
+        best_value = progress.best_value if progress else None
+        return {
+            "status": status,
+            "error": error,
+            "steps": progress.step if progress else 0,
+            "rows": progress.rows if progress else 0,
+            "tokens": progress.tokens if progress else 0,
+            "supervised_tokens": progress.supervised_tokens if progress else 0,
+            "seconds": progress.seconds if progress else 0.0,
+            "wall_seconds": time.perf_counter() - self.started,
+            "tokens_per_second": progress.tokens / progress.seconds if progress and progress.seconds else None,
+            "peak_memory_bytes": peak_memory(device),
+            "final": {**_last_line(self.run), **final},
+            "best": {self.config.eval.best: best_value} if best_value is not None else {},
+            "best_step": best_step,
+            "best_checkpoint": folder,
+        }
+
+
+HEADLINES = ("loss", "nll")
+
+
+def _last_line(run: Run) -> dict[str, float]:
+    """The last training loss and likelihood that were written."""
+    found: dict[str, float] = {}
+    for line in read_metrics(run):
+        found |= {name: line[name] for name in HEADLINES if name in line}
+    return found
+
+
+def next_commands(run: Run, config: Config, status: str) -> list[str]:
+    """What one would type next."""
+    if status != "finished":
+        return [f"uft resume {run.path}"]
+    other = "sft" if config.objective["name"] != "sft" else "ift"
+    return [
+        f"uft train objective={other} data={config.data.name}      the same rows under another objective",
+        f"uft generate {run.path}      what it answers now",
+    ]
