@@ -289,7 +289,6 @@ def test_the_digest_is_of_the_content_in_its_order(tmp_path):
     [
         ("instruction", 2639, Kind.DEMONSTRATION),
         ("instruction_messages", 76, Kind.DEMONSTRATION),
-        ("preference", 2589, Kind.PREFERENCE),
         ("preference_messages", 227, Kind.PREFERENCE),
         ("binary", 1047, Kind.BINARY),
         ("gsm8k_test", 500, Kind.DEMONSTRATION),
@@ -298,6 +297,15 @@ def test_the_digest_is_of_the_content_in_its_order(tmp_path):
 def test_real_rows_load_whole(file, rows, kind):
     (source,) = load({"a": {"path": str(SHARED / f"{file}.jsonl")}})
     assert source.kinds == {kind: rows}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows lie beside a working copy, not in the repository")
+def test_a_real_pair_of_twins_is_found():
+    (source,) = load({"a": {"path": str(SHARED / "preference.jsonl")}}, bad_rows="drop")
+    assert source.kinds == {Kind.PREFERENCE: 2588}
+    assert [(bad.where.rsplit(":", 1)[1], bad.why) for bad in source.dropped] == [
+        ("1403", "chosen and rejected are the same")
+    ]
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows lie beside a working copy, not in the repository")

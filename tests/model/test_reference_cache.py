@@ -92,12 +92,20 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str):
     assert column(tmp_path, Forward()).missing([completion(5)]) == {}
 
 
-def test_when_asked_to_stop_it_keeps_what_is_finished(tmp_path: Path):
-    forward = Forward()
+def test_when_asked_to_stop_it_keeps_whole_files_and_batches_the_rest_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(reference_cache, "SEQUENCES_PER_FILE", 2)
     rows = [completion(n) for n in (4, 6, 8, 10)]
+    whole = Forward()
+    assert column(tmp_path / "whole", whole).fill(rows, batch_tokens=1)
+    forward = Forward()
     stopped = column(tmp_path, forward)
-    assert not stopped.fill(rows, batch_tokens=1, should_stop=lambda: len(forward.batches) == 2)
+    assert not stopped.fill(rows, batch_tokens=1, should_stop=lambda: len(forward.batches) == 3)
     assert len(column(tmp_path, forward).missing(rows)) == 2
+    again = Forward()
+    assert column(tmp_path, again).fill(rows, batch_tokens=1)
+    assert [b.input_ids.tolist() for b in again.batches] == [b.input_ids.tolist() for b in whole.batches[2:]]
     assert list(tmp_path.rglob("*.tmp")) == []
 
 

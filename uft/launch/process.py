@@ -1,2 +1,87 @@
-"""temp"""
-def die_with_parent() -> None: ...
+"""The worker as a child: started in a session of its own, told of every signal, never left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from uft.errors import FAILED, INTERRUPTED, STOPPED
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: STOPPED, signal.SIGUSR1: STOPPED}
+PARENT = "UFT_PARENT_PID"
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """In a worker, first of all: when the launcher dies, even by SIGKILL, this process gets SIGTERM.
+
+    Once the run listens to signals, that means a checkpoint and a clean stop. Until then a signal ends the process
+    without a traceback. Elsewhere than on Linux nothing can be asked of the kernel, and a worker outlives its parent.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = os.environ.pop(PARENT, None)
+    if parent is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != int(parent):  # it died before the line above
+        sys.exit(FAILED)
+
+
+def run_worker(arguments: Sequence[str], cwd: Path | None = None) -> int:
+    """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code.
+
+    The child has a session of its own, so that Ctrl-C on the terminal reaches it once, through us, and not twice.
+    A child that a signal of ours ended counts as stopped; one that anything else killed has failed.
+    """
+    sent: list[int] = []
+    command = [sys.executable, "-m", "uft.launch.worker", *arguments]
+    environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path()}
+    with forwarding(sent) as children:
+        child = subprocess.Popen(command, start_new_session=True, env=environment, cwd=cwd)
+        children.append(child)
+        for number in sent:  # one came in before there was a child
+            child.send_signal(number)
+        code = child.wait()
+    if code >= 0:
+        return code
+    if sent:
+        return EXIT_CODES[signal.Signals(sent[0])]
+    print(f"uft: the worker was killed by {signal.Signals(-code).name}{cause(-code)}", file=sys.stderr)
+    return FAILED
+
+
+def cause(number: int) -> str:
+    return " (out of memory?)" if number == signal.SIGKILL else ""
+
+
+def python_path() -> str:
+    """The child's PYTHONPATH: what this process imports uft from comes first, also when it was put there by hand."""
+    package = str(Path(__file__).resolve().parents[2])
+    rest = os.environ.get("PYTHONPATH", "")
+    return os.pathsep.join([package, rest]) if rest else package
+
+
+@contextmanager
+def forwarding(sent: list[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """While inside, signals are noted in `sent` and passed on to the children in the list that is yielded."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        sent.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, receive) for number in FORWARDED}
+    try:
+        yield children
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -69,7 +69,14 @@ class Policy:
         mix: float = 0.0,
         embed_grad: bool = True,
     ) -> Scores:
-        """See `objectives.base.Forward`."""
+        """See `objectives.base.Forward`. Guesses without gradient are made without dropout: they are what the model
+        would say, not a sample of it."""
+        if guess and not torch.is_grad_enabled() and self.module.training:
+            self.eval()
+            try:
+                return self(batch, guess=True, replace=replace, mix=mix, embed_grad=embed_grad)
+            finally:
+                self.train()
         inputs = self._inputs(batch, replace, mix, embed_grad)
         if self.head is None:
             with self._autocast():

@@ -24,7 +24,7 @@ from uft.objectives.base import Forward
 from uft.runs import write_json
 
 FORMAT = 1  # count up when keys or values change their meaning
-SEQUENCES_PER_FILE = 4096  # also what a killed process loses, at most
+SEQUENCES_PER_FILE = 1024  # also what a process that is stopped or killed loses, at most
 BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -137,9 +137,11 @@ class ReferenceColumn:
         should_stop: Callable[[], bool] = lambda: False,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> bool:
-        """Compute and keep what is missing. False: it was asked to stop; what was finished is kept.
+        """Compute and keep what is missing. False: it was asked to stop; finished files are kept.
 
         `batch_tokens`: tokens per forward pass, padding counted. `progress(done, of)` is called after each file.
+        Only whole files are kept, so that what is computed after an interruption is batched as it would have been:
+        kernels round differently in batches of another shape, and a resumed run must repeat every bit.
         """
         missing = self.missing(encoded)
         if not missing:
@@ -150,21 +152,20 @@ class ReferenceColumn:
         for start in range(0, len(keys), SEQUENCES_PER_FILE):
             part = keys[start : start + SEQUENCES_PER_FILE]
             values = self._compute(forward, [missing[key] for key in part], batch_tokens, should_stop)
-            if values:
-                self.store.add({part[position]: value for position, value in values.items()})
-            if len(values) < len(part):
+            if values is None:
                 return False
+            self.store.add({part[position]: value for position, value in values.items()})
             progress(start + len(part), len(keys))
         return True
 
     def _compute(
         self, forward: Forward, sequences: Sequence[TokenSequence], batch_tokens: int, should_stop: Callable[[], bool]
-    ) -> dict[int, np.ndarray]:
-        """Position -> log-probs; those that were finished before somebody asked to stop."""
+    ) -> dict[int, np.ndarray] | None:
+        """Position -> log-probs; None when somebody asked to stop."""
         found: dict[int, np.ndarray] = {}
         for group in batches_of([len(ids) for ids, _ in sequences], batch_tokens):
             if should_stop():
-                break
+                return None
             batch = sequence_batch([sequences[position] for position in group], self.pad_id).to(self.device)
             log_probs = forward(batch).log_probs.float()
             pieces = log_probs.cpu().split(batch.lengths.tolist())

@@ -21,8 +21,8 @@ def sequence_batch(sequences: Sequence[TokenSequence], pad_id: int) -> Batch:
     real = torch.zeros(count, longest, dtype=torch.long)
     supervised = torch.zeros(count, longest, dtype=torch.bool)
     for number, (ids, mask) in enumerate(sequences):
-        input_ids[number, : len(ids)] = torch.as_tensor(np.asarray(ids, dtype=np.int64))
-        supervised[number, : len(ids)] = torch.as_tensor(np.asarray(mask, dtype=bool))
+        input_ids[number, : len(ids)] = torch.from_numpy(np.array(ids, dtype=np.int64))
+        supervised[number, : len(ids)] = torch.from_numpy(np.array(mask, dtype=bool))
         real[number, : len(ids)] = 1
     supervised[:, :1] = False  # nothing predicts the first token
     sequence, offset = supervised.nonzero(as_tuple=True)

@@ -1,0 +1,47 @@
+"""Flat arrays on disk."""
+
+import numpy as np
+import pytest
+
+from uft.data import cache
+from uft.data.cache import EncodedRows
+from uft.data.templates import Encoded
+
+
+def encoded(*ids):
+    return Encoded(np.array(ids, np.int32), np.array([n > 0 for n in range(len(ids))]), 1)
+
+
+ROWS = [(encoded(1, 2), encoded(3, 4, 5)), (encoded(6, 7),)]
+
+
+def test_rows_come_back_as_they_went(tmp_path):
+    cache.save(tmp_path / "deep" / "key", EncodedRows.pack(ROWS), {"note": 1})
+    rows, notes = cache.load(tmp_path / "deep" / "key")
+    assert notes == {"note": 1}
+    assert isinstance(rows.ids, np.memmap)
+    assert [[e.ids.tolist() for e in row] for row in rows] == [[[1, 2], [3, 4, 5]], [[6, 7]]]
+    assert [e.ids.tolist() for e in rows[-1]] == [[6, 7]]
+    assert len(rows[0:2]) == 2
+    with pytest.raises(IndexError):
+        rows[2]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["key"]  # nothing half-written is left beside
+
+
+def test_two_writers_of_one_key_agree(tmp_path):
+    for _ in range(2):
+        cache.save(tmp_path / "key", EncodedRows.pack(ROWS), {})
+    assert len(cache.load(tmp_path / "key")[0]) == 2
+
+
+def test_where_tokens_are_kept(monkeypatch, tmp_path):
+    monkeypatch.delenv("UFT_CACHE", raising=False)
+    assert str(cache.cache_folder(None)).endswith(".cache/uft")
+    monkeypatch.setenv("UFT_CACHE", str(tmp_path))
+    assert cache.cache_folder(None) == tmp_path
+    assert str(cache.cache_folder("here")) == "here"
+
+
+def test_a_missing_folder_is_not_a_corrupt_one(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        cache.load(tmp_path / "none")

@@ -1,0 +1,97 @@
+"""The renderer: which way of rendering is taken, and the plain one."""
+
+import numpy as np
+import pytest
+
+from uft.data.rows import Message
+from uft.data.templates import Encoded, Renderer, finish
+from uft.errors import UftError
+
+QUESTION = (Message("user", "The capital of France?"),)
+ANSWER = (Message("assistant", " Paris."),)
+
+
+def trained(encoded, tokenizer):
+    return tokenizer.decode(encoded.ids[encoded.supervised].tolist())
+
+
+def test_auto_takes_the_tokenizer_s_template_else_plain(tokenizer, base_tokenizer):
+    assert Renderer(tokenizer).name == "the tokenizer's chat template"
+    assert Renderer(base_tokenizer).name == "plain"
+    assert Renderer(tokenizer, "plain").name == "plain"
+
+
+def test_a_template_of_one_s_own(tokenizer, base_tokenizer, tmp_path, chatml_template):
+    file = tmp_path / "mine.jinja"
+    file.write_text(chatml_template)
+    assert Renderer(base_tokenizer, str(file)).name == str(file)
+    own = Renderer(tokenizer, str(file)).encode(QUESTION, ANSWER)
+    assert own.ids.tolist() == Renderer(tokenizer).encode(QUESTION, ANSWER).ids.tolist()
+    with pytest.raises(UftError, match="no such file"):
+        Renderer(tokenizer, str(tmp_path / "none.jinja"))
+
+
+def test_plain_joins_prompt_completion_and_a_learned_end(base_tokenizer):
+    renderer = Renderer(base_tokenizer)
+    encoded = renderer.encode(QUESTION, ANSWER)
+    assert base_tokenizer.decode(encoded.ids.tolist()) == "The capital of France? Paris.<|endoftext|>"
+    assert trained(encoded, base_tokenizer) == " Paris.<|endoftext|>"
+    assert encoded.ids[: encoded.prompt_length].tolist() == renderer.prompt_ids(QUESTION)
+    assert renderer.stop_ids == {base_tokenizer.eos_token_id}
+
+
+def test_plain_begins_once_with_the_tokenizer_s_first_token(metaspace_tokenizer):
+    renderer = Renderer(metaspace_tokenizer)
+    bos = metaspace_tokenizer.bos_token_id
+    for prompt in (QUESTION, (Message("user", "<s>The capital"),)):
+        ids = renderer.encode(prompt, ANSWER).ids.tolist()
+        assert ids[0] == bos
+        assert ids.count(bos) == 1
+    assert renderer.prompt_ids(QUESTION)[0] == bos
+
+
+def test_plain_supervises_every_assistant_turn_and_nothing_between(base_tokenizer):
+    turns = (Message("assistant", "one"), Message("user", "more"), Message("assistant", "two"))
+    encoded = Renderer(base_tokenizer).encode((Message("system", "count"), *QUESTION), turns)
+    end = base_tokenizer.eos_token
+    assert trained(encoded, base_tokenizer) == f"one{end}two{end}"
+    whole = base_tokenizer.decode(encoded.ids.tolist())
+    assert whole == f"count\n\nThe capital of France?one{end}\n\nmore\n\ntwo{end}"
+
+
+def test_plain_needs_an_end_of_text_token(base_tokenizer):
+    base_tokenizer.eos_token = None
+    with pytest.raises(UftError, match="no end-of-text token"):
+        Renderer(base_tokenizer)
+
+
+def test_a_system_prompt_for_sampling_takes_the_place_of_the_row_s_own(tokenizer):
+    renderer = Renderer(tokenizer)
+    prompt = (Message("system", "old"), *QUESTION)
+    text = tokenizer.decode(renderer.prompt_ids(prompt, system="new"))
+    assert "new" in text
+    assert "old" not in text
+    assert tokenizer.decode(renderer.prompt_ids(prompt)).count("old") == 1
+
+
+def test_the_digest_follows_template_and_tokenizer(tokenizer, base_tokenizer, tmp_path, chatml_template):
+    digest = Renderer(tokenizer).digest
+    tokenizer("a text", truncation=True, max_length=2)  # leaves settings behind in the tokenizer
+    assert Renderer(tokenizer).digest == digest
+    other = tmp_path / "other.jinja"
+    other.write_text(chatml_template.replace("assistant\n", "assistant "))
+    assert len({digest, Renderer(tokenizer, "plain").digest, Renderer(tokenizer, str(other)).digest}) == 3
+    plain = Renderer(base_tokenizer).digest
+    base_tokenizer.add_tokens(["Paris"])
+    assert Renderer(base_tokenizer).digest != plain
+
+
+def test_finish_ends_at_the_last_supervised_token():
+    ids, mask = np.arange(6, dtype=np.int32), np.array([0, 0, 1, 0, 1, 0], bool)
+    encoded = finish(ids, mask)
+    assert (encoded.ids.tolist(), encoded.prompt_length, encoded.length) == ([0, 1, 2, 3, 4], 2, 5)
+    assert finish(ids, np.zeros(6, bool)).length == 6
+
+
+def test_the_first_token_is_no_target():
+    assert Encoded(np.arange(3, dtype=np.int32), np.ones(3, bool), 0).targets == 2

@@ -1,0 +1,275 @@
+"""The console on captured streams and on a real terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from uft.evaluation.samples import Sample
+from uft.tracking.cards import Ending
+from uft.tracking.console import Console
+
+ESCAPE = "\x1b"
+
+
+@dataclass(frozen=True)
+class Battery:
+    metrics: dict[str, float]
+    samples: list[Sample] = field(default_factory=list)
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def metrics(step: int) -> dict[str, float]:
+    return {"seconds": 0.5 * step, "loss": 1 / step, "nll": 1.0, "objective/ift": 0.25, "tokens_per_second": 900.0}
+
+
+def test_without_a_terminal_every_line_stays_a_line(tmp_path):
+    stream = io.StringIO()
+    console = Console(stream, tmp_path / "console.log", 100)
+    for step in (10, 20, 30):
+        console.step(step, metrics(step))
+    console.message("checkpoint saved")
+    console.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "step  10/100  10% | loss  0.100 | ift  0.25 nll  1.00 |    900 tok/s | eta 00:45"
+    assert [line[:12] for line in lines] == ["step  10/100", "step  20/100", "step  30/100", "checkpoint s"]
+    assert lines[2].endswith("eta 00:35")
+    assert not re.search(r"[\r\x1b]", stream.getvalue())
+    assert (tmp_path / "console.log").read_text() == stream.getvalue()
+
+
+def test_on_a_terminal_the_line_is_rewritten_and_the_log_is_plain(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    console = Console(stream, tmp_path / "console.log", 100)
+    console.step(10, metrics(10))
+    console.step(20, metrics(20))
+    console.message("checkpoint saved")
+    console.step(30, metrics(30))
+    console.end("run", Ending("finished", 100, 100, 50.0, 1000))
+    console.close()
+    shown = stream.getvalue()
+    assert shown.split("checkpoint saved")[0].count("\n") == 0
+    assert "\r\x1b[2Kcheckpoint saved\nstep  20/100" in shown
+    assert re.search(r"step  30/100[^\n]*\n\n", shown), "the card starts below the last step line"
+    log = (tmp_path / "console.log").read_text()
+    assert [line[:12] for line in log.splitlines()[:4]] == [
+        "step  10/100",
+        "step  20/100",
+        "checkpoint s",
+        "step  30/100",
+    ]
+    assert not re.search(r"[\r\x1b]", log)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_colors_only_where_they_are_wanted(monkeypatch, variable, value):
+    monkeypatch.setenv("TERM", "xterm")
+    ending = Ending("failed", 3, 10, 1.0, 10)
+    colored, plain = Terminal(), Terminal()
+    Console(colored).end("run", ending)
+    assert "\x1b[1;31mrun" in colored.getvalue()
+    monkeypatch.setenv(variable, value)
+    Console(plain).end("run", ending)
+    assert ESCAPE not in plain.getvalue()
+
+
+def test_a_real_terminal(tmp_path):
+    program = (
+        "import os, sys; from pathlib import Path; from uft.tracking.console import Console\n"
+        "console = Console(sys.stdout, Path(sys.argv[1]), 1000)\n"
+        "for step in range(1, 4): console.step(step * 100, {'loss': 2.0, 'lr': 1e-5, 'grad_norm': 1.0,\n"
+        "    'nll': 2.0, 'objective/a': 1.0, 'objective/b': 1.0, 'seconds': 1.0 * step})\n"
+        "console.close()"
+    )
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
+    command = [sys.executable, "-c", program, str(tmp_path / "log")]
+    environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    subprocess.run(command, stdout=follower, env=environment, check=True)
+    os.close(follower)
+    shown = os.read(leader, 65536).decode()
+    os.close(leader)
+    assert shown.count("\n") == 1
+    lines = shown.rstrip().split("\r\x1b[2K")[1:]
+    assert len(lines) == 3
+    assert all(len(line) < 60 for line in lines)
+    assert lines[-1].startswith("step  300/1000  30% | loss  2.000")
+    assert "grad  1.00" in (tmp_path / "log").read_text()  # the log is as wide as it needs
+
+
+def test_interactive_can_be_refused(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    console = Console(stream, None, 10, interactive=False)
+    console.step(1, metrics(1))
+    console.step(2, metrics(2))
+    assert stream.getvalue().count("\n") == 2
+    assert ESCAPE not in stream.getvalue()
+
+
+def test_the_remaining_time_follows_the_recent_pace():
+    stream = io.StringIO()
+    console = Console(stream, None, 1000)
+    console.step(500, {"seconds": 5000.0})  # a slow start
+    for step in range(501, 531):
+        console.step(step, {"seconds": 5000.0 + (step - 500)})
+    lines = stream.getvalue().splitlines()
+    assert lines[0].endswith("eta 1:23:20")
+    assert lines[-1].endswith("eta 07:50")
+
+
+def test_the_start_card():
+    stream = io.StringIO()
+    Console(stream).start("uft train  ift-mix", [("model", "tiny"), ("mixture", "a  1\nb  2")])
+    assert stream.getvalue() == "uft train  ift-mix\n  model    tiny\n  mixture  a  1\n           b  2\n\n"
+
+
+def battery(nll: float) -> Battery:
+    return Battery(
+        {"eval/nll": nll, "eval/accuracy": 1 / nll, "eval/sums/nll": nll / 2, "eval/style/margin": -2.0},
+        [
+            Sample("sums", "1", "3+4?", "7", "7"),
+            Sample("sums", "2", "5+5?", "9", "10"),
+            Sample("style", "3", "a\nb", "c"),
+        ],
+    )
+
+
+def columns(text: str, row: str) -> list[str]:
+    return next(line for line in text.splitlines() if line.startswith(row)).split()
+
+
+def test_the_battery_before_last_and_now(tmp_path):
+    stream = io.StringIO()
+    console = Console(stream, tmp_path / "log", 300)
+    console.battery(0, battery(4.0))
+    assert columns(stream.getvalue(), "metric") == ["metric", "now", "(0)", "sums", "style"]
+    console.battery(100, battery(2.0))
+    stream.truncate(0)
+    console.battery(200, battery(1.0))
+    text = stream.getvalue()
+    header = ["metric", "before", "(0)", "last", "(100)", "now", "(200)", "sums", "style"]
+    assert columns(text, "metric") == header
+    assert columns(text, "nll") == ["nll", "4.000", "2.000", "1.000", "0.500", "-"]
+    assert columns(text, "accuracy") == ["accuracy", "0.250", "0.500", "1.000", "-", "-"]
+    assert columns(text, "margin") == ["margin", "-", "-", "-", "-", "-2.000"]
+    assert '  sums: "3+4?" -> "7"  (answer "7")' in text
+    assert '  style: "a\\nb" -> "c"' in text
+    assert "5+5" not in text, "one sample per source"
+    assert "4.000" in (tmp_path / "log").read_text()
+
+
+def test_a_resumed_console_still_knows_the_battery_before():
+    stream = io.StringIO()
+    console = Console(stream, None, 300)
+    earlier = [{"step": 0, "eval/nll": 4.0}, {"step": 90, "loss": 1.0}, {"step": 100, "loss": 1.0, "eval/nll": 3.0}]
+    console.recall(earlier)
+    console.battery(200, battery(1.0))
+    assert columns(stream.getvalue(), "nll")[:4] == ["nll", "4.000", "3.000", "1.000"]
+
+
+def test_the_end_card_of_a_good_run():
+    stream = io.StringIO()
+    ending = Ending(
+        "finished",
+        800,
+        800,
+        seconds=432,
+        tokens=1_200_000,
+        final={"eval/nll": 1.25, "eval/accuracy": 0.5},
+        best={"eval/nll": 1.125},
+        best_step=700,
+        best_checkpoint="runs/a/checkpoints/step-000700",
+        peak_memory_gb=61.25,
+        commands=("uft generate runs/a", "uft ls"),
+    )
+    Console(stream).end("ift-mix", ending)
+    assert stream.getvalue().splitlines() == [
+        "",
+        "ift-mix",
+        "  status       finished at step 800/800",
+        "  final        nll 1.250, accuracy 0.500",
+        "  best         nll 1.125 at step 700",
+        "  time         07:12 of training",
+        "  tokens       1.2M, 2.8k tok/s",
+        "  peak memory  61.2 GB",
+        "  checkpoint   runs/a/checkpoints/step-000700",
+        "  next         uft generate runs/a",
+        "               uft ls",
+    ]
+
+
+def test_the_end_card_of_a_run_that_failed_at_once():
+    stream = io.StringIO()
+    error = "RuntimeError: out of memory\nat layer \x1b[5m3"
+    ending = Ending("failed", 0, 800, seconds=0.0, tokens=0, error=error, commands=("uft resume runs/a",))
+    Console(stream).end("ift-mix", ending)
+    assert stream.getvalue().splitlines()[2:] == [
+        "  status  failed at step 0/800",
+        "  error   RuntimeError: out of memory",
+        "          at layer \\x1b[5m3",
+        "  next    uft resume runs/a",
+    ]
+
+
+def test_a_stream_that_is_not_utf8_gets_plain_characters(tmp_path):
+    raw = io.BytesIO()
+    console = Console(io.TextIOWrapper(raw, encoding="ascii"), tmp_path / "log", 10)
+    console.message("häß")
+    console.battery(0, Battery({"eval/nll": 1.0}, [Sample("fußball", "1", "日", "ok")]))
+    console.close()
+    shown = raw.getvalue().decode("ascii")
+    assert "h\\xe4\\xdf" in shown
+    assert "\\u65e5" in shown
+    assert "日" in (tmp_path / "log").read_text("utf-8")
+
+
+def test_markup_and_control_codes_of_data_stay_text():
+    stream = io.StringIO()
+    console = Console(stream, None, 10)
+    console.message("row [bold]7[/bold] \x1b[2J")
+    console.battery(0, Battery({"eval/[red]x/nll": 1.0}, [Sample("[red]", "1", "[bold]\x07", ":smile:")]))
+    text = stream.getvalue()
+    assert "row [bold]7[/bold] \\x1b[2J" in text
+    assert "[red]x" in text
+    assert '"[bold]\\x07" -> ":smile:"' in text
+
+
+def test_a_pipe_that_closes_does_not_end_the_run(tmp_path):
+    reader, writer = os.pipe()
+    stream = os.fdopen(writer, "w")
+    console = Console(stream, tmp_path / "log", 10)
+    console.step(1, {"loss": 1.0})
+    os.close(reader)
+    console.step(2, {"loss": 1.0})
+    console.step(3, {"loss": 1.0})
+    console.close()
+    assert len((tmp_path / "log").read_text().splitlines()) == 3
+    with pytest.raises(BrokenPipeError):
+        stream.close()  # what it could not write
+
+
+def test_a_resumed_run_appends_to_its_log(tmp_path: Path):
+    for text in ("first", "second"):
+        console = Console(io.StringIO(), tmp_path / "log", 10)
+        console.message(text)
+        console.close()
+    assert (tmp_path / "log").read_text() == "first\nsecond\n"

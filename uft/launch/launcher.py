@@ -1,0 +1,126 @@
+"""From a checked configuration to a run folder and the worker that fills it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from uft.config.compose import settle
+from uft.config.freeze import difference, free, plain, to_yaml
+from uft.config.suggest import written
+from uft.errors import BAD_REQUEST, GOOD, Problem, UftError
+from uft.launch.names import OUTPUTS, single_run_dir
+from uft.launch.process import run_worker
+from uft.launch.provenance import provenance
+from uft.runs import Run, create_run, write_atomically
+
+UNFINISHED_CREATION = {"overrides.yaml", "run.json"}
+
+
+def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] = ()) -> int:
+    """Train one run in its folder, or continue what is there; the exit code.
+
+    Raises UftError, with nothing written, where the request cannot be carried out.
+    """
+    settings = plain(cfg)
+    run = Run(single_run_dir(settings))
+    settings["run"] = {"name": settings["run"]["name"] or run.name, "dir": None}  # the folder is where the file lies
+    if run.config_file.is_file():
+        return continue_run(run, settings)
+    refuse_foreign(run.path)
+    check_sources(settings)
+    create_run(run.path, to_yaml(settings), list(overrides), **provenance())
+    return sit(run, fresh=True)
+
+
+def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
+    """Run a job that leaves no run folder (check, data, generate) in a worker; the exit code."""
+    with tempfile.TemporaryDirectory(prefix="uft-") as folder:
+        spec = Path(folder) / "config.yaml"
+        spec.write_text(to_yaml(plain(cfg)), encoding="utf-8")
+        return run_worker(["--job", job, str(spec)])
+
+
+def continue_run(run: Run, settings: Mapping[str, Any] | None = None, cwd: Path | None = None) -> int:
+    """Go on with a run that was stopped; a finished one is left alone.
+
+    `settings` are the wanted ones: keys that change no result may differ and are written to the run, all others must
+    not. `cwd` is where relative paths of its data start.
+    """
+    if settings is not None:
+        refuse_changes(run, settings)
+    if run.status == "finished":
+        print(f"uft: {run.path} is finished already; nothing to do")
+        return GOOD
+    if run.locked():
+        raise UftError(
+            Problem(str(run.path), "another process is working in this run folder"), footer="See what runs:  uft ls"
+        )
+    if settings is not None:
+        write_atomically(run.config_file, to_yaml(settings))
+    return sit(run, cwd=cwd)
+
+
+def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None) -> int:
+    """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
+    code = run_worker([str(run.path.resolve())], cwd)
+    if code == BAD_REQUEST and fresh and not run.result() and not run.checkpoints():
+        discard(run.path)
+    return code
+
+
+def discard(folder: Path) -> None:
+    """Remove a run folder, and the folders that were made for it alone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in folder.parents:
+        if parent == OUTPUTS or not parent.is_relative_to(OUTPUTS) or any(parent.iterdir()):
+            break
+        parent.rmdir()
+
+
+def refuse_foreign(folder: Path) -> None:
+    """A run does not move into a folder that holds something else."""
+    if folder.exists() and not folder.is_dir():
+        raise UftError(Problem(f"run.dir={folder}", "is a file"))
+    if folder.is_dir() and {path.name for path in folder.iterdir()} - UNFINISHED_CREATION:
+        raise UftError(
+            Problem(f"run.dir={folder}", "the folder is not empty and is not a run", advice=("choose another folder",))
+        )
+
+
+def refuse_changes(run: Run, settings: Mapping[str, Any]) -> None:
+    """UftError with every key whose change would make another run of it."""
+    changes = [change for change in changed_keys(run, settings) if not free(change[0])]
+    if changes:
+        problems = [Problem(key, f"{written(old)} -> {written(new)}", str(run.path)) for key, old, new in changes]
+        footer = (
+            "A run goes on under the configuration it began with (old -> new above).\n"
+            f"Continue it as it is:  uft resume {run.path}\nor give the new run its own name or folder."
+        )
+        raise UftError(*problems, footer=footer)
+
+
+def changed_keys(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, the run's value, the wanted one); keys that a newer version brought count with their defaults."""
+    return difference(plain(settle(run.config())), settings)
+
+
+def check_sources(settings: Mapping[str, Any]) -> None:
+    """Read every row once, so that a bad one is told of before anything is written."""
+    _read_sources(to_yaml(settings["data"]))
+
+
+@lru_cache(maxsize=64)
+def _read_sources(data: str) -> None:
+    """Once per mixture: the jobs of a sweep share theirs. An exception is not remembered."""
+    import yaml
+
+    from uft.data.sources import load_sources
+
+    load_sources(yaml.safe_load(data))
