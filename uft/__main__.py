@@ -1,6 +1,8 @@
 """`python -m uft` is `uft`."""
 
+import sys
+
 from uft.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

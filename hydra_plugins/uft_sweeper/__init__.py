@@ -13,7 +13,6 @@ from typing import Any
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 
 @dataclass
@@ -28,13 +27,10 @@ class UftSweeper(BasicSweeper):
         from uft.launch.sweep import Sweep
 
         assert self.config is not None and self.launcher is not None and self.hydra_context is not None
-        loader = self.hydra_context.config_loader
-        overrides = OverridesParser.create(config_loader=loader).parse_overrides([*self._parse_config(), *arguments])
-        jobs = [job for batch in self.split_arguments(overrides, None) for job in batch]
-        axes = [override.get_key_element() for override in overrides if override.is_sweep_override()]
-        sweep = Sweep.plan(self.config, loader, jobs, axes)
+        lines = [*self._parse_config(), *arguments]
+        sweep = Sweep.plan(self.config, self.hydra_context.config_loader, lines)
         one_by_one = isinstance(self.launcher, BasicLauncher)
-        return sweep.run(self.launcher, 1 if one_by_one else self.max_batch_size or len(jobs))
+        return sweep.run(self.launcher, 1 if one_by_one else self.max_batch_size or len(sweep.jobs))
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="uft", node=UftSweeperConf, provider="uft")

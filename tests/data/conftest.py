@@ -7,8 +7,9 @@ from transformers import PreTrainedTokenizerFast
 CORPUS = ["The capital of France is Paris.", "user assistant system human model", "one two three 0123456789 !?"] * 4
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -31,7 +32,7 @@ def _byte_level():
     return tokenizer.to_str()
 
 
-@pytest.fixture()
+@pytest.fixture
 def tokenizer(_byte_level):
     """Byte-level BPE as in GPT-2, Llama 3 and Qwen, with a ChatML template; nothing is added on its own."""
     return PreTrainedTokenizerFast(
@@ -43,7 +44,7 @@ def tokenizer(_byte_level):
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def base_tokenizer(_byte_level):
     """The same without a chat template."""
     return PreTrainedTokenizerFast(
@@ -51,7 +52,7 @@ def base_tokenizer(_byte_level):
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def metaspace_tokenizer():
     """Words joined to the space before them, and a first token of its own, as in Llama 2 and Mistral."""
     from tokenizers.processors import TemplateProcessing

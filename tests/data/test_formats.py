@@ -33,7 +33,7 @@ def test_columns_of_known_data_sets(columns, name):
 
 
 def test_two_formats_at_once_are_ambiguous_until_a_kind_is_given():
-    columns = "prompt completion label score".split()
+    columns = ["prompt", "completion", "label", "score"]
     with pytest.raises(UftError) as error:
         recognise(columns, source="mine")
     assert "binary" in str(error.value)
@@ -43,7 +43,7 @@ def test_two_formats_at_once_are_ambiguous_until_a_kind_is_given():
 
 
 def test_columns_the_user_named_decide():
-    columns = "prompt chosen rejected messages conversations".split()
+    columns = ["prompt", "chosen", "rejected", "messages", "conversations"]
     with pytest.raises(UftError):
         recognise(columns)
     assert recognise(columns, mapped=["conversations"]).name == "sharegpt"

@@ -73,6 +73,11 @@ def test_feedback_is_kept():
     assert [c.sampled_by for c in sampled] == [None, "m"]
 
 
+def test_two_equal_sides_of_a_pair_are_kept_as_they_were_graded():
+    pair = read({"prompt": "q", "chosen": "a", "rejected": "a"}).completions
+    assert [(c.text, c.preferred) for c in pair] == [("a", True), ("a", False)]
+
+
 def test_scores_are_brought_to_zero_and_one():
     def score(record, score_range=None):
         return read(record, score_range).completions[0].score
@@ -140,7 +145,6 @@ def test_a_label_is_good_or_bad(label):
 @pytest.mark.parametrize(
     ("record", "why"),
     [
-        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "are the same"),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD]}, "are the same"),
         ({"chosen": "a", "rejected": "b"}, "prompt is missing"),
         ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "other"}, BAD]}, "share no prompt"),

@@ -134,7 +134,7 @@ def test_datasets_folders_on_disk(tmp_path):
     assert "splits: heldout, train" in refused(tmp_path / "two", split="test")
 
 
-@pytest.fixture()
+@pytest.fixture
 def hub_layout(tmp_path, monkeypatch):
     """A folder as the hub keeps it: Parquet files under data/ and a card."""
     import datasets

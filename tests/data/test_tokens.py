@@ -21,7 +21,7 @@ def pair(index, chosen, rejected):
     return Row("mine", index, (Message("user", "q"),), completions)
 
 
-@pytest.fixture()
+@pytest.fixture
 def renderer(tokenizer):
     return Renderer(tokenizer)
 
@@ -115,24 +115,18 @@ def test_truncate_ends_at_a_supervised_token_in_a_conversation(renderer):
 # --- masks
 
 
-@pytest.mark.parametrize(
-    ("template", "why"),
-    [
-        ("{% for m in messages %}{{ '<|im_start|>' if m['role'] == 'user' else '' }}{% endfor %}", "no token is supervised"),
-        ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}", "every token is supervised"),
-        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", "the stop token is not supervised"),
-        (
-            "{% for m in messages %}{{ 'x' + m['content'] }}{% generation %}{% endgeneration %}{% endfor %}",
-            "no token is supervised",
-        ),
-        (
-            "{{ bos_token + bos_token }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}",
-            "two beginning-of-text tokens",
-        ),
-    ],
-)  # fmt: skip
+SENSELESS = {
+    "{{ '<|im_start|>' }}": "no token is supervised",
+    "{{ 'x' + m['content'] }}{% generation %}{% endgeneration %}": "no token is supervised",
+    "{{ m['content'] + '<|im_end|>' if m['role'] == 'assistant' else '' }}": "every token is supervised",
+    "{{ m['role'] + ': ' + m['content'] + '\n' }}": "the stop token is not supervised",
+    "{{ bos_token * 2 if loop.first else '' }}{{ m['content'] + '<|im_end|>' }}": "two beginning-of-text tokens",
+}
+
+
+@pytest.mark.parametrize(("template", "why"), SENSELESS.items())
 def test_a_mask_that_makes_no_sense_stops_and_names_template_and_row(tokenizer, template, why):
-    tokenizer.chat_template = template
+    tokenizer.chat_template = "{% for m in messages %}" + template + "{% endfor %}"
     with pytest.raises(UftError) as error:
         tokenize("mine", [row(n, "yes") for n in range(9)], Renderer(tokenizer), 100)
     said = str(error.value)

@@ -105,12 +105,12 @@ def test_the_official_reader_agrees(open_wandb):
     tracker.log(1, {"loss": 0.25})
     tracker.finish("failed", 1, {"steps": 1})
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(segments(tracker.run)[0])]
-    shown = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    text = json.dumps(shown)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tracker.run.path)
+    shown = json.loads(done.stdout)
     assert shown["state"] == "failed"
     assert shown["summary"]["loss"] == 0.25
     assert shown["summary"]["status"] == "failed"
-    assert "playground" in text
+    assert "playground" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -409,6 +409,16 @@ def test_a_wandb_whose_service_was_killed_never_stops_training(open_wandb):
     assert 1 <= len(said) <= 2
 
 
+def test_a_wandb_that_cannot_start_never_stops_training(open_wandb):
+    said: list[str] = []
+    tracker = open_wandb(say=said.append, project="no/such name")
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("finished", 0, {})
+    assert len(said) == 1
+    assert said[0].startswith("W&B could not start (")
+    assert tracker.description == "metrics.jsonl, no W&B"
+
+
 PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -469,7 +479,7 @@ def test_a_killed_and_resumed_offline_run_can_be_uploaded_whole(new_run, config,
     resumed.finish("finished", 0, {})
 
     command = [sys.executable, "-m", "wandb", "sync", *map(str, segments(run))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=run.path)
     assert done.returncode == 0
     assert not re.search("error|fail", done.stdout + done.stderr, re.IGNORECASE)
     uploaded = curve(server.history[run.info()["id"]], "loss")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
+from textwrap import shorten
 
 from uft.errors import Problem, UftError
 
@@ -51,14 +53,12 @@ def groups(dirs: list[Path]) -> dict[str, dict[str, Path]]:
     return {group: dict(sorted(options.items())) for group, options in sorted(found.items())}
 
 
-def headline(file: Path) -> str:
-    """The first comment line of a file: what this option is. `# @package` lines do not count."""
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith("#") and "@package" not in line and line.strip("# "):
-            return line.strip("# ").rstrip()
-        if line.strip() and not line.startswith("#"):
-            break
-    return ""
+def headline(file: Path, longest: int = 104) -> str:
+    """The first sentence of a file's opening comment: what this option is. `# @package` lines do not count."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.strip("# ") for line in comment if "@package" not in line)
+    return shorten(text.partition(". ")[0], longest, placeholder=" ...")
 
 
 def shown(path: Path) -> str:

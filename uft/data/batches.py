@@ -96,8 +96,8 @@ def collate(items: Sequence[Item], pad_id: int) -> Batch:
         attention_mask[number, :real] = 1
         supervised[number, :real] = line.encoded.supervised
     supervised[:, :1] = False  # the first token has no predictor
-    sequence, offset = np.nonzero(supervised)
-    place = sequence * length + offset
+    place = np.flatnonzero(supervised)
+    sequence, offset = np.divmod(place, max(length, 1))
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),

@@ -67,12 +67,10 @@ def preference(record: Record, score_range: Range) -> Fields:
     if whole:
         turns = messages.whole(chosen, "chosen"), messages.whole(rejected, "rejected")
         if turns[0] == turns[1]:
-            raise Unreadable("chosen and rejected are the same")
+            raise Unreadable("chosen and rejected are the same, so nothing tells where the prompt ends")
         prompt, left, right = messages.split_pair(*turns)
     else:
         prompt, left, right = _prompt(record), messages.reply(chosen, "chosen"), messages.reply(rejected, "rejected")
-    if left == right:
-        raise Unreadable("chosen and rejected are the same")
     return Fields(prompt, (Completion(left, preferred=True), Completion(right, preferred=False)))
 
 

@@ -63,11 +63,12 @@ def load_sources(data: Any) -> list[LoadedSource]:
             continue
         loaded.append(found)
         bad += found.dropped
-    if settings.bad_rows == "error":
+    told = settings.bad_rows == "error"
+    if told:
         problems += _bad_row_problems(bad)
-    problems += [_nothing_left(source) for source in loaded if not source.rows and not (bad and problems)]
+    problems += [_nothing_left(source) for source in loaded if not source.rows and not (told and source.dropped)]
     if problems:
-        footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and settings.bad_rows == "error" else ""
+        footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and told else ""
         raise UftError(*problems, footer=footer)
     return loaded
 
@@ -95,7 +96,7 @@ def hold_out(rows: Sequence[Row], amount: float) -> tuple[tuple[Row, ...], tuple
 
 
 def _load(name: str, source: Source, data: Data) -> LoadedSource:
-    if problems := formats.check_mapping(source.columns, name):
+    if problems := [*formats.check_mapping(source.columns, name), *_range_problems(name, source.score_range)]:
         raise UftError(*problems)
     place = Place(source.path, source.split, source.subset, source.revision, f"data.sources.{name}.path")
     rows, bad = _rows(name, source, place, source.limit)
@@ -109,6 +110,13 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         if held_out and not rows:
             raise UftError(Problem(f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"))
     return LoadedSource(name, source.path, rows, held_out, content_digest(rows), tuple(bad), source.checker)
+
+
+def _range_problems(name: str, score_range: Sequence[float] | None) -> list[Problem]:
+    if score_range is None or (len(score_range) == 2 and score_range[0] < score_range[1]):
+        return []
+    why = "is not two numbers, the lowest and the highest score"
+    return [Problem(f"data.sources.{name}.score_range={list(score_range)}", why)]
 
 
 def _evaluation_place(source: Source, place: Place) -> Place | None:

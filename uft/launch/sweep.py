@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
@@ -32,6 +34,21 @@ class JobFailed(Exception):
     def __init__(self, code: int, folder: str, message: str) -> None:
         super().__init__(code, folder, message)
         self.code, self.folder, self.message = code, folder, message
+
+
+def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> tuple[list[list[str]], list[str]]:
+    """(the overrides of every job of the grid, the keys that vary). Raises HydraException for what is no grid."""
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(lines))
+    batches = BasicSweeper.split_arguments(overrides, None)
+    axes = [override.get_key_element() for override in overrides if override.is_sweep_override()]
+    return [job for batch in batches for job in batch], axes
+
+
+def examine_jobs(request: Request, loader: ConfigLoaderImpl) -> tuple[list[Problem], Examined]:
+    """The problems of every job of a request, together, and the first job as it was understood."""
+    jobs, axes = expand(request.overrides, loader)
+    examined = [examine(replace(request, overrides=tuple(job)), loader) for job in jobs]
+    return [*together(examined, jobs, axes), *shared_folder(jobs, axes)], examined[0]
 
 
 @dataclass(frozen=True)
@@ -61,18 +78,20 @@ class Sweep:
     jobs: tuple[Job, ...]
 
     @classmethod
-    def plan(cls, config: DictConfig, loader: ConfigLoaderImpl, jobs: list[list[str]], axes: list[str]) -> Sweep:
-        """Check every job and find its folder. Raises UftError with the problems of all of them."""
-        request = Request(tuple(config.hydra.overrides.hydra), config.hydra.job.config_name)
-        examined = [examine(replace(request, overrides=(*request.overrides, *job)), loader) for job in jobs]
+    def plan(cls, config: DictConfig, loader: ConfigLoaderImpl, lines: list[str]) -> Sweep:
+        """Check every job of the grid and find its folder. Raises UftError with the problems of all of them."""
+        jobs, axes = expand(lines, loader)
+        fixed_hydra = tuple(config.hydra.overrides.hydra)
+        name = config.hydra.job.config_name
+        examined = [examine(Request((*fixed_hydra, *job), name), loader) for job in jobs]
         problems = [*together(examined, jobs, axes), *shared_folder(jobs, axes)]
         if problems:
             raise UftError(*problems, footer=footer(examined[0]))
         check_all_sources(examined)
-        named = examined[0].tree
+        first = examined[0].tree
         fixed = [line for line in jobs[0] if line.partition("=")[0] not in axes]
-        folder = sweep_dir(named.sweep.name or sweep_name(axes, fixed))
-        names = unique_names(jobs, axes, named.run.name)
+        folder = sweep_dir(first.sweep.name or sweep_name(axes, fixed))
+        names = unique_names(jobs, axes, first.run.name)
         return cls(tuple(Job(tuple(job), folder / name) for job, name in zip(jobs, names, strict=True)))
 
     def run(self, launcher: Launcher, batch_size: int) -> list[Sequence[JobReturn]]:
@@ -150,8 +169,8 @@ def check_all_sources(examined: list[Examined]) -> None:
 def unique_names(jobs: list[list[str]], axes: list[str], prefix: str | None) -> list[str]:
     """A name per job; a hash of its overrides where two would have the same."""
     names = [job_name(job, axes) for job in jobs]
-    names = [f"{name}-{short_hash(repr(sorted(job)))}" if names.count(name) > 1 else name for name, job in zip(names, jobs, strict=True)]
-    return [f"{prefix}-{name}" if prefix else name for name in names]
+    hashes = [f"-{short_hash(repr(sorted(job)))}" if names.count(name) > 1 else "" for name, job in zip(names, jobs, strict=True)]
+    return [f"{prefix}-{name}{more}" if prefix else f"{name}{more}" for name, more in zip(names, hashes, strict=True)]
 
 
 def failures(jobs: Sequence[Job], results: Sequence[JobReturn]) -> list[tuple[Job, JobFailed]]:
@@ -171,8 +190,10 @@ def as_failure(job: Job, error: Any) -> JobFailed:
     return JobFailed(FAILED, str(job.folder), f"{type(error).__name__}: {error}")
 
 
+STOPS = {STOPPED: "stopped by a signal", INTERRUPTED: "interrupted"}
+
+
 def why(code: int, folder: Path) -> str:
     """One line about a job that did not finish."""
-    error = Run(folder).result().get("error")
-    words = {STOPPED: "stopped by a signal", INTERRUPTED: "interrupted"}
-    return words.get(code) or (str(error).strip().splitlines() or [""])[0] if error else words.get(code, f"exit {code}")
+    error = str(Run(folder).result().get("error") or "").strip()
+    return STOPS.get(code) or (error.splitlines()[0] if error else f"exit code {code}")

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 Split = Literal["train", "test"]
 Words = list[str]
+Task = tuple[int, int, Callable[[Words], Words]]  # fewest and most words, and the right answer
 
 _WORDS = """
 apple bear bird boat book bread chair cloud door duck fish fox glass gold hat horse key king lamp leaf lion moon night
@@ -41,15 +43,12 @@ CROWD = {"plain right": 0.20, "chatty right": 0.50, "plain wrong": 0.08, "chatty
 NOISE = 0.12
 """Share of training pairs that are flipped, labels that are flipped and scores that are drawn at random."""
 
-SIZES = {"instruct": 1000, "pairs": 1000, "binary": 1000, "scored": 500, "negatives": 1000}
-"""Training prompts of each source; tests have a fifth of that."""
-
 
 def _json(words: Words) -> Words:
     return ['["', *' "," '.join(words).split(), '"]']  # ["fox","red"], a token each
 
 
-OLD: dict[str, tuple[int, int, Callable[[Words], Words]]] = {  # task: fewest and most words, the right answer
+OLD: dict[str, Task] = {
     "copy": (1, 3, lambda words: words),
     "uppercase": (1, 3, lambda words: [word.upper() for word in words]),
     "reverse": (2, 3, lambda words: words[::-1]),
@@ -59,7 +58,7 @@ OLD: dict[str, tuple[int, int, Callable[[Words], Words]]] = {  # task: fewest an
     "repeat": (1, 2, lambda words: words * 2),
     "min": (2, 3, lambda words: [min(words)]),
 }
-NEW: dict[str, tuple[int, int, Callable[[Words], Words]]] = {
+NEW: dict[str, Task] = {
     "json": (1, 3, _json),
     "sort": (2, 3, sorted),
 }
@@ -104,7 +103,7 @@ def is_test(prompt: str) -> bool:
     return hashlib.sha256(prompt.encode()).digest()[0] < 32
 
 
-def prompts(tasks: dict[str, Any], split: Split, random: Random) -> Iterator[tuple[str, str]]:
+def prompts(tasks: dict[str, Task], split: Split, random: Random) -> Iterator[tuple[str, str]]:
     """Endless (task, prompt) of one split, tasks equally often."""
     names = sorted(tasks)
     while True:
@@ -169,17 +168,27 @@ def scored(prompt: str, noise: float, random: Random) -> list[dict[str, Any]]:
 
 
 def negatives(prompt: str, noise: float, random: Random) -> list[dict[str, Any]]:
-    """A demonstration with wrong answers of the kind that the base model gives: response, negatives."""
+    """A demonstration with wrong answers of the kind that the base model gives: response, negatives, sampled_by."""
     wrong = [reply(prompt, quality, random) for quality in ("chatty wrong", "chatty wrong", "plain wrong")]
-    return [{"response": solve(prompt), "negatives": wrong}]
+    return [{"response": solve(prompt), "negatives": wrong, "sampled_by": "rule"}]
 
 
-SOURCES: dict[str, tuple[dict[str, Any], Callable[[str, float, Random], list[dict[str, Any]]]]] = {
-    "instruct": (NEW, instruct),
-    "pairs": (OLD, pairs),
-    "binary": (OLD, binary),
-    "scored": (OLD, scored),
-    "negatives": (NEW, negatives),
+@dataclass(frozen=True)
+class Source:
+    """How the rows of one name are made."""
+
+    tasks: dict[str, Task]
+    stream: str  # sources of one stream ask the same prompts in the same order
+    size: int  # training prompts; tests have a fifth of that
+    feedback: Callable[[str, float, Random], list[dict[str, Any]]]  # (prompt, noise, random) -> rows
+
+
+SOURCES = {
+    "instruct": Source(NEW, "instruct", 1000, instruct),
+    "pairs": Source(OLD, "pairs", 1000, pairs),
+    "binary": Source(OLD, "binary", 1000, binary),
+    "scored": Source(OLD, "scored", 500, scored),
+    "negatives": Source(NEW, "instruct", 1000, negatives),
 }
 
 
@@ -189,19 +198,18 @@ def records(name: str, split: Split = "train") -> list[dict[str, Any]]:
     Besides its format's own columns every row has `prompt`, `answer` (right and plain) and `task`. No prompt occurs
     twice but in `scored`, where the completions of a prompt follow each other. Raises KeyError for an unknown name.
     """
-    tasks, feedback = SOURCES[name]
-    size, noise = (SIZES[name], NOISE) if split == "train" else (SIZES[name] // 5, 0.0)
+    source = SOURCES[name]
+    size, noise = (source.size, NOISE) if split == "train" else (source.size // 5, 0.0)
     random = Random(f"playground/{name}/{split}")
     rows: dict[str, list[dict[str, Any]]] = {}
-    for task, prompt in prompts(tasks, split, random):
+    for task, prompt in prompts(source.tasks, split, Random(f"playground/{source.stream}/{split}/prompts")):
         if prompt in rows:
             continue
         if len(rows) == size:
-            return [row for group in rows.values() for row in group]
-        common = {"answer": solve(prompt), "task": task}
-        if found := feedback(prompt, noise, random):
-            rows[prompt] = [{"prompt": prompt, **fields, **common} for fields in found]
-    raise AssertionError("prompts never end")
+            break
+        if found := source.feedback(prompt, noise, random):
+            rows[prompt] = [{"prompt": prompt, **fields, "answer": solve(prompt), "task": task} for fields in found]
+    return [row for group in rows.values() for row in group]
 
 
 def conversations(random: Random) -> Iterator[tuple[str, str]]:

@@ -110,7 +110,7 @@ def ending_rows(ending: Ending) -> list[tuple[str, str]]:
     rows = [
         ("status", f"{ending.status} at step {ending.steps}/{ending.total_steps}"),
         ("error", ending.error or ""),
-        ("final", _metrics(ending.final)),
+        ("final", _metrics(_headlines(ending.final))),
         ("best", _best(ending)),
         ("time", f"{duration(ending.seconds)} of training" if ending.seconds else ""),
         ("tokens", count(ending.tokens) + (f", {count(speed)} tok/s" if speed else "") if ending.tokens else ""),
@@ -121,8 +121,13 @@ def ending_rows(ending: Ending) -> list[tuple[str, str]]:
     return [(label, value) for label, value in rows if value]
 
 
+def _headlines(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Those over all sources; the sources' own stand in the last battery's table."""
+    return {name: value for name, value in metrics.items() if "/" not in name.removeprefix(PREFIX)}
+
+
 def _metrics(metrics: Mapping[str, float]) -> str:
-    pairs = [f"{name.removeprefix(PREFIX)} {number(value, 3)}" for name, value in metrics.items()]
+    pairs = [f"{name} {number(value, 3)}" for name, value in metrics.items()]
     lines = [pairs[start : start + 5] for start in range(0, min(len(pairs), SHOWN_METRICS), 5)]
     return "\n".join(", ".join(line) for line in lines)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from uft.errors import STOPPED, UftError
@@ -53,6 +54,7 @@ class Wandb:
         except UftError:
             raise
         except Exception as error:
+            self._handle = None
             _shut_down()
             self.say(f"W&B could not start ({_first_line(error)}); metrics.jsonl has everything.")
             return
@@ -67,7 +69,7 @@ class Wandb:
         self._send(step, lambda: {"samples": _table(step, samples)})
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        """Close the W&B run as what it was. Takes at most `finish_timeout` seconds."""
+        """Close the W&B run as what it was. Takes little more than `finish_timeout` seconds at most."""
         handle, self._handle = self._handle, None
         if handle is None:
             return
@@ -89,8 +91,9 @@ class Wandb:
 
     @property
     def sync_command(self) -> str:
-        here = self._folder if self.mode == "online" else self.run.path / "wandb" / "offline-run-*"
-        return f"wandb sync {here}"
+        if self.mode == "online":
+            return f"wandb sync {quote(str(self._folder))}"
+        return f"wandb sync {quote(str(self.run.path / 'wandb'))}/offline-run-*"
 
     def _mode_asked(self) -> str:
         """`tracking.mode`; under `auto` the WANDB_MODE that users of W&B know."""

@@ -61,10 +61,10 @@ class Feed:
         return view(row, visit) if view else None
 
     def unusable(self) -> dict[str, dict[Kind, list[str]]]:
-        """Rows the objective cannot use at all: source -> kind -> row ids."""
+        """Rows the objective cannot use at all: source -> kind -> row ids. A source that is never drawn is left out."""
         found: dict[str, dict[Kind, list[str]]] = {}
-        for source in self.sources:
-            for row in source.rows:
+        for source, weight in zip(self.sources, self.mixture.weights, strict=True):
+            for row in source.rows if weight else ():
                 if self._view(row, 0) is None:
                     found.setdefault(source.source, {}).setdefault(row.kind, []).append(row.id)
         return found

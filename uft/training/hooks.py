@@ -112,7 +112,8 @@ class Batteries:
         self.last = battery.metrics
         self._note_best(trainer, battery.metrics)
         if battery.metrics:
-            self.tracker.log(progress.step, battery.metrics)
+            axes = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
+            self.tracker.log(progress.step, axes | battery.metrics)
         if battery.samples:
             self.tracker.samples(progress.step, battery.samples)
         self.display.battery(progress.step, battery)

@@ -64,17 +64,13 @@ class _Sitting:
         resumed = resume(trainer)
         self._open(prepared, resumed)
         try:
-            self._work(prepared)
+            whole = self._work(prepared)
         except UftError as error:
             return self._end(trainer, "failed", error.code, error=str(error))
         except Exception as error:
             traceback.print_exc()
             return self._end(trainer, "failed", FAILED, error=f"{type(error).__name__}: {error}")
-        if trainer.progress.step < trainer.steps or self._owes_battery(trainer):
-            return self._end(trainer, "stopped", self.stop.exit_code)
-        if self.config.train.save_model:
-            export(trainer.policy, prepared.tokenizer, self.run.model_dir)
-        return self._end(trainer, "finished", GOOD)
+        return self._end(trainer, "finished", GOOD) if whole else self._end(trainer, "stopped", self.stop.exit_code)
 
     def _open(self, prepared: Prepared, resumed: int) -> None:
         """Everything that is written before the first step: who, what, where, and the card."""
@@ -94,7 +90,8 @@ class _Sitting:
         if not fresh:
             self.console.recall(read_metrics(self.run))
 
-    def _work(self, prepared: Prepared) -> None:
+    def _work(self, prepared: Prepared) -> bool:
+        """Train and export; False when asked to stop before that."""
         trainer, cfg = prepared.trainer, self.config
         lines = Lines(self.tracker, self.console, cfg.train.log_every)
         saving = Checkpoints(cfg.train.checkpoint_every)
@@ -114,8 +111,13 @@ class _Sitting:
         if trainer.progress.evaluated > measured and trainer.progress.step > 0:
             saving.save(trainer)  # the battery that the last sitting owed is now part of the checkpoint
         trainer.fit()
-        if saving.saved != trainer.progress.step and self.stop():
-            saving.save(trainer)
+        if trainer.progress.step < trainer.steps or self._owes_battery(trainer):
+            if saving.saved != trainer.progress.step:
+                saving.save(trainer)
+            return False
+        if self.config.train.save_model:
+            export(trainer.policy, prepared.tokenizer, self.run.model_dir)
+        return True
 
     def _measure(self, prepared: Prepared) -> Callable[[], Battery]:
         checkers = {source.name: source.checker for source in prepared.corpus.loaded}

@@ -1,0 +1,200 @@
+"""Rows as tensors: every index of the contract, checked against a slow and plain reading of it."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from uft.data.batches import Item, collate, is_good, make_item, micro_batches
+from uft.data.rows import Completion, Kind, Message, Row
+from uft.data.templates import Encoded
+from uft.data.views import Part, Role
+
+PAD = 0
+POSITIVE, NEGATIVE = Role.POSITIVE, Role.NEGATIVE
+
+
+def encoded(prompt, reply, start=1):
+    """`prompt` unsupervised and `reply` supervised tokens with ids from `start` on."""
+    ids = np.arange(start, start + prompt + reply, dtype=np.int32)
+    return Encoded(ids, np.arange(prompt + reply) >= prompt, prompt)
+
+
+def completion(**feedback):
+    return Completion((Message("assistant", "a"),), **feedback)
+
+
+def row(*completions, index=0):
+    return Row("s", index, (Message("user", "q"),), completions)
+
+
+def demonstration(example=0, prompt=2, reply=3, start=1):
+    return Item(example, row(completion()), (Part(0),), (encoded(prompt, reply, start),))
+
+
+def preference(example=1, chosen=(2, 3), rejected=(2, 5)):
+    both = row(completion(preferred=True), completion(preferred=False))
+    parts = (Part(0, POSITIVE), Part(1, NEGATIVE))
+    return Item(example, both, parts, (encoded(*chosen, start=11), encoded(*rejected, start=31)))
+
+
+def test_targets_say_which_token_where_and_what_predicts_it():
+    batch = collate([demonstration(), preference()], PAD)
+    length = batch.input_ids.shape[1]
+    assert batch.input_ids.shape == (3, 7)
+    expected = [
+        (s, t) for s, (prompt, reply) in enumerate([(2, 3), (2, 3), (2, 5)]) for t in range(prompt, prompt + reply)
+    ]
+    assert list(zip(batch.sequence.tolist(), batch.offset.tolist(), strict=True)) == expected
+    assert batch.place.tolist() == [s * length + t for s, t in expected]
+    assert batch.predictor.tolist() == [s * length + t - 1 for s, t in expected]
+    assert torch.equal(batch.target_ids, batch.input_ids.reshape(-1)[batch.place])
+    assert batch.target_ids.tolist() == [3, 4, 5, 13, 14, 15, 33, 34, 35, 36, 37]
+    assert batch.lengths.tolist() == [3, 3, 5]
+
+
+def test_padding_is_on_the_right_and_masked():
+    batch = collate([demonstration(), preference()], PAD)
+    assert batch.input_ids[0].tolist() == [1, 2, 3, 4, 5, PAD, PAD]
+    assert batch.attention_mask[0].tolist() == [1, 1, 1, 1, 1, 0, 0]
+    assert batch.position_ids.tolist() == [list(range(7))] * 3
+
+
+def test_every_tensor_has_the_type_the_contract_says():
+    batch = collate([demonstration(), preference()], PAD)
+    types = {"target": torch.float32, "good": torch.bool}
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == types.get(name, torch.int64), name
+            assert value.is_contiguous(), name
+
+
+def test_rows_and_roles():
+    batch = collate([demonstration(7), preference(9)], PAD)
+    assert batch.row.tolist() == [0, 1, 1]
+    assert batch.role.tolist() == [1, 1, 0]
+    assert batch.example.tolist() == [7, 9]
+    assert [tuple(Kind)[number] for number in batch.kind.tolist()] == [Kind.DEMONSTRATION, Kind.PREFERENCE]
+    assert batch.pairs.tolist() == [[1, 2]]
+
+
+def test_pairs_are_every_positive_with_every_negative_of_the_same_row():
+    sampled = row(completion(), *(completion(sampled_by="m") for _ in range(3)))
+    item = Item(0, sampled, (Part(0), *(Part(n, NEGATIVE) for n in (1, 2, 3))), tuple(encoded(1, 2) for _ in range(4)))
+    batch = collate([item, demonstration(), preference(), item], PAD)
+    assert batch.pairs.tolist() == [[0, 1], [0, 2], [0, 3], [5, 6], [7, 8], [7, 9], [7, 10]]
+    assert collate([demonstration()], PAD).pairs.shape == (0, 2)
+
+
+def test_the_same_row_twice_is_two_rows():
+    batch = collate([demonstration(4), demonstration(4)], PAD)
+    assert batch.example.tolist() == [4, 4]
+    assert batch.row.tolist() == [0, 1]
+
+
+def test_explicit_rewards_are_kept_and_absent_ones_are_nan():
+    item = replace(demonstration(), parts=(Part(0, POSITIVE, 0.25),))
+    target = collate([item, demonstration()], PAD).target
+    assert target[0] == 0.25
+    assert math.isnan(target[1])
+
+
+@pytest.mark.parametrize(
+    ("feedback", "good"),
+    [
+        ({}, True),
+        ({"preferred": True}, True),
+        ({"preferred": False}, False),
+        ({"label": True}, True),
+        ({"label": False}, False),
+        ({"score": 0.5}, True),
+        ({"score": 0.49}, False),
+        ({"sampled_by": "m"}, False),
+    ],
+)
+def test_what_nll_is_measured_on(feedback, good):
+    assert is_good(completion(**feedback)) is good
+
+
+def test_good_follows_the_completions_that_the_parts_take():
+    item = preference()
+    turned = replace(item, parts=item.parts[::-1], encoded=item.encoded[::-1])
+    assert collate([turned, demonstration()], PAD).good.tolist() == [False, True, True]
+
+
+def test_a_supervised_first_token_has_no_predictor_and_is_no_target():
+    item = Item(0, row(completion()), (Part(0),), (encoded(0, 3),))
+    batch = collate([item], PAD)
+    assert batch.offset.tolist() == [1, 2]
+    assert batch.predictor.min() >= 0
+
+
+def test_reference_log_probs_travel_with_their_targets():
+    first, second = demonstration(), preference()
+    columns = [[-1.0, -2.0, -3.0]], [[-4.0, -5.0, -6.0], [-7.0] * 5]
+    items = [
+        replace(item, reference=tuple(np.array(c, np.float32) for c in column))
+        for item, column in zip((first, second), columns, strict=True)
+    ]
+    batch = collate(items, PAD)
+    assert batch.columns["reference"].tolist() == [-1, -2, -3, -4, -5, -6, *[-7] * 5]
+    assert batch.columns["reference"].dtype == torch.float32
+    assert collate([items[0], second], PAD).columns == {}
+    with pytest.raises(AssertionError, match="log-probs for"):
+        collate([replace(first, reference=(np.zeros(2, np.float32),))], PAD)
+
+
+def test_nothing_makes_an_empty_batch():
+    batch = collate([], PAD)
+    assert batch.input_ids.numel() == batch.target_ids.numel() == batch.row.numel() == 0
+    assert batch.pairs.shape == (0, 2)
+    assert micro_batches([], 100, PAD) == []
+
+
+# --- micro-batches
+
+
+def test_micro_batches_hold_the_budget_padding_counted_and_lose_nothing():
+    items = [demonstration(n, 1 + n % 5, 1 + (7 * n) % 11) for n in range(60)]
+    for budget in (16, 50, 333):
+        batches = micro_batches(items, budget, PAD)
+        assert all(batch.input_ids.numel() <= budget for batch in batches)
+        assert sorted(n for batch in batches for n in batch.example.tolist()) == list(range(60))
+    assert len(micro_batches(items, 10**6, PAD)) == 1
+
+
+def test_micro_batches_are_sorted_by_length_the_longest_first():
+    items = [demonstration(n, 1, 1 + (7 * n) % 23) for n in range(23)]
+    batches = micro_batches(items, 48, PAD)
+    lengths = [int(batch.attention_mask.sum(1).max()) for batch in batches]
+    assert lengths == sorted(lengths, reverse=True)
+    padding = sum(int((batch.attention_mask == 0).sum()) for batch in batches)
+    assert padding < sum(batch.input_ids.numel() for batch in batches) / 4
+
+
+def test_a_row_is_never_divided_and_may_exceed_the_budget_alone():
+    batches = micro_batches([demonstration(0), preference(1), demonstration(2)], 6, PAD)
+    assert [batch.example.tolist() for batch in batches] == [[1], [0], [2]]
+    assert batches[0].input_ids.shape == (2, 7)
+
+
+def test_rows_of_one_length_keep_their_order():
+    assert micro_batches([demonstration(n) for n in (5, 3, 4)], 10**6, PAD)[0].example.tolist() == [5, 3, 4]
+
+
+# --- items
+
+
+def test_an_item_is_what_the_view_takes():
+    both = preference().row
+    tokens = (encoded(1, 1), encoded(1, 2))
+    rejected_only = make_item(both, tokens, 3, 0, lambda row, visit: (Part(1, NEGATIVE, 0.0),))
+    assert rejected_only.encoded == (tokens[1],)
+    assert (rejected_only.example, rejected_only.length) == (3, 3)
+    assert make_item(both, tokens, 3, 0, lambda row, visit: ()) is None
+    assert make_item(both, tokens, 3, 0, lambda row, visit: None) is None
+    seen = []
+    make_item(both, tokens, 3, 5, lambda row, visit: seen.append((row, visit)))
+    assert seen == [(both, 5)]

@@ -1,0 +1,333 @@
+"""The whole program in processes of its own, on small models and files of every kind made here.
+
+Nothing of the person's own settings is seen or touched: home, caches and W&B live in the test's folder.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # oracle.py: what the tests compare with
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CORPUS = ["The capital of France is Paris.", "system user assistant", "one two three 0123456789 plus minus?!"] * 4
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPEAKING_TO_THE_OUTSIDE = ("WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "UFT_", "HYDRA_")
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "demonstrations": [
+        {"prompt": "What is the capital of France?", "response": "Paris."},
+        {"prompt": "Count to five.", "response": "one two three four five, and that is all there is to count here."},
+        {"prompt": "2+2?", "response": "4"},
+        {
+            "prompt": [
+                said("user", "Hi."),
+                said("assistant", "Hello, ask me."),
+                said("user", "Name a number, please."),
+            ],
+            "response": "Seven is a number.",
+        },
+        {"prompt": "Say something long.", "response": "The quick brown fox jumps over the lazy dog. " * 2 + "Done."},
+    ],
+    "conversations": [
+        {
+            "messages": [
+                said("system", "You are brief."),
+                said("user", "What is one plus two?"),
+                said("assistant", "three"),
+                said("user", "And plus one more, which is what then?"),
+                said("assistant", "That makes four."),
+            ]
+        },
+        {"messages": [said("user", "Hello"), said("assistant", "Hello to you, how can I help today?")]},
+        {
+            "messages": [
+                said("user", "again"),
+                said("assistant", "again"),
+                said("user", "again"),
+                said("assistant", "again and again"),
+                said("user", "stop"),
+                said("assistant", "Stopped."),
+            ]
+        },
+    ],
+    "pairs": [
+        {"prompt": "Greet me.", "chosen": "Good morning to you!", "rejected": "no"},
+        {
+            "prompt": "What is 3 minus 1?",
+            "chosen": "two",
+            "rejected": "It may be three, or four, I do not really know.",
+        },
+        {"prompt": "Which city?", "chosen": "Paris is the city.", "rejected": "Lyon is the city."},
+        {
+            "prompt": [said("system", "Be kind."), said("user", "I failed.")],
+            "chosen": [said("assistant", "Try again tomorrow.")],
+            "rejected": [said("assistant", "Sure you did!")],
+        },
+    ],
+    "labels": [
+        {"prompt": "What is 5 plus 4?", "completion": "nine", "label": True},
+        {"prompt": "What is 6 plus 1?", "completion": "It is certainly twelve.", "label": False},
+        {"prompt": "Capital?", "completion": "The capital is Paris, as all know.", "label": True},
+    ],
+    "scores": [
+        {"prompt": "Describe the sea.", "completion": "Blue, wide and never quite still.", "score": 0.9},
+        {"prompt": "Describe the sea.", "completion": "wet", "score": 0.2},
+        {"prompt": "Describe the sea.", "completion": "The sea is large.", "score": 0.6},
+        {"prompt": "Describe a stone.", "completion": "Hard.", "score": 0.35},
+        {"prompt": "Describe a stone.", "completion": "A stone is what remains of a mountain.", "score": 1.0},
+    ],
+    "negatives": [
+        {
+            "prompt": "What is 1 plus 1?",
+            "response": "two",
+            "negatives": ["eleven", "I would say that one plus one is three.", "France"],
+        },
+        {
+            "prompt": "Who wrote it?",
+            "response": "Nobody knows who wrote it.",
+            "negatives": ["me", "The capital of France wrote it.", "0123456789"],
+        },
+        {"prompt": "Yes or no?", "response": "yes", "negatives": ["no no no"]},
+    ],
+}
+"""JSONL rows of every kind, of unequal lengths."""
+
+
+# --- files
+
+
+def count_rows(file: Path) -> int:
+    """Rows that uft makes of a JSONL file: scored completions of one prompt are one row."""
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    scored = {json.dumps(record["prompt"]) for record in records if "score" in record}
+    return len(scored) + sum("score" not in record for record in records)
+
+
+@pytest.fixture(scope="session")
+def write() -> Callable[[Path, Sequence[Mapping[str, Any]]], Path]:
+    """write(path, rows): a JSONL file."""
+
+    def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory, write: Callable[..., Path]) -> Callable[[str], Path]:
+    """rows("pairs"): a JSONL file of that name in ROWS."""
+    folder = tmp_path_factory.mktemp("rows")
+    files = {name: write(folder / f"{name}.jsonl", content) for name, content in ROWS.items()}
+    return files.__getitem__
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_model(seed=0, tied=False): a folder with a random two-layer Llama and a byte-level tokenizer with ChatML.
+
+    Its weights are large enough that no prediction is near uniform and that wrong arithmetic shows.
+    """
+    folder = tmp_path_factory.mktemp("models")
+
+    def make(seed: int = 0, tied: bool = False) -> Path:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        place = folder / f"llama-{seed}{'-tied' if tied else ''}"
+        if place.is_dir():
+            return place
+        tokenizer = _tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim > 1:
+                        parameter.normal_(std=0.2)
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        return place
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model: Callable[..., Path]) -> Path:
+    return make_model(seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_model(make_model: Callable[..., Path]) -> Path:
+    """Of the same shape and tokenizer as `tiny_model`, with other weights: a reference that differs."""
+    return make_model(seed=1)
+
+
+# --- the program
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """The environment of every process: this installation of uft, one thread, no network, folders of its own."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(SPEAKING_TO_THE_OUTSIDE)}
+    package = importlib.util.find_spec("uft")
+    assert package is not None
+    assert package.origin is not None
+    path = os.pathsep.join([str(Path(package.origin).parents[1]), *filter(None, [kept.get("PYTHONPATH")])])
+    return kept | {
+        "PYTHONPATH": path,
+        "HOME": str(tmp_path / "home"),
+        "UFT_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def start(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """start("train", ...): `uft train ...` as a process in a session of its own; killed at the end if it still lives."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, cwd: Path = tmp_path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        (tmp_path / "home").mkdir(exist_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "uft", *map(str, arguments)],
+            cwd=cwd,
+            env=environment | dict(env or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def uft(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """uft("train", "objective=sft", ..., code=0): run the program to its end; `code` None takes any exit code."""
+
+    def run(
+        *arguments: str, code: int | None = 0, timeout: float = 120, **where: Any
+    ) -> subprocess.CompletedProcess[str]:
+        process = start(*arguments, **where)
+        out, err = process.communicate(timeout=timeout)
+        done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        assert code is None or done.returncode == code, f"exit code {done.returncode}\n{out}\n{err}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def request_of(tiny_model: Path, rows: Callable[[str], Path]) -> Callable[..., list[str]]:
+    """request_of("sft", ["pairs"], "train.steps=3"): the overrides of a small quiet run on these files.
+
+    One step on a batch of all rows, every step logged, no learning and no battery, unless overridden. `sources`: names
+    in ROWS, or a dict from name to JSONL file.
+    """
+
+    def make(objective: str, sources: Sequence[str] | Mapping[str, Path], *more: str) -> list[str]:
+        files = sources if isinstance(sources, Mapping) else {name: rows(name) for name in sources}
+        return [
+            f"objective={objective}",
+            "data=files",
+            *(f"+data.sources.{name}.path={path}" for name, path in files.items()),
+            "model=custom",
+            f"model.path={tiny_model}",
+            "optim.lr=0",
+            "train.steps=1",
+            f"train.batch_size={sum(map(count_rows, files.values()))}",
+            "train.log_every=1",
+            "eval=none",
+            "tracking=none",
+            "hardware=cpu",
+            *more,
+        ]
+
+    return make
+
+
+# --- what a run left
+
+
+@pytest.fixture(scope="session")
+def metrics() -> Callable[[Path], list[dict[str, Any]]]:
+    """metrics(run): the lines of metrics.jsonl."""
+
+    def read(run: Path) -> list[dict[str, Any]]:
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def curve(metrics: Callable[[Path], list[dict[str, Any]]]) -> Callable[[Path], dict[int, dict[str, Any]]]:
+    """curve(run): training metrics by step."""
+    return lambda run: {line["step"]: line for line in metrics(run) if "loss" in line}
+
+
+@pytest.fixture(scope="session")
+def result() -> Callable[[Path], dict[str, Any]]:
+    """result(run): result.json."""
+    return lambda run: json.loads((run / "result.json").read_text(encoding="utf-8"))

@@ -1,0 +1,180 @@
+"""The rows of the playground: the same everywhere, unseen where they must be, noisy as said, and checked exactly."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from uft.playground import world
+
+EVERY = sorted(world.SOURCES)
+
+
+def digest(name, split):
+    return hashlib.sha256(json.dumps(world.records(name, split)).encode()).hexdigest()
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_rows_are_the_same_in_every_process(hash_seed):
+    code = (
+        "import json, hashlib; from uft.playground import world\n"
+        "for name in sorted(world.SOURCES):\n"
+        "    print(hashlib.sha256(json.dumps(world.records(name, 'train')).encode()).hexdigest())"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [digest(name, "train") for name in EVERY]
+
+
+def test_rows_are_those_that_published_results_were_made_with():
+    """Changing the world changes every result made in it: then this number changes too, on purpose."""
+    every = "".join(digest(name, split) for name in EVERY for split in ("train", "test"))
+    assert hashlib.sha256(every.encode()).hexdigest()[:16] == "FILL"
+
+
+def test_the_world_needs_no_torch():
+    code = "import sys; from uft.playground import world; world.records('pairs'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_test_prompt_is_ever_trained_on():
+    trained = {row["prompt"] for name in EVERY for row in world.records(name, "train")}
+    tested = {row["prompt"] for name in EVERY for row in world.records(name, "test")}
+    assert trained and tested
+    assert not trained & tested
+    assert all(map(world.is_test, tested))
+
+
+def test_the_base_model_saw_no_test_prompt_and_no_new_task():
+    from itertools import islice
+    from random import Random
+
+    seen = [prompt for prompt, _ in islice(world.conversations(Random(0)), 3000)]
+    assert not any(map(world.is_test, seen))
+    assert {prompt.split()[0] for prompt in seen} == set(world.OLD)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "train", "test"),
+    [
+        ("instruct", {"response"}, 1000, 200),
+        ("pairs", {"chosen", "rejected"}, 1000, 200),
+        ("binary", {"completion", "label"}, 1000, 200),
+        ("scored", {"completion", "score"}, 500, 100),
+        ("negatives", {"response", "negatives", "sampled_by"}, 1000, 200),
+    ],
+)
+def test_columns_and_sizes(name, columns, train, test):
+    for split, size in (("train", train), ("test", test)):
+        rows = world.records(name, split)
+        assert all(set(row) == columns | {"prompt", "answer", "task"} for row in rows)
+        assert len({row["prompt"] for row in rows}) == size
+        assert {row["task"] for row in rows} == set(world.SOURCES[name].tasks)
+        assert len(rows) == size or name == "scored"
+
+
+def test_an_unknown_name_is_a_key_error():
+    with pytest.raises(KeyError):
+        world.records("nothing")
+
+
+def test_completions_of_a_scored_prompt_follow_each_other():
+    prompts = [row["prompt"] for row in world.records("scored")]
+    changes = sum(a != b for a, b in zip(prompts, prompts[1:], strict=False))
+    assert changes == len(set(prompts)) - 1
+
+
+def test_negatives_are_the_demonstrations_with_wrong_answers_beside_them():
+    shown, with_wrong = world.records("instruct"), world.records("negatives")
+    assert [(row["prompt"], row["response"]) for row in shown] == [
+        (row["prompt"], row["response"]) for row in with_wrong
+    ]
+    assert all(row["response"] not in wrong for row in with_wrong for wrong in row["negatives"])
+
+
+def quality(row, text):
+    verdict = world.check(row["task"], row["prompt"], row["answer"], text)
+    return world.QUALITY[f"{'plain' if verdict['plain'] else 'chatty'} {'right' if verdict['correct'] else 'wrong'}"]
+
+
+def flipped(name, row):
+    """Whether this row's feedback contradicts the quality of its completions."""
+    if name == "pairs":
+        return quality(row, row["chosen"]) < quality(row, row["rejected"])
+    if name == "binary":
+        return row["label"] != (quality(row, row["completion"]) == 1.0)
+    return row["score"] != quality(row, row["completion"])
+
+
+@pytest.mark.parametrize("name", ["pairs", "binary", "scored"])
+def test_noise_is_in_training_alone_and_as_much_as_said(name):
+    train, test = world.records(name, "train"), world.records(name, "test")
+    share = sum(flipped(name, row) for row in train) / len(train)
+    assert abs(share - world.NOISE) < 0.03  # three standard errors of 1,000 draws
+    assert not any(flipped(name, row) for row in test)
+
+
+def test_what_is_chosen_is_often_chatty():
+    rows = world.records("pairs", "train")
+    plain = sum(quality(row, row["chosen"]) == world.QUALITY["plain right"] for row in rows) / len(rows)
+    assert 0.3 < plain < 0.45
+
+
+def test_scores_are_shares():
+    assert all(0 <= row["score"] <= 1 for row in world.records("scored"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("copy : fox owl", "fox owl"),
+        ("uppercase : fox owl", "FOX OWL"),
+        ("reverse : fox owl bear", "bear owl fox"),
+        ("first : fox owl", "fox"),
+        ("last : fox owl", "owl"),
+        ("count : fox owl bear", "3"),
+        ("repeat : fox", "fox fox"),
+        ("min : fox bear owl", "bear"),
+        ("sort : fox owl bear", "bear fox owl"),
+        ("json : fox owl", '[" fox "," owl "]'),
+    ],
+)
+def test_every_task(prompt, answer):
+    assert world.solve(prompt) == answer
+    assert world.check(None, prompt, None, answer) == {"exact_match": 1.0, "correct": 1.0, "plain": 1.0}
+
+
+def test_json_answers_are_json():
+    answers = [row["answer"] for row in world.records("instruct", "test") if row["task"] == "json"]
+    assert all(isinstance(json.loads(answer), list) for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("reply", "exact_match", "correct", "plain"),
+    [
+        ("bear owl", 1, 1, 1),
+        ("  bear   owl ", 1, 1, 1),
+        ("sure ! the answer is bear owl", 0, 1, 0),
+        ("the answer is owl bear", 0, 0, 0),
+        ("owl bear", 0, 0, 1),
+        ("bear owl owl", 0, 0, 1),
+        ("bear", 0, 0, 1),
+        ("sure !", 0, 0, 0),
+        ("", 0, 0, 0),
+    ],
+)
+def test_check(reply, exact_match, correct, plain):
+    verdict = world.check("reverse", "reverse : owl bear", "bear owl", reply)
+    assert verdict == {"exact_match": exact_match, "correct": correct, "plain": plain}
+
+
+def test_a_given_answer_counts_rather_than_the_prompt():
+    assert world.check("anything", "what is the capital ?", "paris", "paris")["exact_match"] == 1.0
+
+
+def test_chatter_occurs_in_no_answer():
+    answers = {word for name in EVERY for row in world.records(name) for word in row["answer"].split()}
+    assert not answers & set(world.CHATTER)

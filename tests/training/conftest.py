@@ -1,0 +1,161 @@
+"""A tiny Llama, rows of every kind of feedback and unequal lengths, and a trainer made of them as `train` makes it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from uft.config.load import typed
+from uft.config.schema import Config
+from uft.runs import Run, create_run
+from uft.training.prepare import Prepared, prepare
+from uft.training.signals import Stop
+
+VOCABULARY = 61
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+KINDS = ("demonstration", "preference", "binary", "scored", "negatives")
+USES = {
+    "sft": KINDS,
+    "ift": KINDS,
+    "uft": KINDS,
+    "una": ("preference", "binary", "scored"),
+    "dft": ("demonstration", "preference", "negatives"),
+    "dft2": ("demonstration", "preference", "negatives"),
+    "dpo": ("preference", "scored", "negatives"),
+}
+"""The kinds each objective is trained on here."""
+
+
+@pytest.fixture(autouse=True)
+def same_generator() -> Iterator[None]:
+    """`prepare` seeds torch's generator; no test may depend on which one ran before it."""
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with untied embeddings and a tokenizer of words w3 ... w60."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} </s> {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA))
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+class Rows:
+    """Random rows; `scale` is the most words of a prompt or a completion."""
+
+    def __init__(self, seed: int = 0, scale: int = 9) -> None:
+        self.random, self.scale = random.Random(seed), scale
+
+    def text(self) -> str:
+        return " ".join(f"w{self.random.randrange(3, VOCABULARY)}" for _ in range(self.random.randint(1, self.scale)))
+
+    def demonstration(self) -> dict[str, Any]:
+        return {"prompt": self.text(), "completion": self.text()}
+
+    def preference(self) -> dict[str, Any]:
+        return {"prompt": self.text(), "chosen": self.text(), "rejected": self.text()}
+
+    def binary(self) -> dict[str, Any]:
+        return {"prompt": self.text(), "completion": self.text(), "label": self.random.random() < 0.5}
+
+    def scored(self) -> dict[str, Any]:
+        return {"prompt": self.text(), "completion": self.text(), "score": round(self.random.random(), 2)}
+
+    def negatives(self) -> dict[str, Any]:
+        return {"prompt": self.text(), "response": self.text(), "negatives": [self.text() for _ in range(3)]}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _rows_of(kind: str, count: int) -> list[dict[str, Any]]:
+    rows = Rows(KINDS.index(kind))
+    made = [getattr(rows, kind)() for _ in range(count)]
+    if kind == "scored":  # two completions of every prompt, so that pairwise objectives find a best and a worst
+        made += [{**row, "completion": rows.text(), "score": (row["score"] + 0.5) % 1} for row in made]
+    return made
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One JSONL file of 12 rows per kind."""
+    folder = tmp_path_factory.mktemp("rows")
+    return {kind: write_rows(folder / f"{kind}.jsonl", _rows_of(kind, 12)) for kind in KINDS}
+
+
+@pytest.fixture
+def configure(model_folder: Path, files: dict[str, Path], tmp_path: Path) -> Callable[..., Config]:
+    """configure("ift", "train.steps=3", sources={name: path}) -> a typed configuration without the command line."""
+
+    def make(objective: str, *settings: str, sources: dict[str, Path] | None = None) -> Config:
+        import yaml
+        from omegaconf import OmegaConf
+
+        from uft.config.places import conf_dir
+
+        preset = yaml.safe_load((Path(str(conf_dir())) / "objective" / f"{objective}.yaml").read_text())
+        preset.pop("defaults")
+        chosen = {kind: files[kind] for kind in USES[objective]} if sources is None else sources
+        base = {
+            "objective": preset,
+            "data": {
+                "name": "kinds",
+                "sources": {name: {"path": str(path)} for name, path in chosen.items()},
+                "cache": str(tmp_path / "cache"),
+            },
+            "model": {"name": "tiny", "path": str(model_folder), "lr": 0.01},
+            "train": {"steps": 4, "batch_size": 8},
+            "hardware": {"device": "cpu"},
+            "tracking": {"mode": "disabled"},
+        }
+        merged = OmegaConf.merge(OmegaConf.create(base), OmegaConf.from_dotlist(list(settings)))
+        return typed(OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), merged), resolve=True))
+
+    return make
+
+
+@pytest.fixture
+def build(configure: Callable[..., Config], tmp_path: Path) -> Callable[..., Prepared]:
+    """build("ift", ...) -> Prepared in a fresh run folder; `run` for another one."""
+
+    def make(objective: str, *settings: str, run: str = "run", **options: Any) -> Prepared:
+        config = configure(objective, *settings, **options)
+        folder = tmp_path / run
+        made = Run(folder) if folder.exists() else create_run(folder, "{}\n", [])
+        return prepare(made, config, torch.device("cpu"), Stop())
+
+    return make

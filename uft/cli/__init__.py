@@ -1,0 +1,114 @@
+"""The command line: `uft VERB [options] [key=value ...]`.
+
+A shim over `sys.argv`: it finds the verb and hands the rest to it. Most verbs are native Hydra applications over
+conf/config.yaml, so overrides, -m, --cfg, --info, --config-dir and completion are Hydra's own. Nothing heavy is
+imported here: `uft --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, UftError, render
+
+VERBS = {
+    "train": "compose, check and train one run; -m trains a run for every combination",
+    "check": "everything before step 0, and one worst-case step; trains nothing",
+    "data": "the mixture as it will be drawn, lengths, and rows with the trained tokens coloured",
+    "generate": "completions for prompts: negatives for dft, or a look at a model",
+    "resume": "continue a run or a sweep that was stopped",
+    "ls": "runs and sweeps here: state, steps, headline metrics",
+    "config": "the composed config and where each value came from; --diff RUN",
+    "doctor": "versions, devices, disk, W&B and hub; no secrets",
+}
+"""Each verb is the function `main(arguments) -> exit code` of uft.cli.VERB."""
+
+START = """\
+Start with
+  uft train objective=ift data=mix      train the embedded model on the embedded mixture, in about a minute
+  uft train --help                      what there is to choose from
+  uft ls                                what has been trained here"""
+
+CLOSED_PIPE = 141
+"""What a shell sees of a program that SIGPIPE ended."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; the exit code (0 good, 1 a run failed, 2 bad request, 75 stopped, 130 interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--trace" in arguments:
+        arguments = [word for word in arguments if word != "--trace"]
+        os.environ["UFT_TRACE"] = "1"
+    try:
+        code = dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `uft train --help | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except UftError as error:
+        if tracing():
+            raise
+        return tell(error)
+    except Exception as error:
+        if tracing():
+            raise
+        print(f"uft: {type(error).__name__}: {error}\nThis is a fault in uft. --trace shows where.", file=sys.stderr)
+        return FAILED
+
+
+def tracing() -> bool:
+    """Whether a person asked for tracebacks."""
+    return bool(os.environ.get("UFT_TRACE")) or os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def tell(error: UftError) -> int:
+    """Print what was wrong; its exit code."""
+    print(render(error), file=sys.stderr, end="")
+    return error.code
+
+
+def dispatch(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help", "help"):
+        print(usage())
+        return GOOD
+    if first in ("-V", "--version", "version"):
+        from uft import __version__
+
+        print(f"uft {__version__}")
+        return GOOD
+    if first in ("-sc", "--shell-completion"):
+        from uft.cli.completion import complete
+
+        return complete(arguments)
+    if first not in VERBS:
+        print(unknown(first), file=sys.stderr)
+        return BAD_REQUEST
+    return int(import_module(f"uft.cli.{first}").main(arguments[1:]))
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {verb:<10}{does}" for verb, does in VERBS.items())
+    return (
+        "uft: unified fine-tuning of language models, any objective on the same rows\n\n"
+        f"usage: uft VERB [options] [key=value ...]\n\n{verbs}\n\n{START}\n"
+    )
+
+
+def unknown(verb: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(verb, VERBS, 1)
+    if "=" in verb:
+        hint = "settings come after a verb:  uft train " + verb
+    elif near:
+        hint = f"did you mean  uft {near[0]} ?"
+    else:
+        hint = f"verbs: {', '.join(VERBS)}"
+    return f"uft: no verb {verb!r}\n\n  {hint}\n\nSee all of them:  uft --help"

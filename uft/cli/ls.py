@@ -1,0 +1,85 @@
+"""`uft ls [FOLDER]`: the runs and sweeps here, their state, steps and headline metrics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uft.errors import GOOD, Problem, UftError
+from uft.runs import Run, find_runs, summary
+
+HEADLINES = ("nll", "accuracy", "exact_match", "pair_accuracy", "margin", "kl")
+"""Metrics worth a column, in this order, where any run has them."""
+
+COLUMNS = 4  # metrics shown at most
+COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "interrupted": "yellow", "failed": "red"}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="uft ls", description="The runs here, oldest first.", allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help="where to look; outputs")
+    parser.add_argument("--json", action="store_true", help="one JSON list, all metrics")
+    parsed = parser.parse_args(arguments)
+    if not parsed.folder.is_dir() and parsed.folder != Path("outputs"):
+        raise UftError(Problem(str(parsed.folder), "no such folder"))
+    rows = [describe(run) for run in find_runs(parsed.folder)]
+    if parsed.json:
+        print(json.dumps(rows, indent=2, default=str))
+    elif rows:
+        show(rows, parsed.folder)
+    else:
+        print(f"No runs in {parsed.folder}.  Make one:  uft train objective=ift data=mix")
+    return GOOD
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """A run as a flat record; `total_steps` is None where only the worker knows it."""
+    try:
+        total = run.config().get("train", {}).get("steps")
+    except Exception as error:  # a config that cannot be read is shown, not a reason to hide the other runs
+        return {"name": run.name, "path": str(run.path), "status": f"unreadable ({type(error).__name__})", "steps": 0}
+    return {**summary(run), "total_steps": total, "error": run.result().get("error")}
+
+
+def show(rows: list[dict[str, Any]], root: Path) -> None:
+    """A table; runs of one folder stand together under its name."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    metrics = headlines(rows)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", overflow="fold", ratio=1)
+    for name in ("state", "steps", *(metric.removeprefix("eval/") for metric in metrics)):
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    parent = None
+    for row in rows:
+        folder = Path(row["path"]).parent
+        if folder != parent:
+            table.add_row(Text(f"{folder}/", style="bold"))
+            parent = folder
+        state = Text(row["status"], style=COLOURS.get(row["status"], "red"))
+        table.add_row(Text(f"  {row['name']}"), state, steps(row), *(number(row.get(metric)) for metric in metrics))
+    Console().print(table, highlight=False)
+    for row in rows:
+        if row.get("error"):
+            print(f"{row['name']}: {str(row['error']).strip().splitlines()[0]}")
+
+
+def headlines(rows: list[dict[str, Any]]) -> list[str]:
+    """The metrics that some run has and that are worth a column."""
+    wanted = [f"eval/{name}" for name in HEADLINES]
+    return [name for name in wanted if any(name in row for row in rows)][:COLUMNS]
+
+
+def steps(row: Mapping[str, Any]) -> str:
+    total = row.get("total_steps")
+    return f"{row['steps']}/{total}" if total else str(row["steps"])
+
+
+def number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, (int, float)) else ""

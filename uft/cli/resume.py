@@ -1,0 +1,67 @@
+"""`uft resume RUN | SWEEP [key=value ...]`: go on with what was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError
+from uft.runs import Run, find_runs
+
+ABOUT = """\
+A finished run is left alone. In a sweep every unfinished run goes on in turn; one failure does not stop the others.
+Keys that change no result may be given anew (tracking.*, train.log_every, ...): any other change is refused with the
+difference, since it would make another run of it."""
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="uft resume",
+        description="Continue a run or a sweep that was stopped.",
+        epilog=ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", type=Path, help="a run folder, or a folder of runs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that change no result")
+    parsed = parser.parse_args(arguments)
+    runs = find_runs(parsed.folder)
+    if not runs:
+        why = "no run in this folder" if parsed.folder.is_dir() else "no such folder"
+        raise UftError(Problem(str(parsed.folder), why), footer="See the runs here:  uft ls")
+    if runs[0].path == parsed.folder:
+        return resume(runs[0], parsed.overrides)
+    return resume_all(runs, parsed.overrides)
+
+
+def resume(run: Run, overrides: list[str]) -> int:
+    """Continue one run, its relative data paths read from where it was started."""
+    from uft.config.change import changed
+    from uft.config.freeze import plain
+    from uft.launch.launcher import continue_run
+
+    started = Path(run.info().get("cwd", "."))
+    settings = plain(changed(run.config(), overrides)) if overrides else None
+    return continue_run(run, settings, cwd=started if started.is_dir() else None)
+
+
+def resume_all(runs: list[Run], overrides: list[str]) -> int:
+    """Continue every unfinished run of a sweep; a signal ends the sweep, a failure is told of at the end."""
+    waiting = [run for run in runs if run.status != "finished"]
+    failed: list[str] = []
+    for number, run in enumerate(waiting, 1):
+        print(f"\nuft: run {number} of {len(waiting)}: {run.name}", flush=True)
+        try:
+            code, why = resume(run, overrides), str(run.result().get("error") or "")
+        except UftError as error:
+            code, why = error.code, "; ".join(f"{problem.what}: {problem.why}" for problem in error.problems)
+        if code in (STOPPED, INTERRUPTED):
+            return code
+        if code != GOOD:
+            failed.append(f"  {run.path}\n      {why.splitlines()[0] if why else f'exit code {code}'}")
+    if not waiting:
+        print(f"uft: all {len(runs)} runs are finished; nothing to do")
+    if failed:
+        print(f"\nuft: {len(failed)} of {len(waiting)} runs failed\n\n" + "\n".join(failed), file=sys.stderr)
+    return FAILED if failed else GOOD
