@@ -6,6 +6,7 @@ impossibility asserts. Nothing here imports anything heavy: the text must be the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 GOOD, FAILED, BAD_REQUEST, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -41,13 +42,19 @@ class UftError(Exception):
 def render(error: UftError) -> str:
     """The message as it is printed, columns aligned over all problems."""
     count = len(error.problems)
-    width = min(max((len(p.what) for p in error.problems), default=0), 40)
+    what = _column(problem.what for problem in error.problems)
+    why = _column(problem.why for problem in error.problems if problem.where)
     lines = [f"uft: {count} problem{'s' if count != 1 else ''} in this request", ""]
     for problem in error.problems:
         where = f"      ({problem.where})" if problem.where else ""
-        lines.append(f"  {problem.what:<{width}}  {problem.why}{where}".rstrip())
+        lines.append(f"  {problem.what:<{what}}  {problem.why:<{why}}{where}".rstrip())
         lines += [f"      {line}" for line in problem.advice]
         lines.append("")
     if error.footer:
         lines.append(error.footer)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _column(texts: Iterable[str]) -> int:
+    """Width of a column; one long text does not push the others away."""
+    return min(max(map(len, texts), default=0), 40)

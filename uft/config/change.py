@@ -7,9 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from uft.config.examine import apply, fill, unfit
+from uft.config.examine import apply, examine, fill, unfit
+from uft.config.freeze import plain
 from uft.config.loader import Request, Setting, leaves, make_loader
-from uft.config.overrides import sort_out
+from uft.config.overrides import COMMAND_LINE, sort_out
 from uft.config.tree import Tree
 from uft.errors import Problem, UftError
 
@@ -17,10 +18,18 @@ FROZEN = "config.yaml of the run"
 
 
 def changed(settings: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
-    """`settings` with `overrides` applied. Groups cannot be chosen anew. Raises UftError with every problem."""
+    """`settings` with `overrides` applied: a choice of a group (`data=pairs`) replaces that group's keys.
+
+    Raises UftError with every problem.
+    """
     words = sort_out(overrides, make_loader(Request()).repository)
-    problems = list(words.problems)
-    problems += [Problem(line, "a run's choices are made; only values can be changed", "command line") for line in words.choices]
+    problems, settings = list(words.problems), dict(settings)
+    for line in words.choices:
+        group = line.partition("=")[0]
+        if group in settings:
+            settings[group] = plain(examine(Request((line,))).tree)[group]
+        else:
+            problems.append(Problem(line, "is for a fresh run: it is more than one group", COMMAND_LINE))
     tree = Tree()
     problems += fill(tree, [Setting(path, value, FROZEN, ".".join(path)) for path, value in leaves(settings)])
     for override in words.values:

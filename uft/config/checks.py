@@ -78,7 +78,9 @@ def against(key: str, value: Any, rules: Mapping[str, Any]) -> Iterator[Finding]
         near = nearest(str(value), known)
         yield Finding(key, "no such choice", (hint(near and f"{key}={near}", "choices", known),))
     elif value is not None and not isinstance(value, (str, bool, list)):
-        broken = [f"{words} {rules[name]}" for name, (words, holds) in BOUNDS.items() if breaks(rules, name, value, holds)]
+        broken = [
+            f"{words} {rules[name]}" for name, (words, holds) in BOUNDS.items() if breaks(rules, name, value, holds)
+        ]
         if broken:
             yield Finding(key, f"must be {' and '.join(broken)}")
 

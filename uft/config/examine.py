@@ -71,7 +71,8 @@ def require(request: Request, loader: ConfigLoaderImpl | None = None) -> Examine
 
 
 def footer(examined: Examined) -> str:
-    command = " ".join(["uft config", *(quoted(word) for word in examined.kept)])
+    words = [quoted(word) for word in examined.kept if not word.lstrip("+~").startswith("hydra")]
+    command = " ".join(["uft config", *words])
     return f"Nothing was started.  See what would run:  {command}"
 
 
@@ -139,7 +140,5 @@ def unfit(tree: Tree) -> dict[str, Problem]:
     for finding in findings(tree.root, typed):
         value = tree.value(finding.key)
         what = finding.key if value in (None, {}) else f"{finding.key}={written(value)}"
-        problems.setdefault(
-            finding.key, Problem(what, finding.why, tree.origins.get(finding.key, ""), finding.advice)
-        )
+        problems.setdefault(finding.key, Problem(what, finding.why, tree.origins.get(finding.key, ""), finding.advice))
     return problems

@@ -39,7 +39,9 @@ class Source:
     split: str = _key("train", "split of a hub id or datasets folder")
     subset: str | None = _key(None, "configuration name of a hub dataset")
     revision: str | None = _key(None, "commit or tag of a hub dataset")
-    score_range: list[float] | None = _key(None, "[lowest, highest] of the score column; null: its own columns or [0, 1]")
+    score_range: list[float] | None = _key(
+        None, "[lowest, highest] of the score column; null: its own columns or [0, 1]"
+    )
     holdout: float | None = _key(None, "rows kept for evaluation: a share below 1 or a count; null: data.holdout", ge=0)
     eval_path: str | None = _key(None, "evaluation rows of their own, instead of a holdout")
     eval_split: str | None = _key(None, "evaluation split of the same path, instead of a holdout")
@@ -155,7 +157,9 @@ class Hardware:
 @dataclass
 class Tracking:
     mode: str = _key(
-        "auto", "Weights & Biases: auto is online with key and network", choices=("auto", "online", "offline", "disabled")
+        "auto",
+        "Weights & Biases: auto is online with key and network",
+        choices=("auto", "online", "offline", "disabled"),
     )
     project: str = _key("uft", "W&B project")
     entity: str | None = _key(None, "W&B user or team; null: your default")

@@ -96,6 +96,8 @@ class Tree:
         prefix, siblings = path[:depth], fields_of(node) or []
         near = nearest(path[depth], siblings)
         meant = ".".join((*prefix, near, *path[depth + 1 :])) if near else self.elsewhere(path)
+        if len(path) == 1 and near in groups(config_dirs()):
+            meant = f"{near}={written(setting.value)}"
         shown = [key for key in siblings if prefix != (OBJECTIVE,) or key not in NOT_CHOSEN]
         advice = hint(meant, "keys" if prefix else "groups and keys", shown)
         more = belongs_to(path[-1]) if prefix == (OBJECTIVE,) else ()

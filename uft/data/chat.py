@@ -21,6 +21,7 @@ from uft.data.templates import Conversation, Encoded, Turns, finish
 from uft.errors import Problem, UftError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 Span = tuple[int, int]  # characters [start, end)
@@ -79,7 +80,7 @@ class ChatTemplate:
         out = []
         for (prompt, _), turns, text, encoding, name in zip(conversations, whole, texts, encodings, names, strict=True):
             spans = self._spans(turns, len(prompt), text, name)
-            out.append(self._supervise(text, np.asarray(encoding.ids, np.int32), encoding.offsets, spans))
+            out.append(self._supervise(text, encoding, spans))
         return out
 
     def _spans(self, turns: Turns, first: int, text: str, name: str) -> list[Span]:
@@ -128,21 +129,24 @@ class ChatTemplate:
             )
         )
 
-    def _supervise(self, text: str, ids: np.ndarray, offsets: list[Span], spans: Sequence[Span]) -> Encoded:
+    def _supervise(self, text: str, encoding: Encoding, spans: Sequence[Span]) -> Encoded:
         """Mark every token that holds a character of a span, and on to the stop token that closes it.
 
         Tokens between (white space before the stop token) are marked too: a model must write them to get there.
         """
+        ids = np.asarray(encoding.ids, np.int32)
         supervised = np.zeros(len(ids), bool)
-        starts, ends = np.asarray(offsets, np.int64).reshape(-1, 2).T
-        for start, end in spans:
-            # Tokens that stand for trimmed white space are empty, at its end; `ends > start` counts them to the reply.
-            first, last = int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))
-            while last < len(ids) and ids[last] not in self.stop_ids and not text[starts[last] : ends[last]].strip():
-                last += 1
-            if last < len(ids) and ids[last] in self.stop_ids:
-                last += 1
-            supervised[first:last] = True
+        for span in spans:
+            first, last = _tokens(encoding, span)
+            stop = last
+            while (
+                stop < len(ids)
+                and ids[stop] not in self.stop_ids
+                and not text[slice(*_characters(encoding, stop))].strip()
+            ):
+                stop += 1
+            closed = stop < len(ids) and ids[stop] in self.stop_ids
+            supervised[first : stop + 1 if closed else last] = True
         return finish(ids, supervised)
 
     # --- by the template's own marks
@@ -225,6 +229,26 @@ def _fill(skeleton: Skeleton | None, contents: Sequence[str], text: str) -> dict
         parts += [contents[number], after]
         length = places[number][1] + len(after)
     return places if "".join(parts) == text else None
+
+
+def _tokens(encoding: Encoding, span: Span) -> Span:
+    """[first, last) of the tokens that hold a character of `span`.
+
+    Two look-ups do for most; where a token lies across the end, or stands for trimmed white space and so for no
+    character, all offsets are looked through. Such an empty token lies at the end of what it stands for.
+    """
+    start, end = span
+    first, after = encoding.char_to_token(start), encoding.char_to_token(end)
+    if first is not None and after is not None and _characters(encoding, after)[0] >= end:
+        return first, after
+    starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
+    return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))
+
+
+def _characters(encoding: Encoding, token: int) -> Span:
+    span = encoding.token_to_chars(token)
+    assert span is not None, "only tokens that a tokenizer adds on its own stand for nothing, and none were asked for"
+    return span
 
 
 def _runs(mask: np.ndarray) -> list[Span]:

@@ -16,6 +16,7 @@ from uft.errors import FAILED, INTERRUPTED, STOPPED
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: STOPPED, signal.SIGUSR1: STOPPED}
+COMMAND = (sys.executable, "-m", "uft.launch.worker")
 PARENT = "UFT_PARENT_PID"
 PR_SET_PDEATHSIG = 1
 
@@ -42,10 +43,9 @@ def run_worker(arguments: Sequence[str], cwd: Path | None = None) -> int:
     A child that a signal of ours ended counts as stopped; one that anything else killed has failed.
     """
     sent: list[int] = []
-    command = [sys.executable, "-m", "uft.launch.worker", *arguments]
     environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path()}
     with forwarding(sent) as children:
-        child = subprocess.Popen(command, start_new_session=True, env=environment, cwd=cwd)
+        child = subprocess.Popen([*COMMAND, *arguments], start_new_session=True, env=environment, cwd=cwd)
         children.append(child)
         for number in sent:  # one came in before there was a child
             child.send_signal(number)

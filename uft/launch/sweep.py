@@ -132,17 +132,25 @@ class Sweep:
 
 
 def together(examined: list[Examined], jobs: list[list[str]], axes: list[str]) -> Iterator[Problem]:
-    """Problems over all jobs, each once, with the jobs that have it."""
-    found: dict[Problem, list[int]] = {}
+    """Problems over all jobs: one per key and reason, with the jobs that have it."""
+    found: dict[tuple[str, str], dict[int, Problem]] = {}
     for number, one in enumerate(examined):
         for problem in one.problems:
-            found.setdefault(problem, []).append(number)
-    for problem, numbers in found.items():
-        if len(numbers) < len(jobs):
-            first = " ".join(line for line in jobs[numbers[0]] if line.partition("=")[0] in axes)
-            more = f"in {len(numbers)} of {len(jobs)} jobs, the first is  {first}"
-            problem = replace(problem, advice=(*problem.advice, more))
+            found.setdefault((problem.what.partition("=")[0], problem.why), {})[number] = problem
+    for having in found.values():
+        number, problem = next(iter(having.items()))
+        if len(having) < len(jobs):
+            varying = " ".join(line for line in jobs[number] if line.partition("=")[0] in axes)
+            more = f"in {len(having)} of {len(jobs)} jobs, the first is  {varying}"
+            problem = replace(problem, advice=(*problem.advice, more, *apart(problem)))
         yield problem
+
+
+def apart(problem: Problem) -> tuple[str, ...]:
+    """How to sweep a key that only some objectives have."""
+    if not problem.what.lstrip("+").startswith("objective.") or not problem.why.startswith("no such key"):
+        return ()
+    return ("sweep the objectives that have it in a command of their own; the same sweep.name puts them together",)
 
 
 def shared_folder(jobs: list[list[str]], axes: list[str]) -> list[Problem]:
@@ -169,7 +177,10 @@ def check_all_sources(examined: list[Examined]) -> None:
 def unique_names(jobs: list[list[str]], axes: list[str], prefix: str | None) -> list[str]:
     """A name per job; a hash of its overrides where two would have the same."""
     names = [job_name(job, axes) for job in jobs]
-    hashes = [f"-{short_hash(repr(sorted(job)))}" if names.count(name) > 1 else "" for name, job in zip(names, jobs, strict=True)]
+    hashes = [
+        f"-{short_hash(repr(sorted(job)))}" if names.count(name) > 1 else ""
+        for name, job in zip(names, jobs, strict=True)
+    ]
     return [f"{prefix}-{name}{more}" if prefix else f"{name}{more}" for name, more in zip(names, hashes, strict=True)]
 
 
@@ -196,4 +207,4 @@ STOPS = {STOPPED: "stopped by a signal", INTERRUPTED: "interrupted"}
 def why(code: int, folder: Path) -> str:
     """One line about a job that did not finish."""
     error = str(Run(folder).result().get("error") or "").strip()
-    return STOPS.get(code) or (error.splitlines()[0] if error else f"exit code {code}")
+    return STOPS.get(code) or (error.splitlines()[0] if error else f"ended without a result, exit code {code}")

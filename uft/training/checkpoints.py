@@ -21,6 +21,8 @@ from uft.runs import Run
 
 Tensor = torch.Tensor
 TENSORS, STATE = "tensors.safetensors", "state.json"
+REPLACED, DISCARDED = "replaced", "discarded"
+"""How a hidden folder ends: one that waits for its replacement to get its name, and one that is being deleted."""
 
 
 def nested(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,31 +89,46 @@ def save(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str,
     (beside / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
     for path in (beside / TENSORS, beside / STATE, beside):
         _flush(path)
+    replaced = _hidden(final, REPLACED)
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        _discard(final)
+        os.replace(final, replaced)
     os.replace(beside, final)
     _flush(run.checkpoints_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return load_file(folder / TENSORS), json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return load_file(folder / TENSORS), read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The counters and cursors of a checkpoint, without its tensors."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def _hidden(folder: Path, why: str) -> Path:
+    return folder.with_name(f".{folder.name}.{why}")
 
 
 def _discard(folder: Path) -> None:
     """Take the name away first: half a checkpoint must never bear one."""
-    hidden = folder.with_name(f".{folder.name}.old")
+    hidden = _hidden(folder, DISCARDED)
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(folder, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
 def recover(run: Run) -> None:
-    """Give a checkpoint its name back if the process was killed between taking it away and naming its replacement."""
-    for hidden in run.checkpoints_dir.glob(".step-*.old"):
-        name = hidden.name[1 : -len(".old")]
-        if not (run.checkpoints_dir / name).exists() and (hidden / STATE).is_file():
-            os.replace(hidden, run.checkpoints_dir / name)
+    """Give a checkpoint its name back if the process was killed between taking it away and naming its replacement.
+
+    It is whole: what was replaced is deleted only after the replacement has the name.
+    """
+    for hidden in run.checkpoints_dir.glob(f".step-*.{REPLACED}"):
+        final = hidden.with_name(hidden.name[1:].removesuffix(f".{REPLACED}"))
+        if not final.exists():
+            os.replace(hidden, final)
 
 
 def prune(run: Run, keep_last: int, best_step: int | None) -> None:

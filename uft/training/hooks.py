@@ -83,7 +83,6 @@ class Batteries:
     before: bool
     best: str
     best_mode: str
-    last: Metrics = field(default_factory=dict)
 
     def start(self, trainer: Trainer) -> None:
         """Before the first step, and on a resume whose battery was cut short."""
@@ -109,7 +108,6 @@ class Batteries:
         finally:
             self.lines.restart()
         progress.evaluated = progress.step
-        self.last = battery.metrics
         self._note_best(trainer, battery.metrics)
         if battery.metrics:
             axes = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either

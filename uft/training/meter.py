@@ -18,8 +18,9 @@ class Meter:
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         total, count = torch.as_tensor(total).detach().double(), torch.as_tensor(count).detach().double()
-        self.totals[name] = self.totals[name] + total if name in self.totals else total
-        self.counts[name] = self.counts[name] + count if name in self.counts else count
+        # taken out and put in again: the order is that of the last step, so that a resumed meter has it too
+        self.totals[name] = self.totals.pop(name) + total if name in self.totals else total
+        self.counts[name] = self.counts.pop(name) + count if name in self.counts else count
 
     def add_loss(self, loss: Loss) -> None:
         for name, term in loss.items():

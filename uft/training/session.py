@@ -51,7 +51,6 @@ class _Sitting:
     console: Console
     started: float = field(default_factory=time.perf_counter)
     tracker: Trackers = field(default_factory=Trackers)
-    batteries: Batteries | None = None
 
     def go(self) -> int:
         device = choose_device(self.config.hardware)
@@ -95,7 +94,7 @@ class _Sitting:
         trainer, cfg = prepared.trainer, self.config
         lines = Lines(self.tracker, self.console, cfg.train.log_every)
         saving = Checkpoints(cfg.train.checkpoint_every)
-        self.batteries = Batteries(
+        batteries = Batteries(
             measure=self._measure(prepared),
             tracker=self.tracker,
             display=self.console,
@@ -105,9 +104,9 @@ class _Sitting:
             best=cfg.eval.best,
             best_mode=cfg.eval.best_mode,
         )
-        trainer.hooks = (lines, self.batteries, saving)
+        trainer.hooks = (lines, batteries, saving)
         measured = trainer.progress.evaluated
-        self.batteries.start(trainer)
+        batteries.start(trainer)
         if trainer.progress.evaluated > measured and trainer.progress.step > 0:
             saving.save(trainer)  # the battery that the last sitting owed is now part of the checkpoint
         trainer.fit()
@@ -164,7 +163,6 @@ class _Sitting:
         return code
 
     def _result(self, trainer: Trainer | None, status: str, error: str | None) -> dict[str, Any]:
-        final = self.batteries.last if self.batteries else {}
         device = trainer.device if trainer else torch.device("cpu")
         progress = trainer.progress if trainer else None
         best_step = progress.best_step if progress else None
@@ -181,21 +179,20 @@ class _Sitting:
             "wall_seconds": time.perf_counter() - self.started,
             "tokens_per_second": progress.tokens / progress.seconds if progress and progress.seconds else None,
             "peak_memory_bytes": peak_memory(device),
-            "final": {**_last_line(self.run), **final},
+            "final": final_metrics(self.run),
             "best": {self.config.eval.best: best_value} if best_value is not None else {},
             "best_step": best_step,
             "best_checkpoint": folder,
         }
 
 
-HEADLINES = ("loss", "nll")
-
-
-def _last_line(run: Run) -> dict[str, float]:
-    """The last training loss and likelihood that were written."""
+def final_metrics(run: Run) -> dict[str, float]:
+    """The last training loss and likelihood, and the last battery, as they were written: an earlier sitting counts."""
     found: dict[str, float] = {}
     for line in read_metrics(run):
-        found |= {name: line[name] for name in HEADLINES if name in line}
+        battery = {name: value for name, value in line.items() if name.startswith("eval/")}
+        kept = {name: value for name, value in found.items() if not (battery and name.startswith("eval/"))}
+        found = {**kept, **{name: line[name] for name in ("loss", "nll") if name in line}, **battery}
     return found
 
 

@@ -1,0 +1,389 @@
+"""What a run must log, computed in the plainest way that torch and transformers allow. Nothing of uft is imported.
+
+One sequence at a time, so there is no padding; every conversation rendered whole; full logits in float64; the formulas
+as the papers and this project's documentation print them. A row is a dict as it stands in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Tensor = torch.Tensor
+Turns = list[dict[str, str]]
+
+
+# --- rows
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion and what its row says of it: the reward is 1 for what is shown, chosen or good, 0 for the rest."""
+
+    turns: Turns
+    reward: float
+    scored: bool = False  # the reward is a number that somebody gave
+
+    @property
+    def good(self) -> bool:
+        return self.reward >= 0.5
+
+
+@dataclass(frozen=True)
+class Row:
+    kind: str  # the name of its file
+    prompt: Turns
+    answers: list[Answer]
+
+
+def one_turn(value: str | Turns, role: str) -> Turns:
+    return [{"role": role, "content": value}] if isinstance(value, str) else value
+
+
+def demonstration(record: Mapping[str, Any]) -> list[Answer]:
+    return [Answer(one_turn(record["response"], "assistant"), 1.0)]
+
+
+def pair(record: Mapping[str, Any]) -> list[Answer]:
+    return [
+        Answer(one_turn(record[side], "assistant"), reward) for side, reward in (("chosen", 1.0), ("rejected", 0.0))
+    ]
+
+
+def label(record: Mapping[str, Any]) -> list[Answer]:
+    return [Answer(one_turn(record["completion"], "assistant"), float(record["label"]))]
+
+
+def score(record: Mapping[str, Any]) -> list[Answer]:
+    return [Answer(one_turn(record["completion"], "assistant"), record["score"], scored=True)]
+
+
+def negatives(record: Mapping[str, Any]) -> list[Answer]:
+    return demonstration(record) + [Answer(one_turn(text, "assistant"), 0.0) for text in record["negatives"]]
+
+
+ANSWERS = {"demonstrations": demonstration, "pairs": pair, "labels": label, "scores": score, "negatives": negatives}
+
+
+def read(file: Path) -> list[Row]:
+    """The rows of a file named as in ROWS; scored completions of one prompt stand together."""
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if file.stem == "conversations":
+        starts = [[turn["role"] for turn in record["messages"]].index("assistant") for record in records]
+        return [
+            Row("conversations", record["messages"][:start], [Answer(record["messages"][start:], 1.0)])
+            for record, start in zip(records, starts, strict=True)
+        ]
+    rows: list[Row] = []
+    for record in records:
+        row = Row(file.stem, one_turn(record["prompt"], "user"), ANSWERS[file.stem](record))
+        if file.stem == "scores" and rows and rows[-1].prompt == row.prompt:
+            rows[-1].answers.extend(row.answers)
+        else:
+            rows.append(row)
+    return rows
+
+
+# --- tokens
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One conversation: ids, and which of them are learned."""
+
+    ids: list[int]
+    learned: list[bool]
+
+    def cut(self, length: int) -> Tokens:
+        return Tokens(self.ids[:length], self.learned[:length])
+
+
+Render = Callable[[Any, Turns, Turns], Tokens]
+
+
+def chatml(tokenizer: Any, prompt: Turns, turns: Turns) -> Tokens:
+    """By the tokens themselves: learned is what stands between an assistant's header and <|im_end|>, that included."""
+    ids = tokenizer.apply_chat_template([*prompt, *turns], tokenize=True, return_dict=False)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    header = tokenizer.encode("<|im_start|>assistant\n")
+    learned, turn, inside = [False] * len(ids), -1, False
+    for place, token in enumerate(ids):
+        turn += token == start
+        inside = inside or (turn >= len(prompt) and ids[place - len(header) : place] == header)
+        learned[place] = inside
+        inside = inside and token != end
+    return Tokens(ids, learned)
+
+
+def plain(tokenizer: Any, prompt: Turns, turns: Turns) -> Tokens:
+    """No template: the prompt's contents and every turn tokenised apart, the stop token after what the assistant says."""
+    pieces = [("\n\n".join(turn["content"] for turn in prompt), False)]
+    for turn in turns:
+        spoken = turn["role"] == "assistant"
+        pieces.append((turn["content"] if spoken else f"\n\n{turn['content']}\n\n", spoken))
+    ids: list[int] = []
+    learned: list[bool] = []
+    for text, spoken in pieces:
+        piece = tokenizer.encode(text) + [tokenizer.eos_token_id] * spoken
+        ids += piece
+        learned += [spoken] * len(piece)
+    return Tokens(ids, learned)
+
+
+# --- models
+
+
+class Model:
+    """A folder in float64 with the tokenizer of another, or its own."""
+
+    def __init__(self, folder: Path, render: Render = chatml, length: int = 10_000) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).double().eval()
+        self.render, self.length = render, length
+
+    def tokens(self, row: Row, answer: Answer) -> Tokens:
+        return self.render(self.tokenizer, row.prompt, answer.turns).cut(self.length)
+
+    def log_probs(self, row: Row, answer: Answer) -> Tensor:
+        """(N,) of the learned tokens."""
+        tokens = self.tokens(row, answer)
+        return gather(self.lm(torch.tensor([tokens.ids])).logits[0], tokens)
+
+    def sum(self, row: Row, answer: Answer) -> Tensor:
+        return self.log_probs(row, answer).sum()
+
+    def mean(self, row: Row, answer: Answer) -> Tensor:
+        return self.log_probs(row, answer).mean()
+
+    def grad_norm(self, loss: Tensor) -> float:
+        self.lm.zero_grad()
+        loss.backward()
+        found = [parameter.grad for parameter in self.lm.parameters() if parameter.grad is not None]
+        return math.sqrt(sum(float(gradient.pow(2).sum()) for gradient in found))
+
+
+def gather(logits: Tensor, tokens: Tokens) -> Tensor:
+    """(T, V) logits -> (N,): position t predicts token t + 1."""
+    following = torch.tensor(tokens.ids[1:])
+    every = torch.log_softmax(logits[:-1].double(), -1).gather(1, following[:, None])[:, 0]
+    return every[torch.tensor(tokens.learned[1:])]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is differentiated, what is logged, and what else the metric line must say."""
+
+    objective: Tensor
+    loss: float
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+def of(objective: Tensor, **terms: Any) -> Expected:
+    return Expected(objective, float(objective), {name: float(value) for name, value in terms.items()})
+
+
+def mean(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(values)).mean()
+
+
+def positives(rows: Sequence[Row]) -> list[tuple[Row, Answer]]:
+    return [(row, answer) for row in rows for answer in row.answers if answer.good]
+
+
+def nll(model: Model, seen: Iterable[tuple[Row, Answer]]) -> Tensor:
+    """Per token of the good answers among those that an objective looks at."""
+    return -torch.cat([model.log_probs(row, answer) for row, answer in seen if answer.good]).mean()
+
+
+# --- objectives
+
+
+def sft(model: Model, rows: Sequence[Row], reduction: str = "token") -> Expected:
+    found = [-model.log_probs(row, answer) for row, answer in positives(rows)]
+    loss = torch.cat(found).mean() if reduction == "token" else mean(one.mean() for one in found)
+    return of(loss, nll=nll(model, positives(rows)))
+
+
+def two_passes(model: Model, tokens: Tokens, lam: float) -> tuple[Tensor, Tensor, Tensor]:
+    """IFT: losses (T-1,) of the second pass, where they are learned, and which guesses of the first were right (N,)."""
+    ids, learned = torch.tensor(tokens.ids), torch.tensor(tokens.learned)
+    embed = model.lm.get_input_embeddings()
+    with torch.no_grad():
+        logits = model.lm(inputs_embeds=embed(ids)[None]).logits[0]
+        guess = torch.cat([ids[:1], logits.argmax(-1)[:-1]])
+        mixed = (1 - lam) * embed(ids) + lam * embed(torch.where(learned, guess, ids))
+    again = model.lm(inputs_embeds=mixed[None]).logits[0]
+    losses = -torch.log_softmax(again[:-1], -1).gather(1, ids[1:, None])[:, 0]
+    return losses, learned[1:], (guess == ids)[learned]
+
+
+def normalized(losses: Tensor, learned: Tensor, gamma: float) -> Tensor:
+    """sum_t l_t C_t / sum_t C_t, C_t = sum_{i>=t} gamma^(i-t) l_i over absolute positions, 0 where not learned."""
+    l = torch.where(learned, losses, 0.0)
+    t = torch.arange(len(l))
+    ahead = torch.where(t[None] >= t[:, None], gamma ** (t[None] - t[:, None]).clamp(min=0).double(), 0.0)
+    c = torch.where(learned, ahead @ l, 0.0)
+    return (l * c).sum() / c.sum()
+
+
+def equation_21(losses: Tensor, learned: Tensor, gamma: float) -> Tensor:
+    l = losses[learned]
+    return sum(l[n:].sum() for n in range(len(l)))
+
+
+def algorithm_1(losses: Tensor, learned: Tensor, gamma: float) -> Tensor:
+    l = losses[learned]
+    return sum(l[t] * sum(gamma ** (len(l) - 1 - t) * l[i] for i in range(t, len(l))) for t in range(len(l)))
+
+
+def unpropagated(losses: Tensor, learned: Tensor, gamma: float) -> Tensor:
+    return losses[learned].mean()
+
+
+PROPAGATION = {"normalized": normalized, "eq21": equation_21, "alg1": algorithm_1, "none": unpropagated}
+
+
+def ift(
+    model: Model, rows: Sequence[Row], propagation: str = "normalized", lam: float = 0.2, gamma: float = 0.95
+) -> Expected:
+    seen = positives(rows)
+    passes = [two_passes(model, model.tokens(row, answer), lam) for row, answer in seen]
+    loss = mean(PROPAGATION[propagation](losses, learned, gamma) for losses, learned, _ in passes)
+    slopes = torch.autograd.grad(loss, [losses for losses, _, _ in passes], retain_graph=True)
+    raised = [slope[learned] < 0 for slope, (_, learned, _) in zip(slopes, passes, strict=True)]
+    right = torch.cat([right for _, _, right in passes])
+    negative_share = torch.cat(raised).double().mean() if propagation == "normalized" else 0.0
+    terms = {"guess_accuracy": right.double().mean(), "negative_share": negative_share, "lam": lam}
+    return of(loss, nll=nll(model, seen), **{f"objective/{name}": value for name, value in terms.items()})
+
+
+def log_ratio(model: Model, reference: Model, row: Row, answer: Answer, average: bool = False) -> Tensor:
+    with torch.no_grad():
+        anchor = reference.log_probs(row, answer)
+    difference = model.log_probs(row, answer) - anchor
+    return difference.mean() if average else difference.sum()
+
+
+def uft(
+    model: Model,
+    rows: Sequence[Row],
+    reference: Model,
+    beta: float = 0.01,
+    loss: str = "mse",
+    pairs: str = "pairwise",
+    average: bool = False,
+    demonstration_score: float = 1.0,
+    weights: Mapping[str, float] | None = None,
+) -> Expected:
+    """One mean over all completions with a reward and all pairs; weights multiply the terms and are not divided by."""
+    found = []
+    for row in rows:
+        z = [beta * log_ratio(model, reference, row, answer, average) for answer in row.answers]
+        if row.kind == "pairs" and pairs == "pairwise":
+            of_row = [-logsigmoid(z[0] - z[1])]
+        else:
+            shown = row.kind in ("demonstrations", "conversations")
+            rewards = [demonstration_score if shown else answer.reward for answer in row.answers]
+            of_row = [POINTWISE[loss](one, reward) for one, reward in zip(z, rewards, strict=True)]
+        found += [(weights or {}).get(row.kind, 1.0) * term for term in of_row]
+    return of(mean(found), nll=nll(model, [(row, answer) for row in rows for answer in row.answers]))
+
+
+POINTWISE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "mse": lambda z, reward: (torch.sigmoid(z) - reward) ** 2,
+    "bce": lambda z, reward: -reward * logsigmoid(z) - (1 - reward) * logsigmoid(-z),
+}
+
+
+def dpo(
+    model: Model,
+    rows: Sequence[Row],
+    reference: Model,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    sft_weight: float = 0.0,
+    reduction: str = "sequence",
+) -> Expected:
+    """The mean over pairs, and sft_weight times the likelihood loss of the better sides and the demonstrations."""
+    better: list[tuple[Row, Answer]] = []
+    worse: list[tuple[Row, Answer]] = []
+    found, margins = [], []
+    for row in rows:
+        by_reward = sorted(row.answers, key=lambda answer: -answer.reward)
+        best, rest = by_reward[0], by_reward[1:]
+        if best.scored:
+            rest = rest[-1:]
+        better.append((row, best))
+        worse += [(row, answer) for answer in rest]
+        for answer in rest:
+            z = beta * (log_ratio(model, reference, row, best) - log_ratio(model, reference, row, answer))
+            found.append(-(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z))
+            margins.append(z)
+    pairs = mean(found)
+    terms = {"pair": pairs, "margin": mean(margins), "accuracy": mean((z > 0).double() for z in margins)}
+    total = pairs
+    if sft_weight:
+        terms["sft"] = likelihood = mean(-model.mean(row, answer) for row, answer in better)
+        if reduction == "token":
+            terms["sft"] = likelihood = -torch.cat([model.log_probs(row, answer) for row, answer in better]).mean()
+        total = pairs + sft_weight * likelihood
+    return of(total, nll=nll(model, better + worse), **{f"objective/{name}": value for name, value in terms.items()})
+
+
+@dataclass
+class DFT:
+    """Keeps u of every row from step to step."""
+
+    tau: float = 1.0
+    gamma: float = 0.85
+    negatives: int = 2
+    average: bool = False  # DFT2
+    u: dict[int, Tensor] = field(default_factory=dict)  # by position among the rows; 1 before the first visit
+
+    def __call__(self, model: Model, rows: Sequence[Row], reference: Model | None, visit: int) -> Expected:
+        surrogates, estimates, logs, weights, seen = [], [], [], [], []
+        for number, row in enumerate(rows):
+            shown = self.shown(row, visit)
+            seen += [(row, answer) for answer in (*positives_of(row), *shown)]
+            join = model.mean if self.average else model.sum
+            losses = [-join(row, answer) for answer in positives_of(row)]
+            if not shown:
+                surrogates += losses
+                estimates += losses
+                continue
+            s = torch.stack([join(row, answer) for answer in shown])
+            a = s.detach() / self.tau
+            if not self.average:
+                assert reference is not None
+                a = a - torch.stack([reference.sum(row, answer).detach() for answer in shown])
+            old = self.u.get(number, torch.tensor(1.0, dtype=torch.float64))
+            u = self.u[number] = (1 - self.gamma) * old + self.gamma * a.exp().mean()
+            w = a.exp() / u
+            (loss,) = losses
+            surrogates.append(loss + (w * s).mean())
+            estimates.append(loss + self.tau * u.log())
+            logs.append(u.log())
+            weights += w.unbind()
+        terms = {"log_u": mean(logs), "weight": mean(weights), "surrogate": mean(surrogates)}
+        logged = {f"objective/{name}": float(value) for name, value in terms.items()}
+        return Expected(mean(surrogates), float(mean(estimates)), {"nll": float(nll(model, seen)), **logged})
+
+    def shown(self, row: Row, visit: int) -> list[Answer]:
+        """The rejected, or B of the sampled ones: other columns at every visit, around in a circle."""
+        if row.kind not in ("pairs", "negatives"):
+            return []
+        pool = row.answers[1:]
+        take = min(self.negatives, len(pool))
+        return [pool[(visit * take + j) % len(pool)] for j in range(take)]
+
+
+def positives_of(row: Row) -> list[Answer]:
+    return [answer for answer in row.answers if answer.good]
