@@ -10,6 +10,7 @@ launcher; all failures are listed at the end; finished jobs are skipped on a rer
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
@@ -26,9 +27,12 @@ class UftSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from uft.launch.sweep import Sweep
 
-        assert self.config is not None and self.launcher is not None and self.hydra_context is not None
-        lines = [*self._parse_config(), *arguments]
-        sweep = Sweep.plan(self.config, self.hydra_context.config_loader, lines)
+        assert self.config is not None
+        assert self.launcher is not None
+        assert self.hydra_context is not None
+        loader = self.hydra_context.config_loader
+        assert isinstance(loader, ConfigLoaderImpl)
+        sweep = Sweep.plan(self.config, loader, [*self._parse_config(), *arguments])
         one_by_one = isinstance(self.launcher, BasicLauncher)
         return sweep.run(self.launcher, 1 if one_by_one else self.max_batch_size or len(sweep.jobs))
 

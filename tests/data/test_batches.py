@@ -198,3 +198,13 @@ def test_an_item_is_what_the_view_takes():
     seen = []
     make_item(both, tokens, 3, 5, lambda row, visit: seen.append((row, visit)))
     assert seen == [(both, 5)]
+
+
+def test_what_a_sampler_gave_its_negatives_is_a_column_whose_sums_are_its_log_probs():
+    turns = (Message("assistant", "a reply"),)
+    sampled = [Completion(turns, sampled_by="model", log_prob=value) for value in (-3.5, -1.25)]
+    row = Row("source", 0, (Message("user", "?"),), (Completion(turns), *sampled))
+    encoded = [Encoded(np.arange(1, n), np.arange(1, n) > 2, 2) for n in (6, 9, 5)]
+    item = make_item(row, encoded, 0, 0, lambda row, visit: (Part(0), Part(1, Role.NEGATIVE), Part(2, Role.NEGATIVE)))
+    batch = collate([item], pad_id=0)
+    assert batch.sum(batch.columns["sampling_log_probs"]).tolist() == [0, -3.5, -1.25]

@@ -151,6 +151,8 @@ def test_a_label_is_good_or_bad(label):
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "rejected is empty"),
         ({"prompt": "q", "response": "a", "negatives": []}, "negatives is missing, empty"),
         ({"prompt": "q", "response": "a", "negatives": ["x", ""]}, "negatives[1] is empty"),
+        ({"prompt": "q", "response": "a", "negatives": ["x"], "negative_log_probs": [0.5]}, "not a list of 1 log-prob"),
+        ({"prompt": "q", "response": "a", "negatives": ["x"], "negative_log_probs": []}, "not a list of 1 log-prob"),
         ({"prompt": "q", "response": "a", "helpfulness": 5, "correctness": 1, "coherence": 1}, "outside 0 to 4"),
         ({"instruction": "q", "completions": [{"response": "a"}]}, "completions[0].overall_score is missing"),
     ],
@@ -159,3 +161,8 @@ def test_a_record_that_cannot_be_used(record, why):
     with pytest.raises(Unreadable) as error:
         read(record)
     assert why in str(error.value)
+
+
+def test_log_probs_of_negatives_are_read():
+    record = {"prompt": "q", "response": "a", "negatives": ["x", "y"], "negative_log_probs": [-1.5, -2.0]}
+    assert [completion.log_prob for completion in read(record).completions] == [None, -1.5, -2.0]

@@ -42,7 +42,7 @@ def task(work: Work) -> Callable[[DictConfig], None]:
     @functools.wraps(work)
     def run(cfg: DictConfig) -> None:
         composed = HydraConfig.get()
-        request = Request((*composed.overrides.hydra, *composed.overrides.task), composed.job.config_name)
+        request = Request((*composed.overrides.hydra, *composed.overrides.task), str(composed.job.config_name))
         if composed.mode == RunMode.MULTIRUN:
             in_a_sweep(work, cfg, request)
             return

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from uft.cli.app import run_app, task
 from uft.cli.help import Help, wants_help
 from uft.config.examine import Examined
-from uft.config.freeze import difference, free, plain
+from uft.config.freeze import free, plain
 from uft.config.show import annotated
 from uft.config.suggest import written
 from uft.errors import GOOD

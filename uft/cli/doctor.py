@@ -53,11 +53,8 @@ def installed() -> dict[str, str]:
     from uft.config.places import conf_dir, user_dir
     from uft.launch.provenance import versions
 
-    return {
-        **versions(),
-        "configuration": str(conf_dir()),
-        "your files": str(user_dir() or "none (./conf-user, $UFT_CONF)"),
-    }
+    yours = str(user_dir() or "none (./conf-user or $UFT_CONF)")
+    return {**versions(), "configuration": str(conf_dir()), "your files": yours}
 
 
 def devices() -> dict[str, str]:

@@ -18,8 +18,9 @@ from uft.runs import Run, open_run
 OUT = "generated.jsonl"
 HELP = Help(
     verb="generate",
-    keys=tuple(
-        f"generate.{key}" for key in ("out", "seeds", "temperature", "top_k", "top_p", "max_new_tokens", "limit")
+    keys=(
+        *("generate.out", "generate.seeds", "generate.temperature", "generate.top_k", "generate.top_p"),
+        *("generate.max_new_tokens", "generate.limit", "generate.system"),
     ),
     examples={
         "uft generate data=mix": "what the base model answers to the training prompts",
@@ -48,10 +49,9 @@ def main(arguments: list[str]) -> int:
 def from_run(run: Run, overrides: list[str]) -> int:
     """Generate with the model that a run arrived at."""
     if not run.model_dir.is_dir():
-        advice = (
-            (f"finish it:  uft resume {run.path}",) if run.status != "finished" else ("it was train.save_model=false",)
-        )
-        raise UftError(Problem(str(run.path), "has no model/ yet", advice=advice))
+        finished = run.status == "finished"
+        advice = "it was trained with train.save_model=false" if finished else f"finish it:  uft resume {run.path}"
+        raise UftError(Problem(str(run.path), "has no model/ in it", advice=(advice,)))
     return launch_job("generate", changed(with_model(run), overrides))
 
 

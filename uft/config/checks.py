@@ -47,22 +47,22 @@ def walk(node: DictConfig, prefix: str, values: dict[str, Any]) -> Iterator[Find
     """Missing values, references to nowhere, ranges and choices; fills `values` with what can be resolved."""
     kind = OmegaConf.get_type(node)
     rules = {f.name: f.metadata for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-    for name in node:
+    for name in map(str, node):
         key = f"{prefix}{name}"
         try:
             value = node[name]
-        except OmegaConfBaseException as error:
-            yield unresolved(key, node, str(name), error)
+        except OmegaConfBaseException:
+            yield unresolved(key, node, name)
             continue
         if isinstance(value, DictConfig):
             yield from walk(value, f"{key}.", values)
             continue
         plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
         values[key] = plain
-        yield from against(key, plain, rules.get(str(name), {}))
+        yield from against(key, plain, rules.get(name, {}))
 
 
-def unresolved(key: str, node: DictConfig, name: str, error: OmegaConfBaseException) -> Finding:
+def unresolved(key: str, node: DictConfig, name: str) -> Finding:
     if OmegaConf.is_missing(node, name):
         choose = "not chosen" if key == "objective" else "has no value"
         return Finding(key, choose, (f"give it:  {key}=...",))
@@ -77,17 +77,11 @@ def against(key: str, value: Any, rules: Mapping[str, Any]) -> Iterator[Finding]
         known = [written(choice) for choice in choices]
         near = nearest(str(value), known)
         yield Finding(key, "no such choice", (hint(near and f"{key}={near}", "choices", known),))
-    elif value is not None and not isinstance(value, (str, bool, list)):
-        broken = [
-            f"{words} {rules[name]}" for name, (words, holds) in BOUNDS.items() if breaks(rules, name, value, holds)
-        ]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        # written so that NaN breaks every bound
+        broken = [op for op, (_, holds) in BOUNDS.items() if op in rules and not holds(value, rules[op])]
         if broken:
-            yield Finding(key, f"must be {' and '.join(broken)}")
-
-
-def breaks(rules: Mapping[str, Any], name: str, value: Any, holds: Callable[[Any, Any], bool]) -> bool:
-    """NaN breaks every bound."""
-    return name in rules and not holds(value, rules[name])
+            yield Finding(key, "must be " + " and ".join(f"{BOUNDS[op][0]} {rules[op]}" for op in broken))
 
 
 # rules between keys: each reads what it needs, and says nothing where that is missing

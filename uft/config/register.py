@@ -55,9 +55,8 @@ def root_schema() -> type:
     """`Config` for Hydra: `data.sources` holds anything here, since OmegaConf (2.3) cannot grow a dict of dataclasses
     key by key, as in `+data.sources.mine.path=x.jsonl`. What is in there is checked against `Source` by us."""
     data = plain_dataclass(Data, sources=dict[str, Any])
-    return dataclasses.make_dataclass(
-        "Config", [("data", data, dataclasses.field(default_factory=data))], bases=(Config,)
-    )
+    data_field = ("data", data, dataclasses.field(default_factory=data))
+    return dataclasses.make_dataclass("Config", [data_field], bases=(Config,))
 
 
 def annotation(text: Any, cls: type) -> Any:

@@ -5,6 +5,8 @@ Stdlib dataclasses, so that OmegaConf checks types at composition. Ranges and ch
 Nothing here imports torch.
 """
 
+# (`_key` makes a field with a default_factory where the default is a list or a dict)
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field

@@ -116,7 +116,7 @@ def collate(items: Sequence[Item], pad_id: int) -> Batch:
         pairs=_pairs(lines),
         example=_integers(item.example for item in items),
         kind=_integers(_KINDS[item.row.kind] for item in items),
-        columns=_columns(items, len(place)),
+        columns=_columns(items, lines, sequence),
     )
 
 
@@ -139,13 +139,25 @@ def _pairs(lines: Sequence[_Line]) -> torch.Tensor:
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
 
 
-def _columns(items: Sequence[Item], targets: int) -> dict[str, torch.Tensor]:
-    """The reference's log-probs, when every item brings them."""
-    if not items or any(item.reference is None for item in items):
-        return {}
-    values = np.concatenate([column for item in items for column in item.reference or ()])
-    assert len(values) == targets, f"{len(values)} reference log-probs for {targets} targets"
-    return {"reference": torch.from_numpy(values.astype(np.float32))}
+def _columns(items: Sequence[Item], lines: Sequence[_Line], sequence: np.ndarray) -> dict[str, torch.Tensor]:
+    """Per target: the reference's log-probs and those under the samplers, where the items bring them."""
+    columns = {}
+    if items and all(item.reference is not None for item in items):
+        values = np.concatenate([column for item in items for column in item.reference or ()])
+        assert len(values) == len(sequence), f"{len(values)} reference log-probs for {len(sequence)} targets"
+        columns["reference"] = torch.from_numpy(values.astype(np.float32))
+    sampled = [line.item.row.completions[line.part.completion].log_prob for line in lines]
+    if any(log_prob is not None for log_prob in sampled):
+        columns["sampling_log_probs"] = torch.from_numpy(_at_first_target(sampled, sequence))
+    return columns
+
+
+def _at_first_target(totals: Sequence[float | None], sequence: np.ndarray) -> np.ndarray:
+    """(N,) float32 whose sums over sequences are `totals`: only those are known, and only they are asked for."""
+    spread = np.zeros(len(sequence), np.float32)
+    firsts, where = np.unique(sequence, return_index=True)
+    spread[where] = [totals[number] or 0.0 for number in firsts]
+    return spread
 
 
 def _integers(values: Iterable[int]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from uft.data.rows import Message, Row
 
 def content(row: Row) -> list[Any]:
     """Everything a row says, without its name and number, as plain JSON values."""
-    completions = [[_turns(c.turns), c.preferred, c.label, c.score, c.sampled_by] for c in row.completions]
+    completions = [[_turns(c.turns), c.preferred, c.label, c.score, c.sampled_by, c.log_prob] for c in row.completions]
     return [_turns(row.prompt), completions, row.answer, row.task]
 
 

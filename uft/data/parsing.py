@@ -7,7 +7,7 @@ Each takes a record under our field names and the range of its scores (None: the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +117,22 @@ def negatives(record: Record, score_range: Range) -> Fields:
     if not isinstance(found, list) or not found:
         raise Unreadable("negatives is missing, empty or not a list")
     names = by if isinstance(by, list) and len(by) == len(found) else [by] * len(found)
+    log_probs = _log_probs(record.get("negative_log_probs"), len(found))
     sampled = [
-        Completion(messages.reply(item, f"negatives[{number}]"), sampled_by=str(name or "unknown"))
-        for number, (item, name) in enumerate(zip(found, names, strict=True))
+        Completion(messages.reply(item, f"negatives[{number}]"), sampled_by=str(name or "unknown"), log_prob=log_prob)
+        for number, (item, name, log_prob) in enumerate(zip(found, names, log_probs, strict=True))
     ]
     return Fields(_prompt(record), (Completion(messages.reply(record.get("completion"))), *sampled))
+
+
+def _log_probs(value: Any, count: int) -> Sequence[float | None]:
+    """One log-probability per negative, or none at all."""
+    if value is None:
+        return [None] * count
+    right = isinstance(value, list) and len(value) == count
+    if not right or not all(isinstance(one, float) and -math.inf < one <= 0 for one in value):
+        raise Unreadable(f"negative_log_probs is not a list of {count} log-probabilities")
+    return value
 
 
 def scale(value: Any, low: float, high: float, field: str) -> float:

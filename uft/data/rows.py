@@ -39,6 +39,7 @@ class Completion:
     label: bool | None = None  # True: good, False: bad
     score: float | None = None  # in [0, 1]
     sampled_by: str | None = None  # the model that sampled it: a negative
+    log_prob: float | None = None  # of a sampled one with its end token, under the prompt it was sampled with
 
     @property
     def text(self) -> str:

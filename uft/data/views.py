@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from uft.data.rows import Kind, Row
+from uft.data.rows import Row
 
 
 class Role(IntEnum):

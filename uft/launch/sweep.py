@@ -177,11 +177,9 @@ def check_all_sources(examined: list[Examined]) -> None:
 def unique_names(jobs: list[list[str]], axes: list[str], prefix: str | None) -> list[str]:
     """A name per job; a hash of its overrides where two would have the same."""
     names = [job_name(job, axes) for job in jobs]
-    hashes = [
-        f"-{short_hash(repr(sorted(job)))}" if names.count(name) > 1 else ""
-        for name, job in zip(names, jobs, strict=True)
-    ]
-    return [f"{prefix}-{name}{more}" if prefix else f"{name}{more}" for name, more in zip(names, hashes, strict=True)]
+    pairs = zip(names, jobs, strict=True)
+    unique = [f"{name}-{short_hash(repr(sorted(job)))}" if names.count(name) > 1 else name for name, job in pairs]
+    return [f"{prefix}-{name}" if prefix else name for name in unique]
 
 
 def failures(jobs: Sequence[Job], results: Sequence[JobReturn]) -> list[tuple[Job, JobFailed]]:

@@ -11,19 +11,21 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from uft.launch.process import die_with_parent
-
 from uft.errors import FAILED, UftError, render
+from uft.launch.process import die_with_parent
 
 
 def train(folder: str) -> int:
     """Train the run in `folder` from where it stands."""
-    from uft.config.load import load_config
     from uft.runs import open_run
-    from uft.training.session import train as sit
+    from uft.training.signals import listening
 
     run = open_run(folder)
-    return sit(run, load_config(run.config_file))
+    with run.lock(), listening() as stop:  # before the slow imports: a signal that comes meanwhile is remembered
+        from uft.config.load import load_config
+        from uft.training.session import train as sit
+
+        return sit(run, load_config(run.config_file), stop)
 
 
 def check(spec: str) -> int:

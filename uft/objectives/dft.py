@@ -82,12 +82,12 @@ class DFT(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        versus: View = partial(views.against_each, negatives=self.negatives)
-        taken = {**views.every_kind(partial(views.positives, min_score=self.min_score)), Kind.NEGATIVES: versus}
+        taken = dict(views.every_kind(partial(views.positives, min_score=self.min_score)))
         if self.denominator == "sampling":
             del taken[Kind.PREFERENCE]  # nobody knows how likely a rejected answer was where it came from
-            return taken
-        return {**taken, Kind.PREFERENCE: versus}
+            return {**taken, Kind.NEGATIVES: partial(views.against_each_known, negatives=self.negatives)}
+        versus: View = partial(views.against_each, negatives=self.negatives)
+        return {**taken, Kind.NEGATIVES: versus, Kind.PREFERENCE: versus}
 
     @property
     def length_convention(self) -> str:

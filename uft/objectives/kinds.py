@@ -31,7 +31,10 @@ _SAMPLES: dict[Kind, list[tuple[Row, tuple[str, ...]]]] = {
         (_row(*(Completion(_TURN, score=s) for s in (0.9, 0.6, 0.2))), ("high score", "middling score", "low score"))
     ],
     Kind.NEGATIVES: [
-        (_row(Completion(_TURN), *[Completion(_TURN, sampled_by="model")] * 4), ("shown", *["sampled"] * 4)),
+        (
+            _row(Completion(_TURN), *[Completion(_TURN, sampled_by="model", log_prob=-1.0)] * 4),
+            ("shown", *["sampled"] * 4),
+        ),
     ],
 }
 

@@ -58,6 +58,12 @@ def against_each(row: Row, visit: int, *, negatives: int | None = None) -> Parts
     return (*(Part(i) for i in good), *(Part(i, Role.NEGATIVE) for i in chosen))
 
 
+def against_each_known(row: Row, visit: int, *, negatives: int | None = None) -> Parts | None:
+    """As :func:`against_each`; None if nobody knows how likely a sampled one was where it came from."""
+    known = all(completion.log_prob is not None for completion in row.completions if completion.sampled_by is not None)
+    return against_each(row, visit, negatives=negatives) if known else None
+
+
 def best_against_worst(row: Row, visit: int) -> Parts | None:
     """The best-scored completion against the worst; None when no two scores differ. Of equals the first is taken."""
     rewards = [reward(completion) for completion in row.completions]

@@ -110,4 +110,7 @@ def _refuse_unusable(feed: Feed, objective: Objective) -> None:
         for kind, rows in kinds.items()
     ]
     if problems:
-        raise UftError(*problems, footer="Leave these rows out:  data.unusable=drop     See the table:  uft data")
+        footer = "Leave these rows out:  data.unusable=drop     See the table:  uft data"
+        if objective.needs.columns:
+            footer = f"It needs {', '.join(sorted(objective.needs.columns))}; uft generate writes them.\n{footer}"
+        raise UftError(*problems, footer=footer)

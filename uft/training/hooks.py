@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -56,13 +57,18 @@ class Lines:
             "supervised_tokens": progress.supervised_tokens,
             "seconds": progress.seconds,
             "epoch": progress.rows / trainer.epoch_rows,
-            **{name: means.pop(name) for name in ("loss", "nll") if name in means},
+            **_taken(means, "loss", "nll"),
             "lr": learning_rate(progress.step - 1, trainer.steps, trainer.config.optim),
-            "grad_norm": means.pop("grad_norm"),
+            **_taken(means, "grad_norm"),
             "tokens_per_second": self.tokens / max(seconds, 1e-9),
         }
         self.restart()
         return metrics | {f"objective/{name}": value for name, value in means.items()}
+
+
+def _taken(means: Metrics, *names: str) -> Metrics:
+    """Move `names` out of `means`; what no row gave anything for since the last line is not there."""
+    return {name: means.pop(name) for name in names if name in means}
 
 
 class Measure(Protocol):
@@ -118,7 +124,7 @@ class Batteries:
 
     def _note_best(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         value, progress = metrics.get(self.best), trainer.progress
-        if value is None or progress.step == 0:
+        if value is None or not math.isfinite(value) or progress.step == 0:
             return
         sign = 1 if self.best_mode == "max" else -1
         if progress.best_value is None or sign * value > sign * progress.best_value:

@@ -27,7 +27,7 @@ from uft.sampling.negatives import generate_rows
 from uft.tracking.format import card
 from uft.training.card import start_card
 from uft.training.corpus import make_feed, plan, read_corpus
-from uft.training.prepare import Prepared, check_start, choose_device, prepare
+from uft.training.prepare import Prepared, Stopped, check_start, choose_device, prepare
 from uft.training.records import data_record
 from uft.training.signals import listening
 from uft.training.step import forward_backward
@@ -42,7 +42,11 @@ def check(config: Config) -> int:
     device = choose_device(config.hardware)
     with tempfile.TemporaryDirectory(prefix="uft-check-") as folder, listening() as stop:
         run = Run(Path(folder))
-        prepared = prepare(run, config, device, stop)
+        try:
+            prepared = prepare(run, config, device, stop)
+        except Stopped:
+            console.print("stopped", highlight=False)
+            return stop.exit_code
         data = data_record(prepared.corpus, prepared.trainer.feed, prepared.plan)
         lines = [
             line for line in start_card(prepared, run, data, "nothing is tracked") if line[0] not in ("run", "output")

@@ -20,13 +20,13 @@ from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.reference import Reference, make_reference
 from uft.objectives import make
 from uft.objectives.base import Clock
-from uft.runs import Run
+from uft.runs import Run, read_json
 from uft.training import checkpoints
 from uft.training.corpus import Corpus, Plan, cache_dir, make_feed, plan, read_corpus
 from uft.training.feed import Feed
 from uft.training.optim import make_optimiser
 from uft.training.signals import Stop
-from uft.training.trainer import Trainer
+from uft.training.trainer import Progress, Trainer
 
 STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a token's log-prob between policy and reference before the first step: rounding, no more."""
@@ -52,7 +52,7 @@ class Prepared:
 
 
 class Stopped(Exception):
-    """Asked to stop before there was anything worth a checkpoint."""
+    """Asked to stop before there was anything new worth a checkpoint."""
 
 
 def choose_device(hardware: Hardware) -> torch.device:
@@ -75,16 +75,17 @@ def choose_device(hardware: Hardware) -> torch.device:
 
 def prepare(run: Run, config: Config, device: torch.device, stop: Stop, say: Say = _silent) -> Prepared:
     """Data, model, objective, reference and optimiser of a run before its first step, then its newest checkpoint."""
-    torch.manual_seed(config.seeds.sampling)
     objective = make(config.objective)
     tokenizer = load_tokenizer(config.model)
     corpus = read_corpus(config, tokenizer)
     horizon = plan(config, corpus)
     feed = make_feed(config, corpus, objective)
+    _pause(stop)
     say("loading the model")
     policy = load_policy(config.model, device, config.seeds.init)
     check_vocabulary(policy.module, tokenizer)
     check_positions(policy, corpus)
+    _pause(stop)
     objective.start(feed.examples)
     against = partial(make_reference, policy, config.model, device=device, tokenizer=tokenizer, cache=cache_dir(config))
     visits = horizon.total_rows / max(1, feed.examples)
@@ -96,6 +97,8 @@ def prepare(run: Run, config: Config, device: torch.device, stop: Stop, say: Say
     yardstick = reference
     if reference is None and corpus.held_out:
         yardstick = against(replace(config.reference, mode="auto"), visits_per_row=float("inf"))
+    _pause(stop)
+    torch.manual_seed(config.seeds.sampling)  # last: what was found in a cache and what was made must not show
     trainer = Trainer(
         run=run,
         config=config,
@@ -123,6 +126,34 @@ def resume(trainer: Trainer) -> int:
     step, folder = found[-1]
     trainer.load_checkpoint(folder)
     return step
+
+
+def standing(run: Run) -> tuple[Progress, int]:
+    """Counters and horizon of the newest checkpoint; zeros where there is none."""
+    checkpoints.recover(run)
+    found = run.checkpoints()
+    if not found:
+        return Progress(), 0
+    state = checkpoints.read_state(found[-1][1])
+    return Progress(**state["progress"]), int(state["steps"])
+
+
+def refuse_other_data(run: Run, corpus: Corpus) -> None:
+    """UftError where the files say something else than when the run began: its cursors would point at other rows."""
+    if run.info().get("data_digest", corpus.digest) == corpus.digest:
+        return
+    began = {name: entry["digest"] for name, entry in read_json(run.path / "data.json").get("sources", {}).items()}
+    changed = [source for source in corpus.loaded if began.get(source.name) != source.digest]
+    problems = [Problem(f"data.sources.{s.name}", "its rows changed since the run began", s.path) for s in changed]
+    if not problems:
+        problems = [Problem("data", "rows become other tokens than when the run began (template or tokenizer)")]
+    raise UftError(*problems, footer="Put back what was there, or start another run.")
+
+
+def _pause(stop: Stop) -> None:
+    """A safe point of the preparation."""
+    if stop():
+        raise Stopped
 
 
 def _fill(reference: Reference, feed: Feed, horizon: Plan, config: Config, stop: Stop, say: Say) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from uft.config.freeze import plain
 from uft.config.schema import Config
-from uft.errors import FAILED, GOOD, UftError
+from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.evaluation.battery import Battery, HeldOut, battery
 from uft.model.export import export
 from uft.model.memory import peak_memory
@@ -24,23 +24,33 @@ from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
 from uft.training.card import start_card
 from uft.training.hooks import Batteries, Checkpoints, Lines
-from uft.training.prepare import Prepared, Stopped, check_start, choose_device, prepare, resume
+from uft.training.prepare import (
+    Prepared,
+    Stopped,
+    check_start,
+    choose_device,
+    prepare,
+    refuse_other_data,
+    resume,
+    standing,
+)
 from uft.training.records import data_record
-from uft.training.signals import Stop, listening
-from uft.training.trainer import Trainer
+from uft.training.signals import Stop
+from uft.training.trainer import Progress, Trainer
 
 GIGABYTE = 1e9
 
 
-def train(run: Run, config: Config) -> int:
-    """Train `run` from where it stands; the exit code. UftErrors before the first step go to the caller."""
-    with run.lock(), listening() as stop:
-        (run.path / "result.json").unlink(missing_ok=True)
-        console = Console(sys.stdout, run.path / "console.log")
-        try:
-            return _Sitting(run, config, stop, console).go()
-        finally:
-            console.close()
+def train(run: Run, config: Config, stop: Stop) -> int:
+    """Train `run`, whose lock the caller holds, from where it stands; the exit code.
+
+    Raises the UftError of a request that cannot be carried out; whatever fails later stands in `result.json`.
+    """
+    console = Console(sys.stdout, run.path / "console.log")
+    try:
+        return _Sitting(run, config, stop, console).go()
+    finally:
+        console.close()
 
 
 @dataclass
@@ -53,28 +63,38 @@ class _Sitting:
     tracker: Trackers = field(default_factory=Trackers)
 
     def go(self) -> int:
-        device = choose_device(self.config.hardware)
+        trainer = None
         try:
-            prepared = prepare(self.run, self.config, device, self.stop, self.console.message)
-        except Stopped:
-            return self._end(None, "stopped", self.stop.exit_code)
-        trainer = prepared.trainer
-        check_start(trainer, prepared.reference)
-        resumed = resume(trainer)
-        self._open(prepared, resumed)
-        try:
+            prepared = self._begin()
+            trainer = prepared.trainer
             whole = self._work(prepared)
+        except Stopped:
+            return self._end(trainer, "stopped", self.stop.exit_code)
         except UftError as error:
-            return self._end(trainer, "failed", error.code, error=str(error))
+            if trainer is None and error.code == BAD_REQUEST:
+                raise
+            return self._end(trainer, "failed", FAILED, error=str(error))
         except Exception as error:
             traceback.print_exc()
             return self._end(trainer, "failed", FAILED, error=f"{type(error).__name__}: {error}")
         return self._end(trainer, "finished", GOOD) if whole else self._end(trainer, "stopped", self.stop.exit_code)
 
+    def _begin(self) -> Prepared:
+        """Everything before the first step, and the newest checkpoint."""
+        device = choose_device(self.config.hardware)
+        prepared = prepare(self.run, self.config, device, self.stop, self.console.message)
+        check_start(prepared.trainer, prepared.reference)
+        resumed = resume(prepared.trainer)
+        if resumed >= 0:
+            refuse_other_data(self.run, prepared.corpus)
+        self._open(prepared, resumed)
+        return prepared
+
     def _open(self, prepared: Prepared, resumed: int) -> None:
         """Everything that is written before the first step: who, what, where, and the card."""
         trainer = prepared.trainer
         fresh = resumed < 0
+        (self.run.path / "result.json").unlink(missing_ok=True)
         data = data_record(prepared.corpus, trainer.feed, prepared.plan)
         write_json(self.run.path / "data.json", data)
         self.run.update_info(data_digest=prepared.corpus.digest, device=str(trainer.device), torch=torch.__version__)
@@ -142,13 +162,14 @@ class _Sitting:
 
     def _end(self, trainer: Trainer | None, status: str, code: int, error: str | None = None) -> int:
         """Write `result.json`, close the tracker with the true status, show the last card."""
-        result = self._result(trainer, status, error)
+        progress, total_steps = (trainer.progress, trainer.steps) if trainer else standing(self.run)
+        result = self._result(progress, trainer.device if trainer else torch.device("cpu"), status, error)
         write_json(self.run.path / "result.json", result)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
         ending = Ending(
             status=status,
             steps=result["steps"],
-            total_steps=trainer.steps if trainer else 0,
+            total_steps=total_steps,
             seconds=result["seconds"],
             tokens=result["tokens"],
             final=result["final"],
@@ -162,27 +183,23 @@ class _Sitting:
         self.console.end(f"uft train {self.run.name}", ending)
         return code
 
-    def _result(self, trainer: Trainer | None, status: str, error: str | None) -> dict[str, Any]:
-        device = trainer.device if trainer else torch.device("cpu")
-        progress = trainer.progress if trainer else None
-        best_step = progress.best_step if progress else None
-        folder = f"checkpoints/step-{best_step:06d}" if best_step is not None else None
-        best_value = progress.best_value if progress else None
+    def _result(self, progress: Progress, device: torch.device, status: str, error: str | None) -> dict[str, Any]:
+        best_step, best_value = progress.best_step, progress.best_value
         return {
             "status": status,
             "error": error,
-            "steps": progress.step if progress else 0,
-            "rows": progress.rows if progress else 0,
-            "tokens": progress.tokens if progress else 0,
-            "supervised_tokens": progress.supervised_tokens if progress else 0,
-            "seconds": progress.seconds if progress else 0.0,
+            "steps": progress.step,
+            "rows": progress.rows,
+            "tokens": progress.tokens,
+            "supervised_tokens": progress.supervised_tokens,
+            "seconds": progress.seconds,
             "wall_seconds": time.perf_counter() - self.started,
-            "tokens_per_second": progress.tokens / progress.seconds if progress and progress.seconds else None,
+            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
             "peak_memory_bytes": peak_memory(device),
             "final": final_metrics(self.run),
             "best": {self.config.eval.best: best_value} if best_value is not None else {},
             "best_step": best_step,
-            "best_checkpoint": folder,
+            "best_checkpoint": f"checkpoints/step-{best_step:06d}" if best_step is not None else None,
         }
 
 

@@ -26,6 +26,12 @@ class Step:
     supervised_tokens: int
 
 
+def idle_step(device: torch.device) -> Step:
+    """A step whose rows gave the objective nothing: no update, nothing measured."""
+    nothing = torch.zeros((), device=device)
+    return Step(nothing, {}, nothing, tokens=0, supervised_tokens=0)
+
+
 class NonFinite(Exception):
     """The loss or a gradient is not a number any more; `items` are the rows of the step."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
 from uft.config.schema import Config
+from uft.data.batches import Item
 from uft.errors import FAILED, Problem, UftError
 from uft.model.forward import Policy
 from uft.objectives.base import Clock, Forward, Objective
@@ -20,7 +21,7 @@ from uft.training.feed import Feed
 from uft.training.meter import Meter
 from uft.training.optim import learning_rate, warmup_steps
 from uft.training.signals import Stop
-from uft.training.step import NonFinite, Step, culprits, optimiser_step
+from uft.training.step import NonFinite, Step, culprits, idle_step, optimiser_step
 
 Tensor = torch.Tensor
 
@@ -68,6 +69,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.parameters = self.policy.trainable()
+        self.never_finite = {n for n, p in self.parameters.items() if not bool(torch.isfinite(p).all())}
 
     def clock(self, step: int) -> Clock:
         """The clock of a step: a function of its number and the seed alone."""
@@ -85,40 +87,45 @@ class Trainer:
                 hook.after_step(self, step)
 
     def _step(self) -> Step:
-        cfg, number = self.config.train, self.progress.step
         before = self._reversible_state()
         started = time.perf_counter()
-        rows = min(cfg.batch_size, self.total_rows - self.progress.rows)
+        rows = min(self.config.train.batch_size, self.total_rows - self.progress.rows)
         items = self.feed.take(rows)
-        clock = self.clock(number)
-        lr = learning_rate(number, self.steps, self.config.optim)
         try:
-            step = optimiser_step(
-                items,
-                self.objective,
-                self.policy,
-                self.reference,
-                self.optimiser,
-                self.parameters,
-                clock,
-                lr=lr,
-                micro_batch_tokens=cfg.micro_batch_tokens,
-                max_grad_norm=cfg.max_grad_norm,
-                pad_id=self.pad_id,
-                device=self.device,
-            )
+            step = self._update(items)
         except NonFinite as problem:
+            culprits = self._culprits(problem, before)
             self._restore(before)
-            self._give_up(problem, clock)
+            self._give_up(problem, culprits)
         self.progress.step += 1
         self.progress.rows += rows
         self.progress.tokens += step.tokens
         self.progress.supervised_tokens += step.supervised_tokens
         self.progress.seconds += time.perf_counter() - started
-        self.meter.add("loss", step.loss)
-        self.meter.add("grad_norm", step.grad_norm)
+        measured = float(bool(items))
+        self.meter.add("loss", step.loss, measured)
+        self.meter.add("grad_norm", step.grad_norm, measured)
         self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
         return step
+
+    def _update(self, items: Sequence[Item]) -> Step:
+        number = self.progress.step
+        if not items:  # the objective takes nothing of any of these rows
+            return idle_step(self.device)
+        return optimiser_step(
+            items,
+            self.objective,
+            self.policy,
+            self.reference,
+            self.optimiser,
+            self.parameters,
+            self.clock(number),
+            lr=learning_rate(number, self.steps, self.config.optim),
+            micro_batch_tokens=self.config.train.micro_batch_tokens,
+            max_grad_norm=self.config.train.max_grad_norm,
+            pad_id=self.pad_id,
+            device=self.device,
+        )
 
     def _reversible_state(self) -> dict[str, Any]:
         """What a step changes before the optimiser does: the data cursors, the objective's state, the generators."""
@@ -131,17 +138,21 @@ class Trainer:
             self.objective.state[name].copy_(tensor)
         checkpoints.restore_random_state(before["rng"], self.device)
 
-    def _give_up(self, problem: NonFinite, clock: Clock) -> None:
-        rows = culprits(
+    def _culprits(self, problem: NonFinite, before: Mapping[str, Any]) -> list[str]:
+        """Ids of the rows that fail alone, each under the state before the step."""
+        self._restore(before)
+        return culprits(
             problem.items,
             self.objective,
             self.policy,
             self.reference,
             self.parameters,
-            clock,
+            replace(self.clock(self.progress.step), learning=False),
             pad_id=self.pad_id,
             device=self.device,
         )
+
+    def _give_up(self, problem: NonFinite, rows: Sequence[str]) -> NoReturn:
         named = ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
         if not named:
             named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in problem.items[:10])
@@ -156,7 +167,25 @@ class Trainer:
             code=FAILED,
         )
 
+    def _overflown(self) -> list[str]:
+        """Trained weights that hold numbers which are not finite, and did not when they came from their files."""
+        return [
+            name
+            for name, parameter in self.parameters.items()
+            if name not in self.never_finite and not bool(torch.isfinite(parameter).all())
+        ]
+
     def save_checkpoint(self) -> Path:
+        """Publish the state after the last step. Raises UftError (code 1) where its weights overflowed.
+
+        A loss or gradient that is not finite shows before the update, an update that is too large only after it.
+        """
+        if overflown := self._overflown():
+            earlier = self.run.checkpoints()
+            good = f"the last good state is {earlier[-1][1]}" if earlier else "there is no checkpoint before it"
+            why = f"{len(overflown)} of the trained weights are not finite any more, {overflown[0]} among them"
+            problem = Problem(f"step {self.progress.step}", why, advice=(good,))
+            raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         tensors = {
             **checkpoints.nested("model", self.parameters),
