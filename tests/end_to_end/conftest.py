@@ -208,6 +208,7 @@ def request_of(tiny_model: Path, rows: Callable[[str], Path]) -> Callable[..., l
         return [
             f"objective={objective}",
             "data=files",
+            "data.holdout=0",
             *(f"+data.sources.{name}.path={path}" for name, path in files.items()),
             "model=custom",
             f"model.path={tiny_model}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import site
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,9 @@ from uft.errors import FAILED, INTERRUPTED, STOPPED
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: STOPPED, signal.SIGUSR1: STOPPED}
-COMMAND = (sys.executable, "-m", "uft.launch.worker")
+COMMAND = (sys.executable, "-P", "-m", "uft.launch.worker")
+"""-P: a `datasets.py` in the folder one works in is not taken for the library."""
+
 PARENT = "UFT_PARENT_PID"
 PR_SET_PDEATHSIG = 1
 
@@ -63,10 +66,11 @@ def cause(number: int) -> str:
 
 
 def python_path() -> str:
-    """The child's PYTHONPATH: what this process imports uft from comes first, also when it was put there by hand."""
-    package = str(Path(__file__).resolve().parents[2])
-    rest = os.environ.get("PYTHONPATH", "")
-    return os.pathsep.join([package, rest]) if rest else package
+    """The child's PYTHONPATH: where this process has uft from comes first, unless it is installed there."""
+    root, rest = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")
+    if root in (*site.getsitepackages(), site.getusersitepackages()):
+        return rest
+    return os.pathsep.join([root, rest]) if rest else root
 
 
 @contextmanager

@@ -1,0 +1,78 @@
+"""The shipped YAML files: every key commented, every option composes with every objective."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from uft.config.compose import composed
+from uft.config.freeze import flat, frozen, plain
+from uft.config.load import typed
+from uft.config.loader import Request
+from uft.config.places import conf_dir, groups, headline
+
+FILES = sorted(conf_dir().rglob("*.yaml"))
+GROUPS = groups([conf_dir()])
+OBJECTIVES = list(GROUPS["objective"])
+NEEDS = {  # what an option leaves for the user to say
+    "data=files": ("+data.sources.mine.path=rows.jsonl",),
+    "data=negatives": ("data.sources.negatives.path=rows.jsonl",),
+    "model=custom": ("model.path=some/model",),
+}
+
+
+def keys_without_comment(file: Path) -> list[str]:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = []
+
+    def walk(node):
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                row = key.start_mark.line
+                if not re.search(r"\s#\s*\S", lines[row]) and not (row and lines[row - 1].lstrip().startswith("#")):
+                    heading = isinstance(value, yaml.MappingNode) and value.value and not value.flow_style
+                    if not (heading or key.value == "defaults"):
+                        found.append(f"{file.name}:{row + 1} {key.value}")
+                if value.start_mark.line > row or isinstance(value, yaml.MappingNode):
+                    walk(value)
+
+    walk(yaml.compose("\n".join(lines)))
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(conf_dir()).as_posix())
+def test_every_key_has_a_comment(file):
+    assert keys_without_comment(file) == []
+
+
+def test_the_comment_check_can_fail(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text("a: 1 # one\n# two\nb: 2\nc: 3\nd:\n  e: 4\n")
+    assert keys_without_comment(file) == ["x.yaml:4 c", "x.yaml:6 e"]
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group != "objective"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_option_composes_with_every_objective(objective, group):
+    for option in GROUPS[group]:
+        choice = f"{group}={option}"
+        request = Request((f"objective={objective}", choice, *NEEDS.get(choice, ())))
+        cfg, examined = composed(request)
+        assert examined.choices[group] == option
+        # what we put together to find mistakes is what Hydra composes
+        assert plain(cfg) == plain(examined.tree)
+        assert dict(flat(plain(typed(yaml.safe_load(frozen(cfg))).__dict__)))["data.name"]
+
+
+def test_every_option_says_what_it_is():
+    assert [file for options in GROUPS.values() for file in options.values() if not headline(file)] == []
+
+
+def test_objective_files_list_every_key():
+    from uft.config.register import objective_schemas
+
+    for name, file in GROUPS["objective"].items():
+        content = yaml.safe_load(file.read_text())
+        schema = objective_schemas()[content["method"]]
+        assert set(content) - {"defaults"} == {f for f in schema.__dataclass_fields__}, name

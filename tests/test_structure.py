@@ -1,0 +1,87 @@
+"""The shape of the program: imports run one way, files and functions are of a size that reads well."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
+
+# A package may import those before it, never one after it.
+ORDER = [
+    "errors",
+    "runs",
+    "playground",
+    "config",
+    "data",
+    "objectives",
+    "model",
+    "sampling",
+    "evaluation",
+    "tracking",
+    "training",
+    "launch",
+    "cli",
+]
+# `config` reads the objectives' dataclasses to make a schema of them, and asks nothing else of what stands above it.
+ALLOWED = {("config", "objectives")}
+HEAVY = {"torch", "transformers", "datasets", "wandb", "hydra", "pyarrow", "peft"}
+LIGHT = ["uft/__init__.py", "uft/__main__.py", "uft/errors.py", "uft/runs.py", "uft/cli/__init__.py"]
+
+
+def package(path: Path) -> str:
+    relative = path.relative_to(ROOT).with_suffix("").parts
+    return relative[1] if relative[0] == "uft" and len(relative) > 1 else relative[0]
+
+
+def imported(path: Path) -> set[str]:
+    """Top packages of ours that a file imports, also within functions, unless only for type checking."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module == "uft":
+            names |= {f"uft.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    parts = (name.split(".") for name in names if name.startswith("uft."))
+    return {part[1] for part in parts} & set(ORDER)
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if package(p) in ORDER], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path: Path):
+    mine = package(path)
+    later = {other for other in imported(path) if ORDER.index(other) > ORDER.index(mine)}
+    assert {other for other in later if (mine, other) not in ALLOWED} == set()
+
+
+def test_objectives_see_no_config_device_or_tracker():
+    for path in (ROOT / "uft" / "objectives").glob("*.py"):
+        assert imported(path) <= {"data", "objectives"}, path
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_what_answers_at_once_imports_nothing_heavy(name: str):
+    body = ast.parse((ROOT / name).read_text(encoding="utf-8")).body
+    modules = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in body if isinstance(node, ast.ImportFrom)}
+    assert not {module.split(".")[0] for module in modules} & HEAVY
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_read_well(path: Path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 300, "a file is a thought"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} does not fit on a screen"
