@@ -1,13 +1,15 @@
 """The shipped YAML files: every key commented, every option composes with every objective."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
-from uft.config.compose import composed
-from uft.config.freeze import flat, frozen, plain
+from uft.config.compose import composed, settle
+from uft.config.examine import examine
+from uft.config.freeze import frozen, plain
 from uft.config.load import typed
 from uft.config.loader import Request
 from uft.config.places import conf_dir, groups, headline
@@ -17,9 +19,9 @@ GROUPS = groups([conf_dir()])
 OBJECTIVES = list(GROUPS["objective"])
 NEEDS = {  # what an option leaves for the user to say
     "data=files": ("+data.sources.mine.path=rows.jsonl",),
-    "data=negatives": ("data.sources.negatives.path=rows.jsonl",),
     "model=custom": ("model.path=some/model",),
 }
+MOST = max(len(options) for group, options in GROUPS.items() if group != "objective")
 
 
 def keys_without_comment(file: Path) -> list[str]:
@@ -52,17 +54,35 @@ def test_the_comment_check_can_fail(tmp_path):
     assert keys_without_comment(file) == ["x.yaml:4 c", "x.yaml:6 e"]
 
 
-@pytest.mark.parametrize("group", [group for group in GROUPS if group != "objective"])
+def rotation(number: int) -> list[str]:
+    """One option of every group; over all numbers, each option."""
+    others = {group: list(options) for group, options in GROUPS.items() if group not in ("objective", "experiment")}
+    choices = [f"{group}={options[number % len(options)]}" for group, options in others.items()]
+    return [*choices, *(line for choice in choices for line in NEEDS.get(choice, ()))]
+
+
+@pytest.mark.parametrize("number", range(MOST))
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_option_composes_with_every_objective(objective, group):
-    for option in GROUPS[group]:
-        choice = f"{group}={option}"
-        request = Request((f"objective={objective}", choice, *NEEDS.get(choice, ())))
-        cfg, examined = composed(request)
-        assert examined.choices[group] == option
-        # what we put together to find mistakes is what Hydra composes
-        assert plain(cfg) == plain(examined.tree)
-        assert dict(flat(plain(typed(yaml.safe_load(frozen(cfg))).__dict__)))["data.name"]
+def test_every_option_composes_with_every_objective(objective, number):
+    words = (f"objective={objective}", *rotation(number))
+    examined = examine(Request(words))
+    assert examined.problems == []
+    chosen = {f"{group}={option}" for group, option in examined.choices.items()}
+    assert chosen >= {word for word in words if "." not in word.partition("=")[0]}
+
+
+@pytest.mark.parametrize("number", range(MOST))
+def test_what_is_checked_is_what_hydra_composes(number):
+    words = (f"objective={OBJECTIVES[number % len(OBJECTIVES)]}", *rotation(number))
+    cfg, examined = composed(Request(words))
+    assert plain(cfg) == plain(examined.tree)
+    assert plain(settle(asdict(typed(yaml.safe_load(frozen(cfg)))))) == plain(cfg)
+
+
+@pytest.mark.parametrize("experiment", GROUPS.get("experiment", {}))
+def test_every_experiment_composes(experiment):
+    cfg, examined = composed(Request((f"experiment={experiment}",)))
+    assert plain(cfg) == plain(examined.tree)
 
 
 def test_every_option_says_what_it_is():

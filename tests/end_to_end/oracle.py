@@ -20,16 +20,20 @@ class Expected:
     terms: dict[str, float] = field(default_factory=dict)
 
 
+def number(value: Tensor | float) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else value
+
+
 def of(objective: Tensor, **terms: Any) -> Expected:
-    return Expected(objective, float(objective), {name: float(value) for name, value in terms.items()})
+    return Expected(objective, number(objective), {name: number(value) for name, value in terms.items()})
 
 
 def mean(values: Iterable[Tensor]) -> Tensor:
     return torch.stack(list(values)).mean()
 
 
-def positives(rows: Sequence[Row]) -> list[tuple[Row, Answer]]:
-    return [(row, answer) for row in rows for answer in row.answers if answer.good]
+def positives(rows: Sequence[Row], least: float = 0.5) -> list[tuple[Row, Answer]]:
+    return [(row, answer) for row in rows for answer in row.answers if answer.reward >= least]
 
 
 def nll(model: Model, seen: Iterable[tuple[Row, Answer]]) -> Tensor:
@@ -40,10 +44,11 @@ def nll(model: Model, seen: Iterable[tuple[Row, Answer]]) -> Tensor:
 # --- objectives
 
 
-def sft(model: Model, rows: Sequence[Row], reduction: str = "token") -> Expected:
-    found = [-model.log_probs(row, answer) for row, answer in positives(rows)]
+def sft(model: Model, rows: Sequence[Row], reduction: str = "token", min_score: float = 0.5) -> Expected:
+    seen = positives(rows, min_score)
+    found = [-model.log_probs(row, answer) for row, answer in seen]
     loss = torch.cat(found).mean() if reduction == "token" else mean(one.mean() for one in found)
-    return of(loss, nll=nll(model, positives(rows)))
+    return of(loss, nll=nll(model, seen))
 
 
 def two_passes(model: Model, tokens: Tokens, lam: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,11 +94,18 @@ PROPAGATION = {"normalized": normalized, "eq21": equation_21, "alg1": algorithm_
 
 
 def ift(
-    model: Model, rows: Sequence[Row], propagation: str = "normalized", lam: float = 0.2, gamma: float = 0.95
+    model: Model,
+    rows: Sequence[Row],
+    propagation: str = "normalized",
+    lam: float = 0.2,
+    gamma: float = 0.95,
+    reduction: str = "sequence",
 ) -> Expected:
     seen = positives(rows)
     passes = [two_passes(model, model.tokens(row, answer), lam) for row, answer in seen]
-    loss = mean(PROPAGATION[propagation](losses, learned, gamma) for losses, learned, _ in passes)
+    found = torch.stack([PROPAGATION[propagation](losses, learned, gamma) for losses, learned, _ in passes])
+    lengths = torch.tensor([int(learned.sum()) for _, learned, _ in passes])
+    loss = found.mean() if reduction == "sequence" else (lengths * found).sum() / lengths.sum()
     slopes = torch.autograd.grad(loss, [losses for losses, _, _ in passes], retain_graph=True)
     raised = [slope[learned] < 0 for slope, (_, learned, _) in zip(slopes, passes, strict=True)]
     right = torch.cat([right for _, _, right in passes])
@@ -183,11 +195,12 @@ class DFT:
     gamma: float = 0.85
     negatives: int = 2
     average: bool = False  # DFT2
-    u: dict[int, Tensor] = field(default_factory=dict)  # by position among the rows; 1 before the first visit
+    log_u_init: float = 0.0
+    u: dict[int, Tensor] = field(default_factory=dict)  # by position among the rows
 
     def __call__(self, model: Model, rows: Sequence[Row], reference: Model | None, visit: int) -> Expected:
         surrogates, estimates, logs, weights, seen = [], [], [], [], []
-        for number, row in enumerate(rows):
+        for place, row in enumerate(rows):
             shown = self.shown(row, visit)
             seen += [(row, answer) for answer in (*positives_of(row), *shown)]
             join = model.mean if self.average else model.sum
@@ -201,8 +214,8 @@ class DFT:
             if not self.average:
                 assert reference is not None
                 a = a - torch.stack([reference.sum(row, answer).detach() for answer in shown])
-            old = self.u.get(number, torch.tensor(1.0, dtype=torch.float64))
-            u = self.u[number] = (1 - self.gamma) * old + self.gamma * a.exp().mean()
+            old = self.u.get(place, torch.tensor(self.log_u_init, dtype=torch.float64).exp())
+            u = self.u[place] = (1 - self.gamma) * old + self.gamma * a.exp().mean()
             w = a.exp() / u
             (loss,) = losses
             surrogates.append(loss + (w * s).mean())
@@ -210,8 +223,8 @@ class DFT:
             logs.append(u.log())
             weights += w.unbind()
         terms = {"log_u": mean(logs), "weight": mean(weights), "surrogate": mean(surrogates)}
-        logged = {f"objective/{name}": float(value) for name, value in terms.items()}
-        return Expected(mean(surrogates), float(mean(estimates)), {"nll": float(nll(model, seen)), **logged})
+        logged = {f"objective/{name}": number(value) for name, value in terms.items()}
+        return Expected(mean(surrogates), number(mean(estimates)), {"nll": number(nll(model, seen)), **logged})
 
     def shown(self, row: Row, visit: int) -> list[Answer]:
         """The rejected, or B of the sampled ones: other columns at every visit, around in a circle."""

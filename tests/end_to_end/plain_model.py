@@ -134,6 +134,25 @@ def plain(tokenizer: Any, prompt: Turns, turns: Turns) -> Tokens:
     return Tokens(ids, learned)
 
 
+def between(header: Callable[[str], str], footer: Callable[[str], str]) -> Render:
+    """A template of `header(role) + content + footer(role)`: learned is every token with a character of a reply in it,
+    and the stop token, with which the footer of a reply must begin."""
+
+    def render(tokenizer: Any, prompt: Turns, turns: Turns) -> Tokens:
+        text, replies = "", []
+        for number, turn in enumerate([*prompt, *turns]):
+            text += header(turn["role"])
+            if turn["role"] == "assistant" and number >= len(prompt):
+                replies.append((len(text), len(text + turn["content"] + tokenizer.eos_token)))
+            text += turn["content"] + footer(turn["role"])
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        places = encoded["offset_mapping"]
+        learned = [any(start < end_of and end > start_of for start_of, end_of in replies) for start, end in places]
+        return Tokens(encoded["input_ids"], learned)
+
+    return render
+
+
 # --- models
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import oracle
 import pytest
 from oracle import DFT, Expected
-from plain_model import Model, Row, plain, read
+from plain_model import Model, Row, read
 
 ALIKE = 1e-5
 EVERY = ("demonstrations", "conversations", "pairs", "labels", "scores", "negatives")
@@ -31,24 +31,6 @@ def policy(tiny_model: Path) -> Model:
 @pytest.fixture(scope="module")
 def reference(other_model: Path) -> Model:
     return Model(other_model)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """here(overrides): the worker's own run of them within this process, which is spared seconds of imports."""
-    monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))
-
-    def run(overrides: list[str], name: str = "run") -> Path:
-        from uft.config.compose import compose
-        from uft.config.freeze import frozen
-        from uft.launch.worker import train
-        from uft.runs import create_run
-
-        run = create_run(tmp_path / name, frozen(compose(overrides)), overrides)
-        assert train(str(run.path)) == 0
-        return run.path
-
-    return run
 
 
 def agree(line: Mapping[str, Any], expected: Expected, tolerance: float = ALIKE) -> None:
@@ -85,7 +67,16 @@ KIND_WEIGHTS = {"demonstrations": 0.5, "conversations": 0.5, "pairs": 2.0, "scor
 CASES = {
     "sft": Case("sft", EVERY, alone(oracle.sft)),
     "sft sequence": Case("sft", EVERY, alone(oracle.sft, reduction="sequence"), ("objective.reduction=sequence",)),
+    "sft min_score": Case("sft", EVERY, alone(oracle.sft, min_score=0.3), ("objective.min_score=0.3",)),
     "ift": Case("ift", EVERY, alone(oracle.ift)),
+    "ift by token": Case("ift", EVERY, alone(oracle.ift, reduction="token"), ("objective.reduction=token",)),
+    "ift ramp": Case(
+        "ift",
+        ("demonstrations",),
+        lambda: lambda model, rows, reference, step: oracle.ift(model, rows, lam=min(0.1 + 0.15 * step, 0.4)),
+        ("objective.lam_start=0.1", "objective.lam=0.4", "optim.warmup=2"),
+        steps=4,
+    ),
     "ift eq21": Case("ift", EVERY, alone(oracle.ift, propagation="eq21"), ("objective.propagation=eq21",)),
     "ift alg1": Case(
         "ift",
@@ -124,8 +115,8 @@ CASES = {
     "dft tau": Case(
         "dft",
         ("negatives", "pairs"),
-        partial(DFT, tau=0.7, gamma=0.5, negatives=3),
-        ("objective.tau=0.7", "objective.gamma=0.5", "objective.negatives=3"),
+        partial(DFT, tau=0.7, gamma=0.5, negatives=3, log_u_init=-4.0),
+        ("objective.tau=0.7", "objective.gamma=0.5", "objective.negatives=3", "objective.u_init=-4"),
         steps=2,
     ),
     "dft2": Case("dft2", EVERY, partial(DFT, tau=0.3, gamma=0.9, average=True), steps=3),
@@ -180,6 +171,14 @@ def test_the_program_itself_logs_the_same(
     uft("train", *case.request(request_of, other_model), f"run.dir={tmp_path / 'run'}")
     check(case, curve(tmp_path / "run"), policy, reference, rows_of(case, rows))
     assert result(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.parametrize("name", ["sft", "ift"])
+def test_tied_embeddings(name, here, request_of, rows, curve, reference, other_model, make_model):
+    """The gradient's norm tells: sft trains the shared table from both ends, ift from the output alone."""
+    case, folder = CASES[name], make_model(seed=2, tied=True)
+    run = here(case.request(request_of, other_model, f"model.path={folder}"))
+    check(case, curve(run), Model(folder), reference, rows_of(case, rows))
 
 
 @pytest.mark.parametrize("mode", ["copy", "cached"])

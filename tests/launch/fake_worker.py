@@ -1,7 +1,8 @@
 """Stands in for uft.launch.worker: writes what the launcher looks at, and does as the configuration says.
 
 `generate.system` is the script: ok, fail (exit 1), refuse (exit 2 before step 0), late_refusal (exit 2 with a result),
-die (SIGKILL), wait (until a signal, then stop with a checkpoint), wait_raw (until killed).
+die (SIGKILL), wait (until a signal, then stop with a checkpoint), wait_child (likewise, and it dies with its parent as
+the real worker does), wait_raw (until killed).
 """
 
 import json
@@ -51,7 +52,11 @@ def main() -> None:
         sys.exit(2)
     if script == "die":
         os.kill(os.getpid(), signal.SIGKILL)
-    if script == "wait":
+    if script == "wait_child":
+        from uft.launch.process import die_with_parent
+
+        die_with_parent()
+    if script in ("wait", "wait_child"):
         wait(target)
     if script == "wait_raw":
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from uft.config.schema import Config
-from uft.errors import GOOD, STOPPED, UftError
+from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, UftError
+from uft.model import reference_cache
 from uft.runs import Run, create_run
 from uft.tracking.files import Files
 from uft.training import checkpoints, session, trainer
@@ -20,9 +25,9 @@ from uft.training.signals import Stop
 
 CLOCKS = ("seconds", "tokens_per_second")
 UNEVEN = (
-    "train.steps=11",
-    "train.batch_size=6",
-    "train.micro_batch_tokens=48",
+    "train.steps=7",
+    "train.batch_size=5",
+    "train.micro_batch_tokens=80",
     "train.log_every=2",
     "train.checkpoint_every=3",
     "train.eval_every=4",
@@ -34,13 +39,14 @@ UNEVEN = (
 )
 """Lines, batteries, checkpoints and the end all fall on different steps."""
 LORA = ("model.adapter=lora", "model.lora.rank=2", "model.lora.dropout=0.2")
+TUNINGS: dict[str, tuple[str, ...]] = {"full": (), "lora": LORA}
 MOMENTUM = {
     "adamw": ("optim.name=adamw", "optim.weight_decay=0.1"),
     "rmsprop": ("optim.name=rmsprop", "optim.momentum=0.9"),
     "sgd": ("optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.05"),
 }
 EXTRAS = {"ift": ("objective.lam_noise=0.5", "objective.lam_start=0.0")}
-WITH_REFERENCE = ("uft", "una", "dft", "dpo")
+ALL = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo")
 
 
 class Killed(BaseException):
@@ -84,6 +90,13 @@ class Death:
         self.moments, self.at = [], moments
         with contextlib.suppress(Killed):
             yield
+        self.at = None
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference cache of these few rows consists of several files."""
+    monkeypatch.setattr(reference_cache, "SEQUENCES_PER_FILE", 7)
 
 
 @pytest.fixture
@@ -113,7 +126,9 @@ def new_run(folder: Path) -> Run:
 
 
 def sit(run: Run, config: Config, stop: Stop | None = None) -> int:
-    return session.train(run, config, stop or Stop())
+    """One sitting, with caches of the run's own."""
+    data = replace(config.data, cache=f"{run.path}-cache")
+    return session.train(run, replace(config, data=data), stop or Stop())
 
 
 def survive(run: Run, config: Config, death: Death, *deaths: int) -> Run:
@@ -129,40 +144,40 @@ def survive(run: Run, config: Config, death: Death, *deaths: int) -> Run:
 # --- dying
 
 
-@pytest.mark.parametrize("lora", [(), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(("objective", "settings"), [("dft", MOMENTUM["rmsprop"]), ("uft", LORA)], ids=["full", "lora"])
 def test_death_at_any_moment_changes_nothing(
-    lora: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
+    objective: str, settings: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:
-    config = configure("dft", *UNEVEN, *MOMENTUM["rmsprop"], *lora)
-    whole = survive(new_run(tmp_path / "whole"), config, death)
+    config = configure(objective, *UNEVEN, "reference.mode=cached", *settings)
+    expected = written(survive(new_run(tmp_path / "whole"), config, death))
     moments = len(death.moments)
-    assert moments > 150, death.moments
-    expected = written(whole)
-    stride = 23 if lora else 11
-    for moment in range(0, moments, stride):
+    assert moments > 100, death.moments
+    for moment in range(0, moments, 23):
         run = survive(new_run(tmp_path / f"died-{moment}"), config, death, moment)
         assert written(run) == expected, moment
 
 
-def variants(objectives: tuple[str, ...], optimisers: tuple[str, ...]) -> list[Any]:
-    """Every objective, full and LoRA, under every way to have the reference and these optimisers."""
+@pytest.mark.slow
+def test_death_at_every_single_moment_changes_nothing(
+    configure: Callable[..., Config], death: Death, tmp_path: Path
+) -> None:
+    config = configure("dft", *UNEVEN, "reference.mode=cached", *LORA)
+    expected = written(survive(new_run(tmp_path / "whole"), config, death))
+    for moment in range(len(death.moments)):
+        run = survive(new_run(tmp_path / f"died-{moment}"), config, death, moment)
+        assert written(run) == expected, moment
+
+
+def variants(ways: Iterable[tuple[str, str]], optimisers: Iterable[str]) -> list[Any]:
+    """Every objective under these (tuning, reference mode) and optimisers."""
     found = []
-    for objective in objectives:
-        for tuning, adapter in (("full", ()), ("lora", LORA)):
-            ways = ("copy", "cached", *(["adapter_off"] if adapter else [])) if objective in WITH_REFERENCE else (None,)
-            for way in ways:
-                for optimiser in optimisers:
-                    settings = (*adapter, *MOMENTUM[optimiser], *EXTRAS.get(objective, ()))
-                    settings += (f"reference.mode={way}",) if way else ()
-                    name = "-".join(filter(None, (objective, tuning, way, optimiser)))
-                    found.append(pytest.param(objective, settings, id=name))
+    for (tuning, way), objective, optimiser in product(ways, ALL, optimisers):
+        settings = (*TUNINGS[tuning], *MOMENTUM[optimiser], *EXTRAS.get(objective, ()), f"reference.mode={way}")
+        found.append(pytest.param(objective, settings, id=f"{objective}-{tuning}-{way}-{optimiser}"))
     return found
 
 
-ALL = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo")
-
-
-@pytest.mark.parametrize(("objective", "settings"), variants(ALL, ("adamw",)))
+@pytest.mark.parametrize(("objective", "settings"), variants([("full", "copy"), ("lora", "adapter_off")], ["adamw"]))
 def test_every_objective_goes_on_where_it_was(
     objective: str, settings: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:
@@ -173,8 +188,11 @@ def test_every_objective_goes_on_where_it_was(
     assert written(died) == expected
 
 
+WAYS = (("full", "copy"), ("full", "cached"), ("lora", "copy"), ("lora", "cached"), ("lora", "adapter_off"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "settings"), variants(ALL, ("adamw", "rmsprop", "sgd")))
+@pytest.mark.parametrize(("objective", "settings"), variants(WAYS, MOMENTUM))
 def test_every_combination_goes_on_where_it_was(
     objective: str, settings: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:
@@ -184,3 +202,153 @@ def test_every_combination_goes_on_where_it_was(
     for number, share in enumerate((0.1, 0.25, 0.4, 0.6, 0.8, 0.97)):
         deaths = (int(share * moments), moments // 5)
         assert written(survive(new_run(tmp_path / f"died-{number}"), config, death, *deaths)) == expected, share
+
+
+# --- being asked to stop
+
+
+class StopAt(Stop):
+    """Asks to stop when it is looked at for the n-th time: every safe point of a run has a number."""
+
+    def __init__(self, number: int | None = None, name: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.looks, self.number, self.with_signal = 0, number, name
+
+    def __call__(self) -> bool:
+        self.looks += 1
+        if self.number is not None and self.looks > self.number:
+            self.signal = self.with_signal
+        return super().__call__()
+
+
+@pytest.mark.parametrize(("stride", "objective"), [(11, "dft"), pytest.param(1, "uft", marks=pytest.mark.slow)])
+def test_a_stop_at_any_safe_point_changes_nothing(
+    stride: int, objective: str, configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = configure(objective, *UNEVEN, "reference.mode=cached")
+    whole, watch = new_run(tmp_path / "whole"), StopAt()
+    assert sit(whole, config, watch) == GOOD
+    expected = written(whole)
+    assert watch.looks > 50
+    for number in range(0, watch.looks - 1, stride):  # the last look: is it done? It is
+        run = new_run(tmp_path / f"stopped-{number}")
+        assert sit(run, config, StopAt(number)) == STOPPED, number
+        assert run.result()["status"] == "stopped"
+        assert run.result()["steps"] == max((step for step, _ in run.checkpoints()), default=0)
+        assert sit(run, config, StopAt(5)) == STOPPED  # again, in its preparation or its first battery
+        assert run.result()["steps"] == max((step for step, _ in run.checkpoints()), default=0)
+        assert sit(run, config) == GOOD
+        assert written(run) == expected, number
+
+
+def test_an_interrupt_has_its_own_exit_code(configure: Callable[..., Config], tmp_path: Path) -> None:
+    run = new_run(tmp_path / "run")
+    assert sit(run, configure("sft", *UNEVEN), StopAt(20, signal.SIGINT)) == INTERRUPTED
+    assert run.result()["status"] == "stopped"
+    assert run.checkpoints()
+
+
+def test_a_stop_while_preparing_to_resume_tells_where_the_run_stands(
+    configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    run, config = new_run(tmp_path / "run"), configure("sft", *UNEVEN)
+    watch = StopAt()
+    sit(new_run(tmp_path / "whole"), config, watch)
+    assert sit(run, config, StopAt(watch.looks * 2 // 3)) == STOPPED
+    before = run.result()
+    assert before["steps"] >= 3
+    assert sit(run, config, StopAt(0)) == STOPPED
+    after = run.result()
+    for name in ("steps", "rows", "tokens", "supervised_tokens", "seconds", "final", "best", "best_step", "status"):
+        assert after[name] == before[name], name
+
+
+# --- what a run says of itself
+
+
+def test_a_run_of_a_finished_run_changes_nothing(configure: Callable[..., Config], tmp_path: Path) -> None:
+    run, config = new_run(tmp_path / "run"), configure("sft", *UNEVEN)
+    sit(run, config)
+    before = written(run)
+    assert sit(run, config) == GOOD
+    assert written(run) == before
+
+
+def test_a_failure_while_preparing_is_a_failed_run(
+    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*arguments: object) -> None:
+        raise MemoryError("no room for the model")
+
+    run, config = new_run(tmp_path / "run"), configure("sft", *UNEVEN)
+    with monkeypatch.context() as patch:
+        patch.setattr("uft.training.prepare.load_policy", out_of_memory)
+        assert sit(run, config) == FAILED
+    assert run.result()["status"] == "failed"
+    assert "no room for the model" in run.result()["error"]
+    assert sit(run, config) == GOOD
+
+
+def test_a_bad_request_goes_to_the_caller_and_leaves_the_last_result(
+    configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    run, config = new_run(tmp_path / "run"), configure("sft", *UNEVEN)
+    sit(run, config, StopAt(20))
+    before = run.result()
+    elsewhere = replace(config, model=replace(config.model, path=str(tmp_path / "nowhere")))
+    with pytest.raises(UftError) as problem:
+        sit(run, elsewhere)
+    assert problem.value.code == BAD_REQUEST
+    assert run.result() == before
+
+
+def test_rows_that_changed_since_the_run_began_are_refused(
+    configure: Callable[..., Config], files: dict[str, Path], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(files["demonstration"].read_text())
+    config = configure("sft", *UNEVEN, sources={"mine": mine, "theirs": files["preference"]})
+    run = new_run(tmp_path / "run")
+    assert sit(run, config, StopAt(20)) == STOPPED
+    mine.write_text(files["demonstration"].read_text().replace("w3", "w4"))
+    with pytest.raises(UftError, match="changed since the run began") as problem:
+        sit(run, config)
+    assert [p.what for p in problem.value.problems] == ["data.sources.mine"]
+    mine.write_text(files["demonstration"].read_text())
+    assert sit(run, config) == GOOD
+
+
+def test_a_run_that_never_reached_a_checkpoint_may_begin_with_other_rows(
+    configure: Callable[..., Config], files: dict[str, Path], death: Death, tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text(files["demonstration"].read_text())
+    config = configure("sft", *UNEVEN, sources={"mine": mine})
+    run = new_run(tmp_path / "run")
+    with death.after(len("some")):  # in its first steps
+        sit(run, config)
+    assert not run.checkpoints()
+    mine.write_text(files["demonstration"].read_text().replace("w3", "w4"))
+    assert sit(run, config) == GOOD
+
+
+def test_a_curve_of_rows_that_give_nothing(configure: Callable[..., Config], tmp_path: Path) -> None:
+    """One pair among many demonstrations: most of DPO's steps have nothing to learn from."""
+    shown = [{"prompt": f"w{i}", "completion": "w5"} for i in range(3, 33)]
+    pair = {"prompt": "w40", "chosen": "w41", "rejected": "w42"}
+    sources = {}
+    for name, rows in {"shown": shown, "pair": [pair]}.items():
+        sources[name] = tmp_path / f"{name}.jsonl"
+        sources[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = configure(
+        "dpo",
+        *("data.unusable=drop", "train.batch_size=4", "train.steps=null", "train.log_every=1", "train.epochs=2"),
+        sources=sources,
+    )
+    run = new_run(tmp_path / "run")
+    assert sit(run, config) == GOOD
+    curve = lines(run.metrics_file)
+    assert [line["rows"] for line in curve] == [*range(4, 62, 4), 62]
+    assert sum("loss" in line for line in curve) == 2
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in curve if "loss" in line)
+    assert run.result()["rows"] == 62

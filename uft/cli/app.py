@@ -8,15 +8,14 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from uft.cli import tell, tracing
 from uft.config.compose import settle
@@ -25,8 +24,9 @@ from uft.config.loader import VERSION_BASE, Request, make_loader
 from uft.config.places import conf_dir
 from uft.config.register import register
 from uft.config.suggest import nearest
-from uft.config.translate import translate
+from uft.config.translate import BROKEN, translate
 from uft.errors import GOOD, Problem, UftError
+from uft.launch.sweep import JobFailed, examine_jobs, why
 
 Work = Callable[[DictConfig, Examined], int]
 """What a verb does with a checked configuration; the exit code."""
@@ -58,10 +58,6 @@ def task(work: Work) -> Callable[[DictConfig], None]:
 
 
 def in_a_sweep(work: Work, cfg: DictConfig, request: Request) -> None:
-    from pathlib import Path
-
-    from uft.launch.sweep import JobFailed, why
-
     code = work(settle(cfg), require(with_folders(request)))
     if code != GOOD:
         folder = str(cfg.run.dir or "")
@@ -83,8 +79,11 @@ def run_app(verb: str, run: Callable[[DictConfig], None], arguments: list[str]) 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)(run)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except BROKEN as error:
         raise explained(error, request_of(parsed), parsed.multirun) from error
+    except JobFailed as failure:  # under a sweeper that is not ours
+        print(f"uft: {failure.message}", file=sys.stderr)
+        return failure.code
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else GOOD
     finally:
@@ -101,13 +100,11 @@ def restore(name: str, value: str | None) -> None:
 
 def explained(error: Exception, request: Request, multirun: bool) -> UftError:
     """What is wrong with the whole request, since Hydra stopped at the first thing."""
-    from uft.launch.sweep import examine_jobs
-
     loader = make_loader(request)
     try:
         examined = examine(request, loader) if not multirun else None
         problems, one = (examined.problems, examined) if examined else examine_jobs(request, loader)
-    except (HydraException, OmegaConfBaseException):  # not a grid, so not ours to expand
+    except BROKEN:  # not a grid, so not ours to expand
         problems = []
     return UftError(*problems, footer=footer(one)) if problems else UftError(translate(error))
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from uft.config.examine import Examined, require
 from uft.config.loader import Request, make_loader
 from uft.config.register import objective_schemas
 from uft.config.schema import Config
-from uft.config.translate import translate
+from uft.config.translate import BROKEN, translate
 from uft.errors import UftError
 
 
@@ -29,7 +27,7 @@ def composed(request: Request) -> tuple[DictConfig, Examined]:
     examined = require(request, loader)
     try:
         cfg = loader.load_configuration(request.config_name, list(request.overrides), RunMode.RUN)
-    except (HydraException, OmegaConfBaseException) as error:
+    except BROKEN as error:
         raise UftError(translate(error)) from error
     return settle(cfg), examined
 

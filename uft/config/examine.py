@@ -13,16 +13,14 @@ from dataclasses import dataclass, field
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import split_key
-from omegaconf.errors import OmegaConfBaseException
 
 from uft.config.checks import findings
 from uft.config.loader import Request, Setting, defaults_of, leaves, make_loader, settings_of
 from uft.config.overrides import COMMAND_LINE, sort_out
 from uft.config.suggest import written
-from uft.config.translate import translate
+from uft.config.translate import BROKEN, translate
 from uft.config.tree import OBJECTIVE, Tree
 from uft.errors import Problem, UftError
 
@@ -46,7 +44,7 @@ def examine(request: Request, loader: ConfigLoaderImpl | None = None) -> Examine
     try:
         defaults, choices = defaults_of(loader, request, chosen)
         settings = [setting for default in defaults for setting in settings_of(loader, default)]
-    except (HydraException, OmegaConfBaseException) as error:
+    except BROKEN as error:
         return Examined(tree.root, {}, {}, [*words.problems, translate(error)], chosen)
     problems = [*words.problems, *fill(tree, settings)]
     kept = []

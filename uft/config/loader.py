@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def settings_of(loader: ConfigLoaderImpl, default: ResultDefault) -> Iterator[Se
     parts = tuple(package.split(".")) if package and package != "_global_" else ()
     if parts[:1] == ("hydra",):
         return
-    lines = line_numbers(file)
+    lines = line_numbers(file.read_text(encoding="utf-8"))
     content = OmegaConf.to_container(loaded.config, resolve=False)
     assert isinstance(content, dict)
     for inner, value in leaves(content):
@@ -94,8 +95,9 @@ def leaves(value: Mapping[Any, Any], prefix: tuple[str, ...] = ()) -> Iterator[t
             yield (*prefix, str(key)), item
 
 
-def line_numbers(file: Path) -> dict[tuple[str, ...], int]:
-    """Path -> 1-based line of every key in a YAML file."""
+@lru_cache(maxsize=256)
+def line_numbers(text: str) -> dict[tuple[str, ...], int]:
+    """Path -> 1-based line of every key in a YAML text."""
     import yaml
 
     found: dict[tuple[str, ...], int] = {}
@@ -106,5 +108,5 @@ def line_numbers(file: Path) -> dict[tuple[str, ...], int]:
                 found[(*prefix, str(key.value))] = key.start_mark.line + 1
                 walk(value, (*prefix, str(key.value)))
 
-    walk(yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), ())
+    walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
     return found

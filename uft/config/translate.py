@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import re
 
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from uft.config.suggest import hint, nearest
 from uft.errors import Problem
+
+BROKEN = (HydraException, OmegaConfBaseException, YAMLError)
+"""What composition raises for a mistake of the user's."""
 
 NO_FILE = re.compile(r"Could not find '([^']+)'")
 OPTIONS = re.compile(r"Available options in '([^']+)':\n((?:\t.+\n?)+)")

@@ -37,10 +37,10 @@ QUALITY = {"plain right": 1.0, "chatty right": 0.6, "plain wrong": 0.3, "chatty 
 BASE = {"plain right": 0.10, "chatty right": 0.80, "plain wrong": 0.02, "chatty wrong": 0.08}
 """How the text that the base model was trained on answers."""
 
-CROWD = {"plain right": 0.20, "chatty right": 0.50, "plain wrong": 0.08, "chatty wrong": 0.22}
+CROWD = {"plain right": 0.12, "chatty right": 0.60, "plain wrong": 0.06, "chatty wrong": 0.22}
 """How the crowd answers that people compared, labelled and scored."""
 
-NOISE = 0.12
+NOISE = 0.10
 """Share of training pairs that are flipped, labels that are flipped and scores that are drawn at random."""
 
 
@@ -157,13 +157,16 @@ def binary(prompt: str, noise: float, random: Random) -> list[dict[str, Any]]:
 
 
 def scored(prompt: str, noise: float, random: Random) -> list[dict[str, Any]]:
-    """Three answers of the crowd, those alike once: completion, score in [0, 1]."""
+    """Three answers of the crowd, those alike once (nothing if all are alike): completion, score in [0, 1]."""
+    qualities = dict.fromkeys(draw(CROWD, random) for _ in range(3))
+    if len(qualities) < 2:
+        return []
     return [
         {
             "completion": reply(prompt, quality, random),
             "score": round(random.random(), 2) if random.random() < noise else QUALITY[quality],
         }
-        for quality in dict.fromkeys(draw(CROWD, random) for _ in range(3))
+        for quality in qualities
     ]
 
 

@@ -52,7 +52,7 @@ def read_corpus(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     # held-out rows are measured, not trained on: cutting one that is too long loses nothing that should be learned
     held_policy = "truncate" if too_long == "error" else too_long
     held_rows = {s.name: s.held_out for s in loaded if s.held_out}
-    held_out = tokenize_all(held_rows, renderer, max_length, held_policy, folder)
+    held_out = [s for s in tokenize_all(held_rows, renderer, max_length, held_policy, folder) if s.rows]
     empty = [s.source for s in train if not s.rows]
     if empty:
         raise UftError(*(Problem(f"data.sources.{name}", "no row is left to train on") for name in empty))

@@ -125,6 +125,7 @@ def resume(trainer: Trainer) -> int:
         return -1
     step, folder = found[-1]
     trainer.load_checkpoint(folder)
+    checkpoints.prune(trainer.run, trainer.config.train.keep_last, trainer.progress.best_step)  # it may have died before
     return step
 
 
@@ -183,7 +184,7 @@ def check_positions(policy: Policy, corpus: Corpus) -> None:
             advice=(f"train.max_length={positions} data.too_long=drop|truncate",),
         )
         for source in [*corpus.train, *corpus.held_out]
-        if positions and (longest := max(e.length for row in source.encoded for e in row)) > positions
+        if positions and (longest := max((e.length for row in source.encoded for e in row), default=0)) > positions
     ]
     if problems:
         raise UftError(*problems)

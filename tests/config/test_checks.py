@@ -1,0 +1,81 @@
+"""Ranges, choices and rules between keys."""
+
+import pytest
+
+from uft.config.checks import findings
+from uft.config.examine import examine
+from uft.config.loader import Request
+
+def complaints(*overrides):
+    examined = examine(Request(overrides))
+    return {p.what.partition("=")[0]: p.why for p in examined.problems}
+
+
+TOGETHER = {  # values that do not touch each other's rules
+    "data.ratio=1.5": "must be at most 1",
+    "train.batch_size=0": "must be at least 1",
+    "optim.eps=0": "must be above 0",
+    "optim.momentum=1": "must be below 1",
+    "optim.weight_decay=nan": "must be at least 0",
+    "model.dtype=fp16": "no such choice",
+    "data.sources.pairs.kind=preferences": "no such choice",
+    "objective.lam_start=0.9": "the ramp goes up: lam_start=0.9 is above lam=0.2",
+    "objective.gamma=1.1": "must be at most 1",
+    "train.epochs=3": "does nothing beside train.steps=200",
+    "optim.warmup=200": "leaves no step after the warm-up: train.steps=200",
+    "optim.betas=[0.9]": "must be two numbers, at least 0 and below 1",
+    "reference.mode=adapter_off": "needs an adapter to switch off",
+    "data.holdout=1.5": "must be a share below 1 or a whole number of rows",
+    "data.sources.pairs.score_range=[1,0]": "must be [lowest, highest]",
+    "generate.seeds=[1,1]": "must be different seeds, at least one",
+    "run.name=a/b": "names a folder",
+}
+
+
+def test_every_rule_speaks_at_once():
+    assert complaints(*TOGETHER) == {line.partition("=")[0]: why for line, why in TOGETHER.items()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "why"),
+    [
+        (("optim.warmup=2.5",), "optim.warmup", "must be a share below 1 or a whole number of steps"),
+        (("model.adapter=lora", "model.lora.targets=[]"), "model.lora.targets", "names no layer to adapt"),
+        (("data=files",), "data.sources", "the mixture has no sources"),
+        (
+            ("data=files", "+data.sources.a={path: x.jsonl, kind: demonstration}", "data.ratio=0.5"),
+            "data.ratio",
+            "shares between demonstrations and the rest, and the mixture has demonstrations only",
+        ),
+    ],
+)
+def test_each_rule_speaks(overrides, key, why):
+    assert complaints(*overrides) == {key: why}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.epochs=3", "train.steps=null", "optim.warmup=300", "optim.lr=0", "data.ratio=0"),
+        ("optim.warmup=199", "model.adapter=lora", "reference.mode=adapter_off", "data.ratio=1", "data.holdout=12"),
+        ("optim.warmup=0", "data.sources.pairs.share=0", "data.sources.pairs.kind=null", "run.name=a-b_c.d"),
+    ],
+)
+def test_and_is_silent_where_all_is_well(overrides):
+    assert complaints(*overrides) == {}
+
+
+def test_adapter_off_is_the_initial_policy_and_no_other():
+    found = complaints("model.adapter=lora", "reference.mode=adapter_off", "reference.path=org/other")
+    assert list(found) == ["reference.path"]
+
+
+def test_one_complaint_per_key():
+    tree = examine(Request(("optim.betas=[0.9]", "data.ratio=7", "data.holdout=-1.5"))).tree
+    keys = [finding.key for finding in findings(tree)]
+    assert sorted(keys) == ["data.holdout", "data.ratio", "optim.betas"]
+
+
+def test_two_ways_to_hold_out_rows():
+    found = complaints("data.sources.pairs.holdout=5", "data.sources.pairs.eval_path=x.jsonl")
+    assert found == {"data.sources.pairs.eval_path": "and holdout both say which rows are for evaluation: give one"}

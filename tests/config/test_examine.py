@@ -1,0 +1,199 @@
+"""Mistakes in a request: all of them, in one message, with what was meant."""
+
+import pytest
+
+from uft.config.compose import compose
+from uft.config.examine import examine, footer
+from uft.config.loader import Request
+from uft.errors import UftError, render
+
+
+def problems(*overrides):
+    """By what was written: (why, where, advice as one text)."""
+    return {p.what: (p.why, p.where, "\n".join(p.advice)) for p in examine(Request(overrides)).problems}
+
+
+def test_the_message_of_the_product_page():
+    with pytest.raises(UftError) as caught:
+        compose(["objective=dpo", "objective.bta=0.2", "data=mixx"])
+    choices = "choices: binary, files, instruct, mix, negatives, pairs, scored"
+    assert render(caught.value) == (
+        "uft: 2 problems in this request\n"
+        "\n"
+        "  data=mixx          no such file in conf/data         (command line)\n"
+        f"      did you mean  data=mix ?         {choices}\n"
+        "\n"
+        "  objective.bta=0.2  no such key in objective=dpo      (command line)\n"
+        "      did you mean  objective.beta ?   keys: reduction, beta, label_smoothing, sft_weight\n"
+        "\n"
+        "Nothing was started.  See what would run:  uft config objective=dpo data=mix\n"
+    )
+    assert caught.value.code == 2
+
+
+def test_nothing_is_wrong_with_the_defaults():
+    assert problems() == {}
+
+
+UNKNOWN = {
+    "train.stps": ("no such key in train", "train.steps ?"),
+    "model.lora.rnk": ("no such key in model.lora", "model.lora.rank ?"),
+    "lr": ("no such key", "optim.lr ?"),
+    "batch_size": ("no such key", "train.batch_size ?"),
+    "objective.lamb": ("no such key in objective=ift", "objective.lam ?"),
+    "data.sources.pairs.shar": ("no such key in data.sources.pairs", "data.sources.pairs.share ?"),
+    "train.steps.more": ("train.steps is a value and has no keys of its own", ""),
+    "nonsense_key": ("no such key", "groups and keys: seed"),
+}
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_unknown_keys_are_refused_with_any_prefix(plus):
+    found = problems(*(f"{plus}{key}=1" for key in UNKNOWN))
+    assert set(found) == {f"{plus}{key}=1" for key in UNKNOWN}
+    for key, (why, meant) in UNKNOWN.items():
+        assert found[f"{plus}{key}=1"][:2] == (why, "command line")
+        assert meant in found[f"{plus}{key}=1"][2]
+
+
+def test_a_key_of_other_objectives_says_so():
+    why, _, advice = problems("objective=sft", "objective.beta=0.1")["objective.beta=0.1"]
+    assert why == "no such key in objective=sft"
+    assert "beta is a key of:  dpo, uft, una" in advice
+
+
+def test_a_misspelt_group_names_the_group():
+    assert "did you mean  data=pairs ?" in problems("dta=pairs")["dta=pairs"][2]
+
+
+WRONG_TYPES = {
+    "train.steps=1e3": ("must be a whole number or null", "write 1000"),
+    "train.log_every=ten": ("must be a whole number", ""),
+    "optim.lr=abc": ("must be a number", ""),
+    "optim.betas=3": ("must be a list of numbers, like [0.9,0.95]", ""),
+    "model.master_weights=maybe": ("must be true or false", ""),
+    "train=quick": ("must be a group of keys", "its keys: steps, epochs"),
+    "data.sources.pairs.share=much": ("must be a number or null", ""),
+}
+
+
+def test_wrong_types():
+    found = problems(*WRONG_TYPES)
+    assert set(found) == set(WRONG_TYPES)
+    for override, (why, advice) in WRONG_TYPES.items():
+        assert found[override][0] == why
+        assert advice in found[override][2]
+
+
+def test_every_mistake_at_once_and_the_right_words_kept():
+    wrong = {"objective=dpoo", "train.stps=3", "train.steps=1e3", "optim.warmup=-1", "foo", "seed=1,2"}
+    examined = examine(Request((*sorted(wrong), "data=mix", "seed=7")))
+    assert {p.what.replace("-1.0", "-1") for p in examined.problems} == wrong
+    assert footer(examined).endswith("uft config data=mix objective=dpo seed=7")
+
+
+def test_an_unknown_objective_does_not_accuse_the_keys_given_for_it():
+    assert list(problems("objective=grpo", "objective.clip=0.2")) == ["objective=grpo"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("rft", ("two methods", "2405.17888", "2505.16984")),
+        ("dynamic", ("2508.05629", "objective=dft is Discriminative")),
+        ("dynamic_ft", ("2508.05629",)),
+    ],
+)
+def test_ambiguous_names_are_explained_not_guessed(name, says):
+    why, _, advice = problems(f"objective={name}")[f"objective={name}"]
+    assert why == "no such file in conf/objective"
+    assert all(word in advice for word in (*says, "choices: dft"))
+    assert "did you mean" not in advice
+
+
+def test_several_values_need_multirun():
+    why, _, advice = problems("seed=1,2")["seed=1,2"]
+    assert why == "several values need -m"
+    assert "uft train -m seed=1,2" in advice
+
+
+def test_words_that_cannot_be_read():
+    found = problems("model.path=a=b", "train.steps")
+    assert "'model.path=\"a=b\"'" in found["model.path=a=b"][2]
+    assert "write  train.steps=VALUE" in found["train.steps"][2]
+
+
+def test_plus_where_there_is_something_already():
+    found = problems("+data=mix", "+train.steps=3")
+    assert "without the +:  data=mix" in found["+data=mix"][2]
+    assert "without the +:  train.steps=3" in found["+train.steps=3"][2]
+
+
+def test_named_sources_are_added_with_plus_and_checked():
+    cfg = compose(["data=files", "+data.sources.mine.path=x.jsonl", "+data.sources.mine.columns.prompt=question"])
+    assert cfg.data.sources.mine.path == "x.jsonl"
+    assert dict(cfg.data.sources.mine.columns) == {"prompt": "question"}
+    assert cfg.data.sources.mine.split == "train"
+    assert compose(["data=files", "+data.sources.mine={path: x.jsonl, kind: binary}"]).data.sources.mine.kind == "binary"
+    without = problems("data=files", "data.sources.mine.path=x.jsonl")["data.sources.mine.path=x.jsonl"]
+    assert without[2] == "to add it:  +data.sources.mine.path=x.jsonl"
+    assert "no such key in data.sources.mine" in problems("data=files", "+data.sources.mine.pth=x")["+data.sources.mine.pth=x"][0]
+    assert "data.sources.mine.path" in problems("data=files", "+data.sources.mine.kind=binary")
+
+
+def test_sources_can_be_removed_and_nothing_else():
+    assert "pairs" not in compose(["~data.sources.pairs"]).data.sources
+    assert problems("~train.steps")["~train.steps"][0] == "only named sources and free keys can be removed"
+
+
+def test_references_to_nowhere():
+    assert problems("data.ratio=${nowhere}")["data.ratio"][0] == "refers to something that has no value: ${nowhere}"
+
+
+def test_what_must_be_given_is_asked_for():
+    why, _, advice = problems("model=custom")["model.path"]
+    assert (why, advice) == ("has no value", "give it:  model.path=...")
+
+
+def test_mistakes_in_files_name_file_and_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "conf-user" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(
+        "# @package _global_\n# mine\ntrain:\n  stepps: 3\n  batch_size: many\noptim:\n  betas: [0.9, 1.5]\n"
+    )
+    found = problems("experiment=mine")
+    where = "conf-user/experiment/mine.yaml"
+    assert {what: p[:2] for what, p in found.items()} == {
+        "train.stepps": ("no such key in train", f"{where}:4"),
+        "train.batch_size=many": ("must be a whole number", f"{where}:5"),
+        "optim.betas=[0.9,1.5]": ("must be two numbers, at least 0 and below 1", f"{where}:7"),
+    }
+
+
+def test_a_broken_file_names_its_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf-user" / "data").mkdir(parents=True)
+    (tmp_path / "conf-user" / "data" / "bad.yaml").write_text("name: x\nsources: [\n")
+    (only,) = examine(Request(("data=bad",))).problems
+    assert only.what.startswith("conf-user/data/bad.yaml:")
+    assert "YAML" in only.why
+
+
+def test_a_file_that_draws_in_a_missing_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf-user" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf-user" / "experiment" / "x.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /objective: dpoo\n"
+    )
+    (only,) = examine(Request(("experiment=x",))).problems
+    assert only.what == "objective/dpoo"
+    assert "did you mean  objective=dpo ?" in only.advice[0]
+
+
+def test_origins():
+    examined = examine(Request(("objective=dpo", "optim.lr=1e-4")))
+    assert examined.origins["optim.lr"] == "command line"
+    assert examined.origins["objective.beta"].startswith("conf/objective/dpo.yaml:")
+    assert examined.origins["train.steps"].startswith("conf/config.yaml:")
+    assert "train.save_model" not in examined.origins

@@ -1,0 +1,62 @@
+"""Frozen configurations, their differences, and the way back to dataclasses."""
+
+import pytest
+import yaml
+
+from uft.config.change import changed
+from uft.config.compose import compose
+from uft.config.freeze import difference, free, frozen, plain
+from uft.config.load import load_config
+from uft.errors import UftError
+
+
+def test_frozen_is_resolved_and_reads_back(tmp_path):
+    cfg = compose(["objective=uft", "seed=3", "optim.lr=3e-5", "+data.sources.pairs.columns.prompt=q"])
+    file = tmp_path / "config.yaml"
+    file.write_text(frozen(cfg))
+    assert "${" not in file.read_text()
+    config = load_config(file)
+    assert (config.seed, config.seeds.data, config.optim.lr) == (3, 3, 3e-5)
+    assert config.objective["method"] == "uft" and type(config.objective) is dict
+    assert config.data.sources["pairs"].columns == {"prompt": "q"}
+    assert config.data.sources["pairs"].path == "builtin:playground/pairs"
+    assert yaml.safe_load(file.read_text()) == plain(cfg)
+
+
+def test_a_config_of_another_version_is_told_of(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("train: {steps: 3, from_the_future: 1}\n")
+    with pytest.raises(UftError, match="cannot be read by this version"):
+        load_config(file)
+
+
+def test_difference():
+    old = {"a": 1, "b": {"c": [1], "d": 2}, "e": {}}
+    new = {"a": 1, "b": {"c": [2], "f": 3}}
+    assert difference(old, new) == [("b.c", [1], [2]), ("b.f", "(absent)", 3), ("b.d", 2, "(absent)")]
+    assert difference(old, old) == []
+
+
+@pytest.mark.parametrize("key", ["tracking.mode", "run.name", "sweep.name", "hardware.threads", "train.log_every"])
+def test_keys_that_change_no_result_are_free(key):
+    assert free(key)
+
+
+@pytest.mark.parametrize("key", ["seed", "optim.lr", "train.steps", "train.batch_size", "model.dtype", "hardware.device"])
+def test_keys_that_change_the_result_are_not(key):
+    assert not free(key)
+
+
+def test_changing_a_frozen_config():
+    settings = plain(compose(["objective=dpo"]))
+    new = plain(changed(settings, ["tracking=offline", "objective.beta=0.3", "data=pairs"]))
+    assert new["tracking"]["mode"] == "offline"
+    assert new["objective"] == settings["objective"] | {"beta": 0.3}
+    assert new["data"] == plain(compose(["data=pairs"]))["data"] != settings["data"]
+    assert plain(changed(settings, [])) == settings
+
+
+def test_mistakes_in_a_change_are_found_together():
+    with pytest.raises(UftError) as caught:
+        changed(plain(compose()), ["objective.bta=1", "train.batch_size=0", "debug=fast"])
+    assert {p.what for p in caught.value.problems} == {"objective.bta=1", "train.batch_size=0", "debug=fast"}

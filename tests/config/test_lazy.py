@@ -1,0 +1,56 @@
+"""The objectives' schema without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SCHEMA = """
+import sys
+from uft.config.compose import compose
+cfg = compose(["objective=dpo", "objective.beta=0.3"])
+assert cfg.objective.beta == 0.3
+heavy = [name for name in ("torch", "transformers", "datasets", "wandb") if name in sys.modules]
+assert not heavy, heavy
+left = [name for name in sys.modules if name.startswith("uft.objectives")]
+assert not left, left
+"""
+
+AFTERWARDS = """
+import torch
+from uft.objectives import OBJECTIVES, make
+from uft.objectives import ift
+assert isinstance(ift.torch, type(torch)) and ift.torch is torch and ift.Tensor is torch.Tensor
+assert make({"method": "ift", "lam": 0.5}).lam == 0.5
+"""
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_composition_needs_no_torch():
+    run(SCHEMA)
+
+
+def test_the_real_modules_come_afterwards():
+    run(SCHEMA + AFTERWARDS)
+
+
+def test_an_objective_that_needs_torch_as_it_is_imported_still_has_a_schema():
+    run(
+        "import sys\n"
+        "import uft.config.lazy as lazy\n"
+        "lazy.MODULES = ('torch',)  # torch.nn.functional is now missing beside the stand-in\n" + SCHEMA.split("heavy")[0]
+    )
+
+
+def test_schemas_have_the_public_hyper_parameters_only():
+    from uft.config.register import objective_schemas
+
+    schema = objective_schemas()["ift"]
+    assert "state" not in schema.__dataclass_fields__
+    assert schema().lam == 0.2
+    schema().lam = 0.3  # not frozen: OmegaConf would make it read-only

@@ -1,0 +1,225 @@
+"""From a configuration to a run folder and a worker (a stand-in that takes milliseconds)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from uft.config.compose import compose
+from uft.errors import UftError
+from uft.launch.launcher import launch_job, launch_train
+from uft.runs import Run, find_runs
+
+BASE = ("tracking=none", "objective=sft")
+
+
+def train(*overrides, script="ok"):
+    cfg = compose([*BASE, f"generate.system={script}", *overrides])
+    return launch_train(cfg, list(overrides))
+
+
+def sittings(run: Run) -> list[str]:
+    return (run.path / "sittings").read_text().split()
+
+
+def test_a_run_folder_holds_what_was_asked(worker):
+    assert train("seed=3", "optim.lr=0.5") == 0
+    (run,) = find_runs(worker / "outputs")
+    config = run.config()
+    assert run.name.startswith("sft-mix-playground-seed3-") and config["run"]["name"] == run.name
+    assert (config["seeds"]["data"], config["optim"]["lr"], config["run"]["dir"]) == (3, 0.5, None)
+    assert yaml.safe_load((run.path / "overrides.yaml").read_text()) == ["seed=3", "optim.lr=0.5"]
+    info = run.info()
+    assert info["versions"]["uft"] and info["versions"]["torch"]
+    assert info["cwd"] == str(worker)
+    assert run.status == "finished"
+
+
+def test_two_runs_in_one_second_have_two_folders(worker):
+    assert train() == train() == 0
+    assert len(find_runs(worker / "outputs")) == 2
+
+
+def test_run_dir_and_run_name(worker):
+    assert train("run.dir=here/it/is") == 0
+    assert Run(worker / "here/it/is").status == "finished"
+    assert train("run.name=mine") == 0
+    assert [run.name for run in find_runs(worker / "outputs")] == ["mine"]
+
+
+def test_bad_rows_leave_nothing_behind(worker):
+    rows = worker / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\nnot json\n')
+    with pytest.raises(UftError) as caught:
+        train("data=files", "+data.sources.mine.path=rows.jsonl", "data.holdout=0")
+    text = str(caught.value)
+    assert "rows.jsonl:2" in text and "rows.jsonl:3" in text
+    assert not (worker / "outputs").exists()
+
+
+def test_a_request_that_is_refused_before_step_0_leaves_nothing_behind(worker):
+    assert train(script="refuse") == 2
+    assert not list((worker / "outputs").rglob("*.yaml")) and not list((worker / "outputs").glob("*/*"))
+
+
+def test_a_refusal_after_work_was_done_keeps_the_folder(worker):
+    assert train("run.name=late", script="late_refusal") == 2
+    (run,) = find_runs(worker / "outputs")
+    assert run.status == "failed"
+
+
+@pytest.mark.parametrize(("script", "code", "status"), [("fail", 1, "failed"), ("die", 1, "interrupted")])
+def test_failures_keep_their_folder_and_can_be_tried_again(worker, capfd, script, code, status):
+    assert train("run.name=x", script=script) == code
+    (run,) = find_runs(worker / "outputs")
+    assert run.status == status
+    assert ("SIGKILL" in capfd.readouterr().err) == (script == "die")
+    assert train("run.name=x") == 0
+    assert sittings(run) == [script, "ok"]
+
+
+def test_a_finished_run_is_left_alone(worker, capsys):
+    assert train("run.name=x") == train("run.name=x") == 0
+    (run,) = find_runs(worker / "outputs")
+    assert sittings(run) == ["ok"]
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(worker):
+    train("run.name=x", script="fail")
+    with pytest.raises(UftError) as caught:
+        train("run.name=x", "optim.lr=0.5", "train.steps=7", "tracking=offline")
+    assert caught.value.code == 2
+    assert {p.what: p.why for p in caught.value.problems} == {"optim.lr": "0.001 -> 0.5", "train.steps": "200 -> 7"}
+    (run,) = find_runs(worker / "outputs")
+    assert run.config()["optim"]["lr"] == 0.001
+
+
+def test_free_keys_may_change_and_are_written_down(worker):
+    train("run.name=x", script="fail")
+    assert train("run.name=x", "tracking=offline", "train.log_every=3") == 0
+    (run,) = find_runs(worker / "outputs")
+    assert (run.config()["tracking"]["mode"], run.config()["train"]["log_every"]) == ("offline", 3)
+
+
+def test_a_key_that_came_with_a_newer_version_counts_with_its_default(worker):
+    train("run.name=x", script="fail")
+    (run,) = find_runs(worker / "outputs")
+    config = run.config()
+    del config["model"]["attention"], config["objective"]["min_score"]
+    run.config_file.write_text(yaml.safe_dump(config))
+    assert train("run.name=x") == 0
+
+
+def test_a_run_at_work_is_not_disturbed(worker):
+    train("run.name=x", script="fail")
+    (run,) = find_runs(worker / "outputs")
+    with run.lock(), pytest.raises(UftError, match="another process"):
+        train("run.name=x")
+
+
+def test_a_folder_with_other_things_in_it_is_refused(worker):
+    (worker / "papers").mkdir()
+    (worker / "papers" / "thesis.tex").write_text("x")
+    with pytest.raises(UftError, match="not empty and is not a run"):
+        train("run.dir=papers")
+    assert [path.name for path in (worker / "papers").iterdir()] == ["thesis.tex"]
+
+
+def test_a_half_made_folder_is_made_anew(worker):
+    (worker / "half").mkdir()
+    (worker / "half" / "run.json").write_text("{}")
+    assert train("run.dir=half") == 0
+
+
+def test_jobs_without_a_run_leave_nothing(worker, capfd):
+    assert launch_job("check", compose([*BASE, "model.path=org/name"])) == 0
+    assert "worker check" in (out := capfd.readouterr().out) and "org/name" in out
+    assert list(worker.iterdir()) == []
+
+
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+CODE = """
+import sys
+from uft.launch import process
+process.COMMAND = (sys.executable, {worker!r})
+from uft.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(worker, *words):
+    """`uft WORDS` with the stand-in, once its worker waits; (process, run)."""
+    code = CODE.format(worker=str(Path(__file__).with_name("fake_worker.py")))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    parent = subprocess.Popen([sys.executable, "-c", code, *words], cwd=worker, env=environment)
+    for _ in range(400):
+        found = list((worker / "outputs").rglob("waiting"))
+        if found and found[0].read_text():
+            return parent, Run(found[0].parent)
+        time.sleep(0.05)
+    parent.kill()
+    raise AssertionError("the worker did not start")
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_signals_reach_the_worker_and_its_exit_code_passes(worker, number, code):
+    parent, run = start(worker, "train", *BASE, "generate.system=wait")
+    parent.send_signal(number)
+    assert parent.wait(20) == code
+    assert run.status == "stopped" and run.checkpoints()
+
+
+def test_a_worker_that_a_signal_ends_at_once_counts_as_stopped(worker):
+    parent, run = start(worker, "train", *BASE, "generate.system=wait_raw")
+    parent.send_signal(signal.SIGINT)
+    assert parent.wait(20) == 130
+    assert run.status == "interrupted"
+
+
+def test_a_signal_stops_a_sweep_with_the_job(worker, capfd):
+    parent, run = start(worker, "train", "-m", *BASE, "generate.system=wait", "seed=1,2", "sweep.name=S")
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(20) == 75
+    assert [r.name for r in find_runs(run.path.parent)] == ["seed1"]
+    assert "the sweep was stopped" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_a_worker_does_not_outlive_its_parent(worker):
+    parent, run = start(worker, "train", *BASE, "generate.system=wait_child")
+    child = int((run.path / "waiting").read_text())
+    parent.kill()
+    parent.wait(20)
+    for _ in range(100):
+        if run.result():
+            break
+        time.sleep(0.05)
+    assert run.status == "stopped" and run.checkpoints(), "SIGTERM, so a checkpoint, not SIGKILL"
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(child, 0)
+            time.sleep(0.05)
+
+
+def test_the_real_worker_is_found_from_anywhere(tmp_path):
+    """The command line of the real worker, in a folder that has a module of a library's name in it."""
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('not this one')")
+    (tmp_path / "empty").mkdir()
+    code = "from uft.launch.process import run_worker; raise SystemExit(run_worker(['empty']))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no config.yaml in this folder: it is not a run" in done.stderr
+
+
+def test_run_json_is_plain_json(worker):
+    train("run.name=x")
+    (run,) = find_runs(worker / "outputs")
+    assert json.loads((run.path / "run.json").read_text())["command"]
