@@ -1,6 +1,6 @@
 """Train the playground's base model: `python scripts/make_playground.py [--out DIR] [--steps N]`.
 
-One seed, one thread: on the same machine and library versions a second run gives the same bytes. It took about 45 s on
+One seed, one thread: on the same machine and library versions a second run gives the same bytes. It took about 50 s on
 one CPU core. The model is a LlamaForCausalLM of 0.3M parameters over whole words; it learns the old tasks of
 `uft.playground.world` in a chatty style and never sees a new task nor a test prompt.
 """

@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def worker(monkeypatch, tmp_path):
     """Work in an empty folder with the stand-in of fake_worker.py; returns the folder."""
-    monkeypatch.setattr(process, "COMMAND", (sys.executable, str(Path(__file__).parents[1] / "launch" / "fake_worker.py")))
+    monkeypatch.setattr(
+        process, "COMMAND", (sys.executable, str(Path(__file__).parents[1] / "launch" / "fake_worker.py"))
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("UFT_CONF", raising=False)
     return tmp_path

@@ -6,6 +6,7 @@ from uft.config.checks import findings
 from uft.config.examine import examine
 from uft.config.loader import Request
 
+
 def complaints(*overrides):
     examined = examine(Request(overrides))
     return {p.what.partition("=")[0]: p.why for p in examined.problems}

@@ -79,10 +79,10 @@ def test_what_is_checked_is_what_hydra_composes(number):
     assert plain(settle(asdict(typed(yaml.safe_load(frozen(cfg)))))) == plain(cfg)
 
 
-@pytest.mark.parametrize("experiment", GROUPS.get("experiment", {}))
-def test_every_experiment_composes(experiment):
-    cfg, examined = composed(Request((f"experiment={experiment}",)))
-    assert plain(cfg) == plain(examined.tree)
+def test_every_experiment_composes():
+    for experiment in GROUPS.get("experiment", {}):
+        cfg, examined = composed(Request((f"experiment={experiment}",)))
+        assert plain(cfg) == plain(examined.tree)
 
 
 def test_every_option_says_what_it_is():
@@ -95,4 +95,4 @@ def test_objective_files_list_every_key():
     for name, file in GROUPS["objective"].items():
         content = yaml.safe_load(file.read_text())
         schema = objective_schemas()[content["method"]]
-        assert set(content) - {"defaults"} == {f for f in schema.__dataclass_fields__}, name
+        assert set(content) - {"defaults"} == set(schema.__dataclass_fields__), name

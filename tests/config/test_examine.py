@@ -134,10 +134,15 @@ def test_named_sources_are_added_with_plus_and_checked():
     assert cfg.data.sources.mine.path == "x.jsonl"
     assert dict(cfg.data.sources.mine.columns) == {"prompt": "question"}
     assert cfg.data.sources.mine.split == "train"
-    assert compose(["data=files", "+data.sources.mine={path: x.jsonl, kind: binary}"]).data.sources.mine.kind == "binary"
+    assert (
+        compose(["data=files", "+data.sources.mine={path: x.jsonl, kind: binary}"]).data.sources.mine.kind == "binary"
+    )
     without = problems("data=files", "data.sources.mine.path=x.jsonl")["data.sources.mine.path=x.jsonl"]
     assert without[2] == "to add it:  +data.sources.mine.path=x.jsonl"
-    assert "no such key in data.sources.mine" in problems("data=files", "+data.sources.mine.pth=x")["+data.sources.mine.pth=x"][0]
+    assert (
+        "no such key in data.sources.mine"
+        in problems("data=files", "+data.sources.mine.pth=x")["+data.sources.mine.pth=x"][0]
+    )
     assert "data.sources.mine.path" in problems("data=files", "+data.sources.mine.kind=binary")
 
 

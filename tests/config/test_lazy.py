@@ -43,7 +43,8 @@ def test_an_objective_that_needs_torch_as_it_is_imported_still_has_a_schema():
     run(
         "import sys\n"
         "import uft.config.lazy as lazy\n"
-        "lazy.MODULES = ('torch',)  # torch.nn.functional is now missing beside the stand-in\n" + SCHEMA.split("heavy")[0]
+        "lazy.MODULES = ('torch',)  # torch.nn.functional is now missing beside the stand-in\n"
+        + SCHEMA.split("heavy")[0]
     )
 
 

@@ -19,7 +19,8 @@ def test_the_users_folder_shadows_the_shipped_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = lr(Request())
     write(tmp_path / "conf-user", "name: adamw\nlr: 0.5\n")
-    assert before != 0.5 and lr(Request()) == 0.5
+    assert before != 0.5
+    assert lr(Request()) == 0.5
     write(tmp_path / "elsewhere", "name: adamw\nlr: 0.25\n")
     monkeypatch.setenv("UFT_CONF", str(tmp_path / "elsewhere"))
     assert lr(Request()) == 0.25

@@ -77,13 +77,15 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             "prompt": "What is 1 plus 1?",
             "response": "two",
             "negatives": ["eleven", "I would say that one plus one is three.", "France"],
+            "negative_log_probs": [-41.5, -157.25, -22.0],
         },
         {
             "prompt": "Who wrote it?",
             "response": "Nobody knows who wrote it.",
             "negatives": ["me", "The capital of France wrote it.", "0123456789"],
+            "negative_log_probs": [-16.0, -90.5, -20.75],
         },
-        {"prompt": "Yes or no?", "response": "yes", "negatives": ["no no no"]},
+        {"prompt": "Yes or no?", "response": "yes", "negatives": ["no no no"], "negative_log_probs": [-60.0]},
     ],
 }
 """JSONL rows of every kind, of unequal lengths."""

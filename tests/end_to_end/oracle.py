@@ -196,9 +196,10 @@ class DFT:
     negatives: int = 2
     average: bool = False  # DFT2
     log_u_init: float = 0.0
+    sampling: bool = False  # divide by how likely a negative was where it was sampled
     u: dict[int, Tensor] = field(default_factory=dict)  # by position among the rows
 
-    def __call__(self, model: Model, rows: Sequence[Row], reference: Model | None, visit: int) -> Expected:
+    def __call__(self, model: Model, rows: Sequence[Row], reference: Model, visit: int) -> Expected:
         surrogates, estimates, logs, weights, seen = [], [], [], [], []
         for place, row in enumerate(rows):
             shown = self.shown(row, visit)
@@ -211,8 +212,9 @@ class DFT:
                 continue
             s = torch.stack([join(row, answer) for answer in shown])
             a = s.detach() / self.tau
-            if not self.average:
-                assert reference is not None
+            if self.sampling:
+                a = a - torch.tensor([answer.sampling for answer in shown])
+            elif not self.average:
                 a = a - torch.stack([reference.sum(row, answer).detach() for answer in shown])
             old = self.u.get(place, torch.tensor(self.log_u_init, dtype=torch.float64).exp())
             u = self.u[place] = (1 - self.gamma) * old + self.gamma * a.exp().mean()

@@ -29,6 +29,7 @@ class Answer:
     turns: Turns
     reward: float
     scored: bool = False  # the reward is a number that somebody gave
+    sampling: float | None = None  # its log-prob where it was sampled
 
     @property
     def good(self) -> bool:
@@ -63,7 +64,8 @@ def score(record: Mapping[str, Any]) -> list[Answer]:
 
 
 def negatives(record: Mapping[str, Any]) -> list[Answer]:
-    return demonstration(record) + [Answer(one_turn(text, "assistant"), 0.0) for text in record["negatives"]]
+    sampled = zip(record["negatives"], record["negative_log_probs"], strict=True)
+    return demonstration(record) + [Answer(one_turn(text, "assistant"), 0.0, sampling=at) for text, at in sampled]
 
 
 ANSWERS = {"demonstrations": demonstration, "pairs": pair, "labels": label, "scores": score, "negatives": negatives}

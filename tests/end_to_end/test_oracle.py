@@ -119,6 +119,13 @@ CASES = {
         ("objective.tau=0.7", "objective.gamma=0.5", "objective.negatives=3", "objective.u_init=-4"),
         steps=2,
     ),
+    "dft sampling": Case(
+        "dft",
+        ("demonstrations", "negatives"),
+        partial(DFT, sampling=True),
+        ("objective.denominator=sampling",),
+        steps=2,
+    ),
     "dft2": Case("dft2", EVERY, partial(DFT, tau=0.3, gamma=0.9, average=True), steps=3),
     "dpo": Case("dpo", COMPARED, against(oracle.dpo)),
     "dpo smoothed": Case(

@@ -31,9 +31,8 @@ def by_hand(model: Model, loss: Callable[[], torch.Tensor], max_grad_norm: float
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
-def test_five_steps(objective, uft, request_of, rows, curve, tmp_path, tiny_model):
-    run = tmp_path / "run"
-    uft("train", *request_of(objective, ["pairs"], *LEARNING, IN_PIECES, f"run.dir={run}"))
+def test_five_steps(objective, here, request_of, rows, curve, tiny_model):
+    run = here(request_of(objective, ["pairs"], *LEARNING, IN_PIECES))
     pairs, model, frozen = read(rows("pairs")), Model(tiny_model), Model(tiny_model)
     losses = {
         "sft": lambda: oracle.sft(model, pairs).objective,

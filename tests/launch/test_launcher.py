@@ -32,11 +32,13 @@ def test_a_run_folder_holds_what_was_asked(worker):
     assert train("seed=3", "optim.lr=0.5") == 0
     (run,) = find_runs(worker / "outputs")
     config = run.config()
-    assert run.name.startswith("sft-mix-playground-seed3-") and config["run"]["name"] == run.name
+    assert run.name.startswith("sft-mix-playground-seed3-")
+    assert config["run"]["name"] == run.name
     assert (config["seeds"]["data"], config["optim"]["lr"], config["run"]["dir"]) == (3, 0.5, None)
     assert yaml.safe_load((run.path / "overrides.yaml").read_text()) == ["seed=3", "optim.lr=0.5"]
     info = run.info()
-    assert info["versions"]["uft"] and info["versions"]["torch"]
+    assert info["versions"]["uft"]
+    assert info["versions"]["torch"]
     assert info["cwd"] == str(worker)
     assert run.status == "finished"
 
@@ -59,13 +61,15 @@ def test_bad_rows_leave_nothing_behind(worker):
     with pytest.raises(UftError) as caught:
         train("data=files", "+data.sources.mine.path=rows.jsonl", "data.holdout=0")
     text = str(caught.value)
-    assert "rows.jsonl:2" in text and "rows.jsonl:3" in text
+    assert "rows.jsonl:2" in text
+    assert "rows.jsonl:3" in text
     assert not (worker / "outputs").exists()
 
 
 def test_a_request_that_is_refused_before_step_0_leaves_nothing_behind(worker):
     assert train(script="refuse") == 2
-    assert not list((worker / "outputs").rglob("*.yaml")) and not list((worker / "outputs").glob("*/*"))
+    assert not list((worker / "outputs").rglob("*.yaml"))
+    assert not list((worker / "outputs").glob("*/*"))
 
 
 def test_a_refusal_after_work_was_done_keeps_the_folder(worker):
@@ -140,7 +144,8 @@ def test_a_half_made_folder_is_made_anew(worker):
 
 def test_jobs_without_a_run_leave_nothing(worker, capfd):
     assert launch_job("check", compose([*BASE, "model.path=org/name"])) == 0
-    assert "worker check" in (out := capfd.readouterr().out) and "org/name" in out
+    assert "worker check" in (out := capfd.readouterr().out)
+    assert "org/name" in out
     assert list(worker.iterdir()) == []
 
 
@@ -173,7 +178,8 @@ def test_signals_reach_the_worker_and_its_exit_code_passes(worker, number, code)
     parent, run = start(worker, "train", *BASE, "generate.system=wait")
     parent.send_signal(number)
     assert parent.wait(20) == code
-    assert run.status == "stopped" and run.checkpoints()
+    assert run.status == "stopped"
+    assert run.checkpoints()
 
 
 def test_a_worker_that_a_signal_ends_at_once_counts_as_stopped(worker):
@@ -201,11 +207,20 @@ def test_a_worker_does_not_outlive_its_parent(worker):
         if run.result():
             break
         time.sleep(0.05)
-    assert run.status == "stopped" and run.checkpoints(), "SIGTERM, so a checkpoint, not SIGKILL"
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):
-            os.kill(child, 0)
-            time.sleep(0.05)
+    assert run.status == "stopped"
+    assert run.checkpoints(), "SIGTERM, so a checkpoint, not SIGKILL"
+    assert gone(child)
+
+
+def gone(pid):
+    """Whether a process ends within five seconds."""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_the_real_worker_is_found_from_anywhere(tmp_path):

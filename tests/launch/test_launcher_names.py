@@ -71,7 +71,8 @@ def test_a_long_name_is_cut_and_stays_unique():
     axes = [f"data.sources.s{n}.share" for n in range(40)]
     one = job_name([f"{axis}=0.25" for axis in axes], axes)
     two = job_name([f"{axis}=0.25" for axis in axes[:-1]] + [f"{axes[-1]}=0.5"], axes)
-    assert len(one) < 140 and one != two
+    assert len(one) < 140
+    assert one != two
 
 
 def test_sweep_name_depends_on_what_is_fixed_and_matters():

@@ -31,12 +31,11 @@ def test_each_job_has_its_folder(worker, capsys):
 
 
 def test_a_rerun_skips_what_is_finished_and_does_what_is_new(worker):
-    assert sweep("seed=1,2", "sweep.name=A", "tracking.mode=disabled") == 0
-    assert sweep("seed=1,2,3", "sweep.name=A", "tracking.mode=offline") == 0
+    assert sweep("seed=choice(1)", "sweep.name=A", "tracking.mode=disabled") == 0
+    assert sweep("seed=1,2", "sweep.name=A", "tracking.mode=offline") == 0
     assert {name: (run.path / "sittings").read_text() for name, run in runs(worker).items()} == {
         "seed1": "ok\n",
         "seed2": "ok\n",
-        "seed3": "ok\n",
     }
 
 
@@ -44,7 +43,8 @@ def test_one_failure_does_not_stop_the_others_and_all_are_listed(worker, capfd):
     assert sweep("generate.system=fail,ok,die", "sweep.name=A") == 1
     err = capfd.readouterr().err
     assert "2 of 3 jobs failed" in err
-    assert "ValueError: it broke" in err and "outputs/" in err
+    assert "ValueError: it broke" in err
+    assert "outputs/" in err
     assert "exit code 1" in err
     assert {name: run.status for name, run in runs(worker).items()} == {
         "systemdie": "interrupted",
@@ -54,13 +54,14 @@ def test_one_failure_does_not_stop_the_others_and_all_are_listed(worker, capfd):
 
 
 def test_all_jobs_are_checked_before_the_first_starts(worker, capsys):
-    assert sweep("objective=sft,dpo,ift", "objective.beta=0.1,0.2", "data.ratio=0.5,2", "+nope=1") == 2
+    assert sweep("objective=sft,dpo", "objective.beta=0.1", "data.ratio=0.5,2", "+nope=1") == 2
     err = capsys.readouterr().err
-    assert "uft: 4 problems in this request" in err
-    assert "in 4 of 12 jobs, the first is  objective=sft objective.beta=0.1 data.ratio=0.5" in err
-    assert "no such key in objective=ift" in err
-    assert "data.ratio=2.0" in err and "must be at most 1" in err
-    assert "in 6 of 12 jobs" in err
+    assert "uft: 3 problems in this request" in err
+    assert "in 2 of 4 jobs, the first is  objective=sft data.ratio=0.5" in err
+    assert "no such key in objective=sft" in err
+    assert "data.ratio=2.0" in err
+    assert "must be at most 1" in err
+    assert "in 2 of 4 jobs, the first is  objective=sft data.ratio=2" in err
     assert "+nope=1" in err
     assert not (worker / "outputs").exists()
 
@@ -75,14 +76,15 @@ def test_bad_rows_of_any_job_stop_the_sweep(worker, capsys):
     words = ("data=files", "+data.sources.a.path=bad.jsonl,missing.jsonl", "data.holdout=0")
     assert sweep(*words) == 2
     err = capsys.readouterr().err
-    assert "bad.jsonl:2" in err and "missing.jsonl" in err
+    assert "bad.jsonl:2" in err
+    assert "missing.jsonl" in err
     assert not (worker / "outputs").exists()
 
 
 def test_one_folder_for_several_jobs_is_refused(worker, capsys):
     assert sweep("seed=1,2", "run.dir=x") == 2
     assert "sweep.name=" in capsys.readouterr().err
-    assert sweep("run.dir=x,y") == 0
+    assert sweep("run.dir=x") == 0
 
 
 def test_a_name_for_all_runs_stands_before_their_own(worker):
@@ -102,13 +104,15 @@ def test_axes_can_come_from_a_file(worker):
 
 
 def test_hydras_own_sweeper_works_too(worker, capfd):
-    assert sweep("hydra/sweeper=basic", "seed=1,2") == 0
-    assert len(runs(worker)) == 2
-    assert sweep("hydra/sweeper=basic", "generate.system=fail,ok") == 1
+    assert sweep("hydra/sweeper=basic", "generate.system=ok,fail") == 1
     assert "exit code 1" in capfd.readouterr().err
+    assert sorted(run.status for run in runs(worker).values()) == ["failed", "finished"]
 
 
 def test_other_verbs_can_be_swept(worker, capfd):
     assert main(["check", "-m", "model.path=a,b"]) == 0
-    assert [line for line in capfd.readouterr().out.splitlines() if line.startswith(("a ", "b "))] == ["a None", "b None"]
+    assert [line for line in capfd.readouterr().out.splitlines() if line.startswith(("a ", "b "))] == [
+        "a None",
+        "b None",
+    ]
     assert [path.name for path in worker.iterdir()] == []

@@ -271,6 +271,12 @@ def test_the_sampling_denominator_comes_from_a_column(kit):
     assert log_u(objective) == log_u(plain)
 
 
+def test_a_micro_batch_without_negatives_brings_no_such_column(kit):
+    batch, log_probs = lay(kit, [(0, -20.0, []), (1, -3.0, [])])
+    terms = dft(denominator="sampling")(batch, kit.Told(log_probs), None, Clock())
+    assert float(terms["surrogate"].total.detach()) == pytest.approx(23.0)
+
+
 def test_problems_name_keys():
     wrong = dft(reduction="token", length_normalize=True, denominator="sampling")
     assert [key for key, _ in wrong.problems()] == ["reduction", "denominator"]

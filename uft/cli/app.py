@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from uft.cli import tell, tracing
+from uft.cli.help import Help, shown
 from uft.config.compose import settle
 from uft.config.examine import Examined, examine, footer, require
 from uft.config.loader import VERSION_BASE, Request, make_loader
@@ -70,11 +71,16 @@ def with_folders(request: Request) -> Request:
     return replace(request, config_path=sources.get("main"), config_dir=sources.get("command-line"))
 
 
-def run_app(verb: str, run: Callable[[DictConfig], None], arguments: list[str]) -> int:
-    """`hydra.main` over conf/config.yaml with these arguments. What goes wrong in composition is told by us."""
+def run_app(page: Help, run: Callable[[DictConfig], None], arguments: list[str]) -> int:
+    """`hydra.main` over conf/config.yaml with these arguments, or the verb's help.
+
+    What goes wrong in composition is told by us.
+    """
+    if shown(page, arguments):
+        return GOOD
     parsed = parse(arguments)
     register()
-    sys.argv = [f"uft {verb}", *arguments]
+    sys.argv = [f"uft {page.verb}", *arguments]
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 
 from uft.cli import VERBS
 from uft.errors import GOOD
@@ -33,14 +33,14 @@ def complete(arguments: list[str]) -> int:
     if words[1] not in HYDRA_VERBS:
         return GOOD  # folders and files: the shell's own completion
     rest = [word for word in words[2:] if word not in OUR_OPTIONS]
-    if words[1] == "generate" and rest and "=" not in rest[0] and line.endswith(" "):
+    if words[1] == "generate" and len(rest) > 1 and "=" not in rest[0]:
         rest = rest[1:]  # the run folder
     os.environ["COMP_LINE"] = " ".join([words[0], *rest]) + (" " if line.endswith(" ") else "")
     answer = io.StringIO()
-    with redirect_stdout(answer):
-        code = hydra_completion(arguments, "uft")
+    with redirect_stdout(answer), redirect_stderr(io.StringIO()):  # a line that cannot be read has no completions
+        hydra_completion(arguments, "uft")
     print("\n".join(word for word in answer.getvalue().splitlines() if not word.startswith(HIDDEN)))
-    return code
+    return GOOD
 
 
 def hydra_completion(arguments: list[str], program: str) -> int:

@@ -7,7 +7,7 @@ import argparse
 from omegaconf import DictConfig
 
 from uft.cli.app import run_app, task
-from uft.cli.help import Help, wants_help
+from uft.cli.help import Help
 from uft.config.examine import Examined
 from uft.config.freeze import free, plain
 from uft.config.show import annotated
@@ -54,4 +54,4 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--diff")
     ours, rest = parser.parse_known_args(arguments)
     COMPARE[:] = [open_run(ours.diff)] if ours.diff else []
-    return wants_help(HELP, rest) or run_app("config", run, rest)
+    return run_app(HELP, run, rest)

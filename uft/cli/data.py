@@ -5,7 +5,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from uft.cli.app import run_app, task
-from uft.cli.help import Help, wants_help
+from uft.cli.help import Help
 from uft.config.examine import Examined
 from uft.launch.launcher import launch_job
 
@@ -26,4 +26,4 @@ def run(cfg: DictConfig, examined: Examined) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    return wants_help(HELP, arguments) or run_app("data", run, arguments)
+    return run_app(HELP, run, arguments)

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from uft.cli.app import run_app, task
-from uft.cli.help import Help, wants_help
+from uft.cli.help import FLAGS, Help
 from uft.config.change import changed
 from uft.config.examine import Examined
 from uft.errors import Problem, UftError
@@ -38,12 +38,10 @@ def run(cfg: DictConfig, examined: Examined) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    helped = wants_help(HELP, arguments)
-    if helped:
-        return helped
-    if arguments and "=" not in arguments[0] and not arguments[0].startswith(("-", "~")):
-        return from_run(open_run(arguments[0]), arguments[1:])
-    return run_app("generate", run, arguments)
+    first = arguments[0] if arguments else "-"
+    if "=" in first or first.startswith(("-", "~")) or set(FLAGS) & set(arguments):
+        return run_app(HELP, run, arguments)
+    return from_run(open_run(first), arguments[1:])
 
 
 def from_run(run: Run, overrides: list[str]) -> int:

@@ -26,20 +26,12 @@ class Help:
     notes: tuple[str, ...] = ()
 
 
-class Done(int):
-    """An exit code 0 that counts as true: the help was shown, nothing is left to do."""
-
-    def __bool__(self) -> bool:
-        return True
-
-
-def wants_help(page: Help, arguments: list[str]) -> int:
-    """Show the page if it is asked for; a true value then."""
-    if not any(word in FLAGS for word in arguments):
-        return 0
-    extra = option(arguments, "--config-dir", "-cd")
-    print(text(page, extra))
-    return Done(0)
+def shown(page: Help, arguments: list[str]) -> bool:
+    """Show the page if it is asked for; whether it was."""
+    asked = any(word in FLAGS for word in arguments)
+    if asked:
+        print(text(page, option(arguments, "--config-dir", "-cd")))
+    return asked
 
 
 def option(arguments: list[str], *names: str) -> str | None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uft.errors import GOOD, Problem, UftError
 from uft.runs import Run, find_runs, summary
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
 """Metrics worth a column, in this order, where any run has them."""
@@ -29,7 +33,7 @@ def main(arguments: list[str]) -> int:
     if parsed.json:
         print(json.dumps(rows, indent=2, default=str))
     elif rows:
-        show(rows, parsed.folder)
+        show(rows)
     else:
         print(f"No runs in {parsed.folder}.  Make one:  uft train objective=ift data=mix")
     return GOOD
@@ -44,30 +48,33 @@ def describe(run: Run) -> dict[str, Any]:
     return {**summary(run), "total_steps": total, "error": run.result().get("error")}
 
 
-def show(rows: list[dict[str, Any]], root: Path) -> None:
-    """A table; runs of one folder stand together under its name."""
-    from rich import box
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table per folder: a sweep, or the runs of a day."""
     from rich.console import Console
+    from rich.text import Text
+
+    console, metrics = Console(), headlines(rows)
+    for folder, inside in groupby(rows, key=lambda row: Path(row["path"]).parent):
+        here = list(inside)
+        console.print(Text(f"\n{folder}/", style="bold"))
+        console.print(table(here, metrics), highlight=False)
+        for row in here:
+            if row.get("error"):
+                console.print(Text(f"  {row['name']}: {str(row['error']).strip().splitlines()[0]}", style="red"))
+
+
+def table(rows: list[dict[str, Any]], metrics: list[str]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    metrics = headlines(rows)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", overflow="fold", ratio=1)
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    shown.add_column("  run", overflow="fold")
     for name in ("state", "steps", *(metric.removeprefix("eval/") for metric in metrics)):
-        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-    parent = None
+        shown.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     for row in rows:
-        folder = Path(row["path"]).parent
-        if folder != parent:
-            table.add_row(Text(f"{folder}/", style="bold"))
-            parent = folder
         state = Text(row["status"], style=COLOURS.get(row["status"], "red"))
-        table.add_row(Text(f"  {row['name']}"), state, steps(row), *(number(row.get(metric)) for metric in metrics))
-    Console().print(table, highlight=False)
-    for row in rows:
-        if row.get("error"):
-            print(f"{row['name']}: {str(row['error']).strip().splitlines()[0]}")
+        shown.add_row(Text(f"  {row['name']}"), state, steps(row), *(number(row.get(metric)) for metric in metrics))
+    return shown
 
 
 def headlines(rows: list[dict[str, Any]]) -> list[str]:

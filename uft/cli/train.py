@@ -6,7 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from uft.cli.app import run_app, task
-from uft.cli.help import Help, wants_help
+from uft.cli.help import Help
 from uft.config.examine import Examined
 from uft.launch.launcher import launch_train
 from uft.launch.sweep import typed_by_user
@@ -34,4 +34,4 @@ def run(cfg: DictConfig, examined: Examined) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    return wants_help(HELP, arguments) or run_app("train", run, arguments)
+    return run_app(HELP, run, arguments)

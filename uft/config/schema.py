@@ -112,7 +112,7 @@ class Optim:
 @dataclass
 class Train:
     steps: int | None = _key(None, "optimiser steps; null: as many as train.epochs needs", ge=1)
-    epochs: float = _key(1.0, "passes over the mixture, when train.steps is null", gt=0)
+    epochs: float = _key(3.0, "passes over the mixture, when train.steps is null", gt=0)
     batch_size: int = _key(32, "rows per optimiser step, over all ranks", ge=1)
     micro_batch_tokens: int = _key(8192, "tokens per forward pass, padding counted", ge=1)
     max_length: int = _key(1024, "longest prompt + completion in tokens", ge=2)
@@ -151,7 +151,7 @@ class Generate:
 @dataclass
 class Hardware:
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    threads: int | None = _key(None, "CPU threads; null: as many as there are cores", ge=1)
+    threads: int | None = _key(None, "CPU threads; null: one per core, a single one for models too small to share", ge=1)
     tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
     deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
 

@@ -156,8 +156,15 @@ class DFT(Objective):
         if self.length_normalize:
             return batch.mean(log_probs) / self.tau
         if self.denominator == "sampling":
-            return batch.sum(log_probs / self.tau - terms.promote(batch.columns[SAMPLING].detach()))
+            return batch.sum(log_probs / self.tau - self.sampling_log_probs(batch))
         return batch.sum(log_probs / self.tau - terms.reference_log_probs(batch, reference))
+
+    def sampling_log_probs(self, batch: Batch) -> Tensor:
+        """(N,) the column; zeros for a batch without negatives, which brings none."""
+        if SAMPLING in batch.columns:
+            return terms.promote(batch.columns[SAMPLING].detach())
+        assert not self.negatives_of(batch).any(), "negatives of which nobody knows how likely they were"
+        return torch.zeros_like(batch.target_ids, dtype=torch.float32)
 
     @torch.no_grad()
     def moving_average(self, example: Tensor, log_g: Tensor, update: Tensor, learning: bool) -> Tensor:

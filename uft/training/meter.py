@@ -10,7 +10,7 @@ Tensor = torch.Tensor
 
 
 class Meter:
-    """Sums of totals and counts. Its tensors are part of the checkpoint: a resumed curve repeats every digit."""
+    """Means over steps. Its tensors are part of the checkpoint: a resumed curve repeats every digit."""
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
@@ -23,8 +23,9 @@ class Meter:
         self.counts[name] = self.counts.pop(name) + count if name in self.counts else count
 
     def add_loss(self, loss: Loss) -> None:
+        """Each term's mean in this step; a step in which it has no units does not count for it."""
         for name, term in loss.items():
-            self.add(name, term.total, term.count)
+            self.add(name, term.total / term.count.clamp(min=1), term.count > 0)
 
     def means(self) -> dict[str, float]:
         """total / count of everything that was counted at all; then start anew."""

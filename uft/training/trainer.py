@@ -73,7 +73,8 @@ class Trainer:
 
     def clock(self, step: int) -> Clock:
         """The clock of a step: a function of its number and the seed alone."""
-        generator = torch.Generator().manual_seed(hash((self.config.seeds.sampling, step)) % 2**63)
+        # torch's CPU generator takes 32 bits of its seed; Python's own hash may change between versions
+        generator = torch.Generator().manual_seed((self.config.seeds.sampling * 1_000_003 + step) % 2**32)
         noise = float(torch.randn((), generator=generator))
         warmup = warmup_steps(self.config.optim.warmup, self.steps)
         return Clock(step=step, steps=self.steps, warmup=warmup, noise=noise)

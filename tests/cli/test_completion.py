@@ -1,0 +1,88 @@
+"""Completion, as the shells ask for it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from uft.cli import VERBS, main
+from uft.cli.completion import HYDRA_VERBS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def answer(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def ask(line, shell="bash"):
+        monkeypatch.setenv("COMP_LINE", line)
+        monkeypatch.setenv("COMP_POINT", str(len(line)))
+        assert main(["-sc", f"query={shell}"]) == 0
+        return capsys.readouterr().out.split()
+
+    return ask
+
+
+def test_verbs(answer):
+    assert answer("uft ") == list(VERBS)
+    assert answer("uft tr") == ["train"]
+    assert answer("uft r") == ["resume"]
+
+
+@pytest.mark.parametrize("verb", HYDRA_VERBS)
+def test_groups(answer, verb):
+    assert answer(f"uft {verb} obj") == ["objective.", "objective="]
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
+def test_options_in_every_shell(answer, shell):
+    assert answer("uft train data=p", shell) == ["data=pairs"]
+
+
+def test_keys_of_the_chosen_objective(answer):
+    assert "objective.beta=" in answer("uft train objective=dpo objective.")
+    assert "objective.beta=" not in answer("uft train objective=sft objective.")
+    assert answer("uft train --trace -m train.st") == ["train.steps="]
+    assert not any(word.startswith("schema") for word in answer("uft train s"))
+
+
+def test_a_run_folder_before_the_keys(answer):
+    assert answer("uft generate outputs/run generate.te") == ["generate.temperature="]
+
+
+def test_a_line_that_cannot_be_read_has_no_completions(answer, capsys):
+    assert answer("uft train foo bar") == []
+    assert capsys.readouterr().err == ""
+
+
+def test_verbs_without_keys_leave_it_to_the_shell(answer):
+    assert answer("uft resume out") == []
+
+
+def test_through_the_real_bash_function(tmp_path):
+    """What `eval "$(uft -sc install=bash)"` puts into a shell, called the way bash calls it."""
+    if shutil.which("bash") is None:
+        pytest.skip("no bash here")
+    script = tmp_path / "uft"
+    program = "import sys; sys.argv[0] = 'uft'; from uft.cli import main; sys.exit(main())"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}" "$@"\n')
+    script.chmod(0o755)
+    ask = """
+eval "$(uft -sc install=bash)"
+complete -p uft
+for line in "uft tr" "uft train data=p" "uft train objective=dpo objective.be"; do
+  COMP_LINE="$line"; COMP_POINT=${#line}; COMP_WORDS=($line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+  COMPREPLY=(); hydra_bash_completion; echo "${COMPREPLY[@]}"
+done
+"""
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    lines = done.stdout.splitlines()
+    assert "hydra_bash_completion uft" in lines[0], done.stderr
+    assert lines[1:] == ["train", "data=pairs", "objective.beta="]

@@ -1,0 +1,169 @@
+"""What each verb does, with a worker that takes milliseconds."""
+
+import json
+
+import pytest
+
+from uft.cli import VERBS, main
+from uft.cli.help import describe
+from uft.runs import find_runs
+
+
+def only_run(folder):
+    (run,) = find_runs(folder / "outputs")
+    return run
+
+
+@pytest.fixture
+def trained(worker, capfd):
+    assert main(["train", "objective=sft", "tracking=none", "run.name=x"]) == 0
+    capfd.readouterr()
+    return only_run(worker)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_every_verb(worker, capsys, verb):
+    try:
+        code = main([verb, "--help"])
+    except SystemExit as leave:
+        code = leave.code
+    out = capsys.readouterr().out
+    assert code == 0
+    assert f"uft {verb}" in out
+    assert list(worker.iterdir()) == []
+
+
+def test_help_lists_the_choices_on_disk(worker, capsys):
+    (worker / "conf-user" / "objective").mkdir(parents=True)
+    (worker / "conf-user" / "objective" / "mine.yaml").write_text("# My own method. Second sentence.\nname: mine\n")
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  mine  My own method\n" in out
+    assert "  dft   Discriminative Fine-Tuning" in out
+    assert "model.adapter     train all weights or a low-rank adapter (none, lora)  [none]" in out
+    assert "schema" not in out
+
+
+def test_describe_knows_nested_keys():
+    assert describe("model.lora.rank") == "rank of the adapter  [16]"
+
+
+def test_every_key_in_the_help_exists():
+    from uft.cli import check, config, data, generate, train
+
+    for module in (check, config, data, generate, train):
+        assert all(describe(key) for key in module.HELP.keys)
+
+
+def test_config_shows_values_and_origins(worker, capsys):
+    assert main(["config", "objective=dpo", "seed=3"]) == 0
+    out = capsys.readouterr().out
+    assert "beta: 0.1 " in out
+    assert "# conf/objective/dpo.yaml:" in out
+    assert "# command line" in out
+
+
+def test_config_diff(trained, capfd):
+    assert main(["config", "objective=sft", "tracking=none", "--diff", str(trained.path)]) == 0
+    assert capfd.readouterr().out == "run.name  x -> null   (may change within a run)\n"
+    assert main(["config", f"--diff={trained.path}", "objective=dpo"]) == 0
+    out = capfd.readouterr().out
+    assert "objective.name" in out
+    assert "sft -> dpo" in out
+    assert main(["config", "--diff", "nowhere"]) == 2
+
+
+def test_check_and_data_run_a_job_and_leave_nothing(worker, capfd):
+    for verb in ("check", "data"):
+        assert main([verb, "model.path=org/name"]) == 0
+        assert f"worker {verb}" in capfd.readouterr().out
+    assert list(worker.iterdir()) == []
+
+
+def test_generate_from_any_model(worker, capfd):
+    assert main(["generate", "model.path=org/name", "generate.out=a.jsonl"]) == 0
+    assert "org/name a.jsonl" in capfd.readouterr().out
+
+
+def test_generate_from_a_run_takes_its_model_and_configuration(trained, capfd):
+    assert main(["generate", str(trained.path)]) == 2
+    assert "train.save_model=false" in capfd.readouterr().err
+    trained.model_dir.mkdir()
+    assert main(["generate", str(trained.path), "generate.seeds=[1,2]"]) == 0
+    out = capfd.readouterr().out
+    assert f"{trained.model_dir.resolve()} {trained.path}/generated.jsonl" in out
+    assert main(["generate", str(trained.path), "generate.sedes=[1]", "data=mixx"]) == 2
+    err = capfd.readouterr().err
+    assert "did you mean  generate.seeds ?" in err
+    assert "did you mean  data=mix ?" in err
+    assert main(["generate", "nowhere"]) == 2
+
+
+def test_resume_goes_on_with_a_run(worker, capfd):
+    assert main(["train", "objective=sft", "run.name=x", "generate.system=fail", "tracking=none"]) == 1
+    run = only_run(worker)
+    assert main(["resume", str(run.path), "train.steps=3"]) == 2
+    assert "200 -> 3" in capfd.readouterr().err
+    assert main(["resume", str(run.path), "generate.system=ok", "tracking=offline"]) == 0
+    assert run.status == "finished"
+    assert run.config()["tracking"]["mode"] == "offline"
+    assert main(["resume", str(run.path)]) == 0
+    assert "nothing to do" in capfd.readouterr().out
+    assert (run.path / "sittings").read_text() == "fail\nok\n"
+
+
+def test_resume_works_from_another_folder_after_a_move(worker, monkeypatch, capfd):
+    assert main(["train", "objective=sft", "run.name=x", "generate.system=fail", "tracking=none"]) == 1
+    elsewhere = worker / "elsewhere"
+    only_run(worker).path.rename(elsewhere)
+    (worker / "sub").mkdir()
+    monkeypatch.chdir(worker / "sub")
+    capfd.readouterr()
+    assert main(["resume", "../elsewhere", "generate.system=ok"]) == 0
+    assert f"cwd={worker}\n" in capfd.readouterr().out, "relative paths of its data start where it was started"
+
+
+def test_resume_a_sweep(worker, capfd):
+    words = ["train", "-m", "objective=sft", "tracking=none", "sweep.name=A"]
+    assert main([*words, "generate.system=ok,fail,die"]) == 1
+    folder = next((worker / "outputs").glob("*/A"))
+    assert main(["resume", str(folder)]) == 1
+    assert "2 of 2 runs failed" in capfd.readouterr().err
+    assert main(["resume", str(folder), "generate.system=ok"]) == 0
+    assert main(["resume", str(folder)]) == 0
+    assert "all 3 runs are finished" in capfd.readouterr().out
+    assert main(["resume", str(worker / "nowhere")]) == 2
+
+
+def test_ls(worker, capsys):
+    assert main(["ls"]) == 0
+    assert "No runs in outputs" in capsys.readouterr().out
+    assert main(["ls", "nowhere"]) == 2
+    for name, script in (("a", "ok"), ("b", "fail")):
+        main(["train", "objective=sft", "tracking=none", f"run.name={name}", f"generate.system={script}"])
+    (worker / "outputs" / "broken").mkdir()
+    (worker / "outputs" / "broken" / "config.yaml").write_text("a: [")
+    capsys.readouterr()
+    assert main(["ls"]) == 0
+    out = capsys.readouterr().out
+    assert "finished" in out
+    assert "2/200" in out
+    assert "1.5" in out
+    assert "b: ValueError: it broke" in out
+    assert "unreadable" in out
+    assert main(["ls", "--json", "outputs"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["a"]["eval/nll"] == 1.5
+    assert rows["b"]["status"] == "failed"
+
+
+def test_doctor_says_what_there_is_and_no_secrets(program, tmp_path):
+    secret = "0123456789abcdef0123456789abcdef01234567"
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = program("doctor", cwd=tmp_path, env={"WANDB_API_KEY": secret, "HF_TOKEN": f"hf_{secret}", **nowhere})
+    assert done.returncode == 0, done.stderr
+    assert secret not in done.stdout + done.stderr
+    assert "W&B key    yes" in done.stdout
+    assert "127.0.0.1 does not answer" in done.stdout
+    assert "threads used by torch" in done.stdout
+    assert list(tmp_path.iterdir()) == []

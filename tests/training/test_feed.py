@@ -1,0 +1,130 @@
+"""Every objective sees the same rows in the same order; what it cannot use is named; looking ahead draws nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from uft.config.schema import Config
+from uft.data.mixture import Mixture
+from uft.data.rows import Completion, Kind, Message, Row
+from uft.data.templates import Encoded
+from uft.objectives import make
+from uft.training.feed import Feed
+
+SIZES = {"demonstration": 7, "preference": 5, "binary": 6, "scored": 4, "negatives": 3}
+TURN = (Message("assistant", "yes"),)
+COMPLETIONS = {
+    "demonstration": (Completion(TURN),),
+    "preference": (Completion(TURN, preferred=True), Completion(TURN, preferred=False)),
+    "binary": (Completion(TURN, label=False),),
+    "scored": (Completion(TURN, score=0.9), Completion(TURN, score=0.1)),
+    "negatives": (Completion(TURN), *(Completion(TURN, sampled_by="m"),) * 3),
+}
+OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tokenised source, as far as the feed looks at it."""
+
+    source: str
+    rows: tuple[Row, ...]
+    encoded: list[tuple[Encoded, ...]]
+
+
+def source_of(kind: str) -> Source:
+    rows = tuple(Row(kind, i, (Message("user", f"{i}"),), COMPLETIONS[kind]) for i in range(SIZES[kind]))
+
+    def encoded(row: int, completion: int) -> Encoded:
+        return Encoded(np.array([1, row, completion, 2], np.int32), np.array([False, False, True, True]), 2)
+
+    return Source(kind, rows, [tuple(encoded(i, c) for c in range(len(row.completions))) for i, row in enumerate(rows)])
+
+
+@pytest.fixture
+def feed(configure: Callable[..., Config]) -> Callable[[str], Feed]:
+    """feed("dpo"): five sources of five kinds under the objective's views."""
+
+    def build(objective: str) -> Feed:
+        sources = [source_of(kind) for kind in SIZES]
+        total = sum(SIZES.values())
+        mixture = Mixture(list(SIZES), list(SIZES.values()), [size / total for size in SIZES.values()], 3)
+        return Feed(sources, mixture, make(configure(objective).objective).views)  # type: ignore[arg-type]
+
+    return build
+
+
+def test_all_objectives_draw_the_same_rows(feed: Callable[[str], Feed]) -> None:
+    streams = {name: feed(name) for name in OBJECTIVES}
+    seen: dict[str, list[list[str]]] = {name: [] for name in OBJECTIVES}
+    for _ in range(12):
+        for name, stream in streams.items():
+            seen[name].append([item.row.id for item in stream.take(4)])
+        states = [stream.state_dict() for stream in streams.values()]
+        assert all(state == states[0] for state in states)
+    names = list(SIZES)
+    assert seen["uft"][0] == [f"{names[draw.source]}:{draw.index}" for draw in feed("uft").mixture.take(4)]
+    for name in OBJECTIVES:
+        for step, ids in enumerate(seen[name]):
+            assert ids == [row for row in seen["uft"][step] if row in ids], (name, step)
+    assert all("binary" not in row for ids in seen["sft"] for row in ids)  # all of them are bad
+    assert sum(map(len, seen["dpo"])) < sum(map(len, seen["uft"]))
+
+
+def test_examples_number_the_rows_of_the_mixture(feed: Callable[[str], Feed]) -> None:
+    stream = feed("uft")
+    assert stream.examples == sum(SIZES.values())
+    items = stream.take(stream.examples)
+    assert sorted(item.example for item in items) == list(range(stream.examples))
+    offsets = dict(zip(SIZES, stream.first_example, strict=False))
+    assert all(item.example == offsets[item.row.source] + item.row.index for item in items)
+
+
+def test_later_visits_take_other_negatives(feed: Callable[[str], Feed]) -> None:
+    stream = feed("dft")
+    taken = [
+        tuple(part.completion for part in item.parts)
+        for item in stream.take(3 * stream.examples)
+        if item.row.id == "negatives:0"
+    ]
+    assert taken == [(0, 1, 2), (0, 3, 1), (0, 2, 3)]
+
+
+def test_unusable_rows_are_named_by_source_and_kind(feed: Callable[[str], Feed]) -> None:
+    found = feed("dpo").unusable()
+    assert found == {
+        "demonstration": {Kind.DEMONSTRATION: [f"demonstration:{i}" for i in range(7)]},
+        "binary": {Kind.BINARY: [f"binary:{i}" for i in range(6)]},
+    }
+    assert feed("sft").unusable() == {}  # a bad completion is nothing to learn from, and that is no mistake
+
+
+def test_preview_draws_nothing(feed: Callable[[str], Feed]) -> None:
+    stream = feed("sft")
+    stream.take(5)
+    before = stream.state_dict()
+    ahead = stream.preview(60)
+    assert stream.state_dict() == before
+    assert ahead == stream.mixture.take(60)
+
+
+def test_a_feed_goes_on_from_its_state(feed: Callable[[str], Feed]) -> None:
+    straight, resumed = feed("dft"), feed("dft")
+    straight.take(37)
+    resumed.load_state_dict(straight.state_dict())
+    for _ in range(5):
+        pairs = zip(straight.take(9), resumed.take(9), strict=True)
+        assert all((ours.row.id, ours.parts) == (theirs.row.id, theirs.parts) for ours, theirs in pairs)
+
+
+def test_the_cached_reference_stands_beside_the_parts_it_is_of(feed: Callable[[str], Feed]) -> None:
+    stream = feed("dpo")
+    stream.reference = lambda encoded: np.array([encoded.ids[1], encoded.ids[2]], np.float32)
+    for item in stream.take(20):
+        assert item.reference is not None
+        rows_and_completions = [tuple(map(int, column)) for column in item.reference]
+        assert rows_and_completions == [(item.row.index, part.completion) for part in item.parts]

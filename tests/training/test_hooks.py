@@ -1,0 +1,248 @@
+"""When lines, batteries and checkpoints are due, and which step counts as the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from uft.config.schema import Optim
+from uft.evaluation.battery import Battery
+from uft.evaluation.samples import Sample
+from uft.objectives.base import Term
+from uft.sampling.generate import Interrupted
+from uft.training.hooks import Batteries, Checkpoints, Lines
+from uft.training.meter import Meter
+from uft.training.step import Step
+from uft.training.trainer import Progress
+
+SAMPLE = Sample("s", "s:0", "prompt", "reply", None, {})
+
+
+@dataclass
+class Notes:
+    """A tracker and a display that remember."""
+
+    lines: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
+    told: list[int] = field(default_factory=list)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.lines.append((step, dict(metrics)))
+
+    def samples(self, step: int, samples: list[Sample]) -> None:
+        self.told.append(step)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        self.shown.append(step)
+
+    def battery(self, step: int, battery: Battery) -> None:
+        self.shown.append(step)
+
+
+class FakeTrainer:
+    """Progress without a model; saves are noted as (step, evaluated, best step)."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.epoch_rows, self.device = steps, 40, torch.device("cpu")
+        self.progress, self.meter = Progress(), Meter()
+        self.config = SimpleNamespace(optim=Optim(lr=0.5, schedule="constant", warmup=0))
+        self.saves: list[tuple[int, int, int | None]] = []
+
+    def save_checkpoint(self) -> None:
+        self.saves.append((self.progress.step, self.progress.evaluated, self.progress.best_step))
+
+    def run(self, *hooks: Any, until: int | None = None) -> None:
+        """Steps of 4 rows and 10 tokens with loss = step number."""
+        while self.progress.step < (until or self.steps):
+            self.progress.step += 1
+            self.progress.rows += 4
+            self.progress.tokens += 10
+            number = torch.tensor(float(self.progress.step))
+            self.meter.add("loss", number)
+            self.meter.add("grad_norm", 2 * number)
+            self.meter.add_loss({"nll": Term(number * 6, torch.tensor(3.0)), "sft": Term(number, torch.tensor(1.0))})
+            step = Step(number, {}, 2 * number, tokens=10, supervised_tokens=5)
+            for hook in hooks:
+                hook.after_step(self, step)
+
+
+def lines_of(notes: Notes, every: int) -> Lines:
+    return Lines(notes, notes, every)  # type: ignore[arg-type]
+
+
+def batteries(notes: Notes, measure: Callable[[], Battery], every: int = 3, **changes: Any) -> Batteries:
+    keys = {"before": True, "best": "eval/nll", "best_mode": "min"} | changes
+    return Batteries(measure, notes, notes, lines_of(notes, 1), every, **keys)  # type: ignore[arg-type]
+
+
+def values(*numbers: float | None) -> Callable[[], Battery]:
+    """Batteries with these values of eval/nll in turn; None: interrupted."""
+    left = list(numbers)
+
+    def measure() -> Battery:
+        value = left.pop(0)
+        if value is None:
+            raise Interrupted
+        return Battery({"eval/nll": value}, [SAMPLE])
+
+    return measure
+
+
+# --- lines
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"),
+    [(4, 10, [1, 4, 8, 10]), (1, 3, [1, 2, 3]), (10, 4, [1, 4]), (10, 1, [1]), (5, 10, [1, 5, 10])],
+)
+def test_a_line_at_the_first_step_every_few_and_at_the_last(every: int, steps: int, expected: list[int]) -> None:
+    notes, trainer = Notes(), FakeTrainer(steps)
+    trainer.run(lines_of(notes, every))
+    assert [step for step, _ in notes.lines] == expected
+    assert notes.shown == expected
+
+
+def test_a_line_says_what_happened_since_the_last_one() -> None:
+    notes, trainer = Notes(), FakeTrainer(4)
+    trainer.run(lines_of(notes, 3))
+    _, middle, last = (line for _, line in notes.lines)
+    assert list(middle) == [
+        *("rows", "tokens", "supervised_tokens", "seconds", "epoch", "loss", "nll", "lr", "grad_norm"),
+        *("tokens_per_second", "objective/sft"),
+    ]
+    assert (middle["rows"], middle["tokens"], middle["epoch"], middle["lr"]) == (12, 30, 0.3, 0.5)
+    assert (middle["loss"], middle["grad_norm"], middle["nll"]) == (2.5, 5.0, 5.0)  # of steps 2 and 3
+    assert (last["loss"], last["objective/sft"]) == (4.0, 4.0)
+
+
+def test_a_line_about_nothing_has_no_loss() -> None:
+    notes, trainer = Notes(), FakeTrainer(1)
+    trainer.progress.step = 1
+    nothing = torch.zeros(())
+    lines_of(notes, 1).after_step(trainer, Step(nothing, {}, nothing, 0, 0))  # type: ignore[arg-type]
+    assert {"loss", "nll", "grad_norm"}.isdisjoint(notes.lines[0][1])
+
+
+def test_speed_is_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("uft.training.hooks.time.perf_counter", lambda: now[0])
+    notes, trainer = Notes(), FakeTrainer(2)
+    hook = Lines(notes, notes, 1)  # type: ignore[arg-type]
+    hook.restart()
+    now[0] = 2.0
+    trainer.run(hook, until=1)
+    now[0] = 1000.0
+    hook.restart()  # a battery or a checkpoint
+    now[0] = 1005.0
+    trainer.run(hook)
+    assert [line["tokens_per_second"] for _, line in notes.lines] == [5.0, 2.0]
+
+
+# --- batteries
+
+
+def measured(steps: int, every: int, before: bool) -> list[int]:
+    notes, trainer = Notes(), FakeTrainer(steps)
+    hook = batteries(notes, values(*[1.0] * 20), every, before=before)
+    hook.start(trainer)  # type: ignore[arg-type]
+    trainer.run(hook)
+    assert notes.told == notes.shown == [step for step, _ in notes.lines]
+    return notes.told
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "before", "expected"),
+    [
+        (7, 3, True, [0, 3, 6, 7]),
+        (7, 3, False, [3, 6, 7]),
+        (6, 3, True, [0, 3, 6]),
+        (5, 0, True, [0, 5]),
+        (5, 0, False, [5]),
+        (1, 100, True, [0, 1]),
+    ],
+)
+def test_a_battery_before_every_few_and_after(steps: int, every: int, before: bool, expected: list[int]) -> None:
+    assert measured(steps, every, before) == expected
+
+
+def test_an_interrupted_battery_is_owed_and_paid_first() -> None:
+    notes, trainer = Notes(), FakeTrainer(6)
+    hook = batteries(notes, values(1.0, None, 0.5, 0.4))
+    hook.start(trainer)  # type: ignore[arg-type]
+    trainer.run(hook, until=3)
+    assert trainer.progress.evaluated == 0
+    assert notes.told == [0]
+    hook.start(trainer)  # type: ignore[arg-type]
+    assert notes.told == [0, 3]
+    assert (trainer.progress.best_step, trainer.progress.best_value) == (3, 0.5)
+    hook.start(trainer)  # type: ignore[arg-type]
+    trainer.run(hook)
+    assert notes.told == [0, 3, 6]
+
+
+def test_a_resumed_run_does_not_measure_twice() -> None:
+    notes, trainer = Notes(), FakeTrainer(6)
+    trainer.progress = Progress(step=3, evaluated=3)
+    batteries(notes, values()).start(trainer)  # type: ignore[arg-type]
+    assert notes.told == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "series", "best"),
+    [
+        ("min", (0.1, 3.0, 2.0, 2.0, 5.0), (6, 2.0)),  # the first of equals; before the first step does not count
+        ("max", (9.0, 3.0, 4.0, 1.0, 4.0), (6, 4.0)),
+        ("min", (1.0, math.nan, 7.0, 8.0, 9.0), (6, 7.0)),
+        ("max", (1.0, math.inf, 7.0, 8.0, math.nan), (9, 8.0)),
+    ],
+)
+def test_the_best_step(mode: str, series: tuple[float, ...], best: tuple[int, float]) -> None:
+    notes, trainer = Notes(), FakeTrainer(12)
+    hook = batteries(notes, values(*series), best_mode=mode)
+    hook.start(trainer)  # type: ignore[arg-type]
+    trainer.run(hook)
+    assert (trainer.progress.best_step, trainer.progress.best_value) == best
+
+
+def test_no_best_where_the_metric_is_not_measured() -> None:
+    notes, trainer = Notes(), FakeTrainer(3)
+    hook = batteries(notes, values(1.0, 1.0), best="eval/exact_match")
+    hook.start(trainer)  # type: ignore[arg-type]
+    trainer.run(hook)
+    assert trainer.progress.best_step is None
+
+
+def test_a_battery_without_figures_writes_no_line() -> None:
+    notes, trainer = Notes(), FakeTrainer(2)
+    hook = batteries(notes, lambda: Battery())
+    hook.start(trainer)  # type: ignore[arg-type]
+    trainer.run(hook)
+    assert notes.lines == notes.told == []
+    assert trainer.progress.evaluated == 2
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "expected"), [(3, 7, [3, 6, 7]), (3, 6, [3, 6]), (0, 5, [5]), (100, 5, [5]), (1, 2, [1, 2])]
+)
+def test_a_checkpoint_every_few_steps_and_at_the_end(every: int, steps: int, expected: list[int]) -> None:
+    trainer, hook = FakeTrainer(steps), Checkpoints(every)
+    trainer.run(hook)
+    assert [step for step, *_ in trainer.saves] == expected
+    assert hook.saved == steps
+
+
+def test_a_new_best_is_saved_once_with_what_is_known_of_it() -> None:
+    notes, trainer = Notes(), FakeTrainer(8)
+    measure = batteries(notes, values(9.0, 3.0, 2.0, 5.0, 5.0), every=2)
+    measure.start(trainer)  # type: ignore[arg-type]
+    trainer.run(measure, Checkpoints(7))
+    assert trainer.saves == [(2, 2, 2), (4, 4, 4), (7, 6, 4), (8, 8, 4)]

@@ -1,0 +1,150 @@
+"""Optimisers and schedules: shapes, what decays, and going on from saved moments."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from uft.config.schema import Optim
+from uft.runs import create_run
+from uft.training import checkpoints
+from uft.training.optim import OPTIMISERS, SCHEDULES, learning_rate, make_optimiser, warmup_steps
+
+MOMENTS = {
+    "adamw": {"betas": [0.8, 0.95], "weight_decay": 0.1},
+    "rmsprop": {"momentum": 0.9, "alpha": 0.9, "weight_decay": 0.1},
+    "sgd": {"momentum": 0.9, "weight_decay": 0.1},
+    "sgd-plain": {},
+}
+
+
+def optim(name: str = "adamw", **keys: object) -> Optim:
+    return Optim(**{"name": name, "lr": 0.01, **keys})
+
+
+def rates(steps: int, **keys: object) -> list[float]:
+    return [learning_rate(step, steps, optim(**keys)) for step in range(steps)]
+
+
+# --- schedules
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 0.1, 0.5, 3, 7])
+def test_no_step_is_wasted_on_a_rate_of_zero(schedule: str, warmup: float) -> None:
+    assert all(rate > 0 for rate in rates(20, schedule=schedule, warmup=warmup))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warmup_rises_in_equal_steps_to_the_peak_and_no_further(schedule: str) -> None:
+    curve = rates(20, schedule=schedule, warmup=4)
+    assert curve[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
+    assert curve[4] == pytest.approx(0.01)
+    assert max(curve) <= 0.01
+    assert all(later <= earlier for earlier, later in pairwise(curve[4:]))
+
+
+def test_shapes_after_the_warmup() -> None:
+    assert rates(8, schedule="constant", warmup=0) == [0.01] * 8
+    assert rates(4, schedule="linear", warmup=0) == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert rates(4, schedule="cosine", warmup=0) == pytest.approx([0.01, 0.0085355, 0.005, 0.0014645], abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "expected"), [(0.1, 800, 80), (0.1, 4, 0), (0, 9, 0), (1, 9, 1), (5, 3, 5)]
+)
+def test_warmup_is_a_share_below_one_and_a_count_from_one_on(warmup: float, steps: int, expected: int) -> None:
+    assert warmup_steps(warmup, steps) == expected
+
+
+def test_a_warmup_longer_than_the_run_never_reaches_the_peak() -> None:
+    assert rates(3, warmup=6) == pytest.approx([0.01 / 6, 0.02 / 6, 0.03 / 6])
+
+
+def test_a_rate_of_zero_stays_zero() -> None:
+    assert rates(5, lr=0.0, warmup=2) == [0.0] * 5
+
+
+# --- optimisers
+
+
+class Small(nn.Module):
+    """A matrix, a bias, a gain that gets no gradient at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.gain = nn.Parameter(torch.ones(2))
+        self.idle = nn.Parameter(torch.ones(2, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x) * self.gain).square().sum()
+
+
+def small() -> dict[str, nn.Parameter]:
+    torch.manual_seed(3)
+    return dict(Small().named_parameters())
+
+
+def advance(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, steps: range) -> None:
+    module = Small()
+    for name, parameter in parameters.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, parameter)
+    for step in steps:
+        optimiser.zero_grad(set_to_none=True)
+        module(torch.randn(5, 3, generator=torch.Generator().manual_seed(step))).backward()
+        optimiser.step()
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_only_matrices_decay(name: str) -> None:
+    parameters = small()
+    optimiser = make_optimiser(parameters, optim(name, weight_decay=0.5, lr=0.1))
+    before = {key: p.detach().clone() for key, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    moved = {key for key, p in parameters.items() if not torch.equal(p, before[key])}
+    assert moved == {"linear.weight", "idle"}
+    assert parameters["idle"].detach().abs().max() < 1
+
+
+def test_a_model_without_matrices_or_without_vectors_has_one_group() -> None:
+    matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    assert len(make_optimiser({"m": matrix}, optim()).param_groups) == 1
+    assert len(make_optimiser({"v": vector}, optim()).param_groups) == 1
+
+
+@pytest.mark.parametrize("case", MOMENTS)
+def test_saved_and_loaded_equals_never_stopped(case: str, tmp_path: Path) -> None:
+    cfg = optim(case.partition("-")[0], **MOMENTS[case])
+    straight = small()
+    optimiser = make_optimiser(straight, cfg)
+    advance(straight, optimiser, range(3))
+    names = {id(parameter): name for name, parameter in straight.items()}
+    run = create_run(tmp_path / "run", "{}\n", [])
+    tensors = {
+        **checkpoints.nested("model", straight),
+        **checkpoints.nested("optimiser", checkpoints.optimiser_tensors(optimiser, names)),
+    }
+    found, _ = checkpoints.load(checkpoints.save(run, 3, tensors, {}))
+    advance(straight, optimiser, range(3, 6))
+
+    resumed = small()
+    again = make_optimiser(resumed, cfg)
+    with torch.no_grad():
+        for name, tensor in checkpoints.below("model", found).items():
+            resumed[name].copy_(tensor)
+    checkpoints.load_optimiser(again, resumed, checkpoints.below("optimiser", found))
+    advance(resumed, again, range(3, 6))
+    for name, parameter in straight.items():
+        assert torch.equal(parameter, resumed[name]), name
+    for parameter, twin in zip(straight.values(), resumed.values(), strict=True):
+        assert optimiser.state[parameter].keys() >= again.state[twin].keys()
+        for key, value in again.state[twin].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(optimiser.state[parameter][key])), key

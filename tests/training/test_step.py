@@ -1,0 +1,235 @@
+"""Micro-batches change nothing, mixtures are weighted sums of their parts, and a NaN changes no weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from uft.data.batches import Item, micro_batches
+from uft.model.forward import Policy
+from uft.objectives import make
+from uft.objectives.base import Clock, Loss, Objective
+from uft.training.prepare import Prepared
+from uft.training.step import NonFinite, culprits, forward_backward, optimiser_step, reported_loss
+
+Gradients = dict[str, torch.Tensor]
+OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo")
+CLOCK = Clock(step=3, steps=10, warmup=1, noise=0.7)
+CPU = torch.device("cpu")
+
+
+class Bench:
+    """A trainer's parts, with a fresh objective for every measurement: its state must not pass from one to the next."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.trainer = prepared.trainer
+        self.trainer.policy.train()
+
+    def objective(self) -> Objective:
+        made = make(self.trainer.config.objective)
+        made.start(self.trainer.feed.examples)
+        if "log_u" in made.state:  # as if every example had been visited before
+            made.state["log_u"].copy_(torch.linspace(-3, 3, self.trainer.feed.examples))
+        return made
+
+    def items(self, count: int) -> list[Item]:
+        """`count` rows of which the objective takes something."""
+        state = self.trainer.feed.state_dict()
+        found: list[Item] = []
+        while len(found) < count:
+            found += self.trainer.feed.take(1)
+        self.trainer.feed.load_state_dict(state)
+        return found
+
+    def measure(self, items: Sequence[Item], budget: int) -> tuple[float, Loss, Gradients, int]:
+        """Loss, terms, gradients and the number of micro-batches."""
+        trainer, objective = self.trainer, self.objective()
+        batches = micro_batches(items, budget, trainer.pad_id)
+        trainer.optimiser.zero_grad(set_to_none=True)
+        terms = forward_backward(objective, batches, trainer.policy, trainer.reference, CLOCK)
+        gradients = {name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None}
+        return float(reported_loss(objective, terms)), terms, gradients, len(batches)
+
+
+@pytest.fixture
+def bench(build: Callable[..., Prepared]) -> Callable[..., Bench]:
+    """bench("ift"): on float64 weights away from the reference, so that sums agree to the last digits that matter."""
+
+    def make_bench(objective: str, *settings: str, **options: Any) -> Bench:
+        prepared = build(objective, "reference.mode=copy", *settings, **options)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in prepared.trainer.parameters.values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        prepared.trainer.policy.module.double()
+        return Bench(prepared)
+
+    return make_bench
+
+
+def close(ours: Gradients, theirs: Gradients) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        scale = float(gradient.abs().max()) or 1.0
+        assert torch.allclose(gradient, theirs[name], rtol=1e-4, atol=1e-5 * scale), name
+
+
+# --- micro-batches
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_batch_of_eight_is_eight_of_one(bench: Callable[..., Bench], objective: str) -> None:
+    rig = bench(objective)
+    items = rig.items(8)
+    assert len({item.length for item in items}) > 3
+    whole = rig.measure(items, 10_000)
+    assert whole[3] == 1
+    for budget, batches in ((1, 8), (60, None)):
+        parts = rig.measure(items, budget)
+        assert batches is None or parts[3] == batches
+        assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+        assert parts[1].keys() == whole[1].keys()
+        for name, term in parts[1].items():
+            assert float(term.count) == float(whole[1][name].count), name
+            assert float(term.total) == pytest.approx(float(whole[1][name].total), rel=1e-4, abs=1e-5), name
+        close(parts[2], whole[2])
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["sft", "ift"])
+def test_also_under_either_reduction(bench: Callable[..., Bench], objective: str, reduction: str) -> None:
+    rig = bench(objective, f"objective.reduction={reduction}")
+    items = rig.items(8)
+    whole, parts = rig.measure(items, 10_000), rig.measure(items, 1)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+    close(parts[2], whole[2])
+
+
+def test_also_with_several_weighted_terms(bench: Callable[..., Bench]) -> None:
+    rig = bench("dpo", "objective.sft_weight=0.7", "objective.reduction=token")
+    items = rig.items(8)
+    whole, parts = rig.measure(items, 10_000), rig.measure(items, 1)
+    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
+    close(parts[2], whole[2])
+
+
+# --- mixtures
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench], objective: str) -> None:
+    """Gradient of the union = (n_a g_a + n_b g_b) / (n_a + n_b), n the units of the one term with a weight."""
+    rig = bench(objective)
+    items = rig.items(10)
+    kinds = sorted({item.row.kind.value for item in items})
+    ours = [item for item in items if item.row.kind.value == kinds[0]]
+    theirs = [item for item in items if item.row.kind.value != kinds[0]]
+    assert ours
+    assert theirs
+    both, one, other = (rig.measure(part, 10_000) for part in (items, ours, theirs))
+    (name,) = [name for name, term in both[1].items() if term.weight]
+    n_one, n_other = float(one[1][name].count), float(other[1][name].count)
+    expected = {
+        key: (n_one * one[2].get(key, 0.0) + n_other * other[2].get(key, 0.0)) / (n_one + n_other) for key in both[2]
+    }
+    close(both[2], expected)
+
+
+# --- the step itself
+
+
+def step(rig: Bench, items: Sequence[Item], **changes: Any) -> Any:
+    trainer = rig.trainer
+    keywords = {"lr": 0.1, "micro_batch_tokens": 64, "max_grad_norm": 1.0, "pad_id": trainer.pad_id, "device": CPU}
+    return optimiser_step(
+        items,
+        changes.pop("objective", None) or rig.objective(),
+        trainer.policy,
+        trainer.reference,
+        trainer.optimiser,
+        trainer.parameters,
+        CLOCK,
+        **{**keywords, **changes},
+    )
+
+
+def weights(rig: Bench) -> Gradients:
+    return {name: p.detach().clone() for name, p in rig.trainer.parameters.items()}
+
+
+def distance(rig: Bench, before: Gradients) -> float:
+    moves = (p.detach() - before[name] for name, p in rig.trainer.parameters.items())
+    return math.sqrt(sum(float(move.square().sum()) for move in moves))
+
+
+def test_clipping_bounds_the_update_and_the_norm_shown_is_from_before(bench: Callable[..., Bench]) -> None:
+    rig = bench("sft", "optim.name=sgd")
+    items, before = rig.items(4), weights(rig)
+    done = step(rig, items, max_grad_norm=0.01, lr=1.0)
+    moved = distance(rig, before)
+    assert moved == pytest.approx(0.01, rel=1e-3)
+    assert float(done.grad_norm) > 0.1
+
+
+def test_zero_means_never_clip(bench: Callable[..., Bench]) -> None:
+    rig = bench("sft", "optim.name=sgd")
+    items, before = rig.items(4), weights(rig)
+    done = step(rig, items, max_grad_norm=0.0, lr=1.0)
+    moved = distance(rig, before)
+    assert moved == pytest.approx(float(done.grad_norm), rel=1e-4)
+
+
+def test_tokens_are_counted_without_padding(bench: Callable[..., Bench]) -> None:
+    rig = bench("sft")
+    items = rig.items(5)
+    done = step(rig, items)
+    assert done.tokens == sum(encoded.length for item in items for encoded in item.encoded)
+    assert done.supervised_tokens == sum(int(encoded.supervised.sum()) for item in items for encoded in item.encoded)
+
+
+# --- numbers that are not
+
+
+class Poisoned:
+    """The policy, but for the rows with this prompt: their log-probs are `value`."""
+
+    def __init__(self, policy: Policy, token: int, value: float) -> None:
+        self.policy, self.token, self.value = policy, token, value
+
+    def __call__(self, batch: Any, **options: Any) -> Any:
+        scores = self.policy(batch, **options)
+        hit = (batch.input_ids == self.token).any(1)[batch.sequence]
+        return type(scores)(scores.log_probs * torch.where(hit, self.value, 1.0), scores.guesses)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
+    bench: Callable[..., Bench], objective: str, value: float
+) -> None:
+    rig = bench(objective)
+    items = rig.items(6)
+    token = next(
+        token
+        for token in range(3, 61)
+        if sum(any(token in encoded.ids for encoded in item.encoded) for item in items) == 1
+    )
+    bad = next(item.row.id for item in items if any(token in encoded.ids for encoded in item.encoded))
+    rig.trainer.policy = Poisoned(rig.trainer.policy, token, value)  # type: ignore[assignment]
+    before = weights(rig)
+    with pytest.raises(NonFinite) as problem:
+        step(rig, items)
+    assert [item.row.id for item in problem.value.items] == [item.row.id for item in items]
+    assert all(torch.equal(p, before[name]) for name, p in rig.trainer.parameters.items())
+    assert all(p.grad is None for p in rig.trainer.parameters.values())
+    assert not rig.trainer.optimiser.state
+    trainer = rig.trainer
+    found = culprits(
+        items, rig.objective(), trainer.policy, trainer.reference, trainer.parameters, CLOCK, pad_id=0, device=CPU
+    )
+    assert found == [bad]
+    assert all(p.grad is None for p in rig.trainer.parameters.values())
