@@ -151,7 +151,7 @@ class Generate:
 @dataclass
 class Hardware:
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    threads: int | None = _key(None, "CPU threads; null: one per core, a single one for models too small to share", ge=1)
+    threads: int | None = _key(None, "CPU threads; null: one per core, one alone for a small model", ge=1)
     tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
     deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
 

@@ -21,7 +21,7 @@ def train(folder: str) -> int:
     from uft.training.signals import listening
 
     run = open_run(folder)
-    with run.lock(), listening() as stop:  # before the slow imports: a signal that comes meanwhile is remembered
+    with listening() as stop, run.lock():  # before the slow imports: a signal that comes meanwhile is remembered
         from uft.config.load import load_config
         from uft.training.session import train as sit
 

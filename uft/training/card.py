@@ -47,12 +47,9 @@ def _identity(run: Run) -> Card:
 def _model_and_objective(prepared: Prepared) -> Card:
     trainer, config = prepared.trainer, prepared.trainer.config
     objective = trainer.objective
-    defaults = {f.name: f.default for f in fields(objective) if not f.metadata.get("internal")}
-    changed = [
-        f"{name}={value}"
-        for name, default in defaults.items()
-        if (value := getattr(objective, name)) != default and name not in ("name", "method")
-    ]
+    defaults = type(objective)()
+    names = [f.name for f in fields(objective) if not f.metadata.get("internal") and f.name not in ("name", "method")]
+    changed = [f"{name}={value}" for name in names if (value := getattr(objective, name)) != getattr(defaults, name)]
     reference = prepared.reference
     return [
         ("model", "\n".join([f"{config.model.name}: {config.model.path}", *trainer.policy.describe()])),

@@ -122,7 +122,7 @@ def prepare(run: Run, config: Config, device: torch.device, stop: Stop, say: Say
 
 
 def settle_threads(hardware: Hardware, policy: Policy) -> None:
-    """One CPU thread for a small model unless asked otherwise: more spend longer waiting for each other than working."""
+    """One CPU thread for a small model unless asked otherwise: more would wait for each other, not work."""
     size = sum(parameter.numel() for parameter in policy.module.parameters())
     if hardware.threads is None and policy.device.type == "cpu" and size < SMALL_MODEL:
         torch.set_num_threads(1)
@@ -136,7 +136,8 @@ def resume(trainer: Trainer) -> int:
         return -1
     step, folder = found[-1]
     trainer.load_checkpoint(folder)
-    checkpoints.prune(trainer.run, trainer.config.train.keep_last, trainer.progress.best_step)  # it may have died before
+    # the process may have died before it deleted what this checkpoint replaced
+    checkpoints.prune(trainer.run, trainer.config.train.keep_last, trainer.progress.best_step)
     return step
 
 
