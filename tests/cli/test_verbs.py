@@ -102,8 +102,8 @@ def test_generate_from_a_run_takes_its_model_and_configuration(trained, capfd):
 def test_resume_goes_on_with_a_run(worker, capfd):
     assert main(["train", "objective=sft", "run.name=x", "generate.system=fail", "tracking=none"]) == 1
     run = only_run(worker)
-    assert main(["resume", str(run.path), "train.steps=3"]) == 2
-    assert "200 -> 3" in capfd.readouterr().err
+    assert main(["resume", str(run.path), "train.batch_size=3"]) == 2
+    assert "32 -> 3" in capfd.readouterr().err
     assert main(["resume", str(run.path), "generate.system=ok", "tracking=offline"]) == 0
     assert run.status == "finished"
     assert run.config()["tracking"]["mode"] == "offline"
@@ -140,7 +140,7 @@ def test_ls(worker, capsys):
     assert "No runs in outputs" in capsys.readouterr().out
     assert main(["ls", "nowhere"]) == 2
     for name, script in (("a", "ok"), ("b", "fail")):
-        main(["train", "objective=sft", "tracking=none", f"run.name={name}", f"generate.system={script}"])
+        main(["train", "train.steps=200", "tracking=none", f"run.name={name}", f"generate.system={script}"])
     (worker / "outputs" / "broken").mkdir()
     (worker / "outputs" / "broken" / "config.yaml").write_text("a: [")
     capsys.readouterr()

@@ -124,9 +124,9 @@ def test_words_that_cannot_be_read():
 
 
 def test_plus_where_there_is_something_already():
-    found = problems("+data=mix", "+train.steps=3")
+    found = problems("+data=mix", "+train.batch_size=3")
     assert "without the +:  data=mix" in found["+data=mix"][2]
-    assert "without the +:  train.steps=3" in found["+train.steps=3"][2]
+    assert "without the +:  train.batch_size=3" in found["+train.batch_size=3"][2]
 
 
 def test_named_sources_are_added_with_plus_and_checked():

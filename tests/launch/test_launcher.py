@@ -16,7 +16,7 @@ from uft.errors import UftError
 from uft.launch.launcher import launch_job, launch_train
 from uft.runs import Run, find_runs
 
-BASE = ("tracking=none", "objective=sft")
+BASE = ("tracking=none", "objective=sft", "train.steps=200")
 
 
 def train(*overrides, script="ok"):

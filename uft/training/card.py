@@ -11,13 +11,12 @@ import torch
 
 from uft import __version__
 from uft.data.report import report_table
-from uft.model.memory import estimate, shape_of
 from uft.runs import Run
 from uft.tracking.format import count
 from uft.training.optim import warmup_steps
 from uft.training.prepare import Prepared
+from uft.training.records import memory_record
 
-GIGABYTE = 1e9
 MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
 Card = list[tuple[str, str]]
 
@@ -73,7 +72,9 @@ def _horizon(prepared: Prepared) -> Card:
     passes = prepared.plan.total_rows / prepared.plan.epoch_rows
     warmup = warmup_steps(cfg.optim.warmup, trainer.steps)
     held_out = sum(len(source.rows) for source in prepared.corpus.held_out)
-    battery = f"{held_out} rows held out" if held_out else "no held-out rows: set data.holdout=0.05 to measure on some"
+    battery = f"{held_out:,} rows held out, {cfg.eval.rows} of each source are measured"
+    if not held_out:
+        battery = "no held-out rows: set data.holdout=0.05 to measure on some"
     return [
         ("horizon", f"{trainer.steps} steps of {cfg.train.batch_size} rows, {passes:.2f} passes"),
         ("batch", f"at most {cfg.train.micro_batch_tokens:,} tokens per forward pass, padding counted"),
@@ -83,22 +84,16 @@ def _horizon(prepared: Prepared) -> Card:
 
 
 def _machine(prepared: Prepared) -> Card:
-    trainer, cfg = prepared.trainer, prepared.trainer.config
+    trainer = prepared.trainer
     device = trainer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    parts = estimate(
-        shape_of(trainer.policy),
-        optimiser=cfg.optim.name,
-        momentum=cfg.optim.momentum > 0,
-        micro_batch_tokens=cfg.train.micro_batch_tokens,
-        reference_mode=prepared.reference.mode if prepared.reference else None,
-    )
-    needed = ", ".join(f"{part} {size / GIGABYTE:.2f}" for part, size in parts.items() if size)
-    total, free = sum(parts.values()) / GIGABYTE, free_memory(device) / GIGABYTE
+    parts = memory_record(prepared)
+    needed = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
+    total, free = count(sum(parts.values())), count(free_memory(device))
     disk = shutil.disk_usage(trainer.run.path).free
     return [
         ("device", f"{device} ({name})"),
-        ("memory", f"about {total:.2f} GB of {free:.1f} GB free ({needed})"),
+        ("memory", f"about {total}B of {free}B free ({needed})"),
         ("disk", f"{count(disk)}B free"),
     ]
 

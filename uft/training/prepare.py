@@ -203,24 +203,26 @@ def check_positions(policy: Policy, corpus: Corpus) -> None:
 
 
 @torch.no_grad()
-def check_start(trainer: Trainer, reference: Reference | None) -> None:
-    """Rule 5 on the real run: before step 0 the policy is the reference, and losses have the values that follow."""
+def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, float]:
+    """Rule 5 on the real run: before step 0 the policy is the reference, and losses have the values that follow.
+
+    Returns what was measured, {} where there is nothing to compare; raises UftError where it is not as it must be.
+    """
     if reference is None or trainer.config.reference.path is not None or trainer.progress.step > 0:
-        return
-    draws = trainer.feed.preview(min(trainer.config.train.batch_size, 8))
-    items = trainer.feed.items(draws)
+        return {}
+    items = trainer.feed.items(trainer.feed.preview(min(trainer.config.train.batch_size, 8)))
     if not items:
-        return
+        return {}
     batch = micro_batches(items[:2], 1, trainer.pad_id)[0].to(trainer.device)
     trainer.policy.eval()
     ours, theirs = trainer.policy(batch).log_probs, reference.forward(batch).log_probs
-    tolerance = STEP_ZERO_TOLERANCE[trainer.config.model.dtype]
-    problems = check_step_zero(ours, theirs, tolerance)
+    problems = check_step_zero(ours, theirs, STEP_ZERO_TOLERANCE[trainer.config.model.dtype])
     if not problems:
         problems = _wrong_terms(trainer, reference, batch)
     trainer.policy.train()
     if problems:
         raise UftError(Problem("step 0", problems[0], advice=tuple(problems[1:])), code=FAILED)
+    return {"targets": ours.numel(), "largest_difference": float((ours - theirs).abs().max())}
 
 
 def _wrong_terms(trainer: Trainer, reference: Reference, batch: Batch) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run writes down about its data."""
+"""What a run writes down about its data and its checks."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from typing import Any
 
 from uft.data.mixture import Mixture
 from uft.data.report import data_report
+from uft.model.memory import estimate, shape_of
 from uft.training.corpus import Corpus, Plan
 from uft.training.feed import Feed
+from uft.training.prepare import Prepared
 
 
 def data_record(corpus: Corpus, feed: Feed, plan: Plan) -> dict[str, Any]:
@@ -16,3 +18,27 @@ def data_record(corpus: Corpus, feed: Feed, plan: Plan) -> dict[str, Any]:
     unusable = {name: sum(map(len, kinds.values())) for name, kinds in feed.unusable().items()}
     report = data_report(corpus.loaded, corpus.train, mixture, plan.total_rows, feed.views, unusable)
     return {"run_digest": corpus.digest, "epoch_rows": plan.epoch_rows, **report}
+
+
+def memory_record(prepared: Prepared) -> dict[str, int]:
+    """Bytes by part that the run is expected to need."""
+    config = prepared.trainer.config
+    return estimate(
+        shape_of(prepared.trainer.policy),
+        optimiser=config.optim.name,
+        momentum=config.optim.momentum > 0,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        reference_mode=prepared.reference.mode if prepared.reference else None,
+    )
+
+
+def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, Any]:
+    """`check.json`: what was measured before the first step."""
+    reference = prepared.reference
+    return {
+        "template": prepared.corpus.renderer.name,
+        "model": prepared.trainer.policy.describe(),
+        "reference": {"mode": reference.mode, "why": reference.why} if reference else None,
+        "policy_against_reference": step_zero,
+        "memory_bytes": memory_record(prepared),
+    }

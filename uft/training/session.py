@@ -34,7 +34,7 @@ from uft.training.prepare import (
     resume,
     standing,
 )
-from uft.training.records import data_record
+from uft.training.records import check_record, data_record
 from uft.training.signals import Stop
 from uft.training.trainer import Progress, Trainer
 
@@ -83,8 +83,10 @@ class _Sitting:
         """Everything before the first step, and the newest checkpoint."""
         device = choose_device(self.config.hardware)
         prepared = prepare(self.run, self.config, device, self.stop, self.console.message)
-        check_start(prepared.trainer, prepared.reference)
+        checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
         resumed = resume(prepared.trainer)
+        if resumed < 0:
+            write_json(self.run.path / "check.json", checks)
         if resumed >= 0:
             refuse_other_data(self.run, prepared.corpus)
         self._open(prepared, resumed)

@@ -1,0 +1,171 @@
+"""What tests of dying and stopping share: a run long enough to be hit, ways to find its worker, what it left."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+KINDS = ("demonstrations", "pairs", "labels", "scores", "negatives")
+USES = {
+    "sft": KINDS,
+    "ift": KINDS,
+    "uft": KINDS,
+    "una": ("pairs", "labels", "scores"),
+    "dft": ("demonstrations", "pairs", "negatives"),
+    "dft2": ("demonstrations", "pairs", "negatives"),
+    "dpo": ("pairs", "negatives"),
+}
+"""Kinds of rows that each objective is trained on here."""
+STEPS = 25
+UNEVEN = (
+    f"train.steps={STEPS}",
+    "train.batch_size=6",
+    "train.micro_batch_tokens=400",
+    "train.log_every=2",
+    "train.checkpoint_every=3",
+    "train.eval_every=11",
+    "train.keep_last=2",
+    "data.holdout=0.2",
+    "eval=default",
+    "eval.max_new_tokens=12",
+    "optim.lr=0.01",
+)
+"""Lines, batteries, checkpoints and the end all fall on different steps."""
+LORA = ("model.adapter=lora", "model.lora.rank=4", "model.lora.dropout=0.2")
+CLOCKS = ("seconds", "tokens_per_second")
+WORDS = "one two three four five six seven Paris France the of is and not a city sea stone red blue".split()
+
+
+def _text(draw: random.Random, most: int) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, most)))
+
+
+def rows_of(kind: str, count: int = 10) -> list[dict[str, Any]]:
+    """Random rows of one kind, unequal in length."""
+    draw = random.Random(kind)
+    made: list[dict[str, Any]] = []
+    for _ in range(count):
+        prompt, reply = _text(draw, 8), _text(draw, 12)
+        made += {
+            "demonstrations": [{"prompt": prompt, "response": reply}],
+            "pairs": [{"prompt": prompt, "chosen": reply, "rejected": _text(draw, 12)}],
+            "labels": [{"prompt": prompt, "completion": reply, "label": draw.random() < 0.5}],
+            "scores": [{"prompt": prompt, "completion": _text(draw, 12), "score": score} for score in (0.9, 0.3)],
+            "negatives": [{"prompt": prompt, "response": reply, "negatives": [_text(draw, 9) for _ in range(3)]}],
+        }[kind]
+    return made
+
+
+def files_for(objective: str, folder: Path, write: Callable[..., Path]) -> dict[str, Path]:
+    """A JSONL file per kind of row that the objective takes."""
+    return {kind: write(folder / f"{kind}.jsonl", rows_of(kind)) for kind in USES[objective]}
+
+
+# --- while it runs
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90) -> Any:
+    """The condition's value once it is true. The process must not end before that."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert process.poll() is None, f"ended with {process.returncode}\n{process.stdout and process.stdout.read()}"
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.005)
+    return value
+
+
+def last_step(run: Path) -> int:
+    """The last step in metrics.jsonl; -1 where there is none."""
+    file = run / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    return max((json.loads(line)["step"] for line in lines), default=-1)
+
+
+def at_step(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: last_step(run) >= step
+
+
+def in_first_battery(run: Path) -> Callable[[], bool]:
+    """The card is shown, and the battery before the first step not written yet."""
+    log = run / "console.log"
+    return lambda: log.is_file() and "tracking" in log.read_text(encoding="utf-8") and last_step(run) < 0
+
+
+def begun(run: Path) -> Callable[[], bool]:
+    """The worker holds the run and has not yet said anything."""
+    return lambda: (run / ".lock").is_file()
+
+
+def child_of(parent: int) -> int | None:
+    """The process id of its child (Linux)."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:  # it has just ended
+                continue
+            if int(fields[1]) == parent:
+                return int(entry.name)
+    return None
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def end(process: subprocess.Popen[str], seconds: float = 90) -> tuple[int, str]:
+    """(exit code, everything it said)."""
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out + err
+
+
+def kill_worker(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """SIGKILL to the process that trains; (exit code, output) of the one that the person started."""
+    worker = child_of(process.pid)
+    assert worker is not None
+    os.kill(worker, signal.SIGKILL)
+    return end(process)
+
+
+# --- what it left
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "result.json").read_text(encoding="utf-8"))
+
+
+def checkpoints_of(run: Path) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def written(run: Path) -> dict[str, Any]:
+    """Everything that a finished run says but the time it took and where it lies, line by line and bit by bit."""
+    curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    timing = {"seconds", "wall_seconds", "tokens_per_second", "peak_memory_bytes"}
+    return {
+        "curve": [[(name, value) for name, value in line.items() if name not in CLOCKS] for line in curve],
+        "samples": (run / "samples.jsonl").read_text(encoding="utf-8"),
+        "model": (run / "model" / "model.safetensors").read_bytes(),
+        "result": {name: value for name, value in result_of(run).items() if name not in timing},
+        "checkpoints": checkpoints_of(run),
+    }
+
+
+def same(run: Path, whole: Path) -> None:
+    """Assert that one run says what the other says, naming the first difference."""
+    ours, theirs = written(run), written(whole)
+    for step, (line, expected) in enumerate(zip(ours["curve"], theirs["curve"], strict=False)):
+        assert line == expected, f"line {step} of metrics.jsonl"
+    for name, value in theirs.items():
+        assert ours[name] == value, name
