@@ -127,6 +127,18 @@ class Run:
                 return True
         return False
 
+    def orphaned(self) -> bool:
+        """Whether the process that holds this run has lost its launcher, and so is on its way to a checkpoint and out.
+
+        Known on Linux only; False elsewhere.
+        """
+        try:
+            holder, launcher = (self.path / ".lock").read_text().split()
+            parent = Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[1]
+        except (OSError, ValueError):
+            return False
+        return parent != launcher
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run: a second process is refused; the kernel frees the lock of a dead one."""
@@ -138,6 +150,9 @@ class Run:
                     Problem(str(self.path), "another process is working in this run folder"),
                     footer="See what runs:  uft ls",
                 ) from None
+            handle.truncate(0)
+            handle.write(f"{os.getpid()} {os.getppid()}".encode())
+            handle.flush()
             yield
 
 

@@ -40,7 +40,7 @@ UNEVEN = (
 """Lines, batteries, checkpoints and the end all fall on different steps."""
 LORA = ("model.adapter=lora", "model.lora.rank=4", "model.lora.dropout=0.2")
 CLOCKS = ("seconds", "tokens_per_second")
-WORDS = "one two three four five six seven Paris France the of is and not a city sea stone red blue".split()
+WORDS = ("one", "two", "three", "four", "Paris", "France", "the", "of", "is", "and", "not", "a", "city", "sea", "red")
 
 
 def _text(draw: random.Random, most: int) -> str:
@@ -75,7 +75,8 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], secon
     """The condition's value once it is true. The process must not end before that."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert process.poll() is None, f"ended with {process.returncode}\n{process.stdout and process.stdout.read()}"
+        if process.poll() is not None:
+            raise AssertionError("it ended with exit code {}\n{}".format(*end(process)))
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.005)
     return value

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from uft.cli import tell, tracing
+from uft.cli import CLOSED_PIPE, tell, tracing
 from uft.cli.help import Help, shown
 from uft.config.compose import settle
 from uft.config.examine import Examined, examine, footer, require
@@ -53,6 +53,8 @@ def task(work: Work) -> Callable[[DictConfig], None]:
             if tracing():
                 raise
             code = tell(error)
+        except BrokenPipeError:  # Hydra would call it an error of the job
+            code = CLOSED_PIPE
         raise SystemExit(code)
 
     return run

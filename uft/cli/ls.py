@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
 """Metrics worth a column, in this order, where any run has them."""
 
+WIDE = 160  # where there is no terminal
 COLUMNS = 4  # metrics shown at most
 COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "interrupted": "yellow", "failed": "red"}
 
@@ -53,7 +55,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console, metrics = Console(), headlines(rows)
+    width = None if sys.stdout.isatty() else WIDE
+    console, metrics = Console(width=width), headlines(rows)
     for folder, inside in groupby(rows, key=lambda row: Path(row["path"]).parent):
         here = list(inside)
         console.print(Text(f"\n{folder}/", style="bold"))

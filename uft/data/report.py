@@ -123,8 +123,8 @@ def merged_lengths(reports: Sequence[LengthReport]) -> list[tuple[int, int]]:
     return sorted(counts.items())
 
 
-def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """A row's text as the model reads it, the trained tokens highlighted."""
+def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str] = ("", "")) -> Text:
+    """A row's text as the model reads it, the trained tokens highlighted, and between `marks` where colour is lost."""
     from rich.text import Text
 
     text = Text()
@@ -133,7 +133,8 @@ def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> Text:
         if end < encoded.length and encoded.supervised[end] == encoded.supervised[start]:
             continue  # runs are decoded whole: one character may be several tokens
         said = tokenizer.decode(encoded.ids[start:end].tolist(), clean_up_tokenization_spaces=False)
-        text.append(str(said), style="bold green" if encoded.supervised[start] else "dim")
+        trained = bool(encoded.supervised[start])
+        text.append(f"{marks[0]}{said}{marks[1]}" if trained else str(said), style="bold green" if trained else "dim")
         start = end
     return text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -58,13 +59,22 @@ def continue_run(run: Run, settings: Mapping[str, Any] | None = None, cwd: Path 
     if run.status == "finished":
         print(f"uft: {run.path} is finished already; nothing to do")
         return GOOD
-    if run.locked():
+    if run.locked() and not let_go(run):
         raise UftError(
             Problem(str(run.path), "another process is working in this run folder"), footer="See what runs:  uft ls"
         )
     if settings is not None:
         write_atomically(run.config_file, to_yaml(settings))
     return sit(run, cwd=cwd)
+
+
+def let_go(run: Run) -> bool:
+    """Wait for a worker whose launcher was killed: it saves a checkpoint and ends. False: somebody works here."""
+    if run.orphaned():
+        print(f"uft: waiting for the last worker in {run.path} to save its checkpoint", flush=True)
+    while run.locked() and run.orphaned():
+        time.sleep(0.1)
+    return not run.locked()
 
 
 def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None) -> int:

@@ -77,3 +77,11 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+
+
+def device_memory(device: torch.device) -> dict[str, float]:
+    """Gigabytes in use at most so far and in all, of a GPU; {} where memory is the machine's."""
+    if device.type != "cuda":
+        return {}
+    total = torch.cuda.get_device_properties(device).total_memory
+    return {"memory_gb": peak_memory(device) / 1e9, "memory_total_gb": total / 1e9}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from uft.evaluation.battery import Battery
+from uft.model.memory import device_memory
 from uft.sampling.generate import Interrupted
 from uft.tracking import Tracker
 from uft.training.optim import learning_rate
@@ -61,6 +62,7 @@ class Lines:
             "lr": learning_rate(progress.step - 1, trainer.steps, trainer.config.optim),
             **_taken(means, "grad_norm"),
             "tokens_per_second": self.tokens / max(seconds, 1e-9),
+            **device_memory(trainer.device),
         }
         self.restart()
         return metrics | {f"objective/{name}": value for name, value in means.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,11 +35,17 @@ from uft.training.step import forward_backward
 
 GIGABYTE = 1e9
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured
+WIDE = 180
+
+
+def _console() -> Console:
+    """As wide as the terminal; wide enough for a table where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=WIDE)
 
 
 def check(config: Config) -> int:
     """Prepare as `train` does, in a folder that vanishes, and take the largest step there can be; train nothing."""
-    console = Console()
+    console = _console()
     device = choose_device(config.hardware)
     with tempfile.TemporaryDirectory(prefix="uft-check-") as folder, listening() as stop:
         run = Run(Path(folder))
@@ -81,7 +88,7 @@ def _worst_step(prepared: Prepared) -> tuple[float, int]:
 
 def data(config: Config) -> int:
     """The mixture as it will be drawn, what the objective does with each kind, lengths, and rows as trained."""
-    console = Console()
+    console = _console()
     objective = make(config.objective)
     tokenizer = load_tokenizer(config.model)
     corpus = read_corpus(config, tokenizer)
@@ -94,7 +101,8 @@ def data(config: Config) -> int:
     console.print("[bold]tokens per completion with its prompt[/bold]")
     for line in length_histogram(merged_lengths([source.report for source in corpus.train])):
         console.print(f"  {line}", highlight=False)
-    console.print("\n[bold]rows as they are trained[/bold] (trained tokens coloured)")
+    shown_by = "coloured" if console.is_terminal else "between « and »"
+    console.print(f"\n[bold]rows as they are trained[/bold] (trained tokens {shown_by})")
     for source in corpus.train:
         for row, encoded in list(zip(source.rows, source.encoded, strict=True))[:ROWS_SHOWN]:
             _print_row(console, row, encoded, corpus.renderer)
@@ -115,12 +123,13 @@ def _print_table(console: Console, title: str, lines: list[list[str]]) -> None:
 def _print_row(console: Console, row: Row, encoded: tuple[Encoded, ...], renderer: Renderer) -> None:
     console.print(f"\n  {row.id}  {row.kind.value}", style="dim", highlight=False)
     for one in encoded:
-        console.print(coloured(one, renderer.tokenizer))
+        marks = ("", "") if console.is_terminal else ("«", "»")
+        console.print(coloured(one, renderer.tokenizer, marks), soft_wrap=True)
 
 
 def generate(config: Config) -> int:
     """Sample completions of the training prompts and write them as rows."""
-    console = Console()
+    console = _console()
     device = choose_device(config.hardware)
     sources = load_sources(config.data)
     tokenizer = load_tokenizer(config.model)

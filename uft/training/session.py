@@ -99,7 +99,12 @@ class _Sitting:
         (self.run.path / "result.json").unlink(missing_ok=True)
         data = data_record(prepared.corpus, trainer.feed, prepared.plan)
         write_json(self.run.path / "data.json", data)
-        self.run.update_info(data_digest=prepared.corpus.digest, device=str(trainer.device), torch=torch.__version__)
+        self.run.update_info(
+            data_digest=prepared.corpus.digest,
+            total_steps=trainer.steps,
+            device=str(trainer.device),
+            torch=torch.__version__,
+        )
         # -1: whatever an earlier sitting wrote without reaching a checkpoint is written again
         self.tracker = make_tracker(
             self.run, plain(asdict(self.config)), resumed_step=resumed, say=self.console.message
