@@ -1,0 +1,125 @@
+"""The run folder from outside: what is whole, what is locked, what state it is in."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from uft.errors import UftError
+from uft.runs import Run, create_run, find_runs, open_run, read_lines, summary, write_atomically, write_json
+
+ROOT = Path(__file__).parents[1]
+HOLD = "import sys, time; from pathlib import Path; from uft.runs import Run\nwith Run(Path(sys.argv[1])).lock():\n"
+HOLD += "    print('held', flush=True); time.sleep(60)"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return create_run(tmp_path / "run", "seed: 3\n", ["seed=3", "run.name='a b'"], commit="abc")
+
+
+def holder(run: Run, through: str = "") -> subprocess.Popen[str]:
+    """A process that holds the run's lock; `through` starts it as a grandchild."""
+    script = through or HOLD
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(run.path)], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "held"
+    return process
+
+
+def test_a_new_run_holds_its_config_what_was_typed_and_an_id(run: Run):
+    assert run.config() == {"seed": 3}
+    assert (run.path / "overrides.yaml").read_text() == '- "seed=3"\n- "run.name=\'a b\'"\n'
+    info = run.info()
+    assert info["commit"] == "abc"
+    assert len(info["id"]) == 10
+    run.update_info(device="cpu")
+    assert run.info() == {**info, "device": "cpu"}
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "a.json"
+    write_atomically(file, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(file, "new")
+    assert file.read_text() == "old"
+
+
+def test_a_torn_last_line_ends_the_reading(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert [line["step"] for line in read_lines(file)] == [1, 2]
+    assert list(read_lines(tmp_path / "absent.jsonl")) == []
+
+
+def test_only_whole_checkpoints_count_and_they_are_in_order(run: Run):
+    for name in ("step-000200", "step-000030", ".step-000300.tmp", "step-1000000", "notes"):
+        (run.checkpoints_dir / name).mkdir(parents=True)
+    assert [step for step, _ in run.checkpoints()] == [30, 200, 1000000]
+
+
+def test_what_is_not_a_run_is_said(tmp_path: Path):
+    with pytest.raises(UftError, match="no such folder"):
+        open_run(tmp_path / "absent")
+    with pytest.raises(UftError, match=r"no config\.yaml"):
+        open_run(tmp_path)
+
+
+def test_runs_are_found_below_a_folder_and_not_within_runs(run: Run, tmp_path: Path):
+    create_run(tmp_path / "sweep" / "job", "{}\n", [])
+    create_run(run.path / "inside", "{}\n", [])
+    assert [found.path for found in find_runs(tmp_path)] == [run.path, tmp_path / "sweep" / "job"]
+
+
+def test_status_follows_the_result_and_the_lock(run: Run):
+    assert run.status == "interrupted"
+    write_json(run.path / "result.json", {"status": "finished", "steps": 7, "final": {"eval/nll": 0.5}})
+    assert run.status == "finished"
+    assert dict(summary(run)) == {
+        "name": "run",
+        "path": str(run.path),
+        "status": "finished",
+        "steps": 7,
+        "eval/nll": 0.5,
+    }
+    process = holder(run)
+    try:
+        assert run.status == "running"
+        with pytest.raises(UftError, match="another process"), run.lock():
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    assert run.status == "finished"  # the lock of a dead process holds nothing
+    with run.lock():
+        assert run.locked()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who the parent of a process is now is read from /proc")
+def test_a_holder_whose_launcher_died_is_an_orphan(run: Run):
+    through = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', " + repr(HOLD) + ", sys.argv[1]]).wait()"
+    launcher = holder(run, through)
+    try:
+        assert run.locked()
+        assert not run.orphaned()
+        launcher.kill()
+        launcher.wait()
+        deadline = time.monotonic() + 5
+        while not run.orphaned() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert run.locked()
+        assert run.orphaned()
+    finally:
+        os.kill(int((run.path / ".lock").read_text().split()[0]), signal.SIGKILL)
