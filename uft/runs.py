@@ -166,6 +166,12 @@ def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) 
     return run
 
 
+def shown(path: Path) -> str:
+    """A path as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
+
+
 def open_run(path: str | Path) -> Run:
     """The run at `path`, or a UftError that says what the folder lacks."""
     run = Run(Path(path))

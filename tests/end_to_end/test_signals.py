@@ -140,9 +140,8 @@ def test_the_worker_does_not_outlive_a_killed_parent(start: Start, request_for: 
 
 def test_generation_stops_and_goes_on(start: Start, uft: Uft, request_for: Any, tmp_path: Path) -> None:
     """Stopped in the middle, `uft generate` keeps whole lines, and the finished file is that of an unbroken job."""
-    request = request_for(
-        *("sft", "generate.batch_size=2", "generate.seeds=[0,1]", "generate.max_new_tokens=120"),
-    )
+    generating = ("generate.batch_size=2", "generate.limit=4", "generate.max_new_tokens=40")
+    request = request_for("sft", *generating)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     uft("generate", *request, f"generate.out={whole}")
     process = start("generate", *request, f"generate.out={out}")

@@ -11,7 +11,7 @@ import torch
 
 from uft import __version__
 from uft.data.report import report_table
-from uft.runs import Run
+from uft.runs import Run, shown
 from uft.tracking.format import count
 from uft.training.optim import warmup_steps
 from uft.training.prepare import Prepared
@@ -31,7 +31,7 @@ def start_card(prepared: Prepared, run: Run, data: Mapping[str, Any], tracking: 
         ("template", prepared.corpus.renderer.name),
         *_horizon(prepared),
         *_machine(prepared),
-        ("output", str(run.path)),
+        ("output", shown(run.path)),
         ("tracking", tracking or "metrics.jsonl only"),
     ]
 

@@ -17,7 +17,7 @@ from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.evaluation.battery import Battery, HeldOut, battery
 from uft.model.export import export
 from uft.model.memory import peak_memory
-from uft.runs import Run, write_json
+from uft.runs import Run, shown, write_json
 from uft.tracking import Trackers, make_tracker
 from uft.tracking.cards import Ending
 from uft.tracking.console import Console
@@ -223,9 +223,9 @@ def final_metrics(run: Run) -> dict[str, float]:
 def next_commands(run: Run, config: Config, status: str) -> list[str]:
     """What one would type next."""
     if status != "finished":
-        return [f"uft resume {run.path}"]
+        return [f"uft resume {shown(run.path)}"]
     other = "sft" if config.objective["name"] != "sft" else "ift"
     return [
         f"uft train objective={other} data={config.data.name}      the same rows under another objective",
-        f"uft generate {run.path}      what it answers now",
+        f"uft generate {shown(run.path)}      what it answers now",
     ]

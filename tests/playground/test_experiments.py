@@ -1,0 +1,106 @@
+"""The shipped experiments of the playground compose, and finished runs of them become a table."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from uft.config.compose import compose
+from uft.config.places import conf_dir, groups
+
+ROOT = Path(__file__).parents[2]
+ARMS = {  # arm -> the objective and the mixture that it says it is
+    "dft": ("dft", {"mix", "negatives"}),
+    "dft2": ("dft2", {"mix", "negatives"}),
+    "dpo": ("dpo", {"pairs"}),
+    "dpo_sft": ("dpo", {"mix"}),
+    "ift": ("ift", {"mix"}),
+    "sft": ("sft", {"mix"}),
+    "sft_sequence": ("sft", {"mix"}),
+    "uft": ("uft", {"mix"}),
+    "una": ("una", {"mix"}),
+}
+SHIPPED = {name: file for name, file in groups([conf_dir()])["experiment"].items() if name.startswith("playground_")}
+
+
+def test_every_arm_has_its_experiment():
+    assert set(SHIPPED) == {f"playground_{arm}" for arm in ARMS}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_experiment_is_the_arm_that_it_is_called(arm):
+    cfg = compose([f"experiment=playground_{arm}"])
+    objective, mixtures = ARMS[arm]
+    assert cfg.objective.name == objective
+    assert cfg.data.name in mixtures
+    assert f"uft train experiment=playground_{arm}" in SHIPPED[f"playground_{arm}"].read_text()
+
+
+def test_arms_differ_in_what_the_search_was_over_and_in_nothing_else():
+    """The same steps, rows per step, schedule, model and battery for all."""
+    shared = ("train", "eval", "model", "hardware")
+    settings = [compose([f"experiment={name}"]) for name in SHIPPED]
+    assert all(cfg[group] == settings[0][group] for cfg in settings for group in shared)
+    assert len({(cfg.optim.schedule, cfg.optim.warmup, cfg.optim.name) for cfg in settings}) == 1
+
+
+def test_the_two_sft_arms_differ_in_what_counts_once():
+    assert compose(["experiment=playground_sft"]).objective.reduction == "token"
+    assert compose(["experiment=playground_sft_sequence"]).objective.reduction == "sequence"
+
+
+def test_una_draws_no_demonstrations():
+    assert compose(["experiment=playground_una"]).data.ratio == 0
+
+
+def test_an_experiment_can_still_be_changed():
+    assert compose(["experiment=playground_uft", "optim.lr=0.5", "seed=3"]).optim.lr == 0.5
+
+
+FIGURES = ("eval/instruct/exact_match", "eval/pairs/exact_match", "eval/pairs/correct")
+LIKELIHOODS = ("eval/instruct/nll", "eval/pairs/nll")
+
+
+def fake_run(folder, values, status="finished", before=None):
+    folder.mkdir(parents=True)
+    names = (*FIGURES, *LIKELIHOODS)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1}))
+    result = {"status": status, "final": dict(zip(names, values, strict=True))}
+    (folder / "result.json").write_text(json.dumps(result))
+    if before:
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, **dict(zip(names, before, strict=True))}) + "\n")
+
+
+def table(folder):
+    command = [sys.executable, str(ROOT / "scripts" / "playground_table.py"), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
+    fake_run(tmp_path / "playground_ift-seed1", (0.8, 0.5, 0.9, 0.2, 1.0), before=(0.0, 0.1, 1.0, 8.0, 0.5))
+    fake_run(tmp_path / "playground_ift-seed2", (0.6, 0.5, 0.9, 0.4, 2.0))
+    fake_run(tmp_path / "playground_sft-seed1", (0.25, 0.5, 0.75, 1.0, 3.0))
+    fake_run(tmp_path / "playground_sft-seed2", (0.0, 0.0, 0.0, 0.0, 0.0), status="failed")
+    done = table(tmp_path)
+    assert done.returncode == 0, done.stderr
+    head, _, *rows = done.stdout.splitlines()
+    assert cells(head) == ["arm", "new", "style", "skill", "nll new", "nll chosen", "seeds"]
+    assert [cells(row) for row in rows] == [
+        ["base", "0.00", "0.10", "1.00", "8.00", "0.50", "1"],
+        ["ift", "0.70 ± 0.14", "0.50 ± 0.00", "0.90 ± 0.00", "0.30 ± 0.14", "1.50 ± 0.71", "2"],
+        ["sft", "0.25", "0.50", "0.75", "1.00", "3.00", "1"],
+    ]
+    assert "playground_sft-seed2 (failed)" in done.stderr
+
+
+def test_a_folder_without_such_runs_is_an_error(tmp_path):
+    done = table(tmp_path)
+    assert done.returncode != 0
+    assert "no finished runs" in done.stderr
