@@ -90,6 +90,13 @@ class Run:
 
         return yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
 
+    def overrides(self) -> list[str]:
+        """What was typed, word by word."""
+        import yaml
+
+        file = self.path / "overrides.yaml"
+        return (yaml.safe_load(file.read_text(encoding="utf-8")) or []) if file.is_file() else []
+
     def info(self) -> dict[str, Any]:
         """`run.json`: id, versions, commit, devices, data digest."""
         return read_json(self.path / "run.json")

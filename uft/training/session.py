@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 import traceback
@@ -225,7 +226,9 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     if status != "finished":
         return [f"uft resume {shown(run.path)}"]
     other = "sft" if config.objective["name"] != "sft" else "ift"
+    kept = [word for word in run.overrides() if not word.startswith(("objective", "run.", "++run.", "++sweep."))]
+    again = shlex.join(["uft", "train", f"objective={other}", *kept])
     return [
-        f"uft train objective={other} data={config.data.name}      the same rows under another objective",
+        f"{again}      the same rows under another objective",
         f"uft generate {shown(run.path)}      what it answers now",
     ]
