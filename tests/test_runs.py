@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -80,6 +81,8 @@ def test_what_is_not_a_run_is_said(tmp_path: Path):
 def test_runs_are_found_below_a_folder_and_not_within_runs(run: Run, tmp_path: Path):
     create_run(tmp_path / "sweep" / "job", "{}\n", [])
     create_run(run.path / "inside", "{}\n", [])
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("seed: 0\n")  # somebody's, and no run
     assert [found.path for found in find_runs(tmp_path)] == [run.path, tmp_path / "sweep" / "job"]
 
 
@@ -105,6 +108,22 @@ def test_status_follows_the_result_and_the_lock(run: Run):
     assert run.status == "finished"  # the lock of a dead process holds nothing
     with run.lock():
         assert run.locked()
+
+
+def test_somebody_who_looks_whether_a_run_is_held_does_not_keep_it_from_being_held(run: Run):
+    """`uft ls` in a loop beside a sweep must not make any of its jobs fail."""
+    with run.lock():
+        pass
+    looking = threading.Event()
+    watcher = threading.Thread(target=lambda: [run.locked() for _ in iter(looking.is_set, True)])
+    watcher.start()
+    try:
+        for _ in range(300):
+            with run.lock():
+                pass
+    finally:
+        looking.set()
+        watcher.join()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="who the parent of a process is now is read from /proc")

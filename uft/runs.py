@@ -11,12 +11,13 @@ import fcntl
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from uft.errors import Problem, UftError
 
@@ -63,6 +64,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def exists(self) -> bool:
+        """Whether this is a run: a `config.yaml` alone may be anybody's (conf/ has one too)."""
+        return self.config_file.is_file() and (self.path / "run.json").is_file()
 
     @property
     def config_file(self) -> Path:
@@ -150,17 +156,29 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Hold the run: a second process is refused; the kernel frees the lock of a dead one."""
         with open(self.path / ".lock", "a+b") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _held(handle):
                 raise UftError(
                     Problem(str(self.path), "another process is working in this run folder"),
                     footer="See what runs:  uft ls",
-                ) from None
+                )
             handle.truncate(0)
             handle.write(f"{os.getpid()} {os.getppid()}".encode())
             handle.flush()
             yield
+
+
+def _held(handle: IO[bytes], seconds: float = 1.0) -> bool:
+    """Lock the file for this process alone. Tried for a while: `locked` holds it for a moment to see if it is free."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
 
 
 def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) -> Run:
@@ -182,8 +200,8 @@ def shown(path: Path) -> str:
 def open_run(path: str | Path) -> Run:
     """The run at `path`, or a UftError that says what the folder lacks."""
     run = Run(Path(path))
-    if not run.config_file.is_file():
-        why = "no config.yaml in this folder: it is not a run" if run.path.is_dir() else "no such folder"
+    if not run.exists:
+        why = "no config.yaml and run.json in this folder: it is not a run" if run.path.is_dir() else "no such folder"
         raise UftError(Problem(str(path), why), footer="See the runs here:  uft ls")
     return run
 
@@ -191,9 +209,10 @@ def open_run(path: str | Path) -> Run:
 def find_runs(root: Path) -> list[Run]:
     """All runs below `root`, by path. Does not descend into runs."""
     found: list[Run] = []
-    for folder, children, files in os.walk(root):
-        if "config.yaml" in files:
-            found.append(Run(Path(folder)))
+    for folder, children, _ in os.walk(root):
+        run = Run(Path(folder))
+        if run.exists:
+            found.append(run)
             children.clear()
         children.sort()
     return found

@@ -99,6 +99,22 @@ def test_generate_from_a_run_takes_its_model_and_configuration(trained, capfd):
     assert main(["generate", "nowhere"]) == 2
 
 
+def test_generate_finds_the_files_of_a_run_from_another_folder(worker, monkeypatch):
+    from uft.cli.generate import with_model
+
+    (worker / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 2)
+    words = ["data=files", "+data.sources.mine.path=rows.jsonl", "data.holdout=0", "run.name=x", "tracking=none"]
+    assert main(["train", "objective=sft", *words, "+data.sources.other.path=builtin:playground/pairs"]) == 0
+    (run,) = find_runs(worker / "outputs")
+    (worker / "auto").mkdir()
+    (worker / "elsewhere").mkdir()
+    monkeypatch.chdir(worker / "elsewhere")
+    data = with_model(run)["data"]
+    assert data["sources"]["mine"]["path"] == str(worker / "rows.jsonl")
+    assert data["sources"]["other"]["path"] == "builtin:playground/pairs"
+    assert data["template"] == "auto"
+
+
 def test_resume_goes_on_with_a_run(worker, capfd):
     assert main(["train", "objective=sft", "run.name=x", "generate.system=fail", "tracking=none"]) == 1
     run = only_run(worker)
@@ -143,6 +159,7 @@ def test_ls(worker, capsys):
         main(["train", "train.steps=200", "tracking=none", f"run.name={name}", f"generate.system={script}"])
     (worker / "outputs" / "broken").mkdir()
     (worker / "outputs" / "broken" / "config.yaml").write_text("a: [")
+    (worker / "outputs" / "broken" / "run.json").write_text("{}")
     capsys.readouterr()
     assert main(["ls"]) == 0
     out = capsys.readouterr().out

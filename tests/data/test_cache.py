@@ -34,14 +34,6 @@ def test_two_writers_of_one_key_agree(tmp_path):
     assert len(cache.load(tmp_path / "key")[0]) == 2
 
 
-def test_where_tokens_are_kept(monkeypatch, tmp_path):
-    monkeypatch.delenv("UFT_CACHE", raising=False)
-    assert str(cache.cache_folder(None)).endswith(".cache/uft")
-    monkeypatch.setenv("UFT_CACHE", str(tmp_path))
-    assert cache.cache_folder(None) == tmp_path
-    assert str(cache.cache_folder("here")) == "here"
-
-
 def test_a_missing_folder_is_not_a_corrupt_one(tmp_path):
     with pytest.raises(FileNotFoundError):
         cache.load(tmp_path / "none")

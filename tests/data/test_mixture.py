@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from uft.data.mixture import Draw, Mixture, Portion, epoch_rows, mixture_weights, portion
+from uft.data.mixture import Mixture, Portion, epoch_rows, mixture_weights, portion
 from uft.data.rows import Completion, Message, Row
 from uft.errors import UftError
 
@@ -118,12 +118,6 @@ def test_a_share_of_zero_is_never_drawn():
     assert {this.source for this in draws} == {0, 2}
 
 
-def test_rows_are_numbered_through_the_whole_mixture():
-    one = mixture([0.5, 0.3, 0.2], [10, 20, 30])
-    numbers = {one.example(Draw(source, index, 0)) for source, size in enumerate((10, 20, 30)) for index in range(size)}
-    assert numbers == set(range(60))
-
-
 def test_the_order_is_the_same_on_every_machine_and_version():
     assert [this.index for this in Mixture(["a"], [8], [1.0], 0).take(8)] == [3, 7, 2, 6, 4, 5, 0, 1]
 
@@ -184,6 +178,8 @@ def test_a_source_of_several_kinds_is_what_most_of_its_rows_are():
     labelled = Row("s", 1, prompt, (Completion(turns, label=True),))
     assert portion("s", [shown, shown, labelled], None) == Portion("s", 3, None, True)
     assert not portion("s", [shown, labelled], None).demonstration
+    against = Row("s", 2, prompt, (Completion(turns), Completion(turns, sampled_by="model")))
+    assert portion("s", [against, against], None).demonstration
 
 
 # --- epochs

@@ -48,7 +48,7 @@ def finite(folder: Path, poisoned_rows: int) -> None:
             assert int(bad.sum()) <= (poisoned_rows if name.endswith("embed_tokens.weight") else 0), name
 
 
-@pytest.mark.parametrize("objective", ["sft", "dft"])
+@pytest.mark.parametrize("objective", ["dft", pytest.param("sft", marks=pytest.mark.slow)])
 def test_a_planted_nan_names_its_row(
     uft: Uft,
     request_of: Callable[..., list[str]],

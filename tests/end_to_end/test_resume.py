@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lifecycle import LORA, STEPS, UNEVEN, USES, at_step, begun, end, files_for, kill_worker, same, wait_for
+from lifecycle import LORA, STEPS, UNEVEN, USES, at_step, begun, files_for, kill_worker, same, wait_for
+
+from uft.runs import create_run
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Uft = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -78,22 +80,20 @@ def test_killed_where_nothing_was_saved_yet(start: Start, uft: Uft, request_for:
     wait_for(at_step(died, 4), process)
     kill_worker(process)
     assert not (died / "checkpoints").exists()
+    refused = uft("train", *request, "train.steps=30", f"run.dir={died}", code=2)
+    assert f"{STEPS} -> 30" in refused.stderr
     uft("train", *request, f"run.dir={died}")  # the same command again continues, too
     same(died, whole)
 
 
-def test_a_second_worker_is_refused_by_the_lock(
-    start: Start, request_for: Any, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    run = tmp_path / "run"
-    process = start("train", *request_for("sft"), f"run.dir={run}")
-    wait_for(begun(run), process)
-    wait_for(at_step(run, 0), process)
-    command = [sys.executable, "-m", "uft.launch.worker", str(run)]
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+def test_a_second_worker_is_refused_by_the_lock(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Also where two launchers looked at the same moment and both saw a free run."""
+    run = create_run(tmp_path / "run", "seed: 0\n", [])
+    with run.lock():
+        command = [sys.executable, "-m", "uft.launch.worker", str(run.path)]
+        second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 2
     assert "another process is working in this run folder" in second.stderr
-    assert end(process)[0] == 0
 
 
 CASES = [

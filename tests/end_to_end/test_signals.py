@@ -92,7 +92,7 @@ def test_a_signal_stops_the_run_with_its_work_saved(
     assert code == CODES[number]
     assert "Traceback" not in said
     stopped(run, 4 if phase == "steps" else 0)
-    assert f"uft resume {run}" in said
+    assert f"uft resume {run.name}" in said  # from where it was started
     if phase == "battery":
         assert last_step(run) == -1  # nothing half measured is written
 

@@ -11,8 +11,9 @@ from uft.data.rows import Completion, Message, Row
 from uft.data.sources import load_sources
 from uft.data.templates import Renderer
 from uft.evaluation.battery import HeldOut, battery, distinct, shown
+from uft.model import reference as reference_module
 from uft.model.forward import Policy
-from uft.model.load import load_model, load_tokenizer
+from uft.model.load import load_base, load_model, load_tokenizer
 from uft.model.reference import make_reference
 from uft.objectives.views import best_against_worst, reward
 from uft.sampling.generate import Interrupted
@@ -200,6 +201,15 @@ def test_nothing_asked_for_is_nothing_done(measure):
     found = measure(moved(), settings=Eval(rows=0, samples=0, generate_rows=0))
     assert (found.metrics, found.samples) == ({}, [])
     assert measure(moved(), sources=[]).metrics == {}
+
+
+def test_the_model_behind_a_cached_reference_is_loaded_once_for_all_sources(measure, held, monkeypatch):
+    loads = []
+    monkeypatch.setattr(reference_module, "load_base", lambda *a: loads.append(a) or load_base(*a))
+    assert len(held) > 1
+    policy = moved()
+    assert measure(policy, "cached").metrics == measure(policy, "cached").metrics
+    assert len(loads) == 1
 
 
 def test_a_source_without_checker_is_answered_for_the_eye_only(measure, held, renderer):

@@ -108,6 +108,16 @@ def test_a_reference_with_too_small_a_vocabulary_is_refused(
         make(load_policy(model, CPU, 0), model, "copy", tmp_path, tokenizer, path=str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("mode", ["copy", "cached"])
+def test_a_reference_that_is_not_there_is_named_by_its_own_key(
+    model_folder: Path, tokenizer: Any, tmp_path: Path, mode: str
+):
+    model, absent = settings(model_folder), str(tmp_path / "absent")
+    with pytest.raises(UftError) as raised:
+        make(load_policy(model, CPU, 0), model, mode, tmp_path, tokenizer, path=absent)
+    assert raised.value.problems[0].what == f"reference.path={absent}"
+
+
 @pytest.mark.parametrize(
     ("adapter", "path", "visits", "mode"),
     [

@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 
 from uft.config.compose import compose
 from uft.config.places import conf_dir, groups
@@ -26,13 +26,18 @@ ARMS = {  # arm -> the objective and the mixture that it says it is
 SHIPPED = {name: file for name, file in groups([conf_dir()])["experiment"].items() if name.startswith("playground_")}
 
 
+@cache
+def settings(arm):
+    return compose([f"experiment=playground_{arm}"])
+
+
 def test_every_arm_has_its_experiment():
     assert set(SHIPPED) == {f"playground_{arm}" for arm in ARMS}
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_an_experiment_is_the_arm_that_it_is_called(arm):
-    cfg = compose([f"experiment=playground_{arm}"])
+    cfg = settings(arm)
     objective, mixtures = ARMS[arm]
     assert cfg.objective.name == objective
     assert cfg.data.name in mixtures
@@ -42,18 +47,18 @@ def test_an_experiment_is_the_arm_that_it_is_called(arm):
 def test_arms_differ_in_what_the_search_was_over_and_in_nothing_else():
     """The same steps, rows per step, schedule, model and battery for all."""
     shared = ("train", "eval", "model", "hardware")
-    settings = [compose([f"experiment={name}"]) for name in SHIPPED]
-    assert all(cfg[group] == settings[0][group] for cfg in settings for group in shared)
-    assert len({(cfg.optim.schedule, cfg.optim.warmup, cfg.optim.name) for cfg in settings}) == 1
+    first, *others = map(settings, ARMS)
+    assert all(cfg[group] == first[group] for cfg in others for group in shared)
+    assert len({(cfg.optim.schedule, cfg.optim.warmup, cfg.optim.name) for cfg in (first, *others)}) == 1
 
 
 def test_the_two_sft_arms_differ_in_what_counts_once():
-    assert compose(["experiment=playground_sft"]).objective.reduction == "token"
-    assert compose(["experiment=playground_sft_sequence"]).objective.reduction == "sequence"
+    assert settings("sft").objective.reduction == "token"
+    assert settings("sft_sequence").objective.reduction == "sequence"
 
 
 def test_una_draws_no_demonstrations():
-    assert compose(["experiment=playground_una"]).data.ratio == 0
+    assert settings("una").data.ratio == 0
 
 
 def test_an_experiment_can_still_be_changed():
@@ -67,7 +72,8 @@ LIKELIHOODS = ("eval/instruct/nll", "eval/pairs/nll")
 def fake_run(folder, values, status="finished", before=None):
     folder.mkdir(parents=True)
     names = (*FIGURES, *LIKELIHOODS)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"seed": 1}))
+    (folder / "config.yaml").write_text("seed: 1\n")
+    (folder / "run.json").write_text("{}")
     result = {"status": status, "final": dict(zip(names, values, strict=True))}
     (folder / "result.json").write_text(json.dumps(result))
     if before:

@@ -35,8 +35,9 @@ def test_what_is_drawn_and_what_is_measured(name):
     assert all(row.answer for source in loaded for row in source.held_out)
 
 
-def test_the_share_of_demonstrations_is_a_knob():
-    _, weights = load("mix", "data.ratio=0.8")
+@pytest.mark.parametrize("name", ["mix", "negatives"])
+def test_the_share_of_demonstrations_is_a_knob(name):
+    _, weights = load(name, "data.ratio=0.8")
     assert weights == pytest.approx({"instruct": 0.8, "pairs": 0.1, "binary": 0.05, "scored": 0.05})
 
 

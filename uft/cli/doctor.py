@@ -80,9 +80,18 @@ def memory() -> str:
 
 
 def disk() -> dict[str, str]:
-    cache = Path(os.environ.get("UFT_CACHE") or Path.home() / ".cache" / "uft").expanduser()
-    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    return {"here": free_space(Path.cwd()), "token cache": free_space(cache), "hub cache": free_space(hub)}
+    from uft.model.paths import cache_root
+
+    return {
+        "here": free_space(Path.cwd()),
+        "uft's cache": free_space(cache_root()),
+        "hub cache": free_space(hub_home()),
+    }
+
+
+def hub_home() -> Path:
+    """Where huggingface_hub keeps its files, without importing it."""
+    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
 
 
 def free_space(folder: Path) -> str:
@@ -97,8 +106,7 @@ def services() -> dict[str, str]:
 
     wandb = Server(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
-    token = bool(os.environ.get("HF_TOKEN")) or (home / "token").is_file()
+    token = bool(os.environ.get("HF_TOKEN")) or (hub_home() / "token").is_file()
     return {
         "W&B key": "yes" if has_key(wandb) else "no: runs are kept offline",
         "W&B": answers(wandb.url),

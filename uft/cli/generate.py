@@ -16,6 +16,7 @@ from uft.launch.launcher import launch_job
 from uft.runs import Run, open_run
 
 OUT = "generated.jsonl"
+FILES = {"path", "eval_path", "template"}  # keys of the data that may name files
 HELP = Help(
     verb="generate",
     keys=(
@@ -54,8 +55,17 @@ def from_run(run: Run, overrides: list[str]) -> int:
 
 
 def with_model(run: Run) -> dict[str, Any]:
-    """The run's configuration, its trained model in the place of the one it began with."""
+    """The run's configuration, its trained model in the place of the one it began with, its files found from here."""
     settings: dict[str, Any] = run.config()
+    started = Path(run.info().get("cwd", "."))
+    for node in (settings["data"], *settings["data"]["sources"].values()):
+        node |= {key: found_from(started, node[key]) for key in FILES & node.keys()}
     settings["model"] |= {"path": str(run.model_dir.resolve()), "revision": None, "adapter": "none"}
     settings["generate"]["out"] = settings["generate"]["out"] or str(Path(run.path, OUT))
     return settings
+
+
+def found_from(started: Path, path: str | None) -> str | None:
+    """A file or folder as it was named in `started`; anything else (a hub id, builtin:NAME, auto) stays as it is."""
+    named = path not in (None, "auto", "plain")  # template names, even where a file is called so
+    return str(started / path) if path and named and (started / path).exists() else path

@@ -20,7 +20,7 @@ HELP = Help(
     ),
     examples={
         "uft train objective=ift data=mix": "the embedded model on the embedded mixture",
-        "uft train -m objective=sft,dpo,ift seed=1,2,3": "nine runs, side by side",
+        "uft train -m objective=sft,ift,uft seed=1,2,3": "nine runs, one after the other",
         "uft train data=files +data.sources.mine.path=rows.jsonl model.path=org/name": "your rows, your model",
         "uft train debug=fast": "two steps: does it run at all",
     },

@@ -151,7 +151,7 @@ def ratio_has_two_sides(values: Values) -> Iterator[Finding]:
     if ratio is None or not sources:
         return
     kinds = [source.get("kind") for source in sources.values()]
-    shown = kinds.count("demonstration")
+    shown = kinds.count("demonstration") + kinds.count("negatives")
     if None not in kinds and ((ratio < 1 and shown == len(kinds)) or (ratio > 0 and shown == 0)):
         side = "demonstrations only" if shown else "no demonstrations"
         yield Finding("data.ratio", f"shares between demonstrations and the rest, and the mixture has {side}")

@@ -166,14 +166,14 @@ class Tracking:
     project: str = _key("uft", "W&B project")
     entity: str | None = _key(None, "W&B user or team; null: your default")
     group: str | None = _key(None, "W&B group; null: the sweep's name")
-    tags: list[str] = _key([], "more W&B tags; objective and data are always there")
+    tags: list[str] = _key([], "more W&B tags; objective, data and model are always there")
     job_type: str = _key("train", "W&B job type")
 
 
 @dataclass
 class RunConfig:
-    name: str | None = _key(None, "name of the run; null: objective, data and time, or the swept values")
-    dir: str | None = _key(None, "run folder; null: outputs/DATE/[SWEEP/]NAME")
+    name: str | None = _key(None, "name of the run; null: objective, data, model, seed and time, or the swept values")
+    dir: str | None = _key(None, "run folder; null: outputs/DATE/NAME, or outputs/DATE/SWEEP/NAME in a sweep")
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 import zlib
@@ -74,11 +73,6 @@ class EncodedRows(Sequence[tuple[Encoded, ...]]):
 
 
 ARRAYS = ("ids", "supervised", "bounds", "prompts", "rows")
-
-
-def cache_folder(setting: str | None) -> Path:
-    """Where tokens are kept: `data.cache`, else UFT_CACHE, else ~/.cache/uft."""
-    return Path(setting or os.environ.get("UFT_CACHE") or "~/.cache/uft").expanduser()
 
 
 def load(folder: Path) -> tuple[EncodedRows, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What a row is, apart from where it lies: hashes of its content and of its prompt.
 
-Digests prove that two runs saw the same rows; the prompt's hash chooses held-out rows, so that one prompt never sits on
-both sides and the choice depends neither on the order of a file nor on a seed.
+Digests prove that two runs saw the same rows; the prompt's hash chooses held-out rows, so that a prompt of one source
+never sits on both sides and the choice depends neither on the order of a file nor on a seed.
 """
 
 from __future__ import annotations

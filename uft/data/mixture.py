@@ -20,6 +20,8 @@ from uft.data.rows import Kind, Row
 from uft.errors import Problem, UftError
 
 _SLACK = 1e-9  # shares are floats: a tie must stay a tie
+_SHOWN = (Kind.DEMONSTRATION, Kind.NEGATIVES)
+"""Kinds on the demonstrations' side of `ratio`: negatives beside one must not change how often it is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,6 @@ class Mixture:
     def take(self, count: int) -> list[Draw]:
         """The next `count` draws."""
         return [self._next() for _ in range(count)]
-
-    def offset(self, source: int) -> int:
-        """Rows of all sources before this one: `offset + index` numbers a row in the whole mixture."""
-        return sum(self.sizes[:source])
-
-    def example(self, draw: Draw) -> int:
-        """The row's number in the whole mixture: the owner of per-example state."""
-        return self.offset(draw.source) + draw.index
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as JSON values."""
@@ -111,7 +105,7 @@ class Portion:
 
 def portion(name: str, rows: Sequence[Row], share: float | None) -> Portion:
     """A source with rows of several kinds counts as demonstrations when more than half of its rows are."""
-    shown = sum(row.kind is Kind.DEMONSTRATION for row in rows)
+    shown = sum(row.kind in _SHOWN for row in rows)
     return Portion(name, len(rows), share, 2 * shown > len(rows))
 
 
@@ -131,7 +125,7 @@ def mixture_weights(portions: Sequence[Portion], ratio: float | None = None) -> 
     shown = sum(value for value, p in zip(raw, portions, strict=True) if p.demonstration)
     sides = {True: shown, False: total - shown}
     asked = {True: ratio, False: 1 - ratio}
-    names = {True: "demonstrations", False: "rows with feedback (pairs, labels, scores, negatives)"}
+    names = {True: "demonstrations", False: "rows with feedback (pairs, labels, scores)"}
     lacking = [names[side] for side in (True, False) if asked[side] > 0 and sides[side] == 0]
     if lacking:
         kinds = ", ".join(f"{p.name}: {'demonstrations' if p.demonstration else 'feedback'}" for p in portions)

@@ -130,7 +130,7 @@ def _log_probs(value: Any, count: int) -> Sequence[float | None]:
     if value is None:
         return [None] * count
     right = isinstance(value, list) and len(value) == count
-    if not right or not all(isinstance(one, float) and -math.inf < one <= 0 for one in value):
+    if not right or not all(type(one) in (int, float) and -math.inf < one <= 0 for one in value):
         raise Unreadable(f"negative_log_probs is not a list of {count} log-probabilities")
     return value
 

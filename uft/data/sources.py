@@ -76,8 +76,8 @@ def load_sources(data: Any) -> list[LoadedSource]:
 def hold_out(rows: Sequence[Row], amount: float) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
     """(training rows, held-out rows): whole prompts, those whose hashes are least, until `amount` rows are kept.
 
-    `amount` is a share below 1 or a count. Which prompts are kept does not depend on order, seed or source, so the
-    same low prompts are kept from sources that share them. Order within both sides is that of `rows`.
+    `amount` is a share below 1 or a count. Which prompts are kept does not depend on order, seed or source, so sources
+    that share prompts keep nearly the same ones. Order within both sides is that of `rows`.
     """
     wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
     if not wanted or not rows:

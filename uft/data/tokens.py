@@ -153,7 +153,7 @@ def _check(rows: Sequence[Row], encoded: Sequence[Sequence[Encoded]], renderer: 
     ]
     if len(wrong) > SHOWN:
         problems.append(Problem(f"... and {len(wrong) - SHOWN} more rows", "alike"))
-    raise UftError(*problems, footer="Look at a row's tokens:  uft data")
+    raise UftError(*problems)
 
 
 def _mask_fault(encoded: Encoded, stop_ids: Iterable[int], bos: int | None) -> str | None:

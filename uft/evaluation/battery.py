@@ -74,6 +74,7 @@ def battery(
     overall, per_source, samples = Tally(), {}, []
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.no_grad(), evaluating(policy.module), torch.random.fork_rng(devices=devices):
+        bench.recall(sources)
         for held in sources:
             tally = Tally()
             tally.add_rows(bench.score(held))
@@ -98,6 +99,15 @@ class _Bench:
     micro_batch_tokens: int
     should_stop: ShouldStop
 
+    def recall(self, sources: Sequence[HeldOut]) -> None:
+        """Compute what a cached reference does not know yet, of all sources at once: its model is loaded once."""
+        column = self.reference.column if self.reference else None
+        if column is None:
+            return
+        encoded = (e for held in sources for row in islice(held.encoded, self.settings.rows) for e in row)
+        if not column.fill(encoded, batch_tokens=self.micro_batch_tokens, should_stop=self.should_stop):
+            raise Interrupted
+
     def score(self, held: HeldOut) -> list[ScoredRow]:
         """The first rows with every completion scored, whatever an objective would take of them."""
         items = self._items(held)
@@ -118,8 +128,6 @@ class _Bench:
         column = self.reference.column if self.reference else None
         if column is None:
             return items
-        if not column.fill((e for item in items for e in item.encoded), should_stop=self.should_stop):
-            raise Interrupted
         return [replace(item, reference=tuple(map(column, item.encoded))) for item in items]
 
     def answer(self, held: HeldOut, tally: Tally) -> list[Sample]:

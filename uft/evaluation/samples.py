@@ -12,4 +12,4 @@ class Sample:
     prompt: str
     reply: str
     answer: str | None = None  # what a checker expects; None where the row has no such thing
-    verdict: dict[str, float] = field(default_factory=dict)  # the checker's metrics, e.g. {"accuracy": 1.0}
+    verdict: dict[str, float] = field(default_factory=dict)  # the checker's metrics, e.g. {"exact_match": 1.0}

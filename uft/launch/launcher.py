@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from uft.config.compose import settle
-from uft.config.freeze import difference, free, plain, to_yaml
+from uft.config.freeze import difference, free, frozen, plain, to_yaml
 from uft.config.suggest import written
 from uft.errors import BAD_REQUEST, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
@@ -32,7 +32,7 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     settings = plain(cfg)
     run = Run(single_run_dir(settings))
     settings["run"] = {"name": settings["run"]["name"] or run.name, "dir": None}  # the folder is where the file lies
-    if run.config_file.is_file():
+    if run.exists:
         return continue_run(run, settings)
     refuse_foreign(run.path)
     check_sources(settings)
@@ -44,7 +44,7 @@ def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
     """Run a job that leaves no run folder (check, data, generate) in a worker; the exit code."""
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         spec = Path(folder) / "config.yaml"
-        spec.write_text(to_yaml(plain(cfg)), encoding="utf-8")
+        spec.write_text(frozen(cfg), encoding="utf-8")
         return run_worker(["--job", job, str(spec)])
 
 
@@ -89,7 +89,7 @@ def discard(folder: Path) -> None:
     """Remove a run folder, and the folders that were made for it alone."""
     shutil.rmtree(folder, ignore_errors=True)
     for parent in folder.parents:
-        if parent == OUTPUTS or not parent.is_relative_to(OUTPUTS) or any(parent.iterdir()):
+        if not parent.is_relative_to(OUTPUTS) or any(parent.iterdir()):
             break
         parent.rmdir()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 from collections import Counter
@@ -91,5 +92,5 @@ def sweep_name(axes: Sequence[str], fixed: Sequence[str]) -> str:
 
 def sweep_dir(name: str, now: datetime | None = None) -> Path:
     """outputs/DATE/NAME: today's, or the newest one of that name, so that a sweep can be completed on another day."""
-    earlier = sorted(OUTPUTS.glob(f"*/{name}")) if OUTPUTS.is_dir() else []
+    earlier = sorted(OUTPUTS.glob(f"*/{glob.escape(name)}")) if OUTPUTS.is_dir() else []
     return earlier[-1] if earlier else OUTPUTS / today(now) / name

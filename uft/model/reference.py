@@ -19,7 +19,7 @@ from uft.config.schema import Model, ReferenceModel
 from uft.data.batch import Batch
 from uft.errors import Problem, UftError
 from uft.model.forward import Policy
-from uft.model.load import check_vocabulary, load_base, pad_id, storage_dtype
+from uft.model.load import check_vocabulary, load_base, pad_id, storage_dtype, whereabouts
 from uft.model.reference_cache import LogProbStore, ReferenceColumn, weights_digest
 from uft.objectives.base import Forward, Scores
 
@@ -70,7 +70,7 @@ def make_reference(
         return Reference(mode, why, _copy(model, reference, device, tokenizer))
 
     def cached() -> Reference:
-        digest = weights_digest(model, reference.path, lambda: load_base(model, device, reference.path))
+        digest = weights_digest(whereabouts(model, reference.path), lambda: load_base(model, device, reference.path))
         identity = {
             "weights": digest,
             "dtype": f"{model.dtype} of {storage_dtype(model)}",

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from uft.config.schema import Model
-from uft.model.paths import locate
+from uft.model.paths import Location
 from uft.model.sequences import TokenSequence, batches_of, sequence_batch
 from uft.objectives.base import Forward
 from uft.runs import write_json
@@ -173,12 +172,11 @@ class ReferenceColumn:
         return found
 
 
-def weights_digest(model: Model, path: str | None, fetch: Callable[[], Any]) -> str:
-    """Hash of the configuration and weight files of `path`, or of `model.path`.
+def weights_digest(place: Location, fetch: Callable[[], Any]) -> str:
+    """Hash of the configuration and weight files of the model at `place`.
 
     A hub model that is not in the local cache yet is brought there by `fetch`.
     """
-    place = locate(model.path if path is None else path, model.revision if path is None else None)
     files = _weight_files(place.path, place.revision)
     if not files:
         fetch()

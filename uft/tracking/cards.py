@@ -39,7 +39,6 @@ class Ending:
     best: Mapping[str, float] = field(default_factory=dict)
     best_step: int | None = None
     best_checkpoint: str | None = None
-    tokens_per_second: float | None = None  # None: tokens / seconds
     peak_memory_gb: float | None = None
     error: str | None = None  # the first one
     commands: Sequence[str] = ()  # to try next; the resume command of a run that did not finish
@@ -104,9 +103,7 @@ def _quote(text: str, width: int) -> str:
 
 def ending_rows(ending: Ending) -> list[tuple[str, str]]:
     """The last card, line by line."""
-    speed = ending.tokens_per_second
-    if speed is None and ending.seconds > 0:
-        speed = ending.tokens / ending.seconds
+    speed = ending.tokens / ending.seconds if ending.seconds > 0 else None
     rows = [
         ("status", f"{ending.status} at step {ending.steps}/{ending.total_steps}"),
         ("error", ending.error or ""),

@@ -1,0 +1,102 @@
+"""The jobs that leave no run behind: what they say, and that they stop when asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from uft.config.schema import Config
+from uft.errors import GOOD, INTERRUPTED, STOPPED
+from uft.training import jobs
+from uft.training.card import start_card
+from uft.training.prepare import Prepared
+from uft.training.records import data_record
+
+
+def test_check_prepares_takes_the_largest_step_and_writes_nothing(
+    configure: Callable[..., Config],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = configure("dpo")
+    assert jobs.check(config) == GOOD
+    said = capsys.readouterr().out
+    assert "largest step" in said
+    assert "Nothing was written" in said
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, STOPPED), (signal.SIGINT, INTERRUPTED)])
+def test_check_stops_when_asked(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    real = jobs.prepare
+
+    def prepare(*arguments: Any) -> Prepared:
+        os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    monkeypatch.setattr(jobs, "prepare", prepare)
+    assert jobs.check(configure("sft")) == code
+
+
+def test_data_shows_the_mixture_and_the_rows(
+    configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert jobs.data(configure("dpo")) == GOOD
+    said = capsys.readouterr().out
+    for expected in ("preference", "scored", "negatives", "tokens per completion", "preference:0"):
+        assert expected in said
+
+
+def test_generate_stops_between_batches_and_goes_on(
+    configure: Callable[..., Config], files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("sft", sources={"mine": files["demonstration"]})
+
+    def settings(out: str) -> Config:
+        return replace(
+            config, generate=replace(config.generate, out=str(tmp_path / out), max_new_tokens=5, batch_size=3)
+        )
+
+    assert jobs.generate(settings("whole.jsonl")) == GOOD
+    real = jobs.generate_rows
+
+    def interrupted(*arguments: Any, **keywords: Any) -> Any:
+        def progress(done: int, of: int) -> None:
+            if done == 6:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+        return real(*arguments, **keywords | {"progress": progress})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "generate_rows", interrupted)
+        assert jobs.generate(settings("broken.jsonl")) == STOPPED
+    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    assert 0 < len(broken.read_text().splitlines()) < len(whole.read_text().splitlines())
+    assert jobs.generate(settings("broken.jsonl")) == GOOD
+    assert broken.read_text() == whole.read_text()
+    assert all(json.loads(line)["negatives"] for line in whole.read_text().splitlines())
+
+
+def test_the_card_says_every_derived_number(build: Callable[..., Prepared]) -> None:
+    prepared = build("dpo", "train.steps=10", "train.batch_size=9", "data.holdout=0.25", "objective.beta=0.7")
+    data = data_record(prepared.corpus, prepared.trainer.feed, prepared.plan)
+    card = dict(start_card(prepared, prepared.trainer.run, data, ""))
+    assert "beta=0.7" in card["objective"]
+    assert "10 steps of 9 rows" in card["horizon"]
+    assert "9 rows held out" in card["battery"]
+    assert prepared.corpus.digest in card["digest"]
+    assert "1 steps of warm-up" in card["optimiser"]
+    assert [line.split()[0] for line in card["data"].split("\n")] == [
+        *("source", "negatives", "preference", "scored", "all"),
+    ]

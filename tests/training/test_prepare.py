@@ -1,0 +1,133 @@
+"""What is said before the first step, and what the order of preparing may not show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from uft.config.schema import Config, Hardware
+from uft.errors import FAILED, UftError
+from uft.runs import create_run
+from uft.training.prepare import Prepared, Stopped, check_start, choose_device, prepare, resume, standing
+from uft.training.signals import Stop
+from uft.training.trainer import Progress
+
+
+class StopAt(Stop):
+    """Asks to stop from the n-th look on."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.looks, self.number = 0, number
+
+    def __call__(self) -> bool:
+        self.looks += 1
+        return self.looks > self.number
+
+
+@pytest.mark.parametrize("mode", ["copy", "cached"])
+def test_the_generator_starts_the_same_whatever_was_done_before(build: Callable[..., Prepared], mode: str) -> None:
+    draws = []
+    for number in range(2):  # the second time everything is found in caches
+        torch.rand(number)
+        build("dpo", f"reference.mode={mode}", run=f"run-{number}")
+        draws.append(torch.rand(3).tolist())
+    build("dpo", "reference.mode=adapter_off", "model.adapter=lora", run="lora")
+    draws.append(torch.rand(3).tolist())
+    assert draws == [draws[0]] * 3
+    build("dpo", "seeds.sampling=1", run="other")
+    assert torch.rand(3).tolist() != draws[0]
+
+
+def test_a_stop_is_seen_between_the_stages(configure: Callable[..., Config], tmp_path: Path) -> None:
+    config = configure("dpo", "reference.mode=cached")
+    run = create_run(tmp_path / "run", "{}\n", [])
+    looks = 0
+    while True:
+        stop = StopAt(looks)
+        try:
+            prepare(run, config, torch.device("cpu"), stop)
+        except Stopped:
+            looks += 1
+            continue
+        break
+    assert looks > 3  # after the data, the model, within the reference, before the end
+    assert standing(run) == (Progress(), 0)
+
+
+# --- step 0
+
+
+@pytest.mark.parametrize("mode", ["copy", "cached"])
+@pytest.mark.parametrize("objective", ["uft", "una", "dft", "dpo"])
+def test_policy_and_reference_are_equal_before_the_first_step(
+    build: Callable[..., Prepared], objective: str, mode: str
+) -> None:
+    prepared = build(objective, f"reference.mode={mode}")
+    before = torch.get_rng_state()
+    state = {name: tensor.clone() for name, tensor in prepared.trainer.objective.state.items()}
+    check_start(prepared.trainer, prepared.reference)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert prepared.trainer.policy.module.training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in prepared.trainer.objective.state.items())
+
+
+def test_a_policy_that_is_not_the_reference_is_noticed(build: Callable[..., Prepared]) -> None:
+    prepared = build("dpo", "reference.mode=copy")
+    with torch.no_grad():
+        next(iter(prepared.trainer.parameters.values())).add_(0.1)
+    with pytest.raises(UftError) as error:
+        check_start(prepared.trainer, prepared.reference)
+    assert error.value.code == FAILED
+    assert error.value.problems[0].what == "step 0"
+
+
+def test_another_model_as_reference_may_differ(build: Callable[..., Prepared], model_folder: Path) -> None:
+    prepared = build("dpo", f"reference.path={model_folder}", "reference.mode=copy")
+    with torch.no_grad():
+        next(iter(prepared.trainer.parameters.values())).add_(0.1)
+    check_start(prepared.trainer, prepared.reference)
+
+
+def test_rows_longer_than_the_models_positions_are_refused(build: Callable[..., Prepared], tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    long.write_text('{"prompt": "w3", "completion": "' + "w4 " * 80 + '"}\n')
+    with pytest.raises(UftError, match="64 positions") as error:
+        build("sft", sources={"mine": long})
+    assert error.value.problems[0].what == "data.sources.mine"
+
+
+def test_a_device_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        assert choose_device(Hardware(device="cuda")).type == "cuda"
+    else:
+        with pytest.raises(UftError, match="there is: cpu"):
+            choose_device(Hardware(device="cuda"))
+    assert choose_device(Hardware(device="cpu")).type == "cpu"
+
+
+# --- standing and resuming
+
+
+def test_a_run_without_checkpoints_begins_at_the_beginning(build: Callable[..., Prepared]) -> None:
+    assert resume(build("sft").trainer) == -1
+
+
+def test_a_run_stands_where_its_newest_checkpoint_does(build: Callable[..., Prepared]) -> None:
+    trainer = build("sft", "train.keep_last=1").trainer
+    for step in (2, 3):
+        trainer.progress.step = step
+        trainer.save_checkpoint()
+    assert standing(trainer.run) == (trainer.progress, 4)
+    again = build("sft").trainer
+    assert resume(again) == 3
+    assert again.progress == trainer.progress
+
+
+def test_without_held_out_rows_and_reference_there_is_nothing_to_compare_with(build: Callable[..., Prepared]) -> None:
+    assert build("sft").yardstick is None
+    assert build("sft", "data.holdout=0.2", run="held").yardstick is not None
+    assert build("dpo", run="pair").yardstick is not None
