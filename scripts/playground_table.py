@@ -28,8 +28,9 @@ Metrics = dict[str, Any]
 
 
 def arm(run: Run) -> str:
-    """`playground_ift-seed1` -> `ift`: what the runs of a row share."""
-    return re.sub(r"-seed\d+(-\d+)*$", "", run.name).removeprefix("playground_")
+    """`playground_ift-seed1` -> `ift`: what the runs of a row share; the sweep's name where only seeds were swept."""
+    shared = re.sub(r"-?seed\d+(-\d+)*$", "", run.name) or run.path.resolve().parent.name
+    return shared.removeprefix("playground_")
 
 
 def complete(metrics: Metrics) -> bool:

@@ -19,6 +19,7 @@ ARMS = {  # arm -> the objective and the mixture that it says it is
     "dpo_sft": ("dpo", {"mix"}),
     "ift": ("ift", {"mix"}),
     "sft": ("sft", {"mix"}),
+    "sft_alone": ("sft", {"instruct"}),
     "sft_sequence": ("sft", {"mix"}),
     "uft": ("uft", {"mix"}),
     "una": ("una", {"mix"}),
@@ -104,6 +105,14 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
         ["sft", "0.25", "0.50", "0.75", "1.00", "3.00", "1"],
     ]
     assert "playground_sft-seed2 (failed)" in done.stderr
+
+
+def test_a_sweep_over_seeds_alone_is_called_by_its_name(tmp_path):
+    for seed in (1, 2):
+        fake_run(tmp_path / "mine" / f"seed{seed}", (0.5, 0.5, 0.5, 0.5, 0.5))
+    (row,) = table(tmp_path / "mine").stdout.splitlines()[2:]
+    assert cells(row)[0] == "mine"
+    assert cells(row)[-1] == "2"
 
 
 def test_a_folder_without_such_runs_is_an_error(tmp_path):

@@ -217,6 +217,13 @@ def test_the_end_card_of_a_good_run():
     ]
 
 
+def test_the_headlines_come_first_where_not_all_metrics_fit(streams):
+    stream, console = streams()
+    final = {f"eval/measure{number}": 1.0 for number in range(12)} | {"eval/exact_match": 0.5, "eval/nll": 2.0}
+    console.end("run", Ending("finished", 1, 1, 1.0, 1, final={"loss": 3.0, **final}))
+    assert "final        loss 3.000, eval/nll 2.000, eval/exact_match 0.500, eval/measure0 1.000" in stream.getvalue()
+
+
 def test_the_end_card_of_a_run_that_failed_at_once():
     stream = io.StringIO()
     error = "RuntimeError: out of memory\nat layer \x1b[5m3"

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from uft.errors import GOOD, Problem, UftError
 from uft.runs import Run, find_runs, summary
+from uft.tracking.cards import HEADLINES
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
-"""Metrics worth a column, in this order, where any run has them."""
 
 WIDE = 160  # where there is no terminal
 COLUMNS = 4  # metrics shown at most

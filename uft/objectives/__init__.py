@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from uft.objectives import kinds
 from uft.objectives.base import Objective
 from uft.objectives.dft import DFT
 from uft.objectives.ift import IFT
@@ -21,8 +20,3 @@ def make(settings: Mapping[str, Any]) -> Objective:
     """The objective that a resolved `objective` node of the config describes, a fresh state with it."""
     plain: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
     return OBJECTIVES[plain["method"]](**plain)
-
-
-def kind_table(objectives: Mapping[str, Objective] | None = None) -> list[list[str]]:
-    """What each objective does with each kind of row, header first; without objectives, every method as it comes."""
-    return kinds.kind_table(objectives or {method: make({"method": method}) for method in OBJECTIVES})

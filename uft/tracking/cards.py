@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 PREFIX = "eval/"
 SHOWN_METRICS = 10  # in the end card
+HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
+"""Metrics of the battery that come first, in this order, where there is no room for all."""
 
 
 class Battery(Protocol):
@@ -119,8 +121,10 @@ def ending_rows(ending: Ending) -> list[tuple[str, str]]:
 
 
 def _headlines(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Those over all sources; the sources' own stand in the last battery's table."""
-    return {name: value for name, value in metrics.items() if "/" not in name.removeprefix(PREFIX)}
+    """Those over all sources, training's own and the headlines first; the sources' own stand in the battery's table."""
+    training = [name for name in metrics if not name.startswith(PREFIX)]
+    order = dict.fromkeys([*training, *(f"{PREFIX}{name}" for name in HEADLINES), *metrics])
+    return {name: metrics[name] for name in order if name in metrics and "/" not in name.removeprefix(PREFIX)}
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 SEPARATOR = " | "
 FIRST_TO_GO = ("mfu", "lr", "grad", "memory", "terms", "speed", "percent")  # when a terminal is too narrow
 JOINERS = "\u200c\u200d"  # Persian, Hindi and emoji need them; they move nothing
-HEADLINE_TERMS = 3  # of the objective, in the step line; metrics.jsonl has them all
+HEADLINE_TERMS = 1  # what is differentiated; metrics.jsonl has all terms
 
 
 def number(value: float | None, decimals: int = 2) -> str:
