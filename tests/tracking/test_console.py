@@ -217,11 +217,11 @@ def test_the_end_card_of_a_good_run():
     ]
 
 
-def test_the_headlines_come_first_where_not_all_metrics_fit(streams):
-    stream, console = streams()
+def test_the_headlines_come_first_where_not_all_metrics_fit():
+    stream = io.StringIO()
     final = {f"eval/measure{number}": 1.0 for number in range(12)} | {"eval/exact_match": 0.5, "eval/nll": 2.0}
-    console.end("run", Ending("finished", 1, 1, 1.0, 1, final={"loss": 3.0, **final}))
-    assert "final        loss 3.000, eval/nll 2.000, eval/exact_match 0.500, eval/measure0 1.000" in stream.getvalue()
+    Console(stream).end("run", Ending("finished", 1, 1, 1.0, 1, final={"loss": 3.0, **final}))
+    assert "loss 3.000, eval/nll 2.000, eval/exact_match 0.500, eval/measure0 1.000" in stream.getvalue()
 
 
 def test_the_end_card_of_a_run_that_failed_at_once():

@@ -86,7 +86,8 @@ def _horizon(prepared: Prepared) -> Card:
 def _machine(prepared: Prepared) -> Card:
     trainer = prepared.trainer
     device = trainer.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads != 1)}"
     parts = memory_record(prepared)
     needed = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
     total, free = count(sum(parts.values())), count(free_memory(device))
