@@ -192,7 +192,7 @@ def test_a_signal_stops_a_sweep_with_the_job(worker, capfd):
     parent, run = start(worker, "train", "-m", *BASE, "generate.system=wait", "seed=1,2", "sweep.name=S")
     parent.send_signal(signal.SIGTERM)
     assert parent.wait(20) == 75
-    assert [r.name for r in find_runs(run.path.parent)] == ["seed1"]
+    assert [r.name for r in find_runs(run.path.parent)] == ["sft-seed1"]
     assert "the sweep was stopped" in capfd.readouterr().err
 
 

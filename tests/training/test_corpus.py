@@ -15,7 +15,7 @@ from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.training.corpus import Corpus, Plan, make_feed, plan, read_corpus
 
-EPOCHS = ("train.steps=null", "train.batch_size=7")
+EPOCHS = ("train.steps=null", "train.batch_size=7", "train.epochs=1")
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ class Notes:
     lines: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
     told: list[int] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.lines.append((step, dict(metrics)))
@@ -40,6 +41,9 @@ class Notes:
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.shown.append(step)
+
+    def message(self, text: str) -> None:
+        self.said.append(text)
 
     def battery(self, step: int, battery: Battery) -> None:
         self.shown.append(step)
@@ -216,6 +220,7 @@ def test_no_best_where_the_metric_is_not_measured() -> None:
     hook.start(trainer)  # type: ignore[arg-type]
     trainer.run(hook)
     assert trainer.progress.best_step is None
+    assert notes.said == ["eval.best=eval/exact_match is not measured here: no best checkpoint is kept"]
 
 
 def test_a_battery_without_figures_writes_no_line() -> None:

@@ -31,7 +31,7 @@ def test_check_prepares_takes_the_largest_step_and_writes_nothing(
     assert jobs.check(config) == GOOD
     said = capsys.readouterr().out
     assert "largest step" in said
-    assert "Nothing was written" in said
+    assert "No run was made" in said
     assert {path.name for path in tmp_path.iterdir()} <= {"cache"}
 
 

@@ -28,6 +28,10 @@ OURS = ("++run.dir=", "++sweep.name=")
 """How a sweep tells its jobs, in whatever process they run, where they belong."""
 
 
+METHODS = ("objective", "experiment")
+"""What tells apart the jobs of several commands that write into one named sweep."""
+
+
 class JobFailed(Exception):
     """A job of a sweep did not finish. Carries plain values: launchers send it between processes."""
 
@@ -91,7 +95,9 @@ class Sweep:
         first = examined[0].tree
         fixed = [line for line in jobs[0] if line.partition("=")[0] not in axes]
         folder = sweep_dir(first.sweep.name or sweep_name(axes, fixed))
-        names = unique_names(jobs, axes, first.run.name)
+        # commands that share a folder by its name must not share the names of their jobs
+        named = [*(METHODS if first.sweep.name else ()), *axes]
+        names = unique_names(jobs, list(dict.fromkeys(named)), first.run.name)
         return cls(tuple(Job(tuple(job), folder / name) for job, name in zip(jobs, names, strict=True)))
 
     def run(self, launcher: Launcher, batch_size: int) -> list[Sequence[JobReturn]]:

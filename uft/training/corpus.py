@@ -48,12 +48,14 @@ def read_corpus(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     loaded = load_sources(config.data)
     renderer = Renderer(tokenizer, config.data.template)
     max_length, too_long, folder = config.train.max_length, config.data.too_long, cache_dir(config)
-    train = tokenize_all({s.name: s.rows for s in loaded}, renderer, max_length, too_long, folder)
+    # a source with a share of zero is measured, never drawn: its training rows need not even fit
+    drawn = {s.name: s.rows if config.data.sources[s.name].share != 0 else () for s in loaded}
+    train = tokenize_all(drawn, renderer, max_length, too_long, folder)
     # held-out rows are measured, not trained on: cutting one that is too long loses nothing that should be learned
     held_policy = "truncate" if too_long == "error" else too_long
     held_rows = {s.name: s.held_out for s in loaded if s.held_out}
     held_out = [s for s in tokenize_all(held_rows, renderer, max_length, held_policy, folder) if s.rows]
-    empty = [s.source for s in train if not s.rows]
+    empty = [s.source for s in train if not s.rows and drawn[s.source] != ()]
     if empty:
         raise UftError(*(Problem(f"data.sources.{name}", "no row is left to train on") for name in empty))
     portions = [portion(s.source, s.rows, config.data.sources[s.source].share) for s in train]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -52,8 +53,6 @@ class Feed:
         item = make_item(row, source.encoded[draw.index], example, draw.visit, self._view)
         if item is None or self.reference is None:
             return item
-        from dataclasses import replace
-
         return replace(item, reference=tuple(self.reference(encoded) for encoded in item.encoded))
 
     def _view(self, row: Row, visit: int) -> Parts | None:

@@ -26,10 +26,12 @@ class Display(Protocol):
 
     def battery(self, step: int, battery: Battery) -> None: ...
 
+    def message(self, text: str) -> None: ...
+
 
 @dataclass
 class Lines:
-    """One metric line at the first step, every `every` steps and at the last; the only place that syncs the device."""
+    """One metric line at the first step, every `every` steps and at the last; meters stay on the device till then."""
 
     tracker: Tracker
     display: Display
@@ -91,6 +93,7 @@ class Batteries:
     before: bool
     best: str
     best_mode: str
+    told: bool = False  # that `best` names nothing
 
     def start(self, trainer: Trainer) -> None:
         """Before the first step, and on a resume whose battery was cut short."""
@@ -126,6 +129,9 @@ class Batteries:
 
     def _note_best(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
         value, progress = metrics.get(self.best), trainer.progress
+        if metrics and value is None and not self.told:
+            self.told = True
+            self.display.message(f"eval.best={self.best} is not measured here: no best checkpoint is kept")
         if value is None or not math.isfinite(value) or progress.step == 0:
             return
         sign = 1 if self.best_mode == "max" else -1

@@ -63,7 +63,7 @@ def check(config: Config) -> int:
         seconds, tokens = _worst_step(prepared)
     console.print(
         f"\nlargest step: {tokens:,} tokens in {seconds:.1f} s; peak memory {peak_memory(device) / GIGABYTE:.2f} GB\n"
-        "All is well: the same request will train.  Nothing was written.",
+        "All is well: the same request will train.  No run was made.",
         highlight=False,
     )
     return GOOD
@@ -80,7 +80,7 @@ def _worst_step(prepared: Prepared) -> tuple[float, int]:
     batches = [b.to(trainer.device) for b in micro_batches(longest, cfg.micro_batch_tokens, trainer.pad_id)]
     started = time.perf_counter()
     forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, trainer.clock(0))
-    trainer.optimiser.zero_grad(set_to_none=True)
+    trainer.optimiser.step()  # its moments are memory too; this trainer is thrown away
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     return time.perf_counter() - started, sum(int(batch.attention_mask.sum()) for batch in batches)
@@ -131,7 +131,7 @@ def generate(config: Config) -> int:
     """Sample completions of the training prompts and write them as rows."""
     console = _console()
     device = choose_device(config.hardware)
-    sources = load_sources(config.data)
+    sources = [source for source in load_sources(config.data) if config.data.sources[source.name].share != 0]
     tokenizer = load_tokenizer(config.model)
     renderer = Renderer(tokenizer, config.data.template)
     policy = load_policy(config.model, device, config.seeds.init)
@@ -157,7 +157,8 @@ def generate(config: Config) -> int:
         f"{summary.rows} rows with {summary.negatives} completions in {summary.path}"
         f" ({summary.empty} empty ones left out, {summary.repeats} equal to the row's own,"
         f" {summary.without_good} rows without a good completion left out)\n"
-        f"train on them:  uft train objective=dft data=files +data.sources.negatives.path={summary.path}",
+        f"train on them:  uft train objective=dft data=files +data.sources.negatives.path={summary.path}"
+        f" model={config.model.name}",
         highlight=False,
         soft_wrap=True,
     )

@@ -77,7 +77,7 @@ def choose_device(hardware: Hardware) -> torch.device:
 
 
 def prepare(run: Run, config: Config, device: torch.device, stop: Stop, say: Say = _silent) -> Prepared:
-    """Data, model, objective, reference and optimiser of a run before its first step, then its newest checkpoint."""
+    """Data, model, objective, reference and optimiser of a run, as they are before its first step."""
     objective = make(config.objective)
     tokenizer = load_tokenizer(config.model)
     corpus = read_corpus(config, tokenizer)

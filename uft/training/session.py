@@ -88,7 +88,7 @@ class _Sitting:
         resumed = resume(prepared.trainer)
         if resumed < 0:
             write_json(self.run.path / "check.json", checks)
-        if resumed >= 0:
+        else:
             refuse_other_data(self.run, prepared.corpus)
         self._open(prepared, resumed)
         return prepared
@@ -221,12 +221,16 @@ def final_metrics(run: Run) -> dict[str, float]:
     return found
 
 
+OWN = ("objective", "experiment", "run.", "++run.", "++sweep.")
+"""What was typed for this run alone: its objective (an experiment sets one too) and its folder."""
+
+
 def next_commands(run: Run, config: Config, status: str) -> list[str]:
     """What one would type next."""
     if status != "finished":
         return [f"uft resume {shown(run.path)}"]
     other = "sft" if config.objective["name"] != "sft" else "ift"
-    kept = [word for word in run.overrides() if not word.startswith(("objective", "run.", "++run.", "++sweep."))]
+    kept = [word for word in run.overrides() if not word.startswith(OWN)]
     again = shlex.join(["uft", "train", f"objective={other}", *kept])
     return [
         f"{again}      the same rows under another objective",
