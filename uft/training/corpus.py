@@ -100,19 +100,20 @@ def make_feed(config: Config, corpus: Corpus, objective: Objective, *, refuse: b
 
 def _refuse_unusable(feed: Feed, objective: Objective) -> None:
     """Tell which rows, with the objective's own line of the table of what it does with each kind."""
-    header, line = kind_table({objective.name: objective})
     problems = [
         Problem(
             f"data.sources.{source}",
             f"objective={objective.name} cannot use {len(rows)} {kind.value} row{'s' * (len(rows) != 1)}",
             where=rows[0],
-            advice=tuple(f"{name}: {use}" for name, use in zip(header[1:], line[1:], strict=True)),
         )
         for source, kinds in feed.unusable().items()
         for kind, rows in kinds.items()
     ]
-    if problems:
-        footer = "Leave these rows out:  data.unusable=drop     See the table:  uft data"
-        if objective.needs.columns:
-            footer = f"It needs {', '.join(sorted(objective.needs.columns))}; uft generate writes them.\n{footer}"
-        raise UftError(*problems, footer=footer)
+    if not problems:
+        return
+    kinds, uses = kind_table({objective.name: objective})
+    footer = [f"What {uses[0]} takes of each kind of row:"]
+    footer += [f"  {kind:<14} {use}" for kind, use in zip(kinds[1:], uses[1:], strict=True)]
+    if objective.needs.columns:
+        footer.append(f"It needs {', '.join(sorted(objective.needs.columns))}; uft generate writes them.")
+    raise UftError(*problems, footer="\n".join([*footer, "", "Leave these rows out:  data.unusable=drop"]))
