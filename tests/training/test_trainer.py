@@ -168,7 +168,7 @@ CLOCK_AT_FIVE = -0.4867807626724243
 
 
 def test_counters_and_a_short_last_batch(build: Callable[..., Prepared]) -> None:
-    trainer = build("sft", "train.steps=null", "train.batch_size=25").trainer
+    trainer = build("sft", "train.steps=null", "train.epochs=1", "train.batch_size=25").trainer
     trainer.fit()
     progress = trainer.progress
     assert (progress.step, progress.rows) == (3, 60)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from uft.errors import Problem, UftError
 
@@ -221,7 +224,20 @@ def _saved(path: Path, place: Place) -> Table:
     return _dataset(loaded, str(path))
 
 
+def _look_for_the_hub() -> None:
+    """One look before the hub's client starts its half minute of retries; where nothing answers, its cache alone."""
+    if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy")):
+        return
+    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=3).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the worker inherits it
+
+
 def _hub(name: str, place: Place) -> Table:
+    if not Path(name).is_dir():
+        _look_for_the_hub()
     import datasets
 
     quiet = datasets.utils.logging.is_progress_bar_enabled()
