@@ -7,7 +7,9 @@ targets in sequence order. Objectives see only the second level, so no objective
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+
+from typing import Any
 
 import torch
 
@@ -40,6 +42,8 @@ class Batch:
     example: Tensor  # (R,) int64: the row's number in the whole mixture; the owner of per-example state
     kind: Tensor  # (R,) int64: position of the row's Kind in `tuple(Kind)`
     columns: dict[str, Tensor]  # named extras per target (N,): "reference" log-probs
+    annotations: dict[str, Tensor] = field(default_factory=dict)
+    """Named extras per sequence (S,) float32, NaN where one has none: "score", and the names of rows.ANNOTATIONS."""
 
     @property
     def lengths(self) -> Tensor:
@@ -56,7 +60,9 @@ class Batch:
         return self.sum(values) / self.lengths.clamp(min=1)
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "columns"
-        }
-        return replace(self, **moved, columns={k: v.to(device, non_blocking=True) for k, v in self.columns.items()})
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(tensor) for name, tensor in value.items()}
+            return value.to(device, non_blocking=True)
+
+        return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})

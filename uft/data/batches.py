@@ -5,6 +5,7 @@ The layout today is padding on the right; objectives see only the flat targets o
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ def collate(items: Sequence[Item], pad_id: int) -> Batch:
         example=_integers(item.example for item in items),
         kind=_integers(_KINDS[item.row.kind] for item in items),
         columns=_columns(items, lines, sequence),
+        annotations=_annotations(lines),
     )
 
 
@@ -150,6 +152,14 @@ def _columns(items: Sequence[Item], lines: Sequence[_Line], sequence: np.ndarray
     if any(log_prob is not None for log_prob in sampled):
         columns["sampling_log_probs"] = torch.from_numpy(_at_first_target(sampled, sequence))
     return columns
+
+
+def _annotations(lines: Sequence[_Line]) -> dict[str, torch.Tensor]:
+    """Per sequence: scores and whatever else was written beside completions; NaN where one has none."""
+    completions = [line.item.row.completions[line.part.completion] for line in lines]
+    known = [{**({} if c.score is None else {"score": c.score}), **c.annotations} for c in completions]
+    names = dict.fromkeys(name for numbers in known for name in numbers)
+    return {name: torch.tensor([n.get(name, math.nan) for n in known], dtype=torch.float32) for name in names}
 
 
 def _at_first_target(totals: Sequence[float | None], sequence: np.ndarray) -> np.ndarray:

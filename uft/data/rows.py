@@ -5,8 +5,14 @@ One frozen record serves every kind of feedback; its kind is derived from what t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+
+BASELINE, SOFT_LABEL = "baseline_logp", "soft_label"
+ANNOTATIONS = (BASELINE, SOFT_LABEL)
+"""Numbers that an annotation wrote beside a completion: its mean log-prob under other models; how likely it is the
+better one of its pair."""
 
 
 class Kind(Enum):
@@ -40,6 +46,7 @@ class Completion:
     score: float | None = None  # in [0, 1]
     sampled_by: str | None = None  # the model that sampled it: a negative
     log_prob: float | None = None  # of a sampled one with its end token, under the prompt it was sampled with
+    annotations: Mapping[str, float] = field(default_factory=dict)  # by a name of ANNOTATIONS
 
     @property
     def text(self) -> str:

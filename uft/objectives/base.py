@@ -78,6 +78,7 @@ class Needs:
     reference: bool = False
     guesses: bool = False  # a second forward on mixed embeddings (IFT)
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
+    annotations: frozenset[str] = frozenset()  # of Completion.annotations, written beforehand
 
 
 def key(default: Any, help: str, **rules: Any) -> Any:
