@@ -12,6 +12,7 @@ from uft.errors import UftError
 from uft.model.adapters import add_lora
 from uft.model.forward import Policy
 from uft.model.reference import Frozen
+from uft.objectives.base import Ask
 
 ALL = ["llama", "llama_tied", "mistral", "qwen2", "phi3", "gemma2", "gemma3", "cohere", "granite", "gpt2"]
 Build = Callable[..., Any]
@@ -80,7 +81,7 @@ def test_a_head_that_disagrees_is_replaced_by_the_models_own_and_reported(
     assert policy.check_head() > 0.1
     assert "the model's own" in policy.describe()[-1]
     torch.testing.assert_close(policy(batch).log_probs, plain_log_probs(model, batch), atol=1e-5, rtol=0)
-    assert policy(batch, guess=True).guesses.shape == batch.target_ids.shape
+    assert policy(batch, Ask(guess=True)).guesses.shape == batch.target_ids.shape
 
 
 def test_an_adapter_on_the_head_takes_the_models_own_path(build: Build, batch: Batch):
@@ -95,7 +96,7 @@ def test_guesses_are_the_most_likely_tokens_in_the_targets_places(build: Build, 
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     expected = logits.flatten(0, 1)[batch.predictor].argmax(-1)
     policy = Policy(model)
-    assert torch.equal(policy(batch, guess=True).guesses, expected)
+    assert torch.equal(policy(batch, Ask(guess=True)).guesses, expected)
     assert policy(batch).guesses is None
 
 
@@ -112,7 +113,7 @@ def test_embeddings_are_mixed_in_the_targets_places_alone(build: Build, batch: B
     policy = Policy(build(name))
     inputs = Inputs(policy)
     replace = (batch.target_ids + 5) % 61
-    policy(batch, replace=replace, mix=0.3)
+    policy(batch, Ask(replace=replace, mix=0.3))
     found = inputs.seen[0]["inputs_embeds"].flatten(0, 1)
     embed = policy.base.get_input_embeddings()
     original = embed(batch.input_ids).flatten(0, 1)
@@ -128,15 +129,15 @@ def test_the_mixture_changes_what_follows_and_full_mixing_is_the_other_token(bui
     replace = (batch.target_ids + 5) % 61
     ids = batch.input_ids.flatten().index_copy(0, batch.place, replace).view_as(batch.input_ids)
     expected = Policy(policy.module)(Batch(**{**vars(batch), "input_ids": ids})).log_probs
-    torch.testing.assert_close(policy(batch, replace=replace, mix=1.0).log_probs, expected, atol=1e-5, rtol=0)
-    assert not torch.allclose(policy(batch, replace=replace, mix=0.5).log_probs, policy(batch).log_probs)
+    torch.testing.assert_close(policy(batch, Ask(replace=replace, mix=1.0)).log_probs, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(policy(batch, Ask(replace=replace, mix=0.5)).log_probs, policy(batch).log_probs)
 
 
 def test_without_mixing_the_values_are_the_plain_ones(build: Build, batch: Batch):
     policy = Policy(build("gemma3"))
     plain = policy(batch).log_probs
-    assert torch.equal(policy(batch, replace=batch.target_ids, mix=0.0).log_probs, plain)
-    assert torch.equal(policy(batch, embed_grad=False).log_probs, plain)
+    assert torch.equal(policy(batch, Ask(replace=batch.target_ids, mix=0.0)).log_probs, plain)
+    assert torch.equal(policy(batch, Ask(embed_grad=False)).log_probs, plain)
 
 
 @pytest.mark.parametrize(("name", "reached"), [("llama", False), ("llama_tied", True)])
@@ -145,7 +146,7 @@ def test_embed_grad_false_reaches_the_table_only_through_a_tied_head(
     build: Build, batch: Batch, name: str, reached: bool, mix: float
 ):
     policy = Policy(build(name))
-    policy(batch, replace=batch.target_ids, mix=mix, embed_grad=False).log_probs.sum().backward()
+    policy(batch, Ask(replace=batch.target_ids, mix=mix, embed_grad=False)).log_probs.sum().backward()
     table = policy.base.get_input_embeddings().weight.grad
     assert (table is not None) == reached
     layer = policy.base.get_decoder().layers[0].mlp.up_proj.weight.grad
@@ -155,7 +156,7 @@ def test_embed_grad_false_reaches_the_table_only_through_a_tied_head(
 def test_embed_grad_true_trains_both_embeddings_of_a_mixture(build: Build, batch: Batch):
     policy = Policy(build("llama"))
     replace = torch.full_like(batch.target_ids, 60)
-    policy(batch, replace=replace, mix=0.5).log_probs.sum().backward()
+    policy(batch, Ask(replace=replace, mix=0.5)).log_probs.sum().backward()
     table = policy.base.get_input_embeddings().weight.grad
     assert table[60].abs().sum() > 0
     assert table[batch.input_ids[0, 0]].abs().sum() > 0

@@ -12,7 +12,7 @@ import torch
 from uft.data.batch import Batch
 from uft.data.rows import Completion, Kind, Message, Row
 from uft.data.views import Role
-from uft.objectives.base import Clock, Scores
+from uft.objectives.base import PLAIN, Clock, Scores
 
 KINDS = list(Kind)
 
@@ -84,10 +84,10 @@ class Told:
         self.guesses = guesses
         self.calls = []
 
-    def __call__(self, batch, *, guess=False, replace=None, mix=0.0, embed_grad=True):
-        self.calls.append({"guess": guess, "mix": mix, "embed_grad": embed_grad, "grad": torch.is_grad_enabled()})
+    def __call__(self, batch, ask=PLAIN):
+        self.calls.append({"guess": ask.guess, "mix": ask.mix, "embed_grad": ask.embed_grad, "grad": torch.is_grad_enabled()})
         guesses = batch.target_ids if self.guesses is None else self.guesses
-        return Scores(self.log_probs, guesses if guess else None)
+        return Scores(self.log_probs, guesses if ask.guess else None)
 
 
 class Toy:
@@ -107,18 +107,18 @@ class Toy:
     def parameters(self):
         return [self.embedding, self.head]
 
-    def __call__(self, batch, *, guess=False, replace=None, mix=0.0, embed_grad=True):
-        table = self.embedding if embed_grad else self.embedding.detach()
+    def __call__(self, batch, ask=PLAIN):
+        table = self.embedding if ask.embed_grad else self.embedding.detach()
         inputs = table[batch.input_ids]
-        if replace is not None:
-            mixed = (1 - mix) * table[batch.target_ids] + mix * table[replace]
+        if ask.replace is not None:
+            mixed = (1 - ask.mix) * table[batch.target_ids] + ask.mix * table[ask.replace]
             inputs = inputs.flatten(0, 1).index_copy(0, batch.place, mixed).view_as(inputs)
         segment = (batch.position_ids == 0).cumsum(1)
         seen = (segment[:, :, None] == segment[:, None, :]).tril().to(inputs.dtype)
         hidden = (seen @ inputs / seen.sum(-1, keepdim=True)).flatten(0, 1)[batch.predictor]
         logits = hidden @ self.head.T
         log_probs = torch.log_softmax(logits, -1).gather(1, batch.target_ids[:, None])[:, 0]
-        return Scores(log_probs, logits.argmax(-1) if guess else None)
+        return Scores(log_probs, logits.argmax(-1) if ask.guess else None)
 
 
 class Logits:
@@ -127,7 +127,7 @@ class Logits:
     def __init__(self, logits):
         self.logits = torch.as_tensor(logits, dtype=torch.float64)
 
-    def __call__(self, batch, *, guess=False, replace=None, mix=0.0, embed_grad=True):
+    def __call__(self, batch, ask=PLAIN):
         chosen = self.logits.flatten(0, 1)[batch.predictor]
         return Scores(torch.log_softmax(chosen, -1).gather(1, batch.target_ids[:, None])[:, 0])
 

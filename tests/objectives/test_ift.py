@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uft.objectives import make
-from uft.objectives.base import Clock
+from uft.objectives.base import Ask, Clock
 from uft.objectives.ift import discounted, following
 
 LOSSES = [0.7, 0.2, 1.1, 0.4]
@@ -123,10 +123,10 @@ def pipeline(kit):
 
 def test_ift_3_passes_loss_and_gradient(kit, pipeline):
     batch, toy = pipeline
-    plain = toy(batch, guess=True)
+    plain = toy(batch, Ask(guess=True))
     assert plain.guesses.tolist() == [1, 2, 1]  # for places 2, 3, 4
     assert (-plain.log_probs).tolist() == pytest.approx([1.682486, 2.232070, 1.619478], abs=1e-6)
-    mixed = toy(batch, replace=plain.guesses, mix=0.2)
+    mixed = toy(batch, Ask(replace=plain.guesses, mix=0.2))
     assert (-mixed.log_probs).tolist() == pytest.approx([1.682486, 2.237985, 1.603196], abs=1e-6)
     outcome = kit.step(ift(), [batch], toy, toy.parameters)
     assert outcome.loss == pytest.approx(1.867249, abs=1e-6)
@@ -231,8 +231,8 @@ def test_losses_that_are_all_zero_weigh_one(kit):
 def test_first_token_is_undisturbed(kit):
     toy = kit.Toy.random(3)
     batch = kit.batch_of([kit.Seq([0, 3, 1, 5, 2], [False, False, True, True, True])])
-    plain = toy(batch, guess=True)
-    mixed = toy(batch, replace=plain.guesses, mix=0.7)
+    plain = toy(batch, Ask(guess=True))
+    mixed = toy(batch, Ask(replace=plain.guesses, mix=0.7))
     assert plain.log_probs[0] == mixed.log_probs[0]
     assert plain.log_probs[2] != mixed.log_probs[2]
 

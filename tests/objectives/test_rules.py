@@ -13,8 +13,8 @@ from uft.objectives import make
 from uft.objectives.base import Clock
 
 EVERY = {
-    "sft": {"method": "sft"},
-    "sft per sequence": {"method": "sft", "reduction": "sequence"},
+    "sft": {"method": "nll"},
+    "sft per sequence": {"method": "nll", "reduction": "sequence"},
     "ift": {"method": "ift"},
     "ift per token": {"method": "ift", "reduction": "token"},
     "ift eq21": {"method": "ift", "propagation": "eq21"},
@@ -245,7 +245,7 @@ def assert_same_loss(one, another):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-SFT = {"method": "sft", "reduction": "sequence"}
+SFT = {"method": "nll", "reduction": "sequence"}
 
 
 def test_ift_without_lam_and_gamma_is_sft(kit, policy, reference):
@@ -266,8 +266,8 @@ def test_dft_without_negatives_is_sft(kit, policy, reference):
     batch = kit.batch_for(summed, rows)
     dft = kit.step(summed, [batch], policy, policy.parameters, reference)
     sequences = float(summed.counts(batch)["surrogate"])
-    sft = kit.step(fresh({"method": "sft"}), [batch], policy, policy.parameters)
-    tokens = float(make({"method": "sft"}).counts(batch)["sft"])
+    sft = kit.step(fresh({"method": "nll"}), [batch], policy, policy.parameters)
+    tokens = float(make({"method": "nll"}).counts(batch)["sft"])
     assert dft.loss == pytest.approx(sft.loss * tokens / sequences)
     for a, b in zip(dft.gradients, sft.gradients, strict=True):
         torch.testing.assert_close(a, b * tokens / sequences)
@@ -282,7 +282,7 @@ def test_uft_on_preferences_alone_is_dpo(kit, policy, reference):
 @pytest.mark.parametrize("index", [0, 7])
 def test_uft_on_instructions_is_parallel_to_sft_row_by_row(kit, policy, reference, index):
     beta, row = 0.3, kit.one_of_each()[index]
-    uft, sft = both(kit, policy, reference, {"method": "uft", "beta": beta}, {"method": "sft"}, [row])
+    uft, sft = both(kit, policy, reference, {"method": "uft", "beta": beta}, {"method": "nll"}, [row])
     objective = fresh({"method": "uft", "beta": beta})
     batch = kit.batch_for(objective, [row])
     s = 1 / (1 + math.exp(-float(objective(batch, policy, reference, Clock())["implicit_reward"].total)))

@@ -35,7 +35,7 @@ def test_shared_1_log_probs_sums_and_means(shared):
 )
 def test_reduction(shared, reduction, total, count):
     batch, policy = shared
-    loss = make({"method": "sft", "reduction": reduction})(batch, policy, None, Clock())
+    loss = make({"method": "nll", "reduction": reduction})(batch, policy, None, Clock())
     assert float(loss["sft"].total.detach()) == pytest.approx(total, abs=2e-6)
     assert float(loss["sft"].count) == count
     assert float(loss["nll"].total) == pytest.approx(6.612629, abs=2e-6)
@@ -45,7 +45,7 @@ def test_reduction(shared, reduction, total, count):
 
 def test_toy_pair_of_the_baselines(kit):
     batch = kit.batch_of([kit.of_length(3)])
-    loss = make({"method": "sft"})(batch, kit.Told([-0.2, -0.5, -0.1]), None, Clock())
+    loss = make({"method": "nll"})(batch, kit.Told([-0.2, -0.5, -0.1]), None, Clock())
     assert float(loss["sft"].total.detach() / loss["sft"].count) == pytest.approx(0.266667, abs=1e-6)
 
 
@@ -53,7 +53,7 @@ def test_toy_pair_of_the_baselines(kit):
 def test_a_sequence_without_targets_is_an_exact_zero_and_not_counted(kit, reduction):
     batch = kit.batch_of([kit.of_length(0, row=0), kit.of_length(2, row=1)])
     policy = kit.Told([-1.0, -3.0])
-    loss = make({"method": "sft", "reduction": reduction})(batch, policy, None, Clock())
+    loss = make({"method": "nll", "reduction": reduction})(batch, policy, None, Clock())
     assert float(loss["sft"].total.detach() / loss["sft"].count) == 2.0
     loss["sft"].total.backward()
     assert torch.isfinite(policy.log_probs.grad).all()

@@ -11,7 +11,7 @@ from uft.data.views import Role
 from uft.objectives import OBJECTIVES, make
 from uft.objectives.kinds import kind_table
 
-WEIGHTED_NLL = [{"method": "sft"}, {"method": "ift"}]
+WEIGHTED_NLL = [{"method": "nll"}, {"method": "ift"}]
 
 
 @pytest.fixture

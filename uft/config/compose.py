@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from uft.config.examine import Examined, require
 from uft.config.loader import Request, make_loader
-from uft.config.register import objective_schemas
+from uft.config.register import objective_schema
 from uft.config.schema import Config
 from uft.config.translate import BROKEN, translate
 from uft.errors import UftError
@@ -38,7 +38,16 @@ def settle(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
     assert isinstance(content, dict)
     content.pop("hydra", None)
     base = OmegaConf.structured(Config)
-    base.objective = OmegaConf.structured(objective_schemas()[content["objective"]["method"]])
+    base.objective = objective_node(content["objective"])
     settled = OmegaConf.merge(base, OmegaConf.create(content))
     assert isinstance(settled, DictConfig)
     return settled
+
+
+def objective_node(content: Mapping[str, Any]) -> DictConfig:
+    """The schema of an objective that has these keys, and of the objectives that it holds."""
+    node = OmegaConf.structured(objective_schema(content["method"], content))
+    for key, value in content.items():
+        if isinstance(value, Mapping) and "method" in value:
+            node[key] = objective_node(value)
+    return node

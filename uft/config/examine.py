@@ -80,13 +80,18 @@ def quoted(word: str) -> str:
 
 
 def fill(tree: Tree, settings: list[Setting]) -> list[Problem]:
-    """Put what the files say into the tree: the objective's method first, since it decides about the other keys."""
+    """Put what the files say into the tree: an objective's method first, since it decides about its other keys.
+
+    An objective may hold others (`per_kind`): they come after it, as the files of a defaults list do not."""
     found: list[Problem | None] = []
-    methods = [setting for setting in settings if setting.path == (OBJECTIVE, "method")]
-    if methods:
-        bad = tree.use_objective(methods[-1])
+    methods = {s.path: s for s in settings if s.path[0] == OBJECTIVE and s.path[-1] == "method"}
+    for method in sorted(methods.values(), key=lambda setting: len(setting.path)):
+        place = method.path[:-1]
+        inside = [s for s in settings if s.path[: len(place)] == place]
+        own = [s.path[len(place)] for s in inside if s.file == method.file or s.path[len(place) + 1 :] == ("method",)]
+        bad = tree.use_objective(method, own)
         found.append(bad)
-        settings = [s for s in settings if not (bad and s.path[0] == OBJECTIVE)]
+        settings = [s for s in settings if not (bad and s in inside)]
     found += [tree.put(setting) for setting in settings]
     return [problem for problem in found if problem is not None]
 

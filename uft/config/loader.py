@@ -46,6 +46,11 @@ class Setting:
     def key(self) -> str:
         return ".".join(self.path)
 
+    @property
+    def file(self) -> str:
+        """Where, without the line."""
+        return self.where.rpartition(":")[0] or self.where
+
 
 def make_loader(request: Request) -> ConfigLoaderImpl:
     """The loader that `hydra.main` would make for this request, search path plugins included."""

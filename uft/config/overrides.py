@@ -97,6 +97,7 @@ def missing_options(override: Override, repository: IConfigRepository) -> Iterat
             continue
         explained = ambiguous(str(option)) if group == "objective" else ()
         near = None if explained else nearest(str(option), options)
-        meant = f"{group}={near}" if near else None
+        where = f"{group}@{override.package}" if override.package else group
+        meant = f"{where}={near}" if near else None
         advice = tuple(line for line in (*explained, hint(meant, "choices", options)) if line)
         yield Problem(str(override.input_line), f"no such file in conf/{group}", COMMAND_LINE, advice), meant

@@ -1,11 +1,11 @@
-"""The schema as Hydra's ConfigStore nodes: `schema/config` for the root, `schema/objective/METHOD` for each method."""
+"""The schema: of the root as Hydra's ConfigStore node `schema/config`, and of each objective as its file has it."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -34,6 +34,22 @@ def objective_schemas() -> dict[str, type]:
     Not the objective's class itself: that one is frozen, and OmegaConf makes frozen nodes read-only.
     """
     return {method: plain_dataclass(cls) for method, cls in objectives()[0].items()}
+
+
+def objective_schema(method: str, keys: Iterable[str]) -> type:
+    """The schema of an objective whose file names `keys`: they are the keys it has.
+
+    A method knows more of them than one preset of it has a use for: `objective=dpo` says nothing of `lam`.
+    """
+    return narrowed(method, tuple(dict.fromkeys(keys)))
+
+
+@cache
+def narrowed(method: str, keys: tuple[str, ...]) -> type:
+    whole = objective_schemas()[method]
+    known = {f.name: f for f in dataclasses.fields(whole)}
+    shown = [known[key] for key in keys if key in known]
+    return dataclasses.make_dataclass(whole.__name__, [(f.name, f.type, field_like(f)) for f in shown])
 
 
 def objective_problems(settings: Settings) -> Complaints:
@@ -81,5 +97,3 @@ def register() -> None:
 
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=root_schema(), provider="uft")
-    for method, schema in objective_schemas().items():
-        store.store(group="schema/objective", name=method, node=schema, provider="uft")

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import II, MISSING
 
 KINDS = ("demonstration", "preference", "binary", "scored", "negatives")
+COLUMNS = ("baseline_logp", "soft_label")
 
 
 def _key(default: Any = MISSING, help: str = "", **rules: Any) -> Any:
@@ -100,6 +101,7 @@ class ReferenceModel:
 class Optim:
     name: str = _key("adamw", "optimiser", choices=("adamw", "rmsprop", "sgd"))
     lr: float = _key(II("model.lr"), "peak learning rate", ge=0)
+    lr_scale: float = _key(1.0, "multiplies the whole schedule: the first remedy of arXiv 2507.00018 is 0.25", gt=0)
     betas: list[float] = _key([0.9, 0.999], "AdamW: decay of the two moments")
     eps: float = _key(1e-8, "added to the denominator", gt=0)
     weight_decay: float = _key(0.0, "decoupled (AdamW) or L2 (others)", ge=0)
@@ -149,6 +151,15 @@ class Generate:
 
 
 @dataclass
+class Annotate:
+    column: str | None = _key(None, "what to write beside every completion", choices=(None, *COLUMNS))
+    models: list[str] = _key([], "baseline_logp: paths of the models that are asked, each by its own tokenizer")
+    out: str | None = _key(None, "FILE.jsonl of the only source, or a folder with a file per source; null: annotated")
+    temperature: float = _key(1.0, "soft_label: sigmoid((better score - worse score) / temperature)", gt=0)
+    batch_tokens: int = _key(8192, "tokens per forward pass, padding counted", ge=1)
+
+
+@dataclass
 class Hardware:
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = _key(None, "CPU threads; null: one per core, one alone for a small model", ge=1)
@@ -193,6 +204,7 @@ class Config:
     train: Train = field(default_factory=Train)
     eval: Eval = field(default_factory=Eval)
     generate: Generate = field(default_factory=Generate)
+    annotate: Annotate = field(default_factory=Annotate)
     hardware: Hardware = field(default_factory=Hardware)
     tracking: Tracking = field(default_factory=Tracking)
     run: RunConfig = field(default_factory=RunConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from uft.config.loader import Setting
 from uft.config.places import config_dirs, groups
-from uft.config.register import objective_schemas
+from uft.config.register import objective_schema, objective_schemas
 from uft.config.schema import Config, Source
 from uft.config.suggest import expected, hint, listing, nearest, right_type, written
 from uft.errors import Problem
@@ -28,14 +29,14 @@ class Tree:
         self.root: DictConfig = OmegaConf.structured(Config)
         self.origins: dict[str, str] = {}
 
-    def use_objective(self, setting: Setting) -> Problem | None:
-        """Give `objective` the schema of its method."""
+    def use_objective(self, setting: Setting, keys: Iterable[str]) -> Problem | None:
+        """Give `objective` those `keys` of its method that its file names."""
         schemas, method = objective_schemas(), str(setting.value)
         if method not in schemas:
             meant = nearest(method, schemas)
-            advice = hint(meant and f"objective.method={meant}", "methods", list(schemas))
-            return Problem(f"objective.method={method}", "no such method", setting.where, (advice,))
-        self.root[OBJECTIVE] = OmegaConf.structured(schemas[method])
+            advice = hint(meant and f"{setting.key}={meant}", "methods", list(schemas))
+            return Problem(f"{setting.key}={method}", "no such method", setting.where, (advice,))
+        OmegaConf.update(self.root, ".".join(setting.path[:-1]), OmegaConf.structured(objective_schema(method, keys)))
         return None
 
     def node_at(self, path: tuple[str, ...]) -> tuple[DictConfig | None, int]:
@@ -98,14 +99,15 @@ class Tree:
         meant = ".".join((*prefix, near, *path[depth + 1 :])) if near else self.elsewhere(path)
         if len(path) == 1 and near in groups(config_dirs()):
             meant = f"{near}={written(setting.value)}"
-        shown = [key for key in siblings if prefix != (OBJECTIVE,) or key not in NOT_CHOSEN]
+        shown = [key for key in siblings if prefix[:1] != (OBJECTIVE,) or key not in NOT_CHOSEN]
         advice = hint(meant, "keys" if prefix else "groups and keys", shown)
-        more = belongs_to(path[-1]) if prefix == (OBJECTIVE,) else ()
+        more = belongs_to(path[-1]) if prefix[:1] == (OBJECTIVE,) else ()
         return Problem(setting.text, f"no such key{self.place(prefix)}", setting.where, (advice, *more))
 
     def place(self, prefix: tuple[str, ...]) -> str:
-        if prefix == (OBJECTIVE,):
-            return f" in objective={self.root.objective.get('name') or self.root.objective.get('method')}"
+        if prefix[:1] == (OBJECTIVE,) and "method" in (fields_of(self.node_at((*prefix, ""))[0] or self.root) or []):
+            named = OmegaConf.select(self.root, ".".join(prefix))
+            return f" in {'.'.join(prefix)}={named.get('name') or named.get('method')}"
         return f" in {'.'.join(prefix)}" if prefix else ""
 
     def elsewhere(self, path: tuple[str, ...]) -> str | None:
@@ -127,7 +129,8 @@ def belongs_to(key: str) -> tuple[str, ...]:
 
     files = groups(config_dirs()).get(OBJECTIVE, {})
     names = [name for name, file in files.items() if key in (yaml.safe_load(file.read_text(encoding="utf-8")) or {})]
-    return (f"{key} is a key of:  {', '.join(names)}",) if names else ()
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return (f"{key} is a key of:  {', '.join(names[:6])}{more}",) if names else ()
 
 
 def fields_of(node: DictConfig) -> list[str] | None:

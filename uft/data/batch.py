@@ -8,7 +8,6 @@ targets in sequence order. Objectives see only the second level, so no objective
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-
 from typing import Any
 
 import torch
@@ -58,6 +57,27 @@ class Batch:
     def mean(self, values: Tensor) -> Tensor:
         """(N,) per target -> (S,) averaged over each sequence; an empty sequence gives 0."""
         return self.sum(values) / self.lengths.clamp(min=1)
+
+    def targets_of(self, rows: Tensor) -> Tensor:
+        """(N,) bool: the targets of `rows` (R,) bool."""
+        return rows[self.row][self.sequence]
+
+    def only(self, rows: Tensor) -> Batch:
+        """The same inputs, asked only for the targets of `rows` (R,) bool; rows and sequences are counted anew."""
+        sequences, targets = rows[self.row], self.targets_of(rows)
+        rows_before, sequences_before = rows.cumsum(0) - 1, sequences.cumsum(0) - 1
+        per_target = ("target_ids", "predictor", "place", "offset")
+        return replace(
+            self,
+            **{name: getattr(self, name)[targets] for name in per_target},
+            sequence=sequences_before[self.sequence[targets]],
+            row=rows_before[self.row[sequences]],
+            **{name: getattr(self, name)[sequences] for name in ("role", "target", "good")},
+            pairs=sequences_before[self.pairs[sequences[self.pairs[:, 0]]]],
+            **{name: getattr(self, name)[rows] for name in ("example", "kind")},
+            columns={name: values[targets] for name, values in self.columns.items()},
+            annotations={name: values[sequences] for name, values in self.annotations.items()},
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         def moved(value: Any) -> Any:

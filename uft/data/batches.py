@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -46,6 +46,32 @@ def make_item(row: Row, encoded: Sequence[Encoded], example: int, visit: int, vi
     if not parts:
         return None
     return Item(example, row, parts, tuple(encoded[part.completion] for part in parts))
+
+
+def mismatched(items: Sequence[Item], max_length: int) -> list[Item]:
+    """Every completion of a step under the prompt of the next other row of it, for statistics of unrelated answers.
+
+    Cut at `max_length` tokens. Nothing for a single row.
+    """
+    sides = [(item, part, encoded) for item in items for part, encoded in zip(item.parts, item.encoded, strict=True)]
+    found = []
+    for number, (item, _, _) in enumerate(sides):
+        following = (sides[(number + k) % len(sides)] for k in range(1, len(sides)))
+        other = next((side for side in following if side[0].example != item.example), None)
+        if other is not None:
+            found.append(_under(sides[number], other, max_length))
+    return [item for item in found if item.encoded[0].targets]
+
+
+def _under(side: tuple[Item, Part, Encoded], other: tuple[Item, Part, Encoded], max_length: int) -> Item:
+    """The completion of `other` under the prompt of `side`."""
+    item, _, prompt = side
+    _, part, completion = other
+    ids = np.concatenate([prompt.ids[: prompt.prompt_length], completion.ids[completion.prompt_length :]])
+    supervised = np.zeros(len(ids), bool)
+    supervised[prompt.prompt_length :] = completion.supervised[completion.prompt_length :]
+    encoded = Encoded(ids[:max_length], supervised[:max_length], prompt.prompt_length)
+    return replace(item, row=other[0].row, parts=(part,), encoded=(encoded,), reference=None)
 
 
 def is_good(completion: Completion) -> bool:

@@ -5,22 +5,29 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from uft.data.batch import Batch
 from uft.errors import Problem, UftError
-from uft.model.head import Head, log_probs_of, transform_of
+from uft.model.head import Head, Predictions, transform_of
 from uft.model.sequences import sequence_batch
-from uft.objectives.base import Scores
+from uft.objectives.base import PLAIN, Ask, Scores
 
 Tensor = torch.Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference between our head's log-probs and the model's own, per unit of the largest log-prob."""
+
+
+@runtime_checkable
+class Distributed(Protocol):
+    """A forward that can tell whole distributions, not log-probs of the targets alone."""
+
+    def predictions(self, batch: Batch) -> Predictions: ...
 
 
 class Policy:
@@ -60,47 +67,44 @@ class Policy:
         """Whether activations are made again in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
 
-    def __call__(
-        self,
-        batch: Batch,
-        *,
-        guess: bool = False,
-        replace: Tensor | None = None,
-        mix: float = 0.0,
-        embed_grad: bool = True,
-    ) -> Scores:
+    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
         """See `objectives.base.Forward`. Guesses without gradient are made without dropout: they are what the model
         would say, not a sample of it."""
-        if guess and not torch.is_grad_enabled() and self.module.training:
+        if ask.guess and not torch.is_grad_enabled() and self.module.training:
             self.eval()
             try:
-                return self(batch, guess=True, replace=replace, mix=mix, embed_grad=embed_grad)
+                return self(batch, ask)
             finally:
                 self.train()
-        inputs = self._inputs(batch, replace, mix, embed_grad)
-        if self.head is None:
-            with self._autocast():
-                logits = self.base(**inputs, use_cache=False).logits
-            log_probs, guesses = log_probs_of(_select(logits, batch.predictor), batch.target_ids, guess)
-        else:
-            with self._autocast():
-                hidden = self.body(**inputs, use_cache=False)[0]
-            log_probs, guesses = self.head(_select(hidden, batch.predictor), batch.target_ids, guess)
-        return Scores(log_probs, guesses)
+        ours = self.predictions(batch, ask)
+        log_probs, guesses = ours.selected(batch.target_ids, ask.guess)
+        if ask.anchor is None:
+            return Scores(log_probs, guesses)
+        assert isinstance(ask.anchor, Distributed), "this reference keeps log-probs of the targets alone"
+        return Scores(log_probs, guesses, ours.divergence_from(ask.anchor.predictions(batch)))
 
-    def _inputs(self, batch: Batch, replace: Tensor | None, mix: float, embed_grad: bool) -> dict[str, Tensor]:
+    def predictions(self, batch: Batch, ask: Ask = PLAIN) -> Predictions:
+        """The distributions that the targets are drawn from."""
+        inputs = self._inputs(batch, ask)
+        with self._autocast():
+            whole = (
+                self.body(**inputs, use_cache=False)[0] if self.head else self.base(**inputs, use_cache=False).logits
+            )
+        return Predictions(_select(whole, batch.predictor), self.head)
+
+    def _inputs(self, batch: Batch, ask: Ask) -> dict[str, Tensor]:
         inputs = {"attention_mask": batch.attention_mask}
         if self._takes_positions:
             inputs["position_ids"] = batch.position_ids
-        mixing = replace is not None and mix != 0
-        if embed_grad and not mixing:
+        mixing = ask.replace is not None and ask.mix != 0
+        if ask.embed_grad and not mixing:
             return inputs | {"input_ids": batch.input_ids}
         # always through the model's own module: Gemma scales there
-        with nullcontext() if embed_grad else torch.no_grad():
+        with nullcontext() if ask.embed_grad else torch.no_grad():
             embedded = self.embeddings(batch.input_ids)
             if mixing:
                 flat = embedded.flatten(0, 1)
-                mixed = (1 - mix) * flat[batch.place] + mix * self.embeddings(replace)
+                mixed = (1 - ask.mix) * flat[batch.place] + ask.mix * self.embeddings(ask.replace)
                 embedded = flat.index_copy(0, batch.place, mixed.to(flat.dtype)).view_as(embedded)
         return inputs | {"inputs_embeds": embedded}
 

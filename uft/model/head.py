@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 Tensor = torch.Tensor
 
@@ -69,9 +70,13 @@ class Head:
     dtype: torch.dtype
 
     @property
+    def vocabulary(self) -> int:
+        return self.projection.out_features
+
+    @property
     def rows(self) -> int:
         """Rows in one chunk."""
-        return max(1, CHUNK_ELEMENTS // self.projection.out_features)
+        return max(1, CHUNK_ELEMENTS // self.vocabulary)
 
     def __call__(self, hidden: Tensor, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
         """(N, H) and (N,) -> log-probs of the targets, (N,) float32, and the argmax tokens (N,) if asked for."""
@@ -86,6 +91,48 @@ class Head:
             guess,
         )
         return log_probs, guesses if guess else None
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """N distributions over the vocabulary that are never all there: hidden states and the head that reads them."""
+
+    states: Tensor  # (N, H) hidden states; (N, V) logits where `head` is None
+    head: Head | None
+
+    def selected(self, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the targets (N,) float32, and the argmax tokens (N,) if asked for."""
+        read = self.head or log_probs_of
+        return read(self.states, target_ids, guess)
+
+    def divergence_from(self, other: Predictions) -> Tensor:
+        """(N,) KL(other || self), summed over the vocabulary; gradient into self alone. A chunk at a time, made again
+        in the backward pass."""
+        rows = max(1, CHUNK_ELEMENTS // self.vocabulary)
+
+        def chunk(states: Tensor, theirs: Tensor) -> Tensor:
+            with torch.no_grad():
+                expected = other.log_softmax(theirs)
+            return (expected.exp() * (expected - self.log_softmax(states))).sum(1)
+
+        parts = [
+            checkpoint(chunk, self.states[part], other.states[part].detach(), use_reentrant=False)
+            for part in _chunks(len(self.states), rows)
+        ]
+        return torch.cat(parts) if parts else _at_least_float32(self.states.sum(1))
+
+    def log_softmax(self, states: Tensor) -> Tensor:
+        """(n, H or V) -> (n, V) in at least float32."""
+        if self.head is None:
+            return _at_least_float32(states).log_softmax(1)
+        projection, dtype = self.head.projection, self.head.dtype
+        with torch.autocast(states.device.type, enabled=False):
+            logits = _logits(states.to(dtype), projection.weight.to(dtype), projection.bias, self.head.transform)
+            return logits.log_softmax(1)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.head.vocabulary if self.head else self.states.shape[1]
 
 
 def log_probs_of(logits: Tensor, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -37,6 +37,16 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(next(token for token in found if token is not None))
 
 
+def positions(model: Model) -> int | None:
+    """Tokens in the longest sequence the model has positions for, by its configuration alone; None: it names no end."""
+    from transformers import AutoConfig
+
+    place = whereabouts(model)
+    with _humane(f"model.path={model.path}", "its configuration cannot be loaded"):
+        config = AutoConfig.from_pretrained(place.path, **_access(place, model))
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key: str = "model.path") -> None:
     """Raises UftError when the tokenizer makes ids that the embedding does not have."""
     rows = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]

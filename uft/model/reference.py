@@ -7,8 +7,8 @@ so that a resumed run has the same reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +19,10 @@ from uft.config.schema import Model, ReferenceModel
 from uft.data.batch import Batch
 from uft.errors import Problem, UftError
 from uft.model.forward import Policy
+from uft.model.head import Predictions
 from uft.model.load import check_vocabulary, load_base, pad_id, storage_dtype, whereabouts
 from uft.model.reference_cache import LogProbStore, ReferenceColumn, weights_digest
-from uft.objectives.base import Forward, Scores
+from uft.objectives.base import PLAIN, Ask, Forward, Scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,12 +53,14 @@ def make_reference(
     tokenizer: PreTrainedTokenizerBase,
     visits_per_row: float,
     cache: Path,
+    distributions: bool = False,
 ) -> Reference:
     """The reference of a run, in the mode asked for or the cheapest one. May be called on a trained policy.
 
-    `visits_per_row`: how often the run visits a row on average; `cache`: root of the caches on disk.
+    `visits_per_row`: how often the run visits a row on average; `cache`: root of the caches on disk; `distributions`:
+    whether the objective compares with whole distributions.
     """
-    mode, why = choose_mode(model, reference, visits_per_row)
+    mode, why = choose_mode(model, reference, visits_per_row, distributions)
     without_adapter = model.adapter == "lora" and reference.path is None
 
     def frozen() -> Frozen:
@@ -84,17 +87,24 @@ def make_reference(
     return ways[mode]()
 
 
-def choose_mode(model: Model, reference: ReferenceModel, visits_per_row: float) -> tuple[str, str]:
+def choose_mode(
+    model: Model, reference: ReferenceModel, visits_per_row: float, distributions: bool = False
+) -> tuple[str, str]:
     """(mode, one line why). Raises UftError for a mode that cannot be."""
     adapter_possible = model.adapter == "lora" and reference.path is None
     if reference.mode == "adapter_off" and not adapter_possible:
         why = "there is no adapter" if model.adapter != "lora" else "reference.path names another model"
         problem = Problem("reference.mode=adapter_off", why, advice=("possible: auto, copy, cached",))
         raise UftError(problem)
+    if reference.mode == "cached" and distributions:
+        why = "the objective compares whole distributions, and a cache keeps log-probs of the targets alone"
+        raise UftError(Problem("reference.mode=cached", why, advice=("possible: auto, copy, adapter_off",)))
     if reference.mode != "auto":
         return reference.mode, "asked for"
     if adapter_possible:
         return "adapter_off", "the frozen weights under the adapter are the reference"
+    if distributions:
+        return "copy", "whole distributions are compared, which no cache keeps"
     if visits_per_row > VISITS_WORTH_A_CACHE:
         return "cached", f"each row is visited {visits_per_row:.1f} times on average: computed once"
     return "copy", f"each row is visited {visits_per_row:.1f} times on average: nothing to save by keeping"
@@ -106,21 +116,22 @@ class Frozen:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
-    def __call__(
-        self,
-        batch: Batch,
-        *,
-        guess: bool = False,
-        replace: Tensor | None = None,
-        mix: float = 0.0,
-        embed_grad: bool = True,
-    ) -> Scores:
+    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+        with self._as_it_began() as policy:
+            return policy(batch, ask)
+
+    def predictions(self, batch: Batch) -> Predictions:
+        with self._as_it_began() as policy:
+            return policy.predictions(batch)
+
+    @contextmanager
+    def _as_it_began(self) -> Iterator[Policy]:
         policy = self.policy
         training = policy.module.training
         try:
             policy.eval()
             with torch.no_grad(), policy.adapter_disabled() if policy.has_adapter else nullcontext():
-                return policy(batch, guess=guess, replace=replace, mix=mix, embed_grad=embed_grad)
+                yield policy
         finally:
             if training:
                 policy.train()
@@ -129,17 +140,8 @@ class Frozen:
 class FromColumn:
     """The reference that was computed before: the batch brings its log-probs along."""
 
-    def __call__(
-        self,
-        batch: Batch,
-        *,
-        guess: bool = False,
-        replace: Tensor | None = None,
-        mix: float = 0.0,
-        embed_grad: bool = True,
-    ) -> Scores:
-        assert not guess, "cached log-probs know no guesses"
-        assert replace is None, "cached log-probs are of the plain inputs"
+    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+        assert ask == PLAIN, "cached log-probs are of the plain inputs, and all there is"
         return Scores(batch.columns["reference"])
 
 

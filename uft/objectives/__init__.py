@@ -1,4 +1,8 @@
-"""Objectives: one file per method or family, each a frozen dataclass of hyper-parameters above a short pure method."""
+"""Objectives: one file per shape or method, each a frozen dataclass of hyper-parameters above a short pure method.
+
+A published method is a file of conf/objective that names a class here and the keys it has; what differs from another by
+constants needs no class of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from uft.objectives.base import Objective
+from uft.objectives.contrastive import Contrastive
 from uft.objectives.dft import DFT
+from uft.objectives.f_sft import FSFT
 from uft.objectives.ift import IFT
+from uft.objectives.kto import KTO
+from uft.objectives.nll import WeightedNLL
 from uft.objectives.pairwise import Pairwise
-from uft.objectives.sft import SFT
+from uft.objectives.per_kind import PerKind
+from uft.objectives.poft import PoFT
 from uft.objectives.uft import UFT
 
-OBJECTIVES: dict[str, type[Objective]] = {"sft": SFT, "ift": IFT, "uft": UFT, "dft": DFT, "pairwise": Pairwise}
+OBJECTIVES: dict[str, type[Objective]] = {
+    "nll": WeightedNLL,
+    "ift": IFT,
+    "uft": UFT,
+    "dft": DFT,
+    "f_sft": FSFT,
+    "poft": PoFT,
+    "pairwise": Pairwise,
+    "contrastive": Contrastive,
+    "kto": KTO,
+    "per_kind": PerKind,
+}
 """By `method`. Public names (`objective=NAME`) are the YAML files of conf/objective, each naming its method."""
 
 
 def make(settings: Mapping[str, Any]) -> Objective:
     """The objective that a resolved `objective` node of the config describes, a fresh state with it."""
-    plain: dict[str, Any] = {k: dict(v) if isinstance(v, Mapping) else v for k, v in settings.items()}
+
+    def value(setting: Any) -> Any:
+        if not isinstance(setting, Mapping):
+            return setting
+        return make(setting) if "method" in setting else dict(setting)
+
+    plain = {name: value(setting) for name, setting in settings.items()}
     return OBJECTIVES[plain["method"]](**plain)

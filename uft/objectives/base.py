@@ -6,7 +6,7 @@ micro-batches of the optimiser step and all ranks. Gradient accumulation, paddin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -25,27 +25,29 @@ class Scores:
 
     log_probs: Tensor  # (N,) float32: log-probability of each supervised target
     guesses: Tensor | None = None  # (N,) int64: the most likely token in each target's place, if asked for
+    divergence: Tensor | None = (
+        None  # (N,) float32: KL(anchor || policy) of the distribution it is drawn from, likewise
+    )
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a forward pass is asked for besides the log-probs of the targets, and on which inputs."""
+
+    guess: bool = False  # the argmax token in every target's place
+    replace: Tensor | None = None  # (N,) int64, with `mix` in [0, 1]: the input embedding in each target's place
+    mix: float = 0.0  # becomes (1 - mix) E[target] + mix E[replace]; prompt positions stay bit-equal
+    embed_grad: bool = True  # False: no gradient reaches the input embeddings
+    anchor: Forward | None = None  # the divergence from this one, over the whole vocabulary
+
+
+PLAIN = Ask()
 
 
 class Forward(Protocol):
     """The policy or the reference as objectives see it. Everything calls it once; IFT calls it twice."""
 
-    def __call__(
-        self,
-        batch: Batch,
-        *,
-        guess: bool = False,
-        replace: Tensor | None = None,
-        mix: float = 0.0,
-        embed_grad: bool = True,
-    ) -> Scores:
-        """Log-probs of the supervised targets.
-
-        `guess`: also return the argmax token for every target. `replace` (N,) int64 with `mix` in [0, 1]: the input
-        embedding in each target's place becomes (1 - mix) E[target] + mix E[replace]; prompt positions stay bit-equal.
-        `embed_grad=False`: no gradient reaches the input embeddings.
-        """
-        ...
+    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores: ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Clock:
     warmup: int = 0  # warm-up steps of the learning rate
     noise: float = 0.0  # one standard normal draw, the same for all micro-batches of a step
     learning: bool = True
+    survey: Mapping[str, Tensor] = field(default_factory=dict)  # () means that `survey` took over the whole step
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Needs:
     """What must be there before step 0."""
 
     reference: bool = False
-    guesses: bool = False  # a second forward on mixed embeddings (IFT)
+    distributions: bool = False  # of the reference over the whole vocabulary: no column of log-probs can stand in
+    mismatched: bool = False  # completions under other rows' prompts, for `survey` (KTO)
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
     annotations: frozenset[str] = frozenset()  # of Completion.annotations, written beforehand
 
@@ -92,7 +96,9 @@ class Objective:
 
     name: str = field(default="", metadata={"help": "public name of the method"})
     method: str = field(default="", metadata={"help": "which class of uft/objectives computes it"})
-    state: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False, metadata={"internal": True})
+    state: MutableMapping[str, Tensor] = field(
+        default_factory=dict, repr=False, compare=False, metadata={"internal": True}
+    )
     """One float per example for those that need it; checkpointed with the optimiser, never part of the config."""
 
     headline: ClassVar[str] = ""  # the term that is shown as `loss`; "": the weighted sum of all terms
@@ -100,6 +106,10 @@ class Objective:
     @property
     def needs(self) -> Needs:
         return Needs()
+
+    def annotations(self, kind: Kind) -> frozenset[str]:
+        """What completions that are taken of rows of this kind must carry."""
+        return self.needs.annotations
 
     @property
     def views(self) -> Mapping[Kind, View]:
@@ -115,6 +125,10 @@ class Objective:
         """(key, what is wrong) where keys contradict each other; what one key alone may be stands in its metadata."""
         return []
 
+    def cautions(self) -> list[str]:
+        """What a person should know of these hyper-parameters before the run; shown at its start."""
+        return []
+
     def at_reference(self, batch: Batch) -> dict[str, Tensor]:
         """() totals that terms must have while the policy equals the reference; checked on the first step of a run."""
         return {}
@@ -125,6 +139,13 @@ class Objective:
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Units of each term, () float32 each, from the batch alone: known before any forward pass."""
         raise NotImplementedError
+
+    def survey(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
+        """Sums and counts over the mismatched completions of the step, taken without gradient before any loss.
+
+        The step divides over all of its micro-batches and hands the means on as `clock.survey`.
+        """
+        return {}
 
     def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
         """Sums and counts per term; the keys and counts equal those of :meth:`counts`."""

@@ -22,8 +22,8 @@ from uft.data.batch import Batch
 from uft.data.rows import Kind
 from uft.data.views import View
 from uft.objectives import terms, views
-from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, Scores, key
-from uft.objectives.sft import CONVENTION
+from uft.objectives.base import Ask, Clock, Forward, Loss, Objective, Scores, key
+from uft.objectives.nll import CONVENTION
 
 Tensor = torch.Tensor
 
@@ -151,10 +151,6 @@ class IFT(Objective):
     min_score: float = key(views.GOOD_ENOUGH, "scored completions from here on are learnt from", ge=0, le=1)
 
     @property
-    def needs(self) -> Needs:
-        return Needs(guesses=True)
-
-    @property
     def views(self) -> Mapping[Kind, View]:
         return views.every_kind(partial(views.positives, min_score=self.min_score))
 
@@ -179,11 +175,11 @@ class IFT(Objective):
     def forwards(self, batch: Batch, policy: Forward, lam: float) -> tuple[Scores, Scores]:
         """(pass 1 without gradient, pass 2 with); one and the same forward when lam = 0."""
         if lam == 0:
-            plain = policy(batch, guess=True, embed_grad=self.embed_grad)
+            plain = policy(batch, Ask(guess=True, embed_grad=self.embed_grad))
             return plain, plain
         with torch.no_grad():
-            plain = policy(batch, guess=True)
-        return plain, policy(batch, replace=plain.guesses, mix=lam, embed_grad=self.embed_grad)
+            plain = policy(batch, Ask(guess=True))
+        return plain, policy(batch, Ask(replace=plain.guesses, mix=lam, embed_grad=self.embed_grad))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         every = torch.ones_like(batch.good)

@@ -1,84 +1,199 @@
-"""Pairwise preference losses: a function of the margin between a chosen and a rejected completion.
+"""Preference losses on the log-ratio to a reference: DPO (arXiv 2305.18290, eq. 7) and what differs from it by a link.
 
-DPO (arXiv 2305.18290, eq. 7) and its label-smoothed form; every method that differs from it by constants is a preset
-in YAML.
+A completion's score is a = log pi(y|x) - log pi_ref(y|x); a pair has a_w, a_l and h = a_w - a_l; n is a length.
+
+| preset | loss of a pair, m = beta h unless said |
+|---|---|
+| `dpo`, `cdpo` | -(1 - e) log sigmoid(m) - e log sigmoid(-m), e = `label_smoothing` |
+| `robust_dpo` (2403.00409) | [-(1 - e) log sigmoid(m) + e log sigmoid(-m)] / (1 - 2e) |
+| `hinge` (SLiC) | max(0, 1 - m) |
+| `ipo` (2310.12036) | (h - 1/(2 tau))^2 |
+| `rdpo_length` (2403.19159) | DPO, m = beta h + alpha (n_w - n_l) |
+| `ld_dpo` (2409.06411) | DPO, tokens beyond min(n_w, n_l) counted alpha times in a |
+| `dpop` (2402.13228) | DPO, m = beta (h - lam max(0, -a_w)) |
+| `rpo` (2405.16436) | DPO - eta beta log pi(y_w|x), or + eta (-mean log pi(y_w|x)) |
+| `nca` (2402.05369) | -log sigmoid(beta a_w) - .5 log sigmoid(-beta a_w) - .5 log sigmoid(-beta a_l) |
+| `irft` (2405.17888) | DPO, hinge or -m against the model's own samples |
+| `gdpo_soft`, `gipo_soft`, `gropo_soft` (2409.06691) | DPO, IPO, ROPO with h -> (2p - 1) h, p the soft label |
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import softplus
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind
-from uft.data.views import Role, View
-from uft.objectives import terms, views
-from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, key
-from uft.objectives.sft import CONVENTION
+from uft.data.rows import SOFT_LABEL
+from uft.objectives import terms
+from uft.objectives.base import Clock, Forward, Loss, Needs, key
+from uft.objectives.pairs import PairLoss
 
 Tensor = torch.Tensor
 
 
-def logistic(margin: Tensor, label_smoothing: float) -> Tensor:
-    """(P,) -(1 - e) log sigmoid(m) - e log sigmoid(-m), m = beta h; e: the share of labels taken to be flipped."""
-    return (1 - label_smoothing) * softplus(-margin) + label_smoothing * softplus(margin)
+class Pairs(NamedTuple):
+    """P pairs, (P,) each."""
+
+    chosen: Tensor  # a_w
+    rejected: Tensor  # a_l
+    longer: Tensor  # n_w - n_l
+    certainty: Tensor  # 2p - 1; 1 where labels are hard
+
+
+def sigmoid(pairs: Pairs, o: Pairwise) -> Tensor:
+    """-log sigmoid(m), smoothed: a share e of the labels is taken to be the wrong way round."""
+    m = o.margin(pairs)
+    return (1 - o.label_smoothing) * softplus(-m) + o.label_smoothing * softplus(m)
+
+
+def robust(pairs: Pairs, o: Pairwise) -> Tensor:
+    """Unbiased under a share e of flipped labels: its expectation is DPO on clean ones. May be negative."""
+    m, e = o.margin(pairs), o.label_smoothing
+    return ((1 - e) * softplus(-m) - e * softplus(m)) / (1 - 2 * e)
+
+
+def hinge(pairs: Pairs, o: Pairwise) -> Tensor:
+    return torch.relu(1 - o.margin(pairs))
+
+
+def linear(pairs: Pairs, o: Pairwise) -> Tensor:
+    """-m: the bare gradient of inverse reinforcement learning, unbounded below."""
+    return -o.margin(pairs)
+
+
+def squared(pairs: Pairs, o: Pairwise) -> Tensor:
+    """(h - 1/(2 tau))^2. Soft labels: `scaled` weighs the whole by (2p - 1)^2, `substitute` scales h alone, and so asks
+    larger margins of less certain pairs."""
+    h, wanted = pairs.chosen - pairs.rejected, 1 / (2 * (o.beta if o.tau is None else o.tau))
+    if o.form == "substitute":
+        return (pairs.certainty * h - wanted) ** 2
+    return pairs.certainty**2 * (h - wanted) ** 2
+
+
+def ropo(pairs: Pairs, o: Pairwise) -> Tensor:
+    """4A/(1 + A)^2 (-log sigmoid(m) + A sigmoid(-m)), A = `alpha` (ROPO eq. 9): bounded pull on pairs far on the wrong
+    side, which are probably mislabelled."""
+    m = o.margin(pairs)
+    return 4 * o.alpha / (1 + o.alpha) ** 2 * (softplus(-m) + o.alpha * torch.sigmoid(-m))
+
+
+def nca(pairs: Pairs, o: Pairwise) -> Tensor:
+    """Each side by itself, so that the chosen one's likelihood is not free to fall."""
+    chosen, rejected = o.beta * pairs.chosen, o.beta * pairs.rejected
+    return softplus(-chosen) + 0.5 * softplus(chosen) + 0.5 * softplus(rejected)
+
+
+LINKS: dict[str, Callable[[Pairs, Pairwise], Tensor]] = {
+    "sigmoid": sigmoid,
+    "robust": robust,
+    "hinge": hinge,
+    "linear": linear,
+    "squared": squared,
+    "ropo": ropo,
+    "nca": nca,
+}
+LENGTHS = {
+    "sum": "log-ratios are summed over tokens",
+    "mean": "log-ratios are averaged over tokens",
+    "penalised": "log-ratios are summed over tokens, and the longer side pays alpha a token",
+    "discounted": "log-ratios are summed, tokens beyond the shorter side's length counted alpha times",
+}
 
 
 @dataclass(frozen=True)
-class Pairwise(Objective):
-    """-log sigmoid(beta h), h = (S_w - S0_w) - (S_l - S0_l), S the summed log-probs and S0 the reference's.
+class Pairwise(PairLoss):
+    """`link` of the log-ratios of every pair, plus `eta` times the likelihood of the chosen completion.
 
-    Every pair counts once; a row of one positive and K negatives is K pairs. With `sft_weight` the NLL of the positives
-    is added under `reduction`, each positive once however many pairs it stands in, and demonstrations join that term.
-    At policy = reference: log 2, whatever beta and label_smoothing.
+    The log-ratio is differenced per target and then summed: two sums of a thousand log-probs would lose four digits.
+    A file of conf/objective names the keys its method has; the others keep the value at which they do nothing.
+
+    Where others differ. TRL's IPO averages log-ratios over tokens (`length: mean` here; the paper and this default
+    sum). TRL's `rpo_alpha` adds the token mean of the whole batch, this one mean per completion or, as the paper, a sum
+    times beta. LLaMA-Factory's LD-DPO leaves the reference undiscounted; the paper and TRL discount both.
     """
 
-    reduction: str = key("sequence", "what counts once in the sft term", choices=("token", "sequence"))
     beta: float = key(0.1, "strength of the anchor to the reference", gt=0)
+    link: str = key("sigmoid", "from a pair's log-ratios to its loss", choices=tuple(LINKS))
+    length: str = key("sum", "what length does to the log-ratios of a pair", choices=tuple(LENGTHS))
     label_smoothing: float = key(0.0, "share of pairs taken to be labelled the wrong way round", ge=0, le=0.5)
-    sft_weight: float = key(0.0, "weight of the NLL of chosen completions and demonstrations", ge=0)
+    tau: float | None = key(None, "IPO's regularisation: the wanted margin is 1/(2 tau); null: beta", gt=0)
+    lam: float = key(0.0, "penalty on chosen completions below the reference", ge=0)
+    alpha: float = key(1.0, "strength of the length rule; weight of ROPO's bounded part", ge=0)
+    eta: float = key(0.0, "weight of the chosen completion's likelihood", ge=0)
+    nll_norm: str = key("sum", "that likelihood: sum (times beta) or mean over tokens", choices=("sum", "mean"))
+    soft: bool = key(False, "scale margins by 2p - 1, p the label's certainty")
+    form: str = key("scaled", "soft labels in the squared link", choices=("scaled", "substitute"))
+    temperature: float = key(1.0, "of soft labels from scores: p = sigmoid((s_w - s_l) / temperature)", gt=0)
 
     @property
     def needs(self) -> Needs:
         return Needs(reference=True)
 
     @property
-    def views(self) -> Mapping[Kind, View]:
-        taken: dict[Kind, View] = {
-            Kind.PREFERENCE: views.against_each,
-            Kind.SCORED: views.best_against_worst,
-            Kind.NEGATIVES: views.against_each,
-        }
-        return {Kind.DEMONSTRATION: views.positives, **taken} if self.sft_weight > 0 else taken
-
-    @property
     def length_convention(self) -> str:
-        joined = "every pair counts once; log-ratios are summed over tokens"
-        return f"{joined}; sft term: {CONVENTION[self.reduction]}" if self.sft_weight > 0 else joined
+        return self.convention(LENGTHS[self.length])
+
+    def problems(self) -> list[tuple[str, str]]:
+        blind = self.link == "robust" and self.label_smoothing >= 0.5
+        return [("label_smoothing", "must be below 0.5: at a half, labels say nothing")] if blind else []
+
+    def cautions(self) -> list[str]:
+        if self.link != "linear":
+            return []
+        return ["link=linear has no lower bound: the loss falls for as long as one trains; stop early"]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        counts = {"pair": terms.units(batch, batch.pairs.shape[0]), "nll": terms.nll_count(batch)}
-        if self.sft_weight > 0:
-            counts["sft"] = terms.reduced_count(batch, self.reduction, batch.role == Role.POSITIVE)
-        return {**counts, **terms.reward_counts(batch)}
+        chosen = {"chosen_nll": terms.units(batch, batch.pairs.shape[0])} if self.eta > 0 else {}
+        return {**self.shared_counts(batch), **chosen}
 
     def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
-        anchor = terms.reference_log_probs(batch, reference)
-        z = terms.implicit_reward(batch, log_probs, anchor, self.beta)
-        chosen, rejected = z[batch.pairs].unbind(-1)
-        totals = {
-            "pair": logistic(chosen - rejected, self.label_smoothing).sum(),
-            "nll": terms.nll_total(batch, log_probs),
-            **terms.reward_totals(batch, z),
-        }
-        if self.sft_weight > 0:
-            totals["sft"] = terms.reduced_total(batch, -log_probs, self.reduction, batch.role == Role.POSITIVE)
-        return terms.assemble(totals, self.counts(batch), {"pair": 1.0, "sft": self.sft_weight})
+        ratios = log_probs - terms.reference_log_probs(batch, reference)
+        rewards = self.beta * (batch.mean if self.length == "mean" else batch.sum)(ratios)
+        totals = {"pair": self.losses(batch, ratios).sum(), **self.shared_totals(batch, log_probs, rewards)}
+        if self.eta > 0:
+            joined = self.beta * batch.sum(log_probs) if self.nll_norm == "sum" else batch.mean(log_probs)
+            totals["chosen_nll"] = -joined[batch.pairs[:, 0]].sum()
+        weights = {"pair": 1.0, "sft": self.sft_weight, "chosen_nll": self.eta}
+        return terms.assemble(totals, self.counts(batch), weights)
 
     def at_reference(self, batch: Batch) -> dict[str, Tensor]:
-        return {"pair": math.log(2) * terms.units(batch, batch.pairs.shape[0])}
+        zeros = torch.zeros(batch.target_ids.shape, device=batch.target_ids.device)
+        return {"pair": self.losses(batch, zeros).sum()}
+
+    def losses(self, batch: Batch, ratios: Tensor) -> Tensor:
+        """(P,) from the log-ratios of the targets (N,)."""
+        chosen, rejected = self.scores(batch, ratios).unbind(-1)
+        n_w, n_l = batch.lengths[batch.pairs].to(ratios.dtype).unbind(-1)
+        return LINKS[self.link](Pairs(chosen, rejected, n_w - n_l, self.certainty(batch).to(ratios.dtype)), self)
+
+    def scores(self, batch: Batch, ratios: Tensor) -> Tensor:
+        """(P, 2) log-ratio of both sides of every pair."""
+        if self.length == "discounted":
+            shorter = batch.lengths[batch.pairs].amin(1, keepdim=True).expand_as(batch.pairs)
+            return terms.discounted_sums(batch, ratios, batch.pairs, shorter, self.alpha)
+        return (batch.mean if self.length == "mean" else batch.sum)(ratios)[batch.pairs]
+
+    def margin(self, pairs: Pairs) -> Tensor:
+        """(P,) m."""
+        h = pairs.chosen - pairs.rejected - self.lam * torch.relu(-pairs.chosen)
+        m = self.beta * pairs.certainty * h
+        return m + self.alpha * pairs.longer if self.length == "penalised" else m
+
+    def certainty(self, batch: Batch) -> Tensor:
+        """(P,) 2p - 1: from the column, else from scores, else 1."""
+        certain = torch.ones(batch.pairs.shape[0], device=batch.pairs.device)
+        if not self.soft:
+            return certain
+        if "score" in batch.annotations:
+            s_w, s_l = batch.annotations["score"][batch.pairs].unbind(-1)
+            scored = torch.tanh((s_w - s_l) / (2 * self.temperature))  # 2 sigmoid(x) - 1
+            certain = torch.where(scored.isnan(), certain, scored)
+        if SOFT_LABEL in batch.annotations:
+            label = 2 * batch.annotations[SOFT_LABEL][batch.pairs[:, 0]] - 1
+            certain = torch.where(label.isnan(), certain, label)
+        return certain.detach()

@@ -33,6 +33,18 @@ def units(batch: Batch, number: Tensor | int) -> Tensor:
     return number.sum().to(torch.float32)
 
 
+def annotation(batch: Batch, name: str) -> Tensor:
+    """(S,) numbers that were written beside completions; never a gradient. Sequences without targets may lack them."""
+    values = promote(batch.annotations[name].detach())
+    assert not (values.isnan() & present(batch)).any(), f"completions without {name}"
+    return torch.where(values.isnan(), 0.0, values)
+
+
+def sequences_only(reduction: str) -> list[tuple[str, str]]:
+    """The problem of asking for tokens where there is no such mean."""
+    return [("reduction", "rows are counted, never tokens: use sequence")] if reduction == "token" else []
+
+
 def present(batch: Batch) -> Tensor:
     """(S,) bool: sequences that have a supervised target. An empty one is worth an exact 0 and is not counted."""
     return batch.lengths > 0
@@ -61,6 +73,19 @@ def reduced_total(batch: Batch, values: Tensor, reduction: str, sequences: Tenso
     if reduction == "token":
         return torch.where(sequences[batch.sequence], values, 0.0).sum()
     return torch.where(sequences, batch.mean(values), 0.0).sum()
+
+
+def discounted_sums(batch: Batch, values: Tensor, sequences: Tensor, whole: Tensor, discount: float) -> Tensor:
+    """Sums of `values` (N,) over `sequences` (any shape), targets after the first `whole` of each counted `discount`
+    times. A sequence may be asked for several times, each time with another `whole`."""
+    asked, lengths = sequences.flatten(), batch.lengths
+    each = lengths[asked]
+    owner = torch.arange(asked.numel(), device=asked.device).repeat_interleave(each)
+    offset = torch.arange(owner.numel(), device=asked.device) - (each.cumsum(0) - each)[owner]
+    target = (lengths.cumsum(0) - lengths)[asked][owner] + offset
+    weight = torch.where(offset < whole.flatten()[owner], 1.0, discount).to(values.dtype)
+    total = values.new_zeros(asked.numel()).index_add(0, owner, weight * values[target])
+    return total.view(sequences.shape)
 
 
 # --- the reference --------------------------------------------------------------------------------------------------

@@ -46,6 +46,12 @@ def pointwise(row: Row, visit: int, *, demonstration_score: float = 1.0) -> Part
     return tuple(part(i, reward(completion)) for i, completion in enumerate(row.completions))
 
 
+def judged(row: Row, visit: int, *, min_score: float = GOOD_ENOUGH) -> Parts:
+    """Every completion as good or bad."""
+    rewards = [reward(completion) for completion in row.completions]
+    return tuple(Part(i, Role.POSITIVE if r >= min_score else Role.NEGATIVE) for i, r in enumerate(rewards))
+
+
 def against_each(row: Row, visit: int, *, negatives: int | None = None) -> Parts:
     """The positive, and the others as its negatives: all, or `negatives` of them, other ones at every visit.
 

@@ -48,12 +48,14 @@ def _model_and_objective(prepared: Prepared) -> Card:
     objective = trainer.objective
     defaults = type(objective)()
     names = [f.name for f in fields(objective) if not f.metadata.get("internal") and f.name not in ("name", "method")]
-    changed = [f"{name}={value}" for name in names if (value := getattr(objective, name)) != getattr(defaults, name)]
+    values = {name: getattr(objective, name) for name in names}
+    changed = [f"{n}={getattr(v, 'name', v)}" for n, v in values.items() if v != getattr(defaults, n)]
     reference = prepared.reference
     return [
         ("model", "\n".join([f"{config.model.name}: {config.model.path}", *trainer.policy.describe()])),
         ("objective", f"{objective.name}  {' '.join(changed)}".rstrip()),
         ("lengths", objective.length_convention),
+        *(("caution", caution) for caution in objective.cautions()),
         ("reference", f"{reference.mode}: {reference.why}" if reference else "none needed to train"),
     ]
 

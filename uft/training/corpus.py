@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from uft.config.schema import Config
+from uft.config.schema import Config, Data
 from uft.data.mixture import Mixture, epoch_rows, mixture_weights, portion
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.templates import Renderer
@@ -20,6 +20,7 @@ from uft.model.paths import cache_root
 from uft.objectives.base import Objective
 from uft.objectives.kinds import kind_table
 from uft.training.feed import Feed
+from uft.training.needs import complete_views, missing_annotations
 
 
 def cache_dir(config: Config) -> Path:
@@ -92,13 +93,15 @@ def make_feed(config: Config, corpus: Corpus, objective: Objective, *, refuse: b
     """
     names = [source.source for source in corpus.train]
     mixture = Mixture(names, corpus.sizes, corpus.weights, config.seeds.data)
-    feed = Feed(corpus.train, mixture, objective.views)
+    feed = Feed(corpus.train, mixture, objective.views, config.train.max_length)
     if refuse and config.data.unusable == "error":
-        _refuse_unusable(feed, objective)
+        _refuse_unusable(feed, objective, config.data)
+    else:
+        feed.views = complete_views(objective)
     return feed
 
 
-def _refuse_unusable(feed: Feed, objective: Objective) -> None:
+def _refuse_unusable(feed: Feed, objective: Objective, data: Data) -> None:
     """Tell which rows, with the objective's own line of the table of what it does with each kind."""
     problems = [
         Problem(
@@ -109,11 +112,16 @@ def _refuse_unusable(feed: Feed, objective: Objective) -> None:
         for source, kinds in feed.unusable().items()
         for kind, rows in kinds.items()
     ]
-    if not problems:
+    lacking, commands = missing_annotations(feed, objective, data)
+    if not problems and not lacking:
         return
-    kinds, uses = kind_table({objective.name: objective})
-    footer = [f"What {uses[0]} takes of each kind of row:"]
-    footer += [f"  {kind:<14} {use}" for kind, use in zip(kinds[1:], uses[1:], strict=True)]
-    if objective.needs.columns:
-        footer.append(f"It needs {', '.join(sorted(objective.needs.columns))}; uft generate writes them.")
-    raise UftError(*problems, footer="\n".join([*footer, "", "Leave these rows out:  data.unusable=drop"]))
+    footer = []
+    if problems:
+        kinds, uses = kind_table({objective.name: objective})
+        footer += [f"What {uses[0]} takes of each kind of row:"]
+        footer += [f"  {kind:<14} {use}" for kind, use in zip(kinds[1:], uses[1:], strict=True)]
+        if objective.needs.columns:
+            footer.append(f"It needs {', '.join(sorted(objective.needs.columns))}; uft generate writes them.")
+        footer.append("")
+    footer += [*(f"Write it:  {command}" for command in commands), "Leave these rows out:  data.unusable=drop"]
+    raise UftError(*problems, *lacking, footer="\n".join(footer))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from uft.data.batches import Item, make_item
+from uft.data.batches import Item, make_item, mismatched
 from uft.data.mixture import Draw, Mixture
 from uft.data.rows import Kind, Row
 from uft.data.templates import Encoded
@@ -26,10 +26,13 @@ class Feed:
     order, and a step of `batch_size` rows is the same rows under all of them.
     """
 
-    def __init__(self, sources: Sequence[Tokenized], mixture: Mixture, views: Mapping[Kind, View]) -> None:
+    def __init__(
+        self, sources: Sequence[Tokenized], mixture: Mixture, views: Mapping[Kind, View], max_length: int
+    ) -> None:
         self.sources = sources
         self.mixture = mixture
         self.views = views
+        self.max_length = max_length
         self.first_example = [0, *accumulate(len(source.rows) for source in sources)]
         self.reference: ReferenceColumn | None = None
 
@@ -45,6 +48,13 @@ class Feed:
     def items(self, draws: Sequence[Draw]) -> list[Item]:
         found = (self._item(draw) for draw in draws)
         return [item for item in found if item is not None]
+
+    def mismatched(self, items: Sequence[Item]) -> list[Item]:
+        """Completions of a step under other rows' prompts."""
+        others = mismatched(items, self.max_length)
+        if self.reference is None:
+            return others
+        return [replace(item, reference=(self.reference(item.encoded[0]),)) for item in others]
 
     def _item(self, draw: Draw) -> Item | None:
         source = self.sources[draw.source]

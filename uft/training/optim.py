@@ -63,5 +63,5 @@ def learning_rate(step: int, steps: int, cfg: Optim) -> float:
     """
     warmup = warmup_steps(cfg.warmup, steps)
     if step < warmup:
-        return cfg.lr * (step + 1) / warmup
-    return cfg.lr * SCHEDULES[cfg.schedule]((step - warmup) / max(1, steps - warmup))
+        return cfg.lr_scale * cfg.lr * (step + 1) / warmup
+    return cfg.lr_scale * cfg.lr * SCHEDULES[cfg.schedule]((step - warmup) / max(1, steps - warmup))

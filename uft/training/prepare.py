@@ -19,7 +19,7 @@ from uft.model.forward import Policy
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.reference import Reference, make_reference
 from uft.objectives import make
-from uft.objectives.base import Clock
+from uft.objectives.base import Clock, Objective
 from uft.runs import Run, read_json
 from uft.training import checkpoints
 from uft.training.corpus import Corpus, Plan, cache_dir, make_feed, plan, read_corpus
@@ -95,8 +95,9 @@ def prepare(run: Run, config: Config, device: torch.device, stop: Stop, say: Say
     visits = horizon.total_rows / max(1, feed.examples)
     reference = None
     if objective.needs.reference:
-        reference = against(config.reference, visits_per_row=visits)
-        _fill(reference, feed, horizon, config, stop, say)
+        whole = objective.needs.distributions
+        reference = against(config.reference, visits_per_row=visits, distributions=whole)
+        _fill(reference, feed, horizon, config, objective, stop, say)
     # the battery visits its rows many times, so without a reference in memory its column is computed once
     yardstick = reference
     if reference is None and corpus.held_out:
@@ -169,12 +170,23 @@ def _pause(stop: Stop) -> None:
         raise Stopped
 
 
-def _fill(reference: Reference, feed: Feed, horizon: Plan, config: Config, stop: Stop, say: Say) -> None:
+def _fill(
+    reference: Reference, feed: Feed, horizon: Plan, config: Config, objective: Objective, stop: Stop, say: Say
+) -> None:
     """Compute the cached reference of all completions the run will meet, and hand the column to the feed."""
     if reference.column is None:
         return
-    rows = {(draw.source, draw.index) for draw in feed.preview(horizon.total_rows)}
-    encoded = [one for source, index in sorted(rows) for one in feed.sources[source].encoded[index]]
+    draws = feed.preview(horizon.total_rows)
+    encoded = [
+        one
+        for source, index in sorted({(d.source, d.index) for d in draws})
+        for one in feed.sources[source].encoded[index]
+    ]
+    if objective.needs.mismatched:
+        steps = (
+            draws[start : start + config.train.batch_size] for start in range(0, len(draws), config.train.batch_size)
+        )
+        encoded += [one for step in steps for item in feed.mismatched(feed.items(step)) for one in item.encoded]
     done = reference.column.fill(
         encoded,
         batch_tokens=config.train.micro_batch_tokens,

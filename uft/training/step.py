@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,6 +60,19 @@ def forward_backward(
     return terms
 
 
+@torch.no_grad()
+def survey(
+    objective: Objective, batches: Sequence[Batch], policy: Forward, reference: Forward | None
+) -> dict[str, Tensor]:
+    """() means of what the objective measures on the mismatched completions of the step, over all micro-batches."""
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for batch in batches:
+        for name, term in objective.survey(batch, policy, reference).items():
+            total, count = sums.get(name, (torch.zeros_like(term.total), torch.zeros_like(term.count)))
+            sums[name] = (total + term.total, count + term.count)
+    return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
+
+
 def reported_loss(objective: Objective, terms: Loss) -> Tensor:
     """The objective's headline term, else the weighted sum that was differentiated."""
     if objective.headline:
@@ -76,6 +89,7 @@ def optimiser_step(
     parameters: Parameters,
     clock: Clock,
     *,
+    mismatched: Sequence[Item] = (),
     lr: float,
     micro_batch_tokens: int,
     max_grad_norm: float,
@@ -85,6 +99,8 @@ def optimiser_step(
     """Update the parameters with the gradient of `items`. Raises NonFinite before anything was changed."""
     batches = [batch.to(device) for batch in micro_batches(items, micro_batch_tokens, pad_id)]
     optimiser.zero_grad(set_to_none=True)
+    unrelated = [batch.to(device) for batch in micro_batches(mismatched, micro_batch_tokens, pad_id)]
+    clock = replace(clock, survey=survey(objective, unrelated, policy, reference))
     terms = forward_backward(objective, batches, policy, reference, clock)
     loss = reported_loss(objective, terms)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf"))

@@ -121,6 +121,7 @@ class Trainer:
             self.optimiser,
             self.parameters,
             self.clock(number),
+            mismatched=self.feed.mismatched(items) if self.objective.needs.mismatched else (),
             lr=learning_rate(number, self.steps, self.config.optim),
             micro_batch_tokens=self.config.train.micro_batch_tokens,
             max_grad_norm=self.config.train.max_grad_norm,

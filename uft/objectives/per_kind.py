@@ -1,0 +1,168 @@
+"""A different objective for each kind of row, weighted: the multi-task baseline of every unified method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+
+from uft.data.batch import Batch
+from uft.data.rows import Kind
+from uft.data.views import View
+from uft.objectives import terms
+from uft.objectives.base import PLAIN, Ask, Clock, Forward, Loss, Needs, Objective, Scores, Term, key
+
+Tensor = torch.Tensor
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class PerKind(Objective):
+    """The sum over kinds of weight x that kind's own loss, each divided by its own counts.
+
+    Each field is the configuration of a whole objective, named in conf/objective/per_kind.yaml and exchanged by
+    `objective@objective.preference=simpo`. The policy runs once over all rows, whatever kinds they are of; objectives
+    that ask it for more (IFT's second pass) run it again on their own targets.
+
+    An objective that shows something else than what it differentiates (DFT) is shown here by what it differentiates.
+    """
+
+    weights: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "weight per kind of row, e.g. preference: 0.5; default 1"}
+    )
+    demonstration: Any = key(None, "objective of demonstrations")
+    preference: Any = key(None, "objective of preference pairs")
+    binary: Any = key(None, "objective of labelled completions")
+    scored: Any = key(None, "objective of scored completions")
+    negatives: Any = key(None, "objective of demonstrations with sampled negatives")
+
+    @cached_property
+    def parts(self) -> dict[Kind, Objective]:
+        """The objective of every kind that has one; what state they carry is kept in ours."""
+        given = {kind: getattr(self, kind.value) for kind in Kind}
+        return {k: replace(o, state=_Below(self.state, f"{k.value}.")) for k, o in given.items() if o is not None}
+
+    @property
+    def needs(self) -> Needs:
+        needs = [part.needs for part in self.parts.values()]
+        return Needs(
+            reference=any(n.reference for n in needs),
+            distributions=any(n.distributions for n in needs),
+            mismatched=any(n.mismatched for n in needs),
+            columns=frozenset[str]().union(*(n.columns for n in needs)),
+            annotations=frozenset[str]().union(*(n.annotations for n in needs)),
+        )
+
+    def annotations(self, kind: Kind) -> frozenset[str]:
+        return self.parts[kind].annotations(kind) if kind in self.parts else frozenset()
+
+    @property
+    def views(self) -> Mapping[Kind, View]:
+        return {kind: part.views[kind] for kind, part in self.parts.items() if kind in part.views}
+
+    @property
+    def length_convention(self) -> str:
+        return "; ".join(f"{kind.value}: {part.length_convention}" for kind, part in self.parts.items())
+
+    def problems(self) -> list[tuple[str, str]]:
+        kinds = [kind.value for kind in Kind]
+        found = [
+            ("weights", f"{n} is no kind of row; kinds: {', '.join(kinds)}") for n in self.weights if n not in kinds
+        ]
+        found += [(f"weights.{n}", "must be at least 0") for n, weight in self.weights.items() if not weight >= 0]
+        found += [
+            (f"{kind.value}", f"{part.name or part.method} cannot use rows of this kind")
+            for kind, part in self.parts.items()
+            if kind not in part.views
+        ]
+        return found + [
+            (f"{kind.value}.{name}", why) for kind, part in self.parts.items() for name, why in part.problems()
+        ]
+
+    def cautions(self) -> list[str]:
+        return [f"{kind.value}: {caution}" for kind, part in self.parts.items() for caution in part.cautions()]
+
+    def start(self, examples: int) -> None:
+        for part in self.parts.values():
+            part.start(examples)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        counts = {"nll": terms.nll_count(batch)}
+        for kind, own in self.shares(batch).items():
+            counts |= _named(kind, self.parts[kind].counts(own))
+        return counts
+
+    def survey(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
+        shares = {kind: own for kind, own in self.shares(batch).items() if self.parts[kind].needs.mismatched}
+        found = [_named(kind, self.parts[kind].survey(own, policy, reference)) for kind, own in shares.items()]
+        return {name: term for terms_ in found for name, term in terms_.items()}
+
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+        scores = policy(batch)
+        if self.needs.reference:  # once over all rows; the parts find it in their columns
+            column = terms.reference_log_probs(batch, reference)
+            batch = replace(batch, columns={**batch.columns, "reference": column})
+        loss = {
+            "nll": Term(terms.nll_total(batch, terms.promote(scores.log_probs.detach())), terms.nll_count(batch), 0.0)
+        }
+        for kind, own in self.shares(batch).items():
+            seen = _Seen(policy, scores.log_probs[batch.targets_of(_rows(batch, kind))])
+            survey = {name.removeprefix(f"{kind.value}."): mean for name, mean in clock.survey.items()}
+            found = self.parts[kind](own, seen, reference, replace(clock, survey=survey))
+            weight = self.weights.get(kind.value, 1.0)
+            loss |= _named(kind, {n: replace(term, weight=weight * term.weight) for n, term in found.items()})
+        return loss
+
+    def at_reference(self, batch: Batch) -> dict[str, Tensor]:
+        found = [_named(kind, self.parts[kind].at_reference(own)) for kind, own in self.shares(batch).items()]
+        return {name: total for totals in found for name, total in totals.items()}
+
+    def shares(self, batch: Batch) -> dict[Kind, Batch]:
+        """The rows of every kind as a batch of their own."""
+        return {kind: batch.only(_rows(batch, kind)) for kind in self.parts}
+
+
+def _rows(batch: Batch, kind: Kind) -> Tensor:
+    """(R,) bool."""
+    return batch.kind == list(Kind).index(kind)
+
+
+def _named(kind: Kind, values: Mapping[str, Value]) -> dict[str, Value]:
+    """Under names that tell the kind; `nll` is measured once, over all of them."""
+    return {f"{kind.value}.{name}": value for name, value in values.items() if name != "nll"}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The policy for the rows of one kind, whose plain log-probs are known from the pass over all rows."""
+
+    policy: Forward
+    log_probs: Tensor
+
+    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+        return Scores(self.log_probs) if ask == PLAIN else self.policy(batch, ask)
+
+
+class _Below(MutableMapping[str, Tensor]):
+    """The part of a state whose names begin with `prefix`, under names without it."""
+
+    def __init__(self, whole: MutableMapping[str, Tensor], prefix: str) -> None:
+        self.whole, self.prefix = whole, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.whole[self.prefix + name]
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.whole[self.prefix + name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.whole[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self.prefix) for name in self.whole if name.startswith(self.prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
