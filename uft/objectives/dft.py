@@ -173,7 +173,7 @@ class DFT(Objective):
         self.state["log_u"] = self.state["log_u"].to(example.device)
         table = self.state["log_u"] if learning else self.state["log_u"].clone()
         log_u, turn = torch.zeros_like(log_g), occurrence(example)
-        for wave in range(int(turn.max()) + 1):
+        for wave in turn.unique():
             now = update & (turn == wave)
             new = torch.logaddexp(keep + table[example[now]].to(log_g.dtype), math.log(self.gamma) + log_g[now])
             table[example[now]] = new.to(table.dtype)
