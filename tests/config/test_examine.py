@@ -100,14 +100,13 @@ def test_an_unknown_objective_does_not_accuse_the_keys_given_for_it():
     ("name", "says"),
     [
         ("rft", ("two methods", "2405.17888", "2505.16984")),
-        ("dynamic", ("2508.05629", "objective=dft is Discriminative")),
-        ("dynamic_ft", ("2508.05629",)),
+        ("rdpo", ("objective=rdpo_length", "objective=robust_dpo")),
     ],
 )
 def test_ambiguous_names_are_explained_not_guessed(name, says):
     why, _, advice = problems(f"objective={name}")[f"objective={name}"]
     assert why == "no such file in conf/objective"
-    assert all(word in advice for word in (*says, "choices: dft"))
+    assert all(word in advice for word in (*says, "choices: anchored_sft"))
     assert "did you mean" not in advice
 
 

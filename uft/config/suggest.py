@@ -11,14 +11,14 @@ from typing import Any
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "rft": (
-        "rft is the name of two methods: reward-learning fine-tuning (2405.17888), whose implicit form is objective=irft,",
+        "rft is the name of two methods: reward-learning fine-tuning (2405.17888; objective=irft is its implicit form)",
         "and reinforcement fine-tuning (2505.16984), which is not in this version",
     ),
     "rdpo": (
         "three methods are called so: objective=rdpo_length (length-regularised, 2403.19159),",
         "objective=robust_dpo (flipped labels, 2403.00409) and objective=ld_dpo (length-desensitised, 2409.06411)",
     ),
-    "gdpo": ("objective=gdpo_soft is geometric-averaged DPO (2409.06691); GDPO is also a method of reinforcement learning",),
+    "gdpo": ("objective=gdpo_soft is geometric-averaged DPO (2409.06691); another GDPO normalises groups of rewards",),
     "unified": (
         "two methods are called UFT: objective=uft is 2410.21438;",
         "unified supervised and reinforcement fine-tuning (2505.16984) is not in this version",
