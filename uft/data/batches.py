@@ -59,7 +59,7 @@ def mismatched(items: Sequence[Item], max_length: int) -> list[Item]:
         following = (sides[(number + k) % len(sides)] for k in range(1, len(sides)))
         other = next((side for side in following if side[0].example != item.example), None)
         if other is not None:
-            found.append(_under(sides[number], other, max_length))
+            found.append(_under(other, sides[number], max_length))
     return [item for item in found if item.encoded[0].targets]
 
 

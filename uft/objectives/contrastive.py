@@ -66,8 +66,9 @@ class Contrastive(PairLoss):
     """alpha (-mu_w) + lam `link`(s_w, s_l), mean over pairs; no reference.
 
     Where others differ. TRL's ORPO takes its likelihood over prompt and completion and averages it over the batch's
-    tokens, as its CPO does over completions; here every pair counts once, as in the papers. ASFT at beta = 1 is
-    -(1 + lam) mu_w - lam log(1 - exp(mu_l)).
+    tokens, as its CPO does over those of completions; here every pair counts once, as in the papers (TRL's CPO is
+    `alpha: 0`, `sft_weight: 1`, `reduction: token`). TRL's SimPO adds CPO's likelihood unless its `cpo_alpha` is 0; the
+    paper has none. ASFT at beta = 1 is -(1 + lam) mu_w - lam log(1 - exp(mu_l)).
     """
 
     score: str = key(

@@ -40,7 +40,9 @@ class WeightedNLL(Objective):
     an exact 0 and is not counted.
 
     With w = p a token's gradient is p times that of SFT, which is that of -p; the value is not monotone in p (it rises
-    while p goes from 0 to 1/e): watch `nll`. TRL's `dft` agrees in value and gradient.
+    while p goes from 0 to 1/e): watch `nll`.
+
+    Under `token` TRL's SFT and its `dft` agree in value and gradient.
 
     `alpha` adds alpha KL(reference || policy), the sum over the whole vocabulary at every target.
     """

@@ -112,8 +112,10 @@ class Pairwise(PairLoss):
     A file of conf/objective names the keys its method has; the others keep the value at which they do nothing.
 
     Where others differ. TRL's IPO averages log-ratios over tokens (`length: mean` here; the paper and this default
-    sum). TRL's `rpo_alpha` adds the token mean of the whole batch, this one mean per completion or, as the paper, a sum
-    times beta. LLaMA-Factory's LD-DPO leaves the reference undiscounted; the paper and TRL discount both.
+    sum). TRL's `[sigmoid, sft]`, once `rpo_alpha`, adds the token mean of the whole batch (here `sft_weight` with
+    `reduction: token`), `eta` one mean per completion or, as the paper, a sum times beta. TRL's `sigmoid` ignores
+    `label_smoothing`, so that it has no cDPO but its `aot` on one pair at a time. LLaMA-Factory's LD-DPO leaves the
+    reference undiscounted; the paper and TRL discount both.
     """
 
     beta: float = key(0.1, "strength of the anchor to the reference", gt=0)

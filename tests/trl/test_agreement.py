@@ -1,0 +1,56 @@
+"""Where TRL has the loss: the same rows give the same loss and the same gradient in every weight."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install uft[trl]")
+
+# objective, rows, keys that differ from its preset, TRL's trainer, TRL's options
+CASES = [
+    ("sft", "demonstrations", {}, "sft", {}),
+    ("sft", "demonstrations", {"reduction": "sequence"}, "sft", {"batch": 1}),
+    ("dynamic_ft", "demonstrations", {}, "sft", {"loss_type": "dft"}),
+    ("dynamic_ft", "demonstrations", {"reduction": "sequence"}, "sft", {"loss_type": "dft", "batch": 1}),
+    ("dpo", "pairs", {}, "dpo", {"loss_type": ["sigmoid"], "beta": 0.1}),
+    (
+        "dpo",
+        "pairs",
+        {"sft_weight": 0.3, "reduction": "token"},
+        "dpo",
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+    ),
+    # TRL's own cDPO is this one, which sorts the pairs of a batch against each other: no more than one at a time
+    ("cdpo", "pairs", {}, "dpo", {"loss_type": ["aot"], "label_smoothing": 0.1, "batch": 1}),
+    ("robust_dpo", "pairs", {}, "dpo", {"loss_type": ["robust"], "label_smoothing": 0.1}),
+    ("hinge", "pairs", {}, "dpo", {"loss_type": ["hinge"]}),
+    ("hinge", "pairs", {"beta": 1.0}, "dpo", {"loss_type": ["hinge"], "beta": 1.0}),  # some pairs beyond the hinge
+    ("ipo", "pairs", {"length": "mean"}, "dpo", {"loss_type": ["ipo"], "beta": 0.1}),
+    ("nca", "pairs", {}, "dpo", {"loss_type": ["nca_pair"], "beta": 0.01}),
+    ("ld_dpo", "pairs", {}, "dpo", {"ld_alpha": 0.5}),
+    ("cpo", "pairs", {"alpha": 0.0, "sft_weight": 1.0, "reduction": "token"}, "cpo", {}),
+    ("cpo", "pairs", {"alpha": 0.0, "label_smoothing": 0.1}, "cpo", {"cpo_alpha": 0.0, "label_smoothing": 0.1}),
+    ("simpo", "pairs", {}, "cpo", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("objective", "rows", "keys", "trainer", "options"), CASES, ids=str)
+def test_loss_and_gradient(ours, theirs, kit, objective, rows, keys, trainer, options):
+    uft = ours(objective, kit.ROWS[rows], **keys)
+    trl = theirs(trainer, kit.ROWS[rows], **options)
+    assert uft.sequences == trl.sequences
+    kit.assert_equal(uft, trl)
+
+
+@pytest.mark.parametrize(
+    ("rows", "first", "weight", "ahead"),
+    [("labels", 0, 1.0, True), ("labels", 1, 1.33, False), ("pairs", 0, 1.33, True)],
+)
+def test_kto(ours, theirs, kit, rows, first, weight, ahead):
+    """The reference point too: of the same completions under the same other prompts, on either side of its bound."""
+    uft = ours("kto", kit.ROWS[rows][first:], undesirable_weight=weight)
+    trl = theirs("kto", uft.records, undesirable_weight=weight)
+    assert uft.sequences == trl.sequences
+    assert uft.mismatched == trl.mismatched
+    assert (uft.terms["reference_point"] > 0.1) == ahead
+    kit.assert_equal(uft, trl)
