@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -147,7 +148,7 @@ class Sitting:
         results = self.launcher.launch([job.arguments for job in jobs], initial_job_idx=self.launched)
         self.launched += len(jobs)
         failed = dict(failures(jobs, results))
-        self.failed |= failed
+        self.failed = {job: why for job, why in self.failed.items() if job not in jobs} | failed
         if self.board:
             self.board.end(jobs, failed)
         return results
@@ -175,6 +176,9 @@ def run_grid(plan: Plan, lines: Sequence[Sequence[str]], launcher: Launcher, bat
     """
     if len(lines) > MANY:
         print(f"uft: checking {len(lines)} jobs", flush=True)
+    if len(lines) > 1 and plan.trains and os.environ.get("WANDB_SWEEP_ID"):
+        advice = ("leave out -m, or let W&B vary the keys: docs/sweeps.md",)
+        raise UftError(Problem(f"{len(lines)} jobs", "a W&B agent asks for one run at a time", "command line", advice))
     jobs = plan.jobs(lines)
     folder, size = jobs[0].folder.parent, batch_size or len(jobs)
     board = begin(folder, jobs, plan.axes) if plan.trains else None

@@ -104,9 +104,9 @@ def make_feed(config: Config, corpus: Corpus, objective: Objective, *, refuse: b
 
 
 def _refuse_nothing(feed: Feed, objective: Objective) -> None:
-    """A run that drops every row would train on none and call itself finished."""
-    drawn = sum(len(source.rows) for source, weight in zip(feed.sources, feed.mixture.weights, strict=True) if weight)
-    if sum(len(rows) for kinds in feed.unusable().values() for rows in kinds.values()) == drawn:
+    """A run that drops every row, or takes nothing of what is left, would train on none and call itself finished."""
+    if not feed.takes_anything():
+        drawn = sum(len(s.rows) for s, weight in zip(feed.sources, feed.mixture.weights, strict=True) if weight)
         raise UftError(
             Problem("data.unusable=drop", f"objective={objective.name} cannot use any of the {drawn:,} rows"),
             footer="See why:  data.unusable=error",
