@@ -22,7 +22,7 @@ CASES = {
 }
 CHANGES = {
     "kto": ("objective.undesirable_weight=1.2",),
-    "per_kind": ("objective@objective.preference=simpo", "objective.preference.beta=2.5", "+objective.weights.binary=2"),
+    "per_kind": ("objective@objective.preference=simpo", "objective.preference.beta=3", "+objective.weights.binary=2"),
     "anchored_sft": ("objective.alpha=0.1", *LORA),
 }
 SHORT = (

@@ -193,6 +193,15 @@ def test_hydras_own_sweeper_works_too(worker, capfd):
     assert sorted(run.status for run in runs(worker).values()) == ["failed", "finished"]
 
 
+def test_config_lists_the_jobs_and_shows_the_first(worker, capsys):
+    assert main(["config", "sweep=beta_ratio", "objective.beta=0.1,0.2"]) == 0
+    out = capsys.readouterr().out
+    assert "# 6 jobs; below is the first one's configuration" in out
+    assert "#   objective.beta=0.2 data.ratio=0.75" in out
+    assert yaml.safe_load(out)["objective"]["beta"] == 0.1
+    assert list(worker.iterdir()) == []
+
+
 def test_other_verbs_can_be_swept(worker, capfd):
     assert main(["check", "-m", "model.path=a,b"]) == 0
     assert [line for line in capfd.readouterr().out.splitlines() if line.startswith(("a ", "b "))] == [

@@ -10,12 +10,13 @@ from uft.config.examine import examine
 from uft.config.freeze import plain
 from uft.config.loader import Request, make_loader
 from uft.config.places import conf_dir, groups
+from uft.data.rows import Kind
 from uft.launch.sweep import expand, remembering
 from uft.launch.sweep_check import check_all_sources
 from uft.objectives import make
 
 FILES = groups([conf_dir()])["sweep"]
-KINDS_OF_MIX = ("demonstration", "preference", "binary", "scored")
+KINDS_OF_MIX = (Kind.DEMONSTRATION, Kind.PREFERENCE, Kind.BINARY, Kind.SCORED)
 
 
 def sweep(name):

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from uft.config.compose import compose
 from uft.config.load import typed
 from uft.config.places import conf_dir, groups
-from uft.config.schema import Config
+from uft.config.schema import Config, Source
 from uft.data.rows import Kind
 from uft.errors import UftError
 from uft.objectives import make
@@ -45,6 +45,14 @@ def composed(*words: str) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+@cache
+def short(data: str) -> Config:
+    """The configuration under data=NAME, of whose sources the first rows alone are read."""
+    settings = composed(f"data={data}")
+    sources = {name: {**source, "limit": ROWS} for name, source in settings["data"]["sources"].items()}
+    return typed({**settings, "data": {**settings["data"], "sources": sources}})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where runs and the token cache lie. A corpus is a function of the data alone: each is read once, without the
@@ -66,9 +74,9 @@ def configure(folder: Path) -> Callable[..., Config]:
     """configure("dpo", "pairs", unusable="drop") -> a short `uft train objective=dpo data=pairs data.unusable=drop`."""
 
     def make_config(objective: str, data: str, **changes: Any) -> Config:
-        chosen = {**composed(f"data={data}")["data"], "cache": str(folder / "cache"), **changes}
-        chosen["sources"] = {name: {**source, "limit": ROWS} for name, source in chosen["sources"].items()}
-        return typed({**composed(f"objective={objective}"), "data": chosen})
+        config = short(data)
+        changed = replace(config.data, cache=str(folder / "cache"), **changes)
+        return replace(config, objective=composed(f"objective={objective}")["objective"], data=changed)
 
     return make_config
 
@@ -193,7 +201,7 @@ def test_with_their_annotations_they_train(
     configure: Callable[..., Config], prepared: Callable[..., Prepared], written: dict[str, Path], objective: str
 ) -> None:
     names = ("instruct", "pairs") if objective == "poft" else ("pairs",)
-    sources = {name: {"path": str(written[name])} for name in names}
+    sources = {name: Source(str(written[name])) for name in names}
     train_and_resume(prepared, configure(objective, "pairs", sources=sources))
 
 
@@ -201,7 +209,7 @@ def test_labels_are_what_a_soft_objective_trains_on(
     configure: Callable[..., Config], prepared: Callable[..., Prepared], written: dict[str, Path]
 ) -> None:
     """The same pairs without the column are hard: another loss."""
-    config = configure("gdpo_soft", "pairs", sources={"pairs": {"path": str(written["pairs"])}})
+    config = configure("gdpo_soft", "pairs", sources={"pairs": Source(str(written["pairs"]))})
     hard = configure("gdpo_soft", "pairs")
     items = [prepared(c, n).trainer.feed.take(8) for c, n in ((config, "soft"), (hard, "hard"))]
     labels = [[i.row.completions[i.parts[0].completion].annotations.get("soft_label") for i in part] for part in items]
