@@ -192,7 +192,8 @@ WRONG = {
     "stages.dpo.set.train.epochs=many": ("must be a number", ""),
     "stages.dpo.set.hardware.device=cpu": ("hardware is the same in all stages", ""),
     "stages.dpo.set.model.path=other": ("a stage starts from the model that the stage before it left", ""),
-    "stages.dpo.column=baseline_logp": ("has no meaning where do=fit", ""),
+    "+stages.ask.do=annotate": ("which column to write is not said", "annotate.column: baseline_logp"),
+    "+stages.more={do: generate, data: pairs, reference: initial}": ("has no meaning where do=generate", ""),
     "+stages._x.objective=sft": ("names a folder: letters, digits, - and _, a letter first", ""),
 }
 """Each wrong in its own way, whatever else is."""
@@ -201,7 +202,11 @@ WRONG = {
 def test_mistakes_are_found_together():
     found = problems("experiment=two", *WRONG)
     for override, (why, advice) in WRONG.items():
-        what = {"stages.dpo.column=baseline_logp": "stages.dpo.column", "+stages._x.objective=sft": "stages._x"}
+        what = {
+            "+stages.ask.do=annotate": "stages.ask",
+            "+stages.more={do: generate, data: pairs, reference: initial}": "stages.more.reference=initial",
+            "+stages._x.objective=sft": "stages._x",
+        }
         assert found[what.get(override, override)][0] == why, override
         assert advice in found[what.get(override, override)][2]
     assert len(found) == len(WRONG)
@@ -246,7 +251,7 @@ def test_rows_that_an_earlier_stage_makes():
         assert found[0] == why
         assert advice in found[2]
     held = problems("experiment=made", f"stages.dft.set.{key}.holdout=0.1")[f"{key}.holdout"]
-    assert "before the first step" in held[0]
+    assert held[0].startswith("what stage:gen holds out is measured")
     trained = problems("experiment=two", "+stages.end.set.data.sources.x.path=stage:dpo", "+stages.end.data=files")
     assert trained["data.sources.x.path=stage:dpo"][0] == "stage dpo trains and leaves no rows"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from uft.config.schema import Config
 from uft.runs import Run, create_run
 from uft.training.prepare import Prepared, prepare
 from uft.training.signals import Stop
+
+sys.path.insert(0, str(Path(__file__).parent))  # for dying.py
 
 VOCABULARY = 61
 LLAMA = {

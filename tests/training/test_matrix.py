@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from uft.config.compose import compose
 from uft.config.load import typed
 from uft.config.places import conf_dir, groups
-from uft.config.schema import Config, Source
+from uft.config.schema import Config, Lora, ReferenceModel, Source
 from uft.data.rows import Kind
 from uft.errors import UftError
 from uft.objectives import make
@@ -215,3 +215,27 @@ def test_labels_are_what_a_soft_objective_trains_on(
     labels = [[i.row.completions[i.parts[0].completion].annotations.get("soft_label") for i in part] for part in items]
     assert None not in labels[0]
     assert set(labels[1]) == {None}
+
+
+# --- where the reference comes from ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["kto", "per_kind", "dpo"])
+def test_the_reference_is_the_same_wherever_its_log_probs_come_from(
+    configure: Callable[..., Config], prepared: Callable[..., Prepared], objective: str
+) -> None:
+    """KTO's mismatched completions are in no file: a cached reference has to have seen them too."""
+    config = configure(objective, "mix" if objective != "dpo" else "pairs")
+    losses = {}
+    for mode in ("copy", "cached", "adapter_off"):
+        model = replace(config.model, adapter="lora", lora=Lora(rank=4))
+        settings = replace(config, model=model, reference=ReferenceModel(mode=mode))
+        saving, made = Saving(), prepared(settings, mode)
+        assert made.reference is not None
+        assert made.reference.mode == mode
+        made.trainer.hooks = (saving,)
+        made.trainer.fit()
+        losses[mode] = [float(step.loss) for step in saving.steps]
+    assert losses["cached"] == pytest.approx(losses["copy"], rel=1e-5)
+    assert losses["adapter_off"] == pytest.approx(losses["copy"], rel=1e-5)
+    train_and_resume(prepared, replace(config, reference=ReferenceModel(mode="cached")))

@@ -205,8 +205,6 @@ class Stage:
     reference: str = _key(
         "start", "fit: the model it starts from, or the one the run started from", choices=("start", "initial")
     )
-    column: str | None = _key(None, "annotate: the column to write", choices=(None, "baseline_logp", "soft_label"))
-    models: list[str] = _key([], "annotate: whose opinion it is; a path, a hub id, or stage:NAME")
 
 
 @dataclass

@@ -27,7 +27,7 @@ from uft.config.outline import OWN, SET, UNCLEAR, of_stages, outlined, own_keys,
 from uft.config.overrides import COMMAND_LINE, Sorted
 from uft.config.schema import Data
 from uft.config.stage_rules import fixed, rules
-from uft.config.stages import MEANING, STAGES, differing
+from uft.config.stages import STAGES, differing
 from uft.config.suggest import hint, nearest
 from uft.config.translate import BROKEN, translate
 from uft.config.tree import OBJECTIVE, SOURCES, Tree, fields_of
@@ -252,7 +252,7 @@ def freeze(run: Tree, outline: Tree, drafts: Sequence[Draft]) -> None:
     settings = plain(run.root)
     for draft in drafts:
         stage = outline.root[STAGES][draft.name]
-        what = {key: stage[key] for key in MEANING[stage.do]}
+        what = {"do": stage.do, "reference": stage.reference} if stage.do == "fit" else {"do": stage.do}
         run.root[STAGES][draft.name] = {**what, "config": differing(whole[draft.name], settings)}
         prefix = f"{STAGES}.{draft.name}."
         run.origins |= {f"{prefix}config.{key}": where for key, where in draft.tree.origins.items()}
