@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,23 @@ from uft.training.records import data_record
 from uft.training.stages_ground import survey
 
 PAIRS = ("dpo", "kto", "una")
-SMALL = ("eval=none", "eval.generate_rows=0", "tracking=none", "hardware=cpu", "train.batch_size=8", "train.log_every=1")
+SMALL = (
+    "eval=none",
+    "eval.generate_rows=0",
+    "tracking=none",
+    "hardware=cpu",
+    "train.batch_size=8",
+    "train.log_every=1",
+)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for all tests here: they read the same rows."""
     monkeypatch.setenv("UFT_CACHE", str(tmp_path_factory.getbasetemp() / "pipelines-cache"))
 
 
+@cache
 def config_of(*words: str) -> Config:
     return typed(plain(compose(list(words))))
 

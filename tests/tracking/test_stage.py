@@ -11,7 +11,7 @@ from uft.runs import Run
 from uft.tracking.cards import battery_table
 from uft.tracking.console import Console
 from uft.tracking.files import Files, read_metrics
-from uft.tracking.wandb import _table
+from uft.tracking.wandb import Wandb, _table
 
 SAMPLE = Sample("pairs", "pairs:0", "min : a b", "a", None, {"correct": 1.0})
 
@@ -63,3 +63,18 @@ def test_a_stage_starts_its_line_afresh(capsys: Any) -> None:
     console.start("stage 2 of 2: dpo", [])
     console.step(2, {"loss": 0.7, "objective/dpo": 0.7})
     assert "sft" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_wandb_has_the_stage_as_a_field(new_run: Any, config: Any) -> None:
+    """Two sittings of one run: one id, steps that run on, and the stage of every line."""
+    from records import load
+
+    run = new_run()
+    for step, stage in ((1, "sft"), (2, "dpo")):
+        tracker = Wandb(run, config("offline"), lambda line: None)
+        tracker.start()
+        tracker.log(step, {"stage": stage, "loss": float(step)})
+        tracker.finish("stopped", 75, {"steps": step})
+    found = [load(run.path / name) for name in run.info()["wandb"]["dirs"]]
+    assert len({one["id"] for one in found}) == 1
+    assert [(row["step"], row["stage"]) for one in found for row in one["history"]] == [(1, "sft"), (2, "dpo")]

@@ -20,7 +20,7 @@ from uft.config.stages import differing
 from uft.errors import BAD_REQUEST, FAILED, GOOD, STOPPED, UftError
 from uft.evaluation.battery import Battery
 from uft.runs import Run, create_run, summary
-from uft.training import session, stages, stages_ground, stages_make
+from uft.training import session, stages, stages_ground, stages_jobs, stages_make
 from uft.training.signals import Stop
 
 CLOCKS = ("seconds", "tokens_per_second", "wall_seconds", "peak_memory_bytes")
@@ -255,10 +255,31 @@ def test_rows_are_made_and_trained_on(chain: Callable[..., Config], files: dict[
     assert "eval/demonstration/nll" in named
 
 
+def test_what_an_annotating_stage_holds_out_is_measured_and_never_trained_on(
+    chain: Callable[..., Config], model_folder: Path, tmp_path: Path
+) -> None:
+    """The file that it leaves has the held-out rows too; stopped again and again, it goes on."""
+    asked = ("annotate.column=baseline_logp", f"annotate.models=[{model_folder}]")
+    config = chain({"ask": ("annotate", "demonstration", *asked), "poft": ("poft", "stage:ask", "train.steps=2")})
+    folder = tmp_path / "run"
+    for looks in range(1, 40, 6):
+        if sit(folder, config, StopAt(looks)) == GOOD:
+            break
+    assert sit(folder, config) == GOOD
+    rows = lines(folder / "stages/1-ask/rows.jsonl")
+    assert len(rows) == 12
+    assert all(row["baseline_logp"] < 0 for row in rows)
+    data = json.loads((folder / "stages/2-poft/data.json").read_text())["sources"]["made"]
+    assert (data["rows"], data["held_out"]) == (10, 0)  # data.holdout=0.2 of twelve is two
+    first = next(line for line in lines(folder / "metrics.jsonl") if line["step"] == 1 and "loss" in line)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)  # the model is its own baseline
+    assert any("eval/demonstration/nll" in line for line in lines(folder / "metrics.jsonl"))
+
+
 # --- dying and stopping
 
 
-@pytest.mark.parametrize("tuning", [("reference.mode=cached",), LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("tuning", [("reference.mode=cached",), pytest.param(LORA, marks=pytest.mark.slow)])
 def test_death_at_any_moment_changes_nothing(
     tuning: tuple[str, ...], two: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:
@@ -282,7 +303,7 @@ def test_death_at_every_single_moment_changes_nothing(two: Callable[..., Config]
         assert written(tmp_path / f"died-{moment}") == expected, moment
 
 
-@pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stop_at_any_safe_point_changes_nothing(stride: int, two: Callable[..., Config], tmp_path: Path) -> None:
     whole, watch = tmp_path / "whole", StopAt()
     assert sit(whole, two("whole"), watch) == GOOD
@@ -339,6 +360,29 @@ def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(
     assert (result["status"], result["error"]) == ("failed", "RuntimeError: no more")
     assert list(result["stages"]) == ["sft"]
     assert sit(folder, config) == GOOD
+
+
+# --- looking before
+
+
+def test_check_and_data_look_at_every_stage(chain: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {
+        "sft": ("sft", "demonstration", "train.steps=2"),
+        "say": ("generate", "demonstration"),
+        "dft": ("dft", "stage:say", "train.steps=2"),
+        "dpo": ("dpo", "preference", "train.steps=3", "objective.beta=0.3"),
+    }
+    config = chain(parts)
+    assert stages_jobs.check(config) == GOOD
+    said = capsys.readouterr().out
+    for words in ("stage 1 of 4: sft (fit)", "demonstration: 10 rows", stages_jobs.NOT_THERE, "dpo  beta=0.3"):
+        assert words in said
+    assert said.count("largest step") == 2
+    assert "All is well" in said
+    assert stages_jobs.data(config) == GOOD
+    shown = capsys.readouterr().out
+    places = [shown.index(words) for words in ("stage 1 of 4", "  demonstration:", "stage 4 of 4", "  preference:")]
+    assert places == sorted(places)
 
 
 # --- what is refused

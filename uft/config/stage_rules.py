@@ -22,6 +22,12 @@ MODEL = ("path", "name", "revision", "trust_remote_code")
 
 def fixed(setting: Setting) -> Problem | None:
     """A key that no stage can have for itself, or None."""
+    if not setting.path:
+        return Problem(setting.text, "must be a group of keys", setting.where)
+    if setting.path in (("objective",), ("data",)):
+        (group,) = setting.path
+        advice = f"beside set, not in it:  {group}: {written(setting.value)}"
+        return Problem(setting.text, "is chosen by the stage", setting.where, (advice,))
     if setting.path[0] in SAME:
         return Problem(setting.text, f"{setting.path[0]} is the same in all stages", setting.where)
     if setting.path[0] == "model" and setting.path[1:2] and setting.path[1] in MODEL:

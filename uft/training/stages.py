@@ -195,6 +195,7 @@ class _Sitting:
         self.results[stage.name] = {"status": "finished", "error": None, "do": stage.do, **record}
         write_json(folder.path / "result.json", self.results[stage.name])
         self._mark()
+        ground.corpora.pop(stage.name, None)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -242,9 +243,8 @@ class _Sitting:
         """A trainer ready for its next step, and the stage's card."""
         config, given = handed(stage, self.config, self.so_far(stage), ground)
         prepared = prepare(folder, config, self.device, self.stop, self.console.message, given)
-        for name, corpus in ground.corpora.items():  # what can be told of later stages is told before the first step
-            if name not in self.results:
-                check_positions(prepared.trainer.policy, corpus)
+        for corpus in ground.corpora.values():  # what can be told of later stages is told before the first step
+            check_positions(prepared.trainer.policy, corpus)
         checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
         resumed = resume(prepared.trainer)
         if resumed < 0:
