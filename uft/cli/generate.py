@@ -11,6 +11,7 @@ from uft.cli.app import run_app, task
 from uft.cli.help import FLAGS, Help
 from uft.config.change import changed
 from uft.config.examine import Examined
+from uft.config.stages import made, rows_of, without_stages
 from uft.errors import Problem, UftError
 from uft.launch.launcher import launch_job
 from uft.runs import Run, open_run
@@ -56,10 +57,12 @@ def from_run(run: Run, overrides: list[str]) -> int:
 
 def with_model(run: Run) -> dict[str, Any]:
     """The run's configuration, its trained model in the place of the one it began with, its files found from here."""
-    settings: dict[str, Any] = {key: value for key, value in run.config().items() if key != "stages"}
+    settings: dict[str, Any] = without_stages(run.config())
     started = Path(run.info().get("cwd", "."))
     for node in (settings["data"], *settings["data"]["sources"].values()):
         node |= {key: found_from(started, node[key]) for key in FILES & node.keys()}
+    for name, source in settings["data"]["sources"].items():
+        source["path"] = str(rows_of(run.path, source["path"], name)) if made(source["path"]) else source["path"]
     settings["model"] |= {"path": str(run.model_dir.resolve()), "revision": None, "adapter": "none"}
     settings["generate"]["out"] = settings["generate"]["out"] or str(Path(run.path, OUT))
     return settings

@@ -54,6 +54,12 @@ def narrowed(method: str, keys: tuple[str, ...]) -> type:
     return dataclasses.make_dataclass(whole.__name__, [(f.name, f.type, field_like(f)) for f in shown])
 
 
+def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:
+    """Those of `keys` that the method has a plain default for."""
+    fields = {f.name: f.default for f in dataclasses.fields(objective_schemas()[method])}
+    return {key: fields[key] for key in keys if fields.get(key, dataclasses.MISSING) is not dataclasses.MISSING}
+
+
 def objective_problems(settings: Settings) -> Complaints:
     """(key, what is wrong) where the keys of an objective contradict each other."""
     return list(objectives()[1](settings).problems())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from uft.config.freeze import ABSENT, difference, plain
@@ -20,6 +21,8 @@ from uft.config.schema import Config
 STAGES = "stages"
 MADE_BY = "stage:"
 """How a source's path names the rows that an earlier stage made, and a model path the model of an earlier stage."""
+
+ROWS = "rows.jsonl"
 
 WORK = ("generate.", "annotate.")
 """Keys that mean something to stages which do that, and to verbs; to those stages they are no longer free."""
@@ -115,3 +118,13 @@ def made(path: str | None) -> bool:
 def maker(path: str) -> str:
     """The stage that `stage:NAME` names."""
     return path.removeprefix(MADE_BY)
+
+
+def rows_of(run: Path, path: str, source: str) -> Path:
+    """The file that `stage:NAME` means in a run folder: the stage's only one, or the one of the source of this name.
+
+    KeyError where there is no such stage.
+    """
+    folders = {folder.name.partition("-")[2]: folder for folder in (run / STAGES).glob("*-*")}
+    folder = folders[maker(path)]
+    return folder / ROWS if (folder / ROWS).is_file() else folder / "rows" / f"{source}.jsonl"

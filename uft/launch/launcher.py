@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from uft.config.compose import completed
 from uft.config.freeze import free, frozen, plain, to_yaml
+from uft.config.register import defaults_of
 from uft.config.stages import data_nodes, differences
 from uft.config.suggest import written
 from uft.errors import BAD_REQUEST, GOOD, Problem, UftError
@@ -127,7 +128,11 @@ def refuse_changes(run: Run, settings: Mapping[str, Any]) -> None:
 
 def changed_keys(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, the run's value, the wanted one); keys that a newer version brought count with their defaults."""
-    return differences(completed(run.config()), settings)
+    began = run.config()
+    wanted = settings["objective"]
+    if began["objective"].get("method") == wanted["method"]:
+        began["objective"] = {**defaults_of(wanted["method"], wanted), **began["objective"]}
+    return differences(completed(began), settings)
 
 
 def check_sources(settings: Mapping[str, Any]) -> None:

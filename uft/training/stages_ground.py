@@ -11,13 +11,12 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Config, Data, Model
-from uft.config.stages import Stage, made, maker
+from uft.config.stages import Stage, made, rows_of
 from uft.data.identity import content_digest, prompt_hash
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.templates import Renderer
@@ -113,22 +112,12 @@ def located(config: Config, run: Run) -> Config:
     if not waits(config.data):
         return config
     sources = {
-        name: replace(source, path=str(rows_of(run, maker(source.path), name)), holdout=0.0)
+        name: replace(source, path=str(rows_of(run.path, source.path, name)), holdout=0.0)
         if made(source.path)
         else source
         for name, source in config.data.sources.items()
     }
     return replace(config, data=replace(config.data, sources=sources))
-
-
-ROWS = "rows.jsonl"
-
-
-def rows_of(run: Run, stage: str, source: str) -> Path:
-    """The file that a stage made: its only one, or the one of a source of this name."""
-    (folder,) = (path for path in (run.path / "stages").iterdir() if path.name.partition("-")[2] == stage)
-    one = folder / ROWS
-    return one if one.is_file() else folder / "rows" / f"{source}.jsonl"
 
 
 def _hold_out(ground: Ground, stage: Stage) -> None:

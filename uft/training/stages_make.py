@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from uft.config.schema import Config, Model
-from uft.config.stages import Stage, made, maker
+from uft.config.stages import ROWS, Stage, made, maker
 from uft.data.sources import load_sources
 from uft.data.templates import Renderer
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer
@@ -24,7 +24,7 @@ from uft.sampling.negatives import generate_rows
 from uft.training.annotating import annotate
 from uft.training.prepare import Say, settle_threads
 from uft.training.signals import Stop
-from uft.training.stages_ground import ROWS, located
+from uft.training.stages_ground import located
 
 PART = ".rows.part.jsonl"
 
