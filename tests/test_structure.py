@@ -20,6 +20,7 @@ ORDER = [
     "sampling",
     "evaluation",
     "tracking",
+    "report",
     "training",
     "launch",
     "cli",

@@ -22,6 +22,7 @@ from typing import IO, Any
 from uft.errors import Problem, UftError
 
 CHECKPOINT = re.compile(r"step-(\d{6,})$")
+SWEEP_FILE = "sweep.json"  # what a sweep was asked for; `uft.launch.sweep_file` writes it
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -216,6 +217,30 @@ def find_runs(root: Path) -> list[Run]:
             children.clear()
         children.sort()
     return found
+
+
+def find_sweeps(root: Path) -> list[Path]:
+    """All folders at and below `root` that a sweep was asked for in, by path. Does not descend into runs."""
+    found: list[Path] = []
+    for folder, children, files in os.walk(root):
+        if SWEEP_FILE in files:
+            found.append(Path(folder))
+        children[:] = [] if Run(Path(folder)).exists else sorted(children)
+    return found
+
+
+def planned(sweep: Path) -> list[Run]:
+    """All jobs of a sweep by its `sweep.json`, in the order they were asked for, whether they have a folder yet or
+    not; none where that file is missing or damaged."""
+    try:
+        return [Run(sweep / job["name"]) for job in read_json(sweep / SWEEP_FILE)["jobs"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def waiting(root: Path) -> list[Run]:
+    """Jobs of the sweeps at and below `root` that have not started: runs without a folder."""
+    return [run for sweep in find_sweeps(root) for run in planned(sweep) if not run.exists]
 
 
 def summary(run: Run) -> Mapping[str, Any]:

@@ -25,16 +25,17 @@ class UftSweeperConf:
 
 class UftSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
-        from uft.launch.sweep import Sweep
+        from uft.launch.sweep import Plan, expand, run_grid
 
         assert self.config is not None
         assert self.launcher is not None
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
         assert isinstance(loader, ConfigLoaderImpl)
-        sweep = Sweep.plan(self.config, loader, [*self._parse_config(), *arguments])
+        lines, axes = expand([*self._parse_config(), *arguments], loader)
         one_by_one = isinstance(self.launcher, BasicLauncher)
-        return sweep.run(self.launcher, 1 if one_by_one else self.max_batch_size or len(sweep.jobs))
+        plan = Plan(self.config, loader, tuple(arguments), axes)
+        return run_grid(plan, lines, self.launcher, 1 if one_by_one else self.max_batch_size)
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="uft", node=UftSweeperConf, provider="uft")

@@ -52,6 +52,15 @@ def test_keys_of_the_chosen_objective(answer):
 
 def test_a_run_folder_before_the_keys(answer):
     assert answer("uft generate outputs/run generate.te") == ["generate.temperature="]
+    assert "objective=" in answer("uft generate outputs/run ")
+
+
+def test_the_column_before_the_keys(answer):
+    assert answer("uft annotate soft") == ["soft_label"]
+    assert {"baseline_logp", "soft_label", "objective="} <= {*answer("uft annotate ")}
+    assert answer("uft annotate soft_label annotate.te") == ["annotate.temperature="]
+    assert "objective=" in answer("uft annotate soft_label ")
+    assert answer("uft annotate annotate.te") == ["annotate.temperature="]
 
 
 def test_a_line_that_cannot_be_read_has_no_completions(answer, capsys):

@@ -49,9 +49,9 @@ def test_describe_knows_nested_keys():
 
 
 def test_every_key_in_the_help_exists():
-    from uft.cli import check, config, data, generate, train
+    from uft.cli import annotate, check, config, data, generate, train
 
-    for module in (check, config, data, generate, train):
+    for module in (annotate, check, config, data, generate, train):
         assert all(describe(key) for key in module.HELP.keys)
 
 
@@ -83,6 +83,17 @@ def test_check_and_data_run_a_job_and_leave_nothing(worker, capfd):
 def test_generate_from_any_model(worker, capfd):
     assert main(["generate", "model.path=org/name", "generate.out=a.jsonl"]) == 0
     assert "org/name a.jsonl" in capfd.readouterr().out
+
+
+def test_annotate_takes_its_column_first(worker, capfd):
+    assert main(["annotate", "soft_label", "data=scored", "annotate.temperature=0.2"]) == 0
+    assert "worker annotate ok" in capfd.readouterr().out
+    assert main(["annotate", "annotate.column=soft_label", "data=scored"]) == 0
+    capfd.readouterr()
+    assert main(["annotate", "data=scored"]) == 2
+    assert "columns: baseline_logp, soft_label" in capfd.readouterr().err
+    assert main(["annotate", "softlabel", "data=scored"]) == 2
+    assert "did you mean  annotate.column=soft_label ?" in capfd.readouterr().err
 
 
 def test_generate_from_a_run_takes_its_model_and_configuration(trained, capfd):

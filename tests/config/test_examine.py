@@ -147,7 +147,7 @@ def test_named_sources_are_added_with_plus_and_checked():
 
 def test_sources_can_be_removed_and_nothing_else():
     assert "pairs" not in compose(["~data.sources.pairs"]).data.sources
-    assert problems("~train.steps")["~train.steps"][0] == "only named sources and free keys can be removed"
+    assert problems("~train.steps")["~train.steps"][0] == "only named sources, stages and free keys can be removed"
 
 
 def test_references_to_nowhere():

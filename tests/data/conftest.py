@@ -1,8 +1,13 @@
 """A real fast tokenizer, trained in a moment, with the shapes of template that are met in the wild."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))  # for items.py
 
 CORPUS = ["The capital of France is Paris.", "user assistant system human model", "one two three 0123456789 !?"] * 4
 

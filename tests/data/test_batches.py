@@ -6,38 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from items import NEGATIVE, PAD, POSITIVE, completion, demonstration, encoded, preference, row
 
 from uft.data.batches import Item, collate, is_good, make_item, micro_batches
 from uft.data.rows import Completion, Kind, Message, Row
 from uft.data.templates import Encoded
 from uft.data.views import Part, Role
-
-PAD = 0
-POSITIVE, NEGATIVE = Role.POSITIVE, Role.NEGATIVE
-
-
-def encoded(prompt, reply, start=1):
-    """`prompt` unsupervised and `reply` supervised tokens with ids from `start` on."""
-    ids = np.arange(start, start + prompt + reply, dtype=np.int32)
-    return Encoded(ids, np.arange(prompt + reply) >= prompt, prompt)
-
-
-def completion(**feedback):
-    return Completion((Message("assistant", "a"),), **feedback)
-
-
-def row(*completions, index=0):
-    return Row("s", index, (Message("user", "q"),), completions)
-
-
-def demonstration(example=0, prompt=2, reply=3, start=1):
-    return Item(example, row(completion()), (Part(0),), (encoded(prompt, reply, start),))
-
-
-def preference(example=1, chosen=(2, 3), rejected=(2, 5)):
-    both = row(completion(preferred=True), completion(preferred=False))
-    parts = (Part(0, POSITIVE), Part(1, NEGATIVE))
-    return Item(example, both, parts, (encoded(*chosen, start=11), encoded(*rejected, start=31)))
 
 
 def test_targets_say_which_token_where_and_what_predicts_it():
@@ -208,3 +182,29 @@ def test_what_a_sampler_gave_its_negatives_is_a_column_whose_sums_are_its_log_pr
     item = make_item(row, encoded, 0, 0, lambda row, visit: (Part(0), Part(1, Role.NEGATIVE), Part(2, Role.NEGATIVE)))
     batch = collate([item], pad_id=0)
     assert batch.sum(batch.columns["sampling_log_probs"]).tolist() == [0, -3.5, -1.25]
+
+
+# --- annotations
+
+
+def noted(**numbers):
+    return completion(annotations=numbers)
+
+
+def test_annotations_are_per_sequence_and_nan_where_there_is_none():
+    first = replace(demonstration(), row=row(noted(baseline_logp=-0.5)))
+    batch = collate([first, preference(), replace(demonstration(), row=row(completion(score=0.25)))], PAD)
+    assert batch.annotations.keys() == {"baseline_logp", "score"}
+    assert batch.annotations["baseline_logp"].dtype == torch.float32
+    for name, expected in (("baseline_logp", [-0.5, None, None, None]), ("score", [None, None, None, 0.25])):
+        found = [None if math.isnan(value) else value for value in batch.annotations[name].tolist()]
+        assert found == expected, name
+    assert collate([preference()], PAD).annotations == {}
+
+
+def test_annotations_follow_the_completions_that_the_parts_take():
+    sides = row(completion(preferred=True, annotations={"soft_label": 0.75}), completion(preferred=False))
+    item = replace(preference(), row=sides)
+    turned = replace(item, parts=item.parts[::-1], encoded=item.encoded[::-1])
+    assert collate([item], PAD).annotations["soft_label"][0] == 0.75
+    assert collate([turned], PAD).annotations["soft_label"][1] == 0.75

@@ -46,6 +46,8 @@ def main() -> None:
         result(target, "failed", error="ValueError: it broke\nlong story")
         sys.exit(1)
     if script == "refuse":
+        said = "  data.x  no rows that this objective can use\n      did you mean  data=mix ?"
+        print(f"uft: 1 problem in this request\n\n{said}\n", file=sys.stderr)
         sys.exit(2)
     if script == "late_refusal":
         result(target, "failed", error="no rows left")

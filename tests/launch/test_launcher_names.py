@@ -4,7 +4,7 @@ from datetime import datetime
 from pathlib import Path
 
 from uft.launch.names import axis_labels, job_name, run_name, single_run_dir, slug, sweep_dir, sweep_name
-from uft.launch.sweep import unique_names
+from uft.launch.sweep_jobs import unique_names
 
 NOW = datetime(2026, 11, 21, 9, 8, 7)
 CFG = {

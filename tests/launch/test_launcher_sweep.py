@@ -1,5 +1,8 @@
 """Multirun: all jobs checked first, each in its own folder and worker, every failure told of."""
 
+import json
+import shlex
+
 import yaml
 
 from uft.cli import main
@@ -26,7 +29,10 @@ def test_each_job_has_its_folder(worker, capsys):
     assert (config["objective"]["name"], config["seed"], config["sweep"]["name"]) == ("ift", 2, folder.name)
     overrides = yaml.safe_load((found["ift-seed2"].path / "overrides.yaml").read_text())
     assert set(overrides) == {"tracking=none", "objective=ift", "seed=2", "train.log_every=7"}
-    assert "all 4 jobs are done" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "all 4 jobs are done" in out
+    assert "4 of 4 done: ift-seed2 finished at step 2" in out
+    assert "worker train" not in out, "a job talks into its console.log"
     assert [path.name for path in worker.iterdir()] == ["outputs"], "Hydra leaves no files"
 
 
@@ -45,7 +51,8 @@ def test_one_failure_does_not_stop_the_others_and_all_are_listed(worker, capfd):
     assert "2 of 3 jobs failed" in err
     assert "ValueError: it broke" in err
     assert "outputs/" in err
-    assert "exit code 1" in err
+    assert "killed by SIGKILL" in err
+    assert "uft resume outputs/" in err
     assert {name: run.status for name, run in runs(worker).items()} == {
         "systemdie": "interrupted",
         "systemfail": "failed",
@@ -64,6 +71,48 @@ def test_all_jobs_are_checked_before_the_first_starts(worker, capsys):
     assert "in 2 of 4 jobs, the first is  objective=sft data.ratio=2" in err
     assert "+nope=1" in err
     assert not (worker / "outputs").exists()
+
+
+def test_jobs_with_other_settings_in_the_same_folder_are_refused_before_any_starts(worker, capsys):
+    assert sweep("seed=choice(1)", "sweep.name=A", "train.log_every=3") == 0
+    capsys.readouterr()
+    assert sweep("seed=1,2", "sweep.name=A", "optim.lr=0.5") == 2
+    err = capsys.readouterr().err
+    assert "optim.lr" in err
+    assert "0.001 -> 0.5" in err
+    assert "1 of 2 jobs, the first is seed1" in err
+    assert list(runs(worker)) == ["seed1"]
+
+
+def test_what_a_worker_refuses_is_told_at_the_end(worker, capfd):
+    assert sweep("generate.system=refuse,ok", "sweep.name=A") == 1
+    out, err = capfd.readouterr()
+    assert "1 of 2 jobs failed" in err
+    assert "no rows that this objective can use" in err
+    assert "did you mean  data=mix ?" in err
+    assert list(runs(worker)) == ["systemok"]
+    assert "0 of 2 done: systemrefuse failed" in out
+
+
+def test_keys_of_some_objectives_come_with_the_commands_that_sweep_them(worker, capsys):
+    words = ("objective=sft,dpo,ift,uft", "objective.beta=0.1,0.2", "objective.gamma=0.9", "generate.system=ok")
+    assert sweep(*words) == 2
+    err = capsys.readouterr().err
+    commands = [shlex.split(line) for line in err.splitlines() if line.startswith("  uft train")]
+    assert [command[3:6] for command in commands] == [
+        ["tracking=none", "objective=sft", "generate.system=ok"],
+        ["tracking=none", "objective=dpo,uft", "objective.beta=0.1,0.2"],
+        ["tracking=none", "objective=ift", "objective.gamma=0.9"],
+    ]
+    assert {command[-1] for command in commands} == {"sweep.name=objective-beta"}
+    assert main(commands[2][1:]) == 0
+    assert [run.path.parent.name for run in runs(worker).values()] == ["objective-beta"]
+    assert list(runs(worker)) == ["ift"]
+
+
+def test_a_key_that_no_objective_has_is_a_typo_alone(worker, capsys):
+    assert sweep("objective=sft,ift", "objective.bta=0.1,0.2") == 2
+    assert "Sweep them apart" not in capsys.readouterr().err
 
 
 def test_a_typo_in_a_fixed_key_is_found_too(worker, capsys):
@@ -101,6 +150,41 @@ def test_axes_can_come_from_a_file(worker):
     )
     assert main(["train", "tracking=none", "experiment=betas"]) == 0
     assert list(runs(worker)) == ["beta0.1", "beta0.2"]
+
+
+def test_a_shipped_sweep_its_name_and_values_of_ones_own(worker, capsys):
+    """The group `sweep` and the key `sweep.name` are two things; what is typed replaces an axis of the file."""
+    words = ("train", "tracking=none", "sweep=beta_ratio", "objective=dpo", "data.unusable=drop")
+    assert main([*words, "sweep.name=mine", "objective.beta=0.1,0.2", "data.ratio=0.5"]) == 0
+    assert list(runs(worker)) == ["dpo-beta0.1-ratio0.5", "dpo-beta0.2-ratio0.5"]
+    config = runs(worker)["dpo-beta0.2-ratio0.5"].config()
+    assert (config["objective"]["beta"], config["sweep"]) == (0.2, {"name": "mine"})
+    capsys.readouterr()
+    assert main([*words, "objective.beta=0.1,0.2", "train.stps=3"]) == 2
+    err = capsys.readouterr().err
+    assert "uft: 1 problem" in err
+    assert "did you mean  train.steps ?" in err
+
+
+def test_the_same_values_of_a_file_and_of_the_command_line_are_one_sweep(worker):
+    words = ("train", "tracking=none", "sweep=beta_ratio")
+    assert main([*words, "objective.beta=0.1", "data.ratio=0.5"]) == 0
+    assert main([*words, "objective.beta=0.1,0.2", "data.ratio=0.5"]) == 0
+    (folder,) = {run.path.parent for run in runs(worker).values()}
+    assert folder.name.startswith("beta_ratio-")
+    assert json.loads((folder / "sweep.json").read_text())["axes"] == {
+        "objective.beta": ["0.1", "0.2"],
+        "data.ratio": ["0.5"],
+    }
+    assert {name: (run.path / "sittings").read_text() for name, run in runs(worker).items()} == {
+        "beta0.1-ratio0.5": "ok\n",
+        "beta0.2-ratio0.5": "ok\n",
+    }
+
+
+def test_a_folder_of_hydras_own_key(worker):
+    assert sweep("seed=1,2", "hydra.sweep.dir=here/it/is") == 0
+    assert sorted(path.name for path in (worker / "here/it/is").iterdir()) == ["seed1", "seed2", "sweep.json"]
 
 
 def test_hydras_own_sweeper_works_too(worker, capfd):

@@ -1,9 +1,11 @@
-"""Batches made by hand and two policies: one that says what it is told, one small enough to differentiate on paper."""
+"""Batches made by hand, rows of all kinds, and a training step in ten lines. Policies are in toys.py."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,10 @@ import torch
 from uft.data.batch import Batch
 from uft.data.rows import Completion, Kind, Message, Row
 from uft.data.views import Role
-from uft.objectives.base import PLAIN, Clock, Scores
+from uft.objectives.base import Clock
+
+sys.path.insert(0, str(Path(__file__).parent))  # for toys.py and formulas.py
+from toys import Logits, Told, Toy, preset, settings
 
 KINDS = list(Kind)
 
@@ -27,6 +32,7 @@ class Seq:
     role: int = Role.POSITIVE
     target: float = math.nan
     good: bool | None = None
+    annotations: dict[str, float] = field(default_factory=dict)
 
 
 def of_length(n: int, **part) -> Seq:
@@ -60,6 +66,7 @@ def batch_of(seqs, *, examples=None, kinds=None, layout="padded", extra=0, colum
         if a.row == b.row and a.role == Role.POSITIVE and b.role == Role.NEGATIVE
     ]
     good = [s.role == Role.POSITIVE if s.good is None else s.good for s in seqs]
+    noted = dict.fromkeys(name for s in seqs for name in s.annotations)
     return Batch(
         input_ids=ids.view(-1, width),
         attention_mask=mask.view(-1, width),
@@ -73,70 +80,31 @@ def batch_of(seqs, *, examples=None, kinds=None, layout="padded", extra=0, colum
         example=torch.tensor(list(range(rows)) if examples is None else examples),
         kind=torch.tensor([KINDS.index(k) for k in (kinds or [Kind.DEMONSTRATION] * rows)]),
         columns=columns or {},
+        annotations={n: torch.tensor([s.annotations.get(n, math.nan) for s in seqs]) for n in noted},
     )
 
 
-class Told:
-    """A forward that says what it is told: `log_probs` (N,) is a leaf whose gradient can be read."""
-
-    def __init__(self, log_probs, dtype=torch.float64, guesses=None):
-        self.log_probs = torch.as_tensor(log_probs, dtype=dtype).requires_grad_()
-        self.guesses = guesses
-        self.calls = []
-
-    def __call__(self, batch, ask=PLAIN):
-        self.calls.append({"guess": ask.guess, "mix": ask.mix, "embed_grad": ask.embed_grad, "grad": torch.is_grad_enabled()})
-        guesses = batch.target_ids if self.guesses is None else self.guesses
-        return Scores(self.log_probs, guesses if ask.guess else None)
-
-
-class Toy:
-    """h_t = mean(e_0..e_t) over the sequence's own tokens, logits_t = W h_t: causal, and differentiable on paper."""
-
-    def __init__(self, embedding, head, dtype=torch.float64):
-        self.embedding = torch.as_tensor(embedding, dtype=dtype).clone().requires_grad_()
-        self.head = torch.as_tensor(head, dtype=dtype).clone().requires_grad_()
-
-    @classmethod
-    def random(cls, seed, vocabulary=7, width=5):
-        generator = torch.Generator().manual_seed(seed)
-        shape = (vocabulary, width)
-        return cls(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator))
-
-    @property
-    def parameters(self):
-        return [self.embedding, self.head]
-
-    def __call__(self, batch, ask=PLAIN):
-        table = self.embedding if ask.embed_grad else self.embedding.detach()
-        inputs = table[batch.input_ids]
-        if ask.replace is not None:
-            mixed = (1 - ask.mix) * table[batch.target_ids] + ask.mix * table[ask.replace]
-            inputs = inputs.flatten(0, 1).index_copy(0, batch.place, mixed).view_as(inputs)
-        segment = (batch.position_ids == 0).cumsum(1)
-        seen = (segment[:, :, None] == segment[:, None, :]).tril().to(inputs.dtype)
-        hidden = (seen @ inputs / seen.sum(-1, keepdim=True)).flatten(0, 1)[batch.predictor]
-        logits = hidden @ self.head.T
-        log_probs = torch.log_softmax(logits, -1).gather(1, batch.target_ids[:, None])[:, 0]
-        return Scores(log_probs, logits.argmax(-1) if ask.guess else None)
-
-
-class Logits:
-    """Reads log-probs off given logits (B, L, V)."""
-
-    def __init__(self, logits):
-        self.logits = torch.as_tensor(logits, dtype=torch.float64)
-
-    def __call__(self, batch, ask=PLAIN):
-        chosen = self.logits.flatten(0, 1)[batch.predictor]
-        return Scores(torch.log_softmax(chosen, -1).gather(1, batch.target_ids[:, None])[:, 0])
+def mismatched(seqs, kinds):
+    """(sequences, kinds) of a step of its own: each completion under the prompt of the next sequence of another row."""
+    found, of = [], []
+    for k, seq in enumerate(seqs):
+        other = next((o for o in (*seqs[k + 1 :], *seqs[:k]) if o.row != seq.row), None)
+        if other is not None:
+            start, prompt = seq.supervised.index(True), other.ids[: other.supervised.index(True)]
+            supervised = [False] * len(prompt) + seq.supervised[start:]
+            found.append(replace(seq, ids=prompt + seq.ids[start:], supervised=supervised, row=len(found)))
+            of.append(kinds[seq.row])
+    return found, of
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def completion(text: str, **feedback) -> Completion:
-    return Completion((Message("assistant", text),), **feedback)
+    """With all that annotations can say of it, but for the soft label of what has a score."""
+    noted = {"baseline_logp": -0.15 * len(text)}
+    noted |= {} if "score" in feedback else {"soft_label": 0.55 + 0.04 * len(text)}
+    return Completion((Message("assistant", text),), **feedback, annotations=noted)
 
 
 def row_of(index: int, *completions: Completion) -> Row:
@@ -169,14 +137,34 @@ def seqs_of(objective, rows, visit=0) -> list[Seq]:
         for part in parts:
             reply = [int(t) for t in row.completions[part.completion].text.split()]
             supervised = [False] * len(prompt) + [True] * len(reply)
-            seqs.append(Seq(prompt + reply, supervised, number, part.role, part.target))
+            chosen = row.completions[part.completion]
+            noted = {**({} if chosen.score is None else {"score": chosen.score}), **chosen.annotations}
+            seqs.append(Seq(prompt + reply, supervised, number, part.role, part.target, annotations=noted))
         number += bool(parts)
     return seqs
 
 
+def used(objective, rows) -> list[Row]:
+    """The rows of which it takes something."""
+    return [row for row in rows if (view := objective.views.get(row.kind)) and view(row, 0)]
+
+
 def batch_for(objective, rows, **how) -> Batch:
-    used = [row for row in rows if (v := objective.views.get(row.kind)) and v(row, 0)]
-    return batch_of(seqs_of(objective, used), examples=[r.index for r in used], kinds=[r.kind for r in used], **how)
+    rows = used(objective, rows)
+    return batch_of(seqs_of(objective, rows), examples=[r.index for r in rows], kinds=[r.kind for r in rows], **how)
+
+
+def mismatched_for(objective, rows, size=100, **how) -> list[Batch]:
+    """The mismatched completions of a step of `rows`, `size` in a batch, where the objective asks for them."""
+    if not objective.needs.mismatched:
+        return []
+    rows = used(objective, rows)
+    seqs, kinds = mismatched(seqs_of(objective, rows), [row.kind for row in rows])
+    parts = [range(i, min(i + size, len(seqs))) for i in range(0, len(seqs), size)]
+    return [
+        batch_of([replace(seqs[k], row=k - part[0]) for k in part], kinds=[kinds[k] for k in part], **how)
+        for part in parts
+    ]
 
 
 # --- what a training step does ----------------------------------------------------------------------------------------
@@ -189,11 +177,21 @@ class Outcome:
     gradients: list[torch.Tensor] = field(default_factory=list)
 
 
-def step(objective, batches, policy, parameters, reference=None, clock=None) -> Outcome:
-    """Sums now, one division by the counts over all batches: the training step in ten lines."""
-    losses = [objective(batch, policy, reference, clock or Clock()) for batch in batches]
+def clock(objective, mismatched, policy, reference=None, **settings) -> Clock:
+    """The clock of a step with these mismatched batches."""
+    found = [objective.survey(batch, policy, reference) for batch in mismatched]
+    names = dict.fromkeys(name for terms in found for name in terms)
+    sums = {n: [sum(getattr(t[n], part) for t in found if n in t) for part in ("total", "count")] for n in names}
+    survey = {name: (total / count.clamp(min=1)).detach() for name, (total, count) in sums.items()}
+    return Clock(**{"survey": survey, **settings})
+
+
+def step(objective, batches, policy, parameters, reference=None, mismatched=()):
+    """A survey first; then sums, and one division by the counts over all batches: the training step in ten lines."""
+    now = clock(objective, mismatched, policy, reference)
+    losses = [objective(batch, policy, reference, now) for batch in batches]
     counted = [objective.counts(batch) for batch in batches]
-    units = {name: sum(c[name] for c in counted) for name in counted[0]}
+    units = {name: sum(c[name] for c in counted).clamp(min=1) for name in counted[0]}
     means = {name: sum(loss[name].total for loss in losses) / units[name] for name in units}
     loss = sum(term.weight * means[name] for name, term in losses[0].items() if term.weight)
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -205,6 +203,8 @@ def step(objective, batches, policy, parameters, reference=None, clock=None) -> 
 def kit() -> SimpleNamespace:
     """Everything above: with importlib imports, tests share code through fixtures."""
     return SimpleNamespace(
+        settings=settings,
+        preset=preset,
         Seq=Seq,
         of_length=of_length,
         batch_of=batch_of,
@@ -215,5 +215,9 @@ def kit() -> SimpleNamespace:
         completion=completion,
         row_of=row_of,
         one_of_each=one_of_each,
+        used=used,
+        mismatched=mismatched,
+        mismatched_for=mismatched_for,
+        clock=clock,
         step=step,
     )

@@ -1,40 +1,62 @@
-"""The YAML files of conf/objective: every key of the dataclass, each with a comment, within its rules."""
+"""The YAML files of conf/objective: keys of the dataclass, each with a comment, within its rules."""
 
 from __future__ import annotations
 
 import typing
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import yaml
+from toys import FOLDER, PRESETS, settings
 
+from uft.data.rows import Kind
 from uft.objectives import OBJECTIVES, make
 
-FOLDER = Path(__file__).parents[2] / "conf" / "objective"
-PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 preset = pytest.mark.parametrize("name", PRESETS)
+IN_EVERY_FILE = {"name", "method"}
 
 
-def load(name):
+def own_keys(name):
+    """What the file itself says, without what it places."""
     values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-    return values.pop("defaults"), values
+    values.pop("defaults", None)
+    return values
 
 
 def schema(method):
     return {f.name: f for f in fields(OBJECTIVES[method]) if not f.metadata.get("internal")}
 
 
-def test_the_names_of_the_seed_papers_are_there():
-    assert {"sft", "ift", "uft", "una", "dft", "dft2", "dpo"} <= set(PRESETS)
+NAMES = """
+    sft ift uft una dft dft2 dynamic_ft anchored_sft f_sft poft asft gdpo_soft gipo_soft gropo_soft rpo dpop dpo cdpo
+    robust_dpo hinge ipo simpo cpo orpo nca rdpo_length ld_dpo kto irft per_kind
+"""
+
+
+def test_the_names_of_the_design_are_there():
+    assert set(PRESETS) >= set(NAMES.split())
+
+
+def test_every_method_has_a_file_and_every_file_a_method():
+    assert {settings(name)["method"] for name in PRESETS} == OBJECTIVES.keys()
 
 
 @preset
-def test_keys_are_the_fields_of_the_dataclass(name):
-    defaults, values = load(name)
+def test_keys_are_fields_of_the_dataclass(name):
+    """A file names the keys its method has; the class may know more of them, which then do nothing."""
+    values = settings(name)
     assert values["name"] == name
-    assert defaults == [f"/schema/objective/{values['method']}@_here_", "_self_"]
-    assert values.keys() == schema(values["method"]).keys()
+    assert values.keys() <= schema(values["method"]).keys()
+    if values["method"] != "per_kind":
+        assert values.keys() >= IN_EVERY_FILE | {"reduction"}
+
+
+@preset
+def test_keys_that_a_file_does_not_name_would_change_nothing_if_it_named_them(name):
+    values = settings(name)
+    silent = {key: f.default for key, f in schema(values["method"]).items() if key not in values}
+    assert make({**values, **silent}) == make(values)
+    assert make({**values, **silent}).problems() == []
 
 
 @preset
@@ -42,17 +64,20 @@ def test_every_key_has_a_comment_and_the_file_says_what_it_is(name):
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")
     keys = [line for line in lines if line and not line.startswith(("#", " ", "defaults:"))]
-    assert len(keys) == len(load(name)[1])
+    assert len(keys) == len(own_keys(name))
     assert [line for line in keys if " # " not in line] == []
 
 
 @preset
 def test_values_are_of_their_type_within_their_rules_and_agree(name):
-    _, values = load(name)
+    values = settings(name)
     found = schema(values["method"])
     types = typing.get_type_hints(OBJECTIVES[values["method"]])
     for key, value in values.items():
         rules = found[key].metadata
+        if types[key] is typing.Any:  # an objective of per_kind
+            assert value == settings(value["name"]), key
+            continue
         if value is None:
             assert type(None) in typing.get_args(types[key]), key
             continue
@@ -72,9 +97,11 @@ def test_values_are_of_their_type_within_their_rules_and_agree(name):
 @pytest.mark.parametrize("method", OBJECTIVES)
 def test_every_key_has_help_and_a_plain_type(method):
     hints = typing.get_type_hints(OBJECTIVES[method])
+    parts = {kind.value for kind in Kind} if method == "per_kind" else set()
     for key, found in schema(method).items():
         assert found.metadata.get("help"), key
-        assert hints[key] in (float, int, bool, str, float | None, dict[str, float]), key
+        plain = (float, int, bool, str, float | None, dict[str, float])
+        assert hints[key] in plain or (key in parts and hints[key] is typing.Any), key
 
 
 @pytest.mark.parametrize(
@@ -88,21 +115,45 @@ def test_every_key_has_help_and_a_plain_type(method):
         ("dft2", {"tau": 0.3, "gamma": 0.9, "negatives": 2, "length_normalize": True, "method": "dft"}),
         ("dpo", {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "method": "pairwise"}),
         ("sft", {"reduction": "token"}),
+        ("dynamic_ft", {"reduction": "token", "weight": "probability"}),
+        ("anchored_sft", {"reduction": "token", "weight": "probability", "alpha": 0.05}),
+        ("f_sft", {"f": "pearson", "beta": 0.1, "ratio": "sum"}),
+        ("poft", {"beta": 1.0, "gamma": 0.0}),
+        ("asft", {"beta": 1.0, "lam": 1.0, "alpha": 1.0}),
+        ("gdpo_soft", {"beta": 0.1, "soft": True}),
+        ("gipo_soft", {"form": "scaled", "soft": True}),
+        ("gropo_soft", {"beta": 0.1, "alpha": 2.0, "soft": True}),
+        ("rpo", {"beta": 0.01, "eta": 0.005, "nll_norm": "sum"}),
+        ("dpop", {"beta": 0.3, "lam": 50.0}),
+        ("cdpo", {"label_smoothing": 0.1}),
+        ("robust_dpo", {"label_smoothing": 0.1, "beta": 0.1}),
+        ("ipo", {"tau": 0.1, "length": "sum"}),
+        ("simpo", {"beta": 2.0, "gamma": 1.0}),
+        ("cpo", {"beta": 0.1, "alpha": 1.0}),
+        ("orpo", {"lam": 0.1, "alpha": 1.0}),
+        ("nca", {"beta": 0.01}),
+        ("rdpo_length", {"alpha": 0.05}),
+        ("ld_dpo", {"alpha": 0.5}),
+        ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
+        ("irft", {"beta": 0.1, "link": "sigmoid"}),
     ],
 )
 def test_defaults_are_the_papers(name, values):
-    found = load(name)[1]
+    found = settings(name)
     assert {key: found[key] for key in values} == values
 
 
-@pytest.mark.parametrize("name", ["sft", "ift", "uft", "dft", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "ift", "uft", "dft", "dpo", "f_sft", "poft", "kto"])
 def test_the_plain_preset_of_a_method_repeats_its_defaults(name):
-    values = load(name)[1]
+    values = settings(name)
     assert make(values) == make({"name": name, "method": values["method"]})
 
 
 def test_needs():
-    needs = {name: make(load(name)[1]).needs for name in PRESETS}
-    assert {n for n, need in needs.items() if need.reference} >= {"uft", "una", "dft", "dpo"}
-    assert not {"sft", "ift", "dft2"} & {n for n, need in needs.items() if need.reference}
-    assert needs["ift"].guesses
+    needs = {name: make(settings(name)).needs for name in PRESETS}
+    without = "sft ift dft2 dynamic_ft poft asft simpo cpo orpo"
+    assert {n for n, need in needs.items() if not need.reference} == set(without.split())
+    assert {n for n, need in needs.items() if need.distributions} == {"anchored_sft"}
+    assert {n for n, need in needs.items() if need.mismatched} == {"kto", "per_kind"}
+    assert {n for n, need in needs.items() if need.annotations} == {"poft"}
+    assert not any(need.columns for need in needs.values())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+from toys import PRESETS, preset, settings
 
 from uft.data.rows import Kind
 from uft.data.views import Role
-from uft.objectives import OBJECTIVES, make
 from uft.objectives.kinds import kind_table
 
-WEIGHTED_NLL = [{"method": "nll"}, {"method": "ift"}]
+LIKELIHOOD = ["sft", "ift", "dynamic_ft", "anchored_sft", "f_sft", "poft"]
+PAIRS = [name for name in PRESETS if "sft_weight" in settings(name)]
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def rows(kit):
     }
 
 
-def taken(settings, row, visit=0):
+def taken(name, row, visit=0, **changes):
     """{completion: (role, target or None)}, or None where the run stops."""
-    view = make(settings).views.get(row.kind)
+    view = preset(name, **changes).views.get(row.kind)
     parts = view(row, visit) if view else None
     if parts is None:
         return None
@@ -41,56 +42,80 @@ def taken(settings, row, visit=0):
 POSITIVE, NEGATIVE = ("positive", None), ("negative", None)
 
 
-@pytest.mark.parametrize("settings", WEIGHTED_NLL)
-def test_weighted_nll_takes_what_is_good(rows, settings):
-    assert taken(settings, rows["demonstration"]) == {0: POSITIVE}
-    assert taken(settings, rows["preference"]) == {0: POSITIVE}
-    assert taken(settings, rows["good"]) == {0: POSITIVE}
-    assert taken(settings, rows["bad"]) == {}, "taken by its own rule: nothing; the run goes on"
-    assert taken(settings, rows["scored"]) == {1: POSITIVE, 2: POSITIVE}
-    assert taken({**settings, "min_score": 0.6}, rows["scored"]) == {1: POSITIVE}
-    assert taken(settings, rows["negatives"]) == {0: POSITIVE}
+@pytest.mark.parametrize("name", LIKELIHOOD)
+def test_likelihood_takes_what_is_good(rows, name):
+    assert taken(name, rows["demonstration"]) == {0: POSITIVE}
+    assert taken(name, rows["preference"]) == {0: POSITIVE}
+    assert taken(name, rows["good"]) == {0: POSITIVE}
+    assert taken(name, rows["bad"]) == {}, "taken by its own rule: nothing; the run goes on"
+    assert taken(name, rows["scored"]) == {1: POSITIVE, 2: POSITIVE}
+    assert taken(name, rows["scored"], min_score=0.6) == {1: POSITIVE}
+    assert taken(name, rows["negatives"]) == {0: POSITIVE}
 
 
-def test_uft_gives_everything_a_reward(rows):
-    uft = {"method": "uft"}
-    assert taken(uft, rows["demonstration"]) == {0: ("positive", 1.0)}
-    assert taken({**uft, "demonstration_score": 0.8}, rows["demonstration"]) == {0: ("positive", 0.8)}
-    assert taken(uft, rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
-    assert taken({**uft, "pairs": "scores"}, rows["preference"]) == {0: ("positive", 1.0), 1: ("negative", 0.0)}
-    assert taken(uft, rows["good"]) == {0: ("positive", 1.0)}
-    assert taken(uft, rows["bad"]) == {0: ("negative", 0.0)}
-    rewards = {i: target for i, (_, target) in taken(uft, rows["scored"]).items()}
+@pytest.mark.parametrize("name", ["uft", "una"])
+def test_uft_gives_everything_a_reward(rows, name):
+    assert taken(name, rows["demonstration"]) == {0: ("positive", 1.0)}
+    assert taken(name, rows["demonstration"], demonstration_score=0.8) == {0: ("positive", 0.8)}
+    assert taken(name, rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
+    assert taken(name, rows["preference"], pairs="scores") == {0: ("positive", 1.0), 1: ("negative", 0.0)}
+    assert taken(name, rows["good"]) == {0: ("positive", 1.0)}
+    assert taken(name, rows["bad"]) == {0: ("negative", 0.0)}
+    rewards = {i: target for i, (_, target) in taken(name, rows["scored"]).items()}
     assert rewards == {0: 0.3, 1: 0.9, 2: 0.5, 3: 0.1}
-    rewards = {i: target for i, (_, target) in taken(uft, rows["negatives"]).items()}
+    rewards = {i: target for i, (_, target) in taken(name, rows["negatives"]).items()}
     assert rewards == {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0, 5: 0.0}
 
 
-def test_pairwise_needs_two_sides(rows):
-    dpo = {"method": "pairwise"}
-    assert taken(dpo, rows["demonstration"]) is None
-    assert taken({**dpo, "sft_weight": 0.1}, rows["demonstration"]) == {0: POSITIVE}
-    assert taken(dpo, rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
-    assert taken(dpo, rows["good"]) is None
-    assert taken({**dpo, "sft_weight": 0.1}, rows["bad"]) is None
-    assert taken(dpo, rows["scored"]) == {1: POSITIVE, 3: NEGATIVE}
-    assert taken(dpo, rows["one score"]) is None
-    assert taken(dpo, rows["equal scores"]) is None
-    assert taken(dpo, rows["negatives"]) == {0: POSITIVE, **dict.fromkeys(range(1, 6), NEGATIVE)}
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_need_two_sides(rows, name):
+    assert taken(name, rows["demonstration"]) is None
+    assert taken(name, rows["demonstration"], sft_weight=0.1) == {0: POSITIVE}
+    assert taken(name, rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
+    assert taken(name, rows["good"]) is None
+    assert taken(name, rows["bad"], sft_weight=0.1) is None
+    assert taken(name, rows["scored"]) == {1: POSITIVE, 3: NEGATIVE}
+    assert taken(name, rows["one score"]) is None
+    assert taken(name, rows["equal scores"]) is None
+    assert taken(name, rows["negatives"]) == {0: POSITIVE, **dict.fromkeys(range(1, 6), NEGATIVE)}
 
 
-def test_dft_takes_fresh_negatives_at_every_visit(rows):
-    dft = {"method": "dft"}
-    assert taken(dft, rows["demonstration"]) == {0: POSITIVE}
-    assert taken(dft, rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
-    assert taken(dft, rows["good"]) == {0: POSITIVE}
-    assert taken(dft, rows["bad"]) == {}
-    assert taken(dft, rows["scored"]) == {1: POSITIVE, 2: POSITIVE}
-    visits = [sorted(set(taken(dft, rows["negatives"], visit)) - {0}) for visit in range(4)]
+def test_kto_judges_every_completion_by_itself(rows):
+    assert taken("kto", rows["demonstration"]) == {0: POSITIVE}
+    assert taken("kto", rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
+    assert taken("kto", rows["good"]) == {0: POSITIVE}
+    assert taken("kto", rows["bad"]) == {0: NEGATIVE}
+    assert taken("kto", rows["scored"]) == {0: NEGATIVE, 1: POSITIVE, 2: POSITIVE, 3: NEGATIVE}
+    assert taken("kto", rows["one score"], min_score=0.95) == {0: NEGATIVE}
+    assert taken("kto", rows["negatives"]) == {0: POSITIVE, **dict.fromkeys(range(1, 6), NEGATIVE)}
+
+
+@pytest.mark.parametrize("name", ["dft", "dft2"])
+def test_dft_takes_fresh_negatives_at_every_visit(rows, name):
+    assert taken(name, rows["demonstration"]) == {0: POSITIVE}
+    assert taken(name, rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
+    assert taken(name, rows["good"]) == {0: POSITIVE}
+    assert taken(name, rows["bad"]) == {}
+    assert taken(name, rows["scored"]) == {1: POSITIVE, 2: POSITIVE}
+    visits = [sorted(set(taken(name, rows["negatives"], visit)) - {0}) for visit in range(4)]
     assert visits == [[1, 2], [3, 4], [1, 5], [2, 3]]
-    assert taken({**dft, "negatives": 9}, rows["negatives"], 3).keys() == set(range(6))
-    assert taken({**dft, "negatives": 0}, rows["negatives"]) == {0: POSITIVE}
-    assert taken({**dft, "denominator": "sampling"}, rows["preference"]) is None
+    assert taken(name, rows["negatives"], 3, negatives=9).keys() == set(range(6))
+    assert taken(name, rows["negatives"], negatives=0) == {0: POSITIVE}
+    assert taken(name, rows["preference"], denominator="sampling") is None
+
+
+def test_per_kind_takes_what_the_objective_of_the_kind_takes(rows):
+    assert taken("per_kind", rows["demonstration"]) == taken("sft", rows["demonstration"])
+    assert taken("per_kind", rows["preference"]) == taken("dpo", rows["preference"])
+    assert taken("per_kind", rows["bad"]) == taken("kto", rows["bad"])
+    assert taken("per_kind", rows["scored"]) == taken("uft", rows["scored"])
+    assert taken("per_kind", rows["negatives"], 1) == taken("dft", rows["negatives"], 1)
+    assert taken("per_kind", rows["scored"], scored=settings("dpo")) == {1: POSITIVE, 3: NEGATIVE}
+    assert taken("per_kind", rows["demonstration"], demonstration=None) is None
+
+
+def test_every_objective_is_in_one_of_the_tests_above():
+    assert {*LIKELIHOOD, *PAIRS, "uft", "una", "kto", "dft", "dft2", "per_kind"} == set(PRESETS)
 
 
 def test_parts_name_their_side():
@@ -98,14 +123,20 @@ def test_parts_name_their_side():
 
 
 def test_the_printed_table_is_asked_of_the_views():
-    header, *lines = kind_table({method: make({"method": method}) for method in OBJECTIVES})
+    header, *lines = kind_table({name: preset(name) for name in PRESETS})
     assert header == ["objective", *(kind.value for kind in Kind)]
-    assert [line[0] for line in lines] == list(OBJECTIVES)
+    assert [line[0] for line in lines] == PRESETS
     cells = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
-    assert cells["pairwise"]["demonstration"] == "stops"
-    assert cells["pairwise"]["scored"] == "high score positive, low score negative"
+    assert cells["dpo"]["demonstration"] == "stops"
+    assert cells["dpo"]["scored"] == "high score positive, low score negative"
     assert cells["dft"]["negatives"] == "shown positive, 2 of 4 sampled negative"
     assert cells["uft"]["negatives"] == "shown r=1, each sampled r=0"
     assert cells["sft"]["binary"] == "good positive"
-    named = kind_table({"mine": make({"method": "pairwise", "sft_weight": 1.0})})
+    assert cells["kto"]["binary"] == "good positive, bad negative"
+    assert cells["kto"]["scored"] == "high score positive, middling score positive, low score negative"
+    assert cells["per_kind"] == {
+        "objective": "per_kind",
+        **{kind: cells[name][kind] for kind, name in zip(header[1:], ("sft", "dpo", "kto", "uft", "dft"), strict=True)},
+    }
+    named = kind_table({"mine": preset("dpo", sft_weight=1.0)})
     assert named[1][:2] == ["mine", "shown positive"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def frame(contents: list[bytes]) -> bytes:
                 continue
             piece, content = content[: left - HEADER], content[left - HEADER :]
             kind = {(True, True): 1, (True, False): 2, (False, False): 3, (False, True): 4}[first, not content]
-            data += struct.pack("<IHB", 0, len(piece), kind) + piece
+            data += struct.pack("<IHB", zlib.crc32(bytes([kind]) + piece), len(piece), kind) + piece
             first = False
     return data
 
@@ -48,6 +49,19 @@ def test_a_cut_segment_keeps_its_whole_records(tmp_path: Path, lost: int):
     repair(file)
     assert file.read_bytes() == frame(whole) or file.read_bytes() == data[: len(frame(whole))]
     assert not repair(file)
+
+
+def test_a_damaged_record_ends_the_reading(tmp_path: Path):
+    file, beside = tmp_path / "run-1.wandb", tmp_path / "kept"
+    data = bytearray(frame(CONTENTS))
+    data[60_000] ^= 1  # within the fourth
+    file.write_bytes(data)
+    assert repair(file, beside) == len(data) - len(frame(CONTENTS[:3]))
+    assert [content for _, content in records(file.read_bytes())] == CONTENTS[:3]
+    assert beside.read_bytes() == bytes(data)
+    file.write_bytes(data[:100])
+    repair(file, beside)
+    assert beside.read_bytes() == bytes(data), "the first copy is the original"
 
 
 def test_a_whole_segment_is_left_alone(tmp_path: Path):

@@ -220,7 +220,7 @@ def test_the_first_rank_writes_files_and_wandb(new_run, config):
     assert json.loads(run.metrics_file.read_text()) == {"step": 1, "loss": 1.0}
     assert len(run.samples_file.read_text().splitlines()) == 2
     assert load(segments(run)[0])["history"][0]["loss"] == 1.0
-    assert said == [f"W&B is offline: no API key. Upload it later:  wandb sync {run.path}/wandb/offline-run-*"]
+    assert said == [f"W&B is offline: no API key. Upload it later:  uft sync {run.path}"]
 
 
 # Without a key, without a network
@@ -373,7 +373,8 @@ def test_a_network_that_dies_during_training_costs_bounded_time(open_wandb, serv
     assert time.monotonic() - began < 15
     (folder,) = segments(tracker.run)
     assert len(said) == 1
-    assert said[0].endswith(f"wandb sync {folder}")
+    assert said[0].endswith(f"uft sync {tracker.run.path}")
+    assert tracker.run.info()["wandb"]["unsent"] == [str(folder.relative_to(tracker.run.path))]
     assert len(load(folder)["history"]) == 49
 
 

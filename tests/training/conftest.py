@@ -128,7 +128,7 @@ def configure(model_folder: Path, files: dict[str, Path], tmp_path: Path) -> Cal
         from uft.config.places import conf_dir
 
         preset = yaml.safe_load((Path(str(conf_dir())) / "objective" / f"{objective}.yaml").read_text())
-        preset.pop("defaults")
+        preset.pop("defaults", None)
         chosen = {kind: files[kind] for kind in USES[objective]} if sources is None else sources
         base = {
             "objective": preset,

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from uft.cli import CLOSED_PIPE, tell, tracing
 from uft.cli.help import Help, shown
-from uft.config.compose import settle
+from uft.config.compose import settled
 from uft.config.examine import Examined, examine, footer, require
 from uft.config.loader import VERSION_BASE, Request, make_loader
 from uft.config.places import conf_dir
@@ -27,7 +27,8 @@ from uft.config.register import register
 from uft.config.suggest import nearest
 from uft.config.translate import BROKEN, translate
 from uft.errors import GOOD, Problem, UftError
-from uft.launch.sweep import JobFailed, examine_jobs, why
+from uft.launch.sweep import examine_jobs
+from uft.launch.sweep_jobs import JobFailed, why
 
 Work = Callable[[DictConfig, Examined], int]
 """What a verb does with a checked configuration; the exit code."""
@@ -48,7 +49,8 @@ def task(work: Work) -> Callable[[DictConfig], None]:
             in_a_sweep(work, cfg, request)
             return
         try:
-            code = work(settle(cfg), require(with_folders(request)))
+            examined = require(with_folders(request))
+            code = work(settled(cfg, examined), examined)
         except UftError as error:
             if tracing():
                 raise
@@ -61,7 +63,8 @@ def task(work: Work) -> Callable[[DictConfig], None]:
 
 
 def in_a_sweep(work: Work, cfg: DictConfig, request: Request) -> None:
-    code = work(settle(cfg), require(with_folders(request)))
+    examined = require(with_folders(request))
+    code = work(settled(cfg, examined), examined)
     if code != GOOD:
         folder = str(cfg.run.dir or "")
         raise JobFailed(code, folder, why(code, Path(folder)))
@@ -82,6 +85,8 @@ def run_app(page: Help, run: Callable[[DictConfig], None], arguments: list[str])
         return GOOD
     parsed = parse(arguments)
     register()
+    if parsed.cfg and not parsed.multirun:  # Hydra prints it without a word about keys of objectives that are not there
+        require(request_of(parsed))
     sys.argv = [f"uft {page.verb}", *arguments]
     full_error = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
@@ -109,12 +114,13 @@ def restore(name: str, value: str | None) -> None:
 def explained(error: Exception, request: Request, multirun: bool) -> UftError:
     """What is wrong with the whole request, since Hydra stopped at the first thing."""
     loader = make_loader(request)
+    swept = multirun or any(word.startswith("sweep=") for word in request.overrides)
     try:
-        examined = examine(request, loader) if not multirun else None
-        problems, one = (examined.problems, examined) if examined else examine_jobs(request, loader)
+        examined = examine(request, loader) if not swept else None
+        problems, last = (examined.problems, footer(examined)) if examined else examine_jobs(request, loader)
     except BROKEN:  # not a grid, so not ours to expand
         problems = []
-    return UftError(*problems, footer=footer(one)) if problems else UftError(translate(error))
+    return UftError(*problems, footer=last) if problems else UftError(translate(error))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

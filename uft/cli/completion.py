@@ -13,9 +13,12 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 from uft.cli import VERBS
+from uft.config.schema import COLUMNS
 from uft.errors import GOOD
 
-HYDRA_VERBS = ("train", "check", "data", "generate", "config")
+HYDRA_VERBS = ("train", "check", "data", "generate", "annotate", "config")
+FIRST_WORDS: dict[str, tuple[str, ...]] = {"generate": (), "annotate": COLUMNS}
+"""Verbs whose first word is none of Hydra's, a run folder or a column, and what it may be."""
 OUR_OPTIONS = ("--trace",)  # words that Hydra's parser does not know
 HIDDEN = ("schema", "+schema", "~schema")
 
@@ -33,14 +36,23 @@ def complete(arguments: list[str]) -> int:
     if words[1] not in HYDRA_VERBS:
         return GOOD  # folders and files: the shell's own completion
     rest = [word for word in words[2:] if word not in OUR_OPTIONS]
-    if words[1] == "generate" and len(rest) > 1 and "=" not in rest[0]:
-        rest = rest[1:]  # the run folder
+    if words[1] in FIRST_WORDS and rest and "=" not in rest[0]:
+        if len(rest) == 1 and not line.endswith(" "):
+            offer(words[1], rest[0])
+        else:
+            rest = rest[1:]
+    elif words[1] in FIRST_WORDS and not rest:
+        offer(words[1], "")
     os.environ["COMP_LINE"] = " ".join([words[0], *rest]) + (" " if line.endswith(" ") else "")
     answer = io.StringIO()
     with redirect_stdout(answer), redirect_stderr(io.StringIO()):  # a line that cannot be read has no completions
         hydra_completion(arguments, "uft")
     print("\n".join(word for word in answer.getvalue().splitlines() if not word.startswith(HIDDEN)))
     return GOOD
+
+
+def offer(verb: str, start: str) -> None:
+    print("".join(f"{word}\n" for word in FIRST_WORDS[verb] if word.startswith(start)), end="")
 
 
 def hydra_completion(arguments: list[str], program: str) -> int:

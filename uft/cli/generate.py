@@ -56,7 +56,7 @@ def from_run(run: Run, overrides: list[str]) -> int:
 
 def with_model(run: Run) -> dict[str, Any]:
     """The run's configuration, its trained model in the place of the one it began with, its files found from here."""
-    settings: dict[str, Any] = run.config()
+    settings: dict[str, Any] = {key: value for key, value in run.config().items() if key != "stages"}
     started = Path(run.info().get("cwd", "."))
     for node in (settings["data"], *settings["data"]["sources"].values()):
         node |= {key: found_from(started, node[key]) for key in FILES & node.keys()}

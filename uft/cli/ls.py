@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uft.errors import GOOD, Problem, UftError
-from uft.runs import Run, find_runs, summary
+from uft.runs import Run, find_runs, summary, waiting
 from uft.tracking.cards import HEADLINES
 
 if TYPE_CHECKING:
@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 
 WIDE = 160  # where there is no terminal
 COLUMNS = 4  # metrics shown at most
-COLOURS = {"finished": "green", "running": "cyan", "stopped": "yellow", "interrupted": "yellow", "failed": "red"}
+COLOURS = {
+    "finished": "green",
+    "running": "cyan",
+    "stopped": "yellow",
+    "interrupted": "yellow",
+    "failed": "red",
+    "waiting": "dim",
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +36,8 @@ def main(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     if not parsed.folder.is_dir() and parsed.folder != Path("outputs"):
         raise UftError(Problem(str(parsed.folder), "no such folder"))
-    rows = [describe(run) for run in find_runs(parsed.folder)]
+    rows = [describe(run) for run in find_runs(parsed.folder)] + [planned(run) for run in waiting(parsed.folder)]
+    rows.sort(key=lambda row: Path(row["path"]).parts)
     if parsed.json:
         print(json.dumps(rows, indent=2, default=str))
     elif rows:
@@ -46,6 +54,11 @@ def describe(run: Run) -> dict[str, Any]:
     except Exception as error:  # a config that cannot be read is shown, not a reason to hide the other runs
         return {"name": run.name, "path": str(run.path), "status": f"unreadable ({type(error).__name__})", "steps": 0}
     return {**summary(run), "total_steps": total, "error": run.result().get("error")}
+
+
+def planned(run: Run) -> dict[str, Any]:
+    """A job of a sweep that has not started."""
+    return {"name": run.name, "path": str(run.path), "status": "waiting", "steps": 0}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import chdir
 from pathlib import Path
 
+from uft.cli import tell
 from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError
-from uft.runs import Run, find_runs
+from uft.runs import Run, find_runs, find_sweeps, planned
 
 ABOUT = """\
-A finished run is left alone. In a sweep every unfinished run goes on in turn; one failure does not stop the others.
+A finished run is left alone. In a sweep every unfinished run goes on, and jobs that never started are started, by the
+launcher that they were asked for with; one failure does not stop the others.
 Keys that change no result may be given anew (tracking.*, train.log_every, ...): any other change is refused with the
 difference, since it would make another run of it."""
 
@@ -26,7 +29,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="a run folder, or a folder of runs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that change no result")
     parsed = parser.parse_args(arguments)
-    runs = find_runs(parsed.folder)
+    runs, sweeps = find_runs(parsed.folder), find_sweeps(parsed.folder)
+    if sweeps:
+        return resume_sweeps(sweeps, runs, parsed.overrides)
     if not runs:
         why = "no run in this folder" if parsed.folder.is_dir() else "no such folder"
         raise UftError(Problem(str(parsed.folder), why), footer="See the runs here:  uft ls")
@@ -44,6 +49,48 @@ def resume(run: Run, overrides: list[str]) -> int:
     started = Path(run.info().get("cwd", "."))
     settings = plain(changed(run.config(), overrides)) if overrides else None
     return continue_run(run, settings, cwd=started if started.is_dir() else None)
+
+
+def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> int:
+    """Give the commands of every sweep again, then continue the runs that belong to none of them."""
+    refuse_other_keys(overrides)
+    codes: list[int] = []
+    for sweep in sweeps:
+        codes += ask_again(sweep, overrides)
+        if codes and codes[-1] in (STOPPED, INTERRUPTED):
+            return codes[-1]
+    theirs = {run.path for sweep in sweeps for run in planned(sweep)}
+    others = [run for run in runs if run.path not in theirs]
+    codes += [resume_all(others, overrides)] if others else []
+    return next((code for code in codes if code != GOOD), GOOD)
+
+
+def ask_again(sweep: Path, overrides: list[str]) -> list[int]:
+    """The exit codes of the commands that `sweep` came from, up to one that was stopped."""
+    from uft.cli import train
+    from uft.launch.sweep_file import continuing
+    from uft.launch.sweep_jobs import quote
+
+    place, codes = f"hydra.sweep.dir={quote(str(sweep.resolve()))}", []
+    with continuing(sweep) as commands:
+        for words, started in commands:
+            with chdir(started if started.is_dir() else "."):
+                try:
+                    codes.append(train.main([*words, *overrides, place]))
+                except UftError as error:
+                    codes.append(tell(error))
+            if codes[-1] in (STOPPED, INTERRUPTED):
+                break
+    return codes
+
+
+def refuse_other_keys(overrides: list[str]) -> None:
+    """Only what changes no result may be given anew: jobs that have not started would become other runs."""
+    from uft.config.freeze import free
+
+    wrong = [word for word in overrides if not free(word.partition("=")[0].lstrip("+"))]
+    if wrong:
+        raise UftError(*(Problem(word, "would make other runs of this sweep's jobs", "command line") for word in wrong))
 
 
 def resume_all(runs: list[Run], overrides: list[str]) -> int:

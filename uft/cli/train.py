@@ -9,7 +9,7 @@ from uft.cli.app import run_app, task
 from uft.cli.help import Help
 from uft.config.examine import Examined
 from uft.launch.launcher import launch_train
-from uft.launch.sweep import typed_by_user
+from uft.launch.sweep_jobs import of_a_sweep, typed_by_user
 
 HELP = Help(
     verb="train",
@@ -21,6 +21,7 @@ HELP = Help(
     examples={
         "uft train objective=ift data=mix": "the embedded model on the embedded mixture",
         "uft train -m objective=sft,ift,uft seed=1,2,3": "nine runs, one after the other",
+        "uft train sweep=beta_ratio": "a sweep that somebody has written down",
         "uft train data=files +data.sources.mine.path=rows.jsonl model.path=org/name": "your rows, your model",
         "uft train debug=fast": "two steps: does it run at all",
     },
@@ -30,7 +31,8 @@ HELP = Help(
 
 @task
 def run(cfg: DictConfig, examined: Examined) -> int:
-    return launch_train(cfg, typed_by_user(HydraConfig.get().overrides.task))
+    words = list(HydraConfig.get().overrides.task)
+    return launch_train(cfg, typed_by_user(words), quiet=of_a_sweep(words))
 
 
 def main(arguments: list[str]) -> int:

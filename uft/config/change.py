@@ -7,10 +7,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from uft.config.examine import apply, examine, fill, unfit
+from uft.config.examine import examine
+from uft.config.fitting import apply, fill, unfit
 from uft.config.freeze import plain
 from uft.config.loader import Request, Setting, leaves, make_loader
-from uft.config.overrides import COMMAND_LINE, sort_out
+from uft.config.overrides import COMMAND_LINE, Sorted, sort_out
+from uft.config.stages import STAGES, differing, expanded, without_stages
 from uft.config.tree import Tree
 from uft.errors import Problem, UftError
 
@@ -20,9 +22,22 @@ FROZEN = "config.yaml of the run"
 def changed(settings: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig:
     """`settings` with `overrides` applied: a choice of a group (`data=pairs`) replaces that group's keys.
 
-    Raises UftError with every problem.
+    In a run with stages it counts for every stage that has such a key. Raises UftError with every problem.
     """
     words = sort_out(overrides, make_loader(Request()).repository)
+    tree, problems = fitted(without_stages(settings), words)
+    if problems:
+        raise UftError(*problems)
+    run = plain(tree.root)
+    for name, whole in expanded(settings).items():
+        stage, _ = fitted(whole, words)  # what is wrong here only is a key that another stage's objective has
+        node = {**settings[STAGES][name], "config": differing(plain(stage.root), run)}
+        tree.root[STAGES][name] = node
+    return tree.root
+
+
+def fitted(settings: Mapping[str, Any], words: Sorted) -> tuple[Tree, list[Problem]]:
+    """A tree of `settings` and `words`, and what is wrong with these."""
     problems, settings = list(words.problems), dict(settings)
     for line in words.choices:
         group = line.partition("=")[0]
@@ -35,6 +50,4 @@ def changed(settings: Mapping[str, Any], overrides: Sequence[str]) -> DictConfig
     for override in words.values:
         problems += apply(tree, override)
     problems += unfit(tree).values()
-    if problems:
-        raise UftError(*problems)
-    return tree.root
+    return tree, problems

@@ -9,9 +9,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from uft.config.examine import Examined, require
+from uft.config.freeze import plain
 from uft.config.loader import Request, make_loader
 from uft.config.register import objective_schema
 from uft.config.schema import Config
+from uft.config.stages import STAGES, differing, expanded
 from uft.config.translate import BROKEN, translate
 from uft.errors import UftError
 
@@ -29,7 +31,12 @@ def composed(request: Request) -> tuple[DictConfig, Examined]:
         cfg = loader.load_configuration(request.config_name, list(request.overrides), RunMode.RUN)
     except BROKEN as error:
         raise UftError(translate(error)) from error
-    return settle(cfg), examined
+    return settled(cfg, examined), examined
+
+
+def settled(cfg: DictConfig, examined: Examined) -> DictConfig:
+    """What Hydra composed, in its typed form; with stages, what was made of it here: Hydra does not know of them."""
+    return settle(examined.tree if examined.tree.stages else cfg)
 
 
 def settle(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
@@ -42,6 +49,14 @@ def settle(cfg: DictConfig | Mapping[str, Any]) -> DictConfig:
     settled = OmegaConf.merge(base, OmegaConf.create(content))
     assert isinstance(settled, DictConfig)
     return settled
+
+
+def completed(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """A frozen configuration as this version writes it: keys that came since have their defaults, in stages too."""
+    settings = plain(settle(cfg))
+    for name, whole in expanded(settings).items():
+        settings[STAGES][name]["config"] = differing(plain(settle(whole)), settings)
+    return settings
 
 
 def objective_node(content: Mapping[str, Any]) -> DictConfig:

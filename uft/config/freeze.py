@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ FREE = (
     "run.",
     "sweep.",
     "generate.",
+    "annotate.",
     "hardware.threads",
     "train.log_every",
     "train.checkpoint_every",
@@ -22,6 +24,7 @@ FREE = (
 """What may change between the sittings of one run: nothing here touches the weights it arrives at."""
 
 ABSENT = "(absent)"
+STAGE = re.compile(r"^stages\.[^.]+\.")
 
 
 def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -30,6 +33,8 @@ def plain(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     value = OmegaConf.to_container(node, resolve=True, enum_to_str=True)
     assert isinstance(value, dict)
     value.pop("hydra", None)
+    if not value.get("stages"):  # most runs are of one piece, and say nothing of stages
+        value.pop("stages", None)
     return {str(key): item for key, item in value.items()}
 
 
@@ -59,7 +64,8 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def free(key: str) -> bool:
-    """Whether this key may change when a run is continued."""
+    """Whether this key may change when a run is continued; so may it in a stage (`stages.NAME.KEY`)."""
+    key = STAGE.sub("", key)
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in FREE)
 
 

@@ -52,6 +52,10 @@ class Setting:
         return self.where.rpartition(":")[0] or self.where
 
 
+Composed = tuple[list[list[Setting]], dict[str, str | None]]
+"""The settings of every file that is composed, in order, and the option chosen in every group."""
+
+
 def make_loader(request: Request) -> ConfigLoaderImpl:
     """The loader that `hydra.main` would make for this request, search path plugins included."""
     register()
@@ -70,15 +74,18 @@ def defaults_of(loader: ConfigLoaderImpl, request: Request, overrides: list[str]
     return found.defaults, dict(found.overrides.known_choices)
 
 
-def settings_of(loader: ConfigLoaderImpl, default: ResultDefault) -> Iterator[Setting]:
-    """Every leaf that a YAML file sets, with its line. Nothing for schema nodes and for Hydra's own files."""
-    if default.config_path is None or default.config_path.startswith("hydra/"):
+def settings_of(loader: ConfigLoaderImpl, path: str | None, package: str | None) -> Iterator[Setting]:
+    """Every leaf that a YAML file sets, with its line. Nothing for schema nodes and for Hydra's own files.
+
+    `path` and `package` are those of an entry of the defaults list.
+    """
+    if path is None or path.startswith("hydra/"):
         return
-    loaded = loader.repository.load_config(default.config_path)
+    loaded = loader.repository.load_config(path)
     if loaded is None or not str(loaded.path).startswith("file://"):
         return
-    file = Path(str(loaded.path).removeprefix("file://")) / f"{default.config_path}.yaml"
-    package = default.package if default.package is not None else loaded.header["package"]
+    file = Path(str(loaded.path).removeprefix("file://")) / f"{path}.yaml"
+    package = package if package is not None else loaded.header["package"]
     parts = tuple(package.split(".")) if package and package != "_global_" else ()
     if parts[:1] == ("hydra",):
         return

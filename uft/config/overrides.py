@@ -95,9 +95,14 @@ def missing_options(override: Override, repository: IConfigRepository) -> Iterat
     for option in value if isinstance(value, list) else [value]:
         if option is None or repository.config_exists(f"{group}/{option}"):
             continue
-        explained = ambiguous(str(option)) if group == "objective" else ()
-        near = None if explained else nearest(str(option), options)
-        where = f"{group}@{override.package}" if override.package else group
-        meant = f"{where}={near}" if near else None
-        advice = tuple(line for line in (*explained, hint(meant, "choices", options)) if line)
+        place = f"{group}@{override.package}" if override.package else group
+        advice, meant = no_such_option(group, str(option), options, place)
         yield Problem(str(override.input_line), f"no such file in conf/{group}", COMMAND_LINE, advice), meant
+
+
+def no_such_option(group: str, option: str, options: list[str], key: str) -> tuple[tuple[str, ...], str | None]:
+    """(advice, what was probably meant) for an option without a file; `key` is what it was given to."""
+    explained = ambiguous(option) if group == "objective" else ()
+    near = None if explained else nearest(option, options)
+    meant = f"{key}={near}" if near else None
+    return tuple(line for line in (*explained, hint(meant, "choices", options)) if line), meant

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from uft.config.lazy import without_torch
 from uft.config.schema import Config, Data
 
@@ -67,12 +69,22 @@ def plain_dataclass(cls: type, **types: Any) -> type:
     return dataclasses.make_dataclass(cls.__name__, specs)
 
 
-def root_schema() -> type:
-    """`Config` for Hydra: `data.sources` holds anything here, since OmegaConf (2.3) cannot grow a dict of dataclasses
-    key by key, as in `+data.sources.mine.path=x.jsonl`. What is in there is checked against `Source` by us."""
+OPEN = ("objective", "data.sources", "stages")
+"""Where Hydra takes any key: what a stage alone may have (its objective's keys, its sources) is known to us alone."""
+
+
+def root_schema() -> DictConfig:
+    """`Config` for Hydra: what is in an open place holds anything here, and is checked by us. OmegaConf (2.3) could not
+    grow a dict of dataclasses key by key either, as in `+data.sources.mine.path=x.jsonl`."""
     data = plain_dataclass(Data, sources=dict[str, Any])
-    data_field = ("data", data, dataclasses.field(default_factory=data))
-    return dataclasses.make_dataclass("Config", [data_field], bases=(Config,))
+    fields: list[Any] = [
+        ("data", data, dataclasses.field(default_factory=data)),
+        ("objective", dict[str, Any], dataclasses.field(default_factory=dict)),
+    ]
+    schema: DictConfig = OmegaConf.structured(dataclasses.make_dataclass("Config", fields, bases=(Config,)))
+    for place in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(schema, place), False)
+    return schema
 
 
 def annotation(text: Any, cls: type) -> Any:

@@ -196,6 +196,23 @@ class Sweep:
 
 
 @dataclass
+class Stage:
+    do: str = _key(
+        "fit",
+        "what happens: train, sample completions of the training prompts, or write a column beside the rows",
+        choices=("fit", "generate", "annotate"),
+    )
+    objective: str | None = _key(None, "file of conf/objective for this stage; null: the run's")
+    data: str | None = _key(None, "file of conf/data for this stage; null: the run's")
+    set: dict[str, Any] = _key({}, "keys for this stage alone, e.g. {train.steps: 100, optim.lr: 1e-4}")
+    reference: str = _key(
+        "start", "fit: the model it starts from, or the one the run started from", choices=("start", "initial")
+    )
+    column: str | None = _key(None, "annotate: the column to write", choices=(None, "baseline_logp", "soft_label"))
+    models: list[str] = _key([], "annotate: whose opinion it is; a path, a hub id, or stage:NAME")
+
+
+@dataclass
 class Config:
     seed: int = _key(0, "all seeds at once; seeds.* default to it")
     seeds: Seeds = field(default_factory=Seeds)
@@ -212,3 +229,4 @@ class Config:
     tracking: Tracking = field(default_factory=Tracking)
     run: RunConfig = field(default_factory=RunConfig)
     sweep: Sweep = field(default_factory=Sweep)
+    stages: dict[str, Any] = _key({}, "a run of several stages (`Stage`), in this order: docs/pipelines.md")

@@ -13,12 +13,14 @@ from omegaconf.errors import OmegaConfBaseException
 from uft.config.loader import Setting
 from uft.config.places import config_dirs, groups
 from uft.config.register import objective_schema, objective_schemas
-from uft.config.schema import Config, Source
+from uft.config.schema import Config, Source, Stage
 from uft.config.suggest import expected, hint, listing, nearest, right_type, written
 from uft.errors import Problem
 
 OBJECTIVE = "objective"
 SOURCES = ("data", "sources")
+NAMED: dict[tuple[str, ...], type] = {SOURCES: Source, ("stages",): Stage}
+"""Where entries have names of the user's, and what an entry is."""
 NOT_CHOSEN = ("name", "method")  # keys of an objective that its file sets and nobody types
 
 
@@ -61,10 +63,11 @@ class Tree:
     def put(self, setting: Setting) -> Problem | None:
         """Set one value, or say why it cannot be set."""
         path = setting.path
-        if path[:2] == SOURCES and len(path) > 2:
-            self.root.data.sources.setdefault(path[2], OmegaConf.structured(Source))
-            if len(path) == 3:
-                return None if setting.value in (None, {}) else bad_type(setting, Source)
+        for place, kind in NAMED.items():
+            if path[: len(place)] == place and len(path) > len(place):
+                OmegaConf.select(self.root, ".".join(place)).setdefault(path[len(place)], OmegaConf.structured(kind))
+                if len(path) == len(place) + 1:
+                    return None if setting.value in (None, {}) else bad_type(setting, kind)
         if not self.knows(path):
             return self.unknown(setting)
         node, _ = self.node_at(path)

@@ -13,17 +13,21 @@ from difflib import get_close_matches
 from typing import Any
 
 from uft.data import messages, parsing
+from uft.data.annotations import SIDES, annotated
 from uft.data.parsing import Fields, Range, Record
-from uft.data.rows import Kind
+from uft.data.rows import ANNOTATIONS, Kind
 from uft.errors import Problem, UftError
 
-COMMON = frozenset({"answer", "task", "system"})
-"""Columns any format may have: the gold answer for a checker, the family of the prompt, a system prompt."""
+COMMON = frozenset({"answer", "task", "system", *ANNOTATIONS})
+"""Columns any format may have: the gold answer for a checker, the family of the prompt, a system prompt, numbers that
+`uft annotate` writes."""
 
 ALIASES = {"response": "completion", "output": "completion"}
 """Other names of our fields, used where the field itself is absent."""
 
-NUMERIC = frozenset({"label", "score", "score_min", "score_max", "helpfulness", "correctness", "coherence"})
+NUMERIC = frozenset(
+    {"label", "score", "score_min", "score_max", "helpfulness", "correctness", "coherence", *SIDES, *ANNOTATIONS}
+)
 """Fields that a file of bare text cells (CSV) must have turned into numbers."""
 
 
@@ -49,8 +53,13 @@ class Format:
         """The record's prompt and completions. Raises :class:`Unreadable` with the reason."""
         fields = self.parse(record, score_range)
         answer = fields.answer if fields.answer is not None else parsing.plain(record.get("answer"), "answer")
-        prompt = messages.with_system(fields.prompt, record.get("system"))
-        return replace(fields, prompt=prompt, answer=answer, task=parsing.plain(record.get("task"), "task"))
+        return replace(
+            fields,
+            prompt=messages.with_system(fields.prompt, record.get("system")),
+            completions=annotated(record, fields.completions),
+            answer=answer,
+            task=parsing.plain(record.get("task"), "task"),
+        )
 
 
 def _format(

@@ -11,13 +11,12 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from uft.data.rows import Message, Row
+from uft.data.rows import Completion, Message, Row
 
 
 def content(row: Row) -> list[Any]:
     """Everything a row says, without its name and number, as plain JSON values."""
-    completions = [[_turns(c.turns), c.preferred, c.label, c.score, c.sampled_by, c.log_prob] for c in row.completions]
-    return [_turns(row.prompt), completions, row.answer, row.task]
+    return [_turns(row.prompt), [_completion(c) for c in row.completions], row.answer, row.task]
 
 
 def content_digest(rows: Iterable[Row]) -> str:
@@ -33,6 +32,11 @@ def prompt_hash(prompt: Sequence[Message]) -> str:
     """sha256 of a prompt, blind to white space at the ends of its turns."""
     turns = [[turn.role, turn.content.strip()] for turn in prompt]
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode("utf-8")).hexdigest()
+
+
+def _completion(c: Completion) -> list[Any]:
+    feedback = [c.preferred, c.label, c.score, c.sampled_by, c.log_prob]
+    return [_turns(c.turns), *feedback, *([sorted(c.annotations.items())] if c.annotations else [])]
 
 
 def _turns(turns: Sequence[Message]) -> list[list[str]]:

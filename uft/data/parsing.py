@@ -58,7 +58,7 @@ def question(record: Record, score_range: Range) -> Fields:
     """GSM8K: the worked answer is the completion, what follows `####` (else all of it) the gold answer."""
     worked = messages.text(record.get("answer"), "answer")
     prompt = messages.prompt(record.get("question"), "question")
-    return Fields(prompt, (Completion(messages.reply(worked)),), answer=worked.rpartition("####")[2].strip())
+    return Fields(prompt, (Completion(messages.reply(worked)),), answer=worked.rpartition("####")[2].strip() or None)
 
 
 def preference(record: Record, score_range: Range) -> Fields:

@@ -34,6 +34,7 @@ class LoadedSource:
     digest: str
     dropped: tuple[BadRow, ...] = ()
     checker: str | None = None
+    apart: bool = False  # held-out rows lie in a place of their own, and are numbered there
 
     @property
     def kinds(self) -> dict[Kind, int]:
@@ -109,7 +110,9 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         rows, held_out = hold_out(rows, amount)
         if held_out and not rows:
             raise UftError(Problem(f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"))
-    return LoadedSource(name, source.path, rows, held_out, content_digest(rows), tuple(bad), source.checker)
+    return LoadedSource(
+        name, source.path, rows, held_out, content_digest(rows), tuple(bad), source.checker, apart is not None
+    )
 
 
 def _range_problems(name: str, score_range: Sequence[float] | None) -> list[Problem]:

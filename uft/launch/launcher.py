@@ -12,8 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from uft.config.compose import settle
-from uft.config.freeze import difference, free, frozen, plain, to_yaml
+from uft.config.compose import completed
+from uft.config.freeze import free, frozen, plain, to_yaml
+from uft.config.stages import data_nodes, differences
 from uft.config.suggest import written
 from uft.errors import BAD_REQUEST, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
@@ -24,31 +25,34 @@ from uft.runs import Run, create_run, write_atomically
 UNFINISHED_CREATION = {"overrides.yaml", "run.json"}
 
 
-def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] = ()) -> int:
+def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] = (), quiet: bool = False) -> int:
     """Train one run in its folder, or continue what is there; the exit code.
 
+    `quiet`: nothing is printed, console.log has it all (a job of a sweep, whose table shows how it goes).
     Raises UftError, with nothing written, where the request cannot be carried out.
     """
     settings = plain(cfg)
     run = Run(single_run_dir(settings))
     settings["run"] = {"name": settings["run"]["name"] or run.name, "dir": None}  # the folder is where the file lies
     if run.exists:
-        return continue_run(run, settings)
+        return continue_run(run, settings, quiet=quiet)
     refuse_foreign(run.path)
     check_sources(settings)
     create_run(run.path, to_yaml(settings), list(overrides), **provenance())
-    return sit(run, fresh=True)
+    return sit(run, fresh=True, quiet=quiet)
 
 
 def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
-    """Run a job that leaves no run folder (check, data, generate) in a worker; the exit code."""
+    """Run a job that leaves no run folder (check, data, generate, annotate) in a worker; the exit code."""
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         spec = Path(folder) / "config.yaml"
         spec.write_text(frozen(cfg), encoding="utf-8")
         return run_worker(["--job", job, str(spec)])
 
 
-def continue_run(run: Run, settings: Mapping[str, Any] | None = None, cwd: Path | None = None) -> int:
+def continue_run(
+    run: Run, settings: Mapping[str, Any] | None = None, cwd: Path | None = None, quiet: bool = False
+) -> int:
     """Go on with a run that was stopped; a finished one is left alone.
 
     `settings` are the wanted ones: keys that change no result may differ and are written to the run, all others must
@@ -57,7 +61,8 @@ def continue_run(run: Run, settings: Mapping[str, Any] | None = None, cwd: Path 
     if settings is not None:
         refuse_changes(run, settings)
     if run.status == "finished":
-        print(f"uft: {run.path} is finished already; nothing to do")
+        if not quiet:
+            print(f"uft: {run.path} is finished already; nothing to do")
         return GOOD
     if run.locked() and not let_go(run):
         raise UftError(
@@ -65,7 +70,7 @@ def continue_run(run: Run, settings: Mapping[str, Any] | None = None, cwd: Path 
         )
     if settings is not None:
         write_atomically(run.config_file, to_yaml(settings))
-    return sit(run, cwd=cwd)
+    return sit(run, cwd=cwd, quiet=quiet)
 
 
 def let_go(run: Run) -> bool:
@@ -77,11 +82,15 @@ def let_go(run: Run) -> bool:
     return not run.locked()
 
 
-def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None) -> int:
+def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool = False) -> int:
     """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
-    code = run_worker([str(run.path.resolve())], cwd)
+    log = run.path.resolve() / "console.log" if quiet else None
+    code = run_worker([str(run.path.resolve())], cwd, log)
     if code == BAD_REQUEST and fresh and not run.result() and not run.checkpoints():
+        said = log.read_text(encoding="utf-8", errors="replace") if log else ""
         discard(run.path)
+        if log:  # what nobody has seen yet, without its head: it becomes part of another report
+            raise UftError(said.rpartition("in this request\n")[2].strip() or "the worker refused it")
     return code
 
 
@@ -118,12 +127,20 @@ def refuse_changes(run: Run, settings: Mapping[str, Any]) -> None:
 
 def changed_keys(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, the run's value, the wanted one); keys that a newer version brought count with their defaults."""
-    return difference(plain(settle(run.config())), settings)
+    return differences(completed(run.config()), settings)
 
 
 def check_sources(settings: Mapping[str, Any]) -> None:
     """Read every row once, so that a bad one is told of before anything is written."""
-    _read_sources(to_yaml(settings["data"]))
+    problems: dict[Problem, None] = {}
+    for data in data_nodes(settings):
+        try:
+            _read_sources(to_yaml(data))
+        except UftError as error:
+            problems |= dict.fromkeys(error.problems)
+            footer = error.footer
+    if problems:
+        raise UftError(*problems, footer=footer)
 
 
 @lru_cache(maxsize=64)

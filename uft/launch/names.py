@@ -31,10 +31,11 @@ def today(now: datetime | None = None) -> str:
 
 
 def run_name(cfg: Mapping[str, Any], now: datetime | None = None) -> str:
-    """`run.name`, else objective, data, model, seed and time of day."""
+    """`run.name`, else objective and data (or stages), model, seed and time of day."""
     if cfg["run"]["name"]:
         return str(cfg["run"]["name"])
-    parts = (cfg["objective"]["name"], cfg["data"]["name"], cfg["model"]["name"], f"seed{cfg['seed']}")
+    what = ("-then-".join(cfg["stages"]),) if cfg.get("stages") else (cfg["objective"]["name"], cfg["data"]["name"])
+    parts = (*what, cfg["model"]["name"], f"seed{cfg['seed']}")
     return slug("-".join([*map(str, parts), (now or datetime.now()).strftime("%H%M%S")]))
 
 
@@ -74,7 +75,8 @@ def job_name(overrides: Sequence[str], axes: Sequence[str]) -> str:
     """
     labels = axis_labels(axes)
     settings = dict(override.partition("=")[::2] for override in overrides)
-    parts = [f"{labels[axis]}{slug(value)}{doubt(value)}" for axis, value in settings.items() if axis in labels]
+    values = ((axis, settings[axis]) for axis in axes if axis in settings)
+    parts = [f"{labels[axis]}{slug(value)}{doubt(value)}" for axis, value in values]
     name = "-".join(parts) or "run"
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{short_hash(name)}"
 
@@ -84,9 +86,11 @@ def doubt(value: str) -> str:
 
 
 def sweep_name(axes: Sequence[str], fixed: Sequence[str]) -> str:
-    """A sweep by its swept keys, and a hash of what is the same in all jobs but for keys that change no result."""
+    """A sweep by its file (`sweep=NAME`), else by its swept keys, and a hash of what is the same in all jobs but for
+    keys that change no result."""
     that_matter = sorted(line for line in fixed if not free(line.partition("=")[0].lstrip("+~")))
-    keys = "-".join(slug(axis.lstrip("+~").rpartition(".")[2]) for axis in axes) or "sweep"
+    file = next((line.partition("=")[2] for line in fixed if line.startswith("sweep=")), "")
+    keys = slug(file) if file else "-".join(slug(axis.lstrip("+~").rpartition(".")[2]) for axis in axes) or "sweep"
     return f"{keys[:LONGEST]}-{short_hash(repr((sorted(axes), that_matter)))}"
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from uft.errors import FAILED, INTERRUPTED, STOPPED
 
@@ -39,16 +40,18 @@ def die_with_parent() -> None:
         sys.exit(FAILED)
 
 
-def run_worker(arguments: Sequence[str], cwd: Path | None = None) -> int:
+def run_worker(arguments: Sequence[str], cwd: Path | None = None, log: Path | None = None) -> int:
     """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code.
+
+    With `log`, nothing of it is seen here: what it says besides its console.log, which is this file, goes there too.
 
     The child has a session of its own, so that Ctrl-C on the terminal reaches it once, through us, and not twice.
     A child that a signal of ours ended counts as stopped; one that anything else killed has failed.
     """
     sent: list[int] = []
     environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path()}
-    with forwarding(sent) as children:
-        child = subprocess.Popen([*COMMAND, *arguments], start_new_session=True, env=environment, cwd=cwd)
+    with forwarding(sent) as children, said_in(log) as streams:
+        child = subprocess.Popen([*COMMAND, *arguments], start_new_session=True, env=environment, cwd=cwd, **streams)
         children.append(child)
         for number in sent:  # one came in before there was a child
             child.send_signal(number)
@@ -57,8 +60,20 @@ def run_worker(arguments: Sequence[str], cwd: Path | None = None) -> int:
         return code
     if sent:
         return EXIT_CODES[signal.Signals(sent[0])]
-    print(f"uft: the worker was killed by {signal.Signals(-code).name}{cause(-code)}", file=sys.stderr)
+    with said_in(log) as streams:
+        died = f"uft: the worker was killed by {signal.Signals(-code).name}{cause(-code)}"
+        print(died, file=streams.get("stderr", sys.stderr))
     return FAILED
+
+
+@contextmanager
+def said_in(log: Path | None) -> Iterator[dict[str, Any]]:
+    """Where a child's output goes: here, or nowhere and its complaints into the file `log`."""
+    if log is None:
+        yield {}
+        return
+    with open(log, "a", encoding="utf-8") as file:
+        yield {"stdout": subprocess.DEVNULL, "stderr": file}
 
 
 def cause(number: int) -> str:

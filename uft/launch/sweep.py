@@ -3,212 +3,206 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from uft.config.compose import settle
 from uft.config.examine import Examined, examine, footer
 from uft.config.freeze import plain
 from uft.config.loader import Request
-from uft.errors import FAILED, INTERRUPTED, STOPPED, Problem, UftError
-from uft.launch.launcher import check_sources
-from uft.launch.names import job_name, short_hash, sweep_dir, sweep_name
-from uft.runs import Run
+from uft.errors import FAILED, Problem, UftError
+from uft.launch.names import sweep_dir, sweep_name
+from uft.launch.sweep_board import Board
+from uft.launch.sweep_check import METHODS, advised, apart, check_all_sources, problems_of, refuse_other_runs
+from uft.launch.sweep_file import record
+from uft.launch.sweep_jobs import Job, JobFailed, failures, unique_names
+from uft.runs import shown
 
-OURS = ("++run.dir=", "++sweep.name=")
-"""How a sweep tells its jobs, in whatever process they run, where they belong."""
-
-
-METHODS = ("objective", "experiment")
-"""What tells apart the jobs of several commands that write into one named sweep."""
+MANY = 20  # jobs that take seconds to check
 
 
-class JobFailed(Exception):
-    """A job of a sweep did not finish. Carries plain values: launchers send it between processes."""
+def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> tuple[list[list[str]], dict[str, list[str]]]:
+    """(the overrides of every job of the grid, the values of every key that varies).
 
-    def __init__(self, code: int, folder: str, message: str) -> None:
-        super().__init__(code, folder, message)
-        self.code, self.folder, self.message = code, folder, message
-
-
-def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> tuple[list[list[str]], list[str]]:
-    """(the overrides of every job of the grid, the keys that vary). Raises HydraException for what is no grid."""
+    A later line about a key replaces an earlier one: the command line, what a file sweeps. Raises HydraException for
+    what is no grid.
+    """
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(lines))
     batches = BasicSweeper.split_arguments(overrides, None)
-    axes = [override.get_key_element() for override in overrides if override.is_sweep_override()]
-    return [job for batch in batches for job in batch], axes
+    jobs = [job for batch in batches for job in batch]
+    axes = dict.fromkeys(override.get_key_element() for override in overrides if override.is_sweep_override())
+    return jobs, {axis: values_of(axis, jobs) for axis in axes}
 
 
-def examine_jobs(request: Request, loader: ConfigLoaderImpl) -> tuple[list[Problem], Examined]:
-    """The problems of every job of a request, together, and the first job as it was understood."""
+def remembering(loader: ConfigLoaderImpl) -> ConfigLoaderImpl:
+    """A loader that reads no file twice, and finds out once which files a choice of groups draws in.
+
+    For the check of jobs that mostly differ in values: half of its time goes there.
+    """
+    quick = copy(loader)
+    quick.repository = CachingConfigRepository(loader.repository)  # type: ignore[assignment]
+    found: dict[tuple[str | None, tuple[str, ...]], Any] = {}
+
+    def compute_defaults_list(config_name: str | None, overrides: list[str], run_mode: RunMode) -> Any:
+        key = (config_name, tuple(overrides))
+        if key not in found:
+            found[key] = ConfigLoaderImpl.compute_defaults_list(quick, config_name, overrides, run_mode)
+        return found[key]
+
+    quick.compute_defaults_list = compute_defaults_list  # type: ignore[method-assign]
+    return quick
+
+
+def values_of(axis: str, jobs: Sequence[Sequence[str]]) -> list[str]:
+    pairs = (line.partition("=")[::2] for job in jobs for line in job)
+    return list(dict.fromkeys(value for key, value in pairs if key == axis))
+
+
+def examine_jobs(request: Request, loader: ConfigLoaderImpl) -> tuple[list[Problem], str]:
+    """The problems of every job of a request, together, and the last lines of what is said about them."""
     jobs, axes = expand(request.overrides, loader)
-    examined = [examine(replace(request, overrides=tuple(job)), loader) for job in jobs]
-    return [*together(examined, jobs, axes), *shared_folder(jobs, axes)], examined[0]
+    quick = remembering(loader)
+    examined = [examine(replace(request, overrides=tuple(job)), quick) for job in jobs]
+    return problems_of(examined, jobs, list(axes)), closing(examined, jobs, list(axes), request.overrides)
+
+
+def closing(examined: Sequence[Examined], jobs: Sequence[Sequence[str]], axes: list[str], typed: Sequence[str]) -> str:
+    """The last lines of a refusal: what would do, and how to look."""
+    return advised(footer(examined[0]), apart(examined, jobs, axes, typed))
 
 
 @dataclass(frozen=True)
-class Job:
-    overrides: tuple[str, ...]
-    folder: Path
+class Plan:
+    """What all jobs of a sweep share: the request they come from, and what varies between them."""
+
+    config: DictConfig
+    loader: ConfigLoaderImpl
+    typed: tuple[str, ...]  # the words of the command line, but for Hydra's own
+    axes: Mapping[str, Sequence[str]]
+    trains: bool = field(init=False)  # whether jobs leave run folders
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trains", self.config.hydra.job.name == "train")
+        object.__setattr__(self, "loader", remembering(self.loader))
+
+    def jobs(self, lines: Sequence[Sequence[str]]) -> tuple[Job, ...]:
+        """The jobs with these overrides, checked. Raises UftError with the problems of all of them."""
+        axes = list(self.axes)
+        hydras = tuple(self.config.hydra.overrides.hydra)
+        examined = [examine(Request((*hydras, *job), self.config.hydra.job.config_name), self.loader) for job in lines]
+        problems = problems_of(examined, lines, axes)
+        if problems:
+            raise UftError(*problems, footer=closing(examined, lines, axes, self.typed))
+        settings = [plain(one.tree) for one in examined]
+        check_all_sources(settings)
+        jobs = self.named(lines, examined[0])
+        refuse_other_runs(jobs, settings)
+        return jobs
+
+    def named(self, lines: Sequence[Sequence[str]], first: Examined) -> tuple[Job, ...]:
+        """Every job in its folder."""
+        # commands that share a folder by its name must not share the names of their jobs
+        named = [*(METHODS if first.tree.sweep.name else ()), *self.axes]
+        names = unique_names(lines, list(dict.fromkeys(named)), first.tree.run.name)
+        folder = self.folder(lines[0], first)
+        return tuple(Job(tuple(job), folder / name) for job, name in zip(lines, names, strict=True))
+
+    def folder(self, line: Sequence[str], first: Examined) -> Path:
+        """`hydra.sweep.dir` if somebody set it, else outputs/DATE/NAME."""
+        chosen = str(self.config.hydra.sweep.dir)
+        if chosen != ".":
+            return Path(chosen)
+        fixed = [word for word in line if word.partition("=")[0] not in self.axes]
+        return sweep_dir(first.tree.sweep.name or sweep_name(list(self.axes), fixed))
+
+
+@dataclass
+class Sitting:
+    """Jobs on their way through a launcher: watched while they run, their failures collected."""
+
+    launcher: Launcher
+    board: Board | None
+    failed: dict[Job, JobFailed] = field(default_factory=dict)
+    launched: int = 0
 
     @property
-    def arguments(self) -> list[str]:
-        """What the launcher is given."""
-        return [*self.overrides, f"{OURS[0]}{quote(str(self.folder))}", f"{OURS[1]}{quote(self.folder.parent.name)}"]
+    def stopped(self) -> list[int]:
+        """Exit codes of the jobs that a signal stopped; it was meant for the whole sweep."""
+        return [failure.code for failure in self.failed.values() if failure.stopped]
 
-
-def quote(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def typed_by_user(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a job without those that the sweep added."""
-    return [line for line in overrides if not line.startswith(OURS)]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """All jobs of a multirun."""
-
-    jobs: tuple[Job, ...]
-
-    @classmethod
-    def plan(cls, config: DictConfig, loader: ConfigLoaderImpl, lines: list[str]) -> Sweep:
-        """Check every job of the grid and find its folder. Raises UftError with the problems of all of them."""
-        jobs, axes = expand(lines, loader)
-        fixed_hydra = tuple(config.hydra.overrides.hydra)
-        name = config.hydra.job.config_name
-        examined = [examine(Request((*fixed_hydra, *job), name), loader) for job in jobs]
-        problems = [*together(examined, jobs, axes), *shared_folder(jobs, axes)]
-        if problems:
-            raise UftError(*problems, footer=footer(examined[0]))
-        check_all_sources(examined)
-        first = examined[0].tree
-        fixed = [line for line in jobs[0] if line.partition("=")[0] not in axes]
-        folder = sweep_dir(first.sweep.name or sweep_name(axes, fixed))
-        # commands that share a folder by its name must not share the names of their jobs
-        named = [*(METHODS if first.sweep.name else ()), *axes]
-        names = unique_names(jobs, list(dict.fromkeys(named)), first.run.name)
-        return cls(tuple(Job(tuple(job), folder / name) for job, name in zip(jobs, names, strict=True)))
-
-    def run(self, launcher: Launcher, batch_size: int) -> list[Sequence[JobReturn]]:
-        """Hand the jobs to Hydra's launcher, `batch_size` at a time. Exits the program unless all went well.
-
-        A job that was stopped by a signal stops the sweep; a job that failed does not.
-        """
-        results: list[Sequence[JobReturn]] = []
-        failed: list[tuple[Job, JobFailed]] = []
-        for start in range(0, len(self.jobs), batch_size):
-            batch = self.jobs[start : start + batch_size]
-            self.announce(start, batch)
-            results.append(launcher.launch([job.arguments for job in batch], initial_job_idx=start))
-            failed += failures(batch, results[-1])
-            if any(failure.code in (STOPPED, INTERRUPTED) for _, failure in failed):
-                break
-        if failed:
-            raise SystemExit(self.report(failed))
-        print(f"\nuft: all {len(self.jobs)} jobs are done.  See them:  uft ls {self.jobs[0].folder.parent}")
+    def launch(self, jobs: Sequence[Job]) -> Sequence[JobReturn]:
+        """Hand jobs to Hydra's launcher, which returns when all of them have ended."""
+        results = self.launcher.launch([job.arguments for job in jobs], initial_job_idx=self.launched)
+        self.launched += len(jobs)
+        failed = dict(failures(jobs, results))
+        self.failed |= failed
+        if self.board:
+            self.board.end(jobs, failed)
         return results
 
-    def announce(self, start: int, batch: Sequence[Job]) -> None:
-        for number, job in enumerate(batch, start + 1):
-            print(f"\nuft: job {number} of {len(self.jobs)}: {job.folder.name}", flush=True)
-
-    def report(self, failed: list[tuple[Job, JobFailed]]) -> int:
-        """Tell of every job that did not finish; the exit code of the sweep."""
-        stopped = [failure.code for _, failure in failed if failure.code in (STOPPED, INTERRUPTED)]
-        lost = len(failed) - len(stopped)
-        head = [f"{lost} of {len(self.jobs)} jobs failed"] if lost else []
+    def report(self, count: int, last: str) -> int:
+        """Tell of every job that did not finish, then `last`; the exit code of the sweep."""
+        stopped, lost = self.stopped, len(self.failed) - len(self.stopped)
+        head = [f"{lost} of {count} jobs failed"] if lost else []
         head += ["the sweep was stopped"] if stopped else []
         lines = ["", f"uft: {' and '.join(head)}", ""]
-        for job, failure in failed:
-            lines += [f"  {job.folder.name}", f"      {failure.message}", f"      {job.folder}", ""]
-        lines.append("Run the same command again to go on: finished jobs are skipped, the others continue.")
-        print("\n".join(lines), file=sys.stderr)
+        for job, failure in self.failed.items():
+            said = [f"      {line}".rstrip() for line in failure.message.splitlines()]
+            lines += [f"  {job.name}", *said, f"      {job.folder}", ""]
+        print("\n".join([*lines, last]), file=sys.stderr)
         return stopped[0] if stopped else FAILED
 
 
-def together(examined: list[Examined], jobs: list[list[str]], axes: list[str]) -> Iterator[Problem]:
-    """Problems over all jobs: one per key and reason, with the jobs that have it."""
-    found: dict[tuple[str, str], dict[int, Problem]] = {}
-    for number, one in enumerate(examined):
-        for problem in one.problems:
-            found.setdefault((problem.what.partition("=")[0], problem.why), {})[number] = problem
-    for having in found.values():
-        number, problem = next(iter(having.items()))
-        if len(having) < len(jobs):
-            varying = " ".join(line for line in jobs[number] if line.partition("=")[0] in axes)
-            more = f"in {len(having)} of {len(jobs)} jobs, the first is  {varying}"
-            problem = replace(problem, advice=(*problem.advice, more, *apart(problem)))
-        yield problem
+AGAIN = "To go on, run the same command again: finished jobs are skipped, the others continue."
 
 
-def apart(problem: Problem) -> tuple[str, ...]:
-    """How to sweep a key that only some objectives have."""
-    if not problem.what.lstrip("+").startswith("objective.") or not problem.why.startswith("no such key"):
-        return ()
-    return ("sweep the objectives that have it in a command of their own; the same sweep.name puts them together",)
+def run_grid(plan: Plan, lines: Sequence[Sequence[str]], launcher: Launcher, batch_size: int | None) -> list:
+    """Check every job, then run them, `batch_size` at a time (None: all at once). Exits unless all went well.
+
+    A job that was stopped by a signal stops the sweep; a job that failed does not.
+    """
+    if len(lines) > MANY:
+        print(f"uft: checking {len(lines)} jobs", flush=True)
+    jobs = plan.jobs(lines)
+    folder, size = jobs[0].folder.parent, batch_size or len(jobs)
+    board = begin(folder, jobs, plan.axes) if plan.trains else None
+    sitting, results = Sitting(launcher, board), []
+    with board or nullcontext():
+        for start in range(0, len(jobs), size):
+            batch = jobs[start : start + size]
+            if board is None:
+                announce(batch, start, len(jobs))
+            results.append(sitting.launch(batch))
+            if sitting.stopped:
+                break
+    if sitting.failed:
+        raise SystemExit(sitting.report(len(jobs), f"{AGAIN} Or:\n  uft resume {shown(folder)}" if board else AGAIN))
+    if plan.trains:
+        print(f"\nuft: all {len(jobs)} jobs are done.  Compare them:  uft compare {shown(folder)}")
+    return results
 
 
-def shared_folder(jobs: list[list[str]], axes: list[str]) -> list[Problem]:
-    """A folder given for all jobs would be one folder for all of them."""
-    lines = [line for line in jobs[0] if line.lstrip("+").startswith("run.dir=")]
-    if len(jobs) == 1 or not lines or lines[0].partition("=")[0] in axes:
-        return []
-    advice = ("the folder of a sweep is named by  sweep.name=...",)
-    return [Problem(lines[0], f"one folder for {len(jobs)} jobs", "command line", advice)]
+def begin(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]) -> Board:
+    """Write down what is to run, say where, and watch it."""
+    record(folder, jobs, axes)
+    print(f"uft: {len(jobs)} jobs in {shown(folder)}", flush=True)
+    board = Board(folder.name)
+    board.add(jobs)
+    return board
 
 
-def check_all_sources(examined: list[Examined]) -> None:
-    """Read the rows of every mixture of the sweep. Raises UftError with the bad ones of all of them."""
-    problems: dict[Problem, None] = {}
-    for one in examined:
-        try:
-            check_sources(plain(settle(one.tree)))
-        except UftError as error:
-            problems |= dict.fromkeys(error.problems)
-    if problems:
-        raise UftError(*problems)
-
-
-def unique_names(jobs: list[list[str]], axes: list[str], prefix: str | None) -> list[str]:
-    """A name per job; a hash of its overrides where two would have the same."""
-    names = [job_name(job, axes) for job in jobs]
-    pairs = zip(names, jobs, strict=True)
-    unique = [f"{name}-{short_hash(repr(sorted(job)))}" if names.count(name) > 1 else name for name, job in pairs]
-    return [f"{prefix}-{name}" if prefix else name for name in unique]
-
-
-def failures(jobs: Sequence[Job], results: Sequence[JobReturn]) -> list[tuple[Job, JobFailed]]:
-    return [
-        (job, as_failure(job, result._return_value))
-        for job, result in zip(jobs, results, strict=True)
-        if result.status != JobStatus.COMPLETED
-    ]
-
-
-def as_failure(job: Job, error: Any) -> JobFailed:
-    if isinstance(error, JobFailed):
-        return error
-    if isinstance(error, UftError):
-        said = "; ".join(f"{problem.what}: {problem.why}" for problem in error.problems)
-        return JobFailed(error.code, str(job.folder), said)
-    return JobFailed(FAILED, str(job.folder), f"{type(error).__name__}: {error}")
-
-
-STOPS = {STOPPED: "stopped by a signal", INTERRUPTED: "interrupted"}
-
-
-def why(code: int, folder: Path) -> str:
-    """One line about a job that did not finish."""
-    error = str(Run(folder).result().get("error") or "").strip()
-    return STOPS.get(code) or (error.splitlines()[0] if error else f"ended without a result, exit code {code}")
+def announce(jobs: Sequence[Job], start: int, count: int) -> None:
+    for number, job in enumerate(jobs, start + 1):
+        print(f"\nuft: job {number} of {count}: {job.name}", flush=True)

@@ -32,12 +32,17 @@ def train(folder: str) -> int:
 
 
 def carry_out(job: str, spec: str) -> int:
-    """`check`, `data` or `generate`, of the configuration in `spec`."""
+    """`check`, `data`, `generate` or `annotate`, of the configuration in `spec`."""
     from uft.config.load import load_config
-    from uft.training import jobs
+    from uft.training import annotating, jobs
 
-    work: Callable[[Config], int] = {"check": jobs.check, "data": jobs.data, "generate": jobs.generate}[job]
-    return work(load_config(spec))
+    work: dict[str, Callable[[Config], int]] = {
+        "check": jobs.check,
+        "data": jobs.data,
+        "generate": jobs.generate,
+        "annotate": annotating.job,
+    }
+    return work[job](load_config(spec))
 
 
 def quiet() -> None:

@@ -23,9 +23,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Generate
-from uft.data.rows import Completion, Message, Row
+from uft.data.rows import Completion, Row
 from uft.data.sources import LoadedSource
 from uft.data.templates import Renderer
+from uft.data.writing import written
 from uft.errors import Problem, UftError
 from uft.model.forward import Policy
 from uft.model.load import pad_id
@@ -170,13 +171,7 @@ def _own(row: Row) -> Line:
     """What a line says of the row itself, `row` first. A single user turn and a single reply are written as text."""
     good = good_completion(row)
     assert good is not None, row.id
-    return {"row": row.id, "prompt": _written(row.prompt, "user"), "response": _written(good.turns, "assistant")}
-
-
-def _written(turns: Sequence[Message], role: str) -> str | list[dict[str, str]]:
-    if len(turns) == 1 and turns[0].role == role:
-        return turns[0].content
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+    return {"row": row.id, "prompt": written(row.prompt, "user"), "response": written(good.turns, "assistant")}
 
 
 # --- continuing -----------------------------------------------------------------------------------------------------

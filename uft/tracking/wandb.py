@@ -16,7 +16,7 @@ from typing import Any
 
 from uft.errors import STOPPED, UftError
 from uft.evaluation.samples import Sample
-from uft.runs import Run
+from uft.runs import Run, shown
 from uft.tracking import segments
 from uft.tracking.connection import CONNECT_TIMEOUT, Choice, Server, choose, no_key
 from uft.tracking.files import read_metrics
@@ -79,6 +79,8 @@ class Wandb:
                 handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
             handle.finish(exit_code=exit_code)
         except Exception as error:
+            unsent = [*self._info().get("unsent", ()), os.path.relpath(self._folder, self.run.path)]
+            self.run.update_info(wandb={**self._info(), "unsent": unsent})
             self.say(f"W&B did not take everything ({_first_line(error)}). Upload the rest:  {self.sync_command}")
         _shut_down()
 
@@ -91,9 +93,7 @@ class Wandb:
 
     @property
     def sync_command(self) -> str:
-        if self.mode == "online":
-            return f"wandb sync {quote(str(self._folder))}"
-        return f"wandb sync {quote(str(self.run.path / 'wandb'))}/offline-run-*"
+        return f"uft sync {quote(shown(self.run.path))}"
 
     def _mode_asked(self) -> str:
         """`tracking.mode`; under `auto` the WANDB_MODE that users of W&B know."""
@@ -182,7 +182,8 @@ class Wandb:
         here = os.path.relpath(self._folder, self.run.path)  # relative: a run folder can be moved
         dirs = list(dict.fromkeys([*self._info().get("dirs", ()), here]))
         url = self._handle.url if self.mode == "online" else None
-        self.run.update_info(wandb={"id": self._handle.id, "mode": self.mode, "url": url, "dirs": dirs})
+        noted = {"id": self._handle.id, "mode": self.mode, "url": url, "dirs": dirs}
+        self.run.update_info(wandb={**self._info(), **noted})
 
     def _send(self, step: int, row: Callable[[], Mapping[str, Any]]) -> None:
         """Send a row of step `step`, unless it is there.

@@ -96,9 +96,21 @@ def make_feed(config: Config, corpus: Corpus, objective: Objective, *, refuse: b
     feed = Feed(corpus.train, mixture, objective.views, config.train.max_length)
     if refuse and config.data.unusable == "error":
         _refuse_unusable(feed, objective, config.data)
-    else:
-        feed.views = complete_views(objective)
+        return feed
+    feed.views = complete_views(objective)
+    if refuse:
+        _refuse_nothing(feed, objective)
     return feed
+
+
+def _refuse_nothing(feed: Feed, objective: Objective) -> None:
+    """A run that drops every row would train on none and call itself finished."""
+    drawn = sum(len(source.rows) for source, weight in zip(feed.sources, feed.mixture.weights, strict=True) if weight)
+    if sum(len(rows) for kinds in feed.unusable().values() for rows in kinds.values()) == drawn:
+        raise UftError(
+            Problem("data.unusable=drop", f"objective={objective.name} cannot use any of the {drawn:,} rows"),
+            footer="See why:  data.unusable=error",
+        )
 
 
 def _refuse_unusable(feed: Feed, objective: Objective, data: Data) -> None:

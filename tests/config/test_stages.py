@@ -1,0 +1,310 @@
+"""Runs of several stages: what each stage's configuration comes to, what is refused, and how two of them differ."""
+
+from dataclasses import asdict
+from functools import cache
+
+import pytest
+import yaml
+
+from uft.config.change import changed
+from uft.config.compose import completed, composed, settle
+from uft.config.examine import examine, footer
+from uft.config.freeze import free, plain, to_yaml
+from uft.config.load import typed
+from uft.config.loader import Request
+from uft.config.stages import differences, expanded, stages_of
+
+TWO = """\
+# @package _global_
+# two stages
+train:
+  batch_size: 8
+  steps: 7
+objective:
+  label_smoothing: 0.1
+stages:
+  sft:
+    objective: sft
+    data: instruct
+    set:
+      optim.lr: 2.0e-3
+      objective.reduction: sequence
+  dpo:
+    objective: dpo
+    data: pairs
+    set:
+      train: {steps: 5}
+      optim.lr: ${model.lr}
+      objective.beta: 0.3
+"""
+MADE = """\
+# @package _global_
+# rows that a stage makes
+stages:
+  gen:
+    do: generate
+    data: instruct
+  dft:
+    objective: dft
+    data: files
+    set:
+      data.sources.sampled.path: stage:gen
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def experiments(tmp_path_factory):
+    """write(name, text): an experiment of that name; `two` and `made` are there."""
+    folder = tmp_path_factory.mktemp("stages")
+    (folder / "conf-user" / "experiment").mkdir(parents=True)
+
+    def write(name, text):
+        (folder / "conf-user" / "experiment" / f"{name}.yaml").write_text(text)
+
+    write("two", TWO)
+    write("made", MADE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield write
+    examined.cache_clear()
+
+
+@cache
+def examined(*overrides):
+    """Composing takes half a second: what several tests ask for is composed once."""
+    return examine(Request(overrides))
+
+
+def settings(*overrides):
+    found = examined(*overrides)
+    assert found.problems == []
+    return plain(settle(found.tree))
+
+
+def stages(*overrides):
+    """The stages' typed configurations by name, as a worker reads them from the frozen file."""
+    return {stage.name: stage.config for stage in stages_of(typed(yaml.safe_load(to_yaml(settings(*overrides)))))}
+
+
+def problems(*overrides):
+    """By what was written: (why, where, advice as one text)."""
+    return {p.what: (p.why, p.where, "\n".join(p.advice)) for p in examined(*overrides).problems}
+
+
+def test_every_stage_has_its_objective_its_data_and_its_keys():
+    found = stages("experiment=two")
+    sft, dpo = found["sft"], found["dpo"]
+    assert list(found) == ["sft", "dpo"]
+    assert (sft.objective["name"], sft.data.name, sft.train.steps, sft.optim.lr) == ("sft", "instruct", 7, 2e-3)
+    assert (dpo.objective["name"], dpo.data.name, dpo.train.steps, dpo.optim.lr) == ("dpo", "pairs", 5, 1e-3)
+    assert sft.objective["reduction"] == "sequence"
+    assert dpo.objective["beta"] == 0.3
+    assert dpo.objective["label_smoothing"] == 0.1  # set for all stages: for those that have it
+    assert sft.train.batch_size == dpo.train.batch_size == 8
+
+
+def test_the_frozen_form_says_of_a_stage_where_it_differs_from_its_run():
+    found = settings("experiment=two")
+    assert (found["objective"]["name"], found["data"]["name"]) == ("dpo", "pairs")  # the last fit stage's
+    assert set(found["stages"]["sft"]["config"]) == {"objective", "data", "optim"}
+    assert set(found["stages"]["dpo"]["config"]) == {"train"}
+    assert {key: value for key, value in found["stages"]["dpo"].items() if key != "config"} == {
+        "do": "fit",
+        "reference": "start",
+    }
+    cfg, found_out = composed(Request(("experiment=two",)))
+    assert plain(cfg) == plain(found_out.tree) == found
+    assert plain(typed_and_back(found)) == found == completed(found)
+
+
+def typed_and_back(found):
+    return asdict(typed(found))
+
+
+def test_a_run_of_one_piece_says_nothing_of_stages():
+    assert "stages" not in settings("objective=dpo")
+    assert stages_of(typed(settings("objective=dpo"))) == []
+    assert expanded(settings("objective=dpo")) == {}
+
+
+def test_what_wins_over_what():
+    everywhere = stages("experiment=two", "optim.lr=0.5")
+    assert (everywhere["sft"].optim.lr, everywhere["dpo"].optim.lr) == (0.5, 0.5)
+    one = stages("experiment=two", "optim.lr=0.5", "stages.dpo.set={optim.lr: 0.25}")
+    assert (one["sft"].optim.lr, one["dpo"].optim.lr) == (0.5, 0.25)
+    assert stages("experiment=two", "stages.dpo.set.train.steps=3")["dpo"].train.steps == 3
+    fast = stages("experiment=two", "debug=fast")  # a file that comes later than the experiment
+    assert (fast["sft"].train.steps, fast["dpo"].train.steps) == (2, 2)
+    assert fast["dpo"].optim.lr == 1e-3
+    quick = stages("experiment=two", "optim=sgd")  # one that comes earlier
+    assert (quick["sft"].optim.name, quick["sft"].optim.lr) == ("sgd", 2e-3)
+
+
+def test_a_key_counts_for_every_stage_that_has_it():
+    found = stages("experiment=two", "objective.beta=0.05", "objective.min_score=0.7", "objective.reduction=token")
+    assert found["dpo"].objective["beta"] == 0.05
+    assert "beta" not in found["sft"].objective
+    assert found["sft"].objective["min_score"] == 0.7
+    assert found["sft"].objective["reduction"] == found["dpo"].objective["reduction"] == "token"
+    limited = stages("experiment=two", "data.sources.pairs.limit=3", "+data.sources.more.path=x.jsonl")
+    assert [config.data.sources["pairs"].limit for config in limited.values()] == [3, 3]
+    assert all("more" in config.data.sources for config in limited.values())
+    without = stages("experiment=two", "stages.dpo.data=mix", "~data.sources.pairs")
+    assert all("pairs" not in config.data.sources for config in without.values())
+
+
+def test_a_key_that_no_stage_has_is_refused_with_the_keys_of_each():
+    why, where, advice = problems("experiment=two", "objective.bta=1")["objective.bta=1"]
+    assert (why, where) == ("no stage has this key", "command line")
+    assert "did you mean  objective.beta ?" in advice
+    assert "sft (objective=sft): reduction" in advice
+    assert "dpo (objective=dpo): reduction, beta" in advice
+    why, _, advice = problems("experiment=two", "data.sources.pears.limit=3")["data.sources.pears.limit=3"]
+    assert why == "no stage has this key"
+    assert "did you mean  data.sources.pairs.limit ?" in advice
+    assert problems("experiment=two", "train.stps=1")["train.stps=1"][0] == "no such key in train"
+
+
+@pytest.mark.parametrize("group", ["objective=kto", "data=mix"])
+def test_a_choice_for_all_stages_is_refused_where_each_has_its_own(group):
+    why, _, advice = problems("experiment=two", group)[group]
+    assert "of its own" in why
+    assert f"stages.dpo.{group}" in advice
+    assert problems("experiment=two", f"stages.dpo.{group}", "stages.dpo.set.train.steps=1").keys() <= {
+        "objective.label_smoothing",
+        "stages.dpo.set.objective.beta",
+    }
+
+
+def test_a_choice_counts_for_the_stages_without_one(experiments):
+    experiments("free", "# @package _global_\n# x\nstages:\n  a:\n    data: instruct\n  b:\n    objective: dpo\n")
+    found = stages("experiment=free", "objective=sft", "data=pairs")
+    assert [(c.objective["name"], c.data.name) for c in found.values()] == [("sft", "instruct"), ("dpo", "pairs")]
+
+
+WRONG = {
+    "stages.dp.data=mix": ("no such stage", "did you mean  stages.dpo ?"),
+    "stages.dpo.objektive=kto": ("no such key in stages.dpo", "did you mean  stages.dpo.objective ?"),
+    "stages.sft.objective=sftt": ("no such file in conf/objective", "did you mean  stages.sft.objective=sft ?"),
+    "stages.dpo.data=pears": ("no such file in conf/data", "did you mean  stages.dpo.data=pairs ?"),
+    "stages.sft.do=fitt": ("no such choice", "did you mean  stages.sft.do=fit ?"),
+    "stages.dpo.set={objective.bt: 1}": ("no such key in objective=dpo", "did you mean  objective.beta ?"),
+    "stages.dpo.set.train.epochs=many": ("must be a number", ""),
+    "stages.dpo.set.hardware.device=cpu": ("hardware is the same in all stages", ""),
+    "stages.dpo.set.model.path=other": ("a stage starts from the model that the stage before it left", ""),
+    "stages.dpo.column=baseline_logp": ("has no meaning where do=fit", ""),
+    "+stages._x.objective=sft": ("names a folder: letters, digits, - and _, a letter first", ""),
+}
+"""Each wrong in its own way, whatever else is."""
+
+
+def test_mistakes_are_found_together():
+    found = problems("experiment=two", *WRONG)
+    for override, (why, advice) in WRONG.items():
+        what = {"stages.dpo.column=baseline_logp": "stages.dpo.column", "+stages._x.objective=sft": "stages._x"}
+        assert found[what.get(override, override)][0] == why, override
+        assert advice in found[what.get(override, override)][2]
+    assert len(found) == len(WRONG)
+
+
+def test_a_rule_that_one_stage_breaks_names_it():
+    (found,) = problems("experiment=two", "optim.warmup=6").values()
+    assert found[0] == "leaves no step after the warm-up: train.steps=5"
+    assert "in stage dpo" in found[2]
+
+
+def test_every_mistake_at_once_and_once(experiments):
+    experiments("bad", TWO.replace("train: {steps: 5}", "train.stepps: 5").replace("data: instruct", "data: instrukt"))
+    request = ("experiment=bad", "train.batch_size=0", "objective=kto", "seed=3")
+    found = problems(*request)
+    assert set(found) == {
+        "stages.sft.data=instrukt",
+        "stages.dpo.set.train.stepps",
+        "train.batch_size=0",
+        "objective=kto",
+    }
+    assert found["stages.dpo.set.train.stepps"][1] == "conf-user/experiment/bad.yaml:19"
+    assert found["stages.sft.data=instrukt"][1] == "conf-user/experiment/bad.yaml:11"
+    assert footer(examined(*request)).endswith("uft config experiment=bad seed=3")
+
+
+def test_a_key_for_all_stages_in_a_file_that_none_has(experiments):
+    experiments("bad", TWO.replace("label_smoothing", "smoothing"))
+    why, where, advice = problems("experiment=bad")["objective.smoothing"]
+    assert (why, where) == ("no stage has this key", "conf-user/experiment/bad.yaml:7")
+    assert "did you mean  objective.label_smoothing ?" in advice
+
+
+def test_rows_that_an_earlier_stage_makes():
+    assert stages("experiment=made")["dft"].data.sources["sampled"].path == "stage:gen"
+    key = "data.sources.sampled"
+    for path, why, advice in (
+        ("stage:gem", "no such stage before this one", "did you mean  stage:gen ?"),
+        ("stage:dft", "no such stage before this one", ""),
+    ):
+        found = problems("experiment=made", f"stages.dft.set.{key}.path={path}")[f"{key}.path={path}"]
+        assert found[0] == why
+        assert advice in found[2]
+    held = problems("experiment=made", f"stages.dft.set.{key}.holdout=0.1")[f"{key}.holdout"]
+    assert "before the first step" in held[0]
+    trained = problems("experiment=two", "+stages.end.set.data.sources.x.path=stage:dpo", "+stages.end.data=files")
+    assert trained["data.sources.x.path=stage:dpo"][0] == "stage dpo trains and leaves no rows"
+
+
+def test_a_stage_can_be_added_and_taken_away():
+    assert list(stages("experiment=two", "~stages.sft")) == ["dpo"]
+    more = stages("experiment=two", "+stages.more={objective: ift, data: mix, set: {train.steps: 2}}")
+    assert list(more) == ["sft", "dpo", "more"]
+    assert more["more"].train.steps == 2
+    assert problems("experiment=two", "stages.sft.do=generate", "stages.dpo.do=generate")["stages"][0] == (
+        "none of them trains anything"
+    )
+
+
+def test_the_reference_is_named_once():
+    assert settings("experiment=two", "stages.dpo.reference=initial")["stages"]["dpo"]["reference"] == "initial"
+    both = problems("experiment=two", "stages.dpo.reference=initial", "reference.path=some/model")
+    assert "stages.dpo.reference=initial" in both
+
+
+def test_origins_name_the_place_of_every_value():
+    origins = examined("experiment=two", "optim.lr=0.5", "stages.dpo.set.objective.beta=1").origins
+    assert origins["objective.beta"] == "command line"
+    assert origins["stages.sft.config.optim.lr"] == "command line"
+    assert origins["stages.sft.config.objective.reduction"] == "conf-user/experiment/two.yaml:14"
+    assert origins["stages.sft.objective"] == "conf-user/experiment/two.yaml:10"
+
+
+def test_differences_are_told_once_and_by_stage():
+    old = settings("experiment=two")
+    assert differences(old, settings("experiment=two")) == []
+    assert differences(old, settings("experiment=two", "seed=3", "seeds.data=0", "seeds.sampling=0")) == [
+        ("seed", 0, 3),
+        ("seeds.init", 0, 3),
+    ]
+    assert differences(old, settings("experiment=two", "stages.sft.set.optim.lr=1")) == [
+        ("stages.sft.optim.lr", 2e-3, 1.0)
+    ]
+    assert differences(old, settings("experiment=two", "stages.dpo.reference=initial")) == [
+        ("stages.dpo.reference", "start", "initial")
+    ]
+    without = [key for key, _, _ in differences(old, settings("experiment=two", "~stages.sft"))]
+    assert without[0] == "stages"
+    assert "stages.sft.do" in without
+    swapped = old | {"stages": dict(reversed(old["stages"].items()))}
+    assert differences(old, swapped) == [("stages", ["sft", "dpo"], ["dpo", "sft"])]
+
+
+def test_what_may_change_between_sittings_may_in_every_stage():
+    assert free("stages.sft.train.log_every")
+    assert not free("stages.sft.optim.lr")
+    old = settings("experiment=two")
+    new = plain(changed(old, ["train.log_every=3", "tracking.mode=offline"]))
+    assert {key for key, _, _ in differences(old, new)} == {"train.log_every", "tracking.mode"}
+    assert expanded(new)["dpo"]["train"]["log_every"] == 3
+    assert expanded(new)["dpo"]["train"]["steps"] == 5
+    assert plain(changed(old, [])) == old
+    assert {key for key, _, _ in differences(old, plain(changed(old, ["optim.lr=0.5"])))} == {
+        "optim.lr",
+        "stages.sft.optim.lr",
+    }

@@ -1,0 +1,150 @@
+"""What is said at the top when runs are not equal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from synthetic import loaded, make_run, make_sweep
+
+from uft.report.build import Options, compare, compared
+from uft.report.select import Selection, select
+
+FINAL = {"eval/nll": 1.0}
+
+
+def run(objective="sft", seed=1, *, info=None, data=None, result=None, **more):
+    """A finished run; `info`, `data` and `result` are laid over what all of them have."""
+    usual = {"data_digest": f"d{seed}", "device": "cpu", "torch": "2.13.0", "versions": {"uft": "0.1.0"}}
+    made = loaded(objective, seed, final=FINAL, **more)
+    spent = {"steps": 100, "rows": 3200, "supervised_tokens": 5000}
+    return replace(
+        made,
+        info={**usual, "code": {"commit": "abc", "dirty": None}, **(info or {})},
+        data={"digest": "same", **(data or {})},
+        result={**made.result, **spent, **(result or {})},
+    )
+
+
+def warned(runs, tmp_path):
+    found = compared(runs, Selection(tuple(r.path for r in runs), "t", tmp_path), Options())["warnings"]
+    return {warning["what"]: warning for warning in found}
+
+
+EQUAL = [run("sft", 1), run("sft", 2), run("uft", 1), run("uft", 2)]
+
+
+def test_equal_runs_are_not_warned_of(tmp_path):
+    assert warned(EQUAL, tmp_path) == {}
+
+
+CASES = {
+    "The data are not the same under one configuration": {"data": {"digest": "other"}},
+    "Data digests differ between runs of the same seed": {"info": {"data_digest": "other"}},
+    "Budgets differ: 100 to 150 optimiser steps": {"result": {"steps": 200}},
+    "Budgets differ: 3,200 to 3,264 rows": {"result": {"rows": 3329}},
+    "Budgets differ: 5,000 to 5,500 supervised tokens": {"result": {"supervised_tokens": 6000}},
+    "2 versions of uft": {"info": {"versions": {"uft": "0.2.0"}}},
+    "2 commits of uft's code": {"info": {"code": {"commit": "def", "dirty": None}}},
+    "one run from code with uncommitted changes": {"info": {"code": {"commit": "abc", "dirty": "123"}}},
+    "2 versions of torch: 2.13.0, 2.11.0": {"info": {"torch": "2.11.0"}},
+    "2 kinds of device: cpu, cuda:0": {"info": {"device": "cuda:0"}},
+    "one run failed: run": {"status": "failed"},
+    "one run not finished yet: run": {"status": "running"},
+    "one run stopped before the end: run": {"status": "stopped"},
+    "one run ended without a result: run": {"status": "interrupted"},
+    "one run cannot be read: run": {"status": "unreadable"},
+    "one run in a state that this version does not know: run": {"status": "paused"},
+}
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_one_run_that_is_not_like_the_others(tmp_path, what):
+    found = warned([*EQUAL[:3], run("uft", 2, **CASES[what])], tmp_path)
+    assert what in found
+    if "Budgets" not in what:
+        assert found[what]["runs"] == ["r3"]
+    assert found[what]["why"].endswith(".")
+    expected = {what} | (
+        {"Unequal numbers of seeds: 1 to 2"} if what.startswith("one run") and "code" not in what else set()
+    )
+    assert set(found) == expected
+
+
+def test_a_budget_within_two_percent_and_seeds_that_average_out_are_equal(tmp_path):
+    runs = [*EQUAL[:3], run("uft", 2, result={"supervised_tokens": 5100})]
+    assert warned(runs, tmp_path) == {}
+    uneven = [run(o, s, result={"supervised_tokens": 5000 + 600 * s}) for o in ("sft", "uft") for s in (1, 2)]
+    assert warned(uneven, tmp_path) == {}
+
+
+def test_mixtures_that_differ_on_purpose_are_said_as_that(tmp_path):
+    runs = [run("sft", s, data__ratio=r, info={"data_digest": f"{s}{r}"}) for r in (0.25, 0.5) for s in (1, 2)]
+    found = warned(runs, tmp_path)
+    assert list(found) == ["Configurations saw different rows, as asked for by data.ratio"]
+
+
+def test_sources_with_other_contents_on_purpose_are_no_changed_data(tmp_path):
+    runs = [run(data__name=name, data={"digest": name}, info={"data_digest": name}) for name in ("a", "b")]
+    assert "Configurations saw different rows, as asked for by data.name" in warned(runs, tmp_path)
+    assert not any("not the same" in what for what in warned(runs, tmp_path))
+
+
+def test_data_that_changed_within_one_mixture_of_several(tmp_path):
+    runs = [run("sft", s, data__ratio=r, info={"data_digest": f"{s}{r}"}) for r in (0.25, 0.5) for s in (1, 2)]
+    runs[3] = replace(runs[3], data={"digest": "other"}, info={**runs[3].info, "data_digest": "other"})
+    found = warned(runs, tmp_path)
+    assert list(found) == ["The data are not the same under one configuration"]
+    assert found["The data are not the same under one configuration"]["runs"] == ["r3"]
+
+
+def test_other_batteries_and_models(tmp_path):
+    found = warned([*EQUAL[:2], *(run("uft", s, eval__rows=8) for s in (1, 2))], tmp_path)
+    assert "Not all runs were measured alike, by eval.rows" in found
+    assert "2 different base models" in warned([*EQUAL[:3], run("uft", 2, model__path="org/other")], tmp_path)
+
+
+def test_single_seeds(tmp_path):
+    assert "One seed per configuration" in warned([run("sft"), run("uft")], tmp_path)
+    found = warned([*EQUAL, run("uft", 3)], tmp_path)
+    assert found["Unequal numbers of seeds: 2 to 3"]["why"].endswith("Short of seeds: sft.")
+    again = warned([*EQUAL, run("uft", 2)], tmp_path)
+    assert again["Several runs of one configuration and seed"]["runs"] == ["r3", "r4"]
+
+
+def test_unequal_search(tmp_path):
+    runs = [*EQUAL[:2], *(run("uft", s, objective__beta=b) for b in (0.1, 0.2, 0.3) for s in (1, 2))]
+    assert "Unequal search: configurations per objective: uft 3, sft 1" in warned(runs, tmp_path)
+
+
+def test_a_diverged_run(tmp_path):
+    broken = replace(EQUAL[3], result={**EQUAL[3].result, "final": {"eval/nll": "nan"}})
+    found = warned([*EQUAL[:3], broken], tmp_path)
+    assert found["one run ended at a figure that is not finite: eval/nll"]["runs"] == ["r3"]
+
+
+def test_nothing_finished(tmp_path):
+    found = warned([run(status="failed"), run(status="running")], tmp_path)
+    assert next(iter(found)) == "No run has finished"
+
+
+def test_jobs_that_have_not_started(tmp_path):
+    sweep = make_sweep(tmp_path / "s", ("sft", "uft"), seeds=(1,))
+    jobs = [{"name": path.name} for path in sorted(sweep.iterdir())] + [{"name": "ift-seed1"}]
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+
+    def said(*words):
+        return [warning["what"] for warning in compare(select([str(word) for word in words]))["warnings"]]
+
+    assert "one job of the sweep not started yet: ift-seed1" in said(sweep)
+    assert not any("not started" in what for what in said(sweep / "sft-seed1")), "one run is not the sweep"
+    (sweep / "sweep.json").write_text("{")
+    assert not any("not started" in what for what in said(sweep))
+
+
+def test_a_run_that_says_nothing_of_itself_warns_of_nothing(tmp_path):
+    make_run(tmp_path / "a", seed=1, info={"versions": None, "code": "?", "device": None, "torch": None})
+    make_run(tmp_path / "b", seed=2)
+    found = [warning["what"] for warning in compare(select([str(tmp_path)]))["warnings"]]
+    assert found == []

@@ -1,0 +1,150 @@
+"""Curves are thinned without losing what one looks for in them; samples stand side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from random import Random
+
+import pytest
+from synthetic import loaded
+
+from uft.report import curves as module
+from uft.report.curves import curves, fitting, thinned
+from uft.report.samples import samples
+
+
+def lines(count, **metrics):
+    return tuple(
+        {"step": n, "tokens": 10 * n, "seconds": n / 3, **{k: f(n) for k, f in metrics.items()}} for n in range(count)
+    )
+
+
+def test_a_short_curve_is_as_it_was_written():
+    run = loaded(lines=({"step": 0, "tokens": 0, "eval/nll": 3.0}, *lines(4, loss=lambda n: n / 7)[1:]))
+    found = curves([run])
+    assert found["loss"][0]["step"] == [1, 2, 3]
+    assert found["loss"][0]["value"] == [0.142857, 0.285714, 0.428571], "six digits"
+    assert found["loss"][0]["seconds"] == [0.333333, 0.666667, 1.0]
+    assert "eval/nll" not in found, "a single point is no curve"
+    assert not {"step", "tokens", "seconds"} & found.keys()
+
+
+def test_a_battery_line_without_time_has_the_time_before_it():
+    written = (
+        {"step": 0, "eval/nll": 3},
+        {"step": 5, "seconds": 2.5, "tokens": 50, "loss": 1},
+        {"step": 7, "eval/nll": 2},
+    )
+    found = curves([loaded(lines=written)])["eval/nll"][0]
+    assert found == {"step": [0, 7], "tokens": [None, 50], "seconds": [0, 2.5], "value": [3, 2]}
+
+
+def test_what_is_not_finite_is_kept_as_text_and_text_is_no_point():
+    values = [1.0, "nan", "inf", "odd", None, True, "-inf", 2]
+    run = loaded(lines=tuple({"step": n, "loss": value, "stage": "dpo"} for n, value in enumerate(values)))
+    found = curves([run])
+    assert list(found) == ["loss"]
+    assert found["loss"][0]["value"] == [1.0, "nan", "inf", "-inf", 2]
+    assert found["loss"][0]["step"] == [0, 1, 2, 6, 7]
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("limit", [4, 20, 100, 500])
+@pytest.mark.parametrize("count", [3, 501, 9_999])
+def test_thinning_keeps_ends_and_extremes(count, limit):
+    noise = Random(count)
+    values = [noise.gauss(0, 1) for _ in range(count)]
+    kept = thinned(values, limit)
+    assert kept == sorted(set(kept))
+    assert len(kept) <= max(limit, min(count, limit))
+    assert {0, count - 1} <= set(kept)
+    chosen = [values[place] for place in kept]
+    assert (min(chosen), max(chosen)) == (min(values), max(values))
+    if count <= limit:
+        assert kept == list(range(count))
+
+
+def test_every_stretch_keeps_its_spikes():
+    values = [0.0] * 5000
+    spikes = {777: 9.0, 778: -9.0, 2500: math.nan, 4998: 5.0}
+    for place, value in spikes.items():
+        values[place] = value
+    assert spikes.keys() <= set(thinned(values, 500))
+
+
+def test_a_flat_curve_is_spread_over_its_length():
+    kept = thinned([1.0] * 10_000, 100)
+    assert max(b - a for a, b in pairwise(kept)) < 400
+
+
+def test_many_curves_share_a_budget(monkeypatch):
+    main, other = [(True, 500)] * 300, [(False, 500)] * 1000
+    monkeypatch.setattr(module, "BUDGET", 200_000)
+    limits = fitting([*main, *other])
+    assert sum(min(count, limits[0] if is_main else limits[1]) for is_main, count in [*main, *other]) <= 200_000
+    assert limits == (500, 40)
+    assert fitting(main[:10]) == (500, 500)
+    assert fitting(main * 1000) == (40, 0), "past all limits only main curves are left"
+    runs = [loaded(lines=lines(300, loss=math.sqrt, lr=math.sqrt))] * 3
+    monkeypatch.setattr(module, "BUDGET", 130)
+    assert curves(runs).keys() == {"loss"}
+
+
+def sample(step=5, source="pairs", row="pairs:0", prompt="2 + 2", reply="4", **more):
+    return {"step": step, "source": source, "row": row, "prompt": prompt, "reply": reply, **more}
+
+
+def test_answers_to_one_prompt_stand_together():
+    first = loaded(samples=(sample(answer="4", verdict={"exact_match": 1.0, "plain": 0.5}), sample(row="pairs:1")))
+    second = loaded(samples=(sample(step=7, reply="five", verdict={}),))
+    found = samples([loaded(samples=()), first, second])
+    assert found[0] == {
+        "source": "pairs",
+        "row": "pairs:0",
+        "prompt": "2 + 2",
+        "reference": "4",
+        "answers": [
+            {"run": 1, "step": 5, "text": "4", "verdict": "exact_match 1, plain 0.5"},
+            {"run": 2, "step": 7, "text": "five", "verdict": None},
+        ],
+    }
+    assert [answer["run"] for answer in found[1]["answers"]] == [1]
+
+
+def test_the_same_row_with_another_prompt_is_another_prompt():
+    runs = [loaded(samples=(sample(prompt=prompt),)) for prompt in ("2 + 2", "2 + 3")]
+    assert [len(each["answers"]) for each in samples(runs)] == [1, 1]
+
+
+def test_sources_take_turns_and_there_is_an_end():
+    many = tuple(sample(source=s, row=f"{s}:{n}", prompt=str(n)) for s in ("a", "b") for n in range(50))
+    found = samples([loaded(samples=many)])
+    assert [each["source"] for each in found[:4]] == ["a", "b", "a", "b"]
+    assert len(found) == 24
+
+
+def test_long_texts_are_cut_with_a_note():
+    found = samples([loaded(samples=(sample(reply="x" * 1_000_000),))])[0]["answers"][0]["text"]
+    assert len(found) < 4100
+    assert found.endswith("x [... 996,000 more characters]")
+    crowd = samples([loaded(samples=tuple(sample(row=str(n), reply="x" * 5000) for n in range(24)))] * 1000)
+    assert sum(len(answer["text"]) for each in crowd for answer in each["answers"]) < 2_300_000
+
+
+def test_samples_of_any_shape_become_text():
+    odd = {
+        "step": 3,
+        "source": None,
+        "row": 7,
+        "prompt": ["a"],
+        "reply": {"x": 1},
+        "answer": 5,
+        "verdict": {"ok": "yes"},
+    }
+    lone = sample(reply="half \ud83d", prompt="\ud83d")
+    found = samples([loaded(samples=(odd, lone, {"step": 3}))])
+    json.dumps(found, ensure_ascii=False).encode("utf-8")
+    assert found[0]["prompt"] == "['a']"
+    assert found[0]["reference"] == "5"

@@ -1,0 +1,119 @@
+"""Stages: a run as a list of stages, each with a configuration of its own.
+
+A request writes `stages` (`schema.Stage`): what a stage does, its objective and data by name, and keys for it alone.
+What stands in a run's frozen configuration is resolved: under `stages.NAME.config` the top-level nodes in which the
+stage differs from the run's own. Everything after composition reads the second form, with the functions here.
+
+Of a run with stages, `objective` and `data` at the top are those of its last fit stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from uft.config.freeze import ABSENT, difference, plain
+from uft.config.load import typed
+from uft.config.schema import Config
+
+STAGES = "stages"
+MADE_BY = "stage:"
+"""How a source's path names the rows that an earlier stage made, and a model path the model of an earlier stage."""
+
+MEANING = {"fit": ("do", "reference"), "generate": ("do",), "annotate": ("do", "column", "models")}
+"""The keys of a stage besides its objective, its data and its `set` that mean something, by what it does."""
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run, resolved."""
+
+    name: str
+    number: int  # 1-based
+    do: str  # fit, generate or annotate
+    reference: str  # start: the model it starts from; initial: the model that the run started from
+    column: str | None
+    models: tuple[str, ...]
+    config: Config
+
+    @property
+    def folder(self) -> str:
+        """Its place in the run folder."""
+        return f"{STAGES}/{self.number}-{self.name}"
+
+
+def stages_of(config: Config) -> list[Stage]:
+    """The stages of a run in their order; [] where it has none."""
+    settings = plain(asdict(config)) if config.stages else {}
+    whole = expanded(settings)
+    return [
+        Stage(
+            name=name,
+            number=number,
+            do=node["do"],
+            reference=node.get("reference", "start"),
+            column=node.get("column"),
+            models=tuple(node.get("models", ())),
+            config=typed(whole[name]),
+        )
+        for number, (name, node) in enumerate(config.stages.items(), 1)
+    ]
+
+
+def expanded(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Stage -> its whole configuration, from the resolved one of the run."""
+    own = {key: value for key, value in settings.items() if key != STAGES}
+    return {name: {**own, **node["config"]} for name, node in settings.get(STAGES, {}).items()}
+
+
+def differing(whole: Settings, run: Settings) -> dict[str, Any]:
+    """The top-level nodes in which a stage differs from its run."""
+    return {key: value for key, value in whole.items() if key != STAGES and value != run.get(key, ABSENT)}
+
+
+def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
+    """`difference` of two resolved configurations. What differs alike in a run and in a stage of it is told once."""
+    changes = difference(without_stages(old), without_stages(new))
+    told = set(map(repr, changes))
+    before, after = expanded(old), expanded(new)
+    if list(before) != list(after):
+        changes.append((STAGES, list(before), list(after)))
+    for name in [*after, *(name for name in before if name not in after)]:
+        prefix = f"{STAGES}.{name}."
+        heads = [{STAGES: {name: head(settings, name)}} if head(settings, name) else {} for settings in (old, new)]
+        changes += difference(*heads)
+        if name in before and name in after:
+            inside = difference(before[name], after[name])
+            changes += [(prefix + key, was, now) for key, was, now in inside if repr((key, was, now)) not in told]
+    return changes
+
+
+def without_stages(settings: Settings) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key != STAGES}
+
+
+def head(settings: Settings, name: str) -> dict[str, Any]:
+    """What a stage is, without its configuration."""
+    node = settings.get(STAGES, {}).get(name, {})
+    return {key: value for key, value in node.items() if key != "config"}
+
+
+def data_nodes(settings: Settings) -> Iterator[dict[str, Any]]:
+    """The `data` of the run, or of each of its stages; without the sources whose rows an earlier stage makes."""
+    for stage in expanded(settings).values() or [settings]:
+        sources = {name: source for name, source in stage["data"]["sources"].items() if not made(source["path"])}
+        if sources:
+            yield {**stage["data"], "sources": sources}
+
+
+def made(path: str | None) -> bool:
+    """Whether a path names what an earlier stage makes."""
+    return str(path or "").startswith(MADE_BY)
+
+
+def maker(path: str) -> str:
+    """The stage that `stage:NAME` names."""
+    return path.removeprefix(MADE_BY)

@@ -1,0 +1,151 @@
+"""The comparison page: one HTML file that opens from disk, asks the network for nothing and runs no script but its own.
+
+`page/` holds its parts: a template, a style sheet and scripts that share one scope and are read in the order below.
+Whatever a run, a model or a config wrote is text there. It travels as JSON, and the Content-Security-Policy names the
+page's two scripts by their digests, so that nothing that slipped through as markup could run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from plotly.offline import get_plotlyjs
+
+from uft.tracking.format import printable_lines, shorten
+
+FOLDER = files("uft.report") / "page"
+SCRIPTS = (
+    "data.js",
+    "text.js",
+    "state.js",
+    "look.js",
+    "numbers.js",
+    "legend.js",
+    "headline.js",
+    "lines.js",
+    "curves.js",
+    "scatter.js",
+    "heatmap.js",
+    "parallel.js",
+    "runs.js",
+    "filter.js",
+    "differences.js",
+    "samples.js",
+    "main.js",
+)
+LONGEST = 20_000  # characters of one text; compare.json has the rest
+CURVES = 9_000_000  # characters of encoded curves; with Plotly's 4.8 MB the page stays under 15 MB
+UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # what could end a script element, a JS line or the encoding
+AXES = ("step", "tokens", "seconds", "value")
+
+
+def render(comparison: Mapping[str, Any]) -> str:
+    """The page of a comparison (compare.json, format 1), as text that UTF-8 can hold."""
+    curves = pack(comparison["curves"])
+    rest = {key: value for key, value in comparison.items() if key != "curves"}
+    scripts = [get_plotlyjs(), program()]
+    page = environment().from_string(asset("page.html"))
+    html = page.render(
+        comparison=comparison,
+        groups={group["id"]: group["name"] for group in comparison["groups"]},
+        policy=policy(scripts),
+        style=asset("page.css"),
+        scripts=scripts,
+        data=script_json({**plain(rest), "curves": curves}),
+        captions=comparison["captions"],
+        thinned=curves["every"],
+    )
+    return html.encode("utf-8", "replace").decode("utf-8")
+
+
+@cache
+def asset(name: str) -> str:
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def program() -> str:
+    """The page's scripts as one, in a scope of their own."""
+    body = "\n".join(f"// {name}\n{asset(name)}" for name in SCRIPTS)
+    return f'(() => {{\n"use strict";\n{body}\n}})();\n'
+
+
+def policy(scripts: Sequence[str]) -> str:
+    """A Content-Security-Policy under which these scripts run, and nothing is loaded or sent."""
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+@cache
+def environment() -> Environment:
+    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters["shown"] = lambda text, longest=300: shorten(printable_lines(str(text)), longest)
+    return made
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand in a script element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def plain(value: Any) -> Any:
+    """`value` with overlong texts cut and numbers that JSON lacks as strings."""
+    if isinstance(value, str):
+        if len(value) <= LONGEST:
+            return value
+        return f"{value[:LONGEST]} ... ({len(value) - LONGEST} more characters are in compare.json)"
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def pack(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]]) -> dict[str, Any]:
+    """Curves as base64 of little-endian float32; most runs share their steps, so each array is kept once.
+
+    `runs`: {metric: {run: places in `arrays` of step, tokens, seconds, value; null: not there}}; `every`: 1, or n where
+    only every n-th point could be kept.
+    """
+    packed = _pack(curves, 1)
+    size = sum(map(len, packed["arrays"]))
+    return packed if size <= CURVES else _pack(curves, math.ceil(size / CURVES))
+
+
+def _pack(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]], every: int) -> dict[str, Any]:
+    places: dict[str, int] = {}
+
+    def place(values: Sequence[Any] | None) -> int | None:
+        if not values:
+            return None
+        kept = values if every == 1 else [*values[:-1:every], values[-1]]
+        return places.setdefault(encode(kept), len(places))
+
+    runs = {
+        metric: {run: [place(columns.get(axis)) for axis in AXES] for run, columns in of_metric.items()}
+        for metric, of_metric in curves.items()
+    }
+    return {"arrays": list(places), "runs": runs, "every": every}
+
+
+def encode(values: Sequence[Any]) -> str:
+    """Numbers, None and "nan", "inf", "-inf" as base64 of float32."""
+    with np.errstate(over="ignore"):
+        array = np.array(values, dtype=float).astype("<f4")
+    return base64.b64encode(array.tobytes()).decode()

@@ -1,0 +1,170 @@
+// A metric's curves as Plotly traces: a mean and a band per group, single runs, and runs that did not finish.
+
+const FEW = 8; // groups up to which one hover box names them all
+const UNITS = { step: "steps", tokens: "tokens", seconds: "seconds" };
+
+// Seconds become minutes or hours where there are many.
+function timeUnit(longest) {
+  const scale = longest > 7200 ? [3600, "hours"] : longest > 300 ? [60, "minutes"] : [1, "seconds"];
+  return { scale: scale[0], name: scale[1] };
+}
+
+function memberCurve(metric, run, view) {
+  const curve = curveOf(metric, run, view.x);
+  if (curve === null) return null;
+  const broken = curve.y.some((value) => !Number.isFinite(value));
+  return { run, x: curve.x, y: smooth(curve.y, view.smoothing), broken };
+}
+
+// Groups that have curves here, each with the runs that make its mean: the finished ones, or all if none has finished.
+function curveGroups(metric, view) {
+  const found = [];
+  for (const group of shownGroups()) {
+    const members = membersOf(group)
+      .filter(isSelected)
+      .map((run) => memberCurve(metric, run, view))
+      .filter(Boolean);
+    const finished = members.filter((member) => isFinished(member.run));
+    if (members.length)
+      found.push({
+        group,
+        members,
+        averaged: finished.length ? finished : members,
+        others: finished.length ? members.filter((m) => !isFinished(m.run)) : [],
+      });
+  }
+  return found;
+}
+
+function bandOf(points, kind, log) {
+  const ends = (point) => (kind === "sd" ? [point.mean - point.sd, point.mean + point.sd] : [point.low, point.high]);
+  const floor = log ? Math.min(...points.map((point) => point.mean).filter((mean) => mean > 0)) / 10 : -Infinity;
+  const [x, y] = [[], []];
+  const close = (piece) => {
+    if (piece.length < 2) return;
+    x.push(...piece.map((p) => p.x), ...piece.map((p) => p.x).reverse(), null);
+    y.push(...piece.map((p) => ends(p)[1]), ...piece.map((p) => Math.max(floor, ends(p)[0])).reverse(), null);
+  };
+  let piece = [];
+  for (const point of points) {
+    if (point.sd !== null && Number.isFinite(point.mean)) piece.push(point);
+    else {
+      close(piece);
+      piece = [];
+    }
+  }
+  close(piece);
+  return { x, y };
+}
+
+function finite(value) {
+  return Number.isFinite(value) ? value : null;
+}
+
+function hoverMean(name, point, kind) {
+  const spread = point.sd === null ? "" : kind === "interval" ? ` ${interval(point)}` : ` ± ${figure(point.sd)}`;
+  return `${name}  <b>${figure(point.mean)}</b>${spread}${point.n > 1 ? `  (n ${point.n})` : ""}`;
+}
+
+function groupTraces({ group, averaged, others }, view, scale) {
+  const look = lookOfGroup(group);
+  const name = label(group.name);
+  const points = meanCurve(averaged).map((point) => ({ ...point, x: point.x / scale }));
+  const line = {
+    color: colour(look.variable),
+    dash: group.loose ? "dot" : look.dash,
+    width: groups.length > BANDS_UP_TO ? 1.2 : 2,
+  };
+  const traces = [];
+  if (view.band !== "none" && averaged.length > 1) {
+    const band = bandOf(points, view.band, view.log);
+    traces.push({
+      ...band,
+      fill: "toself",
+      fillcolor: colour(look.variable, 0.16),
+      line: { width: 0 },
+      mode: "lines",
+      hoverinfo: "skip",
+      uft: "band",
+    });
+  }
+  if (others.length) traces.push(singleTrace(others, look, scale, "dot"));
+  if (view.seeds) traces.push(singleTrace(averaged, look, scale, "solid"));
+  traces.push({
+    x: points.map((point) => point.x),
+    y: points.map((point) => finite(point.mean)),
+    line,
+    mode: points.length <= 25 ? "lines+markers" : "lines",
+    marker: { symbol: look.marker, size: 6, color: line.color },
+    customdata: points.map((point) => hoverMean(name, point, view.band)),
+    hovertemplate: "%{customdata}<extra></extra>",
+    uft: "mean",
+    group: group.id,
+  });
+  return traces;
+}
+
+// Runs of a group in one trace, with a gap between them: 200 traces would be slow.
+function singleTrace(members, look, scale, dash) {
+  const [x, y, customdata] = [[], [], []];
+  for (const { run, ...curve } of members) {
+    const name = `${label(run.name)}${isFinished(run) ? "" : ` (${label(run.status)})`}`;
+    curve.x.forEach((place, i) => {
+      x.push(place / scale);
+      y.push(finite(curve.y[i]));
+      customdata.push(`${name}  ${figure(curve.y[i])}`);
+    });
+    x.push(null);
+    y.push(null);
+    customdata.push("");
+  }
+  return {
+    x,
+    y,
+    customdata,
+    mode: "lines",
+    opacity: 0.55,
+    line: { color: colour(look.variable), dash, width: 1 },
+    hovertemplate: "%{customdata}<extra></extra>",
+    uft: "single",
+  };
+}
+
+function curveNotes(metric, found) {
+  const members = found.flatMap((entry) => entry.members);
+  const broken = members.filter((member) => member.broken).length;
+  const missing =
+    shownRuns().filter((run) => own(own(data.curves.runs, metric), run.id) !== null).length - members.length;
+  return [
+    members.length === 0 ? "No selected run has this curve." : "",
+    broken ? `${plural(broken, "run")} with values that are not numbers: the lines have gaps there.` : "",
+    missing ? `${plural(missing, "run")} without this axis.` : "",
+  ]
+    .filter(Boolean)
+    .join(" ");
+}
+
+// {traces, layout, note} of one metric under the view {x, band, smoothing, seeds, log}.
+function curveChart(metric, view) {
+  const found = curveGroups(metric, view);
+  const ends = found
+    .flatMap((entry) => entry.members.map((member) => member.x[member.x.length - 1]))
+    .filter(Number.isFinite);
+  const unit = view.x === "seconds" ? timeUnit(Math.max(0, ...ends)) : { scale: 1, name: UNITS[view.x] };
+  const traces = found.flatMap((entry) => groupTraces(entry, view, unit.scale));
+  // Bands below, single runs above them, means on top.
+  const depth = ["band", "single", "mean"];
+  traces.sort((a, b) => depth.indexOf(a.uft) - depth.indexOf(b.uft));
+  const layout = chartLayout({
+    hovermode: view.seeds || found.length > FEW ? "closest" : "x unified",
+    xaxis: chartAxis(unit.name, {
+      type: "linear",
+      tickformat: view.x === "seconds" ? "" : "~s",
+      rangemode: "tozero",
+      hoverformat: view.x === "seconds" ? ".4~g" : ",.0f",
+    }),
+    yaxis: chartAxis("", { type: view.log ? "log" : "linear", tickformat: ".4~g" }),
+    uirevision: `${view.x} ${view.log}`,
+  });
+  return { traces, layout, note: curveNotes(metric, found) };
+}
