@@ -168,12 +168,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(build: Build, batch: Ba
     policy = lora_policy(build) if adapter else Policy(build("llama"))
     settings = {"replace": (batch.target_ids + 1) % 61, "mix": 0.4, "embed_grad": embed_grad}
     policy.train()
-    policy(batch, **settings).log_probs.sum().backward()
+    policy(batch, Ask(**settings)).log_probs.sum().backward()
     expected = gradients(policy)
     policy.module.zero_grad()
     policy.base.activation_checkpointing_enable({"use_reentrant": False})
     assert policy.recomputes
-    policy(batch, **settings).log_probs.sum().backward()
+    policy(batch, Ask(**settings)).log_probs.sum().backward()
     assert expected
     assert gradients(policy).keys() == expected.keys()
     for name, gradient in gradients(policy).items():

@@ -85,9 +85,7 @@ def is_good(completion: Completion) -> bool:
     return verdict is not False
 
 
-def micro_batches(
-    items: Sequence[Item], budget: int, pad_id: int, layout: Layout = Layout.PADDED
-) -> list[Batch]:
+def micro_batches(items: Sequence[Item], budget: int, pad_id: int, layout: Layout = Layout.PADDED) -> list[Batch]:
     """The items in batches of at most `budget` tokens as the model meets them; the longest rows first.
 
     Rows are never divided: one that exceeds the budget alone is a batch alone. Sorting by length keeps padding low, and

@@ -11,7 +11,6 @@ Both layouts give the same targets in the same order, so what is asked of the mo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 from typing import Any, NamedTuple

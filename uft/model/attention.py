@@ -26,9 +26,9 @@ from uft.data.batch import Segments, Span
 Tensor = torch.Tensor
 Spans = tuple[Span, ...]
 
-PREFIX = "packed_"
-BASES = ("sdpa", "flash_attention_2")
-"""Implementations that can be stood on: what they compute, the kernels here compute too."""
+PACKED = {"sdpa": "packed_sdpa", "flash_attention_2": "packed_fa2"}
+"""Implementations that can be stood on, since the kernels here compute the same, and what they are called with ours on
+top. transformers takes every name with `flash` in it for one of its own."""
 
 
 class CannotPack(Exception):
@@ -55,7 +55,7 @@ def register(base: str) -> str:
             return plain(module, query, key, value, attention_mask, **settings)  # type: ignore[no-any-return]
         return attend_spans(query, key, value, segments.spans, **settings), None
 
-    name = PREFIX + base
+    name = PACKED[base]
     ALL_ATTENTION_FUNCTIONS.register(name, attend)
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
@@ -84,7 +84,7 @@ def attend_spans(
     `scaling` multiplies the scores, 1/sqrt(D) by default. Windows are not looked at: rows are shorter than those.
     """
     if softcap is not None or position_bias is not None or s_aux is not None:
-        raise CannotPack("attention scores are capped or biased")
+        raise CannotPack("its attention scores are capped or biased")
     return KERNELS[choose_kernel(query, dropout)](query, key, value, spans, dropout, scaling)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from uft.data.batch import NOT_AN_INPUT, Batch
 from uft.data.packing import Layout
 from uft.errors import Problem, UftError
-from uft.model.attention import PREFIX, no_mask
+from uft.model.attention import PACKED, no_mask
 from uft.model.head import Head, Predictions, transform_of
 from uft.model.sequences import sequence_batch
 from uft.objectives.base import PLAIN, Ask, Scores
@@ -58,7 +58,8 @@ class Policy:
     @property
     def attention(self) -> str:
         """The attention implementation in use; packed, the one that ours stands on."""
-        return str(self.base.config.get_text_config()._attn_implementation).removeprefix(PREFIX)
+        name = str(self.base.config.get_text_config()._attn_implementation)
+        return next((base for base, packed in PACKED.items() if packed == name), name)
 
     @property
     def embedding_rows(self) -> int:

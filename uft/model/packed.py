@@ -11,7 +11,7 @@ import torch
 from uft.data.batch import Batch
 from uft.data.packing import Layout
 from uft.errors import Problem, UftError
-from uft.model.attention import BASES, PREFIX, register
+from uft.model.attention import PACKED, CannotPack, register
 from uft.model.forward import HEAD_TOLERANCE, Policy
 from uft.model.sequences import TokenSequence, sequence_batch
 
@@ -66,7 +66,7 @@ def _no_positions(policy: Policy, longest: int) -> str | None:
 
 
 def _other_attention(policy: Policy, longest: int) -> str | None:
-    return None if policy.attention in BASES else f"attention {policy.attention} knows no rows within a pack"
+    return None if policy.attention in PACKED else f"attention {policy.attention} knows no rows within a pack"
 
 
 def _window(policy: Policy, longest: int) -> str | None:
@@ -78,10 +78,6 @@ def _window(policy: Policy, longest: int) -> str | None:
     return f"its attention window of {shortest} tokens is shorter than the longest row of {longest}"
 
 
-def _capped(policy: Policy, longest: int) -> str | None:
-    return "it caps its attention scores" if getattr(_config(policy), "attn_logit_softcapping", None) else None
-
-
 def _not_causal(policy: Policy, longest: int) -> str | None:
     return None if getattr(_config(policy), "is_causal", True) else "its attention is not causal"
 
@@ -90,7 +86,6 @@ REASONS: tuple[Callable[[Policy, int], str | None], ...] = (
     _no_positions,
     _other_attention,
     _window,
-    _capped,
     _not_causal,
 )
 
@@ -107,10 +102,12 @@ def _try(policy: Policy) -> str | None:
     before = policy.attention
     try:
         policy.base.set_attn_implementation(register(before))
-        if policy.base.config.get_text_config()._attn_implementation != PREFIX + before:
+        if policy.base.config.get_text_config()._attn_implementation != PACKED[before]:
             why: str | None = "its attention cannot be exchanged"
         else:
             why = _wrong(policy)
+    except CannotPack as error:
+        why = str(error)
     except Exception as error:  # whatever a model of any origin raises, the answer is the same
         why = f"it fails on a pack ({type(error).__name__}: {error})"
     if why is None:
