@@ -1,4 +1,4 @@
-"""Attention over packed rows: every kernel against one dense mask, and the plain implementation where nothing is packed."""
+"""Attention over packed rows: every kernel against one dense mask; the plain implementation where nothing is packed."""
 
 from __future__ import annotations
 
@@ -42,10 +42,8 @@ def plain_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, dropout: float
     out = []
     queries, keys = layout.query_ends.tolist(), layout.key_ends.tolist()
     for n in range(len(queries) - 1):
-        one = [
-            t[a:b].transpose(0, 1)
-            for t, a, b in ((q, *queries[n : n + 2]), (k, *keys[n : n + 2]), (v, *keys[n : n + 2]))
-        ]
+        ends = (queries[n : n + 2], keys[n : n + 2], keys[n : n + 2])
+        one = [tensor[a:b].transpose(0, 1) for tensor, (a, b) in zip((q, k, v), ends, strict=True)]
         rows, columns = one[0].shape[1], one[1].shape[1]
         assert rows <= layout.longest_query
         assert columns <= layout.longest_key

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from uft.config.schema import Lora
-from uft.data.batches import Item, make_item, micro_batches, mismatched
+from uft.data.batches import Item, collate, make_item, micro_batches, mismatched
 from uft.data.packing import Layout
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row
 from uft.data.templates import Encoded
@@ -23,7 +23,7 @@ from uft.model.forward import Policy
 from uft.model.packed import settle_layout
 from uft.model.reference import Frozen
 from uft.objectives import make
-from uft.objectives.base import Clock, Objective
+from uft.objectives.base import Ask, Clock, Objective
 from uft.training.step import forward_backward, reported_loss, survey
 
 FOLDER = Path(__file__).parents[2] / "conf" / "objective"
@@ -151,13 +151,7 @@ def assert_same(ours: Measured, theirs: Measured) -> None:
         assert difference <= 1e-5 * largest, name
 
 
-LAYOUTS = [
-    (Layout.PACKED, ALL),
-    (Layout.SHARED, ALL),
-    (Layout.SHARED, 40),
-    (Layout.PACKED, ALONE),
-    (Layout.SHARED, ALONE),
-]
+LAYOUTS = [(Layout.PACKED, ALL), (Layout.SHARED, 40), (Layout.SHARED, ALONE)]
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +208,8 @@ def test_ift_mixes_what_is_among_the_inputs(pair: tuple[Policy, Frozen], changes
         assert_same(measure(fresh("ift", **changes), *pair, items, layout, budget), padded)
 
 
-def test_whole_distributions_are_the_same_in_every_layout(pair: tuple[Policy, Frozen]):
+def test_guesses_are_the_same_in_every_layout(pair: tuple[Policy, Frozen]):
     items = items_of(fresh("sft"))
-    padded, *others = (pair[0].predictions(micro_batches(items, ALL, 0, layout)[0]).states for layout in Layout)
-    order = [micro_batches(items, ALL, 0, layout)[0].example.tolist() for layout in Layout]
-    assert len({tuple(sorted(o)) for o in order}) == 1
-    for other in others:
-        assert other.shape == padded.shape
+    with torch.no_grad():
+        guesses = [pair[0](collate(items, 0, layout), Ask(guess=True)).guesses for layout in Layout]
+    assert all(torch.equal(guesses[0], other) for other in guesses)

@@ -1,9 +1,8 @@
 """Batch: rows as tensors, laid out for the model and described for the objective.
 
-Two levels are kept apart. *What goes into the model* is `input_ids` and friends; its layout (padded, packed, packed with
-prompts shared: `uft.data.packing`) is the business of the batcher and the model alone. *What is asked of the model* is a
-flat list of N supervised targets in sequence order. Objectives see only the second level, so no objective knows how a
-batch was packed.
+Two levels are kept apart. *What goes into the model* is `input_ids` and friends; its layout (`uft.data.packing`) is the
+business of the batcher and the model alone. *What is asked of the model* is a flat list of N supervised targets in
+sequence order. Objectives see only the second level, so no objective knows how a batch was packed.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class Segments:
 class Batch:
     """S sequences (prompt + one completion each) of R rows with N supervised targets in all.
 
-    Model level: `input_ids`, `attention_mask`, `position_ids` are (B, L) int64; mask 1 on real tokens. Packed, B is 1 and
-    `segments` tells what attends to what; without it every row of the rectangle is a sequence.
+    Model level: `input_ids`, `attention_mask`, `position_ids` are (B, L) int64; mask 1 on real tokens. Packed, B is 1
+    and `segments` tells what attends to what; without it every row of the rectangle is a sequence.
     """
 
     input_ids: Tensor

@@ -5,13 +5,14 @@ that layers made again in the backward pass see them too. Without them (padded b
 implementation it stands on, to the last bit.
 
 Three kernels. The loop, one call of torch's SDPA per span, is right everywhere and the fastest on a CPU, where no mask
-of the whole pack is ever made. On a GPU in half precision one variable-length FlashAttention takes all spans at once, by
-the `flash_attn` package or by torch; keys of a shared prompt are gathered once per completion, which costs a copy of
-keys and no arithmetic. Those two were never measured: see docs/performance.md.
+of the whole pack is ever made. On a GPU in half precision one variable-length FlashAttention takes all spans at once,
+by the `flash_attn` package or by torch; keys of a shared prompt are gathered once per completion, which costs a copy of
+keys and no arithmetic. Those two were never measured.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
@@ -52,7 +53,7 @@ def register(base: str) -> str:
         **settings: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if segments is None:
-            return plain(module, query, key, value, attention_mask, **settings)  # type: ignore[no-any-return]
+            return plain(module, query, key, value, attention_mask, **settings)
         return attend_spans(query, key, value, segments.spans, **settings), None
 
     name = PACKED[base]
@@ -177,7 +178,7 @@ def at_once(call: VarlenCall) -> Kernel:
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, dropout: float, scaling: float | None) -> Tensor:
-    from flash_attn import flash_attn_varlen_func
+    flash_attn_varlen_func = importlib.import_module("flash_attn").flash_attn_varlen_func
 
     ends = (layout.query_ends, layout.key_ends, layout.longest_query, layout.longest_key)
     out: Tensor = flash_attn_varlen_func(q, k, v, *ends, dropout_p=dropout, softmax_scale=scaling, causal=True)

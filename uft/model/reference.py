@@ -61,7 +61,7 @@ def make_reference(
     """The reference of a run, in the mode asked for or the cheapest one. May be called on a trained policy.
 
     `visits_per_row`: how often the run visits a row on average; `cache`: root of the caches on disk; `distributions`:
-    whether the objective compares with whole distributions; `longest_row`: tokens of the longest sequence there will be.
+    whether the objective compares with whole distributions; `longest_row`: tokens of the longest sequence.
     """
     mode, why = choose_mode(model, reference, visits_per_row, distributions)
     without_adapter = model.adapter == "lora" and reference.path is None

@@ -147,7 +147,7 @@ class ReferenceColumn:
     ) -> bool:
         """Compute and keep what is missing. False: it was asked to stop; finished files are kept.
 
-        `batch_tokens`: tokens per forward pass, padding counted where there is any. `progress(done, of)` is called after each file.
+        `batch_tokens`: tokens per forward pass, padding counted. `progress(done, of)` is called after each file.
         Only whole files are kept, so that what is computed after an interruption is batched as it would have been:
         kernels round differently in batches of another shape, and a resumed run must repeat every bit.
         """
