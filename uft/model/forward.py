@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from uft.data.batch import NOT_AN_INPUT, Batch
 from uft.data.packing import Layout
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
-from uft.model.head import Head, Predictions, transform_of
+from uft.model.head import Head, Judge, Predictions, transform_of
 from uft.model.sequences import sequence_batch
 from uft.objectives.base import PLAIN, Ask, Scores
 
@@ -95,6 +95,15 @@ class Policy:
                 self.body(**inputs, use_cache=False)[0] if self.head else self.base(**inputs, use_cache=False).logits
             )
         return Predictions(_select(whole, batch.predictor), self.head)
+
+    def visit(self, batch: Batch, ask: Ask, parts: Iterable[slice], judge: Judge) -> None:
+        """Forward and backward in one: `judge` is told the log-probs of each part and tells their gradient.
+
+        `parts` cover the batch's targets; each part's logits are made once. Only where there is a `head`.
+        """
+        predictions = self.predictions(batch, ask)
+        assert predictions.head is not None
+        predictions.head.visit(predictions.states, batch.target_ids, parts, judge, ask.guess)
 
     def _inputs(self, batch: Batch, ask: Ask) -> dict[str, Any]:
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}

@@ -11,6 +11,7 @@ from uft.data.batch import Batch
 from uft.data.batches import Item, micro_batches
 from uft.data.packing import Layout
 from uft.objectives.base import Clock, Forward, Loss, Objective, Term
+from uft.training.visits import visit
 
 Tensor = torch.Tensor
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -49,13 +50,20 @@ def forward_backward(
     for batch in batches:
         for name, count in objective.counts(batch).items():
             units[name] = units[name] + count if name in units else count
+
+    def weighted(loss: Loss) -> Tensor | None:
+        parts = [t.weight * t.total / units[name].clamp(min=1) for name, t in loss.items() if t.weight and t.count > 0]
+        return torch.stack(parts).sum() if parts else None
+
     terms: Loss = {}
     for batch in batches:
-        loss = objective(batch, policy, reference, clock)
-        parts = [t.weight * t.total / units[name].clamp(min=1) for name, t in loss.items() if t.weight and t.count > 0]
-        if parts:
-            torch.stack(parts).sum().backward()
-        for name, term in loss.items():
+        losses = list(visit(objective, batch, policy, reference, clock, weighted))
+        if not losses:
+            losses = [objective(batch, policy, reference, clock)]
+            total = weighted(losses[0])
+            if total is not None:
+                total.backward()
+        for name, term in ((name, term) for loss in losses for name, term in loss.items()):
             before = terms[name].total if name in terms else 0.0
             terms[name] = Term(before + term.total.detach(), units[name], term.weight)
     return terms
