@@ -22,6 +22,7 @@ from typing import IO, Any
 from uft.errors import Problem, UftError
 
 CHECKPOINT = re.compile(r"step-(\d{6,})$")
+STAGE = re.compile(r"(\d+)-[^/]+$")
 SWEEP_FILE = "sweep.json"  # what a sweep was asked for; `uft.launch.sweep_file` writes it
 
 
@@ -121,6 +122,21 @@ class Run:
             return []
         found = ((CHECKPOINT.match(p.name), p) for p in self.checkpoints_dir.iterdir())
         return sorted((int(match[1]), path) for match, path in found if match)
+
+    @property
+    def stages(self) -> list[Run]:
+        """The folders of the stages that a run of several stages has begun, in their order."""
+        found = ((STAGE.match(path.name), path) for path in (self.path / "stages").glob("*"))
+        return [Run(path) for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps that are on disk: of the result, else of the newest checkpoint; of all stages together."""
+        done = self.result().get("steps")
+        if done is not None:
+            return int(done)
+        own = max((step for step, _ in self.checkpoints()), default=0)
+        return own + sum(stage.steps for stage in self.stages)
 
     @property
     def status(self) -> str:
@@ -245,8 +261,5 @@ def waiting(root: Path) -> list[Run]:
 
 def summary(run: Run) -> Mapping[str, Any]:
     """What a list of runs shows: state, steps and the result's metrics."""
-    result = run.result()
-    steps = result.get("steps")
-    if steps is None:
-        steps = max((step for step, _ in run.checkpoints()), default=0)
-    return {"name": run.name, "path": str(run.path), "status": run.status, "steps": steps, **result.get("final", {})}
+    final = run.result().get("final", {})
+    return {"name": run.name, "path": str(run.path), "status": run.status, "steps": run.steps, **final}

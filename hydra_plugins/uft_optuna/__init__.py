@@ -43,6 +43,9 @@ class UftOptunaSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from uft.launch.sweep_optuna import Settings, search
 
+        assert self.config is not None
+        assert self.launcher is not None
+        assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
         assert isinstance(loader, ConfigLoaderImpl)
         return search(Settings(**self.settings), self.config, loader, self.launcher, arguments)

@@ -33,8 +33,11 @@ def test_all_jobs_of_a_sweep_go_on_the_way_they_were_asked_for(sweep, capfd):
     assert main(["ls", str(sweep)]) == 0
     assert "waiting" in capfd.readouterr().out
 
-    assert main(["resume", str(sweep), "seed=3"]) == 2
-    assert "would make other runs" in capfd.readouterr().err
+    assert main(["resume", str(sweep), "seed=3", "generate.system=ok"]) == 2
+    err = capfd.readouterr().err
+    assert "uft: 2 problems" in err
+    assert "would make other runs" in err
+    assert main(["resume", str(sweep / "nowhere")]) == 2
 
     assert main(["resume", str(sweep), "train.log_every=3"]) == 1
     assert sittings(sweep) == {"systemok": ["ok"], "systemfail": ["fail", "fail"], "systemdie": ["die"]}

@@ -1,6 +1,7 @@
 """What each verb does, with a worker that takes milliseconds."""
 
 import json
+import re
 
 import pytest
 
@@ -38,8 +39,8 @@ def test_help_lists_the_choices_on_disk(worker, capsys):
     (worker / "conf-user" / "objective" / "mine.yaml").write_text("# My own method. Second sentence.\nname: mine\n")
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
-    assert "  mine  My own method\n" in out
-    assert "  dft   Discriminative Fine-Tuning" in out
+    assert re.search(r"\n  mine +My own method\n", out)
+    assert re.search(r"\n  dft +Discriminative Fine-Tuning", out)
     assert "model.adapter     train all weights or a low-rank adapter (none, lora)  [none]" in out
     assert "schema" not in out
 
@@ -148,18 +149,6 @@ def test_resume_works_from_another_folder_after_a_move(worker, monkeypatch, capf
     capfd.readouterr()
     assert main(["resume", "../elsewhere", "generate.system=ok"]) == 0
     assert f"cwd={worker}\n" in capfd.readouterr().out, "relative paths of its data start where it was started"
-
-
-def test_resume_a_sweep(worker, capfd):
-    words = ["train", "-m", "objective=sft", "tracking=none", "sweep.name=A"]
-    assert main([*words, "generate.system=ok,fail,die"]) == 1
-    folder = next((worker / "outputs").glob("*/A"))
-    assert main(["resume", str(folder)]) == 1
-    assert "2 of 2 runs failed" in capfd.readouterr().err
-    assert main(["resume", str(folder), "generate.system=ok"]) == 0
-    assert main(["resume", str(folder)]) == 0
-    assert "all 3 runs are finished" in capfd.readouterr().out
-    assert main(["resume", str(worker / "nowhere")]) == 2
 
 
 def test_ls(worker, capsys):

@@ -27,6 +27,8 @@ def test_every_yaml_file_is_in_the_wheel(wheel):
     assert any(name.startswith("hydra_plugins/uft_sweeper/") for name in names)
     assert "hydra_plugins/__init__.py" not in names, "a namespace that plugins share"
     assert not any("test" in name for name in names)
+    parts = {f"uft/report/page/{file.name}" for file in (ROOT / "uft" / "report" / "page").iterdir()}
+    assert parts <= set(names), "the comparison page's template, style and scripts"
 
 
 def test_it_works_from_an_unpacked_wheel(wheel, tmp_path):

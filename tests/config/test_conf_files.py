@@ -89,10 +89,42 @@ def test_every_option_says_what_it_is():
     assert [file for options in GROUPS.values() for file in options.values() if not headline(file)] == []
 
 
-def test_objective_files_list_every_key():
+def written(file):
+    """What a file says itself, without what it builds on or places."""
+    content = yaml.safe_load(file.read_text())
+    content.pop("defaults", None)
+    return content
+
+
+def test_objectives_have_the_keys_their_files_name_and_no_others():
     from uft.config.register import objective_schemas
 
     for name, file in GROUPS["objective"].items():
-        content = yaml.safe_load(file.read_text())
-        schema = objective_schemas()[content["method"]]
-        assert set(content) - {"defaults"} == set(schema.__dataclass_fields__), name
+        content = written(file)
+        assert content.keys() <= set(objective_schemas()[content["method"]].__dataclass_fields__), name
+        assert content.keys() >= {"name", "method"}, name
+        composed = examine(Request((f"objective={name}",))).tree.objective
+        placed = set(composed) - content.keys()
+        assert placed == ({"demonstration", "preference", "binary", "scored", "negatives"} if placed else set()), name
+        assert all(composed[kind].name in OBJECTIVES for kind in placed)
+
+
+def test_a_key_of_the_class_that_the_file_does_not_name_is_none_of_the_objective():
+    """DPO is computed by a class that knows `lam`; objective=dpo does not have it."""
+    [problem] = examine(Request(("objective=dpo", "objective.lam=5"))).problems
+    assert "lam" in problem.what
+    assert any("dpop" in line for line in problem.advice)
+    assert examine(Request(("objective=dpop", "objective.lam=5"))).problems == []
+
+
+def test_an_objective_of_per_kind_is_exchanged_with_the_keys_it_has():
+    words = ("objective=per_kind", "objective@objective.preference=simpo", "objective.preference.gamma=0.5")
+    examined = examine(Request(words))
+    assert examined.problems == []
+    found = examined.tree.objective.preference
+    assert (found.name, found.gamma) == ("simpo", 0.5)
+    assert set(found) == written(GROUPS["objective"]["simpo"]).keys()
+    cfg, _ = composed(Request(words))
+    assert plain(cfg) == plain(examined.tree)
+    [problem] = examine(Request((*words[:2], "objective.preference.lam=1"))).problems
+    assert "lam" in problem.what

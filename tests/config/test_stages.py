@@ -1,7 +1,9 @@
 """Runs of several stages: what each stage's configuration comes to, what is refused, and how two of them differ."""
 
+from copy import deepcopy
 from dataclasses import asdict
 from functools import cache
+from pathlib import Path
 
 import pytest
 import yaml
@@ -128,52 +130,49 @@ def test_a_run_of_one_piece_says_nothing_of_stages():
 
 
 def test_what_wins_over_what():
-    everywhere = stages("experiment=two", "optim.lr=0.5")
-    assert (everywhere["sft"].optim.lr, everywhere["dpo"].optim.lr) == (0.5, 0.5)
-    one = stages("experiment=two", "optim.lr=0.5", "stages.dpo.set={optim.lr: 0.25}")
-    assert (one["sft"].optim.lr, one["dpo"].optim.lr) == (0.5, 0.25)
-    assert stages("experiment=two", "stages.dpo.set.train.steps=3")["dpo"].train.steps == 3
-    fast = stages("experiment=two", "debug=fast")  # a file that comes later than the experiment
+    typed_ones = ("optim.lr=0.5", "stages.dpo.set={optim.lr: 0.25}", "stages.dpo.set.train.steps=3")
+    found = stages("experiment=two", *typed_ones)
+    assert (found["sft"].optim.lr, found["dpo"].optim.lr) == (0.5, 0.25)
+    assert (found["sft"].train.steps, found["dpo"].train.steps) == (7, 3)
+    # a file that comes after the experiment, and one that comes before it
+    fast = stages("experiment=two", "debug=fast", "optim=sgd")
     assert (fast["sft"].train.steps, fast["dpo"].train.steps) == (2, 2)
-    assert fast["dpo"].optim.lr == 1e-3
-    quick = stages("experiment=two", "optim=sgd")  # one that comes earlier
-    assert (quick["sft"].optim.name, quick["sft"].optim.lr) == ("sgd", 2e-3)
+    assert (fast["sft"].optim.name, fast["sft"].optim.lr, fast["dpo"].optim.lr) == ("sgd", 2e-3, 1e-3)
 
 
 def test_a_key_counts_for_every_stage_that_has_it():
-    found = stages("experiment=two", "objective.beta=0.05", "objective.min_score=0.7", "objective.reduction=token")
+    keys = ("objective.beta=0.05", "objective.min_score=0.7", "objective.reduction=token")
+    sources = ("data.sources.pairs.limit=3", "+data.sources.more.path=x.jsonl", "~data.sources.binary")
+    found = stages("experiment=two", *keys, *sources, "stages.dpo.data=mix")
     assert found["dpo"].objective["beta"] == 0.05
     assert "beta" not in found["sft"].objective
     assert found["sft"].objective["min_score"] == 0.7
     assert found["sft"].objective["reduction"] == found["dpo"].objective["reduction"] == "token"
-    limited = stages("experiment=two", "data.sources.pairs.limit=3", "+data.sources.more.path=x.jsonl")
-    assert [config.data.sources["pairs"].limit for config in limited.values()] == [3, 3]
-    assert all("more" in config.data.sources for config in limited.values())
-    without = stages("experiment=two", "stages.dpo.data=mix", "~data.sources.pairs")
-    assert all("pairs" not in config.data.sources for config in without.values())
+    assert [config.data.sources["pairs"].limit for config in found.values()] == [3, 3]
+    assert all("more" in config.data.sources for config in found.values())
+    assert "scored" in found["dpo"].data.sources
+    assert "binary" not in found["dpo"].data.sources
 
 
 def test_a_key_that_no_stage_has_is_refused_with_the_keys_of_each():
-    why, where, advice = problems("experiment=two", "objective.bta=1")["objective.bta=1"]
-    assert (why, where) == ("no stage has this key", "command line")
+    wrong = problems("experiment=two", "objective.bta=1", "data.sources.pears.limit=3", "train.stps=1")
+    why, where, advice = wrong["objective.bta=1"]
+    assert (why, where) == ("no such key in any stage", "command line")
     assert "did you mean  objective.beta ?" in advice
     assert "sft (objective=sft): reduction" in advice
     assert "dpo (objective=dpo): reduction, beta" in advice
-    why, _, advice = problems("experiment=two", "data.sources.pears.limit=3")["data.sources.pears.limit=3"]
-    assert why == "no stage has this key"
+    why, _, advice = wrong["data.sources.pears.limit=3"]
+    assert why == "no such key in any stage"
     assert "did you mean  data.sources.pairs.limit ?" in advice
-    assert problems("experiment=two", "train.stps=1")["train.stps=1"][0] == "no such key in train"
+    assert wrong["train.stps=1"][0] == "no such key in train"
 
 
-@pytest.mark.parametrize("group", ["objective=kto", "data=mix"])
-def test_a_choice_for_all_stages_is_refused_where_each_has_its_own(group):
-    why, _, advice = problems("experiment=two", group)[group]
-    assert "of its own" in why
-    assert f"stages.dpo.{group}" in advice
-    assert problems("experiment=two", f"stages.dpo.{group}", "stages.dpo.set.train.steps=1").keys() <= {
-        "objective.label_smoothing",
-        "stages.dpo.set.objective.beta",
-    }
+def test_a_choice_for_all_stages_is_refused_where_each_has_its_own():
+    found = problems("experiment=two", "objective=kto", "data=mix")
+    for choice, (why, _, advice) in found.items():
+        assert "of its own" in why
+        assert f"stages.sft.{choice}   or  stages.dpo.{choice}" in advice
+    assert set(found) == {"objective=kto", "data=mix"}
 
 
 def test_a_choice_counts_for_the_stages_without_one(experiments):
@@ -192,7 +191,10 @@ WRONG = {
     "stages.dpo.set.train.epochs=many": ("must be a number", ""),
     "stages.dpo.set.hardware.device=cpu": ("hardware is the same in all stages", ""),
     "stages.dpo.set.model.path=other": ("a stage starts from the model that the stage before it left", ""),
-    "stages.dpo.column=baseline_logp": ("has no meaning where do=fit", ""),
+    "+stages.ask.do=annotate": ("which column to write is not said", "annotate.column: baseline_logp"),
+    "+stages.more={do: generate, data: pairs, reference: initial}": ("has no meaning where do=generate", ""),
+    "stages.sft.set=3": ("must be a group of keys", ""),
+    "stages.sft.set.objective=kto": ("is chosen by the stage", "beside set, not in it:  objective: kto"),
     "+stages._x.objective=sft": ("names a folder: letters, digits, - and _, a letter first", ""),
 }
 """Each wrong in its own way, whatever else is."""
@@ -201,10 +203,25 @@ WRONG = {
 def test_mistakes_are_found_together():
     found = problems("experiment=two", *WRONG)
     for override, (why, advice) in WRONG.items():
-        what = {"stages.dpo.column=baseline_logp": "stages.dpo.column", "+stages._x.objective=sft": "stages._x"}
+        what = {
+            "+stages.ask.do=annotate": "stages.ask",
+            "+stages.more={do: generate, data: pairs, reference: initial}": "stages.more.reference=initial",
+            "+stages._x.objective=sft": "stages._x",
+        }
         assert found[what.get(override, override)][0] == why, override
         assert advice in found[what.get(override, override)][2]
     assert len(found) == len(WRONG)
+
+
+def test_stages_that_are_none(experiments):
+    experiments("odd", "# @package _global_\n# x\nstages:\n  sft:\n  dpo: 3\n  more:\n    set: [1]\n    data: [a]\n")
+    assert {what: why for what, (why, _, _) in problems("experiment=odd").items()} == {
+        "stages.dpo=3": "must be a group of keys",
+        "stages.more.set": "must be a group of keys",
+        "stages.more.data=[a]": "must be text or null",
+    }
+    experiments("list", "# @package _global_\n# x\nstages: [a, b]\n")
+    assert list(problems("experiment=list")) == ["stages=[a,b]"]
 
 
 def test_a_rule_that_one_stage_breaks_names_it():
@@ -231,30 +248,36 @@ def test_every_mistake_at_once_and_once(experiments):
 def test_a_key_for_all_stages_in_a_file_that_none_has(experiments):
     experiments("bad", TWO.replace("label_smoothing", "smoothing"))
     why, where, advice = problems("experiment=bad")["objective.smoothing"]
-    assert (why, where) == ("no stage has this key", "conf-user/experiment/bad.yaml:7")
+    assert (why, where) == ("no such key in any stage", "conf-user/experiment/bad.yaml:7")
     assert "did you mean  objective.label_smoothing ?" in advice
 
 
 def test_rows_that_an_earlier_stage_makes():
     assert stages("experiment=made")["dft"].data.sources["sampled"].path == "stage:gen"
-    key = "data.sources.sampled"
-    for path, why, advice in (
-        ("stage:gem", "no such stage before this one", "did you mean  stage:gen ?"),
-        ("stage:dft", "no such stage before this one", ""),
-    ):
-        found = problems("experiment=made", f"stages.dft.set.{key}.path={path}")[f"{key}.path={path}"]
-        assert found[0] == why
-        assert advice in found[2]
-    held = problems("experiment=made", f"stages.dft.set.{key}.holdout=0.1")[f"{key}.holdout"]
-    assert "before the first step" in held[0]
-    trained = problems("experiment=two", "+stages.end.set.data.sources.x.path=stage:dpo", "+stages.end.data=files")
-    assert trained["data.sources.x.path=stage:dpo"][0] == "stage dpo trains and leaves no rows"
+    sources = {
+        "sampled": {"path": "stage:gem"},
+        "own": {"path": "stage:dft"},
+        "held": {"path": "stage:gen", "holdout": 0.1},
+        "late": {"path": "stage:last"},
+    }
+    data = ", ".join(
+        f"{name}: {yaml.safe_dump(node, default_flow_style=True).strip()}" for name, node in sources.items()
+    )
+    last = "+stages.last={data: files, set: {data: {sources: {trained: {path: stage:dft}}}}}"
+    found = problems("experiment=made", f"stages.dft.set={{data: {{sources: {{{data}}}}}}}", last)
+    key = "data.sources"
+    why, _, advice = found[f"{key}.sampled.path=stage:gem"]
+    assert why == "no such stage before this one"
+    assert "did you mean  stage:gen ?" in advice
+    for what in (f"{key}.own.path=stage:dft", f"{key}.late.path=stage:last"):
+        assert found[what][0] == "no such stage before this one"
+    assert found[f"{key}.trained.path=stage:dft"][0] == "stage dft trains and leaves no rows"
+    assert found[f"{key}.held.holdout"][0].startswith("what stage:gen holds out is measured")
 
 
 def test_a_stage_can_be_added_and_taken_away():
-    assert list(stages("experiment=two", "~stages.sft")) == ["dpo"]
-    more = stages("experiment=two", "+stages.more={objective: ift, data: mix, set: {train.steps: 2}}")
-    assert list(more) == ["sft", "dpo", "more"]
+    more = stages("experiment=two", "+stages.more={objective: ift, data: mix, set: {train.steps: 2}}", "~stages.sft")
+    assert list(more) == ["dpo", "more"]
     assert more["more"].train.steps == 2
     assert problems("experiment=two", "stages.sft.do=generate", "stages.dpo.do=generate")["stages"][0] == (
         "none of them trains anything"
@@ -277,22 +300,33 @@ def test_origins_name_the_place_of_every_value():
 
 def test_differences_are_told_once_and_by_stage():
     old = settings("experiment=two")
-    assert differences(old, settings("experiment=two")) == []
-    assert differences(old, settings("experiment=two", "seed=3", "seeds.data=0", "seeds.sampling=0")) == [
-        ("seed", 0, 3),
-        ("seeds.init", 0, 3),
+    assert differences(old, deepcopy(old)) == []
+    seeded = deepcopy(old) | {"seed": 3}  # the stages say nothing of seeds: they have the run's
+    assert differences(old, seeded) == [("seed", 0, 3)]
+    new = deepcopy(old)
+    new["stages"]["sft"]["config"]["optim"]["lr"] = 1.0
+    new["stages"]["dpo"]["reference"] = "initial"
+    assert differences(old, new) == [
+        ("stages.sft.optim.lr", 2e-3, 1.0),
+        ("stages.dpo.reference", "start", "initial"),
     ]
-    assert differences(old, settings("experiment=two", "stages.sft.set.optim.lr=1")) == [
-        ("stages.sft.optim.lr", 2e-3, 1.0)
-    ]
-    assert differences(old, settings("experiment=two", "stages.dpo.reference=initial")) == [
-        ("stages.dpo.reference", "start", "initial")
-    ]
-    without = [key for key, _, _ in differences(old, settings("experiment=two", "~stages.sft"))]
-    assert without[0] == "stages"
-    assert "stages.sft.do" in without
+    del new["stages"]["sft"]
+    assert differences(old, new)[0] == ("stages", ["sft", "dpo"], ["dpo"])
+    assert ("stages.sft.do", "fit", "(absent)") in differences(old, new)
     swapped = old | {"stages": dict(reversed(old["stages"].items()))}
     assert differences(old, swapped) == [("stages", ["sft", "dpo"], ["dpo", "sft"])]
+
+
+def test_what_a_stage_works_by_is_not_free():
+    old = settings("experiment=made")
+    new = deepcopy(old)
+    new["generate"]["temperature"] = 0.25  # of all stages: one of them generates
+    assert differences(old, new) == [
+        ("generate.temperature", 0.7, 0.25),
+        ("stages.gen.generate.temperature", 0.7, 0.25),
+    ]
+    assert free("generate.temperature")
+    assert not free("stages.gen.generate.temperature")
 
 
 def test_what_may_change_between_sittings_may_in_every_stage():
@@ -308,3 +342,12 @@ def test_what_may_change_between_sittings_may_in_every_stage():
         "optim.lr",
         "stages.sft.optim.lr",
     }
+
+
+def test_the_example_of_the_documentation(experiments):
+    text = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    experiments("mine", text.partition("```yaml\n")[2].partition("```")[0])
+    found = stages("experiment=mine")
+    assert list(found) == ["sft", "sample", "dft"]
+    assert found["sample"].generate.seeds == [0, 1]
+    assert (found["dft"].train.steps, found["dft"].objective["name"]) == (164, "dft")

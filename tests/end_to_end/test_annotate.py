@@ -107,7 +107,7 @@ def test_a_killed_job_goes_on_where_it_was(
     given = rows_of("demonstrations", 800)
     file = write(tmp_path / "rows" / "demonstrations.jsonl", given)
     request = ["baseline_logp", *quiet(("mine", file)), f"annotate.models=[{PLAYGROUND}]", "hardware=cpu"]
-    request += ["annotate.out=out.jsonl", "annotate.batch_tokens=1"]
+    request += ["annotate.out=out.jsonl", "annotate.batch_tokens=60"]
     process = start("annotate", *request)
     kept = tmp_path / "cache" / "annotations"
     wait_for(lambda: list(kept.glob("*/*.safetensors")), process)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))  # for records.py and standin.py
+
 from uft.launch import process
 
 

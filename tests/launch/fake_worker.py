@@ -40,6 +40,8 @@ def main() -> None:
     if job != "train":
         print(config["model"]["path"], config["generate"]["out"])
         sys.exit(0)
+    agent = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    (target / "wandb.json").write_text(json.dumps(agent))
     with open(target / "sittings", "a") as log:
         log.write(f"{script}\n")
     if script == "fail":

@@ -19,6 +19,8 @@ CFG = {
 def test_run_name():
     assert run_name(CFG, NOW) == "ift-mix-play-ground-seed3-090807"
     assert run_name({**CFG, "run": {"name": "mine"}}, NOW) == "mine"
+    staged = {**CFG, "stages": {"sft": {}, "dpo": {}}}
+    assert run_name(staged, NOW) == "sft-then-dpo-play-ground-seed3-090807"
 
 
 def test_single_run_dir(tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """Multirun: all jobs checked first, each in its own folder and worker, every failure told of."""
 
-import json
 import shlex
 
 import yaml
 
 from uft.cli import main
+from uft.config.loader import Request, make_loader
+from uft.launch.names import sweep_name
+from uft.launch.sweep import expand
+from uft.launch.sweep_jobs import unique_names
 from uft.runs import find_runs
 
 BASE = ("train", "-m", "tracking=none")
@@ -166,20 +169,18 @@ def test_a_shipped_sweep_its_name_and_values_of_ones_own(worker, capsys):
     assert "did you mean  train.steps ?" in err
 
 
-def test_the_same_values_of_a_file_and_of_the_command_line_are_one_sweep(worker):
-    words = ("train", "tracking=none", "sweep=beta_ratio")
-    assert main([*words, "objective.beta=0.1", "data.ratio=0.5"]) == 0
-    assert main([*words, "objective.beta=0.1,0.2", "data.ratio=0.5"]) == 0
-    (folder,) = {run.path.parent for run in runs(worker).values()}
-    assert folder.name.startswith("beta_ratio-")
-    assert json.loads((folder / "sweep.json").read_text())["axes"] == {
-        "objective.beta": ["0.1", "0.2"],
-        "data.ratio": ["0.5"],
-    }
-    assert {name: (run.path / "sittings").read_text() for name, run in runs(worker).items()} == {
-        "beta0.1-ratio0.5": "ok\n",
-        "beta0.2-ratio0.5": "ok\n",
-    }
+def test_a_key_of_a_file_that_is_typed_too_is_one_axis():
+    """So the sweep keeps its name, and its jobs theirs, when a grid of a file is extended on the command line."""
+    loader = make_loader(Request())
+    file = ["objective.beta=0.1,0.2", "data.ratio=0.25,0.5", "sweep=beta_ratio"]
+    jobs, axes = expand([*file, "objective.beta=0.3"], loader)
+    assert axes == {"objective.beta": ["0.3"], "data.ratio": ["0.25", "0.5"]}
+    assert jobs == [["objective.beta=0.3", f"data.ratio={ratio}", "sweep=beta_ratio"] for ratio in ("0.25", "0.5")]
+    wider, _ = expand([*file, "objective.beta=0.3,0.4"], loader)
+    assert unique_names(wider, list(axes), None)[:2] == unique_names(jobs, list(axes), None)
+    name = sweep_name(list(axes), ["sweep=beta_ratio"])
+    assert name.startswith("beta_ratio-")
+    assert name == sweep_name(list(axes)[::-1], ["sweep=beta_ratio", "tracking=none", "sweep.name=x"])
 
 
 def test_a_folder_of_hydras_own_key(worker):
@@ -191,6 +192,15 @@ def test_hydras_own_sweeper_works_too(worker, capfd):
     assert sweep("hydra/sweeper=basic", "generate.system=ok,fail") == 1
     assert "exit code 1" in capfd.readouterr().err
     assert sorted(run.status for run in runs(worker).values()) == ["failed", "finished"]
+
+
+def test_config_lists_the_jobs_and_shows_the_first(worker, capsys):
+    assert main(["config", "sweep=beta_ratio", "objective.beta=0.1,0.2"]) == 0
+    out = capsys.readouterr().out
+    assert "# 6 jobs; below is the first one's configuration" in out
+    assert "#   objective.beta=0.2 data.ratio=0.75" in out
+    assert yaml.safe_load(out)["objective"]["beta"] == 0.1
+    assert list(worker.iterdir()) == []
 
 
 def test_other_verbs_can_be_swept(worker, capfd):

@@ -166,14 +166,14 @@ def test_embed_grad_true_trains_both_embeddings_of_a_mixture(build: Build, batch
 @pytest.mark.parametrize("adapter", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(build: Build, batch: Batch, embed_grad: bool, adapter: bool):
     policy = lora_policy(build) if adapter else Policy(build("llama"))
-    settings = {"replace": (batch.target_ids + 1) % 61, "mix": 0.4, "embed_grad": embed_grad}
+    ask = Ask(replace=(batch.target_ids + 1) % 61, mix=0.4, embed_grad=embed_grad)
     policy.train()
-    policy(batch, Ask(**settings)).log_probs.sum().backward()
+    policy(batch, ask).log_probs.sum().backward()
     expected = gradients(policy)
     policy.module.zero_grad()
     policy.base.activation_checkpointing_enable({"use_reentrant": False})
     assert policy.recomputes
-    policy(batch, Ask(**settings)).log_probs.sum().backward()
+    policy(batch, ask).log_probs.sum().backward()
     assert expected
     assert gradients(policy).keys() == expected.keys()
     for name, gradient in gradients(policy).items():

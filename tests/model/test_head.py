@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from uft.model import head as head_module
-from uft.model.head import Head, Transform, log_probs_of, transform_of
+from uft.model.head import Head, Predictions, Transform, log_probs_of, transform_of
 
 TRANSFORMS = [Transform(), Transform(scale=0.5), Transform(softcap=1.5), Transform(scale=1.7, softcap=2.0)]
 
@@ -156,3 +156,85 @@ def test_transforms_are_read_from_configurations():
     assert transform_of(CohereConfig(logit_scale=0.25)) == Transform(scale=0.25)
     assert transform_of(GraniteConfig(logits_scaling=4.0)) == Transform(scale=0.25)
     assert transform_of(Gemma2Config(final_logit_softcapping=30.0)) == Transform(softcap=30.0)
+
+
+# --- divergence ------------------------------------------------------------------------------------------------------
+
+
+def two_predictions(rows: int, transform: Transform = PLAIN, bias: bool = False) -> tuple[Predictions, Predictions]:
+    """Ours, whose states and head want gradients, and those of another model of the same vocabulary."""
+    ours, theirs = make(bias, transform), make(bias, transform)
+    with torch.no_grad():
+        for parameter in theirs.projection.parameters():
+            parameter.mul_(-0.5)
+    hidden, _ = inputs(rows)
+    return Predictions(hidden, ours), Predictions(hidden.detach() * 2 + 1, theirs)
+
+
+def log_softmax(predictions: Predictions) -> torch.Tensor:
+    """All logits at once, without a chunk."""
+    head = predictions.head
+    assert head is not None
+    every = [torch.full(predictions.states.shape[:1], token) for token in range(head.vocabulary)]
+    return torch.stack([plain(head, predictions.states, target_ids) for target_ids in every], 1)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_divergence_in_chunks_is_that_of_all_logits_in_value_and_gradient(chunk: int, transform: Transform, bias: bool):
+    ours, theirs = two_predictions(7, transform, bias)
+    weights = torch.linspace(-1, 2, 7, dtype=torch.float64)
+    wanted = [ours.states, *ours.head.projection.parameters()]
+    expected = torch.nn.functional.kl_div(
+        log_softmax(ours), log_softmax(theirs).detach(), log_target=True, reduction="none"
+    )
+    expected_gradients = torch.autograd.grad((expected.sum(1) * weights).sum(), wanted)
+    found = ours.divergence_from(theirs)
+    torch.testing.assert_close(found, expected.sum(1), atol=1e-12, rtol=0)
+    assert found.min() > 0
+    for gradient, other in zip(torch.autograd.grad((found * weights).sum(), wanted), expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
+
+
+def test_divergence_sends_no_gradient_to_the_other_side(chunk: int):
+    ours, theirs = two_predictions(7)
+    theirs = Predictions(theirs.states.requires_grad_(), theirs.head)
+    ours.divergence_from(theirs).sum().backward()
+    assert ours.states.grad.abs().sum() > 0
+    assert theirs.states.grad is None
+    assert theirs.head.projection.weight.grad is None
+
+
+def test_divergence_from_oneself_is_zero_and_so_is_its_gradient(chunk: int):
+    ours, _ = two_predictions(7)
+    found = ours.divergence_from(ours)
+    torch.testing.assert_close(found, torch.zeros_like(found), atol=1e-14, rtol=0)
+    found.sum().backward()
+    torch.testing.assert_close(ours.states.grad, torch.zeros_like(ours.states), atol=1e-14, rtol=0)
+
+
+def test_divergence_of_logits_that_are_all_there(chunk: int):
+    """Where the head is no plain matrix, states are the logits themselves."""
+    ours, theirs = two_predictions(7)
+    whole = [Predictions(side.head.projection(side.states), None) for side in (ours, theirs)]
+    torch.testing.assert_close(whole[0].divergence_from(whole[1]), ours.divergence_from(theirs))
+    torch.testing.assert_close(whole[0].divergence_from(theirs), ours.divergence_from(theirs))
+
+
+def test_divergence_of_no_rows(chunk: int):
+    ours, theirs = two_predictions(0)
+    found = ours.divergence_from(theirs)
+    assert found.shape == (0,)
+    found.sum().backward()
+
+
+def test_divergence_is_float32_under_bfloat16_and_finite_at_the_extremes(chunk: int):
+    ours, theirs = make(dtype=torch.bfloat16), make(dtype=torch.bfloat16)
+    hidden, _ = inputs(7, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = Predictions(hidden, ours).divergence_from(Predictions(hidden.detach() * 3e4, theirs))
+    assert found.dtype == torch.float32
+    assert torch.isfinite(found).all()
+    found.sum().backward()
+    assert torch.isfinite(hidden.grad).all()
+    assert ours.projection.weight.grad.dtype == torch.float32

@@ -150,7 +150,7 @@ def test_the_plain_preset_of_a_method_repeats_its_defaults(name):
 
 
 def test_needs():
-    needs = {name: make(settings(name)).needs for name in PRESETS}
+    needs = {name: make(settings(name)).needs for name in NAMES.split()}
     without = "sft ift dft2 dynamic_ft poft asft simpo cpo orpo"
     assert {n for n, need in needs.items() if not need.reference} == set(without.split())
     assert {n for n, need in needs.items() if need.distributions} == {"anchored_sft"}

@@ -23,6 +23,15 @@ ARMS = {  # arm -> the objective and the mixture that it says it is
     "sft_sequence": ("sft", {"mix"}),
     "uft": ("uft", {"mix"}),
     "una": ("una", {"mix"}),
+    "irft": ("irft", {"negatives"}),
+    **{
+        name: (name, {"mix"})
+        for name in (
+            *("dynamic_ft", "anchored_sft", "f_sft", "kto", "per_kind", "simpo", "cpo", "orpo", "asft"),
+            *("cdpo", "robust_dpo", "hinge", "ipo", "rdpo_length", "ld_dpo", "dpop", "rpo", "nca"),
+            *("gdpo_soft", "gipo_soft", "gropo_soft"),
+        )
+    },
 }
 SHIPPED = {name: file for name, file in groups([conf_dir()])["experiment"].items() if name.startswith("playground_")}
 

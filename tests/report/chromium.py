@@ -19,6 +19,10 @@ SWITCHES = (
     "--headless=new",
     "--no-sandbox",
     "--disable-dev-shm-usage",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
     "--force-device-scale-factor=1",
     "--hide-scrollbars",
 )
@@ -61,7 +65,7 @@ class Browser:
     def js(self, body: str, *values):
         return self.driver.execute_script(body, *values)
 
-    def until(self, condition: str, *values, seconds: float = 20):
+    def until(self, condition: str, *values, seconds: float = 60):
         end = time.monotonic() + seconds
         while not (found := self.js(f"return {condition}", *values)):
             assert time.monotonic() < end, condition

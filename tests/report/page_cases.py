@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from random import Random
 from typing import Any
 
@@ -48,6 +49,7 @@ def mixed() -> dict[str, Any]:
     return rebuilt(made)
 
 
+@cache
 def wide(seeds: int = 4, points: int = 500) -> dict[str, Any]:
     """200 runs: two numbers and an objective vary."""
     betas, ratios = [0.01, 0.03, 0.1, 0.3, 1.0], [0.1, 0.3, 0.5, 0.7, 0.9]

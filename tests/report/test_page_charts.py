@@ -144,7 +144,7 @@ def test_200_runs_of_500_points_open_and_respond(browser):
     assert browser.js("return document.querySelectorAll('.main-svg').length") == 0, "charts wait until they are seen"
     started = time.monotonic()
     traces = browser.chart(card(FIRST), "trace.uft")
-    assert time.monotonic() - started < 30, "about one second on an idle machine"
+    assert time.monotonic() - started < 60, "about one second on an idle machine"
     assert traces == ["mean"] * 50
     assert len(browser.shown_runs()) == 200
     browser.choose("#run-controls [name=find]", "dpo")

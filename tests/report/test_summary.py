@@ -62,9 +62,9 @@ def test_best_runner_up_and_baseline_with_paired_intervals(judge):
     assert found["words"] == [
         "eval/exact_match (more is better): uft is best with 0.8367 (95 % interval 0.7742 to 0.8992, 3 seeds).",
         "It is 0.1133 ahead of the runner-up, ift (95 % interval 0.07539 to 0.1513, paired t, 3 seeds, p = 0.006, "
-        "p = 0.006 after Holm's adjustment for 2 comparisons): more than seed noise.",
+        "0.006 after Holm's adjustment for 2 comparisons): more than seed noise.",
         "It is 0.21 ahead of the baseline, sft (95 % interval 0.1603 to 0.2597, paired t, 3 seeds, p = 0.003, "
-        "p = 0.006 after Holm's adjustment for 2 comparisons): more than seed noise.",
+        "0.006 after Holm's adjustment for 2 comparisons): more than seed noise.",
         "The best of 3 was chosen on these same numbers, so its lead is flattered; seeds that took no part in the "
         "choice would tell.",
     ]
@@ -122,6 +122,13 @@ def test_all_the_same(judge):
     found = judge({"sft": [0.5, 0.6], "uft": [0.5, 0.6]})
     assert found["comparisons"][0]["inside_noise"] is True
     assert found["words"][1] == "It equals the runner-up, uft, on every seed: inside seed noise."
+    even = judge({"sft": [0.5, 0.75], "uft": [0.75, 0.5]})
+    assert even["words"][1].startswith(
+        "Its mean is that of the runner-up, uft (95 % interval -3.177 to 3.177, paired t"
+    )
+    assert judge({"sft": [0.5], "uft": [0.5]})["words"][1].startswith(
+        "Its mean is that of the runner-up, uft: one seed"
+    )
     shifted = judge({"sft": [0.5, 0.6], "uft": [0.7, 0.8]})
     assert shifted["comparisons"][0]["inside_noise"] is None
     assert "the same on every seed, so these seeds show no noise" in shifted["words"][1]
@@ -165,7 +172,8 @@ def test_a_lead_that_turns_over_the_shared_seeds_is_said(judge):
     found = judge({"uft": [0.50, 0.52, 0.99], "sft": [0.60, 0.64, None]})
     assert found["names"]["best"] == "uft"
     assert found["comparisons"][0]["difference"] == pytest.approx(-0.11)
-    assert "It is 0.11 behind the runner-up and the baseline, sft over the 2 seeds that both have" in found["words"][1]
+    assert found["words"][1].startswith("It is 0.11 behind the runner-up and the baseline, sft (95 % interval ")
+    assert "paired t over the 2 seeds that both have" in found["words"][1]
     low, high = (-found["comparisons"][0][key] for key in ("high", "low"))
     assert f"95 % interval {low:.4g} to {high:.4g}" in found["words"][1]
 

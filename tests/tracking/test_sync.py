@@ -167,35 +167,48 @@ def test_an_upload_that_says_nothing_is_given_up():
     assert process.wait(5) == -signal.SIGKILL
 
 
-def test_a_real_run_that_was_killed_and_resumed(tmp_path, server, monkeypatch, capsys):
-    """The whole program: kill -9 within training, upload, resume, upload again."""
+@pytest.fixture
+def killed(tmp_path, monkeypatch) -> Run:
+    """A real offline run after kill -9 within training."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    words = ["objective=sft", "data=instruct", "eval=none", "train.steps=150", "train.log_every=1", "run.dir=r"]
-    words += ["train.batch_size=4", "train.checkpoint_every=40", "tracking.mode=offline", "hardware=cpu"]
+    words = ["objective=sft", "data=instruct", "eval=none", "train.steps=60", "train.log_every=1", "run.dir=r"]
+    words += ["train.batch_size=4", "train.checkpoint_every=15", "tracking.mode=offline", "hardware=cpu"]
     process = subprocess.Popen([sys.executable, "-m", "uft", "train", *words], stdout=subprocess.DEVNULL)
     run, deadline = Run(tmp_path / "r"), time.monotonic() + 300
-    while not (run.metrics_file.is_file() and len(run.metrics_file.read_text().splitlines()) > 90):
+    while not (run.metrics_file.is_file() and len(run.metrics_file.read_text().splitlines()) > 30):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
     os.kill(int((run.path / ".lock").read_text().split()[0]), signal.SIGKILL)
     assert process.wait(120) == 1
-    logged = [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()]
     time.sleep(1)
+    return run
 
+
+def losses(rows: list[dict]) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def written(run: Run) -> dict[int, float]:
+    return losses([json.loads(line) for line in run.metrics_file.read_text().splitlines()])
+
+
+def test_a_real_run_that_was_killed_arrives_with_all_that_it_logged(killed, server, capsys):
     assert main(["sync", "r"]) == 0
     assert "taken from metrics.jsonl" in capsys.readouterr().out
-    rows = server.history[run.info()["id"]]
-    assert [row["step"] for row in rows if "loss" in row] == logged
-    assert server.exits[run.info()["id"]] == 1
+    rows = server.history[killed.info()["id"]]
+    assert losses(rows) == written(killed)
+    assert len(rows) == len(losses(rows))
+    assert server.exits[killed.info()["id"]] == 1
 
+
+@pytest.mark.slow
+def test_a_real_run_that_was_killed_uploaded_resumed_and_uploaded_again(killed, server):
+    assert main(["sync", "r"]) == 0
     assert subprocess.run([sys.executable, "-m", "uft", "resume", "r"], stdout=subprocess.DEVNULL).returncode == 0
     assert main(["sync", "r"]) == 0
-    rows = server.history[run.info()["id"]]
-    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    written = {line["step"]: line["loss"] for line in map(json.loads, run.metrics_file.read_text().splitlines())}
-    assert losses == written
-    assert sorted(losses) == list(range(1, 151))
-    assert server.exits[run.info()["id"]] == 0
+    assert losses(server.history[killed.info()["id"]]) == written(killed)
+    assert sorted(written(killed)) == list(range(1, 61))
+    assert server.exits[killed.info()["id"]] == 0

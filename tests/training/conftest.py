@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from uft.config.schema import Config
 from uft.runs import Run, create_run
 from uft.training.prepare import Prepared, prepare
 from uft.training.signals import Stop
+
+sys.path.insert(0, str(Path(__file__).parent))  # for dying.py
 
 VOCABULARY = 61
 LLAMA = {
@@ -38,6 +41,10 @@ USES = {
     "dft": ("demonstration", "preference", "negatives"),
     "dft2": ("demonstration", "preference", "negatives"),
     "dpo": ("preference", "scored", "negatives"),
+    "kto": KINDS,
+    "anchored_sft": ("demonstration", "binary", "scored"),
+    "orpo": ("preference", "negatives"),
+    "per_kind": KINDS,
 }
 """The kinds each objective is trained on here."""
 
@@ -127,8 +134,12 @@ def configure(model_folder: Path, files: dict[str, Path], tmp_path: Path) -> Cal
 
         from uft.config.places import conf_dir
 
-        preset = yaml.safe_load((Path(str(conf_dir())) / "objective" / f"{objective}.yaml").read_text())
-        preset.pop("defaults", None)
+        def read(name: str) -> dict[str, Any]:
+            preset = yaml.safe_load((conf_dir() / "objective" / f"{name}.yaml").read_text())
+            placed = (entry for entry in preset.pop("defaults", ()) if isinstance(entry, dict))
+            return preset | {place.partition("@")[2]: read(option) for e in placed for place, option in e.items()}
+
+        preset = read(objective)
         chosen = {kind: files[kind] for kind in USES[objective]} if sources is None else sources
         base = {
             "objective": preset,

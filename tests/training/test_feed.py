@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ COMPLETIONS = {
     "scored": (Completion(TURN, score=0.9), Completion(TURN, score=0.1)),
     "negatives": (Completion(TURN), *(Completion(TURN, sampled_by="m"),) * 3),
 }
-OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo")
+OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto", "orpo", "anchored_sft", "per_kind")
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,12 @@ def source_of(kind: str) -> Source:
 
 @pytest.fixture
 def feed(configure: Callable[..., Config]) -> Callable[[str], Feed]:
-    """feed("dpo"): five sources of five kinds under the objective's views."""
+    """feed("dpo"): five sources of five kinds under the objective's views, or those of `kinds` alone."""
 
-    def build(objective: str) -> Feed:
-        sources = [source_of(kind) for kind in SIZES]
-        total = sum(SIZES.values())
-        mixture = Mixture(list(SIZES), list(SIZES.values()), [size / total for size in SIZES.values()], 3)
-        return Feed(sources, mixture, make(configure(objective).objective).views)  # type: ignore[arg-type]
+    def build(objective: str, max_length: int = 100, kinds: Sequence[str] = tuple(SIZES)) -> Feed:
+        sources, sizes = [source_of(kind) for kind in kinds], [SIZES[kind] for kind in kinds]
+        mixture = Mixture(list(kinds), sizes, [size / sum(sizes) for size in sizes], 3)
+        return Feed(sources, mixture, make(configure(objective).objective).views, max_length)  # type: ignore[arg-type]
 
     return build
 
@@ -128,3 +127,25 @@ def test_the_cached_reference_stands_beside_the_parts_it_is_of(feed: Callable[[s
         assert item.reference is not None
         rows_and_completions = [tuple(map(int, column)) for column in item.reference]
         assert rows_and_completions == [(item.row.index, part.completion) for part in item.parts]
+
+
+def test_mismatched_completions_bring_a_reference_of_their_own(feed: Callable[..., Feed]) -> None:
+    """The column is asked for the completion under the other prompt, which is another sequence."""
+    stream = feed("kto")
+    items = stream.take(12)
+    plain = stream.mismatched(items)
+    assert sum(len(item.parts) for item in items) == len(plain)
+    assert [item.reference for item in plain] == [None] * len(plain)
+    stream.reference = lambda encoded: np.array([encoded.ids[1], encoded.ids[2]], np.float32)
+    for item in stream.mismatched(items):
+        ((prompt, completion),) = item.reference or ()
+        assert (prompt, completion) == (item.encoded[0].ids[1], item.encoded[0].ids[2])
+        assert completion == item.parts[0].completion
+    assert feed("kto", max_length=2).mismatched(items) == [], "no room for a target"
+
+
+def test_a_feed_knows_whether_anything_is_ever_taken(feed: Callable[..., Feed]) -> None:
+    """All labels are bad here: nothing for SFT, everything for KTO, no pair for DPO."""
+    taken = {name: feed(name, kinds=["binary"]).takes_anything() for name in ("sft", "kto", "dpo")}
+    assert taken == {"sft": False, "kto": True, "dpo": False}
+    assert feed("sft", kinds=["binary", "scored"]).takes_anything()

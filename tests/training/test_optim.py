@@ -69,6 +69,29 @@ def test_a_rate_of_zero_stays_zero() -> None:
     assert rates(5, lr=0.0, warmup=2) == [0.0] * 5
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_lr_scale_multiplies_the_whole_schedule_and_one_changes_nothing(schedule: str) -> None:
+    plain = rates(20, schedule=schedule, warmup=4)
+    assert rates(20, schedule=schedule, warmup=4, lr_scale=1.0) == plain
+    assert rates(20, schedule=schedule, warmup=4, lr_scale=0.25) == pytest.approx([rate / 4 for rate in plain])
+
+
+def test_under_adam_a_quarter_of_the_loss_is_no_smaller_step_and_a_quarter_of_the_rate_is() -> None:
+    """Why the first remedy of arXiv 2507.00018 acts on the optimiser: f_sft's beta times SFT would be SFT again."""
+
+    def moved(factor: float, scale: float) -> torch.Tensor:
+        weight, cfg = nn.Parameter(torch.ones(2, 2)), optim(lr_scale=scale, warmup=0)
+        optimiser = make_optimiser({"w": weight}, cfg)
+        weight.grad = factor * torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(0, 10, cfg)
+        optimiser.step()
+        return weight.detach() - 1
+
+    torch.testing.assert_close(moved(0.25, 1.0), moved(1.0, 1.0))
+    torch.testing.assert_close(moved(1.0, 0.25), moved(1.0, 1.0) / 4)
+
+
 # --- optimisers
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from dying import Death, StopAt, lines
 
 from uft.config.schema import Config
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, UftError
 from uft.model import reference_cache
 from uft.runs import Run, create_run
-from uft.tracking.files import Files
-from uft.training import checkpoints, session, trainer
+from uft.training import checkpoints, session
 from uft.training.signals import Stop
 
 CLOCKS = ("seconds", "tokens_per_second")
@@ -51,50 +49,6 @@ ALL = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo")
 WITHOUT_REFERENCE = ("sft", "ift", "dft2")
 
 
-class Killed(BaseException):
-    """SIGKILL as seen from inside: nothing that catches exceptions notices it."""
-
-
-class Death:
-    """Kills at the n-th of the moments where something was just about to be, or has just been, made permanent."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.moments: list[str] = []
-        self.at: int | None = None
-        for owner, name in (
-            (os, "replace"),
-            (checkpoints, "save_file"),
-            (checkpoints.shutil, "rmtree"),
-            (Files, "_append"),
-            (trainer, "optimiser_step"),
-            (session, "battery"),
-            (session, "write_json"),
-            (session, "export"),
-        ):
-            monkeypatch.setattr(owner, name, self._mortal(name, getattr(owner, name)))
-
-    def _mortal(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            self._moment(f"before {name}")
-            value = real(*arguments, **keywords)
-            self._moment(f"after {name}")
-            return value
-
-        return call
-
-    def _moment(self, name: str) -> None:
-        self.moments.append(name)
-        if self.at is not None and len(self.moments) > self.at:
-            raise Killed(name)
-
-    @contextlib.contextmanager
-    def after(self, moments: int | None) -> Iterator[None]:
-        self.moments, self.at = [], moments
-        with contextlib.suppress(Killed):
-            yield
-        self.at = None
-
-
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference cache of these few rows consists of several files."""
@@ -103,11 +57,7 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def death(monkeypatch: pytest.MonkeyPatch) -> Death:
-    return Death(monkeypatch)
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return Death(monkeypatch, session)
 
 
 def written(run: Run) -> dict[str, Any]:
@@ -209,20 +159,6 @@ def test_every_combination_goes_on_where_it_was(
 
 
 # --- being asked to stop
-
-
-class StopAt(Stop):
-    """Asks to stop when it is looked at for the n-th time: every safe point of a run has a number."""
-
-    def __init__(self, number: int | None = None, name: int = signal.SIGTERM) -> None:
-        super().__init__()
-        self.looks, self.number, self.with_signal = 0, number, name
-
-    def __call__(self) -> bool:
-        self.looks += 1
-        if self.number is not None and self.looks > self.number:
-            self.signal = self.with_signal
-        return super().__call__()
 
 
 @pytest.mark.parametrize(("stride", "objective"), [(11, "dft"), pytest.param(1, "uft", marks=pytest.mark.slow)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ import torch
 from uft.data.batches import Item, micro_batches
 from uft.model.forward import Policy
 from uft.objectives import make
-from uft.objectives.base import Clock, Loss, Objective
+from uft.objectives.base import PLAIN, Ask, Clock, Loss, Objective
 from uft.training.prepare import Prepared
-from uft.training.step import NonFinite, culprits, forward_backward, optimiser_step, reported_loss
+from uft.training.step import NonFinite, culprits, forward_backward, optimiser_step, reported_loss, survey
 
 Gradients = dict[str, torch.Tensor]
-OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo")
+OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto", "anchored_sft", "orpo", "per_kind")
+ONE_TERM = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto")
 CLOCK = Clock(step=3, steps=10, warmup=1, noise=0.7)
 CPU = torch.device("cpu")
 
@@ -45,12 +47,22 @@ class Bench:
         self.trainer.feed.load_state_dict(state)
         return found
 
-    def measure(self, items: Sequence[Item], budget: int) -> tuple[float, Loss, Gradients, int]:
-        """Loss, terms, gradients and the number of micro-batches."""
+    def clock(self, items: Sequence[Item], budget: int) -> Clock:
+        """The clock of a step of these rows, which knows what their mismatched completions say."""
+        trainer, objective = self.trainer, self.objective()
+        unrelated = trainer.feed.mismatched(items) if objective.needs.mismatched else ()
+        batches = micro_batches(unrelated, budget, trainer.pad_id)
+        return replace(CLOCK, survey=survey(objective, batches, trainer.policy, trainer.reference))
+
+    def measure(
+        self, items: Sequence[Item], budget: int, step: Sequence[Item] | None = None
+    ) -> tuple[float, Loss, Gradients, int]:
+        """Loss, terms, gradients and the number of micro-batches; `items` may be a part of a `step`."""
         trainer, objective = self.trainer, self.objective()
         batches = micro_batches(items, budget, trainer.pad_id)
+        clock = self.clock(items if step is None else step, budget)
         trainer.optimiser.zero_grad(set_to_none=True)
-        terms = forward_backward(objective, batches, trainer.policy, trainer.reference, CLOCK)
+        terms = forward_backward(objective, batches, trainer.policy, trainer.reference, clock)
         gradients = {name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None}
         return float(reported_loss(objective, terms)), terms, gradients, len(batches)
 
@@ -117,10 +129,54 @@ def test_also_with_several_weighted_terms(bench: Callable[..., Bench]) -> None:
     close(parts[2], whole[2])
 
 
+# --- the survey before a step
+
+
+def test_a_survey_is_a_mean_over_all_mismatched_completions_of_the_step(bench: Callable[..., Bench]) -> None:
+    rig = bench("kto")
+    items, policy, reference = rig.items(8), rig.trainer.policy, rig.trainer.reference
+    unrelated = rig.trainer.feed.mismatched(items)
+    assert len(unrelated) == sum(len(item.parts) for item in items)
+    found = [rig.clock(items, budget).survey["z"] for budget in (10_000, 60, 1)]
+    alone = (micro_batches([item], 1, rig.trainer.pad_id)[0] for item in unrelated)
+    ratios = [float((policy(batch).log_probs - reference(batch).log_probs).sum().detach()) for batch in alone]
+    assert [float(z) for z in found] == pytest.approx([sum(ratios) / len(ratios)] * 3, rel=1e-5)
+    assert not any(z.requires_grad for z in found)
+    assert survey(rig.objective(), [], policy, reference) == {}
+
+
+@pytest.mark.parametrize("objective", ["kto", "per_kind"])
+def test_a_step_takes_its_survey_from_all_rows_whatever_the_micro_batches(
+    bench: Callable[..., Bench], objective: str
+) -> None:
+    """A reference below the policy makes z positive; the update of one pass and of many is the same."""
+    rig = bench(objective, "optim.name=sgd")
+    items, start = rig.items(8), weights(rig)
+    reference, moved = rig.trainer.reference, []
+
+    def lowered(batch: Any, ask: Ask = PLAIN) -> Any:
+        scores = reference(batch, ask)
+        return replace(scores, log_probs=scores.log_probs - 0.3)
+
+    rig.trainer.reference = lowered
+    for budget in (10_000, 40):
+        done = step(rig, items, mismatched=rig.trainer.feed.mismatched(items), micro_batch_tokens=budget, lr=1.0)
+        points = [float(t.total / t.count) for name, t in done.terms.items() if name.endswith("reference_point")]
+        assert points
+        assert min(points) > 0.1
+        moved.append((float(done.loss), weights(rig)))
+        with torch.no_grad():
+            for name, parameter in rig.trainer.parameters.items():
+                parameter.copy_(start[name])
+    assert moved[0][0] == pytest.approx(moved[1][0], abs=1e-5)
+    close(moved[0][1], moved[1][1])
+    assert distance(rig, moved[0][1]) > 0
+
+
 # --- mixtures
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", ONE_TERM)
 def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench], objective: str) -> None:
     """Gradient of the union = (n_a g_a + n_b g_b) / (n_a + n_b), n the units of the one term with a weight."""
     rig = bench(objective)
@@ -130,7 +186,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench],
     theirs = [item for item in items if item.row.kind.value != kinds[0]]
     assert ours
     assert theirs
-    both, one, other = (rig.measure(part, 10_000) for part in (items, ours, theirs))
+    both, one, other = (rig.measure(part, 10_000, step=items) for part in (items, ours, theirs))
     (name,) = [name for name, term in both[1].items() if term.weight]
     n_one, n_other = float(one[1][name].count), float(other[1][name].count)
     expected = {
@@ -200,10 +256,10 @@ class Poisoned:
     def __init__(self, policy: Policy, token: int, value: float) -> None:
         self.policy, self.token, self.value = policy, token, value
 
-    def __call__(self, batch: Any, **options: Any) -> Any:
-        scores = self.policy(batch, **options)
+    def __call__(self, batch: Any, ask: Ask = PLAIN) -> Any:
+        scores = self.policy(batch, ask)
         hit = (batch.input_ids == self.token).any(1)[batch.sequence]
-        return type(scores)(scores.log_probs * torch.where(hit, self.value, 1.0), scores.guesses)
+        return replace(scores, log_probs=scores.log_probs * torch.where(hit, self.value, 1.0))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])

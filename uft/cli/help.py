@@ -14,7 +14,7 @@ from uft.config.schema import Config
 from uft.config.suggest import written
 
 FLAGS = ("-h", "--help")
-FIRST = ("objective", "data", "model", "optim", "hardware", "eval", "tracking", "experiment", "debug")
+FIRST = ("objective", "data", "model", "optim", "hardware", "eval", "tracking", "experiment", "sweep", "debug")
 
 
 @dataclasses.dataclass(frozen=True)

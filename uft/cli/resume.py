@@ -53,7 +53,7 @@ def resume(run: Run, overrides: list[str]) -> int:
 
 def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> int:
     """Give the commands of every sweep again, then continue the runs that belong to none of them."""
-    refuse_other_keys(overrides)
+    refuse_other_keys(overrides, sweeps)
     codes: list[int] = []
     for sweep in sweeps:
         codes += ask_again(sweep, overrides)
@@ -84,11 +84,14 @@ def ask_again(sweep: Path, overrides: list[str]) -> list[int]:
     return codes
 
 
-def refuse_other_keys(overrides: list[str]) -> None:
-    """Only what changes no result may be given anew: jobs that have not started would become other runs."""
+def refuse_other_keys(overrides: list[str], sweeps: list[Path]) -> None:
+    """Only what changes no result, and is not swept, may be given anew: jobs would become other runs."""
     from uft.config.freeze import free
+    from uft.launch.sweep_file import axes_of
 
-    wrong = [word for word in overrides if not free(word.partition("=")[0].lstrip("+"))]
+    swept = {key.lstrip("+") for sweep in sweeps for key in axes_of(sweep)}
+    keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
+    wrong = [word for word, key in keys.items() if key in swept or not free(key)]
     if wrong:
         raise UftError(*(Problem(word, "would make other runs of this sweep's jobs", "command line") for word in wrong))
 

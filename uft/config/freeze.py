@@ -64,9 +64,12 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def free(key: str) -> bool:
-    """Whether this key may change when a run is continued; so may it in a stage (`stages.NAME.KEY`)."""
-    key = STAGE.sub("", key)
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in FREE)
+    """Whether this key may change when a run is continued; so may it in a stage (`stages.NAME.KEY`), but for what a
+    stage works by."""
+    inner = STAGE.sub("", key)
+    if inner != key and inner.startswith(("generate.", "annotate.")):
+        return False
+    return any(inner == name or (name.endswith(".") and inner.startswith(name)) for name in FREE)
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -47,16 +47,17 @@ def outlined(files: Sequence[Sequence[Setting]], words: Sorted) -> tuple[Tree, d
             for setting in own_keys(path, override.value(), COMMAND_LINE, line):
                 inside = setting.path[2:3] == (SET,)
                 problems.append(tree.put(replace(setting, path=setting.path[:2], value={}) if inside else setting))
-                if inside:
+                if inside and (setting.path[3:] or setting.value not in (None, {})):
                     typed.setdefault(path[1], []).append(replace(setting, path=setting.path[3:]))
     return tree, typed, [problem for problem in problems if problem is not None]
 
 
 def own_keys(path: tuple[str, ...], value: object, where: str, text: str) -> Iterator[Setting]:
-    """The keys below `set`, whether they were written `objective.beta: 0.3` or as a tree."""
+    """The keys below `path`, whether they were written `objective.beta: 0.3` or as a tree; () where there are none."""
     inner = leaves(value) if isinstance(value, dict) and value else [((), value)]
     for more, item in inner:
-        if key := tuple(".".join((*path, *more)).split(".")) if path or more else ():
+        key = tuple(part for part in ".".join((*path, *more)).split(".") if part)
+        if key or item not in (None, {}):
             yield Setting(key, item, where, text)
 
 

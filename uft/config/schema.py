@@ -35,7 +35,7 @@ class Seeds:
 
 @dataclass
 class Source:
-    path: str = _key(MISSING, "hub id, file, folder, `datasets` folder on disk, or builtin:NAME")
+    path: str = _key(MISSING, "hub id, file, folder, `datasets` folder on disk, builtin:NAME, or stage:NAME")
     kind: str | None = _key(None, "kind of feedback; null: recognised by the columns", choices=(None, *KINDS))
     share: float | None = _key(None, "weight in the mixture; null: as many as it has rows", ge=0)
     columns: dict[str, str] = _key({}, "our field: their column, e.g. prompt: question")
@@ -208,8 +208,6 @@ class Stage:
     reference: str = _key(
         "start", "fit: the model it starts from, or the one the run started from", choices=("start", "initial")
     )
-    column: str | None = _key(None, "annotate: the column to write", choices=(None, "baseline_logp", "soft_label"))
-    models: list[str] = _key([], "annotate: whose opinion it is; a path, a hub id, or stage:NAME")
 
 
 @dataclass

@@ -27,7 +27,7 @@ from uft.config.outline import OWN, SET, UNCLEAR, of_stages, outlined, own_keys,
 from uft.config.overrides import COMMAND_LINE, Sorted
 from uft.config.schema import Data
 from uft.config.stage_rules import fixed, rules
-from uft.config.stages import MEANING, STAGES, differing
+from uft.config.stages import STAGES, differing
 from uft.config.suggest import hint, nearest
 from uft.config.translate import BROKEN, translate
 from uft.config.tree import OBJECTIVE, SOURCES, Tree, fields_of
@@ -139,7 +139,7 @@ def drafted(
     others = [line for line in chosen if line.lstrip("+").partition("=")[0] not in replaced]
     choices = (*others, *(f"{group}={option}" for group, option in replaced.items()))
     try:
-        files, draft.choices = read_what_fits(choices, read)
+        files, draft.choices = read(choices)
     except BROKEN as error:
         draft.problems.append(translate(error))
         return draft
@@ -155,18 +155,6 @@ def drafted(
     draft.problems += [problem for setting in settings if (problem := own_problem(setting)) is not None]
     draft.problems += fill(draft.tree, [s for s in settings if own_problem(s) is None], leave)
     return draft
-
-
-def read_what_fits(choices: tuple[str, ...], read: Read) -> Composed:
-    """The files of these choices; choices within an objective (`objective@objective.preference=simpo`) count for the
-    stages whose objective has that place."""
-    try:
-        return read(choices)
-    except BROKEN:
-        outer = tuple(line for line in choices if not line.startswith(f"{OBJECTIVE}@"))
-        if outer == choices:
-            raise
-        return read(outer)
 
 
 def in_order(files: Sequence[Sequence[Setting]], name: str) -> Iterator[Setting]:
@@ -211,7 +199,7 @@ def missing(text: str, where: str, drafts: Sequence[Draft]) -> Problem:
         + ", ".join(keys[draft.name])
         for draft in drafts
     ]
-    return Problem(text, "no stage has this key", where, (*([hint(meant, "", ())] if meant else []), *each))
+    return Problem(text, "no such key in any stage", where, (*([hint(meant, "", ())] if meant else []), *each))
 
 
 def keys_at(draft: Draft, place: tuple[str, ...]) -> list[str]:
@@ -252,7 +240,7 @@ def freeze(run: Tree, outline: Tree, drafts: Sequence[Draft]) -> None:
     settings = plain(run.root)
     for draft in drafts:
         stage = outline.root[STAGES][draft.name]
-        what = {key: stage[key] for key in MEANING[stage.do]}
+        what = {"do": stage.do, "reference": stage.reference} if stage.do == "fit" else {"do": stage.do}
         run.root[STAGES][draft.name] = {**what, "config": differing(whole[draft.name], settings)}
         prefix = f"{STAGES}.{draft.name}."
         run.origins |= {f"{prefix}config.{key}": where for key, where in draft.tree.origins.items()}

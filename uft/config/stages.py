@@ -21,8 +21,8 @@ STAGES = "stages"
 MADE_BY = "stage:"
 """How a source's path names the rows that an earlier stage made, and a model path the model of an earlier stage."""
 
-MEANING = {"fit": ("do", "reference"), "generate": ("do",), "annotate": ("do", "column", "models")}
-"""The keys of a stage besides its objective, its data and its `set` that mean something, by what it does."""
+WORK = ("generate.", "annotate.")
+"""Keys that mean something to stages which do that, and to verbs; to those stages they are no longer free."""
 
 Settings = Mapping[str, Any]
 
@@ -35,8 +35,6 @@ class Stage:
     number: int  # 1-based
     do: str  # fit, generate or annotate
     reference: str  # start: the model it starts from; initial: the model that the run started from
-    column: str | None
-    models: tuple[str, ...]
     config: Config
 
     @property
@@ -55,8 +53,6 @@ def stages_of(config: Config) -> list[Stage]:
             number=number,
             do=node["do"],
             reference=node.get("reference", "start"),
-            column=node.get("column"),
-            models=tuple(node.get("models", ())),
             config=typed(whole[name]),
         )
         for number, (name, node) in enumerate(config.stages.items(), 1)
@@ -86,8 +82,10 @@ def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
         heads = [{STAGES: {name: head(settings, name)}} if head(settings, name) else {} for settings in (old, new)]
         changes += difference(*heads)
         if name in before and name in after:
-            inside = difference(before[name], after[name])
-            changes += [(prefix + key, was, now) for key, was, now in inside if repr((key, was, now)) not in told]
+            for key, was, now in difference(before[name], after[name]):
+                own = key.startswith(f"{new[STAGES][name]['do']}.")  # `generate.` of a stage that generates
+                if own or (repr((key, was, now)) not in told and not key.startswith(WORK)):
+                    changes.append((prefix + key, was, now))
     return changes
 
 

@@ -18,6 +18,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
         "three methods are called so: objective=rdpo_length (length-regularised, 2403.19159),",
         "objective=robust_dpo (flipped labels, 2403.00409) and objective=ld_dpo (length-desensitised, 2409.06411)",
     ),
+    "grpo": ("GRPO samples at every step of training, which is not in this version",),
+    "spin": ("one round of SPIN is objective=irft on sampled negatives; rounds are not in this version",),
     "gdpo": ("objective=gdpo_soft is geometric-averaged DPO (2409.06691); another GDPO normalises groups of rewards",),
     "unified": (
         "two methods are called UFT: objective=uft is 2410.21438;",

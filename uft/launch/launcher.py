@@ -86,7 +86,7 @@ def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool =
     """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
     log = run.path.resolve() / "console.log" if quiet else None
     code = run_worker([str(run.path.resolve())], cwd, log)
-    if code == BAD_REQUEST and fresh and not run.result() and not run.checkpoints():
+    if code == BAD_REQUEST and fresh and not run.result() and not run.steps:
         said = log.read_text(encoding="utf-8", errors="replace") if log else ""
         discard(run.path)
         if log:  # what nobody has seen yet, without its head: it becomes part of another report

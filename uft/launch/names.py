@@ -88,7 +88,8 @@ def doubt(value: str) -> str:
 def sweep_name(axes: Sequence[str], fixed: Sequence[str]) -> str:
     """A sweep by its file (`sweep=NAME`), else by its swept keys, and a hash of what is the same in all jobs but for
     keys that change no result."""
-    that_matter = sorted(line for line in fixed if not free(line.partition("=")[0].lstrip("+~")))
+    typed = {line: line.partition("=")[0].lstrip("+~") for line in fixed}
+    that_matter = sorted(line for line, key in typed.items() if not (free(key) or free(f"{key}.")))
     file = next((line.partition("=")[2] for line in fixed if line.startswith("sweep=")), "")
     keys = slug(file) if file else "-".join(slug(axis.lstrip("+~").rpartition(".")[2]) for axis in axes) or "sweep"
     return f"{keys[:LONGEST]}-{short_hash(repr((sorted(axes), that_matter)))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -147,7 +148,7 @@ class Sitting:
         results = self.launcher.launch([job.arguments for job in jobs], initial_job_idx=self.launched)
         self.launched += len(jobs)
         failed = dict(failures(jobs, results))
-        self.failed |= failed
+        self.failed = {job: why for job, why in self.failed.items() if job not in jobs} | failed
         if self.board:
             self.board.end(jobs, failed)
         return results
@@ -175,14 +176,19 @@ def run_grid(plan: Plan, lines: Sequence[Sequence[str]], launcher: Launcher, bat
     """
     if len(lines) > MANY:
         print(f"uft: checking {len(lines)} jobs", flush=True)
+    if len(lines) > 1 and plan.trains and os.environ.get("WANDB_SWEEP_ID"):
+        advice = ("leave out -m, or let W&B vary the keys: docs/sweeps.md",)
+        raise UftError(Problem(f"{len(lines)} jobs", "a W&B agent asks for one run at a time", "command line", advice))
     jobs = plan.jobs(lines)
+    if plan.config.hydra.job.name == "config":
+        jobs = listed(jobs, plan.axes)
     folder, size = jobs[0].folder.parent, batch_size or len(jobs)
     board = begin(folder, jobs, plan.axes) if plan.trains else None
     sitting, results = Sitting(launcher, board), []
     with board or nullcontext():
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
-            if board is None:
+            if board is None and len(jobs) > 1:
                 announce(batch, start, len(jobs))
             results.append(sitting.launch(batch))
             if sitting.stopped:
@@ -190,14 +196,27 @@ def run_grid(plan: Plan, lines: Sequence[Sequence[str]], launcher: Launcher, bat
     if sitting.failed:
         raise SystemExit(sitting.report(len(jobs), f"{AGAIN} Or:\n  uft resume {shown(folder)}" if board else AGAIN))
     if plan.trains:
-        print(f"\nuft: all {len(jobs)} jobs are done.  Compare them:  uft compare {shown(folder)}")
+        print(f"\nuft: {whole(len(jobs))} done.  Compare:  uft compare {shown(folder)}")
     return results
+
+
+def whole(count: int) -> str:
+    return f"all {count} jobs are" if count > 1 else "the one job is"
+
+
+def listed(jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]) -> tuple[Job, ...]:
+    """Print what varies between the jobs; the first one, whose whole configuration will do for all of them."""
+    lines = [" ".join(word for word in job.overrides if word.partition("=")[0] in axes) for job in jobs]
+    print(
+        "\n".join([f"# {len(jobs)} jobs; below is the first one's configuration", *(f"#   {line}" for line in lines)])
+    )
+    return tuple(jobs[:1])
 
 
 def begin(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]) -> Board:
     """Write down what is to run, say where, and watch it."""
     record(folder, jobs, axes)
-    print(f"uft: {len(jobs)} jobs in {shown(folder)}", flush=True)
+    print(f"uft: {len(jobs)} job{'s' if len(jobs) != 1 else ''} in {shown(folder)}", flush=True)
     board = Board(folder.name)
     board.add(jobs)
     return board

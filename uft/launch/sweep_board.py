@@ -53,9 +53,11 @@ class Board:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
-        console = make_console(self.interactive)
+        console, states = make_console(self.interactive), self.watch.look()
+        if not states:
+            return
         with console.capture() as text:
-            console.print(table(self.watch.look(), MOST))
+            console.print(table(states, MOST))
         print("\n".join(line.rstrip() for line in text.get().splitlines()), flush=True)
 
     def _live(self) -> ExitStack:

@@ -56,6 +56,11 @@ def _record(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]
     write_json(folder / SWEEP_FILE, sweep)
 
 
+def axes_of(folder: Path) -> list[str]:
+    """The keys that a sweep varies."""
+    return list(read_json(folder / SWEEP_FILE).get("axes", ()))
+
+
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """No other command adds to this sweep meanwhile."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.utils import JobReturn
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 DATABASE = "optuna.db"
-DIRECTIONS = {"min": "minimize", "max": "maximize"}
+DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
 SAMPLERS = ("tpe", "random", "qmc")
 BEST = 5  # trials in the last table
 
@@ -166,7 +166,9 @@ class Search:
 
     def report(self, study: Study, sitting: Sitting, before: int) -> None:
         """The best trials, and the command of the best one. Exits the program unless every trial was good."""
-        good = sorted(succeeded(study), key=lambda trial: trial.value, reverse=self.settings.direction == "max")
+        good = sorted(
+            succeeded(study), key=lambda trial: float(trial.value or 0), reverse=self.settings.direction == "max"
+        )
         print(f"\n{ended(study)} trials, {len(good)} of them with a value of {self.settings.metric}\n")
         if good:
             print("\n".join(f"  {line}" for line in table(good[:BEST], list(self.space.axes), self.settings)))
@@ -184,8 +186,8 @@ class Search:
 
 
 GO_ON = """\
-Failed trials count among the trials, and Optuna has been told. One that was stopped is gone on with by the same command,
-or by  uft resume {}"""
+Failed trials count among the trials, and Optuna has been told. One that was stopped is gone on with by the same
+command, or by  uft resume {}"""
 
 
 def make_study(settings: Settings, folder: Path) -> Study:
@@ -253,10 +255,9 @@ def outcome(job: Job, failure: JobFailed | None, metric: str) -> tuple[float | N
         return None, failure.message
     result = Run(job.folder).result()
     value = {**result.get("final", {}), **result.get("best", {})}.get(metric)
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
+    if value is None:
         return None, f"no {metric} in its result.json"
+    found = float(value)  # "nan" among others
     return (found, "") if math.isfinite(found) else (None, f"{metric} is {found}")
 
 

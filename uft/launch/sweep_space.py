@@ -112,7 +112,7 @@ def space_of(lines: Sequence[str], loader: ConfigLoaderImpl) -> Space:
         )
         raise UftError(Problem("hydra/sweeper=uft_optuna", "no key says what to search", "command line", advice))
     fixed = tuple(f"{key}={o.get_value_element_as_str()}" for key, o in last.items() if key not in swept)
-    written = {key: [override.get_value_element_as_str()] for key, override in swept.items()}
+    written = {key: [str(override.input_line).partition("=")[2]] for key, override in swept.items()}
     return Space(fixed, {key: axis_of(override) for key, override in swept.items()}, written)
 
 

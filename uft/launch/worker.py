@@ -26,23 +26,25 @@ def train(folder: str) -> int:
     run = open_run(folder)
     with listening() as stop, run.lock():  # before the slow imports: a signal that comes meanwhile is remembered
         from uft.config.load import load_config
-        from uft.training.session import train as sit
+        from uft.training import session, stages
 
-        return sit(run, load_config(run.config_file), stop)
+        config = load_config(run.config_file)
+        return (stages if config.stages else session).train(run, config, stop)
 
 
 def carry_out(job: str, spec: str) -> int:
     """`check`, `data`, `generate` or `annotate`, of the configuration in `spec`."""
     from uft.config.load import load_config
-    from uft.training import annotating, jobs
+    from uft.training import annotating, jobs, stages_jobs
 
+    config = load_config(spec)
     work: dict[str, Callable[[Config], int]] = {
         "check": jobs.check,
         "data": jobs.data,
         "generate": jobs.generate,
         "annotate": annotating.job,
     }
-    return work[job](load_config(spec))
+    return (work | stages_jobs.JOBS if config.stages else work)[job](config)
 
 
 def quiet() -> None:

@@ -36,12 +36,13 @@ class Transform:
     softcap: float | None = None  # Gemma 2 and 3: softcap * tanh(logits / softcap)
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """In place, and returns it."""
+        """In place, and returns it; a copy where autograd needs the value of tanh."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
+        if self.softcap is None:
+            return logits
+        capped = logits.div_(self.softcap).tanh_()
+        return capped * self.softcap if capped.requires_grad else capped.mul_(self.softcap)
 
     def backward_(self, gradient: Tensor, logits: Tensor) -> Tensor:
         """Gradient with respect to the raw logits, in place; `logits` are the transformed ones."""

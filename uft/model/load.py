@@ -107,7 +107,7 @@ def load_base(model: Model, device: torch.device, reference: str | None = None) 
 
 def whereabouts(model: Model, reference: str | None = None) -> Location:
     """Where the weights of `model` are, or those of a reference with a path of its own."""
-    if reference is None:
+    if reference is None or reference == model.path:
         return locate(model.path, model.revision)
     return locate(reference, key="reference.path")
 

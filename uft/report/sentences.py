@@ -68,18 +68,19 @@ def told(found: stats.Spread) -> str:
 def ahead(comparison: Comparison, headline: Headline, other: str, tests: int) -> str:
     """How far the best is ahead of another one, and whether that is more than noise."""
     found = comparison.found
-    if found.difference == 0:
-        return f"It equals {other}{', on every seed' if found.n > 1 else ''}: {verdict_on(comparison)}."
+    if found.method == "identical":
+        return f"It equals {other}, on every seed: {verdict_on(comparison)}."
     facing = headline.sign if headline.sign * found.difference > 0 else -headline.sign
     way = "ahead of" if facing == headline.sign else "behind"
-    over = "" if way == "ahead of" else f" over the {found.n} seeds that both have"  # the mean is over all of them
-    text = f"It is {figure(abs(found.difference))} {way} {other}{over}"
+    text = (
+        f"It is {figure(abs(found.difference))} {way} {other}" if found.difference else f"Its mean is that of {other}"
+    )
     if found.low is None or found.high is None or found.p is None:
         return f"{text}: {verdict_on(comparison)}."
     low, high = sorted((facing * found.low, facing * found.high))
     p = f"p {probability(found.p)}"
     if tests > 1 and comparison.adjusted is not None:
-        p += f", p {probability(comparison.adjusted)} after Holm's adjustment for {tests} comparisons"
+        p += f", {probability(comparison.adjusted).removeprefix('= ')} after Holm's adjustment for {tests} comparisons"
     inner = f"95 % interval {figure(low)} to {figure(high)}, {found.method}, {p}{checked(found)}"
     return f"{text} ({inner}): {verdict_on(comparison)}."
 

@@ -26,11 +26,11 @@ CAPTIONS = {
         "of a configuration. Long curves are thinned, keeping the lowest and highest value of every stretch."
     ),
     "scatter": (
-        "One point per run: any figure against any other. A new skill against a kept style shows what each objective "
-        "trades away; a run that is better in both lies beyond the others."
+        "One point per configuration with its 95 % intervals, or per run: any figure against any other. A new skill "
+        "against a kept style shows what each objective trades away; what is better in both lies beyond the others."
     ),
     "heatmap": (
-        "Mean over seeds for two swept numbers. Neighbours that differ by less than the spread of a cell's seeds "
+        "Mean over seeds for two swept settings. Neighbours that differ by less than the spread of a cell's seeds "
         "tell of noise, not of a trend."
     ),
     "parallel": (

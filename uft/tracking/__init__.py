@@ -18,11 +18,14 @@ class Tracker(Protocol):
         """Open. Raises UftError if what was asked for cannot be had."""
         ...
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics after optimiser step `step` (0: before the first). The same step may come twice, with other names."""
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Metrics after optimiser step `step` (0: before the first). The same step may come twice, with other names.
+
+        The one text among them is `stage`, in a run that has stages.
+        """
         ...
 
-    def samples(self, step: int, samples: Sequence[Sample]) -> None: ...
+    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None: ...
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Close as `status` (finished, failed, stopped), with the process's exit code. A second call does nothing."""
@@ -39,13 +42,13 @@ class Trackers:
         for tracker in self.trackers:
             tracker.start()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
-    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
         for tracker in self.trackers:
-            tracker.samples(step, samples)
+            tracker.samples(step, samples, stage)
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         for tracker in self.trackers:

@@ -62,16 +62,19 @@ def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     return found
 
 
-def battery_table(step: int, history: Mapping[int, Mapping[str, float]]) -> Table:
+def battery_table(
+    step: int, history: Mapping[int, Mapping[str, float]], marks: Mapping[str, int] | None = None
+) -> Table:
     """A row per metric: before training, the last time, now, and now for each source.
 
-    `history` holds every battery so far by step, `step` among them.
+    `history` holds every battery so far by step, `step` among them. `marks`: steps that stay in view, by name.
     """
     from rich.table import Table
 
     earlier = sorted(at for at in history if at < step)
     times = {"before": 0} if 0 in earlier else {}
-    times |= {"last": earlier[-1]} if any(earlier) else {}
+    times |= {name: at for name, at in (marks or {}).items() if at in earlier}
+    times |= {"last": earlier[-1]} if any(earlier) and earlier[-1] not in times.values() else {}
     times |= {"now": step}
     sources = by_source(history[step])
     columns = [overall(history[at]) for at in times.values()] + list(sources.values())

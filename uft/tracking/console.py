@@ -39,13 +39,15 @@ class Console:
         self._terms: dict[str, None] = {}
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_WINDOW)
         self._batteries: dict[int, Mapping[str, float]] = {}
+        self.marks: dict[str, int] = {}  # batteries that stay in the table: the ends of stages, by what they are called
 
     def message(self, text: str) -> None:
         """A line or more between the steps."""
         self._print(printable_lines(text))
 
     def start(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """The card before the first step: what runs, on what, and where it goes."""
+        """The card before the first step of a run or of a stage: what runs, on what, and where it goes."""
+        self._terms = {}  # the next steps may be another objective's
         self._heading(title)
         self._print(card(rows) + "\n")
 
@@ -81,7 +83,7 @@ class Console:
         self._print("")
         if battery.metrics:
             self._batteries[step] = dict(battery.metrics)
-            self._rich(battery_table(step, self._batteries))
+            self._rich(battery_table(step, self._batteries, self.marks))
             self._print("")
         if battery.samples:
             self._print("\n".join(sample_lines(battery.samples, self._width())) + "\n")

@@ -44,11 +44,12 @@ class Files:
             # A lone surrogate (half an emoji in somebody's data) becomes its JSON escape instead of an error.
             self._files[path] = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         self._append(self.run.metrics_file, step, [metrics])
 
-    def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        self._append(self.run.samples_file, step, (asdict(sample) for sample in samples))
+    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
+        named = {} if stage is None else {"stage": stage}
+        self._append(self.run.samples_file, step, (named | asdict(sample) for sample in samples))
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         for file in self._files.values():
@@ -71,7 +72,8 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
     """
     merged: dict[int, dict[str, Any]] = {}
     for line in read_lines(run.metrics_file):
-        merged.setdefault(line["step"], {}).update({name: _number(value) for name, value in line.items()})
+        numbers = {name: value if name == "stage" else _number(value) for name, value in line.items()}
+        merged.setdefault(line["step"], {}).update(numbers)
     return [merged[step] for step in sorted(merged)]
 
 

@@ -62,11 +62,11 @@ class Wandb:
             self.say(f"W&B is offline: {self.why}. Upload it later:  {self.sync_command}")
         self._catch_up()
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         self._send(step, lambda: metrics)
 
-    def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        self._send(step, lambda: {"samples": _table(step, samples)})
+    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
+        self._send(step, lambda: {"samples": _table(step, samples, stage)})
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Close the W&B run as what it was. Takes little more than `finish_timeout` seconds at most."""
@@ -231,13 +231,23 @@ def _agent() -> Mapping[str, str]:
     return os.environ if os.environ.get("WANDB_SWEEP_ID") else {}
 
 
-def _table(step: int, samples: Sequence[Sample]) -> Any:
+def _table(step: int, samples: Sequence[Sample], stage: str | None) -> Any:
     import wandb
 
     verdicts = sorted({name for sample in samples for name in sample.verdict})
-    columns: list[str | int] = ["step", "source", "row", "prompt", "reply", "answer", *verdicts]
+    named = {} if stage is None else {"stage": stage}
+    columns: list[str | int] = ["step", *named, "source", "row", "prompt", "reply", "answer", *verdicts]
     rows = [
-        [step, s.source, s.row, s.prompt, s.reply, s.answer, *(s.verdict.get(name) for name in verdicts)]
+        [
+            step,
+            *named.values(),
+            s.source,
+            s.row,
+            s.prompt,
+            s.reply,
+            s.answer,
+            *(s.verdict.get(name) for name in verdicts),
+        ]
         for s in samples
     ]
     return wandb.Table(columns=columns, data=rows)

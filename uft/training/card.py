@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from uft import __version__
+from uft.config.schema import Config
+from uft.config.stages import Stage
 from uft.data.packing import Layout
 from uft.data.report import report_table
 from uft.runs import Run, shown
@@ -17,6 +20,7 @@ from uft.tracking.format import count
 from uft.training.optim import warmup_steps
 from uft.training.prepare import Prepared
 from uft.training.records import memory_record
+from uft.training.stages_ground import Ground, describe
 
 MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
 Card = list[tuple[str, str]]
@@ -34,6 +38,36 @@ def start_card(prepared: Prepared, run: Run, data: Mapping[str, Any], tracking: 
         *_machine(prepared),
         ("output", shown(run.path)),
         ("tracking", tracking or "metrics.jsonl only"),
+    ]
+
+
+def stages_card(run: Run, config: Config, stages: Sequence[Stage], ground: Ground, tracking: str) -> Card:
+    """The start card of a run of stages; what each of them works with follows when it begins."""
+    held, measured = ground.held_out, f"{sum(len(held.rows) for held in ground.held_out):,} rows held out"
+    names = ", ".join(source.name for source in held)
+    seen = f"; some stage trains on the prompts of {ground.seen:,}" if ground.seen else ""
+    return [
+        *_identity(run),
+        ("model", f"{config.model.name}: {config.model.path}"),
+        ("stages", "\n".join("  ".join(line) for line in describe(stages, ground))),
+        ("digest", ground.digest),
+        ("battery", f"{measured} ({names}), measured alike in all stages{seen}" if held else "no held-out rows"),
+        ("disk", f"{count(shutil.disk_usage(run.path).free)}B free"),
+        ("output", shown(run.path)),
+        ("tracking", tracking or "metrics.jsonl only"),
+    ]
+
+
+def stage_card(prepared: Prepared, data: Mapping[str, Any]) -> Card:
+    """What a stage of a run works with."""
+    (_, model), *objective = _model_and_objective(prepared)
+    path = prepared.trainer.config.model.path
+    return [
+        ("model", model.replace(path, shown(Path(path)), 1)),
+        *objective,
+        ("data", _mixture(data)),
+        *(line for line in _horizon(prepared) if line[0] != "battery"),
+        *(line for line in _machine(prepared) if line[0] != "disk"),
     ]
 
 

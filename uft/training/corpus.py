@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Config, Data
 from uft.data.mixture import Mixture, epoch_rows, mixture_weights, portion
+from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.templates import Renderer
 from uft.data.tokens import Tokenized, tokenize_all
@@ -44,18 +46,15 @@ class Corpus:
         return [len(source.rows) for source in self.train]
 
 
-def read_corpus(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """Load, render and tokenise. Raises UftError with everything that is wrong with the data."""
-    loaded = load_sources(config.data)
+def read_corpus(config: Config, tokenizer: PreTrainedTokenizerBase, loaded: list[LoadedSource] | None = None) -> Corpus:
+    """Load (unless that was done), render and tokenise. Raises UftError with everything that is wrong with the data."""
+    loaded = load_sources(config.data) if loaded is None else loaded
     renderer = Renderer(tokenizer, config.data.template)
     max_length, too_long, folder = config.train.max_length, config.data.too_long, cache_dir(config)
     # a source with a share of zero is measured, never drawn: its training rows need not even fit
     drawn = {s.name: s.rows if config.data.sources[s.name].share != 0 else () for s in loaded}
     train = tokenize_all(drawn, renderer, max_length, too_long, folder)
-    # held-out rows are measured, not trained on: cutting one that is too long loses nothing that should be learned
-    held_policy = "truncate" if too_long == "error" else too_long
-    held_rows = {s.name: s.held_out for s in loaded if s.held_out}
-    held_out = [s for s in tokenize_all(held_rows, renderer, max_length, held_policy, folder) if s.rows]
+    held_out = encode_held_out(config, renderer, {s.name: s.held_out for s in loaded})
     empty = [s.source for s in train if not s.rows and drawn[s.source] != ()]
     if empty:
         raise UftError(*(Problem(f"data.sources.{name}", "no row is left to train on") for name in empty))
@@ -65,6 +64,17 @@ def read_corpus(config: Config, tokenizer: PreTrainedTokenizerBase) -> Corpus:
     rendered = [renderer.digest, max_length, too_long]
     digest = hashlib.sha256(json.dumps([order, rendered]).encode()).hexdigest()[:16]
     return Corpus(loaded, renderer, train, held_out, weights, digest)
+
+
+def encode_held_out(config: Config, renderer: Renderer, rows: Mapping[str, Sequence[Row]]) -> list[Tokenized]:
+    """The held-out rows of every source that has some.
+
+    They are measured, not trained on: cutting one that is too long loses nothing that should be learned.
+    """
+    too_long = "truncate" if config.data.too_long == "error" else config.data.too_long
+    some = {name: held for name, held in rows.items() if held}
+    encoded = tokenize_all(some, renderer, config.train.max_length, too_long, cache_dir(config))
+    return [source for source in encoded if source.rows]
 
 
 @dataclass(frozen=True)
@@ -104,9 +114,9 @@ def make_feed(config: Config, corpus: Corpus, objective: Objective, *, refuse: b
 
 
 def _refuse_nothing(feed: Feed, objective: Objective) -> None:
-    """A run that drops every row would train on none and call itself finished."""
-    drawn = sum(len(source.rows) for source, weight in zip(feed.sources, feed.mixture.weights, strict=True) if weight)
-    if sum(len(rows) for kinds in feed.unusable().values() for rows in kinds.values()) == drawn:
+    """A run that drops every row, or takes nothing of what is left, would train on none and call itself finished."""
+    if not feed.takes_anything():
+        drawn = sum(len(s.rows) for s, weight in zip(feed.sources, feed.mixture.weights, strict=True) if weight)
         raise UftError(
             Problem("data.unusable=drop", f"objective={objective.name} cannot use any of the {drawn:,} rows"),
             footer="See why:  data.unusable=error",

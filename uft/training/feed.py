@@ -78,6 +78,11 @@ class Feed:
                     found.setdefault(source.source, {}).setdefault(row.kind, []).append(row.id)
         return found
 
+    def takes_anything(self) -> bool:
+        """Whether there is a row to draw of which the objective takes a completion."""
+        drawn = (s.rows for s, weight in zip(self.sources, self.mixture.weights, strict=True) if weight)
+        return any(self._view(row, 0) for rows in drawn for row in rows)
+
     def preview(self, rows: int) -> list[Draw]:
         """What the next `rows` draws will be, without drawing them."""
         state = self.mixture.state_dict()

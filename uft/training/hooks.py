@@ -121,7 +121,7 @@ class Batteries:
         progress.evaluated = progress.step
         self._note_best(trainer, battery.metrics)
         if battery.metrics:
-            axes = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
+            axes: Metrics = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
             self.tracker.log(progress.step, axes | battery.metrics)
         if battery.samples:
             self.tracker.samples(progress.step, battery.samples)

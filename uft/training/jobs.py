@@ -27,7 +27,7 @@ from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import generate_rows
 from uft.tracking.format import card
 from uft.training.card import start_card
-from uft.training.corpus import make_feed, plan, read_corpus
+from uft.training.corpus import Corpus, make_feed, plan, read_corpus
 from uft.training.prepare import Prepared, Stopped, check_start, choose_device, prepare
 from uft.training.records import data_record
 from uft.training.signals import listening
@@ -38,14 +38,14 @@ ROWS_SHOWN = 3  # per source, with their trained tokens coloured
 WIDE = 180
 
 
-def _console() -> Console:
+def console_for_tables() -> Console:
     """As wide as the terminal; wide enough for a table where there is none."""
     return Console() if sys.stdout.isatty() else Console(width=WIDE)
 
 
 def check(config: Config) -> int:
     """Prepare as `train` does, in a folder that vanishes, and take the largest step there can be; train nothing."""
-    console = _console()
+    console = console_for_tables()
     device = choose_device(config.hardware)
     with tempfile.TemporaryDirectory(prefix="uft-check-") as folder, listening() as stop:
         run = Run(Path(folder))
@@ -60,16 +60,22 @@ def check(config: Config) -> int:
         ]
         console.print(card(lines), highlight=False, markup=False)
         check_start(prepared.trainer, prepared.reference)
-        seconds, tokens = _worst_step(prepared)
+        largest = largest_step(prepared)
     console.print(
-        f"\nlargest step: {tokens:,} tokens in {seconds:.1f} s; peak memory {peak_memory(device) / GIGABYTE:.2f} GB\n"
-        "All is well: the same request will train.  No run was made.",
+        f"\n{largest}\nAll is well: the same request will train.  No run was made.",
         highlight=False,
     )
     return GOOD
 
 
-def _worst_step(prepared: Prepared) -> tuple[float, int]:
+def largest_step(prepared: Prepared) -> str:
+    """The worst-case step, taken, in a line."""
+    seconds, tokens = worst_step(prepared)
+    memory = peak_memory(prepared.trainer.device) / GIGABYTE
+    return f"largest step: {tokens:,} tokens in {seconds:.1f} s; peak memory {memory:.2f} GB"
+
+
+def worst_step(prepared: Prepared) -> tuple[float, int]:
     """Forward and backward of a whole batch of the longest rows the objective takes; seconds and tokens."""
     trainer = prepared.trainer
     cfg = trainer.config.train
@@ -89,10 +95,12 @@ def _worst_step(prepared: Prepared) -> tuple[float, int]:
 
 def data(config: Config) -> int:
     """The mixture as it will be drawn, what the objective does with each kind, lengths, and rows as trained."""
-    console = _console()
+    show_data(config, read_corpus(config, load_tokenizer(config.model)), console_for_tables())
+    return GOOD
+
+
+def show_data(config: Config, corpus: Corpus, console: Console) -> None:
     objective = make(config.objective)
-    tokenizer = load_tokenizer(config.model)
-    corpus = read_corpus(config, tokenizer)
     horizon = plan(config, corpus)
     feed = make_feed(config, corpus, objective, refuse=False)
     report = data_record(corpus, feed, horizon)
@@ -107,7 +115,6 @@ def data(config: Config) -> int:
     for source in corpus.train:
         for row, encoded in list(zip(source.rows, source.encoded, strict=True))[:ROWS_SHOWN]:
             _print_row(console, row, encoded, corpus.renderer)
-    return GOOD
 
 
 def _print_table(console: Console, title: str, lines: list[list[str]]) -> None:
@@ -130,7 +137,7 @@ def _print_row(console: Console, row: Row, encoded: tuple[Encoded, ...], rendere
 
 def generate(config: Config) -> int:
     """Sample completions of the training prompts and write them as rows."""
-    console = _console()
+    console = console_for_tables()
     device = choose_device(config.hardware)
     sources = [source for source in load_sources(config.data) if config.data.sources[source.name].share != 0]
     tokenizer = load_tokenizer(config.model)

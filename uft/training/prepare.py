@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from uft.config.schema import Config, Hardware
+from uft.config.schema import Config, Hardware, Model, ReferenceModel
 from uft.data.batch import Batch
 from uft.data.batches import micro_batches
 from uft.errors import FAILED, Problem, UftError
@@ -55,6 +55,16 @@ class Prepared:
     yardstick: Reference | None  # what the battery compares with: every objective is measured against one
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a stage of a run has from the run, which a run of one piece reads and makes for itself."""
+
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    reference: tuple[Model, ReferenceModel]  # what the objective compares with
+    yardstick: tuple[Model, ReferenceModel] | None  # what the battery of every stage compares with
+
+
 class Stopped(Exception):
     """Asked to stop before there was anything new worth a checkpoint."""
 
@@ -77,11 +87,13 @@ def choose_device(hardware: Hardware) -> torch.device:
     return torch.device(name)
 
 
-def prepare(run: Run, config: Config, device: torch.device, stop: Stop, say: Say = _silent) -> Prepared:
+def prepare(
+    run: Run, config: Config, device: torch.device, stop: Stop, say: Say = _silent, given: Given | None = None
+) -> Prepared:
     """Data, model, objective, reference and optimiser of a run, as they are before its first step."""
     objective = make(config.objective)
-    tokenizer = load_tokenizer(config.model)
-    corpus = read_corpus(config, tokenizer)
+    tokenizer = given.tokenizer if given else load_tokenizer(config.model)
+    corpus = given.corpus if given else read_corpus(config, tokenizer)
     horizon = plan(config, corpus)
     feed = make_feed(config, corpus, objective)
     _pause(stop)
@@ -94,25 +106,20 @@ def prepare(run: Run, config: Config, device: torch.device, stop: Stop, say: Say
     settle_layout(policy, config.train.packing, longest)
     _pause(stop)
     objective.start(feed.examples)
-    against = partial(
-        make_reference,
-        policy,
-        config.model,
-        device=device,
-        tokenizer=tokenizer,
-        cache=cache_dir(config),
-        longest_row=longest,
-    )
+    cache = cache_dir(config)
+    against = partial(make_reference, policy, device=device, tokenizer=tokenizer, cache=cache, longest_row=longest)
     visits = horizon.total_rows / max(1, feed.examples)
     reference = None
     if objective.needs.reference:
         whole = objective.needs.distributions
-        reference = against(config.reference, visits_per_row=visits, distributions=whole)
+        compared = given.reference if given else (config.model, config.reference)
+        reference = against(*compared, visits_per_row=visits, distributions=whole)
         _fill(reference, feed, horizon, config, objective, stop, say)
     # the battery visits its rows many times, so without a reference in memory its column is computed once
-    yardstick = reference
-    if reference is None and corpus.held_out:
-        yardstick = against(replace(config.reference, mode="auto"), visits_per_row=float("inf"))
+    measured = given.yardstick if given else None
+    if given is None and reference is None and corpus.held_out:
+        measured = (config.model, replace(config.reference, mode="auto"))
+    yardstick = against(*measured, visits_per_row=float("inf")) if measured else reference
     _pause(stop)
     torch.manual_seed(config.seeds.sampling)  # last: what was found in a cache and what was made must not show
     trainer = Trainer(
@@ -173,9 +180,10 @@ def standing(run: Run) -> tuple[Progress, int]:
 
 def refuse_other_data(run: Run, corpus: Corpus) -> None:
     """UftError where the files say something else than when the run began: its cursors would point at other rows."""
-    if run.info().get("data_digest", corpus.digest) == corpus.digest:
+    record = read_json(run.path / "data.json")
+    if record.get("run_digest", corpus.digest) == corpus.digest:
         return
-    began = {name: entry["digest"] for name, entry in read_json(run.path / "data.json").get("sources", {}).items()}
+    began = {name: entry["digest"] for name, entry in record.get("sources", {}).items()}
     changed = [source for source in corpus.loaded if began.get(source.name) != source.digest]
     problems = [Problem(f"data.sources.{s.name}", "its rows changed since the run began", s.path) for s in changed]
     if not problems:

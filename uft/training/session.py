@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,12 +19,13 @@ from uft.evaluation.battery import Battery, HeldOut, battery
 from uft.model.export import export
 from uft.model.memory import peak_memory
 from uft.runs import Run, shown, write_json
-from uft.tracking import Trackers, make_tracker
+from uft.tracking import Tracker, Trackers, make_tracker
 from uft.tracking.cards import Ending
 from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
 from uft.training.card import start_card
-from uft.training.hooks import Batteries, Checkpoints, Lines
+from uft.training.corpus import Corpus
+from uft.training.hooks import Batteries, Checkpoints, Display, Lines
 from uft.training.prepare import (
     Prepared,
     Stopped,
@@ -119,102 +120,130 @@ class _Sitting:
 
     def _work(self, prepared: Prepared) -> bool:
         """Train and export; False when asked to stop before that."""
-        trainer, cfg = prepared.trainer, self.config
-        lines = Lines(self.tracker, self.console, cfg.train.log_every)
-        saving = Checkpoints(cfg.train.checkpoint_every)
-        batteries = Batteries(
-            measure=self._measure(prepared),
-            tracker=self.tracker,
-            display=self.console,
-            lines=lines,
-            every=cfg.train.eval_every,
-            before=cfg.eval.before,
-            best=cfg.eval.best,
-            best_mode=cfg.eval.best_mode,
-        )
-        trainer.hooks = (lines, batteries, saving)
-        measured = trainer.progress.evaluated
-        batteries.start(trainer)
-        if trainer.progress.evaluated > measured and trainer.progress.step > 0:
-            saving.save(trainer)  # the battery that the last sitting owed is now part of the checkpoint
-        trainer.fit()
-        if trainer.progress.step < trainer.steps or self._owes_battery(trainer):
-            if saving.saved != trainer.progress.step:
-                saving.save(trainer)
+        measure = measuring(prepared, measured_on(prepared.corpus), self.stop)
+        if not fit(prepared.trainer, self.tracker, self.console, measure, before=self.config.eval.before):
             return False
         if self.config.train.save_model:
-            export(trainer.policy, prepared.tokenizer, self.run.model_dir)
+            export(prepared.trainer.policy, prepared.tokenizer, self.run.model_dir)
         return True
-
-    def _measure(self, prepared: Prepared) -> Callable[[], Battery]:
-        checkers = {source.name: source.checker for source in prepared.corpus.loaded}
-        sources = [HeldOut(s.source, s.rows, s.encoded, checkers[s.source]) for s in prepared.corpus.held_out]
-
-        def measure() -> Battery:
-            return battery(
-                prepared.trainer.policy,
-                prepared.yardstick,
-                sources,
-                prepared.corpus.renderer,
-                prepared.tokenizer,
-                self.config.eval,
-                self.stop,
-                micro_batch_tokens=self.config.train.micro_batch_tokens,
-            )
-
-        return measure
-
-    def _owes_battery(self, trainer: Trainer) -> bool:
-        """Asked to stop within the last battery: the run has its steps but not its result."""
-        return self.stop() and trainer.progress.evaluated < trainer.steps
 
     def _end(self, trainer: Trainer | None, status: str, code: int, error: str | None = None) -> int:
         """Write `result.json`, close the tracker with the true status, show the last card."""
         progress, total_steps = (trainer.progress, trainer.steps) if trainer else standing(self.run)
-        result = self._result(progress, trainer.device if trainer else torch.device("cpu"), status, error)
+        device, wall = trainer.device if trainer else torch.device("cpu"), time.perf_counter() - self.started
+        record = result_record(progress, self.config, device, wall, read_metrics(self.run))
+        result = {"status": status, "error": error, **record}
         write_json(self.run.path / "result.json", result)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
-        ending = Ending(
-            status=status,
-            steps=result["steps"],
-            total_steps=total_steps,
-            seconds=result["seconds"],
-            tokens=result["tokens"],
-            final=result["final"],
-            best=result["best"],
-            best_step=result["best_step"],
-            best_checkpoint=result["best_checkpoint"],
-            peak_memory_gb=result["peak_memory_bytes"] / GIGABYTE,
-            error=error,
-            commands=next_commands(self.run, self.config, status),
-        )
-        self.console.end(f"uft train {self.run.name}", ending)
+        commands = next_commands(self.run, self.config, status)
+        self.console.end(f"uft train {self.run.name}", ending(result, total_steps, commands))
         return code
 
-    def _result(self, progress: Progress, device: torch.device, status: str, error: str | None) -> dict[str, Any]:
-        best_step, best_value = progress.best_step, progress.best_value
-        return {
-            "status": status,
-            "error": error,
-            "steps": progress.step,
-            "rows": progress.rows,
-            "tokens": progress.tokens,
-            "supervised_tokens": progress.supervised_tokens,
-            "seconds": progress.seconds,
-            "wall_seconds": time.perf_counter() - self.started,
-            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
-            "peak_memory_bytes": peak_memory(device),
-            "final": final_metrics(self.run),
-            "best": {self.config.eval.best: best_value} if best_value is not None else {},
-            "best_step": best_step,
-            "best_checkpoint": f"checkpoints/step-{best_step:06d}" if best_step is not None else None,
-        }
+
+def fit(trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[[], Battery], *, before: bool) -> bool:
+    """Train to the horizon, with lines, batteries and checkpoints; False when asked to stop before that.
+
+    `before`: whether to measure before the first step.
+    """
+    cfg = trainer.config
+    lines = Lines(tracker, display, cfg.train.log_every)
+    saving = Checkpoints(cfg.train.checkpoint_every)
+    batteries = Batteries(
+        measure=measure,
+        tracker=tracker,
+        display=display,
+        lines=lines,
+        every=cfg.train.eval_every,
+        before=before,
+        best=cfg.eval.best,
+        best_mode=cfg.eval.best_mode,
+    )
+    trainer.hooks = (lines, batteries, saving)
+    measured = trainer.progress.evaluated
+    batteries.start(trainer)
+    if trainer.progress.evaluated > measured and trainer.progress.step > 0:
+        saving.save(trainer)  # the battery that the last sitting owed is now part of the checkpoint
+    trainer.fit()
+    if trainer.progress.step < trainer.steps or owes_battery(trainer):
+        if saving.saved != trainer.progress.step:
+            saving.save(trainer)
+        return False
+    return True
 
 
-def final_metrics(run: Run) -> dict[str, float]:
+def owes_battery(trainer: Trainer) -> bool:
+    """Asked to stop within the last battery: the run has its steps but not its result."""
+    return trainer.stop() and trainer.progress.evaluated < trainer.steps
+
+
+def measured_on(corpus: Corpus) -> list[HeldOut]:
+    """The held-out rows of every source, as the battery takes them."""
+    checkers = {source.name: source.checker for source in corpus.loaded}
+    return [HeldOut(s.source, s.rows, s.encoded, checkers[s.source]) for s in corpus.held_out]
+
+
+def measuring(prepared: Prepared, sources: Sequence[HeldOut], stop: Stop) -> Callable[[], Battery]:
+    """The battery on `sources`, of the policy as it is whenever this is called."""
+    config = prepared.trainer.config
+
+    def measure() -> Battery:
+        return battery(
+            prepared.trainer.policy,
+            prepared.yardstick,
+            sources,
+            prepared.corpus.renderer,
+            prepared.tokenizer,
+            config.eval,
+            stop,
+            micro_batch_tokens=config.train.micro_batch_tokens,
+        )
+
+    return measure
+
+
+def result_record(
+    progress: Progress, config: Config, device: torch.device, wall_seconds: float, lines: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What `result.json` says besides how it ended: counters, final and best metrics."""
+    best_step, best_value = progress.best_step, progress.best_value
+    return {
+        "steps": progress.step,
+        "rows": progress.rows,
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised_tokens,
+        "seconds": progress.seconds,
+        "wall_seconds": wall_seconds,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+        "peak_memory_bytes": peak_memory(device),
+        "final": final_metrics(lines),
+        "best": {config.eval.best: best_value} if best_value is not None else {},
+        "best_step": best_step,
+        "best_checkpoint": f"checkpoints/step-{best_step:06d}" if best_step is not None else None,
+    }
+
+
+def ending(result: Mapping[str, Any], total_steps: int, commands: Sequence[str]) -> Ending:
+    """The last card."""
+    return Ending(
+        status=result["status"],
+        steps=result["steps"],
+        total_steps=total_steps,
+        seconds=result["seconds"],
+        tokens=result["tokens"],
+        final=result["final"],
+        best=result["best"],
+        best_step=result["best_step"],
+        best_checkpoint=result["best_checkpoint"],
+        peak_memory_gb=result["peak_memory_bytes"] / GIGABYTE,
+        error=result["error"],
+        commands=commands,
+    )
+
+
+def final_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """The last training loss and likelihood, and the last battery, as they were written: an earlier sitting counts."""
     found: dict[str, float] = {}
-    for line in read_metrics(run):
+    for line in lines:
         battery = {name: value for name, value in line.items() if name.startswith("eval/")}
         kept = {name: value for name, value in found.items() if not (battery and name.startswith("eval/"))}
         found = {**kept, **{name: line[name] for name in ("loss", "nll") if name in line}, **battery}

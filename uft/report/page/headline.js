@@ -1,6 +1,7 @@
 // The headline table, a row a group with the interval drawn beside the figures, and the comparisons behind the words.
 
 const FIRST_ROWS = 12;
+const WIDE = 4; // metrics up to which mean and interval stand side by side
 const ABOUT_ALL = "These are the groups of the selected runs. The words above are about all finished runs.";
 let allRows = false;
 
@@ -69,16 +70,12 @@ function headlineRow(group, ranges, best) {
   const members = membersOf(group);
   const finished = members.filter(isFinished).filter(isSelected).length;
   const of = members.length === finished ? String(finished) : `${finished} of ${members.length}`;
+  const baseline = group.baseline ? el("span", { class: "tag" }, "baseline") : null;
+  const name = el("div", { class: "run-name" }, swatch(groupIndex.get(group.id)), breakable(group.name), baseline);
   return el(
     "tr",
     { "data-group": group.id },
-    el(
-      "th",
-      { scope: "row" },
-      swatch(groupIndex.get(group.id)),
-      breakable(group.name),
-      group.baseline ? el("span", { class: "tag" }, "baseline") : null,
-    ),
+    el("th", { scope: "row" }, name),
     el("td", { class: "number" }, of),
     ...headline.map((metric) => headlineCell(group, metric, ranges.get(metric), best)),
   );
@@ -100,7 +97,7 @@ function drawHeadline() {
   );
   const table = el(
     "table",
-    { class: "headline" },
+    { class: headline.length > WIDE ? "headline many" : "headline" },
     el(
       "thead",
       {},

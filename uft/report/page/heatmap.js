@@ -113,7 +113,10 @@ function heatmapNote(axes, used, per) {
   const others = axes.filter((axis) => !used.includes(axis)).map((axis) => shown(axis.key, 60));
   const cut =
     per && per.values.length > MOST_MAPS ? `The first ${MOST_MAPS} of ${per.values.length} values have a map. ` : "";
-  return cut + (others.length ? `Cells are means over runs that differ in ${others.join(", ")} too.` : "");
+  const isOn = (run, axis) => axis.values.some((value) => sameKey(value) === sameKey(settingOf(run, axis.key)));
+  const without = shownRuns().filter((run) => isFinished(run) && used.some((axis) => axis && !isOn(run, axis)));
+  const lost = without.length ? `${plural(without.length, "run")} without one of these settings: not in the map. ` : "";
+  return cut + lost + (others.length ? `Cells are means over runs that differ in ${others.join(", ")} too.` : "");
 }
 
 function drawHeatmaps() {

@@ -150,20 +150,23 @@ function curveChart(metric, view) {
   const ends = found
     .flatMap((entry) => entry.members.map((member) => member.x[member.x.length - 1]))
     .filter(Number.isFinite);
-  const unit = view.x === "seconds" ? timeUnit(Math.max(0, ...ends)) : { scale: 1, name: UNITS[view.x] };
+  const longest = Math.max(0, ...ends);
+  const unit = view.x === "seconds" ? timeUnit(longest) : { scale: 1, name: UNITS[view.x] };
   const traces = found.flatMap((entry) => groupTraces(entry, view, unit.scale));
   // Bands below, single runs above them, means on top.
   const depth = ["band", "single", "mean"];
   traces.sort((a, b) => depth.indexOf(a.uft) - depth.indexOf(b.uft));
   const layout = chartLayout({
     hovermode: view.seeds || found.length > FEW ? "closest" : "x unified",
+    margin: { l: 58, r: 14, t: 10, b: 44 },
     xaxis: chartAxis(unit.name, {
       type: "linear",
-      tickformat: view.x === "seconds" ? "" : "~s",
+      automargin: false, // measuring all labels twice is slow, and these are short
+      tickformat: longest / unit.scale >= 1e4 ? "~s" : "",
       rangemode: "tozero",
       hoverformat: view.x === "seconds" ? ".4~g" : ",.0f",
     }),
-    yaxis: chartAxis("", { type: view.log ? "log" : "linear", tickformat: ".4~g" }),
+    yaxis: chartAxis("", { type: view.log ? "log" : "linear", automargin: false, tickformat: ".4~g" }),
     uirevision: `${view.x} ${view.log}`,
   });
   return { traces, layout, note: curveNotes(metric, found) };

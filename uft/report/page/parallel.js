@@ -9,7 +9,7 @@ const brushes = new Map(); // axis number -> [low, high], 0 at the bottom and 1 
 function parallelAxes() {
   const settings = data.axes.slice(0, MOST_AXES - Math.min(2, headline.length)).map(settingAxis);
   const metrics = headline
-    .filter((name) => runs.some((run) => Number.isFinite(finalOf(run, name))))
+    .filter((name) => runs.some((run) => isFinished(run) && Number.isFinite(finalOf(run, name))))
     .slice(0, 2)
     .map(metricAxis);
   return [...settings, ...metrics];
@@ -35,8 +35,9 @@ function settingAxis(axis) {
   };
 }
 
+// Finished runs alone: one that broke would stretch the axis, and its line ends where its figures would begin.
 function metricAxis(name) {
-  return scaled(name, (run) => finalOf(run, name));
+  return scaled(name, (run) => (isFinished(run) ? finalOf(run, name) : null));
 }
 
 function scaled(name, valueOf) {

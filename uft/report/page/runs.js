@@ -181,7 +181,7 @@ function headerCell(column) {
     "th",
     {
       scope: "col",
-      class: column.number ? "number" : null,
+      class: column.number ? "number" : column.node && `cell-${column.key}`,
       "data-column": column.key,
       "aria-sort": sorted ? (sorting.descending ? "descending" : "ascending") : null,
     },

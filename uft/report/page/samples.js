@@ -19,7 +19,8 @@ function sampleColumns() {
   if (ticked !== null) return there.filter((run) => ticked.has(run.id));
   if (selected !== null && there.length <= COLUMNS_AT_FIRST) return there;
   const best = data.summary.map((finding) => finding.best);
-  const rank = (group) => (group.baseline ? -1 : best.includes(group.id) ? best.indexOf(group.id) : best.length);
+  const baseline = shownGroups().find((group) => group.baseline);
+  const rank = (group) => (group === baseline ? -1 : best.includes(group.id) ? best.indexOf(group.id) : best.length);
   const order = [...shownGroups()].sort((a, b) => rank(a) - rank(b));
   const firsts = order.map((group) => there.find((run) => group.runs.includes(run.id))).filter(Boolean);
   return firsts.slice(0, COLUMNS_AT_FIRST);

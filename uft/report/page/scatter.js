@@ -148,7 +148,7 @@ function listen(node) {
 
 function startScatter() {
   const metrics = measured();
-  if (metrics.length < 2 || groups.length === 0) {
+  if (metrics.length < 2 || runs.length < 2) {
     byId("tradeoff").hidden = true;
     return;
   }
@@ -157,6 +157,7 @@ function startScatter() {
   const [x, y] = [...new Set([...headline.filter((name) => names.includes(name)), ...names])];
   fill(form.elements.x, metricOptions(metrics), x);
   fill(form.elements.y, metricOptions(metrics), y);
+  form.elements.seeds.checked = !groups.some((group) => Object.keys(group.metrics).length > 0);
   const panel = addPanel(byId("scatter"), drawScatter);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", () => redraw([panel]));

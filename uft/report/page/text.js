@@ -2,6 +2,7 @@
 
 const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff]/g;
 const SHORT = 12;
+const BREAKS = /(?<=[/_])|(?<=[.-])(?=[a-z])/i; // within words, never within numbers
 const LESS = "less is better";
 const MORE = "more is better";
 
@@ -43,7 +44,7 @@ function shown(text, longest = 300) {
 
 // The same with places where a long name may break.
 function breakable(text, longest = 80) {
-  const parts = text.length > SHORT ? shown(text, longest).split(/(?<=[/.=-])/) : [shown(text)];
+  const parts = text.length > SHORT ? shown(text, longest).split(BREAKS) : [shown(text)];
   return el("bdi", { title: shown(text, 1000) }, ...parts.flatMap((part) => [part, document.createElement("wbr")]));
 }
 

@@ -1,0 +1,100 @@
+"""The shipped sweeps: every job can be run, and the files say what they are."""
+
+import os
+import re
+
+import pytest
+import yaml
+
+from uft.config.examine import examine
+from uft.config.freeze import plain
+from uft.config.loader import Request, make_loader
+from uft.config.places import conf_dir, groups
+from uft.data.rows import Kind
+from uft.launch.sweep import expand, remembering
+from uft.launch.sweep_check import check_all_sources
+from uft.objectives import make
+
+FILES = groups([conf_dir()])["sweep"]
+KINDS_OF_MIX = (Kind.DEMONSTRATION, Kind.PREFERENCE, Kind.BINARY, Kind.SCORED)
+
+
+def sweep(name):
+    return yaml.safe_load(FILES[name].read_text())
+
+
+def jobs_of(name, loader):
+    lines = [f"{key}={value}" for key, value in sweep(name)["hydra"]["sweeper"]["params"].items()]
+    return expand([*lines, f"sweep={name}"], loader)
+
+
+@pytest.fixture(scope="module")
+def loader():
+    return remembering(make_loader(Request()))
+
+
+def test_what_is_shipped():
+    assert set(FILES) == {"beta_ratio", "objectives", "playground", "pref_recipe", "seeds"}
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - {"objectives"}))
+def test_its_jobs_can_be_run(name, loader):
+    """Of several seeds the first; of the playground's arms, which other tests compose, every sixth."""
+    jobs, axes = jobs_of(name, loader)
+    assert set(axes) == set(sweep(name)["hydra"]["sweeper"]["params"])
+    first = [job for job in jobs if "seed=1" in job or "seed" not in axes]
+    runnable(first[:: 6 if name == "playground" else 1], loader)
+
+
+def runnable(jobs, loader):
+    examined = [examine(Request(tuple(job)), loader) for job in jobs]
+    assert [problem for one in examined for problem in one.problems] == []
+    check_all_sources([plain(one.tree) for one in examined])
+    return examined
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_it_is_one_without_m_and_says_what_it_asks_and_what_it_costs(name):
+    assert sweep(name)["hydra"]["mode"] == "MULTIRUN"
+    comment = "".join(line for line in FILES[name].read_text().splitlines(True) if line.startswith("#"))
+    first_sentence = comment.split("\n")[1]
+    assert "?" in first_sentence
+    assert f"uft train sweep={name}" in comment
+    assert re.search(r"[Cc]osts", comment)
+
+
+def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
+    """One that needs numbers beside the completions, or a kind of rows that the mixture lacks, is left out by name."""
+    jobs, axes = jobs_of("objectives", loader)
+    left_out = sorted(set(groups([conf_dir()])["objective"]) - set(axes["objective"]))
+    assert len(jobs) == 3 * len(axes["objective"])
+    assert all(usable(one) for one in runnable([job for job in jobs if "seed=1" in job], loader))
+    others = [examine(Request(("sweep=objectives", f"objective={name}")), loader) for name in left_out]
+    assert not any(usable(one) for one in others)
+
+
+def usable(one):
+    objective = make(plain(one.tree)["objective"])
+    return any(kind in objective.views and not objective.annotations(kind) for kind in KINDS_OF_MIX)
+
+
+def test_reuse_is_what_the_comment_says():
+    """Passes over the pairs at a fixed number of steps."""
+    config = plain(examine(Request(("sweep=pref_recipe",))).tree)
+    rows = config["train"]["steps"] * config["train"]["batch_size"]
+    limits = [
+        int(limit)
+        for limit in sweep("pref_recipe")["hydra"]["sweeper"]["params"]["data.sources.pairs.limit"].split(",")
+    ]
+    passes = ", ".join(str(rows // limit) for limit in limits[:-1]) + f" or {rows // limits[-1]} passes"
+    assert passes in " ".join(FILES["pref_recipe"].read_text().split("\n# "))
+
+
+def test_help_lists_them(worker, capsys):
+    from uft.cli import main
+
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "\nsweep=\n" in out
+    assert "  beta_ratio   How strong should the anchor be" in out
+    assert os.listdir(worker) == []

@@ -1,0 +1,241 @@
+"""Every objective on disk x every data preset on disk x the playground's model: trained and resumed, or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from uft.config.compose import compose
+from uft.config.load import typed
+from uft.config.places import conf_dir, groups
+from uft.config.schema import Config, Lora, ReferenceModel, Source
+from uft.data.rows import Kind
+from uft.errors import UftError
+from uft.objectives import make
+from uft.playground.world import records
+from uft.runs import create_run
+from uft.training import prepare as preparing
+from uft.training.corpus import Corpus, read_corpus
+from uft.training.prepare import Prepared, prepare, resume
+from uft.training.signals import Stop
+from uft.training.step import Step
+from uft.training.trainer import Trainer
+
+GROUPS = groups([conf_dir()])
+OBJECTIVES = list(GROUPS["objective"])
+DATA = [name for name in GROUPS["data"] if name != "files"]  # which has no source of its own
+SMALL = ("train.steps=2", "train.batch_size=8", "eval=none", "tracking=none", "hardware=cpu")
+ROWS = 24
+
+
+@cache
+def composed(*words: str) -> dict[str, Any]:
+    content = OmegaConf.to_container(compose((*words, *SMALL)), resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+@cache
+def short(data: str) -> Config:
+    """The configuration under data=NAME, of whose sources the first rows alone are read."""
+    settings = composed(f"data={data}")
+    sources = {name: {**source, "limit": ROWS} for name, source in settings["data"]["sources"].items()}
+    return typed({**settings, "data": {**settings["data"], "sources": sources}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where runs and the token cache lie. A corpus is a function of the data alone: each is read once, without the
+    held-out rows, of which there is no battery here."""
+    known: dict[str, Corpus] = {}
+
+    def corpus_of(config: Config, tokenizer: Any) -> Corpus:
+        key = json.dumps([config.data.name, {n: s.path for n, s in config.data.sources.items()}])
+        known[key] = known.get(key) or replace(read_corpus(config, tokenizer), held_out=[])
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing, "read_corpus", corpus_of)
+        yield tmp_path_factory.mktemp("matrix")
+
+
+@pytest.fixture
+def configure(folder: Path) -> Callable[..., Config]:
+    """configure("dpo", "pairs", unusable="drop") -> a short `uft train objective=dpo data=pairs data.unusable=drop`."""
+
+    def make_config(objective: str, data: str, **changes: Any) -> Config:
+        config = short(data)
+        changed = replace(config.data, cache=str(folder / "cache"), **changes)
+        return replace(config, objective=composed(f"objective={objective}")["objective"], data=changed)
+
+    return make_config
+
+
+@pytest.fixture
+def prepared(folder: Path, tmp_path: Path) -> Callable[..., Prepared]:
+    def build(config: Config, run: str) -> Prepared:
+        return prepare(create_run(tmp_path / run, "{}\n", []), config, torch.device("cpu"), Stop())
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+class Saving:
+    """A checkpoint after the first step; what was measured at every one."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+        self.steps: list[Step] = []
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        self.steps.append(step)
+        if trainer.progress.step == 1:
+            self.folder = trainer.save_checkpoint()
+
+
+def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
+    weights = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    return weights | {f"state of {name}": values.clone() for name, values in trainer.objective.state.items()}
+
+
+def train_and_resume(prepared: Callable[..., Prepared], config: Config) -> None:
+    """Two steps; then the second one again, by a fresh trainer from the checkpoint after the first."""
+    trainer, saving = prepared(config, "run").trainer, Saving()
+    before = state_of(trainer)
+    trainer.hooks = (saving,)
+    trainer.fit()
+    after = state_of(trainer)
+    assert trainer.progress.step == 2
+    assert all(math.isfinite(float(step.loss)) and float(step.grad_norm) >= 0 for step in saving.steps)
+    assert any(not torch.equal(after[name], before[name]) for name in trainer.parameters)
+    again = prepared(config, "again").trainer
+    assert saving.folder is not None
+    shutil.copytree(saving.folder, again.run.checkpoints_dir / saving.folder.name)
+    assert resume(again) == 1
+    again.fit()
+    assert again.progress.step == 2
+    for name, values in state_of(again).items():
+        assert torch.equal(values, after[name]), name
+
+
+def kinds_of(config: Config) -> set[Kind]:
+    """What the sources that are drawn from hold, told by their names in the playground."""
+    named = {"instruct": Kind.DEMONSTRATION, "pairs": Kind.PREFERENCE, "binary": Kind.BINARY, "scored": Kind.SCORED}
+    paths = [s.path.rpartition("/")[2] for s in config.data.sources.values() if s.share != 0]
+    return {Kind.NEGATIVES if path == "negatives" else named[path] for path in paths}
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(
+    configure: Callable[..., Config], prepared: Callable[..., Prepared], objective: str, data: str
+) -> None:
+    config = configure(objective, data)
+    made, kinds = make(config.objective), kinds_of(config)
+    unusable, lacking = kinds - made.views.keys(), {n for k in kinds & made.views.keys() for n in made.annotations(k)}
+    if not unusable and not lacking:
+        train_and_resume(prepared, config)
+        return
+    with pytest.raises(UftError) as refused:
+        prepared(config, "refused")
+    said = "\n".join(problem.why for problem in refused.value.problems)
+    assert f"objective={objective} " in said
+    assert all(f"cannot use {ROWS} {kind.value} rows" in said for kind in unusable)
+    assert all(f"needs {name}, which " in said for name in lacking)
+    assert "data.unusable=drop" in str(refused.value)
+    dropping = configure(objective, data, unusable="drop")
+    if kinds == unusable or lacking:
+        with pytest.raises(UftError, match=f"objective={objective} cannot use any"):
+            prepared(dropping, "nothing left")
+    else:
+        train_and_resume(prepared, dropping)
+
+
+def test_the_matrix_is_whole_and_has_both_ends() -> None:
+    """Thirty objectives; DPO cannot use what SFT can, and what nobody wrote stops PoFT everywhere."""
+    assert len(OBJECTIVES) >= 30
+    assert {"binary", "instruct", "mix", "negatives", "pairs", "scored"} == set(DATA)
+    assert Kind.DEMONSTRATION not in make(composed("objective=dpo")["objective"]).views
+    assert make(composed("objective=poft")["objective"]).annotations(Kind.BINARY) == {"baseline_logp"}
+
+
+# --- what annotations make possible ----------------------------------------------------------------------------------
+
+ANNOTATED = [name for name in OBJECTIVES if name == "poft" or name.endswith("_soft")]
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> dict[str, Path]:
+    """The playground's rows with the numbers that `uft annotate` writes."""
+    files = {}
+    for kind in ("instruct", "pairs"):
+        rows = list(records(kind, "train"))[:ROWS]
+        for number, row in enumerate(rows):
+            sides = 1 if kind == "instruct" else 2
+            baseline = [-0.2 - 0.05 * (number % 7) - 0.3 * side for side in range(sides)]
+            row["baseline_logp"] = baseline if sides > 1 else baseline[0]
+            row |= {"soft_label": 0.55 + 0.06 * (number % 7)} if sides > 1 else {}
+        files[kind] = folder / f"{kind}.jsonl"
+        files[kind].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return files
+
+
+@pytest.mark.parametrize("objective", ANNOTATED)
+def test_with_their_annotations_they_train(
+    configure: Callable[..., Config], prepared: Callable[..., Prepared], written: dict[str, Path], objective: str
+) -> None:
+    names = ("instruct", "pairs") if objective == "poft" else ("pairs",)
+    sources = {name: Source(str(written[name])) for name in names}
+    train_and_resume(prepared, configure(objective, "pairs", sources=sources))
+
+
+def test_labels_are_what_a_soft_objective_trains_on(
+    configure: Callable[..., Config], prepared: Callable[..., Prepared], written: dict[str, Path]
+) -> None:
+    """The same pairs without the column are hard: another loss."""
+    config = configure("gdpo_soft", "pairs", sources={"pairs": Source(str(written["pairs"]))})
+    hard = configure("gdpo_soft", "pairs")
+    items = [prepared(c, n).trainer.feed.take(8) for c, n in ((config, "soft"), (hard, "hard"))]
+    labels = [[i.row.completions[i.parts[0].completion].annotations.get("soft_label") for i in part] for part in items]
+    assert None not in labels[0]
+    assert set(labels[1]) == {None}
+
+
+# --- where the reference comes from ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["kto", "per_kind", "dpo"])
+def test_the_reference_is_the_same_wherever_its_log_probs_come_from(
+    configure: Callable[..., Config], prepared: Callable[..., Prepared], objective: str
+) -> None:
+    """KTO's mismatched completions are in no file: a cached reference has to have seen them too."""
+    config = configure(objective, "mix" if objective != "dpo" else "pairs")
+    losses = {}
+    for mode in ("copy", "cached", "adapter_off"):
+        model = replace(config.model, adapter="lora", lora=Lora(rank=4))
+        settings = replace(config, model=model, reference=ReferenceModel(mode=mode))
+        saving, made = Saving(), prepared(settings, mode)
+        assert made.reference is not None
+        assert made.reference.mode == mode
+        made.trainer.hooks = (saving,)
+        made.trainer.fit()
+        losses[mode] = [float(step.loss) for step in saving.steps]
+    assert losses["cached"] == pytest.approx(losses["copy"], rel=1e-5)
+    assert losses["adapter_off"] == pytest.approx(losses["copy"], rel=1e-5)
+    train_and_resume(prepared, replace(config, reference=ReferenceModel(mode="cached")))
