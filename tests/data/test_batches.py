@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from items import NEGATIVE, PAD, POSITIVE, completion, demonstration, encoded, preference, row
 
 from uft.data.batches import Item, collate, is_good, make_item, micro_batches
+from uft.data.packing import Layout
 from uft.data.rows import Completion, Kind, Message, Row
 from uft.data.templates import Encoded
 from uft.data.views import Part, Role
@@ -208,3 +210,40 @@ def test_annotations_follow_the_completions_that_the_parts_take():
     turned = replace(item, parts=item.parts[::-1], encoded=item.encoded[::-1])
     assert collate([item], PAD).annotations["soft_label"][0] == 0.75
     assert collate([turned], PAD).annotations["soft_label"][1] == 0.75
+
+
+# --- packed
+
+
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.SHARED])
+def test_packed_batches_hold_the_budget_in_real_tokens_and_lose_nothing(layout: Layout):
+    items = [demonstration(n, 1 + n % 5, 1 + (7 * n) % 11) for n in range(60)] + [preference(n) for n in range(60, 70)]
+    for budget in (16, 50, 333):
+        batches = micro_batches(items, budget, PAD, layout)
+        assert all(batch.input_ids.shape[0] == 1 and batch.input_ids.shape[1] <= budget for batch in batches)
+        assert sorted(n for batch in batches for n in batch.example.tolist()) == list(range(70))
+        sizes = [batch.input_ids.shape[1] for batch in batches]
+        assert all(size + after > budget for size, after in pairwise(sizes))
+    assert [batch.example.tolist() for batch in micro_batches(items[:3], 1, PAD, layout)] == [[1], [2], [0]]
+
+
+def test_a_row_that_shares_its_prompt_takes_less_of_the_budget():
+    pairs = [replace(preference(n), encoded=(encoded(2, 3), encoded(2, 5))) for n in range(4)]
+    one = {layout: micro_batches(pairs[:1], 99, PAD, layout)[0].input_ids.numel() for layout in Layout}
+    assert one == {Layout.PADDED: 2 * 7, Layout.PACKED: 4 + 6, Layout.SHARED: 2 + 2 + 4}
+    assert len(micro_batches(pairs, 16, PAD, Layout.SHARED)) == 2
+    assert len(micro_batches(pairs, 16, PAD, Layout.PACKED)) == 4
+
+
+def test_the_layout_changes_the_model_level_alone():
+    items = [demonstration(4), preference(2)]
+    padded, *packed = (collate(items, PAD, layout) for layout in Layout)
+    model_level = {"input_ids", "attention_mask", "position_ids", "predictor", "place", "segments"}
+    for batch in packed:
+        for name, value in vars(padded).items():
+            if name not in model_level and isinstance(value, torch.Tensor):
+                assert torch.equal(value, getattr(batch, name)) or name == "target", name
+        assert batch.to("cpu").segments == batch.segments
+        part = batch.only(torch.tensor([False, True]))
+        assert part.segments == batch.segments
+        assert part.target_ids.tolist() == padded.only(torch.tensor([False, True])).target_ids.tolist()

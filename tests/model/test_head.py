@@ -57,6 +57,43 @@ def test_value_and_gradients_equal_the_plain_path(chunk: int, transform: Transfo
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_told_part_by_part_are_those_of_the_whole(chunk: int, transform: Transform, bias: bool):
+    """The loss is the sum over parts of (sum of log-probs)^2, which separates over parts alone."""
+    head = make(bias, transform)
+    states, target_ids = inputs(7)
+    parts = [slice(0, 2), slice(2, 3), slice(3, 7)]
+    wanted = [states, *head.projection.parameters()]
+    log_probs = plain(head, states * 2, target_ids)
+    expected = torch.autograd.grad(sum(log_probs[part].sum() ** 2 for part in parts), wanted)
+    seen = []
+
+    def judge(part: slice, told: torch.Tensor, guesses: torch.Tensor | None) -> torch.Tensor:
+        seen.append((part, told.clone(), guesses))
+        return 2 * told.sum().expand(len(told))
+
+    head.visit(states * 2, target_ids, parts, judge, guess=True)
+    assert [part for part, _, _ in seen] == parts
+    torch.testing.assert_close(torch.cat([told for _, told, _ in seen]), log_probs.detach(), atol=1e-12, rtol=0)
+    guesses = head(states * 2, target_ids, guess=True)[1]
+    assert guesses is not None
+    assert torch.equal(torch.cat([g for _, _, g in seen if g is not None]), guesses)
+    for tensor, gradient in zip(wanted, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, atol=1e-10, rtol=1e-10)
+
+
+def test_a_visit_leaves_frozen_weights_alone_and_adds_to_what_is_there():
+    head = make()
+    head.projection.requires_grad_(False)
+    states, target_ids = inputs(3)
+    states.grad = torch.ones_like(states)
+    head.visit(states, target_ids, [slice(0, 3)], lambda part, told, guesses: torch.zeros_like(told))
+    assert head.projection.weight.grad is None
+    assert torch.equal(states.grad, torch.ones_like(states))
+    head.visit(states.detach(), target_ids, [slice(0, 3)], lambda part, told, guesses: torch.ones_like(told))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_gradcheck(chunk: int, transform: Transform):
     head = make(True, transform)
     hidden, target_ids = inputs(5)

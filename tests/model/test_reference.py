@@ -14,7 +14,9 @@ from uft.errors import UftError
 from uft.model import reference as reference_module
 from uft.model.forward import Policy
 from uft.model.load import load_policy
+from uft.model.packed import settle_layout
 from uft.model.reference import Reference, choose_mode, make_reference
+from uft.model.sequences import sequence_batch
 
 CPU = torch.device("cpu")
 
@@ -79,6 +81,27 @@ def test_all_modes_are_the_initial_policy_even_when_it_has_been_trained(
         assert not found.requires_grad
         tolerance = 1e-5 if dtype == "float32" else 1e-2 if mode == "cached" else 1e-5  # cached: other padding
         torch.testing.assert_close(found, initial, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_packed_they_are_it_too(
+    model_folder: Path, tokenizer: Any, tmp_path: Path, sequences: Any, completions: list[Completion], adapter: str
+):
+    model = settings(model_folder, adapter=adapter)
+    policy = load_policy(model, CPU, 0)
+    initial = policy(sequence_batch(sequences, pad_id=0)).log_probs.detach()
+    padded = make(policy, model, "cached", tmp_path, tokenizer)
+    assert padded.column
+    assert padded.column.fill(completions)
+    settle_layout(policy, "packed", 30)
+    batch = sequence_batch(sequences, 0, policy.layout)
+    torch.testing.assert_close(policy(batch).log_probs.detach(), initial, atol=1e-5, rtol=0)
+    trained(policy)
+    for mode in ["copy", "cached", "adapter_off"][: 3 if adapter == "lora" else 2]:
+        reference = make(policy, model, mode, tmp_path, tokenizer)
+        torch.testing.assert_close(log_probs(reference, batch, completions), initial, atol=1e-5, rtol=0)
+        if reference.column is not None:
+            assert reference.column.store.folder != padded.column.store.folder
 
 
 @pytest.mark.parametrize("mode", ["copy", "cached"])

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from uft.data.batch import Batch
+from uft.data.packing import Layout
 from uft.model import reference_cache
 from uft.model.reference_cache import LogProbStore, ReferenceColumn, sequence_key
-from uft.model.sequences import batches_of
+from uft.model.sequences import batches_of, packs_of
 from uft.objectives.base import Scores
 
 
@@ -35,8 +36,17 @@ class Forward:
         return Scores(-batch.target_ids.float())
 
 
-def column(folder: Path, forward: Forward) -> ReferenceColumn:
-    return ReferenceColumn(LogProbStore.of(folder, {"weights": "abc"}), lambda: forward, 0, torch.device("cpu"))
+def column(folder: Path, forward: Forward, layout: Layout = Layout.PADDED) -> ReferenceColumn:
+    return ReferenceColumn(LogProbStore.of(folder, {"weights": "abc"}), lambda: forward, 0, torch.device("cpu"), layout)
+
+
+def replies(prompt: int, *lengths: int) -> list[Completion]:
+    """Completions of one prompt of `prompt` tokens, all different."""
+    made = [np.arange(prompt), *(np.arange(length) + 100 * length for length in lengths)]
+    return [
+        Completion(np.concatenate([made[0], own]).astype(np.int32), np.arange(prompt + len(own)) >= prompt)
+        for own in made[1:]
+    ]
 
 
 def test_values_come_back_per_sequence_in_reading_order(tmp_path: Path):
@@ -109,6 +119,32 @@ def test_when_asked_to_stop_it_keeps_whole_files_and_batches_the_rest_as_before(
     assert list(tmp_path.rglob("*.tmp")) == []
 
 
+def test_packed_every_prompt_is_read_once_and_the_values_come_back_per_sequence(tmp_path: Path):
+    rows = [*replies(6, 3, 2, 4), *replies(5, 2), *replies(6, 5)]
+    forward = Forward()
+    made = column(tmp_path, forward, Layout.SHARED)
+    assert made.fill([rows[n] for n in (3, 0, 4, 1, 2)], batch_tokens=100)
+    for row in rows:
+        assert np.array_equal(made(row), -row.ids[row.supervised].astype(np.float32))
+    (batch,) = forward.batches
+    assert batch.input_ids.shape == (1, 6 + (2 + 1 + 3 + 4) + 5 + 1)
+    tight = Forward()
+    assert column(tmp_path / "tight", tight, Layout.SHARED).fill(rows, batch_tokens=12)
+    assert all(b.input_ids.numel() <= 12 for b in tight.batches)
+    assert sum(len(b.row) for b in tight.batches) == 5
+
+
+def test_packed_what_is_computed_after_a_stop_is_packed_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reference_cache, "SEQUENCES_PER_FILE", 2)
+    rows = [*replies(6, 3, 2, 4), *replies(5, 2), *replies(7, 1, 2)]
+    whole, stopped, again = Forward(), Forward(), Forward()
+    assert column(tmp_path / "whole", whole, Layout.SHARED).fill(rows)
+    assert not column(tmp_path, stopped, Layout.SHARED).fill(rows, should_stop=lambda: len(stopped.batches) == 1)
+    assert column(tmp_path, again, Layout.SHARED).fill(rows)
+    packs = [[b.input_ids.tolist() for b in forward.batches] for forward in (whole, stopped, again)]
+    assert packs[1] + packs[2] == packs[0]
+
+
 def test_progress_is_told_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reference_cache, "SEQUENCES_PER_FILE", 2)
     told: list[tuple[int, int]] = []
@@ -124,3 +160,11 @@ def test_nothing_missing_makes_no_model(tmp_path: Path):
 def test_batches_are_sorted_and_within_the_budget():
     assert batches_of([5, 2, 9, 2], 8) == [[1, 3], [0], [2]]
     assert batches_of([], 8) == []
+
+
+def test_packs_count_a_shared_prompt_once():
+    sequences = [(row.ids, row.supervised) for row in [*replies(4, 2, 3), *replies(5, 4)]]
+    assert packs_of(sequences, 18) == [[0, 1, 2]]
+    assert packs_of(sequences, 17) == [[0, 1], [2]]
+    assert packs_of(sequences, 8) == [[0], [1], [2]]
+    assert packs_of([], 8) == []

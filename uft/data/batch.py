@@ -1,25 +1,46 @@
 """Batch: rows as tensors, laid out for the model and described for the objective.
 
-Two levels are kept apart. *What goes into the model* is `input_ids` and friends; its layout (padded today, packed or
-prefix-shared tomorrow) is the batcher's business alone. *What is asked of the model* is a flat list of N supervised
-targets in sequence order. Objectives see only the second level, so no objective knows how a batch was packed.
+Two levels are kept apart. *What goes into the model* is `input_ids` and friends; its layout (`uft.data.packing`) is the
+business of the batcher and the model alone. *What is asked of the model* is a flat list of N supervised targets in
+sequence order. Objectives see only the second level, so no objective knows how a batch was packed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Tensor = torch.Tensor
+
+NOT_AN_INPUT = -1
+"""The `place` of a target that is not among the inputs: packed, the last token of a sequence is only asked for."""
+
+
+class Span(NamedTuple):
+    """`length` tokens in a row that attend causally to each other and wholly to the first `prefix` tokens of the span
+    number `prompt`."""
+
+    length: int
+    prompt: int
+    prefix: int
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Who attends to whom in one packed line of tokens: spans one after another, which together are all of it."""
+
+    spans: tuple[Span, ...]
+    tokens: int  # of the sequences, as if each stood there whole
 
 
 @dataclass(frozen=True)
 class Batch:
     """S sequences (prompt + one completion each) of R rows with N supervised targets in all.
 
-    Model level: `input_ids`, `attention_mask`, `position_ids` are (B, L) int64; mask 1 on real tokens.
+    Model level: `input_ids`, `attention_mask`, `position_ids` are (B, L) int64; mask 1 on real tokens. Packed, B is 1
+    and `segments` tells what attends to what; without it every row of the rectangle is a sequence.
     """
 
     input_ids: Tensor
@@ -28,7 +49,7 @@ class Batch:
     # targets, in sequence order, each sequence's in reading order
     target_ids: Tensor  # (N,) int64: the supervised tokens
     predictor: Tensor  # (N,) int64: flat index into (B*L) of the position whose output predicts the target
-    place: Tensor  # (N,) int64: flat index into (B*L) of the target itself among the inputs
+    place: Tensor  # (N,) int64: flat index into (B*L) of the target itself among the inputs, or NOT_AN_INPUT
     offset: Tensor  # (N,) int64: the target's position within its own sequence
     sequence: Tensor  # (N,) int64, non-decreasing: which sequence the target belongs to
     # sequences
@@ -43,6 +64,12 @@ class Batch:
     columns: dict[str, Tensor]  # named extras per target (N,): "reference" log-probs
     annotations: dict[str, Tensor] = field(default_factory=dict)
     """Named extras per sequence (S,) float32, NaN where one has none: "score", and the names of rows.ANNOTATIONS."""
+    segments: Segments | None = None  # of a packed batch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences, padding not counted: the same in every layout."""
+        return self.segments.tokens if self.segments else int(self.attention_mask.sum())
 
     @property
     def lengths(self) -> Tensor:
@@ -83,6 +110,6 @@ class Batch:
         def moved(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: moved(tensor) for name, tensor in value.items()}
-            return value.to(device, non_blocking=True)
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return replace(self, **{f.name: moved(getattr(self, f.name)) for f in fields(self)})

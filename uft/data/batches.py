@@ -1,6 +1,6 @@
 """Batches: rows as an objective uses them, laid out as tensors under a budget of tokens.
 
-The layout today is padding on the right; objectives see only the flat targets of a :class:`Batch` and never know it.
+Objectives see only the flat targets of a :class:`Batch` and never know its layout.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from uft.data.batch import Batch
+from uft.data.packing import Layout, Line, forwarded, lay_out
 from uft.data.rows import Completion, Kind, Row
 from uft.data.templates import Encoded
 from uft.data.views import Part, Parts, Role, View
@@ -84,16 +85,17 @@ def is_good(completion: Completion) -> bool:
     return verdict is not False
 
 
-def micro_batches(items: Sequence[Item], budget: int, pad_id: int) -> list[Batch]:
-    """The items in batches of at most `budget` tokens, padding counted; the longest rows first.
+def micro_batches(items: Sequence[Item], budget: int, pad_id: int, layout: Layout = Layout.PADDED) -> list[Batch]:
+    """The items in batches of at most `budget` tokens as the model meets them; the longest rows first.
 
     Rows are never divided: one that exceeds the budget alone is a batch alone. Sorting by length keeps padding low, and
     a step that will not fit in memory fails on its first batch.
     """
-    return [collate(group, pad_id) for group in _groups(items, budget)]
+    groups = _rectangles(items, budget) if layout is Layout.PADDED else _packs(items, budget, layout)
+    return [collate(group, pad_id, layout) for group in groups]
 
 
-def _groups(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
+def _rectangles(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
     group: list[Item] = []
     width = sequences = 0
     for item in sorted(items, key=lambda item: -item.length):
@@ -108,32 +110,28 @@ def _groups(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
         yield group
 
 
-def collate(items: Sequence[Item], pad_id: int) -> Batch:
-    """Items as one batch, padded on the right. An item twice in it is two rows."""
+def _packs(items: Sequence[Item], budget: int, layout: Layout) -> Iterator[list[Item]]:
+    group: list[Item] = []
+    tokens = 0
+    sizes = [(forwarded([Line(one.ids, one.supervised) for one in item.encoded], layout), item) for item in items]
+    for size, item in sorted(sizes, key=lambda pair: -pair[0]):
+        if group and tokens + size > budget:
+            yield group
+            group, tokens = [], 0
+        group.append(item)
+        tokens += size
+    if group:
+        yield group
+
+
+def collate(items: Sequence[Item], pad_id: int, layout: Layout = Layout.PADDED) -> Batch:
+    """Items as one batch. An item twice in it is two rows."""
     lines = [
         _Line(row, item, *line) for row, item in enumerate(items) for line in zip(item.parts, item.encoded, strict=True)
     ]
-    length = max((line.encoded.length for line in lines), default=0)
-    input_ids = np.full((len(lines), length), pad_id, np.int64)
-    attention_mask = np.zeros((len(lines), length), np.int64)
-    supervised = np.zeros((len(lines), length), bool)
-    for number, line in enumerate(lines):
-        real = line.encoded.length
-        input_ids[number, :real] = line.encoded.ids
-        attention_mask[number, :real] = 1
-        supervised[number, :real] = line.encoded.supervised
-    supervised[:, :1] = False  # the first token has no predictor
-    place = np.flatnonzero(supervised)
-    sequence, offset = np.divmod(place, max(length, 1))
+    laid = lay_out([Line(line.encoded.ids, line.encoded.supervised, line.row) for line in lines], layout, pad_id)
     return Batch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        position_ids=torch.arange(length).expand(len(lines), length).contiguous(),
-        target_ids=torch.from_numpy(input_ids.reshape(-1)[place]),
-        predictor=torch.from_numpy(place - 1),
-        place=torch.from_numpy(place),
-        offset=torch.from_numpy(offset),
-        sequence=torch.from_numpy(sequence),
+        **laid,
         row=_integers(line.row for line in lines),
         role=_integers(line.part.role for line in lines),
         target=torch.tensor([line.part.target for line in lines], dtype=torch.float32),
@@ -143,7 +141,7 @@ def collate(items: Sequence[Item], pad_id: int) -> Batch:
         pairs=_pairs(lines),
         example=_integers(item.example for item in items),
         kind=_integers(_KINDS[item.row.kind] for item in items),
-        columns=_columns(items, lines, sequence),
+        columns=_columns(items, lines, laid["sequence"].numpy()),
         annotations=_annotations(lines),
     )
 

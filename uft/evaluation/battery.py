@@ -113,7 +113,8 @@ class _Bench:
         items = self._items(held)
         forward = self.reference.forward if self.reference else None
         found: dict[int, list[Scored]] = {item.example: [] for item in items}
-        for batch in micro_batches(items, self.micro_batch_tokens, pad_id(self.tokenizer)) if items else ():
+        pad, layout = pad_id(self.tokenizer), self.policy.layout
+        for batch in micro_batches(items, self.micro_batch_tokens, pad, layout) if items else ():
             if self.should_stop():
                 raise Interrupted
             for example, scored in _score(self.policy, forward, batch.to(self.policy.device)):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from uft.data.batch import Batch
+from uft.data.batch import NOT_AN_INPUT, Batch
+from uft.data.packing import Layout
 from uft.errors import Problem, UftError
-from uft.model.head import Head, Predictions, transform_of
+from uft.model.attention import PACKED, no_mask
+from uft.model.head import Head, Judge, Predictions, transform_of
 from uft.model.sequences import sequence_batch
 from uft.objectives.base import PLAIN, Ask, Scores
 
@@ -46,7 +48,8 @@ class Policy:
         self.embeddings: nn.Module = self.base.get_input_embeddings()
         self.head = self._own_head()
         self.notes: list[str] = []
-        self._takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+        self.layout = Layout.PADDED  # of the batches it is to be given: `packed.settle_layout`
+        self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
 
     @property
     def device(self) -> torch.device:
@@ -54,8 +57,9 @@ class Policy:
 
     @property
     def attention(self) -> str:
-        """The attention implementation in use."""
-        return str(self.base.config.get_text_config()._attn_implementation)
+        """The attention implementation in use; packed, the one that ours stands on."""
+        name = str(self.base.config.get_text_config()._attn_implementation)
+        return next((base for base, packed in PACKED.items() if packed == name), name)
 
     @property
     def embedding_rows(self) -> int:
@@ -92,9 +96,20 @@ class Policy:
             )
         return Predictions(_select(whole, batch.predictor), self.head)
 
-    def _inputs(self, batch: Batch, ask: Ask) -> dict[str, Tensor]:
-        inputs = {"attention_mask": batch.attention_mask}
-        if self._takes_positions:
+    def visit(self, batch: Batch, ask: Ask, parts: Iterable[slice], judge: Judge) -> None:
+        """Forward and backward in one: `judge` is told the log-probs of each part and tells their gradient.
+
+        `parts` cover the batch's targets; each part's logits are made once. Only where there is a `head`.
+        """
+        predictions = self.predictions(batch, ask)
+        assert predictions.head is not None
+        predictions.head.visit(predictions.states, batch.target_ids, parts, judge, ask.guess)
+
+    def _inputs(self, batch: Batch, ask: Ask) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.segments is not None:
+            inputs = {"attention_mask": no_mask(batch.input_ids.device), "segments": batch.segments}
+        if self.takes_positions:
             inputs["position_ids"] = batch.position_ids
         mixing = ask.replace is not None and ask.mix != 0
         if ask.embed_grad and not mixing:
@@ -103,10 +118,16 @@ class Policy:
         with nullcontext() if ask.embed_grad else torch.no_grad():
             embedded = self.embeddings(batch.input_ids)
             if mixing:
-                flat = embedded.flatten(0, 1)
-                mixed = (1 - ask.mix) * flat[batch.place] + ask.mix * self.embeddings(ask.replace)
-                embedded = flat.index_copy(0, batch.place, mixed.to(flat.dtype)).view_as(embedded)
+                embedded = self._mixed(embedded, batch.place, ask)
         return inputs | {"inputs_embeds": embedded}
+
+    def _mixed(self, embedded: Tensor, place: Tensor, ask: Ask) -> Tensor:
+        """(B, L, H) with the replacements of the targets that are among the inputs mixed in."""
+        assert ask.replace is not None
+        among = place != NOT_AN_INPUT
+        place, flat = place[among], embedded.flatten(0, 1)
+        mixed = (1 - ask.mix) * flat[place] + ask.mix * self.embeddings(ask.replace[among])
+        return flat.index_copy(0, place, mixed.to(flat.dtype)).view_as(embedded)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")

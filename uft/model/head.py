@@ -3,11 +3,14 @@
 Two-stage: the forward pass walks over chunks of rows and keeps one logsumexp per row; the backward pass makes each
 chunk's logits again and turns them into `softmax - onehot`. What is held is one chunk, whatever the batch. A single
 chunk is kept for the backward pass instead, because then making it again would save nothing.
+
+In one visit: where somebody can tell the gradient of a part of the log-probs as soon as these are known, it is turned
+into that of the hidden states and the weight while the logits are still there, and nothing is made twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Tensor = torch.Tensor
+
+Judge = Callable[[slice, Tensor, Tensor | None], Tensor]
+"""(which targets, their log-probs (n,), their argmax tokens if asked for) -> (n,) gradient of the loss."""
 
 CHUNK_ELEMENTS = 2**24
 """Logits in one chunk, at most: 64 MiB in float32, about 340 rows of a vocabulary of 49,152."""
@@ -93,6 +99,73 @@ class Head:
         )
         return log_probs, guesses if guess else None
 
+    def visit(
+        self, states: Tensor, target_ids: Tensor, parts: Iterable[slice], judge: Judge, guess: bool = False
+    ) -> None:
+        """Backward pass of a loss that `judge` tells the gradient of, part by part; `parts` cover all N targets."""
+        projection, hidden = self.projection, states.detach()
+        wants = [t is not None and t.requires_grad for t in (states, projection.weight, projection.bias)]
+        sums = _Gradients(hidden, projection.weight, projection.bias, wants)
+        buffer = hidden.new_empty(0, dtype=self.dtype)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            inputs, matrix = hidden.to(self.dtype), projection.weight.to(self.dtype)
+            for part in parts:
+                count = part.stop - part.start
+                if count > self.rows:
+                    self._visit_in_two_stages(hidden[part], target_ids, part, judge, guess, sums)
+                    continue
+                if len(buffer) < count:
+                    buffer = inputs.new_empty(self.rows, self.vocabulary)
+                logits = _logits(inputs[part], matrix, projection.bias, self.transform, out=buffer[:count])
+                sums.add(part, self._judged(logits, target_ids[part], part, judge, guess), inputs, matrix)
+        sums.backward(states, projection.weight, projection.bias)
+
+    def _judged(self, logits: Tensor, target_ids: Tensor, part: slice, judge: Judge, guess: bool) -> Tensor:
+        """(n, V) gradient of the raw logits; the logits themselves are gone after it."""
+        picked, guesses = logits.gather(1, target_ids[:, None]), logits.argmax(1) if guess else None
+        peak = logits.amax(1, keepdim=True)
+        mass = (logits - peak if self.transform.softcap is not None else logits.sub_(peak)).exp_()
+        total = mass.sum(1, keepdim=True)
+        incoming = judge(part, (picked - peak - total.log()).squeeze(1), guesses)[:, None].to(mass.dtype)
+        gradient = mass.mul_(-incoming / total).scatter_add_(1, target_ids[:, None], incoming)
+        return self.transform.backward_(gradient, logits)
+
+    def _visit_in_two_stages(
+        self, hidden: Tensor, target_ids: Tensor, part: slice, judge: Judge, guess: bool, sums: _Gradients
+    ) -> None:
+        """A part of more than one chunk."""
+        with torch.enable_grad():
+            leaf = hidden.requires_grad_()
+            log_probs, guesses = self(leaf, target_ids[part], guess)
+        torch.autograd.backward(log_probs, judge(part, log_probs.detach(), guesses))
+        if sums.hidden is not None and leaf.grad is not None:
+            sums.hidden[part] = leaf.grad
+
+
+class _Gradients:
+    """Of the hidden states, the weight and the bias, as far as they are wanted, summed over chunks."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: Sequence[bool]) -> None:
+        self.hidden = torch.empty_like(hidden) if wants[0] else None
+        self.weight = torch.zeros_like(weight) if wants[1] else None
+        self.bias = torch.zeros_like(bias) if bias is not None and wants[2] else None
+
+    def add(self, part: slice, gradient: Tensor, inputs: Tensor, matrix: Tensor) -> None:
+        """`gradient`: (n, V) of the raw logits of a chunk; `inputs` (N, H), `matrix` (V, H) in the products' dtype."""
+        if self.bias is not None:
+            self.bias += gradient.sum(0)
+        gradient = gradient.to(matrix.dtype)
+        if self.hidden is not None:
+            self.hidden[part] = gradient @ matrix
+        if self.weight is not None:
+            _add_product_(self.weight, gradient.T, inputs[part])
+
+    def backward(self, *tensors: Tensor | None) -> None:
+        """Hand them on to the three tensors and to whatever these were made of."""
+        pairs = [(t, g) for t, g in zip(tensors, (self.hidden, self.weight, self.bias), strict=True) if g is not None]
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs if t is not None], [g for _, g in pairs])
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -151,9 +224,11 @@ def _chunks(count: int, rows: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
-    """One chunk of transformed logits in at least float32, freshly made."""
-    logits = _at_least_float32(hidden @ weight.T)
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, out: Tensor | None = None
+) -> Tensor:
+    """One chunk of transformed logits in at least float32, freshly made, or in `out` if that has their dtype."""
+    logits = _at_least_float32(torch.mm(hidden, weight.T, out=out))
     if bias is not None:
         logits += bias
     return transform.apply_(logits)
@@ -197,10 +272,7 @@ class _SelectedLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target_ids, normaliser, kept = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        to_hidden = torch.empty_like(hidden) if wants_hidden else None
-        to_weight = torch.zeros_like(weight) if wants_weight else None
-        to_bias = torch.zeros_like(bias) if wants_bias else None
+        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
             for part in _chunks(hidden.shape[0], ctx.rows):
@@ -208,14 +280,8 @@ class _SelectedLogProbs(torch.autograd.Function):
                 gradient = (logits - normaliser[part, None]).exp_().neg_()  # onehot - softmax, times what comes in
                 gradient.scatter_add_(1, target_ids[part, None], gradient.new_ones(gradient.shape[0], 1))
                 ctx.transform.backward_(gradient.mul_(incoming[part, None]), logits)
-                if to_bias is not None:
-                    to_bias += gradient.sum(0)
-                gradient = gradient.to(ctx.dtype)
-                if to_hidden is not None:
-                    to_hidden[part] = gradient @ matrix
-                if to_weight is not None:
-                    _add_product_(to_weight, gradient.T, inputs[part])
-        return to_hidden, to_weight, to_bias, None, None, None, None, None
+                sums.add(part, gradient, inputs, matrix)
+        return sums.hidden, sums.weight, sums.bias, None, None, None, None, None
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -17,10 +17,12 @@ import torch
 
 from uft.config.schema import Model, ReferenceModel
 from uft.data.batch import Batch
+from uft.data.packing import Layout
 from uft.errors import Problem, UftError
 from uft.model.forward import Policy
 from uft.model.head import Predictions
 from uft.model.load import check_vocabulary, load_base, pad_id, storage_dtype, whereabouts
+from uft.model.packed import follow_layout
 from uft.model.reference_cache import LogProbStore, ReferenceColumn, weights_digest
 from uft.objectives.base import PLAIN, Ask, Forward, Scores
 
@@ -54,23 +56,28 @@ def make_reference(
     visits_per_row: float,
     cache: Path,
     distributions: bool = False,
+    longest_row: int = 0,
 ) -> Reference:
     """The reference of a run, in the mode asked for or the cheapest one. May be called on a trained policy.
 
     `visits_per_row`: how often the run visits a row on average; `cache`: root of the caches on disk; `distributions`:
-    whether the objective compares with whole distributions.
+    whether the objective compares with whole distributions; `longest_row`: tokens of the longest sequence.
     """
     mode, why = choose_mode(model, reference, visits_per_row, distributions)
     without_adapter = model.adapter == "lora" and reference.path is None
 
     def frozen() -> Frozen:
-        return Frozen(policy) if without_adapter else _copy(model, reference, device, tokenizer)
+        if without_adapter:
+            return Frozen(policy)
+        other = _copy(model, reference, device, tokenizer)
+        follow_layout(other, policy, longest_row)
+        return Frozen(other)
 
     def adapter_off() -> Reference:
         return Reference(mode, why, Frozen(policy))
 
     def copy() -> Reference:
-        return Reference(mode, why, _copy(model, reference, device, tokenizer))
+        return Reference(mode, why, frozen())
 
     def cached() -> Reference:
         digest = weights_digest(whereabouts(model, reference.path), lambda: load_base(model, device, reference.path))
@@ -79,9 +86,11 @@ def make_reference(
             "dtype": f"{model.dtype} of {storage_dtype(model)}",
             "attention": f"{model.attention} {policy.attention}",
             "device": device.type,
+            **({} if policy.layout is Layout.PADDED else {"layout": policy.layout.value}),
         }
         store = LogProbStore.of(cache / "reference", identity)
-        return Reference(mode, why, FromColumn(), ReferenceColumn(store, frozen, pad_id(tokenizer), device))
+        column = ReferenceColumn(store, frozen, pad_id(tokenizer), device, policy.layout)
+        return Reference(mode, why, FromColumn(), column)
 
     ways: dict[str, Callable[[], Reference]] = {"adapter_off": adapter_off, "copy": copy, "cached": cached}
     return ways[mode]()
@@ -145,9 +154,9 @@ class FromColumn:
         return Scores(batch.columns["reference"])
 
 
-def _copy(model: Model, reference: ReferenceModel, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Frozen:
+def _copy(model: Model, reference: ReferenceModel, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Policy:
     module = load_base(model, device, reference.path)
     check_vocabulary(module, tokenizer, "reference.path" if reference.path else "model.path")
     policy = Policy(module.to(device).requires_grad_(False).eval(), model.dtype)
     policy.check_head()
-    return Frozen(policy)
+    return policy

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from uft.data.packing import Layout
 from uft.model.paths import Location
-from uft.model.sequences import TokenSequence, batches_of, sequence_batch
+from uft.model.sequences import TokenSequence, batches_of, packs_of, prompt_of, sequence_batch
 from uft.objectives.base import Forward
 from uft.runs import write_json
 
@@ -113,11 +114,19 @@ def _read(file: Path) -> dict[bytes, np.ndarray] | None:
 class ReferenceColumn:
     """The cached reference of a run: filled once, then asked for every completion that goes into a batch."""
 
-    def __init__(self, store: LogProbStore, forward: Callable[[], Forward], pad_id: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: LogProbStore,
+        forward: Callable[[], Forward],
+        pad_id: int,
+        device: torch.device,
+        layout: Layout = Layout.PADDED,
+    ) -> None:
         self.store = store
         self.forward = forward  # makes the model, only when something is missing
         self.pad_id = pad_id
         self.device = device
+        self.layout = layout  # part of what the store is known by
 
     def __call__(self, encoded: Encoded) -> np.ndarray:
         """(supervised tokens,) float32, in reading order. KeyError: `fill` has not seen this sequence."""
@@ -146,8 +155,9 @@ class ReferenceColumn:
         if not missing:
             return True
         forward = self.forward()
-        # like lengths together, and files in that order, so that batches stay full
-        keys = sorted(missing, key=lambda key: len(missing[key][0]))
+        # like lengths (packed: like prompts) together, and files in that order, so that batches stay full
+        order = _length if self.layout is Layout.PADDED else _prompt
+        keys = sorted(missing, key=lambda key: order(missing[key]))
         for start in range(0, len(keys), SEQUENCES_PER_FILE):
             part = keys[start : start + SEQUENCES_PER_FILE]
             values = self._compute(forward, [missing[key] for key in part], batch_tokens, should_stop)
@@ -162,14 +172,26 @@ class ReferenceColumn:
     ) -> dict[int, np.ndarray] | None:
         """Position -> log-probs; None when somebody asked to stop."""
         found: dict[int, np.ndarray] = {}
-        for group in batches_of([len(ids) for ids, _ in sequences], batch_tokens):
+        padded = self.layout is Layout.PADDED
+        lengths = [len(ids) for ids, _ in sequences]
+        for group in batches_of(lengths, batch_tokens) if padded else packs_of(sequences, batch_tokens):
             if should_stop():
                 return None
-            batch = sequence_batch([sequences[position] for position in group], self.pad_id).to(self.device)
+            taken = [sequences[position] for position in group]
+            batch = sequence_batch(taken, self.pad_id, self.layout).to(self.device)
             log_probs = forward(batch).log_probs.float()
             pieces = log_probs.cpu().split(batch.lengths.tolist())
             found.update({position: piece.numpy().copy() for position, piece in zip(group, pieces, strict=True)})
         return found
+
+
+def _length(sequence: TokenSequence) -> tuple[int, bytes]:
+    return len(sequence[0]), b""
+
+
+def _prompt(sequence: TokenSequence) -> tuple[int, bytes]:
+    prompt = prompt_of(sequence)
+    return len(prompt), prompt
 
 
 def weights_digest(place: Location, fetch: Callable[[], Any]) -> str:

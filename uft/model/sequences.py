@@ -1,4 +1,4 @@
-"""Token sequences without rows: what the reference cache and the check of the head send through a model."""
+"""Token sequences without rows: what the reference cache and the checks of a model send through it."""
 
 from __future__ import annotations
 
@@ -8,35 +8,21 @@ import numpy as np
 import torch
 
 from uft.data.batch import Batch
+from uft.data.packing import Layout, Line, lay_out
 
 TokenSequence = tuple[np.ndarray, np.ndarray]
 """ids (L,) int and supervised (L,) bool."""
 
 
-def sequence_batch(sequences: Sequence[TokenSequence], pad_id: int) -> Batch:
-    """Each sequence as a row of its own, padded on the right; targets in order, roles and rewards empty."""
-    longest = max(len(ids) for ids, _ in sequences)
+def sequence_batch(sequences: Sequence[TokenSequence], pad_id: int, layout: Layout = Layout.PADDED) -> Batch:
+    """Each sequence as a row of its own; targets in order, roles and rewards empty. Packed, neighbours with the same
+    prompt may share it."""
     count = len(sequences)
-    input_ids = torch.full((count, longest), pad_id, dtype=torch.long)
-    real = torch.zeros(count, longest, dtype=torch.long)
-    supervised = torch.zeros(count, longest, dtype=torch.bool)
-    for number, (ids, mask) in enumerate(sequences):
-        input_ids[number, : len(ids)] = torch.from_numpy(np.array(ids, dtype=np.int64))
-        supervised[number, : len(ids)] = torch.from_numpy(np.array(mask, dtype=bool))
-        real[number, : len(ids)] = 1
-    supervised[:, :1] = False  # nothing predicts the first token
-    sequence, offset = supervised.nonzero(as_tuple=True)
-    place = sequence * longest + offset
+    groups = _neighbours(sequences)
+    lines = [Line(ids, mask, group) for (ids, mask), group in zip(sequences, groups, strict=True)]
     each = torch.arange(count)
     return Batch(
-        input_ids=input_ids,
-        attention_mask=real,
-        position_ids=torch.arange(longest).expand(count, longest).contiguous(),
-        target_ids=input_ids.flatten()[place],
-        predictor=place - 1,
-        place=place,
-        offset=offset,
-        sequence=sequence,
+        **lay_out(lines, layout, pad_id),
         row=each,
         role=torch.ones(count, dtype=torch.long),
         target=torch.full((count,), torch.nan),
@@ -48,6 +34,21 @@ def sequence_batch(sequences: Sequence[TokenSequence], pad_id: int) -> Batch:
     )
 
 
+def prompt_of(sequence: TokenSequence) -> bytes:
+    """The tokens before the first supervised one."""
+    ids, supervised = sequence
+    return np.asarray(ids, dtype="<i4")[: int(np.argmax(supervised))].tobytes()
+
+
+def _neighbours(sequences: Sequence[TokenSequence]) -> list[int]:
+    """A number per sequence, the same for neighbours with the same prompt."""
+    numbers: list[int] = []
+    for position, sequence in enumerate(sequences):
+        alike = position > 0 and prompt_of(sequence) == prompt_of(sequences[position - 1])
+        numbers.append(numbers[-1] + (not alike) if numbers else 0)
+    return numbers
+
+
 def batches_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Positions sorted by length and grouped so that `longest * count <= budget`, one alone where it exceeds that."""
     groups: list[list[int]] = []
@@ -56,4 +57,22 @@ def batches_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
             groups[-1].append(position)
         else:
             groups.append([position])
+    return groups
+
+
+def packs_of(sequences: Sequence[TokenSequence], budget: int) -> list[list[int]]:
+    """Positions of neighbours of at most `budget` tokens, a prompt that several share counted once; one alone where it
+    exceeds that."""
+    groups: list[list[int]] = []
+    total, last = 0, None
+    for position, sequence in enumerate(sequences):
+        prompt, size = prompt_of(sequence), len(sequence[0])
+        more = size - int(np.argmax(sequence[1])) if prompt == last else size
+        if groups and total + more <= budget:
+            groups[-1].append(position)
+            total += more
+        else:
+            groups.append([position])
+            total = size
+        last = prompt
     return groups

@@ -13,6 +13,7 @@ import torch
 from uft import __version__
 from uft.config.schema import Config
 from uft.config.stages import Stage
+from uft.data.packing import Layout
 from uft.data.report import report_table
 from uft.runs import Run, shown
 from uft.tracking.format import count
@@ -107,13 +108,14 @@ def _horizon(prepared: Prepared) -> Card:
     trainer, cfg = prepared.trainer, prepared.trainer.config
     passes = prepared.plan.total_rows / prepared.plan.epoch_rows
     warmup = warmup_steps(cfg.optim.warmup, trainer.steps)
+    padding = ", padding counted" if trainer.policy.layout is Layout.PADDED else ""
     held_out = sum(len(source.rows) for source in prepared.corpus.held_out)
     battery = f"{held_out:,} rows held out, {cfg.eval.rows} of each source are measured"
     if not held_out:
         battery = "no held-out rows: set data.holdout=0.05 to measure on some"
     return [
         ("horizon", f"{trainer.steps} steps of {cfg.train.batch_size} rows, {passes:.2f} passes"),
-        ("batch", f"at most {cfg.train.micro_batch_tokens:,} tokens per forward pass, padding counted"),
+        ("batch", f"at most {cfg.train.micro_batch_tokens:,} tokens per forward pass{padding}"),
         ("optimiser", f"{cfg.optim.name} lr {cfg.optim.lr:g}, {cfg.optim.schedule}, {warmup} steps of warm-up"),
         ("battery", battery),
     ]

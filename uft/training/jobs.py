@@ -83,13 +83,14 @@ def worst_step(prepared: Prepared) -> tuple[float, int]:
     longest: list[Item] = sorted(trainer.feed.items(draws), key=lambda item: -item.length)[: cfg.batch_size]
     if not longest:
         return 0.0, 0
-    batches = [b.to(trainer.device) for b in micro_batches(longest, cfg.micro_batch_tokens, trainer.pad_id)]
+    layout = trainer.policy.layout
+    batches = [b.to(trainer.device) for b in micro_batches(longest, cfg.micro_batch_tokens, trainer.pad_id, layout)]
     started = time.perf_counter()
     forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, trainer.clock(0))
     trainer.optimiser.step()  # its moments are memory too; this trainer is thrown away
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
-    return time.perf_counter() - started, sum(int(batch.attention_mask.sum()) for batch in batches)
+    return time.perf_counter() - started, sum(batch.tokens for batch in batches)
 
 
 def data(config: Config) -> int:

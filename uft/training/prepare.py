@@ -17,6 +17,7 @@ from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.stepzero import check_step_zero
 from uft.model.forward import Policy
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
+from uft.model.packed import settle_layout
 from uft.model.reference import Reference, make_reference
 from uft.objectives import make
 from uft.objectives.base import Clock, Objective
@@ -101,9 +102,12 @@ def prepare(
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
     check_positions(policy, corpus)
+    longest = longest_row(corpus, config, objective)
+    settle_layout(policy, config.train.packing, longest)
     _pause(stop)
     objective.start(feed.examples)
-    against = partial(make_reference, policy, device=device, tokenizer=tokenizer, cache=cache_dir(config))
+    cache = cache_dir(config)
+    against = partial(make_reference, policy, device=device, tokenizer=tokenizer, cache=cache, longest_row=longest)
     visits = horizon.total_rows / max(1, feed.examples)
     reference = None
     if objective.needs.reference:
@@ -141,6 +145,14 @@ def settle_threads(hardware: Hardware, policy: Policy) -> None:
     size = sum(parameter.numel() for parameter in policy.module.parameters())
     if hardware.threads is None and policy.device.type == "cpu" and size < SMALL_MODEL:
         torch.set_num_threads(1)
+
+
+def longest_row(corpus: Corpus, config: Config, objective: Objective) -> int:
+    """Tokens of the longest sequence the model will meet."""
+    if objective.needs.mismatched:  # prompts and completions meet that were not together before
+        return config.train.max_length
+    sources = [*corpus.train, *corpus.held_out]
+    return max((one.length for source in sources for row in source.encoded for one in row), default=0)
 
 
 def resume(trainer: Trainer) -> int:
@@ -240,7 +252,7 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
     items = trainer.feed.items(trainer.feed.preview(min(trainer.config.train.batch_size, 8)))
     if not items:
         return {}
-    batch = micro_batches(items[:2], 1, trainer.pad_id)[0].to(trainer.device)
+    batch = micro_batches(items[:2], 1, trainer.pad_id, trainer.policy.layout)[0].to(trainer.device)
     trainer.policy.eval()
     ours, theirs = trainer.policy(batch).log_probs, reference.forward(batch).log_probs
     problems = check_step_zero(ours, theirs, STEP_ZERO_TOLERANCE[trainer.config.model.dtype])

@@ -9,7 +9,9 @@ import torch
 
 from uft.data.batch import Batch
 from uft.data.batches import Item, micro_batches
+from uft.data.packing import Layout
 from uft.objectives.base import Clock, Forward, Loss, Objective, Term
+from uft.training.visits import visit
 
 Tensor = torch.Tensor
 Parameters = Mapping[str, torch.nn.Parameter]
@@ -22,7 +24,7 @@ class Step:
     loss: Tensor  # () the number shown as `loss`
     terms: Loss  # totals and counts over all micro-batches
     grad_norm: Tensor  # () before clipping
-    tokens: int  # forwarded, padding not counted
+    tokens: int  # of all sequences, padding not counted
     supervised_tokens: int
 
 
@@ -48,13 +50,20 @@ def forward_backward(
     for batch in batches:
         for name, count in objective.counts(batch).items():
             units[name] = units[name] + count if name in units else count
+
+    def weighted(loss: Loss) -> Tensor | None:
+        parts = [t.weight * t.total / units[name].clamp(min=1) for name, t in loss.items() if t.weight and t.count > 0]
+        return torch.stack(parts).sum() if parts else None
+
     terms: Loss = {}
     for batch in batches:
-        loss = objective(batch, policy, reference, clock)
-        parts = [t.weight * t.total / units[name].clamp(min=1) for name, t in loss.items() if t.weight and t.count > 0]
-        if parts:
-            torch.stack(parts).sum().backward()
-        for name, term in loss.items():
+        losses = list(visit(objective, batch, policy, reference, clock, weighted))
+        if not losses:
+            losses = [objective(batch, policy, reference, clock)]
+            total = weighted(losses[0])
+            if total is not None:
+                total.backward()
+        for name, term in ((name, term) for loss in losses for name, term in loss.items()):
             before = terms[name].total if name in terms else 0.0
             terms[name] = Term(before + term.total.detach(), units[name], term.weight)
     return terms
@@ -95,11 +104,12 @@ def optimiser_step(
     max_grad_norm: float,
     pad_id: int,
     device: torch.device,
+    layout: Layout = Layout.PADDED,
 ) -> Step:
     """Update the parameters with the gradient of `items`. Raises NonFinite before anything was changed."""
-    batches = [batch.to(device) for batch in micro_batches(items, micro_batch_tokens, pad_id)]
+    batches = [batch.to(device) for batch in micro_batches(items, micro_batch_tokens, pad_id, layout)]
     optimiser.zero_grad(set_to_none=True)
-    unrelated = [batch.to(device) for batch in micro_batches(mismatched, micro_batch_tokens, pad_id)]
+    unrelated = [batch.to(device) for batch in micro_batches(mismatched, micro_batch_tokens, pad_id, layout)]
     clock = replace(clock, survey=survey(objective, unrelated, policy, reference))
     terms = forward_backward(objective, batches, policy, reference, clock)
     loss = reported_loss(objective, terms)
@@ -114,7 +124,7 @@ def optimiser_step(
         loss,
         terms,
         grad_norm,
-        tokens=sum(int(batch.attention_mask.sum()) for batch in batches),
+        tokens=sum(batch.tokens for batch in batches),
         supervised_tokens=sum(batch.target_ids.numel() for batch in batches),
     )
 
@@ -129,11 +139,12 @@ def culprits(
     *,
     pad_id: int,
     device: torch.device,
+    layout: Layout = Layout.PADDED,
 ) -> list[str]:
     """Ids of the rows whose loss or gradient alone is not finite; empty when only their sum overflows."""
     found = []
     for item in items:
-        batches = [batch.to(device) for batch in micro_batches([item], 1, pad_id)]
+        batches = [batch.to(device) for batch in micro_batches([item], 1, pad_id, layout)]
         terms = forward_backward(objective, batches, policy, reference, clock)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         if not all(bool(torch.isfinite(x).all()) for x in [reported_loss(objective, terms), *gradients]):

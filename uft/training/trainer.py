@@ -127,6 +127,7 @@ class Trainer:
             max_grad_norm=self.config.train.max_grad_norm,
             pad_id=self.pad_id,
             device=self.device,
+            layout=self.policy.layout,
         )
 
     def _reversible_state(self) -> dict[str, Any]:
@@ -152,6 +153,7 @@ class Trainer:
             replace(self.clock(self.progress.step), learning=False),
             pad_id=self.pad_id,
             device=self.device,
+            layout=self.policy.layout,
         )
 
     def _give_up(self, problem: NonFinite, rows: Sequence[str]) -> NoReturn:

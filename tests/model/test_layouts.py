@@ -1,0 +1,219 @@
+"""Padded, packed, prompt shared, one by one: the same losses and gradients under every objective and on every model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from uft.config.schema import Lora
+from uft.data.batches import Item, collate, make_item, micro_batches, mismatched
+from uft.data.packing import Layout
+from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row
+from uft.data.templates import Encoded
+from uft.model import head
+from uft.model.adapters import add_lora
+from uft.model.forward import Policy
+from uft.model.packed import settle_layout
+from uft.model.reference import Frozen
+from uft.objectives import make
+from uft.objectives.base import Ask, Clock, Objective
+from uft.training.step import forward_backward, reported_loss, survey
+
+FOLDER = Path(__file__).parents[2] / "conf" / "objective"
+PRESETS = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+MODELS = ["llama", "llama_tied", "qwen2", "gemma3", "cohere", "gpt2"]
+WORDS = 61
+PROMPT, LONGEST = 9, 9
+ALL, ALONE = 10_000, 1  # token budgets: one batch, a row a batch
+Build = Callable[..., Any]
+
+
+def settings(name: str) -> dict[str, Any]:
+    """A file of conf/objective with the objectives it places inside itself."""
+    content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    placed = {k: v for line in content.pop("defaults", []) if isinstance(line, Mapping) for k, v in line.items()}
+    return {**content, **{place.rpartition("@")[2]: settings(other) for place, other in placed.items()}}
+
+
+def fresh(name: str, **changes: Any) -> Objective:
+    """The objective as if every example had been visited before."""
+    objective = make({**settings(name), **changes})
+    objective.start(100)
+    if "log_u" in objective.state:
+        objective.state["log_u"].copy_(torch.linspace(-3, 3, 100))
+    return objective
+
+
+class Words:
+    """Random rows of unequal lengths, each completion with its tokens."""
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(11)
+
+    def ids(self, most: int) -> np.ndarray:
+        return self.random.integers(3, WORDS, int(self.random.integers(1, most + 1))).astype(np.int32)
+
+    def row(self, kind: Kind, number: int) -> tuple[Row, tuple[Encoded, ...]]:
+        def completion(**feedback: Any) -> Completion:
+            written = dict.fromkeys(ANNOTATIONS, float(-self.random.random()))
+            return Completion((Message("assistant", "x"),), annotations=written, **feedback)
+
+        completions = {
+            Kind.DEMONSTRATION: lambda: (completion(),),
+            Kind.PREFERENCE: lambda: (completion(preferred=True), completion(preferred=False)),
+            Kind.BINARY: lambda: (completion(label=bool(number % 2)),),
+            Kind.SCORED: lambda: (completion(score=0.9), completion(score=0.1), completion(score=0.6)),
+            Kind.NEGATIVES: lambda: (
+                completion(),
+                *(completion(sampled_by="m", log_prob=-float(n)) for n in (3, 4, 5)),
+            ),
+        }[kind]()
+        prompt = self.ids(PROMPT)
+        row = Row("source", number, (Message("user", "p"),), completions)
+        return row, tuple(self.encoded(prompt, n == 1) for n in range(len(completions)))
+
+    def encoded(self, prompt: np.ndarray, one: bool) -> Encoded:
+        """`one`: of a single token. The prompts of a row differ at their end now and then, as tokenizers make them."""
+        prompt = prompt.copy()
+        if self.random.random() < 0.2:
+            prompt[-1] = 3 + (prompt[-1] + 1) % (WORDS - 3)
+        ids = np.concatenate([prompt, self.ids(1 if one else LONGEST)])
+        supervised = np.arange(len(ids)) >= len(prompt)
+        if len(ids) > len(prompt) + 4:
+            supervised[len(prompt) + 2] = False  # between two turns
+        return Encoded(ids, supervised, len(prompt))
+
+
+def items_of(objective: Objective, count: int = 10) -> list[Item]:
+    """Rows of all kinds that the objective takes something of, one of them twice."""
+    words, found = Words(), []
+    kinds = [kind for kind in Kind if kind in objective.views]
+    for number in range(count):
+        row, encoded = words.row(kinds[number % len(kinds)], number)
+        item = make_item(row, encoded, number, 0, lambda row, visit: objective.views[row.kind](row, visit))
+        found += [item] if item is not None else []
+    return [*found, found[0]]
+
+
+@dataclass
+class Measured:
+    loss: float
+    terms: dict[str, float]
+    gradients: dict[str, torch.Tensor]
+
+
+def measure(
+    objective: Objective, policy: Policy, reference: Any, items: list[Item], layout: Layout, budget: int
+) -> Measured:
+    policy.module.zero_grad(set_to_none=True)
+    batches = micro_batches(items, budget, 0, layout)
+    unrelated = micro_batches(mismatched(items, 64), budget, 0, layout) if objective.needs.mismatched else []
+    clock = Clock(step=3, steps=10, noise=0.7, survey=survey(objective, unrelated, policy, reference))
+    terms = forward_backward(objective, batches, policy, reference, clock)
+    gradients = {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
+    values = {name: float(term.total / term.count.clamp(min=1)) for name, term in terms.items()}
+    return Measured(float(reported_loss(objective, terms)), values, gradients)
+
+
+def packing(model: Any) -> Policy:
+    """A policy that reads packed batches, in training mode."""
+    policy = Policy(model)
+    policy.check_head()
+    settle_layout(policy, "packed", 30)
+    return policy.train()
+
+
+def moved(model: Any) -> Any:
+    """A copy away from where it was, so that policy and reference differ."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return other
+
+
+def assert_same(ours: Measured, theirs: Measured) -> None:
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5, abs=1e-6)
+    assert ours.terms == pytest.approx(theirs.terms, rel=1e-4, abs=1e-5)
+    assert ours.gradients.keys() == theirs.gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in theirs.gradients.values())
+    assert largest > 0
+    for name, gradient in ours.gradients.items():
+        difference = float((gradient - theirs.gradients[name]).abs().max())
+        assert difference <= 1e-5 * largest, name
+
+
+LAYOUTS = [(Layout.PACKED, ALL), (Layout.SHARED, 40), (Layout.SHARED, ALONE)]
+
+
+@pytest.fixture(scope="module")
+def pair(build: Build) -> tuple[Policy, Frozen]:
+    """A small Llama that packs, and its reference."""
+    model = build("llama")
+    return packing(moved(model)), Frozen(packing(model))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_objective_has_the_same_loss_and_gradient_in_every_layout(
+    pair: tuple[Policy, Frozen], name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 14 * WORDS)  # a row or two at a time, some rows in two chunks
+    items = items_of(fresh(name))
+    padded = measure(fresh(name), *pair, items, Layout.PADDED, ALL)
+    for layout, budget in LAYOUTS:
+        assert_same(measure(fresh(name), *pair, items, layout, budget), padded)
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "ift"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_does(build: Build, name: str, objective: str):
+    model = build(name)
+    pair = packing(moved(model)), Frozen(packing(model))
+    items = items_of(fresh(objective))
+    padded = measure(fresh(objective), *pair, items, Layout.PADDED, ALL)
+    for layout, budget in LAYOUTS:
+        assert_same(measure(fresh(objective), *pair, items, layout, budget), padded)
+
+
+@pytest.mark.parametrize("objective", ["uft", "dft", "ift"])
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "all weights"])
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
+def test_also_with_an_adapter_and_with_activations_made_again(
+    build: Build, adapter: bool, checkpointing: bool, objective: str
+):
+    module = add_lora(build("llama"), Lora(rank=2), 0, float32=True) if adapter else moved(build("llama"))
+    policy = packing(module)
+    reference = Frozen(policy) if adapter else Frozen(packing(build("llama")))
+    with torch.no_grad():
+        for parameter in policy.trainable().values() if adapter else ():
+            parameter.normal_(std=0.2)
+    items = items_of(fresh(objective))
+    padded = measure(fresh(objective), policy, reference, items, Layout.PADDED, ALL)
+    if checkpointing:
+        policy.base.activation_checkpointing_enable({"use_reentrant": False})
+    for layout, budget in LAYOUTS:
+        assert_same(measure(fresh(objective), policy, reference, items, layout, budget), padded)
+
+
+@pytest.mark.parametrize("changes", [{"embed_grad": True}, {"lam": 0.0}, {"propagation": "eq21", "reduction": "token"}])
+def test_ift_mixes_what_is_among_the_inputs(pair: tuple[Policy, Frozen], changes: dict[str, Any]):
+    items = items_of(fresh("ift"))
+    padded = measure(fresh("ift", **changes), *pair, items, Layout.PADDED, ALL)
+    for layout, budget in LAYOUTS:
+        assert_same(measure(fresh("ift", **changes), *pair, items, layout, budget), padded)
+
+
+def test_guesses_are_the_same_in_every_layout(pair: tuple[Policy, Frozen]):
+    items = items_of(fresh("sft"))
+    with torch.no_grad():
+        guesses = [pair[0](collate(items, 0, layout), Ask(guess=True)).guesses for layout in Layout]
+    assert all(torch.equal(guesses[0], other) for other in guesses)
