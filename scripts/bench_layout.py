@@ -26,7 +26,7 @@ import numpy as np
 import yaml
 
 VOCABULARY = 49_152
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 384,
     "intermediate_size": 1024,
@@ -195,7 +195,7 @@ def item(loss: str, random: np.random.Generator, number: int) -> Any:
         return Encoded(ids, np.arange(len(ids)) >= len(prompt), len(prompt))
 
     turn = (Message("assistant", "x"),)
-    feedback = [{}] if loss == "sft" else [{"preferred": True}, {"preferred": False}]
+    feedback: list[dict[str, Any]] = [{}] if loss == "sft" else [{"preferred": True}, {"preferred": False}]
     row = Row("random", number, (Message("user", "x"),), tuple(Completion(turn, **f) for f in feedback))
     parts = (Part(0), Part(1, Role.NEGATIVE))[: len(feedback)]
     return Item(number, row, parts, tuple(encoded() for _ in parts))
