@@ -43,6 +43,7 @@ def register(base: str) -> str:
 
     plain = ALL_ATTENTION_FUNCTIONS[base]
 
+    @torch.compiler.disable
     def attend(
         module: Any,
         query: Tensor,

@@ -19,6 +19,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from uft.model.in_place import own_gradient
+
 Tensor = torch.Tensor
 
 Judge = Callable[[slice, Tensor, Tensor | None], Tensor]
@@ -105,7 +107,7 @@ class Head:
         """Backward pass of a loss that `judge` tells the gradient of, part by part; `parts` cover all N targets."""
         projection, hidden = self.projection, states.detach()
         wants = [t is not None and t.requires_grad for t in (states, projection.weight, projection.bias)]
-        sums = _Gradients(hidden, projection.weight, projection.bias, wants)
+        sums = _Gradients(hidden, projection.weight, projection.bias, wants, in_place=True)
         buffer = hidden.new_empty(0, dtype=self.dtype)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(self.dtype), projection.weight.to(self.dtype)
@@ -143,11 +145,18 @@ class Head:
 
 
 class _Gradients:
-    """Of the hidden states, the weight and the bias, as far as they are wanted, summed over chunks."""
+    """Of the hidden states, the weight and the bias, as far as they are wanted, summed over chunks.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: Sequence[bool]) -> None:
+    `in_place`: that of the weight is its own, where it keeps one, and nothing is left to hand on.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: Sequence[bool], in_place: bool = False
+    ) -> None:
         self.hidden = torch.empty_like(hidden) if wants[0] else None
-        self.weight = torch.zeros_like(weight) if wants[1] else None
+        own = own_gradient(weight) if in_place and wants[1] else None
+        self.added = own is not None
+        self.weight = own if own is not None else torch.zeros_like(weight) if wants[1] else None
         self.bias = torch.zeros_like(bias) if bias is not None and wants[2] else None
 
     def add(self, part: slice, gradient: Tensor, inputs: Tensor, matrix: Tensor) -> None:
@@ -162,7 +171,8 @@ class _Gradients:
 
     def backward(self, *tensors: Tensor | None) -> None:
         """Hand them on to the three tensors and to whatever these were made of."""
-        pairs = [(t, g) for t, g in zip(tensors, (self.hidden, self.weight, self.bias), strict=True) if g is not None]
+        gradients = (self.hidden, None if self.added else self.weight, self.bias)
+        pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None]
         if pairs:
             torch.autograd.backward([t for t, _ in pairs if t is not None], [g for _, g in pairs])
 
