@@ -29,6 +29,9 @@ Judge = Callable[[slice, Tensor, Tensor | None], Tensor]
 CHUNK_ELEMENTS = 2**24
 """Logits in one chunk, at most: 64 MiB in float32, about 340 rows of a vocabulary of 49,152."""
 
+STRETCH = 2
+"""A part of up to so many chunks is visited as one: half a minute of memory is cheaper than making its logits twice."""
+
 
 @dataclass(frozen=True)
 class Transform:
@@ -113,11 +116,12 @@ class Head:
             inputs, matrix = hidden.to(self.dtype), projection.weight.to(self.dtype)
             for part in parts:
                 count = part.stop - part.start
-                if count > self.rows:
+                if count > STRETCH * self.rows:
                     self._visit_in_two_stages(hidden[part], target_ids, part, judge, guess, sums)
                     continue
                 if len(buffer) < count:
-                    buffer = inputs.new_empty(self.rows, self.vocabulary)
+                    buffer = hidden.new_empty(0, dtype=self.dtype)  # let go of before another is made
+                    buffer = inputs.new_empty(max(count, self.rows), self.vocabulary)
                 logits = _logits(inputs[part], matrix, projection.bias, self.transform, out=buffer[:count])
                 sums.add(part, self._judged(logits, target_ids[part], part, judge, guess), inputs, matrix)
         sums.backward(states, projection.weight, projection.bias)
@@ -263,16 +267,18 @@ class _SelectedLogProbs(torch.autograd.Function):
         log_probs = _at_least_float32(hidden.new_empty(count, dtype=dtype))
         normaliser = torch.empty_like(log_probs)
         guesses = torch.empty_like(target_ids if guess else target_ids[:0])
-        logits = log_probs.new_empty(0)
+        keep = count <= rows and any(ctx.needs_input_grad)
+        logits = buffer = hidden.new_empty(min(count, rows), weight.shape[0], dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(dtype), weight.to(dtype)
             for part in _chunks(count, rows):
-                logits = _logits(inputs[part], matrix, bias, transform)
-                normaliser[part] = logits.logsumexp(1)
-                log_probs[part] = logits.gather(1, target_ids[part, None]).squeeze(1) - normaliser[part]
+                logits = _logits(inputs[part], matrix, bias, transform, out=buffer[: part.stop - part.start])
+                picked = logits.gather(1, target_ids[part, None]).squeeze(1)
                 if guess:
                     guesses[part] = logits.argmax(1)
-        kept = logits if count <= rows and any(ctx.needs_input_grad) else None
+                normaliser[part] = logits.logsumexp(1) if keep else _logsumexp_(logits)
+                log_probs[part] = picked - normaliser[part]
+        kept = logits if keep else None
         ctx.save_for_backward(hidden, weight, bias, target_ids, normaliser, kept)
         ctx.transform, ctx.dtype, ctx.rows = transform, dtype, rows
         ctx.mark_non_differentiable(guesses)
@@ -287,11 +293,19 @@ class _SelectedLogProbs(torch.autograd.Function):
             inputs, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
             for part in _chunks(hidden.shape[0], ctx.rows):
                 logits = kept if kept is not None else _logits(inputs[part], matrix, bias, ctx.transform)
-                gradient = (logits - normaliser[part, None]).exp_().neg_()  # onehot - softmax, times what comes in
+                apart = kept is not None or ctx.transform.softcap is not None  # somebody needs the logits themselves
+                shifted = logits - normaliser[part, None] if apart else logits.sub_(normaliser[part, None])
+                gradient = shifted.exp_().neg_()  # onehot - softmax, times what comes in
                 gradient.scatter_add_(1, target_ids[part, None], gradient.new_ones(gradient.shape[0], 1))
                 ctx.transform.backward_(gradient.mul_(incoming[part, None]), logits)
                 sums.add(part, gradient, inputs, matrix)
         return sums.hidden, sums.weight, sums.bias, None, None, None, None, None
+
+
+def _logsumexp_(logits: Tensor) -> Tensor:
+    """(n, V) -> (n,), and the logits are gone."""
+    peak = logits.amax(1, keepdim=True)
+    return logits.sub_(peak).exp_().sum(1).log_() + peak.squeeze(1)
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
