@@ -13,33 +13,49 @@ from bench.setting import Place
 from bench.theirs import LEARNING_RATE
 
 
-def _head_in_two_stages() -> None:
+def _head_in_two_stages(trainer: Any) -> None:
     from uft.training import step
 
-    step.visit = lambda *_: iter(())  # type: ignore[assignment]
+    step.visit = lambda *_: iter(())
 
 
-def _every_prompt_anew() -> None:
+def _logits_of_every_position(trainer: Any) -> None:
+    trainer.policy.head = None
+
+
+def _every_prompt_anew(trainer: Any) -> None:
     from uft.data.packing import Layout
-    from uft.model import packed
 
-    packed.LAYOUT = Layout.PACKED
+    trainer.policy.layout = Layout.PACKED
 
 
-WAYS: dict[str, tuple[str, ...] | Callable[[], None]] = {
+def _gradients_by_autograd(trainer: Any) -> None:
+    from uft.model import head, in_place
+
+    head.own_gradient = in_place.own_gradient = lambda weight: None
+
+
+Off = tuple[str, ...] | Callable[[Any], None]
+
+WAYS: dict[str, Off] = {
     "uft": (),
     "uft-compiled": ("model.compile=true",),
 }
 """How uft is measured: what is typed besides."""
 
-LADDER: dict[str, tuple[str, ...] | Callable[[], None]] = {
-    "uft-padded": ("train.packing=padded",),
-    "uft-every-prompt": _every_prompt_anew,
-    "uft-head-in-two-stages": _head_in_two_stages,
-    "uft-one-micro-batch": ("train.micro_batch_tokens=1000000",),
-    "uft-reference-copy": ("reference.mode=copy",),
+LADDER: dict[str, Off] = {
+    "packing off": ("train.packing=padded",),
+    "shared prompts off": _every_prompt_anew,
+    "selected positions off": _logits_of_every_position,
+    "one visit off": _head_in_two_stages,
+    "in place off": _gradients_by_autograd,
+    "micro-batches off": ("train.micro_batch_tokens=1000000",),
+    "cached reference off": ("reference.mode=copy",),
+    "fused update off": ("optim.fused=false",),
+    "kept memory on": ("hardware.keep_memory=true",),
+    "thread on": ("train.prefetch=true",),
 }
-"""The same with a lever off; by hand where nobody would want a key for it."""
+"""The same with one lever the other way round; by hand where nobody would want a key for it."""
 
 
 def words(objective: str, place: Place, own: Path, threads: int) -> list[str]:
@@ -58,7 +74,7 @@ def words(objective: str, place: Place, own: Path, threads: int) -> list[str]:
         "optim.warmup=0",
         f"train.steps={len(place.tokens)}",
         f"train.batch_size={place.rows}",
-        "train.micro_batch_tokens=2048",
+        "train.micro_batch_tokens=1024",
         "train.max_length=2048",
         "reference.mode=cached" if objective in ("dpo", "uft", "una", "dft") else "reference.mode=auto",
         "hardware=cpu",
@@ -79,12 +95,12 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
 
     off = {**WAYS, **LADDER}[way]
     typed_words = words(objective, place, own, threads) + ([] if callable(off) else list(off))
-    if callable(off):
-        off()
     text = frozen(compose(typed_words))
     run = create_run(own / "run", text, typed_words)
     config = typed(yaml.safe_load(text))
     trainer = prepare(run, config, choose_device(config.hardware), Stop()).trainer
+    if callable(off):
+        off(trainer)
     stopwatch, losses, tokens = Stopwatch(), [], []
 
     class Marks:

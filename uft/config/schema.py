@@ -169,7 +169,7 @@ class Annotate:
 class Hardware:
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = _key(None, "CPU threads; null: one per core, one alone for a small model", ge=1)
-    keep_memory: bool = _key(True, "on a CPU under glibc: keep freed memory for the next tensor, give none back")
+    keep_memory: bool = _key(False, "on a CPU under glibc: keep freed memory for the next tensor, give none back")
     tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
     deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
 

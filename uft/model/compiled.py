@@ -27,7 +27,10 @@ def compile_blocks(policy: Policy) -> None:
     blocks = blocks_of(policy)
     if not blocks:
         raise UftError(Problem(KEY, "no blocks are found in this model", advice=("model.compile=false",)))
-    before = _log_probs(policy)
+    training = policy.module.training
+    before = _log_probs(policy.train())  # as it will be used, unless it throws dice then
+    if not torch.equal(before, _log_probs(policy)):
+        before = _log_probs(policy.eval())
     for block in blocks:
         block.forward = _with_gradients(block.forward)  # type: ignore[method-assign]
     try:
@@ -36,6 +39,8 @@ def compile_blocks(policy: Policy) -> None:
         first = next(iter(str(error).strip().splitlines()), "")
         why = f"this model cannot be compiled here ({type(error).__name__}: {first})"
         raise UftError(Problem(KEY, why, advice=("model.compile=false",))) from error
+    finally:
+        policy.train(training)
     difference = float((after - before).abs().max())
     if not difference <= HEAD_TOLERANCE[policy.dtype] * max(1.0, float(before.abs().max())):
         why = f"log-probs of the compiled model differ by {difference:.1e}"
@@ -63,9 +68,4 @@ def _with_gradients(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _log_probs(policy: Policy) -> torch.Tensor:
     """Of a few rows in the layout of the run, in a pass with gradients."""
     batch = sequence_batch(trial_sequences(policy.embedding_rows), pad_id=0, layout=policy.layout).to(policy.device)
-    training = policy.module.training
-    policy.eval()
-    try:
-        return policy(batch).log_probs.detach()
-    finally:
-        policy.train(training)
+    return policy(batch).log_probs.detach()
