@@ -142,10 +142,16 @@ def _contents(values: Sequence[Any]) -> Iterator[str]:
             yield value["content"]
 
 
-def _save_model(size: Size, folder: Path) -> None:
-    import torch
+def chats(count: int) -> list[tuple[str, str]]:
+    """Prompts and answers, as many."""
+    random = np.random.default_rng(0)
+    return [(_words(random, *CHAT[0]), _words(random, *CHAT[1])) for _ in range(count)]
+
+
+def save_tokenizer(folder: Path) -> Any:
+    """Of whole words, with a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = [*SPECIAL, *(f"w{number}" for number in range(len(SPECIAL), VOCABULARY))]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
@@ -153,6 +159,15 @@ def _save_model(size: Size, folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>", chat_template=TEMPLATE
     )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _save_model(size: Size, folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = save_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         **size.llama,
@@ -164,4 +179,3 @@ def _save_model(size: Size, folder: Path) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
