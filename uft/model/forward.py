@@ -14,9 +14,10 @@ from uft.data.batch import NOT_AN_INPUT, Batch
 from uft.data.packing import Layout
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
-from uft.model.head import Head, Judge, Predictions, transform_of
+from uft.model.head import Head, Judge, Predictions
 from uft.model.in_place import embedding_in_place
 from uft.model.sequences import sequence_batch
+from uft.model.transform import transform_of
 from uft.objectives.base import PLAIN, Ask, Scores
 
 Tensor = torch.Tensor
