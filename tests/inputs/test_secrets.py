@@ -1,7 +1,8 @@
-"""Secrets of the environment reach nothing that uft writes: every file of a run, W&B's among them, and every word said."""
+"""Secrets of the environment reach nothing that uft writes: no file of a run, W&B's among them, and no word said."""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -157,7 +158,7 @@ def test_data_and_templates_that_hold_one_are_quoted_without_it(alone, capsys):
     from uft.cli import main
 
     (alone / "rows.jsonl").write_text(
-        '{"prompt": "q", "completion": "a", "label": "%s"}\n' % SECRETS["MY_SERVICE_TOKEN"]
+        json.dumps({"prompt": "q", "completion": "a", "label": SECRETS["MY_SERVICE_TOKEN"]}), encoding="utf-8"
     )
     assert main(["train", "data=files", "+data.sources.mine.path=rows.jsonl"]) == 2
     printed = capsys.readouterr()
