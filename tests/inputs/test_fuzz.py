@@ -138,7 +138,6 @@ ODD_FILES = {
     "number.json": b'[{"prompt": ' + b"1" * 5_000 + b"}]",
     "utf16.jsonl": '{"prompt": "q", "completion": "a"}\n'.encode("utf-16"),
     "mac.jsonl": b'{"prompt": "q", "completion": "a"}\r{"prompt": "q", "completion": "a"}\r',
-    "object.json": b'{"data": [1, 2]}',
 }
 
 
@@ -153,7 +152,12 @@ def test_files_that_hold_no_rows_are_refused_by_name(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("utf16.jsonl", "UTF-16"), ("mac.jsonl", "carriage return"), ("twice.csv", "twice"), ("deep.jsonl", "too deeply")],
+    [
+        ("utf16.jsonl", "UTF-16"),
+        ("mac.jsonl", "carriage return"),
+        ("twice.csv", "a column twice"),
+        ("deep.jsonl", "too deeply"),
+    ],
 )
 def test_what_is_wrong_with_a_whole_file_is_said_once(tmp_path, name, why):
     file = tmp_path / name

@@ -19,7 +19,7 @@ from uft.config.loader import Composed, Request, Setting, defaults_of, make_load
 from uft.config.named_code import in_files, in_words
 from uft.config.overrides import sort_out
 from uft.config.staged import asked, fit_stages
-from uft.config.translate import BROKEN, translate
+from uft.config.translate import BROKEN, readable, translate
 from uft.config.tree import Tree
 from uft.errors import Problem, UftError
 
@@ -52,8 +52,10 @@ def examine(request: Request, loader: ConfigLoaderImpl | None = None) -> Examine
         return [settings(default.config_path, default.package) for default in defaults], options
 
     try:
-        files, choices = read(tuple(chosen))
+        files, choices = readable(request.config_dir, lambda: read(tuple(chosen)))
         words.problems += in_files(loader, request, chosen)
+    except UftError as error:
+        return Examined(tree.root, {}, {}, [*words.problems, *error.problems], chosen)
     except BROKEN as error:
         return Examined(tree.root, {}, {}, [*words.problems, translate(error)], chosen)
     if asked(files, words):

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from uft.config.loader import Request, defaults_of, leaves, make_loader
 from uft.config.overrides import COMMAND_LINE
 from uft.config.places import conf_dir, shown, user_dir
-from uft.config.translate import BROKEN
+from uft.config.translate import BROKEN, readable
 from uft.errors import Problem, UftError
 
 FORBIDDEN = re.compile(
@@ -42,8 +42,8 @@ def refuse_named_code(request: Request) -> None:
     if not problems:
         loader, words = make_loader(request), list(not_swept(request.overrides))
         problems = list(in_primary(loader.repository, request))
-        with suppress(BROKEN):  # Hydra meets it too, and then it is told with whatever else is wrong
-            problems = problems or list(in_files(loader, request, words))
+        with suppress(*BROKEN):  # Hydra meets it too, and then it is told with whatever else is wrong
+            problems = problems or list(readable(request.config_dir, lambda: list(in_files(loader, request, words))))
     if problems:
         raise UftError(*problems)
 

@@ -60,7 +60,7 @@ class ChatTemplate:
         def those(spells: bool, items: Sequence[Any]) -> list[Any]:
             return [item for item, one in zip(items, spelling, strict=True) if one == spells]
 
-        hidden = [tuple(map(self._spelled.hidden, conversation)) for conversation in those(True, conversations)]
+        hidden = [(self._spelled.hidden(p), self._spelled.hidden(t)) for p, t in those(True, conversations)]
         usual = iter(self._encode(those(False, conversations), those(False, names), self.tokenizer))
         others = iter(self._encode(hidden, those(True, names), self._spelled.tokenizer))
         return [finish(*self._spelled.shown(next(others))) if spells else next(usual) for spells in spelling]

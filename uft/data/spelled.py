@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -65,8 +65,10 @@ class Spelled:
         """A stand-in's id: the ids of what it stands for, as plain text."""
         plain = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
         plain.encode_special_tokens = True
-        number = self.tokenizer.convert_tokens_to_ids
-        return {number(one): plain.encode(text, add_special_tokens=False).ids for text, one in self._stand_in.items()}
+        texts, stand_ins = list(self._stand_in), list(self._stand_in.values())
+        numbers: Any = self.tokenizer.convert_tokens_to_ids(stand_ins)
+        spelled = plain.encode_batch(texts, add_special_tokens=False)
+        return {number: one.ids for number, one in zip(numbers, spelled, strict=True)}
 
     def ids(self, ids: Sequence[int]) -> list[int]:
         """Ids with every stand-in replaced by its spelling."""
