@@ -9,6 +9,7 @@ from uft.data.report import data_report
 from uft.model.memory import estimate, shape_of
 from uft.training.corpus import Corpus, Plan
 from uft.training.feed import Feed
+from uft.training.needs import counted_as_certain
 from uft.training.prepare import Prepared
 
 
@@ -38,7 +39,8 @@ REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs
 def cautions(prepared: Prepared) -> list[str]:
     """What a reader of this run should know."""
     remote = [REMOTE_CODE] if prepared.trainer.config.model.trust_remote_code else []
-    return [*remote, *prepared.trainer.objective.cautions()]
+    objective = prepared.trainer.objective
+    return [*remote, *objective.cautions(), *counted_as_certain(prepared.trainer.feed, objective)]
 
 
 def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, Any]:
