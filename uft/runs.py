@@ -20,10 +20,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from uft.errors import Problem, UftError
+from uft.redact import redact, redacted
 
 CHECKPOINT = re.compile(r"step-(\d{6,})$")
 STAGE = re.compile(r"(\d+)-[^/]+$")
 SWEEP_FILE = "sweep.json"  # what a sweep was asked for; `uft.launch.sweep_file` writes it
+
+
+def keep_others_out() -> None:
+    """Whatever the umask allows, nothing that this process or a child of it makes can be written by everybody."""
+    os.umask(os.umask(0o022) | 0o002)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -37,7 +43,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    """A JSON file; secrets in its texts are hidden."""
+    write_atomically(path, json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -202,7 +209,7 @@ def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) 
     """A fresh run folder holding its frozen configuration. The W&B id is made here and never changes."""
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
-    write_atomically(path / "overrides.yaml", "".join(f"- {json.dumps(item)}\n" for item in overrides))
+    write_atomically(path / "overrides.yaml", "".join(f"- {json.dumps(redact(item))}\n" for item in overrides))
     write_json(path / "run.json", {"id": uuid.uuid4().hex[:10], "name": path.name, **info})
     write_atomically(run.config_file, config_text)  # last: a folder with a config is a run
     return run

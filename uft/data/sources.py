@@ -12,11 +12,12 @@ from typing import Any
 
 from uft.config.schema import Data, Source
 from uft.data import formats
+from uft.data.files import BadRow, Record, Table
 from uft.data.formats import Format
 from uft.data.identity import content_digest, prompt_hash
 from uft.data.messages import Unreadable
 from uft.data.parsing import Fields
-from uft.data.readers import BadRow, Place, Record, Table, read
+from uft.data.readers import Place, read
 from uft.data.rows import Kind, Row
 from uft.errors import Problem, UftError
 

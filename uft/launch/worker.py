@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from uft.errors import FAILED, UftError, render
 from uft.launch.process import die_with_parent
+from uft.redact import tell_redacted
+from uft.runs import keep_others_out
 
 if TYPE_CHECKING:
     from uft.config.schema import Config
@@ -60,6 +62,8 @@ def quiet() -> None:
 def main(arguments: Sequence[str]) -> int:
     """Run one job; the exit code. A user's mistake is told without a traceback."""
     die_with_parent()
+    sys.excepthook = tell_redacted
+    keep_others_out()
     quiet()
     try:
         return carry_out(*arguments[1:]) if arguments[0] == "--job" else train(arguments[0])

@@ -95,6 +95,7 @@ def load_base(model: Model, device: torch.device, reference: str | None = None) 
             dtype=DTYPES[storage_dtype(model)],
             **({"attn_implementation": attention} if attention else {}),
             **_access(place, model),
+            use_safetensors=True,  # a pickle can run code, whatever is unpickled
             output_loading_info=True,
         )
     module, info = loaded
@@ -133,6 +134,13 @@ def _access(place: Location, model: Model) -> dict[str, Any]:
     }
 
 
+ADVICE = {
+    "trust_remote_code": "this model brings its own code: read it, then  model.trust_remote_code=true",
+    "safetensors": "weights are read from safetensors alone: loading a pickle (.bin, .pt) can run code",
+}
+"""By a word of what transformers says."""
+
+
 @contextmanager
 def _humane(what: str, why: str) -> Iterator[None]:
     """Turn what transformers raises about a model into one line for the person who named it."""
@@ -140,7 +148,6 @@ def _humane(what: str, why: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        needs_code = "trust_remote_code" in str(error)
-        advice = ("this model brings its own code: read it, then  model.trust_remote_code=true",) if needs_code else ()
+        advice = tuple(said for word, said in ADVICE.items() if word in str(error))
         first = lines[0] if lines else type(error).__name__
         raise UftError(Problem(what, f"{why}: {first}", advice=advice)) from error

@@ -220,7 +220,7 @@ def _weight_files(path: str, revision: str | None) -> list[Path]:
         if not isinstance(config, str):
             return []
         folder = Path(config).parent
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    weights = sorted(folder.glob("*.safetensors"))
     return [folder / "config.json", *weights] if weights else []
 
 

@@ -9,6 +9,7 @@ from uft.data.report import data_report
 from uft.model.memory import estimate, shape_of
 from uft.training.corpus import Corpus, Plan
 from uft.training.feed import Feed
+from uft.training.needs import counted_as_certain
 from uft.training.prepare import Prepared
 
 
@@ -32,12 +33,23 @@ def memory_record(prepared: Prepared) -> dict[str, int]:
     )
 
 
+REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs with all rights of this user"
+
+
+def cautions(prepared: Prepared) -> list[str]:
+    """What a reader of this run should know."""
+    remote = [REMOTE_CODE] if prepared.trainer.config.model.trust_remote_code else []
+    objective = prepared.trainer.objective
+    return [*remote, *objective.cautions(), *counted_as_certain(prepared.trainer.feed, objective)]
+
+
 def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, Any]:
     """`check.json`: what was measured before the first step."""
     reference = prepared.reference
     return {
         "template": prepared.corpus.renderer.name,
         "model": prepared.trainer.policy.describe(),
+        "cautions": cautions(prepared),
         "reference": {"mode": reference.mode, "why": reference.why} if reference else None,
         "policy_against_reference": step_zero,
         "memory_bytes": memory_record(prepared),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.evaluation.battery import Battery, HeldOut, battery
 from uft.model.export import export
 from uft.model.memory import peak_memory
+from uft.redact import tell_redacted
 from uft.runs import Run, shown, write_json
 from uft.tracking import Tracker, Trackers, make_tracker
 from uft.tracking.cards import Ending
@@ -77,7 +77,7 @@ class _Sitting:
                 raise
             return self._end(trainer, "failed", FAILED, error=str(error))
         except Exception as error:
-            traceback.print_exc()
+            tell_redacted(type(error), error, error.__traceback__)
             return self._end(trainer, "failed", FAILED, error=f"{type(error).__name__}: {error}")
         return self._end(trainer, "finished", GOOD) if whole else self._end(trainer, "stopped", self.stop.exit_code)
 

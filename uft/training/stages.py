@@ -14,7 +14,6 @@ from __future__ import annotations
 import gc
 import sys
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from uft.config.schema import Config, Model
 from uft.config.stages import Stage, stages_of
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.model.export import export
+from uft.redact import tell_redacted
 from uft.runs import Run, shown, write_json
 from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
@@ -90,7 +90,7 @@ class _Sitting:
                 raise
             return self._end("failed", FAILED, error=str(error))
         except Exception as error:
-            traceback.print_exc()
+            tell_redacted(type(error), error, error.__traceback__)
             return self._end("failed", FAILED, error=f"{type(error).__name__}: {error}")
         return self._end("finished", GOOD) if whole else self._end("stopped", self.stop.exit_code)
 
