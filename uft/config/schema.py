@@ -168,6 +168,7 @@ class Hardware:
     threads: int | None = _key(None, "CPU threads; null: one per core, one alone for a small model", ge=1)
     tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
     deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
+    watchdog: float = _key(1800.0, "seconds without a step or a batch after which a run has hung; 0: never", ge=0)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from uft.training import checkpoints
 from uft.training.feed import Feed
 from uft.training.meter import Meter
 from uft.training.optim import learning_rate, warmup_steps
+from uft.training.scarce import sparing
 from uft.training.signals import Stop
 from uft.training.step import NonFinite, Step, culprits, idle_step, optimiser_step
 
@@ -93,7 +94,8 @@ class Trainer:
         rows = min(self.config.train.batch_size, self.total_rows - self.progress.rows)
         items = self.feed.take(rows)
         try:
-            step = self._update(items)
+            with sparing(f"step {self.progress.step + 1}", self.config, items):
+                step = self._update(items)
         except NonFinite as problem:
             culprits = self._culprits(problem, before)
             self._restore(before)
