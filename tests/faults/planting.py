@@ -181,6 +181,20 @@ def crash(path: str) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def clock_back(path: str) -> None:
+    """The machine's clock is set ten years back; what is monotonic stays so."""
+    turn_clock(-10)
+
+
+def clock_forward(path: str) -> None:
+    turn_clock(10)
+
+
+def turn_clock(years: int) -> None:
+    real = time.time
+    time.time = lambda: real() + years * 365 * 86400
+
+
 ACTIONS: dict[str, Callable[[str], Any]] = {
     "nothing": lambda path: None,
     "kill": die,
@@ -192,6 +206,8 @@ ACTIONS: dict[str, Callable[[str], Any]] = {
     "device_memory": device_memory,
     "memory": memory,
     "crash": crash,
+    "clock_back": clock_back,
+    "clock_forward": clock_forward,
 }
 
 

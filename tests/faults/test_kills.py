@@ -13,23 +13,12 @@ from pathlib import Path
 import pytest
 from evidence import kinds, same, written
 from planting import Fault
+from requests_of import LOOP, SINGLE
 from sittings import Bench
 
 from uft.runs import Run
 
 NewRun = Callable[..., Run]
-SINGLE = (
-    "objective=uft",
-    "data=files",
-    *(f"+data.sources.{name}.path={name}.jsonl" for name in ("instruct", "pairs", "binary", "scored")),
-    "data.sources.pairs.checker=playground",
-    "train.steps=7",
-    "reference.mode=cached",
-    "model.adapter=lora",
-    "model.lora.dropout=0.1",
-)
-"""One training on every kind of row; dropout, so that the generators matter."""
-LOOP = ("experiment=loop",)
 
 
 def watched(tmp_path: Path, **fault: object) -> Fault:
