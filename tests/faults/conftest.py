@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for planting.py and sittings.py
-sys.path.insert(0, str(Path(__file__).parents[1] / "end_to_end"))  # for lifecycle.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # for synthetic.py
 
 from sittings import Bench, serve
 

@@ -30,7 +30,7 @@ FULL = (
     ("before torch.save_file", "", "checkpoints/step-"),
     ("before write", "/state.json", "checkpoints/step-"),
     ("before os.mkdir", "/.step-000006.tmp", "checkpoints/step-000006"),
-    ("before export.plain_model", "", "/model"),
+    ("before open", "/.model.tmp/", "full/model"),
     ("before write", "/.result.json", "result.json"),
 )
 """(moment, file) at which there is no room, in the order in which a run meets them, and what must be named."""

@@ -28,8 +28,8 @@ MINUTE = 60.0
 SOAK = (
     "objective=ift",
     "data=mix",
-    "train.steps=1000000",
-    "train.batch_size=16",
+    "train.steps=200000",
+    "train.batch_size=4",
     "train.log_every=5",
     "train.checkpoint_every=100",
     "train.eval_every=250",
@@ -92,10 +92,11 @@ def test_soak(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
     """FAULT_SOAK_SECONDS (1800) of steps, batteries, checkpoints and W&B offline: nothing grows, and a copy of the
     folder that was taken while it was written goes on bit for bit. The figures go to FAULT_REPORT, if that is set."""
     seconds, samples = float(os.environ.get("FAULT_SOAK_SECONDS", "1800")), list[Sample]()
-    run, copy, began = new_run("soak", *SOAK), Run(tmp_path / "copy"), time.monotonic()
+    run, copy = new_run("soak", *SOAK), Run(tmp_path / "copy")
     sitting = bench.start(run.path, WANDB_MODE="offline", WANDB_SILENT="true", WANDB__DISABLE_STATS="true")
     pid = sitting.process.pid
     wait_until(lambda: last_step(run) > 100, sitting)
+    began = time.monotonic()
     while time.monotonic() - began < seconds:
         samples.append(figures(pid, run, began))
         time.sleep(min(2.0, seconds / 100))
@@ -189,3 +190,32 @@ def test_a_sweep_of_a_hundred_jobs_among_kills(
     first = next(run for run in found if run.name == "seed0")
     ours, theirs = written(first.path), written(whole.path)
     assert (ours["curve"], ours["models"], ours["tensors"]) == (theirs["curve"], theirs["models"], theirs["tensors"])
+
+
+# --- many runs
+
+
+def test_a_thousand_run_folders_are_read_in_seconds(tmp_path: Path, environment: dict[str, str]) -> None:
+    """FAULT_RUNS (1000) of them, with seals; a minute is allowed, for machines that are busy or old."""
+    from synthetic import make_sweep
+
+    from uft.tracking import seals
+
+    runs, sweep = int(os.environ.get("FAULT_RUNS", "1000")), tmp_path / "outputs" / "sweep"
+    make_sweep(sweep, objectives=("sft", "uft", "ift", "dpo"), seeds=range(runs // 4))
+    for run in find_runs(sweep):
+        for file in (run.metrics_file, run.samples_file):
+            lines = file.read_text().splitlines()
+            seals.file_of(file).write_text("".join(seals.seal(json.loads(line)["step"], line) for line in lines))
+    took = {}
+    for verb, words in {"ls": ["--json"], "compare": []}.items():
+        began = time.monotonic()
+        command = [sys.executable, "-m", "uft", verb, str(sweep), *words]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=True
+        )
+        took[verb] = time.monotonic() - began
+        if verb == "ls":
+            assert len(json.loads(done.stdout)) == 4 * (runs // 4)
+    print(took)
+    assert max(took.values()) < MINUTE, took

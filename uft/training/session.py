@@ -8,13 +8,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from uft.config.freeze import plain
 from uft.config.schema import Config
-from uft.disk import writing
+from uft.disk import FULL, problem, writing
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.evaluation.battery import Battery, HeldOut, battery
 from uft.model.export import export
@@ -226,5 +227,7 @@ def unforeseen(error: Exception, config: Config) -> str:
     """What to say of an error that no part of the program has explained."""
     if out_of_memory(error):
         return str(explained(error, "memory", config))
+    if isinstance(error, OSError) and error.errno in FULL and error.filename:
+        return str(UftError(problem(Path(error.filename), error.errno)))
     traceback.print_exc()
     return f"{type(error).__name__}: {error}"
