@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from uft.errors import Problem, UftError
+from uft.disk import writing
+from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
 from uft.redact import redact, redacted
 
 CHECKPOINT = re.compile(r"step-(\d{6,})$")
@@ -33,13 +34,21 @@ def keep_others_out() -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: `path` is either the old text or the new, never half."""
+    """Write beside, flush to disk, rename: `path` is either the old text or the new, never half.
+
+    Raises UftError (code 1) where the disk refuses it.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
+    try:
+        with writing(path, len(text)):
+            with open(beside, "w", encoding="utf-8", errors="backslashreplace") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,21 +56,21 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's object, or {} when there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+class Damaged(UftError, ValueError):
+    """A file is not what was written into it."""
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON Lines file; a torn last line (the process was killed) ends the reading."""
+def read_json(path: Path, footer: str = "") -> dict[str, Any]:
+    """The file's object, or {} when there is none; `footer` is what to do where it is damaged."""
     if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as handle:
-        for line in handle:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise Damaged(Problem(str(path), f"is damaged: {error}"), footer=footer, code=FAILED) from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,8 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """`result.json`; {} while the run has not ended."""
-        return read_json(self.path / "result.json")
+        file = self.path / "result.json"
+        return read_json(file, f"The run can do without it, and writes it anew:  rm {file}")
 
     def update_info(self, **values: Any) -> None:
         write_json(self.path / "run.json", {**self.info(), **values})
@@ -179,15 +189,19 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run: a second process is refused; the kernel frees the lock of a dead one."""
-        with open(self.path / ".lock", "a+b") as handle:
+        lock = self.path / ".lock"
+        with writing(lock, code=BAD_REQUEST):
+            handle = open(lock, "a+b")  # noqa: SIM115
+        with handle:
             if not _held(handle):
                 raise UftError(
                     Problem(str(self.path), "another process is working in this run folder"),
                     footer="See what runs:  uft ls",
                 )
-            handle.truncate(0)
-            handle.write(f"{os.getpid()} {os.getppid()}".encode())
-            handle.flush()
+            with writing(lock):
+                handle.truncate(0)
+                handle.write(f"{os.getpid()} {os.getppid()}".encode())
+                handle.flush()
             yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,12 @@ from uft.config.freeze import free, frozen, plain, to_yaml
 from uft.config.register import defaults_of
 from uft.config.stages import data_nodes, differences
 from uft.config.suggest import written
-from uft.errors import BAD_REQUEST, GOOD, Problem, UftError
+from uft.disk import unwritable
+from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
 from uft.launch.process import run_worker
 from uft.launch.provenance import provenance
-from uft.runs import Run, create_run, write_atomically
+from uft.runs import Run, create_run, shown, write_atomically
 
 UNFINISHED_CREATION = {"overrides.yaml", "run.json"}
 
@@ -38,6 +40,7 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     if run.exists:
         return continue_run(run, settings, quiet=quiet)
     refuse_foreign(run.path)
+    refuse_unwritable(run.path)
     check_sources(settings)
     create_run(run.path, to_yaml(settings), list(overrides), **provenance())
     return sit(run, fresh=True, quiet=quiet)
@@ -69,6 +72,7 @@ def continue_run(
         raise UftError(
             Problem(str(run.path), "another process is working in this run folder"), footer="See what runs:  uft ls"
         )
+    refuse_unwritable(run.path)
     if settings is not None:
         write_atomically(run.config_file, to_yaml(settings))
     return sit(run, cwd=cwd, quiet=quiet)
@@ -87,6 +91,8 @@ def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool =
     """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
     log = run.path.resolve() / "console.log" if quiet else None
     code = run_worker([str(run.path.resolve())], cwd, log)
+    if code == FAILED and not quiet and not run.result():  # it died, and could not say so itself
+        print(f"uft: continue it:  uft resume {shown(run.path)}", file=sys.stderr)
     if code == BAD_REQUEST and fresh and not run.result() and not run.steps:
         said = log.read_text(encoding="utf-8", errors="replace") if log else ""
         discard(run.path)
@@ -112,6 +118,12 @@ def refuse_foreign(folder: Path) -> None:
         raise UftError(
             Problem(f"run.dir={folder}", "the folder is not empty and is not a run", advice=("choose another folder",))
         )
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Said before anything is read: a run that cannot write its folder cannot run."""
+    if why := unwritable(folder):
+        raise UftError(Problem(f"run.dir={shown(folder)}", why, advice=("choose another folder",)))
 
 
 def refuse_changes(run: Run, settings: Mapping[str, Any]) -> None:

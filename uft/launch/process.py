@@ -48,7 +48,7 @@ def run_worker(arguments: Sequence[str], cwd: Path | None = None, log: Path | No
     The child has a session of its own, so that Ctrl-C on the terminal reaches it once, through us, and not twice.
     A child that a signal of ours ended counts as stopped; one that anything else killed has failed.
     """
-    sent: list[int] = []
+    sent, killed_before = list[int](), oom_kills()
     environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path()}
     with forwarding(sent) as children, said_in(log) as streams:
         child = subprocess.Popen([*COMMAND, *arguments], start_new_session=True, env=environment, cwd=cwd, **streams)
@@ -61,7 +61,7 @@ def run_worker(arguments: Sequence[str], cwd: Path | None = None, log: Path | No
     if sent:
         return EXIT_CODES[signal.Signals(sent[0])]
     with said_in(log) as streams:
-        died = f"uft: the worker was killed by {signal.Signals(-code).name}{cause(-code)}"
+        died = f"uft: the worker was killed by {signal.Signals(-code).name}{cause(-code, oom_kills() - killed_before)}"
         print(died, file=streams.get("stderr", sys.stderr))
     return FAILED
 
@@ -76,8 +76,26 @@ def said_in(log: Path | None) -> Iterator[dict[str, Any]]:
         yield {"stdout": subprocess.DEVNULL, "stderr": file}
 
 
-def cause(number: int) -> str:
-    return " (out of memory?)" if number == signal.SIGKILL else ""
+def cause(number: int, oom: int) -> str:
+    """Why a signal that nobody here sent may have come; `oom`: processes that ran out of memory meanwhile."""
+    if number != signal.SIGKILL:
+        return " (a crash; where it was is above)" if number in CRASHES else ""
+    if oom > 0:
+        return ": the machine ran out of memory. Lower train.micro_batch_tokens, or give it more"
+    return " (by somebody, or for want of memory: dmesg says)"
+
+
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
+
+
+def oom_kills(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many processes of our control group the kernel has ended for want of memory (Linux, cgroup 2; else 0)."""
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+        text = (cgroups / own / "memory.events").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
 
 
 def python_path() -> str:

@@ -5,6 +5,7 @@ One process tree per run: W&B, CUDA contexts and a crash never leak from one run
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -57,6 +58,7 @@ def quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("uft").setLevel(logging.WARNING)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     die_with_parent()
     sys.excepthook = tell_redacted
     keep_others_out()
+    faulthandler.enable()  # a crash in a library says where it was
     quiet()
     try:
         return carry_out(*arguments[1:]) if arguments[0] == "--job" else train(arguments[0])

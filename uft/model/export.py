@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from uft.disk import writing
+from uft.errors import UftError
 from uft.model.forward import Policy
 
 if TYPE_CHECKING:
@@ -25,20 +27,27 @@ def export(
     """Write weights, configuration, generation settings, tokenizer and chat template to `folder`; returns it.
 
     An adapter is merged into the weights, and lies besides in `folder/adapter` for PEFT. The folder appears by rename:
-    it is the old one or the whole new one. The policy itself is not touched.
+    it is the old one or the whole new one. The policy itself is not touched. Raises UftError where there is no room.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    plain_model(policy, dtype).save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    if policy.has_adapter:
-        peft_model: Any = policy.module
-        # False: the embeddings are not part of it, and to find that out PEFT would ask the hub
-        peft_model.save_pretrained(beside / "adapter", save_embedding_layers=False)
-    _flush(beside)
-    _publish(beside, folder)
+    model = plain_model(policy, dtype)
+    needs = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    try:
+        with writing(folder, needs):
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+            if policy.has_adapter:
+                peft_model: Any = policy.module
+                # False: the embeddings are not part of it, and to find that out PEFT would ask the hub
+                peft_model.save_pretrained(beside / "adapter", save_embedding_layers=False)
+            _flush(beside)
+            _publish(beside, folder)
+    except UftError:
+        shutil.rmtree(beside, ignore_errors=True)  # room for what else the run has to write
+        raise
     return folder
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +20,13 @@ import numpy as np
 import torch
 
 from uft.data.packing import Layout
+from uft.errors import UftError
 from uft.model.paths import Location
 from uft.model.sequences import TokenSequence, batches_of, packs_of, prompt_of, sequence_batch
 from uft.objectives.base import Forward
 from uft.runs import write_json
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # count up when keys or values change their meaning
 SEQUENCES_PER_FILE = 1024  # also what a process that is stopped or killed loses, at most
@@ -50,11 +55,13 @@ class LogProbStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.kept = True  # on disk; else for this sitting alone
         self.values: dict[bytes, np.ndarray] = {}
         for file in sorted(folder.glob("*.safetensors")):
             found = _read(file)
-            if found is None:
-                file.unlink(missing_ok=True)  # torn or changed: its sequences are computed again
+            if found is None:  # torn or changed: its sequences are computed again
+                log.warning("reference cache %s is damaged (checksum): computing its log-probs again", file)
+                file.unlink(missing_ok=True)
             else:
                 self.values.update(found)
 
@@ -63,12 +70,34 @@ class LogProbStore:
         """The store below `root` of the reference that `identity` describes."""
         text = json.dumps({**identity, "format": FORMAT}, sort_keys=True)
         folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "reference.json", dict(identity))
-        return cls(folder)
+        store, about = cls(folder), folder / "reference.json"
+        if not about.is_file():
+            with store.losing():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(about, dict(identity))
+        return store
+
+    @contextmanager
+    def losing(self) -> Iterator[None]:
+        """Within, something is written. What fails costs the next sitting time, and nothing else.
+
+        Nothing is written after that: files have to follow each other, see `ReferenceColumn.fill`.
+        """
+        try:
+            yield
+        except (OSError, UftError) as error:
+            self.kept = False
+            why = error.problems[0].why if isinstance(error, UftError) else error
+            log.warning("reference log-probs are not kept for the next sitting: %s", why)
 
     def add(self, values: Mapping[bytes, np.ndarray]) -> None:
-        """Keep and publish a file of new sequences."""
+        """Keep new sequences, and publish a file of them where that is possible."""
+        self.values.update(values)
+        if self.kept:
+            with self.losing():
+                self._publish(values)
+
+    def _publish(self, values: Mapping[bytes, np.ndarray]) -> None:
         from safetensors.numpy import save
 
         arrays: dict[str, np.ndarray] = {
@@ -79,12 +108,14 @@ class LogProbStore:
         checksum = _checksum(arrays)
         final = self.folder / f"{checksum[:24]}.safetensors"
         beside = self.folder / f".{final.name}.{os.getpid()}.tmp"
-        with open(beside, "wb") as handle:
-            handle.write(save(arrays, metadata={"checksum": checksum}))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(beside, final)
-        self.values.update(values)
+        try:
+            with open(beside, "wb") as handle:
+                handle.write(save(arrays, metadata={"checksum": checksum}))
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(beside, final)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:

@@ -27,6 +27,7 @@ from uft.data.rows import Completion, Row
 from uft.data.sources import LoadedSource
 from uft.data.templates import Renderer
 from uft.data.writing import written
+from uft.disk import writing
 from uft.errors import Problem, UftError
 from uft.model.forward import Policy
 from uft.model.load import pad_id
@@ -76,18 +77,16 @@ def generate_rows(
     done = {line["row"] for line in lines}
     missing = iter([row for row in usable if row.id not in done])
     handled, empty = resumed, len(settings.seeds) * resumed - sum(len(line["negatives"]) for line in lines)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a", encoding="utf-8") as handle:
-        while batch := list(islice(missing, settings.batch_size)):
-            for line in _sample(policy, tokenizer, renderer, batch, settings, recipe, should_stop):
-                empty += len(settings.seeds) - len(line["negatives"])
-                if line["negatives"]:
-                    handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    lines.append(line)
-            handle.flush()
-            handled += len(batch)
-            if progress:
-                progress(handled, len(usable))
+    _append(out, [])
+    while batch := list(islice(missing, settings.batch_size)):
+        sampled = list(_sample(policy, tokenizer, renderer, batch, settings, recipe, should_stop))
+        empty += sum(len(settings.seeds) - len(line["negatives"]) for line in sampled)
+        kept = [line for line in sampled if line["negatives"]]
+        _append(out, kept)
+        lines += kept
+        handled += len(batch)
+        if progress:
+            progress(handled, len(usable))
     return Summary(
         path=out,
         rows=len(lines),
@@ -97,6 +96,14 @@ def generate_rows(
         resumed=resumed,
         without_good=len(rows) - len(usable),
     )
+
+
+def _append(out: Path, lines: Sequence[Line]) -> None:
+    texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+    with writing(out, sum(map(len, texts))):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a", encoding="utf-8") as handle:
+            handle.writelines(texts)
 
 
 def good_completion(row: Row) -> Completion | None:

@@ -1,26 +1,33 @@
 """Checkpoints: written beside, flushed, then renamed. What has the final name is whole; nothing is ever pickled.
 
 A checkpoint is a folder `step-000400/` with one safetensors file (trained weights, optimiser moments, objective state,
-random generators, meters) and one JSON file (counters, cursors of the data). The old one is deleted only when the new
-one has its name.
+random generators, meters), one JSON file (counters, cursors of the data) and the checksums of both, as `sha256sum -c`
+reads them. The old one is deleted only when the new one has its name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from uft.runs import Run
+from uft.disk import writing
+from uft.errors import FAILED, Problem, UftError
+from uft.runs import Run, shown
 
 Tensor = torch.Tensor
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+SUM = re.compile(r"([0-9a-f]{64})  (\S+)")
+ASIDE = "damaged"
+"""How the folder of a checkpoint ends that is not what was written; it is kept until the run has come past its step."""
 REPLACED, DISCARDED = "replaced", "discarded"
 """How a hidden folder ends: one that waits for its replacement to get its name, and one that is being deleted."""
 
@@ -79,34 +86,92 @@ def _flush(path: Path) -> None:
 
 
 def save(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Publish `step-XXXXXX`; returns its folder. Saving a step that is there already replaces it."""
-    run.checkpoints_dir.mkdir(exist_ok=True)
+    """Publish `step-XXXXXX`; returns its folder. Saving a step that is there already replaces it.
+
+    Raises UftError (code 1) where there is no room for it; the earlier ones are as they were.
+    """
     final = run.checkpoints_dir / f"step-{step:06d}"
     beside = run.checkpoints_dir / f".{final.name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    # clone: safetensors refuses tensors that share memory (tied weights), and the copy is on the CPU anyway
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, beside / TENSORS)
-    (beside / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-    for path in (beside / TENSORS, beside / STATE, beside):
-        _flush(path)
-    replaced = _hidden(final, REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(beside, final)
-    _flush(run.checkpoints_dir)
+    needs = sum(t.numel() * t.element_size() for t in tensors.values())
+    try:
+        with writing(final, needs):
+            run.checkpoints_dir.mkdir(exist_ok=True)
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            # clone: safetensors refuses tensors that share memory (tied weights), and the copy is on the CPU anyway
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, beside / TENSORS)
+            (beside / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+            sums = "".join(f"{_digest(beside / name)}  {name}\n" for name in (TENSORS, STATE))
+            (beside / SUMS).write_text(sums, encoding="utf-8")
+            for path in (beside / TENSORS, beside / STATE, beside / SUMS, beside):
+                _flush(path)
+            replaced = _hidden(final, REPLACED)
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():
+                os.replace(final, replaced)
+            os.replace(beside, final)
+            _flush(run.checkpoints_dir)
+    except UftError:
+        shutil.rmtree(beside, ignore_errors=True)  # room for what else the run has to write
+        recover(run)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
+class Damaged(Exception):
+    """A checkpoint is not what was written."""
+
+
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state. Raises Damaged before anything is read that is not what was written."""
+    _verify(folder, TENSORS)
     return load_file(folder / TENSORS), read_state(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The counters and cursors of a checkpoint, without its tensors."""
+    """The counters and cursors of a checkpoint, without its tensors. Raises Damaged."""
+    _verify(folder, STATE)
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def resume(run: Run, load_checkpoint: Callable[[Path], None], say: Callable[[str], None]) -> int:
+    """Load the newest whole checkpoint; its step, or -1 where the run has none at all.
+
+    Damaged ones are set aside, and that is said. Raises UftError (code 1) where no other one is left: what the run has
+    learned is lost, and to begin again is for a person to decide.
+    """
+    recover(run)
+    for step, folder in reversed(run.checkpoints()):
+        try:
+            load_checkpoint(folder)
+        except Damaged as damage:
+            aside = folder.with_name(f"{folder.name}.{ASIDE}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            say(f"{shown(folder)} is damaged ({damage}) and set aside as {aside.name}; the one before it is used")
+        else:
+            return step
+    if any(run.checkpoints_dir.glob(f"step-*.{ASIDE}")):
+        why = "none of the run's checkpoints is what was written into it"
+        again = f"to begin again from the start:  rm -r {shown(run.checkpoints_dir)}"
+        raise UftError(Problem(shown(run.path), why, advice=(again,)), code=FAILED)
+    return -1
+
+
+def _verify(folder: Path, name: str) -> None:
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+        sums = {found[2]: found[1] for line in lines if (found := SUM.fullmatch(line))}
+        if _digest(folder / name) != sums.get(name):
+            raise Damaged(f"{name} does not have its checksum")
+    except OSError as error:
+        raise Damaged(f"{Path(error.filename or name).name}: {error.strerror}") from error
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _hidden(folder: Path, why: str) -> Path:
@@ -140,3 +205,7 @@ def prune(run: Run, keep_last: int, best_step: int | None) -> None:
             _discard(folder)
     for leftover in run.checkpoints_dir.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    newest = max((step for step, _ in complete), default=-1)
+    for aside in run.checkpoints_dir.glob(f"step-*.{ASIDE}"):
+        if int(aside.stem.removeprefix("step-")) <= newest:
+            shutil.rmtree(aside, ignore_errors=True)

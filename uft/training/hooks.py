@@ -143,6 +143,7 @@ class Batteries:
 class Checkpoints:
     """A checkpoint every `every` steps, at a new best, at the end, and when the run is asked to stop."""
 
+    tracker: Tracker
     every: int
     saved: int = -1
 
@@ -153,5 +154,6 @@ class Checkpoints:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
+        self.tracker.secure()
         trainer.save_checkpoint()
         self.saved = trainer.progress.step

@@ -30,6 +30,7 @@ from uft.training.card import start_card
 from uft.training.corpus import Corpus, make_feed, plan, read_corpus
 from uft.training.prepare import Prepared, Stopped, check_start, choose_device, prepare
 from uft.training.records import data_record
+from uft.training.scarce import sparing
 from uft.training.signals import listening
 from uft.training.step import forward_backward
 
@@ -84,10 +85,11 @@ def worst_step(prepared: Prepared) -> tuple[float, int]:
     if not longest:
         return 0.0, 0
     layout = trainer.policy.layout
-    batches = [b.to(trainer.device) for b in micro_batches(longest, cfg.micro_batch_tokens, trainer.pad_id, layout)]
     started = time.perf_counter()
-    forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, trainer.clock(0))
-    trainer.optimiser.step()  # its moments are memory too; this trainer is thrown away
+    with sparing("the largest step", trainer.config, longest):
+        batches = [b.to(trainer.device) for b in micro_batches(longest, cfg.micro_batch_tokens, trainer.pad_id, layout)]
+        forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, trainer.clock(0))
+        trainer.optimiser.step()  # its moments are memory too; this trainer is thrown away
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     return time.perf_counter() - started, sum(batch.tokens for batch in batches)

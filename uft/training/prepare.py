@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -162,27 +163,23 @@ def longest_row(corpus: Corpus, config: Config, objective: Objective) -> int:
     return max((one.length for source in sources for row in source.encoded for one in row), default=0)
 
 
-def resume(trainer: Trainer) -> int:
-    """Continue from the newest checkpoint; its step, or -1 where there is none: the run starts from the beginning."""
-    checkpoints.recover(trainer.run)
-    found = trainer.run.checkpoints()
-    if not found:
-        return -1
-    step, folder = found[-1]
-    trainer.load_checkpoint(folder)
-    # the process may have died before it deleted what this checkpoint replaced
-    checkpoints.prune(trainer.run, trainer.config.train.keep_last, trainer.progress.best_step)
+def resume(trainer: Trainer, say: Say = _silent) -> int:
+    """Continue from the newest whole checkpoint; its step, or -1 where there is none: the run begins."""
+    step = checkpoints.resume(trainer.run, trainer.load_checkpoint, say)
+    if step >= 0:
+        # the process may have died before it deleted what this checkpoint replaced
+        checkpoints.prune(trainer.run, trainer.config.train.keep_last, trainer.progress.best_step)
     return step
 
 
 def standing(run: Run) -> tuple[Progress, int]:
     """Counters and horizon of the newest checkpoint; zeros where there is none."""
     checkpoints.recover(run)
-    found = run.checkpoints()
-    if not found:
-        return Progress(), 0
-    state = checkpoints.read_state(found[-1][1])
-    return Progress(**state["progress"]), int(state["steps"])
+    for _, folder in reversed(run.checkpoints()):
+        with suppress(checkpoints.Damaged):
+            state = checkpoints.read_state(folder)
+            return Progress(**state["progress"]), int(state["steps"])
+    return Progress(), 0
 
 
 def refuse_other_data(run: Run, corpus: Corpus) -> None:

@@ -19,8 +19,10 @@ class Stop:
     """Whether somebody asked this run to stop, and how. Call it to ask."""
 
     signal: int | None = None
+    seen: int = 0  # how often it was asked: what the watchdog takes for a sign of life
 
     def __call__(self) -> bool:
+        self.seen += 1
         return self.signal is not None
 
     @property

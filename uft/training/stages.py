@@ -12,7 +12,6 @@ stage is the one before the next.
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +25,6 @@ from uft.config.schema import Config, Model
 from uft.config.stages import Stage, stages_of
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.model.export import export
-from uft.redact import tell_redacted
 from uft.runs import Run, shown, write_json
 from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
@@ -44,12 +42,14 @@ from uft.training.prepare import (
     standing,
 )
 from uft.training.records import check_record
-from uft.training.session import ending, fit, measuring, result_record
+from uft.training.result import ending, leave_result, result_record
+from uft.training.session import fit, measuring, told, unforeseen
 from uft.training.signals import Stop
 from uft.training.stages_ground import Ground, handed, survey
 from uft.training.stages_make import MAKERS, Place
 from uft.training.stages_view import StageDisplay, StageTracker, Totals
 from uft.training.trainer import Progress
+from uft.training.watchdog import watching
 
 NO_TRAINER = torch.device("cpu")
 
@@ -59,11 +59,8 @@ def train(run: Run, config: Config, stop: Stop) -> int:
 
     Raises the UftError of a request that cannot be carried out; whatever fails later stands in `result.json`.
     """
-    console = Console(sys.stdout, run.path / "console.log")
-    try:
+    with told(run) as console:
         return _Sitting(run, config, stop, console, stages_of(config)).go()
-    finally:
-        console.close()
 
 
 @dataclass
@@ -90,8 +87,7 @@ class _Sitting:
                 raise
             return self._end("failed", FAILED, error=str(error))
         except Exception as error:
-            tell_redacted(type(error), error, error.__traceback__)
-            return self._end("failed", FAILED, error=f"{type(error).__name__}: {error}")
+            return self._end("failed", FAILED, error=unforeseen(error, self.config))
         return self._end("finished", GOOD) if whole else self._end("stopped", self.stop.exit_code)
 
     # --- the run as a whole
@@ -224,13 +220,15 @@ class _Sitting:
             self.console.total_steps = ground.steps
         prepared = self._prepare(stage, ground, folder)
         trainer = prepared.trainer
-        whole = fit(
-            trainer,
-            StageTracker(self.tracker, stage.name, self.before),
-            StageDisplay(self.console, self.before),
-            measuring(prepared, ground.held_out, self.stop),
-            before=stage.config.eval.before and not any(other.do == "fit" for other in self.stages[: stage.number - 1]),
-        )
+        first = not any(other.do == "fit" for other in self.stages[: stage.number - 1])
+        with watching(self.stop, self.config.hardware.watchdog, self.run.path / "hang.txt", self._last_words):
+            whole = fit(
+                trainer,
+                StageTracker(self.tracker, stage.name, self.before),
+                StageDisplay(self.console, self.before),
+                measuring(prepared, ground.held_out, self.stop),
+                before=stage.config.eval.before and first,
+            )
         if not whole:
             return None
         later = any(other.do == "generate" for other in self.stages[stage.number :])
@@ -246,7 +244,7 @@ class _Sitting:
         for corpus in ground.corpora.values():  # what can be told of later stages is told before the first step
             check_positions(prepared.trainer.policy, corpus)
         checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
-        resumed = resume(prepared.trainer)
+        resumed = resume(prepared.trainer, self.console.message)
         if resumed < 0:
             write_json(folder.path / "check.json", checks)
         self.begun = True
@@ -260,15 +258,25 @@ class _Sitting:
     def _end(self, status: str, code: int, error: str | None = None) -> int:
         """Write `result.json`, close the tracker with the true status, show the last card."""
         progress, _ = self._current()
-        wall = time.perf_counter() - self.started
-        record = result_record(progress, self.config, self.device, wall, read_metrics(self.run))
-        result = {"status": status, "error": error, **record, **self._best(), "stages": self.results}
-        write_json(self.run.path / "result.json", result)
+        result = self._result(progress, self.device, status, error)
+        code = leave_result(self.run, result, code, self.console.message)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
         commands = next_commands(self.run, status)
         total = self.run.info().get("total_steps", progress.step)
         self.console.end(f"uft train {self.run.name}", ending(result, total, commands))
         return code
+
+    def _last_words(self, why: str) -> None:
+        """Of a run that hangs: what is on disk is what it has."""
+        leave_result(
+            self.run, self._result(self._current()[0], NO_TRAINER, "failed", why), FAILED, self.console.message
+        )
+        self.console.message(f"{why}\nContinue it:  uft resume {shown(self.run.path)}")
+
+    def _result(self, progress: Progress, device: torch.device, status: str, error: str | None) -> dict[str, Any]:
+        wall = time.perf_counter() - self.started
+        record = result_record(progress, self.config, device, wall, read_metrics(self.run))
+        return {"status": status, "error": error, **record, **self._best(), "stages": self.results}
 
     def _best(self) -> Mapping[str, Any]:
         """The best battery of the last stage that was trained to its end, by the run's own steps and folders."""

@@ -21,6 +21,7 @@ from uft.training.ahead import Ahead, Laid, Plan, worth_a_thread
 from uft.training.feed import Feed
 from uft.training.meter import Meter
 from uft.training.optim import learning_rate, warmup_steps
+from uft.training.scarce import sparing
 from uft.training.signals import Stop
 from uft.training.step import NonFinite, Step, culprits, idle_step, optimiser_step
 
@@ -112,7 +113,8 @@ class Trainer:
         rows = min(self.config.train.batch_size, left)
         laid = self.ahead.take(rows, then=min(self.config.train.batch_size, left - rows))
         try:
-            step = self._update(laid)
+            with sparing(f"step {self.progress.step + 1}", self.config, laid.items):
+                step = self._update(laid)
         except NonFinite as problem:
             culprits = self._culprits(problem, before)
             self._restore(before)
