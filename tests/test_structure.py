@@ -12,6 +12,7 @@ SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins")
 ORDER = [
     "errors",
     "runs",
+    "parallel",
     "playground",
     "config",
     "data",

@@ -194,6 +194,15 @@ def names_are_folders(values: Values) -> Iterator[Finding]:
             yield Finding(key, "names a folder", (f"without {listing(bad)}" if bad else "give it a real name",))
 
 
+def machines_find_each_other(values: Values) -> Iterator[Finding]:
+    nodes, rank = values.get("hardware.nodes") or 1, values.get("hardware.node_rank")
+    if rank is not None and rank >= nodes:
+        yield Finding("hardware.node_rank", f"counts from 0 to {nodes - 1}: hardware.nodes={nodes}")
+    if nodes > 1 and values.get("run.dir") is None and values.get("run.name") is None:
+        advice = ("run.dir=FOLDER, one that every machine sees", "in a sweep it has one by itself")
+        yield Finding("run.dir", "several machines work in one folder, and must be told which", advice)
+
+
 def objective_agrees(values: Values) -> Iterator[Finding]:
     from uft.config.register import objective_problems, objective_schemas
 
@@ -227,5 +236,6 @@ RULES: tuple[Rule, ...] = (
     holdout_is_share_or_count,
     generation_has_seeds,
     names_are_folders,
+    machines_find_each_other,
     objective_agrees,
 )

@@ -15,13 +15,18 @@ FREE = (
     "generate.",
     "annotate.",
     "hardware.threads",
+    "hardware.processes",
+    "hardware.nodes",
+    "hardware.node_rank",
+    "hardware.rendezvous",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
     "train.eval_every",
     "train.save_model",
 )
-"""What may change between the sittings of one run: nothing here touches the weights it arrives at."""
+"""What may change between the sittings of one run: nothing here touches the weights it arrives at, but for the rounding
+of sums that another number of processes adds up in another order."""
 
 ABSENT = "(absent)"
 STAGE = re.compile(r"^stages\.[^.]+\.")

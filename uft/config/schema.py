@@ -165,7 +165,13 @@ class Annotate:
 @dataclass
 class Hardware:
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    threads: int | None = _key(None, "CPU threads; null: one per core, one alone for a small model", ge=1)
+    processes: int = _key(1, "processes on each machine, one per GPU: data parallel", ge=1)
+    nodes: int = _key(1, "machines", ge=1)
+    node_rank: int | None = _key(None, "which of the machines this is, from 0; null: SLURM_NODEID", ge=0)
+    rendezvous: str | None = _key(None, "HOST:PORT of the first machine; null: the first of SLURM_JOB_NODELIST")
+    threads: int | None = _key(
+        None, "CPU threads of a process; null: its share of the cores, one alone for a small model", ge=1
+    )
     tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
     deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
 

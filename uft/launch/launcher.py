@@ -21,7 +21,14 @@ from uft.errors import BAD_REQUEST, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
 from uft.launch.process import run_worker
 from uft.launch.provenance import provenance
+from uft.launch.team import node_rank, team
 from uft.runs import Run, create_run, write_atomically
+
+TOGETHER = ("check", "generate")
+"""Jobs that several processes do better than one; the others read and write."""
+
+PATIENCE = 600.0
+"""Seconds that a machine waits for the first one to make the run."""
 
 UNFINISHED_CREATION = {"overrides.yaml", "run.json"}
 
@@ -35,6 +42,8 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     settings = plain(cfg)
     run = Run(single_run_dir(settings))
     settings["run"] = {"name": settings["run"]["name"] or run.name, "dir": None}  # the folder is where the file lies
+    if node_rank(settings["hardware"]) > 0:
+        return lend_a_hand(run, settings, quiet=quiet)
     if run.exists:
         return continue_run(run, settings, quiet=quiet)
     refuse_foreign(run.path)
@@ -48,7 +57,19 @@ def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         spec = Path(folder) / "config.yaml"
         spec.write_text(frozen(cfg), encoding="utf-8")
-        return run_worker(["--job", job, str(spec)])
+        return run_worker(["--job", job, str(spec)], team=team(plain(cfg)["hardware"]) if job in TOGETHER else ())
+
+
+def lend_a_hand(run: Run, settings: Mapping[str, Any], quiet: bool) -> int:
+    """On every machine but the first: join the run that the first one makes, in a folder that both see."""
+    deadline = time.monotonic() + PATIENCE
+    while not run.exists:
+        if time.monotonic() > deadline:
+            why = f"the first machine made no run here within {PATIENCE / 60:.0f} minutes"
+            raise UftError(Problem(str(run.path), why, advice=("do both machines see this folder?",)))
+        time.sleep(0.5)
+    log = run.path.resolve() / f"console-{node_rank(settings['hardware'])}.log" if quiet else None
+    return run_worker([str(run.path.resolve())], log=log, team=team(settings["hardware"]))
 
 
 def continue_run(
@@ -86,7 +107,7 @@ def let_go(run: Run) -> bool:
 def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool = False) -> int:
     """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
     log = run.path.resolve() / "console.log" if quiet else None
-    code = run_worker([str(run.path.resolve())], cwd, log)
+    code = run_worker([str(run.path.resolve())], cwd, log, team(run.config()["hardware"]))
     if code == BAD_REQUEST and fresh and not run.result() and not run.steps:
         said = log.read_text(encoding="utf-8", errors="replace") if log else ""
         discard(run.path)

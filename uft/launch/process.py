@@ -21,6 +21,8 @@ EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: STOPPED, signal.SIGUSR
 COMMAND = (sys.executable, "-P", "-m", "uft.launch.worker")
 """-P: a `datasets.py` in the folder one works in is not taken for the library."""
 
+AGENT = (sys.executable, "-P", "-m", "uft.launch.agent")
+
 PARENT = "UFT_PARENT_PID"
 PR_SET_PDEATHSIG = 1
 
@@ -40,8 +42,12 @@ def die_with_parent() -> None:
         sys.exit(FAILED)
 
 
-def run_worker(arguments: Sequence[str], cwd: Path | None = None, log: Path | None = None) -> int:
+def run_worker(
+    arguments: Sequence[str], cwd: Path | None = None, log: Path | None = None, team: Sequence[str] = ()
+) -> int:
     """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code.
+
+    `team`: what torch's launcher is told where several processes do the work of one (:mod:`uft.launch.team`).
 
     With `log`, nothing of it is seen here: what it says besides its console.log, which is this file, goes there too.
 
@@ -51,7 +57,8 @@ def run_worker(arguments: Sequence[str], cwd: Path | None = None, log: Path | No
     sent: list[int] = []
     environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path()}
     with forwarding(sent) as children, said_in(log) as streams:
-        child = subprocess.Popen([*COMMAND, *arguments], start_new_session=True, env=environment, cwd=cwd, **streams)
+        command = [*AGENT, *team, "-m", "uft.launch.worker"] if team else COMMAND
+        child = subprocess.Popen([*command, *arguments], start_new_session=True, env=environment, cwd=cwd, **streams)
         children.append(child)
         for number in sent:  # one came in before there was a child
             child.send_signal(number)

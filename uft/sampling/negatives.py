@@ -31,6 +31,7 @@ from uft.errors import Problem, UftError
 from uft.model.forward import Policy
 from uft.model.load import pad_id
 from uft.objectives.views import GOOD_ENOUGH, reward
+from uft.parallel.ranks import ranks
 from uft.sampling.generate import Reply, Sampling, complete
 
 Line = dict[str, Any]
@@ -70,16 +71,20 @@ def generate_rows(
     """
     rows = [row for source in sources for row in source.rows[: settings.limit]]
     usable = [row for row in rows if good_completion(row) is not None]
-    recipe = {"sampled_by": sampled_by, "sampling": recorded(settings, renderer)}
-    lines = _earlier_lines(out, usable, recipe)
+    recipe, group = {"sampled_by": sampled_by, "sampling": recorded(settings, renderer)}, ranks()
+    lines = group.from_first(lambda: _earlier_lines(out, usable, recipe))
     resumed = len(lines)
     done = {line["row"] for line in lines}
     missing = iter([row for row in usable if row.id not in done])
     handled, empty = resumed, len(settings.seeds) * resumed - sum(len(line["negatives"]) for line in lines)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a", encoding="utf-8") as handle:
-        while batch := list(islice(missing, settings.batch_size)):
-            for line in _sample(policy, tokenizer, renderer, batch, settings, recipe, should_stop):
+
+    def sample(share: Sequence[Row]) -> list[Line]:
+        return list(_sample(policy, tokenizer, renderer, share, settings, recipe, should_stop))
+
+    with open(out if group.first else os.devnull, "a", encoding="utf-8") as handle:
+        while batch := list(islice(missing, group.size * settings.batch_size)):
+            for line in group.spread(batch, sample):
                 empty += len(settings.seeds) - len(line["negatives"])
                 if line["negatives"]:
                     handle.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -22,6 +22,7 @@ from uft.model.load import check_vocabulary, load_policy, load_tokenizer
 from uft.model.memory import peak_memory
 from uft.objectives import make
 from uft.objectives.kinds import kind_table
+from uft.parallel.ranks import ranks
 from uft.runs import Run
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import generate_rows
@@ -39,8 +40,9 @@ WIDE = 180
 
 
 def console_for_tables() -> Console:
-    """As wide as the terminal; wide enough for a table where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=WIDE)
+    """As wide as the terminal; wide enough for a table where there is none. One process's words are enough."""
+    quiet = not ranks().first
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=WIDE, quiet=quiet)
 
 
 def check(config: Config) -> int:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ from uft.model.packed import settle_layout
 from uft.model.reference import Reference, make_reference
 from uft.objectives import make
 from uft.objectives.base import Clock, Objective
+from uft.parallel.environment import launched, local_rank
+from uft.parallel.ranks import ranks
 from uft.runs import Run, read_json
 from uft.training import checkpoints
 from uft.training.corpus import Corpus, Plan, cache_dir, make_feed, plan, read_corpus
@@ -32,6 +35,9 @@ from uft.training.trainer import Progress, Trainer
 STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a token's log-prob between policy and reference before the first step: rounding, no more."""
 
+
+RANK_SEEDS = 1_000_003
+"""Between the seeds of two processes."""
 
 SMALL_MODEL = 3_000_000
 """Parameters below which a second CPU thread made no run faster: at 0.3 million it cost a tenth of the speed."""
@@ -84,6 +90,9 @@ def choose_device(hardware: Hardware) -> torch.device:
     if hardware.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if name == "cuda" and launched() > 1:
+        torch.cuda.set_device(local_rank())
+        return torch.device("cuda", local_rank())
     return torch.device(name)
 
 
@@ -121,7 +130,8 @@ def prepare(
         measured = (config.model, replace(config.reference, mode="auto"))
     yardstick = against(*measured, visits_per_row=float("inf")) if measured else reference
     _pause(stop)
-    torch.manual_seed(config.seeds.sampling)  # last: what was found in a cache and what was made must not show
+    # last: what was found in a cache and what was made must not show; every process draws its own dropout
+    torch.manual_seed(config.seeds.sampling + RANK_SEEDS * ranks().rank)
     trainer = Trainer(
         run=run,
         config=config,
@@ -157,14 +167,21 @@ def longest_row(corpus: Corpus, config: Config, objective: Objective) -> int:
 
 def resume(trainer: Trainer) -> int:
     """Continue from the newest checkpoint; its step, or -1 where there is none: the run starts from the beginning."""
-    checkpoints.recover(trainer.run)
-    found = trainer.run.checkpoints()
-    if not found:
+
+    def newest() -> tuple[int, Path] | None:
+        checkpoints.recover(trainer.run)
+        return next(reversed(trainer.run.checkpoints()), None)
+
+    found = ranks().from_first(newest)
+    if found is None:
         return -1
-    step, folder = found[-1]
+    step, folder = found
     trainer.load_checkpoint(folder)
+    ranks().wait()
     # the process may have died before it deleted what this checkpoint replaced
-    checkpoints.prune(trainer.run, trainer.config.train.keep_last, trainer.progress.best_step)
+    ranks().from_first(
+        lambda: checkpoints.prune(trainer.run, trainer.config.train.keep_last, trainer.progress.best_step)
+    )
     return step
 
 
@@ -193,7 +210,7 @@ def refuse_other_data(run: Run, corpus: Corpus) -> None:
 
 def _pause(stop: Stop) -> None:
     """A safe point of the preparation."""
-    if stop():
+    if stop.agreed():
         raise Stopped
 
 
@@ -221,6 +238,7 @@ def _fill(
         progress=lambda count, of: say(f"reference log-probs: {count} of {of} completions"),
     )
     if not done:
+        stop.agreed()
         raise Stopped
     feed.reference = reference.column
 

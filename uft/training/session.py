@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +20,8 @@ from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.evaluation.battery import Battery, HeldOut, battery
 from uft.model.export import export
 from uft.model.memory import peak_memory
+from uft.parallel.environment import PeerLost, note
+from uft.parallel.ranks import ranks
 from uft.runs import Run, shown, write_json
 from uft.tracking import Tracker, Trackers, make_tracker
 from uft.tracking.cards import Ending
@@ -48,11 +52,31 @@ def train(run: Run, config: Config, stop: Stop) -> int:
 
     Raises the UftError of a request that cannot be carried out; whatever fails later stands in `result.json`.
     """
-    console = Console(sys.stdout, run.path / "console.log")
-    try:
+    with console_of(run) as console:
         return _Sitting(run, config, stop, console).go()
-    finally:
-        console.close()
+
+
+@contextmanager
+def console_of(run: Run) -> Iterator[Console]:
+    """Where people watch; of several processes, the first one's words alone are heard."""
+    first = ranks().first
+    with nullcontext(sys.stdout) if first else open(os.devnull, "w") as stream:
+        console = Console(stream, run.path / "console.log" if first else None)
+        try:
+            yield console
+        finally:
+            console.close()
+
+
+def said(error: Exception) -> str:
+    """What `result.json` says of an error. The unforeseen ones have a traceback, for whoever mends them."""
+    if isinstance(error, PeerLost):
+        return f"another process of this run ended ({error})"
+    text = str(error) if isinstance(error, UftError) else f"{type(error).__name__}: {error}"
+    note(text)
+    if not isinstance(error, UftError):
+        traceback.print_exc()
+    return text
 
 
 @dataclass
@@ -75,10 +99,9 @@ class _Sitting:
         except UftError as error:
             if trainer is None and error.code == BAD_REQUEST:
                 raise
-            return self._end(trainer, "failed", FAILED, error=str(error))
+            return self._end(trainer, "failed", FAILED, error=said(error))
         except Exception as error:
-            traceback.print_exc()
-            return self._end(trainer, "failed", FAILED, error=f"{type(error).__name__}: {error}")
+            return self._end(trainer, "failed", FAILED, error=said(error))
         return self._end(trainer, "finished", GOOD) if whole else self._end(trainer, "stopped", self.stop.exit_code)
 
     def _begin(self) -> Prepared:
@@ -87,11 +110,12 @@ class _Sitting:
         prepared = prepare(self.run, self.config, device, self.stop, self.console.message)
         checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
         resumed = resume(prepared.trainer)
-        if resumed < 0:
-            write_json(self.run.path / "check.json", checks)
-        else:
+        if resumed >= 0:
             refuse_other_data(self.run, prepared.corpus)
-        self._open(prepared, resumed)
+        elif ranks().first:
+            write_json(self.run.path / "check.json", checks)
+        if ranks().first:
+            self._open(prepared, resumed)
         return prepared
 
     def _open(self, prepared: Prepared, resumed: int) -> None:
@@ -124,11 +148,13 @@ class _Sitting:
         if not fit(prepared.trainer, self.tracker, self.console, measure, before=self.config.eval.before):
             return False
         if self.config.train.save_model:
-            export(prepared.trainer.policy, prepared.tokenizer, self.run.model_dir)
+            ranks().from_first(lambda: export(prepared.trainer.policy, prepared.tokenizer, self.run.model_dir))
         return True
 
     def _end(self, trainer: Trainer | None, status: str, code: int, error: str | None = None) -> int:
         """Write `result.json`, close the tracker with the true status, show the last card."""
+        if not ranks().first:
+            return code
         progress, total_steps = (trainer.progress, trainer.steps) if trainer else standing(self.run)
         device, wall = trainer.device if trainer else torch.device("cpu"), time.perf_counter() - self.started
         record = result_record(progress, self.config, device, wall, read_metrics(self.run))
@@ -173,7 +199,7 @@ def fit(trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[
 
 def owes_battery(trainer: Trainer) -> bool:
     """Asked to stop within the last battery: the run has its steps but not its result."""
-    return trainer.stop() and trainer.progress.evaluated < trainer.steps
+    return trainer.stop.agreed() and trainer.progress.evaluated < trainer.steps
 
 
 def measured_on(corpus: Corpus) -> list[HeldOut]:
@@ -194,7 +220,7 @@ def measuring(prepared: Prepared, sources: Sequence[HeldOut], stop: Stop) -> Cal
             prepared.corpus.renderer,
             prepared.tokenizer,
             config.eval,
-            stop,
+            stop.agreed if ranks().in_step else stop,
             micro_batch_tokens=config.train.micro_batch_tokens,
         )
 

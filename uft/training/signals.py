@@ -16,12 +16,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 @dataclass
 class Stop:
-    """Whether somebody asked this run to stop, and how. Call it to ask."""
+    """Whether somebody asked this process to stop, and how. Call it to ask."""
 
     signal: int | None = None
 
     def __call__(self) -> bool:
         return self.signal is not None
+
+    def agreed(self) -> bool:
+        """Whether any process of the run was asked: all come here at the same point, and leave with one answer."""
+        from uft.parallel.ranks import ranks  # here: signals are listened to before torch is imported
+
+        self.signal = ranks().largest(self.signal or 0) or None
+        return self()
 
     @property
     def exit_code(self) -> int:

@@ -12,11 +12,10 @@ stage is the one before the next.
 from __future__ import annotations
 
 import gc
-import sys
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from uft.config.schema import Config, Model
 from uft.config.stages import Stage, stages_of
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.model.export import export
+from uft.parallel.ranks import ranks
 from uft.runs import Run, shown, write_json
 from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
@@ -44,7 +44,7 @@ from uft.training.prepare import (
     standing,
 )
 from uft.training.records import check_record
-from uft.training.session import ending, fit, measuring, result_record
+from uft.training.session import console_of, ending, fit, measuring, result_record, said
 from uft.training.signals import Stop
 from uft.training.stages_ground import Ground, handed, survey
 from uft.training.stages_make import MAKERS, Place
@@ -59,11 +59,8 @@ def train(run: Run, config: Config, stop: Stop) -> int:
 
     Raises the UftError of a request that cannot be carried out; whatever fails later stands in `result.json`.
     """
-    console = Console(sys.stdout, run.path / "console.log")
-    try:
+    with console_of(run) as console:
         return _Sitting(run, config, stop, console, stages_of(config)).go()
-    finally:
-        console.close()
 
 
 @dataclass
@@ -88,10 +85,9 @@ class _Sitting:
         except UftError as error:
             if not self.begun and error.code == BAD_REQUEST:
                 raise
-            return self._end("failed", FAILED, error=str(error))
+            return self._end("failed", FAILED, error=said(error))
         except Exception as error:
-            traceback.print_exc()
-            return self._end("failed", FAILED, error=f"{type(error).__name__}: {error}")
+            return self._end("failed", FAILED, error=said(error))
         return self._end("finished", GOOD) if whole else self._end("stopped", self.stop.exit_code)
 
     # --- the run as a whole
@@ -102,14 +98,16 @@ class _Sitting:
         ground = survey(self.run, self.config, self.stages)
         for stage in self.stages:
             if stage.name in ground.records:
-                ground.keep(stage)
+                ranks().from_first(partial(ground.keep, stage))
             result = self.folder(stage).result()
             if result.get("status") == "finished" and len(self.results) == stage.number - 1:
                 self.results[stage.name] = result
         self.begun = bool(self.results) or any(self.folder(stage).checkpoints() for stage in self.stages)
-        if self.stop():
+        if self.stop.agreed():
             raise Stopped
-        self._open(ground)
+        if ranks().first:
+            self._open(ground)
+        ranks().wait()  # until the result of an earlier sitting is gone
         return ground
 
     def _open(self, ground: Ground) -> None:
@@ -179,7 +177,7 @@ class _Sitting:
         """Carry out a stage unless it is finished; False when asked to stop before its end."""
         if stage.name in self.results:
             return True
-        if self.stop():
+        if self.stop.agreed():
             return False
         folder = self.folder(stage)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -193,7 +191,7 @@ class _Sitting:
             self.begun = True
             record = MAKERS[stage.do](self._place(stage)) | {"wall_seconds": time.perf_counter() - started}
         self.results[stage.name] = {"status": "finished", "error": None, "do": stage.do, **record}
-        write_json(folder.path / "result.json", self.results[stage.name])
+        ranks().from_first(lambda: write_json(folder.path / "result.json", self.results[stage.name]))
         self._mark()
         ground.corpora.pop(stage.name, None)
         gc.collect()
@@ -219,8 +217,8 @@ class _Sitting:
         """Train a stage and leave its model; None when asked to stop before that."""
         if stage.name not in ground.corpora:
             ground.read(stage)
-            ground.keep(stage)
-            self.run.update_info(total_steps=ground.steps)
+            ranks().from_first(partial(ground.keep, stage))
+            ranks().from_first(lambda: self.run.update_info(total_steps=ground.steps))
             self.console.total_steps = ground.steps
         prepared = self._prepare(stage, ground, folder)
         trainer = prepared.trainer
@@ -235,7 +233,7 @@ class _Sitting:
             return None
         later = any(other.do == "generate" for other in self.stages[stage.number :])
         if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
-            export(trainer.policy, prepared.tokenizer, self.model_dir(stage))
+            ranks().from_first(lambda: export(trainer.policy, prepared.tokenizer, self.model_dir(stage)))
         lines = (line for line in read_metrics(self.run) if line.get("stage") == stage.name)
         return result_record(trainer.progress, stage.config, self.device, time.perf_counter() - started, lines)
 
@@ -247,7 +245,7 @@ class _Sitting:
             check_positions(prepared.trainer.policy, corpus)
         checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
         resumed = resume(prepared.trainer)
-        if resumed < 0:
+        if resumed < 0 and ranks().first:
             write_json(folder.path / "check.json", checks)
         self.begun = True
         title = f"stage {stage.number} of {len(self.stages)}: {stage.name}"
@@ -259,6 +257,8 @@ class _Sitting:
 
     def _end(self, status: str, code: int, error: str | None = None) -> int:
         """Write `result.json`, close the tracker with the true status, show the last card."""
+        if not ranks().first:
+            return code
         progress, _ = self._current()
         wall = time.perf_counter() - self.started
         record = result_record(progress, self.config, self.device, wall, read_metrics(self.run))

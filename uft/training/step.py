@@ -11,6 +11,9 @@ from uft.data.batch import Batch
 from uft.data.batches import Item, micro_batches
 from uft.data.packing import Layout
 from uft.objectives.base import Clock, Forward, Loss, Objective, Term
+from uft.parallel.ranks import by_itself
+from uft.parallel.sharing import sum_gradients
+from uft.training.together import counted_over_all, joined_survey, joined_terms, owned, share_state, units_of
 from uft.training.visits import visit
 
 Tensor = torch.Tensor
@@ -45,11 +48,11 @@ class NonFinite(Exception):
 def forward_backward(
     objective: Objective, batches: Sequence[Batch], policy: Forward, reference: Forward | None, clock: Clock
 ) -> Loss:
-    """Gradients of `sum over terms of weight * total / count`, the count taken over all micro-batches first."""
-    units: dict[str, Tensor] = {}
-    for batch in batches:
-        for name, count in objective.counts(batch).items():
-            units[name] = units[name] + count if name in units else count
+    """Gradients of `sum over terms of weight * total / count`, the count taken over all micro-batches first.
+
+    The count is that of all processes; gradients and totals are those of this one.
+    """
+    units = units_of(objective, batches)
 
     def weighted(loss: Loss) -> Tensor | None:
         parts = [t.weight * t.total / units[name].clamp(min=1) for name, t in loss.items() if t.weight and t.count > 0]
@@ -66,7 +69,7 @@ def forward_backward(
         for name, term in ((name, term) for loss in losses for name, term in loss.items()):
             before = terms[name].total if name in terms else 0.0
             terms[name] = Term(before + term.total.detach(), units[name], term.weight)
-    return terms
+    return {name: terms.get(name, Term(torch.zeros(()), count, 0.0)) for name, count in units.items()}
 
 
 @torch.no_grad()
@@ -79,7 +82,7 @@ def survey(
         for name, term in objective.survey(batch, policy, reference).items():
             total, count = sums.get(name, (torch.zeros_like(term.total), torch.zeros_like(term.count)))
             sums[name] = (total + term.total, count + term.count)
-    return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
+    return joined_survey(sums)
 
 
 def reported_loss(objective: Objective, terms: Loss) -> Tensor:
@@ -106,12 +109,17 @@ def optimiser_step(
     device: torch.device,
     layout: Layout = Layout.PADDED,
 ) -> Step:
-    """Update the parameters with the gradient of `items`. Raises NonFinite before anything was changed."""
-    batches = [batch.to(device) for batch in micro_batches(items, micro_batch_tokens, pad_id, layout)]
+    """Update the parameters with the gradient of `items`, of which this process takes its share.
+
+    Raises NonFinite before anything was changed, in all processes.
+    """
+    batches = [batch.to(device) for batch in micro_batches(owned(items), micro_batch_tokens, pad_id, layout)]
     optimiser.zero_grad(set_to_none=True)
-    unrelated = [batch.to(device) for batch in micro_batches(mismatched, micro_batch_tokens, pad_id, layout)]
+    unrelated = [batch.to(device) for batch in micro_batches(owned(mismatched), micro_batch_tokens, pad_id, layout)]
     clock = replace(clock, survey=survey(objective, unrelated, policy, reference))
-    terms = forward_backward(objective, batches, policy, reference, clock)
+    terms = joined_terms(forward_backward(objective, batches, policy, reference, clock), device)
+    share_state(objective, items)
+    sum_gradients(parameters.values())
     loss = reported_loss(objective, terms)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf"))
     if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
@@ -120,13 +128,9 @@ def optimiser_step(
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()
-    return Step(
-        loss,
-        terms,
-        grad_norm,
-        tokens=sum(batch.tokens for batch in batches),
-        supervised_tokens=sum(batch.target_ids.numel() for batch in batches),
-    )
+    sizes = [sum(batch.tokens for batch in batches), sum(batch.target_ids.numel() for batch in batches)]
+    tokens, supervised_tokens = counted_over_all(sizes)
+    return Step(loss, terms, grad_norm, tokens, supervised_tokens)
 
 
 def culprits(
@@ -145,7 +149,8 @@ def culprits(
     found = []
     for item in items:
         batches = [batch.to(device) for batch in micro_batches([item], 1, pad_id, layout)]
-        terms = forward_backward(objective, batches, policy, reference, clock)
+        with by_itself():
+            terms = forward_backward(objective, batches, policy, reference, clock)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         if not all(bool(torch.isfinite(x).all()) for x in [reported_loss(objective, terms), *gradients]):
             found.append(item.row.id)

@@ -15,6 +15,7 @@ from uft.data.batches import Item
 from uft.errors import FAILED, Problem, UftError
 from uft.model.forward import Policy
 from uft.objectives.base import Clock, Forward, Objective
+from uft.parallel.ranks import ranks
 from uft.runs import Run
 from uft.training import checkpoints
 from uft.training.feed import Feed
@@ -24,6 +25,11 @@ from uft.training.signals import Stop
 from uft.training.step import NonFinite, Step, culprits, idle_step, optimiser_step
 
 Tensor = torch.Tensor
+
+
+def _random(rank: int) -> str:
+    """Where the generators of a process stand in a checkpoint."""
+    return f"random/rank{rank}" if rank else "random"
 
 
 @dataclass
@@ -82,7 +88,7 @@ class Trainer:
     def fit(self) -> None:
         """Train to the horizon or until asked to stop. Raises UftError (code 1) when the numbers stop being numbers."""
         self.policy.train()
-        while self.progress.step < self.steps and not self.stop():
+        while self.progress.step < self.steps and not self.stop.agreed():
             step = self._step()
             for hook in self.hooks:
                 hook.after_step(self, step)
@@ -191,12 +197,20 @@ class Trainer:
             problem = Problem(f"step {self.progress.step}", why, advice=(good,))
             raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
+        generators = ranks().gather(checkpoints.random_state(self.device))
+        return ranks().from_first(lambda: self._write_checkpoint(names, generators))
+
+    def _write_checkpoint(self, names: Mapping[int, str], generators: Sequence[Mapping[str, Tensor]]) -> Path:
         tensors = {
             **checkpoints.nested("model", self.parameters),
             **checkpoints.nested("optimiser", checkpoints.optimiser_tensors(self.optimiser, names)),
             **checkpoints.nested("objective", self.objective.state),
             **checkpoints.nested("meter", self.meter.state_dict()),
-            **checkpoints.nested("random", checkpoints.random_state(self.device)),
+            **{
+                n: t
+                for rank, state in enumerate(generators)
+                for n, t in checkpoints.nested(_random(rank), state).items()
+            },
         }
         state = {"progress": asdict(self.progress), "feed": self.feed.state_dict(), "steps": self.steps}
         folder = checkpoints.save(self.run, self.progress.step, tensors, state)
@@ -210,7 +224,9 @@ class Trainer:
         for name, tensor in checkpoints.below("objective", tensors).items():
             self.objective.state[name].copy_(tensor)
         self.meter.load_state_dict(checkpoints.below("meter", tensors), self.device)
-        checkpoints.restore_random_state(checkpoints.below("random", tensors), self.device)
+        generators = checkpoints.below(_random(ranks().rank), tensors)
+        if generators:  # else there are more processes now, and this one keeps the seed it began with
+            checkpoints.restore_random_state(generators, self.device)
         self.feed.load_state_dict(state["feed"])
         self.progress = Progress(**state["progress"])
         self.steps = state["steps"]  # the horizon of the schedule never changes shape under a run
