@@ -1,6 +1,6 @@
 """Runs that must say the same on one process as on two: the whole trainer on small files, without the command line.
 
-As a program, under torch's launcher: `python cases.py FOLDER NAME...` writes what each case says to FOLDER/NAME.json.
+As a program, also under torch's launcher: `cases.py FOLDER WAY:NAME...` writes what each says to FOLDER/WAY-NAME.json.
 """
 
 from __future__ import annotations
@@ -40,8 +40,16 @@ CASES: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "dft_one_example": ("dft", ("negatives",), ("data.sources.negatives.limit=2", "train.batch_size=5")),
     "kto": ("kto", ("labels", "scores"), ()),
     "per_kind": ("per_kind", KINDS, ()),
+    "sft_packed": ("sft", KINDS[:2], ("train.packing=packed", "model.gradient_checkpointing=true")),
+    "dpo_untied": ("dpo", ("pairs",), ("model=custom", "model.path=untied", "reference.mode=copy")),
 }
 """Name -> (objective, sources, settings)."""
+
+WAYS = {"one": (), "two": (), "sharded": ("hardware.sharding=full", "train.save_model=true")}
+"""What is asked of the hardware besides."""
+
+SHARDED = ("sft", "sft_one_row", "sft_packed", "sft_lora", "dpo_lora", "dpo_untied", "uft", "ift", "dft", "kto")
+"""Cases that are tried with the model in pieces."""
 
 
 def rows_of(kind: str, count: int = 11) -> Iterator[dict[str, Any]]:
@@ -67,6 +75,19 @@ def write_files(folder: Path) -> None:
         (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(kind)))
 
 
+def write_untied(folder: Path) -> None:
+    """The playground's model with a head of its own, in FOLDER/untied."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import uft.playground
+
+    source = Path(uft.playground.__file__).with_name("model")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, tie_word_embeddings=False))
+    model.save_pretrained(folder / "untied")
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder / "untied")
+
+
 def overrides(objective: str, sources: Sequence[str], folder: Path, more: Sequence[str]) -> list[str]:
     return [
         f"objective={objective}",
@@ -87,7 +108,7 @@ def overrides(objective: str, sources: Sequence[str], folder: Path, more: Sequen
         "eval.max_new_tokens=6",
         "tracking=none",
         "hardware=cpu",
-        *more,
+        *(f"model.path={folder / 'untied'}" if word == "model.path=untied" else word for word in more),
     ]
 
 
@@ -112,16 +133,16 @@ def say(name: str, folder: Path, where: str, more: Sequence[str] = ()) -> dict[s
     return {"metrics": read_metrics(run), "result": run.result()} if ranks().first else {}
 
 
-def main(folder: Path, where: str, names: Sequence[str]) -> None:
+def main(folder: Path, wanted: Sequence[str]) -> None:
     from uft.parallel.ranks import joined
 
     torch.set_num_threads(1)
     with joined() as group:
-        for name in names:
-            said = say(name, folder, where)
+        for where, name in (word.split(":") for word in wanted):
+            said = say(name, folder, where, WAYS[where])
             if group.first:
                 (folder / f"{where}-{name}.json").write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])

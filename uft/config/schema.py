@@ -169,6 +169,11 @@ class Hardware:
     nodes: int = _key(1, "machines", ge=1)
     node_rank: int | None = _key(None, "which of the machines this is, from 0; null: SLURM_NODEID", ge=0)
     rendezvous: str | None = _key(None, "HOST:PORT of the first machine; null: the first of SLURM_JOB_NODELIST")
+    sharding: str = _key(
+        "none", "none: every process has the whole model; full: each has a share (FSDP2)", choices=("none", "full")
+    )
+    reshard: bool = _key(True, "sharding=full: free a block's weights between its forward and its backward pass")
+    offload: bool = _key(False, "sharding=full: keep shares and optimiser in the CPU's memory")
     threads: int | None = _key(
         None, "CPU threads of a process; null: its share of the cores, one alone for a small model", ge=1
     )

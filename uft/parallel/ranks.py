@@ -26,12 +26,25 @@ PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """How a model is in pieces: every process holds a share of every weight, its gradient and its moments."""
+
+    reshard: bool = True  # give a layer's weights back after its forward pass, and gather them again for the backward
+    offload: bool = False  # keep the shares in the CPU's memory while they are not at work
+
+
+@dataclass(frozen=True)
 class Ranks:
     """This process among those of its run. Whatever is asked of `Ranks` is asked by all of them, in the same order."""
 
     rank: int = 0
     size: int = 1
-    in_step: bool = False  # all must make the same forward passes
+    sharding: Sharding | None = None  # of the model, if it is in pieces
+
+    @property
+    def in_step(self) -> bool:
+        """Whether all must make the same forward passes."""
+        return self.sharding is not None
 
     @property
     def first(self) -> bool:
@@ -139,10 +152,10 @@ def joined() -> Iterator[Ranks]:
         _now = ALONE
 
 
-def keep_step() -> None:
-    """From here on every forward pass is made by all together: the model is in pieces."""
+def keep_step(sharding: Sharding | None) -> None:
+    """From here on models are loaded in pieces, and every forward pass is made by all together; None: apart again."""
     global _now
-    _now = replace(_now, in_step=_now.size > 1)
+    _now = replace(_now, sharding=sharding if _now.size > 1 else None)
 
 
 @contextmanager

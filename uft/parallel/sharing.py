@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from uft.parallel.ranks import ranks
 
@@ -35,7 +36,7 @@ def shares(sizes: Sequence[int], owners: Sequence[Hashable], count: int) -> list
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Add up the gradients of all processes. One that nobody has stays None: optimisers pass over those."""
     group = ranks()
-    if group.size == 1:
+    if group.size == 1 or group.in_step:  # in pieces, they were added up on their way back
         return
     listed = list(parameters)
     present = torch.tensor([parameter.grad is not None for parameter in listed], dtype=torch.uint8)
@@ -52,6 +53,32 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         pieces = flat.split([gradient.numel() for gradient in bucket])
         for gradient, piece in zip(bucket, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))
+
+
+def finite(tensors: Iterable[Tensor]) -> list[bool]:
+    """Whether each holds nothing but numbers; of one in pieces, whether all of it does."""
+    whole = [bool(torch.isfinite(_own(tensor)).all()) for tensor in tensors]
+    if not ranks().in_step:
+        return whole
+    return [all(everywhere) for everywhere in zip(*ranks().gather(whole), strict=True)]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be in pieces, in every process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has whole, where `like` is and in pieces as that is."""
+    if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
+        moved = tensor.to(like.to_local().device)
+        return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+    return tensor.to(like.device)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

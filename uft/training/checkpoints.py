@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from uft.parallel.sharing import placed
 from uft.runs import Run
 
 Tensor = torch.Tensor
 TENSORS, STATE = "tensors.safetensors", "state.json"
+WRITTEN = ".tmp"
 REPLACED, DISCARDED = "replaced", "discarded"
 """How a hidden folder ends: one that waits for its replacement to get its name, and one that is being deleted."""
 
@@ -52,7 +54,7 @@ def load_optimiser(
         name, _, key = path.rpartition("/")
         parameter = parameters[name]
         # torch keeps the step counter on the CPU unless the kernel is fused or capturable
-        place = tensor if key == "step" else tensor.to(parameter.device)
+        place = tensor if key == "step" else placed(tensor, parameter)
         optimiser.state[parameter][key] = place.clone()
 
 
@@ -79,24 +81,39 @@ def _flush(path: Path) -> None:
 
 def save(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
     """Publish `step-XXXXXX`; returns its folder. Saving a step that is there already replaces it."""
+    return publish(run, begin(run, step, tensors, state))
+
+
+def begin(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint beside its place; the hidden folder, to which more may be added before it is published."""
     run.checkpoints_dir.mkdir(exist_ok=True)
-    final = run.checkpoints_dir / f"step-{step:06d}"
-    beside = run.checkpoints_dir / f".{final.name}.tmp"
+    beside = run.checkpoints_dir / f".step-{step:06d}{WRITTEN}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     # clone: safetensors refuses tensors that share memory (tied weights), and the copy is on the CPU anyway
     save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, beside / TENSORS)
     (beside / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-    for path in (beside / TENSORS, beside / STATE, beside):
+    return beside
+
+
+def publish(run: Run, beside: Path) -> Path:
+    """Give a checkpoint that was begun its name, once all of it is on the disk; its folder."""
+    place = final(beside)
+    for path in (*beside.rglob("*"), beside):
         _flush(path)
-    replaced = _hidden(final, REPLACED)
+    replaced = _hidden(place, REPLACED)
     shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(beside, final)
+    if place.exists():
+        os.replace(place, replaced)
+    os.replace(beside, place)
     _flush(run.checkpoints_dir)
     shutil.rmtree(replaced, ignore_errors=True)
-    return final
+    return place
+
+
+def final(beside: Path) -> Path:
+    """Where a checkpoint that is being written will be."""
+    return beside.with_name(beside.name[1:].removesuffix(WRITTEN))
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

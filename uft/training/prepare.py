@@ -20,10 +20,11 @@ from uft.model.forward import Policy
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.packed import settle_layout
 from uft.model.reference import Reference, make_reference
+from uft.model.sharded import sharding_of
 from uft.objectives import make
 from uft.objectives.base import Clock, Objective
 from uft.parallel.environment import launched, local_rank
-from uft.parallel.ranks import ranks
+from uft.parallel.ranks import keep_step, ranks
 from uft.runs import Run, read_json
 from uft.training import checkpoints
 from uft.training.corpus import Corpus, Plan, cache_dir, make_feed, plan, read_corpus
@@ -106,6 +107,7 @@ def prepare(
     horizon = plan(config, corpus)
     feed = make_feed(config, corpus, objective)
     _pause(stop)
+    keep_step(sharding_of(config.hardware))
     say("loading the model")
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)

@@ -148,7 +148,7 @@ class _Sitting:
         if not fit(prepared.trainer, self.tracker, self.console, measure, before=self.config.eval.before):
             return False
         if self.config.train.save_model:
-            ranks().from_first(lambda: export(prepared.trainer.policy, prepared.tokenizer, self.run.model_dir))
+            export(prepared.trainer.policy, prepared.tokenizer, self.run.model_dir)
         return True
 
     def _end(self, trainer: Trainer | None, status: str, code: int, error: str | None = None) -> int:
@@ -193,7 +193,9 @@ def fit(trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[
     if trainer.progress.step < trainer.steps or owes_battery(trainer):
         if saving.saved != trainer.progress.step:
             saving.save(trainer)
+        trainer.settle()
         return False
+    trainer.settle()
     return True
 
 

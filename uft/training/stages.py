@@ -233,7 +233,7 @@ class _Sitting:
             return None
         later = any(other.do == "generate" for other in self.stages[stage.number :])
         if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
-            ranks().from_first(lambda: export(trainer.policy, prepared.tokenizer, self.model_dir(stage)))
+            export(trainer.policy, prepared.tokenizer, self.model_dir(stage))
         lines = (line for line in read_metrics(self.run) if line.get("stage") == stage.name)
         return result_record(trainer.progress, stage.config, self.device, time.perf_counter() - started, lines)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,9 +11,17 @@ from uft.data.batch import Batch
 from uft.data.batches import Item, micro_batches
 from uft.data.packing import Layout
 from uft.objectives.base import Clock, Forward, Loss, Objective, Term
-from uft.parallel.ranks import by_itself
-from uft.parallel.sharing import sum_gradients
-from uft.training.together import counted_over_all, joined_survey, joined_terms, owned, share_state, units_of
+from uft.parallel.ranks import by_itself, ranks
+from uft.parallel.sharing import finite, sum_gradients, whole
+from uft.training.together import (
+    counted_over_all,
+    joined_survey,
+    joined_terms,
+    missing,
+    owned,
+    share_state,
+    units_of,
+)
 from uft.training.visits import visit
 
 Tensor = torch.Tensor
@@ -46,35 +54,70 @@ class NonFinite(Exception):
 
 
 def forward_backward(
-    objective: Objective, batches: Sequence[Batch], policy: Forward, reference: Forward | None, clock: Clock
+    objective: Objective,
+    batches: Sequence[Batch],
+    policy: Forward,
+    reference: Forward | None,
+    clock: Clock,
+    blanks: Sequence[Batch] = (),
 ) -> Loss:
     """Gradients of `sum over terms of weight * total / count`, the count taken over all micro-batches first.
 
-    The count is that of all processes; gradients and totals are those of this one.
+    The count is that of all processes; gradients and totals are those of this one. `blanks` take part in the passes
+    and in nothing else: every process of a model in pieces makes as many.
     """
-    units = units_of(objective, batches)
+    units, everywhere = units_of(objective, batches), ranks().in_step
 
     def weighted(loss: Loss) -> Tensor | None:
-        parts = [t.weight * t.total / units[name].clamp(min=1) for name, t in loss.items() if t.weight and t.count > 0]
+        parts = [
+            t.weight * t.total / units[name].clamp(min=1)
+            for name, t in loss.items()
+            if t.weight and (everywhere or t.count > 0)  # in pieces, a backward pass is everybody's
+        ]
         return torch.stack(parts).sum() if parts else None
 
     terms: Loss = {}
     for batch in batches:
-        losses = list(visit(objective, batch, policy, reference, clock, weighted))
-        if not losses:
-            losses = [objective(batch, policy, reference, clock)]
-            total = weighted(losses[0])
-            if total is not None:
-                total.backward()
-        for name, term in ((name, term) for loss in losses for name, term in loss.items()):
-            before = terms[name].total if name in terms else 0.0
-            terms[name] = Term(before + term.total.detach(), units[name], term.weight)
+        for loss in _passed(objective, batch, policy, reference, clock, weighted):
+            for name, term in loss.items():
+                before = terms[name].total if name in terms else 0.0
+                terms[name] = Term(before + term.total.detach(), units[name], term.weight)
+    for batch in blanks:
+        _passed(objective, batch, policy, reference, replace(clock, learning=False), _nothing)
     return {name: terms.get(name, Term(torch.zeros(()), count, 0.0)) for name, count in units.items()}
+
+
+def _passed(
+    objective: Objective,
+    batch: Batch,
+    policy: Forward,
+    reference: Forward | None,
+    clock: Clock,
+    weighted: Callable[[Loss], Tensor | None],
+) -> list[Loss]:
+    """Forward and backward of one micro-batch; its losses, in one piece or several."""
+    losses = list(visit(objective, batch, policy, reference, clock, weighted))
+    if losses:
+        return losses
+    losses = [objective(batch, policy, reference, clock)]
+    total = weighted(losses[0])
+    if total is not None:
+        total.backward()
+    return losses
+
+
+def _nothing(loss: Loss) -> Tensor | None:
+    """What a blank adds to the gradient."""
+    return torch.stack([0.0 * term.total for term in loss.values() if term.weight]).sum()
 
 
 @torch.no_grad()
 def survey(
-    objective: Objective, batches: Sequence[Batch], policy: Forward, reference: Forward | None
+    objective: Objective,
+    batches: Sequence[Batch],
+    policy: Forward,
+    reference: Forward | None,
+    blanks: Sequence[Batch] = (),
 ) -> dict[str, Tensor]:
     """() means of what the objective measures on the mismatched completions of the step, over all micro-batches."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -82,6 +125,8 @@ def survey(
         for name, term in objective.survey(batch, policy, reference).items():
             total, count = sums.get(name, (torch.zeros_like(term.total), torch.zeros_like(term.count)))
             sums[name] = (total + term.total, count + term.count)
+    for batch in blanks:
+        objective.survey(batch, policy, reference)
     return joined_survey(sums)
 
 
@@ -113,15 +158,20 @@ def optimiser_step(
 
     Raises NonFinite before anything was changed, in all processes.
     """
-    batches = [batch.to(device) for batch in micro_batches(owned(items), micro_batch_tokens, pad_id, layout)]
+
+    def laid_out(rows: Sequence[Item]) -> list[Batch]:
+        return [batch.to(device) for batch in micro_batches(rows, micro_batch_tokens, pad_id, layout)]
+
     optimiser.zero_grad(set_to_none=True)
-    unrelated = [batch.to(device) for batch in micro_batches(owned(mismatched), micro_batch_tokens, pad_id, layout)]
-    clock = replace(clock, survey=survey(objective, unrelated, policy, reference))
-    terms = joined_terms(forward_backward(objective, batches, policy, reference, clock), device)
+    unrelated = laid_out(owned(mismatched))
+    surveyed = survey(objective, unrelated, policy, reference, missing(unrelated, mismatched, laid_out))
+    clock, batches = replace(clock, survey=surveyed), laid_out(owned(items))
+    terms = forward_backward(objective, batches, policy, reference, clock, missing(batches, items, laid_out))
+    terms = joined_terms(terms, device)
     share_state(objective, items)
     sum_gradients(parameters.values())
     loss = reported_loss(objective, terms)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf"))
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf")))
     if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
         optimiser.zero_grad(set_to_none=True)
         raise NonFinite(items, float(loss), float(grad_norm))
@@ -152,7 +202,7 @@ def culprits(
         with by_itself():
             terms = forward_backward(objective, batches, policy, reference, clock)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        if not all(bool(torch.isfinite(x).all()) for x in [reported_loss(objective, terms), *gradients]):
+        if not all(finite([reported_loss(objective, terms), *gradients])):
             found.append(item.row.id)
         for parameter in parameters.values():
             parameter.grad = None

@@ -5,7 +5,7 @@ Every process draws the same rows. Alone, all of this gives back what it was giv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,6 +26,16 @@ def owned(items: Sequence[Item]) -> list[Item]:
         return list(items)
     sizes = [sum(encoded.length for encoded in item.encoded) for item in items]
     return [items[i] for i in shares(sizes, [item.example for item in items], group.size)[group.rank]]
+
+
+def missing(
+    batches: Sequence[Batch], items: Sequence[Item], laid_out: Callable[[Sequence[Item]], Sequence[Batch]]
+) -> list[Batch]:
+    """Micro-batches without meaning, so that all processes make as many passes; none unless the model is in pieces."""
+    if not ranks().in_step:
+        return []
+    fewer = ranks().largest(len(batches)) - len(batches)
+    return [laid_out(items[:1])[0]] * fewer if fewer else []
 
 
 def units_of(objective: Objective, batches: Sequence[Batch]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -16,8 +17,9 @@ from uft.errors import FAILED, Problem, UftError
 from uft.model.forward import Policy
 from uft.objectives.base import Clock, Forward, Objective
 from uft.parallel.ranks import ranks
+from uft.parallel.sharing import finite
 from uft.runs import Run
-from uft.training import checkpoints
+from uft.training import checkpoints, shards
 from uft.training.feed import Feed
 from uft.training.meter import Meter
 from uft.training.optim import learning_rate, warmup_steps
@@ -72,10 +74,11 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
+    pending: tuple[Future[Any], Path] | None = None  # a checkpoint that is being written, and where
 
     def __post_init__(self) -> None:
         self.parameters = self.policy.trainable()
-        self.never_finite = {n for n, p in self.parameters.items() if not bool(torch.isfinite(p).all())}
+        self.never_finite = {n for n, good in self._finite().items() if not good}
 
     def clock(self, step: int) -> Clock:
         """The clock of a step: a function of its number and the seed alone."""
@@ -167,6 +170,7 @@ class Trainer:
         if not named:
             named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in problem.items[:10])
         folder = self.save_checkpoint()
+        self.settle()
         raise UftError(
             Problem(
                 f"step {self.progress.step + 1}",
@@ -179,14 +183,13 @@ class Trainer:
 
     def _overflown(self) -> list[str]:
         """Trained weights that hold numbers which are not finite, and did not when they came from their files."""
-        return [
-            name
-            for name, parameter in self.parameters.items()
-            if name not in self.never_finite and not bool(torch.isfinite(parameter).all())
-        ]
+        return [name for name, good in self._finite().items() if not good and name not in self.never_finite]
+
+    def _finite(self) -> dict[str, bool]:
+        return dict(zip(self.parameters, finite(self.parameters.values()), strict=True))
 
     def save_checkpoint(self) -> Path:
-        """Publish the state after the last step. Raises UftError (code 1) where its weights overflowed.
+        """Publish the state after the last step, or begin to (`settle`); its folder. Raises UftError (code 1) where its weights overflowed.
 
         A loss or gradient that is not finite shows before the update, an update that is too large only after it.
         """
@@ -197,13 +200,34 @@ class Trainer:
             problem = Problem(f"step {self.progress.step}", why, advice=(good,))
             raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        generators = ranks().gather(checkpoints.random_state(self.device))
-        return ranks().from_first(lambda: self._write_checkpoint(names, generators))
-
-    def _write_checkpoint(self, names: Mapping[int, str], generators: Sequence[Mapping[str, Tensor]]) -> Path:
-        tensors = {
+        learned = {
             **checkpoints.nested("model", self.parameters),
             **checkpoints.nested("optimiser", checkpoints.optimiser_tensors(self.optimiser, names)),
+        }
+        generators = ranks().gather(checkpoints.random_state(self.device))
+        if not ranks().in_step:
+            return ranks().from_first(lambda: self._publish(self._begin_checkpoint(learned, generators)))
+        self.settle()
+        beside = ranks().from_first(lambda: self._begin_checkpoint({}, generators))
+        self.pending = (shards.begin(beside, learned), beside)
+        return checkpoints.final(beside)
+
+    def settle(self, wait: bool = True) -> None:
+        """Publish the checkpoint that is being written in the background, if one is: in any case, or only if it is done
+        in every process."""
+        if self.pending is None:
+            return
+        future, beside = self.pending
+        if wait:
+            future.result()
+        if ranks().largest(not future.done()):
+            return
+        self.pending = None
+        ranks().from_first(lambda: self._publish(beside))
+
+    def _begin_checkpoint(self, learned: Mapping[str, Tensor], generators: Sequence[Mapping[str, Tensor]]) -> Path:
+        tensors = {
+            **learned,
             **checkpoints.nested("objective", self.objective.state),
             **checkpoints.nested("meter", self.meter.state_dict()),
             **{
@@ -213,12 +237,17 @@ class Trainer:
             },
         }
         state = {"progress": asdict(self.progress), "feed": self.feed.state_dict(), "steps": self.steps}
-        folder = checkpoints.save(self.run, self.progress.step, tensors, state)
+        return checkpoints.begin(self.run, self.progress.step, tensors, state)
+
+    def _publish(self, beside: Path) -> Path:
+        folder = checkpoints.publish(self.run, beside)
         checkpoints.prune(self.run, self.config.train.keep_last, self.progress.best_step)
         return folder
 
     def load_checkpoint(self, folder: Path) -> None:
         tensors, state = checkpoints.load(folder)
+        if shards.there(folder):
+            tensors |= shards.read(folder, self.parameters)
         self.policy.load_trainable(checkpoints.below("model", tensors))
         checkpoints.load_optimiser(self.optimiser, self.parameters, checkpoints.below("optimiser", tensors))
         for name, tensor in checkpoints.below("objective", tensors).items():
