@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "ift_lora": ("ift", KINDS, LORA),
     "dft": ("dft", ("demonstrations", "negatives"), ("train.epochs=3", "train.steps=null")),
     "dft_lora": ("dft", ("negatives",), LORA),
-    "dft_one_example": ("dft", ("negatives",), ("data.sources.negatives.limit=2", "train.batch_size=5")),
+    "dft_one_example": ("dft", ("negatives",), ("data.sources.negatives.limit=4", "train.batch_size=5")),
     "kto": ("kto", ("labels", "scores"), ()),
     "per_kind": ("per_kind", KINDS, ()),
     "sft_packed": ("sft", KINDS[:2], ("train.packing=packed", "model.gradient_checkpointing=true")),

@@ -198,9 +198,9 @@ def machines_find_each_other(values: Values) -> Iterator[Finding]:
     nodes, rank = values.get("hardware.nodes") or 1, values.get("hardware.node_rank")
     if rank is not None and rank >= nodes:
         yield Finding("hardware.node_rank", f"counts from 0 to {nodes - 1}: hardware.nodes={nodes}")
-    if nodes > 1 and values.get("run.dir") is None and values.get("run.name") is None:
-        advice = ("run.dir=FOLDER, one that every machine sees", "in a sweep it has one by itself")
-        yield Finding("run.dir", "several machines work in one folder, and must be told which", advice)
+    pool, processes = values.get("hardware.pool"), values.get("hardware.processes") or 1
+    if pool is not None and len(set(pool)) < max(processes, len(pool)):
+        yield Finding("hardware.pool", f"must be different numbers, at least {processes}: hardware.processes")
 
 
 def objective_agrees(values: Values) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ FREE = (
     "hardware.nodes",
     "hardware.node_rank",
     "hardware.rendezvous",
+    "hardware.pool",
     "hardware.sharding",
     "hardware.reshard",
     "hardware.offload",

@@ -174,6 +174,9 @@ class Hardware:
     )
     reshard: bool = _key(True, "sharding=full: free a block's weights between its forward and its backward pass")
     offload: bool = _key(False, "sharding=full: keep shares and optimiser in the CPU's memory")
+    pool: list[int] | None = _key(
+        None, "numbers of this machine's GPUs that runs share out, each for one run at a time; null: all are this run's"
+    )
     threads: int | None = _key(
         None, "CPU threads of a process; null: its share of the cores, one alone for a small model", ge=1
     )

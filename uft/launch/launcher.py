@@ -21,6 +21,7 @@ from uft.errors import BAD_REQUEST, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
 from uft.launch.process import run_worker
 from uft.launch.provenance import provenance
+from uft.launch.slots import slots
 from uft.launch.team import node_rank, team
 from uft.runs import Run, create_run, write_atomically
 
@@ -40,6 +41,9 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     Raises UftError, with nothing written, where the request cannot be carried out.
     """
     settings = plain(cfg)
+    if settings["hardware"]["nodes"] > 1 and not settings["run"]["dir"]:
+        why = "several machines work in one folder, and must be told which"
+        raise UftError(Problem("run.dir=null", why, advice=("run.dir=FOLDER, one that every machine sees",)))
     run = Run(single_run_dir(settings))
     settings["run"] = {"name": settings["run"]["name"] or run.name, "dir": None}  # the folder is where the file lies
     if node_rank(settings["hardware"]) > 0:
@@ -107,7 +111,9 @@ def let_go(run: Run) -> bool:
 def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool = False) -> int:
     """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
     log = run.path.resolve() / "console.log" if quiet else None
-    code = run_worker([str(run.path.resolve())], cwd, log, team(run.config()["hardware"]))
+    hardware = run.config()["hardware"]
+    with slots(hardware) as chosen:
+        code = run_worker([str(run.path.resolve())], cwd, log, team(hardware), chosen)
     if code == BAD_REQUEST and fresh and not run.result() and not run.steps:
         said = log.read_text(encoding="utf-8", errors="replace") if log else ""
         discard(run.path)

@@ -8,7 +8,7 @@ import signal
 import site
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -43,11 +43,16 @@ def die_with_parent() -> None:
 
 
 def run_worker(
-    arguments: Sequence[str], cwd: Path | None = None, log: Path | None = None, team: Sequence[str] = ()
+    arguments: Sequence[str],
+    cwd: Path | None = None,
+    log: Path | None = None,
+    team: Sequence[str] = (),
+    more: Mapping[str, str] | None = None,
 ) -> int:
     """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code.
 
-    `team`: what torch's launcher is told where several processes do the work of one (:mod:`uft.launch.team`).
+    `team`: what torch's launcher is told where several processes do the work of one (:mod:`uft.launch.team`);
+    `more`: of its environment alone.
 
     With `log`, nothing of it is seen here: what it says besides its console.log, which is this file, goes there too.
 
@@ -55,7 +60,7 @@ def run_worker(
     A child that a signal of ours ended counts as stopped; one that anything else killed has failed.
     """
     sent: list[int] = []
-    environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path()}
+    environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(more or {})}
     with forwarding(sent) as children, said_in(log) as streams:
         command = [*AGENT, *team, "-m", "uft.launch.worker"] if team else COMMAND
         child = subprocess.Popen([*command, *arguments], start_new_session=True, env=environment, cwd=cwd, **streams)

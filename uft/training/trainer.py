@@ -189,8 +189,9 @@ class Trainer:
         return dict(zip(self.parameters, finite(self.parameters.values()), strict=True))
 
     def save_checkpoint(self) -> Path:
-        """Publish the state after the last step, or begin to (`settle`); its folder. Raises UftError (code 1) where its weights overflowed.
+        """Publish the state after the last step, or begin to (`settle`); its folder.
 
+        Raises UftError (code 1) where its weights overflowed.
         A loss or gradient that is not finite shows before the update, an update that is too large only after it.
         """
         if overflown := self._overflown():
