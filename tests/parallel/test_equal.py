@@ -35,7 +35,7 @@ def said(tmp_path_factory: pytest.TempPathFactory, two: Callable[..., None]) -> 
 def test_two_processes_say_what_one_says(said: Callable[[str, str], Any], way: str, name: str) -> None:
     """Each with the whole model, and with half of it."""
     one, two = said("one", name)["metrics"], said(way, name)["metrics"]
-    assert len(one) == len(two) >= 4
+    assert len(one) == len(two) >= 3
     for line, other in zip(one, two, strict=True):
         assert line.keys() == other.keys()
         ties = {"objective/accuracy"} if line["step"] == 1 else set()  # policy = reference: who is ahead is rounding

@@ -72,6 +72,20 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     return policy
 
 
+def empty_policy(model: Model) -> Policy:
+    """The policy without its weights, by its configuration alone: what there is to count."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = whereabouts(model)
+    with _humane(f"model.path={model.path}", "its configuration cannot be loaded"):
+        config = AutoConfig.from_pretrained(place.path, **_access(place, model))
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[storage_dtype(model)], trust_remote_code=model.trust_remote_code
+        )
+        return Policy(dressed(base, model, init_seed=0), model.dtype)
+
+
 def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
     """The model of `model` or of `path`, not to be trained: a reference."""
 

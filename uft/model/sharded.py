@@ -97,7 +97,7 @@ def shard(policy: Policy, device: torch.device) -> None:
 def blocks(policy: Policy) -> list[nn.Module]:
     """The layers that make up the body, by what the architecture calls indivisible."""
     names = set(policy.base._no_split_modules or ())
-    found = [module for module in policy.body.modules() if type(module).__name__ in names]
+    found = [m for m in policy.body.modules() if type(m).__name__.removeprefix("FSDP") in names]
     return found or [block for child in policy.body.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
