@@ -54,7 +54,7 @@ def launch(arguments: Sequence[str], folder: Path) -> int:
         return told(error.failures, folder, Run(Path(arguments[-1])))
     except SignalException as error:
         code = noted_code(folder)
-        return EXIT_CODES[error.sigval] if code is None else code
+        return EXIT_CODES.get(error.sigval, FAILED) if code is None else code
     return GOOD
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from uft.errors import FAILED, INTERRUPTED, STOPPED
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: STOPPED, signal.SIGUSR1: STOPPED}
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+EXIT_CODES = {number: INTERRUPTED if number == signal.SIGINT else STOPPED for number in FORWARDED}
 COMMAND = (sys.executable, "-P", "-m", "uft.launch.worker")
 """-P: a `datasets.py` in the folder one works in is not taken for the library."""
 
@@ -67,7 +67,7 @@ def run_worker(
         children.append(child)
         for number in sent:  # one came in before there was a child
             child.send_signal(number)
-        code = child.wait()
+        code = to_the_end(child)
     if code >= 0:
         return code
     if sent:
@@ -76,6 +76,17 @@ def run_worker(
         died = f"uft: the worker was killed by {signal.Signals(-code).name}{cause(-code)}"
         print(died, file=streams.get("stderr", sys.stderr))
     return FAILED
+
+
+def to_the_end(child: subprocess.Popen[bytes]) -> int:
+    """The child's exit code. Where something makes this process leave, the child saves its checkpoint first: a
+    scheduler's signal may be an exception here."""
+    try:
+        return child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
 
 
 @contextmanager
@@ -102,7 +113,10 @@ def python_path() -> str:
 
 @contextmanager
 def forwarding(sent: list[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """While inside, signals are noted in `sent` and passed on to the children in the list that is yielded."""
+    """While inside, signals are noted in `sent` and passed on to the children in the list that is yielded.
+
+    SIGUSR2 is left to whoever listens to it already: submitit puts a job back in the queue by it.
+    """
     children: list[subprocess.Popen[bytes]] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -110,7 +124,8 @@ def forwarding(sent: list[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
         for child in children:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, receive) for number in FORWARDED}
+    ours = [n for n in FORWARDED if n != signal.SIGUSR2 or signal.getsignal(n) is signal.SIG_DFL]
+    before = {number: signal.signal(number, receive) for number in ours}
     try:
         yield children
     finally:

@@ -16,7 +16,7 @@ OPTIONS = (
     "--max-restarts=0",  # restarting in place hangs too often; `uft resume` starts fresh processes
     "--monitor-interval=0.1",
     f"--shutdown-timeout={GRACE}",
-    "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
+    "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
 )
 
 

@@ -11,7 +11,7 @@ from types import FrameType
 
 from uft.errors import INTERRUPTED, STOPPED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Stop:
 
 @contextmanager
 def listening() -> Iterator[Stop]:
-    """A `Stop` that SIGTERM, SIGINT and SIGUSR1 set. A second Ctrl-C does not wait for the safe point."""
+    """A `Stop` that SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set. A second Ctrl-C does not wait for the safe point."""
     stop = Stop()
 
     def receive(number: int, frame: FrameType | None) -> None:
