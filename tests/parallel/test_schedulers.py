@@ -23,8 +23,8 @@ LAUNCHER = "hydra_plugins.hydra_submitit_launcher"
 
 
 def request(folder: Path, *more: str) -> list[str]:
-    wanted = overrides("sft", ("demonstrations",), folder, ("eval=none",))
-    return [sys.executable, "-m", "uft", "train", *(w for w in wanted if w != "hardware=cpu"), *more]
+    wanted = overrides("sft", ("demonstrations",), folder, ())
+    return [sys.executable, "-m", "uft", "train", "-m", *(w for w in wanted if w != "hardware=cpu"), *more]
 
 
 def finished(folder: Path, count: int) -> list[dict]:
@@ -43,7 +43,7 @@ def run(folder: Path, command: Sequence[str], **more: str) -> None:
 @pytest.mark.slow
 def test_submitit_on_this_machine(tmp_path: Path) -> None:
     pytest.importorskip(LAUNCHER, reason="extra [slurm] is not installed")
-    words = ("hardware=cpu2", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=20", "-m", "seed=1,2")
+    words = ("hardware=cpu2", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=20", "seed=1,2")
     run(tmp_path, request(tmp_path, *words))
     assert [result["steps"] for result in finished(tmp_path, 2)] == [4, 4]
 

@@ -87,6 +87,7 @@ class Model:
     master_weights: bool = _key(True, "keep trained weights in float32 whatever the dtype")
     attention: str = _key("auto", "attention kernel", choices=("auto", "sdpa", "eager", "flash_attention_2"))
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass to save memory")
+    recompute_every: int = _key(1, "with gradient_checkpointing: only every n-th block; more memory, less time", ge=1)
     trust_remote_code: bool = _key(False, "run code that comes with the model; off unless you read it")
     lr: float = _key(1e-5, "a good first learning rate for this model; optim.lr takes it", gt=0)
 

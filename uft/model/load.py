@@ -16,7 +16,7 @@ from uft.errors import Problem, UftError
 from uft.model.adapters import add_lora
 from uft.model.forward import DTYPES, Policy
 from uft.model.paths import Location, locate
-from uft.model.sharded import in_pieces
+from uft.model.sharded import blocks, in_pieces
 from uft.parallel.ranks import ranks
 
 if TYPE_CHECKING:
@@ -118,6 +118,9 @@ def dressed(base: Any, model: Model, init_seed: int) -> nn.Module:
             # transformers 5 renamed it on the way; not re-entrant: works with frozen embeddings and with mixed ones
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        kept = (block for number, block in enumerate(blocks(base)) if number % model.recompute_every)
+        for block in kept:
+            setattr(block, "gradient_checkpointing", False)  # noqa: B010  # an attribute of transformers' blocks
     return module
 
 

@@ -33,6 +33,7 @@ class Shape:
     vocabulary: int
     activation_bytes: int  # per number: 4 in float32, 2 in bfloat16
     recompute: bool  # gradient checkpointing
+    recomputed: int | None = None  # blocks that are, where not all are
     shared_bytes: int = 0  # of weights outside the blocks: embeddings and head, as they are stored
     block_bytes: int = 0  # of the largest block
 
@@ -54,6 +55,7 @@ ONE = Spread()
 def shape_of(policy: Policy) -> Shape:
     config: Any = policy.base.config.get_text_config()
     trained = policy.trainable().values()
+    layers = [_bytes(block.parameters()) for block in blocks(policy.base)]
     return Shape(
         weight_bytes=_bytes(policy.module.parameters()),
         trained_bytes=_bytes(trained),
@@ -64,9 +66,10 @@ def shape_of(policy: Policy) -> Shape:
         vocabulary=policy.embedding_rows,
         activation_bytes=4 if policy.dtype == "float32" else 2,
         recompute=policy.recomputes,
+        recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in blocks(policy.base)),
         stored_bytes=next(iter(policy.base.parameters())).element_size(),
-        shared_bytes=_bytes(policy.module.parameters()) - _bytes(p for b in blocks(policy) for p in b.parameters()),
-        block_bytes=max((_bytes(block.parameters()) for block in blocks(policy)), default=0),
+        shared_bytes=_bytes(policy.module.parameters()) - sum(layers),
+        block_bytes=max(layers, default=0),
     )
 
 
@@ -95,12 +98,14 @@ def estimate(
     """
     hidden = shape.hidden * shape.activation_bytes
     layer = 10 * hidden + 4 * shape.intermediate * shape.activation_bytes
-    per_token = shape.layers * hidden + layer if shape.recompute else shape.layers * layer
+    again = 0 if not shape.recompute else shape.layers if shape.recomputed is None else shape.recomputed
+    per_token = again * hidden + (shape.layers - again + bool(again)) * layer
     head_rows = min(micro_batch_tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
     moments = MOMENTS[optimiser] + (momentum and optimiser != "adamw")
     share = spread.processes if spread.sharded else 1
     kept = 0 if spread.sharded and spread.offload else 1
-    gathered = (2 if shape.trained_bytes else 1) * (shape.shared_bytes + 2 * shape.block_bytes)
+    travelling = 2 * shape.block_bytes * shape.activation_bytes // shape.stored_bytes
+    gathered = (2 if shape.trained_bytes else 1) * (shape.shared_bytes + travelling)
     return {
         "weights": kept * shape.weight_bytes // share,
         "gradients": kept * shape.trained_bytes // share,

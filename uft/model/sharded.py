@@ -82,7 +82,7 @@ def shard(policy: Policy, device: torch.device) -> None:
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = narrow if dtype != torch.float32 else MixedPrecisionPolicy()
     whole = partial(fully_shard, mesh=mesh, offload_policy=offload)
-    for block in blocks(policy):
+    for block in blocks(policy.base):
         whole(block, reshard_after_forward=group.sharding.reshard, mp_policy=precision)
     whole(policy.base, reshard_after_forward=False)
     for module in policy.base.modules():
@@ -94,11 +94,11 @@ def shard(policy: Policy, device: torch.device) -> None:
     policy.through, policy.give_back = policy.base.uft_states, policy.base.reshard
 
 
-def blocks(policy: Policy) -> list[nn.Module]:
-    """The layers that make up the body, by what the architecture calls indivisible."""
-    names = set(policy.base._no_split_modules or ())
-    found = [m for m in policy.body.modules() if type(m).__name__.removeprefix("FSDP") in names]
-    return found or [block for child in policy.body.children() if isinstance(child, nn.ModuleList) for block in child]
+def blocks(base: Any) -> list[nn.Module]:
+    """The layers that make up the body of a transformers model, by what the architecture calls indivisible."""
+    names, body = set(base._no_split_modules or ()), base.get_decoder()
+    found = [m for m in body.modules() if type(m).__name__.removeprefix("FSDP") in names]
+    return found or [block for child in body.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 @torch.no_grad()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from uft.config.schema import Config
+from uft.data.batch import Batch
 from uft.data.batches import Item, micro_batches
 from uft.model.forward import DTYPES
 from uft.model.load import empty_policy
@@ -56,7 +58,7 @@ def worst_step(prepared: Prepared) -> Largest:
     if not longest:
         return Largest(0, 0, 0, 0.0)
 
-    def laid_out(items: list[Item]) -> list:
+    def laid_out(items: Sequence[Item]) -> list[Batch]:
         layout = trainer.policy.layout
         return [b.to(trainer.device) for b in micro_batches(items, cfg.micro_batch_tokens, trainer.pad_id, layout)]
 
