@@ -135,7 +135,7 @@ def test_a_sum_that_overflows_without_any_one_row_is_said_so(
     trainer = build("sft").trainer
     monkeypatch.setattr("uft.training.trainer.culprits", lambda *arguments, **keywords: [])
     real = trainer.policy.__call__
-    monkeypatch.setattr(type(trainer.policy), "__call__", lambda self, batch, **k: _times(real(batch, **k), math.inf))
+    monkeypatch.setattr(type(trainer.policy), "__call__", lambda self, *a, **k: _times(real(*a, **k), math.inf))
     with pytest.raises(UftError, match="no single row"):
         trainer.fit()
 
