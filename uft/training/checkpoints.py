@@ -1,8 +1,8 @@
-"""Checkpoints: written beside, flushed, then renamed. What has the final name is whole; nothing is ever pickled.
+"""Checkpoints: written beside, flushed, then renamed. What has the final name is whole; nothing here is ever pickled.
 
 A checkpoint is a folder `step-000400/` with one safetensors file (trained weights, optimiser moments, objective state,
 random generators, meters) and one JSON file (counters, cursors of the data). The old one is deleted only when the new
-one has its name.
+one has its name. Of a model in pieces, weights and moments are in a folder beside these two: `uft.training.shards`.
 """
 
 from __future__ import annotations
