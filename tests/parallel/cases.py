@@ -45,7 +45,8 @@ CASES: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
 }
 """Name -> (objective, sources, settings)."""
 
-WAYS = {"one": (), "two": (), "sharded": ("hardware.sharding=full", "train.save_model=true")}
+PIECES = ("hardware.sharding=full", "train.save_model=true")
+WAYS = {"one": (), "two": (), "sharded": PIECES, "offloaded": (*PIECES, "hardware.offload=true")}
 """What is asked of the hardware besides."""
 
 SHARDED = ("sft", "sft_one_row", "sft_packed", "sft_lora", "dpo_lora", "dpo_untied", "uft", "ift", "dft", "kto")

@@ -13,7 +13,7 @@ import pytest
 from cases import CASES, SHARDED, write_files, write_untied
 from conftest import environment
 
-PAIRS = [*(("two", name) for name in CASES), *(("sharded", name) for name in SHARDED)]
+PAIRS = [*(("two", name) for name in CASES), *(("sharded", name) for name in SHARDED), ("offloaded", "sft")]
 PROGRAM = Path(__file__).with_name("cases.py")
 CLOCKS = {"seconds", "tokens_per_second"}
 EXACT = {"step", "rows", "tokens", "supervised_tokens", "epoch"}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -188,3 +189,22 @@ def test_they_end_when_the_program_is_killed(start: Start, folder: Path) -> None
         time.sleep(0.1)
     result = json.loads((folder / "orphans" / "result.json").read_text())
     assert result["status"] == "stopped"
+
+
+@pytest.mark.slow
+def test_two_machines_by_hand(start: Start, folder: Path, whole: list[dict[str, Any]]) -> None:
+    """Two programs that are told of each other, in one folder: as good as two machines. Then again, after a stop."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"hardware.rendezvous=127.0.0.1:{free.getsockname()[1]}"
+    several = ("hardware.processes=1", "hardware.nodes=2", meeting)
+    words = [*request(folder, "machines", "cpu2"), *several]
+    second, first = (start(*words, f"hardware.node_rank={rank}") for rank in (1, 0))
+    at_step(folder / "machines", 4, first)
+    second.send_signal(signal.SIGTERM)
+    ended(second, 75)
+    ended(first, 75)
+    again = [start(*words, f"hardware.node_rank={rank}") for rank in (0, 1)]
+    for program in again:
+        ended(program, 0)
+    same(curve(folder / "machines"), whole)
