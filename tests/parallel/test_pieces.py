@@ -13,6 +13,7 @@ import torch
 from cases import write_files
 from conftest import environment
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("pieces.py")
 
 

@@ -91,7 +91,7 @@ def shard(policy: Policy, device: torch.device) -> None:
             module.set_force_sum_reduction_for_comms(True)
     policy.base.uft_states = policy.states
     register_fsdp_forward_method(policy.base, "uft_states")
-    policy.through, policy.give_back = policy.base.uft_states, policy.base.reshard
+    policy.through, policy.give_back = policy.base.uft_states, partial(_give_back, policy)
 
 
 def blocks(base: Any) -> list[nn.Module]:
@@ -121,6 +121,12 @@ def fill(module: nn.Module, whole: nn.Module | None, device: torch.device) -> No
         for child in module.modules():
             for name, buffer in child.named_buffers(recurse=False):
                 setattr(child, name, buffer.to(device))
+
+
+def _give_back(policy: Policy) -> None:
+    """Free what is still gathered after a forward pass that no backward pass follows."""
+    for unit in units(policy):
+        unit.reshard()  # type: ignore[operator]  # every unit is an FSDPModule
 
 
 def units(policy: Policy) -> list[nn.Module]:

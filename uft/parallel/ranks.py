@@ -78,7 +78,7 @@ class Ranks:
     def largest(self, value: int) -> int:
         if self.size == 1:
             return value
-        number = torch.tensor(value)
+        number = torch.tensor(int(value))
         with _listening_for_losses():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)

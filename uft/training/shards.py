@@ -61,7 +61,7 @@ class _Names(pickle.Unpickler):
 
 class _Reader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(self.path / ".metadata", "rb") as file:
+        with open(Path(self.path) / ".metadata", "rb") as file:
             metadata: Metadata = _Names(file).load()
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

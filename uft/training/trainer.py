@@ -219,11 +219,12 @@ class Trainer:
         if self.pending is None:
             return
         future, beside = self.pending
-        if wait:
-            future.result()
-        if ranks().largest(not future.done()):
+        if not wait and ranks().largest(not future.done()):
             return
         self.pending = None
+        problem = future.exception()  # waits
+        if ranks().largest(problem is not None):
+            raise problem or RuntimeError("another process could not write its part of a checkpoint")
         ranks().from_first(lambda: self._publish(beside))
 
     def _begin_checkpoint(self, learned: Mapping[str, Tensor], generators: Sequence[Mapping[str, Tensor]]) -> Path:
