@@ -23,6 +23,8 @@ FREE = (
     "hardware.sharding",
     "hardware.reshard",
     "hardware.offload",
+    "hardware.keep_memory",
+    "train.prefetch",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",

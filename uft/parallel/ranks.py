@@ -6,6 +6,7 @@ others what came of it. *In step*: the model is in pieces, every forward pass ne
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -127,11 +128,12 @@ class Ranks:
 
 ALONE = Ranks()
 _now = ALONE
+_meanwhile = threading.local()  # what one thread does by itself is nothing to the others of its process
 
 
 def ranks() -> Ranks:
     """This process among the others of its run."""
-    return _now
+    return getattr(_meanwhile, "group", _now)
 
 
 @contextmanager
@@ -161,18 +163,19 @@ def keep_step(sharding: Sharding | None) -> None:
 @contextmanager
 def by_itself() -> Iterator[None]:
     """What this process does in here concerns the others only where the model is in pieces."""
-    with _as(_now if _now.in_step else ALONE):
+    with _as(ranks() if ranks().in_step else ALONE):
         yield
 
 
 @contextmanager
 def _as(group: Ranks) -> Iterator[None]:
-    global _now
-    before, _now = _now, group
+    before = vars(_meanwhile).copy()
+    _meanwhile.group = group
     try:
         yield
     finally:
-        _now = before
+        del _meanwhile.group
+        vars(_meanwhile).update(before)
 
 
 @contextmanager

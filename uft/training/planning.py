@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from uft.config.schema import Config
-from uft.data.batch import Batch
-from uft.data.batches import Item, micro_batches
+from uft.data.batches import Item
 from uft.model.forward import DTYPES
 from uft.model.load import empty_policy
 from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops
@@ -21,7 +19,7 @@ from uft.tracking.format import count
 from uft.training.prepare import Prepared
 from uft.training.records import planned
 from uft.training.step import forward_backward
-from uft.training.together import counted_over_all, missing, owned
+from uft.training.together import counted_over_all, missing
 
 GIGABYTE = 1e9
 
@@ -58,14 +56,10 @@ def worst_step(prepared: Prepared) -> Largest:
     if not longest:
         return Largest(0, 0, 0, 0.0)
 
-    def laid_out(items: Sequence[Item]) -> list[Batch]:
-        layout = trainer.policy.layout
-        return [b.to(trainer.device) for b in micro_batches(items, cfg.micro_batch_tokens, trainer.pad_id, layout)]
-
-    batches = laid_out(owned(longest))
-    blanks = missing(batches, longest, laid_out)
+    laid, device = trainer.lay_out(longest), trainer.device
+    batches, blanks = laid.batches, missing(laid.batches, laid.blank)
     started = time.perf_counter()
-    forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, trainer.clock(0), blanks)
+    forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, trainer.clock(0), device, blanks)
     trainer.optimiser.step()  # its moments are memory too
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)

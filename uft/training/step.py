@@ -8,20 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from uft.data.batch import Batch
-from uft.data.batches import Item, micro_batches
-from uft.data.packing import Layout
+from uft.data.batches import Item
 from uft.objectives.base import Clock, Forward, Loss, Objective, Term
-from uft.parallel.ranks import by_itself, ranks
+from uft.parallel.ranks import by_itself
 from uft.parallel.sharing import finite, sum_gradients, whole
-from uft.training.together import (
-    counted_over_all,
-    joined_survey,
-    joined_terms,
-    missing,
-    owned,
-    share_state,
-    units_of,
-)
+from uft.training.ahead import Laid, Plan
+from uft.training.together import counted_over_all, joined_survey, joined_terms, missing, share_state, units_of
 from uft.training.visits import visit
 
 Tensor = torch.Tensor
@@ -59,51 +51,52 @@ def forward_backward(
     policy: Forward,
     reference: Forward | None,
     clock: Clock,
+    device: torch.device | None = None,
     blanks: Sequence[Batch] = (),
 ) -> Loss:
     """Gradients of `sum over terms of weight * total / count`, the count taken over all micro-batches first.
 
-    The count is that of all processes; gradients and totals are those of this one. `blanks` take part in the passes
-    and in nothing else: every process of a model in pieces makes as many.
+    The count is that of all processes; gradients and totals are those of this one. Counting happens where the batches
+    are, which go to `device` one by one: whether a term has any units is known without asking a GPU. `blanks` take part
+    in the passes and in nothing else: every process of a model in pieces makes as many.
     """
-    units, everywhere = units_of(objective, batches), ranks().in_step
+    units = units_of(objective, batches)
+    counted = {name for name, count in units.items() if count > 0}
+    divisors = {name: (count.to(device) if device else count).clamp(min=1) for name, count in units.items()}
 
     def weighted(loss: Loss) -> Tensor | None:
-        parts = [
-            t.weight * t.total / units[name].clamp(min=1)
-            for name, t in loss.items()
-            if t.weight and (everywhere or t.count > 0)  # in pieces, a backward pass is everybody's
-        ]
+        parts = [t.weight * t.total / divisors[name] for name, t in loss.items() if t.weight and name in counted]
         return torch.stack(parts).sum() if parts else None
 
     terms: Loss = {}
     for batch in batches:
-        for loss in _passed(objective, batch, policy, reference, clock, weighted):
+        for loss in _losses(objective, batch, policy, reference, clock, weighted, device):
             for name, term in loss.items():
                 before = terms[name].total if name in terms else 0.0
                 terms[name] = Term(before + term.total.detach(), units[name], term.weight)
     for batch in blanks:
-        _passed(objective, batch, policy, reference, replace(clock, learning=False), _nothing)
+        _losses(objective, batch, policy, reference, replace(clock, learning=False), _nothing, device)
     return {name: terms.get(name, Term(torch.zeros(()), count, 0.0)) for name, count in units.items()}
 
 
-def _passed(
+def _losses(
     objective: Objective,
     batch: Batch,
     policy: Forward,
     reference: Forward | None,
     clock: Clock,
     weighted: Callable[[Loss], Tensor | None],
+    device: torch.device | None,
 ) -> list[Loss]:
-    """Forward and backward of one micro-batch; its losses, in one piece or several."""
-    losses = list(visit(objective, batch, policy, reference, clock, weighted))
+    """Of a micro-batch or its parts, whose gradients are added."""
+    losses = list(visit(objective, batch, policy, reference, clock, weighted, device))
     if losses:
         return losses
-    losses = [objective(batch, policy, reference, clock)]
-    total = weighted(losses[0])
-    if total is not None:
+    loss = objective(batch.to(device) if device else batch, policy, reference, clock)
+    total = weighted(loss)
+    if total is not None and total.requires_grad:
         total.backward()
-    return losses
+    return [loss]
 
 
 def _nothing(loss: Loss) -> Tensor | None:
@@ -138,7 +131,7 @@ def reported_loss(objective: Objective, terms: Loss) -> Tensor:
 
 
 def optimiser_step(
-    items: Sequence[Item],
+    rows: Laid,
     objective: Objective,
     policy: Forward,
     reference: Forward | None,
@@ -146,40 +139,35 @@ def optimiser_step(
     parameters: Parameters,
     clock: Clock,
     *,
-    mismatched: Sequence[Item] = (),
     lr: float,
-    micro_batch_tokens: int,
     max_grad_norm: float,
-    pad_id: int,
     device: torch.device,
-    layout: Layout = Layout.PADDED,
 ) -> Step:
-    """Update the parameters with the gradient of `items`, of which this process takes its share.
+    """Update the parameters with the gradient of `rows`, this process with that of its share of them.
 
-    Raises NonFinite before anything was changed, in all processes.
+    Raises NonFinite before anything was changed, in all processes. To know that it may go on is the one time a step
+    waits for a GPU.
     """
-
-    def laid_out(rows: Sequence[Item]) -> list[Batch]:
-        return [batch.to(device) for batch in micro_batches(rows, micro_batch_tokens, pad_id, layout)]
-
     optimiser.zero_grad(set_to_none=True)
-    unrelated = laid_out(owned(mismatched))
-    surveyed = survey(objective, unrelated, policy, reference, missing(unrelated, mismatched, laid_out))
-    clock, batches = replace(clock, survey=surveyed), laid_out(owned(items))
-    terms = forward_backward(objective, batches, policy, reference, clock, missing(batches, items, laid_out))
+    unrelated, blank = ([batch.to(device) for batch in more] for more in (rows.mismatched, rows.blank))
+    surveyed = survey(objective, unrelated, policy, reference, missing(unrelated, blank))
+    clock = replace(clock, survey=surveyed)
+    blanks = missing(rows.batches, rows.blank)
+    terms = forward_backward(objective, rows.batches, policy, reference, clock, device, blanks)
     terms = joined_terms(terms, device)
-    share_state(objective, items)
+    share_state(objective, rows.items)
     sum_gradients(parameters.values())
     loss = reported_loss(objective, terms)
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf")))
     if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
         optimiser.zero_grad(set_to_none=True)
-        raise NonFinite(items, float(loss), float(grad_norm))
+        raise NonFinite(rows.items, float(loss), float(grad_norm))
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()
-    sizes = [sum(batch.tokens for batch in batches), sum(batch.target_ids.numel() for batch in batches)]
-    tokens, supervised_tokens = counted_over_all(sizes)
+    tokens, supervised_tokens = counted_over_all(
+        [sum(batch.tokens for batch in rows.batches), sum(batch.target_ids.numel() for batch in rows.batches)]
+    )
     return Step(loss, terms, grad_norm, tokens, supervised_tokens)
 
 
@@ -191,16 +179,17 @@ def culprits(
     parameters: Parameters,
     clock: Clock,
     *,
-    pad_id: int,
+    lay_out: Plan,
     device: torch.device,
-    layout: Layout = Layout.PADDED,
 ) -> list[str]:
     """Ids of the rows whose loss or gradient alone is not finite; empty when only their sum overflows."""
     found = []
     for item in items:
-        batches = [batch.to(device) for batch in micro_batches([item], 1, pad_id, layout)]
         with by_itself():
-            terms = forward_backward(objective, batches, policy, reference, clock)
+            laid = lay_out([item])
+            blanks = missing(laid.batches, laid.blank)
+            terms = forward_backward(objective, laid.batches, policy, reference, clock, device, blanks)
+            terms = joined_terms(terms, device)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         if not all(finite([reported_loss(objective, terms), *gradients])):
             found.append(item.row.id)

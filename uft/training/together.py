@@ -5,7 +5,7 @@ Every process draws the same rows. Alone, all of this gives back what it was giv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -28,14 +28,11 @@ def owned(items: Sequence[Item]) -> list[Item]:
     return [items[i] for i in shares(sizes, [item.example for item in items], group.size)[group.rank]]
 
 
-def missing(
-    batches: Sequence[Batch], items: Sequence[Item], laid_out: Callable[[Sequence[Item]], Sequence[Batch]]
-) -> list[Batch]:
-    """Micro-batches without meaning, so that all processes make as many passes; none unless the model is in pieces."""
+def missing(batches: Sequence[Batch], blank: Sequence[Batch]) -> list[Batch]:
+    """A `blank` for every pass that another process makes and this one does not; none unless the model is in pieces."""
     if not ranks().in_step:
         return []
-    fewer = ranks().largest(len(batches)) - len(batches)
-    return [laid_out(items[:1])[0]] * fewer if fewer else []
+    return list(blank) * (ranks().largest(len(batches)) - len(batches))
 
 
 def units_of(objective: Objective, batches: Sequence[Batch]) -> dict[str, Tensor]:
