@@ -62,7 +62,8 @@ def told(failures: Mapping[int, Any], folder: Path, run: Run) -> int:
     """Say why the processes ended, unless the first one has; the exit code."""
     killed = {rank: -f.exitcode for rank, f in failures.items() if f.exitcode < 0 and -f.exitcode not in OURS}
     if killed:
-        rank, number = next(iter(killed.items()))
+        rank = min(killed, key=lambda rank: failures[rank].timestamp)  # the others may have had to be killed after it
+        number = killed[rank]
         said = f"process {rank} was killed by {signal.Signals(number).name}{cause(number)}"
         print(f"uft: {said}; the others were ended", file=sys.stderr)
         if run.result().get("status") == "failed":  # the first process could only tell that it was left alone

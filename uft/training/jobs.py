@@ -26,8 +26,9 @@ from uft.sampling.negatives import generate_rows
 from uft.tracking.format import card
 from uft.training.card import start_card
 from uft.training.corpus import Corpus, make_feed, plan, read_corpus
+from uft.training.device import choose_device
 from uft.training.planning import largest_step, paper_plan
-from uft.training.prepare import Stopped, check_start, choose_device, prepare
+from uft.training.prepare import Stopped, check_start, prepare
 from uft.training.records import data_record
 from uft.training.signals import listening
 

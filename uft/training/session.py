@@ -29,12 +29,12 @@ from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
 from uft.training.card import start_card
 from uft.training.corpus import Corpus
+from uft.training.device import choose_device
 from uft.training.hooks import Batteries, Checkpoints, Display, Lines
 from uft.training.prepare import (
     Prepared,
     Stopped,
     check_start,
-    choose_device,
     prepare,
     refuse_other_data,
     resume,
@@ -222,7 +222,7 @@ def measuring(prepared: Prepared, sources: Sequence[HeldOut], stop: Stop) -> Cal
             prepared.corpus.renderer,
             prepared.tokenizer,
             config.eval,
-            stop.agreed if ranks().in_step else stop,
+            stop.between_passes,
             micro_batch_tokens=config.train.micro_batch_tokens,
         )
 

@@ -30,6 +30,12 @@ class Stop:
         self.signal = ranks().largest(self.signal or 0) or None
         return self()
 
+    def between_passes(self) -> bool:
+        """Whether to stop before the next forward pass: of a model in pieces all processes make it, or none."""
+        from uft.parallel.ranks import ranks
+
+        return self.agreed() if ranks().in_step else self()
+
     @property
     def exit_code(self) -> int:
         return INTERRUPTED if self.signal == signal.SIGINT else STOPPED

@@ -33,12 +33,12 @@ from uft.tracking import Trackers, make_tracker
 from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
 from uft.training.card import stage_card, stages_card
+from uft.training.device import choose_device
 from uft.training.prepare import (
     Prepared,
     Stopped,
     check_positions,
     check_start,
-    choose_device,
     prepare,
     resume,
     standing,

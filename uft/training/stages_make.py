@@ -23,7 +23,8 @@ from uft.parallel.ranks import ranks
 from uft.runs import Run
 from uft.sampling.negatives import generate_rows
 from uft.training.annotating import annotate
-from uft.training.prepare import Say, settle_threads
+from uft.training.device import settle_threads
+from uft.training.prepare import Say
 from uft.training.signals import Stop
 from uft.training.stages_ground import located
 
@@ -70,7 +71,7 @@ def generate(place: Place) -> dict[str, Any]:
         config.generate,
         part,
         sampled_by=place.made_by,
-        should_stop=place.stop,
+        should_stop=place.stop.between_passes,
         progress=lambda done, of: place.say(f"{done} of {of} prompts"),
     )
     ranks().from_first(lambda: os.replace(part, out))
