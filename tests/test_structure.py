@@ -14,6 +14,7 @@ ORDER = [
     "errors",
     "disk",
     "runs",
+    "parallel",
     "playground",
     "config",
     "data",

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -180,11 +181,10 @@ class Run:
         Known on Linux only; False elsewhere.
         """
         try:
-            holder, launcher = (self.path / ".lock").read_text().split()
-            parent = Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[1]
+            line = [int(word) for word in (self.path / ".lock").read_text().split()]
+            return any(_parent(child) != parent for child, parent in pairwise(line))
         except (OSError, ValueError):
             return False
-        return parent != launcher
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -200,9 +200,22 @@ class Run:
                 )
             with writing(lock):
                 handle.truncate(0)
-                handle.write(f"{os.getpid()} {os.getppid()}".encode())
+                handle.write(" ".join(map(str, _line())).encode())
                 handle.flush()
             yield
+
+
+def _line() -> list[int]:
+    """This process, its parent and, where the parent only watches several processes like this one, the parent's."""
+    line = [os.getpid(), os.getppid()]
+    try:
+        return [*line, _parent(line[-1])] if "LOCAL_WORLD_SIZE" in os.environ else line
+    except OSError:  # not Linux
+        return line
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _held(handle: IO[bytes], seconds: float = 1.0) -> bool:

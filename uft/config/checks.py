@@ -225,6 +225,15 @@ def plain_name(key: str, name: str) -> Iterator[Finding]:
         yield Finding(key, f"is too long for a file's name: at most {LONGEST_NAME} bytes")
 
 
+def machines_find_each_other(values: Values) -> Iterator[Finding]:
+    nodes, rank = values.get("hardware.nodes") or 1, values.get("hardware.node_rank")
+    if rank is not None and rank >= nodes:
+        yield Finding("hardware.node_rank", f"counts from 0 to {nodes - 1}: hardware.nodes={nodes}")
+    pool, processes = values.get("hardware.pool"), values.get("hardware.processes") or 1
+    if pool is not None and len(set(pool)) < max(processes, len(pool)):
+        yield Finding("hardware.pool", f"must be different numbers, at least {processes}: hardware.processes")
+
+
 def objective_agrees(values: Values) -> Iterator[Finding]:
     from uft.config.register import objective_problems, objective_schemas
 
@@ -260,5 +269,6 @@ RULES: tuple[Rule, ...] = (
     names_are_folders,
     names_of_sources,
     holds_no_secret,
+    machines_find_each_other,
     objective_agrees,
 )

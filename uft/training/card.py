@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from uft import __version__
-from uft.config.schema import Config
+from uft.config.schema import Config, Hardware
 from uft.config.stages import Stage
 from uft.data.packing import Layout
 from uft.data.report import report_table
@@ -131,10 +131,16 @@ def _machine(prepared: Prepared) -> Card:
     total, free = count(sum(parts.values())), count(free_memory(device))
     disk = shutil.disk_usage(trainer.run.path).free
     return [
-        ("device", f"{device} ({name})"),
+        ("device", f"{device} ({name}){_processes(trainer.config.hardware)}"),
         ("memory", f"about {total}B of {free}B free ({needed})"),
         ("disk", f"{count(disk)}B free"),
     ]
+
+
+def _processes(hardware: Hardware) -> str:
+    count = hardware.processes * hardware.nodes
+    held = "a share of the model" if hardware.sharding == "full" else "the whole model"
+    return f", {count} processes, each with {held}" if count > 1 else ""
 
 
 def free_memory(device: torch.device) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from uft.config.schema import Config
 from uft.data.mixture import Mixture
 from uft.data.report import data_report
-from uft.model.memory import estimate, shape_of
+from uft.model.memory import Shape, Spread, estimate, shape_of
 from uft.training.corpus import Corpus, Plan
 from uft.training.feed import Feed
 from uft.training.needs import counted_as_certain
@@ -22,14 +23,21 @@ def data_record(corpus: Corpus, feed: Feed, plan: Plan) -> dict[str, Any]:
 
 
 def memory_record(prepared: Prepared) -> dict[str, int]:
-    """Bytes by part that the run is expected to need."""
-    config = prepared.trainer.config
+    """Bytes by part that each process of the run is expected to need."""
+    reference = prepared.reference.mode if prepared.reference else None
+    return planned(prepared.trainer.config, shape_of(prepared.trainer.policy), reference)
+
+
+def planned(config: Config, shape: Shape, reference_mode: str | None, tokens: int | None = None) -> dict[str, int]:
+    """Bytes by part on each device, at the budget of a micro-batch unless it is known to be smaller (`tokens`)."""
+    hardware = config.hardware
     return estimate(
-        shape_of(prepared.trainer.policy),
+        shape,
         optimiser=config.optim.name,
         momentum=config.optim.momentum > 0,
-        micro_batch_tokens=config.train.micro_batch_tokens,
-        reference_mode=prepared.reference.mode if prepared.reference else None,
+        micro_batch_tokens=config.train.micro_batch_tokens if tokens is None else tokens,
+        reference_mode=reference_mode,
+        spread=Spread(hardware.processes * hardware.nodes, hardware.sharding == "full", hardware.offload),
     )
 
 
