@@ -76,7 +76,7 @@ def forward_backward(
                 terms[name] = Term(before + term.total.detach(), units[name], term.weight)
     for batch in blanks:
         _losses(objective, batch, policy, reference, replace(clock, learning=False), _nothing, device)
-    return {name: terms.get(name, Term(torch.zeros(()), count, 0.0)) for name, count in units.items()}
+    return terms | {name: Term(torch.zeros(()), count, 0.0) for name, count in units.items() if name not in terms}
 
 
 def _losses(
