@@ -72,7 +72,7 @@ def tokens(folder: Path, rounds: int) -> list[str]:
     def built() -> None:
         tokenize("rows", rows, renderer, 4096, cache_dir=folder / str(next(caches)))
 
-    times = {"bare": [], "built": [], "hit": []}  # type: dict[str, list[float]]
+    times: dict[str, list[float]] = {"bare": [], "built": [], "hit": []}
     tokenize("rows", rows, renderer, 4096, cache_dir=folder / "hit")
     for _ in range(rounds):
         times["bare"].append(seconds(lambda: bare(tokenizer, pairs)))
@@ -95,7 +95,7 @@ def bare(tokenizer: Any, pairs: list[tuple[str, str]]) -> None:
         tokenizer([tokenizer.apply_chat_template(one, tokenize=False) for one in turns], add_special_tokens=False)
 
 
-def seconds(work: Callable[[], None]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
