@@ -32,7 +32,8 @@ def _every_prompt_anew(trainer: Any) -> None:
 def _gradients_by_autograd(trainer: Any) -> None:
     from uft.model import head, in_place
 
-    head.own_gradient = in_place.own_gradient = lambda weight: None
+    head.own_gradient = lambda weight: None
+    in_place.keeps_its_own = lambda weight: False
 
 
 Off = tuple[str, ...] | Callable[[Any], None]
