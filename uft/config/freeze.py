@@ -15,6 +15,8 @@ FREE = (
     "generate.",
     "annotate.",
     "hardware.threads",
+    "hardware.keep_memory",
+    "train.prefetch",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
