@@ -281,9 +281,10 @@ def find_sweeps(root: Path) -> list[Path]:
 
 def planned(sweep: Path) -> list[Run]:
     """All jobs of a sweep by its `sweep.json`, in the order they were asked for, whether they have a folder yet or
-    not; none where that file is missing or damaged."""
+    not; none where that file is missing or damaged. A name that leads out of the sweep's folder is none."""
     try:
-        return [Run(sweep / job["name"]) for job in read_json(sweep / SWEEP_FILE)["jobs"]]
+        names = [job["name"] for job in read_json(sweep / SWEEP_FILE)["jobs"]]
+        return [Run(sweep / name) for name in names if name and Path(name).name == name != ".."]
     except (KeyError, TypeError, ValueError):
         return []
 

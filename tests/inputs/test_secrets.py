@@ -62,7 +62,7 @@ def ran(place, tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "HTTPS_PROXY": f"http://me:{SECRETS['SOME_KEY']}@127.0.0.1:9",
     }
-    words = ["train", *SHORT, "tracking.mode=offline", "run.dir=a-run", "objective=sft"]
+    words = ["train", *SHORT, "tracking.mode=offline", "run.dir=a-run", "objective=sft", "model.trust_remote_code=true"]
     done = subprocess.run(
         [sys.executable, "-m", "uft", *words],
         cwd=place,
@@ -92,6 +92,12 @@ def test_nothing_in_a_run_can_be_written_by_everybody(ran):
     loose = [str(p) for p in paths if not p.is_symlink() and p.stat().st_mode & stat.S_IWOTH]
     assert loose == []
     assert folder.stat().st_mode & stat.S_IRWXU == stat.S_IRWXU
+
+
+def test_a_model_s_own_code_that_is_allowed_stands_on_record(ran):
+    folder, said, _, _ = ran
+    for text in ((folder / "check.json").read_text(), (folder / "console.log").read_text(), said):
+        assert "model.trust_remote_code is on" in text
 
 
 def test_reports_say_no_secret(ran, place):

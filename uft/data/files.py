@@ -38,10 +38,30 @@ Found = Record | BadRow
 
 @dataclass(frozen=True)
 class Table:
-    """The records of one file or split; they share one format. `textual`: every value is a text cell (CSV)."""
+    """The records of one file or split; they share one format.
 
-    found: tuple[Found, ...]
-    textual: bool = False
+    They were looked through once, to learn their columns, and are not kept: `find` reads them again, so that memory
+    holds what is made of them and not both.
+    """
+
+    find: Callable[[], Iterator[Found]]
+    columns: Mapping[str, int]  # in how many records each stands
+    records: int
+    textual: bool = False  # every value is a text cell (CSV)
+
+    @classmethod
+    def of(cls, find: Callable[[], Iterator[Found]], textual: bool = False) -> Table:
+        columns: Counter[str] = Counter()
+        records = 0
+        for found in find():
+            if isinstance(found, Record):
+                columns.update(found.fields.keys())
+                records += 1
+        return cls(find, columns, records, textual)
+
+    @property
+    def found(self) -> tuple[Found, ...]:
+        return tuple(self.find())
 
 
 def _jsonl(path: Path) -> Iterator[Found]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from uft.data.files import READERS, Record, Table, first_line, read_csv
+from uft.data.files import READERS, Found, Record, Table, first_line, read_csv
 from uft.errors import Problem, UftError
 
 
@@ -78,15 +79,19 @@ def _file(path: Path, place: Place) -> Table:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise place.problem(f"cannot read files of type {path.suffix or '(none)'}", f"types: {' '.join(READERS)}")
-    try:
-        before = _state(path)
-        found = Table(tuple(reader(path)), textual=reader is read_csv)
-        after = _state(path)
-    except Exception as error:  # a broken Parquet file, no permission: the reader's own words say it best
-        raise place.problem(f"cannot be read: {first_line(error)}") from error
-    if before != after:
-        raise place.problem("changed while it was read", "wait until whoever writes it is done")
-    return found
+    before: list[tuple[int, int, int]] = []
+
+    def find() -> Iterator[Found]:
+        try:
+            before.append(_state(path))
+            yield from reader(path)
+            after = _state(path)
+        except Exception as error:  # a broken Parquet file, no permission: the reader's own words say it best
+            raise place.problem(f"cannot be read: {first_line(error)}") from error
+        if before[0] != after:
+            raise place.problem("changed while it was read", "wait until whoever writes it is done")
+
+    return Table.of(find, textual=reader is read_csv)
 
 
 def _state(path: Path) -> tuple[int, int, int]:
@@ -167,7 +172,11 @@ def _hub(name: str, place: Place) -> Table:
 
 
 def _dataset(dataset: Any, name: str) -> Table:
-    return Table(tuple(Record(f"{name}:{number}", record) for number, record in enumerate(dataset, start=1)))
+    return Table.of(lambda: _numbered(dataset, name))
+
+
+def _numbered(records: Iterable[Any], name: str) -> Iterator[Found]:
+    return (Record(f"{name}:{number}", record) for number, record in enumerate(records, start=1))
 
 
 def _builtin(place: Place) -> Table:
@@ -183,7 +192,7 @@ def _builtin(place: Place) -> Table:
     if place.split not in ("train", "test"):
         raise place.problem(f"builtin data has no split {place.split}", "splits: test, train")
     records = world.records(name, "test" if place.split == "test" else "train")
-    return Table(tuple(Record(f"{place.path}:{number}", record) for number, record in enumerate(records, start=1)))
+    return Table.of(lambda: _numbered(records, place.path))
 
 
 def _list(names: Any) -> str:
