@@ -21,7 +21,11 @@ NEEDS = {  # what an option leaves for the user to say
     "data=files": ("+data.sources.mine.path=rows.jsonl",),
     "model=custom": ("model.path=some/model",),
 }
-MOST = max(len(options) for group, options in GROUPS.items() if group != "objective")
+ALONE = (
+    "objective",
+    "experiment",
+)  # groups that are not turned through: the first is crossed with all, the other composes
+MOST = max(len(options) for group, options in GROUPS.items() if group not in ALONE)
 
 
 def keys_without_comment(file: Path) -> list[str]:
@@ -56,7 +60,7 @@ def test_the_comment_check_can_fail(tmp_path):
 
 def rotation(number: int) -> list[str]:
     """One option of every group; over all numbers, each option."""
-    others = {group: list(options) for group, options in GROUPS.items() if group not in ("objective", "experiment")}
+    others = {group: list(options) for group, options in GROUPS.items() if group not in ALONE}
     choices = [f"{group}={options[number % len(options)]}" for group, options in others.items()]
     return [*choices, *(line for choice in choices for line in NEEDS.get(choice, ()))]
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -72,3 +75,28 @@ def test_the_numbers_of_a_model(build: Callable[..., Any]):
 
 def test_peak_memory_counts_this_process():
     assert 50 * 2**20 < peak_memory(torch.device("cpu")) < 2**40
+
+
+FAULTS = """
+import resource, sys
+from uft.model.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+import torch
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
+def test_kept_memory_is_not_asked_of_the_kernel_again():
+    found = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("keep", "give back")
+    }
+    assert found["keep"] < found["give back"] / 10

@@ -221,3 +221,13 @@ def kit() -> SimpleNamespace:
         clock=clock,
         step=step,
     )
+
+
+@pytest.fixture
+def policy():
+    return Toy.random(0)
+
+
+@pytest.fixture
+def reference():
+    return Toy.random(1)

@@ -12,16 +12,6 @@ from uft.data.rows import Kind
 from uft.objectives.base import Clock
 
 
-@pytest.fixture
-def policy(kit):
-    return kit.Toy.random(0)
-
-
-@pytest.fixture
-def reference(kit):
-    return kit.Toy.random(1)
-
-
 def at(z):
     return Clock(survey={"z": torch.tensor(z, dtype=torch.float64)})
 

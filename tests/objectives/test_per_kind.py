@@ -41,16 +41,6 @@ every = pytest.mark.parametrize("names", OTHERS.values(), ids=OTHERS)
 
 
 @pytest.fixture
-def policy(kit):
-    return kit.Toy.random(0)
-
-
-@pytest.fixture
-def reference(kit):
-    return kit.Toy.random(1)
-
-
-@pytest.fixture
 def together(kit):
     """together({kind: name}, weights=...) -> per_kind with these objectives as their files have them."""
     return lambda names, **changes: kit.preset("per_kind", **{k: settings(n) for k, n in names.items()}, **changes)

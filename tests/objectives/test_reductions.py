@@ -14,16 +14,6 @@ from uft.objectives.base import Clock
 
 
 @pytest.fixture
-def policy(kit):
-    return kit.Toy.random(0)
-
-
-@pytest.fixture
-def reference(kit):
-    return kit.Toy.random(1)
-
-
-@pytest.fixture
 def outcome(kit, policy, reference):
     """outcome("dpo", rows, beta=0.3) -> one step of `rows`, all annotations in them overwritten by `noted`."""
 

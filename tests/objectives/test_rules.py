@@ -52,16 +52,6 @@ def fresh(kit):
 
 
 @pytest.fixture
-def policy(kit):
-    return kit.Toy.random(0)
-
-
-@pytest.fixture
-def reference(kit):
-    return kit.Toy.random(1)
-
-
-@pytest.fixture
 def scene(kit, fresh, policy, reference):
     """scene(case) -> (objective, batch of all kinds, clock that knows its mismatched completions)."""
 

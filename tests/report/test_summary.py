@@ -60,7 +60,7 @@ def test_best_runner_up_and_baseline_with_paired_intervals(judge):
         assert (comparison["n"], comparison["paired"], comparison["inside_noise"]) == (3, True, False)
     assert first["p_adjusted"] == pytest.approx(max(first["p"], 2 * second["p"]), rel=1e-4)
     assert found["words"] == [
-        "eval/exact_match (more is better): uft is best with 0.8367 (95 % interval 0.7742 to 0.8992, 3 seeds).",
+        "uft is best with 0.8367 (95 % interval 0.7742 to 0.8992, 3 seeds).",
         "It is 0.1133 ahead of the runner-up, ift (95 % interval 0.07539 to 0.1513, paired t, 3 seeds, p = 0.006, "
         "0.006 after Holm's adjustment for 2 comparisons): more than seed noise.",
         "It is 0.21 ahead of the baseline, sft (95 % interval 0.1603 to 0.2597, paired t, 3 seeds, p = 0.003, "
@@ -74,7 +74,7 @@ def test_less_is_better_where_it_is(judge):
     found = judge({"sft": A, "uft": C}, "eval/nll")
     assert found["names"]["best"] == "uft"
     assert found["comparisons"][0]["difference"] < 0
-    assert found["words"][0].startswith("eval/nll (less is better): uft is best with 0.6267 ")
+    assert found["words"][0].startswith("uft is best with 0.6267 ")
     assert (
         "It is 0.21 ahead of the runner-up and the baseline, sft (95 % interval 0.1603 to 0.2597" in found["words"][1]
     )
@@ -100,7 +100,7 @@ def test_the_verdict_follows_the_adjusted_p(judge):
 
 def test_one_seed_says_nothing_about_noise(judge):
     found = judge({"sft": [0.5], "uft": [0.9]})
-    assert found["words"][0] == "eval/exact_match (more is better): uft is best with 0.9 (one seed)."
+    assert found["words"][0] == "uft is best with 0.9 (one seed)."
     assert found["words"][1].endswith("sft: one seed: nothing can be said about noise.")
     assert found["comparisons"][0] | {"a": 0, "b": 0} == {
         "a": 0,
@@ -254,19 +254,19 @@ def heads(tmp_path, *wanted, objectives=("sft", "uft"), **more):
     return [(head["metric"], head["direction"]) for head in found]
 
 
-USUAL = [("eval/nll", "min"), (METRIC, "max"), ("eval/kl", "min")]
+USUAL = [("eval/nll", "min"), (METRIC, "max")]
 
 
 def test_the_usual_headlines_begin_with_what_the_runs_chose_by(tmp_path):
     assert heads(tmp_path) == USUAL
     chosen = {"eval__best": "eval/new/exact_match", "eval__best_mode": "max"}
-    assert heads(tmp_path, **chosen) == [("eval/new/exact_match", "max"), USUAL[1], USUAL[0], USUAL[2]]
-    assert heads(tmp_path, eval__best="eval/nonsense") == [USUAL[1], USUAL[0], USUAL[2]]
-    assert heads(tmp_path, eval__best=["odd"]) == [USUAL[1], USUAL[0], USUAL[2]]
+    assert heads(tmp_path, **chosen) == [("eval/new/exact_match", "max"), *USUAL[::-1]]
+    assert heads(tmp_path, eval__best="eval/nonsense") == USUAL[::-1]
+    assert heads(tmp_path, eval__best=["odd"]) == USUAL[::-1]
 
 
 def test_headlines_that_are_asked_for_come_first(tmp_path):
-    assert heads(tmp_path, "kl", "new/exact_match") == [USUAL[2], ("eval/new/exact_match", "max"), *USUAL[:2]]
+    assert heads(tmp_path, "kl", "new/exact_match") == [("eval/kl", "min"), ("eval/new/exact_match", "max"), *USUAL]
     assert heads(tmp_path, "eval/margin:max")[0] == ("eval/margin", "max")
     assert heads(tmp_path, "nll") == USUAL, "the battery's, not training's"
 

@@ -153,7 +153,7 @@ def test_offline_it_says_what_it_would_do_and_how_to_do_it_later(sweep, capsys):
     assert main(["compare", "--wandb"]) == 0
     out = capsys.readouterr().out
     assert "W&B is offline (no API key): nothing was saved." in out
-    assert "'uft compare trial' in uft: 6 runs grouped by objective.name, objective.beta; Battery (6), Sweep (3)" in out
+    assert "'uft compare trial' in uft: 6 runs grouped by objective.name, objective.beta; Battery (5), Sweep (3)" in out
     assert "Upload 6 of 6 runs first:  uft sync outputs/2026-11-21/trial\n" in out
     assert "wandb login" in out
 

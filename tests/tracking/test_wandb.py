@@ -401,7 +401,8 @@ def test_a_failing_wandb_warns_once_and_never_stops_training(open_wandb, monkeyp
 def test_a_wandb_whose_service_was_killed_never_stops_training(open_wandb):
     said: list[str] = []
     tracker = open_wandb(say=said.append)
-    (service,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    (service,) = (child for child in children if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text())
     os.kill(int(service), signal.SIGKILL)
     for step in range(1, 50):
         tracker.log(step, {"loss": 1 / step})

@@ -17,7 +17,7 @@ from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.objectives.base import Needs, Objective
 from uft.training.corpus import make_feed, plan, read_corpus
-from uft.training.needs import lacks
+from uft.training.needs import counted_as_certain, lacks
 from uft.training.records import data_record
 
 Configure = Callable[..., Config]
@@ -79,6 +79,28 @@ def test_nothing_left_is_no_run(configure: Configure, files: dict[str, Path]) ->
     corpus = read_corpus(config, load_tokenizer(config.model))
     with pytest.raises(UftError, match="cannot use any of the 12 rows"):
         make_feed(config, corpus, make(config.objective))
+
+
+def test_rows_of_which_nothing_is_taken_are_no_run_either(configure: Configure, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "w3", "completion": "w4", "label": false}\n' * 3)
+    config = configure("sft", sources={"bad": bad})
+    corpus = read_corpus(config, load_tokenizer(config.model))
+    with pytest.raises(UftError, match="learns from none of the 3 rows"):
+        make_feed(config, corpus, make(config.objective))
+
+
+def test_pairs_without_a_soft_label_are_told(configure: Configure, tmp_path: Path) -> None:
+    path = tmp_path / "soft.jsonl"
+    base = {"prompt": "w3", "chosen": "w4", "rejected": "w5"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in ({**base, "soft_label": 0.8}, base, base)))
+    said = {}
+    for name in ("gdpo_soft", "dpo"):
+        config = configure(name, sources={"soft": path})
+        corpus = read_corpus(config, load_tokenizer(config.model))
+        objective = make(config.objective)
+        said[name] = counted_as_certain(make_feed(config, corpus, objective), objective)
+    assert said == {"gdpo_soft": ["2 of 3 pairs of soft have no soft_label: they count as certain"], "dpo": []}
 
 
 def test_objectives_that_need_none_take_rows_as_they_are(configure: Configure, half: Path) -> None:

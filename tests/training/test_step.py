@@ -14,6 +14,7 @@ from uft.data.batches import Item, micro_batches
 from uft.model.forward import Policy
 from uft.objectives import make
 from uft.objectives.base import PLAIN, Ask, Clock, Loss, Objective
+from uft.training.ahead import Plan
 from uft.training.prepare import Prepared
 from uft.training.step import NonFinite, culprits, forward_backward, optimiser_step, reported_loss, survey
 
@@ -200,9 +201,10 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench],
 
 def step(rig: Bench, items: Sequence[Item], **changes: Any) -> Any:
     trainer = rig.trainer
-    keywords = {"lr": 0.1, "micro_batch_tokens": 64, "max_grad_norm": 1.0, "pad_id": trainer.pad_id, "device": CPU}
+    lay_out = Plan(changes.pop("micro_batch_tokens", 64), trainer.pad_id)
+    keywords = {"lr": 0.1, "max_grad_norm": 1.0, "device": CPU}
     return optimiser_step(
-        items,
+        lay_out(items, changes.pop("mismatched", ())),
         changes.pop("objective", None) or rig.objective(),
         trainer.policy,
         trainer.reference,
@@ -284,8 +286,7 @@ def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
     assert all(p.grad is None for p in rig.trainer.parameters.values())
     assert not rig.trainer.optimiser.state
     trainer = rig.trainer
-    found = culprits(
-        items, rig.objective(), trainer.policy, trainer.reference, trainer.parameters, CLOCK, pad_id=0, device=CPU
-    )
+    parts = rig.objective(), trainer.policy, trainer.reference, trainer.parameters
+    found = culprits(items, *parts, CLOCK, lay_out=Plan(1, 0), device=CPU)
     assert found == [bad]
     assert all(p.grad is None for p in rig.trainer.parameters.values())

@@ -18,6 +18,8 @@ FREE = (
     "hardware.watchdog",
     "model.gradient_checkpointing",
     "train.micro_batch_tokens",
+    "hardware.keep_memory",
+    "train.prefetch",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",

@@ -86,6 +86,7 @@ class Model:
     dtype: str = _key("float32", "precision of the forward pass", choices=("float32", "bfloat16"))
     master_weights: bool = _key(True, "keep trained weights in float32 whatever the dtype")
     attention: str = _key("auto", "attention kernel", choices=("auto", "sdpa", "eager", "flash_attention_2"))
+    compile: bool = _key(False, "torch.compile of every block: half a minute to begin with, then faster if it is deep")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass to save memory")
     trust_remote_code: bool = _key(False, "run code that comes with the model; off unless you read it")
     lr: float = _key(1e-5, "a good first learning rate for this model; optim.lr takes it", gt=0)
@@ -104,6 +105,7 @@ class Optim:
     lr_scale: float = _key(1.0, "multiplies the whole schedule: the first remedy of arXiv 2507.00018 is 0.25", gt=0)
     betas: list[float] = _key([0.9, 0.999], "AdamW: decay of the two moments")
     eps: float = _key(1e-8, "added to the denominator", gt=0)
+    fused: bool = _key(True, "AdamW and SGD: the whole update in one kernel")
     weight_decay: float = _key(0.0, "decoupled (AdamW) or L2 (others)", ge=0)
     momentum: float = _key(0.0, "SGD and RMSprop: momentum", ge=0, lt=1)
     alpha: float = _key(0.99, "RMSprop: decay of the squared gradient", ge=0, lt=1)
@@ -120,6 +122,7 @@ class Train:
     packing: str = _key(
         "auto", "rows one after another without padding, or a rectangle", choices=("auto", "packed", "padded")
     )
+    prefetch: bool | None = _key(None, "lay the next step's rows out in a thread; null: beside a GPU")
     max_length: int = _key(1024, "longest prompt + completion in tokens", ge=2)
     max_grad_norm: float = _key(1.0, "clip the gradient's norm here; 0: never", ge=0)
     log_every: int = _key(10, "steps between metric lines", ge=1)
@@ -166,6 +169,7 @@ class Annotate:
 class Hardware:
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     threads: int | None = _key(None, "CPU threads; null: one per core, one alone for a small model", ge=1)
+    keep_memory: bool = _key(False, "on a CPU under glibc: keep freed memory for the next tensor, give none back")
     tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
     deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
     watchdog: float = _key(1800.0, "seconds without a step or a batch after which a run has hung; 0: never", ge=0)

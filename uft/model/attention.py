@@ -43,6 +43,7 @@ def register(base: str) -> str:
 
     plain = ALL_ATTENTION_FUNCTIONS[base]
 
+    @torch.compiler.disable
     def attend(
         module: Any,
         query: Tensor,
@@ -111,19 +112,18 @@ def loop(query: Tensor, key: Tensor, value: Tensor, spans: Spans, dropout: float
             v = torch.cat([values[span.prompt][:, :, : span.prefix], v], 2)
             mask = torch.ones(span.length, span.prefix + span.length, dtype=torch.bool, device=q.device)
             mask = mask.tril(span.prefix)
-        parts.append(
-            scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
+        attended = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-    return torch.cat(parts, 2).transpose(1, 2)
+        parts.append(attended.transpose(1, 2))  # as the model wants it, and as the kernel has it
+    return torch.cat(parts, 1)
 
 
 class Varlen(NamedTuple):

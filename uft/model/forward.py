@@ -14,8 +14,10 @@ from uft.data.batch import NOT_AN_INPUT, Batch
 from uft.data.packing import Layout
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
-from uft.model.head import Head, Judge, Predictions, transform_of
+from uft.model.head import Head, Judge, Predictions
+from uft.model.in_place import embedding_in_place
 from uft.model.sequences import sequence_batch
+from uft.model.transform import transform_of
 from uft.objectives.base import PLAIN, Ask, Scores
 
 Tensor = torch.Tensor
@@ -99,9 +101,11 @@ class Policy:
     def visit(self, batch: Batch, ask: Ask, parts: Iterable[slice], judge: Judge) -> None:
         """Forward and backward in one: `judge` is told the log-probs of each part and tells their gradient.
 
-        `parts` cover the batch's targets; each part's logits are made once. Only where there is a `head`.
+        `parts` cover the batch's targets; each part's logits are made once, and the gradients of head and embedding
+        are added where they are kept. Only where there is a `head`.
         """
-        predictions = self.predictions(batch, ask)
+        with embedding_in_place(self.embeddings):
+            predictions = self.predictions(batch, ask)
         assert predictions.head is not None
         predictions.head.visit(predictions.states, batch.target_ids, parts, judge, ask.guess)
 

@@ -19,6 +19,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from uft.model.in_place import own_gradient
+from uft.model.transform import Transform
+
 Tensor = torch.Tensor
 
 Judge = Callable[[slice, Tensor, Tensor | None], Tensor]
@@ -27,45 +30,8 @@ Judge = Callable[[slice, Tensor, Tensor | None], Tensor]
 CHUNK_ELEMENTS = 2**24
 """Logits in one chunk, at most: 64 MiB in float32, about 340 rows of a vocabulary of 49,152."""
 
-
-@dataclass(frozen=True)
-class Transform:
-    """What an architecture does to `hidden @ weight.T + bias` before the softmax."""
-
-    scale: float = 1.0  # Cohere multiplies by logit_scale, Granite divides by logits_scaling
-    softcap: float | None = None  # Gemma 2 and 3: softcap * tanh(logits / softcap)
-
-    def apply_(self, logits: Tensor) -> Tensor:
-        """In place, and returns it; a copy where autograd needs the value of tanh."""
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.softcap is None:
-            return logits
-        capped = logits.div_(self.softcap).tanh_()
-        return capped * self.softcap if capped.requires_grad else capped.mul_(self.softcap)
-
-    def backward_(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """Gradient with respect to the raw logits, in place; `logits` are the transformed ones."""
-        if self.softcap is not None:
-            gradient.mul_(1 - (logits / self.softcap).square_())
-        if self.scale != 1.0:
-            gradient.mul_(self.scale)
-        return gradient
-
-
-SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
-"""Configuration keys of known logit scales: 1 multiplies, -1 divides. `Policy.check_head` tells when this is wrong."""
-
-
-def transform_of(config: Any) -> Transform:
-    """The transform that a transformers configuration asks for."""
-    scale = 1.0
-    for key, power in SCALES.items():
-        value = getattr(config, key, None)
-        if isinstance(value, int | float):
-            scale *= float(value) ** power
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return Transform(scale, None if softcap is None else float(softcap))
+STRETCH = 2
+"""A part of up to so many chunks is visited as one: half a minute of memory is cheaper than making its logits twice."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +71,18 @@ class Head:
         """Backward pass of a loss that `judge` tells the gradient of, part by part; `parts` cover all N targets."""
         projection, hidden = self.projection, states.detach()
         wants = [t is not None and t.requires_grad for t in (states, projection.weight, projection.bias)]
-        sums = _Gradients(hidden, projection.weight, projection.bias, wants)
+        sums = _Gradients(hidden, projection.weight, projection.bias, wants, in_place=True)
         buffer = hidden.new_empty(0, dtype=self.dtype)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(self.dtype), projection.weight.to(self.dtype)
             for part in parts:
                 count = part.stop - part.start
-                if count > self.rows:
+                if count > STRETCH * self.rows:
                     self._visit_in_two_stages(hidden[part], target_ids, part, judge, guess, sums)
                     continue
                 if len(buffer) < count:
-                    buffer = inputs.new_empty(self.rows, self.vocabulary)
+                    buffer = hidden.new_empty(0, dtype=self.dtype)  # let go of before another is made
+                    buffer = inputs.new_empty(max(count, self.rows), self.vocabulary)
                 logits = _logits(inputs[part], matrix, projection.bias, self.transform, out=buffer[:count])
                 sums.add(part, self._judged(logits, target_ids[part], part, judge, guess), inputs, matrix)
         sums.backward(states, projection.weight, projection.bias)
@@ -143,11 +110,18 @@ class Head:
 
 
 class _Gradients:
-    """Of the hidden states, the weight and the bias, as far as they are wanted, summed over chunks."""
+    """Of the hidden states, the weight and the bias, as far as they are wanted, summed over chunks.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: Sequence[bool]) -> None:
+    `in_place`: that of the weight is its own, where it keeps one, and nothing is left to hand on.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wants: Sequence[bool], in_place: bool = False
+    ) -> None:
         self.hidden = torch.empty_like(hidden) if wants[0] else None
-        self.weight = torch.zeros_like(weight) if wants[1] else None
+        own = own_gradient(weight) if in_place and wants[1] else None
+        self.added = own is not None
+        self.weight = own if own is not None else torch.zeros_like(weight) if wants[1] else None
         self.bias = torch.zeros_like(bias) if bias is not None and wants[2] else None
 
     def add(self, part: slice, gradient: Tensor, inputs: Tensor, matrix: Tensor) -> None:
@@ -162,7 +136,8 @@ class _Gradients:
 
     def backward(self, *tensors: Tensor | None) -> None:
         """Hand them on to the three tensors and to whatever these were made of."""
-        pairs = [(t, g) for t, g in zip(tensors, (self.hidden, self.weight, self.bias), strict=True) if g is not None]
+        gradients = (self.hidden, None if self.added else self.weight, self.bias)
+        pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None]
         if pairs:
             torch.autograd.backward([t for t, _ in pairs if t is not None], [g for _, g in pairs])
 
@@ -253,16 +228,18 @@ class _SelectedLogProbs(torch.autograd.Function):
         log_probs = _at_least_float32(hidden.new_empty(count, dtype=dtype))
         normaliser = torch.empty_like(log_probs)
         guesses = torch.empty_like(target_ids if guess else target_ids[:0])
-        logits = log_probs.new_empty(0)
+        keep = count <= rows and any(ctx.needs_input_grad)
+        logits = buffer = hidden.new_empty(min(count, rows), weight.shape[0], dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(dtype), weight.to(dtype)
             for part in _chunks(count, rows):
-                logits = _logits(inputs[part], matrix, bias, transform)
-                normaliser[part] = logits.logsumexp(1)
-                log_probs[part] = logits.gather(1, target_ids[part, None]).squeeze(1) - normaliser[part]
+                logits = _logits(inputs[part], matrix, bias, transform, out=buffer[: part.stop - part.start])
+                picked = logits.gather(1, target_ids[part, None]).squeeze(1)
                 if guess:
                     guesses[part] = logits.argmax(1)
-        kept = logits if count <= rows and any(ctx.needs_input_grad) else None
+                normaliser[part] = logits.logsumexp(1) if keep else _logsumexp_(logits)
+                log_probs[part] = picked - normaliser[part]
+        kept = logits if keep else None
         ctx.save_for_backward(hidden, weight, bias, target_ids, normaliser, kept)
         ctx.transform, ctx.dtype, ctx.rows = transform, dtype, rows
         ctx.mark_non_differentiable(guesses)
@@ -277,11 +254,19 @@ class _SelectedLogProbs(torch.autograd.Function):
             inputs, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
             for part in _chunks(hidden.shape[0], ctx.rows):
                 logits = kept if kept is not None else _logits(inputs[part], matrix, bias, ctx.transform)
-                gradient = (logits - normaliser[part, None]).exp_().neg_()  # onehot - softmax, times what comes in
+                apart = kept is not None or ctx.transform.softcap is not None  # somebody needs the logits themselves
+                shifted = logits - normaliser[part, None] if apart else logits.sub_(normaliser[part, None])
+                gradient = shifted.exp_().neg_()  # onehot - softmax, times what comes in
                 gradient.scatter_add_(1, target_ids[part, None], gradient.new_ones(gradient.shape[0], 1))
                 ctx.transform.backward_(gradient.mul_(incoming[part, None]), logits)
                 sums.add(part, gradient, inputs, matrix)
         return sums.hidden, sums.weight, sums.bias, None, None, None, None, None
+
+
+def _logsumexp_(logits: Tensor) -> Tensor:
+    """(n, V) -> (n,), and the logits are gone."""
+    peak = logits.amax(1, keepdim=True)
+    return logits.sub_(peak).exp_().sum(1).log_() + peak.squeeze(1)
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from uft.model.head import CHUNK_ELEMENTS
 
 MOMENTS = {"adamw": 2, "rmsprop": 1, "sgd": 0}
 """Float32 numbers an optimiser keeps per trained weight (momentum adds one to RMSprop and SGD)."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+HUGE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,18 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc to keep what is freed for the next tensor; whether it listens. For the rest of the process.
+
+    By default every block of 32 MiB and more comes from the kernel and goes back to it, page by page, zeroed each time:
+    that is a chunk of logits, several times over.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    return all(libc.mallopt(option, HUGE) == 1 for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
 
 
 def device_memory(device: torch.device) -> dict[str, float]:

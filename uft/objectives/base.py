@@ -111,6 +111,10 @@ class Objective:
         """What completions that are taken of rows of this kind must carry."""
         return self.needs.annotations
 
+    def refined_by(self, kind: Kind) -> frozenset[str]:
+        """What completions of rows of this kind may carry; those that do not count as certain."""
+        return frozenset()
+
     @property
     def views(self) -> Mapping[Kind, View]:
         """The kinds of row this objective can use, and what it takes of each. A kind that is absent stops the run."""

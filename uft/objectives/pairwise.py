@@ -27,7 +27,7 @@ import torch
 from torch.nn.functional import softplus
 
 from uft.data.batch import Batch
-from uft.data.rows import SOFT_LABEL
+from uft.data.rows import SOFT_LABEL, Kind
 from uft.objectives import terms
 from uft.objectives.base import Clock, Forward, Loss, Needs, key
 from uft.objectives.pairs import PairLoss
@@ -134,6 +134,9 @@ class Pairwise(PairLoss):
     @property
     def needs(self) -> Needs:
         return Needs(reference=True)
+
+    def refined_by(self, kind: Kind) -> frozenset[str]:
+        return frozenset({SOFT_LABEL} if self.soft and kind is Kind.PREFERENCE else ())
 
     @property
     def length_convention(self) -> str:

@@ -59,6 +59,9 @@ class PerKind(Objective):
     def annotations(self, kind: Kind) -> frozenset[str]:
         return self.parts[kind].annotations(kind) if kind in self.parts else frozenset()
 
+    def refined_by(self, kind: Kind) -> frozenset[str]:
+        return self.parts[kind].refined_by(kind) if kind in self.parts else frozenset()
+
     @property
     def views(self) -> Mapping[Kind, View]:
         return {kind: part.views[kind] for kind, part in self.parts.items() if kind in part.views}

@@ -14,8 +14,8 @@ DIRECTIONS = {
 }
 """Figures of the battery, over all rows or of one source, for which better has a meaning by itself."""
 
-HEADLINES = ("eval/exact_match", "eval/correct", "eval/nll", "eval/pair_accuracy", "eval/reward_accuracy", "eval/kl")
-"""Judged by default, in this order, after what the runs chose by (eval.best)."""
+HEADLINES = ("eval/exact_match", "eval/correct", "eval/nll", "eval/pair_accuracy", "eval/reward_accuracy")
+"""Judged by default, in this order, after what the runs chose by (eval.best). Not `kl`: less of it is not better."""
 
 COSTS = ("seconds", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
 """Figures of result.json about the run itself."""

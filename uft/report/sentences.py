@@ -25,8 +25,7 @@ def sentences(verdict: Verdict, figures: Figures) -> list[str]:
     names = [group.name for group in figures.groups]
     found = figures.spread(verdict.best, verdict.headline.metric)
     assert found is not None, "the best has figures"
-    metric, better = verdict.headline.metric, BETTER[verdict.headline.direction]
-    said = [f"{metric} ({better}): {names[verdict.best]} is best with {told(found)}."]
+    said = [f"{names[verdict.best]} is best with {told(found)}."]
     said += leads(verdict, names)
     if len(verdict.comparisons) > 1:
         count = len(verdict.ranked)

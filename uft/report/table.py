@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from uft.report.sentences import SELECTED
+from uft.report.sentences import BETTER, SELECTED
 from uft.report.words import many
 from uft.tracking.format import printable, shorten
 
@@ -98,7 +98,8 @@ def answer(comparison: Object) -> Iterator[tuple[str, str]]:
     """The sentences of every headline metric; what holds for all of them is said once."""
     said = False
     for each in comparison["summary"]:
-        first, *words = each["words"]
+        best, *words = each["words"]
+        first = f"{each['metric']} ({BETTER[each['direction']]}): {best}"
         yield "\n" + line(first, len(first)), "bold"
         for word in words:
             if not (said and SELECTED in word):

@@ -17,6 +17,7 @@ from uft.data.packing import Layout
 from uft.data.report import report_table
 from uft.runs import Run, shown
 from uft.tracking.format import count
+from uft.training.needs import counted_as_certain
 from uft.training.optim import warmup_steps
 from uft.training.prepare import Prepared
 from uft.training.records import memory_record
@@ -90,7 +91,7 @@ def _model_and_objective(prepared: Prepared) -> Card:
         ("model", "\n".join([f"{config.model.name}: {config.model.path}", *trainer.policy.describe()])),
         ("objective", f"{objective.name}  {' '.join(changed)}".rstrip()),
         ("lengths", objective.length_convention),
-        *(("caution", caution) for caution in objective.cautions()),
+        *(("caution", caution) for caution in (*objective.cautions(), *counted_as_certain(trainer.feed, objective))),
         ("reference", f"{reference.mode}: {reference.why}" if reference else "none needed to train"),
     ]
 

@@ -55,11 +55,12 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer, names: Mapping[int, str]
 def load_optimiser(
     optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
+    fused = bool(optimiser.defaults.get("fused"))
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
         parameter = parameters[name]
-        # torch keeps the step counter on the CPU unless the kernel is fused or capturable
-        place = tensor if key == "step" else tensor.to(parameter.device)
+        # torch keeps the step counter on the CPU unless the kernel is fused
+        place = tensor if key == "step" and not fused else tensor.to(parameter.device)
         optimiser.state[parameter][key] = place.clone()
 
 

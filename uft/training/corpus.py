@@ -106,21 +106,25 @@ def make_feed(config: Config, corpus: Corpus, objective: Objective, *, refuse: b
     feed = Feed(corpus.train, mixture, objective.views, config.train.max_length)
     if refuse and config.data.unusable == "error":
         _refuse_unusable(feed, objective, config.data)
-        return feed
-    feed.views = complete_views(objective)
+    else:
+        feed.views = complete_views(objective)
     if refuse:
-        _refuse_nothing(feed, objective)
+        _refuse_nothing(feed, objective, config.data)
     return feed
 
 
-def _refuse_nothing(feed: Feed, objective: Objective) -> None:
+def _refuse_nothing(feed: Feed, objective: Objective, data: Data) -> None:
     """A run that drops every row, or takes nothing of what is left, would train on none and call itself finished."""
-    if not feed.takes_anything():
-        drawn = sum(len(s.rows) for s, weight in zip(feed.sources, feed.mixture.weights, strict=True) if weight)
-        raise UftError(
-            Problem("data.unusable=drop", f"objective={objective.name} cannot use any of the {drawn:,} rows"),
-            footer="See why:  data.unusable=error",
-        )
+    if feed.takes_anything():
+        return
+    drawn = sum(len(s.rows) for s, weight in zip(feed.sources, feed.mixture.weights, strict=True) if weight)
+    name, dropping = objective.name, data.unusable == "drop"
+    raise UftError(
+        Problem("data.unusable=drop", f"objective={name} cannot use any of the {drawn:,} rows")
+        if dropping
+        else Problem("data", f"objective={name} learns from none of the {drawn:,} rows"),
+        footer="See why:  data.unusable=error" if dropping else "See what it takes of each row:  uft data",
+    )
 
 
 def _refuse_unusable(feed: Feed, objective: Objective, data: Data) -> None:

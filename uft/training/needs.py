@@ -43,6 +43,20 @@ def missing_annotations(feed: Feed, objective: Objective, data: Data) -> tuple[l
     return problems, [_command(name, {s: data.sources[s] for s in sources}) for name, sources in lacking.items()]
 
 
+def counted_as_certain(feed: Feed, objective: Objective) -> list[str]:
+    """A sentence per source and number that would refine the loss, and that rows do not carry."""
+    sentences = []
+    for source, weight in zip(feed.sources, feed.mixture.weights, strict=True):
+        rows = [row for row in source.rows if objective.refined_by(row.kind)] if weight else []
+        for name in sorted({name for row in rows for name in objective.refined_by(row.kind)}):
+            without = sum(all(name not in c.annotations for c in row.completions) for row in rows)
+            if without:
+                sentences.append(
+                    f"{without:,} of {len(rows):,} pairs of {source.source} have no {name}: they count as certain"
+                )
+    return sentences
+
+
 def _complete(objective: Objective, kind: Kind, view: View) -> View:
     if not objective.annotations(kind):
         return view

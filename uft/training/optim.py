@@ -22,7 +22,8 @@ def _groups(parameters: Parameters, weight_decay: float) -> list[dict[str, Any]]
 
 
 def _adamw(groups: Iterable[dict[str, Any]], cfg: Optim) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps)
+    betas = (cfg.betas[0], cfg.betas[1])
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=cfg.fused)
 
 
 def _rmsprop(groups: Iterable[dict[str, Any]], cfg: Optim) -> torch.optim.Optimizer:
@@ -30,7 +31,7 @@ def _rmsprop(groups: Iterable[dict[str, Any]], cfg: Optim) -> torch.optim.Optimi
 
 
 def _sgd(groups: Iterable[dict[str, Any]], cfg: Optim) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum)
+    return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, fused=cfg.fused)
 
 
 OPTIMISERS: dict[str, Callable[[Iterable[dict[str, Any]], Optim], torch.optim.Optimizer]] = {

@@ -16,8 +16,10 @@ from uft.data.batch import Batch
 from uft.data.batches import micro_batches
 from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.stepzero import check_step_zero
+from uft.model.compiled import compile_blocks
 from uft.model.forward import Policy
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
+from uft.model.memory import keep_freed_memory
 from uft.model.packed import settle_layout
 from uft.model.reference import Reference, make_reference
 from uft.objectives import make
@@ -79,6 +81,8 @@ def choose_device(hardware: Hardware) -> torch.device:
     if not available[name]:
         usable = ", ".join(device for device, there in available.items() if there)
         raise UftError(Problem(f"hardware.device={name}", "this machine has none", advice=(f"there is: {usable}",)))
+    if name == "cpu" and hardware.keep_memory:
+        keep_freed_memory()
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
@@ -105,6 +109,9 @@ def prepare(
     check_positions(policy, corpus)
     longest = longest_row(corpus, config, objective)
     settle_layout(policy, config.train.packing, longest)
+    if config.model.compile:
+        say("compiling the model")
+        compile_blocks(policy)
     _pause(stop)
     objective.start(feed.examples)
     cache = cache_dir(config)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from uft.data.batch import Batch
-from uft.data.batches import Item, micro_batches
-from uft.data.packing import Layout
+from uft.data.batches import Item
 from uft.objectives.base import Clock, Forward, Loss, Objective, Term
+from uft.training.ahead import Laid, Plan
 from uft.training.visits import visit
 
 Tensor = torch.Tensor
@@ -43,30 +43,56 @@ class NonFinite(Exception):
 
 
 def forward_backward(
-    objective: Objective, batches: Sequence[Batch], policy: Forward, reference: Forward | None, clock: Clock
+    objective: Objective,
+    batches: Sequence[Batch],
+    policy: Forward,
+    reference: Forward | None,
+    clock: Clock,
+    device: torch.device | None = None,
 ) -> Loss:
-    """Gradients of `sum over terms of weight * total / count`, the count taken over all micro-batches first."""
+    """Gradients of `sum over terms of weight * total / count`, the count taken over all micro-batches first.
+
+    Counting happens where the batches are, which go to `device` one by one: whether a term has any units is known
+    without asking a GPU.
+    """
     units: dict[str, Tensor] = {}
     for batch in batches:
         for name, count in objective.counts(batch).items():
             units[name] = units[name] + count if name in units else count
+    counted = {name for name, count in units.items() if count > 0}
+    divisors = {name: (count.to(device) if device else count).clamp(min=1) for name, count in units.items()}
 
     def weighted(loss: Loss) -> Tensor | None:
-        parts = [t.weight * t.total / units[name].clamp(min=1) for name, t in loss.items() if t.weight and t.count > 0]
+        parts = [t.weight * t.total / divisors[name] for name, t in loss.items() if t.weight and name in counted]
         return torch.stack(parts).sum() if parts else None
 
     terms: Loss = {}
     for batch in batches:
-        losses = list(visit(objective, batch, policy, reference, clock, weighted))
-        if not losses:
-            losses = [objective(batch, policy, reference, clock)]
-            total = weighted(losses[0])
-            if total is not None:
-                total.backward()
-        for name, term in ((name, term) for loss in losses for name, term in loss.items()):
-            before = terms[name].total if name in terms else 0.0
-            terms[name] = Term(before + term.total.detach(), units[name], term.weight)
+        for loss in _losses(objective, batch, policy, reference, clock, weighted, device):
+            for name, term in loss.items():
+                before = terms[name].total if name in terms else 0.0
+                terms[name] = Term(before + term.total.detach(), units[name], term.weight)
     return terms
+
+
+def _losses(
+    objective: Objective,
+    batch: Batch,
+    policy: Forward,
+    reference: Forward | None,
+    clock: Clock,
+    weighted: Callable[[Loss], Tensor | None],
+    device: torch.device | None,
+) -> list[Loss]:
+    """Of a micro-batch or its parts, whose gradients are added."""
+    losses = list(visit(objective, batch, policy, reference, clock, weighted, device))
+    if losses:
+        return losses
+    loss = objective(batch.to(device) if device else batch, policy, reference, clock)
+    total = weighted(loss)
+    if total is not None and total.requires_grad:
+        total.backward()
+    return [loss]
 
 
 @torch.no_grad()
@@ -90,7 +116,7 @@ def reported_loss(objective: Objective, terms: Loss) -> Tensor:
 
 
 def optimiser_step(
-    items: Sequence[Item],
+    rows: Laid,
     objective: Objective,
     policy: Forward,
     reference: Forward | None,
@@ -98,25 +124,23 @@ def optimiser_step(
     parameters: Parameters,
     clock: Clock,
     *,
-    mismatched: Sequence[Item] = (),
     lr: float,
-    micro_batch_tokens: int,
     max_grad_norm: float,
-    pad_id: int,
     device: torch.device,
-    layout: Layout = Layout.PADDED,
 ) -> Step:
-    """Update the parameters with the gradient of `items`. Raises NonFinite before anything was changed."""
-    batches = [batch.to(device) for batch in micro_batches(items, micro_batch_tokens, pad_id, layout)]
+    """Update the parameters with the gradient of `rows`. Raises NonFinite before anything was changed.
+
+    To know that it may go on is the one time a step waits for a GPU.
+    """
     optimiser.zero_grad(set_to_none=True)
-    unrelated = [batch.to(device) for batch in micro_batches(mismatched, micro_batch_tokens, pad_id, layout)]
+    unrelated = [batch.to(device) for batch in rows.mismatched]
     clock = replace(clock, survey=survey(objective, unrelated, policy, reference))
-    terms = forward_backward(objective, batches, policy, reference, clock)
+    terms = forward_backward(objective, rows.batches, policy, reference, clock, device)
     loss = reported_loss(objective, terms)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf"))
     if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
         optimiser.zero_grad(set_to_none=True)
-        raise NonFinite(items, float(loss), float(grad_norm))
+        raise NonFinite(rows.items, float(loss), float(grad_norm))
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()
@@ -124,8 +148,8 @@ def optimiser_step(
         loss,
         terms,
         grad_norm,
-        tokens=sum(batch.tokens for batch in batches),
-        supervised_tokens=sum(batch.target_ids.numel() for batch in batches),
+        tokens=sum(batch.tokens for batch in rows.batches),
+        supervised_tokens=sum(batch.target_ids.numel() for batch in rows.batches),
     )
 
 
@@ -137,15 +161,13 @@ def culprits(
     parameters: Parameters,
     clock: Clock,
     *,
-    pad_id: int,
+    lay_out: Plan,
     device: torch.device,
-    layout: Layout = Layout.PADDED,
 ) -> list[str]:
     """Ids of the rows whose loss or gradient alone is not finite; empty when only their sum overflows."""
     found = []
     for item in items:
-        batches = [batch.to(device) for batch in micro_batches([item], 1, pad_id, layout)]
-        terms = forward_backward(objective, batches, policy, reference, clock)
+        terms = forward_backward(objective, lay_out([item]).batches, policy, reference, clock, device)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         if not all(bool(torch.isfinite(x).all()) for x in [reported_loss(objective, terms), *gradients]):
             found.append(item.row.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,12 +12,12 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from uft.config.schema import Config
-from uft.data.batches import Item
 from uft.errors import FAILED, Problem, UftError
 from uft.model.forward import Policy
 from uft.objectives.base import Clock, Forward, Objective
 from uft.runs import Run
 from uft.training import checkpoints
+from uft.training.ahead import Ahead, Laid, Plan, worth_a_thread
 from uft.training.feed import Feed
 from uft.training.meter import Meter
 from uft.training.optim import learning_rate, warmup_steps
@@ -67,6 +68,7 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
+    ahead: Ahead | None = None  # while it trains
 
     def __post_init__(self) -> None:
         self.parameters = self.policy.trainable()
@@ -80,22 +82,39 @@ class Trainer:
         warmup = warmup_steps(self.config.optim.warmup, self.steps)
         return Clock(step=step, steps=self.steps, warmup=warmup, noise=noise)
 
+    @property
+    def lay_out(self) -> Plan:
+        """How rows become micro-batches."""
+        cuda = self.device.type == "cuda"
+        return Plan(self.config.train.micro_batch_tokens, self.pad_id, self.policy.layout, pinned=cuda)
+
     def fit(self) -> None:
         """Train to the horizon or until asked to stop. Raises UftError (code 1) when the numbers stop being numbers."""
         self.policy.train()
-        while self.progress.step < self.steps and not self.stop():
-            step = self._step()
-            for hook in self.hooks:
-                hook.after_step(self, step)
+        threaded = worth_a_thread(self.config.train.prefetch, self.device)
+        self.ahead = Ahead(self.feed, self.lay_out, mismatched=self.objective.needs.mismatched, threaded=threaded)
+        gc.collect()
+        gc.freeze()  # what is there stays: no collection needs to look through it again
+        try:
+            while self.progress.step < self.steps and not self.stop():
+                step = self._step()
+                for hook in self.hooks:
+                    hook.after_step(self, step)
+        finally:
+            gc.unfreeze()
+            self.ahead.close()
+            self.ahead = None
 
     def _step(self) -> Step:
+        assert self.ahead is not None
         before = self._reversible_state()
         started = time.perf_counter()
-        rows = min(self.config.train.batch_size, self.total_rows - self.progress.rows)
-        items = self.feed.take(rows)
+        left = self.total_rows - self.progress.rows
+        rows = min(self.config.train.batch_size, left)
+        laid = self.ahead.take(rows, then=min(self.config.train.batch_size, left - rows))
         try:
-            with sparing(f"step {self.progress.step + 1}", self.config, items):
-                step = self._update(items)
+            with sparing(f"step {self.progress.step + 1}", self.config, laid.items):
+                step = self._update(laid)
         except NonFinite as problem:
             culprits = self._culprits(problem, before)
             self._restore(before)
@@ -105,40 +124,41 @@ class Trainer:
         self.progress.tokens += step.tokens
         self.progress.supervised_tokens += step.supervised_tokens
         self.progress.seconds += time.perf_counter() - started
-        measured = float(bool(items))
+        measured = float(bool(laid.items))
         self.meter.add("loss", step.loss, measured)
         self.meter.add("grad_norm", step.grad_norm, measured)
         self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
         return step
 
-    def _update(self, items: Sequence[Item]) -> Step:
+    def _update(self, rows: Laid) -> Step:
         number = self.progress.step
-        if not items:  # the objective takes nothing of any of these rows
+        if not rows.items:  # the objective takes nothing of any of these rows
             return idle_step(self.device)
         return optimiser_step(
-            items,
+            rows,
             self.objective,
             self.policy,
             self.reference,
             self.optimiser,
             self.parameters,
             self.clock(number),
-            mismatched=self.feed.mismatched(items) if self.objective.needs.mismatched else (),
             lr=learning_rate(number, self.steps, self.config.optim),
-            micro_batch_tokens=self.config.train.micro_batch_tokens,
             max_grad_norm=self.config.train.max_grad_norm,
-            pad_id=self.pad_id,
             device=self.device,
-            layout=self.policy.layout,
         )
+
+    def _cursor(self) -> dict[str, Any]:
+        """Where the data stand after the last step."""
+        return self.ahead.cursor if self.ahead else self.feed.state_dict()
 
     def _reversible_state(self) -> dict[str, Any]:
         """What a step changes before the optimiser does: the data cursors, the objective's state, the generators."""
         state = {name: tensor.clone() for name, tensor in self.objective.state.items()}
-        return {"feed": self.feed.state_dict(), "state": state, "rng": checkpoints.random_state(self.device)}
+        return {"feed": self._cursor(), "state": state, "rng": checkpoints.random_state(self.device)}
 
     def _restore(self, before: Mapping[str, Any]) -> None:
-        self.feed.load_state_dict(before["feed"])
+        if self.ahead:
+            self.ahead.go_back(before["feed"])
         for name, tensor in before["state"].items():
             self.objective.state[name].copy_(tensor)
         checkpoints.restore_random_state(before["rng"], self.device)
@@ -153,9 +173,8 @@ class Trainer:
             self.reference,
             self.parameters,
             replace(self.clock(self.progress.step), learning=False),
-            pad_id=self.pad_id,
+            lay_out=self.lay_out,
             device=self.device,
-            layout=self.policy.layout,
         )
 
     def _give_up(self, problem: NonFinite, rows: Sequence[str]) -> NoReturn:
@@ -200,7 +219,7 @@ class Trainer:
             **checkpoints.nested("meter", self.meter.state_dict()),
             **checkpoints.nested("random", checkpoints.random_state(self.device)),
         }
-        state = {"progress": asdict(self.progress), "feed": self.feed.state_dict(), "steps": self.steps}
+        state = {"progress": asdict(self.progress), "feed": self._cursor(), "steps": self.steps}
         folder = checkpoints.save(self.run, self.progress.step, tensors, state)
         checkpoints.prune(self.run, self.config.train.keep_last, self.progress.best_step)
         return folder

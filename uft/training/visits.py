@@ -25,41 +25,51 @@ LIKELY = -1.0
 
 
 def visit(
-    objective: Objective, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock, weighted: Weighted
+    objective: Objective,
+    batch: Batch,
+    policy: Forward,
+    reference: Forward | None,
+    clock: Clock,
+    weighted: Weighted,
+    device: torch.device | None = None,
 ) -> Iterator[Loss]:
     """Add the gradients of a packed micro-batch and yield the losses of its parts; nothing where that cannot be.
 
-    `weighted` tells what is differentiated of a loss, None for nothing.
+    `weighted` tells what is differentiated of a loss, None for nothing. The batch is divided where it is, and goes to
+    `device` then.
     """
     if batch.segments is None or not isinstance(policy, Policy) or policy.head is None:
         return
-    if reference is not None and not objective.needs.distributions:
-        batch = _with_reference(batch, reference)
+    whole = _with_reference(objective, batch.to(device) if device else batch, reference)
     shown = _Shown(policy)
-    objective(batch, shown, reference, replace(clock, learning=False))
+    objective(whole, shown, reference, replace(clock, learning=False))
     if shown.asked is None or shown.more or shown.asked.anchor is not None:
         return
     losses: list[Loss] = []
     groups = {part.start: (part, rows) for part, rows in _groups(batch, policy.head.rows)}
 
     def judge(part: slice, log_probs: Tensor, guesses: Tensor | None) -> Tensor:
+        rows = batch.only(groups[part.start][1])
+        rows = rows.to(device) if device else rows
+        if "reference" in whole.columns:
+            rows = replace(rows, columns={**rows.columns, "reference": whole.columns["reference"][part]})
         with torch.enable_grad():
             leaf = log_probs.detach().requires_grad_()
-            known = _Known([_cut(scores, part) for scores in shown.before], Scores(leaf, guesses))
-            loss = objective(batch.only(groups[part.start][1]), known, reference, clock)
+            forward = _Known([_cut(scores, part) for scores in shown.before], Scores(leaf, guesses))
+            loss = objective(rows, forward, reference, clock)
             total = weighted(loss)
         losses.append({name: replace(term, total=term.total.detach()) for name, term in loss.items()})
         if total is None or not total.requires_grad:
             return torch.zeros_like(log_probs)
         return torch.autograd.grad(total, leaf)[0]
 
-    policy.visit(batch, shown.asked, [part for part, _ in groups.values()], judge)
+    policy.visit(whole, shown.asked, [part for part, _ in groups.values()], judge)
     yield from losses
 
 
-def _with_reference(batch: Batch, reference: Forward) -> Batch:
+def _with_reference(objective: Objective, batch: Batch, reference: Forward | None) -> Batch:
     """With the reference's log-probs in a column, of which every part gets its own."""
-    if "reference" in batch.columns:
+    if reference is None or objective.needs.distributions or "reference" in batch.columns:
         return batch
     with torch.no_grad():
         return replace(batch, columns={**batch.columns, "reference": reference(batch).log_probs})

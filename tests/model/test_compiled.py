@@ -1,0 +1,113 @@
+"""Compiled blocks say what plain ones say, and where they cannot be, the request says so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from uft.data.packing import Layout
+from uft.errors import UftError
+from uft.model.compiled import blocks_of, compile_blocks
+from uft.model.forward import Policy
+from uft.model.packed import settle_layout
+from uft.model.sequences import TokenSequence, sequence_batch
+from uft.objectives.base import Ask
+
+
+def packing(model: Any) -> Policy:
+    policy = Policy(model)
+    settle_layout(policy, "packed", 30)
+    return policy.train()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout.PADDED, Layout.SHARED])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_compiled_is_eager_in_value_and_gradient(
+    build: Callable[..., Any], sequences: list[TokenSequence], name: str, layout: Layout
+) -> None:
+    model = build(name)
+    eager, compiled = packing(copy.deepcopy(model)), packing(model)
+    compile_blocks(compiled)
+    assert f"{len(blocks_of(compiled))} blocks compiled" in compiled.notes
+    for taken in (sequences, sequences[:2], sequences[1:]):  # other shapes without another compilation
+        batch = sequence_batch(taken, 0, layout)
+        found = []
+        for policy in (eager, compiled):
+            policy.module.zero_grad()
+            mixed = Ask(replace=batch.target_ids.flip(0), mix=0.3, embed_grad=False)
+            log_probs = [policy(batch).log_probs, policy(batch, mixed).log_probs]
+            torch.stack(log_probs).sum().backward()
+            gradients = {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
+            found.append((torch.stack(log_probs).detach(), gradients))
+        torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-4)
+        for parameter, gradient in found[0][1].items():
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(found[1][1][parameter], gradient, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_passes_without_gradients_are_not_compiled(
+    build: Callable[..., Any], batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[bool] = []
+
+    def pretended(forward: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(torch.is_grad_enabled())
+            return forward(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", pretended)
+    policy = Policy(build("llama"))
+    compile_blocks(policy)
+    calls.clear()
+    with torch.no_grad():
+        policy(batch)
+    assert calls == []
+    policy(batch)
+    assert calls == [True] * len(blocks_of(policy))
+
+
+def failing(forward: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no C++ compiler is found")
+
+    return call
+
+
+def wrong(forward: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: forward(*args, **kwargs) * 1.01
+
+
+@pytest.mark.parametrize(("pretended", "why"), [(failing, "no C.. compiler is found"), (wrong, "differ by")])
+def test_what_cannot_be_compiled_stops_the_request(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, pretended: Any, why: str
+) -> None:
+    monkeypatch.setattr(torch, "compile", pretended)
+    with pytest.raises(UftError, match=why) as error:
+        compile_blocks(Policy(build("llama")))
+    assert error.value.problems[0].what == "model.compile=true"
+
+
+def test_a_model_without_blocks_says_so(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uft.model.compiled.blocks_of", lambda policy: [])
+    with pytest.raises(UftError, match="no blocks"):
+        compile_blocks(Policy(build("llama")))
+
+
+def test_saved_weights_keep_their_names(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: forward)
+    policy = Policy(build("llama"))
+    names = list(policy.trainable())
+    compile_blocks(policy)
+    assert list(policy.trainable()) == names
+    policy.module.save_pretrained(tmp_path)
+    assert type(policy.base).from_pretrained(tmp_path).state_dict().keys() == policy.module.state_dict().keys()

@@ -1,0 +1,76 @@
+"""Gradients of the embedding and the head, added where they are kept: the same numbers as autograd's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from uft.data.packing import Layout
+from uft.model import head, in_place
+from uft.model.forward import Policy
+from uft.model.in_place import embedding_in_place, own_gradient
+from uft.model.sequences import TokenSequence, sequence_batch
+from uft.objectives.base import PLAIN, Ask
+
+MODELS = ("llama", "llama_tied", "gemma2", "gpt2")
+
+
+def gradients(policy: Policy, sequences: list[TokenSequence], ask: Ask = PLAIN) -> dict[str, torch.Tensor]:
+    """Of the sum of all log-probs, over two visits."""
+    for _ in range(2):
+        batch = sequence_batch(sequences, 0, Layout.PADDED)
+        whole = slice(0, batch.target_ids.numel())
+        policy.visit(batch, ask, [whole], lambda part, log_probs, guesses: torch.ones_like(log_probs))
+    return {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_as_by_autograd(
+    build: Callable[..., Any], sequences: list[TokenSequence], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    ours = gradients(Policy(copy.deepcopy(model)), sequences)
+    for module in (head, in_place):
+        monkeypatch.setattr(module, "own_gradient", lambda weight: None)
+    theirs = gradients(Policy(model), sequences)
+    assert ours.keys() == theirs.keys()
+    for parameter, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[parameter], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_were_not_looked_up_are_not_touched_and_padding_learns_nothing() -> None:
+    table = nn.Embedding(9, 3, padding_idx=2)
+    expected = copy.deepcopy(table)
+    ids, incoming = torch.tensor([[1, 2, 5, 5]]), torch.randn(1, 4, 3)
+    expected(ids).backward(incoming)
+    table.weight.grad = (before := torch.randn(9, 3)).clone()
+    with embedding_in_place(table):
+        table(ids).backward(incoming)
+    torch.testing.assert_close(table.weight.grad - before, expected.weight.grad)
+    assert torch.equal(table.weight.grad[[0, 2, 3, 4, 6, 7, 8]], before[[0, 2, 3, 4, 6, 7, 8]])
+    assert "forward" not in vars(table)
+
+
+def test_what_is_more_than_a_table_stays_as_it_is() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(ids)
+
+    frozen = nn.Embedding(9, 3).requires_grad_(False)
+    for module in (Scaled(9, 3), nn.Embedding(9, 3, max_norm=1.0), nn.Embedding(9, 3, sparse=True), frozen):
+        with embedding_in_place(module):
+            assert "forward" not in vars(module)
+
+
+def test_who_must_be_told_of_a_gradient_is_told() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    assert own_gradient(weight) is weight.grad is not None
+    assert own_gradient(weight * 1) is None
+    told: list[torch.Tensor] = []
+    weight.register_post_accumulate_grad_hook(told.append)
+    assert own_gradient(weight) is None
