@@ -31,10 +31,15 @@ def same_generator() -> Any:
 @pytest.mark.parametrize(
     ("keys", "variables"),
     [
-        pytest.param((), {}, id="again"),
-        pytest.param((), {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"}, id="tokenised by two threads"),
         pytest.param(("train.prefetch=true",), {}, id="rows laid out by a thread"),
-        pytest.param(("hardware.threads=2",), {"OMP_NUM_THREADS": "2"}, id="two threads"),
+        pytest.param((), {}, id="again", marks=pytest.mark.slow),
+        pytest.param(
+            (),
+            {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"},
+            id="tokenised by two threads",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("hardware.threads=2",), {"OMP_NUM_THREADS": "2"}, id="two threads", marks=pytest.mark.slow),
     ],
 )
 def test_the_same_request_gives_the_same_bits(
