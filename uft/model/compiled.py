@@ -32,7 +32,7 @@ def compile_blocks(policy: Policy) -> None:
     if not torch.equal(before, _log_probs(policy)):
         before = _log_probs(policy.eval())
     for block in blocks:
-        block.forward = _with_gradients(block.forward)  # type: ignore[method-assign]
+        block.forward = _with_gradients(block.forward)
     try:
         after = _log_probs(policy)
     except Exception as error:  # no C++ compiler, a model that cannot be traced: whatever it is, it is not compiled
