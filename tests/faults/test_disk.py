@@ -68,6 +68,7 @@ def test_full_at_one_kind_of_write_after_the_other(bench: Bench, new_run: NewRun
     same(run.path, written(whole.path))
 
 
+@pytest.mark.slow
 def test_full_where_it_is_no_matter(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
     whole = new_run("whole", *SINGLE)
     assert bench.sit(whole.path).code == 0
@@ -157,7 +158,7 @@ print([step for step, _ in run.checkpoints()], sorted(path.name for path in run.
     assert done.stdout.endswith("[1] ['step-000001']\n")
 
 
-@pytest.mark.parametrize("verb", ["train", "resume"])
+@pytest.mark.parametrize("verb", ["train", pytest.param("resume", marks=pytest.mark.slow)])
 def test_a_read_only_folder_is_refused_at_once(
     small_disk: Callable[[str, int], Path], new_run: NewRun, tmp_path: Path, verb: str, environment: dict[str, str]
 ) -> None:

@@ -130,7 +130,7 @@ def test_the_kernel_s_own_count_tells_want_of_memory(tmp_path: Path) -> None:
 # --- out of memory
 
 
-@pytest.mark.parametrize("kind", ["device_memory", "memory"])
+@pytest.mark.parametrize("kind", ["device_memory", pytest.param("memory", marks=pytest.mark.slow)])
 def test_out_of_memory_in_a_step(bench: Bench, new_run: NewRun, kind: str) -> None:
     run = new_run("run", *SINGLE)
     ended = bench.sit(run.path, fault=Fault(do=kind, name="before step.forward_backward", at=4))
@@ -149,7 +149,12 @@ def test_out_of_memory_in_a_step(bench: Bench, new_run: NewRun, kind: str) -> No
     assert bench.sit(run.path).code == 0
 
 
-@pytest.mark.parametrize("where", ["before tokens._encode", "before battery.battery", "before reference_cache"])
+ELSEWHERE = ("before tokens._encode", "before reference_cache")
+
+
+@pytest.mark.parametrize(
+    "where", ["before battery.battery", *(pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE)]
+)
 def test_out_of_memory_elsewhere(bench: Bench, new_run: NewRun, where: str) -> None:
     run = new_run("run", *SINGLE)
     ended = bench.sit(run.path, fault=Fault(do="memory", name=where))
@@ -193,7 +198,7 @@ def test_a_run_has_one_worker_at_a_time(bench: Bench, new_run: NewRun, tmp_path:
     assert bench.sit(run.path).code == 0
 
 
-@pytest.mark.parametrize("way", ["clock_back", "clock_forward"])
+@pytest.mark.parametrize("way", ["clock_back", pytest.param("clock_forward", marks=pytest.mark.slow)])
 def test_a_clock_that_jumps_changes_nothing(bench: Bench, new_run: NewRun, way: str) -> None:
     whole, run = new_run("whole", *SINGLE), new_run("run", *SINGLE)
     assert bench.sit(whole.path).code == 0
