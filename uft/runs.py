@@ -87,7 +87,7 @@ class Run:
     @property
     def exists(self) -> bool:
         """Whether this is a run: a `config.yaml` alone may be anybody's (conf/ has one too)."""
-        return self.config_file.is_file() and (self.path / "run.json").is_file()
+        return os.path.isfile(self.config_file) and os.path.isfile(self.path / "run.json")  # no path raises these
 
     @property
     def config_file(self) -> Path:

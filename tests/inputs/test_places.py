@@ -61,6 +61,13 @@ def test_names_that_are_no_folder_s_are_refused(here, tmp_path, capsys, key, nam
     assert everything(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "out/a\x1bb/c"], ids=ascii)
+def test_a_folder_that_cannot_be_made_is_refused(here, capsys, name):
+    assert main(["train", f"run.dir={quoted(name)}"]) == 2
+    assert "run.dir" in capsys.readouterr().err
+    assert everything(here) == []
+
+
 @pytest.mark.parametrize("name", ["../evil", "a/b", "..", "x" * 300, "a\x1bb", "a\\b"], ids=ascii)
 def test_names_of_sources_are_refused_alike(here, capsys, name):
     (here / "rows.jsonl").write_text(ROW * 4)
@@ -210,17 +217,21 @@ def rewritten(file: Path, other: Path) -> None:
 CHANGES = {"appended": appended, "replaced": lambda file, other: os.replace(other, file), "rewritten": rewritten}
 
 
-def test_rows_of_ten_megabytes(tmp_path, byte_level):
-    """Read, digested, rendered, told from their neighbours; the length policy decides about them."""
-    from uft.data.templates import Renderer
-    from uft.data.tokens import tokenize
-
+def test_rows_of_ten_megabytes(tmp_path):
     long = "wörter und noch mehr davon " * 370_000
     file = tmp_path / "rows.jsonl"
     file.write_text(ROW + json.dumps({"prompt": "q", "completion": long}, ensure_ascii=False) + "\n" + ROW)
     assert file.stat().st_size > 10_000_000
+    assert read(file)[1].completions[0].text == long
+
+
+def test_the_length_policy_decides_about_endless_rows(tmp_path, byte_level):
+    from uft.data.templates import Renderer
+    from uft.data.tokens import tokenize
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text(ROW + json.dumps({"prompt": "q", "completion": "word " * 50_000}) + "\n" + ROW)
     rows = read(file)
-    assert rows[1].completions[0].text == long
     with pytest.raises(UftError, match=r"1 of 3 rows are longer than train\.max_length=1024") as error:
         tokenize("mine", rows, Renderer(byte_level), 1024)
     assert len(str(error.value)) < 1000

@@ -209,6 +209,11 @@ def names_are_folders(values: Values) -> Iterator[Finding]:
             yield from plain_name(key, str(name))
 
 
+def a_folder_can_be_made(values: Values) -> Iterator[Finding]:
+    for part in str(values.get("run.dir") or "").split("/"):
+        yield from plain_name("run.dir", part)
+
+
 def names_of_sources(values: Values) -> Iterator[Finding]:
     """They stand in the names of metrics and of files."""
     for name in sources_of(values):
@@ -267,6 +272,7 @@ RULES: tuple[Rule, ...] = (
     holdout_is_share_or_count,
     generation_has_seeds,
     names_are_folders,
+    a_folder_can_be_made,
     names_of_sources,
     holds_no_secret,
     machines_find_each_other,
