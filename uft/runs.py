@@ -16,15 +16,22 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
 from uft.disk import writing
 from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
+from uft.redact import redact, redacted
 
 CHECKPOINT = re.compile(r"step-(\d{6,})$")
 STAGE = re.compile(r"(\d+)-[^/]+$")
 SWEEP_FILE = "sweep.json"  # what a sweep was asked for; `uft.launch.sweep_file` writes it
+
+
+def keep_others_out() -> None:
+    """Whatever the umask allows, nothing that this process or a child of it makes can be written by everybody."""
+    os.umask(os.umask(0o022) | 0o002)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -46,7 +53,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    """A JSON file; secrets in its texts are hidden."""
+    write_atomically(path, json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 class Damaged(UftError, ValueError):
@@ -173,11 +181,10 @@ class Run:
         Known on Linux only; False elsewhere.
         """
         try:
-            holder, launcher = (self.path / ".lock").read_text().split()
-            parent = Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[1]
+            line = [int(word) for word in (self.path / ".lock").read_text().split()]
+            return any(_parent(child) != parent for child, parent in pairwise(line))
         except (OSError, ValueError):
             return False
-        return parent != launcher
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -193,9 +200,22 @@ class Run:
                 )
             with writing(lock):
                 handle.truncate(0)
-                handle.write(f"{os.getpid()} {os.getppid()}".encode())
+                handle.write(" ".join(map(str, _line())).encode())
                 handle.flush()
             yield
+
+
+def _line() -> list[int]:
+    """This process, its parent and, where the parent only watches several processes like this one, the parent's."""
+    line = [os.getpid(), os.getppid()]
+    try:
+        return [*line, _parent(line[-1])] if "LOCAL_WORLD_SIZE" in os.environ else line
+    except OSError:  # not Linux
+        return line
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _held(handle: IO[bytes], seconds: float = 1.0) -> bool:
@@ -216,7 +236,7 @@ def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) 
     """A fresh run folder holding its frozen configuration. The W&B id is made here and never changes."""
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
-    write_atomically(path / "overrides.yaml", "".join(f"- {json.dumps(item)}\n" for item in overrides))
+    write_atomically(path / "overrides.yaml", "".join(f"- {json.dumps(redact(item))}\n" for item in overrides))
     write_json(path / "run.json", {"id": uuid.uuid4().hex[:10], "name": path.name, **info})
     write_atomically(run.config_file, config_text)  # last: a folder with a config is a run
     return run
@@ -261,9 +281,10 @@ def find_sweeps(root: Path) -> list[Path]:
 
 def planned(sweep: Path) -> list[Run]:
     """All jobs of a sweep by its `sweep.json`, in the order they were asked for, whether they have a folder yet or
-    not; none where that file is missing or damaged."""
+    not; none where that file is missing or damaged. A name that leads out of the sweep's folder is none."""
     try:
-        return [Run(sweep / job["name"]) for job in read_json(sweep / SWEEP_FILE)["jobs"]]
+        names = [job["name"] for job in read_json(sweep / SWEEP_FILE)["jobs"]]
+        return [Run(sweep / name) for name in names if name and Path(name).name == name != ".."]
     except (KeyError, TypeError, ValueError):
         return []
 

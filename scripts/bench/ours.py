@@ -32,7 +32,8 @@ def _every_prompt_anew(trainer: Any) -> None:
 def _gradients_by_autograd(trainer: Any) -> None:
     from uft.model import head, in_place
 
-    head.own_gradient = in_place.own_gradient = lambda weight: None
+    head.own_gradient = lambda weight: None
+    in_place.keeps_its_own = lambda weight: False
 
 
 Off = tuple[str, ...] | Callable[[Any], None]
@@ -90,7 +91,8 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
     from uft.config.freeze import frozen
     from uft.config.load import typed
     from uft.runs import create_run
-    from uft.training.prepare import choose_device, prepare
+    from uft.training.device import choose_device
+    from uft.training.prepare import prepare
     from uft.training.signals import Stop
 
     off = {**WAYS, **LADDER}[way]

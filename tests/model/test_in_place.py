@@ -35,8 +35,8 @@ def test_the_same_as_by_autograd(
 ) -> None:
     model = build(name)
     ours = gradients(Policy(copy.deepcopy(model)), sequences)
-    for module in (head, in_place):
-        monkeypatch.setattr(module, "own_gradient", lambda weight: None)
+    monkeypatch.setattr(head, "own_gradient", lambda weight: None)
+    monkeypatch.setattr(in_place, "keeps_its_own", lambda weight: False)
     theirs = gradients(Policy(model), sequences)
     assert ours.keys() == theirs.keys()
     for parameter, gradient in ours.items():
@@ -54,6 +54,14 @@ def test_rows_that_were_not_looked_up_are_not_touched_and_padding_learns_nothing
     torch.testing.assert_close(table.weight.grad - before, expected.weight.grad)
     assert torch.equal(table.weight.grad[[0, 2, 3, 4, 6, 7, 8]], before[[0, 2, 3, 4, 6, 7, 8]])
     assert "forward" not in vars(table)
+
+
+def test_an_embedding_that_nothing_flows_into_has_no_gradient() -> None:
+    """Not one of zeros: an optimiser would take it for a reason to decay the weight."""
+    table = nn.Embedding(9, 3)
+    with embedding_in_place(table), torch.no_grad():
+        table(torch.tensor([1, 2]))
+    assert table.weight.grad is None
 
 
 def test_what_is_more_than_a_table_stays_as_it_is() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +218,61 @@ def test_guesses_are_the_same_in_every_layout(pair: tuple[Policy, Frozen]):
     with torch.no_grad():
         guesses = [pair[0](collate(items, 0, layout), Ask(guess=True)).guesses for layout in Layout]
     assert all(torch.equal(guesses[0], other) for other in guesses)
+
+
+def columns(reference: Frozen, items: list[Item]) -> list[Item]:
+    """The items with the reference's log-probs beside them, as a cache brings them: each from a batch alone."""
+    with torch.no_grad():
+        return [
+            replace(item, reference=tuple(piece.numpy() for piece in pieces(reference, item).split(targets(item))))
+            for item in items
+        ]
+
+
+def pieces(reference: Frozen, item: Item) -> torch.Tensor:
+    return reference(collate([item], 0, Layout.SHARED)).log_probs
+
+
+def targets(item: Item) -> list[int]:
+    return [one.targets for one in item.encoded]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_chunk_of_a_few_rows_is_all_logits_at_once(
+    pair: tuple[Policy, Frozen], name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Against the model's own logits of every position, through its own head."""
+    items = items_of(fresh(name))
+    policy, reference = pair
+    with monkeypatch.context() as patched:
+        for one in (policy, reference.policy):
+            patched.setattr(one, "head", None)
+        full = measure(fresh(name), *pair, items, Layout.PADDED, ALL)
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 3 * WORDS)
+    assert_same(measure(fresh(name), *pair, items, Layout.SHARED, ALL), full)
+
+
+CACHEABLE = [name for name in PRESETS if fresh(name).needs.reference and not fresh(name).needs.distributions]
+
+
+@pytest.mark.parametrize("name", CACHEABLE)
+def test_a_reference_kept_beside_the_rows_is_the_model_itself(pair: tuple[Policy, Frozen], name: str):
+    items = items_of(fresh(name))
+    asked = measure(fresh(name), *pair, items, Layout.SHARED, ALL)
+    assert_same(measure(fresh(name), *pair, columns(pair[1], items), Layout.SHARED, ALL), asked)
+
+
+@pytest.mark.parametrize("name", ["dpo", "uft", "kto", "anchored_sft"])
+def test_the_adapter_switched_off_is_a_copy_of_what_is_below_it(build: Build, name: str):
+    below = build("llama")
+    policy = packing(add_lora(copy.deepcopy(below), Lora(rank=2), 0, float32=True))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.normal_(std=0.1, generator=generator)
+    items = items_of(fresh(name))
+    off, beside = (
+        measure(fresh(name), policy, Frozen(reference), items, Layout.SHARED, ALL)
+        for reference in (policy, packing(below))
+    )
+    assert_same(off, beside)

@@ -61,6 +61,9 @@ class FakeTrainer:
         self.config = SimpleNamespace(optim=Optim(lr=0.5, schedule="constant", warmup=0))
         self.saves: list[tuple[int, int, int | None]] = []
 
+    def settle(self, wait: bool = True) -> None:
+        """Nothing is written in the background here."""
+
     def save_checkpoint(self) -> None:
         self.saves.append((self.progress.step, self.progress.evaluated, self.progress.best_step))
 

@@ -171,3 +171,34 @@ def test_saved_and_loaded_equals_never_stopped(case: str, tmp_path: Path) -> Non
         assert optimiser.state[parameter].keys() >= again.state[twin].keys()
         for key, value in again.state[twin].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(optimiser.state[parameter][key])), key
+
+
+# --- one kernel
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_fused_update_is_the_plain_one_and_goes_on_from_its_moments(name: str, tmp_path: Path) -> None:
+    gradients = [torch.randn(7, 5, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    start = torch.randn(7, 5, generator=torch.Generator().manual_seed(9))
+
+    def begun(fused: bool) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+        weight = nn.Parameter(start.clone())
+        return weight, make_optimiser({"w": weight}, optim(name, fused=fused, **MOMENTS[name]))
+
+    def steps(weight: nn.Parameter, optimiser: torch.optim.Optimizer, taken: list[torch.Tensor]) -> None:
+        for gradient in taken:
+            weight.grad = gradient.clone()
+            optimiser.step()
+
+    (plain, slow), (fused, fast) = begun(False), begun(True)
+    assert fast.param_groups[0]["fused"] is True
+    steps(plain, slow, gradients)
+    steps(fused, fast, gradients[:2])
+    other, resumed = begun(True)
+    with torch.no_grad():
+        other.copy_(fused)
+    checkpoints.load_optimiser(resumed, {"w": other}, checkpoints.optimiser_tensors(fast, {id(fused): "w"}))
+    steps(fused, fast, gradients[2:])
+    steps(other, resumed, gradients[2:])
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    assert torch.equal(other, fused)

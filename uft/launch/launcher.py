@@ -23,7 +23,15 @@ from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
 from uft.launch.process import run_worker
 from uft.launch.provenance import provenance
+from uft.launch.slots import slots
+from uft.launch.team import node_rank, team
 from uft.runs import Run, create_run, shown, write_atomically
+
+TOGETHER = ("check", "generate")
+"""Jobs that several processes do better than one; the others read and write."""
+
+PATIENCE = 600.0
+"""Seconds that a machine waits for the first one to make the run."""
 
 UNFINISHED_CREATION = {"overrides.yaml", "run.json"}
 
@@ -35,8 +43,13 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     Raises UftError, with nothing written, where the request cannot be carried out.
     """
     settings = plain(cfg)
+    if settings["hardware"]["nodes"] > 1 and not settings["run"]["dir"]:
+        why = "several machines work in one folder, and must be told which"
+        raise UftError(Problem("run.dir=null", why, advice=("run.dir=FOLDER, one that every machine sees",)))
     run = Run(single_run_dir(settings))
     settings["run"] = {"name": settings["run"]["name"] or run.name, "dir": None}  # the folder is where the file lies
+    if node_rank(settings["hardware"]) > 0:
+        return lend_a_hand(run, settings, quiet=quiet)
     if run.exists:
         return continue_run(run, settings, quiet=quiet)
     refuse_foreign(run.path)
@@ -51,7 +64,19 @@ def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         spec = Path(folder) / "config.yaml"
         spec.write_text(frozen(cfg), encoding="utf-8")
-        return run_worker(["--job", job, str(spec)])
+        return run_worker(["--job", job, str(spec)], team=team(plain(cfg)["hardware"]) if job in TOGETHER else ())
+
+
+def lend_a_hand(run: Run, settings: Mapping[str, Any], quiet: bool) -> int:
+    """On every machine but the first: join the run that the first one makes, in a folder that both see."""
+    deadline = time.monotonic() + PATIENCE
+    while not run.exists:
+        if time.monotonic() > deadline:
+            why = f"the first machine made no run here within {PATIENCE / 60:.0f} minutes"
+            raise UftError(Problem(str(run.path), why, advice=("do both machines see this folder?",)))
+        time.sleep(0.5)
+    log = run.path.resolve() / f"console-{node_rank(settings['hardware'])}.log" if quiet else None
+    return run_worker([str(run.path.resolve())], log=log, team=team(settings["hardware"]))
 
 
 def continue_run(
@@ -90,7 +115,9 @@ def let_go(run: Run) -> bool:
 def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool = False) -> int:
     """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
     log = run.path.resolve() / "console.log" if quiet else None
-    code = run_worker([str(run.path.resolve())], cwd, log)
+    hardware = run.config()["hardware"]
+    with slots(hardware) as chosen:
+        code = run_worker([str(run.path.resolve())], cwd, log, team(hardware), chosen)
     if code == FAILED and not quiet and not run.result():  # it died, and could not say so itself
         print(f"uft: continue it:  uft resume {shown(run.path)}", file=sys.stderr)
     if code == BAD_REQUEST and fresh and not run.result() and not run.steps:

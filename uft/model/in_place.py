@@ -20,12 +20,17 @@ Tensor = torch.Tensor
 
 def own_gradient(weight: Tensor) -> Tensor | None:
     """`weight.grad` to add to, made if there is none; None where somebody else must be told of a gradient."""
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_leaf
-    if not plain or weight._backward_hooks or weight._post_accumulate_grad_hooks:
+    if not keeps_its_own(weight):
         return None
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
     return weight.grad
+
+
+def keeps_its_own(weight: Tensor) -> bool:
+    """Whether nobody waits for autograd to bring the gradient of `weight`."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_leaf
+    return plain and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
 
 
 @contextmanager
@@ -34,7 +39,7 @@ def embedding_in_place(module: nn.Module) -> Iterator[None]:
 
     Nobody may ask autograd for its gradient then. An embedding that is more than a table stays as it is.
     """
-    if not isinstance(module, nn.Embedding) or not _plain(module) or own_gradient(module.weight) is None:
+    if not isinstance(module, nn.Embedding) or not _plain(module) or not keeps_its_own(module.weight):
         yield
         return
     module.forward = partial(_Embedded.apply, module.weight, module.padding_idx)  # type: ignore[method-assign]

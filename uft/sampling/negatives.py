@@ -32,6 +32,7 @@ from uft.errors import Problem, UftError
 from uft.model.forward import Policy
 from uft.model.load import pad_id
 from uft.objectives.views import GOOD_ENOUGH, reward
+from uft.parallel.ranks import ranks
 from uft.sampling.generate import Reply, Sampling, complete
 
 Line = dict[str, Any]
@@ -71,18 +72,24 @@ def generate_rows(
     """
     rows = [row for source in sources for row in source.rows[: settings.limit]]
     usable = [row for row in rows if good_completion(row) is not None]
-    recipe = {"sampled_by": sampled_by, "sampling": recorded(settings, renderer)}
-    lines = _earlier_lines(out, usable, recipe)
+    recipe, group = {"sampled_by": sampled_by, "sampling": recorded(settings, renderer)}, ranks()
+    lines = group.from_first(lambda: _earlier_lines(out, usable, recipe))
     resumed = len(lines)
     done = {line["row"] for line in lines}
     missing = iter([row for row in usable if row.id not in done])
     handled, empty = resumed, len(settings.seeds) * resumed - sum(len(line["negatives"]) for line in lines)
-    _append(out, [])
-    while batch := list(islice(missing, settings.batch_size)):
-        sampled = list(_sample(policy, tokenizer, renderer, batch, settings, recipe, should_stop))
+    if group.first:
+        _append(out, [])
+
+    def sample(share: Sequence[Row]) -> list[Line]:
+        return list(_sample(policy, tokenizer, renderer, share, settings, recipe, should_stop))
+
+    while batch := list(islice(missing, group.size * settings.batch_size)):
+        sampled = group.spread(batch, sample)
         empty += sum(len(settings.seeds) - len(line["negatives"]) for line in sampled)
         kept = [line for line in sampled if line["negatives"]]
-        _append(out, kept)
+        if group.first:
+            _append(out, kept)
         lines += kept
         handled += len(batch)
         if progress:

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from uft.redact import redact
 from uft.tracking.cards import Battery, Ending, battery_table, ending_rows, sample_lines
 from uft.tracking.format import card, printable, printable_lines, step_line
 
@@ -130,7 +131,8 @@ class Console:
         self._print(shown, plain)
 
     def _print(self, text: str, plain: str | None = None) -> None:
-        """Text that stays; the live step line moves below it."""
+        """Text that stays, without secrets; the live step line moves below it."""
+        text, plain = redact(text), None if plain is None else redact(plain)
         self._write(f"{CLEAR_LINE}{text}\n{self._live}" if self._live else f"{text}\n")
         self._note(text if plain is None else plain)
 

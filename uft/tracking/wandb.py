@@ -117,7 +117,7 @@ class Wandb:
             self._open(Choice("offline", _first_line(error)))
 
     def _open(self, choice: Choice) -> None:
-        earlier = segments.files(self.run.path / name for name in self._info().get("dirs", ()))
+        earlier = segments.files(segments.inside(self.run.path, self._info().get("dirs", ())))
         for file in earlier:
             segments.repair(file)
         handle = self._init(choice.mode)

@@ -148,6 +148,7 @@ class Checkpoints:
     saved: int = -1
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
+        trainer.settle(wait=False)
         number = trainer.progress.step
         due = number == trainer.steps or bool(self.every and number % self.every == 0)
         if due or trainer.progress.best_step == number:

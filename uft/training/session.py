@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,21 @@ from uft.disk import FULL, problem, writing
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.evaluation.battery import Battery, HeldOut, battery
 from uft.model.export import export
+from uft.parallel.environment import PeerLost, note
+from uft.parallel.ranks import ranks
+from uft.redact import tell_redacted
 from uft.runs import Run, shown, write_json
 from uft.tracking import Tracker, Trackers, make_tracker
 from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
 from uft.training.card import start_card
 from uft.training.corpus import Corpus
+from uft.training.device import choose_device
 from uft.training.hooks import Batteries, Checkpoints, Display, Lines
 from uft.training.prepare import (
     Prepared,
     Stopped,
     check_start,
-    choose_device,
     prepare,
     refuse_other_data,
     resume,
@@ -57,14 +60,17 @@ def train(run: Run, config: Config, stop: Stop) -> int:
 
 @contextmanager
 def told(run: Run) -> Iterator[Console]:
-    """The console of a sitting, which warnings of this program's modules go to as well."""
-    with writing(run.path / "console.log", code=BAD_REQUEST):
-        console = Console(sys.stdout, run.path / "console.log")
-    try:
-        with console.hearing():
-            yield console
-    finally:
-        console.close()
+    """The console of a sitting, which warnings of this program's modules go to as well; of several processes, the first
+    one's words alone are heard."""
+    first = ranks().first
+    with nullcontext(sys.stdout) if first else open(os.devnull, "w") as stream:
+        with writing(run.path / "console.log", code=BAD_REQUEST):
+            console = Console(stream, run.path / "console.log" if first else None)
+        try:
+            with console.hearing():
+                yield console
+        finally:
+            console.close()
 
 
 @dataclass
@@ -87,9 +93,9 @@ class _Sitting:
         except UftError as error:
             if trainer is None and error.code == BAD_REQUEST:
                 raise
-            return self._end(trainer, "failed", FAILED, error=str(error))
+            return self._end(trainer, "failed", FAILED, error=said(error, self.config))
         except Exception as error:
-            return self._end(trainer, "failed", FAILED, error=unforeseen(error, self.config))
+            return self._end(trainer, "failed", FAILED, error=said(error, self.config))
         return self._end(trainer, "finished", GOOD) if whole else self._end(trainer, "stopped", self.stop.exit_code)
 
     def _begin(self) -> Prepared:
@@ -98,11 +104,12 @@ class _Sitting:
         prepared = prepare(self.run, self.config, device, self.stop, self.console.message)
         checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
         resumed = resume(prepared.trainer, self.console.message)
-        if resumed < 0:
-            write_json(self.run.path / "check.json", checks)
-        else:
+        if resumed >= 0:
             refuse_other_data(self.run, prepared.corpus)
-        self._open(prepared, resumed)
+        elif ranks().first:
+            write_json(self.run.path / "check.json", checks)
+        if ranks().first:
+            self._open(prepared, resumed)
         return prepared
 
     def _open(self, prepared: Prepared, resumed: int) -> None:
@@ -142,6 +149,8 @@ class _Sitting:
 
     def _end(self, trainer: Trainer | None, status: str, code: int, error: str | None = None) -> int:
         """Write `result.json`, close the tracker with the true status, show the last card."""
+        if not ranks().first:
+            return code
         progress, total_steps = (trainer.progress, trainer.steps) if trainer else standing(self.run)
         result = self._result(progress, trainer.device if trainer else NO_TRAINER, status, error)
         code = leave_result(self.run, result, code, self.console.message)
@@ -189,13 +198,15 @@ def fit(trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[
     if trainer.progress.step < trainer.steps or owes_battery(trainer):
         if saving.saved != trainer.progress.step:
             saving.save(trainer)
+        trainer.settle()
         return False
+    trainer.settle()
     return True
 
 
 def owes_battery(trainer: Trainer) -> bool:
     """Asked to stop within the last battery: the run has its steps but not its result."""
-    return trainer.stop() and trainer.progress.evaluated < trainer.steps
+    return trainer.stop.agreed() and trainer.progress.evaluated < trainer.steps
 
 
 def measured_on(corpus: Corpus) -> list[HeldOut]:
@@ -216,18 +227,27 @@ def measuring(prepared: Prepared, sources: Sequence[HeldOut], stop: Stop) -> Cal
             prepared.corpus.renderer,
             prepared.tokenizer,
             config.eval,
-            stop,
+            stop.between_passes,
             micro_batch_tokens=config.train.micro_batch_tokens,
         )
 
     return measure
 
 
-def unforeseen(error: Exception, config: Config) -> str:
+def said(error: Exception, config: Config) -> str:
+    """What `result.json` says of an error. The unforeseen ones have a traceback, for whoever mends them."""
+    if isinstance(error, PeerLost):
+        return f"another process of this run ended ({error})"
+    text = str(error) if isinstance(error, UftError) else _unforeseen(error, config)
+    note(text)
+    return text
+
+
+def _unforeseen(error: Exception, config: Config) -> str:
     """What to say of an error that no part of the program has explained."""
     if out_of_memory(error):
         return str(explained(error, "memory", config))
     if isinstance(error, OSError) and error.errno in FULL and error.filename:
         return str(UftError(problem(Path(error.filename), error.errno)))
-    traceback.print_exc()
+    tell_redacted(type(error), error, error.__traceback__)
     return f"{type(error).__name__}: {error}"

@@ -15,6 +15,7 @@ import gc
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,26 @@ from uft.config.schema import Config, Model
 from uft.config.stages import Stage, stages_of
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.model.export import export
+from uft.parallel.ranks import ranks
 from uft.runs import Run, shown, write_json
 from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
 from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
 from uft.training.card import stage_card, stages_card
+from uft.training.device import choose_device
 from uft.training.prepare import (
     Prepared,
     Stopped,
     check_positions,
     check_start,
-    choose_device,
     prepare,
     resume,
     standing,
 )
 from uft.training.records import check_record
 from uft.training.result import ending, leave_result, result_record
-from uft.training.session import fit, measuring, told, unforeseen
+from uft.training.session import fit, measuring, said, told
 from uft.training.signals import Stop
 from uft.training.stages_ground import Ground, handed, survey
 from uft.training.stages_make import MAKERS, Place
@@ -85,9 +87,9 @@ class _Sitting:
         except UftError as error:
             if not self.begun and error.code == BAD_REQUEST:
                 raise
-            return self._end("failed", FAILED, error=str(error))
+            return self._end("failed", FAILED, error=said(error, self.config))
         except Exception as error:
-            return self._end("failed", FAILED, error=unforeseen(error, self.config))
+            return self._end("failed", FAILED, error=said(error, self.config))
         return self._end("finished", GOOD) if whole else self._end("stopped", self.stop.exit_code)
 
     # --- the run as a whole
@@ -98,14 +100,16 @@ class _Sitting:
         ground = survey(self.run, self.config, self.stages)
         for stage in self.stages:
             if stage.name in ground.records:
-                ground.keep(stage)
+                ranks().from_first(partial(ground.keep, stage))
             result = self.folder(stage).result()
             if result.get("status") == "finished" and len(self.results) == stage.number - 1:
                 self.results[stage.name] = result
         self.begun = bool(self.results) or any(self.folder(stage).checkpoints() for stage in self.stages)
-        if self.stop():
+        if self.stop.agreed():
             raise Stopped
-        self._open(ground)
+        if ranks().first:
+            self._open(ground)
+        ranks().wait()  # until the result of an earlier sitting is gone
         return ground
 
     def _open(self, ground: Ground) -> None:
@@ -175,7 +179,7 @@ class _Sitting:
         """Carry out a stage unless it is finished; False when asked to stop before its end."""
         if stage.name in self.results:
             return True
-        if self.stop():
+        if self.stop.agreed():
             return False
         folder = self.folder(stage)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -189,7 +193,7 @@ class _Sitting:
             self.begun = True
             record = MAKERS[stage.do](self._place(stage)) | {"wall_seconds": time.perf_counter() - started}
         self.results[stage.name] = {"status": "finished", "error": None, "do": stage.do, **record}
-        write_json(folder.path / "result.json", self.results[stage.name])
+        ranks().from_first(lambda: write_json(folder.path / "result.json", self.results[stage.name]))
         self._mark()
         ground.corpora.pop(stage.name, None)
         gc.collect()
@@ -215,8 +219,8 @@ class _Sitting:
         """Train a stage and leave its model; None when asked to stop before that."""
         if stage.name not in ground.corpora:
             ground.read(stage)
-            ground.keep(stage)
-            self.run.update_info(total_steps=ground.steps)
+            ranks().from_first(partial(ground.keep, stage))
+            ranks().from_first(lambda: self.run.update_info(total_steps=ground.steps))
             self.console.total_steps = ground.steps
         prepared = self._prepare(stage, ground, folder)
         trainer = prepared.trainer
@@ -245,7 +249,7 @@ class _Sitting:
             check_positions(prepared.trainer.policy, corpus)
         checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
         resumed = resume(prepared.trainer, self.console.message)
-        if resumed < 0:
+        if resumed < 0 and ranks().first:
             write_json(folder.path / "check.json", checks)
         self.begun = True
         title = f"stage {stage.number} of {len(self.stages)}: {stage.name}"
@@ -257,6 +261,8 @@ class _Sitting:
 
     def _end(self, status: str, code: int, error: str | None = None) -> int:
         """Write `result.json`, close the tracker with the true status, show the last card."""
+        if not ranks().first:
+            return code
         progress, _ = self._current()
         result = self._result(progress, self.device, status, error)
         code = leave_result(self.run, result, code, self.console.message)
