@@ -92,3 +92,10 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
         f"{again}      the same rows under another objective",
         f"uft generate {shown(run.path)}      what it answers now",
     ]
+
+
+def next_commands_of_stages(run: Run, status: str) -> list[str]:
+    """Likewise after a run of stages."""
+    if status != "finished":
+        return [f"uft resume {shown(run.path)}"]
+    return [f"uft generate {shown(run.path)}      what it answers now"]

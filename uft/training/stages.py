@@ -44,7 +44,7 @@ from uft.training.prepare import (
     standing,
 )
 from uft.training.records import check_record
-from uft.training.result import ending, leave_result, result_record
+from uft.training.result import ending, leave_result, next_commands_of_stages, result_record
 from uft.training.session import fit, measuring, said, told
 from uft.training.signals import Stop
 from uft.training.stages_ground import Ground, handed, survey
@@ -267,7 +267,7 @@ class _Sitting:
         result = self._result(progress, self.device, status, error)
         code = leave_result(self.run, result, code, self.console.message)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
-        commands = next_commands(self.run, status)
+        commands = next_commands_of_stages(self.run, status)
         total = self.run.info().get("total_steps", progress.step)
         self.console.end(f"uft train {self.run.name}", ending(result, total, commands))
         return code
@@ -294,10 +294,3 @@ class _Sitting:
                 found = at | {"best_checkpoint": f"{stage.folder}/{result['best_checkpoint']}"}
             totals = totals.after(result)
         return found
-
-
-def next_commands(run: Run, status: str) -> list[str]:
-    """What one would type next."""
-    if status != "finished":
-        return [f"uft resume {shown(run.path)}"]
-    return [f"uft generate {shown(run.path)}      what it answers now"]
