@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from uft.runs import Run, find_runs, read_lines
+from uft.runs import Run, find_runs
+from uft.tracking.files import read_metrics
 
 COLUMNS = {
     "new": "eval/instruct/exact_match",
@@ -51,7 +52,7 @@ def measured(runs: Iterable[Run]) -> dict[str, list[Metrics]]:
 
 def untrained(runs: Iterable[Run]) -> list[Metrics]:
     """The battery before the first step of the first run that has one: the base model, the same for every run."""
-    lines = (line for run in runs for line in read_lines(run.metrics_file) if line.get("step") == 0)
+    lines = (line for run in runs for line in read_metrics(run) if line["step"] == 0)
     return [line for line in lines if complete(line)][:1]
 
 

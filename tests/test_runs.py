@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from uft.errors import UftError
-from uft.runs import Run, create_run, find_runs, open_run, read_lines, summary, write_atomically, write_json
+from uft.runs import Run, create_run, find_runs, open_run, read_json, summary, write_atomically, write_json
 
 ROOT = Path(__file__).parents[1]
 HOLD = "import sys, time; from pathlib import Path; from uft.runs import Run\nwith Run(Path(sys.argv[1])).lock():\n"
@@ -58,11 +58,13 @@ def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert file.read_text() == "old"
 
 
-def test_a_torn_last_line_ends_the_reading(tmp_path: Path):
-    file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert [line["step"] for line in read_lines(file)] == [1, 2]
-    assert list(read_lines(tmp_path / "absent.jsonl")) == []
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"[]", b"\xff\xfe", b"\0" * 40])
+def test_a_damaged_file_is_told_of(tmp_path: Path, content: bytes):
+    file = tmp_path / "result.json"
+    file.write_bytes(content)
+    with pytest.raises(UftError, match=r"result\.json .*is damaged"):
+        read_json(file)
+    assert read_json(tmp_path / "absent.json") == {}
 
 
 def test_only_whole_checkpoints_count_and_they_are_in_order(run: Run):

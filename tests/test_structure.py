@@ -10,8 +10,11 @@ SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins")
 
 # A package may import those before it, never one after it.
 ORDER = [
+    "redact",
     "errors",
+    "disk",
     "runs",
+    "parallel",
     "playground",
     "config",
     "data",
@@ -28,7 +31,15 @@ ORDER = [
 # `config` reads the objectives' dataclasses to make a schema of them, and asks nothing else of what stands above it.
 ALLOWED = {("config", "objectives")}
 HEAVY = {"torch", "transformers", "datasets", "wandb", "hydra", "pyarrow", "peft"}
-LIGHT = ["uft/__init__.py", "uft/__main__.py", "uft/errors.py", "uft/runs.py", "uft/cli/__init__.py"]
+LIGHT = [
+    "uft/__init__.py",
+    "uft/__main__.py",
+    "uft/errors.py",
+    "uft/disk.py",
+    "uft/redact.py",
+    "uft/runs.py",
+    "uft/cli/__init__.py",
+]
 
 
 def package(path: Path) -> str:

@@ -6,8 +6,14 @@ impossibility asserts. Nothing here imports anything heavy: the text must be the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from uft.redact import redact
+
+LONGEST = 4000  # characters of one text
+UNRULY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 GOOD, FAILED, BAD_REQUEST, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: finished; a run failed; bad request; stopped by a signal after a checkpoint; Ctrl-C likewise."""
@@ -15,12 +21,21 @@ GOOD, FAILED, BAD_REQUEST, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: what, why, where it was set, and what would be right."""
+    """One thing that is wrong: what, why, where it was set, and what would be right.
+
+    Much of it was written by data, models and configurations. Secrets in it are hidden, characters that would move a
+    terminal's cursor or turn its text are shown as escapes, and what is endless is cut.
+    """
 
     what: str  # as the user wrote it: "objective.bta=0.2"
     why: str  # "no such key in objective=dpo"
     where: str = ""  # "command line", "conf/data/mix.yaml", "rows.jsonl:17"
     advice: tuple[str, ...] = ()  # "did you mean  objective.beta ?", "keys: beta, label_smoothing"
+
+    def __post_init__(self) -> None:
+        for name in ("what", "why", "where"):
+            object.__setattr__(self, name, tame(getattr(self, name)))
+        object.__setattr__(self, "advice", tuple(map(tame, self.advice)))
 
 
 class UftError(Exception):
@@ -31,12 +46,19 @@ class UftError(Exception):
 
     def __init__(self, *problems: Problem | str, footer: str = "", code: int = BAD_REQUEST) -> None:
         self.problems = tuple(p if isinstance(p, Problem) else Problem(p, "") for p in problems)
-        self.footer = footer
+        self.footer = redact(footer)
         self.code = code
-        super().__init__(self.problems, footer, code)
+        super().__init__(self.problems, self.footer, code)
 
     def __str__(self) -> str:
         return render(self)
+
+
+def tame(text: str) -> str:
+    """`text` as it may be shown."""
+    text = redact(text)
+    whole = text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text) - LONGEST:,} more characters)"
+    return UNRULY.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), whole)
 
 
 def render(error: UftError) -> str:

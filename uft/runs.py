@@ -16,45 +16,62 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from uft.errors import Problem, UftError
+from uft.disk import writing
+from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
+from uft.redact import redact, redacted
 
 CHECKPOINT = re.compile(r"step-(\d{6,})$")
 STAGE = re.compile(r"(\d+)-[^/]+$")
 SWEEP_FILE = "sweep.json"  # what a sweep was asked for; `uft.launch.sweep_file` writes it
 
 
+def keep_others_out() -> None:
+    """Whatever the umask allows, nothing that this process or a child of it makes can be written by everybody."""
+    os.umask(os.umask(0o022) | 0o002)
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: `path` is either the old text or the new, never half."""
+    """Write beside, flush to disk, rename: `path` is either the old text or the new, never half.
+
+    Raises UftError (code 1) where the disk refuses it.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
+    try:
+        with writing(path, len(text)):
+            with open(beside, "w", encoding="utf-8", errors="backslashreplace") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+    """A JSON file; secrets in its texts are hidden."""
+    write_atomically(path, json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The file's object, or {} when there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+class Damaged(UftError, ValueError):
+    """A file is not what was written into it."""
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of a JSON Lines file; a torn last line (the process was killed) ends the reading."""
+def read_json(path: Path, footer: str = "") -> dict[str, Any]:
+    """The file's object, or {} when there is none; `footer` is what to do where it is damaged."""
     if not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as handle:
-        for line in handle:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise Damaged(Problem(str(path), f"is damaged: {error}"), footer=footer, code=FAILED) from error
+    return found
 
 
 @dataclass(frozen=True)
@@ -70,7 +87,7 @@ class Run:
     @property
     def exists(self) -> bool:
         """Whether this is a run: a `config.yaml` alone may be anybody's (conf/ has one too)."""
-        return self.config_file.is_file() and (self.path / "run.json").is_file()
+        return os.path.isfile(self.config_file) and os.path.isfile(self.path / "run.json")  # no path raises these
 
     @property
     def config_file(self) -> Path:
@@ -111,7 +128,8 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """`result.json`; {} while the run has not ended."""
-        return read_json(self.path / "result.json")
+        file = self.path / "result.json"
+        return read_json(file, f"The run can do without it, and writes it anew:  rm {file}")
 
     def update_info(self, **values: Any) -> None:
         write_json(self.path / "run.json", {**self.info(), **values})
@@ -163,25 +181,41 @@ class Run:
         Known on Linux only; False elsewhere.
         """
         try:
-            holder, launcher = (self.path / ".lock").read_text().split()
-            parent = Path(f"/proc/{holder}/stat").read_text().rpartition(")")[2].split()[1]
+            line = [int(word) for word in (self.path / ".lock").read_text().split()]
+            return any(_parent(child) != parent for child, parent in pairwise(line))
         except (OSError, ValueError):
             return False
-        return parent != launcher
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run: a second process is refused; the kernel frees the lock of a dead one."""
-        with open(self.path / ".lock", "a+b") as handle:
+        lock = self.path / ".lock"
+        with writing(lock, code=BAD_REQUEST):
+            handle = open(lock, "a+b")  # noqa: SIM115
+        with handle:
             if not _held(handle):
                 raise UftError(
                     Problem(str(self.path), "another process is working in this run folder"),
                     footer="See what runs:  uft ls",
                 )
-            handle.truncate(0)
-            handle.write(f"{os.getpid()} {os.getppid()}".encode())
-            handle.flush()
+            with writing(lock):
+                handle.truncate(0)
+                handle.write(" ".join(map(str, _line())).encode())
+                handle.flush()
             yield
+
+
+def _line() -> list[int]:
+    """This process, its parent and, where the parent only watches several processes like this one, the parent's."""
+    line = [os.getpid(), os.getppid()]
+    try:
+        return [*line, _parent(line[-1])] if "LOCAL_WORLD_SIZE" in os.environ else line
+    except OSError:  # not Linux
+        return line
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def _held(handle: IO[bytes], seconds: float = 1.0) -> bool:
@@ -202,7 +236,7 @@ def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) 
     """A fresh run folder holding its frozen configuration. The W&B id is made here and never changes."""
     path.mkdir(parents=True, exist_ok=True)
     run = Run(path)
-    write_atomically(path / "overrides.yaml", "".join(f"- {json.dumps(item)}\n" for item in overrides))
+    write_atomically(path / "overrides.yaml", "".join(f"- {json.dumps(redact(item))}\n" for item in overrides))
     write_json(path / "run.json", {"id": uuid.uuid4().hex[:10], "name": path.name, **info})
     write_atomically(run.config_file, config_text)  # last: a folder with a config is a run
     return run
@@ -247,9 +281,10 @@ def find_sweeps(root: Path) -> list[Path]:
 
 def planned(sweep: Path) -> list[Run]:
     """All jobs of a sweep by its `sweep.json`, in the order they were asked for, whether they have a folder yet or
-    not; none where that file is missing or damaged."""
+    not; none where that file is missing or damaged. A name that leads out of the sweep's folder is none."""
     try:
-        return [Run(sweep / job["name"]) for job in read_json(sweep / SWEEP_FILE)["jobs"]]
+        names = [job["name"] for job in read_json(sweep / SWEEP_FILE)["jobs"]]
+        return [Run(sweep / name) for name in names if name and Path(name).name == name != ".."]
     except (KeyError, TypeError, ValueError):
         return []
 

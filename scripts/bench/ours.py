@@ -91,7 +91,8 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
     from uft.config.freeze import frozen
     from uft.config.load import typed
     from uft.runs import create_run
-    from uft.training.prepare import choose_device, prepare
+    from uft.training.device import choose_device
+    from uft.training.prepare import prepare
     from uft.training.signals import Stop
 
     off = {**WAYS, **LADDER}[way]

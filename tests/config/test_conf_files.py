@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,12 @@ from uft.config.places import conf_dir, groups, headline
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
 GROUPS = groups([conf_dir()])
+LAUNCHERS = {  # an option that cannot be composed without the launcher of an extra
+    "local_pool": "hydra_joblib_launcher",
+    "slurm": "hydra_submitit_launcher",
+    "slurm8x4": "hydra_submitit_launcher",
+    "ray": "hydra_ray_launcher",
+}
 OBJECTIVES = list(GROUPS["objective"])
 NEEDS = {  # what an option leaves for the user to say
     "data=files": ("+data.sources.mine.path=rows.jsonl",),
@@ -58,9 +65,15 @@ def test_the_comment_check_can_fail(tmp_path):
     assert keys_without_comment(file) == ["x.yaml:4 c", "x.yaml:6 e"]
 
 
+def composable(group: str) -> list[str]:
+    """Its options, but for those whose launcher is not installed."""
+    absent = {name for name, module in LAUNCHERS.items() if find_spec(f"hydra_plugins.{module}") is None}
+    return [name for name in GROUPS[group] if group != "hardware" or name not in absent]
+
+
 def rotation(number: int) -> list[str]:
     """One option of every group; over all numbers, each option."""
-    others = {group: list(options) for group, options in GROUPS.items() if group not in ALONE}
+    others = {group: composable(group) for group in GROUPS if group not in ALONE}
     choices = [f"{group}={options[number % len(options)]}" for group, options in others.items()]
     return [*choices, *(line for choice in choices for line in NEEDS.get(choice, ()))]
 

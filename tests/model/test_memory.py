@@ -61,6 +61,14 @@ def test_the_head_is_bounded_by_its_chunk():
     assert parts(large, micro_batch_tokens=10**6)["head"] <= 2 * 4 * 2**24
 
 
+def test_recomputing_some_blocks_is_between_all_and_none():
+    none, some, every = (
+        parts(replace(SHAPE, layers=8, recompute=recompute, recomputed=blocks))["activations"]
+        for recompute, blocks in ((False, None), (True, 4), (True, None))
+    )
+    assert every < some < none
+
+
 def test_the_numbers_of_a_model(build: Callable[..., Any]):
     model = build("llama_tied")
     count = sum(p.numel() for p in model.parameters())

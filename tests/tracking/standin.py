@@ -1,7 +1,8 @@
 """A stand-in for the W&B server on the loopback interface: what wandb 0.31 asks of it, and no more.
 
 It keeps what runs send, so that tests can look at it: `history[run_id]` is the list of rows, `exits[run_id]` the exit
-code, `runs[run_id]` the variables of the last UpsertBucket. `deaf` makes it accept connections and never answer.
+code, `runs[run_id]` the variables of the last UpsertBucket. `deaf` makes it accept connections and never answer,
+`slow` wait so many seconds before each answer, and `broken` answer 500.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import re
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,6 +28,7 @@ class Standin:
         self.uploads: dict[str, bytes] = {}
         self.operations: list[str] = []
         self.deaf = threading.Event()
+        self.slow, self.broken = 0.0, False
         self._release = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -128,8 +131,10 @@ def _handler(standin: Standin) -> type[BaseHTTPRequestHandler]:
             pass
 
         def reply(self) -> None:
-            text = json.dumps(standin.answer(self.path, self._body())).encode()
-            self.send_response(200)
+            body = self._body()
+            time.sleep(standin.slow)
+            text = b"{}" if standin.broken else json.dumps(standin.answer(self.path, body)).encode()
+            self.send_response(500 if standin.broken else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()

@@ -85,7 +85,7 @@ def test_the_generator_goes_on_where_it_was() -> None:
 
 def test_nothing_is_pickled(run: Run) -> None:
     folder = save(run, 1)
-    assert {path.name for path in folder.iterdir()} == {checkpoints.TENSORS, checkpoints.STATE}
+    assert {path.name for path in folder.iterdir()} == {checkpoints.TENSORS, checkpoints.STATE, checkpoints.SUMS}
     for path in folder.iterdir():
         with pytest.raises(ValueError):  # noqa: PT011  pickletools has no error of its own
             list(pickletools.genops(path.read_bytes()))

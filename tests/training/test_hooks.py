@@ -39,6 +39,9 @@ class Notes:
     def samples(self, step: int, samples: list[Sample]) -> None:
         self.told.append(step)
 
+    def secure(self) -> None:
+        """Nothing is written."""
+
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self.shown.append(step)
 
@@ -57,6 +60,9 @@ class FakeTrainer:
         self.progress, self.meter = Progress(), Meter()
         self.config = SimpleNamespace(optim=Optim(lr=0.5, schedule="constant", warmup=0))
         self.saves: list[tuple[int, int, int | None]] = []
+
+    def settle(self, wait: bool = True) -> None:
+        """Nothing is written in the background here."""
 
     def save_checkpoint(self) -> None:
         self.saves.append((self.progress.step, self.progress.evaluated, self.progress.best_step))
@@ -239,7 +245,7 @@ def test_a_battery_without_figures_writes_no_line() -> None:
     ("every", "steps", "expected"), [(3, 7, [3, 6, 7]), (3, 6, [3, 6]), (0, 5, [5]), (100, 5, [5]), (1, 2, [1, 2])]
 )
 def test_a_checkpoint_every_few_steps_and_at_the_end(every: int, steps: int, expected: list[int]) -> None:
-    trainer, hook = FakeTrainer(steps), Checkpoints(every)
+    trainer, hook = FakeTrainer(steps), Checkpoints(Notes(), every)
     trainer.run(hook)
     assert [step for step, *_ in trainer.saves] == expected
     assert hook.saved == steps
@@ -249,5 +255,5 @@ def test_a_new_best_is_saved_once_with_what_is_known_of_it() -> None:
     notes, trainer = Notes(), FakeTrainer(8)
     measure = batteries(notes, values(9.0, 3.0, 2.0, 5.0, 5.0), every=2)
     measure.start(trainer)  # type: ignore[arg-type]
-    trainer.run(measure, Checkpoints(7))
+    trainer.run(measure, Checkpoints(notes, 7))
     assert trainer.saves == [(2, 2, 2), (4, 4, 4), (7, 6, 4), (8, 8, 4)]

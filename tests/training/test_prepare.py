@@ -11,7 +11,8 @@ import torch
 from uft.config.schema import Config, Hardware
 from uft.errors import FAILED, UftError
 from uft.runs import create_run
-from uft.training.prepare import Prepared, Stopped, check_start, choose_device, prepare, resume, standing
+from uft.training.device import choose_device
+from uft.training.prepare import Prepared, Stopped, check_start, prepare, resume, standing
 from uft.training.signals import Stop
 from uft.training.trainer import Progress
 

@@ -204,7 +204,8 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         from uft.config.places import conf_dir
         from uft.config.schema import Config
         from uft.runs import Run
-        from uft.training.prepare import choose_device, prepare
+        from uft.training.device import choose_device
+        from uft.training.prepare import prepare
         from uft.training.signals import Stop
 
         rows = tmp_path / "rows.jsonl"

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, UftError, render
+from uft.redact import redact, tell_redacted
+from uft.runs import keep_others_out
 
 VERBS = {
     "train": "compose, check and train one run; -m trains a run for every combination",
@@ -42,6 +44,8 @@ CLOSED_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; the exit code (0 good, 1 a run failed, 2 bad request, 75 stopped, 130 interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.excepthook = tell_redacted
+    keep_others_out()
     if "--trace" in arguments or os.environ.get("HYDRA_FULL_ERROR") == "1":
         arguments = [word for word in arguments if word != "--trace"]
         os.environ["UFT_TRACE"] = "1"  # workers look at it too
@@ -61,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if tracing():
             raise
-        print(f"uft: {type(error).__name__}: {error}\nThis is a fault in uft. --trace shows where.", file=sys.stderr)
+        said = redact(f"uft: {type(error).__name__}: {error}")
+        print(f"{said}\nThis is a fault in uft. --trace shows where.", file=sys.stderr)
         return FAILED
 
 

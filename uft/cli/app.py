@@ -22,6 +22,7 @@ from uft.cli.help import Help, shown
 from uft.config.compose import settled
 from uft.config.examine import Examined, examine, footer, require
 from uft.config.loader import VERSION_BASE, Request, make_loader
+from uft.config.named_code import refuse_named_code
 from uft.config.places import conf_dir
 from uft.config.register import register
 from uft.config.suggest import nearest
@@ -85,6 +86,7 @@ def run_app(page: Help, run: Callable[[DictConfig], None], arguments: list[str])
         return GOOD
     parsed = parse(arguments)
     register()
+    refuse_named_code(request_of(parsed))
     if parsed.cfg and not parsed.multirun:  # Hydra prints it without a word about keys of objectives that are not there
         require(request_of(parsed))
     sys.argv = [f"uft {page.verb}", *arguments]

@@ -51,9 +51,9 @@ def describe(run: Run) -> dict[str, Any]:
     """A run as a flat record; `total_steps` is None where only the worker knows it."""
     try:
         total = run.info().get("total_steps") or run.config().get("train", {}).get("steps")
-    except Exception as error:  # a config that cannot be read is shown, not a reason to hide the other runs
+        return {**summary(run), "total_steps": total, "error": run.result().get("error")}
+    except Exception as error:  # a file that cannot be read is shown, not a reason to hide the other runs
         return {"name": run.name, "path": str(run.path), "status": f"unreadable ({type(error).__name__})", "steps": 0}
-    return {**summary(run), "total_steps": total, "error": run.result().get("error")}
 
 
 def planned(run: Run) -> dict[str, Any]:

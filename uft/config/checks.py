@@ -10,6 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from uft.config.suggest import hint, listing, nearest, written
+from uft.redact import secret_in, secrets
+
+LONGEST_NAME = 200  # bytes; file systems allow 255, and our temporary files have longer names
 
 Values = Mapping[str, Any]  # dotted key -> resolved leaf
 
@@ -186,12 +189,54 @@ def generation_has_seeds(values: Values) -> Iterator[Finding]:
         yield Finding("generate.seeds", "must be different seeds, at least one")
 
 
+def holds_no_secret(values: Values) -> Iterator[Finding]:
+    """A configuration is written down, sent to W&B and compared by others."""
+    known = secrets()
+    for key, value in values.items():
+        texts = value if isinstance(value, list) else [value]
+        what = next((found for text in texts if isinstance(text, str) and (found := secret_in(text, known))), None)
+        if what:
+            yield Finding(key, f"holds {what}, and configurations are written down", ("leave it in the environment",))
+
+
 def names_are_folders(values: Values) -> Iterator[Finding]:
     for key in ("run.name", "sweep.name"):
         name = values.get(key)
-        bad = sorted(set(str(name or "")) & set("/\\=,\0\n"))
+        bad = sorted(set(str(name or "")) & set("/\\=,"))
         if bad or name in ("", ".", ".."):
             yield Finding(key, "names a folder", (f"without {listing(bad)}" if bad else "give it a real name",))
+        elif name is not None:
+            yield from plain_name(key, str(name))
+
+
+def a_folder_can_be_made(values: Values) -> Iterator[Finding]:
+    for part in str(values.get("run.dir") or "").split("/"):
+        yield from plain_name("run.dir", part)
+
+
+def names_of_sources(values: Values) -> Iterator[Finding]:
+    """They stand in the names of metrics and of files."""
+    for name in sources_of(values):
+        if set(name) & set("/\\") or name in ("", ".", ".."):
+            yield Finding(f"data.sources.{name}", "names files and metrics", ("without / and \\",))
+        else:
+            yield from plain_name(f"data.sources.{name}", name)
+
+
+def plain_name(key: str, name: str) -> Iterator[Finding]:
+    if not name.isprintable():
+        yield Finding(key, "has a character that cannot be shown", ("letters, digits and -_.+ are fine",))
+    elif len(name.encode()) > LONGEST_NAME:
+        yield Finding(key, f"is too long for a file's name: at most {LONGEST_NAME} bytes")
+
+
+def machines_find_each_other(values: Values) -> Iterator[Finding]:
+    nodes, rank = values.get("hardware.nodes") or 1, values.get("hardware.node_rank")
+    if rank is not None and rank >= nodes:
+        yield Finding("hardware.node_rank", f"counts from 0 to {nodes - 1}: hardware.nodes={nodes}")
+    pool, processes = values.get("hardware.pool"), values.get("hardware.processes") or 1
+    if pool is not None and len(set(pool)) < max(processes, len(pool)):
+        yield Finding("hardware.pool", f"must be different numbers, at least {processes}: hardware.processes")
 
 
 def objective_agrees(values: Values) -> Iterator[Finding]:
@@ -227,5 +272,9 @@ RULES: tuple[Rule, ...] = (
     holdout_is_share_or_count,
     generation_has_seeds,
     names_are_folders,
+    a_folder_can_be_made,
+    names_of_sources,
+    holds_no_secret,
+    machines_find_each_other,
     objective_agrees,
 )

@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 
 from uft.config.fitting import apply, fill, unfit
 from uft.config.loader import Composed, Request, Setting, defaults_of, make_loader, settings_of
+from uft.config.named_code import in_files, in_words
 from uft.config.overrides import sort_out
 from uft.config.staged import asked, fit_stages
-from uft.config.translate import BROKEN, translate
+from uft.config.translate import BROKEN, readable, translate
 from uft.config.tree import Tree
 from uft.errors import Problem, UftError
 
@@ -38,6 +39,7 @@ def examine(request: Request, loader: ConfigLoaderImpl | None = None) -> Examine
     """Compose and check everything; never raises for what the user wrote."""
     loader = loader or make_loader(request)
     words = sort_out(request.overrides, loader.repository)
+    words.problems += in_words(request.overrides)
     chosen, tree = [*words.choices, *words.mended], Tree()
 
     @cache
@@ -50,7 +52,10 @@ def examine(request: Request, loader: ConfigLoaderImpl | None = None) -> Examine
         return [settings(default.config_path, default.package) for default in defaults], options
 
     try:
-        files, choices = read(tuple(chosen))
+        files, choices = readable(request.config_dir, lambda: read(tuple(chosen)))
+        words.problems += in_files(loader, request, chosen)
+    except UftError as error:
+        return Examined(tree.root, {}, {}, [*words.problems, *error.problems], chosen)
     except BROKEN as error:
         return Examined(tree.root, {}, {}, [*words.problems, translate(error)], chosen)
     if asked(files, words):

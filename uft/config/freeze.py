@@ -15,15 +15,27 @@ FREE = (
     "generate.",
     "annotate.",
     "hardware.threads",
+    "hardware.processes",
+    "hardware.nodes",
+    "hardware.node_rank",
+    "hardware.rendezvous",
+    "hardware.pool",
+    "hardware.sharding",
+    "hardware.reshard",
+    "hardware.offload",
     "hardware.keep_memory",
     "train.prefetch",
+    "hardware.watchdog",
+    "model.gradient_checkpointing",
+    "train.micro_batch_tokens",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_last",
     "train.eval_every",
     "train.save_model",
 )
-"""What may change between the sittings of one run: nothing here touches the weights it arrives at."""
+"""What may change between the sittings of one run: nothing here touches the weights it arrives at, but for rounding
+(threads, processes, micro-batches and recomputation add up in another order)."""
 
 ABSENT = "(absent)"
 STAGE = re.compile(r"^stages\.[^.]+\.")

@@ -88,6 +88,7 @@ class Model:
     attention: str = _key("auto", "attention kernel", choices=("auto", "sdpa", "eager", "flash_attention_2"))
     compile: bool = _key(False, "torch.compile of every block: half a minute to begin with, then faster if it is deep")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass to save memory")
+    recompute_every: int = _key(1, "with gradient_checkpointing: only every n-th block; more memory, less time", ge=1)
     trust_remote_code: bool = _key(False, "run code that comes with the model; off unless you read it")
     lr: float = _key(1e-5, "a good first learning rate for this model; optim.lr takes it", gt=0)
 
@@ -168,10 +169,25 @@ class Annotate:
 @dataclass
 class Hardware:
     device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    threads: int | None = _key(None, "CPU threads; null: one per core, one alone for a small model", ge=1)
+    processes: int = _key(1, "processes on each machine, one per GPU: data parallel", ge=1)
+    nodes: int = _key(1, "machines", ge=1)
+    node_rank: int | None = _key(None, "which of the machines this is, from 0; null: SLURM_NODEID", ge=0)
+    rendezvous: str | None = _key(None, "HOST:PORT of the first machine; null: the first of SLURM_JOB_NODELIST")
+    sharding: str = _key(
+        "none", "none: every process has the whole model; full: each has a share (FSDP2)", choices=("none", "full")
+    )
+    reshard: bool = _key(True, "sharding=full: free a block's weights between its forward and its backward pass")
+    offload: bool = _key(False, "sharding=full: keep shares and optimiser in the CPU's memory")
+    pool: list[int] | None = _key(
+        None, "numbers of this machine's GPUs that runs share out, each for one run at a time; null: all are this run's"
+    )
+    threads: int | None = _key(
+        None, "CPU threads of a process; null: its share of the cores, one alone for a small model", ge=1
+    )
     keep_memory: bool = _key(False, "on a CPU under glibc: keep freed memory for the next tensor, give none back")
     tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
     deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
+    watchdog: float = _key(1800.0, "seconds without a step or a batch after which a run has hung; 0: never", ge=0)
 
 
 @dataclass

@@ -93,5 +93,5 @@ def right_type(kind: Any, value: Any) -> tuple[str, ...]:
 def as_float(value: Any) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

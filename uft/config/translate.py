@@ -7,13 +7,18 @@ a defaults list that names a file which is not there, a plugin that is not insta
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import YAMLError, safe_load
 
 from uft.config.suggest import hint, nearest
-from uft.errors import Problem
+from uft.errors import Problem, UftError
+
+T = TypeVar("T")
 
 BROKEN = (HydraException, OmegaConfBaseException, YAMLError)
 """What composition raises for a mistake of the user's."""
@@ -23,6 +28,7 @@ OPTIONS = re.compile(r"Available options in '([^']+)':\n((?:\t.+\n?)+)")
 PARENT = re.compile(r"In '([^']+)': ")
 NO_CONFIG = re.compile(r"Cannot find primary config '([^']+)'")
 NO_MATCH = re.compile(r"Could not override '([^']+)'")
+HALF_A_HEADER = re.compile(r"^#\s*@(?!\S+[ \t]+\S+[ \t]*$)", re.MULTILINE)
 YAML_AT = re.compile(r'in "([^"]+)", line (\d+)')
 
 
@@ -41,12 +47,45 @@ def chain(error: BaseException | None) -> list[BaseException]:
     return found
 
 
+def readable(config_dir: str | None, read: Callable[[], T]) -> T:
+    """What `read` makes of configuration files. Raises UftError naming the file where something breaks that is no error
+    of YAML's or Hydra's own: bytes that are not UTF-8, nesting without end, a number of thousands of digits."""
+    from uft.config.places import config_dirs, shown
+
+    try:
+        return read()
+    except BROKEN:
+        raise
+    except Exception as error:
+        files = [file for folder in config_dirs(config_dir) for file in sorted(folder.rglob("*.yaml"))]
+        found = [Problem(shown(file), f"cannot be read as YAML: {why}") for file in files if (why := stumbling(file))]
+        if not found:
+            raise
+        raise UftError(*found) from error
+
+
+def stumbling(file: Path) -> str | None:
+    """What YAML, or Hydra reading the header and the defaults list, stumbles over in a file."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = safe_load(text)
+    except RecursionError:
+        return "nested too deeply"
+    except (YAMLError, ValueError, OSError) as error:
+        return first_line(error)
+    if HALF_A_HEADER.search(text):
+        return "a header is written  # @package NAME"
+    if isinstance(content, dict) and not isinstance(content.get("defaults", []), list):
+        return "defaults must be a list"
+    return None
+
+
 def translate(error: BaseException) -> Problem:
     """An exception of composition as a problem."""
     text = "\n".join(str(e) for e in reversed(chain(error)))
     broken = YAML_AT.search(text)
     if broken:
-        from uft.config.places import Path, shown
+        from uft.config.places import shown
 
         where = f"{shown(Path(broken[1]))}:{broken[2]}"
         return Problem(where, f"cannot be read as YAML: {first_line(error)}")

@@ -73,7 +73,7 @@ class Tree:
         node, _ = self.node_at(path)
         try:
             OmegaConf.update(self.root, setting.key, setting.value, merge=True, force_add=True)
-        except OmegaConfBaseException:
+        except (OmegaConfBaseException, OverflowError):  # a whole number too large to be a float
             return bad_type(setting, field_type(node, path[-1]))
         self.origins[setting.key] = setting.where
         return None

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from uft.data import limits, within
 from uft.data.rows import Message
+from uft.data.spelled import Spelled
 from uft.data.templates import Conversation, Encoded, Turns, finish
+from uft.data.within import Skeleton, Span
 from uft.errors import Problem, UftError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
-
-Span = tuple[int, int]  # characters [start, end)
-Skeleton = tuple[list[str], list[int]]  # texts around the contents (one more than those), and whose content is between
 
 _MARK = "\ue000{}\ue001"  # private-use characters: no template and hardly a text contains them
 _MARKED = re.compile("\ue000(\\d+)\ue001")
@@ -50,32 +50,57 @@ class ChatTemplate:
         self._marked = _GENERATION.search(text) is not None
         self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
         self.stop_ids = self._end_of_turn()
+        self._spelled = Spelled(tokenizer, self.stop_ids)
 
     def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Encoded]:
+        spelling = [self._spelled.inside((*prompt, *turns)) for prompt, turns in conversations]
+        if not any(spelling):
+            return self._encode(conversations, names, self.tokenizer)
+
+        def those(spells: bool, items: Sequence[Any]) -> list[Any]:
+            return [item for item, one in zip(items, spelling, strict=True) if one == spells]
+
+        hidden = [(self._spelled.hidden(p), self._spelled.hidden(t)) for p, t in those(True, conversations)]
+        usual = iter(self._encode(those(False, conversations), those(False, names), self.tokenizer))
+        others = iter(self._encode(hidden, those(True, names), self._spelled.tokenizer))
+        return [finish(*self._spelled.shown(next(others))) if spells else next(usual) for spells in spelling]
+
+    def _encode(
+        self, conversations: Sequence[Conversation], names: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    ) -> list[Encoded]:
         if not conversations:
             return []
         whole = [(*prompt, *turns) for prompt, turns in conversations]
         encode = self._by_marks if self._marked else self._by_offsets
         try:
-            return encode(conversations, whole, names)
+            return encode(conversations, whole, names, tokenizer)
         except _template_errors():
             for turns, name in zip(whole, names, strict=True):  # one of them is at fault: find it to name it
                 self._explained(partial(self._render, turns), turns, name)
             raise
 
     def prompt_ids(self, prompt: Turns) -> list[int]:
-        text = self._explained(partial(self._render, prompt, add_generation_prompt=True), prompt, "prompt")
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        spells = self._spelled.inside(prompt)
+        turns = self._spelled.hidden(prompt) if spells else prompt
+        tokenizer = self._spelled.tokenizer if spells else self.tokenizer
+        text = self._explained(partial(self._render, turns, add_generation_prompt=True), prompt, "prompt")
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._spelled.ids(ids) if spells else ids
 
     # --- by the characters of the reply
 
     def _by_offsets(
-        self, conversations: Sequence[Conversation], whole: Sequence[Turns], names: Sequence[str]
+        self,
+        conversations: Sequence[Conversation],
+        whole: Sequence[Turns],
+        names: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
     ) -> list[Encoded]:
         texts = [self._render(turns) for turns in whole]
-        backend = self.tokenizer.backend_tokenizer  # offsets without the wrapper's copies of everything: a fifth faster
+        backend = tokenizer.backend_tokenizer  # offsets without the wrapper's copies of everything: a fifth faster
         backend.no_truncation()
         backend.no_padding()
+        backend.encode_special_tokens = False  # whoever called it last may have asked for another way
         encodings = backend.encode_batch(texts, add_special_tokens=False)
         out = []
         for (prompt, _), turns, text, encoding, name in zip(conversations, whole, texts, encodings, names, strict=True):
@@ -88,7 +113,7 @@ class ChatTemplate:
         skeleton = self._skeleton(tuple(turn.role for turn in turns))
         contents = [turn.content for turn in turns]
         for said in (contents, [content.strip() for content in contents]) if skeleton else ():
-            places = _fill(skeleton, said, text)
+            places = within.fill(skeleton, said, text)
             if places is not None:
                 return [places[n] for n, t in enumerate(turns) if n >= first and t.role == "assistant" and n in places]
         return [
@@ -104,7 +129,7 @@ class ChatTemplate:
             try:
                 pieces = _MARKED.split(self._render(marks))
                 self._skeletons[roles] = pieces[::2], [int(number) for number in pieces[1::2]]
-            except _template_errors():
+            except _template_errors():  # TooMuch among them: a row will show it
                 self._skeletons[roles] = None
         return self._skeletons[roles]
 
@@ -137,12 +162,12 @@ class ChatTemplate:
         ids = np.asarray(encoding.ids, np.int32)
         supervised = np.zeros(len(ids), bool)
         for span in spans:
-            first, last = _tokens(encoding, span)
+            first, last = within.tokens(encoding, span)
             stop = last
             while (
                 stop < len(ids)
                 and ids[stop] not in self.stop_ids
-                and not text[slice(*_characters(encoding, stop))].strip()
+                and not text[slice(*within.characters(encoding, stop))].strip()
             ):
                 stop += 1
             closed = stop < len(ids) and ids[stop] in self.stop_ids
@@ -152,9 +177,15 @@ class ChatTemplate:
     # --- by the template's own marks
 
     def _by_marks(
-        self, conversations: Sequence[Conversation], whole: Sequence[Turns], names: Sequence[str]
+        self,
+        conversations: Sequence[Conversation],
+        whole: Sequence[Turns],
+        names: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
     ) -> list[Encoded]:
-        encoded: Any = self.tokenizer.apply_chat_template(
+        for turns in whole:
+            self._render(turns)  # within limits, which the call below does not know
+        encoded: Any = tokenizer.apply_chat_template(
             [_dicts(turns) for turns in whole],
             chat_template=self.text,
             tokenize=True,
@@ -164,7 +195,7 @@ class ChatTemplate:
         out = []
         for number, (_, turns) in enumerate(conversations):
             ids = np.asarray(encoded["input_ids"][number], np.int32)
-            runs = _runs(np.asarray(encoded["assistant_masks"][number], bool))
+            runs = within.runs(np.asarray(encoded["assistant_masks"][number], bool))
             replies, wanted = _assistants(whole[number]), _assistants(turns)
             per_reply = max(1, len(runs) // replies)  # a template may mark the parts of a reply one by one
             supervised = np.zeros(len(ids), bool)
@@ -181,11 +212,14 @@ class ChatTemplate:
     # --- rendering
 
     def _render(self, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            _dicts(turns), chat_template=self.text, tokenize=False, add_generation_prompt=add_generation_prompt
+        write: Any = partial(
+            self.tokenizer.apply_chat_template,
+            _dicts(turns),
+            chat_template=self.text,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
-        assert isinstance(rendered, str)
-        return rendered
+        return limits.render(write, sum(len(turn.content) for turn in turns))
 
     def _explained(self, render: Callable[[], str], turns: Turns, name: str) -> str:
         """The rendering, or what the template has against this row."""
@@ -196,7 +230,7 @@ class ChatTemplate:
             raise UftError(
                 Problem(
                     f"row {name}",
-                    f"{self.name} cannot render it: {error}",
+                    f"{self.name} cannot render it: {error or type(error).__name__}",
                     where="data.template",
                     advice=(f"turns: {roles}", f"starts: {_excerpt(turns[0].content)}"),
                 )
@@ -208,6 +242,8 @@ class ChatTemplate:
         added = set(self.tokenizer.added_tokens_decoder)
         try:
             tail = self._render((Message("user", "?"), Message("assistant", _END))).partition(_END)[2]
+        except limits.TooMuch as error:
+            raise UftError(Problem("data.template", f"{self.name} cannot be used: {error}")) from None
         except _template_errors():  # a template that needs more than one exchange: its rows are checked one by one
             tail = ""
         for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
@@ -217,44 +253,6 @@ class ChatTemplate:
             if str(self.tokenizer.decode([token])).strip():
                 break
         return frozenset(int(token) for token in stops)
-
-
-def _fill(skeleton: Skeleton | None, contents: Sequence[str], text: str) -> dict[int, Span] | None:
-    """Where each content lies if the skeleton filled with `contents` is exactly `text`; else None."""
-    assert skeleton is not None
-    around, whose = skeleton
-    parts, places, length = [around[0]], {}, len(around[0])
-    for number, after in zip(whose, around[1:], strict=True):
-        places[number] = (length, length + len(contents[number]))
-        parts += [contents[number], after]
-        length = places[number][1] + len(after)
-    return places if "".join(parts) == text else None
-
-
-def _tokens(encoding: Encoding, span: Span) -> Span:
-    """[first, last) of the tokens that hold a character of `span`.
-
-    Two look-ups do for most; where a token lies across the end, or stands for trimmed white space and so for no
-    character, all offsets are looked through. Such an empty token lies at the end of what it stands for.
-    """
-    start, end = span
-    first, after = encoding.char_to_token(start), encoding.char_to_token(end)
-    if first is not None and after is not None and _characters(encoding, after)[0] >= end:
-        return first, after
-    starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
-    return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))
-
-
-def _characters(encoding: Encoding, token: int) -> Span:
-    span = encoding.token_to_chars(token)
-    assert span is not None, "only tokens that a tokenizer adds on its own stand for nothing, and none were asked for"
-    return span
-
-
-def _runs(mask: np.ndarray) -> list[Span]:
-    """[start, end) of every stretch of True."""
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], mask, [False])).astype(np.int8)))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def _assistants(turns: Sequence[Message]) -> int:
@@ -273,4 +271,4 @@ def _template_errors() -> tuple[type[Exception], ...]:
     """What a template raises about a conversation: its own `raise_exception`, and what its expressions run into."""
     from jinja2 import TemplateError
 
-    return TemplateError, TypeError, KeyError, IndexError
+    return TemplateError, limits.TooMuch, ArithmeticError, AttributeError, LookupError, TypeError, ValueError

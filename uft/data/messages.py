@@ -7,6 +7,7 @@ A prompt or a reply may be a string or a list of messages, a message `{role, con
 from __future__ import annotations
 
 import re
+import reprlib
 from typing import Any
 
 from uft.data.rows import Message
@@ -42,6 +43,16 @@ def kind_of(value: Any) -> str:
     """What a value is, in a reader's words."""
     name = type(value).__name__
     return _TYPES.get(name, "a number" if isinstance(value, (int, float)) else name)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlevel = 2
+
+
+def excerpt(value: Any) -> str:
+    """The start of a value, whatever it is and however long and deep."""
+    return _SHORT.repr(value)
 
 
 def text(value: Any, field: str) -> str:
@@ -155,7 +166,7 @@ def _message(item: Any, field: str) -> Message | None:
     name = item.get("role", item.get("from"))
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise Unreadable(f"{field} has the unknown role {name!r} (known: {', '.join(ROLES)})")
+        raise Unreadable(f"{field} has the unknown role {excerpt(name)} (known: {', '.join(ROLES)})")
     content = item.get("content", item.get("value"))
     if isinstance(content, list):  # content parts; text is all that can be trained on here
         content = "".join(_part(part, field) for part in content)

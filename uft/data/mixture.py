@@ -20,6 +20,7 @@ from uft.data.rows import Kind, Row
 from uft.errors import Problem, UftError
 
 _SLACK = 1e-9  # shares are floats: a tie must stay a tie
+LONGEST = 2**53  # rows of an epoch; beyond it counts are no longer exact
 _SHOWN = (Kind.DEMONSTRATION, Kind.NEGATIVES)
 """Kinds on the demonstrations' side of `ratio`: negatives beside one must not change how often it is drawn."""
 
@@ -144,6 +145,9 @@ def epoch_rows(sizes: Sequence[int], weights: Sequence[float], exhaustion: str =
     """
     live = [(size, weight) for size, weight in zip(sizes, weights, strict=True) if weight > 0]
     passes = [size / weight for size, weight in live]  # rows of the mixture in one pass over each source
+    if exhaustion == "all" and max(passes) > LONGEST:
+        why = f"a source has so small a share that an epoch would be of {max(passes):.0e} rows"
+        raise UftError(Problem("data.exhaustion=all", why))
     return {
         "repeat": lambda: sum(size for size, _ in live),
         "first": lambda: max(1, math.floor(min(passes) + 1e-6)),
@@ -162,7 +166,10 @@ def _share_problems(portions: Sequence[Portion]) -> list[Problem]:
             )
             for name in without
         ]
-    if not sum(p.rows if p.share is None else p.share for p in portions):
+    total = sum(p.rows if p.share is None else p.share for p in portions)
+    if not math.isfinite(total):
+        return [Problem("data.sources", "the shares of its sources add up to no number")]
+    if not total:
         return [Problem("data.sources", "every source has a share of zero" if portions else "there are no rows")]
     return [
         Problem(f"data.sources.{p.name}", "has no rows left to draw")

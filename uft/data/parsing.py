@@ -7,6 +7,7 @@ Each takes a record under our field names and the range of its scores (None: the
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,7 @@ def binary(record: Record, score_range: Range) -> Fields:
     if label is None:
         raise Unreadable("label is missing")
     if not isinstance(label, (bool, int, float)) or label not in (0, 1):
-        raise Unreadable(f"label is {label!r}, not true/false or 0/1")
+        raise Unreadable(f"label is {messages.excerpt(label)}, not true/false or 0/1")
     return Fields(_prompt(record), (Completion(messages.reply(record.get("completion")), label=bool(label)),))
 
 
@@ -119,10 +120,14 @@ def negatives(record: Record, score_range: Range) -> Fields:
     names = by if isinstance(by, list) and len(by) == len(found) else [by] * len(found)
     log_probs = _log_probs(record.get("negative_log_probs"), len(found))
     sampled = [
-        Completion(messages.reply(item, f"negatives[{number}]"), sampled_by=str(name or "unknown"), log_prob=log_prob)
+        Completion(messages.reply(item, f"negatives[{number}]"), sampled_by=_sampler(name), log_prob=log_prob)
         for number, (item, name, log_prob) in enumerate(zip(found, names, log_probs, strict=True))
     ]
     return Fields(_prompt(record), (Completion(messages.reply(record.get("completion"))), *sampled))
+
+
+def _sampler(name: Any) -> str:
+    return messages.text(name, "sampled_by") if name not in (None, "") else "unknown"
 
 
 def _log_probs(value: Any, count: int) -> Sequence[float | None]:
@@ -143,8 +148,10 @@ def scale(value: Any, low: float, high: float, field: str) -> float:
         raise Unreadable(f"{field} is {messages.kind_of(value)}, not a number")
     if not high > low:
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is empty")
-    if math.isnan(value) or not low <= value <= high:
-        raise Unreadable(f"{field} is {value:g}, outside {low:g} to {high:g}")
+    if math.isinf(high - low):
+        raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is too wide")
+    if not low <= value <= high:  # NaN is in no range
+        raise Unreadable(f"{field} is {messages.excerpt(value)}, outside {low:g} to {high:g}")
     return (value - low) / (high - low)
 
 
@@ -164,8 +171,8 @@ def _end(record: Record, field: str, default: float) -> float:
     value = record.get(field)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise Unreadable(f"{field} is {value!r}, not a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+        raise Unreadable(f"{field} is {messages.excerpt(value)}, not a number")
     return float(value)
 
 

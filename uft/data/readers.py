@@ -1,51 +1,22 @@
 """Records out of files, folders, the hub and the playground, each with its place, so that a bad one can be found.
 
-JSON Lines and CSV need the standard library alone; pyarrow and datasets are imported when a path asks for them.
+`uft.data.files` reads single files; datasets is imported when a path asks for it.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from uft.data.files import READERS, Found, Record, Table, first_line, read_csv
 from uft.errors import Problem, UftError
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used: `where` is `file:line` (the item's number in files without lines)."""
-
-    where: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record as it was found."""
-
-    where: str
-    fields: Mapping[str, Any]
-
-
-Found = Record | BadRow
-
-
-@dataclass(frozen=True)
-class Table:
-    """The records of one file or split; they share one format. `textual`: every value is a text cell (CSV)."""
-
-    found: tuple[Found, ...]
-    textual: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,11 +43,15 @@ def read(place: Place) -> list[Table]:
     """All records of a place, in a stable order. Raises :class:`UftError` when it cannot be opened."""
     if place.path.startswith(_BUILTIN):
         return [_builtin(place)]
-    path = Path(place.path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(place.path))
+    if os.path.isfile(path):  # Path's own methods raise for names that are too long, or hold a NUL
         return [_file(path, place)]
-    if path.is_dir():
+    if os.path.isdir(path):
         return _folder(path, place)
+    if os.path.islink(path):
+        raise place.problem("this link leads nowhere, or in a circle")
+    if os.path.exists(path):
+        raise place.problem("is neither a file nor a folder")
     if _looks_local(place.path):
         raise place.problem("no such file or folder", *_neighbours(path))
     return [_hub(place.path, place)]
@@ -90,106 +65,45 @@ def _looks_local(path: str) -> bool:
 def _neighbours(path: Path) -> tuple[str, ...]:
     """The nearest name beside a missing file, or the nearest thing that exists."""
     parent = path.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return (f"the folder {parent} does not exist either",)
-    close = get_close_matches(path.name, sorted(p.name for p in parent.iterdir()), n=1)
+    beside = sorted(os.listdir(parent)) if os.access(parent, os.R_OK) else []
+    close = get_close_matches(path.name, beside, n=1)
     return (f"did you mean  {parent / close[0]} ?",) if close else ()
 
 
-# --- files
-
-
-def _jsonl(path: Path) -> Iterator[Found]:
-    """One JSON object per line. Read as bytes, so that one bad byte costs one row; a BOM, blank lines and CRLF pass."""
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            raw = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
-            if raw:
-                yield _json_object(raw, f"{path}:{number}")
-
-
-def _json_object(raw: bytes, where: str) -> Found:
-    try:
-        return _record(json.loads(raw.decode("utf-8")), where)
-    except UnicodeDecodeError as error:
-        return BadRow(where, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}")
-    except json.JSONDecodeError as error:
-        return BadRow(where, f"broken JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return BadRow(where, "broken JSON: nested too deeply")
-
-
-def _record(value: Any, where: str) -> Found:
-    return Record(where, value) if isinstance(value, dict) else BadRow(where, "not a JSON object")
-
-
-def _json(path: Path) -> Iterator[Found]:
-    """A JSON array of objects, or one object per line."""
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
-    if not raw.startswith(b"["):
-        yield from _jsonl(path)
-        return
-    try:
-        items = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield BadRow(f"{path}:{line}", f"not UTF-8: byte 0x{raw[error.start]:02x}")
-    except json.JSONDecodeError as error:
-        yield BadRow(f"{path}:{error.lineno}", f"broken JSON: {error.msg}")
-    else:
-        yield from (_record(item, f"{path}:{number}") for number, item in enumerate(items, start=1))
-
-
-def _csv(path: Path) -> Iterator[Found]:
-    """Text cells under a header. Bytes that are not UTF-8 stay visible as surrogates, which the row's check names."""
-    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    try:
-        header = next(rows, [])
-        start = rows.line_num + 1
-        for cells in rows:
-            where, start = f"{path}:{start}", rows.line_num + 1
-            if len(cells) == len(header):
-                yield Record(where, dict(zip(header, cells, strict=True)))
-            elif cells:
-                yield BadRow(where, f"has {len(cells)} cells under {len(header)} columns")
-    except csv.Error as error:
-        yield BadRow(f"{path}:{rows.line_num}", f"broken CSV: {error}")
-
-
-def _parquet(path: Path) -> Iterator[Found]:
-    import pyarrow.parquet
-
-    records = pyarrow.parquet.read_table(path).to_pylist()
-    yield from (Record(f"{path}:{number}", record) for number, record in enumerate(records, start=1))
-
-
-READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".parquet": _parquet,
-    ".csv": _csv,
-    ".tsv": _csv,
-}
+# --- files and folders
 
 
 def _file(path: Path, place: Place) -> Table:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise place.problem(f"cannot read files of type {path.suffix or '(none)'}", f"types: {' '.join(READERS)}")
-    try:
-        return Table(tuple(reader(path)), textual=reader is _csv)
-    except Exception as error:  # a broken Parquet file, no permission: the reader's own words say it best
-        raise place.problem(f"cannot be read: {_first_line(error)}") from error
+    before: list[tuple[int, int, int]] = []
+
+    def find() -> Iterator[Found]:
+        try:
+            before.append(_state(path))
+            yield from reader(path)
+            after = _state(path)
+        except Exception as error:  # a broken Parquet file, no permission: the reader's own words say it best
+            raise place.problem(f"cannot be read: {first_line(error)}") from error
+        if before[0] != after:
+            raise place.problem("changed while it was read", "wait until whoever writes it is done")
+
+    return Table.of(find, textual=reader is read_csv)
 
 
-# --- folders
+def _state(path: Path) -> tuple[int, int, int]:
+    """What tells that somebody writes a file: its identity, size and time."""
+    known = path.stat()
+    return known.st_ino, known.st_size, known.st_mtime_ns
 
 
 def _folder(path: Path, place: Place) -> list[Table]:
     """A folder written by `datasets`, a hub repository's layout, or plain files in the order of their names."""
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise place.problem("cannot be read: no permission")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return [_saved(path, place)]
     files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in READERS)
@@ -216,7 +130,7 @@ def _saved(path: Path, place: Place) -> Table:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:
-        raise place.problem(f"this datasets folder cannot be read: {_first_line(error)}") from error
+        raise place.problem(f"this datasets folder cannot be read: {first_line(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if place.split not in loaded:
             raise place.problem(f"no split {place.split} in this datasets folder", f"splits: {_list(loaded)}")
@@ -248,7 +162,7 @@ def _hub(name: str, place: Place) -> Table:
         local = Path(name).is_dir()
         raise place.problem(
             f"{'datasets cannot read this folder' if local else 'not found here, and not from the hub'}:"
-            f" {_first_line(error)}",
+            f" {first_line(error)}",
             *(() if local else ("without a network, give a file, a folder or builtin:NAME",)),
         ) from error
     finally:
@@ -258,7 +172,11 @@ def _hub(name: str, place: Place) -> Table:
 
 
 def _dataset(dataset: Any, name: str) -> Table:
-    return Table(tuple(Record(f"{name}:{number}", record) for number, record in enumerate(dataset, start=1)))
+    return Table.of(lambda: _numbered(dataset, name))
+
+
+def _numbered(records: Iterable[Any], name: str) -> Iterator[Found]:
+    return (Record(f"{name}:{number}", record) for number, record in enumerate(records, start=1))
 
 
 def _builtin(place: Place) -> Table:
@@ -274,13 +192,8 @@ def _builtin(place: Place) -> Table:
     if place.split not in ("train", "test"):
         raise place.problem(f"builtin data has no split {place.split}", "splits: test, train")
     records = world.records(name, "test" if place.split == "test" else "train")
-    return Table(tuple(Record(f"{place.path}:{number}", record) for number, record in enumerate(records, start=1)))
+    return Table.of(lambda: _numbered(records, place.path))
 
 
 def _list(names: Any) -> str:
     return ", ".join(sorted(names)) or "(none)"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

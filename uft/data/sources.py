@@ -12,11 +12,12 @@ from typing import Any
 
 from uft.config.schema import Data, Source
 from uft.data import formats
+from uft.data.files import BadRow, Table
 from uft.data.formats import Format
 from uft.data.identity import content_digest, prompt_hash
 from uft.data.messages import Unreadable
 from uft.data.parsing import Fields
-from uft.data.readers import BadRow, Place, Record, Table, read
+from uft.data.readers import Place, read
 from uft.data.rows import Kind, Row
 from uft.errors import Problem, UftError
 
@@ -139,7 +140,6 @@ def _rows(name: str, source: Source, place: Place, limit: int | None) -> tuple[t
     good: list[Fields] = []
     bad: list[BadRow] = []
     for table in read(place):
-        bad += [found for found in table.found if isinstance(found, BadRow)]
         for item in _parsed(name, source, table):
             if isinstance(item, BadRow):
                 bad.append(item)
@@ -153,22 +153,25 @@ def _rows(name: str, source: Source, place: Place, limit: int | None) -> tuple[t
 
 
 def _parsed(name: str, source: Source, table: Table) -> Iterator[Fields | BadRow]:
-    records = [found for found in table.found if isinstance(found, Record)]
-    if not records:
+    if not table.records:
+        yield from (found for found in table.find() if isinstance(found, BadRow))
         return
-    form = _recognise(name, source, records)
+    form = _recognise(name, source, table)
     low_high = (source.score_range[0], source.score_range[1]) if source.score_range else None
-    for record in records:
-        fields = formats.rename(record.fields, source.columns)
+    for found in table.find():
+        if isinstance(found, BadRow):
+            yield found
+            continue
+        fields = formats.rename(found.fields, source.columns)
         try:
             yield form.read(formats.from_text(fields) if table.textual else fields, low_high)
         except Unreadable as error:
-            yield BadRow(record.where, str(error))
+            yield BadRow(found.where, str(error))
 
 
-def _recognise(name: str, source: Source, records: Sequence[Record]) -> Format:
+def _recognise(name: str, source: Source, table: Table) -> Format:
     """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
-    counts = Counter(key for record in records for key in record.fields)
+    counts = table.columns
     problems = [
         Problem(
             f"data.sources.{name}.columns.{ours}={theirs}",
@@ -180,7 +183,7 @@ def _recognise(name: str, source: Source, records: Sequence[Record]) -> Format:
     ]
     if problems:
         raise UftError(*problems)
-    usual: dict[str, Any] = {key: None for key, count in counts.items() if 2 * count >= len(records)}
+    usual: dict[str, Any] = {key: None for key, count in counts.items() if 2 * count >= table.records}
     columns = formats.rename(usual, source.columns)
     return formats.recognise(columns, source.kind, source.columns, name)
 

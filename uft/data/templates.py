@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,9 @@ class Plain:
         return list(ids) if ids[: len(self._first)] == self._first else self._first + list(ids)
 
     def _tokenise(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        """Special tokens that a text spells are text."""
+        given = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return self.tokenizer(texts, **given)["input_ids"] if texts else []
 
     @staticmethod
     def _opening(prompt: Turns) -> str:
@@ -154,11 +157,14 @@ def finish(ids: np.ndarray, supervised: np.ndarray) -> Encoded:
 
 def _read(path: str) -> str:
     file = Path(path).expanduser()
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UftError(
             Problem(f"data.template={path}", "no such file", advice=("choices: auto, plain, or a Jinja file",))
         )
-    return file.read_text(encoding="utf-8")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
 
 
 def _digest(tokenizer: Any, text: str) -> str:

@@ -24,7 +24,7 @@ from uft.errors import Problem, UftError
 
 log = logging.getLogger(__name__)
 
-CODE_VERSION = 1  # raise it when this code makes other tokens of the same rows
+CODE_VERSION = 2  # raise it when this code makes other tokens of the same rows
 CHUNK = 1024  # conversations tokenised at once
 SHOWN = 5  # rows with a wrong mask that are told one by one
 EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)

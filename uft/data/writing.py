@@ -14,6 +14,7 @@ from typing import Any
 
 from uft.data.annotations import columns
 from uft.data.rows import Completion, Kind, Message, Row
+from uft.disk import writing
 
 Record = dict[str, Any]
 Part = tuple[Record, Sequence[Completion]]  # the columns of a line, and the completions it is about
@@ -38,16 +39,20 @@ def records(row: Row) -> list[Record]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """A file of these rows in the place of what was there: it is whole or not there, whatever happens on the way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file of these rows in the place of what was there: it is whole or not there, whatever happens on the way.
+
+    Raises UftError where the disk refuses it.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "w", encoding="utf-8") as handle:
-            for row in rows:
-                handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records(row))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(beside, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "w", encoding="utf-8") as handle:
+                for row in rows:
+                    handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records(row))
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -26,6 +26,7 @@ from uft.model.load import pad_id
 from uft.model.reference import Reference
 from uft.objectives.base import Forward
 from uft.objectives.views import pointwise
+from uft.parallel.ranks import ranks
 from uft.sampling.generate import Interrupted, Reply, Sampling, complete, evaluating
 
 Tensor = torch.Tensor
@@ -110,7 +111,9 @@ class _Bench:
 
     def score(self, held: HeldOut) -> list[ScoredRow]:
         """The first rows with every completion scored, whatever an objective would take of them."""
-        items = self._items(held)
+        return ranks().spread(self._items(held), self._score)
+
+    def _score(self, items: Sequence[Item]) -> list[ScoredRow]:
         forward = self.reference.forward if self.reference else None
         found: dict[int, list[Scored]] = {item.example: [] for item in items}
         pad, layout = pad_id(self.tokenizer), self.policy.layout
@@ -149,9 +152,12 @@ class _Bench:
         return samples
 
     def _replies(self, rows: Sequence[Row]) -> list[Reply]:
+        return ranks().spread([self.renderer.prompt_ids(row.prompt) for row in rows], self._complete)
+
+    def _complete(self, prompts: Sequence[Sequence[int]]) -> list[Reply]:
         return complete(
             self.policy.module,
-            [self.renderer.prompt_ids(row.prompt) for row in rows],
+            prompts,
             Sampling(max_new_tokens=self.settings.max_new_tokens),
             seed=0,
             stop_ids=self.renderer.stop_ids,

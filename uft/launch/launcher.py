@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,20 @@ from uft.config.freeze import free, frozen, plain, to_yaml
 from uft.config.register import defaults_of
 from uft.config.stages import data_nodes, differences
 from uft.config.suggest import written
-from uft.errors import BAD_REQUEST, GOOD, Problem, UftError
+from uft.disk import unwritable
+from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
 from uft.launch.process import run_worker
 from uft.launch.provenance import provenance
-from uft.runs import Run, create_run, write_atomically
+from uft.launch.slots import slots
+from uft.launch.team import node_rank, team
+from uft.runs import Run, create_run, shown, write_atomically
+
+TOGETHER = ("check", "generate")
+"""Jobs that several processes do better than one; the others read and write."""
+
+PATIENCE = 600.0
+"""Seconds that a machine waits for the first one to make the run."""
 
 UNFINISHED_CREATION = {"overrides.yaml", "run.json"}
 
@@ -33,11 +43,17 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     Raises UftError, with nothing written, where the request cannot be carried out.
     """
     settings = plain(cfg)
+    if settings["hardware"]["nodes"] > 1 and not settings["run"]["dir"]:
+        why = "several machines work in one folder, and must be told which"
+        raise UftError(Problem("run.dir=null", why, advice=("run.dir=FOLDER, one that every machine sees",)))
     run = Run(single_run_dir(settings))
     settings["run"] = {"name": settings["run"]["name"] or run.name, "dir": None}  # the folder is where the file lies
+    if node_rank(settings["hardware"]) > 0:
+        return lend_a_hand(run, settings, quiet=quiet)
     if run.exists:
         return continue_run(run, settings, quiet=quiet)
     refuse_foreign(run.path)
+    refuse_unwritable(run.path)
     check_sources(settings)
     create_run(run.path, to_yaml(settings), list(overrides), **provenance())
     return sit(run, fresh=True, quiet=quiet)
@@ -48,7 +64,19 @@ def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         spec = Path(folder) / "config.yaml"
         spec.write_text(frozen(cfg), encoding="utf-8")
-        return run_worker(["--job", job, str(spec)])
+        return run_worker(["--job", job, str(spec)], team=team(plain(cfg)["hardware"]) if job in TOGETHER else ())
+
+
+def lend_a_hand(run: Run, settings: Mapping[str, Any], quiet: bool) -> int:
+    """On every machine but the first: join the run that the first one makes, in a folder that both see."""
+    deadline = time.monotonic() + PATIENCE
+    while not run.exists:
+        if time.monotonic() > deadline:
+            why = f"the first machine made no run here within {PATIENCE / 60:.0f} minutes"
+            raise UftError(Problem(str(run.path), why, advice=("do both machines see this folder?",)))
+        time.sleep(0.5)
+    log = run.path.resolve() / f"console-{node_rank(settings['hardware'])}.log" if quiet else None
+    return run_worker([str(run.path.resolve())], log=log, team=team(settings["hardware"]))
 
 
 def continue_run(
@@ -69,6 +97,7 @@ def continue_run(
         raise UftError(
             Problem(str(run.path), "another process is working in this run folder"), footer="See what runs:  uft ls"
         )
+    refuse_unwritable(run.path)
     if settings is not None:
         write_atomically(run.config_file, to_yaml(settings))
     return sit(run, cwd=cwd, quiet=quiet)
@@ -86,7 +115,11 @@ def let_go(run: Run) -> bool:
 def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool = False) -> int:
     """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
     log = run.path.resolve() / "console.log" if quiet else None
-    code = run_worker([str(run.path.resolve())], cwd, log)
+    hardware = run.config()["hardware"]
+    with slots(hardware) as chosen:
+        code = run_worker([str(run.path.resolve())], cwd, log, team(hardware), chosen)
+    if code == FAILED and not quiet and not run.result():  # it died, and could not say so itself
+        print(f"uft: continue it:  uft resume {shown(run.path)}", file=sys.stderr)
     if code == BAD_REQUEST and fresh and not run.result() and not run.steps:
         said = log.read_text(encoding="utf-8", errors="replace") if log else ""
         discard(run.path)
@@ -112,6 +145,12 @@ def refuse_foreign(folder: Path) -> None:
         raise UftError(
             Problem(f"run.dir={folder}", "the folder is not empty and is not a run", advice=("choose another folder",))
         )
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Said before anything is read: a run that cannot write its folder cannot run."""
+    if why := unwritable(folder):
+        raise UftError(Problem(f"run.dir={shown(folder)}", why, advice=("choose another folder",)))
 
 
 def refuse_changes(run: Run, settings: Mapping[str, Any]) -> None:

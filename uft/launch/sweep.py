@@ -145,7 +145,13 @@ class Sitting:
 
     def launch(self, jobs: Sequence[Job]) -> Sequence[JobReturn]:
         """Hand jobs to Hydra's launcher, which returns when all of them have ended."""
-        results = self.launcher.launch([job.arguments for job in jobs], initial_job_idx=self.launched)
+        try:
+            results = self.launcher.launch([job.arguments for job in jobs], initial_job_idx=self.launched)
+        except RuntimeError as error:
+            if "slurm" not in str(error).lower():
+                raise
+            advice = ("on a machine from which sbatch works, or with another  hardware=",)
+            raise UftError(Problem("hydra/launcher", str(error), advice=advice)) from error
         self.launched += len(jobs)
         failed = dict(failures(jobs, results))
         self.failed = {job: why for job, why in self.failed.items() if job not in jobs} | failed

@@ -5,14 +5,19 @@ One process tree per run: W&B, CUDA contexts and a crash never leak from one run
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from uft.errors import FAILED, UftError, render
 from uft.launch.process import die_with_parent
+from uft.parallel.environment import PeerLost, launched, note, note_code, rank
+from uft.redact import tell_redacted
+from uft.runs import Run, keep_others_out, open_run
 
 if TYPE_CHECKING:
     from uft.config.schema import Config
@@ -20,11 +25,10 @@ if TYPE_CHECKING:
 
 def train(folder: str) -> int:
     """Train the run in `folder` from where it stands."""
-    from uft.runs import open_run
     from uft.training.signals import listening
 
     run = open_run(folder)
-    with listening() as stop, run.lock():  # before the slow imports: a signal that comes meanwhile is remembered
+    with listening() as stop, holding(run):  # before the slow imports: a signal that comes meanwhile is remembered
         from uft.config.load import load_config
         from uft.training import session, stages
 
@@ -32,9 +36,24 @@ def train(folder: str) -> int:
         return (stages if config.stages else session).train(run, config, stop)
 
 
+@contextmanager
+def holding(run: Run) -> Iterator[None]:
+    """The run is this process's, or that of all that were launched together."""
+    if launched() == 1:
+        with run.lock():
+            yield
+        return
+    from uft.parallel.ranks import joined
+
+    with joined() as group, ExitStack() as held:
+        group.from_first(lambda: held.enter_context(run.lock()))
+        yield
+
+
 def carry_out(job: str, spec: str) -> int:
     """`check`, `data`, `generate` or `annotate`, of the configuration in `spec`."""
     from uft.config.load import load_config
+    from uft.parallel.ranks import joined
     from uft.training import annotating, jobs, stages_jobs
 
     config = load_config(spec)
@@ -44,7 +63,8 @@ def carry_out(job: str, spec: str) -> int:
         "generate": jobs.generate,
         "annotate": annotating.job,
     }
-    return (work | stages_jobs.JOBS if config.stages else work)[job](config)
+    with joined():
+        return (work | stages_jobs.JOBS if config.stages else work)[job](config)
 
 
 def quiet() -> None:
@@ -55,20 +75,32 @@ def quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("uft").setLevel(logging.WARNING)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run one job; the exit code. A user's mistake is told without a traceback."""
     die_with_parent()
+    sys.excepthook = tell_redacted
+    keep_others_out()
+    faulthandler.enable()  # a crash in a library says where it was
     quiet()
+    code = requested(arguments)
+    note_code(code)
+    return code
+
+
+def requested(arguments: Sequence[str]) -> int:
     try:
         return carry_out(*arguments[1:]) if arguments[0] == "--job" else train(arguments[0])
     except UftError as error:
         if os.environ.get("UFT_TRACE"):
             raise
-        print(render(error), file=sys.stderr, end="")
+        note(render(error))
+        if rank() == 0:
+            print(render(error), file=sys.stderr, end="")
         return error.code
-    except BrokenPipeError:
+    except (BrokenPipeError, PeerLost):  # whoever ended first says why
         return FAILED
 
 

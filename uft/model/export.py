@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from uft.disk import writing
+from uft.errors import UftError
+from uft.model.export_pieces import write_pieces
 from uft.model.forward import Policy
+from uft.parallel.ranks import ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,22 +29,45 @@ def export(
 ) -> Path:
     """Write weights, configuration, generation settings, tokenizer and chat template to `folder`; returns it.
 
-    An adapter is merged into the weights, and lies besides in `folder/adapter` for PEFT. The folder appears by rename:
-    it is the old one or the whole new one. The policy itself is not touched.
+    All processes come here; the first one writes. An adapter is merged into the weights, and lies besides in
+    `folder/adapter` for PEFT. The folder appears by rename: it is the old one or the whole new one. The policy itself
+    is not touched. Raises UftError where there is no room.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    if ranks().first:
+        shutil.rmtree(beside, ignore_errors=True)
+    in_pieces, needs = ranks().in_step, sum(p.numel() for p in policy.module.parameters()) * dtype.itemsize
+    try:
+        if ranks().first:
+            with writing(folder, needs):
+                folder.parent.mkdir(parents=True, exist_ok=True)
+        if in_pieces:
+            with writing(folder, needs):
+                write_pieces(policy, beside, dtype)
+
+        def write() -> None:
+            with writing(folder, needs):
+                if not in_pieces:
+                    _write_whole(policy, beside, dtype)
+                tokenizer.save_pretrained(beside)
+                _flush(beside)
+                _publish(beside, folder)
+
+        ranks().from_first(write)
+    except UftError:
+        if ranks().first:
+            shutil.rmtree(beside, ignore_errors=True)  # room for what else the run has to write
+        raise
+    return folder
+
+
+def _write_whole(policy: Policy, beside: Path, dtype: torch.dtype) -> None:
     plain_model(policy, dtype).save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
     if policy.has_adapter:
         peft_model: Any = policy.module
         # False: the embeddings are not part of it, and to find that out PEFT would ask the hub
         peft_model.save_pretrained(beside / "adapter", save_embedding_layers=False)
-    _flush(beside)
-    _publish(beside, folder)
-    return folder
 
 
 def plain_model(policy: Policy, dtype: torch.dtype) -> Any:
@@ -60,13 +88,16 @@ def plain_model(policy: Policy, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def merged_state(base: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """State of the model as if it had never carried an adapter: `weight + scale * B A` in float32, then `dtype`."""
+def merged_state(base: nn.Module, dtype: torch.dtype, part: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """State of the model as if it had never carried an adapter: `weight + scale * B A` in float32, then `dtype`.
+
+    `part`: those of its tensors that are wanted; None: all.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     state: dict[str, Tensor] = {}
-    for name, tensor in base.state_dict().items():
+    for name, tensor in (base.state_dict() if part is None else part).items():
         owner, _, rest = name.partition(".base_layer.")
         if owner in adapted:
             if rest == "weight":

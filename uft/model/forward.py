@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +19,7 @@ from uft.model.in_place import embedding_in_place
 from uft.model.sequences import sequence_batch
 from uft.model.transform import transform_of
 from uft.objectives.base import PLAIN, Ask, Scores
+from uft.parallel.sharing import placed
 
 Tensor = torch.Tensor
 
@@ -50,6 +51,8 @@ class Policy:
         self.embeddings: nn.Module = self.base.get_input_embeddings()
         self.head = self._own_head()
         self.notes: list[str] = []
+        self.through = self.states  # around it stands whatever gathers a model that is in pieces
+        self.give_back: Callable[[], None] = lambda: None  # in pieces: what stays gathered after a forward pass
         self.layout = Layout.PADDED  # of the batches it is to be given: `packed.settle_layout`
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
 
@@ -91,12 +94,15 @@ class Policy:
 
     def predictions(self, batch: Batch, ask: Ask = PLAIN) -> Predictions:
         """The distributions that the targets are drawn from."""
+        return Predictions(_select(self.through(batch, ask), batch.predictor), self.head)
+
+    def states(self, batch: Batch, ask: Ask) -> Tensor:
+        """(B, L, H) hidden states; (B, L, V) logits where the model keeps its own head."""
         inputs = self._inputs(batch, ask)
         with self._autocast():
-            whole = (
-                self.body(**inputs, use_cache=False)[0] if self.head else self.base(**inputs, use_cache=False).logits
-            )
-        return Predictions(_select(whole, batch.predictor), self.head)
+            if self.head:
+                return self.body(**inputs, use_cache=False)[0]
+            return self.base.forward(**inputs, use_cache=False).logits  # hooks of `base` stand around `through`
 
     def visit(self, batch: Batch, ask: Ask, parts: Iterable[slice], judge: Judge) -> None:
         """Forward and backward in one: `judge` is told the log-probs of each part and tells their gradient.
@@ -191,6 +197,7 @@ class Policy:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name; tied weights appear once. The names are those of the module and never change."""
+        self.give_back()
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -207,7 +214,7 @@ class Policy:
         if problems:
             raise UftError(*problems, footer="The checkpoint was written by another model or adapter.")
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(placed(tensors[name], parameter))
 
     def describe(self) -> list[str]:
         """Lines for the start card."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,13 @@ from uft.errors import Problem, UftError
 from uft.model.adapters import add_lora
 from uft.model.forward import DTYPES, Policy
 from uft.model.paths import Location, locate
+from uft.model.sharded import blocks, in_pieces
+from uft.parallel.ranks import ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+CPU = torch.device("cpu")
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -58,7 +63,39 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
 
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, its head checked against the model's own logits."""
-    policy = Policy(load_model(model, device, init_seed), model.dtype)
+    if ranks().in_step:
+        dress = partial(dressed, model=model, init_seed=init_seed)
+        policy = in_pieces(lambda: load_model(model, CPU, init_seed), dress, model, device)
+    else:
+        policy = Policy(load_model(model, device, init_seed), model.dtype)
+    policy.check_head()
+    return policy
+
+
+def empty_policy(model: Model) -> Policy:
+    """The policy without its weights, by its configuration alone: what there is to count."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    place = whereabouts(model)
+    with _humane(f"model.path={model.path}", "its configuration cannot be loaded"):
+        config = AutoConfig.from_pretrained(place.path, **_access(place, model))
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=DTYPES[storage_dtype(model)], trust_remote_code=model.trust_remote_code
+        )
+        return Policy(dressed(base, model, init_seed=0), model.dtype)
+
+
+def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
+    """The model of `model` or of `path`, not to be trained: a reference."""
+
+    def frozen(module: nn.Module) -> nn.Module:
+        return module.requires_grad_(False).eval()
+
+    if ranks().in_step:
+        policy = in_pieces(lambda: frozen(load_base(model, device, path)), frozen, model, device)
+    else:
+        policy = Policy(frozen(load_base(model, device, path)).to(device), model.dtype)
     policy.check_head()
     return policy
 
@@ -69,7 +106,11 @@ def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
     Weights that are trained are float32 under `master_weights`; frozen ones under an adapter are stored in `dtype`.
     Everything random happens on the CPU from `init_seed`, so that the start is the same on every device.
     """
-    base = load_base(model, device)
+    return dressed(load_base(model, device), model, init_seed).to(device).train()
+
+
+def dressed(base: Any, model: Model, init_seed: int) -> nn.Module:
+    """`base` with its adapter and its way of keeping activations."""
     lora = model.adapter == "lora"
     module = add_lora(base, model.lora, init_seed, float32=model.master_weights) if lora else base
     if model.gradient_checkpointing:
@@ -77,7 +118,10 @@ def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
             # transformers 5 renamed it on the way; not re-entrant: works with frozen embeddings and with mixed ones
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-    return module.to(device).train()
+        kept = (block for number, block in enumerate(blocks(base)) if number % model.recompute_every)
+        for block in kept:
+            setattr(block, "gradient_checkpointing", False)  # noqa: B010  # an attribute of transformers' blocks
+    return module
 
 
 def load_base(model: Model, device: torch.device, reference: str | None = None) -> Any:
@@ -95,6 +139,7 @@ def load_base(model: Model, device: torch.device, reference: str | None = None) 
             dtype=DTYPES[storage_dtype(model)],
             **({"attn_implementation": attention} if attention else {}),
             **_access(place, model),
+            use_safetensors=True,  # a pickle can run code, whatever is unpickled
             output_loading_info=True,
         )
     module, info = loaded
@@ -133,6 +178,13 @@ def _access(place: Location, model: Model) -> dict[str, Any]:
     }
 
 
+ADVICE = {
+    "trust_remote_code": "this model brings its own code: read it, then  model.trust_remote_code=true",
+    "safetensors": "weights are read from safetensors alone: loading a pickle (.bin, .pt) can run code",
+}
+"""By a word of what transformers says."""
+
+
 @contextmanager
 def _humane(what: str, why: str) -> Iterator[None]:
     """Turn what transformers raises about a model into one line for the person who named it."""
@@ -140,7 +192,6 @@ def _humane(what: str, why: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        needs_code = "trust_remote_code" in str(error)
-        advice = ("this model brings its own code: read it, then  model.trust_remote_code=true",) if needs_code else ()
+        advice = tuple(said for word, said in ADVICE.items() if word in str(error))
         first = lines[0] if lines else type(error).__name__
         raise UftError(Problem(what, f"{why}: {first}", advice=advice)) from error

@@ -5,13 +5,17 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from uft.model.forward import Policy
 from uft.model.head import CHUNK_ELEMENTS
+from uft.model.sharded import blocks
 
 MOMENTS = {"adamw": 2, "rmsprop": 1, "sgd": 0}
 """Float32 numbers an optimiser keeps per trained weight (momentum adds one to RMSprop and SGD)."""
@@ -34,14 +38,32 @@ class Shape:
     vocabulary: int
     activation_bytes: int  # per number: 4 in float32, 2 in bfloat16
     recompute: bool  # gradient checkpointing
+    recomputed: int | None = None  # blocks that are, where not all are
+    shared_bytes: int = 0  # of weights outside the blocks: embeddings and head, as they are stored
+    block_bytes: int = 0  # of the largest block
+
+    stored_bytes: int = 4  # per weight
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a model is spread over devices."""
+
+    processes: int = 1
+    sharded: bool = False
+    offload: bool = False  # shares and optimiser are in the CPU's memory
+
+
+ONE = Spread()
 
 
 def shape_of(policy: Policy) -> Shape:
     config: Any = policy.base.config.get_text_config()
     trained = policy.trainable().values()
+    layers = [_bytes(block.parameters()) for block in blocks(policy.base)]
     return Shape(
-        weight_bytes=sum(p.numel() * p.element_size() for p in policy.module.parameters()),
-        trained_bytes=sum(p.numel() * p.element_size() for p in trained),
+        weight_bytes=_bytes(policy.module.parameters()),
+        trained_bytes=_bytes(trained),
         trained=sum(p.numel() for p in trained),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -49,31 +71,76 @@ def shape_of(policy: Policy) -> Shape:
         vocabulary=policy.embedding_rows,
         activation_bytes=4 if policy.dtype == "float32" else 2,
         recompute=policy.recomputes,
+        recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in blocks(policy.base)),
+        stored_bytes=next(iter(policy.base.parameters())).element_size(),
+        shared_bytes=_bytes(policy.module.parameters()) - sum(layers),
+        block_bytes=max(layers, default=0),
     )
 
 
+def _bytes(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
 def estimate(
-    shape: Shape, *, optimiser: str, momentum: bool, micro_batch_tokens: int, reference_mode: str | None
+    shape: Shape,
+    *,
+    optimiser: str,
+    momentum: bool,
+    micro_batch_tokens: int,
+    reference_mode: str | None,
+    spread: Spread = ONE,
 ) -> dict[str, int]:
-    """Bytes by part. Weights, gradients, moments and the reference are exact; activations are a rule of thumb.
+    """Bytes on each device by part. Weights, gradients, moments and the reference are exact; activations are a rule of
+    thumb.
 
     Per token and layer a gated transformer keeps about 10 vectors of the hidden size (norms, queries, keys, values,
     attention output, residuals) and 4 of the intermediate one; recomputing keeps one hidden vector per layer, and one
     layer in full. Attention weights are not kept (SDPA and FlashAttention).
+
+    Of a model in pieces, a device holds besides its share what is gathered: embeddings and head with their gradient,
+    and two blocks, one at work and one on its way.
     """
     hidden = shape.hidden * shape.activation_bytes
     layer = 10 * hidden + 4 * shape.intermediate * shape.activation_bytes
-    per_token = shape.layers * hidden + layer if shape.recompute else shape.layers * layer
+    again = 0 if not shape.recompute else shape.layers if shape.recomputed is None else shape.recomputed
+    per_token = again * hidden + (shape.layers - again + bool(again)) * layer
     head_rows = min(micro_batch_tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
     moments = MOMENTS[optimiser] + (momentum and optimiser != "adamw")
+    share = spread.processes if spread.sharded else 1
+    kept = 0 if spread.sharded and spread.offload else 1
+    travelling = 2 * shape.block_bytes * shape.activation_bytes // shape.stored_bytes
+    gathered = (2 if shape.trained_bytes else 1) * (shape.shared_bytes + travelling)
     return {
-        "weights": shape.weight_bytes,
-        "gradients": shape.trained_bytes,
-        "optimiser": 4 * shape.trained * moments,
+        "weights": kept * shape.weight_bytes // share,
+        "gradients": kept * shape.trained_bytes // share,
+        "optimiser": kept * 4 * shape.trained * moments // share,
         "activations": micro_batch_tokens * per_token,
         "head": 2 * 4 * head_rows * shape.vocabulary,  # a chunk of logits and its gradient
-        "reference": shape.weight_bytes if reference_mode == "copy" else 0,
+        "reference": kept * shape.weight_bytes // share if reference_mode == "copy" else 0,
+        "gathered": gathered if spread.sharded else 0,
     }
+
+
+def step_flops(shape: Shape, tokens: int, supervised: int, *, trained_share: float = 1.0) -> float:
+    """Floating-point operations of a forward and a backward pass: two a weight and token forward, two backward to the
+    inputs, two more to the weights that are trained; the head on supervised tokens alone; attention left out."""
+    body = (shape.weight_bytes - shape.shared_bytes) / shape.stored_bytes
+    head = shape.vocabulary * shape.hidden
+    return (4 + 2 * trained_share) * (body * tokens + head * supervised)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+    """Floating-point operations a second of products of large matrices, as this device does them now."""
+    left = torch.ones(size, size, device=device, dtype=dtype)
+    done, started = 0, time.perf_counter()
+    while True:
+        left @ left
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        done, passed = done + 1, time.perf_counter() - started
+        if passed > seconds:
+            return 2 * size**3 * done / passed
 
 
 def peak_memory(device: torch.device) -> int:
@@ -82,6 +149,17 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB on Linux
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes in use now, of the same things as `peak_memory`; where nobody tells, the peak."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory(device)
+    return pages * resource.getpagesize()
 
 
 def keep_freed_memory() -> bool:

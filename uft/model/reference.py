@@ -21,7 +21,7 @@ from uft.data.packing import Layout
 from uft.errors import Problem, UftError
 from uft.model.forward import Policy
 from uft.model.head import Predictions
-from uft.model.load import check_vocabulary, load_base, pad_id, storage_dtype, whereabouts
+from uft.model.load import check_vocabulary, load_base, load_frozen, pad_id, storage_dtype, whereabouts
 from uft.model.packed import follow_layout
 from uft.model.reference_cache import LogProbStore, ReferenceColumn, weights_digest
 from uft.objectives.base import PLAIN, Ask, Forward, Scores
@@ -155,8 +155,6 @@ class FromColumn:
 
 
 def _copy(model: Model, reference: ReferenceModel, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    module = load_base(model, device, reference.path)
-    check_vocabulary(module, tokenizer, "reference.path" if reference.path else "model.path")
-    policy = Policy(module.to(device).requires_grad_(False).eval(), model.dtype)
-    policy.check_head()
+    policy = load_frozen(model, device, reference.path)
+    check_vocabulary(policy.base, tokenizer, "reference.path" if reference.path else "model.path")
     return policy

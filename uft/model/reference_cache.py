@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +20,14 @@ import numpy as np
 import torch
 
 from uft.data.packing import Layout
+from uft.errors import UftError
 from uft.model.paths import Location
 from uft.model.sequences import TokenSequence, batches_of, packs_of, prompt_of, sequence_batch
 from uft.objectives.base import Forward
+from uft.parallel.ranks import ranks
 from uft.runs import write_json
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1  # count up when keys or values change their meaning
 SEQUENCES_PER_FILE = 1024  # also what a process that is stopped or killed loses, at most
@@ -50,11 +56,13 @@ class LogProbStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.kept = True  # on disk; else for this sitting alone
         self.values: dict[bytes, np.ndarray] = {}
         for file in sorted(folder.glob("*.safetensors")):
             found = _read(file)
-            if found is None:
-                file.unlink(missing_ok=True)  # torn or changed: its sequences are computed again
+            if found is None:  # torn or changed: its sequences are computed again
+                log.warning("reference cache %s is damaged (checksum): computing its log-probs again", file)
+                file.unlink(missing_ok=True)
             else:
                 self.values.update(found)
 
@@ -63,12 +71,34 @@ class LogProbStore:
         """The store below `root` of the reference that `identity` describes."""
         text = json.dumps({**identity, "format": FORMAT}, sort_keys=True)
         folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "reference.json", dict(identity))
-        return cls(folder)
+        store, about = cls(folder), folder / "reference.json"
+        if not about.is_file():
+            with store.losing():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(about, dict(identity))
+        return store
 
-    def add(self, values: Mapping[bytes, np.ndarray]) -> None:
-        """Keep and publish a file of new sequences."""
+    @contextmanager
+    def losing(self) -> Iterator[None]:
+        """Within, something is written. What fails costs the next sitting time, and nothing else.
+
+        Nothing is written after that: files have to follow each other, see `ReferenceColumn.fill`.
+        """
+        try:
+            yield
+        except (OSError, UftError) as error:
+            self.kept = False
+            why = error.problems[0].why if isinstance(error, UftError) else error
+            log.warning("reference log-probs are not kept for the next sitting: %s", why)
+
+    def add(self, values: Mapping[bytes, np.ndarray], write: bool = True) -> None:
+        """Keep new sequences, and publish a file of them where that is possible, unless another process does."""
+        self.values.update(values)
+        if write and self.kept:
+            with self.losing():
+                self._publish(values)
+
+    def _publish(self, values: Mapping[bytes, np.ndarray]) -> None:
         from safetensors.numpy import save
 
         arrays: dict[str, np.ndarray] = {
@@ -79,12 +109,14 @@ class LogProbStore:
         checksum = _checksum(arrays)
         final = self.folder / f"{checksum[:24]}.safetensors"
         beside = self.folder / f".{final.name}.{os.getpid()}.tmp"
-        with open(beside, "wb") as handle:
-            handle.write(save(arrays, metadata={"checksum": checksum}))
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(beside, final)
-        self.values.update(values)
+        try:
+            with open(beside, "wb") as handle:
+                handle.write(save(arrays, metadata={"checksum": checksum}))
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(beside, final)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
@@ -134,8 +166,7 @@ class ReferenceColumn:
 
     def missing(self, encoded: Iterable[Encoded]) -> dict[bytes, TokenSequence]:
         """The sequences that are not on disk yet, each once."""
-        keyed = ((sequence_key(e.ids, e.supervised), (e.ids, e.supervised)) for e in encoded)
-        return {key: sequence for key, sequence in keyed if key not in self.store.values}
+        return {key: sequence for key, sequence in map(_keyed, encoded) if key not in self.store.values}
 
     def fill(
         self,
@@ -151,27 +182,44 @@ class ReferenceColumn:
         Only whole files are kept, so that what is computed after an interruption is batched as it would have been:
         kernels round differently in batches of another shape, and a resumed run must repeat every bit.
         """
-        missing = self.missing(encoded)
-        if not missing:
+        group, encoded = ranks(), list(encoded)
+        # of all processes: each machine may have a cache of its own
+        absent = frozenset[bytes]().union(*group.gather(frozenset(self.missing(encoded))))
+        sequences = {key: sequence for key, sequence in map(_keyed, encoded) if key in absent}
+        if not sequences:
             return True
         forward = self.forward()
         # like lengths (packed: like prompts) together, and files in that order, so that batches stay full
         order = _length if self.layout is Layout.PADDED else _prompt
-        keys = sorted(missing, key=lambda key: order(missing[key]))
-        for start in range(0, len(keys), SEQUENCES_PER_FILE):
-            part = keys[start : start + SEQUENCES_PER_FILE]
-            values = self._compute(forward, [missing[key] for key in part], batch_tokens, should_stop)
-            if values is None:
+        keys = sorted(sequences, key=lambda key: order(sequences[key]))
+        files = [keys[start : start + SEQUENCES_PER_FILE] for start in range(0, len(keys), SEQUENCES_PER_FILE)]
+
+        def compute(share: Sequence[Sequence[bytes]]) -> list[dict[bytes, np.ndarray] | None]:
+            return [
+                self._compute(forward, {key: sequences[key] for key in file}, batch_tokens, should_stop)
+                for file in share
+            ]
+
+        for start in range(0, len(files), group.size):  # a file each
+            found = group.spread(files[start : start + group.size], compute)
+            for number, values in enumerate(found):
+                if values is not None:
+                    self.store.add(values, write=group.first if group.in_step else number == group.rank)
+            if None in found:
                 return False
-            self.store.add({part[position]: value for position, value in values.items()})
-            progress(start + len(part), len(keys))
+            progress(min((start + group.size) * SEQUENCES_PER_FILE, len(keys)), len(keys))
         return True
 
     def _compute(
-        self, forward: Forward, sequences: Sequence[TokenSequence], batch_tokens: int, should_stop: Callable[[], bool]
-    ) -> dict[int, np.ndarray] | None:
-        """Position -> log-probs; None when somebody asked to stop."""
-        found: dict[int, np.ndarray] = {}
+        self,
+        forward: Forward,
+        named: Mapping[bytes, TokenSequence],
+        batch_tokens: int,
+        should_stop: Callable[[], bool],
+    ) -> dict[bytes, np.ndarray] | None:
+        """Log-probs of each; None when somebody asked to stop."""
+        keys, sequences = list(named), list(named.values())
+        found: dict[bytes, np.ndarray] = {}
         padded = self.layout is Layout.PADDED
         lengths = [len(ids) for ids, _ in sequences]
         for group in batches_of(lengths, batch_tokens) if padded else packs_of(sequences, batch_tokens):
@@ -181,8 +229,12 @@ class ReferenceColumn:
             batch = sequence_batch(taken, self.pad_id, self.layout).to(self.device)
             log_probs = forward(batch).log_probs.float()
             pieces = log_probs.cpu().split(batch.lengths.tolist())
-            found.update({position: piece.numpy().copy() for position, piece in zip(group, pieces, strict=True)})
+            found.update({keys[at]: piece.numpy().copy() for at, piece in zip(group, pieces, strict=True)})
         return found
+
+
+def _keyed(encoded: Encoded) -> tuple[bytes, TokenSequence]:
+    return sequence_key(encoded.ids, encoded.supervised), (encoded.ids, encoded.supervised)
 
 
 def _length(sequence: TokenSequence) -> tuple[int, bytes]:
@@ -220,7 +272,7 @@ def _weight_files(path: str, revision: str | None) -> list[Path]:
         if not isinstance(config, str):
             return []
         folder = Path(config).parent
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    weights = sorted(folder.glob("*.safetensors"))
     return [folder / "config.json", *weights] if weights else []
 
 

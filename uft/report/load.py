@@ -19,6 +19,7 @@ import yaml
 
 from uft.config.freeze import flat
 from uft.runs import Run, shown
+from uft.tracking import seals
 from uft.tracking.files import NOT_NUMBERS
 
 T = TypeVar("T")
@@ -186,11 +187,15 @@ def numbers(found: Mapping[str, Any]) -> dict[str, float]:
 def read_lines(path: Path, notes: list[str]) -> tuple[Line, ...]:
     """The objects of metrics.jsonl, one per step, in order of steps.
 
-    What follows a line that cannot be read is left out, and `notes` gets a line about it.
+    What follows a line that cannot be read is left out, and so are lines without their checksum; `notes` gets a line
+    about it.
     """
     if not path.is_file():
         return ()
-    text = path.read_text(encoding="utf-8", errors="replace")
+    checked = seals.check(path)
+    if checked.damaged:
+        notes.append(seals.told(path.name, checked.damaged))
+    text = "\n".join(checked.lines)
     merged: dict[int, Line] = {}
     for count, line in enumerate(objects(text), 1):
         try:

@@ -27,10 +27,12 @@ from uft.data.rows import Completion, Row
 from uft.data.sources import LoadedSource
 from uft.data.templates import Renderer
 from uft.data.writing import written
+from uft.disk import writing
 from uft.errors import Problem, UftError
 from uft.model.forward import Policy
 from uft.model.load import pad_id
 from uft.objectives.views import GOOD_ENOUGH, reward
+from uft.parallel.ranks import ranks
 from uft.sampling.generate import Reply, Sampling, complete
 
 Line = dict[str, Any]
@@ -70,24 +72,28 @@ def generate_rows(
     """
     rows = [row for source in sources for row in source.rows[: settings.limit]]
     usable = [row for row in rows if good_completion(row) is not None]
-    recipe = {"sampled_by": sampled_by, "sampling": recorded(settings, renderer)}
-    lines = _earlier_lines(out, usable, recipe)
+    recipe, group = {"sampled_by": sampled_by, "sampling": recorded(settings, renderer)}, ranks()
+    lines = group.from_first(lambda: _earlier_lines(out, usable, recipe))
     resumed = len(lines)
     done = {line["row"] for line in lines}
     missing = iter([row for row in usable if row.id not in done])
     handled, empty = resumed, len(settings.seeds) * resumed - sum(len(line["negatives"]) for line in lines)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "a", encoding="utf-8") as handle:
-        while batch := list(islice(missing, settings.batch_size)):
-            for line in _sample(policy, tokenizer, renderer, batch, settings, recipe, should_stop):
-                empty += len(settings.seeds) - len(line["negatives"])
-                if line["negatives"]:
-                    handle.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    lines.append(line)
-            handle.flush()
-            handled += len(batch)
-            if progress:
-                progress(handled, len(usable))
+    if group.first:
+        _append(out, [])
+
+    def sample(share: Sequence[Row]) -> list[Line]:
+        return list(_sample(policy, tokenizer, renderer, share, settings, recipe, should_stop))
+
+    while batch := list(islice(missing, group.size * settings.batch_size)):
+        sampled = group.spread(batch, sample)
+        empty += sum(len(settings.seeds) - len(line["negatives"]) for line in sampled)
+        kept = [line for line in sampled if line["negatives"]]
+        if group.first:
+            _append(out, kept)
+        lines += kept
+        handled += len(batch)
+        if progress:
+            progress(handled, len(usable))
     return Summary(
         path=out,
         rows=len(lines),
@@ -97,6 +103,14 @@ def generate_rows(
         resumed=resumed,
         without_good=len(rows) - len(usable),
     )
+
+
+def _append(out: Path, lines: Sequence[Line]) -> None:
+    texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+    with writing(out, sum(map(len, texts))):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a", encoding="utf-8") as handle:
+            handle.writelines(texts)
 
 
 def good_completion(row: Row) -> Completion | None:

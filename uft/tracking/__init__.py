@@ -27,6 +27,10 @@ class Tracker(Protocol):
 
     def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None: ...
 
+    def secure(self) -> None:
+        """Bring everything so far to the disk: a checkpoint that stands after it is about to be published."""
+        ...
+
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Close as `status` (finished, failed, stopped), with the process's exit code. A second call does nothing."""
         ...
@@ -49,6 +53,10 @@ class Trackers:
     def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
         for tracker in self.trackers:
             tracker.samples(step, samples, stage)
+
+    def secure(self) -> None:
+        for tracker in self.trackers:
+            tracker.secure()
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         for tracker in self.trackers:
@@ -75,4 +83,4 @@ def make_tracker(
     """
     if rank != 0:
         return Trackers()
-    return Trackers(Files(run, resumed_step), Wandb(run, config, say))
+    return Trackers(Files(run, resumed_step, say), Wandb(run, config, say))

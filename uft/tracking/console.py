@@ -6,12 +6,15 @@ On a terminal the step line is rewritten in place; anywhere else, as under a sch
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from uft.redact import redact
 from uft.tracking.cards import Battery, Ending, battery_table, ending_rows, sample_lines
 from uft.tracking.format import card, printable, printable_lines, step_line
 
@@ -88,11 +91,25 @@ class Console:
         if battery.samples:
             self._print("\n".join(sample_lines(battery.samples, self._width())) + "\n")
 
+    @contextmanager
+    def hearing(self, logger: str = "uft") -> Iterator[None]:
+        """Within, warnings of this program's modules are messages too."""
+        handler = _Messages(self)
+        logging.getLogger(logger).addHandler(handler)
+        try:
+            yield
+        finally:
+            logging.getLogger(logger).removeHandler(handler)
+
     def close(self) -> None:
         self._finish_line()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        self._close_log()
+
+    def _close_log(self) -> None:
+        log, self._log = self._log, None
+        if log is not None:
+            with suppress(OSError):  # what could not be written is tried again
+                log.close()
 
     def _eta(self, step: int, seconds: float | None) -> float | None:
         """Seconds of training left, by the pace of the last lines (of all steps, for the first line)."""
@@ -114,7 +131,8 @@ class Console:
         self._print(shown, plain)
 
     def _print(self, text: str, plain: str | None = None) -> None:
-        """Text that stays; the live step line moves below it."""
+        """Text that stays, without secrets; the live step line moves below it."""
+        text, plain = redact(text), None if plain is None else redact(plain)
         self._write(f"{CLEAR_LINE}{text}\n{self._live}" if self._live else f"{text}\n")
         self._note(text if plain is None else plain)
 
@@ -134,15 +152,31 @@ class Console:
             self.stream = None
 
     def _note(self, text: str) -> None:
-        if self._log is not None:
+        if self._log is None:
+            return
+        try:
             self._log.write(text + "\n")
             self._log.flush()
+        except OSError as error:  # a full disk, most likely: what is said is the least of what is lost
+            self._close_log()
+            self._print(f"console.log ends here: {error.strerror}")
 
     def _width(self) -> int:
         try:
             return os.get_terminal_size(self.stream.fileno()).columns if self.stream is not None else PLAIN_WIDTH
         except (OSError, ValueError):  # not a terminal, or one of a test
             return PLAIN_WIDTH
+
+
+class _Messages(logging.Handler):
+    """Warnings as lines on a console."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.console.message(record.getMessage())
 
 
 STYLES = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}

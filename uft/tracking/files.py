@@ -1,6 +1,8 @@
 """metrics.jsonl and samples.jsonl: the source of truth about a run. W&B only mirrors them.
 
-One object per line, `step` first, flushed line by line, so that a killed process loses at most the line it was writing.
+One object per line, `step` first, flushed line by line, so that a killed process loses at most the line it was writing;
+every line has a seal (`seals.py`).
+
 Floats keep every digit. JSON has no NaN: such values are written as the strings "nan", "inf" and "-inf", which
 `read_metrics` turns back into floats; a reader that does not know this sees a string, never a wrong number.
 
@@ -11,13 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from uft.disk import writing
 from uft.evaluation.samples import Sample
-from uft.runs import Run, read_lines, write_atomically
+from uft.runs import Run, write_atomically
+from uft.tracking import seals
 
 NOT_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -30,19 +36,21 @@ class Files:
     repeated because the checkpoint came before it) is not written twice: a resumed curve equals an uninterrupted one.
     """
 
-    def __init__(self, run: Run, resumed_step: int | None = None) -> None:
+    def __init__(
+        self, run: Run, resumed_step: int | None = None, say: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.run = run
         self.resumed_step = resumed_step
+        self.say = say  # hears of lines that are not what was written
         self._files: dict[Path, TextIO] = {}
         self._written: set[str] = set()
 
     def start(self) -> None:
         for path in (self.run.metrics_file, self.run.samples_file):
-            kept = list(_lines_until(path, self.resumed_step))
-            write_atomically(path, "".join(text + "\n" for _, text in kept))
-            self._written |= {text for step, text in kept if step == self.resumed_step}
-            # A lone surrogate (half an emoji in somebody's data) becomes its JSON escape instead of an error.
-            self._files[path] = open(path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+            self._written |= {text for step, text in self._take_over(path) if step == self.resumed_step}
+            for file in (seals.file_of(path), path):
+                # A lone surrogate (half an emoji in somebody's data) becomes its JSON escape instead of an error.
+                self._files[file] = open(file, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         self._append(self.run.metrics_file, step, [metrics])
@@ -51,44 +59,62 @@ class Files:
         named = {} if stage is None else {"stage": stage}
         self._append(self.run.samples_file, step, (named | asdict(sample) for sample in samples))
 
+    def secure(self) -> None:
+        for path, file in self._files.items():
+            with writing(path):
+                os.fsync(file.fileno())
+
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # a line that could not be written has ended the run, and would be tried again
+                file.close()
         self._files = {}
+
+    def _take_over(self, path: Path) -> list[tuple[int, str]]:
+        """The lines that are kept of an earlier sitting, in a file of their own. Seals first, as ever."""
+        kept: list[tuple[int, str]] = []
+        last = self.resumed_step
+        if last is not None:
+            found = seals.check(path)
+            kept = [(step, text) for step, text in _with_steps(found.lines) if step <= last]
+            if damaged := [step for step in found.damaged if step <= last]:
+                self.say(seals.told(path.name, damaged))
+        write_atomically(seals.file_of(path), "".join(seals.seal(step, text) for step, text in kept))
+        write_atomically(path, "".join(text + "\n" for _, text in kept))
+        return kept
 
     def _append(self, path: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         assert path in self._files, "start() opens the files, finish() closes them"
-        for row in rows:
-            text = json.dumps({"step": int(step), **_plain(row)}, ensure_ascii=False, allow_nan=False)
-            if text not in self._written:
-                self._files[path].write(text + "\n")
-        self._files[path].flush()
+        texts = [json.dumps({"step": int(step), **_plain(row)}, ensure_ascii=False, allow_nan=False) for row in rows]
+        new = [text for text in texts if text not in self._written]
+        beside = seals.file_of(path)
+        lines = {beside: [seals.seal(int(step), text) for text in new], path: [text + "\n" for text in new]}
+        for file, content in lines.items():
+            with writing(file, sum(map(len, content))):
+                self._files[file].writelines(content)
+                self._files[file].flush()
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
     """One dict per logged step, in order of steps: what training and evaluation wrote for it, together.
 
-    Reads a run that is still being written, too: a torn last line is left out.
+    Reads a run that is still being written, too. A torn last line, and lines that are damaged, are left out.
     """
     merged: dict[int, dict[str, Any]] = {}
-    for line in read_lines(run.metrics_file):
+    for step, text in _with_steps(seals.check(run.metrics_file).lines):
+        line = json.loads(text)
         numbers = {name: value if name == "stage" else _number(value) for name, value in line.items()}
-        merged.setdefault(line["step"], {}).update(numbers)
+        merged.setdefault(step, {}).update(numbers)
     return [merged[step] for step in sorted(merged)]
 
 
-def _lines_until(path: Path, last: int | None) -> Iterator[tuple[int, str]]:
-    """(step, line) of the whole lines up to step `last`; nothing when `last` is None."""
-    if last is None or not path.is_file():
-        return
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for text in file:
-            try:
-                step = json.loads(text)["step"]
-            except (json.JSONDecodeError, KeyError, TypeError):  # torn when the process was killed
-                continue
-            if step <= last:
-                yield step, text.rstrip("\n")
+def _with_steps(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """(step, line) of what is a line of ours at all."""
+    for text in lines:
+        try:
+            yield int(json.loads(text)["step"]), text
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 def _plain(value: Any) -> Any:

@@ -28,6 +28,13 @@ def files(folders: Iterable[Path]) -> list[Path]:
     return [file for folder in folders for file in sorted(folder.glob("run-*.wandb"))]
 
 
+def inside(run: Path, names: Iterable[str]) -> list[Path]:
+    """The folders of these names below `run`. Files in them are repaired, so one that a record names outside is not
+    gone to."""
+    folders = (run / name for name in names)
+    return [folder for folder in folders if folder.resolve().is_relative_to(run.resolve())]
+
+
 def readable(path: Path) -> bool:
     """Whether W&B would take the file for a log, or one that had hardly begun."""
     with open(path, "rb") as file:

@@ -68,6 +68,9 @@ class Wandb:
     def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
         self._send(step, lambda: {"samples": _table(step, samples, stage)})
 
+    def secure(self) -> None:
+        """Nothing: what W&B lacks is in metrics.jsonl."""
+
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Close the W&B run as what it was. Takes little more than `finish_timeout` seconds at most."""
         handle, self._handle = self._handle, None
@@ -114,7 +117,7 @@ class Wandb:
             self._open(Choice("offline", _first_line(error)))
 
     def _open(self, choice: Choice) -> None:
-        earlier = segments.files(self.run.path / name for name in self._info().get("dirs", ()))
+        earlier = segments.files(segments.inside(self.run.path, self._info().get("dirs", ())))
         for file in earlier:
             segments.repair(file)
         handle = self._init(choice.mode)

@@ -16,16 +16,19 @@ import torch
 from uft.data.batch import Batch
 from uft.data.batches import Item, micro_batches
 from uft.data.packing import Layout
+from uft.parallel.ranks import ranks
 from uft.training.feed import Feed
+from uft.training.together import owned
 
 
 @dataclass(frozen=True)
 class Laid:
-    """The rows of a step as micro-batches in the machine's own memory."""
+    """The rows of a step, and those that this process takes of them as micro-batches in the machine's own memory."""
 
     items: Sequence[Item]
     batches: Sequence[Batch]
     mismatched: Sequence[Batch] = ()  # completions under other rows' prompts, for objectives that need them
+    blank: Sequence[Batch] = ()  # one for passes that this process makes for others' sake, of a model in pieces
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Plan:
     pinned: bool = False  # in memory that a GPU copies from while it works
 
     def __call__(self, items: Sequence[Item], mismatched: Sequence[Item] = ()) -> Laid:
-        return Laid(items, self._batches(items), self._batches(mismatched))
+        blank = self._batches(items[:1]) if ranks().in_step else ()
+        return Laid(items, self._batches(owned(items)), self._batches(owned(mismatched)), blank)
 
     def _batches(self, items: Sequence[Item]) -> list[Batch]:
         made = micro_batches(items, self.micro_batch_tokens, self.pad_id, self.layout)

@@ -25,7 +25,7 @@ from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows
 from uft.sampling.generate import Interrupted
 from uft.sampling.likelihood import Bench, frozen
 from uft.training.corpus import cache_dir
-from uft.training.prepare import choose_device
+from uft.training.device import choose_device
 from uft.training.signals import listening
 
 SUFFIX = ".jsonl"

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 
 from uft import __version__
-from uft.config.schema import Config
+from uft.config.schema import Config, Hardware
 from uft.config.stages import Stage
 from uft.data.packing import Layout
 from uft.data.report import report_table
 from uft.runs import Run, shown
 from uft.tracking.format import count
-from uft.training.needs import counted_as_certain
 from uft.training.optim import warmup_steps
 from uft.training.prepare import Prepared
-from uft.training.records import memory_record
+from uft.training.records import cautions, memory_record
 from uft.training.stages_ground import Ground, describe
 
 MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
@@ -91,7 +90,7 @@ def _model_and_objective(prepared: Prepared) -> Card:
         ("model", "\n".join([f"{config.model.name}: {config.model.path}", *trainer.policy.describe()])),
         ("objective", f"{objective.name}  {' '.join(changed)}".rstrip()),
         ("lengths", objective.length_convention),
-        *(("caution", caution) for caution in (*objective.cautions(), *counted_as_certain(trainer.feed, objective))),
+        *(("caution", caution) for caution in cautions(prepared)),
         ("reference", f"{reference.mode}: {reference.why}" if reference else "none needed to train"),
     ]
 
@@ -132,10 +131,16 @@ def _machine(prepared: Prepared) -> Card:
     total, free = count(sum(parts.values())), count(free_memory(device))
     disk = shutil.disk_usage(trainer.run.path).free
     return [
-        ("device", f"{device} ({name})"),
+        ("device", f"{device} ({name}){_processes(trainer.config.hardware)}"),
         ("memory", f"about {total}B of {free}B free ({needed})"),
         ("disk", f"{count(disk)}B free"),
     ]
+
+
+def _processes(hardware: Hardware) -> str:
+    count = hardware.processes * hardware.nodes
+    held = "a share of the model" if hardware.sharding == "full" else "the whole model"
+    return f", {count} processes, each with {held}" if count > 1 else ""
 
 
 def free_memory(device: torch.device) -> int:

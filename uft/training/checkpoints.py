@@ -1,26 +1,39 @@
-"""Checkpoints: written beside, flushed, then renamed. What has the final name is whole; nothing is ever pickled.
+"""Checkpoints: written beside, flushed, then renamed. What has the final name is whole; nothing here is ever pickled.
 
 A checkpoint is a folder `step-000400/` with one safetensors file (trained weights, optimiser moments, objective state,
-random generators, meters) and one JSON file (counters, cursors of the data). The old one is deleted only when the new
-one has its name.
+random generators, meters), one JSON file (counters, cursors of the data) and the checksums of all, as `sha256sum -c`
+reads them. The old one is deleted only when the new one has its name. Of a model in pieces, weights and moments are in
+a folder beside these: `uft.training.shards`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from uft.runs import Run
+from uft.disk import writing
+from uft.errors import FAILED, Problem, UftError
+from uft.parallel.ranks import ranks
+from uft.parallel.sharing import placed
+from uft.runs import Run, shown
 
 Tensor = torch.Tensor
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+SUM = re.compile(r"([0-9a-f]{64})  (\S+)")
+ASIDE = "damaged"
+"""How the folder of a checkpoint ends that is not what was written; it is kept until the run has come past its step."""
+WRITTEN = ".tmp"
 REPLACED, DISCARDED = "replaced", "discarded"
 """How a hidden folder ends: one that waits for its replacement to get its name, and one that is being deleted."""
 
@@ -53,7 +66,8 @@ def load_optimiser(
         name, _, key = path.rpartition("/")
         parameter = parameters[name]
         # torch keeps the step counter on the CPU unless the kernel is fused
-        place = tensor if key == "step" and not fused else tensor.to(parameter.device)
+        step = tensor.to(parameter.device) if fused else tensor
+        place = step if key == "step" else placed(tensor, parameter)
         optimiser.state[parameter][key] = place.clone()
 
 
@@ -79,34 +93,135 @@ def _flush(path: Path) -> None:
 
 
 def save(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Publish `step-XXXXXX`; returns its folder. Saving a step that is there already replaces it."""
-    run.checkpoints_dir.mkdir(exist_ok=True)
-    final = run.checkpoints_dir / f"step-{step:06d}"
-    beside = run.checkpoints_dir / f".{final.name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    # clone: safetensors refuses tensors that share memory (tied weights), and the copy is on the CPU anyway
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, beside / TENSORS)
-    (beside / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-    for path in (beside / TENSORS, beside / STATE, beside):
-        _flush(path)
-    replaced = _hidden(final, REPLACED)
+    """Publish `step-XXXXXX`; returns its folder. Saving a step that is there already replaces it.
+
+    Raises UftError (code 1) where there is no room for it; the earlier ones are as they were.
+    """
+    return publish(run, begin(run, step, tensors, state))
+
+
+def begin(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint beside its place; the hidden folder, to which more may be added before it is published."""
+    beside = run.checkpoints_dir / f".step-{step:06d}{WRITTEN}"
+    with _writing(run, beside, sum(t.numel() * t.element_size() for t in tensors.values())):
+        run.checkpoints_dir.mkdir(exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        # clone: safetensors refuses tensors that share memory (tied weights), and the copy is on the CPU anyway
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, beside / TENSORS)
+        (beside / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
+    return beside
+
+
+def publish(run: Run, beside: Path) -> Path:
+    """Give a checkpoint that was begun its name, once all of it is on the disk; its folder."""
+    place = final(beside)
+    replaced = _hidden(place, REPLACED)
+    with _writing(run, beside):
+        files = [path for path in sorted(beside.rglob("*")) if path.is_file()]
+        sums = "".join(f"{_digest(path)}  {path.relative_to(beside).as_posix()}\n" for path in files)
+        (beside / SUMS).write_text(sums, encoding="utf-8")
+        for path in (*beside.rglob("*"), beside):
+            _flush(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if place.exists():
+            os.replace(place, replaced)
+        os.replace(beside, place)
+        _flush(run.checkpoints_dir)
     shutil.rmtree(replaced, ignore_errors=True)
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(beside, final)
-    _flush(run.checkpoints_dir)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return final
+    return place
+
+
+def final(beside: Path) -> Path:
+    """Where a checkpoint that is being written will be."""
+    return beside.with_name(beside.name[1:].removesuffix(WRITTEN))
+
+
+@contextmanager
+def _writing(run: Run, beside: Path, needs: int | None = None) -> Iterator[None]:
+    """Within, a checkpoint is written. What there is no room for is taken away: the run has more to write."""
+    try:
+        with writing(final(beside), needs):
+            yield
+    except UftError:
+        shutil.rmtree(beside, ignore_errors=True)
+        recover(run)
+        raise
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was written."""
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state. Raises Damaged before anything is read that is not what was written."""
+    for name in _sums(folder).keys() | {TENSORS}:
+        _verify(folder, name)
     return load_file(folder / TENSORS), read_state(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The counters and cursors of a checkpoint, without its tensors."""
+    """The counters and cursors of a checkpoint, without its tensors. Raises Damaged."""
+    _verify(folder, STATE)
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def resume(run: Run, load_checkpoint: Callable[[Path], None], say: Callable[[str], None]) -> int:
+    """Load the newest whole checkpoint in all processes; its step, or -1 where the run has none at all.
+
+    Damaged ones are set aside, and that is said. Raises UftError (code 1) where no other one is left: what the run has
+    learned is lost, and to begin again is for a person to decide.
+    """
+    ranks().from_first(partial(recover, run))
+    for step, folder in reversed(ranks().from_first(run.checkpoints)):
+        damages = ranks().gather(_damage(load_checkpoint, folder))
+        damage = next((found for found in damages if found is not None), None)
+        if damage is None:
+            return step
+        aside = ranks().from_first(partial(_set_aside, folder))
+        say(f"{shown(folder)} is damaged ({damage}) and set aside as {aside.name}; the one before it is used")
+    if any(run.checkpoints_dir.glob(f"step-*.{ASIDE}")):
+        why = "none of the run's checkpoints is what was written into it"
+        again = f"to begin again from the start:  rm -r {shown(run.checkpoints_dir)}"
+        raise UftError(Problem(shown(run.path), why, advice=(again,)), code=FAILED)
+    return -1
+
+
+def _damage(load_checkpoint: Callable[[Path], None], folder: Path) -> str | None:
+    try:
+        load_checkpoint(folder)
+    except Damaged as damage:
+        return str(damage)
+    return None
+
+
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(f"{folder.name}.{ASIDE}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    return aside
+
+
+def _verify(folder: Path, name: str) -> None:
+    try:
+        if _digest(folder / name) != _sums(folder).get(name):
+            raise Damaged(f"{name} does not have its checksum")
+    except OSError as error:
+        raise Damaged(f"{Path(error.filename or name).name}: {error.strerror}") from error
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """File -> checksum, as written beside them. Raises Damaged where there are none."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise Damaged(f"{SUMS}: {error.strerror}") from error
+    return {found[2]: found[1] for line in lines if (found := SUM.fullmatch(line))}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _hidden(folder: Path, why: str) -> Path:
@@ -140,3 +255,7 @@ def prune(run: Run, keep_last: int, best_step: int | None) -> None:
             _discard(folder)
     for leftover in run.checkpoints_dir.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    newest = max((step for step, _ in complete), default=-1)
+    for aside in run.checkpoints_dir.glob(f"step-*.{ASIDE}"):
+        if int(aside.stem.removeprefix("step-")) <= newest:
+            shutil.rmtree(aside, ignore_errors=True)

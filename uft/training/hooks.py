@@ -143,15 +143,18 @@ class Batteries:
 class Checkpoints:
     """A checkpoint every `every` steps, at a new best, at the end, and when the run is asked to stop."""
 
+    tracker: Tracker
     every: int
     saved: int = -1
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
+        trainer.settle(wait=False)
         number = trainer.progress.step
         due = number == trainer.steps or bool(self.every and number % self.every == 0)
         if due or trainer.progress.best_step == number:
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
+        self.tracker.secure()
         trainer.save_checkpoint()
         self.saved = trainer.progress.step

@@ -4,49 +4,50 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from uft.config.schema import Config
-from uft.data.batches import Item, micro_batches
 from uft.data.report import coloured, length_histogram, merged_lengths, report_table
 from uft.data.rows import Row
 from uft.data.sources import load_sources
 from uft.data.templates import Encoded, Renderer
 from uft.errors import GOOD
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer
-from uft.model.memory import peak_memory
+from uft.model.memory import used_memory
 from uft.objectives import make
 from uft.objectives.kinds import kind_table
+from uft.parallel.ranks import ranks
 from uft.runs import Run
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import generate_rows
 from uft.tracking.format import card
 from uft.training.card import start_card
 from uft.training.corpus import Corpus, make_feed, plan, read_corpus
-from uft.training.prepare import Prepared, Stopped, check_start, choose_device, prepare
+from uft.training.device import choose_device
+from uft.training.planning import largest_step, paper_plan
+from uft.training.prepare import Stopped, check_start, prepare
 from uft.training.records import data_record
 from uft.training.signals import listening
-from uft.training.step import forward_backward
 
-GIGABYTE = 1e9
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured
 WIDE = 180
 
 
 def console_for_tables() -> Console:
-    """As wide as the terminal; wide enough for a table where there is none."""
-    return Console() if sys.stdout.isatty() else Console(width=WIDE)
+    """As wide as the terminal; wide enough for a table where there is none. One process's words are enough."""
+    quiet = not ranks().first
+    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=WIDE, quiet=quiet)
 
 
 def check(config: Config) -> int:
     """Prepare as `train` does, in a folder that vanishes, and take the largest step there can be; train nothing."""
     console = console_for_tables()
+    console.print(f"{paper_plan(config)}\n", highlight=False, soft_wrap=True)
     device = choose_device(config.hardware)
+    before = used_memory(device)
     with tempfile.TemporaryDirectory(prefix="uft-check-") as folder, listening() as stop:
         run = Run(Path(folder))
         try:
@@ -60,37 +61,12 @@ def check(config: Config) -> int:
         ]
         console.print(card(lines), highlight=False, markup=False)
         check_start(prepared.trainer, prepared.reference)
-        largest = largest_step(prepared)
+        largest = largest_step(prepared, before)
     console.print(
         f"\n{largest}\nAll is well: the same request will train.  No run was made.",
         highlight=False,
     )
     return GOOD
-
-
-def largest_step(prepared: Prepared) -> str:
-    """The worst-case step, taken, in a line."""
-    seconds, tokens = worst_step(prepared)
-    memory = peak_memory(prepared.trainer.device) / GIGABYTE
-    return f"largest step: {tokens:,} tokens in {seconds:.1f} s; peak memory {memory:.2f} GB"
-
-
-def worst_step(prepared: Prepared) -> tuple[float, int]:
-    """Forward and backward of a whole batch of the longest rows the objective takes; seconds and tokens."""
-    trainer = prepared.trainer
-    cfg = trainer.config.train
-    draws = trainer.feed.preview(prepared.plan.total_rows)
-    longest: list[Item] = sorted(trainer.feed.items(draws), key=lambda item: -item.length)[: cfg.batch_size]
-    if not longest:
-        return 0.0, 0
-    layout = trainer.policy.layout
-    batches = [b.to(trainer.device) for b in micro_batches(longest, cfg.micro_batch_tokens, trainer.pad_id, layout)]
-    started = time.perf_counter()
-    forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, trainer.clock(0))
-    trainer.optimiser.step()  # its moments are memory too; this trainer is thrown away
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)
-    return time.perf_counter() - started, sum(batch.tokens for batch in batches)
 
 
 def data(config: Config) -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from uft.config.schema import Config, Hardware, Model, ReferenceModel
+from uft.config.schema import Config, Model, ReferenceModel
 from uft.data.batch import Batch
 from uft.data.batches import micro_batches
 from uft.errors import FAILED, Problem, UftError
@@ -18,14 +18,16 @@ from uft.evaluation.stepzero import check_step_zero
 from uft.model.compiled import compile_blocks
 from uft.model.forward import Policy
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
-from uft.model.memory import keep_freed_memory
 from uft.model.packed import settle_layout
 from uft.model.reference import Reference, make_reference
+from uft.model.sharded import sharding_of
 from uft.objectives import make
 from uft.objectives.base import Clock, Objective
+from uft.parallel.ranks import keep_step, ranks
 from uft.runs import Run, read_json
 from uft.training import checkpoints
 from uft.training.corpus import Corpus, Plan, cache_dir, make_feed, plan, read_corpus
+from uft.training.device import settle_threads
 from uft.training.feed import Feed
 from uft.training.optim import make_optimiser
 from uft.training.signals import Stop
@@ -34,9 +36,8 @@ from uft.training.trainer import Progress, Trainer
 STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a token's log-prob between policy and reference before the first step: rounding, no more."""
 
-
-SMALL_MODEL = 3_000_000
-"""Parameters below which a second CPU thread made no run faster: at 0.3 million it cost a tenth of the speed."""
+RANK_SEEDS = 1_000_003
+"""Between the seeds of two processes."""
 
 Say = Callable[[str], None]
 
@@ -71,26 +72,6 @@ class Stopped(Exception):
     """Asked to stop before there was anything new worth a checkpoint."""
 
 
-def choose_device(hardware: Hardware) -> torch.device:
-    """The device asked for, or the best there is. Sets threads and kernels on the way."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = hardware.device
-    if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        usable = ", ".join(device for device, there in available.items() if there)
-        raise UftError(Problem(f"hardware.device={name}", "this machine has none", advice=(f"there is: {usable}",)))
-    if name == "cpu" and hardware.keep_memory:
-        keep_freed_memory()
-    if hardware.threads:
-        torch.set_num_threads(hardware.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
-    if hardware.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return torch.device(name)
-
-
 def prepare(
     run: Run, config: Config, device: torch.device, stop: Stop, say: Say = _silent, given: Given | None = None
 ) -> Prepared:
@@ -101,6 +82,7 @@ def prepare(
     horizon = plan(config, corpus)
     feed = make_feed(config, corpus, objective)
     _pause(stop)
+    keep_step(sharding_of(config.hardware))
     say("loading the model")
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
@@ -128,7 +110,8 @@ def prepare(
         measured = (config.model, replace(config.reference, mode="auto"))
     yardstick = against(*measured, visits_per_row=float("inf")) if measured else reference
     _pause(stop)
-    torch.manual_seed(config.seeds.sampling)  # last: what was found in a cache and what was made must not show
+    # last: what was found in a cache and what was made must not show; every process draws its own dropout
+    torch.manual_seed(config.seeds.sampling + RANK_SEEDS * ranks().rank)
     trainer = Trainer(
         run=run,
         config=config,
@@ -147,13 +130,6 @@ def prepare(
     return Prepared(trainer, corpus, horizon, tokenizer, reference, yardstick)
 
 
-def settle_threads(hardware: Hardware, policy: Policy) -> None:
-    """One CPU thread for a small model unless asked otherwise: more would wait for each other, not work."""
-    size = sum(parameter.numel() for parameter in policy.module.parameters())
-    if hardware.threads is None and policy.device.type == "cpu" and size < SMALL_MODEL:
-        torch.set_num_threads(1)
-
-
 def longest_row(corpus: Corpus, config: Config, objective: Objective) -> int:
     """Tokens of the longest sequence the model will meet."""
     if objective.needs.mismatched:  # prompts and completions meet that were not together before
@@ -162,27 +138,25 @@ def longest_row(corpus: Corpus, config: Config, objective: Objective) -> int:
     return max((one.length for source in sources for row in source.encoded for one in row), default=0)
 
 
-def resume(trainer: Trainer) -> int:
-    """Continue from the newest checkpoint; its step, or -1 where there is none: the run starts from the beginning."""
-    checkpoints.recover(trainer.run)
-    found = trainer.run.checkpoints()
-    if not found:
-        return -1
-    step, folder = found[-1]
-    trainer.load_checkpoint(folder)
-    # the process may have died before it deleted what this checkpoint replaced
-    checkpoints.prune(trainer.run, trainer.config.train.keep_last, trainer.progress.best_step)
+def resume(trainer: Trainer, say: Say = _silent) -> int:
+    """Continue from the newest whole checkpoint; its step, or -1 where there is none: the run begins."""
+    step = checkpoints.resume(trainer.run, trainer.load_checkpoint, say)
+    if step >= 0:
+        keep, best = trainer.config.train.keep_last, trainer.progress.best_step
+        ranks().wait()
+        # the process may have died before it deleted what this checkpoint replaced
+        ranks().from_first(lambda: checkpoints.prune(trainer.run, keep, best))
     return step
 
 
 def standing(run: Run) -> tuple[Progress, int]:
     """Counters and horizon of the newest checkpoint; zeros where there is none."""
     checkpoints.recover(run)
-    found = run.checkpoints()
-    if not found:
-        return Progress(), 0
-    state = checkpoints.read_state(found[-1][1])
-    return Progress(**state["progress"]), int(state["steps"])
+    for _, folder in reversed(run.checkpoints()):
+        with suppress(checkpoints.Damaged):
+            state = checkpoints.read_state(folder)
+            return Progress(**state["progress"]), int(state["steps"])
+    return Progress(), 0
 
 
 def refuse_other_data(run: Run, corpus: Corpus) -> None:
@@ -200,7 +174,7 @@ def refuse_other_data(run: Run, corpus: Corpus) -> None:
 
 def _pause(stop: Stop) -> None:
     """A safe point of the preparation."""
-    if stop():
+    if stop.agreed():
         raise Stopped
 
 
@@ -224,10 +198,11 @@ def _fill(
     done = reference.column.fill(
         encoded,
         batch_tokens=config.train.micro_batch_tokens,
-        should_stop=stop,
+        should_stop=stop.between_passes,
         progress=lambda count, of: say(f"reference log-probs: {count} of {of} completions"),
     )
     if not done:
+        stop.agreed()
         raise Stopped
     feed.reference = reference.column
 

@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from uft.config.freeze import plain
 from uft.config.schema import Config
+from uft.disk import FULL, problem, writing
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.evaluation.battery import Battery, HeldOut, battery
 from uft.model.export import export
-from uft.model.memory import peak_memory
+from uft.parallel.environment import PeerLost, note
+from uft.parallel.ranks import ranks
+from uft.redact import tell_redacted
 from uft.runs import Run, shown, write_json
 from uft.tracking import Tracker, Trackers, make_tracker
-from uft.tracking.cards import Ending
 from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
 from uft.training.card import start_card
 from uft.training.corpus import Corpus
+from uft.training.device import choose_device
 from uft.training.hooks import Batteries, Checkpoints, Display, Lines
 from uft.training.prepare import (
     Prepared,
     Stopped,
     check_start,
-    choose_device,
     prepare,
     refuse_other_data,
     resume,
     standing,
 )
 from uft.training.records import check_record, data_record
+from uft.training.result import ending, leave_result, next_commands, result_record
+from uft.training.scarce import explained, out_of_memory
 from uft.training.signals import Stop
 from uft.training.trainer import Progress, Trainer
+from uft.training.watchdog import watching
 
-GIGABYTE = 1e9
+NO_TRAINER = torch.device("cpu")
 
 
 def train(run: Run, config: Config, stop: Stop) -> int:
@@ -48,11 +54,23 @@ def train(run: Run, config: Config, stop: Stop) -> int:
 
     Raises the UftError of a request that cannot be carried out; whatever fails later stands in `result.json`.
     """
-    console = Console(sys.stdout, run.path / "console.log")
-    try:
+    with told(run) as console:
         return _Sitting(run, config, stop, console).go()
-    finally:
-        console.close()
+
+
+@contextmanager
+def told(run: Run) -> Iterator[Console]:
+    """The console of a sitting, which warnings of this program's modules go to as well; of several processes, the first
+    one's words alone are heard."""
+    first = ranks().first
+    with nullcontext(sys.stdout) if first else open(os.devnull, "w") as stream:
+        with writing(run.path / "console.log", code=BAD_REQUEST):
+            console = Console(stream, run.path / "console.log" if first else None)
+        try:
+            with console.hearing():
+                yield console
+        finally:
+            console.close()
 
 
 @dataclass
@@ -75,10 +93,9 @@ class _Sitting:
         except UftError as error:
             if trainer is None and error.code == BAD_REQUEST:
                 raise
-            return self._end(trainer, "failed", FAILED, error=str(error))
+            return self._end(trainer, "failed", FAILED, error=said(error, self.config))
         except Exception as error:
-            traceback.print_exc()
-            return self._end(trainer, "failed", FAILED, error=f"{type(error).__name__}: {error}")
+            return self._end(trainer, "failed", FAILED, error=said(error, self.config))
         return self._end(trainer, "finished", GOOD) if whole else self._end(trainer, "stopped", self.stop.exit_code)
 
     def _begin(self) -> Prepared:
@@ -86,12 +103,13 @@ class _Sitting:
         device = choose_device(self.config.hardware)
         prepared = prepare(self.run, self.config, device, self.stop, self.console.message)
         checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
-        resumed = resume(prepared.trainer)
-        if resumed < 0:
-            write_json(self.run.path / "check.json", checks)
-        else:
+        resumed = resume(prepared.trainer, self.console.message)
+        if resumed >= 0:
             refuse_other_data(self.run, prepared.corpus)
-        self._open(prepared, resumed)
+        elif ranks().first:
+            write_json(self.run.path / "check.json", checks)
+        if ranks().first:
+            self._open(prepared, resumed)
         return prepared
 
     def _open(self, prepared: Prepared, resumed: int) -> None:
@@ -121,7 +139,9 @@ class _Sitting:
     def _work(self, prepared: Prepared) -> bool:
         """Train and export; False when asked to stop before that."""
         measure = measuring(prepared, measured_on(prepared.corpus), self.stop)
-        if not fit(prepared.trainer, self.tracker, self.console, measure, before=self.config.eval.before):
+        with watching(self.stop, self.config.hardware.watchdog, self.run.path / "hang.txt", self._last_words):
+            whole = fit(prepared.trainer, self.tracker, self.console, measure, before=self.config.eval.before)
+        if not whole:
             return False
         if self.config.train.save_model:
             export(prepared.trainer.policy, prepared.tokenizer, self.run.model_dir)
@@ -129,15 +149,26 @@ class _Sitting:
 
     def _end(self, trainer: Trainer | None, status: str, code: int, error: str | None = None) -> int:
         """Write `result.json`, close the tracker with the true status, show the last card."""
+        if not ranks().first:
+            return code
         progress, total_steps = (trainer.progress, trainer.steps) if trainer else standing(self.run)
-        device, wall = trainer.device if trainer else torch.device("cpu"), time.perf_counter() - self.started
-        record = result_record(progress, self.config, device, wall, read_metrics(self.run))
-        result = {"status": status, "error": error, **record}
-        write_json(self.run.path / "result.json", result)
+        result = self._result(progress, trainer.device if trainer else NO_TRAINER, status, error)
+        code = leave_result(self.run, result, code, self.console.message)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
         commands = next_commands(self.run, self.config, status)
         self.console.end(f"uft train {self.run.name}", ending(result, total_steps, commands))
         return code
+
+    def _last_words(self, why: str) -> None:
+        """Of a run that hangs: what is on disk is what it has."""
+        result = self._result(standing(self.run)[0], NO_TRAINER, "failed", why)
+        leave_result(self.run, result, FAILED, self.console.message)
+        self.console.message(f"{why}\nContinue it:  uft resume {shown(self.run.path)}")
+
+    def _result(self, progress: Progress, device: torch.device, status: str, error: str | None) -> dict[str, Any]:
+        wall = time.perf_counter() - self.started
+        record = result_record(progress, self.config, device, wall, read_metrics(self.run))
+        return {"status": status, "error": error, **record}
 
 
 def fit(trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[[], Battery], *, before: bool) -> bool:
@@ -147,7 +178,7 @@ def fit(trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[
     """
     cfg = trainer.config
     lines = Lines(tracker, display, cfg.train.log_every)
-    saving = Checkpoints(cfg.train.checkpoint_every)
+    saving = Checkpoints(tracker, cfg.train.checkpoint_every)
     batteries = Batteries(
         measure=measure,
         tracker=tracker,
@@ -167,13 +198,15 @@ def fit(trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[
     if trainer.progress.step < trainer.steps or owes_battery(trainer):
         if saving.saved != trainer.progress.step:
             saving.save(trainer)
+        trainer.settle()
         return False
+    trainer.settle()
     return True
 
 
 def owes_battery(trainer: Trainer) -> bool:
     """Asked to stop within the last battery: the run has its steps but not its result."""
-    return trainer.stop() and trainer.progress.evaluated < trainer.steps
+    return trainer.stop.agreed() and trainer.progress.evaluated < trainer.steps
 
 
 def measured_on(corpus: Corpus) -> list[HeldOut]:
@@ -194,74 +227,27 @@ def measuring(prepared: Prepared, sources: Sequence[HeldOut], stop: Stop) -> Cal
             prepared.corpus.renderer,
             prepared.tokenizer,
             config.eval,
-            stop,
+            stop.between_passes,
             micro_batch_tokens=config.train.micro_batch_tokens,
         )
 
     return measure
 
 
-def result_record(
-    progress: Progress, config: Config, device: torch.device, wall_seconds: float, lines: Iterable[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What `result.json` says besides how it ended: counters, final and best metrics."""
-    best_step, best_value = progress.best_step, progress.best_value
-    return {
-        "steps": progress.step,
-        "rows": progress.rows,
-        "tokens": progress.tokens,
-        "supervised_tokens": progress.supervised_tokens,
-        "seconds": progress.seconds,
-        "wall_seconds": wall_seconds,
-        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
-        "peak_memory_bytes": peak_memory(device),
-        "final": final_metrics(lines),
-        "best": {config.eval.best: best_value} if best_value is not None else {},
-        "best_step": best_step,
-        "best_checkpoint": f"checkpoints/step-{best_step:06d}" if best_step is not None else None,
-    }
+def said(error: Exception, config: Config) -> str:
+    """What `result.json` says of an error. The unforeseen ones have a traceback, for whoever mends them."""
+    if isinstance(error, PeerLost):
+        return f"another process of this run ended ({error})"
+    text = str(error) if isinstance(error, UftError) else _unforeseen(error, config)
+    note(text)
+    return text
 
 
-def ending(result: Mapping[str, Any], total_steps: int, commands: Sequence[str]) -> Ending:
-    """The last card."""
-    return Ending(
-        status=result["status"],
-        steps=result["steps"],
-        total_steps=total_steps,
-        seconds=result["seconds"],
-        tokens=result["tokens"],
-        final=result["final"],
-        best=result["best"],
-        best_step=result["best_step"],
-        best_checkpoint=result["best_checkpoint"],
-        peak_memory_gb=result["peak_memory_bytes"] / GIGABYTE,
-        error=result["error"],
-        commands=commands,
-    )
-
-
-def final_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The last training loss and likelihood, and the last battery, as they were written: an earlier sitting counts."""
-    found: dict[str, float] = {}
-    for line in lines:
-        battery = {name: value for name, value in line.items() if name.startswith("eval/")}
-        kept = {name: value for name, value in found.items() if not (battery and name.startswith("eval/"))}
-        found = {**kept, **{name: line[name] for name in ("loss", "nll") if name in line}, **battery}
-    return found
-
-
-OWN = ("objective", "experiment", "run.", "++run.", "++sweep.")
-"""What was typed for this run alone: its objective (an experiment sets one too) and its folder."""
-
-
-def next_commands(run: Run, config: Config, status: str) -> list[str]:
-    """What one would type next."""
-    if status != "finished":
-        return [f"uft resume {shown(run.path)}"]
-    other = "sft" if config.objective["name"] != "sft" else "ift"
-    kept = [word for word in run.overrides() if not word.startswith(OWN)]
-    again = shlex.join(["uft", "train", f"objective={other}", *kept])
-    return [
-        f"{again}      the same rows under another objective",
-        f"uft generate {shown(run.path)}      what it answers now",
-    ]
+def _unforeseen(error: Exception, config: Config) -> str:
+    """What to say of an error that no part of the program has explained."""
+    if out_of_memory(error):
+        return str(explained(error, "memory", config))
+    if isinstance(error, OSError) and error.errno in FULL and error.filename:
+        return str(UftError(problem(Path(error.filename), error.errno)))
+    tell_redacted(type(error), error, error.__traceback__)
+    return f"{type(error).__name__}: {error}"

@@ -11,17 +11,32 @@ from types import FrameType
 
 from uft.errors import INTERRUPTED, STOPPED
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
 class Stop:
-    """Whether somebody asked this run to stop, and how. Call it to ask."""
+    """Whether somebody asked this process to stop, and how. Call it to ask."""
 
     signal: int | None = None
+    seen: int = 0  # how often it was asked: what the watchdog takes for a sign of life
 
     def __call__(self) -> bool:
+        self.seen += 1
         return self.signal is not None
+
+    def agreed(self) -> bool:
+        """Whether any process of the run was asked: all come here at the same point, and leave with one answer."""
+        from uft.parallel.ranks import ranks  # here: signals are listened to before torch is imported
+
+        self.signal = ranks().largest(self.signal or 0) or None
+        return self()
+
+    def between_passes(self) -> bool:
+        """Whether to stop before the next forward pass: of a model in pieces all processes make it, or none."""
+        from uft.parallel.ranks import ranks
+
+        return self.agreed() if ranks().in_step else self()
 
     @property
     def exit_code(self) -> int:
@@ -34,7 +49,7 @@ class Stop:
 
 @contextmanager
 def listening() -> Iterator[Stop]:
-    """A `Stop` that SIGTERM, SIGINT and SIGUSR1 set. A second Ctrl-C does not wait for the safe point."""
+    """A `Stop` that SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set. A second Ctrl-C does not wait for the safe point."""
     stop = Stop()
 
     def receive(number: int, frame: FrameType | None) -> None:

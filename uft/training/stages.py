@@ -12,11 +12,10 @@ stage is the one before the next.
 from __future__ import annotations
 
 import gc
-import sys
 import time
-import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +26,32 @@ from uft.config.schema import Config, Model
 from uft.config.stages import Stage, stages_of
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.model.export import export
+from uft.parallel.ranks import ranks
 from uft.runs import Run, shown, write_json
 from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
 from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
 from uft.training.card import stage_card, stages_card
+from uft.training.device import choose_device
 from uft.training.prepare import (
     Prepared,
     Stopped,
     check_positions,
     check_start,
-    choose_device,
     prepare,
     resume,
     standing,
 )
 from uft.training.records import check_record
-from uft.training.session import ending, fit, measuring, result_record
+from uft.training.result import ending, leave_result, result_record
+from uft.training.session import fit, measuring, said, told
 from uft.training.signals import Stop
 from uft.training.stages_ground import Ground, handed, survey
 from uft.training.stages_make import MAKERS, Place
 from uft.training.stages_view import StageDisplay, StageTracker, Totals
 from uft.training.trainer import Progress
+from uft.training.watchdog import watching
 
 NO_TRAINER = torch.device("cpu")
 
@@ -59,11 +61,8 @@ def train(run: Run, config: Config, stop: Stop) -> int:
 
     Raises the UftError of a request that cannot be carried out; whatever fails later stands in `result.json`.
     """
-    console = Console(sys.stdout, run.path / "console.log")
-    try:
+    with told(run) as console:
         return _Sitting(run, config, stop, console, stages_of(config)).go()
-    finally:
-        console.close()
 
 
 @dataclass
@@ -88,10 +87,9 @@ class _Sitting:
         except UftError as error:
             if not self.begun and error.code == BAD_REQUEST:
                 raise
-            return self._end("failed", FAILED, error=str(error))
+            return self._end("failed", FAILED, error=said(error, self.config))
         except Exception as error:
-            traceback.print_exc()
-            return self._end("failed", FAILED, error=f"{type(error).__name__}: {error}")
+            return self._end("failed", FAILED, error=said(error, self.config))
         return self._end("finished", GOOD) if whole else self._end("stopped", self.stop.exit_code)
 
     # --- the run as a whole
@@ -102,14 +100,16 @@ class _Sitting:
         ground = survey(self.run, self.config, self.stages)
         for stage in self.stages:
             if stage.name in ground.records:
-                ground.keep(stage)
+                ranks().from_first(partial(ground.keep, stage))
             result = self.folder(stage).result()
             if result.get("status") == "finished" and len(self.results) == stage.number - 1:
                 self.results[stage.name] = result
         self.begun = bool(self.results) or any(self.folder(stage).checkpoints() for stage in self.stages)
-        if self.stop():
+        if self.stop.agreed():
             raise Stopped
-        self._open(ground)
+        if ranks().first:
+            self._open(ground)
+        ranks().wait()  # until the result of an earlier sitting is gone
         return ground
 
     def _open(self, ground: Ground) -> None:
@@ -179,7 +179,7 @@ class _Sitting:
         """Carry out a stage unless it is finished; False when asked to stop before its end."""
         if stage.name in self.results:
             return True
-        if self.stop():
+        if self.stop.agreed():
             return False
         folder = self.folder(stage)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -193,7 +193,7 @@ class _Sitting:
             self.begun = True
             record = MAKERS[stage.do](self._place(stage)) | {"wall_seconds": time.perf_counter() - started}
         self.results[stage.name] = {"status": "finished", "error": None, "do": stage.do, **record}
-        write_json(folder.path / "result.json", self.results[stage.name])
+        ranks().from_first(lambda: write_json(folder.path / "result.json", self.results[stage.name]))
         self._mark()
         ground.corpora.pop(stage.name, None)
         gc.collect()
@@ -219,18 +219,20 @@ class _Sitting:
         """Train a stage and leave its model; None when asked to stop before that."""
         if stage.name not in ground.corpora:
             ground.read(stage)
-            ground.keep(stage)
-            self.run.update_info(total_steps=ground.steps)
+            ranks().from_first(partial(ground.keep, stage))
+            ranks().from_first(lambda: self.run.update_info(total_steps=ground.steps))
             self.console.total_steps = ground.steps
         prepared = self._prepare(stage, ground, folder)
         trainer = prepared.trainer
-        whole = fit(
-            trainer,
-            StageTracker(self.tracker, stage.name, self.before),
-            StageDisplay(self.console, self.before),
-            measuring(prepared, ground.held_out, self.stop),
-            before=stage.config.eval.before and not any(other.do == "fit" for other in self.stages[: stage.number - 1]),
-        )
+        first = not any(other.do == "fit" for other in self.stages[: stage.number - 1])
+        with watching(self.stop, self.config.hardware.watchdog, self.run.path / "hang.txt", self._last_words):
+            whole = fit(
+                trainer,
+                StageTracker(self.tracker, stage.name, self.before),
+                StageDisplay(self.console, self.before),
+                measuring(prepared, ground.held_out, self.stop),
+                before=stage.config.eval.before and first,
+            )
         if not whole:
             return None
         later = any(other.do == "generate" for other in self.stages[stage.number :])
@@ -246,8 +248,8 @@ class _Sitting:
         for corpus in ground.corpora.values():  # what can be told of later stages is told before the first step
             check_positions(prepared.trainer.policy, corpus)
         checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
-        resumed = resume(prepared.trainer)
-        if resumed < 0:
+        resumed = resume(prepared.trainer, self.console.message)
+        if resumed < 0 and ranks().first:
             write_json(folder.path / "check.json", checks)
         self.begun = True
         title = f"stage {stage.number} of {len(self.stages)}: {stage.name}"
@@ -259,16 +261,28 @@ class _Sitting:
 
     def _end(self, status: str, code: int, error: str | None = None) -> int:
         """Write `result.json`, close the tracker with the true status, show the last card."""
+        if not ranks().first:
+            return code
         progress, _ = self._current()
-        wall = time.perf_counter() - self.started
-        record = result_record(progress, self.config, self.device, wall, read_metrics(self.run))
-        result = {"status": status, "error": error, **record, **self._best(), "stages": self.results}
-        write_json(self.run.path / "result.json", result)
+        result = self._result(progress, self.device, status, error)
+        code = leave_result(self.run, result, code, self.console.message)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
         commands = next_commands(self.run, status)
         total = self.run.info().get("total_steps", progress.step)
         self.console.end(f"uft train {self.run.name}", ending(result, total, commands))
         return code
+
+    def _last_words(self, why: str) -> None:
+        """Of a run that hangs: what is on disk is what it has."""
+        leave_result(
+            self.run, self._result(self._current()[0], NO_TRAINER, "failed", why), FAILED, self.console.message
+        )
+        self.console.message(f"{why}\nContinue it:  uft resume {shown(self.run.path)}")
+
+    def _result(self, progress: Progress, device: torch.device, status: str, error: str | None) -> dict[str, Any]:
+        wall = time.perf_counter() - self.started
+        record = result_record(progress, self.config, device, wall, read_metrics(self.run))
+        return {"status": status, "error": error, **record, **self._best(), "stages": self.results}
 
     def _best(self) -> Mapping[str, Any]:
         """The best battery of the last stage that was trained to its end, by the run's own steps and folders."""

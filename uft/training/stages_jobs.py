@@ -15,8 +15,10 @@ from uft.errors import GOOD
 from uft.runs import Run
 from uft.tracking.format import card
 from uft.training.card import stage_card, stages_card
-from uft.training.jobs import console_for_tables, largest_step, show_data
-from uft.training.prepare import Stopped, check_start, choose_device, prepare
+from uft.training.device import choose_device
+from uft.training.jobs import console_for_tables, show_data
+from uft.training.planning import largest_step
+from uft.training.prepare import Stopped, check_start, prepare
 from uft.training.signals import Stop, listening
 from uft.training.stages_ground import handed, survey, waits
 

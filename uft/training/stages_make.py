@@ -19,10 +19,12 @@ from uft.config.stages import ROWS, Stage, made, maker
 from uft.data.sources import load_sources
 from uft.data.templates import Renderer
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer
+from uft.parallel.ranks import ranks
 from uft.runs import Run
 from uft.sampling.negatives import generate_rows
 from uft.training.annotating import annotate
-from uft.training.prepare import Say, settle_threads
+from uft.training.device import settle_threads
+from uft.training.prepare import Say
 from uft.training.signals import Stop
 from uft.training.stages_ground import located
 
@@ -69,10 +71,10 @@ def generate(place: Place) -> dict[str, Any]:
         config.generate,
         part,
         sampled_by=place.made_by,
-        should_stop=place.stop,
+        should_stop=place.stop.between_passes,
         progress=lambda done, of: place.say(f"{done} of {of} prompts"),
     )
-    os.replace(part, out)
+    ranks().from_first(lambda: os.replace(part, out))
     return {"rows": summary.rows, "completions": summary.negatives, "empty": summary.empty, "repeats": summary.repeats}
 
 
@@ -80,14 +82,16 @@ def write_column(place: Place) -> dict[str, Any]:
     """Write the stage's rows with a column beside them; what was made. Raises Interrupted when asked to stop."""
     config = place.config
     drawn = [name for name, source in config.data.sources.items() if source.share != 0]
-    written = annotate(
-        config,
-        column=str(config.annotate.column),
-        models=[str(place.models(maker(path))) if made(path) else path for path in config.annotate.models],
-        out=place.folder / (ROWS if len(drawn) == 1 else "rows"),
-        device=place.device,
-        should_stop=place.stop,
-        say=place.say,
+    written = ranks().from_first(
+        lambda: annotate(
+            config,
+            column=str(config.annotate.column),
+            models=[str(place.models(maker(path))) if made(path) else path for path in config.annotate.models],
+            out=place.folder / (ROWS if len(drawn) == 1 else "rows"),
+            device=place.device,
+            should_stop=place.stop,
+            say=place.say,
+        )
     )
     return {
         "completions": sum(source.completions for source in written.values()),

@@ -50,6 +50,9 @@ class StageTracker:
     def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
         self.whole.samples(self.before.steps + step, samples, self.stage)
 
+    def secure(self) -> None:
+        self.whole.secure()
+
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         """The run's tracker is closed by the run."""
 

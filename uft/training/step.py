@@ -10,7 +10,10 @@ import torch
 from uft.data.batch import Batch
 from uft.data.batches import Item
 from uft.objectives.base import Clock, Forward, Loss, Objective, Term
+from uft.parallel.ranks import by_itself
+from uft.parallel.sharing import finite, sum_gradients, whole
 from uft.training.ahead import Laid, Plan
+from uft.training.together import counted_over_all, joined_survey, joined_terms, missing, share_state, units_of
 from uft.training.visits import visit
 
 Tensor = torch.Tensor
@@ -49,16 +52,15 @@ def forward_backward(
     reference: Forward | None,
     clock: Clock,
     device: torch.device | None = None,
+    blanks: Sequence[Batch] = (),
 ) -> Loss:
     """Gradients of `sum over terms of weight * total / count`, the count taken over all micro-batches first.
 
-    Counting happens where the batches are, which go to `device` one by one: whether a term has any units is known
-    without asking a GPU.
+    The count is that of all processes; gradients and totals are those of this one. Counting happens where the batches
+    are, which go to `device` one by one: whether a term has any units is known without asking a GPU. `blanks` take part
+    in the passes and in nothing else: every process of a model in pieces makes as many.
     """
-    units: dict[str, Tensor] = {}
-    for batch in batches:
-        for name, count in objective.counts(batch).items():
-            units[name] = units[name] + count if name in units else count
+    units = units_of(objective, batches)
     counted = {name for name, count in units.items() if count > 0}
     divisors = {name: (count.to(device) if device else count).clamp(min=1) for name, count in units.items()}
 
@@ -72,7 +74,9 @@ def forward_backward(
             for name, term in loss.items():
                 before = terms[name].total if name in terms else 0.0
                 terms[name] = Term(before + term.total.detach(), units[name], term.weight)
-    return terms
+    for batch in blanks:
+        _losses(objective, batch, policy, reference, replace(clock, learning=False), _nothing, device)
+    return terms | {name: Term(torch.zeros(()), count, 0.0) for name, count in units.items() if name not in terms}
 
 
 def _losses(
@@ -95,9 +99,18 @@ def _losses(
     return [loss]
 
 
+def _nothing(loss: Loss) -> Tensor | None:
+    """What a blank adds to the gradient."""
+    return torch.stack([0.0 * term.total for term in loss.values() if term.weight]).sum()
+
+
 @torch.no_grad()
 def survey(
-    objective: Objective, batches: Sequence[Batch], policy: Forward, reference: Forward | None
+    objective: Objective,
+    batches: Sequence[Batch],
+    policy: Forward,
+    reference: Forward | None,
+    blanks: Sequence[Batch] = (),
 ) -> dict[str, Tensor]:
     """() means of what the objective measures on the mismatched completions of the step, over all micro-batches."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -105,7 +118,9 @@ def survey(
         for name, term in objective.survey(batch, policy, reference).items():
             total, count = sums.get(name, (torch.zeros_like(term.total), torch.zeros_like(term.count)))
             sums[name] = (total + term.total, count + term.count)
-    return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
+    for batch in blanks:
+        objective.survey(batch, policy, reference)
+    return joined_survey(sums)
 
 
 def reported_loss(objective: Objective, terms: Loss) -> Tensor:
@@ -128,29 +143,32 @@ def optimiser_step(
     max_grad_norm: float,
     device: torch.device,
 ) -> Step:
-    """Update the parameters with the gradient of `rows`. Raises NonFinite before anything was changed.
+    """Update the parameters with the gradient of `rows`, this process with that of its share of them.
 
-    To know that it may go on is the one time a step waits for a GPU.
+    Raises NonFinite before anything was changed, in all processes. To know that it may go on is the one time a step
+    waits for a GPU.
     """
     optimiser.zero_grad(set_to_none=True)
-    unrelated = [batch.to(device) for batch in rows.mismatched]
-    clock = replace(clock, survey=survey(objective, unrelated, policy, reference))
-    terms = forward_backward(objective, rows.batches, policy, reference, clock, device)
+    unrelated, blank = ([batch.to(device) for batch in more] for more in (rows.mismatched, rows.blank))
+    surveyed = survey(objective, unrelated, policy, reference, missing(unrelated, blank))
+    clock = replace(clock, survey=surveyed)
+    blanks = missing(rows.batches, rows.blank)
+    terms = forward_backward(objective, rows.batches, policy, reference, clock, device, blanks)
+    terms = joined_terms(terms, device)
+    share_state(objective, rows.items)
+    sum_gradients(parameters.values())
     loss = reported_loss(objective, terms)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf"))
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf")))
     if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
         optimiser.zero_grad(set_to_none=True)
         raise NonFinite(rows.items, float(loss), float(grad_norm))
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()
-    return Step(
-        loss,
-        terms,
-        grad_norm,
-        tokens=sum(batch.tokens for batch in rows.batches),
-        supervised_tokens=sum(batch.target_ids.numel() for batch in rows.batches),
+    tokens, supervised_tokens = counted_over_all(
+        [sum(batch.tokens for batch in rows.batches), sum(batch.target_ids.numel() for batch in rows.batches)]
     )
+    return Step(loss, terms, grad_norm, tokens, supervised_tokens)
 
 
 def culprits(
@@ -167,9 +185,13 @@ def culprits(
     """Ids of the rows whose loss or gradient alone is not finite; empty when only their sum overflows."""
     found = []
     for item in items:
-        terms = forward_backward(objective, lay_out([item]).batches, policy, reference, clock, device)
+        with by_itself():
+            laid = lay_out([item])
+            blanks = missing(laid.batches, laid.blank)
+            terms = forward_backward(objective, laid.batches, policy, reference, clock, device, blanks)
+            terms = joined_terms(terms, device)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        if not all(bool(torch.isfinite(x).all()) for x in [reported_loss(objective, terms), *gradients]):
+        if not all(finite([reported_loss(objective, terms), *gradients])):
             found.append(item.row.id)
         for parameter in parameters.values():
             parameter.grad = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -15,16 +16,24 @@ from uft.config.schema import Config
 from uft.errors import FAILED, Problem, UftError
 from uft.model.forward import Policy
 from uft.objectives.base import Clock, Forward, Objective
+from uft.parallel.ranks import ranks
+from uft.parallel.sharing import finite
 from uft.runs import Run
-from uft.training import checkpoints
+from uft.training import checkpoints, shards
 from uft.training.ahead import Ahead, Laid, Plan, worth_a_thread
 from uft.training.feed import Feed
 from uft.training.meter import Meter
 from uft.training.optim import learning_rate, warmup_steps
+from uft.training.scarce import sparing
 from uft.training.signals import Stop
 from uft.training.step import NonFinite, Step, culprits, idle_step, optimiser_step
 
 Tensor = torch.Tensor
+
+
+def _random(rank: int) -> str:
+    """Where the generators of a process stand in a checkpoint."""
+    return f"random/rank{rank}" if rank else "random"
 
 
 @dataclass
@@ -67,11 +76,12 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
+    pending: tuple[Future[Any], Path] | None = None  # a checkpoint that is being written, and where
     ahead: Ahead | None = None  # while it trains
 
     def __post_init__(self) -> None:
         self.parameters = self.policy.trainable()
-        self.never_finite = {n for n, p in self.parameters.items() if not bool(torch.isfinite(p).all())}
+        self.never_finite = {n for n, good in self._finite().items() if not good}
 
     def clock(self, step: int) -> Clock:
         """The clock of a step: a function of its number and the seed alone."""
@@ -95,7 +105,7 @@ class Trainer:
         gc.collect()
         gc.freeze()  # what is there stays: no collection needs to look through it again
         try:
-            while self.progress.step < self.steps and not self.stop():
+            while self.progress.step < self.steps and not self.stop.agreed():
                 step = self._step()
                 for hook in self.hooks:
                     hook.after_step(self, step)
@@ -112,7 +122,8 @@ class Trainer:
         rows = min(self.config.train.batch_size, left)
         laid = self.ahead.take(rows, then=min(self.config.train.batch_size, left - rows))
         try:
-            step = self._update(laid)
+            with sparing(f"step {self.progress.step + 1}", self.config, laid.items):
+                step = self._update(laid)
         except NonFinite as problem:
             culprits = self._culprits(problem, before)
             self._restore(before)
@@ -180,6 +191,7 @@ class Trainer:
         if not named:
             named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in problem.items[:10])
         folder = self.save_checkpoint()
+        self.settle()
         raise UftError(
             Problem(
                 f"step {self.progress.step + 1}",
@@ -192,15 +204,15 @@ class Trainer:
 
     def _overflown(self) -> list[str]:
         """Trained weights that hold numbers which are not finite, and did not when they came from their files."""
-        return [
-            name
-            for name, parameter in self.parameters.items()
-            if name not in self.never_finite and not bool(torch.isfinite(parameter).all())
-        ]
+        return [name for name, good in self._finite().items() if not good and name not in self.never_finite]
+
+    def _finite(self) -> dict[str, bool]:
+        return dict(zip(self.parameters, finite(self.parameters.values()), strict=True))
 
     def save_checkpoint(self) -> Path:
-        """Publish the state after the last step. Raises UftError (code 1) where its weights overflowed.
+        """Publish the state after the last step, or begin to (`settle`); its folder.
 
+        Raises UftError (code 1) where its weights overflowed.
         A loss or gradient that is not finite shows before the update, an update that is too large only after it.
         """
         if overflown := self._overflown():
@@ -210,26 +222,63 @@ class Trainer:
             problem = Problem(f"step {self.progress.step}", why, advice=(good,))
             raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
         names = {id(parameter): name for name, parameter in self.parameters.items()}
-        tensors = {
+        learned = {
             **checkpoints.nested("model", self.parameters),
             **checkpoints.nested("optimiser", checkpoints.optimiser_tensors(self.optimiser, names)),
+        }
+        generators = ranks().gather(checkpoints.random_state(self.device))
+        if not ranks().in_step:
+            return ranks().from_first(lambda: self._publish(self._begin_checkpoint(learned, generators)))
+        self.settle()
+        beside = ranks().from_first(lambda: self._begin_checkpoint({}, generators))
+        self.pending = (shards.begin(beside, learned), beside)
+        return checkpoints.final(beside)
+
+    def settle(self, wait: bool = True) -> None:
+        """Publish the checkpoint that is being written in the background, if one is: in any case, or only if it is done
+        in every process."""
+        if self.pending is None:
+            return
+        future, beside = self.pending
+        if not wait and ranks().largest(not future.done()):
+            return
+        self.pending = None
+        problem = future.exception()  # waits
+        if ranks().largest(problem is not None):
+            raise problem or RuntimeError("another process could not write its part of a checkpoint")
+        ranks().from_first(lambda: self._publish(beside))
+
+    def _begin_checkpoint(self, learned: Mapping[str, Tensor], generators: Sequence[Mapping[str, Tensor]]) -> Path:
+        tensors = {
+            **learned,
             **checkpoints.nested("objective", self.objective.state),
             **checkpoints.nested("meter", self.meter.state_dict()),
-            **checkpoints.nested("random", checkpoints.random_state(self.device)),
+            **{
+                n: t
+                for rank, state in enumerate(generators)
+                for n, t in checkpoints.nested(_random(rank), state).items()
+            },
         }
         state = {"progress": asdict(self.progress), "feed": self._cursor(), "steps": self.steps}
-        folder = checkpoints.save(self.run, self.progress.step, tensors, state)
+        return checkpoints.begin(self.run, self.progress.step, tensors, state)
+
+    def _publish(self, beside: Path) -> Path:
+        folder = checkpoints.publish(self.run, beside)
         checkpoints.prune(self.run, self.config.train.keep_last, self.progress.best_step)
         return folder
 
     def load_checkpoint(self, folder: Path) -> None:
         tensors, state = checkpoints.load(folder)
+        if shards.there(folder):
+            tensors |= shards.read(folder, self.parameters)
         self.policy.load_trainable(checkpoints.below("model", tensors))
         checkpoints.load_optimiser(self.optimiser, self.parameters, checkpoints.below("optimiser", tensors))
         for name, tensor in checkpoints.below("objective", tensors).items():
             self.objective.state[name].copy_(tensor)
         self.meter.load_state_dict(checkpoints.below("meter", tensors), self.device)
-        checkpoints.restore_random_state(checkpoints.below("random", tensors), self.device)
+        generators = checkpoints.below(_random(ranks().rank), tensors)
+        if generators:  # else there are more processes now, and this one keeps the seed it began with
+            checkpoints.restore_random_state(generators, self.device)
         self.feed.load_state_dict(state["feed"])
         self.progress = Progress(**state["progress"])
         self.steps = state["steps"]  # the horizon of the schedule never changes shape under a run

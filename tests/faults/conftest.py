@@ -1,0 +1,114 @@
+"""Runs of a few steps on the embedded model and mixture, in processes of their own that faults are planted in.
+
+Nothing of the person's own settings is seen or touched: home, caches and W&B live in the test's folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for planting.py and sittings.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # for synthetic.py
+
+from sittings import Bench, serve
+
+from uft.playground.world import SOURCES, records
+from uft.runs import Run, create_run
+
+SPEAKING_TO_THE_OUTSIDE = ("WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "UFT_", "HYDRA_")
+SMALL = (
+    "train.batch_size=4",
+    "train.micro_batch_tokens=200",
+    "train.log_every=2",
+    "train.checkpoint_every=3",
+    "train.eval_every=4",
+    "train.keep_last=1",
+    "data.holdout=2",
+    "eval.rows=3",
+    "eval.samples=1",
+    "eval.generate_rows=2",
+    "eval.max_new_tokens=4",
+    "tracking=none",
+    "hardware=cpu",
+)
+"""Lines, batteries, checkpoints and ends all fall on different steps."""
+LOOP = """\
+# @package _global_
+# every phase there is: two trainings with cached references, and rows that the model of the first one samples
+stages:
+  dpo:
+    objective: dpo
+    data: files
+    set: {data.sources.pairs.path: pairs.jsonl, train.steps: 5, reference.mode: cached}
+  sample:
+    do: generate
+    data: files
+    set: {data.sources.instruct.path: instruct.jsonl, generate.max_new_tokens: 8, generate.batch_size: 4}
+  dft:
+    objective: dft
+    data: files
+    set: {data.sources.sampled.path: stage:sample, train.steps: 5, reference.mode: cached}
+"""
+
+
+@pytest.fixture(scope="session")
+def server() -> None:
+    serve()
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """What a sitting adds to this process's environment: folders of its own, one thread, no network."""
+    return {
+        "HOME": str(tmp_path / "home"),
+        "UFT_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture
+def bench(server: None, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Bench:
+    for name in [name for name in os.environ if name.startswith(SPEAKING_TO_THE_OUTSIDE)]:
+        monkeypatch.delenv(name)
+    said = tmp_path / "said"
+    said.mkdir()
+    return Bench(said, environment)
+
+
+def write_rows(folder: Path) -> None:
+    """The first rows of the embedded mixture's sources, as files."""
+    for name in SOURCES:
+        lines = [json.dumps(row) + "\n" for row in records(name)[:12]]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """new_run("name", "objective=sft", ...): a run folder as `uft train` makes it, that nobody has sat in yet."""
+    conf = tmp_path / "conf-user" / "experiment"
+    conf.mkdir(parents=True)
+    (conf / "loop.yaml").write_text(LOOP)
+    monkeypatch.setenv("UFT_CONF", str(conf.parent))
+    texts: dict[tuple[str, ...], str] = {}
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+
+    def make(name: str, *overrides: str) -> Run:
+        from uft.config.compose import compose
+        from uft.config.freeze import frozen
+
+        words = tuple(word for word in (*SMALL, *overrides))
+        if words not in texts:
+            texts[words] = frozen(compose(list(words)))
+        return create_run(tmp_path / name, texts[words], list(words))
+
+    return make

@@ -1,0 +1,121 @@
+"""Same request, same bits; a seed changes its own thing; a source's order is its own affair."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evidence import same, written
+from requests_of import SINGLE
+from sittings import Bench
+
+from uft.config.load import load_config
+from uft.runs import Run
+from uft.training.prepare import prepare
+from uft.training.signals import Stop
+
+NewRun = Callable[..., Run]
+
+
+@pytest.fixture(autouse=True)
+def same_generator() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("keys", "variables"),
+    [
+        pytest.param(("train.prefetch=true",), {}, id="rows laid out by a thread"),
+        pytest.param((), {}, id="again", marks=pytest.mark.slow),
+        pytest.param(
+            (),
+            {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"},
+            id="tokenised by two threads",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("hardware.threads=2",), {"OMP_NUM_THREADS": "2"}, id="two threads", marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_request_gives_the_same_bits(
+    bench: Bench, new_run: NewRun, tmp_path: Path, keys: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    """From cold caches and from warm ones. Two threads may round sums otherwise than one, but do so every time."""
+    rounds = "hardware.threads=2" in keys
+    first = new_run("first", *SINGLE, *(keys if rounds else ()))
+    assert bench.start(first.path, **(variables if rounds else {})).wait().code == 0
+    expected = written(first.path)
+    shutil.rmtree(tmp_path / "cache")
+    for name in ("cold", "warm"):
+        run = new_run(name, *SINGLE, *keys)
+        assert bench.start(run.path, **variables).wait().code == 0
+        same(run.path, expected)
+
+
+# --- what a seed is for
+
+
+def things(run: Run, tmp_path: Path) -> dict[str, Any]:
+    """What the three seeds are for, as a run has it before its first step."""
+    config = load_config(run.config_file)
+    trainer = prepare(run, config, torch.device("cpu"), Stop()).trainer
+    weights = hashlib.sha256()
+    for name, parameter in sorted(trainer.parameters.items()):
+        weights.update(name.encode() + parameter.detach().numpy().tobytes())
+    rows = [(draw.source, draw.index) for draw in trainer.feed.preview(60)]
+    noise = [trainer.clock(step).noise for step in range(5)]
+    return {"init": weights.hexdigest(), "data": rows, "sampling": (noise, torch.rand(8).tolist())}
+
+
+def test_every_seed_changes_its_own_thing_alone(
+    new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = things(new_run("zero", *SINGLE), tmp_path)
+    assert things(new_run("again", *SINGLE), tmp_path) == before
+    for seed in ("init", "data", "sampling"):
+        after = things(new_run(seed, *SINGLE, f"seeds.{seed}=1"), tmp_path)
+        assert {name for name in before if after[name] != before[name]} == {seed}
+    after = things(new_run("all", *SINGLE, "seed=1"), tmp_path)
+    assert all(after[name] != before[name] for name in before)
+
+
+def orders(run: Run) -> dict[str, list[str]]:
+    """The rows that each source gives, in the order in which a run draws them."""
+    feed = prepare(run, load_config(run.config_file), torch.device("cpu"), Stop()).trainer.feed
+    found: dict[str, list[str]] = {}
+    for draw in feed.preview(200):
+        source = feed.sources[draw.source]
+        found.setdefault(source.source, []).append(source.rows[draw.index].id)
+    return found
+
+
+MIXED = ("objective=sft", "data=files", *(f"+data.sources.{n}.path={n}.jsonl" for n in ("instruct", "pairs", "binary")))
+CHANGES = {
+    "a share": ("data.sources.pairs.share=5", "data.sources.instruct.share=1", "data.sources.binary.share=1"),
+    "one more source": ("+data.sources.also.path=scored.jsonl",),
+    "the batch": ("train.batch_size=7",),
+    "another objective": ("objective=ift",),
+}
+
+
+def test_a_source_s_order_is_its_own_affair(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = orders(new_run("before", *MIXED))
+    assert set(before) == {"instruct", "pairs", "binary"}
+    for name, words in CHANGES.items():
+        after = orders(new_run(name, *MIXED, *words))
+        for source, rows in before.items():
+            common = min(len(rows), len(after[source]))
+            assert common > 15
+            assert after[source][:common] == rows[:common], f"{name}: {source}"
+    assert orders(new_run("seed", *MIXED, "seeds.data=1"))["pairs"] != before["pairs"]

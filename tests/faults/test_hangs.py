@@ -1,0 +1,209 @@
+"""What hangs, crashes or runs out of memory: the cause is said, and the run goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from evidence import same, written
+from planting import Fault
+from requests_of import LOOP, SINGLE
+from sittings import Bench
+
+from uft.config.freeze import free
+from uft.launch.process import cause, oom_kills
+from uft.runs import Run
+from uft.training.signals import Stop
+from uft.training.watchdog import watching
+
+NewRun = Callable[..., Run]
+PATIENCE = 4.0  # seconds of the watchdog here
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (SINGLE, "after step.forward_backward"),
+        pytest.param(SINGLE, "before generate.complete", marks=pytest.mark.slow),
+        pytest.param(LOOP, "after step.forward_backward", marks=pytest.mark.slow),
+    ],
+    ids=["step", "battery", "stage"],
+)
+def test_a_run_that_hangs_is_ended_and_can_be_resumed(
+    bench: Bench, new_run: NewRun, words: tuple[str, ...], where: str
+) -> None:
+    whole = new_run("whole", *words, f"hardware.watchdog={PATIENCE}")
+    run = new_run("hung", *words, f"hardware.watchdog={PATIENCE}")
+    ended = bench.sit(run.path, fault=Fault(do="hang", name=where, at=4))
+    assert ended.code == 1, ended.said
+    assert run.status == "failed"
+    assert "hung: no step and no batch of the battery for" in run.result()["error"]
+    assert "hardware.watchdog=4" in run.result()["error"]
+    trace = (run.path / "hang.txt").read_text()
+    assert "in hang" in trace  # the function that hangs, and how one came there
+    assert "training/trainer.py" in trace
+    assert trace in ended.said
+    assert "uft resume" in ended.said
+    assert bench.sit(run.path).code == 0
+    assert bench.sit(whole.path).code == 0
+    same(run.path, written(whole.path))
+
+
+def test_a_suspended_process_has_not_hung() -> None:
+    """Stopped for longer than the watchdog waits, and let go on."""
+    program = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from uft.training.signals import Stop
+from uft.training.watchdog import watching
+stop = Stop()
+with watching(stop, 5.0, Path("hang.txt"), print):
+    print("begun", flush=True)
+    for _ in range(300):
+        stop()
+        time.sleep(0.02)
+print("whole", flush=True)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    process.send_signal(signal.SIGCONT)
+    assert process.communicate(timeout=600)[0] == "whole\n"
+    assert process.returncode == 0
+
+
+def test_a_watchdog_that_is_off_watches_nothing(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with watching(Stop(), 0.0, tmp_path / "hang.txt", print):
+        assert threading.active_count() == before
+    with watching(Stop(), 60.0, tmp_path / "hang.txt", print):
+        assert threading.active_count() == before + 1
+    assert not (tmp_path / "hang.txt").exists()
+
+
+# --- a worker that dies
+
+
+def test_how_a_worker_died_is_said(new_run: NewRun, tmp_path: Path, environment: dict[str, str]) -> None:
+    """The real program, whose worker crashes in a library."""
+    run, fault = new_run("run", *SINGLE), Fault(do="crash", name="after step.forward_backward", at=2)
+    planted = fault.into(dict(os.environ) | environment)
+    done = subprocess.run(
+        [sys.executable, "-m", "uft", "resume", str(run.path)],
+        env=planted,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "the worker was killed by SIGSEGV (a crash; where it was is above)" in done.stderr
+    assert "training/trainer.py" in done.stderr.partition("the worker was killed")[0]
+    assert "continue it:  uft resume" in done.stderr
+    assert run.status == "interrupted"
+
+
+def test_the_kernel_s_own_count_tells_want_of_memory(tmp_path: Path) -> None:
+    if sys.platform == "linux":
+        folder = tmp_path / Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.events").write_text("low 0\nhigh 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 1\n")
+        assert oom_kills(tmp_path) == 2
+    assert oom_kills(tmp_path / "nowhere") == 0
+    assert "ran out of memory" in cause(signal.SIGKILL, 1)
+    assert "by somebody" in cause(signal.SIGKILL, 0)
+    assert cause(signal.SIGTERM, 0) == ""
+
+
+# --- out of memory
+
+
+@pytest.mark.parametrize("kind", ["device_memory", pytest.param("memory", marks=pytest.mark.slow)])
+def test_out_of_memory_in_a_step(bench: Bench, new_run: NewRun, kind: str) -> None:
+    run = new_run("run", *SINGLE)
+    ended = bench.sit(run.path, fault=Fault(do=kind, name="before step.forward_backward", at=4))
+    assert ended.code == 1
+    assert "Traceback" not in ended.said
+    error = run.result()["error"]
+    assert "step 5  out of memory: " in error
+    assert "7.25 GiB" in error
+    assert "the step has 4 rows, " in error
+    assert "the longest sequence has " in error
+    keys = [line.split(":  ")[1].split("=")[0] for line in error.splitlines() if ":  " in line]
+    assert keys[:2] == ["train.micro_batch_tokens", "model.gradient_checkpointing"]
+    assert len(keys) == 3
+    assert all(free(key) for key in keys[:2])  # a run that ran out goes on with them
+    assert run.steps == 4  # its last checkpoint
+    assert bench.sit(run.path).code == 0
+
+
+ELSEWHERE = ("before tokens._encode", "before reference_cache")
+
+
+@pytest.mark.parametrize(
+    "where", ["before battery.battery", *(pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE)]
+)
+def test_out_of_memory_elsewhere(bench: Bench, new_run: NewRun, where: str) -> None:
+    run = new_run("run", *SINGLE)
+    ended = bench.sit(run.path, fault=Fault(do="memory", name=where))
+    assert ended.code == 1
+    assert "Traceback" not in ended.said
+    assert "train.micro_batch_tokens=100" in run.result()["error"]
+    assert run.status == "failed"
+
+
+def test_a_check_tells_it_before_the_run(bench: Bench, new_run: NewRun) -> None:
+    run = new_run("run", *SINGLE)
+    fault = Fault(do="device_memory", name="before step.forward_backward")
+    ended = bench.sit("--job", "check", run.config_file, fault=fault)
+    assert ended.code == 1
+    assert "the largest step  out of memory" in ended.said
+    assert "train.micro_batch_tokens=100" in ended.said
+    assert "Traceback" not in ended.said
+
+
+# --- two at once, and clocks
+
+
+def test_a_run_has_one_worker_at_a_time(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
+    """The second is refused while the first lives, and only then."""
+    run, log = new_run("run", *SINGLE), tmp_path / "moments"
+    first = bench.start(run.path, fault=Fault(do="hang", name="after battery.battery", log=str(log)))
+    deadline = time.monotonic() + 600
+    while not (log.is_file() and "after battery.battery" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
+    second = bench.sit(run.path)
+    assert second.code == 2
+    assert "another process is working in this run folder" in second.said
+    assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
+    assert run.status == "running"
+    first.process.kill()
+    assert first.wait().code == -signal.SIGKILL
+    assert (run.path / ".lock").is_file()  # of a dead process: it holds nothing
+    assert run.status == "interrupted"
+    assert bench.sit(run.path).code == 0
+
+
+@pytest.mark.parametrize("way", ["clock_back", pytest.param("clock_forward", marks=pytest.mark.slow)])
+def test_a_clock_that_jumps_changes_nothing(bench: Bench, new_run: NewRun, way: str) -> None:
+    whole, run = new_run("whole", *SINGLE), new_run("run", *SINGLE)
+    assert bench.sit(whole.path).code == 0
+    ended = bench.sit(run.path, fault=Fault(do=way, name="after step.forward_backward", at=3))
+    assert ended.code == 0, ended.said
+    same(run.path, written(whole.path))
+    assert 0 <= run.result()["seconds"] <= run.result()["wall_seconds"] < 600
+    assert "-" not in ended.said.partition("eta ")[2].partition("\n")[0]

@@ -1,0 +1,18 @@
+"""Loaded once by the fork server: what every sitting would import."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import peft  # noqa: F401
+import safetensors.numpy
+import safetensors.torch  # noqa: F401
+import transformers.models.auto.modeling_auto
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import uft.launch.worker
+import uft.training.annotating
+import uft.training.jobs
+import uft.training.session
+import uft.training.stages
+import uft.training.stages_jobs  # noqa: F401

@@ -1,0 +1,73 @@
+"""A tokenizer and a program for tests that hand uft what nobody should."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for mutations.py
+ROOT = Path(__file__).resolve().parents[2]
+SPEAKING_TO_THE_OUTSIDE = ("WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "UFT_", "HYDRA_")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def playground():
+    """The embedded model's tokenizer folder."""
+    from uft.playground.world import model_dir
+
+    return model_dir()
+
+
+@pytest.fixture
+def byte_level():
+    """A byte-level tokenizer with ChatML, made in a moment: every text has tokens of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+    )
+    made.add_tokens(["<think>"])  # an added token that is not special: contents may use it
+    return made
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`program(*words, cwd=..., env=...)`: the command line in a process of its own, away from this user's settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(SPEAKING_TO_THE_OUTSIDE)}
+    home = tmp_path / "home"
+    home.mkdir()
+    own = {"HOME": str(home), "UFT_CACHE": str(home / "cache"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+
+    def run(*words, cwd=tmp_path, env=None, umask=-1, timeout=900, trace=False):
+        command = [sys.executable, "-m", "uft", *map(str, words)]
+        environment = {**kept, **own, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+        return subprocess.run(
+            command,
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            umask=umask,
+            timeout=timeout,
+        )
+
+    return run

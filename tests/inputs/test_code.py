@@ -1,0 +1,273 @@
+"""Nothing that is read is ever run: no pickle is loaded, no configuration names code."""
+
+import ast
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+
+from uft.cli import main
+from uft.config.schema import Data, Source
+from uft.data.sources import load_sources
+from uft.errors import UftError
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = sorted([*(ROOT / "uft").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")])
+UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+class Planted:
+    """What a pickle can do: leave a file behind when it is loaded."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return Path.touch, (self.place,)
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """(bytes that run code when unpickled, the file they would leave)."""
+    trace = tmp_path / "this-was-run"
+    content = pickle.dumps(Planted(trace))
+    pickle.loads(content)
+    assert trace.exists(), "the plant works"
+    trace.unlink()
+    return content, trace
+
+
+def calls(path):
+    """Dotted names of everything that a file calls, with its keywords."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}, node.lineno
+
+
+@pytest.mark.parametrize("path", PROGRAM, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_program_unpickles_and_evaluates_nothing(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    modules |= {str(n.module).split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not modules & UNPICKLING
+    for name, words, line in calls(path):
+        assert name not in ("torch.load", "exec", "compile", "yaml.unsafe_load", "os.system"), line
+        assert name != "yaml.load" or "yaml.SafeLoader" in path.read_text(encoding="utf-8"), line
+        assert words.get("shell") != "True", line
+        if name in ("np.load", "numpy.load"):
+            assert words.get("allow_pickle") == "False", line
+        if name == "eval":  # annotations of our own dataclasses, to make a schema of them
+            assert path.name == "register.py", line
+        if name.endswith("AutoModelForCausalLM.from_pretrained") and path.name != "smollm2.py":  # that one reads GGUF
+            assert words.get("use_safetensors") == "True", line
+
+
+def test_weights_in_a_pickle_are_not_loaded(planted, playground, tmp_path):
+    import torch
+
+    from uft.config.schema import Model
+    from uft.model.load import load_model
+
+    content, trace = planted
+    folder = tmp_path / "model"
+    shutil.copytree(playground, folder)
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    for name in ("pytorch_model.bin", "model.pt", "pytorch_model.pt", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(content)
+    with pytest.raises(UftError, match="safetensors") as error:
+        load_model(Model(name="m", path=str(folder)), torch.device("cpu"), 0)
+    assert "can run code" in str(error.value)
+    assert not trace.exists()
+
+
+def test_pickles_beside_the_weights_are_not_looked_at(planted, playground, tmp_path):
+    import torch
+
+    from uft.config.schema import Model
+    from uft.model.load import load_model, load_tokenizer
+
+    content, trace = planted
+    folder = tmp_path / "model"
+    shutil.copytree(playground, folder)
+    for name in ("pytorch_model.bin", "optimizer.pt", "tokenizer.pkl", "vocab.pkl", "custom_generate.pt"):
+        (folder / name).write_bytes(content)
+    model = Model(name="m", path=str(folder))
+    load_tokenizer(model)
+    load_model(model, torch.device("cpu"), 0)
+    assert not trace.exists()
+
+
+def test_a_checkpoint_that_is_a_pickle_is_not_loaded(planted, tmp_path):
+    from uft.runs import Run
+    from uft.training import checkpoints
+
+    content, trace = planted
+    folder = Run(tmp_path).checkpoints_dir / "step-000010"
+    folder.mkdir(parents=True)
+    for name in (checkpoints.TENSORS, checkpoints.STATE, "state.pt", "optimizer.bin"):
+        (folder / name).write_bytes(content)
+    with pytest.raises(Exception, match=r".*"):
+        checkpoints.load(folder)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.pkl", "rows.pt", "rows.npy", "rows.jsonl", "rows.parquet", "rows.arrow", "x.tar"]
+)
+@pytest.mark.parametrize("card", [False, True])
+def test_rows_in_a_pickle_are_not_read(planted, tmp_path, monkeypatch, name, card):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    content, trace = planted
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+    if card:
+        (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*'\n---\n")
+        (folder / "rows.py").write_text(f"import pathlib; pathlib.Path({str(trace)!r}).touch()\n")
+    for path in (folder, folder / name):
+        with pytest.raises(UftError):
+            load_sources(Data(name="d", sources={"mine": Source(path=str(path))}))
+    assert not trace.exists()
+
+
+def test_a_cache_of_tokens_that_is_a_pickle_is_made_again(planted, tmp_path):
+    import numpy as np
+
+    from uft.data import cache
+
+    _content, trace = planted
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    for name in cache.ARRAYS:
+        np.save(folder / f"{name}.npy", np.asarray([Planted(trace)], object), allow_pickle=True)
+    checksums = {name: cache._checksum(folder / f"{name}.npy") for name in cache.ARRAYS}
+    (folder / "about.json").write_text(json.dumps({"checksums": checksums, "notes": {}}))
+    with pytest.raises(cache.Corrupt):
+        cache.load(folder)
+    assert not trace.exists()
+
+
+# --- configurations
+
+CALL = "pathlib.Path.touch"
+WORDS = [
+    "+hydra.callbacks.mine._target_={call}",
+    "hydra.sweeper._target_={call}",
+    "++hydra.launcher._target_={call}",
+    "+hydra.callbacks={{mine: {{_target_: {call}}}}}",
+    "+objective._target_={call}",
+    "+data.sources.x={{path: y, _target_: {call}}}",
+    "hydra.searchpath=[pkg://evil_package]",
+    "+hydra.job.env_set.PYTHONPATH=.",
+    "+hydra.job_logging.handlers.x.class={call}",
+    "hydra.hydra_logging={{version: 1, handlers: {{x: {{'()': {call}}}}}}}",
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder to work in, with a package that leaves a trace when it is imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UFT_CONF", raising=False)
+    package = tmp_path / "evil_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("import pathlib; pathlib.Path('this-was-run').touch()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("verb", ["train", "config", "check"])
+@pytest.mark.parametrize("word", WORDS)
+def test_words_that_name_code_are_refused(here, capsys, verb, word):
+    word = word.format(call=CALL)
+    for mode in ([], ["-m"] if verb == "train" else ["--cfg", "job"]):
+        assert main([verb, word, *mode]) == 2
+        assert "names code to run, and configurations cannot" in capsys.readouterr().err
+    assert sorted(path.name for path in here.iterdir()) == ["evil_package"]
+
+
+FILES = {
+    "a callback": ("debug/evil.yaml", "# @package _global_\nhydra:\n  callbacks:\n    mine:\n      _target_: {call}\n"),
+    "a group of Hydra's": ("hydra/callbacks/evil.yaml", "# mine\nmine:\n  _target_: {call}\n"),
+    "a launcher": ("hydra/launcher/evil.yaml", "# mine\n_target_: {call}\n"),
+    "a logging handler": (
+        "debug/evil.yaml",
+        "# @package hydra.job_logging\nversion: 1\nhandlers:\n  x:\n    (): {call}\n",
+    ),
+    "the environment": ("debug/evil.yaml", "# @package hydra\njob:\n  env_set:\n    LD_PRELOAD: ./evil.so\n"),
+    "an object of a setting": ("debug/evil.yaml", "# @package _global_\nmodel:\n  _target_: {call}\n"),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), FILES.values(), ids=FILES)
+def test_files_that_name_code_are_refused(here, capsys, name, content):
+    file = here / "conf-user" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content.format(call=CALL))
+    group, option = name.removesuffix(".yaml").rsplit("/", 1)
+    for more in ([], ["seed=1,2", "-m"], ["--cfg", "hydra"], ["--cfg", "all"]):
+        assert main(["train", f"{group}={option}", *more]) == 2
+        said = capsys.readouterr().err
+        assert "names code to run, and configurations cannot" in said
+        assert f"conf-user/{name}" in said
+    assert not (here / "this-was-run").exists()
+    assert not (here / "outputs").exists()
+
+
+def test_a_file_that_a_sweep_chooses_is_looked_at_before_anything_starts(here, capsys):
+    name, content = FILES["a callback"]
+    file = here / "conf-user" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content.format(call=CALL))
+    assert main(["train", "debug=fast,evil", "-m"]) == 2
+    assert "names code to run" in capsys.readouterr().err
+    assert not (here / "outputs").exists()
+
+
+def test_a_package_is_not_searched_for_configurations(here, capsys):
+    (here / "conf-user").mkdir()
+    primary = "# mine\ndefaults:\n  - config\n  - _self_\nhydra:\n  searchpath: ['pkg://evil_package']\n"
+    (here / "conf-user" / "mine.yaml").write_text(primary)
+    assert main(["train", "-cn", "mine", "--cfg", "job"]) == 2
+    assert "names code to run" in capsys.readouterr().err
+    assert not (here / "this-was-run").exists()
+
+
+@pytest.mark.parametrize(
+    "tag", ["!!python/object/apply:pathlib.Path.touch ['this-was-run']", "!!python/name:os.system"]
+)
+def test_yaml_makes_no_objects(here, capsys, tag):
+    (here / "conf-user" / "debug").mkdir(parents=True)
+    (here / "conf-user" / "debug" / "evil.yaml").write_text(f"# @package _global_\nseed: {tag}\n")
+    assert main(["train", "debug=evil", "--cfg", "job"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (here / "this-was-run").exists()
+
+
+def test_the_configuration_of_a_run_refers_to_nothing(tmp_path, monkeypatch):
+    """A run folder from somebody else asks for no environment when it is gone on with."""
+    from uft.config.compose import compose
+    from uft.config.freeze import frozen
+    from uft.config.load import load_config
+
+    monkeypatch.setenv("HOMEBREW_TOKEN", "a-secret-of-this-machine")
+    file = tmp_path / "config.yaml"
+    file.write_text(frozen(compose()).replace("project: uft", "project: ${oc.env:HOMEBREW_TOKEN}"))
+    assert "oc.env" in file.read_text()
+    with pytest.raises(UftError, match="refers to nothing") as error:
+        load_config(file)
+    assert "a-secret-of-this-machine" not in str(error.value)
+    file.write_text(frozen(compose()).replace("seed: 0", "seed: !!python/object/apply:os.getpid []", 1))
+    with pytest.raises(UftError):
+        load_config(file)
+
+
+def test_plugins_that_are_installed_are_chosen_by_name(here, capsys):
+    assert main(["train", "hydra/sweeper=basic", "hydra/launcher=basic", "--cfg", "job"]) == 0
+    assert main(["train", "hydra.sweep.dir=x", "hydra.verbose=false", "--cfg", "job"]) == 0
+    capsys.readouterr()

@@ -1,0 +1,35 @@
+"""Two processes on this machine, as torch's launcher starts them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for cases.py
+ROOT = Path(__file__).parents[2]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Of every process: this installation of uft, one thread, no network, caches of the test's own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "UFT_", "SLURM_"))}
+    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
+    own = {"UFT_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    return kept | own | {"PYTHONPATH": path, "HOME": str(folder), "TQDM_DISABLE": "1"}
+
+
+@pytest.fixture(scope="session")
+def two() -> Callable[..., None]:
+    """two(folder, program, *arguments): a program in two processes, to its end."""
+
+    def run(folder: Path, program: Path, *arguments: str, timeout: float = 900) -> None:
+        options: Sequence[str] = ("--standalone", "--nproc-per-node=2", "--max-restarts=0")
+        command = [sys.executable, "-m", "torch.distributed.run", *options, str(program), *arguments]
+        done = subprocess.run(command, env=environment(folder), capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-8000:]}"
+
+    return run

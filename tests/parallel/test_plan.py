@@ -1,0 +1,95 @@
+"""The plan of `uft check`: memory by the configuration alone, against what the largest step takes."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cases import WORDS
+from conftest import environment
+
+from uft.model.memory import Shape, Spread, estimate, step_flops
+
+SHAPE = Shape(
+    weight_bytes=4000,
+    trained_bytes=4000,
+    trained=1000,
+    layers=4,
+    hidden=8,
+    intermediate=16,
+    vocabulary=50,
+    activation_bytes=4,
+    recompute=False,
+    shared_bytes=1600,
+    block_bytes=600,
+)
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+
+
+def parts(spread: Spread, shape: Shape = SHAPE) -> dict[str, int]:
+    return estimate(
+        shape, optimiser="adamw", momentum=False, micro_batch_tokens=10, reference_mode="copy", spread=spread
+    )
+
+
+def test_shares_of_a_model_in_pieces() -> None:
+    one, whole, pieces = parts(Spread()), parts(Spread(8)), parts(Spread(8, sharded=True))
+    assert one == whole
+    assert [pieces[name] for name in ("weights", "gradients", "reference")] == [500, 500, 500]
+    assert pieces["optimiser"] == 1000
+    assert pieces["gathered"] == 2 * (1600 + 2 * 600)
+    assert pieces["activations"] == one["activations"]
+    offloaded = parts(Spread(8, sharded=True, offload=True))
+    assert offloaded["weights"] == offloaded["optimiser"] == 0 < offloaded["gathered"]
+
+
+def test_work_of_a_step() -> None:
+    """600 weights in blocks and a head of 400: six operations a weight and token, the head on supervised tokens."""
+    assert step_flops(SHAPE, tokens=10, supervised=5) == 6 * (600 * 10 + 400 * 5)
+    assert step_flops(SHAPE, tokens=10, supervised=5, trained_share=0.0) == 4 * (600 * 10 + 400 * 5)
+    assert step_flops(replace(SHAPE, weight_bytes=2000, shared_bytes=800, stored_bytes=2), 10, 0) == 6 * 600 * 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 27 million weights, large beside what Python and torch take, and rows that fill a micro-batch."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import uft.playground
+
+    folder, source = tmp_path_factory.mktemp("plan"), Path(uft.playground.__file__).with_name("model")
+    shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "max_position_embeddings": 2048}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    config = AutoConfig.from_pretrained(source, **shape, **heads, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder / "model")
+    draw = random.Random(0)
+    rows = [
+        {"prompt": " ".join(draw.choices(WORDS, k=40)), "response": " ".join(draw.choices(WORDS, k=60))}
+        for _ in range(24)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def amount(text: str) -> float:
+    number, unit = re.fullmatch(r"([\d.]+)([kMG]?)B", text).groups()  # type: ignore[union-attr]
+    return float(number) * UNITS[unit]
+
+
+@pytest.mark.slow
+def test_the_plan_is_what_the_step_takes(folder: Path) -> None:
+    words = ("objective=sft", "data=files", f"+data.sources.rows.path={folder}/rows.jsonl", "data.holdout=0")
+    size = ("model=custom", f"model.path={folder}/model", "train.batch_size=12", "train.micro_batch_tokens=4096")
+    command = [sys.executable, "-m", "uft", "check", *words, *size, "hardware=cpu", "train.max_length=2048"]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    took, expected = re.search(r"model took (\S+) of it; planned for this step: (\S+)", done.stdout).groups()  # type: ignore[union-attr]
+    assert amount(took) == pytest.approx(amount(expected), rel=0.15), done.stdout
+    assert re.search(r"plan: about \S+ on one device \(weights", done.stdout)

@@ -1,0 +1,63 @@
+"""Who takes which row; and alone, nothing is asked of anybody."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from uft.errors import UftError
+from uft.launch.team import GRACE, node_rank, team
+from uft.parallel.ranks import ALONE
+from uft.parallel.sharing import shares, sum_gradients
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_are_whole_balanced_and_keep_owners_together(count: int, seed: int) -> None:
+    draw = random.Random(seed)
+    sizes = [draw.randint(1, 200) for _ in range(40)]
+    owners = [draw.randrange(25) for _ in sizes]
+    taken = shares(sizes, owners, count)
+    assert sorted(position for share in taken for position in share) == list(range(40))
+    assert all(share == sorted(share) for share in taken)
+    homes = [{owners[position] for position in share} for share in taken]
+    assert sum(map(len, homes)) == len(set(owners))
+    loads = [sum(sizes[position] for position in share) for share in taken]
+    largest = max(sum(s for s, o in zip(sizes, owners, strict=True) if o == owner) for owner in owners)
+    assert max(loads) - min(loads) <= largest
+    assert shares(sizes, owners, count) == taken
+
+
+def test_with_fewer_rows_than_processes_the_first_has_one() -> None:
+    assert shares([5], [0], 3) == [[0], [], []]
+    assert shares([1, 9], [0, 1], 4) == [[1], [0], [], []]
+
+
+def test_alone_everything_stays_as_it_is() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    sum_gradients([parameter])
+    assert parameter.grad is None
+    assert ALONE.gather("x") == ["x"]
+    assert ALONE.spread([1, 2, 3], lambda things: [2 * thing for thing in things]) == [2, 4, 6]
+    assert ALONE.from_first(lambda: 7) == 7
+    with pytest.raises(KeyError):
+        ALONE.spread([1], lambda things: [{}[thing] for thing in things])
+
+
+def test_what_the_launcher_of_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_NODEID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    assert team({}) == team({"processes": 1, "nodes": 1}) == []
+    assert {"--standalone", "--nproc-per-node=8", "--max-restarts=0"} <= set(team({"processes": 8}))
+    assert GRACE >= 600
+    several = {"processes": 4, "nodes": 3, "node_rank": 2, "rendezvous": "first:29500"}
+    options = set(team(several))
+    assert {"--nnodes=3", "--node-rank=2", "--rdzv-endpoint=first:29500", "--rdzv-conf=is_host=false"} <= options
+    with pytest.raises(UftError, match="which of the machines"):
+        node_rank({"nodes": 2, "node_rank": None})
+    with pytest.raises(UftError, match="where do the machines meet"):
+        team({**several, "rendezvous": None})
+    monkeypatch.setenv("SLURM_NODEID", "1")
+    assert node_rank({"nodes": 2, "node_rank": None}) == 1

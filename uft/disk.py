@@ -1,0 +1,90 @@
+"""Writing to a disk that may be full, read-only or someone else's: what was refused is said with the file and the need.
+
+Nothing here imports anything heavy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from uft.errors import FAILED, Problem, UftError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RUST = re.compile(r"\(os error (\d+)\)")
+"""How safetensors, whose error is no OSError, tells the number of one."""
+
+
+@contextmanager
+def writing(path: Path, needs: int | None = None, code: int = FAILED) -> Iterator[None]:
+    """Within, `path` is written, which takes about `needs` bytes. What the system refuses is a UftError about it.
+
+    `code`: the exit code where writing is not allowed at all; a full disk is a failure (1) in any case.
+    """
+    try:
+        yield
+    except UftError:
+        raise
+    except Exception as error:
+        number = refusal(error)
+        if number is None:
+            raise
+        raise UftError(problem(path, number, needs), code=FAILED if number in FULL else code) from error
+
+
+def refusal(error: BaseException) -> int | None:
+    """The system's number of an error about a file; None for any other error."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = RUST.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(told[1]) if told else None
+
+
+def problem(path: Path, number: int, needs: int | None = None) -> Problem:
+    """What to say of a file that could not be written."""
+    if number not in FULL:
+        return Problem(str(path), f"cannot be written: {os.strerror(number)}")
+    need = f"; this needs {size(needs)}" if needs is not None else ""
+    why = f"no space is left for it ({os.strerror(number)}){need}, {free(path)} free on its disk"
+    return Problem(str(path), why, advice=("make room there, and go on: what was saved before is whole",))
+
+
+def free(path: Path) -> str:
+    """Room on the disk that `path` is, or would be, on."""
+    there = existing(path)
+    try:
+        return f"{size(shutil.disk_usage(there).free)} are"
+    except OSError:
+        return "an unknown amount is"
+
+
+def existing(path: Path) -> Path:
+    """`path`, or the nearest of its parents that is there."""
+    path = Path(os.path.abspath(path))
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written in `folder`, which need not be there yet; None where it can."""
+    there = existing(folder)
+    if not there.is_dir():
+        return f"{there} is a file"
+    if os.access(there, os.W_OK | os.X_OK):
+        return None
+    read_only = bool(os.statvfs(there).f_flag & os.ST_RDONLY)
+    return f"{there} is on a read-only file system" if read_only else f"no permission to write in {there}"
+
+
+def size(count: int) -> str:
+    """Bytes for people: 512 B, 3.4 MB, 1.2 GB."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"

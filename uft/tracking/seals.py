@@ -1,0 +1,80 @@
+"""Seals: a checksum for every line of metrics.jsonl and samples.jsonl, so that a line the disk changed passes for none.
+
+Beside `metrics.jsonl` lies `.metrics.jsonl.seals` with `STEP CRC32` for each of its lines. A seal is written before its
+line, so that whatever dies in between leaves no line without one. A file without seals (copied alone, or of an earlier
+version) is taken as it is.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+Seal = tuple[int, int]  # step, CRC-32 of the line without its end
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The lines that are what was written, and the steps of those that are not, or not there any more."""
+
+    lines: list[str]
+    damaged: list[int]
+
+
+def file_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.seals")
+
+
+def seal(step: int, line: str) -> str:
+    """The seal of a line, with its end."""
+    return f"{step} {zlib.crc32(line.encode('utf-8', 'backslashreplace')):08x}\n"
+
+
+def check(path: Path) -> Checked:
+    """Read `path`, also while it is being written: half a line at its end is left out and no damage."""
+    *whole, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    seals = _read(file_of(path))
+    if seals is None:
+        return Checked([line.decode("utf-8", "replace") for line in whole], [])
+    left = Counter(crc for _, crc in seals)
+    good: list[str] = []
+    for line in whole:
+        crc = zlib.crc32(line)
+        if left[crc]:
+            left[crc] -= 1
+            good.append(line.decode("utf-8", "backslashreplace"))
+    if seals and left[seals[-1][1]] and (rest or len(whole) < len(seals)):
+        left[seals[-1][1]] -= 1  # the process died between a seal and its line
+    return Checked(good, _steps(seals, left))
+
+
+def told(name: str, steps: Iterable[int]) -> str:
+    """One line about lines that are damaged."""
+    numbers = ", ".join(map(str, steps))
+    return f"{name}: what was written at step {numbers} is damaged or lost (checksum), and left out"
+
+
+def _steps(seals: list[Seal], left: Counter[int]) -> list[int]:
+    found = set()
+    for step, crc in reversed(seals):
+        if left[crc]:
+            left[crc] -= 1
+            found.add(step)
+    return sorted(found)
+
+
+def _read(path: Path) -> list[Seal] | None:
+    """The seals; None where there are none. What cannot be read of them ends them."""
+    if not path.is_file():
+        return None
+    seals = []
+    for line in path.read_text(encoding="ascii", errors="replace").split("\n")[:-1]:
+        step, _, crc = line.partition(" ")
+        try:
+            seals.append((int(step), int(crc, 16)))
+        except ValueError:
+            continue
+    return seals

@@ -1,0 +1,46 @@
+"""What a process runs on: its device, its threads and its kernels."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from uft.config.schema import Hardware
+from uft.errors import Problem, UftError
+from uft.model.forward import Policy
+from uft.model.memory import keep_freed_memory
+from uft.parallel.environment import launched, local_rank
+
+SMALL_MODEL = 3_000_000
+"""Parameters below which a second CPU thread made no run faster: at 0.3 million it cost a tenth of the speed."""
+
+
+def choose_device(hardware: Hardware) -> torch.device:
+    """The device asked for, or the best there is. Sets threads and kernels on the way."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = hardware.device
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        usable = ", ".join(device for device, there in available.items() if there)
+        raise UftError(Problem(f"hardware.device={name}", "this machine has none", advice=(f"there is: {usable}",)))
+    if name == "cpu" and hardware.keep_memory:
+        keep_freed_memory()
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
+    if hardware.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if name == "cuda" and launched() > 1:
+        torch.cuda.set_device(local_rank())
+        return torch.device("cuda", local_rank())
+    return torch.device(name)
+
+
+def settle_threads(hardware: Hardware, policy: Policy) -> None:
+    """One CPU thread for a small model unless asked otherwise: more would wait for each other, not work."""
+    size = sum(parameter.numel() for parameter in policy.module.parameters())
+    if hardware.threads is None and policy.device.type == "cpu" and size < SMALL_MODEL:
+        torch.set_num_threads(1)
