@@ -85,5 +85,5 @@ class Ahead:
 
 
 def worth_a_thread(asked: bool | None, device: torch.device) -> bool:
-    """As asked; by itself only beside a GPU: on a CPU the thread takes from the step what it saves."""
+    """As asked; by itself only beside a GPU: on a CPU the thread would share the step's cores."""
     return device.type == "cuda" if asked is None else asked
