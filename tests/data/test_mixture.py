@@ -203,3 +203,10 @@ def test_first_never_repeats_a_row_and_all_shows_every_row():
         every = mixture(weights, sizes).take(min(epoch_rows(sizes, weights, "all"), 5000))
         if len(every) < 5000:
             assert len({(this.source, this.index) for this in every}) == sum(sizes)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.25, 0.25], [0.9, 0.0, 0.1], [0.01, 0.98, 0.01]])
+def test_after_the_first_pass_every_row_that_is_drawn_was_there(weights):
+    drawn = mixture(weights, sizes=[7, 5, 11][: len(weights)])
+    seen = {(draw.source, draw.index) for draw in drawn.take(drawn.first_pass)}
+    assert len(seen) == sum(size for size, weight in zip(drawn.sizes, weights, strict=True) if weight)

@@ -92,3 +92,16 @@ def test_trained_tokens_are_highlighted_and_the_text_is_whole(tokenizer):
     assert text.plain == "<|im_start|>user\noù?<|im_end|>\n<|im_start|>assistant\nlà 😀<|im_end|>"
     trained = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
     assert trained == ["là 😀<|im_end|>"]
+
+
+def test_a_long_run_is_counted_in_proportion(loaded, tokenizer, monkeypatch):
+    tokenized = tokenize_all({s.name: s.rows for s in loaded}, Renderer(tokenizer), 30, "truncate", None)
+    mixture = Mixture([s.name for s in loaded], [len(t.rows) for t in tokenized], [0.25, 0.75], 0)
+    exact = data_report(loaded, tokenized, mixture, 4000)
+    monkeypatch.setattr("uft.data.report.COUNTED", 400)
+    about = data_report(loaded, tokenized, mixture, 4000)
+    assert about["rows_drawn"] == exact["rows_drawn"] == 4000
+    for name, source in exact["sources"].items():
+        assert about["sources"][name]["rows_drawn"] == source["rows_drawn"]
+        counted = about["sources"][name]["supervised_tokens_drawn"]
+        assert counted == pytest.approx(source["supervised_tokens_drawn"], rel=0.02)

@@ -54,6 +54,11 @@ class Mixture:
         """The next `count` draws."""
         return [self._next() for _ in range(count)]
 
+    @property
+    def first_pass(self) -> int:
+        """Draws from the beginning after which every row of every source that is drawn has been drawn."""
+        return math.ceil(max(((self.sizes[number] + 1) / self.weights[number] for number in self._live), default=0))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as JSON values."""
         return {"seed": self.seed, "counts": dict(zip(self.names, self.counts, strict=True))}

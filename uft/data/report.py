@@ -44,6 +44,10 @@ HEADER = (
 )
 
 
+COUNTED = 200_000
+"""Draws that are counted one by one before a run begins: a second or two."""
+
+
 def data_report(
     loaded: Sequence[LoadedSource],
     tokenized: Sequence[Tokenized],
@@ -142,15 +146,17 @@ def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, marks: tuple[
 def _realised(
     tokenized: Sequence[Tokenized], mixture: Mixture, rows: int, views: Mapping[Kind, View] | None
 ) -> tuple[list[int], list[int]]:
-    """(rows, supervised tokens) of each source in the first `rows` draws."""
+    """(rows, supervised tokens) of each source in the first `rows` draws; those after COUNTED in proportion."""
     fresh = Mixture(mixture.names, mixture.sizes, mixture.weights, mixture.seed)
-    taught = [0] * len(tokenized)
-    for draw in fresh.take(rows):
+    taught, counted = [0] * len(tokenized), min(rows, COUNTED)
+    for draw in fresh.take(counted):
         source = tokenized[draw.source]
         row, encoded = source.rows[draw.index], source.encoded[draw.index]
         used = range(len(encoded)) if views is None else _used(row, draw.visit, views)
         taught[draw.source] += sum(encoded[part].targets for part in used)
-    return fresh.counts, taught
+    if counted == rows:
+        return fresh.counts, taught
+    return [round(rows * weight) for weight in mixture.weights], [round(tokens * rows / counted) for tokens in taught]
 
 
 def _used(row: Row, visit: int, views: Mapping[Kind, View]) -> list[int]:

@@ -23,6 +23,9 @@ from uft.training.step import forward_backward
 from uft.training.together import counted_over_all, missing
 
 GIGABYTE = 1e9
+LOOKED_AT = 200_000
+"""Draws among which the largest step is looked for, or as many as show every row: one may be longer when it comes again
+with other completions, and a run may be endless."""
 
 
 def paper_plan(config: Config) -> str:
@@ -52,7 +55,8 @@ def worst_step(prepared: Prepared) -> Largest:
     """Forward, backward and update on a whole batch of the longest rows the objective takes. The trainer is spoilt."""
     trainer = prepared.trainer
     cfg = trainer.config.train
-    draws = trainer.feed.preview(prepared.plan.total_rows)
+    enough = max(trainer.feed.mixture.first_pass, LOOKED_AT)
+    draws = trainer.feed.preview(min(prepared.plan.total_rows, enough))
     longest: list[Item] = sorted(trainer.feed.items(draws), key=lambda item: -item.length)[: cfg.batch_size]
     if not longest:
         return Largest(0, 0, 0, 0.0)

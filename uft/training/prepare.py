@@ -184,13 +184,14 @@ def _fill(
     """Compute the cached reference of all completions the run will meet, and hand the column to the feed."""
     if reference.column is None:
         return
-    draws = feed.preview(horizon.total_rows)
+    every_step = objective.needs.mismatched  # whose completions depend on who is in a step with whom
+    draws = feed.preview(horizon.total_rows if every_step else min(horizon.total_rows, feed.mixture.first_pass))
     encoded = [
         one
         for source, index in sorted({(d.source, d.index) for d in draws})
         for one in feed.sources[source].encoded[index]
     ]
-    if objective.needs.mismatched:
+    if every_step:
         steps = (
             draws[start : start + config.train.batch_size] for start in range(0, len(draws), config.train.batch_size)
         )
