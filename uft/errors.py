@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from uft.redact import redact
 
@@ -49,6 +51,10 @@ class UftError(Exception):
         self.footer = redact(footer)
         self.code = code
         super().__init__(self.problems, self.footer, code)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes it travels as what it was made of."""
+        return partial(type(self), *self.problems, footer=self.footer, code=self.code), ()
 
     def __str__(self) -> str:
         return render(self)

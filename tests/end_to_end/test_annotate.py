@@ -100,6 +100,7 @@ def test_two_models_of_different_tongues_agree_with_plain_transformers(
     assert steps[0]["objective/poft"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_where_it_was(
     start: Callable[..., subprocess.Popen[str]], uft: Uft, tmp_path: Path, write: Callable[..., Path], playground: Model
 ) -> None:

@@ -101,6 +101,7 @@ def same(run: Path, whole: Path) -> None:
         assert ours[name] == value, name
 
 
+@pytest.mark.slow
 def test_killed_in_and_between_its_stages_moved_and_stopped(
     start: Start, uft: Uft, request_for: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_rows_that_a_stage_samples_are_sampled_once(
     same(stopped, whole)
 
 
+@pytest.mark.slow
 def test_the_verbs_after_train_know_stages(uft: Uft, request_for: Callable[..., list[str]], tmp_path: Path) -> None:
     request, run = request_for("pipe", "train.steps=2", "eval=none"), tmp_path / "run"
     uft("train", *request, f"run.dir={run}")

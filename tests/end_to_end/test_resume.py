@@ -37,6 +37,7 @@ def request_for(request_of: Callable[..., list[str]], tmp_path: Path, write: Cal
     return make
 
 
+@pytest.mark.slow
 def test_killed_moved_and_resumed_twice(start: Start, uft: Uft, request_for: Any, tmp_path: Path) -> None:
     """One story: every command a person would type around a run that dies, and what each of them says."""
     request = request_for("uft", *LORA, *OPTIMISERS["rmsprop"], "reference.mode=cached")

@@ -97,6 +97,7 @@ def test_a_signal_stops_the_run_with_its_work_saved(
         assert last_step(run) == -1  # nothing half measured is written
 
 
+@pytest.mark.slow
 def test_stopped_in_every_phase_the_run_ends_like_one_that_was_not(
     start: Start, uft: Uft, request_for: Any, tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_the_worker_does_not_outlive_a_killed_parent(start: Start, request_for: 
     assert result["steps"] == max(checkpoints_of(run)) >= 4
 
 
+@pytest.mark.slow
 def test_generation_stops_and_goes_on(start: Start, uft: Uft, request_for: Any, tmp_path: Path) -> None:
     """Stopped in the middle, `uft generate` keeps whole lines, and the finished file is that of an unbroken job."""
     generating = ("generate.batch_size=2", "generate.limit=4", "generate.max_new_tokens=40")

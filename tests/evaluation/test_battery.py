@@ -11,7 +11,6 @@ from uft.data.rows import Completion, Message, Row
 from uft.data.sources import load_sources
 from uft.data.templates import Renderer
 from uft.evaluation.battery import HeldOut, battery, distinct, shown
-from uft.model import reference as reference_module
 from uft.model.forward import Policy
 from uft.model.load import load_base, load_model, load_tokenizer
 from uft.model.reference import make_reference
@@ -205,9 +204,9 @@ def test_nothing_asked_for_is_nothing_done(measure):
 
 def test_the_model_behind_a_cached_reference_is_loaded_once_for_all_sources(measure, held, monkeypatch):
     loads = []
-    monkeypatch.setattr(reference_module, "load_base", lambda *a: loads.append(a) or load_base(*a))
-    assert len(held) > 1
     policy = moved()
+    monkeypatch.setattr("uft.model.load.load_base", lambda *a: loads.append(a) or load_base(*a))
+    assert len(held) > 1
     assert measure(policy, "cached").metrics == measure(policy, "cached").metrics
     assert len(loads) == 1
 

@@ -70,7 +70,9 @@ def test_a_command_of_the_documentation(here, capsys, where, line):
     assert verb in VERBS or verb.startswith("-")
     options = [word for word in words if word.startswith("-")]
     if verb in COMPOSED:
-        several = "-m" in options or any(word.startswith("sweep=") for word in words)
+        several = "-m" in options or any(
+            word.startswith(("sweep=", "hardware=slurm", "hardware=ray", "hardware=local_pool")) for word in words
+        )
         request = Request(tuple(settings(words)))
         jobs = expand(request.overrides, make_loader(request))[0] if several else [request.overrides]
         ends = dict.fromkeys([tuple(jobs[0]), tuple(jobs[-1])])  # of a sweep, the first and the last

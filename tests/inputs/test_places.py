@@ -217,6 +217,7 @@ def rewritten(file: Path, other: Path) -> None:
 CHANGES = {"appended": appended, "replaced": lambda file, other: os.replace(other, file), "rewritten": rewritten}
 
 
+@pytest.mark.slow
 def test_rows_of_ten_megabytes(tmp_path):
     long = "wörter und noch mehr davon " * 370_000
     file = tmp_path / "rows.jsonl"

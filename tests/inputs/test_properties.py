@@ -253,7 +253,7 @@ words = st.builds(
 )
 
 
-@settings(steady, max_examples=60)
+@settings(steady, max_examples=15)
 @given(line=st.lists(words, max_size=3))
 def test_settings_are_understood_or_explained(line):
     from uft.config.examine import examine

@@ -13,8 +13,20 @@ import torch
 from uft.training.ahead import Ahead, worth_a_thread
 from uft.training.checkpoints import read_state
 from uft.training.prepare import Prepared, resume
+from uft.training.signals import Stop
 from uft.training.step import Step
 from uft.training.trainer import Trainer
+
+
+class Until(Stop):
+    """Somebody who asks to stop after so many steps."""
+
+    def __init__(self, trainer: Trainer, step: int) -> None:
+        super().__init__()
+        self.trainer, self.step = trainer, step
+
+    def agreed(self) -> bool:
+        return self.trainer.progress.step >= self.step
 
 
 class Losses:
@@ -29,7 +41,7 @@ def trained(prepared: Prepared, until: int | None = None) -> list[float]:
     losses, trainer = Losses(), prepared.trainer
     trainer.hooks = (losses,)
     if until is not None:
-        trainer.stop = lambda: trainer.progress.step >= until  # type: ignore[assignment]
+        trainer.stop = Until(trainer, until)
     trainer.fit()
     return losses.values
 

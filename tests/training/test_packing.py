@@ -13,8 +13,20 @@ from uft.model import packed
 from uft.training.card import start_card
 from uft.training.prepare import Prepared, check_start, longest_row, resume
 from uft.training.records import data_record
+from uft.training.signals import Stop
 from uft.training.step import Step
 from uft.training.trainer import Trainer
+
+
+class Until(Stop):
+    """Somebody who asks to stop after so many steps."""
+
+    def __init__(self, trainer: Trainer, step: int) -> None:
+        super().__init__()
+        self.trainer, self.step = trainer, step
+
+    def agreed(self) -> bool:
+        return self.trainer.progress.step >= self.step
 
 
 class Losses:
@@ -75,7 +87,7 @@ def test_a_resumed_packed_run_repeats_every_bit(build: Callable[..., Prepared], 
     whole = build("dpo", *settings, run="whole")
     expected = trained(whole)
     first = build("dpo", *settings, run="parts")
-    first.trainer.stop = lambda: first.trainer.progress.step >= 2  # type: ignore[assignment]
+    first.trainer.stop = Until(first.trainer, 2)
     before = trained(first)
     first.trainer.save_checkpoint()
     second = build("dpo", *settings, run="parts")

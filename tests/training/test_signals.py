@@ -12,7 +12,7 @@ import pytest
 from uft.errors import INTERRUPTED, STOPPED
 from uft.training.signals import SIGNALS, Stop, listening
 
-CODES = {signal.SIGTERM: STOPPED, signal.SIGUSR1: STOPPED, signal.SIGINT: INTERRUPTED}
+CODES = {signal.SIGTERM: STOPPED, signal.SIGUSR1: STOPPED, signal.SIGUSR2: STOPPED, signal.SIGINT: INTERRUPTED}
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -195,6 +195,8 @@ def read_lines(path: Path, notes: list[str]) -> tuple[Line, ...]:
     checked = seals.check(path)
     if checked.damaged:
         notes.append(seals.told(path.name, checked.damaged))
+    if checked.torn:
+        notes.append(f"{path.name} breaks off at line {len(checked.lines) + 1}")
     text = "\n".join(checked.lines)
     merged: dict[int, Line] = {}
     for count, line in enumerate(objects(text), 1):

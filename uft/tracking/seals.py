@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 Seal = tuple[int, int]  # step, CRC-32 of the line without its end
@@ -22,6 +22,7 @@ class Checked:
 
     lines: list[str]
     damaged: list[int]
+    torn: bool = field(default=False, compare=False)  # half a line follows, and nothing tells whether it was ever whole
 
 
 def file_of(path: Path) -> Path:
@@ -38,7 +39,7 @@ def check(path: Path) -> Checked:
     *whole, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     seals = _read(file_of(path))
     if seals is None:
-        return Checked([line.decode("utf-8", "replace") for line in whole], [])
+        return Checked([line.decode("utf-8", "replace") for line in whole], [], torn=bool(rest))
     left = Counter(crc for _, crc in seals)
     good: list[str] = []
     for line in whole:
