@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cases import CASES, SHARDED, write_files, write_untied
-from conftest import environment
+from outside import environment
 
 EVERY = [*(("two", name) for name in CASES), *(("sharded", name) for name in SHARDED), ("offloaded", "sft")]
 FAST = [

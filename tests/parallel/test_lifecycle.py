@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from cases import overrides, write_files
-from conftest import environment
+from outside import environment
 
 STEPS = 30
 CLOCKS = {"seconds", "tokens_per_second"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import write_files
-from conftest import environment
+from outside import environment
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("pieces.py")

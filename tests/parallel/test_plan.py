@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from cases import WORDS
-from conftest import environment
+from outside import environment
 
 from uft.model.memory import Shape, Spread, estimate, step_flops
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from cases import overrides, write_files
-from conftest import environment
+from outside import environment
 
 LAUNCHER = "hydra_plugins.hydra_submitit_launcher"
 
