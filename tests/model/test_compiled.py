@@ -12,7 +12,8 @@ import torch
 
 from uft.data.packing import Layout
 from uft.errors import UftError
-from uft.model.compiled import blocks_of, compile_blocks
+from uft.model.blocks import blocks
+from uft.model.compiled import compile_blocks
 from uft.model.forward import Policy
 from uft.model.packed import settle_layout
 from uft.model.sequences import TokenSequence, sequence_batch
@@ -34,7 +35,7 @@ def test_compiled_is_eager_in_value_and_gradient(
     model = build(name)
     eager, compiled = packing(copy.deepcopy(model)), packing(model)
     compile_blocks(compiled)
-    assert f"{len(blocks_of(compiled))} blocks compiled" in compiled.notes
+    assert f"{len(blocks(compiled.base))} blocks compiled" in compiled.notes
     for taken in (sequences, sequences[:2], sequences[1:]):  # other shapes without another compilation
         batch = sequence_batch(taken, 0, layout)
         found = []
@@ -71,7 +72,7 @@ def test_passes_without_gradients_are_not_compiled(
         policy(batch)
     assert calls == []
     policy(batch)
-    assert calls == [True] * len(blocks_of(policy))
+    assert calls == [True] * len(blocks(policy.base))
 
 
 def failing(forward: Callable[..., Any], **_: Any) -> Callable[..., Any]:
@@ -96,7 +97,7 @@ def test_what_cannot_be_compiled_stops_the_request(
 
 
 def test_a_model_without_blocks_says_so(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uft.model.compiled.blocks_of", lambda policy: [])
+    monkeypatch.setattr("uft.model.compiled.blocks", lambda base: [])
     with pytest.raises(UftError, match="no blocks"):
         compile_blocks(Policy(build("llama")))
 

@@ -12,9 +12,9 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
 
 from uft.errors import Problem, UftError
+from uft.model.blocks import blocks
 from uft.model.forward import HEAD_TOLERANCE, Policy
 from uft.model.packed import trial_sequences
 from uft.model.sequences import sequence_batch
@@ -24,14 +24,14 @@ KEY = "model.compile=true"
 
 def compile_blocks(policy: Policy) -> None:
     """Compile, and look on a few small rows whether it says the same. Raises UftError where it cannot or does not."""
-    blocks = blocks_of(policy)
-    if not blocks:
+    found = blocks(policy.base)
+    if not found:
         raise UftError(Problem(KEY, "no blocks are found in this model", advice=("model.compile=false",)))
     training = policy.module.training
     before = _log_probs(policy.train())  # as it will be used, unless it throws dice then
     if not torch.equal(before, _log_probs(policy)):
         before = _log_probs(policy.eval())
-    for block in blocks:
+    for block in found:
         block.forward = _with_gradients(block.forward)
     try:
         after = _log_probs(policy)
@@ -45,14 +45,7 @@ def compile_blocks(policy: Policy) -> None:
     if not difference <= HEAD_TOLERANCE[policy.dtype] * max(1.0, float(before.abs().max())):
         why = f"log-probs of the compiled model differ by {difference:.1e}"
         raise UftError(Problem(KEY, why, advice=("model.compile=false",)))
-    policy.notes.append(f"{len(blocks)} blocks compiled")
-
-
-def blocks_of(policy: Policy) -> list[nn.Module]:
-    """The layers of the model, as transformers marks them."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in policy.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    policy.notes.append(f"{len(found)} blocks compiled")
 
 
 def _with_gradients(forward: Callable[..., Any]) -> Callable[..., Any]:

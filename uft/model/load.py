@@ -14,9 +14,10 @@ from torch import nn
 from uft.config.schema import Model
 from uft.errors import Problem, UftError
 from uft.model.adapters import add_lora
+from uft.model.blocks import blocks
 from uft.model.forward import DTYPES, Policy
 from uft.model.paths import Location, locate
-from uft.model.sharded import blocks, in_pieces
+from uft.model.sharded import in_pieces
 from uft.parallel.ranks import ranks
 
 if TYPE_CHECKING:

@@ -26,16 +26,12 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from uft.config.schema import Hardware, Model
+from uft.config.schema import Model
+from uft.model.blocks import blocks
 from uft.model.forward import DTYPES, Policy
-from uft.parallel.ranks import Sharding, ranks
+from uft.parallel.ranks import ranks
 
 Tensor = torch.Tensor
-
-
-def sharding_of(hardware: Hardware) -> Sharding | None:
-    """How the configuration wants models in pieces, if it does."""
-    return Sharding(hardware.reshard, hardware.offload) if hardware.sharding == "full" else None
 
 
 def in_pieces(
@@ -92,13 +88,6 @@ def shard(policy: Policy, device: torch.device) -> None:
     policy.base.uft_states = policy.states
     register_fsdp_forward_method(policy.base, "uft_states")
     policy.through, policy.give_back = policy.base.uft_states, partial(_give_back, policy)
-
-
-def blocks(base: Any) -> list[nn.Module]:
-    """The layers that make up the body of a transformers model, by what the architecture calls indivisible."""
-    names, body = set(base._no_split_modules or ()), base.get_decoder()
-    found = [m for m in body.modules() if type(m).__name__.removeprefix("FSDP") in names]
-    return found or [block for child in body.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from uft.errors import Problem, UftError
 from uft.model.forward import Policy
 from uft.model.memory import keep_freed_memory
 from uft.parallel.environment import launched, local_rank
+from uft.parallel.ranks import Sharding
 
 SMALL_MODEL = 3_000_000
 """Parameters below which a second CPU thread made no run faster: at 0.3 million it cost a tenth of the speed."""
@@ -37,6 +38,11 @@ def choose_device(hardware: Hardware) -> torch.device:
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
     return torch.device(name)
+
+
+def sharding_of(hardware: Hardware) -> Sharding | None:
+    """How the configuration wants models in pieces, if it does."""
+    return Sharding(hardware.reshard, hardware.offload) if hardware.sharding == "full" else None
 
 
 def settle_threads(hardware: Hardware, policy: Policy) -> None:

@@ -20,14 +20,13 @@ from uft.model.forward import Policy
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.packed import settle_layout
 from uft.model.reference import Reference, make_reference
-from uft.model.sharded import sharding_of
 from uft.objectives import make
 from uft.objectives.base import Clock, Objective
 from uft.parallel.ranks import keep_step, ranks
 from uft.runs import Run, read_json
 from uft.training import checkpoints
 from uft.training.corpus import Corpus, Plan, cache_dir, make_feed, plan, read_corpus
-from uft.training.device import settle_threads
+from uft.training.device import settle_threads, sharding_of
 from uft.training.feed import Feed
 from uft.training.optim import make_optimiser
 from uft.training.signals import Stop
