@@ -49,13 +49,15 @@ class Fault:
     """What happens (`do`, see ACTIONS) at the `at`-th moment, counted from 0, among those whose name has `name` in it
     and, if it is about a file, whose path has `path` in it.
 
-    `stays`: at all later ones of them too. `log`: a file that gets the name of every moment.
+    `rank`: of which process of several; "": of one alone or all. `stays`: at all later ones of them too. `log`: a file
+    that gets the name of every moment.
     """
 
     do: str = "nothing"
     at: int = 0
     name: str = ""
     path: str = ""
+    rank: str = ""
     stays: bool = False
     log: str = ""
     roots: tuple[str, ...] = ()  # only files below these are watched
@@ -271,7 +273,9 @@ class Later(importlib.abc.MetaPathFinder):
 def plant_from_environment() -> None:
     """In the worker alone, not in the program that starts it."""
     if "uft.launch.worker" in sys.orig_argv and (plan := os.environ.get(PLAN)):
-        plant(Fault(**json.loads(plan)))
+        fault = Fault(**json.loads(plan))
+        if fault.rank in ("", os.environ.get("RANK")):
+            plant(fault)
 
 
 assert shutil  # so that it is there when its functions are replaced

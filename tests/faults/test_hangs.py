@@ -65,7 +65,7 @@ from pathlib import Path
 from uft.training.signals import Stop
 from uft.training.watchdog import watching
 stop = Stop()
-with watching(stop, 5.0, Path("hang.txt"), print):
+with watching(stop, 5.0, Path(), print):
     print("begun", flush=True)
     for _ in range(300):
         stop()
@@ -86,11 +86,35 @@ print("whole", flush=True)
 
 def test_a_watchdog_that_is_off_watches_nothing(tmp_path: Path) -> None:
     before = threading.active_count()
-    with watching(Stop(), 0.0, tmp_path / "hang.txt", print):
+    with watching(Stop(), 0.0, tmp_path, print):
         assert threading.active_count() == before
-    with watching(Stop(), 60.0, tmp_path / "hang.txt", print):
+    with watching(Stop(), 60.0, tmp_path, print):
         assert threading.active_count() == before + 1
     assert not (tmp_path / "hang.txt").exists()
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_hangs(new_run: NewRun, tmp_path: Path, environment: dict[str, str]) -> None:
+    """The one that hangs and the one that waits for it both end, each with its own stacks."""
+    run = new_run("run", *SINGLE, "hardware=cpu2", f"hardware.watchdog={2 * PATIENCE}")
+    fault = Fault(do="hang", name="after step.forward_backward", at=2, rank="1")
+    asked = time.monotonic()
+    ended = resumed(run, fault.into(dict(os.environ) | environment))
+    assert ended.returncode == 1, ended.stderr
+    assert time.monotonic() - asked < 120
+    assert "hung: no step and no batch of the battery for 00:08" in run.result()["error"]
+    assert run.status == "failed"
+    assert "in hang" in (run.path / "hang-rank1.txt").read_text()
+    assert "in hang" not in (run.path / "hang.txt").read_text()
+    assert "parallel/ranks.py" in (run.path / "hang.txt").read_text()  # where it waits for the other
+    assert resumed(run, dict(os.environ) | environment).returncode == 0
+    assert run.status == "finished"
+
+
+def resumed(run: Run, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """What the real program says."""
+    command = [sys.executable, "-m", "uft", "resume", str(run.path)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
 
 
 # --- a worker that dies
@@ -99,15 +123,7 @@ def test_a_watchdog_that_is_off_watches_nothing(tmp_path: Path) -> None:
 def test_how_a_worker_died_is_said(new_run: NewRun, tmp_path: Path, environment: dict[str, str]) -> None:
     """The real program, whose worker crashes in a library."""
     run, fault = new_run("run", *SINGLE), Fault(do="crash", name="after step.forward_backward", at=2)
-    planted = fault.into(dict(os.environ) | environment)
-    done = subprocess.run(
-        [sys.executable, "-m", "uft", "resume", str(run.path)],
-        env=planted,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = resumed(run, fault.into(dict(os.environ) | environment))
     assert done.returncode == 1, done.stderr
     assert "the worker was killed by SIGSEGV (a crash; where it was is above)" in done.stderr
     assert "training/trainer.py" in done.stderr.partition("the worker was killed")[0]

@@ -24,7 +24,6 @@ SHAPE = Shape(
     intermediate=16,
     vocabulary=64,
     activation_bytes=4,
-    recompute=False,
 )
 
 
@@ -53,7 +52,7 @@ def test_only_a_copy_costs_weights_again():
 
 def test_activations_grow_with_tokens_and_shrink_with_recomputing():
     assert parts(micro_batch_tokens=20)["activations"] == 2 * parts()["activations"]
-    assert parts(replace(SHAPE, recompute=True))["activations"] < parts()["activations"]
+    assert parts(replace(SHAPE, recomputed=2))["activations"] < parts()["activations"]
 
 
 def test_the_head_is_bounded_by_its_chunk():
@@ -62,10 +61,7 @@ def test_the_head_is_bounded_by_its_chunk():
 
 
 def test_recomputing_some_blocks_is_between_all_and_none():
-    none, some, every = (
-        parts(replace(SHAPE, layers=8, recompute=recompute, recomputed=blocks))["activations"]
-        for recompute, blocks in ((False, None), (True, 4), (True, None))
-    )
+    none, some, every = (parts(replace(SHAPE, layers=8, recomputed=blocks))["activations"] for blocks in (0, 4, 8))
     assert every < some < none
 
 
@@ -74,7 +70,7 @@ def test_the_numbers_of_a_model(build: Callable[..., Any]):
     count = sum(p.numel() for p in model.parameters())
     shape = shape_of(Policy(model))
     assert (shape.weight_bytes, shape.trained, shape.layers, shape.hidden) == (4 * count, count, 2, 16)
-    assert (shape.intermediate, shape.vocabulary, shape.recompute) == (24, 61, False)
+    assert (shape.intermediate, shape.vocabulary, shape.recomputed) == (24, 61, 0)
     lora = shape_of(Policy(add_lora(build("llama"), Lora(rank=2), 0, float32=True), "bfloat16"))
     assert lora.trained_bytes == 4 * lora.trained < lora.weight_bytes
     assert lora.activation_bytes == 2

@@ -25,7 +25,6 @@ SHAPE = Shape(
     intermediate=16,
     vocabulary=50,
     activation_bytes=4,
-    recompute=False,
     shared_bytes=1600,
     block_bytes=600,
 )

@@ -67,17 +67,24 @@ def told(failures: Mapping[int, Any], folder: Path, run: Run, oom: int) -> int:
         number = killed[rank]
         said = f"process {rank} was killed by {signal.Signals(number).name}{cause(number, oom)}"
         print(f"uft: {said}; the others were ended", file=sys.stderr)
-        if run.result().get("status") == "failed":  # the first process could only tell that it was left alone
-            write_json(run.path / "result.json", {**run.result(), "error": said})
+        blame(run, said)
         return FAILED
     why, code = reasons(folder), noted_code(folder)
     if why and 0 not in why:
         rank, text = next(iter(why.items()))
-        print(f"uft: process {rank}: {text.rstrip()}", file=sys.stderr)
+        said = f"process {rank}: {text.rstrip()}"
+        print(f"uft: {said}", file=sys.stderr)
+        blame(run, said)
     elif not why and code is None:
         ends = ", ".join(f"process {rank} with exit code {f.exitcode}" for rank, f in sorted(failures.items()))
         print(f"uft: the run ended before it began: {ends}", file=sys.stderr)
     return FAILED if code is None else code
+
+
+def blame(run: Run, said: str) -> None:
+    """Put the cause into the result of the first process, which could only tell that it was left alone."""
+    if run.result().get("status") == "failed":
+        write_json(run.path / "result.json", {**run.result(), "error": said})
 
 
 if __name__ == "__main__":

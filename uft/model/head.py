@@ -31,7 +31,7 @@ CHUNK_ELEMENTS = 2**24
 """Logits in one chunk, at most: 64 MiB in float32, about 340 rows of a vocabulary of 49,152."""
 
 STRETCH = 2
-"""A part of up to so many chunks is visited as one: half a minute of memory is cheaper than making its logits twice."""
+"""A part of up to so many chunks is visited as one: the memory costs less than making its logits twice would."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Head:
     def _visit_in_two_stages(
         self, hidden: Tensor, target_ids: Tensor, part: slice, judge: Judge, guess: bool, sums: _Gradients
     ) -> None:
-        """A part of more than one chunk."""
+        """A part of more than STRETCH chunks: its logits are made once to judge it and once more for the gradients."""
         with torch.enable_grad():
             leaf = hidden.requires_grad_()
             log_probs, guesses = self(leaf, target_ids[part], guess)

@@ -20,7 +20,6 @@ from uft.model.head import CHUNK_ELEMENTS
 MOMENTS = {"adamw": 2, "rmsprop": 1, "sgd": 0}
 """Float32 numbers an optimiser keeps per trained weight (momentum adds one to RMSprop and SGD)."""
 
-
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HUGE = 2**31 - 1
 
@@ -37,11 +36,9 @@ class Shape:
     intermediate: int
     vocabulary: int
     activation_bytes: int  # per number: 4 in float32, 2 in bfloat16
-    recompute: bool  # gradient checkpointing
-    recomputed: int | None = None  # blocks that are, where not all are
+    recomputed: int = 0  # layers whose activations are made again in the backward pass
     shared_bytes: int = 0  # of weights outside the blocks: embeddings and head, as they are stored
     block_bytes: int = 0  # of the largest block
-
     stored_bytes: int = 4  # per weight
 
 
@@ -70,7 +67,6 @@ def shape_of(policy: Policy) -> Shape:
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=policy.embedding_rows,
         activation_bytes=4 if policy.dtype == "float32" else 2,
-        recompute=policy.recomputes,
         recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in blocks(policy.base)),
         stored_bytes=next(iter(policy.base.parameters())).element_size(),
         shared_bytes=_bytes(policy.module.parameters()) - sum(layers),
@@ -103,7 +99,7 @@ def estimate(
     """
     hidden = shape.hidden * shape.activation_bytes
     layer = 10 * hidden + 4 * shape.intermediate * shape.activation_bytes
-    again = 0 if not shape.recompute else shape.layers if shape.recomputed is None else shape.recomputed
+    again = shape.recomputed
     per_token = again * hidden + (shape.layers - again + bool(again)) * layer
     head_rows = min(micro_batch_tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
     moments = MOMENTS[optimiser] + (momentum and optimiser != "adamw")

@@ -11,6 +11,8 @@ import torch
 from uft.config.schema import Config
 from uft.errors import FAILED, UftError
 from uft.model.memory import peak_memory
+from uft.parallel.environment import note
+from uft.parallel.ranks import ranks
 from uft.runs import Run, shown, write_json
 from uft.tracking.cards import Ending
 from uft.training.trainer import Progress
@@ -26,6 +28,20 @@ def leave_result(run: Run, result: Mapping[str, Any], code: int, say: Callable[[
         say(str(error))
         return FAILED
     return code
+
+
+def last_words(
+    run: Run, record: Callable[[str], Mapping[str, Any]], say: Callable[[str], None]
+) -> Callable[[str], None]:
+    """What a run that hangs does before it is ended: its result is what is on disk. `record`: of why it failed."""
+
+    def speak(why: str) -> None:
+        note(why)
+        if ranks().first:
+            leave_result(run, record(why), FAILED, say)
+            say(f"{why}\nContinue it:  uft resume {shown(run.path)}")
+
+    return speak
 
 
 def result_record(

@@ -22,7 +22,7 @@ from uft.model.export import export
 from uft.parallel.environment import PeerLost, note
 from uft.parallel.ranks import ranks
 from uft.redact import tell_redacted
-from uft.runs import Run, shown, write_json
+from uft.runs import Run, write_json
 from uft.tracking import Tracker, Trackers, make_tracker
 from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
@@ -40,7 +40,7 @@ from uft.training.prepare import (
     standing,
 )
 from uft.training.records import check_record, data_record
-from uft.training.result import ending, leave_result, next_commands, result_record
+from uft.training.result import ending, last_words, leave_result, next_commands, result_record
 from uft.training.scarce import explained, out_of_memory
 from uft.training.signals import Stop
 from uft.training.trainer import Progress, Trainer
@@ -139,7 +139,8 @@ class _Sitting:
     def _work(self, prepared: Prepared) -> bool:
         """Train and export; False when asked to stop before that."""
         measure = measuring(prepared, measured_on(prepared.corpus), self.stop)
-        with watching(self.stop, self.config.hardware.watchdog, self.run.path / "hang.txt", self._last_words):
+        words = last_words(self.run, self._hung, self.console.message)
+        with watching(self.stop, self.config.hardware.watchdog, self.run.path, words):
             whole = fit(prepared.trainer, self.tracker, self.console, measure, before=self.config.eval.before)
         if not whole:
             return False
@@ -159,11 +160,8 @@ class _Sitting:
         self.console.end(f"uft train {self.run.name}", ending(result, total_steps, commands))
         return code
 
-    def _last_words(self, why: str) -> None:
-        """Of a run that hangs: what is on disk is what it has."""
-        result = self._result(standing(self.run)[0], NO_TRAINER, "failed", why)
-        leave_result(self.run, result, FAILED, self.console.message)
-        self.console.message(f"{why}\nContinue it:  uft resume {shown(self.run.path)}")
+    def _hung(self, why: str) -> dict[str, Any]:
+        return self._result(standing(self.run)[0], NO_TRAINER, "failed", why)
 
     def _result(self, progress: Progress, device: torch.device, status: str, error: str | None) -> dict[str, Any]:
         wall = time.perf_counter() - self.started

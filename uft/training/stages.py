@@ -27,7 +27,7 @@ from uft.config.stages import Stage, stages_of
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError
 from uft.model.export import export
 from uft.parallel.ranks import ranks
-from uft.runs import Run, shown, write_json
+from uft.runs import Run, write_json
 from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
 from uft.tracking.console import Console
@@ -44,7 +44,7 @@ from uft.training.prepare import (
     standing,
 )
 from uft.training.records import check_record
-from uft.training.result import ending, leave_result, next_commands_of_stages, result_record
+from uft.training.result import ending, last_words, leave_result, next_commands_of_stages, result_record
 from uft.training.session import fit, measuring, said, told
 from uft.training.signals import Stop
 from uft.training.stages_ground import Ground, handed, survey
@@ -225,7 +225,8 @@ class _Sitting:
         prepared = self._prepare(stage, ground, folder)
         trainer = prepared.trainer
         first = not any(other.do == "fit" for other in self.stages[: stage.number - 1])
-        with watching(self.stop, self.config.hardware.watchdog, self.run.path / "hang.txt", self._last_words):
+        words = last_words(self.run, self._hung, self.console.message)
+        with watching(self.stop, self.config.hardware.watchdog, self.run.path, words):
             whole = fit(
                 trainer,
                 StageTracker(self.tracker, stage.name, self.before),
@@ -272,12 +273,8 @@ class _Sitting:
         self.console.end(f"uft train {self.run.name}", ending(result, total, commands))
         return code
 
-    def _last_words(self, why: str) -> None:
-        """Of a run that hangs: what is on disk is what it has."""
-        leave_result(
-            self.run, self._result(self._current()[0], NO_TRAINER, "failed", why), FAILED, self.console.message
-        )
-        self.console.message(f"{why}\nContinue it:  uft resume {shown(self.run.path)}")
+    def _hung(self, why: str) -> dict[str, Any]:
+        return self._result(self._current()[0], NO_TRAINER, "failed", why)
 
     def _result(self, progress: Progress, device: torch.device, status: str, error: str | None) -> dict[str, Any]:
         wall = time.perf_counter() - self.started

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from uft.errors import FAILED
+from uft.parallel.environment import rank
 from uft.runs import shown
 from uft.tracking.format import duration
 from uft.training.signals import Stop
@@ -20,12 +21,12 @@ PATIENCE = 60.0  # seconds for the last words of a run whose disk may be what ha
 
 
 @contextmanager
-def watching(stop: Stop, seconds: float, trace: Path, last_words: Callable[[str], None]) -> Iterator[None]:
+def watching(stop: Stop, seconds: float, folder: Path, last_words: Callable[[str], None]) -> Iterator[None]:
     """Within, the process ends with code 1 when nobody has looked at `stop` for `seconds`; 0: never.
 
-    Every step looks, and every batch of the battery. The stacks of all threads go to `trace` and stderr, and
-    `last_words` is called with what happened. Time is counted in ticks that this thread really ran through: a process
-    that was suspended for a night has not hung.
+    Every step looks, and every batch of the battery. The stacks of all threads go to stderr and to a file of this
+    process in `folder`, and `last_words` is called with what happened. Time is counted in ticks that this thread really
+    ran through: a process that was suspended for a night has not hung.
     """
     over = threading.Event()
 
@@ -35,7 +36,7 @@ def watching(stop: Stop, seconds: float, trace: Path, last_words: Callable[[str]
             quiet = quiet + 1 if stop.seen == seen else 0
             seen = stop.seen
         if not over.is_set():
-            give_up(seconds, trace, last_words)
+            give_up(seconds, folder / trace_name(), last_words)
 
     if seconds:
         threading.Thread(target=watch, daemon=True, name="uft-watchdog").start()
@@ -43,6 +44,11 @@ def watching(stop: Stop, seconds: float, trace: Path, last_words: Callable[[str]
         yield
     finally:
         over.set()
+
+
+def trace_name() -> str:
+    """The file of this process's stacks: of several, all are needed to tell who waited for whom."""
+    return f"hang-rank{rank()}.txt" if rank() else "hang.txt"
 
 
 def give_up(seconds: float, trace: Path, last_words: Callable[[str], None]) -> None:
