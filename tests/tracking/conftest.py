@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from uft.runs import Run, create_run
+from uft.tracking.wandb import Wandb
 
 sys.path.insert(0, str(Path(__file__).parent))  # for standin.py and records.py
 
@@ -68,3 +70,16 @@ def config() -> Callable[..., dict]:
         }
 
     return make
+
+
+@pytest.fixture
+def open_wandb(new_run, config) -> Callable[..., Wandb]:
+    """A W&B tracker that has started."""
+
+    def start(mode: str = "offline", run: Run | None = None, say=lambda line: None, **tracking: Any) -> Wandb:
+        limits = {key: tracking.pop(key) for key in ("init_timeout", "finish_timeout") if key in tracking}
+        tracker = Wandb(run or new_run(), config(mode, **tracking), say, **limits)
+        tracker.start()
+        return tracker
+
+    return start

@@ -1,14 +1,21 @@
-"""Reads a W&B run back from its local log: records of protobuf in LevelDB's log framing."""
+"""Reads a W&B run back from its local log: records of protobuf in LevelDB's log framing. And what tests log."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from uft.evaluation.samples import Sample
+from uft.runs import Run
+
 BLOCK = 32 * 1024
+SAMPLES = [
+    Sample("sums", "sums.jsonl:1", "3+4?", "7", "7", {"accuracy": 1.0}),
+    Sample("style", "style.jsonl:2", "hello", "hi\nthere", None, {}),
+]
 
 
 def records(path: Path) -> Iterator[Any]:
@@ -66,3 +73,11 @@ def load(path: Path) -> dict[str, Any]:
         elif kind == "preempting":
             found["preempting"] = True
     return found
+
+
+def segments(run: Run) -> list[Path]:
+    return [run.path / name for name in run.info()["wandb"]["dirs"]]
+
+
+def curve(history: list[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[name]) for row in history if name in row]

@@ -5,20 +5,27 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from uft.config.freeze import plain
 from uft.config.load import typed
 from uft.config.schema import Config
+from uft.config.stages import differing
 from uft.runs import Run, create_run
+from uft.training import session, stages, stages_ground, stages_make
 from uft.training.prepare import Prepared, prepare
 from uft.training.signals import Stop
 
-sys.path.insert(0, str(Path(__file__).parent))  # for dying.py
+sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this
+
+from dying import Death
+from stage_runs import DPO, SFT, UNEVEN
 
 VOCABULARY = 61
 LLAMA = {
@@ -170,3 +177,47 @@ def build(configure: Callable[..., Config], tmp_path: Path) -> Callable[..., Pre
         return prepare(made, config, torch.device("cpu"), Stop())
 
     return make
+
+
+@pytest.fixture
+def chain(configure: Callable[..., Config], files: dict[str, Path]) -> Callable[..., Config]:
+    """chain({"sft": ("sft", "demonstration", "train.steps=4"), ...}): a run of these stages.
+
+    A stage is (objective, kind of its rows, settings); the objective of one that does not train is what it does.
+    """
+
+    def make(parts: Mapping[str, tuple[str, ...]], *settings: str, reference: str = "start") -> Config:
+        whole = {}
+        for name, (does, kind, *own) in parts.items():
+            objective = "sft" if does in stages_make.MAKERS else does
+            source = {kind: files[kind]} if kind in files else {"made": Path(kind)}
+            whole[name] = configure(objective, *UNEVEN, *settings, *own, sources=source)
+        run = whole[[name for name, part in parts.items() if part[0] not in stages_make.MAKERS][-1]]
+        top = plain(asdict(run))
+        nodes: dict[str, Any] = {}
+        for name, (does, *_) in parts.items():
+            trains = does not in stages_make.MAKERS
+            what = {"do": "fit", "reference": reference} if trains else {"do": does}
+            nodes[name] = {**what, "config": differing(plain(asdict(whole[name])), top)}
+        return replace(run, stages=nodes)
+
+    return make
+
+
+@pytest.fixture
+def two(chain: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
+    """two(folder, *settings): SFT, then DPO, with caches of the folder's own."""
+
+    def make(folder: str, *settings: str, **options: Any) -> Config:
+        parts = {
+            "sft": ("sft", "demonstration", f"train.steps={SFT}"),
+            "dpo": ("dpo", "preference", f"train.steps={DPO}"),
+        }
+        return chain(parts, f"data.cache={tmp_path / folder}-cache", *settings, **options)
+
+    return make
+
+
+@pytest.fixture
+def death(monkeypatch: pytest.MonkeyPatch) -> Death:
+    return Death(monkeypatch, session, stages, stages_ground)

@@ -9,42 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from watched import trained
 
 from uft.training.ahead import Ahead, worth_a_thread
 from uft.training.checkpoints import read_state
 from uft.training.prepare import Prepared, resume
-from uft.training.signals import Stop
 from uft.training.step import Step
 from uft.training.trainer import Trainer
-
-
-class Until(Stop):
-    """Somebody who asks to stop after so many steps."""
-
-    def __init__(self, trainer: Trainer, step: int) -> None:
-        super().__init__()
-        self.trainer, self.step = trainer, step
-
-    def agreed(self) -> bool:
-        return self.trainer.progress.step >= self.step
-
-
-class Losses:
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def after_step(self, trainer: Trainer, step: Step) -> None:
-        self.values.append(float(step.loss))
-
-
-def trained(prepared: Prepared, until: int | None = None) -> list[float]:
-    losses, trainer = Losses(), prepared.trainer
-    trainer.hooks = (losses,)
-    if until is not None:
-        trainer.stop = Until(trainer, until)
-    trainer.fit()
-    return losses.values
-
 
 SETTINGS = ("train.packing=packed", "train.micro_batch_tokens=64", "train.steps=5")
 
@@ -54,23 +25,23 @@ def test_the_same_steps_with_and_without_a_thread(build: Callable[..., Prepared]
     plain, ahead = (
         build(objective, *SETTINGS, f"train.prefetch={asked}", run=f"run-{asked}") for asked in ("false", "true")
     )
-    assert trained(ahead) == trained(plain)
+    assert trained(ahead).values == trained(plain).values
     assert ahead.trainer.feed.state_dict() == plain.trainer.feed.state_dict()
     for name, parameter in plain.trainer.parameters.items():
         assert torch.equal(parameter, ahead.trainer.parameters[name])
 
 
 def test_a_checkpoint_stands_after_the_last_step_whatever_was_made_ahead(build: Callable[..., Prepared]) -> None:
-    expected = trained(build("dpo", *SETTINGS, run="whole"))
+    expected = trained(build("dpo", *SETTINGS, run="whole")).values
     plain, first = (build("dpo", *SETTINGS, f"train.prefetch={x}", run=f"run-{x}") for x in ("false", "true"))
     states = []
     for prepared in (plain, first):
-        before = trained(prepared, until=2)
+        before = trained(prepared, until=2).values
         states.append(read_state(prepared.trainer.save_checkpoint())["feed"])
     assert states[0] == states[1]
     second = build("dpo", *SETTINGS, "train.prefetch=true", run="run-true")
     assert resume(second.trainer) == 2
-    assert before + trained(second) == expected
+    assert before + trained(second).values == expected
 
 
 def test_a_hook_that_saves_within_the_loop_saves_the_same(build: Callable[..., Prepared]) -> None:

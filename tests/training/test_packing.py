@@ -7,45 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from watched import trained
 
 from uft.data.packing import Layout
 from uft.model import packed
 from uft.training.card import start_card
 from uft.training.prepare import Prepared, check_start, longest_row, resume
 from uft.training.records import data_record
-from uft.training.signals import Stop
-from uft.training.step import Step
-from uft.training.trainer import Trainer
-
-
-class Until(Stop):
-    """Somebody who asks to stop after so many steps."""
-
-    def __init__(self, trainer: Trainer, step: int) -> None:
-        super().__init__()
-        self.trainer, self.step = trainer, step
-
-    def agreed(self) -> bool:
-        return self.trainer.progress.step >= self.step
-
-
-class Losses:
-    """Keeps what every step measured."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-        self.tokens: list[int] = []
-
-    def after_step(self, trainer: Trainer, step: Step) -> None:
-        self.values.append(float(step.loss))
-        self.tokens.append(step.tokens)
-
-
-def trained(prepared: Prepared) -> Losses:
-    losses = Losses()
-    prepared.trainer.hooks = (losses,)
-    prepared.trainer.fit()
-    return losses
 
 
 @pytest.mark.parametrize("objective", ["sft", "ift", "uft", "dft", "dpo"])
@@ -87,8 +55,7 @@ def test_a_resumed_packed_run_repeats_every_bit(build: Callable[..., Prepared], 
     whole = build("dpo", *settings, run="whole")
     expected = trained(whole)
     first = build("dpo", *settings, run="parts")
-    first.trainer.stop = Until(first.trainer, 2)
-    before = trained(first)
+    before = trained(first, until=2)
     first.trainer.save_checkpoint()
     second = build("dpo", *settings, run="parts")
     assert resume(second.trainer) == 2

@@ -1,120 +1,25 @@
-"""Runs of several stages, in this process: what they write, and that no death and no stop changes any of it."""
+"""Runs of several stages, in this process: what they write, train on, tell beforehand and refuse."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dying import Death, StopAt, lines
+from dying import StopAt, lines
+from stage_runs import DPO, LORA, SFT, sit
 
-from uft.config.freeze import plain
 from uft.config.schema import Config
-from uft.config.stages import differing
-from uft.errors import BAD_REQUEST, FAILED, GOOD, STOPPED, UftError
-from uft.evaluation.battery import Battery
+from uft.errors import BAD_REQUEST, GOOD, STOPPED, UftError
 from uft.runs import Run, create_run, summary
-from uft.training import session, stages, stages_ground, stages_jobs, stages_make
+from uft.training import session, stages, stages_jobs
 from uft.training.signals import Stop
-
-CLOCKS = ("seconds", "tokens_per_second", "wall_seconds", "peak_memory_bytes")
-UNEVEN = (
-    "train.batch_size=5",
-    "train.micro_batch_tokens=80",
-    "train.log_every=2",
-    "train.checkpoint_every=3",
-    "train.eval_every=4",
-    "train.keep_last=1",
-    "data.holdout=0.2",
-    "eval.rows=4",
-    "eval.samples=1",
-    "eval.max_new_tokens=3",
-    "optim.lr=0.02",
-)
-"""Lines, batteries, checkpoints and the end of a stage all fall on different steps."""
-LORA = ("model.adapter=lora", "model.lora.rank=2", "model.lora.dropout=0.2")
-SFT, DPO = 4, 5  # steps of the two stages
-Nodes = Mapping[str, Any]
-
-
-@pytest.fixture
-def chain(configure: Callable[..., Config], files: dict[str, Path]) -> Callable[..., Config]:
-    """chain({"sft": ("sft", "demonstration", "train.steps=4"), ...}): a run of these stages.
-
-    A stage is (objective, kind of its rows, settings); the objective of one that does not train is what it does.
-    """
-
-    def make(parts: Mapping[str, tuple[str, ...]], *settings: str, reference: str = "start") -> Config:
-        whole = {}
-        for name, (does, kind, *own) in parts.items():
-            objective = "sft" if does in stages_make.MAKERS else does
-            source = {kind: files[kind]} if kind in files else {"made": Path(kind)}
-            whole[name] = configure(objective, *UNEVEN, *settings, *own, sources=source)
-        run = whole[[name for name, part in parts.items() if part[0] not in stages_make.MAKERS][-1]]
-        top = plain(asdict(run))
-        nodes: dict[str, Any] = {}
-        for name, (does, *_) in parts.items():
-            trains = does not in stages_make.MAKERS
-            what = {"do": "fit", "reference": reference} if trains else {"do": does}
-            nodes[name] = {**what, "config": differing(plain(asdict(whole[name])), top)}
-        return replace(run, stages=nodes)
-
-    return make
-
-
-@pytest.fixture
-def two(chain: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
-    """two(folder, *settings): SFT, then DPO, with caches of the folder's own."""
-
-    def make(folder: str, *settings: str, **options: Any) -> Config:
-        parts = {
-            "sft": ("sft", "demonstration", f"train.steps={SFT}"),
-            "dpo": ("dpo", "preference", f"train.steps={DPO}"),
-        }
-        return chain(parts, f"data.cache={tmp_path / folder}-cache", *settings, **options)
-
-    return make
-
-
-@pytest.fixture
-def death(monkeypatch: pytest.MonkeyPatch) -> Death:
-    return Death(monkeypatch, session, stages, stages_ground)
-
-
-def sit(folder: Path, config: Config, stop: Stop | None = None) -> int:
-    if not folder.exists():
-        create_run(folder, "{}\n", [])
-    return stages.train(Run(folder), config, stop or Stop())
-
-
-def survive(folder: Path, config: Config, death: Death, *deaths: int) -> None:
-    """Die at each of these moments in turn, then go on to the end."""
-    create_run(folder, "{}\n", [])
-    for moment in deaths:
-        with death.after(moment):
-            sit(folder, config)
-    with death.after(None):
-        assert sit(folder, config) == GOOD
-
-
-def written(folder: Path) -> dict[str, Any]:
-    """Everything a finished run says but the time it took, names in the order in which they were written."""
-    run = Run(folder)
-    result = json.loads(json.dumps(run.result()), object_hook=lambda o: {k: v for k, v in o.items() if k not in CLOCKS})
-    below = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    names = [str(path.relative_to(folder)) for path in below]
-    curve = [[(k, v) for k, v in line.items() if k not in CLOCKS] for line in lines(run.metrics_file)]
-    same = ("check.json", "model.safetensors", "tensors.safetensors", "samples.jsonl", "rows.jsonl")
-    content = {str(p.relative_to(folder)): p.read_bytes() for p in below if p.name in same}
-    data = [json.loads(path.read_text())["run_digest"] for path in sorted(folder.glob("stages/*/data.json"))]
-    return {"curve": curve, "result": result, "files": names, "data": data, **content}
-
 
 # --- what is written
 
@@ -274,92 +179,6 @@ def test_what_an_annotating_stage_holds_out_is_measured_and_never_trained_on(
     first = next(line for line in lines(folder / "metrics.jsonl") if line["step"] == 1 and "loss" in line)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)  # the model is its own baseline
     assert any("eval/demonstration/nll" in line for line in lines(folder / "metrics.jsonl"))
-
-
-# --- dying and stopping
-
-
-@pytest.mark.parametrize("tuning", [("reference.mode=cached",), pytest.param(LORA, marks=pytest.mark.slow)])
-def test_death_at_any_moment_changes_nothing(
-    tuning: tuple[str, ...], two: Callable[..., Config], death: Death, tmp_path: Path
-) -> None:
-    whole = tmp_path / "whole"
-    survive(whole, two("whole", *tuning), death)
-    expected, moments = written(whole), list(death.moments)
-    assert len(moments) > 150
-    boundary = [n for n, name in enumerate(moments) if name in ("before export", "after export")]
-    boundary += [n for n, name in enumerate(moments[:-2]) if name.endswith("write_json") and n > boundary[0]][:4]
-    for moment in sorted({*range(0, len(moments), 61), *boundary[:2]}):
-        survive(tmp_path / f"died-{moment}", two(f"died-{moment}", *tuning), death, moment)
-        assert written(tmp_path / f"died-{moment}") == expected, (moment, moments[moment])
-
-
-@pytest.mark.slow
-def test_death_at_every_single_moment_changes_nothing(two: Callable[..., Config], death: Death, tmp_path: Path) -> None:
-    survive(tmp_path / "whole", two("whole"), death)
-    expected = written(tmp_path / "whole")
-    for moment in range(len(death.moments)):
-        survive(tmp_path / f"died-{moment}", two(f"died-{moment}"), death, moment)
-        assert written(tmp_path / f"died-{moment}") == expected, moment
-
-
-@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_stop_at_any_safe_point_changes_nothing(stride: int, two: Callable[..., Config], tmp_path: Path) -> None:
-    whole, watch = tmp_path / "whole", StopAt()
-    assert sit(whole, two("whole"), watch) == GOOD
-    expected = written(whole)
-    assert watch.looks > 50
-    for number in range(0, watch.looks - 1, stride):
-        folder, config = tmp_path / f"stopped-{number}", two(f"stopped-{number}")
-        assert sit(folder, config, StopAt(number)) == STOPPED, number
-        result = Run(folder).result()
-        assert result["status"] == "stopped"
-        assert result["steps"] == on_disk(folder)
-        assert sit(folder, config) == GOOD
-        assert written(folder) == expected, number
-
-
-def on_disk(folder: Path) -> int:
-    """Steps of finished stages and of the newest checkpoint of the one after them."""
-    steps = 0
-    for name in ("1-sft", "2-dpo"):
-        stage = Run(folder / "stages" / name)
-        done = stage.result().get("steps")
-        steps += max((step for step, _ in stage.checkpoints()), default=0) if done is None else done
-        if done is None:
-            break
-    return steps
-
-
-def test_a_finished_stage_is_never_run_again(two: Callable[..., Config], tmp_path: Path) -> None:
-    folder, config = tmp_path / "run", two("run")
-    assert sit(folder, config) == GOOD
-    before = written(folder)
-    stamp = (folder / "stages/1-sft/model/model.safetensors").stat().st_mtime_ns
-    (folder / "result.json").unlink()
-    assert sit(folder, config) == GOOD  # killed right before the last word
-    assert written(folder) == before
-    assert (folder / "stages/1-sft/model/model.safetensors").stat().st_mtime_ns == stamp
-
-
-def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(
-    two: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, config = tmp_path / "run", two("run")
-    real = session.battery
-
-    def failing(*arguments: Any, **keywords: Any) -> Battery:
-        if (folder / "stages/1-sft/result.json").exists():
-            raise RuntimeError("no more")
-        return real(*arguments, **keywords)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(session, "battery", failing)
-        assert sit(folder, config) == FAILED
-    result = Run(folder).result()
-    assert (result["status"], result["error"]) == ("failed", "RuntimeError: no more")
-    assert list(result["stages"]) == ["sft"]
-    assert sit(folder, config) == GOOD
 
 
 # --- looking before

@@ -1,0 +1,64 @@
+"""Runs of several stages in this process: how tests ask for them, end them early and look at what they left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dying import Death, lines
+
+from uft.config.schema import Config
+from uft.errors import GOOD
+from uft.runs import Run, create_run
+from uft.training import stages
+from uft.training.signals import Stop
+
+CLOCKS = ("seconds", "tokens_per_second", "wall_seconds", "peak_memory_bytes")
+UNEVEN = (
+    "train.batch_size=5",
+    "train.micro_batch_tokens=80",
+    "train.log_every=2",
+    "train.checkpoint_every=3",
+    "train.eval_every=4",
+    "train.keep_last=1",
+    "data.holdout=0.2",
+    "eval.rows=4",
+    "eval.samples=1",
+    "eval.max_new_tokens=3",
+    "optim.lr=0.02",
+)
+"""Lines, batteries, checkpoints and the end of a stage all fall on different steps."""
+LORA = ("model.adapter=lora", "model.lora.rank=2", "model.lora.dropout=0.2")
+SFT, DPO = 4, 5  # steps of the two stages
+Nodes = Mapping[str, Any]
+
+
+def sit(folder: Path, config: Config, stop: Stop | None = None) -> int:
+    if not folder.exists():
+        create_run(folder, "{}\n", [])
+    return stages.train(Run(folder), config, stop or Stop())
+
+
+def survive(folder: Path, config: Config, death: Death, *deaths: int) -> None:
+    """Die at each of these moments in turn, then go on to the end."""
+    create_run(folder, "{}\n", [])
+    for moment in deaths:
+        with death.after(moment):
+            sit(folder, config)
+    with death.after(None):
+        assert sit(folder, config) == GOOD
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """Everything a finished run says but the time it took, names in the order in which they were written."""
+    run = Run(folder)
+    result = json.loads(json.dumps(run.result()), object_hook=lambda o: {k: v for k, v in o.items() if k not in CLOCKS})
+    below = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    names = [str(path.relative_to(folder)) for path in below]
+    curve = [[(k, v) for k, v in line.items() if k not in CLOCKS] for line in lines(run.metrics_file)]
+    same = ("check.json", "model.safetensors", "tensors.safetensors", "samples.jsonl", "rows.jsonl")
+    content = {str(p.relative_to(folder)): p.read_bytes() for p in below if p.name in same}
+    data = [json.loads(path.read_text())["run_digest"] for path in sorted(folder.glob("stages/*/data.json"))]
+    return {"curve": curve, "result": result, "files": names, "data": data, **content}

@@ -1,0 +1,100 @@
+"""No death and no stop changes anything of a run of several stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dying import Death, StopAt
+from stage_runs import LORA, sit, survive, written
+
+from uft.config.schema import Config
+from uft.errors import FAILED, GOOD, STOPPED
+from uft.evaluation.battery import Battery
+from uft.runs import Run
+from uft.training import session
+
+
+@pytest.mark.parametrize("tuning", [("reference.mode=cached",), pytest.param(LORA, marks=pytest.mark.slow)])
+def test_death_at_any_moment_changes_nothing(
+    tuning: tuple[str, ...], two: Callable[..., Config], death: Death, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    survive(whole, two("whole", *tuning), death)
+    expected, moments = written(whole), list(death.moments)
+    assert len(moments) > 150
+    boundary = [n for n, name in enumerate(moments) if name in ("before export", "after export")]
+    boundary += [n for n, name in enumerate(moments[:-2]) if name.endswith("write_json") and n > boundary[0]][:4]
+    for moment in sorted({*range(0, len(moments), 61), *boundary[:2]}):
+        survive(tmp_path / f"died-{moment}", two(f"died-{moment}", *tuning), death, moment)
+        assert written(tmp_path / f"died-{moment}") == expected, (moment, moments[moment])
+
+
+@pytest.mark.slow
+def test_death_at_every_single_moment_changes_nothing(two: Callable[..., Config], death: Death, tmp_path: Path) -> None:
+    survive(tmp_path / "whole", two("whole"), death)
+    expected = written(tmp_path / "whole")
+    for moment in range(len(death.moments)):
+        survive(tmp_path / f"died-{moment}", two(f"died-{moment}"), death, moment)
+        assert written(tmp_path / f"died-{moment}") == expected, moment
+
+
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_stop_at_any_safe_point_changes_nothing(stride: int, two: Callable[..., Config], tmp_path: Path) -> None:
+    whole, watch = tmp_path / "whole", StopAt()
+    assert sit(whole, two("whole"), watch) == GOOD
+    expected = written(whole)
+    assert watch.looks > 50
+    for number in range(0, watch.looks - 1, stride):
+        folder, config = tmp_path / f"stopped-{number}", two(f"stopped-{number}")
+        assert sit(folder, config, StopAt(number)) == STOPPED, number
+        result = Run(folder).result()
+        assert result["status"] == "stopped"
+        assert result["steps"] == on_disk(folder)
+        assert sit(folder, config) == GOOD
+        assert written(folder) == expected, number
+
+
+def on_disk(folder: Path) -> int:
+    """Steps of finished stages and of the newest checkpoint of the one after them."""
+    steps = 0
+    for name in ("1-sft", "2-dpo"):
+        stage = Run(folder / "stages" / name)
+        done = stage.result().get("steps")
+        steps += max((step for step, _ in stage.checkpoints()), default=0) if done is None else done
+        if done is None:
+            break
+    return steps
+
+
+def test_a_finished_stage_is_never_run_again(two: Callable[..., Config], tmp_path: Path) -> None:
+    folder, config = tmp_path / "run", two("run")
+    assert sit(folder, config) == GOOD
+    before = written(folder)
+    stamp = (folder / "stages/1-sft/model/model.safetensors").stat().st_mtime_ns
+    (folder / "result.json").unlink()
+    assert sit(folder, config) == GOOD  # killed right before the last word
+    assert written(folder) == before
+    assert (folder / "stages/1-sft/model/model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(
+    two: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, config = tmp_path / "run", two("run")
+    real = session.battery
+
+    def failing(*arguments: Any, **keywords: Any) -> Battery:
+        if (folder / "stages/1-sft/result.json").exists():
+            raise RuntimeError("no more")
+        return real(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "battery", failing)
+        assert sit(folder, config) == FAILED
+    result = Run(folder).result()
+    assert (result["status"], result["error"]) == ("failed", "RuntimeError: no more")
+    assert list(result["stages"]) == ["sft"]
+    assert sit(folder, config) == GOOD
