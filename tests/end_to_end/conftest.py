@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for every_kind.py, plain_model.py and oracle.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))  # for evidence.py
+
 from every_kind import ROWS
 
 CHATML = (

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import evidence
+
 KINDS = ("demonstrations", "pairs", "labels", "scores", "negatives")
 USES = {
     "sft": KINDS,
@@ -39,7 +41,6 @@ UNEVEN = (
 )
 """Lines, batteries, checkpoints and the end all fall on different steps."""
 LORA = ("model.adapter=lora", "model.lora.rank=4", "model.lora.dropout=0.2")
-CLOCKS = ("seconds", "tokens_per_second")
 WORDS = ("one", "two", "three", "four", "Paris", "France", "the", "of", "is", "and", "not", "a", "city", "sea", "red")
 
 
@@ -150,23 +151,6 @@ def checkpoints_of(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
-def written(run: Path) -> dict[str, Any]:
-    """Everything that a finished run says but the time it took and where it lies, line by line and bit by bit."""
-    curve = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    timing = {"seconds", "wall_seconds", "tokens_per_second", "peak_memory_bytes"}
-    return {
-        "curve": [[(name, value) for name, value in line.items() if name not in CLOCKS] for line in curve],
-        "samples": (run / "samples.jsonl").read_text(encoding="utf-8"),
-        "model": (run / "model" / "model.safetensors").read_bytes(),
-        "result": {name: value for name, value in result_of(run).items() if name not in timing},
-        "checkpoints": checkpoints_of(run),
-    }
-
-
 def same(run: Path, whole: Path) -> None:
-    """Assert that one run says what the other says, naming the first difference."""
-    ours, theirs = written(run), written(whole)
-    for step, (line, expected) in enumerate(zip(ours["curve"], theirs["curve"], strict=False)):
-        assert line == expected, f"line {step} of metrics.jsonl"
-    for name, value in theirs.items():
-        assert ours[name] == value, name
+    """Assert that one run says what the other says, bit by bit and in all its stages, naming the first difference."""
+    evidence.same(run, evidence.written(whole))

@@ -8,15 +8,13 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from lifecycle import at_step, child_of, end, kill_worker, last_step, rows_of, wait_for
+from lifecycle import at_step, child_of, end, kill_worker, last_step, rows_of, same, wait_for
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Uft = Callable[..., "subprocess.CompletedProcess[str]"]
-CLOCKS = {"seconds", "wall_seconds", "tokens_per_second", "peak_memory_bytes"}
 SFT, DPO = 12, 14
 SMALL = (
     "train.batch_size=6",
@@ -72,33 +70,6 @@ def request_for(tmp_path: Path, tiny_model: Path, write: Callable[..., Path]) ->
     write(tmp_path / "shown.jsonl", rows_of("demonstrations"))
     write(tmp_path / "pairs.jsonl", rows_of("pairs"))
     return lambda name, *more: [f"experiment={name}", *SMALL, f"model.path={tiny_model}", *more]
-
-
-def timeless(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: timeless(item) for name, item in value.items() if name not in CLOCKS}
-    return value
-
-
-def written(run: Path) -> dict[str, Any]:
-    """Everything that a finished run says but the time it took and where it lies."""
-    curve = [list(json.loads(line).items()) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "curve": [[pair for pair in line if pair[0] not in CLOCKS] for line in curve],
-        "samples": (run / "samples.jsonl").read_text(),
-        "results": [timeless(json.loads(file.read_text())) for file in sorted(run.rglob("result.json"))],
-        "models": [file.read_bytes() for file in sorted(run.rglob("model.safetensors"))],
-        "checkpoints": sorted(path.relative_to(run).as_posix() for path in run.rglob("step-*")),
-        "rows": [file.read_text() for file in sorted(run.rglob("rows.jsonl"))],
-    }
-
-
-def same(run: Path, whole: Path) -> None:
-    ours, theirs = written(run), written(whole)
-    for step, (line, expected) in enumerate(zip(ours["curve"], theirs["curve"], strict=False)):
-        assert line == expected, f"line {step} of metrics.jsonl"
-    for name, value in theirs.items():
-        assert ours[name] == value, name
 
 
 @pytest.mark.slow
