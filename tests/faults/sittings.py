@@ -53,8 +53,13 @@ class Sitting:
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.process.kill()
-            raise AssertionError(f"the sitting did not end\n{self.out.read_text(errors='replace')}")
-        return Ended(self.process.exitcode, self.out.read_text(encoding="utf-8", errors="replace"))
+            raise AssertionError(f"the sitting did not end\n{self.said}")
+        return Ended(self.process.exitcode, self.said)
+
+    @property
+    def said(self) -> str:
+        """What it said so far; one that was killed at once has not even opened the file."""
+        return self.out.read_text(encoding="utf-8", errors="replace") if self.out.exists() else ""
 
 
 @dataclass

@@ -112,7 +112,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
 ROOMS = [150_000, pytest.param(60_000, marks=pytest.mark.slow), pytest.param(1_200_000, marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("room", [*ROOMS, *(pytest.param(n, marks=pytest.mark.slow) for n in (2_500_000, 3_500_000))])
+@pytest.mark.parametrize("room", [*ROOMS, *(pytest.param(n, marks=pytest.mark.slow) for n in (2_000_000, 2_500_000))])
 def test_a_disk_that_is_really_full(
     small_disk: Callable[[str, int], Path], bench: Bench, new_run: NewRun, tmp_path: Path, room: int
 ) -> None:
@@ -219,7 +219,8 @@ def test_full_at_every_kind_of_write(bench: Bench, new_run: NewRun, tmp_path: Pa
     assert len(writes) > 30
     for number, (name, places) in enumerate(writes.items()):
         run, own = new_run(f"full-{number}", *words), {"UFT_CACHE": str(tmp_path / f"cache-{number}")}
-        fault = Fault(do="full", at=places[len(places) // 2], roots=(str(tmp_path),))
+        at = places[0 if "mkdir" in name else len(places) // 2]  # later the folder is there, and nobody minds
+        fault = Fault(do="full", at=at, roots=(str(tmp_path),))
         ended = bench.start(run.path, fault=fault, **own).wait()
         assert ended.code in (0, 1), f"{name}\n{ended.said}"
         assert "Traceback" not in ended.said, f"{name}\n{ended.said}"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from dying import StopAt, lines
-from stage_runs import DPO, LORA, SFT, sit
+from stage_runs import CLOCKS, DPO, LORA, SFT, sit
 
 from uft.config.schema import Config
 from uft.errors import BAD_REQUEST, GOOD, STOPPED, UftError
@@ -136,6 +136,10 @@ def test_a_stage_is_what_a_run_of_its_own_would_be(two: Callable[..., Config], t
 # --- rows that a stage makes
 
 
+def timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in CLOCKS}
+
+
 def test_rows_are_made_and_trained_on(chain: Callable[..., Config], files: dict[str, Path], tmp_path: Path) -> None:
     parts = {
         "sft": ("sft", "demonstration", "train.steps=2"),
@@ -153,6 +157,12 @@ def test_rows_are_made_and_trained_on(chain: Callable[..., Config], files: dict[
     assert data["sources"]["made"]["held_out"] == 0  # what the generating stage holds out is measured
     result = Run(folder).result()
     assert result["stages"]["say"]["rows"] == len(made)
+    assert result["stages"]["say"]["completions"] == sum(len(line["negatives"]) for line in made)
+    for name in ("result.json", "stages/2-say/result.json"):  # the stage had just given the rows their name
+        (folder / name).unlink()
+    assert sit(folder, config) == GOOD
+    again = Run(folder).result()["stages"]["say"]
+    assert timeless(again) == timeless(result["stages"]["say"])
     assert result["steps"] == Run(folder).info()["total_steps"] == 2 + math.ceil(len(made) / 5)
     named = {
         name for line in lines(folder / "metrics.jsonl") for name in line if name.startswith("eval/demonstration/")

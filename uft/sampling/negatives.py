@@ -77,7 +77,7 @@ def generate_rows(
     resumed = len(lines)
     done = {line["row"] for line in lines}
     missing = iter([row for row in usable if row.id not in done])
-    handled, empty = resumed, len(settings.seeds) * resumed - sum(len(line["negatives"]) for line in lines)
+    handled = resumed
     if group.first:
         _append(out, [])
 
@@ -86,7 +86,6 @@ def generate_rows(
 
     while batch := list(islice(missing, group.size * settings.batch_size)):
         sampled = group.spread(batch, sample)
-        empty += sum(len(settings.seeds) - len(line["negatives"]) for line in sampled)
         kept = [line for line in sampled if line["negatives"]]
         if group.first:
             _append(out, kept)
@@ -94,14 +93,28 @@ def generate_rows(
         handled += len(batch)
         if progress:
             progress(handled, len(usable))
+    return _summary(out, rows, lines, settings, resumed)
+
+
+def summary_of(out: Path, sources: Sequence[LoadedSource], settings: Generate) -> Summary:
+    """What an earlier job, which came to its end, left in `out`."""
+    with open(out, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    rows = [row for source in sources for row in source.rows[: settings.limit]]
+    return _summary(out, rows, lines, settings, resumed=len(lines))
+
+
+def _summary(out: Path, rows: Sequence[Row], lines: Sequence[Line], settings: Generate, resumed: int) -> Summary:
+    usable = sum(good_completion(row) is not None for row in rows)
+    written = sum(len(line["negatives"]) for line in lines)
     return Summary(
         path=out,
         rows=len(lines),
-        negatives=sum(len(line["negatives"]) for line in lines),
-        empty=empty,
+        negatives=written,
+        empty=len(settings.seeds) * usable - written,
         repeats=sum(negative == line["response"] for line in lines for negative in line["negatives"]),
         resumed=resumed,
-        without_good=len(rows) - len(usable),
+        without_good=len(rows) - usable,
     )
 
 

@@ -21,7 +21,7 @@ from uft.data.templates import Renderer
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer
 from uft.parallel.ranks import ranks
 from uft.runs import Run
-from uft.sampling.negatives import generate_rows
+from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.training.annotating import annotate
 from uft.training.device import settle_threads
 from uft.training.prepare import Say
@@ -56,9 +56,9 @@ class Place:
 def generate(place: Place) -> dict[str, Any]:
     """Sample completions of the training prompts; what was made. Raises Interrupted when asked to stop."""
     config, out, part = place.config, place.folder / ROWS, place.folder / PART
-    if out.is_file():  # it has its name: the last sitting ended right after that
-        return {"rows": sum(1 for _ in open(out, encoding="utf-8"))}
     sources = [source for source in load_sources(config.data) if config.data.sources[source.name].share != 0]
+    if out.is_file():  # it has its name: the last sitting ended right after that
+        return _made(summary_of(out, sources, config.generate))
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config.model, place.device, config.seeds.init)
     settle_threads(config.hardware, policy)
@@ -75,6 +75,10 @@ def generate(place: Place) -> dict[str, Any]:
         progress=lambda done, of: place.say(f"{done} of {of} prompts"),
     )
     ranks().from_first(lambda: os.replace(part, out))
+    return _made(summary)
+
+
+def _made(summary: Summary) -> dict[str, Any]:
     return {"rows": summary.rows, "completions": summary.negatives, "empty": summary.empty, "repeats": summary.repeats}
 
 
