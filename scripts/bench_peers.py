@@ -35,6 +35,7 @@ def plan(size: str, ladder: bool) -> list[Arm]:
     if ladder:
         return [Arm(s, objective, way) for s in sizes for objective in theirs.WAYS for way in ["uft", *ours.LADDER]]
     peers = [Arm(s, o, way) for s in sizes for o, trl in theirs.WAYS.items() for way in [*trl, *ways]]
+    peers += [Arm("30m-history", "sft", way) for way in [*theirs.WAYS["sft"], *ways]]
     return peers + [Arm(s, o, "uft") for s in sizes for o in KINDS if o not in theirs.WAYS]
 
 

@@ -1,6 +1,7 @@
 """The shape of the program: imports run one way, files and functions are of a size that reads well."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,15 @@ def test_files_and_functions_read_well(path: Path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} does not fit on a screen"
+
+
+def test_ci_installs_what_the_constraints_say_and_every_file_has_its_hash():
+    lines = (ROOT / "requirements-ci.txt").read_text(encoding="utf-8").splitlines()[2:]
+    found = [re.fullmatch(r"(\S+)==(\S+) --hash=sha256:[0-9a-f]{64}", line) for line in lines]
+    assert all(found)
+    installed = {match[1].lower().replace("_", "-"): match[2].partition("+")[0] for match in found if match}
+    wanted = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    exact = dict(line.split("==") for line in wanted if "==" in line)
+    assert len(exact) > 100
+    for name, version in exact.items():
+        assert installed[name.lower().replace("_", "-")] == version, name

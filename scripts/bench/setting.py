@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,38 @@ MARKS = 4  # tokens of the template in one prompt with its completion
 LONGEST = 512  # words of a prompt or a completion
 
 
+# median and spread (of the logarithm) of prompts and completions, in words
+Lengths = tuple[tuple[float, float], tuple[float, float]]
+CHAT = ((90, 0.9), (120, 0.9))  # a question and a longer answer: more than half of the tokens are supervised
+HISTORY = ((220, 0.8), (50, 0.8))  # a conversation so far, or a document, and a shorter answer
+LONG_PROMPTS = ((320, 0.5), (70, 0.7))
+
+
 @dataclass(frozen=True)
 class Size:
-    """A model and how many rows of each kind make a step."""
+    """A model, how many rows of each kind make a step, and how long demonstrations are."""
 
     llama: dict[str, Any]  # of transformers' LlamaConfig
     rows: dict[str, int]
+    demonstrations: Lengths = CHAT
+
+    def lengths(self, kind: str) -> Lengths:
+        return self.demonstrations if kind == "demonstrations" else LONG_PROMPTS
 
 
+THIRTY = Size(
+    {
+        "hidden_size": 384,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
+    {"demonstrations": 8, "pairs": 4, "negatives": 4},
+)
 SIZES = {
-    "30m": Size(
-        {
-            "hidden_size": 384,
-            "intermediate_size": 1024,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-        },
-        {"demonstrations": 8, "pairs": 4, "negatives": 4},
-    ),
+    "30m": THIRTY,
+    "30m-history": replace(THIRTY, demonstrations=HISTORY),
     "135m": Size(  # SmolLM2-135M: what its weights say makes no difference here
         {
             "hidden_size": 576,
@@ -51,10 +64,6 @@ SIZES = {
     ),
 }
 
-# median and spread (of the logarithm) of prompts and completions, in words
-CHAT = ((90, 0.9), (120, 0.9))
-LONG_PROMPTS = ((320, 0.5), (70, 0.7))
-LENGTHS = {"demonstrations": CHAT, "pairs": LONG_PROMPTS, "negatives": LONG_PROMPTS}
 COMPLETIONS = {"demonstrations": ("completion",), "pairs": ("chosen", "rejected"), "negatives": ("response", "a", "b")}
 
 KINDS = {
@@ -99,7 +108,7 @@ class Place:
 def furnish(folder: Path, size: str, kind: str, steps: int) -> Place:
     """A place in `folder` for `steps` steps."""
     made, random = SIZES[size], np.random.default_rng(0)
-    records = [_record(kind, random) for _ in range(steps * made.rows[kind])]
+    records = [_record(kind, made.lengths(kind), random) for _ in range(steps * made.rows[kind])]
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     _save_model(made, folder / "model")
     each, rows = [_tokens(records[number]) for number in _order(len(records))], made.rows[kind]
@@ -114,8 +123,8 @@ def _order(rows: int) -> list[int]:
     return [draw.index for draw in Mixture(["rows"], [rows], [1.0], 0).take(rows)]
 
 
-def _record(kind: str, random: np.random.Generator) -> dict[str, Any]:
-    prompts, completions = LENGTHS[kind]
+def _record(kind: str, lengths: Lengths, random: np.random.Generator) -> dict[str, Any]:
+    prompts, completions = lengths
     prompt = [{"role": "user", "content": _words(random, *prompts)}]
     said = [[{"role": "assistant", "content": _words(random, *completions)}] for _ in COMPLETIONS[kind]]
     if kind == "negatives":
