@@ -1,5 +1,7 @@
 """Mistakes in a request: all of them, in one message, with what was meant."""
 
+import importlib.util
+
 import pytest
 
 from uft.config.compose import compose
@@ -108,6 +110,14 @@ def test_ambiguous_names_are_explained_not_guessed(name, says):
     assert why == "no such file in conf/objective"
     assert all(word in advice for word in (*says, "choices: anchored_sft"))
     assert "did you mean" not in advice
+
+
+@pytest.mark.parametrize("typed", ["hardware=ray", "hydra/launcher=ray"])
+@pytest.mark.skipif(importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is not None, reason="it is installed")
+def test_a_plugin_that_is_not_installed_names_what_installs_it(typed):
+    ((_, (why, _, advice)),) = problems(typed).items()
+    assert "not installed" in why
+    assert "pip install 'uft[ray]'" in advice
 
 
 def test_several_values_need_multirun():

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 
 from uft.config.places import conf_dir, groups
 from uft.config.suggest import ambiguous, hint, nearest
-from uft.config.translate import first_line
+from uft.config.translate import first_line, not_installed
 from uft.errors import Problem
 
 COMMAND_LINE = "command line"
@@ -102,7 +102,8 @@ def missing_options(override: Override, repository: IConfigRepository) -> Iterat
 
 def no_such_option(group: str, option: str, options: list[str], key: str) -> tuple[tuple[str, ...], str | None]:
     """(advice, what was probably meant) for an option without a file; `key` is what it was given to."""
-    explained = ambiguous(option) if group == "objective" else ()
+    plugin = not_installed(f"{group}/{option}")
+    explained = ambiguous(option) if group == "objective" else (plugin,) if plugin else ()
     near = None if explained else nearest(option, options)
     meant = f"{key}={near}" if near else None
     return tuple(line for line in (*explained, hint(meant, "choices", options)) if line), meant

@@ -31,6 +31,14 @@ NO_MATCH = re.compile(r"Could not override '([^']+)'")
 HALF_A_HEADER = re.compile(r"^#\s*@(?!\S+[ \t]+\S+[ \t]*$)", re.MULTILINE)
 YAML_AT = re.compile(r'in "([^"]+)", line (\d+)')
 
+EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/ray": "ray",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+}
+"""What brings the options that are no file of ours."""
+
 
 def first_line(error: BaseException) -> str:
     """The first line of the innermost message that says anything."""
@@ -80,6 +88,12 @@ def stumbling(file: Path) -> str | None:
     return None
 
 
+def not_installed(option: str) -> str | None:
+    """What installs `option`, such as hydra/launcher/ray; None: no extra of ours brings it."""
+    extra = EXTRAS.get(option)
+    return f"pip install 'uft[{extra}]'" if extra else None
+
+
 def translate(error: BaseException) -> Problem:
     """An exception of composition as a problem."""
     text = "\n".join(str(e) for e in reversed(chain(error)))
@@ -97,6 +111,8 @@ def translate(error: BaseException) -> Problem:
     lost = NO_FILE.search(text)
     if lost:
         found = OPTIONS.search(text)
+        if plugin := not_installed(lost[1]):
+            return Problem(lost[1], "this plugin of Hydra is not installed", "", (plugin,))
         group, options = (found[1], found[2].split()) if found else ("", [])
         near = nearest(lost[1].rpartition("/")[2], options)
         advice = hint(f"{group}={near}" if near else None, "choices", options)
