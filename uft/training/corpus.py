@@ -17,8 +17,8 @@ from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.templates import Renderer
 from uft.data.tokens import Tokenized, tokenize_all
+from uft.disk import cache_root
 from uft.errors import Problem, UftError
-from uft.model.paths import cache_root
 from uft.objectives.base import Objective
 from uft.objectives.kinds import kind_table
 from uft.training.feed import Feed
