@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,16 +17,17 @@ from typing import Any
 import numpy as np
 
 from uft.data import cache
-from uft.data.cache import EncodedRows
+from uft.data.cache import EncodedRows, Packer
 from uft.data.identity import content_digest
+from uft.data.many import pick
 from uft.data.rows import Row
 from uft.data.templates import Encoded, Renderer, finish
 from uft.errors import Problem, UftError
 
 log = logging.getLogger(__name__)
 
-CODE_VERSION = 2  # raise it when this code makes other tokens of the same rows
-CHUNK = 1024  # conversations tokenised at once
+CODE_VERSION = 3  # raise it when this code makes other tokens of the same rows
+CHUNK = 1024  # conversations tokenised at once, or a few more: a row is not divided
 SHOWN = 5  # rows with a wrong mask that are told one by one
 EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 
@@ -52,8 +54,8 @@ class Tokenized:
     """A source's rows with their tokens: `encoded[i]` holds one :class:`Encoded` per completion of `rows[i]`."""
 
     source: str
-    rows: tuple[Row, ...]
-    encoded: Sequence[tuple[Encoded, ...]]
+    rows: Sequence[Row]
+    encoded: EncodedRows
     report: LengthReport
     cache: str  # hit, miss, rebuilt (it was corrupt) or off
 
@@ -81,21 +83,19 @@ def tokenize(
         except cache.Corrupt as error:
             cache.discard(folder, error)
             state = "rebuilt"
-    encoded = _encode(rows, renderer)
-    _check(rows, encoded, renderer)
-    fitted = [POLICIES[too_long](row, max_length) for row in encoded]
-    if too_long == "error":
-        _refuse_long(name, encoded, max_length)
-    packed = EncodedRows.pack(row for row in fitted if row is not None)
-    kept = [number for number, row in enumerate(fitted) if row is not None]
-    report = _report(encoded, fitted, packed)
-    if folder is not None:
-        try:
-            cache.save(folder, packed, {"kept": kept, "report": asdict(report)})
-        except OSError as error:
-            log.warning("tokens are not kept for the next run: %s", error)
-            state = "off"
-    return Tokenized(name, tuple(rows[number] for number in kept), packed, report, state)
+    with Packer(folder) as packer:
+        report = _encode(name, rows, renderer, max_length, too_long, packer)
+        if folder is not None:
+            try:
+                return _kept(name, rows, cache.save(packer, folder, {"report": asdict(report)}), report, state)
+            except OSError as error:
+                log.warning("tokens are not kept for the next run: %s", error)
+                state = "off"
+        return _kept(name, rows, packer.packed(), report, state)
+
+
+def _kept(name: str, rows: Sequence[Row], encoded: EncodedRows, report: LengthReport, state: str) -> Tokenized:
+    return Tokenized(name, pick(rows, encoded.numbers), encoded, report, state)  # type: ignore[arg-type]
 
 
 def tokenize_all(
@@ -122,38 +122,77 @@ def _key(rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str
 def _recalled(name: str, rows: Sequence[Row], encoded: EncodedRows, notes: dict[str, Any]) -> Tokenized:
     report = dict(notes["report"])
     report["lengths"] = tuple((edge, count) for edge, count in report["lengths"])
-    return Tokenized(name, tuple(rows[n] for n in notes["kept"]), encoded, LengthReport(**report), "hit")
+    return _kept(name, rows, encoded, LengthReport(**report), "hit")
 
 
-def _encode(rows: Sequence[Row], renderer: Renderer) -> list[tuple[Encoded, ...]]:
-    """Rows in chunks through the tokenizer, which is fastest on many texts at once."""
-    flat = (((row.prompt, completion.turns), row.id) for row in rows for completion in row.completions)
-    encoded: list[Encoded] = []
-    while chunk := list(islice(flat, CHUNK)):
-        encoded += renderer.encode_many([conversation for conversation, _ in chunk], [name for _, name in chunk])
-    following = iter(encoded)
+def _encode(
+    name: str, rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str, packer: Packer
+) -> LengthReport:
+    """Tokenise, check, fit and pack, chunk by chunk: what is told of all rows is counted on the way."""
+    faults, tally = _Faults(renderer), _Tally(max_length)
+    fit, number = POLICIES[too_long], 0
+    for chunk in _chunks(rows):
+        encoded = _encoded(chunk, renderer)
+        faults.look(chunk, encoded)
+        fitted = [fit(row, max_length) for row in encoded]
+        tally.count(encoded, fitted)
+        packer.add((n, row) for n, row in enumerate(fitted, number) if row is not None)
+        number += len(chunk)
+    faults.refuse()
+    if too_long == "error":
+        tally.refuse_long(name)
+    return tally.report()
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows, as many at once as have about CHUNK conversations."""
+    chunk: list[Row] = []
+    conversations = 0
+    for row in rows:
+        chunk.append(row)
+        conversations += len(row.completions)
+        if conversations >= CHUNK:
+            yield chunk
+            chunk, conversations = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encoded(rows: Sequence[Row], renderer: Renderer) -> list[tuple[Encoded, ...]]:
+    """All at once through the tokenizer, which is fastest so."""
+    conversations = [(row.prompt, completion.turns) for row in rows for completion in row.completions]
+    names = [row.id for row in rows for _ in row.completions]
+    following = iter(renderer.encode_many(conversations, names))
     return [tuple(islice(following, len(row.completions))) for row in rows]
 
 
 # --- checks
 
 
-def _check(rows: Sequence[Row], encoded: Sequence[Sequence[Encoded]], renderer: Renderer) -> None:
-    """Stop when what would be learned makes no sense; the template is the likely cause, so it is named with the row."""
-    bos = renderer.tokenizer.bos_token_id
-    wrong = [
-        (row, why)
-        for row, of_row in zip(rows, encoded, strict=True)
-        if (why := next((w for one in of_row if (w := _mask_fault(one, renderer.stop_ids, bos))), None))
-    ]
-    if not wrong:
-        return
-    problems = [
-        Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template") for row, why in wrong[:SHOWN]
-    ]
-    if len(wrong) > SHOWN:
-        problems.append(Problem(f"... and {len(wrong) - SHOWN} more rows", "alike"))
-    raise UftError(*problems)
+class _Faults:
+    """Rows of which what would be learned makes no sense; the template, a likely cause, is named with them."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
+        self.shown: list[Problem] = []
+        self.count = 0
+
+    def look(self, rows: Sequence[Row], encoded: Sequence[Sequence[Encoded]]) -> None:
+        stops, bos = self.renderer.stop_ids, self.renderer.tokenizer.bos_token_id
+        for row, of_row in zip(rows, encoded, strict=True):
+            why = next((why for one in of_row if (why := _mask_fault(one, stops, bos))), None)
+            if why is None:
+                continue
+            self.count += 1
+            if self.count <= SHOWN:
+                self.shown.append(Problem(f"row {row.id}", f"{why} under {self.renderer.name}", where="data.template"))
+
+    def refuse(self) -> None:
+        """UftError if there were any."""
+        if self.count > SHOWN:
+            raise UftError(*self.shown, Problem(f"... and {self.count - SHOWN} more rows", "alike"))
+        if self.count:
+            raise UftError(*self.shown)
 
 
 def _mask_fault(encoded: Encoded, stop_ids: Iterable[int], bos: int | None) -> str | None:
@@ -200,41 +239,64 @@ POLICIES: dict[str, Callable[[tuple[Encoded, ...], int], Fitted]] = {
 }
 
 
-def _refuse_long(name: str, encoded: Sequence[tuple[Encoded, ...]], max_length: int) -> None:
-    lengths = [max(one.length for one in row) for row in encoded]
-    long = sum(length > max_length for length in lengths)
-    if not long:
-        return
-    longest = max(lengths)
-    these = f"{long} of {len(lengths)} rows are longer than train.max_length={max_length}"
-    raise UftError(
-        Problem(
-            f"data.sources.{name}",
-            f"{these}; the longest has {longest} tokens",
-            advice=(
-                "leave them out or cut them:  data.too_long=drop|truncate",
-                f"or make room:  train.max_length={longest}",
-            ),
+class _Tally:
+    """Counts of all rows, for the report and for what is told of those that are too long."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+        self.before, self.after = Counter[str](), Counter[str]()  # rows, completions, tokens, supervised
+        self.long = self.touched = self.longest = 0
+        self.lengths = np.zeros(len(EDGES) + 1, np.int64)  # completions up to each edge, and beyond the last
+
+    def count(self, before: Sequence[tuple[Encoded, ...]], after: Sequence[Fitted]) -> None:
+        """A chunk, as it was and as the length policy left it."""
+        lengths = np.asarray([one.length for row in before for one in row], np.int64)
+        self.lengths += np.bincount(np.searchsorted(EDGES, lengths), minlength=len(self.lengths))
+        self.longest = max(self.longest, int(lengths.max(initial=0)))
+        self.long += sum(max(one.length for one in row) > self.max_length for row in before)
+        self.touched += sum(
+            new is not None and _tokens(new) < _tokens(old) for old, new in zip(before, after, strict=True)
         )
-    )
+        self.before += _sizes(before)
+        self.after += _sizes([row for row in after if row is not None])
+
+    def refuse_long(self, name: str) -> None:
+        """UftError if there were rows that are too long."""
+        if not self.long:
+            return
+        these = f"{self.long} of {self.before['rows']} rows are longer than train.max_length={self.max_length}"
+        raise UftError(
+            Problem(
+                f"data.sources.{name}",
+                f"{these}; the longest has {self.longest} tokens",
+                advice=(
+                    "leave them out or cut them:  data.too_long=drop|truncate",
+                    f"or make room:  train.max_length={self.longest}",
+                ),
+            )
+        )
+
+    def report(self) -> LengthReport:
+        edges = (*EDGES, max(self.longest, EDGES[-1] + 1))
+        return LengthReport(
+            rows=self.after["rows"],
+            completions=self.after["completions"],
+            tokens=self.after["tokens"],
+            supervised=self.after["supervised"],
+            touched=self.touched,
+            dropped=self.before["rows"] - self.after["rows"],
+            supervised_lost=self.before["supervised"] - self.after["supervised"],
+            longest=self.longest,
+            lengths=tuple((edge, int(count)) for edge, count in zip(edges, self.lengths, strict=True) if count),
+        )
 
 
-def _report(before: Sequence[tuple[Encoded, ...]], after: Sequence[Fitted], packed: EncodedRows) -> LengthReport:
-    lengths = np.asarray([one.length for row in before for one in row], np.int64)
-    edges = [*EDGES, max(int(lengths.max(initial=0)), EDGES[-1] + 1)]
-    counts = np.bincount(np.searchsorted(edges, lengths), minlength=len(edges))
-    supervised = sum(int(one.supervised.sum()) for row in before for one in row)
-    kept = int(packed.supervised.sum())
-    return LengthReport(
-        rows=len(packed),
-        completions=len(packed.prompts),
-        tokens=len(packed.ids),
-        supervised=kept,
-        touched=sum(new is not None and _tokens(new) < _tokens(old) for old, new in zip(before, after, strict=True)),
-        dropped=sum(new is None for new in after),
-        supervised_lost=supervised - kept,
-        longest=int(lengths.max(initial=0)),
-        lengths=tuple((edge, int(count)) for edge, count in zip(edges, counts, strict=True) if count),
+def _sizes(rows: Sequence[Sequence[Encoded]]) -> Counter[str]:
+    return Counter(
+        rows=len(rows),
+        completions=sum(map(len, rows)),
+        tokens=sum(map(_tokens, rows)),
+        supervised=sum(int(one.supervised.sum()) for row in rows for one in row),
     )
 
 
