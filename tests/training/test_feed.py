@@ -96,8 +96,8 @@ def test_later_visits_take_other_negatives(feed: Callable[[str], Feed]) -> None:
 def test_unusable_rows_are_named_by_source_and_kind(feed: Callable[[str], Feed]) -> None:
     found = feed("dpo").unusable()
     assert found == {
-        "demonstration": {Kind.DEMONSTRATION: [f"demonstration:{i}" for i in range(7)]},
-        "binary": {Kind.BINARY: [f"binary:{i}" for i in range(6)]},
+        "demonstration": {Kind.DEMONSTRATION: (7, "demonstration:0")},
+        "binary": {Kind.BINARY: (6, "binary:0")},
     }
     assert feed("sft").unusable() == {}  # a bad completion is nothing to learn from, and that is no mistake
 
@@ -106,7 +106,7 @@ def test_preview_draws_nothing(feed: Callable[[str], Feed]) -> None:
     stream = feed("sft")
     stream.take(5)
     before = stream.state_dict()
-    ahead = stream.preview(60)
+    ahead = list(stream.preview(60))
     assert stream.state_dict() == before
     assert ahead == stream.mixture.take(60)
 

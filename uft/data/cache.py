@@ -58,6 +58,10 @@ class EncodedRows(Sequence[tuple[Encoded, ...]]):
         number = range(len(self))[index]
         return tuple(self._completion(c) for c in range(self.rows[number], self.rows[number + 1]))
 
+    def targets_of(self, index: int) -> np.ndarray:
+        """(completions of row `index`,) int32: the targets of each."""
+        return self.targets[self.rows[index] : self.rows[index + 1]]
+
     def _completion(self, number: int) -> Encoded:
         part = slice(int(self.bounds[number]), int(self.bounds[number + 1]))
         return Encoded(self.ids[part], self.supervised[part], int(self.prompts[number]))
