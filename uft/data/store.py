@@ -12,6 +12,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast, overload
@@ -37,7 +38,7 @@ class Unnamed:
 
     def __init__(self, folder: Path) -> None:
         self.place, self.handle = _opened(folder)
-        weakref.finalize(self, self.handle.close)
+        weakref.finalize(self, _close, self.handle)
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,11 @@ def _feedback(completions: Sequence[Completion]) -> object:
     return tuple(
         (c.preferred, c.label, c.score, c.sampled_by, c.log_prob, *sorted(c.annotations.items())) for c in completions
     )
+
+
+def _close(handle: BinaryIO) -> None:
+    with suppress(OSError):  # of a full disk, which was told of when it was written to
+        handle.close()
 
 
 def _opened(folder: Path) -> tuple[Path, BinaryIO]:
