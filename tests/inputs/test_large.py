@@ -17,15 +17,8 @@ import pytest
 pytestmark = pytest.mark.slow
 ROWS = int(os.environ.get("LARGE_ROWS", "1000000"))
 FIXED, PER_ROW = 60e6, 90  # bytes over a run of a thousand rows: blocks and buffers; indexes, and pages of token files
-REQUEST = [
-    "objective=sft",
-    "data=files",
-    "train.steps=2",
-    "model=playground",
-    "tracking=none",
-    "eval=none",
-    "hardware=cpu",
-]
+MODEL = ["model=playground", "objective=sft", "hardware=cpu", "tracking=none", "eval=none"]
+REQUEST = [*MODEL, "data=files", "train.steps=2"]
 MEASURED = (  # a program that runs another and tells the peak of the largest process below it, in KiB
     "import resource, subprocess, sys; code = subprocess.run([sys.executable, '-m', 'uft', *sys.argv[1:]]).returncode; "
     "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"

@@ -42,9 +42,8 @@ def source_of(kind: str) -> Source:
 
     def encoded(row: int, completion: int) -> Encoded:
         more = [2] * (row % 3 + completion)
-        return Encoded(
-            np.array([1, row, completion, *more, 2], np.int32), np.array([False, False, True, *more, True], bool), 2
-        )
+        ids = np.array([1, row, completion, *more, 2], np.int32)
+        return Encoded(ids, np.arange(len(ids)) >= 2, 2)
 
     packer = Packer()
     packer.add((i, [encoded(i, c) for c in range(len(row.completions))]) for i, row in enumerate(rows))

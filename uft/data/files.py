@@ -151,6 +151,7 @@ def _cells(path: Path, rows: Any) -> Iterator[Found]:
 def _parquet(path: Path) -> Iterator[Found]:
     import pyarrow.parquet
 
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     number = 0
     with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of what folders are called
         for batch in file.iter_batches(batch_size=_BATCH):
