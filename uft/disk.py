@@ -54,6 +54,11 @@ def problem(path: Path, number: int, needs: int | None = None) -> Problem:
     return Problem(str(path), why, advice=("make room there, and go on: what was saved before is whole",))
 
 
+def cache_root(folder: str | os.PathLike[str] | None = None) -> Path:
+    """`folder`, else UFT_CACHE, else ~/.cache/uft."""
+    return Path(folder or os.environ.get("UFT_CACHE") or "~/.cache/uft").expanduser()
+
+
 def free(path: Path) -> str:
     """Room on the disk that `path` is, or would be, on."""
     there = existing(path)

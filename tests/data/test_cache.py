@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from uft.data import cache
-from uft.data.cache import EncodedRows
+from uft.data.cache import Packer
 from uft.data.templates import Encoded
 
 
@@ -15,8 +15,14 @@ def encoded(*ids):
 ROWS = [(encoded(1, 2), encoded(3, 4, 5)), (encoded(6, 7),)]
 
 
+def save(folder, notes=None):
+    with Packer(folder) as packer:
+        packer.add(enumerate(ROWS))
+        return cache.save(packer, folder, notes or {})
+
+
 def test_rows_come_back_as_they_went(tmp_path):
-    cache.save(tmp_path / "deep" / "key", EncodedRows.pack(ROWS), {"note": 1})
+    save(tmp_path / "deep" / "key", {"note": 1})
     rows, notes = cache.load(tmp_path / "deep" / "key")
     assert notes == {"note": 1}
     assert isinstance(rows.ids, np.memmap)
@@ -30,7 +36,7 @@ def test_rows_come_back_as_they_went(tmp_path):
 
 def test_two_writers_of_one_key_agree(tmp_path):
     for _ in range(2):
-        cache.save(tmp_path / "key", EncodedRows.pack(ROWS), {})
+        save(tmp_path / "key")
     assert len(cache.load(tmp_path / "key")[0]) == 2
 
 

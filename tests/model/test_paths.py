@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from uft.disk import cache_root
 from uft.errors import UftError
 from uft.model import paths
-from uft.model.paths import Location, cache_root, locate, resolve_path
+from uft.model.paths import Location, locate, resolve_path
 
 
 def message(path: str, revision: str | None = None) -> str:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from uft.config.schema import Config
-from uft.data.mixture import Mixture
+from uft.data.cache import EncodedRows, Packer
+from uft.data.mixture import Draw, Mixture
 from uft.data.rows import Completion, Kind, Message, Row
 from uft.data.templates import Encoded
 from uft.objectives import make
@@ -33,16 +34,20 @@ class Source:
 
     source: str
     rows: tuple[Row, ...]
-    encoded: list[tuple[Encoded, ...]]
+    encoded: EncodedRows
 
 
 def source_of(kind: str) -> Source:
     rows = tuple(Row(kind, i, (Message("user", f"{i}"),), COMPLETIONS[kind]) for i in range(SIZES[kind]))
 
     def encoded(row: int, completion: int) -> Encoded:
-        return Encoded(np.array([1, row, completion, 2], np.int32), np.array([False, False, True, True]), 2)
+        more = [2] * (row % 3 + completion)
+        ids = np.array([1, row, completion, *more, 2], np.int32)
+        return Encoded(ids, np.arange(len(ids)) >= 2, 2)
 
-    return Source(kind, rows, [tuple(encoded(i, c) for c in range(len(row.completions))) for i, row in enumerate(rows)])
+    packer = Packer()
+    packer.add((i, [encoded(i, c) for c in range(len(row.completions))]) for i, row in enumerate(rows))
+    return Source(kind, rows, packer.packed())
 
 
 @pytest.fixture
@@ -96,8 +101,8 @@ def test_later_visits_take_other_negatives(feed: Callable[[str], Feed]) -> None:
 def test_unusable_rows_are_named_by_source_and_kind(feed: Callable[[str], Feed]) -> None:
     found = feed("dpo").unusable()
     assert found == {
-        "demonstration": {Kind.DEMONSTRATION: [f"demonstration:{i}" for i in range(7)]},
-        "binary": {Kind.BINARY: [f"binary:{i}" for i in range(6)]},
+        "demonstration": {Kind.DEMONSTRATION: (7, "demonstration:0")},
+        "binary": {Kind.BINARY: (6, "binary:0")},
     }
     assert feed("sft").unusable() == {}  # a bad completion is nothing to learn from, and that is no mistake
 
@@ -106,9 +111,32 @@ def test_preview_draws_nothing(feed: Callable[[str], Feed]) -> None:
     stream = feed("sft")
     stream.take(5)
     before = stream.state_dict()
-    ahead = stream.preview(60)
+    ahead = list(stream.preview(60))
     assert stream.state_dict() == before
     assert ahead == stream.mixture.take(60)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "sft", "uft"])
+def test_the_longest_items_are_found_without_making_all(feed: Callable[[str], Feed], objective: str) -> None:
+    stream = feed(objective)
+    draws = list(stream.preview(60))
+    items = sorted(stream.items(draws), key=lambda item: -item.length)
+    assert len({item.length for item in items}) > 2
+    for count in (1, 4, 9, 100):
+        assert [item.row.id for item in stream.longest(draws, count)] == [item.row.id for item in items[:count]]
+    made: list[Draw] = []
+    make_one = stream._item
+    stream._item = lambda draw: made.append(draw) or make_one(draw)  # type: ignore[method-assign, func-returns-value]
+    stream.longest(draws, 1)
+    assert len(made) < len(draws) / 2
+
+
+def test_every_row_that_is_met_is_met_once(feed: Callable[[str], Feed]) -> None:
+    stream = feed("uft")
+    draws = list(stream.preview(40))
+    met = [row[0].ids.tolist() for row in stream.met(iter(draws))]
+    rows = sorted({(draw.source, draw.index) for draw in draws})
+    assert met == [stream.sources[source].encoded[index][0].ids.tolist() for source, index in rows]
 
 
 def test_a_feed_goes_on_from_its_state(feed: Callable[[str], Feed]) -> None:

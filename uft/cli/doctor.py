@@ -81,7 +81,7 @@ def memory() -> str:
 
 
 def disk() -> dict[str, str]:
-    from uft.model.paths import cache_root
+    from uft.disk import cache_root
 
     return {
         "here": free_space(Path.cwd()),

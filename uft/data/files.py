@@ -6,7 +6,6 @@ JSON Lines and CSV need the standard library alone; pyarrow is imported when a f
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -95,11 +94,11 @@ def _record(value: Any, where: str) -> Found:
 
 
 def _json(path: Path) -> Iterator[Found]:
-    """A JSON array of objects, or one object per line."""
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
-    if not raw.startswith(b"["):
+    """A JSON array of objects, which is read whole, or one object per line."""
+    if not _begins_array(path):
         yield from _jsonl(path)
         return
+    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
     try:
         items = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -112,16 +111,28 @@ def _json(path: Path) -> Iterator[Found]:
     except RecursionError:
         yield BadRow(f"{path}:1", "broken JSON: nested too deeply")
     else:
+        del raw
         yield from (_record(item, f"{path}:{number}") for number, item in enumerate(items, start=1))
+
+
+def _begins_array(path: Path) -> bool:
+    with open(path, "rb") as handle:
+        first = handle.read(3).removeprefix(b"\xef\xbb\xbf").lstrip()
+        while not first and (block := handle.read(4096)):
+            first = block.lstrip()
+    return first.startswith(b"[")
 
 
 def read_csv(path: Path) -> Iterator[Found]:
     """Text cells under a header. Bytes that are not UTF-8 stay visible as surrogates, which the row's check names."""
-    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+        yield from _cells(path, csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+
+
+def _cells(path: Path, rows: Any) -> Iterator[Found]:
     try:
-        header = next(rows, [])
+        header: list[str] = next(rows, [])
         twice = sorted(name for name, count in Counter(header).items() if count > 1)
         if twice:
             yield BadRow(f"{path}:1", f"names a column twice: {', '.join(map(repr, twice[:3]))}")
@@ -140,6 +151,7 @@ def read_csv(path: Path) -> Iterator[Found]:
 def _parquet(path: Path) -> Iterator[Found]:
     import pyarrow.parquet
 
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     number = 0
     with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of what folders are called
         for batch in file.iter_batches(batch_size=_BATCH):

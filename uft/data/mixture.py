@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from uft.data.many import kinds
 from uft.data.rows import Kind, Row
 from uft.errors import Problem, UftError
 
@@ -52,7 +53,17 @@ class Mixture:
 
     def take(self, count: int) -> list[Draw]:
         """The next `count` draws."""
-        return [self._next() for _ in range(count)]
+        return list(self.draws(count))
+
+    def draws(self, count: int) -> Iterator[Draw]:
+        """The same one by one, for many of them."""
+        return (self._next() for _ in range(count))
+
+    def fork(self) -> Mixture:
+        """Another mixture that stands where this one does: what it draws, this one does not."""
+        other = Mixture(self.names, self.sizes, self.weights, self.seed)
+        other.counts, other._orders = list(self.counts), list(self._orders)
+        return other
 
     @property
     def first_pass(self) -> int:
@@ -111,7 +122,7 @@ class Portion:
 
 def portion(name: str, rows: Sequence[Row], share: float | None) -> Portion:
     """A source with rows of several kinds counts as demonstrations when more than half of its rows are."""
-    shown = sum(row.kind in _SHOWN for row in rows)
+    shown = sum(count for kind, count in kinds(rows).items() if kind in _SHOWN)
     return Portion(name, len(rows), share, 2 * shown > len(rows))
 
 

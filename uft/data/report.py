@@ -6,12 +6,15 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from uft.data.identity import prompt_hash
+import numpy as np
+
+from uft.data.lengths import LengthReport
+from uft.data.many import like, prompt_words
 from uft.data.mixture import Mixture
 from uft.data.rows import Kind, Row
 from uft.data.sources import LoadedSource
 from uft.data.templates import Encoded
-from uft.data.tokens import LengthReport, Tokenized
+from uft.data.tokens import Tokenized
 from uft.data.views import View
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ def data_report(
     `held_out_seen` counts held-out rows whose prompt some source trains on.
     """
     drawn, taught = _realised(tokenized, mixture, rows, views)
-    seen = {prompt_hash(row.prompt) for source in loaded for row in source.rows}
+    seen = np.unique(np.concatenate([np.empty(0, np.uint64), *(prompt_words(source.rows) for source in loaded)]))
     sources = {}
     for number, (source, tokens) in enumerate(zip(loaded, tokenized, strict=True)):
         sources[source.name] = {
@@ -71,7 +74,7 @@ def data_report(
             "kinds": {kind.value: count for kind, count in source.kinds.items()},
             "rows": mixture.sizes[number],
             "held_out": len(source.held_out),
-            "held_out_seen": sum(prompt_hash(row.prompt) in seen for row in source.held_out),
+            "held_out_seen": int(np.isin(prompt_words(source.held_out), seen).sum()),
             "share_asked": mixture.weights[number],
             "share_rows": _share(drawn, number),
             "share_supervised_tokens": _share(taught, number),
@@ -149,11 +152,11 @@ def _realised(
     """(rows, supervised tokens) of each source in the first `rows` draws; those after COUNTED in proportion."""
     fresh = Mixture(mixture.names, mixture.sizes, mixture.weights, mixture.seed)
     taught, counted = [0] * len(tokenized), min(rows, COUNTED)
-    for draw in fresh.take(counted):
+    for draw in fresh.draws(counted):
         source = tokenized[draw.source]
-        row, encoded = source.rows[draw.index], source.encoded[draw.index]
-        used = range(len(encoded)) if views is None else _used(row, draw.visit, views)
-        taught[draw.source] += sum(encoded[part].targets for part in used)
+        targets = source.encoded.targets_of(draw.index)
+        used = slice(None) if views is None else _used(like(source.rows, draw.index), draw.visit, views)
+        taught[draw.source] += int(targets[used].sum())
     if counted == rows:
         return fresh.counts, taught
     return [round(rows * weight) for weight in mixture.weights], [round(tokens * rows / counted) for tokens in taught]

@@ -5,7 +5,7 @@ One frozen record serves every kind of feedback; its kind is derived from what t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -71,13 +71,18 @@ class Row:
 
     @property
     def kind(self) -> Kind:
-        if any(c.sampled_by is not None for c in self.completions):
-            return Kind.NEGATIVES
-        first = self.completions[0]
-        if first.preferred is not None:
-            return Kind.PREFERENCE
-        if first.label is not None:
-            return Kind.BINARY
-        if first.score is not None:
-            return Kind.SCORED
-        return Kind.DEMONSTRATION
+        return kind_of(self.completions)
+
+
+def kind_of(completions: Sequence[Completion]) -> Kind:
+    """The kind of a row with these completions."""
+    if any(c.sampled_by is not None for c in completions):
+        return Kind.NEGATIVES
+    first = completions[0]
+    if first.preferred is not None:
+        return Kind.PREFERENCE
+    if first.label is not None:
+        return Kind.BINARY
+    if first.score is not None:
+        return Kind.SCORED
+    return Kind.DEMONSTRATION

@@ -5,7 +5,7 @@ Everything that is wrong with any source, and every row that cannot be read, is 
 
 from __future__ import annotations
 
-from collections import Counter
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +14,14 @@ from uft.config.schema import Data, Source
 from uft.data import formats
 from uft.data.files import BadRow, Table
 from uft.data.formats import Format
+from uft.data.gather import Gathered
 from uft.data.identity import content_digest, prompt_hash
+from uft.data.many import kinds, pick, prompt_words
 from uft.data.messages import Unreadable
 from uft.data.parsing import Fields
 from uft.data.readers import Place, read
 from uft.data.rows import Kind, Row
+from uft.disk import cache_root
 from uft.errors import Problem, UftError
 
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
@@ -26,12 +29,15 @@ SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
 
 @dataclass(frozen=True)
 class LoadedSource:
-    """A source, read and split. `digest` is the sha256 of the training rows' content."""
+    """A source, read and split. `digest` is the sha256 of the training rows' content.
+
+    The rows of a large one lie on disk (:mod:`uft.data.store`): go through them rather than list them.
+    """
 
     name: str
     path: str
-    rows: tuple[Row, ...]
-    held_out: tuple[Row, ...]
+    rows: Sequence[Row]
+    held_out: Sequence[Row]
     digest: str
     dropped: tuple[BadRow, ...] = ()
     checker: str | None = None
@@ -40,7 +46,7 @@ class LoadedSource:
     @property
     def kinds(self) -> dict[Kind, int]:
         """How many training rows there are of each kind of feedback."""
-        return dict(Counter(row.kind for row in self.rows))
+        return kinds(self.rows)
 
 
 def load_sources(data: Any) -> list[LoadedSource]:
@@ -75,36 +81,39 @@ def load_sources(data: Any) -> list[LoadedSource]:
     return loaded
 
 
-def hold_out(rows: Sequence[Row], amount: float) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequence[Row]]:
     """(training rows, held-out rows): whole prompts, those whose hashes are least, until `amount` rows are kept.
 
     `amount` is a share below 1 or a count. Which prompts are kept does not depend on order, seed or source, so sources
     that share prompts keep nearly the same ones. Order within both sides is that of `rows`.
     """
     wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
-    if not wanted or not rows:
-        return tuple(rows), ()
-    hashes = [prompt_hash(row.prompt) for row in rows]
-    sizes = Counter(hashes)
-    kept: set[str] = set()
-    count = 0
-    for key in sorted(sizes):
-        if count >= wanted:
-            break
-        kept.add(key)
-        count += sizes[key]
-    train = tuple(row for row, key in zip(rows, hashes, strict=True) if key not in kept)
-    return train, tuple(row for row, key in zip(rows, hashes, strict=True) if key in kept)
+    kept = _least(rows, min(wanted, len(rows))) if wanted > 0 and rows else bytes(len(rows))
+    train, held = (array("q", (n for n, one in enumerate(kept) if one == side)) for side in (0, 1))
+    return pick(rows, train), pick(rows, held)
+
+
+def _least(rows: Sequence[Row], count: int) -> bytearray:
+    """1 for the `count` >= 1 rows whose prompt hashes are least, and for all with the prompt of the last of them."""
+    words = prompt_words(rows)
+    edge = sorted(words)[count - 1]
+    kept = bytearray(word < edge for word in words)
+    there = [n for n, word in enumerate(words) if word == edge]  # one prompt's, nearly always: a word is not all
+    hashes = [prompt_hash(rows[n].prompt) for n in there]
+    last = sorted(hashes)[count - sum(kept) - 1]
+    for n, whole in zip(there, hashes, strict=True):
+        kept[n] = whole <= last
+    return kept
 
 
 def _load(name: str, source: Source, data: Data) -> LoadedSource:
     if problems := [*formats.check_mapping(source.columns, name), *_range_problems(name, source.score_range)]:
         raise UftError(*problems)
     place = Place(source.path, source.split, source.subset, source.revision, f"data.sources.{name}.path")
-    rows, bad = _rows(name, source, place, source.limit)
+    rows, bad = _rows(name, source, place, source.limit, data.cache)
     apart = _evaluation_place(source, place)
     if apart is not None:
-        held_out, more = _rows(name, source, apart, None)
+        held_out, more = _rows(name, source, apart, None, data.cache)
         bad += more
     else:
         amount = data.holdout if source.holdout is None else source.holdout
@@ -135,21 +144,19 @@ def _evaluation_place(source: Source, place: Place) -> Place | None:
     return None
 
 
-def _rows(name: str, source: Source, place: Place, limit: int | None) -> tuple[tuple[Row, ...], list[BadRow]]:
+def _rows(
+    name: str, source: Source, place: Place, limit: int | None, cache: str | None
+) -> tuple[Sequence[Row], list[BadRow]]:
     """The rows of a place and what could not be read there."""
-    good: list[Fields] = []
+    good = Gathered(name, limit, cache_root(cache))
     bad: list[BadRow] = []
     for table in read(place):
         for item in _parsed(name, source, table):
             if isinstance(item, BadRow):
                 bad.append(item)
             else:
-                good.append(item)
-    rows = tuple(
-        Row(name, index, fields.prompt, fields.completions, fields.answer, fields.task)
-        for index, fields in enumerate(_grouped(good)[:limit])
-    )
-    return rows, bad
+                good.add(item)
+    return good.rows(), bad
 
 
 def _parsed(name: str, source: Source, table: Table) -> Iterator[Fields | BadRow]:
@@ -186,26 +193,6 @@ def _recognise(name: str, source: Source, table: Table) -> Format:
     usual: dict[str, Any] = {key: None for key, count in counts.items() if 2 * count >= table.records}
     columns = formats.rename(usual, source.columns)
     return formats.recognise(columns, source.kind, source.columns, name)
-
-
-def _grouped(found: Sequence[Fields]) -> list[Fields]:
-    """Scored completions of one prompt as one row, where the first of them stood; everything else as it is.
-
-    Pairwise objectives compare the best with the worst completion of a prompt, so they must meet in one row.
-    """
-    grouped: list[Fields] = []
-    places: dict[Any, int] = {}
-    for fields in found:
-        if fields.completions[0].score is None:
-            grouped.append(fields)
-            continue
-        place = places.setdefault(fields.prompt, len(grouped))
-        if place == len(grouped):
-            grouped.append(fields)
-        else:
-            first = grouped[place]
-            grouped[place] = replace(first, completions=first.completions + fields.completions)
-    return grouped
 
 
 def _bad_row_problems(bad: Sequence[BadRow]) -> list[Problem]:

@@ -7,44 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from uft.data import cache
-from uft.data.cache import EncodedRows
+from uft.data.cache import EncodedRows, Packer
 from uft.data.identity import content_digest
+from uft.data.lengths import Fitted, LengthReport, Tally
+from uft.data.many import pick
 from uft.data.rows import Row
 from uft.data.templates import Encoded, Renderer, finish
 from uft.errors import Problem, UftError
 
 log = logging.getLogger(__name__)
 
-CODE_VERSION = 2  # raise it when this code makes other tokens of the same rows
-CHUNK = 1024  # conversations tokenised at once
+CODE_VERSION = 3  # raise it when this code makes other tokens of the same rows
+CHUNK = 1024  # conversations tokenised at once, or a few more: a row is not divided
 SHOWN = 5  # rows with a wrong mask that are told one by one
-EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
-
-Fitted = tuple[Encoded, ...] | None  # a row within the length, or None: dropped
-
-
-@dataclass(frozen=True)
-class LengthReport:
-    """What the rows of a source came to, and what the length policy cost. Lengths are prompt + completion in tokens."""
-
-    rows: int  # kept
-    completions: int
-    tokens: int
-    supervised: int
-    touched: int = 0  # rows with a completion that was cut
-    dropped: int = 0
-    supervised_lost: int = 0  # in cut and dropped rows
-    longest: int = 0  # of all completions, before anything was cut
-    lengths: tuple[tuple[int, int], ...] = ()  # (up to this length, completions), before anything was cut
 
 
 @dataclass(frozen=True)
@@ -52,8 +34,8 @@ class Tokenized:
     """A source's rows with their tokens: `encoded[i]` holds one :class:`Encoded` per completion of `rows[i]`."""
 
     source: str
-    rows: tuple[Row, ...]
-    encoded: Sequence[tuple[Encoded, ...]]
+    rows: Sequence[Row]
+    encoded: EncodedRows
     report: LengthReport
     cache: str  # hit, miss, rebuilt (it was corrupt) or off
 
@@ -81,21 +63,19 @@ def tokenize(
         except cache.Corrupt as error:
             cache.discard(folder, error)
             state = "rebuilt"
-    encoded = _encode(rows, renderer)
-    _check(rows, encoded, renderer)
-    fitted = [POLICIES[too_long](row, max_length) for row in encoded]
-    if too_long == "error":
-        _refuse_long(name, encoded, max_length)
-    packed = EncodedRows.pack(row for row in fitted if row is not None)
-    kept = [number for number, row in enumerate(fitted) if row is not None]
-    report = _report(encoded, fitted, packed)
-    if folder is not None:
-        try:
-            cache.save(folder, packed, {"kept": kept, "report": asdict(report)})
-        except OSError as error:
-            log.warning("tokens are not kept for the next run: %s", error)
-            state = "off"
-    return Tokenized(name, tuple(rows[number] for number in kept), packed, report, state)
+    with Packer(folder) as packer:
+        report = _encode(name, rows, renderer, max_length, too_long, packer)
+        if folder is not None:
+            try:
+                return _kept(name, rows, cache.save(packer, folder, {"report": asdict(report)}), report, state)
+            except OSError as error:
+                log.warning("tokens are not kept for the next run: %s", error)
+                state = "off"
+        return _kept(name, rows, packer.packed(), report, state)
+
+
+def _kept(name: str, rows: Sequence[Row], encoded: EncodedRows, report: LengthReport, state: str) -> Tokenized:
+    return Tokenized(name, pick(rows, encoded.numbers), encoded, report, state)  # type: ignore[arg-type]
 
 
 def tokenize_all(
@@ -122,38 +102,77 @@ def _key(rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str
 def _recalled(name: str, rows: Sequence[Row], encoded: EncodedRows, notes: dict[str, Any]) -> Tokenized:
     report = dict(notes["report"])
     report["lengths"] = tuple((edge, count) for edge, count in report["lengths"])
-    return Tokenized(name, tuple(rows[n] for n in notes["kept"]), encoded, LengthReport(**report), "hit")
+    return _kept(name, rows, encoded, LengthReport(**report), "hit")
 
 
-def _encode(rows: Sequence[Row], renderer: Renderer) -> list[tuple[Encoded, ...]]:
-    """Rows in chunks through the tokenizer, which is fastest on many texts at once."""
-    flat = (((row.prompt, completion.turns), row.id) for row in rows for completion in row.completions)
-    encoded: list[Encoded] = []
-    while chunk := list(islice(flat, CHUNK)):
-        encoded += renderer.encode_many([conversation for conversation, _ in chunk], [name for _, name in chunk])
-    following = iter(encoded)
+def _encode(
+    name: str, rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str, packer: Packer
+) -> LengthReport:
+    """Tokenise, check, fit and pack, chunk by chunk: what is told of all rows is counted on the way."""
+    faults, tally = _Faults(renderer), Tally(max_length)
+    fit, number = POLICIES[too_long], 0
+    for chunk in _chunks(rows):
+        encoded = _encoded(chunk, renderer)
+        faults.look(chunk, encoded)
+        fitted = [fit(row, max_length) for row in encoded]
+        tally.count(encoded, fitted)
+        packer.add((n, row) for n, row in enumerate(fitted, number) if row is not None)
+        number += len(chunk)
+    faults.refuse()
+    if too_long == "error":
+        tally.refuse_long(name)
+    return tally.report()
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows, as many at once as have about CHUNK conversations."""
+    chunk: list[Row] = []
+    conversations = 0
+    for row in rows:
+        chunk.append(row)
+        conversations += len(row.completions)
+        if conversations >= CHUNK:
+            yield chunk
+            chunk, conversations = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encoded(rows: Sequence[Row], renderer: Renderer) -> list[tuple[Encoded, ...]]:
+    """All at once through the tokenizer, which is fastest so."""
+    conversations = [(row.prompt, completion.turns) for row in rows for completion in row.completions]
+    names = [row.id for row in rows for _ in row.completions]
+    following = iter(renderer.encode_many(conversations, names))
     return [tuple(islice(following, len(row.completions))) for row in rows]
 
 
 # --- checks
 
 
-def _check(rows: Sequence[Row], encoded: Sequence[Sequence[Encoded]], renderer: Renderer) -> None:
-    """Stop when what would be learned makes no sense; the template is the likely cause, so it is named with the row."""
-    bos = renderer.tokenizer.bos_token_id
-    wrong = [
-        (row, why)
-        for row, of_row in zip(rows, encoded, strict=True)
-        if (why := next((w for one in of_row if (w := _mask_fault(one, renderer.stop_ids, bos))), None))
-    ]
-    if not wrong:
-        return
-    problems = [
-        Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template") for row, why in wrong[:SHOWN]
-    ]
-    if len(wrong) > SHOWN:
-        problems.append(Problem(f"... and {len(wrong) - SHOWN} more rows", "alike"))
-    raise UftError(*problems)
+class _Faults:
+    """Rows of which what would be learned makes no sense; the template, a likely cause, is named with them."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self.renderer = renderer
+        self.shown: list[Problem] = []
+        self.count = 0
+
+    def look(self, rows: Sequence[Row], encoded: Sequence[Sequence[Encoded]]) -> None:
+        stops, bos = self.renderer.stop_ids, self.renderer.tokenizer.bos_token_id
+        for row, of_row in zip(rows, encoded, strict=True):
+            why = next((why for one in of_row if (why := _mask_fault(one, stops, bos))), None)
+            if why is None:
+                continue
+            self.count += 1
+            if self.count <= SHOWN:
+                self.shown.append(Problem(f"row {row.id}", f"{why} under {self.renderer.name}", where="data.template"))
+
+    def refuse(self) -> None:
+        """UftError if there were any."""
+        if self.count > SHOWN:
+            raise UftError(*self.shown, Problem(f"... and {self.count - SHOWN} more rows", "alike"))
+        if self.count:
+            raise UftError(*self.shown)
 
 
 def _mask_fault(encoded: Encoded, stop_ids: Iterable[int], bos: int | None) -> str | None:
@@ -198,45 +217,3 @@ POLICIES: dict[str, Callable[[tuple[Encoded, ...], int], Fitted]] = {
     "drop": _drop,
     "truncate": _truncate,
 }
-
-
-def _refuse_long(name: str, encoded: Sequence[tuple[Encoded, ...]], max_length: int) -> None:
-    lengths = [max(one.length for one in row) for row in encoded]
-    long = sum(length > max_length for length in lengths)
-    if not long:
-        return
-    longest = max(lengths)
-    these = f"{long} of {len(lengths)} rows are longer than train.max_length={max_length}"
-    raise UftError(
-        Problem(
-            f"data.sources.{name}",
-            f"{these}; the longest has {longest} tokens",
-            advice=(
-                "leave them out or cut them:  data.too_long=drop|truncate",
-                f"or make room:  train.max_length={longest}",
-            ),
-        )
-    )
-
-
-def _report(before: Sequence[tuple[Encoded, ...]], after: Sequence[Fitted], packed: EncodedRows) -> LengthReport:
-    lengths = np.asarray([one.length for row in before for one in row], np.int64)
-    edges = [*EDGES, max(int(lengths.max(initial=0)), EDGES[-1] + 1)]
-    counts = np.bincount(np.searchsorted(edges, lengths), minlength=len(edges))
-    supervised = sum(int(one.supervised.sum()) for row in before for one in row)
-    kept = int(packed.supervised.sum())
-    return LengthReport(
-        rows=len(packed),
-        completions=len(packed.prompts),
-        tokens=len(packed.ids),
-        supervised=kept,
-        touched=sum(new is not None and _tokens(new) < _tokens(old) for old, new in zip(before, after, strict=True)),
-        dropped=sum(new is None for new in after),
-        supervised_lost=supervised - kept,
-        longest=int(lengths.max(initial=0)),
-        lengths=tuple((edge, int(count)) for edge, count in zip(edges, counts, strict=True) if count),
-    )
-
-
-def _tokens(row: Sequence[Encoded]) -> int:
-    return sum(one.length for one in row)

@@ -194,9 +194,10 @@ def _scored_row(item: Item, scored: Sequence[Scored]) -> ScoredRow:
 def distinct(rows: Sequence[Row], count: int) -> list[Row]:
     """The first `count` rows whose prompts differ: a prompt has one greedy answer, however many rows ask it."""
     first: dict[tuple[Message, ...], Row] = {}
-    for row in rows:
+    following = iter(rows)
+    while len(first) < count and (row := next(following, None)) is not None:
         first.setdefault(row.prompt, row)
-    return list(first.values())[:count]
+    return list(first.values())
 
 
 def shown(prompt: Sequence[Message]) -> str:

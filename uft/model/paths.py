@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from uft.disk import cache_root
 from uft.errors import Problem, UftError
 from uft.model import smollm2
 
@@ -22,11 +22,6 @@ class Location:
     path: str  # local folder or hub id
     revision: str | None = None  # of a hub model
     offline: bool = False  # the hub cannot be reached, but its files are in the local cache
-
-
-def cache_root(folder: str | os.PathLike[str] | None = None) -> Path:
-    """`folder`, else UFT_CACHE, else ~/.cache/uft."""
-    return Path(folder or os.environ.get("UFT_CACHE") or "~/.cache/uft").expanduser()
 
 
 def resolve_path(path: str, key: str = "model.path") -> str:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from uft.config.schema import Config, Data, Source
 from uft.config.typed import adds
+from uft.data.many import kinds
 from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.writing import write_rows, written_here
@@ -130,7 +131,7 @@ def next_command(data: Data, column: str, written: Mapping[str, Written]) -> str
 
 def _everything(source: LoadedSource) -> list[Row]:
     """The rows of a source's own place, as they stand there."""
-    rows = source.rows if source.apart else source.rows + source.held_out
+    rows = source.rows if source.apart else (*source.rows, *source.held_out)
     return sorted(rows, key=lambda row: row.index)
 
 
@@ -172,15 +173,15 @@ def _evaluation(place: Path) -> Path:
 
 def _mixed(sources: Sequence[LoadedSource]) -> list[Problem]:
     """Sources whose rows cannot stand in one file."""
-    kinds = {s.name: sorted({row.kind.value for row in _everything(s)}) for s in sources}
+    found = {s.name: {**kinds(s.rows), **({} if s.apart else kinds(s.held_out))} for s in sources}
+    several = {name: sorted(kind.value for kind in of) for name, of in found.items() if len(of) > 1}
     return [
         Problem(
             f"data.sources.{name}",
-            f"its rows are of several kinds ({', '.join(found)}), and one file holds one kind",
+            f"its rows are of several kinds ({', '.join(of)}), and one file holds one kind",
             advice=("make a source of each of its files",),
         )
-        for name, found in kinds.items()
-        if len(found) > 1
+        for name, of in several.items()
     ]
 
 

@@ -17,8 +17,8 @@ from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.templates import Renderer
 from uft.data.tokens import Tokenized, tokenize_all
+from uft.disk import cache_root
 from uft.errors import Problem, UftError
-from uft.model.paths import cache_root
 from uft.objectives.base import Objective
 from uft.objectives.kinds import kind_table
 from uft.training.feed import Feed
@@ -52,10 +52,10 @@ def read_corpus(config: Config, tokenizer: PreTrainedTokenizerBase, loaded: list
     renderer = Renderer(tokenizer, config.data.template)
     max_length, too_long, folder = config.train.max_length, config.data.too_long, cache_dir(config)
     # a source with a share of zero is measured, never drawn: its training rows need not even fit
-    drawn = {s.name: s.rows if config.data.sources[s.name].share != 0 else () for s in loaded}
+    drawn: dict[str, Sequence[Row]] = {s.name: s.rows if config.data.sources[s.name].share != 0 else () for s in loaded}
     train = tokenize_all(drawn, renderer, max_length, too_long, folder)
     held_out = encode_held_out(config, renderer, {s.name: s.held_out for s in loaded})
-    empty = [s.source for s in train if not s.rows and drawn[s.source] != ()]
+    empty = [s.source for s in train if not s.rows and drawn[s.source]]
     if empty:
         raise UftError(*(Problem(f"data.sources.{name}", "no row is left to train on") for name in empty))
     portions = [portion(s.source, s.rows, config.data.sources[s.source].share) for s in train]
@@ -117,7 +117,7 @@ def _refuse_nothing(feed: Feed, objective: Objective, data: Data) -> None:
     """A run that drops every row, or takes nothing of what is left, would train on none and call itself finished."""
     if feed.takes_anything():
         return
-    drawn = sum(len(s.rows) for s, weight in zip(feed.sources, feed.mixture.weights, strict=True) if weight)
+    drawn = sum(len(source.rows) for source in feed.drawn)
     name, dropping = objective.name, data.unusable == "drop"
     raise UftError(
         Problem("data.unusable=drop", f"objective={name} cannot use any of the {drawn:,} rows")
@@ -132,11 +132,11 @@ def _refuse_unusable(feed: Feed, objective: Objective, data: Data) -> None:
     problems = [
         Problem(
             f"data.sources.{source}",
-            f"objective={objective.name} cannot use {len(rows)} {kind.value} row{'s' * (len(rows) != 1)}",
-            where=rows[0],
+            f"objective={objective.name} cannot use {unusable.rows} {kind.value} row{'s' * (unusable.rows != 1)}",
+            where=unusable.first,
         )
         for source, kinds in feed.unusable().items()
-        for kind, rows in kinds.items()
+        for kind, unusable in kinds.items()
     ]
     lacking, commands = missing_annotations(feed, objective, data)
     if not problems and not lacking:

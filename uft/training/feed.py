@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from heapq import heappush, heapreplace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from uft.data.batches import Item, make_item, mismatched
+from uft.data.many import alike
 from uft.data.mixture import Draw, Mixture
 from uft.data.rows import Kind, Row
 from uft.data.templates import Encoded
@@ -17,6 +19,13 @@ from uft.data.tokens import Tokenized
 from uft.data.views import Parts, View
 
 ReferenceColumn = Callable[[Encoded], np.ndarray]
+
+
+class Unusable(NamedTuple):
+    """Rows that an objective cannot use: how many, and the id of the first."""
+
+    rows: int
+    first: str
 
 
 class Feed:
@@ -45,9 +54,30 @@ class Feed:
         """The next `rows` rows; those of which the objective takes nothing are left out."""
         return self.items(self.mixture.take(rows))
 
-    def items(self, draws: Sequence[Draw]) -> list[Item]:
+    def items(self, draws: Iterable[Draw]) -> list[Item]:
         found = (self._item(draw) for draw in draws)
         return [item for item in found if item is not None]
+
+    def met(self, draws: Iterable[Draw]) -> Iterator[tuple[Encoded, ...]]:
+        """The tokens of every row among these draws, each once, source by source in the order of the rows."""
+        seen = [bytearray(len(source.rows)) for source in self.sources]
+        for draw in draws:
+            seen[draw.source][draw.index] = 1
+        return (
+            source.encoded[n] for source, of in zip(self.sources, seen, strict=True) for n, one in enumerate(of) if one
+        )
+
+    def longest(self, draws: Iterable[Draw], count: int) -> list[Item]:
+        """The `count` longest items of these draws, the longest first and of equals the earlier; few are made."""
+        kept: list[tuple[int, int, Item]] = []  # a heap of (length, -order, item)
+        for order, draw in enumerate(draws):
+            bound = self.sources[draw.source].encoded.longest[draw.index]
+            if len(kept) == count and bound <= kept[0][0]:
+                continue
+            item = self._item(draw)
+            if item is not None and (len(kept) < count or item.length > kept[0][0]):
+                (heappush if len(kept) < count else heapreplace)(kept, (item.length, -order, item))
+        return [item for _, _, item in sorted(kept, key=lambda one: one[:2], reverse=True)]
 
     def mismatched(self, items: Sequence[Item]) -> list[Item]:
         """Completions of a step under other rows' prompts."""
@@ -69,26 +99,29 @@ class Feed:
         view = self.views.get(row.kind)
         return view(row, visit) if view else None
 
-    def unusable(self) -> dict[str, dict[Kind, list[str]]]:
-        """Rows the objective cannot use at all: source -> kind -> row ids. A source that is never drawn is left out."""
-        found: dict[str, dict[Kind, list[str]]] = {}
-        for source, weight in zip(self.sources, self.mixture.weights, strict=True):
-            for row in source.rows if weight else ():
+    def unusable(self) -> dict[str, dict[Kind, Unusable]]:
+        """Rows the objective cannot use at all, by source and kind. A source that is never drawn is left out."""
+        found: dict[str, dict[Kind, Unusable]] = {}
+        for source in self.drawn:
+            for row, count in alike(source.rows):
                 if self._view(row, 0) is None:
-                    found.setdefault(source.source, {}).setdefault(row.kind, []).append(row.id)
+                    kinds = found.setdefault(source.source, {})
+                    before = kinds.get(row.kind, Unusable(0, row.id))
+                    kinds[row.kind] = Unusable(before.rows + count, before.first)
         return found
+
+    @property
+    def drawn(self) -> list[Tokenized]:
+        """The sources that have a share."""
+        return [s for s, weight in zip(self.sources, self.mixture.weights, strict=True) if weight]
 
     def takes_anything(self) -> bool:
         """Whether there is a row to draw of which the objective takes a completion."""
-        drawn = (s.rows for s, weight in zip(self.sources, self.mixture.weights, strict=True) if weight)
-        return any(self._view(row, 0) for rows in drawn for row in rows)
+        return any(self._view(row, 0) for source in self.drawn for row, _ in alike(source.rows))
 
-    def preview(self, rows: int) -> list[Draw]:
+    def preview(self, rows: int) -> Iterator[Draw]:
         """What the next `rows` draws will be, without drawing them."""
-        state = self.mixture.state_dict()
-        draws = self.mixture.take(rows)
-        self.mixture.load_state_dict(state)
-        return draws
+        return self.mixture.fork().draws(rows)
 
     def state_dict(self) -> dict[str, Any]:
         return self.mixture.state_dict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -89,7 +90,7 @@ def show_data(config: Config, corpus: Corpus, console: Console) -> None:
     shown_by = "coloured" if console.is_terminal else "between « and »"
     console.print(f"\n[bold]rows as they are trained[/bold] (trained tokens {shown_by})")
     for source in corpus.train:
-        for row, encoded in list(zip(source.rows, source.encoded, strict=True))[:ROWS_SHOWN]:
+        for row, encoded in islice(zip(source.rows, source.encoded, strict=True), ROWS_SHOWN):
             _print_row(console, row, encoded, corpus.renderer)
 
 

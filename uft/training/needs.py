@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from uft.config.schema import Data, Source
 from uft.config.typed import adds
+from uft.data.many import alike, kinds
 from uft.data.rows import Kind, Row
 from uft.data.views import Parts, View
 from uft.errors import Problem
@@ -33,12 +35,15 @@ def missing_annotations(feed: Feed, objective: Objective, data: Data) -> tuple[l
     """(a problem per source and number that its rows lack, the commands that write them)."""
     problems: list[Problem] = []
     lacking: dict[str, list[str]] = {}  # number -> sources
-    for source, weight in zip(feed.sources, feed.mixture.weights, strict=True):
-        found = [(row, lacks(objective, row)) for row in source.rows] if weight else []
-        for name in sorted(frozenset[str]().union(*(names for _, names in found))):
-            without = [row for row, names in found if name in names]
-            why = f"objective={objective.name} needs {name}, which {len(without):,} of {len(found):,} rows lack"
-            problems.append(Problem(f"data.sources.{source.source}", why, where=without[0].id))
+    for source in feed.drawn:
+        without, first = Counter[str](), dict[str, str]()  # number -> rows that lack it, the id of one
+        for row, count in alike(source.rows) if any(map(objective.annotations, kinds(source.rows))) else ():
+            for name in lacks(objective, row):
+                without[name] += count
+                first.setdefault(name, row.id)
+        for name, many in sorted(without.items()):
+            why = f"objective={objective.name} needs {name}, which {many:,} of {len(source.rows):,} rows lack"
+            problems.append(Problem(f"data.sources.{source.source}", why, where=first[name]))
             lacking.setdefault(name, []).append(source.source)
     return problems, [_command(name, {s: data.sources[s] for s in sources}) for name, sources in lacking.items()]
 
@@ -46,14 +51,16 @@ def missing_annotations(feed: Feed, objective: Objective, data: Data) -> tuple[l
 def counted_as_certain(feed: Feed, objective: Objective) -> list[str]:
     """A sentence per source and number that would refine the loss, and that rows do not carry."""
     sentences = []
-    for source, weight in zip(feed.sources, feed.mixture.weights, strict=True):
-        rows = [row for row in source.rows if objective.refined_by(row.kind)] if weight else []
-        for name in sorted({name for row in rows for name in objective.refined_by(row.kind)}):
-            without = sum(all(name not in c.annotations for c in row.completions) for row in rows)
-            if without:
-                sentences.append(
-                    f"{without:,} of {len(rows):,} pairs of {source.source} have no {name}: they count as certain"
-                )
+    for source in feed.drawn:
+        pairs = sum(count for kind, count in kinds(source.rows).items() if objective.refined_by(kind))
+        without = Counter[str]()
+        for row, count in alike(source.rows) if pairs else ():
+            names = objective.refined_by(row.kind) - {name for c in row.completions for name in c.annotations}
+            without.update(dict.fromkeys(names, count))
+        sentences += [
+            f"{many:,} of {pairs:,} pairs of {source.source} have no {name}: they count as certain"
+            for name, many in sorted(without.items())
+        ]
     return sentences
 
 

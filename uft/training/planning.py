@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from uft.config.schema import Config
-from uft.data.batches import Item
 from uft.model.forward import DTYPES
 from uft.model.load import empty_policy
 from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops
@@ -57,7 +56,7 @@ def worst_step(prepared: Prepared) -> Largest:
     cfg = trainer.config.train
     enough = max(trainer.feed.mixture.first_pass, LOOKED_AT)
     draws = trainer.feed.preview(min(prepared.plan.total_rows, enough))
-    longest: list[Item] = sorted(trainer.feed.items(draws), key=lambda item: -item.length)[: cfg.batch_size]
+    longest = trainer.feed.longest(draws, cfg.batch_size)
     if not longest:
         return Largest(0, 0, 0, 0.0)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from uft.config.schema import Config, Model, ReferenceModel
 from uft.data.batch import Batch
 from uft.data.batches import micro_batches
+from uft.data.tokens import Tokenized
 from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.stepzero import check_step_zero
 from uft.model.compiled import compile_blocks
@@ -133,8 +134,11 @@ def longest_row(corpus: Corpus, config: Config, objective: Objective) -> int:
     """Tokens of the longest sequence the model will meet."""
     if objective.needs.mismatched:  # prompts and completions meet that were not together before
         return config.train.max_length
-    sources = [*corpus.train, *corpus.held_out]
-    return max((one.length for source in sources for row in source.encoded for one in row), default=0)
+    return max(map(longest_of, [*corpus.train, *corpus.held_out]), default=0)
+
+
+def longest_of(source: Tokenized) -> int:
+    return int(source.encoded.longest.max(initial=0))
 
 
 def resume(trainer: Trainer, say: Say = _silent) -> int:
@@ -184,13 +188,10 @@ def _fill(
     if reference.column is None:
         return
     every_step = objective.needs.mismatched  # whose completions depend on who is in a step with whom
-    draws = feed.preview(horizon.total_rows if every_step else min(horizon.total_rows, feed.mixture.first_pass))
-    encoded = [
-        one
-        for source, index in sorted({(d.source, d.index) for d in draws})
-        for one in feed.sources[source].encoded[index]
-    ]
+    drawn = horizon.total_rows if every_step else min(horizon.total_rows, feed.mixture.first_pass)
+    encoded = [one for row in feed.met(feed.preview(drawn)) for one in row]
     if every_step:
+        draws = list(feed.preview(drawn))
         steps = (
             draws[start : start + config.train.batch_size] for start in range(0, len(draws), config.train.batch_size)
         )
@@ -217,7 +218,7 @@ def check_positions(policy: Policy, corpus: Corpus) -> None:
             advice=(f"train.max_length={positions} data.too_long=drop|truncate",),
         )
         for source in [*corpus.train, *corpus.held_out]
-        if positions and (longest := max((e.length for row in source.encoded for e in row), default=0)) > positions
+        if positions and (longest := longest_of(source)) > positions
     ]
     if problems:
         raise UftError(*problems)

@@ -17,7 +17,7 @@ from uft.training.prepare import Prepared
 def data_record(corpus: Corpus, feed: Feed, plan: Plan) -> dict[str, Any]:
     """`data.json`: what was asked of the data and what the whole run draws of it, under the objective's own views."""
     mixture = Mixture(feed.mixture.names, feed.mixture.sizes, feed.mixture.weights, feed.mixture.seed)
-    unusable = {name: sum(map(len, kinds.values())) for name, kinds in feed.unusable().items()}
+    unusable = {name: sum(found.rows for found in kinds.values()) for name, kinds in feed.unusable().items()}
     report = data_report(corpus.loaded, corpus.train, mixture, plan.total_rows, feed.views, unusable)
     return {"run_digest": corpus.digest, "epoch_rows": plan.epoch_rows, **report}
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Config, Data, Model
 from uft.config.stages import Stage, made, rows_of
-from uft.data.identity import content_digest, prompt_hash
+from uft.data.identity import content_digest
+from uft.data.many import pick, prompt_words
+from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.templates import Renderer
 from uft.errors import Problem, UftError
@@ -74,13 +77,18 @@ class Ground:
     @property
     def seen(self) -> int:
         """Held-out rows whose prompt some stage trains on."""
-        trained = {prompt_hash(row.prompt) for c in self.corpora.values() for s in c.train for row in s.rows}
-        return sum(prompt_hash(row.prompt) in trained for held in self.held_out for row in held.rows)
+        trained = np.unique(_words(source.rows for corpus in self.corpora.values() for source in corpus.train))
+        return int(np.isin(_words(held.rows for held in self.held_out), trained).sum())
 
     def _without_held_out(self, source: LoadedSource) -> LoadedSource:
-        apart = {prompt_hash(row.prompt) for held in self.held_out for row in held.rows}
-        rows = tuple(row for row in source.rows if prompt_hash(row.prompt) not in apart)
+        apart = np.isin(prompt_words(source.rows), _words(held.rows for held in self.held_out))
+        rows = pick(source.rows, np.flatnonzero(~apart).tolist())
         return replace(source, rows=rows, digest=content_digest(rows))
+
+
+def _words(sides: Iterable[Sequence[Row]]) -> np.ndarray:
+    """(rows of all sides,) uint64, see prompt_words."""
+    return np.concatenate([np.empty(0, np.uint64), *map(prompt_words, sides)])
 
 
 def survey(run: Run, config: Config, stages: Sequence[Stage]) -> Ground:

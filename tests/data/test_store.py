@@ -1,0 +1,374 @@
+"""Rows on disk are the rows in memory: the same content, order, digests, held-out prompts and tokens."""
+
+import json
+import logging
+import math
+import tracemalloc
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from uft.data import cache, gather, store, tokens
+from uft.data.identity import content_digest, line, said
+from uft.data.many import Kept, alike, kinds, like, pick, prompt_words
+from uft.data.rows import ANNOTATIONS, Completion, Message, Row
+from uft.data.sources import hold_out, load_sources
+from uft.data.store import StoredRows, Writer
+from uft.data.templates import Renderer
+from uft.data.tokens import tokenize
+from uft.errors import UftError
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+turns = st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistant", "tool"]), texts), min_size=1).map(
+    tuple
+)
+completions = st.builds(
+    Completion,
+    turns,
+    preferred=st.none() | st.booleans(),
+    label=st.none() | st.booleans(),
+    score=st.none() | numbers,
+    sampled_by=st.none() | texts,
+    log_prob=st.none() | numbers | st.integers(-(10**30), 0),
+    annotations=st.dictionaries(st.sampled_from([*ANNOTATIONS, "score"]), numbers),
+)
+rows_of = st.builds(
+    Row,
+    st.just("mine"),
+    st.integers(0, 10**9),
+    turns,
+    st.lists(completions, min_size=1, max_size=3).map(tuple),
+    answer=st.none() | texts,
+    task=st.none() | texts,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(row=rows_of)
+def test_a_line_says_what_the_row_says(row):
+    read = said(line(row), row.source, row.index)
+    assert read == row
+    assert content_digest([read]) == content_digest([row])  # -0.0 and 0.0, 1 and 1.0 are equal, and not the same
+    assert line(row).count(b"\n") == 1
+
+
+# --- both ways
+
+
+def demonstration(n):
+    return {"prompt": f"question {n % 31} \u2028 é", "completion": f"answer {n}", "task": f"t{n % 3}"}
+
+
+def pair(n):
+    numbers = {"soft_label": n % 7 / 7, "score_chosen": n, "score_rejected": -n} if n % 3 else {}
+    return {"prompt": f"q{n}", "chosen": f"yes {n}", "rejected": "no", **numbers}
+
+
+def scored(n):
+    """Prompts that come again soon, late, and never; some rows are other words for nearly the same prompt."""
+    about = n % 5 if n % 4 == 0 else n // 2
+    return {"prompt": f"about {about}" + " " * (n % 11 == 0), "completion": f"reply {n}", "score": n * 0.37 % 1}
+
+
+def sampled(n):
+    log_probs = {"negative_log_probs": [-0.1 * n, -3]} if n % 2 else {}
+    baseline = {"baseline_logp": [-1.5, None, -n]} if n % 5 == 0 else {}
+    return {"prompt": f"q{n}", "response": "r", "negatives": ["a", "b"], "sampled_by": "m", **log_probs, **baseline}
+
+
+SHAPES = {"demonstration": demonstration, "pair": pair, "scored": scored, "sampled": sampled}
+PINNED = {  # (digest of the training rows, numbers of the first held-out rows), from before any row was on disk
+    "demonstration": ("8334d64aeb2541cf83ea1dcfaaedab6bba4c8c0e87d94071bb5f77588dcbc282", [11, 16, 22, 27, 42]),
+    "pair": ("88b1574b5c65bd2585e526b9a25cc873e9c75db3ae8c275bf55d57e6d36aeab3", [7, 10, 19, 23, 24]),
+    "scored": ("6326597cd7fca4d9c47f39e4c8bfa833a74141da1cb91e1881f897d4f1b61600", [3, 9, 17, 23, 25]),
+    "sampled": ("335ea815ca23f0e98e672f7793bf6f6c7a5f9eb04cfb61f06770b7b31841890d", [7, 10, 19, 23, 24]),
+}
+COUNT = 200
+
+
+def file_of(tmp_path, shape, count=COUNT):
+    path = tmp_path / f"{shape}.jsonl"
+    path.write_text("".join(json.dumps(SHAPES[shape](n)) + "\n" for n in range(count)), encoding="utf-8")
+    return path
+
+
+def loaded(path, **source):
+    return load_sources({"holdout": 0.1, "sources": {"mine": {"path": str(path), **source}}})[0]
+
+
+@pytest.fixture
+def large(monkeypatch, tmp_path):
+    """From here on everything is much: 20 rows, a block of 500 bytes, tokens of a few rows."""
+
+    def set_in():
+        monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))
+        for module, name, value in (
+            (gather, "LARGE_ROWS", 20),
+            (store, "BLOCK", 500),
+            (store, "PART", 7),
+            (store, "FEEDBACKS", 4),
+            (tokens, "CHUNK", 13),
+            (cache, "SPILL", 1000),
+        ):
+            monkeypatch.setattr(module, name, value)
+
+    return set_in
+
+
+@pytest.mark.parametrize("limit", [None, 0, 3, 25, 70, 10**6])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_disk_is_as_in_memory(tmp_path, large, shape, limit):
+    path = file_of(tmp_path, shape)
+    if limit == 0:
+        with pytest.raises(UftError, match="there are no rows in it"):
+            loaded(path, limit=0)
+        large()
+        with pytest.raises(UftError, match="there are no rows in it"):
+            loaded(path, limit=0)
+        return
+    memory = loaded(path, limit=limit)
+    large()
+    disk = loaded(path, limit=limit)
+    assert isinstance(memory.rows, tuple)
+    assert isinstance(disk.rows, StoredRows) == (limit is None or limit > 20 or shape == "scored")
+    for ours, theirs in ((disk.rows, memory.rows), (disk.held_out, memory.held_out)):
+        assert list(ours) == list(theirs)
+        assert [ours[n] for n in range(len(ours))] == list(theirs)
+        assert content_digest(ours) == content_digest(theirs)
+        assert [row.id for row in ours] == [row.id for row in theirs]
+        assert prompt_words(ours) == prompt_words(theirs)
+    assert disk.digest == memory.digest
+    assert list(disk.kinds.items()) == list(memory.kinds.items())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_digests_and_held_out_rows_are_those_of_every_version(tmp_path, large, shape):
+    path = file_of(tmp_path, shape)
+    for prepare in (lambda: None, large):
+        prepare()
+        source = loaded(path)
+        assert (source.digest, [row.index for row in source.held_out][:5]) == PINNED[shape]
+
+
+@pytest.mark.parametrize("amount", [0, 1, 7, 0.01, 0.5, 0.99, 200, 10**6, -1])
+def test_any_amount_is_held_out_alike(tmp_path, large, amount):
+    path = file_of(tmp_path, "demonstration")
+    memory = loaded(path, holdout=0).rows
+    large()
+    disk = loaded(path, holdout=0).rows
+    for ours, theirs in zip(hold_out(disk, amount), hold_out(memory, amount), strict=True):
+        assert tuple(ours) == theirs
+
+
+def test_long_texts_are_much_before_rows_are_many(tmp_path, monkeypatch):
+    path = file_of(tmp_path, "demonstration")
+    assert isinstance(loaded(path).rows, tuple)
+    monkeypatch.setattr(gather, "LARGE_TEXT", 2000)
+    assert isinstance(loaded(path).rows, Kept)
+
+
+# --- a store
+
+
+@pytest.fixture
+def both(tmp_path, large):
+    """The same rows (in memory, on disk): scored ones of few and of many scores, and demonstrations between them."""
+    large()
+
+    def row(n):
+        score = None if n % 5 == 0 else n % 3 / 2 if n % 2 else n / 100
+        return Row("mine", n, (Message("user", f"q{n}"),), (Completion((Message("assistant", "é" * n),), score=score),))
+
+    memory = tuple(row(n) for n in range(60))
+    writer = Writer("mine", tmp_path)
+    for one in memory:
+        writer.add(one)
+    return memory, writer.done()
+
+
+def test_a_store_is_a_sequence(both):
+    memory, disk = both
+    assert (len(disk), disk[-1], tuple(disk[3:50:7]), tuple(reversed(disk))) == (
+        60,
+        memory[-1],
+        memory[3:50:7],
+        memory[::-1],
+    )
+    assert not disk[:0]
+    with pytest.raises(IndexError):
+        disk[60]
+    places = [5, 6, 7, 7, 59, 0, 1, *range(20, 50)]
+    chosen = pick(disk, places)
+    assert tuple(chosen) == pick(memory, places) == tuple(memory[n] for n in places)
+    assert content_digest(chosen) == content_digest(memory[n] for n in places)
+    assert tuple(pick(chosen, [1, 3])) == (memory[6], memory[7])
+    assert pick(disk, range(60)) is disk
+
+
+def test_rows_are_read_in_blocks_and_larger_rows_alone(both):
+    _, disk = both
+    sizes = [len(block) for block in disk.blocks()]
+    longest = max(len(line(row)) for row in disk)
+    assert len(sizes) > 5
+    assert max(sizes) <= max(store.BLOCK, longest)
+
+
+def test_rows_that_are_alike_stand_for_each_other(both):
+    memory, disk = both
+    feedback = [[(c.score, c.preferred) for c in row.completions] for row in memory]
+    found = list(alike(disk))
+    assert sum(count for _, count in found) == 60
+    assert len(found) < 40  # four feedbacks are numbered
+    assert all(before[0].index < after[0].index for before, after in pairwise(found))
+    assert [
+        next(n for n, f in enumerate(feedback) if f == feedback[row.index]) for row, count in found if count > 1
+    ] == [row.index for row, count in found if count > 1]
+    for n in range(60):
+        assert [(c.score, c.preferred) for c in like(disk, n).completions] == feedback[n]
+    assert [count for _, count in alike(memory)] == [1] * 60
+    assert like(memory, 7) is memory[7]
+    assert kinds(disk[10:]) == kinds(memory[10:])
+
+
+def test_a_full_disk_is_said(both, tmp_path, monkeypatch):
+    def full(folder):
+        return folder, open("/dev/full", "wb", buffering=500)
+
+    def write(writer):
+        for row in both[0]:
+            writer.add(row)
+
+    monkeypatch.setattr(store, "_opened", full)
+    with pytest.raises(UftError, match="no space is left"):
+        write(Writer("mine", tmp_path))
+
+
+def test_a_cache_that_cannot_be_written_sends_rows_elsewhere(tmp_path, large, monkeypatch):
+    path = file_of(tmp_path, "demonstration")
+    memory = loaded(path)
+    large()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("UFT_CACHE", str(tmp_path / "file"))
+    assert tuple(loaded(path).rows) == memory.rows
+
+
+def test_nothing_of_a_store_is_left(tmp_path, large):
+    large()
+    source = loaded(file_of(tmp_path, "scored"))
+    assert isinstance(source.rows, StoredRows)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+# --- tokens
+
+
+def same(ours, theirs):
+    assert tuple(ours.rows) == tuple(theirs.rows)
+    assert ours.report == theirs.report
+    for name in cache.TYPES:
+        mine, other = getattr(ours.encoded, name), getattr(theirs.encoded, name)
+        assert (mine.dtype, mine.tolist()) == (other.dtype, other.tolist()), name
+    assert ours.encoded.longest.tolist() == [max(one.length for one in row) for row in theirs.encoded]
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "error"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_of_much_are_those_of_little(tokenizer, tmp_path, large, shape, too_long):
+    path, renderer = file_of(tmp_path, shape), Renderer(tokenizer)
+    lengths = tokenize("mine", loaded(path).rows, renderer, 10**6).encoded.longest
+    room = 10**6 if too_long == "error" else int(np.median(lengths))
+    memory = tokenize("mine", loaded(path).rows, renderer, room, too_long, tmp_path / "small")
+    if too_long == "drop":
+        assert 0 < memory.report.dropped < len(lengths)
+    large()
+    rows = loaded(path).rows
+    for state in ("miss", "hit"):
+        disk = tokenize("mine", rows, renderer, room, too_long, tmp_path / "large")
+        assert disk.cache == state
+        assert isinstance(disk.encoded.ids, np.memmap)
+        same(disk, memory)
+    assert {f.name for f in (tmp_path / "large" / "tokens").iterdir()} == {
+        f.name for f in (tmp_path / "small" / "tokens").iterdir()
+    }
+    same(tokenize("mine", rows, renderer, room, too_long, None), memory)
+
+
+def test_what_is_said_of_long_rows_and_wrong_masks_counts_all_chunks(tokenizer, tmp_path, large):
+    path, messages = file_of(tmp_path, "demonstration"), []
+    for prepare in (lambda: None, large):
+        prepare()
+        rows = loaded(path).rows
+        tokenizer.chat_template = None
+        with pytest.raises(UftError) as long:
+            tokenize("mine", rows, Renderer(tokenizer), 20)
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        with pytest.raises(UftError) as wrong:
+            tokenize("mine", rows, Renderer(tokenizer), 20)
+        messages.append((str(long.value), str(wrong.value)))
+    assert messages[0] == messages[1]
+    assert f"of {len(rows)} rows are longer" in messages[0][0]
+    assert f"and {len(rows) - 5} more rows" in messages[0][1]
+
+
+def test_a_hit_reads_no_row(tokenizer, tmp_path, large, monkeypatch):
+    path, renderer = file_of(tmp_path, "demonstration"), Renderer(tokenizer)
+    large()
+    tokenize("mine", loaded(path).rows, renderer, 1000, "error", tmp_path)
+    rows = loaded(path).rows
+    monkeypatch.setattr(store, "said", lambda *a: pytest.fail("a row was read"))
+    assert tokenize("mine", rows, renderer, 1000, "error", tmp_path).cache == "hit"
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_a_disk_that_fills_while_tokens_are_written_costs_only_the_cache(
+    tokenizer, tmp_path, large, monkeypatch, caplog, after
+):
+    """It takes so many spills and a part of the next."""
+    path, renderer = file_of(tmp_path, "demonstration"), Renderer(tokenizer)
+    memory = tokenize("mine", loaded(path).rows, renderer, 1000, "error", None)
+    large()
+    opened = []
+
+    def opening(place, mode, *given):
+        if mode == "ab" and Path(place).name == "targets.npy":
+            opened.append(place)
+            place = place if len(opened) <= after else "/dev/full"
+        return open(place, mode, *given)
+
+    monkeypatch.setattr(cache, "open", opening, raising=False)
+    with caplog.at_level(logging.WARNING):
+        disk = tokenize("mine", loaded(path).rows, renderer, 1000, "error", tmp_path / "full")
+    assert len(opened) == after + 1
+    assert disk.cache == "off"
+    assert "not kept for the next run" in caplog.text
+    same(disk, memory)
+    assert list((tmp_path / "full" / "tokens").iterdir()) == []
+
+
+def test_memory_does_not_grow_with_the_rows(tokenizer, tmp_path, monkeypatch):
+    """Bytes that Python holds at the peak, for 500 rows and for 2,000, of which a hundred may be in memory."""
+    monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "BLOCK", 1 << 14)
+    monkeypatch.setattr(store, "PART", 64)
+    monkeypatch.setattr(tokens, "CHUNK", 64)
+    monkeypatch.setattr(cache, "SPILL", 1 << 14)
+    renderer = Renderer(tokenizer)
+
+    def grown(large_rows):
+        monkeypatch.setattr(gather, "LARGE_ROWS", large_rows)
+        peaks = []
+        for count in (500, 2000):
+            path = file_of(tmp_path, "demonstration", count)
+            tracemalloc.start()
+            rows = loaded(path).rows
+            tokenize("mine", rows, renderer, 1000, "error", tmp_path / f"cache{large_rows}")
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        return (peaks[1] - peaks[0]) / 1500
+
+    assert grown(100) < 200 < 500 < grown(math.inf)
