@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -105,6 +105,18 @@ def test_unusable_rows_are_named_by_source_and_kind(feed: Callable[[str], Feed])
         "binary": {Kind.BINARY: (6, "binary:0")},
     }
     assert feed("sft").unusable() == {}  # a bad completion is nothing to learn from, and that is no mistake
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_view_looks_at_no_text(feed: Callable[[str], Feed], objective: str) -> None:
+    """What is asked once for all rows with the same feedback rests on that."""
+    stream = feed(objective)
+    other = (Message("assistant", "another"), Message("user", "and"), Message("assistant", "more"))
+    for kind, completions in COMPLETIONS.items():
+        row = Row(kind, 0, (Message("user", "q"),), completions)
+        changed = Row(kind, 9, (Message("user", "p"),), tuple(replace(c, turns=other) for c in completions), "answer")
+        for visit in range(3):
+            assert repr(stream._view(row, visit)) == repr(stream._view(changed, visit))
 
 
 def test_preview_draws_nothing(feed: Callable[[str], Feed]) -> None:

@@ -1,9 +1,10 @@
 """Views: what an objective uses of a row.
 
 Every objective sees the same rows in the same order; a view says which completions it takes, in which role, and with
-which explicit reward. A view is a pure function of the row and of how often the row was visited before. It returns
-`None` when the objective cannot use such a row at all (the run stops before step 0), and an empty tuple when the
-method by its own rule takes nothing from this one (a bad completion under supervised fine-tuning).
+which explicit reward. A view is a pure function of the row and of how often the row was visited before, and looks at no
+text: rows whose completions have the same feedback look alike (`uft.data.many.alike`). It returns `None` when the
+objective cannot use such a row at all (the run stops before step 0), and an empty tuple when the method by its own rule
+takes nothing from this one (a bad completion under supervised fine-tuning).
 """
 
 from __future__ import annotations
