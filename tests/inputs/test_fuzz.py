@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_many_more_files_of_rows(tmp_path, watched, suffix, part):
     try_many(tmp_path, suffix, range(10_000 * (part + 1), 10_000 * (part + 1) + 5_000), watched)
 
 
-def try_configurations(tmp_path: Path, numbers: range, watch) -> Counter[str]:
+def try_configurations(tmp_path: Path, numbers: Iterable[int], watch) -> Counter[str]:
     found: Counter[str] = Counter()
     folder = tmp_path / "conf-user" / "experiment"
     folder.mkdir(parents=True)
@@ -114,6 +115,11 @@ def examine_alone(folder: Path, text: str):
     place.mkdir(parents=True)
     (place / "whole.yaml").write_text(text)
     return examine(Request(("debug=whole",))).problems
+
+
+def test_configurations_that_once_were_a_traceback(here, watched):
+    """Half a header in its first line; a file that is no mapping; a number for a name in a defaults list."""
+    assert try_configurations(here, (2431, 3211, 4040), watched) == {"refused": 3}
 
 
 @pytest.mark.slow

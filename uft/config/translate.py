@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigSource
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
@@ -28,8 +29,10 @@ OPTIONS = re.compile(r"Available options in '([^']+)':\n((?:\t.+\n?)+)")
 PARENT = re.compile(r"In '([^']+)': ")
 NO_CONFIG = re.compile(r"Cannot find primary config '([^']+)'")
 NO_MATCH = re.compile(r"Could not override '([^']+)'")
-HALF_A_HEADER = re.compile(r"^#\s*@(?!\S+[ \t]+\S+[ \t]*$)", re.MULTILINE)
 YAML_AT = re.compile(r'in "([^"]+)", line (\d+)')
+
+HEADER = 512
+"""Characters that Hydra looks through for a header."""
 
 EXTRAS = {
     "hydra/launcher/joblib": "joblib",
@@ -81,11 +84,23 @@ def stumbling(file: Path) -> str | None:
         return "nested too deeply"
     except (YAMLError, ValueError, OSError) as error:
         return first_line(error)
-    if HALF_A_HEADER.search(text):
+    try:
+        ConfigSource._get_header_dict(text[:HEADER])
+    except ValueError:
         return "a header is written  # @package NAME"
-    if isinstance(content, dict) and not isinstance(content.get("defaults", []), list):
+    if not isinstance(content, dict | None):
+        return "a file of configuration holds keys and values"
+    defaults = content.get("defaults", []) if content else []
+    if not isinstance(defaults, list):
         return "defaults must be a list"
-    return None
+    return next((f"{item!r} is no entry of a defaults list" for item in defaults if not _is_entry(item)), None)
+
+
+def _is_entry(item: Any) -> bool:
+    """`name`, or `group: name`, or `group: [name, name]`; a null is no name, but may stand for one."""
+    values = item.values() if isinstance(item, dict) else [item]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return all(name is None or isinstance(name, str) for name in names)
 
 
 def not_installed(option: str) -> str | None:
