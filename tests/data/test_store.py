@@ -270,7 +270,7 @@ def test_nothing_of_a_store_is_left(tmp_path, large):
 def same(ours, theirs):
     assert tuple(ours.rows) == tuple(theirs.rows)
     assert ours.report == theirs.report
-    for name in cache.TYPES:
+    for name in cache.ARRAYS:
         mine, other = getattr(ours.encoded, name), getattr(theirs.encoded, name)
         assert (mine.dtype, mine.tolist()) == (other.dtype, other.tolist()), name
     assert ours.encoded.longest.tolist() == [max(one.length for one in row) for row in theirs.encoded]

@@ -74,7 +74,7 @@ class EncodedRows(Sequence[tuple[Encoded, ...]]):
         return np.maximum.reduceat(np.diff(self.bounds), self.rows[:-1])
 
 
-TYPES = {
+ARRAYS = {
     "ids": np.int32,
     "supervised": bool,
     "bounds": np.int64,
@@ -98,8 +98,8 @@ class Packer:
         self.folder = folder
         self.refused: OSError | None = None  # what the disk said when it took no more; then all rows are in memory
         self._beside: Path | None = None
-        self._waiting: dict[str, list[np.ndarray]] = {name: [] for name in TYPES}  # not in the files
-        self._counts = dict.fromkeys(TYPES, 0)  # values so far
+        self._waiting: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}  # not in the files
+        self._counts = dict.fromkeys(ARRAYS, 0)  # values so far
         self._append(bounds=np.zeros(1, np.int64), rows=np.zeros(1, np.int64))
 
     def __enter__(self) -> Packer:
@@ -137,7 +137,7 @@ class Packer:
     def packed(self) -> EncodedRows:
         """Everything, in memory."""
         self._recall()
-        return EncodedRows(**{name: self._joined(name) for name in TYPES})
+        return EncodedRows(**{name: self._joined(name) for name in ARRAYS})
 
     def settle(self, folder: Path) -> Path:
         """The folder beside `folder` in which every array is a whole file now. Raises OSError."""
@@ -180,12 +180,12 @@ class Packer:
         for name, arrays in self._waiting.items():
             there = self._counts[name] - sum(map(len, arrays))
             if there:
-                arrays.insert(0, np.fromfile(_file(self._beside, name), TYPES[name], there, offset=HEAD))
+                arrays.insert(0, np.fromfile(_file(self._beside, name), ARRAYS[name], there, offset=HEAD))
         shutil.rmtree(self._beside, ignore_errors=True)
         self._beside = None
 
     def _joined(self, name: str) -> np.ndarray:
-        return np.concatenate([np.empty(0, TYPES[name]), *self._waiting[name]])
+        return np.concatenate([np.empty(0, ARRAYS[name]), *self._waiting[name]])
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -194,7 +194,7 @@ def _file(folder: Path, name: str) -> Path:
 
 def _head(file: BinaryIO, name: str, count: int) -> None:
     """What an array's file begins with; as long for every `count`, so that it can be written again."""
-    about = {"descr": np.dtype(TYPES[name]).str, "fortran_order": False, "shape": (count,)}
+    about = {"descr": np.dtype(ARRAYS[name]).str, "fortran_order": False, "shape": (count,)}
     np.lib.format.write_array_header_1_0(file, about)
     assert file.tell() == HEAD, "numpy pads a header so that its array may grow"
 
@@ -208,7 +208,7 @@ def load(folder: Path) -> tuple[EncodedRows, dict[str, Any]]:
         raise FileNotFoundError(folder)
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        for name in TYPES:
+        for name in ARRAYS:
             if _checksum(_file(folder, name)) != about["checksums"][name]:
                 raise Corrupt(f"{name}.npy is not what was written")
         return mapped(folder), about["notes"]
@@ -223,7 +223,7 @@ def save(packer: Packer, folder: Path, notes: dict[str, Any]) -> EncodedRows:
     """
     small = None if packer.spilled else packer.packed()
     beside = packer.settle(folder)
-    checksums = {name: _checksum(_file(beside, name)) for name in TYPES}
+    checksums = {name: _checksum(_file(beside, name)) for name in ARRAYS}
     (beside / "about.json").write_text(json.dumps({"checksums": checksums, "notes": notes}), encoding="utf-8")
     try:
         beside.rename(folder)
@@ -234,7 +234,7 @@ def save(packer: Packer, folder: Path, notes: dict[str, Any]) -> EncodedRows:
 
 
 def mapped(folder: Path) -> EncodedRows:
-    return EncodedRows(**{name: _mapped(_file(folder, name)) for name in TYPES})
+    return EncodedRows(**{name: _mapped(_file(folder, name)) for name in ARRAYS})
 
 
 def discard(folder: Path, why: object) -> None:
