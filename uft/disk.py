@@ -9,13 +9,16 @@ import errno
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from uft.errors import FAILED, Problem, UftError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEFT_AFTER = 24 * 3600
+"""Seconds after which nobody is writing what nobody has written to."""
 RUST = re.compile(r"\(os error (\d+)\)")
 """How safetensors, whose error is no OSError, tells the number of one."""
 
@@ -66,6 +69,22 @@ def free(path: Path) -> str:
         return f"{size(shutil.disk_usage(there).free)} are"
     except OSError:
         return "an unknown amount is"
+
+
+def clear_left(folder: Path, pattern: str) -> None:
+    """Remove what killed processes left half-written in `folder`: what is named like `pattern` and a day old.
+
+    By age, since a process of another machine may be writing beside this one.
+    """
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # somebody else removed it, or owns it
+            parts = [path, *path.iterdir()] if path.is_dir() else [path]
+            if max(part.stat().st_mtime for part in parts) > time.time() - LEFT_AFTER:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def existing(path: Path) -> Path:

@@ -1,5 +1,8 @@
 """Flat arrays on disk."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 
@@ -43,3 +46,16 @@ def test_two_writers_of_one_key_agree(tmp_path):
 def test_a_missing_folder_is_not_a_corrupt_one(tmp_path):
     with pytest.raises(FileNotFoundError):
         cache.load(tmp_path / "none")
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    """Not what somebody is still writing, though its folder was made long ago."""
+    old, written, young = (tmp_path / f".key.{name}" for name in ("old", "written", "young"))
+    for folder in (old, written, young):
+        folder.mkdir()
+        (folder / "ids.npy").write_bytes(b"half")
+    two_days_ago = time.time() - 48 * 3600
+    for path in (old, old / "ids.npy", written):
+        os.utime(path, (two_days_ago, two_days_ago))
+    save(tmp_path / "key")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".key.written", ".key.young", "key"]

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, overload
 import numpy as np
 
 from uft.data.templates import Encoded
+from uft.disk import clear_left
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ class Packer:
         """Append what waits to the files. Raises OSError; what is not whole in them waits on."""
         if self._beside is None:
             folder.parent.mkdir(parents=True, exist_ok=True)
+            clear_left(folder.parent, ".*")
             self._beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         for name, arrays in self._waiting.items():
             with open(_file(self._beside, name), "ab") as file:

