@@ -26,6 +26,7 @@ def sittings(folder):
     return {path.parent.name: path.read_text().split() for path in folder.glob("*/sittings")}
 
 
+@pytest.mark.slow
 def test_all_jobs_of_a_sweep_go_on_the_way_they_were_asked_for(sweep, capfd):
     assert main(["ls", str(sweep), "--json"]) == 0
     listed = {row["name"]: row["status"] for row in json.loads(capfd.readouterr().out)}

@@ -64,6 +64,7 @@ def quiet(*sources: tuple[str, Path]) -> list[str]:
     return ["data=files", *(f"+data.sources.{name}.path={path}" for name, path in sources)]
 
 
+@pytest.mark.slow
 def test_two_models_of_different_tongues_agree_with_plain_transformers(
     uft: Uft,
     tmp_path: Path,
@@ -126,6 +127,7 @@ def test_a_killed_job_goes_on_where_it_was(
     assert found[::50] == pytest.approx(expected(sample, [playground]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_without_the_column_names_the_command(uft: Uft, tmp_path: Path, rows: Callable[[str], Path]) -> None:
     request = quiet(("mine", rows("demonstrations")))
     refused = uft("train", "objective=poft", *request, "data.holdout=0", "tracking=none", "eval=none", code=2)

@@ -89,6 +89,7 @@ def test_plain_transformers_reproduce_the_last_battery(uft, asked, held_out, pla
     assert plain_nll(held_out, initial, run / "model") == pytest.approx([before, last], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_and_loads_with_peft(uft, asked, held_out, plain_nll, metrics, tmp_path):
     run = tmp_path / "run"
     lora = ("model.adapter=lora", "model.lora.rank=4", "model.lora.alpha=12", "optim.lr=0.05")

@@ -46,6 +46,7 @@ def died_in_between(run: Path, place: Path) -> Path:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", CASES)
 def test_it_runs_and_resumes_to_the_same_bits(
     uft: Uft, request_of: Callable[..., list[str]], tmp_path: Path, write: Callable[..., Path], objective: str

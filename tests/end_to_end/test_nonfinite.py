@@ -80,6 +80,7 @@ def test_a_planted_nan_names_its_row(
     assert "Traceback" not in failed.stdout + failed.stderr + again.stdout + again.stderr
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_blows_up(
     uft: Uft, request_of: Callable[..., list[str]], write: Callable[..., Path], tmp_path: Path
 ) -> None:

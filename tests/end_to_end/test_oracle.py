@@ -163,14 +163,19 @@ def check(case: Case, lines: Mapping[int, Mapping[str, Any]], policy: Model, ref
         assert line["rows"] == number * len(seen)
 
 
-@pytest.mark.parametrize("name", CASES)
+AS_THEY_COME = [pytest.param(name, marks=pytest.mark.slow if " " in name else ()) for name in CASES]
+
+
+@pytest.mark.parametrize("name", AS_THEY_COME)
 def test_every_objective_equals_its_formula(name, here, request_of, rows, curve, policy, reference, other_model):
     case = CASES[name]
     run = here(case.request(request_of, other_model))
     check(case, curve(run), policy, reference, rows_of(case, rows))
 
 
-@pytest.mark.parametrize("name", ["sft", "ift", "uft", "una", "dft", "dft2", "dpo"])
+@pytest.mark.parametrize(
+    "name", ["dft", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sft", "ift", "uft", "una", "dft2", "dpo"))]
+)
 def test_the_program_itself_logs_the_same(
     name, uft, tmp_path, request_of, rows, curve, policy, reference, other_model, result
 ):
@@ -189,7 +194,7 @@ def test_tied_embeddings(name, here, request_of, rows, curve, reference, other_m
 
 
 @pytest.mark.parametrize("mode", ["copy", "cached"])
-@pytest.mark.parametrize("name", ["uft", "dft", "dpo sft"])
+@pytest.mark.parametrize("name", ["uft", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dft", "dpo sft"))])
 def test_the_reference_is_the_same_however_it_is_made(
     name, mode, here, request_of, rows, curve, policy, reference, other_model
 ):
@@ -207,7 +212,9 @@ def test_at_the_reference_losses_have_their_known_values(mode, here, request_of,
     agree(curve(run)[1], Expected(expected.objective, expected.loss, {"nll": expected.terms["nll"]}))
 
 
-@pytest.mark.parametrize("name", ["sft", "ift", "uft", "dft", "dpo"])
+@pytest.mark.parametrize(
+    "name", ["dft", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sft", "ift", "uft", "dpo"))]
+)
 def test_an_adapter_starts_as_the_model_itself(name, here, request_of, rows, curve, policy, reference, other_model):
     case = CASES[name]
     run = here(case.request(request_of, other_model, "model.adapter=lora", "train.steps=1"))

@@ -72,6 +72,7 @@ def test_killed_moved_and_resumed_twice(start: Start, uft: Uft, request_for: Any
     same(moved, whole)
 
 
+@pytest.mark.slow
 def test_killed_where_nothing_was_saved_yet(start: Start, uft: Uft, request_for: Any, tmp_path: Path) -> None:
     """Killed before the first checkpoint, a run begins again and no line is there twice."""
     request = request_for("ift", "train.checkpoint_every=0", "eval.max_new_tokens=4")

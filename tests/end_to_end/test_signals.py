@@ -65,7 +65,7 @@ def stopped(run: Path, steps: int | None = None) -> None:
     assert result["steps"] < STEPS
 
 
-FAST = [("steps", signal.SIGTERM, "parent"), ("battery", signal.SIGINT, "parent"), ("steps", signal.SIGUSR1, "worker")]
+FAST = [("steps", signal.SIGTERM, "parent"), ("battery", signal.SIGINT, "worker")]
 EVERY = [(phase, number, to) for phase in PHASES for number in CODES for to in ("parent", "worker")]
 
 
@@ -122,6 +122,7 @@ def test_stopped_in_every_phase_the_run_ends_like_one_that_was_not(
     same(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_the_worker_does_not_outlive_a_killed_parent(start: Start, request_for: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -56,6 +56,7 @@ def test_a_run_that_hangs_is_ended_and_can_be_resumed(
     same(run.path, written(whole.path))
 
 
+@pytest.mark.slow
 def test_a_suspended_process_has_not_hung() -> None:
     """Stopped for longer than the watchdog waits, and let go on."""
     program = f"""

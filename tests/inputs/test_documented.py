@@ -64,7 +64,13 @@ def here(tmp_path, monkeypatch):
     monkeypatch.delenv("UFT_CONF", raising=False)
 
 
-@pytest.mark.parametrize(("where", "line"), DOCUMENTED, ids=[f"{where}: {line[:60]}" for where, line in DOCUMENTED])
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        pytest.param(where, line, id=f"{where}: {line[:60]}", marks=() if where == "README.md" else pytest.mark.slow)
+        for where, line in DOCUMENTED
+    ],
+)
 def test_a_command_of_the_documentation(here, capsys, where, line):
     verb, *words = shlex.split(line)[1:]
     assert verb in VERBS or verb.startswith("-")

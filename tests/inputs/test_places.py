@@ -50,7 +50,7 @@ def quoted(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-@pytest.mark.parametrize("key", ["run.name", "sweep.name"])
+@pytest.mark.parametrize("key", ["run.name", pytest.param("sweep.name", marks=pytest.mark.slow)])
 def test_names_that_are_no_folder_s_are_refused(here, tmp_path, capsys, key, name):
     before = everything(tmp_path)
     words = ["train", f"{key}={quoted(name)}", *(["seed=1,2", "-m"] if key == "sweep.name" else [])]

@@ -136,7 +136,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG.values(), ids=WRONG)
-@pytest.mark.parametrize("mode", [[], ["--cfg", "job"]])
+@pytest.mark.parametrize("mode", [[], pytest.param(["--cfg", "job"], marks=pytest.mark.slow)])
 def test_a_setting_that_holds_a_secret_is_refused_without_saying_it(alone, capsys, words, mode):
     from uft.cli import main
 

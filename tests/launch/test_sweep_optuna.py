@@ -249,6 +249,7 @@ def test_the_command_line(worker, capfd):
     assert main(["ls"]) == 0
 
 
+@pytest.mark.slow
 def test_a_real_search_and_what_wandb_is_told_of_it(tmp_path, monkeypatch, capfd):
     """Every run of a sweep is in one W&B group, with the swept keys in its config."""
     monkeypatch.chdir(tmp_path)

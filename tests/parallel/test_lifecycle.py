@@ -137,10 +137,8 @@ def test_one_of_two_is_killed(start: Start, folder: Path, whole: list[dict[str, 
     same(curve(run), whole)
 
 
-@pytest.mark.parametrize(
-    ("to", "number"),
-    [("program", signal.SIGTERM), pytest.param("rank 1", signal.SIGUSR2, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "number"), [("program", signal.SIGTERM), ("rank 1", signal.SIGUSR2)])
 def test_stopped_and_gone_on_with(
     start: Start, folder: Path, whole: list[dict[str, Any]], to: str, number: signal.Signals
 ) -> None:

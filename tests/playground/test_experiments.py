@@ -45,7 +45,9 @@ def test_every_arm_has_its_experiment():
     assert set(SHIPPED) == {f"playground_{arm}" for arm in ARMS}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize(
+    "arm", [pytest.param(arm, marks=pytest.mark.slow if n % 4 else ()) for n, arm in enumerate(ARMS)]
+)
 def test_an_experiment_is_the_arm_that_it_is_called(arm):
     cfg = settings(arm)
     objective, mixtures = ARMS[arm]

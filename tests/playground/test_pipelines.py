@@ -65,7 +65,7 @@ def budget(found: list[Mapping[str, Any]]) -> dict[str, Counter[str]]:
     return {name: +counter for name, counter in drawn.items()}
 
 
-@pytest.mark.parametrize("second", PAIRS)
+@pytest.mark.parametrize("second", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in PAIRS if n != "kto")])
 def test_one_stage_has_the_budget_of_the_two(second: str, tmp_path: Path) -> None:
     """The same number of rows of every source, and of their supervised tokens."""
     two, one = (config_of(f"experiment=sft_{how}_{second}") for how in ("then", "with"))

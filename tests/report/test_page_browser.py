@@ -223,7 +223,10 @@ def test_what_means_harm_is_text(browser):
     assert browser.js("return document.documentElement.scrollWidth") <= 1280
 
 
-@pytest.mark.parametrize("make", [one_run, one_group, no_curves, all_failed, nothing])
+@pytest.mark.parametrize(
+    "make",
+    [nothing, *(pytest.param(make, marks=pytest.mark.slow) for make in (one_run, one_group, no_curves, all_failed))],
+)
 def test_small_comparisons_look_right_too(browser, make):
     comparison = make()
     browser.open(make.__name__, comparison)

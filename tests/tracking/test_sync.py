@@ -195,6 +195,7 @@ def written(run: Run) -> dict[int, float]:
     return losses([json.loads(line) for line in run.metrics_file.read_text().splitlines()])
 
 
+@pytest.mark.slow
 def test_a_real_run_that_was_killed_arrives_with_all_that_it_logged(killed, server, capsys):
     assert main(["sync", "r"]) == 0
     assert "taken from metrics.jsonl" in capsys.readouterr().out

@@ -72,6 +72,7 @@ def test_every_parameter_is_a_key_and_every_value_fits(tmp_path):
             assert examine(Request((*words, f"{key}={value}"))).problems == []
 
 
+@pytest.mark.slow
 def test_an_agent_runs_what_the_file_says(sweep_server, tmp_path, monkeypatch):
     shim = tmp_path / "bin" / "uft"
     shim.parent.mkdir()

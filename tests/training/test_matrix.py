@@ -34,6 +34,7 @@ from uft.training.trainer import Trainer
 GROUPS = groups([conf_dir()])
 OBJECTIVES = list(GROUPS["objective"])
 DATA = [name for name in GROUPS["data"] if name != "files"]  # which has no source of its own
+OTHERS = [name for name in DATA if name != "mix"]
 SMALL = ("train.steps=2", "train.batch_size=8", "eval=none", "tracking=none", "hardware=cpu")
 ROWS = 24
 
@@ -141,7 +142,7 @@ def kinds_of(config: Config) -> set[Kind]:
     return {Kind.NEGATIVES if path == "negatives" else named[path] for path in paths}
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", ["mix", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(
     configure: Callable[..., Config], prepared: Callable[..., Prepared], objective: str, data: str
@@ -220,7 +221,7 @@ def test_labels_are_what_a_soft_objective_trains_on(
 # --- where the reference comes from ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["kto", "per_kind", "dpo"])
+@pytest.mark.parametrize("objective", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in ("per_kind", "dpo"))])
 def test_the_reference_is_the_same_wherever_its_log_probs_come_from(
     configure: Callable[..., Config], prepared: Callable[..., Prepared], objective: str
 ) -> None:

@@ -96,7 +96,13 @@ def survive(run: Run, config: Config, death: Death, *deaths: int) -> Run:
 # --- dying
 
 
-@pytest.mark.parametrize(("objective", "settings"), [("dft", MOMENTUM["rmsprop"]), ("uft", LORA)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        pytest.param("dft", MOMENTUM["rmsprop"], id="full"),
+        pytest.param("uft", LORA, id="lora", marks=pytest.mark.slow),
+    ],
+)
 def test_death_at_any_moment_changes_nothing(
     objective: str, settings: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:
@@ -104,7 +110,7 @@ def test_death_at_any_moment_changes_nothing(
     expected = written(survive(new_run(tmp_path / "whole"), config, death))
     moments = len(death.moments)
     assert moments > 100, death.moments
-    for moment in range(0, moments, 23):
+    for moment in range(0, moments, 46):
         run = survive(new_run(tmp_path / f"died-{moment}"), config, death, moment)
         assert written(run) == expected, moment
 
@@ -120,10 +126,10 @@ def test_death_at_every_single_moment_changes_nothing(
         assert written(run) == expected, moment
 
 
-def variants(ways: Iterable[tuple[str, str]], optimisers: Iterable[str]) -> list[Any]:
-    """Every objective under these (tuning, reference mode) and optimisers."""
+def variants(ways: Iterable[tuple[str, str]], optimisers: Iterable[str], objectives: Iterable[str] = ALL) -> list[Any]:
+    """These objectives under these (tuning, reference mode) and optimisers."""
     found = []
-    for (tuning, way), objective, optimiser in product(ways, ALL, optimisers):
+    for (tuning, way), objective, optimiser in product(ways, objectives, optimisers):
         if objective in WITHOUT_REFERENCE and way == "cached":
             continue
         settings = (*TUNINGS[tuning], *MOMENTUM[optimiser], *EXTRAS.get(objective, ()), f"reference.mode={way}")
@@ -131,7 +137,7 @@ def variants(ways: Iterable[tuple[str, str]], optimisers: Iterable[str]) -> list
     return found
 
 
-@pytest.mark.parametrize(("objective", "settings"), variants([("full", "copy"), ("lora", "adapter_off")], ["adamw"]))
+@pytest.mark.parametrize(("objective", "settings"), variants([("full", "copy")], ["adamw"], ("ift", "dft", "dpo")))
 def test_every_objective_goes_on_where_it_was(
     objective: str, settings: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:
@@ -161,7 +167,7 @@ def test_every_combination_goes_on_where_it_was(
 # --- being asked to stop
 
 
-@pytest.mark.parametrize(("stride", "objective"), [(11, "dft"), pytest.param(1, "uft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stride", "objective"), [(22, "dft"), pytest.param(1, "uft", marks=pytest.mark.slow)])
 def test_a_stop_at_any_safe_point_changes_nothing(
     stride: int, objective: str, configure: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -181,6 +187,7 @@ def test_a_stop_at_any_safe_point_changes_nothing(
         assert written(run) == expected, number
 
 
+@pytest.mark.slow
 def test_an_owed_battery_is_written_once_even_if_paying_it_is_fatal(
     configure: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:

@@ -17,9 +17,11 @@ from uft.runs import Run
 from uft.training import session
 
 
-@pytest.mark.parametrize("tuning", [("reference.mode=cached",), pytest.param(LORA, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("tuning", "stride"), [(("reference.mode=cached",), 122), pytest.param(LORA, 61, marks=pytest.mark.slow)]
+)
 def test_death_at_any_moment_changes_nothing(
-    tuning: tuple[str, ...], two: Callable[..., Config], death: Death, tmp_path: Path
+    tuning: tuple[str, ...], stride: int, two: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole"
     survive(whole, two("whole", *tuning), death)
@@ -27,7 +29,7 @@ def test_death_at_any_moment_changes_nothing(
     assert len(moments) > 150
     boundary = [n for n, name in enumerate(moments) if name in ("before export", "after export")]
     boundary += [n for n, name in enumerate(moments[:-2]) if name.endswith("write_json") and n > boundary[0]][:4]
-    for moment in sorted({*range(0, len(moments), 61), *boundary[:2]}):
+    for moment in sorted({*range(30, len(moments), stride), *boundary[:2]}):
         survive(tmp_path / f"died-{moment}", two(f"died-{moment}", *tuning), death, moment)
         assert written(tmp_path / f"died-{moment}") == expected, (moment, moments[moment])
 
@@ -41,7 +43,7 @@ def test_death_at_every_single_moment_changes_nothing(two: Callable[..., Config]
         assert written(tmp_path / f"died-{moment}") == expected, moment
 
 
-@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [46, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_stop_at_any_safe_point_changes_nothing(stride: int, two: Callable[..., Config], tmp_path: Path) -> None:
     whole, watch = tmp_path / "whole", StopAt()
     assert sit(whole, two("whole"), watch) == GOOD

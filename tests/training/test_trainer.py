@@ -82,7 +82,7 @@ def fit_until_it_fails(trainer: Trainer) -> tuple[UftError, Watch]:
     return error.value, watch
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
 @pytest.mark.parametrize("objective", ["sft", "ift", "uft", "dft", "dft2"])
 def test_a_row_that_is_not_a_number_is_named_and_the_last_good_state_kept(
     build: Callable[..., Prepared],
