@@ -132,6 +132,18 @@ def test_a_row_that_a_template_cannot_finish_is_named_among_others(byte_level, m
     assert "takes more than 0.3 seconds" in str(error.value)
 
 
+def test_many_rows_have_the_time_of_one_each(byte_level, monkeypatch):
+    """They are rendered together, and one by one where that takes too long."""
+    byte_level.chat_template = "{% for _ in range(50000) %}{% endfor %}" + byte_level.chat_template
+    renderer = Renderer(byte_level)
+    alone = renderer.encode(PROMPT, REPLY)
+    before = time.process_time()
+    renderer.encode(PROMPT, REPLY)
+    monkeypatch.setattr(limits, "SECONDS", 10 * (time.process_time() - before))
+    many = renderer.encode_many([(PROMPT, REPLY)] * 40, [f"mine:{number}" for number in range(40)])
+    assert [one.ids.tolist() for one in many] == [alone.ids.tolist()] * 40
+
+
 def test_marks_of_a_template_are_held_to_the_same_limits(byte_level, monkeypatch):
     monkeypatch.setattr(limits, "SECONDS", 0.3)
     said = refused(byte_level, "{% generation %}x{% endgeneration %}" + LOOPS["loops"])
@@ -150,9 +162,9 @@ def test_the_clock_is_the_processor_s(monkeypatch):
 
     def waits():
         time.sleep(0.5)
-        return "done"
+        return ["done"]
 
-    assert limits.render(waits, 0) == "done"
+    assert limits.render(waits, [0]) == ["done"]
     for _ in range(3):  # and the alarm is off afterwards
         sum(range(3_000_000))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,21 +27,23 @@ class TooMuch(Exception):
     """It took more than it may; the message says what."""
 
 
-def render(template: Callable[[], str], characters: int) -> str:
-    """What `template` writes, made of `characters` characters. Raises :class:`TooMuch`.
+def render(template: Callable[[], list[str]], characters: Sequence[int]) -> list[str]:
+    """The texts that `template` writes, each made of so many `characters`. Raises :class:`TooMuch`.
 
-    Elsewhere than in the main thread, time is not limited; elsewhere than on Linux, memory is not.
+    All of them together have the time and the memory of one. Elsewhere than in the main thread, time is not limited;
+    elsewhere than on Linux, memory is not.
     """
     try:
-        with _time(), _memory(MEMORY + MEMORY_PER_CHARACTER * characters):
-            text = template()
+        with _time(), _memory(MEMORY + MEMORY_PER_CHARACTER * sum(characters)):
+            texts = template()
     except MemoryError:
         raise TooMuch("it needs too much memory") from None
     except RecursionError:
         raise TooMuch("it calls itself too deeply") from None
-    if len(text) > ROOM + ROOM_PER_CHARACTER * characters:
-        raise TooMuch(f"it writes {len(text):,} characters where the conversation has {characters:,}")
-    return text
+    for text, given in zip(texts, characters, strict=True):
+        if len(text) > ROOM + ROOM_PER_CHARACTER * given:
+            raise TooMuch(f"it writes {len(text):,} characters where the conversation has {given:,}")
+    return texts
 
 
 @contextmanager

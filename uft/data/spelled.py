@@ -37,11 +37,19 @@ class Spelled:
         self._tokenizer = tokenizer
         self._stand_in = {text: chr(STAND_INS + number) for number, text in enumerate(texts) if text}
         longest_first = sorted(self._stand_in, key=len, reverse=True)
+        self._first = {text[0] for text in special if text and text[0].isascii()}
         self._pattern = re.compile("|".join(map(re.escape, longest_first))) if special else None
 
     def inside(self, turns: Sequence[Message]) -> bool:
         """Whether a content spells any."""
-        return self._pattern is not None and any(self._pattern.search(turn.content) for turn in turns)
+        return self._pattern is not None and any(map(self._spells, turns))
+
+    def _spells(self, turn: Message) -> bool:
+        """Most texts are plain ASCII without the character that special tokens begin with, which is seen at once."""
+        text, pattern = turn.content, self._pattern
+        if text.isascii() and not any(first in text for first in self._first):
+            return False
+        return pattern is not None and pattern.search(text) is not None
 
     def hidden(self, turns: Sequence[Message]) -> tuple[Message, ...]:
         """The turns with stand-ins."""

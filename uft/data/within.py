@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]  # characters [start, end)
 Skeleton = tuple[list[str], list[int]]  # texts around the contents (one more than those), and whose content is between
+NEAR = 3  # characters
 
 
 def fill(skeleton: Skeleton | None, contents: Sequence[str], text: str) -> dict[int, Span] | None:
@@ -29,15 +30,31 @@ def fill(skeleton: Skeleton | None, contents: Sequence[str], text: str) -> dict[
 def tokens(encoding: Encoding, span: Span) -> Span:
     """[first, last) of the tokens that hold a character of `span`.
 
-    Two look-ups do for most; where a token lies across the end, or stands for trimmed white space and so for no
-    character, all offsets are looked through. Such an empty token lies at the end of what it stands for.
+    A few look-ups do for most; where they do not settle it, all offsets are looked through. A token that stands for
+    trimmed white space, and so for no character, lies at the end of what it stands for.
     """
     start, end = span
-    first, after = encoding.char_to_token(start), encoding.char_to_token(end)
-    if first is not None and after is not None and characters(encoding, after)[0] >= end:
-        return first, after
+    first, last = _near(encoding, start), _near(encoding, end)
+    if (
+        first is not None
+        and last is not None
+        and (first == 0 or characters(encoding, first - 1)[1] <= start)
+        and (last == 0 or characters(encoding, last - 1)[0] < end)
+        and start < characters(encoding, first)[1]
+        and end <= characters(encoding, last)[0]
+    ):
+        return first, last
     starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
     return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))
+
+
+def _near(encoding: Encoding, place: int) -> int | None:
+    """A token at that character or, over white space that is in none, soon after it."""
+    for character in range(place, place + NEAR):
+        token = encoding.char_to_token(character)
+        if token is not None:
+            return int(token)
+    return None
 
 
 def characters(encoding: Encoding, token: int) -> Span:
