@@ -13,6 +13,7 @@ from uft.data.templates import Renderer
 from uft.errors import UftError
 from uft.model.forward import Policy
 from uft.model.load import load_model, load_tokenizer
+from uft.sampling import negatives
 from uft.sampling.generate import Interrupted, Sampling, complete
 from uft.sampling.negatives import generate_rows, number_of
 
@@ -136,7 +137,7 @@ def test_a_stopped_job_continues_to_the_same_file(job, tmp_path, polls):
     before = len(lines(out))
     told = []
     summary = job(out, progress=lambda done, total: told.append(done))
-    assert same(out, job(tmp_path / "whole").path)
+    assert out.read_bytes() == job(tmp_path / "whole").path.read_bytes()
     assert summary.resumed == before < 12
     assert told[-1] == 12
 
@@ -148,7 +149,25 @@ def test_a_torn_last_line_is_made_again(job, tmp_path, cut):
     last = whole.rstrip(b"\n").rfind(b"\n") + 1
     out.write_bytes(whole[: last + min(cut, len(whole) - last - 1)])
     assert job(out).resumed == 11
-    assert same(out, uncut)
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kept", [1, 4, 6, 11])
+def test_after_any_line_batches_are_those_of_a_job_that_was_never_stopped(job, tmp_path, monkeypatch, kept):
+    """Kernels round differently in batches of another shape, and the fourth digit of a log-prob may tell."""
+    batches = []
+
+    def watched(*arguments, numbers, **options):
+        batches.append(tuple(numbers))
+        return complete(*arguments, numbers=numbers, **options)
+
+    monkeypatch.setattr(negatives, "complete", watched)
+    whole, out = job(tmp_path / "whole").path.read_bytes(), tmp_path / "stopped"
+    of_the_whole, batches = batches, []
+    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]))
+    job(out)
+    assert out.read_bytes() == whole
+    assert batches == of_the_whole[2 * (kept // 4) :]  # of four rows, for each of two seeds
 
 
 def test_a_finished_file_is_left_alone(job):
@@ -247,3 +266,10 @@ def test_empty_samples_are_kept_out_and_leading_space_stripped(policy, tokenizer
     assert summary.negatives + summary.empty == 24
     assert all(line["negatives"] and all(text == text.lstrip() != "" for text in line["negatives"]) for line in written)
     assert all(len(line["negatives"]) == len(line["negative_log_probs"]) for line in written)
+    content = summary.path.read_bytes()
+    summary.path.write_bytes(b"".join(content.splitlines(keepends=True)[:5]))
+    again = generate_rows(
+        policy, Mute(tokenizer), Renderer(tokenizer), sources, SETTINGS, tmp_path / "out", sampled_by="m"
+    )
+    assert again == replace(summary, resumed=5)
+    assert summary.path.read_bytes() == content

@@ -2,7 +2,8 @@
 
 Made for DFT (arXiv 2502.18679), whose negatives are samples of the base model, several seeds per prompt, often under a
 system prompt that asks for bad answers. One line per row, in file order; a line is whole or not there. A job that was
-stopped continues where it was, and then the file is as if it had never stopped (to the last digit of a log-prob).
+stopped begins again with the batch in which that was, and then the file is as if it had never stopped, byte for byte:
+kernels round differently in batches of another shape.
 
 A line: `row` (id of the row it was made from), `prompt`, `response` (the row's own good completion), `negatives`,
 `negative_log_probs` (of each sample with its end token, under the prompt it was sampled with, at temperature 1),
@@ -14,9 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,6 @@ def generate_rows(
     lines = group.from_first(lambda: _earlier_lines(out, usable, recipe))
     resumed = len(lines)
     done = {line["row"] for line in lines}
-    missing = iter([row for row in usable if row.id not in done])
     handled = resumed
     if group.first:
         _append(out, [])
@@ -84,16 +83,34 @@ def generate_rows(
     def sample(share: Sequence[Row]) -> list[Line]:
         return list(_sample(policy, tokenizer, renderer, share, settings, recipe, should_stop))
 
-    while batch := list(islice(missing, group.size * settings.batch_size)):
+    for batch in _batches(usable, done, group.size * settings.batch_size):
         sampled = group.spread(batch, sample)
-        kept = [line for line in sampled if line["negatives"]]
+        kept = [line for line in sampled if line["negatives"] and line["row"] not in done]
         if group.first:
             _append(out, kept)
         lines += kept
-        handled += len(batch)
+        handled += sum(row.id not in done for row in batch)
         if progress:
             progress(handled, len(usable))
     return _summary(out, rows, lines, settings, resumed)
+
+
+def _batches(rows: Sequence[Row], done: Set[str], size: int) -> Iterator[Sequence[Row]]:
+    """The rows that are not `done`, by their ids, in batches as of a job that was never stopped.
+
+    The batch of the last row that is done comes whole, should one of it be missing.
+    """
+    last = max((place for place, row in enumerate(rows) if row.id in done), default=None)
+    begun, after = (0, 0) if last is None else (last // size * size, last // size * size + size)
+    before = [row for row in rows[:begun] if row.id not in done]  # such as had nothing to say
+    yield from _cut(before, size)
+    if any(row.id not in done for row in rows[begun:after]):
+        yield rows[begun:after]
+    yield from _cut(rows[after:], size)
+
+
+def _cut(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def summary_of(out: Path, sources: Sequence[LoadedSource], settings: Generate) -> Summary:
