@@ -118,8 +118,8 @@ def examine_alone(folder: Path, text: str):
 
 
 def test_configurations_that_once_were_a_traceback(here, watched):
-    """Half a header in its first line; a file that is no mapping; a number for a name in a defaults list."""
-    assert try_configurations(here, (2431, 3211, 4040), watched) == {"refused": 3}
+    """Half a header in its first line; a file that is no mapping; a number or nothing for a name in a defaults list."""
+    assert try_configurations(here, (2431, 3211, 4040, 4337), watched) == {"refused": 4}
 
 
 @pytest.mark.slow

@@ -97,10 +97,11 @@ def stumbling(file: Path) -> str | None:
 
 
 def _is_entry(item: Any) -> bool:
-    """`name`, or `group: name`, or `group: [name, name]`; a null is no name, but may stand for one."""
-    values = item.values() if isinstance(item, dict) else [item]
-    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    return all(name is None or isinstance(name, str) for name in names)
+    """`name`, or `group: name`, or `group: [name, name]`; null may stand for the one name of a group."""
+    if not isinstance(item, dict):
+        return isinstance(item, str)
+    lists = [value if isinstance(value, list) else [value] for value in item.values() if value is not None]
+    return all(isinstance(name, str) for names in lists for name in names)
 
 
 def not_installed(option: str) -> str | None:
