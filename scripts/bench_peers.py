@@ -1,7 +1,7 @@
 """uft against TRL on the same rows, uft under every objective, and uft with each of its levers off.
 
-    python scripts/bench_peers.py                            a small model; about ten minutes on two cores
-    python scripts/bench_peers.py --size full --rounds 3     SmolLM2's size too, and compiled; an hour or more
+    python scripts/bench_peers.py                            a small model, TRL at its best; ten minutes on two cores
+    python scripts/bench_peers.py --size full --rounds 3     SmolLM2's size, every setting of TRL's, compiled; hours
     python scripts/bench_peers.py --ladder                   what each lever brings
     python scripts/bench_peers.py --arms 30m/sft/trl 30m/sft/uft --rounds 1 --out figures.json
 
@@ -31,12 +31,16 @@ WARM_UP = 1
 def plan(size: str, ladder: bool) -> list[Arm]:
     """What is measured when nobody names arms."""
     sizes = ["30m"] if size == "quick" else ["30m", "135m"]
-    ways = [*ours.WAYS] if size == "full" else ["uft"]
     if ladder:
         return [Arm(s, objective, way) for s in sizes for objective in theirs.WAYS for way in ["uft", *ours.LADDER]]
-    peers = [Arm(s, o, way) for s in sizes for o, trl in theirs.WAYS.items() for way in [*trl, *ways]]
-    peers += [Arm("30m-history", "sft", way) for way in [*theirs.WAYS["sft"], *ways]]
-    return peers + [Arm(s, o, "uft") for s in sizes for o in KINDS if o not in theirs.WAYS]
+    if size == "quick":
+        of_kind = {objective: "30m-history" if kind == "demonstrations" else "30m" for objective, kind in KINDS.items()}
+        peers = [Arm(of_kind[objective], objective, way) for objective, way in theirs.BEST.items()]
+        return peers + [Arm(s, objective, "uft") for objective, s in of_kind.items()]
+    every = {objective: [*ways, *ours.WAYS] for objective, ways in theirs.WAYS.items()}
+    peers = [Arm(s, objective, way) for s in sizes for objective, ways in every.items() for way in ways]
+    peers += [Arm("30m-history", "sft", way) for way in every["sft"]]
+    return peers + [Arm(s, objective, "uft") for s in sizes for objective in KINDS if objective not in theirs.WAYS]
 
 
 def main() -> None:
