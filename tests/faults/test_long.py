@@ -187,7 +187,7 @@ def test_a_sweep_of_a_hundred_jobs_among_kills(
     assert kills > 0
     whole = new_run("whole", *request, "seed=0")
     assert bench.sit(whole.path).code == 0
-    first = next(run for run in found if run.name == "seed0")
+    first = next(run for run in found if run.name == "sft-seed0")
     ours, theirs = written(first.path), written(whole.path)
     assert (ours["curve"], ours["models"], ours["tensors"]) == (theirs["curve"], theirs["models"], theirs["tensors"])
 
