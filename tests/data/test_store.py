@@ -371,4 +371,4 @@ def test_memory_does_not_grow_with_the_rows(tokenizer, tmp_path, monkeypatch):
             tracemalloc.stop()
         return (peaks[1] - peaks[0]) / 1500
 
-    assert grown(100) < 200 < 500 < grown(math.inf)
+    assert grown(100) < 200 < 500 < grown(math.inf)  # 60 to 160, and 740: what the measuring sees where rows are kept

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +119,16 @@ def test_when_asked_to_stop_it_keeps_whole_files_and_batches_the_rest_as_before(
     assert column(tmp_path, again).fill(rows, batch_tokens=1)
     assert [b.input_ids.tolist() for b in again.batches] == [b.input_ids.tolist() for b in whole.batches[2:]]
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path: Path):
+    folder = column(tmp_path, Forward()).store.folder
+    old, young = folder / ".a.safetensors.1.tmp", folder / ".b.safetensors.2.tmp"
+    for left in (old, young):
+        left.write_bytes(b"half")
+    os.utime(old, (time.time() - 48 * 3600,) * 2)
+    column(tmp_path, Forward())
+    assert list(folder.glob(".*")) == [young]
 
 
 def test_packed_every_prompt_is_read_once_and_the_values_come_back_per_sequence(tmp_path: Path):

@@ -24,8 +24,8 @@ from uft.training.signals import Stop
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this
 
-from dying import Death
-from stage_runs import DPO, SFT, UNEVEN
+from dying import UNEVEN, Death
+from stage_runs import DPO, SFT
 
 VOCABULARY = 61
 LLAMA = {
@@ -191,7 +191,7 @@ def chain(configure: Callable[..., Config], files: dict[str, Path]) -> Callable[
         for name, (does, kind, *own) in parts.items():
             objective = "sft" if does in stages_make.MAKERS else does
             source = {kind: files[kind]} if kind in files else {"made": Path(kind)}
-            whole[name] = configure(objective, *UNEVEN, *settings, *own, sources=source)
+            whole[name] = configure(objective, *UNEVEN, "optim.lr=0.02", *settings, *own, sources=source)
         run = whole[[name for name, part in parts.items() if part[0] not in stages_make.MAKERS][-1]]
         top = plain(asdict(run))
         nodes: dict[str, Any] = {}

@@ -17,6 +17,21 @@ from uft.tracking.files import Files
 from uft.training import checkpoints, trainer
 from uft.training.signals import Stop
 
+UNEVEN = (
+    "train.batch_size=5",
+    "train.micro_batch_tokens=80",
+    "train.log_every=2",
+    "train.checkpoint_every=3",
+    "train.eval_every=4",
+    "train.keep_last=1",
+    "data.holdout=0.2",
+    "eval.rows=4",
+    "eval.samples=1",
+    "eval.max_new_tokens=3",
+)
+"""Lines, batteries, checkpoints and the end all fall on different steps (a run of 7, a stage of 4 or 5)."""
+LORA = ("model.adapter=lora", "model.lora.rank=2", "model.lora.dropout=0.2")
+
 
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]

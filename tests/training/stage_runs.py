@@ -16,21 +16,6 @@ from uft.training import stages
 from uft.training.signals import Stop
 
 CLOCKS = ("seconds", "tokens_per_second", "wall_seconds", "peak_memory_bytes")
-UNEVEN = (
-    "train.batch_size=5",
-    "train.micro_batch_tokens=80",
-    "train.log_every=2",
-    "train.checkpoint_every=3",
-    "train.eval_every=4",
-    "train.keep_last=1",
-    "data.holdout=0.2",
-    "eval.rows=4",
-    "eval.samples=1",
-    "eval.max_new_tokens=3",
-    "optim.lr=0.02",
-)
-"""Lines, batteries, checkpoints and the end of a stage all fall on different steps."""
-LORA = ("model.adapter=lora", "model.lora.rank=2", "model.lora.dropout=0.2")
 SFT, DPO = 4, 5  # steps of the two stages
 Nodes = Mapping[str, Any]
 

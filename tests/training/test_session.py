@@ -11,9 +11,10 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any
 
+import dying
 import pytest
 import torch
-from dying import Death, StopAt, lines
+from dying import LORA, Death, StopAt, lines
 
 from uft.config.schema import Config
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, UftError
@@ -23,21 +24,7 @@ from uft.training import checkpoints, session
 from uft.training.signals import Stop
 
 CLOCKS = ("seconds", "tokens_per_second")
-UNEVEN = (
-    "train.steps=7",
-    "train.batch_size=5",
-    "train.micro_batch_tokens=80",
-    "train.log_every=2",
-    "train.checkpoint_every=3",
-    "train.eval_every=4",
-    "train.keep_last=1",
-    "data.holdout=0.2",
-    "eval.rows=4",
-    "eval.samples=1",
-    "eval.max_new_tokens=3",
-)
-"""Lines, batteries, checkpoints and the end all fall on different steps."""
-LORA = ("model.adapter=lora", "model.lora.rank=2", "model.lora.dropout=0.2")
+UNEVEN = ("train.steps=7", *dying.UNEVEN)
 TUNINGS: dict[str, tuple[str, ...]] = {"full": (), "lora": LORA}
 MOMENTUM = {
     "adamw": ("optim.name=adamw", "optim.weight_decay=0.1"),
@@ -138,7 +125,7 @@ def variants(ways: Iterable[tuple[str, str]], optimisers: Iterable[str], objecti
 
 
 @pytest.mark.parametrize(("objective", "settings"), variants([("full", "copy")], ["adamw"], ("ift", "dft", "dpo")))
-def test_every_objective_goes_on_where_it_was(
+def test_objectives_with_state_or_a_reference_go_on_where_they_were(
     objective: str, settings: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:
     config = configure(objective, *UNEVEN, *settings)

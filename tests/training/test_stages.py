@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from dying import StopAt, lines
-from stage_runs import CLOCKS, DPO, LORA, SFT, sit
+from dying import LORA, StopAt, lines
+from stage_runs import CLOCKS, DPO, SFT, sit
 
 from uft.config.schema import Config
 from uft.errors import BAD_REQUEST, GOOD, STOPPED, UftError

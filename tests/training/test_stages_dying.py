@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dying import Death, StopAt
-from stage_runs import LORA, sit, survive, written
+from dying import LORA, Death, StopAt
+from stage_runs import sit, survive, written
 
 from uft.config.schema import Config
 from uft.errors import FAILED, GOOD, STOPPED

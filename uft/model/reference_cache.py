@@ -72,6 +72,7 @@ class LogProbStore:
         """The store below `root` of the reference that `identity` describes."""
         text = json.dumps({**identity, "format": FORMAT}, sort_keys=True)
         folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+        clear_left(folder, ".*.tmp")
         store, about = cls(folder), folder / "reference.json"
         if not about.is_file():
             with store.losing():
@@ -110,7 +111,6 @@ class LogProbStore:
         checksum = _checksum(arrays)
         final = self.folder / f"{checksum[:24]}.safetensors"
         beside = self.folder / f".{final.name}.{os.getpid()}.tmp"
-        clear_left(self.folder, ".*.tmp")
         try:
             with open(beside, "wb") as handle:
                 handle.write(save(arrays, metadata={"checksum": checksum}))
