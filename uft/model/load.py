@@ -15,6 +15,7 @@ from uft.config.schema import Model
 from uft.errors import Problem, UftError
 from uft.model.adapters import add_lora
 from uft.model.blocks import blocks
+from uft.model.classes import auto_model
 from uft.model.forward import DTYPES, Policy
 from uft.model.paths import Location, locate
 from uft.model.sharded import in_pieces
@@ -75,13 +76,13 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
 
 def empty_policy(model: Model) -> Policy:
     """The policy without its weights, by its configuration alone: what there is to count."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     place = whereabouts(model)
     with _humane(f"model.path={model.path}", "its configuration cannot be loaded"):
         config = AutoConfig.from_pretrained(place.path, **_access(place, model))
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
+        base = auto_model().from_config(
             config, dtype=DTYPES[storage_dtype(model)], trust_remote_code=model.trust_remote_code
         )
         return Policy(dressed(base, model, init_seed=0), model.dtype)
@@ -127,7 +128,6 @@ def dressed(base: Any, model: Model, init_seed: int) -> nn.Module:
 
 def load_base(model: Model, device: torch.device, reference: str | None = None) -> Any:
     """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
@@ -135,7 +135,7 @@ def load_base(model: Model, device: torch.device, reference: str | None = None) 
     what = f"model.path={model.path}" if reference is None else f"reference.path={reference}"
     attention = choose_attention(model, device)
     with _humane(what, "the model cannot be loaded"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_model().from_pretrained(
             place.path,
             dtype=DTYPES[storage_dtype(model)],
             **({"attn_implementation": attention} if attention else {}),

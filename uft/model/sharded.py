@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from uft.config.schema import Model
 from uft.model.blocks import blocks
+from uft.model.classes import auto_model
 from uft.model.forward import DTYPES, Policy
 from uft.parallel.ranks import ranks
 
@@ -42,8 +43,6 @@ def in_pieces(
     `load` makes the whole module on the CPU, which happens in the first process alone; `dress` makes the like of it of
     an empty transformers model. No device ever holds the whole, and no other process's memory.
     """
-    from transformers import AutoModelForCausalLM
-
     group = ranks()
     whole: list[nn.Module] = []
 
@@ -55,7 +54,7 @@ def in_pieces(
 
     config, generation, dtypes = group.from_first(read)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+        base = auto_model().from_config(config, trust_remote_code=model.trust_remote_code)
         policy = Policy(dress(base), model.dtype)
     base.generation_config = generation
     for name, parameter in policy.module.named_parameters():

