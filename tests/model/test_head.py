@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -92,6 +94,18 @@ def test_a_visit_leaves_frozen_weights_alone_and_adds_to_what_is_there():
     assert head.projection.weight.grad is None
     assert torch.equal(states.grad, torch.ones_like(states))
     head.visit(states.detach(), target_ids, [slice(0, 3)], lambda part, told, guesses: torch.ones_like(told))
+
+
+def test_no_logits_are_held_while_the_body_has_its_backward_pass():
+    head, (leaf, target_ids), held = make(), inputs(6), []
+
+    def logits_alive(_: torch.Tensor) -> None:
+        shapes = [tensor.shape for tensor in gc.get_objects() if isinstance(tensor, torch.Tensor)]
+        held.append([shape for shape in shapes if shape[-1:] == (11,)])
+
+    leaf.register_hook(logits_alive)
+    head.visit(leaf * 2, target_ids, [slice(0, 6)], lambda part, told, guesses: torch.ones_like(told))
+    assert held == [[]]
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

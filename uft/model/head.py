@@ -72,7 +72,14 @@ class Head:
         projection, hidden = self.projection, states.detach()
         wants = [t is not None and t.requires_grad for t in (states, projection.weight, projection.bias)]
         sums = _Gradients(hidden, projection.weight, projection.bias, wants, in_place=True)
-        buffer = hidden.new_empty(0, dtype=self.dtype)
+        self._visit_parts(hidden, target_ids, parts, judge, guess, sums)  # its chunk is gone when the body's turn comes
+        sums.backward(states, projection.weight, projection.bias)
+
+    def _visit_parts(
+        self, hidden: Tensor, target_ids: Tensor, parts: Iterable[slice], judge: Judge, guess: bool, sums: _Gradients
+    ) -> None:
+        """Add the gradients of every part to `sums`."""
+        projection, buffer = self.projection, hidden.new_empty(0, dtype=self.dtype)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(self.dtype), projection.weight.to(self.dtype)
             for part in parts:
@@ -85,7 +92,6 @@ class Head:
                     buffer = inputs.new_empty(max(count, self.rows), self.vocabulary)
                 logits = _logits(inputs[part], matrix, projection.bias, self.transform, out=buffer[:count])
                 sums.add(part, self._judged(logits, target_ids[part], part, judge, guess), inputs, matrix)
-        sums.backward(states, projection.weight, projection.bias)
 
     def _judged(self, logits: Tensor, target_ids: Tensor, part: slice, judge: Judge, guess: bool) -> Tensor:
         """(n, V) gradient of the raw logits; the logits themselves are gone after it."""
