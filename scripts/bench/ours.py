@@ -75,7 +75,6 @@ def words(objective: str, place: Place, own: Path, threads: int) -> list[str]:
         "optim.warmup=0",
         f"train.steps={len(place.tokens)}",
         f"train.batch_size={place.rows}",
-        "train.micro_batch_tokens=1024",
         "train.max_length=2048",
         "reference.mode=cached" if objective in ("dpo", "uft", "una", "dft") else "reference.mode=auto",
         "hardware=cpu",

@@ -11,7 +11,7 @@ import torch
 from uft.config.schema import Config, Hardware
 from uft.errors import FAILED, UftError
 from uft.runs import create_run
-from uft.training.device import choose_device
+from uft.training.device import CPU_PASS, PASS, choose_device, tokens_per_pass
 from uft.training.prepare import Prepared, Stopped, check_start, prepare, resume, standing
 from uft.training.signals import Stop
 from uft.training.trainer import Progress
@@ -108,6 +108,24 @@ def test_a_device_that_is_not_there() -> None:
         with pytest.raises(UftError, match="there is: cpu"):
             choose_device(Hardware(device="cuda"))
     assert choose_device(Hardware(device="cpu")).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "asked", "expected"),
+    [("cpu", True, None, CPU_PASS), ("auto", True, None, PASS), ("auto", False, None, CPU_PASS), ("auto", True, 5, 5)],
+)
+def test_passes_suit_the_device_unless_asked_otherwise(
+    configure: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    there: bool,
+    asked: int,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    words = (f"hardware.device={device}", f"train.micro_batch_tokens={'null' if asked is None else asked}")
+    assert tokens_per_pass(configure("sft", *words)) == expected
 
 
 # --- standing and resuming

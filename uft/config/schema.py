@@ -119,7 +119,9 @@ class Train:
     steps: int | None = _key(None, "optimiser steps; null: as many as train.epochs needs", ge=1)
     epochs: float = _key(3.0, "passes over the mixture, when train.steps is null", gt=0)
     batch_size: int = _key(32, "rows per optimiser step, over all ranks", ge=1)
-    micro_batch_tokens: int = _key(8192, "tokens per forward pass, padding counted where there is any", ge=1)
+    micro_batch_tokens: int | None = _key(
+        None, "tokens per forward pass, padding counted where there is any; null: 8192, on a CPU 768", ge=1
+    )
     packing: str = _key(
         "auto", "rows one after another without padding, or a rectangle", choices=("auto", "packed", "padded")
     )

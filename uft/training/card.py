@@ -17,6 +17,7 @@ from uft.data.packing import Layout
 from uft.data.report import report_table
 from uft.runs import Run, shown
 from uft.tracking.format import count
+from uft.training.device import tokens_per_pass
 from uft.training.optim import warmup_steps
 from uft.training.prepare import Prepared
 from uft.training.records import cautions, memory_record
@@ -115,7 +116,7 @@ def _horizon(prepared: Prepared) -> Card:
         battery = "no held-out rows: set data.holdout=0.05 to measure on some"
     return [
         ("horizon", f"{trainer.steps} steps of {cfg.train.batch_size} rows, {passes:.2f} passes"),
-        ("batch", f"at most {cfg.train.micro_batch_tokens:,} tokens per forward pass{padding}"),
+        ("batch", f"at most {tokens_per_pass(cfg):,} tokens per forward pass{padding}"),
         ("optimiser", f"{cfg.optim.name} lr {cfg.optim.lr:g}, {cfg.optim.schedule}, {warmup} steps of warm-up"),
         ("battery", battery),
     ]

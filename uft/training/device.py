@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from uft.config.schema import Hardware
+from uft.config.schema import Config, Hardware
 from uft.errors import Problem, UftError
 from uft.model.forward import Policy
 from uft.model.memory import keep_freed_memory
@@ -16,15 +16,18 @@ from uft.parallel.ranks import Sharding
 SMALL_MODEL = 3_000_000
 """Parameters below which a second CPU thread made no run faster: at 0.3 million it cost a tenth of the speed."""
 
+PASS, CPU_PASS = 8192, 768
+"""Tokens of a forward pass unless asked otherwise. A GPU wants to be filled; a CPU is nearly as fast in small passes,
+which take much less memory: see docs/performance.md."""
+
 
 def choose_device(hardware: Hardware) -> torch.device:
     """The device asked for, or the best there is. Sets threads and kernels on the way."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = hardware.device
+    name, there = hardware.device, _available()
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
-    if not available[name]:
-        usable = ", ".join(device for device, there in available.items() if there)
+        name = there[0]
+    if name not in there:
+        usable = ", ".join(there)
         raise UftError(Problem(f"hardware.device={name}", "this machine has none", advice=(f"there is: {usable}",)))
     if name == "cpu" and hardware.keep_memory:
         keep_freed_memory()
@@ -38,6 +41,19 @@ def choose_device(hardware: Hardware) -> torch.device:
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
     return torch.device(name)
+
+
+def _available() -> list[str]:
+    """The kinds of devices of this machine, the best first."""
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in kinds.items() if there]
+
+
+def tokens_per_pass(config: Config) -> int:
+    """`train.micro_batch_tokens`, or what suits the device."""
+    device = config.hardware.device
+    on_cpu = (_available()[0] if device == "auto" else device) == "cpu"
+    return config.train.micro_batch_tokens or (CPU_PASS if on_cpu else PASS)
 
 
 def sharding_of(hardware: Hardware) -> Sharding | None:

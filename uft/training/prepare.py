@@ -27,7 +27,7 @@ from uft.parallel.ranks import keep_step, ranks
 from uft.runs import Run, read_json
 from uft.training import checkpoints
 from uft.training.corpus import Corpus, Plan, cache_dir, make_feed, plan, read_corpus
-from uft.training.device import settle_threads, sharding_of
+from uft.training.device import settle_threads, sharding_of, tokens_per_pass
 from uft.training.feed import Feed
 from uft.training.optim import make_optimiser
 from uft.training.signals import Stop
@@ -198,7 +198,7 @@ def _fill(
         encoded += [one for step in steps for item in feed.mismatched(feed.items(step)) for one in item.encoded]
     done = reference.column.fill(
         encoded,
-        batch_tokens=config.train.micro_batch_tokens,
+        batch_tokens=tokens_per_pass(config),
         should_stop=stop.between_passes,
         progress=lambda count, of: say(f"reference log-probs: {count} of {of} completions"),
     )

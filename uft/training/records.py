@@ -9,6 +9,7 @@ from uft.data.mixture import Mixture
 from uft.data.report import data_report
 from uft.model.memory import Shape, Spread, estimate, shape_of
 from uft.training.corpus import Corpus, Plan
+from uft.training.device import tokens_per_pass
 from uft.training.feed import Feed
 from uft.training.needs import counted_as_certain
 from uft.training.prepare import Prepared
@@ -35,7 +36,7 @@ def planned(config: Config, shape: Shape, reference_mode: str | None, tokens: in
         shape,
         optimiser=config.optim.name,
         momentum=config.optim.momentum > 0,
-        micro_batch_tokens=config.train.micro_batch_tokens if tokens is None else tokens,
+        micro_batch_tokens=tokens_per_pass(config) if tokens is None else tokens,
         reference_mode=reference_mode,
         spread=Spread(hardware.processes * hardware.nodes, hardware.sharding == "full", hardware.offload),
     )

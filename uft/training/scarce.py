@@ -10,6 +10,7 @@ import torch
 from uft.config.schema import Config
 from uft.data.batches import Item
 from uft.errors import FAILED, Problem, UftError
+from uft.training.device import tokens_per_pass
 
 KEYS = 3  # that are told
 NO_TORCH_CLASS = ("can't allocate memory", "not enough memory")
@@ -47,12 +48,12 @@ def needs(config: Config, items: Sequence[Item]) -> Iterator[str]:
     if lengths:
         yield (
             f"the step has {len(items)} rows, {len(lengths)} sequences, {sum(lengths):,} tokens; the longest sequence "
-            f"has {max(lengths):,}; passes of up to {config.train.micro_batch_tokens:,} tokens"
+            f"has {max(lengths):,}; passes of up to {tokens_per_pass(config):,} tokens"
         )
 
 
 def _smaller_passes(config: Config) -> str:
-    half = max(1, config.train.micro_batch_tokens // 2)
+    half = max(1, tokens_per_pass(config) // 2)
     return f"shorter passes:  train.micro_batch_tokens={half}"
 
 

@@ -28,7 +28,7 @@ from uft.tracking.console import Console
 from uft.tracking.files import read_metrics
 from uft.training.card import start_card
 from uft.training.corpus import Corpus
-from uft.training.device import choose_device
+from uft.training.device import choose_device, tokens_per_pass
 from uft.training.hooks import Batteries, Checkpoints, Display, Lines
 from uft.training.prepare import (
     Prepared,
@@ -226,7 +226,7 @@ def measuring(prepared: Prepared, sources: Sequence[HeldOut], stop: Stop) -> Cal
             prepared.tokenizer,
             config.eval,
             stop.between_passes,
-            micro_batch_tokens=config.train.micro_batch_tokens,
+            micro_batch_tokens=tokens_per_pass(config),
         )
 
     return measure

@@ -21,6 +21,7 @@ from uft.parallel.sharing import finite
 from uft.runs import Run
 from uft.training import checkpoints, shards
 from uft.training.ahead import Ahead, Laid, Plan, worth_a_thread
+from uft.training.device import tokens_per_pass
 from uft.training.feed import Feed
 from uft.training.meter import Meter
 from uft.training.optim import learning_rate, warmup_steps
@@ -95,7 +96,7 @@ class Trainer:
     def lay_out(self) -> Plan:
         """How rows become micro-batches."""
         cuda = self.device.type == "cuda"
-        return Plan(self.config.train.micro_batch_tokens, self.pad_id, self.policy.layout, pinned=cuda)
+        return Plan(tokens_per_pass(self.config), self.pad_id, self.policy.layout, pinned=cuda)
 
     def fit(self) -> None:
         """Train to the horizon or until asked to stop. Raises UftError (code 1) when the numbers stop being numbers."""
