@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from uft.config.load import typed
 from uft.config.schema import Config
 from uft.config.stages import differing
 from uft.runs import Run, create_run
-from uft.training import session, stages, stages_ground, stages_make
+from uft.training import session, stages, stages_ground, stages_make, trainer
 from uft.training.prepare import Prepared, prepare
 from uft.training.signals import Stop
 
@@ -54,6 +55,13 @@ USES = {
     "per_kind": KINDS,
 }
 """The kinds each objective is trained on here."""
+
+
+@pytest.fixture(autouse=True)
+def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of hundreds of tests holds millions of objects: looking through them at every start costs more than the
+    steps that are tested. `test_ahead.py` has the real thing."""
+    monkeypatch.setattr(trainer, "gc", SimpleNamespace(collect=int, freeze=int, unfreeze=int))
 
 
 @pytest.fixture(autouse=True)

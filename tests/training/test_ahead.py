@@ -11,6 +11,7 @@ import pytest
 import torch
 from watched import trained
 
+from uft.training import trainer as trainer_module
 from uft.training.ahead import Ahead, worth_a_thread
 from uft.training.checkpoints import read_state
 from uft.training.prepare import Prepared, resume
@@ -74,6 +75,24 @@ def test_what_goes_wrong_in_the_thread_is_told_by_the_step(build: Callable[..., 
     with pytest.raises(KeyError, match="nobody filled in"):
         trainer.fit()
     assert threading.active_count() <= before
+
+
+def test_the_collector_looks_at_nothing_old_while_it_trains(
+    build: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer_module, "gc", gc)
+    trainer, frozen = build("sft", *SETTINGS).trainer, []
+
+    class Looks:
+        def after_step(self, trainer: Any, step: Any) -> None:
+            frozen.append(gc.get_freeze_count())
+            if len(frozen) == 2:
+                raise KeyError("in a hook")
+
+    trainer.hooks = (Looks(),)
+    with pytest.raises(KeyError, match="in a hook"):
+        trainer.fit()
+    assert min(frozen) > 10_000
     assert gc.get_freeze_count() == 0
 
 

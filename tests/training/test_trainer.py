@@ -133,7 +133,7 @@ def test_a_sum_that_overflows_without_any_one_row_is_said_so(
     build: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = build("sft").trainer
-    monkeypatch.setattr("uft.training.trainer.culprits", lambda *arguments, **keywords: [])
+    monkeypatch.setattr("uft.training.undo.culprits", lambda *arguments, **keywords: [])
     real = trainer.policy.__call__
     monkeypatch.setattr(type(trainer.policy), "__call__", lambda self, *a, **k: _times(real(*a, **k), math.inf))
     with pytest.raises(UftError, match="no single row"):

@@ -25,6 +25,7 @@ FREE = (
     "hardware.offload",
     "hardware.keep_memory",
     "train.prefetch",
+    "train.sync_every_step",
     "hardware.watchdog",
     "model.gradient_checkpointing",
     "train.micro_batch_tokens",

@@ -126,6 +126,9 @@ class Train:
         "auto", "rows one after another without padding, or a rectangle", choices=("auto", "packed", "padded")
     )
     prefetch: bool | None = _key(None, "lay the next step's rows out in a thread; null: beside a GPU")
+    sync_every_step: bool | None = _key(
+        None, "wait for the device in every step, not only where its numbers are shown; null: unless it is a GPU"
+    )
     max_length: int = _key(1024, "longest prompt + completion in tokens", ge=2)
     max_grad_norm: float = _key(1.0, "clip the gradient's norm here; 0: never", ge=0)
     log_every: int = _key(10, "steps between metric lines", ge=1)

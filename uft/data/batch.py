@@ -75,7 +75,8 @@ class Batch:
     @property
     def lengths(self) -> Tensor:
         """(S,) int64: supervised targets of each sequence."""
-        return torch.bincount(self.sequence, minlength=self.row.numel())
+        # not `bincount`, for which a GPU stops to tell how long its result is
+        return torch.zeros_like(self.row).index_add_(0, self.sequence, torch.ones_like(self.sequence))
 
     def sum(self, values: Tensor) -> Tensor:
         """(N,) per target -> (S,) summed over each sequence, differentiable."""

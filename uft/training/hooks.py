@@ -43,6 +43,7 @@ class Lines:
         self.tokens += step.tokens
         number = trainer.progress.step
         if number == 1 or number % self.every == 0 or number == trainer.steps:
+            trainer.confirm()
             metrics = self._metrics(trainer)
             self.tracker.log(number, metrics)
             self.display.step(number, metrics)
@@ -112,6 +113,7 @@ class Batteries:
         progress = trainer.progress
         if progress.evaluated >= progress.step or not self._due(progress.step, trainer.steps):
             return
+        trainer.confirm()
         try:
             battery = self.measure()
         except Interrupted:

@@ -34,6 +34,12 @@ class Meter:
         self.totals, self.counts = {}, {}
         return {name: total / counts[name] for name, total in totals.items() if counts[name] > 0}
 
+    def copy(self) -> Meter:
+        """As it is now: what it holds is replaced, never changed."""
+        copied = Meter()
+        copied.totals, copied.counts = dict(self.totals), dict(self.counts)
+        return copied
+
     def state_dict(self) -> dict[str, Tensor]:
         totals = {f"totals/{name}": total.cpu() for name, total in self.totals.items()}
         return totals | {f"counts/{name}": count.cpu() for name, count in self.counts.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from uft.config.schema import Optim
+from uft.parallel.ranks import ranks
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -43,6 +44,24 @@ OPTIMISERS: dict[str, Callable[[Iterable[dict[str, Any]], Optim], torch.optim.Op
 
 def make_optimiser(parameters: Parameters, cfg: Optim) -> torch.optim.Optimizer:
     return OPTIMISERS[cfg.name](_groups(parameters, cfg.weight_decay), cfg)
+
+
+def asks_late(sync: bool | None, device: torch.device, optimiser: torch.optim.Optimizer) -> bool:
+    """Whether a step's numbers are looked at only while the device works on the next one (`train.sync_every_step`).
+
+    It takes an optimiser that can pass over an update by itself, and a model that every process has whole: one in
+    pieces waits for others in every step anyway.
+    """
+    able = bool(optimiser.defaults.get("fused")) and not ranks().in_step
+    return able and (device.type == "cuda" if sync is None else not sync)
+
+
+def passes_over(optimiser: torch.optim.Optimizer, unless: torch.Tensor) -> None:
+    """A fused optimiser's next step changes nothing, unless `unless` () bool, which stays on its device, is true.
+
+    torch's own gradient scaler tells it in the same way.
+    """
+    optimiser.found_inf = unless.logical_not().float()  # type: ignore[attr-defined]
 
 
 def warmup_steps(warmup: float, steps: int) -> int:

@@ -13,6 +13,8 @@ from uft.objectives.base import Clock, Forward, Loss, Objective, Term
 from uft.parallel.ranks import by_itself
 from uft.parallel.sharing import finite, sum_gradients, whole
 from uft.training.ahead import Laid, Plan
+from uft.training.answer import Answer
+from uft.training.optim import passes_over
 from uft.training.together import counted_over_all, joined_survey, joined_terms, missing, share_state, units_of
 from uft.training.visits import visit
 
@@ -27,6 +29,7 @@ class Step:
     loss: Tensor  # () the number shown as `loss`
     terms: Loss  # totals and counts over all micro-batches
     grad_norm: Tensor  # () before clipping
+    good: Answer  # whether both are finite; where not, nothing was updated
     tokens: int  # of all sequences, padding not counted
     supervised_tokens: int
 
@@ -34,15 +37,7 @@ class Step:
 def idle_step(device: torch.device) -> Step:
     """A step whose rows gave the objective nothing: no update, nothing measured."""
     nothing = torch.zeros((), device=device)
-    return Step(nothing, {}, nothing, tokens=0, supervised_tokens=0)
-
-
-class NonFinite(Exception):
-    """The loss or a gradient is not a number any more; `items` are the rows of the step."""
-
-    def __init__(self, items: Sequence[Item], loss: float, grad_norm: float) -> None:
-        self.items, self.loss, self.grad_norm = items, loss, grad_norm
-        super().__init__(f"loss {loss}, gradient norm {grad_norm}")
+    return Step(nothing, {}, nothing, Answer(torch.ones((), dtype=torch.bool)), tokens=0, supervised_tokens=0)
 
 
 def forward_backward(
@@ -142,11 +137,15 @@ def optimiser_step(
     lr: float,
     max_grad_norm: float,
     device: torch.device,
+    late: bool = False,
+    confirm: Callable[[], None] = lambda: None,
 ) -> Step:
-    """Update the parameters with the gradient of `rows`, this process with that of its share of them.
+    """Update the parameters with the gradient of `rows`, this process with that of its share of them, unless it or the
+    loss is not finite: the same in all processes.
 
-    Raises NonFinite before anything was changed, in all processes. To know that it may go on is the one time a step
-    waits for a GPU.
+    To know that, the step waits for the device; `late`: the device knows, and passes over the update by itself
+    (`optim.passes_over`). `confirm` is called before the update, when the device has work to go on with: may the step
+    before this one be built upon?
     """
     optimiser.zero_grad(set_to_none=True)
     unrelated, blank = ([batch.to(device) for batch in more] for more in (rows.mismatched, rows.blank))
@@ -159,16 +158,20 @@ def optimiser_step(
     sum_gradients(parameters.values())
     loss = reported_loss(objective, terms)
     grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf")))
-    if not bool(torch.isfinite(loss) & torch.isfinite(grad_norm)):
+    good = Answer(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    confirm()
+    if late:
+        passes_over(optimiser, unless=good.value)
+    if late or good:
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        optimiser.step()
+    else:
         optimiser.zero_grad(set_to_none=True)
-        raise NonFinite(rows.items, float(loss), float(grad_norm))
-    for group in optimiser.param_groups:
-        group["lr"] = lr
-    optimiser.step()
     tokens, supervised_tokens = counted_over_all(
         [sum(batch.tokens for batch in rows.batches), sum(batch.target_ids.numel() for batch in rows.batches)]
     )
-    return Step(loss, terms, grad_norm, tokens, supervised_tokens)
+    return Step(loss, terms, grad_norm, good, tokens, supervised_tokens)
 
 
 def culprits(

@@ -6,9 +6,9 @@ import gc
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -24,10 +24,11 @@ from uft.training.ahead import Ahead, Laid, Plan, worth_a_thread
 from uft.training.device import tokens_per_pass
 from uft.training.feed import Feed
 from uft.training.meter import Meter
-from uft.training.optim import learning_rate, warmup_steps
+from uft.training.optim import asks_late, learning_rate, warmup_steps
 from uft.training.scarce import sparing
 from uft.training.signals import Stop
-from uft.training.step import NonFinite, Step, culprits, idle_step, optimiser_step
+from uft.training.step import Step, idle_step, optimiser_step
+from uft.training.undo import Before, Taken, give_up
 
 Tensor = torch.Tensor
 
@@ -79,9 +80,11 @@ class Trainer:
     meter: Meter = field(default_factory=Meter)
     pending: tuple[Future[Any], Path] | None = None  # a checkpoint that is being written, and where
     ahead: Ahead | None = None  # while it trains
+    taken: Taken | None = None  # the last step, until somebody asked whether it happened
 
     def __post_init__(self) -> None:
         self.parameters = self.policy.trainable()
+        self.late = asks_late(self.config.train.sync_every_step, self.device, self.optimiser)
         self.never_finite = {n for n, good in self._finite().items() if not good}
 
     def clock(self, step: int) -> Clock:
@@ -110,6 +113,7 @@ class Trainer:
                 step = self._step()
                 for hook in self.hooks:
                     hook.after_step(self, step)
+            self.confirm()
         finally:
             gc.unfreeze()
             self.ahead.close()
@@ -117,18 +121,16 @@ class Trainer:
 
     def _step(self) -> Step:
         assert self.ahead is not None
-        before = self._reversible_state()
+        before = Before.of(self)
         started = time.perf_counter()
         left = self.total_rows - self.progress.rows
         rows = min(self.config.train.batch_size, left)
         laid = self.ahead.take(rows, then=min(self.config.train.batch_size, left - rows))
-        try:
-            with sparing(f"step {self.progress.step + 1}", self.config, laid.items):
-                step = self._update(laid)
-        except NonFinite as problem:
-            culprits = self._culprits(problem, before)
-            self._restore(before)
-            self._give_up(problem, culprits)
+        with sparing(f"step {self.progress.step + 1}", self.config, laid.items):
+            step = self._update(laid)
+        self.taken = Taken(laid.items, before, step)
+        if not self.late:
+            self.confirm()
         self.progress.step += 1
         self.progress.rows += rows
         self.progress.tokens += step.tokens
@@ -139,6 +141,15 @@ class Trainer:
         self.meter.add("grad_norm", step.grad_norm, measured)
         self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
         return step
+
+    def confirm(self) -> None:
+        """Whoever shows or keeps what the last step led to asks first whether it happened.
+
+        Raises UftError (code 1), with everything as it was before that step, where its numbers were not finite.
+        """
+        taken, self.taken = self.taken, None
+        if taken is not None and not taken.step.good:
+            give_up(self, taken)
 
     def _update(self, rows: Laid) -> Step:
         number = self.progress.step
@@ -155,53 +166,13 @@ class Trainer:
             lr=learning_rate(number, self.steps, self.config.optim),
             max_grad_norm=self.config.train.max_grad_norm,
             device=self.device,
+            late=self.late,
+            confirm=self.confirm,
         )
 
-    def _cursor(self) -> dict[str, Any]:
+    def cursor(self) -> dict[str, Any]:
         """Where the data stand after the last step."""
         return self.ahead.cursor if self.ahead else self.feed.state_dict()
-
-    def _reversible_state(self) -> dict[str, Any]:
-        """What a step changes before the optimiser does: the data cursors, the objective's state, the generators."""
-        state = {name: tensor.clone() for name, tensor in self.objective.state.items()}
-        return {"feed": self._cursor(), "state": state, "rng": checkpoints.random_state(self.device)}
-
-    def _restore(self, before: Mapping[str, Any]) -> None:
-        if self.ahead:
-            self.ahead.go_back(before["feed"])
-        for name, tensor in before["state"].items():
-            self.objective.state[name].copy_(tensor)
-        checkpoints.restore_random_state(before["rng"], self.device)
-
-    def _culprits(self, problem: NonFinite, before: Mapping[str, Any]) -> list[str]:
-        """Ids of the rows that fail alone, each under the state before the step."""
-        self._restore(before)
-        return culprits(
-            problem.items,
-            self.objective,
-            self.policy,
-            self.reference,
-            self.parameters,
-            replace(self.clock(self.progress.step), learning=False),
-            lay_out=self.lay_out,
-            device=self.device,
-        )
-
-    def _give_up(self, problem: NonFinite, rows: Sequence[str]) -> NoReturn:
-        named = ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
-        if not named:
-            named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in problem.items[:10])
-        folder = self.save_checkpoint()
-        self.settle()
-        raise UftError(
-            Problem(
-                f"step {self.progress.step + 1}",
-                f"the numbers are not finite: {problem}",
-                advice=(f"rows: {named}", f"the last good state is kept in {folder}"),
-            ),
-            footer="Look at the rows, lower optim.lr or train.max_grad_norm, and start again.",
-            code=FAILED,
-        )
 
     def _overflown(self) -> list[str]:
         """Trained weights that hold numbers which are not finite, and did not when they came from their files."""
@@ -216,6 +187,7 @@ class Trainer:
         Raises UftError (code 1) where its weights overflowed.
         A loss or gradient that is not finite shows before the update, an update that is too large only after it.
         """
+        self.confirm()
         if overflown := self._overflown():
             earlier = self.run.checkpoints()
             good = f"the last good state is {earlier[-1][1]}" if earlier else "there is no checkpoint before it"
@@ -260,7 +232,7 @@ class Trainer:
                 for n, t in checkpoints.nested(_random(rank), state).items()
             },
         }
-        state = {"progress": asdict(self.progress), "feed": self._cursor(), "steps": self.steps}
+        state = {"progress": asdict(self.progress), "feed": self.cursor(), "steps": self.steps}
         return checkpoints.begin(self.run, self.progress.step, tensors, state)
 
     def _publish(self, beside: Path) -> Path:
