@@ -6,6 +6,7 @@ One process tree per run: W&B, CUDA contexts and a crash never leak from one run
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import sys
@@ -29,9 +30,12 @@ def train(folder: str) -> int:
 
     run = open_run(folder)
     with listening() as stop, holding(run):  # before the slow imports: a signal that comes meanwhile is remembered
-        from uft.config.load import load_config
-        from uft.training import session, stages
+        with uncollected():
+            from uft.config.load import load_config
+            from uft.model.classes import auto_model
+            from uft.training import session, stages
 
+            auto_model()
         config = load_config(run.config_file)
         return (stages if config.stages else session).train(run, config, stop)
 
@@ -52,9 +56,10 @@ def holding(run: Run) -> Iterator[None]:
 
 def carry_out(job: str, spec: str) -> int:
     """`check`, `data`, `generate` or `annotate`, of the configuration in `spec`."""
-    from uft.config.load import load_config
-    from uft.parallel.ranks import joined
-    from uft.training import annotating, jobs, stages_jobs
+    with uncollected():
+        from uft.config.load import load_config
+        from uft.parallel.ranks import joined
+        from uft.training import annotating, jobs, stages_jobs
 
     config = load_config(spec)
     work: dict[str, Callable[[Config], int]] = {
@@ -65,6 +70,17 @@ def carry_out(job: str, spec: str) -> int:
     }
     with joined():
         return (work | stages_jobs.JOBS if config.stages else work)[job](config)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """For imports: what they make stays, and looking for garbage among it would cost every start more than a second."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def quiet() -> None:

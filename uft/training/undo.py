@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 class Before:
     """What a step changes besides the weights and the optimiser's state, as it was before it."""
 
-    feed: Mapping[str, Any]
+    feed: dict[str, Any]
     state: Mapping[str, Tensor]  # of the objective
     random: Mapping[str, Tensor]
     progress: Progress
