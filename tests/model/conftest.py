@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,23 @@ def _build(name: str, **changes: Any) -> Any:
 def build() -> Callable[..., Any]:
     """build("gemma2", **changes of the configuration) -> a random model."""
     return _build
+
+
+def _visible(spans: tuple[Any, ...]) -> torch.Tensor:
+    """(T, T) bool: who attends to whom."""
+    starts = [0, *accumulate(span.length for span in spans)]
+    mask = torch.zeros(starts[-1], starts[-1], dtype=torch.bool)
+    for span, start in zip(spans, starts, strict=False):
+        for at in range(start, start + span.length):
+            mask[at, start : at + 1] = True
+            mask[at, starts[span.prompt] : starts[span.prompt] + span.prefix] = True
+    return mask
+
+
+@pytest.fixture(scope="session")
+def visible() -> Callable[..., torch.Tensor]:
+    """visible(spans) -> (T, T) bool: who attends to whom."""
+    return _visible
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,8 @@
-"""Attention over packed rows: every kernel against one dense mask; the plain implementation where nothing is packed."""
+"""Attention over packed rows: kernels against one dense mask; the plain implementation where nothing is packed."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from itertools import accumulate
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from uft.data.batch import Span
 from uft.model import attention
-from uft.model.attention import CannotPack, Varlen, at_once, attend_spans, choose_kernel, register
+from uft.model.attention import CannotPack, attend_spans, register
+from uft.model.forward import Policy
+from uft.model.kernels import Varlen, at_once
+from uft.model.packed import settle_layout
 
 Tensor = torch.Tensor
 SPANS = (Span(5, 0, 0), Span(3, 0, 4), Span(1, 0, 4), Span(6, 3, 0), Span(1, 4, 0), Span(2, 3, 1))
@@ -24,17 +24,6 @@ def tensors(heads: int, key_heads: int, length: int = 18) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, heads, length, 8), (1, key_heads, length, 8), (1, key_heads, length, 8))
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-
-
-def visible(spans: tuple[Span, ...]) -> Tensor:
-    """(T, T) bool: who attends to whom."""
-    starts = [0, *accumulate(span.length for span in spans)]
-    mask = torch.zeros(starts[-1], starts[-1], dtype=torch.bool)
-    for span, start in zip(spans, starts, strict=False):
-        for at in range(start, start + span.length):
-            mask[at, start : at + 1] = True
-            mask[at, starts[span.prompt] : starts[span.prompt] + span.prefix] = True
-    return mask
 
 
 def plain_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, dropout: float, scaling: float | None) -> Tensor:
@@ -56,10 +45,10 @@ def plain_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, dropout: float
 @pytest.mark.parametrize("scaling", [None, 0.7])
 @pytest.mark.parametrize("name", ["loop", "varlen"])
 def test_kernels_attend_to_what_the_spans_say(
-    monkeypatch: pytest.MonkeyPatch, name: str, scaling: float | None, heads: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, visible: Any, name: str, scaling: float | None, heads: tuple[int, int]
 ):
     monkeypatch.setitem(attention.KERNELS, "varlen", at_once(plain_varlen))
-    monkeypatch.setattr(attention, "choose_kernel", lambda query, dropout: name)
+    monkeypatch.setattr(attention, "choose_kernel", lambda *given: name)
     q, k, v = tensors(*heads)
     weights = torch.randn(1, 18, heads[0], 8, generator=torch.Generator().manual_seed(1))
     found = attend_spans(q, k, v, SPANS, scaling=scaling, is_causal=True, sliding_window=None)
@@ -92,23 +81,17 @@ def test_without_segments_it_is_the_implementation_it_stands_on_to_the_last_bit(
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), told)
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "installed", "dropout", "expected"),
-    [
-        ("cpu", torch.bfloat16, True, 0.0, "loop"),
-        ("mps", torch.bfloat16, True, 0.0, "loop"),
-        ("cuda", torch.float32, True, 0.0, "loop"),
-        ("cuda", torch.bfloat16, True, 0.1, "flash_attn"),
-        ("cuda", torch.bfloat16, False, 0.0, "varlen"),
-        ("cuda", torch.float16, False, 0.1, "loop"),
-    ],
-)
-def test_the_kernel_is_what_the_device_and_the_precision_allow(
-    monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype, installed: bool, dropout: float, expected: str
+def test_in_mixed_precision_other_kernels_than_the_loop_get_what_torchs_own_would(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: object() if installed or name != "flash_attn" else None
-    )
-    query: Any = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    assert choose_kernel(query, dropout) == expected
-    assert expected in attention.KERNELS
+    """Rotated queries and keys are float32 under autocast, values are not."""
+    seen = set()
+
+    def noted(*given: Any) -> Tensor:
+        seen.update(tensor.dtype for tensor in given[:3])
+        return plain_varlen(*given)
+
+    monkeypatch.setitem(attention.KERNELS, "varlen", at_once(noted))
+    monkeypatch.setattr(attention, "choose_kernel", lambda *given: "varlen")
+    settle_layout(Policy(build("llama"), "bfloat16"), "packed", 30)
+    assert seen == {torch.bfloat16}
