@@ -15,8 +15,8 @@ from outside import environment
 
 EVERY = [*(("two", name) for name in CASES), *(("sharded", name) for name in SHARDED), ("offloaded", "sft")]
 FAST = [
-    *(("two", n) for n in ("sft_short_last", "sft_one_row", "sft_dry", "dpo_lora", "uft", "ift", "dft")),
-    *(("sharded", n) for n in ("sft_one_row", "dft")),
+    *(("two", n) for n in ("sft_short_last", "sft_one_row", "sft_dry", "uft", "dft")),
+    ("sharded", "dft"),
 ]
 PAIRS = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in EVERY]
 PROGRAM = Path(__file__).with_name("cases.py")

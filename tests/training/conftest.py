@@ -61,7 +61,8 @@ USES = {
 def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of hundreds of tests holds millions of objects: looking through them at every start costs more than the
     steps that are tested. `test_ahead.py` has the real thing."""
-    monkeypatch.setattr(trainer, "gc", SimpleNamespace(collect=int, freeze=int, unfreeze=int))
+    for module in (trainer, stages):
+        monkeypatch.setattr(module, "gc", SimpleNamespace(collect=int, freeze=int, unfreeze=int))
 
 
 @pytest.fixture(autouse=True)
