@@ -160,6 +160,19 @@ def test_rows_of_one_length_keep_their_order():
     assert micro_batches([demonstration(n) for n in (5, 3, 4)], 10**6, PAD)[0].example.tolist() == [5, 3, 4]
 
 
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("budget", [1, 16, 10**6])
+def test_visits_of_one_example_keep_their_order_whatever_their_lengths(layout, budget):
+    """An objective that remembers an example (DFT's moving average) has it as it was drawn, in every layout."""
+    lengths = [(4, 2), (4, 5), (7, 4), (4, 9), (7, 8), (4, 1)]  # (example, length)
+    items = [demonstration(example, 1, length) for example, length in lengths]
+    batches = micro_batches(items, budget, PAD, layout)
+    found = [(int(b.example[b.row[n]]), int(length)) for b in batches for n, length in enumerate(b.lengths)]
+    assert sorted(found) == sorted(lengths)
+    for example in (4, 7):
+        assert [pair for pair in found if pair[0] == example] == [pair for pair in lengths if pair[0] == example]
+
+
 # --- items
 
 

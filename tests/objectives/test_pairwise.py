@@ -76,6 +76,16 @@ def test_shown_terms(run):
     assert shown["nll"] == pytest.approx(0.266667, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["dpo", "nca", "uft", "kto", "cpo", "orpo"])
+@pytest.mark.parametrize("rounding", [1e-6, 0.0, -1e-6])
+def test_equal_sides_are_a_tie_whatever_the_rounding(kit, name, rounding):
+    """Which way two equal completions differ by rounding depends on how they were laid out."""
+    equal = kit.batch_of([kit.of_length(2), kit.of_length(2, role=0)])
+    policy, reference = [-0.2, -0.5, -0.2 + rounding, -0.5], [-0.3, -0.4, -0.3, -0.4]
+    term = kit.preset(name)(equal, kit.Told(policy), kit.Told(reference), Clock())["accuracy"]
+    assert float(term.total / term.count) == 0.5
+
+
 def test_gradient_on_every_token(kit, pair):
     policy = kit.Told(POLICY)
     kit.preset("dpo")(pair, policy, kit.Told(REFERENCE), Clock())["pair"].total.backward()

@@ -88,7 +88,7 @@ def lines_of(notes: Notes, every: int) -> Lines:
 
 def batteries(notes: Notes, measure: Callable[[], Battery], every: int = 3, **changes: Any) -> Batteries:
     keys = {"before": True, "best": "eval/nll", "best_mode": "min"} | changes
-    return Batteries(measure, notes, notes, lines_of(notes, 1), every, **keys)  # type: ignore[arg-type]
+    return Batteries(measure, notes, notes, every, **keys)  # type: ignore[arg-type]
 
 
 def values(*numbers: float | None) -> Callable[[], Battery]:
@@ -139,19 +139,16 @@ def test_a_line_about_nothing_has_no_loss() -> None:
     assert {"loss", "nll", "grad_norm"}.isdisjoint(notes.lines[0][1])
 
 
-def test_speed_is_of_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr("uft.training.hooks.time.perf_counter", lambda: now[0])
-    notes, trainer = Notes(), FakeTrainer(2)
-    hook = Lines(notes, notes, 1)  # type: ignore[arg-type]
-    hook.restart()
-    now[0] = 2.0
-    trainer.run(hook, until=1)
-    now[0] = 1000.0
-    hook.restart()  # a battery or a checkpoint
-    now[0] = 1005.0
-    trainer.run(hook)
-    assert [line["tokens_per_second"] for _, line in notes.lines] == [5.0, 2.0]
+def test_speed_is_of_training_alone() -> None:
+    """Of a sitting that begins after 100 seconds; what a battery or a checkpoint takes between steps is in no number
+    here, whatever the clock says meanwhile."""
+    notes, trainer = Notes(), FakeTrainer(3)
+    trainer.progress.seconds = 100.0
+    hook = Lines(notes, notes, 2, since=100.0)  # type: ignore[arg-type]
+    for step, seconds in enumerate((102.0, 105.0, 115.0), 1):
+        trainer.progress.seconds = seconds
+        trainer.run(hook, until=step)
+    assert [line["tokens_per_second"] for _, line in notes.lines] == [10 / 2, 10 / 3, 10 / 10]
 
 
 # --- batteries

@@ -98,12 +98,12 @@ def micro_batches(items: Sequence[Item], budget: int, pad_id: int, layout: Layou
 def _rectangles(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
     group: list[Item] = []
     width = sequences = 0
-    for item in sorted(items, key=lambda item: -item.length):
+    for length, item in _largest_first(items, [item.length for item in items]):
         if group and (sequences + len(item.parts)) * width > budget:
             yield group
             group, sequences = [], 0
         if not group:
-            width = item.length
+            width = length
         group.append(item)
         sequences += len(item.parts)
     if group:
@@ -113,8 +113,8 @@ def _rectangles(items: Sequence[Item], budget: int) -> Iterator[list[Item]]:
 def _packs(items: Sequence[Item], budget: int, layout: Layout) -> Iterator[list[Item]]:
     group: list[Item] = []
     tokens = 0
-    sizes = [(forwarded([Line(one.ids, one.supervised) for one in item.encoded], layout), item) for item in items]
-    for size, item in sorted(sizes, key=lambda pair: -pair[0]):
+    sizes = [forwarded([Line(one.ids, one.supervised) for one in item.encoded], layout) for item in items]
+    for size, item in _largest_first(items, sizes):
         if group and tokens + size > budget:
             yield group
             group, tokens = [], 0
@@ -122,6 +122,15 @@ def _packs(items: Sequence[Item], budget: int, layout: Layout) -> Iterator[list[
         tokens += size
     if group:
         yield group
+
+
+def _largest_first(items: Sequence[Item], sizes: Sequence[int]) -> list[tuple[int, Item]]:
+    """(size, item), the items of one example in the order in which they were drawn, each as large as the largest of
+    them: what an objective remembers of an example depends on that order, which no layout may change."""
+    largest: dict[int, int] = {}
+    for size, item in zip(sizes, items, strict=True):
+        largest[item.example] = max(size, largest.get(item.example, 0))
+    return sorted(((largest[item.example], item) for item in items), key=lambda pair: -pair[0])
 
 
 def collate(items: Sequence[Item], pad_id: int, layout: Layout = Layout.PADDED) -> Batch:

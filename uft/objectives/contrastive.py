@@ -95,7 +95,7 @@ class Contrastive(PairLoss):
         chosen, rejected = scores[batch.pairs].unbind(-1)
         totals = {
             "pair": LINKS[self.link](chosen, rejected, self).sum(),
-            **self.shared_totals(batch, log_probs, self.beta * scores),
+            **self.shared_totals(batch, log_probs, self.beta * scores, self.beta),
         }
         if self.alpha > 0:
             totals["chosen_nll"] = -batch.mean(log_probs)[batch.pairs[:, 0]].sum()

@@ -74,7 +74,7 @@ class KTO(Objective):
             "kto": torch.where(present, weight * torch.sigmoid(-self.beta * ahead), 0.0).sum(),
             "reference_point": present.sum() * z,
             "nll": terms.nll_total(batch, log_probs),
-            **terms.reward_totals(batch, self.beta * ratio),
+            **terms.reward_totals(batch, self.beta * ratio, self.beta),
         }
         return terms.assemble(totals, self.counts(batch), {"kto": 1.0})
 

@@ -51,9 +51,9 @@ class PairLoss(Objective):
             counts["sft"] = terms.reduced_count(batch, self.reduction, batch.role == Role.POSITIVE)
         return {**counts, **terms.reward_counts(batch)}
 
-    def shared_totals(self, batch: Batch, log_probs: Tensor, rewards: Tensor) -> dict[str, Tensor]:
-        """All but the pairs; `rewards` (S,) are what is shown of both sides."""
-        totals = {"nll": terms.nll_total(batch, log_probs), **terms.reward_totals(batch, rewards)}
+    def shared_totals(self, batch: Batch, log_probs: Tensor, rewards: Tensor, beta: float) -> dict[str, Tensor]:
+        """All but the pairs; `rewards` (S,), in units of `beta`, are what is shown of both sides."""
+        totals = {"nll": terms.nll_total(batch, log_probs), **terms.reward_totals(batch, rewards, beta)}
         if self.sft_weight > 0:
             totals["sft"] = terms.reduced_total(batch, -log_probs, self.reduction, batch.role == Role.POSITIVE)
         return totals

@@ -159,7 +159,7 @@ class Pairwise(PairLoss):
         log_probs = terms.promote(policy(batch).log_probs)
         ratios = log_probs - terms.reference_log_probs(batch, reference)
         rewards = self.beta * (batch.mean if self.length == "mean" else batch.sum)(ratios)
-        totals = {"pair": self.losses(batch, ratios).sum(), **self.shared_totals(batch, log_probs, rewards)}
+        totals = {"pair": self.losses(batch, ratios).sum(), **self.shared_totals(batch, log_probs, rewards, self.beta)}
         if self.eta > 0:
             joined = self.beta * batch.sum(log_probs) if self.nll_norm == "sum" else batch.mean(log_probs)
             totals["chosen_nll"] = -joined[batch.pairs[:, 0]].sum()

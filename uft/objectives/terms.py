@@ -120,15 +120,22 @@ def reward_counts(batch: Batch) -> dict[str, Tensor]:
     return {**shown, "implicit_reward": units(batch, present(batch))}
 
 
-def reward_totals(batch: Batch, z: Tensor) -> dict[str, Tensor]:
-    """Implicit rewards z (S,) of both sides of every pair, their margin and how often it is positive."""
+TIE = 1e-4
+"""Nats below which two sides are equally likely, as in the battery: two equal completions, or a policy that equals its
+reference, differ by rounding alone, and that differs from one layout to another."""
+
+
+def reward_totals(batch: Batch, z: Tensor, beta: float) -> dict[str, Tensor]:
+    """Implicit rewards z (S,), in units of beta, of both sides of every pair, their margin and how often it is
+    positive; a tie is a half."""
     z = z.detach()
     chosen, rejected = z[batch.pairs].unbind(-1)
     margin = chosen - rejected
+    ahead = torch.where(margin.abs() < TIE * beta, 0.5, (margin > 0).to(z.dtype))
     return {
         "chosen_reward": chosen.sum(),
         "rejected_reward": rejected.sum(),
         "margin": margin.sum(),
-        "accuracy": (margin > 0).to(z.dtype).sum(),
+        "accuracy": ahead.sum(),
         "implicit_reward": z.sum(),
     }

@@ -93,7 +93,7 @@ class UFT(Objective):
         totals = {
             "uft": self.regression(batch, z),
             "nll": terms.nll_total(batch, log_probs),
-            **terms.reward_totals(batch, z),
+            **terms.reward_totals(batch, z, self.beta),
         }
         return terms.assemble(totals, self.counts(batch), {"uft": 1.0})
 

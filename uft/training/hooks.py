@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from uft.evaluation.battery import Battery
@@ -36,8 +35,8 @@ class Lines:
     tracker: Tracker
     display: Display
     every: int
+    since: float = 0.0  # seconds of training at the last line: a battery or a checkpoint between two is not in them
     tokens: int = 0
-    since: float = field(default_factory=time.perf_counter)
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
         self.tokens += step.tokens
@@ -48,13 +47,10 @@ class Lines:
             self.tracker.log(number, metrics)
             self.display.step(number, metrics)
 
-    def restart(self) -> None:
-        """Time spent elsewhere (the battery, a checkpoint) is not training time."""
-        self.tokens, self.since = 0, time.perf_counter()
-
     def _metrics(self, trainer: Trainer) -> Metrics:
         progress, means = trainer.progress, trainer.meter.means()
-        seconds = time.perf_counter() - self.since
+        seconds, tokens = progress.seconds - self.since, self.tokens
+        self.since, self.tokens = progress.seconds, 0
         metrics: Metrics = {
             "rows": progress.rows,
             "tokens": progress.tokens,
@@ -64,10 +60,9 @@ class Lines:
             **_taken(means, "loss", "nll"),
             "lr": learning_rate(progress.step - 1, trainer.steps, trainer.config.optim),
             **_taken(means, "grad_norm"),
-            "tokens_per_second": self.tokens / max(seconds, 1e-9),
+            "tokens_per_second": tokens / max(seconds, 1e-9),
             **device_memory(trainer.device),
         }
-        self.restart()
         return metrics | {f"objective/{name}": value for name, value in means.items()}
 
 
@@ -89,7 +84,6 @@ class Batteries:
     measure: Measure
     tracker: Tracker
     display: Display
-    lines: Lines
     every: int
     before: bool
     best: str
@@ -99,7 +93,6 @@ class Batteries:
     def start(self, trainer: Trainer) -> None:
         """Before the first step, and on a resume whose battery was cut short."""
         self._maybe(trainer)
-        self.lines.restart()
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
         self._maybe(trainer)
@@ -118,8 +111,6 @@ class Batteries:
             battery = self.measure()
         except Interrupted:
             return  # `evaluated` stays behind: the resumed run measures this step first
-        finally:
-            self.lines.restart()
         progress.evaluated = progress.step
         self._note_best(trainer, battery.metrics)
         if battery.metrics:

@@ -175,13 +175,12 @@ def fit(trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[
     `before`: whether to measure before the first step.
     """
     cfg = trainer.config
-    lines = Lines(tracker, display, cfg.train.log_every)
+    lines = Lines(tracker, display, cfg.train.log_every, since=trainer.progress.seconds)
     saving = Checkpoints(tracker, cfg.train.checkpoint_every)
     batteries = Batteries(
         measure=measure,
         tracker=tracker,
         display=display,
-        lines=lines,
         every=cfg.train.eval_every,
         before=before,
         best=cfg.eval.best,
