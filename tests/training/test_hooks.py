@@ -64,6 +64,9 @@ class FakeTrainer:
     def settle(self, wait: bool = True) -> None:
         """Nothing is written in the background here."""
 
+    def confirm(self) -> None:
+        """Every step happened."""
+
     def save_checkpoint(self) -> None:
         self.saves.append((self.progress.step, self.progress.evaluated, self.progress.best_step))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from test_trainer import fit_until_it_fails, poisoned_model, poisoned_rows  # no
 from watched import trained
 
 from uft.training import checkpoints
+from uft.training.answer import Answer
 from uft.training.optim import asks_late
 from uft.training.prepare import Prepared
 from uft.training.step import Step, optimiser_step
@@ -75,6 +77,26 @@ def test_nothing_is_shown_or_kept_of_it(build: Build, poisoned_model: Path, pois
     with pytest.raises(Exception, match="preference:5"):
         trainer.fit()
     assert looked == list(range(1, trainer.progress.step + 1))
+
+
+def test_what_is_waited_for_the_device_is_time_of_training(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, whoever waits: the next step, or a hook."""
+
+    def slowly(self: Answer) -> bool:
+        time.sleep(0.3)
+        return True
+
+    class Line:
+        def after_step(self, trainer: Trainer, step: Any) -> None:
+            if trainer.progress.step % 2:
+                trainer.confirm()
+
+    monkeypatch.setattr(Answer, "__bool__", slowly)
+    trainer = build("sft", LATE, "train.steps=4").trainer
+    trainer.hooks = (Line(),)
+    began = time.perf_counter()
+    trainer.fit()
+    assert 4 * 0.3 <= trainer.progress.seconds <= time.perf_counter() - began
 
 
 def test_who_is_asked_late(build: Build) -> None:

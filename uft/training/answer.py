@@ -32,3 +32,6 @@ class Answer:
         if self.arrived is not None:
             self.arrived.synchronize()
         return bool(self.copied)
+
+
+YES = Answer(torch.ones((), dtype=torch.bool))

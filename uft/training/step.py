@@ -13,7 +13,7 @@ from uft.objectives.base import Clock, Forward, Loss, Objective, Term
 from uft.parallel.ranks import by_itself
 from uft.parallel.sharing import finite, sum_gradients, whole
 from uft.training.ahead import Laid, Plan
-from uft.training.answer import Answer
+from uft.training.answer import YES, Answer
 from uft.training.optim import passes_over
 from uft.training.together import counted_over_all, joined_survey, joined_terms, missing, share_state, units_of
 from uft.training.visits import visit
@@ -29,15 +29,15 @@ class Step:
     loss: Tensor  # () the number shown as `loss`
     terms: Loss  # totals and counts over all micro-batches
     grad_norm: Tensor  # () before clipping
-    good: Answer  # whether both are finite; where not, nothing was updated
     tokens: int  # of all sequences, padding not counted
     supervised_tokens: int
+    good: Answer = YES  # whether loss and gradient are finite; where not, nothing was updated
 
 
 def idle_step(device: torch.device) -> Step:
     """A step whose rows gave the objective nothing: no update, nothing measured."""
     nothing = torch.zeros((), device=device)
-    return Step(nothing, {}, nothing, Answer(torch.ones((), dtype=torch.bool)), tokens=0, supervised_tokens=0)
+    return Step(nothing, {}, nothing, tokens=0, supervised_tokens=0)
 
 
 def forward_backward(
@@ -171,7 +171,7 @@ def optimiser_step(
     tokens, supervised_tokens = counted_over_all(
         [sum(batch.tokens for batch in rows.batches), sum(batch.target_ids.numel() for batch in rows.batches)]
     )
-    return Step(loss, terms, grad_norm, good, tokens, supervised_tokens)
+    return Step(loss, terms, grad_norm, tokens, supervised_tokens, good)
 
 
 def culprits(

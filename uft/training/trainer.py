@@ -122,7 +122,7 @@ class Trainer:
     def _step(self) -> Step:
         assert self.ahead is not None
         before = Before.of(self)
-        started = time.perf_counter()
+        started, seconds = time.perf_counter(), self.progress.seconds
         left = self.total_rows - self.progress.rows
         rows = min(self.config.train.batch_size, left)
         laid = self.ahead.take(rows, then=min(self.config.train.batch_size, left - rows))
@@ -135,7 +135,7 @@ class Trainer:
         self.progress.rows += rows
         self.progress.tokens += step.tokens
         self.progress.supervised_tokens += step.supervised_tokens
-        self.progress.seconds += time.perf_counter() - started
+        self.progress.seconds = seconds + time.perf_counter() - started  # what was waited for the step before is in it
         measured = float(bool(laid.items))
         self.meter.add("loss", step.loss, measured)
         self.meter.add("grad_norm", step.grad_norm, measured)
@@ -148,8 +148,10 @@ class Trainer:
         Raises UftError (code 1), with everything as it was before that step, where its numbers were not finite.
         """
         taken, self.taken = self.taken, None
+        started = time.perf_counter()
         if taken is not None and not taken.step.good:
             give_up(self, taken)
+        self.progress.seconds += time.perf_counter() - started
 
     def _update(self, rows: Laid) -> Step:
         number = self.progress.step
