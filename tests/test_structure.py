@@ -11,6 +11,7 @@ SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins")
 
 # A package may import those before it, never one after it.
 ORDER = [
+    "alive",
     "redact",
     "errors",
     "disk",
@@ -35,6 +36,7 @@ HEAVY = {"torch", "transformers", "datasets", "wandb", "hydra", "pyarrow", "peft
 LIGHT = [
     "uft/__init__.py",
     "uft/__main__.py",
+    "uft/alive.py",
     "uft/errors.py",
     "uft/disk.py",
     "uft/redact.py",

@@ -55,6 +55,21 @@ stages:
     data: files
     set: {data.sources.sampled.path: stage:sample, train.steps: 5, reference.mode: cached}
 """
+COLUMN = """\
+# @package _global_
+# what models say of the rows, and a training on it
+stages:
+  baseline:
+    do: annotate
+    data: files
+    set:
+      data.sources.instruct.path: instruct.jsonl
+      annotate: {column: baseline_logp, models: [builtin:playground], batch_tokens: 200}
+  poft:
+    objective: poft
+    data: files
+    set: {data.sources.instruct.path: stage:baseline, train.steps: 5}
+"""
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +112,7 @@ def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ru
     conf = tmp_path / "conf-user" / "experiment"
     conf.mkdir(parents=True)
     (conf / "loop.yaml").write_text(LOOP)
+    (conf / "column.yaml").write_text(COLUMN)
     monkeypatch.setenv("UFT_CONF", str(conf.parent))
     texts: dict[tuple[str, ...], str] = {}
     monkeypatch.chdir(tmp_path)

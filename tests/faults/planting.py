@@ -30,6 +30,7 @@ DISK = ("os:replace", "os:rename", "os:fsync", "os:unlink", "os:mkdir", "shutil:
 PHASES = (
     "safetensors.torch:save_file",
     "uft.data.tokens:_encode",
+    "uft.data.tokens:_encoded",
     "uft.data.cache:save",
     "uft.model.reference_cache:ReferenceColumn._compute",
     "uft.model.reference_cache:LogProbStore.add",
@@ -41,6 +42,8 @@ PHASES = (
     "uft.sampling.negatives:_append",
     "uft.model.export:export",
     "uft.model.export:plain_model",
+    "uft.model.load:load_base",
+    "uft.sampling.likelihood:_mean",
 )
 
 

@@ -14,3 +14,6 @@ SINGLE = (
 
 LOOP = ("experiment=loop",)
 """Several stages, one of which makes rows: conftest.py."""
+
+COLUMN = ("experiment=column",)
+"""Two stages, the first of which writes a column: conftest.py."""

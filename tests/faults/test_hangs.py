@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,46 +13,98 @@ from pathlib import Path
 import pytest
 from evidence import same, written
 from planting import Fault
-from requests_of import LOOP, SINGLE
+from requests_of import COLUMN, LOOP, SINGLE
 from sittings import Bench
 
 from uft.config.freeze import free
 from uft.launch.process import cause, oom_kills
 from uft.runs import Run
-from uft.training.signals import Stop
-from uft.training.watchdog import watching
 
 NewRun = Callable[..., Run]
 PATIENCE = 4.0  # seconds of the watchdog here
 
 
+QUICK = {
+    "step": (SINGLE, "after step.forward_backward", 4, "it trained", "training/trainer.py"),
+    "tokens": (SINGLE, "before tokens._encoded", 1, "rows were tokenised", "data/tokens.py"),
+}
+LONG = {
+    "model": (SINGLE, "before load.load_base", 0, "a model was loaded", "model/load.py"),
+    "reference": (
+        SINGLE,
+        "before reference_cache.ReferenceColumn._compute",
+        0,
+        "reference log-probs were computed",
+        "model/reference_cache.py",
+    ),
+    "battery": (SINGLE, "before generate.complete", 4, "the battery was measured", "evaluation/battery.py"),
+    "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "training/checkpoints.py"),
+    "export": (SINGLE, "before export.plain_model", 0, "the model was exported", "model/export.py"),
+    "stage": (LOOP, "after step.forward_backward", 4, "it trained", "training/stages.py"),
+    "sampling": (LOOP, "before negatives._append", 1, "completions were sampled", "sampling/negatives.py"),
+    "annotating": (COLUMN, "after likelihood._mean", 3, "rows were annotated", "sampling/likelihood.py"),
+    "stage's export": (LOOP, "before export.plain_model", 0, "the model was exported", "model/export.py"),
+}
+"""What hangs: the request, the moment, the phase that is named, and a file that its stack leads through."""
+
+
 @pytest.mark.parametrize(
-    ("words", "where"),
-    [
-        (SINGLE, "after step.forward_backward"),
-        pytest.param(SINGLE, "before generate.complete", marks=pytest.mark.slow),
-        pytest.param(LOOP, "after step.forward_backward", marks=pytest.mark.slow),
-    ],
-    ids=["step", "battery", "stage"],
+    ("words", "where", "at", "phase", "file"),
+    [*QUICK.values(), *(pytest.param(*case, marks=pytest.mark.slow) for case in LONG.values())],
+    ids=[*QUICK, *LONG],
 )
 def test_a_run_that_hangs_is_ended_and_can_be_resumed(
-    bench: Bench, new_run: NewRun, words: tuple[str, ...], where: str
+    bench: Bench, new_run: NewRun, tmp_path: Path, words: tuple[str, ...], where: str, at: int, phase: str, file: str
 ) -> None:
-    whole = new_run("whole", *words, f"hardware.watchdog={PATIENCE}")
-    run = new_run("hung", *words, f"hardware.watchdog={PATIENCE}")
-    ended = bench.sit(run.path, fault=Fault(do="hang", name=where, at=4))
+    whole = new_run("whole", *words, f"hardware.watchdog={PATIENCE:g}")
+    run = new_run("hung", *words, f"hardware.watchdog={PATIENCE:g}")
+    roots, path = (str(run.path),), "/.step-" if "os." in where else ""
+    ended = bench.sit(run.path, fault=Fault(do="hang", name=where, path=path, at=at, roots=roots))
     assert ended.code == 1, ended.said
     assert run.status == "failed"
-    assert "hung: no step and no batch of the battery for" in run.result()["error"]
-    assert "hardware.watchdog=4" in run.result()["error"]
+    assert f"hung: no sign of life for 00:04 while {phase} (hardware.watchdog=4)" in run.result()["error"]
     trace = (run.path / "hang.txt").read_text()
-    assert "in hang" in trace  # the function that hangs, and how one came there
-    assert "training/trainer.py" in trace
-    assert trace in ended.said
+    for stacks in (trace, ended.said):
+        assert "in hang" in stacks  # the function that hangs, and how one came there
+        assert file in stacks
     assert "uft resume" in ended.said
     assert bench.sit(run.path).code == 0
     assert bench.sit(whole.path).code == 0
     same(run.path, written(whole.path))
+
+
+JOBS = {
+    "generate": (
+        ("generate.max_new_tokens=8", "generate.batch_size=4"),
+        "before negatives._append",
+        "completions were sampled",
+    ),
+    "annotate": (
+        ("annotate.column=baseline_logp", "annotate.models=[builtin:playground]", "annotate.batch_tokens=200"),
+        "after likelihood._mean",
+        "rows were annotated",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", JOBS)
+def test_a_job_that_hangs_is_ended_and_goes_on(bench: Bench, new_run: NewRun, tmp_path: Path, job: str) -> None:
+    more, where, phase = JOBS[job]
+    words = (*SINGLE[:3], *more, f"hardware.watchdog={PATIENCE:g}")
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    hung = new_run("hung", *words, f"{job}.out={out}").config_file
+    ended = bench.sit("--job", job, hung, fault=Fault(do="hang", name=where, at=2))
+    assert ended.code == 1, ended.said
+    assert (
+        f"uft: hung: no sign of life for 00:04 while {phase} (hardware.watchdog=4). Where it stood is above"
+        in ended.said
+    )
+    assert "in hang" in ended.said
+    assert "Traceback" not in ended.said
+    assert bench.sit("--job", job, hung).code == 0
+    assert bench.sit("--job", job, new_run("whole", *words, f"{job}.out={whole}").config_file).code == 0
+    assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.slow
@@ -66,7 +117,7 @@ from pathlib import Path
 from uft.training.signals import Stop
 from uft.training.watchdog import watching
 stop = Stop()
-with watching(stop, 5.0, Path(), print):
+with watching(5.0, Path(), print):
     print("begun", flush=True)
     for _ in range(300):
         stop()
@@ -85,25 +136,16 @@ print("whole", flush=True)
     assert process.returncode == 0
 
 
-def test_a_watchdog_that_is_off_watches_nothing(tmp_path: Path) -> None:
-    before = threading.active_count()
-    with watching(Stop(), 0.0, tmp_path, print):
-        assert threading.active_count() == before
-    with watching(Stop(), 60.0, tmp_path, print):
-        assert threading.active_count() == before + 1
-    assert not (tmp_path / "hang.txt").exists()
-
-
 @pytest.mark.slow
 def test_one_of_two_processes_hangs(new_run: NewRun, tmp_path: Path, environment: dict[str, str]) -> None:
     """The one that hangs and the one that waits for it both end, each with its own stacks."""
-    run = new_run("run", *SINGLE, "hardware=cpu2", f"hardware.watchdog={2 * PATIENCE}")
+    run = new_run("run", *SINGLE, "hardware=cpu2", f"hardware.watchdog={2 * PATIENCE:g}")
     fault = Fault(do="hang", name="after step.forward_backward", at=2, rank="1")
     asked = time.monotonic()
     ended = resumed(run, fault.into(dict(os.environ) | environment))
     assert ended.returncode == 1, ended.stderr
     assert time.monotonic() - asked < 120
-    assert "hung: no step and no batch of the battery for 00:08" in run.result()["error"]
+    assert "hung: no sign of life for 00:08 while it trained" in run.result()["error"]
     assert run.status == "failed"
     assert "in hang" in (run.path / "hang-rank1.txt").read_text()
     assert "in hang" not in (run.path / "hang.txt").read_text()

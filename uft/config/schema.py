@@ -192,7 +192,7 @@ class Hardware:
     keep_memory: bool = _key(False, "on a CPU under glibc: keep freed memory for the next tensor, give none back")
     tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
     deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
-    watchdog: float = _key(1800.0, "seconds without a step or a batch after which a run has hung; 0: never", ge=0)
+    watchdog: float = _key(1800.0, "seconds without a sign of life after which a run or job has hung; 0: never", ge=0)
 
 
 @dataclass

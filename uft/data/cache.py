@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 
+from uft.alive import doing
 from uft.data.templates import Encoded
 from uft.disk import clear_left
 
@@ -201,6 +202,7 @@ def _head(file: BinaryIO, name: str, count: int) -> None:
     assert file.tell() == HEAD, "numpy pads a header so that its array may grow"
 
 
+@doing("tokens were read", moving=True)
 def load(folder: Path) -> tuple[EncodedRows, dict[str, Any]]:
     """The arrays, memory-mapped, and what was noted with them.
 
@@ -218,6 +220,7 @@ def load(folder: Path) -> tuple[EncodedRows, dict[str, Any]]:
         raise Corrupt(f"{type(error).__name__}: {error}") from error
 
 
+@doing("tokens were written", moving=True)
 def save(packer: Packer, folder: Path, notes: dict[str, Any]) -> EncodedRows:
     """The rows, in `folder` now; those of many are memory-mapped. Raises OSError; then the packer has them still.
 

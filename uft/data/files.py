@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from uft.alive import sign
+
 _BATCH = 1024  # rows of a Parquet file in memory as Python values at once
 
 
@@ -53,6 +55,7 @@ class Table:
         columns: Counter[str] = Counter()
         records = 0
         for found in find():
+            sign()
             if isinstance(found, Record):
                 columns.update(found.fields.keys())
                 records += 1

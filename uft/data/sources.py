@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from uft.alive import doing, sign
 from uft.config.schema import Data, Source
 from uft.data import formats
 from uft.data.files import BadRow, Table
@@ -49,6 +50,7 @@ class LoadedSource:
         return kinds(self.rows)
 
 
+@doing("rows were read", moving=True)
 def load_sources(data: Any) -> list[LoadedSource]:
     """All sources of `data` (a `schema.Data`, a config node or a mapping with its keys), sorted by name.
 
@@ -166,6 +168,7 @@ def _parsed(name: str, source: Source, table: Table) -> Iterator[Fields | BadRow
     form = _recognise(name, source, table)
     low_high = (source.score_range[0], source.score_range[1]) if source.score_range else None
     for found in table.find():
+        sign()
         if isinstance(found, BadRow):
             yield found
             continue

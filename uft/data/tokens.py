@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from uft.alive import doing, sign
 from uft.data import cache
 from uft.data.cache import EncodedRows, Packer
 from uft.data.identity import content_digest
@@ -40,6 +41,7 @@ class Tokenized:
     cache: str  # hit, miss, rebuilt (it was corrupt) or off
 
 
+@doing("rows were tokenised")
 def tokenize(
     name: str,
     rows: Sequence[Row],
@@ -112,6 +114,7 @@ def _encode(
     faults, tally = _Faults(renderer), Tally(max_length)
     fit, number = POLICIES[too_long], 0
     for chunk in _chunks(rows):
+        sign()
         encoded = _encoded(chunk, renderer)
         faults.look(chunk, encoded)
         fitted = [fit(row, max_length) for row in encoded]

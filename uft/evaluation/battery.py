@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from uft.alive import doing
 from uft.config.schema import Eval
 from uft.data.batch import Batch
 from uft.data.batches import Item, make_item, micro_batches
@@ -55,6 +56,7 @@ class Battery:
     samples: list[Sample] = field(default_factory=list)
 
 
+@doing("the battery was measured")
 def battery(
     policy: Policy,
     reference: Reference | None,

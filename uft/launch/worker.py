@@ -60,6 +60,7 @@ def carry_out(job: str, spec: str) -> int:
         from uft.config.load import load_config
         from uft.parallel.ranks import joined
         from uft.training import annotating, jobs, stages_jobs
+        from uft.training.watchdog import watching
 
     config = load_config(spec)
     work: dict[str, Callable[[Config], int]] = {
@@ -68,7 +69,7 @@ def carry_out(job: str, spec: str) -> int:
         "generate": jobs.generate,
         "annotate": annotating.job,
     }
-    with joined():
+    with joined(), watching(config.hardware.watchdog, None, tell_hung):
         return (work | stages_jobs.JOBS if config.stages else work)[job](config)
 
 
@@ -81,6 +82,13 @@ def uncollected() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def tell_hung(why: str) -> None:
+    """The last words of a job that hangs: there is no folder to leave them in."""
+    note(why)
+    if rank() == 0:
+        print(f"uft: {why}\nRun the same command to continue.", file=sys.stderr, flush=True)
 
 
 def quiet() -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from uft.alive import doing
 from uft.disk import writing
 from uft.errors import UftError
 from uft.model.export_pieces import write_pieces
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 
+@doing("the model was exported", moving=True)
 def export(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype = torch.float32
 ) -> Path:

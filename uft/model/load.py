@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from uft.alive import doing
 from uft.config.schema import Model
 from uft.errors import Problem, UftError
 from uft.model.adapters import add_lora
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
+@doing("a tokenizer was loaded", moving=True)
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right. It may have no pad token: see :func:`pad_id`."""
     from transformers import AutoTokenizer
@@ -63,6 +65,7 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
         raise UftError(Problem(key, why, advice=("this tokenizer belongs to another model",)))
 
 
+@doing("a model was loaded", moving=True)
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, its head checked against the model's own logits."""
     if ranks().in_step:
@@ -88,6 +91,7 @@ def empty_policy(model: Model) -> Policy:
         return Policy(dressed(base, model, init_seed=0), model.dtype)
 
 
+@doing("a model was loaded", moving=True)
 def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
     """The model of `model` or of `path`, not to be trained: a reference."""
 

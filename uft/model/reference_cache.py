@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from uft.alive import doing
 from uft.data.packing import Layout
 from uft.disk import clear_left
 from uft.errors import UftError
@@ -170,6 +171,7 @@ class ReferenceColumn:
         """The sequences that are not on disk yet, each once."""
         return {key: sequence for key, sequence in map(_keyed, encoded) if key not in self.store.values}
 
+    @doing("reference log-probs were computed")
     def fill(
         self,
         encoded: Iterable[Encoded],
@@ -248,6 +250,7 @@ def _prompt(sequence: TokenSequence) -> tuple[int, bytes]:
     return len(prompt), prompt
 
 
+@doing("the weights of a model were read", moving=True)
 def weights_digest(place: Location, fetch: Callable[[], Any]) -> str:
     """Hash of the configuration and weight files of the model at `place`.
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from uft.alive import doing
 from uft.config.schema import Model
 from uft.data.rows import Row
 from uft.data.templates import Encoded, Renderer
@@ -87,6 +88,7 @@ def mean_log_probs(model: Model, rows: Sequence[Row], bench: Bench) -> list[floa
     return [None if key is None else float(store.values[key][0]) for key in keys]
 
 
+@doing("rows were annotated")
 def _ask(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,

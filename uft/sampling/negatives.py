@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from uft.alive import doing
 from uft.config.schema import Generate
 from uft.data.rows import Completion, Row
 from uft.data.sources import LoadedSource
@@ -53,6 +54,7 @@ class Summary:
     without_good: int  # rows that have no good completion to set the samples against: left out
 
 
+@doing("completions were sampled")
 def generate_rows(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,

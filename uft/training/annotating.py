@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from uft.alive import doing
 from uft.config.schema import Config, Data, Source
 from uft.config.typed import adds
 from uft.data.many import kinds
@@ -43,6 +44,7 @@ class Written:
     without: int  # completions that have no such number
 
 
+@doing("rows were annotated", moving=True)
 def annotate(
     config: Config,
     *,

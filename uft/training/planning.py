@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from uft.alive import doing
 from uft.config.schema import Config
 from uft.model.forward import DTYPES
 from uft.model.load import empty_policy
@@ -50,6 +51,7 @@ class Largest:
     seconds: float
 
 
+@doing("the largest step was taken", moving=True)
 def worst_step(prepared: Prepared) -> Largest:
     """Forward, backward and update on a whole batch of the longest rows the objective takes. The trainer is spoilt."""
     trainer = prepared.trainer

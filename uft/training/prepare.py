@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from uft.alive import doing
 from uft.config.schema import Config, Model, ReferenceModel
 from uft.data.batch import Batch
 from uft.data.batches import micro_batches
@@ -141,6 +142,7 @@ def longest_of(source: Tokenized) -> int:
     return int(source.encoded.longest.max(initial=0))
 
 
+@doing("a checkpoint was read", moving=True)
 def resume(trainer: Trainer, say: Say = _silent) -> int:
     """Continue from the newest whole checkpoint; its step, or -1 where there is none: the run begins."""
     step = checkpoints.resume(trainer.run, trainer.load_checkpoint, say)

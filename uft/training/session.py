@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from uft.alive import doing
 from uft.config.freeze import plain
 from uft.config.schema import Config
 from uft.disk import FULL, problem, writing
@@ -84,10 +85,12 @@ class _Sitting:
 
     def go(self) -> int:
         trainer = None
+        words = last_words(self.run, self._hung, self.console.message)
         try:
-            prepared = self._begin()
-            trainer = prepared.trainer
-            whole = self._work(prepared)
+            with watching(self.config.hardware.watchdog, self.run.path, words):
+                prepared = self._begin()
+                trainer = prepared.trainer
+                whole = self._work(prepared)
         except Stopped:
             return self._end(trainer, "stopped", self.stop.exit_code)
         except UftError as error:
@@ -139,10 +142,7 @@ class _Sitting:
     def _work(self, prepared: Prepared) -> bool:
         """Train and export; False when asked to stop before that."""
         measure = measuring(prepared, measured_on(prepared.corpus), self.stop)
-        words = last_words(self.run, self._hung, self.console.message)
-        with watching(self.stop, self.config.hardware.watchdog, self.run.path, words):
-            whole = fit(prepared.trainer, self.tracker, self.console, measure, before=self.config.eval.before)
-        if not whole:
+        if not fit(prepared.trainer, self.tracker, self.console, measure, before=self.config.eval.before):
             return False
         if self.config.train.save_model:
             export(prepared.trainer.policy, prepared.tokenizer, self.run.model_dir)
@@ -169,6 +169,7 @@ class _Sitting:
         return {"status": status, "error": error, **record}
 
 
+@doing("it trained")
 def fit(trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[[], Battery], *, before: bool) -> bool:
     """Train to the horizon, with lines, batteries and checkpoints; False when asked to stop before that.
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from uft.alive import sign
 from uft.errors import INTERRUPTED, STOPPED
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -16,13 +17,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass
 class Stop:
-    """Whether somebody asked this process to stop, and how. Call it to ask."""
+    """Whether somebody asked this process to stop, and how. Call it to ask: who does is alive."""
 
     signal: int | None = None
-    seen: int = 0  # how often it was asked: what the watchdog takes for a sign of life
 
     def __call__(self) -> bool:
-        self.seen += 1
+        sign()
         return self.signal is not None
 
     def agreed(self) -> bool:

@@ -79,9 +79,11 @@ class _Sitting:
     begun: bool = False  # whether anything was written that is worth keeping
 
     def go(self) -> int:
+        words = last_words(self.run, self._hung, self.console.message)
         try:
-            ground = self._begin()
-            whole = all(self._stage(stage, ground) for stage in self.stages)
+            with watching(self.config.hardware.watchdog, self.run.path, words):
+                ground = self._begin()
+                whole = all(self._stage(stage, ground) for stage in self.stages)
         except (Stopped, Interrupted):
             return self._end("stopped", self.stop.exit_code)
         except UftError as error:
@@ -225,15 +227,13 @@ class _Sitting:
         prepared = self._prepare(stage, ground, folder)
         trainer = prepared.trainer
         first = not any(other.do == "fit" for other in self.stages[: stage.number - 1])
-        words = last_words(self.run, self._hung, self.console.message)
-        with watching(self.stop, self.config.hardware.watchdog, self.run.path, words):
-            whole = fit(
-                trainer,
-                StageTracker(self.tracker, stage.name, self.before),
-                StageDisplay(self.console, self.before),
-                measuring(prepared, ground.held_out, self.stop),
-                before=stage.config.eval.before and first,
-            )
+        whole = fit(
+            trainer,
+            StageTracker(self.tracker, stage.name, self.before),
+            StageDisplay(self.console, self.before),
+            measuring(prepared, ground.held_out, self.stop),
+            before=stage.config.eval.before and first,
+        )
         if not whole:
             return None
         later = any(other.do == "generate" for other in self.stages[stage.number :])

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from uft.alive import doing
 from uft.config.schema import Config
 from uft.errors import FAILED, Problem, UftError
 from uft.model.forward import Policy
@@ -183,6 +184,7 @@ class Trainer:
     def _finite(self) -> dict[str, bool]:
         return dict(zip(self.parameters, finite(self.parameters.values()), strict=True))
 
+    @doing("a checkpoint was written", moving=True)
     def save_checkpoint(self) -> Path:
         """Publish the state after the last step, or begin to (`settle`); its folder.
 
@@ -209,6 +211,7 @@ class Trainer:
         self.pending = (shards.begin(beside, learned), beside)
         return checkpoints.final(beside)
 
+    @doing("a checkpoint was written", moving=True)
     def settle(self, wait: bool = True) -> None:
         """Publish the checkpoint that is being written in the background, if one is: in any case, or only if it is done
         in every process."""

@@ -1,0 +1,160 @@
+"""What the watchdog takes for a sign of life, in processes of their own: it ends them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from uft.alive import doing, life, sign
+from uft.training.watchdog import watching
+
+SECONDS = 1.0
+PROGRAM = f"""
+import sys, time
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from uft.alive import doing, sign
+from uft.training.signals import Stop
+from uft.training.watchdog import watching
+
+def work(act, seconds=3 * {SECONDS}):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        act()
+        time.sleep(0.05)
+
+def move():
+    with open("moved", "wb") as file:
+        file.write(b"." * 2**21)
+
+def fill():
+    held.append(bytearray(2**21))
+
+held = []
+with watching({SECONDS}, Path(), print):
+    {{}}
+print("whole", flush=True)
+"""
+
+
+def outcome(lines: str, folder: Path) -> tuple[int, str]:
+    program = PROGRAM.format(lines.replace("\n", "\n    "))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.returncode, done.stdout
+
+
+ALIVE = {
+    "row after row": 'with doing("rows were tokenised"): work(sign)',
+    "asked whether to stop": 'with doing("it trained"): work(Stop())',
+    "phase after phase": 'for _ in range(60):\n    with doing("one of many was done"): time.sleep(0.05)',
+    "writes": 'with doing("a file was written", moving=True): work(move)',
+    "fills memory": 'with doing("a model was loaded", moving=True): work(fill)',
+    "outside of any phase": "work(move)",
+}
+HUNG = {
+    "counts, and moves bytes": ('with doing("rows were tokenised"): work(move)', "rows were tokenised"),
+    "moves nothing": ('with doing("a model was loaded", moving=True): work(int)', "a model was loaded"),
+    "outside of any phase": ("work(int)", "it was prepared"),
+    "the phase within": (
+        'with doing("rows were annotated", moving=True), doing("rows were tokenised"): work(int)',
+        "rows were tokenised",
+    ),
+    "the phase around": (
+        'with doing("it trained"):\n    with doing("it was measured"): pass\n    work(int)',
+        "it trained",
+    ),
+}
+
+
+@pytest.mark.parametrize("lines", ALIVE.values(), ids=ALIVE)
+def test_what_works_on_for_longer_than_is_waited_is_not_ended(lines: str, tmp_path: Path) -> None:
+    assert outcome(lines, tmp_path) == (0, "whole\n")
+
+
+@pytest.mark.parametrize(("lines", "phase"), HUNG.values(), ids=HUNG)
+def test_what_gives_no_sign_is_ended_and_its_phase_named(lines: str, phase: str, tmp_path: Path) -> None:
+    code, said = outcome(lines, tmp_path)
+    assert code == 1
+    assert f"hung: no sign of life for 00:01 while {phase} (hardware.watchdog=1). Where it stood: " in said
+    assert "in work" in (tmp_path / "hang.txt").read_text()
+
+
+def test_a_watchdog_that_is_off_watches_nothing(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with watching(0.0, tmp_path, print):
+        assert threading.active_count() == before
+    with watching(60.0, tmp_path, print):
+        assert threading.active_count() == before + 1
+    assert not (tmp_path / "hang.txt").exists()
+
+
+def test_a_phase_is_over_also_by_an_error() -> None:
+    @doing("it was tried", moving=False)
+    def attempt() -> None:
+        assert (life.doing, life.moving) == ("it was tried", False)
+        raise ZeroDivisionError
+
+    before, signs = (life.doing, life.moving), life.signs
+    with pytest.raises(ZeroDivisionError):
+        attempt()
+    assert (life.doing, life.moving) == before
+    assert life.signs == signs + 2
+    sign()
+    assert life.signs == signs + 3
+
+
+TOGETHER = f"""
+import os, sys, time
+sys.path[:0] = {sys.path!r}
+from pathlib import Path
+from uft.alive import doing, sign
+from uft.parallel.environment import rank
+from uft.parallel.ranks import joined
+from uft.training.watchdog import watching
+
+with joined() as group:
+    group.wait()
+    with watching(3.0, Path(), lambda why: Path(f"why-{{rank()}}").write_text(why)), doing("it trained"):
+        end = time.monotonic() + 10
+        while rank() == 0 and time.monotonic() < end:
+            sign()
+            time.sleep(0.05)
+        if rank() == 0 and sys.argv[1] == "hangs":
+            time.sleep(600)
+        group.wait()
+    Path(f"whole-{{rank()}}").touch()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["works", "hangs"])
+def test_who_waits_for_another_lives_as_long_as_that_one(way: str, tmp_path: Path) -> None:
+    """One of two works on alone, for longer than is waited; then it hangs, or does not."""
+    (tmp_path / "program.py").write_text(TOGETHER)
+    words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "program.py", way]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    left = sorted(file.name for file in tmp_path.iterdir() if file.name != "program.py")
+    if way == "works":
+        assert (done.returncode, left) == (0, ["whole-0", "whole-1"]), done.stderr
+    else:
+        assert (done.returncode, left) == (1, ["hang-rank1.txt", "hang.txt", "why-0", "why-1"]), done.stderr
+        assert "parallel/ranks.py" in (tmp_path / "hang-rank1.txt").read_text()
+        assert time.monotonic() - begun < 200
