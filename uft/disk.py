@@ -1,4 +1,5 @@
 """Writing to a disk that may be full, read-only or someone else's: what was refused is said with the file and the need.
+Reading from one that may have changed what was written.
 
 Nothing here imports anything heavy.
 """
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from uft.errors import FAILED, Problem, UftError
 
@@ -21,6 +23,23 @@ LEFT_AFTER = 24 * 3600
 """Seconds after which nobody is writing what nobody has written to."""
 RUST = re.compile(r"\(os error (\d+)\)")
 """How safetensors, whose error is no OSError, tells the number of one."""
+
+
+class Damaged(UftError, ValueError):
+    """A file is not what was written into it."""
+
+
+def read_yaml(path: Path, kind: type) -> Any:
+    """What the file holds, which is of that kind. Raises Damaged."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Damaged(Problem(str(path), f"is damaged: {error}"), code=FAILED) from error
+    return found
 
 
 @contextmanager

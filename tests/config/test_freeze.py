@@ -31,6 +31,27 @@ def test_a_config_of_another_version_is_told_of(tmp_path):
         load_config(file)
 
 
+CHANGED = {
+    "length_normalize:": ("lenoth_normalize:", "cannot be read by this version"),
+    "method: kto": ("method: ktp", "no such method"),
+    "method: per_kind": ("metiod: per_kind", "no such method"),
+    "reduction: sequence": ("reduction: seqqence", "reduction"),
+    "objective:": ("objectivf:", "cannot be read by this version"),
+    "batch_size: 32": ("batch_size: 0", r"train\.batch_size"),
+}
+
+
+def test_a_config_that_no_request_could_have_made_is_refused(tmp_path):
+    """Here, with the file: not by whatever meets the value first."""
+    file, text = tmp_path / "config.yaml", frozen(compose(["objective=per_kind"]))
+    for old, (new, told) in CHANGED.items():
+        assert old in text
+        file.write_text(text.replace(old, new, 1))
+        with pytest.raises(UftError, match=told) as refused:
+            load_config(file)
+        assert "config.yaml" in str(refused.value)
+
+
 def test_difference():
     old = {"a": 1, "b": {"c": [1], "d": 2}, "e": {}}
     new = {"a": 1, "b": {"c": [2], "f": 3}}

@@ -115,7 +115,8 @@ def let_go(run: Run) -> bool:
 def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool = False) -> int:
     """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
     log = run.path.resolve() / "console.log" if quiet else None
-    hardware = run.config()["hardware"]
+    found = run.config().get("hardware")
+    hardware = found if isinstance(found, Mapping) else {}  # whoever damaged it, the worker tells of it
     with slots(hardware) as chosen:
         code = run_worker([str(run.path.resolve())], cwd, log, team(hardware), chosen)
     if code == FAILED and not quiet and not run.result():  # it died, and could not say so itself
