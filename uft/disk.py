@@ -29,6 +29,26 @@ class Damaged(UftError, ValueError):
     """A file is not what was written into it."""
 
 
+MOST_VALUES = 1_000_000
+"""Of one file, each counted as often as anything refers to it."""
+
+
+def bounded(found: Any) -> None:
+    """ValueError where a few lines of YAML, by names for what they said before, stand for more than anybody wrote."""
+    counts: dict[int, int] = {}
+
+    def count(value: Any) -> int:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in counts:
+            counts[id(value)] = MOST_VALUES + 1  # what contains itself has no end
+            counts[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
+        return counts[id(value)]
+
+    if count(found) > MOST_VALUES:
+        raise ValueError(f"stands for more than {MOST_VALUES:,} values")
+
+
 def read_yaml(path: Path, kind: type) -> Any:
     """What the file holds, which is of that kind. Raises Damaged."""
     import yaml
@@ -37,6 +57,7 @@ def read_yaml(path: Path, kind: type) -> Any:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(found, kind):
             raise ValueError(f"it holds no {kind.__name__}")
+        bounded(found)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise Damaged(Problem(str(path), f"is damaged: {error}"), code=FAILED) from error
     return found

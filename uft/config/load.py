@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from uft.config.checks import Finding, walk
 from uft.config.freeze import flat
 from uft.config.schema import Config
+from uft.disk import bounded
 from uft.errors import Problem, UftError
 
 
@@ -22,6 +23,7 @@ def load_config(path: str | Path) -> Config:
     file = Path(path)
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        bounded(settings)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UftError(
             Problem(str(file), "cannot be read as YAML", advice=tuple(str(error).splitlines()[:1]))

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from uft.config.freeze import flat
+from uft.disk import bounded
 from uft.runs import Run, shown
 from uft.tracking import seals
 from uft.tracking.files import NOT_NUMBERS
@@ -158,6 +159,7 @@ def flattened(text: str) -> tuple[tuple[str, Any], ...]:
     found = yaml.load(text, Loader)
     if not isinstance(found, dict):
         raise ValueError("is not a configuration")
+    bounded(found)
     return tuple((key, value) for key, value in flat(found) if value != {})
 
 
