@@ -127,6 +127,14 @@ def clear_left(folder: Path, pattern: str) -> None:
                 path.unlink()
 
 
+def as_umask_leaves(folder: Path) -> None:
+    """Give weights the mode of the JSON beside them: safetensors writes files that their owner alone may read."""
+    for path in folder.rglob("*.safetensors"):
+        beside = next(path.parent.glob("*.json"), None)
+        if beside is not None:
+            path.chmod(beside.stat().st_mode & 0o777)
+
+
 def existing(path: Path) -> Path:
     """`path`, or the nearest of its parents that is there."""
     path = Path(os.path.abspath(path))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from uft.disk import writing
+from uft.disk import as_umask_leaves, writing
 from uft.errors import UftError
 from uft.model.export_pieces import write_pieces
 from uft.model.forward import Policy
@@ -51,6 +51,7 @@ def export(
                 if not in_pieces:
                     _write_whole(policy, beside, dtype)
                 tokenizer.save_pretrained(beside)
+                as_umask_leaves(beside)
                 _flush(beside)
                 _publish(beside, folder)
 
