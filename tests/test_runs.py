@@ -67,6 +67,15 @@ def test_a_damaged_file_is_told_of(tmp_path: Path, content: bytes):
     assert read_json(tmp_path / "absent.json") == {}
 
 
+@pytest.mark.parametrize("content", [b"", b"a: [", b"- 1", b"\xff\xfe", b"\0" * 40, b"{" * 5000])
+def test_a_damaged_config_is_told_of_and_what_was_typed_is_done_without(run: Run, content: bytes):
+    run.config_file.write_bytes(content)
+    (run.path / "overrides.yaml").write_bytes(content)
+    with pytest.raises(UftError, match=r"config\.yaml .*is damaged"):
+        run.config()
+    assert all(isinstance(word, str) for word in run.overrides())
+
+
 def test_only_whole_checkpoints_count_and_they_are_in_order(run: Run):
     for name in ("step-000200", "step-000030", ".step-000300.tmp", "step-1000000", "notes"):
         (run.checkpoints_dir / name).mkdir(parents=True)

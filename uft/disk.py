@@ -1,4 +1,5 @@
 """Writing to a disk that may be full, read-only or someone else's: what was refused is said with the file and the need.
+Reading from one that may have changed what was written.
 
 Nothing here imports anything heavy.
 """
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from uft.errors import FAILED, Problem, UftError
 
@@ -21,6 +23,44 @@ LEFT_AFTER = 24 * 3600
 """Seconds after which nobody is writing what nobody has written to."""
 RUST = re.compile(r"\(os error (\d+)\)")
 """How safetensors, whose error is no OSError, tells the number of one."""
+
+
+class Damaged(UftError, ValueError):
+    """A file is not what was written into it."""
+
+
+MOST_VALUES = 1_000_000
+"""Of one file, each counted as often as anything refers to it."""
+
+
+def bounded(found: Any) -> None:
+    """ValueError where a few lines of YAML, by names for what they said before, stand for more than anybody wrote."""
+    counts: dict[int, int] = {}
+
+    def count(value: Any) -> int:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in counts:
+            counts[id(value)] = MOST_VALUES + 1  # what contains itself has no end
+            counts[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
+        return counts[id(value)]
+
+    if count(found) > MOST_VALUES:
+        raise ValueError(f"stands for more than {MOST_VALUES:,} values")
+
+
+def read_yaml(path: Path, kind: type) -> Any:
+    """What the file holds, which is of that kind. Raises Damaged."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds no {kind.__name__}")
+        bounded(found)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise Damaged(Problem(str(path), f"is damaged: {error}"), code=FAILED) from error
+    return found
 
 
 @contextmanager
@@ -85,6 +125,14 @@ def clear_left(folder: Path, pattern: str) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def as_umask_leaves(folder: Path) -> None:
+    """Give weights the mode of the JSON beside them: safetensors writes files that their owner alone may read."""
+    for path in folder.rglob("*.safetensors"):
+        beside = next(path.parent.glob("*.json"), None)
+        if beside is not None:
+            path.chmod(beside.stat().st_mode & 0o777)
 
 
 def existing(path: Path) -> Path:

@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from uft.disk import writing
+from uft.disk import Damaged, read_yaml, writing
 from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
 from uft.redact import redact, redacted
 
@@ -55,10 +55,6 @@ def write_atomically(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """A JSON file; secrets in its texts are hidden."""
     write_atomically(path, json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-class Damaged(UftError, ValueError):
-    """A file is not what was written into it."""
 
 
 def read_json(path: Path, footer: str = "") -> dict[str, Any]:
@@ -110,17 +106,15 @@ class Run:
         return self.path / "model"
 
     def config(self) -> dict[str, Any]:
-        """The frozen, resolved configuration."""
-        import yaml
-
-        return yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        """The frozen, resolved configuration. Raises Damaged where it is none."""
+        return dict(read_yaml(self.config_file, dict))
 
     def overrides(self) -> list[str]:
-        """What was typed, word by word."""
-        import yaml
-
-        file = self.path / "overrides.yaml"
-        return (yaml.safe_load(file.read_text(encoding="utf-8")) or []) if file.is_file() else []
+        """What was typed, word by word. It is for people to read: where it is damaged, the run does without."""
+        try:
+            return list(map(str, read_yaml(self.path / "overrides.yaml", list)))
+        except (Damaged, FileNotFoundError):
+            return []
 
     def info(self) -> dict[str, Any]:
         """`run.json`: id, versions, commit, devices, data digest."""

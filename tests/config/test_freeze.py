@@ -1,5 +1,7 @@
 """Frozen configurations, their differences, and the way back to dataclasses."""
 
+from itertools import pairwise
+
 import pytest
 import yaml
 
@@ -8,6 +10,8 @@ from uft.config.compose import compose
 from uft.config.freeze import difference, free, frozen, plain
 from uft.config.load import load_config
 from uft.errors import UftError
+from uft.report.load import load
+from uft.runs import Run
 
 
 def test_frozen_is_resolved_and_reads_back(tmp_path):
@@ -29,6 +33,39 @@ def test_a_config_of_another_version_is_told_of(tmp_path):
     file.write_text("train: {steps: 3, from_the_future: 1}\n")
     with pytest.raises(UftError, match="cannot be read by this version"):
         load_config(file)
+
+
+CHANGED = {
+    "length_normalize:": ("lenoth_normalize:", "cannot be read by this version"),
+    "method: kto": ("method: ktp", "no such method"),
+    "method: per_kind": ("metiod: per_kind", "no such method"),
+    "reduction: sequence": ("reduction: seqqence", "reduction"),
+    "objective:": ("objectivf:", "cannot be read by this version"),
+    "batch_size: 32": ("batch_size: 0", r"train\.batch_size"),
+}
+
+
+def test_a_config_that_no_request_could_have_made_is_refused(tmp_path):
+    """Here, with the file: not by whatever meets the value first."""
+    file, text = tmp_path / "config.yaml", frozen(compose(["objective=per_kind"]))
+    for old, (new, told) in CHANGED.items():
+        assert old in text
+        file.write_text(text.replace(old, new, 1))
+        with pytest.raises(UftError, match=told) as refused:
+            load_config(file)
+        assert "config.yaml" in str(refused.value)
+
+
+def test_a_few_lines_that_stand_for_millions_of_values_are_refused(tmp_path):
+    file, names = tmp_path / "config.yaml", "abcdefgh"
+    lines = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise(names)]
+    for text in ("\n".join(["a: &a [1, 1]", *lines]), "a: &a [*a]"):
+        file.write_text(text)
+        with pytest.raises(UftError, match=r"config\.yaml .*cannot be read"):
+            load_config(file)
+        with pytest.raises(UftError, match=r"config\.yaml .*is damaged"):
+            Run(tmp_path).config()
+        assert "stands for more" in str(load(tmp_path).error)
 
 
 def test_difference():

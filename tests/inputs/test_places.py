@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from uft.cli import main
 from uft.config.schema import Data, Source
@@ -14,6 +15,7 @@ from uft.data import readers
 from uft.data.sources import load_sources
 from uft.errors import UftError
 from uft.runs import Run, create_run, keep_others_out, planned
+from uft.training import checkpoints
 
 ROW = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
 NAMES = [
@@ -111,6 +113,18 @@ def test_the_umask_is_respected_and_nothing_is_for_everybody_to_write(tmp_path, 
         mode = path.stat().st_mode & 0o777
         assert mode & (mask | 0o002) == 0
         assert mode & 0o600 == 0o600
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_weights_have_the_mode_that_the_umask_leaves_too(tmp_path, mask):
+    """safetensors gives its files to their owner alone."""
+    before = os.umask(mask)
+    try:
+        run = create_run(tmp_path / "run", "a: 1\n", [])
+        saved = checkpoints.save(run, 3, {"w": torch.zeros(2)}, {"progress": {}})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o666 & ~mask}
 
 
 # --- links

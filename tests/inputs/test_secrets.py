@@ -135,6 +135,18 @@ WRONG = {
 }
 
 
+def test_a_folder_that_names_a_run_by_a_short_secret_is_refused(alone, capsys, monkeypatch):
+    """Within another text it may be chance; as the run's name it is written down."""
+    from uft.cli import main
+
+    monkeypatch.setenv("DB_PASSWORD", "twelve-chars")
+    for folder in ("outputs/twelve-chars", "twelve-chars/run"):
+        assert main(["train", f"run.dir={folder}"]) == 2
+        printed = capsys.readouterr()
+        assert "holds the value of the environment variable DB_PASSWORD" in printed.err
+    assert list(alone.iterdir()) == []
+
+
 @pytest.mark.parametrize("words", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("mode", [[], pytest.param(["--cfg", "job"], marks=pytest.mark.slow)])
 def test_a_setting_that_holds_a_secret_is_refused_without_saying_it(alone, capsys, words, mode):

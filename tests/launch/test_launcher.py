@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,9 @@ import yaml
 
 from uft.config.compose import compose
 from uft.errors import UftError
+from uft.launch import launcher
 from uft.launch.launcher import launch_job, launch_train
+from uft.launch.names import single_run_dir
 from uft.runs import Run, find_runs
 
 BASE = ("tracking=none", "objective=sft", "train.steps=200")
@@ -125,6 +130,47 @@ def test_a_run_at_work_is_not_disturbed(worker):
     (run,) = find_runs(worker / "outputs")
     with run.lock(), pytest.raises(UftError, match="another process"):
         train("run.name=x")
+
+
+def test_the_run_of_another_process_that_was_quicker_is_not_taken_away(worker, monkeypatch):
+    """Two commands for one folder at once: the second one's worker is refused by the first one's lock."""
+    held = ExitStack()
+    monkeypatch.setattr(launcher, "run_worker", lambda *given: held.enter_context(Run(Path(given[0][0])).lock()) or 2)
+    with held:
+        assert train("run.name=x") == 2
+        (run,) = find_runs(worker / "outputs")
+        assert run.status == "running"
+
+
+def test_a_run_that_another_process_made_meanwhile_is_continued_or_refused(worker, monkeypatch):
+    """Between the look for the folder and its making lies the reading of all rows."""
+    real = launcher.check_sources
+
+    def meanwhile(settings):
+        monkeypatch.setattr(launcher, "check_sources", real)
+        assert train("run.name=x", "optim.lr=0.5") == 0
+        real(settings)
+
+    monkeypatch.setattr(launcher, "check_sources", meanwhile)
+    with pytest.raises(UftError, match=r"optim\.lr"):
+        train("run.name=x", "optim.lr=0.25")
+    (run,) = find_runs(worker / "outputs")
+    assert (run.config()["optim"]["lr"], sittings(run)) == (0.5, ["ok"])
+
+
+def test_runs_that_begin_in_the_same_second_do_not_share_a_folder(worker, monkeypatch):
+    real = launcher.check_sources
+
+    def meanwhile(settings):
+        monkeypatch.setattr(launcher, "check_sources", real)
+        assert train("optim.lr=0.5") == 0
+        real(settings)
+
+    monkeypatch.setattr(launcher, "check_sources", meanwhile)
+    monkeypatch.setattr(launcher, "single_run_dir", partial(single_run_dir, now=datetime(2026, 1, 1)))
+    assert train("optim.lr=0.25") == 0
+    found = {run.config()["optim"]["lr"]: run.config()["run"]["name"] for run in find_runs(worker / "outputs")}
+    assert found[0.25] == f"{found[0.5]}-2"
 
 
 def test_a_folder_with_other_things_in_it_is_refused(worker):

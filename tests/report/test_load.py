@@ -15,6 +15,7 @@ from uft.config.freeze import flat, to_yaml
 from uft.report import load as module
 from uft.report.load import load, read_config
 from uft.runs import Run
+from uft.tracking import seals
 from uft.tracking.files import read_metrics
 
 
@@ -189,3 +190,39 @@ def test_another_folder_of_the_name_is_no_problem(tmp_path):
     assert load(tmp_path / "nowhere").status == "unreadable"
     os.symlink(tmp_path / "loop", tmp_path / "loop")
     assert load(tmp_path / "loop").status == "unreadable"
+
+
+FILES = ("metrics.jsonl", "samples.jsonl")
+
+
+@pytest.fixture
+def sealed(run):
+    """A finished run whose lines have their seals."""
+    for name in FILES:
+        lines = (run / name).read_text().splitlines()
+        text = "".join(seals.seal(json.loads(line)["step"], line) for line in lines)
+        seals.file_of(run / name).write_text(text)
+    return run
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_line_is_left_out_and_said(sealed, name):
+    assert load(sealed).error is None
+    *rest, line = (sealed / name).read_text().splitlines()
+    (sealed / name).write_text("\n".join([*rest, line.replace("0", "1").replace("e", "a")]) + "\n")
+    found = load(sealed)
+    assert f"{name}: what was written at step {json.loads(line)['step']} is damaged or lost" in found.error
+    if name == "samples.jsonl":
+        assert all(dict(sample) in map(json.loads, rest) for sample in found.samples)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("which", [Path, seals.file_of])
+def test_a_finished_run_lacks_no_end_unsaid(sealed, name, which):
+    """Neither of the lines nor of their seals."""
+    file, last = which(sealed / name), json.loads((sealed / name).read_text().splitlines()[-1])["step"]
+    file.write_bytes(file.read_bytes()[:-5])
+    assert f"{name}: what was written at step {last} is damaged or lost" in load(sealed).error
+    (sealed / "result.json").unlink()
+    if which is Path:
+        assert load(sealed).error is None, "a process that dies may leave it so"

@@ -46,6 +46,7 @@ def test_a_kill_in_the_middle_of_the_last_line_is_no_damage(file: Path, kept: in
 def test_lines_that_nobody_sealed_are_left_out(file: Path) -> None:
     file.write_text(file.read_text() + '{"step": 9, "loss": 0.0}\n')
     assert seals.check(file) == seals.Checked(LINES, [])
+    assert seals.check(file).unsealed == [9]
 
 
 def test_without_seals_all_whole_lines_are_taken(file: Path) -> None:
@@ -67,3 +68,19 @@ def test_text_of_any_kind_is_sealed_as_it_lies_on_the_disk(tmp_path: Path) -> No
 def test_seals_that_are_damaged_themselves_make_no_line_true(file: Path, content: bytes) -> None:
     seals.file_of(file).write_bytes(content)
     assert seals.check(file).lines == []
+
+
+@pytest.mark.parametrize("kept", range(5))
+def test_seals_that_are_cut_or_changed_are_told_by_the_lines_they_leave(file: Path, kept: int) -> None:
+    """Those before the last seal at once; those after it where the run is known to have come past them."""
+    whole = seals.file_of(file).read_text().splitlines(keepends=True)
+    seals.file_of(file).write_text("".join(whole[:kept]))
+    found = seals.check(file)
+    lost, last = set(STEPS[kept:]), STEPS[kept - 1] if kept else -1
+    assert found.lines == LINES[:kept]
+    assert found.damaged == sorted(step for step in lost if step <= last)
+    assert found.unsealed == sorted(step for step in lost if step > last)
+    seals.file_of(file).write_text("".join([*whole[:kept], "x" + whole[kept], *whole[kept + 1 :]]))
+    found = seals.check(file)
+    assert found.lines == LINES[:kept] + LINES[kept + 1 :]
+    assert {*found.damaged, *found.unsealed} == {STEPS[kept]}

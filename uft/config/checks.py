@@ -193,7 +193,9 @@ def holds_no_secret(values: Values) -> Iterator[Finding]:
     """A configuration is written down, sent to W&B and compared by others."""
     known = secrets()
     for key, value in values.items():
-        texts = value if isinstance(value, list) else [value]
+        texts = list(value) if isinstance(value, list) else [value]
+        if key == "run.dir":
+            texts += str(value or "").split("/")  # the last part names the run, and others may name a sweep
         what = next((found for text in texts if isinstance(text, str) and (found := secret_in(text, known))), None)
         if what:
             yield Finding(key, f"holds {what}, and configurations are written down", ("leave it in the environment",))

@@ -33,7 +33,7 @@ TOGETHER = ("check", "generate")
 PATIENCE = 600.0
 """Seconds that a machine waits for the first one to make the run."""
 
-UNFINISHED_CREATION = {"overrides.yaml", "run.json"}
+UNFINISHED_CREATION = {".lock", "overrides.yaml", "run.json"}
 
 
 def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] = (), quiet: bool = False) -> int:
@@ -46,8 +46,8 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     if settings["hardware"]["nodes"] > 1 and not settings["run"]["dir"]:
         why = "several machines work in one folder, and must be told which"
         raise UftError(Problem("run.dir=null", why, advice=("run.dir=FOLDER, one that every machine sees",)))
-    run = Run(single_run_dir(settings))
-    settings["run"] = {"name": settings["run"]["name"] or run.name, "dir": None}  # the folder is where the file lies
+    run, asked = Run(single_run_dir(settings)), dict(settings["run"])
+    settings["run"] = {"name": asked["name"] or run.name, "dir": None}  # the folder is where the file lies
     if node_rank(settings["hardware"]) > 0:
         return lend_a_hand(run, settings, quiet=quiet)
     if run.exists:
@@ -55,8 +55,24 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     refuse_foreign(run.path)
     refuse_unwritable(run.path)
     check_sources(settings)
-    create_run(run.path, to_yaml(settings), list(overrides), **provenance())
-    return sit(run, fresh=True, quiet=quiet)
+    while not (asked["name"] or asked["dir"]) and not claimed(run.path):  # another one began in the same second
+        run = Run(single_run_dir({**settings, "run": asked}))
+        settings["run"]["name"] = run.name
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.lock():  # of two processes that make the same run one makes it, the other finds it
+        made = not run.exists
+        if made:
+            create_run(run.path, to_yaml(settings), list(overrides), **provenance())
+    return sit(run, fresh=True, quiet=quiet) if made else continue_run(run, settings, quiet=quiet)
+
+
+def claimed(folder: Path) -> bool:
+    """Make the folder, unless somebody was quicker."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
@@ -115,12 +131,13 @@ def let_go(run: Run) -> bool:
 def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool = False) -> int:
     """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
     log = run.path.resolve() / "console.log" if quiet else None
-    hardware = run.config()["hardware"]
+    found = run.config().get("hardware")
+    hardware = found if isinstance(found, Mapping) else {}  # whoever damaged it, the worker tells of it
     with slots(hardware) as chosen:
         code = run_worker([str(run.path.resolve())], cwd, log, team(hardware), chosen)
     if code == FAILED and not quiet and not run.result():  # it died, and could not say so itself
         print(f"uft: continue it:  uft resume {shown(run.path)}", file=sys.stderr)
-    if code == BAD_REQUEST and fresh and not run.result() and not run.steps:
+    if code == BAD_REQUEST and fresh and not run.locked() and not run.result() and not run.steps:
         said = log.read_text(encoding="utf-8", errors="replace") if log else ""
         discard(run.path)
         if log:  # what nobody has seen yet, without its head: it becomes part of another report

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from uft.alive import doing
-from uft.disk import writing
+from uft.disk import as_umask_leaves, writing
 from uft.errors import UftError
 from uft.model.export_pieces import write_pieces
 from uft.model.forward import Policy
@@ -53,6 +53,7 @@ def export(
                 if not in_pieces:
                     _write_whole(policy, beside, dtype)
                 tokenizer.save_pretrained(beside)
+                as_umask_leaves(beside)
                 _flush(beside)
                 _publish(beside, folder)
 

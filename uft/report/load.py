@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import yaml
 
 from uft.config.freeze import flat
+from uft.disk import bounded
 from uft.runs import Run, shown
 from uft.tracking import seals
 from uft.tracking.files import NOT_NUMBERS
@@ -92,7 +93,10 @@ def load(path: Path) -> Loaded:
     notes: list[str] = []
     if problems:
         status = UNREADABLE
-    lines: tuple[Line, ...] = attempt("metrics.jsonl", lambda: read_lines(run.metrics_file, notes), ())
+    ended = status == FINISHED
+    lines: tuple[Line, ...] = attempt("metrics.jsonl", lambda: read_lines(run.metrics_file, notes, ended), ())
+    none: tuple[Mapping[str, Any], ...] = ()
+    samples = attempt("samples.jsonl", lambda: read_samples(run.samples_file, notes, ended), none, tell=False)
     if notes and not locked and not problems:
         problems += notes
     said = str(result.get("error") or "").strip()
@@ -107,7 +111,7 @@ def load(path: Path) -> Loaded:
         data=attempt("data.json", lambda: read_object(path / "data.json", absent=True), nothing, tell=False),
         overrides=attempt("overrides.yaml", lambda: read_overrides(path / "overrides.yaml"), (), tell=False),
         lines=lines,
-        samples=attempt("samples.jsonl", lambda: read_samples(run.samples_file), (), tell=False),
+        samples=samples,
     )
 
 
@@ -155,6 +159,7 @@ def flattened(text: str) -> tuple[tuple[str, Any], ...]:
     found = yaml.load(text, Loader)
     if not isinstance(found, dict):
         raise ValueError("is not a configuration")
+    bounded(found)
     return tuple((key, value) for key, value in flat(found) if value != {})
 
 
@@ -184,7 +189,16 @@ def numbers(found: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in pairs if value is not None}
 
 
-def read_lines(path: Path, notes: list[str]) -> tuple[Line, ...]:
+def read_checked(path: Path, notes: list[str], ended: bool) -> seals.Checked:
+    """The lines that have their checksum; `notes` gets a line about the others. `ended`: nobody died while it wrote."""
+    checked = seals.check(path)
+    where_one_dies = (*checked.open_end, *checked.unsealed)
+    if damaged := sorted({*checked.damaged, *(where_one_dies if ended else ())}):
+        notes.append(seals.told(path.name, damaged))
+    return checked
+
+
+def read_lines(path: Path, notes: list[str], ended: bool = False) -> tuple[Line, ...]:
     """The objects of metrics.jsonl, one per step, in order of steps.
 
     What follows a line that cannot be read is left out, and so are lines without their checksum; `notes` gets a line
@@ -192,9 +206,7 @@ def read_lines(path: Path, notes: list[str]) -> tuple[Line, ...]:
     """
     if not path.is_file():
         return ()
-    checked = seals.check(path)
-    if checked.damaged:
-        notes.append(seals.told(path.name, checked.damaged))
+    checked = read_checked(path, notes, ended)
     if checked.torn:
         notes.append(f"{path.name} breaks off at line {len(checked.lines) + 1}")
     text = "\n".join(checked.lines)
@@ -236,12 +248,13 @@ def last_figures(lines: tuple[Line, ...]) -> dict[str, float]:
     return numbers({**training, **next(batteries, {})})
 
 
-def read_samples(path: Path) -> tuple[Mapping[str, Any], ...]:
-    """The samples of the last step that has some; a torn line ends the reading."""
+def read_samples(path: Path, notes: list[str], ended: bool = False) -> tuple[Mapping[str, Any], ...]:
+    """The samples of the last step that has some; a line that cannot be read ends the reading, and those without
+    their checksum are left out."""
     if not path.is_file():
         return ()
     found: dict[int, list[Mapping[str, Any]]] = {}
-    for sample in objects(path.read_text(encoding="utf-8", errors="replace")):
+    for sample in objects("\n".join(read_checked(path, notes, ended).lines)):
         if not isinstance(sample, dict) or type(sample.get("step")) is not int:
             break
         found.setdefault(sample["step"], []).append(sample)

@@ -77,8 +77,10 @@ class Files:
         if last is not None:
             found = seals.check(path)
             kept = [(step, text) for step, text in _with_steps(found.lines) if step <= last]
-            if damaged := [step for step in found.damaged if step <= last]:
-                self.say(seals.told(path.name, damaged))
+            lost = {step for step in (*found.damaged, *found.unsealed) if step <= last}
+            lost |= {step for step in found.open_end if step < last}  # at that very step a process may have died
+            if lost:
+                self.say(seals.told(path.name, sorted(lost)))
         write_atomically(seals.file_of(path), "".join(seals.seal(step, text) for step, text in kept))
         write_atomically(path, "".join(text + "\n" for _, text in kept))
         return kept
@@ -88,11 +90,11 @@ class Files:
         texts = [json.dumps({"step": int(step), **_plain(row)}, ensure_ascii=False, allow_nan=False) for row in rows]
         new = [text for text in texts if text not in self._written]
         beside = seals.file_of(path)
-        lines = {beside: [seals.seal(int(step), text) for text in new], path: [text + "\n" for text in new]}
-        for file, content in lines.items():
-            with writing(file, sum(map(len, content))):
-                self._files[file].writelines(content)
-                self._files[file].flush()
+        for text in new:  # one after the other, so that whatever dies leaves one seal at most without its line
+            for file, content in ((beside, seals.seal(int(step), text)), (path, text + "\n")):
+                with writing(file, len(content)):
+                    self._files[file].write(content)
+                    self._files[file].flush()
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:

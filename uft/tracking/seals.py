@@ -7,6 +7,7 @@ version) is taken as it is.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -18,11 +19,17 @@ Seal = tuple[int, int]  # step, CRC-32 of the line without its end
 
 @dataclass(frozen=True)
 class Checked:
-    """The lines that are what was written, and the steps of those that are not, or not there any more."""
+    """The lines that are what was written, and the steps of those that are not, or not there any more.
+
+    The rest is damage unless a process died there: `open_end`, the step of a last seal without a line (it was about to
+    write it), and `unsealed`, steps past the last seal (it was about to drop what no checkpoint holds).
+    """
 
     lines: list[str]
     damaged: list[int]
     torn: bool = field(default=False, compare=False)  # half a line follows, and nothing tells whether it was ever whole
+    open_end: list[int] = field(default_factory=list, compare=False)
+    unsealed: list[int] = field(default_factory=list, compare=False)
 
 
 def file_of(path: Path) -> Path:
@@ -42,14 +49,24 @@ def check(path: Path) -> Checked:
         return Checked([line.decode("utf-8", "replace") for line in whole], [], torn=bool(rest))
     left = Counter(crc for _, crc in seals)
     good: list[str] = []
+    unsealed: list[bytes] = []
     for line in whole:
         crc = zlib.crc32(line)
         if left[crc]:
             left[crc] -= 1
             good.append(line.decode("utf-8", "backslashreplace"))
+        else:
+            unsealed.append(line)
+    last, open_end, beyond = seals[-1][0] if seals else -1, list[int](), set[int]()
     if seals and left[seals[-1][1]] and (rest or len(whole) < len(seals)):
         left[seals[-1][1]] -= 1  # the process died between a seal and its line
-    return Checked(good, _steps(seals, left))
+        open_end.append(last)
+    damaged = set(_steps(seals, left.copy()))
+    if len(unsealed) > left.total():  # more than were changed: it is their seals that the disk took
+        named = _named(unsealed)
+        damaged |= {step for step in named if step <= last}
+        beyond = named - damaged
+    return Checked(good, sorted(damaged), open_end=open_end, unsealed=sorted(beyond))
 
 
 def told(name: str, steps: Iterable[int]) -> str:
@@ -65,6 +82,17 @@ def _steps(seals: list[Seal], left: Counter[int]) -> list[int]:
             left[crc] -= 1
             found.add(step)
     return sorted(found)
+
+
+def _named(lines: Iterable[bytes]) -> set[int]:
+    """The steps that lines without a seal speak of, as far as they can be read."""
+    found = set()
+    for line in lines:
+        try:
+            found.add(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
+    return found
 
 
 def _read(path: Path) -> list[Seal] | None:

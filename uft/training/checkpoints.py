@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from uft.disk import writing
+from uft.disk import as_umask_leaves, writing
 from uft.errors import FAILED, Problem, UftError
 from uft.parallel.ranks import ranks
 from uft.parallel.sharing import placed
@@ -118,6 +118,7 @@ def publish(run: Run, beside: Path) -> Path:
     place = final(beside)
     replaced = _hidden(place, REPLACED)
     with _writing(run, beside):
+        as_umask_leaves(beside)
         files = [path for path in sorted(beside.rglob("*")) if path.is_file()]
         sums = "".join(f"{_digest(path)}  {path.relative_to(beside).as_posix()}\n" for path in files)
         (beside / SUMS).write_text(sums, encoding="utf-8")
