@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,13 @@ def examine_alone(folder: Path, text: str):
 def test_configurations_that_once_were_a_traceback(here, watched):
     """Half a header in its first line; a file that is no mapping; a number or nothing for a name in a defaults list."""
     assert try_configurations(here, (2431, 3211, 4040, 4337), watched) == {"refused": 4}
+
+
+def test_a_configuration_that_grows_without_end_is_refused_at_once(here):
+    lines = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefgh")]
+    (problem,) = examine_alone(here, "\n".join(["# @package _global_", "a: &a [1, 1]", *lines]))
+    assert problem.what.endswith("conf-user/debug/whole.yaml")
+    assert "stands for more than" in problem.why
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
 from uft.config.suggest import hint, nearest
+from uft.disk import bounded
 from uft.errors import Problem, UftError
 
 T = TypeVar("T")
@@ -60,9 +61,14 @@ def chain(error: BaseException | None) -> list[BaseException]:
 
 def readable(config_dir: str | None, read: Callable[[], T]) -> T:
     """What `read` makes of configuration files. Raises UftError naming the file where something breaks that is no error
-    of YAML's or Hydra's own: bytes that are not UTF-8, nesting without end, a number of thousands of digits."""
-    from uft.config.places import config_dirs, shown
+    of YAML's or Hydra's own: bytes that are not UTF-8, nesting without end, a number of thousands of digits; and where
+    one would grow without end, as Hydra writes out whatever a name in it stands for."""
+    from uft.config.places import conf_dir, config_dirs, shown
 
+    own = [folder for folder in config_dirs(config_dir) if folder != conf_dir()]
+    grown = [(file, overgrown(file)) for folder in own for file in sorted(folder.rglob("*.yaml"))]
+    if problems := [Problem(shown(file), f"cannot be read as YAML: {why}") for file, why in grown if why]:
+        raise UftError(*problems)
     try:
         return read()
     except BROKEN:
@@ -73,6 +79,23 @@ def readable(config_dir: str | None, read: Callable[[], T]) -> T:
         if not found:
             raise
         raise UftError(*found) from error
+
+
+def overgrown(file: Path) -> str | None:
+    """Whether a file's names for parts of it stand for more than anybody wrote; other faults are told elsewhere."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if "&" in text and "*" in text:
+            found = safe_load(text)
+        else:
+            return None
+    except (YAMLError, ValueError, OSError, RecursionError):
+        return None
+    try:
+        bounded(found)
+    except ValueError as error:
+        return first_line(error)
+    return None
 
 
 def stumbling(file: Path) -> str | None:
