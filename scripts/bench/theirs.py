@@ -17,6 +17,7 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "dpo": {
         "trl": {},
+        "trl-checkpointing": {"gradient_checkpointing": True},  # as it is shipped
         "trl-precomputed": {"precompute_ref_log_probs": True},
     },
 }

@@ -14,11 +14,12 @@ from dying import UNEVEN
 from test_trainer import fit_until_it_fails, poisoned_model, poisoned_rows  # noqa: F401 (fixtures)
 from watched import trained
 
+from uft.errors import UftError
 from uft.training import checkpoints
 from uft.training.answer import Answer
 from uft.training.optim import asks_late
 from uft.training.prepare import Prepared
-from uft.training.step import Step, optimiser_step
+from uft.training.step import Step, idle_step, optimiser_step
 from uft.training.trainer import Trainer
 
 Build = Callable[..., Prepared]
@@ -77,6 +78,15 @@ def test_nothing_is_shown_or_kept_of_it(build: Build, poisoned_model: Path, pois
     with pytest.raises(Exception, match="preference:5"):
         trainer.fit()
     assert looked == list(range(1, trainer.progress.step + 1))
+
+
+def test_a_step_without_rows_asks_for_the_one_before_it(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Answer, "__bool__", lambda self: False)  # the first step came to no numbers
+    trainer = build("sft", LATE, "train.steps=4").trainer
+    update = trainer._update
+    monkeypatch.setattr(trainer, "_update", lambda laid: update(laid) if trainer.taken is None else idle_step(CPU))
+    with pytest.raises(UftError, match=r"step 1 .*not finite"):
+        trainer.fit()
 
 
 def test_what_is_waited_for_the_device_is_time_of_training(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,7 @@ class Trainer:
         laid = self.ahead.take(rows, then=min(self.config.train.batch_size, left - rows))
         with sparing(f"step {self.progress.step + 1}", self.config, laid.items):
             step = self._update(laid)
+            self.confirm()  # the step before it, where this one had no rows and so no reason to ask
         self.taken = Taken(laid.items, before, step)
         if not self.late:
             self.confirm()
