@@ -63,18 +63,21 @@ def test_killed_in_one_phase_after_the_other(bench: Bench, new_run: NewRun, tmp_
 
 TORN = (
     ("/metrics.jsonl", 1),
-    ("/.samples.jsonl.seals", 0),
     ("/state.json", 0),
+    ("/.samples.jsonl.seals", 0),
     ("/SHA256SUMS", 1),
     ("/console.log", 3),
 )
 
 
-def test_killed_in_the_middle_of_a_write(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", [TORN[:2], pytest.param(TORN[2:], marks=pytest.mark.slow)], ids=["two", "others"])
+def test_killed_in_the_middle_of_a_write(
+    bench: Bench, new_run: NewRun, tmp_path: Path, torn: tuple[tuple[str, int], ...]
+) -> None:
     """Half of what was to be written is in the file."""
     whole, died = new_run("whole", *SINGLE), new_run("died", *SINGLE)
     sit_to_the_end(bench, whole)
-    for file, number in TORN:
+    for file, number in torn:
         ended = bench.sit(died.path, fault=watched(tmp_path, do="half", name="before write", path=file, at=number))
         assert ended.code == -signal.SIGKILL, f"{file}\n{ended.said}"
     sit_to_the_end(bench, died)

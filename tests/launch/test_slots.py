@@ -106,6 +106,7 @@ seen = json.loads((run / "seen.json").read_text())
 """
 
 
+@pytest.mark.slow
 def test_a_multirun_never_gives_one_gpu_to_two_jobs(tmp_path: Path) -> None:
     """Four runs over two pretended GPUs, started by joblib in three processes at a time."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="extra [joblib] is not installed")

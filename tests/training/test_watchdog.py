@@ -7,14 +7,16 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from uft.alive import doing, life, sign
 from uft.training.watchdog import watching
 
-SECONDS = 1.0
+SECONDS = 2.0
 PROGRAM = f"""
 import sys, time
 sys.path[:0] = {sys.path!r}
@@ -43,18 +45,10 @@ print("whole", flush=True)
 """
 
 
-def outcome(lines: str, folder: Path) -> tuple[int, str]:
-    program = PROGRAM.format(lines.replace("\n", "\n    "))
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, timeout=60, check=False
-    )
-    return done.returncode, done.stdout
-
-
 ALIVE = {
     "row after row": 'with doing("rows were tokenised"): work(sign)',
     "asked whether to stop": 'with doing("it trained"): work(Stop())',
-    "phase after phase": 'for _ in range(60):\n    with doing("one of many was done"): time.sleep(0.05)',
+    "phase after phase": 'for _ in range(120):\n    with doing("one of many was done"): time.sleep(0.05)',
     "writes": 'with doing("a file was written", moving=True): work(move)',
     "fills memory": 'with doing("a model was loaded", moving=True): work(fill)',
     "outside of any phase": "work(move)",
@@ -62,7 +56,7 @@ ALIVE = {
 HUNG = {
     "counts, and moves bytes": ('with doing("rows were tokenised"): work(move)', "rows were tokenised"),
     "moves nothing": ('with doing("a model was loaded", moving=True): work(int)', "a model was loaded"),
-    "outside of any phase": ("work(int)", "it was prepared"),
+    "moves nothing outside of any phase": ("work(int)", "it was prepared"),
     "the phase within": (
         'with doing("rows were annotated", moving=True), doing("rows were tokenised"): work(int)',
         "rows were tokenised",
@@ -74,17 +68,37 @@ HUNG = {
 }
 
 
-@pytest.mark.parametrize("lines", ALIVE.values(), ids=ALIVE)
-def test_what_works_on_for_longer_than_is_waited_is_not_ended(lines: str, tmp_path: Path) -> None:
-    assert outcome(lines, tmp_path) == (0, "whole\n")
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    said: str
+    folder: Path
 
 
-@pytest.mark.parametrize(("lines", "phase"), HUNG.values(), ids=HUNG)
-def test_what_gives_no_sign_is_ended_and_its_phase_named(lines: str, phase: str, tmp_path: Path) -> None:
-    code, said = outcome(lines, tmp_path)
-    assert code == 1
-    assert f"hung: no sign of life for 00:01 while {phase} (hardware.watchdog=1). Where it stood: " in said
-    assert "in work" in (tmp_path / "hang.txt").read_text()
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Of every program above, by what it does; all at once, since they mostly wait."""
+    started = {}
+    for name, lines in (ALIVE | {name: lines for name, (lines, _) in HUNG.items()}).items():
+        folder = tmp_path_factory.mktemp("program")
+        program = PROGRAM.format(lines.replace("\n", "\n    "))
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        started[name] = subprocess.Popen([sys.executable, "-c", program], cwd=folder, **pipes), folder
+    said = {name: process.communicate(timeout=120)[0] for name, (process, _) in started.items()}
+    return {name: Outcome(process.returncode, said[name], folder) for name, (process, folder) in started.items()}
+
+
+@pytest.mark.parametrize("name", ALIVE)
+def test_what_works_on_for_longer_than_is_waited_is_not_ended(outcomes: dict[str, Outcome], name: str) -> None:
+    assert (outcomes[name].code, outcomes[name].said) == (0, "whole\n")
+
+
+@pytest.mark.parametrize(("name", "phase"), [(name, phase) for name, (_, phase) in HUNG.items()], ids=HUNG)
+def test_what_gives_no_sign_is_ended_and_its_phase_named(outcomes: dict[str, Outcome], name: str, phase: str) -> None:
+    found = outcomes[name]
+    assert found.code == 1
+    assert f"hung: no sign of life for 00:02 while {phase} (hardware.watchdog=2). Where it stood: " in found.said
+    assert "in work" in (found.folder / "hang.txt").read_text()
 
 
 def test_a_watchdog_that_is_off_watches_nothing(tmp_path: Path) -> None:
