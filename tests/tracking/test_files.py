@@ -22,8 +22,8 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-def write(run: Run, steps: range, resumed: int | None = None) -> None:
-    files = Files(run, resumed)
+def write(run: Run, steps: range, resumed: int | None = None, said: list[str] | None = None) -> None:
+    files = Files(run, resumed, (lambda text: None) if said is None else said.append)
     files.start()
     for step in steps:
         files.log(step, {"loss": 1 / (step + 3), "rows": 4 * step})
@@ -108,6 +108,35 @@ def test_a_battery_repeated_after_a_resume_is_written_once(tmp_path):
     write(again, range(5, 6), resumed=5)
     assert again.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
     assert again.samples_file.read_bytes() == whole.samples_file.read_bytes()
+
+
+def test_a_last_line_that_is_lost_where_the_checkpoint_stands_is_told(run):
+    """A process that died there while it wrote would write it again. Nobody does, so the disk took it."""
+    write(run, range(5))
+    run.metrics_file.write_bytes(run.metrics_file.read_bytes()[:-7])
+    said: list[str] = []
+    write(run, range(5, 8), resumed=4, said=said)
+    assert said == ["metrics.jsonl: what was written at step 4 is damaged or lost (checksum), and left out"]
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 5, 6, 7]
+
+
+def test_a_last_line_that_is_lost_at_the_end_is_told_at_the_end(run):
+    write(run, range(5))
+    run.metrics_file.write_bytes(run.metrics_file.read_bytes()[:-7])
+    said: list[str] = []
+    write(run, range(0), resumed=4, said=said)
+    assert len(said) == 1
+
+
+def test_a_process_that_died_within_a_line_of_a_battery_lost_nothing(run):
+    write(run, range(6))
+    whole = run.metrics_file.read_bytes(), run.samples_file.read_bytes()
+    run.metrics_file.write_bytes(whole[0][:-7])
+    run.samples_file.write_bytes(whole[1][:-7])
+    said: list[str] = []
+    write(run, range(5, 6), resumed=5, said=said)
+    assert said == []
+    assert (run.metrics_file.read_bytes(), run.samples_file.read_bytes()) == whole
 
 
 def test_a_fresh_start_in_a_used_folder_keeps_nothing(run):

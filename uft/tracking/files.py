@@ -44,6 +44,7 @@ class Files:
         self.say = say  # hears of lines that are not what was written
         self._files: dict[Path, TextIO] = {}
         self._written: set[str] = set()
+        self._awaited: dict[Path, seals.Seal] = {}  # sealed at that very step, and not there: soon written, or lost
 
     def start(self) -> None:
         for path in (self.run.metrics_file, self.run.samples_file):
@@ -65,6 +66,8 @@ class Files:
                 os.fsync(file.fileno())
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
+        for path in list(self._awaited):
+            self._give_up(path)
         for file in self._files.values():
             with suppress(OSError):  # a line that could not be written has ended the run, and would be tried again
                 file.close()
@@ -78,17 +81,30 @@ class Files:
             found = seals.check(path)
             kept = [(step, text) for step, text in _with_steps(found.lines) if step <= last]
             lost = {step for step in (*found.damaged, *found.unsealed) if step <= last}
-            lost |= {step for step in found.open_end if step < last}  # at that very step a process may have died
+            if found.open_end and found.open_end[0] == last:
+                self._awaited[path] = found.open_end
+            elif found.open_end and found.open_end[0] < last:
+                lost.add(found.open_end[0])
             if lost:
                 self.say(seals.told(path.name, sorted(lost)))
         write_atomically(seals.file_of(path), "".join(seals.seal(step, text) for step, text in kept))
         write_atomically(path, "".join(text + "\n" for _, text in kept))
         return kept
 
+    def _give_up(self, path: Path) -> None:
+        """The process before this one did not die while it wrote that line: whoever did would write it again."""
+        step, _ = self._awaited.pop(path)
+        self.say(seals.told(path.name, [step]))
+
     def _append(self, path: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         assert path in self._files, "start() opens the files, finish() closes them"
         texts = [json.dumps({"step": int(step), **_plain(row)}, ensure_ascii=False, allow_nan=False) for row in rows]
         new = [text for text in texts if text not in self._written]
+        awaited = self._awaited.get(path)
+        if awaited and awaited in (seals.of(step, text) for text in texts):
+            del self._awaited[path]
+        elif awaited and step > awaited[0]:
+            self._give_up(path)
         beside = seals.file_of(path)
         for text in new:  # one after the other, so that whatever dies leaves one seal at most without its line
             for file, content in ((beside, seals.seal(int(step), text)), (path, text + "\n")):

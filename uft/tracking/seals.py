@@ -21,14 +21,14 @@ Seal = tuple[int, int]  # step, CRC-32 of the line without its end
 class Checked:
     """The lines that are what was written, and the steps of those that are not, or not there any more.
 
-    The rest is damage unless a process died there: `open_end`, the step of a last seal without a line (it was about to
-    write it), and `unsealed`, steps past the last seal (it was about to drop what no checkpoint holds).
+    The rest is damage unless a process died there: `open_end`, a last seal without a line (it was about to write it),
+    and `unsealed`, steps past the last seal (it was about to drop what no checkpoint holds).
     """
 
     lines: list[str]
     damaged: list[int]
     torn: bool = field(default=False, compare=False)  # half a line follows, and nothing tells whether it was ever whole
-    open_end: list[int] = field(default_factory=list, compare=False)
+    open_end: Seal | None = field(default=None, compare=False)
     unsealed: list[int] = field(default_factory=list, compare=False)
 
 
@@ -36,9 +36,13 @@ def file_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.seals")
 
 
+def of(step: int, line: str) -> Seal:
+    return step, zlib.crc32(line.encode("utf-8", "backslashreplace"))
+
+
 def seal(step: int, line: str) -> str:
-    """The seal of a line, with its end."""
-    return f"{step} {zlib.crc32(line.encode('utf-8', 'backslashreplace')):08x}\n"
+    """The seal of a line as it is written, with its end."""
+    return "{} {:08x}\n".format(*of(step, line))
 
 
 def check(path: Path) -> Checked:
@@ -57,10 +61,10 @@ def check(path: Path) -> Checked:
             good.append(line.decode("utf-8", "backslashreplace"))
         else:
             unsealed.append(line)
-    last, open_end, beyond = seals[-1][0] if seals else -1, list[int](), set[int]()
+    last, open_end, beyond = seals[-1][0] if seals else -1, None, set[int]()
     if seals and left[seals[-1][1]] and (rest or len(whole) < len(seals)):
         left[seals[-1][1]] -= 1  # the process died between a seal and its line
-        open_end.append(last)
+        open_end = seals[-1]
     damaged = set(_steps(seals, left.copy()))
     if len(unsealed) > left.total():  # more than were changed: it is their seals that the disk took
         named = _named(unsealed)
