@@ -101,8 +101,14 @@ def in_first_battery(run: Path) -> Callable[[], bool]:
 
 
 def begun(run: Path) -> Callable[[], bool]:
-    """The worker holds the run and has not yet said anything."""
-    return lambda: (run / ".lock").is_file()
+    """The worker holds the run and has not yet said anything. Before it, the program that starts it does: our child."""
+
+    def held_by_a_worker() -> bool:
+        lock = run / ".lock"
+        line = lock.read_text().split() if lock.is_file() else []
+        return len(line) > 1 and alive(int(line[0])) and int(line[1]) != os.getpid()
+
+    return held_by_a_worker
 
 
 def child_of(parent: int) -> int | None:

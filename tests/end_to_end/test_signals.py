@@ -112,8 +112,6 @@ def test_stopped_in_every_phase_the_run_ends_like_one_that_was_not(
     ):
         process = start(*command)
         wait_for(PHASES[phase](run), process)
-        if phase == "preparation":  # `begun` is true as soon as the folder is; the worker must be there to be asked
-            wait_for(lambda: child_of(process.pid), process)  # noqa: B023
         send(process, number, to)
         assert end(process)[0] == CODES[number]
         command = ["resume", str(run)]
