@@ -153,7 +153,7 @@ def test_resume_works_from_another_folder_after_a_move(worker, monkeypatch, capf
 
 def test_ls(worker, capsys):
     assert main(["ls"]) == 0
-    assert "No runs in outputs" in capsys.readouterr().out
+    assert "No runs in outputs/  Make one:" in capsys.readouterr().out
     assert main(["ls", "nowhere"]) == 2
     for name, script in (("a", "ok"), ("b", "fail")):
         main(["train", "train.steps=200", "tracking=none", f"run.name={name}", f"generate.system={script}"])

@@ -16,6 +16,7 @@ from shape import check
 from synthetic import held, make_run, make_sweep
 
 from uft.cli import main
+from uft.tracking import seals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,8 +118,21 @@ def test_a_run_alone(here, typed):
     make_run(Path("one"), points=5)
     code, out, _ = typed("one")
     assert code == 0
-    assert "There is only one configuration" in out
+    assert out.count("There is only one configuration") == 1, "whatever the number of metrics"
     assert Path("compare.json").is_file()
+
+
+def test_a_finished_run_that_lost_a_line_says_so(here, typed):
+    run = make_run(Path("one"), points=5)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    sealed = "".join(seals.seal(json.loads(line)["step"], line) for line in lines)
+    seals.file_of(run / "metrics.jsonl").write_text(sealed)
+    assert "damaged" not in typed("one")[1]
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:1], *lines[2:]]) + "\n")
+    step = json.loads(lines[1])["step"]
+    code, out, _ = typed("one")
+    assert code == 0
+    assert f"one finished: metrics.jsonl: what was written at step {step} is damaged or lost" in out
 
 
 def test_what_is_asked_for_comes_first(sweep, typed):

@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 
 from uft.evaluation.samples import Sample
+from uft.report.load import read_lines
 from uft.runs import Run
+from uft.tracking import seals
 from uft.tracking.files import Files, read_metrics
 
 
@@ -68,7 +71,6 @@ def test_what_is_not_a_number_stays_json_and_does_not_lie(run):
 
 
 def test_numbers_of_numpy_are_numbers(run):
-    numpy = pytest.importorskip("numpy")
     files = Files(run)
     files.start()
     files.log(numpy.int64(3), {"loss": numpy.float32(0.5), "best": numpy.float64(0.1)})
@@ -110,33 +112,53 @@ def test_a_battery_repeated_after_a_resume_is_written_once(tmp_path):
     assert again.samples_file.read_bytes() == whole.samples_file.read_bytes()
 
 
-def test_a_last_line_that_is_lost_where_the_checkpoint_stands_is_told(run):
+def cut(path: Path) -> None:
+    """Take the end of its last line away."""
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+LOST = "metrics.jsonl: what was written at step 4 is damaged or lost (checksum), and left out"
+
+
+@pytest.mark.parametrize("steps", [range(5, 8), range(0)], ids=["later", "at the end"])
+def test_a_last_line_that_is_lost_where_the_checkpoint_stands_is_told(run, steps):
     """A process that died there while it wrote would write it again. Nobody does, so the disk took it."""
     write(run, range(5))
-    run.metrics_file.write_bytes(run.metrics_file.read_bytes()[:-7])
+    cut(run.metrics_file)
     said: list[str] = []
-    write(run, range(5, 8), resumed=4, said=said)
-    assert said == ["metrics.jsonl: what was written at step 4 is damaged or lost (checksum), and left out"]
-    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 5, 6, 7]
+    write(run, steps, resumed=4, said=said)
+    assert said == [LOST]
+    assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, *steps]
+    told: list[str] = []
+    read_lines(run.metrics_file, told, ended=True)
+    assert told == [LOST], "and to other readers"
 
 
-def test_a_last_line_that_is_lost_at_the_end_is_told_at_the_end(run):
-    write(run, range(5))
-    run.metrics_file.write_bytes(run.metrics_file.read_bytes()[:-7])
-    said: list[str] = []
-    write(run, range(0), resumed=4, said=said)
-    assert len(said) == 1
-
-
-def test_a_process_that_died_within_a_line_of_a_battery_lost_nothing(run):
+def test_a_sitting_that_ends_early_leaves_it_to_the_next(run):
     write(run, range(6))
-    whole = run.metrics_file.read_bytes(), run.samples_file.read_bytes()
-    run.metrics_file.write_bytes(whole[0][:-7])
-    run.samples_file.write_bytes(whole[1][:-7])
+    whole = run.metrics_file.read_bytes()
+    cut(run.metrics_file)
+    said: list[str] = []
+    early = Files(run, 5, said.append)
+    early.start()
+    early.finish("stopped", 75, {})
+    write(run, range(5, 6), resumed=5, said=said)
+    assert said == []
+    assert run.metrics_file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("torn", [0, 1, 2], ids=["none", "metrics", "samples too"])
+def test_a_process_that_died_within_a_line_of_a_battery_lost_nothing(run, torn):
+    write(run, range(6))
+    files = [run.metrics_file, run.samples_file]
+    files += [seals.file_of(path) for path in files]
+    whole = [path.read_bytes() for path in files]
+    for path in files[:torn]:
+        cut(path)
     said: list[str] = []
     write(run, range(5, 6), resumed=5, said=said)
     assert said == []
-    assert (run.metrics_file.read_bytes(), run.samples_file.read_bytes()) == whole
+    assert [path.read_bytes() for path in files] == whole
 
 
 def test_a_fresh_start_in_a_used_folder_keeps_nothing(run):

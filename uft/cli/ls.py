@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from itertools import groupby
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
     elif rows:
         show(rows)
     else:
-        print(f"No runs in {parsed.folder}.  Make one:  uft train objective=ift data=mix")
+        print(f"No runs in {parsed.folder}{os.sep}  Make one:  uft train objective=ift data=mix")
     return GOOD
 
 

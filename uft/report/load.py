@@ -192,8 +192,7 @@ def numbers(found: Mapping[str, Any]) -> dict[str, float]:
 def read_checked(path: Path, notes: list[str], ended: bool) -> seals.Checked:
     """The lines that have their checksum; `notes` gets a line about the others. `ended`: nobody died while it wrote."""
     checked = seals.check(path)
-    where_one_dies = ({checked.open_end[0]} if checked.open_end else set()).union(checked.unsealed)
-    if damaged := sorted({*checked.damaged, *(where_one_dies if ended else ())}):
+    if damaged := sorted({*checked.damaged, *(checked.uncertain if ended else ())}):
         notes.append(seals.told(path.name, damaged))
     return checked
 

@@ -11,6 +11,7 @@ from uft.report.summary import Comparison, Verdict
 from uft.report.words import figure, listed, many
 
 SELECTED = "was chosen on these same numbers"
+ALONE = "There is only one configuration, so there is nothing to compare it with."
 INSIDE, OUTSIDE = "inside seed noise", "more than seed noise"
 UNKNOWN = {
     "one seed": "one seed: nothing can be said about noise",
@@ -34,7 +35,7 @@ def sentences(verdict: Verdict, figures: Figures) -> list[str]:
             "seeds that took no part in the choice would tell."
         )
     if len(names) == 1:
-        said.append("There is only one configuration, so there is nothing to compare it with.")
+        said.append(ALONE)
     for why, who in ((NOT_FINITE, verdict.left_out), (MISSING, verdict.missing)):
         said += [f"Not ranked, because {why}: {listed([names[group] for group in who])}."] if who else []
     return said

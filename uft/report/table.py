@@ -1,4 +1,4 @@
-"""A comparison for a terminal: the table of configurations, runs that are not counted, the answer in words, warnings.
+"""A comparison for a terminal: the table of configurations, runs that are not whole, the answer in words, warnings.
 
 Drawn from `compare.json` alone. Names, errors and everything else that a run wrote cannot move the cursor.
 """
@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from uft.report.sentences import BETTER, SELECTED
+from uft.report.sentences import ALONE, BETTER, SELECTED
 from uft.report.words import many
 from uft.tracking.format import printable, shorten
 
 WIDE = 160  # where there is no terminal
-COLUMNS, ROWS, OTHERS = 5, 30, 10  # shown at most: metrics, configurations, runs that are not counted
+COLUMNS, ROWS, OTHERS = 5, 30, 10  # shown at most: metrics, configurations, runs with something to say of
+ONCE = (SELECTED, ALONE)  # what holds for every metric alike
 LONGEST = 200
 Object = Mapping[str, Any]
 
@@ -30,7 +31,7 @@ def show(comparison: Object) -> None:
     console.print(Text(f"\n{line(head)}\n", style="bold"))
     if groups:
         console.print(table(comparison))
-    for text, style in (*left_out(comparison), *answer(comparison), *warnings(comparison)):
+    for text, style in (*incomplete(comparison), *answer(comparison), *warnings(comparison)):
         console.print(Text(text, style=style))
 
 
@@ -84,27 +85,28 @@ def cell(found: Object | None, best: bool) -> Text:
     return Text(f"{text} *" if best else f"{text}  ", style="bold green" if best else "")
 
 
-def left_out(comparison: Object) -> Iterator[tuple[str, str]]:
-    """Runs that are not counted, with the first line of what went wrong."""
-    runs = [run for run in comparison["runs"] if run["status"] != "finished"]
+def incomplete(comparison: Object) -> Iterator[tuple[str, str]]:
+    """Runs that are not counted, and those of which something is lost, with the first line of what went wrong."""
+    runs = [run for run in comparison["runs"] if run["status"] != "finished" or run["error"]]
     for run in runs[:OTHERS]:
         why = f": {line(run['error'].splitlines()[0])}" if run["error"] else ""
         yield f"  {line(run['name'])} {run['status']}{why}", "red" if run["status"] == "failed" else "yellow"
     if len(runs) > OTHERS:
-        yield f"  and {len(runs) - OTHERS} more that are not finished", "yellow"
+        yield f"  and {len(runs) - OTHERS} more that are not finished or not whole", "yellow"
 
 
 def answer(comparison: Object) -> Iterator[tuple[str, str]]:
     """The sentences of every headline metric; what holds for all of them is said once."""
-    said = False
+    said: set[str] = set()
     for each in comparison["summary"]:
         best, *words = each["words"]
         first = f"{each['metric']} ({BETTER[each['direction']]}): {best}"
         yield "\n" + line(first, len(first)), "bold"
         for word in words:
-            if not (said and SELECTED in word):
+            general = {text for text in ONCE if text in word}
+            if not general & said:
                 yield "  " + line(word, len(word)), ""
-            said = said or SELECTED in word
+            said |= general
 
 
 def warnings(comparison: Object) -> Iterator[tuple[str, str]]:

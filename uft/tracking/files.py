@@ -44,7 +44,7 @@ class Files:
         self.say = say  # hears of lines that are not what was written
         self._files: dict[Path, TextIO] = {}
         self._written: set[str] = set()
-        self._awaited: dict[Path, seals.Seal] = {}  # sealed at that very step, and not there: soon written, or lost
+        self._awaited: dict[Path, seals.Seal] = {}  # of a line at that very step: written again soon, or lost
 
     def start(self) -> None:
         for path in (self.run.metrics_file, self.run.samples_file):
@@ -66,8 +66,9 @@ class Files:
                 os.fsync(file.fileno())
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        for path in list(self._awaited):
-            self._give_up(path)
+        if status == "finished":  # otherwise the next sitting may write it yet
+            for path in list(self._awaited):
+                self._tell_lost(path)
         for file in self._files.values():
             with suppress(OSError):  # a line that could not be written has ended the run, and would be tried again
                 file.close()
@@ -76,23 +77,26 @@ class Files:
     def _take_over(self, path: Path) -> list[tuple[int, str]]:
         """The lines that are kept of an earlier sitting, in a file of their own. Seals first, as ever."""
         kept: list[tuple[int, str]] = []
+        sealed: list[seals.Seal] = []
         last = self.resumed_step
         if last is not None:
             found = seals.check(path)
             kept = [(step, text) for step, text in _with_steps(found.lines) if step <= last]
+            sealed = [seals.of(step, text) for step, text in kept]
             lost = {step for step in (*found.damaged, *found.unsealed) if step <= last}
-            if found.open_end and found.open_end[0] == last:
+            if found.open_end and found.open_end[0] == last:  # a process may have died while it wrote that
                 self._awaited[path] = found.open_end
+                sealed.append(found.open_end)
             elif found.open_end and found.open_end[0] < last:
                 lost.add(found.open_end[0])
             if lost:
                 self.say(seals.told(path.name, sorted(lost)))
-        write_atomically(seals.file_of(path), "".join(seals.seal(step, text) for step, text in kept))
+        write_atomically(seals.file_of(path), "".join(map(seals.as_line, sealed)))
         write_atomically(path, "".join(text + "\n" for _, text in kept))
         return kept
 
-    def _give_up(self, path: Path) -> None:
-        """The process before this one did not die while it wrote that line: whoever did would write it again."""
+    def _tell_lost(self, path: Path) -> None:
+        """Nobody wrote it again, so that no process died over it. Its seal stays and tells other readers."""
         step, _ = self._awaited.pop(path)
         self.say(seals.told(path.name, [step]))
 
@@ -100,17 +104,20 @@ class Files:
         assert path in self._files, "start() opens the files, finish() closes them"
         texts = [json.dumps({"step": int(step), **_plain(row)}, ensure_ascii=False, allow_nan=False) for row in rows]
         new = [text for text in texts if text not in self._written]
-        awaited = self._awaited.get(path)
-        if awaited and awaited in (seals.of(step, text) for text in texts):
-            del self._awaited[path]
-        elif awaited and step > awaited[0]:
-            self._give_up(path)
-        beside = seals.file_of(path)
+        if path in self._awaited and step > self._awaited[path][0]:
+            self._tell_lost(path)
         for text in new:  # one after the other, so that whatever dies leaves one seal at most without its line
-            for file, content in ((beside, seals.seal(int(step), text)), (path, text + "\n")):
-                with writing(file, len(content)):
-                    self._files[file].write(content)
-                    self._files[file].flush()
+            seal = seals.of(int(step), text)
+            if seal == self._awaited.get(path):
+                del self._awaited[path]  # and stands already
+            else:
+                self._write(seals.file_of(path), seals.as_line(seal))
+            self._write(path, text + "\n")
+
+    def _write(self, path: Path, content: str) -> None:
+        with writing(path, len(content)):
+            self._files[path].write(content)
+            self._files[path].flush()
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:

@@ -31,18 +31,29 @@ class Checked:
     open_end: Seal | None = field(default=None, compare=False)
     unsealed: list[int] = field(default_factory=list, compare=False)
 
+    @property
+    def uncertain(self) -> set[int]:
+        """Steps whose lines are damaged unless a process died there."""
+        return {*self.unsealed, *([self.open_end[0]] if self.open_end else [])}
+
 
 def file_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.seals")
 
 
 def of(step: int, line: str) -> Seal:
+    """The seal of a line without its end."""
     return step, zlib.crc32(line.encode("utf-8", "backslashreplace"))
+
+
+def as_line(seal: Seal) -> str:
+    step, crc = seal
+    return f"{step} {crc:08x}\n"
 
 
 def seal(step: int, line: str) -> str:
     """The seal of a line as it is written, with its end."""
-    return "{} {:08x}\n".format(*of(step, line))
+    return as_line(of(step, line))
 
 
 def check(path: Path) -> Checked:
