@@ -8,7 +8,6 @@ search itself stands in :mod:`uft.launch.sweep_optuna`; this is the plugin that 
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
@@ -47,7 +46,6 @@ class UftOptunaSweeper(Sweeper):
         assert self.launcher is not None
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
-        assert isinstance(loader, ConfigLoaderImpl)
         return search(Settings(**self.settings), self.config, loader, self.launcher, arguments)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from uft.config.places import user_dir
+from uft.config.messages import user_dir
 
 
 class UftSearchPath(SearchPathPlugin):

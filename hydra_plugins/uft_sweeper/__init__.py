@@ -10,7 +10,6 @@ launcher; all failures are listed at the end; finished jobs are skipped on a rer
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
@@ -31,10 +30,9 @@ class UftSweeper(BasicSweeper):
         assert self.launcher is not None
         assert self.hydra_context is not None
         loader = self.hydra_context.config_loader
-        assert isinstance(loader, ConfigLoaderImpl)
         lines, axes = expand([*self._parse_config(), *arguments], loader)
         one_by_one = isinstance(self.launcher, BasicLauncher)
-        plan = Plan(self.config, loader, tuple(arguments), axes)
+        plan = Plan(self.config, tuple(arguments), axes)
         return run_grid(plan, lines, self.launcher, 1 if one_by_one else self.max_batch_size)
 
 

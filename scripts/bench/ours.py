@@ -87,8 +87,7 @@ def words(objective: str, place: Place, own: Path, threads: int) -> list[str]:
 def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, threads: int) -> Figures:
     """Train through all rows of `place`; `own` is a folder for the run and its caches."""
     from uft.config.compose import compose
-    from uft.config.freeze import frozen
-    from uft.config.load import typed
+    from uft.config.frozen import frozen, typed
     from uft.runs import create_run
     from uft.training.device import choose_device
     from uft.training.prepare import prepare

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from uft.cli.generate import with_model
-from uft.cli.ls import describe
+from uft.cli.manage import describe
+from uft.cli.verbs import with_model
 from uft.config.compose import compose
-from uft.config.freeze import frozen
+from uft.config.frozen import frozen
 from uft.runs import Run, create_run, write_json
 
 

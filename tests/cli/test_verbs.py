@@ -6,7 +6,8 @@ import re
 import pytest
 
 from uft.cli import VERBS, main
-from uft.cli.help import describe
+from uft.cli.app import describe
+from uft.cli.verbs import PAGES, with_model
 from uft.runs import find_runs
 
 
@@ -50,10 +51,7 @@ def test_describe_knows_nested_keys():
 
 
 def test_every_key_in_the_help_exists():
-    from uft.cli import annotate, check, config, data, generate, train
-
-    for module in (annotate, check, config, data, generate, train):
-        assert all(describe(key) for key in module.HELP.keys)
+    assert all(describe(key) for page in PAGES.values() for key in page.keys)
 
 
 def test_config_shows_values_and_origins(worker, capsys):
@@ -112,8 +110,6 @@ def test_generate_from_a_run_takes_its_model_and_configuration(trained, capfd):
 
 
 def test_generate_finds_the_files_of_a_run_from_another_folder(worker, monkeypatch):
-    from uft.cli.generate import with_model
-
     (worker / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 2)
     words = ["data=files", "+data.sources.mine.path=rows.jsonl", "data.holdout=0", "run.name=x", "tracking=none"]
     assert main(["train", "objective=sft", *words, "+data.sources.other.path=builtin:playground/pairs"]) == 0
@@ -184,3 +180,15 @@ def test_doctor_says_what_there_is_and_no_secrets(program, tmp_path):
     assert "127.0.0.1 does not answer" in done.stdout
     assert "threads used by torch" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [[], ["-m", "seed=1,2"]], ids=["a run", "a sweep"])
+def test_wrong_settings_do_not_hide_bad_rows(worker, capfd, more):
+    (worker / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\nnot json\n')
+    words = ["data=files", "+data.sources.mine.path=rows.jsonl", "+data.sources.hub.path=org/unreachable"]
+    wrong = ["train.stps=3", "data.sources.hub.limit=0", "data.sources.mine.holdout=0.99"]
+    assert main(["train", *more, "objective=sft", *words, *wrong]) == 2
+    err = capfd.readouterr().err
+    for said in ("train.stps=3", "hub.limit=0", "rows.jsonl:2", "rows.jsonl:3", "leaves no row to train on"):
+        assert said in err
+    assert not (worker / "outputs").exists()

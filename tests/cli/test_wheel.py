@@ -40,7 +40,7 @@ def test_it_works_from_an_unpacked_wheel(wheel, tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert says in done.stdout
-    where = "import uft.config.places as p; print(p.conf_dir())"
+    where = "import uft.config.messages as p; print(p.conf_dir())"
     done = subprocess.run(
         [sys.executable, "-P", "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True
     )

@@ -2,9 +2,8 @@
 
 import pytest
 
-from uft.config.checks import findings
-from uft.config.examine import examine
-from uft.config.loader import Request
+from uft.config.compose import examine
+from uft.config.files import Request
 
 
 def complaints(*overrides):
@@ -72,9 +71,12 @@ def test_adapter_off_is_the_initial_policy_and_no_other():
 
 
 def test_one_complaint_per_key():
-    tree = examine(Request(("optim.betas=[0.9]", "data.ratio=7", "data.holdout=-1.5"))).tree
-    keys = [finding.key for finding in findings(tree)]
-    assert sorted(keys) == ["data.holdout", "data.ratio", "optim.betas"]
+    problems = examine(Request(("optim.betas=[0.9]", "data.ratio=7", "data.holdout=-1.5"))).problems
+    assert sorted(problem.what.partition("=")[0] for problem in problems) == [
+        "data.holdout",
+        "data.ratio",
+        "optim.betas",
+    ]
 
 
 def test_two_ways_to_hold_out_rows():

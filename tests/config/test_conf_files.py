@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.types import RunMode
 
-from uft.config.compose import composed, settle
-from uft.config.examine import examine
-from uft.config.freeze import frozen, plain
-from uft.config.load import typed
-from uft.config.loader import Request
-from uft.config.places import conf_dir, groups, headline
+from uft.config.compose import examine, require
+from uft.config.files import Request, make_loader
+from uft.config.frozen import frozen, plain, typed
+from uft.config.messages import conf_dir, groups, headline
+from uft.config.stages import completed
 
 FILES = sorted(conf_dir().rglob("*.yaml"))
 GROUPS = groups([conf_dir()])
@@ -97,17 +97,17 @@ def test_every_option_composes_with_every_objective(objective, number):
 
 @pytest.mark.parametrize("number", range(MOST))
 def test_what_is_checked_is_what_hydra_composes(number):
-    words = (f"objective={OBJECTIVES[number % len(OBJECTIVES)]}", *rotation(number))
-    cfg, examined = composed(Request(words))
-    assert plain(cfg) == plain(examined.tree)
-    assert plain(settle(asdict(typed(yaml.safe_load(frozen(cfg)))))) == plain(cfg)
+    request = Request((f"objective={OBJECTIVES[number % len(OBJECTIVES)]}", *rotation(number)))
+    settings = require(request).settings
+    cfg = make_loader(request).load_configuration("config", list(request.overrides), RunMode.RUN)
+    assert completed(plain(cfg)) == settings
+    assert plain(asdict(typed(yaml.safe_load(frozen(settings))))) == settings
 
 
 @pytest.mark.slow
 def test_every_experiment_composes():
     for experiment in GROUPS.get("experiment", {}):
-        cfg, examined = composed(Request((f"experiment={experiment}",)))
-        assert plain(cfg) == plain(examined.tree)
+        assert require(Request((f"experiment={experiment}",))).settings
 
 
 def test_every_option_says_what_it_is():
@@ -122,16 +122,16 @@ def written(file):
 
 
 def test_objectives_have_the_keys_their_files_name_and_no_others():
-    from uft.config.register import objective_schemas
+    from uft.config.objectives import parameters
 
     for name, file in GROUPS["objective"].items():
         content = written(file)
-        assert content.keys() <= set(objective_schemas()[content["method"]].__dataclass_fields__), name
+        assert content.keys() <= parameters()[content["method"]].keys(), name
         assert content.keys() >= {"name", "method"}, name
-        composed = examine(Request((f"objective={name}",))).tree.objective
+        composed = examine(Request((f"objective={name}",))).settings["objective"]
         placed = set(composed) - content.keys()
         assert placed == ({"demonstration", "preference", "binary", "scored", "negatives"} if placed else set()), name
-        assert all(composed[kind].name in OBJECTIVES for kind in placed)
+        assert all(composed[kind]["name"] in OBJECTIVES for kind in placed)
 
 
 def test_a_key_of_the_class_that_the_file_does_not_name_is_none_of_the_objective():
@@ -146,10 +146,10 @@ def test_an_objective_of_per_kind_is_exchanged_with_the_keys_it_has():
     words = ("objective=per_kind", "objective@objective.preference=simpo", "objective.preference.gamma=0.5")
     examined = examine(Request(words))
     assert examined.problems == []
-    found = examined.tree.objective.preference
-    assert (found.name, found.gamma) == ("simpo", 0.5)
+    found = examined.settings["objective"]["preference"]
+    assert (found["name"], found["gamma"]) == ("simpo", 0.5)
     assert set(found) == written(GROUPS["objective"]["simpo"]).keys()
-    cfg, _ = composed(Request(words))
-    assert plain(cfg) == plain(examined.tree)
+    cfg = make_loader(Request()).load_configuration("config", list(words), RunMode.RUN)
+    assert plain(cfg)["objective"] == examined.settings["objective"]
     [problem] = examine(Request((*words[:2], "objective.preference.lam=1"))).problems
     assert "lam" in problem.what

@@ -4,9 +4,8 @@ import importlib.util
 
 import pytest
 
-from uft.config.compose import compose
-from uft.config.examine import examine, footer
-from uft.config.loader import Request
+from uft.config.compose import compose, examine, footer
+from uft.config.files import Request
 from uft.errors import UftError, render
 
 

@@ -5,10 +5,8 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from uft.config.change import changed
-from uft.config.compose import compose
-from uft.config.freeze import difference, free, frozen, plain
-from uft.config.load import load_config
+from uft.config.compose import changed, compose
+from uft.config.frozen import difference, free, frozen, load_config, plain
 from uft.errors import UftError
 from uft.report.load import load
 from uft.runs import Run

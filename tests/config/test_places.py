@@ -1,8 +1,8 @@
 """Where configuration files are found, and which one wins."""
 
-from uft.config.compose import composed
-from uft.config.loader import Request
-from uft.config.places import config_dirs, groups, headline, shown
+from uft.config.compose import require
+from uft.config.files import Request
+from uft.config.messages import config_dirs, groups, headline, shown
 
 
 def write(folder, text):
@@ -12,7 +12,7 @@ def write(folder, text):
 
 
 def lr(request):
-    return composed(request)[0].optim.lr
+    return require(request).settings["optim"]["lr"]
 
 
 def test_the_users_folder_shadows_the_shipped_one(tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_config_dir_adds_and_does_not_shadow(tmp_path, monkeypatch):
     before = lr(Request())
     write(tmp_path / "extra", "name: adamw\nlr: 0.5\n")
     assert lr(Request(config_dir=str(tmp_path / "extra"))) == before
-    assert composed(Request(("optim=mine",), config_dir="extra"))[0].optim.name == "sgd"
+    assert require(Request(("optim=mine",), config_dir="extra")).settings["optim"]["name"] == "sgd"
 
 
 def test_help_sees_the_same_folders(tmp_path, monkeypatch):

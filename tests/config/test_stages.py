@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from uft.config.change import changed
-from uft.config.compose import completed, composed, settle
-from uft.config.examine import examine, footer
-from uft.config.freeze import free, plain, to_yaml
-from uft.config.load import typed
-from uft.config.loader import Request
-from uft.config.stages import differences, expanded, stages_of
+from uft.config.compose import changed, examine, footer
+from uft.config.files import Request
+from uft.config.frozen import free, plain, to_yaml, typed
+from uft.config.stages import completed, differences, expanded, stages_of
 
 TWO = """\
 # @package _global_
@@ -80,7 +77,7 @@ def examined(*overrides):
 def settings(*overrides):
     found = examined(*overrides)
     assert found.problems == []
-    return plain(settle(found.tree))
+    return found.settings
 
 
 def stages(*overrides):
@@ -114,13 +111,7 @@ def test_the_frozen_form_says_of_a_stage_where_it_differs_from_its_run():
         "do": "fit",
         "reference": "start",
     }
-    cfg, found_out = composed(Request(("experiment=two",)))
-    assert plain(cfg) == plain(found_out.tree) == found
-    assert plain(typed_and_back(found)) == found == completed(found)
-
-
-def typed_and_back(found):
-    return asdict(typed(found))
+    assert plain(asdict(typed(found))) == found == completed(found)
 
 
 def test_a_run_of_one_piece_says_nothing_of_stages():

@@ -234,7 +234,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
 
     def run(overrides: list[str], name: str = "run") -> Path:
         from uft.config.compose import compose
-        from uft.config.freeze import frozen
+        from uft.config.frozen import frozen
         from uft.launch.worker import train
         from uft.runs import create_run
 

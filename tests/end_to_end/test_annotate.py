@@ -52,7 +52,7 @@ def job_here(*overrides: str) -> None:
     from omegaconf import OmegaConf
 
     from uft.config.compose import compose
-    from uft.config.load import typed
+    from uft.config.frozen import typed
     from uft.training.annotating import job
 
     settings = OmegaConf.to_container(compose(list(overrides)), resolve=True)

@@ -120,7 +120,7 @@ def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ru
 
     def make(name: str, *overrides: str) -> Run:
         from uft.config.compose import compose
-        from uft.config.freeze import frozen
+        from uft.config.frozen import frozen
 
         words = tuple(word for word in (*SMALL, *overrides))
         if words not in texts:

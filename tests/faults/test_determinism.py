@@ -14,7 +14,7 @@ from evidence import same, written
 from requests_of import SINGLE
 from sittings import Bench
 
-from uft.config.load import load_config
+from uft.config.frozen import load_config
 from uft.runs import Run
 from uft.training.prepare import prepare
 from uft.training.signals import Stop

@@ -16,7 +16,7 @@ from planting import Fault
 from requests_of import COLUMN, LOOP, SINGLE
 from sittings import Bench
 
-from uft.config.freeze import free
+from uft.config.frozen import free
 from uft.launch.process import cause, oom_kills
 from uft.runs import Run
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 import shlex
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from uft.cli import VERBS, main
-from uft.config.examine import examine
-from uft.config.loader import Request, make_loader
+from uft.cli.verbs import PAGES
+from uft.config.compose import examine
+from uft.config.files import Request, make_loader
 from uft.launch.sweep import expand
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMPOSED = ("train", "check", "data", "generate", "annotate", "config")
 PLUGINS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit": "hydra_plugins.hydra_submitit_launcher"}
@@ -32,10 +32,9 @@ def commands_in(text: str) -> list[str]:
 
 
 def documented() -> list[tuple[str, str]]:
-    shown = [(page.name, line) for page in PAGES for line in commands_in(page.read_text(encoding="utf-8"))]
+    shown = [(page.name, line) for page in FILES for line in commands_in(page.read_text(encoding="utf-8"))]
     for verb in VERBS:
-        help = getattr(import_module(f"uft.cli.{verb}"), "HELP", None)
-        shown += [(f"uft {verb} --help", line) for line in (help.examples if help else ())]
+        shown += [(f"uft {verb} --help", line) for line in (PAGES[verb].examples if verb in PAGES else ())]
     return list(dict.fromkeys(shown))
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from mutations import FILES, SETTINGS, case, configuration
 
-from uft.config.examine import examine
-from uft.config.loader import Request
+from uft.config.compose import examine
+from uft.config.files import Request
 from uft.config.schema import Data, Source
 from uft.data.sources import load_sources
 from uft.errors import UftError, render

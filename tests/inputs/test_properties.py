@@ -256,8 +256,8 @@ words = st.builds(
 @settings(steady, max_examples=15)
 @given(line=st.lists(words, max_size=3))
 def test_settings_are_understood_or_explained(line):
-    from uft.config.examine import examine
-    from uft.config.loader import Request
+    from uft.config.compose import examine
+    from uft.config.files import Request
     from uft.errors import render
 
     problems = examine(Request(tuple(line))).problems

@@ -204,8 +204,7 @@ def test_a_fault_in_uft_itself_tells_none(trace):
 
 def test_a_crash_in_the_middle_of_a_run_is_recorded_without_it(alone, monkeypatch, capfd):
     from uft.config.compose import compose
-    from uft.config.freeze import plain
-    from uft.config.load import typed
+    from uft.config.frozen import plain, typed
     from uft.runs import create_run
     from uft.training import session
     from uft.training.signals import Stop

@@ -5,7 +5,7 @@ import shlex
 import yaml
 
 from uft.cli import main
-from uft.config.loader import Request, make_loader
+from uft.config.files import Request, make_loader
 from uft.launch.names import sweep_name
 from uft.launch.sweep import expand
 from uft.launch.sweep_jobs import unique_names

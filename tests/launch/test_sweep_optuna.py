@@ -12,8 +12,8 @@ from optuna.trial import TrialState
 from records import load
 
 from uft.cli import main
-from uft.config.examine import examine
-from uft.config.loader import Request, make_loader
+from uft.config.compose import examine
+from uft.config.files import Request, make_loader
 from uft.errors import UftError
 from uft.launch.sweep_jobs import JobFailed
 from uft.launch.sweep_optuna import DATABASE, Settings, search
@@ -101,9 +101,9 @@ def test_every_end_and_option_is_in_a_corner(loader):
 
 
 def test_the_type_of_a_key_says_whether_its_numbers_are_whole(loader):
-    tree = examine(Request(FIXED), loader).tree
+    settings = examine(Request(FIXED)).settings
     space = space_of(["train.batch_size=interval(8,64)", "data.ratio=interval(0,1)", "seed=interval(1,9)"], loader)
-    space = space.typed_by(tree)
+    space = space.typed_by(settings)
     assert space.whole == {"train.batch_size", "seed"}
     trial = optuna.trial.FixedTrial({"train.batch_size": 9, "data.ratio": 1 / 3, "seed": 4})
     assert space.draw(trial) == ["train.batch_size=9", "data.ratio=0.333333", "seed=4"]

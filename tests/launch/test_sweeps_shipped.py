@@ -6,12 +6,11 @@ import re
 import pytest
 import yaml
 
-from uft.config.examine import examine
-from uft.config.freeze import plain
-from uft.config.loader import Request, make_loader
-from uft.config.places import conf_dir, groups
+from uft.config.compose import examine
+from uft.config.files import Request, make_loader
+from uft.config.messages import conf_dir, groups
 from uft.data.rows import Kind
-from uft.launch.sweep import expand, remembering
+from uft.launch.sweep import expand
 from uft.launch.sweep_check import check_all_sources
 from uft.objectives import make
 
@@ -30,7 +29,7 @@ def jobs_of(name, loader):
 
 @pytest.fixture(scope="module")
 def loader():
-    return remembering(make_loader(Request()))
+    return make_loader(Request())
 
 
 def test_what_is_shipped():
@@ -47,9 +46,9 @@ def test_its_jobs_can_be_run(name, loader):
 
 
 def runnable(jobs, loader):
-    examined = [examine(Request(tuple(job)), loader) for job in jobs]
+    examined = [examine(Request(tuple(job))) for job in jobs]
     assert [problem for one in examined for problem in one.problems] == []
-    check_all_sources([plain(one.tree) for one in examined])
+    check_all_sources([one.settings for one in examined])
     return examined
 
 
@@ -69,18 +68,18 @@ def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
     left_out = sorted(set(groups([conf_dir()])["objective"]) - set(axes["objective"]))
     assert len(jobs) == 3 * len(axes["objective"])
     assert all(usable(one) for one in runnable([job for job in jobs if "seed=1" in job], loader))
-    others = [examine(Request(("sweep=objectives", f"objective={name}")), loader) for name in left_out]
+    others = [examine(Request(("sweep=objectives", f"objective={name}"))) for name in left_out]
     assert not any(usable(one) for one in others)
 
 
 def usable(one):
-    objective = make(plain(one.tree)["objective"])
+    objective = make(one.settings["objective"])
     return any(kind in objective.views and not objective.annotations(kind) for kind in KINDS_OF_MIX)
 
 
 def test_reuse_is_what_the_comment_says():
     """Passes over the pairs at a fixed number of steps."""
-    config = plain(examine(Request(("sweep=pref_recipe",))).tree)
+    config = examine(Request(("sweep=pref_recipe",))).settings
     rows = config["train"]["steps"] * config["train"]["batch_size"]
     limits = [
         int(limit)

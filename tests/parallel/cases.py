@@ -116,8 +116,7 @@ def overrides(objective: str, sources: Sequence[str], folder: Path, more: Sequen
 def say(name: str, folder: Path, where: str, more: Sequence[str] = ()) -> dict[str, Any]:
     """Train a case to its end in FOLDER/WHERE-NAME: its metric lines and its result."""
     from uft.config.compose import compose
-    from uft.config.freeze import frozen
-    from uft.config.load import load_config
+    from uft.config.frozen import frozen, load_config
     from uft.parallel.ranks import ranks
     from uft.runs import Run, create_run
     from uft.tracking.files import read_metrics

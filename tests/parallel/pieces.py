@@ -16,8 +16,7 @@ MORE = ("train.steps=8", "train.save_model=true", "model.lora.rank=4", "eval=non
 def sit(folder: Path, name: str, *more: str, until: int | None = None) -> None:
     """A sitting of a run; with `until`, somebody asks it to stop after that many steps."""
     from uft.config.compose import compose
-    from uft.config.freeze import frozen
-    from uft.config.load import load_config
+    from uft.config.frozen import frozen, load_config
     from uft.parallel.ranks import ranks
     from uft.runs import Run, create_run, write_atomically
     from uft.training import session

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from uft.config.compose import compose
-from uft.config.places import conf_dir, groups
+from uft.config.messages import conf_dir, groups
 
 ROOT = Path(__file__).parents[2]
 ARMS = {  # arm -> the objective and the mixture that it says it is

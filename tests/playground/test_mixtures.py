@@ -2,7 +2,7 @@
 
 import pytest
 
-from uft.config.compose import compose, settle
+from uft.config.compose import compose
 from uft.data.mixture import mixture_weights, portion
 from uft.data.sources import load_sources
 from uft.playground import world
@@ -18,7 +18,7 @@ DRAWN = {
 
 
 def load(name, *overrides):
-    data = settle(compose([f"data={name}", *overrides])).data
+    data = compose([f"data={name}", *overrides]).data
     loaded = load_sources(data)
     portions = [portion(source.name, source.rows, data.sources[source.name].share) for source in loaded]
     weights = mixture_weights(portions, data.ratio)

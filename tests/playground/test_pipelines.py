@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from uft.config.compose import compose
-from uft.config.freeze import plain, to_yaml
-from uft.config.load import typed
+from uft.config.frozen import plain, to_yaml, typed
 from uft.config.schema import Config
 from uft.config.stages import stages_of
 from uft.launch.worker import train

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from uft.config.freeze import flat, to_yaml
+from uft.config.frozen import flat, to_yaml
 from uft.report.load import Loaded
 from uft.runs import write_atomically
 

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 from synthetic import loaded
 
-from uft.config.freeze import FREE
+from uft.config.frozen import FREE
 from uft.report.groups import grouping, rank
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from synthetic import held, make_run, settings, tear
 
-from uft.config.freeze import flat, to_yaml
+from uft.config.frozen import flat, to_yaml
 from uft.report import load as module
 from uft.report.load import load, read_config
 from uft.runs import Run

@@ -17,7 +17,7 @@ from standin import KEY, Standin
 
 from uft.cli import main
 from uft.config.compose import compose
-from uft.config.freeze import plain
+from uft.config.frozen import plain
 from uft.runs import Run, create_run, write_json
 from uft.tracking import make_tracker
 from uft.tracking.sync import Segment, given_up, plan, segments_of

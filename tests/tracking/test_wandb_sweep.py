@@ -15,8 +15,8 @@ import yaml
 from standin import KEY, PROJECT, Standin
 
 from uft.cli import main
-from uft.config.examine import examine
-from uft.config.loader import Request
+from uft.config.compose import examine
+from uft.config.files import Request
 from uft.runs import find_runs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from uft.config.freeze import plain
-from uft.config.load import typed
+from uft.config.frozen import plain, typed
 from uft.config.schema import Config
 from uft.config.stages import differing
 from uft.runs import Run, create_run
@@ -148,7 +147,7 @@ def configure(model_folder: Path, files: dict[str, Path], tmp_path: Path) -> Cal
         import yaml
         from omegaconf import OmegaConf
 
-        from uft.config.places import conf_dir
+        from uft.config.messages import conf_dir
 
         def read(name: str) -> dict[str, Any]:
             preset = yaml.safe_load((conf_dir() / "objective" / f"{name}.yaml").read_text())

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from uft.config.compose import compose
-from uft.config.load import typed
+from uft.config.frozen import typed
 from uft.config.schema import Annotate, Config, Source
 from uft.data.rows import Kind, Row
 from uft.data.sources import load_sources

@@ -16,8 +16,8 @@ import torch
 from omegaconf import OmegaConf
 
 from uft.config.compose import compose
-from uft.config.load import typed
-from uft.config.places import conf_dir, groups
+from uft.config.frozen import typed
+from uft.config.messages import conf_dir, groups
 from uft.config.schema import Config, Lora, ReferenceModel, Source
 from uft.data.rows import Kind
 from uft.errors import UftError

@@ -200,8 +200,8 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         import yaml
         from omegaconf import OmegaConf
 
-        from uft.config.load import typed
-        from uft.config.places import conf_dir
+        from uft.config.frozen import typed
+        from uft.config.messages import conf_dir
         from uft.config.schema import Config
         from uft.runs import Run
         from uft.training.device import choose_device

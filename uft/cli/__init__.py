@@ -29,7 +29,8 @@ VERBS = {
     "config": "the composed config and where each value came from; --diff RUN",
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
-"""Each verb is the function `main(arguments) -> exit code` of uft.cli.VERB."""
+MANAGE = ("resume", "compare", "sync", "ls")
+"""Each verb is a function of its name, of arguments to an exit code: in manage for these, in doctor, else in verbs."""
 
 START = """\
 Start with
@@ -98,7 +99,8 @@ def dispatch(arguments: list[str]) -> int:
     if first not in VERBS:
         print(unknown(first), file=sys.stderr)
         return BAD_REQUEST
-    return int(import_module(f"uft.cli.{first}").main(arguments[1:]))
+    module = "manage" if first in MANAGE else "doctor" if first == "doctor" else "verbs"
+    return int(getattr(import_module(f"uft.cli.{module}"), first)(arguments[1:]))
 
 
 def usage() -> str:

@@ -1,4 +1,8 @@
-"""A verb as a Hydra application: what all of them share."""
+"""A verb over a configuration: its help page, Hydra's options, one composition, and Hydra itself for several runs.
+
+A request for one run is composed and checked here and carried out at once. What sets anything of Hydra's own (-m, a
+sweep, a launcher, --cfg, --info) runs as a native Hydra application over conf/config.yaml.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,41 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from uft.cli import CLOSED_PIPE, tell, tracing
-from uft.cli.help import Help, shown
-from uft.config.compose import settled
-from uft.config.examine import Examined, examine, footer, require
-from uft.config.loader import VERSION_BASE, Request, make_loader
-from uft.config.named_code import refuse_named_code
-from uft.config.places import conf_dir
-from uft.config.register import register
-from uft.config.suggest import nearest
-from uft.config.translate import BROKEN, translate
+from uft.cli import CLOSED_PIPE, VERBS, tell, tracing
+from uft.config.compose import Examined, examine, footer, needs_hydra, refuse_named_code, require
+from uft.config.files import (
+    BROKEN,
+    VERSION_BASE,
+    Request,
+    make_loader,
+    register,
+    request_of_job,
+    translate,
+)
+from uft.config.messages import conf_dir, config_dirs, groups, headline, nearest, written
+from uft.config.schema import MISSING, Config, Key, keys_of
+from uft.config.tree import Tree
 from uft.errors import GOOD, Problem, UftError
+from uft.launch.launcher import row_problems
 from uft.launch.sweep import examine_jobs
 from uft.launch.sweep_jobs import JobFailed, why
 
-Work = Callable[[DictConfig, Examined], int]
-"""What a verb does with a checked configuration; the exit code."""
+Work = Callable[[Examined, Sequence[str]], int]
+"""What a verb does with a checked request and its overrides; the exit code."""
+
+FLAGS = ("-h", "--help")
+OPTIONS = "Options are Hydra's:  -m  --cfg job  --info  --config-dir DIR  -cn NAME.  Settings:  uft VERB --help"
 
 
 def task(work: Work) -> Callable[[DictConfig], None]:
@@ -45,13 +57,17 @@ def task(work: Work) -> Callable[[DictConfig], None]:
     @functools.wraps(work)
     def run(cfg: DictConfig) -> None:
         composed = HydraConfig.get()
-        request = Request((*composed.overrides.hydra, *composed.overrides.task), str(composed.job.config_name))
+        words = list(composed.overrides.task)
+        request = request_of_job(composed, words)
         if composed.mode == RunMode.MULTIRUN:
-            in_a_sweep(work, cfg, request)
+            examined = require(request)
+            code = work(examined, words)
+            if code != GOOD:
+                folder = str(examined.settings["run"]["dir"] or "")
+                raise JobFailed(code, folder, why(code, Path(folder)))
             return
         try:
-            examined = require(with_folders(request))
-            code = work(settled(cfg, examined), examined)
+            code = work(checked(request), words)
         except UftError as error:
             if tracing():
                 raise
@@ -63,74 +79,98 @@ def task(work: Work) -> Callable[[DictConfig], None]:
     return run
 
 
-def in_a_sweep(work: Work, cfg: DictConfig, request: Request) -> None:
-    examined = require(with_folders(request))
-    code = work(settled(cfg, examined), examined)
-    if code != GOOD:
-        folder = str(cfg.run.dir or "")
-        raise JobFailed(code, folder, why(code, Path(folder)))
+def run_app(page: Page, job: Callable[[DictConfig], None], arguments: list[str]) -> int:
+    """Carry out a verb with these arguments, or show its help; the exit code.
 
-
-def with_folders(request: Request) -> Request:
-    """The request with the folders that Hydra composed this job from."""
-    sources = {source.provider: source.path for source in HydraConfig.get().runtime.config_sources}
-    return replace(request, config_path=sources.get("main"), config_dir=sources.get("command-line"))
-
-
-def run_app(page: Help, run: Callable[[DictConfig], None], arguments: list[str]) -> int:
-    """`hydra.main` over conf/config.yaml with these arguments, or the verb's help.
-
-    What goes wrong in composition is told by us.
+    What goes wrong in Hydra's composition is told by us.
     """
-    if shown(page, arguments):
+    if any(word in FLAGS for word in arguments):
+        print(page.text(option(arguments, "--config-dir", "-cd")))
         return GOOD
     parsed = parse(arguments)
-    register()
-    refuse_named_code(request_of(parsed))
-    if parsed.cfg and not parsed.multirun:  # Hydra prints it without a word about keys of objectives that are not there
-        require(request_of(parsed))
-    sys.argv = [f"uft {page.verb}", *arguments]
-    full_error = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing
+    request = Request(tuple(parsed.overrides), parsed.config_name or "config", parsed.config_dir, parsed.config_path)
+    asked = [parsed.multirun, parsed.cfg, parsed.info, parsed.hydra_help, parsed.experimental_rerun]
+    if parsed.config_dir is None or Path(parsed.config_dir).is_dir():
+        if not any(asked) and not needs_hydra(request):
+            return work_of(job)(checked(request), request.overrides)
+        refuse_named_code(request)
+    if parsed.cfg:  # Hydra prints it without a word about keys of objectives that are not there
+        require(request)
     try:
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)(run)()
+        with native(page.verb, arguments):
+            hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)(job)()
     except BROKEN as error:
-        raise explained(error, request_of(parsed), parsed.multirun) from error
+        raise explained(error, request, parsed.multirun) from error
     except JobFailed as failure:  # under a sweeper that is not ours
         print(f"uft: {failure.message}", file=sys.stderr)
         return failure.code
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else GOOD
-    finally:
-        restore("HYDRA_FULL_ERROR", full_error)
     return GOOD
 
 
-def restore(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
+def work_of(job: Callable[[DictConfig], None]) -> Work:
+    work: Work = job.__wrapped__  # type: ignore[attr-defined]
+    return work
+
+
+def checked(request: Request) -> Examined:
+    """The request, composed and valid. UftError with every problem; bad rows are told with wrong settings."""
+    examined = examine(request)
+    if examined.problems:
+        raise UftError(*examined.problems, *row_problems(examined), footer=footer(examined))
+    return examined
+
+
+@contextmanager
+def native(verb: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Within, `hydra.main` reads these arguments, raises instead of printing, and calls its job by the verb's name."""
+    wanted = {"HYDRA_FULL_ERROR": "1", "HYDRA_MAIN_MODULE": f"uft.cli.{verb}"}
+    before = {name: os.environ.get(name) for name in wanted}
+    register()
+    sys.argv = [f"uft {verb}", *arguments]
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({name: value} if value is not None else {})
 
 
 def explained(error: Exception, request: Request, multirun: bool) -> UftError:
-    """What is wrong with the whole request, since Hydra stopped at the first thing."""
-    loader = make_loader(request)
+    """Everything that is wrong with the whole request, since Hydra stopped at the first thing."""
     swept = multirun or any(word.startswith("sweep=") for word in request.overrides)
     try:
-        examined = examine(request, loader) if not swept else None
-        problems, last = (examined.problems, footer(examined)) if examined else examine_jobs(request, loader)
+        if swept:
+            problems, last = examine_jobs(request, make_loader(request))
+        else:
+            examined = examine(request)
+            problems, last = examined.problems, footer(examined)
     except BROKEN:  # not a grid, so not ours to expand
         problems = []
     return UftError(*problems, footer=last) if problems else UftError(translate(error))
 
 
+# Hydra's options
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Hydra's own options, with words for people who write --steps 5."""
-    parser = get_args_parser()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    switches = (["--hydra-help"], ["--version"], ["--resolve"], ["--run", "-r"], ["--multirun", "-m"])
+    values = (["--package", "-p"], ["--config-path", "-cp"], ["--config-name", "-cn"], ["--config-dir", "-cd"])
+    options = [parser.add_argument(*names, action="store_true") for names in switches]
+    options += [parser.add_argument(*names) for names in (*values, ["--experimental-rerun"])]
+    options.append(parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"]))
+    info = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    options.append(parser.add_argument("--info", "-i", nargs="?", const="all", choices=info))
+    known = {name for each in options for name in each.option_strings}
 
     def fail(message: str) -> NoReturn:
-        raise UftError(*(not_an_option(word) for word in unknown_options(parser, arguments)), footer=OPTIONS)
+        words = [word for word in arguments if word.startswith("-") and word.partition("=")[0] not in known]
+        raise UftError(*map(not_an_option, words or [" ".join(arguments)]), footer=OPTIONS)
 
     parser.error = fail  # type: ignore[method-assign]
     parsed = parser.parse_args(arguments)
@@ -140,32 +180,76 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-OPTIONS = "Options are Hydra's:  -m  --cfg job  --info  --config-dir DIR  -cn NAME.  Settings:  uft VERB --help"
-
-
-def unknown_options(parser: argparse.ArgumentParser, arguments: list[str]) -> list[str]:
-    known = {option for action in parser._actions for option in action.option_strings}
-    words = [word for word in arguments if word.startswith("-") and word.partition("=")[0] not in known]
-    return words or [" ".join(arguments)]
-
-
 def not_an_option(word: str) -> Problem:
-    bare = word.lstrip("-")
-    key, _, value = bare.partition("=")
-    from uft.config.tree import Tree
-
-    tree = Tree()
-    path = tree.elsewhere((key.replace("-", "_"),)) if "." not in key else key
-    meant = path or nearest(key, list(tree.root)) or key
+    key, _, value = word.lstrip("-").partition("=")
+    path = Tree().elsewhere(key.replace("-", "_")) if "." not in key else key
+    meant = path or nearest(key, keys_of(Config)) or key
     advice = f"settings are written key=value, without dashes:  {meant}={value or '...'}"
     return Problem(word, "no such option", "command line", (advice,))
 
 
-def request_of(parsed: argparse.Namespace) -> Request:
-    """The parsed options as a request. Swept values are looked at one by one, each for itself."""
-    return Request(
-        overrides=tuple(parsed.overrides),
-        config_name=parsed.config_name or "config",
-        config_dir=parsed.config_dir,
-        config_path=parsed.config_path,
-    )
+def option(arguments: list[str], *names: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`."""
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else following
+    return None
+
+
+# help: the choices found on disk with a line each, the keys one needs most, examples
+
+HYDRA = """\
+Options are Hydra's: -m (several values), --cfg job (print, do nothing), --info, --config-dir DIR, -cn NAME;
+--hydra-help tells of them. Your own files: ./conf-user or $UFT_CONF (they win over the shipped ones)."""
+FIRST = ("objective", "data", "model", "optim", "hardware", "eval", "tracking", "experiment", "sweep", "debug")
+
+
+@dataclass(frozen=True)
+class Page:
+    """`uft VERB --help`."""
+
+    verb: str
+    keys: tuple[str, ...]
+    examples: Mapping[str, str]
+    usage: str = ""
+    notes: tuple[str, ...] = ()
+
+    def text(self, config_dir: str | None = None) -> str:
+        found = groups(config_dirs(config_dir))
+        lines = [
+            f"uft {self.verb}: {VERBS[self.verb]}",
+            "",
+            f"usage: {self.usage or f'uft {self.verb} [options] [key=value ...]'}",
+        ]
+        for group in (*(group for group in FIRST if group in found), *(group for group in found if group not in FIRST)):
+            lines += ["", f"{group}=", *columns({name: headline(file) for name, file in found[group].items()})]
+        return "\n".join(
+            [
+                *lines,
+                "",
+                "Keys one needs most  (all of them:  uft config)",
+                *columns({key: describe(key) for key in self.keys}),
+                "",
+                "Examples",
+                *columns(self.examples),
+                "",
+                *(f"  {note}" for note in self.notes),
+                HYDRA,
+            ]
+        )
+
+
+def columns(table: Mapping[str, str]) -> list[str]:
+    width = min(max((len(name) for name in table), default=0), 48)
+    return [f"  {name:<{width}}  {says}".rstrip() for name, says in table.items()]
+
+
+def describe(name: str) -> str:
+    """A key's line of help and its default in the schema."""
+    key = Key(Config)
+    for part in name.split("."):
+        key = keys_of(key.kind)[part]
+    choices = f" ({', '.join(map(written, key.rules['choices']))})" if "choices" in key.rules else ""
+    default = "" if key.default in (MISSING, None, {}, []) else f"  [{written(key.default)}]"
+    return f"{key.rules.get('help', '')}{choices}{default}"

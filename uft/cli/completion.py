@@ -59,15 +59,14 @@ def hydra_completion(arguments: list[str], program: str) -> int:
     """Let Hydra answer. It takes the program's name from argv."""
     import hydra
 
-    from uft.cli.train import run
-    from uft.config.loader import VERSION_BASE
-    from uft.config.places import conf_dir
-    from uft.config.register import register
+    from uft.cli.verbs import train_job
+    from uft.config.files import VERSION_BASE, register
+    from uft.config.messages import conf_dir
 
     register()
     sys.argv = [program, *arguments]
     try:
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)(run)()
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)(train_job)()
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else GOOD
     return GOOD

@@ -37,7 +37,7 @@ print(json.dumps({
 Section = Callable[[], dict[str, str]]
 
 
-def main(arguments: list[str]) -> int:
+def doctor(arguments: list[str]) -> int:
     argparse.ArgumentParser(
         prog="uft doctor",
         description="Versions, devices, disk, W&B and hub as uft sees them. No secrets.",
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
 
 
 def installed() -> dict[str, str]:
-    from uft.config.places import conf_dir, user_dir
+    from uft.config.messages import conf_dir, user_dir
     from uft.launch.provenance import versions
 
     yours = str(user_dir() or "none (./conf-user or $UFT_CONF)")

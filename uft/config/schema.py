@@ -1,18 +1,24 @@
-"""The schema of every configuration group but `objective`, whose schema is the objective's own dataclass.
+"""The schema of a configuration: every key with its type, default, range and one line of help.
 
-Stdlib dataclasses, so that OmegaConf checks types at composition. Ranges and choices stand beside the field as metadata
-(`ge`, `gt`, `le`, `lt`, `choices`) and are walked by :mod:`uft.config.checks`; `help` is one line for people.
-Nothing here imports torch.
+The groups are plain dataclasses, so that the program works with `config.train.steps`. `objective` has no dataclass:
+its keys are those of the objective's own class (:mod:`uft.config.objectives`). Ranges and choices stand beside the
+field as metadata (`ge`, `gt`, `le`, `lt`, `choices`); :mod:`uft.config.validate` checks values against them.
+Nothing here imports torch, Hydra or OmegaConf.
 """
 
 # (`_key` makes a field with a default_factory where the default is a list or a dict)
 
 from __future__ import annotations
 
+import dataclasses
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-from omegaconf import II, MISSING
+MISSING = "???"
+"""A value that has to be given, as OmegaConf writes it."""
 
 KINDS = ("demonstration", "preference", "binary", "scored", "negatives")
 COLUMNS = ("baseline_logp", "soft_label")
@@ -28,9 +34,9 @@ def _key(default: Any = MISSING, help: str = "", **rules: Any) -> Any:
 
 @dataclass
 class Seeds:
-    init: int = _key(II("seed"), "initial weights of adapters and heads")
-    data: int = _key(II("seed"), "order of the rows of every source")
-    sampling: int = _key(II("seed"), "generated text, dropout and noise")
+    init: int = _key("${seed}", "initial weights of adapters and heads")
+    data: int = _key("${seed}", "order of the rows of every source")
+    sampling: int = _key("${seed}", "generated text, dropout and noise")
 
 
 @dataclass
@@ -102,7 +108,7 @@ class ReferenceModel:
 @dataclass
 class Optim:
     name: str = _key("adamw", "optimiser", choices=("adamw", "rmsprop", "sgd"))
-    lr: float = _key(II("model.lr"), "peak learning rate", ge=0)
+    lr: float = _key("${model.lr}", "peak learning rate", ge=0)
     lr_scale: float = _key(1.0, "multiplies the whole schedule: the first remedy of arXiv 2507.00018 is 0.25", gt=0)
     betas: list[float] = _key([0.9, 0.999], "AdamW: decay of the two moments")
     eps: float = _key(1e-8, "added to the denominator", gt=0)
@@ -239,7 +245,7 @@ class Stage:
 class Config:
     seed: int = _key(0, "all seeds at once; seeds.* default to it")
     seeds: Seeds = field(default_factory=Seeds)
-    objective: Any = MISSING
+    objective: dict[str, Any] = _key({}, "what is minimised: its keys are those of conf/objective/NAME.yaml")
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     reference: ReferenceModel = field(default_factory=ReferenceModel)
@@ -253,3 +259,101 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     sweep: Sweep = field(default_factory=Sweep)
     stages: dict[str, Any] = _key({}, "a run of several stages (`Stage`), in this order: docs/pipelines.md")
+
+
+# the schema as a table of keys
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a group: the type of its value, its default and its rules."""
+
+    kind: Any
+    default: Any = MISSING
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def group(self) -> type | None:
+        """The dataclass that the value is, if it is a group."""
+        return self.kind if dataclasses.is_dataclass(self.kind) else None  # type: ignore[return-value]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the value is a group whose keys are names of the user's."""
+        return typing.get_origin(self.kind) in (dict, Mapping)
+
+
+NAMED: dict[Path, type] = {("data", "sources"): Source, ("stages",): Stage}
+"""Where entries have names of the user's, and the group that an entry is."""
+
+
+@cache
+def keys_of(group: type) -> dict[str, Key]:
+    """The keys of a group, in their order; fields with metadata `internal` are none."""
+    hints = typing.get_type_hints(group)
+    shown = [f for f in dataclasses.fields(group) if not f.metadata.get("internal")]
+    return {f.name: Key(hints[f.name], _default(f), f.metadata) for f in shown}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        made = field.default_factory()
+        return dataclasses.asdict(made) if dataclasses.is_dataclass(made) else made
+    return MISSING if field.default is dataclasses.MISSING else field.default
+
+
+def key_at(path: Path, objectives: Mapping[Path, Mapping[str, Key]]) -> Key | None:
+    """What stands at `path`; None for what the schema does not know. `objectives`: the keys of each, by its place."""
+    key: Key | None = Key(Config)
+    for depth, part in enumerate(path):
+        if key is None:
+            break
+        above = path[:depth]
+        if above in objectives:
+            key = objectives[above].get(part)
+        elif key.group:
+            key = keys_of(key.group).get(part)
+        elif above in NAMED:
+            key = Key(NAMED[above])
+        else:
+            key = Key(typing.get_args(key.kind)[1]) if key.is_open else None
+    return key
+
+
+def build(group: type, settings: Mapping[str, Any]) -> Any:
+    """The dataclass `group` of valid, complete settings."""
+    given = dict(settings)
+    for name, key in keys_of(group).items():
+        if key.group:
+            given[name] = build(key.group, settings[name])
+        elif key.kind == dict[str, Source]:
+            given[name] = {source: build(Source, one) for source, one in settings[name].items()}
+    return group(**given)
+
+
+def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[Path]]:
+    """(settings in builtins, references replaced by what they refer to; the paths of those that refer to nothing)."""
+    broken: set[Path] = set()
+    root: Any = None
+
+    def resolve(value: Any, path: Path) -> Any:
+        nonlocal root
+        if isinstance(value, Mapping):
+            return {str(name): resolve(item, (*path, str(name))) for name, item in value.items()}
+        if "${" in str(value):
+            from omegaconf import OmegaConf
+            from omegaconf.errors import OmegaConfBaseException
+
+            root = OmegaConf.create(dict(settings)) if root is None else root
+            try:
+                node = root
+                for part in path:
+                    node = node[part]
+                return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+            except OmegaConfBaseException:
+                broken.add(path)
+        return list(value) if isinstance(value, (list, tuple)) else value
+
+    return resolve(settings, ()), broken

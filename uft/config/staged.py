@@ -7,37 +7,37 @@ A stage is what the same request would be with the stage's objective and data ch
 2. what was typed for all stages. A key counts for every stage that has it; one that no stage has is a mistake;
 3. what was typed for this stage (`stages.NAME.set`).
 
-What is wrong with any stage is told at once, once if it is wrong in all of them.
+Everything that is wrong with any stage is told at once, once if it is wrong in all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from hydra._internal.config_repository import IConfigRepository
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import split_key
 
-from uft.config.fitting import apply, fill, new_key, unfit
-from uft.config.freeze import plain
-from uft.config.loader import Composed, Setting, leaves
-from uft.config.outline import OWN, SET, UNCLEAR, of_stages, outlined, own_keys, refused_choices, unknown_choices
-from uft.config.overrides import COMMAND_LINE, Sorted
-from uft.config.schema import Data
-from uft.config.stage_rules import fixed, rules
-from uft.config.stages import STAGES, differing
-from uft.config.suggest import hint, nearest
-from uft.config.translate import BROKEN, translate
-from uft.config.tree import OBJECTIVE, SOURCES, Tree, fields_of
+from uft.config.files import BROKEN, Files, Layers, translate
+from uft.config.frozen import plain
+from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
+from uft.config.schema import Path
+from uft.config.stages import MADE_BY, STAGES, differing, made, maker
+from uft.config.tree import NOT_TYPED, OBJECTIVE, Setting, Tree, leaves, path_of, settings_of
+from uft.config.words import Words
 from uft.errors import Problem
 
-Read = Callable[[tuple[str, ...]], Composed]
-"""What choices of groups come to."""
+SET = "set"
+SOURCES = ("data", "sources")
+OWN = (OBJECTIVE, "data")  # groups that a stage may choose for itself
+UNCLEAR = ""  # a choice that could not even be guessed: which keys the stage has is not known
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,59}")
+SAME = ("hardware", "tracking", "run", "sweep", STAGES)
+MODEL = ("path", "name", "revision", "trust_remote_code")
+MEASURED = ("holdout", "eval_path", "eval_split")
 
-Fitted = tuple[DictConfig, dict[str, str], dict[str, str | None], list[Problem], list[str]]
-"""Tree, origins, choices, problems, and the words that are right."""
+Settings = dict[str, Any]
 
 
 @dataclass
@@ -48,166 +48,234 @@ class Draft:
     does: str = ""
     tree: Tree = field(default_factory=Tree)
     problems: list[Problem] = field(default_factory=list)
-    choices: dict[str, str | None] = field(default_factory=dict)
-
-    def lacks(self, path: tuple[str, ...]) -> bool:
-        """Whether this is a key of another objective."""
-        return path[0] == OBJECTIVE and not self.tree.knows(path)
+    settings: Settings = field(default_factory=dict)  # in the end; empty where its files could not be read
 
     def knows(self, override: Override) -> bool:
         """Whether what was typed has a place here."""
-        path = tuple(split_key(override.key_or_group))
+        path = path_of(override)
         if override.is_delete():
-            return OmegaConf.select(self.tree.root, override.key_or_group, throw_on_missing=False) is not None
+            return self.tree.get(path) is not None
         if path[: len(SOURCES)] == SOURCES and (override.is_add() or override.is_force_add()):
             return True
-        value = override.value()
-        inner = [path + more for more, _ in leaves(value)] if isinstance(value, dict) and value else [path]
-        return not new_key(self.tree, path) and all(self.tree.knows(leaf) for leaf in inner)
+        known = all(self.tree.key_at(setting.path) is not None for setting in settings_of(override))
+        return known and not self.tree.is_new(path)
 
-    def finish(self, typed: Sequence[Setting]) -> None:
-        """What was typed for this stage alone, and the rules."""
-        if not self.choices:  # its files could not even be read
-            return
-        problems = [fixed(setting) or self.tree.put(setting) for setting in typed]
-        self.problems += [problem for problem in problems if problem is not None]
-        self.problems += unfit(self.tree).values()
+    def keys_at(self, place: Path) -> list[str]:
+        return [key for key in self.tree.keys_at(place) if key not in NOT_TYPED] or list(self.tree.get(place))
 
 
-def asked(files: Sequence[Sequence[Setting]], words: Sorted) -> bool:
-    """Whether the request has stages."""
-    set_in_files = any(setting.path[0] == STAGES and setting.path[1:] for settings in files for setting in settings)
-    return set_in_files or any(of_stages(override) for override in words.values)
+@dataclass
+class Outline:
+    """What a request says of its stages, before any of them is put together."""
+
+    tree: Tree = field(default_factory=Tree)
+    stages: dict[str, Settings] = field(default_factory=dict)  # valid; without the keys that they set
+    typed: dict[str, list[Setting]] = field(default_factory=dict)  # into the `set` of each
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, setting: Setting) -> None:
+        inside = setting.path[2:3] == (SET,)
+        problem = self.tree.put(replace(setting, path=setting.path[:2], value={}) if inside else setting)
+        self.problems += [problem] if problem else []
 
 
-def fit_stages(files: Sequence[Sequence[Setting]], words: Sorted, read: Read, repository: IConfigRepository) -> Fitted:
-    """Everything about a request with stages; `files` are those of its own choices."""
-    outline, typed, problems = outlined(files, words)
-    stages = outline.root[STAGES]
-    problems = [*words.problems, *problems, *refused_choices(words, outline)]
-    for name, stage in stages.items():
-        problems += unknown_choices(name, stage, outline, repository)
-    chosen = [*words.choices, *words.mended]
-    if any(stage[group] == UNCLEAR for stage in stages.values() for group in OWN):
-        return outline.root, outline.origins, {}, [*problems, *rules(outline, {})], chosen
-    run, drafts, lacking = drafts_of(stages, chosen, read)
-    problems += lacking
-    general = [override for override in words.values if not of_stages(override)]
-    known = [override for override in general if override.key_or_group.split(".")[0] not in words.unclear]
-    problems += [problem for override in known for problem in spread(override, drafts, run)]
-    for draft in drafts:
-        draft.finish(typed.get(draft.name, ()))
-    problems += [*together(drafts), *rules(outline, {draft.name: draft.tree for draft in drafts})]
-    if not problems:
-        freeze(run.tree, outline, drafts)
-    wrong = {problem.what for problem in problems}
-    right = [line for line in (*chosen, *(str(override.input_line) for override in words.values)) if line not in wrong]
-    return run.tree.root, run.tree.origins, run.choices, problems, right
+def has_stages(layers: Layers, words: Words) -> bool:
+    in_files = any(setting.path[0] == STAGES and setting.path[1:] for settings in layers.files for setting in settings)
+    return in_files or any(path_of(override)[0] == STAGES for override in words.values)
+
+
+def compose_stages(
+    layers: Layers, words: Words, files: Files
+) -> tuple[Settings, Tree, dict[str, str], list[Problem], list[str]]:
+    """(the run's settings with its resolved stages, its tree, where each value was set, problems, the right words).
+
+    `layers` are those of the request's own choices.
+    """
+    outline = outlined(layers, words)
+    problems = [*outline.problems, *refused_choices(outline, words), *unknown_choices(outline, files)]
+    if any(stage[group] == UNCLEAR for stage in outline.stages.values() for group in OWN):
+        origins = {key: setting.where for key, setting in outline.tree.origins.items()}
+        problems += [problem for name in outline.stages for problem in rules(name, None, outline)]
+        return Tree().judge()[0], outline.tree, origins, problems, list(words.chosen)
+    lacking: dict[tuple[str, str], list[str]] = {}
+    fits = [name for name, stage in outline.stages.items() if stage["do"] == "fit"]
+    last = outline.stages[fits[-1]] if fits else None
+    drafts = []
+    for name, stage in outline.stages.items():
+        own = {OBJECTIVE: (stage if stage["do"] == "fit" or last is None else last)[OBJECTIVE], "data": stage["data"]}
+        drafts.append(drafted(Draft(name, stage["do"]), own, words, files, lacking))
+    run = drafted(Draft(""), {group: last[group] for group in OWN} if last else {}, words, files, {})
+    fitting = [draft for draft in drafts if draft.does == "fit"]
+    for (where, text), having in lacking.items():
+        if len(having) == len(fitting):
+            problems.append(missing(text, where, fitting))
+    for override in words.values:
+        group = path_of(override)[0]
+        if group != STAGES and group not in words.unclear:
+            problems += spread(override, drafts, run)
+    for draft in (run, *drafts):
+        for setting in outline.typed.get(draft.name, ()):
+            problem = fixed(setting) or draft.tree.put(setting)
+            draft.problems += [problem] if problem else []
+        draft.settings, wrong = draft.tree.judge()
+        draft.problems += wrong.values()
+    problems += together(drafts)
+    problems += [problem for draft in drafts for problem in rules(draft.name, draft, outline)]
+    if outline.stages and not fits:
+        problems.append(Problem(STAGES, "none of them trains anything", advice=("one of them must be  do: fit",)))
+    templates = {draft.name: draft.settings["data"]["template"] for draft in drafts}
+    if len(set(templates.values())) > 1:  # the evaluation is one for all stages
+        each = ", ".join(f"{name}: {template}" for name, template in templates.items())
+        why = "is one for all stages, which are measured alike"
+        problems.append(Problem("data.template", why, advice=(each,)))
+    settings, origins = put_together(run, drafts, outline)
+    wrong_words = {problem.what for problem in problems}
+    lines = [*words.chosen, *(str(override.input_line) for override in words.values)]
+    return settings, run.tree, origins, problems, [line for line in lines if line not in wrong_words]
+
+
+# what the request says of them
+
+
+def outlined(layers: Layers, words: Words) -> Outline:
+    outline = Outline()
+    for settings in layers.files:
+        for setting in settings:
+            if setting.path[0] == STAGES and setting.path[1:]:
+                outline.add(setting)
+    for override in words.values:
+        path, line, names = path_of(override), str(override.input_line), list(outline.tree.values[STAGES])
+        if path[0] != STAGES:
+            continue
+        if override.is_delete():
+            outline.problems += outline.tree.apply(override)
+        elif path[1:] and path[1] not in names and not (override.is_add() or override.is_force_add()):
+            near = nearest(path[1], names)
+            advice = hint(near and f"{STAGES}.{near}", STAGES, names)
+            outline.problems.append(Problem(line, "no such stage", COMMAND_LINE, (advice,)))
+        else:
+            for setting in own_keys(path, override.value(), COMMAND_LINE, line):
+                outline.add(setting)
+                if setting.path[2:3] == (SET,) and (setting.path[3:] or setting.value not in (None, {})):
+                    outline.typed.setdefault(path[1], []).append(replace(setting, path=setting.path[3:]))
+    for name in outline.tree.values[STAGES]:
+        outline.stages[name], wrong = outline.tree.finish((STAGES, name))
+        outline.problems += wrong.values()
+    return outline
+
+
+def own_keys(path: Path, value: object, where: str, text: str) -> Iterator[Setting]:
+    """The keys below `path`, whether they were written `objective.beta: 0.3` or as a tree; () where there are none."""
+    for more, item in leaves(value) if isinstance(value, dict) and value else [((), value)]:
+        key = tuple(part for part in ".".join((*path, *more)).split(".") if part)
+        if key or item not in (None, {}):
+            yield Setting(key, item, where, text)
+
+
+def refused_choices(outline: Outline, words: Words) -> Iterator[Problem]:
+    """`objective=kto` where every stage names its own."""
+    for group in OWN:
+        naming = {name: s for name, s in outline.stages.items() if group == "data" or s["do"] == "fit"}
+        if not naming or any(stage[group] is None for stage in naming.values()):
+            continue
+        for line in words.choices:
+            key, _, option = line.lstrip("+").partition("=")
+            if key == group:
+                each = "   or  ".join(f"{STAGES}.{name}.{group}={option}" for name in naming)
+                why = f"every stage has {'an objective' if group == OBJECTIVE else 'data'} of its own"
+                yield Problem(line, why, COMMAND_LINE, (f"for one of them:  {each}",))
+
+
+def unknown_choices(outline: Outline, files: Files) -> Iterator[Problem]:
+    """Objectives and data that have no file. The stage then has the one that was probably meant."""
+    for name, stage in outline.stages.items():
+        for group in OWN:
+            option, key = stage[group], f"{STAGES}.{name}.{group}"
+            if option is not None and not files.has(group, option):
+                advice, meant = no_such_option(group, option, files.options(group), key)
+                yield Problem(f"{key}={option}", f"no such file in conf/{group}", outline.tree.where(key), advice)
+                stage[group] = meant.partition("=")[2] if meant else UNCLEAR
 
 
 # every stage
 
 
-def drafts_of(
-    stages: Mapping[str, DictConfig], chosen: Sequence[str], read: Read
-) -> tuple[Draft, list[Draft], list[Problem]]:
-    """(the run's own tree, that of every stage, keys of the files that no stage has)."""
-    last = next((stage for stage in reversed(list(stages.values())) if stage.do == "fit"), None)
-    lacking: dict[tuple[str, str], list[Setting]] = {}
-    drafts = []
-    for name, stage in stages.items():
-        objective = last if last is not None and stage.do != "fit" else stage
-        own = {OBJECTIVE: objective.objective, "data": stage.data}
-        drafts.append(drafted(name, stage.do, own, chosen, read, lacking))
-    run = drafted("", "", {group: last[group] for group in OWN} if last is not None else {}, chosen, read, {})
-    fits = [draft for draft in drafts if draft.does == "fit"]
-    nowhere = [found[0] for found in lacking.values() if len(found) == len(fits)]
-    return run, drafts, [missing(setting.text, setting.where, fits) for setting in nowhere]
-
-
 def drafted(
-    name: str,
-    does: str,
-    own: dict[str, str | None],
-    chosen: Sequence[str],
-    read: Read,
-    lacking: dict[tuple[str, str], list[Setting]],
+    draft: Draft,
+    own: Mapping[str, str | None],
+    words: Words,
+    files: Files,
+    lacking: dict[tuple[str, str], list[str]],
 ) -> Draft:
     """A stage as the files have it. Keys of other objectives, set for all stages, are noted in `lacking`."""
-    draft = Draft(name, does)
     replaced = {group: option for group, option in own.items() if option is not None}
-    others = [line for line in chosen if line.lstrip("+").partition("=")[0] not in replaced]
-    choices = (*others, *(f"{group}={option}" for group, option in replaced.items()))
+    others = [line for line in words.chosen if line.lstrip("+").partition("=")[0] not in replaced]
     try:
-        files, draft.choices = read(choices)
+        layers = files.layers((*others, *(f"{group}={option}" for group, option in replaced.items())))
     except BROKEN as error:
         draft.problems.append(translate(error))
         return draft
 
     def leave(setting: Setting) -> bool:
-        if setting.text.startswith(f"{STAGES}.") or not draft.lacks(setting.path):
+        foreign = setting.path[0] == OBJECTIVE and draft.tree.key_at(setting.path) is None
+        if setting.text.startswith(f"{STAGES}.") or not foreign:
             return False
-        if does == "fit":
-            lacking.setdefault((setting.where, setting.text), []).append(setting)
+        if draft.does == "fit":
+            lacking.setdefault((setting.where, setting.text), []).append(draft.name)
         return True
 
-    settings = list(in_order(files, name))
-    draft.problems += [problem for setting in settings if (problem := own_problem(setting)) is not None]
-    draft.problems += fill(draft.tree, [s for s in settings if own_problem(s) is None], leave)
+    kept = []
+    for settings in layers.files:
+        kept += [setting for setting in settings if setting.path[0] != STAGES]
+        for setting in settings:
+            if setting.path[:3] == (STAGES, draft.name, SET):
+                for one in own_keys(setting.path[3:], setting.value, setting.where, setting.text):
+                    problem = fixed(one)
+                    draft.problems += [problem] if problem else []
+                    kept += [] if problem else [one]
+    draft.problems += draft.tree.fill(kept, leave)
     return draft
 
 
-def in_order(files: Sequence[Sequence[Setting]], name: str) -> Iterator[Setting]:
-    """Settings as they count for a stage."""
-    for settings in files:
-        yield from (setting for setting in settings if setting.path[0] != STAGES)
-        for setting in settings:
-            if setting.path[:3] == (STAGES, name, SET):
-                yield from own_keys(setting.path[3:], setting.value, setting.where, setting.text)
-
-
-def own_problem(setting: Setting) -> Problem | None:
-    """What is wrong with a key that stands in a `set`, whatever its value."""
-    return fixed(setting) if setting.text.startswith(f"{STAGES}.") else None
+def fixed(setting: Setting) -> Problem | None:
+    """A key that no stage can have for itself, or None."""
+    why, advice, path = "", (), setting.path
+    if not path:
+        why = "must be a group of keys"
+    elif path in ((OBJECTIVE,), ("data",)):
+        why, advice = "is chosen by the stage", (f"beside set, not in it:  {path[0]}: {written(setting.value)}",)
+    elif path[0] in SAME:
+        why = f"{path[0]} is the same in all stages"
+    elif path[0] == "model" and path[1:2] and path[1] in MODEL:
+        why = "a stage starts from the model that the stage before it left"
+    elif path in (("generate", "out"), ("annotate", "out")):
+        why = "a stage writes into a folder of its own"
+    return Problem(setting.text, why, setting.where, advice) if why else None
 
 
 def spread(override: Override, drafts: Sequence[Draft], run: Draft) -> Iterator[Problem]:
     """Put what was typed for all stages into those that have the key; yields the problem where none has it."""
     if run.knows(override):
-        run.problems += apply(run.tree, override)
-    having = [draft for draft in drafts if draft.knows(override)]
-    for draft in having:
-        draft.problems += apply(draft.tree, override)
-    path = tuple(split_key(override.key_or_group))
+        run.problems += run.tree.apply(override)
+    path, having = path_of(override), [draft for draft in drafts if draft.knows(override)]
     fits = [draft for draft in drafts if draft.does == "fit"]
     if not having and override.package is None and path[0] in OWN and path[1:] and fits:
         yield missing(str(override.input_line), COMMAND_LINE, fits if path[0] == OBJECTIVE else drafts)
-    elif not having:
-        yield from apply((drafts or [run])[-1].tree, override)
+    else:
+        for draft in having or drafts:
+            draft.problems += draft.tree.apply(override)
 
 
 def missing(text: str, where: str, drafts: Sequence[Draft]) -> Problem:
     """A key that no stage has, with the keys of each."""
     path = tuple(text.lstrip("+").partition("=")[0].split("."))
     place = SOURCES if path[: len(SOURCES)] == SOURCES else path[:1]
-    keys = {draft.name: keys_at(draft, place) for draft in drafts}
+    keys = {draft.name: draft.keys_at(place) for draft in drafts}
     near = nearest(path[len(place)], sorted({key for own in keys.values() for key in own}))
-    meant = ".".join((*place, near, *path[len(place) + 1 :])) if near else None
+    meant = [hint(".".join((*place, near, *path[len(place) + 1 :])), "", ())] if near else []
     group = place[0]
-    each = [
-        f"{draft.name} ({group}={OmegaConf.select(draft.tree.root, f'{group}.name', throw_on_missing=False)}): "
-        + ", ".join(keys[draft.name])
-        for draft in drafts
-    ]
-    return Problem(text, "no such key in any stage", where, (*([hint(meant, "", ())] if meant else []), *each))
-
-
-def keys_at(draft: Draft, place: tuple[str, ...]) -> list[str]:
-    node = OmegaConf.select(draft.tree.root, ".".join(place), throw_on_missing=False)
-    if not isinstance(node, DictConfig):
-        return []
-    known = fields_of(node)
-    return list(node) if known is None else [key for key in known if key not in ("name", "method")]
+    each = [f"{d.name} ({group}={d.tree.get((group, 'name'))}): {', '.join(keys[d.name])}" for d in drafts]
+    return Problem(text, "no such key in any stage", where, (*meant, *each))
 
 
 def together(drafts: Sequence[Draft]) -> Iterator[Problem]:
@@ -224,24 +292,76 @@ def together(drafts: Sequence[Draft]) -> Iterator[Problem]:
             yield replace(problem, advice=(*problem.advice, where))
 
 
-# what comes of it
+# rules about stages
 
 
-def freeze(run: Tree, outline: Tree, drafts: Sequence[Draft]) -> None:
-    """Give the run's tree its resolved stages, and the objective and the data of its last fit stage."""
-    last = [draft for draft in drafts if draft.does == "fit"][-1]
-    whole = {draft.name: plain(draft.tree.root) for draft in drafts}
-    run.root.objective = OmegaConf.create(whole[last.name]["objective"])
-    run.root.data = OmegaConf.merge(OmegaConf.structured(Data), whole[last.name]["data"])
-    for group in OWN:
-        own = f"{group}."
-        run.origins = {key: where for key, where in run.origins.items() if not key.startswith(own)}
-        run.origins |= {key: where for key, where in last.tree.origins.items() if key.startswith(own)}
-    settings = plain(run.root)
+def rules(name: str, draft: Draft | None, outline: Outline) -> Iterator[Problem]:
+    """Everything that is wrong with a stage beside the others: its name, its kind, what it takes from earlier ones."""
+    key, stage = f"{STAGES}.{name}", outline.stages[name]
+    where = next((s.where for own, s in outline.tree.origins.items() if own.startswith(f"{key}.")), "")
+    if not NAME.fullmatch(name):
+        yield Problem(key, "names a folder: letters, digits, - and _, a letter first", where)
+    if stage["reference"] != "start" and stage["do"] in ("generate", "annotate"):
+        yield Problem(f"{key}.reference={stage['reference']}", f"has no meaning where do={stage['do']}", where)
+    if draft is None:
+        return
+    names = list(outline.stages)
+    earlier = {other: outline.stages[other]["do"] for other in names[: names.index(name)]}
+    trained = [other for other, do in earlier.items() if do == "fit"]
+    yield from handed_on(draft, earlier)
+    if stage["do"] == "annotate":
+        if draft.settings["annotate"]["column"] is None:
+            advice = f"{key}.set={{annotate.column: baseline_logp}}"
+            yield Problem(key, "which column to write is not said", where, (advice,))
+        for path in draft.settings["annotate"]["models"]:
+            if made(path) and maker(path) not in trained:
+                advices = no_such_stage(path, "stages before this one that train", trained)
+                place = draft.tree.where("annotate.models")
+                yield Problem(f"annotate.models=[{path}]", "no such stage before this one", place, advices)
+    if stage["reference"] == "initial" and draft.settings["reference"]["path"] is not None:
+        yield Problem(f"{key}.reference=initial", "and reference.path both name the reference", where)
+
+
+def handed_on(draft: Draft, earlier: Mapping[str, str]) -> Iterator[Problem]:
+    """Sources whose rows an earlier stage makes; `earlier`: what each of these does."""
+    makers = [stage for stage, do in earlier.items() if do != "fit"]
+    for source, node in draft.settings["data"]["sources"].items():
+        if not made(node["path"]):
+            continue
+        key, path = f"data.sources.{source}", node["path"]
+        what, where = f"{key}.path={path}", draft.tree.where(f"{key}.path")
+        if earlier.get(maker(path)) == "fit":
+            yield Problem(what, f"stage {maker(path)} trains and leaves no rows", where)
+        elif maker(path) not in makers:
+            advices = no_such_stage(path, "stages before this one that make rows", makers)
+            yield Problem(what, "no such stage before this one", where, advices)
+        for leaf in MEASURED:
+            if node.get(leaf):
+                why = f"what {path} holds out is measured: rows to measure on are there before the first step"
+                yield Problem(f"{key}.{leaf}", why, draft.tree.where(f"{key}.{leaf}"))
+
+
+def no_such_stage(path: str, label: str, stages: Sequence[str]) -> tuple[str, ...]:
+    near = nearest(maker(path), stages)
+    advice = hint(near and f"{MADE_BY}{near}", label, stages)
+    return (advice,) if advice else ()
+
+
+def put_together(run: Draft, drafts: Sequence[Draft], outline: Outline) -> tuple[Settings, dict[str, str]]:
+    """(the run's settings with its resolved stages, and the objective and data of its last fit stage; origins)."""
+    settings = plain(run.settings)
+    origins = {key: setting.where for key, setting in run.tree.origins.items()}
+    last = next((draft for draft in reversed(drafts) if draft.does == "fit"), None)
+    for group in OWN if last else ():
+        assert last is not None
+        settings[group] = last.settings[group]
+        origins = {key: where for key, where in origins.items() if not key.startswith(f"{group}.")}
+        origins |= {key: s.where for key, s in last.tree.origins.items() if key.startswith(f"{group}.")}
+    stages: Settings = {}
     for draft in drafts:
-        stage = outline.root[STAGES][draft.name]
-        what = {"do": stage.do, "reference": stage.reference} if stage.do == "fit" else {"do": stage.do}
-        run.root[STAGES][draft.name] = {**what, "config": differing(whole[draft.name], settings)}
-        prefix = f"{STAGES}.{draft.name}."
-        run.origins |= {f"{prefix}config.{key}": where for key, where in draft.tree.origins.items()}
-        run.origins |= {key: where for key, where in outline.origins.items() if key.startswith(prefix)}
+        stage, prefix = outline.stages[draft.name], f"{STAGES}.{draft.name}."
+        head = {"do": stage["do"], "reference": stage["reference"]} if draft.does == "fit" else {"do": stage["do"]}
+        stages[draft.name] = {**head, "config": differing(plain(draft.settings), settings)}
+        origins |= {f"{prefix}config.{key}": setting.where for key, setting in draft.tree.origins.items()}
+        origins |= {key: s.where for key, s in outline.tree.origins.items() if key.startswith(prefix)}
+    return settings | {STAGES: stages}, origins

@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from uft.config.freeze import ABSENT, difference, plain
-from uft.config.load import typed
+from uft.config.frozen import ABSENT, difference, plain, tree_of, typed
 from uft.config.schema import Config
 
 STAGES = "stages"
 MADE_BY = "stage:"
 """How a source's path names the rows that an earlier stage made, and a model path the model of an earlier stage."""
 
+FILE = "config.yaml of the run"
 ROWS = "rows.jsonl"
 
 WORK = ("generate.", "annotate.")
@@ -66,6 +66,18 @@ def expanded(settings: Settings) -> dict[str, dict[str, Any]]:
     """Stage -> its whole configuration, from the resolved one of the run."""
     own = {key: value for key, value in settings.items() if key != STAGES}
     return {name: {**own, **node["config"]} for name, node in settings.get(STAGES, {}).items()}
+
+
+def completed(settings: Settings) -> dict[str, Any]:
+    """A frozen configuration as this version writes it: keys that came since have their defaults, in stages too.
+
+    Raises UftError for one that another version wrote, with keys that are none here.
+    """
+    run = plain(tree_of(settings, FILE).values)
+    stages = {}
+    for name, whole in expanded(settings).items():
+        stages[name] = {**settings[STAGES][name], "config": differing(plain(tree_of(whole, FILE).values), run)}
+    return run | ({STAGES: stages} if stages else {})
 
 
 def differing(whole: Settings, run: Settings) -> dict[str, Any]:

@@ -1,155 +1,358 @@
-"""A typed configuration tree that is filled one setting at a time, so that one bad setting does not hide the next."""
+"""Settings of files and of the command line laid one over the other, each with its place and what is wrong with it.
+
+A setting that cannot stand is told of and left out, and the whole is judged at the end, so that one mistake does not
+hide the next. Nothing here imports Hydra: a worker reads its frozen configuration with it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import types
 import typing
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from uft.config.loader import Setting
-from uft.config.places import config_dirs, groups
-from uft.config.register import objective_schema, objective_schemas
-from uft.config.schema import Config, Source, Stage
-from uft.config.suggest import expected, hint, listing, nearest, right_type, written
+from uft.config.messages import (
+    COMMAND_LINE,
+    belongs_to,
+    config_dirs,
+    expected,
+    groups,
+    hint,
+    listing,
+    nearest,
+    right_type,
+    written,
+)
+from uft.config.objectives import parameters
+from uft.config.rules import rules_broken
+from uft.config.schema import MISSING, NAMED, Config, Key, Path, key_at, keys_of, resolved
 from uft.errors import Problem
 
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
 OBJECTIVE = "objective"
-SOURCES = ("data", "sources")
-NAMED: dict[tuple[str, ...], type] = {SOURCES: Source, ("stages",): Stage}
-"""Where entries have names of the user's, and what an entry is."""
-NOT_CHOSEN = ("name", "method")  # keys of an objective that its file sets and nobody types
+NOT_TYPED = ("name", "method")  # keys of an objective that its file sets and nobody types
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value that a file or the command line sets."""
+
+    path: tuple[str, ...]
+    value: Any
+    where: str  # "command line", "conf/data/mix.yaml:12"
+    text: str  # as it was written, roughly: "objective.bta=0.2"
+
+    @property
+    def key(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def file(self) -> str:
+        """Where, without the line."""
+        return self.where.rpartition(":")[0] or self.where
+
+
+def leaves(value: Mapping[Any, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path, value) of everything in a nested dict that is not itself a filled dict."""
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from leaves(item, (*prefix, str(key)))
+        else:
+            yield (*prefix, str(key)), item
+
+
+def path_of(override: Override) -> Path:
+    return tuple(re.findall(r"[^.\[\]]+", override.key_or_group))
+
+
+def settings_of(override: Override) -> Iterator[Setting]:
+    """The settings that an override comes to: one, or one for each leaf of a dict."""
+    path, value = path_of(override), override.value()
+    for more, item in leaves(value) if isinstance(value, dict) and value else [((), value)]:
+        yield Setting((*path, *more), item, COMMAND_LINE, str(override.input_line))
 
 
 class Tree:
-    """The configuration while it is put together."""
+    """A configuration while it is put together: nested values, references unresolved, and the origin of each.
+
+    A setting that cannot stand is told of and left out, so that one mistake does not hide the next.
+    """
 
     def __init__(self) -> None:
-        self.root: DictConfig = OmegaConf.structured(Config)
-        self.origins: dict[str, str] = {}
+        self.values: dict[str, Any] = dataclasses.asdict(Config())
+        self.origins: dict[str, Setting] = {}
+        self.objectives: dict[Path, dict[str, Key]] = {}  # by the place of an objective: the keys it has
 
-    def use_objective(self, setting: Setting, keys: Iterable[str]) -> Problem | None:
-        """Give `objective` those `keys` of its method that its file names."""
-        schemas, method = objective_schemas(), str(setting.value)
-        if method not in schemas:
-            meant = nearest(method, schemas)
-            advice = hint(meant and f"{setting.key}={meant}", "methods", list(schemas))
-            return Problem(f"{setting.key}={method}", "no such method", setting.where, (advice,))
-        OmegaConf.update(self.root, ".".join(setting.path[:-1]), OmegaConf.structured(objective_schema(method, keys)))
-        return None
+    def fill(self, settings: Sequence[Setting], leave: Callable[[Setting], bool] | None = None) -> list[Problem]:
+        """Lay the settings of files: an objective's method first, since it decides about its other keys.
 
-    def node_at(self, path: tuple[str, ...]) -> tuple[DictConfig | None, int]:
-        """(the deepest mapping on the way to `path`, how many parts of `path` lead to it); None where a leaf is in
-        the way."""
-        node, depth = self.root, 0
-        for depth, part in enumerate(path[:-1]):
-            child = node._get_node(part) if part in node else None
-            if not isinstance(child, DictConfig) or child._is_none() or child._is_missing():
-                return (node if child is None else None), depth
-            node = child
-        return node, len(path) - 1
-
-    def knows(self, path: tuple[str, ...]) -> bool:
-        """Whether the schema has this key: a field of a dataclass, or anything in a dict of free keys."""
-        node, depth = self.node_at(path)
-        if node is None or depth < len(path) - 1:
-            return False
-        keys = fields_of(node)
-        return keys is None or path[-1] in keys
+        An objective has the keys that its file names: a method knows more of them than one preset of it has a use for
+        (`objective=dpo` says nothing of `lam`). It may hold others (`per_kind`), which come after it. `leave`, asked of
+        each setting when its turn comes, leaves it out.
+        """
+        problems: list[Problem] = []
+        methods = {s.path[:-1]: s for s in settings if s.path[0] == OBJECTIVE and s.path[-1] == "method"}
+        for place, method in sorted(methods.items(), key=lambda item: len(item[0])):
+            inside = [s for s in settings if s.path[: len(place)] == place]
+            known = parameters().get(str(method.value))
+            if known is not None:
+                named = [s for s in inside if s.file == method.file or s.path[len(place) + 1 :] == ("method",)]
+                names = dict.fromkeys(s.path[len(place)] for s in named)
+                self.objectives[place] = {name: known[name] for name in names if name in known}
+            else:
+                problems.append(no_such_method(method.key, method.value, method.where))
+                settings = [s for s in settings if s not in inside]
+        for setting in settings:
+            if not (leave and leave(setting)) and (problem := self.put(setting)):
+                problems.append(problem)
+        return problems
 
     def put(self, setting: Setting) -> Problem | None:
-        """Set one value, or say why it cannot be set."""
-        path = setting.path
-        for place, kind in NAMED.items():
-            if path[: len(place)] == place and len(path) > len(place):
-                OmegaConf.select(self.root, ".".join(place)).setdefault(path[len(place)], OmegaConf.structured(kind))
-                if len(path) == len(place) + 1:
-                    return None if setting.value in (None, {}) else bad_type(setting, kind)
-        if not self.knows(path):
-            return self.unknown(setting)
-        node, _ = self.node_at(path)
-        try:
-            OmegaConf.update(self.root, setting.key, setting.value, merge=True, force_add=True)
-        except (OmegaConfBaseException, OverflowError):  # a whole number too large to be a float
-            return bad_type(setting, field_type(node, path[-1]))
-        self.origins[setting.key] = setting.where
+        """Lay one value over what is there, or say why it cannot be."""
+        path, value, node = setting.path, setting.value, self.values
+        for depth, part in enumerate(path, 1):
+            key = self.key_at(path[:depth])
+            if key is None:
+                return self.unknown(setting, path[:depth])
+            if depth < len(path):
+                if not (key.group or key.is_open or key.kind is Any):
+                    why = f"{'.'.join(path[:depth])} is a value and has no keys of its own"
+                    return Problem(setting.text, why, setting.where)
+                node = self._below(node, part, key)
+        if value is None and path[:-1] in NAMED:  # an entry of which nothing is said
+            value = {}
+        if key.group or key.is_open:
+            if not isinstance(value, dict):
+                return self.wrong_type(setting)
+            self._below(node, path[-1], key)
+        else:
+            try:
+                node[path[-1]] = converted(key.kind, value)
+            except (TypeError, ValueError, OverflowError):
+                return self.wrong_type(setting)
+        self.origins[setting.key] = setting
         return None
 
-    def remove(self, path: tuple[str, ...]) -> None:
-        node, depth = self.node_at(path)
-        if node is not None and depth == len(path) - 1:
-            node.pop(path[-1], None)
-        key = ".".join(path)
-        self.origins = {k: v for k, v in self.origins.items() if k != key and not k.startswith(f"{key}.")}
+    @staticmethod
+    def _below(node: dict[str, Any], part: str, key: Key) -> dict[str, Any]:
+        """The group `part` of a node, made with its defaults if it is not there."""
+        if not isinstance(node.get(part), dict):
+            node[part] = dataclasses.asdict(key.group()) if key.group else {}
+        return node[part]  # type: ignore[no-any-return]
 
-    def value(self, key: str) -> Any:
-        """What is at a dotted key, resolved where it can be; None where nothing is."""
-        value = OmegaConf.select(self.root, key, throw_on_missing=False, throw_on_resolution_failure=False)
-        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    def apply(self, override: Override) -> list[Problem]:
+        """Lay one override of the command line, or say what is wrong with it."""
+        line, path = str(override.input_line), path_of(override)
+        added = override.is_add() or override.is_force_add()
+        why, advice = "", ()
+        if override.package is not None:
+            why = f"{override.key_or_group} is not a group"
+        elif override.is_delete():
+            parent, above = self.get(path[:-1]), self.key_at(path[:-1])
+            if above and above.is_open and path[:-1] not in self.objectives and path[-1] in parent:
+                parent.pop(path[-1])
+                own = ".".join(path)
+                kept = {k: s for k, s in self.origins.items() if k != own and not k.startswith(f"{own}.")}
+                self.origins = kept
+                return []
+            why = "only named sources, stages and free keys can be removed"
+        elif override.is_add() and self.get(path) is not None and not isinstance(override.value(), (dict, list)):
+            why, advice = "has a value already", (f"without the +:  {line[1:]}",)
+        elif self.is_new(path) and not added:
+            why, advice = f"nothing of that name in {'.'.join(path[:-1])}", (f"to add it:  +{line}",)
+        else:
+            return [problem for setting in settings_of(override) if (problem := self.put(setting))]
+        return [Problem(line, why, COMMAND_LINE, advice)]
 
-    def unknown(self, setting: Setting) -> Problem:
-        """The problem of a key that is not in the schema."""
-        path = setting.path
-        node, depth = self.node_at(path)
-        if node is None:
-            parent = ".".join(path[: depth + 1])
-            return Problem(setting.text, f"{parent} is a value and has no keys of its own", setting.where)
-        prefix, siblings = path[:depth], fields_of(node) or []
-        near = nearest(path[depth], siblings)
-        meant = ".".join((*prefix, near, *path[depth + 1 :])) if near else self.elsewhere(path)
+    def get(self, path: Path) -> Any:
+        """The value at a path, unresolved; None where there is none."""
+        node: Any = self.values
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        return None if node == MISSING else node
+
+    def key_at(self, path: Path) -> Key | None:
+        return key_at(path, self.objectives)
+
+    def is_new(self, path: Path) -> bool:
+        """Whether `path` leads to a new entry of free keys, the one place where + is right."""
+        for depth in range(2, len(path)):
+            key = self.key_at(path[:depth])
+            if key and key.is_open and path[depth] not in (self.get(path[:depth]) or {}):
+                return True
+        return False
+
+    def judge(self) -> tuple[dict[str, Any], dict[str, Problem]]:
+        """(the settings, references resolved; what is wrong with their values, by dotted key).
+
+        In the settings defaults stand in for wrong values.
+        """
+        settings, wrong = self.finish(())
+        method = settings[OBJECTIVE].get("method")
+        if not settings[OBJECTIVE]:
+            wrong[OBJECTIVE] = Problem(OBJECTIVE, "not chosen", advice=(f"give it:  {OBJECTIVE}=...",))
+        elif method not in parameters():
+            key = f"{OBJECTIVE}.method"
+            wrong[key] = no_such_method(key, method, self.where(key))
+        typed = [key for key, setting in self.origins.items() if setting.where == COMMAND_LINE]
+        for key, why, advice in rules_broken(settings, wrong.keys(), typed):
+            wrong[key] = self.against_rule(key, why, advice, _at(settings, tuple(key.split("."))))
+        return settings, wrong
+
+    def finish(self, below: Path) -> tuple[dict[str, Any], dict[str, Problem]]:
+        """(what is below a path, references resolved; missing values, and those out of range or no choice)."""
+        whole, lost = resolved(self.values)
+        wrong: dict[str, Problem] = {}
+
+        def walk(node: dict[str, Any], path: Path) -> None:
+            for name, value in node.items():
+                here, raw = (*path, name), self.get((*path, name))
+                key, text = self.key_at(here), ".".join(here)
+                if isinstance(value, dict):
+                    walk(value, here)
+                elif value == MISSING:
+                    wrong[text] = Problem(text, "has no value", self.where(text), (f"give it:  {text}=...",))
+                elif here in lost:
+                    wrong[text] = self.against_rule(text, f"refers to something that has no value: {raw}", (), None)
+                elif key is not None:
+                    try:
+                        node[name] = value = converted(key.kind, value)
+                    except (TypeError, ValueError, OverflowError):
+                        reference = REFERENCE.fullmatch(str(raw))
+                        if not (reference and reference[1] in wrong):
+                            wrong[text] = self.wrong_type(Setting(here, value, self.where(text), text))
+                    else:
+                        if found := out_of_range(text, key, value):
+                            wrong[text] = self.against_rule(text, *found, value)
+                if text in wrong and key is not None:
+                    node[name] = key.default
+
+        walk(_at(whole, below), below)
+        return _at(whole, below), wrong
+
+    # in words
+
+    def where(self, key: str) -> str:
+        setting = self.origins.get(key)
+        return setting.where if setting else ""
+
+    def against_rule(self, key: str, why: str, advice: tuple[str, ...], value: Any) -> Problem:
+        what = key if value in (None, {}) else f"{key}={written(value)}"
+        return Problem(what, why, self.where(key), advice)
+
+    def wrong_type(self, setting: Setting) -> Problem:
+        key = self.key_at(setting.path)
+        kind = key.kind if key else None
+        advice = (f"its keys: {listing(keys_of(key.group))}",) if key and key.group else right_type(kind, setting.value)
+        what = setting.text if "=" in setting.text else f"{setting.text}={written(setting.value)}"
+        return Problem(what, f"must be {expected(kind)}", setting.where, advice)
+
+    def unknown(self, setting: Setting, path: Path) -> Problem:
+        """The problem of a key, at `path` or above the setting, that the schema does not have."""
+        prefix, siblings = path[:-1], self.keys_at(path[:-1])
+        near = nearest(path[-1], siblings)
+        meant = ".".join((*prefix, near, *setting.path[len(path) :])) if near else self.elsewhere(setting.path[-1])
         if len(path) == 1 and near in groups(config_dirs()):
             meant = f"{near}={written(setting.value)}"
-        shown = [key for key in siblings if prefix[:1] != (OBJECTIVE,) or key not in NOT_CHOSEN]
+        shown = [key for key in siblings if prefix[:1] != (OBJECTIVE,) or key not in NOT_TYPED]
         advice = hint(meant, "keys" if prefix else "groups and keys", shown)
         more = belongs_to(path[-1]) if prefix[:1] == (OBJECTIVE,) else ()
-        return Problem(setting.text, f"no such key{self.place(prefix)}", setting.where, (advice, *more))
+        place = f" in {'.'.join(prefix)}" if prefix else ""
+        if prefix in self.objectives:
+            node = self.get(prefix)
+            place += f"={node.get('name') or node.get('method')}"
+        return Problem(setting.text, f"no such key{place}", setting.where, (advice, *more))
 
-    def place(self, prefix: tuple[str, ...]) -> str:
-        if prefix[:1] == (OBJECTIVE,) and "method" in (fields_of(self.node_at((*prefix, ""))[0] or self.root) or []):
-            named = OmegaConf.select(self.root, ".".join(prefix))
-            return f" in {'.'.join(prefix)}={named.get('name') or named.get('method')}"
-        return f" in {'.'.join(prefix)}" if prefix else ""
+    def keys_at(self, path: Path) -> list[str]:
+        """The keys of the group at `path`, in their order."""
+        if path in self.objectives:
+            return list(self.objectives[path])
+        key = self.key_at(path)
+        return list(keys_of(key.group)) if key and key.group else []
 
-    def elsewhere(self, path: tuple[str, ...]) -> str | None:
+    def elsewhere(self, leaf: str) -> str | None:
         """The same last name somewhere else in the tree: `lr` is optim.lr."""
-        leaf = path[-1]
-        groups = {str(name): fields_of(node) or [] for name, node in self.subtrees()}
-        matches = [f"{name}.{leaf}" for name, keys in groups.items() if leaf in keys]
+        matches = [f"{group}.{leaf}" for group in keys_of(Config) if leaf in self.keys_at((group,))]
         matches.sort(key=lambda match: match.split(".")[0] in ("model", "generate", "seeds"))
         return matches[0] if matches else None
 
-    def subtrees(self) -> list[tuple[str, DictConfig]]:
-        nodes = ((str(name), self.root._get_node(name)) for name in self.root)
-        return [(name, node) for name, node in nodes if isinstance(node, DictConfig) and not node._is_missing()]
+
+def no_such_method(key: str, method: Any, where: str) -> Problem:
+    near = nearest(str(method), parameters())
+    advice = hint(near and f"{key}={near}", "methods", list(parameters()))
+    return Problem(f"{key}={method}", "no such method", where, (advice,))
 
 
-def belongs_to(key: str) -> tuple[str, ...]:
-    """The objectives that do have a key, in words."""
-    import yaml
-
-    files = groups(config_dirs()).get(OBJECTIVE, {})
-    names = [name for name, file in files.items() if key in (yaml.safe_load(file.read_text(encoding="utf-8")) or {})]
-    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-    return (f"{key} is a key of:  {', '.join(names[:6])}{more}",) if names else ()
+def _at(settings: dict[str, Any], path: Path) -> Any:
+    node: Any = settings
+    for part in path:
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
 
 
-def fields_of(node: DictConfig) -> list[str] | None:
-    """Keys of a dataclass node in their order, own ones before inherited; None for a dict of free keys."""
-    kind = OmegaConf.get_type(node)
-    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else None
+# values
 
 
-def field_type(node: DictConfig | None, name: str) -> Any:
-    kind = OmegaConf.get_type(node) if node is not None else None
-    hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
-    return hints.get(name, str)
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {  # such that NaN breaks each of them
+    "ge": ("at least", lambda value, bound: value >= bound),
+    "gt": ("above", lambda value, bound: value > bound),
+    "le": ("at most", lambda value, bound: value <= bound),
+    "lt": ("below", lambda value, bound: value < bound),
+}
+BOOLEANS = {"yes": True, "y": True, "on": True, "true": True, "no": False, "n": False, "off": False, "false": False}
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
-def bad_type(setting: Setting, kind: Any) -> Problem:
-    keys = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-    advice = right_type(kind, setting.value) or ((f"its keys: {listing(keys)}",) if keys else ())
-    what = setting.text if "=" in setting.text else f"{setting.text}={written(setting.value)}"
-    return Problem(what, f"must be {expected(kind)}", setting.where, advice)
+def converted(kind: Any, value: Any) -> Any:
+    """`value` as a `kind`, as lenient as OmegaConf's typed nodes: text of a number is one, 3.0 is no whole number.
+
+    A reference, and a value that is missing, stays as it is. Raises TypeError, ValueError or OverflowError for what
+    cannot be one.
+    """
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any or value == MISSING:
+        return value
+    if "${" in str(value):
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            OmegaConf.create({"": value})
+        except OmegaConfBaseException as error:  # half a reference
+            raise ValueError(value) from error
+        return value
+    if origin in (types.UnionType, typing.Union):
+        (kind,) = (part for part in inside if part is not type(None))
+        return None if value is None else converted(kind, value)
+    if origin is list and isinstance(value, list):
+        return [converted(inside[0], item) for item in value]
+    if kind is int and type(value) in (int, str):
+        return int(value)
+    if kind is float and type(value) in (int, float, str):
+        return float(value)
+    if kind is bool and isinstance(value, (bool, int)):
+        return bool(value)
+    if kind is bool and isinstance(value, str) and value.lower() in BOOLEANS:
+        return BOOLEANS[value.lower()]
+    if kind is str and isinstance(value, (str, int, float)):
+        return str(value)
+    raise TypeError(kind)
+
+
+def out_of_range(name: str, key: Key, value: Any) -> tuple[str, tuple[str, ...]] | None:
+    """(why a value cannot stand by the rules of its key, advice); None where it can. null may wherever its type may."""
+    rules = key.rules
+    if "choices" in rules and value not in rules["choices"]:
+        choices = [written(choice) for choice in rules["choices"]]
+        near = nearest(str(value), choices)
+        return "no such choice", (hint(near and f"{name}={near}", "choices", choices),)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        failed = [op for op, (_, holds) in BOUNDS.items() if op in rules and not holds(value, rules[op])]
+        if failed:
+            return "must be " + " and ".join(f"{BOUNDS[op][0]} {rules[op]}" for op in failed), ()
+    return None

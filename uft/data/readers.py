@@ -57,6 +57,11 @@ def read(place: Place) -> list[Table]:
     return [_hub(place.path, place)]
 
 
+def is_local(path: str) -> bool:
+    """Whether a source's path is read from this machine, not from the hub."""
+    return path.startswith(_BUILTIN) or os.path.lexists(os.path.expanduser(path)) or _looks_local(path)
+
+
 def _looks_local(path: str) -> bool:
     suffix = Path(path).suffix.lower()
     return suffix in (*READERS, ".gz", ".txt", ".zip", ".arrow") or not _HUB_ID.fullmatch(path)

@@ -6,7 +6,7 @@ Everything that is wrong with any source, and every row that cannot be read, is 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,7 +52,7 @@ class LoadedSource:
 
 @doing("rows were read", moving=True)
 def load_sources(data: Any) -> list[LoadedSource]:
-    """All sources of `data` (a `schema.Data`, a config node or a mapping with its keys), sorted by name.
+    """All sources of `data` (a `schema.Data`, or a mapping with its keys), sorted by name.
 
     Raises :class:`UftError` with every source that cannot be loaded and, unless `bad_rows` is drop, every bad row.
     """
@@ -76,7 +76,13 @@ def load_sources(data: Any) -> list[LoadedSource]:
     told = settings.bad_rows == "error"
     if told:
         problems += _bad_row_problems(bad)
-    problems += [_nothing_left(source) for source in loaded if not source.rows and not (told and source.dropped)]
+    for source in loaded:
+        if not source.rows and source.held_out and not source.apart:
+            own = settings.sources[source.name].holdout
+            amount = settings.holdout if own is None else own
+            problems.append(Problem(f"data.sources.{source.name}.holdout={amount:g}", "leaves no row to train on"))
+        elif not source.rows and not (told and source.dropped):
+            problems.append(_nothing_left(source))
     if problems:
         footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and told else ""
         raise UftError(*problems, footer=footer)
@@ -120,8 +126,6 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
     else:
         amount = data.holdout if source.holdout is None else source.holdout
         rows, held_out = hold_out(rows, amount)
-        if held_out and not rows:
-            raise UftError(Problem(f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"))
     return LoadedSource(
         name, source.path, rows, held_out, content_digest(rows), tuple(bad), source.checker, apart is not None
     )
@@ -214,8 +218,6 @@ def _as_data(data: Any) -> Data:
     """`data` under the schema, so that defaults stand in one place whatever the caller holds."""
     if isinstance(data, Data):
         return data
-    from omegaconf import OmegaConf
-
-    given = data if isinstance(data, Mapping) else OmegaConf.to_container(data, resolve=True)
-    merged = OmegaConf.merge(OmegaConf.structured(Data(name="data")), given)
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    given = {"name": "data", **data}
+    sources = {name: Source(**source) for name, source in given.pop("sources", {}).items()}
+    return Data(**given, sources=sources)

@@ -13,11 +13,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from uft.config.compose import completed
-from uft.config.freeze import free, frozen, plain, to_yaml
-from uft.config.register import defaults_of
-from uft.config.stages import data_nodes, differences
-from uft.config.suggest import written
+from uft.config.compose import Examined
+from uft.config.frozen import free, frozen, plain, to_yaml
+from uft.config.messages import written
+from uft.config.objectives import defaults_of
+from uft.config.stages import completed, data_nodes, differences
 from uft.disk import unwritable
 from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
@@ -202,6 +202,25 @@ def check_sources(settings: Mapping[str, Any]) -> None:
             footer = error.footer
     if problems:
         raise UftError(*problems, footer=footer)
+
+
+def row_problems(examined: Examined) -> list[Problem]:
+    """Rows that cannot be read, to be told with the settings that are wrong: of local sources whose settings are right.
+
+    Nothing is fetched from the hub for a request that is refused anyway.
+    """
+    from uft.data.readers import is_local
+
+    problems: dict[Problem, None] = {}
+    wrong = {key.split(".")[2] for key in examined.wrong if key.startswith("data.sources.")}
+    for data in data_nodes(examined.settings) if "data" not in examined.wrong else ():
+        sources = {name: s for name, s in data["sources"].items() if name not in wrong and is_local(s["path"])}
+        if sources:
+            try:
+                _read_sources(to_yaml({**data, "sources": sources}))
+            except UftError as error:
+                problems |= dict.fromkeys(error.problems)
+    return list(problems)
 
 
 @lru_cache(maxsize=64)

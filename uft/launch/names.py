@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from uft.config.freeze import free
+from uft.config.frozen import free
 
 OUTPUTS = Path("outputs")
 LONGEST = 120  # characters; file systems allow 255

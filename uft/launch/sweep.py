@@ -6,24 +6,20 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from uft.config.examine import Examined, examine, footer
-from uft.config.freeze import plain
-from uft.config.loader import Request
+from uft.config.compose import Examined, examine, footer
+from uft.config.files import Request, request_of_job
 from uft.errors import FAILED, Problem, UftError
+from uft.launch.launcher import row_problems
 from uft.launch.names import sweep_dir, sweep_name
 from uft.launch.sweep_board import Board
 from uft.launch.sweep_check import METHODS, advised, apart, check_all_sources, problems_of, refuse_other_runs
@@ -34,7 +30,7 @@ from uft.runs import shown
 MANY = 20  # jobs that take seconds to check
 
 
-def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> tuple[list[list[str]], dict[str, list[str]]]:
+def expand(lines: Sequence[str], loader: ConfigLoader) -> tuple[list[list[str]], dict[str, list[str]]]:
     """(the overrides of every job of the grid, the values of every key that varies).
 
     A later line about a key replaces an earlier one: the command line, what a file sweeps. Raises HydraException for
@@ -47,36 +43,23 @@ def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> tuple[list[list[st
     return jobs, {axis: values_of(axis, jobs) for axis in axes}
 
 
-def remembering(loader: ConfigLoaderImpl) -> ConfigLoaderImpl:
-    """A loader that reads no file twice, and finds out once which files a choice of groups draws in.
-
-    For the check of jobs that mostly differ in values: half of its time goes there.
-    """
-    quick = copy(loader)
-    quick.repository = CachingConfigRepository(loader.repository)  # type: ignore[assignment]
-    found: dict[tuple[str | None, tuple[str, ...]], Any] = {}
-
-    def compute_defaults_list(config_name: str | None, overrides: list[str], run_mode: RunMode) -> Any:
-        key = (config_name, tuple(overrides))
-        if key not in found:
-            found[key] = ConfigLoaderImpl.compute_defaults_list(quick, config_name, overrides, run_mode)
-        return found[key]
-
-    quick.compute_defaults_list = compute_defaults_list  # type: ignore[method-assign]
-    return quick
-
-
 def values_of(axis: str, jobs: Sequence[Sequence[str]]) -> list[str]:
     pairs = (line.partition("=")[::2] for job in jobs for line in job)
     return list(dict.fromkeys(value for key, value in pairs if key == axis))
 
 
-def examine_jobs(request: Request, loader: ConfigLoaderImpl) -> tuple[list[Problem], str]:
+def examine_jobs(request: Request, loader: ConfigLoader) -> tuple[list[Problem], str]:
     """The problems of every job of a request, together, and the last lines of what is said about them."""
     jobs, axes = expand(request.overrides, loader)
-    quick = remembering(loader)
-    examined = [examine(replace(request, overrides=tuple(job)), quick) for job in jobs]
-    return problems_of(examined, jobs, list(axes)), closing(examined, jobs, list(axes), request.overrides)
+    examined = [examine(replace(request, overrides=tuple(job))) for job in jobs]
+    return with_rows(examined, jobs, list(axes)), closing(examined, jobs, list(axes), request.overrides)
+
+
+def with_rows(examined: Sequence[Examined], jobs: Sequence[Sequence[str]], axes: Sequence[str]) -> list[Problem]:
+    """The problems of all jobs, and with them the rows that cannot be read."""
+    problems = problems_of(examined, jobs, axes)
+    rows = (problem for one in examined for problem in row_problems(one)) if problems else ()
+    return [*problems, *dict.fromkeys(rows)]
 
 
 def closing(examined: Sequence[Examined], jobs: Sequence[Sequence[str]], axes: list[str], typed: Sequence[str]) -> str:
@@ -89,24 +72,21 @@ class Plan:
     """What all jobs of a sweep share: the request they come from, and what varies between them."""
 
     config: DictConfig
-    loader: ConfigLoaderImpl
     typed: tuple[str, ...]  # the words of the command line, but for Hydra's own
     axes: Mapping[str, Sequence[str]]
     trains: bool = field(init=False)  # whether jobs leave run folders
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trains", self.config.hydra.job.name == "train")
-        object.__setattr__(self, "loader", remembering(self.loader))
 
     def jobs(self, lines: Sequence[Sequence[str]]) -> tuple[Job, ...]:
         """The jobs with these overrides, checked. Raises UftError with the problems of all of them."""
         axes = list(self.axes)
-        hydras = tuple(self.config.hydra.overrides.hydra)
-        examined = [examine(Request((*hydras, *job), self.config.hydra.job.config_name), self.loader) for job in lines]
-        problems = problems_of(examined, lines, axes)
+        examined = [examine(request_of_job(self.config.hydra, job)) for job in lines]
+        problems = with_rows(examined, lines, axes)
         if problems:
             raise UftError(*problems, footer=closing(examined, lines, axes, self.typed))
-        settings = [plain(one.tree) for one in examined]
+        settings = [one.settings for one in examined]
         check_all_sources(settings)
         jobs = self.named(lines, examined[0])
         refuse_other_runs(jobs, settings)
@@ -115,8 +95,8 @@ class Plan:
     def named(self, lines: Sequence[Sequence[str]], first: Examined) -> tuple[Job, ...]:
         """Every job in its folder."""
         # commands that share a folder by its name must not share the names of their jobs
-        named = [*(METHODS if first.tree.sweep.name else ()), *self.axes]
-        names = unique_names(lines, list(dict.fromkeys(named)), first.tree.run.name)
+        named = [*(METHODS if first.settings["sweep"]["name"] else ()), *self.axes]
+        names = unique_names(lines, list(dict.fromkeys(named)), first.settings["run"]["name"])
         folder = self.folder(lines[0], first)
         return tuple(Job(tuple(job), folder / name) for job, name in zip(lines, names, strict=True))
 
@@ -126,7 +106,7 @@ class Plan:
         if chosen != ".":
             return Path(chosen)
         fixed = [word for word in line if word.partition("=")[0] not in self.axes]
-        return sweep_dir(first.tree.sweep.name or sweep_name(list(self.axes), fixed))
+        return sweep_dir(first.settings["sweep"]["name"] or sweep_name(list(self.axes), fixed))
 
 
 @dataclass

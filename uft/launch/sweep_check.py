@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from uft.config.examine import Examined, quoted
-from uft.config.freeze import free
-from uft.config.suggest import written
-from uft.config.translate import BROKEN
+from uft.config.compose import Examined, quoted
+from uft.config.files import BROKEN
+from uft.config.frozen import free
+from uft.config.messages import written
 from uft.errors import Problem, UftError
 from uft.launch.launcher import changed_keys, check_sources
 from uft.launch.names import slug

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
-from uft.config.examine import examine, quoted
-from uft.config.loader import Request
+from uft.config.compose import examine, quoted
+from uft.config.files import request_of_job
 from uft.errors import Problem, UftError
 from uft.launch.sweep import Plan, Sitting
 from uft.launch.sweep_board import Board
@@ -69,7 +69,7 @@ class Settings:
 
 
 def search(
-    settings: Settings, config: DictConfig, loader: ConfigLoaderImpl, launcher: Launcher, typed: Sequence[str]
+    settings: Settings, config: DictConfig, loader: ConfigLoader, launcher: Launcher, typed: Sequence[str]
 ) -> list[Sequence[JobReturn]]:
     """Run trials until there are `n_trials`. Exits the program when a signal stopped it or no trial succeeded.
 
@@ -78,13 +78,15 @@ def search(
     require(settings, str(config.hydra.job.name))
     lines = [*(f"{key}={value}" for key, value in (settings.params or {}).items()), *typed]
     space = space_of(lines, loader)
-    plan = Plan(config, loader, tuple(typed), space.written)
+    plan = Plan(config, tuple(typed), space.written)
     corner, *_ = plan.jobs(space.corners())
-    tree = examine(Request(corner.overrides, str(config.hydra.job.config_name)), plan.loader).tree
+    found = examine(request_of_job(config.hydra, corner.overrides)).settings
     settings = replace(
-        settings, metric=settings.metric or tree.eval.best, direction=settings.direction or tree.eval.best_mode
+        settings,
+        metric=settings.metric or found["eval"]["best"],
+        direction=settings.direction or found["eval"]["best_mode"],
     )
-    return Search(settings, plan, space.typed_by(tree), launcher, corner.folder.parent).go()
+    return Search(settings, plan, space.typed_by(found), launcher, corner.folder.parent).go()
 
 
 def require(settings: Settings, verb: str) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from omegaconf import DictConfig, IntegerNode, OmegaConf
 
+from uft.config.objectives import whole_number
 from uft.errors import Problem, UftError
 
 DIGITS = 6  # of a number that was drawn: enough for any search, and it stands in folder names
@@ -87,19 +87,13 @@ class Space:
         """The overrides of a trial of Optuna's."""
         return self.job({key: axis.draw(trial, key, key in self.whole) for key, axis in self.axes.items()})
 
-    def typed_by(self, tree: DictConfig) -> Space:
-        """The same space, knowing from a composed configuration which keys take whole numbers."""
-        whole = frozenset(key for key in self.axes if isinstance(node_of(tree, key), IntegerNode))
+    def typed_by(self, settings: Mapping[str, Any]) -> Space:
+        """The same space, knowing from composed settings which keys take whole numbers."""
+        whole = frozenset(key for key in self.axes if whole_number(key.lstrip("+"), settings))
         return Space(self.fixed, self.axes, self.written, whole)
 
 
-def node_of(tree: DictConfig, key: str) -> Any:
-    parent, _, leaf = key.lstrip("+").rpartition(".")
-    node = OmegaConf.select(tree, parent) if parent else tree
-    return node._get_node(leaf) if isinstance(node, DictConfig) else None
-
-
-def space_of(lines: Sequence[str], loader: ConfigLoaderImpl) -> Space:
+def space_of(lines: Sequence[str], loader: ConfigLoader) -> Space:
     """The space that these overrides describe; a later line about a key replaces an earlier one. UftError for none."""
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(lines))
     last = {override.get_key_element(): override for override in overrides}

@@ -31,7 +31,7 @@ def train(folder: str) -> int:
     run = open_run(folder)
     with listening() as stop, holding(run):  # before the slow imports: a signal that comes meanwhile is remembered
         with uncollected():
-            from uft.config.load import load_config
+            from uft.config.frozen import load_config
             from uft.model.classes import auto_model
             from uft.training import session, stages
 
@@ -57,7 +57,7 @@ def holding(run: Run) -> Iterator[None]:
 def carry_out(job: str, spec: str) -> int:
     """`check`, `data`, `generate` or `annotate`, of the configuration in `spec`."""
     with uncollected():
-        from uft.config.load import load_config
+        from uft.config.frozen import load_config
         from uft.parallel.ranks import joined
         from uft.training import annotating, jobs, stages_jobs
         from uft.training.watchdog import watching

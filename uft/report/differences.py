@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from uft.config.freeze import ABSENT
+from uft.config.frozen import ABSENT
 from uft.report.groups import all_keys, is_seed, rank
 from uft.report.load import Loaded
 from uft.report.versions import frozen

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from uft.config.freeze import ABSENT, free
+from uft.config.frozen import ABSENT, free
 from uft.report.load import Loaded
 from uft.report.versions import OBJECTIVE_NAME, completed, frozen
 from uft.report.words import as_value, shorten

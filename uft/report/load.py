@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from uft.config.freeze import flat
+from uft.config.frozen import flat
 from uft.disk import bounded
 from uft.runs import Run, shown
 from uft.tracking import seals

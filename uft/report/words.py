@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from uft.config.suggest import written
+from uft.config.messages import written
 
 DIGITS = 6  # significant, in compare.json
 

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from uft.alive import doing
+from uft.config.frozen import adds
 from uft.config.schema import Config, Data, Source
-from uft.config.typed import adds
 from uft.data.many import kinds
 from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources

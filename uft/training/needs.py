@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
+from uft.config.frozen import adds
 from uft.config.schema import Data, Source
-from uft.config.typed import adds
 from uft.data.many import alike, kinds
 from uft.data.rows import Kind, Row
 from uft.data.views import Parts, View

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from uft.alive import doing
-from uft.config.freeze import plain
+from uft.config.frozen import plain
 from uft.config.schema import Config
 from uft.disk import FULL, problem, writing
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from uft.config.freeze import plain
+from uft.config.frozen import plain
 from uft.config.schema import Config, Model
 from uft.config.stages import Stage, stages_of
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError

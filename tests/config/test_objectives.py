@@ -42,16 +42,14 @@ def test_the_real_modules_come_afterwards():
 def test_an_objective_that_needs_torch_as_it_is_imported_still_has_a_schema():
     run(
         "import sys\n"
-        "import uft.config.lazy as lazy\n"
+        "import uft.config.objectives as lazy\n"
         "lazy.MODULES = ('torch',)  # torch.nn.functional is now missing beside the stand-in\n"
         + SCHEMA.split("heavy")[0]
     )
 
 
-def test_schemas_have_the_public_hyper_parameters_only():
-    from uft.config.register import objective_schemas
+def test_hyper_parameters_are_the_public_ones():
+    from uft.config.objectives import parameters
 
-    schema = objective_schemas()["ift"]
-    assert "state" not in schema.__dataclass_fields__
-    assert schema().lam == 0.2
-    schema().lam = 0.3  # not frozen: OmegaConf would make it read-only
+    assert "state" not in parameters()["ift"]
+    assert parameters()["ift"]["lam"].default == 0.2

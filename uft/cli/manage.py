@@ -1,0 +1,367 @@
+"""The verbs over runs that are there: ls, resume, sync, compare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from contextlib import chdir
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uft.cli import tell
+from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, render
+from uft.runs import Run, find_runs, find_sweeps, planned, shown, summary, waiting
+from uft.tracking.cards import HEADLINES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from uft.tracking.connection import Server
+    from uft.tracking.sync import Upload
+
+WIDE = 160  # columns where there is no terminal
+METRICS = 4  # metrics shown at most
+COLOURS = {
+    "finished": "green",
+    "running": "cyan",
+    "stopped": "yellow",
+    "interrupted": "yellow",
+    "failed": "red",
+    "waiting": "dim",
+}
+SIGNALLED = (STOPPED, INTERRUPTED)
+
+
+def parser_of(verb: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"uft {verb}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+# ls
+
+
+def ls(arguments: list[str]) -> int:
+    """`uft ls [FOLDER]`: the runs and sweeps here, their state, steps and headline metrics."""
+    parser = parser_of("ls", "The runs here, oldest first.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help="where to look; outputs")
+    parser.add_argument("--json", action="store_true", help="one JSON list, all metrics")
+    parsed = parser.parse_args(arguments)
+    if not parsed.folder.is_dir() and parsed.folder != Path("outputs"):
+        raise UftError(Problem(str(parsed.folder), "no such folder"))
+    rows = [describe(run) for run in find_runs(parsed.folder)]
+    for run in waiting(parsed.folder):  # jobs of sweeps that have not started
+        rows.append({"name": run.name, "path": str(run.path), "status": "waiting", "steps": 0})
+    rows.sort(key=lambda row: Path(row["path"]).parts)
+    if parsed.json:
+        print(json.dumps(rows, indent=2, default=str))
+    elif rows:
+        show(rows)
+    else:
+        print(f"No runs in {parsed.folder}{os.sep}  Make one:  uft train objective=ift data=mix")
+    return GOOD
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """A run as a flat record; `total_steps` is None where only the worker knows it."""
+    try:
+        total = run.info().get("total_steps") or run.config().get("train", {}).get("steps")
+        return {**summary(run), "total_steps": total, "error": run.result().get("error")}
+    except Exception as error:  # a file that cannot be read is shown, not a reason to hide the other runs
+        return {"name": run.name, "path": str(run.path), "status": f"unreadable ({type(error).__name__})", "steps": 0}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """A table per folder: a sweep, or the runs of a day."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    wanted = [f"eval/{name}" for name in HEADLINES]
+    metrics = [name for name in wanted if any(name in row for row in rows)][:METRICS]
+    for folder, inside in groupby(rows, key=lambda row: Path(row["path"]).parent):
+        here = list(inside)
+        console.print(Text(f"\n{folder}/", style="bold"))
+        console.print(table(here, metrics), highlight=False)
+        for row in here:
+            if row.get("error"):
+                console.print(Text(f"  {row['name']}: {str(row['error']).strip().splitlines()[0]}", style="red"))
+
+
+def table(rows: list[dict[str, Any]], metrics: list[str]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    def number(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, (int, float)) else ""
+
+    def steps(row: Mapping[str, Any]) -> str:
+        return f"{row['steps']}/{row['total_steps']}" if row.get("total_steps") else str(row["steps"])
+
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    made.add_column("  run", overflow="fold")
+    for name in ("state", "steps", *(metric.removeprefix("eval/") for metric in metrics)):
+        made.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+    for row in rows:
+        state = Text(row["status"], style=COLOURS.get(row["status"], "red"))
+        made.add_row(Text(f"  {row['name']}"), state, steps(row), *(number(row.get(metric)) for metric in metrics))
+    return made
+
+
+# resume
+
+RESUME = """\
+A finished run is left alone. In a sweep every unfinished run goes on, and jobs that never started are started, by the
+launcher that they were asked for with; one failure does not stop the others.
+Keys that change no result may be given anew (tracking.*, train.log_every, ...): any other change is refused with the
+difference, since it would make another run of it."""
+
+
+def resume(arguments: list[str]) -> int:
+    """`uft resume RUN | SWEEP [key=value ...]`: go on with runs that were stopped."""
+    parser = parser_of("resume", "Continue a run or a sweep that was stopped.", RESUME)
+    parser.add_argument("folder", type=Path, help="a run folder, or a folder of runs")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that change no result")
+    parsed = parser.parse_args(arguments)
+    runs, sweeps = find_runs(parsed.folder), find_sweeps(parsed.folder)
+    if sweeps:
+        return resume_sweeps(sweeps, runs, parsed.overrides)
+    if not runs:
+        why = "no run in this folder" if parsed.folder.is_dir() else "no such folder"
+        raise UftError(Problem(str(parsed.folder), why), footer="See the runs here:  uft ls")
+    if runs[0].path == parsed.folder:
+        return resume_run(runs[0], parsed.overrides)
+    return resume_runs(runs, parsed.overrides)
+
+
+def resume_run(run: Run, overrides: list[str]) -> int:
+    """Continue one run, its relative data paths read from where it was started."""
+    from uft.config.compose import changed
+    from uft.launch.launcher import continue_run
+
+    started = Path(run.info().get("cwd", "."))
+    settings = changed(run.config(), overrides) if overrides else None
+    return continue_run(run, settings, cwd=started if started.is_dir() else None)
+
+
+def resume_runs(runs: list[Run], overrides: list[str]) -> int:
+    """Continue every unfinished run; a signal ends it, a failure is told of at the end."""
+    unfinished = [run for run in runs if run.status != "finished"]
+    failed: list[str] = []
+    for number, run in enumerate(unfinished, 1):
+        print(f"\nuft: run {number} of {len(unfinished)}: {run.name}", flush=True)
+        try:
+            code, why = resume_run(run, overrides), str(run.result().get("error") or "")
+        except UftError as error:
+            code, why = error.code, "; ".join(f"{problem.what}: {problem.why}" for problem in error.problems)
+        if code in SIGNALLED:
+            return code
+        if code != GOOD:
+            failed.append(f"  {run.path}\n      {why.splitlines()[0] if why else f'exit code {code}'}")
+    if not unfinished:
+        print(f"uft: all {len(runs)} runs are finished; nothing to do")
+    if failed:
+        print(f"\nuft: {len(failed)} of {len(unfinished)} runs failed\n\n" + "\n".join(failed), file=sys.stderr)
+    return FAILED if failed else GOOD
+
+
+def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> int:
+    """Give the commands of every sweep again, then continue the runs that belong to none of them."""
+    from uft.config.frozen import free
+    from uft.launch.sweep_file import axes_of
+
+    # only keys that change no result and are not swept may be given anew
+    swept = {key.lstrip("+") for sweep in sweeps for key in axes_of(sweep)}
+    keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
+    if wrong := [word for word, key in keys.items() if key in swept or not free(key)]:
+        raise UftError(*(Problem(word, "would make other runs of this sweep's jobs", "command line") for word in wrong))
+    codes: list[int] = []
+    for sweep in sweeps:
+        codes += repeat_commands(sweep, overrides)
+        if codes and codes[-1] in SIGNALLED:
+            return codes[-1]
+    theirs = {run.path for sweep in sweeps for run in planned(sweep)}
+    others = [run for run in runs if run.path not in theirs]
+    codes += [resume_runs(others, overrides)] if others else []
+    return next((code for code in codes if code != GOOD), GOOD)
+
+
+def repeat_commands(sweep: Path, overrides: list[str]) -> list[int]:
+    """The exit codes of the commands that `sweep` came from, up to one that was stopped."""
+    from uft.cli.verbs import train
+    from uft.launch.sweep_file import continuing
+    from uft.launch.sweep_jobs import quote
+
+    place, codes = f"hydra.sweep.dir={quote(str(sweep.resolve()))}", list[int]()
+    with continuing(sweep) as commands:
+        for words, started in commands:
+            with chdir(started if started.is_dir() else "."):
+                try:
+                    codes.append(train([*words, *overrides, place]))
+                except UftError as error:
+                    codes.append(tell(error))
+            if codes[-1] in SIGNALLED:
+                break
+    return codes
+
+
+# sync
+
+SYNC = """\
+Files that a killed run left torn are cut at their last whole record first (the original stays beside until the
+upload worked), and rows that W&B lost in the kill are taken from metrics.jsonl. What arrived is never sent again. The
+exit code is 1 if something did not arrive, and 2 without an API key.
+
+  uft sync                             every run in outputs
+  uft sync outputs/2026-11-21/RUN      that run
+  uft sync outputs/2026-11-21/SWEEP    all runs of that sweep
+  uft sync --dry-run                   say what would be uploaded"""
+
+
+def sync(arguments: list[str]) -> int:
+    """`uft sync [RUN | SWEEP ...]`: upload what runs kept for W&B while they were offline, and say what arrived."""
+    from uft.tracking.sync import plan
+
+    text = "Upload what runs kept for W&B while they were offline, and say what arrived."
+    parser = parser_of("sync", text, SYNC)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="RUN", help="runs, sweeps or folders of them; outputs")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and do nothing")
+    parsed = parser.parse_args(arguments)
+    if missing := [folder for folder in parsed.folders if not find_runs(folder)]:
+        why = ("no such folder", "no run in this folder")
+        raise UftError(*(Problem(str(folder), why[folder.is_dir()]) for folder in missing), footer="See:  uft ls")
+    folders = parsed.folders or [Path("outputs")]
+    found = {run.path.resolve(): run for folder in folders for run in find_runs(folder)}
+    uploads = [plan(run) for run in found.values()]
+    pending = [upload for upload in uploads if upload.segments]
+    for idle in (upload for upload in uploads if not upload.segments):
+        if idle.why:
+            print(f"  {shown(idle.run.path)}  {idle.why}")
+        elif parsed.folders and not idle.before:  # asked for by name
+            print(f"  {shown(idle.run.path)}  has no W&B files of its own")
+    if before := sum(1 for upload in uploads if not upload.segments and upload.before):
+        print(f"  {before} run{'s' if before != 1 else ''} arrived earlier")
+    if not pending:
+        print("Nothing to upload.")
+        return GOOD
+    server = server_of_wandb()
+    if parsed.dry_run:
+        list_uploads(pending, f"would be uploaded to {server.host}")
+        return GOOD
+    return upload_all(pending, server)
+
+
+def server_of_wandb() -> Server:
+    import wandb
+
+    from uft.tracking.connection import Server
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    return Server(settings.base_url, settings.api_key)
+
+
+def upload_all(pending: list[Upload], server: Server) -> int:
+    """Upload and report; the exit code. Without a key or a network nothing is touched, and it is said what waits."""
+    from uft.tracking.connection import has_key, reachable
+    from uft.tracking.sync import mend, send
+
+    if not has_key(server):
+        list_uploads(pending, f"wait to be uploaded to {server.host}")
+        log_in = ("log in:  wandb login   (or set WANDB_API_KEY)",)
+        error = UftError(Problem("uft sync", f"no W&B API key for {server.host}", advice=log_in))
+        print(render(error), file=sys.stderr)
+        return BAD_REQUEST
+    if not reachable(server.url):
+        list_uploads(pending, f"wait to be uploaded to {server.host}")
+        print(f"\nuft: {server.host} does not answer; nothing was uploaded. Try again:  uft sync", file=sys.stderr)
+        return FAILED
+    print(f"Uploading {len(pending)} runs to {server.host}", flush=True)
+    for upload in pending:
+        mend(upload)
+    send([upload for upload in pending if upload.segments and not upload.why], lambda line: print(line, flush=True))
+    print()
+    for upload in pending:
+        state = f"{segments(upload)} arrived" if upload.arrived else f"did NOT arrive: {upload.why}"
+        print("\n".join([f"  {shown(upload.run.path)}  {state}", *(f"      {note}" for note in upload.notes)]))
+    lost = [upload for upload in pending if not upload.arrived]
+    if lost:
+        print(f"\nuft: {len(lost)} of {len(pending)} runs did not arrive. Try again:  uft sync", file=sys.stderr)
+    return FAILED if lost else GOOD
+
+
+def list_uploads(uploads: list[Upload], what: str) -> None:
+    print(f"{len(uploads)} runs {what}:")
+    for upload in uploads:
+        print(f"  {shown(upload.run.path)}  {segments(upload)}")
+
+
+def segments(upload: Upload) -> str:
+    return f"{len(upload.segments)} segment{'s' if len(upload.segments) != 1 else ''}"
+
+
+# compare
+
+COMPARE = """\
+Runs that differ in their seed alone are one configuration: its figures are means over seeds. Only finished runs count;
+all others are shown with what went wrong. compare.html is one file that opens without a network, compare.json holds
+the same for programs. What the statistics mean: docs/compare.md.
+
+  uft compare                                   the newest sweep
+  uft compare outputs/2026-11-21/beta-sweep     that sweep
+  uft compare beta-sweep 'outputs/*/ift-*'      by name, by pattern, together
+  uft compare --metric instruct/exact_match     judged by this first
+  uft compare --baseline 'dpo beta=0.1'         the margin over this one"""
+
+
+def compare(arguments: list[str]) -> int:
+    """`uft compare [RUNS | SWEEP | pattern ...]`: runs side by side, in the terminal, as a page and as JSON."""
+    text = "Runs side by side: which is best, by how much, and is it more than seed noise."
+    parser = parser_of("compare", text, COMPARE)
+    add = parser.add_argument
+    add("runs", nargs="*", metavar="RUN", help="runs, sweeps or patterns; the newest sweep in outputs")
+    metric = "judge by this first; may be repeated"
+    add("--metric", action="append", default=[], metavar="NAME[:min|max]", help=metric)
+    add("--baseline", metavar="NAME", help="a configuration or key=value; objective=sft, else the first")
+    seed = "a key that is a seed; seed and seeds.*"
+    add("--seed-key", action="append", default=[], metavar="KEY", help=seed)
+    add("--out", type=Path, metavar="DIR", help="where the files go; the sweep's folder")
+    add("--json", action="store_true", help="print compare.json instead of the table")
+    add("--open", action="store_true", help="open the page in a browser")
+    add("--wandb", action="store_true", help="save a W&B workspace with the same panels")
+    parsed = parser.parse_args(arguments)
+    from uft.report import build, table
+    from uft.report.select import select
+    from uft.report.workspace import require, save
+
+    if parsed.wandb:
+        require()
+    selection = select(parsed.runs)
+    options = build.Options(tuple(parsed.metric), parsed.baseline, tuple(parsed.seed_key))
+    comparison = build.compare(selection, options)
+    if parsed.json:
+        print(build.as_json(comparison), end="")
+    else:
+        table.show(comparison)
+    out = sys.stderr if parsed.json else sys.stdout
+    folder = parsed.out or selection.folder
+    try:
+        files = build.write(comparison, folder)
+    except OSError as error:
+        why = f"cannot write there: {error.strerror}"
+        raise UftError(Problem(str(folder), why, advice=("choose:  --out DIR",))) from error
+    print(f"\n  {'  '.join(shown(path.resolve()) for path in files)}", file=out)
+    if parsed.wandb:
+        print("\n".join(f"  {line}" for line in save(comparison, selection.runs)), file=out)
+    if parsed.open:
+        import webbrowser
+
+        webbrowser.open(files[-1].resolve().as_uri())
+    return GOOD

@@ -1,0 +1,344 @@
+"""The configuration files of a request: Hydra finds and orders them; here each is read with the line of every value.
+
+The one module with private names of Hydra. `ConfigLoaderImpl` and `create_config_search_path`: the public
+`initialize_config_dir` refuses to work within a running Hydra application, and knows no --config-dir. The caching
+repository of the loader: a sweep composes hundreds of times from the same files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache, lru_cache
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import setup_globals
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from uft.config.messages import COMMAND_LINE, conf_dir, config_dirs, hint, nearest, not_installed, shown
+from uft.config.schema import Config
+from uft.config.tree import Setting, leaves
+from uft.disk import bounded
+from uft.errors import Problem, UftError
+
+T = TypeVar("T")
+VERSION_BASE = "1.3"
+HEADER = 512  # characters that Hydra looks through for a header
+OPEN = ("objective", "data.sources", "stages")
+"""Where Hydra takes any key of a command line: which keys there are depends on choices, and is checked by us."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: the overrides, and the rare options that decide where files are looked for."""
+
+    overrides: tuple[str, ...] = ()
+    config_name: str = "config"
+    config_dir: str | None = None  # --config-dir: options that are added, not shadowed
+    config_path: str | None = None  # --config-path: another conf/ altogether
+
+
+def request_of_job(hydra: Any, words: Iterable[str]) -> Request:
+    """The request of a job with these overrides in the Hydra application whose `hydra` node this is."""
+    sources = (hydra.get("runtime") or {}).get("config_sources") or ()
+    folders = {source["provider"]: source["path"] for source in sources}
+    overrides = (*hydra["overrides"]["hydra"], *words)
+    return Request(overrides, str(hydra["job"]["config_name"]), folders.get("command-line"), folders.get("main"))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The files that a choice of options draws in, in the order in which they are laid one over the other."""
+
+    files: tuple[tuple[Setting, ...], ...]
+    options: Mapping[str, str | None]  # by group
+    naming_code: tuple[Problem, ...]
+    needs_hydra: bool  # a file sets something of Hydra's own: a launcher, a sweep
+
+
+@cache
+def register() -> None:
+    """Put the defaults of every key into Hydra's ConfigStore, which conf/config.yaml builds on."""
+    node = OmegaConf.create(asdict(Config()))
+    for place in OPEN:
+        OmegaConf.set_struct(OmegaConf.select(node, place), False)
+    ConfigStore.instance().store(group="schema", name="config", node=node, provider="uft")
+
+
+def make_loader(request: Request) -> ConfigLoader:
+    """The loader that `hydra.main` would make for this request, search path plugins included."""
+    register()
+    setup_globals()
+    version.setbase(VERSION_BASE)
+    search_path = create_config_search_path(str(Path(request.config_path or conf_dir()).resolve()))
+    if request.config_dir is not None:
+        folder = Path(request.config_dir).resolve()
+        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    return ConfigLoaderImpl(search_path)
+
+
+def files_of(request: Request) -> Files:
+    """The files that this request can draw in. They are read once in a process, unless one changes."""
+    folders = [*config_dirs(request.config_dir), *([Path(request.config_path)] if request.config_path else ())]
+    stats = ((file, file.stat()) for folder in folders for file in sorted(folder.rglob("*.yaml")) if file.is_file())
+    stamp = tuple((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats)
+    searched = tuple(
+        word for word in request.overrides if word.lstrip("+").startswith(f"{SEARCHPATH}=") and not names_code(word)
+    )
+    return _files(replace(request, overrides=searched), Path.cwd(), stamp)
+
+
+@lru_cache(maxsize=4)
+def _files(request: Request, cwd: Path, stamp: object) -> Files:
+    return Files(request)
+
+
+class Files:
+    """The configuration files of one search path. Raises UftError where the primary one names code to run."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        loader = make_loader(request)
+        assert isinstance(loader, ConfigLoaderImpl)
+        primary = loader.repository.load_config(request.config_name)
+        searched = (OmegaConf.select(primary.config, SEARCHPATH) if primary is not None else None) or ()
+        if code := [place for place in searched if str(place).startswith(PACKAGE)]:
+            where = f"{request.config_name}.yaml"
+            raise UftError(*(Problem(f"{SEARCHPATH}={place}", NAMES_CODE, where, PLUGINS) for place in code))
+        words = list(request.overrides)
+        self.repository = loader._parse_overrides_and_create_caching_repo(request.config_name, words)[1]
+        loader.repository = self.repository  # type: ignore[assignment]
+        self.loader = loader
+        self._layers: dict[tuple[str, ...], Layers] = {}
+        self._settings: dict[tuple[str, str | None], tuple[list[Setting], bool]] = {}
+
+    def is_group(self, name: str) -> bool:
+        return bool(self.repository.group_exists(name))
+
+    def options(self, group: str) -> list[str]:
+        return list(self.repository.get_group_options(group))
+
+    def has(self, group: str, option: str) -> bool:
+        return bool(self.repository.config_exists(f"{group}/{option}"))
+
+    def layers(self, choices: tuple[str, ...]) -> Layers:
+        """The files that these overrides of groups draw in.
+
+        Raises an exception of BROKEN, or UftError, where a file cannot be read or a choice is none.
+        """
+        if choices not in self._layers:
+            self._layers[choices] = readable(self.request.config_dir, lambda: self._read(choices))
+        return self._layers[choices]
+
+    def _read(self, choices: tuple[str, ...]) -> Layers:
+        found = self.loader.compute_defaults_list(self.request.config_name, list(choices), RunMode.RUN)
+        files, code = list[tuple[Setting, ...]](), list[Problem]()
+        needs_hydra = any(choice.lstrip("+~").startswith(("hydra.", "hydra/")) for choice in choices)
+        for default in found.defaults:
+            if default.config_path is not None:
+                settings, shipped = self._settings_of(default.config_path, default.package)
+                named = [setting for setting in settings if FORBIDDEN.search(f"{setting.key}.") and not shipped]
+                code += [Problem(setting.key, NAMES_CODE, setting.file, PLUGINS) for setting in named]
+                hydras = [setting for setting in settings if setting.path[0] == "hydra"]
+                needs_hydra |= bool(hydras) and not (shipped and default.config_path == "config")
+                files.append(tuple(setting for setting in settings if setting.path[0] != "hydra"))
+        return Layers(tuple(files), dict(found.overrides.known_choices), tuple(code), needs_hydra)
+
+    def _settings_of(self, path: str, package: str | None) -> tuple[list[Setting], bool]:
+        """(every leaf that a YAML file sets, with its line; whether the file is a shipped one).
+
+        Nothing for schema nodes and for files that came with Hydra and with plugins. `path` and `package` are those of
+        an entry of the defaults list.
+        """
+        if (path, package) not in self._settings:
+            loaded = self.repository.load_config(path)
+            folder = str(loaded.path) if loaded is not None else ""
+            settings: list[Setting] = []
+            if loaded is not None and folder.startswith("file://"):
+                file = Path(folder.removeprefix("file://")) / f"{path}.yaml"
+                above = package if package is not None else loaded.header["package"]
+                parts = str(above).split(".") if above not in (None, "", "_global_") else []
+                settings = list(_settings_in(file, tuple(parts), loaded.config))
+            self._settings[path, package] = settings, folder.removeprefix("file://") == str(conf_dir())
+        return self._settings[path, package]
+
+
+def _settings_in(file: Path, package: tuple[str, ...], config: Any) -> Iterator[Setting]:
+    content = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(content, dict)
+    lines = line_numbers(file.read_text(encoding="utf-8"))
+    for inner, value in leaves(content):
+        if inner[0] != "defaults":
+            path = (*package, *inner)
+            where = f"{shown(file)}:{lines[inner]}" if inner in lines else shown(file)
+            yield Setting(path, value, where, ".".join(path))
+
+
+def line_numbers(text: str) -> dict[tuple[str, ...], int]:
+    """Path -> 1-based line of every key in a YAML text."""
+    found: dict[tuple[str, ...], int] = {}
+
+    def walk(node: yaml.Node | None, prefix: tuple[str, ...]) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                found[(*prefix, str(key.value))] = key.start_mark.line + 1
+                walk(value, (*prefix, str(key.value)))
+
+    walk(yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)), ())
+    return found
+
+
+# Configurations name no code: what Hydra would import and call because a file or a command line says so is refused.
+# An installed plugin (hydra/launcher=joblib) is chosen by its name and brings its own `_target_`.
+
+FORBIDDEN = re.compile(
+    r"(^|\.)_target_\."  # what is imported and called
+    r"|^hydra\.(callbacks|job_logging|hydra_logging)\."  # objects of Hydra's, and of Python's logging
+    r"|^hydra\.job\.env_set\."  # PYTHONPATH, LD_PRELOAD
+)
+"""Matched against a dotted key and a dot."""
+
+PACKAGE = "pkg://"  # to look into a package is to import it
+SEARCHPATH = "hydra.searchpath"
+NAMES_CODE = "names code to run, and configurations cannot"
+PLUGINS = ("an installed plugin is chosen by its name:  hydra/launcher=NAME",)
+
+
+def names_code(word: str) -> bool:
+    """Whether a word of a command line names code, whatever its grammar."""
+    key, _, value = word.lstrip("+~").partition("=")
+    return bool(FORBIDDEN.search(f"{key.partition('@')[0]}.")) or "_target_" in value or PACKAGE in value
+
+
+@cache
+def parser() -> OverridesParser:
+    """Hydra's parser of overrides."""
+    return OverridesParser.create()
+
+
+# errors of Hydra, OmegaConf and YAML
+
+BROKEN = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+"""Exceptions of composition that mean a mistake of the user's."""
+
+NO_FILE = re.compile(r"Could not find '([^']+)'")
+OPTIONS = re.compile(r"Available options in '([^']+)':\n((?:\t.+\n?)+)")
+PARENT = re.compile(r"In '([^']+)': ")
+NO_CONFIG = re.compile(r"Cannot find primary config '([^']+)'")
+NO_MATCH = re.compile(r"Could not override '([^']+)'")
+YAML_AT = re.compile(r'in "([^"]+)", line (\d+)')
+
+
+def translate(error: BaseException) -> Problem:
+    """An exception of composition as a problem."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    text = "\n".join(map(str, causes))
+    first = first_line(error)
+    if broken := YAML_AT.search(text):
+        return Problem(f"{shown(Path(broken[1]))}:{broken[2]}", f"cannot be read as YAML: {first}")
+    if missing := NO_CONFIG.search(text):
+        return Problem(missing[1], "no such primary config", COMMAND_LINE)
+    parent = PARENT.search(text)
+    where = f"conf/{parent[1]}.yaml" if parent else ""
+    if lost := NO_FILE.search(text):
+        if plugin := not_installed(lost[1]):
+            return Problem(lost[1], "this plugin of Hydra is not installed", "", (plugin,))
+        found = OPTIONS.search(text)
+        group, options = (found[1], found[2].split()) if found else ("", [])
+        near = nearest(lost[1].rpartition("/")[2], options)
+        advice = hint(f"{group}={near}" if near else None, "choices", options)
+        return Problem(lost[1], "no such file in conf/", where, (advice,) if advice else ())
+    if unused := NO_MATCH.search(text):
+        return Problem(unused[1], "is not in the defaults list, so there is nothing to override", where)
+    return Problem(first, "", where)
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of the innermost message that says anything."""
+    said, name = "", type(error).__name__
+    while error is not None:
+        text, name = str(error).strip(), type(error).__name__
+        said, error = text or said, error.__cause__
+    return said.splitlines()[0] if said else name
+
+
+def readable(config_dir: str | None, read: Callable[[], T]) -> T:
+    """The result of `read`, which reads configuration files.
+
+    Raises UftError naming the file where something breaks that is no error of YAML's or Hydra's own (bytes that are not
+    UTF-8, nesting without end, a number of thousands of digits), and before `read` where aliases in a file of the
+    user's would grow without end, since Hydra writes out what each stands for.
+    """
+    own = [folder for folder in config_dirs(config_dir) if folder != conf_dir()]
+    grown = [(file, overgrown(file)) for folder in own for file in sorted(folder.rglob("*.yaml"))]
+    if problems := [Problem(shown(file), f"cannot be read as YAML: {why}") for file, why in grown if why]:
+        raise UftError(*problems)
+    try:
+        return read()
+    except (*BROKEN, UftError):
+        raise
+    except Exception as error:
+        files = [file for folder in config_dirs(config_dir) for file in sorted(folder.rglob("*.yaml"))]
+        found = [Problem(shown(file), f"cannot be read as YAML: {why}") for file in files if (why := stumbling(file))]
+        if not found:
+            raise
+        raise UftError(*found) from error
+
+
+def overgrown(file: Path) -> str | None:
+    """Why the aliases of a file stand for more than anybody wrote, or None. Other faults are told elsewhere."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = yaml.safe_load(text) if "&" in text and "*" in text else None
+    except (yaml.YAMLError, ValueError, OSError, RecursionError):
+        return None
+    try:
+        bounded(found)
+    except ValueError as error:
+        return first_line(error)
+    return None
+
+
+def stumbling(file: Path) -> str | None:
+    """What YAML, or Hydra reading the header and the defaults list, stumbles over in a file."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except RecursionError:
+        return "nested too deeply"
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        return first_line(error)
+    lines = (line.strip() for line in text[:HEADER].splitlines() if line.strip())
+    header = takewhile(lambda line: re.match(r"#+\s*@", line), lines)
+    if any(len(line.lstrip("#").split()) != 2 for line in header):
+        return "a header is written  # @package NAME"
+    if not isinstance(content, dict | None):
+        return "a file of configuration holds keys and values"
+    defaults = content.get("defaults", []) if content else []
+    if not isinstance(defaults, list):
+        return "defaults must be a list"
+    return next((f"{item!r} is no entry of a defaults list" for item in defaults if not _is_entry(item)), None)
+
+
+def _is_entry(item: Any) -> bool:
+    """`name`, or `group: name`, or `group: [name, name]`; null may stand for the one name of a group."""
+    if not isinstance(item, dict):
+        return isinstance(item, str)
+    lists = [value if isinstance(value, list) else [value] for value in item.values() if value is not None]
+    return all(isinstance(name, str) for names in lists for name in names)

@@ -1,0 +1,194 @@
+"""Problems with a configuration in words: where a file lies, what was probably meant, how a value is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+import typing
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from functools import cache
+from itertools import takewhile
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+from uft.errors import Problem, UftError
+
+COMMAND_LINE = "command line"
+HIDDEN_GROUPS = ("hydra", "schema")
+
+# where files lie
+
+
+@cache
+def conf_dir() -> Path:
+    """The folder of the shipped YAML files: inside the package when installed, beside it in a checkout.
+
+    Found by path, not as a package resource: an editable install has no `uft.conf` to import.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise UftError(
+        Problem("conf/", "the configuration files are missing from this installation", str(package)),
+        footer="Install again:  pip install --force-reinstall uft",
+    )
+
+
+def user_dir() -> Path | None:
+    """The user's own configuration folder: $UFT_CONF, else ./conf-user. Its files win over the shipped ones."""
+    named = os.environ.get("UFT_CONF")
+    folder = Path(named).expanduser() if named else Path("conf-user")
+    return folder.resolve() if folder.is_dir() else None
+
+
+def config_dirs(extra: str | None = None) -> list[Path]:
+    """Every folder with configuration files, the first one that has a file wins. `extra` is Hydra's --config-dir."""
+    dirs = [user_dir(), conf_dir(), Path(extra).resolve() if extra else None]
+    return [folder for folder in dirs if folder is not None and folder.is_dir()]
+
+
+def groups(dirs: list[Path]) -> dict[str, dict[str, Path]]:
+    """Group -> option -> file, over all `dirs`, sorted by name."""
+    found: dict[str, dict[str, Path]] = {}
+    for folder in dirs:
+        for file in sorted(folder.rglob("*.yaml")):
+            group = file.parent.relative_to(folder).as_posix()
+            if group != "." and group.split("/")[0] not in HIDDEN_GROUPS:
+                found.setdefault(group, {}).setdefault(file.stem, file)
+    return {group: dict(sorted(options.items())) for group, options in sorted(found.items())}
+
+
+def headline(file: Path, longest: int = 104) -> str:
+    """The first sentence of a file's opening comment: what this option is. `# @package` lines do not count."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    comment = takewhile(lambda line: line.startswith("#"), lines)
+    text = " ".join(line.strip("# ") for line in comment if "@package" not in line)
+    return shorten(text.partition(". ")[0], longest, placeholder=" ...")
+
+
+def shown(path: Path) -> str:
+    """A file as people know it: `conf/data/mix.yaml` for the shipped ones, else relative to here if it is below."""
+    path = path.resolve()
+    for base, prefix in ((conf_dir(), "conf"), (Path.cwd(), ".")):
+        if path.is_relative_to(base):
+            return (Path(prefix) / path.relative_to(base)).as_posix()
+    return str(path)
+
+
+# what was meant
+
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "rft": (
+        "rft is the name of two methods: reward-learning fine-tuning (2405.17888; objective=irft is its implicit form)",
+        "and reinforcement fine-tuning (2505.16984), which is not in this version",
+    ),
+    "rdpo": (
+        "three methods are called so: objective=rdpo_length (length-regularised, 2403.19159),",
+        "objective=robust_dpo (flipped labels, 2403.00409) and objective=ld_dpo (length-desensitised, 2409.06411)",
+    ),
+    "grpo": ("GRPO samples at every step of training, which is not in this version",),
+    "spin": ("one round of SPIN is objective=irft on sampled negatives; rounds are not in this version",),
+    "gdpo": ("objective=gdpo_soft is geometric-averaged DPO (2409.06691); another GDPO normalises groups of rewards",),
+    "unified": (
+        "two methods are called UFT: objective=uft is 2410.21438;",
+        "unified supervised and reinforcement fine-tuning (2505.16984) is not in this version",
+    ),
+}
+"""Names of objectives that mean several things, or something else elsewhere: explained, not guessed."""
+
+EXTRAS = {
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/ray": "ray",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/submitit_slurm": "slurm",
+}
+"""Options that are no file of ours, and the extra that brings each."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str | None:
+    """The option that `word` was probably meant to be: by spelling, else the only one that begins with it."""
+    known = {option.lower(): option for option in options}
+    close = get_close_matches(word.lower(), known, 1, 0.6)
+    starts = [key for key in known if word and key.startswith(word.lower())]
+    found = close or (starts if len(starts) == 1 else [])
+    return known[found[0]] if found else None
+
+
+def hint(meant: str | None, label: str, options: Collection[str]) -> str:
+    """`did you mean  data=mix ?   choices: ...`; the two halves stand in columns when there are several problems."""
+    listed = f"{label}: {listing(options)}" if options else ""
+    return f"{f'did you mean  {meant} ?':<30}   {listed}".rstrip() if meant else listed
+
+
+def listing(options: Collection[str], most: int = 14) -> str:
+    names = list(options)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def no_such_option(group: str, option: str, options: list[str], key: str) -> tuple[tuple[str, ...], str | None]:
+    """(advice, what was probably meant) for an option without a file; `key` is what it was given to."""
+    plugin = not_installed(f"{group}/{option}")
+    explained = OTHER_NAMES.get(option.lower().removesuffix("_ft"), ()) if group == "objective" else ()
+    explained = explained or ((plugin,) if plugin else ())
+    near = None if explained else nearest(option, options)
+    meant = f"{key}={near}" if near else None
+    return tuple(line for line in (*explained, hint(meant, "choices", options)) if line), meant
+
+
+def not_installed(option: str) -> str | None:
+    """The command that installs `option`, such as hydra/launcher/ray; None: no extra of ours brings it."""
+    extra = EXTRAS.get(option)
+    return f"pip install 'uft[{extra}]'" if extra else None
+
+
+def belongs_to(key: str) -> tuple[str, ...]:
+    """The objectives that do have a key, in words."""
+    from yaml import safe_load
+
+    files = groups(config_dirs()).get("objective", {})
+    names = [name for name, file in files.items() if key in (safe_load(file.read_text(encoding="utf-8")) or {})]
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return (f"{key} is a key of:  {', '.join(names[:6])}{more}",) if names else ()
+
+
+# values and types
+
+WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[int]: "a list of whole numbers, like [0,1]",
+    list[float]: "a list of numbers, like [0.9,0.95]",
+    list[str]: "a list, like [a,b]",
+}
+
+
+def written(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(written(item) for item in value)}]"
+    return json.dumps(value, default=str)
+
+
+def expected(kind: Any) -> str:
+    """A type in words: `a whole number or null`."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        parts = [expected(part) for part in typing.get_args(kind) if part is not type(None)]
+        return " or ".join([*parts, "null"])
+    return WORDS.get(kind, "a group of keys")
+
+
+def right_type(kind: Any, value: Any) -> tuple[str, ...]:
+    """Advice for a value of the wrong type."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return ()
+    return (f"write {int(number)}",) if "whole number" in expected(kind) and number.is_integer() else ()
