@@ -79,6 +79,10 @@ def test_one_complaint_per_key():
     ]
 
 
+def test_what_refers_to_a_wrong_value_is_not_accused():
+    assert complaints("seed=x") == {"seed": "must be a whole number"}
+
+
 def test_two_ways_to_hold_out_rows():
     found = complaints("data.sources.pairs.holdout=5", "data.sources.pairs.eval_path=x.jsonl")
     assert found == {"data.sources.pairs.eval_path": "and holdout both say which rows are for evaluation: give one"}

@@ -1,8 +1,8 @@
 """The command line: `uft VERB [options] [key=value ...]`.
 
-A shim over `sys.argv`: it finds the verb and hands the rest to it. Most verbs are native Hydra applications over
-conf/config.yaml, so overrides, -m, --cfg, --info, --config-dir and completion are Hydra's own. Nothing heavy is
-imported here: `uft --help` answers at once.
+A shim over `sys.argv`: it finds the verb and hands the rest to it. Overrides, -m, --cfg, --info, --config-dir and
+completion of most verbs are Hydra's own (:mod:`uft.cli.app`). Nothing heavy is imported here: `uft --help` answers at
+once.
 """
 
 from __future__ import annotations

@@ -37,7 +37,6 @@ from uft.config.schema import MISSING, Config, Key, keys_of
 from uft.config.tree import Tree
 from uft.errors import GOOD, Problem, UftError
 from uft.launch.launcher import row_problems
-from uft.launch.sweep import examine_jobs
 from uft.launch.sweep_jobs import JobFailed, why
 
 Work = Callable[[Examined, Sequence[str]], int]
@@ -89,7 +88,8 @@ def run_app(page: Page, job: Callable[[DictConfig], None], arguments: list[str])
         return GOOD
     parsed = parse(arguments)
     request = Request(tuple(parsed.overrides), parsed.config_name or "config", parsed.config_dir, parsed.config_path)
-    asked = [parsed.multirun, parsed.cfg, parsed.info, parsed.hydra_help, parsed.experimental_rerun]
+    ours = ("overrides", "run", "config_name", "config_dir", "config_path")
+    asked = [value for name, value in vars(parsed).items() if name not in ours]
     if parsed.config_dir is None or Path(parsed.config_dir).is_dir():
         if not any(asked) and not needs_hydra(request):
             return work_of(job)(checked(request), request.overrides)
@@ -140,6 +140,8 @@ def native(verb: str, arguments: Sequence[str]) -> Iterator[None]:
 
 def explained(error: Exception, request: Request, multirun: bool) -> UftError:
     """Everything that is wrong with the whole request, since Hydra stopped at the first thing."""
+    from uft.launch.sweep import examine_jobs
+
     swept = multirun or any(word.startswith("sweep=") for word in request.overrides)
     try:
         if swept:
@@ -159,7 +161,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Hydra's own options, with words for people who write --steps 5."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    switches = (["--hydra-help"], ["--version"], ["--resolve"], ["--run", "-r"], ["--multirun", "-m"])
+    switches = [["--run", "-r"], ["--multirun", "-m"], ["--shell-completion", "-sc"]]
+    switches += [["--hydra-help"], ["--version"], ["--resolve"]]
     values = (["--package", "-p"], ["--config-path", "-cp"], ["--config-name", "-cn"], ["--config-dir", "-cd"])
     options = [parser.add_argument(*names, action="store_true") for names in switches]
     options += [parser.add_argument(*names) for names in (*values, ["--experimental-rerun"])]

@@ -2,7 +2,7 @@
 
 The groups are plain dataclasses, so that the program works with `config.train.steps`. `objective` has no dataclass:
 its keys are those of the objective's own class (:mod:`uft.config.objectives`). Ranges and choices stand beside the
-field as metadata (`ge`, `gt`, `le`, `lt`, `choices`); :mod:`uft.config.validate` checks values against them.
+field as metadata (`ge`, `gt`, `le`, `lt`, `choices`); :mod:`uft.config.tree` checks values against them.
 Nothing here imports torch, Hydra or OmegaConf.
 """
 
@@ -11,6 +11,7 @@ Nothing here imports torch, Hydra or OmegaConf.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from typing import Any
 
 MISSING = "???"
 """A value that has to be given, as OmegaConf writes it."""
+
+REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+"""A value that is that of another key."""
 
 KINDS = ("demonstration", "preference", "binary", "scored", "negatives")
 COLUMNS = ("baseline_logp", "soft_label")
@@ -333,6 +337,13 @@ def build(group: type, settings: Mapping[str, Any]) -> Any:
     return group(**given)
 
 
+def value_at(settings: Any, path: Path) -> Any:
+    """The value at a path of nested settings; None where there is none."""
+    for part in path:
+        settings = settings.get(part) if isinstance(settings, Mapping) else None
+    return settings
+
+
 def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[Path]]:
     """(settings in builtins, references replaced by what they refer to; the paths of those that refer to nothing)."""
     broken: set[Path] = set()
@@ -343,6 +354,10 @@ def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[Path]]:
         if isinstance(value, Mapping):
             return {str(name): resolve(item, (*path, str(name))) for name, item in value.items()}
         if "${" in str(value):
+            simple = REFERENCE.fullmatch(str(value))
+            target = value_at(settings, tuple(simple[1].split("."))) if simple else None
+            if isinstance(target, (int, float)):  # nearly every reference there is, without OmegaConf's import
+                return target
             from omegaconf import OmegaConf
             from omegaconf.errors import OmegaConfBaseException
 

@@ -28,7 +28,7 @@ from uft.config.messages import (
 )
 from uft.config.objectives import parameters
 from uft.config.rules import rules_broken
-from uft.config.schema import MISSING, NAMED, Config, Key, Path, key_at, keys_of, resolved
+from uft.config.schema import MISSING, NAMED, REFERENCE, Config, Key, Path, key_at, keys_of, resolved, value_at
 from uft.errors import Problem
 
 if TYPE_CHECKING:
@@ -171,10 +171,8 @@ class Tree:
 
     def get(self, path: Path) -> Any:
         """The value at a path, unresolved; None where there is none."""
-        node: Any = self.values
-        for part in path:
-            node = node.get(part) if isinstance(node, dict) else None
-        return None if node == MISSING else node
+        value = value_at(self.values, path)
+        return None if value == MISSING else value
 
     def key_at(self, path: Path) -> Key | None:
         return key_at(path, self.objectives)
@@ -201,7 +199,7 @@ class Tree:
             wrong[key] = no_such_method(key, method, self.where(key))
         typed = [key for key, setting in self.origins.items() if setting.where == COMMAND_LINE]
         for key, why, advice in rules_broken(settings, wrong.keys(), typed):
-            wrong[key] = self.against_rule(key, why, advice, _at(settings, tuple(key.split("."))))
+            wrong[key] = self.against_rule(key, why, advice, value_at(settings, tuple(key.split("."))))
         return settings, wrong
 
     def finish(self, below: Path) -> tuple[dict[str, Any], dict[str, Problem]]:
@@ -232,8 +230,8 @@ class Tree:
                 if text in wrong and key is not None:
                     node[name] = key.default
 
-        walk(_at(whole, below), below)
-        return _at(whole, below), wrong
+        walk(value_at(whole, below), below)
+        return value_at(whole, below), wrong
 
     # in words
 
@@ -288,13 +286,6 @@ def no_such_method(key: str, method: Any, where: str) -> Problem:
     return Problem(f"{key}={method}", "no such method", where, (advice,))
 
 
-def _at(settings: dict[str, Any], path: Path) -> Any:
-    node: Any = settings
-    for part in path:
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
-
-
 # values
 
 
@@ -305,7 +296,6 @@ BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {  # such that NaN b
     "lt": ("below", lambda value, bound: value < bound),
 }
 BOOLEANS = {"yes": True, "y": True, "on": True, "true": True, "no": False, "n": False, "off": False, "false": False}
-REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 def converted(kind: Any, value: Any) -> Any:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from uft.config.compose import Examined, quoted
-from uft.config.files import BROKEN
 from uft.config.frozen import free
 from uft.config.messages import written
+from uft.disk import Damaged
 from uft.errors import Problem, UftError
 from uft.launch.launcher import changed_keys, check_sources
 from uft.launch.names import slug
@@ -137,5 +137,7 @@ def refuse_other_runs(jobs: Sequence[Job], settings: Sequence[Mapping[str, Any]]
 def changes(run: Run, wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     try:
         return changed_keys(run, wanted)
-    except BROKEN:  # its job will tell of it, and the others can do without
+    except Damaged:
+        raise
+    except UftError:  # another version wrote it: its job will tell of it, and the others can do without
         return []
