@@ -89,9 +89,8 @@ def examine(request: Request) -> Examined:
     settings, wrong = tree.judge()
     problems += wrong.values()
     right = [str(override.input_line) for override in kept if override.key_or_group not in wrong]
-    origins = {key: setting.where for key, setting in tree.origins.items()}
     kept_words = [*words.chosen, *right]
-    return Examined(plain(settings), origins, references(tree), layers.options, problems, kept_words)
+    return Examined(plain(settings), tree.places, references(tree), layers.options, problems, kept_words)
 
 
 def references(tree: Tree) -> dict[str, str]:

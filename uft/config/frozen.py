@@ -13,7 +13,7 @@ import yaml
 
 from uft.config.messages import written
 from uft.config.objectives import parameters
-from uft.config.schema import Config, Source, build, resolved
+from uft.config.schema import Config, Source, build, flat, resolved
 from uft.config.tree import Setting, Tree, leaves, no_such_method
 from uft.disk import bounded
 from uft.errors import Problem, UftError
@@ -79,15 +79,6 @@ def to_yaml(value: Mapping[str, Any]) -> str:
             return super().represent_sequence(tag, sequence, not any(isinstance(x, (dict, list)) for x in sequence))
 
     return yaml.dump(dict(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
-
-
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, leaf) of a nested dict; an empty dict is a leaf."""
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            yield from flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
 
 
 def free(key: str) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from uft.config.messages import listing
-from uft.config.objectives import problems_of
+from uft.config.objectives import parameters, problems_of
+from uft.config.schema import flat, value_at
 from uft.redact import secret_in, secrets
 
 Settings = dict[str, Any]
@@ -17,36 +19,19 @@ Broken = tuple[str, str, tuple[str, ...]]
 """A dotted key, why its value breaks a rule, advice."""
 
 
-class Values:
-    """Valid settings by dotted key; None for what is wrong."""
-
-    def __init__(self, settings: Settings, wrong: Collection[str]) -> None:
-        self.flat: dict[str, Any] = {}
-        self.sources: dict[str, Settings] = {}
-        self._add(settings, "", wrong)
-        for name, source in settings["data"]["sources"].items():
-            own = {key: value for key, value in source.items() if f"data.sources.{name}.{key}" not in wrong}
-            self.sources[name] = own
-        self.objective: Settings = {} if "objective.method" in wrong else settings["objective"]
-
-    def _add(self, settings: Settings, prefix: str, wrong: Collection[str]) -> None:
-        for name, value in settings.items():
-            key = f"{prefix}{name}"
-            if isinstance(value, dict) and key != "stages":
-                self._add(value, f"{key}.", wrong)
-            elif key not in wrong:
-                self.flat[key] = value
-
-    def get(self, key: str) -> Any:
-        return self.flat.get(key)
-
-
 def rules_broken(settings: Settings, wrong: Collection[str], typed: Collection[str]) -> list[Broken]:
-    """The rules that settings break, at most one a key. `wrong` are the keys whose values are wrong by themselves,
-    `typed` those that the command line sets."""
-    values = Values(settings, wrong)
-    found = [one for rule in RULES for one in rule(values)]
-    steps = values.get("train.steps")
+    """The rules that settings break, at most one a key.
+
+    `wrong` are the keys whose values are wrong by themselves: rules see them as not given. `typed` are those that the
+    command line sets.
+    """
+    settings = copy.deepcopy(settings) if wrong else settings
+    for path in (tuple(key.split(".")) for key in wrong if "." in key):
+        node = value_at(settings, path[:-1])
+        if isinstance(node, dict) and path[-1] in node:
+            node.pop(path[-1]) if path[0] == "objective" else node.update({path[-1]: None})
+    found = [one for rule in RULES for one in rule(settings)]
+    steps = settings["train"]["steps"]
     if "train.epochs" in typed and steps is not None:
         found.insert(0, broken("train.epochs", f"does nothing beside train.steps={steps}", "add  train.steps=null"))
     return list({one[0]: one for one in reversed(found) if one[0] not in wrong}.values())[::-1]
@@ -56,8 +41,8 @@ def broken(key: str, why: str, *advice: str) -> Broken:
     return key, why, advice
 
 
-def epochs_and_warmup(values: Values) -> Iterator[Broken]:
-    warmup, steps = values.get("optim.warmup"), values.get("train.steps")
+def epochs_and_warmup(settings: Settings) -> Iterator[Broken]:
+    warmup, steps = settings["optim"]["warmup"], settings["train"]["steps"]
     if warmup is not None and warmup >= 1:
         if warmup != int(warmup):
             yield broken("optim.warmup", "must be a share below 1 or a whole number of steps")
@@ -65,29 +50,29 @@ def epochs_and_warmup(values: Values) -> Iterator[Broken]:
             yield broken("optim.warmup", f"leaves no step after the warm-up: train.steps={steps}")
 
 
-def lists_of_numbers(values: Values) -> Iterator[Broken]:
-    betas, seeds = values.get("optim.betas"), values.get("generate.seeds")
+def lists_of_numbers(settings: Settings) -> Iterator[Broken]:
+    betas, seeds = settings["optim"]["betas"], settings["generate"]["seeds"]
     if betas is not None and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         yield broken("optim.betas", "must be two numbers, at least 0 and below 1")
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
         yield broken("generate.seeds", "must be different seeds, at least one")
 
 
-def adapters(values: Values) -> Iterator[Broken]:
-    adapter = values.get("model.adapter")
-    if values.get("reference.mode") == "adapter_off":
+def adapters(settings: Settings) -> Iterator[Broken]:
+    adapter = settings["model"]["adapter"]
+    if settings["reference"]["mode"] == "adapter_off":
         if adapter == "none":
             advice = "model.adapter=lora  or  reference.mode=auto"
             yield broken("reference.mode", "needs an adapter to switch off", advice)
-        if values.get("reference.path") is not None:
+        if settings["reference"]["path"] is not None:
             why = "is another model, and switching the adapter off gives the initial policy"
             yield broken("reference.path", why, "reference.mode=auto")
-    if adapter == "lora" and values.get("model.lora.targets") == []:
+    if adapter == "lora" and settings["model"]["lora"]["targets"] == []:
         yield broken("model.lora.targets", "names no layer to adapt", "for all linear layers:  [all-linear]")
 
 
-def mixture(values: Values) -> Iterator[Broken]:
-    sources, ratio = values.sources, values.get("data.ratio")
+def mixture(settings: Settings) -> Iterator[Broken]:
+    sources, ratio = settings["data"]["sources"], settings["data"]["ratio"]
     if not sources:
         advice = "+data.sources.mine.path=rows.jsonl", "or a mixture that has some:  data=mix"
         yield broken("data.sources", "the mixture has no sources", *advice)
@@ -102,8 +87,8 @@ def mixture(values: Values) -> Iterator[Broken]:
             yield broken("data.ratio", why)
 
 
-def held_out(values: Values) -> Iterator[Broken]:
-    for name, source in values.sources.items():
+def held_out(settings: Settings) -> Iterator[Broken]:
+    for name, source in settings["data"]["sources"].items():
         key = f"data.sources.{name}"
         ways = [way for way in ("holdout", "eval_path", "eval_split") if source.get(way) is not None]
         if len(ways) > 1:
@@ -112,32 +97,31 @@ def held_out(values: Values) -> Iterator[Broken]:
         ends = source.get("score_range")
         if ends is not None and not (len(ends) == 2 and ends[0] < ends[1]):
             yield broken(f"{key}.score_range", "must be [lowest, highest]")
-    for key in ("data.holdout", *(f"data.sources.{name}.holdout" for name in values.sources)):
-        amount = values.get(key)
+    for key in ("data.holdout", *(f"data.sources.{name}.holdout" for name in settings["data"]["sources"])):
+        amount = value_at(settings, tuple(key.split(".")))
         if amount is not None and amount > 1 and amount != int(amount):
             yield broken(key, "must be a share below 1 or a whole number of rows")
 
 
-def names(values: Values) -> Iterator[Broken]:
+def names(settings: Settings) -> Iterator[Broken]:
     """Names that become folders, and names of sources, which stand in the names of metrics and of files."""
-    for key in ("run.name", "sweep.name"):
-        name = values.get(key)
+    for key, name in (("run.name", settings["run"]["name"]), ("sweep.name", settings["sweep"]["name"])):
         bad = sorted(set(str(name or "")) & set("/\\=,"))
         if bad or name in ("", ".", ".."):
             yield broken(key, "names a folder", f"without {listing(bad)}" if bad else "give it a real name")
         elif name is not None:
-            yield from _plain_name(values, key, name)
-    for part in str(values.get("run.dir") or "").split("/"):
-        yield from _plain_name(values, "run.dir", part)
-    for name in values.sources:
+            yield from _plain_name(key, name)
+    for part in str(settings["run"]["dir"] or "").split("/"):
+        yield from _plain_name("run.dir", part)
+    for name in settings["data"]["sources"]:
         key = f"data.sources.{name}"
         if set(name) & set("/\\") or name in ("", ".", ".."):
             yield broken(key, "names files and metrics", "without / and \\")
         else:
-            yield from _plain_name(values, key, name)
+            yield from _plain_name(key, name)
 
 
-def _plain_name(values: Values, key: str, name: str) -> Iterator[Broken]:
+def _plain_name(key: str, name: str) -> Iterator[Broken]:
     if not name.isprintable():
         why = "has a character that cannot be shown"
         yield broken(key, why, "letters, digits and -_.+ are fine")
@@ -145,10 +129,10 @@ def _plain_name(values: Values, key: str, name: str) -> Iterator[Broken]:
         yield broken(key, f"is too long for a file's name: at most {LONGEST_NAME} bytes")
 
 
-def no_secret(values: Values) -> Iterator[Broken]:
+def no_secret(settings: Settings) -> Iterator[Broken]:
     """A configuration is written down, sent to W&B and compared by others."""
     known = secrets()
-    for key, value in values.flat.items():
+    for key, value in flat({**settings, "stages": {}}):
         texts = list(value) if isinstance(value, list) else [value]
         if key == "run.dir":
             texts += str(value or "").split("/")  # the last part names the run, and others may name a sweep
@@ -158,23 +142,23 @@ def no_secret(values: Values) -> Iterator[Broken]:
             yield broken(key, why, "leave it in the environment")
 
 
-def machines(values: Values) -> Iterator[Broken]:
-    nodes, rank = values.get("hardware.nodes") or 1, values.get("hardware.node_rank")
+def machines(settings: Settings) -> Iterator[Broken]:
+    nodes, rank = settings["hardware"]["nodes"] or 1, settings["hardware"]["node_rank"]
     if rank is not None and rank >= nodes:
         yield broken("hardware.node_rank", f"counts from 0 to {nodes - 1}: hardware.nodes={nodes}")
-    pool, processes = values.get("hardware.pool"), values.get("hardware.processes") or 1
+    pool, processes = settings["hardware"]["pool"], settings["hardware"]["processes"] or 1
     if pool is not None and len(set(pool)) < max(processes, len(pool)):
         why = f"must be different numbers, at least {processes}: hardware.processes"
         yield broken("hardware.pool", why)
 
 
-def objective(values: Values) -> Iterator[Broken]:
+def objective(settings: Settings) -> Iterator[Broken]:
     """The keys of an objective that contradict each other, by its own `problems`."""
-    for key, why in problems_of(values.objective) if values.objective else ():
+    for key, why in problems_of(settings["objective"]) if settings["objective"].get("method") in parameters() else ():
         yield broken(f"objective.{key}", why)
 
 
-RULES: tuple[Callable[[Values], Iterator[Broken]], ...] = (
+RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
     epochs_and_warmup,
     lists_of_numbers,
     adapters,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -335,6 +335,15 @@ def build(group: type, settings: Mapping[str, Any]) -> Any:
         elif key.kind == dict[str, Source]:
             given[name] = {source: build(Source, one) for source, one in settings[name].items()}
     return group(**given)
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, leaf) of a nested dict; an empty dict is a leaf."""
+    for key, item in value.items():
+        if isinstance(item, Mapping) and item:
+            yield from flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
 
 
 def value_at(settings: Any, path: Path) -> Any:

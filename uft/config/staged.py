@@ -48,7 +48,8 @@ class Draft:
     does: str = ""
     tree: Tree = field(default_factory=Tree)
     problems: list[Problem] = field(default_factory=list)
-    settings: Settings = field(default_factory=dict)  # in the end; empty where its files could not be read
+    settings: Settings = field(default_factory=dict)  # in the end
+    is_read: bool = False  # whether its files could be
 
     def knows(self, override: Override) -> bool:
         """Whether what was typed has a place here."""
@@ -94,9 +95,8 @@ def compose_stages(
     outline = outlined(layers, words)
     problems = [*outline.problems, *refused_choices(outline, words), *unknown_choices(outline, files)]
     if any(stage[group] == UNCLEAR for stage in outline.stages.values() for group in OWN):
-        origins = {key: setting.where for key, setting in outline.tree.origins.items()}
         problems += [problem for name in outline.stages for problem in rules(name, None, outline)]
-        return Tree().judge()[0], outline.tree, origins, problems, list(words.chosen)
+        return Tree().judge()[0], outline.tree, outline.tree.places, problems, list(words.chosen)
     lacking: dict[tuple[str, str], list[str]] = {}
     fits = [name for name, stage in outline.stages.items() if stage["do"] == "fit"]
     last = outline.stages[fits[-1]] if fits else None
@@ -118,7 +118,7 @@ def compose_stages(
             problem = fixed(setting) or draft.tree.put(setting)
             draft.problems += [problem] if problem else []
         draft.settings, wrong = draft.tree.judge()
-        draft.problems += wrong.values()
+        draft.problems += wrong.values() if draft.is_read else ()
     problems += together(drafts)
     problems += [problem for draft in drafts for problem in rules(draft.name, draft, outline)]
     if outline.stages and not fits:
@@ -224,7 +224,7 @@ def drafted(
             lacking.setdefault((setting.where, setting.text), []).append(draft.name)
         return True
 
-    kept = []
+    draft.is_read, kept = True, list[Setting]()
     for settings in layers.files:
         kept += [setting for setting in settings if setting.path[0] != STAGES]
         for setting in settings:
@@ -298,7 +298,7 @@ def together(drafts: Sequence[Draft]) -> Iterator[Problem]:
 def rules(name: str, draft: Draft | None, outline: Outline) -> Iterator[Problem]:
     """Everything that is wrong with a stage beside the others: its name, its kind, what it takes from earlier ones."""
     key, stage = f"{STAGES}.{name}", outline.stages[name]
-    where = next((s.where for own, s in outline.tree.origins.items() if own.startswith(f"{key}.")), "")
+    where = next((place for own, place in outline.tree.places.items() if own.startswith(f"{key}.")), "")
     if not NAME.fullmatch(name):
         yield Problem(key, "names a folder: letters, digits, - and _, a letter first", where)
     if stage["reference"] != "start" and stage["do"] in ("generate", "annotate"):
@@ -350,18 +350,18 @@ def no_such_stage(path: str, label: str, stages: Sequence[str]) -> tuple[str, ..
 def put_together(run: Draft, drafts: Sequence[Draft], outline: Outline) -> tuple[Settings, dict[str, str]]:
     """(the run's settings with its resolved stages, and the objective and data of its last fit stage; origins)."""
     settings = plain(run.settings)
-    origins = {key: setting.where for key, setting in run.tree.origins.items()}
+    origins = run.tree.places
     last = next((draft for draft in reversed(drafts) if draft.does == "fit"), None)
     for group in OWN if last else ():
         assert last is not None
         settings[group] = last.settings[group]
         origins = {key: where for key, where in origins.items() if not key.startswith(f"{group}.")}
-        origins |= {key: s.where for key, s in last.tree.origins.items() if key.startswith(f"{group}.")}
+        origins |= {key: where for key, where in last.tree.places.items() if key.startswith(f"{group}.")}
     stages: Settings = {}
     for draft in drafts:
         stage, prefix = outline.stages[draft.name], f"{STAGES}.{draft.name}."
         head = {"do": stage["do"], "reference": stage["reference"]} if draft.does == "fit" else {"do": stage["do"]}
         stages[draft.name] = {**head, "config": differing(plain(draft.settings), settings)}
-        origins |= {f"{prefix}config.{key}": setting.where for key, setting in draft.tree.origins.items()}
-        origins |= {key: s.where for key, s in outline.tree.origins.items() if key.startswith(prefix)}
+        origins |= {f"{prefix}config.{key}": where for key, where in draft.tree.places.items()}
+        origins |= {key: where for key, where in outline.tree.places.items() if key.startswith(prefix)}
     return settings | {STAGES: stages}, origins

@@ -235,9 +235,13 @@ class Tree:
 
     # in words
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Where each value was set, by dotted key; nothing for defaults."""
+        return {key: setting.where for key, setting in self.origins.items()}
+
     def where(self, key: str) -> str:
-        setting = self.origins.get(key)
-        return setting.where if setting else ""
+        return self.places.get(key, "")
 
     def against_rule(self, key: str, why: str, advice: tuple[str, ...], value: Any) -> Problem:
         what = key if value in (None, {}) else f"{key}={written(value)}"
