@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from uft.config.files import BROKEN, NAMES_CODE, Layers, Request, files_of, translate
@@ -72,25 +73,24 @@ def examine(request: Request) -> Examined:
         words = read_words(request.overrides, files)
         layers = files.layers(words.chosen)
     except (UftError, *BROKEN) as error:
-        found = error.problems if isinstance(error, UftError) else (translate(error),)
-        return Examined(Tree().judge()[0], problems=[*words.problems, *found], kept=list(words.chosen))
+        unread = error.problems if isinstance(error, UftError) else (translate(error),)
+        return Examined(Tree().judge()[0], problems=[*words.problems, *unread], kept=list(words.chosen))
     problems = [*words.problems, *layers.naming_code]
     if has_stages(layers, words):
         settings, tree, origins, more, kept = compose_stages(layers, words, files)
         problems += more
         return Examined(settings, origins, references(tree), layers.options, problems, kept)
-    tree, kept = Tree(), []
+    tree, right = Tree(), list[Override]()
     problems += tree.fill([setting for file in layers.files for setting in file])
     for override in words.values:
         if override.key_or_group.split(".")[0] not in words.unclear:  # else which keys there are is not known
             found = tree.apply(override)
             problems += found
-            kept += [] if found else [override]
+            right += [] if found else [override]
     settings, wrong = tree.judge()
     problems += wrong.values()
-    right = [str(override.input_line) for override in kept if override.key_or_group not in wrong]
-    kept_words = [*words.chosen, *right]
-    return Examined(plain(settings), tree.places, references(tree), layers.options, problems, kept_words)
+    kept = [*words.chosen, *(str(override.input_line) for override in right if override.key_or_group not in wrong)]
+    return Examined(plain(settings), tree.places, references(tree), layers.options, problems, kept)
 
 
 def references(tree: Tree) -> dict[str, str]:

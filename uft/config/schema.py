@@ -294,7 +294,7 @@ NAMED: dict[Path, type] = {("data", "sources"): Source, ("stages",): Stage}
 
 
 @cache
-def keys_of(group: type) -> dict[str, Key]:
+def keys_of(group: Any) -> dict[str, Key]:
     """The keys of a group, in their order; fields with metadata `internal` are none."""
     hints = typing.get_type_hints(group)
     shown = [f for f in dataclasses.fields(group) if not f.metadata.get("internal")]
@@ -304,7 +304,7 @@ def keys_of(group: type) -> dict[str, Key]:
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         made = field.default_factory()
-        return dataclasses.asdict(made) if dataclasses.is_dataclass(made) else made
+        return dataclasses.asdict(made) if dataclasses.is_dataclass(made) and not isinstance(made, type) else made
     return MISSING if field.default is dataclasses.MISSING else field.default
 
 

@@ -239,7 +239,7 @@ def drafted(
 
 def fixed(setting: Setting) -> Problem | None:
     """A key that no stage can have for itself, or None."""
-    why, advice, path = "", (), setting.path
+    why, advice, path = "", tuple[str, ...](), setting.path
     if not path:
         why = "must be a group of keys"
     elif path in ((OBJECTIVE,), ("data",)):

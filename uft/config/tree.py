@@ -115,15 +115,17 @@ class Tree:
     def put(self, setting: Setting) -> Problem | None:
         """Lay one value over what is there, or say why it cannot be."""
         path, value, node = setting.path, setting.value, self.values
-        for depth, part in enumerate(path, 1):
-            key = self.key_at(path[:depth])
-            if key is None:
+        for depth, part in enumerate(path[:-1], 1):
+            above = self.key_at(path[:depth])
+            if above is None:
                 return self.unknown(setting, path[:depth])
-            if depth < len(path):
-                if not (key.group or key.is_open or key.kind is Any):
-                    why = f"{'.'.join(path[:depth])} is a value and has no keys of its own"
-                    return Problem(setting.text, why, setting.where)
-                node = self._below(node, part, key)
+            if not (above.group or above.is_open or above.kind is Any):
+                why = f"{'.'.join(path[:depth])} is a value and has no keys of its own"
+                return Problem(setting.text, why, setting.where)
+            node = self._below(node, part, above)
+        key = self.key_at(path)
+        if key is None:
+            return self.unknown(setting, path)
         if value is None and path[:-1] in NAMED:  # an entry of which nothing is said
             value = {}
         if key.group or key.is_open:
@@ -143,13 +145,14 @@ class Tree:
         """The group `part` of a node, made with its defaults if it is not there."""
         if not isinstance(node.get(part), dict):
             node[part] = dataclasses.asdict(key.group()) if key.group else {}
-        return node[part]  # type: ignore[no-any-return]
+        below: dict[str, Any] = node[part]
+        return below
 
     def apply(self, override: Override) -> list[Problem]:
         """Lay one override of the command line, or say what is wrong with it."""
         line, path = str(override.input_line), path_of(override)
         added = override.is_add() or override.is_force_add()
-        why, advice = "", ()
+        why, advice = "", tuple[str, ...]()
         if override.package is not None:
             why = f"{override.key_or_group} is not a group"
         elif override.is_delete():

@@ -80,8 +80,9 @@ def _choose(override: Override, files: Files, words: Words) -> None:
         )
         words.mended.append(meant)
         return
-    options = [] if override.is_delete() else value if isinstance(value, list) else [value]
-    lost = next((str(option) for option in options if option is not None and not files.has(group, option)), None)
+    asked = [] if override.is_delete() else value if isinstance(value, list) else [value]
+    options = [str(option) for option in asked if option is not None]
+    lost = next((option for option in options if not files.has(group, option)), None)
     if lost is None:
         words.choices.append(line)
         return

@@ -76,13 +76,13 @@ def load_sources(data: Any) -> list[LoadedSource]:
     told = settings.bad_rows == "error"
     if told:
         problems += _bad_row_problems(bad)
-    for source in loaded:
-        if not source.rows and source.held_out and not source.apart:
-            own = settings.sources[source.name].holdout
+    for one in loaded:
+        if not one.rows and one.held_out and not one.apart:
+            own = settings.sources[one.name].holdout
             amount = settings.holdout if own is None else own
-            problems.append(Problem(f"data.sources.{source.name}.holdout={amount:g}", "leaves no row to train on"))
-        elif not source.rows and not (told and source.dropped):
-            problems.append(_nothing_left(source))
+            problems.append(Problem(f"data.sources.{one.name}.holdout={amount:g}", "leaves no row to train on"))
+        elif not one.rows and not (told and one.dropped):
+            problems.append(_nothing_left(one))
     if problems:
         footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and told else ""
         raise UftError(*problems, footer=footer)
