@@ -55,7 +55,8 @@ def _objectives() -> tuple[dict[str, dict[str, Key]], Callable[[Settings], Any]]
 def _read() -> tuple[dict[str, dict[str, Key]], Callable[[Settings], Any]]:
     from uft.objectives import OBJECTIVES, make
 
-    return {method: keys_of(cls) for method, cls in OBJECTIVES.items()}, make
+    classes: Mapping[str, Any] = OBJECTIVES
+    return {method: keys_of(cls) for method, cls in classes.items()}, make
 
 
 class _Anything(type):
