@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from uft.cli import tell
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, render
 from uft.runs import Run, find_runs, find_sweeps, planned, shown, summary, waiting
-from uft.tracking.cards import HEADLINES
+from uft.tracking.console import HEADLINES
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from uft.tracking.connection import Server
     from uft.tracking.sync import Upload
+    from uft.tracking.wandb import Server
 
 WIDE = 160  # columns where there is no terminal
 METRICS = 4  # metrics shown at most
@@ -262,7 +262,7 @@ def sync(arguments: list[str]) -> int:
 def server_of_wandb() -> Server:
     import wandb
 
-    from uft.tracking.connection import Server
+    from uft.tracking.wandb import Server
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings
     return Server(settings.base_url, settings.api_key)
@@ -270,8 +270,8 @@ def server_of_wandb() -> Server:
 
 def upload_all(pending: list[Upload], server: Server) -> int:
     """Upload and report; the exit code. Without a key or a network nothing is touched, and it is said what waits."""
-    from uft.tracking.connection import has_key, reachable
     from uft.tracking.sync import mend, send
+    from uft.tracking.wandb import has_key, reachable
 
     if not has_key(server):
         list_uploads(pending, f"wait to be uploaded to {server.host}")

@@ -32,8 +32,8 @@ from omegaconf.errors import OmegaConfBaseException
 from uft.config.messages import COMMAND_LINE, conf_dir, config_dirs, hint, nearest, not_installed, shown
 from uft.config.schema import Config
 from uft.config.tree import Setting, leaves
-from uft.disk import bounded
 from uft.errors import Problem, UftError
+from uft.runs import bounded
 
 T = TypeVar("T")
 VERSION_BASE = "1.3"

@@ -15,8 +15,8 @@ from uft.config.messages import written
 from uft.config.objectives import parameters
 from uft.config.schema import Config, Source, build, flat, resolved
 from uft.config.tree import Setting, Tree, leaves, no_such_method
-from uft.disk import bounded
 from uft.errors import Problem, UftError
+from uft.runs import bounded
 
 FREE = (
     "tracking.",

@@ -9,7 +9,7 @@ from typing import Any
 from uft.config.messages import listing
 from uft.config.objectives import parameters, problems_of
 from uft.config.schema import flat, value_at
-from uft.redact import secret_in, secrets
+from uft.errors import secret_in, secrets
 
 Settings = dict[str, Any]
 LONGEST_NAME = 200  # bytes; file systems allow 255, and our temporary files have longer names

@@ -18,14 +18,13 @@ from uft.config.frozen import free, frozen, plain, to_yaml
 from uft.config.messages import written
 from uft.config.objectives import defaults_of
 from uft.config.stages import completed, data_nodes, differences
-from uft.disk import unwritable
 from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
 from uft.launch.process import run_worker
 from uft.launch.provenance import provenance
 from uft.launch.slots import slots
 from uft.launch.team import node_rank, team
-from uft.runs import Run, create_run, shown, write_atomically
+from uft.runs import Run, create_run, shown, unwritable, write_atomically
 
 TOGETHER = ("check", "generate")
 """Jobs that several processes do better than one; the others read and write."""
@@ -209,7 +208,7 @@ def row_problems(examined: Examined) -> list[Problem]:
 
     Nothing is fetched from the hub for a request that is refused anyway.
     """
-    from uft.data.readers import is_local
+    from uft.data.sources import is_local
 
     problems: dict[Problem, None] = {}
     wrong = {key.split(".")[2] for key in examined.wrong if key.startswith("data.sources.")}

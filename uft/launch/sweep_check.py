@@ -9,12 +9,11 @@ from typing import Any
 from uft.config.compose import Examined, quoted
 from uft.config.frozen import free
 from uft.config.messages import written
-from uft.disk import Damaged
 from uft.errors import Problem, UftError
 from uft.launch.launcher import changed_keys, check_sources
 from uft.launch.names import slug
 from uft.launch.sweep_jobs import Job
-from uft.runs import Run
+from uft.runs import Damaged, Run
 
 Jobs = Sequence[Sequence[str]]
 """The overrides of every job."""
