@@ -19,7 +19,7 @@ from uft.config.freeze import plain
 from uft.config.loader import Request, make_loader
 from uft.errors import UftError
 from uft.launch.optuna import DATABASE, SearchSettings, parse_space, search, value_text
-from uft.launch.sweep import JobFailed
+from uft.launch.sweep import JobFailed, caching
 from uft.runs import Run, create_run, write_json
 
 FIXED = ("objective=uft", "tracking=none", "train.steps=3")
@@ -28,7 +28,7 @@ BETA = "objective.beta=interval(0.1,2)"
 
 @pytest.fixture(scope="module")
 def loader():
-    return make_loader(Request())
+    return caching(make_loader(Request()))
 
 
 class Answers:
@@ -178,13 +178,17 @@ def test_trials_are_told_and_the_best_one_has_its_command(look_for, capsys):
     assert len(sweep["jobs"]) == 6
 
 
-def test_metric_and_direction_can_be_others(look_for):
+def test_metric_direction_and_database_can_be_others(look_for, tmp_path):
     def rising(job):
         return {"final": {"eval/instruct/exact_match": float(job["objective.beta"]), "eval/nll": 1.0}}
 
-    _, found = look_for(rising, BETA, n_trials=4, metric="eval/instruct/exact_match", direction="max", sampler="random")
+    storage = f"sqlite:///{tmp_path}/other.db"
+    other = {"metric": "eval/instruct/exact_match", "direction": "max", "storage": storage, "study": "shared"}
+    look_for(rising, BETA, n_trials=3, sampler="random", **other)
+    found = optuna.load_study(study_name="shared", storage=storage)
     assert found.best_value == max(trial.value for trial in found.trials)
     assert found.best_value == pytest.approx(found.best_params["objective.beta"], rel=1e-5)
+    assert not Path("S", DATABASE).exists()
 
 
 def test_the_same_command_again_adds_trials_and_draws_new_values(look_for, capsys):
@@ -233,18 +237,11 @@ def test_a_stopped_trial_is_gone_on_with_first(look_for):
 def test_values_that_do_not_go_together_fail_as_a_trial(look_for, capsys):
     """Each is right with the other's first: 3 steps with a warm-up of 4 are not."""
     words = ("train.steps=9,3", "optim.warmup=0.1,4.0", BETA)
-    _, found = look_for(bowl, *words, n_trials=12, sampler="random")
+    _, found = look_for(bowl, *words, n_trials=7, sampler="random")
     wrong = [t for t in found.trials if t.params["train.steps"] == "3" and t.params["optim.warmup"] == "4.0"]
     assert wrong
     assert all(trial.state == (TrialState.FAIL if trial in wrong else TrialState.COMPLETE) for trial in found.trials)
     assert "leaves no step after the warm-up" in capsys.readouterr().err
-
-
-def test_a_database_elsewhere(look_for, tmp_path):
-    storage = f"sqlite:///{tmp_path}/other.db"
-    look_for(bowl, BETA, n_trials=1, storage=storage, study="shared")
-    assert len(optuna.load_study(study_name="shared", storage=storage).trials) == 1
-    assert not Path("S", DATABASE).exists()
 
 
 # the program

@@ -166,7 +166,7 @@ def caching(loader: ConfigLoader) -> ConfigLoader:
     quick.compute_defaults_list = lambda config_name, overrides, run_mode: cached(
         config_name, tuple(overrides), run_mode
     )
-    return quick  # type: ignore[no-any-return]
+    return quick
 
 
 def job_problems(

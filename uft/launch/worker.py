@@ -135,6 +135,7 @@ def elastic_agent(arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     killed_before = oom_kills()
     with tempfile.TemporaryDirectory(prefix="uft-ranks-") as folder:
         os.environ[FOLDER] = folder
