@@ -204,7 +204,6 @@ def test_jobs_without_a_run_leave_nothing(worker, capfd):
     assert list(worker.iterdir()) == []
 
 
-SIGNALS = [(signal.SIGINT, 130), (signal.SIGUSR1, 75)]
 CODE = """
 import sys
 from uft.launch import process
@@ -228,11 +227,10 @@ def start(worker, *words):
     raise AssertionError("the worker did not start")
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_signals_reach_the_worker_and_its_exit_code_passes(worker, number, code):
+def test_a_signal_reaches_the_worker_and_its_exit_code_passes(worker):
     parent, run = start(worker, "train", *BASE, "generate.system=wait")
-    parent.send_signal(number)
-    assert parent.wait(20) == code
+    parent.send_signal(signal.SIGUSR1)
+    assert parent.wait(20) == 75
     assert run.status == "stopped"
     assert run.checkpoints()
 
@@ -258,24 +256,12 @@ def test_a_worker_does_not_outlive_its_parent(worker):
     child = int((run.path / "waiting").read_text())
     parent.kill()
     parent.wait(20)
-    for _ in range(100):
-        if run.result():
-            break
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{child}").exists():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     assert run.status == "stopped"
     assert run.checkpoints(), "SIGTERM, so a checkpoint, not SIGKILL"
-    assert gone(child)
-
-
-def gone(pid):
-    """Whether a process ends within five seconds."""
-    for _ in range(100):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_the_real_worker_is_found_from_anywhere(tmp_path):

@@ -221,6 +221,7 @@ def test_names_of_jobs_are_folders_and_unique():
     (name,) = job_names([["optim.betas=[0.9,0.95]", "model.path=a/b=c"]], ["optim.betas", "model.path"])
     assert not set(name) & set("=,[]/ "), "nothing that Hydra or a shell would trip over"
     assert name.startswith("betas0.9-0.95-")
+    assert job_names([["model.path=///"]], ["model.path"])[0].startswith("pathnone-")
     assert len(set(job_names([["model.path=a/b"], ["model.path=a-b"]], ["model.path"]))) == 2
     same = job_names([["data.x=1", "seed=1"], ["data.x=1", "seed=2"]], ["data.x"])
     assert len(set(same)) == 2
