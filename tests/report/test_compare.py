@@ -16,7 +16,7 @@ from shape import check
 from synthetic import held, make_run, make_sweep
 
 from uft.cli import main
-from uft.tracking import seals
+from uft.tracking import metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,8 +125,8 @@ def test_a_run_alone(here, typed):
 def test_a_finished_run_that_lost_a_line_says_so(here, typed):
     run = make_run(Path("one"), points=5)
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    sealed = "".join(seals.seal(json.loads(line)["step"], line) for line in lines)
-    seals.file_of(run / "metrics.jsonl").write_text(sealed)
+    sealed = "".join(metrics.seal(json.loads(line)["step"], line) for line in lines)
+    metrics.file_of(run / "metrics.jsonl").write_text(sealed)
     assert "damaged" not in typed("one")[1]
     (run / "metrics.jsonl").write_text("\n".join([*lines[:1], *lines[2:]]) + "\n")
     step = json.loads(lines[1])["step"]

@@ -25,10 +25,9 @@ from uft.config.freeze import free, frozen, plain, to_yaml
 from uft.config.register import defaults_of
 from uft.config.stages import differences
 from uft.config.suggest import written
-from uft.disk import unwritable
 from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
-from uft.runs import Run, create_run, shown, write_atomically
+from uft.runs import Run, create_run, shown, unwritable, write_atomically
 
 OUTPUTS = Path("outputs")
 PARALLEL_JOBS = ("check", "generate")

@@ -32,7 +32,7 @@ from uft.errors import Problem, UftError
 from uft.launch.sweep import Job, SweepPlan, SweepSession, record_sweep
 from uft.launch.sweep_table import SweepTable
 from uft.runs import Run, shown
-from uft.tracking.format import number, printable
+from uft.tracking.console import number, printable
 
 if TYPE_CHECKING:
     from optuna import Study, Trial

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 from yaml import YAMLError
 
 from uft.runs import Run
-from uft.tracking.cards import PREFIX
-from uft.tracking.format import duration, number, printable, shorten
+from uft.tracking.console import PREFIX, duration, number, printable, shorten
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -21,10 +21,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uft.errors import FAILED, GOOD, UftError, render
+from uft.distributed import FOLDER, PeerLost, launched, note, note_code, noted_code, rank, reasons
+from uft.errors import FAILED, GOOD, UftError, render, tell_redacted
 from uft.launch.process import EXIT_CODES, PARENT, cause, die_with_parent, oom_kills
-from uft.parallel.environment import FOLDER, PeerLost, launched, note, note_code, noted_code, rank, reasons
-from uft.redact import tell_redacted
 from uft.runs import Run, keep_others_out, open_run, write_json
 
 if TYPE_CHECKING:
@@ -64,33 +63,33 @@ def main(arguments: Sequence[str]) -> int:
 
 def train(folder: str) -> int:
     """Train the run in `folder` from where it stands."""
-    from uft.training.signals import listening
+    from uft.training.liveness import listening
 
     run = open_run(folder)
     with listening() as stop, ExitStack() as held:  # before the slow imports: a signal that comes meanwhile is kept
         if launched() == 1:
             held.enter_context(run.lock())
         else:  # the run is locked by rank 0 for all
-            from uft.parallel.ranks import joined
+            from uft.distributed import process_group
 
-            held.enter_context(joined()).from_first(lambda: held.enter_context(run.lock()))
+            held.enter_context(process_group()).on_rank0(lambda: held.enter_context(run.lock()))
         with uncollected():
             from uft.config.load import load_config
-            from uft.model.classes import auto_model
-            from uft.training import session, stages
+            from uft.model.policy import auto_model
+            from uft.training import session
 
             auto_model()
         config = load_config(run.config_file)
-        return (stages if config.stages else session).train(run, config, stop)
+        return (session.train_stages if config.stages else session.train)(run, config, stop)
 
 
 def run_job(job: str, spec: str) -> int:
     """`check`, `data`, `generate` or `annotate`, of the configuration in the file `spec`."""
     with uncollected():
         from uft.config.load import load_config
-        from uft.parallel.ranks import joined
-        from uft.training import annotating, jobs, stages_jobs
-        from uft.training.watchdog import watching
+        from uft.distributed import process_group
+        from uft.training import jobs
+        from uft.training.liveness import watching
 
     def tell_hung(why: str) -> None:
         note(why)
@@ -102,10 +101,10 @@ def run_job(job: str, spec: str) -> int:
         "check": jobs.check,
         "data": jobs.data,
         "generate": jobs.generate,
-        "annotate": annotating.job,
+        "annotate": jobs.annotate_job,
     }
-    with joined(), watching(config.hardware.watchdog, None, tell_hung):
-        return (work | stages_jobs.JOBS if config.stages else work)[job](config)
+    with process_group(), watching(config.hardware.watchdog, None, tell_hung):
+        return (work | jobs.JOBS if config.stages else work)[job](config)
 
 
 @contextmanager

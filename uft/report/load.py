@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 import yaml
 
 from uft.config.freeze import flat
-from uft.disk import bounded
-from uft.runs import Run, shown
-from uft.tracking import seals
-from uft.tracking.files import NOT_NUMBERS
+from uft.runs import Run, bounded, shown
+from uft.tracking import metrics
+from uft.tracking.metrics import NOT_NUMBERS
 
 T = TypeVar("T")
 FINISHED, UNREADABLE = "finished", "unreadable"
@@ -189,11 +188,11 @@ def numbers(found: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in pairs if value is not None}
 
 
-def read_checked(path: Path, notes: list[str], ended: bool) -> seals.Checked:
+def read_checked(path: Path, notes: list[str], ended: bool) -> metrics.Checked:
     """The lines that have their checksum; `notes` gets a line about the others. `ended`: nobody died while it wrote."""
-    checked = seals.check(path)
+    checked = metrics.check(path)
     if damaged := sorted({*checked.damaged, *(checked.uncertain if ended else ())}):
-        notes.append(seals.told(path.name, damaged))
+        notes.append(metrics.told(path.name, damaged))
     return checked
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from uft.report.sentences import ALONE, BETTER, SELECTED
 from uft.report.words import many
-from uft.tracking.format import printable, shorten
+from uft.tracking.console import printable, shorten
 
 WIDE = 160  # where there is no terminal
 COLUMNS, ROWS, OTHERS = 5, 30, 10  # shown at most: metrics, configurations, runs with something to say of

@@ -18,7 +18,7 @@ from typing import Any
 from uft.errors import FAILED, Problem, UftError
 from uft.report.load import BROKEN, read_config, read_object
 from uft.runs import Run, shown
-from uft.tracking.connection import Choice, Server, choose
+from uft.tracking.wandb import Choice, Server, choose
 
 HEADLINES = 3  # metrics in the parallel coordinates
 CURVES = ("loss", "nll", "grad_norm", "lr")

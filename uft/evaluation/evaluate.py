@@ -13,21 +13,19 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from uft.alive import doing
 from uft.config.schema import Eval
-from uft.data.batch import Batch
-from uft.data.batches import Item, make_item, micro_batches
+from uft.data.batch import Batch, Example, make_example, micro_batches
+from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message, Row
-from uft.data.templates import Encoded, Renderer
+from uft.distributed import ranks
 from uft.evaluation.checkers import CHECKERS, gold
 from uft.evaluation.measures import Scored, ScoredRow, Tally, pair_of
-from uft.evaluation.samples import Sample
-from uft.model.forward import Policy
+from uft.heartbeat import activity
 from uft.model.load import pad_id
+from uft.model.policy import Policy
 from uft.model.reference import Reference
 from uft.objectives.base import Forward
 from uft.objectives.views import pointwise
-from uft.parallel.ranks import ranks
 from uft.sampling.generate import Interrupted, Reply, Sampling, complete, evaluating
 
 Tensor = torch.Tensor
@@ -44,20 +42,20 @@ class HeldOut:
 
     name: str
     rows: Sequence[Row]
-    encoded: Sequence[tuple[Encoded, ...]]
+    encoded: Sequence[tuple[Tokens, ...]]
     checker: str | None = None
 
 
 @dataclass(frozen=True)
-class Battery:
+class Evaluation:
     """`eval/<metric>` over all rows of all sources, `eval/<source>/<metric>`, and replies to fixed prompts."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
 
 
-@doing("the battery was measured")
-def battery(
+@activity("the battery was measured")
+def evaluate(
     policy: Policy,
     reference: Reference | None,
     sources: Sequence[HeldOut],
@@ -67,7 +65,7 @@ def battery(
     should_stop: ShouldStop | None = None,
     *,
     micro_batch_tokens: int = 8192,
-) -> Battery:
+) -> Evaluation:
     """Measure the policy as it is now. Without a reference the figures that compare with one are left out.
 
     Raises Interrupted, with nothing measured, within one batch or one generated token of `should_stop()` being true.
@@ -87,7 +85,7 @@ def battery(
     metrics = {f"eval/{name}": value for name, value in overall.means().items()}
     for source, means in per_source.items():
         metrics |= {f"eval/{source}/{name}": value for name, value in means.items()}
-    return Battery(metrics, samples)
+    return Evaluation(metrics, samples)
 
 
 @dataclass(frozen=True)
@@ -113,9 +111,9 @@ class _Bench:
 
     def score(self, held: HeldOut) -> list[ScoredRow]:
         """The first rows with every completion scored, whatever an objective would take of them."""
-        return ranks().spread(self._items(held), self._score)
+        return ranks().map_shards(self._items(held), self._score)
 
-    def _score(self, items: Sequence[Item]) -> list[ScoredRow]:
+    def _score(self, items: Sequence[Example]) -> list[ScoredRow]:
         forward = self.reference.forward if self.reference else None
         found: dict[int, list[Scored]] = {item.example: [] for item in items}
         pad, layout = pad_id(self.tokenizer), self.policy.layout
@@ -126,10 +124,10 @@ class _Bench:
                 found[example].append(scored)
         return [_scored_row(item, found[item.example]) for item in items]
 
-    def _items(self, held: HeldOut) -> list[Item]:
+    def _items(self, held: HeldOut) -> list[Example]:
         """Items with all completions; with their cached reference log-probs, if that is where those come from."""
         rows = islice(zip(held.rows, held.encoded, strict=True), self.settings.rows)
-        made = (make_item(row, encoded, number, 0, pointwise) for number, (row, encoded) in enumerate(rows))
+        made = (make_example(row, encoded, number, 0, pointwise) for number, (row, encoded) in enumerate(rows))
         items = [item for item in made if item is not None]
         column = self.reference.column if self.reference else None
         if column is None:
@@ -154,7 +152,7 @@ class _Bench:
         return samples
 
     def _replies(self, rows: Sequence[Row]) -> list[Reply]:
-        return ranks().spread([self.renderer.prompt_ids(row.prompt) for row in rows], self._complete)
+        return ranks().map_shards([self.renderer.prompt_ids(row.prompt) for row in rows], self._complete)
 
     def _complete(self, prompts: Sequence[Sequence[int]]) -> list[Reply]:
         return complete(
@@ -185,7 +183,7 @@ def _score(policy: Forward, reference: Forward | None, batch: Batch) -> Iterator
         yield example, scored
 
 
-def _scored_row(item: Item, scored: Sequence[Scored]) -> ScoredRow:
+def _scored_row(item: Example, scored: Sequence[Scored]) -> ScoredRow:
     """The row's completions and its pair; a completion that was cut to nothing is left out, and the pair with it."""
     numbered = {part.completion: one for part, one in zip(item.parts, scored, strict=True) if one.tokens}
     pair = pair_of(item.row)
@@ -207,3 +205,48 @@ def shown(prompt: Sequence[Message]) -> str:
     if len(prompt) == 1:
         return prompt[0].content
     return "\n".join(f"{message.role}: {message.content}" for message in prompt)
+
+
+# --- Before the first step the policy is the reference.
+#
+# What follows if it is not would be no fine-tuning from that reference, and losses would start from the wrong number.
+
+
+CAUSES = (
+    "dropout is on in one of the two",
+    "reference.path or a cached reference belongs to another model, template or precision",
+    "the adapter does not start from zero",
+)
+
+
+def check_step_zero(policy_log_probs: Tensor, reference_log_probs: Tensor, tolerance: float) -> list[str]:
+    """What is wrong with the log-probs of the same targets, (N,) each; [] if they agree to `tolerance` per token."""
+    problems = [
+        f"{int(bad.sum())} of {bad.numel()} log-probs of the {name} are not finite"
+        for name, values in (("policy", policy_log_probs), ("reference", reference_log_probs))
+        if (bad := ~values.isfinite()).any()
+    ]
+    if problems or not policy_log_probs.numel():
+        return problems
+    difference = (policy_log_probs.detach().float() - reference_log_probs.detach().float()).abs()
+    if float(difference.max()) <= tolerance:
+        return []
+    count, total = int((difference > tolerance).sum()), difference.numel()
+    what = (
+        f"policy and reference should be equal before the first step, but {count} of {total} log-probs differ by more "
+        f"than {tolerance:g}, at most by {float(difference.max()):.3g}"
+    )
+    return [what, *(f"likely: {cause}" for cause in CAUSES)]
+
+
+# --- Sample: one greedy answer of the model to a held-out prompt, and what a checker said of it.
+
+
+@dataclass(frozen=True)
+class Sample:
+    source: str  # name of the source in the mixture
+    row: str  # id of the row
+    prompt: str
+    reply: str
+    answer: str | None = None  # what a checker expects; None where the row has no such thing
+    verdict: dict[str, float] = field(default_factory=dict)  # the checker's metrics, e.g. {"exact_match": 1.0}

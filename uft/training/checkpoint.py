@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-000400/` with one safetensors file (trained weights, optimiser moments, objective state,
 random generators, meters), one JSON file (counters, cursors of the data) and the checksums of all, as `sha256sum -c`
 reads them. The old one is deleted only when the new one has its name. Of a model in pieces, weights and moments are in
-a folder beside these: `uft.training.shards`.
+a folder beside these: `uft.training.checkpoint`.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
-from uft.disk import as_umask_leaves, writing
+from uft.distributed import ranks, shard_like
 from uft.errors import FAILED, Problem, UftError
-from uft.parallel.ranks import ranks
-from uft.parallel.sharing import placed
-from uft.runs import Run, shown
+from uft.runs import Run, as_umask_leaves, shown, writing
 
 Tensor = torch.Tensor
 TENSORS, STATE, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
@@ -67,7 +71,7 @@ def load_optimiser(
         parameter = parameters[name]
         # torch keeps the step counter on the CPU unless the kernel is fused
         step = tensor.to(parameter.device) if fused else tensor
-        place = step if key == "step" else placed(tensor, parameter)
+        place = step if key == "step" else shard_like(tensor, parameter)
         optimiser.state[parameter][key] = place.clone()
 
 
@@ -173,13 +177,13 @@ def resume(run: Run, load_checkpoint: Callable[[Path], None], say: Callable[[str
     Damaged ones are set aside, and that is said. Raises UftError (code 1) where no other one is left: what the run has
     learned is lost, and to begin again is for a person to decide.
     """
-    ranks().from_first(partial(recover, run))
-    for step, folder in reversed(ranks().from_first(run.checkpoints)):
-        damages = ranks().gather(_damage(load_checkpoint, folder))
+    ranks().on_rank0(partial(recover, run))
+    for step, folder in reversed(ranks().on_rank0(run.checkpoints)):
+        damages = ranks().gather_objects(_damage(load_checkpoint, folder))
         damage = next((found for found in damages if found is not None), None)
         if damage is None:
             return step
-        aside = ranks().from_first(partial(_set_aside, folder))
+        aside = ranks().on_rank0(partial(_set_aside, folder))
         say(f"{shown(folder)} is damaged ({damage}) and set aside as {aside.name}; the one before it is used")
     if any(run.checkpoints_dir.glob(f"step-*.{ASIDE}")):
         why = "none of the run's checkpoints is what was written into it"
@@ -260,3 +264,77 @@ def prune(run: Run, keep_last: int, best_step: int | None) -> None:
     for aside in run.checkpoints_dir.glob(f"step-*.{ASIDE}"):
         if int(aside.stem.removeprefix("step-")) <= newest:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+# --- The part of a checkpoint that is in pieces: written by all processes at once, read back by any number of them.
+#
+# torch.distributed.checkpoint, in a folder of its own beside the small tensors. Every process writes what it has, in
+# the
+# background: the weights are copied first, and training goes on. The index is a pickle, by torch's own format: it is
+# read
+# by names that are known, and nothing else can come out of it.
+
+
+FOLDER = "shards"
+INDEX = (
+    *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"),
+    *("ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+)
+
+_messages: list[Any] = []
+
+
+def begin_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> Future[Any]:
+    """Start to write; the future is done when this process's part is on the disk and, in the first one, the index."""
+    if not _messages:  # apart from the training's own messages, which go on meanwhile
+        _messages.append(dist.new_group(backend="gloo"))
+    return dcp.async_save(dict(tensors), checkpoint_id=folder / FOLDER, process_group=_messages[0])  # type: ignore
+
+
+class _Names(pickle.Unpickler):
+    """What an index is made of."""
+
+    KNOWN = frozenset(
+        {
+            *(("torch.distributed.checkpoint.metadata", name) for name in INDEX),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "Size"),
+            *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
+            ("pathlib", "PosixPath"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.KNOWN:
+            raise UftError(Problem("checkpoint", f"its index holds {module}.{name}, which no checkpoint of ours does"))
+        return super().find_class(module, name)
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata: Metadata = _Names(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def is_sharded(folder: Path) -> bool:
+    return (folder / FOLDER).is_dir()
+
+
+def read_sharded(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`model/NAME` and `optimiser/NAME/KEY`, whole or in pieces as the `parameters` are now."""
+    reader = _Reader(folder / FOLDER)
+    found: dict[str, Tensor] = {}
+    for key, stored in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata), key
+        part, _, name = key.partition("/")
+        like = parameters.get(name if part == "model" else name.rpartition("/")[0])
+        if isinstance(like, DTensor) and like.shape == stored.size:
+            found[key] = torch.zeros_like(like, dtype=stored.properties.dtype, requires_grad=False)
+        else:
+            found[key] = torch.zeros(stored.size, dtype=stored.properties.dtype)
+    dcp.load(found, storage_reader=reader, no_dist=not ranks().sharded)
+    return found

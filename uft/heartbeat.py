@@ -1,6 +1,6 @@
 """What this process is doing, and that it gets on with it: what the watchdog looks at.
 
-Whatever does the work says so here, in the main thread, and knows nothing of who looks (`uft.training.watchdog`).
+Whatever does the work says so here, in the main thread, and knows nothing of who looks (`uft.training.liveness`).
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ class Life:
     moving: bool = True  # whether bytes that are read or written, and memory that is filled, are signs as well
 
 
-life = Life()
+heartbeat = Life()
 
 
-def sign() -> None:
+def beat() -> None:
     """This process lives: it has come to another row, batch or step."""
-    life.signs += 1
+    heartbeat.signs += 1
 
 
 @contextmanager
-def doing(what: str, moving: bool = False) -> Iterator[None]:
+def activity(what: str, moving: bool = False) -> Iterator[None]:
     """A phase, named as it follows "while"; also a decorator of the function that is one. It gives signs of life.
 
     `moving`: it moves so many bytes at once, within libraries, that it cannot count: that they move is a sign as well.
     """
-    before = life.doing, life.moving
-    life.doing, life.moving = what, moving
-    sign()
+    before = heartbeat.doing, heartbeat.moving
+    heartbeat.doing, heartbeat.moving = what, moving
+    beat()
     try:
         yield
     finally:
-        life.doing, life.moving = before
-        sign()
+        heartbeat.doing, heartbeat.moving = before
+        beat()

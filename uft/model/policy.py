@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
@@ -10,16 +12,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from uft.data.batch import NOT_AN_INPUT, Batch
-from uft.data.packing import Layout
+from uft.config.schema import Lora
+from uft.data.batch import NOT_AN_INPUT, Batch, Layout, sequence_batch
+from uft.distributed import shard_like
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
-from uft.model.head import Head, Judge, Predictions
-from uft.model.in_place import embedding_in_place
-from uft.model.sequences import sequence_batch
-from uft.model.transform import transform_of
+from uft.model.head import Head, Judge, Predictions, embedding_in_place, transform_of
 from uft.objectives.base import PLAIN, Ask, Scores
-from uft.parallel.sharing import placed
 
 Tensor = torch.Tensor
 
@@ -214,7 +213,7 @@ class Policy:
         if problems:
             raise UftError(*problems, footer="The checkpoint was written by another model or adapter.")
         for name, parameter in parameters.items():
-            parameter.copy_(placed(tensors[name], parameter))
+            parameter.copy_(shard_like(tensors[name], parameter))
 
     def describe(self) -> list[str]:
         """Lines for the start card."""
@@ -240,3 +239,95 @@ def _transformers_model(module: Any) -> Any:
 def _select(states: Tensor, index: Tensor) -> Tensor:
     """(B, L, D) and (N,) flat positions -> (N, D)."""
     return states.flatten(0, 1).index_select(0, index)
+
+
+# --- The layers that a transformers model is made of: what is compiled, put in pieces and recomputed one at a time.
+
+
+def blocks(base: Any) -> list[nn.Module]:
+    """The blocks of a model's body in their order, as transformers marks them; else what its lists of layers hold."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    body = base.get_decoder()
+    marked: list[nn.Module] = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return marked or [block for child in body.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+# --- transformers' model code, without what language models have no use for.
+
+
+def auto_model() -> Any:
+    """transformers' AutoModelForCausalLM.
+
+    The losses of object detectors come with every model. Where scipy is installed they import its optimisers, which
+    every start of a run would pay for with half a second and 35 MB; so it is not there while they are imported.
+    """
+    from transformers import AutoModelForCausalLM, utils
+
+    real = utils.is_scipy_available
+    utils.is_scipy_available = lambda: False
+    try:
+        import transformers.modeling_utils  # noqa: F401
+    finally:
+        utils.is_scipy_available = real
+    return AutoModelForCausalLM
+
+
+# --- LoRA adapters through PEFT.
+
+
+ALL_LINEAR = "all-linear"
+
+
+def linear_layers(model: Any) -> dict[str, int]:
+    """Short name -> how many layers have it, of all linear layers but the output head."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            short = name.rpartition(".")[2]
+            found[short] = found.get(short, 0) + 1
+    return found
+
+
+def check_targets(model: Any, targets: list[str]) -> None:
+    """Raises UftError for every target that no linear layer of the model answers to."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    layers = linear_layers(model)
+    problems = []
+    for target in targets:
+        if target == ALL_LINEAR or any(name == target or name.endswith(f".{target}") for name in names):
+            continue
+        near = [f"did you mean  {name} ?" for name in difflib.get_close_matches(target, [*layers, ALL_LINEAR], n=1)]
+        known = "linear layers: " + ", ".join([*layers, ALL_LINEAR])
+        problems.append(Problem(f"model.lora.targets={target}", "no linear layer of this name", "", (*near, known)))
+    if not targets:
+        problems.append(Problem("model.lora.targets=[]", f"name a layer, or {ALL_LINEAR}"))
+    if problems:
+        raise UftError(*problems)
+
+
+def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module:
+    """The model with frozen weights and a trainable adapter that starts as no change (B = 0).
+
+    `init_seed` draws A and touches no other generator. `float32`: keep the adapter in float32 over a bfloat16 base.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = list(lora.targets)
+    check_targets(model, targets)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, any number does
+        lora_dropout=lora.dropout,
+        target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under a name that is going away
+        torch.manual_seed(init_seed)
+        return get_peft_model(model, config, autocast_adapter_dtype=float32)
