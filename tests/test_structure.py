@@ -96,10 +96,10 @@ def test_what_answers_at_once_imports_nothing_heavy(name: str):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_read_well(path: Path):
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 300, "a file is a thought"
+    assert text.count("\n") <= 600, "a file is a concept"
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} does not fit on a screen"
+            assert (node.end_lineno or 0) - node.lineno < 80, f"{node.name} does not fit on a screen"
 
 
 def test_ci_installs_what_the_constraints_say_and_every_file_has_its_hash():

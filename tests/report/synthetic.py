@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 from uft.config.freeze import flat, to_yaml
-from uft.report.load import Loaded
+from uft.report.runs import LoadedRun as Loaded
 from uft.runs import write_atomically
 
 SKILL = {"sft": 0.80, "uft": 0.86, "ift": 0.78, "dpo": 0.55}

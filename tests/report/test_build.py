@@ -12,8 +12,8 @@ from shape import STATES, check
 from synthetic import held, make_run, make_sweep, tear
 
 from uft.errors import UftError
-from uft.report.build import Options, as_json, compare, write
-from uft.report.select import select
+from uft.report.compare import Options, as_json, compare, write
+from uft.report.runs import select
 
 
 def compared(*words, **options):

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 from synthetic import loaded, make_run, make_sweep
 
-from uft.report.build import Options, compare, compared
-from uft.report.select import Selection, select
+from uft.report.compare import Options, compare
+from uft.report.compare import compare_loaded as compared
+from uft.report.runs import Selection, select
 
 FINAL = {"eval/nll": 1.0}
 

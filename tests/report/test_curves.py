@@ -10,9 +10,8 @@ from random import Random
 import pytest
 from synthetic import loaded
 
-from uft.report import curves as module
-from uft.report.curves import curves, fitting, thinned
-from uft.report.samples import samples
+from uft.report import compare as module
+from uft.report.compare import curves, fitting, samples, thinned
 
 
 def lines(count, **metrics):
@@ -81,14 +80,14 @@ def test_a_flat_curve_is_spread_over_its_length():
 
 def test_many_curves_share_a_budget(monkeypatch):
     main, other = [(True, 500)] * 300, [(False, 500)] * 1000
-    monkeypatch.setattr(module, "BUDGET", 200_000)
+    monkeypatch.setattr(module, "CURVE_BUDGET", 200_000)
     limits = fitting([*main, *other])
     assert sum(min(count, limits[0] if is_main else limits[1]) for is_main, count in [*main, *other]) <= 200_000
     assert limits == (500, 40)
     assert fitting(main[:10]) == (500, 500)
     assert fitting(main * 1000) == (40, 0), "past all limits only main curves are left"
     runs = [loaded(lines=lines(300, loss=math.sqrt, lr=math.sqrt))] * 3
-    monkeypatch.setattr(module, "BUDGET", 130)
+    monkeypatch.setattr(module, "CURVE_BUDGET", 130)
     assert curves(runs).keys() == {"loss"}
 
 
@@ -106,11 +105,11 @@ def test_answers_to_one_prompt_stand_together():
         "prompt": "2 + 2",
         "reference": "4",
         "answers": [
-            {"run": 1, "step": 5, "text": "4", "verdict": "exact_match 1, plain 0.5"},
-            {"run": 2, "step": 7, "text": "five", "verdict": None},
+            {"run": "r1", "step": 5, "text": "4", "verdict": "exact_match 1, plain 0.5"},
+            {"run": "r2", "step": 7, "text": "five", "verdict": None},
         ],
     }
-    assert [answer["run"] for answer in found[1]["answers"]] == [1]
+    assert [answer["run"] for answer in found[1]["answers"]] == ["r1"]
 
 
 def test_the_same_row_with_another_prompt_is_another_prompt():

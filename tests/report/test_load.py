@@ -12,8 +12,8 @@ import pytest
 from synthetic import held, make_run, settings, tear
 
 from uft.config.freeze import flat, to_yaml
-from uft.report import load as module
-from uft.report.load import load, read_config
+from uft.report import runs as module
+from uft.report.runs import load, read_config
 from uft.runs import Run
 from uft.tracking import seals
 from uft.tracking.files import read_metrics

@@ -9,8 +9,9 @@ from scipy import stats as reference
 from synthetic import loaded
 
 from uft.errors import UftError
-from uft.report.build import Options, compared
-from uft.report.select import Selection
+from uft.report.compare import Options
+from uft.report.compare import compare_loaded as compared
+from uft.report.runs import Selection
 
 METRIC = "eval/exact_match"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from synthetic import make_run, make_sweep
 from uft.cli import main
 from uft.errors import UftError
 from uft.report import workspace
-from uft.report.build import compare
-from uft.report.select import select
+from uft.report.compare import compare
+from uft.report.runs import select
 from uft.runs import Run
 
 
@@ -120,18 +121,21 @@ def filters(found: dict) -> list[dict]:
 
 
 def test_it_serialises_without_a_server(sweep):
-    runs = [found for path in sorted(sweep.iterdir()) if (found := workspace.logged(path))]
+    runs = [found for path in sorted(sweep.iterdir()) if (found := workspace.logged_run(path))]
     made = workspace.workspace(compare(select([str(sweep)])), runs, "me")
     view = json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
     assert (view["entity"], view["project"]) == ("me", "uft")
     assert len(view["spec"]["section"]["panelBankConfig"]["sections"]) == 4
 
 
-@pytest.mark.parametrize("title", ["a & b = <c> | d", "sweep \U0001f600 §", "x" * 300, "\u202e"])
-def test_any_title_makes_a_workspace(sweep, title):
-    runs = [workspace.logged(next(sweep.iterdir()))]
-    made = workspace.workspace({**compare(select([str(sweep)])), "title": title}, runs, "me")
-    assert made.name.startswith("uft compare ")
+def test_any_title_and_any_group_make_a_workspace(sweep):
+    """A group that W&B's filter language cannot hold is not put into one."""
+    run, comparison = workspace.logged_run(next(sweep.iterdir())), compare(select([str(sweep)]))
+    odd = ("a & b = <c> | d", "sweep \U0001f600 §", "x" * 300, "\u202e", "it's", 'q"')
+    for text in odd:
+        made = workspace.workspace({**comparison, "title": text}, [replace(run, group=f"{text}!")], "me")
+        assert made.name.startswith("uft compare ")
+        assert made.runset_settings.filters == f"Metric('ID') in ['{run.id}']"
 
 
 def test_runs_of_no_common_group_are_filtered_one_by_one(sweep, server):
@@ -141,12 +145,6 @@ def test_runs_of_no_common_group_are_filtered_one_by_one(sweep, server):
     (rule,) = filters(json.loads(server.views[0]["spec"])["section"]["runSets"][0]["filters"])
     assert rule["key"]["name"] == "name", "the id, as W&B calls it"
     assert sorted(rule["value"]) == sorted(f"id-{path.name}" for path in [*sweep.glob("*-seed*"), Path("other")])
-
-
-@pytest.mark.parametrize("group", ["a = b", "it's", 'q"', "x < y", "\U0001f600"])
-def test_a_group_that_a_filter_cannot_hold_is_not_put_into_one(sweep, group):
-    runs = [workspace.Logged(Path("r"), "abc", "uft", None, group, ())]
-    assert workspace.restriction(runs) == "Metric('ID') in ['abc']"
 
 
 def test_offline_it_says_what_it_would_do_and_how_to_do_it_later(sweep, capsys):
@@ -212,4 +210,4 @@ def test_without_the_extra_it_is_said_before_anything_is_read(sweep, monkeypatch
 def test_a_run_that_does_not_say_where_it_went_is_left_out(sweep, damage):
     run = next(iter(sorted(sweep.iterdir())))
     (run / "run.json").write_bytes(damage)
-    assert workspace.logged(run) is None
+    assert workspace.logged_run(run) is None

@@ -14,7 +14,7 @@ import numpy
 import pytest
 
 from uft.evaluation.samples import Sample
-from uft.report.load import read_lines
+from uft.report.runs import read_lines
 from uft.runs import Run
 from uft.tracking import seals
 from uft.tracking.files import Files, read_metrics
