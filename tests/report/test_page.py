@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import page_cases
+import pages
 import pytest
 from hostile import MILLION, SCRIPT, hostile
 
@@ -46,7 +46,7 @@ class Elements(HTMLParser):
 
 @pytest.fixture(scope="module")
 def mixed():
-    return page_cases.mixed()
+    return pages.mixed()
 
 
 @pytest.fixture(scope="module")
@@ -175,14 +175,14 @@ def test_too_many_points_are_thinned_evenly_and_said(monkeypatch, mixed):
 
 
 def test_200_runs_of_500_points_stay_under_15_megabytes():
-    comparison = page_cases.wide()
+    comparison = pages.wide()
     assert (len(comparison["runs"]), len(comparison["curves"]["loss"]["r0"]["value"])) == (200, 500)
     assert len(page.render(comparison).encode()) < 15_000_000
 
 
 @pytest.mark.parametrize("make", ["one_run", "one_group", "no_curves", "all_failed", "nothing"])
 def test_small_comparisons_are_pages(make):
-    comparison = getattr(page_cases, make)()
+    comparison = getattr(pages, make)()
     assert len(embedded(Elements(page.render(comparison)))["runs"]) == len(comparison["runs"])
 
 

@@ -7,7 +7,7 @@ import statistics
 import pytest
 from chromium import FIRST, card, figure, finished
 from hostile import hostile
-from page_cases import all_failed, no_curves, nothing, one_group, one_run
+from pages import all_failed, no_curves, nothing, one_group, one_run
 from scipy.stats import t as student
 
 
@@ -133,9 +133,9 @@ def test_the_legend_hides_a_group_and_shows_one_alone(page, mixed):
 
 
 def test_differences_count_and_select(page, mixed):
-    assert page.texts("#difference-table tbody th") == ["objective", "data.ratio", "data digest"]
-    assert page.texts("#difference-table tbody tr:last-child .chip") == ["9f2c41d0\n26 runs", "00aa11bb\n1 run"]
-    page.click("#difference-table tbody tr:last-child li:last-child .chip")
+    assert page.texts("#difference-table tbody th") == [each["key"] for each in mixed["differences"]]
+    assert page.texts("#difference-table tbody tr:last-child .chip") == ["00aa11bb\n1 run", "9f2c41d0\n25 runs"]
+    page.click("#difference-table tbody tr:last-child li:first-child .chip")
     assert page.shown_runs() == ["r3"]
 
 
@@ -146,8 +146,8 @@ def test_samples_stand_side_by_side(page, mixed):
     row = page.js("return [...document.querySelector('#sample-table tbody tr').children].map(c => c.innerText)")
     last = {answer["run"]: answer for answer in sample["answers"] if answer["step"] == 800}
     assert sample["prompt"] in row[0]
-    assert last["r0"]["text"] in row[1]
-    assert last["r0"]["verdict"] in row[1]
+    assert last["r9"]["text"] in row[1]
+    assert last["r9"]["verdict"] in row[1]
     page.choose("#sample-controls [name=step]", "0")
     assert "step 0" in page.js("return document.querySelector('#sample-table tbody td').innerText")
     page.choose("#sample-controls [name=find]", sample["prompt"])

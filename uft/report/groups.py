@@ -147,11 +147,11 @@ def defaults(kind: type) -> Flat:
     collections."""
     found: Flat = {}
     for field in dataclasses.fields(kind):
-        default = field.default
+        default: Any = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory() or dataclasses.MISSING
         if dataclasses.is_dataclass(default):
-            found |= {f"{field.name}.{key}": value for key, value in defaults(type(default)).items()}
+            found |= {f"{field.name}.{key}": value for key, value in defaults(default.__class__).items()}
         elif default is not dataclasses.MISSING and not str(default).startswith(("${", "???")):
             found[field.name] = default
     return found
@@ -270,7 +270,8 @@ def differences(runs: Sequence[LoadedRun], seed_keys: Sequence[str]) -> list[tup
     facts = {number: run.facts for number, run in enumerate(runs) if run.info}
     keys = [key for key in all_keys(configs.values()) if not key.startswith(OWN) and not is_seed(key, seed_keys)]
     found = []
-    for table, key in [*((configs, key) for key in keys), *((facts, key) for key in all_keys(facts.values()))]:
+    tables: list[tuple[Mapping[int, Mapping[str, Any]], str]] = [(configs, key) for key in keys]
+    for table, key in [*tables, *((facts, key) for key in all_keys(facts.values()))]:
         values: dict[Hashable, tuple[Any, list[int]]] = {}
         for number, row in table.items():
             value = row.get(key, ABSENT)

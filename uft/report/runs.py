@@ -148,7 +148,7 @@ class LoadedRun:
         final = self.result.get("final")
         if isinstance(final, Mapping) and final:
             return numbers(final)
-        training = {name: line[name] for line in self.lines for name in ("loss", "nll") if name in line}
+        training: Line = {name: line[name] for line in self.lines for name in ("loss", "nll") if name in line}
         for line in reversed(self.lines):
             if evaluation := {name: value for name, value in line.items() if name.startswith("eval/")}:
                 return numbers({**training, **evaluation})
