@@ -11,10 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from synthetic import loaded
+from synthetic import compared, loaded
 
-from uft.report.compare import Options, compare_loaded
-from uft.report.runs import LoadedRun, Selection
+from uft.report.runs import LoadedRun
 
 HEADLINE = ("eval/new/exact_match", "eval/style/pair_accuracy", "eval/nll")
 SKILL = {"sft": 0.82, "uft": 0.71, "ift": 0.78, "dpo": 0.21}
@@ -59,9 +58,8 @@ def run(objective: str, ratio: float, seed: int, beta: float = 0.1, points: int 
     )
 
 
-def compared(runs: Sequence[LoadedRun]) -> dict[str, Any]:
-    options = Options(metrics=HEADLINE if any(run.figures for run in runs) else ())
-    return compare_loaded(runs, Selection((), "beta-sweep", Path("nowhere")), options)
+def page_of(runs: Sequence[LoadedRun]) -> dict[str, Any]:
+    return compared(runs, "beta-sweep", metrics=HEADLINE if any(run.figures for run in runs) else ())
 
 
 def ended(run: LoadedRun, status: str, error: str | None = None) -> LoadedRun:
@@ -81,33 +79,33 @@ def mixed() -> dict[str, Any]:
     trace = "killed; the newest checkpoint is step 300\nTraceback (most recent call last):\n  ...\nKilled"
     runs[20] = ended(runs[20], "interrupted", trace)
     runs[26] = ended(runs[26], "unreadable", "metrics.jsonl: cut in the middle of line 41")
-    return compared(runs)
+    return page_of(runs)
 
 
 @cache
 def wide() -> dict[str, Any]:
     """200 runs of 500 points: two numbers and an objective vary."""
     ratios, betas = (0.1, 0.3, 0.5, 0.7, 0.9), (0.01, 0.03, 0.1, 0.3, 1.0)
-    return compared([run(*cell, points=500) for cell in product(("dpo", "uft"), ratios, range(1, 5), betas)])
+    return page_of([run(*cell, points=500) for cell in product(("dpo", "uft"), ratios, range(1, 5), betas)])
 
 
 def one_run() -> dict[str, Any]:
-    return compared([run("uft", 0.5, 1)])
+    return page_of([run("uft", 0.5, 1)])
 
 
 def one_group() -> dict[str, Any]:
-    return compared([run("uft", 0.5, seed) for seed in (1, 2, 3)])
+    return page_of([run("uft", 0.5, seed) for seed in (1, 2, 3)])
 
 
 def no_curves() -> dict[str, Any]:
-    return compared([replace(run(objective, 0.5, 1), lines=(), samples=()) for objective in ("sft", "uft")])
+    return page_of([replace(run(objective, 0.5, 1), lines=(), samples=()) for objective in ("sft", "uft")])
 
 
 def all_failed() -> dict[str, Any]:
     error = "CUDA out of memory. Tried to allocate 2.00 GiB."
     cells = product(("sft", "uft"), (0.5,), (1, 2))
-    return compared([replace(ended(run(*cell), "failed", error), samples=()) for cell in cells])
+    return page_of([replace(ended(run(*cell), "failed", error), samples=()) for cell in cells])
 
 
 def nothing() -> dict[str, Any]:
-    return compared([])
+    return page_of([])

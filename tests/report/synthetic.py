@@ -17,7 +17,8 @@ from random import Random
 from typing import Any
 
 from uft.config.freeze import flat, to_yaml
-from uft.report.runs import LoadedRun as Loaded
+from uft.report.compare import Options, compare_loaded
+from uft.report.runs import LoadedRun, Selection
 from uft.runs import write_atomically
 
 SKILL = {"sft": 0.80, "uft": 0.86, "ift": 0.78, "dpo": 0.55}
@@ -58,7 +59,7 @@ def settings(objective: str = "sft", seed: int = 1, **changes: Any) -> dict[str,
     return config
 
 
-def battery(objective: str, seed: int, beta: float, ratio: float, progress: float, name: str) -> dict[str, float]:
+def evaluation(objective: str, seed: int, beta: float, ratio: float, progress: float, name: str) -> dict[str, float]:
     """`eval/*` of a run that is `progress` of the way, 0 to 1."""
     luck, own = Random(f"seed{seed}").gauss(0, 0.03), Random(name).gauss(0, 0.01)
     skill = progress * (SKILL.get(objective, 0.5) + 0.1 * (ratio - 0.5) - 0.02 * abs(math.log10(beta) + 1)) + luck
@@ -81,10 +82,10 @@ def battery(objective: str, seed: int, beta: float, ratio: float, progress: floa
 
 
 def lines(objective: str, seed: int, beta: float, ratio: float, points: int, steps: int, name: str) -> Iterator[dict]:
-    """The objects of metrics.jsonl: the battery at ten steps, a training line at each of `points` steps."""
+    """The objects of metrics.jsonl: the evaluation at ten steps, a training line at each of `points` steps."""
     noise = Random(f"{name}/loss")
     every = max(1, points // 10)
-    yield {"step": 0, "rows": 0, "tokens": 0, **battery(objective, seed, beta, ratio, 0.0, name)}
+    yield {"step": 0, "rows": 0, "tokens": 0, **evaluation(objective, seed, beta, ratio, 0.0, name)}
     for point in range(1, points + 1):
         step = max(1, round(steps * point / points))
         progress = point / points
@@ -95,7 +96,7 @@ def lines(objective: str, seed: int, beta: float, ratio: float, points: int, ste
         training |= {"tokens_per_second": 12000.0, f"objective/{objective}": loss}
         yield {"step": step, **axes, **training}
         if point % every == 0 or point == points:
-            yield {"step": step, **axes, **battery(objective, seed, beta, ratio, progress, name)}
+            yield {"step": step, **axes, **evaluation(objective, seed, beta, ratio, progress, name)}
 
 
 def make_run(
@@ -113,7 +114,7 @@ def make_run(
     overrides: Sequence[str] | None = None,
     **changes: Any,
 ) -> Path:
-    """A run folder. `final` is laid over the last battery, `info` over run.json, `result` over result.json.
+    """A run folder. `final` is laid over the last evaluation, `info` over run.json, `result` over result.json.
 
     `status`: finished, failed, stopped, or interrupted (no result.json).
     """
@@ -239,11 +240,15 @@ def held(run: Path) -> Iterator[None]:
         yield
 
 
-def loaded(objective: str = "sft", seed: int = 1, *, final: Mapping[str, float] | None = None, **more: Any) -> Loaded:
-    """A run as `load` returns it, without a folder. `more`: fields of Loaded, and dotted keys of the configuration."""
-    fields = {name: more.pop(name) for name in list(more) if name in Loaded.__dataclass_fields__}
+def loaded(objective: str = "sft", seed: int = 1, *, final: Mapping[str, Any] | None = None, **more: Any) -> LoadedRun:
+    """A run as `load` returns it, without a folder. `more`: fields of LoadedRun, and keys of the configuration."""
+    fields = {name: more.pop(name) for name in list(more) if name in LoadedRun.__dataclass_fields__}
     config = {key: value for key, value in flat(settings(objective, seed, **more)) if value != {}}
-    words = (f"objective={objective}", f"seed={seed}")
-    typed = (*words, *(f"{key.replace('__', '.')}={value}" for key, value in more.items()))
-    given = {"path": Path("run"), "name": "run", "status": "finished", "config": config, "overrides": typed}
-    return Loaded(**{**given, "result": {"status": "finished", "final": dict(final or {})}, **fields})
+    words = (f"objective={objective}", f"seed={seed}", *(f"{key.replace('__', '.')}={more[key]}" for key in more))
+    given = {"path": Path("run"), "name": "run", "status": "finished", "config": config, "overrides": words}
+    return LoadedRun(**{**given, "result": {"status": "finished", "final": dict(final or {})}, **fields})
+
+
+def compared(runs: Sequence[LoadedRun], title: str = "title", **options: Any) -> dict[str, Any]:
+    """The comparison of runs without a folder."""
+    return compare_loaded(runs, Selection(tuple(run.path for run in runs), title, Path("nowhere")), Options(**options))

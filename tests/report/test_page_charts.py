@@ -80,7 +80,7 @@ def test_scatter_has_the_groups_means_and_a_box_selects(page, mixed):
     assert set(page.shown_runs()) == {name for group in inside for name in group["runs"]}
     assert len(page.chart("#scatter", "trace.group")) == 9, "the rest stays, faint"
     page.choose("#scatter-controls [name=y]", THIRD)
-    assert page.chart("#scatter", "trace.y")[0] == [mixed["groups"][0]["metrics"][THIRD]["mean"]]
+    assert page.chart("#scatter", "trace.y")[0] == pytest.approx([mixed["groups"][0]["metrics"][THIRD]["mean"]])
 
 
 def test_heatmap_cells_are_means_over_runs(page, mixed):
