@@ -19,6 +19,7 @@ HEADLINE = ("eval/new/exact_match", "eval/style/pair_accuracy", "eval/nll")
 SKILL = {"sft": 0.82, "uft": 0.71, "ift": 0.78, "dpo": 0.21}
 STYLE = {"sft": 0.42, "uft": 0.90, "ift": 0.55, "dpo": 0.93}
 STEPS = 800
+NOISE = [Random(number).uniform(0.96, 1.04) for number in range(997)]
 
 
 def run(objective: str, ratio: float, seed: int, beta: float = 0.1, points: int = 40) -> LoadedRun:
@@ -34,7 +35,8 @@ def run(objective: str, ratio: float, seed: int, beta: float = 0.1, points: int 
         step = STEPS * point // points
         metrics = {**training, **(evaluation if point % max(1, points // 10) == 0 else {})}
         left = math.exp(-4 * point / points)
-        noisy = {key: end + (2.5 - end) * left * luck.uniform(0.96, 1.04) for key, end in metrics.items()}
+        start = luck.randrange(len(NOISE))
+        noisy = {key: end + (2.5 - end) * left * NOISE[start - n] for n, (key, end) in enumerate(metrics.items())}
         lines.append({"step": step, "tokens": 8192 * step, "seconds": (0.11 + 0.002 * seed) * step, **noisy})
     answers = []
     for n, step in product(range(10), (0, STEPS)):

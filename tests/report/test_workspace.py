@@ -97,9 +97,9 @@ def test_the_workspace_that_is_saved(sweep, server, capsys):
     (rule,) = filters(runs["filters"])
     assert (rule["key"]["name"], rule["value"]) == ("group", "trial")
     panels = {bank["name"]: bank["panels"] for bank in section["panelBankConfig"]["sections"]}
-    assert list(panels) == ["Battery", "Sweep", "Training", "Runs"]
+    assert list(panels) == ["Evaluation", "Sweep", "Training", "Runs"]
     made = json.loads((sweep / "compare.json").read_text())
-    lines = [panel["config"] for panel in panels["Battery"]]
+    lines = [panel["config"] for panel in panels["Evaluation"]]
     assert [line["metrics"] for line in lines] == [[head["metric"]] for head in made["headline"]]
     assert {line["xAxis"] for line in lines} == {"step"}
     assert [panel["viewType"] for panel in panels["Sweep"]] == [
@@ -144,7 +144,8 @@ def test_offline_it_says_what_it_would_do_and_how_to_do_it_later(sweep, capsys):
     assert main(["compare", "--wandb"]) == 0
     out = capsys.readouterr().out
     assert "W&B is offline (no API key): nothing was saved." in out
-    assert "'uft compare trial' in uft: 6 runs grouped by objective.name, objective.beta; Battery (5), Sweep (3)" in out
+    grouped = "6 runs grouped by objective.name, objective.beta; Evaluation (5), Sweep (3)"
+    assert f"'uft compare trial' in uft: {grouped}" in out
     assert "Upload 6 of 6 runs first:  uft sync outputs/2026-11-21/trial\n" in out
     assert "wandb login" in out
 

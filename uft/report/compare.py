@@ -51,7 +51,7 @@ CAPTIONS = {
     ),
     "curves": (
         "Training losses of different objectives are different quantities on different scales: a lower one is not a "
-        "better model. Compare objectives by the battery (eval/...), which is the same for all. A reward of chosen "
+        "better model. Compare objectives by the evaluation (eval/...), which is the same for all. A reward of chosen "
         "answers may fall while the margin rises: the objective sees the difference only. Bands are over the seeds "
         "of a configuration. Long curves are thinned, keeping the lowest and highest value of every stretch."
     ),

@@ -128,7 +128,7 @@ def headlines(
             why, advice = "no run has this figure", ""
         elif of_objective(metric) and not comparable:
             why = "the runs minimise different quantities, which cannot be compared"
-            advice = "a lower one is not a better model; compare them by the battery:  --metric eval/nll"
+            advice = "a lower one is not a better model; compare them by the evaluation:  --metric eval/nll"
         elif not better:
             why, advice = "neither more nor less of it is better by itself", f"say which:  {word}:max"
         else:

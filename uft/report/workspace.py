@@ -167,7 +167,7 @@ def sections_of(comparison: Object) -> list[Any]:
     if axes and heads:
         sweep.append(wr.ParameterImportancePlot(with_respect_to=heads[0]))
     sections = {
-        "Battery": [line(metric) for metric in heads],
+        "Evaluation": [line(metric) for metric in heads],
         "Sweep": sweep,
         "Training": [line(metric) for metric in curves],
         "Runs": [wr.RunComparer(diff_only="split")],
