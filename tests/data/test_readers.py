@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from uft.data.files import BadRow, Record
-from uft.data.readers import Place, read
+from uft.data.sources import BadRow, Place, Record, read
 from uft.errors import UftError
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(3)]

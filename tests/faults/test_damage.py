@@ -14,7 +14,7 @@ from sittings import Bench
 
 from uft.report.runs import load
 from uft.runs import Run
-from uft.tracking.files import read_metrics
+from uft.tracking.metrics import read_metrics
 
 NewRun = Callable[..., Run]
 OFTEN = (*SINGLE, "train.checkpoint_every=2", "train.keep_last=3")

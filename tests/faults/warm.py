@@ -1,4 +1,4 @@
-"""Loaded once by the fork server: what every sitting would import."""
+"""Loaded once by the fork server: what every session would import."""
 
 import os
 
@@ -11,8 +11,5 @@ import transformers.models.auto.modeling_auto
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import uft.launch.worker
-import uft.training.annotating
 import uft.training.jobs
-import uft.training.session
-import uft.training.stages
-import uft.training.stages_jobs  # noqa: F401
+import uft.training.session  # noqa: F401

@@ -208,7 +208,7 @@ def test_a_crash_in_the_middle_of_a_run_is_recorded_without_it(alone, monkeypatc
     from uft.config.load import typed
     from uft.runs import create_run
     from uft.training import session
-    from uft.training.signals import Stop
+    from uft.training.liveness import Stop
 
     def crash(*_):
         raise RuntimeError(f"no way to https://me:pw-of-mine@host with {SECRETS['OTHER_SECRET']}")

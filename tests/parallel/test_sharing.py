@@ -7,10 +7,9 @@ import random
 import pytest
 import torch
 
+from uft.distributed import ALONE, all_reduce_gradients, balanced_shards
 from uft.errors import UftError
 from uft.launch.team import GRACE, node_rank, team
-from uft.parallel.ranks import ALONE
-from uft.parallel.sharing import shares, sum_gradients
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -19,7 +18,7 @@ def test_shares_are_whole_balanced_and_keep_owners_together(count: int, seed: in
     draw = random.Random(seed)
     sizes = [draw.randint(1, 200) for _ in range(40)]
     owners = [draw.randrange(25) for _ in sizes]
-    taken = shares(sizes, owners, count)
+    taken = balanced_shards(sizes, owners, count)
     assert sorted(position for share in taken for position in share) == list(range(40))
     assert all(share == sorted(share) for share in taken)
     homes = [{owners[position] for position in share} for share in taken]
@@ -27,21 +26,21 @@ def test_shares_are_whole_balanced_and_keep_owners_together(count: int, seed: in
     loads = [sum(sizes[position] for position in share) for share in taken]
     largest = max(sum(s for s, o in zip(sizes, owners, strict=True) if o == owner) for owner in owners)
     assert max(loads) - min(loads) <= largest
-    assert shares(sizes, owners, count) == taken
+    assert balanced_shards(sizes, owners, count) == taken
 
 
 def test_with_fewer_rows_than_processes_the_first_has_one() -> None:
-    assert shares([5], [0], 3) == [[0], [], []]
-    assert shares([1, 9], [0, 1], 4) == [[1], [0], [], []]
+    assert balanced_shards([5], [0], 3) == [[0], [], []]
+    assert balanced_shards([1, 9], [0, 1], 4) == [[1], [0], [], []]
 
 
 def test_alone_everything_stays_as_it_is() -> None:
     parameter = torch.nn.Parameter(torch.ones(2))
-    sum_gradients([parameter])
+    all_reduce_gradients([parameter])
     assert parameter.grad is None
     assert ALONE.gather("x") == ["x"]
     assert ALONE.spread([1, 2, 3], lambda things: [2 * thing for thing in things]) == [2, 4, 6]
-    assert ALONE.from_first(lambda: 7) == 7
+    assert ALONE.on_rank0(lambda: 7) == 7
     with pytest.raises(KeyError):
         ALONE.spread([1], lambda things: [{}[thing] for thing in things])
 

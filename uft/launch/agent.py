@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from uft.distributed import FOLDER, noted_code, reasons
 from uft.errors import FAILED, GOOD
 from uft.launch.process import EXIT_CODES, PARENT, cause, die_with_parent, oom_kills
-from uft.parallel.environment import FOLDER, noted_code, reasons
 from uft.runs import Run, write_json
 
 OURS = (signal.SIGTERM, signal.SIGINT)

@@ -18,14 +18,13 @@ from uft.config.freeze import free, frozen, plain, to_yaml
 from uft.config.register import defaults_of
 from uft.config.stages import data_nodes, differences
 from uft.config.suggest import written
-from uft.disk import unwritable
 from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError
 from uft.launch.names import OUTPUTS, single_run_dir
 from uft.launch.process import run_worker
 from uft.launch.provenance import provenance
 from uft.launch.slots import slots
 from uft.launch.team import node_rank, team
-from uft.runs import Run, create_run, shown, write_atomically
+from uft.runs import Run, create_run, shown, unwritable, write_atomically
 
 TOGETHER = ("check", "generate")
 """Jobs that several processes do better than one; the others read and write."""

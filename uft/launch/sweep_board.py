@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from uft.launch.sweep_jobs import Job, JobFailed
 from uft.launch.sweep_watch import State, Watch, count, leader
-from uft.tracking.cards import PREFIX
-from uft.tracking.format import duration, number, printable, shorten
+from uft.tracking.console import PREFIX, duration, number, printable, shorten
 
 if TYPE_CHECKING:
     from rich.console import Console, Group

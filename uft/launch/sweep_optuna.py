@@ -27,7 +27,7 @@ from uft.launch.sweep_file import record
 from uft.launch.sweep_jobs import Job, JobFailed
 from uft.launch.sweep_space import Space, space_of
 from uft.runs import Run, shown
-from uft.tracking.format import number, printable
+from uft.tracking.console import number, printable
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from uft.errors import FAILED, UftError, render
+from uft.distributed import PeerLost, launched, note, note_code, rank
+from uft.errors import FAILED, UftError, render, tell_redacted
 from uft.launch.process import die_with_parent
-from uft.parallel.environment import PeerLost, launched, note, note_code, rank
-from uft.redact import tell_redacted
 from uft.runs import Run, keep_others_out, open_run
 
 if TYPE_CHECKING:
@@ -26,18 +25,18 @@ if TYPE_CHECKING:
 
 def train(folder: str) -> int:
     """Train the run in `folder` from where it stands."""
-    from uft.training.signals import listening
+    from uft.training.liveness import listening
 
     run = open_run(folder)
     with listening() as stop, holding(run):  # before the slow imports: a signal that comes meanwhile is remembered
         with uncollected():
             from uft.config.load import load_config
-            from uft.model.classes import auto_model
-            from uft.training import session, stages
+            from uft.model.policy import auto_model
+            from uft.training import session
 
             auto_model()
         config = load_config(run.config_file)
-        return (stages if config.stages else session).train(run, config, stop)
+        return (session.train_stages if config.stages else session.train)(run, config, stop)
 
 
 @contextmanager
@@ -47,10 +46,10 @@ def holding(run: Run) -> Iterator[None]:
         with run.lock():
             yield
         return
-    from uft.parallel.ranks import joined
+    from uft.distributed import process_group
 
-    with joined() as group, ExitStack() as held:
-        group.from_first(lambda: held.enter_context(run.lock()))
+    with process_group() as group, ExitStack() as held:
+        group.on_rank0(lambda: held.enter_context(run.lock()))
         yield
 
 
@@ -58,19 +57,19 @@ def carry_out(job: str, spec: str) -> int:
     """`check`, `data`, `generate` or `annotate`, of the configuration in `spec`."""
     with uncollected():
         from uft.config.load import load_config
-        from uft.parallel.ranks import joined
-        from uft.training import annotating, jobs, stages_jobs
-        from uft.training.watchdog import watching
+        from uft.distributed import process_group
+        from uft.training import jobs
+        from uft.training.liveness import watching
 
     config = load_config(spec)
     work: dict[str, Callable[[Config], int]] = {
         "check": jobs.check,
         "data": jobs.data,
         "generate": jobs.generate,
-        "annotate": annotating.job,
+        "annotate": jobs.annotate_job,
     }
-    with joined(), watching(config.hardware.watchdog, None, tell_hung):
-        return (work | stages_jobs.JOBS if config.stages else work)[job](config)
+    with process_group(), watching(config.hardware.watchdog, None, tell_hung):
+        return (work | jobs.JOBS if config.stages else work)[job](config)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
-from uft.tracking.format import printable_lines, shorten
+from uft.tracking.console import printable_lines, shorten
 
 FOLDER = files("uft.report") / "page"
 SCRIPTS = (

@@ -21,11 +21,10 @@ from typing import Any
 import yaml
 
 from uft.config.freeze import flat
-from uft.disk import bounded
 from uft.errors import Problem, UftError
-from uft.runs import Run
-from uft.tracking import seals
-from uft.tracking.files import NOT_NUMBERS
+from uft.runs import Run, bounded
+from uft.tracking import metrics
+from uft.tracking.metrics import NOT_NUMBERS
 
 OUTPUTS = Path("outputs")
 RUN_FILES = frozenset(("config.yaml", "run.json", "metrics.jsonl", "result.json"))
@@ -313,11 +312,11 @@ def read_samples(path: Path, notes: list[str], ended: bool = False) -> tuple[Map
     return tuple(found[max(found)]) if found else ()
 
 
-def checked_lines(path: Path, notes: list[str], ended: bool) -> seals.Checked:
+def checked_lines(path: Path, notes: list[str], ended: bool) -> metrics.Checked:
     """The lines that have their checksum; `notes` gets a text about the others."""
-    checked = seals.check(path)
+    checked = metrics.check(path)
     if damaged := sorted({*checked.damaged, *(checked.uncertain if ended else ())}):
-        notes.append(seals.told(path.name, damaged))
+        notes.append(metrics.told(path.name, damaged))
     return checked
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from uft.report.text import plural
 from uft.report.verdict import ALONE, BETTER, SELECTED
-from uft.tracking.format import printable, shorten
+from uft.tracking.console import printable, shorten
 
 WIDE = 160  # where there is no terminal
 COLUMNS, ROWS, OTHERS = 5, 30, 10  # shown at most: metrics, configurations, incomplete runs

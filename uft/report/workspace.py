@@ -18,7 +18,7 @@ from typing import Any
 from uft.errors import FAILED, Problem, UftError
 from uft.report.runs import BROKEN, read_config, read_object
 from uft.runs import shown
-from uft.tracking.connection import Server, choose
+from uft.tracking.wandb import Server, choose
 
 HEADLINES = 3  # metrics in the parallel coordinates
 CURVES = ("loss", "nll", "grad_norm", "lr")

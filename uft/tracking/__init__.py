@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from uft.evaluation.samples import Sample
+from uft.evaluation.evaluate import Sample
 from uft.runs import Run
-from uft.tracking.files import Files
+from uft.tracking.metrics import Files
 from uft.tracking.wandb import Wandb
 
 
