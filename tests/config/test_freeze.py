@@ -8,7 +8,7 @@ import yaml
 from uft.config.compose import changed, compose
 from uft.config.frozen import difference, free, frozen, load_config, plain
 from uft.errors import UftError
-from uft.report.load import load
+from uft.report.runs import load
 from uft.runs import Run
 
 

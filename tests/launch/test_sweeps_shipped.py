@@ -10,8 +10,7 @@ from uft.config.compose import examine
 from uft.config.files import Request, make_loader
 from uft.config.messages import conf_dir, groups
 from uft.data.rows import Kind
-from uft.launch.sweep import expand
-from uft.launch.sweep_check import check_all_sources
+from uft.launch.sweep import check_rows, expand
 from uft.objectives import make
 
 FILES = groups([conf_dir()])["sweep"]
@@ -48,7 +47,7 @@ def test_its_jobs_can_be_run(name, loader):
 def runnable(jobs, loader):
     examined = [examine(Request(tuple(job))) for job in jobs]
     assert [problem for one in examined for problem in one.problems] == []
-    check_all_sources([one.settings for one in examined])
+    check_rows([one.settings for one in examined])
     return examined
 
 

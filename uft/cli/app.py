@@ -37,7 +37,7 @@ from uft.config.schema import MISSING, Config, Key, keys_of
 from uft.config.tree import Tree
 from uft.errors import GOOD, Problem, UftError
 from uft.launch.launcher import row_problems
-from uft.launch.sweep_jobs import JobFailed, why
+from uft.launch.sweep import JobFailed, failure_reason
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code."""
@@ -63,7 +63,7 @@ def task(work: Work) -> Callable[[DictConfig], None]:
             code = work(examined, words)
             if code != GOOD:
                 folder = str(examined.settings["run"]["dir"] or "")
-                raise JobFailed(code, folder, why(code, Path(folder)))
+                raise JobFailed(code, folder, failure_reason(code, Path(folder)))
             return
         try:
             code = work(checked(request), words)

@@ -176,10 +176,10 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
 def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> int:
     """Give the commands of every sweep again, then continue the runs that belong to none of them."""
     from uft.config.frozen import free
-    from uft.launch.sweep_file import axes_of
+    from uft.launch.sweep import swept_keys
 
     # only keys that change no result and are not swept may be given anew
-    swept = {key.lstrip("+") for sweep in sweeps for key in axes_of(sweep)}
+    swept = {key.lstrip("+") for sweep in sweeps for key in swept_keys(sweep)}
     keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
     if wrong := [word for word, key in keys.items() if key in swept or not free(key)]:
         raise UftError(*(Problem(word, "would make other runs of this sweep's jobs", "command line") for word in wrong))
@@ -197,11 +197,10 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
 def repeat_commands(sweep: Path, overrides: list[str]) -> list[int]:
     """The exit codes of the commands that `sweep` came from, up to one that was stopped."""
     from uft.cli.verbs import train
-    from uft.launch.sweep_file import continuing
-    from uft.launch.sweep_jobs import quote
+    from uft.launch.sweep import quote, resuming
 
     place, codes = f"hydra.sweep.dir={quote(str(sweep.resolve()))}", list[int]()
-    with continuing(sweep) as commands:
+    with resuming(sweep) as commands:
         for words, started in commands:
             with chdir(started if started.is_dir() else "."):
                 try:
@@ -337,23 +336,25 @@ def compare(arguments: list[str]) -> int:
     add("--open", action="store_true", help="open the page in a browser")
     add("--wandb", action="store_true", help="save a W&B workspace with the same panels")
     parsed = parser.parse_args(arguments)
-    from uft.report import build, table
-    from uft.report.select import select
+    from uft.report.compare import Options, as_json, write
+    from uft.report.compare import compare as compare_runs
+    from uft.report.runs import select
+    from uft.report.table import show
     from uft.report.workspace import require, save
 
     if parsed.wandb:
         require()
     selection = select(parsed.runs)
-    options = build.Options(tuple(parsed.metric), parsed.baseline, tuple(parsed.seed_key))
-    comparison = build.compare(selection, options)
+    options = Options(tuple(parsed.metric), parsed.baseline, tuple(parsed.seed_key))
+    comparison = compare_runs(selection, options)
     if parsed.json:
-        print(build.as_json(comparison), end="")
+        print(as_json(comparison), end="")
     else:
-        table.show(comparison)
+        show(comparison)
     out = sys.stderr if parsed.json else sys.stdout
     folder = parsed.out or selection.folder
     try:
-        files = build.write(comparison, folder)
+        files = write(comparison, folder)
     except OSError as error:
         why = f"cannot write there: {error.strerror}"
         raise UftError(Problem(str(folder), why, advice=("choose:  --out DIR",))) from error

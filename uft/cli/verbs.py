@@ -15,7 +15,7 @@ from uft.config.schema import COLUMNS
 from uft.config.stages import made, rows_of, without_stages
 from uft.errors import GOOD, Problem, UftError
 from uft.launch.launcher import changed_keys, launch_job, launch_train
-from uft.launch.sweep_jobs import of_a_sweep, typed_by_user
+from uft.launch.sweep import is_sweep_job, typed_overrides
 from uft.runs import Run, open_run
 
 FILES = {"path", "eval_path", "template"}  # keys of the data that may name files
@@ -25,7 +25,7 @@ COMPARE: list[Run] = []
 
 @task
 def train_job(examined: Examined, words: Sequence[str]) -> int:
-    return launch_train(examined.settings, typed_by_user(words), quiet=of_a_sweep(words))
+    return launch_train(examined.settings, typed_overrides(words), quiet=is_sweep_job(words))
 
 
 @task
