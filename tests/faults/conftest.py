@@ -1,12 +1,8 @@
-"""Runs of a few steps on the embedded model and mixture, in processes of their own that faults are planted in.
-
-Nothing of the person's own settings is seen or touched: home, caches and W&B live in the test's folder.
-"""
+"""Runs of a few steps on the embedded model and mixture, in processes of their own that faults are planted in."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +12,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # for planting.py and sittings.py
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # for synthetic.py
 
-from sittings import Bench, serve
+from sittings import Bench
 
 from uft.playground.world import SOURCES, records
 from uft.runs import Run, create_run
 
-SPEAKING_TO_THE_OUTSIDE = ("WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "UFT_", "HYDRA_")
 SMALL = (
     "train.batch_size=4",
     "train.micro_batch_tokens=200",
@@ -72,28 +67,13 @@ stages:
 """
 
 
-@pytest.fixture(scope="session")
-def server() -> None:
-    serve()
+@pytest.fixture
+def environment(environment: dict[str, str]) -> dict[str, str]:
+    return environment | {"WANDB_MODE": "disabled"}
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """What a sitting adds to this process's environment: folders of its own, one thread, no network."""
-    return {
-        "HOME": str(tmp_path / "home"),
-        "UFT_CACHE": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-@pytest.fixture
-def bench(server: None, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Bench:
-    for name in [name for name in os.environ if name.startswith(SPEAKING_TO_THE_OUTSIDE)]:
-        monkeypatch.delenv(name)
+def bench(tmp_path: Path, environment: dict[str, str]) -> Bench:
     said = tmp_path / "said"
     said.mkdir()
     return Bench(said, environment)

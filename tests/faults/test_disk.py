@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import program
 import pytest
 from evidence import kinds, same, written
 from planting import Fault
@@ -137,7 +138,7 @@ def limited() -> None:
 
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     """What the kernel says of it comes through safetensors, too."""
-    program = """
+    code = """
 import sys, torch
 from pathlib import Path
 from uft.runs import Run
@@ -150,7 +151,7 @@ except Exception as error:
     print(type(error).__name__, error)
 print([step for step, _ in run.checkpoints()], sorted(path.name for path in run.checkpoints_dir.iterdir()))
 """
-    command = [sys.executable, "-c", program, str(tmp_path)]
+    command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=300, check=True)
     assert done.stdout.startswith("UftError")
     assert "step-000002" in done.stdout
@@ -167,9 +168,7 @@ def test_a_read_only_folder_is_refused_at_once(
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     words = ["resume", str(run.path)] if verb == "resume" else ["train", "debug=fast", f"run.dir={disk}/other"]
     command = [sys.executable, "-m", "uft", *words]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = program.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert f"{disk}" in done.stderr
     assert "is on a read-only file system" in done.stderr

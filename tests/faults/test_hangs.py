@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import program
 import pytest
 from evidence import same, written
 from planting import Fault
@@ -110,7 +110,7 @@ def test_a_job_that_hangs_is_ended_and_goes_on(bench: Bench, new_run: NewRun, tm
 @pytest.mark.slow
 def test_a_suspended_process_has_not_hung() -> None:
     """Stopped for longer than the watchdog waits, and let go on."""
-    program = f"""
+    code = f"""
 import sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
@@ -125,7 +125,7 @@ with watching(5.0, Path(), print):
 print("whole", flush=True)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
@@ -142,7 +142,7 @@ def test_one_of_two_processes_hangs(new_run: NewRun, tmp_path: Path, environment
     run = new_run("run", *SINGLE, "hardware=cpu2", f"hardware.watchdog={2 * PATIENCE:g}")
     fault = Fault(do="hang", name="after step.forward_backward", at=2, rank="1")
     asked = time.monotonic()
-    ended = resumed(run, fault.into(dict(os.environ) | environment))
+    ended = resumed(run, fault.into(environment))
     assert ended.returncode == 1, ended.stderr
     assert time.monotonic() - asked < 120
     assert "hung: no sign of life for 00:08 while it trained" in run.result()["error"]
@@ -150,14 +150,14 @@ def test_one_of_two_processes_hangs(new_run: NewRun, tmp_path: Path, environment
     assert "in hang" in (run.path / "hang-rank1.txt").read_text()
     assert "in hang" not in (run.path / "hang.txt").read_text()
     assert "parallel/ranks.py" in (run.path / "hang.txt").read_text()  # where it waits for the other
-    assert resumed(run, dict(os.environ) | environment).returncode == 0
+    assert resumed(run, environment).returncode == 0
     assert run.status == "finished"
 
 
 def resumed(run: Run, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """What the real program says."""
     command = [sys.executable, "-m", "uft", "resume", str(run.path)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return program.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 # --- a worker that dies
@@ -166,7 +166,7 @@ def resumed(run: Run, environment: dict[str, str]) -> subprocess.CompletedProces
 def test_how_a_worker_died_is_said(new_run: NewRun, tmp_path: Path, environment: dict[str, str]) -> None:
     """The real program, whose worker crashes in a library."""
     run, fault = new_run("run", *SINGLE), Fault(do="crash", name="after step.forward_backward", at=2)
-    done = resumed(run, fault.into(dict(os.environ) | environment))
+    done = resumed(run, environment | fault.variable())
     assert done.returncode == 1, done.stderr
     assert "the worker was killed by SIGSEGV (a crash; where it was is above)" in done.stderr
     assert "training/trainer.py" in done.stderr.partition("the worker was killed")[0]

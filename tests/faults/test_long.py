@@ -83,7 +83,7 @@ def lines_of(run: Run) -> dict[int, list[Mapping[str, Any]]]:
 def wait_until(condition: Callable[[], bool], sitting: Sitting) -> None:
     deadline = time.monotonic() + 20 * MINUTE
     while not condition():
-        assert sitting.process.exitcode is None, sitting.out.read_text()
+        assert sitting.process.poll() is None, sitting.out.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -100,7 +100,7 @@ def test_soak(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
     while time.monotonic() - began < seconds:
         samples.append(figures(pid, run, began))
         time.sleep(min(2.0, seconds / 100))
-        assert sitting.process.exitcode is None, sitting.out.read_text()
+        assert sitting.process.poll() is None, sitting.out.read_text()
     shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("wandb", ".step-*"))
     taken = copy.steps
     wait_until(lambda: run.steps >= taken + 200, sitting)

@@ -15,10 +15,11 @@ from types import FrameType
 from typing import Any
 
 from uft.errors import FAILED, INTERRUPTED, STOPPED
+from uft.launch import forkserver
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_CODES = {number: INTERRUPTED if number == signal.SIGINT else STOPPED for number in FORWARDED}
-COMMAND = (sys.executable, "-P", "-m", "uft.launch.worker")
+COMMAND = forkserver.WORKER
 """-P: a `datasets.py` in the folder one works in is not taken for the library."""
 
 AGENT = (sys.executable, "-P", "-m", "uft.launch.agent")
@@ -49,7 +50,7 @@ def run_worker(
     team: Sequence[str] = (),
     more: Mapping[str, str] | None = None,
 ) -> int:
-    """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code.
+    """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code. In a sweep the worker is forked.
 
     `team`: what torch's launcher is told where several processes do the work of one (:mod:`uft.launch.team`);
     `more`: of its environment alone.
@@ -62,8 +63,10 @@ def run_worker(
     sent, killed_before = list[int](), oom_kills()
     environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(more or {})}
     with forwarding(sent) as children, said_in(log) as streams:
-        command = [*AGENT, *team, "-m", "uft.launch.worker"] if team else COMMAND
-        child = subprocess.Popen([*command, *arguments], start_new_session=True, env=environment, cwd=cwd, **streams)
+        command = [*AGENT, *team, "-m", "uft.launch.worker", *arguments] if team else [*COMMAND, *arguments]
+        child: Child | None = forkserver.fork(command, environment, cwd, streams, hurry=lambda: sent)
+        if child is None:
+            child = subprocess.Popen(command, start_new_session=True, env=environment, cwd=cwd, **streams)
         children.append(child)
         for number in sent:  # one came in before there was a child
             child.send_signal(number)
@@ -78,7 +81,10 @@ def run_worker(
     return FAILED
 
 
-def to_the_end(child: subprocess.Popen[bytes]) -> int:
+Child = subprocess.Popen[bytes] | forkserver.Child
+
+
+def to_the_end(child: Child) -> int:
     """The child's exit code. Where something makes this process leave, the child saves its checkpoint first: a
     scheduler's signal may be an exception here."""
     try:
@@ -130,12 +136,12 @@ def python_path() -> str:
 
 
 @contextmanager
-def forwarding(sent: list[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
+def forwarding(sent: list[int]) -> Iterator[list[Child]]:
     """While inside, signals are noted in `sent` and passed on to the children in the list that is yielded.
 
     SIGUSR2 is left to whoever listens to it already: submitit puts a job back in the queue by it.
     """
-    children: list[subprocess.Popen[bytes]] = []
+    children: list[Child] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         sent.append(number)

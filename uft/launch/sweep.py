@@ -24,6 +24,7 @@ from uft.config.examine import Examined, examine, footer
 from uft.config.freeze import plain
 from uft.config.loader import Request
 from uft.errors import FAILED, Problem, UftError
+from uft.launch.forkserver import forkserver
 from uft.launch.names import sweep_dir, sweep_name
 from uft.launch.sweep_board import Board
 from uft.launch.sweep_check import METHODS, advised, apart, check_all_sources, problems_of, refuse_other_runs
@@ -191,7 +192,7 @@ def run_grid(plan: Plan, lines: Sequence[Sequence[str]], launcher: Launcher, bat
     folder, size = jobs[0].folder.parent, batch_size or len(jobs)
     board = begin(folder, jobs, plan.axes) if plan.trains else None
     sitting, results = Sitting(launcher, board), []
-    with board or nullcontext():
+    with board or nullcontext(), forkserver() if len(jobs) > 1 else nullcontext():
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
             if board is None and len(jobs) > 1:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from uft.config.examine import examine, quoted
 from uft.config.loader import Request
 from uft.errors import Problem, UftError
+from uft.launch.forkserver import forkserver
 from uft.launch.sweep import Plan, Sitting
 from uft.launch.sweep_board import Board
 from uft.launch.sweep_file import record
@@ -123,7 +124,7 @@ class Search:
         )
         board = Board(self.folder.name, expected=self.settings.n_trials - ended(study))
         sitting, results = Sitting(self.launcher, board), []
-        with board:
+        with board, forkserver():
             while not sitting.stopped and (asked := self.ask(study)):
                 results.append(self.run(study, sitting, asked))
         self.report(study, sitting, before)

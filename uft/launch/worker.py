@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from uft.errors import FAILED, UftError, render
@@ -71,6 +72,30 @@ def carry_out(job: str, spec: str) -> int:
     }
     with joined(), watching(config.hardware.watchdog, None, tell_hung):
         return (work | stages_jobs.JOBS if config.stages else work)[job](config)
+
+
+PRELOADED = (
+    "peft",
+    "safetensors.numpy",
+    "safetensors.torch",
+    "transformers.models.llama.modeling_llama",
+    "uft.training.annotating",
+    "uft.training.jobs",
+    "uft.training.session",
+    "uft.training.stages",
+    "uft.training.stages_jobs",
+    "wandb",
+)
+
+
+def preload() -> None:
+    """Import what workers import, in a process that jobs will be forks of (:mod:`uft.launch.forkserver`)."""
+    quiet()
+    from uft.model.classes import auto_model
+
+    auto_model()
+    for module in PRELOADED:
+        import_module(module)
 
 
 @contextmanager
