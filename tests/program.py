@@ -68,17 +68,17 @@ def at_import(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class Popen(subprocess.Popen):
-    """`subprocess.Popen`, forked where it can be."""
+    """`subprocess.Popen`, forked where it can be. `fork=False`: started as a person starts it."""
 
     _execute = inspect.signature(subprocess.Popen._execute_child)
 
-    def __init__(self, args: Sequence[str | os.PathLike[str]], **options: Any) -> None:
+    def __init__(self, args: Sequence[str | os.PathLike[str]], fork: bool = True, **options: Any) -> None:
         words = list(map(str, args))
         environment = options.get("env") or dict(os.environ)
         same = at_import(environment) == at_import(outside() | OWN) and sys.platform == "linux"
         known = words[:2] == [sys.executable, "-m"] and words[2] in MODULES
         known |= words[0] == sys.executable and words[1].startswith(f"{TESTS}{os.sep}")
-        self.forked = words[1:] if known and same else None
+        self.forked = words[1:] if fork and known and same else None
         super().__init__(words, **options)
 
     def _execute_child(self, *given: Any) -> None:

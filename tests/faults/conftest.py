@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for planting.py and sittings.py
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # for synthetic.py
 
+from evidence import written
 from sittings import Bench
 
 from uft.playground.world import SOURCES, records
@@ -94,7 +96,6 @@ def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ru
     (conf / "loop.yaml").write_text(LOOP)
     (conf / "column.yaml").write_text(COLUMN)
     monkeypatch.setenv("UFT_CONF", str(conf.parent))
-    texts: dict[tuple[str, ...], str] = {}
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path)
 
@@ -102,9 +103,30 @@ def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ru
         from uft.config.compose import compose
         from uft.config.freeze import frozen
 
-        words = tuple(word for word in (*SMALL, *overrides))
-        if words not in texts:
-            texts[words] = frozen(compose(list(words)))
-        return create_run(tmp_path / name, texts[words], list(words))
+        words = (*SMALL, *overrides)
+        text = TEXTS.get(words) or frozen(compose(list(words)))
+        assert str(tmp_path) not in text or "/" in "".join(overrides)
+        TEXTS[words] = text
+        return create_run(tmp_path / name, text, list(words))
 
     return make
+
+
+TEXTS: dict[tuple[str, ...], str] = {}
+"""Words -> configuration, which says nothing of the folder that one works in."""
+UNDISTURBED: dict[tuple[str, ...], dict[str, Any]] = {}
+
+
+@pytest.fixture
+def undisturbed(bench: Bench, new_run: Callable[..., Run], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """undisturbed(*words): what a run leaves to which nothing happens; made once for all tests."""
+
+    def made(*words: str) -> dict[str, Any]:
+        if words not in UNDISTURBED:
+            run = new_run("undisturbed", *words)
+            ended = bench.start(run.path, UFT_CACHE=str(tmp_path / "undisturbed-cache")).wait()
+            assert ended.code == 0, ended.said
+            UNDISTURBED[words] = written(run.path)
+        return UNDISTURBED[words]
+
+    return made

@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import program
 import pytest
-from evidence import same, written
+from evidence import same
 from planting import Fault
 from requests_of import COLUMN, LOOP, SINGLE
 from sittings import Bench
@@ -21,6 +22,7 @@ from uft.launch.process import cause, oom_kills
 from uft.runs import Run
 
 NewRun = Callable[..., Run]
+Undisturbed = Callable[..., dict[str, Any]]
 PATIENCE = 4.0  # seconds of the watchdog here
 
 
@@ -54,9 +56,15 @@ LONG = {
     ids=[*QUICK, *LONG],
 )
 def test_a_run_that_hangs_is_ended_and_can_be_resumed(
-    bench: Bench, new_run: NewRun, tmp_path: Path, words: tuple[str, ...], where: str, at: int, phase: str, file: str
+    bench: Bench,
+    new_run: NewRun,
+    undisturbed: Undisturbed,
+    words: tuple[str, ...],
+    where: str,
+    at: int,
+    phase: str,
+    file: str,
 ) -> None:
-    whole = new_run("whole", *words, f"hardware.watchdog={PATIENCE:g}")
     run = new_run("hung", *words, f"hardware.watchdog={PATIENCE:g}")
     roots, path = (str(run.path),), "/.step-" if "os." in where else ""
     ended = bench.sit(run.path, fault=Fault(do="hang", name=where, path=path, at=at, roots=roots))
@@ -69,8 +77,7 @@ def test_a_run_that_hangs_is_ended_and_can_be_resumed(
         assert file in stacks
     assert "uft resume" in ended.said
     assert bench.sit(run.path).code == 0
-    assert bench.sit(whole.path).code == 0
-    same(run.path, written(whole.path))
+    same(run.path, undisturbed(*words))
 
 
 JOBS = {
@@ -258,11 +265,10 @@ def test_a_run_has_one_worker_at_a_time(bench: Bench, new_run: NewRun, tmp_path:
 
 
 @pytest.mark.parametrize("way", ["clock_back", pytest.param("clock_forward", marks=pytest.mark.slow)])
-def test_a_clock_that_jumps_changes_nothing(bench: Bench, new_run: NewRun, way: str) -> None:
-    whole, run = new_run("whole", *SINGLE), new_run("run", *SINGLE)
-    assert bench.sit(whole.path).code == 0
+def test_a_clock_that_jumps_changes_nothing(bench: Bench, new_run: NewRun, undisturbed: Undisturbed, way: str) -> None:
+    run = new_run("run", *SINGLE)
     ended = bench.sit(run.path, fault=Fault(do=way, name="after step.forward_backward", at=3))
     assert ended.code == 0, ended.said
-    same(run.path, written(whole.path))
+    same(run.path, undisturbed(*SINGLE))
     assert 0 <= run.result()["seconds"] <= run.result()["wall_seconds"] < 600
     assert "-" not in ended.said.partition("eta ")[2].partition("\n")[0]

@@ -150,11 +150,11 @@ def workers_below(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                name, _, rest = (entry / "stat").read_text().rpartition(")")
                 words = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if parent == pid and b"uft.launch.worker" in words:
+            if int(rest.split()[1]) == pid and (b"uft.launch.worker" in words or name.endswith("(uft-worker")):
                 found.append(int(entry.name))
     return found
 

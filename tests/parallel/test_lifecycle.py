@@ -118,10 +118,11 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
-def test_one_of_two_is_killed(start: Start, folder: Path, whole: list[dict[str, Any]]) -> None:
-    """The run ends soon, says which process died of what, goes on, and has the curve of one process."""
-    run = folder / "killed"
-    program = start(*request(folder, "killed", "cpu2"))
+@pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_one_of_two_is_killed(start: Start, folder: Path, whole: list[dict[str, Any]], then: int) -> None:
+    """The run ends soon, says which process died of what, goes on, on one process or two, and has the curve of one."""
+    run = folder / f"killed-{then}"
+    program = start(*request(folder, run.name, "cpu2"))
     at_step(run, 7, program)
     agent, ranks = processes(program)
     assert sorted(ranks) == [0, 1]
@@ -135,7 +136,7 @@ def test_one_of_two_is_killed(start: Start, folder: Path, whole: list[dict[str, 
     assert result["status"] == "failed"
     assert "process 1 was killed by SIGKILL" in result["error"]
     assert not children(agent)
-    ended(start("resume", "killed"), 0)
+    ended(start("resume", run.name, f"hardware.processes={then}"), 0)
     same(curve(run), whole)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -31,6 +32,9 @@ from uft.training.signals import Stop
 from uft.training.step import Step
 from uft.training.trainer import Trainer
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
+from toys import settings
+
 GROUPS = groups([conf_dir()])
 OBJECTIVES = list(GROUPS["objective"])
 DATA = [name for name in GROUPS["data"] if name != "files"]  # which has no source of its own
@@ -40,18 +44,11 @@ ROWS = 24
 
 
 @cache
-def composed(*words: str) -> dict[str, Any]:
-    content = OmegaConf.to_container(compose((*words, *SMALL)), resolve=True)
-    assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
-
-
-@cache
 def short(data: str) -> Config:
     """The configuration under data=NAME, of whose sources the first rows alone are read."""
-    settings = composed(f"data={data}")
-    sources = {name: {**source, "limit": ROWS} for name, source in settings["data"]["sources"].items()}
-    return typed({**settings, "data": {**settings["data"], "sources": sources}})
+    content: Any = OmegaConf.to_container(compose((f"data={data}", *SMALL)), resolve=True)
+    sources = {name: {**source, "limit": ROWS} for name, source in content["data"]["sources"].items()}
+    return typed({**content, "data": {**content["data"], "sources": sources}})
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +74,7 @@ def configure(folder: Path) -> Callable[..., Config]:
     def make_config(objective: str, data: str, **changes: Any) -> Config:
         config = short(data)
         changed = replace(config.data, cache=str(folder / "cache"), **changes)
-        return replace(config, objective=composed(f"objective={objective}")["objective"], data=changed)
+        return replace(config, objective=settings(objective), data=changed)
 
     return make_config
 
@@ -172,8 +169,8 @@ def test_the_matrix_is_whole_and_has_both_ends() -> None:
     """Thirty objectives; DPO cannot use what SFT can, and what nobody wrote stops PoFT everywhere."""
     assert len(OBJECTIVES) >= 30
     assert {"binary", "instruct", "mix", "negatives", "pairs", "scored"} == set(DATA)
-    assert Kind.DEMONSTRATION not in make(composed("objective=dpo")["objective"]).views
-    assert make(composed("objective=poft")["objective"]).annotations(Kind.BINARY) == {"baseline_logp"}
+    assert Kind.DEMONSTRATION not in make(settings("dpo")).views
+    assert make(settings("poft")).annotations(Kind.BINARY) == {"baseline_logp"}
 
 
 # --- what annotations make possible ----------------------------------------------------------------------------------
