@@ -64,7 +64,7 @@ def server() -> Any:
 
 
 def at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT)}
+    return {name: value for name, value in environment.items() if name.startswith(AT_IMPORT) and name != "HF_TOKEN"}
 
 
 class Popen(subprocess.Popen):
