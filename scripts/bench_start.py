@@ -56,8 +56,8 @@ def first_step(folder: Path, number: int) -> float:
 def tokens(folder: Path, rounds: int) -> list[str]:
     from transformers import AutoTokenizer
 
+    from uft.data.chat import Renderer
     from uft.data.rows import Completion, Message, Row
-    from uft.data.templates import Renderer
     from uft.data.tokens import tokenize
 
     save_tokenizer(folder / "tokenizer")

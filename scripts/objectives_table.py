@@ -15,13 +15,12 @@ import numpy as np
 import torch
 import yaml
 
-from uft.data.batch import Batch
-from uft.data.batches import collate, make_item, mismatched
+from uft.data.batch import Batch, collate, make_example, mismatched
+from uft.data.chat import Tokens
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row
-from uft.data.templates import Encoded
 from uft.objectives import make
 from uft.objectives.base import PLAIN, Ask, Clock, Objective, Scores
-from uft.objectives.kinds import kind_table
+from uft.objectives.views import kind_table
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "objectives.md"
@@ -84,9 +83,10 @@ def cost(name: str, objective: Objective) -> str:
         return "as its parts"
     kinds = [k for k in (Kind.DEMONSTRATION, Kind.PREFERENCE) if k in objective.views]
     kind = Kind.NEGATIVES if objective.method == "dft" else kinds[0]
-    encoded = Encoded(np.arange(4, dtype=np.int32), np.array([False, True, True, True]), 1)
+    encoded = Tokens(np.arange(4, dtype=np.int32), np.array([False, True, True, True]), 1)
     found = (
-        make_item(row, [encoded] * 3, row.index, 0, objective.views[kind]) for row in (sample(kind, i) for i in (0, 1))
+        make_example(row, [encoded] * 3, row.index, 0, objective.views[kind])
+        for row in (sample(kind, i) for i in (0, 1))
     )
     items = [item for item in found if item is not None]
     objective.start(2)

@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from uft.runs import Run, find_runs
-from uft.tracking.files import read_metrics
+from uft.tracking.metrics import read_metrics
 
 COLUMNS = {
     "new": "eval/instruct/exact_match",

@@ -24,16 +24,16 @@ def _logits_of_every_position(trainer: Any) -> None:
 
 
 def _every_prompt_anew(trainer: Any) -> None:
-    from uft.data.packing import Layout
+    from uft.data.batch import Layout
 
     trainer.policy.layout = Layout.PACKED
 
 
 def _gradients_by_autograd(trainer: Any) -> None:
-    from uft.model import head, in_place
+    from uft.model import head
 
     head.own_gradient = lambda weight: None
-    in_place.keeps_its_own = lambda weight: False
+    head.keeps_its_own = lambda weight: False
 
 
 Off = tuple[str, ...] | Callable[[Any], None]
@@ -91,8 +91,8 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
     from uft.config.load import typed
     from uft.runs import create_run
     from uft.training.device import choose_device
-    from uft.training.prepare import prepare
-    from uft.training.signals import Stop
+    from uft.training.liveness import Stop
+    from uft.training.setup import prepare
 
     off = {**WAYS, **LADDER}[way]
     typed_words = words(objective, place, own, threads) + ([] if callable(off) else list(off))

@@ -5,11 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from uft.data.annotations import RULES
-from uft.data.formats import FIELDS, recognise, rename
-from uft.data.identity import content_digest
-from uft.data.messages import Unreadable
-from uft.data.rows import ANNOTATIONS, Completion, Message, Row
+from uft.data.formats import FIELDS, RULES, Unreadable, recognise, rename
+from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest
 from uft.data.sources import load_sources
 from uft.errors import UftError
 

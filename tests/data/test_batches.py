@@ -9,11 +9,9 @@ import pytest
 import torch
 from items import NEGATIVE, PAD, POSITIVE, completion, demonstration, encoded, preference, row
 
-from uft.data.batches import Item, collate, is_good, make_item, micro_batches
-from uft.data.packing import Layout
-from uft.data.rows import Completion, Kind, Message, Row
-from uft.data.templates import Encoded
-from uft.data.views import Part, Role
+from uft.data.batch import Example, Layout, collate, is_good, make_example, micro_batches
+from uft.data.chat import Tokens
+from uft.data.rows import Completion, Kind, Message, Role, Row, Selected
 
 
 def test_targets_say_which_token_where_and_what_predicts_it():
@@ -58,7 +56,9 @@ def test_rows_and_roles():
 
 def test_pairs_are_every_positive_with_every_negative_of_the_same_row():
     sampled = row(completion(), *(completion(sampled_by="m") for _ in range(3)))
-    item = Item(0, sampled, (Part(0), *(Part(n, NEGATIVE) for n in (1, 2, 3))), tuple(encoded(1, 2) for _ in range(4)))
+    item = Example(
+        0, sampled, (Selected(0), *(Selected(n, NEGATIVE) for n in (1, 2, 3))), tuple(encoded(1, 2) for _ in range(4))
+    )
     batch = collate([item, demonstration(), preference(), item], PAD)
     assert batch.pairs.tolist() == [[0, 1], [0, 2], [0, 3], [5, 6], [7, 8], [7, 9], [7, 10]]
     assert collate([demonstration()], PAD).pairs.shape == (0, 2)
@@ -71,7 +71,7 @@ def test_the_same_row_twice_is_two_rows():
 
 
 def test_explicit_rewards_are_kept_and_absent_ones_are_nan():
-    item = replace(demonstration(), parts=(Part(0, POSITIVE, 0.25),))
+    item = replace(demonstration(), parts=(Selected(0, POSITIVE, 0.25),))
     target = collate([item, demonstration()], PAD).target
     assert target[0] == 0.25
     assert math.isnan(target[1])
@@ -101,7 +101,7 @@ def test_good_follows_the_completions_that_the_parts_take():
 
 
 def test_a_supervised_first_token_has_no_predictor_and_is_no_target():
-    item = Item(0, row(completion()), (Part(0),), (encoded(0, 3),))
+    item = Example(0, row(completion()), (Selected(0),), (encoded(0, 3),))
     batch = collate([item], PAD)
     assert batch.offset.tolist() == [1, 2]
     assert batch.predictor.min() >= 0
@@ -179,13 +179,13 @@ def test_visits_of_one_example_keep_their_order_whatever_their_lengths(layout, b
 def test_an_item_is_what_the_view_takes():
     both = preference().row
     tokens = (encoded(1, 1), encoded(1, 2))
-    rejected_only = make_item(both, tokens, 3, 0, lambda row, visit: (Part(1, NEGATIVE, 0.0),))
+    rejected_only = make_example(both, tokens, 3, 0, lambda row, visit: (Selected(1, NEGATIVE, 0.0),))
     assert rejected_only.encoded == (tokens[1],)
     assert (rejected_only.example, rejected_only.length) == (3, 3)
-    assert make_item(both, tokens, 3, 0, lambda row, visit: ()) is None
-    assert make_item(both, tokens, 3, 0, lambda row, visit: None) is None
+    assert make_example(both, tokens, 3, 0, lambda row, visit: ()) is None
+    assert make_example(both, tokens, 3, 0, lambda row, visit: None) is None
     seen = []
-    make_item(both, tokens, 3, 5, lambda row, visit: seen.append((row, visit)))
+    make_example(both, tokens, 3, 5, lambda row, visit: seen.append((row, visit)))
     assert seen == [(both, 5)]
 
 
@@ -193,8 +193,10 @@ def test_what_a_sampler_gave_its_negatives_is_a_column_whose_sums_are_its_log_pr
     turns = (Message("assistant", "a reply"),)
     sampled = [Completion(turns, sampled_by="model", log_prob=value) for value in (-3.5, -1.25)]
     row = Row("source", 0, (Message("user", "?"),), (Completion(turns), *sampled))
-    encoded = [Encoded(np.arange(1, n), np.arange(1, n) > 2, 2) for n in (6, 9, 5)]
-    item = make_item(row, encoded, 0, 0, lambda row, visit: (Part(0), Part(1, Role.NEGATIVE), Part(2, Role.NEGATIVE)))
+    encoded = [Tokens(np.arange(1, n), np.arange(1, n) > 2, 2) for n in (6, 9, 5)]
+    item = make_example(
+        row, encoded, 0, 0, lambda row, visit: (Selected(0), Selected(1, Role.NEGATIVE), Selected(2, Role.NEGATIVE))
+    )
     batch = collate([item], pad_id=0)
     assert batch.sum(batch.columns["sampling_log_probs"]).tolist() == [0, -3.5, -1.25]
 

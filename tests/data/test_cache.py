@@ -6,13 +6,13 @@ import time
 import numpy as np
 import pytest
 
-from uft.data import cache
-from uft.data.cache import Packer
-from uft.data.templates import Encoded
+from uft.data import tokens
+from uft.data.chat import Tokens
+from uft.data.tokens import Packer
 
 
 def encoded(*ids):
-    return Encoded(np.array(ids, np.int32), np.array([n > 0 for n in range(len(ids))]), 1)
+    return Tokens(np.array(ids, np.int32), np.array([n > 0 for n in range(len(ids))]), 1)
 
 
 ROWS = [(encoded(1, 2), encoded(3, 4, 5)), (encoded(6, 7),)]
@@ -21,12 +21,12 @@ ROWS = [(encoded(1, 2), encoded(3, 4, 5)), (encoded(6, 7),)]
 def save(folder, notes=None):
     with Packer(folder) as packer:
         packer.add(enumerate(ROWS))
-        return cache.save(packer, folder, notes or {})
+        return tokens.save(packer, folder, notes or {})
 
 
 def test_rows_come_back_as_they_went(tmp_path):
     save(tmp_path / "deep" / "key", {"note": 1})
-    rows, notes = cache.load(tmp_path / "deep" / "key")
+    rows, notes = tokens.load(tmp_path / "deep" / "key")
     assert notes == {"note": 1}
     assert isinstance(rows.ids, np.memmap)
     assert [[e.ids.tolist() for e in row] for row in rows] == [[[1, 2], [3, 4, 5]], [[6, 7]]]
@@ -40,12 +40,12 @@ def test_rows_come_back_as_they_went(tmp_path):
 def test_two_writers_of_one_key_agree(tmp_path):
     for _ in range(2):
         save(tmp_path / "key")
-    assert len(cache.load(tmp_path / "key")[0]) == 2
+    assert len(tokens.load(tmp_path / "key")[0]) == 2
 
 
 def test_a_missing_folder_is_not_a_corrupt_one(tmp_path):
     with pytest.raises(FileNotFoundError):
-        cache.load(tmp_path / "none")
+        tokens.load(tmp_path / "none")
 
 
 def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):

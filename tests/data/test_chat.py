@@ -4,8 +4,8 @@ import random
 
 import pytest
 
+from uft.data.chat import Renderer
 from uft.data.rows import Message
-from uft.data.templates import Renderer
 from uft.errors import UftError
 
 LLAMA2 = (

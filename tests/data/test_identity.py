@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from uft.data.identity import content_digest, prompt_hash
-from uft.data.rows import Completion, Message, Row
+from uft.data.rows import Completion, Message, Row, content_digest, prompt_hash
 
 ROW = Row("s", 0, (Message("user", "q"),), (Completion((Message("assistant", "a"),)),))
 

@@ -2,61 +2,61 @@
 
 import pytest
 
-from uft.data import messages
-from uft.data.messages import Unreadable
+from uft.data import formats
+from uft.data.formats import Unreadable
 from uft.data.rows import Message
 
 USER, REPLY, SYSTEM = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("system", "s")))
 
 
 def test_a_string_is_one_turn():
-    assert messages.prompt("q") == (Message("user", "q"),)
-    assert messages.reply("a") == (Message("assistant", "a"),)
+    assert formats.read_prompt("q") == (Message("user", "q"),)
+    assert formats.read_reply("a") == (Message("assistant", "a"),)
 
 
 def test_text_is_kept_to_the_letter():
-    assert messages.prompt(" q\r\n")[0].content == " q\r\n"
+    assert formats.read_prompt(" q\r\n")[0].content == " q\r\n"
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours"), [("human", "user"), ("gpt", "assistant"), ("system", "system"), ("observation", "tool")]
 )
 def test_sharegpt_names_of_roles(theirs, ours):
-    assert messages._message({"from": theirs, "value": "x"}, "c").role == ours
+    assert formats._message({"from": theirs, "value": "x"}, "c").role == ours
 
 
 def test_content_parts_are_joined():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert messages.prompt([{"role": "user", "content": parts}]) == (Message("user", "ab"),)
+    assert formats.read_prompt([{"role": "user", "content": parts}]) == (Message("user", "ab"),)
 
 
 def test_a_system_turn_that_says_nothing_is_left_out():
-    assert messages.prompt([{"role": "system", "content": ""}, USER]) == (Message("user", "q"),)
+    assert formats.read_prompt([{"role": "system", "content": ""}, USER]) == (Message("user", "q"),)
 
 
 def test_a_system_column_goes_in_front_unless_there_is_one():
-    assert [t.role for t in messages.with_system(messages.prompt("q"), "be brief")] == ["system", "user"]
-    own = messages.prompt([SYSTEM, USER])
-    assert messages.with_system(own, "be brief") == own
-    assert messages.with_system(own, None) == own
+    assert [t.role for t in formats.with_system(formats.read_prompt("q"), "be brief")] == ["system", "user"]
+    own = formats.read_prompt([SYSTEM, USER])
+    assert formats.with_system(own, "be brief") == own
+    assert formats.with_system(own, None) == own
 
 
 def test_a_conversation_is_split_before_the_first_reply():
-    prompt, rest = messages.split_conversation(messages.conversation([SYSTEM, USER, REPLY, USER, REPLY], "m"), "m")
+    prompt, rest = formats.split_conversation(formats.read_conversation([SYSTEM, USER, REPLY, USER, REPLY], "m"), "m")
     assert [t.role for t in prompt] == ["system", "user"]
     assert [t.role for t in rest] == ["assistant", "user", "assistant"]
 
 
 def test_a_pair_shares_its_longest_common_start():
     better, worse = ({"role": "assistant", "content": c} for c in ("good", "bad"))
-    chosen = messages.conversation([USER, REPLY, USER, better], "chosen")
-    rejected = messages.conversation([USER, REPLY, USER, worse], "rejected")
-    prompt, left, right = messages.split_pair(chosen, rejected)
+    chosen = formats.read_conversation([USER, REPLY, USER, better], "chosen")
+    rejected = formats.read_conversation([USER, REPLY, USER, worse], "rejected")
+    prompt, left, right = formats.split_pair(chosen, rejected)
     assert (len(prompt), left[0].content, right[0].content) == (3, "good", "bad")
 
 
 def test_an_hh_transcript_is_a_conversation():
-    turns = messages.whole("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: so long", "chosen")
+    turns = formats.read_dialogue("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: so long", "chosen")
     assert [(t.role, t.content) for t in turns] == [
         ("user", "hi"),
         ("assistant", "hello"),
@@ -68,23 +68,23 @@ def test_an_hh_transcript_is_a_conversation():
 @pytest.mark.parametrize(
     ("read", "value", "why"),
     [
-        (messages.prompt, None, "prompt is missing"),
-        (messages.prompt, "  \n", "prompt is empty"),
-        (messages.prompt, 7, "prompt is a number, not text"),
-        (messages.prompt, {"a": 1}, "prompt is an object, not text"),
-        (messages.prompt, [], "prompt is empty"),
-        (messages.prompt, ["hi"], "prompt[0] is text, not a message"),
-        (messages.prompt, [USER, REPLY], "ends with an assistant turn"),
-        (messages.prompt, [SYSTEM], "has no user turn"),
-        (messages.prompt, [USER, SYSTEM], "system turn after other turns"),
-        (messages.prompt, [{"role": "wizard", "content": "x"}], "unknown role 'wizard'"),
-        (messages.prompt, [{"content": "x"}], "unknown role None"),
-        (messages.prompt, [{"role": "user"}], "prompt[0] (user) is missing"),
-        (messages.prompt, "\ud800", "not valid UTF-8"),
-        (messages.reply, [USER], "must start with an assistant turn"),
-        (messages.reply, [REPLY, USER], "must end with an assistant turn"),
-        (messages.reply, [REPLY, REPLY], "two assistant turns in a row"),
-        (messages.reply, "", "completion is empty"),
+        (formats.read_prompt, None, "prompt is missing"),
+        (formats.read_prompt, "  \n", "prompt is empty"),
+        (formats.read_prompt, 7, "prompt is a number, not text"),
+        (formats.read_prompt, {"a": 1}, "prompt is an object, not text"),
+        (formats.read_prompt, [], "prompt is empty"),
+        (formats.read_prompt, ["hi"], "prompt[0] is text, not a message"),
+        (formats.read_prompt, [USER, REPLY], "ends with an assistant turn"),
+        (formats.read_prompt, [SYSTEM], "has no user turn"),
+        (formats.read_prompt, [USER, SYSTEM], "system turn after other turns"),
+        (formats.read_prompt, [{"role": "wizard", "content": "x"}], "unknown role 'wizard'"),
+        (formats.read_prompt, [{"content": "x"}], "unknown role None"),
+        (formats.read_prompt, [{"role": "user"}], "prompt[0] (user) is missing"),
+        (formats.read_prompt, "\ud800", "not valid UTF-8"),
+        (formats.read_reply, [USER], "must start with an assistant turn"),
+        (formats.read_reply, [REPLY, USER], "must end with an assistant turn"),
+        (formats.read_reply, [REPLY, REPLY], "two assistant turns in a row"),
+        (formats.read_reply, "", "completion is empty"),
     ],
 )
 def test_what_cannot_be_read_says_why(read, value, why):
@@ -95,4 +95,4 @@ def test_what_cannot_be_read_says_why(read, value, why):
 
 def test_a_conversation_that_starts_with_the_assistant_has_no_prompt():
     with pytest.raises(Unreadable, match="no prompt"):
-        messages.split_conversation(messages.conversation([REPLY, USER, REPLY], "m"), "m")
+        formats.split_conversation(formats.read_conversation([REPLY, USER, REPLY], "m"), "m")

@@ -7,8 +7,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from uft.data.batch import NOT_AN_INPUT, Batch, Span
-from uft.data.packing import PER_TARGET, Layout, Line, forwarded, lay_out
+from uft.data.batch import NOT_AN_INPUT, PER_TARGET, Batch, Layout, Line, Span, forwarded, lay_out
 
 PAD = 0
 PACKS = (Layout.PACKED, Layout.SHARED)

@@ -4,13 +4,12 @@ import json
 
 import pytest
 
+from uft.data.chat import Renderer
 from uft.data.mixture import Mixture
 from uft.data.report import HEADER, coloured, data_report, length_histogram, merged_lengths, report_table
-from uft.data.rows import Kind, Message
+from uft.data.rows import Kind, Message, Selected
 from uft.data.sources import load_sources
-from uft.data.templates import Renderer
 from uft.data.tokens import tokenize_all
-from uft.data.views import Part
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_what_was_asked_and_what_came_of_it(report):
 def test_supervised_tokens_are_those_the_objective_takes(loaded, tokenizer):
     tokenized = tokenize_all({s.name: s.rows for s in loaded}, Renderer(tokenizer), 100, "error", None)
     mixture = Mixture([s.name for s in loaded], [6, 10], [0.5, 0.5], 0)
-    views = {Kind.PREFERENCE: lambda row, visit: (Part(0),), Kind.DEMONSTRATION: lambda row, visit: (Part(0),)}
+    views = {Kind.PREFERENCE: lambda row, visit: (Selected(0),), Kind.DEMONSTRATION: lambda row, visit: (Selected(0),)}
     report = data_report(loaded, tokenized, mixture, 20, views)
     assert report["sources"]["pairs"]["share_supervised_tokens"] == 0.5  # "yes" on both sides
 

@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from items import NEGATIVE, PAD, POSITIVE, completion, demonstration, encoded, preference, row
 
-from uft.data.batches import Item, collate, mismatched
-from uft.data.templates import Encoded
-from uft.data.views import Part
+from uft.data.batch import Example, collate, mismatched
+from uft.data.chat import Tokens
+from uft.data.rows import Selected
 
 # --- some of the rows of a batch
 
 
 def test_only_some_rows_are_what_a_batch_of_them_would_ask_on_the_same_inputs():
-    sampled = Item(
+    sampled = Example(
         5,
         row(completion(annotations={"baseline_logp": -1.0}), completion(sampled_by="m")),
-        (Part(0), Part(1, NEGATIVE)),
+        (Selected(0), Selected(1, NEGATIVE)),
         SIDES,
     )
     items = [
@@ -79,7 +79,12 @@ def test_each_completion_stands_under_the_next_prompt_of_another_row():
         ([1, 2], [52, 53], [False] * 2 + [True] * 2),
     ]
     assert [item.row for item in found] == [items[k].row for k in (0, 1, 1, 2)]
-    assert [item.parts for item in found] == [(Part(0),), (Part(0, POSITIVE),), (Part(1, NEGATIVE),), (Part(0),)]
+    assert [item.parts for item in found] == [
+        (Selected(0),),
+        (Selected(0, POSITIVE),),
+        (Selected(1, NEGATIVE),),
+        (Selected(0),),
+    ]
 
 
 def test_a_row_that_was_drawn_twice_is_no_other_row():
@@ -99,8 +104,8 @@ def test_mismatched_completions_keep_to_the_longest_length_and_need_a_target():
 
 def test_only_the_completion_is_supervised_and_no_reference_is_carried_over():
     """A turn of the user between two answers stays unsupervised; the column was of another prompt."""
-    turns = Encoded(np.arange(60, 66, dtype=np.int32), np.array([False, True, True, False, False, True]), 1)
-    several = Item(1, row(completion()), (Part(0),), (turns,), (np.zeros(3, np.float32),))
+    turns = Tokens(np.arange(60, 66, dtype=np.int32), np.array([False, True, True, False, False, True]), 1)
+    several = Example(1, row(completion()), (Selected(0),), (turns,), (np.zeros(3, np.float32),))
     found = mismatched([demonstration(0, 2, 1), several], 100)[1]
     assert sides_of([found]) == [([1, 2], [61, 62, 63, 64, 65], [False, False, True, True, False, False, True])]
     assert found.reference is None

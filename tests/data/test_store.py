@@ -12,13 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from uft.data import cache, gather, store, tokens
-from uft.data.identity import content_digest, line, said
-from uft.data.many import Kept, alike, kinds, like, pick, prompt_words
-from uft.data.rows import ANNOTATIONS, Completion, Message, Row
+from uft.data import table, tokens
+from uft.data.chat import Renderer
+from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest, line, said
 from uft.data.sources import hold_out, load_sources
-from uft.data.store import StoredRows, Writer
-from uft.data.templates import Renderer
+from uft.data.table import RowTable, StoredRows, Writer, grouped, kinds, like, pick, prompt_words
 from uft.data.tokens import tokenize
 from uft.errors import UftError
 
@@ -108,12 +106,12 @@ def large(monkeypatch, tmp_path):
     def set_in():
         monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))
         for module, name, value in (
-            (gather, "LARGE_ROWS", 20),
-            (store, "BLOCK", 500),
-            (store, "PART", 7),
-            (store, "FEEDBACKS", 4),
+            (table, "LARGE_ROWS", 20),
+            (table, "BLOCK", 500),
+            (table, "PART", 7),
+            (table, "FEEDBACKS", 4),
             (tokens, "CHUNK", 13),
-            (cache, "SPILL", 1000),
+            (tokens, "SPILL", 1000),
         ):
             monkeypatch.setattr(module, name, value)
 
@@ -168,8 +166,8 @@ def test_any_amount_is_held_out_alike(tmp_path, large, amount):
 def test_long_texts_are_much_before_rows_are_many(tmp_path, monkeypatch):
     path = file_of(tmp_path, "demonstration")
     assert isinstance(loaded(path).rows, tuple)
-    monkeypatch.setattr(gather, "LARGE_TEXT", 2000)
-    assert isinstance(loaded(path).rows, Kept)
+    monkeypatch.setattr(table, "LARGE_TEXT", 2000)
+    assert isinstance(loaded(path).rows, RowTable)
 
 
 # --- a store
@@ -215,13 +213,13 @@ def test_rows_are_read_in_blocks_and_larger_rows_alone(both):
     sizes = [len(block) for block in disk.blocks()]
     longest = max(len(line(row)) for row in disk)
     assert len(sizes) > 5
-    assert max(sizes) <= max(store.BLOCK, longest)
+    assert max(sizes) <= max(table.BLOCK, longest)
 
 
 def test_rows_that_are_alike_stand_for_each_other(both):
     memory, disk = both
     feedback = [[(c.score, c.preferred) for c in row.completions] for row in memory]
-    found = list(alike(disk))
+    found = list(grouped(disk))
     assert sum(count for _, count in found) == 60
     assert len(found) < 40  # four feedbacks are numbered
     assert all(before[0].index < after[0].index for before, after in pairwise(found))
@@ -230,7 +228,7 @@ def test_rows_that_are_alike_stand_for_each_other(both):
     ] == [row.index for row, count in found if count > 1]
     for n in range(60):
         assert [(c.score, c.preferred) for c in like(disk, n).completions] == feedback[n]
-    assert [count for _, count in alike(memory)] == [1] * 60
+    assert [count for _, count in grouped(memory)] == [1] * 60
     assert like(memory, 7) is memory[7]
     assert kinds(disk[10:]) == kinds(memory[10:])
 
@@ -243,7 +241,7 @@ def test_a_full_disk_is_said(both, tmp_path, monkeypatch):
         for row in both[0]:
             writer.add(row)
 
-    monkeypatch.setattr(store, "_opened", full)
+    monkeypatch.setattr(table, "_opened", full)
     with pytest.raises(UftError, match="no space is left"):
         write(Writer("mine", tmp_path))
 
@@ -270,7 +268,7 @@ def test_nothing_of_a_store_is_left(tmp_path, large):
 def same(ours, theirs):
     assert tuple(ours.rows) == tuple(theirs.rows)
     assert ours.report == theirs.report
-    for name in cache.ARRAYS:
+    for name in tokens.ARRAYS:
         mine, other = getattr(ours.encoded, name), getattr(theirs.encoded, name)
         assert (mine.dtype, mine.tolist()) == (other.dtype, other.tolist()), name
     assert ours.encoded.longest.tolist() == [max(one.length for one in row) for row in theirs.encoded]
@@ -320,7 +318,7 @@ def test_a_hit_reads_no_row(tokenizer, tmp_path, large, monkeypatch):
     large()
     tokenize("mine", loaded(path).rows, renderer, 1000, "error", tmp_path)
     rows = loaded(path).rows
-    monkeypatch.setattr(store, "said", lambda *a: pytest.fail("a row was read"))
+    monkeypatch.setattr(table, "said", lambda *a: pytest.fail("a row was read"))
     assert tokenize("mine", rows, renderer, 1000, "error", tmp_path).cache == "hit"
 
 
@@ -340,7 +338,7 @@ def test_a_disk_that_fills_while_tokens_are_written_costs_only_the_cache(
             place = place if len(opened) <= after else "/dev/full"
         return open(place, mode, *given)
 
-    monkeypatch.setattr(cache, "open", opening, raising=False)
+    monkeypatch.setattr(tokens, "open", opening, raising=False)
     with caplog.at_level(logging.WARNING):
         disk = tokenize("mine", loaded(path).rows, renderer, 1000, "error", tmp_path / "full")
     assert len(opened) == after + 1
@@ -353,14 +351,14 @@ def test_a_disk_that_fills_while_tokens_are_written_costs_only_the_cache(
 def test_memory_does_not_grow_with_the_rows(tokenizer, tmp_path, monkeypatch):
     """Bytes that Python holds at the peak, for 500 rows and for 2,000, of which a hundred may be in memory."""
     monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(store, "BLOCK", 1 << 14)
-    monkeypatch.setattr(store, "PART", 64)
+    monkeypatch.setattr(table, "BLOCK", 1 << 14)
+    monkeypatch.setattr(table, "PART", 64)
     monkeypatch.setattr(tokens, "CHUNK", 64)
-    monkeypatch.setattr(cache, "SPILL", 1 << 14)
+    monkeypatch.setattr(tokens, "SPILL", 1 << 14)
     renderer = Renderer(tokenizer)
 
     def grown(large_rows):
-        monkeypatch.setattr(gather, "LARGE_ROWS", large_rows)
+        monkeypatch.setattr(table, "LARGE_ROWS", large_rows)
         peaks = []
         for count in (500, 2000):
             path = file_of(tmp_path, "demonstration", count)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from uft.data.chat import Renderer, Tokens, finish
 from uft.data.rows import Message
-from uft.data.templates import Encoded, Renderer, finish
 from uft.errors import UftError
 
 QUESTION = (Message("user", "The capital of France?"),)
@@ -94,4 +94,4 @@ def test_finish_ends_at_the_last_supervised_token():
 
 
 def test_the_first_token_is_no_target():
-    assert Encoded(np.arange(3, dtype=np.int32), np.ones(3, bool), 0).targets == 2
+    assert Tokens(np.arange(3, dtype=np.int32), np.ones(3, bool), 0).targets == 2

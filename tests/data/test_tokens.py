@@ -4,11 +4,11 @@ import logging
 
 import pytest
 
-from uft.alive import life
+from uft.data.chat import Renderer
 from uft.data.rows import Completion, Message, Row
-from uft.data.templates import Renderer
 from uft.data.tokens import tokenize, tokenize_all
 from uft.errors import UftError
+from uft.heartbeat import heartbeat
 
 
 def row(index, *replies, prompt="q", source="mine"):
@@ -55,10 +55,10 @@ def test_more_rows_than_are_tokenised_at_once(renderer, monkeypatch):
     rows = [pair(n, f"yes {n}", f"no {n}") for n in range(10)]
     whole = tokenize("mine", rows, renderer, 100)
     monkeypatch.setattr("uft.data.tokens.CHUNK", 3)
-    before = life.signs
+    before = heartbeat.signs
     apart = tokenize("mine", rows, renderer, 100)
     assert whole.encoded.ids.tolist() == apart.encoded.ids.tolist()
-    assert life.signs >= before + 5  # one for each time that two rows, of two completions each, were tokenised
+    assert heartbeat.signs >= before + 5  # one for each time that two rows, of two completions each, were tokenised
 
 
 # --- too long

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from uft.data import within
+from uft.data import chat
 
 PIECES = ["yes", " yes", "no\n", "é", "12 ", "user\n", "\n\n", "   ", " ", "😀", "Paris.", "<|im_end|>", "[INST]", "\t"]
 
@@ -33,4 +33,4 @@ def test_every_stretch_of_random_texts(backend):
             for end in range(start + 1, len(text) + 1):
                 first = next((n for n, value in enumerate(ends) if value > start), len(ends))
                 last = next((n for n, value in enumerate(starts) if value >= end), len(starts))
-                assert within.tokens(encoding, (start, end)) == (first, last), (text, start, end)
+                assert chat.tokens(encoding, (start, end)) == (first, last), (text, start, end)

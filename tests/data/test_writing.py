@@ -5,11 +5,10 @@ import random
 
 import pytest
 
-from uft.data import writing
-from uft.data.identity import content_digest
-from uft.data.rows import Completion, Kind, Message, Row
+from uft.data import formats
+from uft.data.formats import records, write_rows, written_here
+from uft.data.rows import Completion, Kind, Message, Row, content_digest
 from uft.data.sources import load_sources
-from uft.data.writing import records, write_rows, written_here
 
 PIECES = ["a", " ", "\n", '"', "\\", "é", "\u2028", "😀", "</s>", "{{ x }}", "null", "1.0", "#### 7", "\t", "\u0000"]
 ROLES = ("user", "assistant")
@@ -124,7 +123,7 @@ def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
         write_rows(path, dying())
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
-    monkeypatch.setattr(writing.os, "replace", lambda *names: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(formats.os, "replace", lambda *names: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         write_rows(path, [row, row])
     assert path.read_bytes() == before

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from uft.config.schema import Eval, Lora, Model, ReferenceModel
+from uft.data.chat import Renderer
 from uft.data.rows import Completion, Message, Row
 from uft.data.sources import load_sources
-from uft.data.templates import Renderer
-from uft.evaluation.battery import HeldOut, battery, distinct, shown
-from uft.model.forward import Policy
+from uft.evaluation.evaluate import HeldOut, distinct, evaluate, shown
 from uft.model.load import load_base, load_model, load_tokenizer
+from uft.model.policy import Policy
 from uft.model.reference import make_reference
 from uft.objectives.views import best_against_worst, reward
 from uft.sampling.generate import Interrupted
@@ -73,7 +73,7 @@ def measure(tokenizer, renderer, held, tmp_path):
             cache=Path(tmp_path),
         )
         sources = held if sources is None else sources
-        return battery(policy, reference, sources, renderer, tokenizer, settings, should_stop, **options)
+        return evaluate(policy, reference, sources, renderer, tokenizer, settings, should_stop, **options)
 
     return run
 

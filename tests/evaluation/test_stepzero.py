@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from uft.evaluation.stepzero import check_step_zero
+from uft.evaluation.evaluate import check_step_zero
 
 
 def test_equal_log_probs_are_right():

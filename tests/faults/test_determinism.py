@@ -15,8 +15,8 @@ from sittings import Bench
 
 from uft.config.load import load_config
 from uft.runs import Run
-from uft.training.prepare import prepare
-from uft.training.signals import Stop
+from uft.training.liveness import Stop
+from uft.training.setup import prepare
 
 NewRun = Callable[..., Run]
 
@@ -67,7 +67,7 @@ def things(run: Run, tmp_path: Path) -> dict[str, Any]:
     weights = hashlib.sha256()
     for name, parameter in sorted(trainer.parameters.items()):
         weights.update(name.encode() + parameter.detach().numpy().tobytes())
-    rows = [(draw.source, draw.index) for draw in trainer.feed.preview(60)]
+    rows = [(draw.source, draw.index) for draw in trainer.sampler.preview(60)]
     noise = [trainer.clock(step).noise for step in range(5)]
     return {"init": weights.hexdigest(), "data": rows, "sampling": (noise, torch.rand(8).tolist())}
 
@@ -88,10 +88,10 @@ def test_every_seed_changes_its_own_thing_alone(
 
 def orders(run: Run) -> dict[str, list[str]]:
     """The rows that each source gives, in the order in which a run draws them."""
-    feed = prepare(run, load_config(run.config_file), torch.device("cpu"), Stop()).trainer.feed
+    sampler = prepare(run, load_config(run.config_file), torch.device("cpu"), Stop()).trainer.sampler
     found: dict[str, list[str]] = {}
-    for draw in feed.preview(200):
-        source = feed.sources[draw.source]
+    for draw in sampler.preview(200):
+        source = sampler.sources[draw.source]
         found.setdefault(source.source, []).append(source.rows[draw.index].id)
     return found
 

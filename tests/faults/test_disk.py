@@ -19,10 +19,9 @@ from planting import Fault
 from requests_of import LOOP, SINGLE
 from sittings import Bench
 
-from uft.disk import size, unwritable, writing
 from uft.errors import UftError
-from uft.runs import Run
-from uft.training import checkpoints
+from uft.runs import Run, size, unwritable, writing
+from uft.training import checkpoint
 
 NewRun = Callable[..., Run]
 Undisturbed = Callable[..., dict[str, Any]]
@@ -48,7 +47,7 @@ NO_MATTER = (
 def whole_ones(run: Run) -> list[int]:
     """Steps of the checkpoints, each of which is what was written."""
     for _, folder in run.checkpoints():
-        checkpoints.load(folder)
+        checkpoint.load(folder)
     return [step for step, _ in run.checkpoints()]
 
 

@@ -121,8 +121,8 @@ def test_a_suspended_process_has_not_hung() -> None:
 import sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from uft.training.signals import Stop
-from uft.training.watchdog import watching
+from uft.training.liveness import Stop
+from uft.training.liveness import watching
 stop = Stop()
 with watching(5.0, Path(), print):
     print("begun", flush=True)

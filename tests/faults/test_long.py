@@ -197,14 +197,14 @@ def test_a_thousand_run_folders_are_read_in_seconds(tmp_path: Path, environment:
     """FAULT_RUNS (1000) of them, with seals; a minute is allowed, for machines that are busy or old."""
     from synthetic import make_sweep
 
-    from uft.tracking import seals
+    from uft.tracking import metrics
 
     runs, sweep = int(os.environ.get("FAULT_RUNS", "1000")), tmp_path / "outputs" / "sweep"
     make_sweep(sweep, objectives=("sft", "uft", "ift", "dpo"), seeds=range(runs // 4))
     for run in find_runs(sweep):
         for file in (run.metrics_file, run.samples_file):
             lines = file.read_text().splitlines()
-            seals.file_of(file).write_text("".join(seals.seal(json.loads(line)["step"], line) for line in lines))
+            metrics.file_of(file).write_text("".join(metrics.seal(json.loads(line)["step"], line) for line in lines))
     took = {}
     for verb, words in {"ls": ["--json"], "compare": []}.items():
         began = time.monotonic()

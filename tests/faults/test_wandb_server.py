@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))
 from standin import KEY, Standin
 
 from uft.runs import Run
-from uft.tracking.files import read_metrics
+from uft.tracking.metrics import read_metrics
 
 NewRun = Callable[..., Run]
 STEPS = 60

@@ -103,15 +103,15 @@ def test_pickles_beside_the_weights_are_not_looked_at(planted, playground, tmp_p
 
 def test_a_checkpoint_that_is_a_pickle_is_not_loaded(planted, tmp_path):
     from uft.runs import Run
-    from uft.training import checkpoints
+    from uft.training import checkpoint
 
     content, trace = planted
     folder = Run(tmp_path).checkpoints_dir / "step-000010"
     folder.mkdir(parents=True)
-    for name in (checkpoints.TENSORS, checkpoints.STATE, "state.pt", "optimizer.bin"):
+    for name in (checkpoint.TENSORS, checkpoint.STATE, "state.pt", "optimizer.bin"):
         (folder / name).write_bytes(content)
     with pytest.raises(Exception, match=r".*"):
-        checkpoints.load(folder)
+        checkpoint.load(folder)
     assert not trace.exists()
 
 
@@ -139,17 +139,17 @@ def test_rows_in_a_pickle_are_not_read(planted, tmp_path, monkeypatch, name, car
 def test_a_cache_of_tokens_that_is_a_pickle_is_made_again(planted, tmp_path):
     import numpy as np
 
-    from uft.data import cache
+    from uft.data import tokens
 
     _content, trace = planted
     folder = tmp_path / "tokens"
     folder.mkdir()
-    for name in cache.ARRAYS:
+    for name in tokens.ARRAYS:
         np.save(folder / f"{name}.npy", np.asarray([Planted(trace)], object), allow_pickle=True)
-    checksums = {name: cache._checksum(folder / f"{name}.npy") for name in cache.ARRAYS}
+    checksums = {name: tokens._checksum(folder / f"{name}.npy") for name in tokens.ARRAYS}
     (folder / "about.json").write_text(json.dumps({"checksums": checksums, "notes": {}}))
-    with pytest.raises(cache.Corrupt):
-        cache.load(folder)
+    with pytest.raises(tokens.Corrupt):
+        tokens.load(folder)
     assert not trace.exists()
 
 

@@ -11,11 +11,11 @@ import torch
 
 from uft.cli import main
 from uft.config.schema import Data, Source
-from uft.data import readers
+from uft.data import sources
 from uft.data.sources import load_sources
 from uft.errors import UftError
 from uft.runs import Run, create_run, keep_others_out, planned
-from uft.training import checkpoints
+from uft.training import checkpoint
 
 ROW = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
 NAMES = [
@@ -90,7 +90,7 @@ def test_a_planned_job_is_a_folder_of_its_sweep(tmp_path):
 
 def test_the_record_of_a_run_names_no_log_outside_of_it(tmp_path):
     """W&B's earlier logs are cut at their last whole record when a run goes on."""
-    from uft.tracking import segments
+    from uft.tracking import wandb
 
     run, outside = tmp_path / "run", tmp_path / "outside"
     for folder in (run / "wandb" / "offline-1", outside):
@@ -98,7 +98,7 @@ def test_the_record_of_a_run_names_no_log_outside_of_it(tmp_path):
         (folder / "run-x.wandb").write_bytes(b":W&B" + b"x" * 100)
     (run / "link").symlink_to(outside, target_is_directory=True)
     names = ["wandb/offline-1", "../outside", str(outside), "link", "."]
-    assert segments.inside(run, names) == [run / "wandb" / "offline-1", run]
+    assert wandb.inside(run, names) == [run / "wandb" / "offline-1", run]
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o027, 0o077])
@@ -121,7 +121,7 @@ def test_weights_have_the_mode_that_the_umask_leaves_too(tmp_path, mask):
     before = os.umask(mask)
     try:
         run = create_run(tmp_path / "run", "a: 1\n", [])
-        saved = checkpoints.save(run, 3, {"w": torch.zeros(2)}, {"progress": {}})
+        saved = checkpoint.save(run, 3, {"w": torch.zeros(2)}, {"progress": {}})
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o666 & ~mask}
@@ -210,11 +210,11 @@ def test_a_file_that_changes_while_it_is_read_is_said(tmp_path, monkeypatch, cha
                 CHANGES[change](file, other)
             yield found
 
-    slow = readers.READERS[".jsonl"]
-    monkeypatch.setitem(readers.READERS, ".jsonl", changing)
+    slow = sources.READERS[".jsonl"]
+    monkeypatch.setitem(sources.READERS, ".jsonl", changing)
     with pytest.raises(UftError, match="changed while it was read"):
         read(file)
-    monkeypatch.setitem(readers.READERS, ".jsonl", slow)
+    monkeypatch.setitem(sources.READERS, ".jsonl", slow)
     assert len(read(file)) >= 10
 
 
@@ -241,7 +241,7 @@ def test_rows_of_ten_megabytes(tmp_path):
 
 
 def test_the_length_policy_decides_about_endless_rows(tmp_path, byte_level):
-    from uft.data.templates import Renderer
+    from uft.data.chat import Renderer
     from uft.data.tokens import tokenize
 
     file = tmp_path / "rows.jsonl"

@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from uft.data import formats
-from uft.data.files import READERS, BadRow
-from uft.data.messages import Unreadable
+from uft.data.batch import Layout, Line, forwarded, lay_out
+from uft.data.chat import Renderer
+from uft.data.formats import Unreadable
 from uft.data.mixture import Mixture, Portion, epoch_rows, mixture_weights
-from uft.data.packing import Layout, Line, forwarded, lay_out
 from uft.data.rows import Message
-from uft.data.templates import Renderer
+from uft.data.sources import READERS, BadRow
 from uft.errors import UftError
 
 EXAMPLES = 150

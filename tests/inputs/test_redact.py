@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from uft.errors import Problem, UftError, render
-from uft.redact import redact, redacted, secret_in, secrets
+from uft.errors import Problem, UftError, redact, redacted, render, secret_in, secrets
 from uft.runs import create_run, write_json
 
 VALUE = "s3cr3t-value/with+signs"

@@ -174,14 +174,14 @@ def test_a_sweep_and_a_file_likewise(alone, capsys):
     assert not (alone / "outputs").exists()
 
 
-def test_data_and_templates_that_hold_one_are_quoted_without_it(alone, capsys):
+def test_data_and_templates_that_hold_one_are_quoted_without_it(alone, capfd):
     from uft.cli import main
 
     (alone / "rows.jsonl").write_text(
         json.dumps({"prompt": "q", "completion": "a", "label": SECRETS["MY_SERVICE_TOKEN"]}), encoding="utf-8"
     )
     assert main(["train", "data=files", "+data.sources.mine.path=rows.jsonl"]) == 2
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert "rows.jsonl:1" in printed.err
     assert leaks(printed.out + printed.err) == []
 
@@ -210,7 +210,7 @@ def test_a_crash_in_the_middle_of_a_run_is_recorded_without_it(alone, monkeypatc
     from uft.config.load import typed
     from uft.runs import create_run
     from uft.training import session
-    from uft.training.signals import Stop
+    from uft.training.liveness import Stop
 
     def crash(*_):
         raise RuntimeError(f"no way to https://me:pw-of-mine@host with {SECRETS['OTHER_SECRET']}")

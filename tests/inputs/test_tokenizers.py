@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from uft.data.chat import Renderer
 from uft.data.rows import Message
-from uft.data.templates import Renderer
 from uft.errors import UftError
 from uft.model.load import check_vocabulary, pad_id
 

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from uft.config.schema import Data, Source
+from uft.data.chat import Renderer
 from uft.data.rows import Message
 from uft.data.sources import load_sources
-from uft.data.templates import Renderer
 from uft.errors import UftError
 
 TEXTS = {

@@ -87,7 +87,7 @@ def sequences() -> list[tuple[np.ndarray, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def batch(sequences: list[tuple[np.ndarray, np.ndarray]]) -> Any:
-    from uft.model.sequences import sequence_batch
+    from uft.data.batch import sequence_batch
 
     return sequence_batch(sequences, pad_id=0)
 

@@ -11,10 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from uft.data.batch import Span
 from uft.model import attention
-from uft.model.attention import CannotPack, attend_spans, register
-from uft.model.forward import Policy
-from uft.model.kernels import Varlen, at_once
-from uft.model.packed import settle_layout
+from uft.model.attention import CannotPack, Varlen, at_once, attend_spans, register
+from uft.model.layout import settle_layout
+from uft.model.policy import Policy
 
 Tensor = torch.Tensor
 SPANS = (Span(5, 0, 0), Span(3, 0, 4), Span(1, 0, 4), Span(6, 3, 0), Span(1, 4, 0), Span(2, 3, 1))

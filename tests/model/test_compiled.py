@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from uft.data.packing import Layout
+from uft.data.batch import Layout, TokenSequence, sequence_batch
 from uft.errors import UftError
-from uft.model.blocks import blocks
-from uft.model.compiled import compile_blocks
-from uft.model.forward import Policy
-from uft.model.packed import settle_layout
-from uft.model.sequences import TokenSequence, sequence_batch
+from uft.model.layout import compile_blocks, settle_layout
+from uft.model.policy import Policy, blocks
 from uft.objectives.base import Ask
 
 
@@ -97,7 +94,7 @@ def test_what_cannot_be_compiled_stops_the_request(
 
 
 def test_a_model_without_blocks_says_so(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uft.model.compiled.blocks", lambda base: [])
+    monkeypatch.setattr("uft.model.layout.blocks", lambda base: [])
     with pytest.raises(UftError, match="no blocks"):
         compile_blocks(Policy(build("llama")))
 

@@ -10,8 +10,7 @@ import torch
 
 from uft.config.schema import Lora
 from uft.data.batch import Batch
-from uft.model.adapters import add_lora
-from uft.model.forward import Policy
+from uft.model.policy import Policy, add_lora
 from uft.model.reference import FromColumn, Frozen
 from uft.objectives.base import Ask
 

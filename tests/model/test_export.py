@@ -10,9 +10,8 @@ import torch
 from uft.config.schema import Lora
 from uft.data.batch import Batch
 from uft.model import export as export_module
-from uft.model.adapters import add_lora
 from uft.model.export import export
-from uft.model.forward import Policy
+from uft.model.policy import Policy, add_lora
 
 Build = Callable[..., Any]
 ALL = ["llama", "llama_tied", "mistral", "qwen2", "phi3", "gemma2", "gemma3", "cohere", "granite", "gpt2"]

@@ -15,13 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_block_mask
 
-from uft.data.batch import Span
-from uft.data.packing import Layout
-from uft.model import attention, flex, kernel_choice
-from uft.model.forward import Policy
-from uft.model.kernels import loop
-from uft.model.packed import settle_layout, trial_sequences
-from uft.model.sequences import sequence_batch
+from uft.data.batch import Layout, Span, sequence_batch
+from uft.model import attention
+from uft.model.attention import loop
+from uft.model.layout import settle_layout, trial_sequences
+from uft.model.policy import Policy
 
 Tensor = torch.Tensor
 CPU = torch.device("cpu")
@@ -57,7 +55,7 @@ def tensors(spans: tuple[Span, ...], heads: tuple[int, int], dtype: torch.dtype)
 
 def assert_as_the_loop(spans: tuple[Span, ...], heads: tuple[int, int], dtype: torch.dtype, scaling: float | None):
     q, k, v = tensors(spans, heads, dtype)
-    found, expected = (kernel(q, k, v, spans, 0.0, scaling) for kernel in (flex.flex, loop))
+    found, expected = (kernel(q, k, v, spans, 0.0, scaling) for kernel in (attention.flex, loop))
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
     near = {"atol": 2e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-12, "rtol": 1e-12}
     torch.testing.assert_close(found, expected, **near)
@@ -74,7 +72,7 @@ def test_the_mask_is_what_one_would_write_down():
     spans = (Span(3, 0, 0), Span(2, 0, 2), Span(1, 0, 2), Span(2, 3, 0))
     by_hand = ["x.......", "xx......", "xxx.....", "xx.x....", "xx.xx...", "xx...x..", "......x.", "......xx"]
     at = torch.arange(8)
-    mask = flex.block_mask_of(spans, CPU).mask_mod(0, 0, at[:, None], at[None])
+    mask = attention.block_mask_of(spans, CPU).mask_mod(0, 0, at[:, None], at[None])
     assert ["".join(".x"[seen] for seen in row) for row in mask.tolist()] == by_hand
 
 
@@ -93,7 +91,7 @@ def packs(draw: Any) -> tuple[Span, ...]:
 @given(spans=packs())
 @settings(max_examples=40, deadline=None)
 def test_masks_and_blocks_are_those_of_the_dense_mask(visible: Any, spans: tuple[Span, ...]):
-    dense, ours = visible(spans), flex.block_mask_of(spans, CPU)
+    dense, ours = visible(spans), attention.block_mask_of(spans, CPU)
     tokens = len(dense)
     at = torch.arange(tokens)
     assert torch.equal(ours.mask_mod(0, 0, at[:, None], at[None]), dense)
@@ -112,7 +110,7 @@ def test_masks_and_blocks_are_those_of_the_dense_mask(visible: Any, spans: tuple
 
 def test_a_mask_is_made_once_for_all_layers():
     spans = LAYOUTS["several blocks"]
-    assert flex.block_mask_of(spans, CPU) is flex.block_mask_of(tuple(spans), CPU)
+    assert attention.block_mask_of(spans, CPU) is attention.block_mask_of(tuple(spans), CPU)
 
 
 # --- what it says
@@ -135,13 +133,13 @@ def test_torch_still_refuses_gradients_on_a_cpu():
     """When it does not, the fixture can go."""
     spans = LAYOUTS["one span"]
     with pytest.raises(NotImplementedError, match="backward on CPU"):
-        flex.flex(*tensors(spans, (2, 2), torch.float32), spans, 0.0, None)
+        attention.flex(*tensors(spans, (2, 2), torch.float32), spans, 0.0, None)
 
 
 def test_it_has_no_dropout():
     spans = LAYOUTS["one span"]
     with pytest.raises(AssertionError):
-        flex.flex(*tensors(spans, (2, 2), torch.float32), spans, 0.1, None)
+        attention.flex(*tensors(spans, (2, 2), torch.float32), spans, 0.1, None)
 
 
 @pytest.mark.usefixtures("gradients")
@@ -182,9 +180,9 @@ def test_after_the_trial_nothing_is_compiled_for_other_lengths(monkeypatch: pyte
 
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(flex, "attention_on", lambda kind: flex.compiled("aot_eager"))
-    kernel_choice.flex_works.cache_clear()
-    assert kernel_choice.flex_works(CPU, torch.float32, (6, 3), (16, 16), 0.3)
+    monkeypatch.setattr(attention, "attention_on", lambda kind: attention.compiled("aot_eager"))
+    attention.flex_works.cache_clear()
+    assert attention.flex_works(CPU, torch.float32, (6, 3), (16, 16), 0.3)
     assert counters["stats"]["unique_graphs"] == 2
     for length in (16, 129, 300):
         spans = (Span(length - 2, 0, 0), Span(2, 0, length - 3))
@@ -193,6 +191,6 @@ def test_after_the_trial_nothing_is_compiled_for_other_lengths(monkeypatch: pyte
                 made = [torch.randn(1, length, heads, 16, requires_grad=gradients) for heads in (6, 3, 3)]
                 q, k, v = (tensor.transpose(1, 2) for tensor in made)
                 q, k = q * 1.5, k * 1.5  # as after a rotation; values are a view of what a projection made
-                found, expected = (kernel(q, k, v, spans, 0.0, 0.3) for kernel in (flex.flex, loop))
+                found, expected = (kernel(q, k, v, spans, 0.0, 0.3) for kernel in (attention.flex, loop))
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2

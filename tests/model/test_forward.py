@@ -9,8 +9,7 @@ import torch
 from uft.config.schema import Lora
 from uft.data.batch import Batch
 from uft.errors import UftError
-from uft.model.adapters import add_lora
-from uft.model.forward import Policy
+from uft.model.policy import Policy, add_lora
 from uft.model.reference import Frozen
 from uft.objectives.base import Ask
 
@@ -58,7 +57,7 @@ def test_log_probs_and_gradients_are_those_of_plain_transformers(build: Build, b
 
 
 def test_padding_changes_nothing(build: Build, sequences: list[Any], batch: Batch):
-    from uft.model.sequences import sequence_batch
+    from uft.data.batch import sequence_batch
 
     policy = Policy(build("llama"))
     alone = torch.cat([policy(sequence_batch([s], pad_id=7)).log_probs for s in sequences])

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from uft.model import head as head_module
-from uft.model.head import Head, Predictions, log_probs_of
-from uft.model.transform import Transform, transform_of
+from uft.model.head import Head, Predictions, Transform, log_probs_of, transform_of
 
 TRANSFORMS = [Transform(), Transform(scale=0.5), Transform(softcap=1.5), Transform(scale=1.7, softcap=2.0)]
 

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from uft.data.packing import Layout
-from uft.model import head, in_place
-from uft.model.forward import Policy
-from uft.model.in_place import embedding_in_place, own_gradient
-from uft.model.sequences import TokenSequence, sequence_batch
+from uft.data.batch import Layout, TokenSequence, sequence_batch
+from uft.model import head
+from uft.model.head import embedding_in_place, own_gradient
+from uft.model.policy import Policy
 from uft.objectives.base import PLAIN, Ask
 
 MODELS = ("llama", "llama_tied", "gemma2", "gpt2")
@@ -36,7 +35,7 @@ def test_the_same_as_by_autograd(
     model = build(name)
     ours = gradients(Policy(copy.deepcopy(model)), sequences)
     monkeypatch.setattr(head, "own_gradient", lambda weight: None)
-    monkeypatch.setattr(in_place, "keeps_its_own", lambda weight: False)
+    monkeypatch.setattr(head, "keeps_its_own", lambda weight: False)
     theirs = gradients(Policy(model), sequences)
     assert ours.keys() == theirs.keys()
     for parameter, gradient in ours.items():

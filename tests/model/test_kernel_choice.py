@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from uft.model import kernel_choice
-from uft.model.kernel_choice import KERNELS, choose_kernel, flex_works, installed
-from uft.model.kernels import loop
+from uft.model import attention
+from uft.model.attention import KERNELS, choose_kernel, flex_works, installed, loop
 
 CPU = torch.device("cpu")
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -72,8 +71,8 @@ def test_the_kernel_is_what_device_precision_and_heads_allow(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: "autocast" in case)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: case["autocast"])
-    monkeypatch.setattr(kernel_choice, "installed", lambda module: module in case["there"])
-    monkeypatch.setattr(kernel_choice, "flex_works", works)
+    monkeypatch.setattr(attention, "installed", lambda module: module in case["there"])
+    monkeypatch.setattr(attention, "flex_works", works)
     value_width = case.get("value_width", width)
     found = choose_kernel(tensor(4, width), tensor(2, width), tensor(2, value_width), case["dropout"], 0.3)
     assert found == expected
@@ -119,7 +118,7 @@ def broken(*given: Any) -> torch.Tensor:
 def test_a_kernel_that_says_the_same_works(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dtype: torch.dtype
 ):
-    monkeypatch.setattr(kernel_choice, "flex", loop)
+    monkeypatch.setattr(attention, "flex", loop)
     assert flex_works(CPU, dtype, (4, 2), (16, 32), None)
     assert not caplog.records
 
@@ -137,7 +136,7 @@ def test_a_kernel_that_says_the_same_works(
 def test_one_that_is_wrong_or_fails_does_not_and_it_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, wrong: Any, why: str
 ):
-    monkeypatch.setattr(kernel_choice, "flex", wrong)
+    monkeypatch.setattr(attention, "flex", wrong)
     with caplog.at_level(logging.WARNING):
         assert not flex_works(CPU, SINGLE, (4, 2), (16, 16), 0.3)
         assert not flex_works(CPU, SINGLE, (4, 2), (16, 16), 0.3)

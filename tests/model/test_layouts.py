@@ -14,18 +14,16 @@ import pytest
 import torch
 
 from uft.config.schema import Lora
-from uft.data.batches import Item, collate, make_item, micro_batches, mismatched
-from uft.data.packing import Layout
+from uft.data.batch import Example, Layout, collate, make_example, micro_batches, mismatched
+from uft.data.chat import Tokens
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row
-from uft.data.templates import Encoded
 from uft.model import head
-from uft.model.adapters import add_lora
-from uft.model.forward import Policy
-from uft.model.packed import settle_layout
+from uft.model.layout import settle_layout
+from uft.model.policy import Policy, add_lora
 from uft.model.reference import Frozen
 from uft.objectives import make
 from uft.objectives.base import Ask, Clock, Objective
-from uft.training.step import forward_backward, reported_loss, survey
+from uft.training.step import forward_backward, kl_baseline, reported_loss
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
 from toys import PRESETS, apart, settings
@@ -62,7 +60,7 @@ class Words:
     def ids(self, most: int) -> np.ndarray:
         return self.random.integers(3, WORDS, int(self.random.integers(1, most + 1))).astype(np.int32)
 
-    def row(self, kind: Kind, number: int) -> tuple[Row, tuple[Encoded, ...]]:
+    def row(self, kind: Kind, number: int) -> tuple[Row, tuple[Tokens, ...]]:
         def completion(**feedback: Any) -> Completion:
             written = dict.fromkeys(ANNOTATIONS, float(-self.random.random()))
             return Completion((Message("assistant", "x"),), annotations=written, **feedback)
@@ -81,7 +79,7 @@ class Words:
         row = Row("source", number, (Message("user", "p"),), completions)
         return row, tuple(self.encoded(prompt, n == 1) for n in range(len(completions)))
 
-    def encoded(self, prompt: np.ndarray, one: bool) -> Encoded:
+    def encoded(self, prompt: np.ndarray, one: bool) -> Tokens:
         """`one`: of a single token. The prompts of a row differ at their end now and then, as tokenizers make them."""
         prompt = prompt.copy()
         if self.random.random() < 0.2:
@@ -90,16 +88,16 @@ class Words:
         supervised = np.arange(len(ids)) >= len(prompt)
         if len(ids) > len(prompt) + 4:
             supervised[len(prompt) + 2] = False  # between two turns
-        return Encoded(ids, supervised, len(prompt))
+        return Tokens(ids, supervised, len(prompt))
 
 
-def items_of(objective: Objective, count: int = 10) -> list[Item]:
+def items_of(objective: Objective, count: int = 10) -> list[Example]:
     """Rows of all kinds that the objective takes something of, one of them twice."""
     words, found = Words(), []
     kinds = [kind for kind in Kind if kind in objective.views]
     for number in range(count):
         row, encoded = words.row(kinds[number % len(kinds)], number)
-        item = make_item(row, encoded, number, 0, lambda row, visit: objective.views[row.kind](row, visit))
+        item = make_example(row, encoded, number, 0, lambda row, visit: objective.views[row.kind](row, visit))
         found += [item] if item is not None else []
     return [*found, found[0]]
 
@@ -112,12 +110,12 @@ class Measured:
 
 
 def measure(
-    objective: Objective, policy: Policy, reference: Any, items: list[Item], layout: Layout, budget: int
+    objective: Objective, policy: Policy, reference: Any, items: list[Example], layout: Layout, budget: int
 ) -> Measured:
     policy.module.zero_grad(set_to_none=True)
     batches = micro_batches(items, budget, 0, layout)
     unrelated = micro_batches(mismatched(items, 64), budget, 0, layout) if objective.needs.mismatched else []
-    clock = Clock(step=3, steps=10, noise=0.7, survey=survey(objective, unrelated, policy, reference))
+    clock = Clock(step=3, steps=10, noise=0.7, survey=kl_baseline(objective, unrelated, policy, reference))
     terms = forward_backward(objective, batches, policy, reference, clock)
     gradients = {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
     values = {name: float(term.total / term.count.clamp(min=1)) for name, term in terms.items()}
@@ -221,7 +219,7 @@ def test_guesses_are_the_same_in_every_layout(pair: tuple[Policy, Frozen]):
     assert all(torch.equal(guesses[0], other) for other in guesses)
 
 
-def columns(reference: Frozen, items: list[Item]) -> list[Item]:
+def columns(reference: Frozen, items: list[Example]) -> list[Example]:
     """The items with the reference's log-probs beside them, as a cache brings them: each from a batch alone."""
     with torch.no_grad():
         return [
@@ -230,11 +228,11 @@ def columns(reference: Frozen, items: list[Item]) -> list[Item]:
         ]
 
 
-def pieces(reference: Frozen, item: Item) -> torch.Tensor:
+def pieces(reference: Frozen, item: Example) -> torch.Tensor:
     return reference(collate([item], 0, Layout.SHARED)).log_probs
 
 
-def targets(item: Item) -> list[int]:
+def targets(item: Example) -> list[int]:
     return [one.targets for one in item.encoded]
 
 

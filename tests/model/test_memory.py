@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from uft.config.schema import Lora
-from uft.model.adapters import add_lora
-from uft.model.forward import Policy
 from uft.model.memory import Shape, estimate, peak_memory, shape_of
+from uft.model.policy import Policy, add_lora
 
 SHAPE = Shape(
     weight_bytes=400,

@@ -11,13 +11,11 @@ import pytest
 import torch
 
 from uft.config.schema import Lora
-from uft.data.batch import Span
-from uft.data.packing import Layout
+from uft.data.batch import Layout, Span
 from uft.errors import UftError
-from uft.model import attention, packed
-from uft.model.adapters import add_lora
-from uft.model.forward import Policy
-from uft.model.packed import follow_layout, settle_layout
+from uft.model import attention, layout
+from uft.model.layout import follow_layout, settle_layout
+from uft.model.policy import Policy, add_lora
 
 Build = Callable[..., Any]
 
@@ -56,7 +54,7 @@ REFUSED = {
 def test_what_cannot_be_is_said_and_padded_or_refused_where_it_was_asked_for(
     build: Build, monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, Any], why: str
 ):
-    monkeypatch.setattr(packed, "SMALL_MODEL", 0)
+    monkeypatch.setattr(layout, "SMALL_MODEL", 0)
     model = build(name, **changes)
     before = model.config._attn_implementation
     policy = settled(model, "auto")
@@ -83,7 +81,7 @@ def test_small_models_are_padded_on_a_cpu_unless_told_otherwise(build: Build, mo
     policy = settled(build("llama"), "auto")
     assert policy.layout is Layout.PADDED
     assert "so small a model" in policy.notes[0]
-    monkeypatch.setattr(packed, "SMALL_MODEL", 100)
+    monkeypatch.setattr(layout, "SMALL_MODEL", 100)
     assert settled(build("llama"), "auto").layout is Layout.SHARED
 
 
@@ -103,7 +101,7 @@ def test_a_kernel_that_shows_a_row_other_tokens_is_found_out_and_taken_back(
 ):
     loop = attention.KERNELS["loop"]
     monkeypatch.setitem(attention.KERNELS, "loop", lambda q, k, v, spans, *rest: loop(q, k, v, wrong(spans), *rest))
-    monkeypatch.setattr(packed, "SMALL_MODEL", 0)
+    monkeypatch.setattr(layout, "SMALL_MODEL", 0)
     policy = settled(build("llama"), "auto")
     assert policy.layout is Layout.PADDED
     assert "differ from padded ones" in policy.notes[0]
@@ -119,8 +117,8 @@ def test_a_row_that_moves_others_is_found_out(build: Build, monkeypatch: pytest.
         return normal(states + 0.01 * states.mean(1, keepdim=True) if states.shape[0] == 1 else states)
 
     monkeypatch.setattr(policy.body.norm, "forward", leaking)
-    monkeypatch.setitem(packed.HEAD_TOLERANCE, "float32", 1.0)
-    monkeypatch.setattr(packed, "LEAK", 1e-5)
+    monkeypatch.setitem(layout.HEAD_TOLERANCE, "float32", 1.0)
+    monkeypatch.setattr(layout, "LEAK", 1e-5)
     with pytest.raises(UftError, match="a row in a pack moves others"):
         settle_layout(policy, "packed", 30)
 
@@ -133,7 +131,7 @@ def test_scores_that_are_capped_are_no_kernels_business(build: Build, monkeypatc
 
 
 def test_a_model_that_fails_on_a_pack_is_padded(build: Build, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packed, "SMALL_MODEL", 0)
+    monkeypatch.setattr(layout, "SMALL_MODEL", 0)
     policy = Policy(build("llama"))
     forward = policy.body.layers[0].forward  # type: ignore[index,union-attr]
 

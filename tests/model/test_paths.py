@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from uft.disk import cache_root
 from uft.errors import UftError
-from uft.model import paths
-from uft.model.paths import Location, locate, resolve_path
+from uft.model import load
+from uft.model.load import Location, locate, resolve_path
+from uft.runs import cache_root
 
 
 def message(path: str, revision: str | None = None) -> str:
@@ -124,5 +124,5 @@ def test_the_cache_folder_is_the_key_then_the_environment(monkeypatch: pytest.Mo
 
 
 def test_no_network_access_for_local_folders(monkeypatch: pytest.MonkeyPatch, model_folder: Path):
-    monkeypatch.setattr(paths, "_on_hub", lambda *a: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(load, "_on_hub", lambda *a: pytest.fail("the hub was asked"))
     locate(str(model_folder))

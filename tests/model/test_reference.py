@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from uft.config.schema import Model, ReferenceModel
-from uft.data.batch import Batch
+from uft.data.batch import Batch, sequence_batch
 from uft.errors import UftError
 from uft.model import reference as reference_module
-from uft.model.forward import Policy
+from uft.model.layout import settle_layout
 from uft.model.load import load_policy
-from uft.model.packed import settle_layout
+from uft.model.policy import Policy
 from uft.model.reference import Reference, choose_mode, make_reference
-from uft.model.sequences import sequence_batch
 
 CPU = torch.device("cpu")
 

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from uft.data.batch import Batch
-from uft.data.packing import Layout
-from uft.model import reference_cache
-from uft.model.reference_cache import LogProbStore, ReferenceColumn, sequence_key
-from uft.model.sequences import batches_of, packs_of
+from uft.data.batch import Batch, Layout, batches_of, packs_of
+from uft.model import reference
+from uft.model.reference import LogProbStore, ReferenceColumn, sequence_key
 from uft.objectives.base import Scores
 
 
@@ -107,7 +105,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, damage: str):
 def test_when_asked_to_stop_it_keeps_whole_files_and_batches_the_rest_as_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(reference_cache, "SEQUENCES_PER_FILE", 2)
+    monkeypatch.setattr(reference, "SEQUENCES_PER_FILE", 2)
     rows = [completion(n) for n in (4, 6, 8, 10)]
     whole = Forward()
     assert column(tmp_path / "whole", whole).fill(rows, batch_tokens=1)
@@ -147,7 +145,7 @@ def test_packed_every_prompt_is_read_once_and_the_values_come_back_per_sequence(
 
 
 def test_packed_what_is_computed_after_a_stop_is_packed_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reference_cache, "SEQUENCES_PER_FILE", 2)
+    monkeypatch.setattr(reference, "SEQUENCES_PER_FILE", 2)
     rows = [*replies(6, 3, 2, 4), *replies(5, 2), *replies(7, 1, 2)]
     whole, stopped, again = Forward(), Forward(), Forward()
     assert column(tmp_path / "whole", whole, Layout.SHARED).fill(rows)
@@ -158,7 +156,7 @@ def test_packed_what_is_computed_after_a_stop_is_packed_as_before(tmp_path: Path
 
 
 def test_progress_is_told_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reference_cache, "SEQUENCES_PER_FILE", 2)
+    monkeypatch.setattr(reference, "SEQUENCES_PER_FILE", 2)
     told: list[tuple[int, int]] = []
     column(tmp_path, Forward()).fill([completion(n) for n in (4, 5, 6)], progress=lambda *done: told.append(done))
     assert told == [(2, 3), (3, 3)]

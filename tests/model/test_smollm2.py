@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from uft.errors import UftError
-from uft.model import smollm2
-from uft.model.smollm2 import HUB, gguf_file, plain_copy, prepare, restore_digits
+from uft.model import load
+from uft.model.load import HUB, gguf_file, plain_copy, prepare, restore_digits
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_without_the_package_it_is_the_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(smollm2, "gguf_file", lambda: None)
+    monkeypatch.setattr(load, "gguf_file", lambda: None)
     assert prepare(tmp_path) == HUB
     assert list(tmp_path.iterdir()) == []
 
@@ -42,7 +42,7 @@ def test_it_is_converted_once(installed: Path, monkeypatch: pytest.MonkeyPatch, 
         made.append(source)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(smollm2, "convert", convert)
+    monkeypatch.setattr(load, "convert", convert)
     models = tmp_path / "models"
     first = prepare(models)
     assert prepare(models) == first
@@ -55,7 +55,7 @@ def test_a_failed_conversion_leaves_nothing(installed: Path, monkeypatch: pytest
         (folder / "half").write_text("")
         raise RuntimeError("full disk")
 
-    monkeypatch.setattr(smollm2, "convert", convert)
+    monkeypatch.setattr(load, "convert", convert)
     with pytest.raises(RuntimeError):
         prepare(tmp_path / "models")
     assert list((tmp_path / "models").iterdir()) == []
@@ -67,15 +67,15 @@ def test_two_processes_may_convert_at_once(installed: Path, monkeypatch: pytest.
         rival = folder.parent / folder.name.rpartition(".")[0].removeprefix(".")
         shutil.copytree(folder, rival, dirs_exist_ok=True)
 
-    monkeypatch.setattr(smollm2, "convert", convert)
+    monkeypatch.setattr(load, "convert", convert)
     folder = Path(prepare(tmp_path / "models"))
     assert (folder / "config.json").is_file()
     assert list((tmp_path / "models").iterdir()) == [folder]
 
 
 def test_missing_readers_name_the_extra(installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    find = smollm2.importlib.util.find_spec
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
+    find = load.importlib.util.find_spec
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(UftError, match="uft\\[smollm2\\]"):
         prepare(tmp_path / "models")
 

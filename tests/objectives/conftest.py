@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from uft.data.batch import Batch
-from uft.data.rows import Completion, Kind, Message, Row
-from uft.data.views import Role
+from uft.data.rows import Completion, Kind, Message, Role, Row
 from uft.objectives.base import Clock
 
 sys.path.insert(0, str(Path(__file__).parent))  # for toys.py and formulas.py

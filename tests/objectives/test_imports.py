@@ -10,7 +10,7 @@ import pytest
 import uft.objectives
 
 FILES = sorted(Path(uft.objectives.__file__).parent.glob("*.py"))
-OURS = ("uft.objectives", "uft.data.rows", "uft.data.views", "uft.data.batch")
+OURS = ("uft.objectives", "uft.data.rows", "uft.data.rows", "uft.data.batch")
 STANDARD = {"__future__", "collections", "dataclasses", "functools", "math", "typing"}
 
 

@@ -7,9 +7,8 @@ import math
 import pytest
 from toys import PRESETS, preset, settings
 
-from uft.data.rows import Kind
-from uft.data.views import Role
-from uft.objectives.kinds import kind_table
+from uft.data.rows import Kind, Role
+from uft.objectives.views import kind_table
 
 LIKELIHOOD = ["sft", "ift", "dynamic_ft", "anchored_sft", "f_sft", "poft"]
 PAIRS = [name for name in PRESETS if "sft_weight" in settings(name)]

@@ -118,30 +118,30 @@ def say(name: str, folder: Path, where: str, more: Sequence[str] = ()) -> dict[s
     from uft.config.compose import compose
     from uft.config.freeze import frozen
     from uft.config.load import load_config
-    from uft.parallel.ranks import ranks
+    from uft.distributed import ranks
     from uft.runs import Run, create_run
-    from uft.tracking.files import read_metrics
+    from uft.tracking.metrics import read_metrics
     from uft.training import session
-    from uft.training.signals import Stop
+    from uft.training.liveness import Stop
 
     objective, sources, settings = CASES[name]
     run = Run(folder / f"{where}-{name}")
     if not run.exists:
         text = frozen(compose([*overrides(objective, sources, folder, settings), *more]))
-        ranks().from_first(lambda: create_run(run.path, text, []) and None)
+        ranks().on_rank0(lambda: create_run(run.path, text, []) and None)
     code = session.train(run, load_config(run.config_file), Stop())
     assert code == 0, run.result()
-    return {"metrics": read_metrics(run), "result": run.result()} if ranks().first else {}
+    return {"metrics": read_metrics(run), "result": run.result()} if ranks().is_rank0 else {}
 
 
 def main(folder: Path, wanted: Sequence[str]) -> None:
-    from uft.parallel.ranks import joined
+    from uft.distributed import process_group
 
     torch.set_num_threads(1)
-    with joined() as group:
+    with process_group() as group:
         for where, name in (word.split(":") for word in wanted):
             said = say(name, folder, where, WAYS[where])
-            if group.first:
+            if group.is_rank0:
                 (folder / f"{where}-{name}.json").write_text(json.dumps(said))
 
 

@@ -18,21 +18,21 @@ def sit(folder: Path, name: str, *more: str, until: int | None = None) -> None:
     from uft.config.compose import compose
     from uft.config.freeze import frozen
     from uft.config.load import load_config
-    from uft.parallel.ranks import ranks
+    from uft.distributed import ranks
     from uft.runs import Run, create_run, write_atomically
     from uft.training import session
-    from uft.training.hooks import Lines
-    from uft.training.signals import Stop
+    from uft.training.liveness import Stop
+    from uft.training.session import MetricsHook
 
     run, stop = Run(folder / name), Stop()
     text = frozen(compose([*overrides("dpo", ("pairs",), folder, MORE), *more]))
     if run.exists:
-        ranks().wait()
-        ranks().from_first(lambda: write_atomically(run.config_file, text))
+        ranks().barrier()
+        ranks().on_rank0(lambda: write_atomically(run.config_file, text))
     else:
-        ranks().wait()
-        ranks().from_first(lambda: create_run(run.path, text, []) and None)
-    config, after = load_config(run.config_file), Lines.after_step
+        ranks().barrier()
+        ranks().on_rank0(lambda: create_run(run.path, text, []) and None)
+    config, after = load_config(run.config_file), MetricsHook.after_step
 
     def watched(self, trainer, step) -> None:
         after(self, trainer, step)
@@ -40,11 +40,11 @@ def sit(folder: Path, name: str, *more: str, until: int | None = None) -> None:
             stop.signal = 15
             tell(folder, trainer)
 
-    Lines.after_step = watched
+    MetricsHook.after_step = watched
     try:
         session.train(run, config, stop)
     finally:
-        Lines.after_step = after
+        MetricsHook.after_step = after
 
 
 READ: list[Path] = []
@@ -62,9 +62,9 @@ def counting(read):
 
 def tell(folder: Path, trainer) -> None:
     """What this process holds of the model."""
-    from uft.parallel.ranks import ranks
+    from uft.distributed import ranks
 
-    if not ranks().in_step:
+    if not ranks().sharded:
         return
     moments = [s[key] for s in trainer.optimiser.state.values() for key in ("exp_avg", "exp_avg_sq")]
     held = {
@@ -77,12 +77,12 @@ def tell(folder: Path, trainer) -> None:
 
 
 def main(folder: Path, name: str = "") -> None:
+    from uft.distributed import process_group
     from uft.model import load
-    from uft.parallel.ranks import joined
 
     load.load_base = counting(load.load_base)
     torch.set_num_threads(1)
-    with joined():
+    with process_group():
         if not name:
             sit(folder, "continued", *HALVES, until=4)
         elif name == "whole":

@@ -73,10 +73,10 @@ def test_an_index_with_something_else_in_it_is_refused(folder: Path, tmp_path: P
     import shutil
 
     from uft.errors import UftError
-    from uft.training import shards
+    from uft.training import checkpoint
 
     step = folder / "back" / "checkpoints" / "step-000008"
-    assert all(tensor.isfinite().all() for tensor in shards.read(step, {}).values())
+    assert all(tensor.isfinite().all() for tensor in checkpoint.read_sharded(step, {}).values())
     shutil.copytree(step, tmp_path / "step")
 
     class Hostile:
@@ -85,7 +85,7 @@ def test_an_index_with_something_else_in_it_is_refused(folder: Path, tmp_path: P
 
     (tmp_path / "step" / "shards" / ".metadata").write_bytes(pickle.dumps(Hostile()))
     with pytest.raises(UftError, match="exec"):
-        shards.read(tmp_path / "step", {})
+        checkpoint.read_sharded(tmp_path / "step", {})
 
 
 def test_each_holds_half(folder: Path) -> None:

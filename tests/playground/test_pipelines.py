@@ -21,9 +21,7 @@ from uft.launch.worker import train
 from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.runs import Run, create_run
-from uft.training.corpus import make_feed, plan, read_corpus
-from uft.training.records import data_record
-from uft.training.stages_ground import survey
+from uft.training.setup import data_record, make_horizon, make_sampler, read_pipeline_data, read_train_data
 
 PAIRS = ("dpo", "kto", "una")
 SMALL = (
@@ -50,9 +48,9 @@ def config_of(*words: str) -> Config:
 def records(config: Config, folder: Path) -> list[Mapping[str, Any]]:
     """data.json of every stage, or of a run of one piece."""
     if config.stages:
-        return list(survey(Run(folder), config, stages_of(config)).records.values())
-    corpus = read_corpus(config, load_tokenizer(config.model))
-    return [data_record(corpus, make_feed(config, corpus, make(config.objective)), plan(config, corpus))]
+        return list(read_pipeline_data(Run(folder), config, stages_of(config)).records.values())
+    corpus = read_train_data(config, load_tokenizer(config.model))
+    return [data_record(corpus, make_sampler(config, corpus, make(config.objective)), make_horizon(config, corpus))]
 
 
 def budget(found: list[Mapping[str, Any]]) -> dict[str, Counter[str]]:
@@ -82,10 +80,10 @@ def test_the_rows_themselves_are_the_same_each_as_often(tmp_path: Path) -> None:
         config = config_of(f"experiment=sft_{how}_una")
         found: Counter[str] = Counter()
         for part in [stage.config for stage in stages_of(config)] or [config]:
-            corpus = read_corpus(part, load_tokenizer(part.model))
-            feed = make_feed(part, corpus, make(part.objective))
-            for draw in feed.mixture.take(plan(part, corpus).total_rows):
-                found[feed.sources[draw.source].rows[draw.index].id] += 1
+            corpus = read_train_data(part, load_tokenizer(part.model))
+            sampler = make_sampler(part, corpus, make(part.objective))
+            for draw in sampler.mixture.take(make_horizon(part, corpus).total_rows):
+                found[sampler.sources[draw.source].rows[draw.index].id] += 1
         drawn.append(found)
     assert drawn[0] == drawn[1]
 

@@ -11,10 +11,9 @@ import torch
 from uft.config.schema import COLUMNS, Model
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row
 from uft.errors import UftError
-from uft.sampling import likelihood
-from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows
+from uft.sampling import annotate as annotation
+from uft.sampling.annotate import ANNOTATORS, Bench, Recipe, annotate_rows, frozen
 from uft.sampling.generate import Interrupted
-from uft.sampling.likelihood import Bench, frozen
 
 PLAYGROUND = "builtin:playground"
 BASE = Model(name="any", path="nowhere")
@@ -167,7 +166,7 @@ def test_what_was_there_is_replaced(annotate, tiny):
 
 
 def test_one_model_is_in_memory_at_a_time(annotate, tiny, monkeypatch, tmp_path):
-    living, real = [], likelihood.load_policy
+    living, real = [], annotate.load_policy
 
     def load(*arguments, **options):
         gc.collect()
@@ -176,7 +175,7 @@ def test_one_model_is_in_memory_at_a_time(annotate, tiny, monkeypatch, tmp_path)
         living.append(weakref.ref(policy.module))
         return policy
 
-    monkeypatch.setattr(likelihood, "load_policy", load)
+    monkeypatch.setattr(annotation, "load_policy", load)
     annotate(ROWS, [tiny, make_model(tmp_path / "other", seed=1), PLAYGROUND])
     assert len(living) == 3
     assert living[-1]() is None
@@ -187,12 +186,12 @@ def test_what_models_said_is_asked_only_once(annotate, tiny, monkeypatch):
     annotate(ROWS, [tiny], say=lines.append)
     assert f"{tiny}: 6 of 13 completions are known from before" in lines
     assert lines[-1] == f"{tiny}: 7 of 7 completions"
-    monkeypatch.setattr(likelihood, "load_policy", lambda *_, **__: pytest.fail("the model was loaded again"))
+    monkeypatch.setattr(annotation, "load_policy", lambda *_, **__: pytest.fail("the model was loaded again"))
     assert annotate(ROWS[:5], [tiny]) == first
 
 
 def test_a_job_that_was_stopped_goes_on(annotate, tiny, monkeypatch, tmp_path):
-    monkeypatch.setattr(likelihood, "PER_FILE", 4)
+    monkeypatch.setattr(annotation, "PER_FILE", 4)
     left = iter(range(6))
     with pytest.raises(Interrupted):
         annotate(ROWS, [tiny], batch_tokens=1, should_stop=lambda: next(left, None) is None)

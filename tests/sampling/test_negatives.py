@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from uft.config.schema import Generate, Model
+from uft.data.chat import Renderer
 from uft.data.rows import Completion, Kind, Message, Row
 from uft.data.sources import LoadedSource, load_sources
-from uft.data.templates import Renderer
 from uft.errors import UftError
-from uft.model.forward import Policy
 from uft.model.load import load_model, load_tokenizer
+from uft.model.policy import Policy
 from uft.sampling import negatives
 from uft.sampling.generate import Interrupted, Sampling, complete
 from uft.sampling.negatives import generate_rows, number_of

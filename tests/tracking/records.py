@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from uft.evaluation.samples import Sample
+from uft.evaluation.evaluate import Sample
 from uft.runs import Run
 
 BLOCK = 32 * 1024

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from uft.errors import UftError
-from uft.tracking.connection import Choice, Server, choose, has_key, reachable
+from uft.tracking.wandb import Choice, Server, choose, has_key, reachable
 
 DEFAULT = Server("https://api.forge.coreweave.com")
 

@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from uft.evaluation.samples import Sample
-from uft.tracking.cards import Ending
-from uft.tracking.console import Console
+from uft.evaluation.evaluate import Sample
+from uft.tracking.console import Console, Ending
 
 ESCAPE = "\x1b"
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy
 import pytest
 
-from uft.evaluation.samples import Sample
-from uft.report.load import read_lines
+from uft.evaluation.evaluate import Sample
+from uft.report.runs import read_lines
 from uft.runs import Run
-from uft.tracking import seals
-from uft.tracking.files import Files, read_metrics
+from uft.tracking import metrics
+from uft.tracking.metrics import Files, read_metrics
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_sitting_that_ends_early_leaves_it_to_the_next(run):
 def test_a_process_that_died_within_a_line_of_a_battery_lost_nothing(run, torn):
     write(run, range(6))
     files = [run.metrics_file, run.samples_file]
-    files += [seals.file_of(path) for path in files]
+    files += [metrics.file_of(path) for path in files]
     whole = [path.read_bytes() for path in files]
     for path in files[:torn]:
         cut(path)
@@ -183,7 +183,7 @@ def test_samples_hold_any_text(run):
 
 def test_a_kill_loses_no_whole_line(run):
     program = (
-        "import sys; from pathlib import Path; from uft.runs import Run; from uft.tracking.files import Files\n"
+        "import sys; from pathlib import Path; from uft.runs import Run; from uft.tracking.metrics import Files\n"
         "files = Files(Run(Path(sys.argv[1]))); files.start(); step = 0\n"
         "while True:\n"
         "    step += 1; files.log(step, {'loss': 1 / step}); print(step, flush=True)\n"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from uft.tracking.format import card, count, duration, number, printable, shorten, step_line
+from uft.tracking.console import card, count, duration, number, printable, shorten, step_line
 
 
 @pytest.mark.parametrize(

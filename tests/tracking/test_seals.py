@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from uft.tracking import seals
+from uft.tracking import metrics
 
 LINES = [f'{{"step": {step}, "loss": 0.{step}5}}' for step in (1, 2, 2, 4, 7)]
 STEPS = [1, 2, 2, 4, 7]
@@ -17,12 +17,12 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(line + "\n" for line in LINES))
     sealed = zip(STEPS, LINES, strict=True)
-    seals.file_of(path).write_text("".join(seals.seal(step, line) for step, line in sealed))
+    metrics.file_of(path).write_text("".join(metrics.seal(step, line) for step, line in sealed))
     return path
 
 
 def test_what_was_written_is_whole(file: Path) -> None:
-    assert seals.check(file) == seals.Checked(LINES, [])
+    assert metrics.check(file) == metrics.Checked(LINES, [])
 
 
 @pytest.mark.parametrize("line", range(5))
@@ -30,57 +30,57 @@ def test_a_changed_a_lost_and_a_torn_line(file: Path, line: int) -> None:
     rest = LINES[:line] + LINES[line + 1 :]
     changed = [*LINES[:line], LINES[line].replace("loss", "lost"), *LINES[line + 1 :]]
     file.write_text("".join(text + "\n" for text in changed))
-    assert seals.check(file) == seals.Checked(rest, [STEPS[line]])
+    assert metrics.check(file) == metrics.Checked(rest, [STEPS[line]])
     file.write_text("".join(text + "\n" for text in rest))
     last = line == len(LINES) - 1  # between a seal and its line a process may die
-    assert seals.check(file) == seals.Checked(rest, [] if last else [STEPS[line]])
+    assert metrics.check(file) == metrics.Checked(rest, [] if last else [STEPS[line]])
 
 
 @pytest.mark.parametrize("kept", range(1, len(LINES[-1]) + 1))
 def test_a_kill_in_the_middle_of_the_last_line_is_no_damage(file: Path, kept: int) -> None:
     whole = "".join(line + "\n" for line in LINES[:-1])
     file.write_text(whole + LINES[-1][:kept])
-    assert seals.check(file) == seals.Checked(LINES[:-1], [])
+    assert metrics.check(file) == metrics.Checked(LINES[:-1], [])
 
 
 def test_lines_that_nobody_sealed_are_left_out(file: Path) -> None:
     file.write_text(file.read_text() + '{"step": 9, "loss": 0.0}\n')
-    assert seals.check(file) == seals.Checked(LINES, [])
-    assert seals.check(file).unsealed == [9]
+    assert metrics.check(file) == metrics.Checked(LINES, [])
+    assert metrics.check(file).unsealed == [9]
 
 
 def test_without_seals_all_whole_lines_are_taken(file: Path) -> None:
-    seals.file_of(file).unlink()
+    metrics.file_of(file).unlink()
     file.write_bytes(file.read_bytes() + b'{"step": 9, "lo\xff')
-    assert seals.check(file) == seals.Checked(LINES, [])
-    assert seals.check(file.with_name("absent.jsonl")) == seals.Checked([], [])
+    assert metrics.check(file) == metrics.Checked(LINES, [])
+    assert metrics.check(file.with_name("absent.jsonl")) == metrics.Checked([], [])
 
 
 def test_text_of_any_kind_is_sealed_as_it_lies_on_the_disk(tmp_path: Path) -> None:
     path, odd = tmp_path / "samples.jsonl", '{"step": 3, "reply": "snow ☃ half \ud83d \u2028"}'
-    seals.file_of(path).write_text(seals.seal(3, odd))
+    metrics.file_of(path).write_text(metrics.seal(3, odd))
     path.write_text(odd + "\n", encoding="utf-8", errors="backslashreplace")
-    found = seals.check(path)
+    found = metrics.check(path)
     assert (len(found.lines), found.damaged) == (1, [])
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 50, b"1 zz\n2\n\xff", b"1 00000000\n"])
 def test_seals_that_are_damaged_themselves_make_no_line_true(file: Path, content: bytes) -> None:
-    seals.file_of(file).write_bytes(content)
-    assert seals.check(file).lines == []
+    metrics.file_of(file).write_bytes(content)
+    assert metrics.check(file).lines == []
 
 
 @pytest.mark.parametrize("kept", range(5))
 def test_seals_that_are_cut_or_changed_are_told_by_the_lines_they_leave(file: Path, kept: int) -> None:
     """Those before the last seal at once; those after it where the run is known to have come past them."""
-    whole = seals.file_of(file).read_text().splitlines(keepends=True)
-    seals.file_of(file).write_text("".join(whole[:kept]))
-    found = seals.check(file)
+    whole = metrics.file_of(file).read_text().splitlines(keepends=True)
+    metrics.file_of(file).write_text("".join(whole[:kept]))
+    found = metrics.check(file)
     lost, last = set(STEPS[kept:]), STEPS[kept - 1] if kept else -1
     assert found.lines == LINES[:kept]
     assert found.damaged == sorted(step for step in lost if step <= last)
     assert found.unsealed == sorted(step for step in lost if step > last)
-    seals.file_of(file).write_text("".join([*whole[:kept], "x" + whole[kept], *whole[kept + 1 :]]))
-    found = seals.check(file)
+    metrics.file_of(file).write_text("".join([*whole[:kept], "x" + whole[kept], *whole[kept + 1 :]]))
+    found = metrics.check(file)
     assert found.lines == LINES[:kept] + LINES[kept + 1 :]
     assert {*found.damaged, *found.unsealed} == {STEPS[kept]}

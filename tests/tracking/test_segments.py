@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from uft.tracking.segments import BLOCK, HEADER, files, records, repair
+from uft.tracking.wandb import BLOCK, HEADER, files, records, repair
 
 START = b":W&B\0\0\0"
 

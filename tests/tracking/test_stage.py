@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from uft.evaluation.samples import Sample
+from uft.evaluation.evaluate import Sample
 from uft.runs import Run
-from uft.tracking.cards import battery_table
-from uft.tracking.console import Console
-from uft.tracking.files import Files, read_metrics
+from uft.tracking.console import Console, battery_table
+from uft.tracking.metrics import Files, read_metrics
 from uft.tracking.wandb import Wandb, _table
 
 SAMPLE = Sample("pairs", "pairs:0", "min : a b", "a", None, {"correct": 1.0})

@@ -129,7 +129,7 @@ def test_what_wandb_says_of_a_run_is_its_reason(offline, server, capsys, monkeyp
     run = offline("torn", 1, 40)
     (segment,) = segments_of(run)
     segment.file.write_bytes(segment.file.read_bytes()[:-50])
-    monkeypatch.setattr("uft.tracking.segments.repair", lambda file, keep: 0)
+    monkeypatch.setattr("uft.tracking.wandb.repair", lambda file, keep: 0)
     assert main(["sync"]) == 1
     out = capsys.readouterr().out
     assert "outputs/torn  did NOT arrive: Failed to sync all data" in out

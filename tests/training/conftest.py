@@ -19,9 +19,9 @@ from uft.config.load import typed
 from uft.config.schema import Config
 from uft.config.stages import differing
 from uft.runs import Run, create_run
-from uft.training import session, stages, stages_ground, stages_make, trainer
-from uft.training.prepare import Prepared, prepare
-from uft.training.signals import Stop
+from uft.training import jobs, session, setup, trainer
+from uft.training.liveness import Stop
+from uft.training.setup import Prepared, prepare
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this
 
@@ -61,7 +61,7 @@ USES = {
 def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of hundreds of tests holds millions of objects: looking through them at every start costs more than the
     steps that are tested. `test_ahead.py` has the real thing."""
-    for module in (trainer, stages):
+    for module in (trainer, session):
         monkeypatch.setattr(module, "gc", SimpleNamespace(collect=int, freeze=int, unfreeze=int))
 
 
@@ -198,14 +198,14 @@ def chain(configure: Callable[..., Config], files: dict[str, Path]) -> Callable[
     def make(parts: Mapping[str, tuple[str, ...]], *settings: str, reference: str = "start") -> Config:
         whole = {}
         for name, (does, kind, *own) in parts.items():
-            objective = "sft" if does in stages_make.MAKERS else does
+            objective = "sft" if does in jobs.MAKERS else does
             source = {kind: files[kind]} if kind in files else {"made": Path(kind)}
             whole[name] = configure(objective, *UNEVEN, "optim.lr=0.02", *settings, *own, sources=source)
-        run = whole[[name for name, part in parts.items() if part[0] not in stages_make.MAKERS][-1]]
+        run = whole[[name for name, part in parts.items() if part[0] not in jobs.MAKERS][-1]]
         top = plain(asdict(run))
         nodes: dict[str, Any] = {}
         for name, (does, *_) in parts.items():
-            trains = does not in stages_make.MAKERS
+            trains = does not in jobs.MAKERS
             what = {"do": "fit", "reference": reference} if trains else {"do": does}
             nodes[name] = {**what, "config": differing(plain(asdict(whole[name])), top)}
         return replace(run, stages=nodes)
@@ -229,4 +229,4 @@ def two(chain: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.fixture
 def death(monkeypatch: pytest.MonkeyPatch) -> Death:
-    return Death(monkeypatch, session, stages, stages_ground)
+    return Death(monkeypatch, session, setup)

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from uft.tracking.files import Files
-from uft.training import checkpoints, trainer
-from uft.training.signals import Stop
+from uft.tracking.metrics import Files
+from uft.training import checkpoint, trainer
+from uft.training.liveness import Stop
 
 UNEVEN = (
     "train.batch_size=5",
@@ -49,8 +49,8 @@ class Death:
         self.at: int | None = None
         everywhere: list[tuple[Any, str]] = [
             (os, "replace"),
-            (checkpoints, "save_file"),
-            (checkpoints.shutil, "rmtree"),
+            (checkpoint, "save_file"),
+            (checkpoint.shutil, "rmtree"),
             (Files, "_append"),
             (trainer, "optimiser_step"),
         ]

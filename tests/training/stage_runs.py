@@ -12,8 +12,8 @@ from dying import Death, lines
 from uft.config.schema import Config
 from uft.errors import GOOD
 from uft.runs import Run, create_run
-from uft.training import stages
-from uft.training.signals import Stop
+from uft.training import session
+from uft.training.liveness import Stop
 
 CLOCKS = ("seconds", "tokens_per_second", "wall_seconds", "peak_memory_bytes")
 SFT, DPO = 4, 5  # steps of the two stages
@@ -23,7 +23,7 @@ Nodes = Mapping[str, Any]
 def sit(folder: Path, config: Config, stop: Stop | None = None) -> int:
     if not folder.exists():
         create_run(folder, "{}\n", [])
-    return stages.train(Run(folder), config, stop or Stop())
+    return session.train_stages(Run(folder), config, stop or Stop())
 
 
 def survive(folder: Path, config: Config, death: Death, *deaths: int) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from watched import trained
 
+from uft.data.loader import Prefetcher, use_prefetch_thread
 from uft.training import trainer as trainer_module
-from uft.training.ahead import Ahead, worth_a_thread
-from uft.training.checkpoints import read_state
-from uft.training.prepare import Prepared, resume
+from uft.training.checkpoint import read_state
+from uft.training.setup import Prepared, resume
 from uft.training.step import Step
 from uft.training.trainer import Trainer
 
@@ -27,7 +27,7 @@ def test_the_same_steps_with_and_without_a_thread(build: Callable[..., Prepared]
         build(objective, *SETTINGS, f"train.prefetch={asked}", run=f"run-{asked}") for asked in ("false", "true")
     )
     assert trained(ahead).values == trained(plain).values
-    assert ahead.trainer.feed.state_dict() == plain.trainer.feed.state_dict()
+    assert ahead.trainer.sampler.state_dict() == plain.trainer.sampler.state_dict()
     for name, parameter in plain.trainer.parameters.items():
         assert torch.equal(parameter, ahead.trainer.parameters[name])
 
@@ -71,7 +71,7 @@ def test_what_goes_wrong_in_the_thread_is_told_by_the_step(build: Callable[..., 
             return torch.zeros(encoded.targets).numpy()
         raise KeyError("a sequence that nobody filled in")
 
-    trainer.feed.reference = unknown
+    trainer.sampler.reference = unknown
     with pytest.raises(KeyError, match="nobody filled in"):
         trainer.fit()
     assert threading.active_count() <= before
@@ -98,7 +98,7 @@ def test_the_collector_looks_at_nothing_old_while_it_trains(
 
 def test_going_back_forgets_what_was_made(build: Callable[..., Prepared]) -> None:
     trainer = build("sft", *SETTINGS).trainer
-    ahead = Ahead(trainer.feed, trainer.lay_out, mismatched=False, threaded=True)
+    ahead = Prefetcher(trainer.sampler, trainer.lay_out, mismatched=False, threaded=True)
     start = ahead.cursor
     first = [item.row.id for item in ahead.take(4, then=4).items]
     second = [item.row.id for item in ahead.take(4, then=4).items]
@@ -106,10 +106,10 @@ def test_going_back_forgets_what_was_made(build: Callable[..., Prepared]) -> Non
     ahead.go_back(start)
     assert [item.row.id for item in ahead.take(4, then=4).items] == first
     ahead.close()
-    assert [item.row.id for item in trainer.feed.take(4)] == second
+    assert [item.row.id for item in trainer.sampler.take(4)] == second
 
 
 def test_nobody_asks_for_a_thread_on_a_cpu() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [worth_a_thread(None, device) for device in (cpu, gpu)] == [False, True]
-    assert [worth_a_thread(asked, cpu) for asked in (True, False)] == [True, False]
+    assert [use_prefetch_thread(None, device) for device in (cpu, gpu)] == [False, True]
+    assert [use_prefetch_thread(asked, cpu) for asked in (True, False)] == [True, False]

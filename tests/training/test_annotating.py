@@ -20,9 +20,9 @@ from uft.config.schema import Annotate, Config, Source
 from uft.data.rows import Kind, Row
 from uft.data.sources import load_sources
 from uft.errors import GOOD, INTERRUPTED, STOPPED, UftError
-from uft.sampling import likelihood
-from uft.training import annotating
-from uft.training.annotating import Written, annotate, next_command, reads
+from uft.sampling import annotate as annotation
+from uft.training import jobs
+from uft.training.jobs import Written, annotate, next_command, reads
 
 Configure = Callable[..., Config]
 
@@ -180,11 +180,11 @@ def test_the_verb_stops_when_asked_and_goes_on(
     number: int,
     code: int,
 ) -> None:
-    monkeypatch.setattr(likelihood, "PER_FILE", 4)
+    monkeypatch.setattr(annotation, "PER_FILE", 4)
     config = configure("sft", sources={"mine": files["demonstration"]})
     out = tmp_path / "rows.jsonl"
     config.annotate = Annotate(column="baseline_logp", models=[str(model_folder)], out=str(out), batch_tokens=1)
-    real, batches = likelihood.sequence_batch, []
+    real, batches = annotation.sequence_batch, []
 
     def interrupted(*arguments: Any) -> Any:
         batches.append(arguments)
@@ -193,11 +193,11 @@ def test_the_verb_stops_when_asked_and_goes_on(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(likelihood, "sequence_batch", interrupted)
-        assert annotating.job(config) == code
+        patch.setattr(annotation, "sequence_batch", interrupted)
+        assert jobs.annotate_job(config) == code
     assert not out.exists()
     assert len(batches) == 6
-    assert annotating.job(config) == GOOD
+    assert jobs.annotate_job(config) == GOOD
     said = capsys.readouterr().out
     assert "4 of 12 completions are known from before" in said
     assert "mine: 12 of 12 completions have baseline_logp" in said
@@ -205,4 +205,4 @@ def test_the_verb_stops_when_asked_and_goes_on(
 
 
 def test_the_column_must_be_said(configure: Configure) -> None:
-    assert "which column" in refused(lambda: annotating.job(configure("sft")))[0]
+    assert "which column" in refused(lambda: jobs.annotate_job(configure("sft")))[0]

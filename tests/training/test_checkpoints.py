@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from uft.runs import Run, create_run
-from uft.training import checkpoints
+from uft.training import checkpoint
 
 
 class Killed(BaseException):
@@ -28,12 +28,12 @@ def run(tmp_path: Path) -> Run:
 def save(run: Run, step: int, value: float | None = None) -> Path:
     value = float(step) if value is None else value
     tensors = {"model/w": torch.full((2, 3), value), "random/cpu": torch.get_rng_state()}
-    return checkpoints.save(run, step, tensors, {"progress": {"step": step, "value": value}})
+    return checkpoint.save(run, step, tensors, {"progress": {"step": step, "value": value}})
 
 
 def value_of(folder: Path) -> float:
     """What `save` put there; both of its files must agree."""
-    tensors, state = checkpoints.load(folder)
+    tensors, state = checkpoint.load(folder)
     assert tensors["model/w"].unique().tolist() == [state["progress"]["value"]]
     return state["progress"]["value"]
 
@@ -55,7 +55,7 @@ def test_tensors_come_back_bit_for_bit(run: Run) -> None:
         "odd": torch.tensor([float("nan"), float("inf"), -0.0]),
         "parameter": torch.nn.Parameter(torch.randn(2)),
     }
-    found, state = checkpoints.load(checkpoints.save(run, 7, tensors, {"feed": {"counts": {"ä": 3}}, "x": 0.1}))
+    found, state = checkpoint.load(checkpoint.save(run, 7, tensors, {"feed": {"counts": {"ä": 3}}, "x": 0.1}))
     assert state == {"feed": {"counts": {"ä": 3}}, "x": 0.1}
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -67,25 +67,25 @@ def test_tensors_come_back_bit_for_bit(run: Run) -> None:
 
 def test_names_are_prefixed_and_found_again() -> None:
     tensors = {
-        **checkpoints.nested("model", {"a": torch.ones(1)}),
-        **checkpoints.nested("model2", {"a": torch.zeros(1)}),
+        **checkpoint.nested("model", {"a": torch.ones(1)}),
+        **checkpoint.nested("model2", {"a": torch.zeros(1)}),
     }
-    assert {name: float(t) for name, t in checkpoints.below("model", tensors).items()} == {"a": 1.0}
+    assert {name: float(t) for name, t in checkpoint.below("model", tensors).items()} == {"a": 1.0}
 
 
 def test_the_generator_goes_on_where_it_was() -> None:
     device = torch.device("cpu")
     torch.manual_seed(5)
     torch.rand(3)
-    state = {name: tensor.clone() for name, tensor in checkpoints.random_state(device).items()}
+    state = {name: tensor.clone() for name, tensor in checkpoint.random_state(device).items()}
     expected = torch.rand(4)
-    checkpoints.restore_random_state(state, device)
+    checkpoint.restore_random_state(state, device)
     assert torch.equal(torch.rand(4), expected)
 
 
 def test_nothing_is_pickled(run: Run) -> None:
     folder = save(run, 1)
-    assert {path.name for path in folder.iterdir()} == {checkpoints.TENSORS, checkpoints.STATE, checkpoints.SUMS}
+    assert {path.name for path in folder.iterdir()} == {checkpoint.TENSORS, checkpoint.STATE, checkpoint.SUMS}
     for path in folder.iterdir():
         with pytest.raises(ValueError):  # noqa: PT011  pickletools has no error of its own
             list(pickletools.genops(path.read_bytes()))
@@ -93,7 +93,7 @@ def test_nothing_is_pickled(run: Run) -> None:
 
 # --- dying in the middle
 
-CALLS: list[tuple[Any, str]] = [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (checkpoints, "save_file")]
+CALLS: list[tuple[Any, str]] = [(os, "replace"), (os, "fsync"), (shutil, "rmtree"), (checkpoint, "save_file")]
 
 
 def moments(patch: pytest.MonkeyPatch, at: int | None) -> list[str]:
@@ -145,7 +145,7 @@ def test_death_while_saving_leaves_a_whole_newest_checkpoint(tmp_path: Path, aga
 
     def act(run: Run) -> None:
         save(run, 20, -20.0) if again else save(run, 30)
-        checkpoints.prune(run, 1, None)
+        checkpoint.prune(run, 1, None)
 
     count = deaths(run := prepare(0), lambda: act(run))
     assert count > 12
@@ -155,14 +155,14 @@ def test_death_while_saving_leaves_a_whole_newest_checkpoint(tmp_path: Path, aga
             moments(patch, moment)
             with pytest.raises(Killed):
                 act(run)
-        checkpoints.recover(run)
+        checkpoint.recover(run)
         assert steps(run), moment
         for _, folder in run.checkpoints():
             value_of(folder)  # whatever bears the name of a checkpoint is whole
         newest = run.checkpoints()[-1][1]
         assert value_of(newest) in ((20.0, -20.0) if again else (20.0, 30.0)), moment
         save(run, 40)
-        checkpoints.prune(run, 1, None)
+        checkpoint.prune(run, 1, None)
         assert [path.name for path in run.checkpoints_dir.iterdir()] == ["step-000040"], moment
 
 
@@ -170,20 +170,20 @@ def test_a_half_deleted_checkpoint_never_comes_back(run: Run, monkeypatch: pytes
     for step in (10, 20):
         save(run, step)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.shutil, "rmtree", half_deleted)
+        patch.setattr(checkpoint.shutil, "rmtree", half_deleted)
         with pytest.raises(Killed):
-            checkpoints.prune(run, 1, None)
-    checkpoints.recover(run)
+            checkpoint.prune(run, 1, None)
+    checkpoint.recover(run)
     assert steps(run) == [20]
-    checkpoints.prune(run, 1, None)
+    checkpoint.prune(run, 1, None)
     assert [path.name for path in run.checkpoints_dir.iterdir()] == ["step-000020"]
 
 
 def test_recovering_where_nothing_happened_does_nothing(run: Run) -> None:
-    checkpoints.recover(run)
+    checkpoint.recover(run)
     assert run.checkpoints() == []
     save(run, 5)
-    checkpoints.recover(run)
+    checkpoint.recover(run)
     assert steps(run) == [5]
 
 
@@ -197,7 +197,7 @@ def test_recovering_where_nothing_happened_does_nothing(run: Run) -> None:
 def test_the_newest_and_the_best_are_kept(run: Run, keep: int, best: int | None, expected: list[int]) -> None:
     for step in range(1, 6):
         save(run, step)
-    checkpoints.prune(run, keep, best)
+    checkpoint.prune(run, keep, best)
     assert steps(run) == expected
     assert [value_of(folder) for _, folder in run.checkpoints()] == expected
 

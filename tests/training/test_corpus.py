@@ -13,27 +13,27 @@ from uft.config.schema import Config
 from uft.errors import UftError
 from uft.model.load import load_tokenizer
 from uft.objectives import make
-from uft.training.corpus import Corpus, Plan, make_feed, plan, read_corpus
+from uft.training.setup import Horizon, TrainData, make_horizon, make_sampler, read_train_data
 
 EPOCHS = ("train.steps=null", "train.batch_size=7", "train.epochs=1")
 
 
 @pytest.fixture
-def corpus(configure: Callable[..., Config]) -> Callable[..., tuple[Config, Corpus]]:
-    def read(*settings: str, objective: str = "uft", **options: object) -> tuple[Config, Corpus]:
+def corpus(configure: Callable[..., Config]) -> Callable[..., tuple[Config, TrainData]]:
+    def read(*settings: str, objective: str = "uft", **options: object) -> tuple[Config, TrainData]:
         config = configure(objective, *settings, **options)
-        return config, read_corpus(config, load_tokenizer(config.model))
+        return config, read_train_data(config, load_tokenizer(config.model))
 
     return read
 
 
-def drawn(config: Config, found: Corpus, horizon: Plan) -> Counter[str]:
+def drawn(config: Config, found: TrainData, horizon: Horizon) -> Counter[str]:
     """How often each row is drawn in the whole run, batch by batch as the trainer takes them."""
-    feed = make_feed(config, found, make(config.objective))
+    sampler = make_sampler(config, found, make(config.objective))
     rows: list[str] = []
     while len(rows) < horizon.total_rows:
         count = min(config.train.batch_size, horizon.total_rows - len(rows))
-        items = feed.take(count)
+        items = sampler.take(count)
         assert len(items) == count
         rows += [item.row.id for item in items]
     return Counter(rows)
@@ -43,11 +43,11 @@ def drawn(config: Config, found: Corpus, horizon: Plan) -> Counter[str]:
 
 
 def test_one_pass_shows_every_row_once_with_a_short_last_batch(
-    corpus: Callable[..., tuple[Config, Corpus]],
+    corpus: Callable[..., tuple[Config, TrainData]],
 ) -> None:
     config, found = corpus(*EPOCHS)
-    horizon = plan(config, found)
-    assert horizon == Plan(epoch_rows=60, total_rows=60, steps=9)  # 8 x 7 + 4
+    horizon = make_horizon(config, found)
+    assert horizon == Horizon(epoch_rows=60, total_rows=60, steps=9)  # 8 x 7 + 4
     counts = drawn(config, found, horizon)
     assert len(counts) == 60
     assert set(counts.values()) == {1}
@@ -55,20 +55,20 @@ def test_one_pass_shows_every_row_once_with_a_short_last_batch(
 
 @pytest.mark.parametrize(("epochs", "rows", "steps"), [(0.5, 30, 5), (2, 120, 18), (0.001, 1, 1)])
 def test_parts_of_passes_and_several(
-    corpus: Callable[..., tuple[Config, Corpus]], epochs: float, rows: int, steps: int
+    corpus: Callable[..., tuple[Config, TrainData]], epochs: float, rows: int, steps: int
 ) -> None:
     config, found = corpus(*EPOCHS, f"train.epochs={epochs}")
-    assert plan(config, found) == Plan(60, rows, steps)
+    assert make_horizon(config, found) == Horizon(60, rows, steps)
 
 
-def test_two_passes_show_every_row_twice(corpus: Callable[..., tuple[Config, Corpus]]) -> None:
+def test_two_passes_show_every_row_twice(corpus: Callable[..., tuple[Config, TrainData]]) -> None:
     config, found = corpus(*EPOCHS, "train.epochs=2")
-    assert set(drawn(config, found, plan(config, found)).values()) == {2}
+    assert set(drawn(config, found, make_horizon(config, found)).values()) == {2}
 
 
-def test_steps_are_whole_batches_whatever_the_epochs(corpus: Callable[..., tuple[Config, Corpus]]) -> None:
+def test_steps_are_whole_batches_whatever_the_epochs(corpus: Callable[..., tuple[Config, TrainData]]) -> None:
     config, found = corpus("train.steps=11", "train.batch_size=7", "train.epochs=0.1")
-    assert plan(config, found) == Plan(60, 77, 11)
+    assert make_horizon(config, found) == Horizon(60, 77, 11)
 
 
 SHARES = ("data.sources.demonstration.share=3", "data.sources.preference.share=1")
@@ -79,7 +79,7 @@ SHARES = ("data.sources.demonstration.share=3", "data.sources.preference.share=1
     [("first", 16, 0, 1), ("repeat", 24, 0, 2), ("all", 48, 1, 3)],
 )
 def test_what_one_epoch_is_when_shares_do_not_fit_the_sizes(
-    corpus: Callable[..., tuple[Config, Corpus]],
+    corpus: Callable[..., tuple[Config, TrainData]],
     files: dict[str, Path],
     exhaustion: str,
     rows: int,
@@ -88,7 +88,7 @@ def test_what_one_epoch_is_when_shares_do_not_fit_the_sizes(
 ) -> None:
     two = {name: files[name] for name in ("demonstration", "preference")}
     config, found = corpus(*EPOCHS, *SHARES, f"data.exhaustion={exhaustion}", sources=two)
-    horizon = plan(config, found)
+    horizon = make_horizon(config, found)
     assert horizon.total_rows == horizon.epoch_rows == rows
     counts = drawn(config, found, horizon)
     every = [counts[row.id] for source in found.train for row in source.rows]
@@ -96,18 +96,18 @@ def test_what_one_epoch_is_when_shares_do_not_fit_the_sizes(
 
 
 def test_first_ends_the_run_before_anything_is_shown_twice(
-    corpus: Callable[..., tuple[Config, Corpus]], files: dict[str, Path]
+    corpus: Callable[..., tuple[Config, TrainData]], files: dict[str, Path]
 ) -> None:
     two = {name: files[name] for name in ("demonstration", "preference")}
     config, found = corpus("train.steps=100", "train.batch_size=7", *SHARES, "data.exhaustion=first", sources=two)
-    assert plan(config, found) == Plan(16, 16, 3)
+    assert make_horizon(config, found) == Horizon(16, 16, 3)
 
 
 # --- the digest
 
 
 def test_the_digest_is_of_what_decides_the_rows_and_their_order(
-    corpus: Callable[..., tuple[Config, Corpus]], files: dict[str, Path]
+    corpus: Callable[..., tuple[Config, TrainData]], files: dict[str, Path]
 ) -> None:
     def digest(*settings: str, **options: object) -> str:
         return corpus(*settings, **options)[1].digest
@@ -133,7 +133,7 @@ def test_the_digest_is_of_what_decides_the_rows_and_their_order(
 
 
 def test_the_digest_does_not_know_where_files_lie(
-    corpus: Callable[..., tuple[Config, Corpus]], files: dict[str, Path], tmp_path: Path
+    corpus: Callable[..., tuple[Config, TrainData]], files: dict[str, Path], tmp_path: Path
 ) -> None:
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_text(files["binary"].read_text())
@@ -145,7 +145,7 @@ def test_the_digest_does_not_know_where_files_lie(
 
 
 def test_a_held_out_row_that_is_too_long_is_cut_and_a_training_row_refused(
-    corpus: Callable[..., tuple[Config, Corpus]], tmp_path: Path
+    corpus: Callable[..., tuple[Config, TrainData]], tmp_path: Path
 ) -> None:
     short, long = tmp_path / "short.jsonl", tmp_path / "long.jsonl"
     short.write_text('{"prompt": "w3", "completion": "w4"}\n')
@@ -155,7 +155,7 @@ def test_a_held_out_row_that_is_too_long_is_cut_and_a_training_row_refused(
     )
     assert [encoded.length for row in found.held_out[0].encoded for encoded in row] == [12]
     with pytest.raises(UftError, match="long"):
-        read_corpus(
+        read_train_data(
             replace(
                 config,
                 data=replace(config.data, sources={"mine": replace(config.data.sources["mine"], path=str(long))}),
@@ -168,16 +168,16 @@ def test_a_held_out_row_that_is_too_long_is_cut_and_a_training_row_refused(
 
 
 def test_unusable_rows_stop_the_request_with_the_objectives_own_words(
-    corpus: Callable[..., tuple[Config, Corpus]], files: dict[str, Path]
+    corpus: Callable[..., tuple[Config, TrainData]], files: dict[str, Path]
 ) -> None:
     two = {name: files[name] for name in ("demonstration", "binary", "preference")}
     config, found = corpus(objective="dpo", sources=two)
     with pytest.raises(UftError) as error:
-        make_feed(config, found, make(config.objective))
+        make_sampler(config, found, make(config.objective))
     assert [problem.what for problem in error.value.problems] == ["data.sources.binary", "data.sources.demonstration"]
     assert "12 binary rows" in error.value.problems[0].why
     assert "data.unusable=drop" in error.value.footer
-    make_feed(config, found, make(config.objective), refuse=False)
+    make_sampler(config, found, make(config.objective), refuse=False)
     dropping = replace(config, data=replace(config.data, unusable="drop"))
-    feed = make_feed(dropping, found, make(config.objective))
-    assert {item.row.source for item in feed.take(36)} == {"preference"}
+    sampler = make_sampler(dropping, found, make(config.objective))
+    assert {item.row.source for item in sampler.take(36)} == {"preference"}

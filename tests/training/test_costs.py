@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from uft.data.batches import Item
-from uft.data.packing import Layout
-from uft.data.templates import Encoded
+from uft.data.batch import Example, Layout
+from uft.data.chat import Tokens
+from uft.data.loader import Collator
 from uft.model import head
 from uft.objectives.base import Clock
-from uft.training.ahead import Plan
-from uft.training.prepare import Prepared
+from uft.training.setup import Prepared
 from uft.training.step import forward_backward
 
 PACKED = ("train.packing=packed", "reference.mode=cached")
@@ -31,7 +30,9 @@ class Cost:
     rows: int = 0  # hidden states that met the output head
 
 
-def cost(prepared: Prepared, items: Sequence[Item], monkeypatch: pytest.MonkeyPatch, budget: int = ONE_BATCH) -> Cost:
+def cost(
+    prepared: Prepared, items: Sequence[Example], monkeypatch: pytest.MonkeyPatch, budget: int = ONE_BATCH
+) -> Cost:
     trainer, found = prepared.trainer, Cost()
     body, logits = trainer.policy.body, head._logits
 
@@ -49,20 +50,20 @@ def cost(prepared: Prepared, items: Sequence[Item], monkeypatch: pytest.MonkeyPa
     handle = body.register_forward_pre_hook(lambda _, args, kwargs: counted(*args, **kwargs), with_kwargs=True)
     with monkeypatch.context() as patched:
         patched.setattr(head, "_logits", noted)
-        batches = Plan(budget, trainer.pad_id, Layout.SHARED)(items).batches
+        batches = Collator(budget, trainer.pad_id, Layout.SHARED)(items).batches
         forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, Clock(step=3, steps=10))
     handle.remove()
     return found
 
 
-def targets(items: Sequence[Item]) -> int:
+def targets(items: Sequence[Example]) -> int:
     return sum(one.targets for item in items for one in item.encoded)
 
 
-def longer(encoded: Encoded, by: int) -> Encoded:
+def longer(encoded: Tokens, by: int) -> Tokens:
     """With `by` more tokens to learn."""
     ids = np.concatenate([encoded.ids, np.full(by, 7, encoded.ids.dtype)])
-    return Encoded(ids, np.concatenate([encoded.supervised, np.ones(by, bool)]), encoded.prompt_length)
+    return Tokens(ids, np.concatenate([encoded.supervised, np.ones(by, bool)]), encoded.prompt_length)
 
 
 @pytest.mark.parametrize("budget", [ONE_BATCH, 64])
@@ -70,7 +71,7 @@ def test_the_longest_row_twice_as_long_costs_its_own_tokens_only(
     build: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
     prepared = build("sft", *PACKED)
-    items = prepared.trainer.feed.take(8)
+    items = prepared.trainer.sampler.take(8)
     before = cost(prepared, items, monkeypatch, budget)
     longest = max(items, key=lambda item: item.length)
     (encoded,) = longest.encoded[:1]
@@ -88,7 +89,7 @@ def test_negatives_cost_their_completions_and_no_prompt(
     rows = {"negatives": files["negatives"]}
     settings = (*PACKED, f"objective.negatives={negatives}", "train.batch_size=4")
     prepared = build("dft", *settings, sources=rows)
-    items = prepared.trainer.feed.take(4)
+    items = prepared.trainer.sampler.take(4)
     assert all(len(item.encoded) == 1 + negatives for item in items)
     prompts = sum(item.encoded[0].prompt_length for item in items)
     completions = sum(one.length - one.prompt_length - 1 for item in items for one in item.encoded)
@@ -100,7 +101,7 @@ def test_negatives_cost_their_completions_and_no_prompt(
 
 def test_a_pair_costs_its_prompt_once(build: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = build("dpo", *PACKED)
-    items = prepared.trainer.feed.take(8)
+    items = prepared.trainer.sampler.take(8)
     prompts = sum(item.encoded[0].prompt_length for item in items)
     completions = sum(one.length - one.prompt_length - 1 for item in items for one in item.encoded)
     assert cost(prepared, items, monkeypatch).learned == prompts + completions
@@ -111,8 +112,8 @@ def test_ift_looks_once_more_and_uft_never(build: Callable[..., Prepared], monke
     costs = {}
     for objective in ("sft", "ift", "uft"):
         prepared = build(objective, *PACKED[:1], *(PACKED[1:] if objective == "uft" else ()), run=objective)
-        feed = prepared.trainer.feed
-        items = [item for item in feed.take(16) if item.row.source == "demonstration"]
+        sampler = prepared.trainer.sampler
+        items = [item for item in sampler.take(16) if item.row.source == "demonstration"]
         assert len(items) > 1
         costs[objective] = cost(prepared, items, monkeypatch)
     assert costs["uft"] == costs["sft"]

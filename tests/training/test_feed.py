@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from uft.config.schema import Config
-from uft.data.cache import EncodedRows, Packer
+from uft.data.chat import Tokens
+from uft.data.loader import RowSampler
 from uft.data.mixture import Draw, Mixture
 from uft.data.rows import Completion, Kind, Message, Row
-from uft.data.templates import Encoded
+from uft.data.tokens import EncodedRows, Packer
 from uft.objectives import make
-from uft.training.feed import Feed
 
 SIZES = {"demonstration": 7, "preference": 5, "binary": 6, "scored": 4, "negatives": 3}
 TURN = (Message("assistant", "yes"),)
@@ -40,10 +40,10 @@ class Source:
 def source_of(kind: str) -> Source:
     rows = tuple(Row(kind, i, (Message("user", f"{i}"),), COMPLETIONS[kind]) for i in range(SIZES[kind]))
 
-    def encoded(row: int, completion: int) -> Encoded:
+    def encoded(row: int, completion: int) -> Tokens:
         more = [2] * (row % 3 + completion)
         ids = np.array([1, row, completion, *more, 2], np.int32)
-        return Encoded(ids, np.arange(len(ids)) >= 2, 2)
+        return Tokens(ids, np.arange(len(ids)) >= 2, 2)
 
     packer = Packer()
     packer.add((i, [encoded(i, c) for c in range(len(row.completions))]) for i, row in enumerate(rows))
@@ -51,18 +51,18 @@ def source_of(kind: str) -> Source:
 
 
 @pytest.fixture
-def feed(configure: Callable[..., Config]) -> Callable[[str], Feed]:
+def feed(configure: Callable[..., Config]) -> Callable[[str], RowSampler]:
     """feed("dpo"): five sources of five kinds under the objective's views, or those of `kinds` alone."""
 
-    def build(objective: str, max_length: int = 100, kinds: Sequence[str] = tuple(SIZES)) -> Feed:
+    def build(objective: str, max_length: int = 100, kinds: Sequence[str] = tuple(SIZES)) -> RowSampler:
         sources, sizes = [source_of(kind) for kind in kinds], [SIZES[kind] for kind in kinds]
         mixture = Mixture(list(kinds), sizes, [size / sum(sizes) for size in sizes], 3)
-        return Feed(sources, mixture, make(configure(objective).objective).views, max_length)  # type: ignore[arg-type]
+        return RowSampler(sources, mixture, make(configure(objective).objective).views, max_length)  # type: ignore[arg-type]
 
     return build
 
 
-def test_all_objectives_draw_the_same_rows(feed: Callable[[str], Feed]) -> None:
+def test_all_objectives_draw_the_same_rows(feed: Callable[[str], RowSampler]) -> None:
     streams = {name: feed(name) for name in OBJECTIVES}
     seen: dict[str, list[list[str]]] = {name: [] for name in OBJECTIVES}
     for _ in range(12):
@@ -79,7 +79,7 @@ def test_all_objectives_draw_the_same_rows(feed: Callable[[str], Feed]) -> None:
     assert sum(map(len, seen["dpo"])) < sum(map(len, seen["uft"]))
 
 
-def test_examples_number_the_rows_of_the_mixture(feed: Callable[[str], Feed]) -> None:
+def test_examples_number_the_rows_of_the_mixture(feed: Callable[[str], RowSampler]) -> None:
     stream = feed("uft")
     assert stream.examples == sum(SIZES.values())
     items = stream.take(stream.examples)
@@ -88,7 +88,7 @@ def test_examples_number_the_rows_of_the_mixture(feed: Callable[[str], Feed]) ->
     assert all(item.example == offsets[item.row.source] + item.row.index for item in items)
 
 
-def test_later_visits_take_other_negatives(feed: Callable[[str], Feed]) -> None:
+def test_later_visits_take_other_negatives(feed: Callable[[str], RowSampler]) -> None:
     stream = feed("dft")
     taken = [
         tuple(part.completion for part in item.parts)
@@ -98,7 +98,7 @@ def test_later_visits_take_other_negatives(feed: Callable[[str], Feed]) -> None:
     assert taken == [(0, 1, 2), (0, 3, 1), (0, 2, 3)]
 
 
-def test_unusable_rows_are_named_by_source_and_kind(feed: Callable[[str], Feed]) -> None:
+def test_unusable_rows_are_named_by_source_and_kind(feed: Callable[[str], RowSampler]) -> None:
     found = feed("dpo").unusable()
     assert found == {
         "demonstration": {Kind.DEMONSTRATION: (7, "demonstration:0")},
@@ -108,7 +108,7 @@ def test_unusable_rows_are_named_by_source_and_kind(feed: Callable[[str], Feed])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_view_looks_at_no_text(feed: Callable[[str], Feed], objective: str) -> None:
+def test_a_view_looks_at_no_text(feed: Callable[[str], RowSampler], objective: str) -> None:
     """What is asked once for all rows with the same feedback rests on that."""
     stream = feed(objective)
     other = (Message("assistant", "another"), Message("user", "and"), Message("assistant", "more"))
@@ -119,7 +119,7 @@ def test_a_view_looks_at_no_text(feed: Callable[[str], Feed], objective: str) ->
             assert repr(stream._view(row, visit)) == repr(stream._view(changed, visit))
 
 
-def test_preview_draws_nothing(feed: Callable[[str], Feed]) -> None:
+def test_preview_draws_nothing(feed: Callable[[str], RowSampler]) -> None:
     stream = feed("sft")
     stream.take(5)
     before = stream.state_dict()
@@ -129,7 +129,7 @@ def test_preview_draws_nothing(feed: Callable[[str], Feed]) -> None:
 
 
 @pytest.mark.parametrize("objective", ["dpo", "sft", "uft"])
-def test_the_longest_items_are_found_without_making_all(feed: Callable[[str], Feed], objective: str) -> None:
+def test_the_longest_items_are_found_without_making_all(feed: Callable[[str], RowSampler], objective: str) -> None:
     stream = feed(objective)
     draws = list(stream.preview(60))
     items = sorted(stream.items(draws), key=lambda item: -item.length)
@@ -143,7 +143,7 @@ def test_the_longest_items_are_found_without_making_all(feed: Callable[[str], Fe
     assert len(made) < len(draws) / 2
 
 
-def test_every_row_that_is_met_is_met_once(feed: Callable[[str], Feed]) -> None:
+def test_every_row_that_is_met_is_met_once(feed: Callable[[str], RowSampler]) -> None:
     stream = feed("uft")
     draws = list(stream.preview(40))
     met = [row[0].ids.tolist() for row in stream.met(iter(draws))]
@@ -151,7 +151,7 @@ def test_every_row_that_is_met_is_met_once(feed: Callable[[str], Feed]) -> None:
     assert met == [stream.sources[source].encoded[index][0].ids.tolist() for source, index in rows]
 
 
-def test_a_feed_goes_on_from_its_state(feed: Callable[[str], Feed]) -> None:
+def test_a_feed_goes_on_from_its_state(feed: Callable[[str], RowSampler]) -> None:
     straight, resumed = feed("dft"), feed("dft")
     straight.take(37)
     resumed.load_state_dict(straight.state_dict())
@@ -160,7 +160,7 @@ def test_a_feed_goes_on_from_its_state(feed: Callable[[str], Feed]) -> None:
         assert all((ours.row.id, ours.parts) == (theirs.row.id, theirs.parts) for ours, theirs in pairs)
 
 
-def test_the_cached_reference_stands_beside_the_parts_it_is_of(feed: Callable[[str], Feed]) -> None:
+def test_the_cached_reference_stands_beside_the_parts_it_is_of(feed: Callable[[str], RowSampler]) -> None:
     stream = feed("dpo")
     stream.reference = lambda encoded: np.array([encoded.ids[1], encoded.ids[2]], np.float32)
     for item in stream.take(20):
@@ -169,7 +169,7 @@ def test_the_cached_reference_stands_beside_the_parts_it_is_of(feed: Callable[[s
         assert rows_and_completions == [(item.row.index, part.completion) for part in item.parts]
 
 
-def test_mismatched_completions_bring_a_reference_of_their_own(feed: Callable[..., Feed]) -> None:
+def test_mismatched_completions_bring_a_reference_of_their_own(feed: Callable[..., RowSampler]) -> None:
     """The column is asked for the completion under the other prompt, which is another sequence."""
     stream = feed("kto")
     items = stream.take(12)
@@ -184,7 +184,7 @@ def test_mismatched_completions_bring_a_reference_of_their_own(feed: Callable[..
     assert feed("kto", max_length=2).mismatched(items) == [], "no room for a target"
 
 
-def test_a_feed_knows_whether_anything_is_ever_taken(feed: Callable[..., Feed]) -> None:
+def test_a_feed_knows_whether_anything_is_ever_taken(feed: Callable[..., RowSampler]) -> None:
     """All labels are bad here: nothing for SFT, everything for KTO, no pair for DPO."""
     taken = {name: feed(name, kinds=["binary"]).takes_anything() for name in ("sft", "kto", "dpo")}
     assert taken == {"sft": False, "kto": True, "dpo": False}

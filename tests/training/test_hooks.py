@@ -12,14 +12,12 @@ import pytest
 import torch
 
 from uft.config.schema import Optim
-from uft.evaluation.battery import Battery
-from uft.evaluation.samples import Sample
+from uft.evaluation.evaluate import Evaluation, Sample
 from uft.objectives.base import Term
 from uft.sampling.generate import Interrupted
-from uft.training.hooks import Batteries, Checkpoints, Lines
-from uft.training.meter import Meter
+from uft.training.session import CheckpointHook, EvaluationHook, MetricsHook
 from uft.training.step import Step
-from uft.training.trainer import Progress
+from uft.training.trainer import Meter, Progress
 
 SAMPLE = Sample("s", "s:0", "prompt", "reply", None, {})
 
@@ -48,7 +46,7 @@ class Notes:
     def message(self, text: str) -> None:
         self.said.append(text)
 
-    def battery(self, step: int, battery: Battery) -> None:
+    def battery(self, step: int, battery: Evaluation) -> None:
         self.shown.append(step)
 
 
@@ -85,24 +83,24 @@ class FakeTrainer:
                 hook.after_step(self, step)
 
 
-def lines_of(notes: Notes, every: int) -> Lines:
-    return Lines(notes, notes, every)  # type: ignore[arg-type]
+def lines_of(notes: Notes, every: int) -> MetricsHook:
+    return MetricsHook(notes, notes, every)  # type: ignore[arg-type]
 
 
-def batteries(notes: Notes, measure: Callable[[], Battery], every: int = 3, **changes: Any) -> Batteries:
+def batteries(notes: Notes, measure: Callable[[], Evaluation], every: int = 3, **changes: Any) -> EvaluationHook:
     keys = {"before": True, "best": "eval/nll", "best_mode": "min"} | changes
-    return Batteries(measure, notes, notes, every, **keys)  # type: ignore[arg-type]
+    return EvaluationHook(measure, notes, notes, every, **keys)  # type: ignore[arg-type]
 
 
-def values(*numbers: float | None) -> Callable[[], Battery]:
+def values(*numbers: float | None) -> Callable[[], Evaluation]:
     """Batteries with these values of eval/nll in turn; None: interrupted."""
     left = list(numbers)
 
-    def measure() -> Battery:
+    def measure() -> Evaluation:
         value = left.pop(0)
         if value is None:
             raise Interrupted
-        return Battery({"eval/nll": value}, [SAMPLE])
+        return Evaluation({"eval/nll": value}, [SAMPLE])
 
     return measure
 
@@ -147,7 +145,7 @@ def test_speed_is_of_training_alone() -> None:
     here, whatever the clock says meanwhile."""
     notes, trainer = Notes(), FakeTrainer(3)
     trainer.progress.seconds = 100.0
-    hook = Lines(notes, notes, 2, since=100.0)  # type: ignore[arg-type]
+    hook = MetricsHook(notes, notes, 2, since=100.0)  # type: ignore[arg-type]
     for step, seconds in enumerate((102.0, 105.0, 115.0), 1):
         trainer.progress.seconds = seconds
         trainer.run(hook, until=step)
@@ -231,7 +229,7 @@ def test_no_best_where_the_metric_is_not_measured() -> None:
 
 def test_a_battery_without_figures_writes_no_line() -> None:
     notes, trainer = Notes(), FakeTrainer(2)
-    hook = batteries(notes, lambda: Battery())
+    hook = batteries(notes, lambda: Evaluation())
     hook.start(trainer)  # type: ignore[arg-type]
     trainer.run(hook)
     assert notes.lines == notes.told == []
@@ -245,7 +243,7 @@ def test_a_battery_without_figures_writes_no_line() -> None:
     ("every", "steps", "expected"), [(3, 7, [3, 6, 7]), (3, 6, [3, 6]), (0, 5, [5]), (100, 5, [5]), (1, 2, [1, 2])]
 )
 def test_a_checkpoint_every_few_steps_and_at_the_end(every: int, steps: int, expected: list[int]) -> None:
-    trainer, hook = FakeTrainer(steps), Checkpoints(Notes(), every)
+    trainer, hook = FakeTrainer(steps), CheckpointHook(Notes(), every)
     trainer.run(hook)
     assert [step for step, *_ in trainer.saves] == expected
     assert hook.saved == steps
@@ -255,5 +253,5 @@ def test_a_new_best_is_saved_once_with_what_is_known_of_it() -> None:
     notes, trainer = Notes(), FakeTrainer(8)
     measure = batteries(notes, values(9.0, 3.0, 2.0, 5.0, 5.0), every=2)
     measure.start(trainer)  # type: ignore[arg-type]
-    trainer.run(measure, Checkpoints(notes, 7))
+    trainer.run(measure, CheckpointHook(notes, 7))
     assert trainer.saves == [(2, 2, 2), (4, 4, 4), (7, 6, 4), (8, 8, 4)]

@@ -16,8 +16,7 @@ from uft.config.schema import Config
 from uft.errors import GOOD, INTERRUPTED, STOPPED
 from uft.training import jobs
 from uft.training.card import start_card
-from uft.training.prepare import Prepared
-from uft.training.records import data_record
+from uft.training.setup import Prepared, data_record
 
 
 def test_check_prepares_takes_the_largest_step_and_writes_nothing(
@@ -90,7 +89,7 @@ def test_generate_stops_between_batches_and_goes_on(
 
 def test_the_card_says_every_derived_number(build: Callable[..., Prepared]) -> None:
     prepared = build("dpo", "train.steps=10", "train.batch_size=9", "data.holdout=0.25", "objective.beta=0.7")
-    data = data_record(prepared.corpus, prepared.trainer.feed, prepared.plan)
+    data = data_record(prepared.corpus, prepared.trainer.sampler, prepared.plan)
     card = dict(start_card(prepared, prepared.trainer.run, data, ""))
     assert "beta=0.7" in card["objective"]
     assert "10 steps of 9 rows" in card["horizon"]

@@ -15,11 +15,10 @@ from test_trainer import fit_until_it_fails, poisoned_model, poisoned_rows  # no
 from watched import trained
 
 from uft.errors import UftError
-from uft.training import checkpoints
-from uft.training.answer import Answer
+from uft.training import checkpoint
 from uft.training.optim import asks_late
-from uft.training.prepare import Prepared
-from uft.training.step import Step, idle_step, optimiser_step
+from uft.training.setup import Prepared
+from uft.training.step import FiniteCheck, Step, idle_step, optimiser_step
 from uft.training.trainer import Trainer
 
 Build = Callable[..., Prepared]
@@ -50,7 +49,7 @@ def test_a_step_that_came_to_no_numbers_is_undone_with_the_one_that_was_begun_af
         trainer = build(objective, *settings, *more, sources=poisoned_rows, run=f"run{len(more)}").trainer
         error, _ = fit_until_it_fails(trainer)
         ((_, folder),) = trainer.run.checkpoints()
-        found.append((str(error).replace(str(trainer.run.path), ""), *checkpoints.load(folder)))
+        found.append((str(error).replace(str(trainer.run.path), ""), *checkpoint.load(folder)))
     (said, tensors, state), (said_late, tensors_late, state_late) = found
     assert said_late == said
     assert "preference:5" in said
@@ -81,7 +80,7 @@ def test_nothing_is_shown_or_kept_of_it(build: Build, poisoned_model: Path, pois
 
 
 def test_a_step_without_rows_asks_for_the_one_before_it(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Answer, "__bool__", lambda self: False)  # the first step came to no numbers
+    monkeypatch.setattr(FiniteCheck, "__bool__", lambda self: False)  # the first step came to no numbers
     trainer = build("sft", LATE, "train.steps=4").trainer
     update = trainer._update
     monkeypatch.setattr(trainer, "_update", lambda laid: update(laid) if trainer.taken is None else idle_step(CPU))
@@ -92,7 +91,7 @@ def test_a_step_without_rows_asks_for_the_one_before_it(build: Build, monkeypatc
 def test_what_is_waited_for_the_device_is_time_of_training(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, whoever waits: the next step, or a hook."""
 
-    def slowly(self: Answer) -> bool:
+    def slowly(self: FiniteCheck) -> bool:
         time.sleep(0.3)
         return True
 
@@ -101,7 +100,7 @@ def test_what_is_waited_for_the_device_is_time_of_training(build: Build, monkeyp
             if trainer.progress.step % 2:
                 trainer.confirm()
 
-    monkeypatch.setattr(Answer, "__bool__", slowly)
+    monkeypatch.setattr(FiniteCheck, "__bool__", slowly)
     trainer = build("sft", LATE, "train.steps=4").trainer
     trainer.hooks = (Line(),)
     began = time.perf_counter()
@@ -126,8 +125,8 @@ def test_what_a_step_asks_its_device_for(build: Build, monkeypatch: pytest.Monke
     """On a device that has shapes and no numbers, whoever wants one fails."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
     trainer = build(objective, "optim.name=rmsprop", "reference.mode=cached", "train.packing=packed").trainer
-    items = trainer.feed.take(trainer.config.train.batch_size)
-    laid = trainer.lay_out(items, trainer.feed.mismatched(items) if trainer.objective.needs.mismatched else ())
+    items = trainer.sampler.take(trainer.config.train.batch_size)
+    laid = trainer.lay_out(items, trainer.sampler.mismatched(items) if trainer.objective.needs.mismatched else ())
     trainer.policy.module.to(META)
     for name, tensor in trainer.objective.state.items():
         trainer.objective.state[name] = tensor.to(META)

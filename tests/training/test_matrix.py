@@ -25,10 +25,9 @@ from uft.errors import UftError
 from uft.objectives import make
 from uft.playground.world import records
 from uft.runs import create_run
-from uft.training import prepare as preparing
-from uft.training.corpus import Corpus, read_corpus
-from uft.training.prepare import Prepared, prepare, resume
-from uft.training.signals import Stop
+from uft.training import setup as preparing
+from uft.training.liveness import Stop
+from uft.training.setup import Prepared, TrainData, prepare, read_train_data, resume
 from uft.training.step import Step
 from uft.training.trainer import Trainer
 
@@ -56,15 +55,15 @@ def short(data: str) -> Config:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where runs and the token cache lie. A corpus is a function of the data alone: each is read once, without the
     held-out rows, of which there is no battery here."""
-    known: dict[str, Corpus] = {}
+    known: dict[str, TrainData] = {}
 
-    def corpus_of(config: Config, tokenizer: Any) -> Corpus:
+    def corpus_of(config: Config, tokenizer: Any) -> TrainData:
         key = json.dumps([config.data.name, {n: s.path for n, s in config.data.sources.items()}])
-        known[key] = known.get(key) or replace(read_corpus(config, tokenizer), held_out=[])
+        known[key] = known.get(key) or replace(read_train_data(config, tokenizer), held_out=[])
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "read_corpus", corpus_of)
+        patch.setattr(preparing, "read_train_data", corpus_of)
         yield tmp_path_factory.mktemp("matrix")
 
 
@@ -213,7 +212,7 @@ def test_labels_are_what_a_soft_objective_trains_on(
     """The same pairs without the column are hard: another loss."""
     config = configure("gdpo_soft", "pairs", sources={"pairs": Source(str(written["pairs"]))})
     hard = configure("gdpo_soft", "pairs")
-    items = [prepared(c, n).trainer.feed.take(8) for c, n in ((config, "soft"), (hard, "hard"))]
+    items = [prepared(c, n).trainer.sampler.take(8) for c, n in ((config, "soft"), (hard, "hard"))]
     labels = [[i.row.completions[i.parts[0].completion].annotations.get("soft_label") for i in part] for part in items]
     assert None not in labels[0]
     assert set(labels[1]) == {None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from uft.objectives.base import Term
-from uft.training.meter import Meter
+from uft.training.trainer import Meter
 
 CPU = torch.device("cpu")
 

@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 
 from uft.config.schema import Config
-from uft.data.rows import Completion, Kind, Message, Row
-from uft.data.views import Part
+from uft.data.rows import Completion, Kind, Message, Row, Selected
 from uft.errors import UftError
 from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.objectives.base import Needs, Objective
-from uft.training.corpus import make_feed, plan, read_corpus
-from uft.training.needs import counted_as_certain, lacks
-from uft.training.records import data_record
+from uft.training.setup import counted_as_certain, data_record, lacks, make_horizon, make_sampler, read_train_data
 
 Configure = Callable[..., Config]
 
@@ -47,9 +44,9 @@ def pairs(tmp_path: Path) -> Path:
 def test_a_run_stops_and_says_how_to_write_them(configure: Configure, half: Path, pairs: Path) -> None:
     config = configure("poft", sources={"half": half, "pairs": pairs})
     config.data.sources["half"].columns = {"baseline_logp": "baseline_logp"}
-    corpus = read_corpus(config, load_tokenizer(config.model))
+    corpus = read_train_data(config, load_tokenizer(config.model))
     with pytest.raises(UftError) as error:
-        make_feed(config, corpus, make(config.objective))
+        make_sampler(config, corpus, make(config.objective))
     first, second = error.value.problems
     assert (first.what, first.where) == ("data.sources.half", "half:1")
     assert first.why == "objective=poft needs baseline_logp, which 3 of 6 rows lack"
@@ -64,30 +61,30 @@ def test_a_run_stops_and_says_how_to_write_them(configure: Configure, half: Path
 
 def test_or_leaves_them_out_and_counts_them(configure: Configure, half: Path) -> None:
     config = configure("poft", "data.unusable=drop", sources={"half": half})
-    corpus = read_corpus(config, load_tokenizer(config.model))
-    feed = make_feed(config, corpus, make(config.objective))
-    assert {item.row.index for item in feed.take(6)} == {0, 2, 4}
-    record = data_record(corpus, feed, plan(config, corpus))
+    corpus = read_train_data(config, load_tokenizer(config.model))
+    sampler = make_sampler(config, corpus, make(config.objective))
+    assert {item.row.index for item in sampler.take(6)} == {0, 2, 4}
+    record = data_record(corpus, sampler, make_horizon(config, corpus))
     assert record["sources"]["half"]["dropped_unusable"] == 3
     config.data.unusable = "error"
-    looked = make_feed(config, corpus, make(config.objective), refuse=False)
+    looked = make_sampler(config, corpus, make(config.objective), refuse=False)
     assert looked.unusable() == {"half": {Kind.DEMONSTRATION: (3, "half:1")}}
 
 
 def test_nothing_left_is_no_run(configure: Configure, files: dict[str, Path]) -> None:
     config = configure("poft", "data.unusable=drop", sources={"mine": files["demonstration"]})
-    corpus = read_corpus(config, load_tokenizer(config.model))
+    corpus = read_train_data(config, load_tokenizer(config.model))
     with pytest.raises(UftError, match="cannot use any of the 12 rows"):
-        make_feed(config, corpus, make(config.objective))
+        make_sampler(config, corpus, make(config.objective))
 
 
 def test_rows_of_which_nothing_is_taken_are_no_run_either(configure: Configure, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "w3", "completion": "w4", "label": false}\n' * 3)
     config = configure("sft", sources={"bad": bad})
-    corpus = read_corpus(config, load_tokenizer(config.model))
+    corpus = read_train_data(config, load_tokenizer(config.model))
     with pytest.raises(UftError, match="learns from none of the 3 rows"):
-        make_feed(config, corpus, make(config.objective))
+        make_sampler(config, corpus, make(config.objective))
 
 
 def test_pairs_without_a_soft_label_are_told(configure: Configure, tmp_path: Path) -> None:
@@ -97,16 +94,16 @@ def test_pairs_without_a_soft_label_are_told(configure: Configure, tmp_path: Pat
     said = {}
     for name in ("gdpo_soft", "dpo"):
         config = configure(name, sources={"soft": path})
-        corpus = read_corpus(config, load_tokenizer(config.model))
+        corpus = read_train_data(config, load_tokenizer(config.model))
         objective = make(config.objective)
-        said[name] = counted_as_certain(make_feed(config, corpus, objective), objective)
+        said[name] = counted_as_certain(make_sampler(config, corpus, objective), objective)
     assert said == {"gdpo_soft": ["2 of 3 pairs of soft have no soft_label: they count as certain"], "dpo": []}
 
 
 def test_objectives_that_need_none_take_rows_as_they_are(configure: Configure, half: Path) -> None:
     config = configure("sft", sources={"half": half})
-    corpus = read_corpus(config, load_tokenizer(config.model))
-    assert len(make_feed(config, corpus, make(config.objective)).take(6)) == 6
+    corpus = read_train_data(config, load_tokenizer(config.model))
+    assert len(make_sampler(config, corpus, make(config.objective)).take(6)) == 6
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ class Turning(Objective):
 
     @property
     def views(self):
-        return {Kind.NEGATIVES: lambda row, visit: (Part(visit % len(row.completions)),)}
+        return {Kind.NEGATIVES: lambda row, visit: (Selected(visit % len(row.completions)),)}
 
 
 def test_later_visits_count_too() -> None:

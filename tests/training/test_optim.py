@@ -11,7 +11,7 @@ from torch import nn
 
 from uft.config.schema import Optim
 from uft.runs import create_run
-from uft.training import checkpoints
+from uft.training import checkpoint
 from uft.training.optim import OPTIMISERS, SCHEDULES, learning_rate, make_optimiser, warmup_steps
 
 MOMENTS = {
@@ -152,18 +152,18 @@ def test_saved_and_loaded_equals_never_stopped(case: str, tmp_path: Path) -> Non
     names = {id(parameter): name for name, parameter in straight.items()}
     run = create_run(tmp_path / "run", "{}\n", [])
     tensors = {
-        **checkpoints.nested("model", straight),
-        **checkpoints.nested("optimiser", checkpoints.optimiser_tensors(optimiser, names)),
+        **checkpoint.nested("model", straight),
+        **checkpoint.nested("optimiser", checkpoint.optimiser_tensors(optimiser, names)),
     }
-    found, _ = checkpoints.load(checkpoints.save(run, 3, tensors, {}))
+    found, _ = checkpoint.load(checkpoint.save(run, 3, tensors, {}))
     advance(straight, optimiser, range(3, 6))
 
     resumed = small()
     again = make_optimiser(resumed, cfg)
     with torch.no_grad():
-        for name, tensor in checkpoints.below("model", found).items():
+        for name, tensor in checkpoint.below("model", found).items():
             resumed[name].copy_(tensor)
-    checkpoints.load_optimiser(again, resumed, checkpoints.below("optimiser", found))
+    checkpoint.load_optimiser(again, resumed, checkpoint.below("optimiser", found))
     advance(resumed, again, range(3, 6))
     for name, parameter in straight.items():
         assert torch.equal(parameter, resumed[name]), name
@@ -197,7 +197,7 @@ def test_a_fused_update_is_the_plain_one_and_goes_on_from_its_moments(name: str,
     other, resumed = begun(True)
     with torch.no_grad():
         other.copy_(fused)
-    checkpoints.load_optimiser(resumed, {"w": other}, checkpoints.optimiser_tensors(fast, {id(fused): "w"}))
+    checkpoint.load_optimiser(resumed, {"w": other}, checkpoint.optimiser_tensors(fast, {id(fused): "w"}))
     steps(fused, fast, gradients[2:])
     steps(other, resumed, gradients[2:])
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)

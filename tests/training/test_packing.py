@@ -9,11 +9,10 @@ import pytest
 import torch
 from watched import trained
 
-from uft.data.packing import Layout
-from uft.model import packed
+from uft.data.batch import Layout
+from uft.model import layout
 from uft.training.card import start_card
-from uft.training.prepare import Prepared, check_start, longest_row, resume
-from uft.training.records import data_record
+from uft.training.setup import Prepared, check_start, data_record, longest_row, resume
 
 
 @pytest.mark.parametrize("objective", ["sft", "ift", "uft", "dft", "dpo"])
@@ -41,7 +40,7 @@ def test_the_card_says_how_rows_lie(build: Callable[..., Prepared], monkeypatch:
     texts = {}
     for packing in ("packed", "padded", "auto"):
         prepared = build("sft", f"train.packing={packing}", run=packing)
-        data = data_record(prepared.corpus, prepared.trainer.feed, prepared.plan)
+        data = data_record(prepared.corpus, prepared.trainer.sampler, prepared.plan)
         texts[packing] = "\n".join(value for _, value in start_card(prepared, prepared.trainer.run, data, ""))
     assert "rows packed" in texts["packed"]
     assert "padding counted" not in texts["packed"]
@@ -71,6 +70,6 @@ def test_what_is_longest_decides_about_windows(build: Callable[..., Prepared], m
     lengths = [one.length for source in corpus.train for row in source.encoded for one in row]
     assert longest_row(corpus, config, prepared.trainer.objective) == max(lengths)
     seen: list[int] = []
-    monkeypatch.setattr(packed, "REASONS", (lambda policy, longest: seen.append(longest),))
+    monkeypatch.setattr(layout, "REASONS", (lambda policy, longest: seen.append(longest),))
     build("sft", "train.packing=packed", run="other")
     assert seen == [max(lengths)]

@@ -12,8 +12,8 @@ from uft.config.schema import Config, Hardware
 from uft.errors import FAILED, UftError
 from uft.runs import create_run
 from uft.training.device import CPU_PASS, PASS, choose_device, tokens_per_pass
-from uft.training.prepare import Prepared, Stopped, check_start, prepare, resume, standing
-from uft.training.signals import Stop
+from uft.training.liveness import Stop
+from uft.training.setup import Prepared, Stopped, check_start, prepare, resume, standing
 from uft.training.trainer import Progress
 
 

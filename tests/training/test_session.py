@@ -18,10 +18,10 @@ from dying import LORA, Death, StopAt, lines
 
 from uft.config.schema import Config
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, UftError
-from uft.model import reference_cache
+from uft.model import reference
 from uft.runs import Run, create_run
-from uft.training import checkpoints, session
-from uft.training.signals import Stop
+from uft.training import checkpoint, session
+from uft.training.liveness import Stop
 
 CLOCKS = ("seconds", "tokens_per_second")
 UNEVEN = ("train.steps=7", *dying.UNEVEN)
@@ -39,7 +39,7 @@ WITHOUT_REFERENCE = ("sft", "ift", "dft2")
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference cache of these few rows consists of several files."""
-    monkeypatch.setattr(reference_cache, "SEQUENCES_PER_FILE", 7)
+    monkeypatch.setattr(reference, "SEQUENCES_PER_FILE", 7)
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def stopped_at_every_look(config: Config, folder: Path) -> Iterator[Run]:
 def stands(run: Run) -> dict[str, int]:
     """Step and last battery of the newest checkpoint."""
     found = run.checkpoints()
-    progress = checkpoints.read_state(found[-1][1])["progress"] if found else {"step": -1, "evaluated": -1}
+    progress = checkpoint.read_state(found[-1][1])["progress"] if found else {"step": -1, "evaluated": -1}
     return {name: progress[name] for name in ("step", "evaluated")}
 
 
@@ -249,7 +249,7 @@ def test_a_failure_while_preparing_is_a_failed_run(
 
     run, config = new_run(tmp_path / "run"), configure("sft", *UNEVEN)
     with monkeypatch.context() as patch:
-        patch.setattr("uft.training.prepare.load_policy", out_of_memory)
+        patch.setattr("uft.training.setup.load_policy", out_of_memory)
         assert sit(run, config) == FAILED
     assert run.result()["status"] == "failed"
     assert "no room for the model" in run.result()["error"]

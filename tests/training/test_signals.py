@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from uft.errors import INTERRUPTED, STOPPED
-from uft.training.signals import SIGNALS, Stop, listening
+from uft.training.liveness import SIGNALS, Stop, listening
 
 CODES = {signal.SIGTERM: STOPPED, signal.SIGUSR1: STOPPED, signal.SIGUSR2: STOPPED, signal.SIGINT: INTERRUPTED}
 
@@ -53,7 +53,7 @@ def test_nobody_asked() -> None:
 def test_a_second_interrupt_ends_the_process_at_once() -> None:
     program = (
         "import os, signal\n"
-        "from uft.training.signals import listening\n"
+        "from uft.training.liveness import listening\n"
         "with listening():\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('still here', flush=True)\n"

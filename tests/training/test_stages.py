@@ -18,8 +18,8 @@ from stage_runs import CLOCKS, DPO, SFT, sit
 from uft.config.schema import Config
 from uft.errors import BAD_REQUEST, GOOD, STOPPED, UftError
 from uft.runs import Run, create_run, summary
-from uft.training import session, stages, stages_jobs
-from uft.training.signals import Stop
+from uft.training import jobs, session
+from uft.training.liveness import Stop
 
 # --- what is written
 
@@ -77,14 +77,14 @@ def test_a_stage_starts_from_the_model_before_it_and_its_reference_is_that(
     tuning: tuple[str, ...], two: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    real = stages.prepare
+    real = session.prepare
 
     def prepare(*arguments: Any) -> Any:
         prepared = real(*arguments)
         made.append({name: p.detach().clone() for name, p in prepared.trainer.policy.base.state_dict().items()})
         return prepared
 
-    monkeypatch.setattr(stages, "prepare", prepare)
+    monkeypatch.setattr(session, "prepare", prepare)
     folder = tmp_path / "run"
     assert sit(folder, two("run", *tuning)) == GOOD
     left = weights(folder / "stages/1-sft/model")
@@ -123,7 +123,7 @@ def test_a_stage_is_what_a_run_of_its_own_would_be(two: Callable[..., Config], t
     """Two runs by hand, the second from the first one's model, give the same training to the last bit."""
     folder, config = tmp_path / "run", two("run")
     assert sit(folder, config) == GOOD
-    first, second = (stage.config for stage in stages.stages_of(config))
+    first, second = (stage.config for stage in session.stages_of(config))
     assert session.train(create_run(tmp_path / "first", "{}\n", []), first, Stop()) == GOOD
     started = replace(second, model=replace(second.model, path=str(tmp_path / "first" / "model")))
     assert session.train(create_run(tmp_path / "second", "{}\n", []), started, Stop()) == GOOD
@@ -202,13 +202,13 @@ def test_check_and_data_look_at_every_stage(chain: Callable[..., Config], capsys
         "dpo": ("dpo", "preference", "train.steps=3", "objective.beta=0.3"),
     }
     config = chain(parts)
-    assert stages_jobs.check(config) == GOOD
+    assert jobs.check_stages(config) == GOOD
     said = capsys.readouterr().out
-    for words in ("stage 1 of 4: sft (fit)", "demonstration: 10 rows", stages_jobs.NOT_THERE, "dpo  beta=0.3"):
+    for words in ("stage 1 of 4: sft (fit)", "demonstration: 10 rows", jobs.NOT_THERE, "dpo  beta=0.3"):
         assert words in said
     assert said.count("largest step") == 2
     assert "All is well" in said
-    assert stages_jobs.data(config) == GOOD
+    assert jobs.data_of_stages(config) == GOOD
     shown = capsys.readouterr().out
     places = [shown.index(words) for words in ("stage 1 of 4", "  demonstration:", "stage 4 of 4", "  preference:")]
     assert places == sorted(places)

@@ -12,7 +12,7 @@ from stage_runs import sit, survive, written
 
 from uft.config.schema import Config
 from uft.errors import FAILED, GOOD, STOPPED
-from uft.evaluation.battery import Battery
+from uft.evaluation.evaluate import Evaluation
 from uft.runs import Run
 from uft.training import session
 
@@ -88,7 +88,7 @@ def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(
     folder, config = tmp_path / "run", two("run")
     real = session.battery
 
-    def failing(*arguments: Any, **keywords: Any) -> Battery:
+    def failing(*arguments: Any, **keywords: Any) -> Evaluation:
         if (folder / "stages/1-sft/result.json").exists():
             raise RuntimeError("no more")
         return real(*arguments, **keywords)

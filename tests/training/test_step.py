@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from uft.data.batches import Item, micro_batches
-from uft.model.forward import Policy
+from uft.data.batch import Example, micro_batches
+from uft.data.loader import Collator
+from uft.model.policy import Policy
 from uft.objectives import make
 from uft.objectives.base import PLAIN, Ask, Clock, Loss, Objective
-from uft.training.ahead import Plan
-from uft.training.prepare import Prepared
-from uft.training.step import culprits, forward_backward, optimiser_step, reported_loss, survey
+from uft.training.setup import Prepared
+from uft.training.step import culprits, forward_backward, kl_baseline, optimiser_step, reported_loss
 
 Gradients = dict[str, torch.Tensor]
 OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto", "anchored_sft", "orpo", "per_kind")
@@ -34,29 +34,29 @@ class Bench:
 
     def objective(self) -> Objective:
         made = make(self.trainer.config.objective)
-        made.start(self.trainer.feed.examples)
+        made.start(self.trainer.sampler.examples)
         if "log_u" in made.state:  # as if every example had been visited before
-            made.state["log_u"].copy_(torch.linspace(-3, 3, self.trainer.feed.examples))
+            made.state["log_u"].copy_(torch.linspace(-3, 3, self.trainer.sampler.examples))
         return made
 
-    def items(self, count: int) -> list[Item]:
+    def items(self, count: int) -> list[Example]:
         """`count` rows of which the objective takes something."""
-        state = self.trainer.feed.state_dict()
-        found: list[Item] = []
+        state = self.trainer.sampler.state_dict()
+        found: list[Example] = []
         while len(found) < count:
-            found += self.trainer.feed.take(1)
-        self.trainer.feed.load_state_dict(state)
+            found += self.trainer.sampler.take(1)
+        self.trainer.sampler.load_state_dict(state)
         return found
 
-    def clock(self, items: Sequence[Item], budget: int) -> Clock:
+    def clock(self, items: Sequence[Example], budget: int) -> Clock:
         """The clock of a step of these rows, which knows what their mismatched completions say."""
         trainer, objective = self.trainer, self.objective()
-        unrelated = trainer.feed.mismatched(items) if objective.needs.mismatched else ()
+        unrelated = trainer.sampler.mismatched(items) if objective.needs.mismatched else ()
         batches = micro_batches(unrelated, budget, trainer.pad_id)
-        return replace(CLOCK, survey=survey(objective, batches, trainer.policy, trainer.reference))
+        return replace(CLOCK, survey=kl_baseline(objective, batches, trainer.policy, trainer.reference))
 
     def measure(
-        self, items: Sequence[Item], budget: int, step: Sequence[Item] | None = None
+        self, items: Sequence[Example], budget: int, step: Sequence[Example] | None = None
     ) -> tuple[float, Loss, Gradients, int]:
         """Loss, terms, gradients and the number of micro-batches; `items` may be a part of a `step`."""
         trainer, objective = self.trainer, self.objective()
@@ -136,14 +136,14 @@ def test_also_with_several_weighted_terms(bench: Callable[..., Bench]) -> None:
 def test_a_survey_is_a_mean_over_all_mismatched_completions_of_the_step(bench: Callable[..., Bench]) -> None:
     rig = bench("kto")
     items, policy, reference = rig.items(8), rig.trainer.policy, rig.trainer.reference
-    unrelated = rig.trainer.feed.mismatched(items)
+    unrelated = rig.trainer.sampler.mismatched(items)
     assert len(unrelated) == sum(len(item.parts) for item in items)
     found = [rig.clock(items, budget).survey["z"] for budget in (10_000, 60, 1)]
     alone = (micro_batches([item], 1, rig.trainer.pad_id)[0] for item in unrelated)
     ratios = [float((policy(batch).log_probs - reference(batch).log_probs).sum().detach()) for batch in alone]
     assert [float(z) for z in found] == pytest.approx([sum(ratios) / len(ratios)] * 3, rel=1e-5)
     assert not any(z.requires_grad for z in found)
-    assert survey(rig.objective(), [], policy, reference) == {}
+    assert kl_baseline(rig.objective(), [], policy, reference) == {}
 
 
 @pytest.mark.parametrize("objective", ["kto", "per_kind"])
@@ -161,7 +161,7 @@ def test_a_step_takes_its_survey_from_all_rows_whatever_the_micro_batches(
 
     rig.trainer.reference = lowered
     for budget in (10_000, 40):
-        done = step(rig, items, mismatched=rig.trainer.feed.mismatched(items), micro_batch_tokens=budget, lr=1.0)
+        done = step(rig, items, mismatched=rig.trainer.sampler.mismatched(items), micro_batch_tokens=budget, lr=1.0)
         points = [float(t.total / t.count) for name, t in done.terms.items() if name.endswith("reference_point")]
         assert points
         assert min(points) > 0.1
@@ -199,9 +199,9 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench],
 # --- the step itself
 
 
-def step(rig: Bench, items: Sequence[Item], **changes: Any) -> Any:
+def step(rig: Bench, items: Sequence[Example], **changes: Any) -> Any:
     trainer = rig.trainer
-    lay_out = Plan(changes.pop("micro_batch_tokens", 64), trainer.pad_id)
+    lay_out = Collator(changes.pop("micro_batch_tokens", 64), trainer.pad_id)
     keywords = {"lr": 0.1, "max_grad_norm": 1.0, "device": CPU}
     return optimiser_step(
         lay_out(items, changes.pop("mismatched", ())),
@@ -285,6 +285,6 @@ def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
     assert not rig.trainer.optimiser.state
     trainer = rig.trainer
     parts = rig.objective(), trainer.policy, trainer.reference, trainer.parameters
-    found = culprits(items, *parts, CLOCK, lay_out=Plan(1, 0), device=CPU)
+    found = culprits(items, *parts, CLOCK, lay_out=Collator(1, 0), device=CPU)
     assert found == [bad]
     assert all(p.grad is None for p in rig.trainer.parameters.values())

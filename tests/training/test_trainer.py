@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from uft.errors import FAILED, UftError
-from uft.training import checkpoints
-from uft.training.prepare import Prepared
+from uft.training import checkpoint
+from uft.training.setup import Prepared
 from uft.training.step import Step
 from uft.training.trainer import Trainer
 
@@ -57,7 +57,7 @@ class Watch:
         return {
             "weights": {name: p.detach().clone() for name, p in trainer.parameters.items()},
             "objective": {name: t.clone() for name, t in trainer.objective.state.items()},
-            "feed": trainer.feed.state_dict(),
+            "feed": trainer.sampler.state_dict(),
             "random": torch.get_rng_state(),
             "step": trainer.progress.step,
         }
@@ -133,7 +133,7 @@ def test_a_sum_that_overflows_without_any_one_row_is_said_so(
     build: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = build("sft").trainer
-    monkeypatch.setattr("uft.training.undo.culprits", lambda *arguments, **keywords: [])
+    monkeypatch.setattr("uft.training.trainer.culprits", lambda *arguments, **keywords: [])
     real = trainer.policy.__call__
     monkeypatch.setattr(type(trainer.policy), "__call__", lambda self, *a, **k: _times(real(*a, **k), math.inf))
     with pytest.raises(UftError, match="no single row"):
@@ -210,9 +210,9 @@ def test_the_same_seed_repeats_every_bit_and_another_seed_does_not(build: Callab
 def test_what_a_checkpoint_holds(build: Callable[..., Prepared]) -> None:
     trainer = build("dft", "train.steps=2").trainer
     trainer.fit()
-    tensors, state = checkpoints.load(trainer.save_checkpoint())
+    tensors, state = checkpoint.load(trainer.save_checkpoint())
     assert {name.split("/")[0] for name in tensors} == {"model", "optimiser", "objective", "meter", "random"}
-    assert tensors["objective/log_u"].shape == (trainer.feed.examples,)
+    assert tensors["objective/log_u"].shape == (trainer.sampler.examples,)
     assert state["progress"]["step"] == 2
     assert state["steps"] == 2
     assert sum(state["feed"]["counts"].values()) == 16

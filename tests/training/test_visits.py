@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from uft.data.batches import Item, micro_batches
-from uft.data.packing import Layout
+from uft.data.batch import Example, Layout, micro_batches
 from uft.model import head
 from uft.model.head import Head
 from uft.objectives import make
 from uft.objectives.base import Clock
-from uft.training.prepare import Prepared
+from uft.training.setup import Prepared
 from uft.training.step import forward_backward
 
 CLOCK = Clock(step=3, steps=10)
@@ -35,7 +34,7 @@ class Visits:
         monkeypatch.setattr(Head, "visit", counted)
 
 
-def run(prepared: Prepared, items: Sequence[Item], layout: Layout) -> None:
+def run(prepared: Prepared, items: Sequence[Example], layout: Layout) -> None:
     trainer = prepared.trainer
     batches = micro_batches(items, 10_000, trainer.pad_id, layout)
     forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, CLOCK)
@@ -57,7 +56,7 @@ def test_objectives_with_one_forward_are_judged_part_by_part(
     build: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch, objective: str, settings: tuple[str, ...]
 ) -> None:
     prepared = build(objective, "train.packing=packed", "reference.mode=copy", *settings)
-    items, visits = prepared.trainer.feed.take(8), Visits(monkeypatch)
+    items, visits = prepared.trainer.sampler.take(8), Visits(monkeypatch)
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 20 * VOCABULARY)
     run(prepared, items, Layout.SHARED)
     (parts,) = visits.parts
@@ -73,10 +72,10 @@ def test_padded_batches_and_what_asks_for_more_go_the_ordinary_way(
 ) -> None:
     prepared = build("sft", "train.packing=packed")
     visits = Visits(monkeypatch)
-    run(prepared, prepared.trainer.feed.take(8), Layout.PADDED)
+    run(prepared, prepared.trainer.sampler.take(8), Layout.PADDED)
     assert visits.parts == []
     with_anchor = build("sft", "train.packing=packed", "objective.alpha=0.1", "reference.mode=copy", run="anchor")
-    run(with_anchor, with_anchor.trainer.feed.take(8), Layout.SHARED)
+    run(with_anchor, with_anchor.trainer.sampler.take(8), Layout.SHARED)
     assert visits.parts == []
 
 
@@ -84,11 +83,11 @@ def test_the_objectives_state_is_written_once_for_every_row(
     build: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared = build("dft2", "train.packing=packed")
-    items = prepared.trainer.feed.take(8)
+    items = prepared.trainer.sampler.take(8)
     states = []
     for layout in (Layout.PADDED, Layout.SHARED):
         objective = make(prepared.trainer.config.objective)
-        objective.start(prepared.trainer.feed.examples)
+        objective.start(prepared.trainer.sampler.examples)
         prepared.trainer.objective = objective
         run(prepared, items, layout)
         states.append(objective.state["log_u"])
@@ -107,5 +106,5 @@ def test_the_reference_runs_once_for_all_parts(build: Callable[..., Prepared], m
         return reference(batch, *rest)
 
     prepared.trainer.reference = counted
-    run(prepared, prepared.trainer.feed.take(8), Layout.SHARED)
+    run(prepared, prepared.trainer.sampler.take(8), Layout.SHARED)
     assert len(asked) == 1

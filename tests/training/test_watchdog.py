@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 
-from uft.alive import doing, life, sign
-from uft.training.watchdog import watching
+from uft.heartbeat import activity, beat, heartbeat
+from uft.training.liveness import watching
 
 SECONDS = 2.0
 PROGRAM = f"""
 import sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from uft.alive import doing, sign
-from uft.training.signals import Stop
-from uft.training.watchdog import watching
+from uft.heartbeat import doing, sign
+from uft.training.liveness import Stop
+from uft.training.liveness import watching
 
 def work(act, seconds=3 * {SECONDS}):
     end = time.monotonic() + seconds
@@ -111,31 +111,31 @@ def test_a_watchdog_that_is_off_watches_nothing(tmp_path: Path) -> None:
 
 
 def test_a_phase_is_over_also_by_an_error() -> None:
-    @doing("it was tried", moving=False)
+    @activity("it was tried", moving=False)
     def attempt() -> None:
-        assert (life.doing, life.moving) == ("it was tried", False)
+        assert (heartbeat.doing, heartbeat.moving) == ("it was tried", False)
         raise ZeroDivisionError
 
-    before, signs = (life.doing, life.moving), life.signs
+    before, signs = (heartbeat.doing, heartbeat.moving), heartbeat.signs
     with pytest.raises(ZeroDivisionError):
         attempt()
-    assert (life.doing, life.moving) == before
-    assert life.signs == signs + 2
-    sign()
-    assert life.signs == signs + 3
+    assert (heartbeat.doing, heartbeat.moving) == before
+    assert heartbeat.signs == signs + 2
+    beat()
+    assert heartbeat.signs == signs + 3
 
 
 TOGETHER = f"""
 import os, sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
-from uft.alive import doing, sign
-from uft.parallel.environment import rank
-from uft.parallel.ranks import joined
-from uft.training.watchdog import watching
+from uft.heartbeat import doing, sign
+from uft.distributed import rank
+from uft.distributed import joined
+from uft.training.liveness import watching
 
 with joined() as group:
-    group.wait()
+    group.barrier()
     with watching(3.0, Path(), lambda why: Path(f"why-{{rank()}}").write_text(why)), doing("it trained"):
         end = time.monotonic() + 10
         while rank() == 0 and time.monotonic() < end:
@@ -143,7 +143,7 @@ with joined() as group:
             time.sleep(0.05)
         if rank() == 0 and sys.argv[1] == "hangs":
             time.sleep(600)
-        group.wait()
+        group.barrier()
     Path(f"whole-{{rank()}}").touch()
 """
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from uft.training.prepare import Prepared
-from uft.training.signals import Stop
+from uft.training.liveness import Stop
+from uft.training.setup import Prepared
 from uft.training.step import Step
 from uft.training.trainer import Trainer
 

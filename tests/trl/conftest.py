@@ -205,8 +205,8 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         from uft.config.schema import Config
         from uft.runs import Run
         from uft.training.device import choose_device
-        from uft.training.prepare import prepare
-        from uft.training.signals import Stop
+        from uft.training.liveness import Stop
+        from uft.training.setup import prepare
 
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -221,14 +221,14 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         }
         config = typed(OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), settings), resolve=True))
         trainer = prepare(Run(tmp_path / "run"), config, choose_device(config.hardware), Stop()).trainer
-        items = trainer.feed.items(trainer.feed.preview(len(records)))
+        items = trainer.sampler.items(trainer.sampler.preview(len(records)))
         trainer.hooks = [keep := Keep()]
         trainer.fit()
         return Outcome(
             float(keep.step.loss),
             {name: parameter.grad for name, parameter in trainer.parameters.items() if parameter.grad is not None},
             _sequences(items),
-            _sequences(trainer.feed.mismatched(items) if trainer.objective.needs.mismatched else ()),
+            _sequences(trainer.sampler.mismatched(items) if trainer.objective.needs.mismatched else ()),
             [records[item.row.index] for item in items],
             {name: float(term.total / term.count) for name, term in keep.step.terms.items()},
         )

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, UftError, render
-from uft.redact import redact, tell_redacted
+from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, UftError, redact, render, tell_redacted
 from uft.runs import keep_others_out
 
 VERBS = {

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 def installed() -> dict[str, str]:
     from uft.config.places import conf_dir, user_dir
-    from uft.launch.provenance import versions
+    from uft.launch.launcher import versions
 
     yours = str(user_dir() or "none (./conf-user or $UFT_CONF)")
     return {**versions(), "configuration": str(conf_dir()), "your files": yours}
@@ -81,7 +81,7 @@ def memory() -> str:
 
 
 def disk() -> dict[str, str]:
-    from uft.disk import cache_root
+    from uft.runs import cache_root
 
     return {
         "here": free_space(Path.cwd()),
@@ -103,7 +103,7 @@ def free_space(folder: Path) -> str:
 
 
 def services() -> dict[str, str]:
-    from uft.tracking.connection import Server, has_key
+    from uft.tracking.wandb import Server, has_key
 
     wandb = Server(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -120,7 +120,7 @@ def answers(url: str) -> str:
     """Whether the host of `url` takes a connection within two seconds."""
     from urllib.parse import urlsplit
 
-    from uft.tracking.connection import reachable
+    from uft.tracking.wandb import reachable
 
     return f"{urlsplit(url).hostname} {'answers' if reachable(url) else 'does not answer'}"
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from uft.errors import GOOD, Problem, UftError
 from uft.runs import Run, find_runs, summary, waiting
-from uft.tracking.cards import HEADLINES
+from uft.tracking.console import HEADLINES
 
 if TYPE_CHECKING:
     from rich.table import Table

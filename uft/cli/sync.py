@@ -8,8 +8,8 @@ from pathlib import Path
 
 from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError, render
 from uft.runs import find_runs, shown
-from uft.tracking.connection import Server, has_key, reachable
 from uft.tracking.sync import Upload, mend, plan, send
+from uft.tracking.wandb import Server, has_key, reachable
 
 ABOUT = """\
 Files that a killed run left torn are cut at their last whole record first (the original stays beside until the

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from uft.config.suggest import hint, listing, nearest, written
-from uft.redact import secret_in, secrets
+from uft.errors import secret_in, secrets
 
 LONGEST_NAME = 200  # bytes; file systems allow 255, and our temporary files have longer names
 

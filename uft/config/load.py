@@ -12,8 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from uft.config.checks import Finding, walk
 from uft.config.freeze import flat
 from uft.config.schema import Config
-from uft.disk import bounded
 from uft.errors import Problem, UftError
+from uft.runs import bounded
 
 
 def load_config(path: str | Path) -> Config:

@@ -17,8 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError, safe_load
 
 from uft.config.suggest import hint, nearest
-from uft.disk import bounded
 from uft.errors import Problem, UftError
+from uft.runs import bounded
 
 T = TypeVar("T")
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from uft.data.many import kinds
 from uft.data.rows import Kind, Row
+from uft.data.table import kinds
 from uft.errors import Problem, UftError
 
 _SLACK = 1e-9  # shares are floats: a tie must stay a tie

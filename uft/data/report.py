@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from uft.data.lengths import LengthReport
-from uft.data.many import like, prompt_words
+from uft.data.chat import Tokens
 from uft.data.mixture import Mixture
-from uft.data.rows import Kind, Row
+from uft.data.rows import Kind, Row, View
 from uft.data.sources import LoadedSource
-from uft.data.templates import Encoded
-from uft.data.tokens import Tokenized
-from uft.data.views import View
+from uft.data.table import like, prompt_words
+from uft.data.tokens import LengthReport, TokenizedSource
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -53,7 +51,7 @@ COUNTED = 200_000
 
 def data_report(
     loaded: Sequence[LoadedSource],
-    tokenized: Sequence[Tokenized],
+    tokenized: Sequence[TokenizedSource],
     mixture: Mixture,
     rows: int,
     views: Mapping[Kind, View] | None = None,
@@ -130,7 +128,7 @@ def merged_lengths(reports: Sequence[LengthReport]) -> list[tuple[int, int]]:
     return sorted(counts.items())
 
 
-def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str] = ("", "")) -> Text:
+def coloured(encoded: Tokens, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str] = ("", "")) -> Text:
     """A row's text as the model reads it, the trained tokens highlighted, and between `marks` where colour is lost."""
     from rich.text import Text
 
@@ -147,7 +145,7 @@ def coloured(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, marks: tuple[
 
 
 def _realised(
-    tokenized: Sequence[Tokenized], mixture: Mixture, rows: int, views: Mapping[Kind, View] | None
+    tokenized: Sequence[TokenizedSource], mixture: Mixture, rows: int, views: Mapping[Kind, View] | None
 ) -> tuple[list[int], list[int]]:
     """(rows, supervised tokens) of each source in the first `rows` draws; those after COUNTED in proportion."""
     fresh = Mixture(mixture.names, mixture.sizes, mixture.weights, mixture.seed)

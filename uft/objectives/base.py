@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind
-from uft.data.views import View
+from uft.data.rows import Kind, View
 
 Tensor = torch.Tensor
 

@@ -15,8 +15,7 @@ from functools import partial
 import torch
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind
-from uft.data.views import Role, View
+from uft.data.rows import Kind, Role, View
 from uft.objectives import terms, views
 from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, key
 

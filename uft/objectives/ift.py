@@ -19,8 +19,7 @@ import torch
 from torch.nn.functional import pad
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind
-from uft.data.views import View
+from uft.data.rows import Kind, View
 from uft.objectives import terms, views
 from uft.objectives.base import Ask, Clock, Forward, Loss, Objective, Scores, key
 from uft.objectives.nll import CONVENTION

@@ -16,8 +16,7 @@ from functools import partial
 import torch
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind
-from uft.data.views import View
+from uft.data.rows import Kind, View
 from uft.objectives import terms, views
 from uft.objectives.base import PLAIN, Ask, Clock, Forward, Loss, Needs, Objective, key
 

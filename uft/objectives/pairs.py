@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind
-from uft.data.views import Role, View
+from uft.data.rows import Kind, Role, View
 from uft.objectives import terms, views
 from uft.objectives.base import Objective, key
 from uft.objectives.nll import CONVENTION

@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind
-from uft.data.views import View
+from uft.data.rows import Kind, View
 from uft.objectives import terms
 from uft.objectives.base import PLAIN, Ask, Clock, Forward, Loss, Needs, Objective, Scores, Term, key
 

@@ -14,8 +14,7 @@ import torch
 from torch.nn.functional import softplus
 
 from uft.data.batch import Batch
-from uft.data.rows import BASELINE, Kind
-from uft.data.views import View
+from uft.data.rows import BASELINE, Kind, View
 from uft.objectives import terms, views
 from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, key
 

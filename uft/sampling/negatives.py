@@ -22,18 +22,18 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from uft.alive import doing
 from uft.config.schema import Generate
+from uft.data.chat import Renderer
+from uft.data.formats import written
 from uft.data.rows import Completion, Row
 from uft.data.sources import LoadedSource
-from uft.data.templates import Renderer
-from uft.data.writing import written
-from uft.disk import writing
+from uft.distributed import ranks
 from uft.errors import Problem, UftError
-from uft.model.forward import Policy
+from uft.heartbeat import activity
 from uft.model.load import pad_id
+from uft.model.policy import Policy
 from uft.objectives.views import GOOD_ENOUGH, reward
-from uft.parallel.ranks import ranks
+from uft.runs import writing
 from uft.sampling.generate import Reply, Sampling, complete
 
 Line = dict[str, Any]
@@ -54,7 +54,7 @@ class Summary:
     without_good: int  # rows that have no good completion to set the samples against: left out
 
 
-@doing("completions were sampled")
+@activity("completions were sampled")
 def generate_rows(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
@@ -75,20 +75,20 @@ def generate_rows(
     rows = [row for source in sources for row in source.rows[: settings.limit]]
     usable = [row for row in rows if good_completion(row) is not None]
     recipe, group = {"sampled_by": sampled_by, "sampling": recorded(settings, renderer)}, ranks()
-    lines = group.from_first(lambda: _earlier_lines(out, usable, recipe))
+    lines = group.on_rank0(lambda: _earlier_lines(out, usable, recipe))
     resumed = len(lines)
     done = {line["row"] for line in lines}
     handled = resumed
-    if group.first:
+    if group.is_rank0:
         _append(out, [])
 
     def sample(share: Sequence[Row]) -> list[Line]:
         return list(_sample(policy, tokenizer, renderer, share, settings, recipe, should_stop))
 
     for batch in _batches(usable, done, group.size * settings.batch_size):
-        sampled = group.spread(batch, sample)
+        sampled = group.map_shards(batch, sample)
         kept = [line for line in sampled if line["negatives"] and line["row"] not in done]
-        if group.first:
+        if group.is_rank0:
             _append(out, kept)
         lines += kept
         handled += sum(row.id not in done for row in batch)

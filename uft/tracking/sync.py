@@ -21,8 +21,8 @@ from pathlib import Path
 
 from uft.errors import FAILED, GOOD, STOPPED
 from uft.runs import Run
-from uft.tracking import segments
-from uft.tracking.files import read_metrics
+from uft.tracking import wandb
+from uft.tracking.metrics import read_metrics
 
 AT_ONCE = 4  # runs; the segments of one run go one after the other
 PATIENCE = 900.0  # seconds without a word, after which the upload is given up
@@ -97,21 +97,21 @@ def segments_of(run: Run) -> list[Segment]:
 def owes(segment: Segment, run: Run, unsent: set[str]) -> bool:
     """Whether an online segment is known not to have arrived: W&B said so, or its process was killed."""
     name = os.path.relpath(segment.file.parent, run.path)
-    return name in unsent or "exit" not in segments.kinds(segment.file)
+    return name in unsent or "exit" not in wandb.kinds(segment.file)
 
 
 def mend(upload: Upload) -> None:
     """Make the segments of an upload whole: cut torn ones, leave out empty ones, add the rows that they lack."""
-    damaged = [segment for segment in upload.segments if not segments.readable(segment.file)]
+    damaged = [segment for segment in upload.segments if not wandb.readable(segment.file)]
     if damaged:  # one of them would keep wandb from uploading anything, of any run
         upload.why = f"{damaged[0].file.parent.name} is no W&B log any more: its first bytes are damaged"
         return
     kept = []
     for segment in upload.segments:
-        cut = segments.repair(segment.file, segment.original)
+        cut = wandb.repair(segment.file, segment.original)
         if cut:
             upload.notes.append(f"{segment.file.parent.name} was torn: {cut} bytes of a half-written record cut")
-        if "run" in segments.kinds(segment.file):
+        if "run" in wandb.kinds(segment.file):
             kept.append(segment)
         else:
             upload.notes.append(f"{segment.file.parent.name} is empty: W&B was killed before it wrote anything")
@@ -125,7 +125,7 @@ def mend(upload: Upload) -> None:
 
 def lost_rows(run: Run) -> int:
     """Steps of metrics.jsonl after the last one that W&B's logs have."""
-    steps = (segments.last_step(segment.file) for segment in segments_of(run))
+    steps = (wandb.last_step(segment.file) for segment in segments_of(run))
     known = max((step for step in steps if step is not None), default=-1)
     return sum(line["step"] > known for line in read_metrics(run))
 

@@ -6,20 +6,142 @@ lacks of `metrics.jsonl` is sent again. In one process one W&B run is open at a 
 
 from __future__ import annotations
 
+import json
+import netrc
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+import socket
+import struct
+import threading
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from uft.errors import STOPPED, UftError
-from uft.evaluation.samples import Sample
+from uft.errors import STOPPED, Problem, UftError
 from uft.runs import Run, shown
-from uft.tracking import segments
-from uft.tracking.connection import CONNECT_TIMEOUT, Choice, Server, choose, no_key
-from uft.tracking.files import read_metrics
+from uft.tracking.metrics import read_metrics
+
+if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
+    from uft.evaluation.evaluate import Sample
+
+# --- Whether W&B can be reached: a key that it will accept without asking, and a server that answers.
+#
+# Asked before `wandb.init`, because that waits 100 s for a dead network and prompts for a missing key on a terminal.
+
+
+CONNECT_TIMEOUT = 2.0  # seconds
+UPSTREAM = {"api.forge.coreweave.com": "api.wandb.ai"}  # `wandb login` of earlier versions wrote the second name
+SWITCH_OFF = "or keep it on disk:  tracking.mode=offline"
+
+
+@dataclass(frozen=True)
+class Server:
+    """The W&B server as wandb's own settings name it."""
+
+    url: str
+    key: str | None = None  # from wandb's settings files
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).netloc
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The mode to use and, where it is not the one hoped for, why."""
+
+    mode: str  # online or offline
+    why: str = ""
+
+
+def choose(mode: str, server: Server, timeout: float = CONNECT_TIMEOUT) -> Choice:
+    """The mode that `tracking.mode` means here and now. `online` without a key is the user's mistake: a UftError."""
+    return CHOICES[mode](server, timeout)
+
+
+def _auto(server: Server, timeout: float) -> Choice:
+    if not has_key(server):
+        return Choice("offline", "no API key")
+    if not reachable(server.url, timeout):
+        return Choice("offline", f"{server.host} does not answer")
+    return Choice("online")
+
+
+def _online(server: Server, timeout: float) -> Choice:
+    if not has_key(server):
+        raise UftError(no_key(f"no W&B API key for {server.host}"))
+    return Choice("online")
+
+
+def _offline(server: Server, timeout: float) -> Choice:
+    return Choice("offline")
+
+
+CHOICES: dict[str, Callable[[Server, float], Choice]] = {"auto": _auto, "online": _online, "offline": _offline}
+
+
+def no_key(why: str) -> Problem:
+    return Problem("tracking.mode=online", why, advice=("log in:  wandb login   (or set WANDB_API_KEY)", SWITCH_OFF))
+
+
+def has_key(server: Server) -> bool:
+    """Whether wandb will find credentials by itself, where it looks: environment, netrc, its settings files."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE") or server.key:
+        return True
+    return any(_in_netrc(host) for host in (server.host, UPSTREAM.get(server.host)) if host)
+
+
+def _in_netrc(host: str) -> bool:
+    candidates = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    path = next((p for name in candidates if (p := Path(name).expanduser()).is_file()), None)
+    if path is None:
+        return False
+    try:
+        found = netrc.netrc(str(path)).authenticators(host)
+    except (netrc.NetrcParseError, OSError):  # wandb cannot read it either
+        return False
+    return bool(found and found[2])
+
+
+def reachable(url: str, timeout: float = CONNECT_TIMEOUT) -> bool:
+    """Whether the server, or the proxy on the way to it, accepts a TCP connection within `timeout` seconds.
+
+    In a thread, because a resolver that does not answer knows no timeout.
+    """
+    address = _address(_proxy(url) or url)
+    answered = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection(address, timeout=timeout).close()
+        except OSError:
+            return
+        answered.set()
+
+    thread = threading.Thread(target=connect, daemon=True, name="uft-wandb-reachable")
+    thread.start()
+    thread.join(timeout)
+    return answered.is_set()
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url if "//" in url else f"//{url}")
+    return parts.hostname or "", parts.port or (80 if parts.scheme == "http" else 443)
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that this machine's environment puts before `url`; clusters often let nothing out but through one."""
+    parts = urlsplit(url)
+    if urllib.request.proxy_bypass(parts.hostname or ""):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
 
 LONGEST_TAG = 64  # characters; W&B refuses more
 AXES = ("step", "tokens", "rows")
@@ -117,9 +239,9 @@ class Wandb:
             self._open(Choice("offline", _first_line(error)))
 
     def _open(self, choice: Choice) -> None:
-        earlier = segments.files(segments.inside(self.run.path, self._info().get("dirs", ())))
+        earlier = files(inside(self.run.path, self._info().get("dirs", ())))
         for file in earlier:
-            segments.repair(file)
+            repair(file)
         handle = self._init(choice.mode)
         for axis in AXES:  # steps are the x-axis of every chart; tokens and rows can be chosen instead
             handle.define_metric(axis, hidden=True)
@@ -133,7 +255,7 @@ class Wandb:
         """The last step that the server, or W&B's local logs of earlier sessions, have; -1: none."""
         if self.mode == "online":
             return int(self._handle.summary.get("step", -1)) if self._handle.resumed else -1
-        return max((step for file in earlier if (step := segments.last_step(file)) is not None), default=-1)
+        return max((step for file in earlier if (step := last_step(file)) is not None), default=-1)
 
     def _catch_up(self) -> None:
         """Send what `metrics.jsonl` has and W&B lacks: rows lost in a kill, or of sessions that were offline."""
@@ -271,3 +393,89 @@ def _staging_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.environ.pop("WANDB_DATA_DIR", None)
+
+
+# --- W&B's local logs of a run: what they hold, and their repair after a kill.
+#
+# Each process of a run writes a segment, `wandb/*run-TIME-ID/run-ID.wandb`: seven bytes of header, then records in
+# LevelDB's log framing (blocks of 32 KiB; a record is one fragment, or several marked first, middle and last, each
+# with
+# the CRC of kind and content, length and kind in seven bytes). The block being filled stays in memory. A process that
+# is
+# killed thus loses some rows and leaves half a record, and `wandb sync` stops there without uploading the segments
+# that
+# follow. Cut at the last whole record, a segment uploads like any other.
+
+
+BLOCK = 32 * 1024
+HEADER = 7
+MAGIC = b":W&B"
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def files(folders: Iterable[Path]) -> list[Path]:
+    return [file for folder in folders for file in sorted(folder.glob("run-*.wandb"))]
+
+
+def inside(run: Path, names: Iterable[str]) -> list[Path]:
+    """The folders of these names below `run`. Files in them are repaired, so one that a record names outside is not
+    gone to."""
+    folders = (run / name for name in names)
+    return [folder for folder in folders if folder.resolve().is_relative_to(run.resolve())]
+
+
+def readable(path: Path) -> bool:
+    """Whether W&B would take the file for a log, or one that had hardly begun."""
+    with open(path, "rb") as file:
+        start = file.read(len(MAGIC))
+    return MAGIC.startswith(start)
+
+
+def repair(path: Path, keep: Path | None = None) -> int:
+    """Cut a segment at its last whole record; how many bytes were cut. The file as it was is kept as `keep`."""
+    data = path.read_bytes()
+    ends = [end for end, _ in records(data)]
+    whole = ends[-1] if ends else min(HEADER, len(data))
+    if whole < len(data):
+        if keep is not None and not keep.exists():
+            shutil.copy2(path, keep)
+        os.truncate(path, whole)
+    return len(data) - whole
+
+
+def last_step(path: Path) -> int | None:
+    """The last `step` among the history rows of a segment."""
+    for record in reversed(list(parsed(path))):
+        for item in record.history.item:
+            if item.key == "step" or list(item.nested_key) == ["step"]:
+                return int(json.loads(item.value_json))
+    return None
+
+
+def kinds(path: Path) -> set[str]:
+    """What kinds of records a segment has: run, history, exit, ..."""
+    return {record.WhichOneof("record_type") for record in parsed(path)}
+
+
+def parsed(path: Path) -> Iterator[Any]:
+    from wandb.proto import wandb_internal_pb2 as messages  # made at run time: no type checker sees what is in it
+
+    for _, content in records(path.read_bytes()):
+        yield messages.Record.FromString(content)  # type: ignore[attr-defined]
+
+
+def records(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """(offset of its end, content) of each record, up to the first that is torn or damaged."""
+    position, parts = HEADER, b""
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:  # a block's last bytes, too few for a fragment, are padding
+            position += left
+            continue
+        crc, length, kind = struct.unpack_from("<IHB", data, position)
+        start, position = position + HEADER, position + HEADER + length
+        if not FULL <= kind <= LAST or position > len(data) or zlib.crc32(data[start - 1 : position]) != crc:
+            return
+        parts = data[start:position] if kind in (FULL, FIRST) else parts + data[start:position]
+        if kind in (FULL, LAST):
+            yield position, parts

@@ -13,15 +13,13 @@ import torch
 from uft import __version__
 from uft.config.schema import Config, Hardware
 from uft.config.stages import Stage
-from uft.data.packing import Layout
+from uft.data.batch import Layout
 from uft.data.report import report_table
 from uft.runs import Run, shown
-from uft.tracking.format import count
+from uft.tracking.console import count
 from uft.training.device import tokens_per_pass
 from uft.training.optim import warmup_steps
-from uft.training.prepare import Prepared
-from uft.training.records import cautions, memory_record
-from uft.training.stages_ground import Ground, describe
+from uft.training.setup import PipelineData, Prepared, cautions, describe, memory_record
 
 MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
 Card = list[tuple[str, str]]
@@ -42,7 +40,7 @@ def start_card(prepared: Prepared, run: Run, data: Mapping[str, Any], tracking: 
     ]
 
 
-def stages_card(run: Run, config: Config, stages: Sequence[Stage], ground: Ground, tracking: str) -> Card:
+def stages_card(run: Run, config: Config, stages: Sequence[Stage], ground: PipelineData, tracking: str) -> Card:
     """The start card of a run of stages; what each of them works with follows when it begins."""
     held, measured = ground.held_out, f"{sum(len(held.rows) for held in ground.held_out):,} rows held out"
     names = ", ".join(source.name for source in held)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from uft.config.schema import Optim
-from uft.parallel.ranks import ranks
+from uft.distributed import ranks
 
 Parameters = Mapping[str, torch.nn.Parameter]
 
@@ -52,7 +52,7 @@ def asks_late(sync: bool | None, device: torch.device, optimiser: torch.optim.Op
     It takes an optimiser that can pass over an update by itself, and a model that every process has whole: one in
     pieces waits for others in every step anyway.
     """
-    able = bool(optimiser.defaults.get("fused")) and not ranks().in_step
+    able = bool(optimiser.defaults.get("fused")) and not ranks().sharded
     return able and (device.type == "cuda" if sync is None else not sync)
 
 

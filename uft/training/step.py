@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from uft.data.batch import Batch
-from uft.data.batches import Item
-from uft.objectives.base import Clock, Forward, Loss, Objective, Term
-from uft.parallel.ranks import by_itself
-from uft.parallel.sharing import finite, sum_gradients, whole
-from uft.training.ahead import Laid, Plan
-from uft.training.answer import YES, Answer
+from uft.data.batch import Batch, Example
+from uft.data.loader import Collator, StepBatches, local_shard
+from uft.distributed import all_finite, all_reduce_gradients, full_tensor, ranks, single_process
+from uft.model.policy import Policy
+from uft.objectives.base import PLAIN, Ask, Clock, Forward, Loss, Objective, Scores, Term
 from uft.training.optim import passes_over
-from uft.training.together import counted_over_all, joined_survey, joined_terms, missing, share_state, units_of
-from uft.training.visits import visit
+
+# --- Answer: a yes or no that a device works out, to be asked for without waiting for what it does afterwards.
+
 
 Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class FiniteCheck:
+    """`value`: () bool on a device. On a GPU its copy to the host is under way from the start; who asks for it later
+    waits for that copy, not for the work that was queued behind it."""
+
+    value: Tensor
+    copied: Tensor = field(init=False)
+    arrived: torch.cuda.Event | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        copied, arrived = self.value, None
+        if self.value.is_cuda:
+            copied = torch.empty_like(self.value, device="cpu", pin_memory=True)
+            copied.copy_(self.value, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        object.__setattr__(self, "copied", copied)
+        object.__setattr__(self, "arrived", arrived)
+
+    def __bool__(self) -> bool:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return bool(self.copied)
+
+
+ALWAYS_FINITE = FiniteCheck(torch.ones((), dtype=torch.bool))
+
+
 Parameters = Mapping[str, torch.nn.Parameter]
 
 
@@ -31,7 +60,7 @@ class Step:
     grad_norm: Tensor  # () before clipping
     tokens: int  # of all sequences, padding not counted
     supervised_tokens: int
-    good: Answer = YES  # whether loss and gradient are finite; where not, nothing was updated
+    good: FiniteCheck = ALWAYS_FINITE  # whether loss and gradient are finite; where not, nothing was updated
 
 
 def idle_step(device: torch.device) -> Step:
@@ -55,7 +84,7 @@ def forward_backward(
     are, which go to `device` one by one: whether a term has any units is known without asking a GPU. `blanks` take part
     in the passes and in nothing else: every process of a model in pieces makes as many.
     """
-    units = units_of(objective, batches)
+    units = global_counts(objective, batches)
     counted = {name for name, count in units.items() if count > 0}
     divisors = {name: (count.to(device) if device else count).clamp(min=1) for name, count in units.items()}
 
@@ -84,7 +113,7 @@ def _losses(
     device: torch.device | None,
 ) -> list[Loss]:
     """Of a micro-batch or its parts, whose gradients are added."""
-    losses = list(visit(objective, batch, policy, reference, clock, weighted, device))
+    losses = list(chunked_backward(objective, batch, policy, reference, clock, weighted, device))
     if losses:
         return losses
     loss = objective(batch.to(device) if device else batch, policy, reference, clock)
@@ -100,7 +129,7 @@ def _nothing(loss: Loss) -> Tensor | None:
 
 
 @torch.no_grad()
-def survey(
+def kl_baseline(
     objective: Objective,
     batches: Sequence[Batch],
     policy: Forward,
@@ -115,7 +144,7 @@ def survey(
             sums[name] = (total + term.total, count + term.count)
     for batch in blanks:
         objective.survey(batch, policy, reference)
-    return joined_survey(sums)
+    return all_reduce_means(sums)
 
 
 def reported_loss(objective: Objective, terms: Loss) -> Tensor:
@@ -126,7 +155,7 @@ def reported_loss(objective: Objective, terms: Loss) -> Tensor:
 
 
 def optimiser_step(
-    rows: Laid,
+    rows: StepBatches,
     objective: Objective,
     policy: Forward,
     reference: Forward | None,
@@ -149,16 +178,16 @@ def optimiser_step(
     """
     optimiser.zero_grad(set_to_none=True)
     unrelated, blank = ([batch.to(device) for batch in more] for more in (rows.mismatched, rows.blank))
-    surveyed = survey(objective, unrelated, policy, reference, missing(unrelated, blank))
+    surveyed = kl_baseline(objective, unrelated, policy, reference, padding_batches(unrelated, blank))
     clock = replace(clock, survey=surveyed)
-    blanks = missing(rows.batches, rows.blank)
+    blanks = padding_batches(rows.batches, rows.blank)
     terms = forward_backward(objective, rows.batches, policy, reference, clock, device, blanks)
-    terms = joined_terms(terms, device)
-    share_state(objective, rows.items)
-    sum_gradients(parameters.values())
+    terms = all_reduce_terms(terms, device)
+    sync_state(objective, rows.items)
+    all_reduce_gradients(parameters.values())
     loss = reported_loss(objective, terms)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf")))
-    good = Answer(torch.isfinite(loss) & torch.isfinite(grad_norm))
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf")))
+    good = FiniteCheck(torch.isfinite(loss) & torch.isfinite(grad_norm))
     confirm()
     if late:
         passes_over(optimiser, unless=good.value)
@@ -168,34 +197,225 @@ def optimiser_step(
         optimiser.step()
     else:
         optimiser.zero_grad(set_to_none=True)
-    tokens, supervised_tokens = counted_over_all(
+    tokens, supervised_tokens = all_reduce_sums(
         [sum(batch.tokens for batch in rows.batches), sum(batch.target_ids.numel() for batch in rows.batches)]
     )
     return Step(loss, terms, grad_norm, tokens, supervised_tokens, good)
 
 
 def culprits(
-    items: Sequence[Item],
+    items: Sequence[Example],
     objective: Objective,
     policy: Forward,
     reference: Forward | None,
     parameters: Parameters,
     clock: Clock,
     *,
-    lay_out: Plan,
+    lay_out: Collator,
     device: torch.device,
 ) -> list[str]:
     """Ids of the rows whose loss or gradient alone is not finite; empty when only their sum overflows."""
     found = []
     for item in items:
-        with by_itself():
+        with single_process():
             laid = lay_out([item])
-            blanks = missing(laid.batches, laid.blank)
+            blanks = padding_batches(laid.batches, laid.blank)
             terms = forward_backward(objective, laid.batches, policy, reference, clock, device, blanks)
-            terms = joined_terms(terms, device)
+            terms = all_reduce_terms(terms, device)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        if not all(finite([reported_loss(objective, terms), *gradients])):
+        if not all(all_finite([reported_loss(objective, terms), *gradients])):
             found.append(item.row.id)
         for parameter in parameters.values():
             parameter.grad = None
     return found
+
+
+# --- Gradients in one visit of the head: an objective is asked part by part, while the logits of the part are still
+# there.
+#
+# Counts are known before any forward pass and every loss is a sum over rows, so a few rows of a micro-batch can be
+# judged
+# like a micro-batch of their own: the objective gets them with their log-probs, and what comes out is the gradient of
+# these. No objective knows. It works for all that make one forward pass with gradients (others before it, without,
+# are
+# made for the whole micro-batch); those that make several, or compare whole distributions, go the ordinary way.
+
+
+Weighted = Callable[[Loss], Tensor | None]
+
+LIKELY = -1.0
+"""Log-prob of every target while an objective only shows what it asks for."""
+
+
+def chunked_backward(
+    objective: Objective,
+    batch: Batch,
+    policy: Forward,
+    reference: Forward | None,
+    clock: Clock,
+    weighted: Weighted,
+    device: torch.device | None = None,
+) -> Iterator[Loss]:
+    """Add the gradients of a packed micro-batch and yield the losses of its parts; nothing where that cannot be.
+
+    `weighted` tells what is differentiated of a loss, None for nothing. The batch is divided where it is, and goes to
+    `device` then.
+    """
+    if batch.segments is None or not isinstance(policy, Policy) or policy.head is None:
+        return
+    whole = _with_reference(objective, batch.to(device) if device else batch, reference)
+    shown = _RequestRecorder(policy)
+    objective(whole, shown, reference, replace(clock, learning=False))
+    if shown.asked is None or shown.more or shown.asked.anchor is not None:
+        return
+    losses: list[Loss] = []
+    groups = {part.start: (part, rows) for part, rows in _groups(batch, policy.head.rows)}
+
+    def judge(part: slice, log_probs: Tensor, guesses: Tensor | None) -> Tensor:
+        rows = batch.only(groups[part.start][1])
+        rows = rows.to(device) if device else rows
+        if "reference" in whole.columns:
+            rows = replace(rows, columns={**rows.columns, "reference": whole.columns["reference"][part]})
+        with torch.enable_grad():
+            leaf = log_probs.detach().requires_grad_()
+            forward = _KnownForward([_cut(scores, part) for scores in shown.before], Scores(leaf, guesses))
+            loss = objective(rows, forward, reference, clock)
+            total = weighted(loss)
+        losses.append({name: replace(term, total=term.total.detach()) for name, term in loss.items()})
+        if total is None or not total.requires_grad:
+            return torch.zeros_like(log_probs)
+        return torch.autograd.grad(total, leaf)[0]
+
+    policy.visit(whole, shown.asked, [part for part, _ in groups.values()], judge)
+    yield from losses
+
+
+def _with_reference(objective: Objective, batch: Batch, reference: Forward | None) -> Batch:
+    """With the reference's log-probs in a column, of which every part gets its own."""
+    if reference is None or objective.needs.distributions or "reference" in batch.columns:
+        return batch
+    with torch.no_grad():
+        return replace(batch, columns={**batch.columns, "reference": reference(batch).log_probs})
+
+
+def _groups(batch: Batch, most: int) -> Iterator[tuple[slice, Tensor]]:
+    """(their targets, which rows (R,) bool) of neighbouring rows with at most `most` targets, or of one row with more.
+
+    Rows without a target belong to the group before them: they are counted, too.
+    """
+    targets_of_rows = torch.zeros_like(batch.example).index_add(0, batch.row, batch.lengths).tolist()
+    start = stop = first = 0
+    for row, targets in enumerate([*targets_of_rows, most + 1]):
+        if stop > start and targets and stop - start + targets > most:
+            rows = torch.zeros_like(batch.example, dtype=torch.bool)
+            rows[first:row] = True
+            yield slice(start, stop), rows
+            start, first = stop, row
+        stop += targets
+
+
+def _cut(scores: Scores, part: slice) -> Scores:
+    return Scores(scores.log_probs[part], None if scores.guesses is None else scores.guesses[part])
+
+
+@dataclass
+class _RequestRecorder:
+    """A forward that answers truly until one with gradients is asked for, and notes what is asked then."""
+
+    policy: Policy
+    before: list[Scores] = field(default_factory=list)
+    asked: Ask | None = None
+    more: bool = False
+
+    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+        if self.asked is None and not torch.is_grad_enabled():
+            self.before.append(self.policy(batch, ask))
+            return self.before[-1]
+        self.more = self.more or self.asked is not None
+        self.asked = ask
+        made_up = torch.full(batch.target_ids.shape, LIKELY, device=batch.target_ids.device)
+        return Scores(made_up, batch.target_ids, torch.zeros_like(made_up))
+
+
+@dataclass
+class _KnownForward:
+    """A forward that gives what is known of a few rows: first what was made without gradients, then the log-probs."""
+
+    before: list[Scores]
+    scores: Scores
+
+    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+        return self.scores if torch.is_grad_enabled() else self.before.pop(0)
+
+
+# --- An optimiser step over several processes: which rows are whose, and how counts, losses and states become one.
+#
+# Every process draws the same rows. Alone, all of this gives back what it was given.
+
+
+def padding_batches(batches: Sequence[Batch], blank: Sequence[Batch]) -> list[Batch]:
+    """A `blank` for every pass that another process makes and this one does not; none unless the model is in pieces."""
+    if not ranks().sharded:
+        return []
+    return list(blank) * (ranks().all_reduce_max(len(batches)) - len(batches))
+
+
+def global_counts(objective: Objective, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Units of each term over all micro-batches of all processes, () each, known before any forward pass."""
+    units: dict[str, Tensor] = {}
+    for batch in batches:
+        for name, count in objective.counts(batch).items():
+            units[name] = units[name] + count if name in units else count
+    if ranks().size == 1:
+        return units
+    sums: dict[str, float] = {}
+    for counted in ranks().gather_objects({name: float(count) for name, count in units.items()}):
+        for name, more in counted.items():
+            sums[name] = sums.get(name, 0.0) + more
+    return {name: torch.tensor(total) for name, total in sums.items()}
+
+
+def all_reduce_sums(numbers: Sequence[int]) -> list[int]:
+    """Sums over all processes."""
+    gathered = ranks().gather_objects(list(numbers))
+    return [sum(column) for column in zip(*gathered, strict=True)]
+
+
+def all_reduce_terms(terms: Loss, device: torch.device) -> Loss:
+    """The totals of all processes. One without rows does not know a term's weight; the others do."""
+    if ranks().size == 1 or not terms:
+        return terms
+    names = sorted(terms)
+    columns = [[terms[n].total for n in names], [torch.tensor(terms[n].weight) for n in names]]
+    mine = torch.stack([value.detach().to(device, torch.float32) for column in columns for value in column])
+    totals, weights = ranks().all_gather(mine).tensor_split(2, 1)
+    largest = weights.gather(0, weights.abs().argmax(0, keepdim=True))[0].tolist()
+    joined = {n: Term(totals[:, i].sum(), terms[n].count, largest[i]) for i, n in enumerate(names)}
+    return {name: joined[name] for name in terms}
+
+
+def all_reduce_means(sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """() means of what was surveyed, over all processes."""
+    if ranks().size == 1:
+        return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
+    whole: dict[str, tuple[float, float]] = {}
+    for found in ranks().gather_objects({name: (float(total), float(count)) for name, (total, count) in sums.items()}):
+        for name, (add, more) in found.items():
+            before = whole.get(name, (0.0, 0.0))
+            whole[name] = (before[0] + add, before[1] + more)
+    return {name: torch.tensor(t / max(c, 1.0)) for name, (t, c) in whole.items()}
+
+
+def sync_state(objective: Objective, items: Sequence[Example]) -> None:
+    """Give every process what the owners of the step's examples wrote into the objective's state. Exact: each entry
+    has one owner, and all others add zero."""
+    if ranks().size == 1 or not objective.state:
+        return
+    whole = sorted({item.example for item in items})
+    mine = {item.example for item in local_shard(items)}
+    for name, table in objective.state.items():
+        index = torch.tensor(whole, device=table.device)
+        is_mine = torch.tensor([example in mine for example in whole], device=table.device)
+        values = torch.where(is_mine, table[index], torch.zeros_like(table[index]))
+        ranks().all_reduce_sum(values)
+        objective.state[name][index] = values

@@ -1,0 +1,333 @@
+"""Policy: a language model as objectives see it, a callable from a batch to log-probs of its supervised targets."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from uft.config.schema import Lora
+from uft.data.batch import NOT_AN_INPUT, Batch, Layout, sequence_batch
+from uft.distributed import shard_like
+from uft.errors import Problem, UftError
+from uft.model.attention import PACKED, no_mask
+from uft.model.head import Head, Judge, Predictions, embedding_in_place, transform_of
+from uft.objectives.base import PLAIN, Ask, Scores
+
+Tensor = torch.Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+"""Largest difference between our head's log-probs and the model's own, per unit of the largest log-prob."""
+
+
+@runtime_checkable
+class Distributed(Protocol):
+    """A forward that can tell whole distributions, not log-probs of the targets alone."""
+
+    def predictions(self, batch: Batch) -> Predictions: ...
+
+
+class Policy:
+    """A transformers causal language model, or a PEFT model around one, as a `Forward`.
+
+    The body runs once; only hidden states whose output predicts a supervised target meet the output head, in chunks.
+    The caller decides about gradients (`torch.no_grad()`) and about dropout (`train()`, `eval()`).
+    """
+
+    def __init__(self, module: nn.Module, dtype: str = "float32") -> None:
+        self.module = module
+        self.dtype = dtype
+        self.has_adapter = hasattr(module, "peft_config")
+        self.base: Any = _transformers_model(module)
+        self.body: nn.Module = self.base.get_decoder()
+        self.embeddings: nn.Module = self.base.get_input_embeddings()
+        self.head = self._own_head()
+        self.notes: list[str] = []
+        self.through = self.states  # around it stands whatever gathers a model that is in pieces
+        self.give_back: Callable[[], None] = lambda: None  # in pieces: what stays gathered after a forward pass
+        self.layout = Layout.PADDED  # of the batches it is to be given: `packed.settle_layout`
+        self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation in use; packed, the one that ours stands on."""
+        name = str(self.base.config.get_text_config()._attn_implementation)
+        return next((base for base, packed in PACKED.items() if packed == name), name)
+
+    @property
+    def embedding_rows(self) -> int:
+        """Tokens the model has an embedding for."""
+        return int(self.base.get_input_embeddings().weight.shape[0])
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are made again in the backward pass."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
+
+    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+        """See `objectives.base.Forward`. Guesses without gradient are made without dropout: they are what the model
+        would say, not a sample of it."""
+        if ask.guess and not torch.is_grad_enabled() and self.module.training:
+            self.eval()
+            try:
+                return self(batch, ask)
+            finally:
+                self.train()
+        ours = self.predictions(batch, ask)
+        log_probs, guesses = ours.selected(batch.target_ids, ask.guess)
+        if ask.anchor is None:
+            return Scores(log_probs, guesses)
+        assert isinstance(ask.anchor, Distributed), "this reference keeps log-probs of the targets alone"
+        return Scores(log_probs, guesses, ours.divergence_from(ask.anchor.predictions(batch)))
+
+    def predictions(self, batch: Batch, ask: Ask = PLAIN) -> Predictions:
+        """The distributions that the targets are drawn from."""
+        return Predictions(_select(self.through(batch, ask), batch.predictor), self.head)
+
+    def states(self, batch: Batch, ask: Ask) -> Tensor:
+        """(B, L, H) hidden states; (B, L, V) logits where the model keeps its own head."""
+        inputs = self._inputs(batch, ask)
+        with self._autocast():
+            if self.head:
+                return self.body(**inputs, use_cache=False)[0]
+            return self.base.forward(**inputs, use_cache=False).logits  # hooks of `base` stand around `through`
+
+    def visit(self, batch: Batch, ask: Ask, parts: Iterable[slice], judge: Judge) -> None:
+        """Forward and backward in one: `judge` is told the log-probs of each part and tells their gradient.
+
+        `parts` cover the batch's targets; each part's logits are made once, and the gradients of head and embedding
+        are added where they are kept. Only where there is a `head`.
+        """
+        with embedding_in_place(self.embeddings):
+            predictions = self.predictions(batch, ask)
+        assert predictions.head is not None
+        predictions.head.visit(predictions.states, batch.target_ids, parts, judge, ask.guess)
+
+    def _inputs(self, batch: Batch, ask: Ask) -> dict[str, Any]:
+        inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.segments is not None:
+            inputs = {"attention_mask": no_mask(batch.input_ids.device), "segments": batch.segments}
+        if self.takes_positions:
+            inputs["position_ids"] = batch.position_ids
+        mixing = ask.replace is not None and ask.mix != 0
+        if ask.embed_grad and not mixing:
+            return inputs | {"input_ids": batch.input_ids}
+        # always through the model's own module: Gemma scales there
+        with nullcontext() if ask.embed_grad else torch.no_grad():
+            embedded = self.embeddings(batch.input_ids)
+            if mixing:
+                embedded = self._mixed(embedded, batch.place, ask)
+        return inputs | {"inputs_embeds": embedded}
+
+    def _mixed(self, embedded: Tensor, place: Tensor, ask: Ask) -> Tensor:
+        """(B, L, H) with the replacements of the targets that are among the inputs mixed in."""
+        assert ask.replace is not None
+        among = place != NOT_AN_INPUT
+        place, flat = place[among], embedded.flatten(0, 1)
+        mixed = (1 - ask.mix) * flat[place] + ask.mix * self.embeddings(ask.replace[among])
+        return flat.index_copy(0, place, mixed.to(flat.dtype)).view_as(embedded)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def _own_head(self) -> Head | None:
+        """The head as a matrix; None where it is something else (an adapter on the head): then the model's own path."""
+        projection = self.base.get_output_embeddings()
+        if type(projection) is not nn.Linear:
+            return None
+        return Head(projection, transform_of(self.base.config.get_text_config()), DTYPES[self.dtype])
+
+    @torch.no_grad()
+    def check_head(self, batch: Batch | None = None) -> float:
+        """Compare with the model's own logits on a small batch; keep to those, and say so, where they disagree.
+
+        Returns the largest difference between the log-probs of the targets. Without a batch it makes one.
+        """
+        if self.head is None:
+            self.notes.append("output head: the model's own, for every position (it is not one plain matrix)")
+            return 0.0
+        batch = self._small_batch() if batch is None else batch
+        training, head = self.module.training, self.head
+        self.eval()
+        ours = self(batch).log_probs
+        self.head = None
+        own = self(batch).log_probs
+        self.train(training)
+        difference = float((ours - own).abs().max())
+        if difference <= HEAD_TOLERANCE[self.dtype] * max(1.0, float(own.abs().max())):
+            self.head = head
+        else:
+            self.notes.append(
+                f"output head: the model's own, for every position (log-probs of ours differ by {difference:.1e})"
+            )
+        return difference
+
+    def _small_batch(self) -> Batch:
+        """Two sequences of unequal length whose tokens are spread over the vocabulary."""
+        ids = torch.linspace(0, self.embedding_rows - 1, 16).long()
+        sequences = [(part.numpy(), (torch.arange(len(part)) >= 2).numpy()) for part in (ids[:10], ids[6:])]
+        return sequence_batch([*sequences, (ids[:4].numpy(), sequences[0][1][:4])], pad_id=0).to(self.device)
+
+    def train(self, mode: bool = True) -> Policy:
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Policy:
+        return self.train(False)
+
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[Policy]:
+        """The initial policy: the base weights without the adapter."""
+        assert self.has_adapter, "this policy has no adapter to switch off"
+        peft_model: Any = self.module
+        with peft_model.disable_adapter():
+            yield self
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name; tied weights appear once. The names are those of the module and never change."""
+        self.give_back()
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set every trained parameter. Raises UftError when names or shapes are not exactly those of this policy."""
+        parameters = self.trainable()
+        problems = [Problem(name, "is in the model but not in the checkpoint") for name in parameters.keys() - tensors]
+        problems += [Problem(name, "is in the checkpoint but not in the model") for name in tensors.keys() - parameters]
+        problems += [
+            Problem(name, f"has shape {tuple(tensors[name].shape)}, the model wants {tuple(parameter.shape)}")
+            for name, parameter in parameters.items()
+            if name in tensors and tensors[name].shape != parameter.shape
+        ]
+        if problems:
+            raise UftError(*problems, footer="The checkpoint was written by another model or adapter.")
+        for name, parameter in parameters.items():
+            parameter.copy_(shard_like(tensors[name], parameter))
+
+    def describe(self) -> list[str]:
+        """Lines for the start card."""
+        count = sum(p.numel() for p in self.module.parameters())
+        trained = sum(p.numel() for p in self.trainable().values())
+        stored = sorted({str(p.dtype).removeprefix("torch.") for p in self.module.parameters()})
+        share = "all trained" if trained == count else f"{trained:,} trained ({trained / count:.2%})"
+        checkpointing = ", gradient checkpointing" if self.recomputes else ""
+        lines = [
+            f"{type(self.base).__name__}, {count:,} parameters, {share}",
+            f"weights in {' and '.join(stored)}, forward in {self.dtype}, attention {self.attention}{checkpointing}",
+        ]
+        if self.head is not None:
+            lines.append(f"output head on supervised positions only, {self.head.rows:,} at a time, softmax in float32")
+        return lines + self.notes
+
+
+def _transformers_model(module: Any) -> Any:
+    """The module itself, or the transformers model inside a PEFT model; its layers carry the adapter."""
+    return module.get_base_model() if hasattr(module, "peft_config") else module
+
+
+def _select(states: Tensor, index: Tensor) -> Tensor:
+    """(B, L, D) and (N,) flat positions -> (N, D)."""
+    return states.flatten(0, 1).index_select(0, index)
+
+
+# --- The layers that a transformers model is made of: what is compiled, put in pieces and recomputed one at a time.
+
+
+def blocks(base: Any) -> list[nn.Module]:
+    """The blocks of a model's body in their order, as transformers marks them; else what its lists of layers hold."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    body = base.get_decoder()
+    marked: list[nn.Module] = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return marked or [block for child in body.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+# --- transformers' model code, without what language models have no use for.
+
+
+def auto_model() -> Any:
+    """transformers' AutoModelForCausalLM.
+
+    The losses of object detectors come with every model. Where scipy is installed they import its optimisers, which
+    every start of a run would pay for with half a second and 35 MB; so it is not there while they are imported.
+    """
+    from transformers import AutoModelForCausalLM, utils
+
+    real = utils.is_scipy_available
+    utils.is_scipy_available = lambda: False
+    try:
+        import transformers.modeling_utils  # noqa: F401
+    finally:
+        utils.is_scipy_available = real
+    return AutoModelForCausalLM
+
+
+# --- LoRA adapters through PEFT.
+
+
+ALL_LINEAR = "all-linear"
+
+
+def linear_layers(model: Any) -> dict[str, int]:
+    """Short name -> how many layers have it, of all linear layers but the output head."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head:
+            short = name.rpartition(".")[2]
+            found[short] = found.get(short, 0) + 1
+    return found
+
+
+def check_targets(model: Any, targets: list[str]) -> None:
+    """Raises UftError for every target that no linear layer of the model answers to."""
+    from transformers.pytorch_utils import Conv1D
+
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    layers = linear_layers(model)
+    problems = []
+    for target in targets:
+        if target == ALL_LINEAR or any(name == target or name.endswith(f".{target}") for name in names):
+            continue
+        near = [f"did you mean  {name} ?" for name in difflib.get_close_matches(target, [*layers, ALL_LINEAR], n=1)]
+        known = "linear layers: " + ", ".join([*layers, ALL_LINEAR])
+        problems.append(Problem(f"model.lora.targets={target}", "no linear layer of this name", "", (*near, known)))
+    if not targets:
+        problems.append(Problem("model.lora.targets=[]", f"name a layer, or {ALL_LINEAR}"))
+    if problems:
+        raise UftError(*problems)
+
+
+def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module:
+    """The model with frozen weights and a trainable adapter that starts as no change (B = 0).
+
+    `init_seed` draws A and touches no other generator. `float32`: keep the adapter in float32 over a bfloat16 base.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = list(lora.targets)
+    check_targets(model, targets)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, any number does
+        lora_dropout=lora.dropout,
+        target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under a name that is going away
+        torch.manual_seed(init_seed)
+        return get_peft_model(model, config, autocast_adapter_dtype=float32)
