@@ -1,15 +1,11 @@
 """The launcher with a worker that takes milliseconds."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from uft.launch import process
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -21,15 +17,3 @@ def worker(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("UFT_CONF", raising=False)
     return tmp_path
-
-
-@pytest.fixture
-def program():
-    """`program(*words, cwd=..., **env)` runs the command line in a process of its own."""
-
-    def run(*words, cwd, env=None, **more):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-        command = [sys.executable, "-m", "uft", *words]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, **more)
-
-    return run

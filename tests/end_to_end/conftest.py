@@ -1,16 +1,10 @@
-"""The whole program in processes of its own, on small models and files of every kind made here.
-
-Nothing of the person's own settings is seen or touched: home, caches and W&B live in the test's folder.
-"""
+"""The whole program in processes of its own, on small models and files of every kind made here."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +21,6 @@ CHATML = (
 )
 CORPUS = ["The capital of France is Paris.", "system user assistant", "one two three 0123456789 plus minus?!"] * 4
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SPEAKING_TO_THE_OUTSIDE = ("WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "UFT_", "HYDRA_")
 
 
 # --- files
@@ -129,72 +122,6 @@ def tiny_model(make_model: Callable[..., Path]) -> Path:
 def other_model(make_model: Callable[..., Path]) -> Path:
     """Of the same shape and tokenizer as `tiny_model`, with other weights: a reference that differs."""
     return make_model(seed=1)
-
-
-# --- the program
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """The environment of every process: this installation of uft, one thread, no network, folders of its own."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(SPEAKING_TO_THE_OUTSIDE)}
-    package = importlib.util.find_spec("uft")
-    assert package is not None
-    assert package.origin is not None
-    path = os.pathsep.join([str(Path(package.origin).parents[1]), *filter(None, [kept.get("PYTHONPATH")])])
-    return kept | {
-        "PYTHONPATH": path,
-        "HOME": str(tmp_path / "home"),
-        "UFT_CACHE": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "offline",
-        "WANDB_DIR": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-@pytest.fixture
-def start(tmp_path: Path, environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """start("train", ...): `uft train ...` in a session of its own; killed at the end if it still lives."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str, cwd: Path = tmp_path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-        (tmp_path / "home").mkdir(exist_ok=True)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "uft", *map(str, arguments)],
-            cwd=cwd,
-            env=environment | dict(env or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-@pytest.fixture
-def uft(start: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """uft("train", "objective=sft", ..., code=0): run the program to its end; `code` None takes any exit code."""
-
-    def run(
-        *arguments: str, code: int | None = 0, timeout: float = 120, **where: Any
-    ) -> subprocess.CompletedProcess[str]:
-        process = start(*arguments, **where)
-        out, err = process.communicate(timeout=timeout)
-        done = subprocess.CompletedProcess(process.args, process.returncode, out, err)
-        assert code is None or done.returncode == code, f"exit code {done.returncode}\n{out}\n{err}"
-        return done
-
-    return run
 
 
 @pytest.fixture

@@ -112,14 +112,14 @@ def begun(run: Path) -> Callable[[], bool]:
 
 
 def child_of(parent: int) -> int | None:
-    """The process id of its child (Linux)."""
+    """The process id of its worker (Linux)."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                name, _, fields = (entry / "stat").read_text().rpartition(")")
             except OSError:  # it has just ended
                 continue
-            if int(fields[1]) == parent:
+            if int(fields.split()[1]) == parent and not name.endswith("uft-forkserver"):
                 return int(entry.name)
     return None
 

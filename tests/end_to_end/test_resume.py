@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 from lifecycle import LORA, STEPS, UNEVEN, USES, at_step, begun, files_for, kill_worker, same, wait_for
 
@@ -93,7 +94,7 @@ def test_a_second_worker_is_refused_by_the_lock(tmp_path: Path, environment: dic
     run = create_run(tmp_path / "run", "seed: 0\n", [])
     with run.lock():
         command = [sys.executable, "-m", "uft.launch.worker", str(run.path)]
-        second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        second = program.run(command, env=environment, capture_output=True, text=True)
     assert second.returncode == 2
     assert "another process is working in this run folder" in second.stderr
 

@@ -1,27 +1,24 @@
-"""Runs of a few steps on the embedded model and mixture, in processes of their own that faults are planted in.
-
-Nothing of the person's own settings is seen or touched: home, caches and W&B live in the test's folder.
-"""
+"""Runs of a few steps on the embedded model and mixture, in processes of their own that faults are planted in."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for planting.py and sittings.py
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # for synthetic.py
 
-from sittings import Bench, serve
+from evidence import written
+from sittings import Bench
 
 from uft.playground.world import SOURCES, records
 from uft.runs import Run, create_run
 
-SPEAKING_TO_THE_OUTSIDE = ("WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "UFT_", "HYDRA_")
 SMALL = (
     "train.batch_size=4",
     "train.micro_batch_tokens=200",
@@ -72,28 +69,13 @@ stages:
 """
 
 
-@pytest.fixture(scope="session")
-def server() -> None:
-    serve()
+@pytest.fixture
+def environment(environment: dict[str, str]) -> dict[str, str]:
+    return environment | {"WANDB_MODE": "disabled"}
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """What a sitting adds to this process's environment: folders of its own, one thread, no network."""
-    return {
-        "HOME": str(tmp_path / "home"),
-        "UFT_CACHE": str(tmp_path / "cache"),
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": "1",
-    }
-
-
-@pytest.fixture
-def bench(server: None, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Bench:
-    for name in [name for name in os.environ if name.startswith(SPEAKING_TO_THE_OUTSIDE)]:
-        monkeypatch.delenv(name)
+def bench(tmp_path: Path, environment: dict[str, str]) -> Bench:
     said = tmp_path / "said"
     said.mkdir()
     return Bench(said, environment)
@@ -114,7 +96,6 @@ def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ru
     (conf / "loop.yaml").write_text(LOOP)
     (conf / "column.yaml").write_text(COLUMN)
     monkeypatch.setenv("UFT_CONF", str(conf.parent))
-    texts: dict[tuple[str, ...], str] = {}
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path)
 
@@ -122,9 +103,30 @@ def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ru
         from uft.config.compose import compose
         from uft.config.frozen import frozen
 
-        words = tuple(word for word in (*SMALL, *overrides))
-        if words not in texts:
-            texts[words] = frozen(compose(list(words)))
-        return create_run(tmp_path / name, texts[words], list(words))
+        words = (*SMALL, *overrides)
+        text = TEXTS.get(words) or frozen(compose(list(words)))
+        assert str(tmp_path) not in text or "/" in "".join(overrides)
+        TEXTS[words] = text
+        return create_run(tmp_path / name, text, list(words))
 
     return make
+
+
+TEXTS: dict[tuple[str, ...], str] = {}
+"""Words -> configuration, which says nothing of the folder that one works in."""
+UNDISTURBED: dict[tuple[str, ...], dict[str, Any]] = {}
+
+
+@pytest.fixture
+def undisturbed(bench: Bench, new_run: Callable[..., Run], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """undisturbed(*words): what a run leaves to which nothing happens; made once for all tests."""
+
+    def made(*words: str) -> dict[str, Any]:
+        if words not in UNDISTURBED:
+            run = new_run("undisturbed", *words)
+            ended = bench.start(run.path, UFT_CACHE=str(tmp_path / "undisturbed-cache")).wait()
+            assert ended.code == 0, ended.said
+            UNDISTURBED[words] = written(run.path)
+        return UNDISTURBED[words]
+
+    return made

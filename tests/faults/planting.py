@@ -37,7 +37,7 @@ PHASES = (
     "uft.training.step:forward_backward",
     "uft.training.step:optimiser_step",
     "uft.training.trainer:Trainer.save_checkpoint",
-    "uft.evaluation.evaluate:battery",
+    "uft.evaluation.evaluate:evaluate",
     "uft.sampling.generate:complete",
     "uft.sampling.negatives:_append",
     "uft.model.export:export",
@@ -65,11 +65,15 @@ class Fault:
     log: str = ""
     roots: tuple[str, ...] = ()  # only files below these are watched
 
+    def variable(self) -> dict[str, str]:
+        """The environment variable by which a forked worker is told (program.py)."""
+        return {PLAN: json.dumps(asdict(self))}
+
     def into(self, environment: dict[str, str]) -> dict[str, str]:
-        """The environment of a process that this fault is planted in, by site/sitecustomize.py."""
+        """The environment of a process that is started, in which site/sitecustomize.py plants this fault."""
         here = Path(__file__).parent
         path = os.pathsep.join([str(here / "site"), str(here), environment.get("PYTHONPATH", "")])
-        return environment | {"PYTHONPATH": path, PLAN: json.dumps(asdict(self))}
+        return environment | self.variable() | {"PYTHONPATH": path}
 
 
 class Planted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evidence import same, written
@@ -17,6 +18,7 @@ from uft.runs import Run
 from uft.tracking.metrics import read_metrics
 
 NewRun = Callable[..., Run]
+Undisturbed = Callable[..., dict[str, Any]]
 OFTEN = (*SINGLE, "train.checkpoint_every=2", "train.keep_last=3")
 
 
@@ -36,18 +38,27 @@ def emptied(file: Path) -> None:
     file.write_bytes(b"")
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("killed") / "run"
+
+
 @pytest.fixture
-def killed(bench: Bench, new_run: NewRun) -> tuple[Run, Run]:
-    """(a whole run, one that was killed after its last step, with its last three checkpoints)."""
-    whole, run = new_run("whole", *OFTEN), new_run("killed", *OFTEN)
-    assert bench.sit(whole.path).code == 0
+def run(bench: Bench, new_run: NewRun, place: Path, tmp_path: Path) -> Run:
+    """A run that was killed after its last step, with its last three checkpoints."""
+    run = Run(tmp_path / "killed")
+    if place.is_dir():
+        new_run("rows", *OFTEN)
+        shutil.copytree(place, run.path)
+        return run
+    new_run("killed", *OFTEN)
     assert bench.sit(run.path, fault=Fault(do="kill", name="before export.plain_model")).code < 0
     assert [step for step, _ in run.checkpoints()] == [4, 6, 7]
-    return whole, run
+    shutil.copytree(run.path, place)
+    return run
 
 
-def test_the_newest_whole_checkpoint_is_used(killed: tuple[Run, Run], bench: Bench) -> None:
-    whole, run = killed
+def test_the_newest_whole_checkpoint_is_used(run: Run, undisturbed: Undisturbed, bench: Bench) -> None:
     flip(run.checkpoints_dir / "step-000007" / "tensors.safetensors", 0.9)
     cut(run.checkpoints_dir / "step-000006" / "state.json")
     ended = bench.sit(run.path)
@@ -55,25 +66,23 @@ def test_the_newest_whole_checkpoint_is_used(killed: tuple[Run, Run], bench: Ben
     assert "step-000007 is damaged (tensors.safetensors does not have its checksum)" in ended.said
     assert "step-000006 is damaged (state.json does not have its checksum)" in ended.said
     assert "resumed at step 4" in ended.said
-    same(run.path, written(whole.path))  # and nothing is left of the damaged ones
+    same(run.path, undisturbed(*OFTEN))  # and nothing is left of the damaged ones
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "SHA256SUMS"])
 @pytest.mark.parametrize("damage", [flip, cut, emptied, Path.unlink])
 def test_every_damage_of_every_file(
-    killed: tuple[Run, Run], bench: Bench, file: str, damage: Callable[[Path], None]
+    run: Run, undisturbed: Undisturbed, bench: Bench, file: str, damage: Callable[[Path], None]
 ) -> None:
-    whole, run = killed
     damage(run.checkpoints_dir / "step-000007" / file)
     ended = bench.sit(run.path)
     assert "step-000007 is damaged" in ended.said
     assert "resumed at step 6" in ended.said
-    same(run.path, written(whole.path))
+    same(run.path, undisturbed(*OFTEN))
 
 
-def test_where_no_checkpoint_is_whole_nothing_is_begun_again(killed: tuple[Run, Run], bench: Bench) -> None:
-    whole, run = killed
+def test_where_no_checkpoint_is_whole_nothing_is_begun_again(run: Run, undisturbed: Undisturbed, bench: Bench) -> None:
     lines = run.metrics_file.read_bytes()
     for _, folder in run.checkpoints():
         flip(folder / "tensors.safetensors")
@@ -86,7 +95,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_again(killed: tuple[Run, 
         assert run.metrics_file.read_bytes() == lines
     shutil.rmtree(run.checkpoints_dir)  # as the message says
     assert bench.sit(run.path).code == 0
-    same(run.path, written(whole.path))
+    same(run.path, undisturbed(*OFTEN))
 
 
 def test_caches_are_made_again(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
@@ -110,8 +119,7 @@ def test_caches_are_made_again(bench: Bench, new_run: NewRun, tmp_path: Path) ->
     assert "again" not in bench.sit(third.path).said.partition("status")[0]  # what was made again is whole
 
 
-def test_a_line_that_the_disk_changed_is_left_out_and_said(killed: tuple[Run, Run], bench: Bench) -> None:
-    whole, run = killed
+def test_a_line_that_the_disk_changed_is_left_out_and_said(run: Run, undisturbed: Undisturbed, bench: Bench) -> None:
     text = run.metrics_file.read_text()
     line = next(line for line in text.splitlines() if line.startswith('{"step": 2,'))
     changed = line.replace('"rows": 8', '"rows": 9')
@@ -125,7 +133,7 @@ def test_a_line_that_the_disk_changed_is_left_out_and_said(killed: tuple[Run, Ru
     ended = bench.sit(run.path)
     assert ended.code == 0
     assert "metrics.jsonl: what was written at step 2 is damaged or lost" in ended.said
-    ours, theirs = written(run.path), written(whole.path)
+    ours, theirs = written(run.path), undisturbed(*OFTEN)
     assert ours["curve"] == [line for line in theirs["curve"] if line[0] != ("step", 2)]
     assert ours["tensors"] == theirs["tensors"]
     assert load(run.path).error is None  # what was left out is told of once, by the sitting that did so

@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import program
 import pytest
 from evidence import kinds, same, written
 from planting import Fault
@@ -22,6 +24,7 @@ from uft.runs import Run, size, unwritable, writing
 from uft.training import checkpoint
 
 NewRun = Callable[..., Run]
+Undisturbed = Callable[..., dict[str, Any]]
 FULL = (
     ("before write", "/.data.json", "data.json"),
     ("before write", "/metrics.jsonl", "metrics.jsonl"),
@@ -48,9 +51,10 @@ def whole_ones(run: Run) -> list[int]:
     return [step for step, _ in run.checkpoints()]
 
 
-def test_full_at_one_kind_of_write_after_the_other(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
-    whole, run, before = new_run("whole", *SINGLE), new_run("full", *SINGLE), list[int]()
-    assert bench.sit(whole.path).code == 0
+def test_full_at_one_kind_of_write_after_the_other(
+    bench: Bench, new_run: NewRun, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    run, before = new_run("full", *SINGLE), list[int]()
     for name, path, named in FULL:
         ended = bench.sit(run.path, fault=Fault(do="full", name=name, path=path, stays=True, roots=(str(tmp_path),)))
         assert ended.code == 1, f"{name} {path}\n{ended.said}"
@@ -64,7 +68,7 @@ def test_full_at_one_kind_of_write_after_the_other(bench: Bench, new_run: NewRun
         before = after
     ended = bench.sit(run.path)
     assert ended.code == 0, ended.said
-    same(run.path, written(whole.path))
+    same(run.path, undisturbed(*SINGLE))
 
 
 @pytest.mark.slow
@@ -113,11 +117,10 @@ ROOMS = [150_000, pytest.param(60_000, marks=pytest.mark.slow), pytest.param(1_2
 
 @pytest.mark.parametrize("room", [*ROOMS, *(pytest.param(n, marks=pytest.mark.slow) for n in (2_000_000, 2_500_000))])
 def test_a_disk_that_is_really_full(
-    small_disk: Callable[[str, int], Path], bench: Bench, new_run: NewRun, tmp_path: Path, room: int
+    small_disk: Callable[[str, int], Path], bench: Bench, new_run: NewRun, undisturbed: Undisturbed, room: int
 ) -> None:
     """It is too small for this or for that; grown, it takes all."""
-    whole, disk = new_run("whole", *SINGLE), small_disk("mode=700", room)
-    assert bench.sit(whole.path).code == 0
+    disk = small_disk("mode=700", room)
     run = new_run(f"{disk.name}/run", *SINGLE)
     ended = bench.sit(run.path)
     assert ended.code == 1, ended.said
@@ -127,7 +130,7 @@ def test_a_disk_that_is_really_full(
     subprocess.run(["mount", "-o", "remount,size=50000000", str(disk)], check=True)
     ended = bench.sit(run.path)
     assert ended.code == 0, ended.said
-    same(run.path, written(whole.path))
+    same(run.path, undisturbed(*SINGLE))
 
 
 def limited() -> None:
@@ -136,7 +139,7 @@ def limited() -> None:
 
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     """What the kernel says of it comes through safetensors, too."""
-    program = """
+    code = """
 import sys, torch
 from pathlib import Path
 from uft.runs import Run
@@ -149,7 +152,7 @@ except Exception as error:
     print(type(error).__name__, error)
 print([step for step, _ in run.checkpoints()], sorted(path.name for path in run.checkpoints_dir.iterdir()))
 """
-    command = [sys.executable, "-c", program, str(tmp_path)]
+    command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=300, check=True)
     assert done.stdout.startswith("UftError")
     assert "step-000002" in done.stdout
@@ -166,9 +169,7 @@ def test_a_read_only_folder_is_refused_at_once(
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     words = ["resume", str(run.path)] if verb == "resume" else ["train", "debug=fast", f"run.dir={disk}/other"]
     command = [sys.executable, "-m", "uft", *words]
-    done = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = program.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr
     assert f"{disk}" in done.stderr
     assert "is on a read-only file system" in done.stderr

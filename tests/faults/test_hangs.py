@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import program
 import pytest
-from evidence import same, written
+from evidence import same
 from planting import Fault
 from requests_of import COLUMN, LOOP, SINGLE
 from sittings import Bench
@@ -21,6 +22,7 @@ from uft.launch.process import cause, oom_kills
 from uft.runs import Run
 
 NewRun = Callable[..., Run]
+Undisturbed = Callable[..., dict[str, Any]]
 PATIENCE = 4.0  # seconds of the watchdog here
 
 
@@ -32,17 +34,17 @@ LONG = {
     "model": (SINGLE, "before load.load_base", 0, "a model was loaded", "model/load.py"),
     "reference": (
         SINGLE,
-        "before reference_cache.ReferenceColumn._compute",
+        "before reference.ReferenceColumn._compute",
         0,
         "reference log-probs were computed",
-        "model/reference_cache.py",
+        "model/reference.py",
     ),
-    "battery": (SINGLE, "before generate.complete", 4, "the battery was measured", "evaluation/battery.py"),
-    "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "training/checkpoints.py"),
+    "battery": (SINGLE, "before generate.complete", 4, "the battery was measured", "evaluation/evaluate.py"),
+    "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "training/checkpoint.py"),
     "export": (SINGLE, "before export.plain_model", 0, "the model was exported", "model/export.py"),
-    "stage": (LOOP, "after step.forward_backward", 4, "it trained", "training/stages.py"),
+    "stage": (LOOP, "after step.forward_backward", 4, "it trained", "training/session.py"),
     "sampling": (LOOP, "before negatives._append", 1, "completions were sampled", "sampling/negatives.py"),
-    "annotating": (COLUMN, "after likelihood._mean", 3, "rows were annotated", "sampling/likelihood.py"),
+    "annotating": (COLUMN, "after annotate._mean", 3, "rows were annotated", "sampling/annotate.py"),
     "stage's export": (LOOP, "before export.plain_model", 0, "the model was exported", "model/export.py"),
 }
 """What hangs: the request, the moment, the phase that is named, and a file that its stack leads through."""
@@ -54,9 +56,15 @@ LONG = {
     ids=[*QUICK, *LONG],
 )
 def test_a_run_that_hangs_is_ended_and_can_be_resumed(
-    bench: Bench, new_run: NewRun, tmp_path: Path, words: tuple[str, ...], where: str, at: int, phase: str, file: str
+    bench: Bench,
+    new_run: NewRun,
+    undisturbed: Undisturbed,
+    words: tuple[str, ...],
+    where: str,
+    at: int,
+    phase: str,
+    file: str,
 ) -> None:
-    whole = new_run("whole", *words, f"hardware.watchdog={PATIENCE:g}")
     run = new_run("hung", *words, f"hardware.watchdog={PATIENCE:g}")
     roots, path = (str(run.path),), "/.step-" if "os." in where else ""
     ended = bench.sit(run.path, fault=Fault(do="hang", name=where, path=path, at=at, roots=roots))
@@ -69,8 +77,7 @@ def test_a_run_that_hangs_is_ended_and_can_be_resumed(
         assert file in stacks
     assert "uft resume" in ended.said
     assert bench.sit(run.path).code == 0
-    assert bench.sit(whole.path).code == 0
-    same(run.path, written(whole.path))
+    same(run.path, undisturbed(*words))
 
 
 JOBS = {
@@ -81,7 +88,7 @@ JOBS = {
     ),
     "annotate": (
         ("annotate.column=baseline_logp", "annotate.models=[builtin:playground]", "annotate.batch_tokens=200"),
-        "after likelihood._mean",
+        "after annotate._mean",
         "rows were annotated",
     ),
 }
@@ -110,7 +117,7 @@ def test_a_job_that_hangs_is_ended_and_goes_on(bench: Bench, new_run: NewRun, tm
 @pytest.mark.slow
 def test_a_suspended_process_has_not_hung() -> None:
     """Stopped for longer than the watchdog waits, and let go on."""
-    program = f"""
+    code = f"""
 import sys, time
 sys.path[:0] = {sys.path!r}
 from pathlib import Path
@@ -125,7 +132,7 @@ with watching(5.0, Path(), print):
 print("whole", flush=True)
 """
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
@@ -142,22 +149,22 @@ def test_one_of_two_processes_hangs(new_run: NewRun, tmp_path: Path, environment
     run = new_run("run", *SINGLE, "hardware=cpu2", f"hardware.watchdog={2 * PATIENCE:g}")
     fault = Fault(do="hang", name="after step.forward_backward", at=2, rank="1")
     asked = time.monotonic()
-    ended = resumed(run, fault.into(dict(os.environ) | environment))
+    ended = resumed(run, fault.into(environment))
     assert ended.returncode == 1, ended.stderr
     assert time.monotonic() - asked < 120
     assert "hung: no sign of life for 00:08 while it trained" in run.result()["error"]
     assert run.status == "failed"
     assert "in hang" in (run.path / "hang-rank1.txt").read_text()
     assert "in hang" not in (run.path / "hang.txt").read_text()
-    assert "parallel/ranks.py" in (run.path / "hang.txt").read_text()  # where it waits for the other
-    assert resumed(run, dict(os.environ) | environment).returncode == 0
+    assert "distributed.py" in (run.path / "hang.txt").read_text()  # where it waits for the other
+    assert resumed(run, environment).returncode == 0
     assert run.status == "finished"
 
 
 def resumed(run: Run, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """What the real program says."""
     command = [sys.executable, "-m", "uft", "resume", str(run.path)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return program.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 # --- a worker that dies
@@ -166,7 +173,7 @@ def resumed(run: Run, environment: dict[str, str]) -> subprocess.CompletedProces
 def test_how_a_worker_died_is_said(new_run: NewRun, tmp_path: Path, environment: dict[str, str]) -> None:
     """The real program, whose worker crashes in a library."""
     run, fault = new_run("run", *SINGLE), Fault(do="crash", name="after step.forward_backward", at=2)
-    done = resumed(run, fault.into(dict(os.environ) | environment))
+    done = resumed(run, environment | fault.variable())
     assert done.returncode == 1, done.stderr
     assert "the worker was killed by SIGSEGV (a crash; where it was is above)" in done.stderr
     assert "training/trainer.py" in done.stderr.partition("the worker was killed")[0]
@@ -208,11 +215,11 @@ def test_out_of_memory_in_a_step(bench: Bench, new_run: NewRun, kind: str) -> No
     assert bench.sit(run.path).code == 0
 
 
-ELSEWHERE = ("before tokens._encode", "before reference_cache")
+ELSEWHERE = ("before tokens._encode", "before reference.ReferenceColumn")
 
 
 @pytest.mark.parametrize(
-    "where", ["before battery.battery", *(pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE)]
+    "where", ["before evaluate.evaluate", *(pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE)]
 )
 def test_out_of_memory_elsewhere(bench: Bench, new_run: NewRun, where: str) -> None:
     run = new_run("run", *SINGLE)
@@ -239,9 +246,9 @@ def test_a_check_tells_it_before_the_run(bench: Bench, new_run: NewRun) -> None:
 def test_a_run_has_one_worker_at_a_time(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
     """The second is refused while the first lives, and only then."""
     run, log = new_run("run", *SINGLE), tmp_path / "moments"
-    first = bench.start(run.path, fault=Fault(do="hang", name="after battery.battery", log=str(log)))
+    first = bench.start(run.path, fault=Fault(do="hang", name="after evaluate.evaluate", log=str(log)))
     deadline = time.monotonic() + 600
-    while not (log.is_file() and "after battery.battery" in log.read_text()):
+    while not (log.is_file() and "after evaluate.evaluate" in log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
@@ -258,11 +265,10 @@ def test_a_run_has_one_worker_at_a_time(bench: Bench, new_run: NewRun, tmp_path:
 
 
 @pytest.mark.parametrize("way", ["clock_back", pytest.param("clock_forward", marks=pytest.mark.slow)])
-def test_a_clock_that_jumps_changes_nothing(bench: Bench, new_run: NewRun, way: str) -> None:
-    whole, run = new_run("whole", *SINGLE), new_run("run", *SINGLE)
-    assert bench.sit(whole.path).code == 0
+def test_a_clock_that_jumps_changes_nothing(bench: Bench, new_run: NewRun, undisturbed: Undisturbed, way: str) -> None:
+    run = new_run("run", *SINGLE)
     ended = bench.sit(run.path, fault=Fault(do=way, name="after step.forward_backward", at=3))
     assert ended.code == 0, ended.said
-    same(run.path, written(whole.path))
+    same(run.path, undisturbed(*SINGLE))
     assert 0 <= run.result()["seconds"] <= run.result()["wall_seconds"] < 600
     assert "-" not in ended.said.partition("eta ")[2].partition("\n")[0]

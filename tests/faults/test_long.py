@@ -83,7 +83,7 @@ def lines_of(run: Run) -> dict[int, list[Mapping[str, Any]]]:
 def wait_until(condition: Callable[[], bool], sitting: Sitting) -> None:
     deadline = time.monotonic() + 20 * MINUTE
     while not condition():
-        assert sitting.process.exitcode is None, sitting.out.read_text()
+        assert sitting.process.poll() is None, sitting.out.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -100,7 +100,7 @@ def test_soak(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
     while time.monotonic() - began < seconds:
         samples.append(figures(pid, run, began))
         time.sleep(min(2.0, seconds / 100))
-        assert sitting.process.exitcode is None, sitting.out.read_text()
+        assert sitting.process.poll() is None, sitting.out.read_text()
     shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("wandb", ".step-*"))
     taken = copy.steps
     wait_until(lambda: run.steps >= taken + 200, sitting)
@@ -150,11 +150,11 @@ def workers_below(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                name, _, rest = (entry / "stat").read_text().rpartition(")")
                 words = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if parent == pid and b"uft.launch.worker" in words:
+            if int(rest.split()[1]) == pid and (b"uft.launch.worker" in words or name.endswith("(uft-worker")):
                 found.append(int(entry.name))
     return found
 

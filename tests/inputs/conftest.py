@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # for mutations.py
-ROOT = Path(__file__).resolve().parents[2]
-SPEAKING_TO_THE_OUTSIDE = ("WANDB_", "HF_", "HUGGINGFACE_", "TRANSFORMERS_", "UFT_", "HYDRA_")
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -46,28 +41,3 @@ def byte_level():
     )
     made.add_tokens(["<think>"])  # an added token that is not special: contents may use it
     return made
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`program(*words, cwd=..., env=...)`: the command line in a process of its own, away from this user's settings."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(SPEAKING_TO_THE_OUTSIDE)}
-    home = tmp_path / "home"
-    home.mkdir()
-    own = {"HOME": str(home), "UFT_CACHE": str(home / "cache"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-
-    def run(*words, cwd=tmp_path, env=None, umask=-1, timeout=900, trace=False):
-        command = [sys.executable, "-m", "uft", *map(str, words)]
-        environment = {**kept, **own, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-        return subprocess.run(
-            command,
-            cwd=cwd,
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            umask=umask,
-            timeout=timeout,
-        )
-
-    return run

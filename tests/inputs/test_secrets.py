@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import program
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,10 +61,11 @@ def ran(place, tmp_path_factory):
         "UFT_CACHE": str(home / "cache"),
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
         "HTTPS_PROXY": f"http://me:{SECRETS['SOME_KEY']}@127.0.0.1:9",
     }
     words = ["train", *SHORT, "tracking.mode=offline", "run.dir=a-run", "objective=sft", "model.trust_remote_code=true"]
-    done = subprocess.run(
+    done = program.run(
         [sys.executable, "-m", "uft", *words],
         cwd=place,
         env=environment,
@@ -103,7 +105,7 @@ def test_a_model_s_own_code_that_is_allowed_stands_on_record(ran):
 def test_reports_say_no_secret(ran, place):
     folder, _, _, environment = ran
     command = [sys.executable, "-m", "uft", "compare", str(folder), "--out", str(place / "report")]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=900)
+    done = program.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert leaks(done.stdout + done.stderr) == []
     written = [path for path in all_files(place) if path.suffix in (".html", ".json")]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from uft.config.schema import Lora
 from uft.data.batch import Example, Layout, collate, make_example, micro_batches, mismatched
@@ -25,20 +25,14 @@ from uft.objectives import make
 from uft.objectives.base import Ask, Clock, Objective
 from uft.training.step import forward_backward, kl_baseline, reported_loss
 
-FOLDER = Path(__file__).parents[2] / "conf" / "objective"
-PRESETS = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
+from toys import PRESETS, apart, settings
+
 MODELS = ["llama", "llama_tied", "qwen2", "gemma3", "cohere", "gpt2"]
 WORDS = 61
 PROMPT, LONGEST = 9, 9
 ALL, ALONE = 10_000, 1  # token budgets: one batch, a row a batch
 Build = Callable[..., Any]
-
-
-def settings(name: str) -> dict[str, Any]:
-    """A file of conf/objective with the objectives it places inside itself."""
-    content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    placed = {k: v for line in content.pop("defaults", []) if isinstance(line, Mapping) for k, v in line.items()}
-    return {**content, **{place.rpartition("@")[2]: settings(other) for place, other in placed.items()}}
 
 
 def fresh(name: str, **changes: Any) -> Objective:
@@ -48,6 +42,13 @@ def fresh(name: str, **changes: Any) -> Objective:
     if "log_u" in objective.state:
         objective.state["log_u"].copy_(torch.linspace(-3, 3, 100))
     return objective
+
+
+def first(names: list[str]) -> list[Any]:
+    """Objectives that are unlike each other, and in the slow part the others: tests/objectives/test_rules.py holds them
+    all to the same rules on batches made by hand."""
+    unlike = apart(names)
+    return [pytest.param(name, marks=() if name in unlike else pytest.mark.slow) for name in names]
 
 
 class Words:
@@ -160,7 +161,7 @@ def pair(build: Build) -> tuple[Policy, Frozen]:
     return packing(moved(model)), Frozen(packing(model))
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", first(PRESETS))
 def test_every_objective_has_the_same_loss_and_gradient_in_every_layout(
     pair: tuple[Policy, Frozen], name: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -235,7 +236,7 @@ def targets(item: Example) -> list[int]:
     return [one.targets for one in item.encoded]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", first(PRESETS))
 def test_a_chunk_of_a_few_rows_is_all_logits_at_once(
     pair: tuple[Policy, Frozen], name: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -253,7 +254,7 @@ def test_a_chunk_of_a_few_rows_is_all_logits_at_once(
 CACHEABLE = [name for name in PRESETS if fresh(name).needs.reference and not fresh(name).needs.distributions]
 
 
-@pytest.mark.parametrize("name", CACHEABLE)
+@pytest.mark.parametrize("name", first(CACHEABLE))
 def test_a_reference_kept_beside_the_rows_is_the_model_itself(pair: tuple[Policy, Frozen], name: str):
     items = items_of(fresh(name))
     asked = measure(fresh(name), *pair, items, Layout.SHARED, ALL)

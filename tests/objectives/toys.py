@@ -39,6 +39,16 @@ def preset(name, examples=16, **changes):
     return objective
 
 
+def apart(names):
+    """Of these shipped objectives one of each class, set of needs, state and set of kinds of rows. What is true of it
+    in a model and a trainer is true of those like it, whose constants differ."""
+    found = {}
+    for name in sorted(names, key=lambda name: (name not in ("sft", "dpo", "orpo"), name)):
+        made = preset(name)
+        found.setdefault((type(made), repr(made.needs), tuple(made.state), frozenset(made.views)), name)
+    return list(found.values())
+
+
 class Told:
     """A forward that says what it is told. `log_probs`, (N,) or () of every target, is a leaf: read its gradient."""
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from program import isolated
 
 
 def environment(folder: Path) -> dict[str, str]:
     """Of every process: this installation of uft, one thread, no network, caches of the test's own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "UFT_", "SLURM_"))}
-    path = os.pathsep.join([str(ROOT), *filter(None, [kept.get("PYTHONPATH")])])
-    own = {"UFT_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
-    return kept | own | {"PYTHONPATH": path, "HOME": str(folder), "TQDM_DISABLE": "1"}
+    own = {"TQDM_DISABLE": "1"}
+    variables = isolated(folder, folder / "cache") | own
+    return {name: value for name, value in variables.items() if not name.startswith("SLURM_")}

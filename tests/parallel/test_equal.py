@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import program
 import pytest
 from cases import CASES, SHARDED, write_files, write_untied
 from outside import environment
@@ -39,7 +39,7 @@ def said(tmp_path_factory: pytest.TempPathFactory, two: Callable[..., None]) -> 
         two(folder, PROGRAM, str(folder), *(f"{way}:{name}" for way, name in pairs))
         names = dict.fromkeys(name for _, name in pairs if not (folder / f"one-{name}.json").exists())
         command = [sys.executable, str(PROGRAM), str(folder), *(f"one:{name}" for name in names)]
-        subprocess.run(command, env=environment(folder), check=True, timeout=1800, capture_output=True)
+        program.run(command, env=environment(folder), check=True, timeout=1800, capture_output=True)
 
     def read(way: str, name: str) -> list[dict[str, Any]]:
         file = folder / f"{way}-{name}.json"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import program
 import pytest
 import torch
 from cases import write_files
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, two: Callable[..., None]) -
     two(folder, PROGRAM, str(folder))
     for name in ("whole", "continued"):
         command = [sys.executable, str(PROGRAM), str(folder), name]
-        subprocess.run(command, env=environment(folder), check=True, timeout=900, capture_output=True)
+        program.run(command, env=environment(folder), check=True, timeout=900, capture_output=True)
     two(folder, PROGRAM, str(folder), "back")
     return folder
 

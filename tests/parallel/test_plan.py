@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import program
 import pytest
 from cases import WORDS
 from outside import environment
@@ -87,7 +87,7 @@ def test_the_plan_is_what_the_step_takes(folder: Path) -> None:
     words = ("objective=sft", "data=files", f"+data.sources.rows.path={folder}/rows.jsonl", "data.holdout=0")
     size = ("model=custom", f"model.path={folder}/model", "train.batch_size=12", "train.micro_batch_tokens=4096")
     command = [sys.executable, "-m", "uft", "check", *words, *size, "hardware=cpu", "train.max_length=2048"]
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=1200)
+    done = program.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     took, expected = re.search(r"model took (\S+) of it; planned for this step: (\S+)", done.stdout).groups()  # type: ignore[union-attr]
     assert amount(took) == pytest.approx(amount(expected), rel=0.15), done.stdout

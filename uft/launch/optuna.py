@@ -29,6 +29,7 @@ from omegaconf import DictConfig
 
 from uft.config.compose import quoted
 from uft.errors import Problem, UftError
+from uft.launch.forkserver import forkserver
 from uft.launch.sweep import Job, SweepPlan, SweepSession, record_sweep
 from uft.launch.sweep_table import SweepTable
 from uft.runs import Run, shown
@@ -184,7 +185,7 @@ def search(
     print(f"uft: trials up to {settings.n_trials} in {shown(folder)}, {there} are there", flush=True)
     table = SweepTable(folder.name, expected=settings.n_trials - there)
     session, results = SweepSession(launcher, table), []
-    with table:
+    with table, forkserver():
         while not session.stopped and (room := min(settings.batch, settings.n_trials - count_ended(study))) > 0:
             trials = unfinished_trials(study)[:room]
             trials += [study.ask(dict(space.distributions)) for _ in range(room - len(trials))]

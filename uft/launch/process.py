@@ -21,11 +21,12 @@ from types import FrameType
 from typing import Any
 
 from uft.errors import FAILED, INTERRUPTED, STOPPED, Problem, UftError
+from uft.launch import forkserver
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_CODES = {number: INTERRUPTED if number == signal.SIGINT else STOPPED for number in FORWARDED}
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
-COMMAND = (sys.executable, "-P", "-m", "uft.launch.worker")
+COMMAND = forkserver.WORKER
 """-P: a `datasets.py` in the working directory is not imported in place of the library."""
 
 AGENT = (*COMMAND, "--elastic")
@@ -63,7 +64,7 @@ def run_worker(
     team: Sequence[str] = (),
     more: Mapping[str, str] | None = None,
 ) -> int:
-    """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code.
+    """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code. In a sweep the worker is forked.
 
     `team`: options of `torchrun` where several processes train one model (`torchrun_arguments`);
     `more`: variables added to the child's environment.
@@ -76,8 +77,10 @@ def run_worker(
     sent, killed_before = list[int](), oom_kills()
     environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(more or {})}
     with forwarding(sent) as children, said_in(log) as streams:
-        command = [*AGENT, *team, "-m", "uft.launch.worker"] if team else COMMAND
-        child = subprocess.Popen([*command, *arguments], start_new_session=True, env=environment, cwd=cwd, **streams)
+        command = [*AGENT, *team, "-m", "uft.launch.worker", *arguments] if team else [*COMMAND, *arguments]
+        child: Child | None = None if team else forkserver.fork(command, environment, cwd, streams, lambda: sent)
+        if child is None:
+            child = subprocess.Popen(command, start_new_session=True, env=environment, cwd=cwd, **streams)
         children.append(child)
         for number in sent:  # one came in before there was a child
             child.send_signal(number)
@@ -92,7 +95,10 @@ def run_worker(
     return FAILED
 
 
-def to_the_end(child: subprocess.Popen[bytes]) -> int:
+Child = subprocess.Popen[bytes] | forkserver.Child
+
+
+def to_the_end(child: Child) -> int:
     """Wait for the child; its exit code.
 
     An exception here (a scheduler's signal may be one) ends the child too, after its checkpoint.
@@ -143,12 +149,12 @@ def python_path() -> str:
 
 
 @contextmanager
-def forwarding(sent: list[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
+def forwarding(sent: list[int]) -> Iterator[list[Child]]:
     """Append every signal to `sent` and forward it to the children in the list that is yielded.
 
     SIGUSR2 is left alone where it has a handler: submitit puts a job back in the queue by it.
     """
-    children: list[subprocess.Popen[bytes]] = []
+    children: list[Child] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
         sent.append(number)

@@ -41,6 +41,7 @@ from uft.config.frozen import free
 from uft.config.messages import written
 from uft.config.stages import data_nodes
 from uft.errors import FAILED, INTERRUPTED, STOPPED, Problem, UftError
+from uft.launch.forkserver import forkserver
 from uft.launch.launcher import OUTPUTS, changed_keys, row_problems, slug, today
 from uft.launch.sweep_table import SweepTable
 from uft.runs import SWEEP_FILE, Damaged, Run, read_json, shown, write_json
@@ -477,7 +478,7 @@ def run_grid(
         table = SweepTable(folder.name)
         table.add(job.folder for job in jobs)
     session, results = SweepSession(launcher, table), []
-    with table or nullcontext():
+    with table or nullcontext(), forkserver() if len(jobs) > 1 else nullcontext():
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
             if table is None and len(jobs) > 1:

@@ -38,14 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     sys.excepthook = tell_redacted
     keep_others_out()
     faulthandler.enable()  # a crash in a library says where it was
-    # libraries do not write to the console
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    logging.getLogger().setLevel(logging.ERROR)
-    logging.getLogger("uft").setLevel(logging.WARNING)
+    silence_libraries()
     try:
         code = run_job(*arguments[1:]) if arguments[0] == "--job" else train(arguments[0])
     except UftError as error:
@@ -59,6 +52,32 @@ def main(arguments: Sequence[str]) -> int:
         code = FAILED
     note_code(code)
     return code
+
+
+def silence_libraries() -> None:
+    """Before they are imported: libraries do not write to the console."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger().setLevel(logging.ERROR)
+    logging.getLogger("uft").setLevel(logging.WARNING)
+
+
+def preload() -> None:
+    """Import what workers import, in a process that they will be forks of (:mod:`uft.launch.forkserver`)."""
+    silence_libraries()
+    import peft  # noqa: F401
+    import safetensors.numpy
+    import safetensors.torch  # noqa: F401
+    import wandb  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    from uft.model.policy import auto_model
+    from uft.training import jobs, session  # noqa: F401
+
+    auto_model()
 
 
 def train(folder: str) -> int:

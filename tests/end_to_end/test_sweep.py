@@ -1,0 +1,42 @@
+"""A sweep, started as a person starts it: its jobs are forks of one server, and leave what other workers leave."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lifecycle import same
+from program import isolated
+
+LEARNING = ("train.steps=3", "optim.lr=0.01", "data.holdout=2", "eval=quick", "train.checkpoint_every=2")
+
+
+def test_jobs_of_a_sweep_leave_the_bits_of_a_run_alone(
+    request_of: Callable[..., list[str]], here: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Metrics, samples, checkpoints and weights; the job that fails takes no other one along."""
+    words = request_of("sft", ["demonstrations"], *LEARNING, "train.batch_size=4")
+    folder = tmp_path / "sweep"
+    swept = ["objective=dpo,sft", f"hydra.sweep.dir={folder}", "sweep.name=forked"]
+    command = [sys.executable, "-m", "uft", "train", "-m", *words[1:], *swept]
+    environment = isolated(tmp_path, tmp_path / "other-cache")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "1 of 2 jobs failed" in done.stderr
+    assert "objective=dpo cannot use 3 demonstration rows" in done.stderr
+    same(folder / "sft", here(words, name="alone"))
+
+
+@pytest.mark.slow
+def test_the_same_of_workers_that_are_started(
+    request_of: Callable[..., list[str]], uft: Callable[..., object], tmp_path: Path
+) -> None:
+    words = request_of("uft", ["demonstrations", "pairs"], *LEARNING, "model.adapter=lora", "train.batch_size=4")
+    for switch in ("on", "off"):
+        place = {"env": {"UFT_FORKSERVER": switch, "UFT_CACHE": str(tmp_path / switch)}}
+        uft("train", "-m", *words, "seed=1,2", f"hydra.sweep.dir={tmp_path / switch}", **place)
+    for name in ("uft-seed1", "uft-seed2"):
+        same(tmp_path / "on" / name, tmp_path / "off" / name)
