@@ -22,7 +22,7 @@ from uft.model.layout import settle_layout
 from uft.model.policy import Policy, add_lora
 from uft.model.reference import Frozen
 from uft.objectives import make
-from uft.objectives.base import Ask, Clock, Objective
+from uft.objectives.base import ForwardRequest, Objective, StepContext
 from uft.training.step import forward_backward, kl_baseline, reported_loss
 
 FOLDER = Path(__file__).parents[2] / "conf" / "objective"
@@ -114,8 +114,8 @@ def measure(
     policy.module.zero_grad(set_to_none=True)
     batches = micro_batches(items, budget, 0, layout)
     unrelated = micro_batches(mismatched(items, 64), budget, 0, layout) if objective.needs.mismatched else []
-    clock = Clock(step=3, steps=10, noise=0.7, survey=kl_baseline(objective, unrelated, policy, reference))
-    terms = forward_backward(objective, batches, policy, reference, clock)
+    context = StepContext(step=3, steps=10, noise=0.7, kl_baseline=kl_baseline(objective, unrelated, policy, reference))
+    terms = forward_backward(objective, batches, policy, reference, context)
     gradients = {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
     values = {name: float(term.total / term.count.clamp(min=1)) for name, term in terms.items()}
     return Measured(float(reported_loss(objective, terms)), values, gradients)
@@ -214,8 +214,8 @@ def test_ift_mixes_what_is_among_the_inputs(pair: tuple[Policy, Frozen], changes
 def test_guesses_are_the_same_in_every_layout(pair: tuple[Policy, Frozen]):
     items = items_of(fresh("sft"))
     with torch.no_grad():
-        guesses = [pair[0](collate(items, 0, layout), Ask(guess=True)).guesses for layout in Layout]
-    assert all(torch.equal(guesses[0], other) for other in guesses)
+        argmax = [pair[0](collate(items, 0, layout), ForwardRequest(argmax=True)).argmax for layout in Layout]
+    assert all(torch.equal(argmax[0], other) for other in argmax)
 
 
 def columns(reference: Frozen, items: list[Example]) -> list[Example]:
