@@ -32,10 +32,10 @@ LONG = {
     "model": (SINGLE, "before load.load_base", 0, "a model was loaded", "model/load.py"),
     "reference": (
         SINGLE,
-        "before reference_cache.ReferenceColumn._compute",
+        "before reference.ReferenceColumn._compute",
         0,
         "reference log-probs were computed",
-        "model/reference_cache.py",
+        "model/reference.py",
     ),
     "battery": (SINGLE, "before generate.complete", 4, "the battery was measured", "evaluation/battery.py"),
     "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "training/checkpoints.py"),
@@ -208,7 +208,7 @@ def test_out_of_memory_in_a_step(bench: Bench, new_run: NewRun, kind: str) -> No
     assert bench.sit(run.path).code == 0
 
 
-ELSEWHERE = ("before tokens._encode", "before reference_cache")
+ELSEWHERE = ("before tokens._encode", "before reference.")
 
 
 @pytest.mark.parametrize(

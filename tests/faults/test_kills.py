@@ -34,7 +34,7 @@ def sit_to_the_end(bench: Bench, run: Run, fault: Fault | None = None) -> None:
 DEATHS = (
     ("before tokens._encode", ""),
     ("before os.rename", ""),  # of the tokens' folder
-    ("after reference_cache.ReferenceColumn._compute", ""),
+    ("after reference.ReferenceColumn._compute", ""),
     ("after flush", "/.metrics.jsonl.seals"),  # a seal without its line
     ("before generate.complete", ""),
     ("after step.forward_backward", ""),
@@ -86,7 +86,7 @@ def test_killed_in_the_middle_of_a_write(
 
 STOPS = (
     ("terminate", "before tokens._encode", ""),
-    ("warn", "before reference_cache.ReferenceColumn._compute", ""),
+    ("warn", "before reference.ReferenceColumn._compute", ""),
     ("terminate", "before generate.complete", ""),
     ("warn", "after step.forward_backward", ""),
     ("terminate", "before os.replace", "/.step-000003.tmp"),

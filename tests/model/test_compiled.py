@@ -93,12 +93,6 @@ def test_what_cannot_be_compiled_stops_the_request(
     assert error.value.problems[0].what == "model.compile=true"
 
 
-def test_a_model_without_blocks_says_so(build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uft.model.layout.blocks", lambda base: [])
-    with pytest.raises(UftError, match="no blocks"):
-        compile_blocks(Policy(build("llama")))
-
-
 def test_saved_weights_keep_their_names(
     build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

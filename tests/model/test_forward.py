@@ -56,14 +56,6 @@ def test_log_probs_and_gradients_are_those_of_plain_transformers(build: Build, b
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4)
 
 
-def test_padding_changes_nothing(build: Build, sequences: list[Any], batch: Batch):
-    from uft.data.batch import sequence_batch
-
-    policy = Policy(build("llama"))
-    alone = torch.cat([policy(sequence_batch([s], pad_id=7)).log_probs for s in sequences])
-    torch.testing.assert_close(policy(batch).log_probs, alone, atol=1e-5, rtol=0)
-
-
 def test_a_head_that_disagrees_is_replaced_by_the_models_own_and_reported(
     build: Build, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ):
@@ -163,24 +155,6 @@ def test_embed_grad_true_trains_both_embeddings_of_a_mixture(build: Build, batch
     table = policy.base.get_input_embeddings().weight.grad
     assert table[60].abs().sum() > 0
     assert table[batch.input_ids[0, 0]].abs().sum() > 0
-
-
-@pytest.mark.parametrize("embed_grad", [True, False])
-@pytest.mark.parametrize("adapter", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(build: Build, batch: Batch, embed_grad: bool, adapter: bool):
-    policy = lora_policy(build) if adapter else Policy(build("llama"))
-    request = ForwardRequest(replace=(batch.target_ids + 1) % 61, mix=0.4, embed_grad=embed_grad)
-    policy.train()
-    policy(batch, request).log_probs.sum().backward()
-    expected = gradients(policy)
-    policy.module.zero_grad()
-    policy.base.activation_checkpointing_enable({"use_reentrant": False})
-    assert policy.recomputes
-    policy(batch, request).log_probs.sum().backward()
-    assert expected
-    assert gradients(policy).keys() == expected.keys()
-    for name, gradient in gradients(policy).items():
-        torch.testing.assert_close(gradient, expected[name])
 
 
 def test_without_its_adapter_a_policy_is_the_base_model_and_its_gradients_survive(build: Build, batch: Batch):

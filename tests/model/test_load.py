@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from uft.config.schema import Lora, Model
 from uft.errors import UftError
-from uft.model.load import check_vocabulary, choose_attention, load_model, load_policy, load_tokenizer, pad_id
+from uft.model.load import check_vocabulary, load_model, load_policy, load_tokenizer, pad_id
 
 CPU = torch.device("cpu")
 
@@ -88,15 +88,6 @@ def test_gradient_checkpointing_is_on_when_asked_for(model_folder: Path):
 def test_the_attention_asked_for_is_the_one_that_runs(model_folder: Path):
     assert load_policy(settings(model_folder), CPU, 0).attention == "sdpa"
     assert load_policy(settings(model_folder, attention="eager"), CPU, 0).attention == "eager"
-
-
-def test_flash_attention_is_chosen_only_where_it_can_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "flash_attn" else None)
-    half = settings("x", dtype="bfloat16")
-    assert choose_attention(half, torch.device("cuda")) == "flash_attention_2"
-    assert choose_attention(half, CPU) is None
-    assert choose_attention(settings("x"), torch.device("cuda")) is None
-    assert choose_attention(settings("x", attention="eager"), torch.device("cuda")) == "eager"
 
 
 def test_a_loaded_policy_has_a_checked_head_and_dropout_on(model_folder: Path):

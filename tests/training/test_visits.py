@@ -31,7 +31,7 @@ class Visits:
             self.parts.append(list(parts))
             visit(self_, states, target_ids, parts, *rest)
 
-        monkeypatch.setattr(Head, "visit", counted)
+        monkeypatch.setattr(Head, "chunked_backward", counted)
 
 
 def run(prepared: Prepared, items: Sequence[Example], layout: Layout) -> None:
