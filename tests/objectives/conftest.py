@@ -15,7 +15,7 @@ from uft.data.batch import Batch
 from uft.data.rows import Completion, Kind, Message, Role, Row
 from uft.objectives.base import StepContext
 
-sys.path.insert(0, str(Path(__file__).parent))  # for toys.py and formulas.py
+sys.path.insert(0, str(Path(__file__).parent))  # for toys.py
 from toys import Logits, Told, Toy, preset, settings
 
 KINDS = list(Kind)
@@ -177,7 +177,7 @@ class Outcome:
 
 
 def step_context(objective, mismatched, policy, reference=None, **settings) -> StepContext:
-    """The clock of a step with these mismatched batches."""
+    """The context of a step with these mismatched batches."""
     found = [objective.baseline_terms(batch, policy, reference) for batch in mismatched]
     names = dict.fromkeys(name for terms in found for name in terms)
     sums = {n: [sum(getattr(t[n], part) for t in found if n in t) for part in ("total", "count")] for n in names}
@@ -186,7 +186,7 @@ def step_context(objective, mismatched, policy, reference=None, **settings) -> S
 
 
 def step(objective, batches, policy, parameters, reference=None, mismatched=()):
-    """A survey first; then sums, and one division by the counts over all batches: the training step in ten lines."""
+    """A training step in ten lines: the KL baseline, then sums, and one division by the counts over all batches."""
     now = step_context(objective, mismatched, policy, reference)
     losses = [objective(batch, policy, reference, now) for batch in batches]
     counted = [objective.counts(batch) for batch in batches]

@@ -102,18 +102,6 @@ def test_dynamic_ft_pulls_p_times_as_hard_as_sft_and_as_hard_as_p_itself(kit, ex
     torch.testing.assert_close(slopes["dynamic_ft"][0, :2], p.detach()[:, None] * slopes["sft"][0, :2])
 
 
-def test_dynamic_ft_without_its_weight_is_sft_to_the_bit(kit, shared):
-    batch, policy = shared
-    values = [
-        mean(kit.preset(n, **w)(batch, policy, None, StepContext())) for n, w in (("sft", {}), ("dynamic_ft", ONE))
-    ]
-    assert torch.equal(*values)
-    assert torch.equal(*(torch.autograd.grad(value, policy.given)[0] for value in values))
-
-
-ONE = {"weight": "one"}
-
-
 def test_dynamic_ft_is_at_most_one_over_e_and_rises_before_it_falls(kit):
     objective, batch = kit.preset("dynamic_ft"), kit.batch_of([kit.of_length(1)])
 
@@ -152,18 +140,3 @@ def test_anchored_sft_by_hand(kit, shared, reduction):
     slope = share[:, None] * (p[:, None] * (ours - target) + 0.3 * (ours - theirs))
     assert policy.given.grad[[0, 0, 1], [1, 2, 0]].flatten().tolist() == pytest.approx(slope.flatten().tolist())
     assert reference.given.grad is None
-
-
-def test_anchored_sft_without_its_anchor_is_dynamic_ft(kit, shared):
-    batch, policy = shared
-    objective = kit.preset("anchored_sft", alpha=0.0)
-    assert not objective.needs.reference
-    assert not objective.needs.distributions
-    free, dynamic = (mean(o(batch, policy, None, StepContext())) for o in (objective, kit.preset("dynamic_ft")))
-    assert torch.equal(free, dynamic)
-    assert torch.equal(*(torch.autograd.grad(value, policy.given)[0] for value in (free, dynamic)))
-
-
-def test_the_anchor_needs_the_reference_itself(kit):
-    needs = kit.preset("anchored_sft").needs
-    assert (needs.reference, needs.distributions) == (True, True)

@@ -106,37 +106,6 @@ def test_it_is_the_weighted_sum_of_the_parts_run_alone(kit, together, policy, re
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@every
-def test_micro_batches_change_nothing_also_where_a_kind_is_missing(kit, together, policy, reference, names):
-    rows = kit.used(together(names), kit.one_of_each())
-
-    def outcome(parts, size, **how):
-        objective = together(names, weights=WEIGHTS)
-        batches = [kit.batch_for(objective, part, **how) for part in parts]
-        unrelated = kit.mismatched_for(objective, rows, size, **how)
-        return objective, kit.step(objective, batches, policy, policy.parameters, reference, unrelated)
-
-    first, one = outcome([rows], 100)
-    for parts, size, how in (([[row] for row in rows], 1, {}), ([rows[:5], rows[5:]], 3, {"layout": "packed"})):
-        objective, many = outcome(parts, size, **how)
-        assert many.terms == pytest.approx(one.terms, rel=1e-9, abs=1e-12)
-        for a, b in zip(one.gradients, many.gradients, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-        assert all(torch.equal(objective.state[name], state) for name, state in first.state.items())
-
-
-def test_a_weight_of_zero_leaves_the_others(kit, together, policy, reference):
-    rows = [row for row in kit.one_of_each() if row.kind in (Kind.DEMONSTRATION, Kind.PREFERENCE)]
-    demonstrations = [row for row in rows if row.kind is Kind.DEMONSTRATION]
-    objective, alone = together(SHIPPED, weights={"preference": 0.0}), kit.preset("sft")
-    both = kit.step(objective, [kit.batch_for(objective, rows)], policy, policy.parameters, reference)
-    sft = kit.step(alone, [kit.batch_for(alone, demonstrations)], policy, policy.parameters)
-    assert both.loss == pytest.approx(sft.loss)
-    for a, b in zip(both.gradients, sft.gradients, strict=True):
-        torch.testing.assert_close(a, b)
-    assert both.terms["preference.pair"] > 0, "measured all the same"
-
-
 def test_each_kind_is_divided_by_its_own_count(kit, together, policy, reference):
     """Five pairs more change what the pairs say, not how much they weigh against the demonstrations."""
     rows = kit.one_of_each()

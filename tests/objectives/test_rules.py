@@ -53,7 +53,7 @@ def fresh(kit):
 
 @pytest.fixture
 def scene(kit, fresh, policy, reference):
-    """scene(case) -> (objective, batch of all kinds, clock that knows its mismatched completions)."""
+    """scene(case) -> (objective, batch of all kinds, context with its KL baseline)."""
 
     def make(case):
         objective, rows = fresh(case), kit.one_of_each()
@@ -175,7 +175,7 @@ def test_no_gradient_into_a_column_and_the_column_equals_the_forward(scene, fres
 
 
 @every
-def test_no_gradient_into_an_annotation_or_a_survey(scene, policy, reference, case):
+def test_no_gradient_into_an_annotation_or_a_baseline(scene, policy, reference, case):
     objective, batch, context = scene(case)
     notes = {name: values.clone().requires_grad_() for name, values in batch.annotations.items()}
     kl_baseline = {name: value.clone().requires_grad_() for name, value in context.kl_baseline.items()}

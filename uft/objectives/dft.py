@@ -52,7 +52,7 @@ class DFT(Objective):
     `plain` (published code): P is the reference on the training prompt. `sampling` (theory): P is the distribution
     that sampled the negative, given as a column.
 
-    What is differentiated (`surrogate`) has the gradient of F but not its value, and may be negative; the logged loss
+    The differentiated term (`surrogate`) has the gradient of F but not its value, and may be negative; the logged loss
     is `estimate` = -s_pos + tau log u. A row without negatives is -s_pos: SFT. Evaluation computes with u but never
     writes it. The same example twice in a batch updates its u twice, in order.
 
@@ -83,7 +83,7 @@ class DFT(Objective):
     def views(self) -> Mapping[Kind, View]:
         taken = dict(views.every_kind(partial(views.positives, min_score=self.min_score)))
         if self.denominator == "sampling":
-            del taken[Kind.PREFERENCE]  # nobody knows how likely a rejected answer was where it came from
+            del taken[Kind.PREFERENCE]  # a rejected answer has no known sampling probability
             return {**taken, Kind.NEGATIVES: partial(views.against_each_known, negatives=self.negatives)}
         versus: View = partial(views.against_each, negatives=self.negatives)
         return {**taken, Kind.NEGATIVES: versus, Kind.PREFERENCE: versus}
@@ -162,7 +162,7 @@ class DFT(Objective):
         """(N,) the column; zeros for a batch without negatives, which brings none."""
         if SAMPLING in batch.columns:
             return terms.promote(batch.columns[SAMPLING].detach())
-        assert not self.negatives_of(batch).any(), "negatives of which nobody knows how likely they were"
+        assert not self.negatives_of(batch).any(), "negatives without sampling log-probs"
         return torch.zeros_like(batch.target_ids, dtype=torch.float32)
 
     @torch.no_grad()

@@ -34,8 +34,8 @@ class PerKind(Objective):
     """The sum over kinds of weight x that kind's own loss, each divided by its own counts.
 
     Each field is the configuration of a whole objective, named in conf/objective/per_kind.yaml and exchanged by
-    `objective@objective.preference=simpo`. The policy runs once over all rows, whatever kinds they are of; objectives
-    that ask it for more (IFT's second pass) run it again on their own targets.
+    `objective@objective.preference=simpo`. The policy runs once over the rows of all kinds; objectives that
+    need more (IFT's second pass) run it again on their own targets.
 
     An objective that shows something else than what it differentiates (DFT) is shown here by what it differentiates.
     """

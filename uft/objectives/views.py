@@ -18,7 +18,7 @@ GOOD_ENOUGH = 0.5
 
 
 def reward(completion: Completion) -> float:
-    """What the feedback on a completion says of it, in [0, 1]: shown, chosen and good are 1, sampled ones are 0."""
+    """Explicit reward of a completion by its feedback, in [0, 1]: shown, chosen and good are 1, sampled ones are 0."""
     if completion.sampled_by is not None:
         return 0.0
     if completion.preferred is not None:
@@ -67,7 +67,7 @@ def against_each(row: Row, visit: int, *, negatives: int | None = None) -> Selec
 
 
 def against_each_known(row: Row, visit: int, *, negatives: int | None = None) -> Selection | None:
-    """As :func:`against_each`; None if nobody knows how likely a sampled one was where it came from."""
+    """As :func:`against_each`; None if the sampling log-prob of a sampled one is unknown."""
     known = all(completion.log_prob is not None for completion in row.completions if completion.sampled_by is not None)
     return against_each(row, visit, negatives=negatives) if known else None
 
@@ -79,8 +79,7 @@ def best_against_worst(row: Row, visit: int) -> Selection | None:
     return None if best == worst else (Selected(best), Selected(worst, Role.NEGATIVE))
 
 
-# --- What each objective does with each kind of row: asked of the views themselves, so that the table cannot lie.
-
+# --- Table of kinds: each objective's use of each kind of row, computed by running its views on sample rows
 
 _TURN = (Message("assistant", "a reply"),)
 
