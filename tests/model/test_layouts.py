@@ -171,7 +171,7 @@ def test_every_objective_has_the_same_loss_and_gradient_in_every_layout(
         assert_same(measure(fresh(name), *pair, items, layout, budget), padded)
 
 
-@pytest.mark.parametrize("objective", ["sft", "dpo", "ift"])
+@pytest.mark.parametrize("objective", ["dpo", "ift"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_does(build: Build, name: str, objective: str):
     model = build(name)
@@ -182,7 +182,7 @@ def test_every_model_does(build: Build, name: str, objective: str):
         assert_same(measure(fresh(objective), *pair, items, layout, budget), padded)
 
 
-@pytest.mark.parametrize("objective", ["uft", "dft", "ift"])
+@pytest.mark.parametrize("objective", ["dft", "ift"])
 @pytest.mark.parametrize("adapter", [True, False], ids=["lora", "all weights"])
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointing", "plain"])
 def test_also_with_an_adapter_and_with_activations_made_again(
@@ -220,19 +220,13 @@ def test_guesses_are_the_same_in_every_layout(pair: tuple[Policy, Frozen]):
 
 def columns(reference: Frozen, items: list[Example]) -> list[Example]:
     """The items with the reference's log-probs beside them, as a cache brings them: each from a batch alone."""
-    with torch.no_grad():
-        return [
-            replace(item, reference=tuple(piece.numpy() for piece in pieces(reference, item).split(targets(item))))
-            for item in items
-        ]
-
-
-def pieces(reference: Frozen, item: Example) -> torch.Tensor:
-    return reference(collate([item], 0, Layout.SHARED)).log_probs
-
-
-def targets(item: Example) -> list[int]:
-    return [one.targets for one in item.encoded]
+    found = []
+    for item in items:
+        with torch.no_grad():
+            log_probs = reference(collate([item], 0, Layout.SHARED)).log_probs
+        pieces = log_probs.split([one.targets for one in item.encoded])
+        found.append(replace(item, reference=tuple(piece.numpy() for piece in pieces)))
+    return found
 
 
 @pytest.mark.parametrize("name", PRESETS)

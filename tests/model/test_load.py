@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -152,3 +154,21 @@ def test_shipped_models_fit_the_schema(file: Path):
     merged = OmegaConf.merge(OmegaConf.structured(Model), given)
     assert merged.name == file.stem
     assert merged.lr > 0
+
+
+LOADS = """
+import sys
+import torch
+from transformers import utils
+from uft.config.schema import Model
+from uft.model.load import load_policy
+
+there = utils.is_scipy_available()
+load_policy(Model(name="playground", path="builtin:playground"), torch.device("cpu"), 0)
+print(there, "scipy" in sys.modules, utils.is_scipy_available())
+"""
+
+
+def test_a_model_is_loaded_without_scipy_which_stays_there_for_others():
+    done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "True"]

@@ -197,5 +197,8 @@ def varlen_bounds(spans: Spans, device: torch.device) -> VarlenBounds:
             for first, count in ((starts[span.prompt], span.prefix), (start, span.length))
         ]
         index = torch.cat(pieces).to(device)
-    ends = [torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device) for lengths in (queries, keys)]
-    return VarlenBounds(index, *ends, max(queries), max(keys))
+
+    def ends(lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+    return VarlenBounds(index, ends(queries), ends(keys), max(queries), max(keys))

@@ -138,10 +138,10 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-Forward = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
+LastLogits = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 
-def _last_logits(module: Any, base: Any, dtype: str) -> Forward:
+def _last_logits(module: Any, base: Any, dtype: str) -> LastLogits:
     """(B, T) new tokens, (B, all) mask and the cache -> (B, V) float32 logits of the last position, the grown cache."""
     accepts = inspect.signature(base.forward).parameters
     options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
@@ -180,7 +180,7 @@ class _Row:
 
 
 def _decode(
-    forward: Forward,
+    forward: LastLogits,
     device: torch.device,
     rows: list[_Row],
     sampling: Sampling,
