@@ -1,8 +1,9 @@
-"""Attention over packed rows: kernels against one dense mask; the plain implementation where nothing is packed."""
+"""Attention over packed rows: kernels against one dense mask, their choice, and the plain implementation unpacked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from uft.data.batch import Span
 from uft.model import attention
-from uft.model.attention import CannotPack, Varlen, at_once, attend_spans, register
+from uft.model.attention import CannotPack, attend_spans, choose_kernel, register
 from uft.model.layout import settle_layout
 from uft.model.policy import Policy
 
@@ -25,18 +26,32 @@ def tensors(heads: int, key_heads: int, length: int = 18) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
 
 
-def plain_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, dropout: float, scaling: float | None) -> Tensor:
-    """What FlashAttention computes of variable lengths, as its documentation says: causal from the lower right."""
+def plain_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_ends: Tensor,
+    key_ends: Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """Variable-length attention as torch documents it: (T, heads, D), causal from the lower right."""
+    assert window_size == (-1, 0)
+    assert enable_gqa == (q.shape[1] != k.shape[1])
     out = []
-    queries, keys = layout.query_ends.tolist(), layout.key_ends.tolist()
+    queries, keys = query_ends.tolist(), key_ends.tolist()
     for n in range(len(queries) - 1):
         ends = (queries[n : n + 2], keys[n : n + 2], keys[n : n + 2])
         one = [tensor[a:b].transpose(0, 1) for tensor, (a, b) in zip((q, k, v), ends, strict=True)]
         rows, columns = one[0].shape[1], one[1].shape[1]
-        assert rows <= layout.longest_query
-        assert columns <= layout.longest_key
+        assert rows <= longest_query
+        assert columns <= longest_key
         mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
-        out.append(scaled_dot_product_attention(*one, attn_mask=mask, scale=scaling, enable_gqa=True).transpose(0, 1))
+        out.append(scaled_dot_product_attention(*one, attn_mask=mask, scale=scale, enable_gqa=True).transpose(0, 1))
     return torch.cat(out)
 
 
@@ -46,7 +61,7 @@ def plain_varlen(q: Tensor, k: Tensor, v: Tensor, layout: Varlen, dropout: float
 def test_kernels_attend_to_what_the_spans_say(
     monkeypatch: pytest.MonkeyPatch, visible: Any, name: str, scaling: float | None, heads: tuple[int, int]
 ):
-    monkeypatch.setitem(attention.KERNELS, "varlen", at_once(plain_varlen))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
     monkeypatch.setattr(attention, "choose_kernel", lambda *given: name)
     q, k, v = tensors(*heads)
     weights = torch.randn(1, 18, heads[0], 8, generator=torch.Generator().manual_seed(1))
@@ -80,17 +95,51 @@ def test_without_segments_it_is_the_implementation_it_stands_on_to_the_last_bit(
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), told)
 
 
-def test_in_mixed_precision_other_kernels_than_the_loop_get_what_torchs_own_would(
+def test_in_mixed_precision_varlen_gets_the_dtype_that_torchs_own_would(
     build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ):
     """Rotated queries and keys are float32 under autocast, values are not."""
     seen = set()
 
-    def noted(*given: Any) -> Tensor:
+    def noted(*given: Any, **settings: Any) -> Tensor:
         seen.update(tensor.dtype for tensor in given[:3])
-        return plain_varlen(*given)
+        return plain_varlen(*given, **settings)
 
-    monkeypatch.setitem(attention.KERNELS, "varlen", at_once(noted))
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", noted)
     monkeypatch.setattr(attention, "choose_kernel", lambda *given: "varlen")
     settle_layout(Policy(build("llama"), "bfloat16"), "packed", 30)
     assert seen == {torch.bfloat16}
+
+
+KERNEL_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a CPU": ("loop", {"device": "cpu"}),
+    "an Apple": ("loop", {"device": "mps"}),
+    "bfloat16": ("varlen", {}),
+    "float16": ("varlen", {"dtype": torch.float16}),
+    "float32 under autocast": ("varlen", {"dtype": torch.float32, "autocast": torch.bfloat16}),
+    "heads of 256": ("varlen", {"width": 256}),
+    "dropout": ("loop", {"dropout": 0.1}),
+    "heads that need padding": ("loop", {"width": 100}),
+    "wide heads": ("loop", {"width": 264}),
+    "values of another width": ("loop", {"width": 192, "value_width": 128}),
+    "float32": ("loop", {"dtype": torch.float32}),
+    "float64 under autocast": ("loop", {"dtype": torch.float64, "autocast": torch.bfloat16}),
+    "before Ampere": ("loop", {"capability": (7, 5), "dtype": torch.float16}),
+}
+
+
+@pytest.mark.parametrize(("expected", "case"), KERNEL_CASES.values(), ids=KERNEL_CASES)
+def test_the_kernel_is_what_device_precision_and_heads_allow(
+    monkeypatch: pytest.MonkeyPatch, expected: str, case: dict[str, Any]
+):
+    case = {"device": "cuda", "capability": (8, 0), "dtype": torch.bfloat16, "width": 64, "dropout": 0.0} | case
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: "autocast" in case)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: case["autocast"])
+
+    def tensor(width: int) -> Any:
+        return SimpleNamespace(device=torch.device(case["device"]), dtype=case["dtype"], shape=(1, 4, 20, width))
+
+    found = choose_kernel(tensor(case["width"]), tensor(case.get("value_width", case["width"])), case["dropout"])
+    assert found == expected
+    assert found in attention.KERNELS

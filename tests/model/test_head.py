@@ -1,13 +1,27 @@
 from __future__ import annotations
 
+import copy
 import gc
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from uft.data.batch import Layout, TokenSequence, sequence_batch
 from uft.model import head as head_module
-from uft.model.head import Head, Predictions, Transform, log_probs_of, transform_of
+from uft.model.head import (
+    Head,
+    Predictions,
+    Transform,
+    embedding_in_place,
+    log_probs_of,
+    own_gradient,
+    transform_of,
+)
+from uft.model.policy import Policy
+from uft.objectives.base import PLAIN as PLAIN_REQUEST
 
 TRANSFORMS = [Transform(), Transform(scale=0.5), Transform(softcap=1.5), Transform(scale=1.7, softcap=2.0)]
 
@@ -50,9 +64,9 @@ def test_value_and_gradients_equal_the_plain_path(chunk: int, transform: Transfo
     wanted = [hidden, *head.projection.parameters()]
     expected = plain(head, hidden, target_ids)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), wanted)
-    found, guesses = head(hidden, target_ids)
+    found, argmax = head(hidden, target_ids)
     gradients = torch.autograd.grad((found * weights).sum(), wanted)
-    assert guesses is None
+    assert argmax is None
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     for gradient, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
@@ -70,16 +84,16 @@ def test_gradients_told_part_by_part_are_those_of_the_whole(chunk: int, transfor
     expected = torch.autograd.grad(sum(log_probs[part].sum() ** 2 for part in parts), wanted)
     seen = []
 
-    def judge(part: slice, told: torch.Tensor, guesses: torch.Tensor | None) -> torch.Tensor:
-        seen.append((part, told.clone(), guesses))
+    def loss_grad(part: slice, told: torch.Tensor, argmax: torch.Tensor | None) -> torch.Tensor:
+        seen.append((part, told.clone(), argmax))
         return 2 * told.sum().expand(len(told))
 
-    head.visit(states * 2, target_ids, parts, judge, guess=True)
+    head.chunked_backward(states * 2, target_ids, parts, loss_grad, with_argmax=True)
     assert [part for part, _, _ in seen] == parts
     torch.testing.assert_close(torch.cat([told for _, told, _ in seen]), log_probs.detach(), atol=1e-12, rtol=0)
-    guesses = head(states * 2, target_ids, guess=True)[1]
-    assert guesses is not None
-    assert torch.equal(torch.cat([g for _, _, g in seen if g is not None]), guesses)
+    argmax = head(states * 2, target_ids, with_argmax=True)[1]
+    assert argmax is not None
+    assert torch.equal(torch.cat([g for _, _, g in seen if g is not None]), argmax)
     for tensor, gradient in zip(wanted, expected, strict=True):
         torch.testing.assert_close(tensor.grad, gradient, atol=1e-10, rtol=1e-10)
 
@@ -89,10 +103,10 @@ def test_a_visit_leaves_frozen_weights_alone_and_adds_to_what_is_there():
     head.projection.requires_grad_(False)
     states, target_ids = inputs(3)
     states.grad = torch.ones_like(states)
-    head.visit(states, target_ids, [slice(0, 3)], lambda part, told, guesses: torch.zeros_like(told))
+    head.chunked_backward(states, target_ids, [slice(0, 3)], lambda part, told, argmax: torch.zeros_like(told))
     assert head.projection.weight.grad is None
     assert torch.equal(states.grad, torch.ones_like(states))
-    head.visit(states.detach(), target_ids, [slice(0, 3)], lambda part, told, guesses: torch.ones_like(told))
+    head.chunked_backward(states.detach(), target_ids, [slice(0, 3)], lambda part, told, argmax: torch.ones_like(told))
 
 
 def test_no_logits_are_held_while_the_body_has_its_backward_pass():
@@ -103,7 +117,7 @@ def test_no_logits_are_held_while_the_body_has_its_backward_pass():
         held.append([tensor for tensor in logits_alive() if not any(tensor is other for other in others)])
 
     leaf.register_hook(look)
-    head.visit(leaf * 2, target_ids, [slice(0, 6)], lambda part, told, guesses: torch.ones_like(told))
+    head.chunked_backward(leaf * 2, target_ids, [slice(0, 6)], lambda part, told, argmax: torch.ones_like(told))
     assert held == [[]]
 
 
@@ -123,14 +137,6 @@ def test_gradcheck(chunk: int, transform: Transform):
     assert torch.autograd.gradcheck(function, (hidden, head.projection.weight, head.projection.bias))
 
 
-def test_a_frozen_head_still_passes_the_gradient_on(chunk: int):
-    head = make()
-    head.projection.requires_grad_(False)
-    hidden, target_ids = inputs(7)
-    expected = torch.autograd.grad(plain(head, hidden, target_ids).sum(), hidden)[0]
-    torch.testing.assert_close(torch.autograd.grad(head(hidden, target_ids)[0].sum(), hidden)[0], expected)
-
-
 def test_backward_can_be_repeated(chunk: int):
     head = make()
     hidden, target_ids = inputs(7)
@@ -142,9 +148,9 @@ def test_backward_can_be_repeated(chunk: int):
 def test_guesses_are_the_argmax(chunk: int):
     head = make()
     hidden, target_ids = inputs(7)
-    _, guesses = head(hidden, target_ids, guess=True)
-    assert torch.equal(guesses, head.projection(hidden).argmax(-1))
-    assert torch.equal(guesses, log_probs_of(head.projection(hidden), target_ids, guess=True)[1])
+    _, argmax = head(hidden, target_ids, with_argmax=True)
+    assert torch.equal(argmax, head.projection(hidden).argmax(-1))
+    assert torch.equal(argmax, log_probs_of(head.projection(hidden), target_ids, with_argmax=True)[1])
 
 
 def test_no_rows_give_no_values_and_zero_gradients(chunk: int):
@@ -214,38 +220,6 @@ def test_divergence_in_chunks_is_that_of_all_logits_in_value_and_gradient(chunk:
         torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
 
 
-def test_divergence_sends_no_gradient_to_the_other_side(chunk: int):
-    ours, theirs = two_predictions(7)
-    theirs = Predictions(theirs.states.requires_grad_(), theirs.head)
-    ours.divergence_from(theirs).sum().backward()
-    assert ours.states.grad.abs().sum() > 0
-    assert theirs.states.grad is None
-    assert theirs.head.projection.weight.grad is None
-
-
-def test_divergence_from_oneself_is_zero_and_so_is_its_gradient(chunk: int):
-    ours, _ = two_predictions(7)
-    found = ours.divergence_from(ours)
-    torch.testing.assert_close(found, torch.zeros_like(found), atol=1e-14, rtol=0)
-    found.sum().backward()
-    torch.testing.assert_close(ours.states.grad, torch.zeros_like(ours.states), atol=1e-14, rtol=0)
-
-
-def test_divergence_of_logits_that_are_all_there(chunk: int):
-    """Where the head is no plain matrix, states are the logits themselves."""
-    ours, theirs = two_predictions(7)
-    whole = [Predictions(side.head.projection(side.states), None) for side in (ours, theirs)]
-    torch.testing.assert_close(whole[0].divergence_from(whole[1]), ours.divergence_from(theirs))
-    torch.testing.assert_close(whole[0].divergence_from(theirs), ours.divergence_from(theirs))
-
-
-def test_divergence_of_no_rows(chunk: int):
-    ours, theirs = two_predictions(0)
-    found = ours.divergence_from(theirs)
-    assert found.shape == (0,)
-    found.sum().backward()
-
-
 def test_divergence_is_float32_under_bfloat16_and_finite_at_the_extremes(chunk: int):
     ours, theirs = make(dtype=torch.bfloat16), make(dtype=torch.bfloat16)
     hidden, _ = inputs(7, torch.float32)
@@ -256,3 +230,74 @@ def test_divergence_is_float32_under_bfloat16_and_finite_at_the_extremes(chunk: 
     found.sum().backward()
     assert torch.isfinite(hidden.grad).all()
     assert ours.projection.weight.grad.dtype == torch.float32
+
+
+# --- gradients of embedding and head, accumulated in place ----------------------------------------------------------
+
+MODELS = ("llama", "llama_tied", "gemma2", "gpt2")
+
+
+def gradients(policy: Policy, sequences: list[TokenSequence]) -> dict[str, torch.Tensor]:
+    """Of the sum of all log-probs, over two visits."""
+    for _ in range(2):
+        batch = sequence_batch(sequences, 0, Layout.PADDED)
+        whole = slice(0, batch.target_ids.numel())
+        policy.chunked_backward(
+            batch, PLAIN_REQUEST, [whole], lambda part, log_probs, argmax: torch.ones_like(log_probs)
+        )
+    return {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_as_by_autograd(
+    build: Callable[..., Any], sequences: list[TokenSequence], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(name)
+    ours = gradients(Policy(copy.deepcopy(model)), sequences)
+    monkeypatch.setattr(head_module, "own_gradient", lambda weight: None)
+    monkeypatch.setattr(head_module, "keeps_its_own", lambda weight: False)
+    theirs = gradients(Policy(model), sequences)
+    assert ours.keys() == theirs.keys()
+    for parameter, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[parameter], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_were_not_looked_up_are_not_touched_and_padding_learns_nothing() -> None:
+    table = nn.Embedding(9, 3, padding_idx=2)
+    expected = copy.deepcopy(table)
+    ids, incoming = torch.tensor([[1, 2, 5, 5]]), torch.randn(1, 4, 3)
+    expected(ids).backward(incoming)
+    table.weight.grad = (before := torch.randn(9, 3)).clone()
+    with embedding_in_place(table):
+        table(ids).backward(incoming)
+    torch.testing.assert_close(table.weight.grad - before, expected.weight.grad)
+    assert torch.equal(table.weight.grad[[0, 2, 3, 4, 6, 7, 8]], before[[0, 2, 3, 4, 6, 7, 8]])
+    assert "forward" not in vars(table)
+
+
+def test_an_embedding_that_nothing_flows_into_has_no_gradient() -> None:
+    """Not one of zeros: an optimiser would take it for a reason to decay the weight."""
+    table = nn.Embedding(9, 3)
+    with embedding_in_place(table), torch.no_grad():
+        table(torch.tensor([1, 2]))
+    assert table.weight.grad is None
+
+
+def test_what_is_more_than_a_table_stays_as_it_is() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(ids)
+
+    frozen = nn.Embedding(9, 3).requires_grad_(False)
+    for module in (Scaled(9, 3), nn.Embedding(9, 3, max_norm=1.0), nn.Embedding(9, 3, sparse=True), frozen):
+        with embedding_in_place(module):
+            assert "forward" not in vars(module)
+
+
+def test_who_must_be_told_of_a_gradient_is_told() -> None:
+    weight = nn.Parameter(torch.zeros(3))
+    assert own_gradient(weight) is weight.grad is not None
+    assert own_gradient(weight * 1) is None
+    told: list[torch.Tensor] = []
+    weight.register_post_accumulate_grad_hook(told.append)
+    assert own_gradient(weight) is None

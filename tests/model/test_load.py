@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from omegaconf import OmegaConf
 
 from uft.config.schema import Lora, Model
 from uft.errors import UftError
-from uft.model.load import check_vocabulary, choose_attention, load_model, load_policy, load_tokenizer, pad_id
+from uft.model.load import check_vocabulary, load_model, load_policy, load_tokenizer, pad_id
 
 CPU = torch.device("cpu")
 
@@ -90,15 +92,6 @@ def test_the_attention_asked_for_is_the_one_that_runs(model_folder: Path):
     assert load_policy(settings(model_folder, attention="eager"), CPU, 0).attention == "eager"
 
 
-def test_flash_attention_is_chosen_only_where_it_can_run(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "flash_attn" else None)
-    half = settings("x", dtype="bfloat16")
-    assert choose_attention(half, torch.device("cuda")) == "flash_attention_2"
-    assert choose_attention(half, CPU) is None
-    assert choose_attention(settings("x"), torch.device("cuda")) is None
-    assert choose_attention(settings("x", attention="eager"), torch.device("cuda")) == "eager"
-
-
 def test_a_loaded_policy_has_a_checked_head_and_dropout_on(model_folder: Path):
     policy = load_policy(settings(model_folder), CPU, 0)
     assert policy.module.training
@@ -161,3 +154,21 @@ def test_shipped_models_fit_the_schema(file: Path):
     merged = OmegaConf.merge(OmegaConf.structured(Model), given)
     assert merged.name == file.stem
     assert merged.lr > 0
+
+
+LOADS = """
+import sys
+import torch
+from transformers import utils
+from uft.config.schema import Model
+from uft.model.load import load_policy
+
+there = utils.is_scipy_available()
+load_policy(Model(name="playground", path="builtin:playground"), torch.device("cpu"), 0)
+print(there, "scipy" in sys.modules, utils.is_scipy_available())
+"""
+
+
+def test_a_model_is_loaded_without_scipy_which_stays_there_for_others():
+    done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False", "True"]

@@ -71,12 +71,6 @@ def test_a_window_as_long_as_the_longest_row_is_none(build: Build):
     assert settled(build("qwen2", sliding_window=4, use_sliding_window=False)).layout is Layout.SHARED
 
 
-def test_padded_leaves_the_model_as_it_is(build: Build):
-    policy = settled(build("llama"), "padded")
-    assert (policy.layout, policy.notes) == (Layout.PADDED, [])
-    assert policy.base.config._attn_implementation == "sdpa"
-
-
 def test_small_models_are_padded_on_a_cpu_unless_told_otherwise(build: Build, monkeypatch: pytest.MonkeyPatch):
     policy = settled(build("llama"), "auto")
     assert policy.layout is Layout.PADDED

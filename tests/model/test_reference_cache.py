@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from uft.data.batch import Batch, Layout, batches_of, packs_of
+from uft.data.batch import Batch, Layout
 from uft.model import reference
 from uft.model.reference import LogProbStore, ReferenceColumn, sequence_key
-from uft.objectives.base import Scores
+from uft.objectives.base import ForwardOutput
 
 
 @dataclass
@@ -31,9 +31,9 @@ class Forward:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
 
-    def __call__(self, batch: Batch, **_: object) -> Scores:
+    def __call__(self, batch: Batch, **_: object) -> ForwardOutput:
         self.batches.append(batch)
-        return Scores(-batch.target_ids.float())
+        return ForwardOutput(-batch.target_ids.float())
 
 
 def column(folder: Path, forward: Forward, layout: Layout = Layout.PADDED) -> ReferenceColumn:
@@ -165,16 +165,3 @@ def test_progress_is_told_file_by_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_nothing_missing_makes_no_model(tmp_path: Path):
     made = ReferenceColumn(LogProbStore.of(tmp_path, {}), lambda: pytest.fail("made"), 0, torch.device("cpu"))
     assert made.fill([])
-
-
-def test_batches_are_sorted_and_within_the_budget():
-    assert batches_of([5, 2, 9, 2], 8) == [[1, 3], [0], [2]]
-    assert batches_of([], 8) == []
-
-
-def test_packs_count_a_shared_prompt_once():
-    sequences = [(row.ids, row.supervised) for row in [*replies(4, 2, 3), *replies(5, 4)]]
-    assert packs_of(sequences, 18) == [[0, 1, 2]]
-    assert packs_of(sequences, 17) == [[0, 1], [2]]
-    assert packs_of(sequences, 8) == [[0], [1], [2]]
-    assert packs_of([], 8) == []

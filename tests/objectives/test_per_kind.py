@@ -9,7 +9,7 @@ import torch
 from toys import settings
 
 from uft.data.rows import Kind
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 SHIPPED = {"demonstration": "sft", "preference": "dpo", "binary": "kto", "scored": "uft", "negatives": "dft"}
 OTHERS = {
@@ -52,9 +52,9 @@ class Counting:
     def __init__(self, forward):
         self.forward, self.asked = forward, []
 
-    def __call__(self, batch, *ask):
-        self.asked.append((batch, *ask))
-        return self.forward(batch, *ask)
+    def __call__(self, batch, *request):
+        self.asked.append((batch, *request))
+        return self.forward(batch, *request)
 
 
 def of_kind(batch, kind):
@@ -106,37 +106,6 @@ def test_it_is_the_weighted_sum_of_the_parts_run_alone(kit, together, policy, re
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@every
-def test_micro_batches_change_nothing_also_where_a_kind_is_missing(kit, together, policy, reference, names):
-    rows = kit.used(together(names), kit.one_of_each())
-
-    def outcome(parts, size, **how):
-        objective = together(names, weights=WEIGHTS)
-        batches = [kit.batch_for(objective, part, **how) for part in parts]
-        unrelated = kit.mismatched_for(objective, rows, size, **how)
-        return objective, kit.step(objective, batches, policy, policy.parameters, reference, unrelated)
-
-    first, one = outcome([rows], 100)
-    for parts, size, how in (([[row] for row in rows], 1, {}), ([rows[:5], rows[5:]], 3, {"layout": "packed"})):
-        objective, many = outcome(parts, size, **how)
-        assert many.terms == pytest.approx(one.terms, rel=1e-9, abs=1e-12)
-        for a, b in zip(one.gradients, many.gradients, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-        assert all(torch.equal(objective.state[name], state) for name, state in first.state.items())
-
-
-def test_a_weight_of_zero_leaves_the_others(kit, together, policy, reference):
-    rows = [row for row in kit.one_of_each() if row.kind in (Kind.DEMONSTRATION, Kind.PREFERENCE)]
-    demonstrations = [row for row in rows if row.kind is Kind.DEMONSTRATION]
-    objective, alone = together(SHIPPED, weights={"preference": 0.0}), kit.preset("sft")
-    both = kit.step(objective, [kit.batch_for(objective, rows)], policy, policy.parameters, reference)
-    sft = kit.step(alone, [kit.batch_for(alone, demonstrations)], policy, policy.parameters)
-    assert both.loss == pytest.approx(sft.loss)
-    for a, b in zip(both.gradients, sft.gradients, strict=True):
-        torch.testing.assert_close(a, b)
-    assert both.terms["preference.pair"] > 0, "measured all the same"
-
-
 def test_each_kind_is_divided_by_its_own_count(kit, together, policy, reference):
     """Five pairs more change what the pairs say, not how much they weigh against the demonstrations."""
     rows = kit.one_of_each()
@@ -160,7 +129,7 @@ def test_the_policy_runs_once_for_all_parts_that_ask_for_no_more(kit, together, 
     objective = together(names)
     counted, frozen = Counting(policy), Counting(reference)
     frozen.logits = reference.logits
-    objective(kit.batch_for(objective, kit.one_of_each()), counted, frozen, Clock())
+    objective(kit.batch_for(objective, kit.one_of_each()), counted, frozen, StepContext())
     assert len(counted.asked) == 1 + more
     assert len(frozen.asked) == 1
     assert objective.needs.distributions == (names["binary"] == "anchored_sft")
@@ -170,7 +139,7 @@ def test_a_cached_column_stands_for_the_reference(kit, together, policy, referen
     objective, cached = together(SHIPPED), together(SHIPPED)
     batch = kit.batch_for(objective, kit.one_of_each())
     column = replace(batch, columns={"reference": reference(batch).log_probs.detach()})
-    direct, found = objective(batch, policy, reference, Clock()), cached(column, policy, None, Clock())
+    direct, found = objective(batch, policy, reference, StepContext()), cached(column, policy, None, StepContext())
     assert {n: float(t.total.detach()) for n, t in found.items()} == {
         n: float(t.total.detach()) for n, t in direct.items()
     }
@@ -186,9 +155,9 @@ def test_the_state_of_a_part_goes_on_from_step_to_step_and_is_left_alone_in_eval
     rows = [row for row in kit.one_of_each() if row.kind is Kind.NEGATIVES]
     batch = kit.batch_for(whole, rows)
     seen = []
-    for clock in (Clock(), Clock(learning=False), Clock(step=1)):
+    for context in (StepContext(), StepContext(learning=False), StepContext(step=1)):
         for objective in (whole, alone):
-            objective(batch, policy, reference, clock)
+            objective(batch, policy, reference, context)
         seen.append(whole.state["negatives.log_u"].clone())
         assert torch.equal(seen[-1], alone.state["log_u"])
     assert torch.equal(seen[0], seen[1])
@@ -198,7 +167,7 @@ def test_the_state_of_a_part_goes_on_from_step_to_step_and_is_left_alone_in_eval
 
 def test_two_parts_with_a_state_keep_them_apart(kit, together, policy, reference):
     objective = together({**SHIPPED, "preference": "dft2"})
-    objective(kit.batch_for(objective, kit.one_of_each()), policy, reference, Clock())
+    objective(kit.batch_for(objective, kit.one_of_each()), policy, reference, StepContext())
     assert objective.state.keys() == {"preference.log_u", "negatives.log_u"}
     assert objective.state["preference.log_u"].nonzero().flatten().tolist() == [1, 6]
     assert objective.state["negatives.log_u"].nonzero().flatten().tolist() == [5]

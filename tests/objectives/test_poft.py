@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 
 def run(kit, policy, baselines, lengths=None, **changes):
@@ -18,7 +17,7 @@ def run(kit, policy, baselines, lengths=None, **changes):
         for row, (n, b) in enumerate(zip(lengths, baselines, strict=True))
     ]
     told = kit.Told(policy)
-    terms = kit.preset("poft", **changes)(kit.batch_of(seqs), told, None, Clock())
+    terms = kit.preset("poft", **changes)(kit.batch_of(seqs), told, None, StepContext())
     (terms["poft"].total / terms["poft"].count).backward()
     return terms, told.log_probs.grad.tolist()
 
@@ -26,7 +25,7 @@ def run(kit, policy, baselines, lengths=None, **changes):
 def sft(kit, policy, lengths):
     told = kit.Told(policy)
     batch = kit.batch_of([kit.of_length(n, row=row) for row, n in enumerate(lengths)])
-    loss = kit.preset("sft", reduction="sequence")(batch, told, None, Clock())["sft"]
+    loss = kit.preset("sft", reduction="sequence")(batch, told, None, StepContext())["sft"]
     (loss.total / loss.count).backward()
     return told.log_probs.grad.tolist()
 
@@ -41,13 +40,6 @@ def test_worked_example(kit):
 
 
 POLICY, LENGTHS = [-0.4, -1.1, -0.2, -2.0, -0.7, -0.1], [3, 1, 2]
-
-
-def test_an_unbeatable_baseline_is_sft_and_a_hopeless_one_nothing(kit):
-    _, slopes = run(kit, POLICY, [80.0] * 3, LENGTHS)
-    assert slopes == pytest.approx(sft(kit, POLICY, LENGTHS))
-    _, slopes = run(kit, POLICY, [-80.0] * 3, LENGTHS)
-    assert slopes == pytest.approx([0.0] * 6, abs=1e-12)
 
 
 def test_the_pull_is_tau_times_that_of_sft_and_tau_a_ratio_of_geometric_means(kit):
@@ -91,10 +83,3 @@ def test_it_needs_the_column_and_no_reference(kit):
     assert objective.needs.annotations == {"baseline_logp"}
     assert not objective.needs.reference
     assert [key for key, _ in kit.preset("poft", reduction="token").problems()] == ["reduction"]
-
-
-def test_the_order_of_rows_changes_nothing(kit):
-    baselines = [-0.3, -1.0, -2.0]
-    terms, _ = run(kit, POLICY, baselines, LENGTHS)
-    turned, _ = run(kit, [*POLICY[4:], POLICY[3], *POLICY[:3]], baselines[::-1], LENGTHS[::-1])
-    torch.testing.assert_close(terms["poft"].total, turned["poft"].total)

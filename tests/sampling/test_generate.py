@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from uft.sampling.generate import Interrupted, Sampling, choose, complete, filtered, left_padded, uniforms
+from uft.sampling.generate import Interrupted, Sampling, choose, complete, filtered, uniforms
 
 VOCABULARY, PAD, END = 29, 0, 1
 CONFIGS = {
@@ -148,11 +148,6 @@ def test_the_edges_of_the_distribution_are_tokens_that_may_be_drawn(draw):
     assert int(token) in (1, 2, 3)
 
 
-def test_top_k_of_one_is_greedy():
-    module = model()
-    assert ids(run(module, sampling=Sampling(2.0, top_k=1, max_new_tokens=12))) == ids(run(module, sampling=GREEDY))
-
-
 def test_draws_are_uniform_and_their_own():
     draws = uniforms(0, 0, 10_000)
     assert abs(draws.mean() - 0.5) < 0.02
@@ -160,12 +155,6 @@ def test_draws_are_uniform_and_their_own():
     assert (uniforms(0, 0, 5) == draws[:5]).all()
     assert (uniforms(0, 1, 5) != draws[:5]).all()
     assert (uniforms(1, 0, 5) != draws[:5]).all()
-
-
-def test_prompts_end_in_the_last_column():
-    tokens, mask = left_padded([[5], [7, 8, 9]], PAD, torch.device("cpu"))
-    assert tokens.tolist() == [[0, 0, 5], [7, 8, 9]]
-    assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -20,6 +20,7 @@ from uft.config.schema import Annotate, Config, Source
 from uft.data.rows import Kind, Row
 from uft.data.sources import load_sources
 from uft.errors import GOOD, INTERRUPTED, STOPPED, UftError
+from uft.model import reference
 from uft.sampling import annotate as annotation
 from uft.training import jobs
 from uft.training.jobs import Written, annotate, next_command, reads
@@ -184,7 +185,7 @@ def test_the_verb_stops_when_asked_and_goes_on(
     config = configure("sft", sources={"mine": files["demonstration"]})
     out = tmp_path / "rows.jsonl"
     config.annotate = Annotate(column="baseline_logp", models=[str(model_folder)], out=str(out), batch_tokens=1)
-    real, batches = annotation.sequence_batch, []
+    real, batches = reference.sequence_batch, []
 
     def interrupted(*arguments: Any) -> Any:
         batches.append(arguments)
@@ -193,7 +194,7 @@ def test_the_verb_stops_when_asked_and_goes_on(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(annotation, "sequence_batch", interrupted)
+        patch.setattr(reference, "sequence_batch", interrupted)
         assert jobs.annotate_job(config) == code
     assert not out.exists()
     assert len(batches) == 6

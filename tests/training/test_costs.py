@@ -13,7 +13,7 @@ from uft.data.batch import Example, Layout
 from uft.data.chat import Tokens
 from uft.data.loader import Collator
 from uft.model import head
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 from uft.training.setup import Prepared
 from uft.training.step import forward_backward
 
@@ -51,7 +51,7 @@ def cost(
     with monkeypatch.context() as patched:
         patched.setattr(head, "_logits", noted)
         batches = Collator(budget, trainer.pad_id, Layout.SHARED)(items).batches
-        forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, Clock(step=3, steps=10))
+        forward_backward(trainer.objective, batches, trainer.policy, trainer.reference, StepContext(step=3, steps=10))
     handle.remove()
     return found
 

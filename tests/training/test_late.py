@@ -133,7 +133,7 @@ def test_what_a_step_asks_its_device_for(build: Build, monkeypatch: pytest.Monke
 
     def step() -> Step:
         whole = (trainer.objective, trainer.policy, trainer.reference, trainer.optimiser, trainer.policy.trainable())
-        return optimiser_step(laid, *whole, trainer.clock(0), lr=0.1, max_grad_norm=1.0, device=META, late=True)
+        return optimiser_step(laid, *whole, trainer.step_context(0), lr=0.1, max_grad_norm=1.0, device=META, late=True)
 
     if objective in WAITS:
         with pytest.raises((RuntimeError, NotImplementedError), match=r"[mM]eta"):

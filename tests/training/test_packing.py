@@ -70,6 +70,6 @@ def test_what_is_longest_decides_about_windows(build: Callable[..., Prepared], m
     lengths = [one.length for source in corpus.train for row in source.encoded for one in row]
     assert longest_row(corpus, config, prepared.trainer.objective) == max(lengths)
     seen: list[int] = []
-    monkeypatch.setattr(layout, "REASONS", (lambda policy, longest: seen.append(longest),))
+    monkeypatch.setattr(layout, "packing_obstacle", lambda policy, longest: seen.append(longest))
     build("sft", "train.packing=packed", run="other")
     assert seen == [max(lengths)]

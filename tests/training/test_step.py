@@ -14,14 +14,14 @@ from uft.data.batch import Example, micro_batches
 from uft.data.loader import Collator
 from uft.model.policy import Policy
 from uft.objectives import make
-from uft.objectives.base import PLAIN, Ask, Clock, Loss, Objective
+from uft.objectives.base import PLAIN, ForwardRequest, Loss, Objective, StepContext
 from uft.training.setup import Prepared
 from uft.training.step import culprits, forward_backward, kl_baseline, optimiser_step, reported_loss
 
 Gradients = dict[str, torch.Tensor]
 OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto", "anchored_sft", "orpo", "per_kind")
 ONE_TERM = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto")
-CLOCK = Clock(step=3, steps=10, warmup=1, noise=0.7)
+CLOCK = StepContext(step=3, steps=10, warmup=1, noise=0.7)
 CPU = torch.device("cpu")
 
 
@@ -48,12 +48,12 @@ class Bench:
         self.trainer.sampler.load_state_dict(state)
         return found
 
-    def clock(self, items: Sequence[Example], budget: int) -> Clock:
+    def step_context(self, items: Sequence[Example], budget: int) -> StepContext:
         """The clock of a step of these rows, which knows what their mismatched completions say."""
         trainer, objective = self.trainer, self.objective()
         unrelated = trainer.sampler.mismatched(items) if objective.needs.mismatched else ()
         batches = micro_batches(unrelated, budget, trainer.pad_id)
-        return replace(CLOCK, survey=kl_baseline(objective, batches, trainer.policy, trainer.reference))
+        return replace(CLOCK, kl_baseline=kl_baseline(objective, batches, trainer.policy, trainer.reference))
 
     def measure(
         self, items: Sequence[Example], budget: int, step: Sequence[Example] | None = None
@@ -61,9 +61,9 @@ class Bench:
         """Loss, terms, gradients and the number of micro-batches; `items` may be a part of a `step`."""
         trainer, objective = self.trainer, self.objective()
         batches = micro_batches(items, budget, trainer.pad_id)
-        clock = self.clock(items if step is None else step, budget)
+        context = self.step_context(items if step is None else step, budget)
         trainer.optimiser.zero_grad(set_to_none=True)
-        terms = forward_backward(objective, batches, trainer.policy, trainer.reference, clock)
+        terms = forward_backward(objective, batches, trainer.policy, trainer.reference, context)
         gradients = {name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None}
         return float(reported_loss(objective, terms)), terms, gradients, len(batches)
 
@@ -138,7 +138,7 @@ def test_a_survey_is_a_mean_over_all_mismatched_completions_of_the_step(bench: C
     items, policy, reference = rig.items(8), rig.trainer.policy, rig.trainer.reference
     unrelated = rig.trainer.sampler.mismatched(items)
     assert len(unrelated) == sum(len(item.parts) for item in items)
-    found = [rig.clock(items, budget).survey["z"] for budget in (10_000, 60, 1)]
+    found = [rig.step_context(items, budget).kl_baseline["z"] for budget in (10_000, 60, 1)]
     alone = (micro_batches([item], 1, rig.trainer.pad_id)[0] for item in unrelated)
     ratios = [float((policy(batch).log_probs - reference(batch).log_probs).sum().detach()) for batch in alone]
     assert [float(z) for z in found] == pytest.approx([sum(ratios) / len(ratios)] * 3, rel=1e-5)
@@ -155,8 +155,8 @@ def test_a_step_takes_its_survey_from_all_rows_whatever_the_micro_batches(
     items, start = rig.items(8), weights(rig)
     reference, moved = rig.trainer.reference, []
 
-    def lowered(batch: Any, ask: Ask = PLAIN) -> Any:
-        scores = reference(batch, ask)
+    def lowered(batch: Any, request: ForwardRequest = PLAIN) -> Any:
+        scores = reference(batch, request)
         return replace(scores, log_probs=scores.log_probs - 0.3)
 
     rig.trainer.reference = lowered
@@ -258,8 +258,8 @@ class Poisoned:
     def __init__(self, policy: Policy, token: int, value: float) -> None:
         self.policy, self.token, self.value = policy, token, value
 
-    def __call__(self, batch: Any, ask: Ask = PLAIN) -> Any:
-        scores = self.policy(batch, ask)
+    def __call__(self, batch: Any, request: ForwardRequest = PLAIN) -> Any:
+        scores = self.policy(batch, request)
         hit = (batch.input_ids == self.token).any(1)[batch.sequence]
         return replace(scores, log_probs=scores.log_probs * torch.where(hit, self.value, 1.0))
 

@@ -12,11 +12,11 @@ from uft.data.batch import Example, Layout, micro_batches
 from uft.model import head
 from uft.model.head import Head
 from uft.objectives import make
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 from uft.training.setup import Prepared
 from uft.training.step import forward_backward
 
-CLOCK = Clock(step=3, steps=10)
+CLOCK = StepContext(step=3, steps=10)
 VOCABULARY = 61
 
 
@@ -25,13 +25,13 @@ class Visits:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts: list[list[slice]] = []
-        visit = Head.visit
+        visit = Head.chunked_backward
 
         def counted(self_: Head, states: Any, target_ids: Any, parts: Sequence[slice], *rest: Any) -> None:
             self.parts.append(list(parts))
             visit(self_, states, target_ids, parts, *rest)
 
-        monkeypatch.setattr(Head, "visit", counted)
+        monkeypatch.setattr(Head, "chunked_backward", counted)
 
 
 def run(prepared: Prepared, items: Sequence[Example], layout: Layout) -> None:

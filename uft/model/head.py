@@ -1,11 +1,12 @@
-"""The output head on selected positions, in chunks: log-probs of the targets without ever holding all logits.
+"""Fused output head on selected positions, in chunks: log-probs of the targets without ever holding all logits.
 
-Two-stage: the forward pass walks over chunks of rows and keeps one logsumexp per row; the backward pass makes each
-chunk's logits again and turns them into `softmax - onehot`. What is held is one chunk, whatever the batch. A single
-chunk is kept for the backward pass instead, because then making it again would save nothing.
+:meth:`Head.__call__` is two-stage: the forward pass walks over chunks of rows and keeps one logsumexp per row; the
+backward pass recomputes each chunk's logits and turns them into `softmax - onehot`. The memory is that of one chunk,
+whatever the batch. A single chunk is kept for the backward pass, because recomputing it would save nothing.
 
-In one visit: where somebody can tell the gradient of a part of the log-probs as soon as these are known, it is turned
-into that of the hidden states and the weight while the logits are still there, and nothing is made twice.
+:meth:`Head.chunked_backward` is one-stage: where the loss gradient of a part of the log-probs is known as soon as
+these are, it is turned into that of the hidden states and the weight while the chunk's logits are in memory, and
+nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 Tensor = torch.Tensor
 
-Judge = Callable[[slice, Tensor, Tensor | None], Tensor]
-"""(which targets, their log-probs (n,), their argmax tokens if asked for) -> (n,) gradient of the loss."""
+LossGrad = Callable[[slice, Tensor, Tensor | None], Tensor]
+"""(targets, their log-probs (n,), their argmax tokens if asked for) -> (n,) gradient of the loss."""
 
 CHUNK_ELEMENTS = 2**24
 """Logits in one chunk, at most: 64 MiB in float32, about 340 rows of a vocabulary of 49,152."""
 
 STRETCH = 2
-"""A part of up to so many chunks is visited as one: the memory costs less than making its logits twice would."""
+"""A part of up to so many chunks is taken as one: the memory costs less than computing its logits twice would."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Head:
         """Rows in one chunk."""
         return max(1, CHUNK_ELEMENTS // self.vocabulary)
 
-    def __call__(self, hidden: Tensor, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, hidden: Tensor, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:
         """(N, H) and (N,) -> log-probs of the targets, (N,) float32, and the argmax tokens (N,) if asked for."""
-        log_probs, guesses = _SelectedLogProbs.apply(
+        log_probs, argmax = _SelectedLogProbs.apply(
             hidden,
             self.projection.weight,
             self.projection.bias,
@@ -60,64 +61,72 @@ class Head:
             self.transform,
             self.dtype,
             self.rows,
-            guess,
+            with_argmax,
         )
-        return log_probs, guesses if guess else None
+        return log_probs, argmax if with_argmax else None
 
-    def visit(
-        self, states: Tensor, target_ids: Tensor, parts: Iterable[slice], judge: Judge, guess: bool = False
+    def chunked_backward(
+        self, states: Tensor, target_ids: Tensor, parts: Iterable[slice], loss_grad: LossGrad, with_argmax: bool = False
     ) -> None:
-        """Backward pass of a loss that `judge` tells the gradient of, part by part; `parts` cover all N targets."""
+        """Fused backward: loss and gradient part by part while each part's logits are in memory.
+
+        `states`: (N, H) with their graph; `parts` cover all N targets. Gradients of weight and bias are accumulated,
+        those of the states are sent on into the body.
+        """
         projection, hidden = self.projection, states.detach()
         wants = [t is not None and t.requires_grad for t in (states, projection.weight, projection.bias)]
         sums = _Gradients(hidden, projection.weight, projection.bias, wants, in_place=True)
-        self._visit_parts(hidden, target_ids, parts, judge, guess, sums)  # its chunk is gone when the body's turn comes
+        self._add_parts(
+            hidden, target_ids, parts, loss_grad, with_argmax, sums
+        )  # frees its chunk before the body's turn
         sums.backward(states, projection.weight, projection.bias)
 
-    def _visit_parts(
-        self, hidden: Tensor, target_ids: Tensor, parts: Iterable[slice], judge: Judge, guess: bool, sums: _Gradients
+    def _add_parts(
+        self,
+        hidden: Tensor,
+        target_ids: Tensor,
+        parts: Iterable[slice],
+        loss_grad: LossGrad,
+        with_argmax: bool,
+        sums: _Gradients,
     ) -> None:
-        """Add the gradients of every part to `sums`."""
+        """Add the gradients of every part to `sums`; a part of more than STRETCH chunks goes the two-stage way."""
         projection, buffer = self.projection, hidden.new_empty(0, dtype=self.dtype)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(self.dtype), projection.weight.to(self.dtype)
             for part in parts:
-                count = part.stop - part.start
+                count, wanted = part.stop - part.start, target_ids[part]
                 if count > STRETCH * self.rows:
-                    self._visit_in_two_stages(hidden[part], target_ids, part, judge, guess, sums)
+                    with torch.enable_grad():
+                        leaf = hidden[part].requires_grad_()
+                        log_probs, argmax = self(leaf, wanted, with_argmax)
+                    torch.autograd.backward(log_probs, loss_grad(part, log_probs.detach(), argmax))
+                    if sums.hidden is not None and leaf.grad is not None:
+                        sums.hidden[part] = leaf.grad
                     continue
                 if len(buffer) < count:
-                    buffer = hidden.new_empty(0, dtype=self.dtype)  # let go of before another is made
+                    buffer = hidden.new_empty(0, dtype=self.dtype)  # free it before another is allocated
                     buffer = inputs.new_empty(max(count, self.rows), self.vocabulary)
                 logits = _logits(inputs[part], matrix, projection.bias, self.transform, out=buffer[:count])
-                sums.add(part, self._judged(logits, target_ids[part], part, judge, guess), inputs, matrix)
+                sums.add(part, self._logits_grad(logits, wanted, part, loss_grad, with_argmax), inputs, matrix)
 
-    def _judged(self, logits: Tensor, target_ids: Tensor, part: slice, judge: Judge, guess: bool) -> Tensor:
-        """(n, V) gradient of the raw logits; the logits themselves are gone after it."""
-        picked, guesses = logits.gather(1, target_ids[:, None]), logits.argmax(1) if guess else None
+    def _logits_grad(
+        self, logits: Tensor, target_ids: Tensor, part: slice, loss_grad: LossGrad, with_argmax: bool
+    ) -> Tensor:
+        """(n, V) gradient of the raw logits; overwrites the logits themselves."""
+        picked, argmax = logits.gather(1, target_ids[:, None]), logits.argmax(1) if with_argmax else None
         peak = logits.amax(1, keepdim=True)
         mass = (logits - peak if self.transform.softcap is not None else logits.sub_(peak)).exp_()
         total = mass.sum(1, keepdim=True)
-        incoming = judge(part, (picked - peak - total.log()).squeeze(1), guesses)[:, None].to(mass.dtype)
+        incoming = loss_grad(part, (picked - peak - total.log()).squeeze(1), argmax)[:, None].to(mass.dtype)
         gradient = mass.mul_(-incoming / total).scatter_add_(1, target_ids[:, None], incoming)
         return self.transform.backward_(gradient, logits)
 
-    def _visit_in_two_stages(
-        self, hidden: Tensor, target_ids: Tensor, part: slice, judge: Judge, guess: bool, sums: _Gradients
-    ) -> None:
-        """A part of more than STRETCH chunks: its logits are made once to judge it and once more for the gradients."""
-        with torch.enable_grad():
-            leaf = hidden.requires_grad_()
-            log_probs, guesses = self(leaf, target_ids[part], guess)
-        torch.autograd.backward(log_probs, judge(part, log_probs.detach(), guesses))
-        if sums.hidden is not None and leaf.grad is not None:
-            sums.hidden[part] = leaf.grad
-
 
 class _Gradients:
-    """Of the hidden states, the weight and the bias, as far as they are wanted, summed over chunks.
+    """Gradients of the hidden states, the weight and the bias, as far as they are wanted, summed over chunks.
 
-    `in_place`: that of the weight is its own, where it keeps one, and nothing is left to hand on.
+    `in_place`: add that of the weight to `weight.grad` directly, where autograd need not know.
     """
 
     def __init__(
@@ -136,11 +145,15 @@ class _Gradients:
         gradient = gradient.to(matrix.dtype)
         if self.hidden is not None:
             self.hidden[part] = gradient @ matrix
-        if self.weight is not None:
-            _add_product_(self.weight, gradient.T, inputs[part])
+        if self.weight is None:
+            return
+        if self.weight.dtype == gradient.dtype:
+            self.weight.addmm_(gradient.T, inputs[part])
+        else:
+            self.weight += gradient.T @ inputs[part]
 
     def backward(self, *tensors: Tensor | None) -> None:
-        """Hand them on to the three tensors and to whatever these were made of."""
+        """Send them on to the three tensors and into their graphs."""
         gradients = (self.hidden, None if self.added else self.weight, self.bias)
         pairs = [(t, g) for t, g in zip(tensors, gradients, strict=True) if g is not None]
         if pairs:
@@ -149,18 +162,18 @@ class _Gradients:
 
 @dataclass(frozen=True)
 class Predictions:
-    """N distributions over the vocabulary that are never all there: hidden states and the head that reads them."""
+    """N distributions over the vocabulary, never materialised: hidden states and the head that reads them."""
 
     states: Tensor  # (N, H) hidden states; (N, V) logits where `head` is None
     head: Head | None
 
-    def selected(self, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
+    def selected(self, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probs of the targets (N,) float32, and the argmax tokens (N,) if asked for."""
         read = self.head or log_probs_of
-        return read(self.states, target_ids, guess)
+        return read(self.states, target_ids, with_argmax)
 
     def divergence_from(self, other: Predictions) -> Tensor:
-        """(N,) KL(other || self), summed over the vocabulary; gradient into self alone. A chunk at a time, made again
+        """(N,) KL(other || self), summed over the vocabulary; gradient into self alone. A chunk at a time, recomputed
         in the backward pass."""
         rows = max(1, CHUNK_ELEMENTS // self.vocabulary)
 
@@ -189,11 +202,11 @@ class Predictions:
         return self.head.vocabulary if self.head else self.states.shape[1]
 
 
-def log_probs_of(logits: Tensor, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(N, V) and (N,) -> what `Head` returns, of logits that are all there."""
+def log_probs_of(logits: Tensor, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(N, V) and (N,) -> what `Head` returns, from full logits."""
     logits = _at_least_float32(logits)
     picked = logits.gather(1, target_ids[:, None]).squeeze(1)
-    return picked - logits.logsumexp(1), logits.argmax(1) if guess else None
+    return picked - logits.logsumexp(1), logits.argmax(1) if with_argmax else None
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -207,7 +220,7 @@ def _chunks(count: int, rows: int) -> Iterator[slice]:
 def _logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, out: Tensor | None = None
 ) -> Tensor:
-    """One chunk of transformed logits in at least float32, freshly made, or in `out` if that has their dtype."""
+    """One chunk of transformed logits in at least float32, newly allocated, or in `out` if that has their dtype."""
     logits = _at_least_float32(torch.mm(hidden, weight.T, out=out))
     if bias is not None:
         logits += bias
@@ -227,12 +240,12 @@ class _SelectedLogProbs(torch.autograd.Function):
         transform: Transform,
         dtype: torch.dtype,
         rows: int,
-        guess: bool,
+        with_argmax: bool,
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
         log_probs = _at_least_float32(hidden.new_empty(count, dtype=dtype))
         normaliser = torch.empty_like(log_probs)
-        guesses = torch.empty_like(target_ids if guess else target_ids[:0])
+        argmax = torch.empty_like(target_ids if with_argmax else target_ids[:0])
         keep = count <= rows and any(ctx.needs_input_grad)
         logits = buffer = hidden.new_empty(min(count, rows), weight.shape[0], dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -240,15 +253,15 @@ class _SelectedLogProbs(torch.autograd.Function):
             for part in _chunks(count, rows):
                 logits = _logits(inputs[part], matrix, bias, transform, out=buffer[: part.stop - part.start])
                 picked = logits.gather(1, target_ids[part, None]).squeeze(1)
-                if guess:
-                    guesses[part] = logits.argmax(1)
+                if with_argmax:
+                    argmax[part] = logits.argmax(1)
                 normaliser[part] = logits.logsumexp(1) if keep else _logsumexp_(logits)
                 log_probs[part] = picked - normaliser[part]
         kept = logits if keep else None
         ctx.save_for_backward(hidden, weight, bias, target_ids, normaliser, kept)
         ctx.transform, ctx.dtype, ctx.rows = transform, dtype, rows
-        ctx.mark_non_differentiable(guesses)
-        return log_probs, guesses
+        ctx.mark_non_differentiable(argmax)
+        return log_probs, argmax
 
     @staticmethod
     @once_differentiable
@@ -259,9 +272,9 @@ class _SelectedLogProbs(torch.autograd.Function):
             inputs, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
             for part in _chunks(hidden.shape[0], ctx.rows):
                 logits = kept if kept is not None else _logits(inputs[part], matrix, bias, ctx.transform)
-                apart = kept is not None or ctx.transform.softcap is not None  # somebody needs the logits themselves
+                apart = kept is not None or ctx.transform.softcap is not None  # the logits themselves are needed
                 shifted = logits - normaliser[part, None] if apart else logits.sub_(normaliser[part, None])
-                gradient = shifted.exp_().neg_()  # onehot - softmax, times what comes in
+                gradient = shifted.exp_().neg_()  # onehot - softmax, times the incoming gradient
                 gradient.scatter_add_(1, target_ids[part, None], gradient.new_ones(gradient.shape[0], 1))
                 ctx.transform.backward_(gradient.mul_(incoming[part, None]), logits)
                 sums.add(part, gradient, inputs, matrix)
@@ -269,25 +282,14 @@ class _SelectedLogProbs(torch.autograd.Function):
 
 
 def _logsumexp_(logits: Tensor) -> Tensor:
-    """(n, V) -> (n,), and the logits are gone."""
+    """(n, V) -> (n,); overwrites the logits."""
     peak = logits.amax(1, keepdim=True)
     return logits.sub_(peak).exp_().sum(1).log_() + peak.squeeze(1)
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right; in one call where the precisions agree."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
-
-
-# --- What architectures do to logits before the softmax.
-
-
 @dataclass(frozen=True)
 class Transform:
-    """What an architecture does to `hidden @ weight.T + bias` before the softmax."""
+    """The function that an architecture applies to `hidden @ weight.T + bias` before the softmax."""
 
     scale: float = 1.0  # Cohere multiplies by logit_scale, Granite divides by logits_scaling
     softcap: float | None = None  # Gemma 2 and 3: softcap * tanh(logits / softcap)
@@ -325,16 +327,14 @@ def transform_of(config: Any) -> Transform:
     return Transform(scale, None if softcap is None else float(softcap))
 
 
-# --- Gradients of vocabulary-sized weights, added where they are kept.
+# --- Gradients of vocabulary-sized weights, accumulated in place
 #
-# Autograd makes a matrix of the weight's size for every micro-batch and adds it to what is there. For the embedding
-# and
-# the output head that is a vocabulary times the hidden size, written and read several times for the sake of a few
-# rows.
+# Autograd allocates a matrix of the weight's size for every micro-batch and adds it to `grad`. For the embedding and
+# the output head that is vocabulary x hidden size, written and read several times for the sake of a few rows.
 
 
 def own_gradient(weight: Tensor) -> Tensor | None:
-    """`weight.grad` to add to, made if there is none; None where somebody else must be told of a gradient."""
+    """`weight.grad` to add to, allocated if there is none; None where a hook or DTensor needs autograd's."""
     if not keeps_its_own(weight):
         return None
     if weight.grad is None:
@@ -343,18 +343,24 @@ def own_gradient(weight: Tensor) -> Tensor | None:
 
 
 def keeps_its_own(weight: Tensor) -> bool:
-    """Whether nobody waits for autograd to bring the gradient of `weight`."""
+    """Whether no hook and no subclass depends on autograd accumulating the gradient of `weight`."""
     plain = type(weight) in (Tensor, nn.Parameter) and weight.is_leaf
     return plain and not weight._backward_hooks and not weight._post_accumulate_grad_hooks
 
 
 @contextmanager
 def embedding_in_place(module: nn.Module) -> Iterator[None]:
-    """While inside, the backward pass of an embedding adds to the rows that were looked up and touches no other.
+    """Within, the backward pass of an embedding adds to the rows that were looked up and touches no other.
 
-    Nobody may ask autograd for its gradient then. An embedding that is more than a table stays as it is.
+    Autograd must not be asked for its gradient then. An embedding that is more than a table is left unchanged.
     """
-    if not isinstance(module, nn.Embedding) or not _plain(module) or not keeps_its_own(module.weight):
+    plain = (
+        type(module) is nn.Embedding
+        and module.weight.requires_grad
+        and not (module.max_norm is not None or module.scale_grad_by_freq or module.sparse)
+        and "forward" not in vars(module)
+    )
+    if not plain or not keeps_its_own(module.weight):  # type: ignore[arg-type]
         yield
         return
     module.forward = partial(_Embedded.apply, module.weight, module.padding_idx)  # type: ignore[method-assign]
@@ -362,11 +368,6 @@ def embedding_in_place(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         del module.forward
-
-
-def _plain(module: nn.Embedding) -> bool:
-    unusual = module.max_norm is not None or module.scale_grad_by_freq or module.sparse or "forward" in vars(module)
-    return type(module) is nn.Embedding and module.weight.requires_grad and not unusual
 
 
 class _Embedded(torch.autograd.Function):
@@ -382,7 +383,7 @@ class _Embedded(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
-        if ctx.padding is not None:  # a padding token learns nothing
+        if ctx.padding is not None:  # padding tokens have no gradient
             incoming = incoming.masked_fill((ids == ctx.padding)[..., None], 0.0)
         total = own_gradient(ctx.weight)
         assert total is not None

@@ -1,4 +1,8 @@
-"""Which layout a model gets: packed where that changes nothing but speed, which is tried on the model itself."""
+"""Layout and compilation of a model: packed and compiled where a trial on the model itself gives the same log-probs.
+
+Packed rows carry no padding, and the prompt shared by a row's completions is computed once. Whether a model reads packs
+correctly depends on its code: so a few small rows are run through it, padded and packed, before the first step.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +18,25 @@ from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, CannotPack, register
 from uft.model.policy import HEAD_TOLERANCE, Policy, blocks
 
-Tensor = torch.Tensor
-
 SMALL_MODEL = 3_000_000
-"""Parameters below which padding is the faster on a CPU: a call per row and layer costs more than the padding saves."""
+"""Parameters below which padding is faster on a CPU: a call per row and layer costs more than the padding saves."""
 
 LEAK = 0.1
 """Share of the tolerance by which a row may move when another one changes: the same kernels on the same shapes."""
 
 
 def settle_layout(policy: Policy, packing: str, longest: int) -> None:
-    """Give `policy` the layout of `train.packing`, and its attention what that takes; a note says what and why.
+    """Give `policy` the layout of `train.packing` and the attention that it needs; a note says which and why.
 
-    `longest`: tokens of the longest row there will be. Raises UftError where packing was asked for and cannot be.
+    `longest`: tokens of the longest row. Raises UftError where packing was asked for and is impossible.
     """
     if packing == "padded":
         return
-    why = None if packing == "packed" else _not_worth_it(policy)
-    why = why or next((found for reason in REASONS if (found := reason(policy, longest))), None) or _try(policy)
+    size = sum(parameter.numel() for parameter in policy.module.parameters())
+    why = None
+    if packing != "packed" and policy.device.type == "cpu" and size < SMALL_MODEL:
+        why = "faster for so small a model on a CPU"
+    why = why or packing_obstacle(policy, longest) or _switch_to_packed(policy)
     if why is None:
         policy.notes.append("rows packed without padding, the prompt of a row's completions once")
     elif packing == "packed":
@@ -41,73 +46,41 @@ def settle_layout(policy: Policy, packing: str, longest: int) -> None:
 
 
 def follow_layout(reference: Policy, policy: Policy, longest: int) -> None:
-    """Give a reference beside `policy` its layout. Raises UftError where it cannot have it."""
+    """Give a reference beside `policy` the same layout. Raises UftError where it cannot have it."""
     if policy.layout is Layout.PADDED:
         return
-    why = next((found for reason in REASONS if (found := reason(reference, longest))), None) or _try(reference)
+    why = packing_obstacle(reference, longest) or _switch_to_packed(reference)
     if why is not None:
         problem = Problem("reference.path", f"cannot read packed rows: {why}", advice=("train.packing=padded",))
         raise UftError(problem)
 
 
-# --- reasons why not
-
-
-def _not_worth_it(policy: Policy) -> str | None:
-    size = sum(parameter.numel() for parameter in policy.module.parameters())
-    if policy.device.type == "cpu" and size < SMALL_MODEL:
-        return "faster for so small a model on a CPU"
-    return None
-
-
-def _no_positions(policy: Policy, longest: int) -> str | None:
-    return None if policy.takes_positions else "the model takes no position_ids"
-
-
-def _other_attention(policy: Policy, longest: int) -> str | None:
-    return None if policy.attention in PACKED else f"attention {policy.attention} knows no rows within a pack"
-
-
-def _window(policy: Policy, longest: int) -> str | None:
-    config = _config(policy)
+def packing_obstacle(policy: Policy, longest: int) -> str | None:
+    """Why this model cannot read packed rows, by its configuration alone; None: nothing is known against it."""
+    config = policy.base.config.get_text_config()
+    if not policy.takes_positions:
+        return "the model takes no position_ids"
+    if policy.attention not in PACKED:
+        return f"attention {policy.attention} knows no rows within a pack"
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     shortest = min((window for window in windows if window), default=longest)
-    if shortest >= longest or getattr(config, "use_sliding_window", True) is False:
-        return None
-    return f"its attention window of {shortest} tokens is shorter than the longest row of {longest}"
+    if shortest < longest and getattr(config, "use_sliding_window", True) is not False:
+        return f"its attention window of {shortest} tokens is shorter than the longest row of {longest}"
+    return None if getattr(config, "is_causal", True) else "its attention is not causal"
 
 
-def _not_causal(policy: Policy, longest: int) -> str | None:
-    return None if getattr(_config(policy), "is_causal", True) else "its attention is not causal"
-
-
-REASONS: tuple[Callable[[Policy, int], str | None], ...] = (
-    _no_positions,
-    _other_attention,
-    _window,
-    _not_causal,
-)
-
-
-def _config(policy: Policy) -> Any:
-    return policy.base.config.get_text_config()
-
-
-# --- the trial
-
-
-def _try(policy: Policy) -> str | None:
-    """Switch `policy` over and look whether rows still say the same and leave each other alone; back if not."""
+def _switch_to_packed(policy: Policy) -> str | None:
+    """Exchange the attention and compare packed with padded rows; on failure restore it and return the reason."""
     before = policy.attention
     try:
         policy.base.set_attn_implementation(register(before))
         if policy.base.config.get_text_config()._attn_implementation != PACKED[before]:
             why: str | None = "its attention cannot be exchanged"
         else:
-            why = _wrong(policy)
+            why = _packing_error(policy)
     except CannotPack as error:
         why = str(error)
-    except Exception as error:  # whatever a model of any origin raises, the answer is the same
+    except Exception as error:  # model code of any origin may raise anything here: the answer is the same
         why = f"it fails on a pack ({type(error).__name__}: {error})"
     if why is None:
         policy.layout = Layout.SHARED
@@ -117,35 +90,31 @@ def _try(policy: Policy) -> str | None:
 
 
 @torch.no_grad()
-def _wrong(policy: Policy) -> str | None:
-    """What is wrong with packed rows, on a few small ones."""
+def _packing_error(policy: Policy) -> str | None:
+    """Compare a few small rows packed and padded, then change each row and see that no other one moves."""
+
+    def batch_of(sequences: list[TokenSequence], layout: Layout) -> Batch:
+        return sequence_batch(sequences, pad_id=0, layout=layout).to(policy.device)
+
     training = policy.module.training
     policy.eval()
     try:
         sequences = trial_sequences(policy.embedding_rows)
-        padded = policy(_batch(policy, sequences, Layout.PADDED)).log_probs
-        packed = policy(_batch(policy, sequences, Layout.SHARED))
+        padded = policy(batch_of(sequences, Layout.PADDED)).log_probs
+        packed = policy(batch_of(sequences, Layout.SHARED)).log_probs
         tolerance = HEAD_TOLERANCE[policy.dtype] * max(1.0, float(padded.abs().max()))
-        difference = float((packed.log_probs - padded).abs().max())
+        difference = float((packed - padded).abs().max())
         if not difference <= tolerance:
             return f"packed log-probs differ from padded ones by {difference:.1e}"
-        moved = max(_moved(policy, sequences, number, packed.log_probs) for number in range(len(sequences)))
-        return None if moved <= LEAK * tolerance else f"a row in a pack moves others by {moved:.1e}"
+        moved = []
+        for number, (ids, supervised) in enumerate(sequences):
+            other = np.where(supervised, (ids + policy.embedding_rows // 2 + 1) % policy.embedding_rows, ids)
+            changed = [*sequences[:number], (other, supervised), *sequences[number + 1 :]]
+            batch = batch_of(changed, Layout.SHARED)
+            moved.append(float((policy(batch).log_probs - packed)[batch.sequence != number].abs().max()))
+        return None if max(moved) <= LEAK * tolerance else f"a row in a pack moves others by {max(moved):.1e}"
     finally:
         policy.train(training)
-
-
-def _moved(policy: Policy, sequences: list[TokenSequence], number: int, before: Tensor) -> float:
-    """How far the others' log-probs move when sequence `number` says something else after its prompt."""
-    ids, supervised = sequences[number]
-    other = np.where(supervised, (ids + policy.embedding_rows // 2 + 1) % policy.embedding_rows, ids)
-    batch = _batch(policy, [*sequences[:number], (other, supervised), *sequences[number + 1 :]], Layout.SHARED)
-    others = batch.sequence != number
-    return float((policy(batch).log_probs - before)[others].abs().max())
-
-
-def _batch(policy: Policy, sequences: list[TokenSequence], layout: Layout) -> Batch:
-    return sequence_batch(sequences, pad_id=0, layout=layout).to(policy.device)
 
 
 def trial_sequences(vocabulary: int) -> list[TokenSequence]:
@@ -161,44 +130,48 @@ def trial_sequences(vocabulary: int) -> list[TokenSequence]:
     return made
 
 
-# --- `torch.compile` of a model's blocks, one after another: the same code for all of them is compiled once.
-#
-# Only forward passes with gradients use it. Sampling, the battery and a reference go the plain way, which needs no
-# compilation of their shapes. Attention stays as it is: its kernels are whole already, and who attends to whom is
-# another
-# thing in every pack.
-
-
-KEY = "model.compile=true"
+# --- torch.compile
 
 
 def compile_blocks(policy: Policy) -> None:
-    """Compile, and look on a few small rows whether it says the same. Raises UftError where it cannot or does not."""
+    """Compile every block of the body and compare log-probs on a few small rows. Raises UftError where they differ.
+
+    Block by block, so that the same code is compiled once for all of them, and only for forward passes with gradients:
+    sampling, evaluation and the reference need no compilation of their shapes. Attention is excluded: its kernels are
+    fused already, and spans differ in every pack.
+    """
+    key, advice = "model.compile=true", ("model.compile=false",)
     found = blocks(policy.base)
     if not found:
-        raise UftError(Problem(KEY, "no blocks are found in this model", advice=("model.compile=false",)))
+        raise UftError(Problem(key, "no blocks are found in this model", advice=advice))
+
+    def log_probs() -> torch.Tensor:
+        batch = sequence_batch(trial_sequences(policy.embedding_rows), pad_id=0, layout=policy.layout)
+        return policy(batch.to(policy.device)).log_probs.detach()
+
     training = policy.module.training
-    before = _log_probs(policy.train())  # as it will be used, unless it throws dice then
-    if not torch.equal(before, _log_probs(policy)):
-        before = _log_probs(policy.eval())
+    policy.train()
+    before = log_probs()
+    if not torch.equal(before, log_probs()):  # dropout: compare without it
+        policy.eval()
+        before = log_probs()
     for block in found:
-        block.forward = _with_gradients(block.forward)
+        block.forward = _compiled_with_gradients(block.forward)
     try:
-        after = _log_probs(policy)
-    except Exception as error:  # no C++ compiler, a model that cannot be traced: whatever it is, it is not compiled
+        after = log_probs()
+    except Exception as error:  # no C++ compiler, a model that cannot be traced, ...
         first = next(iter(str(error).strip().splitlines()), "")
         why = f"this model cannot be compiled here ({type(error).__name__}: {first})"
-        raise UftError(Problem(KEY, why, advice=("model.compile=false",))) from error
+        raise UftError(Problem(key, why, advice=advice)) from error
     finally:
         policy.train(training)
     difference = float((after - before).abs().max())
     if not difference <= HEAD_TOLERANCE[policy.dtype] * max(1.0, float(before.abs().max())):
-        why = f"log-probs of the compiled model differ by {difference:.1e}"
-        raise UftError(Problem(KEY, why, advice=("model.compile=false",)))
+        raise UftError(Problem(key, f"log-probs of the compiled model differ by {difference:.1e}", advice=advice))
     policy.notes.append(f"{len(found)} blocks compiled")
 
 
-def _with_gradients(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled_with_gradients(forward: Callable[..., Any]) -> Callable[..., Any]:
     compiled = torch.compile(forward, dynamic=True)
 
     @wraps(forward)
@@ -206,9 +179,3 @@ def _with_gradients(forward: Callable[..., Any]) -> Callable[..., Any]:
         return (compiled if torch.is_grad_enabled() else forward)(*args, **kwargs)
 
     return chosen
-
-
-def _log_probs(policy: Policy) -> torch.Tensor:
-    """Of a few rows in the layout of the run, in a pass with gradients."""
-    batch = sequence_batch(trial_sequences(policy.embedding_rows), pad_id=0, layout=policy.layout).to(policy.device)
-    return policy(batch).log_probs.detach()

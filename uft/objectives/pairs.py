@@ -1,4 +1,4 @@
-"""What all losses over pairs share: which rows they take, their terms, and the likelihood they may bring along.
+"""Base of all losses over pairs: the rows they take, their terms, and an optional likelihood term.
 
 `pairwise.py` compares with a reference, `contrastive.py` does without. Each is one shape: a score of a completion and a
 link from two scores to a loss. Every published method that fits is a file of conf/objective, not a class.

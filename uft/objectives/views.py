@@ -18,7 +18,7 @@ GOOD_ENOUGH = 0.5
 
 
 def reward(completion: Completion) -> float:
-    """What the feedback on a completion says of it, in [0, 1]: shown, chosen and good are 1, sampled ones are 0."""
+    """Explicit reward of a completion by its feedback, in [0, 1]: shown, chosen and good are 1, sampled ones are 0."""
     if completion.sampled_by is not None:
         return 0.0
     if completion.preferred is not None:
@@ -67,7 +67,7 @@ def against_each(row: Row, visit: int, *, negatives: int | None = None) -> Selec
 
 
 def against_each_known(row: Row, visit: int, *, negatives: int | None = None) -> Selection | None:
-    """As :func:`against_each`; None if nobody knows how likely a sampled one was where it came from."""
+    """As :func:`against_each`; None if the sampling log-prob of a sampled one is unknown."""
     known = all(completion.log_prob is not None for completion in row.completions if completion.sampled_by is not None)
     return against_each(row, visit, negatives=negatives) if known else None
 
@@ -79,65 +79,65 @@ def best_against_worst(row: Row, visit: int) -> Selection | None:
     return None if best == worst else (Selected(best), Selected(worst, Role.NEGATIVE))
 
 
-# --- What each objective does with each kind of row: asked of the views themselves, so that the table cannot lie.
-
-
-_TURN = (Message("assistant", "a reply"),)
-
-
-def _row(*completions: Completion) -> Row:
-    return Row("sample", 0, (Message("user", "a prompt"),), completions)
-
-
-# per kind: rows, each with a name for every completion
-_SAMPLES: dict[Kind, list[tuple[Row, tuple[str, ...]]]] = {
-    Kind.DEMONSTRATION: [(_row(Completion(_TURN)), ("shown",))],
-    Kind.PREFERENCE: [
-        (_row(Completion(_TURN, preferred=True), Completion(_TURN, preferred=False)), ("chosen", "rejected"))
-    ],
-    Kind.BINARY: [
-        (_row(Completion(_TURN, label=True)), ("good",)),
-        (_row(Completion(_TURN, label=False)), ("bad",)),
-    ],
-    Kind.SCORED: [
-        (_row(*(Completion(_TURN, score=s) for s in (0.9, 0.6, 0.2))), ("high score", "middling score", "low score"))
-    ],
-    Kind.NEGATIVES: [
-        (
-            _row(Completion(_TURN), *[Completion(_TURN, sampled_by="model", log_prob=-1.0)] * 4),
-            ("shown", *["sampled"] * 4),
-        ),
-    ],
-}
-
-
-def _use(part: Selected) -> str:
-    if not math.isnan(part.target):
-        return f"r={part.target:g}"
-    return "positive" if part.role is Role.POSITIVE else "negative"
-
-
-def _how_many(taken: int, of: int) -> str:
-    if of == 1:
-        return ""
-    return "each " if taken == of else f"{taken} of {of} "
-
-
-def _describe(objective: Objective, row: Row, names: tuple[str, ...]) -> list[str]:
-    """A phrase per name and use: "chosen positive", "2 of 4 sampled negative"; ["stops"] if it cannot be used."""
-    view = objective.views.get(row.kind)
-    parts = view(row, 0) if view else None
-    if parts is None:
-        return ["stops"]
-    uses = Counter((names[part.completion], _use(part)) for part in parts)
-    of = Counter(names)
-    return [f"{_how_many(taken, of[name])}{name} {use}" for (name, use), taken in uses.items()]
+# --- Table of kinds: each objective's use of each kind of row, computed by running its views on sample rows
 
 
 def kind_table(objectives: Mapping[str, Objective]) -> list[list[str]]:
-    """A header and one line per named objective: what it takes of a sample row of each kind; the rest it leaves."""
+    """A header and one line per named objective: the completions it takes of a sample row of each kind.
+
+    A cell is a list of phrases such as "chosen positive" or "2 of 4 sampled negative", `stops` or `nothing`.
+    """
     lines = [["objective", *(kind.value for kind in Kind)]]
     for name, objective in objectives.items():
-        cells = [[p for row, names in _SAMPLES[kind] for p in _describe(objective, row, names)] for kind in Kind]
-        lines.append([name, *(", ".join(dict.fromkeys(phrases)) or "nothing" for phrases in cells)])
+        cells = []
+        for kind in Kind:
+            phrases: list[str] = []
+            for row, names in SAMPLES[kind]:
+                view = objective.views.get(kind)
+                taken = view(row, 0) if view else None
+                phrases += ["stops"] if taken is None else _phrases(taken, names)
+            cells.append(", ".join(dict.fromkeys(phrases)) or "nothing")
+        lines.append([name, *cells])
     return lines
+
+
+def _phrases(taken: Selection, names: tuple[str, ...]) -> list[str]:
+    uses: Counter[tuple[str, str]] = Counter()
+    for one in taken:
+        side = "positive" if one.role is Role.POSITIVE else "negative"
+        uses[names[one.completion], side if math.isnan(one.target) else f"r={one.target:g}"] += 1
+    phrases = []
+    for (name, use), count in uses.items():
+        of = names.count(name)
+        share = "" if of == 1 else "each " if count == of else f"{count} of {of} "
+        phrases.append(f"{share}{name} {use}")
+    return phrases
+
+
+def _sample(**completions: Completion) -> tuple[Row, tuple[str, ...]]:
+    """A row, and a name for every completion; a trailing digit counts those of the same name."""
+    names = tuple(name.rstrip("0123456789").replace("_", " ") for name in completions)
+    return Row("sample", 0, (Message("user", "a prompt"),), tuple(completions.values())), names
+
+
+_TURN = (Message("assistant", "a reply"),)
+SAMPLES: dict[Kind, list[tuple[Row, tuple[str, ...]]]] = {
+    Kind.DEMONSTRATION: [_sample(shown=Completion(_TURN))],
+    Kind.PREFERENCE: [
+        _sample(chosen=Completion(_TURN, preferred=True), rejected=Completion(_TURN, preferred=False)),
+    ],
+    Kind.BINARY: [_sample(good=Completion(_TURN, label=True)), _sample(bad=Completion(_TURN, label=False))],
+    Kind.SCORED: [
+        _sample(
+            high_score=Completion(_TURN, score=0.9),
+            middling_score=Completion(_TURN, score=0.6),
+            low_score=Completion(_TURN, score=0.2),
+        )
+    ],
+    Kind.NEGATIVES: [
+        _sample(
+            shown=Completion(_TURN),
+            **{f"sampled{n}": Completion(_TURN, sampled_by="model", log_prob=-1.0) for n in range(4)},
+        )
+    ],
+}

@@ -1,4 +1,4 @@
-"""Completions of prompts: one decoding loop for the negatives, the battery and a look at the model.
+"""Generation: one decoding loop for sampled negatives, the evaluation and samples shown during a run.
 
 A completion is a function of the weights, its prompt, the sampling settings, the seed and the prompt's own number.
 Which other prompts shared its batch, and which were answered before, changes nothing (but for the last bits of a sum:
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 
 class Interrupted(Exception):
-    """Somebody asked to stop; what was not finished is lost."""
+    """Asked to stop: unfinished completions are lost."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,19 @@ def complete(
     """
     assert all(len(prompt) for prompt in prompts), "an empty prompt has no last token to continue"
     numbers = range(len(prompts)) if numbers is None else numbers
-    model = _Model(module, dtype)
+    base: Any = module.get_base_model() if hasattr(module, "peft_config") else module  # type: ignore[operator]
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
     found = [Reply() for _ in prompts]
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    forward = _last_logits(module, base, dtype)
     with evaluating(module):
         for start in range(0, len(prompts), batch_size):
             group = by_length[start : start + batch_size]
             rows = [
-                _Row(prompts[i], found[i], uniforms(seed, numbers[i], sampling.max_new_tokens), model.room(prompts[i]))
+                _Row(prompts[i], found[i], uniforms(seed, numbers[i], sampling.max_new_tokens), positions)
                 for i in group
             ]
-            _decode(model, rows, sampling, frozenset(stop_ids), pad_id, should_stop)
+            _decode(forward, next(module.parameters()).device, rows, sampling, frozenset(stop_ids), pad_id, should_stop)
             if on_batch:
                 on_batch(len(group))
     return found
@@ -87,7 +89,7 @@ def complete(
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout), and back to whatever it was."""
+    """Evaluation mode (no dropout) within; the previous mode is restored."""
     training = module.training
     module.eval()
     try:
@@ -132,91 +134,83 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 
 
 def _exact(device: torch.device) -> torch.dtype:
-    """What cumulative probabilities are summed in; MPS has no float64."""
+    """The dtype of cumulative probabilities; MPS has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class _Model:
-    """A transformers model as the loop uses it: logits of the last position only, where the model can do that."""
+LastLogits = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 
-    def __init__(self, module: Any, dtype: str) -> None:
-        self.module = module
-        self.base = module.get_base_model() if hasattr(module, "peft_config") else module
-        self.device = next(module.parameters()).device
-        self.bfloat16 = dtype == "bfloat16"
-        accepts = inspect.signature(self.base.forward).parameters
-        self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
-        self.takes_positions = "position_ids" in accepts
-        self.positions = getattr(self.base.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
-    def room(self, prompt: Sequence[int]) -> float:
-        """Tokens that fit behind the prompt."""
-        return self.positions - len(prompt)
+def _last_logits(module: Any, base: Any, dtype: str) -> LastLogits:
+    """(B, T) new tokens, (B, all) mask and the cache -> (B, V) float32 logits of the last position, the grown cache."""
+    accepts = inspect.signature(base.forward).parameters
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
 
-    def __call__(self, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """(B, T) new tokens and (B, all) mask -> (B, V) float32 logits of the last position, and the grown cache."""
-        options = dict(self.options)
-        if self.takes_positions:
+    def forward(ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        if "position_ids" in accepts:
             options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with self._autocast():
-            out = self.module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            out = module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         return out.logits[:, -1].float(), out.past_key_values
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bfloat16)
+    return forward
 
 
 @dataclass
 class _Row:
-    """A prompt on its way: what it says so far, its draws, and the tokens that still fit."""
+    """A prompt being answered: its reply so far, its random draws, and the positions of the model."""
 
     prompt: Sequence[int]
     reply: Reply
     uniform: np.ndarray  # (max_new_tokens,)
-    room: float
+    positions: float
 
-    def take(self, token: int, log_prob: float, stop_ids: frozenset[int]) -> bool:
-        """Add a token; whether more is to come."""
+    @property
+    def open(self) -> bool:
+        """Whether another token may follow."""
+        room = min(len(self.uniform), self.positions - len(self.prompt))
+        return not self.reply.stopped and len(self.reply.ids) < room
+
+    def append(self, token: int, log_prob: float, stop_ids: frozenset[int]) -> None:
         self.reply.log_prob += log_prob
         if token in stop_ids:
             self.reply.stopped = True
-            return False
-        self.reply.ids.append(token)
-        return len(self.reply.ids) < min(len(self.uniform), self.room)
+        else:
+            self.reply.ids.append(token)
 
 
 def _decode(
-    model: _Model,
+    forward: LastLogits,
+    device: torch.device,
     rows: list[_Row],
     sampling: Sampling,
     stop_ids: frozenset[int],
     pad_id: int,
     should_stop: Callable[[], bool] | None,
 ) -> None:
-    """Answer one batch of prompts, in place. Rows that are done leave the batch once half of it is done."""
-    rows = [row for row in rows if min(len(row.uniform), row.room) > 0]
-    ids, mask = left_padded([row.prompt for row in rows], pad_id, model.device)
-    going = [True] * len(rows)
+    """Answer one batch of prompts, in place. Finished rows leave the batch once half of it is finished."""
+    rows = [row for row in rows if row.open]
+    ids, mask = left_padded([row.prompt for row in rows], pad_id, device)
     cache: Any = None
     step = 0
-    while any(going):
+    while any(row.open for row in rows):
         if should_stop and should_stop():
             raise Interrupted
-        logits, cache = model(ids, mask, cache)
-        uniform = torch.tensor([row.uniform[step] for row in rows], dtype=_exact(model.device), device=model.device)
+        logits, cache = forward(ids, mask, cache)
+        uniform = torch.tensor([row.uniform[step] for row in rows], dtype=_exact(device), device=device)
         tokens = choose(logits, sampling, uniform)
         log_probs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1).tolist()
-        for i, token in enumerate(tokens.tolist()):
-            going[i] = going[i] and rows[i].take(token, log_probs[i], stop_ids)
+        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs, strict=True):
+            if row.open:
+                row.append(token, log_prob, stop_ids)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         ids = tokens[:, None]
         step += 1
-        if 0 < sum(going) <= len(going) // 2:
-            kept = [i for i, more in enumerate(going) if more]
-            index = torch.tensor(kept, device=model.device)
+        kept = [i for i, row in enumerate(rows) if row.open]
+        if 0 < len(kept) <= len(rows) // 2:
+            index = torch.tensor(kept, device=device)
             cache.reorder_cache(index)
-            ids, mask = ids[index], mask[index]
-            rows, going = [rows[i] for i in kept], [True] * len(kept)
+            ids, mask, rows = ids[index], mask[index], [rows[i] for i in kept]
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

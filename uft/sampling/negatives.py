@@ -1,9 +1,9 @@
-"""Negatives: what a model answers to the training prompts, written as rows that `uft.data` reads.
+"""Negatives: `uft generate` samples answers of a model to the training prompts, as rows that `uft.data` reads.
 
 Made for DFT (arXiv 2502.18679), whose negatives are samples of the base model, several seeds per prompt, often under a
-system prompt that asks for bad answers. One line per row, in file order; a line is whole or not there. A job that was
-stopped begins again with the batch in which that was, and then the file is as if it had never stopped, byte for byte:
-kernels round differently in batches of another shape.
+system prompt that asks for bad answers. One line per row, in file order. A stopped job begins again with the batch in
+which it stopped, and then the file equals, byte for byte, that of a job that never stopped: kernels round differently
+in batches of another shape.
 
 A line: `row` (id of the row it was made from), `prompt`, `response` (the row's own good completion), `negatives`,
 `negative_log_probs` (of each sample with its end token, under the prompt it was sampled with, at temperature 1),
@@ -34,21 +34,21 @@ from uft.model.load import pad_id
 from uft.model.policy import Policy
 from uft.objectives.views import GOOD_ENOUGH, reward
 from uft.runs import writing
-from uft.sampling.generate import Reply, Sampling, complete
+from uft.sampling.generate import Sampling, complete
 
 Line = dict[str, Any]
 START = b'{"row": "'
-"""How every line begins: a torn last line is cut off only if it is one of ours."""
+"""The beginning of every line: a torn last line is cut off only if it begins like this."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the file holds when the job is done."""
+    """Content of the file of a finished job."""
 
     path: Path
     rows: int
     negatives: int
-    empty: int  # samples that said nothing: not written
+    empty: int  # samples without text: not written
     repeats: int  # samples equal to the row's own good completion: written, as the theory wants
     resumed: int  # rows that were there before this job
     without_good: int  # rows that have no good completion to set the samples against: left out
@@ -69,21 +69,29 @@ def generate_rows(
 ) -> Summary:
     """Sample one completion per seed for the training rows of every source and append them to `out`.
 
-    `progress` hears (rows done, rows in all). Raises Interrupted when asked to stop, with all finished batches written;
-    UftError when `out` holds something else than an earlier part of this very job.
+    `progress` is called with (rows done, rows in all). Raises Interrupted when asked to stop, with all finished batches
+    written; UftError when `out` is not an earlier part of this very job.
     """
     rows = [row for source in sources for row in source.rows[: settings.limit]]
     usable = [row for row in rows if good_completion(row) is not None]
-    recipe, group = {"sampled_by": sampled_by, "sampling": recorded(settings, renderer)}, ranks()
+    sampling = {  # decides what is sampled; batch size and limit do not
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "max_new_tokens": settings.max_new_tokens,
+        "system": settings.system,
+        "seeds": list(settings.seeds),
+        "template": renderer.digest,
+    }
+    recipe, group = {"sampled_by": sampled_by, "sampling": sampling}, ranks()
     lines = group.on_rank0(lambda: _earlier_lines(out, usable, recipe))
-    resumed = len(lines)
+    resumed = handled = len(lines)
     done = {line["row"] for line in lines}
-    handled = resumed
     if group.is_rank0:
         _append(out, [])
 
     def sample(share: Sequence[Row]) -> list[Line]:
-        return list(_sample(policy, tokenizer, renderer, share, settings, recipe, should_stop))
+        return _sample(policy, tokenizer, renderer, share, settings, recipe, should_stop)
 
     for batch in _batches(usable, done, group.size * settings.batch_size):
         sampled = group.map_shards(batch, sample)
@@ -97,26 +105,8 @@ def generate_rows(
     return _summary(out, rows, lines, settings, resumed)
 
 
-def _batches(rows: Sequence[Row], done: Set[str], size: int) -> Iterator[Sequence[Row]]:
-    """The rows that are not `done`, by their ids, in batches as of a job that was never stopped.
-
-    The batch of the last row that is done comes whole, should one of it be missing.
-    """
-    last = max((place for place, row in enumerate(rows) if row.id in done), default=None)
-    begun, after = (0, 0) if last is None else (last // size * size, last // size * size + size)
-    before = [row for row in rows[:begun] if row.id not in done]  # such as had nothing to say
-    yield from _cut(before, size)
-    if any(row.id not in done for row in rows[begun:after]):
-        yield rows[begun:after]
-    yield from _cut(rows[after:], size)
-
-
-def _cut(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
 def summary_of(out: Path, sources: Sequence[LoadedSource], settings: Generate) -> Summary:
-    """What an earlier job, which came to its end, left in `out`."""
+    """Summary of an earlier job that finished."""
     with open(out, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     rows = [row for source in sources for row in source.rows[: settings.limit]]
@@ -125,16 +115,31 @@ def summary_of(out: Path, sources: Sequence[LoadedSource], settings: Generate) -
 
 def _summary(out: Path, rows: Sequence[Row], lines: Sequence[Line], settings: Generate, resumed: int) -> Summary:
     usable = sum(good_completion(row) is not None for row in rows)
-    written = sum(len(line["negatives"]) for line in lines)
+    count = sum(len(line["negatives"]) for line in lines)
     return Summary(
         path=out,
         rows=len(lines),
-        negatives=written,
-        empty=len(settings.seeds) * usable - written,
+        negatives=count,
+        empty=len(settings.seeds) * usable - count,
         repeats=sum(negative == line["response"] for line in lines for negative in line["negatives"]),
         resumed=resumed,
         without_good=len(rows) - usable,
     )
+
+
+def _batches(rows: Sequence[Row], done: Set[str], size: int) -> Iterator[Sequence[Row]]:
+    """The rows that are not `done`, by their ids, in batches as of a job that was never stopped.
+
+    The batch of the last row that is done comes complete, should one of it be missing.
+    """
+    last = max((place for place, row in enumerate(rows) if row.id in done), default=-1)
+    begun = max(last, 0) // size * size
+    after = begun + size if last >= 0 else 0
+    before = [row for row in rows[:begun] if row.id not in done]  # all of their samples were empty
+    yield from (before[start : start + size] for start in range(0, len(before), size))
+    if any(row.id not in done for row in rows[begun:after]):
+        yield rows[begun:after]
+    yield from (rows[start : start + size] for start in range(after, len(rows), size))
 
 
 def _append(out: Path, lines: Sequence[Line]) -> None:
@@ -151,19 +156,6 @@ def good_completion(row: Row) -> Completion | None:
     return best if reward(best) >= GOOD_ENOUGH else None
 
 
-def recorded(settings: Generate, renderer: Renderer) -> dict[str, Any]:
-    """The settings that decide what is sampled; batch size and limit do not."""
-    return {
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "max_new_tokens": settings.max_new_tokens,
-        "system": settings.system,
-        "seeds": list(settings.seeds),
-        "template": renderer.digest,
-    }
-
-
 def number_of(row: Row) -> int:
     """The row's number for the randomness: its id alone, so that other sources and limits change nothing."""
     return int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "big")
@@ -177,8 +169,8 @@ def _sample(
     settings: Generate,
     recipe: Mapping[str, Any],
     should_stop: Callable[[], bool] | None,
-) -> Iterator[Line]:
-    """One batch of rows, every seed; a line for each, empty samples already left out."""
+) -> list[Line]:
+    """A line for each row of one batch, every seed; empty samples are already left out."""
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
     prompts = [renderer.prompt_ids(row.prompt, settings.system) for row in rows]
     by_seed = [
@@ -196,31 +188,30 @@ def _sample(
         )
         for seed in settings.seeds
     ]
+    lines = []
     for row, replies in zip(rows, zip(*by_seed, strict=True), strict=True):
-        yield _line(row, replies, tokenizer, recipe)
+        texts = [str(tokenizer.decode(reply.ids, skip_special_tokens=True)).lstrip() for reply in replies]
+        kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text]
+        extras = {"answer": row.answer, "task": row.task}
+        line = {
+            **_own_fields(row),
+            "negatives": [text for text, _ in kept],
+            "negative_log_probs": [round(reply.log_prob, 4) for _, reply in kept],
+            **{name: value for name, value in extras.items() if value is not None},
+            **recipe,
+        }
+        lines.append(line)
+    return lines
 
 
-def _line(row: Row, replies: Sequence[Reply], tokenizer: PreTrainedTokenizerBase, recipe: Mapping[str, Any]) -> Line:
-    texts = [str(tokenizer.decode(reply.ids, skip_special_tokens=True)).lstrip() for reply in replies]
-    kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text]
-    extras = {"answer": row.answer, "task": row.task}
-    return {
-        **_own(row),
-        "negatives": [text for text, _ in kept],
-        "negative_log_probs": [round(reply.log_prob, 4) for _, reply in kept],
-        **{name: value for name, value in extras.items() if value is not None},
-        **recipe,
-    }
-
-
-def _own(row: Row) -> Line:
-    """What a line says of the row itself, `row` first. A single user turn and a single reply are written as text."""
+def _own_fields(row: Row) -> Line:
+    """The fields of a line that repeat the row, `row` first. A single user turn and a single reply are plain text."""
     good = good_completion(row)
     assert good is not None, row.id
     return {"row": row.id, "prompt": written(row.prompt, "user"), "response": written(good.turns, "assistant")}
 
 
-# --- continuing -----------------------------------------------------------------------------------------------------
+# --- Resuming
 
 
 def _earlier_lines(out: Path, rows: Sequence[Row], recipe: Mapping[str, Any]) -> list[Line]:
@@ -231,25 +222,24 @@ def _earlier_lines(out: Path, rows: Sequence[Row], recipe: Mapping[str, Any]) ->
     if not out.is_file():
         return []
     content = out.read_bytes()
-    whole, _, torn = content.rpartition(b"\n")
-    lines = [_parsed(out, number, raw) for number, raw in enumerate(whole.split(b"\n"), 1)] if whole else []
+    complete_lines, _, torn = content.rpartition(b"\n")
+    raws = complete_lines.split(b"\n") if complete_lines else []
+    lines = []
+    for number, raw in enumerate(raws, 1):
+        try:
+            line = json.loads(raw)
+        except ValueError:  # broken JSON, or not UTF-8
+            raise _foreign(out, number) from None
+        if not isinstance(line, dict) or not {"row", "prompt", "negatives", "sampling"} <= line.keys():
+            raise _foreign(out, number)
+        lines.append(line)
     if torn and torn[: len(START)] != START[: len(torn)]:
         raise _foreign(out, len(lines) + 1)
-    if problems := [*_other_settings(out, lines, recipe), *_other_rows(out, lines, rows)]:
+    if problems := _differences(out, lines, rows, recipe):
         raise UftError(*problems, footer="Write to another file:  generate.out=FILE   or remove this one.")
     if torn:
         os.truncate(out, len(content) - len(torn))
     return lines
-
-
-def _parsed(out: Path, number: int, raw: bytes) -> Line:
-    try:
-        line = json.loads(raw)
-    except ValueError:  # broken JSON, or not UTF-8
-        raise _foreign(out, number) from None
-    if not isinstance(line, dict) or not {"row", "prompt", "negatives", "sampling"} <= line.keys():
-        raise _foreign(out, number)
-    return line
 
 
 def _foreign(out: Path, number: int) -> UftError:
@@ -259,26 +249,26 @@ def _foreign(out: Path, number: int) -> UftError:
     )
 
 
-def _other_settings(out: Path, lines: Sequence[Line], recipe: Mapping[str, Any]) -> list[Problem]:
-    """One problem for the first line that was sampled in another way, naming every difference."""
+def _differences(out: Path, lines: Sequence[Line], rows: Sequence[Row], recipe: Mapping[str, Any]) -> list[Problem]:
+    """The first line sampled with other settings, with every difference, and the first whose row has changed."""
+    found = []
+    now = {"sampled_by": recipe["sampled_by"], **recipe["sampling"]}
     for number, line in enumerate(lines, 1):
-        there, now = ({"sampled_by": made.get("sampled_by"), **made["sampling"]} for made in (line, recipe))
+        there = {"sampled_by": line.get("sampled_by"), **line["sampling"]}
         if there != now:
-            differences = (
+            changes = tuple(
                 f"{name}: {there.get(name)!r} in the file, {now.get(name)!r} now"
                 for name in sorted(there.keys() | now.keys())
                 if there.get(name) != now.get(name)
             )
-            why = "holds samples that were made in another way"
-            return [Problem(str(out), why, f"{out.name}:{number}", tuple(differences))]
-    return []
-
-
-def _other_rows(out: Path, lines: Sequence[Line], rows: Sequence[Row]) -> list[Problem]:
-    """One problem for the first line whose row says something else in the data now."""
-    now = {row.id: row for row in rows}
+            found.append(
+                Problem(str(out), "holds samples that were made in another way", f"{out.name}:{number}", changes)
+            )
+            break
+    by_id = {row.id: row for row in rows}
     for number, line in enumerate(lines, 1):
-        row = now.get(line["row"])
-        if row is not None and any(line.get(name) != value for name, value in _own(row).items()):
-            return [Problem(str(out), f"row {row.id} is another one in the data now", f"{out.name}:{number}")]
-    return []
+        row = by_id.get(line["row"])
+        if row is not None and any(line.get(name) != value for name, value in _own_fields(row).items()):
+            found.append(Problem(str(out), f"row {row.id} is another one in the data now", f"{out.name}:{number}"))
+            break
+    return found

@@ -302,10 +302,10 @@ def worst_step(prepared: Prepared) -> Largest:
 
     laid, device = trainer.lay_out(longest), trainer.device
     batches, blanks = laid.batches, padding_batches(laid.batches, laid.blank)
-    forwards, clock = (trainer.policy, trainer.reference), trainer.clock(0)
+    forwards, context = (trainer.policy, trainer.reference), trainer.step_context(0)
     started = time.perf_counter()
     with oom_advice("the largest step", trainer.config, longest):
-        forward_backward(trainer.objective, batches, *forwards, clock, device, blanks)
+        forward_backward(trainer.objective, batches, *forwards, context, device, blanks)
         trainer.optimiser.step()  # its moments are memory too
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)

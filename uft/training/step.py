@@ -11,7 +11,7 @@ from uft.data.batch import Batch, Example
 from uft.data.loader import Collator, StepBatches, local_shard
 from uft.distributed import all_finite, all_reduce_gradients, full_tensor, ranks, single_process
 from uft.model.policy import Policy
-from uft.objectives.base import PLAIN, Ask, Clock, Forward, Loss, Objective, Scores, Term
+from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, Term
 from uft.training.optim import passes_over
 
 # --- Answer: a yes or no that a device works out, to be asked for without waiting for what it does afterwards.
@@ -74,7 +74,7 @@ def forward_backward(
     batches: Sequence[Batch],
     policy: Forward,
     reference: Forward | None,
-    clock: Clock,
+    context: StepContext,
     device: torch.device | None = None,
     blanks: Sequence[Batch] = (),
 ) -> Loss:
@@ -94,12 +94,12 @@ def forward_backward(
 
     terms: Loss = {}
     for batch in batches:
-        for loss in _losses(objective, batch, policy, reference, clock, weighted, device):
+        for loss in _losses(objective, batch, policy, reference, context, weighted, device):
             for name, term in loss.items():
                 before = terms[name].total if name in terms else 0.0
                 terms[name] = Term(before + term.total.detach(), units[name], term.weight)
     for batch in blanks:
-        _losses(objective, batch, policy, reference, replace(clock, learning=False), _nothing, device)
+        _losses(objective, batch, policy, reference, replace(context, learning=False), _nothing, device)
     return terms | {name: Term(torch.zeros(()), count, 0.0) for name, count in units.items() if name not in terms}
 
 
@@ -108,15 +108,15 @@ def _losses(
     batch: Batch,
     policy: Forward,
     reference: Forward | None,
-    clock: Clock,
+    context: StepContext,
     weighted: Callable[[Loss], Tensor | None],
     device: torch.device | None,
 ) -> list[Loss]:
     """Of a micro-batch or its parts, whose gradients are added."""
-    losses = list(chunked_backward(objective, batch, policy, reference, clock, weighted, device))
+    losses = list(chunked_backward(objective, batch, policy, reference, context, weighted, device))
     if losses:
         return losses
-    loss = objective(batch.to(device) if device else batch, policy, reference, clock)
+    loss = objective(batch.to(device) if device else batch, policy, reference, context)
     total = weighted(loss)
     if total is not None and total.requires_grad:
         total.backward()
@@ -139,11 +139,11 @@ def kl_baseline(
     """() means of what the objective measures on the mismatched completions of the step, over all micro-batches."""
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in batches:
-        for name, term in objective.survey(batch, policy, reference).items():
+        for name, term in objective.baseline_terms(batch, policy, reference).items():
             total, count = sums.get(name, (torch.zeros_like(term.total), torch.zeros_like(term.count)))
             sums[name] = (total + term.total, count + term.count)
     for batch in blanks:
-        objective.survey(batch, policy, reference)
+        objective.baseline_terms(batch, policy, reference)
     return all_reduce_means(sums)
 
 
@@ -161,7 +161,7 @@ def optimiser_step(
     reference: Forward | None,
     optimiser: torch.optim.Optimizer,
     parameters: Parameters,
-    clock: Clock,
+    context: StepContext,
     *,
     lr: float,
     max_grad_norm: float,
@@ -178,10 +178,10 @@ def optimiser_step(
     """
     optimiser.zero_grad(set_to_none=True)
     unrelated, blank = ([batch.to(device) for batch in more] for more in (rows.mismatched, rows.blank))
-    surveyed = kl_baseline(objective, unrelated, policy, reference, padding_batches(unrelated, blank))
-    clock = replace(clock, survey=surveyed)
+    baseline = kl_baseline(objective, unrelated, policy, reference, padding_batches(unrelated, blank))
+    context = replace(context, kl_baseline=baseline)
     blanks = padding_batches(rows.batches, rows.blank)
-    terms = forward_backward(objective, rows.batches, policy, reference, clock, device, blanks)
+    terms = forward_backward(objective, rows.batches, policy, reference, context, device, blanks)
     terms = all_reduce_terms(terms, device)
     sync_state(objective, rows.items)
     all_reduce_gradients(parameters.values())
@@ -209,7 +209,7 @@ def culprits(
     policy: Forward,
     reference: Forward | None,
     parameters: Parameters,
-    clock: Clock,
+    context: StepContext,
     *,
     lay_out: Collator,
     device: torch.device,
@@ -220,7 +220,7 @@ def culprits(
         with single_process():
             laid = lay_out([item])
             blanks = padding_batches(laid.batches, laid.blank)
-            terms = forward_backward(objective, laid.batches, policy, reference, clock, device, blanks)
+            terms = forward_backward(objective, laid.batches, policy, reference, context, device, blanks)
             terms = all_reduce_terms(terms, device)
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         if not all(all_finite([reported_loss(objective, terms), *gradients])):
@@ -252,7 +252,7 @@ def chunked_backward(
     batch: Batch,
     policy: Forward,
     reference: Forward | None,
-    clock: Clock,
+    context: StepContext,
     weighted: Weighted,
     device: torch.device | None = None,
 ) -> Iterator[Loss]:
@@ -265,28 +265,28 @@ def chunked_backward(
         return
     whole = _with_reference(objective, batch.to(device) if device else batch, reference)
     shown = _RequestRecorder(policy)
-    objective(whole, shown, reference, replace(clock, learning=False))
+    objective(whole, shown, reference, replace(context, learning=False))
     if shown.asked is None or shown.more or shown.asked.anchor is not None:
         return
     losses: list[Loss] = []
     groups = {part.start: (part, rows) for part, rows in _groups(batch, policy.head.rows)}
 
-    def judge(part: slice, log_probs: Tensor, guesses: Tensor | None) -> Tensor:
+    def loss_grad(part: slice, log_probs: Tensor, argmax: Tensor | None) -> Tensor:
         rows = batch.only(groups[part.start][1])
         rows = rows.to(device) if device else rows
         if "reference" in whole.columns:
             rows = replace(rows, columns={**rows.columns, "reference": whole.columns["reference"][part]})
         with torch.enable_grad():
             leaf = log_probs.detach().requires_grad_()
-            forward = _KnownForward([_cut(scores, part) for scores in shown.before], Scores(leaf, guesses))
-            loss = objective(rows, forward, reference, clock)
+            forward = _KnownForward([_cut(scores, part) for scores in shown.before], ForwardOutput(leaf, argmax))
+            loss = objective(rows, forward, reference, context)
             total = weighted(loss)
         losses.append({name: replace(term, total=term.total.detach()) for name, term in loss.items()})
         if total is None or not total.requires_grad:
             return torch.zeros_like(log_probs)
         return torch.autograd.grad(total, leaf)[0]
 
-    policy.visit(whole, shown.asked, [part for part, _ in groups.values()], judge)
+    policy.chunked_backward(whole, shown.asked, [part for part, _ in groups.values()], loss_grad)
     yield from losses
 
 
@@ -314,8 +314,8 @@ def _groups(batch: Batch, most: int) -> Iterator[tuple[slice, Tensor]]:
         stop += targets
 
 
-def _cut(scores: Scores, part: slice) -> Scores:
-    return Scores(scores.log_probs[part], None if scores.guesses is None else scores.guesses[part])
+def _cut(scores: ForwardOutput, part: slice) -> ForwardOutput:
+    return ForwardOutput(scores.log_probs[part], None if scores.argmax is None else scores.argmax[part])
 
 
 @dataclass
@@ -323,28 +323,28 @@ class _RequestRecorder:
     """A forward that answers truly until one with gradients is asked for, and notes what is asked then."""
 
     policy: Policy
-    before: list[Scores] = field(default_factory=list)
-    asked: Ask | None = None
+    before: list[ForwardOutput] = field(default_factory=list)
+    asked: ForwardRequest | None = None
     more: bool = False
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
         if self.asked is None and not torch.is_grad_enabled():
-            self.before.append(self.policy(batch, ask))
+            self.before.append(self.policy(batch, request))
             return self.before[-1]
         self.more = self.more or self.asked is not None
-        self.asked = ask
+        self.asked = request
         made_up = torch.full(batch.target_ids.shape, LIKELY, device=batch.target_ids.device)
-        return Scores(made_up, batch.target_ids, torch.zeros_like(made_up))
+        return ForwardOutput(made_up, batch.target_ids, torch.zeros_like(made_up))
 
 
 @dataclass
 class _KnownForward:
     """A forward that gives what is known of a few rows: first what was made without gradients, then the log-probs."""
 
-    before: list[Scores]
-    scores: Scores
+    before: list[ForwardOutput]
+    scores: ForwardOutput
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
         return self.scores if torch.is_grad_enabled() else self.before.pop(0)
 
 
@@ -395,7 +395,7 @@ def all_reduce_terms(terms: Loss, device: torch.device) -> Loss:
 
 
 def all_reduce_means(sums: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """() means of what was surveyed, over all processes."""
+    """() means of the baseline terms, over all processes."""
     if ranks().size == 1:
         return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
     whole: dict[str, tuple[float, float]] = {}

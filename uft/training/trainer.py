@@ -19,7 +19,7 @@ from uft.distributed import all_finite, ranks
 from uft.errors import FAILED, Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy
-from uft.objectives.base import Clock, Forward, Loss, Objective
+from uft.objectives.base import Forward, Loss, Objective, StepContext
 from uft.runs import Run
 from uft.training import checkpoint
 from uft.training.checkpoint import random_state, restore_random_state
@@ -129,13 +129,13 @@ class Trainer:
         self.late = asks_late(self.config.train.sync_every_step, self.device, self.optimiser)
         self.never_finite = {n for n, good in self._finite().items() if not good}
 
-    def clock(self, step: int) -> Clock:
-        """The clock of a step: a function of its number and the seed alone."""
+    def step_context(self, step: int) -> StepContext:
+        """The context of a step: a function of its number and the seed alone."""
         # torch's CPU generator takes 32 bits of its seed; Python's own hash may change between versions
         generator = torch.Generator().manual_seed((self.config.seeds.sampling * 1_000_003 + step) % 2**32)
         noise = float(torch.randn((), generator=generator))
         warmup = warmup_steps(self.config.optim.warmup, self.steps)
-        return Clock(step=step, steps=self.steps, warmup=warmup, noise=noise)
+        return StepContext(step=step, steps=self.steps, warmup=warmup, noise=noise)
 
     @property
     def lay_out(self) -> Collator:
@@ -209,7 +209,7 @@ class Trainer:
             self.reference,
             self.optimiser,
             self.parameters,
-            self.clock(number),
+            self.step_context(number),
             lr=learning_rate(number, self.steps, self.config.optim),
             max_grad_norm=self.config.train.max_grad_norm,
             device=self.device,
@@ -363,7 +363,7 @@ def rollback(trainer: Trainer, taken: PendingStep) -> NoReturn:
         trainer.policy,
         trainer.reference,
         trainer.parameters,
-        replace(trainer.clock(trainer.progress.step), learning=False),
+        replace(trainer.step_context(trainer.progress.step), learning=False),
         lay_out=trainer.lay_out,
         device=trainer.device,
     )
