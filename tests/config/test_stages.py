@@ -125,7 +125,7 @@ def typed_and_back(found):
 
 def test_a_run_of_one_piece_says_nothing_of_stages():
     assert "stages" not in settings("objective=dpo")
-    assert stages_of(typed(settings("objective=dpo"))) == []
+    assert [(s.name, s.do, s.folder) for s in stages_of(typed(settings("objective=dpo")))] == [("", "fit", ".")]
     assert expanded(settings("objective=dpo")) == {}
 
 

@@ -32,17 +32,17 @@ LONG = {
     "model": (SINGLE, "before load.load_base", 0, "a model was loaded", "model/load.py"),
     "reference": (
         SINGLE,
-        "before reference_cache.ReferenceColumn._compute",
+        "before reference.ReferenceColumn._compute",
         0,
         "reference log-probs were computed",
-        "model/reference_cache.py",
+        "model/reference.py",
     ),
-    "battery": (SINGLE, "before generate.complete", 4, "the battery was measured", "evaluation/battery.py"),
-    "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "training/checkpoints.py"),
+    "evaluation": (SINGLE, "before generate.complete", 4, "the model was evaluated", "evaluation/evaluate.py"),
+    "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "training/checkpoint.py"),
     "export": (SINGLE, "before export.plain_model", 0, "the model was exported", "model/export.py"),
-    "stage": (LOOP, "after step.forward_backward", 4, "it trained", "training/stages.py"),
+    "stage": (LOOP, "after step.forward_backward", 4, "it trained", "training/session.py"),
     "sampling": (LOOP, "before negatives._append", 1, "completions were sampled", "sampling/negatives.py"),
-    "annotating": (COLUMN, "after likelihood._mean", 3, "rows were annotated", "sampling/likelihood.py"),
+    "annotating": (COLUMN, "after annotate._mean", 3, "rows were annotated", "sampling/annotate.py"),
     "stage's export": (LOOP, "before export.plain_model", 0, "the model was exported", "model/export.py"),
 }
 """What hangs: the request, the moment, the phase that is named, and a file that its stack leads through."""
@@ -81,7 +81,7 @@ JOBS = {
     ),
     "annotate": (
         ("annotate.column=baseline_logp", "annotate.models=[builtin:playground]", "annotate.batch_tokens=200"),
-        "after likelihood._mean",
+        "after annotate._mean",
         "rows were annotated",
     ),
 }
@@ -149,7 +149,7 @@ def test_one_of_two_processes_hangs(new_run: NewRun, tmp_path: Path, environment
     assert run.status == "failed"
     assert "in hang" in (run.path / "hang-rank1.txt").read_text()
     assert "in hang" not in (run.path / "hang.txt").read_text()
-    assert "parallel/ranks.py" in (run.path / "hang.txt").read_text()  # where it waits for the other
+    assert "distributed.py" in (run.path / "hang.txt").read_text()  # where it waits for the other
     assert resumed(run, dict(os.environ) | environment).returncode == 0
     assert run.status == "finished"
 
@@ -208,11 +208,11 @@ def test_out_of_memory_in_a_step(bench: Bench, new_run: NewRun, kind: str) -> No
     assert bench.sit(run.path).code == 0
 
 
-ELSEWHERE = ("before tokens._encode", "before reference_cache")
+ELSEWHERE = ("before tokens._encode", "before reference.")
 
 
 @pytest.mark.parametrize(
-    "where", ["before battery.battery", *(pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE)]
+    "where", ["before evaluate.evaluate", *(pytest.param(name, marks=pytest.mark.slow) for name in ELSEWHERE)]
 )
 def test_out_of_memory_elsewhere(bench: Bench, new_run: NewRun, where: str) -> None:
     run = new_run("run", *SINGLE)
@@ -239,9 +239,9 @@ def test_a_check_tells_it_before_the_run(bench: Bench, new_run: NewRun) -> None:
 def test_a_run_has_one_worker_at_a_time(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
     """The second is refused while the first lives, and only then."""
     run, log = new_run("run", *SINGLE), tmp_path / "moments"
-    first = bench.start(run.path, fault=Fault(do="hang", name="after battery.battery", log=str(log)))
+    first = bench.start(run.path, fault=Fault(do="hang", name="after evaluate.evaluate", log=str(log)))
     deadline = time.monotonic() + 600
-    while not (log.is_file() and "after battery.battery" in log.read_text()):
+    while not (log.is_file() and "after evaluate.evaluate" in log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     before = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}

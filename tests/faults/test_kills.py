@@ -34,12 +34,12 @@ def sit_to_the_end(bench: Bench, run: Run, fault: Fault | None = None) -> None:
 DEATHS = (
     ("before tokens._encode", ""),
     ("before os.rename", ""),  # of the tokens' folder
-    ("after reference_cache.ReferenceColumn._compute", ""),
+    ("after reference.ReferenceColumn._compute", ""),
     ("after flush", "/.metrics.jsonl.seals"),  # a seal without its line
     ("before generate.complete", ""),
     ("after step.forward_backward", ""),
     ("before os.replace", "/.step-000003.tmp"),
-    ("after battery.battery", ""),
+    ("after evaluate.evaluate", ""),
     ("after os.replace", "/.step-000004.tmp"),
     ("before os.unlink", "tensors.safetensors"),  # an old checkpoint half deleted
     ("before export.plain_model", ""),
@@ -86,7 +86,7 @@ def test_killed_in_the_middle_of_a_write(
 
 STOPS = (
     ("terminate", "before tokens._encode", ""),
-    ("warn", "before reference_cache.ReferenceColumn._compute", ""),
+    ("warn", "before reference.ReferenceColumn._compute", ""),
     ("terminate", "before generate.complete", ""),
     ("warn", "after step.forward_backward", ""),
     ("terminate", "before os.replace", "/.step-000003.tmp"),

@@ -23,7 +23,7 @@ Nodes = Mapping[str, Any]
 def sit(folder: Path, config: Config, stop: Stop | None = None) -> int:
     if not folder.exists():
         create_run(folder, "{}\n", [])
-    return session.train_stages(Run(folder), config, stop or Stop())
+    return session.train(Run(folder), config, stop or Stop())
 
 
 def survive(folder: Path, config: Config, death: Death, *deaths: int) -> None:

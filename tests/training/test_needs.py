@@ -15,7 +15,7 @@ from uft.errors import UftError
 from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.objectives.base import Needs, Objective
-from uft.training.setup import counted_as_certain, data_record, lacks, make_horizon, make_sampler, read_train_data
+from uft.training.setup import StageData, counted_as_certain, lacks, make_sampler, read_train_data
 
 Configure = Callable[..., Config]
 
@@ -64,7 +64,7 @@ def test_or_leaves_them_out_and_counts_them(configure: Configure, half: Path) ->
     corpus = read_train_data(config, load_tokenizer(config.model))
     sampler = make_sampler(config, corpus, make(config.objective))
     assert {item.row.index for item in sampler.take(6)} == {0, 2, 4}
-    record = data_record(corpus, sampler, make_horizon(config, corpus))
+    record = StageData.of(config, corpus).record
     assert record["sources"]["half"]["dropped_unusable"] == 3
     config.data.unusable = "error"
     looked = make_sampler(config, corpus, make(config.objective), refuse=False)

@@ -86,7 +86,7 @@ def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(
     two: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, config = tmp_path / "run", two("run")
-    real = session.battery
+    real = session.evaluate
 
     def failing(*arguments: Any, **keywords: Any) -> Evaluation:
         if (folder / "stages/1-sft/result.json").exists():
@@ -94,7 +94,7 @@ def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(
         return real(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "battery", failing)
+        patch.setattr(session, "evaluate", failing)
         assert sit(folder, config) == FAILED
     result = Run(folder).result()
     assert (result["status"], result["error"]) == ("failed", "RuntimeError: no more")

@@ -10,17 +10,13 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
 
 from uft.distributed import PeerLost, launched, note, note_code, rank
 from uft.errors import FAILED, UftError, render, tell_redacted
 from uft.launch.process import die_with_parent
 from uft.runs import Run, keep_others_out, open_run
-
-if TYPE_CHECKING:
-    from uft.config.schema import Config
 
 
 def train(folder: str) -> int:
@@ -36,7 +32,7 @@ def train(folder: str) -> int:
 
             auto_model()
         config = load_config(run.config_file)
-        return (session.train_stages if config.stages else session.train)(run, config, stop)
+        return session.train(run, config, stop)
 
 
 @contextmanager
@@ -62,14 +58,8 @@ def carry_out(job: str, spec: str) -> int:
         from uft.training.liveness import watching
 
     config = load_config(spec)
-    work: dict[str, Callable[[Config], int]] = {
-        "check": jobs.check,
-        "data": jobs.data,
-        "generate": jobs.generate,
-        "annotate": jobs.annotate_job,
-    }
     with process_group(), watching(config.hardware.watchdog, None, tell_hung):
-        return (work | jobs.JOBS if config.stages else work)[job](config)
+        return jobs.JOBS[job](config)
 
 
 @contextmanager
