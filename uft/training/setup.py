@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from uft.config.schema import Config, Data, Model, ReferenceModel, Source
+from uft.config.schema import Config, Data, Model, ReferenceModel
 from uft.config.stages import Stage, made, rows_of
 from uft.config.typed import adds
 from uft.data.batch import micro_batches
@@ -433,7 +433,7 @@ def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, re
     sampler = RowSampler(dataset.train, mixture, objective.views, config.train.max_length)
     dropping = config.data.unusable == "drop"
     if refuse and not dropping:
-        _refuse_unusable(sampler, objective, config.data)
+        refuse_unusable(sampler, objective, config.data)
     else:
         sampler.views = complete_views(objective)
     if refuse and not sampler.takes_anything():
@@ -446,8 +446,11 @@ def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, re
     return sampler
 
 
-def _refuse_unusable(sampler: RowSampler, objective: Objective, data: Data) -> None:
-    """Raise UftError with the unusable rows and the objective's own line of the table of kinds."""
+# --- Rows that an objective cannot use, for example since they lack annotations that it requires of completions.
+
+
+def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data) -> None:
+    """Raise UftError with all unusable rows, the objective's line of the table of kinds, and the commands that help."""
     problems = [
         Problem(
             f"data.sources.{source}",
@@ -457,22 +460,30 @@ def _refuse_unusable(sampler: RowSampler, objective: Objective, data: Data) -> N
         for source, kinds in sampler.unusable().items()
         for kind, unusable in kinds.items()
     ]
-    lacking, commands = missing_annotations(sampler, objective, data)
-    if not problems and not lacking:
-        return
     footer = []
     if problems:
-        kinds, uses = kind_table({objective.name: objective})
+        names, uses = kind_table({objective.name: objective})
         footer += [f"What {uses[0]} takes of each kind of row:"]
-        footer += [f"  {kind:<14} {use}" for kind, use in zip(kinds[1:], uses[1:], strict=True)]
+        footer += [f"  {kind:<14} {use}" for kind, use in zip(names[1:], uses[1:], strict=True)]
         if objective.needs.columns:
             footer.append(f"It needs {', '.join(sorted(objective.needs.columns))}; uft generate writes them.")
         footer.append("")
-    footer += [*(f"Write it:  {command}" for command in commands), "Leave these rows out:  data.unusable=drop"]
-    raise UftError(*problems, *lacking, footer="\n".join(footer))
-
-
-# --- Annotations that an objective requires of completions, and the rows that lack them.
+    lacking: dict[str, list[str]] = {}  # annotation -> the sources that lack it, as they are typed
+    for source in sampler.drawn:
+        without, first = Counter[str](), dict[str, str]()  # annotation -> rows that lack it, the id of one
+        for row, count in grouped(source.rows) if any(map(objective.annotations, kinds(source.rows))) else ():
+            for name in lacks(objective, row):
+                without[name] += count
+                first.setdefault(name, row.id)
+        for name, many in sorted(without.items()):
+            why = f"objective={objective.name} needs {name}, which {many:,} of {len(source.rows):,} rows lack"
+            problems.append(Problem(f"data.sources.{source.source}", why, where=first[name]))
+            lacking.setdefault(name, []).extend(adds(source.source, data.sources[source.source]))
+    for name, words in lacking.items():
+        models = ["annotate.models=[MODEL,...]"] if ANNOTATORS[name].models else []
+        footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")
+    if problems:
+        raise UftError(*problems, footer="\n".join([*footer, "Leave these rows out:  data.unusable=drop"]))
 
 
 def complete_views(objective: Objective) -> Mapping[Kind, View]:
@@ -495,27 +506,6 @@ def lacks(objective: Objective, row: Row) -> frozenset[str]:
     visits = (view(row, visit) or () for visit in range(len(row.completions)))
     selected = (row.completions[part.completion] for parts in visits for part in parts)
     return frozenset(name for completion in selected for name in needed - completion.annotations.keys())
-
-
-def missing_annotations(sampler: RowSampler, objective: Objective, data: Data) -> tuple[list[Problem], list[str]]:
-    """(a problem per source and annotation that its rows lack, the commands that write them)."""
-    problems: list[Problem] = []
-    lacking: dict[str, dict[str, Source]] = {}  # annotation -> sources
-    for source in sampler.drawn:
-        without, first = Counter[str](), dict[str, str]()  # annotation -> rows that lack it, the id of one
-        for row, count in grouped(source.rows) if any(map(objective.annotations, kinds(source.rows))) else ():
-            for name in lacks(objective, row):
-                without[name] += count
-                first.setdefault(name, row.id)
-        for name, many in sorted(without.items()):
-            why = f"objective={objective.name} needs {name}, which {many:,} of {len(source.rows):,} rows lack"
-            problems.append(Problem(f"data.sources.{source.source}", why, where=first[name]))
-            lacking.setdefault(name, {})[source.source] = data.sources[source.source]
-    commands = []
-    for column, sources in lacking.items():
-        words = ["uft annotate", column, "data=files", *(word for name, s in sources.items() for word in adds(name, s))]
-        commands.append(" ".join([*words, *(["annotate.models=[MODEL,...]"] if ANNOTATORS[column].models else [])]))
-    return problems, commands
 
 
 def counted_as_certain(sampler: RowSampler, objective: Objective) -> list[str]:
