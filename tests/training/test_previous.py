@@ -1,4 +1,4 @@
-"""Run folders of the version before stages and plain runs were one (commit eebb614): resumed, listed, compared, used."""
+"""Run folders of the previous version (commit eebb614): resumed, listed, compared and generated from."""
 
 from __future__ import annotations
 

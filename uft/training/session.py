@@ -191,9 +191,8 @@ class Session:
             self.stop.between_passes,
             micro_batch_tokens=tokens_per_pass(trainer.config),
         )
-        first = not any(other.do == "fit" for other in self.stages[: stage.number - 1])
         log = StageLog(self.tracker, self.console, stage.name, self.before)
-        if not fit(trainer, log, measure, at_start=stage.config.eval.before and first):
+        if not fit(trainer, log, measure, at_start=stage.config.eval.before and not self.trained_before(stage)):
             return False
         later = any(other.do == "generate" for other in self.stages[stage.number :])
         if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
@@ -203,15 +202,14 @@ class Session:
     def _make_rows(self, stage: Stage, folder: Run) -> dict[str, Any]:
         """Sample completions or write a column; counts of what was made. Raises Interrupted when asked to stop."""
         by_name = {other.name: other for other in self.stages}
-        trained = [other.name for other in self.stages[: stage.number - 1] if other.do == "fit"]
-        asked = stage.config.annotate.models
+        trained, asked = self.trained_before(stage), stage.config.annotate.models
         models = [str(self.model_dir(by_name[maker(path)])) if made(path) else path for path in asked]
         config = replace(
             located(stage.config, self.run),
             model=replace(self.start_model(stage), adapter="none"),
             annotate=replace(stage.config.annotate, models=models),
         )
-        sampled_by = f"stage:{trained[-1]}" if trained else stage.config.model.path
+        sampled_by = f"stage:{trained[-1].name}" if trained else stage.config.model.path
         return ROW_STAGES[stage.do](config, folder.path, sampled_by, self.device, self.stop, self.console.message)
 
     def _open(self, resumed_step: int, stage_lines: Card = ()) -> None:
@@ -282,10 +280,13 @@ class Session:
 
     def start_model(self, stage: Stage) -> Model:
         """The model that a stage starts from: that of the last stage before it that trained."""
-        trained = [other for other in self.stages[: stage.number - 1] if other.do == "fit"]
+        trained = self.trained_before(stage)
         if not trained:
             return stage.config.model
         return replace(stage.config.model, path=str(self.model_dir(trained[-1])), revision=None)
+
+    def trained_before(self, stage: Stage) -> list[Stage]:
+        return [other for other in self.stages[: stage.number - 1] if other.do == "fit"]
 
     # --- the end
 
@@ -333,9 +334,8 @@ class Session:
         for stage in self.stages[: len(records)]:
             record = records[stage.name]
             if record.get("best"):
-                checkpoint = str(Path(stage.folder, record["best_checkpoint"]))
-                best_step = steps + record["best_step"]
-                best = {"best": record["best"], "best_step": best_step, "best_checkpoint": checkpoint}
+                folder = str(Path(stage.folder, record["best_checkpoint"]))
+                best = {"best": record["best"], "best_step": steps + record["best_step"], "best_checkpoint": folder}
             steps += record.get("steps", 0)
         total = total_progress(records.values())
         record = result_record(total, best, device, self.started, read_metrics(self.run))
