@@ -21,7 +21,7 @@ from uft.launch.worker import train
 from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.runs import Run, create_run
-from uft.training.setup import make_horizon, make_sampler, read_run_data, read_train_data
+from uft.training.dataset import make_horizon, make_sampler, read_run_data, read_train_data
 
 PAIRS = ("dpo", "kto", "una")
 SMALL = (

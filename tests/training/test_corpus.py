@@ -13,7 +13,7 @@ from uft.config.schema import Config
 from uft.errors import UftError
 from uft.model.load import load_tokenizer
 from uft.objectives import make
-from uft.training.setup import Horizon, TrainData, make_horizon, make_sampler, read_train_data
+from uft.training.dataset import Horizon, TrainData, make_horizon, make_sampler, read_train_data
 
 EPOCHS = ("train.steps=null", "train.batch_size=7", "train.epochs=1")
 

@@ -15,7 +15,7 @@ from uft.errors import UftError
 from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.objectives.base import Needs, Objective
-from uft.training.setup import StageData, counted_as_certain, lacks, make_sampler, read_train_data
+from uft.training.dataset import StageData, counted_as_certain, lacks, make_sampler, read_train_data
 
 Configure = Callable[..., Config]
 

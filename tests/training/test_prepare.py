@@ -7,26 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from dying import StopAt
 
 from uft.config.schema import Config, Hardware
 from uft.errors import FAILED, UftError
 from uft.runs import create_run
 from uft.training.device import CPU_PASS, PASS, choose_device, tokens_per_pass
-from uft.training.liveness import Stop
 from uft.training.setup import Prepared, Stopped, check_start, prepare, resume, saved_progress
 from uft.training.trainer import Progress
-
-
-class StopAt(Stop):
-    """Asks to stop from the n-th look on."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.looks, self.number = 0, number
-
-    def __call__(self) -> bool:
-        self.looks += 1
-        return self.looks > self.number
 
 
 @pytest.mark.parametrize("mode", ["copy", "cached"])

@@ -154,7 +154,7 @@ def test_every_combination_goes_on_where_it_was(
 # --- being asked to stop
 
 
-@pytest.mark.parametrize(("stride", "objective"), [(22, "dft"), pytest.param(1, "uft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stride", "objective"), [(40, "dft"), pytest.param(1, "uft", marks=pytest.mark.slow)])
 def test_a_stop_at_any_safe_point_changes_nothing(
     stride: int, objective: str, configure: Callable[..., Config], tmp_path: Path
 ) -> None:

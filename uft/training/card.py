@@ -17,9 +17,10 @@ from uft.data.batch import Layout
 from uft.data.report import report_table
 from uft.runs import Run, shown
 from uft.tracking.console import Card, count
+from uft.training.dataset import RunData
 from uft.training.device import tokens_per_pass
 from uft.training.optim import warmup_steps
-from uft.training.setup import Prepared, RunData, cautions, memory_record
+from uft.training.setup import Prepared, cautions, memory_record
 
 MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
 

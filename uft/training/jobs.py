@@ -41,21 +41,10 @@ from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
 from uft.training.card import stage_card, start_card
+from uft.training.dataset import StageData, cache_dir, has_made_rows, read_run_data
 from uft.training.device import choose_device, oom_advice, settle_threads
 from uft.training.liveness import Stop, listening
-from uft.training.setup import (
-    Prepared,
-    Say,
-    StageData,
-    Stopped,
-    cache_dir,
-    check_start,
-    has_made_rows,
-    pause,
-    planned_memory,
-    prepare_stage,
-    read_run_data,
-)
+from uft.training.setup import Prepared, Say, Stopped, check_start, pause, planned_memory, prepare_stage
 from uft.training.step import all_reduce_sums, forward_backward, padding_batches
 
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured

@@ -41,19 +41,17 @@ from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
 from uft.training import checkpoint
 from uft.training.card import stage_card, start_card
+from uft.training.dataset import RunData, located, read_run_data
 from uft.training.device import choose_device, explain_oom, out_of_memory, tokens_per_pass
 from uft.training.jobs import ROW_STAGES
 from uft.training.liveness import Stop, watching
 from uft.training.optim import learning_rate
 from uft.training.setup import (
-    RunData,
     Stopped,
     check_positions,
     check_record,
     check_start,
-    located,
     prepare_stage,
-    read_run_data,
     resume,
     saved_progress,
 )
