@@ -31,6 +31,8 @@ def sit(folder: Path, config: Config, stop: Stop | None = None) -> int:
 
 def survive(folder: Path, config: Config, death: Death, *deaths: int) -> Path:
     """Die at each of these moments in turn, then go on to the end; the folder."""
+    if not folder.exists():
+        create_run(folder, "{}\n", [])
     for moment in deaths:
         with death.after(moment):
             sit(folder, config)
