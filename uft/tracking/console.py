@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from uft.errors import redact
-from uft.evaluation.evaluate import Evaluation, Sample
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from uft.evaluation.evaluate import Evaluation, Sample
 
 Card = Sequence[tuple[str, str]]
 """(label, value) lines; a value may have several lines."""

@@ -126,12 +126,11 @@ def show_stage_data(name: str, data: StageData, console: Console) -> None:
     drawn = f"{data.horizon.total_rows:,} rows drawn in {data.horizon.steps:,} steps"
     uses = kind_table({data.objective.name: data.objective})
     for title, lines in {f"data={name}: {drawn}": report_table(data.record), "what the objective takes": uses}.items():
-        header, *rows = lines
         table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-        for column in header:
+        for column in lines[0]:
             table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*row)
+        for cells in lines[1:]:
+            table.add_row(*cells)
         console.print(table, "")
     console.print("[bold]tokens per completion with its prompt[/bold]")
     for line in length_histogram(merged_lengths([source.report for source in data.dataset.train])):
@@ -416,9 +415,15 @@ def annotated_data(data: Data, written: Mapping[str, AnnotatedSource]) -> Data:
     """The same mixture over the annotated files: shares, checkers and held-out rows are as they were."""
     sources = dict(data.sources)
     for name, one in written.items():
-        source, evaluation = sources[name], None if one.evaluation is None else str(one.evaluation)
-        kept = {"kind": source.kind, "share": source.share, "holdout": source.holdout, "checker": source.checker}
-        sources[name] = Source(path=str(one.rows), eval_path=evaluation, **kept)
+        source = sources[name]
+        sources[name] = Source(
+            path=str(one.rows),
+            kind=source.kind,
+            share=source.share,
+            holdout=source.holdout,
+            eval_path=None if one.evaluation is None else str(one.evaluation),
+            checker=source.checker,
+        )
     return replace(data, sources=sources)
 
 
