@@ -116,7 +116,7 @@ def test_the_frozen_form_says_of_a_stage_where_it_differs_from_its_run():
 
 def test_a_run_of_one_piece_says_nothing_of_stages():
     assert "stages" not in settings("objective=dpo")
-    assert stages_of(typed(settings("objective=dpo"))) == []
+    assert [(s.name, s.do, s.folder) for s in stages_of(typed(settings("objective=dpo")))] == [("", "fit", ".")]
     assert expanded(settings("objective=dpo")) == {}
 
 

@@ -53,11 +53,11 @@ def job_here(*overrides: str) -> None:
 
     from uft.config.compose import compose
     from uft.config.frozen import typed
-    from uft.training.jobs import annotate_job
+    from uft.training.jobs import annotate
 
     settings = OmegaConf.to_container(compose(list(overrides)), resolve=True)
     assert isinstance(settings, dict)
-    assert annotate_job(typed({str(key): value for key, value in settings.items()})) == 0
+    assert annotate(typed({str(key): value for key, value in settings.items()})) == 0
 
 
 def quiet(*sources: tuple[str, Path]) -> list[str]:

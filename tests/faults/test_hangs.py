@@ -39,7 +39,7 @@ LONG = {
         "reference log-probs were computed",
         "model/reference.py",
     ),
-    "battery": (SINGLE, "before generate.complete", 4, "the battery was measured", "evaluation/evaluate.py"),
+    "evaluation": (SINGLE, "before generate.complete", 4, "the model was evaluated", "evaluation/evaluate.py"),
     "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "training/checkpoint.py"),
     "export": (SINGLE, "before export.plain_model", 0, "the model was exported", "model/export.py"),
     "stage": (LOOP, "after step.forward_backward", 4, "it trained", "training/session.py"),

@@ -214,7 +214,7 @@ def test_a_crash_in_the_middle_of_a_run_is_recorded_without_it(alone, monkeypatc
     def crash(*_):
         raise RuntimeError(f"no way to https://me:pw-of-mine@host with {SECRETS['OTHER_SECRET']}")
 
-    monkeypatch.setattr(session, "prepare", crash)
+    monkeypatch.setattr(session, "prepare_stage", crash)
     settings = plain(compose(["debug=fast", "tracking=none"]))
     run = create_run(alone / "run", "x: 1\n", [])
     assert session.train(run, typed(settings), Stop()) == 1

@@ -20,7 +20,7 @@ from uft.launch.worker import train
 from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.runs import Run, create_run
-from uft.training.setup import data_record, make_horizon, make_sampler, read_pipeline_data, read_train_data
+from uft.training.dataset import make_horizon, make_sampler, read_run_data, read_train_data
 
 PAIRS = ("dpo", "kto", "una")
 SMALL = (
@@ -45,11 +45,9 @@ def config_of(*words: str) -> Config:
 
 
 def records(config: Config, folder: Path) -> list[Mapping[str, Any]]:
-    """data.json of every stage, or of a run of one piece."""
-    if config.stages:
-        return list(read_pipeline_data(Run(folder), config, stages_of(config)).records.values())
-    corpus = read_train_data(config, load_tokenizer(config.model))
-    return [data_record(corpus, make_sampler(config, corpus, make(config.objective)), make_horizon(config, corpus))]
+    """data.json of every stage."""
+    data = read_run_data(Run(folder), config, stages_of(config))
+    return [stage.record for stage in data.stages.values()]
 
 
 def budget(found: list[Mapping[str, Any]]) -> dict[str, Counter[str]]:
@@ -78,7 +76,7 @@ def test_the_rows_themselves_are_the_same_each_as_often(tmp_path: Path) -> None:
     for how in ("then", "with"):
         config = config_of(f"experiment=sft_{how}_una")
         found: Counter[str] = Counter()
-        for part in [stage.config for stage in stages_of(config)] or [config]:
+        for part in [stage.config for stage in stages_of(config)]:
             corpus = read_train_data(part, load_tokenizer(part.model))
             sampler = make_sampler(part, corpus, make(part.objective))
             for draw in sampler.mixture.take(make_horizon(part, corpus).total_rows):

@@ -11,21 +11,21 @@ import struct
 import subprocess
 import sys
 import termios
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from uft.evaluation.evaluate import Sample
-from uft.tracking.console import Console, Ending
+from uft.evaluation.evaluate import Evaluation, Sample
+from uft.tracking.console import Console
 
 ESCAPE = "\x1b"
 
 
-@dataclass(frozen=True)
-class Battery:
-    metrics: dict[str, float]
-    samples: list[Sample] = field(default_factory=list)
+def result(status: str, steps: int, seconds: float, tokens: int, **more: Any) -> dict[str, Any]:
+    """As in result.json."""
+    base = {"final": {}, "best": {}, "best_step": None, "best_checkpoint": None, "peak_memory_bytes": None}
+    return {"status": status, "steps": steps, "seconds": seconds, "tokens": tokens, "error": None, **base, **more}
 
 
 class Terminal(io.StringIO):
@@ -62,7 +62,7 @@ def test_on_a_terminal_the_line_is_rewritten_and_the_log_is_plain(tmp_path, monk
     console.step(20, metrics(20))
     console.message("checkpoint saved")
     console.step(30, metrics(30))
-    console.end("run", Ending("finished", 100, 100, 50.0, 1000))
+    console.end("run", result("finished", 100, 50.0, 1000), 100)
     console.close()
     shown = stream.getvalue()
     assert shown.split("checkpoint saved")[0].count("\n") == 0
@@ -81,12 +81,12 @@ def test_on_a_terminal_the_line_is_rewritten_and_the_log_is_plain(tmp_path, monk
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
 def test_colors_only_where_they_are_wanted(monkeypatch, variable, value):
     monkeypatch.setenv("TERM", "xterm")
-    ending = Ending("failed", 3, 10, 1.0, 10)
+    ending = result("failed", 3, 1.0, 10)
     colored, plain = Terminal(), Terminal()
-    Console(colored).end("run", ending)
+    Console(colored).end("run", ending, 10)
     assert "\x1b[1;31mrun" in colored.getvalue()
     monkeypatch.setenv(variable, value)
-    Console(plain).end("run", ending)
+    Console(plain).end("run", ending, 10)
     assert ESCAPE not in plain.getvalue()
 
 
@@ -141,8 +141,8 @@ def test_the_start_card():
     assert stream.getvalue() == "uft train  ift-mix\n  model    tiny\n  mixture  a  1\n           b  2\n\n"
 
 
-def battery(nll: float) -> Battery:
-    return Battery(
+def evaluation(nll: float) -> Evaluation:
+    return Evaluation(
         {"eval/nll": nll, "eval/accuracy": 1 / nll, "eval/sums/nll": nll / 2, "eval/style/margin": -2.0},
         [
             Sample("sums", "1", "3+4?", "7", "7"),
@@ -156,14 +156,14 @@ def columns(text: str, row: str) -> list[str]:
     return next(line for line in text.splitlines() if line.startswith(row)).split()
 
 
-def test_the_battery_before_last_and_now(tmp_path):
+def test_the_evaluation_before_last_and_now(tmp_path):
     stream = io.StringIO()
     console = Console(stream, tmp_path / "log", 300)
-    console.battery(0, battery(4.0))
+    console.evaluation(0, evaluation(4.0))
     assert columns(stream.getvalue(), "metric") == ["metric", "now", "(0)", "sums", "style"]
-    console.battery(100, battery(2.0))
+    console.evaluation(100, evaluation(2.0))
     stream.truncate(0)
-    console.battery(200, battery(1.0))
+    console.evaluation(200, evaluation(1.0))
     text = stream.getvalue()
     header = ["metric", "before", "(0)", "last", "(100)", "now", "(200)", "sums", "style"]
     assert columns(text, "metric") == header
@@ -176,20 +176,19 @@ def test_the_battery_before_last_and_now(tmp_path):
     assert "4.000" in (tmp_path / "log").read_text()
 
 
-def test_a_resumed_console_still_knows_the_battery_before():
+def test_a_resumed_console_still_knows_the_evaluation_before():
     stream = io.StringIO()
     console = Console(stream, None, 300)
     earlier = [{"step": 0, "eval/nll": 4.0}, {"step": 90, "loss": 1.0}, {"step": 100, "loss": 1.0, "eval/nll": 3.0}]
     console.recall(earlier)
-    console.battery(200, battery(1.0))
+    console.evaluation(200, evaluation(1.0))
     assert columns(stream.getvalue(), "nll")[:4] == ["nll", "4.000", "3.000", "1.000"]
 
 
 def test_the_end_card_of_a_good_run():
     stream = io.StringIO()
-    ending = Ending(
+    ending = result(
         "finished",
-        800,
         800,
         seconds=432,
         tokens=1_200_000,
@@ -197,10 +196,9 @@ def test_the_end_card_of_a_good_run():
         best={"eval/sums/nll": 1.125},
         best_step=700,
         best_checkpoint="runs/a/checkpoints/step-000700",
-        peak_memory_gb=61.25,
-        commands=("uft generate runs/a", "uft ls"),
+        peak_memory_bytes=61.25e9,
     )
-    Console(stream).end("ift-mix", ending)
+    Console(stream).end("ift-mix", ending, 800, ("uft generate runs/a", "uft ls"))
     assert stream.getvalue().splitlines() == [
         "",
         "ift-mix",
@@ -219,15 +217,14 @@ def test_the_end_card_of_a_good_run():
 def test_the_headlines_come_first_where_not_all_metrics_fit():
     stream = io.StringIO()
     final = {f"eval/measure{number}": 1.0 for number in range(12)} | {"eval/exact_match": 0.5, "eval/nll": 2.0}
-    Console(stream).end("run", Ending("finished", 1, 1, 1.0, 1, final={"loss": 3.0, **final}))
+    Console(stream).end("run", result("finished", 1, 1.0, 1, final={"loss": 3.0, **final}), 1)
     assert "loss 3.000, eval/nll 2.000, eval/exact_match 0.500, eval/measure0 1.000" in stream.getvalue()
 
 
 def test_the_end_card_of_a_run_that_failed_at_once():
     stream = io.StringIO()
     error = "RuntimeError: out of memory\nat layer \x1b[5m3"
-    ending = Ending("failed", 0, 800, seconds=0.0, tokens=0, error=error, commands=("uft resume runs/a",))
-    Console(stream).end("ift-mix", ending)
+    Console(stream).end("ift-mix", result("failed", 0, 0.0, 0, error=error), 800, ("uft resume runs/a",))
     assert stream.getvalue().splitlines()[2:] == [
         "  status  failed at step 0/800",
         "  error   RuntimeError: out of memory",
@@ -240,7 +237,7 @@ def test_a_stream_that_is_not_utf8_gets_plain_characters(tmp_path):
     raw = io.BytesIO()
     console = Console(io.TextIOWrapper(raw, encoding="ascii"), tmp_path / "log", 10)
     console.message("häß")
-    console.battery(0, Battery({"eval/nll": 1.0}, [Sample("fußball", "1", "日", "ok")]))
+    console.evaluation(0, Evaluation({"eval/nll": 1.0}, [Sample("fußball", "1", "日", "ok")]))
     console.close()
     shown = raw.getvalue().decode("ascii")
     assert "h\\xe4\\xdf" in shown
@@ -252,7 +249,7 @@ def test_markup_and_control_codes_of_data_stay_text():
     stream = io.StringIO()
     console = Console(stream, None, 10)
     console.message("row [bold]7[/bold] \x1b[2J")
-    console.battery(0, Battery({"eval/[red]x/nll": 1.0}, [Sample("[red]", "1", "[bold]\x07", ":smile:")]))
+    console.evaluation(0, Evaluation({"eval/[red]x/nll": 1.0}, [Sample("[red]", "1", "[bold]\x07", ":smile:")]))
     text = stream.getvalue()
     assert "row [bold]7[/bold] \\x1b[2J" in text
     assert "[red]x" in text

@@ -1,4 +1,4 @@
-"""What a run of several stages adds: the stage in every line, and the ends of stages in the battery's table."""
+"""What a run of several stages adds: the stage in every line, and the ends of stages in the evaluation's table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from uft.evaluation.evaluate import Sample
 from uft.runs import Run
-from uft.tracking.console import Console, battery_table
+from uft.tracking.console import Console, evaluation_table
 from uft.tracking.metrics import Files, read_metrics
 from uft.tracking.wandb import Wandb, _table
 
@@ -44,7 +44,7 @@ def test_a_table_of_samples_has_a_column_for_it() -> None:
 
 def columns(**options: Any) -> list[str]:
     history = {step: {"eval/nll": 1.0 + step} for step in (0, 2, 4, 6)}
-    return [str(column.header) for column in battery_table(6, history, **options).columns]
+    return [str(column.header) for column in evaluation_table(6, history, **options).columns]
 
 
 def test_the_ends_of_stages_stay_in_the_table() -> None:
@@ -65,7 +65,7 @@ def test_a_stage_starts_its_line_afresh(capsys: Any) -> None:
 
 
 def test_wandb_has_the_stage_as_a_field(new_run: Any, config: Any) -> None:
-    """Two sittings of one run: one id, steps that run on, and the stage of every line."""
+    """Two sessions of one run: one id, steps that run on, and the stage of every line."""
     from records import load
 
     run = new_run()

@@ -197,14 +197,14 @@ def chain(configure: Callable[..., Config], files: dict[str, Path]) -> Callable[
     def make(parts: Mapping[str, tuple[str, ...]], *settings: str, reference: str = "start") -> Config:
         whole = {}
         for name, (does, kind, *own) in parts.items():
-            objective = "sft" if does in jobs.MAKERS else does
+            objective = "sft" if does in jobs.ROW_STAGES else does
             source = {kind: files[kind]} if kind in files else {"made": Path(kind)}
             whole[name] = configure(objective, *UNEVEN, "optim.lr=0.02", *settings, *own, sources=source)
-        run = whole[[name for name, part in parts.items() if part[0] not in jobs.MAKERS][-1]]
+        run = whole[[name for name, part in parts.items() if part[0] not in jobs.ROW_STAGES][-1]]
         top = plain(asdict(run))
         nodes: dict[str, Any] = {}
         for name, (does, *_) in parts.items():
-            trains = does not in jobs.MAKERS
+            trains = does not in jobs.ROW_STAGES
             what = {"do": "fit", "reference": reference} if trains else {"do": does}
             nodes[name] = {**what, "config": differing(plain(asdict(whole[name])), top)}
         return replace(run, stages=nodes)

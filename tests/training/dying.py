@@ -1,4 +1,4 @@
-"""Ways for a sitting to end early: killed at any moment, or asked to stop at any safe point."""
+"""Ways for a session to end early: killed at any moment, or asked to stop at any safe point."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNEVEN = (
     "eval.samples=1",
     "eval.max_new_tokens=3",
 )
-"""Lines, batteries, checkpoints and the end all fall on different steps (a run of 7, a stage of 4 or 5)."""
+"""Lines, evaluations, checkpoints and the end all fall on different steps (a run of 7, a stage of 4 or 5)."""
 LORA = ("model.adapter=lora", "model.lora.rank=2", "model.lora.dropout=0.2")
 
 
@@ -54,7 +54,7 @@ class Death:
             (Files, "_append"),
             (trainer, "optimiser_step"),
         ]
-        own = [(m, name) for m in modules for name in ("battery", "write_json", "export") if hasattr(m, name)]
+        own = [(m, name) for m in modules for name in ("evaluate", "write_json", "export") if hasattr(m, name)]
         for owner, name in [*everywhere, *own]:
             monkeypatch.setattr(owner, name, self._mortal(name, getattr(owner, name)))
 

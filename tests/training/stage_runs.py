@@ -1,9 +1,10 @@
-"""Runs of several stages in this process: how tests ask for them, end them early and look at what they left."""
+"""Sessions of runs in this process: how tests start them, end them early and look at what they left."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,23 @@ Nodes = Mapping[str, Any]
 
 
 def sit(folder: Path, config: Config, stop: Stop | None = None) -> int:
+    """A session of a run, with caches of the run's own; the exit code."""
     if not folder.exists():
         create_run(folder, "{}\n", [])
-    return session.train_stages(Run(folder), config, stop or Stop())
+    data = replace(config.data, cache=f"{folder}-cache")
+    return session.train(Run(folder), replace(config, data=data), stop or Stop())
 
 
-def survive(folder: Path, config: Config, death: Death, *deaths: int) -> None:
-    """Die at each of these moments in turn, then go on to the end."""
-    create_run(folder, "{}\n", [])
+def survive(folder: Path, config: Config, death: Death, *deaths: int) -> Path:
+    """Die at each of these moments in turn, then go on to the end; the folder."""
+    if not folder.exists():
+        create_run(folder, "{}\n", [])
     for moment in deaths:
         with death.after(moment):
             sit(folder, config)
     with death.after(None):
         assert sit(folder, config) == GOOD
+    return folder
 
 
 def written(folder: Path) -> dict[str, Any]:

@@ -23,18 +23,19 @@ from uft.errors import GOOD, INTERRUPTED, STOPPED, UftError
 from uft.model import reference
 from uft.sampling import annotate as annotation
 from uft.training import jobs
-from uft.training.jobs import Written, annotate, next_command, reads
+from uft.training.jobs import AnnotatedSource, annotated_data, train_command, write_column
 
 Configure = Callable[..., Config]
 
 
 @pytest.fixture
-def job(model_folder: Path) -> Callable[..., dict[str, Written]]:
+def job(model_folder: Path) -> Callable[..., dict[str, AnnotatedSource]]:
     """job(config, out, column="baseline_logp")."""
 
-    def run(config: Config, out: Path, column: str = "baseline_logp", **options: Any) -> dict[str, Written]:
+    def run(config: Config, out: Path, column: str = "baseline_logp") -> dict[str, AnnotatedSource]:
         models = [str(model_folder)] if column == "baseline_logp" else []
-        return annotate(config, column=column, models=models, out=out, device=torch.device("cpu"), **options)
+        asked = replace(config.annotate, column=column, models=models)
+        return write_column(replace(config, annotate=asked), out, torch.device("cpu"))
 
     return run
 
@@ -49,7 +50,7 @@ def numbers(rows: tuple[Row, ...], column: str = "baseline_logp") -> list[float 
 
 
 def test_every_kind_of_row_reads_on_as_the_same_mixture(
-    job: Callable[..., dict[str, Written]], configure: Configure, tmp_path: Path
+    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, tmp_path: Path
 ) -> None:
     config = configure("sft", "data.holdout=0.25", "data.sources.preference.share=3", "data.sources.binary.share=1")
     for name in ("demonstration", "scored", "negatives"):
@@ -59,7 +60,7 @@ def test_every_kind_of_row_reads_on_as_the_same_mixture(
         kind.value: tmp_path / "rows" / f"{kind.value}.jsonl" for kind in Kind
     }
     assert all(one.without == 0 and one.evaluation is None for one in written.values())
-    data = reads(config.data, written)
+    data = annotated_data(config.data, written)
     assert data.sources["preference"].share == 3.0
     for before, after in zip(load_sources(config.data), load_sources(data), strict=True):
         assert bare(after.rows) == before.rows
@@ -69,7 +70,7 @@ def test_every_kind_of_row_reads_on_as_the_same_mixture(
 
 
 def test_evaluation_rows_of_their_own_place_stay_apart(
-    job: Callable[..., dict[str, Written]], configure: Configure, files: dict[str, Path], tmp_path: Path
+    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, files: dict[str, Path], tmp_path: Path
 ) -> None:
     for name, count in (("train", 5), ("test", 3)):
         lines = (json.dumps({"question asked": f"w{n + 3}", "reply": "w9"}) + "\n" for n in range(count))
@@ -81,7 +82,7 @@ def test_evaluation_rows_of_their_own_place_stay_apart(
     config.data.sources["measured"].share = 0.0
     written = job(config, tmp_path / "rows.jsonl")
     assert written["mine"].evaluation == tmp_path / "eval" / "rows.jsonl"
-    data = reads(config.data, written)
+    data = annotated_data(config.data, written)
     assert data.sources["measured"] == config.data.sources["measured"]
     _, before = load_sources(config.data)
     _, after = load_sources(data)
@@ -97,13 +98,16 @@ def test_the_command_that_is_shown_composes_to_what_was_written(
     spaced = tmp_path / 'a "b" \\'
     sources = {"mine": Source(path="x", share=0.5, checker="exact", columns={"prompt": "q"}), "other": Source(path="y")}
     data = replace(typed(OmegaConf.to_container(compose(["data=mix"]), resolve=True)).data, sources=sources)
-    written = {"mine": Written(Path("r.jsonl"), Path("eval/r.jsonl"), 1, 0), "other": Written(spaced, None, 1, 0)}
+    written = {
+        "mine": AnnotatedSource(Path("r.jsonl"), Path("eval/r.jsonl"), 1, 0),
+        "other": AnnotatedSource(spaced, None, 1, 0),
+    }
     import shlex
 
-    words = shlex.split(next_command(data, "baseline_logp", written))
+    words = shlex.split(train_command(data, "baseline_logp", written))
     assert words[:2] == ["uft", "train"]
     found = typed(OmegaConf.to_container(compose(words[2:]), resolve=True))
-    assert found.data.sources == reads(data, written).sources
+    assert found.data.sources == annotated_data(data, written).sources
     assert found.data.sources["other"].path == str(spaced)
     assert found.objective["name"] == "poft"
 
@@ -115,7 +119,7 @@ def refused(call: Callable[[], object]) -> list[str]:
 
 
 def test_what_is_not_ours_is_never_replaced(
-    job: Callable[..., dict[str, Written]], configure: Configure, files: dict[str, Path], tmp_path: Path
+    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, files: dict[str, Path], tmp_path: Path
 ) -> None:
     config = configure("sft", sources={"mine": files["demonstration"]})
     other = tmp_path / "notes.jsonl"
@@ -143,7 +147,7 @@ def test_what_is_not_ours_is_never_replaced(
 
 
 def test_one_file_holds_one_source_of_one_kind(
-    job: Callable[..., dict[str, Written]], configure: Configure, files: dict[str, Path], tmp_path: Path
+    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, files: dict[str, Path], tmp_path: Path
 ) -> None:
     (said,) = refused(lambda: job(configure("sft"), tmp_path / "rows.jsonl"))
     assert "there are 5" in said
@@ -157,7 +161,7 @@ def test_one_file_holds_one_source_of_one_kind(
 
 
 def test_soft_labels_where_there_are_scores(
-    job: Callable[..., dict[str, Written]], configure: Configure, files: dict[str, Path], tmp_path: Path
+    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, files: dict[str, Path], tmp_path: Path
 ) -> None:
     config = configure("sft", "annotate.temperature=0.5")
     written = job(config, tmp_path / "rows", "soft_label")
@@ -195,10 +199,10 @@ def test_the_verb_stops_when_asked_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(reference, "sequence_batch", interrupted)
-        assert jobs.annotate_job(config) == code
+        assert jobs.annotate(config) == code
     assert not out.exists()
     assert len(batches) == 6
-    assert jobs.annotate_job(config) == GOOD
+    assert jobs.annotate(config) == GOOD
     said = capsys.readouterr().out
     assert "4 of 12 completions are known from before" in said
     assert "mine: 12 of 12 completions have baseline_logp" in said
@@ -206,4 +210,4 @@ def test_the_verb_stops_when_asked_and_goes_on(
 
 
 def test_the_column_must_be_said(configure: Configure) -> None:
-    assert "which column" in refused(lambda: jobs.annotate_job(configure("sft")))[0]
+    assert "which column" in refused(lambda: jobs.annotate(configure("sft")))[0]

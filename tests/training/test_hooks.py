@@ -1,4 +1,4 @@
-"""When lines, batteries and checkpoints are due, and which step counts as the best."""
+"""When lines, evaluations and checkpoints are due, which step counts as the best, and lines of a later stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uft.config.schema import Optim
 from uft.evaluation.evaluate import Evaluation, Sample
 from uft.objectives.base import Term
 from uft.sampling.generate import Interrupted
-from uft.training.session import CheckpointHook, EvaluationHook, MetricsHook
+from uft.training.session import CheckpointHook, EvaluationHook, MetricsHook, StageLog
 from uft.training.step import Step
 from uft.training.trainer import Meter, Progress
 
@@ -24,7 +24,7 @@ SAMPLE = Sample("s", "s:0", "prompt", "reply", None, {})
 
 @dataclass
 class Notes:
-    """A tracker and a display that remember."""
+    """A tracker and a console that remember."""
 
     lines: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Notes:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.lines.append((step, dict(metrics)))
 
-    def samples(self, step: int, samples: list[Sample]) -> None:
+    def samples(self, step: int, samples: list[Sample], stage: str | None) -> None:
         self.told.append(step)
 
     def secure(self) -> None:
@@ -46,7 +46,7 @@ class Notes:
     def message(self, text: str) -> None:
         self.said.append(text)
 
-    def battery(self, step: int, battery: Evaluation) -> None:
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
         self.shown.append(step)
 
 
@@ -83,17 +83,17 @@ class FakeTrainer:
                 hook.after_step(self, step)
 
 
-def lines_of(notes: Notes, every: int) -> MetricsHook:
-    return MetricsHook(notes, notes, every)  # type: ignore[arg-type]
+def log_of(notes: Notes, *stage: Any) -> StageLog:
+    return StageLog(notes, notes, *stage)  # type: ignore[arg-type]
 
 
-def batteries(notes: Notes, measure: Callable[[], Evaluation], every: int = 3, **changes: Any) -> EvaluationHook:
-    keys = {"before": True, "best": "eval/nll", "best_mode": "min"} | changes
-    return EvaluationHook(measure, notes, notes, every, **keys)  # type: ignore[arg-type]
+def evaluations(notes: Notes, measure: Callable[[], Evaluation], every: int = 3, **changes: Any) -> EvaluationHook:
+    keys = {"at_start": True, "best": "eval/nll", "best_mode": "min"} | changes
+    return EvaluationHook(measure, log_of(notes), every, **keys)
 
 
 def values(*numbers: float | None) -> Callable[[], Evaluation]:
-    """Batteries with these values of eval/nll in turn; None: interrupted."""
+    """Evaluations with these values of eval/nll in turn; None: interrupted."""
     left = list(numbers)
 
     def measure() -> Evaluation:
@@ -114,14 +114,14 @@ def values(*numbers: float | None) -> Callable[[], Evaluation]:
 )
 def test_a_line_at_the_first_step_every_few_and_at_the_last(every: int, steps: int, expected: list[int]) -> None:
     notes, trainer = Notes(), FakeTrainer(steps)
-    trainer.run(lines_of(notes, every))
+    trainer.run(MetricsHook(log_of(notes), every))
     assert [step for step, _ in notes.lines] == expected
     assert notes.shown == expected
 
 
 def test_a_line_says_what_happened_since_the_last_one() -> None:
     notes, trainer = Notes(), FakeTrainer(4)
-    trainer.run(lines_of(notes, 3))
+    trainer.run(MetricsHook(log_of(notes), 3))
     _, middle, last = (line for _, line in notes.lines)
     assert list(middle) == [
         *("rows", "tokens", "supervised_tokens", "seconds", "epoch", "loss", "nll", "lr", "grad_norm"),
@@ -136,28 +136,28 @@ def test_a_line_about_nothing_has_no_loss() -> None:
     notes, trainer = Notes(), FakeTrainer(1)
     trainer.progress.step = 1
     nothing = torch.zeros(())
-    lines_of(notes, 1).after_step(trainer, Step(nothing, {}, nothing, 0, 0))  # type: ignore[arg-type]
+    MetricsHook(log_of(notes), 1).after_step(trainer, Step(nothing, {}, nothing, 0, 0))  # type: ignore[arg-type]
     assert {"loss", "nll", "grad_norm"}.isdisjoint(notes.lines[0][1])
 
 
 def test_speed_is_of_training_alone() -> None:
-    """Of a sitting that begins after 100 seconds; what a battery or a checkpoint takes between steps is in no number
+    """Of a session that begins after 100 seconds; the time of evaluations and checkpoints between steps is in no number
     here, whatever the clock says meanwhile."""
     notes, trainer = Notes(), FakeTrainer(3)
     trainer.progress.seconds = 100.0
-    hook = MetricsHook(notes, notes, 2, since=100.0)  # type: ignore[arg-type]
+    hook = MetricsHook(log_of(notes), 2, since=100.0)
     for step, seconds in enumerate((102.0, 105.0, 115.0), 1):
         trainer.progress.seconds = seconds
         trainer.run(hook, until=step)
     assert [line["tokens_per_second"] for _, line in notes.lines] == [10 / 2, 10 / 3, 10 / 10]
 
 
-# --- batteries
+# --- evaluations
 
 
 def measured(steps: int, every: int, before: bool) -> list[int]:
     notes, trainer = Notes(), FakeTrainer(steps)
-    hook = batteries(notes, values(*[1.0] * 20), every, before=before)
+    hook = evaluations(notes, values(*[1.0] * 20), every, at_start=before)
     hook.start(trainer)  # type: ignore[arg-type]
     trainer.run(hook)
     assert notes.told == notes.shown == [step for step, _ in notes.lines]
@@ -175,13 +175,13 @@ def measured(steps: int, every: int, before: bool) -> list[int]:
         (1, 100, True, [0, 1]),
     ],
 )
-def test_a_battery_before_every_few_and_after(steps: int, every: int, before: bool, expected: list[int]) -> None:
+def test_an_evaluation_before_every_few_and_after(steps: int, every: int, before: bool, expected: list[int]) -> None:
     assert measured(steps, every, before) == expected
 
 
-def test_an_interrupted_battery_is_owed_and_paid_first() -> None:
+def test_an_interrupted_evaluation_is_owed_and_paid_first() -> None:
     notes, trainer = Notes(), FakeTrainer(6)
-    hook = batteries(notes, values(1.0, None, 0.5, 0.4))
+    hook = evaluations(notes, values(1.0, None, 0.5, 0.4))
     hook.start(trainer)  # type: ignore[arg-type]
     trainer.run(hook, until=3)
     assert trainer.progress.evaluated == 0
@@ -197,7 +197,7 @@ def test_an_interrupted_battery_is_owed_and_paid_first() -> None:
 def test_a_resumed_run_does_not_measure_twice() -> None:
     notes, trainer = Notes(), FakeTrainer(6)
     trainer.progress = Progress(step=3, evaluated=3)
-    batteries(notes, values()).start(trainer)  # type: ignore[arg-type]
+    evaluations(notes, values()).start(trainer)  # type: ignore[arg-type]
     assert notes.told == []
 
 
@@ -212,7 +212,7 @@ def test_a_resumed_run_does_not_measure_twice() -> None:
 )
 def test_the_best_step(mode: str, series: tuple[float, ...], best: tuple[int, float]) -> None:
     notes, trainer = Notes(), FakeTrainer(12)
-    hook = batteries(notes, values(*series), best_mode=mode)
+    hook = evaluations(notes, values(*series), best_mode=mode)
     hook.start(trainer)  # type: ignore[arg-type]
     trainer.run(hook)
     assert (trainer.progress.best_step, trainer.progress.best_value) == best
@@ -220,16 +220,16 @@ def test_the_best_step(mode: str, series: tuple[float, ...], best: tuple[int, fl
 
 def test_no_best_where_the_metric_is_not_measured() -> None:
     notes, trainer = Notes(), FakeTrainer(3)
-    hook = batteries(notes, values(1.0, 1.0), best="eval/exact_match")
+    hook = evaluations(notes, values(1.0, 1.0), best="eval/exact_match")
     hook.start(trainer)  # type: ignore[arg-type]
     trainer.run(hook)
     assert trainer.progress.best_step is None
     assert notes.said == ["eval.best=eval/exact_match is not measured here: no best checkpoint is kept"]
 
 
-def test_a_battery_without_figures_writes_no_line() -> None:
+def test_an_evaluation_without_metrics_writes_no_line() -> None:
     notes, trainer = Notes(), FakeTrainer(2)
-    hook = batteries(notes, lambda: Evaluation())
+    hook = evaluations(notes, lambda: Evaluation())
     hook.start(trainer)  # type: ignore[arg-type]
     trainer.run(hook)
     assert notes.lines == notes.told == []
@@ -251,7 +251,26 @@ def test_a_checkpoint_every_few_steps_and_at_the_end(every: int, steps: int, exp
 
 def test_a_new_best_is_saved_once_with_what_is_known_of_it() -> None:
     notes, trainer = Notes(), FakeTrainer(8)
-    measure = batteries(notes, values(9.0, 3.0, 2.0, 5.0, 5.0), every=2)
+    measure = evaluations(notes, values(9.0, 3.0, 2.0, 5.0, 5.0), every=2)
     measure.start(trainer)  # type: ignore[arg-type]
     trainer.run(measure, CheckpointHook(notes, 7))
     assert trainer.saves == [(2, 2, 2), (4, 4, 4), (7, 6, 4), (8, 8, 4)]
+
+
+# --- a later stage
+
+
+def test_lines_of_a_later_stage_continue_those_before_it() -> None:
+    """Steps and counters run on, and every line has the stage's name; epochs, rates and the schedule are its own."""
+    notes, trainer = Notes(), FakeTrainer(2)
+    before = Progress(step=10, rows=400, tokens=1000, supervised_tokens=500, seconds=60.0)
+    log = log_of(notes, "dpo", before)
+    hook = EvaluationHook(values(1.0, 0.5), log, 0, at_start=False, best="eval/nll", best_mode="min")
+    trainer.run(MetricsHook(log, 1), hook)
+    (first, line), (second, _), (third, measured_line) = notes.lines
+    assert (first, second, third) == (11, 12, 12)
+    assert notes.shown == [11, 12, 12]
+    assert list(line)[:3] == ["stage", "rows", "tokens"]
+    assert (line["stage"], line["rows"], line["tokens"], line["epoch"]) == ("dpo", 404, 1010, 0.1)
+    assert measured_line == {"stage": "dpo", "rows": 408, "tokens": 1020, "eval/nll": 1.0}
+    assert trainer.progress.best_step == 2

@@ -15,8 +15,8 @@ import pytest
 from uft.config.schema import Config
 from uft.errors import GOOD, INTERRUPTED, STOPPED
 from uft.training import jobs
-from uft.training.card import start_card
-from uft.training.setup import Prepared, data_record
+from uft.training.card import stage_card
+from uft.training.setup import Prepared
 
 
 def test_check_prepares_takes_the_largest_step_and_writes_nothing(
@@ -38,20 +38,20 @@ def test_check_prepares_takes_the_largest_step_and_writes_nothing(
 def test_check_stops_when_asked(
     configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    real = jobs.prepare
+    real = jobs.prepare_stage
 
     def prepare(*arguments: Any) -> Prepared:
         os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(jobs, "prepare", prepare)
+    monkeypatch.setattr(jobs, "prepare_stage", prepare)
     assert jobs.check(configure("sft")) == code
 
 
 def test_data_shows_the_mixture_and_the_rows(
     configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert jobs.data(configure("dpo")) == GOOD
+    assert jobs.show_data(configure("dpo")) == GOOD
     said = capsys.readouterr().out
     for expected in ("preference", "scored", "negatives", "tokens per completion", "preference:0"):
         assert expected in said
@@ -89,12 +89,10 @@ def test_generate_stops_between_batches_and_goes_on(
 
 def test_the_card_says_every_derived_number(build: Callable[..., Prepared]) -> None:
     prepared = build("dpo", "train.steps=10", "train.batch_size=9", "data.holdout=0.25", "objective.beta=0.7")
-    data = data_record(prepared.corpus, prepared.trainer.sampler, prepared.plan)
-    card = dict(start_card(prepared, prepared.trainer.run, data, ""))
+    card = dict(stage_card(prepared))
     assert "beta=0.7" in card["objective"]
     assert "10 steps of 9 rows" in card["horizon"]
-    assert "9 rows held out" in card["battery"]
-    assert prepared.corpus.digest in card["digest"]
+    assert "9 rows held out" in card["evaluation"]
     assert "1 steps of warm-up" in card["optimiser"]
     assert [line.split()[0] for line in card["data"].split("\n")] == [
         *("source", "negatives", "preference", "scored", "all"),

@@ -11,8 +11,8 @@ from watched import trained
 
 from uft.data.batch import Layout
 from uft.model import layout
-from uft.training.card import start_card
-from uft.training.setup import Prepared, check_start, data_record, longest_row, resume
+from uft.training.card import stage_card
+from uft.training.setup import Prepared, check_start, longest_row, resume
 
 
 @pytest.mark.parametrize("objective", ["sft", "ift", "uft", "dft", "dpo"])
@@ -40,8 +40,7 @@ def test_the_card_says_how_rows_lie(build: Callable[..., Prepared], monkeypatch:
     texts = {}
     for packing in ("packed", "padded", "auto"):
         prepared = build("sft", f"train.packing={packing}", run=packing)
-        data = data_record(prepared.corpus, prepared.trainer.sampler, prepared.plan)
-        texts[packing] = "\n".join(value for _, value in start_card(prepared, prepared.trainer.run, data, ""))
+        texts[packing] = "\n".join(value for _, value in stage_card(prepared))
     assert "rows packed" in texts["packed"]
     assert "padding counted" not in texts["packed"]
     assert "rows pa" not in texts["padded"]
@@ -66,7 +65,7 @@ def test_a_resumed_packed_run_repeats_every_bit(build: Callable[..., Prepared], 
 
 def test_what_is_longest_decides_about_windows(build: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = build("sft")
-    corpus, config = prepared.corpus, prepared.trainer.config
+    corpus, config = prepared.data.dataset, prepared.trainer.config
     lengths = [one.length for source in corpus.train for row in source.encoded for one in row]
     assert longest_row(corpus, config, prepared.trainer.objective) == max(lengths)
     seen: list[int] = []

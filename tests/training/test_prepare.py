@@ -7,26 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from dying import StopAt
 
 from uft.config.schema import Config, Hardware
 from uft.errors import FAILED, UftError
 from uft.runs import create_run
 from uft.training.device import CPU_PASS, PASS, choose_device, tokens_per_pass
-from uft.training.liveness import Stop
-from uft.training.setup import Prepared, Stopped, check_start, prepare, resume, standing
+from uft.training.setup import Prepared, Stopped, check_start, prepare, resume, saved_progress
 from uft.training.trainer import Progress
-
-
-class StopAt(Stop):
-    """Asks to stop from the n-th look on."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.looks, self.number = 0, number
-
-    def __call__(self) -> bool:
-        self.looks += 1
-        return self.looks > self.number
 
 
 @pytest.mark.parametrize("mode", ["copy", "cached"])
@@ -56,7 +44,7 @@ def test_a_stop_is_seen_between_the_stages(configure: Callable[..., Config], tmp
             continue
         break
     assert looks > 3  # after the data, the model, within the reference, before the end
-    assert standing(run) == (Progress(), 0)
+    assert saved_progress(run) == Progress()
 
 
 # --- step 0
@@ -140,13 +128,13 @@ def test_a_run_stands_where_its_newest_checkpoint_does(build: Callable[..., Prep
     for step in (2, 3):
         trainer.progress.step = step
         trainer.save_checkpoint()
-    assert standing(trainer.run) == (trainer.progress, 4)
+    assert saved_progress(trainer.run) == trainer.progress
     again = build("sft").trainer
     assert resume(again) == 3
     assert again.progress == trainer.progress
 
 
 def test_without_held_out_rows_and_reference_there_is_nothing_to_compare_with(build: Callable[..., Prepared]) -> None:
-    assert build("sft").yardstick is None
-    assert build("sft", "data.holdout=0.2", run="held").yardstick is not None
-    assert build("dpo", run="pair").yardstick is not None
+    assert build("sft").eval_reference is None
+    assert build("sft", "data.holdout=0.2", run="held").eval_reference is not None
+    assert build("dpo", run="pair").eval_reference is not None

@@ -77,14 +77,14 @@ def test_a_stage_starts_from_the_model_before_it_and_its_reference_is_that(
     tuning: tuple[str, ...], two: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
-    real = session.prepare
+    real = session.prepare_stage
 
     def prepare(*arguments: Any) -> Any:
         prepared = real(*arguments)
         made.append({name: p.detach().clone() for name, p in prepared.trainer.policy.base.state_dict().items()})
         return prepared
 
-    monkeypatch.setattr(session, "prepare", prepare)
+    monkeypatch.setattr(session, "prepare_stage", prepare)
     folder = tmp_path / "run"
     assert sit(folder, two("run", *tuning)) == GOOD
     left = weights(folder / "stages/1-sft/model")
@@ -105,7 +105,7 @@ def test_the_reference_may_be_the_model_that_the_run_started_from(two: Callable[
     assert json.loads((folder / "stages/2-dpo/check.json").read_text())["policy_against_reference"] == {}
 
 
-def test_the_battery_is_one_for_all_stages(two: Callable[..., Config], tmp_path: Path) -> None:
+def test_the_evaluation_is_one_for_all_stages(two: Callable[..., Config], tmp_path: Path) -> None:
     """The same names in every line, over the rows of both stages, against the model that the run started from."""
     folder = tmp_path / "run"
     assert sit(folder, two("run")) == GOOD
@@ -202,13 +202,13 @@ def test_check_and_data_look_at_every_stage(chain: Callable[..., Config], capsys
         "dpo": ("dpo", "preference", "train.steps=3", "objective.beta=0.3"),
     }
     config = chain(parts)
-    assert jobs.check_stages(config) == GOOD
+    assert jobs.check(config) == GOOD
     said = capsys.readouterr().out
     for words in ("stage 1 of 4: sft (fit)", "demonstration: 10 rows", jobs.NOT_THERE, "dpo  beta=0.3"):
         assert words in said
     assert said.count("largest step") == 2
     assert "All is well" in said
-    assert jobs.data_of_stages(config) == GOOD
+    assert jobs.show_data(config) == GOOD
     shown = capsys.readouterr().out
     places = [shown.index(words) for words in ("stage 1 of 4", "  demonstration:", "stage 4 of 4", "  preference:")]
     assert places == sorted(places)

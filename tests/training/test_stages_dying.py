@@ -86,7 +86,7 @@ def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(
     two: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, config = tmp_path / "run", two("run")
-    real = session.battery
+    real = session.evaluate
 
     def failing(*arguments: Any, **keywords: Any) -> Evaluation:
         if (folder / "stages/1-sft/result.json").exists():
@@ -94,9 +94,22 @@ def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(
         return real(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "battery", failing)
+        patch.setattr(session, "evaluate", failing)
         assert sit(folder, config) == FAILED
     result = Run(folder).result()
     assert (result["status"], result["error"]) == ("failed", "RuntimeError: no more")
     assert list(result["stages"]) == ["sft"]
     assert sit(folder, config) == GOOD
+
+
+def test_a_damaged_checkpoint_of_a_later_stage_costs_its_steps_and_no_line(
+    two: Callable[..., Config], tmp_path: Path
+) -> None:
+    """The stage goes on from the checkpoint before it, and what the run wrote after that is written once."""
+    whole, folder, keep = tmp_path / "whole", tmp_path / "run", "train.keep_last=2"
+    watch = StopAt()
+    assert sit(whole, two("whole", keep), watch) == GOOD
+    assert sit(folder, two("run", keep), StopAt(watch.looks - 3)) == STOPPED  # in the last evaluation
+    (folder / "stages/2-dpo/checkpoints/step-000005/tensors.safetensors").write_bytes(b"rust")
+    assert sit(folder, two("run", keep)) == GOOD
+    assert written(folder) == written(whole)

@@ -34,7 +34,7 @@ Settings = Mapping[str, Any]
 class Stage:
     """A stage of a run, resolved."""
 
-    name: str
+    name: str  # "" of the only stage of a run without `stages`
     number: int  # 1-based
     do: str  # fit, generate or annotate
     reference: str  # start: the model it starts from; initial: the model that the run started from
@@ -42,14 +42,15 @@ class Stage:
 
     @property
     def folder(self) -> str:
-        """Its place in the run folder."""
-        return f"{STAGES}/{self.number}-{self.name}"
+        """Its place in the run folder; the only stage of a run without `stages` has the run folder itself."""
+        return f"{STAGES}/{self.number}-{self.name}" if self.name else "."
 
 
 def stages_of(config: Config) -> list[Stage]:
-    """The stages of a run in their order; [] where it has none."""
-    settings = plain(asdict(config)) if config.stages else {}
-    whole = expanded(settings)
+    """The stages of a run in their order; one unnamed fit stage where the request has no `stages`."""
+    if not config.stages:
+        return [Stage(name="", number=1, do="fit", reference="start", config=config)]
+    whole = expanded(plain(asdict(config)))
     return [
         Stage(
             name=name,

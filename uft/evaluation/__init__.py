@@ -1,1 +1,1 @@
-"""Evaluation: the same battery for every objective, and the checks on the first step of a run."""
+"""Evaluation on held-out rows: the same metrics for every objective."""

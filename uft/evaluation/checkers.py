@@ -1,4 +1,4 @@
-"""Checkers: figures between 0 and 1 about one reply, by exact rules. A checker is one function and one line below."""
+"""Checkers: metrics between 0 and 1 of one reply, by exact rules. One function and one line of CHECKERS each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from uft.playground import world
 Verdict = dict[str, float]
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-"""A number as people write it. A minus right behind a word or bracket is subtraction."""
+"""A number as people write it. A minus right after a word or bracket is subtraction."""
 
 
 def gold(row: Row) -> str | None:
-    """What a right reply says: the row's answer, else its best completion if that is good, else nothing is known."""
+    """The right reply: the row's answer, else its best completion if that is good, else None."""
     if row.answer is not None:
         return row.answer
     best = max(row.completions, key=reward)
@@ -42,13 +42,13 @@ def playground(row: Row, reply: str) -> Verdict:
 def final_number(row: Row, reply: str) -> Verdict:
     """`exact_match`: the reply's final number equals the answer's in value (1,000 = $1000.00); `answered`: it has one.
 
-    Rows whose own answer is not known or has no number are not judged.
+    {} for rows whose own answer is unknown or has no number.
     """
     right = last_number(gold(row) or "")
     if right is None:
         return {}
-    said = last_number(reply)
-    return {"exact_match": float(said == right), "answered": float(said is not None)}
+    found = last_number(reply)
+    return {"exact_match": float(found == right), "answered": float(found is not None)}
 
 
 def exact(row: Row, reply: str) -> Verdict:

@@ -1,7 +1,7 @@
-"""The battery: the same figures for every objective, on the same held-out rows, so that runs can be compared.
+"""Evaluation: the same metrics for every objective, on the same held-out rows, so that runs can be compared.
 
-Nothing of a run changes by measuring it: no gradient, no state of an objective, no random number, and the model is in
-the mode it was in. The figures themselves are in `measures.py`, one function each.
+An evaluation changes nothing of a run: it computes no gradient, touches no state of an objective and no random
+generator, and leaves the model in the mode it was in. The metrics themselves are in `measures.py`, one function each.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ from uft.objectives.views import pointwise
 from uft.sampling.generate import Interrupted, Reply, Sampling, complete, evaluating
 
 Tensor = torch.Tensor
-ShouldStop = Callable[[], bool]
 
 PROMPTS_PER_BATCH = 64
 LARGEST_RATIO = 20.0
-"""log(ref / pi) of one token is taken as at most this in `kl`, whose exponential would otherwise leave float64."""
+"""log(ref / pi) of one token is clamped to this in `kl`, whose exponential would otherwise overflow float64."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,18 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """One greedy reply of the model to a held-out prompt, with its checker's verdict."""
+
+    source: str  # name of the source in the mixture
+    row: str  # id of the row
+    prompt: str
+    reply: str
+    answer: str | None = None  # the right answer of a source with a checker; None where the row has none
+    verdict: dict[str, float] = field(default_factory=dict)  # the checker's metrics, e.g. {"exact_match": 1.0}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """`eval/<metric>` over all rows of all sources, `eval/<source>/<metric>`, and replies to fixed prompts."""
 
@@ -54,7 +65,7 @@ class Evaluation:
     samples: list[Sample] = field(default_factory=list)
 
 
-@activity("the battery was measured")
+@activity("the model was evaluated")
 def evaluate(
     policy: Policy,
     reference: Reference | None,
@@ -62,35 +73,34 @@ def evaluate(
     renderer: Renderer,
     tokenizer: PreTrainedTokenizerBase,
     settings: Eval,
-    should_stop: ShouldStop | None = None,
+    should_stop: Callable[[], bool] | None = None,
     *,
     micro_batch_tokens: int = 8192,
 ) -> Evaluation:
-    """Measure the policy as it is now. Without a reference the figures that compare with one are left out.
+    """Evaluate the policy as it is now. Without a reference the metrics that compare with one are left out.
 
     Raises Interrupted, with nothing measured, within one batch or one generated token of `should_stop()` being true.
     """
     stop = should_stop or (lambda: False)
-    bench = _Bench(policy, reference, renderer, tokenizer, settings, micro_batch_tokens, stop)
-    overall, per_source, samples = Tally(), {}, []
+    evaluator = _Evaluator(policy, reference, renderer, tokenizer, settings, micro_batch_tokens, stop)
+    overall, per_source, samples = Tally(), dict[str, Tally](), list[Sample]()
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.no_grad(), evaluating(policy.module), torch.random.fork_rng(devices=devices):
-        bench.recall(sources)
+        evaluator.fill_reference_cache(sources)
         for held in sources:
-            tally = Tally()
-            tally.add_rows(bench.score(held))
-            samples += bench.answer(held, tally)
+            tally = per_source[held.name] = Tally()
+            tally.add_rows(evaluator.score(held))
+            samples += evaluator.answer(held, tally)
             overall.include(tally)
-            per_source[held.name] = tally.means()
     metrics = {f"eval/{name}": value for name, value in overall.means().items()}
-    for source, means in per_source.items():
-        metrics |= {f"eval/{source}/{name}": value for name, value in means.items()}
+    for source, tally in per_source.items():
+        metrics |= {f"eval/{source}/{name}": value for name, value in tally.means().items()}
     return Evaluation(metrics, samples)
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """What every source is measured with."""
+class _Evaluator:
+    """Scores and answers the rows of one source after the other."""
 
     policy: Policy
     reference: Reference | None
@@ -98,10 +108,10 @@ class _Bench:
     tokenizer: PreTrainedTokenizerBase
     settings: Eval
     micro_batch_tokens: int
-    should_stop: ShouldStop
+    should_stop: Callable[[], bool]
 
-    def recall(self, sources: Sequence[HeldOut]) -> None:
-        """Compute what a cached reference does not know yet, of all sources at once: its model is loaded once."""
+    def fill_reference_cache(self, sources: Sequence[HeldOut]) -> None:
+        """Compute missing log-probs of a cached reference for all sources at once: its model is loaded once."""
         column = self.reference.column if self.reference else None
         if column is None:
             return
@@ -110,37 +120,43 @@ class _Bench:
             raise Interrupted
 
     def score(self, held: HeldOut) -> list[ScoredRow]:
-        """The first rows with every completion scored, whatever an objective would take of them."""
-        return ranks().map_shards(self._items(held), self._score)
-
-    def _score(self, items: Sequence[Example]) -> list[ScoredRow]:
-        forward = self.reference.forward if self.reference else None
-        found: dict[int, list[Scored]] = {item.example: [] for item in items}
-        pad, layout = pad_id(self.tokenizer), self.policy.layout
-        for batch in micro_batches(items, self.micro_batch_tokens, pad, layout) if items else ():
-            if self.should_stop():
-                raise Interrupted
-            for example, scored in _score(self.policy, forward, batch.to(self.policy.device)):
-                found[example].append(scored)
-        return [_scored_row(item, found[item.example]) for item in items]
-
-    def _items(self, held: HeldOut) -> list[Example]:
-        """Items with all completions; with their cached reference log-probs, if that is where those come from."""
+        """The first rows with every completion scored, whichever of them an objective would take."""
         rows = islice(zip(held.rows, held.encoded, strict=True), self.settings.rows)
         made = (make_example(row, encoded, number, 0, pointwise) for number, (row, encoded) in enumerate(rows))
-        items = [item for item in made if item is not None]
-        column = self.reference.column if self.reference else None
-        if column is None:
-            return items
-        return [replace(item, reference=tuple(map(column, item.encoded))) for item in items]
+        examples = [example for example in made if example is not None]
+        if self.reference and (column := self.reference.column) is not None:
+            examples = [replace(example, reference=tuple(map(column, example.encoded))) for example in examples]
+        return ranks().map_shards(examples, self._score_shard)
+
+    def _score_shard(self, examples: Sequence[Example]) -> list[ScoredRow]:
+        forward = self.reference.forward if self.reference else None
+        scores: dict[int, list[Scored]] = {example.example: [] for example in examples}
+        pad, layout = pad_id(self.tokenizer), self.policy.layout
+        for batch in micro_batches(examples, self.micro_batch_tokens, pad, layout) if examples else ():
+            if self.should_stop():
+                raise Interrupted
+            for number, scored in score_batch(self.policy, forward, batch.to(self.policy.device)):
+                scores[number].append(scored)
+        rows = []
+        for example in examples:
+            # a completion that was cut to nothing is left out, and its pair with it
+            parts = zip(example.parts, scores[example.example], strict=True)
+            by_completion = {part.completion: scored for part, scored in parts if scored.tokens}
+            pair = pair_of(example.row)
+            if pair and by_completion.keys() >= set(pair):
+                rows.append(ScoredRow(tuple(by_completion.values()), (by_completion[pair[0]], by_completion[pair[1]])))
+            else:
+                rows.append(ScoredRow(tuple(by_completion.values())))
+        return rows
 
     def answer(self, held: HeldOut, tally: Tally) -> list[Sample]:
-        """Greedy replies: their lengths and what the checker says go to `tally`; the first few are returned."""
+        """Answer prompts greedily: lengths and the checker's verdicts go to `tally`, the first replies are returned."""
         check = CHECKERS[held.checker] if held.checker else None
         checked = self.settings.generate_rows if check else 0
-        rows = distinct(held.rows, max(self.settings.samples, checked))
+        rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
+        replies = ranks().map_shards([self.renderer.prompt_ids(row.prompt) for row in rows], self._complete_shard)
         samples = []
-        for number, (row, reply) in enumerate(zip(rows, self._replies(rows), strict=True)):
+        for number, (row, reply) in enumerate(zip(rows, replies, strict=True)):
             text = str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()
             verdict = check(row, text) if check else {}
             tally.add("completion_length", (len(reply.ids), 1.0))
@@ -148,13 +164,10 @@ class _Bench:
                 tally.add_verdict(verdict)
             if number < self.settings.samples:
                 answer = gold(row) if check else row.answer
-                samples.append(Sample(held.name, row.id, shown(row.prompt), text, answer, verdict))
+                samples.append(Sample(held.name, row.id, prompt_text(row.prompt), text, answer, verdict))
         return samples
 
-    def _replies(self, rows: Sequence[Row]) -> list[Reply]:
-        return ranks().map_shards([self.renderer.prompt_ids(row.prompt) for row in rows], self._complete)
-
-    def _complete(self, prompts: Sequence[Sequence[int]]) -> list[Reply]:
+    def _complete_shard(self, prompts: Sequence[Sequence[int]]) -> list[Reply]:
         return complete(
             self.policy.module,
             prompts,
@@ -168,7 +181,7 @@ class _Bench:
         )
 
 
-def _score(policy: Forward, reference: Forward | None, batch: Batch) -> Iterator[tuple[int, Scored]]:
+def score_batch(policy: Forward, reference: Forward | None, batch: Batch) -> Iterator[tuple[int, Scored]]:
     """(row's number, its next completion) for every sequence, in the batch's order. Sums are float64, on the CPU."""
     lengths = batch.lengths.tolist()
     policy_parts = policy(batch).log_probs.cpu().double().split(lengths)
@@ -183,16 +196,8 @@ def _score(policy: Forward, reference: Forward | None, batch: Batch) -> Iterator
         yield example, scored
 
 
-def _scored_row(item: Example, scored: Sequence[Scored]) -> ScoredRow:
-    """The row's completions and its pair; a completion that was cut to nothing is left out, and the pair with it."""
-    numbered = {part.completion: one for part, one in zip(item.parts, scored, strict=True) if one.tokens}
-    pair = pair_of(item.row)
-    sides = (numbered[pair[0]], numbered[pair[1]]) if pair and numbered.keys() >= set(pair) else None
-    return ScoredRow(tuple(numbered.values()), sides)
-
-
-def distinct(rows: Sequence[Row], count: int) -> list[Row]:
-    """The first `count` rows whose prompts differ: a prompt has one greedy answer, however many rows ask it."""
+def distinct_prompts(rows: Sequence[Row], count: int) -> list[Row]:
+    """The first `count` rows with different prompts: a prompt has one greedy answer, however many rows have it."""
     first: dict[tuple[Message, ...], Row] = {}
     following = iter(rows)
     while len(first) < count and (row := next(following, None)) is not None:
@@ -200,16 +205,11 @@ def distinct(rows: Sequence[Row], count: int) -> list[Row]:
     return list(first.values())
 
 
-def shown(prompt: Sequence[Message]) -> str:
-    """A prompt for the eye: a lone user turn as it is, a conversation with its roles."""
+def prompt_text(prompt: Sequence[Message]) -> str:
+    """A prompt as text: a lone user turn as it is, a conversation with its roles."""
     if len(prompt) == 1:
         return prompt[0].content
     return "\n".join(f"{message.role}: {message.content}" for message in prompt)
-
-
-# --- Before the first step the policy is the reference.
-#
-# What follows if it is not would be no fine-tuning from that reference, and losses would start from the wrong number.
 
 
 CAUSES = (
@@ -220,7 +220,10 @@ CAUSES = (
 
 
 def check_step_zero(policy_log_probs: Tensor, reference_log_probs: Tensor, tolerance: float) -> list[str]:
-    """What is wrong with the log-probs of the same targets, (N,) each; [] if they agree to `tolerance` per token."""
+    """Compare log-probs of the same targets, (N,) each, before the first step, where policy and reference are equal.
+
+    Returns the problem and its likely causes; [] where no token differs by more than `tolerance`.
+    """
     problems = [
         f"{int(bad.sum())} of {bad.numel()} log-probs of the {name} are not finite"
         for name, values in (("policy", policy_log_probs), ("reference", reference_log_probs))
@@ -232,21 +235,8 @@ def check_step_zero(policy_log_probs: Tensor, reference_log_probs: Tensor, toler
     if float(difference.max()) <= tolerance:
         return []
     count, total = int((difference > tolerance).sum()), difference.numel()
-    what = (
+    problem = (
         f"policy and reference should be equal before the first step, but {count} of {total} log-probs differ by more "
         f"than {tolerance:g}, at most by {float(difference.max()):.3g}"
     )
-    return [what, *(f"likely: {cause}" for cause in CAUSES)]
-
-
-# --- Sample: one greedy answer of the model to a held-out prompt, and what a checker said of it.
-
-
-@dataclass(frozen=True)
-class Sample:
-    source: str  # name of the source in the mixture
-    row: str  # id of the row
-    prompt: str
-    reply: str
-    answer: str | None = None  # what a checker expects; None where the row has no such thing
-    verdict: dict[str, float] = field(default_factory=dict)  # the checker's metrics, e.g. {"exact_match": 1.0}
+    return [problem, *(f"likely: {cause}" for cause in CAUSES)]

@@ -1,7 +1,7 @@
-"""Measures: one function per figure of the battery, from one scored row to a sum and what it is a sum over.
+"""Metrics of the evaluation: one function each, from one scored row to (sum, count).
 
-Sums and counts add up, over rows and over sources; a figure whose count stays 0 is not reported. Log-probs are natural,
-of whole sequences, in nats; the implicit reward is log pi(y|x) - log ref(y|x), that is with beta = 1.
+Sums and counts add up over rows and sources; a metric whose count stays 0 is not reported. Log-probs are natural, of
+whole sequences, in nats; the implicit reward is log pi(y|x) - log ref(y|x), that is with beta = 1.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from uft.data.rows import Row
 from uft.objectives.views import best_against_worst
 
 TIE = 1e-4
-"""Nats below which two sides of a pair are equally likely: rounding, as when policy and reference are the same."""
+"""Nats below which two sides of a pair count as equally likely: rounding error, e.g. where policy = reference."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def log_prob(row: ScoredRow) -> Sum:
 
 
 def kl(row: ScoredRow) -> Sum:
-    """How far the policy went from the reference on the data, per token of good completions.
+    """Divergence of the policy from the reference on the data, per token of good completions.
 
     Mean of r - 1 - log r with r = ref / pi of the data's token: J. Schulman's non-negative estimator ("k3") of
     KL(pi || ref), but at tokens of the data instead of the policy's own. So it is no unbiased estimate; it is 0 where
@@ -84,12 +84,12 @@ def rejected_reward(row: ScoredRow) -> Sum:
 
 
 def _preferred(difference: float) -> Sum:
-    """1 where the better side is ahead; a tie counts half, as chance would have it."""
+    """1 where the better side is ahead; a tie counts half."""
     return (0.5 if abs(difference) < TIE else float(difference > 0)), 1.0
 
 
 def pair_accuracy(row: ScoredRow) -> Sum:
-    """How often the policy itself finds the better completion likelier, log-probs of whole sequences compared."""
+    """How often the policy gives the better completion the higher log-prob (of whole sequences)."""
     return NOTHING if row.pair is None else _preferred(row.pair[0].log_prob - row.pair[1].log_prob)
 
 

@@ -16,18 +16,14 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from uft.distributed import FOLDER, PeerLost, launched, note, note_code, noted_code, rank, reasons
 from uft.errors import FAILED, GOOD, UftError, render, tell_redacted
 from uft.launch.process import EXIT_CODES, PARENT, cause, die_with_parent, oom_kills
 from uft.runs import Run, keep_others_out, open_run, write_json
-
-if TYPE_CHECKING:
-    from uft.config.schema import Config
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -99,7 +95,7 @@ def train(folder: str) -> int:
 
             auto_model()
         config = load_config(run.config_file)
-        return (session.train_stages if config.stages else session.train)(run, config, stop)
+        return session.train(run, config, stop)
 
 
 def run_job(job: str, spec: str) -> int:
@@ -116,14 +112,8 @@ def run_job(job: str, spec: str) -> int:
             print(f"uft: {why}\nRun the same command to continue.", file=sys.stderr, flush=True)
 
     config = load_config(spec)
-    work: dict[str, Callable[[Config], int]] = {
-        "check": jobs.check,
-        "data": jobs.data,
-        "generate": jobs.generate,
-        "annotate": jobs.annotate_job,
-    }
     with process_group(), watching(config.hardware.watchdog, None, tell_hung):
-        return (work | jobs.JOBS if config.stages else work)[job](config)
+        return jobs.JOBS[job](config)
 
 
 @contextmanager

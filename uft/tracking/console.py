@@ -1,4 +1,4 @@
-"""The console: what a person who started the run sees, and the same without control codes in console.log.
+"""The console: a run's output for people, and the same without control codes in console.log.
 
 On a terminal the step line is rewritten in place; anywhere else, as under a scheduler, every line stays a line.
 """
@@ -10,23 +10,30 @@ import logging
 import math
 import os
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from uft.errors import redact
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from uft.evaluation.evaluate import Sample
+    from uft.evaluation.evaluate import Evaluation, Sample
+
+Card = Sequence[tuple[str, str]]
+"""(label, value) lines; a value may have several lines."""
 
 CLEAR_LINE = "\r\x1b[2K"
 PLAIN_WIDTH = 110  # of tables where there is no terminal
 PACE_WINDOW = 20  # metric lines that the remaining time is estimated from
+PREFIX = "eval/"
+SHOWN_METRICS = 10  # in the end card
+HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
+"""Metrics of an evaluation that come first, in this order, where there is no room for all."""
+STYLES = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}
 
 
 class Console:
@@ -41,38 +48,40 @@ class Console:
     ) -> None:
         self.stream: TextIO | None = stream
         self.total_steps = total_steps
-        self.interactive = _can_go_back(stream) if interactive is None else interactive
+        if interactive is None:
+            interactive = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+        self.interactive = interactive
         self.color = self.interactive and not os.environ.get("NO_COLOR")
         self._log = open(log_file, "a", encoding="utf-8", errors="backslashreplace") if log_file else None  # noqa: SIM115
         self._live = ""  # the step line that stands unfinished on the terminal
         self._terms: dict[str, None] = {}
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_WINDOW)
-        self._batteries: dict[int, Mapping[str, float]] = {}
-        self.marks: dict[str, int] = {}  # batteries that stay in the table: the ends of stages, by what they are called
+        self._evaluations: dict[int, Mapping[str, float]] = {}
+        self.marks: dict[str, int] = {}  # evaluations that stay in the table, by name: the ends of stages
 
     def message(self, text: str) -> None:
         """A line or more between the steps."""
         self._print(printable_lines(text))
 
-    def start(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    def start(self, title: str, rows: Card) -> None:
         """The card before the first step of a run or of a stage: what runs, on what, and where it goes."""
         self._terms = {}  # the next steps may be another objective's
         self._heading(title)
         self._print(card(rows) + "\n")
 
-    def end(self, title: str, ending: Ending) -> None:
-        """The card after the last step."""
+    def end(self, title: str, result: Mapping[str, Any], total_steps: int, commands: Sequence[str] = ()) -> None:
+        """The card after the last step. `result`: as in `result.json`; `commands` to go on with."""
         self._finish_line()
         self._print("")
-        self._heading(title, STYLES.get(ending.status, "bold"))
-        self._print(card(ending_rows(ending)))
+        self._heading(title, STYLES.get(result["status"], "bold"))
+        self._print(card(ending_rows(result, total_steps, commands)))
 
     def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Batteries of an earlier session of this run, from its metric lines: a resumed table still says "before"."""
+        """Evaluations of an earlier session of this run, from its metric lines, for the column "before"."""
         for line in lines:
-            metrics = {name: value for name, value in line.items() if name.startswith("eval/")}
+            metrics = {name: value for name, value in line.items() if name.startswith(PREFIX)}
             if metrics:
-                self._batteries[line["step"]] = metrics
+                self._evaluations[line["step"]] = metrics
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The line of a step."""
@@ -87,15 +96,15 @@ class Console:
         self._write(CLEAR_LINE + self._live)
         self._note(line)
 
-    def battery(self, step: int, battery: Battery) -> None:
-        """The battery's metrics before, last, now and by source, and one sample of each source."""
+    def evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """The metrics before, last, now and by source, and one sample of each source."""
         self._print("")
-        if battery.metrics:
-            self._batteries[step] = dict(battery.metrics)
-            self._rich(battery_table(step, self._batteries, self.marks))
+        if evaluation.metrics:
+            self._evaluations[step] = dict(evaluation.metrics)
+            self._rich(evaluation_table(step, self._evaluations, self.marks))
             self._print("")
-        if battery.samples:
-            self._print("\n".join(sample_lines(battery.samples, self._width())) + "\n")
+        if evaluation.samples:
+            self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
 
     @contextmanager
     def hearing(self, logger: str = "uft") -> Iterator[None]:
@@ -185,13 +194,6 @@ class _Messages(logging.Handler):
         self.console.message(record.getMessage())
 
 
-STYLES = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}
-
-
-def _can_go_back(stream: TextIO) -> bool:
-    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
-
-
 def _render(renderable: Any, width: int, color: bool) -> str:
     from rich.console import Console as Rich
 
@@ -210,42 +212,7 @@ def _render(renderable: Any, width: int, color: bool) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n"))
 
 
-# --- What is shown around the steps: the table of a battery, samples, and the card at the end. Text is made
-# elsewhere.
-
-
-PREFIX = "eval/"
-SHOWN_METRICS = 10  # in the end card
-HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
-"""Metrics of the battery that come first, in this order, where there is no room for all."""
-
-
-class Battery(Protocol):
-    """What `uft.evaluation.evaluate` measures."""
-
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
-
-    @property
-    def samples(self) -> Sequence[Sample]: ...
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended, for its last card. `final` and `best` are metrics by their full names."""
-
-    status: str  # finished, failed or stopped
-    steps: int
-    total_steps: int
-    seconds: float
-    tokens: int
-    final: Mapping[str, float] = field(default_factory=dict)
-    best: Mapping[str, float] = field(default_factory=dict)
-    best_step: int | None = None
-    best_checkpoint: str | None = None
-    peak_memory_gb: float | None = None
-    error: str | None = None  # the first one
-    commands: Sequence[str] = ()  # to try next; the resume command of a run that did not finish
+# --- The table of an evaluation, samples, and the end card.
 
 
 def overall(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -264,12 +231,12 @@ def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     return found
 
 
-def battery_table(
+def evaluation_table(
     step: int, history: Mapping[int, Mapping[str, float]], marks: Mapping[str, int] | None = None
 ) -> Table:
     """A row per metric: before training, the last time, now, and now for each source.
 
-    `history` holds every battery so far by step, `step` among them. `marks`: steps that stay in view, by name.
+    `history` holds every evaluation so far by step, `step` among them. `marks`: steps that stay in view, by name.
     """
     from rich.table import Table
 
@@ -292,58 +259,50 @@ def battery_table(
 
 def sample_lines(samples: Sequence[Sample], width: int, per_source: int = 1) -> list[str]:
     """The first samples of every source, a line each."""
-    shown: dict[str, int] = {}
-    lines = []
+
+    def quote(text: str, width: int) -> str:
+        return f'"{shorten(printable(text), width)}"'
+
+    seen, lines = Counter[str](), []
     for sample in samples:
-        shown[sample.source] = shown.get(sample.source, 0) + 1
-        if shown[sample.source] <= per_source:
+        seen[sample.source] += 1
+        if seen[sample.source] <= per_source:
             part = max((width - len(sample.source) - 12) // 2, 16)
-            line = f"{sample.source}: {_quote(sample.prompt, part)} -> {_quote(sample.reply, part)}"
-            wanted = f"  (answer {_quote(sample.answer, 16)})" if sample.answer is not None else ""
-            lines.append("  " + line + wanted)
+            line = f"  {sample.source}: {quote(sample.prompt, part)} -> {quote(sample.reply, part)}"
+            answer = f"  (answer {quote(sample.answer, 16)})" if sample.answer is not None else ""
+            lines.append(line + answer)
     return lines
 
 
-def _quote(text: str, width: int) -> str:
-    return f'"{shorten(printable(text), width)}"'
+def ending_rows(result: Mapping[str, Any], total_steps: int, commands: Sequence[str]) -> list[tuple[str, str]]:
+    """The end card, line by line."""
 
+    def text(metrics: Mapping[str, float]) -> str:
+        pairs = [f"{name} {number(value, 3)}" for name, value in metrics.items()][:SHOWN_METRICS]
+        return "\n".join(", ".join(pairs[start : start + 5]) for start in range(0, len(pairs), 5))
 
-def ending_rows(ending: Ending) -> list[tuple[str, str]]:
-    """The last card, line by line."""
-    speed = ending.tokens / ending.seconds if ending.seconds > 0 else None
+    final, best, tokens, seconds = result["final"], text(result["best"]), result["tokens"], result["seconds"]
+    # training's own metrics first, then the headlines; those of single sources stand in the evaluation's table
+    training = [name for name in final if not name.startswith(PREFIX)]
+    order = dict.fromkeys([*training, *(f"{PREFIX}{name}" for name in HEADLINES), *final])
+    shown = {name: final[name] for name in order if name in final and "/" not in name.removeprefix(PREFIX)}
+    speed = f", {count(tokens / seconds)} tok/s" if seconds > 0 else ""
+    memory = result["peak_memory_bytes"]
     rows = [
-        ("status", f"{ending.status} at step {ending.steps}/{ending.total_steps}"),
-        ("error", ending.error or ""),
-        ("final", _metrics(_headlines(ending.final))),
-        ("best", _best(ending)),
-        ("time", f"{duration(ending.seconds)} of training" if ending.seconds else ""),
-        ("tokens", count(ending.tokens) + (f", {count(speed)} tok/s" if speed else "") if ending.tokens else ""),
-        ("peak memory", f"{ending.peak_memory_gb:.1f} GB" if ending.peak_memory_gb is not None else ""),
-        ("checkpoint", ending.best_checkpoint or ""),
-        ("next", "\n".join(ending.commands)),
+        ("status", f"{result['status']} at step {result['steps']}/{total_steps}"),
+        ("error", result["error"] or ""),
+        ("final", text(shown)),
+        ("best", f"{best} at step {result['best_step']}" if best and result["best_step"] is not None else best),
+        ("time", f"{duration(seconds)} of training" if seconds else ""),
+        ("tokens", count(tokens) + speed if tokens else ""),
+        ("peak memory", f"{memory / 1e9:.1f} GB" if memory is not None else ""),
+        ("checkpoint", result["best_checkpoint"] or ""),
+        ("next", "\n".join(commands)),
     ]
     return [(label, value) for label, value in rows if value]
 
 
-def _headlines(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Those over all sources, training's own and the headlines first; the sources' own stand in the battery's table."""
-    training = [name for name in metrics if not name.startswith(PREFIX)]
-    order = dict.fromkeys([*training, *(f"{PREFIX}{name}" for name in HEADLINES), *metrics])
-    return {name: metrics[name] for name in order if name in metrics and "/" not in name.removeprefix(PREFIX)}
-
-
-def _metrics(metrics: Mapping[str, float]) -> str:
-    pairs = [f"{name} {number(value, 3)}" for name, value in metrics.items()]
-    lines = [pairs[start : start + 5] for start in range(0, min(len(pairs), SHOWN_METRICS), 5)]
-    return "\n".join(", ".join(line) for line in lines)
-
-
-def _best(ending: Ending) -> str:
-    text = _metrics(ending.best)
-    return f"{text} at step {ending.best_step}" if text and ending.best_step is not None else text
-
-
-# --- Numbers, times and lines as people read them. Pure functions of values to text.
+# --- Numbers, times and lines for people.
 
 
 SEPARATOR = " | "
@@ -383,16 +342,16 @@ def duration(seconds: float) -> str:
 
 def printable(text: str) -> str:
     """One line that cannot move the cursor: line feeds and control codes of data and models are shown as escapes."""
-    return "".join(c.encode("unicode_escape").decode() if _moves(c) else c for c in text)
+
+    def moves(character: str) -> bool:
+        category = unicodedata.category(character)
+        return (category[0] == "C" and character not in JOINERS) or category in ("Zl", "Zp")
+
+    return "".join(c.encode("unicode_escape").decode() if moves(c) else c for c in text)
 
 
 def printable_lines(text: str) -> str:
     return "\n".join(printable(line) for line in text.split("\n"))
-
-
-def _moves(character: str) -> bool:
-    category = unicodedata.category(character)
-    return (category[0] == "C" and character not in JOINERS) or category in ("Zl", "Zp")
 
 
 def shorten(text: str, width: int) -> str:
@@ -407,52 +366,44 @@ def step_line(
     eta: float | None = None,
     width: int | None = None,
 ) -> str:
-    """The line of one step. What is not known is left out; so is the least wanted where `width` is too narrow."""
-    fields = {
-        "step": f"step {step:>{len(str(total))}}/{total}",
-        "percent": f"{100 * step // max(total, 1):>3}%",
-        "loss": _field("loss {:>6}", metrics.get("loss"), 3),
-        "terms": _terms(metrics, terms),
-        "lr": f"lr {metrics['lr']:.1e}" if "lr" in metrics else "",
-        "grad": _field("grad {:>5}", metrics.get("grad_norm"), 2),
-        "speed": f"{count(metrics['tokens_per_second']):>6} tok/s" if "tokens_per_second" in metrics else "",
-        "mfu": f"mfu {100 * metrics['mfu']:>2.0f}%" if "mfu" in metrics else "",
-        "memory": _memory(metrics),
-        "eta": f"eta {duration(eta)}" if eta is not None else "",
-    }
-    for name in FIRST_TO_GO:
-        if width is None or len(_join(fields)) <= width:
-            break
-        fields[name] = ""
-    return _join(fields)
+    """The line of one step. Unknown fields are left out, and so are the least wanted where `width` is too narrow.
 
+    `terms`: names of the objective's terms, in places that stay when one of them has no value: `uft 0.21 nll 1.80`.
+    """
 
-def _join(fields: Mapping[str, str]) -> str:
-    shown = [text for name, text in fields.items() if text and name != "percent"]
-    shown[0] += f" {fields['percent']}" if fields["percent"] else ""
-    return SEPARATOR.join(shown)
+    def field(template: str, name: str, decimals: int) -> str:
+        return template.format(number(metrics[name], decimals)) if name in metrics else ""
 
+    def join() -> str:
+        first, *others = [text for name, text in fields.items() if text and name != "percent"]
+        return SEPARATOR.join([f"{first} {fields['percent']}".rstrip(), *others])
 
-def _field(template: str, value: float | None, decimals: int) -> str:
-    return "" if value is None else template.format(number(value, decimals))
-
-
-def _terms(metrics: Mapping[str, float], terms: Sequence[str]) -> str:
-    """`uft 0.21 nll 1.80`: the objective's terms, in places that stay when one of them has nothing to show."""
     named = [(name, metrics.get(f"objective/{name}")) for name in terms[:HEADLINE_TERMS]]
     if "nll" in metrics:
         named.append(("nll", metrics["nll"]))
-    return " ".join(f"{name} {number(value):>5}" for name, value in named)
+    memory = f"{metrics['memory_gb']:.1f}" if "memory_gb" in metrics else ""
+    if memory and "memory_total_gb" in metrics:
+        memory += f"/{metrics['memory_total_gb']:.0f}"
+    fields = {
+        "step": f"step {step:>{len(str(total))}}/{total}",
+        "percent": f"{100 * step // max(total, 1):>3}%",
+        "loss": field("loss {:>6}", "loss", 3),
+        "terms": " ".join(f"{name} {number(value):>5}" for name, value in named),
+        "lr": f"lr {metrics['lr']:.1e}" if "lr" in metrics else "",
+        "grad": field("grad {:>5}", "grad_norm", 2),
+        "speed": f"{count(metrics['tokens_per_second']):>6} tok/s" if "tokens_per_second" in metrics else "",
+        "mfu": f"mfu {100 * metrics['mfu']:>2.0f}%" if "mfu" in metrics else "",
+        "memory": memory and f"{memory} GB",
+        "eta": f"eta {duration(eta)}" if eta is not None else "",
+    }
+    for name in FIRST_TO_GO:
+        if width is None or len(join()) <= width:
+            break
+        fields[name] = ""
+    return join()
 
 
-def _memory(metrics: Mapping[str, float]) -> str:
-    used, there = metrics.get("memory_gb"), metrics.get("memory_total_gb")
-    if used is None:
-        return ""
-    return f"{used:.1f} GB" if there is None else f"{used:.1f}/{there:.0f} GB"
-
-
-def card(rows: Sequence[tuple[str, str]]) -> str:
+def card(rows: Card) -> str:
     """Labels and values in two columns; a value of several lines stays in its column."""
     width = max((len(label) for label, _ in rows), default=0)
     lines = []

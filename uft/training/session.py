@@ -1,4 +1,12 @@
-"""A sitting of a run: prepare, show the card, train until the end or until asked to stop, and leave a true result."""
+"""A session of a run: from its folder and configuration to a true `result.json`.
+
+A run is a list of stages, carried out one after the other; the usual run is a single unnamed stage whose folder is the
+run folder itself. A stage that trains has checkpoints in its folder and resumes from them. A stage whose result is
+"finished" is never run again: what it left (a model, rows) is what the next one starts from. Lines, samples and console
+are the run's: steps, rows, tokens and seconds continue over the stages. Objective state, optimiser and schedule start
+afresh in every stage; all stages are evaluated on the same rows against the same reference, and the last evaluation of
+one stage is the one before the next.
+"""
 
 from __future__ import annotations
 
@@ -8,73 +16,76 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from uft.config.frozen import plain
 from uft.config.schema import Config, Model
-from uft.config.stages import Stage, stages_of
+from uft.config.stages import Stage, made, maker, stages_of
 from uft.distributed import PeerLost, note, ranks
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
-from uft.evaluation.evaluate import Evaluation, HeldOut, Sample, evaluate
+from uft.evaluation.evaluate import Evaluation, evaluate
 from uft.heartbeat import activity
 from uft.model.export import export
 from uft.model.memory import device_memory, peak_memory
 from uft.runs import FULL, Run, problem, shown, write_json, writing
 from uft.sampling.generate import Interrupted
 from uft.tracking import Tracker, Trackers, make_tracker
-from uft.tracking.console import Console, Ending
+from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
-from uft.training.card import stage_card, stages_card, start_card
+from uft.training import checkpoint
+from uft.training.card import stage_card, start_card
+from uft.training.dataset import RunData, located, read_run_data
 from uft.training.device import choose_device, explain_oom, out_of_memory, tokens_per_pass
-from uft.training.jobs import MAKERS, Place
+from uft.training.jobs import ROW_STAGES
 from uft.training.liveness import Stop, watching
 from uft.training.optim import learning_rate
 from uft.training.setup import (
-    PipelineData,
-    Prepared,
     Stopped,
-    TrainData,
     check_positions,
     check_record,
     check_start,
-    data_record,
-    prepare,
-    read_pipeline_data,
-    refuse_other_data,
+    prepare_stage,
     resume,
-    stage_inputs,
-    standing,
+    saved_progress,
 )
 from uft.training.step import Step
 from uft.training.trainer import Progress, Trainer
 
-NO_TRAINER = torch.device("cpu")
-
 
 def train(run: Run, config: Config, stop: Stop) -> int:
-    """Train `run`, whose lock the caller holds, from where it stands; the exit code.
+    """Carry out the stages of `run`, whose lock the caller holds, from where they stand; the exit code.
 
-    Raises the UftError of a request that cannot be carried out; whatever fails later stands in `result.json`.
+    Raises the UftError of a request that cannot be carried out; any later failure is recorded in `result.json`.
     """
-    with told(run) as console:
-        return _Session(run, config, stop, console).go()
+    with run_console(run) as console:
+        session = Session(run, config, stop, console)
+        try:
+            with watching(config.hardware.watchdog, run.path, session.end_hung):
+                session.begin()
+                finished = all(session.run_stage(stage) for stage in session.stages)
+        except (Stopped, Interrupted):
+            finished = False
+        except Exception as error:
+            if isinstance(error, UftError) and error.code == BAD_REQUEST and not session.opened:
+                raise
+            return session.end("failed", FAILED, error_text(error, config))
+        return session.end("finished", GOOD) if finished else session.end("stopped", stop.exit_code)
 
 
 @contextmanager
-def told(run: Run) -> Iterator[Console]:
-    """The console of a sitting, which warnings of this program's modules go to as well; of several processes, the first
-    one's words alone are heard."""
-    first = ranks().is_rank0
-    with nullcontext(sys.stdout) if first else open(os.devnull, "w") as stream:
+def run_console(run: Run) -> Iterator[Console]:
+    """The console of a session, which shows this program's log warnings too; only rank 0 is heard."""
+    is_rank0 = ranks().is_rank0
+    with nullcontext(sys.stdout) if is_rank0 else open(os.devnull, "w") as stream:
         with writing(run.path / "console.log", code=BAD_REQUEST):
-            console = Console(stream, run.path / "console.log" if first else None)
+            console = Console(stream, run.path / "console.log" if is_rank0 else None)
         try:
             with console.hearing():
                 yield console
@@ -83,302 +94,179 @@ def told(run: Run) -> Iterator[Console]:
 
 
 @dataclass
-class _Session:
+class Session:
+    """One process lifetime of a run."""
+
     run: Run
     config: Config
     stop: Stop
     console: Console
     started: float = field(default_factory=time.perf_counter)
     tracker: Trackers = field(default_factory=Trackers)
+    device: torch.device = torch.device("cpu")
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # of finished stages, in their order
+    trainer: Trainer | None = None  # of the stage that trains
+    opened: bool = False  # whether this session has written anything: a bad request is refused before that
+    stages: list[Stage] = field(init=False)
+    data: RunData = field(init=False)
 
-    def go(self) -> int:
-        trainer = None
-        words = last_words(self.run, self._hung, self.console.message)
-        try:
-            with watching(self.config.hardware.watchdog, self.run.path, words):
-                prepared = self._begin()
-                trainer = prepared.trainer
-                whole = self._work(prepared)
-        except Stopped:
-            return self._end(trainer, "stopped", self.stop.exit_code)
-        except UftError as error:
-            if trainer is None and error.code == BAD_REQUEST:
-                raise
-            return self._end(trainer, "failed", FAILED, error=said(error, self.config))
-        except Exception as error:
-            return self._end(trainer, "failed", FAILED, error=said(error, self.config))
-        return self._end(trainer, "finished", GOOD) if whole else self._end(trainer, "stopped", self.stop.exit_code)
+    def __post_init__(self) -> None:
+        self.stages = stages_of(self.config)
 
-    def _begin(self) -> Prepared:
-        """Everything before the first step, and the newest checkpoint."""
-        device = choose_device(self.config.hardware)
-        prepared = prepare(self.run, self.config, device, self.stop, self.console.message)
-        checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
-        resumed = resume(prepared.trainer, self.console.message)
-        if resumed >= 0:
-            refuse_other_data(self.run, prepared.corpus)
-        elif ranks().is_rank0:
-            write_json(self.run.path / "check.json", checks)
-        if ranks().is_rank0:
-            self._open(prepared, resumed)
-        return prepared
+    def begin(self) -> None:
+        """Find out where the run stands, and read and check the data of all stages."""
+        self.device = choose_device(self.config.hardware)
+        self.data = read_run_data(self.run, self.config, self.stages)
+        self.results, begun = ranks().on_rank0(self._standing)
+        for stage in self.stages if begun else ():  # a run that never reached a checkpoint may begin with other rows
+            if stage.name in self.data.stages:
+                self.data.stages[stage.name].refuse_other_data(self.folder(stage))
 
-    def _open(self, prepared: Prepared, resumed: int) -> None:
-        """Everything that is written before the first step: who, what, where, and the card."""
-        trainer = prepared.trainer
-        fresh = resumed < 0
-        (self.run.path / "result.json").unlink(missing_ok=True)
-        data = data_record(prepared.corpus, trainer.sampler, prepared.plan)
-        write_json(self.run.path / "data.json", data)
-        self.run.update_info(
-            data_digest=prepared.corpus.digest,
-            total_steps=trainer.steps,
-            device=str(trainer.device),
-            torch=torch.__version__,
-        )
-        # -1: whatever an earlier sitting wrote without reaching a checkpoint is written again
-        self.tracker = make_tracker(
-            self.run, plain(asdict(self.config)), resumed_step=resumed, say=self.console.message
-        )
-        self.tracker.start()
-        self.console.total_steps = trainer.steps
-        title = f"uft train {self.run.name}" if fresh else f"uft train {self.run.name}, resumed at step {resumed}"
-        self.console.start(title, start_card(prepared, self.run, data, self.tracker.description))
-        if not fresh:
-            self.console.recall(read_metrics(self.run))
-
-    def _work(self, prepared: Prepared) -> bool:
-        """Train and export; False when asked to stop before that."""
-        measure = measuring(prepared, measured_on(prepared.corpus), self.stop)
-        if not fit(prepared.trainer, self.tracker, self.console, measure, before=self.config.eval.before):
+    def run_stage(self, stage: Stage) -> bool:
+        """Carry out a stage unless it is finished; False when asked to stop before its end."""
+        if stage.name in self.results:
+            return True
+        if self.stop.agreed():
             return False
-        if self.config.train.save_model:
-            export(prepared.trainer.policy, prepared.tokenizer, self.run.model_dir)
+        started, folder = time.perf_counter(), self.folder(stage)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if stage.do == "fit":
+            if not self._fit(stage, folder):
+                return False
+            assert self.trainer is not None
+            lines = (line for line in read_metrics(self.run) if line.get("stage", "") == stage.name)
+            best = best_record(self.trainer.progress, stage.config.eval.best)
+            record = result_record(self.trainer.progress, best, self.device, started, lines)
+        else:
+            self._open(self.before.step if self.results else -1)
+            self.console.message(f"\nstage {stage.number} of {len(self.stages)}, {stage.name}: {stage.do}")
+            record = self._make_rows(stage, folder) | {"wall_seconds": time.perf_counter() - started}
+        named = {"do": stage.do} if stage.name else {}
+        self.results[stage.name] = result = {"status": "finished", "error": None, **named, **record}
+        if stage.name:  # of an unnamed stage it is the run's, which `end` writes
+            ranks().on_rank0(lambda: write_json(folder.path / "result.json", result))
+            self.console.marks |= self._stage_ends()
+        if stage is not self.stages[-1]:
+            self.trainer = None
+            self.data.stages.pop(stage.name, None)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         return True
 
-    def _end(self, trainer: Trainer | None, status: str, code: int, error: str | None = None) -> int:
-        """Write `result.json`, close the tracker with the true status, show the last card."""
-        if not ranks().is_rank0:
-            return code
-        progress, total_steps = (trainer.progress, trainer.steps) if trainer else standing(self.run)
-        result = self._result(progress, trainer.device if trainer else NO_TRAINER, status, error)
-        code = leave_result(self.run, result, code, self.console.message)
-        self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
-        commands = next_commands(self.run, self.config, status)
-        self.console.end(f"uft train {self.run.name}", ending(result, total_steps, commands))
-        return code
-
-    def _hung(self, why: str) -> dict[str, Any]:
-        return self._result(standing(self.run)[0], NO_TRAINER, "failed", why)
-
-    def _result(self, progress: Progress, device: torch.device, status: str, error: str | None) -> dict[str, Any]:
-        wall = time.perf_counter() - self.started
-        record = result_record(progress, self.config, device, wall, read_metrics(self.run))
-        return {"status": status, "error": error, **record}
-
-
-@activity("it trained")
-def fit(
-    trainer: Trainer, tracker: Tracker, display: Display, measure: Callable[[], Evaluation], *, before: bool
-) -> bool:
-    """Train to the horizon, with lines, batteries and checkpoints; False when asked to stop before that.
-
-    `before`: whether to measure before the first step.
-    """
-    cfg = trainer.config
-    lines = MetricsHook(tracker, display, cfg.train.log_every, since=trainer.progress.seconds)
-    saving = CheckpointHook(tracker, cfg.train.checkpoint_every)
-    batteries = EvaluationHook(
-        measure=measure,
-        tracker=tracker,
-        display=display,
-        every=cfg.train.eval_every,
-        before=before,
-        best=cfg.eval.best,
-        best_mode=cfg.eval.best_mode,
-    )
-    trainer.hooks = (lines, batteries, saving)
-    measured = trainer.progress.evaluated
-    batteries.start(trainer)
-    if trainer.progress.evaluated > measured and trainer.progress.step > 0:
-        saving.save(trainer)  # the battery that the last sitting owed is now part of the checkpoint
-    trainer.fit()
-    if trainer.progress.step < trainer.steps or owes_battery(trainer):
-        if saving.saved != trainer.progress.step:
-            saving.save(trainer)
-        trainer.settle()
-        return False
-    trainer.settle()
-    return True
-
-
-def owes_battery(trainer: Trainer) -> bool:
-    """Asked to stop within the last battery: the run has its steps but not its result."""
-    return trainer.stop.agreed() and trainer.progress.evaluated < trainer.steps
-
-
-def measured_on(corpus: TrainData) -> list[HeldOut]:
-    """The held-out rows of every source, as the battery takes them."""
-    checkers = {source.name: source.checker for source in corpus.loaded}
-    return [HeldOut(s.source, s.rows, s.encoded, checkers[s.source]) for s in corpus.held_out]
-
-
-def measuring(prepared: Prepared, sources: Sequence[HeldOut], stop: Stop) -> Callable[[], Evaluation]:
-    """The battery on `sources`, of the policy as it is whenever this is called."""
-    config = prepared.trainer.config
-
-    def measure() -> Evaluation:
-        return evaluate(
-            prepared.trainer.policy,
-            prepared.yardstick,
-            sources,
-            prepared.corpus.renderer,
+    def _fit(self, stage: Stage, folder: Run) -> bool:
+        """Train a stage and leave its model; False when asked to stop before its end."""
+        if stage.name not in self.data.stages:  # an earlier stage made its rows
+            self.data.read(stage)
+            self.data.stages[stage.name].refuse_other_data(folder)
+            ranks().on_rank0(lambda: write_json(folder.path / "data.json", self.data.stages[stage.name].record))
+        model = self.start_model(stage)
+        prepared = prepare_stage(
+            self.run, self.config, stage, model, self.data, self.device, self.stop, self.console.message
+        )
+        trainer, data = prepared.trainer, prepared.data
+        for other in self.data.stages.values():  # rows of later stages that do not fit are told before the first step
+            check_positions(trainer.policy, other.dataset)
+        checks = check_record(prepared, check_start(trainer, prepared.reference))
+        step = resume(trainer, self.console.message)
+        if step < 0 and ranks().is_rank0:
+            write_json(folder.path / "check.json", checks)
+        self.data.steps[stage.name] = trainer.steps  # of the checkpoint: the horizon never changes under a run
+        lines = stage_card(prepared) if ranks().is_rank0 else ()
+        self._open(self.before.step + max(step, 0) if self.results or step >= 0 else -1, lines)
+        if stage.name:
+            where = f", resumed at its step {step}" if step >= 0 else ""
+            self.console.start(f"stage {stage.number} of {len(self.stages)}: {stage.name}{where}", lines)
+        self.trainer = trainer
+        measure = partial(
+            evaluate,
+            trainer.policy,
+            prepared.eval_reference,
+            self.data.held_out,
+            data.dataset.renderer,
             prepared.tokenizer,
-            config.eval,
-            stop.between_passes,
-            micro_batch_tokens=tokens_per_pass(config),
+            trainer.config.eval,
+            self.stop.between_passes,
+            micro_batch_tokens=tokens_per_pass(trainer.config),
         )
+        log = StageLog(self.tracker, self.console, stage.name, self.before)
+        if not fit(trainer, log, measure, at_start=stage.config.eval.before and not self.trained_before(stage)):
+            return False
+        later = any(other.do == "generate" for other in self.stages[stage.number :])
+        if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
+            export(trainer.policy, prepared.tokenizer, self.model_dir(stage))
+        return True
 
-    return measure
+    def _make_rows(self, stage: Stage, folder: Run) -> dict[str, Any]:
+        """Sample completions or write a column; counts of what was made. Raises Interrupted when asked to stop."""
+        by_name = {other.name: other for other in self.stages}
+        trained, asked = self.trained_before(stage), stage.config.annotate.models
+        models = [str(self.model_dir(by_name[maker(path)])) if made(path) else path for path in asked]
+        config = replace(
+            located(stage.config, self.run),
+            model=replace(self.start_model(stage), adapter="none"),
+            annotate=replace(stage.config.annotate, models=models),
+        )
+        sampled_by = f"stage:{trained[-1].name}" if trained else stage.config.model.path
+        return ROW_STAGES[stage.do](config, folder.path, sampled_by, self.device, self.stop, self.console.message)
 
+    def _open(self, resumed_step: int, stage_lines: Card = ()) -> None:
+        """Before the first line of this session: record data and machine, start the tracker, show the card.
 
-def said(error: Exception, config: Config) -> str:
-    """What `result.json` says of an error. The unforeseen ones have a traceback, for whoever mends them."""
-    if isinstance(error, PeerLost):
-        return f"another process of this run ended ({error})"
-    text = str(error) if isinstance(error, UftError) else _unforeseen(error, config)
-    note(text)
-    return text
-
-
-def _unforeseen(error: Exception, config: Config) -> str:
-    """What to say of an error that no part of the program has explained."""
-    if out_of_memory(error):
-        return str(explain_oom(error, "memory", config))
-    if isinstance(error, OSError) and error.errno in FULL and error.filename:
-        return str(UftError(problem(Path(error.filename), error.errno)))
-    tell_redacted(type(error), error, error.__traceback__)
-    return f"{type(error).__name__}: {error}"
-
-
-# --- A sitting of a run of stages: every stage from where it stands, one after the other.
-#
-# A stage is finished when its `result.json` says so, which is written after everything else of it: it is never run
-# again,
-# and what it left (a model, rows) is what the next one starts from. A stage that trains is a run in a folder of its
-# own,
-# with checkpoints that it resumes from; its lines, batteries and samples go to the run's files and tracker, where
-# steps,
-# rows, tokens and seconds run on. Objective state, optimiser and schedule start afresh in every stage.
-#
-# The battery compares with the model that the run started from, in every stage, on the same rows. The last battery of
-# a
-# stage is the one before the next.
-
-
-def train_stages(run: Run, config: Config, stop: Stop) -> int:
-    """Carry out the stages of `run`, whose lock the caller holds, from where they stand; the exit code.
-
-    Raises the UftError of a request that cannot be carried out; whatever fails later stands in `result.json`.
-    """
-    with told(run) as console:
-        return _StagesSession(run, config, stop, console, stages_of(config)).go()
-
-
-@dataclass
-class _StagesSession:
-    run: Run
-    config: Config
-    stop: Stop
-    console: Console
-    stages: list[Stage]
-    started: float = field(default_factory=time.perf_counter)
-    tracker: Trackers = field(default_factory=Trackers)
-    device: torch.device = NO_TRAINER
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)  # of finished stages, in their order
-    begun: bool = False  # whether anything was written that is worth keeping
-
-    def go(self) -> int:
-        words = last_words(self.run, self._hung, self.console.message)
-        try:
-            with watching(self.config.hardware.watchdog, self.run.path, words):
-                ground = self._begin()
-                whole = all(self._stage(stage, ground) for stage in self.stages)
-        except (Stopped, Interrupted):
-            return self._end("stopped", self.stop.exit_code)
-        except UftError as error:
-            if not self.begun and error.code == BAD_REQUEST:
-                raise
-            return self._end("failed", FAILED, error=said(error, self.config))
-        except Exception as error:
-            return self._end("failed", FAILED, error=said(error, self.config))
-        return self._end("finished", GOOD) if whole else self._end("stopped", self.stop.exit_code)
-
-    # --- the run as a whole
-
-    def _begin(self) -> PipelineData:
-        """Everything that is read and checked before the first stage begins or goes on."""
-        self.device = choose_device(self.config.hardware)
-        ground = read_pipeline_data(self.run, self.config, self.stages)
-        for stage in self.stages:
-            if stage.name in ground.records:
-                ranks().on_rank0(partial(ground.keep, stage))
-            result = self.folder(stage).result()
-            if result.get("status") == "finished" and len(self.results) == stage.number - 1:
-                self.results[stage.name] = result
-        self.begun = bool(self.results) or any(self.folder(stage).checkpoints() for stage in self.stages)
-        if self.stop.agreed():
-            raise Stopped
+        `resumed_step`: of the whole run; -1: there is no checkpoint, and lines of an earlier session are written again.
+        """
+        if self.opened:
+            self.console.total_steps = self.data.total_steps
+            ranks().on_rank0(lambda: self.run.update_info(total_steps=self.data.total_steps))
+            return
+        self.opened = True
         if ranks().is_rank0:
-            self._open(ground)
-        ranks().barrier()  # until the result of an earlier sitting is gone
-        return ground
+            for stage in self.stages:
+                if stage.name in self.data.stages:
+                    folder = self.folder(stage).path
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_json(folder / "data.json", self.data.stages[stage.name].record)
+            (self.run.path / "result.json").unlink(missing_ok=True)
+            info = {"data_digest": self.data.digest, "total_steps": self.data.total_steps}
+            self.run.update_info(**info, device=str(self.device), torch=torch.__version__)
+            settings = plain(asdict(self.config))
+            self.tracker = make_tracker(self.run, settings, resumed_step=resumed_step, say=self.console.message)
+            self.tracker.start()
+            self.console.total_steps = self.data.total_steps
+            title = f"uft train {self.run.name}" + (f", resumed at step {resumed_step}" if resumed_step >= 0 else "")
+            lines = stage_lines if not self.config.stages else ()
+            card = start_card(self.run, self.config, self.stages, self.data, self.tracker.description, lines)
+            self.console.start(title, card)
+            self.console.recall(read_metrics(self.run))
+            self.console.marks |= self._stage_ends()
+        ranks().barrier()  # until the result of an earlier session is gone
 
-    def _open(self, ground: PipelineData) -> None:
-        """Who, what and where, and the card; from here on lines are written."""
-        progress = self._current()[0]
-        (self.run.path / "result.json").unlink(missing_ok=True)
-        info = {"data_digest": ground.digest, "device": str(self.device), "torch": torch.__version__}
-        self.run.update_info(**info, total_steps=ground.steps)
-        self.tracker = make_tracker(
-            self.run,
-            plain(asdict(self.config)),
-            # -1: whatever an earlier sitting wrote without reaching a checkpoint is written again
-            resumed_step=progress.step if self.begun else -1,
-            say=self.console.message,
-        )
-        self.tracker.start()
-        self.console.total_steps = ground.steps
-        title = f"uft train {self.run.name}"
-        card = stages_card(self.run, self.config, self.stages, ground, self.tracker.description)
-        self.console.start(f"{title}, resumed at step {progress.step}" if self.begun else title, card)
-        self.console.recall(read_metrics(self.run))
-        self._mark()
+    # --- where the run stands
 
-    def _mark(self) -> None:
-        """Batteries at the ends of stages stay in view."""
-        totals = Totals()
-        for name, result in self.results.items():
-            totals = totals.after(result)
-            if result.get("steps"):
-                self.console.marks[f"after {name}"] = totals.steps
-
-    def _current(self) -> tuple[Progress, int]:
-        """(counters of the whole run, total steps) by what is on disk."""
-        totals, total = self.before, 0
-        for stage in self.stages[len(self.results) :][:1]:
-            progress, total = standing(self.folder(stage))
-            totals = totals.after(asdict(progress) | {"steps": progress.step})
-        counters = asdict(totals)
-        return Progress(step=counters.pop("steps"), **counters), total
+    def _standing(self) -> tuple[dict[str, dict[str, Any]], bool]:
+        """(results of the stages that are finished, whether there are any or a checkpoint)."""
+        found: dict[str, dict[str, Any]] = {}
+        for stage in self.stages:
+            result = self.folder(stage).result()
+            if result.get("status") != "finished":
+                checkpoint.recover(self.folder(stage))
+                return found, bool(found or self.folder(stage).checkpoints())
+            found[stage.name] = result
+        return found, True
 
     @property
-    def before(self) -> Totals:
-        """What the finished stages have done."""
-        totals = Totals()
-        for result in self.results.values():
-            totals = totals.after(result)
-        return totals
+    def before(self) -> Progress:
+        """The counters of the finished stages together."""
+        return total_progress(self.results.values())
+
+    def _stage_ends(self) -> dict[str, int]:
+        """The evaluations at the ends of stages, which stay in the console's table."""
+        ends, steps = {}, 0
+        for name, result in self.results.items():
+            steps += result.get("steps", 0)
+            if name and result.get("steps"):
+                ends[f"after {name}"] = steps
+        return ends
 
     def folder(self, stage: Stage) -> Run:
         return Run(self.run.path / stage.folder)
@@ -388,310 +276,196 @@ class _StagesSession:
         last = [other for other in self.stages if other.do == "fit"][-1]
         return self.run.model_dir if stage.name == last.name else self.folder(stage).model_dir
 
-    def so_far(self, stage: Stage) -> Model:
-        """The model that a stage starts from."""
-        trained = [other for other in self.stages[: stage.number - 1] if other.do == "fit"]
+    def start_model(self, stage: Stage) -> Model:
+        """The model that a stage starts from: that of the last stage before it that trained."""
+        trained = self.trained_before(stage)
         if not trained:
             return stage.config.model
         return replace(stage.config.model, path=str(self.model_dir(trained[-1])), revision=None)
 
-    # --- a stage
-
-    def _stage(self, stage: Stage, ground: PipelineData) -> bool:
-        """Carry out a stage unless it is finished; False when asked to stop before its end."""
-        if stage.name in self.results:
-            return True
-        if self.stop.agreed():
-            return False
-        folder = self.folder(stage)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
-        if stage.do == "fit":
-            record = self._fit(stage, ground, folder, started)
-            if record is None:
-                return False
-        else:
-            self.console.message(f"\nstage {stage.number} of {len(self.stages)}, {stage.name}: {stage.do}")
-            self.begun = True
-            record = MAKERS[stage.do](self._place(stage)) | {"wall_seconds": time.perf_counter() - started}
-        self.results[stage.name] = {"status": "finished", "error": None, "do": stage.do, **record}
-        ranks().on_rank0(lambda: write_json(folder.path / "result.json", self.results[stage.name]))
-        self._mark()
-        ground.corpora.pop(stage.name, None)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return True
-
-    def _place(self, stage: Stage) -> Place:
-        by_name = {other.name: other for other in self.stages}
-        trained = [other.name for other in self.stages[: stage.number - 1] if other.do == "fit"]
-        return Place(
-            run=self.run,
-            stage=stage,
-            model=replace(self.so_far(stage), adapter="none"),
-            made_by=f"stage:{trained[-1]}" if trained else stage.config.model.path,
-            models=lambda name: self.model_dir(by_name[name]),
-            device=self.device,
-            stop=self.stop,
-            say=self.console.message,
-        )
-
-    def _fit(self, stage: Stage, ground: PipelineData, folder: Run, started: float) -> dict[str, Any] | None:
-        """Train a stage and leave its model; None when asked to stop before that."""
-        if stage.name not in ground.corpora:
-            ground.read(stage)
-            ranks().on_rank0(partial(ground.keep, stage))
-            ranks().on_rank0(lambda: self.run.update_info(total_steps=ground.steps))
-            self.console.total_steps = ground.steps
-        prepared = self._prepare(stage, ground, folder)
-        trainer = prepared.trainer
-        first = not any(other.do == "fit" for other in self.stages[: stage.number - 1])
-        whole = fit(
-            trainer,
-            StageTracker(self.tracker, stage.name, self.before),
-            StageDisplay(self.console, self.before),
-            measuring(prepared, ground.held_out, self.stop),
-            before=stage.config.eval.before and first,
-        )
-        if not whole:
-            return None
-        later = any(other.do == "generate" for other in self.stages[stage.number :])
-        if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
-            export(trainer.policy, prepared.tokenizer, self.model_dir(stage))
-        lines = (line for line in read_metrics(self.run) if line.get("stage") == stage.name)
-        return result_record(trainer.progress, stage.config, self.device, time.perf_counter() - started, lines)
-
-    def _prepare(self, stage: Stage, ground: PipelineData, folder: Run) -> Prepared:
-        """A trainer ready for its next step, and the stage's card."""
-        config, given = stage_inputs(stage, self.config, self.so_far(stage), ground)
-        prepared = prepare(folder, config, self.device, self.stop, self.console.message, given)
-        for corpus in ground.corpora.values():  # what can be told of later stages is told before the first step
-            check_positions(prepared.trainer.policy, corpus)
-        checks = check_record(prepared, check_start(prepared.trainer, prepared.reference))
-        resumed = resume(prepared.trainer, self.console.message)
-        if resumed < 0 and ranks().is_rank0:
-            write_json(folder.path / "check.json", checks)
-        self.begun = True
-        title = f"stage {stage.number} of {len(self.stages)}: {stage.name}"
-        more = f", resumed at its step {resumed}" if resumed >= 0 else ""
-        self.console.start(f"{title}{more}", stage_card(prepared, ground.records[stage.name]))
-        return prepared
+    def trained_before(self, stage: Stage) -> list[Stage]:
+        return [other for other in self.stages[: stage.number - 1] if other.do == "fit"]
 
     # --- the end
 
-    def _end(self, status: str, code: int, error: str | None = None) -> int:
-        """Write `result.json`, close the tracker with the true status, show the last card."""
+    def end(self, status: str, code: int, error: str | None = None) -> int:
+        """Write `result.json`, close the tracker with the true status, show the last card; the exit code."""
         if not ranks().is_rank0:
             return code
-        progress, _ = self._current()
-        result = self._result(progress, self.device, status, error)
-        code = leave_result(self.run, result, code, self.console.message)
+        progress = self.trainer.progress if self.trainer else None
+        result = self._result(status, error, progress, self.device)
+        code = self._write_result(result, code)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
-        commands = next_commands_of_stages(self.run, status)
-        total = self.run.info().get("total_steps", progress.step)
-        self.console.end(f"uft train {self.run.name}", ending(result, total, commands))
+        total = self.run.info().get("total_steps", result["steps"])
+        self.console.end(f"uft train {self.run.name}", result, total, next_commands(self.run, self.config, status))
         return code
 
-    def _hung(self, why: str) -> dict[str, Any]:
-        return self._result(self._current()[0], NO_TRAINER, "failed", why)
+    def end_hung(self, why: str) -> None:
+        """Record why the watchdog is about to end this process; the result is what is on disk."""
+        note(why)
+        if ranks().is_rank0:
+            self._write_result(self._result("failed", why, None, torch.device("cpu")), FAILED)
+            self.console.message(f"{why}\nContinue it:  uft resume {shown(self.run.path)}")
 
-    def _result(self, progress: Progress, device: torch.device, status: str, error: str | None) -> dict[str, Any]:
-        wall = time.perf_counter() - self.started
-        record = result_record(progress, self.config, device, wall, read_metrics(self.run))
-        return {"status": status, "error": error, **record, **self._best(), "stages": self.results}
+    def _write_result(self, result: Mapping[str, Any], code: int) -> int:
+        """The exit code. Where there is no room for it, the run counts as interrupted and can be resumed."""
+        try:
+            write_json(self.run.path / "result.json", result)
+        except UftError as error:
+            self.console.message(str(error))
+            return FAILED
+        return code
 
-    def _best(self) -> Mapping[str, Any]:
-        """The best battery of the last stage that was trained to its end, by the run's own steps and folders."""
-        totals, found = Totals(), dict[str, Any]()
-        for stage in self.stages:
-            result = self.results.get(stage.name, {})
-            if result.get("best"):
-                at = {"best": result["best"], "best_step": totals.steps + result["best_step"]}
-                found = at | {"best_checkpoint": f"{stage.folder}/{result['best_checkpoint']}"}
-            totals = totals.after(result)
-        return found
-
-
-# --- A stage's steps and counters as the run's own: what is logged and shown runs on over the stages.
-
-
-RUNNING_ON = ("rows", "tokens", "supervised_tokens", "seconds")
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What the stages before one have done."""
-
-    steps: int = 0
-    rows: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    seconds: float = 0.0
-
-    def after(self, result: Mapping[str, Any]) -> Totals:
-        """With a stage's result on top; one that trained nothing has no counters."""
-        return Totals(**{name: getattr(self, name) + result.get(name, 0) for name in ("steps", *RUNNING_ON)})
-
-    def added_to(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """A line of a stage as a line of the run, its names in their order."""
-        return {n: value + getattr(self, n) if n in RUNNING_ON else value for n, value in metrics.items()}
+    def _result(
+        self, status: str, error: str | None, progress: Progress | None, device: torch.device
+    ) -> dict[str, Any]:
+        """`result.json`; `progress` of the stage that is not finished, by default that of its newest checkpoint."""
+        if "" in self.results:
+            wall = {"wall_seconds": time.perf_counter() - self.started}
+            return {**self.results[""], "status": status, "error": error, **wall}
+        records = dict(self.results)
+        for stage in self.stages[len(records) :][:1]:
+            current = progress or saved_progress(self.folder(stage))
+            counters = {name: getattr(current, name) for name in COUNTERS}
+            records[stage.name] = {"steps": current.step, **counters, **best_record(current, stage.config.eval.best)}
+        best, steps = best_record(Progress(), ""), 0
+        for stage in self.stages[: len(records)]:
+            record = records[stage.name]
+            if record.get("best"):
+                folder = str(Path(stage.folder, record["best_checkpoint"]))
+                best = {"best": record["best"], "best_step": steps + record["best_step"], "best_checkpoint": folder}
+            steps += record.get("steps", 0)
+        total = total_progress(records.values())
+        record = result_record(total, best, device, self.started, read_metrics(self.run))
+        stages = {"stages": self.results} if self.config.stages else {}
+        return {"status": status, "error": error, **record, **stages}
 
 
-@dataclass(frozen=True)
-class StageTracker:
-    """The run's tracker as a stage sees it: every line says which stage wrote it."""
-
-    whole: Tracker
-    stage: str
-    before: Totals
-
-    def start(self) -> None:
-        """The run's tracker is started by the run."""
-
-    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        self.whole.log(self.before.steps + step, {"stage": self.stage, **self.before.added_to(metrics)})
-
-    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
-        self.whole.samples(self.before.steps + step, samples, self.stage)
-
-    def secure(self) -> None:
-        self.whole.secure()
-
-    def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        """The run's tracker is closed by the run."""
+# --- Training one stage: the loop is the trainer's; metric lines, evaluations and checkpoints happen around its steps.
 
 
 @dataclass(frozen=True)
-class StageDisplay:
-    """The run's console as a stage sees it."""
+class StageLog:
+    """Tracker and console as a stage uses them: its steps and counters continue those of the stages before it."""
 
-    whole: Display
-    before: Totals
+    tracker: Tracker
+    console: Console
+    stage: str = ""  # the name that every line has; "": none
+    before: Progress = field(default_factory=Progress)
 
-    def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.whole.step(self.before.steps + step, self.before.added_to(metrics))
+    def line(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Write a line of metrics.jsonl; the run's numbers in it."""
+        ours = {name: getattr(self.before, name) + v if name in COUNTERS else v for name, v in metrics.items()}
+        self.tracker.log(self.before.step + step, {**({"stage": self.stage} if self.stage else {}), **ours})
+        return ours
 
-    def battery(self, step: int, battery: Evaluation) -> None:
-        self.whole.battery(self.before.steps + step, battery)
+    def train_line(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.console.step(self.before.step + step, self.line(step, metrics))
 
-    def message(self, text: str) -> None:
-        self.whole.message(text)
+    def evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
+        if evaluation.metrics:
+            axes = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
+            self.line(progress.step, axes | evaluation.metrics)
+        step = self.before.step + progress.step
+        if evaluation.samples:
+            self.tracker.samples(step, evaluation.samples, self.stage or None)
+        self.console.evaluation(step, evaluation)
 
 
-# --- What happens around the steps: metric lines, the battery, checkpoints. The loop calls them in this order.
+@activity("it trained")
+def fit(trainer: Trainer, log: StageLog, measure: Callable[[], Evaluation], *, at_start: bool) -> bool:
+    """Train to the horizon, with metric lines, evaluations and checkpoints; False when asked to stop before that.
 
-
-Metrics = dict[str, float]
-
-
-class Display(Protocol):
-    """Where a person watches: the console."""
-
-    def step(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def battery(self, step: int, battery: Evaluation) -> None: ...
-
-    def message(self, text: str) -> None: ...
+    `at_start`: whether to evaluate before the first step.
+    """
+    cfg = trainer.config
+    checkpoints = CheckpointHook(log.tracker, cfg.train.checkpoint_every)
+    evaluations = EvaluationHook(
+        measure, log, cfg.train.eval_every, at_start=at_start, best=cfg.eval.best, best_mode=cfg.eval.best_mode
+    )
+    trainer.hooks = (MetricsHook(log, cfg.train.log_every, since=trainer.progress.seconds), evaluations, checkpoints)
+    evaluated = trainer.progress.evaluated
+    evaluations.start(trainer)
+    if trainer.progress.evaluated > evaluated and trainer.progress.step > 0:
+        checkpoints.save(trainer)  # the evaluation that the last session owed is now part of the checkpoint
+    trainer.fit()
+    # asked to stop within the last evaluation, a run has its steps but not its result
+    owes_evaluation = trainer.stop.agreed() and trainer.progress.evaluated < trainer.steps
+    complete = trainer.progress.step >= trainer.steps and not owes_evaluation
+    if not complete and checkpoints.saved != trainer.progress.step:
+        checkpoints.save(trainer)
+    trainer.settle()
+    return complete
 
 
 @dataclass
 class MetricsHook:
-    """One metric line at the first step, every `every` steps and at the last; meters stay on the device till then."""
+    """A metric line at the first step, every `every` steps and at the last; meters stay on the device till then."""
 
-    tracker: Tracker
-    display: Display
+    log: StageLog
     every: int
-    since: float = 0.0  # seconds of training at the last line: a battery or a checkpoint between two is not in them
+    since: float = 0.0  # seconds of training at the last line: evaluations and checkpoints between two do not count
     tokens: int = 0
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
         self.tokens += step.tokens
         number = trainer.progress.step
-        if number == 1 or number % self.every == 0 or number == trainer.steps:
-            trainer.confirm()
-            metrics = self._metrics(trainer)
-            self.tracker.log(number, metrics)
-            self.display.step(number, metrics)
-
-    def _metrics(self, trainer: Trainer) -> Metrics:
-        progress, means = trainer.progress, trainer.meter.means()
+        if number != 1 and number % self.every and number != trainer.steps:
+            return
+        trainer.confirm()
+        progress, means = trainer.progress, trainer.meter.means()  # without names that no row gave anything for
         seconds, tokens = progress.seconds - self.since, self.tokens
         self.since, self.tokens = progress.seconds, 0
-        metrics: Metrics = {
+        metrics = {
             "rows": progress.rows,
             "tokens": progress.tokens,
             "supervised_tokens": progress.supervised_tokens,
             "seconds": progress.seconds,
             "epoch": progress.rows / trainer.epoch_rows,
-            **_taken(means, "loss", "nll"),
+            **{name: means.pop(name) for name in ("loss", "nll") if name in means},
             "lr": learning_rate(progress.step - 1, trainer.steps, trainer.config.optim),
-            **_taken(means, "grad_norm"),
+            **{name: means.pop(name) for name in ("grad_norm",) if name in means},
             "tokens_per_second": tokens / max(seconds, 1e-9),
             **device_memory(trainer.device),
         }
-        return metrics | {f"objective/{name}": value for name, value in means.items()}
-
-
-def _taken(means: Metrics, *names: str) -> Metrics:
-    """Move `names` out of `means`; what no row gave anything for since the last line is not there."""
-    return {name: means.pop(name) for name in names if name in means}
-
-
-class Measure(Protocol):
-    """Runs the battery on the policy as it is now. Raises Interrupted when the run is asked to stop."""
-
-    def __call__(self) -> Evaluation: ...
+        self.log.train_line(number, metrics | {f"objective/{name}": value for name, value in means.items()})
 
 
 @dataclass
 class EvaluationHook:
-    """The battery before the first step, every `every` steps and after the last, and which step was the best."""
+    """An evaluation before the first step, every `every` steps and after the last, and which step was the best."""
 
-    measure: Measure
-    tracker: Tracker
-    display: Display
+    measure: Callable[[], Evaluation]  # raises Interrupted when asked to stop
+    log: StageLog
     every: int
-    before: bool
+    at_start: bool
     best: str
     best_mode: str
-    told: bool = False  # that `best` names nothing
+    warned: bool = False  # that `best` names no metric
 
     def start(self, trainer: Trainer) -> None:
-        """Before the first step, and on a resume whose battery was cut short."""
-        self._maybe(trainer)
-
-    def after_step(self, trainer: Trainer, step: Step) -> None:
-        self._maybe(trainer)
-
-    def _due(self, step: int, steps: int) -> bool:
-        if step == 0:
-            return self.before
-        return step == steps or bool(self.every and step % self.every == 0)
-
-    def _maybe(self, trainer: Trainer) -> None:
-        progress = trainer.progress
-        if progress.evaluated >= progress.step or not self._due(progress.step, trainer.steps):
+        """Before the first step, and on a resume whose evaluation was cut short."""
+        progress, step = trainer.progress, trainer.progress.step
+        due = self.at_start if step == 0 else step == trainer.steps or bool(self.every and step % self.every == 0)
+        if not due or progress.evaluated >= step:
             return
         trainer.confirm()
         try:
-            battery = self.measure()
+            evaluation = self.measure()
         except Interrupted:
-            return  # `evaluated` stays behind: the resumed run measures this step first
-        progress.evaluated = progress.step
-        self._note_best(trainer, battery.metrics)
-        if battery.metrics:
-            axes: Metrics = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
-            self.tracker.log(progress.step, axes | battery.metrics)
-        if battery.samples:
-            self.tracker.samples(progress.step, battery.samples)
-        self.display.battery(progress.step, battery)
+            return  # `evaluated` stays behind: the resumed run evaluates this step first
+        progress.evaluated = step
+        self._note_best(progress, evaluation.metrics)
+        self.log.evaluation(progress, evaluation)
 
-    def _note_best(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
-        value, progress = metrics.get(self.best), trainer.progress
-        if metrics and value is None and not self.told:
-            self.told = True
-            self.display.message(f"eval.best={self.best} is not measured here: no best checkpoint is kept")
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        self.start(trainer)
+
+    def _note_best(self, progress: Progress, metrics: Mapping[str, float]) -> None:
+        value = metrics.get(self.best)
+        if metrics and value is None and not self.warned:
+            self.warned = True
+            self.log.console.message(f"eval.best={self.best} is not measured here: no best checkpoint is kept")
         if value is None or not math.isfinite(value) or progress.step == 0:
             return
         sign = 1 if self.best_mode == "max" else -1
@@ -720,104 +494,86 @@ class CheckpointHook:
         self.saved = trainer.progress.step
 
 
-# --- What a sitting leaves: `result.json`, the last card, and what one would type next.
+# --- The parts of `result.json`.
+
+COUNTERS = ("rows", "tokens", "supervised_tokens", "seconds")
 
 
-GIGABYTE = 1e9
+def total_progress(results: Iterable[Mapping[str, Any]]) -> Progress:
+    """The counters of stages together; one that trained nothing has none."""
+    total = Progress()
+    for result in results:
+        total.step += result.get("steps", 0)
+        for name in COUNTERS:
+            setattr(total, name, getattr(total, name) + result.get(name, 0))
+    return total
 
 
-def leave_result(run: Run, result: Mapping[str, Any], code: int, say: Callable[[str], None]) -> int:
-    """Write `result.json`; the exit code. Where there is no room, the run counts as interrupted and can be resumed."""
-    try:
-        write_json(run.path / "result.json", result)
-    except UftError as error:
-        say(str(error))
-        return FAILED
-    return code
-
-
-def last_words(
-    run: Run, record: Callable[[str], Mapping[str, Any]], say: Callable[[str], None]
-) -> Callable[[str], None]:
-    """What a run that hangs does before it is ended: its result is what is on disk. `record`: of why it failed."""
-
-    def speak(why: str) -> None:
-        note(why)
-        if ranks().is_rank0:
-            leave_result(run, record(why), FAILED, say)
-            say(f"{why}\nContinue it:  uft resume {shown(run.path)}")
-
-    return speak
-
-
-def result_record(
-    progress: Progress, config: Config, device: torch.device, wall_seconds: float, lines: Iterable[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What `result.json` says besides how it ended: counters, final and best metrics."""
-    best_step, best_value = progress.best_step, progress.best_value
+def best_record(progress: Progress, metric: str) -> dict[str, Any]:
+    """The best evaluation, within the folder of its stage."""
+    step, value = progress.best_step, progress.best_value
     return {
-        "steps": progress.step,
-        "rows": progress.rows,
-        "tokens": progress.tokens,
-        "supervised_tokens": progress.supervised_tokens,
-        "seconds": progress.seconds,
-        "wall_seconds": wall_seconds,
-        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
-        "peak_memory_bytes": peak_memory(device),
-        "final": final_metrics(lines),
-        "best": {config.eval.best: best_value} if best_value is not None else {},
-        "best_step": best_step,
-        "best_checkpoint": f"checkpoints/step-{best_step:06d}" if best_step is not None else None,
+        "best": {metric: value} if value is not None else {},
+        "best_step": step,
+        "best_checkpoint": f"checkpoints/step-{step:06d}" if step is not None else None,
     }
 
 
-def ending(result: Mapping[str, Any], total_steps: int, commands: Sequence[str]) -> Ending:
-    """The last card."""
-    return Ending(
-        status=result["status"],
-        steps=result["steps"],
-        total_steps=total_steps,
-        seconds=result["seconds"],
-        tokens=result["tokens"],
-        final=result["final"],
-        best=result["best"],
-        best_step=result["best_step"],
-        best_checkpoint=result["best_checkpoint"],
-        peak_memory_gb=result["peak_memory_bytes"] / GIGABYTE,
-        error=result["error"],
-        commands=commands,
-    )
-
-
-def final_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """The last training loss and likelihood, and the last battery, as they were written: an earlier sitting counts."""
-    found: dict[str, float] = {}
+def result_record(
+    progress: Progress,
+    best: Mapping[str, Any],
+    device: torch.device,
+    started: float,
+    lines: Iterable[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Counters, final and best metrics. `lines` of metrics.jsonl, those of earlier sessions too: the last training
+    loss and likelihood and the last evaluation are final."""
+    final: dict[str, float] = {}
     for line in lines:
-        battery = {name: value for name, value in line.items() if name.startswith("eval/")}
-        kept = {name: value for name, value in found.items() if not (battery and name.startswith("eval/"))}
-        found = {**kept, **{name: line[name] for name in ("loss", "nll") if name in line}, **battery}
-    return found
+        evaluated = {name: value for name, value in line.items() if name.startswith("eval/")}
+        if evaluated:
+            final = {name: value for name, value in final.items() if not name.startswith("eval/")}
+        final |= {name: line[name] for name in ("loss", "nll") if name in line} | evaluated
+    return {
+        "steps": progress.step,
+        **{name: getattr(progress, name) for name in COUNTERS},
+        "wall_seconds": time.perf_counter() - started,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+        "peak_memory_bytes": peak_memory(device),
+        "final": final,
+        **best,
+    }
 
 
-OWN = ("objective", "experiment", "run.", "++run.", "++sweep.")
-"""What was typed for this run alone: its objective (an experiment sets one too) and its folder."""
+def error_text(error: Exception, config: Config) -> str:
+    """The error of `result.json`. The traceback of an unforeseen one goes to stderr."""
+    if isinstance(error, PeerLost):
+        return f"another process of this run ended ({error})"
+    if isinstance(error, UftError):
+        text = str(error)
+    elif out_of_memory(error):
+        text = str(explain_oom(error, "memory", config))
+    elif isinstance(error, OSError) and error.errno in FULL and error.filename:
+        text = str(UftError(problem(Path(error.filename), error.errno)))
+    else:
+        tell_redacted(type(error), error, error.__traceback__)
+        text = f"{type(error).__name__}: {error}"
+    note(text)
+    return text
+
+
+OWN_KEYS = ("objective", "experiment", "run.", "++run.", "++sweep.")
+"""Overrides that belong to this run alone: its objective (an experiment sets one too) and its folder."""
 
 
 def next_commands(run: Run, config: Config, status: str) -> list[str]:
-    """What one would type next."""
+    """Commands to go on with."""
     if status != "finished":
         return [f"uft resume {shown(run.path)}"]
+    generate = f"uft generate {shown(run.path)}      what it answers now"
+    if config.stages:
+        return [generate]
     other = "sft" if config.objective["name"] != "sft" else "ift"
-    kept = [word for word in run.overrides() if not word.startswith(OWN)]
+    kept = [word for word in run.overrides() if not word.startswith(OWN_KEYS)]
     again = shlex.join(["uft", "train", f"objective={other}", *kept])
-    return [
-        f"{again}      the same rows under another objective",
-        f"uft generate {shown(run.path)}      what it answers now",
-    ]
-
-
-def next_commands_of_stages(run: Run, status: str) -> list[str]:
-    """Likewise after a run of stages."""
-    if status != "finished":
-        return [f"uft resume {shown(run.path)}"]
-    return [f"uft generate {shown(run.path)}      what it answers now"]
+    return [f"{again}      the same rows under another objective", generate]

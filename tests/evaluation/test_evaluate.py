@@ -10,7 +10,7 @@ from uft.config.schema import Eval, Lora, Model, ReferenceModel
 from uft.data.chat import Renderer
 from uft.data.rows import Completion, Message, Row
 from uft.data.sources import load_sources
-from uft.evaluation.evaluate import HeldOut, distinct, evaluate, shown
+from uft.evaluation.evaluate import HeldOut, check_step_zero, distinct_prompts, evaluate, prompt_text
 from uft.model.load import load_base, load_model, load_tokenizer
 from uft.model.policy import Policy
 from uft.model.reference import make_reference
@@ -173,7 +173,7 @@ def test_samples_are_the_first_prompts_with_the_checkers_word(measure, held):
     found = measure(policy)
     by_source = {source.name: [s for s in found.samples if s.source == source.name] for source in held}
     for source in held:
-        rows = distinct(source.rows, SETTINGS.samples)
+        rows = distinct_prompts(source.rows, SETTINGS.samples)
         assert [sample.row for sample in by_source[source.name]] == [row.id for row in rows]
         assert [sample.prompt for sample in by_source[source.name]] == [row.prompt[0].content for row in rows]
         assert all(sample.answer == row.answer for sample, row in zip(by_source[source.name], rows, strict=True))
@@ -190,7 +190,7 @@ def test_every_checked_row_counts_once(measure, held):
     assert len(pairs) == 5
     for name in ("exact_match", "correct", "plain"):
         assert everything.metrics[f"eval/pairs/{name}"] == pytest.approx(sum(v[name] for v in pairs) / 5)
-    count = sum(len(distinct(source.rows, 5)) for source in held)
+    count = sum(len(distinct_prompts(source.rows, 5)) for source in held)
     mean = sum(s.verdict["correct"] for s in everything.samples) / count
     assert everything.metrics["eval/correct"] == pytest.approx(mean)
     assert "eval/nll" not in everything.metrics
@@ -232,13 +232,39 @@ def test_a_request_to_stop_ends_it_and_leaves_the_mode(measure, polls):
 
 def test_prompts_for_the_eye():
     prompt = (Message("system", "Be brief."), Message("user", "Hi"))
-    assert shown(prompt) == "system: Be brief.\nuser: Hi"
-    assert shown(prompt[1:]) == "Hi"
+    assert prompt_text(prompt) == "system: Be brief.\nuser: Hi"
+    assert prompt_text(prompt[1:]) == "Hi"
 
 
 def test_a_prompt_is_answered_once():
     rows = [
         Row("s", n, (Message("user", p),), (Completion((Message("assistant", "x"),)),)) for n, p in enumerate("aab")
     ]
-    assert [row.index for row in distinct(rows, 5)] == [0, 2]
-    assert [row.index for row in distinct(rows, 1)] == [0]
+    assert [row.index for row in distinct_prompts(rows, 5)] == [0, 2]
+    assert [row.index for row in distinct_prompts(rows, 1)] == [0]
+
+
+# --- before the first step
+
+
+def test_equal_log_probs_are_right():
+    log_probs = torch.tensor([-1.0, -2.0, -1e4])
+    assert check_step_zero(log_probs, log_probs.clone(), 0.0) == []
+    assert check_step_zero(log_probs, log_probs + 1e-5, 1e-3) == []
+    assert check_step_zero(torch.zeros(0), torch.zeros(0), 1e-3) == []
+
+
+def test_a_difference_is_measured_and_explained():
+    first, *causes = check_step_zero(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.0, -2.5, -3.0]), 1e-3)
+    assert "1 of 3" in first
+    assert "0.5" in first
+    assert any("dropout" in cause for cause in causes)
+    assert any("reference.path" in cause for cause in causes)
+
+
+def test_what_is_not_finite_is_never_within_tolerance():
+    broken = torch.tensor([-1.0, float("nan")])
+    assert check_step_zero(broken, broken, 1.0) == [
+        "1 of 2 log-probs of the policy are not finite",
+        "1 of 2 log-probs of the reference are not finite",
+    ]

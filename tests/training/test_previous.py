@@ -1,0 +1,79 @@
+"""Run folders of the previous version (commit eebb614): resumed, listed, compared and generated from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from dying import lines
+from uft.cli.generate import with_model
+
+from uft import cli
+from uft.config.frozen import load_config, typed
+from uft.errors import GOOD
+from uft.runs import Run
+from uft.training import jobs, session
+from uft.training.liveness import Stop
+
+
+@pytest.fixture
+def previous(tmp_path: Path, model_folder: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that the old program worked in. In runs/: `plain`, stopped at step 5 of 7; `stages`, stopped in its
+    second stage; `sweep`, a finished run and one that never started. In whole/: results of the same two unstopped."""
+    with tarfile.open(Path(__file__).with_name("previous_runs.tar.xz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    shutil.copytree(model_folder, tmp_path / "tiny")
+    (tmp_path / "rows").mkdir()
+    for kind in ("demonstration", "preference"):
+        shutil.copy(files[kind], tmp_path / "rows")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["plain", "stages"])
+def test_a_stopped_run_goes_on_and_its_model_answers(name: str, previous: Path) -> None:
+    """What was written stays as it is, and the run ends where the old program would have ended it."""
+    run = Run(previous / "runs" / name)
+    before, whole = run.metrics_file.read_text(), json.loads((previous / f"whole/{name}/result.json").read_text())
+    assert (run.status, run.result()["steps"]) == ("stopped", run.steps)
+    assert session.train(run, load_config(run.config_file), Stop()) == GOOD
+    result = run.result()
+    assert run.metrics_file.read_text().startswith(before)
+    assert [line["step"] for line in lines(run.metrics_file) if "loss" in line][-1] == whole["steps"]
+    for key in ("steps", "rows", "tokens", "supervised_tokens", "best_step", "best_checkpoint"):
+        assert result[key] == whole[key], key
+    assert result["final"] == pytest.approx(whole["final"], rel=1e-3, abs=1e-4)
+    assert list(result.get("stages", {})) == list(whole.get("stages", {}))
+
+    settings = with_model(run)
+    settings["generate"] |= {"limit": 2, "max_new_tokens": 3}
+    assert jobs.generate(typed(settings)) == GOOD
+    assert {line["sampled_by"] for line in lines(run.path / "generated.jsonl")} == {str(run.model_dir)}
+
+
+def test_they_are_listed_and_compared(previous: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ls", "runs", "--json"]) == GOOD
+    found = {run["name"]: (run["status"], run["steps"]) for run in json.loads(capsys.readouterr().out)}
+    assert found == {
+        "plain": ("stopped", 5),
+        "stages": ("stopped", 4),
+        "beta0.1": ("finished", 3),
+        "beta0.3": ("waiting", 0),
+    }
+    assert cli.main(["compare", "runs", "--out", "compared", "--json"]) == GOOD
+    compared = json.loads(capsys.readouterr().out)
+    assert {"plain", "stages", "beta0.1"} == {run["name"] for run in compared["runs"]}
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on(previous: Path) -> None:
+    for file in (*previous.glob("runs/sweep/*/run.json"), previous / "runs/sweep/sweep.json"):
+        file.write_text(file.read_text().replace("/tmp/oldruns", str(previous)))
+    before = (previous / "runs/sweep/beta0.1/metrics.jsonl").read_text()
+    assert cli.main(["resume", "runs/sweep"]) == GOOD
+    assert (previous / "runs/sweep/beta0.1/metrics.jsonl").read_text() == before
+    assert Run(previous / "runs/sweep/beta0.3").result()["steps"] == 3

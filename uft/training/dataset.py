@@ -1,0 +1,356 @@
+"""The data of a run's stages: from files to token ids, the rows that an objective can use, and how much is drawn.
+
+The data of all stages is read before the first of them begins, so that every mistake in any of it is told then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from uft.config.frozen import adds
+from uft.config.schema import Config, Data
+from uft.config.stages import Stage, made, rows_of
+from uft.data.chat import Renderer
+from uft.data.loader import RowSampler
+from uft.data.mixture import Mixture, epoch_rows, mixture_weights, portion
+from uft.data.report import data_report
+from uft.data.rows import Kind, Row, Selection, View, content_digest
+from uft.data.sources import LoadedSource, load_sources
+from uft.data.table import grouped, kinds, pick, prompt_words
+from uft.data.tokens import TokenizedSource, tokenize_all
+from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
+from uft.evaluation.evaluate import HeldOut
+from uft.model.load import load_tokenizer
+from uft.objectives import make
+from uft.objectives.base import Objective
+from uft.objectives.views import kind_table
+from uft.runs import Run, cache_root, read_json
+from uft.sampling.annotate import ANNOTATORS
+
+
+def cache_dir(config: Config) -> Path:
+    """Root of the token and reference caches."""
+    return cache_root(config.data.cache)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Every source of the mixture, read and tokenised; training rows and held-out rows apart."""
+
+    loaded: list[LoadedSource]
+    renderer: Renderer
+    train: list[TokenizedSource]
+    held_out: list[TokenizedSource]
+    weights: list[float]
+    digest: str  # of everything that decides which tokens are trained on in which order
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(source.rows) for source in self.train]
+
+
+def read_train_data(
+    config: Config, tokenizer: PreTrainedTokenizerBase, loaded: list[LoadedSource] | None = None
+) -> TrainData:
+    """Load (unless `loaded`), render and tokenise. Raises UftError with everything that is wrong with the data."""
+    loaded = load_sources(config.data) if loaded is None else loaded
+    renderer = Renderer(tokenizer, config.data.template)
+    max_length, too_long, folder = config.train.max_length, config.data.too_long, cache_dir(config)
+    # a source with a share of zero is measured, never drawn: its training rows need not even fit
+    drawn: dict[str, Sequence[Row]] = {s.name: s.rows if config.data.sources[s.name].share != 0 else () for s in loaded}
+    train = tokenize_all(drawn, renderer, max_length, too_long, folder)
+    empty = [s.source for s in train if not s.rows and drawn[s.source]]
+    if empty:
+        raise UftError(*(Problem(f"data.sources.{name}", "no row is left to train on") for name in empty))
+    portions = [portion(s.source, s.rows, config.data.sources[s.source].share) for s in train]
+    weights = mixture_weights(portions, config.data.ratio)
+    order = [[s.digest for s in loaded], weights, config.seeds.data, config.train.batch_size]
+    rendered = [renderer.digest, max_length, too_long]
+    digest = hashlib.sha256(json.dumps([order, rendered]).encode()).hexdigest()[:16]
+    return TrainData(loaded, renderer, train, tokenize_held_out(config, renderer, loaded), weights, digest)
+
+
+def tokenize_held_out(config: Config, renderer: Renderer, loaded: Sequence[LoadedSource]) -> list[TokenizedSource]:
+    """The held-out rows of every source that has some. Too long ones are cut: nothing is learned from them."""
+    too_long = "truncate" if config.data.too_long == "error" else config.data.too_long
+    rows = {source.name: source.held_out for source in loaded if source.held_out}
+    tokenized = tokenize_all(rows, renderer, config.train.max_length, too_long, cache_dir(config))
+    return [source for source in tokenized if source.rows]
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Rows and steps of a whole run or stage."""
+
+    epoch_rows: int
+    total_rows: int
+    steps: int
+
+
+def make_horizon(config: Config, dataset: TrainData) -> Horizon:
+    """train.steps whole batches, or train.epochs passes whose last batch may be short."""
+    one_epoch = epoch_rows(dataset.sizes, dataset.weights, config.data.exhaustion)
+    batch, steps = config.train.batch_size, config.train.steps
+    rows = steps * batch if steps is not None else max(1, round(config.train.epochs * one_epoch))
+    if config.data.exhaustion == "first":  # nothing is drawn twice: training ends where a source would run dry
+        rows = min(rows, one_epoch)
+    return Horizon(one_epoch, rows, math.ceil(rows / batch))
+
+
+@dataclass
+class StageData:
+    """A data set and the rows that a stage draws from it under its objective."""
+
+    dataset: TrainData
+    objective: Objective
+    sampler: RowSampler
+    horizon: Horizon
+
+    @classmethod
+    def of(cls, config: Config, dataset: TrainData, *, refuse: bool = True) -> StageData:
+        """Raises UftError about rows that the objective cannot use, unless not to `refuse` them."""
+        objective = make(config.objective)
+        sampler = make_sampler(config, dataset, objective, refuse=refuse)
+        return cls(dataset, objective, sampler, make_horizon(config, dataset))
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """`data.json`: what was asked of the data, and what all steps draw of it under the objective's own views."""
+        drawn, dataset = self.sampler.mixture, self.dataset
+        mixture = Mixture(drawn.names, drawn.sizes, drawn.weights, drawn.seed)  # from its first row on
+        unusable = {name: sum(rows for rows, _ in kinds.values()) for name, kinds in self.sampler.unusable().items()}
+        rows = self.horizon.total_rows
+        report = data_report(dataset.loaded, dataset.train, mixture, rows, self.sampler.views, unusable)
+        return {"run_digest": dataset.digest, "epoch_rows": self.horizon.epoch_rows, **report}
+
+    def refuse_other_data(self, run: Run) -> None:
+        """UftError where `data.json` of a begun run was of other rows: the checkpoint's cursors point into those."""
+        record = read_json(run.path / "data.json")
+        if record.get("run_digest", self.dataset.digest) == self.dataset.digest:
+            return
+        began = {name: entry["digest"] for name, entry in record.get("sources", {}).items()}
+        changed = [source for source in self.dataset.loaded if began.get(source.name) != source.digest]
+        problems = [Problem(f"data.sources.{s.name}", "its rows changed since the run began", s.path) for s in changed]
+        if not problems:
+            problems = [Problem("data", "rows become other tokens than when the run began (template or tokenizer)")]
+        raise UftError(*problems, footer="Put back what was there, or start another run.")
+
+
+def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, refuse: bool = True) -> RowSampler:
+    """The stream of rows under an objective's views.
+
+    Raises UftError about rows that the objective cannot use, unless data.unusable=drop or not to `refuse` them, and
+    where no row is left that it learns from.
+    """
+    names = [source.source for source in dataset.train]
+    mixture = Mixture(names, dataset.sizes, dataset.weights, config.seeds.data)
+    sampler = RowSampler(dataset.train, mixture, objective.views, config.train.max_length)
+    dropping = config.data.unusable == "drop"
+    if refuse and not dropping:
+        refuse_unusable(sampler, objective, config.data)
+    else:
+        sampler.views = complete_views(objective)
+    if refuse and not sampler.takes_anything():
+        drawn, name = sum(len(source.rows) for source in sampler.drawn), objective.name
+        if dropping:
+            problem = Problem("data.unusable=drop", f"objective={name} cannot use any of the {drawn:,} rows")
+            raise UftError(problem, footer="See why:  data.unusable=error")
+        problem = Problem("data", f"objective={name} learns from none of the {drawn:,} rows")
+        raise UftError(problem, footer="See what it takes of each row:  uft data")
+    return sampler
+
+
+# --- Rows that an objective cannot use, for example since they lack annotations that it requires of completions.
+
+
+def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data) -> None:
+    """Raise UftError with all unusable rows, the objective's line of the table of kinds, and the commands that help."""
+    problems = [
+        Problem(
+            f"data.sources.{source}",
+            f"objective={objective.name} cannot use {unusable.rows} {kind.value} row{'s' * (unusable.rows != 1)}",
+            where=unusable.first,
+        )
+        for source, kinds in sampler.unusable().items()
+        for kind, unusable in kinds.items()
+    ]
+    footer = []
+    if problems:
+        names, uses = kind_table({objective.name: objective})
+        footer += [f"What {uses[0]} takes of each kind of row:"]
+        footer += [f"  {kind:<14} {use}" for kind, use in zip(names[1:], uses[1:], strict=True)]
+        if objective.needs.columns:
+            footer.append(f"It needs {', '.join(sorted(objective.needs.columns))}; uft generate writes them.")
+        footer.append("")
+    lacking: dict[str, list[str]] = {}  # annotation -> the sources that lack it, as they are typed
+    for source in sampler.drawn:
+        without, first = Counter[str](), dict[str, str]()  # annotation -> rows that lack it, the id of one
+        for row, count in grouped(source.rows) if any(map(objective.annotations, kinds(source.rows))) else ():
+            for name in lacks(objective, row):
+                without[name] += count
+                first.setdefault(name, row.id)
+        for name, many in sorted(without.items()):
+            why = f"objective={objective.name} needs {name}, which {many:,} of {len(source.rows):,} rows lack"
+            problems.append(Problem(f"data.sources.{source.source}", why, where=first[name]))
+            lacking.setdefault(name, []).extend(adds(source.source, data.sources[source.source]))
+    for name, words in lacking.items():
+        models = ["annotate.models=[MODEL,...]"] if ANNOTATORS[name].models else []
+        footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")
+    if problems:
+        raise UftError(*problems, footer="\n".join([*footer, "Leave these rows out:  data.unusable=drop"]))
+
+
+def complete_views(objective: Objective) -> Mapping[Kind, View]:
+    """The objective's views, under which a row that lacks a required annotation is unusable."""
+
+    def complete(kind: Kind, view: View) -> View:
+        def selection(row: Row, visit: int) -> Selection | None:
+            return None if lacks(objective, row) else view(row, visit)
+
+        return selection if objective.annotations(kind) else view
+
+    return {kind: complete(kind, view) for kind, view in objective.views.items()}
+
+
+def lacks(objective: Objective, row: Row) -> frozenset[str]:
+    """The annotations that are missing on any completion that the objective selects of this row, at any visit."""
+    needed, view = objective.annotations(row.kind), objective.views.get(row.kind)
+    if not needed or view is None:
+        return frozenset()
+    visits = (view(row, visit) or () for visit in range(len(row.completions)))
+    selected = (row.completions[part.completion] for parts in visits for part in parts)
+    return frozenset(name for completion in selected for name in needed - completion.annotations.keys())
+
+
+def counted_as_certain(sampler: RowSampler, objective: Objective) -> list[str]:
+    """A sentence per source and optional annotation of pairs that would refine the loss and is missing."""
+    sentences = []
+    for source in sampler.drawn:
+        pairs = sum(count for kind, count in kinds(source.rows).items() if objective.refined_by(kind))
+        without = Counter[str]()
+        for row, count in grouped(source.rows) if pairs else ():
+            names = objective.refined_by(row.kind) - {name for c in row.completions for name in c.annotations}
+            without.update(dict.fromkeys(names, count))
+        sentences += [
+            f"{many:,} of {pairs:,} pairs of {source.source} have no {name}: they count as certain"
+            for name, many in sorted(without.items())
+        ]
+    return sentences
+
+
+# --- The data of all stages.
+
+
+@dataclass
+class RunData:
+    """The data of all stages of a run, and the rows on which all of them are evaluated.
+
+    The held-out rows are those of the sources of all stages, each source once. Rows that an earlier stage makes are
+    read when their stage begins (`read`); none of them is held out, and those whose prompt is held out are left out.
+    """
+
+    run: Run
+    tokenizer: PreTrainedTokenizerBase
+    refuse: bool = True  # rows that an objective cannot use
+    held_out: list[HeldOut] = field(default_factory=list)
+    stages: dict[str, StageData] = field(default_factory=dict)  # by the stage's name, once its rows are there
+    steps: dict[str, int] = field(default_factory=dict)
+    digest: str = ""  # of the data that was there from the start
+
+    @property
+    def total_steps(self) -> int:
+        """Of all stages whose rows are there."""
+        return sum(self.steps.values())
+
+    @property
+    def trained_held_out(self) -> int:
+        """Held-out rows whose prompt a stage trains on."""
+        trained = np.unique(_prompts(source.rows for stage in self.stages.values() for source in stage.dataset.train))
+        return int(np.isin(_prompts(held.rows for held in self.held_out), trained).sum())
+
+    def read(self, stage: Stage) -> None:
+        """Read the rows of a stage that trains. Raises UftError with everything that is wrong with them."""
+        config, loaded = located(stage.config, self.run), None
+        if config is not stage.config:
+            held_out = _prompts(held.rows for held in self.held_out)
+            loaded = load_sources(config.data)
+            for number, source in enumerate(loaded):
+                if made(stage.config.data.sources[source.name].path):
+                    apart = np.isin(prompt_words(source.rows), held_out)
+                    rows = pick(source.rows, np.flatnonzero(~apart).tolist())
+                    loaded[number] = replace(source, rows=rows, digest=content_digest(rows))
+        dataset = read_train_data(config, self.tokenizer, loaded)
+        self.stages[stage.name] = StageData.of(config, dataset, refuse=self.refuse)
+        self.steps[stage.name] = self.stages[stage.name].horizon.steps
+
+    def hold_out(self, stage: Stage) -> None:
+        """Add the held-out rows of a stage's sources. Raises UftError where one name means different rows."""
+        if stage.name in self.stages:
+            loaded, tokenized = self.stages[stage.name].dataset.loaded, self.stages[stage.name].dataset.held_out
+        else:
+            config = stage.config
+            there = {name: source for name, source in config.data.sources.items() if not made(source.path)}
+            loaded = load_sources(replace(config.data, sources=there)) if there else []
+            tokenized = tokenize_held_out(config, Renderer(self.tokenizer, config.data.template), loaded)
+        checkers = {source.name: source.checker for source in loaded}
+        known = {held.name: held for held in self.held_out}
+        for source in tokenized:
+            held = HeldOut(source.source, source.rows, source.encoded, checkers[source.source])
+            if held.name not in known:
+                self.held_out.append(held)
+            elif content_digest(known[held.name].rows) != content_digest(held.rows):
+                why = f"holds out other rows in stage {stage.name} than in a stage before it"
+                raise UftError(Problem(f"data.sources.{held.name}", why, advice=("give one of the two another name",)))
+
+
+def read_run_data(run: Run, config: Config, stages: Sequence[Stage], *, refuse: bool = True) -> RunData:
+    """Read the rows of all stages that are there. Raises UftError with everything that is wrong with any of them."""
+    data = RunData(run, load_tokenizer(config.model), refuse)
+    errors: list[UftError] = []
+    for stage in stages:
+        try:
+            if stage.do == "fit" and not has_made_rows(stage.config.data):
+                data.read(stage)
+            data.hold_out(stage)
+        except UftError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        problems = dict.fromkeys(problem for error in errors for problem in error.problems)
+        code = FAILED if any(error.code == FAILED for error in errors) else BAD_REQUEST
+        raise UftError(*problems, footer=errors[-1].footer, code=code)
+    data.held_out.sort(key=lambda held: held.name)
+    digests = {name: stage.dataset.digest for name, stage in data.stages.items()}
+    data.digest = digests.get("") or hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
+    return data
+
+
+def _prompts(sides: Iterable[Sequence[Row]]) -> np.ndarray:
+    """(rows of all sides,) uint64, see prompt_words."""
+    return np.concatenate([np.empty(0, np.uint64), *map(prompt_words, sides)])
+
+
+def has_made_rows(data: Data) -> bool:
+    """Whether a stage of the run makes some of the rows."""
+    return any(made(source.path) for source in data.sources.values())
+
+
+def located(config: Config, run: Run) -> Config:
+    """`config` with the files that earlier stages made in place of their names."""
+    sources = dict(config.data.sources)
+    for name, source in sources.items():
+        if made(source.path):
+            sources[name] = replace(source, path=str(rows_of(run.path, source.path, name)), holdout=0.0)
+    return replace(config, data=replace(config.data, sources=sources)) if has_made_rows(config.data) else config
