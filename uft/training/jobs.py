@@ -188,7 +188,8 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
         started = time.perf_counter()
         with oom_advice("the largest step", config, longest):
             blanks = padding_batches(laid.batches, laid.blank)
-            forward_backward(trainer.objective, laid.batches, trainer.policy, trainer.reference, context, device, blanks)
+            forwards = (trainer.policy, trainer.reference)
+            forward_backward(trainer.objective, laid.batches, *forwards, context, device, blanks)
             trainer.optimiser.step()  # its moments are memory too
         if device.type == "cuda":
             torch.cuda.synchronize(device)
