@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from uft.data import table, tokens
 from uft.data.chat import Renderer
-from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest, line, said
+from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest, decode_row, encode_row
 from uft.data.sources import hold_out, load_sources
 from uft.data.table import RowTable, StoredRows, Writer, grouped, kinds, like, pick, prompt_words
 from uft.data.tokens import tokenize
@@ -49,10 +49,10 @@ rows_of = st.builds(
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(row=rows_of)
 def test_a_line_says_what_the_row_says(row):
-    read = said(line(row), row.source, row.index)
+    read = decode_row(encode_row(row), row.source, row.index)
     assert read == row
     assert content_digest([read]) == content_digest([row])  # -0.0 and 0.0, 1 and 1.0 are equal, and not the same
-    assert line(row).count(b"\n") == 1
+    assert encode_row(row).count(b"\n") == 1
 
 
 # --- both ways
@@ -210,8 +210,8 @@ def test_a_store_is_a_sequence(both):
 
 def test_rows_are_read_in_blocks_and_larger_rows_alone(both):
     _, disk = both
-    sizes = [len(block) for block in disk.blocks()]
-    longest = max(len(line(row)) for row in disk)
+    sizes = [len(block) for block in disk.encoded()]
+    longest = max(len(encode_row(row)) for row in disk)
     assert len(sizes) > 5
     assert max(sizes) <= max(table.BLOCK, longest)
 
@@ -318,7 +318,7 @@ def test_a_hit_reads_no_row(tokenizer, tmp_path, large, monkeypatch):
     large()
     tokenize("mine", loaded(path).rows, renderer, 1000, "error", tmp_path)
     rows = loaded(path).rows
-    monkeypatch.setattr(table, "said", lambda *a: pytest.fail("a row was read"))
+    monkeypatch.setattr(table, "decode_row", lambda *a: pytest.fail("a row was read"))
     assert tokenize("mine", rows, renderer, 1000, "error", tmp_path).cache == "hit"
 
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from uft.config.schema import Data, Source
 from uft.data import formats
-from uft.data.formats import Fields, Format, Unreadable
+from uft.data.formats import Format, ParsedRecord, Unreadable
 from uft.data.rows import Kind, Row, content_digest, prompt_hash
 from uft.data.table import RowCollector, kinds, pick, prompt_words
 from uft.errors import Problem, UftError
@@ -164,7 +164,7 @@ def _rows(
     return good.rows(), bad
 
 
-def _parsed(name: str, source: Source, table: Table) -> Iterator[Fields | BadRow]:
+def _parsed(name: str, source: Source, table: Table) -> Iterator[ParsedRecord | BadRow]:
     if not table.records:
         yield from (found for found in table.find() if isinstance(found, BadRow))
         return

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast, overload
 
 import numpy as np
 
-from uft.data.formats import Fields
-from uft.data.rows import Completion, Kind, Row, Says, kind_of, line, prompt_hash, said
+from uft.data.formats import ParsedRecord
+from uft.data.rows import Completion, Kind, Row, RowContent, decode_row, encode_row, kind_of, prompt_hash
 from uft.runs import writing
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def like(rows: Sequence[Row], place: int) -> Row:
     return rows.like(place) if isinstance(rows, RowTable) else rows[place]
 
 
-def prompt_word(row: Says) -> int:
+def prompt_word(row: RowContent) -> int:
     return int(prompt_hash(row.prompt)[:16], 16)
 
 
@@ -125,7 +125,7 @@ class Lines:
         return os.pread(self.file.handle.fileno(), end - start, start)
 
     def row(self, number: int) -> Row:
-        return said(self.read(number, number + 1), self.source, number)
+        return decode_row(self.read(number, number + 1), self.source, number)
 
     def pieces(self, first: int, after: int) -> Iterator[tuple[int, int]]:
         """[first, after) in pieces of about a block, of a row at least."""
@@ -158,9 +158,9 @@ class StoredRows(RowTable):
         for first, after in self._pieces():
             block, ends = self.lines.read(first, after), self.lines.offsets[first : after + 1].tolist()
             for number, left, right in zip(range(first, after), ends, ends[1:], strict=False):
-                yield said(block[left - ends[0] : right - ends[0]], self.lines.source, number)
+                yield decode_row(block[left - ends[0] : right - ends[0]], self.lines.source, number)
 
-    def blocks(self) -> Iterator[bytes]:
+    def encoded(self) -> Iterator[bytes]:
         """The lines of all rows in their order, many at once."""
         return (self.lines.read(first, after) for first, after in self._pieces())
 
@@ -220,8 +220,8 @@ class Writer:
     def __len__(self) -> int:
         return len(self._kinds)
 
-    def add(self, row: Says) -> None:
-        written = line(row)
+    def add(self, row: RowContent) -> None:
+        written = encode_row(row)
         with writing(self._file.place):
             self._file.handle.write(written)
         self._offsets.append(self._offsets[-1] + len(written))
@@ -293,12 +293,12 @@ class RowCollector:
 
     def __init__(self, name: str, limit: int | None, folder: Path) -> None:
         self.name, self.limit, self.folder = name, limit, folder
-        self._held: list[Fields] = []  # in memory, until they are too many
+        self._held: list[ParsedRecord] = []  # in memory, until they are too many
         self._text = self._alone = 0  # characters held; rows so far that nothing can be added to
         self._writer: Writer | None = None
         self._scored, self._prompts = array("q"), bytearray()  # records with a score; 16 bytes of each one's prompt
 
-    def add(self, fields: Fields) -> None:
+    def add(self, fields: ParsedRecord) -> None:
         """The next record."""
         if fields.completions[0].score is None:
             if self.limit is not None and self._alone >= self.limit:
@@ -334,7 +334,7 @@ class RowCollector:
             self._write(self._writer, one)
         self._held.clear()
 
-    def _write(self, writer: Writer, fields: Fields) -> None:
+    def _write(self, writer: Writer, fields: ParsedRecord) -> None:
         if fields.completions[0].score is not None:
             self._scored.append(len(writer))
             self._prompts += _prompt_key(fields)
@@ -354,9 +354,9 @@ class RowCollector:
         return writer.done()
 
 
-def _grouped(found: Sequence[Fields]) -> list[Fields]:
+def _grouped(found: Sequence[ParsedRecord]) -> list[ParsedRecord]:
     """The same of records in memory."""
-    grouped: list[Fields] = []
+    grouped: list[ParsedRecord] = []
     places: dict[Any, int] = {}
     for fields in found:
         if fields.completions[0].score is None:
@@ -393,12 +393,12 @@ def _leaders(count: int, scored: np.ndarray, prompts: np.ndarray) -> np.ndarray:
     return leaders
 
 
-def _prompt_key(fields: Says) -> bytes:
+def _prompt_key(fields: RowContent) -> bytes:
     """16 bytes that two different prompts do not share."""
     turns = json.dumps([[turn.role, turn.content] for turn in fields.prompt])
     return hashlib.blake2b(turns.encode("utf-8"), digest_size=16).digest()
 
 
-def _characters(fields: Says) -> int:
+def _characters(fields: RowContent) -> int:
     turns = (turn for one in fields.completions for turn in one.turns)
     return sum(len(turn.content) for turn in (*fields.prompt, *turns))

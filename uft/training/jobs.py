@@ -21,7 +21,7 @@ from uft.config.schema import Config, Data, Model, Source
 from uft.config.stages import ROWS, Stage, made, maker, stages_of
 from uft.config.typed import adds
 from uft.data.chat import Renderer, Tokens
-from uft.data.formats import write_rows, written_here
+from uft.data.formats import write_rows, is_rows_file
 from uft.data.report import coloured, length_histogram, merged_lengths, report_table
 from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
@@ -513,7 +513,7 @@ def _reason(file: Path, read: Collection[Path]) -> str | None:
         return "would stand among the rows it is made from"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        if place.exists() and not written_here(place):
+        if place.exists() and not is_rows_file(place):
             return "was not written by uft annotate; it is left as it is"
     except OSError as error:
         return f"cannot be written: {error.strerror}"
