@@ -631,12 +631,13 @@ def to_records(row: Row) -> list[dict[str, Any]]:
             columns["negative_log_probs"] = [c.log_prob for c in sampled]
         records = [(columns, row.completions)]
     elif kind is Kind.PREFERENCE:
-        assert first.preferred and len(replies) == 2, "a pair is (chosen, rejected)"
-        records = [({"chosen": replies[0], "rejected": replies[1]}, row.completions)]
+        assert first.preferred, "a pair is (chosen, rejected)"
+        chosen, rejected = replies
+        records = [({"chosen": chosen, "rejected": rejected}, row.completions)]
     else:
-        assert len(replies) == 1
+        (reply,) = replies
         label = {"label": first.label} if kind is Kind.BINARY else {}
-        records = [({"completion": replies[0], **label}, row.completions)]
+        records = [({"completion": reply, **label}, row.completions)]
     start = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
     end = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
     return [{**start, **columns, **_annotation_columns(completions), **end} for columns, completions in records]
