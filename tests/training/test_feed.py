@@ -13,7 +13,8 @@ from uft.data.chat import Tokens
 from uft.data.loader import RowSampler
 from uft.data.mixture import Mixture, RowIndex
 from uft.data.rows import Completion, Kind, Message, Row
-from uft.data.tokens import EncodedRows, Packer
+from uft.data.table import TableFile
+from uft.data.tokens import EncodedRows, record_batch
 from uft.objectives import make
 
 SIZES = {"demonstration": 7, "preference": 5, "binary": 6, "scored": 4, "negatives": 3}
@@ -45,9 +46,8 @@ def source_of(kind: str) -> Source:
         ids = np.array([1, row, completion, *more, 2], np.int32)
         return Tokens(ids, np.arange(len(ids)) >= 2, 2)
 
-    packer = Packer()
-    packer.add((i, [encoded(i, c) for c in range(len(row.completions))]) for i, row in enumerate(rows))
-    return Source(kind, rows, packer.packed())
+    batch = record_batch((i, tuple(encoded(i, c) for c in range(len(row.completions)))) for i, row in enumerate(rows))
+    return Source(kind, rows, EncodedRows(TableFile((batch,))))
 
 
 @pytest.fixture
