@@ -287,7 +287,7 @@ def test_rows_are_parsed_once_for_all_processes(tmp_path, large, monkeypatch, ca
     assert [row.where for row in again.dropped] == [f"{path}:{COUNT + 1}"]
     for change in ({"limit": 30}, {"score_range": [0, 2]}, {"columns": {"score": "score"}}):  # each its own entry
         load_sources({**data, "sources": {"mine": {"path": str(path), **change}}})
-    path.write_text(path.read_text() + json.dumps(scored(COUNT)) + "\n")
+    path.write_text(path.read_text() + json.dumps({**scored(COUNT), "prompt": "new"}) + "\n")
     assert len(load_sources(data)[0].rows) > len(first.rows)
     assert len(list(entry.parent.iterdir())) == 5
     damaged = entry / "table.arrow"
@@ -391,16 +391,17 @@ def test_a_disk_that_fills_while_tokens_are_written_costs_only_the_cache(
 
 def test_memory_does_not_grow_with_the_rows(tokenizer, tmp_path, monkeypatch):
     """Bytes that Python holds at the peak, for 500 rows and for 2,000, of which a hundred may be in memory."""
-    monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(table, "BATCH_ROWS", 64)
     monkeypatch.setattr(table, "PART", 64)
     monkeypatch.setattr(table, "SPILL", 1 << 14)
     monkeypatch.setattr(tokens, "CHUNK", 64)
     monkeypatch.setattr(sources, "KEPT_BYTES", 0)
+    monkeypatch.setattr(sources, "CACHED_BYTES", 0)
     renderer = Renderer(tokenizer)
 
     def grown(large_rows):
         monkeypatch.setattr(table, "LARGE_ROWS", large_rows)
+        monkeypatch.setenv("UFT_CACHE", str(tmp_path / f"rows{large_rows}"))
         peaks = []
         for count in (500, 2000):
             path = file_of(tmp_path, "demonstration", count)
@@ -411,4 +412,4 @@ def test_memory_does_not_grow_with_the_rows(tokenizer, tmp_path, monkeypatch):
             tracemalloc.stop()
         return (peaks[1] - peaks[0]) / 1500
 
-    assert grown(100) < 200 < 500 < grown(math.inf)  # 60 to 160, and 740: what the measuring sees where rows are kept
+    assert grown(100) < 200 < 500 < grown(math.inf)  # about 100, and 740

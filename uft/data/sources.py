@@ -191,7 +191,7 @@ def _parse(
     folder, tables = cache_root(cache) / "rows", open_place(place)
     files = [table.file for table in tables if table.file is not None]
     key, states = None, [_file_state(file) for file in files]
-    if sum(size for _, size, _ in states) >= CACHED_BYTES:
+    if files and sum(size for _, size, _ in states) >= CACHED_BYTES:
         key = _cache_key(source, limit, files)
         try:
             table, notes = open_table(folder / key)

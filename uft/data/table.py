@@ -77,7 +77,7 @@ def _prompt_word(row: RowContent) -> int:
 # --- Arrow files: one folder per table, written beside and published by rename, with a checksum and notes.
 
 
-SPILL = 32 << 20
+SPILL = 8 << 20
 """Bytes of batches from which on they are written to disk as they come."""
 _TABLE, _ABOUT = "table.arrow", "about.json"
 
@@ -99,7 +99,9 @@ class TableFile:
 
         with open(file, "rb") as handle:
             memory = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        return cls(list(pa.ipc.open_stream(pa.py_buffer(memory))), memory)
+        table = cls(list(pa.ipc.open_stream(pa.py_buffer(memory))), memory)
+        table.release()
+        return table
 
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, copied."""
@@ -256,7 +258,7 @@ class TableWriter:
 def _checksum(file: Path) -> int:
     value = 0
     with open(file, "rb") as handle:
-        while block := handle.read(1 << 20):
+        while block := handle.read(1 << 16):
             value = zlib.crc32(block, value)
             beat()
     return value
@@ -282,13 +284,18 @@ class RowColumns:
     feedback: np.ndarray  # (R,) int16: rows with the same number have the same feedback; -1: unlike all others
     examples: dict[int, Row] = field(default_factory=dict)  # a row of each feedback that was asked for
 
-    def encoded(self, number: int) -> bytes:
-        """The canonical content of a row."""
-        batch, place = self.table.find(number)
-        return self.table.batches[batch].column(0)[place].as_py()
+    @cached_property
+    def contents(self) -> list[tuple[np.ndarray, memoryview]]:
+        """Per batch its rows' canonical contents, one after another, and where each begins and the last ends."""
+        import numpy as np
+
+        buffers = (batch.column("row").buffers() for batch in self.table.batches)
+        return [(np.frombuffer(offsets, np.int64), memoryview(data)) for _, offsets, data in buffers]
 
     def row(self, number: int) -> Row:
-        return decode_row(self.encoded(number), self.source, number)
+        batch, place = self.table.find(number)
+        offsets, data = self.contents[batch]
+        return decode_row(data[offsets[place] : offsets[place + 1]].tobytes(), self.source, number)
 
 
 class RowTable(Sequence[Row]):
@@ -330,10 +337,15 @@ class RowTable(Sequence[Row]):
         return (encoded for _, encoded in self._numbered())
 
     def _numbered(self) -> Iterator[tuple[int, bytes]]:
+        table, first, after = self.columns.table, 0, 0  # the rows of the batch in hand
         for start in range(0, len(self), PART):
             for number in self.numbers[start : start + PART].tolist():
-                yield number, self.columns.encoded(number)
-            self.columns.table.release()
+                if not first <= number < after:
+                    batch, place = table.find(number)
+                    first, after = number - place, table.starts[batch + 1]
+                    starts, data = self.columns.contents[batch][0].tolist(), self.columns.contents[batch][1]
+                yield number, data[starts[number - first] : starts[number - first + 1]].tobytes()
+            table.release()
 
     def select(self, places: Sequence[int]) -> RowTable:
         import numpy as np
