@@ -231,9 +231,9 @@ class ChatTemplate:
             labels = [names[place] for place in places]
             if literal:
                 hidden = [(specials.hide(prompt), specials.hide(turns)) for prompt, turns in chosen]
-                done = map(specials.restore, self._encode(hidden, labels, specials.tokenizer))
+                done = [specials.restore(one) for one in self._encode(hidden, labels, specials.tokenizer)]
             else:
-                done = iter(self._encode(chosen, labels, self.tokenizer))
+                done = self._encode(chosen, labels, self.tokenizer)
             encoded |= zip(places, done, strict=True)
         return [encoded[place] for place in range(len(conversations))]
 

@@ -626,7 +626,8 @@ def to_records(row: Row) -> list[dict[str, Any]]:
         records = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
     elif kind is Kind.NEGATIVES:
         sampled = row.completions[1:]
-        columns = {"response": replies[0], "negatives": replies[1:], "sampled_by": [c.sampled_by for c in sampled]}
+        columns: dict[str, Any] = {"response": replies[0], "negatives": replies[1:]}
+        columns["sampled_by"] = [c.sampled_by for c in sampled]
         if any(c.log_prob is not None for c in sampled):
             columns["negative_log_probs"] = [c.log_prob for c in sampled]
         records = [(columns, row.completions)]

@@ -493,8 +493,8 @@ class RowCollector:
     def rows(self, notes: dict[str, Any]) -> Sequence[Row]:
         """All of them, once everything was added; `notes` are published with a cached table."""
         if self._writer is None:
-            records = enumerate(_join_scored(self._records)[: self.limit])
-            return tuple(Row(self.name, n, one.prompt, one.completions, one.answer, one.task) for n, one in records)
+            joined = enumerate(_join_scored(self._records)[: self.limit])
+            return tuple(Row(self.name, n, one.prompt, one.completions, one.answer, one.task) for n, one in joined)
         import numpy as np
 
         published = None if self.key is None else notes

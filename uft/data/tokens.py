@@ -91,15 +91,15 @@ def tokenize(
             state = "rebuilt"
     with TableWriter(folder, SCHEMA) as writer:
         report = _encode(name, rows, renderer, max_length, too_long, writer)
-        table = None
+        published: TableFile | None = None
         if folder is not None:
             try:
                 with activity("tokens were written", moving=True):
-                    table = writer.publish({"report": asdict(report)})
+                    published = writer.publish({"report": asdict(report)})
             except OSError as error:
                 log.warning("tokens are not kept for the next run: %s", error)
                 state = "off"
-        encoded = EncodedRows(writer.unpublished(in_memory=True) if table is None else table)
+        encoded = EncodedRows(published or writer.unpublished(in_memory=True))
     return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, state)  # type: ignore[arg-type]
 
 
