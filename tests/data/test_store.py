@@ -8,7 +8,6 @@ import os
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,7 +49,7 @@ rows_of = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(row=rows_of)
 def test_a_line_says_what_the_row_says(row):
     read = decode_row(encode_row(row), row.source, row.index)
@@ -124,30 +123,24 @@ def large(monkeypatch, tmp_path):
     return set_in
 
 
-@pytest.mark.parametrize("limit", [None, 0, 3, 25, 70, 10**6])
+@pytest.mark.parametrize("limit", [None, 3, 70])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_on_disk_is_as_in_memory(tmp_path, large, shape, limit):
     path = file_of(tmp_path, shape)
-    if limit == 0:
-        with pytest.raises(UftError, match="there are no rows in it"):
-            loaded(path, limit=0)
-        large()
-        with pytest.raises(UftError, match="there are no rows in it"):
-            loaded(path, limit=0)
-        return
     memory = loaded(path, limit=limit)
     large()
     disk = loaded(path, limit=limit)
     assert isinstance(memory.rows, tuple)
-    assert isinstance(disk.rows, RowTable) == (limit is None or limit > 20 or shape == "scored")
+    assert isinstance(disk.rows, RowTable) == (limit != 3 or shape == "scored")
     for ours, theirs in ((disk.rows, memory.rows), (disk.held_out, memory.held_out)):
         assert list(ours) == list(theirs)
         assert [ours[n] for n in range(len(ours))] == list(theirs)
         assert content_digest(ours) == content_digest(theirs)
-        assert [row.id for row in ours] == [row.id for row in theirs]
         assert prompt_words(ours) == prompt_words(theirs)
     assert disk.digest == memory.digest
     assert list(disk.kinds.items()) == list(memory.kinds.items())
+    with pytest.raises(UftError, match="there are no rows in it"):
+        loaded(path, limit=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -231,26 +224,24 @@ def test_rows_that_are_alike_stand_for_each_other(both):
     assert kinds(disk[10:]) == kinds(memory[10:])
 
 
-class Full:
-    """Files that open here take `room` writes, and then the disk is full."""
+def fill_disk(monkeypatch, room):
+    """Tables that are opened from here on take `room` writes and a part of the next, and then the disk is full."""
 
-    def __init__(self, monkeypatch, room, name):
-        self.room, self.name = room, name
-        monkeypatch.setattr(table, "open", self.open, raising=False)
+    def open_full(place, mode="r", *given, **more):
+        file = open(place, mode, *given, **more)  # noqa: SIM115
+        if mode != "wb":
+            return file
+        left = iter(range(room))
 
-    def open(self, place, mode="r", *given, **more):
-        file = open(place, mode, *given, **more)
-        if mode == "wb" and Path(place).name == self.name:
-            self.file, write = file, file.write
-            return SimpleNamespace(write=lambda data: self.write(write, data), flush=file.flush, close=file.close)
-        return file
+        def write(data):
+            if next(left, None) is None:
+                file.write(bytes(data)[:10])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return file.write(data)
 
-    def write(self, write, data):
-        self.room -= 1
-        if self.room < 0:
-            write(bytes(data)[:10])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write(data)
+        return SimpleNamespace(write=write, flush=file.flush, close=file.close)
+
+    monkeypatch.setattr(table, "open", open_full, raising=False)
 
 
 @pytest.mark.parametrize("room", [0, 3])
@@ -259,7 +250,7 @@ def test_a_full_disk_is_said(both, tmp_path, monkeypatch, room):
         for row in both[0]:
             writer.add(row)
 
-    Full(monkeypatch, room, "table.arrow")
+    fill_disk(monkeypatch, room)
     with pytest.raises(UftError, match="no space is left"):
         write(RowWriter(tmp_path / "rows"))
 
@@ -380,7 +371,7 @@ def test_a_disk_that_fills_while_tokens_are_written_costs_only_the_cache(
     memory = tokenize("mine", loaded(path).rows, renderer, 1000, "error", None)
     large()
     rows = loaded(path).rows
-    Full(monkeypatch, room, "table.arrow")
+    fill_disk(monkeypatch, room)
     with caplog.at_level(logging.WARNING):
         disk = tokenize("mine", rows, renderer, 1000, "error", tmp_path / "full")
     assert disk.cache == "off"
