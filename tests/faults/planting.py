@@ -36,7 +36,7 @@ PHASES = (
     "uft.training.step:forward_backward",
     "uft.training.step:optimiser_step",
     "uft.training.trainer:Trainer.save_checkpoint",
-    "uft.evaluation.evaluate:battery",
+    "uft.evaluation.evaluate:evaluate",
     "uft.sampling.generate:complete",
     "uft.sampling.negatives:_append",
     "uft.model.export:export",

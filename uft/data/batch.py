@@ -132,12 +132,12 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        def mapped(value: Any) -> Any:
+        def change_in(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: change(tensor) for name, tensor in value.items()}
             return change(value) if isinstance(value, Tensor) else value
 
-        return replace(self, **{f.name: mapped(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{f.name: change_in(getattr(self, f.name)) for f in fields(self)})
 
 
 # --- Examples: rows as an objective uses them, in micro-batches under a budget of tokens.

@@ -231,9 +231,9 @@ class ChatTemplate:
             labels = [names[place] for place in places]
             if literal:
                 hidden = [(specials.hide(prompt), specials.hide(turns)) for prompt, turns in chosen]
-                done = [specials.restore(one) for one in self._encode(hidden, labels, specials.tokenizer)]
+                done = [specials.restore(one) for one in self._encode_batch(hidden, labels, specials.tokenizer)]
             else:
-                done = self._encode(chosen, labels, self.tokenizer)
+                done = self._encode_batch(chosen, labels, self.tokenizer)
             encoded |= zip(places, done, strict=True)
         return [encoded[place] for place in range(len(conversations))]
 
@@ -246,7 +246,7 @@ class ChatTemplate:
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         return self._specials.restore_ids(ids) if literal else ids
 
-    def _encode(
+    def _encode_batch(
         self, conversations: Sequence[Conversation], names: Sequence[str], tokenizer: PreTrainedTokenizerBase
     ) -> list[Tokens]:
         whole = [(*prompt, *turns) for prompt, turns in conversations]

@@ -330,13 +330,13 @@ class RowTable(Sequence[Row]):
         return self.columns.row(int(self.numbers[index]))
 
     def __iter__(self) -> Iterator[Row]:
-        return (decode_row(encoded, self.columns.source, number) for number, encoded in self._numbered())
+        return (decode_row(encoded, self.columns.source, number) for number, encoded in self._numbered_contents())
 
     def encoded(self) -> Iterator[bytes]:
         """The canonical content of all rows in their order."""
-        return (encoded for _, encoded in self._numbered())
+        return (encoded for _, encoded in self._numbered_contents())
 
-    def _numbered(self) -> Iterator[tuple[int, bytes]]:
+    def _numbered_contents(self) -> Iterator[tuple[int, bytes]]:
         table, first, after = self.columns.table, 0, 0  # the rows of the batch in hand
         for start in range(0, len(self), PART):
             for number in self.numbers[start : start + PART].tolist():
@@ -416,7 +416,7 @@ class RowWriter:
         if len(self._encoded) >= BATCH_ROWS or self._bytes > BATCH_BYTES:
             self._write_batch()
 
-    def finish(self, notes: dict[str, Any] | None) -> TableFile:
+    def to_table(self, notes: dict[str, Any] | None) -> TableFile:
         """The rows written; with `notes` they are also published, where the disk takes them."""
         self._write_batch()
         if notes is not None:
@@ -503,8 +503,8 @@ class RowCollector:
                 self._writer.rows, np.asarray(self._scored), np.frombuffer(bytes(self._prompts), np.uint64)
             )
             if (leaders == np.arange(len(leaders))).all():
-                return RowTable.of(self.name, self._writer.finish(published))[: self.limit]
-            records = RowTable.of(self.name, self._writer.finish(None))
+                return RowTable.of(self.name, self._writer.to_table(published))[: self.limit]
+            records = RowTable.of(self.name, self._writer.to_table(None))
         writer = RowWriter(self.folder / (self.key or "rows"))
         with writer.table:
             order = np.argsort(leaders, kind="stable")
@@ -514,7 +514,7 @@ class RowCollector:
                 first, *others = (records[int(number)] for number in order[start:end])
                 completions = (*first.completions, *(c for one in others for c in one.completions))
                 writer.add(replace(first, completions=completions))
-            return RowTable.of(self.name, writer.finish(published))
+            return RowTable.of(self.name, writer.to_table(published))
 
     def _write(self, writer: RowWriter, record: ParsedRecord) -> None:
         if record.completions[0].score is not None:
