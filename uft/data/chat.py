@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
@@ -71,18 +71,6 @@ def finish(ids: np.ndarray, supervised: np.ndarray) -> Tokens:
     return Tokens(ids[:end], supervised[:end], int(learned[0]) if len(learned) else end)
 
 
-class Strategy(Protocol):
-    """A way from conversations to tokens. `text` decides it besides the tokenizer, and enters the digest."""
-
-    name: str
-    text: str
-    stop_ids: frozenset[int]
-
-    def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]: ...
-
-    def prompt_ids(self, prompt: Turns) -> list[int]: ...
-
-
 class Renderer:
     """Renders with the tokenizer's chat template, a template file, or plainly.
 
@@ -92,7 +80,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
         own = getattr(tokenizer, "chat_template", None)
         self.tokenizer = tokenizer
-        self._strategy: Strategy
+        self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not own):
             self._strategy = Plain(tokenizer)
         elif template == "auto":
@@ -150,7 +138,7 @@ class Plain:
     """
 
     name = "plain"
-    text = "plain"
+    text = "plain"  # decides the tokens besides the tokenizer, and enters the digest
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:

@@ -21,7 +21,7 @@ from uft.config.schema import Config, Data, Model, Source
 from uft.config.stages import ROWS, Stage, made, maker, stages_of
 from uft.config.typed import adds
 from uft.data.chat import Renderer, Tokens
-from uft.data.formats import write_rows, is_rows_file
+from uft.data.formats import is_rows_file, write_rows
 from uft.data.report import coloured, length_histogram, merged_lengths, report_table
 from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
