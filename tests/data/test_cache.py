@@ -1,61 +1,57 @@
-"""Flat arrays on disk."""
+"""Arrow tables on disk: published whole, checked when they are opened."""
 
 import os
 import time
 
-import numpy as np
+import pyarrow as pa
 import pytest
 
-from uft.data import tokens
-from uft.data.chat import Tokens
-from uft.data.tokens import Packer
+from uft.data.table import TableWriter, open_table
 
-
-def encoded(*ids):
-    return Tokens(np.array(ids, np.int32), np.array([n > 0 for n in range(len(ids))]), 1)
-
-
-ROWS = [(encoded(1, 2), encoded(3, 4, 5)), (encoded(6, 7),)]
+SCHEMA = pa.schema([("n", pa.int64())])
 
 
 def save(folder, notes=None):
-    with Packer(folder) as packer:
-        packer.add(enumerate(ROWS))
-        return tokens.save(packer, folder, notes or {})
+    with TableWriter(folder, SCHEMA) as writer:
+        for part in ([1, 2], [3]):
+            writer.write(pa.record_batch([pa.array(part)], schema=SCHEMA))
+        return writer.publish(notes or {})
 
 
-def test_rows_come_back_as_they_went(tmp_path):
-    save(tmp_path / "deep" / "key", {"note": 1})
-    rows, notes = tokens.load(tmp_path / "deep" / "key")
+def test_a_table_comes_back_as_it_went(tmp_path):
+    written = save(tmp_path / "deep" / "key", {"note": 1})
+    table, notes = open_table(tmp_path / "deep" / "key")
     assert notes == {"note": 1}
-    assert isinstance(rows.ids, np.memmap)
-    assert [[e.ids.tolist() for e in row] for row in rows] == [[[1, 2], [3, 4, 5]], [[6, 7]]]
-    assert [e.ids.tolist() for e in rows[-1]] == [[6, 7]]
-    assert len(rows[0:2]) == 2
-    with pytest.raises(IndexError):
-        rows[2]
+    assert table.memory is not None
+    assert table.column("n").tolist() == written.column("n").tolist() == [1, 2, 3]
+    assert [table.find(number) for number in range(3)] == [(0, 0), (0, 1), (1, 0)]
+    table.release()
+    assert table.column("n").tolist() == [1, 2, 3]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["key"]  # nothing half-written is left beside
 
 
 def test_two_writers_of_one_key_agree(tmp_path):
-    for _ in range(2):
+    with TableWriter(tmp_path / "key", SCHEMA) as slow:
+        slow.write(pa.record_batch([pa.array([1, 2, 3])], schema=SCHEMA))
         save(tmp_path / "key")
-    assert len(tokens.load(tmp_path / "key")[0]) == 2
+        assert slow.publish({}).column("n").tolist() == [1, 2, 3]
+    assert open_table(tmp_path / "key")[0].column("n").tolist() == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
-def test_a_missing_folder_is_not_a_corrupt_one(tmp_path):
+def test_a_missing_table_is_not_a_corrupt_one(tmp_path):
     with pytest.raises(FileNotFoundError):
-        tokens.load(tmp_path / "none")
+        open_table(tmp_path / "none")
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
-    """Not what somebody is still writing, though its folder was made long ago."""
-    old, written, young = (tmp_path / f".key.{name}" for name in ("old", "written", "young"))
-    for folder in (old, written, young):
+def test_files_of_a_killed_process_are_removed_after_a_day(tmp_path):
+    """Not those that are still written to, though their folder was made long ago."""
+    old, active, young = (tmp_path / f".key.{name}" for name in ("old", "active", "young"))
+    for folder in (old, active, young):
         folder.mkdir()
-        (folder / "ids.npy").write_bytes(b"half")
+        (folder / "table.arrow").write_bytes(b"half")
     two_days_ago = time.time() - 48 * 3600
-    for path in (old, old / "ids.npy", written):
+    for path in (old, old / "table.arrow", active):
         os.utime(path, (two_days_ago, two_days_ago))
     save(tmp_path / "key")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".key.written", ".key.young", "key"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".key.active", ".key.young", "key"]

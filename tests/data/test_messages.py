@@ -22,7 +22,7 @@ def test_text_is_kept_to_the_letter():
     ("theirs", "ours"), [("human", "user"), ("gpt", "assistant"), ("system", "system"), ("observation", "tool")]
 )
 def test_sharegpt_names_of_roles(theirs, ours):
-    assert formats._message({"from": theirs, "value": "x"}, "c").role == ours
+    assert formats._read_message({"from": theirs, "value": "x"}, "c").role == ours
 
 
 def test_content_parts_are_joined():

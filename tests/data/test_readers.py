@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from uft.data.sources import BadRow, Place, Record, read
+from uft.data.sources import BadRow, Place, Record, open_place
 from uft.errors import UftError
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(3)]
 
 
 def fields(tables):
-    return [dict(found.fields) for table in tables for found in table.found]
+    return [dict(found.fields) for table in tables for found in table]
 
 
 def write_jsonl(path, rows):
@@ -35,14 +35,14 @@ def place(path, **more):
 
 def refused(path, **more):
     with pytest.raises(UftError) as error:
-        read(place(path, **more))
+        fields(open_place(place(path, **more)))
     return str(error.value)
 
 
 def test_jsonl_passes_over_bom_blank_lines_and_crlf(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "q", "completion": "a"}\r\n\r\n{"prompt": "\\u2028", "completion": "b"}')
-    found = read(place(file))[0].found
+    found = list(open_place(place(file))[0])
     assert [f.where for f in found] == [f"{file}:1", f"{file}:3"]
     assert found[0].fields == {"prompt": "q", "completion": "a"}
 
@@ -50,13 +50,13 @@ def test_jsonl_passes_over_bom_blank_lines_and_crlf(tmp_path):
 def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_text(json.dumps({"prompt": "one\u2028two\x85three"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert fields(read(place(file))) == [{"prompt": "one\u2028two\x85three"}]
+    assert fields(open_place(place(file))) == [{"prompt": "one\u2028two\x85three"}]
 
 
 def test_broken_lines_are_bad_rows_with_their_place_and_the_others_are_read(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"a": 1}\n{"a": \n\xff\xfe\n[1]\n"x"\n{"a": 2}\n')
-    found = read(place(file))[0].found
+    found = list(open_place(place(file))[0])
     bad = {f.where.rsplit(":", 1)[1]: f.why for f in found if isinstance(f, BadRow)}
     assert sorted(bad) == ["2", "3", "4", "5"]
     assert "broken JSON" in bad["2"]
@@ -69,35 +69,36 @@ def test_broken_lines_are_bad_rows_with_their_place_and_the_others_are_read(tmp_
 def test_json_is_an_array_or_lines(tmp_path, text):
     file = tmp_path / "x.json"
     file.write_text(text)
-    assert fields(read(place(file))) == ROWS
+    assert fields(open_place(place(file))) == ROWS
 
 
 def test_a_broken_json_array_names_the_line(tmp_path):
     file = tmp_path / "x.json"
     file.write_text('[{"a": 1},\n{"a": }]')
-    (bad,) = read(place(file))[0].found
+    (bad,) = open_place(place(file))[0]
     assert bad.where == f"{file}:2"
 
 
 def test_csv_counts_lines_through_quoted_newlines(tmp_path):
     file = tmp_path / "x.csv"
     file.write_bytes(b'prompt,completion\r\n"two\nlines",a\r\nq,b\r\nq,b,c\r\n')
-    table = read(place(file))[0]
+    table = open_place(place(file))[0]
+    first, second, third = table
     assert table.textual
-    assert table.found[0] == Record(f"{file}:2", {"prompt": "two\nlines", "completion": "a"})
-    assert table.found[1].where == f"{file}:4"
-    assert table.found[2] == BadRow(f"{file}:5", "has 3 cells under 2 columns")
+    assert first == Record(f"{file}:2", {"prompt": "two\nlines", "completion": "a"})
+    assert second.where == f"{file}:4"
+    assert third == BadRow(f"{file}:5", "has 3 cells under 2 columns")
 
 
 def test_tsv(tmp_path):
     file = tmp_path / "x.tsv"
     file.write_text("prompt\tcompletion\nq, with a comma\ta\n")
-    assert fields(read(place(file))) == [{"prompt": "q, with a comma", "completion": "a"}]
+    assert fields(open_place(place(file))) == [{"prompt": "q, with a comma", "completion": "a"}]
 
 
 def test_parquet(tmp_path):
     nested = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
-    assert fields(read(place(write_parquet(tmp_path / "x.parquet", nested)))) == nested
+    assert fields(open_place(place(write_parquet(tmp_path / "x.parquet", nested)))) == nested
 
 
 def test_a_broken_parquet_file_is_a_problem_not_a_traceback(tmp_path):
@@ -110,14 +111,14 @@ def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", ROWS[1:])
     write_parquet(tmp_path / "a.parquet", ROWS[:1])
     (tmp_path / "notes.txt").write_text("not data")
-    assert fields(read(place(tmp_path))) == ROWS
+    assert fields(open_place(place(tmp_path))) == ROWS
 
 
 def test_files_named_after_splits_are_kept_apart(tmp_path):
     write_jsonl(tmp_path / "train-00.jsonl", ROWS[:2])
     write_jsonl(tmp_path / "test.jsonl", ROWS[2:])
-    assert fields(read(place(tmp_path))) == ROWS[:2]
-    assert fields(read(place(tmp_path, split="test"))) == ROWS[2:]
+    assert fields(open_place(place(tmp_path))) == ROWS[:2]
+    assert fields(open_place(place(tmp_path, split="test"))) == ROWS[2:]
     assert "splits: test, train" in refused(tmp_path, split="validation")
 
 
@@ -129,8 +130,8 @@ def test_datasets_folders_on_disk(tmp_path):
         train=datasets.Dataset.from_list(ROWS[:2]), heldout=datasets.Dataset.from_list(ROWS[2:])
     )
     both.save_to_disk(tmp_path / "two")
-    assert fields(read(place(tmp_path / "one"))) == ROWS
-    assert fields(read(place(tmp_path / "two", split="heldout"))) == ROWS[2:]
+    assert fields(open_place(place(tmp_path / "one"))) == ROWS
+    assert fields(open_place(place(tmp_path / "two", split="heldout"))) == ROWS[2:]
     assert "splits: heldout, train" in refused(tmp_path / "two", split="test")
 
 
@@ -151,8 +152,8 @@ def hub_layout(tmp_path, monkeypatch):
 
 
 def test_a_hub_repository_s_layout_is_read_by_split(hub_layout):
-    assert fields(read(place(hub_layout))) == ROWS[:2]
-    assert fields(read(place(hub_layout, split="test"))) == ROWS[2:]
+    assert fields(open_place(place(hub_layout))) == ROWS[:2]
+    assert fields(open_place(place(hub_layout, split="test"))) == ROWS[2:]
     assert "datasets cannot read this folder" in refused(hub_layout, split="nothing")
 
 
@@ -166,7 +167,7 @@ def test_a_hub_id_is_asked_for_with_subset_split_and_revision(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert fields(read(place("org/rows-v1.5", subset="en", split="train_sft", revision="abc"))) == ROWS
+    assert fields(open_place(place("org/rows-v1.5", subset="en", split="train_sft", revision="abc"))) == ROWS
     assert asked == {"path": "org/rows-v1.5", "name": "en", "split": "train_sft", "revision": "abc"}
 
 
@@ -204,8 +205,8 @@ def test_a_file_of_a_type_that_is_not_read(tmp_path):
 
 
 def test_builtin_playground_rows_have_a_train_and_a_test_side():
-    train = fields(read(place("builtin:playground/instruct")))
-    test = fields(read(place("builtin:playground/instruct", split="test")))
+    train = fields(open_place(place("builtin:playground/instruct")))
+    test = fields(open_place(place("builtin:playground/instruct", split="test")))
     assert train
     assert test
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}

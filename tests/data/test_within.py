@@ -33,4 +33,4 @@ def test_every_stretch_of_random_texts(backend):
             for end in range(start + 1, len(text) + 1):
                 first = next((n for n, value in enumerate(ends) if value > start), len(ends))
                 last = next((n for n, value in enumerate(starts) if value >= end), len(starts))
-                assert chat.tokens(encoding, (start, end)) == (first, last), (text, start, end)
+                assert chat.token_span(encoding, (start, end)) == (first, last), (text, start, end)

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from uft.data import formats
-from uft.data.formats import records, write_rows, written_here
+from uft.data.formats import is_rows_file, to_records, write_rows
 from uft.data.rows import Completion, Kind, Message, Row, content_digest
 from uft.data.sources import load_sources
 
@@ -101,13 +101,13 @@ def test_so_do_the_playground_s_rows(name, tmp_path):
 
 def test_columns_are_those_that_others_read_too():
     row = Row("mine", 3, (Message("user", "q"),), (Completion((Message("assistant", "a"),)),), answer="a")
-    assert records(row) == [{"row": "mine:3", "prompt": "q", "completion": "a", "answer": "a"}]
+    assert to_records(row) == [{"row": "mine:3", "prompt": "q", "completion": "a", "answer": "a"}]
     chosen, rejected = (
         Completion((Message("assistant", text),), preferred=text == "a", annotations={"soft_label": p})
         for text, p in (("a", 0.75), ("b", 0.25))
     )
     line = {"row": "mine:4", "prompt": "q", "chosen": "a", "rejected": "b", "soft_label": 0.75}
-    assert records(Row("mine", 4, row.prompt, (chosen, rejected))) == [line]
+    assert to_records(Row("mine", 4, row.prompt, (chosen, rejected))) == [line]
 
 
 def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
@@ -133,4 +133,4 @@ def test_files_of_ours_are_known_by_how_they_begin(tmp_path):
     path, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
     write_rows(path, [Rows(0).row(Kind.SCORED, 0)])
     other.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
-    assert (written_here(path), written_here(other)) == (True, False)
+    assert (is_rows_file(path), is_rows_file(other)) == (True, False)

@@ -30,8 +30,7 @@ DISK = ("os:replace", "os:rename", "os:fsync", "os:unlink", "os:mkdir", "shutil:
 PHASES = (
     "safetensors.torch:save_file",
     "uft.data.tokens:_encode",
-    "uft.data.tokens:_encoded",
-    "uft.data.tokens:save",
+    "uft.data.tokens:_encode_chunk",
     "uft.model.reference:ReferenceColumn._compute",
     "uft.model.reference:LogProbStore.add",
     "uft.training.step:forward_backward",

@@ -101,7 +101,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_again(run: Run, undisturb
 def test_caches_are_made_again(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
     whole, again = new_run("whole", *SINGLE), new_run("again", *SINGLE)
     assert bench.sit(whole.path).code == 0
-    shards = sorted((tmp_path / "cache" / "tokens").glob("*/ids.npy"))
+    shards = sorted((tmp_path / "cache" / "tokens").glob("*/table.arrow"))
     for number, shard in enumerate(shards):
         (flip, cut, emptied)[number % 3](shard)
     columns = sorted((tmp_path / "cache" / "reference").glob("*/*.safetensors"))
@@ -109,7 +109,7 @@ def test_caches_are_made_again(bench: Bench, new_run: NewRun, tmp_path: Path) ->
         flip(column)
     ended = bench.sit(again.path)
     assert ended.code == 0, ended.said
-    assert ended.said.count("is corrupt (ids.npy is not what was written): tokenising again") == len(shards) > 4
+    assert ended.said.count("is corrupt (table.arrow is not what was written): tokenising again") == len(shards) > 4
     assert ended.said.count("is damaged (checksum): computing its log-probs again") >= len(columns) > 0
     log = (again.path / "console.log").read_text()
     assert "tokenising again" in log

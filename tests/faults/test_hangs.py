@@ -28,7 +28,7 @@ PATIENCE = 4.0  # seconds of the watchdog here
 
 QUICK = {
     "step": (SINGLE, "after step.forward_backward", 4, "it trained", "training/trainer.py"),
-    "tokens": (SINGLE, "before tokens._encoded", 1, "rows were tokenised", "data/tokens.py"),
+    "tokens": (SINGLE, "before tokens._encode_chunk", 1, "rows were tokenised", "data/tokens.py"),
 }
 LONG = {
     "model": (SINGLE, "before load.load_base", 0, "a model was loaded", "model/load.py"),

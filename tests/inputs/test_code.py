@@ -134,20 +134,20 @@ def test_rows_in_a_pickle_are_not_read(planted, tmp_path, monkeypatch, name, car
     assert not trace.exists()
 
 
-def test_a_cache_of_tokens_that_is_a_pickle_is_made_again(planted, tmp_path):
-    import numpy as np
+def test_a_cache_that_is_a_pickle_is_made_again(planted, tmp_path):
+    import pickle
+    import zlib
 
-    from uft.data import tokens
+    from uft.data.table import Corrupt, open_table
 
     _content, trace = planted
     folder = tmp_path / "tokens"
     folder.mkdir()
-    for name in tokens.ARRAYS:
-        np.save(folder / f"{name}.npy", np.asarray([Planted(trace)], object), allow_pickle=True)
-    checksums = {name: tokens._checksum(folder / f"{name}.npy") for name in tokens.ARRAYS}
-    (folder / "about.json").write_text(json.dumps({"checksums": checksums, "notes": {}}))
-    with pytest.raises(tokens.Corrupt):
-        tokens.load(folder)
+    content = pickle.dumps(Planted(trace))
+    (folder / "table.arrow").write_bytes(content)
+    (folder / "about.json").write_text(json.dumps({"checksum": zlib.crc32(content), "notes": {}}))
+    with pytest.raises(Corrupt):
+        open_table(folder)
     assert not trace.exists()
 
 

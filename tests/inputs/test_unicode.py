@@ -41,20 +41,15 @@ def spoken(text):
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_what_is_learned_is_the_text_and_the_end_of_the_turn(byte_level, text):
-    encoded = Renderer(byte_level).encode(*spoken(text))
+    renderer = Renderer(byte_level)
+    encoded = renderer.encode(*spoken(text))
     learned = encoded.ids[encoded.supervised].tolist()
     assert byte_level.decode(learned) == text + "<|im_end|>"
     assert not special_ids(byte_level) & set(learned[:-1])
     prompt = encoded.ids[: encoded.prompt_length].tolist()
     assert sum(one in special_ids(byte_level) for one in prompt) == 3  # start, end, start: those of the template
     assert byte_level.decode(prompt) == f"<|im_start|>user\nsay {text}<|im_end|>\n<|im_start|>assistant\n"
-
-
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_a_prompt_to_be_answered_is_what_was_trained_on(byte_level, text):
-    renderer = Renderer(byte_level)
-    encoded = renderer.encode(*spoken(text))
-    assert renderer.prompt_ids(spoken(text)[0]) == encoded.ids[: encoded.prompt_length].tolist()
+    assert renderer.prompt_ids(spoken(text)[0]) == prompt  # a prompt to be answered is the one that was trained on
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
@@ -100,14 +95,14 @@ def test_an_added_token_that_is_not_special_stays_one(byte_level):
     assert encoded.ids[encoded.supervised].tolist().count(thought) == 2
 
 
-@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
-def test_files_give_back_the_text(tmp_path, text, suffix):
+def test_files_give_back_the_text(tmp_path, suffix):
     file = tmp_path / f"rows.{suffix}"
-    rows = [{"prompt": f"say {text}", "completion": text}]
-    WRITERS[suffix](file, rows)
-    (row,) = load_sources(Data(name="d", sources={"mine": Source(path=str(file))}))[0].rows
-    assert (row.prompt[0].content, row.completions[0].text) == (f"say {text}", text)
+    WRITERS[suffix](file, [{"prompt": f"say {text}", "completion": text} for text in TEXTS.values()])
+    rows = load_sources(Data(name="d", sources={"mine": Source(path=str(file))}))[0].rows
+    assert [(row.prompt[0].content, row.completions[0].text) for row in rows] == [
+        (f"say {text}", text) for text in TEXTS.values()
+    ]
 
 
 def write_parquet(file, rows):

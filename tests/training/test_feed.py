@@ -11,9 +11,10 @@ import pytest
 from uft.config.schema import Config
 from uft.data.chat import Tokens
 from uft.data.loader import RowSampler
-from uft.data.mixture import Draw, Mixture
+from uft.data.mixture import Mixture, RowIndex
 from uft.data.rows import Completion, Kind, Message, Row
-from uft.data.tokens import EncodedRows, Packer
+from uft.data.table import TableFile
+from uft.data.tokens import EncodedRows, record_batch
 from uft.objectives import make
 
 SIZES = {"demonstration": 7, "preference": 5, "binary": 6, "scored": 4, "negatives": 3}
@@ -45,9 +46,8 @@ def source_of(kind: str) -> Source:
         ids = np.array([1, row, completion, *more, 2], np.int32)
         return Tokens(ids, np.arange(len(ids)) >= 2, 2)
 
-    packer = Packer()
-    packer.add((i, [encoded(i, c) for c in range(len(row.completions))]) for i, row in enumerate(rows))
-    return Source(kind, rows, packer.packed())
+    batch = record_batch((i, tuple(encoded(i, c) for c in range(len(row.completions)))) for i, row in enumerate(rows))
+    return Source(kind, rows, EncodedRows(TableFile((batch,))))
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_the_longest_items_are_found_without_making_all(feed: Callable[[str], Ro
     assert len({item.length for item in items}) > 2
     for count in (1, 4, 9, 100):
         assert [item.row.id for item in stream.longest(draws, count)] == [item.row.id for item in items[:count]]
-    made: list[Draw] = []
+    made: list[RowIndex] = []
     make_one = stream._item
     stream._item = lambda draw: made.append(draw) or make_one(draw)  # type: ignore[method-assign, func-returns-value]
     stream.longest(draws, 1)

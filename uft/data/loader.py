@@ -14,7 +14,7 @@ import torch
 
 from uft.data.batch import Batch, Example, Layout, make_example, micro_batches, mismatched
 from uft.data.chat import Tokens
-from uft.data.mixture import Draw, Mixture
+from uft.data.mixture import Mixture, RowIndex
 from uft.data.rows import Kind, Row, Selection, View
 from uft.data.table import grouped
 from uft.data.tokens import TokenizedSource
@@ -56,11 +56,11 @@ class RowSampler:
         """The next `rows` rows; those of which the objective takes nothing are left out."""
         return self.items(self.mixture.take(rows))
 
-    def items(self, draws: Iterable[Draw]) -> list[Example]:
+    def items(self, draws: Iterable[RowIndex]) -> list[Example]:
         found = (self._item(draw) for draw in draws)
         return [item for item in found if item is not None]
 
-    def met(self, draws: Iterable[Draw]) -> Iterator[tuple[Tokens, ...]]:
+    def met(self, draws: Iterable[RowIndex]) -> Iterator[tuple[Tokens, ...]]:
         """The tokens of every row among these draws, each once, source by source in the order of the rows."""
         seen = [bytearray(len(source.rows)) for source in self.sources]
         for draw in draws:
@@ -69,7 +69,7 @@ class RowSampler:
             source.encoded[n] for source, of in zip(self.sources, seen, strict=True) for n, one in enumerate(of) if one
         )
 
-    def longest(self, draws: Iterable[Draw], count: int) -> list[Example]:
+    def longest(self, draws: Iterable[RowIndex], count: int) -> list[Example]:
         """The `count` longest items of these draws, the longest first and of equals the earlier; few are made."""
         kept: list[tuple[int, int, Example]] = []  # a heap of (length, -order, item)
         for order, draw in enumerate(draws):
@@ -88,7 +88,7 @@ class RowSampler:
             return others
         return [replace(item, reference=(self.reference(item.encoded[0]),)) for item in others]
 
-    def _item(self, draw: Draw) -> Example | None:
+    def _item(self, draw: RowIndex) -> Example | None:
         source = self.sources[draw.source]
         row = source.rows[draw.index]
         example = self.first_example[draw.source] + draw.index
@@ -121,7 +121,7 @@ class RowSampler:
         """Whether there is a row to draw of which the objective takes a completion."""
         return any(self._view(row, 0) for source in self.drawn for row, _ in grouped(source.rows))
 
-    def preview(self, rows: int) -> Iterator[Draw]:
+    def preview(self, rows: int) -> Iterator[RowIndex]:
         """What the next `rows` draws will be, without drawing them."""
         return self.mixture.fork().draws(rows)
 

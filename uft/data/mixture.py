@@ -1,4 +1,4 @@
-"""Mixture: which row comes next.
+"""Mixture: the order in which rows are drawn from several sources.
 
 Sources are interleaved by Tijdeman's rule for the chairman assignment problem (Discrete Mathematics 32, 1980): after
 any n rows, source i has been drawn within one row of n * share_i, whatever the number of sources. The interleave knows
@@ -22,13 +22,13 @@ from uft.errors import Problem, UftError
 
 _SLACK = 1e-9  # shares are floats: a tie must stay a tie
 LONGEST = 2**53  # rows of an epoch; beyond it counts are no longer exact
-_SHOWN = (Kind.DEMONSTRATION, Kind.NEGATIVES)
+DEMONSTRATION_KINDS = (Kind.DEMONSTRATION, Kind.NEGATIVES)
 """Kinds on the demonstrations' side of `ratio`: negatives beside one must not change how often it is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """The next row: `source` and `index` are positions in the mixture's sources and in that source's rows."""
+class RowIndex:
+    """One draw: `source` and `index` are positions in the mixture's sources and in that source's rows."""
 
     source: int
     index: int
@@ -36,7 +36,7 @@ class Draw:
 
 
 class Mixture:
-    """An endless, seeded, resumable stream of draws.
+    """An endless, seeded, resumable stream of row indices.
 
     `sizes` are the rows of each source, `weights` their shares (they sum to one; a share of zero is never drawn).
     """
@@ -51,16 +51,20 @@ class Mixture:
         self._live = [number for number, weight in enumerate(weights) if weight > 0]
         self._gap = 1 / (2 * len(self._live) - 2) if len(self._live) > 1 else 0.0
 
-    def take(self, count: int) -> list[Draw]:
+    def take(self, count: int) -> list[RowIndex]:
         """The next `count` draws."""
         return list(self.draws(count))
 
-    def draws(self, count: int) -> Iterator[Draw]:
+    def draws(self, count: int) -> Iterator[RowIndex]:
         """The same one by one, for many of them."""
-        return (self._next() for _ in range(count))
+        for _ in range(count):
+            source = self._due_source()
+            visit, place = divmod(self.counts[source], self.sizes[source])
+            self.counts[source] += 1
+            yield RowIndex(source, int(self._order(source, visit)[place]), visit)
 
     def fork(self) -> Mixture:
-        """Another mixture that stands where this one does: what it draws, this one does not."""
+        """A copy at the same position; its draws do not move this one."""
         other = Mixture(self.names, self.sizes, self.weights, self.seed)
         other.counts, other._orders = list(self.counts), list(self._orders)
         return other
@@ -79,13 +83,7 @@ class Mixture:
         assert set(state["counts"]) == set(self.names), "the state of a mixture of other sources"
         self.counts = [int(state["counts"][name]) for name in self.names]
 
-    def _next(self) -> Draw:
-        source = self._chair()
-        visit, place = divmod(self.counts[source], self.sizes[source])
-        self.counts[source] += 1
-        return Draw(source, int(self._order(source, visit)[place]), visit)
-
-    def _chair(self) -> int:
+    def _due_source(self) -> int:
         """Tijdeman: of the sources that may be drawn without running ahead, the one that must be drawn soonest."""
         turn = sum(self.counts) + 1
         best, soonest = self._live[0], math.inf
@@ -112,7 +110,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Portion:
-    """What a source brings to the shares: its rows, the share asked for it, and whether it is of demonstrations."""
+    """One source's part in the shares: its rows, the share asked for it, and whether it is of demonstrations."""
 
     name: str
     rows: int
@@ -122,8 +120,8 @@ class Portion:
 
 def portion(name: str, rows: Sequence[Row], share: float | None) -> Portion:
     """A source with rows of several kinds counts as demonstrations when more than half of its rows are."""
-    shown = sum(count for kind, count in kinds(rows).items() if kind in _SHOWN)
-    return Portion(name, len(rows), share, 2 * shown > len(rows))
+    demonstrations = sum(count for kind, count in kinds(rows).items() if kind in DEMONSTRATION_KINDS)
+    return Portion(name, len(rows), share, 2 * demonstrations > len(rows))
 
 
 def mixture_weights(portions: Sequence[Portion], ratio: float | None = None) -> list[float]:
@@ -139,14 +137,14 @@ def mixture_weights(portions: Sequence[Portion], ratio: float | None = None) -> 
     total = sum(raw)
     if ratio is None:
         return [value / total for value in raw]
-    shown = sum(value for value, p in zip(raw, portions, strict=True) if p.demonstration)
-    sides = {True: shown, False: total - shown}
+    demonstrations = sum(value for value, p in zip(raw, portions, strict=True) if p.demonstration)
+    sides = {True: demonstrations, False: total - demonstrations}
     asked = {True: ratio, False: 1 - ratio}
     names = {True: "demonstrations", False: "rows with feedback (pairs, labels, scores)"}
     lacking = [names[side] for side in (True, False) if asked[side] > 0 and sides[side] == 0]
     if lacking:
-        kinds = ", ".join(f"{p.name}: {'demonstrations' if p.demonstration else 'feedback'}" for p in portions)
-        raise UftError(Problem(f"data.ratio={ratio:g}", f"there are no {lacking[0]} in this mixture", advice=(kinds,)))
+        found = ", ".join(f"{p.name}: {'demonstrations' if p.demonstration else 'feedback'}" for p in portions)
+        raise UftError(Problem(f"data.ratio={ratio:g}", f"there are no {lacking[0]} in this mixture", advice=(found,)))
     return [
         value / sides[p.demonstration] * asked[p.demonstration] if sides[p.demonstration] else 0.0
         for value, p in zip(raw, portions, strict=True)

@@ -1,4 +1,4 @@
-"""What the data came to: the figures of `data.json`, and the same for a terminal."""
+"""Data report: the figures of `data.json` per source, and the same as text for a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from uft.data.chat import Tokens
 from uft.data.mixture import Mixture
-from uft.data.rows import Kind, Row, View
+from uft.data.rows import Kind, View
 from uft.data.sources import LoadedSource
 from uft.data.table import like, prompt_words
 from uft.data.tokens import LengthReport, TokenizedSource
@@ -57,13 +57,13 @@ def data_report(
     views: Mapping[Kind, View] | None = None,
     unusable: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
-    """`data.json`: per source what was asked, what `rows` draws of a fresh mixture give, and what was lost on the way.
+    """`data.json`: per source the share asked for, the result of `rows` draws of a fresh mixture, and the losses.
 
     `loaded`, `tokenized` and the mixture's sources are in the same order. With `views` a row's supervised tokens are
     those of the completions the objective takes, else of all. `unusable`: rows per source that it could not use.
     `held_out_seen` counts held-out rows whose prompt some source trains on.
     """
-    drawn, taught = _realised(tokenized, mixture, rows, views)
+    drawn, taught = _simulate(tokenized, mixture, rows, views)
     seen = np.unique(np.concatenate([np.empty(0, np.uint64), *(prompt_words(source.rows) for source in loaded)]))
     sources = {}
     for number, (source, tokens) in enumerate(zip(loaded, tokenized, strict=True)):
@@ -74,8 +74,8 @@ def data_report(
             "held_out": len(source.held_out),
             "held_out_seen": int(np.isin(prompt_words(source.held_out), seen).sum()),
             "share_asked": mixture.weights[number],
-            "share_rows": _share(drawn, number),
-            "share_supervised_tokens": _share(taught, number),
+            "share_rows": drawn[number] / sum(drawn) if sum(drawn) else 0.0,
+            "share_supervised_tokens": taught[number] / sum(taught) if sum(taught) else 0.0,
             "rows_drawn": drawn[number],
             "passes": drawn[number] / mixture.sizes[number] if mixture.sizes[number] else 0.0,
             "supervised_tokens_drawn": taught[number],
@@ -102,9 +102,19 @@ def data_digest(loaded: Sequence[LoadedSource]) -> str:
 def report_table(report: Mapping[str, Any]) -> list[list[str]]:
     """The report as rows of text for a terminal: a header, one row per source, and their sums."""
     sources = report["sources"]
-    lines = [_line(name, entry) for name, entry in sources.items()]
-    sums = {name: sum(count(entry) for entry in sources.values()) for name, count in COUNTS.items()}
-    return [[*HEADER], *lines, ["all", *(f"{sums[name]:,}" if name in sums else "" for name in HEADER[1:])]]
+    table = [[*HEADER]]
+    for name, entry in sources.items():
+        cells = {
+            "source": name,
+            "kind": ", ".join(entry["kinds"]),
+            "asked": f"{entry['share_asked']:.1%}",
+            "of rows": f"{entry['share_rows']:.1%}",
+            "of tokens": f"{entry['share_supervised_tokens']:.1%}",
+            **{column: f"{count(entry):,}" for column, count in COUNTS.items()},
+        }
+        table.append([cells[column] for column in HEADER])
+    sums = {name: f"{sum(count(entry) for entry in sources.values()):,}" for name, count in COUNTS.items()}
+    return [*table, ["all", *(sums.get(name, "") for name in HEADER[1:])]]
 
 
 def length_histogram(lengths: Sequence[Sequence[int]], width: int = 40) -> list[str]:
@@ -137,14 +147,16 @@ def coloured(encoded: Tokens, tokenizer: PreTrainedTokenizerBase, marks: tuple[s
     for end in range(1, encoded.length + 1):
         if end < encoded.length and encoded.supervised[end] == encoded.supervised[start]:
             continue  # runs are decoded whole: one character may be several tokens
-        said = tokenizer.decode(encoded.ids[start:end].tolist(), clean_up_tokenization_spaces=False)
-        trained = bool(encoded.supervised[start])
-        text.append(f"{marks[0]}{said}{marks[1]}" if trained else str(said), style="bold green" if trained else "dim")
+        decoded = str(tokenizer.decode(encoded.ids[start:end].tolist(), clean_up_tokenization_spaces=False))
+        if encoded.supervised[start]:
+            text.append(f"{marks[0]}{decoded}{marks[1]}", style="bold green")
+        else:
+            text.append(decoded, style="dim")
         start = end
     return text
 
 
-def _realised(
+def _simulate(
     tokenized: Sequence[TokenizedSource], mixture: Mixture, rows: int, views: Mapping[Kind, View] | None
 ) -> tuple[list[int], list[int]]:
     """(rows, supervised tokens) of each source in the first `rows` draws; those after COUNTED in proportion."""
@@ -152,31 +164,12 @@ def _realised(
     taught, counted = [0] * len(tokenized), min(rows, COUNTED)
     for draw in fresh.draws(counted):
         source = tokenized[draw.source]
-        targets = source.encoded.targets_of(draw.index)
-        used = slice(None) if views is None else _used(like(source.rows, draw.index), draw.visit, views)
-        taught[draw.source] += int(targets[used].sum())
+        used: slice | list[int] = slice(None)
+        if views is not None:
+            row = like(source.rows, draw.index)
+            view = views.get(row.kind)
+            used = [part.completion for part in (view(row, draw.visit) or () if view else ())]
+        taught[draw.source] += int(source.encoded.targets_of(draw.index)[used].sum())
     if counted == rows:
         return fresh.counts, taught
     return [round(rows * weight) for weight in mixture.weights], [round(tokens * rows / counted) for tokens in taught]
-
-
-def _used(row: Row, visit: int, views: Mapping[Kind, View]) -> list[int]:
-    view = views.get(row.kind)
-    return [part.completion for part in (view(row, visit) or () if view else ())]
-
-
-def _share(values: Sequence[int], number: int) -> float:
-    total = sum(values)
-    return values[number] / total if total else 0.0
-
-
-def _line(name: str, entry: Mapping[str, Any]) -> list[str]:
-    cells = {
-        "source": name,
-        "kind": ", ".join(entry["kinds"]),
-        "asked": f"{entry['share_asked']:.1%}",
-        "of rows": f"{entry['share_rows']:.1%}",
-        "of tokens": f"{entry['share_supervised_tokens']:.1%}",
-        **{column: f"{count(entry):,}" for column, count in COUNTS.items()},
-    }
-    return [cells[column] for column in HEADER]

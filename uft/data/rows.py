@@ -8,19 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol
 
 BASELINE, SOFT_LABEL = "baseline_logp", "soft_label"
 ANNOTATIONS = (BASELINE, SOFT_LABEL)
-"""Numbers that an annotation wrote beside a completion: its mean log-prob under other models; how likely it is the
-better one of its pair."""
+"""Numbers written beside a completion: its mean log-prob under other models; the probability that it is the better one
+of its pair."""
 
 
 class Kind(Enum):
-    """What a row knows about its completions."""
+    """The feedback that a row carries."""
 
     DEMONSTRATION = "demonstration"  # one completion, shown as right
     PREFERENCE = "preference"  # a chosen and a rejected completion
@@ -37,14 +37,17 @@ class Message:
     content: str
 
 
+Turns = tuple[Message, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What follows a prompt: usually one assistant turn; a multi-turn demonstration has several.
+    """The turns after a prompt: usually one assistant turn; a multi-turn demonstration has several.
 
     Every assistant turn in `turns` is supervised. At most one of the feedback fields is set.
     """
 
-    turns: tuple[Message, ...]  # the first is an assistant turn
+    turns: Turns  # the first is an assistant turn
     preferred: bool | None = None  # True: chosen, False: rejected
     label: bool | None = None  # True: good, False: bad
     score: float | None = None  # in [0, 1]
@@ -60,14 +63,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One prompt with its completions. `source` and `index` name it for ever: the order of a file is its identity."""
+    """One prompt with its completions. `source` and `index` identify it: the order of a file never changes."""
 
     source: str
     index: int  # 0-based among the rows of the source
-    prompt: tuple[Message, ...]
+    prompt: Turns
     completions: tuple[Completion, ...]
     answer: str | None = None  # the gold answer that a checker compares with
-    task: str | None = None  # what family of prompt this is, for reports
+    task: str | None = None  # the family of the prompt, for reports
 
     @property
     def id(self) -> str:
@@ -87,26 +90,19 @@ def kind_of(completions: Sequence[Completion]) -> Kind:
         return Kind.PREFERENCE
     if first.label is not None:
         return Kind.BINARY
-    if first.score is not None:
-        return Kind.SCORED
-    return Kind.DEMONSTRATION
+    return Kind.DEMONSTRATION if first.score is None else Kind.SCORED
 
 
-# --- Views: what an objective uses of a row.
+# --- Views: the completions of a row that an objective uses, each with its role and explicit reward.
 #
-# Every objective sees the same rows in the same order; a view says which completions it takes, in which role, and
-# with
-# which explicit reward. A view is a pure function of the row and of how often the row was visited before, and looks
-# at no
-# text: rows whose completions have the same feedback look alike (`uft.data.table.grouped`). It returns `None` when
-# the
-# objective cannot use such a row at all (the run stops before step 0), and an empty tuple when the method by its own
-# rule
-# takes nothing from this one (a bad completion under supervised fine-tuning).
+# Every objective sees the same rows in the same order. A view is a pure function of the row's feedback (never of its
+# texts, see `uft.data.table.grouped`) and of how often the row was drawn before. It returns `None` for a row that the
+# objective cannot use (the run stops before step 0), and an empty tuple where the method by its own rule takes nothing
+# (a bad completion under supervised fine-tuning).
 
 
 class Role(IntEnum):
-    """On which side of the loss a completion stands."""
+    """The side of the loss on which a completion stands."""
 
     POSITIVE = 1
     NEGATIVE = 0
@@ -122,21 +118,20 @@ class Selected:
 
 
 Selection = tuple[Selected, ...]
-View = Callable[[Row, int], Selection | None]  # (row, how often it was visited before) -> parts
+View = Callable[[Row, int], Selection | None]  # (row, how often it was drawn before) -> selected completions
 
 
-# --- What a row is, apart from where it lies: hashes of its content and of its prompt.
+# --- The canonical content of a row, and hashes of it.
 #
-# Digests prove that two runs saw the same rows; the prompt's hash chooses held-out rows, so that a prompt of one
-# source
+# Digests prove that two runs saw the same rows; the prompt's hash chooses held-out rows, so that a prompt of one source
 # never sits on both sides and the choice depends neither on the order of a file nor on a seed.
 
 
-class Says(Protocol):
-    """What a row says, with or without a name and a number."""
+class RowContent(Protocol):
+    """The content of a row, with or without a name and a number."""
 
     @property
-    def prompt(self) -> tuple[Message, ...]: ...
+    def prompt(self) -> Turns: ...
 
     @property
     def completions(self) -> tuple[Completion, ...]: ...
@@ -148,49 +143,39 @@ class Says(Protocol):
     def task(self) -> str | None: ...
 
 
-@runtime_checkable
-class InLines(Protocol):
-    """Rows that lie as their lines already: `blocks` gives their bytes, in the order of the rows."""
-
-    def blocks(self) -> Iterator[bytes]: ...
-
-
-def content(row: Says) -> list[Any]:
-    """Everything a row says, without its name and number, as plain JSON values."""
-    return [_turns(row.prompt), [_completion(c) for c in row.completions], row.answer, row.task]
-
-
-def line(row: Says) -> bytes:
-    """The canonical content of a row as a line of JSON in UTF-8; :func:`said` takes it back."""
-    return json.dumps(content(row), ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
+def encode_row(row: RowContent) -> bytes:
+    """Canonical JSON of a row without its name and number, one line in UTF-8; :func:`decode_row` inverts it."""
+    completions = [
+        [_turn_lists(c.turns), c.preferred, c.label, c.score, c.sampled_by, c.log_prob]
+        + ([sorted(c.annotations.items())] if c.annotations else [])
+        for c in row.completions
+    ]
+    content = [_turn_lists(row.prompt), completions, row.answer, row.task]
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
 
 
-def said(written: bytes, source: str, index: int) -> Row:
-    """The row of a :func:`line`, under its name and number: equal to what was written, to the last digit."""
-    prompt, completions, answer, task = json.loads(written)
-    return Row(source, index, _messages(prompt), tuple(_as_completion(*c) for c in completions), answer, task)
+def decode_row(encoded: bytes, source: str, index: int) -> Row:
+    """The row of :func:`encode_row` under a name and number, equal to the last digit."""
+    prompt, completions, answer, task = json.loads(encoded)
+    return Row(source, index, _turns(prompt), tuple(_completion(*c) for c in completions), answer, task)
 
 
 def content_digest(rows: Iterable[Row]) -> str:
     """sha256 over the canonical content of the rows, in their order."""
     digest = hashlib.sha256()
-    for block in rows.blocks() if isinstance(rows, InLines) else map(line, rows):
-        digest.update(block)
+    encoded = getattr(rows, "encoded", None)  # of a `uft.data.table.RowTable`, which stores just that
+    for one in encoded() if encoded else map(encode_row, rows):
+        digest.update(one)
     return digest.hexdigest()
 
 
 def prompt_hash(prompt: Sequence[Message]) -> str:
-    """sha256 of a prompt, blind to white space at the ends of its turns."""
+    """sha256 of a prompt, ignoring white space at the ends of its turns."""
     turns = [[turn.role, turn.content.strip()] for turn in prompt]
     return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode("utf-8")).hexdigest()
 
 
-def _completion(c: Completion) -> list[Any]:
-    feedback = [c.preferred, c.label, c.score, c.sampled_by, c.log_prob]
-    return [_turns(c.turns), *feedback, *([sorted(c.annotations.items())] if c.annotations else [])]
-
-
-def _as_completion(
+def _completion(
     turns: list[list[str]],
     preferred: bool | None,
     label: bool | None,
@@ -199,12 +184,12 @@ def _as_completion(
     log_prob: float | None,
     annotations: Sequence[tuple[str, float]] = (),
 ) -> Completion:
-    return Completion(_messages(turns), preferred, label, score, sampled_by, log_prob, dict(annotations))
+    return Completion(_turns(turns), preferred, label, score, sampled_by, log_prob, dict(annotations))
 
 
-def _messages(turns: list[list[str]]) -> tuple[Message, ...]:
+def _turns(turns: list[list[str]]) -> Turns:
     return tuple(Message(role, text) for role, text in turns)
 
 
-def _turns(turns: Sequence[Message]) -> list[list[str]]:
+def _turn_lists(turns: Sequence[Message]) -> list[list[str]]:
     return [[turn.role, turn.content] for turn in turns]

@@ -1,41 +1,60 @@
-"""Sources: the named data sets of a mixture as rows, some of them kept for evaluation.
+"""Sources: the named data sets of a mixture as rows, some of them held out for evaluation.
 
-Everything that is wrong with any source, and every row that cannot be read, is told at once.
+Every fault of any source, and every row that cannot be read, is told at once. From top to bottom: loading sources,
+held-out rows, parsing with a cache, places (files, folders, the hub, the playground), and readers of files.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import logging
 import os
 import re
+import shutil
 import socket
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import uft
 from uft.config.schema import Data, Source
 from uft.data import formats
-from uft.data.formats import Fields, Format, Unreadable
+from uft.data.formats import Format, Unreadable
 from uft.data.rows import Kind, Row, content_digest, prompt_hash
-from uft.data.table import RowCollector, kinds, pick, prompt_words
+from uft.data.table import Corrupt, RowCollector, RowTable, kinds, open_table, pick, prompt_words
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
 
+log = logging.getLogger(__name__)
+
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
+CODE_VERSION = 1  # raise it when this code makes other rows of the same files, or lays them out otherwise
+CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
+KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used: `where` is `file:line` (the item's number in files without lines)."""
+
+    where: str
+    why: str
 
 
 @dataclass(frozen=True)
 class LoadedSource:
     """A source, read and split. `digest` is the sha256 of the training rows' content.
 
-    The rows of a large one lie on disk (:mod:`uft.data.table`): go through them rather than list them.
+    The rows of a large one lie on disk (:mod:`uft.data.table`): iterate over them rather than list them.
     """
 
     name: str
@@ -76,145 +95,23 @@ def load_sources(data: Any) -> list[LoadedSource]:
             continue
         loaded.append(found)
         bad += found.dropped
-    told = settings.bad_rows == "error"
-    if told:
-        problems += _bad_row_problems(bad)
-    for one in loaded:
-        if not one.rows and one.held_out and not one.apart:
-            own = settings.sources[one.name].holdout
+    strict = settings.bad_rows == "error"
+    if strict:
+        problems += [Problem(row.where, row.why) for row in bad[:SPELLED_OUT]]
+        if len(bad) > SPELLED_OUT:
+            problems.append(Problem(f"... and {len(bad) - SPELLED_OUT} more", "rows that cannot be read"))
+    for found in loaded:
+        if not found.rows and found.held_out and not found.apart:
+            own = settings.sources[found.name].holdout
             amount = settings.holdout if own is None else own
-            problems.append(Problem(f"data.sources.{one.name}.holdout={amount:g}", "leaves no row to train on"))
-        elif not one.rows and not (told and one.dropped):
-            problems.append(_nothing_left(one))
+            problems.append(Problem(f"data.sources.{found.name}.holdout={amount:g}", "leaves no row to train on"))
+        elif not found.rows and not (strict and found.dropped):
+            why = f"no row could be used: {found.dropped[0].why}" if found.dropped else "there are no rows in it"
+            problems.append(Problem(f"data.sources.{found.name}.path={found.path}", why))
     if problems:
-        footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and told else ""
+        footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and strict else ""
         raise UftError(*problems, footer=footer)
     return loaded
-
-
-def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(training rows, held-out rows): whole prompts, those whose hashes are least, until `amount` rows are kept.
-
-    `amount` is a share below 1 or a count. Which prompts are kept does not depend on order, seed or source, so sources
-    that share prompts keep nearly the same ones. Order within both sides is that of `rows`.
-    """
-    wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
-    kept = _least(rows, min(wanted, len(rows))) if wanted > 0 and rows else bytes(len(rows))
-    train, held = (array("q", (n for n, one in enumerate(kept) if one == side)) for side in (0, 1))
-    return pick(rows, train), pick(rows, held)
-
-
-def _least(rows: Sequence[Row], count: int) -> bytearray:
-    """1 for the `count` >= 1 rows whose prompt hashes are least, and for all with the prompt of the last of them."""
-    words = prompt_words(rows)
-    edge = sorted(words)[count - 1]
-    kept = bytearray(word < edge for word in words)
-    there = [n for n, word in enumerate(words) if word == edge]  # one prompt's, nearly always: a word is not all
-    hashes = [prompt_hash(rows[n].prompt) for n in there]
-    last = sorted(hashes)[count - sum(kept) - 1]
-    for n, whole in zip(there, hashes, strict=True):
-        kept[n] = whole <= last
-    return kept
-
-
-def _load(name: str, source: Source, data: Data) -> LoadedSource:
-    if problems := [*formats.check_mapping(source.columns, name), *_range_problems(name, source.score_range)]:
-        raise UftError(*problems)
-    place = Place(source.path, source.split, source.subset, source.revision, f"data.sources.{name}.path")
-    rows, bad = _rows(name, source, place, source.limit, data.cache)
-    apart = _evaluation_place(source, place)
-    if apart is not None:
-        held_out, more = _rows(name, source, apart, None, data.cache)
-        bad += more
-    else:
-        amount = data.holdout if source.holdout is None else source.holdout
-        rows, held_out = hold_out(rows, amount)
-    return LoadedSource(
-        name, source.path, rows, held_out, content_digest(rows), tuple(bad), source.checker, apart is not None
-    )
-
-
-def _range_problems(name: str, score_range: Sequence[float] | None) -> list[Problem]:
-    if score_range is None or (len(score_range) == 2 and score_range[0] < score_range[1]):
-        return []
-    why = "is not two numbers, the lowest and the highest score"
-    return [Problem(f"data.sources.{name}.score_range={list(score_range)}", why)]
-
-
-def _evaluation_place(source: Source, place: Place) -> Place | None:
-    """Where evaluation rows of their own lie: as configured, or the test split that builtin data has."""
-    if source.eval_path is not None:
-        key = place.key.removesuffix("path") + "eval_path"
-        return replace(place, path=source.eval_path, split=source.eval_split or source.split, key=key)
-    if source.eval_split is not None:
-        return replace(place, split=source.eval_split)
-    if source.path.startswith("builtin:") and source.holdout is None:
-        return replace(place, split="test")
-    return None
-
-
-def _rows(
-    name: str, source: Source, place: Place, limit: int | None, cache: str | None
-) -> tuple[Sequence[Row], list[BadRow]]:
-    """The rows of a place and what could not be read there."""
-    good = RowCollector(name, limit, cache_root(cache))
-    bad: list[BadRow] = []
-    for table in read(place):
-        for item in _parsed(name, source, table):
-            if isinstance(item, BadRow):
-                bad.append(item)
-            else:
-                good.add(item)
-    return good.rows(), bad
-
-
-def _parsed(name: str, source: Source, table: Table) -> Iterator[Fields | BadRow]:
-    if not table.records:
-        yield from (found for found in table.find() if isinstance(found, BadRow))
-        return
-    form = _recognise(name, source, table)
-    low_high = (source.score_range[0], source.score_range[1]) if source.score_range else None
-    for found in table.find():
-        beat()
-        if isinstance(found, BadRow):
-            yield found
-            continue
-        fields = formats.rename(found.fields, source.columns)
-        try:
-            yield form.read(formats.from_text(fields) if table.textual else fields, low_high)
-        except Unreadable as error:
-            yield BadRow(found.where, str(error))
-
-
-def _recognise(name: str, source: Source, table: Table) -> Format:
-    """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
-    counts = table.columns
-    problems = [
-        Problem(
-            f"data.sources.{name}.columns.{ours}={theirs}",
-            "no such column in the data",
-            advice=(*formats.nearest("{}", theirs, counts), f"columns: {', '.join(sorted(counts))}"),
-        )
-        for ours, theirs in source.columns.items()
-        if theirs not in counts
-    ]
-    if problems:
-        raise UftError(*problems)
-    usual: dict[str, Any] = {key: None for key, count in counts.items() if 2 * count >= table.records}
-    columns = formats.rename(usual, source.columns)
-    return formats.recognise(columns, source.kind, source.columns, name)
-
-
-def _bad_row_problems(bad: Sequence[BadRow]) -> list[Problem]:
-    problems = [Problem(row.where, row.why) for row in bad[:SPELLED_OUT]]
-    if len(bad) > SPELLED_OUT:
-        problems.append(Problem(f"... and {len(bad) - SPELLED_OUT} more", "rows that cannot be read"))
-    return problems
-
-
-def _nothing_left(source: LoadedSource) -> Problem:
-    why = f"no row could be used: {source.dropped[0].why}" if source.dropped else "there are no rows in it"
-    return Problem(f"data.sources.{source.name}.path={source.path}", why)
 
 
 def _as_data(data: Any) -> Data:
@@ -226,14 +123,194 @@ def _as_data(data: Any) -> Data:
     return Data(**given, sources=sources)
 
 
-# --- Records out of files, folders, the hub and the playground, each with its place, so that a bad one can be found.
-#
-# `uft.data.sources` reads single files; datasets is imported when a path asks for it.
+def _load(name: str, source: Source, data: Data) -> LoadedSource:
+    problems = formats.check_mapping(source.columns, name)
+    scores = source.score_range
+    if scores is not None and not (len(scores) == 2 and scores[0] < scores[1]):
+        why = "is not two numbers, the lowest and the highest score"
+        problems.append(Problem(f"data.sources.{name}.score_range={list(scores)}", why))
+    if problems:
+        raise UftError(*problems)
+    place = Place(source.path, source.split, source.subset, source.revision, f"data.sources.{name}.path")
+    apart = None  # where evaluation rows of their own lie: as configured, or the test split that builtin data has
+    if source.eval_path is not None:
+        key = f"data.sources.{name}.eval_path"
+        apart = replace(place, path=source.eval_path, split=source.eval_split or source.split, key=key)
+    elif source.eval_split is not None:
+        apart = replace(place, split=source.eval_split)
+    elif source.path.startswith(_BUILTIN) and source.holdout is None:
+        apart = replace(place, split="test")
+    rows, bad = _parse(name, source, place, source.limit, data.cache)
+    held_out: Sequence[Row]
+    if apart is not None:
+        held_out, more = _parse(name, source, apart, None, data.cache)
+        bad += more
+    else:
+        amount = data.holdout if source.holdout is None else source.holdout
+        rows, held_out = hold_out(rows, amount)
+    digest = content_digest(rows)
+    return LoadedSource(name, source.path, rows, held_out, digest, tuple(bad), source.checker, apart is not None)
+
+
+# --- Held-out rows.
+
+
+def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequence[Row]]:
+    """(training rows, held-out rows): whole prompts, those whose hashes are least, until `amount` rows are held out.
+
+    `amount` is a share below 1 or a count. The choice of prompts does not depend on order, seed or source, so sources
+    that share prompts hold out nearly the same ones. Order within both sides is that of `rows`.
+    """
+    wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
+    chosen = _least_prompts(rows, min(wanted, len(rows))) if wanted > 0 and rows else bytes(len(rows))
+    train, held = (array("q", (n for n, one in enumerate(chosen) if one == side)) for side in (0, 1))
+    return pick(rows, train), pick(rows, held)
+
+
+def _least_prompts(rows: Sequence[Row], count: int) -> bytearray:
+    """1 for the `count` >= 1 rows whose prompt hashes are least, and for all with the prompt of the last of them."""
+    words = prompt_words(rows)
+    edge = sorted(words)[count - 1]
+    chosen = bytearray(word < edge for word in words)
+    there = [n for n, word in enumerate(words) if word == edge]  # one prompt's, nearly always: a word is not all
+    hashes = [prompt_hash(rows[n].prompt) for n in there]
+    last = sorted(hashes)[count - sum(chosen) - 1]
+    for n, full_hash in zip(there, hashes, strict=True):
+        chosen[n] = full_hash <= last
+    return chosen
+
+
+# --- Parsing: the records of a place as rows. The rows of large files are cached, so that every further process maps
+# the first one's table instead of parsing again.
+
+
+def _parse(
+    name: str, source: Source, place: Place, limit: int | None, cache: str | None
+) -> tuple[Sequence[Row], list[BadRow]]:
+    """The rows of a place, and the records that cannot be used."""
+    folder, tables = cache_root(cache) / "rows", open_place(place)
+    files = [table.file for table in tables if table.file is not None]
+    key, states = None, [_file_state(file) for file in files]
+    if files and sum(size for _, size, _ in states) >= CACHED_BYTES:
+        key = _cache_key(source, limit, files)
+        try:
+            table, notes = open_table(folder / key)
+            return RowTable.of(name, table)[:limit], [BadRow(*row) for row in notes["bad"]]
+        except FileNotFoundError:
+            pass
+        except Corrupt as error:
+            log.warning("row cache %s is corrupt (%s): reading the rows again", folder / key, error)
+            shutil.rmtree(folder / key, ignore_errors=True)
+    good, bad = RowCollector(name, limit, folder, key), list[BadRow]()
+    score_range = (source.score_range[0], source.score_range[1]) if source.score_range else None
+    for records in tables:
+        form = _recognise(name, source, records) if records.count else None
+        for found in records:
+            beat()
+            if isinstance(found, BadRow):
+                bad.append(found)
+                continue
+            assert form is not None
+            fields = formats.rename(found.fields, source.columns)
+            try:
+                good.add(form.read(formats.from_text(fields) if records.textual else fields, score_range))
+            except Unreadable as error:
+                bad.append(BadRow(found.where, str(error)))
+    if states != [_file_state(file) for file in files]:
+        raise place.problem(*CHANGED)
+    return good.rows({"bad": [[row.where, row.why] for row in bad]}), bad
+
+
+def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
+    """Everything that the rows of these files depend on; the files themselves by their content."""
+    digests = []
+    for file in files:
+        with open(file, "rb") as handle:
+            digests.append([str(file), hashlib.file_digest(handle, "sha256").hexdigest()])
+    settings = [dict(source.columns), source.kind, source.score_range and list(source.score_range), limit]
+    key = json.dumps([uft.__version__, CODE_VERSION, settings, digests], sort_keys=True)
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _recognise(name: str, source: Source, table: RecordTable) -> Format:
+    """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
+    problems = [
+        Problem(
+            f"data.sources.{name}.columns.{ours}={theirs}",
+            "no such column in the data",
+            advice=(
+                *formats.nearest("{}", theirs, table.columns),
+                f"columns: {', '.join(sorted(table.columns))}",
+            ),
+        )
+        for ours, theirs in source.columns.items()
+        if theirs not in table.columns
+    ]
+    if problems:
+        raise UftError(*problems)
+    usual: dict[str, Any] = {key: None for key, count in table.columns.items() if 2 * count >= table.count}
+    columns = formats.rename(usual, source.columns)
+    return formats.recognise(columns, source.kind, source.columns, name)
+
+
+# --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a file, and where it stands."""
+
+    where: str
+    fields: Mapping[str, Any]
+
+
+Found = Record | BadRow
+
+
+@dataclass(frozen=True)
+class RecordTable:
+    """The records of one file or split; they share one format.
+
+    They are read once to count their columns. Those of a small file are kept, others read again, so that memory holds
+    the rows made of them and not both.
+    """
+
+    find: Callable[[], Iterator[Found]]
+    file: Path | None = None
+    textual: bool = False  # every value is a text cell (CSV)
+    small: bool = False  # so that its records can be kept
+
+    @property
+    def columns(self) -> Mapping[str, int]:
+        """In how many records each column stands."""
+        return self._scan[0]
+
+    @property
+    def count(self) -> int:
+        """Records that could be read."""
+        return self._scan[1]
+
+    def __iter__(self) -> Iterator[Found]:
+        few = self._scan[2]
+        return self.find() if few is None else iter(few)
+
+    @cached_property
+    def _scan(self) -> tuple[Mapping[str, int], int, Sequence[Found] | None]:
+        columns: Counter[str] = Counter()
+        count, few = 0, list[Found]() if self.small else None
+        for found in self.find():
+            beat()
+            if isinstance(found, Record):
+                columns.update(found.fields.keys())
+                count += 1
+            if few is not None:
+                few.append(found)
+        return columns, count, few
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where to read: a source's `path` and what goes with it. `key` is the setting that errors point at."""
+    """Where to read: a source's `path` and the settings beside it. `key` is the setting that errors point at."""
 
     path: str
     split: str = "train"
@@ -249,10 +326,21 @@ _BUILTIN = "builtin:"
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLIT_NAME = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?=[-_.\d]|$)", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+CHANGED = ("changed while it was read", "wait until whoever writes it is done")
 
 
-def read(place: Place) -> list[Table]:
-    """All records of a place, in a stable order. Raises :class:`UftError` when it cannot be opened."""
+def is_local(path: str) -> bool:
+    """Whether a source's path is read from this machine, not from the hub."""
+    return path.startswith(_BUILTIN) or os.path.lexists(os.path.expanduser(path)) or looks_local(path)
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path that does not exist is meant as a file: by its suffix, or since it cannot be a hub id."""
+    return Path(path).suffix.lower() in (*READERS, ".gz", ".txt", ".zip", ".arrow") or not _HUB_ID.fullmatch(path)
+
+
+def open_place(place: Place) -> list[RecordTable]:
+    """The tables of a place, in a stable order. Raises :class:`UftError` when it cannot be opened."""
     if place.path.startswith(_BUILTIN):
         return [_builtin(place)]
     path = Path(os.path.expanduser(place.path))
@@ -264,84 +352,62 @@ def read(place: Place) -> list[Table]:
         raise place.problem("this link leads nowhere, or in a circle")
     if os.path.exists(path):
         raise place.problem("is neither a file nor a folder")
-    if _looks_local(place.path):
-        raise place.problem("no such file or folder", *_neighbours(path))
-    return [_hub(place.path, place)]
+    if not looks_local(place.path):
+        return [_hub(place.path, place)]
+    if not os.path.isdir(path.parent):
+        advice = f"the folder {path.parent} does not exist either"
+    else:
+        beside = sorted(os.listdir(path.parent)) if os.access(path.parent, os.R_OK) else []
+        close = get_close_matches(path.name, beside, n=1)
+        advice = f"did you mean  {path.parent / close[0]} ?" if close else ""
+    raise place.problem("no such file or folder", *([advice] if advice else []))
 
 
-def is_local(path: str) -> bool:
-    """Whether a source's path is read from this machine, not from the hub."""
-    return path.startswith(_BUILTIN) or os.path.lexists(os.path.expanduser(path)) or _looks_local(path)
-
-
-def _looks_local(path: str) -> bool:
-    suffix = Path(path).suffix.lower()
-    return suffix in (*READERS, ".gz", ".txt", ".zip", ".arrow") or not _HUB_ID.fullmatch(path)
-
-
-def _neighbours(path: Path) -> tuple[str, ...]:
-    """The nearest name beside a missing file, or the nearest thing that exists."""
-    parent = path.parent
-    if not os.path.isdir(parent):
-        return (f"the folder {parent} does not exist either",)
-    beside = sorted(os.listdir(parent)) if os.access(parent, os.R_OK) else []
-    close = get_close_matches(path.name, beside, n=1)
-    return (f"did you mean  {parent / close[0]} ?",) if close else ()
-
-
-# --- files and folders
-
-
-def _file(path: Path, place: Place) -> Table:
+def _file(path: Path, place: Place) -> RecordTable:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise place.problem(f"cannot read files of type {path.suffix or '(none)'}", f"types: {' '.join(READERS)}")
-    before: list[tuple[int, int, int]] = []
+    before: list[tuple[int, int, int]] = []  # at the first of several passes
 
     def find() -> Iterator[Found]:
         try:
-            before.append(_state(path))
+            before.append(_file_state(path))
             yield from reader(path)
-            after = _state(path)
+            after = _file_state(path)
         except Exception as error:  # a broken Parquet file, no permission: the reader's own words say it best
             raise place.problem(f"cannot be read: {first_line(error)}") from error
         if before[0] != after:
-            raise place.problem("changed while it was read", "wait until whoever writes it is done")
+            raise place.problem(*CHANGED)
 
-    return Table.of(find, textual=reader is read_csv)
+    return RecordTable(find, path, textual=reader is read_csv, small=_file_state(path)[1] <= KEPT_BYTES)
 
 
-def _state(path: Path) -> tuple[int, int, int]:
-    """What tells that somebody writes a file: its identity, size and time."""
+def _file_state(path: Path) -> tuple[int, int, int]:
+    """Identity, size and time of a file: they change when it is written to."""
     known = path.stat()
     return known.st_ino, known.st_size, known.st_mtime_ns
 
 
-def _folder(path: Path, place: Place) -> list[Table]:
+def _folder(path: Path, place: Place) -> list[RecordTable]:
     """A folder written by `datasets`, a hub repository's layout, or plain files in the order of their names."""
     if not os.access(path, os.R_OK | os.X_OK):
         raise place.problem("cannot be read: no permission")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return [_saved(path, place)]
+        return [_saved_dataset(path, place)]
     files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in READERS)
     if (path / "README.md").is_file() or not files:
         return [_hub(str(path), place)]
-    return [_file(file, place) for file in _of_split(files, place)]
-
-
-def _of_split(files: list[Path], place: Place) -> list[Path]:
-    """The files named after the asked split, where names say so (train-00.jsonl, test.jsonl); else all of them."""
+    # names may tell splits apart (train-00.jsonl, test.jsonl); else all files are of any split
     named = {file: _SPLITS[match[1].lower()] for file in files if (match := _SPLIT_NAME.match(file.stem))}
-    wanted = _SPLITS.get(place.split, place.split)
-    if not named:
-        return files
-    chosen = [file for file in files if named.get(file) == wanted]
-    if not chosen:
-        raise place.problem(f"no file of split {place.split} in this folder", f"splits: {_list(set(named.values()))}")
-    return chosen
+    if named:
+        files = [file for file in files if named.get(file) == _SPLITS.get(place.split, place.split)]
+    if not files:
+        splits = f"splits: {_listing(set(named.values()))}"
+        raise place.problem(f"no file of split {place.split} in this folder", splits)
+    return [_file(file, place) for file in files]
 
 
-def _saved(path: Path, place: Place) -> Table:
+def _saved_dataset(path: Path, place: Place) -> RecordTable:
     import datasets
 
     try:
@@ -350,126 +416,67 @@ def _saved(path: Path, place: Place) -> Table:
         raise place.problem(f"this datasets folder cannot be read: {first_line(error)}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if place.split not in loaded:
-            raise place.problem(f"no split {place.split} in this datasets folder", f"splits: {_list(loaded)}")
+            raise place.problem(f"no split {place.split} in this datasets folder", f"splits: {_listing(loaded)}")
         loaded = loaded[place.split]
-    return _dataset(loaded, str(path))
+    return RecordTable(partial(_numbered, loaded, str(path)))
 
 
-def _look_for_the_hub() -> None:
-    """One look before the hub's client starts its half minute of retries; where nothing answers, its cache alone."""
-    if any(os.environ.get(name) for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy")):
-        return
-    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        socket.create_connection((address.hostname or "", address.port or 443), timeout=3).close()
-    except OSError:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # the worker inherits it
-
-
-def _hub(name: str, place: Place) -> Table:
-    if not Path(name).is_dir():
-        _look_for_the_hub()
+def _hub(name: str, place: Place) -> RecordTable:
+    local = Path(name).is_dir()
+    if not local and not any(os.environ.get(one) for one in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy")):
+        # one look before the hub's client starts its half minute of retries; without an answer, its cache alone
+        address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+        try:
+            socket.create_connection((address.hostname or "", address.port or 443), timeout=3).close()
+        except OSError:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # the worker inherits it
     import datasets
 
-    quiet = datasets.utils.logging.is_progress_bar_enabled()
+    progress = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         loaded = datasets.load_dataset(name, place.subset, split=place.split, revision=place.revision)
-    except Exception as error:  # whatever the hub, the network or a builder says; a user cannot act on a traceback
-        local = Path(name).is_dir()
-        raise place.problem(
-            f"{'datasets cannot read this folder' if local else 'not found here, and not from the hub'}:"
-            f" {first_line(error)}",
-            *(() if local else ("without a network, give a file, a folder or builtin:NAME",)),
-        ) from error
+    except Exception as error:  # of the hub, the network or a builder; a user cannot act on a traceback
+        why = "datasets cannot read this folder" if local else "not found here, and not from the hub"
+        advice = () if local else ("without a network, give a file, a folder or builtin:NAME",)
+        raise place.problem(f"{why}: {first_line(error)}", *advice) from error
     finally:
-        if quiet:
+        if progress:
             datasets.enable_progress_bars()
-    return _dataset(loaded, name)
+    return RecordTable(partial(_numbered, loaded, name))
 
 
-def _dataset(dataset: Any, name: str) -> Table:
-    return Table.of(lambda: _numbered(dataset, name))
-
-
-def _numbered(records: Iterable[Any], name: str) -> Iterator[Found]:
-    return (Record(f"{name}:{number}", record) for number, record in enumerate(records, start=1))
-
-
-def _builtin(place: Place) -> Table:
+def _builtin(place: Place) -> RecordTable:
     family, _, name = place.path.removeprefix(_BUILTIN).partition("/")
     if family != "playground" or not name:
         raise place.problem("no such builtin data", "builtin data is named  builtin:playground/NAME")
     from uft.playground import world
 
     if name not in world.SOURCES:
-        raise place.problem(
-            "no such builtin data", f"choices: {_list(f'{_BUILTIN}{family}/{n}' for n in world.SOURCES)}"
-        )
+        names = _listing(f"{_BUILTIN}{family}/{one}" for one in world.SOURCES)
+        raise place.problem("no such builtin data", f"choices: {names}")
     if place.split not in ("train", "test"):
         raise place.problem(f"builtin data has no split {place.split}", "splits: test, train")
     records = world.records(name, "test" if place.split == "test" else "train")
-    return Table.of(lambda: _numbered(records, place.path))
+    return RecordTable(partial(_numbered, records, place.path))
 
 
-def _list(names: Any) -> str:
+def _numbered(records: Iterable[Any], name: str) -> Iterator[Found]:
+    return (Record(f"{name}:{number}", record) for number, record in enumerate(records, start=1))
+
+
+def _listing(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "(none)"
 
 
-# --- Files of rows: JSON Lines, JSON, CSV and Parquet, each record with its place, so that a bad one can be found.
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+# --- Readers of files: JSON Lines, JSON, CSV and Parquet, each record with its place, so that a bad one can be found.
 #
 # JSON Lines and CSV need the standard library alone; pyarrow is imported when a file asks for it.
-
-
-_BATCH = 1024  # rows of a Parquet file in memory as Python values at once
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used: `where` is `file:line` (the item's number in files without lines)."""
-
-    where: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record as it was found."""
-
-    where: str
-    fields: Mapping[str, Any]
-
-
-Found = Record | BadRow
-
-
-@dataclass(frozen=True)
-class Table:
-    """The records of one file or split; they share one format.
-
-    They were looked through once, to learn their columns, and are not kept: `find` reads them again, so that memory
-    holds what is made of them and not both.
-    """
-
-    find: Callable[[], Iterator[Found]]
-    columns: Mapping[str, int]  # in how many records each stands
-    records: int
-    textual: bool = False  # every value is a text cell (CSV)
-
-    @classmethod
-    def of(cls, find: Callable[[], Iterator[Found]], textual: bool = False) -> Table:
-        columns: Counter[str] = Counter()
-        records = 0
-        for found in find():
-            beat()
-            if isinstance(found, Record):
-                columns.update(found.fields.keys())
-                records += 1
-        return cls(find, columns, records, textual)
-
-    @property
-    def found(self) -> tuple[Found, ...]:
-        return tuple(self.find())
 
 
 def _jsonl(path: Path) -> Iterator[Found]:
@@ -490,7 +497,7 @@ def _json_object(raw: bytes, where: str) -> Found:
     except UnicodeDecodeError as error:
         return BadRow(where, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}")
     except json.JSONDecodeError as error:
-        lines = "; lines end with a line sampler, not with a carriage return" if b"\r" in raw else ""
+        lines = "; lines end with a line feed, not with a carriage return" if b"\r" in raw else ""
         return BadRow(where, f"broken JSON: {error.msg} at column {error.colno}{lines}")
     except ValueError:  # of Python's int
         return BadRow(where, "broken JSON: a number of more than 4,300 digits")
@@ -562,29 +569,24 @@ def _parquet(path: Path) -> Iterator[Found]:
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     number = 0
-    with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of what folders are called
-        for batch in file.iter_batches(batch_size=_BATCH):
-            for record in _records(batch):
+    with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of the names of folders
+        for batch in file.iter_batches(batch_size=1024):
+            try:
+                rows = batch.to_pylist()
+            except Exception:  # a row has no value in Python (a text that is not UTF-8): find it
+                rows = [_parquet_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+            for row in rows:
                 number += 1
-                yield (
-                    Record(f"{path}:{number}", record)
-                    if isinstance(record, dict)
-                    else BadRow(f"{path}:{number}", record)
-                )
+                where = f"{path}:{number}"
+                yield BadRow(where, row) if isinstance(row, str) else Record(where, row)
 
 
-def _records(batch: Any) -> Iterator[dict[str, Any] | str]:
-    """The rows of a batch; of one that has no value in Python (a text that is not UTF-8), why."""
+def _parquet_row(batch: Any) -> dict[str, Any] | str:
+    """The only row of a batch, or why it cannot be read."""
     try:
-        yield from batch.to_pylist()
-        return
-    except Exception:  # one of them: find it
-        rows = [batch.slice(number, 1) for number in range(batch.num_rows)]
-    for row in rows:
-        try:
-            yield row.to_pylist()[0]
-        except Exception as error:
-            yield f"cannot be read: {first_line(error)}"
+        return batch.to_pylist()[0]
+    except Exception as error:
+        return f"cannot be read: {first_line(error)}"
 
 
 READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
@@ -595,8 +597,3 @@ READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
 }
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

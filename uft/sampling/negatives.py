@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Generate
 from uft.data.chat import Renderer
-from uft.data.formats import written
+from uft.data.formats import turns_column
 from uft.data.rows import Completion, Row
 from uft.data.sources import LoadedSource
 from uft.distributed import ranks
@@ -208,7 +208,11 @@ def _own_fields(row: Row) -> Line:
     """The fields of a line that repeat the row, `row` first. A single user turn and a single reply are plain text."""
     good = good_completion(row)
     assert good is not None, row.id
-    return {"row": row.id, "prompt": written(row.prompt, "user"), "response": written(good.turns, "assistant")}
+    return {
+        "row": row.id,
+        "prompt": turns_column(row.prompt, "user"),
+        "response": turns_column(good.turns, "assistant"),
+    }
 
 
 # --- Resuming

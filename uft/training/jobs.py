@@ -21,7 +21,7 @@ from uft.config.frozen import adds
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS, stages_of
 from uft.data.chat import Renderer
-from uft.data.formats import write_rows, written_here
+from uft.data.formats import is_rows_file, write_rows
 from uft.data.report import coloured, length_histogram, merged_lengths, report_table
 from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
@@ -400,7 +400,7 @@ def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Da
         else:
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                if place.exists() and not written_here(place):
+                if place.exists() and not is_rows_file(place):
                     why = "was not written by uft annotate; it is left as it is"
                 elif not os.access(place.parent, os.W_OK):
                     why = "cannot be written: no permission"
