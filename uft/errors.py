@@ -1,7 +1,7 @@
-"""What a user is told when a request cannot be carried out.
+"""Errors for the user, exit codes, and the redaction of secrets.
 
-A user's mistake raises :class:`UftError` with every problem found, never just the first; an internal
-impossibility asserts. Nothing here imports anything heavy: the text must be there in milliseconds.
+A user's mistake raises `UftError` with every problem found, never just the first; an internal impossibility asserts.
+Nothing here imports anything heavy: the text must be there in milliseconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import TracebackType
@@ -29,8 +29,8 @@ GOOD, FAILED, BAD_REQUEST, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 class Problem:
     """One thing that is wrong: what, why, where it was set, and what would be right.
 
-    Much of it was written by data, models and configurations. Secrets in it are hidden, characters that would move a
-    terminal's cursor or turn its text are shown as escapes, and what is endless is cut.
+    The texts may come from data, models and configurations: secrets are hidden, characters that would move a
+    terminal's cursor or turn its text become escapes, and texts are cut after `LONGEST` characters.
     """
 
     what: str  # as the user wrote it: "objective.bta=0.2"
@@ -45,10 +45,7 @@ class Problem:
 
 
 class UftError(Exception):
-    """A request that cannot be carried out; the message is for the person who made it.
-
-    `problems` are all that was found, `footer` is what to do next, `code` the exit status.
-    """
+    """A request that cannot be carried out: all `problems` found, a `footer` with the next command, the exit `code`."""
 
     def __init__(self, *problems: Problem | str, footer: str = "", code: int = BAD_REQUEST) -> None:
         self.problems = tuple(p if isinstance(p, Problem) else Problem(p, "") for p in problems)
@@ -57,7 +54,7 @@ class UftError(Exception):
         super().__init__(self.problems, self.footer, code)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes it travels as what it was made of."""
+        """Pickle the arguments: the error crosses process boundaries."""
         return partial(type(self), *self.problems, footer=self.footer, code=self.code), ()
 
     def __str__(self) -> str:
@@ -65,7 +62,7 @@ class UftError(Exception):
 
 
 def tame(text: str) -> str:
-    """`text` as it may be shown."""
+    """`text` without secrets and control characters, cut to a length that can be shown."""
     text = redact(text)
     whole = text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text) - LONGEST:,} more characters)"
     return UNRULY.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), whole)
@@ -74,8 +71,9 @@ def tame(text: str) -> str:
 def render(error: UftError) -> str:
     """The message as it is printed, columns aligned over all problems."""
     count = len(error.problems)
-    what = _column(problem.what for problem in error.problems)
-    why = _column(problem.why for problem in error.problems if problem.where)
+    # Column widths; one long text does not push the others away.
+    what = min(max((len(problem.what) for problem in error.problems), default=0), 40)
+    why = min(max((len(problem.why) for problem in error.problems if problem.where), default=0), 40)
     lines = [f"uft: {count} problem{'s' if count != 1 else ''} in this request", ""]
     for problem in error.problems:
         where = f"      ({problem.where})" if problem.where else ""
@@ -87,18 +85,9 @@ def render(error: UftError) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _column(texts: Iterable[str]) -> int:
-    """Width of a column; one long text does not push the others away."""
-    return min(max(map(len, texts), default=0), 40)
-
-
-# --- Secrets stay out of whatever uft writes: errors, logs, records of runs.
-#
-# A secret is the value of an environment variable that is named like one (WANDB_API_KEY, HF_TOKEN, DB_PASSWORD), or
-# text
-# in the form of a token of a service, of a password in a URL or of a key in its query. Nothing here is heavy: the
-# text
-# of every error passes through it.
+# --- Secrets stay out of errors, logs and records of runs. A secret is the value of an environment variable that is
+# named like one (WANDB_API_KEY, HF_TOKEN, DB_PASSWORD), or text in the form of a service's token, of a password in a
+# URL or of a key in its query.
 
 
 HIDDEN = "***"
@@ -109,7 +98,7 @@ NAMED = re.compile(
     r"(^|_)(TOKENS?|KEYS?|SECRETS?|PASS|PASSWD|PASSPHRASE|CREDENTIALS?|PAT|AUTH)(_|$)|(TOKEN|KEY|SECRET|PASSWORD)$",
     re.IGNORECASE,
 )
-ABOUT = re.compile(r"_(FILE|PATH|DIR|URL|SOCK|NAME|TTL|TYPE)$", re.IGNORECASE)  # says where a secret is, not what it is
+ABOUT = re.compile(r"_(FILE|PATH|DIR|URL|SOCK|NAME|TTL|TYPE)$", re.IGNORECASE)  # where a secret is, not the secret
 
 FORMS = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|hf_oauth_\S{20,}|api_org_[A-Za-z]{20,}|wandb_v\d_\w{20,}|local-[0-9a-f]{40}"
@@ -126,16 +115,19 @@ FORMS = re.compile(
 def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Value -> variable of every secret in the environment, the longest first: one may be part of another."""
     given = os.environ if environment is None else environment
-    found = {value: name for name, value in given.items() if _is_secret(name, value)}
-    return {value: found[value] for value in sorted(found, key=len, reverse=True)}
+    found = {
+        value: name
+        for name, value in given.items()
+        if NAMED.search(name) and not ABOUT.search(name) and len(value) >= SHORTEST and not value.isdigit()
+    }
+    values = (value for value in found if not os.path.exists(value))
+    return {value: found[value] for value in sorted(values, key=len, reverse=True)}
 
 
 def redact(text: str) -> str:
     """`text` with every secret in it hidden."""
     pattern = _pattern(tuple(secrets()))
-    if pattern is not None:
-        text = pattern.sub(HIDDEN, text)
-    return FORMS.sub(HIDDEN, text)
+    return FORMS.sub(HIDDEN, pattern.sub(HIDDEN, text) if pattern else text)
 
 
 def redacted(value: Any) -> Any:
@@ -148,9 +140,9 @@ def redacted(value: Any) -> Any:
 
 
 def secret_in(text: str, known: Mapping[str, str]) -> str | None:
-    """What secret a setting holds, in words; None where it holds none. `known`: what :func:`secrets` found.
+    """The kind of secret that a setting holds, in words; None where it holds none. `known`: of `secrets`.
 
-    Stricter than :func:`redact`, which may hide a word too many: a setting is refused for it.
+    Stricter than `redact`, which may hide a word too many: a setting is refused for it.
     """
     for value, name in known.items():
         if text == value or (len(value) >= CERTAIN and value in text):
@@ -161,12 +153,6 @@ def secret_in(text: str, known: Mapping[str, str]) -> str | None:
 def tell_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """`sys.excepthook` of our processes: the traceback as Python prints it, without secrets."""
     print(redact("".join(traceback.format_exception(kind, error, trace))), file=sys.stderr, end="")
-
-
-def _is_secret(name: str, value: str) -> bool:
-    if not NAMED.search(name) or ABOUT.search(name) or len(value) < SHORTEST or value.isdigit():
-        return False
-    return not os.path.exists(value)
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,8 @@
 
 Layout (see `docs/runs.md`): `config.yaml overrides.yaml run.json data.json check.json metrics.jsonl samples.jsonl
 checkpoints/step-000400/ model/ console.log result.json wandb/`. Files that are rewritten appear by rename, so that a
-reader never sees half of one. No torch here: `uft ls` must answer at once.
+reader never sees half of one. Below are the helpers for files that other packages use: atomic writes, errors of full
+and read-only disks, the cache folder. No torch here: `uft ls` must answer at once.
 """
 
 from __future__ import annotations
@@ -20,54 +21,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted
 
-CHECKPOINT = re.compile(r"step-(\d{6,})$")
-STAGE = re.compile(r"(\d+)-[^/]+$")
-SWEEP_FILE = "sweep.json"  # what a sweep was asked for; `uft.launch.sweep` writes it
+SWEEP_FILE = "sweep.json"  # the request of a sweep; `uft.launch.sweep` writes it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MOST_VALUES = 1_000_000  # of one YAML file, each counted as often as anything refers to it
+LEFT_AFTER = 24 * 3600  # seconds after which an unfinished temporary file is one of a killed process
 
 
-def keep_others_out() -> None:
-    """Whatever the umask allows, nothing that this process or a child of it makes can be written by everybody."""
-    os.umask(os.umask(0o022) | 0o002)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: `path` is either the old text or the new, never half.
-
-    Raises UftError (code 1) where the disk refuses it.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path, len(text)):
-            with open(beside, "w", encoding="utf-8", errors="backslashreplace") as handle:
-                handle.write(text)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON file; secrets in its texts are hidden."""
-    write_atomically(path, json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def read_json(path: Path, footer: str = "") -> dict[str, Any]:
-    """The file's object, or {} when there is none; `footer` is what to do where it is damaged."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
-    except ValueError as error:
-        raise Damaged(Problem(str(path), f"is damaged: {error}"), footer=footer, code=FAILED) from error
-    return found
+class Damaged(UftError, ValueError):
+    """A file does not hold what was written into it."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +72,12 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """The frozen, resolved configuration. Raises Damaged where it is none."""
-        return dict(read_yaml(self.config_file, dict))
+        return dict(_read_yaml(self.config_file, dict))
 
     def overrides(self) -> list[str]:
-        """What was typed, word by word. It is for people to read: where it is damaged, the run does without."""
+        """The words of the command line. They are for people to read: where the file is damaged, there are none."""
         try:
-            return list(map(str, read_yaml(self.path / "overrides.yaml", list)))
+            return list(map(str, _read_yaml(self.path / "overrides.yaml", list)))
         except (Damaged, FileNotFoundError):
             return []
 
@@ -129,16 +94,14 @@ class Run:
         write_json(self.path / "run.json", {**self.info(), **values})
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, folder) of the complete checkpoints, oldest first. They appear by rename: what is there is whole."""
-        if not self.checkpoints_dir.is_dir():
-            return []
-        found = ((CHECKPOINT.match(p.name), p) for p in self.checkpoints_dir.iterdir())
+        """(step, folder) of the complete checkpoints, oldest first. They appear by rename: each is whole."""
+        found = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in self.checkpoints_dir.glob("*"))
         return sorted((int(match[1]), path) for match, path in found if match)
 
     @property
     def stages(self) -> list[Run]:
         """The folders of the stages that a run of several stages has begun, in their order."""
-        found = ((STAGE.match(path.name), path) for path in (self.path / "stages").glob("*"))
+        found = ((re.fullmatch(r"(\d+)-.+", path.name), path) for path in (self.path / "stages").glob("*"))
         return [Run(path) for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
     @property
@@ -153,9 +116,7 @@ class Run:
     @property
     def status(self) -> str:
         """finished, failed, stopped, running (its lock is held) or interrupted (it is not, and there is no result)."""
-        if self.locked():
-            return "running"
-        return str(self.result().get("status", "interrupted"))
+        return "running" if self.locked() else str(self.result().get("status", "interrupted"))
 
     def locked(self) -> bool:
         """Whether a living process holds this run."""
@@ -175,55 +136,44 @@ class Run:
         Known on Linux only; False elsewhere.
         """
         try:
-            line = [int(word) for word in (self.path / ".lock").read_text().split()]
-            return any(_parent(child) != parent for child, parent in pairwise(line))
+            ancestors = [int(word) for word in (self.path / ".lock").read_text().split()]
+            return any(_parent(child) != parent for child, parent in pairwise(ancestors))
         except (OSError, ValueError):
             return False
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run: a second process is refused; the kernel frees the lock of a dead one."""
+        """Hold the run: a second process is refused; the kernel frees the lock of a dead one.
+
+        The file names this process, its parent and, where the parent is torchrun's, the parent's.
+        """
         lock = self.path / ".lock"
         with writing(lock, code=BAD_REQUEST):
             handle = open(lock, "a+b")  # noqa: SIM115
         with handle:
-            if not _held(handle):
-                raise UftError(
-                    Problem(str(self.path), "another process is working in this run folder"),
-                    footer="See what runs:  uft ls",
-                )
+            deadline = time.monotonic() + 1.0  # `locked` of another process may hold it for a moment
+            while True:
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except OSError as error:
+                    if time.monotonic() > deadline:
+                        problem = Problem(str(self.path), "another process is working in this run folder")
+                        raise UftError(problem, footer="See what runs:  uft ls") from error
+                    time.sleep(0.01)
+            ancestors = [os.getpid(), os.getppid()]
+            if "LOCAL_WORLD_SIZE" in os.environ:
+                with suppress(OSError):  # not Linux
+                    ancestors.append(_parent(ancestors[-1]))
             with writing(lock):
                 handle.truncate(0)
-                handle.write(" ".join(map(str, _line())).encode())
+                handle.write(" ".join(map(str, ancestors)).encode())
                 handle.flush()
             yield
 
 
-def _line() -> list[int]:
-    """This process, its parent and, where the parent only watches several processes like this one, the parent's."""
-    line = [os.getpid(), os.getppid()]
-    try:
-        return [*line, _parent(line[-1])] if "LOCAL_WORLD_SIZE" in os.environ else line
-    except OSError:  # not Linux
-        return line
-
-
 def _parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-
-
-def _held(handle: IO[bytes], seconds: float = 1.0) -> bool:
-    """Lock the file for this process alone. Tried for a while: `locked` holds it for a moment to see if it is free."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.01)
-        else:
-            return True
 
 
 def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) -> Run:
@@ -234,12 +184,6 @@ def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) 
     write_json(path / "run.json", {"id": uuid.uuid4().hex[:10], "name": path.name, **info})
     write_atomically(run.config_file, config_text)  # last: a folder with a config is a run
     return run
-
-
-def shown(path: Path) -> str:
-    """A path as one would type it here."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
 
 
 def open_run(path: str | Path) -> Run:
@@ -253,29 +197,26 @@ def open_run(path: str | Path) -> Run:
 
 def find_runs(root: Path) -> list[Run]:
     """All runs below `root`, by path. Does not descend into runs."""
-    found: list[Run] = []
-    for folder, children, _ in os.walk(root):
-        run = Run(Path(folder))
-        if run.exists:
-            found.append(run)
-            children.clear()
-        children.sort()
-    return found
+    return [Run(folder) for folder, _ in _walk(root) if Run(folder).exists]
 
 
 def find_sweeps(root: Path) -> list[Path]:
-    """All folders at and below `root` that a sweep was asked for in, by path. Does not descend into runs."""
-    found: list[Path] = []
+    """All folders at and below `root` that a sweep was started in, by path. Does not descend into runs."""
+    return [folder for folder, files in _walk(root) if SWEEP_FILE in files]
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, names of its files) at and below `root`, by path, without the folders within runs."""
     for folder, children, files in os.walk(root):
-        if SWEEP_FILE in files:
-            found.append(Path(folder))
         children[:] = [] if Run(Path(folder)).exists else sorted(children)
-    return found
+        yield Path(folder), files
 
 
 def planned(sweep: Path) -> list[Run]:
-    """All jobs of a sweep by its `sweep.json`, in the order they were asked for, whether they have a folder yet or
-    not; none where that file is missing or damaged. A name that leads out of the sweep's folder is none."""
+    """All jobs of a sweep by its `sweep.json`, in their order, whether they have a folder yet or not.
+
+    None where that file is missing or damaged. A name that leads out of the sweep's folder is left out.
+    """
     try:
         names = [job["name"] for job in read_json(sweep / SWEEP_FILE)["jobs"]]
         return [Run(sweep / name) for name in names if name and Path(name).name == name != ".."]
@@ -289,51 +230,58 @@ def waiting(root: Path) -> list[Run]:
 
 
 def summary(run: Run) -> Mapping[str, Any]:
-    """What a list of runs shows: state, steps and the result's metrics."""
+    """The entry of a list of runs: state, steps and the result's metrics."""
     final = run.result().get("final", {})
     return {"name": run.name, "path": str(run.path), "status": run.status, "steps": run.steps, **final}
 
 
-# --- Writing to a disk that may be full, read-only or someone else's: what was refused is said with the file and the
-# need.
-# Reading from one that may have changed what was written.
-#
-# Nothing here imports anything heavy.
+def shown(path: Path) -> str:
+    """A path as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LEFT_AFTER = 24 * 3600
-"""Seconds after which nobody is writing what nobody has written to."""
-RUST = re.compile(r"\(os error (\d+)\)")
-"""How safetensors, whose error is no OSError, tells the number of one."""
+# --- Reading and writing files
 
 
-class Damaged(UftError, ValueError):
-    """A file is not what was written into it."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: `path` is either the old text or the new, never half.
+
+    Raises UftError (code 1) where the disk refuses it.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with writing(path, len(text)):
+            with open(beside, "w", encoding="utf-8", errors="backslashreplace") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
-MOST_VALUES = 1_000_000
-"""Of one file, each counted as often as anything refers to it."""
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file; secrets in its texts are hidden."""
+    write_atomically(path, json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n")
 
 
-def bounded(found: Any) -> None:
-    """ValueError where a few lines of YAML, by names for what they said before, stand for more than anybody wrote."""
-    counts: dict[int, int] = {}
-
-    def count(value: Any) -> int:
-        if not isinstance(value, dict | list):
-            return 1
-        if id(value) not in counts:
-            counts[id(value)] = MOST_VALUES + 1  # what contains itself has no end
-            counts[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
-        return counts[id(value)]
-
-    if count(found) > MOST_VALUES:
-        raise ValueError(f"stands for more than {MOST_VALUES:,} values")
+def read_json(path: Path, footer: str = "") -> dict[str, Any]:
+    """The file's object, or {} when there is none. Raises Damaged with `footer`, which says what to do."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise Damaged(Problem(str(path), f"is damaged: {error}"), footer=footer, code=FAILED) from error
+    return found
 
 
-def read_yaml(path: Path, kind: type) -> Any:
-    """What the file holds, which is of that kind. Raises Damaged."""
+def _read_yaml(path: Path, kind: type) -> Any:
+    """The file's content, an instance of `kind`. Raises Damaged."""
     import yaml
 
     try:
@@ -346,9 +294,25 @@ def read_yaml(path: Path, kind: type) -> Any:
     return found
 
 
+def bounded(found: Any) -> None:
+    """ValueError where anchors let a few lines of YAML stand for more than `MOST_VALUES` values."""
+    counts: dict[int, int] = {}
+
+    def count(value: Any) -> int:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in counts:
+            counts[id(value)] = MOST_VALUES + 1  # a value that contains itself has no end
+            counts[id(value)] = 1 + sum(map(count, value.values() if isinstance(value, dict) else value))
+        return counts[id(value)]
+
+    if count(found) > MOST_VALUES:
+        raise ValueError(f"stands for more than {MOST_VALUES:,} values")
+
+
 @contextmanager
 def writing(path: Path, needs: int | None = None, code: int = FAILED) -> Iterator[None]:
-    """Within, `path` is written, which takes about `needs` bytes. What the system refuses is a UftError about it.
+    """Turn errors of the system while `path` is written, which takes about `needs` bytes, into a UftError about it.
 
     `code`: the exit code where writing is not allowed at all; a full disk is a failure (1) in any case.
     """
@@ -357,27 +321,42 @@ def writing(path: Path, needs: int | None = None, code: int = FAILED) -> Iterato
     except UftError:
         raise
     except Exception as error:
-        number = refusal(error)
+        number = error.errno if isinstance(error, OSError) else None
+        if type(error).__name__ == "SafetensorError" and (told := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(told[1])
         if number is None:
             raise
         raise UftError(problem(path, number, needs), code=FAILED if number in FULL else code) from error
 
 
-def refusal(error: BaseException) -> int | None:
-    """The system's number of an error about a file; None for any other error."""
-    if isinstance(error, OSError):
-        return error.errno
-    told = RUST.search(str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(told[1]) if told else None
-
-
 def problem(path: Path, number: int, needs: int | None = None) -> Problem:
-    """What to say of a file that could not be written."""
+    """The problem of a file that could not be written, by the system's error number."""
     if number not in FULL:
         return Problem(str(path), f"cannot be written: {os.strerror(number)}")
     need = f"; this needs {size(needs)}" if needs is not None else ""
-    why = f"no space is left for it ({os.strerror(number)}){need}, {free(path)} free on its disk"
+    try:
+        room = f"{size(shutil.disk_usage(_existing(path)).free)} are"
+    except OSError:
+        room = "an unknown amount is"
+    why = f"no space is left for it ({os.strerror(number)}){need}, {room} free on its disk"
     return Problem(str(path), why, advice=("make room there, and go on: what was saved before is whole",))
+
+
+def unwritable(folder: Path) -> str | None:
+    """Why nothing can be written in `folder`, which need not be there yet; None where it can."""
+    there = _existing(folder)
+    if not there.is_dir():
+        return f"{there} is a file"
+    if os.access(there, os.W_OK | os.X_OK):
+        return None
+    read_only = bool(os.statvfs(there).f_flag & os.ST_RDONLY)
+    return f"{there} is on a read-only file system" if read_only else f"no permission to write in {there}"
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest of its parents that is there."""
+    path = Path(os.path.abspath(path))
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def cache_root(folder: str | os.PathLike[str] | None = None) -> Path:
@@ -385,22 +364,13 @@ def cache_root(folder: str | os.PathLike[str] | None = None) -> Path:
     return Path(folder or os.environ.get("UFT_CACHE") or "~/.cache/uft").expanduser()
 
 
-def free(path: Path) -> str:
-    """Room on the disk that `path` is, or would be, on."""
-    there = existing(path)
-    try:
-        return f"{size(shutil.disk_usage(there).free)} are"
-    except OSError:
-        return "an unknown amount is"
-
-
 def clear_left(folder: Path, pattern: str) -> None:
-    """Remove what killed processes left half-written in `folder`: what is named like `pattern` and a day old.
+    """Remove half-written files and folders of killed processes: those named like `pattern` and a day old.
 
     By age, since a process of another machine may be writing beside this one.
     """
     for path in folder.glob(pattern):
-        with suppress(OSError):  # somebody else removed it, or owns it
+        with suppress(OSError):  # another process removed it, or another user owns it
             parts = [path, *path.iterdir()] if path.is_dir() else [path]
             if max(part.stat().st_mtime for part in parts) > time.time() - LEFT_AFTER:
                 continue
@@ -410,29 +380,17 @@ def clear_left(folder: Path, pattern: str) -> None:
                 path.unlink()
 
 
+def keep_others_out() -> None:
+    """Tighten the umask: files of this process and its children are never writable by everybody."""
+    os.umask(os.umask(0o022) | 0o002)
+
+
 def as_umask_leaves(folder: Path) -> None:
     """Give weights the mode of the JSON beside them: safetensors writes files that their owner alone may read."""
     for path in folder.rglob("*.safetensors"):
         beside = next(path.parent.glob("*.json"), None)
         if beside is not None:
             path.chmod(beside.stat().st_mode & 0o777)
-
-
-def existing(path: Path) -> Path:
-    """`path`, or the nearest of its parents that is there."""
-    path = Path(os.path.abspath(path))
-    return next(place for place in (path, *path.parents) if place.exists())
-
-
-def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written in `folder`, which need not be there yet; None where it can."""
-    there = existing(folder)
-    if not there.is_dir():
-        return f"{there} is a file"
-    if os.access(there, os.W_OK | os.X_OK):
-        return None
-    read_only = bool(os.statvfs(there).f_flag & os.ST_RDONLY)
-    return f"{there} is on a read-only file system" if read_only else f"no permission to write in {there}"
 
 
 def size(count: int) -> str:

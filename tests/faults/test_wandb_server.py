@@ -19,6 +19,7 @@ from standin import KEY, Standin
 
 from uft.runs import Run
 from uft.tracking.metrics import read_metrics
+from uft.tracking.wandb import unsent
 
 NewRun = Callable[..., Run]
 STEPS = 60
@@ -100,7 +101,7 @@ def test_a_server_in_trouble(
     ours, theirs = written(run.path), written(plain.path)
     assert (ours["curve"], ours["samples"], ours["models"]) == (theirs["curve"], theirs["samples"], theirs["models"])
     if trouble == "dead":
-        assert run.info()["wandb"]["unsent"]
+        assert unsent(run)
         assert "uft sync" in ended.said
         server = Standin()
         synced = sync(run, variables(server, environment))

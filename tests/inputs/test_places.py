@@ -88,19 +88,6 @@ def test_a_planned_job_is_a_folder_of_its_sweep(tmp_path):
     assert [run.path for run in planned(tmp_path)] == [tmp_path / "good"]
 
 
-def test_the_record_of_a_run_names_no_log_outside_of_it(tmp_path):
-    """W&B's earlier logs are cut at their last whole record when a run goes on."""
-    from uft.tracking import wandb
-
-    run, outside = tmp_path / "run", tmp_path / "outside"
-    for folder in (run / "wandb" / "offline-1", outside):
-        folder.mkdir(parents=True)
-        (folder / "run-x.wandb").write_bytes(b":W&B" + b"x" * 100)
-    (run / "link").symlink_to(outside, target_is_directory=True)
-    names = ["wandb/offline-1", "../outside", str(outside), "link", "."]
-    assert wandb.inside(run, names) == [run / "wandb" / "offline-1", run]
-
-
 @pytest.mark.parametrize("mask", [0o000, 0o002, 0o022, 0o027, 0o077])
 def test_the_umask_is_respected_and_nothing_is_for_everybody_to_write(tmp_path, mask):
     before = os.umask(mask)

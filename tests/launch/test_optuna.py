@@ -10,7 +10,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
-from records import load
+from standin import KEY, Standin
 
 from hydra_plugins.uft_sweeper import UftOptunaConf
 from uft.cli import main
@@ -270,7 +270,13 @@ def test_a_real_search_and_what_wandb_is_told_of_it(tmp_path, monkeypatch, capfd
     run = Run(Path(trial.user_attrs["run"]))
     assert trial.value == run.result()["best"]["eval/nll"]
     assert f"{trial.value:.4f}" in capfd.readouterr().out
-    segment = load(run.path / run.info()["wandb"]["dirs"][0])
-    assert (segment["group"], segment["name"]) == ("real", run.name)
-    assert segment["config"]["optim"]["lr"] == pytest.approx(trial.params["optim.lr"], rel=1e-5)
-    assert trial.value in [row.get("eval/nll") for row in segment["history"]]
+    server = Standin()
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    assert main(["sync", str(run.path)]) == 0
+    run_id = run.info()["id"]
+    sent, history = server.runs[run_id], server.history[run_id]
+    server.close()
+    assert (sent["groupName"], sent["displayName"]) == ("real", run.name)
+    assert json.loads(sent["config"])["optim"]["value"]["lr"] == pytest.approx(trial.params["optim.lr"], rel=1e-5)
+    assert trial.value in [row.get("eval/nll") for row in history]

@@ -160,8 +160,8 @@ def test_runs_sweeps_patterns_and_names_together(sweep, typed):
 def test_a_run_alone(here, typed):
     run = make_run(Path("one"), points=5)
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    sealed = "".join(metrics.seal(json.loads(line)["step"], line) for line in lines)
-    metrics.file_of(run / "metrics.jsonl").write_text(sealed)
+    sealed = "".join(metrics.checksum_line(json.loads(line)["step"], line) for line in lines)
+    metrics.checksum_file(run / "metrics.jsonl").write_text(sealed)
     code, out, _ = typed("one")
     assert code == 0
     assert out.count("There is only one configuration") == 1, "whatever the number of metrics"

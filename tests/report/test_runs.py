@@ -189,8 +189,8 @@ def sealed(run):
     """A finished run whose lines have their seals."""
     for name in FILES:
         lines = (run / name).read_text().splitlines()
-        text = "".join(metrics.seal(json.loads(line)["step"], line) for line in lines)
-        metrics.file_of(run / name).write_text(text)
+        text = "".join(metrics.checksum_line(json.loads(line)["step"], line) for line in lines)
+        metrics.checksum_file(run / name).write_text(text)
     return run
 
 
@@ -206,7 +206,7 @@ def test_a_changed_line_is_left_out_and_said(sealed, name):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("which", [Path, metrics.file_of])
+@pytest.mark.parametrize("which", [Path, metrics.checksum_file])
 def test_a_finished_run_lacks_no_end_unsaid(sealed, name, which):
     """Neither of the lines nor of their seals."""
     file, last = which(sealed / name), json.loads((sealed / name).read_text().splitlines()[-1])["step"]

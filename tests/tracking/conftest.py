@@ -57,7 +57,7 @@ def new_run(tmp_path: Path) -> Callable[..., Run]:
 
 @pytest.fixture
 def config() -> Callable[..., dict]:
-    def make(mode: str = "offline", **tracking: object) -> dict:
+    def make(mode: str = "online", **tracking: object) -> dict:
         keys = {"mode": mode, "project": "uft", "entity": None, "group": None, "tags": [], "job_type": "train"}
         return {
             "seed": 3,
@@ -76,7 +76,7 @@ def config() -> Callable[..., dict]:
 def open_wandb(new_run, config) -> Callable[..., Wandb]:
     """A W&B tracker that has started."""
 
-    def start(mode: str = "offline", run: Run | None = None, say=lambda line: None, **tracking: Any) -> Wandb:
+    def start(mode: str = "online", run: Run | None = None, say=lambda line: None, **tracking: Any) -> Wandb:
         limits = {key: tracking.pop(key) for key in ("init_timeout", "finish_timeout") if key in tracking}
         tracker = Wandb(run or new_run(), config(mode, **tracking), say, **limits)
         tracker.start()

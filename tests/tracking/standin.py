@@ -24,6 +24,7 @@ class Standin:
     def __init__(self) -> None:
         self.history: dict[str, list[dict]] = {}
         self.exits: dict[str, int] = {}
+        self.preempted: set[str] = set()
         self.runs: dict[str, dict] = {}
         self.uploads: dict[str, bytes] = {}
         self.operations: list[str] = []
@@ -55,6 +56,8 @@ class Standin:
         if chunk:
             rows = self.history.setdefault(run, [])
             rows[chunk["offset"] :] = [json.loads(line) for line in chunk["content"]]
+        if message.get("preempting"):
+            self.preempted.add(run)
         if message.get("complete"):
             self.exits[run] = message["exitcode"]
 
@@ -72,7 +75,8 @@ class Standin:
         fresh = run not in self.runs
         self.runs[run] = {**self.runs.get(run, {}), **{key: value for key, value in v.items() if value is not None}}
         bucket = {"id": f"id-{run}", "name": run, "displayName": v.get("displayName") or run, "config": "{}"}
-        bucket |= {"sweepName": None, "project": PROJECT, "historyLineCount": len(self.history.get(run, []))}
+        bucket |= {"sweepName": None, "historyLineCount": len(self.history.get(run, []))}
+        bucket["project"] = {**PROJECT, "name": v.get("project") or "uft"}
         return {"upsertBucket": {"bucket": bucket, "inserted": fresh}}
 
     def on_RunResumeStatus(self, v: dict) -> dict:
@@ -84,7 +88,7 @@ class Standin:
             bucket = {"id": f"id-{v['name']}", "name": v["name"], "displayName": v["name"], "config": "{}", "tags": []}
             bucket |= {"summaryMetrics": json.dumps(summary), "historyLineCount": len(rows), "historyTail": tail}
             bucket |= {"logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "wandbConfig": '{"t": 1}'}
-        return {"model": {**PROJECT, "bucket": bucket}}
+        return {"model": {**PROJECT, "name": v.get("project") or "uft", "bucket": bucket}}
 
     def on_CreateRunFiles(self, v: dict) -> dict:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in v["files"]]

@@ -101,7 +101,7 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, last, torn):
     assert cut.samples_file.read_bytes() == whole.samples_file.read_bytes()
 
 
-def test_a_battery_repeated_after_a_resume_is_written_once(tmp_path):
+def test_an_evaluation_repeated_after_a_resume_is_written_once(tmp_path):
     whole, again = Run(tmp_path / "whole"), Run(tmp_path / "again")
     whole.path.mkdir()
     again.path.mkdir()
@@ -134,7 +134,7 @@ def test_a_last_line_that_is_lost_where_the_checkpoint_stands_is_told(run, steps
     assert told == [LOST], "and to other readers"
 
 
-def test_a_sitting_that_ends_early_leaves_it_to_the_next(run):
+def test_a_session_that_ends_early_leaves_it_to_the_next(run):
     write(run, range(6))
     whole = run.metrics_file.read_bytes()
     cut(run.metrics_file)
@@ -148,10 +148,10 @@ def test_a_sitting_that_ends_early_leaves_it_to_the_next(run):
 
 
 @pytest.mark.parametrize("torn", [0, 1, 2], ids=["none", "metrics", "samples too"])
-def test_a_process_that_died_within_a_line_of_a_battery_lost_nothing(run, torn):
+def test_a_process_that_died_within_a_line_of_an_evaluation_lost_nothing(run, torn):
     write(run, range(6))
     files = [run.metrics_file, run.samples_file]
-    files += [metrics.file_of(path) for path in files]
+    files += [metrics.checksum_file(path) for path in files]
     whole = [path.read_bytes() for path in files]
     for path in files[:torn]:
         cut(path)

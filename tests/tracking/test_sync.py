@@ -1,4 +1,4 @@
-"""Offline runs reach the server whole, whatever happened to their files."""
+"""Runs that were offline reach the server whole and once, from metrics.jsonl and samples.jsonl."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from records import SAMPLES, curve
 from standin import KEY, Standin
 
 from uft.cli import main
@@ -20,75 +21,79 @@ from uft.config.compose import compose
 from uft.config.frozen import plain
 from uft.runs import Run, create_run, write_json
 from uft.tracking import make_tracker
-from uft.tracking.sync import Segment, given_up, plan, segments_of
+from uft.tracking.sync import plan
+from uft.tracking.wandb import extent
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 300  # more than a block of 32 KiB
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict:
+    return plain(compose(["tracking.mode=offline"]))
 
 
 @pytest.fixture
-def offline(tmp_path, monkeypatch) -> Callable[..., Run]:
-    """offline(name, first, last): a sitting of a run that logged these steps offline."""
-    settings = plain(compose(["tracking.mode=offline"]))
+def offline(tmp_path, monkeypatch, settings) -> Callable[..., Run]:
+    """offline(name, first, last): a session of a run that logged these steps offline."""
     monkeypatch.chdir(tmp_path)
 
-    def sit(name: str, first: int, last: int, status: str = "finished") -> Run:
+    def session(name: str, first: int, last: int, status: str = "finished", **tracking: str) -> Run:
         run = Run(tmp_path / "outputs" / name)
+        config = {**settings, "tracking": {**settings["tracking"], **tracking}}
         if not run.exists:
-            create_run(run.path, json.dumps(settings), [])
-        tracker = make_tracker(run, settings, resumed_step=first - 1, say=lambda line: None)
+            create_run(run.path, json.dumps(config), [])
+        tracker = make_tracker(run, config, resumed_step=first - 1, say=lambda line: None)
         tracker.start()
         for step in range(first, last + 1):
             tracker.log(step, {"loss": 1 / step})
-        code = {"finished": 0, "stopped": 75}[status]
-        tracker.finish(status, code, {})
-        write_json(run.path / "result.json", {"status": status, "steps": last})
-        time.sleep(1.01)  # segments are ordered by their second
+        tracker.log(last, {"eval/nll": 0.5 / last})
+        tracker.samples(last, SAMPLES)
+        tracker.finish(status, {"finished": 0, "stopped": 75}[status], {})
+        write_json(run.path / "result.json", {"status": status, "steps": last, "final": {"loss": 1 / last}})
         return run
 
-    return sit
+    return session
 
 
-def curve(server: Standin, run: Run) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in server.history[run.info()["id"]] if "loss" in row]
+def losses(server: Standin, run: Run) -> list[tuple[int, float]]:
+    return curve(server.history[run.info()["id"]], "loss")
 
 
-def whole(last: int, first: int = 1) -> list[tuple[int, float]]:
-    return [(step, 1 / step) for step in range(first, last + 1)]
+def whole(last: int) -> list[tuple[int, float]]:
+    return [(step, 1 / step) for step in range(1, last + 1)]
 
 
-def test_torn_segments_and_those_after_them_arrive_and_a_second_call_does_nothing(offline, server, capsys):
-    run = offline("torn", 1, STEPS, "stopped")
-    offline("torn", STEPS + 1, STEPS + 20)
-    fine = offline("fine", 1, 3)
-    first, second = segments_of(run)
-    data = first.file.read_bytes()
-    first.file.write_bytes(data[: len(data) - 5000])
-
+def test_runs_arrive_and_a_second_call_does_nothing_and_a_longer_run_sends_the_rest(offline, server, capsys):
+    run, fine = offline("long", 1, 300, "stopped"), offline("fine", 1, 3)
     assert main(["sync", "--dry-run"]) == 0
     assert "2 runs would be uploaded" in capsys.readouterr().out
-    assert first.file.stat().st_size == len(data) - 5000
+    assert server.operations == []
 
     assert main(["sync"]) == 0
     out = capsys.readouterr().out
-    assert "outputs/torn  2 segments arrived" in out
-    assert "was torn: " in out
-    assert "outputs/fine  1 segment arrived" in out
-    steps = [step for step, _ in curve(server, run)]
-    lost = sorted(set(range(1, STEPS + 21)) - set(steps))
-    assert curve(server, run) == [point for point in whole(STEPS + 20) if point[0] not in lost]
-    assert 0 < len(lost) < 30
-    assert lost == list(range(lost[0], STEPS + 1)), "all up to the tear, and the later segment"
-    assert curve(server, fine) == whole(3)
-    assert server.exits == {run.info()["id"]: 0, fine.info()["id"]: 0}
-    assert not first.original.exists()
-    assert first.arrived
-    assert second.arrived
+    assert "outputs/long  arrived: 300 steps were missing" in out
+    assert "outputs/fine  arrived: 3 steps were missing" in out
+    assert losses(server, run) == whole(300)
+    assert losses(server, fine) == whole(3)
+    assert len(server.history[run.info()["id"]]) == 300
+    assert server.exits == {run.info()["id"]: 75, fine.info()["id"]: 0}
+    assert server.preempted == {run.info()["id"]}
+    assert json.loads(server.uploads["wandb-summary.json"])["status"] in ("stopped", "finished")
+    assert run.info()["wandb"]["url"].endswith(run.info()["id"])
+    assert not (run.path / "wandb").exists()
 
     sent = len(server.operations)
     assert main(["sync", "outputs"]) == 0
     assert "2 runs arrived earlier\nNothing to upload." in capsys.readouterr().out
     assert len(server.operations) == sent
+
+    offline("long", 301, 320)
+    assert main(["sync", "outputs/long"]) == 0
+    assert "arrived: 20 steps were missing" in capsys.readouterr().out
+    assert losses(server, run) == whole(320)
+    assert curve(server.history[run.info()["id"]], "eval/nll") == [(300, 0.5 / 300), (320, 0.5 / 320)]
+    assert [step for step, _ in curve(server.history[run.info()["id"]], "samples")] == [300, 320]
+    assert server.exits[run.info()["id"]] == 0
 
 
 def test_without_a_key_or_a_network_it_is_said_what_waits(offline, server, monkeypatch, capsys):
@@ -108,32 +113,22 @@ def test_without_a_key_or_a_network_it_is_said_what_waits(offline, server, monke
     out, err = capsys.readouterr()
     assert "waits" in out
     assert f"127.0.0.1:{port} does not answer" in err
-    assert not segments_of(run)[0].arrived
+    assert plan(run).due
 
 
 def test_what_did_not_arrive_is_told_with_the_reason_and_the_rest_arrives(offline, server, capsys):
-    broken, fine = offline("broken", 1, 3), offline("fine", 1, 3)
-    (segment,) = segments_of(broken)
-    with open(segment.file, "r+b") as file:
-        file.write(b"nope")  # not even the header is left
+    offline("broken", 1, 3).config_file.write_text("[")
+    offline("refused", 1, 3, project="no/such name")
+    fine = offline("fine", 1, 3)
     assert main(["sync"]) == 1
     out, err = capsys.readouterr()
-    assert "outputs/broken  did NOT arrive: offline-run-" in out
-    assert "its first bytes are damaged" in out
-    assert "outputs/fine  1 segment arrived" in out
-    assert "1 of 2 runs did not arrive" in err
-    assert curve(server, fine) == whole(3)
-
-
-def test_what_wandb_says_of_a_run_is_its_reason(offline, server, capsys, monkeypatch):
-    run = offline("torn", 1, 40)
-    (segment,) = segments_of(run)
-    segment.file.write_bytes(segment.file.read_bytes()[:-50])
-    monkeypatch.setattr("uft.tracking.wandb.repair", lambda file, keep: 0)
-    assert main(["sync"]) == 1
-    out = capsys.readouterr().out
-    assert "outputs/torn  did NOT arrive: Failed to sync all data" in out
-    assert "incomplete record" in out
+    assert "outputs/broken  did NOT arrive: " in out
+    assert "config.yaml is damaged" in out
+    assert "outputs/refused  did NOT arrive: " in out
+    assert "no/such name" in out
+    assert "outputs/fine  arrived" in out
+    assert "2 of 3 runs did not arrive" in err
+    assert losses(server, fine) == whole(3)
 
 
 def test_runs_that_are_left_alone(offline, tmp_path, capsys):
@@ -143,33 +138,38 @@ def test_runs_that_are_left_alone(offline, tmp_path, capsys):
         assert main(["sync", "outputs"]) == 0
     out = capsys.readouterr().out
     assert "outputs/busy  is running" in out
-    assert "outputs/untracked  has no W&B files" in out
+    assert "outputs/untracked  was not tracked by W&B" in out
     assert main(["sync", "nowhere"]) == 2
     assert "no such folder" in capsys.readouterr().err
 
 
-def test_online_segments_are_sent_again_only_where_something_is_missing(tmp_path):
+def test_which_runs_of_the_previous_version_are_uploaded(tmp_path):
+    """It left W&B's logs in the folder, marked by `wandb sync` when uploaded, and noted online sessions cut off."""
     run = create_run(tmp_path / "r", "{}\n", [])
-    file = run.path / "wandb" / "run-20260101_000000-x" / "run-x.wandb"
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b":W&B\0\0\0")
-    assert [s.file for s in plan(run).segments] == [file], "it has no end: its process was killed"
-    file.with_suffix(".wandb.synced").touch()
-    assert plan(run).segments == []
-    assert plan(run).before == 1
-    assert Segment(file).online
+    log = run.path / "wandb" / "offline-run-20260101_000000-x" / "run-x.wandb"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    cases = [
+        ({"mode": "offline"}, "finished", True),
+        ({"mode": "online"}, "finished", False),
+        ({"mode": "online"}, "interrupted", True),
+        ({"mode": "online", "unsent": ["wandb/run-1"]}, "finished", True),
+        ({"mode": "disabled"}, "finished", False),
+        ({"mode": "online", "sent": None}, "failed", True),
+        ({"mode": "online", "sent": extent(run, "failed")}, "failed", False),
+        ({"mode": "online", "sent": extent(run, "failed")}, "finished", True),
+    ]
+    for info, status, due in cases:
+        run.update_info(wandb=info)
+        write_json(run.path / "result.json", {"status": status})
+        assert plan(run).due is due, (info, status)
+    run.update_info(wandb={"mode": "offline"})
+    log.with_suffix(".wandb.synced").touch()
+    assert (plan(run).due, plan(run).arrived) == (False, True)
 
 
-def test_an_upload_that_says_nothing_is_given_up():
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=subprocess.PIPE, text=True)
-    with given_up(process, 0.2):
-        assert process.stdout.read() == ""
-    assert process.wait(5) == -signal.SIGKILL
-
-
-@pytest.fixture
-def killed(tmp_path, monkeypatch) -> Run:
-    """A real offline run after kill -9 within training."""
+@pytest.mark.slow
+def test_a_real_run_that_was_killed_uploaded_resumed_and_uploaded_again(tmp_path, monkeypatch, server):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -183,33 +183,15 @@ def killed(tmp_path, monkeypatch) -> Run:
         time.sleep(0.05)
     os.kill(int((run.path / ".lock").read_text().split()[0]), signal.SIGKILL)
     assert process.wait(120) == 1
-    time.sleep(1)
-    return run
 
+    def written() -> list[tuple[int, float]]:
+        return curve(map(json.loads, run.metrics_file.read_text().splitlines()), "loss")
 
-def losses(rows: list[dict]) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-
-def written(run: Run) -> dict[int, float]:
-    return losses([json.loads(line) for line in run.metrics_file.read_text().splitlines()])
-
-
-@pytest.mark.slow
-def test_a_real_run_that_was_killed_arrives_with_all_that_it_logged(killed, server, capsys):
-    assert main(["sync", "r"]) == 0
-    assert "taken from metrics.jsonl" in capsys.readouterr().out
-    rows = server.history[killed.info()["id"]]
-    assert losses(rows) == written(killed)
-    assert len(rows) == len(losses(rows))
-    assert server.exits[killed.info()["id"]] == 1
-
-
-@pytest.mark.slow
-def test_a_real_run_that_was_killed_uploaded_resumed_and_uploaded_again(killed, server):
-    assert main(["sync", "r"]) == 0
-    assert subprocess.run([sys.executable, "-m", "uft", "resume", "r"], stdout=subprocess.DEVNULL).returncode == 0
-    assert main(["sync", "r"]) == 0
-    assert losses(server.history[killed.info()["id"]]) == written(killed)
-    assert sorted(written(killed)) == list(range(1, 61))
-    assert server.exits[killed.info()["id"]] == 0
+    for code in (1, 0):
+        assert main(["sync", "r"]) == 0
+        assert losses(server, run) == written()
+        assert server.exits[run.info()["id"]] == code
+        if code:
+            command = [sys.executable, "-m", "uft", "resume", "r"]
+            assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+    assert [step for step, _ in written()] == list(range(1, 61))

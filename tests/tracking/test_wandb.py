@@ -1,165 +1,178 @@
-"""W&B runs that really ran, read back from their local logs."""
+"""W&B runs as a stand-in for the server sees them, and what is said where there is no server."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import subprocess
 import sys
 
 import pytest
-from records import SAMPLES, curve, load, segments
+from records import SAMPLES, curve
+from standin import KEY
 
+from uft.errors import UftError
+from uft.runs import Run
 from uft.tracking import make_tracker
-from uft.tracking.wandb import Wandb
+from uft.tracking.metrics import Files
+from uft.tracking.wandb import Wandb, sample_columns
 
 
-def test_an_offline_run_read_back(open_wandb, new_run, home):
+def test_an_online_run_as_the_server_sees_it(open_wandb, new_run, server, capfd, home):
+    said: list[str] = []
     run = new_run("ift-beta0.1", sweep="ignored, the group is given")
-    tracker = open_wandb(run=run, group="beta-sweep", tags=["paper", "ift"], project="mine", job_type="search")
+    settings = {"group": "beta-sweep", "tags": ["paper", "ift"], "project": "mine", "job_type": "search"}
+    tracker = open_wandb("auto", run=run, say=said.append, **settings)
     tracker.log(0, {"eval/nll": 3.5})
-    tracker.samples(0, SAMPLES)
-    for step in range(1, 6):
-        tracker.log(step, {"loss": 1 / step, "tokens": 100 * step, "rows": 4 * step, "objective/ift": math.nan})
-    tracker.log(5, {"eval/nll": 2.5})
-    tracker.samples(5, SAMPLES)
-    tracker.finish("finished", 0, {"best/eval/nll": 2.5, "best/step": 5})
+    tracker.samples(0, SAMPLES[::-1])
+    for step in range(1, 4):
+        tracker.log(step, {"loss": 1 / step, "tokens": 100 * step, "objective/ift": float("nan")})
+    tracker.log(3, {"eval/nll": 0.5})
+    tracker.samples(3, SAMPLES)
+    assert tracker.description.startswith(f"metrics.jsonl, W&B online: {server.url}")
+    tracker.finish("failed", 1, {"best/eval/nll": 0.5})
 
-    (folder,) = segments(run)
-    assert folder.parent == run.path / "wandb"
-    found = load(folder)
-    assert found["id"] == run.info()["id"]
-    assert found["name"] == "ift-beta0.1"
-    assert (found["project"], found["group"], found["job_type"]) == ("mine", "beta-sweep", "search")
-    assert sorted(found["tags"]) == ["ift", "mix", "paper", "playground"]
-    assert found["config"]["objective"] == {"name": "ift", "beta": 0.1}
-    assert found["config"]["data"]["sources"]["a"]["share"] is None
-    assert found["metrics"] == {"step": ("", True), "tokens": ("", True), "rows": ("", True), "*": ("step", False)}
-    assert [row["_step"] for row in found["history"]] == [0, 1, 2, 3, 4, 5]
-    assert curve(found["history"], "loss") == [(step, 1 / step) for step in range(1, 6)]
-    assert curve(found["history"], "eval/nll") == [(0, 3.5), (5, 2.5)]
-    assert math.isnan(found["history"][1]["objective/ift"])
-    assert found["summary"]["best/eval/nll"] == 2.5
-    assert found["summary"]["status"] == "finished"
-    assert found["exit"] == 0
-    assert not found["preempting"]
-    assert run.info()["wandb"] | {"dirs": []} == {"id": run.info()["id"], "mode": "offline", "url": None, "dirs": []}
-    written = [path.relative_to(home) for path in home.rglob("*") if path.is_file() and "log" not in str(path)]
-    assert written == [], "W&B wrote outside of the run folder"
-
-
-def test_samples_are_a_table_at_every_evaluation(open_wandb):
-    tracker = open_wandb()
-    tracker.samples(0, SAMPLES)
-    tracker.samples(10, SAMPLES[::-1])
-    tracker.finish("finished", 0, {})
-    (folder,) = segments(tracker.run)
-    tables = [row["samples.path"] for row in load(folder)["history"]]
-    assert len(set(tables)) == 2
-    table = json.loads((folder / "files" / tables[0]).read_text())
+    run_id = run.info()["id"]
+    rows = server.history[run_id]
+    assert [row["_step"] for row in rows] == [0, 1, 2, 3]
+    assert curve(rows, "loss") == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
+    assert curve(rows, "eval/nll") == [(0, 3.5), (3, 0.5)]
+    assert math.isnan(rows[1]["objective/ift"])
+    assert rows[3]["samples"]["nrows"] == 2
+    assert rows[3]["samples"]["path"] != rows[0]["samples"]["path"]
+    table = json.loads(server.uploads[rows[3]["samples"]["path"]])
     assert table["columns"] == ["step", "source", "row", "prompt", "reply", "answer", "accuracy"]
-    assert table["data"][0] == [0, "sums", "sums.jsonl:1", "3+4?", "7", "7", 1.0]
-    assert table["data"][1] == [0, "style", "style.jsonl:2", "hello", "hi\nthere", None, None]
+    assert table["data"][0] == [3, "sums", "sums.jsonl:1", "3+4?", "7", "7", 1.0]
+    assert table["data"][1] == [3, "style", "style.jsonl:2", "hello", "hi\nthere", None, None]
+    assert server.exits == {run_id: 1}
+    sent = server.runs[run_id]
+    assert (sent["displayName"], sent["project"], sent["groupName"], sent["jobType"]) == (
+        "ift-beta0.1",
+        "mine",
+        "beta-sweep",
+        "search",
+    )
+    assert sorted(sent["tags"]) == ["ift", "mix", "paper", "playground"]
+    config = json.loads(sent["config"])
+    assert config["objective"]["value"] == {"name": "ift", "beta": 0.1}
+    assert config["data"]["value"]["sources"]["a"]["share"] is None
+    summary = json.loads(server.uploads["wandb-summary.json"])
+    assert (summary["status"], summary["best/eval/nll"], summary["loss"]) == ("failed", 0.5, 1 / 3)
+    info = run.info()["wandb"]
+    assert (info["id"], info["mode"]) == (run_id, "online")
+    assert info["url"].endswith(run_id)
+    assert said == []
+    assert capfd.readouterr().err == ""
+    written = [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()]
+    assert [file for file in written if "log" not in file and not file.startswith("cache/")] == [], "outside of the run"
 
 
-def test_the_official_reader_agrees(open_wandb):
-    tracker = open_wandb()
-    tracker.log(1, {"loss": 0.25})
-    tracker.finish("failed", 1, {"steps": 1})
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", str(segments(tracker.run)[0])]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tracker.run.path)
-    shown = json.loads(done.stdout)
-    assert shown["state"] == "failed"
-    assert shown["summary"]["loss"] == 0.25
-    assert shown["summary"]["status"] == "failed"
-    assert "playground" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("status", "code", "preempting"), [("finished", 0, False), ("failed", 1, False), ("stopped", 75, True)]
-)
-def test_a_run_ends_as_what_it_was(open_wandb, status, code, preempting):
+@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("stopped", 75)])
+def test_a_run_ends_as_what_it_was(open_wandb, server, status, code):
     tracker = open_wandb()
     tracker.finish(status, code, {})
-    tracker.finish("finished", 0, {})  # a second call does nothing
-    found = load(segments(tracker.run)[0])
-    assert (found["summary"]["status"], found["exit"], found["preempting"]) == (status, code, preempting)
+    tracker.finish("failed", 1, {})  # a second call does nothing
+    run_id = tracker.run.info()["id"]
+    assert json.loads(server.uploads["wandb-summary.json"])["status"] == status
+    assert server.exits == {run_id: code}
+    assert server.preempted == ({run_id} if code == 75 else set())
 
 
-def test_the_group_is_the_sweep(open_wandb, new_run, config):
-    named = Wandb(new_run("a"), config("offline") | {"sweep": {"name": "beta"}})
-    by_folder = Wandb(new_run("b", sweep="grid-7"), config("offline"))
-    alone = Wandb(new_run("c"), config("offline"))
-    for tracker, group in ((named, "beta"), (by_folder, "grid-7"), (alone, "")):
+def test_the_group_is_the_sweep(new_run, config, server):
+    named = Wandb(new_run("a"), config("online") | {"sweep": {"name": "beta"}})
+    by_folder = Wandb(new_run("b", sweep="grid-7"), config("online"))
+    alone = Wandb(new_run("c"), config("online"))
+    for tracker, group in ((named, "beta"), (by_folder, "grid-7"), (alone, None)):
         tracker.start()
         tracker.finish("finished", 0, {})
-        assert load(segments(tracker.run)[0])["group"] == group
+        assert server.runs[tracker.run.info()["id"]].get("groupName") == group
 
 
-def test_two_runs_in_a_row_do_not_mix(open_wandb, new_run):
+def test_two_runs_in_a_row_do_not_mix(open_wandb, new_run, server):
     first = open_wandb(run=new_run("first"))
     first.log(1, {"loss": 1.0})
     second = open_wandb(run=new_run("second"))  # the first was never finished
     second.log(1, {"loss": 2.0})
-    second.log(2, {"loss": 2.5})
     second.finish("finished", 0, {})
-    assert curve(load(segments(first.run)[0])["history"], "loss") == [(1, 1.0)]
-    assert curve(load(segments(second.run)[0])["history"], "loss") == [(1, 2.0), (2, 2.5)]
+    assert curve(server.history[first.run.info()["id"]], "loss") == [(1, 1.0)]
+    assert curve(server.history[second.run.info()["id"]], "loss") == [(1, 2.0)]
 
 
-def test_a_resumed_run_is_a_new_segment_of_the_same_run(open_wandb):
+def test_a_resumed_run_has_every_step_and_every_evaluation_once(open_wandb, server):
+    """It had sent steps up to 7 when it was killed during the evaluation of 7; the checkpoint is of step 5."""
     first = open_wandb()
     for step in range(1, 8):
         first.log(step, {"loss": 1 / step})
-    first.finish("stopped", 75, {})
+    first.finish("failed", 1, {})
     second = open_wandb(run=first.run)
-    for step in range(5, 11):
-        second.log(step, {"loss": 1 / step})
+    for step in range(6, 10):
+        second.log(step, {"loss": 1 / step, "stage": "dpo"} if step > 7 else {"loss": 1 / step})
+        if step % 7 == 0:
+            second.log(step, {"eval/nll": 0.5})
     second.finish("finished", 0, {})
-    before, after = (load(folder) for folder in segments(first.run))
-    assert before["id"] == after["id"] == first.run.info()["id"]
-    assert [row["step"] for row in before["history"]] == [1, 2, 3, 4, 5, 6, 7]
-    assert [row["step"] for row in after["history"]] == [7, 8, 9, 10]  # 7 again: its evaluation may be new
-    assert [row["_step"] for row in after["history"]] == [7, 8, 9, 10]
-    assert (before["exit"], after["exit"]) == (75, 0)
+    run_id = first.run.info()["id"]
+    rows = server.history[run_id]
+    assert curve(rows, "loss") == [(step, 1 / step) for step in range(1, 10)]
+    assert curve(rows, "eval/nll") == [(7, 0.5)]
+    assert curve(rows, "stage") == [(8, "dpo"), (9, "dpo")]
+    assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
+    assert server.exits == {run_id: 0}
 
 
-def test_an_environment_without_an_agent_names_no_run(open_wandb, monkeypatch):
-    monkeypatch.setenv("WANDB_RUN_ID", "of-somebody-else")
-    monkeypatch.setenv("WANDB_PROJECT", "elsewhere")
-    tracker = open_wandb()
-    tracker.finish("finished", 0, {})
-    found = load(segments(tracker.run)[0])
-    assert (found["id"], found["project"]) == (tracker.run.info()["id"], "uft")
+def test_a_run_that_was_offline_goes_online_with_all_its_rows(server, new_run, config):
+    run = new_run()
+    for mode, steps, resumed in (("offline", range(1, 6), None), ("online", range(6, 9), 5)):
+        tracker = make_tracker(run, config(mode), resumed_step=resumed)
+        tracker.start()
+        for step in steps:
+            tracker.log(step, {"loss": 1 / step})
+            if step % 5 == 0:
+                tracker.samples(step, SAMPLES, "sft")
+        tracker.finish("finished", 0, {})
+    rows = server.history[run.info()["id"]]
+    assert curve(rows, "loss") == [(step, 1 / step) for step in range(1, 9)]
+    ((_, samples),) = curve(rows, "samples")
+    table = json.loads(server.uploads[samples["path"]])
+    assert table["columns"][:3] == ["step", "stage", "source"]
+    assert table["data"][0][:3] == [5, "sft", "sums"]
 
 
-def test_an_agent_names_the_run_and_a_resume_keeps_it(open_wandb, monkeypatch):
-    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+def test_an_agent_names_the_run_and_a_resume_keeps_it(open_wandb, new_run, server, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "given")
     monkeypatch.setenv("WANDB_PROJECT", "tuning")
+    alone = open_wandb(run=new_run("alone"))
+    alone.finish("finished", 0, {})
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     tracker = open_wandb()
     tracker.finish("stopped", 75, {})
-    found = load(segments(tracker.run)[0])
-    assert (found["id"], found["project"]) == ("given", "tuning")
-    monkeypatch.delenv("WANDB_SWEEP_ID")
-    monkeypatch.delenv("WANDB_RUN_ID")
+    for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_PROJECT"):
+        monkeypatch.delenv(name)
     again = open_wandb(run=tracker.run)
     again.finish("finished", 0, {})
-    assert load(segments(tracker.run)[1])["id"] == "given"
+    assert {run: sent["project"] for run, sent in server.runs.items()} == {
+        alone.run.info()["id"]: "uft",
+        "given": "tuning",
+    }
+    assert server.exits["given"] == 0
 
 
-def test_disabled_does_not_import_wandb(new_run, tmp_path):
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
+def test_without_w_and_b_it_is_not_even_imported(new_run, config, mode):
     program = (
-        "import sys; from pathlib import Path; from uft.runs import Run; from uft.tracking import make_tracker\n"
-        "t = make_tracker(Run(Path(sys.argv[1])), {'tracking': {'mode': 'disabled'}})\n"
+        "import json, sys; from pathlib import Path; from uft.runs import Run; from uft.tracking import make_tracker\n"
+        "t = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2]))\n"
         "t.start(); t.log(1, {'loss': 1.0}); t.samples(1, []); print(t.description); t.finish('finished', 0, {})\n"
         "assert 'wandb' not in sys.modules and 'torch' not in sys.modules"
     )
     run = new_run()
-    said = subprocess.run([sys.executable, "-c", program, str(run.path)], check=True, capture_output=True, text=True)
-    assert said.stdout == "metrics.jsonl, no W&B\n"
+    command = [sys.executable, "-c", program, str(run.path), json.dumps(config(mode))]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert said == f"metrics.jsonl, {'no W&B' if mode == 'disabled' else f'W&B offline: uft sync {run.path}'}\n"
     assert not (run.path / "wandb").exists()
-    assert run.info()["wandb"] == {"mode": "disabled"}
+    noted = {"id": run.info()["id"], "mode": "offline", "url": None, "sent": None}
+    assert run.info()["wandb"] == ({"mode": "disabled"} if mode == "disabled" else noted)
 
 
 def test_only_the_first_rank_tracks(new_run, config):
@@ -172,17 +185,77 @@ def test_only_the_first_rank_tracks(new_run, config):
     assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "overrides.yaml", "run.json"]
 
 
-def test_the_first_rank_writes_files_and_wandb(new_run, config):
-    run, said = new_run(), []
-    tracker = make_tracker(run, config("auto"), say=said.append)
-    tracker.start()
-    tracker.log(1, {"loss": 1.0})
-    tracker.samples(1, SAMPLES)
-    tracker.finish("finished", 0, {})
+def test_lines_samples_and_tables_name_their_stage(tmp_path):
+    files = Files(Run(tmp_path))
+    files.start()
+    files.log(1, {"stage": "sft", "loss": 2.0})
+    files.samples(1, SAMPLES[:1], "sft")
+    files.samples(2, SAMPLES[:1])
+    files.finish("finished", 0, {})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "stage": "sft", "loss": 2.0}\n'
+    named, plain = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    assert list(named)[:3] == ["step", "stage", "source"]
+    assert "stage" not in plain
+    assert sample_columns([named])["samples"].columns[:3] == ["step", "stage", "source"]
+    assert "stage" not in sample_columns([plain])["samples"].columns
+
+
+# --- Without a key, without a network
+
+
+def test_auto_without_a_key_goes_on_at_once_on_a_terminal(new_run, config):
+    """A terminal is where wandb would prompt."""
+    import pty
+
+    program = (
+        "import json, sys, time; from pathlib import Path; from uft.runs import Run\n"
+        "from uft.tracking import make_tracker; import wandb as imported; assert sys.stdin.isatty()\n"
+        "began = time.monotonic()\n"
+        "t = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2])); t.start(); t.log(1, {'loss': 1.0})\n"
+        "t.finish('finished', 0, {}); print('seconds', time.monotonic() - began)"
+    )
+    run, (leader, follower) = new_run(), pty.openpty()
+    command = [sys.executable, "-c", program, str(run.path), json.dumps(config("auto"))]
+    done = subprocess.run(command, stdin=follower, capture_output=True, text=True, timeout=60)
+    os.close(leader)
+    os.close(follower)
+    assert done.stderr == ""
+    told, seconds = done.stdout.splitlines()
+    assert told == f"W&B is offline: no API key. Upload it later:  uft sync {run.path}"
+    assert float(seconds.split()[-1]) < 10
     assert json.loads(run.metrics_file.read_text()) == {"step": 1, "loss": 1.0}
-    assert len(run.samples_file.read_text().splitlines()) == 2
-    assert load(segments(run)[0])["history"][0]["loss"] == 1.0
-    assert said == [f"W&B is offline: no API key. Upload it later:  uft sync {run.path}"]
 
 
-# Without a key, without a network
+def test_auto_without_a_network_goes_on(open_wandb, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    said: list[str] = []
+    tracker = open_wandb("auto", say=said.append)
+    tracker.finish("finished", 0, {})
+    assert (tracker.mode, len(said)) == ("offline", 1)
+    assert f"127.0.0.1:{port} does not answer" in said[0]
+
+
+def test_online_without_a_key_is_refused_before_training(open_wandb):
+    with pytest.raises(UftError) as refused:
+        open_wandb("online")
+    assert refused.value.code == 2
+    assert "no W&B API key" in str(refused.value)
+    assert "wandb login" in str(refused.value)
+
+
+def test_online_with_a_key_that_cannot_be_one_is_refused(open_wandb, server, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(UftError, match=r"tracking\.mode=online"):
+        open_wandb("online")
+    tracker = open_wandb("auto")
+    assert tracker.mode == "offline"
+
+
+def test_wandb_mode_of_the_environment_decides_auto(open_wandb, server, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert open_wandb("auto").mode == "offline"
+    assert server.operations == []

@@ -1,10 +1,9 @@
-"""A W&B that fails, is slow or dies: training goes on, and what happened is recorded as it was."""
+"""A W&B that fails, is slow or dies: training goes on, and `uft sync` sends the rest exactly once."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,11 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from records import SAMPLES, curve, load, segments
+import pytest
+from records import SAMPLES, curve
 from standin import Standin
 
-from uft.runs import Run
-from uft.tracking import make_tracker
+from uft.runs import Run, write_json
+from uft.tracking import Trackers, make_tracker
+from uft.tracking.metrics import Files
+from uft.tracking.sync import plan, send
+from uft.tracking.wandb import Wandb, unsent
 
 
 def test_a_server_that_never_answers_costs_bounded_time(open_wandb, server):
@@ -31,29 +34,39 @@ def test_a_server_that_never_answers_costs_bounded_time(open_wandb, server):
     assert tracker.mode == "offline"
     assert len(said) == 1
     assert said[0].startswith("W&B is offline: ")
-    assert curve(load(segments(tracker.run)[0])["history"], "loss") == [(1, 1.0)]
+    assert unsent(tracker.run)
 
 
-def test_a_network_that_dies_during_training_costs_bounded_time(open_wandb, server):
+def test_a_network_that_dies_during_training_costs_bounded_time_and_sync_sends_the_rest(new_run, config, server):
     said: list[str] = []
-    tracker = open_wandb("online", say=said.append, finish_timeout=1)
+    run = new_run()
+    tracker = Trackers(Files(run), Wandb(run, config(), said.append, finish_timeout=1))
+    tracker.start()
+    tracker.samples(0, SAMPLES)  # at its first table wandb asks the server for a name
     server.deaf.set()
     for step in range(1, 50):
         tracker.log(step, {"loss": 1 / step})
+    tracker.samples(49, SAMPLES)
     began = time.monotonic()
     tracker.finish("finished", 0, {})
     assert time.monotonic() - began < 15
-    (folder,) = segments(tracker.run)
     assert len(said) == 1
-    assert said[0].endswith(f"uft sync {tracker.run.path}")
-    assert tracker.run.info()["wandb"]["unsent"] == [str(folder.relative_to(tracker.run.path))]
-    assert len(load(folder)["history"]) == 49
+    assert said[0].endswith(f"uft sync {run.path}")
+    write_json(run.path / "result.json", {"status": "finished", "steps": 49})
+    write_json(run.config_file, config())
+    upload = plan(run)
+    assert upload.due
+
+    server.deaf.clear()
+    send([upload], said.append)
+    assert upload.arrived, upload.why
+    rows = server.history[run.info()["id"]]
+    assert curve(rows, "loss") == [(step, 1 / step) for step in range(1, 50)]
+    assert [step for step, _ in curve(rows, "samples")] == [0, 49]
+    assert not plan(run).due
 
 
-# When things die
-
-
-def test_a_failing_wandb_warns_once_and_never_stops_training(open_wandb, monkeypatch):
+def test_a_failing_wandb_warns_once_and_never_stops_training(open_wandb, server, monkeypatch):
     said: list[str] = []
     tracker = open_wandb(say=said.append)
     tracker.log(1, {"loss": 1.0})
@@ -67,10 +80,12 @@ def test_a_failing_wandb_warns_once_and_never_stops_training(open_wandb, monkeyp
     tracker.samples(3, SAMPLES)
     assert said == ["W&B stopped taking metrics (disk is full); metrics.jsonl has everything."]
     tracker.finish("finished", 0, {})
-    assert load(segments(tracker.run)[0])["exit"] == 0
+    assert server.exits == {tracker.run.info()["id"]: 0}
+    assert said[1:] == [f"W&B did not take everything (disk is full). Upload the rest:  uft sync {tracker.run.path}"]
+    assert unsent(tracker.run)
 
 
-def test_a_wandb_whose_service_was_killed_never_stops_training(open_wandb):
+def test_a_wandb_whose_service_was_killed_never_stops_training(open_wandb, server):
     said: list[str] = []
     tracker = open_wandb(say=said.append)
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
@@ -81,16 +96,17 @@ def test_a_wandb_whose_service_was_killed_never_stops_training(open_wandb):
         time.sleep(0.005)
     tracker.finish("finished", 0, {})
     assert 1 <= len(said) <= 2
+    assert unsent(tracker.run)
 
 
-def test_a_wandb_that_cannot_start_never_stops_training(open_wandb):
+def test_a_wandb_that_cannot_start_never_stops_training(open_wandb, server):
     said: list[str] = []
     tracker = open_wandb(say=said.append, project="no/such name")
     tracker.log(1, {"loss": 1.0})
     tracker.finish("finished", 0, {})
     assert len(said) == 1
-    assert said[0].startswith("W&B could not start (")
-    assert tracker.description == "metrics.jsonl, no W&B"
+    assert said[0].startswith("W&B is offline: ")
+    assert "no/such name" in said[0]
 
 
 PROGRAM = """
@@ -105,20 +121,19 @@ for step in range(1, 301):
 """
 
 
-def execute(run: Run, config: Mapping[str, Any], ending: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def execute(run: Run, config: Mapping[str, Any], ending: str) -> int:
     command = [sys.executable, "-c", PROGRAM + ending, str(run.path), json.dumps(config)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, capture_output=True, timeout=60, start_new_session=True).returncode
 
 
-def test_a_crash_is_recorded_as_a_crash(new_run, config):
+def test_a_crash_is_recorded_as_a_crash(new_run, config, server):
     run = new_run()
-    assert execute(run, config(), "raise RuntimeError('bug')").returncode == 1
-    found = load(segments(run)[0])
-    assert found["exit"] == 1
-    assert len(found["history"]) == 300
+    assert execute(run, config(), "raise RuntimeError('bug')") == 1
+    assert server.exits == {run.info()["id"]: 1}
+    assert len(server.history[run.info()["id"]]) == 300
 
 
-def test_control_c_reaches_the_service_too_and_does_no_harm(new_run, config):
+def test_control_c_reaches_the_service_too_and_does_no_harm(new_run, config, server):
     """The kernel sends it to every process of the terminal's group."""
     ending = """
 signal.signal(signal.SIGINT, lambda *_: None)
@@ -128,36 +143,42 @@ tracker.log(301, {"loss": 0.5})
 tracker.finish("stopped", 130, {})
 """
     run = new_run()
-    done = execute(run, config(), ending, start_new_session=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    found = load(segments(run)[0])
-    assert len(found["history"]) == 301
-    assert found["exit"] == 130
+    assert execute(run, config(), ending) == 0
+    assert len(server.history[run.info()["id"]]) == 301
+    assert server.exits == {run.info()["id"]: 130}
 
 
-def test_a_killed_and_resumed_offline_run_can_be_uploaded_whole(new_run, config, server):
-    """A kill loses rows that wandb held in memory, and `wandb sync` gives up at the torn end that it leaves."""
+@pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "synced"])
+def test_what_a_kill_takes_from_wandbs_memory_arrives_once(new_run, config, server, resumed):
+    """Rows of the end, and the evaluation and the table of the last step that arrived."""
     run = new_run()
-    assert execute(run, config(), "os.kill(os.getpid(), signal.SIGKILL)").returncode == -signal.SIGKILL
-    (first,) = segments(run)
-    time.sleep(1)  # the service notices that its process died, and segments are ordered by their second
-    file = next(first.glob("*.wandb"))
-    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])  # however much it had time to write
-    reached = load(first)["history"][-1]["step"]
-    assert 1 < reached < 290
-
-    resumed = make_tracker(run, config(), resumed_step=290)
-    resumed.start()
-    for step in range(291, 321):
-        resumed.log(step, {"loss": 1 / step})
-    resumed.finish("finished", 0, {})
-
-    command = [sys.executable, "-m", "wandb", "sync", *map(str, segments(run))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=run.path)
-    assert done.returncode == 0
-    assert not re.search("error|fail", done.stdout + done.stderr, re.IGNORECASE)
-    uploaded = curve(server.history[run.info()["id"]], "loss")
-    assert uploaded == [(step, 1 / step) for step in range(1, 321)]
+    tracker = make_tracker(run, config())
+    tracker.start()
+    for step in range(1, 301):
+        tracker.log(step, {"loss": 1 / step})
+        if step == 200:
+            tracker.log(step, {"eval/nll": 0.5})
+            tracker.samples(step, SAMPLES)
+    tracker.finish("failed", 1, {})
+    run_id = run.info()["id"]
+    rows = server.history[run_id]
+    rows[199:] = [{name: rows[199][name] for name in ("step", "_step", "loss")}]
+    run.update_info(wandb={**run.info()["wandb"], "sent": None})
+    if resumed:
+        tracker = make_tracker(run, config(), resumed_step=290)
+        tracker.start()
+        for step in range(291, 321):
+            tracker.log(step, {"loss": 1 / step})
+        tracker.finish("finished", 0, {})
+    else:
+        write_json(run.config_file, config())
+        upload = plan(run)
+        send([upload], print)
+        assert (upload.arrived, upload.steps) == (True, 101)
+    last = 320 if resumed else 300
+    assert curve(server.history[run_id], "loss") == [(step, 1 / step) for step in range(1, last + 1)]
+    assert curve(server.history[run_id], "eval/nll") == [(200, 0.5)]
+    assert [step for step, _ in curve(server.history[run_id], "samples")] == [200]
 
 
 def test_a_stand_in_keeps_what_it_is_sent():

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from uft.tracking.sync import Upload
-    from uft.tracking.wandb import Server
 
 WIDE = 160  # columns where there is no terminal
 METRICS = 4  # metrics shown at most
@@ -215,9 +214,8 @@ def repeat_commands(sweep: Path, overrides: list[str]) -> list[int]:
 # sync
 
 SYNC = """\
-Files that a killed run left torn are cut at their last whole record first (the original stays beside until the
-upload worked), and rows that W&B lost in the kill are taken from metrics.jsonl. What arrived is never sent again. The
-exit code is 1 if something did not arrive, and 2 without an API key.
+Rows are taken from metrics.jsonl and samples.jsonl, from the first one that the server lacks. What arrived is never
+sent again. The exit code is 1 if something did not arrive, and 2 without an API key.
 
   uft sync                             every run in outputs
   uft sync outputs/2026-11-21/RUN      that run
@@ -226,10 +224,14 @@ exit code is 1 if something did not arrive, and 2 without an API key.
 
 
 def sync(arguments: list[str]) -> int:
-    """`uft sync [RUN | SWEEP ...]`: upload what runs kept for W&B while they were offline, and say what arrived."""
-    from uft.tracking.sync import plan
+    """`uft sync [RUN | SWEEP ...]`: upload to W&B what it lacks of runs, and say what arrived; the exit code.
 
-    text = "Upload what runs kept for W&B while they were offline, and say what arrived."
+    Without a key or a network nothing is touched, and the command says what waits.
+    """
+    from uft.tracking.sync import plan, send
+    from uft.tracking.wandb import has_key, reachable, wandb_server
+
+    text = "Upload what W&B lacks of runs that were offline or cut off, and say what arrived."
     parser = parser_of("sync", text, SYNC)
     parser.add_argument("folders", nargs="*", type=Path, metavar="RUN", help="runs, sweeps or folders of them; outputs")
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and do nothing")
@@ -240,70 +242,47 @@ def sync(arguments: list[str]) -> int:
     folders = parsed.folders or [Path("outputs")]
     found = {run.path.resolve(): run for folder in folders for run in find_runs(folder)}
     uploads = [plan(run) for run in found.values()]
-    pending = [upload for upload in uploads if upload.segments]
-    for idle in (upload for upload in uploads if not upload.segments):
+    due = [upload for upload in uploads if upload.due]
+    for idle in (upload for upload in uploads if not upload.due):
         if idle.why:
             print(f"  {shown(idle.run.path)}  {idle.why}")
-        elif parsed.folders and not idle.before:  # asked for by name
-            print(f"  {shown(idle.run.path)}  has no W&B files of its own")
-    if before := sum(1 for upload in uploads if not upload.segments and upload.before):
+        elif parsed.folders and not idle.arrived:  # asked for by name
+            print(f"  {shown(idle.run.path)}  was not tracked by W&B")
+    if before := sum(upload.arrived for upload in uploads):
         print(f"  {before} run{'s' if before != 1 else ''} arrived earlier")
-    if not pending:
+    if not due:
         print("Nothing to upload.")
         return GOOD
-    server = server_of_wandb()
+    server = wandb_server()
     if parsed.dry_run:
-        list_uploads(pending, f"would be uploaded to {server.host}")
+        list_uploads(due, f"would be uploaded to {server.host}")
         return GOOD
-    return upload_all(pending, server)
-
-
-def server_of_wandb() -> Server:
-    import wandb
-
-    from uft.tracking.wandb import Server
-
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
-    return Server(settings.base_url, settings.api_key)
-
-
-def upload_all(pending: list[Upload], server: Server) -> int:
-    """Upload and report; the exit code. Without a key or a network nothing is touched, and it is said what waits."""
-    from uft.tracking.sync import mend, send
-    from uft.tracking.wandb import has_key, reachable
-
     if not has_key(server):
-        list_uploads(pending, f"wait to be uploaded to {server.host}")
+        list_uploads(due, f"wait to be uploaded to {server.host}")
         log_in = ("log in:  wandb login   (or set WANDB_API_KEY)",)
         error = UftError(Problem("uft sync", f"no W&B API key for {server.host}", advice=log_in))
         print(render(error), file=sys.stderr)
         return BAD_REQUEST
     if not reachable(server.url):
-        list_uploads(pending, f"wait to be uploaded to {server.host}")
+        list_uploads(due, f"wait to be uploaded to {server.host}")
         print(f"\nuft: {server.host} does not answer; nothing was uploaded. Try again:  uft sync", file=sys.stderr)
         return FAILED
-    print(f"Uploading {len(pending)} runs to {server.host}", flush=True)
-    for upload in pending:
-        mend(upload)
-    send([upload for upload in pending if upload.segments and not upload.why], lambda line: print(line, flush=True))
+    print(f"Uploading {len(due)} runs to {server.host}", flush=True)
+    send(due, lambda line: print(line, flush=True))
     print()
-    for upload in pending:
-        state = f"{segments(upload)} arrived" if upload.arrived else f"did NOT arrive: {upload.why}"
-        print("\n".join([f"  {shown(upload.run.path)}  {state}", *(f"      {note}" for note in upload.notes)]))
-    lost = [upload for upload in pending if not upload.arrived]
+    for upload in due:
+        state = f"arrived: {upload.steps} steps were missing" if upload.arrived else f"did NOT arrive: {upload.why}"
+        print(f"  {shown(upload.run.path)}  {state}")
+    lost = [upload for upload in due if not upload.arrived]
     if lost:
-        print(f"\nuft: {len(lost)} of {len(pending)} runs did not arrive. Try again:  uft sync", file=sys.stderr)
+        print(f"\nuft: {len(lost)} of {len(due)} runs did not arrive. Try again:  uft sync", file=sys.stderr)
     return FAILED if lost else GOOD
 
 
 def list_uploads(uploads: list[Upload], what: str) -> None:
     print(f"{len(uploads)} runs {what}:")
     for upload in uploads:
-        print(f"  {shown(upload.run.path)}  {segments(upload)}")
-
-
-def segments(upload: Upload) -> str:
-    return f"{len(upload.segments)} segment{'s' if len(upload.segments) != 1 else ''}"
+        print(f"  {shown(upload.run.path)}")
 
 
 # compare

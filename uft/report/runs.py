@@ -316,7 +316,7 @@ def checked_lines(path: Path, notes: list[str], ended: bool) -> metrics.Checked:
     """The lines that have their checksum; `notes` gets a text about the others."""
     checked = metrics.check(path)
     if damaged := sorted({*checked.damaged, *(checked.uncertain if ended else ())}):
-        notes.append(metrics.told(path.name, damaged))
+        notes.append(metrics.describe_damage(path.name, damaged))
     return checked
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from uft.errors import FAILED, Problem, UftError
 from uft.report.runs import BROKEN, read_config, read_object
-from uft.runs import shown
-from uft.tracking.wandb import Server, choose
+from uft.runs import Run, shown
+from uft.tracking.wandb import choose, unsent, wandb_server
 
 HEADLINES = 3  # metrics in the parallel coordinates
 CURVES = ("loss", "nll", "grad_norm", "lr")
@@ -38,7 +38,7 @@ class LoggedRun:
     project: str
     entity: str | None
     group: str
-    offline: bool  # a log of an offline session has not been uploaded
+    offline: bool  # not all of it has been uploaded
 
 
 def require() -> None:
@@ -61,8 +61,7 @@ def save(comparison: Object, paths: Sequence[Path]) -> list[str]:
     runs = [found for path in paths if (found := logged_run(path)) is not None]
     if not runs:
         raise UftError(Problem("--wandb", "none of these runs was sent to W&B", advice=("train with  tracking=wandb",)))
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
-    choice = choose("auto", Server(settings.base_url, settings.api_key))  # never asks for a key, never waits long
+    choice = choose("auto", wandb_server())  # never asks for a key, never waits long
     offline = sorted({run.path for run in runs if run.offline})
     upload = []
     if offline:
@@ -95,14 +94,13 @@ def logged_run(path: Path) -> LoggedRun | None:
             return None
         url = URL.match(logged["url"]) if isinstance(logged.get("url"), str) else None
         entity, project = url.groups() if url else (config.get("tracking.entity"), None)
-        logs = [path / name for name in logged.get("dirs", ()) if Path(name).name.startswith("offline-")]
         return LoggedRun(
             path=path,
             id=str(logged["id"]),
             project=str(project or config.get("tracking.project") or "uft"),
             entity=None if entity is None else str(entity),
             group=str(config.get("tracking.group") or config.get("sweep.name") or info.get("sweep") or ""),
-            offline=any(log.is_dir() and not any(log.glob("*.synced")) for log in logs),  # `wandb sync` leaves a mark
+            offline=unsent(Run(path)),
         )
     except BROKEN:
         return None

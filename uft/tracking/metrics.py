@@ -1,12 +1,12 @@
-"""metrics.jsonl and samples.jsonl: the source of truth about a run. W&B only mirrors them.
+"""metrics.jsonl and samples.jsonl: the record of a run, one JSON object per line. W&B only mirrors them.
 
-One object per line, `step` first, flushed line by line, so that a killed process loses at most the line it was writing;
-every line has a seal (`seals.py`).
+`step` comes first in a line, and lines are flushed one by one: a killed process loses at most the line that it was
+writing. Floats keep every digit. JSON has no NaN: such values are written as the strings "nan", "inf" and "-inf", which
+`read_metrics` turns back into floats; a reader that does not know this sees a string, never a wrong number. Training
+and evaluation write a line each for the same step, and `read_metrics` merges them.
 
-Floats keep every digit. JSON has no NaN: such values are written as the strings "nan", "inf" and "-inf", which
-`read_metrics` turns back into floats; a reader that does not know this sees a string, never a wrong number.
-
-Training and evaluation write a line each for the same step. `read_metrics` merges them.
+Checksums: `.metrics.jsonl.seals` has `STEP CRC32` for each line of `metrics.jsonl`, written before the line, so that a
+line that the disk changed or lost is known. A file without checksums (copied alone) is taken as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,14 +28,15 @@ if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
     from uft.evaluation.evaluate import Sample
 
 NOT_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+Checksum = tuple[int, int]  # step, CRC-32 of the line without its end
 
 
 class Files:
     """Appends to the two files of a run.
 
-    `resumed_step` is the step of the checkpoint that training continues from, None for a fresh start. Whatever an
-    earlier process wrote beyond it is dropped, and a line that it had already written at that very step (a battery
-    repeated because the checkpoint came before it) is not written twice: a resumed curve equals an uninterrupted one.
+    `resumed_step` is the step of the checkpoint that training continues from, None for a fresh start. Lines of later
+    steps are dropped, and lines of that very step (an evaluation repeated because the checkpoint came before it) are
+    not written twice: a resumed curve equals an uninterrupted one. `say` is told of lines that are damaged or lost.
     """
 
     def __init__(
@@ -43,15 +44,15 @@ class Files:
     ) -> None:
         self.run = run
         self.resumed_step = resumed_step
-        self.say = say  # hears of lines that are not what was written
+        self.say = say
         self._files: dict[Path, TextIO] = {}
-        self._written: set[str] = set()
-        self._awaited: dict[Path, Seal] = {}  # of a line at that very step: written again soon, or lost
+        self._written: set[str] = set()  # lines of the resumed step
+        self._pending: dict[Path, Checksum] = {}  # of a line of the resumed step: written again soon, or lost
 
     def start(self) -> None:
         for path in (self.run.metrics_file, self.run.samples_file):
-            self._written |= {text for step, text in self._take_over(path) if step == self.resumed_step}
-            for file in (file_of(path), path):
+            self._keep_lines(path)
+            for file in (checksum_file(path), path):
                 # A lone surrogate (half an emoji in somebody's data) becomes its JSON escape instead of an error.
                 self._files[file] = open(file, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
@@ -68,52 +69,52 @@ class Files:
                 os.fsync(file.fileno())
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        if status == "finished":  # otherwise the next sitting may write it yet
-            for path in list(self._awaited):
-                self._tell_lost(path)
+        if status == "finished":  # otherwise the next session may still write the pending line
+            for path in list(self._pending):
+                self._report_lost(path)
         for file in self._files.values():
             with suppress(OSError):  # a line that could not be written has ended the run, and would be tried again
                 file.close()
         self._files = {}
 
-    def _take_over(self, path: Path) -> list[tuple[int, str]]:
-        """The lines that are kept of an earlier sitting, in a file of their own. Seals first, as ever."""
-        kept: list[tuple[int, str]] = []
-        sealed: list[Seal] = []
-        last = self.resumed_step
+    def _keep_lines(self, path: Path) -> None:
+        """Rewrite the file with the lines up to the resumed step. Checksums first: no line is ever without one."""
+        texts, checksums, last = list[str](), list[Checksum](), self.resumed_step
         if last is not None:
             found = check(path)
-            kept = [(step, text) for step, text in _with_steps(found.lines) if step <= last]
-            sealed = [of(step, text) for step, text in kept]
-            lost = {step for step in (*found.damaged, *found.unsealed) if step <= last}
-            if found.open_end and found.open_end[0] == last:  # a process may have died while it wrote that
-                self._awaited[path] = found.open_end
-                sealed.append(found.open_end)
-            elif found.open_end and found.open_end[0] < last:
-                lost.add(found.open_end[0])
-            if lost:
-                self.say(told(path.name, sorted(lost)))
-        write_atomically(file_of(path), "".join(map(as_line, sealed)))
-        write_atomically(path, "".join(text + "\n" for _, text in kept))
-        return kept
+            for text, row in _parse(found.lines):
+                if row["step"] <= last:
+                    texts.append(text)
+                    checksums.append((row["step"], _crc(text)))
+                if row["step"] == last:
+                    self._written.add(text)
+            lost = {*found.damaged, *found.unlisted}
+            if found.pending and found.pending[0] == last:  # a process may have died while it wrote this line
+                self._pending[path] = found.pending
+                checksums.append(found.pending)
+            elif found.pending:
+                lost.add(found.pending[0])
+            if lost := {step for step in lost if step <= last}:
+                self.say(describe_damage(path.name, lost))
+        write_atomically(checksum_file(path), "".join(f"{step} {crc:08x}\n" for step, crc in checksums))
+        write_atomically(path, "".join(text + "\n" for text in texts))
 
-    def _tell_lost(self, path: Path) -> None:
-        """Nobody wrote it again, so that no process died over it. Its seal stays and tells other readers."""
-        step, _ = self._awaited.pop(path)
-        self.say(told(path.name, [step]))
+    def _report_lost(self, path: Path) -> None:
+        """The pending line was not written again, so the disk lost it. Its checksum stays and tells other readers."""
+        self.say(describe_damage(path.name, [self._pending.pop(path)[0]]))
 
     def _append(self, path: Path, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         assert path in self._files, "start() opens the files, finish() closes them"
         texts = [json.dumps({"step": int(step), **_plain(row)}, ensure_ascii=False, allow_nan=False) for row in rows]
-        new = [text for text in texts if text not in self._written]
-        if path in self._awaited and step > self._awaited[path][0]:
-            self._tell_lost(path)
-        for text in new:  # one after the other, so that whatever dies leaves one seal at most without its line
-            seal = of(int(step), text)
-            if seal == self._awaited.get(path):
-                del self._awaited[path]  # and stands already
+        if path in self._pending and step > self._pending[path][0]:
+            self._report_lost(path)
+        for text in texts:  # one after the other: a process that dies leaves at most one checksum without its line
+            if text in self._written:
+                continue
+            if self._pending.get(path) == (int(step), _crc(text)):
+                del self._pending[path]  # its checksum is in the file already
             else:
-                self._write(file_of(path), as_line(seal))
+                self._write(checksum_file(path), checksum_line(step, text))
             self._write(path, text + "\n")
 
     def _write(self, path: Path, content: str) -> None:
@@ -123,25 +124,34 @@ class Files:
 
 
 def read_metrics(run: Run) -> list[dict[str, Any]]:
-    """One dict per logged step, in order of steps: what training and evaluation wrote for it, together.
+    """One dict per logged step, in order of steps: what training and evaluation wrote for it, merged.
 
-    Reads a run that is still being written, too. A torn last line, and lines that are damaged, are left out.
+    Also reads a run that is being written. A torn last line, and lines that are damaged, are left out.
     """
     merged: dict[int, dict[str, Any]] = {}
-    for step, text in _with_steps(check(run.metrics_file).lines):
-        line = json.loads(text)
-        numbers = {name: value if name == "stage" else _number(value) for name, value in line.items()}
-        merged.setdefault(step, {}).update(numbers)
+    for _, row in _parse(check(run.metrics_file).lines):
+        numbers = {name: value if name == "stage" else _number(value) for name, value in row.items()}
+        merged.setdefault(row["step"], {}).update(numbers)
     return [merged[step] for step in sorted(merged)]
 
 
-def _with_steps(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """(step, line) of what is a line of ours at all."""
+def read_samples(run: Run) -> dict[int, list[dict[str, Any]]]:
+    """The rows of samples.jsonl by step, in order of steps. Damaged lines are left out."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for _, row in _parse(check(run.samples_file).lines):
+        found.setdefault(row["step"], []).append(row)
+    return dict(sorted(found.items()))
+
+
+def _parse(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, its object) of the lines that are objects with a step."""
     for text in lines:
         try:
-            yield int(json.loads(text)["step"]), text
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(text)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
+        yield text, row
 
 
 def _plain(value: Any) -> Any:
@@ -158,121 +168,74 @@ def _number(value: Any) -> Any:
     return NOT_NUMBERS.get(value, value) if isinstance(value, str) else value
 
 
-# --- Seals: a checksum for every line of metrics.jsonl and samples.jsonl, so that a line the disk changed passes for
-# none.
-#
-# Beside `metrics.jsonl` lies `.metrics.jsonl.seals` with `STEP CRC32` for each of its lines. A seal is written before
-# its
-# line, so that whatever dies in between leaves no line without one. A file without seals (copied alone, or of an
-# earlier
-# version) is taken as it is.
-
-
-Seal = tuple[int, int]  # step, CRC-32 of the line without its end
+# --- Checksums
 
 
 @dataclass(frozen=True)
 class Checked:
-    """The lines that are what was written, and the steps of those that are not, or not there any more.
+    """The undamaged lines of a file, and the steps of lines that are damaged or lost.
 
-    The rest is damage unless a process died there: `open_end`, a last seal without a line (it was about to write it),
-    and `unsealed`, steps past the last seal (it was about to drop what no checkpoint holds).
+    Two findings are damage unless a process died there: `pending`, a last checksum without its line (the process was
+    about to write it), and `unlisted`, the steps of lines past the last checksum (it was about to drop them on resume).
     """
 
     lines: list[str]
     damaged: list[int]
-    torn: bool = field(default=False, compare=False)  # half a line follows, and nothing tells whether it was ever whole
-    open_end: Seal | None = field(default=None, compare=False)
-    unsealed: list[int] = field(default_factory=list, compare=False)
+    torn: bool = False  # half a line at the end of a file without checksums
+    pending: Checksum | None = None
+    unlisted: Sequence[int] = ()
 
     @property
     def uncertain(self) -> set[int]:
-        """Steps whose lines are damaged unless a process died there."""
-        return {*self.unsealed, *([self.open_end[0]] if self.open_end else [])}
-
-
-def file_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.seals")
-
-
-def of(step: int, line: str) -> Seal:
-    """The seal of a line without its end."""
-    return step, zlib.crc32(line.encode("utf-8", "backslashreplace"))
-
-
-def as_line(seal: Seal) -> str:
-    step, crc = seal
-    return f"{step} {crc:08x}\n"
-
-
-def seal(step: int, line: str) -> str:
-    """The seal of a line as it is written, with its end."""
-    return as_line(of(step, line))
+        """Steps whose lines are damaged or lost unless a process died there."""
+        return {*self.unlisted, *([self.pending[0]] if self.pending else [])}
 
 
 def check(path: Path) -> Checked:
-    """Read `path`, also while it is being written: half a line at its end is left out and no damage."""
-    *whole, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    seals = _read(file_of(path))
-    if seals is None:
-        return Checked([line.decode("utf-8", "replace") for line in whole], [], torn=bool(rest))
-    left = Counter(crc for _, crc in seals)
-    good: list[str] = []
-    unsealed: list[bytes] = []
-    for line in whole:
+    """Compare the lines of `path` with their checksums, also while it is being written."""
+    *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    if not checksum_file(path).is_file():
+        return Checked([line.decode("utf-8", "replace") for line in lines], [], torn=bool(rest))
+    checksums: list[Checksum] = []
+    for text in checksum_file(path).read_text(encoding="ascii", errors="replace").split("\n")[:-1]:
+        step, _, crc = text.partition(" ")
+        with suppress(ValueError):  # a damaged checksum
+            checksums.append((int(step), int(crc, 16)))
+    missing = Counter(crc for _, crc in checksums)
+    good, unknown = list[str](), list[str]()
+    for line in lines:
         crc = zlib.crc32(line)
-        if left[crc]:
-            left[crc] -= 1
-            good.append(line.decode("utf-8", "backslashreplace"))
-        else:
-            unsealed.append(line)
-    last, open_end, beyond = seals[-1][0] if seals else -1, None, set[int]()
-    if seals and left[seals[-1][1]] and (rest or len(whole) < len(seals)):
-        left[seals[-1][1]] -= 1  # the process died between a seal and its line
-        open_end = seals[-1]
-    damaged = set(_steps(seals, left.copy()))
-    if len(unsealed) > left.total():  # more than were changed: it is their seals that the disk took
-        named = _named(unsealed)
-        damaged |= {step for step in named if step <= last}
-        beyond = named - damaged
-    return Checked(good, sorted(damaged), open_end=open_end, unsealed=sorted(beyond))
+        (good if missing[crc] > 0 else unknown).append(line.decode("utf-8", "backslashreplace"))
+        missing[crc] -= 1
+    missing = +missing
+    last, pending, unlisted = (-1, 0), None, set[int]()
+    if checksums:
+        last = checksums[-1]
+        if missing[last[1]] and (rest or len(lines) < len(checksums)):
+            pending = last
+            missing[last[1]] -= 1
+    damaged = {step for step, crc in checksums if missing[crc]}
+    if len(unknown) > missing.total():  # more lines than were changed: their checksums are what the disk lost
+        steps = {row["step"] for _, row in _parse(unknown)}
+        damaged |= {step for step in steps if step <= last[0]}
+        unlisted = steps - damaged
+    return Checked(good, sorted(damaged), pending=pending, unlisted=sorted(unlisted))
 
 
-def told(name: str, steps: Iterable[int]) -> str:
+def checksum_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.seals")
+
+
+def checksum_line(step: int, text: str) -> str:
+    """The line of the checksum file for a line `text` without its end."""
+    return f"{int(step)} {_crc(text):08x}\n"
+
+
+def describe_damage(name: str, steps: Iterable[int]) -> str:
     """One line about lines that are damaged."""
-    numbers = ", ".join(map(str, steps))
+    numbers = ", ".join(map(str, sorted(steps)))
     return f"{name}: what was written at step {numbers} is damaged or lost (checksum), and left out"
 
 
-def _steps(seals: list[Seal], left: Counter[int]) -> list[int]:
-    found = set()
-    for step, crc in reversed(seals):
-        if left[crc]:
-            left[crc] -= 1
-            found.add(step)
-    return sorted(found)
-
-
-def _named(lines: Iterable[bytes]) -> set[int]:
-    """The steps that lines without a seal speak of, as far as they can be read."""
-    found = set()
-    for line in lines:
-        try:
-            found.add(int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-    return found
-
-
-def _read(path: Path) -> list[Seal] | None:
-    """The seals; None where there are none. What cannot be read of them ends them."""
-    if not path.is_file():
-        return None
-    seals = []
-    for line in path.read_text(encoding="ascii", errors="replace").split("\n")[:-1]:
-        step, _, crc = line.partition(" ")
-        try:
-            seals.append((int(step), int(crc, 16)))
-        except ValueError:
-            continue
-    return seals
+def _crc(text: str) -> int:
+    return zlib.crc32(text.encode("utf-8", "backslashreplace"))
