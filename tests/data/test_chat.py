@@ -2,9 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-from uft.data.chat import Renderer
+from uft.data.chat import Renderer, token_span
 from uft.data.rows import Message
 from uft.errors import UftError
 
@@ -217,3 +219,20 @@ def test_random_conversations_agree_with_the_one_rendering(tokenizer, metaspace_
             wanted = "".join(t.content for t in conversation[cut:] if t.role == "assistant")
             if this is tokenizer:  # the other one has letters it does not know, and glues spaces to words
                 assert learned == wanted
+
+
+def test_tokens_of_a_span_found_by_a_few_look_ups_are_those_of_all_offsets(tokenizer, metaspace_tokenizer):
+    words = Tokenizer(models.WordLevel({"yes": 0, "?": 1}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # white space is in no token
+    pieces = ["yes", " yes", "no\n", "é", "12 ", "\n\n", "   ", " ", "😀", "Paris.", "<|im_end|>", "[INST]", "\t"]
+    draw = random.Random(0)
+    for backend in (tokenizer.backend_tokenizer, metaspace_tokenizer.backend_tokenizer, words):
+        for _ in range(40):
+            text = "".join(draw.choices(pieces, k=draw.randint(1, 8)))
+            encoding = backend.encode(text, add_special_tokens=False)
+            starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
+            for start in range(len(text)):
+                for end in range(start + 1, len(text) + 1):
+                    first = next((n for n, value in enumerate(ends) if value > start), len(ends))
+                    last = next((n for n, value in enumerate(starts) if value >= end), len(starts))
+                    assert token_span(encoding, (start, end)) == (first, last), (text, start, end)

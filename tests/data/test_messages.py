@@ -9,11 +9,6 @@ from uft.data.rows import Message
 USER, REPLY, SYSTEM = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("system", "s")))
 
 
-def test_a_string_is_one_turn():
-    assert formats.read_prompt("q") == (Message("user", "q"),)
-    assert formats.read_reply("a") == (Message("assistant", "a"),)
-
-
 def test_text_is_kept_to_the_letter():
     assert formats.read_prompt(" q\r\n")[0].content == " q\r\n"
 
