@@ -363,7 +363,7 @@ def embedding_in_place(module: nn.Module) -> Iterator[None]:
     if not plain or not keeps_its_own(module.weight):  # type: ignore[arg-type]
         yield
         return
-    module.forward = partial(_Embedded.apply, module.weight, module.padding_idx)  # type: ignore[method-assign]
+    module.forward = partial(_Embedded.apply, module.weight, module.padding_idx)
     try:
         yield
     finally:
