@@ -118,7 +118,9 @@ def show_data(config: Config) -> int:
         if stage.name in data.stages:
             show_stage_data(stage.config.data.name, data.stages[stage.name], console)
         else:
-            say_on(console)(f"  {rows_there(stage.config)}\n")
+            say_on(console)(f"  {rows_there(stage.config)}")
+        if stage is not stages[-1]:
+            console.print()
     return GOOD
 
 
