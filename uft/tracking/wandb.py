@@ -228,8 +228,8 @@ def unsent(run: Run) -> bool:
         return info["sent"] != extent(run, run.status)
     if info["mode"] == "online":  # of the previous version, as all below
         return "unsent" in info or run.status == "interrupted"
-    logs = list(run.path.glob("wandb/offline-run-*/*.wandb"))
-    return not logs or not all(log.with_suffix(".wandb.synced").exists() for log in logs)
+    logs = list(run.path.glob("wandb/offline-run-*"))
+    return not logs or not all(any(log.glob("*.synced")) for log in logs)  # `wandb sync` leaves a mark
 
 
 def extent(run: Run, status: str) -> dict[str, Any]:
