@@ -106,6 +106,18 @@ def test_a_wandb_that_cannot_start_never_stops_training(open_wandb, server):
     assert "no/such name" in said[0]
 
 
+def test_without_the_package_training_goes_on(open_wandb, server, monkeypatch):
+    said: list[str] = []
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "wandb", None)
+        tracker = open_wandb("auto", say=said.append)
+        tracker.log(1, {"loss": 1.0})
+        tracker.finish("finished", 0, {})
+    assert tracker.mode == "offline"
+    assert len(said) == 1
+    assert said[0].startswith("W&B is offline: ")
+
+
 PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
