@@ -155,8 +155,6 @@ class Wandb:
 
     def _try_to_connect(self, asked: str) -> Choice:
         """Go online if it can be. A server that does not answer, or refuses, leaves the run offline."""
-        import wandb
-
         try:
             choice = choose(asked, wandb_server(), self.connect_timeout)
             if choice.mode == "online":
@@ -164,9 +162,9 @@ class Wandb:
                 return choice
         except UftError:
             raise
-        except Exception as error:
+        except Exception as error:  # also that wandb is not installed
             self._handle = None
-            if asked == "online" and isinstance(error, wandb.errors.AuthenticationError):
+            if asked == "online" and type(error).__name__ == "AuthenticationError":
                 raise UftError(no_key(first_line(error))) from error
             choice = Choice("offline", first_line(error))
         shut_down()
@@ -228,8 +226,8 @@ def unsent(run: Run) -> bool:
         return info["sent"] != extent(run, run.status)
     if info["mode"] == "online":  # of the previous version, as all below
         return "unsent" in info or run.status == "interrupted"
-    logs = list(run.path.glob("wandb/offline-run-*/*.wandb"))
-    return not logs or not all(log.with_suffix(".wandb.synced").exists() for log in logs)
+    logs = list(run.path.glob("wandb/offline-run-*"))
+    return not logs or not all(any(log.glob("*.synced")) for log in logs)  # `wandb sync` leaves a mark
 
 
 def extent(run: Run, status: str) -> dict[str, Any]:
@@ -250,9 +248,9 @@ def sample_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def shut_down() -> None:
     """Stop wandb's service. After a failure it would keep the run's id as in use."""
-    import wandb
-
     with suppress(Exception):  # the service may be what died
+        import wandb
+
         wandb.teardown()
 
 
