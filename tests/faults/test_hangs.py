@@ -25,7 +25,7 @@ PATIENCE = 4.0  # seconds of the watchdog here
 
 
 QUICK = {
-    "step": (SINGLE, "after step.forward_backward", 4, "it trained", "training/trainer.py"),
+    "step": (SINGLE, "after step.all_reduce_terms", 4, "it trained", "training/trainer.py"),
     "tokens": (SINGLE, "before tokens._encoded", 1, "rows were tokenised", "data/tokens.py"),
 }
 LONG = {
@@ -40,7 +40,7 @@ LONG = {
     "battery": (SINGLE, "before generate.complete", 4, "the battery was measured", "evaluation/battery.py"),
     "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "training/checkpoints.py"),
     "export": (SINGLE, "before export.plain_model", 0, "the model was exported", "model/export.py"),
-    "stage": (LOOP, "after step.forward_backward", 4, "it trained", "training/stages.py"),
+    "stage": (LOOP, "after step.all_reduce_terms", 4, "it trained", "training/stages.py"),
     "sampling": (LOOP, "before negatives._append", 1, "completions were sampled", "sampling/negatives.py"),
     "annotating": (COLUMN, "after likelihood._mean", 3, "rows were annotated", "sampling/likelihood.py"),
     "stage's export": (LOOP, "before export.plain_model", 0, "the model was exported", "model/export.py"),
@@ -140,7 +140,7 @@ print("whole", flush=True)
 def test_one_of_two_processes_hangs(new_run: NewRun, tmp_path: Path, environment: dict[str, str]) -> None:
     """The one that hangs and the one that waits for it both end, each with its own stacks."""
     run = new_run("run", *SINGLE, "hardware=cpu2", f"hardware.watchdog={2 * PATIENCE:g}")
-    fault = Fault(do="hang", name="after step.forward_backward", at=2, rank="1")
+    fault = Fault(do="hang", name="after step.all_reduce_terms", at=2, rank="1")
     asked = time.monotonic()
     ended = resumed(run, fault.into(dict(os.environ) | environment))
     assert ended.returncode == 1, ended.stderr
@@ -165,7 +165,7 @@ def resumed(run: Run, environment: dict[str, str]) -> subprocess.CompletedProces
 
 def test_how_a_worker_died_is_said(new_run: NewRun, tmp_path: Path, environment: dict[str, str]) -> None:
     """The real program, whose worker crashes in a library."""
-    run, fault = new_run("run", *SINGLE), Fault(do="crash", name="after step.forward_backward", at=2)
+    run, fault = new_run("run", *SINGLE), Fault(do="crash", name="after step.all_reduce_terms", at=2)
     done = resumed(run, fault.into(dict(os.environ) | environment))
     assert done.returncode == 1, done.stderr
     assert "the worker was killed by SIGSEGV (a crash; where it was is above)" in done.stderr
@@ -192,7 +192,7 @@ def test_the_kernel_s_own_count_tells_want_of_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["device_memory", pytest.param("memory", marks=pytest.mark.slow)])
 def test_out_of_memory_in_a_step(bench: Bench, new_run: NewRun, kind: str) -> None:
     run = new_run("run", *SINGLE)
-    ended = bench.sit(run.path, fault=Fault(do=kind, name="before step.forward_backward", at=4))
+    ended = bench.sit(run.path, fault=Fault(do=kind, name="before step.global_counts", at=4))
     assert ended.code == 1
     assert "Traceback" not in ended.said
     error = run.result()["error"]
@@ -225,7 +225,7 @@ def test_out_of_memory_elsewhere(bench: Bench, new_run: NewRun, where: str) -> N
 
 def test_a_check_tells_it_before_the_run(bench: Bench, new_run: NewRun) -> None:
     run = new_run("run", *SINGLE)
-    fault = Fault(do="device_memory", name="before step.forward_backward")
+    fault = Fault(do="device_memory", name="before step.global_counts")
     ended = bench.sit("--job", "check", run.config_file, fault=fault)
     assert ended.code == 1
     assert "the largest step  out of memory" in ended.said
@@ -261,7 +261,7 @@ def test_a_run_has_one_worker_at_a_time(bench: Bench, new_run: NewRun, tmp_path:
 def test_a_clock_that_jumps_changes_nothing(bench: Bench, new_run: NewRun, way: str) -> None:
     whole, run = new_run("whole", *SINGLE), new_run("run", *SINGLE)
     assert bench.sit(whole.path).code == 0
-    ended = bench.sit(run.path, fault=Fault(do=way, name="after step.forward_backward", at=3))
+    ended = bench.sit(run.path, fault=Fault(do=way, name="after step.all_reduce_terms", at=3))
     assert ended.code == 0, ended.said
     same(run.path, written(whole.path))
     assert 0 <= run.result()["seconds"] <= run.result()["wall_seconds"] < 600

@@ -14,8 +14,9 @@ import torch
 import yaml
 
 from uft.config.schema import Lora
-from uft.data.batch import Example, Layout, collate, make_example, micro_batches, mismatched
+from uft.data.batch import Example, Layout, collate, make_example, mismatched
 from uft.data.chat import Tokens
+from uft.data.loader import Collator
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row
 from uft.model import head
 from uft.model.layout import settle_layout
@@ -23,7 +24,7 @@ from uft.model.policy import Policy, add_lora
 from uft.model.reference import Frozen
 from uft.objectives import make
 from uft.objectives.base import Ask, Clock, Objective
-from uft.training.step import forward_backward, kl_baseline, reported_loss
+from uft.training.step import optimiser_step
 
 FOLDER = Path(__file__).parents[2] / "conf" / "objective"
 PRESETS = sorted(file.stem for file in FOLDER.glob("*.yaml"))
@@ -111,14 +112,13 @@ class Measured:
 def measure(
     objective: Objective, policy: Policy, reference: Any, items: list[Example], layout: Layout, budget: int
 ) -> Measured:
-    policy.module.zero_grad(set_to_none=True)
-    batches = micro_batches(items, budget, 0, layout)
-    unrelated = micro_batches(mismatched(items, 64), budget, 0, layout) if objective.needs.mismatched else []
-    clock = Clock(step=3, steps=10, noise=0.7, survey=kl_baseline(objective, unrelated, policy, reference))
-    terms = forward_backward(objective, batches, policy, reference, clock)
-    gradients = {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
-    values = {name: float(term.total / term.count.clamp(min=1)) for name, term in terms.items()}
-    return Measured(float(reported_loss(objective, terms)), values, gradients)
+    batches = Collator(budget, 0, layout)(items, mismatched(items, 64) if objective.needs.mismatched else ())
+    parameters, how = policy.trainable(), {"lr": 0.0, "max_grad_norm": 0.0, "device": policy.device, "update": False}
+    parts = (objective, policy, reference, torch.optim.SGD(parameters.values()), parameters)
+    step = optimiser_step(batches, *parts, Clock(step=3, steps=10, noise=0.7), **how)
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    values = {name: float(term.total / term.count.clamp(min=1)) for name, term in step.terms.items()}
+    return Measured(float(step.loss), values, gradients)
 
 
 def packing(model: Any) -> Policy:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uft.distributed import FOLDER, noted_code, reasons
+from uft.environment import FOLDER, noted_code, reasons
 from uft.errors import FAILED, GOOD
 from uft.launch.process import EXIT_CODES, PARENT, cause, die_with_parent, oom_kills
 from uft.runs import Run, write_json

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from uft.distributed import PeerLost, launched, note, note_code, rank
+from uft.environment import PeerLost, launched, note, note_code, rank
 from uft.errors import FAILED, UftError, render, tell_redacted
 from uft.launch.process import die_with_parent
 from uft.runs import Run, keep_others_out, open_run

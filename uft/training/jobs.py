@@ -61,7 +61,6 @@ from uft.training.setup import (
     stage_inputs,
     waits,
 )
-from uft.training.step import all_reduce_sums, forward_backward, padding_batches
 
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured
 WIDE = 180
@@ -300,18 +299,15 @@ def worst_step(prepared: Prepared) -> Largest:
     if not longest:
         return Largest(0, 0, 0, 0.0)
 
-    laid, device = trainer.lay_out(longest), trainer.device
-    batches, blanks = laid.batches, padding_batches(laid.batches, laid.blank)
-    forwards, clock = (trainer.policy, trainer.reference), trainer.clock(0)
+    batches = trainer.collator(longest)
     started = time.perf_counter()
     with oom_advice("the largest step", trainer.config, longest):
-        forward_backward(trainer.objective, batches, *forwards, clock, device, blanks)
-        trainer.optimiser.step()  # its moments are memory too
+        step = trainer.update(batches)
     if trainer.device.type == "cuda":
         torch.cuda.synchronize(trainer.device)
     seconds = time.perf_counter() - started
-    tokens, supervised = all_reduce_sums([sum(b.tokens for b in batches), sum(len(b.target_ids) for b in batches)])
-    return Largest(tokens, supervised, max((b.input_ids.numel() for b in batches), default=0), seconds)
+    forwarded = max((b.input_ids.numel() for b in batches.batches), default=0)
+    return Largest(step.tokens, step.supervised_tokens, forwarded, seconds)
 
 
 def largest_step(prepared: Prepared, before: int | None = None) -> str:

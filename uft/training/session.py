@@ -20,7 +20,8 @@ import torch
 from uft.config.freeze import plain
 from uft.config.schema import Config, Model
 from uft.config.stages import Stage, stages_of
-from uft.distributed import PeerLost, note, ranks
+from uft.distributed import ranks
+from uft.environment import PeerLost, note
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
 from uft.evaluation.evaluate import Evaluation, HeldOut, Sample, evaluate
 from uft.heartbeat import activity
@@ -206,9 +207,9 @@ def fit(
     if trainer.progress.step < trainer.steps or owes_battery(trainer):
         if saving.saved != trainer.progress.step:
             saving.save(trainer)
-        trainer.settle()
+        trainer.publish_pending_checkpoint()
         return False
-    trainer.settle()
+    trainer.publish_pending_checkpoint()
     return True
 
 
@@ -609,7 +610,7 @@ class MetricsHook:
         self.tokens += step.tokens
         number = trainer.progress.step
         if number == 1 or number % self.every == 0 or number == trainer.steps:
-            trainer.confirm()
+            trainer.await_finite_check()
             metrics = self._metrics(trainer)
             self.tracker.log(number, metrics)
             self.display.step(number, metrics)
@@ -673,7 +674,7 @@ class EvaluationHook:
         progress = trainer.progress
         if progress.evaluated >= progress.step or not self._due(progress.step, trainer.steps):
             return
-        trainer.confirm()
+        trainer.await_finite_check()
         try:
             battery = self.measure()
         except Interrupted:
@@ -708,7 +709,7 @@ class CheckpointHook:
     saved: int = -1
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
-        trainer.settle(wait=False)
+        trainer.publish_pending_checkpoint(wait=False)
         number = trainer.progress.step
         due = number == trainer.steps or bool(self.every and number % self.every == 0)
         if due or trainer.progress.best_step == number:
