@@ -26,7 +26,7 @@ from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted
 
 CHECKPOINT = re.compile(r"step-(\d{6,})$")
 STAGE = re.compile(r"(\d+)-[^/]+$")
-SWEEP_FILE = "sweep.json"  # what a sweep was asked for; `uft.launch.sweep_file` writes it
+SWEEP_FILE = "sweep.json"  # what a sweep was asked for; `uft.launch.sweep` writes it
 
 
 def keep_others_out() -> None:

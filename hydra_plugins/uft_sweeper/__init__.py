@@ -1,8 +1,8 @@
-"""Hydra's grid sweep, with uft's manners: `hydra/sweeper=uft`, the default.
+"""The sweepers: a grid (`hydra/sweeper=uft`, the default) and a search with Optuna (`hydra/sweeper=uft_optuna`).
 
 Every job is composed and checked before the first one starts; one failure does not stop the others, whatever the
-launcher; all failures are listed at the end; finished jobs are skipped on a rerun. What a sweep is stands in
-:mod:`uft.launch.sweep`; this is the plugin that Hydra finds.
+launcher; all failures are listed at the end; finished jobs are skipped on a rerun. The work is done in
+:mod:`uft.launch.sweep` and :mod:`uft.launch.optuna`; these are the plugins that Hydra finds.
 """
 
 # No `from __future__ import annotations` here: Hydra executes this file before it is in sys.modules, where a dataclass
@@ -10,10 +10,11 @@ launcher; all failures are listed at the end; finished jobs are skipped on a rer
 from dataclasses import dataclass, field
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
 
 
 @dataclass
@@ -23,19 +24,46 @@ class UftSweeperConf:
     params: dict[str, str] | None = field(default=None)  # axes that a file brings: {objective.beta: "0.05,0.1"}
 
 
-class UftSweeper(BasicSweeper):
+@dataclass
+class UftOptunaConf:
+    _target_: str = "hydra_plugins.uft_sweeper.UftOptunaSweeper"
+    n_trials: int = 20  # trials in all, those of earlier sessions and failed ones among them
+    batch: int = 1  # trials handed to a parallel launcher at once
+    sampler: str = "tpe"  # tpe, random or qmc
+    seed: int | None = 0  # of the sampler
+    metric: str | None = None  # what is optimised; null: eval.best
+    direction: str | None = None  # min or max; null: eval.best_mode
+    storage: str | None = None  # URL of Optuna's database; null: a file in the sweep's folder
+    study: str | None = None  # name in the database; null: the sweep's
+    params: dict[str, str] | None = field(default=None)  # the space, from a file: {objective.beta: "interval(0.01,1)"}
+
+
+class UftSweeper(Sweeper):
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.composed, self.loader = config, hydra_context.config_loader
+        self.job_launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
     def sweep(self, arguments: list[str]) -> Any:
-        from uft.launch.sweep import Plan, expand, run_grid
+        from uft.launch.sweep import SweepPlan, expand, run_grid
 
-        assert self.config is not None
-        assert self.launcher is not None
-        assert self.hydra_context is not None
-        loader = self.hydra_context.config_loader
-        assert isinstance(loader, ConfigLoaderImpl)
-        lines, axes = expand([*self._parse_config(), *arguments], loader)
-        one_by_one = isinstance(self.launcher, BasicLauncher)
-        plan = Plan(self.config, loader, tuple(arguments), axes)
-        return run_grid(plan, lines, self.launcher, 1 if one_by_one else self.max_batch_size)
+        params = self.settings["params"] or {}
+        lines, axes = expand([*(f"{key}={values}" for key, values in params.items()), *arguments], self.loader)
+        one_by_one = self.composed.hydra.runtime.choices["hydra/launcher"] == "basic"
+        plan = SweepPlan(self.composed, self.loader, tuple(arguments), axes)
+        return run_grid(plan, lines, self.job_launcher, 1 if one_by_one else self.settings["max_batch_size"])
 
 
-ConfigStore.instance().store(group="hydra/sweeper", name="uft", node=UftSweeperConf, provider="uft")
+class UftOptunaSweeper(UftSweeper):
+    def sweep(self, arguments: list[str]) -> Any:
+        from uft.launch.optuna import SearchSettings, search
+
+        return search(SearchSettings(**self.settings), self.composed, self.loader, self.job_launcher, arguments)
+
+
+for name, node in (("uft", UftSweeperConf), ("uft_optuna", UftOptunaConf)):
+    ConfigStore.instance().store(group="hydra/sweeper", name=name, node=node, provider="uft")

@@ -72,7 +72,7 @@ def test_failures_can_be_sent_between_processes():
     import pickle
 
     from uft.errors import Problem, UftError
-    from uft.launch.sweep_jobs import JobFailed
+    from uft.launch.sweep import JobFailed
 
     failure = pickle.loads(pickle.dumps(JobFailed(75, "folder", "stopped")))
     assert (failure.code, failure.folder, failure.message) == (75, "folder", "stopped")

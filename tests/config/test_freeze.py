@@ -10,7 +10,7 @@ from uft.config.compose import compose
 from uft.config.freeze import difference, free, frozen, plain
 from uft.config.load import load_config
 from uft.errors import UftError
-from uft.report.load import load
+from uft.report.runs import load
 from uft.runs import Run
 
 

@@ -12,7 +12,7 @@ from planting import Fault
 from requests_of import SINGLE
 from sittings import Bench
 
-from uft.report.load import load
+from uft.report.runs import load
 from uft.runs import Run
 from uft.tracking.metrics import read_metrics
 

@@ -172,14 +172,14 @@ def test_a_sweep_and_a_file_likewise(alone, capsys):
     assert not (alone / "outputs").exists()
 
 
-def test_data_and_templates_that_hold_one_are_quoted_without_it(alone, capsys):
+def test_data_and_templates_that_hold_one_are_quoted_without_it(alone, capfd):
     from uft.cli import main
 
     (alone / "rows.jsonl").write_text(
         json.dumps({"prompt": "q", "completion": "a", "label": SECRETS["MY_SERVICE_TOKEN"]}), encoding="utf-8"
     )
     assert main(["train", "data=files", "+data.sources.mine.path=rows.jsonl"]) == 2
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert "rows.jsonl:1" in printed.err
     assert leaks(printed.out + printed.err) == []
 

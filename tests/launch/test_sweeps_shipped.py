@@ -11,8 +11,7 @@ from uft.config.freeze import plain
 from uft.config.loader import Request, make_loader
 from uft.config.places import conf_dir, groups
 from uft.data.rows import Kind
-from uft.launch.sweep import expand, remembering
-from uft.launch.sweep_check import check_all_sources
+from uft.launch.sweep import caching, check_rows, expand
 from uft.objectives import make
 
 FILES = groups([conf_dir()])["sweep"]
@@ -30,7 +29,7 @@ def jobs_of(name, loader):
 
 @pytest.fixture(scope="module")
 def loader():
-    return remembering(make_loader(Request()))
+    return caching(make_loader(Request()))
 
 
 def test_what_is_shipped():
@@ -49,7 +48,7 @@ def test_its_jobs_can_be_run(name, loader):
 def runnable(jobs, loader):
     examined = [examine(Request(tuple(job)), loader) for job in jobs]
     assert [problem for one in examined for problem in one.problems] == []
-    check_all_sources([plain(one.tree) for one in examined])
+    check_rows([plain(one.tree) for one in examined])
     return examined
 
 

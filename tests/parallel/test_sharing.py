@@ -9,7 +9,7 @@ import torch
 
 from uft.distributed import ALONE, all_reduce_gradients, balanced_shards
 from uft.errors import UftError
-from uft.launch.team import GRACE, node_rank, team
+from uft.launch.process import GRACE, node_rank, torchrun_arguments
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -48,15 +48,15 @@ def test_alone_everything_stays_as_it_is() -> None:
 def test_what_the_launcher_of_torch_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_NODEID", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"):
         monkeypatch.delenv(name, raising=False)
-    assert team({}) == team({"processes": 1, "nodes": 1}) == []
-    assert {"--standalone", "--nproc-per-node=8", "--max-restarts=0"} <= set(team({"processes": 8}))
+    assert torchrun_arguments({}) == torchrun_arguments({"processes": 1, "nodes": 1}) == []
+    assert {"--standalone", "--nproc-per-node=8", "--max-restarts=0"} <= set(torchrun_arguments({"processes": 8}))
     assert GRACE >= 600
     several = {"processes": 4, "nodes": 3, "node_rank": 2, "rendezvous": "first:29500"}
-    options = set(team(several))
+    options = set(torchrun_arguments(several))
     assert {"--nnodes=3", "--node-rank=2", "--rdzv-endpoint=first:29500", "--rdzv-conf=is_host=false"} <= options
     with pytest.raises(UftError, match="which of the machines"):
         node_rank({"nodes": 2, "node_rank": None})
     with pytest.raises(UftError, match="where do the machines meet"):
-        team({**several, "rendezvous": None})
+        torchrun_arguments({**several, "rendezvous": None})
     monkeypatch.setenv("SLURM_NODEID", "1")
     assert node_rank({"nodes": 2, "node_rank": None}) == 1

@@ -7,26 +7,20 @@ import shutil
 import time
 from pathlib import Path
 
-import pages
 import pytest
-from page_cases import mixed as mixed_comparison
+from pages import HEADLINE
+from pages import mixed as mixed_comparison
 
 from uft.report.page import render
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 SWITCHES = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-dev-shm-usage",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--no-first-run",
-    "--force-device-scale-factor=1",
-    "--hide-scrollbars",
+    *("--headless=new", "--no-sandbox", "--no-first-run", "--disable-dev-shm-usage", "--disable-gpu"),
+    *("--disable-background-networking", "--disable-component-update"),
+    *("--force-device-scale-factor=1", "--hide-scrollbars"),
 )
-FIRST, SECOND, THIRD = (entry["metric"] for entry in pages.HEADLINE)
+FIRST, SECOND, THIRD = HEADLINE
 
 
 class Browser:
@@ -40,7 +34,8 @@ class Browser:
         if name not in self.written:
             self.written[name] = self.folder / f"{name}.html"
             self.written[name].write_text(render(comparison), encoding="utf-8")
-        self.size(width)
+        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         self.driver.get("about:blank")
         self.clear_logs()
         self.driver.get(self.written[name].as_uri() + hash)
@@ -53,10 +48,6 @@ class Browser:
         self.click("#all-runs")
         forms = "form.reset(); form.dispatchEvent(new Event('input', {bubbles: true}))"
         return self.js(f"for (const form of document.forms) {{ {forms} }} scrollTo(0, 0)")
-
-    def size(self, width: int, height: int = 900) -> None:
-        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
 
     def clear_logs(self) -> None:
         for kind in ("browser", "performance"):

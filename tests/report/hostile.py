@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pages
-from page_cases import mixed
+from pages import mixed
 
 SCRIPT = "<script>window.pwned=1</script>"
 CLOSING = "</script><script>window.pwned=2</script><!--<script>"
@@ -39,7 +38,8 @@ def hostile() -> dict[str, Any]:
     not_a_number = {"n": 3, "mean": "nan", "sd": "nan", "low": "nan", "high": "inf"}
     groups[3]["metrics"] = dict.fromkeys(groups[3]["metrics"], not_a_number)
     for number, name in enumerate(BAD_NAMES):
-        made["metrics"].append(pages.metric(name, "min", caption=EVERYTHING, comparable=number % 2 == 0))
+        known = {"name": name, "direction": "min", "kind": "train", "curve": True, "caption": EVERYTHING}
+        made["metrics"].append(known | {"comparable": number % 2 == 0})
         made["curves"][name] = {one["id"]: broken_curve() for one in runs[:6]}
         for one in runs[:6]:
             one["final"][name] = 0.5

@@ -1,275 +1,113 @@
-"""Comparisons as compare.json holds them, made up: of any size, with failures, and one that means harm."""
+"""Comparisons that the page must cope with, of made-up runs: gone wrong, large, small, empty."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from itertools import product
+from pathlib import Path
 from random import Random
 from typing import Any
 
-from scipy.stats import t as student
+from synthetic import compared, loaded
 
-HEADLINE = [
-    {"metric": "eval/new/exact_match", "direction": "max"},
-    {"metric": "eval/style/pair_accuracy", "direction": "max"},
-    {"metric": "eval/nll", "direction": "min"},
-]
-CURVES = ["eval/new/exact_match", "eval/style/pair_accuracy", "eval/nll", "loss", "nll", "grad_norm", "lr"]
-CAPTIONS = {
-    "curves": "Lines are means over the finished seeds of a group, bands their standard deviation. Training losses of "
-    "different objectives measure different things and must not be compared.",
-    "scatter": "A point is a group's mean with its 95 % interval. New skill against kept style is the trade-off here.",
-    "heatmap": "Mean over seeds in every cell.",
-    "parallel": "A line is a run.",
-    "runs": "Every run that was found, whatever became of it. Figures are those of the last evaluation.",
-    "differences": "Settings and facts that are not the same in all runs.",
-    "samples": "Greedy answers to the same held-out prompts, with what the checker said.",
-    "summary": "The best of several groups was chosen on the same figures, which flatters it a little. p is adjusted "
-    "for the number of comparisons (Holm).",
-}
+from uft.report.runs import LoadedRun
+
+HEADLINE = ("eval/new/exact_match", "eval/style/pair_accuracy", "eval/nll")
 SKILL = {"sft": 0.82, "uft": 0.71, "ift": 0.78, "dpo": 0.21}
-NOISE = [Random(number).gauss(0, 1) for number in range(997)]
 STYLE = {"sft": 0.42, "uft": 0.90, "ift": 0.55, "dpo": 0.93}
+STEPS = 800
+NOISE = [Random(number).uniform(0.96, 1.04) for number in range(997)]
 
 
-def stat(values: Sequence[float]) -> dict[str, Any]:
-    n, mean = len(values), statistics.fmean(values)
-    if n == 1:
-        return {"n": 1, "mean": mean, "sd": None, "low": None, "high": None}
-    sd = statistics.stdev(values)
-    half = float(student.ppf(0.975, n - 1)) * sd / math.sqrt(n)
-    return {"n": n, "mean": mean, "sd": sd, "low": mean - half, "high": mean + half}
+def run(objective: str, ratio: float, seed: int, beta: float = 0.1, points: int = 40) -> LoadedRun:
+    """A finished run of `points` training lines and ten evaluations, with answers before and after it."""
+    name = f"{objective}-ratio{ratio}-seed{seed}"
+    luck = Random(f"{name}{beta}")
+    skill = SKILL[objective] + 0.15 * (ratio - 0.5) - 0.05 * abs(math.log10(beta) + 1) + luck.gauss(0, 0.012)
+    style = STYLE[objective] - 0.2 * (ratio - 0.5) + luck.gauss(0, 0.012)
+    evaluation = dict(zip(HEADLINE, (skill, style, 2.4 - skill + luck.gauss(0, 0.01)), strict=True))
+    training = {"loss": 0.7 - skill / 3, "nll": 0.9, "grad_norm": 1.0, "lr": 1e-6, f"objective/{objective}": 0.7}
+    lines = []
+    for point in range(1, points + 1):
+        step = STEPS * point // points
+        metrics = {**training, **(evaluation if point % max(1, points // 10) == 0 else {})}
+        left = math.exp(-4 * point / points)
+        start = luck.randrange(len(NOISE))
+        noisy = {key: end + (2.5 - end) * left * NOISE[start - n] for n, (key, end) in enumerate(metrics.items())}
+        lines.append({"step": step, "tokens": 8192 * step, "seconds": (0.11 + 0.002 * seed) * step, **noisy})
+    answers = []
+    for n, step in product(range(10), (0, STEPS)):
+        good, right = step > 0 and luck.random() < 0.7, 2 * n + 7
+        prompt = {"source": "instruct", "row": f"row-{n:04}", "prompt": f"Add {n} and {n + 7}.", "answer": right}
+        reply = f"{name} says {right if good else n}"
+        answers.append({"step": step, **prompt, "reply": reply, "verdict": {"exact_match": float(good)}})
+    final = {**evaluation, "eval/chosen_reward": -3 * style, "loss": training["loss"]}
+    spent = {"steps": STEPS, "seconds": 95.0, "tokens": 6_553_600, "tokens_per_second": 64e3, "peak_memory_bytes": 61e9}
+    return loaded(
+        objective,
+        seed,
+        path=Path(f"outputs/2026-11-21/beta-sweep/{name}"),
+        name=name,
+        info={"data_digest": "9f2c41d0", "device": "cpu", "torch": "2.13.0", "versions": {"uft": "0.1.0"}},
+        result={"status": "finished", "final": final, "best": final, **spent},
+        lines=tuple(lines),
+        samples=tuple(answers),
+        data__ratio=ratio,
+        **({} if objective == "sft" else {"objective__beta": beta}),
+    )
 
 
-def metric(name: str, direction: str | None = None, **more: Any) -> dict[str, Any]:
-    kind = "eval" if name.startswith("eval/") else "train"
-    return {
-        "name": name,
-        "direction": direction,
-        "kind": kind,
-        "curve": True,
-        "caption": None,
-        "comparable": True,
-        **more,
-    }
+def page_of(runs: Sequence[LoadedRun]) -> dict[str, Any]:
+    return compared(runs, "beta-sweep", metrics=HEADLINE if any(run.figures for run in runs) else ())
 
 
-def metrics() -> list[dict[str, Any]]:
-    loss = "The loss is the objective's own: a lower one under another objective means nothing."
-    return [
-        *(metric(entry["metric"], entry["direction"]) for entry in HEADLINE),
-        metric(
-            "eval/chosen_reward",
-            caption="It may fall while the margin rises: both replies become less likely.",
-            curve=False,
-        ),
-        metric("loss", caption=loss, comparable=False),
-        metric("nll", "min"),
-        metric("grad_norm"),
-        metric("lr"),
-    ]
-
-
-def finals(settings: Mapping[str, Any], luck: Random) -> dict[str, float]:
-    objective = settings.get("objective", "uft")
-    ratio, beta = settings.get("data.ratio", 0.5), settings.get("objective.beta", 0.1)
-    skill = SKILL.get(objective, 0.5) + 0.15 * (ratio - 0.5) - 0.05 * abs(math.log10(beta) + 1) + luck.gauss(0, 0.012)
-    style = STYLE.get(objective, 0.5) - 0.2 * (ratio - 0.5) + luck.gauss(0, 0.012)
-    return {
-        "eval/new/exact_match": skill,
-        "eval/style/pair_accuracy": style,
-        "eval/nll": 2.4 - skill + luck.gauss(0, 0.01),
-        "eval/chosen_reward": -3 * style,
-        "loss": 0.7 - skill / 3,
-    }
-
-
-def curve(name: str, final: float, points: int, luck: Random, who: str) -> dict[str, list[Any]]:
-    every = 1 if name.startswith("eval/") and points <= 20 else max(1, 800 // points)
-    steps = [every * (i + 1) for i in range(points)]
-    start = {"loss": 2.5, "nll": 2.5, "eval/nll": 2.5, "grad_norm": 4.0, "lr": 1e-4}.get(name, 0.05)
-    end = final if name not in ("grad_norm", "lr") else (1.0 if name == "grad_norm" else 1e-6)
-    noise = abs(start - end) * (0.005 if name == "lr" else 0.04)
-    first = luck.randrange(len(NOISE))
-    values = [
-        end + (start - end) * math.exp(-4 * (i + 1) / points) + noise * NOISE[(first + i) % len(NOISE)]
-        for i in range(points)
-    ]
-    speed = 0.11 + 0.002 * (int(who[1:]) % 10)
-    return {
-        "step": steps,
-        "tokens": [8192 * s for s in steps],
-        "seconds": [round(speed * s, 2) for s in steps],
-        "value": values,
-    }
-
-
-def run(
-    number: int, group: int | None, name: str, settings: Mapping[str, Any], seed: int, luck: Random
-) -> dict[str, Any]:
-    final = finals(settings, luck)
-    words = " ".join(f"{key}={value}" for key, value in settings.items())
-    return {
-        "id": f"r{number}",
-        "name": f"{name}-seed{seed}",
-        "path": f"outputs/2026-11-21/sweep/{name}-seed{seed}",
-        "group": None if group is None else f"g{group}",
-        "color": group or 0,
-        "status": "finished",
-        "error": None,
-        "seed": seed,
-        "config": dict(settings),
-        "final": final,
-        "best": {key: value * 1.01 for key, value in final.items()},
-        "steps": 800,
-        "total_steps": 800,
-        "seconds": 95 + 10 * luck.random(),
-        "tokens": 6_553_600,
-        "supervised_tokens": 2_100_000,
-        "tokens_per_second": 64_000 + 3000 * luck.random(),
-        "peak_memory_bytes": 61_000_000_000,
-        "command": f"uft train {words} seed={seed}",
-        "facts": {"data digest": "9f2c41d0", "uft": "0.1.0", "commit": "b34432d", "torch": "2.13.0", "device": "cpu"},
-    }
-
-
-def fail(one: dict[str, Any], status: str, error: str | None) -> None:
-    one.update(status=status, error=error, steps=310, seconds=40.0)
+def ended(run: LoadedRun, status: str, error: str | None = None) -> LoadedRun:
+    """The run as it would be if it had not finished."""
     if status == "unreadable":
-        one.update(group=None, final={}, best={}, steps=None, total_steps=None, seconds=None, tokens=None, command=None)
-        one.update(
-            supervised_tokens=None, tokens_per_second=None, peak_memory_bytes=None, facts={}, config={}, seed=None
-        )
+        return LoadedRun(run.path, run.name, status, error)
+    result = {"status": status, "steps": 310, "seconds": 40.0} if status in ("failed", "stopped") else {}
+    return replace(run, status=status, error=error, result=result)
 
 
-def groups_of(
-    runs: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> list[dict[str, Any]]:
-    made = []
-    for number, (settings, name) in enumerate(zip(cells, names, strict=True)):
-        members = [one for one in runs if one["group"] == f"g{number}"]
-        done = [one for one in members if one["status"] == "finished"]
-        figures = {key: stat([one["final"][key] for one in done]) for key in (done[0]["final"] if done else {})}
-        made.append(
-            {"id": f"g{number}", "name": name, "config": dict(settings), "runs": [one["id"] for one in members]}
-            | {"baseline": number == 0, "metrics": figures}
-        )
-    return made
+def mixed() -> dict[str, Any]:
+    """Nine groups of three seeds in which things went wrong, and data digests that differ."""
+    runs = [run(*cell) for cell in product(("ift", "sft", "uft"), (0.25, 0.5, 0.75), (1, 2, 3))]
+    runs[3] = replace(runs[3], info={**runs[3].info, "data_digest": "00aa11bb"})
+    runs[4] = ended(runs[4], "failed", "the gradient is not a number at step 310: rows instruct/17, instruct/90")
+    runs[8], runs[13] = ended(runs[8], "stopped"), ended(runs[13], "running")
+    trace = "killed; the newest checkpoint is step 300\nTraceback (most recent call last):\n  ...\nKilled"
+    runs[20] = ended(runs[20], "interrupted", trace)
+    runs[26] = ended(runs[26], "unreadable", "metrics.jsonl: cut in the middle of line 41")
+    return page_of(runs)
 
 
-def summary(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for entry in HEADLINE:
-        name, direction = entry["metric"], entry["direction"]
-        ranked = sorted((g for g in groups if name in g["metrics"]), key=lambda g: g["metrics"][name]["mean"])
-        ranked = ranked[::-1] if direction == "max" else ranked
-        if not ranked:
-            continue
-        best, rest = ranked[0], ranked[1:]
-        mean = best["metrics"][name]["mean"]
-        words = [f"{best['name']} is best on {name}: {mean:.3f} over {best['metrics'][name]['n']} seeds."]
-        words += (
-            [f"It is {abs(mean - rest[0]['metrics'][name]['mean']):.3f} ahead of {rest[0]['name']}."] if rest else []
-        )
-        comparisons = [
-            {"a": best["id"], "b": other["id"], "difference": mean - other["metrics"][name]["mean"]}
-            | {"low": -0.01, "high": 0.05, "p": 0.21, "p_adjusted": 0.42, "n": 3, "paired": True}
-            | {"method": "paired t, by seed", "inside_noise": i == 0}
-            for i, other in enumerate(rest)
-        ]
-        found.append(
-            {"metric": name, "direction": direction, "words": words, "best": best["id"], "comparisons": comparisons}
-            | {"runner_up": rest[0]["id"] if rest else None, "baseline": groups[0]["id"]}
-        )
-    return found
+@cache
+def wide() -> dict[str, Any]:
+    """200 runs of 500 points: two numbers and an objective vary."""
+    ratios, betas = (0.1, 0.3, 0.5, 0.7, 0.9), (0.01, 0.03, 0.1, 0.3, 1.0)
+    return page_of([run(*cell, points=500) for cell in product(("dpo", "uft"), ratios, range(1, 5), betas)])
 
 
-def samples(runs: Sequence[Mapping[str, Any]], prompts: int, luck: Random) -> list[dict[str, Any]]:
-    made = []
-    for i in range(prompts):
-        first, second = luck.randrange(10, 90), luck.randrange(10, 90)
-        right = str(first + second)
-        answers = []
-        for one in runs:
-            for step in (0, 800):
-                good = step > 0 and luck.random() < 0.7
-                text = (
-                    f"The sum is {right}."
-                    if good
-                    else f"I think it is {first + second + luck.randrange(1, 9)}, but I am not sure."
-                )
-                answers.append({"run": one["id"], "step": step, "text": text, "verdict": "right" if good else "wrong"})
-        prompt = f"Add {first} and {second}. Answer in a short sentence."
-        made.append(
-            {"source": "instruct", "row": f"row-{i:04d}", "prompt": prompt, "reference": right, "answers": answers}
-        )
-    return made
+def one_run() -> dict[str, Any]:
+    return page_of([run("uft", 0.5, 1)])
 
 
-def differences(runs: Sequence[Mapping[str, Any]], axes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = []
-    for axis in axes:
-        values = [
-            {"value": value, "runs": [one["id"] for one in runs if one["config"].get(axis["key"]) == value]}
-            for value in axis["values"]
-        ]
-        found.append({"key": axis["key"], "values": values})
-    return found
+def one_group() -> dict[str, Any]:
+    return page_of([run("uft", 0.5, seed) for seed in (1, 2, 3)])
 
 
-def axes_of(swept: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    numeric = {key: all(isinstance(value, int | float) for value in values) for key, values in swept.items()}
-    return [
-        {"key": key, "values": list(values), "numeric": numeric[key]}
-        for key, values in swept.items()
-        if len(values) > 1
-    ]
+def no_curves() -> dict[str, Any]:
+    return page_of([replace(run(objective, 0.5, 1), lines=(), samples=()) for objective in ("sft", "uft")])
 
 
-def comparison(
-    swept: Mapping[str, Sequence[Any]] | None = None, seeds: int = 3, points: int = 40, prompts: int = 10
-) -> dict[str, Any]:
-    """A grid of settings by seeds. Without `swept`: three objectives and three ratios."""
-    swept = {"objective": ["sft", "uft", "ift"], "data.ratio": [0.25, 0.5, 0.75]} if swept is None else swept
-    luck = Random(7)
-    cells = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
-    short = [key.split(".")[-1] for key in swept]
-    names = [
-        "-".join(f"{k}{v}" if not isinstance(v, str) else v for k, v in zip(short, cell.values(), strict=True)) or "run"
-        for cell in cells
-    ]
-    pairs = [(g, seed) for g in range(len(cells)) for seed in range(1, seeds + 1)]
-    runs = [run(i, g, names[g], cells[g], seed, luck) for i, (g, seed) in enumerate(pairs)]
-    return assemble(runs, cells, names, axes_of(swept), points, prompts, luck)
+def all_failed() -> dict[str, Any]:
+    error = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    cells = product(("sft", "uft"), (0.5,), (1, 2))
+    return page_of([replace(ended(run(*cell), "failed", error), samples=()) for cell in cells])
 
 
-def assemble(runs, cells, names, axes, points, prompts, luck) -> dict[str, Any]:
-    groups = groups_of(runs, cells, names)
-    curves = {
-        name: {
-            one["id"]: curve(name, one["final"].get(name, 0.5), points, luck, one["id"])
-            for one in runs
-            if one["status"] != "unreadable"
-        }
-        for name in CURVES
-    }
-    speakers = [one for one in runs if one["status"] == "finished"]
-    return {
-        "format": 1,
-        "title": "beta-sweep",
-        "made": "2026-11-21T10:15:00+00:00",
-        "uft": "0.1.0",
-        "headline": HEADLINE,
-        "metrics": metrics(),
-        "axes": axes,
-        "runs": runs,
-        "groups": groups,
-        "curves": curves,
-        "summary": summary(groups),
-        "warnings": [],
-        "differences": differences(runs, axes),
-        "samples": samples(speakers, prompts, luck) if speakers else [],
-        "captions": CAPTIONS,
-    }
+def nothing() -> dict[str, Any]:
+    return page_of([])

@@ -5,51 +5,42 @@ from __future__ import annotations
 import json
 from typing import Any
 
-NUMBER = (int, float, str)  # "nan", "inf", "-inf"
 NONE = type(None)
+NUMBER = (int, float, str)  # "nan", "inf", "-inf"
 
-RUN = {
-    "id": str,
-    "name": str,
-    "path": str,
-    "group": (str, NONE),
-    "color": int,
-    "status": str,
-    "error": (str, NONE),
-    "seed": (int, float, str, NONE),
-    "config": dict,
-    "final": dict,
-    "best": dict,
-    "steps": (int, NONE),
-    "total_steps": (int, NONE),
-    "seconds": (*NUMBER, NONE),
-    "tokens": (int, NONE),
-    "supervised_tokens": (int, NONE),
-    "tokens_per_second": (*NUMBER, NONE),
-    "peak_memory_bytes": (int, NONE),
-    "command": (str, NONE),
-    "facts": dict,
-}
-GROUP = {"id": str, "name": str, "config": dict, "runs": list, "baseline": bool, "metrics": dict}
-SPREAD = {"n": int, "mean": NUMBER} | dict.fromkeys(("sd", "low", "high"), (*NUMBER, NONE))
-METRIC = {"name": str, "direction": (str, NONE), "kind": str, "curve": bool, "caption": (str, NONE), "comparable": bool}
-AXIS = {"key": str, "values": list, "numeric": bool}
-SUMMARY = {
-    "metric": str,
-    "direction": str,
-    "words": list,
-    "best": str,
-    "runner_up": (str, NONE),
-    "baseline": (str, NONE),
-}
-SUMMARY |= {"comparisons": list}
-COMPARISON = {"a": str, "b": str, "difference": NUMBER, "n": int, "paired": bool, "method": str}
-COMPARISON |= {"inside_noise": (bool, NONE), "bootstrap": (list, tuple, NONE)}
-COMPARISON |= dict.fromkeys(("low", "high", "p", "p_adjusted"), (*NUMBER, NONE))
-WARNING = {"what": str, "why": str, "runs": list}
-DIFFERENCE = {"key": str, "values": list}
-SAMPLE = {"source": str, "row": str, "prompt": str, "reference": (str, NONE), "answers": list}
-ANSWER = {"run": str, "step": int, "text": str, "verdict": (str, NONE)}
+
+def shape(*groups: tuple[str, Any]) -> dict[str, Any]:
+    """Keys, separated by spaces, with the types that their values may have."""
+    return {key: kinds for keys, kinds in groups for key in keys.split()}
+
+
+RUN = shape(
+    ("id name path status", str),
+    ("group error command", (str, NONE)),
+    ("color", int),
+    ("seed", (int, float, str, NONE)),
+    ("config final best facts", dict),
+    ("steps total_steps tokens supervised_tokens peak_memory_bytes", (int, NONE)),
+    ("seconds tokens_per_second", (*NUMBER, NONE)),
+)
+GROUP = shape(("id name", str), ("config metrics", dict), ("runs", list), ("baseline", bool))
+SPREAD = shape(("n", int), ("mean", NUMBER), ("sd low high", (*NUMBER, NONE)))
+METRIC = shape(("name kind", str), ("direction caption", (str, NONE)), ("curve comparable", bool))
+AXIS = shape(("key", str), ("values", list), ("numeric", bool))
+SUMMARY = shape(("metric direction best", str), ("runner_up baseline", (str, NONE)), ("words comparisons", list))
+COMPARISON = shape(
+    ("a b method", str),
+    ("n", int),
+    ("paired", bool),
+    ("inside_noise", (bool, NONE)),
+    ("difference", NUMBER),
+    ("low high p p_adjusted", (*NUMBER, NONE)),
+    ("bootstrap", (list, NONE)),
+)
+WARNING = shape(("what why", str), ("runs", list))
+DIFFERENCE = shape(("key", str), ("values", list))
+SAMPLE = shape(("source row prompt", str), ("reference", (str, NONE)), ("answers", list))
+ANSWER = shape(("run text", str), ("step", int), ("verdict", (str, NONE)))
 CAPTIONS = {"curves", "scatter", "heatmap", "parallel", "runs", "differences", "samples", "summary"}
 STATES = {"finished", "failed", "stopped", "running", "interrupted", "unreadable"}
 

@@ -17,8 +17,8 @@ from random import Random
 from typing import Any
 
 from uft.config.freeze import flat, to_yaml
-from uft.report.load import Loaded
-from uft.runs import write_atomically
+from uft.report.compare import Options, compare_loaded
+from uft.report.runs import LoadedRun, Selection
 
 SKILL = {"sft": 0.80, "uft": 0.86, "ift": 0.78, "dpo": 0.55}
 STYLE = {"sft": 0.20, "uft": 0.88, "ift": 0.40, "dpo": 0.93}
@@ -29,17 +29,12 @@ def settings(objective: str = "sft", seed: int = 1, **changes: Any) -> dict[str,
     """A resolved configuration. `changes` are dotted keys with __ for the dots: `objective__beta=0.1`."""
     own = {} if objective == "sft" else {"beta": 0.1, "kind_weights": {}}
     source = {"kind": None, "share": None, "columns": {}, "split": "train", "checker": "playground", "limit": None}
+    sources = {name: {"path": f"builtin:playground/{name}", **source} for name in SOURCES}
     config: dict[str, Any] = {
         "seed": seed,
         "seeds": {"init": seed, "data": seed, "sampling": seed},
         "objective": {"name": objective, "method": objective, "reduction": "token", **own},
-        "data": {
-            "name": "mix",
-            "sources": {name: {"path": f"builtin:playground/{name}", **source} for name in SOURCES},
-            "ratio": None,
-            "too_long": "error",
-            "cache": None,
-        },
+        "data": {"name": "mix", "sources": sources, "ratio": None, "too_long": "error", "cache": None},
         "model": {"name": "playground", "path": "builtin:playground", "adapter": "none", "lr": 0.001},
         "reference": {"path": None, "mode": "auto"},
         "optim": {"name": "adamw", "lr": 0.001, "betas": [0.9, 0.999], "schedule": "cosine", "warmup": 0.1},
@@ -58,44 +53,32 @@ def settings(objective: str = "sft", seed: int = 1, **changes: Any) -> dict[str,
     return config
 
 
-def battery(objective: str, seed: int, beta: float, ratio: float, progress: float, name: str) -> dict[str, float]:
-    """`eval/*` of a run that is `progress` of the way, 0 to 1."""
-    luck, own = Random(f"seed{seed}").gauss(0, 0.03), Random(name).gauss(0, 0.01)
-    skill = progress * (SKILL.get(objective, 0.5) + 0.1 * (ratio - 0.5) - 0.02 * abs(math.log10(beta) + 1)) + luck
-    style = progress * (STYLE.get(objective, 0.5) - 0.1 * (ratio - 0.5)) + luck
-    kl = 2 * progress + 0.1 * own
-    reward = {"chosen_reward": -3 * progress, "rejected_reward": -9 * progress, "margin": 6 * progress}
-    found = {
-        "nll": 2.5 - skill + own,
-        "kl": kl,
-        "pair_accuracy": 0.5 + style / 2 - own,
-        "reward_accuracy": 0.5 + style / 2 + own,
-        **reward,
-        "exact_match": (skill + style) / 2 + own,
-        "correct": skill + own,
-        "completion_length": 8 + own,
-    }
-    metrics = {f"eval/{metric}": value for metric, value in found.items()}
-    metrics |= {"eval/instruct/exact_match": skill + own, "eval/pairs/exact_match": style + own}
-    return metrics
+def metrics_lines(config: Mapping[str, Any], name: str, points: int) -> Iterator[dict[str, Any]]:
+    """The objects of metrics.jsonl: an evaluation at ten steps, a training line at each of `points` steps."""
+    objective, seed, steps = config["objective"]["name"], config["seed"], config["train"]["steps"]
+    beta, ratio = float(config["objective"].get("beta") or 0.1), float(config["data"]["ratio"] or 0.5)
+    luck, own, noise = Random(f"seed{seed}").gauss(0, 0.03), Random(name).gauss(0, 0.01), Random(f"{name}/loss")
 
+    def evaluation(progress: float) -> dict[str, float]:
+        reach = SKILL.get(objective, 0.5) + 0.1 * (ratio - 0.5) - 0.02 * abs(math.log10(beta) + 1)
+        skill, style = progress * reach + luck, progress * (STYLE.get(objective, 0.5) - 0.1 * (ratio - 0.5)) + luck
+        found = {"nll": 2.5 - skill + own, "kl": 2 * progress + 0.1 * own}
+        found |= {"pair_accuracy": 0.5 + style / 2 - own, "reward_accuracy": 0.5 + style / 2 + own}
+        found |= {"chosen_reward": -3 * progress, "rejected_reward": -9 * progress, "margin": 6 * progress}
+        found |= {"exact_match": (skill + style) / 2 + own, "correct": skill + own, "completion_length": 8 + own}
+        found |= {"instruct/exact_match": skill + own, "pairs/exact_match": style + own}
+        return {f"eval/{metric}": value for metric, value in found.items()}
 
-def lines(objective: str, seed: int, beta: float, ratio: float, points: int, steps: int, name: str) -> Iterator[dict]:
-    """The objects of metrics.jsonl: the battery at ten steps, a training line at each of `points` steps."""
-    noise = Random(f"{name}/loss")
-    every = max(1, points // 10)
-    yield {"step": 0, "rows": 0, "tokens": 0, **battery(objective, seed, beta, ratio, 0.0, name)}
+    yield {"step": 0, "rows": 0, "tokens": 0, **evaluation(0.0)}
     for point in range(1, points + 1):
-        step = max(1, round(steps * point / points))
-        progress = point / points
-        axes = {"rows": 32 * step, "tokens": 600 * step}
+        step, progress = max(1, round(steps * point / points)), point / points
+        axes = {"step": step, "rows": 32 * step, "tokens": 600 * step}
         loss = 2 * math.exp(-3 * progress) + noise.gauss(0.5, 0.05)
         training = {"supervised_tokens": 300 * step, "seconds": 0.05 * step, "epoch": step / 100, "loss": loss}
         training |= {"nll": loss + 0.1, "lr": 0.001 * (1 - progress / 2), "grad_norm": abs(noise.gauss(0.5, 0.1))}
-        training |= {"tokens_per_second": 12000.0, f"objective/{objective}": loss}
-        yield {"step": step, **axes, **training}
-        if point % every == 0 or point == points:
-            yield {"step": step, **axes, **battery(objective, seed, beta, ratio, progress, name)}
+        yield {**axes, **training, "tokens_per_second": 12000.0, f"objective/{objective}": loss}
+        if point % max(1, points // 10) == 0 or point == points:
+            yield {**axes, **evaluation(progress)}
 
 
 def make_run(
@@ -113,90 +96,59 @@ def make_run(
     overrides: Sequence[str] | None = None,
     **changes: Any,
 ) -> Path:
-    """A run folder. `final` is laid over the last battery, `info` over run.json, `result` over result.json.
+    """A run folder. `final` is laid over the last evaluation, `info` over run.json, `result` over result.json.
 
     `status`: finished, failed, stopped, or interrupted (no result.json).
     """
     folder.mkdir(parents=True)
     config = settings(objective, seed, **changes)
     config["run"]["name"] = folder.name
-    beta, ratio = float(config["objective"].get("beta") or 0.1), float(config["data"]["ratio"] or 0.5)
-    steps = int(config["train"]["steps"])
-    written = list(lines(objective, seed, beta, ratio, points, steps, folder.name))
+    written = list(metrics_lines(config, folder.name, points))
     if status != "finished":
         written = written[: max(2, len(written) // 2)]
     last: dict[str, Any] = {}
     for line in written:
         last |= line
-    final = {**{k: v for k, v in last.items() if k.startswith("eval/") or k in ("loss", "nll")}, **(final or {})}
-    words = [f"objective={objective}", f"seed={seed}"]
-    words += [f"{key.replace('__', '.')}={value}" for key, value in changes.items() if not key.startswith("sweep")]
-    write_atomically(folder / "overrides.yaml", "".join(f"- {json.dumps(w)}\n" for w in overrides or words))
-    save(folder / "run.json", {**provenance(seed, folder, config, steps), **(info or {})})
-    save(folder / "data.json", {"run_digest": f"rows-{seed}", "digest": "content", "sources": {}})
-    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in written))
-    answers = default_samples(last["step"], seed, objective) if samples is None else samples
-    write_atomically(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in answers))
-    if status != "interrupted":
-        save(folder / "result.json", {**ending(status, error, last, final), **(result or {})})
-    write_atomically(folder / "config.yaml", to_yaml(config))
-    return folder
-
-
-def save(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value))  # plain ASCII holds half an emoji too
-
-
-def provenance(seed: int, folder: Path, config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    return {
+    typed = [f"{key.replace('__', '.')}={value}" for key, value in changes.items() if not key.startswith("sweep")]
+    run = {
         "id": sha256(str(folder).encode()).hexdigest()[:10],
         "name": folder.name,
         "versions": {"uft": "0.1.0", "python": "3.11.7", "torch": "2.13.0+cpu", "transformers": "5.23.0"},
         "code": {"commit": "a" * 40, "dirty": None},
-        "project": {},
-        "command": ["uft train"],
         "data_digest": f"rows-{seed}-{config['data']['ratio']}",
-        "total_steps": steps,
+        "total_steps": config["train"]["steps"],
         "device": "cpu",
         "torch": "2.13.0+cpu",
     }
-
-
-def ending(status: str, error: str | None, last: Mapping[str, Any], final: Mapping[str, Any]) -> dict[str, Any]:
-    seconds = last.get("seconds", 0.0)
-    tokens = last.get("tokens", 0)
-    return {
+    answers = [  # before and after training, to two prompts of each source
+        {"step": at, "source": source, "row": f"{source}:{row}", "prompt": f"repeat {row}", "answer": str(row)}
+        | {"reply": f"{objective} {seed} says {row} at {at}", "verdict": {"exact_match": float(at > 0)}}
+        for at, source, row in product((0, last["step"]), SOURCES, (0, 1))
+    ]
+    ending = {
         "status": status,
         "error": error or ("RuntimeError: it broke" if status == "failed" else None),
         "steps": last["step"],
-        "rows": last.get("rows", 0),
-        "tokens": tokens,
-        "supervised_tokens": last.get("supervised_tokens", 0),
-        "seconds": seconds,
-        "wall_seconds": seconds + 5,
-        "tokens_per_second": tokens / seconds if seconds else None,
+        **{key: last.get(key, 0) for key in ("rows", "tokens", "supervised_tokens", "seconds")},
+        "tokens_per_second": 12000.0,
         "peak_memory_bytes": 500_000_000,
-        "final": dict(final),
-        "best": {"eval/nll": final["eval/nll"]},
-        "best_step": last["step"],
-        "best_checkpoint": None,
+        "final": {k: v for k, v in last.items() if k.startswith("eval/") or k in ("loss", "nll")} | dict(final or {}),
+        "best": {"eval/nll": last["eval/nll"]},
     }
-
-
-def default_samples(step: int, seed: int, objective: str) -> list[dict[str, Any]]:
-    """Answers before and after training to two prompts of each source."""
-    return [
-        {
-            "step": at,
-            "source": source,
-            "row": f"{source}:{row}",
-            "prompt": f"repeat {row}",
-            "reply": f"{objective} {seed} says {row} at {at}",
-            "answer": str(row),
-            "verdict": {"exact_match": float(at > 0)},
-        }
-        for at, source, row in product((0, step), SOURCES, (0, 1))
-    ]
+    words = overrides or [f"objective={objective}", f"seed={seed}", *typed]
+    files = {
+        "overrides.yaml": "".join(f"- {json.dumps(word)}\n" for word in words),
+        "run.json": json.dumps({**run, **(info or {})}),
+        "data.json": json.dumps({"run_digest": f"rows-{seed}", "digest": "content", "sources": {}}),
+        "metrics.jsonl": "".join(json.dumps(line) + "\n" for line in written),
+        "samples.jsonl": "".join(json.dumps(sample) + "\n" for sample in (answers if samples is None else samples)),
+        "result.json": json.dumps({**ending, **(result or {})}),
+        "config.yaml": to_yaml(config),
+    }
+    for name, text in files.items():
+        if name != "result.json" or status != "interrupted":
+            (folder / name).write_text(text, encoding="utf-8")
+    return folder
 
 
 def make_sweep(
@@ -239,11 +191,15 @@ def held(run: Path) -> Iterator[None]:
         yield
 
 
-def loaded(objective: str = "sft", seed: int = 1, *, final: Mapping[str, float] | None = None, **more: Any) -> Loaded:
-    """A run as `load` returns it, without a folder. `more`: fields of Loaded, and dotted keys of the configuration."""
-    fields = {name: more.pop(name) for name in list(more) if name in Loaded.__dataclass_fields__}
+def loaded(objective: str = "sft", seed: int = 1, *, final: Mapping[str, Any] | None = None, **more: Any) -> LoadedRun:
+    """A run as `load` returns it, without a folder. `more`: fields of LoadedRun, and keys of the configuration."""
+    fields = {name: more.pop(name) for name in list(more) if name in LoadedRun.__dataclass_fields__}
     config = {key: value for key, value in flat(settings(objective, seed, **more)) if value != {}}
-    words = (f"objective={objective}", f"seed={seed}")
-    typed = (*words, *(f"{key.replace('__', '.')}={value}" for key, value in more.items()))
-    given = {"path": Path("run"), "name": "run", "status": "finished", "config": config, "overrides": typed}
-    return Loaded(**{**given, "result": {"status": "finished", "final": dict(final or {})}, **fields})
+    words = (f"objective={objective}", f"seed={seed}", *(f"{key.replace('__', '.')}={more[key]}" for key in more))
+    given = {"path": Path("run"), "name": "run", "status": "finished", "config": config, "overrides": words}
+    return LoadedRun(**{**given, "result": {"status": "finished", "final": dict(final or {})}, **fields})
+
+
+def compared(runs: Sequence[LoadedRun], title: str = "title", **options: Any) -> dict[str, Any]:
+    """The comparison of runs without a folder."""
+    return compare_loaded(runs, Selection(tuple(run.path for run in runs), title, Path("nowhere")), Options(**options))

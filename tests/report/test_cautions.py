@@ -6,10 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
-from synthetic import loaded, make_run, make_sweep
+from synthetic import compared, loaded, make_run, make_sweep
 
-from uft.report.build import Options, compare, compared
-from uft.report.select import Selection, select
+from uft.report.compare import compare
+from uft.report.runs import select
 
 FINAL = {"eval/nll": 1.0}
 
@@ -27,16 +27,11 @@ def run(objective="sft", seed=1, *, info=None, data=None, result=None, **more):
     )
 
 
-def warned(runs, tmp_path):
-    found = compared(runs, Selection(tuple(r.path for r in runs), "t", tmp_path), Options())["warnings"]
-    return {warning["what"]: warning for warning in found}
+def warned(runs):
+    return {warning["what"]: warning for warning in compared(runs)["warnings"]}
 
 
 EQUAL = [run("sft", 1), run("sft", 2), run("uft", 1), run("uft", 2)]
-
-
-def test_equal_runs_are_not_warned_of(tmp_path):
-    assert warned(EQUAL, tmp_path) == {}
 
 
 CASES = {
@@ -60,8 +55,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_one_run_that_is_not_like_the_others(tmp_path, what):
-    found = warned([*EQUAL[:3], run("uft", 2, **CASES[what])], tmp_path)
+def test_one_run_that_is_not_like_the_others(what):
+    found = warned([*EQUAL[:3], run("uft", 2, **CASES[what])])
     assert what in found
     if "Budgets" not in what:
         assert found[what]["runs"] == ["r3"]
@@ -72,60 +67,57 @@ def test_one_run_that_is_not_like_the_others(tmp_path, what):
     assert set(found) == expected
 
 
-def test_a_budget_within_two_percent_and_seeds_that_average_out_are_equal(tmp_path):
-    runs = [*EQUAL[:3], run("uft", 2, result={"supervised_tokens": 5100})]
-    assert warned(runs, tmp_path) == {}
-    uneven = [run(o, s, result={"supervised_tokens": 5000 + 600 * s}) for o in ("sft", "uft") for s in (1, 2)]
-    assert warned(uneven, tmp_path) == {}
+def test_equal_runs_and_budgets_within_two_percent_or_over_the_seeds_are_not_warned_of():
+    assert warned(EQUAL) == {}
+    assert warned([*EQUAL[:3], run("uft", 2, result={"supervised_tokens": 5100})]) == {}
+    assert (
+        warned([run(o, s, result={"supervised_tokens": 5000 + 600 * s}) for o in ("sft", "uft") for s in (1, 2)]) == {}
+    )
 
 
-def test_mixtures_that_differ_on_purpose_are_said_as_that(tmp_path):
-    runs = [run("sft", s, data__ratio=r, info={"data_digest": f"{s}{r}"}) for r in (0.25, 0.5) for s in (1, 2)]
-    found = warned(runs, tmp_path)
-    assert list(found) == ["Configurations saw different rows, as asked for by data.ratio"]
+def test_rows_that_differ_on_purpose_are_said_as_that():
+    mixtures = [run("sft", s, data__ratio=r, info={"data_digest": f"{s}{r}"}) for r in (0.25, 0.5) for s in (1, 2)]
+    assert list(warned(mixtures)) == ["Configurations saw different rows, as asked for by data.ratio"]
+    found = warned([run(data__name=name, data={"digest": name}, info={"data_digest": name}) for name in ("a", "b")])
+    assert "Configurations saw different rows, as asked for by data.name" in found
+    assert not any("not the same" in what for what in found)
 
 
-def test_sources_with_other_contents_on_purpose_are_no_changed_data(tmp_path):
-    runs = [run(data__name=name, data={"digest": name}, info={"data_digest": name}) for name in ("a", "b")]
-    assert "Configurations saw different rows, as asked for by data.name" in warned(runs, tmp_path)
-    assert not any("not the same" in what for what in warned(runs, tmp_path))
-
-
-def test_data_that_changed_within_one_mixture_of_several(tmp_path):
+def test_data_that_changed_within_one_mixture_of_several():
     runs = [run("sft", s, data__ratio=r, info={"data_digest": f"{s}{r}"}) for r in (0.25, 0.5) for s in (1, 2)]
     runs[3] = replace(runs[3], data={"digest": "other"}, info={**runs[3].info, "data_digest": "other"})
-    found = warned(runs, tmp_path)
+    found = warned(runs)
     assert list(found) == ["The data are not the same under one configuration"]
     assert found["The data are not the same under one configuration"]["runs"] == ["r3"]
 
 
-def test_other_batteries_and_models(tmp_path):
-    found = warned([*EQUAL[:2], *(run("uft", s, eval__rows=8) for s in (1, 2))], tmp_path)
+def test_other_evaluations_and_models():
+    found = warned([*EQUAL[:2], *(run("uft", s, eval__rows=8) for s in (1, 2))])
     assert "Not all runs were measured alike, by eval.rows" in found
-    assert "2 different base models" in warned([*EQUAL[:3], run("uft", 2, model__path="org/other")], tmp_path)
+    assert "2 different base models" in warned([*EQUAL[:3], run("uft", 2, model__path="org/other")])
 
 
-def test_single_seeds(tmp_path):
-    assert "One seed per configuration" in warned([run("sft"), run("uft")], tmp_path)
-    found = warned([*EQUAL, run("uft", 3)], tmp_path)
+def test_single_seeds():
+    assert "One seed per configuration" in warned([run("sft"), run("uft")])
+    found = warned([*EQUAL, run("uft", 3)])
     assert found["Unequal numbers of seeds: 2 to 3"]["why"].endswith("Short of seeds: sft.")
-    again = warned([*EQUAL, run("uft", 2)], tmp_path)
+    again = warned([*EQUAL, run("uft", 2)])
     assert again["Several runs of one configuration and seed"]["runs"] == ["r3", "r4"]
 
 
-def test_unequal_search(tmp_path):
+def test_unequal_search():
     runs = [*EQUAL[:2], *(run("uft", s, objective__beta=b) for b in (0.1, 0.2, 0.3) for s in (1, 2))]
-    assert "Unequal search: configurations per objective: uft 3, sft 1" in warned(runs, tmp_path)
+    assert "Unequal search: configurations per objective: uft 3, sft 1" in warned(runs)
 
 
-def test_a_diverged_run(tmp_path):
+def test_a_diverged_run():
     broken = replace(EQUAL[3], result={**EQUAL[3].result, "final": {"eval/nll": "nan"}})
-    found = warned([*EQUAL[:3], broken], tmp_path)
+    found = warned([*EQUAL[:3], broken])
     assert found["one run ended at a figure that is not finite: eval/nll"]["runs"] == ["r3"]
 
 
-def test_nothing_finished(tmp_path):
-    found = warned([run(status="failed"), run(status="running")], tmp_path)
+def test_nothing_finished():
+    found = warned([run(status="failed"), run(status="running")])
     assert next(iter(found)) == "No run has finished"
 
 
@@ -146,5 +138,4 @@ def test_jobs_that_have_not_started(tmp_path):
 def test_a_run_that_says_nothing_of_itself_warns_of_nothing(tmp_path):
     make_run(tmp_path / "a", seed=1, info={"versions": None, "code": "?", "device": None, "torch": None})
     make_run(tmp_path / "b", seed=2)
-    found = [warning["what"] for warning in compare(select([str(tmp_path)]))["warnings"]]
-    assert found == []
+    assert compare(select([str(tmp_path)]))["warnings"] == []

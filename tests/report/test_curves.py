@@ -10,9 +10,8 @@ from random import Random
 import pytest
 from synthetic import loaded
 
-from uft.report import curves as module
-from uft.report.curves import curves, fitting, thinned
-from uft.report.samples import samples
+from uft.report import compare as module
+from uft.report.compare import curves, fitting, samples, thinned
 
 
 def lines(count, **metrics):
@@ -24,27 +23,21 @@ def lines(count, **metrics):
 def test_a_short_curve_is_as_it_was_written():
     run = loaded(lines=({"step": 0, "tokens": 0, "eval/nll": 3.0}, *lines(4, loss=lambda n: n / 7)[1:]))
     found = curves([run])
+    assert list(found) == ["loss"], "a single point is no curve, nor are step, tokens and seconds"
     assert found["loss"][0]["step"] == [1, 2, 3]
     assert found["loss"][0]["value"] == [0.142857, 0.285714, 0.428571], "six digits"
     assert found["loss"][0]["seconds"] == [0.333333, 0.666667, 1.0]
-    assert "eval/nll" not in found, "a single point is no curve"
-    assert not {"step", "tokens", "seconds"} & found.keys()
 
 
-def test_a_battery_line_without_time_has_the_time_before_it():
-    written = (
-        {"step": 0, "eval/nll": 3},
-        {"step": 5, "seconds": 2.5, "tokens": 50, "loss": 1},
-        {"step": 7, "eval/nll": 2},
-    )
-    found = curves([loaded(lines=written)])["eval/nll"][0]
+def test_an_evaluation_line_without_time_has_the_time_before_it():
+    training = {"step": 5, "seconds": 2.5, "tokens": 50, "loss": 1}
+    found = curves([loaded(lines=({"step": 0, "eval/nll": 3}, training, {"step": 7, "eval/nll": 2}))])["eval/nll"][0]
     assert found == {"step": [0, 7], "tokens": [None, 50], "seconds": [0, 2.5], "value": [3, 2]}
 
 
-def test_what_is_not_finite_is_kept_as_text_and_text_is_no_point():
+def test_values_that_are_not_finite_are_kept_as_text_and_text_is_no_point():
     values = [1.0, "nan", "inf", "odd", None, True, "-inf", 2]
-    run = loaded(lines=tuple({"step": n, "loss": value, "stage": "dpo"} for n, value in enumerate(values)))
-    found = curves([run])
+    found = curves([loaded(lines=tuple({"step": n, "loss": value, "stage": "dpo"} for n, value in enumerate(values)))])
     assert list(found) == ["loss"]
     assert found["loss"][0]["value"] == [1.0, "nan", "inf", "-inf", 2]
     assert found["loss"][0]["step"] == [0, 1, 2, 6, 7]
@@ -66,30 +59,25 @@ def test_thinning_keeps_ends_and_extremes(count, limit):
         assert kept == list(range(count))
 
 
-def test_every_stretch_keeps_its_spikes():
+def test_every_stretch_keeps_its_spikes_and_a_flat_curve_is_spread_over_its_length():
     values = [0.0] * 5000
     spikes = {777: 9.0, 778: -9.0, 2500: math.nan, 4998: 5.0}
     for place, value in spikes.items():
         values[place] = value
     assert spikes.keys() <= set(thinned(values, 500))
-
-
-def test_a_flat_curve_is_spread_over_its_length():
-    kept = thinned([1.0] * 10_000, 100)
-    assert max(b - a for a, b in pairwise(kept)) < 400
+    assert max(b - a for a, b in pairwise(thinned([1.0] * 10_000, 100))) < 400
 
 
 def test_many_curves_share_a_budget(monkeypatch):
     main, other = [(True, 500)] * 300, [(False, 500)] * 1000
-    monkeypatch.setattr(module, "BUDGET", 200_000)
+    monkeypatch.setattr(module, "CURVE_BUDGET", 200_000)
     limits = fitting([*main, *other])
     assert sum(min(count, limits[0] if is_main else limits[1]) for is_main, count in [*main, *other]) <= 200_000
     assert limits == (500, 40)
     assert fitting(main[:10]) == (500, 500)
     assert fitting(main * 1000) == (40, 0), "past all limits only main curves are left"
-    runs = [loaded(lines=lines(300, loss=math.sqrt, lr=math.sqrt))] * 3
-    monkeypatch.setattr(module, "BUDGET", 130)
-    assert curves(runs).keys() == {"loss"}
+    monkeypatch.setattr(module, "CURVE_BUDGET", 130)
+    assert curves([loaded(lines=lines(300, loss=math.sqrt, lr=math.sqrt))] * 3).keys() == {"loss"}
 
 
 def sample(step=5, source="pairs", row="pairs:0", prompt="2 + 2", reply="4", **more):
@@ -99,23 +87,20 @@ def sample(step=5, source="pairs", row="pairs:0", prompt="2 + 2", reply="4", **m
 def test_answers_to_one_prompt_stand_together():
     first = loaded(samples=(sample(answer="4", verdict={"exact_match": 1.0, "plain": 0.5}), sample(row="pairs:1")))
     second = loaded(samples=(sample(step=7, reply="five", verdict={}),))
-    found = samples([loaded(samples=()), first, second])
-    assert found[0] == {
+    other = loaded(samples=(sample(prompt="2 + 3"),))
+    together, alone, another = samples([loaded(samples=()), first, second, other])
+    assert together == {
         "source": "pairs",
         "row": "pairs:0",
         "prompt": "2 + 2",
         "reference": "4",
         "answers": [
-            {"run": 1, "step": 5, "text": "4", "verdict": "exact_match 1, plain 0.5"},
-            {"run": 2, "step": 7, "text": "five", "verdict": None},
+            {"run": "r1", "step": 5, "text": "4", "verdict": "exact_match 1, plain 0.5"},
+            {"run": "r2", "step": 7, "text": "five", "verdict": None},
         ],
     }
-    assert [answer["run"] for answer in found[1]["answers"]] == [1]
-
-
-def test_the_same_row_with_another_prompt_is_another_prompt():
-    runs = [loaded(samples=(sample(prompt=prompt),)) for prompt in ("2 + 2", "2 + 3")]
-    assert [len(each["answers"]) for each in samples(runs)] == [1, 1]
+    assert [answer["run"] for answer in alone["answers"]] == ["r1"]
+    assert (another["row"], another["prompt"], len(another["answers"])) == ("pairs:0", "2 + 3", 1), "of the same row"
 
 
 def test_sources_take_turns_and_there_is_an_end():
@@ -134,17 +119,8 @@ def test_long_texts_are_cut_with_a_note():
 
 
 def test_samples_of_any_shape_become_text():
-    odd = {
-        "step": 3,
-        "source": None,
-        "row": 7,
-        "prompt": ["a"],
-        "reply": {"x": 1},
-        "answer": 5,
-        "verdict": {"ok": "yes"},
-    }
+    odd = {"step": 3, "source": None, "row": 7, "prompt": ["a"], "reply": {"x": 1}, "answer": 5, "verdict": {"ok": "?"}}
     lone = sample(reply="half \ud83d", prompt="\ud83d")
     found = samples([loaded(samples=(odd, lone, {"step": 3}))])
     json.dumps(found, ensure_ascii=False).encode("utf-8")
-    assert found[0]["prompt"] == "['a']"
-    assert found[0]["reference"] == "5"
+    assert (found[0]["prompt"], found[0]["reference"]) == ("['a']", "5")

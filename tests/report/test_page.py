@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import page_cases
+import pages
 import pytest
 from hostile import MILLION, SCRIPT, hostile
+from shape import check
 
 from uft.report import page
 
@@ -46,7 +47,7 @@ class Elements(HTMLParser):
 
 @pytest.fixture(scope="module")
 def mixed():
-    return page_cases.mixed()
+    return pages.mixed()
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +57,14 @@ def elements(mixed):
 
 @pytest.fixture(scope="module")
 def harm():
-    return Elements(page.render(hostile()))
-
-
-def attribute(elements: Elements, tag: str, **wanted: str) -> str:
-    return next(a for name, a in elements.tags if name == tag and wanted.items() <= a.items()).get("content") or ""
+    html = page.render(hostile())
+    assert html.encode("utf-8"), "whatever it was given"
+    return Elements(html)
 
 
 def policy(elements: Elements) -> str:
-    return attribute(elements, "meta", **{"http-equiv": "Content-Security-Policy"})
+    known = (a for tag, a in elements.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    return next(known)["content"] or ""
 
 
 def embedded(elements: Elements) -> dict:
@@ -90,15 +90,13 @@ def test_it_is_one_file_that_may_load_nothing(elements):
             assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
 
 
-@pytest.mark.parametrize("which", ["elements", "harm"])
-def test_only_the_scripts_that_the_policy_names_are_there(which, request):
-    found = request.getfixturevalue(which)
-    allowed = re.findall(r"'sha256-([^']+)'", policy(found))
-    scripts = [text for kind, text in found.scripts if not kind]
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
-    assert digests == allowed
-    assert len(scripts) == 2
-    assert [tag for tag, _ in found.tags].count("script") == 3, "Plotly, the page's own, and the data"
+def test_only_the_scripts_that_the_policy_names_are_there(elements, harm):
+    for found in (elements, harm):
+        allowed = re.findall(r"'sha256-([^']+)'", policy(found))
+        scripts = [text for kind, text in found.scripts if not kind]
+        assert [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts] == allowed
+        assert len(scripts) == 2
+        assert [tag for tag, _ in found.tags].count("script") == 3, "Plotly, the page's own, and the data"
 
 
 def test_the_answer_and_the_warnings_are_there_without_any_script(elements, mixed):
@@ -108,15 +106,14 @@ def test_the_answer_and_the_warnings_are_there_without_any_script(elements, mixe
 
 
 def test_the_page_holds_the_comparison(elements, mixed):
-    data = embedded(elements)
-    assert {key: value for key, value in data.items() if key != "curves"} == {
-        key: value for key, value in json.loads(json.dumps(mixed)).items() if key != "curves"
+    data, given = embedded(elements), json.loads(json.dumps(mixed))
+    assert {**data, "curves": None} == {**given, "curves": None}
+    assert {name: runs.keys() for name, runs in data["curves"]["runs"].items()} == {
+        name: runs.keys() for name, runs in given["curves"].items()
     }
-    for metric, runs in mixed["curves"].items():
-        assert set(data["curves"]["runs"][metric]) == set(runs)
-    given, found = mixed["curves"]["loss"]["r5"], decoded(data, "loss", "r5")
+    found = decoded(data, "loss", "r5")
     for axis in page.AXES:
-        assert found[axis] == pytest.approx(given[axis], rel=1e-6)
+        assert found[axis] == pytest.approx(given["curves"]["loss"]["r5"][axis], rel=1e-6)
 
 
 def test_what_means_harm_stays_text(harm):
@@ -136,10 +133,6 @@ def test_data_cannot_leave_its_script():
     assert json.loads(text) == {"</script><!--": "\u2028\u2029 & \ud83d ü"}
 
 
-def test_the_page_is_utf8_whatever_it_was_given():
-    assert page.render(hostile()).encode("utf-8")
-
-
 def test_a_text_without_end_is_cut_with_a_note(harm):
     answer = next(a["text"] for a in embedded(harm)["samples"][0]["answers"] if a["text"].startswith("xxx"))
     assert len(answer) < page.LONGEST + 100
@@ -155,35 +148,31 @@ def test_numbers_that_are_not_finite_come_through(harm):
     assert page.plain({"a": [float("nan"), float("-inf"), 1.5]}) == {"a": ["nan", "-inf", 1.5]}
 
 
-def test_arrays_that_runs_share_are_kept_once():
+def test_arrays_that_runs_share_are_kept_once_and_too_many_points_are_thinned_evenly(monkeypatch, mixed):
     packed = page.pack({"loss": {f"r{i}": {"step": [1, 2], "tokens": [], "value": [i, i]} for i in range(5)}})
     assert len(packed["arrays"]) == 6
     assert [places[1:3] for places in packed["runs"]["loss"].values()] == [[None, None]] * 5
-
-
-def test_too_many_points_are_thinned_evenly_and_said(monkeypatch, mixed):
-    whole = page.pack(mixed["curves"])
-    size = sum(map(len, whole["arrays"]))
-    monkeypatch.setattr(page, "CURVES", size * 6 // 10)
+    room = sum(map(len, page.pack(mixed["curves"])["arrays"])) * 6 // 10
+    monkeypatch.setattr(page, "CURVES", room)
     packed = page.pack(mixed["curves"])
     assert packed["every"] == 2
-    assert sum(map(len, packed["arrays"])) <= size * 6 // 10
-    steps = decoded({"curves": packed}, "loss", "r0")["step"]
+    assert sum(map(len, packed["arrays"])) <= room
     given = mixed["curves"]["loss"]["r0"]["step"]
-    assert steps == [*given[:-1:2], given[-1]]
+    assert decoded({"curves": packed}, "loss", "r0")["step"] == [*given[:-1:2], given[-1]]
     assert "One point in 2 is drawn" in page.render(mixed)
 
 
 def test_200_runs_of_500_points_stay_under_15_megabytes():
-    comparison = page_cases.wide()
+    comparison = pages.wide()
     assert (len(comparison["runs"]), len(comparison["curves"]["loss"]["r0"]["value"])) == (200, 500)
     assert len(page.render(comparison).encode()) < 15_000_000
 
 
-@pytest.mark.parametrize("make", ["one_run", "one_group", "no_curves", "all_failed", "nothing"])
-def test_small_comparisons_are_pages(make):
-    comparison = getattr(page_cases, make)()
-    assert len(embedded(Elements(page.render(comparison)))["runs"]) == len(comparison["runs"])
+def test_small_comparisons_are_pages():
+    for make in (pages.one_run, pages.one_group, pages.no_curves, pages.all_failed, pages.nothing):
+        comparison = make()
+        check(comparison)
+        assert len(embedded(Elements(page.render(comparison)))["runs"]) == len(comparison["runs"])
 
 
 def test_every_part_is_used_short_and_speaks_no_markup():
@@ -219,14 +208,14 @@ TEXT_ON = {
 }
 
 
-@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_text_and_lines_can_be_seen(theme):
+def test_text_and_lines_can_be_seen():
     sheet = (FOLDER / "page.css").read_text(encoding="utf-8")
     pairs = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", sheet)
-    colours = {name: pair[theme] for name, *pair in pairs}
-    for ground, names in TEXT_ON.items():
-        for name in names:
-            assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
-    hues = [name for name in colours if re.fullmatch(r"g\d", name)]
-    assert len(hues) == 7
-    assert all(contrast(colours[name], colours["paper"]) >= 3 for name in hues)
+    for theme in (0, 1):
+        colours = {name: pair[theme] for name, *pair in pairs}
+        for ground, names in TEXT_ON.items():
+            for name in names:
+                assert contrast(colours[name], colours[ground]) >= 4.5, (theme, name, ground)
+        hues = [name for name in colours if re.fullmatch(r"g\d", name)]
+        assert len(hues) == 7
+        assert all(contrast(colours[name], colours["paper"]) >= 3 for name in hues)

@@ -7,7 +7,7 @@ import statistics
 import pytest
 from chromium import FIRST, card, figure, finished
 from hostile import hostile
-from page_cases import all_failed, no_curves, nothing, one_group, one_run
+from pages import all_failed, no_curves, nothing, one_group, one_run
 from scipy.stats import t as student
 
 
@@ -23,16 +23,7 @@ def test_it_opens_from_disk_and_asks_for_nothing_else(page, mixed):
     assert page.js("return document.querySelectorAll('[data-title*=cloud], [data-title*=Share]').length") == 0
 
 
-def test_the_words_come_first_and_warnings_before_them(page, mixed):
-    order = page.js(
-        "return [...document.querySelectorAll('.warnings, .finding, #headline, #curves')].map(n => n.id || n.className)"
-    )
-    assert order == ["warnings", "finding", "finding", "finding", "headline", "curves"]
-    assert page.texts(".finding .lead") == [finding["words"][0] for finding in mixed["summary"]]
-    assert page.texts(".warnings strong") == [warning["what"] for warning in mixed["warnings"]]
-
-
-def test_headline_figures_are_those_of_the_comparison(page, mixed):
+def test_headline_figures_and_comparisons_are_those_of_the_comparison(page, mixed):
     groups = {group["id"]: group for group in mixed["groups"]}
     rows = page.js(
         """return [...document.querySelectorAll('#headline tbody tr')].map(r => [r.dataset.group,
@@ -45,9 +36,6 @@ def test_headline_figures_are_those_of_the_comparison(page, mixed):
             stat = groups[name]["metrics"][metric]
             assert mean == figure(stat["mean"])
             assert interval == ("one seed" if stat["n"] == 1 else f"[{figure(stat['low'])}, {figure(stat['high'])}]")
-
-
-def test_comparisons_open_with_their_figures(page, mixed):
     page.click(".finding details summary")
     rows = page.until("document.querySelectorAll('.finding tbody tr').length")
     assert rows == len(mixed["summary"][0]["comparisons"])
@@ -67,7 +55,12 @@ def test_sorting_both_ways_keeps_what_is_missing_last(page, mixed):
     assert direction == "descending"
 
 
-def test_filtering_by_text_and_status(page, mixed):
+def test_states_in_words_and_filtering_by_text_and_status(page, mixed):
+    shown = page.js(
+        "return [...document.querySelectorAll('#run-table tbody tr')]"
+        ".map(r => [r.dataset.run, r.querySelector('.status').innerText])"
+    )
+    assert {name: text.split()[-1] for name, text in shown} == {run["id"]: run["status"] for run in mixed["runs"]}
     page.choose("#run-controls [name=find]", "uft ratio0.5")
     assert set(page.shown_runs()) == {run["id"] for run in mixed["runs"] if run["name"].startswith("uft-ratio0.5")}
     assert page.texts("#run-count") == ["3 of 27 runs listed"]
@@ -77,14 +70,6 @@ def test_filtering_by_text_and_status(page, mixed):
     assert mixed["runs"][4]["error"] in page.texts('tr[data-run="r4"] .error')
     page.click("#run-controls [name=take]")
     assert page.hash() == "#runs=r4"
-
-
-def test_every_state_is_visible_in_words(page, mixed):
-    shown = page.js(
-        "return [...document.querySelectorAll('#run-table tbody tr')]"
-        ".map(r => [r.dataset.run, r.querySelector('.status').innerText])"
-    )
-    assert {name: text.split()[-1] for name, text in shown} == {run["id"]: run["status"] for run in mixed["runs"]}
 
 
 def test_a_selection_in_the_table_is_followed_everywhere(page, mixed):
@@ -133,9 +118,9 @@ def test_the_legend_hides_a_group_and_shows_one_alone(page, mixed):
 
 
 def test_differences_count_and_select(page, mixed):
-    assert page.texts("#difference-table tbody th") == ["objective", "data.ratio", "data digest"]
-    assert page.texts("#difference-table tbody tr:last-child .chip") == ["9f2c41d0\n26 runs", "00aa11bb\n1 run"]
-    page.click("#difference-table tbody tr:last-child li:last-child .chip")
+    assert page.texts("#difference-table tbody th") == [each["key"] for each in mixed["differences"]]
+    assert page.texts("#difference-table tbody tr:last-child .chip") == ["00aa11bb\n1 run", "9f2c41d0\n25 runs"]
+    page.click("#difference-table tbody tr:last-child li:first-child .chip")
     assert page.shown_runs() == ["r3"]
 
 
@@ -146,8 +131,8 @@ def test_samples_stand_side_by_side(page, mixed):
     row = page.js("return [...document.querySelector('#sample-table tbody tr').children].map(c => c.innerText)")
     last = {answer["run"]: answer for answer in sample["answers"] if answer["step"] == 800}
     assert sample["prompt"] in row[0]
-    assert last["r0"]["text"] in row[1]
-    assert last["r0"]["verdict"] in row[1]
+    assert last["r9"]["text"] in row[1]
+    assert last["r9"]["verdict"] in row[1]
     page.choose("#sample-controls [name=step]", "0")
     assert "step 0" in page.js("return document.querySelector('#sample-table tbody td').innerText")
     page.choose("#sample-controls [name=find]", sample["prompt"])

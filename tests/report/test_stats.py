@@ -11,7 +11,7 @@ from scipy import stats as reference
 from uft.report import stats
 from uft.report.stats import Difference, Spread, compare, holm, spread
 
-SEED = np.random.default_rng(7)
+RANDOM = np.random.default_rng(7)
 
 
 def by_seed(values, first=0):
@@ -19,12 +19,17 @@ def by_seed(values, first=0):
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 40])
-def test_a_mean_and_its_interval(n):
-    values = SEED.normal(3, 0.4, n)
-    found = spread(values)
-    low, high = reference.t.interval(0.95, n - 1, values.mean(), reference.sem(values))
-    assert (found.n, found.mean, found.sd) == (n, pytest.approx(values.mean()), pytest.approx(values.std(ddof=1)))
-    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+def test_means_and_paired_differences_are_scipys(n):
+    luck = RANDOM.normal(0, 1, n)
+    a, b = 1 + luck + RANDOM.normal(0, 0.1, n), 0.8 + luck + RANDOM.normal(0, 0.1, n)
+    low, high = reference.t.interval(0.95, n - 1, a.mean(), reference.sem(a))
+    assert spread(a) == Spread(n, *map(pytest.approx, (a.mean(), a.std(ddof=1), low, high)))
+    shuffled = dict(sorted(by_seed(b).items(), reverse=True))
+    found, known = compare(by_seed(a), shuffled), reference.ttest_rel(a, b)
+    interval = known.confidence_interval()
+    assert (found.difference, found.p) == (pytest.approx((a - b).mean()), pytest.approx(known.pvalue))
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert (found.n, found.paired, found.method) == (n, True, f"paired t, {n} seeds")
 
 
 def test_by_hand():
@@ -38,25 +43,15 @@ def test_by_hand():
     assert pairs.p == pytest.approx(1 - 3.464 / math.sqrt(2 + 3.464**2), abs=1e-3)  # closed form of 2 df
 
 
-@pytest.mark.parametrize("n", [2, 3, 8])
-def test_shared_seeds_are_compared_pair_by_pair(n):
-    luck = SEED.normal(0, 1, n)
-    a, b = 1 + luck + SEED.normal(0, 0.1, n), 0.8 + luck + SEED.normal(0, 0.1, n)
-    shuffled = dict(sorted(by_seed(b).items(), reverse=True))
-    found, known = compare(by_seed(a), shuffled), reference.ttest_rel(a, b)
-    interval = known.confidence_interval()
-    assert (found.difference, found.p) == (pytest.approx((a - b).mean()), pytest.approx(known.pvalue))
-    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
-    assert (found.n, found.paired, found.method) == (n, True, f"paired t, {n} seeds")
-
-
 def test_other_seeds_are_compared_by_welch():
-    a, b = SEED.normal(1, 0.1, 4), SEED.normal(0.5, 0.7, 6)
+    a, b = RANDOM.normal(1, 0.1, 4), RANDOM.normal(0.5, 0.7, 6)
     found, known = compare(by_seed(a), by_seed(b, first=100)), reference.ttest_ind(a, b, equal_var=False)
     interval = known.confidence_interval()
     assert (found.difference, found.p) == (pytest.approx(a.mean() - b.mean()), pytest.approx(known.pvalue))
     assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
     assert (found.n, found.paired, found.method) == (4, False, "Welch t, 4 and 6 seeds")
+    still, b = [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]  # one side does not vary
+    assert compare(by_seed(still), by_seed(b, 10)).p == pytest.approx(reference.ttest_1samp(b, 0.5).pvalue)
 
 
 def test_only_the_seeds_that_both_have_are_paired():
@@ -77,54 +72,39 @@ def test_one_seed_says_nothing_about_noise():
 def test_values_that_do_not_vary():
     assert spread([0.1, 0.1, 0.1]) == Spread(3, pytest.approx(0.1), 0.0)
     same = compare({1: 0.3, 2: 0.5}, {1: 0.3, 2: 0.5})
-    assert (same.difference, same.low, same.high, same.p, same.method) == (0, 0, 0, 1, "identical")
+    assert same == Difference(0.0, 2, True, "identical", 0.0, 0.0, 1.0)
     # 0.3 - 0.1 and 0.5 - 0.3 differ in the last bit: that is no spread
-    assert compare({1: 0.3, 2: 0.5}, {1: 0.1, 2: 0.3}) == Difference(
-        pytest.approx(0.2), 2, True, "the same on every seed"
-    )
+    shifted = compare({1: 0.3, 2: 0.5}, {1: 0.1, 2: 0.3})
+    assert shifted == Difference(pytest.approx(0.2), 2, True, "the same on every seed")
     assert compare({1: 0.0, 2: 0.0}, {3: 1.0, 4: 1.0}).method == "the same on every seed"
     assert compare({1: 0.5, 2: 0.5}, {3: 0.5, 4: 0.5}).method == "identical"
     assert compare({1: 0.0, 2: 0.0}, {1: 0.0, 2: 0.0}).p == 1
 
 
-def test_one_side_that_does_not_vary_is_still_compared():
-    a, b = [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]
-    assert compare(by_seed(a), by_seed(b, 10)).p == pytest.approx(reference.ttest_1samp(b, 0.5).pvalue)
-
-
-@pytest.mark.parametrize("values", [[math.nan, 1.0], [math.inf, 1.0], [1.0, -math.inf]])
-def test_what_is_not_finite_has_no_spread(values):
-    found = spread(values)
-    assert found.n == 2
-    assert not math.isfinite(found.mean)
-    assert (found.sd, found.low, found.high) == (None, None, None)
-
-
-def test_numbers_at_the_end_of_the_range_do_not_fail():
+def test_values_that_are_not_finite_or_at_the_end_of_the_range():
+    for values in ([math.nan, 1.0], [math.inf, 1.0], [1.0, -math.inf]):
+        found = spread(values)
+        assert not math.isfinite(found.mean)
+        assert (found.n, found.sd, found.low, found.high) == (2, None, None, None)
     assert spread([1e308, 1.7e308]).low is None
     found = compare({1: 1e308, 2: -1e308}, {1: -1e308, 2: 1e307})
     assert (found.low, found.p) == (None, None)
     assert compare({1: 1e200, 2: 2e200}, {3: 1e200, 4: 5e200}).p is None
 
 
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+def test_holms_adjustment():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02]), "by hand"
     assert holm([0.04, None, 0.03]) == [pytest.approx(0.06), None, pytest.approx(0.06)]
-    assert holm([0.9, 0.8]) == [1, 1]
-    assert holm([0.02]) == [0.02]
-    assert holm([]) == []
-
-
-def test_holm_never_rejects_more_than_bonferroni_permits_of_the_smallest():
+    assert (holm([0.9, 0.8]), holm([0.02]), holm([])) == ([1, 1], [0.02], [])
     for _ in range(50):
-        ps = SEED.uniform(0, 0.2, 6)
+        ps = RANDOM.uniform(0, 0.2, 6)
         adjusted = holm(list(ps))
-        assert min(adjusted) == pytest.approx(min(1, 6 * ps.min()))
+        assert min(adjusted) == pytest.approx(min(1, 6 * ps.min())), "no more than Bonferroni permits of the smallest"
         assert all(p <= a <= min(1, 6 * p) + 1e-12 for p, a in zip(ps, adjusted, strict=True))
 
 
 def test_the_bootstrap_is_scipys_and_needs_five_seeds():
-    a, b = SEED.gamma(0.5, 0.2, 12), SEED.normal(0.7, 0.05, 12)  # skewed: the percentile interval is another one
+    a, b = RANDOM.gamma(0.5, 0.2, 12), RANDOM.normal(0.7, 0.05, 12)  # skewed: the percentile interval is another one
     for ours, sample in ((by_seed(b), (a - b,)), (by_seed(b[:9], 100), (a, b[:9]))):
         low, high = compare(by_seed(a), ours, bootstrap=True).bootstrap
         known = reference.bootstrap(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from synthetic import make_run, make_sweep
 from uft.cli import main
 from uft.errors import UftError
 from uft.report import workspace
-from uft.report.build import compare
-from uft.report.select import select
+from uft.report.compare import compare
+from uft.report.runs import select
 from uft.runs import Run
 
 
@@ -96,9 +97,9 @@ def test_the_workspace_that_is_saved(sweep, server, capsys):
     (rule,) = filters(runs["filters"])
     assert (rule["key"]["name"], rule["value"]) == ("group", "trial")
     panels = {bank["name"]: bank["panels"] for bank in section["panelBankConfig"]["sections"]}
-    assert list(panels) == ["Battery", "Sweep", "Training", "Runs"]
+    assert list(panels) == ["Evaluation", "Sweep", "Training", "Runs"]
     made = json.loads((sweep / "compare.json").read_text())
-    lines = [panel["config"] for panel in panels["Battery"]]
+    lines = [panel["config"] for panel in panels["Evaluation"]]
     assert [line["metrics"] for line in lines] == [[head["metric"]] for head in made["headline"]]
     assert {line["xAxis"] for line in lines} == {"step"}
     assert [panel["viewType"] for panel in panels["Sweep"]] == [
@@ -119,19 +120,15 @@ def filters(found: dict) -> list[dict]:
     return [leaf for each in inner for leaf in filters(each)] if inner is not None else [found]
 
 
-def test_it_serialises_without_a_server(sweep):
-    runs = [found for path in sorted(sweep.iterdir()) if (found := workspace.logged(path))]
-    made = workspace.workspace(compare(select([str(sweep)])), runs, "me")
-    view = json.loads(made._to_model().model_dump_json(by_alias=True, exclude_none=True))
-    assert (view["entity"], view["project"]) == ("me", "uft")
-    assert len(view["spec"]["section"]["panelBankConfig"]["sections"]) == 4
-
-
-@pytest.mark.parametrize("title", ["a & b = <c> | d", "sweep \U0001f600 §", "x" * 300, "\u202e"])
-def test_any_title_makes_a_workspace(sweep, title):
-    runs = [workspace.logged(next(sweep.iterdir()))]
-    made = workspace.workspace({**compare(select([str(sweep)])), "title": title}, runs, "me")
-    assert made.name.startswith("uft compare ")
+def test_any_title_and_any_group_make_a_workspace(sweep):
+    """A group that W&B's filter language cannot hold is not put into one."""
+    run, comparison = workspace.logged_run(next(sweep.iterdir())), compare(select([str(sweep)]))
+    odd = ("a & b = <c> | d", "sweep \U0001f600 §", "x" * 300, "\u202e", "it's", 'q"')
+    for text in odd:
+        made = workspace.workspace({**comparison, "title": text}, [replace(run, group=f"{text}!")], "me")
+        assert made.name.startswith("uft compare ")
+        made._to_model().model_dump_json(by_alias=True, exclude_none=True)
+        assert made.runset_settings.filters == f"Metric('ID') in ['{run.id}']"
 
 
 def test_runs_of_no_common_group_are_filtered_one_by_one(sweep, server):
@@ -143,32 +140,24 @@ def test_runs_of_no_common_group_are_filtered_one_by_one(sweep, server):
     assert sorted(rule["value"]) == sorted(f"id-{path.name}" for path in [*sweep.glob("*-seed*"), Path("other")])
 
 
-@pytest.mark.parametrize("group", ["a = b", "it's", 'q"', "x < y", "\U0001f600"])
-def test_a_group_that_a_filter_cannot_hold_is_not_put_into_one(sweep, group):
-    runs = [workspace.Logged(Path("r"), "abc", "uft", None, group, ())]
-    assert workspace.restriction(runs) == "Metric('ID') in ['abc']"
-
-
 def test_offline_it_says_what_it_would_do_and_how_to_do_it_later(sweep, capsys):
     assert main(["compare", "--wandb"]) == 0
     out = capsys.readouterr().out
     assert "W&B is offline (no API key): nothing was saved." in out
-    assert "'uft compare trial' in uft: 6 runs grouped by objective.name, objective.beta; Battery (5), Sweep (3)" in out
+    grouped = "6 runs grouped by objective.name, objective.beta; Evaluation (5), Sweep (3)"
+    assert f"'uft compare trial' in uft: {grouped}" in out
     assert "Upload 6 of 6 runs first:  uft sync outputs/2026-11-21/trial\n" in out
     assert "wandb login" in out
 
 
-def test_a_server_that_does_not_answer_is_offline(sweep, server, capsys):
-    server.close()
-    assert main(["compare", "--wandb"]) == 0
-    assert "does not answer): nothing was saved" in capsys.readouterr().out
-
-
-def test_a_server_that_refuses(sweep, server, capsys):
+def test_a_server_that_refuses_and_one_that_does_not_answer(sweep, server, capsys):
     server.refuse = True
     assert main(["compare", "--wandb"]) == 1
     assert "W&B did not take the workspace" in capsys.readouterr().err
     assert (sweep / "compare.html").is_file(), "the page is there all the same"
+    server.close()
+    assert main(["compare", "--wandb"]) == 0
+    assert "does not answer): nothing was saved" in capsys.readouterr().out
 
 
 def test_runs_that_are_uploaded_need_no_upload_and_name_their_project(sweep, server, capsys):
@@ -180,13 +169,8 @@ def test_runs_that_are_uploaded_need_no_upload_and_name_their_project(sweep, ser
     for log in sweep.rglob("offline-run*"):
         (log / "run.wandb.synced").write_text("")
     for path in sweep.glob("*-seed*"):
-        sent_again = {
-            "id": path.name,
-            "mode": "offline",
-            "url": None,
-            "dirs": [f"wandb/offline-run-20261121-{path.name}"],
-        }
-        Run(path).update_info(wandb=sent_again)
+        log = f"wandb/offline-run-20261121-{path.name}"
+        Run(path).update_info(wandb={"id": path.name, "mode": "offline", "url": None, "dirs": [log]})
     assert main(["compare", "--wandb"]) == 0
     assert "Upload" not in capsys.readouterr().out
 
@@ -208,8 +192,8 @@ def test_without_the_extra_it_is_said_before_anything_is_read(sweep, monkeypatch
     assert not (sweep / "compare.json").exists()
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"wandb": 3}', b'{"wandb": {"mode": "online"}}'])
-def test_a_run_that_does_not_say_where_it_went_is_left_out(sweep, damage):
-    run = next(iter(sorted(sweep.iterdir())))
-    (run / "run.json").write_bytes(damage)
-    assert workspace.logged(run) is None
+def test_a_run_that_does_not_say_where_it_went_is_left_out(tmp_path):
+    run = make_run(tmp_path / "a", points=5)
+    for damage in (b"", b"{", b'{"wandb": 3}', b'{"wandb": {"mode": "online"}}'):
+        (run / "run.json").write_bytes(damage)
+        assert workspace.logged_run(run) is None

@@ -14,7 +14,7 @@ import numpy
 import pytest
 
 from uft.evaluation.evaluate import Sample
-from uft.report.load import read_lines
+from uft.report.runs import read_lines
 from uft.runs import Run
 from uft.tracking import metrics
 from uft.tracking.metrics import Files, read_metrics

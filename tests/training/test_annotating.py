@@ -184,7 +184,7 @@ def test_the_verb_stops_when_asked_and_goes_on(
     config = configure("sft", sources={"mine": files["demonstration"]})
     out = tmp_path / "rows.jsonl"
     config.annotate = Annotate(column="baseline_logp", models=[str(model_folder)], out=str(out), batch_tokens=1)
-    real, batches = annotate.sequence_batch, []
+    real, batches = annotation.sequence_batch, []
 
     def interrupted(*arguments: Any) -> Any:
         batches.append(arguments)

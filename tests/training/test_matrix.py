@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "read_corpus", corpus_of)
+        patch.setattr(preparing, "read_train_data", corpus_of)
         yield tmp_path_factory.mktemp("matrix")
 
 

@@ -28,8 +28,7 @@ from uft.config.register import register
 from uft.config.suggest import nearest
 from uft.config.translate import BROKEN, translate
 from uft.errors import GOOD, Problem, UftError
-from uft.launch.sweep import examine_jobs
-from uft.launch.sweep_jobs import JobFailed, why
+from uft.launch.sweep import JobFailed, examine_jobs, failure_reason
 
 Work = Callable[[DictConfig, Examined], int]
 """What a verb does with a checked configuration; the exit code."""
@@ -68,7 +67,7 @@ def in_a_sweep(work: Work, cfg: DictConfig, request: Request) -> None:
     code = work(settled(cfg, examined), examined)
     if code != GOOD:
         folder = str(cfg.run.dir or "")
-        raise JobFailed(code, folder, why(code, Path(folder)))
+        raise JobFailed(code, folder, failure_reason(code, Path(folder)))
 
 
 def with_folders(request: Request) -> Request:

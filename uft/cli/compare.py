@@ -22,8 +22,8 @@ the same for programs. What the statistics mean: docs/compare.md.
 
 def main(arguments: list[str]) -> int:
     parsed = parser().parse_args(arguments)
-    from uft.report.build import Options, as_json, compare, write
-    from uft.report.select import select
+    from uft.report.compare import Options, as_json, compare, write
+    from uft.report.runs import select
     from uft.report.table import show
     from uft.report.workspace import require, save
     from uft.runs import shown

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 def installed() -> dict[str, str]:
     from uft.config.places import conf_dir, user_dir
-    from uft.launch.provenance import versions
+    from uft.launch.launcher import versions
 
     yours = str(user_dir() or "none (./conf-user or $UFT_CONF)")
     return {**versions(), "configuration": str(conf_dir()), "your files": yours}

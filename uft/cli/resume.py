@@ -68,11 +68,10 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
 def ask_again(sweep: Path, overrides: list[str]) -> list[int]:
     """The exit codes of the commands that `sweep` came from, up to one that was stopped."""
     from uft.cli import train
-    from uft.launch.sweep_file import continuing
-    from uft.launch.sweep_jobs import quote
+    from uft.launch.sweep import quote, resuming
 
     place, codes = f"hydra.sweep.dir={quote(str(sweep.resolve()))}", []
-    with continuing(sweep) as commands:
+    with resuming(sweep) as commands:
         for words, started in commands:
             with chdir(started if started.is_dir() else "."):
                 try:
@@ -87,9 +86,9 @@ def ask_again(sweep: Path, overrides: list[str]) -> list[int]:
 def refuse_other_keys(overrides: list[str], sweeps: list[Path]) -> None:
     """Only what changes no result, and is not swept, may be given anew: jobs would become other runs."""
     from uft.config.freeze import free
-    from uft.launch.sweep_file import axes_of
+    from uft.launch.sweep import swept_keys
 
-    swept = {key.lstrip("+") for sweep in sweeps for key in axes_of(sweep)}
+    swept = {key.lstrip("+") for sweep in sweeps for key in swept_keys(sweep)}
     keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
     wrong = [word for word, key in keys.items() if key in swept or not free(key)]
     if wrong:

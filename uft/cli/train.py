@@ -9,7 +9,7 @@ from uft.cli.app import run_app, task
 from uft.cli.help import Help
 from uft.config.examine import Examined
 from uft.launch.launcher import launch_train
-from uft.launch.sweep_jobs import of_a_sweep, typed_by_user
+from uft.launch.sweep import is_sweep_job, typed_overrides
 
 HELP = Help(
     verb="train",
@@ -33,7 +33,7 @@ HELP = Help(
 @task
 def run(cfg: DictConfig, examined: Examined) -> int:
     words = list(HydraConfig.get().overrides.task)
-    return launch_train(cfg, typed_by_user(words), quiet=of_a_sweep(words))
+    return launch_train(cfg, typed_overrides(words), quiet=is_sweep_job(words))
 
 
 def main(arguments: list[str]) -> int:

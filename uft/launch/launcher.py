@@ -2,76 +2,79 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
+from uft import __version__
 from uft.config.compose import completed
 from uft.config.freeze import free, frozen, plain, to_yaml
 from uft.config.register import defaults_of
-from uft.config.stages import data_nodes, differences
+from uft.config.stages import differences
 from uft.config.suggest import written
 from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError
-from uft.launch.names import OUTPUTS, single_run_dir
-from uft.launch.process import run_worker
-from uft.launch.provenance import provenance
-from uft.launch.slots import slots
-from uft.launch.team import node_rank, team
+from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
 from uft.runs import Run, create_run, shown, unwritable, write_atomically
 
-TOGETHER = ("check", "generate")
+OUTPUTS = Path("outputs")
+PARALLEL_JOBS = ("check", "generate")
 """Jobs that several processes do better than one; the others read and write."""
-
 PATIENCE = 600.0
 """Seconds that a machine waits for the first one to make the run."""
-
 UNFINISHED_CREATION = {".lock", "overrides.yaml", "run.json"}
+PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "peft", "safetensors", "numpy")
 
 
 def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] = (), quiet: bool = False) -> int:
-    """Train one run in its folder, or continue what is there; the exit code.
+    """Train one run in its folder, or continue the run that is there; the exit code.
 
-    `quiet`: nothing is printed, console.log has it all (a job of a sweep, whose table shows how it goes).
-    Raises UftError, with nothing written, where the request cannot be carried out.
+    `quiet`: nothing is printed, console.log has all output (a job of a sweep, whose table shows its state).
+    Raises UftError where the request cannot be carried out; whether the launcher or the worker refuses it, no folder
+    is left.
     """
     settings = plain(cfg)
-    if settings["hardware"]["nodes"] > 1 and not settings["run"]["dir"]:
+    asked, hardware = dict(settings["run"]), settings["hardware"]
+    if hardware["nodes"] > 1 and not asked["dir"]:
         why = "several machines work in one folder, and must be told which"
         raise UftError(Problem("run.dir=null", why, advice=("run.dir=FOLDER, one that every machine sees",)))
-    run, asked = Run(single_run_dir(settings)), dict(settings["run"])
+    run = Run(single_run_dir(settings))
     settings["run"] = {"name": asked["name"] or run.name, "dir": None}  # the folder is where the file lies
-    if node_rank(settings["hardware"]) > 0:
-        return lend_a_hand(run, settings, quiet=quiet)
+    if node_rank(hardware) > 0:
+        return join_run(run, hardware, quiet)
     if run.exists:
         return continue_run(run, settings, quiet=quiet)
-    refuse_foreign(run.path)
+    if run.path.exists() and not run.path.is_dir():
+        raise UftError(Problem(f"run.dir={run.path}", "is a file"))
+    if run.path.is_dir() and {path.name for path in run.path.iterdir()} - UNFINISHED_CREATION:
+        why = "the folder is not empty and is not a run"
+        raise UftError(Problem(f"run.dir={run.path}", why, advice=("choose another folder",)))
     refuse_unwritable(run.path)
-    check_sources(settings)
-    while not (asked["name"] or asked["dir"]) and not claimed(run.path):  # another one began in the same second
-        run = Run(single_run_dir({**settings, "run": asked}))
-        settings["run"]["name"] = run.name
-    run.path.mkdir(parents=True, exist_ok=True)
-    with run.lock():  # of two processes that make the same run one makes it, the other finds it
-        made = not run.exists
-        if made:
+    while True:
+        created = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+        try:
+            run.path.mkdir(parents=True, exist_ok=bool(asked["name"] or asked["dir"]))
+            break
+        except FileExistsError:  # another run began in the same second
+            run = Run(single_run_dir({**settings, "run": asked}))
+            settings["run"]["name"] = run.name
+    with run.lock():  # of two processes that make the same run, one makes it and the other finds it
+        fresh = not run.exists
+        if fresh:
             create_run(run.path, to_yaml(settings), list(overrides), **provenance())
-    return sit(run, fresh=True, quiet=quiet) if made else continue_run(run, settings, quiet=quiet)
-
-
-def claimed(folder: Path) -> bool:
-    """Make the folder, unless somebody was quicker."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    return True
+    return run_session(run, created, quiet=quiet) if fresh else continue_run(run, settings, quiet=quiet)
 
 
 def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
@@ -79,10 +82,11 @@ def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         spec = Path(folder) / "config.yaml"
         spec.write_text(frozen(cfg), encoding="utf-8")
-        return run_worker(["--job", job, str(spec)], team=team(plain(cfg)["hardware"]) if job in TOGETHER else ())
+        ranks = torchrun_arguments(plain(cfg)["hardware"]) if job in PARALLEL_JOBS else ()
+        return run_worker(["--job", job, str(spec)], team=ranks)
 
 
-def lend_a_hand(run: Run, settings: Mapping[str, Any], quiet: bool) -> int:
+def join_run(run: Run, hardware: Mapping[str, Any], quiet: bool) -> int:
     """On every machine but the first: join the run that the first one makes, in a folder that both see."""
     deadline = time.monotonic() + PATIENCE
     while not run.exists:
@@ -90,95 +94,41 @@ def lend_a_hand(run: Run, settings: Mapping[str, Any], quiet: bool) -> int:
             why = f"the first machine made no run here within {PATIENCE / 60:.0f} minutes"
             raise UftError(Problem(str(run.path), why, advice=("do both machines see this folder?",)))
         time.sleep(0.5)
-    log = run.path.resolve() / f"console-{node_rank(settings['hardware'])}.log" if quiet else None
-    return run_worker([str(run.path.resolve())], log=log, team=team(settings["hardware"]))
+    log = run.path.resolve() / f"console-{node_rank(hardware)}.log" if quiet else None
+    return run_worker([str(run.path.resolve())], log=log, team=torchrun_arguments(hardware))
 
 
 def continue_run(
     run: Run, settings: Mapping[str, Any] | None = None, cwd: Path | None = None, quiet: bool = False
 ) -> int:
-    """Go on with a run that was stopped; a finished one is left alone.
+    """Continue a run that was stopped; a finished one is left alone.
 
-    `settings` are the wanted ones: keys that change no result may differ and are written to the run, all others must
-    not. `cwd` is where relative paths of its data start.
+    `settings`: the wanted ones. Keys that change no result may differ and are written to the run; a difference in any
+    other key raises UftError. `cwd`: the folder that relative paths of its data start from.
     """
-    if settings is not None:
-        refuse_changes(run, settings)
-    if run.status == "finished":
-        if not quiet:
-            print(f"uft: {run.path} is finished already; nothing to do")
-        return GOOD
-    if run.locked() and not let_go(run):
-        raise UftError(
-            Problem(str(run.path), "another process is working in this run folder"), footer="See what runs:  uft ls"
-        )
-    refuse_unwritable(run.path)
-    if settings is not None:
-        write_atomically(run.config_file, to_yaml(settings))
-    return sit(run, cwd=cwd, quiet=quiet)
-
-
-def let_go(run: Run) -> bool:
-    """Wait for a worker whose launcher was killed: it saves a checkpoint and ends. False: somebody works here."""
-    if run.orphaned():
-        print(f"uft: waiting for the last worker in {run.path} to save its checkpoint", flush=True)
-    while run.locked() and run.orphaned():
-        time.sleep(0.1)
-    return not run.locked()
-
-
-def sit(run: Run, *, fresh: bool = False, cwd: Path | None = None, quiet: bool = False) -> int:
-    """One sitting of the worker. A run that turned out to be a bad request before its first step leaves no folder."""
-    log = run.path.resolve() / "console.log" if quiet else None
-    found = run.config().get("hardware")
-    hardware = found if isinstance(found, Mapping) else {}  # whoever damaged it, the worker tells of it
-    with slots(hardware) as chosen:
-        code = run_worker([str(run.path.resolve())], cwd, log, team(hardware), chosen)
-    if code == FAILED and not quiet and not run.result():  # it died, and could not say so itself
-        print(f"uft: continue it:  uft resume {shown(run.path)}", file=sys.stderr)
-    if code == BAD_REQUEST and fresh and not run.locked() and not run.result() and not run.steps:
-        said = log.read_text(encoding="utf-8", errors="replace") if log else ""
-        discard(run.path)
-        if log:  # what nobody has seen yet, without its head: it becomes part of another report
-            raise UftError(said.rpartition("in this request\n")[2].strip() or "the worker refused it")
-    return code
-
-
-def discard(folder: Path) -> None:
-    """Remove a run folder, and the folders that were made for it alone."""
-    shutil.rmtree(folder, ignore_errors=True)
-    for parent in folder.parents:
-        if not parent.is_relative_to(OUTPUTS) or any(parent.iterdir()):
-            break
-        parent.rmdir()
-
-
-def refuse_foreign(folder: Path) -> None:
-    """A run does not move into a folder that holds something else."""
-    if folder.exists() and not folder.is_dir():
-        raise UftError(Problem(f"run.dir={folder}", "is a file"))
-    if folder.is_dir() and {path.name for path in folder.iterdir()} - UNFINISHED_CREATION:
-        raise UftError(
-            Problem(f"run.dir={folder}", "the folder is not empty and is not a run", advice=("choose another folder",))
-        )
-
-
-def refuse_unwritable(folder: Path) -> None:
-    """Said before anything is read: a run that cannot write its folder cannot run."""
-    if why := unwritable(folder):
-        raise UftError(Problem(f"run.dir={shown(folder)}", why, advice=("choose another folder",)))
-
-
-def refuse_changes(run: Run, settings: Mapping[str, Any]) -> None:
-    """UftError with every key whose change would make another run of it."""
-    changes = [change for change in changed_keys(run, settings) if not free(change[0])]
+    changes = [change for change in changed_keys(run, settings) if not free(change[0])] if settings else []
     if changes:
-        problems = [Problem(key, f"{written(old)} -> {written(new)}", str(run.path)) for key, old, new in changes]
         footer = (
             "A run goes on under the configuration it began with (old -> new above).\n"
             f"Continue it as it is:  uft resume {run.path}\nor give the new run its own name or folder."
         )
+        problems = [Problem(key, f"{written(old)} -> {written(new)}", str(run.path)) for key, old, new in changes]
         raise UftError(*problems, footer=footer)
+    if run.status == "finished":
+        if not quiet:
+            print(f"uft: {run.path} is finished already; nothing to do")
+        return GOOD
+    if run.locked() and run.orphaned():  # its launcher was killed, so the worker saves a checkpoint and ends
+        print(f"uft: waiting for the last worker in {run.path} to save its checkpoint", flush=True)
+        while run.locked() and run.orphaned():
+            time.sleep(0.1)
+    if run.locked():
+        problem = Problem(str(run.path), "another process is working in this run folder")
+        raise UftError(problem, footer="See what runs:  uft ls")
+    refuse_unwritable(run.path)
+    if settings is not None:
+        write_atomically(run.config_file, to_yaml(settings))
+    return run_session(run, cwd=cwd, quiet=quiet)
 
 
 def changed_keys(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -190,24 +140,112 @@ def changed_keys(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, Any, 
     return differences(completed(began), settings)
 
 
-def check_sources(settings: Mapping[str, Any]) -> None:
-    """Read every row once, so that a bad one is told of before anything is written."""
-    problems: dict[Problem, None] = {}
-    for data in data_nodes(settings):
+def run_session(
+    run: Run, created: Collection[Path] | None = None, *, cwd: Path | None = None, quiet: bool = False
+) -> int:
+    """Start the worker on a run and wait for its end; the exit code.
+
+    `created`: of a new run, the folders that were made for it. They are removed again where the worker refuses the
+    request before its first step. Raises UftError with the worker's words then if `quiet`.
+    """
+    log = run.path.resolve() / "console.log" if quiet else None
+    hardware = run.config().get("hardware")
+    if not isinstance(hardware, Mapping):  # the file is damaged, and the worker will say how
+        hardware = {}
+    with gpu_pool(hardware) as gpus:
+        code = run_worker([str(run.path.resolve())], cwd, log, torchrun_arguments(hardware), gpus)
+    if code == FAILED and not quiet and not run.result():  # it died, and could not say so itself
+        print(f"uft: continue it:  uft resume {shown(run.path)}", file=sys.stderr)
+    if code == BAD_REQUEST and created is not None and not (run.locked() or run.result() or run.steps):
+        said = log.read_text(encoding="utf-8", errors="replace") if log else ""
+        for path in run.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # another run has come into one of them
+            for folder in (run.path, *run.path.parents):
+                if folder in created or folder.is_relative_to(OUTPUTS):
+                    folder.rmdir()
+        if log:  # without its head: it becomes part of the sweep's report
+            raise UftError(said.rpartition("in this request\n")[2].strip() or "the worker refused it")
+    return code
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """UftError where nothing can be written in `folder`, which need not exist yet."""
+    if why := unwritable(folder):
+        raise UftError(Problem(f"run.dir={shown(folder)}", why, advice=("choose another folder",)))
+
+
+# --- names of runs. Never an = or a comma in them: Hydra could not read them back.
+
+
+def slug(text: str) -> str:
+    """`text` as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._+]+", "-", text).strip("-.") or "none"
+
+
+def today(now: datetime | None = None) -> str:
+    return (now or datetime.now()).strftime("%Y-%m-%d")
+
+
+def single_run_dir(cfg: Mapping[str, Any], now: datetime | None = None) -> Path:
+    """The folder of a run that is no job of a sweep: `run.dir`, else outputs/DATE/NAME.
+
+    NAME is `run.name`, and the run of that name is continued; else it is objective and data (or stages), model, seed
+    and time of day, with a number where such a folder exists.
+    """
+    if cfg["run"]["dir"]:
+        return Path(cfg["run"]["dir"])
+    if cfg["run"]["name"]:
+        return OUTPUTS / today(now) / str(cfg["run"]["name"])
+    what = ("-then-".join(cfg["stages"]),) if cfg.get("stages") else (cfg["objective"]["name"], cfg["data"]["name"])
+    time_of_day = (now or datetime.now()).strftime("%H%M%S")
+    name = slug("-".join(map(str, (*what, cfg["model"]["name"], f"seed{cfg['seed']}", time_of_day))))
+    names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
+    return next(path for name in names if not (path := OUTPUTS / today(now) / name).exists())
+
+
+# --- provenance
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a result, without importing it."""
+    found = {"uft": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
         try:
-            _read_sources(to_yaml(data))
-        except UftError as error:
-            problems |= dict.fromkeys(error.problems)
-            footer = error.footer
-    if problems:
-        raise UftError(*problems, footer=footer)
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
 
 
-@lru_cache(maxsize=64)
-def _read_sources(data: str) -> None:
-    """Once per mixture: the jobs of a sweep share theirs. An exception is not remembered."""
-    import yaml
+def provenance() -> dict[str, Any]:
+    """For `run.json`. `code` is the repository of uft itself, `project` that of the working directory."""
 
-    from uft.data.sources import load_sources
+    def git(folder: Path, *arguments: str) -> str:
+        """Output of a git command; empty when git is missing, slow, or fails."""
+        command = ["git", "-C", str(folder), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout if done.returncode == 0 else ""
 
-    load_sources(yaml.safe_load(data))
+    def state(folder: Path) -> dict[str, Any]:
+        """Commit and a hash of uncommitted changes of the repository that `folder` is in; {} where there is none."""
+        commit = git(folder, "rev-parse", "HEAD")
+        changes = git(folder, "diff", "HEAD", "--no-ext-diff") if commit else ""
+        dirty = hashlib.sha256(changes.encode()).hexdigest()[:10] if changes else None
+        return {"commit": commit.strip(), "dirty": dirty} if commit else {}
+
+    here = Path(__file__).resolve()
+    return {
+        "versions": versions(),
+        "code": state(here.parent) if git(here.parent, "ls-files", "--error-unmatch", here.name) else {},
+        "project": state(Path.cwd()),
+        "command": sys.argv,
+        "cwd": str(Path.cwd()),
+        "host": platform.node(),
+    }

@@ -1,37 +1,51 @@
-"""The worker as a child: started in a session of its own, told of every signal, never left behind."""
+"""The worker as a child process: how it is started, gets its signals and ends; its GPUs and its ranks.
+
+The child has a session of its own, is sent every signal that this process gets, and is never left behind.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import signal
 import site
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from uft.errors import FAILED, INTERRUPTED, STOPPED
+from uft.errors import FAILED, INTERRUPTED, STOPPED, Problem, UftError
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_CODES = {number: INTERRUPTED if number == signal.SIGINT else STOPPED for number in FORWARDED}
+CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 COMMAND = (sys.executable, "-P", "-m", "uft.launch.worker")
-"""-P: a `datasets.py` in the folder one works in is not taken for the library."""
+"""-P: a `datasets.py` in the working directory is not imported in place of the library."""
 
-AGENT = (sys.executable, "-P", "-m", "uft.launch.agent")
+AGENT = (*COMMAND, "--elastic")
+"""Followed by the options of `torchrun` and the worker's command line."""
 
 PARENT = "UFT_PARENT_PID"
 PR_SET_PDEATHSIG = 1
 
+GRACE = 600
+"""Seconds that the ranks of a run have for their checkpoint once one of them failed or a signal came."""
+
+POLL = 0.5
+"""Seconds between two looks for free GPUs."""
+
 
 def die_with_parent() -> None:
-    """In a worker, first of all: when the launcher dies, even by SIGKILL, this process gets SIGTERM.
+    """Ask the kernel for SIGTERM when the parent dies, even by SIGKILL; the first thing a worker does.
 
-    Once the run listens to signals, that means a checkpoint and a clean stop. Until then a signal ends the process
-    without a traceback. Elsewhere than on Linux nothing can be asked of the kernel, and a worker outlives its parent.
+    Once the run handles signals, SIGTERM means a checkpoint and a clean stop. Until then a signal ends the process
+    without a traceback. Linux only: elsewhere a worker outlives its parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = os.environ.pop(PARENT, None)
@@ -51,13 +65,13 @@ def run_worker(
 ) -> int:
     """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code.
 
-    `team`: what torch's launcher is told where several processes do the work of one (:mod:`uft.launch.team`);
-    `more`: of its environment alone.
+    `team`: options of `torchrun` where several processes train one model (`torchrun_arguments`);
+    `more`: variables added to the child's environment.
 
-    With `log`, nothing of it is seen here: what it says besides its console.log, which is this file, goes there too.
+    With `log` (its console.log) nothing is printed here, and its stderr is appended to that file.
 
     The child has a session of its own, so that Ctrl-C on the terminal reaches it once, through us, and not twice.
-    A child that a signal of ours ended counts as stopped; one that anything else killed has failed.
+    A child that was ended by a signal we forwarded counts as stopped; one killed by anything else has failed.
     """
     sent, killed_before = list[int](), oom_kills()
     environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(more or {})}
@@ -79,8 +93,10 @@ def run_worker(
 
 
 def to_the_end(child: subprocess.Popen[bytes]) -> int:
-    """The child's exit code. Where something makes this process leave, the child saves its checkpoint first: a
-    scheduler's signal may be an exception here."""
+    """Wait for the child; its exit code.
+
+    An exception here (a scheduler's signal may be one) ends the child too, after its checkpoint.
+    """
     try:
         return child.wait()
     except BaseException:
@@ -91,7 +107,7 @@ def to_the_end(child: subprocess.Popen[bytes]) -> int:
 
 @contextmanager
 def said_in(log: Path | None) -> Iterator[dict[str, Any]]:
-    """Where a child's output goes: here, or nowhere and its complaints into the file `log`."""
+    """Output streams for a child: inherited ones, or with `log` no stdout and stderr appended to that file."""
     if log is None:
         yield {}
         return
@@ -100,7 +116,7 @@ def said_in(log: Path | None) -> Iterator[dict[str, Any]]:
 
 
 def cause(number: int, oom: int) -> str:
-    """Why a signal that nobody here sent may have come; `oom`: processes that ran out of memory meanwhile."""
+    """The probable reason for a signal that was not forwarded; `oom`: processes the kernel killed meanwhile."""
     if number != signal.SIGKILL:
         return " (a crash; where it was is above)" if number in CRASHES else ""
     if oom > 0:
@@ -108,11 +124,8 @@ def cause(number: int, oom: int) -> str:
     return " (by somebody, or for want of memory: dmesg says)"
 
 
-CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
-
-
 def oom_kills(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many processes of our control group the kernel has ended for want of memory (Linux, cgroup 2; else 0)."""
+    """Out-of-memory kills in this process's control group so far (Linux, cgroup 2; else 0)."""
     try:
         own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
         text = (cgroups / own / "memory.events").read_text()
@@ -122,7 +135,7 @@ def oom_kills(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def python_path() -> str:
-    """The child's PYTHONPATH: where this process has uft from comes first, unless it is installed there."""
+    """PYTHONPATH for a child: the folder that holds this `uft` comes first, unless it is an installed package."""
     root, rest = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")
     if root in (*site.getsitepackages(), site.getusersitepackages()):
         return rest
@@ -131,9 +144,9 @@ def python_path() -> str:
 
 @contextmanager
 def forwarding(sent: list[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """While inside, signals are noted in `sent` and passed on to the children in the list that is yielded.
+    """Append every signal to `sent` and forward it to the children in the list that is yielded.
 
-    SIGUSR2 is left to whoever listens to it already: submitit puts a job back in the queue by it.
+    SIGUSR2 is left alone where it has a handler: submitit puts a job back in the queue by it.
     """
     children: list[subprocess.Popen[bytes]] = []
 
@@ -149,3 +162,87 @@ def forwarding(sent: list[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def gpu_pool(hardware: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Reserve `hardware.processes` GPUs of `hardware.pool`; the environment variables that give them to a run.
+
+    Waits until enough are free at once, and holds none while it waits. {} without a pool, and where a scheduler has
+    chosen already. A GPU is reserved by a lock on a file that all users of this machine share; the kernel frees the
+    lock of a dead holder.
+    """
+    pool: Sequence[int] | None = hardware.get("pool")
+    if pool is None or "SLURM_JOB_ID" in os.environ:
+        yield {}
+        return
+    folder = Path(tempfile.gettempdir()) / "uft-gpus"
+    with suppress(FileExistsError):
+        folder.mkdir()
+        folder.chmod(0o1777)  # for all users, whatever the umask
+    while True:
+        with ExitStack() as held:
+            numbers: list[str] = []
+            for number in pool:
+                file = folder / f"{number}.lock"
+                try:
+                    handle = open(file, "rb")  # noqa: SIM115  # first: another user's file cannot be opened to create
+                except FileNotFoundError:
+                    handle = open(os.open(file, os.O_RDONLY | os.O_CREAT, 0o644), "rb")  # noqa: SIM115
+                held.enter_context(handle)
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    continue
+                numbers.append(str(number))
+                if len(numbers) == hardware.get("processes", 1):
+                    yield {"CUDA_VISIBLE_DEVICES": ",".join(numbers)}
+                    return
+        time.sleep(POLL)
+
+
+def torchrun_arguments(hardware: Mapping[str, Any]) -> list[str]:
+    """Options of `torch.distributed.run` for the configuration's `hardware`; none for a single process.
+
+    Raises UftError where the rank of this machine, or the place of the rendezvous, is neither configured nor Slurm's.
+    """
+    processes, nodes = hardware.get("processes", 1), hardware.get("nodes", 1)
+    if processes * nodes == 1:
+        return []
+    options = [
+        f"--nproc-per-node={processes}",
+        "--max-restarts=0",  # restarting in place hangs too often; `uft resume` starts fresh processes
+        "--monitor-interval=0.1",
+        f"--shutdown-timeout={GRACE}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
+    ]
+    if nodes == 1:
+        return [*options, "--standalone"]
+    rank, endpoint, job = node_rank(hardware), hardware["rendezvous"], os.environ.get("SLURM_JOB_ID")
+    if not endpoint:
+        names = os.environ.get("SLURM_JOB_NODELIST")
+        if names is None or job is None:
+            why = "where do the machines meet? This is no job of Slurm"
+            raise UftError(Problem("hardware.rendezvous=null", why, advice=("HOST:PORT of the first machine",)))
+        listed = subprocess.run(["scontrol", "show", "hostnames", names], capture_output=True, text=True, check=True)
+        endpoint = f"{listed.stdout.split()[0]}:{20000 + int(job) % 20000}"  # the same on all machines of the job
+    return [
+        *options,
+        f"--nnodes={nodes}",
+        f"--node-rank={rank}",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}",
+        f"--rdzv-id={job or endpoint}",
+        f"--rdzv-conf=is_host={str(rank == 0).lower()}",
+    ]
+
+
+def node_rank(hardware: Mapping[str, Any]) -> int:
+    """The rank of this machine: 0 makes the run folder, the others join. Raises UftError where it is not known."""
+    if hardware.get("nodes", 1) == 1:
+        return 0
+    given = hardware.get("node_rank")
+    if given is None and "SLURM_NODEID" not in os.environ:
+        why = "which of the machines is this? Nobody says"
+        raise UftError(Problem("hardware.node_rank=null", why, advice=("0 on the first, 1 on the second, ...",)))
+    return int(os.environ["SLURM_NODEID"]) if given is None else int(given)

@@ -1,140 +1,435 @@
-"""A sweep: jobs that are checked together before the first one starts, named by what varies, and all told of."""
+"""A sweep: jobs that are checked together before the first one starts, named by what varies, and run by any launcher.
+
+Its folder holds a run folder per job and `sweep.json`, what the sweep was asked for, so that jobs are known before they
+start and the sweep can be completed, extended and resumed:
+
+    {"format": 1, "name": ..., "made": time, "changed": time,
+     "commands": [{"words": [what followed `uft train`], "cwd": folder, "time": the last time it was given}],
+     "axes": {key: [values as typed]},
+     "jobs": [{"name": folder in the sweep's, "overrides": [...], "planned": time}]}
+
+Commands, axes and jobs of earlier sessions stay.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import glob
+import hashlib
+import itertools
+import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import CachingConfigRepository
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from uft.config.examine import Examined, examine, footer
-from uft.config.freeze import plain
+from uft.config.examine import Examined, examine, footer, quoted
+from uft.config.freeze import free, plain
 from uft.config.loader import Request
-from uft.errors import FAILED, Problem, UftError
-from uft.launch.names import sweep_dir, sweep_name
-from uft.launch.sweep_board import Board
-from uft.launch.sweep_check import METHODS, advised, apart, check_all_sources, problems_of, refuse_other_runs
-from uft.launch.sweep_file import record
-from uft.launch.sweep_jobs import Job, JobFailed, failures, unique_names
-from uft.runs import shown
+from uft.config.stages import data_nodes
+from uft.config.suggest import written
+from uft.config.translate import BROKEN
+from uft.errors import FAILED, INTERRUPTED, STOPPED, Problem, UftError
+from uft.launch.launcher import OUTPUTS, changed_keys, slug, today
+from uft.launch.sweep_table import SweepTable
+from uft.runs import SWEEP_FILE, Run, read_json, shown, write_json
 
 MANY = 20  # jobs that take seconds to check
+LONGEST = 120  # characters of a name; file systems allow 255
+METHODS = ("objective", "experiment")
+"""Keys that tell apart the jobs of several commands that write into one named sweep."""
+STOPS = {STOPPED: "stopped by a signal", INTERRUPTED: "interrupted"}
+JOB_KEYS = ("++run.dir=", "++sweep.name=")
+"""Overrides that a sweep adds to its jobs: they tell a job, in whatever process it runs, where it belongs."""
+AGAIN = "To go on, run the same command again: finished jobs are skipped, the others continue."
 
 
-def expand(lines: Sequence[str], loader: ConfigLoaderImpl) -> tuple[list[list[str]], dict[str, list[str]]]:
-    """(the overrides of every job of the grid, the values of every key that varies).
+class JobFailed(Exception):
+    """A job of a sweep did not finish. Carries plain values: launchers send it between processes."""
 
-    A later line about a key replaces an earlier one: the command line, what a file sweeps. Raises HydraException for
-    what is no grid.
-    """
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(lines))
-    batches = BasicSweeper.split_arguments(overrides, None)
-    jobs = [job for batch in batches for job in batch]
-    axes = dict.fromkeys(override.get_key_element() for override in overrides if override.is_sweep_override())
-    return jobs, {axis: values_of(axis, jobs) for axis in axes}
+    def __init__(self, code: int, folder: str, message: str) -> None:
+        super().__init__(code, folder, message)
+        self.code, self.folder, self.message = code, folder, message
 
-
-def remembering(loader: ConfigLoaderImpl) -> ConfigLoaderImpl:
-    """A loader that reads no file twice, and finds out once which files a choice of groups draws in.
-
-    For the check of jobs that mostly differ in values: half of its time goes there.
-    """
-    quick = copy(loader)
-    quick.repository = CachingConfigRepository(loader.repository)  # type: ignore[assignment]
-    found: dict[tuple[str | None, tuple[str, ...]], Any] = {}
-
-    def compute_defaults_list(config_name: str | None, overrides: list[str], run_mode: RunMode) -> Any:
-        key = (config_name, tuple(overrides))
-        if key not in found:
-            found[key] = ConfigLoaderImpl.compute_defaults_list(quick, config_name, overrides, run_mode)
-        return found[key]
-
-    quick.compute_defaults_list = compute_defaults_list  # type: ignore[method-assign]
-    return quick
-
-
-def values_of(axis: str, jobs: Sequence[Sequence[str]]) -> list[str]:
-    pairs = (line.partition("=")[::2] for job in jobs for line in job)
-    return list(dict.fromkeys(value for key, value in pairs if key == axis))
-
-
-def examine_jobs(request: Request, loader: ConfigLoaderImpl) -> tuple[list[Problem], str]:
-    """The problems of every job of a request, together, and the last lines of what is said about them."""
-    jobs, axes = expand(request.overrides, loader)
-    quick = remembering(loader)
-    examined = [examine(replace(request, overrides=tuple(job)), quick) for job in jobs]
-    return problems_of(examined, jobs, list(axes)), closing(examined, jobs, list(axes), request.overrides)
-
-
-def closing(examined: Sequence[Examined], jobs: Sequence[Sequence[str]], axes: list[str], typed: Sequence[str]) -> str:
-    """The last lines of a refusal: what would do, and how to look."""
-    return advised(footer(examined[0]), apart(examined, jobs, axes, typed))
+    @property
+    def stopped(self) -> bool:
+        """By a signal, which is meant for the whole sweep."""
+        return self.code in STOPS
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What all jobs of a sweep share: the request they come from, and what varies between them."""
+class Job:
+    """The overrides of a job as typed, its run folder, and its resolved configuration."""
 
-    config: DictConfig
-    loader: ConfigLoaderImpl
-    typed: tuple[str, ...]  # the words of the command line, but for Hydra's own
+    overrides: tuple[str, ...]
+    folder: Path
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def arguments(self) -> list[str]:
+        """The overrides for Hydra's launcher."""
+        values = (str(self.folder), self.folder.parent.name)
+        return [*self.overrides, *(key + quote(value) for key, value in zip(JOB_KEYS, values, strict=True))]
+
+
+def quote(text: str) -> str:
+    """A value of Hydra's grammar that is exactly this text."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def is_sweep_job(overrides: Sequence[str]) -> bool:
+    """Whether these are the overrides of a job of a sweep."""
+    return any(line.startswith(JOB_KEYS[0]) for line in overrides)
+
+
+def typed_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a job without those that the sweep added."""
+    return [line for line in overrides if not line.startswith(JOB_KEYS)]
+
+
+def failure_reason(code: int, folder: Path) -> str:
+    """One line about a job that did not finish: its error, else the last line that it or its launcher printed."""
+    if code in STOPS:
+        return STOPS[code]
+    run = Run(folder)
+    if error := str(run.result().get("error") or "").strip():
+        return error.splitlines()[0]
+    log = run.path / "console.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    return lines[-1].removeprefix("uft: ") if lines else f"ended without a result, exit code {code}"
+
+
+# --- the grid and its checks
+
+
+def expand(lines: Sequence[str], loader: ConfigLoader) -> tuple[list[list[str]], dict[str, list[str]]]:
+    """(the overrides of every job of the grid, the values of every key that varies).
+
+    A later line about a key replaces an earlier one: the command line, what a file sweeps. Raises HydraException for
+    a line that cannot be parsed, UftError for an interval.
+    """
+    values: dict[str, list[str]] = {}
+    swept: dict[str, None] = {}
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(list(lines)):
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [override.get_value_element_as_str()]
+            continue
+        if not override.is_discrete_sweep():
+            why, advice = "an interval is no list of values", "list the values, or search it:  hydra/sweeper=uft_optuna"
+            raise UftError(Problem(str(override.input_line), why, "command line", (advice,)))
+        values[key] = list(override.sweep_string_iterator())
+        swept[key] = None
+    jobs = [[f"{key}={v}" for key, v in zip(values, job, strict=True)] for job in itertools.product(*values.values())]
+    return jobs, {key: list(dict.fromkeys(values[key])) for key in swept}
+
+
+def examine_jobs(request: Request, loader: ConfigLoader) -> tuple[list[Problem], str]:
+    """The problems of every job of a request, together, and the footer of the refusal."""
+    jobs, axes = expand(request.overrides, loader)
+    examined = compose_jobs(request, jobs, caching(loader))
+    return job_problems(examined, jobs, axes), sweep_footer(examined, jobs, axes, request.overrides)
+
+
+def compose_jobs(request: Request, jobs: Sequence[Sequence[str]], loader: Any) -> list[Examined]:
+    """`request` composed and checked with the overrides of every job."""
+    return [examine(replace(request, overrides=tuple(job)), loader) for job in jobs]
+
+
+def caching(loader: ConfigLoader) -> ConfigLoader:
+    """A loader that reads no file twice, and finds out once which files a choice of groups draws in.
+
+    Jobs mostly differ in values, and half of the time of their check is spent on that.
+    """
+    quick: Any = copy(loader)
+    quick.repository = copy(quick.repository)
+    quick.repository.load_config = cache(quick.repository.load_config)
+    compute_defaults = quick.compute_defaults_list
+    cached = cache(lambda name, overrides, mode: compute_defaults(name, list(overrides), mode))
+    quick.compute_defaults_list = lambda config_name, overrides, run_mode: cached(
+        config_name, tuple(overrides), run_mode
+    )
+    return quick
+
+
+def job_problems(
+    examined: Sequence[Examined], jobs: Sequence[Sequence[str]], axes: Mapping[str, Sequence[str]]
+) -> list[Problem]:
+    """The problems over all jobs: one per key and reason, with the number of jobs that have it."""
+    found: dict[tuple[str, str], dict[int, Problem]] = {}
+    for number, one in enumerate(examined):
+        for problem in one.problems:
+            found.setdefault((key_of(problem.what), problem.why), {})[number] = problem
+    problems = []
+    for having in found.values():
+        number, problem = next(iter(having.items()))
+        if len(having) < len(jobs):
+            varying = " ".join(line for line in jobs[number] if key_of(line) in axes)
+            more = f"in {len(having)} of {len(jobs)} jobs, the first is  {varying}"
+            problem = replace(problem, advice=(*problem.advice, more))
+        problems.append(problem)
+    folder = next((line for line in jobs[0] if line.lstrip("+").startswith("run.dir=")), None)
+    if len(jobs) > 1 and folder and key_of(folder) not in axes:
+        advice = ("the folder of a sweep is named by  sweep.name=...",)
+        problems.append(Problem(folder, f"one folder for {len(jobs)} jobs", "command line", advice))
+    return problems
+
+
+def key_of(line: str) -> str:
+    return line.partition("=")[0]
+
+
+def sweep_footer(
+    examined: Sequence[Examined],
+    jobs: Sequence[Sequence[str]],
+    axes: Mapping[str, Sequence[str]],
+    typed: Sequence[str],
+) -> str:
+    """The footer of a refusal. Where the command line (`typed`) sweeps objectives and keys that only some of them have,
+    it begins with the commands that do it: one per set of objectives with the same keys."""
+    last = footer(examined[0])
+    axis = next((name for name in METHODS if name in axes), None)
+    lacking: dict[str, set[str]] = {}  # objective -> keys that it does not have
+    for job, one in zip(jobs, examined, strict=True):
+        for method in (line.partition("=")[2] for line in job if key_of(line) == axis):
+            lacking.setdefault(method, set()).update(
+                key_of(problem.what)
+                for problem in one.problems
+                if problem.what.lstrip("+").startswith("objective.") and problem.why.startswith("no such key")
+            )
+    groups = {frozenset(keys): [method for method, own in lacking.items() if own == keys] for keys in lacking.values()}
+    typed_keys = {key_of(word) for word in typed}
+    if len(groups) < 2 or not frozenset().union(*groups) <= typed_keys or axis not in typed_keys:
+        return last
+    named = "sweep.name" in typed_keys
+    name = [] if named else [f"sweep.name={slug('-'.join(key.rpartition('.')[2] for key in axes))}"]
+    lines = ["Sweep them apart, into one folder; `uft compare` takes it as one sweep:"]
+    for without, methods in groups.items():
+        own = f"{axis}={','.join(methods)}"
+        words = [own if key_of(word) == axis else word for word in typed if key_of(word) not in without]
+        lines.append(f"  uft train -m {' '.join(map(quoted, [*words, *name]))}")
+    return "\n".join([*lines, "", last])
+
+
+def check_rows(settings: Sequence[Mapping[str, Any]]) -> None:
+    """Parse the rows of every mixture of the sweep, each once in this process. Raises UftError with all bad ones."""
+    problems: dict[Problem, None] = {}
+    last = ""
+    distinct: dict[str, None] = {}
+    for node in (node for one in settings for node in data_nodes(one)):
+        sources = {name: {**source, "share": None} for name, source in node["sources"].items()}
+        distinct[json.dumps({**node, "name": "", "ratio": None, "sources": sources}, sort_keys=True)] = None
+    for data in distinct:
+        try:
+            _parse_rows(data, os.getcwd())
+        except UftError as error:
+            problems |= dict.fromkeys(error.problems)
+            last = error.footer or last
+    if problems:
+        raise UftError(*problems, footer=last)
+
+
+@cache
+def _parse_rows(data: str, working_directory: str) -> None:
+    from uft.data.sources import load_sources
+
+    load_sources(json.loads(data))
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What all jobs of a sweep share: the request they come from, and the values of every key that varies."""
+
+    config: DictConfig  # as composed by Hydra; only its `hydra` node is read
+    loader: ConfigLoader
+    typed: tuple[str, ...]  # the words of the command line, without Hydra's own
     axes: Mapping[str, Sequence[str]]
-    trains: bool = field(init=False)  # whether jobs leave run folders
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "trains", self.config.hydra.job.name == "train")
-        object.__setattr__(self, "loader", remembering(self.loader))
+        object.__setattr__(self, "loader", caching(self.loader))
+
+    @property
+    def verb(self) -> str:
+        return str(self.config.hydra.job.name)
 
     def jobs(self, lines: Sequence[Sequence[str]]) -> tuple[Job, ...]:
-        """The jobs with these overrides, checked. Raises UftError with the problems of all of them."""
-        axes = list(self.axes)
-        hydras = tuple(self.config.hydra.overrides.hydra)
-        examined = [examine(Request((*hydras, *job), self.config.hydra.job.config_name), self.loader) for job in lines]
-        problems = problems_of(examined, lines, axes)
-        if problems:
-            raise UftError(*problems, footer=closing(examined, lines, axes, self.typed))
+        """The jobs with these overrides, checked. Raises UftError with the problems of all of them: their
+        configurations, their rows, and runs in their folders that have another configuration."""
+        hydra = self.config.hydra
+        own = tuple(hydra.overrides.hydra)
+        request = Request(config_name=hydra.job.config_name)
+        examined = compose_jobs(request, [(*own, *line) for line in lines], self.loader)
+        if problems := job_problems(examined, lines, self.axes):
+            raise UftError(*problems, footer=sweep_footer(examined, lines, self.axes, self.typed))
         settings = [plain(one.tree) for one in examined]
-        check_all_sources(settings)
-        jobs = self.named(lines, examined[0])
-        refuse_other_runs(jobs, settings)
+        check_rows(settings)
+        sweep, prefix = settings[0]["sweep"]["name"], settings[0]["run"]["name"]
+        # commands that share a folder by its name must not share the names of their jobs
+        names = job_names(lines, list(dict.fromkeys([*(METHODS if sweep else ()), *self.axes])), prefix)
+        if str(hydra.sweep.dir) != ".":
+            folder = Path(str(hydra.sweep.dir))
+        else:
+            fixed = [line for line in lines[0] if key_of(line) not in self.axes]
+            folder = sweep_dir(sweep or sweep_name(list(self.axes), fixed))
+        found = zip(lines, names, settings, strict=True)
+        jobs = tuple(Job(tuple(line), folder / name, one) for line, name, one in found)
+        refuse_other_runs(jobs)
         return jobs
 
-    def named(self, lines: Sequence[Sequence[str]], first: Examined) -> tuple[Job, ...]:
-        """Every job in its folder."""
-        # commands that share a folder by its name must not share the names of their jobs
-        named = [*(METHODS if first.tree.sweep.name else ()), *self.axes]
-        names = unique_names(lines, list(dict.fromkeys(named)), first.tree.run.name)
-        folder = self.folder(lines[0], first)
-        return tuple(Job(tuple(job), folder / name) for job, name in zip(lines, names, strict=True))
 
-    def folder(self, line: Sequence[str], first: Examined) -> Path:
-        """`hydra.sweep.dir` if somebody set it, else outputs/DATE/NAME."""
-        chosen = str(self.config.hydra.sweep.dir)
-        if chosen != ".":
-            return Path(chosen)
-        fixed = [word for word in line if word.partition("=")[0] not in self.axes]
-        return sweep_dir(first.tree.sweep.name or sweep_name(list(self.axes), fixed))
+def refuse_other_runs(jobs: Sequence[Job]) -> None:
+    """UftError where runs that exist in the sweep's folder have another configuration than the jobs of their names."""
+    found: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        run = Run(job.folder)
+        try:
+            changes = changed_keys(run, job.settings) if run.exists else []
+        except BROKEN:  # the job will tell of it, and the others can do without
+            continue
+        for key, old, new in changes:
+            if not free(key):
+                found.setdefault((key, f"{written(old)} -> {written(new)}"), []).append(job)
+    if found:
+        problems = [
+            Problem(key, why, f"{len(having)} of {len(jobs)} jobs, the first is {having[0].name}")
+            for (key, why), having in found.items()
+        ]
+        last = (
+            f"{jobs[0].folder.parent} holds runs with another configuration (old -> new above), and a run goes on\n"
+            "under the one it began with. Give this sweep a name of its own:  sweep.name=..."
+        )
+        raise UftError(*problems, footer=last)
+
+
+# --- names. Never an = or a comma in them: Hydra could not read them back.
+
+
+def short_hash(text: str, digits: int = 6) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
+
+def job_names(jobs: Sequence[Sequence[str]], axes: Sequence[str], prefix: str | None = None) -> list[str]:
+    """A name per job, of the axes that vary: `ift-beta0.1-ratio0.5-seed1`.
+
+    A value of a group stands alone, one of a key after the key's last part, or after two parts where one is ambiguous
+    (`optim.lr` and `model.lr`). A value that cannot be written in a folder's name gets a hash, which depends on that
+    value alone: a job keeps its name when the grid grows. So do jobs that would have the same name.
+    """
+    keys = [axis.lstrip("+~") for axis in axes]
+    leaves = Counter(key.rpartition(".")[2] for key in keys)
+    names = []
+    for job in jobs:
+        values, parts = dict(line.partition("=")[::2] for line in job), []
+        for axis, key in zip(axes, keys, strict=True):
+            leaf = key.rpartition(".")[2]
+            label = leaf if leaves[leaf] == 1 else ".".join(key.split(".")[-2:])
+            if axis in values:
+                value, text = values[axis], slug(values[axis])
+                exact = text == value or text == value.lstrip("-") != value
+                parts.append(("" if "." not in key and key != "seed" else label) + text)
+                parts += [] if exact else [short_hash(value, 4)]
+        name = "-".join(parts) or "run"
+        names.append(name if len(name) <= LONGEST else f"{name[:LONGEST]}-{short_hash(name)}")
+    counts = Counter(names)
+    named = zip(names, jobs, strict=True)
+    names = [f"{name}-{short_hash(repr(sorted(job)))}" if counts[name] > 1 else name for name, job in named]
+    return [f"{prefix}-{name}" if prefix else name for name in names]
+
+
+def sweep_name(axes: Sequence[str], fixed: Sequence[str]) -> str:
+    """A sweep by its file (`sweep=NAME`), else by its swept keys, and a hash of the overrides that are the same in all
+    jobs, but for keys that change no result."""
+    typed = {line: key_of(line).lstrip("+~") for line in fixed}
+    that_matter = sorted(line for line, key in typed.items() if not (free(key) or free(f"{key}.")))
+    file = next((line.partition("=")[2] for line in fixed if line.startswith("sweep=")), "")
+    keys = slug(file) if file else "-".join(slug(axis.lstrip("+~").rpartition(".")[2]) for axis in axes) or "sweep"
+    return f"{keys[:LONGEST]}-{short_hash(repr((sorted(axes), that_matter)))}"
+
+
+def sweep_dir(name: str, now: datetime | None = None) -> Path:
+    """outputs/DATE/NAME: today's, or the newest one of that name, so that a sweep can be completed on another day."""
+    earlier = sorted(OUTPUTS.glob(f"*/{glob.escape(name)}")) if OUTPUTS.is_dir() else []
+    return earlier[-1] if earlier else OUTPUTS / today(now) / name
+
+
+# --- sweep.json
+
+_resuming: list[Path] = []  # the sweep that `uft resume` continues: its commands are written down already
+
+
+def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]) -> None:
+    """Write down that these jobs are to run in `folder`, by the command line of this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # another command may add to this sweep
+        before, time = read_json(folder / SWEEP_FILE), datetime.now().astimezone().isoformat(timespec="seconds")
+        commands, command = before.get("commands", []), {"words": sys.argv[1:], "cwd": str(Path.cwd())}
+        if not _resuming:
+            others = [one for one in commands if {key: one.get(key) for key in command} != command]
+            commands = [*others, {**command, "time": time}]
+        added = {job.name: {"name": job.name, "overrides": list(job.overrides), "planned": time} for job in jobs}
+        known = {job["name"]: job for job in before.get("jobs", ())}
+        old = before.get("axes", {})
+        sweep = {
+            "format": 1,
+            "name": folder.name,
+            "made": before.get("made", time),
+            "changed": time,
+            "commands": commands,
+            "axes": {key: list(dict.fromkeys([*old.get(key, ()), *axes.get(key, ())])) for key in {**old, **axes}},
+            "jobs": list({**known, **{name: job for name, job in added.items() if name not in known}}.values()),
+        }
+        write_json(folder / SWEEP_FILE, sweep)
+    finally:
+        os.close(handle)
+
+
+def swept_keys(folder: Path) -> list[str]:
+    """The keys that a sweep varies."""
+    return list(read_json(folder / SWEEP_FILE).get("axes", ()))
+
+
+@contextmanager
+def resuming(folder: Path) -> Iterator[list[tuple[list[str], Path]]]:
+    """(words, working directory) of every command that the sweep in `folder` was asked for by.
+
+    Commands that are given in this context are part of that sweep and no new requests.
+    """
+    commands = read_json(folder / SWEEP_FILE).get("commands", ())
+    _resuming.append(folder)
+    try:
+        yield [(list(command["words"]), Path(command["cwd"])) for command in commands]
+    finally:
+        _resuming.pop()
+
+
+# --- running the jobs
 
 
 @dataclass
-class Sitting:
-    """Jobs on their way through a launcher: watched while they run, their failures collected."""
+class SweepSession:
+    """Runs jobs through a launcher, shows them in the table and collects their failures."""
 
     launcher: Launcher
-    board: Board | None
+    table: SweepTable | None
     failed: dict[Job, JobFailed] = field(default_factory=dict)
     launched: int = 0
 
@@ -144,7 +439,7 @@ class Sitting:
         return [failure.code for failure in self.failed.values() if failure.stopped]
 
     def launch(self, jobs: Sequence[Job]) -> Sequence[JobReturn]:
-        """Hand jobs to Hydra's launcher, which returns when all of them have ended."""
+        """Give jobs to Hydra's launcher, which returns when all of them have ended."""
         try:
             results = self.launcher.launch([job.arguments for job in jobs], initial_job_idx=self.launched)
         except RuntimeError as error:
@@ -153,81 +448,73 @@ class Sitting:
             advice = ("on a machine from which sbatch works, or with another  hardware=",)
             raise UftError(Problem("hydra/launcher", str(error), advice=advice)) from error
         self.launched += len(jobs)
-        failed = dict(failures(jobs, results))
-        self.failed = {job: why for job, why in self.failed.items() if job not in jobs} | failed
-        if self.board:
-            self.board.end(jobs, failed)
+        for job, result in zip(jobs, results, strict=True):
+            self.failed.pop(job, None)
+            status, why = "finished", ""
+            if result.status != JobStatus.COMPLETED:
+                failure = result._return_value  # `return_value` would print it, and raise it
+                if isinstance(failure, UftError):
+                    said = (": ".join(filter(None, (problem.what, problem.why))) for problem in failure.problems)
+                    failure = JobFailed(failure.code, str(job.folder), "\n".join(said))
+                elif not isinstance(failure, JobFailed):
+                    failure = JobFailed(FAILED, str(job.folder), f"{type(failure).__name__}: {failure}")
+                self.failed[job] = failure
+                status, why = "stopped" if failure.stopped else "failed", failure.message
+            if self.table:
+                self.table.end(job.folder, status, why)
         return results
 
     def report(self, count: int, last: str) -> int:
-        """Tell of every job that did not finish, then `last`; the exit code of the sweep."""
-        stopped, lost = self.stopped, len(self.failed) - len(self.stopped)
+        """Print every job that did not finish, then `last`; the exit code of the sweep."""
+        lost = len(self.failed) - len(self.stopped)
         head = [f"{lost} of {count} jobs failed"] if lost else []
-        head += ["the sweep was stopped"] if stopped else []
+        head += ["the sweep was stopped"] if self.stopped else []
         lines = ["", f"uft: {' and '.join(head)}", ""]
         for job, failure in self.failed.items():
             said = [f"      {line}".rstrip() for line in failure.message.splitlines()]
             lines += [f"  {job.name}", *said, f"      {job.folder}", ""]
         print("\n".join([*lines, last]), file=sys.stderr)
-        return stopped[0] if stopped else FAILED
+        return self.stopped[0] if self.stopped else FAILED
 
 
-AGAIN = "To go on, run the same command again: finished jobs are skipped, the others continue."
-
-
-def run_grid(plan: Plan, lines: Sequence[Sequence[str]], launcher: Launcher, batch_size: int | None) -> list:
+def run_grid(
+    plan: SweepPlan, lines: Sequence[Sequence[str]], launcher: Launcher, batch_size: int | None
+) -> list[Sequence[JobReturn]]:
     """Check every job, then run them, `batch_size` at a time (None: all at once). Exits unless all went well.
 
     A job that was stopped by a signal stops the sweep; a job that failed does not.
     """
     if len(lines) > MANY:
         print(f"uft: checking {len(lines)} jobs", flush=True)
-    if len(lines) > 1 and plan.trains and os.environ.get("WANDB_SWEEP_ID"):
+    trains = plan.verb == "train"
+    if len(lines) > 1 and trains and os.environ.get("WANDB_SWEEP_ID"):
         advice = ("leave out -m, or let W&B vary the keys: docs/sweeps.md",)
         raise UftError(Problem(f"{len(lines)} jobs", "a W&B agent asks for one run at a time", "command line", advice))
     jobs = plan.jobs(lines)
-    if plan.config.hydra.job.name == "config":
-        jobs = listed(jobs, plan.axes)
-    folder, size = jobs[0].folder.parent, batch_size or len(jobs)
-    board = begin(folder, jobs, plan.axes) if plan.trains else None
-    sitting, results = Sitting(launcher, board), []
-    with board or nullcontext():
+    if plan.verb == "config":  # the whole configuration of the first job will do for all of them
+        print(f"# {len(jobs)} jobs; below is the first one's configuration")
+        for job in jobs:
+            print(f"#   {' '.join(word for word in job.overrides if key_of(word) in plan.axes)}")
+        jobs = jobs[:1]
+    folder, size, table = jobs[0].folder.parent, batch_size or len(jobs), None
+    if trains:
+        record_sweep(folder, jobs, plan.axes)
+        print(f"uft: {len(jobs)} job{'s' if len(jobs) != 1 else ''} in {shown(folder)}", flush=True)
+        table = SweepTable(folder.name)
+        table.add(job.folder for job in jobs)
+    session, results = SweepSession(launcher, table), []
+    with table or nullcontext():
         for start in range(0, len(jobs), size):
             batch = jobs[start : start + size]
-            if board is None and len(jobs) > 1:
-                announce(batch, start, len(jobs))
-            results.append(sitting.launch(batch))
-            if sitting.stopped:
+            if table is None and len(jobs) > 1:
+                for number, job in enumerate(batch, start + 1):
+                    print(f"\nuft: job {number} of {len(jobs)}: {job.name}", flush=True)
+            results.append(session.launch(batch))
+            if session.stopped:
                 break
-    if sitting.failed:
-        raise SystemExit(sitting.report(len(jobs), f"{AGAIN} Or:\n  uft resume {shown(folder)}" if board else AGAIN))
-    if plan.trains:
-        print(f"\nuft: {whole(len(jobs))} done.  Compare:  uft compare {shown(folder)}")
+    if session.failed:
+        raise SystemExit(session.report(len(jobs), f"{AGAIN} Or:\n  uft resume {shown(folder)}" if trains else AGAIN))
+    if trains:
+        done = f"all {len(jobs)} jobs are" if len(jobs) > 1 else "the one job is"
+        print(f"\nuft: {done} done.  Compare:  uft compare {shown(folder)}")
     return results
-
-
-def whole(count: int) -> str:
-    return f"all {count} jobs are" if count > 1 else "the one job is"
-
-
-def listed(jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]) -> tuple[Job, ...]:
-    """Print what varies between the jobs; the first one, whose whole configuration will do for all of them."""
-    lines = [" ".join(word for word in job.overrides if word.partition("=")[0] in axes) for job in jobs]
-    print(
-        "\n".join([f"# {len(jobs)} jobs; below is the first one's configuration", *(f"#   {line}" for line in lines)])
-    )
-    return tuple(jobs[:1])
-
-
-def begin(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]) -> Board:
-    """Write down what is to run, say where, and watch it."""
-    record(folder, jobs, axes)
-    print(f"uft: {len(jobs)} job{'s' if len(jobs) != 1 else ''} in {shown(folder)}", flush=True)
-    board = Board(folder.name)
-    board.add(jobs)
-    return board
-
-
-def announce(jobs: Sequence[Job], start: int, count: int) -> None:
-    for number, job in enumerate(jobs, start + 1):
-        print(f"\nuft: job {number} of {count}: {job.name}", flush=True)

@@ -1,29 +1,34 @@
-"""Configurations: runs that differ in their seed alone are one group; axes are the keys by which groups differ.
+"""Configurations: runs that differ in their seed alone form one group; axes are the keys that tell groups apart.
 
-Keys that cannot change a result do not split a group. A sweep over objectives changes many keys at once; of those,
-only what is not settled by another axis stays an axis, so that a group is named by what was really chosen.
+Keys that cannot change a result do not split a group. A sweep over objectives changes many keys at once; a key whose
+value is determined by the other axes is no axis, so that a group is named by the choices that were made.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from uft.config.freeze import ABSENT, free
-from uft.report.load import Loaded
-from uft.report.versions import OBJECTIVE_NAME, completed, frozen
-from uft.report.words import as_value, shorten
+from uft.config.schema import Config, Source
+from uft.config.suggest import written
+from uft.errors import Problem, UftError
+from uft.report.runs import LoadedRun
+from uft.report.text import config_value, listed, truncated
 
-SEED, SEEDS = "seed", "seeds."
+OBJECTIVE, OBJECTIVE_NAME, SOURCES = "objective.", "objective.name", "data.sources."
 STAGE, IN_STAGE = re.compile(r"stages\.[^.]+\."), re.compile(r"^stages\.[^.]+\.config\.")
 NO_RESULT = ("data.cache", "eval.best", "eval.best_mode", "eval.before", "eval.samples")
-"""Beside what `free` knows: nothing here touches the last weights or the last figures."""
-
+"""Keys, beside those that `free` knows, that change neither the last weights nor the last metrics."""
+OWN = ("run.", "sweep.")  # a run's name and place, which differ by nature
 LONGEST_NAME, LONGEST_VALUE = 100, 40
 
+Flat = dict[str, Any]  # by dotted key
 Column = Mapping[int, Any]
 """A key's value by the number of the run; runs that lack the key are left out."""
 
@@ -37,8 +42,8 @@ class Axis:
 
     @property
     def values(self) -> list[Any]:
-        """Distinct, in order, without null."""
-        found = {frozen(value): value for value in self.column.values() if value is not None}
+        """Distinct values in order, without null."""
+        found = {hashable(value): value for value in self.column.values() if value is not None}
         return sorted(found.values(), key=rank)
 
     @property
@@ -64,21 +69,36 @@ class Grouping:
     varying: tuple[str, ...]  # every key that differs between groups
 
 
-def grouping(runs: Sequence[Loaded], seed_keys: Sequence[str] = ()) -> Grouping:
+def grouping(runs: Sequence[LoadedRun], seed_keys: Sequence[str] = ()) -> Grouping:
     """Axes and groups of the runs whose configuration can be read. Seeds are `seed_keys`, else seed and seeds.*"""
     configs = {number: with_stages(run.config) for number, run in enumerate(runs) if run.config}
-    completed(configs.values())
-    seeds = {number: seed_of({k: v for k, v in c.items() if is_seed(k, seed_keys)}) for number, c in configs.items()}
-    keys = [key for key in all_keys(configs.values()) if matters(key) and not is_seed(key, seed_keys)]
-    columns = {key: {number: c[key] for number, c in configs.items() if key in c} for key in keys}
-    differing = {key: column for key, column in columns.items() if len(set(said(column, configs))) > 1}
-    members: dict[Hashable, list[int]] = {}
-    for number, signature in zip(configs, rows(differing, configs), strict=True):
-        members.setdefault(signature, []).append(number)
-    typed = swept({number: runs[number].overrides for number in configs}, differing, list(members.values()))
-    axes = tuple(Axis(key, column) for key, column in chosen(typed, differing, list(configs)).items())
-    groups = [make_group(numbers, axes, configs[numbers[0]]) for numbers in members.values()]
-    return Grouping(axes, named(groups, axes), seeds, tuple(differing))
+    fill_defaults(list(configs.values()))
+    columns: dict[str, Column] = {}
+    signatures: dict[str, tuple[Hashable, ...]] = {}  # of the keys that vary: a comparable value for every run
+    for key in all_keys(configs.values()):
+        inner = IN_STAGE.sub("", key)
+        if free(inner) or inner in NO_RESULT or is_seed(key, seed_keys):
+            continue
+        column = {number: config[key] for number, config in configs.items() if key in config}
+        signature = signature_of(column, configs)
+        if len(set(signature)) > 1:
+            columns[key], signatures[key] = column, signature
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for place, number in enumerate(configs):
+        members[tuple(signature[place] for signature in signatures.values())].append(number)
+    typed = swept({number: runs[number].overrides for number in configs}, columns, list(members.values()))
+    axes = choose_axes(typed, columns, list(configs))
+    groups = [
+        Group(
+            name="",
+            config={axis.key: axis.column[numbers[0]] for axis in axes if numbers[0] in axis.column},
+            objective=str(configs[numbers[0]].get(OBJECTIVE_NAME, "")),
+            runs=tuple(numbers),
+        )
+        for numbers in members.values()
+    ]
+    seeds = {number: seed_of(config, seed_keys) for number, config in configs.items()}
+    return Grouping(axes, named(groups, axes), seeds, tuple(columns))
 
 
 def all_keys(tables: Iterable[Mapping[str, Any]]) -> dict[str, None]:
@@ -86,142 +106,148 @@ def all_keys(tables: Iterable[Mapping[str, Any]]) -> dict[str, None]:
     return dict.fromkeys(key for table in tables for key in table)
 
 
-def with_stages(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, its objective those of all its stages where it has some: `sft+dpo`.
+def with_stages(config: Mapping[str, Any]) -> Flat:
+    """The configuration, its objective those of all its training stages where it has some: `sft+dpo`.
 
-    A stage says of its objective what differs from the run's, which is the last stage's.
+    A stage's configuration holds what differs from the run's, which is the last stage's.
     """
-    names = dict.fromkeys(found[0] for key in config if (found := STAGE.match(key)))
-    fits = [name for name in names if config.get(f"{name}do", "fit") == "fit"]
+    stages = dict.fromkeys(found[0] for key in config if (found := STAGE.match(key)))
+    training = [stage for stage in stages if config.get(f"{stage}do", "fit") == "fit"]
     last = config.get(OBJECTIVE_NAME)
-    joined = "+".join(str(config.get(f"{name}config.{OBJECTIVE_NAME}", last)) for name in fits)
+    joined = "+".join(str(config.get(f"{stage}config.{OBJECTIVE_NAME}", last)) for stage in training)
     return {**config, OBJECTIVE_NAME: joined} if joined else dict(config)
+
+
+def fill_defaults(configs: Sequence[Flat]) -> None:
+    """Give every configuration the keys that only others have, so that runs of several versions can be compared.
+
+    The value is the schema's default, as when such a run is resumed. A key of an objective gets the value that all
+    other runs of that objective agree on: its defaults cannot be read without torch. Unknown values stay away.
+    """
+    agreed: dict[tuple[Any, str], Flat] = defaultdict(dict)
+    for config in configs:
+        for key in (key for key in config if key.startswith(OBJECTIVE)):
+            agreed[config.get(OBJECTIVE_NAME), key][repr(config[key])] = config[key]
+    keys = all_keys(configs)
+    for config in configs:
+        for key in [key for key in keys if key not in config]:
+            values = list(agreed[config.get(OBJECTIVE_NAME), key].values())
+            source, _, leaf = key.removeprefix(SOURCES).partition(".")
+            if not key.startswith(SOURCES):
+                values += [defaults(Config)[key]] if key in defaults(Config) else []
+            elif leaf in defaults(Source) and any(other.startswith(f"{SOURCES}{source}.") for other in config):
+                values.append(defaults(Source)[leaf])  # a source that the run does not have has no keys either
+            if len(values) == 1:
+                config[key] = values[0]
+
+
+@cache
+def defaults(kind: type) -> Flat:
+    """Every default of a dataclass and those within it, by dotted key; no required values, interpolations or empty
+    collections."""
+    found: Flat = {}
+    for field in dataclasses.fields(kind):
+        default: Any = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory() or dataclasses.MISSING
+        if dataclasses.is_dataclass(default):
+            found |= {f"{field.name}.{key}": value for key, value in defaults(default.__class__).items()}
+        elif default is not dataclasses.MISSING and not str(default).startswith(("${", "???")):
+            found[field.name] = default
+    return found
+
+
+def hashable(value: Any) -> Hashable:
+    """A value as a key of a set: equal for equal numbers, apart for 1 and true."""
+    plain = isinstance(value, Hashable) and not isinstance(value, (tuple, bool))
+    return value if plain else repr(value)
+
+
+def signature_of(column: Column, numbers: Iterable[int]) -> tuple[Hashable, ...]:
+    """The column as it can be compared, with a mark where a run lacks the key."""
+    return tuple(hashable(column.get(number, ABSENT)) for number in numbers)
 
 
 def is_seed(key: str, seed_keys: Sequence[str]) -> bool:
     key = IN_STAGE.sub("", key)
-    return key in seed_keys if seed_keys else key == SEED or key.startswith(SEEDS)
+    return key in seed_keys if seed_keys else key == "seed" or key.startswith("seeds.")
 
 
-def matters(key: str) -> bool:
-    """Whether a key can change what a run ends at."""
-    key = IN_STAGE.sub("", key)
-    return not free(key) and key not in NO_RESULT
-
-
-def seed_of(found: dict[str, Any]) -> Any:
+def seed_of(config: Mapping[str, Any], seed_keys: Sequence[str]) -> Any:
     """A run's seed; where its seeds differ from each other, all of them as text."""
-    parts = {key: value for key, value in found.items() if key != SEED} or found
-    values = {frozen(value): as_value(value) for value in parts.values()}
+    found = {key: value for key, value in config.items() if is_seed(key, seed_keys)}
+    parts = {key: value for key, value in found.items() if key != "seed"} or found
+    values = {hashable(value): config_value(value) for value in parts.values()}
     if len(values) < 2:
         return next(iter(values.values()), None)
-    return " ".join(f"{key.rpartition('.')[2]}={as_value(value)}" for key, value in parts.items())
-
-
-def said(column: Column, numbers: Mapping[int, Any] | Sequence[int]) -> tuple[Hashable, ...]:
-    """A column as it can be compared, with a mark where a run lacks the key."""
-    return tuple(frozen(column.get(number, ABSENT)) for number in numbers)
-
-
-def rows(columns: Mapping[str, Column], numbers: Mapping[int, Any]) -> list[tuple[Hashable, ...]]:
-    """What each run says in all columns."""
-    if not columns:
-        return [()] * len(numbers)
-    return list(zip(*(said(column, numbers) for column in columns.values()), strict=True))
+    return " ".join(f"{key.rpartition('.')[2]}={config_value(value)}" for key, value in parts.items())
 
 
 def swept(
-    overrides: Mapping[int, Sequence[str]], differing: Mapping[str, Column], members: Sequence[Sequence[int]]
+    overrides: Mapping[int, Sequence[str]], varying: Mapping[str, Column], members: Sequence[Sequence[int]]
 ) -> dict[str, Column]:
-    """What was swept, in the order it was typed: keys with several typed values, as the configuration has them.
+    """The swept keys in the order they were typed: those with several typed values, with the configuration's values.
 
-    A word that no key holds (`experiment=...`) counts where every run has one and all runs of a group the same.
+    A word without a key in the configuration (`experiment=...`) counts where every run has one and all runs of a group
+    the same.
     """
-    typed: dict[str, dict[int, str]] = {}
+    typed: dict[str, dict[int, str]] = defaultdict(dict)
     for number, words in overrides.items():
         for key, equals, value in (word.lstrip("+~").partition("=") for word in words):
             if equals:
-                typed.setdefault(key, {})[number] = value
+                typed[key][number] = value
     found: dict[str, Column] = {}
     for key, values in typed.items():
-        name = next((name for name in (key, f"{key}.name") if name in differing), None)
         if len(set(values.values())) < 2:
             continue
+        name = next((name for name in (key, f"{key}.name") if name in varying), None)
         if name is not None:
-            found[name] = differing[name]
-        elif "." not in key and key != SEED and len(values) == len(overrides) and constant(values, members):
+            found[name] = varying[name]
+            continue
+        everywhere = "." not in key and key != "seed" and len(values) == len(overrides)
+        if everywhere and all(len({values[number] for number in numbers}) == 1 for numbers in members):
             found[key] = values
     return found
 
 
-def constant(column: Column, members: Sequence[Sequence[int]]) -> bool:
-    """Whether all runs of a group say the same."""
-    return all(len({column[number] for number in numbers}) == 1 for numbers in members)
-
-
-def chosen(typed: Mapping[str, Column], differing: Mapping[str, Column], numbers: Sequence[int]) -> dict[str, Column]:
-    """The axes: what was swept, then what the names among the axes do not settle. No two that always say the same."""
-    kept: dict[str, Column] = {}
-    seen: set[tuple[Hashable, ...]] = set()
-    names: list[tuple[Hashable, ...]] = []
-    for key, column in {**typed, **differing}.items():
-        mine = said(column, numbers)
-        if mine in seen or (key not in typed and settled(mine, names)):
+def choose_axes(typed: Mapping[str, Column], varying: Mapping[str, Column], numbers: Sequence[int]) -> tuple[Axis, ...]:
+    """The swept keys, then the varying keys that the names among the axes do not determine; no two that are equal."""
+    axes: list[Axis] = []
+    signatures: list[tuple[Hashable, ...]] = []
+    names: list[tuple[Hashable, ...]] = []  # signatures of the axes that are no numbers
+    for key, column in {**typed, **varying}.items():
+        signature = signature_of(column, numbers)
+        together = list(zip(*names, strict=True)) if names else [()] * len(numbers)
+        determined = len({*zip(together, signature, strict=True)}) == len({*together})
+        if signature in signatures or (determined and key not in typed):
             continue
-        kept[key] = column
-        seen.add(mine)
+        axes.append(Axis(key, column))
+        signatures.append(signature)
         if not all(value is None or is_number(value) for value in column.values()):
-            names.append(mine)
-    return kept
+            names.append(signature)
+    return tuple(axes)
 
 
-def settled(mine: Sequence[Hashable], names: Sequence[Sequence[Hashable]]) -> bool:
-    """Whether the other columns together say what this one says."""
-    there: dict[Hashable, Hashable] = {}
-    together = zip(*names, strict=True) if names else [()] * len(mine)
-    return all(there.setdefault(key, value) == value for key, value in zip(together, mine, strict=True))
-
-
-def make_group(numbers: Sequence[int], axes: Sequence[Axis], config: Mapping[str, Any]) -> Group:
-    values = {axis.key: axis.column[numbers[0]] for axis in axes if numbers[0] in axis.column}
-    return Group("", values, str(config.get(OBJECTIVE_NAME, "")), tuple(numbers))
-
-
-def named(groups: list[Group], axes: Sequence[Axis]) -> tuple[Group, ...]:
-    """The groups in the order of their values, each with a name of its own made of them."""
-    labels = axis_labels([axis.key for axis in axes])
-    groups = sorted(groups, key=lambda group: [rank(group.config.get(axis.key)) for axis in axes])
+def named(groups: Iterable[Group], axes: Sequence[Axis]) -> tuple[Group, ...]:
+    """The groups in the order of their values, each with a name of its own made of them: `uft beta=0.1`."""
+    last = [axis.key.rpartition(".")[2] for axis in axes]
+    labels = {}
+    for axis, leaf in zip(axes, last, strict=True):
+        choice = "." not in axis.key or (axis.key.count(".") == 1 and axis.key.endswith(".name"))
+        labels[axis.key] = "" if choice else f"{leaf if last.count(leaf) == 1 else axis.key}="
     found: dict[str, Group] = {}
-    for group in groups:
-        name = " ".join(filter(None, (part(labels[key], value) for key, value in group.config.items())))
-        name = shorten(name or group.objective or "all runs", LONGEST_NAME)
-        numbered = (f"{name} ({number})" for number in range(2, len(groups) + 2))
-        unique = next(text for text in (name, *numbered) if text not in found)
+    for group in sorted(groups, key=lambda group: [rank(group.config.get(axis.key)) for axis in axes]):
+        parts = (f"{labels[key]}{truncated(as_typed(value), LONGEST_VALUE)}" for key, value in group.config.items())
+        name = truncated(" ".join(filter(None, parts)) or group.objective or "all runs", LONGEST_NAME)
+        candidates = (name, *(f"{name} ({count})" for count in range(2, len(found) + 2)))
+        unique = next(text for text in candidates if text not in found)
         found[unique] = dataclasses.replace(group, name=unique)
     return tuple(found.values())
 
 
-def axis_labels(keys: Sequence[str]) -> dict[str, str]:
-    """Nothing for a choice of a group (objective, data, experiment), the last part of a key, or all of it."""
-    last = [key.rpartition(".")[2] for key in keys]
-    labels = {key: leaf if last.count(leaf) == 1 else key for key, leaf in zip(keys, last, strict=True)}
-    return {key: "" if is_choice(key) else label for key, label in labels.items()}
-
-
-def is_choice(key: str) -> bool:
-    return "." not in key or (key.count(".") == 1 and key.endswith(".name"))
-
-
-def part(label: str, value: Any) -> str:
-    """`beta=0.1`; a value alone where it needs no label."""
-    text = shorten(as_typed(value), LONGEST_VALUE)
-    return f"{label}={text}" if label else text
-
-
 def as_typed(value: Any) -> str:
-    """A value as one types it."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(as_value(value))
+    """A value as it is typed on the command line."""
+    return written(value) if value is None or isinstance(value, bool) else str(config_value(value))
 
 
 def is_number(value: Any) -> bool:
@@ -229,7 +255,55 @@ def is_number(value: Any) -> bool:
 
 
 def rank(value: Any) -> tuple[int, float, str]:
-    """Order of values of any type: what is not there, numbers by size, the rest by its text."""
+    """Order of values of any type: null, numbers by size, the rest by text."""
     if value is None:
         return (0, 0.0, "")
     return (1, float(value), "") if is_number(value) else (2, 0.0, str(value))
+
+
+def differences(runs: Sequence[LoadedRun], seed_keys: Sequence[str]) -> list[tuple[str, list[tuple[Any, list[int]]]]]:
+    """(key, [(value, numbers of the runs)]) of the configuration keys and facts that are not the same in all runs.
+
+    Seeds and names are left out, and so are runs that cannot be read.
+    """
+    configs = {number: run.config for number, run in enumerate(runs) if run.config}
+    facts = {number: run.facts for number, run in enumerate(runs) if run.info}
+    keys = [key for key in all_keys(configs.values()) if not key.startswith(OWN) and not is_seed(key, seed_keys)]
+    found = []
+    tables: list[tuple[Mapping[int, Mapping[str, Any]], str]] = [(configs, key) for key in keys]
+    for table, key in [*tables, *((facts, key) for key in all_keys(facts.values()))]:
+        values: dict[Hashable, tuple[Any, list[int]]] = {}
+        for number, row in table.items():
+            value = row.get(key, ABSENT)
+            values.setdefault(hashable(value), (value, []))[1].append(number)
+        if len(values) > 1:
+            pairs = [(config_value(value), numbers) for value, numbers in values.values()]
+            found.append((key, sorted(pairs, key=lambda pair: rank(pair[0]))))
+    return found
+
+
+def baselines(groups: Sequence[Group], wanted: str | None) -> list[int]:
+    """The groups that count as the baseline: those that `wanted` names, else objective=sft, else the first.
+
+    `wanted` is a group's name or `key=value ...`, the keys being those of the axes, whole or their last part.
+    Raises UftError where it names none.
+    """
+    if wanted is None:
+        return [number for number, group in enumerate(groups) if group.objective == "sft"] or [*range(len(groups))][:1]
+
+    def has(group: Group, key: str, value: str) -> bool:
+        if key in ("objective", OBJECTIVE_NAME):
+            return group.objective == value
+        keys = (axis for axis in group.config if axis in (key, f"{key}.name") or axis.rpartition(".")[2] == key)
+        return any(as_typed(group.config[axis]) == value for axis in keys)
+
+    words = [word.partition("=") for word in wanted.split()]
+    found = [
+        number
+        for number, group in enumerate(groups)
+        if wanted == group.name or (words and all(equals and has(group, key, value) for key, equals, value in words))
+    ]
+    if not found:
+        footer = f"There are:  {listed([group.name for group in groups], 30)}"
+        raise UftError(Problem(f"--baseline {wanted}", "no configuration is called so"), footer=footer)
+    return found

@@ -1,8 +1,14 @@
-"""What is known about metrics by their names: which way is better, what they are, what people ask about them."""
+"""Metrics by their names: which direction is better, captions, and the headline metrics that a comparison judges."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from uft.errors import Problem, UftError
+from uft.report.runs import COSTS, LoadedRun
+from uft.report.text import listed
 
 DIRECTIONS = {
     "exact_match": "max",
@@ -12,13 +18,10 @@ DIRECTIONS = {
     "nll": "min",
     "kl": "min",
 }
-"""Figures of the battery, over all rows or of one source, for which better has a meaning by itself."""
+"""Evaluation metrics, over all rows or of one source, of which one direction is better by itself."""
 
 HEADLINES = ("eval/exact_match", "eval/correct", "eval/nll", "eval/pair_accuracy", "eval/reward_accuracy")
-"""Judged by default, in this order, after what the runs chose by (eval.best). Not `kl`: less of it is not better."""
-
-COSTS = ("seconds", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
-"""Figures of result.json about the run itself."""
+"""Judged by default, in this order, after the metric of eval.best. Not `kl`: less of it is not better."""
 
 CAPTIONS = {
     "eval/nll": (
@@ -61,31 +64,24 @@ CAPTIONS = {
     "lr": "Learning rate of the step.",
     "tokens_per_second": "Speed between two lines; only runs on the same machine can be compared.",
 }
-
 OBJECTIVE_TERM = "A term of the objective's own loss, named by the objective. Not comparable with another one's."
-
-
-def last_part(name: str) -> str:
-    return name.rpartition("/")[2]
 
 
 def kind(name: str) -> str:
     """eval, cost or train."""
-    if name.startswith("eval/"):
-        return "eval"
-    return "cost" if name in COSTS else "train"
+    return "eval" if name.startswith("eval/") else "cost" if name in COSTS else "train"
 
 
 def direction(name: str) -> str | None:
     """min, max, or None where neither is better."""
-    return DIRECTIONS.get(last_part(name)) if name.startswith("eval/") else None
+    return DIRECTIONS.get(name.rpartition("/")[2]) if name.startswith("eval/") else None
 
 
 def caption(name: str) -> str | None:
-    """A line for people; a source's own figure has the one of the whole battery."""
+    """A line for people; a source's own metric has the caption of the metric over all rows."""
     if name.startswith("objective/"):
         return OBJECTIVE_TERM
-    return CAPTIONS.get(name) or (CAPTIONS.get(f"eval/{last_part(name)}") if name.startswith("eval/") else None)
+    return CAPTIONS.get(name) or (CAPTIONS.get(f"eval/{name.rpartition('/')[2]}") if kind(name) == "eval" else None)
 
 
 def of_objective(name: str) -> bool:
@@ -93,10 +89,59 @@ def of_objective(name: str) -> bool:
     return name in ("loss", "grad_norm") or name.startswith("objective/")
 
 
-def ordered(names: Iterable[str], first: Iterable[str] = ()) -> list[str]:
-    """`first`, then the battery over all rows, its sources, training, costs; else as they come."""
+def ordered(names: Iterable[str], first: Sequence[str]) -> list[str]:
+    """`first`, evaluation over all rows, evaluation by source, training, costs; else as they come."""
     known = dict.fromkeys(names)
-    head = [name for name in first if name in known]
     rank = {"eval": 0, "train": 2, "cost": 3}
-    rest = [name for name in known if name not in head]
-    return head + sorted(rest, key=lambda name: rank[kind(name)] + (kind(name) == "eval" and name.count("/") > 1))
+    rest = [name for name in known if name not in first]
+    rest.sort(key=lambda name: rank[kind(name)] + (kind(name) == "eval" and name.count("/") > 1))
+    return [name for name in first if name in known] + rest
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A metric that the comparison judges."""
+
+    metric: str
+    direction: str  # min or max
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.direction == "max" else -1
+
+
+def headlines(
+    runs: Sequence[LoadedRun], known: Collection[str], wanted: Sequence[str], comparable: bool
+) -> list[Headline]:
+    """The metrics to judge: `wanted` ones, those the runs chose their best step by, and HEADLINES.
+
+    `known`: metrics that some run has. `comparable`: all runs have one objective under one setting, so that even its
+    loss may be judged. Raises UftError that lists every wanted metric that cannot be judged.
+    """
+    problems: list[Problem] = []
+    order: list[Headline] = []
+    for word in wanted if known else ():  # `eval/nll`, `exact_match`, `eval/margin:max`
+        name, _, asked = word.rpartition(":") if word.endswith((":min", ":max")) else (word, "", "")
+        metric = next((full for full in (f"eval/{name}", name) if full in known), "")
+        better = asked or direction(metric) or ("min" if metric in ("loss", "nll") else "")
+        if not metric:
+            why, advice = "no run has this figure", ""
+        elif of_objective(metric) and not comparable:
+            why = "the runs minimise different quantities, which cannot be compared"
+            advice = "a lower one is not a better model; compare them by the evaluation:  --metric eval/nll"
+        elif not better:
+            why, advice = "neither more nor less of it is better by itself", f"say which:  {word}:max"
+        else:
+            order.append(Headline(metric, better))
+            continue
+        problems.append(Problem(f"--metric {word}", why, advice=(advice,) if advice else ()))
+    if problems:
+        raise UftError(*problems, footer="Figures there are:  " + listed([*known], 40))
+    chosen = Counter((str(run.config.get("eval.best")), str(run.config.get("eval.best_mode"))) for run in runs)
+    order += [Headline(*pair) for pair, _ in chosen.most_common() if comparable or not of_objective(pair[0])]
+    order += [Headline(name, DIRECTIONS[name.removeprefix("eval/")]) for name in HEADLINES]
+    found: dict[str, Headline] = {}
+    for headline in order:
+        if headline.metric in known and headline.direction in ("min", "max"):
+            found.setdefault(headline.metric, headline)
+    return list(found.values())

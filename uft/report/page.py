@@ -13,7 +13,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -51,49 +50,30 @@ AXES = ("step", "tokens", "seconds", "value")
 
 def render(comparison: Mapping[str, Any]) -> str:
     """The page of a comparison (compare.json, format 1), as text that UTF-8 can hold."""
+    parts = {name: (FOLDER / name).read_text(encoding="utf-8") for name in (*SCRIPTS, "page.html", "page.css")}
+    body = "\n".join(f"// {name}\n{parts[name]}" for name in SCRIPTS)
+    scripts = [get_plotlyjs(), f'(() => {{\n"use strict";\n{body}\n}})();\n']
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    policy = (  # these scripts run, and nothing is loaded or sent
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    templates = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    templates.filters["shown"] = lambda text, longest=300: shorten(printable_lines(str(text)), longest)
     curves = pack(comparison["curves"])
     rest = {key: value for key, value in comparison.items() if key != "curves"}
-    scripts = [get_plotlyjs(), program()]
-    page = environment().from_string(asset("page.html"))
-    html = page.render(
+    html = templates.from_string(parts["page.html"]).render(
         comparison=comparison,
         groups={group["id"]: group["name"] for group in comparison["groups"]},
-        policy=policy(scripts),
-        style=asset("page.css"),
+        policy=policy,
+        style=parts["page.css"],
         scripts=scripts,
         data=script_json({**plain(rest), "curves": curves}),
         captions=comparison["captions"],
         thinned=curves["every"],
     )
     return html.encode("utf-8", "replace").decode("utf-8")
-
-
-@cache
-def asset(name: str) -> str:
-    return (FOLDER / name).read_text(encoding="utf-8")
-
-
-def program() -> str:
-    """The page's scripts as one, in a scope of their own."""
-    body = "\n".join(f"// {name}\n{asset(name)}" for name in SCRIPTS)
-    return f'(() => {{\n"use strict";\n{body}\n}})();\n'
-
-
-def policy(scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy under which these scripts run, and nothing is loaded or sent."""
-    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-@cache
-def environment() -> Environment:
-    made = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    made.filters["shown"] = lambda text, longest=300: shorten(printable_lines(str(text)), longest)
-    return made
 
 
 def script_json(value: Any) -> str:
@@ -117,18 +97,12 @@ def plain(value: Any) -> Any:
     return value
 
 
-def pack(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]]) -> dict[str, Any]:
+def pack(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]], every: int = 1) -> dict[str, Any]:
     """Curves as base64 of little-endian float32; most runs share their steps, so each array is kept once.
 
     `runs`: {metric: {run: places in `arrays` of step, tokens, seconds, value; null: not there}}; `every`: 1, or n where
-    only every n-th point could be kept.
+    only every n-th point fits in CURVES characters.
     """
-    packed = _pack(curves, 1)
-    size = sum(map(len, packed["arrays"]))
-    return packed if size <= CURVES else _pack(curves, math.ceil(size / CURVES))
-
-
-def _pack(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]], every: int) -> dict[str, Any]:
     places: dict[str, int] = {}
 
     def place(values: Sequence[Any] | None) -> int | None:
@@ -141,6 +115,9 @@ def _pack(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]], every
         metric: {run: [place(columns.get(axis)) for axis in AXES] for run, columns in of_metric.items()}
         for metric, of_metric in curves.items()
     }
+    size = sum(map(len, places))
+    if size > CURVES and every == 1:
+        return pack(curves, math.ceil(size / CURVES))
     return {"arrays": list(places), "runs": runs, "every": every}
 
 

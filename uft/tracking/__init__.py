@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from uft.evaluation.evaluate import Sample
 from uft.runs import Run
 from uft.tracking.metrics import Files
 from uft.tracking.wandb import Wandb
+
+if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
+    from uft.evaluation.evaluate import Sample
 
 
 class Tracker(Protocol):

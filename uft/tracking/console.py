@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from uft.errors import redact
-from uft.evaluation.evaluate import Sample
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from uft.evaluation.evaluate import Sample
 
 CLEAR_LINE = "\r\x1b[2K"
 PLAIN_WIDTH = 110  # of tables where there is no terminal

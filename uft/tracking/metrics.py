@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from uft.evaluation.evaluate import Sample
 from uft.runs import Run, write_atomically, writing
+
+if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
+    from uft.evaluation.evaluate import Sample
 
 NOT_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 

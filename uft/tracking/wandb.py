@@ -20,13 +20,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from uft.errors import STOPPED, Problem, UftError
-from uft.evaluation.evaluate import Sample
 from uft.runs import Run, shown
 from uft.tracking.metrics import read_metrics
+
+if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
+    from uft.evaluation.evaluate import Sample
 
 # --- Whether W&B can be reached: a key that it will accept without asking, and a server that answers.
 #

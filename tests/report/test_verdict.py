@@ -6,50 +6,36 @@ import math
 
 import pytest
 from scipy import stats as reference
-from synthetic import loaded
+from synthetic import compared, loaded
 
 from uft.errors import UftError
-from uft.report.build import Options, compared
-from uft.report.select import Selection
 
 METRIC = "eval/exact_match"
 
 
-def compare(runs, folder, **options):
-    return compared(runs, Selection(tuple(run.path for run in runs), "title", folder), Options(**options))
-
-
-def runs_of(table, metric=METRIC, **more):
+def runs_of(table, metric=METRIC):
     """{objective: figures by seed 1, 2, ...} as finished runs; None: the run failed."""
+    failed = {"status": "failed", "error": "it broke", "final": {}}
     return [
-        loaded(objective, seed, final={} if value is None else {metric: value}, **failed(value), **more)
+        loaded(objective, seed, **(failed if value is None else {"final": {metric: value}}))
         for objective, values in table.items()
         for seed, value in enumerate(values, 1)
     ]
 
 
-def failed(value):
-    return {"status": "failed", "error": "it broke"} if value is None else {}
-
-
-@pytest.fixture
-def judge(tmp_path):
+def judge(table, metric=METRIC, **options):
     """The summary of one metric, with its words."""
-
-    def summary(table, metric=METRIC, **options):
-        found = compare(runs_of(table, metric), tmp_path, **options)
-        names = {group["id"]: group["name"] for group in found["groups"]}
-        (one,) = [each for each in found["summary"] if each["metric"] == metric]
-        one["names"] = {key: names.get(one[key]) for key in ("best", "runner_up", "baseline")}
-        return one
-
-    return summary
+    found = compared(runs_of(table, metric), **options)
+    names = {group["id"]: group["name"] for group in found["groups"]}
+    (one,) = [each for each in found["summary"] if each["metric"] == metric]
+    one["names"] = {key: names.get(one[key]) for key in ("best", "runner_up", "baseline")}
+    return one
 
 
 A, B, C = [0.81, 0.84, 0.86], [0.70, 0.74, 0.73], [0.60, 0.65, 0.63]
 
 
-def test_best_runner_up_and_baseline_with_paired_intervals(judge):
+def test_best_runner_up_and_baseline_with_paired_intervals():
     found = judge({"sft": C, "uft": A, "ift": B})
     assert found["names"] == {"best": "uft", "runner_up": "ift", "baseline": "sft"}
     first, second = found["comparisons"]
@@ -70,7 +56,7 @@ def test_best_runner_up_and_baseline_with_paired_intervals(judge):
     ]
 
 
-def test_less_is_better_where_it_is(judge):
+def test_less_is_better_where_it_is():
     found = judge({"sft": A, "uft": C}, "eval/nll")
     assert found["names"]["best"] == "uft"
     assert found["comparisons"][0]["difference"] < 0
@@ -80,13 +66,13 @@ def test_less_is_better_where_it_is(judge):
     )
 
 
-def test_a_difference_inside_noise_is_said(judge):
+def test_a_difference_inside_noise_is_said():
     found = judge({"sft": [0.5, 0.6, 0.7], "uft": [0.56, 0.58, 0.72]})
     assert found["comparisons"][0]["inside_noise"] is True
     assert found["words"][1].endswith("inside seed noise.")
 
 
-def test_the_verdict_follows_the_adjusted_p(judge):
+def test_the_verdict_follows_the_adjusted_p():
     """One of many: the interval alone excludes zero, and Holm's adjustment says noise."""
     table = {"uft": [0.60, 0.70, 0.80], "sft": [0.57, 0.68, 0.76]} | {
         name: [0.59 - k / 100, 0.695 - k / 90, 0.78 + k / 300] for k, name in enumerate(("a", "b", "c", "d"))
@@ -98,27 +84,16 @@ def test_the_verdict_follows_the_adjusted_p(judge):
     assert sft["inside_noise"] is True
 
 
-def test_one_seed_says_nothing_about_noise(judge):
+def test_one_seed_says_nothing_about_noise():
     found = judge({"sft": [0.5], "uft": [0.9]})
     assert found["words"][0] == "uft is best with 0.9 (one seed)."
     assert found["words"][1].endswith("sft: one seed: nothing can be said about noise.")
-    assert found["comparisons"][0] | {"a": 0, "b": 0} == {
-        "a": 0,
-        "b": 0,
-        "difference": 0.4,
-        "low": None,
-        "high": None,
-        "p": None,
-        "p_adjusted": None,
-        "n": 1,
-        "paired": False,
-        "method": "one seed",
-        "inside_noise": None,
-        "bootstrap": None,
-    }
+    (comparison,) = found["comparisons"]
+    known = {"difference": 0.4, "n": 1, "paired": False, "method": "one seed"}
+    assert comparison == {**dict.fromkeys(comparison), "a": found["best"], "b": found["baseline"], **known}
 
 
-def test_all_the_same(judge):
+def test_all_the_same():
     found = judge({"sft": [0.5, 0.6], "uft": [0.5, 0.6]})
     assert found["comparisons"][0]["inside_noise"] is True
     assert found["words"][1] == "It equals the runner-up, uft, on every seed: inside seed noise."
@@ -135,32 +110,29 @@ def test_all_the_same(judge):
     assert "(3 seeds, all the same)" in judge({"sft": [0.0] * 3, "uft": [1.0] * 3})["words"][0]
 
 
-def test_a_baseline_that_wins(judge):
+def test_a_baseline_that_wins_and_one_configuration():
     found = judge({"sft": A, "uft": B})
     assert found["baseline"] == found["best"]
     assert found["words"][-1] == "It is the baseline itself."
-
-
-def test_one_configuration(judge):
-    found = judge({"uft": A})
-    assert (found["runner_up"], found["comparisons"]) == (None, [])
-    assert found["words"][-1] == "There is only one configuration, so there is nothing to compare it with."
+    alone = judge({"uft": A})
+    assert (alone["runner_up"], alone["comparisons"]) == (None, [])
+    assert alone["words"][-1] == "There is only one configuration, so there is nothing to compare it with."
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_seed_without_a_finite_figure_takes_its_configuration_out(judge, bad):
+def test_a_seed_without_a_finite_figure_takes_its_configuration_out(bad):
     found = judge({"sft": C, "uft": [0.9, bad, 0.9]})
     assert (found["names"]["best"], found["comparisons"]) == ("sft", [])
     assert found["words"][-1] == "Not ranked, because a seed ended at a figure that is not finite: uft."
 
 
-def test_nothing_finite_is_no_summary(tmp_path):
-    found = compare(runs_of({"sft": [math.nan], "uft": [None, None]}), tmp_path)
+def test_nothing_finite_is_no_summary():
+    found = compared(runs_of({"sft": [math.nan], "uft": [None, None]}))
     assert found["summary"] == []
     assert found["headline"] == [{"metric": METRIC, "direction": "max"}]
 
 
-def test_failed_seeds_leave_pairs_of_the_rest(judge):
+def test_failed_seeds_leave_pairs_of_the_rest():
     found = judge({"sft": C, "uft": [0.81, None, 0.86], "ift": [None, None, None]})
     assert found["comparisons"][0]["n"] == 2
     assert found["words"][-1] == "Not ranked, because no finished run has this figure: ift."
@@ -168,7 +140,7 @@ def test_failed_seeds_leave_pairs_of_the_rest(judge):
     assert found["comparisons"][0]["p"] == pytest.approx(known.pvalue, rel=1e-4)
 
 
-def test_a_lead_that_turns_over_the_shared_seeds_is_said(judge):
+def test_a_lead_that_turns_over_the_shared_seeds_is_said():
     found = judge({"uft": [0.50, 0.52, 0.99], "sft": [0.60, 0.64, None]})
     assert found["names"]["best"] == "uft"
     assert found["comparisons"][0]["difference"] == pytest.approx(-0.11)
@@ -178,27 +150,22 @@ def test_a_lead_that_turns_over_the_shared_seeds_is_said(judge):
     assert f"95 % interval {low:.4g} to {high:.4g}" in found["words"][1]
 
 
-def test_five_seeds_are_checked_by_a_bootstrap(judge):
+def test_five_seeds_are_checked_by_a_bootstrap():
     found = judge({"sft": [0.5, 0.52, 0.47, 0.55, 0.51], "uft": [0.6, 0.63, 0.6, 0.69, 0.6]})
     low, high = found["comparisons"][0]["bootstrap"]
     assert 0 < low < found["comparisons"][0]["difference"] < high
     assert "; a bootstrap agrees): more than seed noise" in found["words"][1]
 
 
-def test_the_same_seed_twice_is_no_new_evidence(tmp_path):
+def test_a_seed_twice_is_no_new_evidence_and_runs_without_a_seed_are_draws_of_their_own():
     runs = [loaded("uft", seed, final={METRIC: value}) for seed, value in ((1, 0.5), (1, 0.7), (2, 0.8))]
-    (group,) = compare(runs, tmp_path)["groups"]
-    assert group["metrics"][METRIC]["n"] == 2
-    assert group["metrics"][METRIC]["mean"] == pytest.approx(0.7)
-
-
-def test_runs_without_a_seed_are_draws_of_their_own(tmp_path):
-    runs = [loaded("uft", final={METRIC: value}) for value in (0.5, 0.7)]
+    (group,) = compared(runs)["groups"]
+    assert (group["metrics"][METRIC]["n"], group["metrics"][METRIC]["mean"]) == (2, pytest.approx(0.7))
     for run in runs:
         for key in [key for key in run.config if key.startswith("seed")]:
             del run.config[key]
-    (group,) = compare(runs, tmp_path)["groups"]
-    assert group["metrics"][METRIC]["n"] == 2
+    (group,) = compared(runs)["groups"]
+    assert group["metrics"][METRIC]["n"] == 3
 
 
 def grid(values):
@@ -208,8 +175,8 @@ def grid(values):
 GRID = {("sft", 0.25): 0.5, ("sft", 0.5): 0.7, ("uft", 0.25): 0.9, ("uft", 0.5): 0.6}
 
 
-def test_every_baseline_is_taken_at_its_best(tmp_path):
-    found = compare(grid(GRID), tmp_path)
+def test_every_baseline_is_taken_at_its_best():
+    found = compared(grid(GRID))
     assert [group["name"] for group in found["groups"] if group["baseline"]] == ["sft ratio=0.25", "sft ratio=0.5"]
     (one,) = found["summary"]
     names = {group["id"]: group["name"] for group in found["groups"]}
@@ -226,64 +193,60 @@ BASELINES = {
 }
 
 
-@pytest.mark.parametrize("wanted", BASELINES)
-def test_a_baseline_by_name_or_by_keys(tmp_path, wanted):
-    found = compare(grid(GRID), tmp_path, baseline=wanted)
-    assert [group["name"] for group in found["groups"] if group["baseline"]] == BASELINES[wanted]
+def names_of_baselines(runs, **options):
+    return [group["name"] for group in compared(runs, **options)["groups"] if group["baseline"]]
 
 
-@pytest.mark.parametrize("wanted", ["dpo", "ratio=0.75", "", "ratio", "objective=uft ratio"])
-def test_a_baseline_that_is_not_there(tmp_path, wanted):
-    with pytest.raises(UftError, match="no configuration is called so") as error:
-        compare(grid(GRID), tmp_path, baseline=wanted)
-    assert "sft ratio=0.25, sft ratio=0.5" in error.value.footer
-
-
-def test_without_sft_the_first_is_the_baseline(tmp_path):
-    found = compare(runs_of({"uft": A, "ift": B}), tmp_path)
-    assert [group["name"] for group in found["groups"] if group["baseline"]] == ["ift"]
+def test_a_baseline_by_name_or_by_keys():
+    found = {wanted: names_of_baselines(grid(GRID), baseline=wanted) for wanted in BASELINES}
+    assert found == BASELINES
+    assert names_of_baselines(runs_of({"uft": A, "ift": B})) == ["ift"], "without sft the first"
+    for wanted in ("dpo", "ratio=0.75", "", "ratio", "objective=uft ratio"):
+        with pytest.raises(UftError, match="no configuration is called so") as error:
+            compared(grid(GRID), baseline=wanted)
+        assert "sft ratio=0.25, sft ratio=0.5" in error.value.footer
 
 
 FINAL = {"eval/nll": 1.0, METRIC: 0.5, "eval/kl": 0.2, "eval/margin": 3.0, "loss": 0.7, "nll": 0.9}
 FINAL |= {"eval/new/exact_match": 0.4, "objective/uft": 0.7}
 
 
-def heads(tmp_path, *wanted, objectives=("sft", "uft"), **more):
+def heads(*wanted, objectives=("sft", "uft"), **more):
     runs = [loaded(objective, seed, final=FINAL, **more) for objective in objectives for seed in (1, 2)]
-    found = compare(runs, tmp_path, metrics=wanted)["headline"]
+    found = compared(runs, metrics=wanted)["headline"]
     return [(head["metric"], head["direction"]) for head in found]
 
 
 USUAL = [("eval/nll", "min"), (METRIC, "max")]
 
 
-def test_the_usual_headlines_begin_with_what_the_runs_chose_by(tmp_path):
-    assert heads(tmp_path) == USUAL
+def test_the_usual_headlines_begin_with_what_the_runs_chose_by():
+    assert heads() == USUAL
     chosen = {"eval__best": "eval/new/exact_match", "eval__best_mode": "max"}
-    assert heads(tmp_path, **chosen) == [("eval/new/exact_match", "max"), *USUAL[::-1]]
-    assert heads(tmp_path, eval__best="eval/nonsense") == USUAL[::-1]
-    assert heads(tmp_path, eval__best=["odd"]) == USUAL[::-1]
+    assert heads(**chosen) == [("eval/new/exact_match", "max"), *USUAL[::-1]]
+    assert heads(eval__best="eval/nonsense") == USUAL[::-1]
+    assert heads(eval__best=["odd"]) == USUAL[::-1]
 
 
-def test_headlines_that_are_asked_for_come_first(tmp_path):
-    assert heads(tmp_path, "kl", "new/exact_match") == [("eval/kl", "min"), ("eval/new/exact_match", "max"), *USUAL]
-    assert heads(tmp_path, "eval/margin:max")[0] == ("eval/margin", "max")
-    assert heads(tmp_path, "nll") == USUAL, "the battery's, not training's"
+def test_headlines_that_are_asked_for_come_first():
+    assert heads("kl", "new/exact_match") == [("eval/kl", "min"), ("eval/new/exact_match", "max"), *USUAL]
+    assert heads("eval/margin:max")[0] == ("eval/margin", "max")
+    assert heads("nll") == USUAL, "the evaluation's, not training's"
 
 
-def test_training_losses_are_compared_under_one_objective_alone(tmp_path):
+def test_training_losses_are_compared_under_one_objective_alone():
     with pytest.raises(UftError, match="the runs minimise different quantities"):
-        heads(tmp_path, "loss")
+        heads("loss")
     with pytest.raises(UftError, match="different quantities"):
-        heads(tmp_path, "objective/uft:min")
-    assert heads(tmp_path, "loss", objectives=("uft",))[0] == ("loss", "min")
-    assert heads(tmp_path, eval__best="loss")[0] == USUAL[1]
-    assert heads(tmp_path, eval__best="loss", objectives=("uft",))[0] == ("loss", "min")
+        heads("objective/uft:min")
+    assert heads("loss", objectives=("uft",))[0] == ("loss", "min")
+    assert heads(eval__best="loss")[0] == USUAL[1]
+    assert heads(eval__best="loss", objectives=("uft",))[0] == ("loss", "min")
 
 
-def test_every_wrong_metric_is_told(tmp_path):
+def test_every_wrong_metric_is_told():
     with pytest.raises(UftError) as error:
-        heads(tmp_path, "eval/margin", "exact", "loss")
+        heads("eval/margin", "exact", "loss")
     text = str(error.value)
     assert "3 problems" in text
     assert "say which:  eval/margin:max" in text

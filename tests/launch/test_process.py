@@ -1,26 +1,24 @@
-"""GPUs that runs share out: never one for two, free again when their holder is gone, and told to the child alone."""
+"""GPUs that runs share: never one for two, free again when their holder is gone, and visible to the child alone."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from uft.launch.slots import slots
+from uft.launch.process import gpu_pool
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
-import sys, time
-from uft.launch.slots import slots
-with slots({"pool": [0, 1], "processes": int(sys.argv[1])}) as chosen:
+import time
+from uft.launch.process import gpu_pool
+with gpu_pool({"pool": [0, 1], "processes": 1}) as chosen:
     print(chosen["CUDA_VISIBLE_DEVICES"], flush=True)
     time.sleep(600)
 """
@@ -33,64 +31,53 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
 
-def holder(count: int) -> tuple[subprocess.Popen[str], str]:
-    """A process that holds `count` GPUs, and which."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(count)], stdout=subprocess.PIPE, text=True, env=env)
-    assert process.stdout is not None
-    return process, process.stdout.readline().strip()
-
-
-def test_two_of_two_then_none_until_one_dies() -> None:
-    first, one = holder(1)
-    second, other = holder(1)
+def waiter(count: int) -> tuple[threading.Thread, list[str]]:
+    """A thread that waits for `count` of two GPUs, and which it got."""
     found: list[str] = []
 
-    def third() -> None:
-        with slots({"pool": [0, 1], "processes": 1}) as chosen:
+    def wait() -> None:
+        with gpu_pool({"pool": [0, 1], "processes": count}) as chosen:
             found.append(chosen["CUDA_VISIBLE_DEVICES"])
 
-    waiting = threading.Thread(target=third)
-    try:
-        assert {one, other} == {"0", "1"}
-        waiting.start()
-        time.sleep(1.5)
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(timeout=1)
+    return thread, found
+
+
+def test_a_run_waits_until_as_many_are_free_as_it_needs() -> None:
+    one = {"pool": [0, 1], "processes": 1}
+    with gpu_pool(one) as first:
+        with gpu_pool(one) as second:
+            assert (first["CUDA_VISIBLE_DEVICES"], second["CUDA_VISIBLE_DEVICES"]) == ("0", "1")
+            third, found = waiter(1)
+            assert not found
+        third.join(timeout=300)
+        assert found == ["1"]
+        both, found = waiter(2)
         assert not found
-        second.send_signal(signal.SIGKILL)
-        waiting.join(timeout=300)
-        assert found == [other]
-    finally:
-        for process in (first, second):
-            process.kill()
-            process.communicate()
+    both.join(timeout=300)
+    assert found == ["0,1"]
 
 
-def test_a_run_of_several_takes_all_or_waits() -> None:
-    process, held = holder(2)
-    try:
-        assert held == "0,1"
-        done: list[str] = []
-
-        def both() -> None:
-            with slots({"pool": [0, 1], "processes": 2}) as chosen:
-                done.append(chosen["CUDA_VISIBLE_DEVICES"])
-
-        waiting = threading.Thread(target=both)
-        waiting.start()
-        time.sleep(1)
-        assert not done
-    finally:
-        process.kill()
-        process.communicate()
-    waiting.join(timeout=300)
-    assert done == ["0,1"]
+def test_the_gpu_of_a_process_that_was_killed_is_free() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HOLDER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "0\n"
+        both, found = waiter(2)
+        assert not found
+        holder.kill()
+    both.join(timeout=300)
+    assert found == ["0,1"]
 
 
 def test_no_pool_and_a_scheduler_that_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    with slots({"pool": None}) as chosen:
+    with gpu_pool({"pool": None}) as chosen:
         assert chosen == {}
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with slots({"pool": [0]}) as chosen:
+    with gpu_pool({"pool": [0]}) as chosen:
         assert chosen == {}
 
 

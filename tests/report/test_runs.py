@@ -9,11 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from synthetic import held, make_run, settings, tear
 
 from uft.config.freeze import flat, to_yaml
-from uft.report import load as module
-from uft.report.load import load, read_config
+from uft.report import runs as module
+from uft.report.runs import load, read_config
 from uft.runs import Run
 from uft.tracking import metrics
 from uft.tracking.metrics import read_metrics
@@ -31,30 +32,26 @@ def test_a_finished_run(run):
     assert "objective.kind_weights" not in found.config, "an empty group has no keys"
     assert found.overrides == ("objective=uft", "seed=3")
     assert found.final == json.loads((run / "result.json").read_text())["final"]
-    assert list(found.lines) == read_metrics(Run(run))
+    assert list(found.lines) == list(read_metrics(Run(run))), "one line for a step, as uft itself reads it"
     assert {sample["step"] for sample in found.samples} == {200}, "the last step's alone"
     assert found.total("tokens") == 120_000
 
 
-@pytest.mark.parametrize("status", ["failed", "stopped"])
+@pytest.mark.parametrize("status", ["failed", "stopped", "paused"])
 def test_a_run_that_did_not_finish(tmp_path, status):
-    found = load(make_run(tmp_path / "a", status=status, error="ValueError: no\nmore of it"))
-    assert (found.status, found.finished) == (status, False)
-    assert found.error == "ValueError: no\nmore of it"
+    error = "ValueError: no\nmore of it"
+    found = load(make_run(tmp_path / "a", status="failed", error=error, result={"status": status}))
+    assert (found.status, found.finished, found.error) == (status, False, error)
 
 
 def test_a_run_without_a_result_has_the_figures_so_far(tmp_path):
     whole = load(make_run(tmp_path / "whole"))
-    found = load(make_run(tmp_path / "interrupted", status="interrupted"))
+    path = make_run(tmp_path / "interrupted", status="interrupted")
+    found = load(path)
     assert (found.status, found.error) == ("interrupted", None)
     assert 0 < found.total("step") < 200
-    assert found.final.keys() == whole.final.keys(), "the last battery and the last training line"
-    line = [line for line in found.lines if "eval/nll" in line][-1]
-    assert found.final["eval/nll"] == line["eval/nll"]
-
-
-def test_a_run_that_is_being_trained(tmp_path):
-    path = make_run(tmp_path / "a", status="interrupted")
+    assert found.final.keys() == whole.final.keys(), "the last evaluation and the last training line"
+    assert found.final["eval/nll"] == [line for line in found.lines if "eval/nll" in line][-1]["eval/nll"]
     with open(path / "metrics.jsonl", "a") as file:
         file.write('{"step": 110, "lo')
     with held(path):
@@ -70,7 +67,7 @@ def test_metrics_cut_within_a_line(run):
     count = (run / "metrics.jsonl").read_text().count("\n") + 1
     assert found.error == f"metrics.jsonl breaks off at line {count}"
     assert 0 < len(found.lines) < len(before.lines)
-    assert found.lines == before.lines[: len(found.lines) - 1] + found.lines[-1:]
+    assert found.lines[:-1] == before.lines[: len(found.lines) - 1]
     assert found.final == before.final, "result.json was written whole"
 
 
@@ -82,13 +79,14 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(("name", "content"), [(name, text) for name in DAMAGE for text in DAMAGE[name]])
-def test_a_damaged_file_leaves_the_rest(run, name, content):
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_leaves_the_rest(run, name):
     before = load(run)
-    (run / name).write_bytes(content)
-    found = load(run)
-    assert found.status == "finished"
-    assert found.final == before.final
+    for content in DAMAGE[name]:
+        (run / name).write_bytes(content)
+        found = load(run)
+        assert found.status == "finished", content
+        assert found.final == before.final, content
 
 
 FATAL = {
@@ -99,17 +97,18 @@ FATAL = {
 }
 
 
-@pytest.mark.parametrize(("name", "content"), [(name, text) for name in FATAL for text in FATAL[name]])
-def test_a_folder_that_cannot_be_trusted_is_unreadable_and_says_why(run, name, content):
-    if content is None:
-        (run / name).unlink()
-    else:
-        (run / name).write_bytes(content)
-    found = load(run)
-    assert found.status == "unreadable"
-    assert found.error.startswith(f"{name}: ")
-    assert FATAL[name][content] in found.error
-    assert len(found.lines) == 21, "what can be read is kept"
+@pytest.mark.parametrize("name", FATAL)
+def test_a_folder_that_cannot_be_trusted_is_unreadable_and_says_why(run, name):
+    for content, why in FATAL[name].items():
+        if content is None:
+            (run / name).unlink()
+        else:
+            (run / name).write_bytes(content)
+        found = load(run)
+        assert found.status == "unreadable", content
+        assert found.error.startswith(f"{name}: ")
+        assert why in found.error
+        assert len(found.lines) == 21, "what can be read is kept"
 
 
 def test_a_file_that_may_not_be_read(run, monkeypatch):
@@ -149,13 +148,11 @@ def test_figures_that_are_not_finite_come_back_and_text_is_none(tmp_path):
 def test_keys_of_another_version_do_no_harm(run):
     for name in ("run.json", "result.json", "data.json"):
         (run / name).write_text(json.dumps({**json.loads((run / name).read_text()), "new": {"deep": [1]}}))
-    (run / "config.yaml").write_text(
-        (run / "config.yaml").read_text() + "stages:\n- {name: sft, steps: 3}\nnew: {a: 1}\n"
-    )
+    with open(run / "config.yaml", "a") as file:
+        file.write("stages:\n- {name: sft, steps: 3}\nnew: {a: 1}\n")
     found = load(run)
     assert (found.status, found.error) == ("finished", None)
-    assert found.config["new.a"] == 1
-    assert found.config["stages"] == [{"name": "sft", "steps": 3}]
+    assert (found.config["new.a"], found.config["stages"]) == (1, [{"name": "sft", "steps": 3}])
 
 
 CONFIGS = [
@@ -175,21 +172,13 @@ CONFIGS = [
 
 @pytest.mark.parametrize("text", CONFIGS)
 def test_a_configuration_read_in_blocks_is_the_one_read_whole(text):
-    import yaml
-
     assert read_config(text) == {key: value for key, value in flat(yaml.safe_load(text)) if value != {}}
 
 
-def test_a_status_nobody_knows_is_kept(tmp_path):
-    assert load(make_run(tmp_path / "a", status="finished", result={"status": "paused"})).status == "paused"
-
-
-def test_another_folder_of_the_name_is_no_problem(tmp_path):
+def test_a_folder_that_is_no_run_is_unreadable(tmp_path):
     (tmp_path / "x").mkdir()
-    assert load(tmp_path / "x").status == "unreadable"
-    assert load(tmp_path / "nowhere").status == "unreadable"
     os.symlink(tmp_path / "loop", tmp_path / "loop")
-    assert load(tmp_path / "loop").status == "unreadable"
+    assert [load(tmp_path / name).status for name in ("x", "nowhere", "loop")] == ["unreadable"] * 3
 
 
 FILES = ("metrics.jsonl", "samples.jsonl")

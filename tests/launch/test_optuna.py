@@ -8,16 +8,18 @@ import optuna
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from records import load
 
+from hydra_plugins.uft_sweeper import UftOptunaConf
 from uft.cli import main
 from uft.config.examine import examine
+from uft.config.freeze import plain
 from uft.config.loader import Request, make_loader
 from uft.errors import UftError
-from uft.launch.sweep_jobs import JobFailed
-from uft.launch.sweep_optuna import DATABASE, Settings, search
-from uft.launch.sweep_space import Choice, Interval, number, space_of
+from uft.launch.optuna import DATABASE, SearchSettings, parse_space, search, value_text
+from uft.launch.sweep import JobFailed, caching
 from uft.runs import Run, create_run, write_json
 
 FIXED = ("objective=uft", "tracking=none", "train.steps=3")
@@ -26,7 +28,7 @@ BETA = "objective.beta=interval(0.1,2)"
 
 @pytest.fixture(scope="module")
 def loader():
-    return make_loader(Request())
+    return caching(make_loader(Request()))
 
 
 class Answers:
@@ -58,7 +60,14 @@ def look_for(tmp_path, monkeypatch, loader):
     def go(answer, *words, verb="train", **settings):
         hydra = {"overrides": {"hydra": []}, "job": {"config_name": "config", "name": verb}, "sweep": {"dir": "S"}}
         launcher = Answers(answer)
-        search(Settings(**settings), OmegaConf.create({"hydra": hydra}), loader, launcher, [*FIXED, *words])
+        defaults = {key: value for key, value in vars(UftOptunaConf()).items() if key != "_target_"}
+        search(
+            SearchSettings(**defaults | settings),
+            OmegaConf.create({"hydra": hydra}),
+            loader,
+            launcher,
+            [*FIXED, *words],
+        )
         return launcher, study() if settings.get("storage") is None else None
 
     return go
@@ -78,21 +87,21 @@ def bowl(job):
 
 def test_axes_of_the_grammar(loader):
     words = ("objective=uft,dpo", BETA, "optim.lr=tag(log,interval(1e-5,1e-3))", "train.batch_size=range(8,33,8)")
-    space = space_of([*words, "data=glob(m*)", "seed=choice(1)", "train.steps=3"], loader)
-    assert space.axes == {
-        "objective": Choice(("uft", "dpo")),
-        "objective.beta": Interval(0.1, 2.0),
-        "optim.lr": Interval(1e-5, 1e-3, log=True),
-        "train.batch_size": Interval(8.0, 32.0, step=8.0),
-        "data": Choice(("mix",)),
-        "seed": Choice(("1",)),
+    space = parse_space([*words, "data=glob(m*)", "seed=choice(1)", "train.steps=3"], loader)
+    assert space.distributions == {
+        "objective": CategoricalDistribution(("uft", "dpo")),
+        "objective.beta": FloatDistribution(0.1, 2.0),
+        "optim.lr": FloatDistribution(1e-5, 1e-3, log=True),
+        "train.batch_size": FloatDistribution(8.0, 32.0, step=8.0),
+        "data": CategoricalDistribution(("mix",)),
+        "seed": CategoricalDistribution(("1",)),
     }
     assert space.fixed == ("train.steps=3",)
     assert space.written["optim.lr"] == ["tag(log,interval(1e-5,1e-3))"]
 
 
 def test_every_end_and_option_is_in_a_corner(loader):
-    space = space_of(["objective=uft,dpo", BETA, "data.ratio=0.5"], loader)
+    space = parse_space(["objective=uft,dpo", BETA, "data.ratio=0.5"], loader)
     assert space.corners() == [
         ["data.ratio=0.5", "objective=uft", "objective.beta=0.1"],
         ["data.ratio=0.5", "objective=dpo", "objective.beta=0.1"],
@@ -101,17 +110,21 @@ def test_every_end_and_option_is_in_a_corner(loader):
 
 
 def test_the_type_of_a_key_says_whether_its_numbers_are_whole(loader):
-    tree = examine(Request(FIXED), loader).tree
-    space = space_of(["train.batch_size=interval(8,64)", "data.ratio=interval(0,1)", "seed=interval(1,9)"], loader)
-    space = space.typed_by(tree)
-    assert space.whole == {"train.batch_size", "seed"}
-    trial = optuna.trial.FixedTrial({"train.batch_size": 9, "data.ratio": 1 / 3, "seed": 4})
-    assert space.draw(trial) == ["train.batch_size=9", "data.ratio=0.333333", "seed=4"]
+    words = ["train.batch_size=interval(8,64)", "data.ratio=interval(0,1)", "train.steps=range(1,10,2)"]
+    space = parse_space(words, loader)
+    space = space.with_integers(plain(examine(Request(tuple(space.corners()[0])), loader).tree))
+    assert space.distributions == {
+        "train.batch_size": IntDistribution(8, 64),
+        "data.ratio": FloatDistribution(0.0, 1.0),
+        "train.steps": IntDistribution(1, 9, step=2),
+    }
+    drawn = {"train.batch_size": 9, "data.ratio": 1 / 3, "train.steps": 3}
+    assert space.job(drawn) == ["train.batch_size=9", "data.ratio=0.333333", "train.steps=3"]
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.1, "0.1"), (2.0, "2"), (1e-05, "1e-05"), (0.1 + 0.2, "0.3"), (0, "0")])
 def test_numbers_are_written_as_one_would_type_them(value, text):
-    assert number(value) == text
+    assert value_text(value) == text
 
 
 @pytest.mark.parametrize(
@@ -165,13 +178,17 @@ def test_trials_are_told_and_the_best_one_has_its_command(look_for, capsys):
     assert len(sweep["jobs"]) == 6
 
 
-def test_metric_and_direction_can_be_others(look_for):
+def test_metric_direction_and_database_can_be_others(look_for, tmp_path):
     def rising(job):
         return {"final": {"eval/instruct/exact_match": float(job["objective.beta"]), "eval/nll": 1.0}}
 
-    _, found = look_for(rising, BETA, n_trials=4, metric="eval/instruct/exact_match", direction="max", sampler="random")
+    storage = f"sqlite:///{tmp_path}/other.db"
+    other = {"metric": "eval/instruct/exact_match", "direction": "max", "storage": storage, "study": "shared"}
+    look_for(rising, BETA, n_trials=3, sampler="random", **other)
+    found = optuna.load_study(study_name="shared", storage=storage)
     assert found.best_value == max(trial.value for trial in found.trials)
     assert found.best_value == pytest.approx(found.best_params["objective.beta"], rel=1e-5)
+    assert not Path("S", DATABASE).exists()
 
 
 def test_the_same_command_again_adds_trials_and_draws_new_values(look_for, capsys):
@@ -220,18 +237,11 @@ def test_a_stopped_trial_is_gone_on_with_first(look_for):
 def test_values_that_do_not_go_together_fail_as_a_trial(look_for, capsys):
     """Each is right with the other's first: 3 steps with a warm-up of 4 are not."""
     words = ("train.steps=9,3", "optim.warmup=0.1,4.0", BETA)
-    _, found = look_for(bowl, *words, n_trials=12, sampler="random")
+    _, found = look_for(bowl, *words, n_trials=7, sampler="random")
     wrong = [t for t in found.trials if t.params["train.steps"] == "3" and t.params["optim.warmup"] == "4.0"]
     assert wrong
     assert all(trial.state == (TrialState.FAIL if trial in wrong else TrialState.COMPLETE) for trial in found.trials)
     assert "leaves no step after the warm-up" in capsys.readouterr().err
-
-
-def test_a_database_elsewhere(look_for, tmp_path):
-    storage = f"sqlite:///{tmp_path}/other.db"
-    look_for(bowl, BETA, n_trials=1, storage=storage, study="shared")
-    assert len(optuna.load_study(study_name="shared", storage=storage).trials) == 1
-    assert not Path("S", DATABASE).exists()
 
 
 # the program

@@ -1,0 +1,299 @@
+"""Multirun: all jobs checked first, each in its own folder and worker, every failure told, and the sweep can go on."""
+
+import json
+import shlex
+import sys
+from datetime import datetime
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from uft.cli import main
+from uft.config.loader import Request, make_loader
+from uft.launch.sweep import (
+    Job,
+    check_rows,
+    examine_jobs,
+    expand,
+    job_names,
+    record_sweep,
+    resuming,
+    sweep_dir,
+    sweep_name,
+)
+from uft.runs import create_run, find_runs, find_sweeps, planned, waiting
+
+NOW = datetime(2026, 11, 21, 9, 8, 7)
+
+
+def sweep(*words):
+    return main(["train", "-m", "tracking=none", *words])
+
+
+def runs(folder):
+    return {run.name: run for run in find_runs(folder / "outputs")}
+
+
+def test_each_job_has_its_folder(worker, capsys):
+    assert sweep("objective=sft,ift", "seed=1,2", "train.log_every=7") == 0
+    found = runs(worker)
+    assert list(found) == ["ift-seed1", "ift-seed2", "sft-seed1", "sft-seed2"]
+    (folder,) = {run.path.parent for run in found.values()}
+    assert folder.name.startswith("objective-seed-")
+    config = found["ift-seed2"].config()
+    assert (config["objective"]["name"], config["seed"], config["sweep"]["name"]) == ("ift", 2, folder.name)
+    overrides = yaml.safe_load((found["ift-seed2"].path / "overrides.yaml").read_text())
+    assert set(overrides) == {"tracking=none", "objective=ift", "seed=2", "train.log_every=7"}
+    out = capsys.readouterr().out
+    assert "all 4 jobs are done" in out
+    assert "4 of 4 done: ift-seed2 finished at step 2" in out
+    assert "worker train" not in out, "a job talks into its console.log"
+    assert [path.name for path in worker.iterdir()] == ["outputs"], "Hydra leaves no files"
+
+
+def test_a_rerun_skips_what_is_finished_does_what_is_new_and_refuses_other_settings(worker, capsys):
+    assert sweep("seed=choice(1)", "sweep.name=A", "tracking.mode=disabled") == 0
+    capsys.readouterr()
+    assert sweep("seed=1,2", "sweep.name=A", "optim.lr=0.5") == 2
+    err = capsys.readouterr().err
+    for part in ("optim.lr", "0.001 -> 0.5", "1 of 2 jobs, the first is seed1"):
+        assert part in err
+    assert list(runs(worker)) == ["seed1"]
+    assert sweep("seed=1,2", "sweep.name=A", "tracking.mode=offline") == 0
+    sittings = {name: (run.path / "sittings").read_text() for name, run in runs(worker).items()}
+    assert sittings == {"seed1": "ok\n", "seed2": "ok\n"}
+
+
+def test_failures_and_refusals_of_workers_do_not_stop_the_others_and_all_are_listed(worker, capfd):
+    assert sweep("generate.system=fail,ok,die,refuse", "sweep.name=A") == 1
+    out, err = capfd.readouterr()
+    assert "3 of 4 jobs failed" in err
+    assert "ValueError: it broke" in err
+    assert "killed by SIGKILL" in err
+    assert "no rows that this objective can use" in err
+    assert "did you mean  data=mix ?" in err
+    assert "uft resume outputs/" in err
+    assert "1 of 4 done: systemrefuse failed" in out
+    found = {name: run.status for name, run in runs(worker).items()}
+    assert found == {"systemdie": "interrupted", "systemfail": "failed", "systemok": "finished"}
+
+
+def test_all_jobs_are_checked_before_the_first_starts(worker, capsys):
+    assert sweep("objective=sft,dpo", "objective.beta=0.1", "data.ratio=0.5,2", "train.stps=1", "run.dir=x") == 2
+    err = capsys.readouterr().err
+    assert "uft: 4 problems in this request" in err
+    assert "in 2 of 4 jobs, the first is  objective=sft data.ratio=0.5" in err
+    assert "no such key in objective=sft" in err
+    assert "data.ratio=2.0" in err
+    assert "must be at most 1" in err
+    assert "in 2 of 4 jobs, the first is  objective=sft data.ratio=2" in err
+    assert "did you mean  train.steps ?" in err
+    assert "one folder for 4 jobs" in err
+    assert list(worker.iterdir()) == []
+
+
+def test_keys_of_some_objectives_come_with_the_commands_that_sweep_them(worker):
+    words = ("objective=sft,dpo,ift,uft", "objective.beta=0.1,0.2", "objective.gamma=0.9", "generate.system=ok")
+    _, footer = examine_jobs(Request(words), make_loader(Request()))
+    commands = [shlex.split(line) for line in footer.splitlines() if line.startswith("  uft train")]
+    assert [command[3:6] for command in commands] == [
+        ["objective=sft", "generate.system=ok", "sweep.name=objective-beta"],
+        ["objective=dpo,uft", "objective.beta=0.1,0.2", "generate.system=ok"],
+        ["objective=ift", "objective.gamma=0.9", "generate.system=ok"],
+    ]
+    assert {command[-1] for command in commands} == {"sweep.name=objective-beta"}
+    assert main([*commands[2][1:], "tracking=none"]) == 0
+    assert [run.path.parent.name for run in runs(worker).values()] == ["objective-beta"]
+    assert list(runs(worker)) == ["ift"]
+
+
+def test_a_key_that_no_objective_has_is_a_typo_alone(worker, capsys):
+    assert sweep("objective=sft,ift", "objective.bta=0.1,0.2") == 2
+    assert "Sweep them apart" not in capsys.readouterr().err
+
+
+def test_an_interval_is_for_a_search(worker, capsys):
+    assert sweep("optim.lr=interval(0,1)") == 2
+    assert "hydra/sweeper=uft_optuna" in capsys.readouterr().err
+
+
+def test_bad_rows_of_any_job_stop_the_sweep(worker, capsys):
+    (worker / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    assert sweep("data=files", "+data.sources.a.path=bad.jsonl,missing.jsonl", "data.holdout=0") == 2
+    err = capsys.readouterr().err
+    for part in ("uft: 2 problems", "bad.jsonl:2", "missing.jsonl", "data.bad_rows=drop"):
+        assert part in err
+    assert not (worker / "outputs").exists()
+
+
+def test_the_rows_of_a_mixture_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    read = []
+    monkeypatch.setattr("uft.data.sources.load_sources", lambda data: read.append(data["sources"]["a"]["path"]))
+    jobs = [
+        {"seed": seed, "data": {"name": "d", "ratio": ratio, "sources": {"a": {"path": path, "share": share}}}}
+        for path, ratio, share, seed in product(("x.jsonl", "y.jsonl"), (None, 0.5), (None, 2.0), (1, 2))
+    ]
+    check_rows(jobs)
+    check_rows(jobs[:1])
+    assert read == ["x.jsonl", "y.jsonl"]
+
+
+def test_hydras_own_folder_and_a_name_for_all_runs_stands_before_their_own(worker):
+    assert sweep("seed=1,2", "hydra.sweep.dir=here/it/is", "run.name=mine") == 0
+    assert sorted(path.name for path in (worker / "here/it/is").iterdir()) == ["mine-seed1", "mine-seed2", "sweep.json"]
+
+
+def test_a_shipped_sweep_its_name_and_values_of_ones_own(worker, capsys):
+    """The group `sweep` and the key `sweep.name` are two things; what is typed replaces an axis of the file."""
+    words = ("train", "tracking=none", "sweep=beta_ratio", "objective=dpo", "data.unusable=drop")
+    assert main([*words, "sweep.name=mine", "objective.beta=0.1,0.2", "data.ratio=0.5"]) == 0
+    assert list(runs(worker)) == ["dpo-beta0.1-ratio0.5", "dpo-beta0.2-ratio0.5"]
+    config = runs(worker)["dpo-beta0.2-ratio0.5"].config()
+    assert (config["objective"]["beta"], config["sweep"]) == (0.2, {"name": "mine"})
+    capsys.readouterr()
+    assert main([*words, "objective.beta=0.1,0.2", "train.stps=3"]) == 2
+    err = capsys.readouterr().err
+    assert "uft: 1 problem" in err
+    assert "did you mean  train.steps ?" in err
+
+
+def test_hydras_own_sweeper_works_too(worker, capfd):
+    assert sweep("hydra/sweeper=basic", "generate.system=ok,fail") == 1
+    assert "exit code 1" in capfd.readouterr().err
+    assert sorted(run.status for run in runs(worker).values()) == ["failed", "finished"]
+
+
+def test_config_lists_the_jobs_of_a_file_and_shows_the_first(worker, capsys):
+    folder = worker / "conf-user" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "betas.yaml").write_text(
+        "# @package _global_\n# betas\ndefaults:\n  - override /objective: dpo\n"
+        "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      objective.beta: 0.3,0.2\n"
+    )
+    assert main(["config", "experiment=betas", "data.ratio=0.75,1"]) == 0
+    out = capsys.readouterr().out
+    assert "# 4 jobs; below is the first one's configuration" in out
+    assert "#   objective.beta=0.2 data.ratio=0.75" in out
+    assert yaml.safe_load(out)["objective"]["beta"] == 0.3
+    assert list(worker.iterdir()) == [worker / "conf-user"]
+
+
+def test_other_verbs_can_be_swept(worker, capfd):
+    assert main(["check", "-m", "model.path=a,b"]) == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("a ", "b "))]
+    assert said == ["a None", "b None"]
+    assert list(worker.iterdir()) == []
+
+
+# --- names
+
+
+def test_a_key_of_a_file_that_is_typed_too_is_one_axis():
+    """So the sweep keeps its name, and its jobs theirs, when a grid of a file is extended on the command line."""
+    loader = make_loader(Request())
+    file = ["objective.beta=0.1,0.2", "data.ratio=0.25,0.5", "sweep=beta_ratio"]
+    jobs, axes = expand([*file, "objective.beta=0.3"], loader)
+    assert axes == {"objective.beta": ["0.3"], "data.ratio": ["0.25", "0.5"]}
+    assert jobs == [["objective.beta=0.3", f"data.ratio={ratio}", "sweep=beta_ratio"] for ratio in ("0.25", "0.5")]
+    wider, _ = expand([*file, "objective.beta=0.3,0.4"], loader)
+    assert job_names(wider, list(axes))[:2] == job_names(jobs, list(axes)) == ["beta0.3-ratio0.25", "beta0.3-ratio0.5"]
+    name = sweep_name(list(axes), ["sweep=beta_ratio"])
+    assert name.startswith("beta_ratio-")
+    assert name == sweep_name(list(axes)[::-1], ["sweep=beta_ratio", "tracking=none", "sweep.name=x"])
+
+
+def test_a_job_is_named_by_the_axes_that_vary():
+    axes = ["objective", "objective.beta", "data.ratio", "seed"]
+    job = ["model=playground", "objective=ift", "objective.beta=0.1", "data.ratio=0.5", "seed=1", "train.steps=3"]
+    assert job_names([job], axes) == ["ift-beta0.1-ratio0.5-seed1"]
+    assert job_names([job], axes, "mine") == ["mine-ift-beta0.1-ratio0.5-seed1"]
+    assert job_names([["+objective.beta=0.1"]], ["+objective.beta"]) == ["beta0.1"]
+    assert job_names([["seed=1"]], []) == ["run"]
+    # two parts of a key where one is ambiguous
+    axes = ["optim.lr", "model.lr", "data.ratio"]
+    assert job_names([["optim.lr=1", "model.lr=2", "data.ratio=3"]], axes) == ["optim.lr1-model.lr2-ratio3"]
+
+
+def test_names_of_jobs_are_folders_and_unique():
+    (name,) = job_names([["optim.betas=[0.9,0.95]", "model.path=a/b=c"]], ["optim.betas", "model.path"])
+    assert not set(name) & set("=,[]/ "), "nothing that Hydra or a shell would trip over"
+    assert name.startswith("betas0.9-0.95-")
+    assert job_names([["model.path=///"]], ["model.path"])[0].startswith("pathnone-")
+    assert len(set(job_names([["model.path=a/b"], ["model.path=a-b"]], ["model.path"]))) == 2
+    same = job_names([["data.x=1", "seed=1"], ["data.x=1", "seed=2"]], ["data.x"])
+    assert len(set(same)) == 2
+    assert same[0].startswith("x1-")
+    axes = [f"data.sources.s{n}.share" for n in range(40)]
+    jobs = [[f"{axis}=0.25" for axis in axes], [f"{axis}=0.25" for axis in axes[:-1]] + [f"{axes[-1]}=0.5"]]
+    one, two = job_names(jobs, axes)
+    assert len(one) < 140
+    assert one != two
+
+
+def test_sweep_name_depends_on_what_is_fixed_and_matters():
+    name = sweep_name(["objective.beta", "seed"], ["data=mix"])
+    assert name.startswith("beta-seed-")
+    assert name == sweep_name(["objective.beta", "seed"], ["data=mix", "tracking.mode=offline", "train.log_every=5"])
+    assert name != sweep_name(["objective.beta", "seed"], ["data=pairs"])
+
+
+def test_a_sweep_of_an_earlier_day_is_completed_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sweep_dir("A", NOW) == Path("outputs/2026-11-21/A")
+    Path("outputs/2026-11-19/A").mkdir(parents=True)
+    assert sweep_dir("A", NOW) == Path("outputs/2026-11-19/A")
+
+
+# --- sweep.json
+
+
+@pytest.fixture
+def ask(monkeypatch, tmp_path):
+    """ask(words, axes, *names): as if `uft train WORDS` had planned these jobs; what the file says then."""
+    monkeypatch.chdir(tmp_path)
+
+    def ask(words, axes, *names):
+        monkeypatch.setattr(sys, "argv", ["uft train", *words.split()])
+        record_sweep(Path("S"), [Job((f"name={name}",), Path("S") / name) for name in names], axes)
+        return json.loads(Path("S/sweep.json").read_text())
+
+    return ask
+
+
+def test_a_sweep_grows_and_forgets_nothing(ask, tmp_path):
+    first = ask("-m seed=1,2", {"seed": ["1", "2"]}, "seed1", "seed2")
+    assert (first["format"], first["name"]) == (1, "S")
+    (command,) = first["commands"]
+    assert (command["words"], command["cwd"]) == (["-m", "seed=1,2"], str(tmp_path))
+    assert first["jobs"][0]["overrides"] == ["name=seed1"]
+    ask("-m seed=2,3", {"seed": ["2", "3"]}, "seed2", "seed3")
+    ask("-m lr=1", {"lr": ["1"]}, "lr1")
+    found = ask("-m seed=1,2", {"seed": ["1", "2"]}, "seed1", "seed2")
+    assert found["axes"] == {"seed": ["1", "2", "3"], "lr": ["1"]}
+    assert [job["name"] for job in found["jobs"]] == ["seed1", "seed2", "seed3", "lr1"]
+    assert found["jobs"][0] == first["jobs"][0]
+    assert [command["words"][1] for command in found["commands"]] == ["seed=2,3", "lr=1", "seed=1,2"]
+    assert found["made"] == first["made"]
+
+
+def test_what_resume_does_is_no_new_request(ask, tmp_path):
+    ask("-m seed=1,2", {"seed": ["1"]}, "seed1")
+    with resuming(Path("S")) as commands:
+        assert commands == [(["-m", "seed=1,2"], tmp_path)]
+        found = ask("-m seed=1,2 tracking.mode=offline hydra.sweep.dir=S", {"seed": ["1"]}, "seed1")
+    assert len(found["commands"]) == 1
+    assert len(ask("-m seed=3", {"seed": ["3"]}, "seed3")["commands"]) == 2
+
+
+def test_jobs_that_have_not_started_are_known(ask, tmp_path):
+    ask("-m seed=1,2", {"seed": ["1", "2"]}, "seed1", "seed2")
+    create_run(tmp_path / "S" / "seed1", "{}\n", [])
+    assert find_sweeps(tmp_path) == [tmp_path / "S"]
+    assert [run.name for run in planned(tmp_path / "S")] == ["seed1", "seed2"]
+    assert [run.path for run in waiting(tmp_path)] == [tmp_path / "S" / "seed2"]
+    for text in ("", "{", "[]", '{"jobs": 3}', '{"jobs": [{}]}'):
+        (tmp_path / "S" / "sweep.json").write_text(text)
+        assert waiting(tmp_path) == [], "a damaged file plans nothing"

@@ -1,0 +1,304 @@
+"""A search with Optuna over any launcher: it proposes trials, and is told what their `result.json` says.
+
+The study lies in the sweep's folder unless configured otherwise, so that the same command, or `uft resume`, adds trials
+up to `n_trials`. A trial that was stopped is continued first; a failed one is told to Optuna as failed.
+
+The space is written in Hydra's override grammar:
+
+    objective.beta=interval(0.01,1)              a number in between; a whole one where the key takes whole ones
+    optim.lr=tag(log,interval(1e-5,1e-3))        likewise, spread over its powers of ten
+    train.batch_size=range(16,65,16)             16, 32, 48, 64
+    objective=uft,dpo                            one of these
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, RangeSweep
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig
+
+from uft.config.examine import quoted
+from uft.errors import Problem, UftError
+from uft.launch.sweep import Job, SweepPlan, SweepSession, record_sweep
+from uft.launch.sweep_table import SweepTable
+from uft.runs import Run, shown
+from uft.tracking.console import number, printable
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+DATABASE = "optuna.db"
+DIRECTIONS: dict[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
+SAMPLERS = ("tpe", "random", "qmc")
+BEST = 5  # trials in the last table
+DIGITS = 6  # of a number that was drawn: enough for any search, and it stands in folder names
+RESUME = """\
+Failed trials count among the trials, and Optuna has been told. One that was stopped is gone on with by the same
+command, or by  uft resume {}"""
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The configuration of the sweeper; see `hydra_plugins.uft_sweeper`, where the defaults are."""
+
+    n_trials: int
+    batch: int
+    sampler: str
+    seed: int | None
+    metric: str | None
+    direction: str | None
+    storage: str | None
+    study: str | None
+    params: Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a trial draws from, by key in the order of the command line, and the overrides that all trials share."""
+
+    distributions: Mapping[str, BaseDistribution]
+    fixed: tuple[str, ...]
+    written: Mapping[str, Sequence[str]]  # by key: the distribution as it was typed
+
+    def job(self, values: Mapping[str, Any]) -> list[str]:
+        """The overrides of a trial with these values."""
+        return [*self.fixed, *(f"{key}={value_text(values[key])}" for key in self.distributions)]
+
+    def corners(self) -> list[list[str]]:
+        """Jobs in which every end of an interval and every option occurs, the other keys at their first value."""
+        axes: Mapping[str, Any] = self.distributions
+        ends = {key: getattr(axis, "choices", None) or (axis.low, axis.high) for key, axis in axes.items()}
+        first = {key: values[0] for key, values in ends.items()}
+        others = [{**first, key: value} for key, values in ends.items() for value in values[1:]]
+        return [self.job(values) for values in (first, *others)]
+
+    def with_integers(self, settings: Mapping[str, Any]) -> Space:
+        """The same space with whole numbers for the keys that have one in a resolved configuration of it."""
+        from optuna.distributions import FloatDistribution, IntDistribution
+
+        found = dict(self.distributions)
+        for key, axis in found.items():
+            value: Any = settings
+            for part in key.lstrip("+").split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if isinstance(axis, FloatDistribution) and isinstance(value, int):
+                found[key] = IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
+        return replace(self, distributions=found)
+
+
+def value_text(value: Any) -> str:
+    """A value as it is typed; of a number, six digits."""
+    if not isinstance(value, float):
+        return str(value)
+    short = float(f"{value:.{DIGITS}g}")
+    return str(int(short)) if short.is_integer() and abs(short) < 10**DIGITS else repr(short)
+
+
+def parse_space(lines: Sequence[str], loader: ConfigLoader) -> Space:
+    """The space of these overrides; a later line about a key replaces an earlier one. Raises UftError for none."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(lines))
+    distributions: dict[str, BaseDistribution] = {}
+    fixed, typed = [], {}
+    for key, override in {override.get_key_element(): override for override in overrides}.items():
+        if not override.is_sweep_override():
+            fixed.append(f"{key}={override.get_value_element_as_str()}")
+            continue
+        sweep, typed[key] = override.value(), [str(override.input_line).partition("=")[2]]
+        if isinstance(sweep, IntervalSweep):
+            low, high = sorted((float(sweep.start or 0), float(sweep.end or 0)))
+            if "log" in sweep.tags and low <= 0:
+                why = "a logarithmic interval begins above 0"
+                raise UftError(Problem(str(override.input_line), why, "command line"))
+            distributions[key] = FloatDistribution(low, high, log="log" in sweep.tags)
+            continue
+        values = sorted(map(float, sweep.range())) if isinstance(sweep, RangeSweep) and "log" not in sweep.tags else []
+        if isinstance(sweep, RangeSweep) and len(values) > 1:
+            distributions[key] = FloatDistribution(values[0], values[-1], step=abs(float(sweep.step)))
+        else:
+            distributions[key] = CategoricalDistribution(list(override.sweep_string_iterator()))
+    if not distributions:
+        examples = (
+            "objective.beta=interval(0.01,1)",
+            "optim.lr=tag(log,interval(1e-5,1e-3))",
+            "data.ratio=0.25,0.5,0.75",
+        )
+        raise UftError(Problem("hydra/sweeper=uft_optuna", "no key says what to search", "command line", examples))
+    return Space(distributions, tuple(fixed), typed)
+
+
+def search(
+    settings: SearchSettings, config: DictConfig, loader: ConfigLoader, launcher: Launcher, typed: Sequence[str]
+) -> list[Sequence[JobReturn]]:
+    """Run trials until there are `n_trials`. Exits the program when a signal stopped it or a trial failed.
+
+    Raises UftError, before anything is started, where a part of the space cannot be run.
+    """
+    problems = []
+    for key, value, allowed in (
+        ("sampler", settings.sampler, SAMPLERS),
+        ("direction", settings.direction, (None, *DIRECTIONS)),
+    ):
+        if value not in allowed:
+            choices = f"choices: {', '.join(choice for choice in allowed if choice)}"
+            problems.append(Problem(f"hydra.sweeper.{key}={value}", "no such choice", "", (choices,)))
+    for key, count in (("n_trials", settings.n_trials), ("batch", settings.batch)):
+        if count < 1:
+            problems.append(Problem(f"hydra.sweeper.{key}={count}", "must be at least 1"))
+    if (verb := str(config.hydra.job.name)) != "train":
+        problems.append(Problem("hydra/sweeper=uft_optuna", f"there is nothing to optimise in  uft {verb}"))
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        advice = ("pip install 'uft[optuna]'",)
+        problems.append(Problem("hydra/sweeper=uft_optuna", "Optuna is not installed", "", advice))
+    if problems:
+        raise UftError(*problems)
+
+    space = parse_space([*(f"{key}={value}" for key, value in (settings.params or {}).items()), *typed], loader)
+    plan = SweepPlan(config, loader, tuple(typed), space.written)
+    corner, *_ = plan.jobs(space.corners())
+    space, evaluation = space.with_integers(corner.settings), corner.settings["eval"]
+    settings = replace(
+        settings,
+        metric=settings.metric or evaluation["best"],
+        direction=settings.direction or evaluation["best_mode"],
+    )
+    folder = corner.folder.parent
+    study = make_study(settings, folder)
+    record_sweep(folder, (), plan.axes)
+    before, there = len(study.trials), count_ended(study)
+    print(f"uft: trials up to {settings.n_trials} in {shown(folder)}, {there} are there", flush=True)
+    table = SweepTable(folder.name, expected=settings.n_trials - there)
+    session, results = SweepSession(launcher, table), []
+    with table:
+        while not session.stopped and (room := min(settings.batch, settings.n_trials - count_ended(study))) > 0:
+            trials = unfinished_trials(study)[:room]
+            trials += [study.ask(dict(space.distributions)) for _ in range(room - len(trials))]
+            results.append(run_trials(trials, study, space, plan, session, str(settings.metric)))
+    report(study, study.trials[before:], space, settings, folder)
+    if session.failed:
+        raise SystemExit(session.report(session.launched, RESUME.format(shown(folder))))
+    return results
+
+
+def make_study(settings: SearchSettings, folder: Path) -> Study:
+    """The study, made or continued; its sampler does not draw again what it drew in an earlier session."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = optuna.create_study(
+        storage=settings.storage or f"sqlite:///{(folder / DATABASE).resolve()}",
+        study_name=settings.study or folder.name,
+        direction=DIRECTIONS[str(settings.direction)],
+        load_if_exists=True,
+    )
+    seed = None if settings.seed is None else settings.seed + len(study.trials)
+    study.sampler = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, constant_liar=settings.batch > 1),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "qmc": lambda: optuna.samplers.QMCSampler(seed=settings.seed),
+    }[settings.sampler]()
+    return study
+
+
+def count_ended(study: Study) -> int:
+    return sum(trial.state.is_finished() for trial in study.trials)
+
+
+def unfinished_trials(study: Study) -> list[Trial]:
+    """Trials that an earlier session asked for and never told the result of, unless their runs are at work now."""
+    from optuna.trial import Trial, TrialState
+
+    running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+    known = [trial for trial in running if "overrides" in trial.user_attrs]
+    free = [t for t in known if "run" not in t.user_attrs or not Run(Path(t.user_attrs["run"])).locked()]
+    return [Trial(study, trial._trial_id) for trial in free]  # there is no public way back from a record to a trial
+
+
+def run_trials(
+    trials: Sequence[Trial], study: Study, space: Space, plan: SweepPlan, session: SweepSession, metric: str
+) -> Sequence[JobReturn]:
+    """Run trials and tell the study how they ended. One that a signal stopped stays open."""
+    jobs: dict[Job, Trial] = {}
+    for trial in trials:
+        line = trial.user_attrs.get("overrides") or space.job(trial.params)
+        trial.set_user_attr("overrides", line)
+        try:
+            (job,) = plan.jobs([line])
+        except UftError as error:  # values that are right one by one and not together
+            tell(study, trial, None, "; ".join(f"{problem.what}: {problem.why}" for problem in error.problems))
+            continue
+        if job in jobs:
+            tell(study, trial, None, "the same values as another trial of its batch")
+            continue
+        trial.set_user_attr("run", str(job.folder))
+        jobs[job] = trial
+    if not jobs:
+        return []
+    record_sweep(next(iter(jobs)).folder.parent, list(jobs), plan.axes)
+    if session.table:
+        session.table.add(job.folder for job in jobs)
+    returned = session.launch(list(jobs))
+    for job, trial in jobs.items():
+        failure = session.failed.get(job)
+        if failure is None:
+            result = Run(job.folder).result()
+            value = {**result.get("final", {}), **result.get("best", {})}.get(metric)
+            value = None if value is None else float(value)  # "nan" among others
+            if value is None:
+                tell(study, trial, None, f"no {metric} in its result.json")
+            else:
+                tell(study, trial, value if math.isfinite(value) else None, f"{metric} is {value}")
+        elif not failure.stopped:
+            tell(study, trial, None, failure.message)
+    return returned
+
+
+def tell(study: Study, trial: Trial, value: float | None, why: str) -> None:
+    """A value, or (None) a failure and its reason."""
+    from optuna.trial import TrialState
+
+    if value is None:
+        trial.set_user_attr("error", why)
+        study.tell(trial, state=TrialState.FAIL)
+    else:
+        study.tell(trial, value)
+
+
+def report(study: Study, new: Sequence[FrozenTrial], space: Space, settings: SearchSettings, folder: Path) -> None:
+    """Print the best trials, the command of the best one, and the trials of this session that were not run."""
+    from optuna.trial import TrialState
+
+    good = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    good.sort(key=lambda trial: float(trial.value or 0), reverse=settings.direction == "max")
+    print(f"\n{count_ended(study)} trials, {len(good)} of them with a value of {settings.metric}\n")
+    if good:
+        rows = [["trial", str(settings.metric), *space.distributions, "run"]]
+        for trial in good[:BEST]:
+            values = dict(word.partition("=")[::2] for word in trial.user_attrs["overrides"])
+            cells = [str(trial.number), number(trial.value, 4), *(values[key] for key in space.distributions)]
+            rows.append([printable(cell) for cell in (*cells, Path(trial.user_attrs["run"]).name)])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
+        words = [word for word in good[0].user_attrs["overrides"] if not word.startswith(("sweep.name=", "sweep="))]
+        print(f"\n  the best one alone:  {' '.join(['uft', 'train', *map(quoted, words)])}")
+        print(f"  all of them:         uft compare {shown(folder)}", flush=True)
+    for trial in new:
+        if "error" in trial.user_attrs and "run" not in trial.user_attrs:
+            print(f"uft: a trial was not run: {trial.user_attrs['error']}", file=sys.stderr)

@@ -1,0 +1,377 @@
+"""The comparison as one plain object, format 1 of `compare.json`: the page, the terminal and W&B draw nothing else.
+
+Figures have six significant digits; those that are not finite are the strings "nan", "inf" and "-inf", as in
+`metrics.jsonl`. All text is as it was found, and untrusted.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uft import __version__
+from uft.report import metrics, stats
+from uft.report.cautions import Case, cautions
+from uft.report.groups import Grouping, baselines, differences, grouping
+from uft.report.runs import COSTS, Line, LoadedRun, Selection, load, number, numbers
+from uft.report.text import config_value, encodable, jsonable, rounded, truncated
+from uft.report.verdict import Verdict, figures_of, judge
+from uft.runs import planned, shown, write_atomically
+
+FORMAT = 1
+LONGEST_ERROR = 4000  # characters; the run's folder has the rest
+AXES = ("step", "rows", "tokens", "supervised_tokens", "seconds", "epoch")  # of metrics.jsonl: no metrics
+MAIN_CURVES = ("loss", "nll", "grad_norm")
+CURVE_BUDGET = 400_000  # points of all curves together: about 12 MB of JSON
+CURVE_LIMITS = ((500, 500), (500, 100), (500, 40), (350, 40), (250, 30), (150, 20), (80, 10), (40, 0))
+"""(points of a main curve, of another one), tried in this order until all curves fit the budget."""
+PROMPTS, FEWEST_PROMPTS = 24, 4  # sample prompts: at most, and however many runs there are
+LONGEST_SAMPLE, SHORTEST_SAMPLE = 4000, 300  # characters of one text
+SAMPLE_BUDGET = 2_000_000  # characters of all answers together
+
+CAPTIONS = {
+    "summary": (
+        "Means are over seeds, intervals are 95 % t intervals. Configurations that share seeds are compared seed by "
+        "seed (a paired t test: the luck of a seed cancels out), others by Welch's t test. p-values are adjusted by "
+        "Holm's method for all comparisons of a metric; a difference counts as more than seed noise when the "
+        "adjusted p is below 0.05. The intervals themselves are not adjusted. The best of several configurations was "
+        "chosen on these same numbers, so its lead is flattered; seeds that took no part in the choice would tell. "
+        "Only finished runs count."
+    ),
+    "curves": (
+        "Training losses of different objectives are different quantities on different scales: a lower one is not a "
+        "better model. Compare objectives by the evaluation (eval/...), which is the same for all. A reward of chosen "
+        "answers may fall while the margin rises: the objective sees the difference only. Bands are over the seeds "
+        "of a configuration. Long curves are thinned, keeping the lowest and highest value of every stretch."
+    ),
+    "scatter": (
+        "One point per configuration with its 95 % intervals, or per run: any figure against any other. A new skill "
+        "against a kept style shows what each objective trades away; what is better in both lies beyond the others."
+    ),
+    "heatmap": (
+        "Mean over seeds for two swept settings. Neighbours that differ by less than the spread of a cell's seeds "
+        "tell of noise, not of a trend."
+    ),
+    "parallel": (
+        "One line per run through what was swept and what came of it. Many settings and few runs always show some "
+        "pattern: take it as a question for the next sweep."
+    ),
+    "runs": (
+        "Every run that was found, also those that failed, were stopped or cannot be read. Figures are the last of "
+        "each run, not its best: choosing the best step on the same held-out rows would flatter it."
+    ),
+    "differences": (
+        "Configuration keys and circumstances that are not the same in all runs, seeds apart. What stands here and "
+        "is not meant to vary makes a comparison doubtful."
+    ),
+    "samples": (
+        "Greedy answers to the same held-out prompts, at each run's last evaluation, with what the checker says."
+    ),
+}
+
+Object = dict[str, Any]
+Curve = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a comparison."""
+
+    metrics: Sequence[str] = ()  # headlines before the usual ones: NAME or NAME:min or NAME:max
+    baseline: str | None = None  # a configuration's name, or key=value ...
+    seed_keys: Sequence[str] = ()  # keys that are seeds; none: seed and seeds.*
+
+
+def compare(selection: Selection, options: Options = Options()) -> Object:
+    """Read the runs and compare them. Raises UftError for options that mean nothing here."""
+    collecting = gc.isenabled()
+    gc.disable()  # reading would spend half its time on a search for garbage among millions of numbers in use
+    try:
+        return compare_loaded([load(path) for path in selection.runs], selection, options)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Options) -> Object:
+    grouped = grouping(runs, options.seed_keys)
+    figures = figures_of(runs, grouped)
+    comparable = not any(key.startswith("objective.") for key in grouped.varying)
+    known = dict.fromkeys(name for run in runs for name in run.figures)
+    heads = metrics.headlines(runs, known, options.metrics, comparable)
+    base = baselines(grouped.groups, options.baseline)
+    drawn = curves(runs)
+    asked = {head.metric: head.direction for head in heads}
+    names = [group.name for group in grouped.groups]
+    verdicts = [verdict for head in heads if (verdict := judge(head, figures, names, base)) is not None]
+    return {
+        "format": FORMAT,
+        "title": jsonable(selection.title),
+        "made": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "uft": __version__,
+        "headline": [{"metric": head.metric, "direction": head.direction} for head in heads],
+        "metrics": [
+            {
+                "name": jsonable(name),
+                "direction": asked.get(name) or metrics.direction(name),
+                "kind": metrics.kind(name),
+                "curve": name in drawn,
+                "caption": metrics.caption(name),
+                "comparable": comparable or not metrics.of_objective(name),
+            }
+            for name in metrics.ordered([*known, *drawn], list(asked))
+        ],
+        "axes": [
+            {"key": jsonable(axis.key), "values": [*map(config_value, axis.values)], "numeric": axis.numeric}
+            for axis in grouped.axes
+        ],
+        "runs": [run_record(n, run, grouped) for n, run in enumerate(runs)],
+        "groups": [
+            {
+                "id": f"g{n}",
+                "name": jsonable(group.name),
+                "config": {jsonable(key): config_value(value) for key, value in group.config.items()},
+                "runs": ids(group.runs),
+                "baseline": n in base,
+                "metrics": jsonable({name: vars(stats.spread([*of.values()])) for name, of in figures[n].items()}),
+            }
+            for n, group in enumerate(grouped.groups)
+        ],
+        "curves": {jsonable(name): {f"r{n}": curve for n, curve in of.items()} for name, of in drawn.items()},
+        "summary": [summary_record(verdict) for verdict in verdicts],
+        "warnings": [
+            {"what": jsonable(caution.what), "why": jsonable(caution.why), "runs": ids(caution.runs)}
+            for caution in cautions(Case(runs, grouped, heads, not_started(selection)))
+        ],
+        "differences": [
+            {"key": jsonable(key), "values": [{"value": jsonable(value), "runs": ids(of)} for value, of in values]}
+            for key, values in differences(runs, options.seed_keys)
+        ],
+        "samples": samples(runs),
+        "captions": CAPTIONS,
+    }
+
+
+def as_json(comparison: Object) -> str:
+    """`compare.json`: a line per part, strictly JSON."""
+    parts = (
+        f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))}"
+        for key, value in comparison.items()
+    )
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def write(comparison: Object, folder: Path) -> list[Path]:
+    """compare.json and compare.html in `folder`, which is made; their paths."""
+    from uft.report.page import render
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {folder / "compare.json": as_json(comparison), folder / "compare.html": render(comparison)}
+    for path, text in files.items():
+        write_atomically(path, text)
+    return list(files)
+
+
+def ids(runs: Iterable[int]) -> list[str]:
+    return [f"r{n}" for n in runs]
+
+
+def not_started(selection: Selection) -> list[str]:
+    """Names of jobs that have not started, where all started jobs of a sweep are compared."""
+    jobs = planned(selection.folder)
+    chosen = {path.resolve() for path in selection.runs}
+    if any(job.exists and job.path.resolve() not in chosen for job in jobs):
+        return []
+    return [job.name for job in jobs if not job.exists]
+
+
+def run_record(n: int, run: LoadedRun, grouped: Grouping) -> Object:
+    def integer(value: Any) -> int | None:
+        return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+    group = next((place for place, group in enumerate(grouped.groups) if n in group.runs), None)
+    figures, best = run.figures, run.result.get("best")
+    words = [word for word in run.overrides if not word.lstrip("+").startswith("run.")]  # its own name and folder
+    return {
+        "id": f"r{n}",
+        "name": jsonable(run.name),
+        "path": jsonable(shown(run.path.resolve())),
+        "group": None if group is None else f"g{group}",
+        "color": len(grouped.groups) if group is None else group,
+        "status": run.status,
+        "error": None if run.error is None else truncated(jsonable(run.error), LONGEST_ERROR),
+        "seed": config_value(grouped.seeds.get(n)),
+        "config": {jsonable(axis.key): config_value(axis.column[n]) for axis in grouped.axes if n in axis.column},
+        "final": jsonable({name: value for name, value in figures.items() if name not in COSTS}),
+        "best": jsonable(best) if isinstance(best, dict) else {},
+        "steps": integer(run.total("steps") if run.result else run.total("step")),
+        "total_steps": integer(run.info.get("total_steps") or run.config.get("train.steps")),
+        "seconds": jsonable(figures.get("seconds")),
+        "tokens": integer(figures.get("tokens")),
+        "supervised_tokens": integer(figures.get("supervised_tokens")),
+        "tokens_per_second": jsonable(figures.get("tokens_per_second")),
+        "peak_memory_bytes": integer(figures.get("peak_memory_bytes")),
+        "command": jsonable(shlex.join(["uft", "train", *words])) if run.overrides else None,
+        "facts": jsonable(run.facts),
+    }
+
+
+def summary_record(verdict: Verdict) -> Object:
+    def group(n: int | None) -> str | None:
+        return None if n is None else f"g{n}"
+
+    return {
+        "metric": jsonable(verdict.headline.metric),
+        "direction": verdict.headline.direction,
+        "words": jsonable(verdict.words),
+        "best": group(verdict.best),
+        "runner_up": group(verdict.runner_up),
+        "baseline": group(verdict.baseline),
+        "comparisons": [
+            {
+                "a": group(comparison.a),
+                "b": group(comparison.b),
+                "difference": rounded(comparison.found.difference),
+                "low": jsonable(comparison.found.low),
+                "high": jsonable(comparison.found.high),
+                "p": jsonable(comparison.found.p),
+                "p_adjusted": jsonable(comparison.adjusted),
+                "n": comparison.found.n,
+                "paired": comparison.found.paired,
+                "method": comparison.found.method,
+                "inside_noise": comparison.inside_noise,
+                "bootstrap": jsonable(comparison.found.bootstrap),
+            }
+            for comparison in verdict.comparisons
+        ],
+    }
+
+
+def curves(runs: Sequence[LoadedRun]) -> dict[str, dict[int, Curve]]:
+    """By metric and number of the run: value against step, tokens and seconds, thinned so that all fit the budget.
+
+    A metric that has one point in every run has no curve. Tokens and seconds that a line lacks are those before it.
+    """
+    where = [places(run.lines) for run in runs]
+    known = dict.fromkeys(name for found in where for name in found)
+    names = [name for name in known if any(len(found.get(name, ())) > 1 for found in where)]
+    main = {name: name in MAIN_CURVES or (name.startswith("eval/") and name.count("/") == 1) for name in names}
+    largest = fitting((main[name], len(at)) for found in where for name, at in found.items() if name in main)
+    limits = {name: largest[0] if main[name] else largest[1] for name in names}
+    drawn: dict[str, dict[int, Curve]] = {name: {} for name, limit in limits.items() if limit}
+    for n, (run, found) in enumerate(zip(runs, where, strict=True)):
+        axes: dict[str, list[Any]] = {}
+        for axis, start in (("step", None), ("tokens", None), ("seconds", 0)):
+            last: float | None = start
+            axes[axis] = [point(last := number(line.get(axis, last))) for line in run.lines]
+        for name in (name for name in found if name in drawn):
+            values = [(at, value) for at in found[name] if (value := number(run.lines[at].get(name))) is not None]
+            kept = [values[place] for place in thinned([value for _, value in values], limits[name])]
+            curve: Curve = {axis: [column[at] for at, _ in kept] for axis, column in axes.items()}
+            drawn[name][n] = {**curve, "value": [point(value) for _, value in kept]}
+    return drawn
+
+
+def places(lines: Sequence[Line]) -> dict[str, list[int]]:
+    """By metric, the places of the lines that have it; axes and text are no metrics."""
+    found: dict[str, list[int]] = {}
+    for place, line in enumerate(lines):
+        for name in line:
+            if name in found:
+                found[name].append(place)
+            elif name not in AXES:
+                found[name] = [place]
+    return {name: at for name, at in found.items() if numbers({name: lines[at[0]][name]})}
+
+
+def fitting(lengths: Iterable[tuple[bool, int]]) -> tuple[int, int]:
+    """The first of CURVE_LIMITS under which the curves (whether main, points) fit the budget; else the last."""
+    lengths = list(lengths)
+
+    def total(limits: tuple[int, int]) -> int:
+        return sum(min(count, limits[0] if main else limits[1]) for main, count in lengths)
+
+    return next((limits for limits in CURVE_LIMITS if total(limits) <= CURVE_BUDGET), CURVE_LIMITS[-1])
+
+
+def point(value: float | None) -> float | str | None:
+    return rounded(value) if type(value) is float else value
+
+
+def thinned(values: Sequence[float], limit: int) -> list[int]:
+    """Places of at most `limit` values: the first, the last, and the lowest and highest of each stretch between.
+
+    A value that is not finite counts as highest, so that a curve that broke shows it. `limit` is at least 4.
+    """
+    if len(values) <= limit:
+        return list(range(len(values)))
+    heights = np.asarray(values, dtype=float)
+    heights = np.where(np.isfinite(heights), heights, np.inf)
+    edges = np.linspace(1, len(values) - 1, (limit - 2) // 2 + 1).astype(int)
+    found = {0, len(values) - 1}
+    for start, end in pairwise(edges):
+        found |= {int(start + heights[start:end].argmin()), int(start + heights[start:end].argmax())}
+    return sorted(found)
+
+
+def samples(runs: Sequence[LoadedRun]) -> list[Object]:
+    """Answers of all runs to the same held-out prompts: those that most runs answered first, sources in turn, texts cut
+    to fit a page."""
+
+    def text(value: Any) -> str:
+        return encodable("" if value is None else str(value))
+
+    found: dict[tuple[str, str, str], list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)
+    for n, run in enumerate(runs):
+        for sample in run.samples:
+            found[text(sample.get("source")), text(sample.get("row")), text(sample.get("prompt"))].append((n, sample))
+    turns: dict[str, int] = defaultdict(int)  # of each source
+    order = []
+    for key in sorted(found, key=lambda key: -len({n for n, _ in found[key]})):
+        order.append((turns[key[0]], key))
+        turns[key[0]] += 1
+    order.sort(key=lambda pair: pair[0])
+    count = max(FEWEST_PROMPTS, min(PROMPTS, SAMPLE_BUDGET // (SHORTEST_SAMPLE * max(len(runs), 1))))
+    keys = [key for _, key in order[:count]]
+    answers = sum(len(found[key]) for key in keys)
+    most = min(LONGEST_SAMPLE, max(SHORTEST_SAMPLE, SAMPLE_BUDGET // max(answers, 1)))
+
+    def verdict(checks: Any) -> str | None:
+        """`exact_match 1, correct 1, plain 0`; None for an answer that was not checked."""
+        figures = [(name, number(value)) for name, value in checks.items()] if isinstance(checks, dict) else []
+        said = ", ".join(f"{name} {value:g}" for name, value in figures if value is not None)
+        return truncated(text(said), SHORTEST_SAMPLE) or None
+
+    records = []
+    for key in keys:
+        source, row, prompt = (truncated(part, most) for part in key)
+        wanted = next((sample["answer"] for _, sample in found[key] if sample.get("answer") is not None), None)
+        records.append(
+            {
+                "source": source,
+                "row": row,
+                "prompt": prompt,
+                "reference": None if wanted is None else truncated(text(wanted), most),
+                "answers": [
+                    {
+                        "run": f"r{n}",
+                        "step": sample["step"],
+                        "text": truncated(text(sample.get("reply")), most),
+                        "verdict": verdict(sample.get("verdict")),
+                    }
+                    for n, sample in found[key]
+                ],
+            }
+        )
+    return records

@@ -1,0 +1,342 @@
+"""Select run folders and read them, whatever state they are in: finished, failed, running, damaged, or being deleted.
+
+A fault of one folder is recorded in its `status` and `error` and never keeps the others from being shown. Only what
+the report needs is read, so that a thousand folders take seconds.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from uft.config.freeze import flat
+from uft.errors import Problem, UftError
+from uft.runs import Run, bounded
+from uft.tracking import metrics
+from uft.tracking.metrics import NOT_NUMBERS
+
+OUTPUTS = Path("outputs")
+RUN_FILES = frozenset(("config.yaml", "run.json", "metrics.jsonl", "result.json"))
+FINISHED, UNREADABLE = "finished", "unreadable"
+COSTS = ("seconds", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
+"""Totals of result.json about the run itself."""
+VERSIONS = ("uft", "python", "torch", "transformers", "datasets", "peft", "numpy", "platform")
+LARGEST = 2**63  # of integers; a larger one counts as infinite
+BROKEN = (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError)
+"""Errors that reading a file of unknown content can raise."""
+BLOCK = re.compile(r"^(?=[A-Za-z_])", re.MULTILINE)
+YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # seven times as fast, where libyaml is there
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Runs to compare, a title for them, and the report's folder unless another is given."""
+
+    runs: tuple[Path, ...]
+    title: str
+    folder: Path
+
+
+def select(words: Sequence[str]) -> Selection:
+    """The runs that the arguments of `uft compare` name; without any, the newest sweep below outputs/, else all runs.
+
+    A word is a folder of runs, a pattern, or the name of something below outputs/. Raises UftError that lists every
+    word without a run.
+    """
+    if not words:
+        return as_selection(newest_runs())
+    problems: list[Problem] = []
+    found: dict[Path, Path] = {}
+    for word in words:
+        runs = [run for folder in folders_named(word) for run in runs_below(folder)]
+        if not runs:
+            why = "no run in this folder" if Path(word).exists() else "no such folder or sweep"
+            problems.append(Problem(word, why))
+        for run in runs:
+            found.setdefault(run.resolve(), run)
+    if problems:
+        raise UftError(*problems, footer="See the runs here:  uft ls")
+    return as_selection(found.values())
+
+
+def as_selection(runs: Iterable[Path]) -> Selection:
+    paths = tuple(sorted(runs))
+    folder = Path(os.path.commonpath([path.resolve().parent for path in paths]))
+    here = Path.cwd()
+    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    return Selection(paths, folder.name or str(folder), shown)
+
+
+def folders_named(word: str) -> list[Path]:
+    """The path as it is, else as a pattern, else the newest below outputs/ of this name."""
+    if Path(word).is_dir():
+        return [Path(word)]
+    name = glob.escape(word)
+    for pattern in (word, f"{OUTPUTS}/*/{name}", f"{OUTPUTS}/*/*/{name}"):
+        found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isdir(path)]
+        if found:
+            return found if pattern == word else found[-1:]
+    return []
+
+
+def runs_below(root: Path) -> list[Path]:
+    """Run folders at or below `root`, by path; also those that lack a file or two. Does not descend into runs."""
+    found: list[Path] = []
+    for folder, children, files in os.walk(root):
+        if len(RUN_FILES.intersection(files)) > 1:
+            found.append(Path(folder))
+            children.clear()
+        children.sort()
+    return found
+
+
+def newest_runs() -> list[Path]:
+    """The runs of the sweep that was written to last, a sweep being a folder within a day's; else all runs."""
+    runs = runs_below(OUTPUTS)
+    if not runs:
+        footer = "Make some:  uft train -m objective=sft,ift data=mix seed=1,2,3"
+        raise UftError(Problem(f"{OUTPUTS}/", "no runs here"), footer=footer)
+
+    def modified(run: Path) -> float:
+        files = (run / name for name in ("run.json", "config.yaml"))
+        return max((os.stat(file).st_mtime for file in files if file.exists()), default=0.0)
+
+    sweeps: dict[Path, list[Path]] = defaultdict(list)
+    for run in runs:
+        if len(run.relative_to(OUTPUTS).parts) > 2:
+            sweeps[run.parent].append(run)
+    return max(sweeps.values(), key=lambda jobs: max(map(modified, jobs))) if sweeps else runs
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """The content of one run folder. Every part may be empty."""
+
+    path: Path
+    name: str
+    status: str
+    error: str | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)  # by dotted key
+    info: Mapping[str, Any] = field(default_factory=dict)  # run.json
+    result: Mapping[str, Any] = field(default_factory=dict)  # result.json
+    data: Mapping[str, Any] = field(default_factory=dict)  # data.json
+    overrides: tuple[str, ...] = ()
+    lines: tuple[Line, ...] = ()  # of metrics.jsonl, by step
+    samples: tuple[Mapping[str, Any], ...] = ()  # of the last step that has some
+
+    @property
+    def finished(self) -> bool:
+        return self.status == FINISHED
+
+    @cached_property
+    def final(self) -> dict[str, float]:
+        """The last metrics, of result.json; else the last training loss and the last evaluation of metrics.jsonl."""
+        final = self.result.get("final")
+        if isinstance(final, Mapping) and final:
+            return numbers(final)
+        training: Line = {name: line[name] for line in self.lines for name in ("loss", "nll") if name in line}
+        for line in reversed(self.lines):
+            if evaluation := {name: value for name, value in line.items() if name.startswith("eval/")}:
+                return numbers({**training, **evaluation})
+        return numbers(training)
+
+    @cached_property
+    def figures(self) -> dict[str, float]:
+        """The last metrics and the totals of the run."""
+        totals = {name: self.total(name) for name in COSTS}
+        return {**self.final, **{name: value for name, value in totals.items() if value is not None}}
+
+    def total(self, name: str) -> float | None:
+        """A sum over the whole run (seconds, tokens, ...): of result.json, else of the last line that has it."""
+        values = (number(line.get(name)) for line in (self.result, *reversed(self.lines)))
+        return next((value for value in values if value is not None), None)
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """Versions, code, device and data digests that the run was made with."""
+        versions, code = (
+            found if isinstance(found := self.info.get(key), dict) else {} for key in ("versions", "code")
+        )
+        facts = {
+            "data digest": self.info.get("data_digest"),
+            "data contents": self.data.get("digest"),
+            "commit": code.get("commit"),
+            "uncommitted changes": code.get("dirty"),
+            "device": self.info.get("device"),
+            **{name: versions.get(name) for name in VERSIONS},
+            "torch": self.info.get("torch") or versions.get("torch"),
+        }
+        return {name: str(value) for name, value in facts.items() if value}
+
+
+def load(path: Path) -> LoadedRun:
+    """Read one run folder. Never raises for its content, nor for a file that is gone."""
+    run, problems = Run(path), list[str]()
+
+    def attempt(what: str, read: Callable[[], Any], default: Any, tell: bool = True) -> Any:
+        try:
+            return read()
+        except BROKEN as error:
+            if tell:
+                problems.append(f"{what}: {reason(error)}")
+            return default
+
+    config = attempt("config.yaml", lambda: read_config(run.config_file.read_text(encoding="utf-8")), {})
+    info = attempt("run.json", lambda: read_object(path / "run.json"), {})
+    result = attempt("result.json", lambda: read_object(path / "result.json", absent=True), {})
+    locked = attempt(".lock", run.locked, False, tell=False)
+    status = UNREADABLE if problems else "running" if locked else str(result.get("status", "interrupted"))
+    notes, ended = list[str](), status == FINISHED
+    lines = attempt("metrics.jsonl", lambda: read_lines(run.metrics_file, notes, ended), ())
+    samples = attempt("samples.jsonl", lambda: read_samples(run.samples_file, notes, ended), (), tell=False)
+    data = attempt("data.json", lambda: read_object(path / "data.json", absent=True), {}, tell=False)
+    overrides = attempt("overrides.yaml", lambda: read_overrides(path / "overrides.yaml"), (), tell=False)
+    if not problems and not locked:
+        problems += notes
+    told = str(result.get("error") or "").strip()
+    error = "\n".join([*filter(None, [told]), *problems]) or None
+    return LoadedRun(path, run.name, status, error, config, info, result, data, overrides, lines, samples)
+
+
+def reason(error: Exception) -> str:
+    """One line about a file that could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return "is not there"
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        return f"cannot be read as YAML{f', line {mark.line + 1}' if mark else ''}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"cannot be read as JSON, line {error.lineno}"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def read_object(path: Path, absent: bool = False) -> dict[str, Any]:
+    """The file's JSON object; {} when there is no file and that is no fault."""
+    if absent and not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("is not an object")
+    return found
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """The configuration by dotted key, without empty dicts.
+
+    Runs of a sweep share most of their text, so every top-level block is parsed once. Text that cannot be cut so
+    (anchors, documents) is parsed as a whole.
+    """
+    try:
+        found = [pair for block in BLOCK.split(text) if block.strip() for pair in parse_block(block)]
+    except BROKEN:
+        found = []
+    return dict(found or parse_block(text))
+
+
+@lru_cache(maxsize=4096)
+def parse_block(text: str) -> tuple[tuple[str, Any], ...]:
+    found = yaml.load(text, YamlLoader)
+    if not isinstance(found, dict):
+        raise ValueError("is not a configuration")
+    bounded(found)
+    return tuple((key, value) for key, value in flat(found) if value != {})
+
+
+def read_overrides(path: Path) -> tuple[str, ...]:
+    """The overrides as typed. Our own files have a JSON string per line, which is quicker to read than YAML."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        found = [json.loads(line.removeprefix("- ")) for line in lines]
+    except ValueError:
+        found = yaml.load("\n".join(lines), YamlLoader) or []
+    return tuple(str(word) for word in found)
+
+
+def number(value: Any) -> float | None:
+    """A JSON number, also one that is not finite and so was written as text; None for anything else."""
+    kind = type(value)
+    if kind is float:
+        return value
+    if kind is int:
+        return value if abs(value) < LARGEST else math.inf if value > 0 else -math.inf
+    return NOT_NUMBERS.get(value) if kind is str else None
+
+
+def numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics among `found`: text, such as the stage of a pipeline, is none."""
+    pairs = ((str(name), number(value)) for name, value in found.items() if name != "stage")
+    return {name: value for name, value in pairs if value is not None}
+
+
+def read_lines(path: Path, notes: list[str], ended: bool = False) -> tuple[Line, ...]:
+    """The objects of metrics.jsonl, one per step, in order of steps; up to the first line that cannot be read.
+
+    Lines without their checksum are left out. `notes` gets a text about every loss; `ended`: the writer finished, so
+    that a missing last line is a loss too.
+    """
+    if not path.is_file():
+        return ()
+    checked = checked_lines(path, notes, ended)
+    if checked.torn:
+        notes.append(f"{path.name} breaks off at line {len(checked.lines) + 1}")
+    merged: dict[int, Line] = {}
+    for count, line in enumerate(parse_lines(checked.lines), 1):
+        try:
+            merged.setdefault(int(line["step"]), line).update(line)
+        except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
+            notes.append(f"metrics.jsonl breaks off at line {count}")
+            break
+    return tuple(merged[step] for step in sorted(merged))
+
+
+def read_samples(path: Path, notes: list[str], ended: bool = False) -> tuple[Mapping[str, Any], ...]:
+    """The samples of the last step that has some, read as `read_lines` does."""
+    found: dict[int, list[Mapping[str, Any]]] = {}
+    for sample in parse_lines(checked_lines(path, notes, ended).lines) if path.is_file() else ():
+        if not isinstance(sample, dict) or type(sample.get("step")) is not int:
+            break
+        found.setdefault(sample["step"], []).append(sample)
+    return tuple(found[max(found)]) if found else ()
+
+
+def checked_lines(path: Path, notes: list[str], ended: bool) -> metrics.Checked:
+    """The lines that have their checksum; `notes` gets a text about the others."""
+    checked = metrics.check(path)
+    if damaged := sorted({*checked.damaged, *(checked.uncertain if ended else ())}):
+        notes.append(metrics.told(path.name, damaged))
+    return checked
+
+
+def parse_lines(lines: Sequence[str]) -> list[Any]:
+    """The values of JSON Lines up to the first that cannot be read, which is given as None.
+
+    One call for the whole text is twice as fast as one for each line; a damaged text is read line by line.
+    """
+    text = "\n".join(lines)
+    rows = text.rstrip("\n").split("\n") if text else []
+    try:
+        found = json.loads(f"[{','.join(rows)}]")
+        if len(found) == len(rows):
+            return found
+    except (ValueError, RecursionError):
+        pass
+    found = []
+    for row in rows:
+        try:
+            found.append(json.loads(row))
+        except (ValueError, RecursionError):
+            break
+    return [*found, None]
