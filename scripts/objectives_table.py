@@ -19,7 +19,7 @@ from uft.data.batch import Batch, collate, make_example, mismatched
 from uft.data.chat import Tokens
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row
 from uft.objectives import make
-from uft.objectives.base import PLAIN, Ask, Clock, Objective, Scores
+from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest, Objective, StepContext
 from uft.objectives.views import kind_table
 
 ROOT = Path(__file__).parents[1]
@@ -55,10 +55,10 @@ class Counting:
 
     units: int = field(default=0)
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
         self.units += len(batch.row) * (3 if torch.is_grad_enabled() else 1)
         values = torch.full(batch.target_ids.shape, -1.0, requires_grad=True)
-        return Scores(values, batch.target_ids, torch.zeros_like(values))
+        return ForwardOutput(values, batch.target_ids, torch.zeros_like(values))
 
 
 def sample(kind: Kind, index: int) -> Row:
@@ -92,10 +92,10 @@ def cost(name: str, objective: Objective) -> str:
     objective.start(2)
     batch, others = collate(items, 0), mismatched(items, 8)
     policy, reference = Counting(), Counting()
-    objective(batch, policy, reference, Clock())
+    objective(batch, policy, reference, StepContext())
     if objective.needs.mismatched:
         with torch.no_grad():
-            objective.survey(collate(others, 0), policy, reference)
+            objective.baseline_terms(collate(others, 0), policy, reference)
     sequences = f" for {len(batch.row) // 2} sequences" if len(batch.row) > 2 else ""
     alone, whole = policy.units // 2, (policy.units + reference.units) // 2
     if not objective.needs.reference:

@@ -68,7 +68,7 @@ def things(run: Run, tmp_path: Path) -> dict[str, Any]:
     for name, parameter in sorted(trainer.parameters.items()):
         weights.update(name.encode() + parameter.detach().numpy().tobytes())
     rows = [(draw.source, draw.index) for draw in trainer.sampler.preview(60)]
-    noise = [trainer.clock(step).noise for step in range(5)]
+    noise = [trainer.step_context(step).noise for step in range(5)]
     return {"init": weights.hexdigest(), "data": rows, "sampling": (noise, torch.rand(8).tolist())}
 
 

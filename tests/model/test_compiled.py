@@ -14,7 +14,7 @@ from uft.data.batch import Layout, TokenSequence, sequence_batch
 from uft.errors import UftError
 from uft.model.layout import compile_blocks, settle_layout
 from uft.model.policy import Policy, blocks
-from uft.objectives.base import Ask
+from uft.objectives.base import ForwardRequest
 
 
 def packing(model: Any) -> Policy:
@@ -38,7 +38,7 @@ def test_compiled_is_eager_in_value_and_gradient(
         found = []
         for policy in (eager, compiled):
             policy.module.zero_grad()
-            mixed = Ask(replace=batch.target_ids.flip(0), mix=0.3, embed_grad=False)
+            mixed = ForwardRequest(replace=batch.target_ids.flip(0), mix=0.3, embed_grad=False)
             log_probs = [policy(batch).log_probs, policy(batch, mixed).log_probs]
             torch.stack(log_probs).sum().backward()
             gradients = {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}

@@ -12,7 +12,7 @@ from uft.config.schema import Lora
 from uft.data.batch import Batch
 from uft.model.policy import Policy, add_lora
 from uft.model.reference import FromColumn, Frozen
-from uft.objectives.base import Ask
+from uft.objectives.base import ForwardRequest
 
 Build = Callable[..., Any]
 
@@ -49,7 +49,7 @@ def test_divergence_is_over_the_whole_vocabulary_of_plain_transformers(build: Bu
     expected.sum().backward()
     expected_gradients = gradients(policy)
     model.zero_grad()
-    scores = policy(batch, Ask(anchor=Frozen(Policy(other))))
+    scores = policy(batch, ForwardRequest(anchor=Frozen(Policy(other))))
     scores.divergence.sum().backward()
     torch.testing.assert_close(scores.divergence, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores.log_probs, policy(batch).log_probs)
@@ -67,14 +67,14 @@ def test_divergence_from_the_own_weights_without_the_adapter(build: Build, batch
         theirs, ours = log_softmax(build("llama"), batch), log_softmax(policy.module, batch)
     expected = (theirs.exp() * (theirs - ours)).sum(1)
     policy.train()
-    found = policy(batch, Ask(anchor=Frozen(policy))).divergence
+    found = policy(batch, ForwardRequest(anchor=Frozen(policy))).divergence
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert found.min() > 0
     found.sum().backward()
     assert policy.module.training
     assert gradients(policy).keys() == policy.trainable().keys()
     with policy.adapter_disabled():
-        nothing = policy(batch, Ask(anchor=Frozen(policy))).divergence
+        nothing = policy(batch, ForwardRequest(anchor=Frozen(policy))).divergence
     assert float(nothing.detach().abs().max()) < 1e-6
 
 
@@ -83,10 +83,10 @@ def test_divergence_where_an_adapter_sits_on_the_head(build: Build, batch: Batch
     policy.check_head()
     with torch.no_grad():
         theirs, ours = log_softmax(build("llama"), batch), log_softmax(policy.module, batch)
-    found = policy(batch, Ask(anchor=Frozen(policy))).divergence
+    found = policy(batch, ForwardRequest(anchor=Frozen(policy))).divergence
     torch.testing.assert_close(found, (theirs.exp() * (theirs - ours)).sum(1), atol=1e-5, rtol=1e-5)
 
 
 def test_a_cache_of_log_probs_cannot_tell_a_divergence(build: Build, batch: Batch):
     with pytest.raises(AssertionError, match="log-probs of the targets alone"):
-        Policy(build("llama"))(batch, Ask(anchor=FromColumn()))
+        Policy(build("llama"))(batch, ForwardRequest(anchor=FromColumn()))

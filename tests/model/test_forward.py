@@ -11,7 +11,7 @@ from uft.data.batch import Batch
 from uft.errors import UftError
 from uft.model.policy import Policy, add_lora
 from uft.model.reference import Frozen
-from uft.objectives.base import Ask
+from uft.objectives.base import ForwardRequest
 
 ALL = ["llama", "llama_tied", "mistral", "qwen2", "phi3", "gemma2", "gemma3", "cohere", "granite", "gpt2"]
 Build = Callable[..., Any]
@@ -80,7 +80,7 @@ def test_a_head_that_disagrees_is_replaced_by_the_models_own_and_reported(
     assert policy.check_head() > 0.1
     assert "the model's own" in policy.describe()[-1]
     torch.testing.assert_close(policy(batch).log_probs, plain_log_probs(model, batch), atol=1e-5, rtol=0)
-    assert policy(batch, Ask(guess=True)).guesses.shape == batch.target_ids.shape
+    assert policy(batch, ForwardRequest(argmax=True)).argmax.shape == batch.target_ids.shape
 
 
 def test_an_adapter_on_the_head_takes_the_models_own_path(build: Build, batch: Batch):
@@ -95,8 +95,8 @@ def test_guesses_are_the_most_likely_tokens_in_the_targets_places(build: Build, 
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     expected = logits.flatten(0, 1)[batch.predictor].argmax(-1)
     policy = Policy(model)
-    assert torch.equal(policy(batch, Ask(guess=True)).guesses, expected)
-    assert policy(batch).guesses is None
+    assert torch.equal(policy(batch, ForwardRequest(argmax=True)).argmax, expected)
+    assert policy(batch).argmax is None
 
 
 class Inputs:
@@ -112,7 +112,7 @@ def test_embeddings_are_mixed_in_the_targets_places_alone(build: Build, batch: B
     policy = Policy(build(name))
     inputs = Inputs(policy)
     replace = (batch.target_ids + 5) % 61
-    policy(batch, Ask(replace=replace, mix=0.3))
+    policy(batch, ForwardRequest(replace=replace, mix=0.3))
     found = inputs.seen[0]["inputs_embeds"].flatten(0, 1)
     embed = policy.base.get_input_embeddings()
     original = embed(batch.input_ids).flatten(0, 1)
@@ -128,15 +128,19 @@ def test_the_mixture_changes_what_follows_and_full_mixing_is_the_other_token(bui
     replace = (batch.target_ids + 5) % 61
     ids = batch.input_ids.flatten().index_copy(0, batch.place, replace).view_as(batch.input_ids)
     expected = Policy(policy.module)(Batch(**{**vars(batch), "input_ids": ids})).log_probs
-    torch.testing.assert_close(policy(batch, Ask(replace=replace, mix=1.0)).log_probs, expected, atol=1e-5, rtol=0)
-    assert not torch.allclose(policy(batch, Ask(replace=replace, mix=0.5)).log_probs, policy(batch).log_probs)
+    torch.testing.assert_close(
+        policy(batch, ForwardRequest(replace=replace, mix=1.0)).log_probs, expected, atol=1e-5, rtol=0
+    )
+    assert not torch.allclose(
+        policy(batch, ForwardRequest(replace=replace, mix=0.5)).log_probs, policy(batch).log_probs
+    )
 
 
 def test_without_mixing_the_values_are_the_plain_ones(build: Build, batch: Batch):
     policy = Policy(build("gemma3"))
     plain = policy(batch).log_probs
-    assert torch.equal(policy(batch, Ask(replace=batch.target_ids, mix=0.0)).log_probs, plain)
-    assert torch.equal(policy(batch, Ask(embed_grad=False)).log_probs, plain)
+    assert torch.equal(policy(batch, ForwardRequest(replace=batch.target_ids, mix=0.0)).log_probs, plain)
+    assert torch.equal(policy(batch, ForwardRequest(embed_grad=False)).log_probs, plain)
 
 
 @pytest.mark.parametrize(("name", "reached"), [("llama", False), ("llama_tied", True)])
@@ -145,7 +149,7 @@ def test_embed_grad_false_reaches_the_table_only_through_a_tied_head(
     build: Build, batch: Batch, name: str, reached: bool, mix: float
 ):
     policy = Policy(build(name))
-    policy(batch, Ask(replace=batch.target_ids, mix=mix, embed_grad=False)).log_probs.sum().backward()
+    policy(batch, ForwardRequest(replace=batch.target_ids, mix=mix, embed_grad=False)).log_probs.sum().backward()
     table = policy.base.get_input_embeddings().weight.grad
     assert (table is not None) == reached
     layer = policy.base.get_decoder().layers[0].mlp.up_proj.weight.grad
@@ -155,7 +159,7 @@ def test_embed_grad_false_reaches_the_table_only_through_a_tied_head(
 def test_embed_grad_true_trains_both_embeddings_of_a_mixture(build: Build, batch: Batch):
     policy = Policy(build("llama"))
     replace = torch.full_like(batch.target_ids, 60)
-    policy(batch, Ask(replace=replace, mix=0.5)).log_probs.sum().backward()
+    policy(batch, ForwardRequest(replace=replace, mix=0.5)).log_probs.sum().backward()
     table = policy.base.get_input_embeddings().weight.grad
     assert table[60].abs().sum() > 0
     assert table[batch.input_ids[0, 0]].abs().sum() > 0
@@ -165,14 +169,14 @@ def test_embed_grad_true_trains_both_embeddings_of_a_mixture(build: Build, batch
 @pytest.mark.parametrize("adapter", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(build: Build, batch: Batch, embed_grad: bool, adapter: bool):
     policy = lora_policy(build) if adapter else Policy(build("llama"))
-    ask = Ask(replace=(batch.target_ids + 1) % 61, mix=0.4, embed_grad=embed_grad)
+    request = ForwardRequest(replace=(batch.target_ids + 1) % 61, mix=0.4, embed_grad=embed_grad)
     policy.train()
-    policy(batch, ask).log_probs.sum().backward()
+    policy(batch, request).log_probs.sum().backward()
     expected = gradients(policy)
     policy.module.zero_grad()
     policy.base.activation_checkpointing_enable({"use_reentrant": False})
     assert policy.recomputes
-    policy(batch, ask).log_probs.sum().backward()
+    policy(batch, request).log_probs.sum().backward()
     assert expected
     assert gradients(policy).keys() == expected.keys()
     for name, gradient in gradients(policy).items():

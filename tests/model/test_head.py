@@ -50,9 +50,9 @@ def test_value_and_gradients_equal_the_plain_path(chunk: int, transform: Transfo
     wanted = [hidden, *head.projection.parameters()]
     expected = plain(head, hidden, target_ids)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), wanted)
-    found, guesses = head(hidden, target_ids)
+    found, argmax = head(hidden, target_ids)
     gradients = torch.autograd.grad((found * weights).sum(), wanted)
-    assert guesses is None
+    assert argmax is None
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     for gradient, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
@@ -70,16 +70,16 @@ def test_gradients_told_part_by_part_are_those_of_the_whole(chunk: int, transfor
     expected = torch.autograd.grad(sum(log_probs[part].sum() ** 2 for part in parts), wanted)
     seen = []
 
-    def judge(part: slice, told: torch.Tensor, guesses: torch.Tensor | None) -> torch.Tensor:
-        seen.append((part, told.clone(), guesses))
+    def loss_grad(part: slice, told: torch.Tensor, argmax: torch.Tensor | None) -> torch.Tensor:
+        seen.append((part, told.clone(), argmax))
         return 2 * told.sum().expand(len(told))
 
-    head.visit(states * 2, target_ids, parts, judge, guess=True)
+    head.chunked_backward(states * 2, target_ids, parts, loss_grad, with_argmax=True)
     assert [part for part, _, _ in seen] == parts
     torch.testing.assert_close(torch.cat([told for _, told, _ in seen]), log_probs.detach(), atol=1e-12, rtol=0)
-    guesses = head(states * 2, target_ids, guess=True)[1]
-    assert guesses is not None
-    assert torch.equal(torch.cat([g for _, _, g in seen if g is not None]), guesses)
+    argmax = head(states * 2, target_ids, with_argmax=True)[1]
+    assert argmax is not None
+    assert torch.equal(torch.cat([g for _, _, g in seen if g is not None]), argmax)
     for tensor, gradient in zip(wanted, expected, strict=True):
         torch.testing.assert_close(tensor.grad, gradient, atol=1e-10, rtol=1e-10)
 
@@ -89,10 +89,10 @@ def test_a_visit_leaves_frozen_weights_alone_and_adds_to_what_is_there():
     head.projection.requires_grad_(False)
     states, target_ids = inputs(3)
     states.grad = torch.ones_like(states)
-    head.visit(states, target_ids, [slice(0, 3)], lambda part, told, guesses: torch.zeros_like(told))
+    head.chunked_backward(states, target_ids, [slice(0, 3)], lambda part, told, argmax: torch.zeros_like(told))
     assert head.projection.weight.grad is None
     assert torch.equal(states.grad, torch.ones_like(states))
-    head.visit(states.detach(), target_ids, [slice(0, 3)], lambda part, told, guesses: torch.ones_like(told))
+    head.chunked_backward(states.detach(), target_ids, [slice(0, 3)], lambda part, told, argmax: torch.ones_like(told))
 
 
 def test_no_logits_are_held_while_the_body_has_its_backward_pass():
@@ -103,7 +103,7 @@ def test_no_logits_are_held_while_the_body_has_its_backward_pass():
         held.append([tensor for tensor in logits_alive() if not any(tensor is other for other in others)])
 
     leaf.register_hook(look)
-    head.visit(leaf * 2, target_ids, [slice(0, 6)], lambda part, told, guesses: torch.ones_like(told))
+    head.chunked_backward(leaf * 2, target_ids, [slice(0, 6)], lambda part, told, argmax: torch.ones_like(told))
     assert held == [[]]
 
 
@@ -142,9 +142,9 @@ def test_backward_can_be_repeated(chunk: int):
 def test_guesses_are_the_argmax(chunk: int):
     head = make()
     hidden, target_ids = inputs(7)
-    _, guesses = head(hidden, target_ids, guess=True)
-    assert torch.equal(guesses, head.projection(hidden).argmax(-1))
-    assert torch.equal(guesses, log_probs_of(head.projection(hidden), target_ids, guess=True)[1])
+    _, argmax = head(hidden, target_ids, with_argmax=True)
+    assert torch.equal(argmax, head.projection(hidden).argmax(-1))
+    assert torch.equal(argmax, log_probs_of(head.projection(hidden), target_ids, with_argmax=True)[1])
 
 
 def test_no_rows_give_no_values_and_zero_gradients(chunk: int):

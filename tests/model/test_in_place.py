@@ -14,17 +14,19 @@ from uft.data.batch import Layout, TokenSequence, sequence_batch
 from uft.model import head
 from uft.model.head import embedding_in_place, own_gradient
 from uft.model.policy import Policy
-from uft.objectives.base import PLAIN, Ask
+from uft.objectives.base import PLAIN, ForwardRequest
 
 MODELS = ("llama", "llama_tied", "gemma2", "gpt2")
 
 
-def gradients(policy: Policy, sequences: list[TokenSequence], ask: Ask = PLAIN) -> dict[str, torch.Tensor]:
+def gradients(
+    policy: Policy, sequences: list[TokenSequence], request: ForwardRequest = PLAIN
+) -> dict[str, torch.Tensor]:
     """Of the sum of all log-probs, over two visits."""
     for _ in range(2):
         batch = sequence_batch(sequences, 0, Layout.PADDED)
         whole = slice(0, batch.target_ids.numel())
-        policy.visit(batch, ask, [whole], lambda part, log_probs, guesses: torch.ones_like(log_probs))
+        policy.chunked_backward(batch, request, [whole], lambda part, log_probs, argmax: torch.ones_like(log_probs))
     return {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
 
 

@@ -23,7 +23,7 @@ from uft.model.layout import settle_layout
 from uft.model.policy import Policy, add_lora
 from uft.model.reference import Frozen
 from uft.objectives import make
-from uft.objectives.base import Ask, Clock, Objective
+from uft.objectives.base import ForwardRequest, Objective, StepContext
 from uft.training.step import optimiser_step
 
 FOLDER = Path(__file__).parents[2] / "conf" / "objective"
@@ -115,7 +115,7 @@ def measure(
     batches = Collator(budget, 0, layout)(items, mismatched(items, 64) if objective.needs.mismatched else ())
     parameters, how = policy.trainable(), {"lr": 0.0, "max_grad_norm": 0.0, "device": policy.device, "update": False}
     parts = (objective, policy, reference, torch.optim.SGD(parameters.values()), parameters)
-    step = optimiser_step(batches, *parts, Clock(step=3, steps=10, noise=0.7), **how)
+    step = optimiser_step(batches, *parts, StepContext(step=3, steps=10, noise=0.7), **how)
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     values = {name: float(term.total / term.count.clamp(min=1)) for name, term in step.terms.items()}
     return Measured(float(step.loss), values, gradients)
@@ -214,8 +214,8 @@ def test_ift_mixes_what_is_among_the_inputs(pair: tuple[Policy, Frozen], changes
 def test_guesses_are_the_same_in_every_layout(pair: tuple[Policy, Frozen]):
     items = items_of(fresh("sft"))
     with torch.no_grad():
-        guesses = [pair[0](collate(items, 0, layout), Ask(guess=True)).guesses for layout in Layout]
-    assert all(torch.equal(guesses[0], other) for other in guesses)
+        argmax = [pair[0](collate(items, 0, layout), ForwardRequest(argmax=True)).argmax for layout in Layout]
+    assert all(torch.equal(argmax[0], other) for other in argmax)
 
 
 def columns(reference: Frozen, items: list[Example]) -> list[Example]:

@@ -62,13 +62,13 @@ class Hub:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None = None, cached: bool = False) -> None:
         import huggingface_hub
 
-        def ask(url: str, timeout: float) -> None:
+        def request(url: str, timeout: float) -> None:
             assert timeout <= 10
             if error:
                 raise error
 
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", request)
         monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: "file" if cached else None)
 
 

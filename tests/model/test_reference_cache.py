@@ -12,7 +12,7 @@ import torch
 from uft.data.batch import Batch, Layout, batches_of, packs_of
 from uft.model import reference
 from uft.model.reference import LogProbStore, ReferenceColumn, sequence_key
-from uft.objectives.base import Scores
+from uft.objectives.base import ForwardOutput
 
 
 @dataclass
@@ -31,9 +31,9 @@ class Forward:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
 
-    def __call__(self, batch: Batch, **_: object) -> Scores:
+    def __call__(self, batch: Batch, **_: object) -> ForwardOutput:
         self.batches.append(batch)
-        return Scores(-batch.target_ids.float())
+        return ForwardOutput(-batch.target_ids.float())
 
 
 def column(folder: Path, forward: Forward, layout: Layout = Layout.PADDED) -> ReferenceColumn:

@@ -13,7 +13,7 @@ import torch
 
 from uft.data.batch import Batch
 from uft.data.rows import Completion, Kind, Message, Role, Row
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 sys.path.insert(0, str(Path(__file__).parent))  # for toys.py and formulas.py
 from toys import Logits, Told, Toy, preset, settings
@@ -176,18 +176,18 @@ class Outcome:
     gradients: list[torch.Tensor] = field(default_factory=list)
 
 
-def clock(objective, mismatched, policy, reference=None, **settings) -> Clock:
+def step_context(objective, mismatched, policy, reference=None, **settings) -> StepContext:
     """The clock of a step with these mismatched batches."""
-    found = [objective.survey(batch, policy, reference) for batch in mismatched]
+    found = [objective.baseline_terms(batch, policy, reference) for batch in mismatched]
     names = dict.fromkeys(name for terms in found for name in terms)
     sums = {n: [sum(getattr(t[n], part) for t in found if n in t) for part in ("total", "count")] for n in names}
-    survey = {name: (total / count.clamp(min=1)).detach() for name, (total, count) in sums.items()}
-    return Clock(**{"survey": survey, **settings})
+    kl_baseline = {name: (total / count.clamp(min=1)).detach() for name, (total, count) in sums.items()}
+    return StepContext(**{"kl_baseline": kl_baseline, **settings})
 
 
 def step(objective, batches, policy, parameters, reference=None, mismatched=()):
     """A survey first; then sums, and one division by the counts over all batches: the training step in ten lines."""
-    now = clock(objective, mismatched, policy, reference)
+    now = step_context(objective, mismatched, policy, reference)
     losses = [objective(batch, policy, reference, now) for batch in batches]
     counted = [objective.counts(batch) for batch in batches]
     units = {name: sum(c[name] for c in counted).clamp(min=1) for name in counted[0]}
@@ -217,7 +217,7 @@ def kit() -> SimpleNamespace:
         used=used,
         mismatched=mismatched,
         mismatched_for=mismatched_for,
-        clock=clock,
+        step_context=step_context,
         step=step,
     )
 

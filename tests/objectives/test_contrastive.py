@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 from uft.objectives.contrastive import odds
 
 CHOSEN, REJECTED = [-0.2, -0.5, -0.1], [-1.0, -0.7]
@@ -27,7 +27,7 @@ def run(kit):
     def measured(name, chosen=CHOSEN, rejected=REJECTED, **changes):
         batch = kit.batch_of([kit.of_length(len(chosen)), kit.of_length(len(rejected), role=0)])
         policy = kit.Told([*chosen, *rejected])
-        terms = kit.preset(name, **changes)(batch, policy, None, Clock())
+        terms = kit.preset(name, **changes)(batch, policy, None, StepContext())
         total(terms).backward()
         return float(total(terms).detach()), policy.log_probs.grad.tolist(), terms
 
@@ -101,7 +101,7 @@ def test_asft_does_not_mind_which_rejected_stands_with_which_chosen(kit):
             s for row, w, v in rows for s in (kit.of_length(len(w), row=row), kit.of_length(len(v), row=row, role=0))
         ]
         log_probs = np.concatenate([side for _, w, v in rows for side in (w, v)])
-        return float(total(kit.preset(name)(kit.batch_of(seqs), kit.Told(log_probs), None, Clock())).detach())
+        return float(total(kit.preset(name)(kit.batch_of(seqs), kit.Told(log_probs), None, StepContext())).detach())
 
     assert loss((2, 0, 1), "asft") == pytest.approx(loss((0, 1, 2), "asft"))
     assert loss((2, 0, 1), "orpo") != pytest.approx(loss((0, 1, 2), "orpo"))
@@ -139,7 +139,7 @@ def test_half_smoothing_is_symmetric(run, name):
 def test_the_chosen_likelihood_counts_once_a_pair(kit):
     """Two negatives are two pairs, and each brings the chosen one's likelihood, as each is a row in the papers."""
     batch = kit.batch_of([kit.of_length(2), kit.of_length(1, role=0), kit.of_length(1, role=0)])
-    terms = kit.preset("orpo")(batch, kit.Told([-1.0, -2.0, -3.0, -4.0]), None, Clock())
+    terms = kit.preset("orpo")(batch, kit.Told([-1.0, -2.0, -3.0, -4.0]), None, StepContext())
     assert (float(terms["chosen_nll"].total.detach()), float(terms["chosen_nll"].count)) == (3.0, 2)
     assert terms["chosen_nll"].weight == 1.0
     assert terms["pair"].weight == pytest.approx(0.1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from uft.objectives import make
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 from uft.objectives.dft import SAMPLING
 
 
@@ -30,7 +30,7 @@ def lay(kit, rows):
     return kit.batch_of(seqs, examples=[example for example, _, _ in rows]), log_probs
 
 
-def run(kit, objective, rows, reference=None, clock=None):
+def run(kit, objective, rows, reference=None, context=None):
     """(terms as means, gradient of the surrogate per sequence's summed log-prob).
 
     `reference`: log-probs of each row's negatives, of one token each; None: the policy's own.
@@ -40,7 +40,7 @@ def run(kit, objective, rows, reference=None, clock=None):
     told = kit.Told(log_probs)
     if reference is not None:  # what it says of positives has no part
         told = kit.Told([x for negatives in reference for x in (-99.0, *negatives)])
-    terms = objective(batch, policy, told, clock or Clock())
+    terms = objective(batch, policy, told, context or StepContext())
     (terms["surrogate"].total / terms["surrogate"].count).backward()
     gradient = batch.mean(policy.log_probs.grad).tolist()
     return {name: float(t.total.detach() / t.count) for name, t in terms.items() if t.count > 0}, gradient
@@ -110,7 +110,7 @@ def test_dft_4_policy_equals_reference(kit):
     objective = dft(1)
     batch, log_probs = lay(kit, [(0, -10.0, [-11.0, -3.0])])
     policy = kit.Told(log_probs)
-    terms = objective(batch, policy, policy, Clock())
+    terms = objective(batch, policy, policy, StepContext())
     assert float(terms["surrogate"].total.detach()) == pytest.approx(3)
     assert log_u(objective) == [0]
     assert float(terms["weight"].total) == 2
@@ -134,7 +134,7 @@ def test_dft_5_exact_enumeration(kit, tau, objective_value, gradient):
     policy = kit.Told([0.0] * 5)
     policy.log_probs = torch.cat([log_probs[:1], log_probs])
     objective = dft(1, tau=tau, gamma=1.0)
-    terms = objective(batch, policy, kit.Told([math.log(0.25)] * 5), Clock())
+    terms = objective(batch, policy, kit.Told([math.log(0.25)] * 5), StepContext())
     assert float(terms["estimate"].total) == pytest.approx(objective_value, abs=1e-6)
     terms["surrogate"].total.backward()
     assert phi.grad.tolist() == pytest.approx(gradient, abs=1e-6)
@@ -206,7 +206,7 @@ def test_rows_may_have_different_numbers_of_negatives(kit):
 def test_an_empty_negative_is_left_out(kit):
     batch = kit.batch_of([kit.of_length(1), kit.of_length(1, role=0), kit.of_length(0, role=0)], examples=[0])
     objective, alone = dft(), dft()
-    objective(batch, kit.Told([-20.0, -22.0]), kit.Told([-99.0, -21.0]), Clock())
+    objective(batch, kit.Told([-20.0, -22.0]), kit.Told([-99.0, -21.0]), StepContext())
     run(kit, alone, [(0, -20.0, [-22.0])], [[-21.0]])
     assert log_u(objective) == log_u(alone)
 
@@ -217,7 +217,7 @@ def test_an_empty_negative_is_left_out(kit):
 def test_evaluation_reads_but_never_writes(kit):
     objective = dft(u_init=0.5)
     row, reference = [(0, -20.0, NEGATIVES)], [REFERENCES]
-    watching, _ = run(kit, objective, row, reference, Clock(learning=False))
+    watching, _ = run(kit, objective, row, reference, StepContext(learning=False))
     assert log_u(objective) == [0.5, 0.5, 0.5]
     learning, _ = run(kit, objective, row, reference)
     assert watching == learning
@@ -265,7 +265,7 @@ def test_the_sampling_denominator_comes_from_a_column(kit):
     assert not objective.needs.reference
     batch, log_probs = lay(kit, [(0, -20.0, [-22.0, -30.0])])
     column = torch.tensor([math.nan, -21.0, -28.0])  # nothing is known of the positive, nor asked
-    terms = objective(replace(batch, columns={SAMPLING: column}), kit.Told(log_probs), None, Clock())
+    terms = objective(replace(batch, columns={SAMPLING: column}), kit.Told(log_probs), None, StepContext())
     expected, _ = run(kit, plain, [(0, -20.0, [-22.0, -30.0])], [[-21.0, -28.0]])
     assert float(terms["surrogate"].total.detach()) == pytest.approx(expected["surrogate"])
     assert log_u(objective) == log_u(plain)
@@ -273,7 +273,7 @@ def test_the_sampling_denominator_comes_from_a_column(kit):
 
 def test_a_micro_batch_without_negatives_brings_no_such_column(kit):
     batch, log_probs = lay(kit, [(0, -20.0, []), (1, -3.0, [])])
-    terms = dft(denominator="sampling")(batch, kit.Told(log_probs), None, Clock())
+    terms = dft(denominator="sampling")(batch, kit.Told(log_probs), None, StepContext())
     assert float(terms["surrogate"].total.detach()) == pytest.approx(23.0)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 from uft.objectives.f_sft import DIVERGENCES, MARGIN
 
 ALL = sorted(DIVERGENCES)
@@ -18,7 +18,7 @@ def run(kit, objective, policy, reference, lengths=None):
     """(terms, slope of the loss by each log-prob); one sequence of `lengths` tokens after the other."""
     seqs = [kit.of_length(n, row=row) for row, n in enumerate(lengths or [len(policy)])]
     told = kit.Told(policy)
-    terms = objective(kit.batch_of(seqs), told, reference and kit.Told(reference), Clock())
+    terms = objective(kit.batch_of(seqs), told, reference and kit.Told(reference), StepContext())
     (terms["f_sft"].total / terms["f_sft"].count).backward()
     return terms, told.log_probs.grad.tolist()
 
@@ -57,7 +57,7 @@ def test_total_variation_is_beta_times_sft_whatever_the_reference(kit, reference
     averaged = kit.preset("f_sft", f="total_variation", beta=0.3, ratio="mean")
     sft = kit.Told(POLICY)
     batch = kit.batch_of([kit.of_length(n, row=row) for row, n in enumerate(LENGTHS)])
-    loss = kit.preset("sft", reduction="sequence")(batch, sft, None, Clock())["sft"]
+    loss = kit.preset("sft", reduction="sequence")(batch, sft, None, StepContext())["sft"]
     (loss.total / loss.count).backward()
     assert run(kit, averaged, POLICY, reference, LENGTHS)[1] == pytest.approx((0.3 * sft.log_probs.grad).tolist())
 

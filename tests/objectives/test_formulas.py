@@ -13,7 +13,7 @@ import torch
 from formulas import FORMULAS, LIKELIHOOD, PHI, Answer
 from toys import PRESETS
 
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 ELSEWHERE = {"anchored_sft": "test_nll.py", "per_kind": "test_per_kind.py"}
 CHANGES = [
@@ -86,7 +86,7 @@ def test_value_and_slopes(kit, name, changes, seed):
     k = SimpleNamespace(**kit.settings(name, **changes), z=z)
     batch = as_batch(kit, answers)
     policy, reference = (kit.Told(np.concatenate([getattr(a, side) for a in answers])) for side in ("x", "r"))
-    loss = objective(batch, policy, reference, Clock(survey={"z": torch.tensor(z, dtype=torch.float64)}))
+    loss = objective(batch, policy, reference, StepContext(kl_baseline={"z": torch.tensor(z, dtype=torch.float64)}))
     value = sum(t.weight * t.total / t.count for t in loss.values() if t.weight)
     value.backward()
     assert float(value.detach()) == pytest.approx(FORMULAS[name](answers, k), rel=1e-7)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uft.objectives import make
-from uft.objectives.base import Ask, Clock
+from uft.objectives.base import ForwardRequest, StepContext
 from uft.objectives.ift import discounted, following
 
 LOSSES = [0.7, 0.2, 1.1, 0.4]
@@ -20,7 +20,7 @@ def run(kit, losses, batch=None, **settings):
     """(loss, gradient of it with respect to each l, the loss's terms)."""
     batch = batch or kit.batch_of([kit.of_length(len(losses))])
     policy = kit.Told([-x for x in losses])
-    terms = ift(**settings)(batch, policy, None, Clock())
+    terms = ift(**settings)(batch, policy, None, StepContext())
     value = terms["ift"].total / terms["ift"].count
     value.backward()
     return float(value.detach()), (-policy.log_probs.grad).tolist(), terms
@@ -123,10 +123,10 @@ def pipeline(kit):
 
 def test_ift_3_passes_loss_and_gradient(kit, pipeline):
     batch, toy = pipeline
-    plain = toy(batch, Ask(guess=True))
-    assert plain.guesses.tolist() == [1, 2, 1]  # for places 2, 3, 4
+    plain = toy(batch, ForwardRequest(argmax=True))
+    assert plain.argmax.tolist() == [1, 2, 1]  # for places 2, 3, 4
     assert (-plain.log_probs).tolist() == pytest.approx([1.682486, 2.232070, 1.619478], abs=1e-6)
-    mixed = toy(batch, Ask(replace=plain.guesses, mix=0.2))
+    mixed = toy(batch, ForwardRequest(replace=plain.argmax, mix=0.2))
     assert (-mixed.log_probs).tolist() == pytest.approx([1.682486, 2.237985, 1.603196], abs=1e-6)
     outcome = kit.step(ift(), [batch], toy, toy.parameters)
     assert outcome.loss == pytest.approx(1.867249, abs=1e-6)
@@ -160,27 +160,27 @@ def test_ift_3_other_settings(kit, pipeline, lam, gamma, loss):
 def test_the_guessing_pass_has_no_gradient_and_is_skipped_without_lam(kit):
     batch = kit.batch_of([kit.of_length(2)])
     policy = kit.Told([-1, -2])
-    ift()(batch, policy, None, Clock())
+    ift()(batch, policy, None, StepContext())
     assert policy.calls == [
         {"guess": True, "mix": 0.0, "embed_grad": True, "grad": False},
         {"guess": False, "mix": 0.2, "embed_grad": False, "grad": True},
     ]
     policy = kit.Told([-1, -2])
-    ift(lam=0)(batch, policy, None, Clock())
+    ift(lam=0)(batch, policy, None, StepContext())
     assert policy.calls == [{"guess": True, "mix": 0.0, "embed_grad": False, "grad": True}]
 
 
 def test_lam_ramps_over_the_warm_up_then_stays():
     objective = ift(lam=0.2, lam_start=0.0)
-    seen = [objective.mix(Clock(step=s, steps=300, warmup=150)) for s in (0, 75, 150, 299)]
+    seen = [objective.mix(StepContext(step=s, steps=300, warmup=150)) for s in (0, 75, 150, 299)]
     assert seen == pytest.approx([0, 0.1, 0.2, 0.2])
-    assert objective.mix(Clock(step=0, warmup=0)) == 0.2
-    assert ift(lam=0.2).mix(Clock(step=0, warmup=150)) == 0.2
+    assert objective.mix(StepContext(step=0, warmup=0)) == 0.2
+    assert ift(lam=0.2).mix(StepContext(step=0, warmup=150)) == 0.2
 
 
 def test_noise_scales_lam_and_is_clamped():
     objective = ift(lam=0.2, lam_noise=0.5)
-    assert [objective.mix(Clock(noise=x)) for x in (0, 1, -3, 100)] == pytest.approx([0.2, 0.3, 0, 1])
+    assert [objective.mix(StepContext(noise=x)) for x in (0, 1, -3, 100)] == pytest.approx([0.2, 0.3, 0, 1])
 
 
 def test_a_ramp_goes_up():
@@ -231,8 +231,8 @@ def test_losses_that_are_all_zero_weigh_one(kit):
 def test_first_token_is_undisturbed(kit):
     toy = kit.Toy.random(3)
     batch = kit.batch_of([kit.Seq([0, 3, 1, 5, 2], [False, False, True, True, True])])
-    plain = toy(batch, Ask(guess=True))
-    mixed = toy(batch, Ask(replace=plain.guesses, mix=0.7))
+    plain = toy(batch, ForwardRequest(argmax=True))
+    mixed = toy(batch, ForwardRequest(replace=plain.argmax, mix=0.7))
     assert plain.log_probs[0] == mixed.log_probs[0]
     assert plain.log_probs[2] != mixed.log_probs[2]
 

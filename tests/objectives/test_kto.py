@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from uft.data.rows import Kind
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 
 def at(z):
-    return Clock(survey={"z": torch.tensor(z, dtype=torch.float64)})
+    return StepContext(kl_baseline={"z": torch.tensor(z, dtype=torch.float64)})
 
 
 def run(kit, ratios, good, z=0.05, **changes):
@@ -77,7 +77,7 @@ def test_it_is_the_mean_over_all_mismatched_completions_whatever_their_batches(k
     assert by_hand.numel() == len(kit.batch_for(objective, rows).role) == 14
     for size in (1, 3, 100):
         batches = kit.mismatched_for(objective, rows, size)
-        found = kit.clock(objective, batches, policy, reference).survey["z"]
+        found = kit.step_context(objective, batches, policy, reference).kl_baseline["z"]
         assert float(found) == pytest.approx(float(by_hand.mean().detach()))
         assert not found.requires_grad
 
@@ -101,7 +101,7 @@ def test_micro_batches_change_neither_value_nor_gradient_which_a_z_of_their_own_
     for a, b in zip(one.gradients, many.gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     own = [kit.mismatched_for(objective, part) for part in (used[:4], used[4:])]
-    points = [float(kit.clock(objective, batches, policy, reference).survey["z"]) for batches in own]
+    points = [float(kit.step_context(objective, batches, policy, reference).kl_baseline["z"]) for batches in own]
     assert points[0] != pytest.approx(points[1])
 
 
@@ -110,14 +110,14 @@ def test_no_gradient_flows_into_it(kit, policy, reference):
     batch = kit.batch_for(objective, rows)
     z = policy.head.sum() * 0 + 0.7  # a function of the weights, as it would be without a stop
 
-    def gradients(clock):
-        loss = objective(batch, policy, reference, clock)["kto"]
+    def gradients(context):
+        loss = objective(batch, policy, reference, context)["kto"]
         return torch.autograd.grad(loss.total / loss.count, policy.parameters)
 
-    for a, b in zip(gradients(Clock(survey={"z": z})), gradients(at(0.7)), strict=True):
+    for a, b in zip(gradients(StepContext(kl_baseline={"z": z})), gradients(at(0.7)), strict=True):
         torch.testing.assert_close(a, b)
     leaf = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    objective(batch, policy, reference, Clock(survey={"z": leaf}))["kto"].total.backward()
+    objective(batch, policy, reference, StepContext(kl_baseline={"z": leaf}))["kto"].total.backward()
     assert leaf.grad is None
 
 
@@ -125,7 +125,7 @@ def test_a_step_of_a_single_row_has_none(kit, policy, reference):
     objective, rows = kit.preset("kto"), kit.one_of_each()[1:2]
     assert kit.mismatched_for(objective, rows) == []
     batch = kit.batch_for(objective, rows)
-    loss = objective(batch, policy, reference, kit.clock(objective, [], policy, reference))
+    loss = objective(batch, policy, reference, kit.step_context(objective, [], policy, reference))
     ratio = batch.sum(policy(batch).log_probs - reference(batch).log_probs)
     by_hand = torch.sigmoid(-0.1 * ratio[0]) + torch.sigmoid(0.1 * ratio[1])
     assert float(loss["kto"].total.detach()) == pytest.approx(float(by_hand.detach()))
@@ -134,9 +134,9 @@ def test_a_step_of_a_single_row_has_none(kit, policy, reference):
 
 def test_at_the_reference_it_is_zero_and_every_answer_a_half(kit, policy):
     objective, rows = kit.preset("kto"), kit.one_of_each()
-    clock = kit.clock(objective, kit.mismatched_for(objective, rows), policy, policy)
-    assert float(clock.survey["z"]) == 0
-    loss = objective(kit.batch_for(objective, rows), policy, policy, clock)["kto"]
+    context = kit.step_context(objective, kit.mismatched_for(objective, rows), policy, policy)
+    assert float(context.kl_baseline["z"]) == 0
+    loss = objective(kit.batch_for(objective, rows), policy, policy, context)["kto"]
     assert float(loss.total.detach() / loss.count) == pytest.approx(0.5)
 
 
@@ -144,7 +144,7 @@ def test_mismatched_completions_may_bring_the_reference_as_a_column(kit, policy,
     objective = kit.preset("kto")
     [batch] = kit.mismatched_for(objective, kit.one_of_each())
     cached = replace(batch, columns={"reference": reference(batch).log_probs.detach()})
-    direct, found = (objective.survey(b, policy, r)["z"] for b, r in ((batch, reference), (cached, None)))
+    direct, found = (objective.baseline_terms(b, policy, r)["z"] for b, r in ((batch, reference), (cached, None)))
     assert float(found.total.detach()) == pytest.approx(float(direct.total.detach()))
     assert float(found.count) == 14
 

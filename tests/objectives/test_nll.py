@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 LOGITS = [
     [[0.5, -0.5, 1, 0], [1.5, 0.2, -0.3, 0.7], [-1, 2, 0.4, 0.1], [0.3, 0.3, 0.3, 0.3]],
@@ -41,7 +41,7 @@ def test_shared_1_log_probs_sums_and_means(shared):
 )
 def test_reduction(kit, shared, reduction, total, count):
     batch, policy = shared
-    loss = kit.preset("sft", reduction=reduction)(batch, policy, None, Clock())
+    loss = kit.preset("sft", reduction=reduction)(batch, policy, None, StepContext())
     assert float(loss["sft"].total.detach()) == pytest.approx(total, abs=2e-6)
     assert float(loss["sft"].count) == count
     assert float(loss["nll"].total) == pytest.approx(6.612629, abs=2e-6)
@@ -51,7 +51,7 @@ def test_reduction(kit, shared, reduction, total, count):
 
 def test_toy_pair_of_the_baselines(kit):
     batch = kit.batch_of([kit.of_length(3)])
-    loss = kit.preset("sft")(batch, kit.Told([-0.2, -0.5, -0.1]), None, Clock())
+    loss = kit.preset("sft")(batch, kit.Told([-0.2, -0.5, -0.1]), None, StepContext())
     assert float(mean(loss).detach()) == pytest.approx(0.266667, abs=1e-6)
 
 
@@ -60,7 +60,7 @@ def test_toy_pair_of_the_baselines(kit):
 def test_a_sequence_without_targets_is_an_exact_zero_and_not_counted(kit, reduction, name, value):
     batch = kit.batch_of([kit.of_length(0, row=0), kit.of_length(2, row=1)])
     policy = kit.Told([-1.0, -3.0])
-    loss = kit.preset(name, reduction=reduction)(batch, policy, None, Clock())
+    loss = kit.preset(name, reduction=reduction)(batch, policy, None, StepContext())
     assert float(mean(loss).detach()) == pytest.approx(value)
     mean(loss).backward()
     assert torch.isfinite(policy.log_probs.grad).all()
@@ -80,8 +80,10 @@ def test_dynamic_ft_worked_example(kit, example):
     batch, policy = example
     assert policy(batch).log_probs.exp().tolist() == pytest.approx([0.665241, 0.232697], abs=1e-6)
     assert (-policy(batch).log_probs).tolist() == pytest.approx([0.407606, 1.458020], abs=1e-6)
-    assert float(mean(kit.preset("sft")(batch, policy, None, Clock())).detach()) == pytest.approx(0.932813, abs=1e-6)
-    loss = kit.preset("dynamic_ft")(batch, policy, None, Clock())
+    assert float(mean(kit.preset("sft")(batch, policy, None, StepContext())).detach()) == pytest.approx(
+        0.932813, abs=1e-6
+    )
+    loss = kit.preset("dynamic_ft")(batch, policy, None, StepContext())
     assert float(mean(loss).detach()) == pytest.approx(0.305216, abs=1e-6)
     assert float(loss["nll"].total / loss["nll"].count) == pytest.approx(0.932813, abs=1e-6)
     mean(loss).backward()
@@ -93,7 +95,7 @@ def test_dynamic_ft_pulls_p_times_as_hard_as_sft_and_as_hard_as_p_itself(kit, ex
     batch, policy = example
     slopes = {}
     for name in ("sft", "dynamic_ft"):
-        (slopes[name],) = torch.autograd.grad(mean(kit.preset(name)(batch, policy, None, Clock())), policy.given)
+        (slopes[name],) = torch.autograd.grad(mean(kit.preset(name)(batch, policy, None, StepContext())), policy.given)
     p = policy(batch).log_probs.exp()
     (of_p,) = torch.autograd.grad(-p.mean(), policy.given)
     torch.testing.assert_close(slopes["dynamic_ft"], of_p)
@@ -102,7 +104,9 @@ def test_dynamic_ft_pulls_p_times_as_hard_as_sft_and_as_hard_as_p_itself(kit, ex
 
 def test_dynamic_ft_without_its_weight_is_sft_to_the_bit(kit, shared):
     batch, policy = shared
-    values = [mean(kit.preset(n, **w)(batch, policy, None, Clock())) for n, w in (("sft", {}), ("dynamic_ft", ONE))]
+    values = [
+        mean(kit.preset(n, **w)(batch, policy, None, StepContext())) for n, w in (("sft", {}), ("dynamic_ft", ONE))
+    ]
     assert torch.equal(*values)
     assert torch.equal(*(torch.autograd.grad(value, policy.given)[0] for value in values))
 
@@ -114,7 +118,7 @@ def test_dynamic_ft_is_at_most_one_over_e_and_rises_before_it_falls(kit):
     objective, batch = kit.preset("dynamic_ft"), kit.batch_of([kit.of_length(1)])
 
     def loss(p):
-        return float(mean(objective(batch, kit.Told([math.log(p)]), None, Clock())).detach())
+        return float(mean(objective(batch, kit.Told([math.log(p)]), None, StepContext())).detach())
 
     curve = [loss(p) for p in (1e-6, 0.05, 0.2, 1 / math.e)]
     assert curve == sorted(curve)
@@ -136,7 +140,7 @@ def test_anchored_sft_by_hand(kit, shared, reduction):
     alpha (policy - reference), which the target has no part in."""
     batch, policy = shared
     reference = kit.Logits(np.random.default_rng(0).normal(size=(2, 4, 4)))
-    terms = kit.preset("anchored_sft", alpha=0.3, reduction=reduction)(batch, policy, reference, Clock())
+    terms = kit.preset("anchored_sft", alpha=0.3, reduction=reduction)(batch, policy, reference, StepContext())
     ours, theirs = (softmax(side.given.detach().numpy())[[0, 0, 1], [1, 2, 0]] for side in (policy, reference))
     kl = (theirs * np.log(theirs / ours)).sum(-1)
     p = ours[range(3), [1, 3, 2]]
@@ -155,7 +159,7 @@ def test_anchored_sft_without_its_anchor_is_dynamic_ft(kit, shared):
     objective = kit.preset("anchored_sft", alpha=0.0)
     assert not objective.needs.reference
     assert not objective.needs.distributions
-    free, dynamic = (mean(o(batch, policy, None, Clock())) for o in (objective, kit.preset("dynamic_ft")))
+    free, dynamic = (mean(o(batch, policy, None, StepContext())) for o in (objective, kit.preset("dynamic_ft")))
     assert torch.equal(free, dynamic)
     assert torch.equal(*(torch.autograd.grad(value, policy.given)[0] for value in (free, dynamic)))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 POLICY, REFERENCE = [-0.2, -0.5, -0.1, -1.0, -0.7], [-0.3, -0.4, -0.3, -0.6, -0.5]
 FALLEN = [-0.2, -0.3, -0.2, -0.6, -0.5]  # a reference under which the chosen side fell: a_w = -0.1, h = 0.5
@@ -25,7 +25,7 @@ def run(kit, pair):
 
     def measured(name, reference=REFERENCE, policy=POLICY, **changes):
         told = kit.Told(policy)
-        terms = kit.preset(name, **changes)(pair, told, kit.Told(reference), Clock())
+        terms = kit.preset(name, **changes)(pair, told, kit.Told(reference), StepContext())
         loss = sum(t.weight * t.total / t.count for t in terms.values() if t.weight)
         loss.backward()
         slopes = told.log_probs.grad.tolist()
@@ -82,13 +82,13 @@ def test_equal_sides_are_a_tie_whatever_the_rounding(kit, name, rounding):
     """Which way two equal completions differ by rounding depends on how they were laid out."""
     equal = kit.batch_of([kit.of_length(2), kit.of_length(2, role=0)])
     policy, reference = [-0.2, -0.5, -0.2 + rounding, -0.5], [-0.3, -0.4, -0.3, -0.4]
-    term = kit.preset(name)(equal, kit.Told(policy), kit.Told(reference), Clock())["accuracy"]
+    term = kit.preset(name)(equal, kit.Told(policy), kit.Told(reference), StepContext())["accuracy"]
     assert float(term.total / term.count) == 0.5
 
 
 def test_gradient_on_every_token(kit, pair):
     policy = kit.Told(POLICY)
-    kit.preset("dpo")(pair, policy, kit.Told(REFERENCE), Clock())["pair"].total.backward()
+    kit.preset("dpo")(pair, policy, kit.Told(REFERENCE), StepContext())["pair"].total.backward()
     slope = 0.1 / (1 + math.exp(0.08))
     assert policy.log_probs.grad.tolist() == pytest.approx([-slope] * 3 + [slope] * 2)
 
@@ -96,7 +96,7 @@ def test_gradient_on_every_token(kit, pair):
 def test_the_cached_column_replaces_the_forward(kit):
     column = {"reference": torch.tensor(REFERENCE).double()}
     cached = kit.batch_of([kit.of_length(3), kit.of_length(2, role=0)], columns=column)
-    terms = kit.preset("dpo")(cached, kit.Told(POLICY), None, Clock())
+    terms = kit.preset("dpo")(cached, kit.Told(POLICY), None, StepContext())
     assert float(terms["pair"].total.detach()) == pytest.approx(0.653947, abs=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_the_cached_column_replaces_the_forward(kit):
 def test_one_positive_against_two_negatives_is_two_pairs_but_one_likelihood(kit):
     batch = kit.batch_of([kit.of_length(2), kit.of_length(1, role=0), kit.of_length(1, role=0)])
     policy = kit.Told([-1.0, -2.0, -3.0, -4.0])
-    terms = kit.preset("dpo", sft_weight=1.0)(batch, policy, policy, Clock())
+    terms = kit.preset("dpo", sft_weight=1.0)(batch, policy, policy, StepContext())
     assert float(terms["pair"].count) == 2
     assert float(terms["pair"].total.detach()) == pytest.approx(2 * math.log(2))
     assert (float(terms["sft"].total.detach()), float(terms["sft"].count)) == (1.5, 1)
@@ -115,7 +115,7 @@ def test_one_positive_against_two_negatives_is_two_pairs_but_one_likelihood(kit)
 def test_demonstrations_join_the_likelihood_only(kit):
     batch = kit.batch_of([kit.of_length(2, row=0), kit.of_length(1, row=1), kit.of_length(1, row=1, role=0)])
     policy = kit.Told([-1.0, -2.0, -3.0, -4.0])
-    terms = kit.preset("dpo", sft_weight=1.0, reduction="token")(batch, policy, policy, Clock())
+    terms = kit.preset("dpo", sft_weight=1.0, reduction="token")(batch, policy, policy, StepContext())
     assert float(terms["pair"].count) == 1
     assert (float(terms["sft"].total.detach()), float(terms["sft"].count)) == (6.0, 3)
 
@@ -123,7 +123,7 @@ def test_demonstrations_join_the_likelihood_only(kit):
 def test_a_batch_of_demonstrations_alone_has_no_pairs(kit):
     batch = kit.batch_of([kit.of_length(2)])
     policy = kit.Told([-1.0, -2.0])
-    terms = kit.preset("dpo", sft_weight=1.0)(batch, policy, policy, Clock())
+    terms = kit.preset("dpo", sft_weight=1.0)(batch, policy, policy, StepContext())
     assert (float(terms["pair"].total.detach()), float(terms["pair"].count)) == (0, 0)
 
 
@@ -190,7 +190,9 @@ def test_rpo_in_both_forms_is_alike_where_completions_are_one_over_beta_long(kit
     batch, values = kit.batch_of([kit.of_length(4), kit.of_length(4, role=0)]), np.linspace(-2, -0.1, 8)
     losses = []
     for form in ("sum", "mean"):
-        terms = kit.preset("rpo", beta=0.25, eta=0.7, nll_norm=form)(batch, kit.Told(values), kit.Told(-1.0), Clock())
+        terms = kit.preset("rpo", beta=0.25, eta=0.7, nll_norm=form)(
+            batch, kit.Told(values), kit.Told(-1.0), StepContext()
+        )
         losses.append(float(sum(t.weight * t.total / t.count for t in terms.values() if t.weight).detach()))
     assert losses[0] == pytest.approx(losses[1])
 
@@ -206,7 +208,7 @@ def test_rdpo_pulls_less_where_the_chosen_side_is_longer(run):
 
 def test_ld_dpo_counts_what_is_beyond_the_shorter_side_alpha_times(kit, pair):
     policy = kit.Told(POLICY)
-    loss = kit.preset("ld_dpo")(pair, policy, kit.Told(REFERENCE), Clock())["pair"].total
+    loss = kit.preset("ld_dpo")(pair, policy, kit.Told(REFERENCE), StepContext())["pair"].total
     loss.backward()
     slopes = policy.log_probs.grad.tolist()
     assert slopes[2] == pytest.approx(0.5 * slopes[0])
@@ -216,7 +218,7 @@ def test_ld_dpo_counts_what_is_beyond_the_shorter_side_alpha_times(kit, pair):
 def test_ld_dpo_discounts_a_positive_against_each_negative_of_its_row_anew(kit):
     seqs = [kit.of_length(4), kit.of_length(2, role=0), kit.of_length(3, role=0), kit.of_length(6, role=0)]
     policy = kit.Told(np.linspace(-2, -0.1, 15))
-    terms = kit.preset("ld_dpo", alpha=0.0, beta=1.0)(kit.batch_of(seqs), policy, kit.Told(-1.0), Clock())
+    terms = kit.preset("ld_dpo", alpha=0.0, beta=1.0)(kit.batch_of(seqs), policy, kit.Told(-1.0), StepContext())
     a = np.linspace(-2, -0.1, 15) + 1
     margins = [a[:2].sum() - a[4:6].sum(), a[:3].sum() - a[6:9].sum(), a[:4].sum() - a[9:13].sum()]
     assert float(terms["pair"].total.detach()) == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins))

@@ -9,7 +9,7 @@ import torch
 from toys import settings
 
 from uft.data.rows import Kind
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 SHIPPED = {"demonstration": "sft", "preference": "dpo", "binary": "kto", "scored": "uft", "negatives": "dft"}
 OTHERS = {
@@ -52,9 +52,9 @@ class Counting:
     def __init__(self, forward):
         self.forward, self.asked = forward, []
 
-    def __call__(self, batch, *ask):
-        self.asked.append((batch, *ask))
-        return self.forward(batch, *ask)
+    def __call__(self, batch, *request):
+        self.asked.append((batch, *request))
+        return self.forward(batch, *request)
 
 
 def of_kind(batch, kind):
@@ -160,7 +160,7 @@ def test_the_policy_runs_once_for_all_parts_that_ask_for_no_more(kit, together, 
     objective = together(names)
     counted, frozen = Counting(policy), Counting(reference)
     frozen.logits = reference.logits
-    objective(kit.batch_for(objective, kit.one_of_each()), counted, frozen, Clock())
+    objective(kit.batch_for(objective, kit.one_of_each()), counted, frozen, StepContext())
     assert len(counted.asked) == 1 + more
     assert len(frozen.asked) == 1
     assert objective.needs.distributions == (names["binary"] == "anchored_sft")
@@ -170,7 +170,7 @@ def test_a_cached_column_stands_for_the_reference(kit, together, policy, referen
     objective, cached = together(SHIPPED), together(SHIPPED)
     batch = kit.batch_for(objective, kit.one_of_each())
     column = replace(batch, columns={"reference": reference(batch).log_probs.detach()})
-    direct, found = objective(batch, policy, reference, Clock()), cached(column, policy, None, Clock())
+    direct, found = objective(batch, policy, reference, StepContext()), cached(column, policy, None, StepContext())
     assert {n: float(t.total.detach()) for n, t in found.items()} == {
         n: float(t.total.detach()) for n, t in direct.items()
     }
@@ -186,9 +186,9 @@ def test_the_state_of_a_part_goes_on_from_step_to_step_and_is_left_alone_in_eval
     rows = [row for row in kit.one_of_each() if row.kind is Kind.NEGATIVES]
     batch = kit.batch_for(whole, rows)
     seen = []
-    for clock in (Clock(), Clock(learning=False), Clock(step=1)):
+    for context in (StepContext(), StepContext(learning=False), StepContext(step=1)):
         for objective in (whole, alone):
-            objective(batch, policy, reference, clock)
+            objective(batch, policy, reference, context)
         seen.append(whole.state["negatives.log_u"].clone())
         assert torch.equal(seen[-1], alone.state["log_u"])
     assert torch.equal(seen[0], seen[1])
@@ -198,7 +198,7 @@ def test_the_state_of_a_part_goes_on_from_step_to_step_and_is_left_alone_in_eval
 
 def test_two_parts_with_a_state_keep_them_apart(kit, together, policy, reference):
     objective = together({**SHIPPED, "preference": "dft2"})
-    objective(kit.batch_for(objective, kit.one_of_each()), policy, reference, Clock())
+    objective(kit.batch_for(objective, kit.one_of_each()), policy, reference, StepContext())
     assert objective.state.keys() == {"preference.log_u", "negatives.log_u"}
     assert objective.state["preference.log_u"].nonzero().flatten().tolist() == [1, 6]
     assert objective.state["negatives.log_u"].nonzero().flatten().tolist() == [5]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 
 def run(kit, policy, baselines, lengths=None, **changes):
@@ -18,7 +18,7 @@ def run(kit, policy, baselines, lengths=None, **changes):
         for row, (n, b) in enumerate(zip(lengths, baselines, strict=True))
     ]
     told = kit.Told(policy)
-    terms = kit.preset("poft", **changes)(kit.batch_of(seqs), told, None, Clock())
+    terms = kit.preset("poft", **changes)(kit.batch_of(seqs), told, None, StepContext())
     (terms["poft"].total / terms["poft"].count).backward()
     return terms, told.log_probs.grad.tolist()
 
@@ -26,7 +26,7 @@ def run(kit, policy, baselines, lengths=None, **changes):
 def sft(kit, policy, lengths):
     told = kit.Told(policy)
     batch = kit.batch_of([kit.of_length(n, row=row) for row, n in enumerate(lengths)])
-    loss = kit.preset("sft", reduction="sequence")(batch, told, None, Clock())["sft"]
+    loss = kit.preset("sft", reduction="sequence")(batch, told, None, StepContext())["sft"]
     (loss.total / loss.count).backward()
     return told.log_probs.grad.tolist()
 

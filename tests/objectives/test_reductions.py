@@ -10,7 +10,7 @@ import torch
 from toys import PRESETS, settings
 
 from uft.data.rows import Kind
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_methods_without_a_reference_do_not_ask_for_it(kit, policy):
     for name in ("simpo", "cpo", "orpo", "asft", "sft", "dynamic_ft", "poft", "ift", "dft2"):
         objective = kit.preset(name)
         assert not objective.needs.reference, name
-        loss = objective(kit.batch_for(objective, kit.one_of_each()), policy, None, Clock())
+        loss = objective(kit.batch_for(objective, kit.one_of_each()), policy, None, StepContext())
         assert all(torch.isfinite(term.total) for term in loss.values())
 
 
@@ -193,7 +193,7 @@ def test_uft_on_instructions_is_parallel_to_sft_row_by_row(kit, policy, referenc
     uft, sft = outcome("uft", [row], beta=beta), outcome("sft", [row])
     objective = kit.preset("uft", beta=beta)
     batch = kit.batch_for(objective, [row])
-    s = 1 / (1 + math.exp(-float(objective(batch, policy, reference, Clock())["implicit_reward"].total)))
+    s = 1 / (1 + math.exp(-float(objective(batch, policy, reference, StepContext())["implicit_reward"].total)))
     scale = 2 * (1 - s) ** 2 * s * beta * batch.target_ids.numel()
     for a, b in zip(uft.gradients, sft.gradients, strict=True):
         torch.testing.assert_close(a, scale * b)
@@ -211,8 +211,8 @@ def test_the_gradient_of_a_mixture_is_the_weighted_sum_of_its_parts(kit, policy,
         objective = kit.preset(name, reduction="sequence")
         batch = kit.batch_for(objective, rows)
         result = kit.step(objective, [batch], policy, policy.parameters, reference, others)
-        clock = kit.clock(objective, others, policy, reference)
-        main = next(n for n, t in objective(batch, policy, reference, clock).items() if t.weight)
+        context = kit.step_context(objective, others, policy, reference)
+        main = next(n for n, t in objective(batch, policy, reference, context).items() if t.weight)
         return result.gradients, float(objective.counts(batch)[main])
 
     whole, units = measured(rows)

@@ -11,7 +11,7 @@ import torch
 from toys import PRESETS
 
 from uft.data.rows import Kind
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 VARIANTS = {
     "sft per sequence": ("sft", {"reduction": "sequence"}),
@@ -57,7 +57,7 @@ def scene(kit, fresh, policy, reference):
 
     def make(case):
         objective, rows = fresh(case), kit.one_of_each()
-        known = kit.clock(objective, kit.mismatched_for(objective, rows), policy, reference)
+        known = kit.step_context(objective, kit.mismatched_for(objective, rows), policy, reference)
         return objective, kit.batch_for(objective, rows), known
 
     return make
@@ -78,9 +78,9 @@ def weighted(loss):
 
 @every
 def test_counts_are_known_from_the_batch_alone(scene, policy, reference, case):
-    objective, batch, clock = scene(case)
+    objective, batch, context = scene(case)
     counts = objective.counts(batch)
-    loss = objective(batch, policy, reference, clock)
+    loss = objective(batch, policy, reference, context)
     assert counts.keys() == loss.keys()
     for name, term in loss.items():
         assert torch.equal(counts[name], term.count), name
@@ -140,7 +140,7 @@ def test_finite_at_the_extremes_and_float32(kit, fresh, case, dtype):
     batch, unrelated = kit.batch_for(fresh(case), rows), kit.mismatched_for(fresh(case), rows)
     for log_prob, other in product((-1e4, -1e-7, 0.0), (-1e4, -1e-7)):
         objective, policy, reference = fresh(case), kit.Told(log_prob, dtype), kit.Told(other, dtype)
-        loss = objective(batch, policy, reference, kit.clock(objective, unrelated, policy, reference))
+        loss = objective(batch, policy, reference, kit.step_context(objective, unrelated, policy, reference))
         for name, term in loss.items():
             assert torch.isfinite(term.total), (name, log_prob, other)
             assert term.total.dtype is torch.float32, name
@@ -153,8 +153,8 @@ def test_finite_at_the_extremes_and_float32(kit, fresh, case, dtype):
 
 @every
 def test_no_gradient_into_the_reference(scene, policy, reference, case):
-    objective, batch, clock = scene(case)
-    weighted(objective(batch, policy, reference, clock)).backward()
+    objective, batch, context = scene(case)
+    weighted(objective(batch, policy, reference, context)).backward()
     assert reference.embedding.grad is None
     assert reference.head.grad is None
     assert policy.head.grad is not None
@@ -162,11 +162,11 @@ def test_no_gradient_into_the_reference(scene, policy, reference, case):
 
 @every
 def test_no_gradient_into_a_column_and_the_column_equals_the_forward(scene, fresh, policy, reference, case):
-    objective, batch, clock = scene(case)
-    direct = objective(batch, policy, reference if objective.needs.reference else None, clock)
+    objective, batch, context = scene(case)
+    direct = objective(batch, policy, reference if objective.needs.reference else None, context)
     column = reference(batch).log_probs.detach().requires_grad_()
     whole = reference if objective.needs.distributions else None  # no column can stand for those
-    loss = fresh(case)(replace(batch, columns={"reference": column}), policy, whole, clock)
+    loss = fresh(case)(replace(batch, columns={"reference": column}), policy, whole, context)
     assert {n: float(t.total.detach()) for n, t in loss.items()} == {
         n: float(t.total.detach()) for n, t in direct.items()
     }
@@ -176,13 +176,13 @@ def test_no_gradient_into_a_column_and_the_column_equals_the_forward(scene, fres
 
 @every
 def test_no_gradient_into_an_annotation_or_a_survey(scene, policy, reference, case):
-    objective, batch, clock = scene(case)
+    objective, batch, context = scene(case)
     notes = {name: values.clone().requires_grad_() for name, values in batch.annotations.items()}
-    survey = {name: value.clone().requires_grad_() for name, value in clock.survey.items()}
-    loss = objective(replace(batch, annotations=notes), policy, reference, replace(clock, survey=survey))
+    kl_baseline = {name: value.clone().requires_grad_() for name, value in context.kl_baseline.items()}
+    loss = objective(replace(batch, annotations=notes), policy, reference, replace(context, kl_baseline=kl_baseline))
     weighted(loss).backward()
     assert notes.keys() >= {"baseline_logp", "soft_label"}
-    assert [name for name, values in {**notes, **survey}.items() if values.grad is not None] == []
+    assert [name for name, values in {**notes, **kl_baseline}.items() if values.grad is not None] == []
 
 
 def test_ift_gradient_flows_through_its_weights_unless_detached(kit, policy):
@@ -199,7 +199,7 @@ def test_dft_weights_are_constants(kit, name):
     objective = kit.preset(name)
     batch = kit.batch_of([kit.of_length(1), kit.of_length(1, role=0), kit.of_length(1, role=0)])
     policy = kit.Told([-2.0, -3.0, -1.5])
-    loss = objective(batch, policy, kit.Told([-2.5, -2.0, -2.0]), Clock())
+    loss = objective(batch, policy, kit.Told([-2.5, -2.0, -2.0]), StepContext())
     loss["surrogate"].total.backward()
     slopes = policy.log_probs.grad
     assert float(slopes[1:].sum()) == pytest.approx(float(loss["weight"].total) / 2)
@@ -214,8 +214,8 @@ def test_dft_weights_are_constants(kit, name):
 def test_values_at_policy_equals_reference_are_foretold(kit, fresh, policy, case):
     objective, rows = fresh(case), kit.one_of_each()
     batch = kit.batch_for(objective, rows)
-    clock = kit.clock(objective, kit.mismatched_for(objective, rows), policy, policy)
-    loss = objective(batch, policy, policy, clock)
+    context = kit.step_context(objective, kit.mismatched_for(objective, rows), policy, policy)
+    loss = objective(batch, policy, policy, context)
     for name, total in objective.at_reference(batch).items():
         assert float(loss[name].total.detach()) == pytest.approx(float(total), abs=1e-5), name
 
@@ -249,8 +249,8 @@ AT_REFERENCE = [
 def test_values_at_policy_equals_reference(kit, policy, name, changes, kind, term, mean):
     objective, rows = kit.preset(name, **changes), [row for row in kit.one_of_each() if row.kind is kind]
     batch = kit.batch_for(objective, rows)
-    clock = kit.clock(objective, kit.mismatched_for(objective, rows), policy, policy)
-    found = objective(batch, policy, policy, clock)[term]
+    context = kit.step_context(objective, kit.mismatched_for(objective, rows), policy, policy)
+    found = objective(batch, policy, policy, context)[term]
     assert float(found.total.detach() / found.count) == pytest.approx(mean, abs=1e-7)
     foretold = objective.at_reference(batch)[term]
     assert float(foretold / found.count) == pytest.approx(mean, abs=1e-6)
@@ -265,8 +265,8 @@ def test_every_objective_with_a_reference_foretells_something(kit):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_policy_that_is_not_the_reference_is_noticed(scene, policy, reference, name):
-    objective, batch, clock = scene((name, {}))
-    loss, foretold = objective(batch, policy, reference, clock), objective.at_reference(batch)
+    objective, batch, context = scene((name, {}))
+    loss, foretold = objective(batch, policy, reference, context), objective.at_reference(batch)
     moved = [n for n, total in foretold.items() if abs(float(loss[n].total.detach()) - float(total)) > 1e-3]
     assert bool(moved) == objective.needs.reference
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 POLICY, REFERENCE = [-0.2, -0.5, -0.1, -1.0, -0.7], [-0.3, -0.4, -0.3, -0.6, -0.5]
 NAMES = ("gdpo_soft", "gipo_soft", "gropo_soft")
@@ -22,7 +22,7 @@ def run(kit):
         noted = [{**note, **({} if s is None else {"score": s})} for note, s in zip(noted, scores, strict=True)]
         seqs = [kit.of_length(3, annotations=noted[0]), kit.of_length(2, role=0, annotations=noted[1])]
         told = kit.Told(policy)
-        terms = kit.preset(name, **changes)(kit.batch_of(seqs), told, kit.Told(reference), Clock())
+        terms = kit.preset(name, **changes)(kit.batch_of(seqs), told, kit.Told(reference), StepContext())
         terms["pair"].total.backward()
         chosen, rejected = float(told.log_probs.grad[0]), float(told.log_probs.grad[-1])
         assert chosen == pytest.approx(-rejected)
@@ -95,7 +95,7 @@ def test_pairs_of_several_labels_each_have_their_own(kit):
         kit.of_length(1, row=1, role=0),
     ]
     terms = kit.preset("gdpo_soft", beta=1.0)(
-        kit.batch_of(seqs), kit.Told([-1.0, -2.0, -4.0, -1.0, -3.0]), kit.Told(-1.0), Clock()
+        kit.batch_of(seqs), kit.Told([-1.0, -2.0, -4.0, -1.0, -3.0]), kit.Told(-1.0), StepContext()
     )
     margins = [0.5 * 1, 0.5 * 3, 0.2 * 2]
     assert float(terms["pair"].total.detach()) == pytest.approx(

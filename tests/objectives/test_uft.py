@@ -9,7 +9,7 @@ import torch
 
 from uft.data.rows import Kind
 from uft.objectives import make
-from uft.objectives.base import Clock
+from uft.objectives.base import StepContext
 
 
 def uft(**settings):
@@ -20,7 +20,7 @@ def run(kit, policy, reference, targets, **settings):
     """One-token rows: (loss, gradient with respect to each sequence's log-prob, terms)."""
     seqs = [kit.of_length(1, row=i, target=t) for i, t in enumerate(targets)]
     told = kit.Told(policy)
-    terms = uft(**settings)(kit.batch_of(seqs), told, kit.Told(reference), Clock())
+    terms = uft(**settings)(kit.batch_of(seqs), told, kit.Told(reference), StepContext())
     value = terms["uft"].total / terms["uft"].count
     value.backward()
     return float(value.detach()), told.log_probs.grad.tolist(), terms
@@ -67,7 +67,7 @@ def test_uft_1_row_by_row(kit, row, beta, loss, value):
 def test_uft_2_pairwise(kit):
     batch = kit.batch_of([kit.of_length(1), kit.of_length(1, role=0)], kinds=[Kind.PREFERENCE])
     policy = kit.Told([-40, -35])
-    terms = uft(beta=0.1)(batch, policy, kit.Told([-42, -36.5]), Clock())
+    terms = uft(beta=0.1)(batch, policy, kit.Told([-42, -36.5]), StepContext())
     assert float(terms["uft"].total.detach()) == pytest.approx(0.668460, abs=1e-6)
     assert float(terms["uft"].count) == 1
     terms["uft"].total.backward()
@@ -106,21 +106,21 @@ def test_a_mixed_batch_counts_rows_and_pairs_once(kit):
     kinds = [Kind.DEMONSTRATION, Kind.PREFERENCE, Kind.SCORED]
     batch = kit.batch_of(seqs, kinds=kinds)
     policy = kit.Told([-3.0] * 5)
-    terms = uft()(batch, policy, policy, Clock())
+    terms = uft()(batch, policy, policy, StepContext())
     # .25 for r = 1, log 2 for the pair, .16 and .09 for the scores: their pair is shown but not trained
     assert float(terms["uft"].total.detach()) == pytest.approx(0.25 + math.log(2) + 0.16 + 0.09)
     assert float(terms["uft"].count) == 4
     assert float(terms["margin"].count) == 2
-    weighted = uft(kind_weights={"scored": 2.0, "preference": 0.0})(batch, policy, policy, Clock())
+    weighted = uft(kind_weights={"scored": 2.0, "preference": 0.0})(batch, policy, policy, StepContext())
     assert float(weighted["uft"].total.detach()) == pytest.approx(0.25 + 0.5)
     assert float(weighted["uft"].count) == 4, "weights multiply the sum, never the count"
 
 
 def test_length_normalize_averages_the_log_ratio(kit):
     batch = kit.batch_of([kit.of_length(4, target=1.0)])
-    long = uft(beta=0.1, length_normalize=True)(batch, kit.Told([-1.0] * 4), kit.Told([-3.0] * 4), Clock())
+    long = uft(beta=0.1, length_normalize=True)(batch, kit.Told([-1.0] * 4), kit.Told([-3.0] * 4), StepContext())
     assert float(long["implicit_reward"].total) == pytest.approx(0.2)
-    summed = uft(beta=0.1)(batch, kit.Told([-1.0] * 4), kit.Told([-3.0] * 4), Clock())
+    summed = uft(beta=0.1)(batch, kit.Told([-1.0] * 4), kit.Told([-3.0] * 4), StepContext())
     assert float(summed["implicit_reward"].total) == pytest.approx(0.8)
 
 
@@ -149,8 +149,8 @@ def test_bounds_of_values_and_gradients(kit):
 
 def test_a_prompt_constant_moves_scores_but_not_pairs(kit):
     pair = kit.batch_of([kit.of_length(1), kit.of_length(1, role=0)])
-    before = uft()(pair, kit.Told([-4, -5]), kit.Told([-4.5, -5]), Clock())["uft"].total.detach()
-    after = uft()(pair, kit.Told([-1, -2]), kit.Told([-4.5, -5]), Clock())["uft"].total.detach()
+    before = uft()(pair, kit.Told([-4, -5]), kit.Told([-4.5, -5]), StepContext())["uft"].total.detach()
+    after = uft()(pair, kit.Told([-1, -2]), kit.Told([-4.5, -5]), StepContext())["uft"].total.detach()
     assert float(before) == pytest.approx(float(after))
     assert run(kit, [-4], [-4.5], [1])[0] != pytest.approx(run(kit, [-1], [-4.5], [1])[0])
 
@@ -163,7 +163,7 @@ def test_hard_bce_is_the_binary_form(kit):
 
 def test_a_sequence_without_targets_is_not_counted(kit):
     batch = kit.batch_of([kit.of_length(0, row=0, target=1.0), kit.of_length(1, row=1, target=1.0)])
-    terms = uft()(batch, kit.Told([-2.0]), kit.Told([-2.0]), Clock())
+    terms = uft()(batch, kit.Told([-2.0]), kit.Told([-2.0]), StepContext())
     assert float(terms["uft"].total.detach()) == pytest.approx(0.25)
     assert float(terms["uft"].count) == 1
 

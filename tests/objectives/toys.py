@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from uft.objectives import make
-from uft.objectives.base import PLAIN, Scores
+from uft.objectives.base import PLAIN, ForwardOutput
 
 FOLDER = Path(__file__).parents[2] / "conf" / "objective"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -42,17 +42,19 @@ def preset(name, examples=16, **changes):
 class Told:
     """A forward that says what it is told. `log_probs`, (N,) or () of every target, is a leaf: read its gradient."""
 
-    def __init__(self, log_probs, dtype=torch.float64, guesses=None):
+    def __init__(self, log_probs, dtype=torch.float64, argmax=None):
         self.log_probs = torch.as_tensor(log_probs, dtype=dtype).requires_grad_()
-        self.guesses = guesses
+        self.argmax = argmax
         self.calls = []
 
-    def __call__(self, batch, ask=PLAIN):
+    def __call__(self, batch, request=PLAIN):
         grad = torch.is_grad_enabled()
-        self.calls.append({"guess": ask.guess, "mix": ask.mix, "embed_grad": ask.embed_grad, "grad": grad})
-        guesses = batch.target_ids if self.guesses is None else self.guesses
+        self.calls.append({"guess": request.argmax, "mix": request.mix, "embed_grad": request.embed_grad, "grad": grad})
+        argmax = batch.target_ids if self.argmax is None else self.argmax
         log_probs = self.log_probs.expand(batch.target_ids.shape)
-        return Scores(log_probs, guesses if ask.guess else None, ask.anchor and self.divergence(log_probs, ask.anchor))
+        return ForwardOutput(
+            log_probs, argmax if request.argmax else None, request.anchor and self.divergence(log_probs, request.anchor)
+        )
 
     @staticmethod
     def divergence(log_probs, anchor):
@@ -78,17 +80,17 @@ class Toy:
     def parameters(self):
         return [self.embedding, self.head]
 
-    def __call__(self, batch, ask=PLAIN):
-        logits = self.logits(batch, ask)
+    def __call__(self, batch, request=PLAIN):
+        logits = self.logits(batch, request)
         log_probs = torch.log_softmax(logits, -1).gather(1, batch.target_ids[:, None])[:, 0]
-        divergence = ask.anchor and divergence_of(logits, ask.anchor.logits(batch).detach())
-        return Scores(log_probs, logits.argmax(-1) if ask.guess else None, divergence)
+        divergence = request.anchor and divergence_of(logits, request.anchor.logits(batch).detach())
+        return ForwardOutput(log_probs, logits.argmax(-1) if request.argmax else None, divergence)
 
-    def logits(self, batch, ask=PLAIN):
-        table = self.embedding if ask.embed_grad else self.embedding.detach()
+    def logits(self, batch, request=PLAIN):
+        table = self.embedding if request.embed_grad else self.embedding.detach()
         inputs = table[batch.input_ids]
-        if ask.replace is not None:
-            mixed = (1 - ask.mix) * table[batch.target_ids] + ask.mix * table[ask.replace]
+        if request.replace is not None:
+            mixed = (1 - request.mix) * table[batch.target_ids] + request.mix * table[request.replace]
             inputs = inputs.flatten(0, 1).index_copy(0, batch.place, mixed).view_as(inputs)
         segment = (batch.position_ids == 0).cumsum(1)
         seen = (segment[:, :, None] == segment[:, None, :]).tril().to(inputs.dtype)
@@ -102,10 +104,12 @@ class Logits:
     def __init__(self, logits):
         self.given = torch.as_tensor(logits, dtype=torch.float64).clone().requires_grad_()
 
-    def __call__(self, batch, ask=PLAIN):
+    def __call__(self, batch, request=PLAIN):
         logits = self.logits(batch)
         log_probs = torch.log_softmax(logits, -1).gather(1, batch.target_ids[:, None])[:, 0]
-        return Scores(log_probs, None, ask.anchor and divergence_of(logits, ask.anchor.logits(batch).detach()))
+        return ForwardOutput(
+            log_probs, None, request.anchor and divergence_of(logits, request.anchor.logits(batch).detach())
+        )
 
     def logits(self, batch):
         return self.given.flatten(0, 1)[batch.predictor]

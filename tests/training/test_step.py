@@ -21,14 +21,14 @@ from uft.model import head
 from uft.model.head import Head
 from uft.model.policy import Policy
 from uft.objectives import make
-from uft.objectives.base import PLAIN, Ask, Clock, Loss, Objective
+from uft.objectives.base import PLAIN, ForwardRequest, Loss, Objective, StepContext
 from uft.training.setup import Prepared
 from uft.training.step import Step, kl_baseline, nonfinite_rows, optimiser_step
 
 Gradients = dict[str, torch.Tensor]
 OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto", "anchored_sft", "orpo", "per_kind")
 ONE_TERM = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto")
-CLOCK = Clock(step=3, steps=10, warmup=1, noise=0.7)
+CONTEXT = StepContext(step=3, steps=10, warmup=1, noise=0.7)
 CPU = torch.device("cpu")
 ONE_BATCH = 100_000
 CHUNK = 20  # rows of the head's logits, where a test sets them
@@ -73,7 +73,7 @@ class Bench:
         trainer = self.trainer
         parts = trainer.policy, trainer.reference, trainer.optimiser, trainer.parameters
         keywords = {"lr": 0.1, "max_grad_norm": 1.0, "device": CPU, **changes}
-        return optimiser_step(batches, objective or self.objective(), *parts, CLOCK, **keywords)
+        return optimiser_step(batches, objective or self.objective(), *parts, CONTEXT, **keywords)
 
     def measure(self, items: Sequence[Example], budget: int, **how: Any) -> tuple[float, Loss, Gradients, int]:
         """Loss, terms, gradients and the number of micro-batches; no update."""
@@ -188,8 +188,8 @@ def test_a_step_takes_its_baseline_from_all_rows_whatever_the_micro_batches(
     items, start = rig.items(8), rig.weights()
     reference, moved = rig.trainer.reference, []
 
-    def lowered(batch: Any, ask: Ask = PLAIN) -> Any:
-        scores = reference(batch, ask)
+    def lowered(batch: Any, request: ForwardRequest = PLAIN) -> Any:
+        scores = reference(batch, request)
         return replace(scores, log_probs=scores.log_probs - 0.3)
 
     rig.trainer.reference = lowered
@@ -230,8 +230,8 @@ class Poisoned:
     def __init__(self, policy: Policy, token: int, value: float) -> None:
         self.policy, self.token, self.value = policy, token, value
 
-    def __call__(self, batch: Any, ask: Ask = PLAIN) -> Any:
-        scores = self.policy(batch, ask)
+    def __call__(self, batch: Any, request: ForwardRequest = PLAIN) -> Any:
+        scores = self.policy(batch, request)
         hit = (batch.input_ids == self.token).any(1)[batch.sequence]
         return replace(scores, log_probs=scores.log_probs * torch.where(hit, self.value, 1.0))
 
@@ -255,7 +255,7 @@ def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
     before = rig.weights()
     assert not rig.step(Collator(64, trainer.pad_id)(items)).finite
     parts = rig.objective(), trainer.policy, trainer.reference, trainer.optimiser, trainer.parameters
-    assert nonfinite_rows(items, *parts, CLOCK, collator=Collator(1, 0), device=CPU) == [bad]
+    assert nonfinite_rows(items, *parts, CONTEXT, collator=Collator(1, 0), device=CPU) == [bad]
     assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
     assert all(p.grad is None for p in trainer.parameters.values())
     assert not trainer.optimiser.state
@@ -265,16 +265,16 @@ def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
 
 
 @contextmanager
-def counted_visits(parts: list[list[slice]]) -> Iterator[None]:
-    """The head works in chunks of CHUNK rows, and what it is visited with is noted."""
-    visit = Head.visit
+def counted_chunks(parts: list[list[slice]]) -> Iterator[None]:
+    """The head works in chunks of CHUNK rows, and the chunks of every backward pass are noted."""
+    real = Head.chunked_backward
 
     def counted(self_: Head, states: Any, target_ids: Any, slices: Sequence[slice], *rest: Any) -> None:
         parts.append(list(slices))
-        visit(self_, states, target_ids, slices, *rest)
+        real(self_, states, target_ids, slices, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Head, "visit", counted)
+        patch.setattr(Head, "chunked_backward", counted)
         patch.setattr(head, "CHUNK_ELEMENTS", CHUNK * 61)
         yield
 
@@ -296,7 +296,7 @@ def test_objectives_with_one_forward_are_evaluated_chunk_by_chunk(
 ) -> None:
     """In chunks of whole rows, with the loss and the gradients of a padded batch; the reference runs once for all."""
     rig = bench(objective, "train.packing=packed", *settings)
-    items, visited = rig.items(8), list[list[slice]]()
+    items, chunked = rig.items(8), list[list[slice]]()
     padded = rig.measure(items, ONE_BATCH)
     reference, reference_runs = rig.trainer.reference, []
 
@@ -306,12 +306,12 @@ def test_objectives_with_one_forward_are_evaluated_chunk_by_chunk(
         return reference(batch, *rest)
 
     rig.trainer.reference = counted if reference else None
-    with counted_visits(visited):
+    with counted_chunks(chunked):
         packed = rig.measure(items, ONE_BATCH, layout=Layout.SHARED)
     assert packed[0] == pytest.approx(padded[0], rel=1e-5)
     close(packed[2], padded[2])
     assert len(reference_runs) == (reference is not None)
-    (parts,) = visited
+    (parts,) = chunked
     sizes = [part.stop - part.start for part in parts]
     assert len(parts) > 2
     assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
@@ -320,13 +320,13 @@ def test_objectives_with_one_forward_are_evaluated_chunk_by_chunk(
 
 
 def test_padded_batches_and_distributions_are_differentiated_as_a_whole(bench: Callable[..., Bench]) -> None:
-    visited: list[list[slice]] = []
-    with counted_visits(visited):
+    chunked: list[list[slice]] = []
+    with counted_chunks(chunked):
         rig = bench("sft", "train.packing=packed")
         rig.measure(rig.items(8), ONE_BATCH)
         anchored = bench("sft", "train.packing=packed", "objective.alpha=0.1", run="anchor")
         anchored.measure(anchored.items(8), ONE_BATCH, layout=Layout.SHARED)
-    assert visited == []
+    assert chunked == []
 
 
 def test_the_objective_s_state_is_written_once_for_every_row(bench: Callable[..., Bench]) -> None:

@@ -218,7 +218,7 @@ def test_what_a_step_asks_its_device_for(build: Build, monkeypatch: pytest.Monke
     def step() -> Step:
         whole = (trainer.objective, trainer.policy, trainer.reference, trainer.optimiser, trainer.policy.trainable())
         how: dict[str, Any] = {"lr": 0.1, "max_grad_norm": 1.0, "device": META, "defer_check": True}
-        return optimiser_step(rows, *whole, trainer.clock(0), **how)
+        return optimiser_step(rows, *whole, trainer.step_context(0), **how)
 
     if objective in WAITS:
         with pytest.raises((RuntimeError, NotImplementedError), match=r"[mM]eta"):
@@ -256,7 +256,7 @@ def test_a_sum_that_overflows_without_any_one_row_is_said_so(build: Build, monke
 
 
 def _times(scores: Any, factor: float) -> Any:
-    return type(scores)(scores.log_probs * factor, scores.guesses)
+    return type(scores)(scores.log_probs * factor, scores.argmax)
 
 
 # --- prefetching and packing
@@ -381,16 +381,16 @@ def test_the_clock_is_a_function_of_seed_and_step_alone(build: Build) -> None:
     torch.rand(17)
     other = build("ift", "train.steps=40", "seeds.data=9", "seeds.init=8").trainer
     another = build("ift", "train.steps=40", "seeds.sampling=1").trainer
-    noise = [one.clock(step).noise for step in range(40)]
-    assert noise == [other.clock(step).noise for step in range(40)]
-    assert len(set(noise) | {another.clock(step).noise for step in range(40)}) == 80
+    noise = [one.step_context(step).noise for step in range(40)]
+    assert noise == [other.step_context(step).noise for step in range(40)]
+    assert len(set(noise) | {another.step_context(step).noise for step in range(40)}) == 80
     assert abs(sum(noise) / 40) < 0.6
-    assert (one.clock(7).step, one.clock(7).steps, one.clock(7).warmup) == (7, 40, 4)
+    assert (one.step_context(7).step, one.step_context(7).steps, one.step_context(7).warmup) == (7, 40, 4)
 
 
 def test_the_clock_is_the_same_in_every_process_and_version(build: Build) -> None:
     """Worked number: a change here makes resumed runs of noisy IFT differ from uninterrupted ones."""
-    assert build("ift").trainer.clock(5).noise == pytest.approx(CLOCK_AT_FIVE, abs=1e-6)
+    assert build("ift").trainer.step_context(5).noise == pytest.approx(CLOCK_AT_FIVE, abs=1e-6)
 
 
 CLOCK_AT_FIVE = -0.4867807626724243

@@ -85,7 +85,7 @@ class RowSampler:
         return [item for _, _, item in sorted(heap, key=lambda one: one[:2], reverse=True)]
 
     def mismatched(self, items: Sequence[Example]) -> list[Example]:
-        """The completions of a step under other rows' prompts (for `Objective.survey`)."""
+        """The completions of a step under other rows' prompts (for `Objective.baseline_terms`)."""
         others = mismatched(items, self.max_length)
         if self.reference is None:
             return others

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 Tensor = torch.Tensor
 
-Judge = Callable[[slice, Tensor, Tensor | None], Tensor]
+LossGrad = Callable[[slice, Tensor, Tensor | None], Tensor]
 """(which targets, their log-probs (n,), their argmax tokens if asked for) -> (n,) gradient of the loss."""
 
 CHUNK_ELEMENTS = 2**24
@@ -50,9 +50,9 @@ class Head:
         """Rows in one chunk."""
         return max(1, CHUNK_ELEMENTS // self.vocabulary)
 
-    def __call__(self, hidden: Tensor, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, hidden: Tensor, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:
         """(N, H) and (N,) -> log-probs of the targets, (N,) float32, and the argmax tokens (N,) if asked for."""
-        log_probs, guesses = _SelectedLogProbs.apply(
+        log_probs, argmax = _SelectedLogProbs.apply(
             hidden,
             self.projection.weight,
             self.projection.bias,
@@ -60,22 +60,30 @@ class Head:
             self.transform,
             self.dtype,
             self.rows,
-            guess,
+            with_argmax,
         )
-        return log_probs, guesses if guess else None
+        return log_probs, argmax if with_argmax else None
 
-    def visit(
-        self, states: Tensor, target_ids: Tensor, parts: Iterable[slice], judge: Judge, guess: bool = False
+    def chunked_backward(
+        self, states: Tensor, target_ids: Tensor, parts: Iterable[slice], loss_grad: LossGrad, with_argmax: bool = False
     ) -> None:
         """Backward pass of a loss that `judge` tells the gradient of, part by part; `parts` cover all N targets."""
         projection, hidden = self.projection, states.detach()
         wants = [t is not None and t.requires_grad for t in (states, projection.weight, projection.bias)]
         sums = _Gradients(hidden, projection.weight, projection.bias, wants, in_place=True)
-        self._visit_parts(hidden, target_ids, parts, judge, guess, sums)  # its chunk is gone when the body's turn comes
+        self._backward_parts(
+            hidden, target_ids, parts, loss_grad, with_argmax, sums
+        )  # its chunk is gone when the body's turn comes
         sums.backward(states, projection.weight, projection.bias)
 
-    def _visit_parts(
-        self, hidden: Tensor, target_ids: Tensor, parts: Iterable[slice], judge: Judge, guess: bool, sums: _Gradients
+    def _backward_parts(
+        self,
+        hidden: Tensor,
+        target_ids: Tensor,
+        parts: Iterable[slice],
+        loss_grad: LossGrad,
+        with_argmax: bool,
+        sums: _Gradients,
     ) -> None:
         """Add the gradients of every part to `sums`."""
         projection, buffer = self.projection, hidden.new_empty(0, dtype=self.dtype)
@@ -84,32 +92,36 @@ class Head:
             for part in parts:
                 count = part.stop - part.start
                 if count > STRETCH * self.rows:
-                    self._visit_in_two_stages(hidden[part], target_ids, part, judge, guess, sums)
+                    self._backward_in_two_stages(hidden[part], target_ids, part, loss_grad, with_argmax, sums)
                     continue
                 if len(buffer) < count:
                     buffer = hidden.new_empty(0, dtype=self.dtype)  # let go of before another is made
                     buffer = inputs.new_empty(max(count, self.rows), self.vocabulary)
                 logits = _logits(inputs[part], matrix, projection.bias, self.transform, out=buffer[:count])
-                sums.add(part, self._judged(logits, target_ids[part], part, judge, guess), inputs, matrix)
+                sums.add(
+                    part, self._logits_grad(logits, target_ids[part], part, loss_grad, with_argmax), inputs, matrix
+                )
 
-    def _judged(self, logits: Tensor, target_ids: Tensor, part: slice, judge: Judge, guess: bool) -> Tensor:
+    def _logits_grad(
+        self, logits: Tensor, target_ids: Tensor, part: slice, loss_grad: LossGrad, with_argmax: bool
+    ) -> Tensor:
         """(n, V) gradient of the raw logits; the logits themselves are gone after it."""
-        picked, guesses = logits.gather(1, target_ids[:, None]), logits.argmax(1) if guess else None
+        picked, argmax = logits.gather(1, target_ids[:, None]), logits.argmax(1) if with_argmax else None
         peak = logits.amax(1, keepdim=True)
         mass = (logits - peak if self.transform.softcap is not None else logits.sub_(peak)).exp_()
         total = mass.sum(1, keepdim=True)
-        incoming = judge(part, (picked - peak - total.log()).squeeze(1), guesses)[:, None].to(mass.dtype)
+        incoming = loss_grad(part, (picked - peak - total.log()).squeeze(1), argmax)[:, None].to(mass.dtype)
         gradient = mass.mul_(-incoming / total).scatter_add_(1, target_ids[:, None], incoming)
         return self.transform.backward_(gradient, logits)
 
-    def _visit_in_two_stages(
-        self, hidden: Tensor, target_ids: Tensor, part: slice, judge: Judge, guess: bool, sums: _Gradients
+    def _backward_in_two_stages(
+        self, hidden: Tensor, target_ids: Tensor, part: slice, loss_grad: LossGrad, with_argmax: bool, sums: _Gradients
     ) -> None:
         """A part of more than STRETCH chunks: its logits are made once to judge it and once more for the gradients."""
         with torch.enable_grad():
             leaf = hidden.requires_grad_()
-            log_probs, guesses = self(leaf, target_ids[part], guess)
-        torch.autograd.backward(log_probs, judge(part, log_probs.detach(), guesses))
+            log_probs, argmax = self(leaf, target_ids[part], with_argmax)
+        torch.autograd.backward(log_probs, loss_grad(part, log_probs.detach(), argmax))
         if sums.hidden is not None and leaf.grad is not None:
             sums.hidden[part] = leaf.grad
 
@@ -154,10 +166,10 @@ class Predictions:
     states: Tensor  # (N, H) hidden states; (N, V) logits where `head` is None
     head: Head | None
 
-    def selected(self, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
+    def selected(self, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:
         """Log-probs of the targets (N,) float32, and the argmax tokens (N,) if asked for."""
         read = self.head or log_probs_of
-        return read(self.states, target_ids, guess)
+        return read(self.states, target_ids, with_argmax)
 
     def divergence_from(self, other: Predictions) -> Tensor:
         """(N,) KL(other || self), summed over the vocabulary; gradient into self alone. A chunk at a time, made again
@@ -189,11 +201,11 @@ class Predictions:
         return self.head.vocabulary if self.head else self.states.shape[1]
 
 
-def log_probs_of(logits: Tensor, target_ids: Tensor, guess: bool = False) -> tuple[Tensor, Tensor | None]:
+def log_probs_of(logits: Tensor, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:
     """(N, V) and (N,) -> what `Head` returns, of logits that are all there."""
     logits = _at_least_float32(logits)
     picked = logits.gather(1, target_ids[:, None]).squeeze(1)
-    return picked - logits.logsumexp(1), logits.argmax(1) if guess else None
+    return picked - logits.logsumexp(1), logits.argmax(1) if with_argmax else None
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
@@ -227,12 +239,12 @@ class _SelectedLogProbs(torch.autograd.Function):
         transform: Transform,
         dtype: torch.dtype,
         rows: int,
-        guess: bool,
+        with_argmax: bool,
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
         log_probs = _at_least_float32(hidden.new_empty(count, dtype=dtype))
         normaliser = torch.empty_like(log_probs)
-        guesses = torch.empty_like(target_ids if guess else target_ids[:0])
+        argmax = torch.empty_like(target_ids if with_argmax else target_ids[:0])
         keep = count <= rows and any(ctx.needs_input_grad)
         logits = buffer = hidden.new_empty(min(count, rows), weight.shape[0], dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -240,15 +252,15 @@ class _SelectedLogProbs(torch.autograd.Function):
             for part in _chunks(count, rows):
                 logits = _logits(inputs[part], matrix, bias, transform, out=buffer[: part.stop - part.start])
                 picked = logits.gather(1, target_ids[part, None]).squeeze(1)
-                if guess:
-                    guesses[part] = logits.argmax(1)
+                if with_argmax:
+                    argmax[part] = logits.argmax(1)
                 normaliser[part] = logits.logsumexp(1) if keep else _logsumexp_(logits)
                 log_probs[part] = picked - normaliser[part]
         kept = logits if keep else None
         ctx.save_for_backward(hidden, weight, bias, target_ids, normaliser, kept)
         ctx.transform, ctx.dtype, ctx.rows = transform, dtype, rows
-        ctx.mark_non_differentiable(guesses)
-        return log_probs, guesses
+        ctx.mark_non_differentiable(argmax)
+        return log_probs, argmax
 
     @staticmethod
     @once_differentiable

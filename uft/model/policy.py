@@ -17,8 +17,8 @@ from uft.data.batch import NOT_AN_INPUT, Batch, Layout, sequence_batch
 from uft.distributed import shard_like
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
-from uft.model.head import Head, Judge, Predictions, embedding_in_place, transform_of
-from uft.objectives.base import PLAIN, Ask, Scores
+from uft.model.head import Head, LossGrad, Predictions, embedding_in_place, transform_of
+from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest
 
 Tensor = torch.Tensor
 
@@ -75,67 +75,69 @@ class Policy:
         """Whether activations are made again in the backward pass."""
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
         """See `objectives.base.Forward`. Guesses without gradient are made without dropout: they are what the model
         would say, not a sample of it."""
-        if ask.guess and not torch.is_grad_enabled() and self.module.training:
+        if request.argmax and not torch.is_grad_enabled() and self.module.training:
             self.eval()
             try:
-                return self(batch, ask)
+                return self(batch, request)
             finally:
                 self.train()
-        ours = self.predictions(batch, ask)
-        log_probs, guesses = ours.selected(batch.target_ids, ask.guess)
-        if ask.anchor is None:
-            return Scores(log_probs, guesses)
-        assert isinstance(ask.anchor, Distributed), "this reference keeps log-probs of the targets alone"
-        return Scores(log_probs, guesses, ours.divergence_from(ask.anchor.predictions(batch)))
+        ours = self.predictions(batch, request)
+        log_probs, argmax = ours.selected(batch.target_ids, request.argmax)
+        if request.anchor is None:
+            return ForwardOutput(log_probs, argmax)
+        assert isinstance(request.anchor, Distributed), "this reference keeps log-probs of the targets alone"
+        return ForwardOutput(log_probs, argmax, ours.divergence_from(request.anchor.predictions(batch)))
 
-    def predictions(self, batch: Batch, ask: Ask = PLAIN) -> Predictions:
+    def predictions(self, batch: Batch, request: ForwardRequest = PLAIN) -> Predictions:
         """The distributions that the targets are drawn from."""
-        return Predictions(_select(self.through(batch, ask), batch.predictor), self.head)
+        return Predictions(_select(self.through(batch, request), batch.predictor), self.head)
 
-    def states(self, batch: Batch, ask: Ask) -> Tensor:
+    def states(self, batch: Batch, request: ForwardRequest) -> Tensor:
         """(B, L, H) hidden states; (B, L, V) logits where the model keeps its own head."""
-        inputs = self._inputs(batch, ask)
+        inputs = self._inputs(batch, request)
         with self._autocast():
             if self.head:
                 return self.body(**inputs, use_cache=False)[0]
             return self.base.forward(**inputs, use_cache=False).logits  # hooks of `base` stand around `through`
 
-    def visit(self, batch: Batch, ask: Ask, parts: Iterable[slice], judge: Judge) -> None:
+    def chunked_backward(
+        self, batch: Batch, request: ForwardRequest, parts: Iterable[slice], loss_grad: LossGrad
+    ) -> None:
         """Forward and backward in one: `judge` is told the log-probs of each part and tells their gradient.
 
         `parts` cover the batch's targets; each part's logits are made once, and the gradients of head and embedding
         are added where they are kept. Only where there is a `head`.
         """
         with embedding_in_place(self.embeddings):
-            predictions = self.predictions(batch, ask)
+            predictions = self.predictions(batch, request)
         assert predictions.head is not None
-        predictions.head.visit(predictions.states, batch.target_ids, parts, judge, ask.guess)
+        predictions.head.chunked_backward(predictions.states, batch.target_ids, parts, loss_grad, request.argmax)
 
-    def _inputs(self, batch: Batch, ask: Ask) -> dict[str, Any]:
+    def _inputs(self, batch: Batch, request: ForwardRequest) -> dict[str, Any]:
         inputs: dict[str, Any] = {"attention_mask": batch.attention_mask}
         if batch.segments is not None:
             inputs = {"attention_mask": no_mask(batch.input_ids.device), "segments": batch.segments}
         if self.takes_positions:
             inputs["position_ids"] = batch.position_ids
-        mixing = ask.replace is not None and ask.mix != 0
-        if ask.embed_grad and not mixing:
+        mixing = request.replace is not None and request.mix != 0
+        if request.embed_grad and not mixing:
             return inputs | {"input_ids": batch.input_ids}
         # always through the model's own module: Gemma scales there
-        with nullcontext() if ask.embed_grad else torch.no_grad():
+        with nullcontext() if request.embed_grad else torch.no_grad():
             embedded = self.embeddings(batch.input_ids)
             if mixing:
-                embedded = self._mixed(embedded, batch.place, ask)
+                embedded = self._mixed(embedded, batch.place, request)
         return inputs | {"inputs_embeds": embedded}
 
-    def _mixed(self, embedded: Tensor, place: Tensor, ask: Ask) -> Tensor:
+    def _mixed(self, embedded: Tensor, place: Tensor, request: ForwardRequest) -> Tensor:
         """(B, L, H) with the replacements of the targets that are among the inputs mixed in."""
-        assert ask.replace is not None
+        assert request.replace is not None
         among = place != NOT_AN_INPUT
         place, flat = place[among], embedded.flatten(0, 1)
-        mixed = (1 - ask.mix) * flat[place] + ask.mix * self.embeddings(ask.replace[among])
+        mixed = (1 - request.mix) * flat[place] + request.mix * self.embeddings(request.replace[among])
         return flat.index_copy(0, place, mixed.to(flat.dtype)).view_as(embedded)
 
     def _autocast(self) -> AbstractContextManager[Any]:

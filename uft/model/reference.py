@@ -30,7 +30,7 @@ from uft.model.head import Predictions
 from uft.model.layout import follow_layout
 from uft.model.load import Location, check_vocabulary, load_base, load_frozen, pad_id, storage_dtype, whereabouts
 from uft.model.policy import Policy
-from uft.objectives.base import PLAIN, Ask, Forward, Scores
+from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest
 from uft.runs import clear_left, write_json
 
 if TYPE_CHECKING:
@@ -132,9 +132,9 @@ class Frozen:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
         with self._as_it_began() as policy:
-            return policy(batch, ask)
+            return policy(batch, request)
 
     def predictions(self, batch: Batch) -> Predictions:
         with self._as_it_began() as policy:
@@ -156,9 +156,9 @@ class Frozen:
 class FromColumn:
     """The reference that was computed before: the batch brings its log-probs along."""
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
-        assert ask == PLAIN, "cached log-probs are of the plain inputs, and all there is"
-        return Scores(batch.columns["reference"])
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+        assert request == PLAIN, "cached log-probs are of the plain inputs, and all there is"
+        return ForwardOutput(batch.columns["reference"])
 
 
 def _copy(model: Model, reference: ReferenceModel, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Policy:

@@ -19,38 +19,38 @@ Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
-class Scores:
+class ForwardOutput:
     """What one forward pass says of a batch's N targets."""
 
     log_probs: Tensor  # (N,) float32: log-probability of each supervised target
-    guesses: Tensor | None = None  # (N,) int64: the most likely token in each target's place, if asked for
+    argmax: Tensor | None = None  # (N,) int64: the most likely token in each target's place, if asked for
     divergence: Tensor | None = (
         None  # (N,) float32: KL(anchor || policy) of the distribution it is drawn from, likewise
     )
 
 
 @dataclass(frozen=True)
-class Ask:
+class ForwardRequest:
     """What a forward pass is asked for besides the log-probs of the targets, and on which inputs."""
 
-    guess: bool = False  # the argmax token in every target's place
+    argmax: bool = False  # the argmax token in every target's place
     replace: Tensor | None = None  # (N,) int64, with `mix` in [0, 1]: the input embedding in each target's place
     mix: float = 0.0  # becomes (1 - mix) E[target] + mix E[replace]; prompt positions stay bit-equal
     embed_grad: bool = True  # False: no gradient reaches the input embeddings
     anchor: Forward | None = None  # the divergence from this one, over the whole vocabulary
 
 
-PLAIN = Ask()
+PLAIN = ForwardRequest()
 
 
 class Forward(Protocol):
     """The policy or the reference as objectives see it. Everything calls it once; IFT calls it twice."""
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores: ...
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput: ...
 
 
 @dataclass(frozen=True)
-class Clock:
+class StepContext:
     """Where the run is. `learning` is False in evaluation: no objective may change its state then."""
 
     step: int = 0  # 0-based optimiser step
@@ -58,7 +58,7 @@ class Clock:
     warmup: int = 0  # warm-up steps of the learning rate
     noise: float = 0.0  # one standard normal draw, the same for all micro-batches of a step
     learning: bool = True
-    survey: Mapping[str, Tensor] = field(default_factory=dict)  # () means that `survey` took over the whole step
+    kl_baseline: Mapping[str, Tensor] = field(default_factory=dict)  # () means of `baseline_terms` over the whole step
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Needs:
 
     reference: bool = False
     distributions: bool = False  # of the reference over the whole vocabulary: no column of log-probs can stand in
-    mismatched: bool = False  # completions under other rows' prompts, for `survey` (KTO)
+    mismatched: bool = False  # completions under other rows' prompts, for `baseline_terms` (KTO)
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
     annotations: frozenset[str] = frozenset()  # of Completion.annotations, written beforehand
 
@@ -143,13 +143,13 @@ class Objective:
         """Units of each term, () float32 each, from the batch alone: known before any forward pass."""
         raise NotImplementedError
 
-    def survey(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
+    def baseline_terms(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
         """Sums and counts over the mismatched completions of the step, taken without gradient before any loss.
 
-        The step divides over all of its micro-batches and hands the means on as `clock.survey`.
+        The step divides over all of its micro-batches and hands the means on as `context.kl_baseline`.
         """
         return {}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         """Sums and counts per term; the keys and counts equal those of :meth:`counts`."""
         raise NotImplementedError

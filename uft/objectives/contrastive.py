@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 
 from uft.data.batch import Batch
 from uft.objectives import terms
-from uft.objectives.base import Clock, Forward, Loss, key
+from uft.objectives.base import Forward, Loss, StepContext, key
 from uft.objectives.pairs import PairLoss
 
 Tensor = torch.Tensor
@@ -89,7 +89,7 @@ class Contrastive(PairLoss):
         chosen = {"chosen_nll": terms.units(batch, batch.pairs.shape[0])} if self.alpha > 0 else {}
         return {**self.shared_counts(batch), **chosen}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
         scores = SCORES[self.score](batch, log_probs)
         chosen, rejected = scores[batch.pairs].unbind(-1)

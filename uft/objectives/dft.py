@@ -17,7 +17,7 @@ import torch
 from uft.data.batch import Batch
 from uft.data.rows import Kind, Role, View
 from uft.objectives import terms, views
-from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, key
+from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, key
 
 Tensor = torch.Tensor
 
@@ -113,14 +113,14 @@ class DFT(Objective):
             "weight": terms.units(batch, negative),
         }
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
         positive, negative = self.sides(batch)
         score = (batch.mean if self.length_normalize else batch.sum)(log_probs)
         a = self.ratios(batch, log_probs.detach(), reference)
         members = self.negatives_of(batch)
         log_g = log_mean_exp(a, negative, batch.row, members.numel())
-        log_u = self.moving_average(batch.example, log_g, members > 0, clock.learning)
+        log_u = self.moving_average(batch.example, log_g, members > 0, context.learning)
         weight = torch.where(negative, torch.exp(a - log_u[batch.row]), 0.0)
         # where, not multiply: a sequence that takes no part must not bring in its NaN
         pulled = torch.where(positive, -score, 0.0)

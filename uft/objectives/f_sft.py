@@ -18,7 +18,7 @@ import torch
 from uft.data.batch import Batch
 from uft.data.rows import Kind, View
 from uft.objectives import terms, views
-from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, key
+from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, key
 
 Tensor = torch.Tensor
 
@@ -78,7 +78,7 @@ class FSFT(Objective):
         rows = terms.units(batch, terms.present(batch))
         return {"f_sft": rows, "implicit_reward": rows, "clamped": rows, "nll": terms.nll_count(batch)}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
         anchor = terms.reference_log_probs(batch, reference) if self.needs.reference or reference else 0.0
         r = self.beta * (batch.sum if self.ratio == "sum" else batch.mean)(log_probs - anchor)

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from uft.data.batch import Batch
 from uft.data.rows import Kind, View
 from uft.objectives import terms, views
-from uft.objectives.base import Ask, Clock, Forward, Loss, Objective, Scores, key
+from uft.objectives.base import Forward, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, key
 from uft.objectives.nll import CONVENTION
 
 Tensor = torch.Tensor
@@ -164,21 +164,21 @@ class IFT(Objective):
             return [("lam_start", f"the ramp goes up: lam_start={self.lam_start} is above lam={self.lam}")]
         return []
 
-    def mix(self, clock: Clock) -> float:
+    def mix(self, context: StepContext) -> float:
         """lam at this step: ramp, then noise, then clamp. The same for all micro-batches of a step."""
         lam = self.lam
-        if self.lam_start is not None and clock.step < clock.warmup:
-            lam = self.lam_start + (self.lam - self.lam_start) * clock.step / clock.warmup
-        return min(max(lam * (1 + self.lam_noise * clock.noise), 0.0), 1.0)
+        if self.lam_start is not None and context.step < context.warmup:
+            lam = self.lam_start + (self.lam - self.lam_start) * context.step / context.warmup
+        return min(max(lam * (1 + self.lam_noise * context.noise), 0.0), 1.0)
 
-    def forwards(self, batch: Batch, policy: Forward, lam: float) -> tuple[Scores, Scores]:
+    def forwards(self, batch: Batch, policy: Forward, lam: float) -> tuple[ForwardOutput, ForwardOutput]:
         """(pass 1 without gradient, pass 2 with); one and the same forward when lam = 0."""
         if lam == 0:
-            plain = policy(batch, Ask(guess=True, embed_grad=self.embed_grad))
+            plain = policy(batch, ForwardRequest(argmax=True, embed_grad=self.embed_grad))
             return plain, plain
         with torch.no_grad():
-            plain = policy(batch, Ask(guess=True))
-        return plain, policy(batch, Ask(replace=plain.guesses, mix=lam, embed_grad=self.embed_grad))
+            plain = policy(batch, ForwardRequest(argmax=True))
+        return plain, policy(batch, ForwardRequest(replace=plain.argmax, mix=lam, embed_grad=self.embed_grad))
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         every = torch.ones_like(batch.good)
@@ -191,16 +191,16 @@ class IFT(Objective):
             "lam": terms.units(batch, terms.present(batch)),
         }
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
-        lam, counts = self.mix(clock), self.counts(batch)
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
+        lam, counts = self.mix(context), self.counts(batch)
         plain, mixed = self.forwards(batch, policy, lam)
-        assert plain.guesses is not None
+        assert plain.argmax is not None
         nll = -terms.promote(mixed.log_probs)
         totals = {
             "ift": self.propagated(batch, nll),
             "nll": terms.nll_total(batch, terms.promote(plain.log_probs)),
             "negative_share": self.negatives(batch, nll.detach()),
-            "guess_accuracy": (plain.guesses == batch.target_ids).to(nll.dtype).sum(),
+            "guess_accuracy": (plain.argmax == batch.target_ids).to(nll.dtype).sum(),
             "lam": counts["lam"].to(nll.dtype) * lam,
         }
         return terms.assemble(totals, counts, {"ift": 1.0})

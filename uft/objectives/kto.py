@@ -15,7 +15,7 @@ import torch
 from uft.data.batch import Batch
 from uft.data.rows import Kind, Role, View
 from uft.objectives import terms, views
-from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, Term, key
+from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, Term, key
 
 Tensor = torch.Tensor
 
@@ -58,13 +58,13 @@ class KTO(Objective):
         rows = terms.units(batch, terms.present(batch))
         return {"kto": rows, "reference_point": rows, "nll": terms.nll_count(batch), **terms.reward_counts(batch)}
 
-    def survey(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
+    def baseline_terms(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
         ratio = self.ratios(batch, policy, reference)[1]
         return {"z": Term(ratio.sum(), terms.units(batch, terms.present(batch)))}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs, ratio = self.ratios(batch, policy, reference)
-        z = clock.survey.get("z", torch.zeros_like(ratio[:0].sum())).clamp(min=0).detach()
+        z = context.kl_baseline.get("z", torch.zeros_like(ratio[:0].sum())).clamp(min=0).detach()
         present, good = terms.present(batch), batch.role == Role.POSITIVE
         ahead = torch.where(good, ratio - z, z - ratio)
         weight = torch.where(good, self.desirable_weight, self.undesirable_weight)

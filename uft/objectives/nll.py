@@ -18,7 +18,7 @@ import torch
 from uft.data.batch import Batch
 from uft.data.rows import Kind, View
 from uft.objectives import terms, views
-from uft.objectives.base import PLAIN, Ask, Clock, Forward, Loss, Needs, Objective, key
+from uft.objectives.base import PLAIN, Forward, ForwardRequest, Loss, Needs, Objective, StepContext, key
 
 Tensor = torch.Tensor
 
@@ -68,8 +68,8 @@ class WeightedNLL(Objective):
         kl = {"kl": units} if self.alpha > 0 else {}
         return {"sft": units, **kl, "nll": terms.nll_count(batch)}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
-        scores = policy(batch, Ask(anchor=reference) if self.alpha > 0 else PLAIN)
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
+        scores = policy(batch, ForwardRequest(anchor=reference) if self.alpha > 0 else PLAIN)
         log_probs = terms.promote(scores.log_probs)
         every = torch.ones_like(batch.good)
         weighted = -WEIGHTS[self.weight](log_probs.detach()) * log_probs

@@ -29,7 +29,7 @@ from torch.nn.functional import softplus
 from uft.data.batch import Batch
 from uft.data.rows import SOFT_LABEL, Kind
 from uft.objectives import terms
-from uft.objectives.base import Clock, Forward, Loss, Needs, key
+from uft.objectives.base import Forward, Loss, Needs, StepContext, key
 from uft.objectives.pairs import PairLoss
 
 Tensor = torch.Tensor
@@ -155,7 +155,7 @@ class Pairwise(PairLoss):
         chosen = {"chosen_nll": terms.units(batch, batch.pairs.shape[0])} if self.eta > 0 else {}
         return {**self.shared_counts(batch), **chosen}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
         ratios = log_probs - terms.reference_log_probs(batch, reference)
         rewards = self.beta * (batch.mean if self.length == "mean" else batch.sum)(ratios)

@@ -12,7 +12,18 @@ import torch
 from uft.data.batch import Batch
 from uft.data.rows import Kind, View
 from uft.objectives import terms
-from uft.objectives.base import PLAIN, Ask, Clock, Forward, Loss, Needs, Objective, Scores, Term, key
+from uft.objectives.base import (
+    PLAIN,
+    Forward,
+    ForwardOutput,
+    ForwardRequest,
+    Loss,
+    Needs,
+    Objective,
+    StepContext,
+    Term,
+    key,
+)
 
 Tensor = torch.Tensor
 Value = TypeVar("Value")
@@ -97,12 +108,12 @@ class PerKind(Objective):
             counts |= _named(kind, self.parts[kind].counts(own))
         return counts
 
-    def survey(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
+    def baseline_terms(self, batch: Batch, policy: Forward, reference: Forward | None) -> Loss:
         shares = {kind: own for kind, own in self.shares(batch).items() if self.parts[kind].needs.mismatched}
-        found = [_named(kind, self.parts[kind].survey(own, policy, reference)) for kind, own in shares.items()]
+        found = [_named(kind, self.parts[kind].baseline_terms(own, policy, reference)) for kind, own in shares.items()]
         return {name: term for terms_ in found for name, term in terms_.items()}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         scores = policy(batch)
         if self.needs.reference:  # once over all rows; the parts find it in their columns
             column = terms.reference_log_probs(batch, reference)
@@ -112,8 +123,8 @@ class PerKind(Objective):
         }
         for kind, own in self.shares(batch).items():
             seen = _Seen(policy, scores.log_probs[batch.targets_of(_rows(batch, kind))])
-            survey = {name.removeprefix(f"{kind.value}."): mean for name, mean in clock.survey.items()}
-            found = self.parts[kind](own, seen, reference, replace(clock, survey=survey))
+            kl_baseline = {name.removeprefix(f"{kind.value}."): mean for name, mean in context.kl_baseline.items()}
+            found = self.parts[kind](own, seen, reference, replace(context, kl_baseline=kl_baseline))
             weight = self.weights.get(kind.value, 1.0)
             loss |= _named(kind, {n: replace(term, weight=weight * term.weight) for n, term in found.items()})
         return loss
@@ -144,8 +155,8 @@ class _Seen:
     policy: Forward
     log_probs: Tensor
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
-        return Scores(self.log_probs) if ask == PLAIN else self.policy(batch, ask)
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+        return ForwardOutput(self.log_probs) if request == PLAIN else self.policy(batch, request)
 
 
 class _Below(MutableMapping[str, Tensor]):

@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 from uft.data.batch import Batch
 from uft.data.rows import BASELINE, Kind, View
 from uft.objectives import terms, views
-from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, key
+from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, key
 
 Tensor = torch.Tensor
 
@@ -55,7 +55,7 @@ class PoFT(Objective):
         rows = terms.units(batch, terms.present(batch))
         return {"poft": rows, "tau": rows, "nll": terms.nll_count(batch)}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
         ahead = self.beta * (batch.mean(log_probs) - terms.annotation(batch, BASELINE)) + self.gamma
         present = terms.present(batch)

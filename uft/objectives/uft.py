@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 from uft.data.batch import Batch
 from uft.data.rows import Kind, View
 from uft.objectives import terms, views
-from uft.objectives.base import Clock, Forward, Loss, Needs, Objective, key
+from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, key
 
 Tensor = torch.Tensor
 
@@ -85,7 +85,7 @@ class UFT(Objective):
         counted = terms.units(batch, scored) + terms.units(batch, compared)
         return {"uft": counted, "nll": terms.nll_count(batch), **terms.reward_counts(batch)}
 
-    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, clock: Clock) -> Loss:
+    def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
         anchor = terms.reference_log_probs(batch, reference)
         z = terms.implicit_reward(batch, log_probs, anchor, self.beta, self.length_normalize)

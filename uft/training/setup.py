@@ -39,7 +39,7 @@ from uft.model.memory import Shape, Spread, estimate, shape_of
 from uft.model.policy import Policy
 from uft.model.reference import Reference, make_reference
 from uft.objectives import make
-from uft.objectives.base import Clock, Objective
+from uft.objectives.base import Objective, StepContext
 from uft.objectives.views import kind_table
 from uft.runs import Run, cache_root, read_json, write_json
 from uft.sampling.annotate import ANNOTATORS
@@ -272,8 +272,8 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
 
 def _wrong_terms(trainer: Trainer, reference: Reference, batch: Batch) -> list[str]:
     """Terms of the loss that are not what they must be while policy and reference are equal."""
-    clock = Clock(learning=False)
-    loss = trainer.objective(batch, trainer.policy, reference.forward, clock)
+    context = StepContext(learning=False)
+    loss = trainer.objective(batch, trainer.policy, reference.forward, context)
     expected = trainer.objective.at_reference(batch)
     loose = 1e-2 if trainer.config.model.dtype == "float32" else 1.0
     return [

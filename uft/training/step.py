@@ -16,7 +16,7 @@ from uft.data.batch import Batch, Example
 from uft.data.loader import Collator, StepBatches, local_shard
 from uft.distributed import all_reduce_gradients, full_tensor, ranks, single_process
 from uft.model.policy import Policy
-from uft.objectives.base import PLAIN, Ask, Clock, Forward, Loss, Objective, Scores, Term
+from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, Term
 from uft.training.optim import skip_update
 
 Tensor = torch.Tensor
@@ -73,7 +73,7 @@ def optimiser_step(
     reference: Forward | None,
     optimiser: torch.optim.Optimizer,
     parameters: Parameters,
-    clock: Clock,
+    context: StepContext,
     *,
     lr: float,
     max_grad_norm: float,
@@ -104,18 +104,18 @@ def optimiser_step(
     def scaled_to_zero(loss: Loss) -> Tensor | None:
         return torch.stack([0.0 * t.total for t in loss.values() if t.weight]).sum()
 
-    clock = replace(clock, survey=kl_baseline(objective, rows, policy, reference, device))
+    context = replace(context, kl_baseline=kl_baseline(objective, rows, policy, reference, device))
 
     # Gradients add up over micro-batches. Sharded, all ranks make the same number of passes: a rank with fewer
     # micro-batches repeats a padding batch whose gradient is zero and whose terms are dropped.
     terms: Loss = {}
     padding = padding_batches(rows.batches, rows.padding)
     for batch, is_padding in [*((batch, False) for batch in rows.batches), *((batch, True) for batch in padding)]:
-        context = replace(clock, learning=False) if is_padding else clock
+        current = replace(context, learning=False) if is_padding else context
         scale = scaled_to_zero if is_padding else scaled
-        losses = chunked_backward(objective, batch, policy, reference, context, scale, device)
+        losses = chunked_backward(objective, batch, policy, reference, current, scale, device)
         if not losses:
-            losses = [objective(batch.to(device), policy, reference, context)]
+            losses = [objective(batch.to(device), policy, reference, current)]
             total = scale(losses[0])
             if total is not None and total.requires_grad:
                 total.backward()
@@ -154,11 +154,11 @@ def kl_baseline(
     batches = [batch.to(device) for batch in rows.mismatched]
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in batches:
-        for name, term in objective.survey(batch, policy, reference).items():
+        for name, term in objective.baseline_terms(batch, policy, reference).items():
             total, count = sums.get(name, (torch.zeros_like(term.total), torch.zeros_like(term.count)))
             sums[name] = (total + term.total, count + term.count)
     for batch in padding_batches(batches, rows.padding):
-        objective.survey(batch.to(device), policy, reference)
+        objective.baseline_terms(batch.to(device), policy, reference)
     if ranks().size == 1:
         return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
     totals = sum_over_ranks({name: float(total) for name, (total, _) in sums.items()})
@@ -181,7 +181,7 @@ def chunked_backward(
     batch: Batch,
     policy: Forward,
     reference: Forward | None,
-    clock: Clock,
+    context: StepContext,
     scale: Callable[[Loss], Tensor | None],
     device: torch.device,
 ) -> list[Loss]:
@@ -199,7 +199,7 @@ def chunked_backward(
         with torch.no_grad():
             whole = replace(whole, columns={**whole.columns, "reference": reference(whole).log_probs})
     recorder = _RequestRecorder(policy)
-    objective(whole, recorder, reference, replace(clock, learning=False))
+    objective(whole, recorder, reference, replace(context, learning=False))
     if recorder.request is None or recorder.several or recorder.request.anchor is not None:
         return []
 
@@ -212,15 +212,15 @@ def chunked_backward(
             rows = replace(rows, columns={**rows.columns, "reference": whole.columns["reference"][targets]})
         with torch.enable_grad():
             leaf = log_probs.detach().requires_grad_()
-            replay = _Replay([_sliced(scores, targets) for scores in recorder.without_grad], Scores(leaf, argmax))
-            loss = objective(rows, replay, reference, clock)
+            without_grad = [_sliced(output, targets) for output in recorder.without_grad]
+            loss = objective(rows, _Replay(without_grad, ForwardOutput(leaf, argmax)), reference, context)
             total = scale(loss)
         losses.append({name: replace(term, total=term.total.detach()) for name, term in loss.items()})
         if total is None or not total.requires_grad:
             return torch.zeros_like(log_probs)
         return torch.autograd.grad(total, leaf)[0]
 
-    policy.visit(whole, recorder.request, [targets for targets, _ in groups.values()], loss_grad)
+    policy.chunked_backward(whole, recorder.request, [targets for targets, _ in groups.values()], loss_grad)
     return losses
 
 
@@ -229,33 +229,33 @@ class _RequestRecorder:
     """A forward that runs passes without gradient and records the request of the first one with gradient."""
 
     policy: Policy
-    without_grad: list[Scores] = field(default_factory=list)
-    request: Ask | None = None
+    without_grad: list[ForwardOutput] = field(default_factory=list)
+    request: ForwardRequest | None = None
     several: bool = False
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
         if self.request is None and not torch.is_grad_enabled():
-            self.without_grad.append(self.policy(batch, ask))
+            self.without_grad.append(self.policy(batch, request))
             return self.without_grad[-1]
         self.several = self.several or self.request is not None
-        self.request = ask
+        self.request = request
         placeholder = torch.full(batch.target_ids.shape, -1.0, device=batch.target_ids.device)
-        return Scores(placeholder, batch.target_ids, torch.zeros_like(placeholder))
+        return ForwardOutput(placeholder, batch.target_ids, torch.zeros_like(placeholder))
 
 
 @dataclass
 class _Replay:
     """A forward that returns what is known of a few rows: the passes without gradient, then the log-probs."""
 
-    without_grad: list[Scores]
-    scores: Scores
+    without_grad: list[ForwardOutput]
+    output: ForwardOutput
 
-    def __call__(self, batch: Batch, ask: Ask = PLAIN) -> Scores:
-        return self.scores if torch.is_grad_enabled() else self.without_grad.pop(0)
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+        return self.output if torch.is_grad_enabled() else self.without_grad.pop(0)
 
 
-def _sliced(scores: Scores, targets: slice) -> Scores:
-    return Scores(scores.log_probs[targets], None if scores.guesses is None else scores.guesses[targets])
+def _sliced(output: ForwardOutput, targets: slice) -> ForwardOutput:
+    return ForwardOutput(output.log_probs[targets], None if output.argmax is None else output.argmax[targets])
 
 
 def _row_groups(batch: Batch, most: int) -> Iterator[tuple[slice, Tensor]]:
@@ -344,14 +344,14 @@ def nonfinite_rows(
     reference: Forward | None,
     optimiser: torch.optim.Optimizer,
     parameters: Parameters,
-    clock: Clock,
+    context: StepContext,
     *,
     collator: Collator,
     device: torch.device,
 ) -> list[str]:
     """Ids of the rows whose loss or gradient norm alone is not finite; empty where only their sum overflows."""
     found = []
-    parts = (objective, policy, reference, optimiser, parameters, replace(clock, learning=False))
+    parts = (objective, policy, reference, optimiser, parameters, replace(context, learning=False))
     for item in items:
         with single_process():
             step = optimiser_step(collator([item]), *parts, lr=0.0, max_grad_norm=0.0, device=device, update=False)

@@ -22,7 +22,7 @@ from uft.distributed import all_finite, ranks
 from uft.errors import FAILED, Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy
-from uft.objectives.base import Clock, Forward, Loss, Objective
+from uft.objectives.base import Forward, Loss, Objective, StepContext
 from uft.runs import Run
 from uft.training import checkpoint
 from uft.training.device import oom_advice, random_state, restore_random_state, tokens_per_pass
@@ -183,7 +183,7 @@ class Trainer:
             self.reference,
             self.optimiser,
             self.parameters,
-            self.clock(self.progress.step),
+            self.step_context(self.progress.step),
             lr=learning_rate(self.progress.step, self.steps, self.config.optim),
             max_grad_norm=self.config.train.max_grad_norm,
             device=self.device,
@@ -191,13 +191,13 @@ class Trainer:
             await_previous=self.await_finite_check,
         )
 
-    def clock(self, step: int) -> Clock:
+    def step_context(self, step: int) -> StepContext:
         """The context of a step: a function of its number and the seed alone."""
         # torch's CPU generator takes 32 bits of its seed; Python's own hash may change between versions
         generator = torch.Generator().manual_seed((self.config.seeds.sampling * 1_000_003 + step) % 2**32)
         noise = float(torch.randn((), generator=generator))
         warmup = warmup_steps(self.config.optim.warmup, self.steps)
-        return Clock(step=step, steps=self.steps, warmup=warmup, noise=noise)
+        return StepContext(step=step, steps=self.steps, warmup=warmup, noise=noise)
 
     def await_finite_check(self) -> None:
         """Block until the last step's finite check has arrived; roll back if it failed.
@@ -347,7 +347,7 @@ def rollback(trainer: Trainer, unchecked: UncheckedStep) -> NoReturn:
         trainer.reference,
         trainer.optimiser,
         trainer.parameters,
-        trainer.clock(trainer.progress.step),
+        trainer.step_context(trainer.progress.step),
         collator=trainer.collator,
         device=trainer.device,
     )
