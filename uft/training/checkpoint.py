@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from uft.distributed import ranks, shard_like
@@ -74,7 +75,10 @@ def begin_shards(folder: Path, tensors: Mapping[str, Tensor]) -> Future[Any]:
     The tensors are copied before this returns, so training can go on.
     """
     writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
-    return dcp.async_save(dict(tensors), storage_writer=writer, process_group=_gloo_group())  # type: ignore[return-value]
+    # the writer's own stager copies the empty storages that FSDP leaves behind, and fails
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    save: Any = partial(dcp.async_save, storage_writer=writer, async_stager=stager, process_group=_gloo_group())
+    return save(dict(tensors))
 
 
 @cache
