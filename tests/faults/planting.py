@@ -38,7 +38,7 @@ PHASES = (
     "uft.training.step:all_reduce_terms",
     "uft.training.step:optimiser_step",
     "uft.training.trainer:Trainer.save_checkpoint",
-    "uft.evaluation.evaluate:battery",
+    "uft.evaluation.evaluate:evaluate",
     "uft.sampling.generate:complete",
     "uft.sampling.negatives:_append",
     "uft.model.export:export",

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,9 +114,11 @@ def measure(
     objective: Objective, policy: Policy, reference: Any, items: list[Example], layout: Layout, budget: int
 ) -> Measured:
     batches = Collator(budget, 0, layout)(items, mismatched(items, 64) if objective.needs.mismatched else ())
-    parameters, how = policy.trainable(), {"lr": 0.0, "max_grad_norm": 0.0, "device": policy.device, "update": False}
-    parts = (objective, policy, reference, torch.optim.SGD(parameters.values()), parameters)
-    step = optimiser_step(batches, *parts, StepContext(step=3, steps=10, noise=0.7), **how)
+    parameters = policy.trainable()
+    optimiser = torch.optim.SGD(parameters.values())
+    parts = {"objective": objective, "policy": policy, "reference": reference, "device": policy.device}
+    learner = SimpleNamespace(**parts, optimiser=optimiser, parameters=parameters)
+    step = optimiser_step(learner, batches, StepContext(step=3, steps=10, noise=0.7), update=False)
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     values = {name: float(term.total / term.count.clamp(min=1)) for name, term in step.terms.items()}
     return Measured(float(step.loss), values, gradients)

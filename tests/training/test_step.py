@@ -29,7 +29,6 @@ Gradients = dict[str, torch.Tensor]
 OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto", "anchored_sft", "orpo", "per_kind")
 ONE_TERM = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto")
 CONTEXT = StepContext(step=3, steps=10, warmup=1, noise=0.7)
-CPU = torch.device("cpu")
 ONE_BATCH = 100_000
 CHUNK = 20  # rows of the head's logits, where a test sets them
 
@@ -70,10 +69,8 @@ class Bench:
         return Collator(budget, self.trainer.pad_id, layout)(items, others)
 
     def step(self, batches: StepBatches, objective: Objective | None = None, **changes: Any) -> Step:
-        trainer = self.trainer
-        parts = trainer.policy, trainer.reference, trainer.optimiser, trainer.parameters
-        keywords = {"lr": 0.1, "max_grad_norm": 1.0, "device": CPU, **changes}
-        return optimiser_step(batches, objective or self.objective(), *parts, CONTEXT, **keywords)
+        self.trainer.objective = objective or self.objective()
+        return optimiser_step(self.trainer, batches, CONTEXT, **{"lr": 0.1, "max_grad_norm": 1.0, **changes})
 
     def measure(self, items: Sequence[Example], budget: int, **how: Any) -> tuple[float, Loss, Gradients, int]:
         """Loss, terms, gradients and the number of micro-batches; no update."""
@@ -171,12 +168,12 @@ def test_the_kl_baseline_is_a_mean_over_all_mismatched_completions_of_the_step(b
     unrelated = rig.trainer.sampler.mismatched(items)
     assert len(unrelated) == sum(len(item.parts) for item in items)
     batches = [rig.batches(items, budget) for budget in (ONE_BATCH, 60, 1)]
-    found = [kl_baseline(rig.objective(), one, policy, reference, CPU)["z"] for one in batches]
+    found = [kl_baseline(rig.trainer, one)["z"] for one in batches]
     alone = (rig.batches([item], 1).batches[0] for item in unrelated)
     ratios = [float((policy(batch).log_probs - reference(batch).log_probs).sum().detach()) for batch in alone]
     assert [float(z) for z in found] == pytest.approx([sum(ratios) / len(ratios)] * 3, rel=1e-5)
     assert not any(z.requires_grad for z in found)
-    assert kl_baseline(rig.objective(), StepBatches([], []), policy, reference, CPU) == {}
+    assert kl_baseline(rig.trainer, StepBatches([], [])) == {}
 
 
 @pytest.mark.parametrize("objective", ["kto", "per_kind"])
@@ -254,8 +251,8 @@ def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
     trainer.policy = Poisoned(trainer.policy, token, value)  # type: ignore[assignment]
     before = rig.weights()
     assert not rig.step(Collator(64, trainer.pad_id)(items)).finite
-    parts = rig.objective(), trainer.policy, trainer.reference, trainer.optimiser, trainer.parameters
-    assert nonfinite_rows(items, *parts, CONTEXT, collator=Collator(1, 0), device=CPU) == [bad]
+    trainer.objective = rig.objective()
+    assert nonfinite_rows(trainer, items, CONTEXT, Collator(1, 0)) == [bad]
     assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
     assert all(p.grad is None for p in trainer.parameters.values())
     assert not trainer.optimiser.state

@@ -212,13 +212,12 @@ def test_what_a_step_asks_its_device_for(build: Build, monkeypatch: pytest.Monke
     items = trainer.sampler.take(trainer.config.train.batch_size)
     rows = trainer.collator(items, trainer.sampler.mismatched(items) if trainer.objective.needs.mismatched else ())
     trainer.policy.module.to(META)
+    trainer.parameters, trainer.device = trainer.policy.trainable(), META
     for name, tensor in trainer.objective.state.items():
         trainer.objective.state[name] = tensor.to(META)
 
     def step() -> Step:
-        whole = (trainer.objective, trainer.policy, trainer.reference, trainer.optimiser, trainer.policy.trainable())
-        how: dict[str, Any] = {"lr": 0.1, "max_grad_norm": 1.0, "device": META, "defer_check": True}
-        return optimiser_step(rows, *whole, trainer.step_context(0), **how)
+        return optimiser_step(trainer, rows, trainer.step_context(0), lr=0.1, max_grad_norm=1.0, defer_check=True)
 
     if objective in WAITS:
         with pytest.raises((RuntimeError, NotImplementedError), match=r"[mM]eta"):

@@ -131,7 +131,7 @@ def _interpreter_guard(seconds: float) -> Iterator[Callable[[], None]]:
     """
     command = ["sh", "-c", f"trap '' HUP INT TERM USR1 USR2; {GUARD}", "uft-guard", str(os.getpid())]
     try:
-        guard = subprocess.Popen(command, stdin=subprocess.PIPE)
+        guard = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except OSError:  # no shell: a process that holds the lock is not seen
         yield lambda: None
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
@@ -20,7 +21,6 @@ from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest, L
 from uft.training.optim import skip_update
 
 Tensor = torch.Tensor
-Parameters = Mapping[str, torch.nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -66,30 +66,39 @@ class Step:
     finite: FiniteCheck = ALWAYS_FINITE  # where it is false, nothing was updated
 
 
+class Learner(Protocol):
+    """What a step works on; a Trainer is one."""
+
+    objective: Objective
+    reference: Forward | None
+    optimiser: torch.optim.Optimizer
+    parameters: dict[str, torch.nn.Parameter]
+    device: torch.device
+
+    @property
+    def policy(self) -> Forward: ...
+
+
 def optimiser_step(
+    learner: Learner,
     rows: StepBatches,
-    objective: Objective,
-    policy: Forward,
-    reference: Forward | None,
-    optimiser: torch.optim.Optimizer,
-    parameters: Parameters,
     context: StepContext,
     *,
-    lr: float,
-    max_grad_norm: float,
-    device: torch.device,
+    lr: float = 0.0,
+    max_grad_norm: float = 0.0,
     update: bool = True,
     defer_check: bool = False,
     await_previous: Callable[[], None] = lambda: None,
 ) -> Step:
-    """Update `parameters` with the gradient of `sum over terms of weight * total / count` over `rows`.
+    """Update the parameters with the gradient of `sum over terms of weight * total / count` over `rows`.
 
     The counts are those of all micro-batches of all ranks, so neither accumulation nor the number of ranks changes the
     gradient. Nothing is updated where the loss or the gradient norm is not finite: the host waits for that check, or
     with `defer_check` a fused optimiser skips the update on the device and `Step.finite` tells later. `update` false:
-    leave the gradients and change nothing. `await_previous` is called just before the update, while the device still
-    works: it raises if the step before this one has to be rolled back.
+    leave the gradients and change nothing. `max_grad_norm` 0: do not clip. `await_previous` is called just before the
+    update, while the device still works: it raises if the step before this one has to be rolled back.
     """
+    objective, optimiser, device = learner.objective, learner.optimiser, learner.device
     optimiser.zero_grad(set_to_none=True)
 
     # Units of every term, counted where the batches are: on the CPU, before any forward pass.
@@ -104,7 +113,7 @@ def optimiser_step(
     def scaled_to_zero(loss: Loss) -> Tensor | None:
         return torch.stack([0.0 * t.total for t in loss.values() if t.weight]).sum()
 
-    context = replace(context, kl_baseline=kl_baseline(objective, rows, policy, reference, device))
+    context = replace(context, kl_baseline=kl_baseline(learner, rows))
 
     # Gradients add up over micro-batches. Sharded, all ranks make the same number of passes: a rank with fewer
     # micro-batches repeats a padding batch whose gradient is zero and whose terms are dropped.
@@ -113,9 +122,9 @@ def optimiser_step(
     for batch, is_padding in [*((batch, False) for batch in rows.batches), *((batch, True) for batch in padding)]:
         current = replace(context, learning=False) if is_padding else context
         scale = scaled_to_zero if is_padding else scaled
-        losses = chunked_backward(objective, batch, policy, reference, current, scale, device)
+        losses = chunked_backward(learner, batch, current, scale)
         if not losses:
-            losses = [objective(batch.to(device), policy, reference, current)]
+            losses = [objective(batch.to(device), learner.policy, learner.reference, current)]
             total = scale(losses[0])
             if total is not None and total.requires_grad:
                 total.backward()
@@ -126,9 +135,10 @@ def optimiser_step(
 
     terms = all_reduce_terms(terms, device)
     sync_state(objective, rows.items)
-    all_reduce_gradients(parameters.values())
+    parameters = list(learner.parameters.values())
+    all_reduce_gradients(parameters)
     loss = reported_loss(objective, terms)
-    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or float("inf")))
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf")))
     finite = FiniteCheck(torch.isfinite(loss) & torch.isfinite(grad_norm))
 
     await_previous()
@@ -147,18 +157,16 @@ def optimiser_step(
 
 
 @torch.no_grad()
-def kl_baseline(
-    objective: Objective, rows: StepBatches, policy: Forward, reference: Forward | None, device: torch.device
-) -> dict[str, Tensor]:
+def kl_baseline(learner: Learner, rows: StepBatches) -> dict[str, Tensor]:
     """() means of what the objective measures on the step's mismatched completions (KTO), over all ranks."""
-    batches = [batch.to(device) for batch in rows.mismatched]
+    objective, forwards = learner.objective, (learner.policy, learner.reference)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for batch in batches:
-        for name, term in objective.baseline_terms(batch, policy, reference).items():
+    for batch in rows.mismatched:
+        for name, term in objective.baseline_terms(batch.to(learner.device), *forwards).items():
             total, count = sums.get(name, (torch.zeros_like(term.total), torch.zeros_like(term.count)))
             sums[name] = (total + term.total, count + term.count)
-    for batch in padding_batches(batches, rows.padding):
-        objective.baseline_terms(batch.to(device), policy, reference)
+    for batch in padding_batches(rows.mismatched, rows.padding):
+        objective.baseline_terms(batch.to(learner.device), *forwards)
     if ranks().size == 1:
         return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
     totals = sum_over_ranks({name: float(total) for name, (total, _) in sums.items()})
@@ -177,13 +185,7 @@ def reported_loss(objective: Objective, terms: Loss) -> Tensor:
 
 
 def chunked_backward(
-    objective: Objective,
-    batch: Batch,
-    policy: Forward,
-    reference: Forward | None,
-    context: StepContext,
-    scale: Callable[[Loss], Tensor | None],
-    device: torch.device,
+    learner: Learner, batch: Batch, context: StepContext, scale: Callable[[Loss], Tensor | None]
 ) -> list[Loss]:
     """Add the gradients of a packed micro-batch; the losses of its groups of rows, [] where that cannot be done.
 
@@ -192,9 +194,10 @@ def chunked_backward(
     takes an objective with one forward pass that has gradients (passes without are made for the whole micro-batch), and
     that wants log-probs, not distributions. `scale`: a loss -> the () tensor to differentiate, None for nothing.
     """
+    objective, policy, reference = learner.objective, learner.policy, learner.reference
     if batch.segments is None or not isinstance(policy, Policy) or policy.head is None:
         return []
-    whole = batch.to(device)
+    whole = batch.to(learner.device)
     if reference is not None and not objective.needs.distributions and "reference" not in whole.columns:
         with torch.no_grad():
             whole = replace(whole, columns={**whole.columns, "reference": reference(whole).log_probs})
@@ -207,7 +210,7 @@ def chunked_backward(
     groups = {targets.start: (targets, rows) for targets, rows in _row_groups(batch, policy.head.rows)}
 
     def loss_grad(targets: slice, log_probs: Tensor, argmax: Tensor | None) -> Tensor:
-        rows = batch.only(groups[targets.start][1]).to(device)
+        rows = batch.only(groups[targets.start][1]).to(learner.device)
         if "reference" in whole.columns:
             rows = replace(rows, columns={**rows.columns, "reference": whole.columns["reference"][targets]})
         with torch.enable_grad():
@@ -337,25 +340,13 @@ def sync_state(objective: Objective, items: Sequence[Example]) -> None:
 # --- The rows of a step that was not finite.
 
 
-def nonfinite_rows(
-    items: Sequence[Example],
-    objective: Objective,
-    policy: Forward,
-    reference: Forward | None,
-    optimiser: torch.optim.Optimizer,
-    parameters: Parameters,
-    context: StepContext,
-    *,
-    collator: Collator,
-    device: torch.device,
-) -> list[str]:
+def nonfinite_rows(learner: Learner, items: Sequence[Example], context: StepContext, collator: Collator) -> list[str]:
     """Ids of the rows whose loss or gradient norm alone is not finite; empty where only their sum overflows."""
     found = []
-    parts = (objective, policy, reference, optimiser, parameters, replace(context, learning=False))
     for item in items:
         with single_process():
-            step = optimiser_step(collator([item]), *parts, lr=0.0, max_grad_norm=0.0, device=device, update=False)
+            step = optimiser_step(learner, collator([item]), replace(context, learning=False), update=False)
         if not step.finite:
             found.append(item.row.id)
-    optimiser.zero_grad(set_to_none=True)
+    learner.optimiser.zero_grad(set_to_none=True)
     return found

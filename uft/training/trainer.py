@@ -176,17 +176,13 @@ class Trainer:
             self.await_finite_check()
             nothing = torch.zeros((), device=self.device)
             return Step(nothing, {}, nothing)
+        number = self.progress.step
         return optimiser_step(
+            self,
             batches,
-            self.objective,
-            self.policy,
-            self.reference,
-            self.optimiser,
-            self.parameters,
-            self.step_context(self.progress.step),
-            lr=learning_rate(self.progress.step, self.steps, self.config.optim),
+            self.step_context(number),
+            lr=learning_rate(number, self.steps, self.config.optim),
             max_grad_norm=self.config.train.max_grad_norm,
-            device=self.device,
             defer_check=self.defer_check,
             await_previous=self.await_finite_check,
         )
@@ -340,17 +336,8 @@ class UncheckedStep:
 def rollback(trainer: Trainer, unchecked: UncheckedStep) -> NoReturn:
     """Undo a step that was not finite, save a checkpoint, and raise a UftError (code 1) that names its rows."""
     unchecked.before.restore(trainer)
-    rows = nonfinite_rows(
-        unchecked.items,
-        trainer.objective,
-        trainer.policy,
-        trainer.reference,
-        trainer.optimiser,
-        trainer.parameters,
-        trainer.step_context(trainer.progress.step),
-        collator=trainer.collator,
-        device=trainer.device,
-    )
+    context = trainer.step_context(trainer.progress.step)
+    rows = nonfinite_rows(trainer, unchecked.items, context, trainer.collator)
     unchecked.before.restore(trainer)  # the search drew random numbers
     named = ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     if not named:
