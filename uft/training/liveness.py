@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -46,12 +47,13 @@ def watching(seconds: float, folder: Path | None, last_words: LastWords) -> Iter
         yield
         return
     over, peers = threading.Event(), Peers()
+    ticks = max(TICKS, math.ceil(seconds / TICK))
     with _interpreter_guard(seconds) as python_runs:
-        words = (seconds, folder, last_words, over, peers, python_runs)
-        threads = [threading.Thread(target=_watch, args=words, daemon=True, name="uft-watchdog")]
+        watch = partial(_watch, seconds, ticks, folder, last_words, over, peers, python_runs)
+        threads = [threading.Thread(target=watch, daemon=True, name="uft-watchdog")]
         if launched() > 1:
-            tick = seconds / TICKS
-            threads.append(threading.Thread(target=peers.exchange, args=(over, tick), daemon=True, name="uft-peers"))
+            exchange = partial(peers.exchange, over, seconds / ticks)
+            threads.append(threading.Thread(target=exchange, daemon=True, name="uft-peers"))
         for thread in threads:
             thread.start()
         try:
@@ -64,13 +66,13 @@ def watching(seconds: float, folder: Path | None, last_words: LastWords) -> Iter
 
 def _watch(
     seconds: float,
+    ticks: int,
     folder: Path | None,
     last_words: LastWords,
     over: threading.Event,
     peers: Peers,
     python_runs: Callable[[], None],
 ) -> None:
-    ticks = max(TICKS, math.ceil(seconds / TICK))
     quiet = seen = moves = 0
     moved = moved_bytes()
     while quiet < ticks and not over.wait(seconds / ticks):

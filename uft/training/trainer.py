@@ -124,10 +124,13 @@ class Trainer:
     def __post_init__(self) -> None:
         self.parameters = self.policy.trainable()
         self.defer_check = defers_finite_check(self.config.train.sync_every_step, self.device, self.optimiser)
-        self.collator = Collator(
-            tokens_per_pass(self.config), self.pad_id, self.policy.layout, pinned=self.device.type == "cuda"
-        )
         self.never_finite = set(self._nonfinite_weights())  # as they came from their files
+
+    @property
+    def collator(self) -> Collator:
+        """Examples -> micro-batches, as the configuration and the policy's layout have it."""
+        pinned = self.device.type == "cuda"
+        return Collator(tokens_per_pass(self.config), self.pad_id, self.policy.layout, pinned)
 
     def fit(self) -> None:
         """Train to the horizon or until asked to stop. Raises UftError (code 1) after a step that is not finite."""
