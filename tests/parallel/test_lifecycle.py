@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import overrides, write_files
 from outside import environment
-from program import overrides, write_files
 
 STEPS = 30
 CLOCKS = {"seconds", "tokens_per_second"}

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cases import WORDS
 from outside import environment
-from program import WORDS
 
 from uft.model.memory import Shape, Spread, estimate, step_flops
 

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from cases import overrides, write_files
 from outside import environment
-from program import overrides, write_files
 
 LAUNCHER = "hydra_plugins.hydra_submitit_launcher"
 

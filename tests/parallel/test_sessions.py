@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from program import CASES, write_files, write_untied
+from cases import CASES, write_files, write_untied
+from outside import environment
 
+PROGRAM = Path(__file__).with_name("cases.py")
 SHARDED = ("sft", "sft_one_row", "sft_packed", "sft_lora", "dpo_lora", "dpo_untied", "uft", "ift", "dft", "kto")
 EVERY = [*(("two", name) for name in CASES if name != "long"), *(("sharded", name) for name in SHARDED)]
 EVERY = [*EVERY, ("offloaded", "sft")]
@@ -30,8 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def one(folder: Path, *words: str) -> None:
+    """Sessions on one process."""
+    command = [sys.executable, str(PROGRAM), str(folder), *words]
+    subprocess.run(command, env=environment(folder), check=True, timeout=1800, capture_output=True)
+
+
 @pytest.fixture(scope="module")
-def said(folder: Path, one: Callable[..., None], two: Callable[..., None]) -> Said:
+def said(folder: Path, two: Callable[..., None]) -> Said:
     """said("two", name): the metric lines of a case on two processes ("one": on one).
 
     One start of the program for all fast cases, another for the others: importing costs more than a case.
@@ -41,7 +51,7 @@ def said(folder: Path, one: Callable[..., None], two: Callable[..., None]) -> Sa
         file = folder / f"{way}-{name}.json"
         if not file.exists():
             pairs = [pair for pair in EVERY if (pair in FAST) == ((way, name) in FAST or way == "one")]
-            two(folder, *(f"{way}:{name}" for way, name in pairs))
+            two(folder, PROGRAM, str(folder), *(f"{way}:{name}" for way, name in pairs))
             names = dict.fromkeys(name for _, name in pairs if not (folder / f"one-{name}.json").exists())
             one(folder, *(f"one:{name}" for name in names))
         lines: list[dict[str, Any]] = json.loads(file.read_text())
@@ -77,11 +87,11 @@ def test_the_cases_are_what_they_are_called(said: Said) -> None:
 
 
 @pytest.fixture(scope="module")
-def resumed(folder: Path, one: Callable[..., None], two: Callable[..., None]) -> Path:
+def resumed(folder: Path, two: Callable[..., None]) -> Path:
     """Four steps on two processes with halves, four on one ("grown"); then four on one, and four on halves ("back")."""
-    two(folder, "kept:long:grown:4")
+    two(folder, PROGRAM, str(folder), "kept:long:grown:4")
     one(folder, "one:long:whole", "one:long:back:4", "one:long:grown")
-    two(folder, "kept:long:back")
+    two(folder, PROGRAM, str(folder), "kept:long:back")
     return folder
 
 

@@ -1,6 +1,6 @@
 """Sessions of small runs, on one process or under torch's launcher: the whole trainer, without the command line.
 
-`program.py FOLDER WAY:CASE[:RUN[:STEPS]]...` begins or goes on with FOLDER/RUN (WAY-CASE unless named), until it is
+`cases.py FOLDER WAY:CASE[:RUN[:STEPS]]...` begins or goes on with FOLDER/RUN (WAY-CASE unless named), until it is
 asked to stop after so many steps. Each leaves WAY-CASE.json, its metric lines, and sharded ones that are asked to stop
 `held-RANK.json`, what every rank held of the model.
 """
