@@ -117,7 +117,7 @@ def measure(
     parameters = policy.trainable()
     optimiser = torch.optim.SGD(parameters.values())
     parts = {"objective": objective, "policy": policy, "reference": reference, "device": policy.device}
-    learner = SimpleNamespace(**parts, optimiser=optimiser, parameters=parameters)
+    learner: Any = SimpleNamespace(**parts, optimiser=optimiser, parameters=parameters)
     step = optimiser_step(learner, batches, StepContext(step=3, steps=10, noise=0.7), update=False)
     gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     values = {name: float(term.total / term.count.clamp(min=1)) for name, term in step.terms.items()}
