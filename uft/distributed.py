@@ -1,120 +1,67 @@
-"""The processes of a run. Alone, everything here gives back what it was given: few need to know how many there are.
+"""Collective operations over the ranks of a run. With one rank, every operation returns what it is given.
 
-Two ways to work together. *Apart*: every process has the whole model, may do another part of a task, and tells the
-others what came of it. *In step*: the model is in pieces, every forward pass needs all processes, so all do the same.
+Replicated: every rank has whole models, may do another part of a task, and tells the others the result. Sharded: the
+model's weights are divided, every forward pass needs all ranks, so all of them do the same.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-# --- Who this process is, by what torch's launcher put into its environment, and what it leaves for whoever started
-# it.
-#
-# No torch here: a launcher reads it, and workers before they have imported anything.
-
-
-FOLDER = "UFT_FAILURES"
-"""Where the processes of a run leave word for the one that started them."""
-
-
-class PeerLost(Exception):
-    """Another process of the run ended: whatever it was asked for will never come."""
-
-
-def launched() -> int:
-    """How many processes torch's launcher started; 1 where it started none."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-
-
-def rank() -> int:
-    return int(os.environ["RANK"]) if launched() > 1 else 0
-
-
-def local_rank() -> int:
-    """This process among those of its machine: which of its devices it takes."""
-    return int(os.environ["LOCAL_RANK"]) if launched() > 1 else 0
-
-
-def note(text: str) -> None:
-    """Why this process failed. The first one says so itself; nobody would hear the others."""
-    _write(f"why-{rank()}", text)
-
-
-def note_code(code: int) -> None:
-    """The exit code of the request, which is the first process's."""
-    if rank() == 0:
-        _write("code", str(code))
-
-
-def reasons(folder: Path) -> dict[int, str]:
-    """Process -> what it said."""
-    files = sorted(folder.glob("why-*"))
-    return {int(file.name.removeprefix("why-")): file.read_text(encoding="utf-8") for file in files}
-
-
-def noted_code(folder: Path) -> int | None:
-    file = folder / "code"
-    return int(file.read_text()) if file.is_file() else None
-
-
-def _write(name: str, text: str) -> None:
-    folder = os.environ.get(FOLDER)
-    if folder:
-        Path(folder, name).write_text(text, encoding="utf-8", errors="replace")
-
+from uft.environment import PeerLost, launched
 
 Tensor = torch.Tensor
 T = TypeVar("T")
 R = TypeVar("R")
 
 PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others: as long as the first one may need to write a large model."""
+"""How long a rank waits for the others: as long as rank 0 may need to write a large model."""
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is in pieces: every process holds a share of every weight, its gradient and its moments."""
+    """Every rank holds a shard of every weight, its gradient and its moments."""
 
-    reshard: bool = True  # give a layer's weights back after its forward pass, and gather them again for the backward
-    offload: bool = False  # keep the shares in the CPU's memory while they are not at work
+    reshard: bool = True  # free a layer's gathered weights after its forward pass, and gather them for the backward
+    offload: bool = False  # keep the shards in the CPU's memory between uses
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run. Whatever is asked of `Ranks` is asked by all of them, in the same order."""
+    """This rank and its group. Every operation has to be called by all ranks, in the same order.
+
+    Raises PeerLost where another process has ended.
+    """
 
     rank: int = 0
     size: int = 1
-    sharding: Sharding | None = None  # of the model, if it is in pieces
+    sharding: Sharding | None = None  # of the model, if it is sharded
 
     @property
     def sharded(self) -> bool:
-        """Whether all must make the same forward passes."""
+        """Whether all ranks must make the same forward passes."""
         return self.sharding is not None
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this one writes files, lines and metrics."""
+        """Whether this rank writes files, lines and metrics."""
         return self.rank == 0
 
     def gather_objects(self, value: T) -> list[T]:
-        """What each of them has, in order of ranks. Sent pickled, among processes of one program."""
+        """Each rank's value, by rank. Sent pickled, among processes of one program."""
         if self.size == 1:
             return [value]
         found: list[T] = [value] * self.size
-        with _listening_for_losses():
+        with _lost_peers():
             dist.all_gather_object(found, value)
         return found
 
@@ -123,46 +70,45 @@ class Ranks:
         if self.size == 1:
             return tensor[None]
         rows = [torch.empty_like(tensor) for _ in range(self.size)]
-        with _listening_for_losses():
+        with _lost_peers():
             dist.all_gather(rows, tensor.contiguous())
         return torch.stack(rows)
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        """The sum over all of them, in place."""
+        """Sum in place."""
         if self.size > 1:
-            with _listening_for_losses():
+            with _lost_peers():
                 dist.all_reduce(tensor)
 
     def all_reduce_max(self, value: int) -> int:
         if self.size == 1:
             return value
         number = torch.tensor(int(value))
-        with _listening_for_losses():
+        with _lost_peers():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
     def barrier(self) -> None:
-        """Until all have come here."""
         self.all_reduce_max(0)
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """What `work` gives in the first process, alone; the others wait. An exception there is raised everywhere."""
+        """The result of `work`, which rank 0 does alone while the others wait. Its exception is raised on all ranks."""
         if self.size == 1:
             return work()
-        kept: tuple[T | None, Exception | None] = (None, None)
+        outcome: tuple[T | None, Exception | None] = (None, None)
         if self.is_rank0:
             try:
-                with _as(ALONE):
-                    kept = (work(), None)
+                with _within(ALONE):
+                    outcome = (work(), None)
             except Exception as error:
-                kept = (None, error)
-        result, problem = self.gather_objects(kept)[0]
+                outcome = (None, error)
+        result, problem = self.gather_objects(outcome)[0]
         if problem is not None:
             raise problem
         return result  # type: ignore[return-value]  # one of the two is there
 
     def map_shards(self, things: Sequence[T], work: Callable[[Sequence[T]], Sequence[R]]) -> list[R]:
-        """`work` on all things, a result for each: everybody does a share. What one raises, all raise."""
+        """`work` on all things, a result for each; every rank does a share. An exception is raised on all ranks."""
         if self.size == 1 or self.sharded:
             return list(work(things))
         found: Sequence[R] = ()
@@ -173,35 +119,33 @@ class Ranks:
             raise
         except Exception as error:
             problem = error
-        shares = self.gather_objects((found, problem))
-        for _, raised in shares:
+        results: list[R | None] = [None] * len(things)
+        for rank, (share, raised) in enumerate(self.gather_objects((found, problem))):
             if raised is not None:
                 raise raised
-        results: list[R | None] = [None] * len(things)
-        for rank, (share, _) in enumerate(shares):
             results[rank :: self.size] = share
         return results  # type: ignore[return-value]  # every place is filled
 
 
 ALONE = Ranks()
 _now = ALONE
-_meanwhile = threading.local()  # what one thread does by itself is nothing to the others of its process
+_override = threading.local()  # of one thread, while the other threads of the process go on
 
 
 def ranks() -> Ranks:
-    """This process among the others of its run."""
-    return getattr(_meanwhile, "group", _now)
+    """This rank and its group."""
+    return getattr(_override, "group", _now)
 
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Among the processes that the environment tells of, by messages between CPUs and, where there are any, GPUs."""
+    """Join the processes that torch's launcher started, by gloo between CPUs and NCCL between GPUs."""
     global _now
     if launched() == 1:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    with _listening_for_losses():
+    with _lost_peers():
         dist.init_process_group(backend, timeout=PATIENCE)
     _now = Ranks(dist.get_rank(), dist.get_world_size())
     try:
@@ -212,50 +156,50 @@ def process_group() -> Iterator[Ranks]:
 
 
 def set_sharding(sharding: Sharding | None) -> None:
-    """From here on models are loaded in pieces, and every forward pass is made by all together; None: apart again."""
+    """From here on models are loaded sharded, and all ranks make every forward pass together; None: replicated."""
     global _now
     _now = replace(_now, sharding=sharding if _now.size > 1 else None)
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """What this process does in here concerns the others only where the model is in pieces."""
-    with _as(ranks() if ranks().sharded else ALONE):
+    """Inside, this rank works by itself, unless the model is sharded."""
+    with _within(ranks() if ranks().sharded else ALONE):
         yield
 
 
 @contextmanager
-def _as(group: Ranks) -> Iterator[None]:
-    before = vars(_meanwhile).copy()
-    _meanwhile.group = group
+def _within(group: Ranks) -> Iterator[None]:
+    before = vars(_override).copy()
+    _override.group = group
     try:
         yield
     finally:
-        del _meanwhile.group
-        vars(_meanwhile).update(before)
+        del _override.group
+        vars(_override).update(before)
 
 
 @contextmanager
-def _listening_for_losses() -> Iterator[None]:
-    """torch tells of a lost connection by errors of several kinds, all of them RuntimeErrors."""
+def _lost_peers() -> Iterator[None]:
+    """torch reports a lost connection by errors of several kinds, all of them RuntimeErrors."""
     try:
         yield
     except RuntimeError as error:
         raise PeerLost(str(error).strip().splitlines()[0]) from error
 
 
-# --- Who takes which row of an optimiser step, and how the results become one again.
+# --- The rows of an optimiser step, and gradients.
 
 
 BUCKET = 2**24
-"""Numbers that are summed over processes in one message: 64 MiB in float32."""
+"""Numbers that are summed over ranks in one message: 64 MiB in float32."""
 
 
 def balanced_shards(sizes: Sequence[int], owners: Sequence[Hashable], count: int) -> list[list[int]]:
-    """Positions of the things that each of `count` processes takes, in their order; balanced, the first never idle.
+    """The positions of the things that each of `count` ranks takes, in order; balanced by size, rank 0 never idle.
 
-    Things of one owner stay together. The largest goes first to whoever has least: a rule that every process applies
-    to the same numbers, so that nobody is told anything.
+    Things of one owner stay together. The largest group goes first, to the rank that has least: every rank computes the
+    same from the same numbers, without a message.
     """
     groups: dict[Hashable, list[int]] = {}
     for position, owner in enumerate(owners):
@@ -270,61 +214,49 @@ def balanced_shards(sizes: Sequence[int], owners: Sequence[Hashable], count: int
 
 
 def all_reduce_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add up the gradients of all processes. One that nobody has stays None: optimisers pass over those."""
+    """Sum gradients over replicated ranks, in buckets. One that no rank has stays None: optimisers skip those."""
     group = ranks()
-    if group.size == 1 or group.sharded:  # in pieces, they were added up on their way back
+    if group.size == 1 or group.sharded:  # FSDP summed them in the backward pass
         return
-    listed = list(parameters)
-    present = torch.tensor([parameter.grad is not None for parameter in listed], dtype=torch.uint8)
+    parameters = list(parameters)
+    present = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8)
     anywhere = group.all_gather(present).amax(0).tolist()
-    gradients = []
-    for parameter, there in zip(listed, anywhere, strict=True):
-        if there:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-    for bucket in _buckets(gradients):
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for parameter, there in zip(parameters, anywhere, strict=True):
+        if not there:
+            continue
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = gradient
+        if not buckets or buckets[-1][0].dtype != gradient.dtype or gradient.numel() > room:
+            buckets.append([])
+            room = BUCKET
+        buckets[-1].append(gradient)
+        room -= gradient.numel()
+    for bucket in buckets:
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         group.all_reduce_sum(flat)
-        pieces = flat.split([gradient.numel() for gradient in bucket])
-        for gradient, piece in zip(bucket, pieces, strict=True):
-            gradient.copy_(piece.view_as(gradient))
+        for gradient, summed in zip(bucket, flat.split([one.numel() for one in bucket]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> list[bool]:
-    """Whether each holds nothing but numbers; of one in pieces, whether all of it does."""
-    whole = [bool(torch.isfinite(_own(tensor)).all()) for tensor in tensors]
+    """Whether each holds finite numbers only; of a sharded one, whether all shards do."""
+    local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    finite = [bool(torch.isfinite(tensor).all()) for tensor in local]
     if not ranks().sharded:
-        return whole
-    return [all(everywhere) for everywhere in zip(*ranks().gather_objects(whole), strict=True)]
+        return finite
+    return [all(everywhere) for everywhere in zip(*ranks().gather_objects(finite), strict=True)]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be in pieces, in every process."""
+    """All of a tensor that may be sharded, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has whole, where `like` is and in pieces as that is."""
+    """A tensor that every rank has whole, on the device of `like` and sharded as that is."""
     if isinstance(like, DTensor) and not isinstance(tensor, DTensor):
         moved = tensor.to(like.to_local().device)
         return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
     return tensor.to(like.device)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Neighbours of one dtype, up to BUCKET numbers together."""
-    found: list[list[Tensor]] = []
-    room = 0
-    for tensor in tensors:
-        if not found or found[-1][0].dtype != tensor.dtype or tensor.numel() > room:
-            found.append([])
-            room = BUCKET
-        found[-1].append(tensor)
-        room -= tensor.numel()
-    return found

@@ -1,6 +1,6 @@
-"""What this process is doing, and that it gets on with it: what the watchdog looks at.
+"""Signs of life of this process, and the phase that it is in.
 
-Whatever does the work says so here, in the main thread, and knows nothing of who looks (`uft.training.liveness`).
+The code that works reports here, in the main thread; the watchdog (`uft.training.liveness`) reads it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Life:
-    """Signs of life so far, and the phase that the process is in."""
+    """The count of signs of life so far, and the current phase."""
 
     signs: int = 0
     doing: str = "it was prepared"  # as it follows "while"
@@ -23,7 +23,7 @@ heartbeat = Life()
 
 
 def beat() -> None:
-    """This process lives: it has come to another row, batch or step."""
+    """A sign of life: the process has come to another row, batch or step."""
     heartbeat.signs += 1
 
 
@@ -31,7 +31,7 @@ def beat() -> None:
 def activity(what: str, moving: bool = False) -> Iterator[None]:
     """A phase, named as it follows "while"; also a decorator of the function that is one. It gives signs of life.
 
-    `moving`: it moves so many bytes at once, within libraries, that it cannot count: that they move is a sign as well.
+    `moving`: it moves many bytes at once inside libraries, where it cannot count; that they move is a sign as well.
     """
     before = heartbeat.doing, heartbeat.moving
     heartbeat.doing, heartbeat.moving = what, moving

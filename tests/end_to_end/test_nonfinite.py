@@ -48,7 +48,7 @@ def finite(folder: Path, poisoned_rows: int) -> None:
             assert int(bad.sum()) <= (poisoned_rows if name.endswith("embed_tokens.weight") else 0), name
 
 
-@pytest.mark.slow  # in one process, for every kind of objective: tests/training/test_trainer.py, test_late.py
+@pytest.mark.slow  # in one process, for every kind of objective: tests/training/test_trainer.py
 @pytest.mark.parametrize("objective", ["dft", "sft"])
 def test_a_planted_nan_names_its_row(
     uft: Uft,

@@ -143,11 +143,11 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
 import sys, torch
 from pathlib import Path
 from uft.runs import Run
-from uft.training import checkpoints
+from uft.training import checkpoint
 run = Run(Path(sys.argv[1]))
-checkpoints.save(run, 1, {"w": torch.zeros(10)}, {"progress": {}})
+checkpoint.save(run, 1, {"w": torch.zeros(10)}, {"progress": {}})
 try:
-    checkpoints.save(run, 2, {"w": torch.zeros(100_000)}, {"progress": {}})
+    checkpoint.save(run, 2, {"w": torch.zeros(100_000)}, {"progress": {}})
 except Exception as error:
     print(type(error).__name__, error)
 print([step for step, _ in run.checkpoints()], sorted(path.name for path in run.checkpoints_dir.iterdir()))

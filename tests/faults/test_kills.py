@@ -39,7 +39,7 @@ DEATHS = (
     ("after reference.ReferenceColumn._compute", ""),
     ("after flush", "/.metrics.jsonl.seals"),  # a seal without its line
     ("before generate.complete", ""),
-    ("after step.forward_backward", ""),
+    ("after step.all_reduce_terms", ""),
     ("before os.replace", "/.step-000003.tmp"),
     ("after evaluate.evaluate", ""),
     ("after os.replace", "/.step-000004.tmp"),
@@ -89,7 +89,7 @@ STOPS = (
     ("terminate", "before tokens._encode", ""),
     ("warn", "before reference.ReferenceColumn._compute", ""),
     ("terminate", "before generate.complete", ""),
-    ("warn", "after step.forward_backward", ""),
+    ("warn", "after step.all_reduce_terms", ""),
     ("terminate", "before os.replace", "/.step-000003.tmp"),
     ("warn", "before write", "/metrics.jsonl"),
 )

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from uft.config.schema import Lora
-from uft.data.batch import Example, Layout, collate, make_example, micro_batches, mismatched
+from uft.data.batch import Example, Layout, collate, make_example, mismatched
 from uft.data.chat import Tokens
+from uft.data.loader import Collator
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row
 from uft.model import head
 from uft.model.layout import settle_layout
@@ -23,7 +25,7 @@ from uft.model.policy import Policy, add_lora
 from uft.model.reference import Frozen
 from uft.objectives import make
 from uft.objectives.base import ForwardRequest, Objective, StepContext
-from uft.training.step import forward_backward, kl_baseline, reported_loss
+from uft.training.step import optimiser_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
 from toys import PRESETS, apart, settings
@@ -112,14 +114,15 @@ class Measured:
 def measure(
     objective: Objective, policy: Policy, reference: Any, items: list[Example], layout: Layout, budget: int
 ) -> Measured:
-    policy.module.zero_grad(set_to_none=True)
-    batches = micro_batches(items, budget, 0, layout)
-    unrelated = micro_batches(mismatched(items, 64), budget, 0, layout) if objective.needs.mismatched else []
-    context = StepContext(step=3, steps=10, noise=0.7, kl_baseline=kl_baseline(objective, unrelated, policy, reference))
-    terms = forward_backward(objective, batches, policy, reference, context)
-    gradients = {name: p.grad for name, p in policy.trainable().items() if p.grad is not None}
-    values = {name: float(term.total / term.count.clamp(min=1)) for name, term in terms.items()}
-    return Measured(float(reported_loss(objective, terms)), values, gradients)
+    batches = Collator(budget, 0, layout)(items, mismatched(items, 64) if objective.needs.mismatched else ())
+    parameters = policy.trainable()
+    optimiser = torch.optim.SGD(parameters.values())
+    parts = {"objective": objective, "policy": policy, "reference": reference, "device": policy.device}
+    learner: Any = SimpleNamespace(**parts, optimiser=optimiser, parameters=parameters)
+    step = optimiser_step(learner, batches, StepContext(step=3, steps=10, noise=0.7), update=False)
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    values = {name: float(term.total / term.count.clamp(min=1)) for name, term in step.terms.items()}
+    return Measured(float(step.loss), values, gradients)
 
 
 def packing(model: Any) -> Policy:

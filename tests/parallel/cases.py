@@ -1,6 +1,8 @@
-"""Runs that must say the same on one process as on two: the whole trainer on small files, without the command line.
+"""Sessions of small runs, on one process or under torch's launcher: the whole trainer, without the command line.
 
-As a program, also under torch's launcher: `cases.py FOLDER WAY:NAME...` writes what each says to FOLDER/WAY-NAME.json.
+`cases.py FOLDER WAY:CASE[:RUN[:STEPS]]...` begins or goes on with FOLDER/RUN (WAY-CASE unless named), until it is
+asked to stop after so many steps. Each leaves WAY-CASE.json, its metric lines, and sharded ones that are asked to stop
+`held-RANK.json`, what every rank held of the model.
 """
 
 from __future__ import annotations
@@ -42,15 +44,19 @@ CASES: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "per_kind": ("per_kind", KINDS, ()),
     "sft_packed": ("sft", KINDS[:2], ("train.packing=packed", "model.gradient_checkpointing=true")),
     "dpo_untied": ("dpo", ("pairs",), ("model=custom", "model.path=untied", "reference.mode=copy")),
+    "long": ("dpo", ("pairs",), ("train.steps=8", "train.save_model=true", "eval=none")),
 }
 """Name -> (objective, sources, settings)."""
 
-PIECES = ("hardware.sharding=full", "train.save_model=true")
-WAYS = {"one": (), "two": (), "sharded": PIECES, "offloaded": (*PIECES, "hardware.offload=true")}
+FULL = ("hardware.sharding=full", "train.save_model=true")
+WAYS = {
+    "one": (),
+    "two": (),
+    "sharded": FULL,
+    "kept": (*FULL, "hardware.reshard=false"),
+    "offloaded": (*FULL, "hardware.offload=true"),
+}
 """What is asked of the hardware besides."""
-
-SHARDED = ("sft", "sft_one_row", "sft_packed", "sft_lora", "dpo_lora", "dpo_untied", "uft", "ift", "dft", "kto")
-"""Cases that are tried with the model in pieces."""
 
 
 def rows_of(kind: str, count: int = 11) -> Iterator[dict[str, Any]]:
@@ -113,35 +119,77 @@ def overrides(objective: str, sources: Sequence[str], folder: Path, more: Sequen
     ]
 
 
-def say(name: str, folder: Path, where: str, more: Sequence[str] = ()) -> dict[str, Any]:
-    """Train a case to its end in FOLDER/WHERE-NAME: its metric lines and its result."""
+def session_of(folder: Path, way: str, case: str, name: str, until: int | None) -> None:
+    """Begin or go on with a run, as `way` has it; leave what it said."""
     from uft.config.compose import compose
     from uft.config.frozen import frozen, load_config
     from uft.distributed import ranks
-    from uft.runs import Run, create_run
-    from uft.tracking.metrics import read_metrics
+    from uft.runs import Run, create_run, write_atomically
     from uft.training import session
     from uft.training.liveness import Stop
+    from uft.training.session import MetricsHook
 
-    objective, sources, settings = CASES[name]
-    run = Run(folder / f"{where}-{name}")
-    if not run.exists:
-        text = frozen(compose([*overrides(objective, sources, folder, settings), *more]))
-        ranks().on_rank0(lambda: create_run(run.path, text, []) and None)
-    code = session.train(run, load_config(run.config_file), Stop())
-    assert code == 0, run.result()
-    return {"metrics": read_metrics(run), "result": run.result()} if ranks().is_rank0 else {}
+    objective, sources, settings = CASES[case]
+    run, stop, after = Run(folder / name), Stop(), MetricsHook.after_step
+    text = frozen(compose([*overrides(objective, sources, folder, settings), *WAYS[way]]))
+    begin = (
+        (lambda: write_atomically(run.config_file, text)) if run.exists else (lambda: create_run(run.path, text, []))
+    )
+    ranks().barrier()
+    ranks().on_rank0(lambda: begin() and None)
+
+    def watched(self: MetricsHook, trainer: Any, step: Any) -> None:
+        after(self, trainer, step)
+        if trainer.progress.step == until:
+            stop.signal = 15
+            if ranks().sharded:
+                tell(folder, trainer)
+
+    MetricsHook.after_step = watched  # type: ignore[method-assign]
+    try:
+        code = session.train(run, load_config(run.config_file), stop)
+    finally:
+        MetricsHook.after_step = after  # type: ignore[method-assign]
+    assert code == (0 if until is None else 75), run.result()
+    if ranks().is_rank0:
+        lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+        (folder / f"{way}-{case}.json").write_text(json.dumps(lines))
+
+
+READS: list[str] = []  # of the model's files, by this process
+
+
+def tell(folder: Path, trainer: Any) -> None:
+    """What this rank holds of the model."""
+    from uft.distributed import ranks
+
+    moments = [s[key] for s in trainer.optimiser.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    held = {
+        "files read": len(READS),
+        "weights": sum(p.to_local().numel() for p in trainer.parameters.values()),
+        "moments": sum(m.to_local().numel() for m in moments),
+        "of": sum(p.numel() for p in trainer.parameters.values()),
+    }
+    (folder / f"held-{ranks().rank}.json").write_text(json.dumps(held))
 
 
 def main(folder: Path, wanted: Sequence[str]) -> None:
     from uft.distributed import process_group
+    from uft.model import load
 
+    read = load.load_base
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        READS.append("")
+        return read(*arguments, **settings)
+
+    load.load_base = counted
     torch.set_num_threads(1)
-    with process_group() as group:
-        for where, name in (word.split(":") for word in wanted):
-            said = say(name, folder, where, WAYS[where])
-            if group.is_rank0:
-                (folder / f"{where}-{name}.json").write_text(json.dumps(said))
+    with process_group():
+        for way, case, *rest in (word.split(":") for word in wanted):
+            READS.clear()
+            name = rest[0] if rest else f"{way}-{case}"
+            session_of(folder, way, case, name, int(rest[1]) if rest[1:] else None)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ USES = {
 @pytest.fixture(autouse=True)
 def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of hundreds of tests holds millions of objects: looking through them at every start costs more than the
-    steps that are tested. `test_ahead.py` has the real thing."""
+    steps that are tested. `test_trainer.py` has the real thing."""
     for module in (trainer, session):
         monkeypatch.setattr(module, "gc", SimpleNamespace(collect=int, freeze=int, unfreeze=int))
 

@@ -65,24 +65,6 @@ def test_tensors_come_back_bit_for_bit(run: Run) -> None:
         assert torch.equal(whole.view(torch.uint8), back.view(torch.uint8)), name
 
 
-def test_names_are_prefixed_and_found_again() -> None:
-    tensors = {
-        **checkpoint.nested("model", {"a": torch.ones(1)}),
-        **checkpoint.nested("model2", {"a": torch.zeros(1)}),
-    }
-    assert {name: float(t) for name, t in checkpoint.below("model", tensors).items()} == {"a": 1.0}
-
-
-def test_the_generator_goes_on_where_it_was() -> None:
-    device = torch.device("cpu")
-    torch.manual_seed(5)
-    torch.rand(3)
-    state = {name: tensor.clone() for name, tensor in checkpoint.random_state(device).items()}
-    expected = torch.rand(4)
-    checkpoint.restore_random_state(state, device)
-    assert torch.equal(torch.rand(4), expected)
-
-
 def test_nothing_is_pickled(run: Run) -> None:
     folder = save(run, 1)
     assert {path.name for path in folder.iterdir()} == {checkpoint.TENSORS, checkpoint.STATE, checkpoint.SUMS}
@@ -177,14 +159,6 @@ def test_a_half_deleted_checkpoint_never_comes_back(run: Run, monkeypatch: pytes
     assert steps(run) == [20]
     checkpoint.prune(run, 1, None)
     assert [path.name for path in run.checkpoints_dir.iterdir()] == ["step-000020"]
-
-
-def test_recovering_where_nothing_happened_does_nothing(run: Run) -> None:
-    checkpoint.recover(run)
-    assert run.checkpoints() == []
-    save(run, 5)
-    checkpoint.recover(run)
-    assert steps(run) == [5]
 
 
 # --- what is kept

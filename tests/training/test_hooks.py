@@ -59,10 +59,10 @@ class FakeTrainer:
         self.config = SimpleNamespace(optim=Optim(lr=0.5, schedule="constant", warmup=0))
         self.saves: list[tuple[int, int, int | None]] = []
 
-    def settle(self, wait: bool = True) -> None:
+    def publish_pending_checkpoint(self, wait: bool = True) -> None:
         """Nothing is written in the background here."""
 
-    def confirm(self) -> None:
+    def await_finite_check(self) -> None:
         """Every step happened."""
 
     def save_checkpoint(self) -> None:

@@ -34,24 +34,24 @@ def rates(steps: int, **keys: object) -> list[float]:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("warmup", [0, 0.1, 0.5, 3, 7])
-def test_no_step_is_wasted_on_a_rate_of_zero(schedule: str, warmup: float) -> None:
-    assert all(rate > 0 for rate in rates(20, schedule=schedule, warmup=warmup))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_warmup_rises_in_equal_steps_to_the_peak_and_no_further(schedule: str) -> None:
+def test_the_schedule(schedule: str) -> None:
+    """Warm-up rises in equal steps to the peak, none of them 0; `lr_scale` multiplies all of it."""
     curve = rates(20, schedule=schedule, warmup=4)
-    assert curve[:4] == pytest.approx([0.0025, 0.005, 0.0075, 0.01])
-    assert curve[4] == pytest.approx(0.01)
+    assert curve[:5] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01])
     assert max(curve) <= 0.01
     assert all(later <= earlier for earlier, later in pairwise(curve[4:]))
+    for warmup in (0, 0.1, 0.5, 3, 7):
+        assert all(rate > 0 for rate in rates(20, schedule=schedule, warmup=warmup))
+    assert rates(20, schedule=schedule, warmup=4, lr_scale=1.0) == curve
+    assert rates(20, schedule=schedule, warmup=4, lr_scale=0.25) == pytest.approx([rate / 4 for rate in curve])
 
 
 def test_shapes_after_the_warmup() -> None:
     assert rates(8, schedule="constant", warmup=0) == [0.01] * 8
     assert rates(4, schedule="linear", warmup=0) == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert rates(4, schedule="cosine", warmup=0) == pytest.approx([0.01, 0.0085355, 0.005, 0.0014645], abs=1e-7)
+    assert rates(3, warmup=6) == pytest.approx([0.01 / 6, 0.02 / 6, 0.03 / 6]), "the run ends before the peak"
+    assert rates(5, lr=0.0, warmup=2) == [0.0] * 5
 
 
 @pytest.mark.parametrize(
@@ -59,21 +59,6 @@ def test_shapes_after_the_warmup() -> None:
 )
 def test_warmup_is_a_share_below_one_and_a_count_from_one_on(warmup: float, steps: int, expected: int) -> None:
     assert warmup_steps(warmup, steps) == expected
-
-
-def test_a_warmup_longer_than_the_run_never_reaches_the_peak() -> None:
-    assert rates(3, warmup=6) == pytest.approx([0.01 / 6, 0.02 / 6, 0.03 / 6])
-
-
-def test_a_rate_of_zero_stays_zero() -> None:
-    assert rates(5, lr=0.0, warmup=2) == [0.0] * 5
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_lr_scale_multiplies_the_whole_schedule_and_one_changes_nothing(schedule: str) -> None:
-    plain = rates(20, schedule=schedule, warmup=4)
-    assert rates(20, schedule=schedule, warmup=4, lr_scale=1.0) == plain
-    assert rates(20, schedule=schedule, warmup=4, lr_scale=0.25) == pytest.approx([rate / 4 for rate in plain])
 
 
 def test_under_adam_a_quarter_of_the_loss_is_no_smaller_step_and_a_quarter_of_the_rate_is() -> None:
@@ -149,11 +134,10 @@ def test_saved_and_loaded_equals_never_stopped(case: str, tmp_path: Path) -> Non
     straight = small()
     optimiser = make_optimiser(straight, cfg)
     advance(straight, optimiser, range(3))
-    names = {id(parameter): name for name, parameter in straight.items()}
     run = create_run(tmp_path / "run", "{}\n", [])
     tensors = {
         **checkpoint.nested("model", straight),
-        **checkpoint.nested("optimiser", checkpoint.optimiser_tensors(optimiser, names)),
+        **checkpoint.nested("optimiser", checkpoint.optimiser_tensors(optimiser, straight)),
     }
     found, _ = checkpoint.load(checkpoint.save(run, 3, tensors, {}))
     advance(straight, optimiser, range(3, 6))
@@ -197,7 +181,7 @@ def test_a_fused_update_is_the_plain_one_and_goes_on_from_its_moments(name: str,
     other, resumed = begun(True)
     with torch.no_grad():
         other.copy_(fused)
-    checkpoint.load_optimiser(resumed, {"w": other}, checkpoint.optimiser_tensors(fast, {id(fused): "w"}))
+    checkpoint.load_optimiser(resumed, {"w": other}, checkpoint.optimiser_tensors(fast, {"w": fused}))
     steps(fused, fast, gradients[2:])
     steps(other, resumed, gradients[2:])
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)

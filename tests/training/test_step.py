@@ -1,32 +1,40 @@
-"""Micro-batches change nothing, mixtures are weighted sums of their parts, and a NaN changes no weight."""
+"""Micro-batches and chunks change nothing, mixtures are weighted sums of their parts, a NaN changes no weight, and a
+step costs what its tokens cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from uft.data.batch import Example, micro_batches
-from uft.data.loader import Collator
+from uft.data.batch import Example, Layout
+from uft.data.chat import Tokens
+from uft.data.loader import Collator, StepBatches
+from uft.model import head
+from uft.model.head import Head
 from uft.model.policy import Policy
 from uft.objectives import make
 from uft.objectives.base import PLAIN, ForwardRequest, Loss, Objective, StepContext
 from uft.training.setup import Prepared
-from uft.training.step import culprits, forward_backward, kl_baseline, optimiser_step, reported_loss
+from uft.training.step import Step, kl_baseline, nonfinite_rows, optimiser_step
 
 Gradients = dict[str, torch.Tensor]
 OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto", "anchored_sft", "orpo", "per_kind")
 ONE_TERM = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto")
-CLOCK = StepContext(step=3, steps=10, warmup=1, noise=0.7)
-CPU = torch.device("cpu")
+CONTEXT = StepContext(step=3, steps=10, warmup=1, noise=0.7)
+ONE_BATCH = 100_000
+CHUNK = 20  # rows of the head's logits, where a test sets them
 
 
 class Bench:
-    """A trainer's parts, with a fresh objective for every measurement: its state must not pass from one to the next."""
+    """A trainer's parts, with a fresh objective for every step: its state must not pass from one to the next."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.trainer = prepared.trainer
@@ -48,24 +56,35 @@ class Bench:
         self.trainer.sampler.load_state_dict(state)
         return found
 
-    def step_context(self, items: Sequence[Example], budget: int) -> StepContext:
-        """The clock of a step of these rows, which knows what their mismatched completions say."""
-        trainer, objective = self.trainer, self.objective()
-        unrelated = trainer.sampler.mismatched(items) if objective.needs.mismatched else ()
-        batches = micro_batches(unrelated, budget, trainer.pad_id)
-        return replace(CLOCK, kl_baseline=kl_baseline(objective, batches, trainer.policy, trainer.reference))
+    def batches(
+        self,
+        items: Sequence[Example],
+        budget: int = 64,
+        layout: Layout = Layout.PADDED,
+        whole: Sequence[Example] | None = None,
+    ) -> StepBatches:
+        """`items` may be a part of the `whole` step, from whose completions the KL baseline is taken."""
+        sampler, needs = self.trainer.sampler, self.trainer.objective.needs
+        others = sampler.mismatched(items if whole is None else whole) if needs.mismatched else ()
+        return Collator(budget, self.trainer.pad_id, layout)(items, others)
 
-    def measure(
-        self, items: Sequence[Example], budget: int, step: Sequence[Example] | None = None
-    ) -> tuple[float, Loss, Gradients, int]:
-        """Loss, terms, gradients and the number of micro-batches; `items` may be a part of a `step`."""
-        trainer, objective = self.trainer, self.objective()
-        batches = micro_batches(items, budget, trainer.pad_id)
-        context = self.step_context(items if step is None else step, budget)
-        trainer.optimiser.zero_grad(set_to_none=True)
-        terms = forward_backward(objective, batches, trainer.policy, trainer.reference, context)
-        gradients = {name: p.grad.clone() for name, p in trainer.parameters.items() if p.grad is not None}
-        return float(reported_loss(objective, terms)), terms, gradients, len(batches)
+    def step(self, batches: StepBatches, objective: Objective | None = None, **changes: Any) -> Step:
+        self.trainer.objective = objective or self.objective()
+        return optimiser_step(self.trainer, batches, CONTEXT, **{"lr": 0.1, "max_grad_norm": 1.0, **changes})
+
+    def measure(self, items: Sequence[Example], budget: int, **how: Any) -> tuple[float, Loss, Gradients, int]:
+        """Loss, terms, gradients and the number of micro-batches; no update."""
+        batches = self.batches(items, budget, **how)
+        step = self.step(batches, max_grad_norm=0.0, update=False)
+        gradients = {name: p.grad.clone() for name, p in self.trainer.parameters.items() if p.grad is not None}
+        return float(step.loss), step.terms, gradients, len(batches.batches)
+
+    def weights(self) -> Gradients:
+        return {name: p.detach().clone() for name, p in self.trainer.parameters.items()}
+
+    def distance(self, before: Gradients) -> float:
+        moves = (p.detach() - before[name] for name, p in self.trainer.parameters.items())
+        return math.sqrt(sum(float(move.square().sum()) for move in moves))
 
 
 @pytest.fixture
@@ -94,12 +113,21 @@ def close(ours: Gradients, theirs: Gradients) -> None:
 # --- micro-batches
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_one_batch_of_eight_is_eight_of_one(bench: Callable[..., Bench], objective: str) -> None:
-    rig = bench(objective)
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        *((name, ()) for name in OBJECTIVES),
+        *((name, (f"objective.reduction={r}",)) for name in ("sft", "ift") for r in ("token", "sequence")),
+        ("dpo", ("objective.sft_weight=0.7", "objective.reduction=token")),  # several terms with a weight
+    ],
+)
+def test_one_batch_of_eight_is_eight_of_one(
+    bench: Callable[..., Bench], objective: str, settings: tuple[str, ...]
+) -> None:
+    rig = bench(objective, *settings)
     items = rig.items(8)
     assert len({item.length for item in items}) > 3
-    whole = rig.measure(items, 10_000)
+    whole = rig.measure(items, ONE_BATCH)
     assert whole[3] == 1
     for budget, batches in ((1, 8), (60, None)):
         parts = rig.measure(items, budget)
@@ -112,71 +140,6 @@ def test_one_batch_of_eight_is_eight_of_one(bench: Callable[..., Bench], objecti
         close(parts[2], whole[2])
 
 
-@pytest.mark.parametrize("reduction", ["token", "sequence"])
-@pytest.mark.parametrize("objective", ["sft", "ift"])
-def test_also_under_either_reduction(bench: Callable[..., Bench], objective: str, reduction: str) -> None:
-    rig = bench(objective, f"objective.reduction={reduction}")
-    items = rig.items(8)
-    whole, parts = rig.measure(items, 10_000), rig.measure(items, 1)
-    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
-    close(parts[2], whole[2])
-
-
-def test_also_with_several_weighted_terms(bench: Callable[..., Bench]) -> None:
-    rig = bench("dpo", "objective.sft_weight=0.7", "objective.reduction=token")
-    items = rig.items(8)
-    whole, parts = rig.measure(items, 10_000), rig.measure(items, 1)
-    assert parts[0] == pytest.approx(whole[0], rel=1e-5)
-    close(parts[2], whole[2])
-
-
-# --- the survey before a step
-
-
-def test_a_survey_is_a_mean_over_all_mismatched_completions_of_the_step(bench: Callable[..., Bench]) -> None:
-    rig = bench("kto")
-    items, policy, reference = rig.items(8), rig.trainer.policy, rig.trainer.reference
-    unrelated = rig.trainer.sampler.mismatched(items)
-    assert len(unrelated) == sum(len(item.parts) for item in items)
-    found = [rig.step_context(items, budget).kl_baseline["z"] for budget in (10_000, 60, 1)]
-    alone = (micro_batches([item], 1, rig.trainer.pad_id)[0] for item in unrelated)
-    ratios = [float((policy(batch).log_probs - reference(batch).log_probs).sum().detach()) for batch in alone]
-    assert [float(z) for z in found] == pytest.approx([sum(ratios) / len(ratios)] * 3, rel=1e-5)
-    assert not any(z.requires_grad for z in found)
-    assert kl_baseline(rig.objective(), [], policy, reference) == {}
-
-
-@pytest.mark.parametrize("objective", ["kto", "per_kind"])
-def test_a_step_takes_its_survey_from_all_rows_whatever_the_micro_batches(
-    bench: Callable[..., Bench], objective: str
-) -> None:
-    """A reference below the policy makes z positive; the update of one pass and of many is the same."""
-    rig = bench(objective, "optim.name=sgd")
-    items, start = rig.items(8), weights(rig)
-    reference, moved = rig.trainer.reference, []
-
-    def lowered(batch: Any, request: ForwardRequest = PLAIN) -> Any:
-        scores = reference(batch, request)
-        return replace(scores, log_probs=scores.log_probs - 0.3)
-
-    rig.trainer.reference = lowered
-    for budget in (10_000, 40):
-        done = step(rig, items, mismatched=rig.trainer.sampler.mismatched(items), micro_batch_tokens=budget, lr=1.0)
-        points = [float(t.total / t.count) for name, t in done.terms.items() if name.endswith("reference_point")]
-        assert points
-        assert min(points) > 0.1
-        moved.append((float(done.loss), weights(rig)))
-        with torch.no_grad():
-            for name, parameter in rig.trainer.parameters.items():
-                parameter.copy_(start[name])
-    assert moved[0][0] == pytest.approx(moved[1][0], abs=1e-5)
-    close(moved[0][1], moved[1][1])
-    assert distance(rig, moved[0][1]) > 0
-
-
-# --- mixtures
-
-
 @pytest.mark.parametrize("objective", ONE_TERM)
 def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench], objective: str) -> None:
     """Gradient of the union = (n_a g_a + n_b g_b) / (n_a + n_b), n the units of the one term with a weight."""
@@ -187,7 +150,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench],
     theirs = [item for item in items if item.row.kind.value != kinds[0]]
     assert ours
     assert theirs
-    both, one, other = (rig.measure(part, 10_000, step=items) for part in (items, ours, theirs))
+    both, one, other = (rig.measure(part, ONE_BATCH, whole=items) for part in (items, ours, theirs))
     (name,) = [name for name, term in both[1].items() if term.weight]
     n_one, n_other = float(one[1][name].count), float(other[1][name].count)
     expected = {
@@ -196,64 +159,70 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench],
     close(both[2], expected)
 
 
-# --- the step itself
+# --- the KL baseline
 
 
-def step(rig: Bench, items: Sequence[Example], **changes: Any) -> Any:
-    trainer = rig.trainer
-    lay_out = Collator(changes.pop("micro_batch_tokens", 64), trainer.pad_id)
-    keywords = {"lr": 0.1, "max_grad_norm": 1.0, "device": CPU}
-    return optimiser_step(
-        lay_out(items, changes.pop("mismatched", ())),
-        changes.pop("objective", None) or rig.objective(),
-        trainer.policy,
-        trainer.reference,
-        trainer.optimiser,
-        trainer.parameters,
-        CLOCK,
-        **{**keywords, **changes},
-    )
+def test_the_kl_baseline_is_a_mean_over_all_mismatched_completions_of_the_step(bench: Callable[..., Bench]) -> None:
+    rig = bench("kto")
+    items, policy, reference = rig.items(8), rig.trainer.policy, rig.trainer.reference
+    unrelated = rig.trainer.sampler.mismatched(items)
+    assert len(unrelated) == sum(len(item.parts) for item in items)
+    batches = [rig.batches(items, budget) for budget in (ONE_BATCH, 60, 1)]
+    found = [kl_baseline(rig.trainer, one)["z"] for one in batches]
+    alone = (rig.batches([item], 1).batches[0] for item in unrelated)
+    ratios = [float((policy(batch).log_probs - reference(batch).log_probs).sum().detach()) for batch in alone]
+    assert [float(z) for z in found] == pytest.approx([sum(ratios) / len(ratios)] * 3, rel=1e-5)
+    assert not any(z.requires_grad for z in found)
+    assert kl_baseline(rig.trainer, StepBatches([], [])) == {}
 
 
-def weights(rig: Bench) -> Gradients:
-    return {name: p.detach().clone() for name, p in rig.trainer.parameters.items()}
+@pytest.mark.parametrize("objective", ["kto", "per_kind"])
+def test_a_step_takes_its_baseline_from_all_rows_whatever_the_micro_batches(
+    bench: Callable[..., Bench], objective: str
+) -> None:
+    """A reference below the policy makes z positive; the update of one pass and of many is the same."""
+    rig = bench(objective, "optim.name=sgd")
+    items, start = rig.items(8), rig.weights()
+    reference, moved = rig.trainer.reference, []
+
+    def lowered(batch: Any, request: ForwardRequest = PLAIN) -> Any:
+        scores = reference(batch, request)
+        return replace(scores, log_probs=scores.log_probs - 0.3)
+
+    rig.trainer.reference = lowered
+    for budget in (ONE_BATCH, 40):
+        done = rig.step(rig.batches(items, budget), lr=1.0)
+        points = [float(t.total / t.count) for name, t in done.terms.items() if name.endswith("reference_point")]
+        assert points
+        assert min(points) > 0.1
+        moved.append((float(done.loss), rig.weights()))
+        with torch.no_grad():
+            for name, parameter in rig.trainer.parameters.items():
+                parameter.copy_(start[name])
+    assert moved[0][0] == pytest.approx(moved[1][0], abs=1e-5)
+    close(moved[0][1], moved[1][1])
+    assert rig.distance(moved[0][1]) > 0
 
 
-def distance(rig: Bench, before: Gradients) -> float:
-    moves = (p.detach() - before[name] for name, p in rig.trainer.parameters.items())
-    return math.sqrt(sum(float(move.square().sum()) for move in moves))
+# --- the update
 
 
-def test_clipping_bounds_the_update_and_the_norm_shown_is_from_before(bench: Callable[..., Bench]) -> None:
+@pytest.mark.parametrize("largest", [0.01, 0.0])
+def test_clipping_bounds_the_update_and_the_norm_shown_is_from_before(
+    bench: Callable[..., Bench], largest: float
+) -> None:
+    """0: never clip. Tokens are counted without padding."""
     rig = bench("sft", "optim.name=sgd")
-    items, before = rig.items(4), weights(rig)
-    done = step(rig, items, max_grad_norm=0.01, lr=1.0)
-    moved = distance(rig, before)
-    assert moved == pytest.approx(0.01, rel=1e-3)
+    items, before = rig.items(4), rig.weights()
+    done = rig.step(rig.batches(items), max_grad_norm=largest, lr=1.0)
     assert float(done.grad_norm) > 0.1
-
-
-def test_zero_means_never_clip(bench: Callable[..., Bench]) -> None:
-    rig = bench("sft", "optim.name=sgd")
-    items, before = rig.items(4), weights(rig)
-    done = step(rig, items, max_grad_norm=0.0, lr=1.0)
-    moved = distance(rig, before)
-    assert moved == pytest.approx(float(done.grad_norm), rel=1e-4)
-
-
-def test_tokens_are_counted_without_padding(bench: Callable[..., Bench]) -> None:
-    rig = bench("sft")
-    items = rig.items(5)
-    done = step(rig, items)
+    assert rig.distance(before) == pytest.approx(largest or float(done.grad_norm), rel=1e-3)
     assert done.tokens == sum(encoded.length for item in items for encoded in item.encoded)
     assert done.supervised_tokens == sum(int(encoded.supervised.sum()) for item in items for encoded in item.encoded)
 
 
-# --- numbers that are not
-
-
 class Poisoned:
-    """The policy, but for the rows with this prompt: their log-probs are `value`."""
+    """The policy, but the log-probs of rows with this token are multiplied by `value`."""
 
     def __init__(self, policy: Policy, token: int, value: float) -> None:
         self.policy, self.token, self.value = policy, token, value
@@ -264,8 +233,9 @@ class Poisoned:
         return replace(scores, log_probs=scores.log_probs * torch.where(hit, self.value, 1.0))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("objective", "value"), [*((name, math.nan) for name in OBJECTIVES), ("sft", math.inf), ("dpo", math.inf)]
+)
 def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
     bench: Callable[..., Bench], objective: str, value: float
 ) -> None:
@@ -277,14 +247,181 @@ def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
         if sum(any(token in encoded.ids for encoded in item.encoded) for item in items) == 1
     )
     bad = next(item.row.id for item in items if any(token in encoded.ids for encoded in item.encoded))
-    rig.trainer.policy = Poisoned(rig.trainer.policy, token, value)  # type: ignore[assignment]
-    before = weights(rig)
-    assert not step(rig, items).good
-    assert all(torch.equal(p, before[name]) for name, p in rig.trainer.parameters.items())
-    assert all(p.grad is None for p in rig.trainer.parameters.values())
-    assert not rig.trainer.optimiser.state
     trainer = rig.trainer
-    parts = rig.objective(), trainer.policy, trainer.reference, trainer.parameters
-    found = culprits(items, *parts, CLOCK, lay_out=Collator(1, 0), device=CPU)
-    assert found == [bad]
-    assert all(p.grad is None for p in rig.trainer.parameters.values())
+    trainer.policy = Poisoned(trainer.policy, token, value)  # type: ignore[assignment]
+    before = rig.weights()
+    assert not rig.step(Collator(64, trainer.pad_id)(items)).finite
+    trainer.objective = rig.objective()
+    assert nonfinite_rows(trainer, items, CONTEXT, Collator(1, 0)) == [bad]
+    assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
+    assert all(p.grad is None for p in trainer.parameters.values())
+    assert not trainer.optimiser.state
+
+
+# --- backward through the fused head, in chunks
+
+
+@contextmanager
+def counted_chunks(parts: list[list[slice]]) -> Iterator[None]:
+    """The head works in chunks of CHUNK rows, and the chunks of every backward pass are noted."""
+    real = Head.chunked_backward
+
+    def counted(self_: Head, states: Any, target_ids: Any, slices: Sequence[slice], *rest: Any) -> None:
+        parts.append(list(slices))
+        real(self_, states, target_ids, slices, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Head, "chunked_backward", counted)
+        patch.setattr(head, "CHUNK_ELEMENTS", CHUNK * 61)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("sft", ()),
+        ("dpo", ()),
+        ("uft", ()),
+        ("dft", ()),
+        ("ift", ()),
+        ("ift", ("objective.lam=0",)),
+        ("ift", ("objective.embed_grad=true",)),
+    ],
+)
+def test_objectives_with_one_forward_are_evaluated_chunk_by_chunk(
+    bench: Callable[..., Bench], objective: str, settings: tuple[str, ...]
+) -> None:
+    """In chunks of whole rows, with the loss and the gradients of a padded batch; the reference runs once for all."""
+    rig = bench(objective, "train.packing=packed", *settings)
+    items, chunked = rig.items(8), list[list[slice]]()
+    padded = rig.measure(items, ONE_BATCH)
+    reference, reference_runs = rig.trainer.reference, []
+
+    def counted(batch: Any, *rest: Any) -> Any:
+        reference_runs.append(batch)
+        assert reference is not None
+        return reference(batch, *rest)
+
+    rig.trainer.reference = counted if reference else None
+    with counted_chunks(chunked):
+        packed = rig.measure(items, ONE_BATCH, layout=Layout.SHARED)
+    assert packed[0] == pytest.approx(padded[0], rel=1e-5)
+    close(packed[2], padded[2])
+    assert len(reference_runs) == (reference is not None)
+    (parts,) = chunked
+    sizes = [part.stop - part.start for part in parts]
+    assert len(parts) > 2
+    assert [part.start for part in parts] == [0, *(part.stop for part in parts[:-1])]
+    rows = sorted(sum(one.targets for one in item.encoded) for item in items)
+    assert all(size <= CHUNK or size in rows for size in sizes)
+
+
+def test_padded_batches_and_distributions_are_differentiated_as_a_whole(bench: Callable[..., Bench]) -> None:
+    chunked: list[list[slice]] = []
+    with counted_chunks(chunked):
+        rig = bench("sft", "train.packing=packed")
+        rig.measure(rig.items(8), ONE_BATCH)
+        anchored = bench("sft", "train.packing=packed", "objective.alpha=0.1", run="anchor")
+        anchored.measure(anchored.items(8), ONE_BATCH, layout=Layout.SHARED)
+    assert chunked == []
+
+
+def test_the_objective_s_state_is_written_once_for_every_row(bench: Callable[..., Bench]) -> None:
+    rig, states = bench("dft2", "train.packing=packed"), []
+    for layout in (Layout.PADDED, Layout.SHARED):
+        objective = rig.objective()
+        rig.step(rig.batches(rig.items(8), ONE_BATCH, layout), objective, update=False)
+        states.append(objective.state["log_u"])
+        assert not torch.equal(states[-1], rig.objective().state["log_u"])
+    torch.testing.assert_close(states[0], states[1], atol=1e-5, rtol=1e-5)
+
+
+# --- costs, counted in tokens that go through the body and rows that meet the head
+
+
+@dataclass
+class Cost:
+    """Of the policy, in one step."""
+
+    learned: int = 0  # tokens through the body with gradients
+    looked: int = 0  # without
+    rows: int = 0  # hidden states that met the output head
+
+
+def cost(prepared: Prepared, items: Sequence[Example], budget: int = ONE_BATCH) -> Cost:
+    trainer, found, logits = prepared.trainer, Cost(), head._logits
+
+    def counted(*args: torch.Tensor, **kwargs: torch.Tensor) -> None:
+        fed = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        assert fed is not None
+        size = fed.shape[0] * fed.shape[1]
+        found.learned += size * torch.is_grad_enabled()
+        found.looked += size * (not torch.is_grad_enabled())
+
+    def noted(hidden: torch.Tensor, *rest: object, **keywords: object) -> torch.Tensor:
+        found.rows += len(hidden)
+        return logits(hidden, *rest, **keywords)
+
+    handle = trainer.policy.body.register_forward_pre_hook(
+        lambda _, args, kwargs: counted(*args, **kwargs), with_kwargs=True
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(head, "_logits", noted)
+        rig = Bench(prepared)
+        rig.step(rig.batches(items, budget, Layout.SHARED), update=False)
+    handle.remove()
+    return found
+
+
+PACKED = ("train.packing=packed", "reference.mode=cached")
+
+
+def targets(items: Sequence[Example]) -> int:
+    return sum(one.targets for item in items for one in item.encoded)
+
+
+@pytest.mark.parametrize("budget", [ONE_BATCH, 64])
+def test_the_longest_row_twice_as_long_costs_its_own_tokens_only(build: Callable[..., Prepared], budget: int) -> None:
+    prepared = build("sft", *PACKED)
+    items = prepared.trainer.sampler.take(8)
+    before = cost(prepared, items, budget)
+    longest = max(items, key=lambda item: item.length)
+    encoded = longest.encoded[0]
+    ids = np.concatenate([encoded.ids, np.full(encoded.length, 7, encoded.ids.dtype)])
+    doubled = Tokens(ids, np.concatenate([encoded.supervised, np.ones(encoded.length, bool)]), encoded.prompt_length)
+    twice = replace(longest, encoded=(doubled, *longest.encoded[1:]))
+    after = cost(prepared, [twice if item is longest else item for item in items], budget)
+    assert after.learned - before.learned == encoded.length
+    assert after.rows - before.rows == encoded.length
+    assert before.rows == targets(items)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind", "settings"),
+    [("dpo", "preference", ()), *(("dft", "negatives", (f"objective.negatives={n}",)) for n in (1, 3))],
+)
+def test_completions_of_a_row_cost_their_prompt_once(
+    build: Callable[..., Prepared], files: dict[str, Path], objective: str, kind: str, settings: tuple[str, ...]
+) -> None:
+    prepared = build(objective, *PACKED, *settings, sources={kind: files[kind]})
+    items = prepared.trainer.sampler.take(4)
+    prompts = sum(item.encoded[0].prompt_length for item in items)
+    completions = sum(one.length - one.prompt_length - 1 for item in items for one in item.encoded)
+    found = cost(prepared, items)
+    assert found.learned == prompts + completions
+    assert found.looked == 0, "the reference was computed before"
+    assert found.rows == targets(items)
+
+
+def test_ift_looks_once_more_and_uft_never(build: Callable[..., Prepared]) -> None:
+    """On the same demonstrations, in passes of SFT: a forward without gradients beside it; nothing."""
+    costs = {}
+    for objective in ("sft", "ift", "uft"):
+        prepared = build(objective, *PACKED[:1], *(PACKED[1:] if objective == "uft" else ()), run=objective)
+        items = [item for item in prepared.trainer.sampler.take(16) if item.row.source == "demonstration"]
+        assert len(items) > 1
+        costs[objective] = cost(prepared, items)
+    assert costs["uft"] == costs["sft"]
+    assert costs["ift"].learned == costs["ift"].looked == costs["sft"].learned
+    assert costs["ift"].rows == 2 * costs["sft"].rows
+    assert costs["sft"].looked == 0

@@ -1,22 +1,40 @@
-"""The loop's own promises: what a step that fails leaves behind, and what a step is a function of."""
+"""The loop: rollback of a step that is not finite, at once or a step later; prefetching, packing and checkpoints that
+change no bit; what a step is a function of; means between two metric lines."""
 
 from __future__ import annotations
 
+import gc
 import math
+import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from dying import UNEVEN
+from watched import trained
 
+from uft.data.batch import Layout
+from uft.data.loader import StepBatches
 from uft.errors import FAILED, UftError
+from uft.model import layout
+from uft.objectives.base import Term
 from uft.training import checkpoint
-from uft.training.setup import Prepared
-from uft.training.step import Step
-from uft.training.trainer import Trainer
+from uft.training import trainer as trainer_module
+from uft.training.card import start_card
+from uft.training.optim import defers_finite_check
+from uft.training.setup import Prepared, check_start, data_record, longest_row, resume
+from uft.training.step import FiniteCheck, Step, optimiser_step
+from uft.training.trainer import Meter, Trainer
 
+Build = Callable[..., Prepared]
 POISON = "w60"
+LATE = "train.sync_every_step=false"
+PACKED = ("train.packing=packed", "train.micro_batch_tokens=64")
+META, CUDA, CPU = torch.device("meta"), torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.fixture
@@ -83,37 +101,135 @@ def fit_until_it_fails(trainer: Trainer) -> tuple[UftError, Watch]:
 
 
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-@pytest.mark.parametrize("objective", ["sft", "ift", "uft", "dft", "dft2"])
-def test_a_row_that_is_not_a_number_is_named_and_the_last_good_state_kept(
-    build: Callable[..., Prepared],
-    poisoned_model: Path,
-    poisoned_rows: dict[str, Path],
-    tmp_path: Path,
-    objective: str,
-    lora: bool,
+@pytest.mark.parametrize("objective", ["sft", "uft", "dft2"])
+def test_a_step_that_is_not_finite_is_rolled_back_and_its_row_named(
+    build: Build, poisoned_model: Path, poisoned_rows: dict[str, Path], objective: str, lora: bool
 ) -> None:
+    """At once, and a step later: the same error, the same checkpoint to the bit. A resumed run fails likewise."""
     settings = ["train.batch_size=5", f"model.path={poisoned_model}", "train.steps=20"]
     settings += ["model.adapter=lora", "model.lora.rank=2", "model.lora.dropout=0.3"] if lora else []
-    trainer = build(objective, *settings, sources=poisoned_rows).trainer
-    error, watch = fit_until_it_fails(trainer)
-    assert error.code == FAILED
-    problem = error.problems[0]
-    assert problem.what == f"step {watch.state['step'] + 1}"
-    assert problem.advice[0] == "rows: preference:5"
-    ((step, folder),) = trainer.run.checkpoints()
-    assert str(folder) in problem.advice[1]
-    assert step == watch.state["step"]
-    assert step > 0, "the row comes first of all: another seed, please"
-    assert equal(Watch(trainer).state, watch.state)
+    found = []
+    for more in ((), (LATE,)):
+        trainer = build(objective, *settings, *more, sources=poisoned_rows, run=f"run{len(more)}").trainer
+        error, watch = fit_until_it_fails(trainer)
+        ((step, folder),) = trainer.run.checkpoints()
+        assert step == trainer.progress.step > 0, "the row comes first of all: another seed, please"
+        found.append((str(error).replace(str(trainer.run.path), ""), *checkpoint.load(folder)))
+        if not more:
+            assert error.code == FAILED
+            problem = error.problems[0]
+            assert (problem.what, problem.advice[0]) == (f"step {step + 1}", "rows: preference:5")
+            assert str(folder) in problem.advice[1]
+            assert equal(Watch(trainer).state, watch.state)
+            again = build(objective, *settings, sources=poisoned_rows, run="run0").trainer
+            again.load_checkpoint(folder)
+            assert equal(Watch(again).state, watch.state)
+            assert str(fit_until_it_fails(again)[0]) == str(error)
+    (said, tensors, state), (said_late, tensors_late, state_late) = found
+    assert said_late == said
+    assert state_late["progress"].pop("seconds") > 0
+    state["progress"].pop("seconds")
+    assert state_late == state
+    assert equal(tensors_late, tensors)
 
-    again = build(objective, *settings, sources=poisoned_rows).trainer
-    again.load_checkpoint(folder)
-    assert equal(Watch(again).state, watch.state)
-    after, _ = fit_until_it_fails(again)
-    assert str(after) == str(error)
+
+def test_hooks_await_the_finite_check(build: Build, poisoned_model: Path, poisoned_rows: dict[str, Path]) -> None:
+    """No line, no evaluation and no checkpoint is of a step that was rolled back."""
+    settings = ["train.batch_size=5", f"model.path={poisoned_model}", "train.steps=20"]
+    trainer = build("sft", *settings, LATE, sources=poisoned_rows).trainer
+    looked: list[int] = []
+
+    class Looks:
+        def after_step(self, trainer: Trainer, step: Any) -> None:
+            trainer.await_finite_check()
+            looked.append(trainer.progress.step)
+            assert torch.isfinite(step.loss)
+
+    trainer.hooks = (Looks(),)
+    with pytest.raises(UftError, match="preference:5"):
+        trainer.fit()
+    assert looked == list(range(1, trainer.progress.step + 1))
 
 
-def test_weights_that_overflow_are_no_checkpoint(build: Callable[..., Prepared]) -> None:
+@pytest.mark.parametrize("objective", ["sft", "dft"])
+def test_a_deferred_check_changes_no_bit(build: Build, objective: str) -> None:
+    synced, late = (build(objective, *UNEVEN, *more, run=f"run{len(more)}") for more in ((), (LATE,)))
+    assert (synced.trainer.defer_check, late.trainer.defer_check) == (False, True)
+    assert trained(late).values == trained(synced).values
+    assert equal(late.trainer.parameters, synced.trainer.parameters)
+
+
+def test_a_step_without_rows_awaits_the_check_of_the_one_before(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FiniteCheck, "__bool__", lambda self: False)  # the first step was not finite
+    trainer = build("sft", LATE, "train.steps=4").trainer
+    update, steps = trainer.update, iter(range(4))
+    monkeypatch.setattr(trainer, "update", lambda rows: update(StepBatches([], []) if next(steps) else rows))
+    with pytest.raises(UftError, match=r"step 1 .*not finite"):
+        trainer.fit()
+
+
+def test_waiting_for_the_device_is_time_of_training(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted once, whether the next step waits or a hook."""
+
+    def slowly(self: FiniteCheck) -> bool:
+        time.sleep(0.3)
+        return True
+
+    class Line:
+        def after_step(self, trainer: Trainer, step: Any) -> None:
+            if trainer.progress.step % 2:
+                trainer.await_finite_check()
+
+    monkeypatch.setattr(FiniteCheck, "__bool__", slowly)
+    trainer = build("sft", LATE, "train.steps=4").trainer
+    trainer.hooks = (Line(),)
+    began = time.perf_counter()
+    trainer.fit()
+    assert 4 * 0.3 <= trainer.progress.seconds <= time.perf_counter() - began
+
+
+def test_whose_check_is_deferred(build: Build) -> None:
+    adamw, rmsprop = (build("sft", f"optim.name={name}", run=name).trainer.optimiser for name in ("adamw", "rmsprop"))
+    assert defers_finite_check(None, CUDA, adamw)
+    assert not defers_finite_check(None, CPU, adamw)
+    assert not defers_finite_check(True, CUDA, adamw)
+    assert not defers_finite_check(False, CUDA, rmsprop)  # it cannot skip an update
+
+
+ASKS_NOTHING = ("sft", "uft", "una", "dpo", "kto", "orpo")
+WAITS = (
+    "ift",
+    "dft",
+    "per_kind",
+)  # for the width of a grid, for examples that come twice, for which rows are of a kind
+
+
+@pytest.mark.parametrize("objective", [*ASKS_NOTHING, *WAITS])
+def test_what_a_step_asks_its_device_for(build: Build, monkeypatch: pytest.MonkeyPatch, objective: str) -> None:
+    """On a device that has shapes and no numbers, reading one fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
+    trainer = build(objective, "optim.name=rmsprop", "reference.mode=cached", "train.packing=packed").trainer
+    items = trainer.sampler.take(trainer.config.train.batch_size)
+    rows = trainer.collator(items, trainer.sampler.mismatched(items) if trainer.objective.needs.mismatched else ())
+    trainer.policy.module.to(META)
+    trainer.parameters, trainer.device = trainer.policy.trainable(), META
+    for name, tensor in trainer.objective.state.items():
+        trainer.objective.state[name] = tensor.to(META)
+
+    def step() -> Step:
+        return optimiser_step(trainer, rows, trainer.step_context(0), lr=0.1, max_grad_norm=1.0, defer_check=True)
+
+    if objective in WAITS:
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"[mM]eta"):
+            step()
+        return
+    taken = step()
+    assert taken.loss.device == taken.finite.value.device == META
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(taken.finite)
+
+
+def test_weights_that_overflow_are_no_checkpoint(build: Build) -> None:
     trainer = build("sft", "optim.name=sgd", "optim.lr=1e39", "train.max_grad_norm=0", "train.steps=5").trainer
     trainer.progress.step = 3
     good = trainer.save_checkpoint()
@@ -129,11 +245,9 @@ def test_weights_that_overflow_are_no_checkpoint(build: Callable[..., Prepared])
     assert [folder for _, folder in trainer.run.checkpoints()] == [good]
 
 
-def test_a_sum_that_overflows_without_any_one_row_is_said_so(
-    build: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sum_that_overflows_without_any_one_row_is_said_so(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = build("sft").trainer
-    monkeypatch.setattr("uft.training.trainer.culprits", lambda *arguments, **keywords: [])
+    monkeypatch.setattr("uft.training.trainer.nonfinite_rows", lambda *arguments, **keywords: [])
     real = trainer.policy.__call__
     monkeypatch.setattr(type(trainer.policy), "__call__", lambda self, *a, **k: _times(real(*a, **k), math.inf))
     with pytest.raises(UftError, match="no single row"):
@@ -144,10 +258,124 @@ def _times(scores: Any, factor: float) -> Any:
     return type(scores)(scores.log_probs * factor, scores.argmax)
 
 
+# --- prefetching and packing
+
+
+@pytest.mark.parametrize("objective", ["sft", "dft", "kto"])
+def test_prefetching_changes_no_bit(build: Build, objective: str) -> None:
+    """Nor what checkpoints keep of the data: they stand after the last step, whatever was drawn ahead."""
+
+    class Saves:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def after_step(self, trainer: Trainer, step: Step) -> None:
+            state = checkpoint.read_state(trainer.save_checkpoint())
+            self.seen.append((float(step.loss), state["feed"]))
+
+    found = []
+    for asked in ("false", "true"):
+        trainer = build(objective, *PACKED, "train.steps=4", f"train.prefetch={asked}", run=asked).trainer
+        trainer.hooks = (saves := Saves(),)
+        trainer.fit()
+        found.append((saves.seen, trainer.sampler.state_dict(), trainer.parameters))
+    assert found[0][:2] == found[1][:2]
+    assert equal(found[0][2], found[1][2])
+
+
+@pytest.mark.parametrize("prefetch", ["false", "true"])
+def test_a_resumed_packed_run_repeats_every_bit(build: Build, prefetch: str) -> None:
+    settings = (*PACKED, "train.steps=4", f"train.prefetch={prefetch}")
+    whole, first = (build("dpo", *settings, run=run) for run in ("whole", "parts"))
+    expected, before = trained(whole), trained(first, until=2)
+    first.trainer.save_checkpoint()
+    second = build("dpo", *settings, run="parts")
+    assert resume(second.trainer) == 2
+    assert before.values + trained(second).values == expected.values
+    assert equal(second.trainer.parameters, whole.trainer.parameters)
+
+
+def test_an_error_in_the_thread_is_raised_by_the_step(build: Build) -> None:
+    trainer = build("sft", *PACKED, "train.steps=5", "train.prefetch=true").trainer
+    before = threading.active_count()
+
+    def unknown(encoded: Any) -> Any:
+        if trainer.progress.step == 0:
+            return torch.zeros(encoded.targets).numpy()
+        raise KeyError("a sequence that nobody filled in")
+
+    trainer.sampler.reference = unknown
+    with pytest.raises(KeyError, match="nobody filled in"):
+        trainer.fit()
+    assert threading.active_count() <= before
+
+
+def test_the_collector_looks_at_nothing_old_while_it_trains(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer_module, "gc", gc)
+    trainer, frozen = build("sft").trainer, []
+
+    class Looks:
+        def after_step(self, trainer: Any, step: Any) -> None:
+            frozen.append(gc.get_freeze_count())
+            if len(frozen) == 2:
+                raise KeyError("in a hook")
+
+    trainer.hooks = (Looks(),)
+    with pytest.raises(KeyError, match="in a hook"):
+        trainer.fit()
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("objective", ["sft", "ift", "uft", "dft", "dpo"])
+def test_a_packed_run_is_the_padded_one(build: Build, objective: str) -> None:
+    padded, ours = (
+        build(objective, f"train.packing={packing}", "train.micro_batch_tokens=64", run=packing)
+        for packing in ("padded", "packed")
+    )
+    assert ours.trainer.policy.layout is Layout.SHARED
+    assert check_start(ours.trainer, ours.reference).keys() == check_start(padded.trainer, padded.reference).keys()
+    expected, found = trained(padded), trained(ours)
+    assert found.values == pytest.approx(expected.values, rel=1e-4, abs=1e-5)
+    assert found.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("mode", ["copy", "cached"])
+def test_the_reference_reads_the_same_packs(build: Build, mode: str) -> None:
+    prepared = build("dpo", "train.packing=packed", f"reference.mode={mode}")
+    found = check_start(prepared.trainer, prepared.reference)
+    assert found["targets"] > 0
+    assert found["largest_difference"] < 1e-5
+
+
+def test_the_card_says_how_rows_lie(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {}
+    for packing in ("packed", "padded", "auto"):
+        prepared = build("sft", f"train.packing={packing}", run=packing)
+        data = data_record(prepared.corpus, prepared.trainer.sampler, prepared.plan)
+        texts[packing] = "\n".join(value for _, value in start_card(prepared, prepared.trainer.run, data, ""))
+    assert "rows packed" in texts["packed"]
+    assert "padding counted" not in texts["packed"]
+    assert "rows pa" not in texts["padded"]
+    assert "padding counted" in texts["padded"]
+    assert "rows padded: faster for so small a model" in texts["auto"]
+
+
+def test_the_longest_row_decides_about_windows(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = build("sft")
+    corpus, config = prepared.corpus, prepared.trainer.config
+    lengths = [one.length for source in corpus.train for row in source.encoded for one in row]
+    assert longest_row(corpus, config, prepared.trainer.objective) == max(lengths)
+    seen: list[int] = []
+    monkeypatch.setattr(layout, "REASONS", (lambda policy, longest: seen.append(longest),))
+    build("sft", "train.packing=packed", run="other")
+    assert seen == [max(lengths)]
+
+
 # --- what a step is a function of
 
 
-def test_the_clock_is_a_function_of_seed_and_step_alone(build: Callable[..., Prepared]) -> None:
+def test_the_clock_is_a_function_of_seed_and_step_alone(build: Build) -> None:
     one = build("ift", "train.steps=40").trainer
     torch.rand(17)
     other = build("ift", "train.steps=40", "seeds.data=9", "seeds.init=8").trainer
@@ -159,7 +387,7 @@ def test_the_clock_is_a_function_of_seed_and_step_alone(build: Callable[..., Pre
     assert (one.step_context(7).step, one.step_context(7).steps, one.step_context(7).warmup) == (7, 40, 4)
 
 
-def test_the_clock_is_the_same_in_every_process_and_version(build: Callable[..., Prepared]) -> None:
+def test_the_clock_is_the_same_in_every_process_and_version(build: Build) -> None:
     """Worked number: a change here makes resumed runs of noisy IFT differ from uninterrupted ones."""
     assert build("ift").trainer.step_context(5).noise == pytest.approx(CLOCK_AT_FIVE, abs=1e-6)
 
@@ -167,7 +395,7 @@ def test_the_clock_is_the_same_in_every_process_and_version(build: Callable[...,
 CLOCK_AT_FIVE = -0.4867807626724243
 
 
-def test_counters_and_a_short_last_batch(build: Callable[..., Prepared]) -> None:
+def test_counters_and_a_short_last_batch(build: Build) -> None:
     trainer = build("sft", "train.steps=null", "train.epochs=1", "train.batch_size=25").trainer
     trainer.fit()
     progress = trainer.progress
@@ -176,7 +404,7 @@ def test_counters_and_a_short_last_batch(build: Callable[..., Prepared]) -> None
     assert progress.seconds > 0
 
 
-def test_the_horizon_of_a_checkpoint_wins(build: Callable[..., Prepared]) -> None:
+def test_the_horizon_of_a_checkpoint_wins(build: Build) -> None:
     trainer = build("sft", "train.steps=6").trainer
     folder = trainer.save_checkpoint()
     longer = build("sft", "train.steps=60").trainer
@@ -184,14 +412,14 @@ def test_the_horizon_of_a_checkpoint_wins(build: Callable[..., Prepared]) -> Non
     assert longer.steps == 6
 
 
-def test_a_checkpoint_of_another_model_is_refused(build: Callable[..., Prepared]) -> None:
+def test_a_checkpoint_of_another_model_is_refused(build: Build) -> None:
     folder = build("sft").trainer.save_checkpoint()
     other = build("sft", "model.adapter=lora").trainer
     with pytest.raises(UftError, match="another model or adapter"):
         other.load_checkpoint(folder)
 
 
-def test_the_same_seed_repeats_every_bit_and_another_seed_does_not(build: Callable[..., Prepared]) -> None:
+def test_the_same_seed_repeats_every_bit_and_another_seed_does_not(build: Build) -> None:
     settings = ("model.adapter=lora", "model.lora.dropout=0.3")
 
     def trained(run: str, *more: str) -> dict[str, torch.Tensor]:
@@ -207,7 +435,7 @@ def test_the_same_seed_repeats_every_bit_and_another_seed_does_not(build: Callab
     assert not equal(trained("five", "seeds.init=1"), one)
 
 
-def test_what_a_checkpoint_holds(build: Callable[..., Prepared]) -> None:
+def test_what_a_checkpoint_holds(build: Build) -> None:
     trainer = build("dft", "train.steps=2").trainer
     trainer.fit()
     tensors, state = checkpoint.load(trainer.save_checkpoint())
@@ -216,3 +444,39 @@ def test_what_a_checkpoint_holds(build: Callable[..., Prepared]) -> None:
     assert state["progress"]["step"] == 2
     assert state["steps"] == 2
     assert sum(state["feed"]["counts"].values()) == 16
+
+
+# --- the meter: means between two metric lines
+
+
+def term(total: float, count: float) -> Term:
+    return Term(torch.tensor(total), torch.tensor(count))
+
+
+def test_a_mean_is_over_the_steps_that_had_units() -> None:
+    meter = Meter()
+    for total, count in ((6.0, 1), (8.0, 4), (0.0, 0)):
+        meter.add_loss({"nll": term(total, count), "pair": term(0.0, 0)})
+    meter.add("loss", torch.ones((), requires_grad=True) * 2)
+    assert not meter.totals["loss"].requires_grad
+    assert meter.means() == {"nll": 4.0, "loss": 2.0}
+    assert meter.means() == {}, "reading resets it"
+
+
+def test_many_small_numbers_keep_their_digits() -> None:
+    meter = Meter()
+    for _ in range(20_000):
+        meter.add("loss", torch.tensor(0.1))
+    assert abs(meter.means()["loss"] - float(torch.tensor(0.1))) < 1e-12
+
+
+def test_a_half_filled_meter_goes_on_after_a_checkpoint_in_the_same_order() -> None:
+    straight, resumed = Meter(), Meter()
+    losses = [{"uft": term(0.1, 3), "a/b": term(0.7, 1), "accuracy": term(1.0, 2)}, {"uft": term(0.3, 1)}]
+    straight.add("loss", 0.1)
+    straight.add_loss(losses[0])
+    resumed.load_state_dict(dict(sorted(straight.state_dict().items())), CPU)  # a file keeps an order of its own
+    for meter in (straight, resumed):
+        meter.add("loss", 0.2)
+        meter.add_loss({**losses[0], **losses[1]})
+    assert list(straight.means().items()) == list(resumed.means().items())

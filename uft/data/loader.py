@@ -1,4 +1,4 @@
-"""Feed: the rows of each optimiser step, as the objective sees them."""
+"""The rows of each optimiser step: drawn from the mixture, shared out over ranks, collated into micro-batches."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ReferenceColumn = Callable[[Tokens], np.ndarray]
 
 
 class Unusable(NamedTuple):
-    """Rows that an objective cannot use: how many, and the id of the first."""
+    """Rows that an objective cannot use: their number and the id of the first."""
 
     rows: int
     first: str
 
 
 class RowSampler:
-    """Draws rows from the mixture and shows them through the objective's views.
+    """Draws rows from the mixture and turns them into examples through the objective's views.
 
-    A row of which the objective takes nothing still counts as drawn: every objective sees the same rows in the same
+    A row of which the objective takes nothing still counts as drawn: every objective draws the same rows in the same
     order, and a step of `batch_size` rows is the same rows under all of them.
     """
 
@@ -45,7 +45,7 @@ class RowSampler:
         self.views = views
         self.max_length = max_length
         self.first_example = [0, *accumulate(len(source.rows) for source in sources)]
-        self.reference: ReferenceColumn | None = None
+        self.reference: ReferenceColumn | None = None  # cached log-probs, added to every example
 
     @property
     def examples(self) -> int:
@@ -53,56 +53,46 @@ class RowSampler:
         return self.first_example[-1]
 
     def take(self, rows: int) -> list[Example]:
-        """The next `rows` rows; those of which the objective takes nothing are left out."""
+        """The examples of the next `rows` rows, without those of which the objective takes nothing."""
         return self.items(self.mixture.take(rows))
 
     def items(self, draws: Iterable[RowIndex]) -> list[Example]:
-        found = (self._item(draw) for draw in draws)
-        return [item for item in found if item is not None]
+        """The examples of these draws, without those of which the objective takes nothing."""
+        return [item for draw in draws if (item := self._item(draw)) is not None]
+
+    def preview(self, rows: int) -> Iterator[RowIndex]:
+        """The next `rows` draws, without drawing them."""
+        return self.mixture.fork().draws(rows)
 
     def met(self, draws: Iterable[RowIndex]) -> Iterator[tuple[Tokens, ...]]:
-        """The tokens of every row among these draws, each once, source by source in the order of the rows."""
+        """The tokens of every row among these draws, each row once, by source and then by index."""
         seen = [bytearray(len(source.rows)) for source in self.sources]
         for draw in draws:
             seen[draw.source][draw.index] = 1
-        return (
-            source.encoded[n] for source, of in zip(self.sources, seen, strict=True) for n, one in enumerate(of) if one
-        )
+        for source, drawn in zip(self.sources, seen, strict=True):
+            yield from (source.encoded[index] for index, is_drawn in enumerate(drawn) if is_drawn)
 
     def longest(self, draws: Iterable[RowIndex], count: int) -> list[Example]:
-        """The `count` longest items of these draws, the longest first and of equals the earlier; few are made."""
-        kept: list[tuple[int, int, Example]] = []  # a heap of (length, -order, item)
+        """The `count` longest examples of these draws, longest first, ties by order; makes few of the others."""
+        heap: list[tuple[int, int, Example]] = []  # (length, -order, example)
         for order, draw in enumerate(draws):
             bound = self.sources[draw.source].encoded.longest[draw.index]
-            if len(kept) == count and bound <= kept[0][0]:
+            if len(heap) == count and bound <= heap[0][0]:
                 continue
             item = self._item(draw)
-            if item is not None and (len(kept) < count or item.length > kept[0][0]):
-                (heappush if len(kept) < count else heapreplace)(kept, (item.length, -order, item))
-        return [item for _, _, item in sorted(kept, key=lambda one: one[:2], reverse=True)]
+            if item is not None and (len(heap) < count or item.length > heap[0][0]):
+                (heappush if len(heap) < count else heapreplace)(heap, (item.length, -order, item))
+        return [item for _, _, item in sorted(heap, key=lambda one: one[:2], reverse=True)]
 
     def mismatched(self, items: Sequence[Example]) -> list[Example]:
-        """Completions of a step under other rows' prompts."""
+        """The completions of a step under other rows' prompts (for `Objective.baseline_terms`)."""
         others = mismatched(items, self.max_length)
         if self.reference is None:
             return others
         return [replace(item, reference=(self.reference(item.encoded[0]),)) for item in others]
 
-    def _item(self, draw: RowIndex) -> Example | None:
-        source = self.sources[draw.source]
-        row = source.rows[draw.index]
-        example = self.first_example[draw.source] + draw.index
-        item = make_example(row, source.encoded[draw.index], example, draw.visit, self._view)
-        if item is None or self.reference is None:
-            return item
-        return replace(item, reference=tuple(self.reference(encoded) for encoded in item.encoded))
-
-    def _view(self, row: Row, visit: int) -> Selection | None:
-        view = self.views.get(row.kind)
-        return view(row, visit) if view else None
-
     def unusable(self) -> dict[str, dict[Kind, Unusable]]:
-        """Rows the objective cannot use at all, by source and kind. A source that is never drawn is left out."""
+        """Rows that the objective cannot use at all, by source and kind; only of sources that are drawn from."""
         found: dict[str, dict[Kind, Unusable]] = {}
         for source in self.drawn:
             for row, count in grouped(source.rows):
@@ -114,16 +104,12 @@ class RowSampler:
 
     @property
     def drawn(self) -> list[TokenizedSource]:
-        """The sources that have a share."""
+        """The sources that have a share of the mixture."""
         return [s for s, weight in zip(self.sources, self.mixture.weights, strict=True) if weight]
 
     def takes_anything(self) -> bool:
-        """Whether there is a row to draw of which the objective takes a completion."""
+        """Whether the objective takes a completion of any row that can be drawn."""
         return any(self._view(row, 0) for source in self.drawn for row, _ in grouped(source.rows))
-
-    def preview(self, rows: int) -> Iterator[RowIndex]:
-        """What the next `rows` draws will be, without drawing them."""
-        return self.mixture.fork().draws(rows)
 
     def state_dict(self) -> dict[str, Any]:
         return self.mixture.state_dict()
@@ -131,13 +117,24 @@ class RowSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mixture.load_state_dict(state)
 
+    def _item(self, draw: RowIndex) -> Example | None:
+        source = self.sources[draw.source]
+        number = self.first_example[draw.source] + draw.index
+        item = make_example(source.rows[draw.index], source.encoded[draw.index], number, draw.visit, self._view)
+        if item is None or self.reference is None:
+            return item
+        return replace(item, reference=tuple(self.reference(encoded) for encoded in item.encoded))
 
-# --- Rows of a step by rank.
+    def _view(self, row: Row, visit: int) -> Selection | None:
+        view = self.views.get(row.kind)
+        return view(row, visit) if view else None
 
 
 def local_shard(items: Sequence[Example]) -> list[Example]:
-    """The rows of a step that this process takes: about as many tokens as every other. An example is never divided,
-    and visits of the same example stay together in their order: it has one owner, who keeps its state."""
+    """This rank's part of a step's examples: about as many tokens as every other rank has.
+
+    Visits of the same example stay together and in order, since the rank that has them owns its state.
+    """
     group = ranks()
     if group.size == 1:
         return list(items)
@@ -145,35 +142,28 @@ def local_shard(items: Sequence[Example]) -> list[Example]:
     return [items[i] for i in balanced_shards(sizes, [item.example for item in items], group.size)[group.rank]]
 
 
-# --- The next step's rows, drawn and laid out by a thread while this step runs.
-#
-# What is drawn does not depend on when: there is one order, and nothing here touches a random generator of the run.
-# The
-# cursors of the data that a checkpoint keeps are those of the rows that were used, not of those made ahead.
-
-
 @dataclass(frozen=True)
 class StepBatches:
-    """The rows of a step, and those that this process takes of them as micro-batches in the machine's own memory."""
+    """The examples of a step on all ranks, and this rank's share of them as micro-batches on the CPU."""
 
     items: Sequence[Example]
     batches: Sequence[Batch]
     mismatched: Sequence[Batch] = ()  # completions under other rows' prompts, for objectives that need them
-    blank: Sequence[Batch] = ()  # one for passes that this process makes for others' sake, of a model in pieces
+    padding: Sequence[Batch] = ()  # sharded: one batch to repeat where another rank makes more passes
 
 
 @dataclass(frozen=True)
 class Collator:
-    """How rows are laid out."""
+    """Examples -> micro-batches of a layout."""
 
     micro_batch_tokens: int
     pad_id: int
     layout: Layout = Layout.PADDED
-    pinned: bool = False  # in memory that a GPU copies from while it works
+    pinned: bool = False  # in page-locked memory, from which a GPU copies asynchronously
 
     def __call__(self, items: Sequence[Example], mismatched: Sequence[Example] = ()) -> StepBatches:
-        blank = self._batches(items[:1]) if ranks().sharded else ()
-        return StepBatches(items, self._batches(local_shard(items)), self._batches(local_shard(mismatched)), blank)
+        padding = self._batches(items[:1]) if ranks().sharded else ()
+        return StepBatches(items, self._batches(local_shard(items)), self._batches(local_shard(mismatched)), padding)
 
     def _batches(self, items: Sequence[Example]) -> list[Batch]:
         made = micro_batches(items, self.micro_batch_tokens, self.pad_id, self.layout)
@@ -181,40 +171,44 @@ class Collator:
 
 
 class Prefetcher:
-    """Steps of a sampler. `cursor` is the state of the feed after the last step that was taken."""
+    """Draws and collates the rows of each step; with `threaded`, those of the next step while this one runs.
 
-    def __init__(self, sampler: RowSampler, lay_out: Collator, *, mismatched: bool, threaded: bool) -> None:
-        self.sampler, self.lay_out, self.mismatched = sampler, lay_out, mismatched
+    The order of the rows does not depend on the thread, and no random generator of the run is touched. `cursor` is the
+    sampler's state after the last step that was taken, whatever was drawn ahead of it: checkpoints keep that.
+    """
+
+    def __init__(self, sampler: RowSampler, collator: Collator, *, mismatched: bool, threaded: bool) -> None:
+        self.sampler, self.collator, self.mismatched = sampler, collator, mismatched
         self.cursor = sampler.state_dict()
-        self._thread = ThreadPoolExecutor(1, "uft-ahead") if threaded else None
+        self._thread = ThreadPoolExecutor(1, "uft-prefetch") if threaded else None
         self._next: Future[tuple[StepBatches, dict[str, Any]]] | None = None
 
     def take(self, rows: int, then: int) -> StepBatches:
-        """The next `rows` rows; the `then` rows after them are begun."""
-        laid, self.cursor = self._next.result() if self._next else self._make(rows)
+        """The batches of the next `rows` rows; begins the `then` rows after them."""
+        batches, self.cursor = self._next.result() if self._next else self._make(rows)
         self._next = self._thread.submit(self._make, then) if self._thread and then else None
-        return laid
+        return batches
 
-    def go_back(self, cursor: dict[str, Any]) -> None:
-        """Drop what was made ahead and go on from `cursor`."""
+    def rewind(self, cursor: dict[str, Any]) -> None:
+        """Discard the rows drawn ahead and go on from `cursor`."""
         if self._next is not None:
-            self._next.exception()  # whatever became of it: the feed is nobody's until it is done
+            self._next.exception()  # wait: the thread has the sampler until it is done
             self._next = None
         self.sampler.load_state_dict(cursor)
         self.cursor = cursor
 
     def close(self) -> None:
-        """End the thread; the feed stands after the last step that was taken."""
-        self.go_back(self.cursor)
+        """End the thread and leave the sampler after the last step that was taken."""
+        self.rewind(self.cursor)
         if self._thread is not None:
             self._thread.shutdown()
 
     def _make(self, rows: int) -> tuple[StepBatches, dict[str, Any]]:
         items = self.sampler.take(rows)
-        laid = self.lay_out(items, self.sampler.mismatched(items) if self.mismatched else ())
-        return laid, self.sampler.state_dict()
+        batches = self.collator(items, self.sampler.mismatched(items) if self.mismatched else ())
+        return batches, self.sampler.state_dict()
 
 
 def use_prefetch_thread(asked: bool | None, device: torch.device) -> bool:
-    """As asked; by itself only beside a GPU: on a CPU the thread would share the step's cores."""
+    """`train.prefetch`; null: only beside a GPU, since on a CPU the thread would share the step's cores."""
     return device.type == "cuda" if asked is None else asked

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from uft.distributed import FOLDER, PeerLost, launched, note, note_code, noted_code, rank, reasons
+from uft.environment import FOLDER, PeerLost, launched, note, note_code, noted_code, rank, reasons
 from uft.errors import FAILED, GOOD, UftError, render, tell_redacted
 from uft.launch.process import EXIT_CODES, PARENT, cause, die_with_parent, oom_kills
 from uft.runs import Run, keep_others_out, open_run, write_json

@@ -1,16 +1,17 @@
-"""What a process runs on: its device, its threads and its kernels."""
+"""The device of a process: which one, its threads, kernels and generators, and advice where its memory runs out."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from uft.config.schema import Config, Hardware
 from uft.data.batch import Example
-from uft.distributed import Sharding, launched, local_rank
+from uft.distributed import Sharding
+from uft.environment import launched, local_rank
 from uft.errors import FAILED, Problem, UftError
 from uft.model.memory import keep_freed_memory
 from uft.model.policy import Policy
@@ -24,7 +25,7 @@ which take much less memory: see docs/performance.md."""
 
 
 def choose_device(hardware: Hardware) -> torch.device:
-    """The device asked for, or the best there is. Sets threads and kernels on the way."""
+    """The device asked for, or the best there is; also sets threads, precision and determinism of the process."""
     name, there = hardware.device, _available()
     if name == "auto":
         name = there[0]
@@ -52,41 +53,55 @@ def _available() -> list[str]:
 
 
 def tokens_per_pass(config: Config) -> int:
-    """`train.micro_batch_tokens`, or what suits the device."""
+    """`train.micro_batch_tokens`, or the default of the device."""
     device = config.hardware.device
     on_cpu = (_available()[0] if device == "auto" else device) == "cpu"
     return config.train.micro_batch_tokens or (CPU_PASS if on_cpu else PASS)
 
 
 def sharding_of(hardware: Hardware) -> Sharding | None:
-    """How the configuration wants models in pieces, if it does."""
+    """The sharding of models that the configuration asks for; None: every rank has whole models."""
     return Sharding(hardware.reshard, hardware.offload) if hardware.sharding == "full" else None
 
 
 def settle_threads(hardware: Hardware, policy: Policy) -> None:
-    """One CPU thread for a small model unless asked otherwise: more would wait for each other, not work."""
+    """One CPU thread for a small model unless asked otherwise: more threads would wait for each other."""
     size = sum(parameter.numel() for parameter in policy.module.parameters())
     if hardware.threads is None and policy.device.type == "cpu" and size < SMALL_MODEL:
         torch.set_num_threads(1)
 
 
-# --- Out of memory: what the step needed, and which keys make it need less.
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's generators on the CPU and on `device`."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
 
 
-KEYS = 3  # that are told
-NO_TORCH_CLASS = ("can't allocate memory", "not enough memory")
-"""What torch says in a plain RuntimeError when the CPU's allocator fails."""
+def restore_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# --- Out of memory: the size of the step, and the keys that make it smaller.
+
+
+REMEDIES = 3  # in one error, at most
+CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")
+"""Words of the plain RuntimeError that torch raises when the CPU's allocator fails."""
 
 
 def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_TORCH_CLASS)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_ALLOCATOR)
 
 
 @contextmanager
 def oom_advice(what: str, config: Config, items: Sequence[Example] = ()) -> Iterator[None]:
-    """Within, running out of memory is a UftError (code 1) about `what`, which worked on `items`."""
+    """Inside, running out of memory becomes a UftError (code 1) about `what`, which worked on `items`."""
     try:
         yield
     except Exception as error:
@@ -96,39 +111,19 @@ def oom_advice(what: str, config: Config, items: Sequence[Example] = ()) -> Iter
 
 
 def explain_oom(error: BaseException, what: str, config: Config, items: Sequence[Example] = ()) -> UftError:
-    """What needed how much, and the first three keys that would help."""
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    keys = [line for line in (remedy(config) for remedy in REMEDIES) if line][:KEYS]
-    problem = Problem(what, f"out of memory: {said}", advice=(*needs(config, items), *keys))
-    return UftError(problem, code=FAILED)
-
-
-def needs(config: Config, items: Sequence[Example]) -> Iterator[str]:
-    """What the step asked for, in a line; nothing where it was no step."""
-    lengths = [encoded.length for item in items for encoded in item.encoded]
-    if lengths:
-        yield (
+    """The error's own words, the size of the step if there was one, and the cheapest keys that help."""
+    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    advice = []
+    if lengths := [encoded.length for item in items for encoded in item.encoded]:
+        advice.append(
             f"the step has {len(items)} rows, {len(lengths)} sequences, {sum(lengths):,} tokens; the longest sequence "
             f"has {max(lengths):,}; passes of up to {tokens_per_pass(config):,} tokens"
         )
-
-
-def _smaller_passes(config: Config) -> str:
-    half = max(1, tokens_per_pass(config) // 2)
-    return f"shorter passes:  train.micro_batch_tokens={half}"
-
-
-def _recompute(config: Config) -> str:
-    return "" if config.model.gradient_checkpointing else "recompute activations:  model.gradient_checkpointing=true"
-
-
-def _adapter(config: Config) -> str:
-    return "train an adapter alone:  model.adapter=lora" if config.model.adapter == "none" else ""
-
-
-def _shorter(config: Config) -> str:
-    return f"shorter rows:  train.max_length={max(2, config.train.max_length // 2)} data.too_long=drop"
-
-
-REMEDIES: tuple[Callable[[Config], str], ...] = (_smaller_passes, _recompute, _adapter, _shorter)
-"""In the order in which they cost least."""
+    remedies = [f"shorter passes:  train.micro_batch_tokens={max(1, tokens_per_pass(config) // 2)}"]
+    if not config.model.gradient_checkpointing:
+        remedies.append("recompute activations:  model.gradient_checkpointing=true")
+    if config.model.adapter == "none":
+        remedies.append("train an adapter alone:  model.adapter=lora")
+    remedies.append(f"shorter rows:  train.max_length={max(2, config.train.max_length // 2)} data.too_long=drop")
+    problem = Problem(what, f"out of memory: {message}", advice=(*advice, *remedies[:REMEDIES]))
+    return UftError(problem, code=FAILED)

@@ -45,7 +45,6 @@ from uft.training.dataset import StageData, cache_dir, has_made_rows, read_run_d
 from uft.training.device import choose_device, oom_advice, settle_threads
 from uft.training.liveness import Stop, listening
 from uft.training.setup import Prepared, Say, Stopped, check_start, pause, planned_memory, prepare_stage
-from uft.training.step import all_reduce_sums, forward_backward, padding_batches
 
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured
 TABLE_WIDTH = 180  # without a terminal
@@ -186,24 +185,20 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     tokens = supervised = 0
     seconds = 0.0
     if longest:
-        laid, context = trainer.lay_out(longest), trainer.step_context(0)
+        batches = trainer.collator(longest)
         started = time.perf_counter()
         with oom_advice("the largest step", config, longest):
-            blanks = padding_batches(laid.batches, laid.blank)
-            forwards = (trainer.policy, trainer.reference)
-            forward_backward(trainer.objective, laid.batches, *forwards, context, device, blanks)
-            trainer.optimiser.step()  # its moments are memory too
+            step = trainer.update(batches)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - started
-        own = [sum(b.tokens for b in laid.batches), sum(len(b.target_ids) for b in laid.batches)]
-        tokens, supervised = all_reduce_sums(own)
+        tokens, supervised = step.tokens, step.supervised_tokens
     peak = peak_memory(device)
     line = f"largest step: {tokens:,} tokens in {seconds:.1f} s; peak memory {peak / GIGABYTE:.2f} GB"
     if memory_before is None or not tokens:
         return line
     shape, mode = shape_of(trainer.policy), prepared.reference.mode if prepared.reference else None
-    padded = max((batch.input_ids.numel() for batch in laid.batches), default=0)
+    padded = max((batch.input_ids.numel() for batch in batches.batches), default=0)
     expected = sum(planned_memory(config, shape, mode, padded).values())
     memory = f"  the model took {count(peak - memory_before)}B of it; planned for this step: {count(expected)}B"
     share = shape.trained / max(1, sum(p.numel() for p in trainer.policy.module.parameters()))

@@ -28,7 +28,8 @@ import torch
 from uft.config.frozen import plain
 from uft.config.schema import Config, Model
 from uft.config.stages import Stage, made, maker, stages_of
-from uft.distributed import PeerLost, note, ranks
+from uft.distributed import ranks
+from uft.environment import PeerLost, note
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
 from uft.evaluation.evaluate import Evaluation, evaluate
 from uft.heartbeat import activity
@@ -394,7 +395,7 @@ def fit(trainer: Trainer, log: StageLog, measure: Callable[[], Evaluation], *, a
     complete = trainer.progress.step >= trainer.steps and not owes_evaluation
     if not complete and checkpoints.saved != trainer.progress.step:
         checkpoints.save(trainer)
-    trainer.settle()
+    trainer.publish_pending_checkpoint()
     return complete
 
 
@@ -412,7 +413,7 @@ class MetricsHook:
         number = trainer.progress.step
         if number != 1 and number % self.every and number != trainer.steps:
             return
-        trainer.confirm()
+        trainer.await_finite_check()
         progress, means = trainer.progress, trainer.meter.means()  # without names that no row gave anything for
         seconds, tokens = progress.seconds - self.since, self.tokens
         self.since, self.tokens = progress.seconds, 0
@@ -449,7 +450,7 @@ class EvaluationHook:
         due = self.at_start if step == 0 else step == trainer.steps or bool(self.every and step % self.every == 0)
         if not due or progress.evaluated >= step:
             return
-        trainer.confirm()
+        trainer.await_finite_check()
         try:
             evaluation = self.measure()
         except Interrupted:
@@ -482,7 +483,7 @@ class CheckpointHook:
     saved: int = -1
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
-        trainer.settle(wait=False)
+        trainer.publish_pending_checkpoint(wait=False)
         number = trainer.progress.step
         due = number == trainer.steps or bool(self.every and number % self.every == 0)
         if due or trainer.progress.best_step == number:

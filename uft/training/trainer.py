@@ -1,4 +1,7 @@
-"""The loop. What is optional around it (lines of metrics, the battery, checkpoints) are hooks in `hooks.py`."""
+"""The training loop, its checkpoints, and the rollback of a step that was not finite.
+
+What is optional around the steps (metric lines, evaluations, checkpoints) are hooks of the session.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +25,33 @@ from uft.model.policy import Policy
 from uft.objectives.base import Forward, Loss, Objective, StepContext
 from uft.runs import Run
 from uft.training import checkpoint
-from uft.training.checkpoint import random_state, restore_random_state
-from uft.training.device import oom_advice, tokens_per_pass
+from uft.training.device import oom_advice, random_state, restore_random_state, tokens_per_pass
 from uft.training.liveness import Stop
-from uft.training.optim import asks_late, learning_rate, warmup_steps
-from uft.training.step import Step, culprits, idle_step, optimiser_step
-
-# --- Meter: what happened since the last metric line, summed on the device and brought to the host only when asked.
-
+from uft.training.optim import defers_finite_check, learning_rate, warmup_steps
+from uft.training.step import Step, nonfinite_rows, optimiser_step
 
 Tensor = torch.Tensor
 
 
+@dataclass
+class Progress:
+    """Counters that survive a resume."""
+
+    step: int = 0  # optimiser steps done
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0  # of training, over all sessions of the run
+    evaluated: int = -1  # the step of the last evaluation
+    best_step: int | None = None
+    best_value: float | None = None
+
+
 class Meter:
-    """Means over steps. Its tensors are part of the checkpoint: a resumed curve repeats every digit."""
+    """Means over the steps since the last metric line, summed on the device in float64.
+
+    Its tensors are part of the checkpoint, so that the curve of a resumed run is bit-equal.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}
@@ -43,24 +59,24 @@ class Meter:
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
         total, count = torch.as_tensor(total).detach().double(), torch.as_tensor(count).detach().double()
-        # taken out and put in again: the order is that of the last step, so that a resumed meter has it too
+        # popped and put in again: the order is that of the last step, in a resumed meter too
         self.totals[name] = self.totals.pop(name) + total if name in self.totals else total
         self.counts[name] = self.counts.pop(name) + count if name in self.counts else count
 
     def add_loss(self, loss: Loss) -> None:
-        """Each term's mean in this step; a step in which it has no units does not count for it."""
+        """Each term's mean in this step; a step in which a term has no units does not count for it."""
         for name, term in loss.items():
             self.add(name, term.total / term.count.clamp(min=1), term.count > 0)
 
     def means(self) -> dict[str, float]:
-        """total / count of everything that was counted at all; then start anew."""
+        """total / count of everything with a count; resets the meter."""
         totals = {name: float(total) for name, total in self.totals.items()}
         counts = {name: float(count) for name, count in self.counts.items()}
         self.totals, self.counts = {}, {}
         return {name: total / counts[name] for name, total in totals.items() if counts[name] > 0}
 
     def copy(self) -> Meter:
-        """As it is now: what it holds is replaced, never changed."""
+        """A snapshot; tensors are replaced by `add`, never changed in place."""
         copied = Meter()
         copied.totals, copied.counts = dict(self.totals), dict(self.counts)
         return copied
@@ -75,34 +91,15 @@ class Meter:
             getattr(self, part)[name] = value.to(device)
 
 
-def _random(rank: int) -> str:
-    """Where the generators of a process stand in a checkpoint."""
-    return f"random/rank{rank}" if rank else "random"
-
-
-@dataclass
-class Progress:
-    """Counters that survive a resume."""
-
-    step: int = 0  # optimiser steps done
-    rows: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    seconds: float = 0.0  # of training, over all sessions of the run
-    evaluated: int = -1  # the step whose battery was last written
-    best_step: int | None = None
-    best_value: float | None = None
-
-
 class Hook(Protocol):
-    """Something that happens around steps. `trainer.stop()` is looked at between hooks."""
+    """Something that happens after every step; `trainer.stop` is looked at between steps."""
 
     def after_step(self, trainer: Trainer, step: Step) -> None: ...
 
 
 @dataclass
 class Trainer:
-    """Everything a training run is made of, after `prepare` has put it together and before any step."""
+    """Everything a training run consists of, as `setup.prepare` puts it together before the first step."""
 
     run: Run
     config: Config
@@ -120,14 +117,78 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
-    pending: tuple[Future[Any], Path] | None = None  # a checkpoint that is being written, and where
-    ahead: Prefetcher | None = None  # while it trains
-    taken: PendingStep | None = None  # the last step, until somebody asked whether it happened
+    prefetcher: Prefetcher | None = None  # while it trains
+    unchecked: UncheckedStep | None = None  # the last step, until its finite check was awaited
+    unpublished: tuple[Future[Any], Path] | None = None  # a sharded checkpoint that is being written, and its folder
 
     def __post_init__(self) -> None:
         self.parameters = self.policy.trainable()
-        self.late = asks_late(self.config.train.sync_every_step, self.device, self.optimiser)
-        self.never_finite = {n for n, good in self._finite().items() if not good}
+        self.defer_check = defers_finite_check(self.config.train.sync_every_step, self.device, self.optimiser)
+        self.never_finite = set(self._nonfinite_weights())  # as they came from their files
+
+    @property
+    def collator(self) -> Collator:
+        """Examples -> micro-batches, as the configuration and the policy's layout have it."""
+        pinned = self.device.type == "cuda"
+        return Collator(tokens_per_pass(self.config), self.pad_id, self.policy.layout, pinned)
+
+    def fit(self) -> None:
+        """Train to the horizon or until asked to stop. Raises UftError (code 1) after a step that is not finite."""
+        self.policy.train()
+        threaded = use_prefetch_thread(self.config.train.prefetch, self.device)
+        mismatched = self.objective.needs.mismatched
+        self.prefetcher = Prefetcher(self.sampler, self.collator, mismatched=mismatched, threaded=threaded)
+        gc.collect()
+        gc.freeze()  # no later collection looks through the millions of objects that are there now
+        try:
+            while self.progress.step < self.steps and not self.stop.agreed():
+                step = self._step(self.prefetcher)
+                for hook in self.hooks:
+                    hook.after_step(self, step)
+            self.await_finite_check()
+        finally:
+            gc.unfreeze()
+            self.prefetcher.close()
+            self.prefetcher = None
+
+    def _step(self, prefetcher: Prefetcher) -> Step:
+        before = Snapshot.of(self)
+        started, seconds = time.perf_counter(), self.progress.seconds
+        left = self.total_rows - self.progress.rows
+        rows = min(self.config.train.batch_size, left)
+        batches = prefetcher.take(rows, then=min(self.config.train.batch_size, left - rows))
+        with oom_advice(f"step {self.progress.step + 1}", self.config, batches.items):
+            step = self.update(batches)
+        self.unchecked = UncheckedStep(batches.items, before, step)
+        if not self.defer_check:
+            self.await_finite_check()
+        self.progress.step += 1
+        self.progress.rows += rows
+        self.progress.tokens += step.tokens
+        self.progress.supervised_tokens += step.supervised_tokens
+        self.progress.seconds = seconds + time.perf_counter() - started  # includes waiting for the step before
+        measured = float(bool(batches.items))
+        self.meter.add("loss", step.loss, measured)
+        self.meter.add("grad_norm", step.grad_norm, measured)
+        self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
+        return step
+
+    def update(self, batches: StepBatches) -> Step:
+        """One optimiser step on `batches`, after the check of the step before; no rows, no update."""
+        if not batches.items:  # the objective takes nothing of any row of the step
+            self.await_finite_check()
+            nothing = torch.zeros((), device=self.device)
+            return Step(nothing, {}, nothing)
+        number = self.progress.step
+        return optimiser_step(
+            self,
+            batches,
+            self.step_context(number),
+            lr=learning_rate(number, self.steps, self.config.optim),
+            max_grad_norm=self.config.train.max_grad_norm,
+            defer_check=self.defer_check,
+            await_previous=self.await_finite_check,
+        )
 
     def step_context(self, step: int) -> StepContext:
         """The context of a step: a function of its number and the seed alone."""
@@ -137,189 +198,111 @@ class Trainer:
         warmup = warmup_steps(self.config.optim.warmup, self.steps)
         return StepContext(step=step, steps=self.steps, warmup=warmup, noise=noise)
 
-    @property
-    def lay_out(self) -> Collator:
-        """How rows become micro-batches."""
-        cuda = self.device.type == "cuda"
-        return Collator(tokens_per_pass(self.config), self.pad_id, self.policy.layout, pinned=cuda)
+    def await_finite_check(self) -> None:
+        """Block until the last step's finite check has arrived; roll back if it failed.
 
-    def fit(self) -> None:
-        """Train to the horizon or until asked to stop. Raises UftError (code 1) when the numbers stop being numbers."""
-        self.policy.train()
-        threaded = use_prefetch_thread(self.config.train.prefetch, self.device)
-        self.ahead = Prefetcher(
-            self.sampler, self.lay_out, mismatched=self.objective.needs.mismatched, threaded=threaded
-        )
-        gc.collect()
-        gc.freeze()  # what is there stays: no collection needs to look through it again
-        try:
-            while self.progress.step < self.steps and not self.stop.agreed():
-                step = self._step()
-                for hook in self.hooks:
-                    hook.after_step(self, step)
-            self.confirm()
-        finally:
-            gc.unfreeze()
-            self.ahead.close()
-            self.ahead = None
-
-    def _step(self) -> Step:
-        assert self.ahead is not None
-        before = Snapshot.of(self)
-        started, seconds = time.perf_counter(), self.progress.seconds
-        left = self.total_rows - self.progress.rows
-        rows = min(self.config.train.batch_size, left)
-        laid = self.ahead.take(rows, then=min(self.config.train.batch_size, left - rows))
-        with oom_advice(f"step {self.progress.step + 1}", self.config, laid.items):
-            step = self._update(laid)
-            self.confirm()  # the step before it, where this one had no rows and so no reason to ask
-        self.taken = PendingStep(laid.items, before, step)
-        if not self.late:
-            self.confirm()
-        self.progress.step += 1
-        self.progress.rows += rows
-        self.progress.tokens += step.tokens
-        self.progress.supervised_tokens += step.supervised_tokens
-        self.progress.seconds = seconds + time.perf_counter() - started  # what was waited for the step before is in it
-        measured = float(bool(laid.items))
-        self.meter.add("loss", step.loss, measured)
-        self.meter.add("grad_norm", step.grad_norm, measured)
-        self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
-        return step
-
-    def confirm(self) -> None:
-        """Whoever shows or keeps what the last step led to asks first whether it happened.
-
-        Raises UftError (code 1), with everything as it was before that step, where its numbers were not finite.
+        To be called before anything shows or keeps what that step led to. Raises UftError (code 1), with everything as
+        it was before the step.
         """
-        taken, self.taken = self.taken, None
+        unchecked, self.unchecked = self.unchecked, None
         started = time.perf_counter()
-        if taken is not None and not taken.step.good:
-            rollback(self, taken)
+        if unchecked is not None and not unchecked.step.finite:
+            rollback(self, unchecked)
         self.progress.seconds += time.perf_counter() - started
 
-    def _update(self, rows: StepBatches) -> Step:
-        number = self.progress.step
-        if not rows.items:  # the objective takes nothing of any of these rows
-            return idle_step(self.device)
-        return optimiser_step(
-            rows,
-            self.objective,
-            self.policy,
-            self.reference,
-            self.optimiser,
-            self.parameters,
-            self.step_context(number),
-            lr=learning_rate(number, self.steps, self.config.optim),
-            max_grad_norm=self.config.train.max_grad_norm,
-            device=self.device,
-            late=self.late,
-            confirm=self.confirm,
-        )
+    # --- checkpoints
 
     def cursor(self) -> dict[str, Any]:
-        """Where the data stand after the last step."""
-        return self.ahead.cursor if self.ahead else self.sampler.state_dict()
+        """The sampler's state after the last step."""
+        return self.prefetcher.cursor if self.prefetcher else self.sampler.state_dict()
 
-    def _overflown(self) -> list[str]:
-        """Trained weights that hold numbers which are not finite, and did not when they came from their files."""
-        return [name for name, good in self._finite().items() if not good and name not in self.never_finite]
-
-    def _finite(self) -> dict[str, bool]:
-        return dict(zip(self.parameters, all_finite(self.parameters.values()), strict=True))
+    def _nonfinite_weights(self) -> list[str]:
+        finite = all_finite(self.parameters.values())
+        return [name for name, is_finite in zip(self.parameters, finite, strict=True) if not is_finite]
 
     @activity("a checkpoint was written", moving=True)
     def save_checkpoint(self) -> Path:
-        """Publish the state after the last step, or begin to (`settle`); its folder.
+        """Publish the state after the last step; its folder. Sharded, it is written in the background and published by
+        `publish_pending_checkpoint`.
 
-        Raises UftError (code 1) where its weights overflowed.
-        A loss or gradient that is not finite shows before the update, an update that is too large only after it.
+        Raises UftError (code 1) where weights have overflowed: a non-finite loss or gradient shows before the update,
+        an update that is too large only after it.
         """
-        self.confirm()
-        if overflown := self._overflown():
+        self.await_finite_check()
+        if overflown := [name for name in self._nonfinite_weights() if name not in self.never_finite]:
             earlier = self.run.checkpoints()
             good = f"the last good state is {earlier[-1][1]}" if earlier else "there is no checkpoint before it"
             why = f"{len(overflown)} of the trained weights are not finite any more, {overflown[0]} among them"
             problem = Problem(f"step {self.progress.step}", why, advice=(good,))
             raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        learned = {
-            **checkpoint.nested("model", self.parameters),
-            **checkpoint.nested("optimiser", checkpoint.optimiser_tensors(self.optimiser, names)),
-        }
-        generators = ranks().gather_objects(checkpoint.random_state(self.device))
-        if not ranks().sharded:
-            return ranks().on_rank0(lambda: self._publish(self._begin_checkpoint(learned, generators)))
-        self.settle()
-        beside = ranks().on_rank0(lambda: self._begin_checkpoint({}, generators))
-        self.pending = (checkpoint.begin_sharded(beside, learned), beside)
-        return checkpoint.final(beside)
-
-    @activity("a checkpoint was written", moving=True)
-    def settle(self, wait: bool = True) -> None:
-        """Publish the checkpoint that is being written in the background, if one is: in any case, or only if it is done
-        in every process."""
-        if self.pending is None:
-            return
-        future, beside = self.pending
-        if not wait and ranks().all_reduce_max(not future.done()):
-            return
-        self.pending = None
-        problem = future.exception()  # waits
-        if ranks().all_reduce_max(problem is not None):
-            raise problem or RuntimeError("another process could not write its part of a checkpoint")
-        ranks().on_rank0(lambda: self._publish(beside))
-
-    def _begin_checkpoint(self, learned: Mapping[str, Tensor], generators: Sequence[Mapping[str, Tensor]]) -> Path:
-        tensors = {
-            **learned,
+        moments = checkpoint.optimiser_tensors(self.optimiser, self.parameters)
+        learned = {**checkpoint.nested("model", self.parameters), **checkpoint.nested("optimiser", moments)}
+        others = {
             **checkpoint.nested("objective", self.objective.state),
             **checkpoint.nested("meter", self.meter.state_dict()),
-            **{
-                n: t
-                for rank, state in enumerate(generators)
-                for n, t in checkpoint.nested(_random(rank), state).items()
-            },
         }
+        for rank, generators in enumerate(ranks().gather_objects(random_state(self.device))):
+            others |= checkpoint.nested(_random(rank), generators)
         state = {"progress": asdict(self.progress), "feed": self.cursor(), "steps": self.steps}
-        return checkpoint.begin(self.run, self.progress.step, tensors, state)
+        step = self.progress.step
+        if not ranks().sharded:
+            return ranks().on_rank0(
+                lambda: self._publish(checkpoint.begin(self.run, step, {**learned, **others}, state))
+            )
+        self.publish_pending_checkpoint()
+        folder = ranks().on_rank0(lambda: checkpoint.begin(self.run, step, others, state))
+        self.unpublished = (checkpoint.begin_shards(folder, learned), folder)
+        return checkpoint.final(folder)
 
-    def _publish(self, beside: Path) -> Path:
-        folder = checkpoint.publish(self.run, beside)
+    @activity("a checkpoint was written", moving=True)
+    def publish_pending_checkpoint(self, wait: bool = True) -> None:
+        """Publish the checkpoint that is being written in the background; without `wait` only if all ranks are done."""
+        if self.unpublished is None:
+            return
+        writing, folder = self.unpublished
+        if not wait and ranks().all_reduce_max(not writing.done()):
+            return
+        self.unpublished = None
+        problem = writing.exception()  # waits
+        if ranks().all_reduce_max(problem is not None):
+            raise problem or RuntimeError("another process could not write its part of a checkpoint")
+        ranks().on_rank0(lambda: self._publish(folder))
+
+    def _publish(self, hidden: Path) -> Path:
+        folder = checkpoint.publish(self.run, hidden)
         checkpoint.prune(self.run, self.config.train.keep_last, self.progress.best_step)
         return folder
 
     def load_checkpoint(self, folder: Path) -> None:
-        tensors, state = checkpoint.load(folder)
-        if checkpoint.is_sharded(folder):
-            tensors |= checkpoint.read_sharded(folder, self.parameters)
+        """Raises checkpoint.Damaged, or UftError where the checkpoint is of another model or adapter."""
+        tensors, state = checkpoint.load(folder, self.parameters)
         self.policy.load_trainable(checkpoint.below("model", tensors))
         checkpoint.load_optimiser(self.optimiser, self.parameters, checkpoint.below("optimiser", tensors))
         for name, tensor in checkpoint.below("objective", tensors).items():
             self.objective.state[name].copy_(tensor)
         self.meter.load_state_dict(checkpoint.below("meter", tensors), self.device)
-        generators = checkpoint.below(_random(ranks().rank), tensors)
-        if generators:  # else there are more processes now, and this one keeps the seed it began with
-            checkpoint.restore_random_state(generators, self.device)
+        if generators := checkpoint.below(_random(ranks().rank), tensors):
+            restore_random_state(generators, self.device)  # else there are more ranks now: this one keeps its seed
         self.sampler.load_state_dict(state["feed"])
         self.progress = Progress(**state["progress"])
-        self.steps = state["steps"]  # the horizon of the schedule never changes shape under a run
+        self.steps = state["steps"]  # the horizon of the schedule never changes under a run
 
 
-# --- A step whose loss or gradient is not finite did not happen: everything is as it was, and its rows are named.
-#
-# To know, somebody has to wait for the device. On a CPU the answer is there before the update. A GPU is asked while
-# it
-# works on the next step, so that it never runs dry: its optimiser passes over the update by itself, and what the step
-# did besides (the data's cursors, the objective's state, the generators, the counters) is kept until the answer is
-# there.
+def _random(rank: int) -> str:
+    """Prefix of a rank's generator states in a checkpoint."""
+    return f"random/rank{rank}" if rank else "random"
+
+
+# --- Rollback of a step whose loss or gradient norm is not finite. On a CPU the check is there before the update. A GPU
+# is asked while it works on the next step, so that it never runs dry: its optimiser skips the update by itself, and the
+# rest of what a step changes is kept in a snapshot until the check has arrived.
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a step changes besides the weights and the optimiser's state, as it was before it."""
+    """What a step changes besides weights and moments, as it was before the step."""
 
-    sampler: dict[str, Any]
+    cursor: dict[str, Any]
     state: Mapping[str, Tensor]  # of the objective
     random: Mapping[str, Tensor]
     progress: Progress
@@ -328,7 +311,7 @@ class Snapshot:
     @classmethod
     def of(cls, trainer: Trainer) -> Snapshot:
         return cls(
-            sampler=trainer.cursor(),
+            cursor=trainer.cursor(),
             state={name: tensor.clone() for name, tensor in trainer.objective.state.items()},
             random=random_state(trainer.device),
             progress=replace(trainer.progress),
@@ -336,8 +319,8 @@ class Snapshot:
         )
 
     def restore(self, trainer: Trainer) -> None:
-        if trainer.ahead:
-            trainer.ahead.go_back(self.sampler)
+        if trainer.prefetcher:
+            trainer.prefetcher.rewind(self.cursor)
         for name, tensor in self.state.items():
             trainer.objective.state[name].copy_(tensor)
         restore_random_state(self.random, trainer.device)
@@ -345,39 +328,30 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class PendingStep:
-    """A step that was taken. Whether it happened, `step.good` knows."""
+class UncheckedStep:
+    """A step whose finite check was not awaited yet."""
 
     items: Sequence[Example]
     before: Snapshot
     step: Step
 
 
-def rollback(trainer: Trainer, taken: PendingStep) -> NoReturn:
-    """Undo a step that came to no numbers, and end the training: a UftError (code 1) that names its rows."""
-    taken.before.restore(trainer)
-    trainer.optimiser.zero_grad(set_to_none=True)  # of the step after it, if that had begun
-    rows = culprits(
-        taken.items,
-        trainer.objective,
-        trainer.policy,
-        trainer.reference,
-        trainer.parameters,
-        replace(trainer.step_context(trainer.progress.step), learning=False),
-        lay_out=trainer.lay_out,
-        device=trainer.device,
-    )
-    taken.before.restore(trainer)  # looking for them drew random numbers
+def rollback(trainer: Trainer, unchecked: UncheckedStep) -> NoReturn:
+    """Undo a step that was not finite, save a checkpoint, and raise a UftError (code 1) that names its rows."""
+    unchecked.before.restore(trainer)
+    context = trainer.step_context(trainer.progress.step)
+    rows = nonfinite_rows(trainer, unchecked.items, context, trainer.collator)
+    unchecked.before.restore(trainer)  # the search drew random numbers
     named = ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     if not named:
-        named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in taken.items[:10])
-    said = f"loss {float(taken.step.loss)}, gradient norm {float(taken.step.grad_norm)}"
+        named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in unchecked.items[:10])
+    numbers = f"loss {float(unchecked.step.loss)}, gradient norm {float(unchecked.step.grad_norm)}"
     folder = trainer.save_checkpoint()
-    trainer.settle()
+    trainer.publish_pending_checkpoint()
     raise UftError(
         Problem(
             f"step {trainer.progress.step + 1}",
-            f"the numbers are not finite: {said}",
+            f"the numbers are not finite: {numbers}",
             advice=(f"rows: {named}", f"the last good state is kept in {folder}"),
         ),
         footer="Look at the rows, lower optim.lr or train.max_grad_norm, and start again.",

@@ -1,4 +1,4 @@
-"""Every objective sees the same rows in the same order; what it cannot use is named; looking ahead draws nothing."""
+"""Every objective draws the same rows in the same order; rows it cannot use are named; looking ahead draws nothing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+import torch
 
 from uft.config.schema import Config
 from uft.data.chat import Tokens
-from uft.data.loader import RowSampler
+from uft.data.loader import Collator, Prefetcher, RowSampler, use_prefetch_thread
 from uft.data.mixture import Mixture, RowIndex
 from uft.data.rows import Completion, Kind, Message, Row
 from uft.data.table import TableFile
@@ -119,13 +120,39 @@ def test_a_view_looks_at_no_text(feed: Callable[[str], RowSampler], objective: s
             assert repr(stream._view(row, visit)) == repr(stream._view(changed, visit))
 
 
-def test_preview_draws_nothing(feed: Callable[[str], RowSampler]) -> None:
-    stream = feed("sft")
-    stream.take(5)
+def test_looking_ahead_draws_nothing_and_a_sampler_goes_on_from_its_state(feed: Callable[[str], RowSampler]) -> None:
+    stream, resumed = feed("dft"), feed("dft")
+    stream.take(37)
     before = stream.state_dict()
     ahead = list(stream.preview(60))
     assert stream.state_dict() == before
-    assert ahead == stream.mixture.take(60)
+    resumed.load_state_dict(before)
+    for _ in range(5):
+        pairs = zip(stream.take(9), resumed.take(9), strict=True)
+        assert all((ours.row.id, ours.parts) == (theirs.row.id, theirs.parts) for ours, theirs in pairs)
+    resumed.load_state_dict(before)
+    assert ahead == resumed.mixture.take(60)
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_prefetcher_rewinds_and_leaves_the_sampler_after_the_last_step(
+    feed: Callable[[str], RowSampler], threaded: bool
+) -> None:
+    stream = feed("sft")
+    prefetcher = Prefetcher(stream, Collator(64, 0), mismatched=False, threaded=threaded)
+    start = prefetcher.cursor
+    first, second = ([item.row.id for item in prefetcher.take(9, then=9).items] for _ in range(2))
+    assert first != second
+    prefetcher.rewind(start)
+    assert [item.row.id for item in prefetcher.take(9, then=9).items] == first
+    prefetcher.close()
+    assert [item.row.id for item in stream.take(9)] == second
+
+
+def test_only_a_gpu_has_a_prefetch_thread_unasked() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [use_prefetch_thread(None, device) for device in (cpu, gpu)] == [False, True]
+    assert [use_prefetch_thread(asked, cpu) for asked in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "sft", "uft"])
@@ -149,15 +176,6 @@ def test_every_row_that_is_met_is_met_once(feed: Callable[[str], RowSampler]) ->
     met = [row[0].ids.tolist() for row in stream.met(iter(draws))]
     rows = sorted({(draw.source, draw.index) for draw in draws})
     assert met == [stream.sources[source].encoded[index][0].ids.tolist() for source, index in rows]
-
-
-def test_a_feed_goes_on_from_its_state(feed: Callable[[str], RowSampler]) -> None:
-    straight, resumed = feed("dft"), feed("dft")
-    straight.take(37)
-    resumed.load_state_dict(straight.state_dict())
-    for _ in range(5):
-        pairs = zip(straight.take(9), resumed.take(9), strict=True)
-        assert all((ours.row.id, ours.parts) == (theirs.row.id, theirs.parts) for ours, theirs in pairs)
 
 
 def test_the_cached_reference_stands_beside_the_parts_it_is_of(feed: Callable[[str], RowSampler]) -> None:

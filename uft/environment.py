@@ -1,0 +1,58 @@
+"""This process among those that torch's launcher started, and the notes that it leaves for its launcher.
+
+Without torch: launchers read this, and workers before they have imported anything.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+FOLDER = "UFT_FAILURES"
+"""Environment variable: the folder where the ranks of a run leave their notes."""
+
+
+class PeerLost(Exception):
+    """Another process of the run ended, so that a collective operation will never complete."""
+
+
+def launched() -> int:
+    """The number of processes that torch's launcher started; 1 where it started none."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    return int(os.environ["RANK"]) if launched() > 1 else 0
+
+
+def local_rank() -> int:
+    """The rank among the processes of this machine, which is the number of its device."""
+    return int(os.environ["LOCAL_RANK"]) if launched() > 1 else 0
+
+
+def note(text: str) -> None:
+    """Leave word why this rank failed: rank 0 alone is heard on the console."""
+    _write(f"why-{rank()}", text)
+
+
+def note_code(code: int) -> None:
+    """Leave the exit code of the request, which is rank 0's."""
+    if rank() == 0:
+        _write("code", str(code))
+
+
+def reasons(folder: Path) -> dict[int, str]:
+    """Rank -> its note."""
+    files = sorted(folder.glob("why-*"))
+    return {int(file.name.removeprefix("why-")): file.read_text(encoding="utf-8") for file in files}
+
+
+def noted_code(folder: Path) -> int | None:
+    file = folder / "code"
+    return int(file.read_text()) if file.is_file() else None
+
+
+def _write(name: str, text: str) -> None:
+    folder = os.environ.get(FOLDER)
+    if folder:
+        Path(folder, name).write_text(text, encoding="utf-8", errors="replace")
