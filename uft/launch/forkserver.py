@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import json
 import os
 import select
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 WORKER = (sys.executable, "-P", "-m", "uft.launch.worker")
 SWITCH = "UFT_FORKSERVER"
@@ -93,7 +94,7 @@ class Server:
         """A new process that imports what `target` needs: its function `preload()`."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "uft.launch.forkserver", str(theirs.fileno()), str(os.getpid()), target]
-        silent = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         with theirs:
             process = subprocess.Popen(
                 command, env=dict(environment), pass_fds=[theirs.fileno()], start_new_session=True, **silent
@@ -296,7 +297,7 @@ def run(request: Mapping[str, Any], intermediate: int, answer: int, *streams: in
         os.environ.clear()
         os.environ.update(request["environment"])
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-            stream.reconfigure(line_buffering=number == 2 or os.isatty(number))  # type: ignore[attr-defined]
+            cast(io.TextIOWrapper, stream).reconfigure(line_buffering=number == 2 or os.isatty(number))
         module = import_module(request["target"])
         sys.argv = [str(module.__file__), *request["arguments"]]
         sys.orig_argv = [*WORKER[:-1], request["target"], *request["arguments"]]
@@ -325,7 +326,7 @@ def exit_code(work: Callable[[], int]) -> int:
         os.kill(os.getpid(), signal.SIGINT)
         raise
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()

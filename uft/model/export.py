@@ -38,7 +38,7 @@ def export(
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.tmp")
     bytes_needed = sum(p.numel() for p in policy.module.parameters()) * dtype.itemsize
-    state: Mapping[str, Tensor] = {}
+    state: Mapping[str, Any] = {}
     if ranks().sharded:
         policy.reshard()
         state = get_model_state_dict(policy.base, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

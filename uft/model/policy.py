@@ -46,7 +46,8 @@ class Policy:
         self.dtype = dtype
         self.has_adapter = hasattr(module, "peft_config")
         # the transformers model itself; inside a PEFT model its layers carry the adapter
-        self.base: Any = module.get_base_model() if self.has_adapter else module  # type: ignore[operator]
+        untyped: Any = module
+        self.base: Any = untyped.get_base_model() if self.has_adapter else untyped
         self.body: nn.Module = self.base.get_decoder()
         self.embeddings: nn.Module = self.base.get_input_embeddings()
         self.head: Head | None = None  # where the head is not one plain matrix (an adapter on it): the model's own path

@@ -204,9 +204,9 @@ def check(path: Path) -> Checked:
     missing = Counter(crc for _, crc in checksums)
     good, unknown = list[str](), list[str]()
     for line in lines:
-        crc = zlib.crc32(line)
-        (good if missing[crc] > 0 else unknown).append(line.decode("utf-8", "backslashreplace"))
-        missing[crc] -= 1
+        own = zlib.crc32(line)
+        (good if missing[own] > 0 else unknown).append(line.decode("utf-8", "backslashreplace"))
+        missing[own] -= 1
     missing = +missing
     last, pending, unlisted = (-1, 0), None, set[int]()
     if checksums:
