@@ -156,7 +156,7 @@ class Eval:
     max_new_tokens: int = _key(64, "longest generated answer", ge=1)
     best: str = _key("eval/nll", "metric that picks the best checkpoint")
     best_mode: str = _key("min", "whether less or more of it is better", choices=("min", "max"))
-    before: bool = _key(True, "run the battery before the first step too")
+    before: bool = _key(True, "evaluate before the first step too")
 
 
 @dataclass

@@ -94,7 +94,7 @@ class Server:
         """A new process that imports what `target` needs: its function `preload()`."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "uft.launch.forkserver", str(theirs.fileno()), str(os.getpid()), target]
-        silent: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with theirs:
             process = subprocess.Popen(
                 command, env=dict(environment), pass_fds=[theirs.fileno()], start_new_session=True, **silent
