@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))  # for records.py and standin.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))  # for standin.py
 
 from uft.launch import process
 

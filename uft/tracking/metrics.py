@@ -198,9 +198,9 @@ def check(path: Path) -> Checked:
         return Checked([line.decode("utf-8", "replace") for line in lines], [], torn=bool(rest))
     checksums: list[Checksum] = []
     for text in checksum_file(path).read_text(encoding="ascii", errors="replace").split("\n")[:-1]:
-        step, _, crc = text.partition(" ")
+        step, _, digits = text.partition(" ")
         with suppress(ValueError):  # a damaged checksum
-            checksums.append((int(step), int(crc, 16)))
+            checksums.append((int(step), int(digits, 16)))
     missing = Counter(crc for _, crc in checksums)
     good, unknown = list[str](), list[str]()
     for line in lines:
