@@ -121,8 +121,8 @@ def reward_counts(batch: Batch) -> dict[str, Tensor]:
 
 
 TIE = 1e-4
-"""Nats below which two sides are equally likely, as in the evaluation: two equal completions, or a policy that equals its
-reference, differ by rounding alone, and that differs from one layout to another."""
+"""Nats below which two sides are equally likely, as in the evaluation: two equal completions, or a policy that equals
+its reference, differ by rounding alone, and that differs from one layout to another."""
 
 
 def reward_totals(batch: Batch, z: Tensor, beta: float) -> dict[str, Tensor]:
