@@ -87,7 +87,8 @@ def imports(root: Path) -> dict[str, set[str]]:
         targets: set[str] = set()
         for node in ast.walk(tree):
             if id(node) not in guarded and isinstance(node, ast.ImportFrom) and node.module:
-                targets |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                targets |= full if full <= names.keys() else full | {node.module}
             elif id(node) not in guarded and isinstance(node, ast.Import):
                 targets |= {alias.name for alias in node.names}
         found[name] = (targets & names.keys()) - {name}

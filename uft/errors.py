@@ -23,6 +23,8 @@ UNRULY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e
 
 GOOD, FAILED, BAD_REQUEST, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: finished; a run failed; bad request; stopped by a signal after a checkpoint; Ctrl-C likewise."""
+CLOSED_PIPE = 141
+"""The exit code that a shell reports of a program ended by SIGPIPE."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,17 @@ def render(error: UftError) -> str:
     if error.footer:
         lines.append(error.footer)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def tell(error: UftError) -> int:
+    """Print what was wrong to stderr; its exit code."""
+    print(render(error), file=sys.stderr, end="")
+    return error.code
+
+
+def tracing() -> bool:
+    """Whether a person asked for tracebacks (--trace); workers inherit the answer."""
+    return bool(os.environ.get("UFT_TRACE"))
 
 
 # --- Secrets stay out of errors, logs and records of runs. A secret is the value of an environment variable that is

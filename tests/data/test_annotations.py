@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from uft.config.schema import data_settings
 from uft.data.formats import FIELDS, RULES, Unreadable, recognise, rename
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest
 from uft.data.sources import load_sources
@@ -28,7 +29,7 @@ def numbers(record):
 
 
 def load(path, **source):
-    return load_sources({"name": "d", "sources": {"mine": {"path": str(path), **source}}})[0]
+    return load_sources(data_settings({"name": "d", "sources": {"mine": {"path": str(path), **source}}}))[0]
 
 
 def write(path, records):
@@ -99,7 +100,7 @@ def test_bad_values_are_bad_rows_and_missing_ones_are_not(tmp_path):
     told = {problem.what: problem.why for problem in error.value.problems}
     assert list(told) == [f"{path}:{line}" for line in (3, 4, 5)]
     assert told[f"{path}:3"] == "baseline_logp is 3, not a mean log-probability, at most 0"
-    (kept,) = load_sources({"name": "d", "bad_rows": "drop", "sources": {"mine": {"path": str(path)}}})
+    (kept,) = load_sources(data_settings({"name": "d", "bad_rows": "drop", "sources": {"mine": {"path": str(path)}}}))
     assert [dict(row.completions[0].annotations) for row in kept.rows] == [{"baseline_logp": -1.0}, {}]
 
 

@@ -221,9 +221,9 @@ def test_jsonl_and_csv_need_neither_datasets_nor_pyarrow(tmp_path):
     write_jsonl(tmp_path / "x.jsonl", ROWS)
     (tmp_path / "y.csv").write_text("prompt,completion\nq,a\n")
     code = (
-        "import sys; from uft.data.sources import load_sources; "
+        "import sys; from uft.config.schema import data_settings; from uft.data.sources import load_sources; "
         f"s = {{'a': {{'path': {str(tmp_path / 'x.jsonl')!r}}}, 'b': {{'path': {str(tmp_path / 'y.csv')!r}}}}}; "
-        "assert len(load_sources({'sources': s})) == 2; "
+        "assert len(load_sources(data_settings({'sources': s}))) == 2; "
         "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from uft.config.schema import data_settings
 from uft.data.chat import Renderer
 from uft.data.mixture import Mixture
 from uft.data.report import HEADER, coloured, data_report, length_histogram, merged_lengths, report_table
@@ -21,7 +22,7 @@ def loaded(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sources = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("shown", "pairs")}
     sources["shown"]["holdout"] = 2
-    return load_sources({"sources": sources, "bad_rows": "drop"})
+    return load_sources(data_settings({"sources": sources, "bad_rows": "drop"}))
 
 
 @pytest.fixture

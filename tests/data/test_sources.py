@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from uft.config.schema import Data, Source
+from uft.config.schema import Data, Source, data_settings
 from uft.data.rows import Kind
 from uft.data.sources import hold_out, load_sources
 from uft.errors import UftError
@@ -24,7 +24,7 @@ def demonstrations(count, start=0):
 
 
 def load(sources, **data):
-    return load_sources({"sources": sources, **data})
+    return load_sources(data_settings({"sources": sources, **data}))
 
 
 def refused(sources, **data):
@@ -50,7 +50,7 @@ def test_a_schema_a_config_node_and_a_mapping_are_all_understood(ten):
     from omegaconf import OmegaConf
 
     schema = load_sources(Data(name="d", sources={"a": Source(path=ten)}))
-    node = load_sources(OmegaConf.create({"name": "d", "sources": {"a": {"path": ten}}}))
+    node = load_sources(data_settings(OmegaConf.create({"name": "d", "sources": {"a": {"path": ten}}})))
     assert schema == node == load({"a": {"path": ten}})
 
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from uft.config.schema import data_settings
 from uft.data import sources, table, tokens
 from uft.data.chat import Renderer
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest, decode_row, encode_row
@@ -99,7 +100,7 @@ def file_of(tmp_path, shape, count=COUNT):
 
 
 def loaded(path, **source):
-    return load_sources({"holdout": 0.1, "sources": {"mine": {"path": str(path), **source}}})[0]
+    return load_sources(data_settings({"holdout": 0.1, "sources": {"mine": {"path": str(path), **source}}}))[0]
 
 
 @pytest.fixture
@@ -269,30 +270,30 @@ def test_rows_are_parsed_once_for_all_processes(tmp_path, large, monkeypatch, ca
     path.write_text(path.read_text() + "{broken\n")
     large()
     data = {"bad_rows": "drop", "holdout": 0.1, "sources": {"mine": {"path": str(path)}}}
-    first = load_sources(data)[0]
+    first = load_sources(data_settings(data))[0]
     (entry,) = (tmp_path / "cache" / "rows").iterdir()  # nothing half-written is left beside
     with monkeypatch.context() as patched:
         patched.setitem(sources.READERS, ".jsonl", lambda path: pytest.fail("read again"))
-        again = load_sources(data)[0]
+        again = load_sources(data_settings(data))[0]
     assert (again, list(again.rows)) == (replace(first, rows=again.rows, held_out=again.held_out), list(first.rows))
     assert [row.where for row in again.dropped] == [f"{path}:{COUNT + 1}"]
     for change in ({"limit": 30}, {"score_range": [0, 2]}, {"columns": {"score": "score"}}):  # each its own entry
-        load_sources({**data, "sources": {"mine": {"path": str(path), **change}}})
+        load_sources(data_settings({**data, "sources": {"mine": {"path": str(path), **change}}}))
     path.write_text(path.read_text() + json.dumps({**scored(COUNT), "prompt": "new"}) + "\n")
-    assert len(load_sources(data)[0].rows) > len(first.rows)
+    assert len(load_sources(data_settings(data))[0].rows) > len(first.rows)
     assert len(list(entry.parent.iterdir())) == 5
     damaged = entry / "table.arrow"
     damaged.write_bytes(damaged.read_bytes()[:-9] + b"\0" * 9)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with caplog.at_level(logging.WARNING):
-        rebuilt = load_sources(data)[0]
+        rebuilt = load_sources(data_settings(data))[0]
     assert "reading the rows again" in caplog.text
     assert (rebuilt.digest, tuple(rebuilt.dropped)) == (first.digest, first.dropped)
 
 
 def test_nothing_is_left_of_rows_that_have_no_file(tmp_path, large, monkeypatch):
     large()
-    source = load_sources({"sources": {"mine": {"path": "builtin:playground/instruct"}}})[0]
+    source = load_sources(data_settings({"sources": {"mine": {"path": "builtin:playground/instruct"}}}))[0]
     assert isinstance(source.rows, RowTable)
     assert list((tmp_path / "cache").glob("rows/*")) == list((tmp_path / "cache").glob("rows/.*")) == []
     assert len(list(source.rows)) == len(source.rows)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from uft.config.schema import data_settings
 from uft.data import formats
 from uft.data.formats import is_rows_file, to_records, write_rows
 from uft.data.rows import Completion, Kind, Message, Row, content_digest
@@ -74,7 +75,7 @@ class Rows:
 
 
 def read(path, **source):
-    return load_sources({"name": "d", "sources": {"mine": {"path": str(path), **source}}})[0].rows
+    return load_sources(data_settings({"name": "d", "sources": {"mine": {"path": str(path), **source}}}))[0].rows
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -94,7 +95,9 @@ def test_reading_what_was_written_gives_the_rows(kind, seed, tmp_path):
 
 @pytest.mark.parametrize("name", ["instruct", "pairs", "binary", "scored", "negatives"])
 def test_so_do_the_playground_s_rows(name, tmp_path):
-    (source,) = load_sources({"name": "d", "sources": {"mine": {"path": f"builtin:playground/{name}", "limit": 50}}})
+    (source,) = load_sources(
+        data_settings({"name": "d", "sources": {"mine": {"path": f"builtin:playground/{name}", "limit": 50}}})
+    )
     write_rows(tmp_path / "rows.jsonl", source.rows)
     assert read(tmp_path / "rows.jsonl", checker="playground") == source.rows
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from uft.config.schema import Eval, Lora, Model, ReferenceModel
+from uft.config.schema import Eval, Lora, Model, ReferenceModel, data_settings
 from uft.data.chat import Renderer
 from uft.data.rows import Completion, Message, Row
 from uft.data.sources import load_sources
@@ -37,10 +37,12 @@ def renderer(tokenizer):
 @pytest.fixture(scope="module")
 def held(renderer):
     sources = load_sources(
-        {
-            "name": "all",
-            "sources": {name: {"path": f"builtin:playground/{name}", "checker": "playground"} for name in NAMES},
-        }
+        data_settings(
+            {
+                "name": "all",
+                "sources": {name: {"path": f"builtin:playground/{name}", "checker": "playground"} for name in NAMES},
+            }
+        )
     )
     return [held_out(source.name, source.rows[:8], renderer) for source in sources]
 

@@ -3,6 +3,7 @@
 import pytest
 
 from uft.config.compose import compose
+from uft.config.schema import data_settings
 from uft.data.mixture import mixture_weights, portion
 from uft.data.sources import load_sources
 from uft.playground import world
@@ -19,7 +20,7 @@ DRAWN = {
 
 def load(name, *overrides):
     data = compose([f"data={name}", *overrides]).data
-    loaded = load_sources(data)
+    loaded = load_sources(data_settings(data))
     portions = [portion(source.name, source.rows, data.sources[source.name].share) for source in loaded]
     weights = mixture_weights(portions, data.ratio)
     return loaded, dict(zip([source.name for source in loaded], weights, strict=True))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from uft.config.schema import Generate, Model
+from uft.config.schema import Generate, Model, data_settings
 from uft.data.chat import Renderer
 from uft.data.rows import Completion, Kind, Message, Row
 from uft.data.sources import LoadedSource, load_sources
@@ -40,7 +40,7 @@ def sources():
             "pairs": {"path": "builtin:playground/pairs"},
         },
     }
-    return load_sources(data)
+    return load_sources(data_settings(data))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_every_row_gets_one_sample_per_seed(job, sources):
 
 def test_data_reads_what_is_written(job, sources):
     path = job().path
-    (read,) = load_sources({"name": "made", "sources": {"made": {"path": str(path)}}})
+    (read,) = load_sources(data_settings({"name": "made", "sources": {"made": {"path": str(path)}}}))
     assert len(read.rows) == 12
     for line, row, original in zip(lines(path), read.rows, [*sources[0].rows[:6], *sources[1].rows[:6]], strict=True):
         assert row.kind is Kind.NEGATIVES
@@ -101,7 +101,7 @@ def test_messages_stay_messages(job):
     turns = (Message("assistant", "cat"), Message("user", "copy : bear"), Message("assistant", "bear"))
     row = Row("talk", 0, prompt, (Completion(turns),))
     path = job(given=[LoadedSource("talk", "here", (row,), (), "")]).path
-    (read,) = load_sources({"name": "made", "sources": {"talk": {"path": str(path)}}})
+    (read,) = load_sources(data_settings({"name": "made", "sources": {"talk": {"path": str(path)}}}))
     assert read.rows[0].prompt == prompt
     assert read.rows[0].completions[0].turns == turns
 

@@ -12,7 +12,18 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, UftError, redact, render, tell_redacted
+from uft.errors import (
+    BAD_REQUEST,
+    CLOSED_PIPE,
+    FAILED,
+    GOOD,
+    INTERRUPTED,
+    UftError,
+    redact,
+    tell,
+    tell_redacted,
+    tracing,
+)
 from uft.runs import keep_others_out
 
 VERBS = {
@@ -36,9 +47,6 @@ Start with
   uft train objective=ift data=mix      train the embedded model on the embedded mixture, in about a minute
   uft train --help                      what there is to choose from
   uft ls                                what has been trained here"""
-
-CLOSED_PIPE = 141
-"""What a shell sees of a program that SIGPIPE ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,17 +78,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def tracing() -> bool:
-    """Whether a person asked for tracebacks."""
-    return bool(os.environ.get("UFT_TRACE"))
-
-
-def tell(error: UftError) -> int:
-    """Print what was wrong; its exit code."""
-    print(render(error), file=sys.stderr, end="")
-    return error.code
-
-
 def dispatch(arguments: list[str]) -> int:
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help", "help"):
@@ -92,9 +89,7 @@ def dispatch(arguments: list[str]) -> int:
         print(f"uft {__version__}")
         return GOOD
     if first in ("-sc", "--shell-completion"):
-        from uft.cli.completion import complete
-
-        return complete(arguments)
+        return int(import_module("uft.cli.completion").complete(arguments))
     if first not in VERBS:
         print(unknown(first), file=sys.stderr)
         return BAD_REQUEST

@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from uft.cli import CLOSED_PIPE, VERBS, tell, tracing
+from uft.cli import VERBS
 from uft.config.compose import Examined, examine, footer, needs_hydra, refuse_named_code, require
 from uft.config.files import (
     BROKEN,
@@ -35,7 +35,7 @@ from uft.config.files import (
 from uft.config.messages import conf_dir, config_dirs, groups, headline, nearest, written
 from uft.config.schema import MISSING, Config, Key, keys_of
 from uft.config.tree import Tree
-from uft.errors import GOOD, Problem, UftError
+from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import row_problems
 from uft.launch.sweep import JobFailed, failure_reason
 

@@ -12,8 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uft.cli import tell
-from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, render
+from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, render, tell
 from uft.runs import Run, find_runs, find_sweeps, planned, shown, summary, waiting
 from uft.tracking.console import HEADLINES
 

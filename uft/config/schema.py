@@ -78,6 +78,12 @@ class Data:
     cache: str | None = _key(None, "folder of the token cache; null: UFT_CACHE or ~/.cache/uft")
 
 
+def data_settings(content: Mapping[str, Any]) -> Data:
+    """The settings of a mixture from a mapping with its keys; absent keys have their defaults."""
+    sources = {name: Source(**source) for name, source in content.get("sources", {}).items()}
+    return Data(**{"name": "data", **content, "sources": sources})
+
+
 @dataclass
 class Lora:
     rank: int = _key(16, "rank of the adapter", ge=1)

@@ -21,11 +21,10 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import uft
-from uft.config.schema import Data, Source
 from uft.data import formats
 from uft.data.formats import Format, Unreadable
 from uft.data.rows import Kind, Row, content_digest, prompt_hash
@@ -33,6 +32,9 @@ from uft.data.table import Corrupt, RowCollector, RowTable, kinds, open_table, p
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
+
+if TYPE_CHECKING:
+    from uft.config.schema import Data, Source
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +75,11 @@ class LoadedSource:
 
 
 @activity("rows were read", moving=True)
-def load_sources(data: Any) -> list[LoadedSource]:
-    """All sources of `data` (a `schema.Data`, or a mapping with its keys), sorted by name.
+def load_sources(settings: Data) -> list[LoadedSource]:
+    """All sources of a mixture, sorted by name.
 
     Raises :class:`UftError` with every source that cannot be loaded and, unless `bad_rows` is drop, every bad row.
     """
-    settings = _as_data(data)
     if not settings.sources:
         raise UftError(
             Problem("data.sources", "this mixture has no sources"),
@@ -112,15 +113,6 @@ def load_sources(data: Any) -> list[LoadedSource]:
         footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and strict else ""
         raise UftError(*problems, footer=footer)
     return loaded
-
-
-def _as_data(data: Any) -> Data:
-    """`data` under the schema, so that defaults stand in one place whatever the caller holds."""
-    if isinstance(data, Data):
-        return data
-    given = {"name": "data", **data}
-    sources = {name: Source(**source) for name, source in given.pop("sources", {}).items()}
-    return Data(**given, sources=sources)
 
 
 def _load(name: str, source: Source, data: Data) -> LoadedSource:

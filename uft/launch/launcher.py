@@ -145,6 +145,7 @@ def row_problems(examined: Examined) -> list[Problem]:
 
     Nothing is fetched from the hub for a request that is refused anyway.
     """
+    from uft.config.schema import data_settings
     from uft.data.sources import is_local, load_sources
 
     problems: dict[Problem, None] = {}
@@ -153,7 +154,7 @@ def row_problems(examined: Examined) -> list[Problem]:
         sources = {name: s for name, s in data["sources"].items() if name not in wrong and is_local(s["path"])}
         if sources:
             try:
-                load_sources({**data, "sources": sources})
+                load_sources(data_settings({**data, "sources": sources}))
             except UftError as error:
                 problems |= dict.fromkeys(error.problems)
     return list(problems)

@@ -227,9 +227,10 @@ def check_rows(settings: Sequence[Mapping[str, Any]]) -> None:
 
 @cache
 def _parse_rows(data: str, working_directory: str) -> None:
+    from uft.config.schema import data_settings
     from uft.data.sources import load_sources
 
-    load_sources(json.loads(data))
+    load_sources(data_settings(json.loads(data)))
 
 
 @dataclass(frozen=True)
