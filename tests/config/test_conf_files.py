@@ -122,7 +122,7 @@ def written(file):
 
 
 def test_objectives_have_the_keys_their_files_name_and_no_others():
-    from uft.config.objectives import parameters
+    from uft.config.schema import parameters
 
     for name, file in GROUPS["objective"].items():
         content = written(file)

@@ -42,14 +42,14 @@ def test_the_real_modules_come_afterwards():
 def test_an_objective_that_needs_torch_as_it_is_imported_still_has_a_schema():
     run(
         "import sys\n"
-        "import uft.config.objectives as lazy\n"
+        "import uft.config.schema as lazy\n"
         "lazy.MODULES = ('torch',)  # torch.nn.functional is now missing beside the stand-in\n"
         + SCHEMA.split("heavy")[0]
     )
 
 
 def test_hyper_parameters_are_the_public_ones():
-    from uft.config.objectives import parameters
+    from uft.config.schema import parameters
 
     assert "state" not in parameters()["ift"]
     assert parameters()["ift"]["lam"].default == 0.2

@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 
 from uft.data.rows import Completion, Message, Row
-from uft.evaluation.checkers import CHECKERS, gold, last_number
+from uft.evaluation.measures import CHECKERS, gold, last_number
 
 
 def row(answer=None, *completions, prompt="sort : owl cat", task="sort"):

@@ -21,8 +21,7 @@ from uft.config.compose import compose
 from uft.config.frozen import plain
 from uft.runs import Run, create_run, write_json
 from uft.tracking import make_tracker
-from uft.tracking.sync import plan
-from uft.tracking.wandb import extent
+from uft.tracking.wandb import extent, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -19,8 +19,7 @@ from standin import Standin
 from uft.runs import Run, write_json
 from uft.tracking import Trackers, make_tracker
 from uft.tracking.metrics import Files
-from uft.tracking.sync import plan, send
-from uft.tracking.wandb import Wandb, unsent
+from uft.tracking.wandb import Wandb, plan, send, unsent
 
 
 def test_a_server_that_never_answers_costs_bounded_time(open_wandb, server):

@@ -15,8 +15,7 @@ import pytest
 from uft.config.schema import Config
 from uft.errors import GOOD, INTERRUPTED, STOPPED
 from uft.training import jobs
-from uft.training.card import stage_card
-from uft.training.setup import Prepared
+from uft.training.setup import Prepared, stage_card
 
 
 def test_check_prepares_takes_the_largest_step_and_writes_nothing(

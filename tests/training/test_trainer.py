@@ -24,9 +24,8 @@ from uft.model import layout
 from uft.objectives.base import Term
 from uft.training import checkpoint
 from uft.training import trainer as trainer_module
-from uft.training.card import start_card
 from uft.training.optim import defers_finite_check
-from uft.training.setup import Prepared, check_start, data_record, longest_row, resume
+from uft.training.setup import Prepared, check_start, data_record, longest_row, resume, start_card
 from uft.training.step import FiniteCheck, Step, optimiser_step
 from uft.training.trainer import Meter, Trainer
 

@@ -34,13 +34,13 @@ VERBS = {
     "annotate": "a number beside every completion: baselines for poft, soft labels from scores",
     "resume": "continue a run or a sweep that was stopped",
     "compare": "runs side by side: a table, one page, and whether a difference is more than seed noise",
-    "sync": "upload what runs kept for W&B while they were offline, and say what arrived",
+    "sync": "upload what W&B lacks of runs that were offline or cut off, and say what arrived",
     "ls": "runs and sweeps here: state, steps, headline metrics",
     "config": "the composed config and where each value came from; --diff RUN",
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
-MANAGE = ("resume", "compare", "sync", "ls")
-"""Each verb is a function of its name, of arguments to an exit code: in manage for these, in doctor, else in verbs."""
+MANAGE = ("resume", "compare", "sync", "ls", "doctor")
+"""Each verb is a function of its name, of arguments to an exit code: in manage for these, else in verbs."""
 
 START = """\
 Start with
@@ -93,7 +93,7 @@ def dispatch(arguments: list[str]) -> int:
     if first not in VERBS:
         print(unknown(first), file=sys.stderr)
         return BAD_REQUEST
-    module = "manage" if first in MANAGE else "doctor" if first == "doctor" else "verbs"
+    module = "manage" if first in MANAGE else "verbs"
     return int(getattr(import_module(f"uft.cli.{module}"), first)(arguments[1:]))
 
 

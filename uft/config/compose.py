@@ -14,13 +14,11 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from uft.config.files import BROKEN, NAMES_CODE, Layers, Request, files_of, translate
+from uft.config.files import BROKEN, NAMES_CODE, Layers, Request, Words, files_of, read_words, translate
 from uft.config.frozen import plain
 from uft.config.messages import COMMAND_LINE
-from uft.config.staged import compose_stages, has_stages
-from uft.config.stages import FILE, STAGES, differing, expanded, without_stages
+from uft.config.stages import FILE, STAGES, compose_stages, differing, expanded, has_stages, without_stages
 from uft.config.tree import Setting, Tree, leaves
-from uft.config.words import Words, read_words
 from uft.errors import Problem, UftError
 
 

@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 
 from uft.config.messages import written
-from uft.config.objectives import parameters
-from uft.config.schema import Config, Source, build, flat, resolved
+from uft.config.schema import Config, Source, build, flat, parameters, resolved
 from uft.config.tree import Setting, Tree, leaves, no_such_method
 from uft.errors import Problem, UftError
 from uft.runs import bounded

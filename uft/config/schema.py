@@ -1,22 +1,26 @@
 """The schema of a configuration: every key with its type, default, range and one line of help.
 
 The groups are plain dataclasses, so that the program works with `config.train.steps`. `objective` has no dataclass:
-its keys are those of the objective's own class (:mod:`uft.config.objectives`). Ranges and choices stand beside the
+its keys are those of the objective's own class (:mod:`uft.config.schema`). Ranges and choices stand beside the
 field as metadata (`ge`, `gt`, `le`, `lt`, `choices`); :mod:`uft.config.tree` checks values against them.
 Nothing here imports torch, Hydra or OmegaConf.
 """
-
-# (`_key` makes a field with a default_factory where the default is a list or a dict)
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from types import ModuleType
 from typing import Any
+
+# (`_key` makes a field with a default_factory where the default is a list or a dict)
+
 
 MISSING = "???"
 """A value that has to be given, as OmegaConf writes it."""
@@ -273,7 +277,7 @@ class Config:
 
 # the schema as a table of keys
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -295,7 +299,7 @@ class Key:
         return typing.get_origin(self.kind) in (dict, Mapping)
 
 
-NAMED: dict[Path, type] = {("data", "sources"): Source, ("stages",): Stage}
+NAMED: dict[KeyPath, type] = {("data", "sources"): Source, ("stages",): Stage}
 """Where entries have names of the user's, and the group that an entry is."""
 
 
@@ -314,7 +318,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return MISSING if field.default is dataclasses.MISSING else field.default
 
 
-def key_at(path: Path, objectives: Mapping[Path, Mapping[str, Key]]) -> Key | None:
+def key_at(path: KeyPath, objectives: Mapping[KeyPath, Mapping[str, Key]]) -> Key | None:
     """What stands at `path`; None for what the schema does not know. `objectives`: the keys of each, by its place."""
     key: Key | None = Key(Config)
     for depth, part in enumerate(path):
@@ -352,19 +356,19 @@ def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", item
 
 
-def value_at(settings: Any, path: Path) -> Any:
+def value_at(settings: Any, path: KeyPath) -> Any:
     """The value at a path of nested settings; None where there is none."""
     for part in path:
         settings = settings.get(part) if isinstance(settings, Mapping) else None
     return settings
 
 
-def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[Path]]:
+def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[KeyPath]]:
     """(settings in builtins, references replaced by what they refer to; the paths of those that refer to nothing)."""
-    broken: set[Path] = set()
+    broken: set[KeyPath] = set()
     root: Any = None
 
-    def resolve(value: Any, path: Path) -> Any:
+    def resolve(value: Any, path: KeyPath) -> Any:
         nonlocal root
         if isinstance(value, Mapping):
             return {str(name): resolve(item, (*path, str(name))) for name, item in value.items()}
@@ -387,3 +391,97 @@ def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[Path]]:
         return list(value) if isinstance(value, (list, tuple)) else value
 
     return resolve(settings, ()), broken
+
+
+# --- The hyper-parameters of every objective, read from the dataclasses of uft.objectives without torch.
+#
+# The file of an objective imports torch, which takes seconds. `importlib.util.LazyLoader` does not help: the import
+# statement itself wakes it. So the objectives are imported once beside a stand-in that answers every attribute with
+# :class:`Anything`, their fields are read, and the modules are forgotten again: a later import gets them with torch.
+
+
+MODULES = ("torch", "torch.nn", "torch.nn.functional")
+Settings = Mapping[str, Any]
+
+
+def parameters() -> Mapping[str, Mapping[str, Key]]:
+    """By method: the public hyper-parameters of that objective."""
+    return _objectives()[0]
+
+
+def problems_of(settings: Settings) -> list[tuple[str, str]]:
+    """(key, what is wrong) where the keys of an objective contradict each other."""
+    return list(_objectives()[1](settings).problems())
+
+
+def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:
+    """Those of `keys` that the method has a plain default for."""
+    known = parameters()[method]
+    return {key: known[key].default for key in keys if key in known and known[key].default not in (MISSING, {})}
+
+
+def whole_number(key: str, settings: Settings) -> bool:
+    """Whether a dotted key takes whole numbers, in settings that say which objective there is."""
+    found = key_at(tuple(key.split(".")), {("objective",): parameters()[settings["objective"]["method"]]})
+    return found is not None and found.kind in (int, int | None)
+
+
+@cache
+def _objectives() -> tuple[dict[str, dict[str, Key]], Callable[[Settings], Any]]:
+    """(hyper-parameters by method, `make`) of uft.objectives, read without torch where that can be done."""
+    try:
+        with without_torch():
+            return _read()
+    except Exception:  # an objective that works with torch's values as it is imported: slow to read, but as right
+        return _read()
+
+
+def _read() -> tuple[dict[str, dict[str, Key]], Callable[[Settings], Any]]:
+    from uft.objectives import OBJECTIVES, make
+
+    classes: Mapping[str, Any] = OBJECTIVES
+    return {method: keys_of(cls) for method, cls in classes.items()}, make
+
+
+class _Anything(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything
+
+
+class Anything(metaclass=_Anything):
+    """A type, a base class, a decorator, a constant: whatever is taken from the stand-in when a module is imported."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return Anything
+
+
+class StandIn(ModuleType):
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything
+
+
+@contextmanager
+def without_torch() -> Iterator[None]:
+    """Imports of `uft` inside this block see a stand-in for torch, and are undone at its end.
+
+    Does nothing when torch is there already.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    before = set(sys.modules)
+    sys.modules.update({name: StandIn(name) for name in MODULES})
+    try:
+        yield
+    finally:
+        for name in set(sys.modules) - before:
+            values = vars(sys.modules[name]).values()
+            holds = any(isinstance(value, StandIn) or value is Anything for value in values)
+            if name in MODULES or name.startswith("uft.objectives") or holds:
+                del sys.modules[name]

@@ -6,11 +6,12 @@ hide the next. Nothing here imports Hydra: a worker reads its frozen configurati
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,22 @@ from uft.config.messages import (
     right_type,
     written,
 )
-from uft.config.objectives import parameters
-from uft.config.rules import rules_broken
-from uft.config.schema import MISSING, NAMED, REFERENCE, Config, Key, Path, key_at, keys_of, resolved, value_at
-from uft.errors import Problem
+from uft.config.schema import (
+    MISSING,
+    NAMED,
+    REFERENCE,
+    Config,
+    Key,
+    KeyPath,
+    flat,
+    key_at,
+    keys_of,
+    parameters,
+    problems_of,
+    resolved,
+    value_at,
+)
+from uft.errors import Problem, secret_in, secrets
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -66,7 +79,7 @@ def leaves(value: Mapping[Any, Any], prefix: tuple[str, ...] = ()) -> Iterator[t
             yield (*prefix, str(key)), item
 
 
-def path_of(override: Override) -> Path:
+def path_of(override: Override) -> KeyPath:
     return tuple(re.findall(r"[^.\[\]]+", override.key_or_group))
 
 
@@ -86,7 +99,7 @@ class Tree:
     def __init__(self) -> None:
         self.values: dict[str, Any] = dataclasses.asdict(Config())
         self.origins: dict[str, Setting] = {}
-        self.objectives: dict[Path, dict[str, Key]] = {}  # by the place of an objective: the keys it has
+        self.objectives: dict[KeyPath, dict[str, Key]] = {}  # by the place of an objective: the keys it has
 
     def fill(self, settings: Sequence[Setting], leave: Callable[[Setting], bool] | None = None) -> list[Problem]:
         """Lay the settings of files: an objective's method first, since it decides about its other keys.
@@ -172,15 +185,15 @@ class Tree:
             return [problem for setting in settings_of(override) if (problem := self.put(setting))]
         return [Problem(line, why, COMMAND_LINE, advice)]
 
-    def get(self, path: Path) -> Any:
+    def get(self, path: KeyPath) -> Any:
         """The value at a path, unresolved; None where there is none."""
         value = value_at(self.values, path)
         return None if value == MISSING else value
 
-    def key_at(self, path: Path) -> Key | None:
+    def key_at(self, path: KeyPath) -> Key | None:
         return key_at(path, self.objectives)
 
-    def is_new(self, path: Path) -> bool:
+    def is_new(self, path: KeyPath) -> bool:
         """Whether `path` leads to a new entry of free keys, the one place where + is right."""
         for depth in range(2, len(path)):
             key = self.key_at(path[:depth])
@@ -205,12 +218,12 @@ class Tree:
             wrong[key] = self.against_rule(key, why, advice, value_at(settings, tuple(key.split("."))))
         return settings, wrong
 
-    def finish(self, below: Path) -> tuple[dict[str, Any], dict[str, Problem]]:
+    def finish(self, below: KeyPath) -> tuple[dict[str, Any], dict[str, Problem]]:
         """(what is below a path, references resolved; missing values, and those out of range or no choice)."""
         whole, lost = resolved(self.values)
         wrong: dict[str, Problem] = {}
 
-        def walk(node: dict[str, Any], path: Path) -> None:
+        def walk(node: dict[str, Any], path: KeyPath) -> None:
             for name, value in node.items():
                 here, raw = (*path, name), self.get((*path, name))
                 key, text = self.key_at(here), ".".join(here)
@@ -257,7 +270,7 @@ class Tree:
         what = setting.text if "=" in setting.text else f"{setting.text}={written(setting.value)}"
         return Problem(what, f"must be {expected(kind)}", setting.where, advice)
 
-    def unknown(self, setting: Setting, path: Path) -> Problem:
+    def unknown(self, setting: Setting, path: KeyPath) -> Problem:
         """The problem of a key, at `path` or above the setting, that the schema does not have."""
         prefix, siblings = path[:-1], self.keys_at(path[:-1])
         near = nearest(path[-1], siblings)
@@ -273,7 +286,7 @@ class Tree:
             place += f"={node.get('name') or node.get('method')}"
         return Problem(setting.text, f"no such key{place}", setting.where, (advice, *more))
 
-    def keys_at(self, path: Path) -> list[str]:
+    def keys_at(self, path: KeyPath) -> list[str]:
         """The keys of the group at `path`, in their order."""
         if path in self.objectives:
             return list(self.objectives[path])
@@ -353,3 +366,166 @@ def out_of_range(name: str, key: Key, value: Any) -> tuple[str, tuple[str, ...]]
         if failed:
             return "must be " + " and ".join(f"{BOUNDS[op][0]} {rules[op]}" for op in failed), ()
     return None
+
+
+# --- Rules between keys: each reads what it needs, and says nothing where that is missing or wrong itself.
+
+
+Settings = dict[str, Any]
+LONGEST_NAME = 200  # bytes; file systems allow 255, and our temporary files have longer names
+
+
+Broken = tuple[str, str, tuple[str, ...]]
+"""A dotted key, why its value breaks a rule, advice."""
+
+
+def rules_broken(settings: Settings, wrong: Collection[str], typed: Collection[str]) -> list[Broken]:
+    """The rules that settings break, at most one a key.
+
+    `wrong` are the keys whose values are wrong by themselves: rules see them as not given. `typed` are those that the
+    command line sets.
+    """
+    settings = copy.deepcopy(settings) if wrong else settings
+    for path in (tuple(key.split(".")) for key in wrong if "." in key):
+        node = value_at(settings, path[:-1])
+        if isinstance(node, dict) and path[-1] in node:
+            node.pop(path[-1]) if path[0] == "objective" else node.update({path[-1]: None})
+    found = [one for rule in RULES for one in rule(settings)]
+    steps = settings["train"]["steps"]
+    if "train.epochs" in typed and steps is not None:
+        found.insert(0, broken("train.epochs", f"does nothing beside train.steps={steps}", "add  train.steps=null"))
+    return list({one[0]: one for one in reversed(found) if one[0] not in wrong}.values())[::-1]
+
+
+def broken(key: str, why: str, *advice: str) -> Broken:
+    return key, why, advice
+
+
+def epochs_and_warmup(settings: Settings) -> Iterator[Broken]:
+    warmup, steps = settings["optim"]["warmup"], settings["train"]["steps"]
+    if warmup is not None and warmup >= 1:
+        if warmup != int(warmup):
+            yield broken("optim.warmup", "must be a share below 1 or a whole number of steps")
+        elif steps is not None and warmup >= steps:
+            yield broken("optim.warmup", f"leaves no step after the warm-up: train.steps={steps}")
+
+
+def lists_of_numbers(settings: Settings) -> Iterator[Broken]:
+    betas, seeds = settings["optim"]["betas"], settings["generate"]["seeds"]
+    if betas is not None and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+        yield broken("optim.betas", "must be two numbers, at least 0 and below 1")
+    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+        yield broken("generate.seeds", "must be different seeds, at least one")
+
+
+def adapters(settings: Settings) -> Iterator[Broken]:
+    adapter = settings["model"]["adapter"]
+    if settings["reference"]["mode"] == "adapter_off":
+        if adapter == "none":
+            advice = "model.adapter=lora  or  reference.mode=auto"
+            yield broken("reference.mode", "needs an adapter to switch off", advice)
+        if settings["reference"]["path"] is not None:
+            why = "is another model, and switching the adapter off gives the initial policy"
+            yield broken("reference.path", why, "reference.mode=auto")
+    if adapter == "lora" and settings["model"]["lora"]["targets"] == []:
+        yield broken("model.lora.targets", "names no layer to adapt", "for all linear layers:  [all-linear]")
+
+
+def mixture(settings: Settings) -> Iterator[Broken]:
+    sources, ratio = settings["data"]["sources"], settings["data"]["ratio"]
+    if not sources:
+        advice = "+data.sources.mine.path=rows.jsonl", "or a mixture that has some:  data=mix"
+        yield broken("data.sources", "the mixture has no sources", *advice)
+    elif all(source.get("share") == 0 for source in sources.values()):
+        yield broken("data.sources", "every share is 0")
+    kinds = [source.get("kind") for source in sources.values()]
+    if ratio is not None and kinds and None not in kinds:  # where kinds are named, the ratio must have two sides
+        shown = kinds.count("demonstration") + kinds.count("negatives")
+        if (ratio < 1 and shown == len(kinds)) or (ratio > 0 and shown == 0):
+            side = "demonstrations only" if shown else "no demonstrations"
+            why = f"shares between demonstrations and the rest, and the mixture has {side}"
+            yield broken("data.ratio", why)
+
+
+def held_out(settings: Settings) -> Iterator[Broken]:
+    for name, source in settings["data"]["sources"].items():
+        key = f"data.sources.{name}"
+        ways = [way for way in ("holdout", "eval_path", "eval_split") if source.get(way) is not None]
+        if len(ways) > 1:
+            why = f"and {ways[0]} both say which rows are for evaluation: give one"
+            yield broken(f"{key}.{ways[1]}", why)
+        ends = source.get("score_range")
+        if ends is not None and not (len(ends) == 2 and ends[0] < ends[1]):
+            yield broken(f"{key}.score_range", "must be [lowest, highest]")
+    for key in ("data.holdout", *(f"data.sources.{name}.holdout" for name in settings["data"]["sources"])):
+        amount = value_at(settings, tuple(key.split(".")))
+        if amount is not None and amount > 1 and amount != int(amount):
+            yield broken(key, "must be a share below 1 or a whole number of rows")
+
+
+def names(settings: Settings) -> Iterator[Broken]:
+    """Names that become folders, and names of sources, which stand in the names of metrics and of files."""
+    for key, name in (("run.name", settings["run"]["name"]), ("sweep.name", settings["sweep"]["name"])):
+        bad = sorted(set(str(name or "")) & set("/\\=,"))
+        if bad or name in ("", ".", ".."):
+            yield broken(key, "names a folder", f"without {listing(bad)}" if bad else "give it a real name")
+        elif name is not None:
+            yield from _plain_name(key, name)
+    for part in str(settings["run"]["dir"] or "").split("/"):
+        yield from _plain_name("run.dir", part)
+    for name in settings["data"]["sources"]:
+        key = f"data.sources.{name}"
+        if set(name) & set("/\\") or name in ("", ".", ".."):
+            yield broken(key, "names files and metrics", "without / and \\")
+        else:
+            yield from _plain_name(key, name)
+
+
+def _plain_name(key: str, name: str) -> Iterator[Broken]:
+    if not name.isprintable():
+        why = "has a character that cannot be shown"
+        yield broken(key, why, "letters, digits and -_.+ are fine")
+    elif len(name.encode()) > LONGEST_NAME:
+        yield broken(key, f"is too long for a file's name: at most {LONGEST_NAME} bytes")
+
+
+def no_secret(settings: Settings) -> Iterator[Broken]:
+    """A configuration is written down, sent to W&B and compared by others."""
+    known = secrets()
+    for key, value in flat({**settings, "stages": {}}):
+        texts = list(value) if isinstance(value, list) else [value]
+        if key == "run.dir":
+            texts += str(value or "").split("/")  # the last part names the run, and others may name a sweep
+        what = next((found for text in texts if isinstance(text, str) and (found := secret_in(text, known))), None)
+        if what:
+            why = f"holds {what}, and configurations are written down"
+            yield broken(key, why, "leave it in the environment")
+
+
+def machines(settings: Settings) -> Iterator[Broken]:
+    nodes, rank = settings["hardware"]["nodes"] or 1, settings["hardware"]["node_rank"]
+    if rank is not None and rank >= nodes:
+        yield broken("hardware.node_rank", f"counts from 0 to {nodes - 1}: hardware.nodes={nodes}")
+    pool, processes = settings["hardware"]["pool"], settings["hardware"]["processes"] or 1
+    if pool is not None and len(set(pool)) < max(processes, len(pool)):
+        why = f"must be different numbers, at least {processes}: hardware.processes"
+        yield broken("hardware.pool", why)
+
+
+def objective(settings: Settings) -> Iterator[Broken]:
+    """The keys of an objective that contradict each other, by its own `problems`."""
+    for key, why in problems_of(settings["objective"]) if settings["objective"].get("method") in parameters() else ():
+        yield broken(f"objective.{key}", why)
+
+
+RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
+    epochs_and_warmup,
+    lists_of_numbers,
+    adapters,
+    mixture,
+    held_out,
+    names,
+    no_secret,
+    machines,
+    objective,
+)

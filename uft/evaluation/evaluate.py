@@ -18,8 +18,7 @@ from uft.data.batch import Batch, Example, make_example, micro_batches
 from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message, Row
 from uft.distributed import ranks
-from uft.evaluation.checkers import CHECKERS, gold
-from uft.evaluation.measures import Scored, ScoredRow, Tally, pair_of
+from uft.evaluation.measures import CHECKERS, Scored, ScoredRow, Tally, gold, pair_of
 from uft.heartbeat import activity
 from uft.model.load import pad_id
 from uft.model.policy import Policy

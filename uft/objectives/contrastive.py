@@ -21,7 +21,7 @@ from torch.nn.functional import softplus
 from uft.data.batch import Batch
 from uft.objectives import terms
 from uft.objectives.base import Forward, Loss, StepContext, key
-from uft.objectives.pairs import PairLoss
+from uft.objectives.pairwise import PairLoss
 
 Tensor = torch.Tensor
 

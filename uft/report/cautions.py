@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from uft.report.groups import Grouping
-from uft.report.metrics import Headline
+from uft.report.metrics import Headline, listed, plural
 from uft.report.runs import FINISHED, UNREADABLE, LoadedRun
-from uft.report.text import listed, plural
 
 TOLERANCE = 0.02  # of a budget
 BUDGETS = {"steps": "optimiser steps", "rows": "rows", "supervised_tokens": "supervised tokens"}

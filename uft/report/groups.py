@@ -18,8 +18,8 @@ from uft.config.frozen import ABSENT, free
 from uft.config.messages import written
 from uft.config.schema import Config, Source
 from uft.errors import Problem, UftError
+from uft.report.metrics import config_value, listed, truncated
 from uft.report.runs import LoadedRun
-from uft.report.text import config_value, listed, truncated
 
 OBJECTIVE, OBJECTIVE_NAME, SOURCES = "objective.", "objective.name", "data.sources."
 STAGE, IN_STAGE = re.compile(r"stages\.[^.]+\."), re.compile(r"^stages\.[^.]+\.config\.")

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from uft.report import stats
 from uft.report.groups import Grouping
-from uft.report.metrics import Headline
+from uft.report.metrics import Headline, listed, plural
 from uft.report.runs import LoadedRun
-from uft.report.text import listed, plural
 
 SELECTED = "was chosen on these same numbers"
 ALONE = "There is only one configuration, so there is nothing to compare it with."

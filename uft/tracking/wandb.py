@@ -10,6 +10,7 @@ from __future__ import annotations
 import netrc
 import os
 import socket
+import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +22,11 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from uft.errors import STOPPED, Problem, UftError
+from uft.errors import FAILED, GOOD, STOPPED, Problem, UftError
 from uft.runs import Run, shown
 from uft.tracking.metrics import read_metrics, read_samples
 
-if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
+if TYPE_CHECKING:
     from uft.evaluation.evaluate import Sample
 
 LONGEST_TAG = 64  # characters; W&B refuses more
@@ -359,3 +360,56 @@ def reachable(url: str, timeout: float = 2.0) -> bool:
     thread.start()
     thread.join(timeout)
     return answered.is_set()
+
+
+# --- Upload runs that W&B lacks something of, from their metrics.jsonl and samples.jsonl, and know what arrived.
+#
+# The server tells which steps it has, and only later rows are sent. What arrived is noted in `run.json`, so that a
+# second
+# call has nothing to do; an upload that broke off goes on where the server's rows end.
+
+
+PATIENCE = 900.0  # seconds after which the upload of a run is given up
+EXIT_CODES = {"finished": GOOD, "stopped": STOPPED}
+
+
+@dataclass
+class Upload:
+    """What is to be done for a run, and how it went."""
+
+    run: Run
+    due: bool = False  # W&B may lack something of it
+    arrived: bool = False  # everything is there
+    why: str = ""  # it did not arrive, or is not tried
+    steps: int = 0  # that the server lacked
+
+
+def plan(run: Run) -> Upload:
+    """What is to be done for a run. Nothing is touched."""
+    if run.status == "running":
+        return Upload(run, why="is running: upload it when it has ended")
+    tracked = run.info().get("wandb", {}).get("mode", "disabled") != "disabled"
+    due = tracked and unsent(run)
+    return Upload(run, due, arrived=tracked and not due)
+
+
+def send(uploads: Sequence[Upload], say: Callable[[str], None], patience: float = PATIENCE) -> None:
+    """Upload these runs one after the other. Afterwards each has `arrived` or has its `why`."""
+    for upload in uploads:
+        run, status = upload.run, upload.run.status
+        with tempfile.TemporaryDirectory(prefix="uft-sync-", ignore_cleanup_errors=True) as folder:
+            try:
+                tracker = Wandb(run, run.config(), lambda line: None, folder=Path(folder), uploads=True)
+                tracker.finish_timeout = patience
+                tracker.connect()
+                summary = {**run.result().get("final", {}), "steps": run.steps}
+                tracker.finish(status, EXIT_CODES.get(status, FAILED), summary)
+                upload.steps, upload.why = len(tracker.sent), tracker.failure
+            except UftError as error:
+                upload.why = "; ".join(f"{problem.what} {problem.why}" for problem in error.problems)
+            except Exception as error:
+                upload.why = first_line(error)
+                shut_down()
+        upload.arrived = not upload.why
+        if upload.arrived:
+            say(f"  {run.name} arrived")

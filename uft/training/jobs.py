@@ -40,11 +40,20 @@ from uft.sampling.annotate import ANNOTATORS, Bench, Recipe, annotate_rows, froz
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
-from uft.training.card import stage_card, start_card
 from uft.training.dataset import StageData, cache_dir, has_made_rows, read_run_data
 from uft.training.device import choose_device, oom_advice, settle_threads
 from uft.training.liveness import Stop, listening
-from uft.training.setup import Prepared, Say, Stopped, check_start, pause, planned_memory, prepare_stage
+from uft.training.setup import (
+    Prepared,
+    Say,
+    Stopped,
+    check_start,
+    pause,
+    planned_memory,
+    prepare_stage,
+    stage_card,
+    start_card,
+)
 
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured
 TABLE_WIDTH = 180  # without a terminal

@@ -41,7 +41,6 @@ from uft.tracking import Tracker, Trackers, make_tracker
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
 from uft.training import checkpoint
-from uft.training.card import stage_card, start_card
 from uft.training.dataset import RunData, located, read_run_data
 from uft.training.device import choose_device, explain_oom, out_of_memory, tokens_per_pass
 from uft.training.jobs import ROW_STAGES
@@ -55,6 +54,8 @@ from uft.training.setup import (
     prepare_stage,
     resume,
     saved_progress,
+    stage_card,
+    start_card,
 )
 from uft.training.step import Step
 from uft.training.trainer import Progress, Trainer
