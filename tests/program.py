@@ -124,12 +124,12 @@ def preload() -> None:
     """What the command line and the worker import."""
     from hydra.core.plugins import Plugins
 
-    from uft.cli import VERBS
+    import uft.cli.completion
+    import uft.cli.manage
+    import uft.cli.verbs  # noqa: F401
     from uft.launch import worker
 
     worker.preload()
-    for verb in VERBS:
-        import_module(f"uft.cli.{verb}")
     Plugins.instance()
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from dying import lines
-from uft.cli.generate import with_model
 
 from uft import cli
+from uft.cli.verbs import with_model
 from uft.config.frozen import load_config, typed
 from uft.errors import GOOD
 from uft.runs import Run

@@ -25,7 +25,7 @@ from uft.objectives.base import Term
 from uft.training import checkpoint
 from uft.training import trainer as trainer_module
 from uft.training.optim import defers_finite_check
-from uft.training.setup import Prepared, check_start, data_record, longest_row, resume, start_card
+from uft.training.setup import Prepared, check_start, longest_row, resume, stage_card
 from uft.training.step import FiniteCheck, Step, optimiser_step
 from uft.training.trainer import Meter, Trainer
 
@@ -351,8 +351,7 @@ def test_the_card_says_how_rows_lie(build: Build, monkeypatch: pytest.MonkeyPatc
     texts = {}
     for packing in ("packed", "padded", "auto"):
         prepared = build("sft", f"train.packing={packing}", run=packing)
-        data = data_record(prepared.corpus, prepared.trainer.sampler, prepared.plan)
-        texts[packing] = "\n".join(value for _, value in start_card(prepared, prepared.trainer.run, data, ""))
+        texts[packing] = "\n".join(value for _, value in stage_card(prepared))
     assert "rows packed" in texts["packed"]
     assert "padding counted" not in texts["packed"]
     assert "rows pa" not in texts["padded"]
@@ -362,11 +361,11 @@ def test_the_card_says_how_rows_lie(build: Build, monkeypatch: pytest.MonkeyPatc
 
 def test_the_longest_row_decides_about_windows(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = build("sft")
-    corpus, config = prepared.corpus, prepared.trainer.config
-    lengths = [one.length for source in corpus.train for row in source.encoded for one in row]
-    assert longest_row(corpus, config, prepared.trainer.objective) == max(lengths)
+    dataset, config = prepared.data.dataset, prepared.trainer.config
+    lengths = [one.length for source in dataset.train for row in source.encoded for one in row]
+    assert longest_row(dataset, config, prepared.trainer.objective) == max(lengths)
     seen: list[int] = []
-    monkeypatch.setattr(layout, "REASONS", (lambda policy, longest: seen.append(longest),))
+    monkeypatch.setattr(layout, "packing_obstacle", lambda policy, longest: seen.append(longest))
     build("sft", "train.packing=packed", run="other")
     assert seen == [max(lengths)]
 

@@ -214,7 +214,8 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         settings = {
             "objective": preset | keys,
             "data": {"name": "rows", "sources": {"rows": {"path": str(rows)}}, "holdout": 0},
-            "model": {"name": "tiny", "path": str(models["policy"]), "lr": 0.0},
+            "model": {"name": "tiny", "path": str(models["policy"])},
+            "optim": {"lr": 0.0},
             "reference": {"path": str(models["reference"])},
             "train": {"steps": 1, "batch_size": len(records), "micro_batch_tokens": 48, "max_grad_norm": 0},
             "hardware": {"device": "cpu"},

@@ -423,7 +423,7 @@ def _choose(override: Override, files: Files, words: Words) -> None:
         words.problems.append(
             Problem(line, f"{group} has a choice already", COMMAND_LINE, (f"without the +:  {meant}",))
         )
-        words.mended.append(meant)
+        words.mended += [meant] if isinstance(value, str) and files.has(group, value) else []
         return
     asked = [] if override.is_delete() else value if isinstance(value, list) else [value]
     options = [str(option) for option in asked if option is not None]
