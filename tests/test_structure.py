@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
 
 MOST = {
-    "product lines": 25_895,
-    "modules": 138,
-    "functions named once": 473,
-    "circles of files": 2,
-    "uses of private names": 39,
-    "test lines": 32_900,
+    "product lines": 23_172,
+    "modules": 90,
+    "functions named once": 331,
+    "circles of files": 0,
+    "circles of packages": 0,
+    "uses of private names": 11,
+    "test lines": 30_946,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
-LONGER = 12
+LONGER = 2
 """Files and functions beyond these soft limits, at most: a concept is not cut in two for a number."""
 
 # A package may import those before it, never one after it.

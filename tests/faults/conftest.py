@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for planting.py and sittings.py
+sys.path.insert(0, str(Path(__file__).parent))  # for planting.py and sessions.py
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # for synthetic.py
 
 from evidence import written
-from sittings import Bench
+from sessions import Bench
 
 from uft.playground.world import SOURCES, records
 from uft.runs import Run, create_run
@@ -34,7 +34,7 @@ SMALL = (
     "tracking=none",
     "hardware=cpu",
 )
-"""Lines, batteries, checkpoints and ends all fall on different steps."""
+"""Lines, evaluations, checkpoints and ends all fall on different steps."""
 LOOP = """\
 # @package _global_
 # every phase there is: two trainings with cached references, and rows that the model of the first one samples

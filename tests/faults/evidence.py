@@ -43,7 +43,7 @@ def same(run: Path, whole: dict[str, Any]) -> None:
 
 
 def moments(log: Path) -> list[str]:
-    """The names of the moments of a sitting, in their order."""
+    """The names of the moments of a session, in their order."""
     return log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 

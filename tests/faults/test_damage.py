@@ -11,7 +11,7 @@ import pytest
 from evidence import same, written
 from planting import Fault
 from requests_of import SINGLE
-from sittings import Bench
+from sessions import Bench
 
 from uft.report.runs import load
 from uft.runs import Run
@@ -136,4 +136,4 @@ def test_a_line_that_the_disk_changed_is_left_out_and_said(run: Run, undisturbed
     ours, theirs = written(run.path), undisturbed(*OFTEN)
     assert ours["curve"] == [line for line in theirs["curve"] if line[0] != ("step", 2)]
     assert ours["tensors"] == theirs["tensors"]
-    assert load(run.path).error is None  # what was left out is told of once, by the sitting that did so
+    assert load(run.path).error is None  # what was left out is told of once, by the session that did so

@@ -11,7 +11,7 @@ import pytest
 import torch
 from evidence import same, written
 from requests_of import SINGLE
-from sittings import Bench
+from sessions import Bench
 
 from uft.config.frozen import load_config
 from uft.runs import Run

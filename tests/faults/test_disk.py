@@ -17,7 +17,7 @@ import pytest
 from evidence import kinds, same, written
 from planting import Fault
 from requests_of import LOOP, SINGLE
-from sittings import Bench
+from sessions import Bench
 
 from uft.errors import UftError
 from uft.runs import Run, size, unwritable, writing

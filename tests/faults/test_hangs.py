@@ -15,7 +15,7 @@ import pytest
 from evidence import same
 from planting import Fault
 from requests_of import COLUMN, LOOP, SINGLE
-from sittings import Bench
+from sessions import Bench
 
 from uft.config.frozen import free
 from uft.launch.process import cause, oom_kills

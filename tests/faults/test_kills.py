@@ -15,7 +15,7 @@ import pytest
 from evidence import kinds, same, written
 from planting import Fault
 from requests_of import LOOP, SINGLE
-from sittings import Bench
+from sessions import Bench
 
 from uft.runs import Run
 
@@ -98,7 +98,7 @@ STOPS = (
 def test_asked_to_stop_in_one_phase_after_the_other(
     bench: Bench, new_run: NewRun, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    """SIGTERM and SIGUSR1: exit code 75, and nothing is done that the next sitting would have to undo."""
+    """SIGTERM and SIGUSR1: exit code 75, and nothing is done that the next session would have to undo."""
     stopped = new_run("stopped", *SINGLE)
     for do, name, path in STOPS:
         ended = bench.sit(stopped.path, fault=watched(tmp_path, do=do, name=name, path=path))
@@ -148,12 +148,12 @@ def test_killed_at_random_moments(bench: Bench, new_run: NewRun, tmp_path: Path)
         runs += 1
         run = new_run(f"died-{runs}", *LOOP)
         while run.status != "finished":
-            sitting = bench.start(run.path)
+            session = bench.start(run.path)
             if kills > 0:
                 time.sleep(chance.uniform(0, 1.2 * length))
-                kills -= sitting.process.poll() is None
-                sitting.process.kill()
-            sitting.wait()
+                kills -= session.process.poll() is None
+                session.process.kill()
+            session.wait()
         same(run.path, expected)
         shutil.rmtree(run.path)
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from evidence import CLOCKS, same, written
-from sittings import Bench, Sitting
+from sessions import Bench, Session
 
 from uft.runs import Run, create_run, find_runs
 
@@ -80,32 +80,32 @@ def lines_of(run: Run) -> dict[int, list[Mapping[str, Any]]]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], sitting: Sitting) -> None:
+def wait_until(condition: Callable[[], bool], session: Session) -> None:
     deadline = time.monotonic() + 20 * MINUTE
     while not condition():
-        assert sitting.process.poll() is None, sitting.out.read_text()
+        assert session.process.poll() is None, session.out.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
 def test_soak(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
-    """FAULT_SOAK_SECONDS (1800) of steps, batteries, checkpoints and W&B offline: nothing grows, and a copy of the
+    """FAULT_SOAK_SECONDS (1800) of steps, evaluations, checkpoints and W&B offline: nothing grows, and a copy of the
     folder that was taken while it was written goes on bit for bit. The figures go to FAULT_REPORT, if that is set."""
     seconds, samples = float(os.environ.get("FAULT_SOAK_SECONDS", "1800")), list[Sample]()
     run, copy = new_run("soak", *SOAK), Run(tmp_path / "copy")
-    sitting = bench.start(run.path, WANDB_MODE="offline", WANDB_SILENT="true", WANDB__DISABLE_STATS="true")
-    pid = sitting.process.pid
-    wait_until(lambda: last_step(run) > 100, sitting)
+    session = bench.start(run.path, WANDB_MODE="offline", WANDB_SILENT="true", WANDB__DISABLE_STATS="true")
+    pid = session.process.pid
+    wait_until(lambda: last_step(run) > 100, session)
     began = time.monotonic()
     while time.monotonic() - began < seconds:
         samples.append(figures(pid, run, began))
         time.sleep(min(2.0, seconds / 100))
-        assert sitting.process.poll() is None, sitting.out.read_text()
+        assert session.process.poll() is None, session.out.read_text()
     shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("wandb", ".step-*"))
     taken = copy.steps
-    wait_until(lambda: run.steps >= taken + 200, sitting)
+    wait_until(lambda: run.steps >= taken + 200, session)
     os.kill(pid, signal.SIGTERM)
-    assert sitting.wait().code == 75
+    assert session.wait().code == 75
     report(samples, run)
     grown(samples)
 
@@ -138,7 +138,7 @@ def report(samples: list[Sample], run: Run) -> None:
     if place:
         lines = [vars(sample) for sample in samples]
         evaluations = sum("eval/nll" in text for text in run.metrics_file.read_text().splitlines())
-        Path(place).write_text(json.dumps({"steps": run.steps, "batteries": evaluations, "samples": lines}))
+        Path(place).write_text(json.dumps({"steps": run.steps, "evaluations": evaluations, "samples": lines}))
 
 
 # --- a sweep

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from evidence import written
 from requests_of import SINGLE
-from sittings import Bench
+from sessions import Bench
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tracking"))
 from standin import KEY, Standin
@@ -89,12 +89,12 @@ def test_a_server_in_trouble(
     begin, end = TROUBLES[trouble]
     plain, run = new_run("plain", *WORDS), new_run("run", *WORDS, "tracking.mode=online")
     assert bench.sit(plain.path).code == 0
-    sitting = bench.start(run.path, **variables(server, environment))
+    session = bench.start(run.path, **variables(server, environment))
     wait_until(lambda: logged(run) >= STEPS // 3)
     begin(server)
     wait_until(lambda: logged(run) >= STEPS)
     end(server)
-    ended = sitting.wait()
+    ended = session.wait()
     assert ended.code == 0, ended.said
     result = run.result()
     assert result["seconds"] < 3 * plain.result()["seconds"] + 5  # of training: it did not wait

@@ -82,7 +82,7 @@ def test_a_run_writes_and_says_no_secret(ran):
     folder, said, home, _ = ran
     names = {path.name for path in all_files(folder)}
     assert {"config.yaml", "run.json", "result.json", "metrics.jsonl", "console.log"} <= names
-    assert any(name.endswith(".wandb") for name in names), "W&B was there"
+    assert json.loads((folder / "run.json").read_text())["wandb"]["id"], "W&B was asked for"
     assert leaks(said) == []
     found = {str(path): leaks(path.read_bytes()) for path in [*all_files(folder), *all_files(home)]}
     assert {path: what for path, what in found.items() if what} == {}

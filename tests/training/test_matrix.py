@@ -54,7 +54,7 @@ def short(data: str) -> Config:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where runs and the token cache lie. A corpus is a function of the data alone: each is read once, without the
-    held-out rows, of which there is no battery here."""
+    held-out rows, of which there is no evaluation here."""
     known: dict[str, TrainData] = {}
 
     def corpus_of(config: Config, tokenizer: Any) -> TrainData:

@@ -1,4 +1,4 @@
-"""Sittings of a run: workers that can be killed for good, and that a fault may be planted in."""
+"""Sessions of a run: workers that can be killed for good, and that a fault may be planted in."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from program import OWN, Popen, outside
 
 @dataclass
 class Ended:
-    """How a sitting ended: its exit code (negative: the signal that ended it) and what it said."""
+    """How a session ended: its exit code (negative: the signal that ended it) and what it said."""
 
     code: int
     said: str
 
 
 @dataclass
-class Sitting:
-    """A sitting that has been started."""
+class Session:
+    """A session that has been started."""
 
     process: Popen
     out: Path
@@ -32,7 +32,7 @@ class Sitting:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-            raise AssertionError(f"the sitting did not end\n{self.said}") from None
+            raise AssertionError(f"the session did not end\n{self.said}") from None
 
     @property
     def said(self) -> str:
@@ -41,21 +41,21 @@ class Sitting:
 
 @dataclass
 class Bench:
-    """Starts sittings; `environment` is added to each one's, `folder` is where their output goes."""
+    """Starts sessions; `environment` is added to each one's, `folder` is where their output goes."""
 
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
-    def start(self, *arguments: str | Path, fault: Fault | None = None, **environment: str) -> Sitting:
+    def start(self, *arguments: str | Path, fault: Fault | None = None, **environment: str) -> Session:
         self.count += 1
-        out = self.folder / f"sitting-{self.count}.txt"
+        out = self.folder / f"session-{self.count}.txt"
         variables = outside() | OWN | self.environment | environment
         if fault:
             variables |= fault.variable()
         command = [sys.executable, "-m", "uft.launch.worker", *map(str, arguments)]
         with open(out, "w") as file:
-            return Sitting(Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT), out)
+            return Session(Popen(command, env=variables, stdout=file, stderr=subprocess.STDOUT), out)
 
     def sit(self, *arguments: str | Path, fault: Fault | None = None, **environment: str) -> Ended:
         return self.start(*arguments, fault=fault, **environment).wait()
