@@ -36,8 +36,8 @@ def note(text: str) -> None:
 
 
 def note_code(code: int) -> None:
-    """Leave the exit code of the request, which is rank 0's."""
-    if rank() == 0:
+    """Leave the exit code of the request: that of the first process of this machine, rank 0 on the first one."""
+    if local_rank() == 0:
         _write("code", str(code))
 
 

@@ -131,7 +131,7 @@ def test_bad_rows_of_any_job_stop_the_sweep(worker, capsys):
 def test_the_rows_of_a_mixture_are_read_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     read = []
-    monkeypatch.setattr("uft.data.sources.load_sources", lambda data: read.append(data["sources"]["a"]["path"]))
+    monkeypatch.setattr("uft.data.sources.load_sources", lambda data: read.append(data.sources["a"].path))
     jobs = [
         {"seed": seed, "data": {"name": "d", "ratio": ratio, "sources": {"a": {"path": path, "share": share}}}}
         for path, ratio, share, seed in product(("x.jsonl", "y.jsonl"), (None, 0.5), (None, 2.0), (1, 2))
