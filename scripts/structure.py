@@ -53,7 +53,7 @@ if os.environ.get("STRUCTURE_TRACE"):
             if "step_over" not in marks:
                 marks["step_over"], marks["start"] = set(), set(seen)
             write()
-    STEP = {"Trainer._step", "Trainer.step", "Trainer.take_step"}
+    STEP = {"Trainer._step"}
     atexit.register(write)
     threading.setprofile(profile)
     sys.setprofile(profile)
