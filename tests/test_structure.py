@@ -58,47 +58,30 @@ LIGHT = [
 ]
 
 
-def package(path: Path) -> str:
-    relative = path.relative_to(ROOT).with_suffix("").parts
-    return relative[1] if relative[0] == "uft" and len(relative) > 1 else relative[0]
-
-
-def imported(path: Path) -> set[str]:
-    """Top packages of ours that a file imports, also within functions, unless only for type checking."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    guarded = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
-    }
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in guarded:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module == "uft":
-            names |= {f"uft.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    parts = (name.split(".") for name in names if name.startswith("uft."))
-    return {part[1] for part in parts} & set(ORDER)
-
-
-def test_imports_run_one_way():
-    wrong = set()
-    for path in (p for p in SOURCES if package(p) in ORDER):
-        mine = package(path)
-        later = {other for other in imported(path) if ORDER.index(other) > ORDER.index(mine)}
-        wrong |= {(str(path.relative_to(ROOT)), other) for other in later}
-    assert wrong == set()
-
-
-def test_the_program_does_not_grow():
+@pytest.fixture(scope="module")
+def structure():
     spec = importlib.util.spec_from_file_location("structure", ROOT / "scripts" / "structure.py")
-    structure = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(structure)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def imported(structure) -> dict[str, set[str]]:
+    """Package or top module of ours -> those that it imports, also within functions."""
+    graph = structure.packages(structure.imports(ROOT))
+    names = {name: name.removeprefix("uft.") for name in graph}
+    return {names[name]: {names[target] for target in targets} & set(ORDER) for name, targets in graph.items()}
+
+
+def test_imports_run_one_way(imported):
+    assert set(ORDER) <= set(imported)
+    assert {"data", "model"} <= imported["training"], "imports are found at all"
+    later = {name: {t for t in imported[name] if ORDER.index(t) > ORDER.index(name)} for name in ORDER}
+    assert {name: targets for name, targets in later.items() if targets} == {}
+
+
+def test_the_program_does_not_grow(structure):
     found = structure.figures(ROOT)
     assert {name: found[name] for name in MOST if found[name] > MOST[name]} == {}
 
@@ -113,9 +96,8 @@ def test_few_files_and_functions_are_long():
     assert len(long) <= LONGER, long
 
 
-def test_objectives_see_no_config_device_or_tracker():
-    for path in (ROOT / "uft" / "objectives").glob("*.py"):
-        assert imported(path) <= {"data", "objectives"}, path
+def test_objectives_see_no_config_device_or_tracker(imported):
+    assert imported["objectives"] <= {"data"}
 
 
 @pytest.mark.parametrize("name", LIGHT)

@@ -90,7 +90,7 @@ def write_rows(folder: Path) -> None:
 
 @pytest.fixture
 def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """new_run("name", "objective=sft", ...): a run folder as `uft train` makes it, that nobody has sat in yet."""
+    """new_run("name", "objective=sft", ...): a run folder as `uft train` makes it, before its first session."""
     conf = tmp_path / "conf-user" / "experiment"
     conf.mkdir(parents=True)
     (conf / "loop.yaml").write_text(LOOP)

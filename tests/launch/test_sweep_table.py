@@ -1,4 +1,4 @@
-"""The table of a sweep: how jobs stand, read from folders that somebody else fills, on a terminal and elsewhere."""
+"""The table of a sweep: the state of jobs, read from their run folders, on a terminal and in a log."""
 
 import json
 import os

@@ -65,7 +65,7 @@ def ended(process: subprocess.Popen[str], code: int) -> str:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> list[dict[str, Any]]:
-    """The curve of one process that nobody disturbed."""
+    """The curve of one undisturbed process."""
     command = [sys.executable, "-m", "uft", *request(folder, "whole", "cpu")]
     programs.run(command, cwd=folder, env=environment(folder), check=True, capture_output=True, timeout=600)
     return curve(folder / "whole")
@@ -182,7 +182,7 @@ def test_a_bad_request_is_told_once(start: Start, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_they_end_when_the_program_is_killed(start: Start, folder: Path) -> None:
-    """By SIGKILL, even: they save a checkpoint and end, and the next sitting waits for that."""
+    """By SIGKILL, even: they save a checkpoint and end, and the next session waits for that."""
     program = start(*request(folder, "orphans", "cpu2"), "train.steps=100000")
     at_step(folder / "orphans", 4, program)
     agent, _ = processes(program)

@@ -301,10 +301,10 @@ def test_an_error_in_the_thread_is_raised_by_the_step(build: Build) -> None:
     def unknown(encoded: Any) -> Any:
         if trainer.progress.step == 0:
             return torch.zeros(encoded.targets).numpy()
-        raise KeyError("a sequence that nobody filled in")
+        raise KeyError("the sequence has no entry")
 
     trainer.sampler.reference = unknown
-    with pytest.raises(KeyError, match="nobody filled in"):
+    with pytest.raises(KeyError, match="has no entry"):
         trainer.fit()
     assert threading.active_count() <= before
 

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = dispatch(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # `uft train --help | head`: whoever reads has seen enough
+    except BrokenPipeError:  # `uft train --help | head`: the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED_PIPE
     except KeyboardInterrupt:

@@ -76,7 +76,7 @@ PAGES = {
         examples={
             "uft train objective=ift data=mix": "the embedded model on the embedded mixture",
             "uft train -m objective=sft,ift,uft seed=1,2,3": "nine runs, one after the other",
-            "uft train sweep=beta_ratio": "a sweep that somebody has written down",
+            "uft train sweep=beta_ratio": "a sweep written in conf/sweep",
             "uft train experiment=sft_then_dpo": "a run of two stages",
             "uft train data=files +data.sources.mine.path=rows.jsonl model.path=org/name": "your rows, your model",
             "uft train debug=fast": "two steps: does it run at all",

@@ -122,7 +122,7 @@ def load_config(path: str | Path) -> Config:
 def typed(settings: Mapping[str, Any], file: str = "the configuration") -> Config:
     """Resolved settings as dataclasses; keys that came since they were written have their defaults.
 
-    Raises UftError where no request could have had them: whoever wrote `file`, or the disk, changed them.
+    Raises UftError where no request could have had them: `file` was edited or damaged.
     """
     # a reference was put there by hand, and may ask for the environment
     references = [(key, value) for key, value in flat(settings) if "${" in str(value)]

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 OBJECTIVE = "objective"
-NOT_TYPED = ("name", "method")  # keys of an objective that its file sets and nobody types
+NOT_TYPED = ("name", "method")  # keys of an objective that its file sets; they cannot be overridden
 
 
 @dataclass(frozen=True)

@@ -318,7 +318,7 @@ _BUILTIN = "builtin:"
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLIT_NAME = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?=[-_.\d]|$)", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-CHANGED = ("changed while it was read", "wait until whoever writes it is done")
+CHANGED = ("changed while it was read", "wait until the program that writes it is done")
 
 
 def is_local(path: str) -> bool:

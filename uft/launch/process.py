@@ -127,7 +127,7 @@ def cause(number: int, oom: int) -> str:
         return " (a crash; where it was is above)" if number in CRASHES else ""
     if oom > 0:
         return ": the machine ran out of memory. Lower train.micro_batch_tokens, or give it more"
-    return " (by somebody, or for want of memory: dmesg says)"
+    return " (sent from outside, or by the kernel when memory ran out: see dmesg)"
 
 
 def oom_kills(cgroups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -53,7 +53,7 @@ class Files:
         for path in (self.run.metrics_file, self.run.samples_file):
             self._keep_lines(path)
             for file in (checksum_file(path), path):
-                # A lone surrogate (half an emoji in somebody's data) becomes its JSON escape instead of an error.
+                # A lone surrogate (half an emoji in the data) becomes its JSON escape instead of an error.
                 self._files[file] = open(file, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
