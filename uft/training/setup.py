@@ -315,7 +315,7 @@ def start_card(
     `stage_lines`: the card of the only stage; of several stages each has its own card when it begins.
     """
     info = run.info()
-    commit = str(info.get("git_commit") or "")[:10]
+    commit = str((info.get("code") or {}).get("commit") or "")[:10]
     version = f"uft {__version__}" + (f", commit {commit}" if commit else "")
     held_out = f"{sum(len(held.rows) for held in data.held_out):,} rows held out"
     names = ", ".join(held.name for held in data.held_out)
