@@ -1,6 +1,6 @@
-"""Broken files of every kind, thousands of them: read, or refused by name. Never a traceback, a hang or a flood.
+"""Broken files of every kind, hundreds of them: read, or refused by name. Never a traceback, a hang or a flood.
 
-`pytest -m slow tests/inputs` tries many more.
+`pytest -m slow tests/inputs` tries tens of thousands.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def try_many(tmp_path: Path, suffix: str, numbers: range, watch) -> Counter[str]
     return found
 
 
-@pytest.mark.parametrize(("suffix", "count"), [("jsonl", 1500), ("json", 500), ("csv", 500), ("parquet", 500)])
+@pytest.mark.parametrize(("suffix", "count"), [("jsonl", 400), ("json", 150), ("csv", 150), ("parquet", 150)])
 def test_files_of_rows(tmp_path, watched, suffix, count):
     found = try_many(tmp_path, suffix, range(count), watched)
     assert min(found["read"], found["refused"]) > count / 20, "both happen, or nothing is tried"
@@ -107,8 +107,8 @@ def here(tmp_path, monkeypatch):
 
 def test_configurations(here, watched):
     assert not examine_alone(here, SETTINGS), "what the cases are made from is right"
-    found = try_configurations(here, range(60), watched)
-    assert found["refused"] > 10
+    found = try_configurations(here, range(30), watched)
+    assert found["refused"] > 5
 
 
 def examine_alone(folder: Path, text: str):
@@ -155,30 +155,23 @@ ODD_FILES = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_FILES)
-def test_files_that_hold_no_rows_are_refused_by_name(tmp_path, name):
-    file = tmp_path / name
-    file.write_bytes(ODD_FILES[name])
-    with pytest.raises(UftError) as error:
-        load_sources(Data(name="d", sources={"mine": Source(path=str(file))}))
-    assert str(file) in render(error.value)
+SAID_ONCE = {
+    "utf16.jsonl": "UTF-16",
+    "mac.jsonl": "carriage return",
+    "twice.csv": "a column twice",
+    "deep.jsonl": "too deeply",
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("utf16.jsonl", "UTF-16"),
-        ("mac.jsonl", "carriage return"),
-        ("twice.csv", "a column twice"),
-        ("deep.jsonl", "too deeply"),
-    ],
-)
-def test_what_is_wrong_with_a_whole_file_is_said_once(tmp_path, name, why):
-    file = tmp_path / name
-    file.write_bytes(ODD_FILES[name])
-    with pytest.raises(UftError) as error:
-        load_sources(Data(name="d", sources={"mine": Source(path=str(file))}))
-    assert render(error.value).count(why) == 1
+def test_files_that_hold_no_rows_are_refused_by_name_and_told_once_why(tmp_path):
+    for name, content in ODD_FILES.items():
+        file = tmp_path / name
+        file.write_bytes(content)
+        with pytest.raises(UftError) as error:
+            load_sources(Data(name="d", sources={"mine": Source(path=str(file))}))
+        said = render(error.value)
+        assert str(file) in said
+        assert name not in SAID_ONCE or said.count(SAID_ONCE[name]) == 1, said
 
 
 PLACES = ["a\0b.jsonl", "x" * 5000 + ".jsonl", "/dev/null", "/dev/zero", "~nobody-here/x.jsonl", "\udcff.jsonl", ""]

@@ -20,15 +20,12 @@ from uft.training import checkpoint
 ROW = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
 NAMES = [
     "../../x",
-    "/tmp/x",
     "a/b",
     "..",
-    ".",
     "a\\b",
     "a\x1bb",
     "\u202egnp",
     "x" * 300,
-    "é" * 150,
     "a\nb",
     "half\udcff",
 ]
@@ -70,7 +67,7 @@ def test_a_folder_that_cannot_be_made_is_refused(here, capsys, name):
     assert everything(here) == []
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", "..", "x" * 300, "a\x1bb", "a\\b"], ids=ascii)
+@pytest.mark.parametrize("name", ["../evil", "a/b", "x" * 300, "a\x1bb"], ids=ascii)
 def test_names_of_sources_are_refused_alike(here, capsys, name):
     (here / "rows.jsonl").write_text(ROW * 4)
     (here / "conf-user" / "data").mkdir(parents=True)

@@ -20,7 +20,7 @@ from uft.data.rows import Message
 from uft.data.sources import READERS, BadRow
 from uft.errors import UftError
 
-EXAMPLES = 150
+EXAMPLES = 60
 steady = settings(
     max_examples=EXAMPLES,
     deadline=None,  # the machine may be doing something else

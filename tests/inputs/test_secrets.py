@@ -174,16 +174,14 @@ def test_a_sweep_and_a_file_likewise(alone, capsys):
     assert not (alone / "outputs").exists()
 
 
-def test_data_and_templates_that_hold_one_are_quoted_without_it(alone, capfd):
-    from uft.cli import main
-
+def test_data_and_templates_that_hold_one_are_quoted_without_it(alone, program):
     (alone / "rows.jsonl").write_text(
         json.dumps({"prompt": "q", "completion": "a", "label": SECRETS["MY_SERVICE_TOKEN"]}), encoding="utf-8"
     )
-    assert main(["train", "data=files", "+data.sources.mine.path=rows.jsonl"]) == 2
-    printed = capfd.readouterr()
-    assert "rows.jsonl:1" in printed.err
-    assert leaks(printed.out + printed.err) == []
+    done = program("train", "data=files", "+data.sources.mine.path=rows.jsonl", cwd=alone, env=SECRETS)
+    assert done.returncode == 2
+    assert "rows.jsonl:1" in done.stderr
+    assert leaks(done.stdout + done.stderr) == []
 
 
 @pytest.mark.parametrize("trace", ["", "--trace"])
