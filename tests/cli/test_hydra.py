@@ -1,9 +1,12 @@
 """Hydra stays whole underneath: its options, overrides and search path."""
 
-import pytest
+import pickle
+
 import yaml
 
 from uft.cli import main
+from uft.errors import Problem, UftError
+from uft.launch.sweep import JobFailed
 
 
 def test_cfg_job_prints_and_does_nothing(worker, capsys):
@@ -16,13 +19,13 @@ def test_cfg_job_prints_and_does_nothing(worker, capsys):
     assert list(worker.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["searchpath", "defaults", "plugins"])
-def test_info(program, tmp_path, what):
+def test_info_and_hydras_help(program, tmp_path):
     (tmp_path / "conf-user").mkdir()
-    done = program("train", "--info", what, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    expected = {"searchpath": "uft-user", "defaults": "objective/ift", "plugins": "UftSweeper"}[what]
-    assert expected in done.stdout
+    asked = {"searchpath": "uft-user", "defaults": "objective/ift", "plugins": "UftSweeper"}
+    for words, expected in (*((("--info", what), says) for what, says in asked.items()), (("--hydra-help",), "Hydra")):
+        done = program("train", *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["conf-user"]
 
 
@@ -52,28 +55,7 @@ def test_config_dir_adds_options(worker, capsys):
     assert main(["train", "--config-dir", "nowhere"]) == 2
 
 
-def test_hydra_help(program, tmp_path):
-    done = program("train", "--hydra-help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "Hydra" in done.stdout
-
-
-def test_job_functions_can_be_sent_to_other_processes():
-    import pickle
-
-    from uft.cli import verbs
-
-    for verb in verbs.PAGES:
-        job = getattr(verbs, f"{verb}_job")
-        assert pickle.loads(pickle.dumps(job)) is job
-
-
 def test_failures_can_be_sent_between_processes():
-    import pickle
-
-    from uft.errors import Problem, UftError
-    from uft.launch.sweep import JobFailed
-
     failure = pickle.loads(pickle.dumps(JobFailed(75, "folder", "stopped")))
     assert (failure.code, failure.folder, failure.message) == (75, "folder", "stopped")
     error = UftError(Problem("a", "b"), footer="f", code=2)
