@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,21 @@ class Damaged(UftError, ValueError):
     """A file does not hold what was written into it."""
 
 
+def _inside(name: str) -> cached_property[Path]:
+    return cached_property(lambda run: run.path / name)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder. Construct it for any path; `open_run` checks that it is one."""
 
     path: Path
+
+    config_file = _inside("config.yaml")
+    metrics_file = _inside("metrics.jsonl")
+    samples_file = _inside("samples.jsonl")
+    checkpoints_dir = _inside("checkpoints")
+    model_dir = _inside("model")
 
     @property
     def name(self) -> str:
@@ -49,26 +60,6 @@ class Run:
     def exists(self) -> bool:
         """Whether this is a run: a `config.yaml` alone may be anybody's (conf/ has one too)."""
         return os.path.isfile(self.config_file) and os.path.isfile(self.path / "run.json")  # no path raises these
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples_file(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def model_dir(self) -> Path:
-        return self.path / "model"
 
     def config(self) -> dict[str, Any]:
         """The frozen, resolved configuration. Raises Damaged where it is none."""
@@ -95,14 +86,12 @@ class Run:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of the complete checkpoints, oldest first. They appear by rename: each is whole."""
-        found = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in self.checkpoints_dir.glob("*"))
-        return sorted((int(match[1]), path) for match, path in found if match)
+        return _numbered(self.checkpoints_dir, r"step-(\d{6,})")
 
     @property
     def stages(self) -> list[Run]:
         """The folders of the stages that a run of several stages has begun, in their order."""
-        found = ((re.fullmatch(r"(\d+)-.+", path.name), path) for path in (self.path / "stages").glob("*"))
-        return [Run(path) for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+        return [Run(path) for _, path in _numbered(self.path / "stages", r"(\d+)-.+")]
 
     @property
     def steps(self) -> int:
@@ -123,12 +112,10 @@ class Run:
         lock = self.path / ".lock"
         if not lock.exists():
             return False
-        with open(lock, "rb") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
+        with open(lock, "rb") as handle, suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        return True
 
     def orphaned(self) -> bool:
         """Whether the process that holds this run has lost its launcher, and so is on its way to a checkpoint and out.
@@ -170,6 +157,12 @@ class Run:
                 handle.write(" ".join(map(str, ancestors)).encode())
                 handle.flush()
             yield
+
+
+def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """(number, path) of what is named so in `folder`, in the order of the numbers."""
+    found = ((re.fullmatch(pattern, path.name), path) for path in folder.glob("*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def _parent(process: int) -> int:

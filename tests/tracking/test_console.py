@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from uft.evaluation.evaluate import Evaluation, Sample
-from uft.tracking.console import Console
+from uft.tracking.console import Console, evaluation_table
 
 ESCAPE = "\x1b"
 
@@ -92,7 +92,7 @@ def test_colors_only_where_they_are_wanted(monkeypatch, variable, value):
 
 def test_a_real_terminal(tmp_path):
     program = (
-        "import os, sys; from pathlib import Path; from uft.tracking.console import Console\n"
+        "import os, sys; from pathlib import Path; from uft.tracking.console import Console, evaluation_table\n"
         "console = Console(sys.stdout, Path(sys.argv[1]), 1000)\n"
         "for step in range(1, 4): console.step(step * 100, {'loss': 2.0, 'lr': 1e-5, 'grad_norm': 1.0,\n"
         "    'nll': 2.0, 'objective/a': 1.0, 'objective/b': 1.0, 'seconds': 1.0 * step})\n"
@@ -276,3 +276,23 @@ def test_a_resumed_run_appends_to_its_log(tmp_path: Path):
         console.message(text)
         console.close()
     assert (tmp_path / "log").read_text() == "first\nsecond\n"
+
+
+def test_the_ends_of_stages_stay_in_the_table() -> None:
+    def headers(**marks: int) -> list[str]:
+        history = {step: {"eval/nll": 1.0 + step} for step in (0, 2, 4, 6)}
+        return [str(column.header) for column in evaluation_table(6, history, marks).columns]
+
+    assert headers() == ["metric", "before (0)", "last (4)", "now (6)"]
+    assert headers(sft=2) == ["metric", "before (0)", "sft (2)", "last (4)", "now (6)"]
+    assert headers(sft=4) == ["metric", "before (0)", "sft (4)", "now (6)"]
+    assert headers(dpo=6) == headers()  # it is now
+
+
+def test_a_stage_starts_its_line_afresh() -> None:
+    stream = io.StringIO()
+    console = Console(stream, total_steps=4)
+    console.step(1, {"loss": 2.0, "objective/sft": 2.0})
+    console.start("stage 2 of 2: dpo", [])
+    console.step(2, {"loss": 0.7, "objective/dpo": 0.7})
+    assert "sft" not in stream.getvalue().splitlines()[-1]

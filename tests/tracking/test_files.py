@@ -198,3 +198,10 @@ def test_a_kill_loses_no_whole_line(run):
     steps = [line["step"] for line in read_metrics(run)]
     assert steps == list(range(1, len(steps) + 1))
     assert len(steps) >= 300
+
+
+def test_a_stage_is_never_taken_for_a_number(run) -> None:
+    run.metrics_file.write_text('{"step": 1, "stage": "nan", "loss": "nan"}\n')
+    (line,) = read_metrics(run)
+    assert line["stage"] == "nan"
+    assert math.isnan(line["loss"])

@@ -37,18 +37,16 @@ AXES = ("step", "tokens", "rows")
 class Wandb:
     """Sends what is logged to W&B. `config` is the run's resolved configuration.
 
-    `folder` is where W&B keeps its own files (None: the run's folder). `uploads`: this process uploads a run that
-    another process trained, and sends nothing about this machine.
+    `folder`: where W&B keeps its files while this process uploads a run that another process trained; nothing about
+    this machine is sent then. None: in the run's folder.
     """
 
     run: Run
     config: Mapping[str, Any]
     say: Callable[[str], None] = print
-    connect_timeout: float = 2.0
     init_timeout: float = 20.0  # wandb's own is 90 s
     finish_timeout: float = 60.0  # wandb's own is forever
     folder: Path | None = None
-    uploads: bool = False
     mode: str = field(default="disabled", init=False)  # disabled, offline or online
     sent: set[int] = field(default_factory=set, init=False)  # steps
     failure: str = field(default="", init=False)  # why W&B did not take everything
@@ -58,17 +56,19 @@ class Wandb:
 
     def start(self) -> None:
         """Open the W&B run. Raises UftError if it is to be online and there is no key that W&B accepts."""
-        asked, wish = self.config["tracking"]["mode"], os.environ.get("WANDB_MODE", "")
-        if asked == "auto" and wish in ("online", "offline", "disabled"):
-            asked = wish
-        choice = self._try_to_connect(asked) if asked in ("auto", "online") else Choice(asked)
-        self.mode = choice.mode
-        if self.mode == "disabled":
+        mode, wish, why = self.config["tracking"]["mode"], os.environ.get("WANDB_MODE", ""), ""
+        if mode == "auto" and wish in ("online", "offline", "disabled"):
+            mode = wish
+        if mode in ("auto", "online"):
+            why = self._go_online(mode)
+            mode = "offline" if why else "online"
+        self.mode = mode
+        if mode == "disabled":
             self._note(mode="disabled")
-        elif self.mode == "offline":
+        elif mode == "offline":
             self._note(**self._identity(), mode="offline", url=None, sent=None)
-            if choice.why:
-                self.say(f"W&B is offline: {choice.why}. Upload it later:  {self.sync_command}")
+            if why:
+                self.say(f"W&B is offline: {why}. Upload it later:  {self.sync_command}")
 
     def connect(self) -> None:
         """Open the W&B run online and send the rows that the server lacks. Raises any error of wandb's."""
@@ -76,7 +76,9 @@ class Wandb:
 
         identity, tracking = self._identity(), self.config["tracking"]
         names = [self.config[group]["name"] for group in ("objective", "data", "model")]
-        settings: dict[str, Any] = {"x_disable_stats": True, "x_disable_meta": True, "disable_git": True}
+        upload: dict[str, Any] = (
+            {"x_disable_stats": True, "x_disable_meta": True, "disable_git": True} if self.folder else {}
+        )
         handle = wandb.init(
             mode="online",
             id=identity["id"],
@@ -96,7 +98,7 @@ class Wandb:
                 init_timeout=self.init_timeout,
                 finish_timeout=self.finish_timeout,
                 finish_timeout_raises=True,
-                **(settings if self.uploads else {}),
+                **upload,
             ),
         )
         for axis in AXES:  # steps are the x-axis of every chart; tokens and rows can be chosen instead
@@ -121,9 +123,6 @@ class Wandb:
     def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
         named = {"step": step} if stage is None else {"step": step, "stage": stage}
         self._send(step, lambda: sample_columns([{**named, **asdict(sample)} for sample in samples]))
-
-    def secure(self) -> None:
-        """Nothing: what W&B lacks is in metrics.jsonl."""
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
         """Close the W&B run as what it was. Takes little more than `finish_timeout` seconds at most."""
@@ -154,22 +153,21 @@ class Wandb:
     def sync_command(self) -> str:
         return f"uft sync {quote(shown(self.run.path))}"
 
-    def _try_to_connect(self, asked: str) -> Choice:
-        """Go online if it can be. A server that does not answer, or refuses, leaves the run offline."""
+    def _go_online(self, mode: str) -> str:
+        """Open the run online; the reason where a server does not answer or refuses, or there is no key for `auto`."""
         try:
-            choice = choose(asked, wandb_server(), self.connect_timeout)
-            if choice.mode == "online":
+            why = obstacle(mode, wandb_server())
+            if not why:
                 self.connect()
-                return choice
+                return ""
         except UftError:
             raise
         except Exception as error:  # also that wandb is not installed
-            self._handle = None
-            if asked == "online" and type(error).__name__ == "AuthenticationError":
-                raise UftError(no_key(first_line(error))) from error
-            choice = Choice("offline", first_line(error))
+            self._handle, why = None, first_line(error)
+            if mode == "online" and type(error).__name__ == "AuthenticationError":
+                raise UftError(no_key(why)) from error
         shut_down()
-        return choice
+        return why
 
     def _identity(self) -> dict[str, str]:
         """Id of the W&B run, and the project and entity that a W&B sweep's agent named; noted by the first session.
@@ -178,13 +176,10 @@ class Wandb:
         """
         info = self.run.info()
         noted = info.get("wandb", {})
-        agent = os.environ if os.environ.get("WANDB_SWEEP_ID") and not self.uploads else {}
-        found = {
-            "id": noted.get("id") or agent.get("WANDB_RUN_ID") or info["id"],
-            "project": noted.get("project") or agent.get("WANDB_PROJECT"),
-            "entity": noted.get("entity") or agent.get("WANDB_ENTITY"),
-        }
-        return {name: value for name, value in found.items() if value}
+        agent = os.environ if os.environ.get("WANDB_SWEEP_ID") and not self.folder else {}
+        variables = {"id": "WANDB_RUN_ID", "project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}
+        named = {name: noted.get(name) or agent.get(variable) for name, variable in variables.items()}
+        return {"id": info["id"], **{name: value for name, value in named.items() if value}}
 
     def _note(self, **values: Any) -> None:
         """Keep facts about the W&B run in `run.json`."""
@@ -262,14 +257,13 @@ def first_line(error: Exception) -> str:
 @contextmanager
 def _staging_in(folder: Path) -> Iterator[None]:
     """Copies of tables, which wandb keeps under the home directory, go where the run is, unless the user chose."""
-    if "WANDB_DATA_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_DATA_DIR"] = str(folder / "data")
+    ours = str(folder / "data")
+    chosen = os.environ.setdefault("WANDB_DATA_DIR", ours)
     try:
         yield
     finally:
-        os.environ.pop("WANDB_DATA_DIR", None)
+        if chosen == ours:
+            os.environ.pop("WANDB_DATA_DIR", None)
 
 
 # --- Whether W&B can be reached: a key that it will accept without asking, and a server that answers. Asked before
@@ -291,14 +285,6 @@ class Server:
         return urlsplit(self.url).netloc
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The mode to use and, where it is not the one hoped for, why."""
-
-    mode: str  # online or offline
-    why: str = ""
-
-
 def wandb_server() -> Server:
     """The server that wandb would use."""
     import wandb
@@ -307,17 +293,16 @@ def wandb_server() -> Server:
     return Server(settings.base_url, settings.api_key)
 
 
-def choose(mode: str, server: Server, timeout: float = 2.0) -> Choice:
-    """The mode that `tracking.mode` means here and now. `online` without a key is the user's mistake: a UftError."""
-    if mode == "offline":
-        return Choice("offline")
+def obstacle(mode: str, server: Server, timeout: float = 2.0) -> str:
+    """Why a run cannot be online, as `tracking.mode` asks (auto or online); "" where it can.
+
+    `online` without a key is the user's mistake: a UftError. Whether its server answers, wandb will find out.
+    """
     if not has_key(server):
         if mode == "online":
             raise UftError(no_key(f"no W&B API key for {server.host}"))
-        return Choice("offline", "no API key")
-    if mode == "auto" and not reachable(server.url, timeout):
-        return Choice("offline", f"{server.host} does not answer")
-    return Choice("online")
+        return "no API key"
+    return f"{server.host} does not answer" if mode == "auto" and not reachable(server.url, timeout) else ""
 
 
 def no_key(why: str) -> Problem:
@@ -365,8 +350,7 @@ def reachable(url: str, timeout: float = 2.0) -> bool:
 # --- Upload runs that W&B lacks something of, from their metrics.jsonl and samples.jsonl, and know what arrived.
 #
 # The server tells which steps it has, and only later rows are sent. What arrived is noted in `run.json`, so that a
-# second
-# call has nothing to do; an upload that broke off goes on where the server's rows end.
+# second call has nothing to do; an upload that broke off goes on where the server's rows end.
 
 
 PATIENCE = 900.0  # seconds after which the upload of a run is given up
@@ -399,8 +383,7 @@ def send(uploads: Sequence[Upload], say: Callable[[str], None], patience: float 
         run, status = upload.run, upload.run.status
         with tempfile.TemporaryDirectory(prefix="uft-sync-", ignore_cleanup_errors=True) as folder:
             try:
-                tracker = Wandb(run, run.config(), lambda line: None, folder=Path(folder), uploads=True)
-                tracker.finish_timeout = patience
+                tracker = Wandb(run, run.config(), lambda line: None, finish_timeout=patience, folder=Path(folder))
                 tracker.connect()
                 summary = {**run.result().get("final", {}), "steps": run.steps}
                 tracker.finish(status, EXIT_CODES.get(status, FAILED), summary)
