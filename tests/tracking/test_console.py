@@ -12,12 +12,18 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from uft.config.compose import compose
+from uft.config.frozen import frozen, load_config
 from uft.evaluation.evaluate import Evaluation, Sample
+from uft.launch.launcher import provenance
+from uft.runs import create_run
 from uft.tracking.console import Console, evaluation_table
+from uft.training.setup import start_card
 
 ESCAPE = "\x1b"
 
@@ -139,6 +145,18 @@ def test_the_start_card():
     stream = io.StringIO()
     Console(stream).start("uft train  ift-mix", [("model", "tiny"), ("mixture", "a  1\nb  2")])
     assert stream.getvalue() == "uft train  ift-mix\n  model    tiny\n  mixture  a  1\n           b  2\n\n"
+
+
+def test_the_start_card_names_the_commit(tmp_path, monkeypatch):
+    """Of run.json as the launcher writes it."""
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\necho 0123456789abcdef\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run = create_run(tmp_path / "run", frozen(compose()), [], **provenance())
+    data: Any = SimpleNamespace(held_out=[], trained_held_out=0, digest="")
+    lines = dict(start_card(run, load_config(run.config_file), [], data, ""))
+    assert ", commit 0123456789, torch " in lines["version"]
 
 
 def evaluation(nll: float) -> Evaluation:
