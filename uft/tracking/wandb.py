@@ -1,12 +1,14 @@
 """W&B mirrors metrics.jsonl and samples.jsonl of a run. Training neither waits for it nor fails with it.
 
 Offline, nothing is sent: `uft sync` sends the files later. Online, the rows that the server lacks are sent when a
-session starts, and further rows as they are logged. The run's id is in `run.json` and never changes, so that a resumed
+session starts, and further rows as they are logged, by a thread: wandb blocks for seconds where it uploads a table and
+the server does not answer. The run's id is in `run.json` and never changes, so that a resumed
 run continues the same W&B run. In one process one W&B run is open at a time: a second first finishes the first.
 """
 
 from __future__ import annotations
 
+import atexit
 import netrc
 import os
 import socket
@@ -16,8 +18,9 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from itertools import chain
 from pathlib import Path
+from queue import Queue
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -29,7 +32,9 @@ from uft.tracking.metrics import read_metrics, read_samples
 if TYPE_CHECKING:
     from uft.evaluation.evaluate import Sample
 
+Row = tuple[int, Mapping[str, Any]]  # step and values, "samples" being rows of samples.jsonl
 LONGEST_TAG = 64  # characters; W&B refuses more
+WAITING = 10_000  # rows that may wait to be sent; one more and W&B is left behind
 AXES = ("step", "tokens", "rows")
 
 
@@ -53,6 +58,9 @@ class Wandb:
     _handle: Any = field(default=None, init=False)  # wandb's run
     _known: int = field(default=-1, init=False)  # the last step that the server had when this session began
     _shift: int = field(default=0, init=False)  # W&B's `_step` minus the step
+    _waiting: Queue[Row | None] = field(default_factory=Queue, init=False)  # None ends the thread
+    _sender: threading.Thread | None = field(default=None, init=False)
+    _told: bool = field(default=False, init=False)  # of the failure
 
     def start(self) -> None:
         """Open the W&B run. Raises UftError if it is to be online and there is no key that W&B accepts."""
@@ -71,7 +79,7 @@ class Wandb:
                 self.say(f"W&B is offline: {why}. Upload it later:  {self.sync_command}")
 
     def connect(self) -> None:
-        """Open the W&B run online and send the rows that the server lacks. Raises any error of wandb's."""
+        """Open the W&B run online and begin to send the rows that the server lacks. Raises any error of wandb's."""
         import wandb
 
         identity, tracking = self._identity(), self.config["tracking"]
@@ -110,32 +118,34 @@ class Wandb:
             ahead = int(last.get("_step", last.get("step", 0))) - int(last.get("step", 0))
             self._known, self._shift = handle.starting_step - 1 - ahead, ahead + 1
         self._note(**identity, mode="online", url=handle.url, sent=None)
-        rows, samples = {row["step"]: row for row in read_metrics(self.run)}, read_samples(self.run)
-        for step in sorted(rows.keys() | samples.keys()):
-            if step in rows:
-                self.log(step, rows[step])
-            if step in samples:
-                self._send(step, partial(sample_columns, samples[step]))
+        samples = ((step, {"samples": rows}) for step, rows in read_samples(self.run).items())
+        written = [*((row["step"], row) for row in read_metrics(self.run)), *samples]
+        backlog = sorted(written, key=lambda row: row[0])
+        self._sender = threading.Thread(target=self._send, args=(handle, backlog), daemon=True, name="uft-wandb")
+        self._sender.start()
+        atexit.register(self._await_sender)  # before wandb's own end, which takes nothing more
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        self._send(step, lambda: metrics)
+        self._queue(step, dict(metrics))
 
     def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
         named = {"step": step} if stage is None else {"step": step, "stage": stage}
-        self._send(step, lambda: sample_columns([{**named, **asdict(sample)} for sample in samples]))
+        self._queue(step, {"samples": [{**named, **asdict(sample)} for sample in samples]})
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        """Close the W&B run as what it was. Takes little more than `finish_timeout` seconds at most."""
+        """Close the W&B run as what it was. Takes little more than `finish_timeout` seconds, half as much again where
+        the thread is stuck."""
         handle, self._handle = self._handle, None
         if handle is None:
             return
-        try:
-            handle.summary.update({**summary, "status": status})
-            if exit_code == STOPPED:
-                handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
-            handle.finish(exit_code=exit_code)
-        except Exception as error:
-            self.failure = first_line(error)
+        if self._await_sender():
+            try:
+                handle.summary.update({**summary, "status": status})
+                if exit_code == STOPPED:
+                    handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
+                handle.finish(exit_code=exit_code)
+            except Exception as error:
+                self.failure = first_line(error)
         if self.failure:
             self.say(f"W&B did not take everything ({self.failure}). Upload the rest:  {self.sync_command}")
         else:
@@ -185,32 +195,58 @@ class Wandb:
         """Keep facts about the W&B run in `run.json`."""
         self.run.update_info(wandb={**self.run.info().get("wandb", {}), **values})
 
-    def _send(self, step: int, row: Callable[[], Mapping[str, Any]]) -> None:
-        """Send a row of step `step` unless the server has it.
+    def _queue(self, step: int, values: Mapping[str, Any]) -> None:
+        """Leave a row to the thread that sends it. Never waits: W&B is given up where too many rows wait."""
+        if self._handle is None:
+            return
+        if self._waiting.qsize() >= WAITING:
+            self.failure = self.failure or f"it does not keep up: {WAITING} rows wait"
+        if not self.failure:
+            self._waiting.put((step, values))
+        if self.failure and not self._told:
+            self._told = True
+            self.say(f"W&B stopped taking metrics ({self.failure}); metrics.jsonl has everything.")
+
+    def _await_sender(self) -> bool:
+        """Wait until wandb has all rows, a third of `finish_timeout` at most; whether the thread has ended."""
+        assert self._sender is not None
+        seconds = self.finish_timeout if self.folder else self.finish_timeout / 3
+        self._waiting.put(None)
+        self._sender.join(seconds)
+        if self._sender.is_alive():
+            self.failure = self.failure or f"the server does not answer for {seconds:.0f} s"
+        return not self._sender.is_alive()
+
+    def _send(self, handle: Any, backlog: Sequence[Row]) -> None:
+        """Send the rows of the files, then those that are logged, until the last or a failure. In a thread of its own.
 
         W&B drops a row at a `_step` that it has seen. Steps trained again since the last checkpoint are left out. The
         last step on the server may lack its evaluation: its new values are sent, one `_step` further.
         """
-        if self._handle is None or self.failure or step < self._known:
-            return
         try:
             with _staging_in((self.folder or self.run.path) / "wandb"):
-                values = row()
-                if step == self._known:
-                    values = {name: value for name, value in values.items() if not self._has(name, value)}
-                if values:
-                    self._handle.log({"step": step, **values}, step=step + self._shift)
-                    self.sent.add(step)
+                for step, values in chain(backlog, iter(self._waiting.get, None)):
+                    if self.failure:
+                        return
+                    if step < self._known:
+                        continue
+                    if "samples" in values:
+                        values = sample_columns(values["samples"])
+                    if step == self._known:
+                        values = {name: value for name, value in values.items() if not _has(handle, name, value)}
+                    if values:
+                        handle.log({"step": step, **values}, step=step + self._shift)
+                        self.sent.add(step)
         except Exception as error:
             self.failure = first_line(error)
-            self.say(f"W&B stopped taking metrics ({self.failure}); metrics.jsonl has everything.")
 
-    def _has(self, name: str, value: Any) -> bool:
-        """Whether the last row on the server has this value. The file of a table is named after its `_step`."""
-        last = self._handle.summary
-        if name == "samples":
-            return f"/samples_{last.get('_step')}_" in str((last.get(name) or {}).get("path"))
-        return name == "step" or last.get(name) == value or str(last.get(name)).lower() == str(value).lower()  # NaN
+
+def _has(handle: Any, name: str, value: Any) -> bool:
+    """Whether the last row on the server has this value. The file of a table is named after its `_step`."""
+    last = handle.summary
+    if name == "samples":
+        return f"/samples_{last.get('_step')}_" in str((last.get(name) or {}).get("path"))
+    return name == "step" or last.get(name) == value or str(last.get(name)).lower() == str(value).lower()  # NaN
 
 
 def unsent(run: Run) -> bool:
