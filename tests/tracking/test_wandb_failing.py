@@ -18,7 +18,7 @@ from records import SAMPLES, curve
 from uft.runs import write_json
 from uft.tracking import Trackers, make_tracker
 from uft.tracking.metrics import Files
-from uft.tracking.wandb import WAITING, Wandb, plan, send, unsent
+from uft.tracking.wandb import WAITING, Wandb, unsent, upload, upload_state
 
 
 def test_a_server_that_never_answers_costs_bounded_time(open_wandb, server):
@@ -53,16 +53,14 @@ def test_a_network_that_dies_during_training_costs_bounded_time_and_sync_sends_t
     assert said[0].endswith(f"uft sync {run.path}")
     write_json(run.path / "result.json", {"status": "finished", "steps": 49})
     write_json(run.config_file, config())
-    upload = plan(run)
-    assert upload.due
+    assert upload_state(run) == "due"
 
     server.deaf.clear()
-    send([upload], said.append)
-    assert upload.arrived, upload.why
+    assert upload(run) == (49, "")
     rows = server.history[run.info()["id"]]
     assert curve(rows, "loss") == [(step, 1 / step) for step in range(1, 50)]
     assert [step for step, _ in curve(rows, "samples")] == [20]
-    assert not plan(run).due
+    assert upload_state(run) == "arrived"
 
 
 def test_a_wandb_that_does_not_keep_up_is_left_behind(open_wandb, server, monkeypatch):
@@ -181,9 +179,7 @@ def test_what_a_kill_takes_from_wandbs_memory_arrives_once(new_run, config, serv
         tracker.finish("finished", 0, {})
     else:
         write_json(run.config_file, config())
-        upload = plan(run)
-        send([upload], print)
-        assert (upload.arrived, upload.steps) == (True, 101)
+        assert upload(run) == (101, "")
     last = 320 if resumed else 300
     assert curve(server.history[run_id], "loss") == [(step, 1 / step) for step in range(1, last + 1)]
     assert curve(server.history[run_id], "eval/nll") == [(200, 0.5)]

@@ -13,14 +13,11 @@ from contextlib import chdir
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, tell
 from uft.runs import Run, find_runs, find_sweeps, planned, shown, summary, waiting
 from uft.tracking.console import HEADLINES
-
-if TYPE_CHECKING:
-    from uft.tracking.wandb import Upload
 
 WIDE = 160  # columns where there is no terminal
 METRICS = 4  # metrics shown at most
@@ -203,7 +200,7 @@ def sync(arguments: list[str]) -> int:
 
     Without a key or a network nothing is touched, and the command says what waits.
     """
-    from uft.tracking.wandb import has_key, plan, reachable, send, wandb_server
+    from uft.tracking.wandb import has_key, reachable, upload, upload_state, wandb_server
 
     text = "Upload what W&B lacks of runs that were offline or cut off, and say what arrived."
     parser = parser_of("sync", text, SYNC)
@@ -213,43 +210,40 @@ def sync(arguments: list[str]) -> int:
     if missing := [no_runs(folder) for folder in parsed.folders if not find_runs(folder)]:
         raise UftError(*missing, footer="See:  uft ls")
     found = {run.path.resolve(): run for folder in parsed.folders or [Path("outputs")] for run in find_runs(folder)}
-    uploads = [plan(run) for run in found.values()]
-    due = [upload for upload in uploads if upload.due]
-    for idle in (upload for upload in uploads if not upload.due):
-        if idle.why:
-            print(f"  {shown(idle.run.path)}  {idle.why}")
-        elif parsed.folders and not idle.arrived:  # asked for by name
-            print(f"  {shown(idle.run.path)}  was not tracked by W&B")
-    if before := sum(upload.arrived for upload in uploads):
+    states = {run: upload_state(run) for run in found.values()}
+    due = [run for run, state in states.items() if state == "due"]
+    for run, state in states.items():
+        if state == "running":
+            print(f"  {shown(run.path)}  is running: upload it when it has ended")
+        elif state == "untracked" and parsed.folders:  # asked for by name
+            print(f"  {shown(run.path)}  was not tracked by W&B")
+    if before := list(states.values()).count("arrived"):
         print(f"  {before} run{'s' if before != 1 else ''} arrived earlier")
     if not due:
         print("Nothing to upload.")
         return GOOD
     server = wandb_server()
-    if parsed.dry_run:
-        list_uploads(due, f"would be uploaded to {server.host}")
-        return GOOD
-    if not has_key(server):
-        list_uploads(due, f"wait to be uploaded to {server.host}")
-        log_in = ("log in:  wandb login   (or set WANDB_API_KEY)",)
-        return tell(UftError(Problem("uft sync", f"no W&B API key for {server.host}", advice=log_in)))
-    if not reachable(server.url):
-        list_uploads(due, f"wait to be uploaded to {server.host}")
+    key = parsed.dry_run or has_key(server)
+    if parsed.dry_run or not key or not reachable(server.url):
+        print(f"{len(due)} runs {'would' if parsed.dry_run else 'wait to'} be uploaded to {server.host}:")
+        print("\n".join(f"  {shown(run.path)}" for run in due))
+        if parsed.dry_run:
+            return GOOD
+        if not key:
+            log_in = ("log in:  wandb login   (or set WANDB_API_KEY)",)
+            return tell(UftError(Problem("uft sync", f"no W&B API key for {server.host}", advice=log_in)))
         print(f"\nuft: {server.host} does not answer; nothing was uploaded. Try again:  uft sync", file=sys.stderr)
         return FAILED
     print(f"Uploading {len(due)} runs to {server.host}", flush=True)
-    send(due, lambda line: print(line, flush=True))
-    print()
-    for upload in due:
-        state = f"arrived: {upload.steps} steps were missing" if upload.arrived else f"did NOT arrive: {upload.why}"
-        print(f"  {shown(upload.run.path)}  {state}")
-    if lost := [upload for upload in due if not upload.arrived]:
-        print(f"\nuft: {len(lost)} of {len(due)} runs did not arrive. Try again:  uft sync", file=sys.stderr)
+    lost = 0
+    for run in due:
+        steps, why = upload(run)
+        lost += bool(why)
+        state = f"did NOT arrive: {why}" if why else f"arrived: {steps} steps were missing"
+        print(f"  {shown(run.path)}  {state}", flush=True)
+    if lost:
+        print(f"\nuft: {lost} of {len(due)} runs did not arrive. Try again:  uft sync", file=sys.stderr)
     return FAILED if lost else GOOD
-
-
-def list_uploads(uploads: list[Upload], what: str) -> None:
-    print(f"{len(uploads)} runs {what}:", *(f"  {shown(upload.run.path)}" for upload in uploads), sep="\n")
 
 
 # compare

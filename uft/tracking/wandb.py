@@ -393,42 +393,27 @@ PATIENCE = 900.0  # seconds after which the upload of a run is given up
 EXIT_CODES = {"finished": GOOD, "stopped": STOPPED}
 
 
-@dataclass
-class Upload:
-    """What is to be done for a run, and how it went."""
-
-    run: Run
-    due: bool = False  # W&B may lack something of it
-    arrived: bool = False  # everything is there
-    why: str = ""  # it did not arrive, or is not tried
-    steps: int = 0  # that the server lacked
-
-
-def plan(run: Run) -> Upload:
-    """What is to be done for a run. Nothing is touched."""
+def upload_state(run: Run) -> str:
+    """running, untracked, arrived, or due: W&B may lack something of it. Nothing is touched."""
     if run.status == "running":
-        return Upload(run, why="is running: upload it when it has ended")
-    tracked = run.info().get("wandb", {}).get("mode", "disabled") != "disabled"
-    due = tracked and unsent(run)
-    return Upload(run, due, arrived=tracked and not due)
+        return "running"
+    if run.info().get("wandb", {}).get("mode", "disabled") == "disabled":
+        return "untracked"
+    return "due" if unsent(run) else "arrived"
 
 
-def send(uploads: Sequence[Upload], say: Callable[[str], None], patience: float = PATIENCE) -> None:
-    """Upload these runs one after the other. Afterwards each has `arrived` or has its `why`."""
-    for upload in uploads:
-        run, status = upload.run, upload.run.status
-        with tempfile.TemporaryDirectory(prefix="uft-sync-", ignore_cleanup_errors=True) as folder:
-            try:
-                tracker = Wandb(run, run.config(), lambda line: None, finish_timeout=patience, folder=Path(folder))
-                tracker.connect()
-                summary = {**run.result().get("final", {}), "steps": run.steps}
-                tracker.finish(status, EXIT_CODES.get(status, FAILED), summary)
-                upload.steps, upload.why = len(tracker.sent), tracker.failure
-            except UftError as error:
-                upload.why = "; ".join(f"{problem.what} {problem.why}" for problem in error.problems)
-            except Exception as error:
-                upload.why = first_line(error)
-                shut_down()
-        upload.arrived = not upload.why
-        if upload.arrived:
-            say(f"  {run.name} arrived")
+def upload(run: Run, patience: float = PATIENCE) -> tuple[int, str]:
+    """Upload a run: (how many steps the server lacked, why not everything arrived or "")."""
+    with tempfile.TemporaryDirectory(prefix="uft-sync-", ignore_cleanup_errors=True) as folder:
+        try:
+            status = run.status
+            tracker = Wandb(run, run.config(), lambda line: None, finish_timeout=patience, folder=Path(folder))
+            tracker.connect()
+            summary = {**run.result().get("final", {}), "steps": run.steps}
+            tracker.finish(status, EXIT_CODES.get(status, FAILED), summary)
+            return len(tracker.sent), tracker.failure
+        except UftError as error:
+            return 0, "; ".join(f"{problem.what} {problem.why}" for problem in error.problems)
+        except Exception as error:
+            shut_down()
+            return 0, first_line(error)
