@@ -1,12 +1,15 @@
 """Hydra stays whole underneath: its options, overrides and search path."""
 
 import pickle
+import re
+import shlex
 
 import yaml
 
 from uft.cli import main
 from uft.errors import Problem, UftError
 from uft.launch.sweep import JobFailed
+from uft.runs import find_runs
 
 
 def test_cfg_job_prints_and_does_nothing(worker, capsys):
@@ -46,13 +49,21 @@ def test_user_folders_and_a_primary_config_of_ones_own(worker, capsys):
 def test_config_dir_adds_options(worker, capsys):
     (worker / "more" / "optim").mkdir(parents=True)
     (worker / "more" / "optim" / "mine.yaml").write_text("# my optimiser\nname: sgd\n")
-    assert main(["config", "--config-dir", "more", "optim=mine"]) == 0
-    assert "name: sgd" in capsys.readouterr().out
     assert main(["train", "--config-dir", "more", "optim=mien"]) == 2
     assert "did you mean  optim=mine ?" in capsys.readouterr().err
     assert main(["train", "--config-dir", "more", "--help"]) == 0
     assert "my optimiser" in capsys.readouterr().out
-    assert main(["train", "--config-dir", "nowhere"]) == 2
+    assert main(["train", "optim=mine", "--config-dir", "more", "train.stps=3"]) == 2
+    (command,) = re.findall(r"See what would run:  uft (.*)", capsys.readouterr().err)
+    assert main(shlex.split(command)) == 0, "the command that is advised finds the same files"
+    assert "name: sgd" in capsys.readouterr().out
+
+
+def test_options_stand_anywhere(worker, capsys):
+    assert main(["train", "objective=dpo", "--cfg", "job", "seed=7", "-p", "objective", "objective.beta=0.3"]) == 0
+    assert "beta: 0.3\n" in capsys.readouterr().out
+    assert main(["train", "objective=sft", "-m", "seed=1,2", "tracking=none", "sweep.name=s"]) == 0
+    assert sorted(run.name for run in find_runs(worker / "outputs")) == ["sft-seed1", "sft-seed2"]
 
 
 def test_failures_can_be_sent_between_processes():

@@ -103,11 +103,15 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--steps", "5"], "without dashes:  train.steps=..."),
-        (["--lr=3"], "without dashes:  optim.lr=3"),
-        (["-m", "--cfg", "job"], "one of them at a time"),
+        ("--steps 5", "without dashes:  train.steps=..."),
+        ("--lr=3", "without dashes:  optim.lr=3"),
+        ("-m --cfg job", "one of them at a time"),
+        ("--resume RUN", "go on with a run:  uft resume RUN"),
+        ("--dry-run", "uft check"),
+        ("experiment=nowhere --config-dir nowhere", "--config-dir nowhere  no such folder"),
     ],
 )
-def test_options_of_other_programs(worker, capsys, words, says):
-    assert main(["train", *words]) == 2
+def test_options_that_are_wrong(worker, capsys, words, says):
+    assert main(["train", *words.split()]) == 2
     assert says in capsys.readouterr().err
+    assert list(worker.iterdir()) == []

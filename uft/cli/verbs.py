@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from uft.cli.help import help_text
-from uft.config.compose import Examined, changed, examine, footer, needs_hydra, refuse_named_code, require
+from uft.config.compose import Examined, changed, examine, footer, needs_hydra, quoted, refuse_named_code, require
 from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, register, request_of_job, translate
 from uft.config.frozen import annotated, free
 from uft.config.messages import conf_dir, nearest, written
@@ -140,16 +141,25 @@ def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
         return GOOD
     parsed = parse(arguments)
     request = Request(tuple(parsed.overrides), parsed.config_name or "config", parsed.config_dir, parsed.config_path)
+    try:
+        return carry_out(verb, work, arguments, parsed, request)
+    except UftError as error:  # commands that are advised draw in the same files
+        options = [quoted(word) for word in options_of(request)]
+        error.footer = re.sub(r"\buft (config|train)\b", lambda found: " ".join([found[0], *options]), error.footer)
+        raise
+
+
+def carry_out(verb: str, work: Work, arguments: list[str], parsed: argparse.Namespace, request: Request) -> int:
+    """Compose one run and do the work, or leave the request to Hydra where it needs it; the exit code."""
     ours = ("overrides", "run", "config_name", "config_dir", "config_path")
     native = any(value for name, value in vars(parsed).items() if name not in ours)
-    if parsed.config_dir is None or Path(parsed.config_dir).is_dir():
-        if not native and not needs_hydra(request):
-            return work(checked(request), request.overrides)
-        refuse_named_code(request)
+    if not native and not needs_hydra(request):
+        return work(checked(request), [*options_of(request), *request.overrides])
+    refuse_named_code(request)
     if parsed.cfg:  # Hydra prints it without a word about keys of objectives that are not there
-        require(request)
+        checked(request)
     try:
-        with hydra_application(verb, arguments):
+        with hydra_application(verb, options_first(arguments, request.overrides)):
             run = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)
             run(partial(hydra_task, work))()
     except BROKEN as error:
@@ -160,6 +170,14 @@ def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else GOOD
     return GOOD
+
+
+def options_of(request: Request) -> list[str]:
+    """The options that say where files are looked for, as words of a command line."""
+    path = request.config_path if request.config_path != str(conf_dir()) else None
+    name = request.config_name if request.config_name != "config" else None
+    options = {"--config-path": path, "--config-name": name, "--config-dir": request.config_dir}
+    return [f"{option}={value}" for option, value in options.items() if value]
 
 
 def checked(request: Request) -> Examined:
@@ -180,13 +198,13 @@ def hydra_task(work: Work, cfg: DictConfig) -> None:
     request = request_of_job(composed, words)
     if composed.mode == RunMode.MULTIRUN:
         examined = require(request)
-        code = work(examined, words)
+        code = work(examined, [*options_of(request), *words])
         if code != GOOD:
             folder = str(examined.settings["run"]["dir"] or "")
             raise JobFailed(code, folder, failure_reason(code, Path(folder)))
         return
     try:
-        code = work(checked(request), words)
+        code = work(checked(request), [*options_of(request), *words])
     except UftError as error:
         if tracing():
             raise
@@ -226,7 +244,7 @@ def explained(error: Exception, request: Request, multirun: bool) -> UftError:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Hydra's own options, with words for people who write --steps 5."""
+    """Hydra's own options, before, between or behind the settings, with words for people who write --steps 5."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     switches = (["--run", "-r"], ["--multirun", "-m"], ["--shell-completion", "-sc"])
@@ -243,14 +261,36 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     def fail(message: str) -> NoReturn:
         words = [word for word in arguments if word.startswith("-") and word.partition("=")[0] not in known]
-        raise UftError(*map(not_an_option, words or [" ".join(arguments)]), footer=OPTIONS)
+        wrong = [not_an_option(word) for word in words] or [Problem(message, "", "command line")]
+        raise UftError(*wrong, footer=OPTIONS)
 
     parser.error = fail  # type: ignore[method-assign]
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)
     modes = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(parsed, name)]
     if len(modes) > 1:
         raise UftError(Problem(" and ".join(modes), "one of them at a time", "command line"))
+    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
+        raise UftError(Problem(f"--config-dir {parsed.config_dir}", "no such folder", "command line"))
     return parsed
+
+
+def options_first(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The arguments as Hydra's own parser wants them, which takes no option between two overrides."""
+    words = list(reversed(arguments))
+    for override in reversed(overrides):
+        words.remove(override)
+    return [*reversed(words), *overrides]
+
+
+OTHER_OPTIONS = {
+    "resume": "go on with a run:  uft resume RUN",
+    "dry-run": "everything but training:  uft check ...   print the configuration:  uft config ...",
+    "config": "a file in conf-user/experiment/NAME.yaml:  experiment=NAME   a folder of files:  --config-dir DIR",
+    "data": "your rows:  data=FILE",
+    "model": "a model of the hub, or a folder:  model.path=NAME",
+    "output-dir": "the folder of a run:  run.dir=FOLDER",
+}
+"""Options of other programs that are no keys here, and what does the same."""
 
 
 def not_an_option(word: str) -> Problem:
@@ -258,7 +298,7 @@ def not_an_option(word: str) -> Problem:
     path = Tree().elsewhere(key.replace("-", "_")) if "." not in key else key
     meant = path or nearest(key, keys_of(Config)) or key
     advice = f"settings are written key=value, without dashes:  {meant}={value or '...'}"
-    return Problem(word, "no such option", "command line", (advice,))
+    return Problem(word, "no such option", "command line", (OTHER_OPTIONS.get(key, advice),))
 
 
 def option(arguments: list[str], *names: str) -> str | None:
