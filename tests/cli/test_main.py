@@ -109,9 +109,12 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
         ("--resume RUN", "go on with a run:  uft resume RUN"),
         ("--dry-run", "uft check"),
         ("experiment=nowhere --config-dir nowhere", "--config-dir nowhere  no such folder"),
+        ("steps=10", "did you mean  train.steps ?"),
+        ("lr=", "did you mean  optim.lr ?"),
+        ("model=Qwen/Qwen2.5-0.5B", "model=custom model.path=Qwen/Qwen2.5-0.5B\n      choices: custom, "),
     ],
 )
-def test_options_that_are_wrong(worker, capsys, words, says):
+def test_what_people_type_first(worker, capsys, words, says):
     assert main(["train", *words.split()]) == 2
     assert says in capsys.readouterr().err
     assert list(worker.iterdir()) == []
