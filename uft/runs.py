@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from typing import Any
 
 from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted
 
+OUTPUTS = Path("outputs")
 SWEEP_FILE = "sweep.json"  # the request of a sweep; `uft.launch.sweep` writes it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_VALUES = 1_000_000  # of one YAML file, each counted as often as anything refers to it
@@ -92,6 +94,12 @@ class Run:
     def stages(self) -> list[Run]:
         """The folders of the stages that a run of several stages has begun, in their order."""
         return [Run(path) for _, path in _numbered(self.path / "stages", r"(\d+)-.+")]
+
+    @property
+    def modified(self) -> float:
+        """When its state last changed, in seconds since the epoch."""
+        files = (self.path / name for name in ("config.yaml", "run.json", "result.json"))
+        return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
     @property
     def steps(self) -> int:
@@ -179,13 +187,34 @@ def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) 
     return run
 
 
-def open_run(path: str | Path) -> Run:
-    """The run at `path`, or a UftError that says what the folder lacks."""
-    run = Run(Path(path))
+def open_run(word: str | Path) -> Run:
+    """The run that a word names, or a UftError that says what the folder lacks."""
+    run = Run(named_folder(word))
     if not run.exists:
-        why = "no config.yaml and run.json in this folder: it is not a run" if run.path.is_dir() else "no such folder"
-        raise UftError(Problem(str(path), why), footer="See the runs here:  uft ls")
+        raise no_runs(run.path, "no config.yaml and run.json in this folder: it is not a run")
     return run
+
+
+def named_folder(word: str | Path) -> Path:
+    """The folder that a person means by RUN: its path, `last` (the run that was written to last), or its name.
+
+    A name is that of a run or a sweep below outputs/, SWEEP/RUN, or a day; of several the newest is meant. A word that
+    names nothing comes back as it is.
+    """
+    folder = Path(word)
+    if folder.is_dir() or folder.is_absolute() or ".." in folder.parts:
+        return folder
+    if str(word) == "last" and (runs := find_runs(OUTPUTS)):
+        return max(runs, key=lambda run: (run.modified, run.path)).path
+    name = glob.escape(str(word))
+    found = [path for depth in ("", "*/", "*/*/") for path in OUTPUTS.glob(depth + name) if path.is_dir()]
+    return max(found, key=lambda path: path.parts[1], default=folder)
+
+
+def no_runs(folder: Path, why: str = "no run in this folder") -> UftError:
+    """What is wrong with a folder, or a name, that is no run: `why` if there is such a folder."""
+    why = why if folder.is_dir() else "no such folder, run or sweep"
+    return UftError(Problem(str(folder), why), footer="See the runs here:  uft ls")
 
 
 def find_runs(root: Path) -> list[Run]:

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
+import shutil
 
 import pytest
 
 from uft.cli import VERBS, main, manage
 from uft.cli.help import PAGES, describe
-from uft.cli.verbs import with_model
+from uft.cli.verbs import with_model, with_sources
 from uft.config.compose import compose
 from uft.config.frozen import frozen
 from uft.runs import Run, create_run, find_runs, write_json
@@ -116,6 +118,73 @@ def test_generate_finds_the_files_of_a_run_from_another_folder(worker, monkeypat
     assert data["sources"]["mine"]["path"] == str(worker / "rows.jsonl")
     assert data["sources"]["other"]["path"] == "builtin:playground/pairs"
     assert data["template"] == "auto"
+
+
+def test_a_run_is_a_folder_a_name_or_last(worker, capfd):
+    def train(*words):
+        return main(["train", "objective=sft", "tracking=none", *words])
+
+    assert main(["resume"]) == 2
+    assert "no run in outputs is unfinished" in capfd.readouterr().err
+    assert train("run.name=x", "generate.system=fail") == 1
+    assert train("-m", "seed=1,2", "sweep.name=s") == 0
+    x = next(run for run in find_runs(worker / "outputs") if run.name == "x")
+    old = x.path.parent.with_name("2020-01-01")
+    shutil.copytree(x.path, old / "x")
+    capfd.readouterr()
+    for words, code in ((["resume"], 2), (["resume", "train.log_every=7"], 2)):
+        assert main(words) == code
+        err = capfd.readouterr().err
+        (command,) = re.findall(r"the newest unfinished one:  uft (.*?)   \(failed at step", err)
+    assert command.endswith("/x train.log_every=7")
+    for name, listed in (
+        ("x", ["x"]),
+        ("s", ["sft-seed1", "sft-seed2"]),
+        ("s/sft-seed2", ["sft-seed2"]),
+        (old.name, ["x"]),
+    ):
+        assert main(["ls", name, "--json"]) == 0
+        assert [row["name"] for row in json.loads(capfd.readouterr().out)] == listed
+    assert main(["sync", "x", "s", "last", "--dry-run"]) == 0
+    assert main(["config", "objective=sft", "--diff", "x"]) == 0
+    assert main(["generate", "x"]) == 2
+    assert f"{x.path.relative_to(worker)}  has no model/ in it" in capfd.readouterr().err, "the newest one of the name"
+    assert main(["resume", *shlex.split(command)[1:-1], "generate.system=ok"]) == 0
+    assert x.status == "finished"
+    assert main(["resume", "last"]) == 0
+    assert f"{x.path.relative_to(worker)} is finished already" in capfd.readouterr().out
+    assert main(["compare", "last"]) == 0
+    assert main(["resume", "y"]) == main(["ls", "y"]) == main(["sync", "y"]) == 2
+
+
+def test_a_file_of_rows_is_short_for_a_source(worker, capfd):
+    (worker / "my rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 2)
+    (worker / "more").mkdir()
+    more = (worker / "my rows.jsonl").rename(worker / "more" / "1.jsonl")
+    shutil.copy(more, "my rows.jsonl")
+    sources = {
+        "data=more/1.jsonl": {"_1": "more/1.jsonl"},
+        "data=my rows.jsonl": {"my_rows": "my rows.jsonl"},
+        "data=more": {"more": "more"},
+        "data=org/name": {"name": "org/name"},
+    }
+    for word, paths in sources.items():
+        assert with_sources([word]) == with_sources(with_sources([word]))
+        settings = compose(with_sources([word]))["data"]
+        assert (settings["name"], {name: node["path"] for name, node in settings["sources"].items()}) == (
+            "files",
+            paths,
+        )
+    mixed = compose(with_sources(["data=mix", "more/1.jsonl", "my rows.jsonl"]))["data"]["sources"]
+    assert {"pairs", "_1", "my_rows"} <= set(mixed)
+    assert main(["train", "-m", "more/1.jsonl", "objective=sft", "seed=1,2", "data.holdout=0", "tracking=none"]) == 0
+    for words in (["data", "more/1.jsonl"], ["generate", "my rows.jsonl"], ["annotate", "soft_label", "data=more"]):
+        assert main(words) == 0
+        assert f"worker {words[0]}" in capfd.readouterr().out
+    assert main(["train", "-m", "gone.jsonl", "seed=1,2"]) == 2
+    assert "gone.jsonl  no such file" in capfd.readouterr().err
+    assert main(["train", "nonsense"]) == 2
+    assert "cannot be read as key=value" in capfd.readouterr().err
 
 
 def test_resume_goes_on_with_a_run_also_from_another_folder_after_a_move(worker, monkeypatch, capfd):

@@ -11,6 +11,7 @@ import pytest
 
 from uft.cli import VERBS, main
 from uft.cli.help import PAGES
+from uft.cli.verbs import with_sources
 from uft.config.compose import examine
 from uft.config.files import Request, make_loader
 from uft.launch.sweep import expand
@@ -78,7 +79,7 @@ def test_a_command_of_the_documentation(here, capsys, where, line):
         several = "-m" in options or any(
             word.startswith(("sweep=", "hardware=slurm", "hardware=ray", "hardware=local_pool")) for word in words
         )
-        request = Request(tuple(settings(words)))
+        request = Request(tuple(with_sources(settings(words))))
         jobs = expand(request.overrides, make_loader(request))[0] if several else [request.overrides]
         ends = dict.fromkeys([tuple(jobs[0]), tuple(jobs[-1])])  # of a sweep, the first and the last
         problems = [problem for job in ends for problem in examine(Request(job)).problems]

@@ -38,7 +38,7 @@ PAGES = {
   uft train -m objective=sft,ift,uft seed=1,2,3     nine runs, one after the other
   uft train sweep=beta_ratio                        a sweep written in conf/sweep
   uft train experiment=sft_then_dpo                 a run of two stages
-  uft train data=files +data.sources.mine.path=rows.jsonl model.path=org/name  your rows, your model
+  uft train data=rows.jsonl model=custom model.path=org/name  your rows, your model
   uft train debug=fast                              two steps: does it run at all""",
         note="  -m trains a run for every combination of comma-separated values; run it again to complete it\n",
     ),
@@ -46,14 +46,14 @@ PAGES = {
         keys="train.batch_size train.micro_batch_tokens train.max_length data.too_long data.template",
         examples="""\
   uft check model=smollm2_135m data=mix             will it fit, are the masks right
-  uft check data=files +data.sources.mine.path=rows.jsonl  are these rows usable""",
+  uft check data=rows.jsonl                         are these rows usable""",
     ),
     "data": Page(
         keys="data.ratio data.exhaustion data.template data.too_long data.bad_rows train.max_length",
         examples="""\
   uft data data=mix                                 the mixture table, lengths, rows with the trained tokens coloured
   uft data data=mix data.ratio=0.25                 what a ratio does to it
-  uft data data=files +data.sources.mine.path=rows.jsonl  how your rows are understood""",
+  uft data rows.jsonl                               how your rows are understood""",
     ),
     "generate": Page(
         keys="""
@@ -64,7 +64,7 @@ PAGES = {
   uft generate outputs/DATE/RUN                     what a trained run answers
   uft generate generate.seeds=[0,1,2,3] generate.out=negatives.jsonl  negatives for objective=dft""",
         words="[RUN] ",
-        note="  with RUN: the configuration of that run, and its model\n",
+        note="  with RUN (a folder, a name or last): the configuration of that run, and its model\n",
     ),
     "annotate": Page(
         keys="""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import chdir
 from importlib.util import find_spec
 from itertools import groupby
@@ -16,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, tell
-from uft.runs import Run, find_runs, find_sweeps, planned, shown, summary, waiting
+from uft.runs import (
+    OUTPUTS,
+    Run,
+    find_runs,
+    find_sweeps,
+    named_folder,
+    no_runs,
+    planned,
+    shown,
+    summary,
+    waiting,
+)
 from uft.tracking.console import HEADLINES
 
 WIDE = 160  # columns where there is no terminal
@@ -37,21 +49,17 @@ def parser_of(verb: str, description: str, epilog: str = "") -> argparse.Argumen
     return argparse.ArgumentParser(f"uft {verb}", None, description, epilog, formatter_class=style, allow_abbrev=False)
 
 
-def no_runs(folder: Path) -> Problem:
-    return Problem(str(folder), "no run in this folder" if folder.is_dir() else "no such folder")
-
-
 # ls
 
 
 def ls(arguments: list[str]) -> int:
     """`uft ls [FOLDER]`: the runs and sweeps here, their state, steps and headline metrics."""
     parser = parser_of("ls", "The runs here, oldest first.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help="where to look; outputs")
+    parser.add_argument("folder", nargs="?", type=named_folder, default=OUTPUTS, help="where to look; outputs")
     parser.add_argument("--json", action="store_true", help="one JSON list, all metrics")
     parsed = parser.parse_args(arguments)
-    if not parsed.folder.is_dir() and parsed.folder != Path("outputs"):
-        raise UftError(no_runs(parsed.folder))
+    if not parsed.folder.is_dir() and parsed.folder != OUTPUTS:
+        raise no_runs(parsed.folder)
     rows = [describe(run) for run in find_runs(parsed.folder)]
     for run in waiting(parsed.folder):  # jobs of sweeps that have not started
         rows.append({"name": run.name, "path": str(run.path), "status": "waiting", "steps": 0})
@@ -89,18 +97,22 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
         for row in inside:
             state = Text(row["status"], style=COLOURS.get(row["status"], "red"))
-            steps = f"{row['steps']}/{row['total_steps']}" if row.get("total_steps") else str(row["steps"])
             values = [row.get(f"eval/{name}") for name in metrics]
             numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "" for value in values]
-            table.add_row(Text(f"  {row['name']}"), state, steps, *numbers)
+            table.add_row(Text(f"  {row['name']}"), state, step_of(row), *numbers)
             if row.get("error"):
                 errors.append(Text(f"  {row['name']}: {str(row['error']).strip().splitlines()[0]}", style="red"))
         console.print(Text(f"\n{folder}/", style="bold"))
         console.print(table, *errors, sep="\n", highlight=False)
 
 
+def step_of(row: Mapping[str, Any]) -> str:
+    return f"{row['steps']}/{row['total_steps']}" if row.get("total_steps") else str(row["steps"])
+
+
 # resume
 
+UNFINISHED = ("stopped", "interrupted", "failed")
 RESUME = """\
 A finished run is left alone. In a sweep every unfinished run goes on, and jobs that never started are started, by the
 launcher that they were asked for with; one failure does not stop the others.
@@ -111,17 +123,32 @@ difference, since it would make another run of it."""
 def resume(arguments: list[str]) -> int:
     """`uft resume RUN | SWEEP [key=value ...]`: go on with runs that were stopped."""
     parser = parser_of("resume", "Continue a run or a sweep that was stopped.", RESUME)
-    parser.add_argument("folder", type=Path, help="a run folder, or a folder of runs")
+    parser.add_argument("run", nargs="?", help="a run or a sweep: its folder, its name, or last")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that change no result")
     parsed = parser.parse_args(arguments)
-    runs, sweeps = find_runs(parsed.folder), find_sweeps(parsed.folder)
+    if parsed.run is None or ("=" in parsed.run and not Path(parsed.run).is_dir()):
+        raise UftError(unfinished_run(arguments), footer="See the runs here:  uft ls")
+    folder = named_folder(parsed.run)
+    runs, sweeps = find_runs(folder), find_sweeps(folder)
     if sweeps:
         return resume_sweeps(sweeps, runs, parsed.overrides)
     if not runs:
-        raise UftError(no_runs(parsed.folder), footer="See the runs here:  uft ls")
-    if runs[0].path == parsed.folder:
+        raise no_runs(folder)
+    if runs[0].path == folder:
         return resume_run(runs[0], parsed.overrides)
     return resume_runs(runs, parsed.overrides)
+
+
+def unfinished_run(overrides: list[str]) -> Problem:
+    """The question which run is meant, and the command that continues the newest one that can be."""
+    rows = {run: describe(run) for run in find_runs(OUTPUTS)}
+    unfinished = [run for run in rows if rows[run]["status"] in UNFINISHED]
+    newest = max(unfinished, key=lambda run: (run.modified, run.path), default=None)
+    if newest is None:
+        return Problem("uft resume", "no run in outputs is unfinished", "command line")
+    command = shlex.join(["uft", "resume", str(newest.path), *overrides])
+    state = f"{rows[newest]['status']} at step {step_of(rows[newest])}"
+    return Problem("uft resume", "which run?", "command line", (f"the newest unfinished one:  {command}   ({state})",))
 
 
 def resume_run(run: Run, overrides: list[str]) -> int:
@@ -204,12 +231,13 @@ def sync(arguments: list[str]) -> int:
 
     text = "Upload what W&B lacks of runs that were offline or cut off, and say what arrived."
     parser = parser_of("sync", text, SYNC)
-    parser.add_argument("folders", nargs="*", type=Path, metavar="RUN", help="runs, sweeps or folders of them; outputs")
+    help = "runs, sweeps or folders of them; outputs"
+    parser.add_argument("folders", nargs="*", type=named_folder, metavar="RUN", help=help)
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and do nothing")
     parsed = parser.parse_args(arguments)
-    if missing := [no_runs(folder) for folder in parsed.folders if not find_runs(folder)]:
+    if missing := [no_runs(folder).problems[0] for folder in parsed.folders if not find_runs(folder)]:
         raise UftError(*missing, footer="See:  uft ls")
-    found = {run.path.resolve(): run for folder in parsed.folders or [Path("outputs")] for run in find_runs(folder)}
+    found = {run.path.resolve(): run for folder in parsed.folders or [OUTPUTS] for run in find_runs(folder)}
     states = {run: upload_state(run) for run in found.values()}
     due = [run for run, state in states.items() if state == "due"]
     for run, state in states.items():

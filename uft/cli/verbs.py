@@ -25,13 +25,13 @@ from uft.cli.help import help_text
 from uft.config.compose import Examined, changed, examine, footer, needs_hydra, quoted, refuse_named_code, require
 from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, register, request_of_job, translate
 from uft.config.frozen import annotated, free
-from uft.config.messages import conf_dir, nearest, written
+from uft.config.messages import conf_dir, config_dirs, groups, nearest, written
 from uft.config.schema import COLUMNS, Config, keys_of
 from uft.config.stages import made, rows_of, without_stages
 from uft.config.tree import Tree
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import changed_keys, launch_job, launch_train, row_problems
-from uft.launch.sweep import JobFailed, examine_jobs, failure_reason, is_sweep_job, typed_overrides
+from uft.launch.sweep import JobFailed, examine_jobs, failure_reason, is_sweep_job, quote, typed_overrides
 from uft.runs import Run, open_run
 
 Work = Callable[[Examined, Sequence[str]], int]
@@ -57,21 +57,21 @@ def data(arguments: list[str]) -> int:
 def annotate(arguments: list[str]) -> int:
     """The column, if there is one, is the first word; to Hydra it is one of our keys."""
     named = first_word(arguments)
-    words = [f"annotate.column={named}", *arguments[1:]] if named else arguments
+    words = [f"annotate.column={named}", *arguments[1:]] if named and not names_rows(named) else arguments
     return run_verb("annotate", partial(run_job, "annotate"), words)
 
 
 def generate(arguments: list[str]) -> int:
-    """Completions of any model, or of the run whose folder is the first word: with its model and configuration."""
+    """Completions of any model, or of the run that the first word names: with its model and configuration."""
     named = first_word(arguments)
-    if named is None:
+    if named is None or names_rows(named):
         return run_verb("generate", partial(run_job, "generate"), arguments)
     run = open_run(named)
     if not run.model_dir.is_dir():
         finished = run.status == "finished"
         advice = "it was trained with train.save_model=false" if finished else f"finish it:  uft resume {run.path}"
         raise UftError(Problem(str(run.path), "has no model/ in it", advice=(advice,)))
-    return launch_job("generate", changed(with_model(run), arguments[1:]))
+    return launch_job("generate", changed(with_model(run), with_sources(arguments[1:])))
 
 
 def config(arguments: list[str]) -> int:
@@ -85,6 +85,39 @@ def first_word(arguments: list[str]) -> str | None:
     """The first argument where it is neither an option nor an override."""
     first = arguments[0] if arguments else "-"
     return None if "=" in first or first.startswith(("-", "~")) or set(FLAGS) & set(arguments) else first
+
+
+def names_rows(word: str, config_dir: str | None = None) -> bool:
+    """Whether a word is a file of rows, or chooses one (or a folder, or a hub id with its slash) as data=PATH."""
+    from uft.data.sources import READERS
+
+    key, equals, path = word.rpartition("=")
+    if (equals and key != "data") or word.startswith(("~", "-")):
+        return False
+    if equals and path in groups(config_dirs(config_dir)).get("data", {}):
+        return False
+    there = Path(path).exists() or "/" in path if equals else Path(path).is_file()
+    return there or Path(path).suffix.lower() in READERS
+
+
+def with_sources(words: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """The words with files of rows written out: data=files, and for each a source that is named after it.
+
+    Beside a mixture that is chosen (data=mix rows.jsonl) a file is one more source of it.
+    """
+    files = [word for word in words if names_rows(word, config_dir)]
+    if not files:
+        return list(words)
+    sources: dict[str, str] = {}
+    for path in (word.removeprefix("data=").strip("'\"") for word in files):
+        name = re.sub(r"\W", "_", Path(path).name.partition(".")[0], flags=re.ASCII)
+        name = name if re.match(r"[A-Za-z_]", name) else f"_{name}"
+        while name in sources:
+            name += "_"
+        sources[name] = path if re.fullmatch(r"[\w./:@-]+", path, re.ASCII) else quote(path)
+    kept = [word for word in words if word not in files]
+    chosen = [] if any(word.startswith("data=") for word in kept) else ["data=files"]
+    return [*kept, *chosen, *(f"+data.sources.{name}.path={path}" for name, path in sources.items())]
 
 
 def train_run(examined: Examined, words: Sequence[str]) -> int:
@@ -140,16 +173,18 @@ def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
         print(help_text(verb, option(arguments, "--config-dir", "-cd")))
         return GOOD
     parsed = parse(arguments)
-    request = Request(tuple(parsed.overrides), parsed.config_name or "config", parsed.config_dir, parsed.config_path)
+    name, overrides = parsed.config_name or "config", with_sources(parsed.overrides, parsed.config_dir)
+    request = Request(tuple(overrides), name, parsed.config_dir, parsed.config_path)
+    options = options_in(arguments, parsed.overrides)
     try:
-        return carry_out(verb, work, arguments, parsed, request)
+        return carry_out(verb, work, options, parsed, request)
     except UftError as error:  # commands that are advised draw in the same files
-        options = [quoted(word) for word in options_of(request)]
-        error.footer = re.sub(r"\buft (config|train)\b", lambda found: " ".join([found[0], *options]), error.footer)
+        files = [quoted(word) for word in options_of(request)]
+        error.footer = re.sub(r"\buft (config|train)\b", lambda found: " ".join([found[0], *files]), error.footer)
         raise
 
 
-def carry_out(verb: str, work: Work, arguments: list[str], parsed: argparse.Namespace, request: Request) -> int:
+def carry_out(verb: str, work: Work, options: list[str], parsed: argparse.Namespace, request: Request) -> int:
     """Compose one run and do the work, or leave the request to Hydra where it needs it; the exit code."""
     ours = ("overrides", "run", "config_name", "config_dir", "config_path")
     native = any(value for name, value in vars(parsed).items() if name not in ours)
@@ -159,7 +194,7 @@ def carry_out(verb: str, work: Work, arguments: list[str], parsed: argparse.Name
     if parsed.cfg:  # Hydra prints it without a word about keys of objectives that are not there
         checked(request)
     try:
-        with hydra_application(verb, options_first(arguments, request.overrides)):
+        with hydra_application(verb, [*options, *request.overrides]):
             run = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)
             run(partial(hydra_task, work))()
     except BROKEN as error:
@@ -274,12 +309,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
-def options_first(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """The arguments as Hydra's own parser wants them, which takes no option between two overrides."""
+def options_in(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The options alone, to be put before the overrides: Hydra's own parser takes none between two of them."""
     words = list(reversed(arguments))
     for override in reversed(overrides):
         words.remove(override)
-    return [*reversed(words), *overrides]
+    return words[::-1]
 
 
 OTHER_OPTIONS = {
