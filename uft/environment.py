@@ -30,15 +30,16 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if launched() > 1 else 0
 
 
-def note(text: str) -> None:
+def note(text: str, name: str = "") -> None:
     """Leave word why this rank failed: rank 0 alone is heard on the console."""
-    _write(f"why-{rank()}", text)
+    if folder := os.environ.get(FOLDER):
+        Path(folder, name or f"why-{rank()}").write_text(text, encoding="utf-8", errors="replace")
 
 
 def note_code(code: int) -> None:
     """Leave the exit code of the request: that of the first process of this machine, rank 0 on the first one."""
     if local_rank() == 0:
-        _write("code", str(code))
+        note(str(code), "code")
 
 
 def reasons(folder: Path) -> dict[int, str]:
@@ -50,9 +51,3 @@ def reasons(folder: Path) -> dict[int, str]:
 def noted_code(folder: Path) -> int | None:
     file = folder / "code"
     return int(file.read_text()) if file.is_file() else None
-
-
-def _write(name: str, text: str) -> None:
-    folder = os.environ.get(FOLDER)
-    if folder:
-        Path(folder, name).write_text(text, encoding="utf-8", errors="replace")

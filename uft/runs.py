@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -19,12 +20,14 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted
 
+OUTPUTS = Path("outputs")
 SWEEP_FILE = "sweep.json"  # the request of a sweep; `uft.launch.sweep` writes it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MOST_VALUES = 1_000_000  # of one YAML file, each counted as often as anything refers to it
@@ -35,11 +38,21 @@ class Damaged(UftError, ValueError):
     """A file does not hold what was written into it."""
 
 
+def _inside(name: str) -> cached_property[Path]:
+    return cached_property(lambda run: run.path / name)
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder. Construct it for any path; `open_run` checks that it is one."""
 
     path: Path
+
+    config_file = _inside("config.yaml")
+    metrics_file = _inside("metrics.jsonl")
+    samples_file = _inside("samples.jsonl")
+    checkpoints_dir = _inside("checkpoints")
+    model_dir = _inside("model")
 
     @property
     def name(self) -> str:
@@ -49,26 +62,6 @@ class Run:
     def exists(self) -> bool:
         """Whether this is a run: a `config.yaml` alone may be anybody's (conf/ has one too)."""
         return os.path.isfile(self.config_file) and os.path.isfile(self.path / "run.json")  # no path raises these
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def samples_file(self) -> Path:
-        return self.path / "samples.jsonl"
-
-    @property
-    def checkpoints_dir(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def model_dir(self) -> Path:
-        return self.path / "model"
 
     def config(self) -> dict[str, Any]:
         """The frozen, resolved configuration. Raises Damaged where it is none."""
@@ -95,14 +88,18 @@ class Run:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of the complete checkpoints, oldest first. They appear by rename: each is whole."""
-        found = ((re.fullmatch(r"step-(\d{6,})", path.name), path) for path in self.checkpoints_dir.glob("*"))
-        return sorted((int(match[1]), path) for match, path in found if match)
+        return _numbered(self.checkpoints_dir, r"step-(\d{6,})")
 
     @property
     def stages(self) -> list[Run]:
         """The folders of the stages that a run of several stages has begun, in their order."""
-        found = ((re.fullmatch(r"(\d+)-.+", path.name), path) for path in (self.path / "stages").glob("*"))
-        return [Run(path) for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+        return [Run(path) for _, path in _numbered(self.path / "stages", r"(\d+)-.+")]
+
+    @property
+    def modified(self) -> float:
+        """When its state last changed, in seconds since the epoch."""
+        files = (self.path / name for name in ("config.yaml", "run.json", "result.json"))
+        return max((file.stat().st_mtime for file in files if file.is_file()), default=0.0)
 
     @property
     def steps(self) -> int:
@@ -123,12 +120,10 @@ class Run:
         lock = self.path / ".lock"
         if not lock.exists():
             return False
-        with open(lock, "rb") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
+        with open(lock, "rb") as handle, suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+        return True
 
     def orphaned(self) -> bool:
         """Whether the process that holds this run has lost its launcher, and so is on its way to a checkpoint and out.
@@ -172,6 +167,12 @@ class Run:
             yield
 
 
+def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
+    """(number, path) of what is named so in `folder`, in the order of the numbers."""
+    found = ((re.fullmatch(pattern, path.name), path) for path in folder.glob("*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
 def _parent(process: int) -> int:
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
@@ -186,13 +187,34 @@ def create_run(path: Path, config_text: str, overrides: list[str], **info: Any) 
     return run
 
 
-def open_run(path: str | Path) -> Run:
-    """The run at `path`, or a UftError that says what the folder lacks."""
-    run = Run(Path(path))
+def open_run(word: str | Path) -> Run:
+    """The run that a word names, or a UftError that says what the folder lacks."""
+    run = Run(named_folder(word))
     if not run.exists:
-        why = "no config.yaml and run.json in this folder: it is not a run" if run.path.is_dir() else "no such folder"
-        raise UftError(Problem(str(path), why), footer="See the runs here:  uft ls")
+        raise no_runs(run.path, "no config.yaml and run.json in this folder: it is not a run")
     return run
+
+
+def named_folder(word: str | Path) -> Path:
+    """The folder that a person means by RUN: its path, `last` (the run that was written to last), or its name.
+
+    A name is that of a run or a sweep below outputs/, SWEEP/RUN, or a day; of several the newest is meant. A word that
+    names nothing comes back as it is.
+    """
+    folder = Path(word)
+    if folder.is_dir() or folder.is_absolute() or ".." in folder.parts:
+        return folder
+    if str(word) == "last" and (runs := find_runs(OUTPUTS)):
+        return max(runs, key=lambda run: (run.modified, run.path)).path
+    name = glob.escape(str(word))
+    found = [path for depth in ("", "*/", "*/*/") for path in OUTPUTS.glob(depth + name) if path.is_dir()]
+    return max(found, key=lambda path: path.parts[1], default=folder)
+
+
+def no_runs(folder: Path, why: str = "no run in this folder") -> UftError:
+    """What is wrong with a folder, or a name, that is no run: `why` if there is such a folder."""
+    why = why if folder.is_dir() else "no such folder, run or sweep"
+    return UftError(Problem(str(folder), why), footer="See the runs here:  uft ls")
 
 
 def find_runs(root: Path) -> list[Run]:

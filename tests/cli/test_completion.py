@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from uft.cli import VERBS, main
-from uft.cli.completion import HYDRA_VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,55 +26,34 @@ def answer(monkeypatch, capsys, tmp_path):
     return ask
 
 
-def test_verbs(answer):
+def test_verbs_groups_and_keys(answer):
     assert answer("uft ") == list(VERBS)
-    assert answer("uft tr") == ["train"]
     assert answer("uft r") == ["resume"]
-
-
-@pytest.mark.parametrize("verb", HYDRA_VERBS)
-def test_groups(answer, verb):
-    assert answer(f"uft {verb} obj") == ["objective.", "objective="]
-
-
-@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
-def test_options_in_every_shell(answer, shell):
-    assert answer("uft train data=p", shell) == ["data=pairs"]
-
-
-def test_keys_of_the_chosen_objective(answer):
+    assert answer("uft config obj") == ["objective.", "objective="]
+    assert answer("uft train data=p", "fish") == answer("uft train data=p", "zsh") == ["data=pairs"]
     assert "objective.beta=" in answer("uft train objective=dpo objective.")
     assert "objective.beta=" not in answer("uft train objective=sft objective.")
     assert answer("uft train --trace -m train.st") == ["train.steps="]
     assert not any(word.startswith("schema") for word in answer("uft train s"))
 
 
-def test_a_run_folder_before_the_keys(answer):
+def test_a_run_folder_or_a_column_before_the_keys(answer):
     assert answer("uft generate outputs/run generate.te") == ["generate.temperature="]
-    assert "objective=" in answer("uft generate outputs/run ")
-
-
-def test_the_column_before_the_keys(answer):
     assert answer("uft annotate soft") == ["soft_label"]
     assert {"baseline_logp", "soft_label", "objective="} <= {*answer("uft annotate ")}
     assert answer("uft annotate soft_label annotate.te") == ["annotate.temperature="]
-    assert "objective=" in answer("uft annotate soft_label ")
     assert answer("uft annotate annotate.te") == ["annotate.temperature="]
 
 
-def test_a_line_that_cannot_be_read_has_no_completions(answer, capsys):
-    assert answer("uft train foo bar") == []
+def test_what_has_no_completions(answer, capsys):
+    assert answer("uft train foo bar") == [], "a line that cannot be read"
+    assert answer("uft resume out") == [], "folders are for the shell"
     assert capsys.readouterr().err == ""
 
 
-def test_verbs_without_keys_leave_it_to_the_shell(answer):
-    assert answer("uft resume out") == []
-
-
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 def test_through_the_real_bash_function(tmp_path):
     """What `eval "$(uft -sc install=bash)"` puts into a shell, called the way bash calls it."""
-    if shutil.which("bash") is None:
-        pytest.skip("no bash here")
     script = tmp_path / "uft"
     program = "import sys; sys.argv[0] = 'uft'; from uft.cli import main; sys.exit(main())"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{program}" "$@"\n')
@@ -83,15 +61,13 @@ def test_through_the_real_bash_function(tmp_path):
     ask = """
 eval "$(uft -sc install=bash)"
 complete -p uft
-for line in "uft tr" "uft train data=p" "uft train objective=dpo objective.be"; do
+for line in "uft tr" "uft train objective=dpo objective.be"; do
   COMP_LINE="$line"; COMP_POINT=${#line}; COMP_WORDS=($line); COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
   COMPREPLY=(); hydra_bash_completion; echo "${COMPREPLY[@]}"
 done
 """
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(["bash", "-c", ask], env=environment, cwd=tmp_path, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert "hydra_bash_completion uft" in lines[0], done.stderr
-    assert lines[1:] == ["train", "data=pairs", "objective.beta="]
+    assert lines[1:] == ["train", "objective.beta="]

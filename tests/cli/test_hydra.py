@@ -1,9 +1,15 @@
 """Hydra stays whole underneath: its options, overrides and search path."""
 
-import pytest
+import pickle
+import re
+import shlex
+
 import yaml
 
 from uft.cli import main
+from uft.errors import Problem, UftError
+from uft.launch.sweep import JobFailed
+from uft.runs import find_runs
 
 
 def test_cfg_job_prints_and_does_nothing(worker, capsys):
@@ -16,13 +22,13 @@ def test_cfg_job_prints_and_does_nothing(worker, capsys):
     assert list(worker.iterdir()) == []
 
 
-@pytest.mark.parametrize("what", ["searchpath", "defaults", "plugins"])
-def test_info(program, tmp_path, what):
+def test_info_and_hydras_help(program, tmp_path):
     (tmp_path / "conf-user").mkdir()
-    done = program("train", "--info", what, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    expected = {"searchpath": "uft-user", "defaults": "objective/ift", "plugins": "UftSweeper"}[what]
-    assert expected in done.stdout
+    asked = {"searchpath": "uft-user", "defaults": "objective/ift", "plugins": "UftSweeper"}
+    for words, expected in (*((("--info", what), says) for what, says in asked.items()), (("--hydra-help",), "Hydra")):
+        done = program("train", *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["conf-user"]
 
 
@@ -43,37 +49,24 @@ def test_user_folders_and_a_primary_config_of_ones_own(worker, capsys):
 def test_config_dir_adds_options(worker, capsys):
     (worker / "more" / "optim").mkdir(parents=True)
     (worker / "more" / "optim" / "mine.yaml").write_text("# my optimiser\nname: sgd\n")
-    assert main(["config", "--config-dir", "more", "optim=mine"]) == 0
-    assert "name: sgd" in capsys.readouterr().out
     assert main(["train", "--config-dir", "more", "optim=mien"]) == 2
     assert "did you mean  optim=mine ?" in capsys.readouterr().err
     assert main(["train", "--config-dir", "more", "--help"]) == 0
     assert "my optimiser" in capsys.readouterr().out
-    assert main(["train", "--config-dir", "nowhere"]) == 2
+    assert main(["train", "optim=mine", "--config-dir", "more", "train.stps=3"]) == 2
+    (command,) = re.findall(r"See what would run:  uft (.*)", capsys.readouterr().err)
+    assert main(shlex.split(command)) == 0, "the command that is advised finds the same files"
+    assert "name: sgd" in capsys.readouterr().out
 
 
-def test_hydra_help(program, tmp_path):
-    done = program("train", "--hydra-help", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "Hydra" in done.stdout
-
-
-def test_job_functions_can_be_sent_to_other_processes():
-    import pickle
-
-    from uft.cli import verbs
-
-    for verb in verbs.PAGES:
-        job = getattr(verbs, f"{verb}_job")
-        assert pickle.loads(pickle.dumps(job)) is job
+def test_options_stand_anywhere(worker, capsys):
+    assert main(["train", "objective=dpo", "--cfg", "job", "seed=7", "-p", "objective", "objective.beta=0.3"]) == 0
+    assert "beta: 0.3\n" in capsys.readouterr().out
+    assert main(["train", "objective=sft", "-m", "seed=1,2", "tracking=none", "sweep.name=s"]) == 0
+    assert sorted(run.name for run in find_runs(worker / "outputs")) == ["sft-seed1", "sft-seed2"]
 
 
 def test_failures_can_be_sent_between_processes():
-    import pickle
-
-    from uft.errors import Problem, UftError
-    from uft.launch.sweep import JobFailed
-
     failure = pickle.loads(pickle.dumps(JobFailed(75, "folder", "stopped")))
     assert (failure.code, failure.folder, failure.message) == (75, "folder", "stopped")
     error = UftError(Problem("a", "b"), footer="f", code=2)

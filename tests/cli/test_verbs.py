@@ -2,13 +2,17 @@
 
 import json
 import re
+import shlex
+import shutil
 
 import pytest
 
-from uft.cli import VERBS, main
-from uft.cli.app import describe
-from uft.cli.verbs import PAGES, with_model
-from uft.runs import find_runs
+from uft.cli import VERBS, main, manage
+from uft.cli.help import PAGES, describe
+from uft.cli.verbs import with_model, with_sources
+from uft.config.compose import compose
+from uft.config.frozen import frozen
+from uft.runs import Run, create_run, find_runs, write_json
 
 
 def only_run(folder):
@@ -23,16 +27,17 @@ def trained(worker, capfd):
     return only_run(worker)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_every_verb(worker, capsys, verb):
-    try:
-        code = main([verb, "--help"])
-    except SystemExit as leave:
-        code = leave.code
-    out = capsys.readouterr().out
-    assert code == 0
-    assert f"uft {verb}" in out
+def test_help_of_every_verb(worker, capsys):
+    for verb in VERBS:
+        try:
+            code = main([verb, "--help"])
+        except SystemExit as leave:
+            code = leave.code
+        assert code == 0
+        assert f"uft {verb}" in capsys.readouterr().out
     assert list(worker.iterdir()) == []
+    assert describe("model.lora.rank") == "rank of the adapter  [16]"
+    assert all(describe(key) for page in PAGES.values() for key in page.keys.split())
 
 
 def test_help_lists_the_choices_on_disk(worker, capsys):
@@ -44,14 +49,6 @@ def test_help_lists_the_choices_on_disk(worker, capsys):
     assert re.search(r"\n  dft +Discriminative Fine-Tuning", out)
     assert "model.adapter     train all weights or a low-rank adapter (none, lora)  [none]" in out
     assert "schema" not in out
-
-
-def test_describe_knows_nested_keys():
-    assert describe("model.lora.rank") == "rank of the adapter  [16]"
-
-
-def test_every_key_in_the_help_exists():
-    assert all(describe(key) for page in PAGES.values() for key in page.keys)
 
 
 def test_config_shows_values_and_origins(worker, capsys):
@@ -123,28 +120,88 @@ def test_generate_finds_the_files_of_a_run_from_another_folder(worker, monkeypat
     assert data["template"] == "auto"
 
 
-def test_resume_goes_on_with_a_run(worker, capfd):
+def test_a_run_is_a_folder_a_name_or_last(worker, capfd):
+    def train(*words):
+        return main(["train", "objective=sft", "tracking=none", *words])
+
+    assert main(["resume"]) == 2
+    assert "no run in outputs is unfinished" in capfd.readouterr().err
+    assert train("run.name=x", "generate.system=fail") == 1
+    assert train("-m", "seed=1,2", "sweep.name=s") == 0
+    x = next(run for run in find_runs(worker / "outputs") if run.name == "x")
+    old = x.path.parent.with_name("2020-01-01")
+    shutil.copytree(x.path, old / "x")
+    capfd.readouterr()
+    for words, code in ((["resume"], 2), (["resume", "train.log_every=7"], 2)):
+        assert main(words) == code
+        err = capfd.readouterr().err
+        (command,) = re.findall(r"the newest unfinished one:  uft (.*?)   \(failed at step", err)
+    assert command.endswith("/x train.log_every=7")
+    for name, listed in (
+        ("x", ["x"]),
+        ("s", ["sft-seed1", "sft-seed2"]),
+        ("s/sft-seed2", ["sft-seed2"]),
+        (old.name, ["x"]),
+    ):
+        assert main(["ls", name, "--json"]) == 0
+        assert [row["name"] for row in json.loads(capfd.readouterr().out)] == listed
+    assert main(["sync", "x", "s", "last", "--dry-run"]) == 0
+    assert main(["config", "objective=sft", "--diff", "x"]) == 0
+    assert main(["generate", "x"]) == 2
+    assert f"{x.path.relative_to(worker)}  has no model/ in it" in capfd.readouterr().err, "the newest one of the name"
+    assert main(["resume", *shlex.split(command)[1:-1], "generate.system=ok"]) == 0
+    assert x.status == "finished"
+    assert main(["resume", "last"]) == 0
+    assert f"{x.path.relative_to(worker)} is finished already" in capfd.readouterr().out
+    assert main(["compare", "last"]) == 0
+    assert main(["resume", "y"]) == main(["ls", "y"]) == main(["sync", "y"]) == 2
+
+
+def test_a_file_of_rows_is_short_for_a_source(worker, capfd):
+    (worker / "my rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 2)
+    (worker / "more").mkdir()
+    more = (worker / "my rows.jsonl").rename(worker / "more" / "1.jsonl")
+    shutil.copy(more, "my rows.jsonl")
+    sources = {
+        "data=more/1.jsonl": {"_1": "more/1.jsonl"},
+        "data=my rows.jsonl": {"my_rows": "my rows.jsonl"},
+        "data=more": {"more": "more"},
+        "data=org/name": {"name": "org/name"},
+    }
+    for word, paths in sources.items():
+        assert with_sources([word]) == with_sources(with_sources([word]))
+        settings = compose(with_sources([word]))["data"]
+        assert (settings["name"], {name: node["path"] for name, node in settings["sources"].items()}) == (
+            "files",
+            paths,
+        )
+    mixed = compose(with_sources(["data=mix", "more/1.jsonl", "my rows.jsonl"]))["data"]["sources"]
+    assert {"pairs", "_1", "my_rows"} <= set(mixed)
+    assert main(["train", "-m", "more/1.jsonl", "objective=sft", "seed=1,2", "data.holdout=0", "tracking=none"]) == 0
+    for words in (["data", "more/1.jsonl"], ["generate", "my rows.jsonl"], ["annotate", "soft_label", "data=more"]):
+        assert main(words) == 0
+        assert f"worker {words[0]}" in capfd.readouterr().out
+    assert main(["train", "-m", "gone.jsonl", "seed=1,2"]) == 2
+    assert "gone.jsonl  no such file" in capfd.readouterr().err
+    assert main(["train", "nonsense"]) == 2
+    assert "cannot be read as key=value" in capfd.readouterr().err
+
+
+def test_resume_goes_on_with_a_run_also_from_another_folder_after_a_move(worker, monkeypatch, capfd):
     assert main(["train", "objective=sft", "run.name=x", "generate.system=fail", "tracking=none"]) == 1
     run = only_run(worker)
     assert main(["resume", str(run.path), "train.batch_size=3"]) == 2
     assert "32 -> 3" in capfd.readouterr().err
-    assert main(["resume", str(run.path), "generate.system=ok", "tracking=offline"]) == 0
-    assert run.status == "finished"
-    assert run.config()["tracking"]["mode"] == "offline"
-    assert main(["resume", str(run.path)]) == 0
-    assert "nothing to do" in capfd.readouterr().out
-    assert (run.path / "sittings").read_text() == "fail\nok\n"
-
-
-def test_resume_works_from_another_folder_after_a_move(worker, monkeypatch, capfd):
-    assert main(["train", "objective=sft", "run.name=x", "generate.system=fail", "tracking=none"]) == 1
-    elsewhere = worker / "elsewhere"
-    only_run(worker).path.rename(elsewhere)
+    run = Run(run.path.rename(worker / "elsewhere"))
     (worker / "sub").mkdir()
     monkeypatch.chdir(worker / "sub")
-    capfd.readouterr()
-    assert main(["resume", "../elsewhere", "generate.system=ok"]) == 0
+    assert main(["resume", "../elsewhere", "generate.system=ok", "tracking=offline"]) == 0
     assert f"cwd={worker}\n" in capfd.readouterr().out, "relative paths of its data start where it was started"
+    assert run.status == "finished"
+    assert run.config()["tracking"]["mode"] == "offline"
+    assert main(["resume", "../elsewhere"]) == 0
+    assert "nothing to do" in capfd.readouterr().out
+    assert (run.path / "sittings").read_text() == "fail\nok\n"
 
 
 def test_ls(worker, capsys):
@@ -192,3 +249,23 @@ def test_wrong_settings_do_not_hide_bad_rows(worker, capfd, more):
     for said in ("train.stps=3", "hub.limit=0", "rows.jsonl:2", "rows.jsonl:3", "leaves no row to train on"):
         assert said in err
     assert not (worker / "outputs").exists()
+
+
+def test_a_run_of_several_stages(tmp_path):
+    """Two stages have begun: one has made rows, the second is on its way."""
+    run = create_run(tmp_path / "run", frozen(compose(["experiment=poft"])), [], total_steps=329)
+    for name in ("1-baseline", "2-poft/checkpoints/step-000200"):
+        (run.path / "stages" / name).mkdir(parents=True)
+    (run.path / "stages/1-baseline/rows.jsonl").write_text("{}\n")
+    write_json(run.path / "stages/1-baseline/result.json", {"status": "finished"})
+    row = manage.describe(run)
+    assert (row["status"], row["steps"], row["total_steps"]) == ("interrupted", 200, 329)
+    write_json(run.path / "stages/1-baseline/result.json", {"status": "finished", "steps": 100})
+    assert manage.describe(run)["steps"] == 300
+    assert [stage.name for stage in run.stages] == ["1-baseline", "2-poft"]
+    settings = with_model(run)
+    assert "stages" not in settings
+    sources = settings["data"]["sources"]
+    assert sources["instruct"]["path"] == str(tmp_path / "run/stages/1-baseline/rows.jsonl"), "rows that a stage made"
+    assert sources["pairs"]["path"] == "builtin:playground/pairs"
+    assert settings["model"]["path"] == str(tmp_path / "run/model")

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from uft.cli import VERBS, main
-from uft.cli.verbs import PAGES
+from uft.cli.help import PAGES
+from uft.cli.verbs import with_sources
 from uft.config.compose import examine
 from uft.config.files import Request, make_loader
 from uft.launch.sweep import expand
@@ -26,15 +27,15 @@ def commands_in(text: str) -> list[str]:
     """Lines of code blocks that begin with `uft`, or a `cd` or an assignment before it, without what explains them."""
     lines = [line for block in BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     found = [
-        line[line.index("uft ") :] for line in lines if re.match(r"(\S+=\S+ |.*&& (\S*/)?)?(\S*/)?uft [a-z]", line)
+        line[line.index("uft ") :] for line in lines if re.match(r"\s*(\S+=\S+ |.*&& (\S*/)?)?(\S*/)?uft [a-z]", line)
     ]
-    return [re.split(r"\s{3,}|\s+#\s|\s+2?>", line)[0].strip() for line in found]
+    return [re.split(r"\s{2,}|\s+#\s|\s+2?>", line)[0].strip() for line in found]
 
 
 def documented() -> list[tuple[str, str]]:
     shown = [(page.name, line) for page in FILES for line in commands_in(page.read_text(encoding="utf-8"))]
-    for verb in VERBS:
-        shown += [(f"uft {verb} --help", line) for line in (PAGES[verb].examples if verb in PAGES else ())]
+    for verb, page in PAGES.items():
+        shown += [(f"uft {verb} --help", line.strip()) for line in commands_in(f"```\n{page.examples}\n```")]
     return list(dict.fromkeys(shown))
 
 
@@ -78,7 +79,7 @@ def test_a_command_of_the_documentation(here, capsys, where, line):
         several = "-m" in options or any(
             word.startswith(("sweep=", "hardware=slurm", "hardware=ray", "hardware=local_pool")) for word in words
         )
-        request = Request(tuple(settings(words)))
+        request = Request(tuple(with_sources(settings(words))))
         jobs = expand(request.overrides, make_loader(request))[0] if several else [request.overrides]
         ends = dict.fromkeys([tuple(jobs[0]), tuple(jobs[-1])])  # of a sweep, the first and the last
         problems = [problem for job in ends for problem in examine(Request(job)).problems]

@@ -26,26 +26,19 @@ def found(path: Path) -> tuple[list[str], list[int]]:
     return checked.lines, checked.damaged
 
 
-def test_what_was_written_is_whole(file: Path) -> None:
+def test_a_changed_a_lost_and_a_torn_line(file: Path) -> None:
     assert found(file) == (LINES, [])
-
-
-@pytest.mark.parametrize("line", range(5))
-def test_a_changed_a_lost_and_a_torn_line(file: Path, line: int) -> None:
-    rest = LINES[:line] + LINES[line + 1 :]
-    changed = [*LINES[:line], LINES[line].replace("loss", "lost"), *LINES[line + 1 :]]
-    file.write_text("".join(text + "\n" for text in changed))
-    assert found(file) == (rest, [STEPS[line]])
-    file.write_text("".join(text + "\n" for text in rest))
-    last = line == len(LINES) - 1  # between a checksum and its line a process may die
-    assert found(file) == (rest, [] if last else [STEPS[line]])
-
-
-@pytest.mark.parametrize("kept", range(1, len(LINES[-1]) + 1))
-def test_a_kill_in_the_middle_of_the_last_line_is_no_damage(file: Path, kept: int) -> None:
-    whole = "".join(line + "\n" for line in LINES[:-1])
-    file.write_text(whole + LINES[-1][:kept])
-    assert found(file) == (LINES[:-1], [])
+    for line, step in enumerate(STEPS):
+        rest = LINES[:line] + LINES[line + 1 :]
+        changed = [*LINES[:line], LINES[line].replace("loss", "lost"), *LINES[line + 1 :]]
+        file.write_text("".join(text + "\n" for text in changed))
+        assert found(file) == (rest, [step])
+        file.write_text("".join(text + "\n" for text in rest))
+        last = line == len(LINES) - 1  # between a checksum and its line a process may die
+        assert found(file) == (rest, [] if last else [step])
+    for kept in range(1, len(LINES[-1]) + 1):  # a kill in the middle of the last line is no damage
+        file.write_text("".join(line + "\n" for line in LINES[:-1]) + LINES[-1][:kept])
+        assert found(file) == (LINES[:-1], [])
 
 
 def test_lines_without_a_checksum_are_left_out(file: Path) -> None:
@@ -69,23 +62,23 @@ def test_the_checksum_is_of_the_text_as_it_lies_on_the_disk(tmp_path: Path) -> N
     assert (len(checked.lines), checked.damaged) == (1, [])
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 50, b"1 zz\n2\n\xff", b"1 00000000\n"])
-def test_damaged_checksums_make_no_line_true(file: Path, content: bytes) -> None:
-    metrics.checksum_file(file).write_bytes(content)
-    assert metrics.check(file).lines == []
+def test_damaged_checksums_make_no_line_true(file: Path) -> None:
+    for content in (b"", b"\0" * 50, b"1 zz\n2\n\xff", b"1 00000000\n"):
+        metrics.checksum_file(file).write_bytes(content)
+        assert metrics.check(file).lines == []
 
 
-@pytest.mark.parametrize("kept", range(5))
-def test_checksums_that_are_cut_or_changed_are_told_by_the_lines_they_leave(file: Path, kept: int) -> None:
+def test_checksums_that_are_cut_or_changed_are_told_by_the_lines_they_leave(file: Path) -> None:
     """Those before the last checksum at once; those after it where the run is known to have come past them."""
     whole = metrics.checksum_file(file).read_text().splitlines(keepends=True)
-    metrics.checksum_file(file).write_text("".join(whole[:kept]))
-    checked = metrics.check(file)
-    lost, last = set(STEPS[kept:]), STEPS[kept - 1] if kept else -1
-    assert checked.lines == LINES[:kept]
-    assert checked.damaged == sorted(step for step in lost if step <= last)
-    assert checked.unlisted == sorted(step for step in lost if step > last)
-    metrics.checksum_file(file).write_text("".join([*whole[:kept], "x" + whole[kept], *whole[kept + 1 :]]))
-    checked = metrics.check(file)
-    assert checked.lines == LINES[:kept] + LINES[kept + 1 :]
-    assert {*checked.damaged, *checked.unlisted} == {STEPS[kept]}
+    for kept in range(5):
+        metrics.checksum_file(file).write_text("".join(whole[:kept]))
+        checked = metrics.check(file)
+        lost, last = set(STEPS[kept:]), STEPS[kept - 1] if kept else -1
+        assert checked.lines == LINES[:kept]
+        assert checked.damaged == sorted(step for step in lost if step <= last)
+        assert checked.unlisted == sorted(step for step in lost if step > last)
+        metrics.checksum_file(file).write_text("".join([*whole[:kept], "x" + whole[kept], *whole[kept + 1 :]]))
+        checked = metrics.check(file)
+        assert checked.lines == LINES[:kept] + LINES[kept + 1 :]
+        assert {*checked.damaged, *checked.unlisted} == {STEPS[kept]}

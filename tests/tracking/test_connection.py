@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from uft.errors import UftError
-from uft.tracking.wandb import Choice, Server, choose, has_key, reachable
+from uft.tracking.wandb import Server, has_key, obstacle, reachable
 
 DEFAULT = Server("https://api.forge.coreweave.com")
 
@@ -20,34 +20,27 @@ def write_netrc(path: Path, machine: str, password: str = "x" * 40) -> None:
     path.chmod(0o600)
 
 
-def test_no_key_anywhere():
+def test_a_key_of_the_environment_or_of_wandbs_settings(monkeypatch):
     assert not has_key(DEFAULT)
-
-
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"])
-def test_a_key_of_the_environment(monkeypatch, name):
-    monkeypatch.setenv(name, "something")
-    assert has_key(DEFAULT)
-
-
-def test_a_key_of_wandbs_settings():
     assert has_key(Server(DEFAULT.url, key="x" * 40))
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        with monkeypatch.context() as variables:
+            variables.setenv(name, "something")
+            assert has_key(DEFAULT)
 
 
 @pytest.mark.parametrize("name", [".netrc", "_netrc"])
-@pytest.mark.parametrize(
-    ("machine", "url", "there"),
-    [
+def test_a_key_of_netrc(home, name):
+    cases = [
         ("api.forge.coreweave.com", DEFAULT.url, True),
         ("api.wandb.ai", DEFAULT.url, True),  # logged in with an earlier version
         ("api.wandb.ai", "https://api.wandb.ai", True),
         ("wandb.lab.org", DEFAULT.url, False),
         ("wandb.lab.org:8080", "http://wandb.lab.org:8080", True),
-    ],
-)
-def test_a_key_of_netrc(home, name, machine, url, there):
-    write_netrc(home / name, machine)
-    assert has_key(Server(url)) is there
+    ]
+    for machine, url, there in cases:
+        write_netrc(home / name, machine)
+        assert has_key(Server(url)) is there, machine
 
 
 def test_a_netrc_elsewhere_and_a_broken_one(home, monkeypatch, tmp_path):
@@ -87,13 +80,12 @@ def test_a_proxy_is_what_must_answer(monkeypatch):
         assert not reachable("https://nowhere.invalid")
 
 
-def test_modes(monkeypatch):
+def test_what_is_in_the_way_of_an_online_run():
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = Server(f"http://127.0.0.1:{listening.getsockname()[1]}", key="x" * 40)
-        assert choose("auto", server) == Choice("online")
-        assert choose("offline", server) == Choice("offline")
-    assert choose("auto", server) == Choice("offline", f"{server.host} does not answer")
-    assert choose("auto", Server(server.url)) == Choice("offline", "no API key")
-    assert choose("online", server) == Choice("online")  # whether it answers, wandb.init finds out
+        assert obstacle("auto", server) == ""
+    assert obstacle("auto", server) == f"{server.host} does not answer"
+    assert obstacle("auto", Server(server.url)) == "no API key"
+    assert obstacle("online", server) == "", "whether it answers, wandb.init finds out"
     with pytest.raises(UftError, match="no W&B API key"):
-        choose("online", Server(server.url))
+        obstacle("online", Server(server.url))

@@ -11,13 +11,18 @@ import struct
 import subprocess
 import sys
 import termios
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from uft.config.compose import compose
+from uft.config.frozen import frozen, load_config
 from uft.evaluation.evaluate import Evaluation, Sample
-from uft.tracking.console import Console
+from uft.launch.launcher import provenance
+from uft.runs import create_run
+from uft.tracking.console import Console, evaluation_table
+from uft.training.setup import start_card
 
 ESCAPE = "\x1b"
 
@@ -39,9 +44,12 @@ def metrics(step: int) -> dict[str, float]:
     return {"seconds": 0.5 * step, "loss": 1 / step, "nll": 1.0, "objective/ift": 0.25, "tokens_per_second": 900.0}
 
 
-def test_without_a_terminal_every_line_stays_a_line(tmp_path):
-    stream = io.StringIO()
-    console = Console(stream, tmp_path / "console.log", 100)
+@pytest.mark.parametrize("interactive", [None, False])
+def test_without_a_terminal_every_line_stays_a_line(tmp_path, monkeypatch, interactive):
+    """Or on one where that was asked for."""
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO() if interactive is None else Terminal()
+    console = Console(stream, tmp_path / "console.log", 100, interactive)
     for step in (10, 20, 30):
         console.step(step, metrics(step))
     console.message("checkpoint saved")
@@ -69,12 +77,7 @@ def test_on_a_terminal_the_line_is_rewritten_and_the_log_is_plain(tmp_path, monk
     assert "\r\x1b[2Kcheckpoint saved\nstep  20/100" in shown
     assert re.search(r"step  30/100[^\n]*\n\n", shown), "the card starts below the last step line"
     log = (tmp_path / "console.log").read_text()
-    assert [line[:12] for line in log.splitlines()[:4]] == [
-        "step  10/100",
-        "step  20/100",
-        "checkpoint s",
-        "step  30/100",
-    ]
+    assert [line[5:8] for line in log.splitlines()[:4]] == [" 10", " 20", "poi", " 30"]
     assert not re.search(r"[\r\x1b]", log)
 
 
@@ -92,7 +95,7 @@ def test_colors_only_where_they_are_wanted(monkeypatch, variable, value):
 
 def test_a_real_terminal(tmp_path):
     program = (
-        "import os, sys; from pathlib import Path; from uft.tracking.console import Console\n"
+        "import os, sys; from pathlib import Path; from uft.tracking.console import Console, evaluation_table\n"
         "console = Console(sys.stdout, Path(sys.argv[1]), 1000)\n"
         "for step in range(1, 4): console.step(step * 100, {'loss': 2.0, 'lr': 1e-5, 'grad_norm': 1.0,\n"
         "    'nll': 2.0, 'objective/a': 1.0, 'objective/b': 1.0, 'seconds': 1.0 * step})\n"
@@ -114,16 +117,6 @@ def test_a_real_terminal(tmp_path):
     assert "grad  1.00" in (tmp_path / "log").read_text()  # the log is as wide as it needs
 
 
-def test_interactive_can_be_refused(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
-    console = Console(stream, None, 10, interactive=False)
-    console.step(1, metrics(1))
-    console.step(2, metrics(2))
-    assert stream.getvalue().count("\n") == 2
-    assert ESCAPE not in stream.getvalue()
-
-
 def test_the_remaining_time_follows_the_recent_pace():
     stream = io.StringIO()
     console = Console(stream, None, 1000)
@@ -139,6 +132,18 @@ def test_the_start_card():
     stream = io.StringIO()
     Console(stream).start("uft train  ift-mix", [("model", "tiny"), ("mixture", "a  1\nb  2")])
     assert stream.getvalue() == "uft train  ift-mix\n  model    tiny\n  mixture  a  1\n           b  2\n\n"
+
+
+def test_the_start_card_names_the_commit(tmp_path, monkeypatch):
+    """Of run.json as the launcher writes it."""
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\necho 0123456789abcdef\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    run = create_run(tmp_path / "run", frozen(compose()), [], **provenance())
+    data: Any = SimpleNamespace(held_out=[], trained_held_out=0, digest="")
+    lines = dict(start_card(run, load_config(run.config_file), [], data, ""))
+    assert ", commit 0123456789, torch " in lines["version"]
 
 
 def evaluation(nll: float) -> Evaluation:
@@ -214,46 +219,37 @@ def test_the_end_card_of_a_good_run():
     ]
 
 
-def test_the_headlines_come_first_where_not_all_metrics_fit():
-    stream = io.StringIO()
-    final = {f"eval/measure{number}": 1.0 for number in range(12)} | {"eval/exact_match": 0.5, "eval/nll": 2.0}
-    Console(stream).end("run", result("finished", 1, 1.0, 1, final={"loss": 3.0, **final}), 1)
-    assert "loss 3.000, eval/nll 2.000, eval/exact_match 0.500, eval/measure0 1.000" in stream.getvalue()
-
-
 def test_the_end_card_of_a_run_that_failed_at_once():
     stream = io.StringIO()
     error = "RuntimeError: out of memory\nat layer \x1b[5m3"
-    Console(stream).end("ift-mix", result("failed", 0, 0.0, 0, error=error), 800, ("uft resume runs/a",))
-    assert stream.getvalue().splitlines()[2:] == [
+    final = {f"eval/measure{number}": 1.0 for number in range(12)} | {"eval/exact_match": 0.5, "eval/nll": 2.0}
+    ending = result("failed", 0, 0.0, 0, error=error, final={"loss": 3.0, **final})
+    Console(stream).end("ift-mix", ending, 800, ("uft resume runs/a",))
+    lines = stream.getvalue().splitlines()[2:]
+    assert lines[:3] == [
         "  status  failed at step 0/800",
         "  error   RuntimeError: out of memory",
         "          at layer \\x1b[5m3",
-        "  next    uft resume runs/a",
     ]
+    first = "  final   loss 3.000, eval/nll 2.000, eval/exact_match 0.500, eval/measure0 1.000, eval/measure1 1.000"
+    assert lines[3] == first, "the headlines come first where not all metrics fit"
+    assert lines[5:] == ["  next    uft resume runs/a"]
 
 
-def test_a_stream_that_is_not_utf8_gets_plain_characters(tmp_path):
+def test_text_of_data_stays_text_and_an_ascii_stream_gets_plain_characters(tmp_path):
     raw = io.BytesIO()
     console = Console(io.TextIOWrapper(raw, encoding="ascii"), tmp_path / "log", 10)
-    console.message("häß")
-    console.evaluation(0, Evaluation({"eval/nll": 1.0}, [Sample("fußball", "1", "日", "ok")]))
+    console.message("row [bold]7[/bold] \x1b[2J häß")
+    samples = [Sample("[red]", "1", "[bold]\x07", ":smile:"), Sample("fußball", "1", "日", "ok")]
+    console.evaluation(0, Evaluation({"eval/[red]x/nll": 1.0}, samples))
     console.close()
-    shown = raw.getvalue().decode("ascii")
-    assert "h\\xe4\\xdf" in shown
+    shown, log = raw.getvalue().decode("ascii"), (tmp_path / "log").read_text("utf-8")
+    assert "row [bold]7[/bold] \\x1b[2J h\\xe4\\xdf" in shown
     assert "\\u65e5" in shown
-    assert "日" in (tmp_path / "log").read_text("utf-8")
-
-
-def test_markup_and_control_codes_of_data_stay_text():
-    stream = io.StringIO()
-    console = Console(stream, None, 10)
-    console.message("row [bold]7[/bold] \x1b[2J")
-    console.evaluation(0, Evaluation({"eval/[red]x/nll": 1.0}, [Sample("[red]", "1", "[bold]\x07", ":smile:")]))
-    text = stream.getvalue()
-    assert "row [bold]7[/bold] \\x1b[2J" in text
-    assert "[red]x" in text
-    assert '"[bold]\\x07" -> ":smile:"' in text
+    assert "日" in log
+    for text in (shown, log):
+        assert "[red]x" in text
+        assert '"[bold]\\x07" -> ":smile:"' in text
 
 
 def test_a_pipe_that_closes_does_not_end_the_run(tmp_path):
@@ -265,14 +261,27 @@ def test_a_pipe_that_closes_does_not_end_the_run(tmp_path):
     console.step(2, {"loss": 1.0})
     console.step(3, {"loss": 1.0})
     console.close()
-    assert len((tmp_path / "log").read_text().splitlines()) == 3
+    Console(io.StringIO(), tmp_path / "log").message("resumed")
+    assert len((tmp_path / "log").read_text().splitlines()) == 4
     with pytest.raises(BrokenPipeError):
         stream.close()  # what it could not write
 
 
-def test_a_resumed_run_appends_to_its_log(tmp_path: Path):
-    for text in ("first", "second"):
-        console = Console(io.StringIO(), tmp_path / "log", 10)
-        console.message(text)
-        console.close()
-    assert (tmp_path / "log").read_text() == "first\nsecond\n"
+def test_the_ends_of_stages_stay_in_the_table() -> None:
+    def headers(**marks: int) -> list[str]:
+        history = {step: {"eval/nll": 1.0 + step} for step in (0, 2, 4, 6)}
+        return [str(column.header) for column in evaluation_table(6, history, marks).columns]
+
+    assert headers() == ["metric", "before (0)", "last (4)", "now (6)"]
+    assert headers(sft=2) == ["metric", "before (0)", "sft (2)", "last (4)", "now (6)"]
+    assert headers(sft=4) == ["metric", "before (0)", "sft (4)", "now (6)"]
+    assert headers(dpo=6) == headers()  # it is now
+
+
+def test_a_stage_starts_its_line_afresh() -> None:
+    stream = io.StringIO()
+    console = Console(stream, total_steps=4)
+    console.step(1, {"loss": 2.0, "objective/sft": 2.0})
+    console.start("stage 2 of 2: dpo", [])
+    console.step(2, {"loss": 0.7, "objective/dpo": 0.7})
+    assert "sft" not in stream.getvalue().splitlines()[-1]

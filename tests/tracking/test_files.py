@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -51,31 +52,20 @@ def test_a_line_per_log_with_step_first_and_every_digit(run):
     assert isinstance(lines[0]["rows"], int)
 
 
-def test_lines_are_on_disk_before_the_run_ends(run):
+def test_lines_are_on_disk_at_once_and_what_is_not_a_number_does_not_lie(run):
     files = Files(run)
     files.start()
-    files.log(1, {"loss": 0.5})
-    assert read_metrics(run) == [{"step": 1, "loss": 0.5}]
-    files.finish("failed", 1, {})
-
-
-def test_what_is_not_a_number_stays_json_and_does_not_lie(run):
-    files = Files(run)
-    files.start()
-    files.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": -math.inf})
-    files.finish("failed", 1, {})
-    assert strictly(run.metrics_file.read_text()) == [{"step": 1, "loss": "nan", "grad_norm": "inf", "lr": "-inf"}]
-    (line,) = read_metrics(run)
-    assert math.isnan(line["loss"])
-    assert (line["grad_norm"], line["lr"]) == (math.inf, -math.inf)
-
-
-def test_numbers_of_numpy_are_numbers(run):
-    files = Files(run)
-    files.start()
+    files.log(1, {"loss": math.nan, "grad_norm": math.inf, "lr": -math.inf, "stage": "nan"})
     files.log(numpy.int64(3), {"loss": numpy.float32(0.5), "best": numpy.float64(0.1)})
-    files.finish("finished", 0, {})
-    assert strictly(run.metrics_file.read_text()) == [{"step": 3, "loss": 0.5, "best": 0.1}]
+    assert strictly(run.metrics_file.read_text()) == [
+        {"step": 1, "loss": "nan", "grad_norm": "inf", "lr": "-inf", "stage": "nan"},
+        {"step": 3, "loss": 0.5, "best": 0.1},
+    ]
+    first, second = read_metrics(run)
+    assert math.isnan(first["loss"])
+    assert (first["grad_norm"], first["lr"], first["stage"]) == (math.inf, -math.inf, "nan")
+    assert second == {"step": 3, "loss": 0.5, "best": 0.1}
+    files.finish("failed", 1, {})
 
 
 def test_training_and_evaluation_of_a_step_are_merged_by_the_reader(run):
@@ -86,30 +76,21 @@ def test_training_and_evaluation_of_a_step_are_merged_by_the_reader(run):
     assert merged[5] == {"step": 5, "loss": 1 / 8, "rows": 20, "eval/nll": 2 / 12}
 
 
-@pytest.mark.parametrize("torn", ["", '{"step": 13, "lo', '{"step": 13, "loss": 0.1}', "\0\0\0\0"])
-@pytest.mark.parametrize("last", [0, 5, 7, 12])
-def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path, last, torn):
-    whole, cut = Run(tmp_path / "whole"), Run(tmp_path / "cut")
+def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
+    whole = Run(tmp_path / "whole")
     whole.path.mkdir()
-    cut.path.mkdir()
     write(whole, range(20))
-    write(cut, range(13))
-    for path in (cut.metrics_file, cut.samples_file):
-        path.write_text(path.read_text() + torn)
-    write(cut, range(last + 1, 20), resumed=last)
-    assert cut.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
-    assert cut.samples_file.read_bytes() == whole.samples_file.read_bytes()
-
-
-def test_an_evaluation_repeated_after_a_resume_is_written_once(tmp_path):
-    whole, again = Run(tmp_path / "whole"), Run(tmp_path / "again")
-    whole.path.mkdir()
-    again.path.mkdir()
-    write(whole, range(6))
-    write(again, range(6))
-    write(again, range(5, 6), resumed=5)
-    assert again.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
-    assert again.samples_file.read_bytes() == whole.samples_file.read_bytes()
+    for last, torn in itertools.product(
+        [0, 5, 7, 12], ["", '{"step": 13, "lo', '{"step": 13, "loss": 0.1}', "\0\0\0\0"]
+    ):
+        cut = Run(tmp_path / f"{last}-{len(torn)}")
+        cut.path.mkdir()
+        write(cut, range(13))
+        for path in (cut.metrics_file, cut.samples_file):
+            path.write_text(path.read_text() + torn)
+        write(cut, range(last, 20), resumed=last)  # the evaluation of the last step is repeated
+        assert cut.metrics_file.read_bytes() == whole.metrics_file.read_bytes()
+        assert cut.samples_file.read_bytes() == whole.samples_file.read_bytes()
 
 
 def cut(path: Path) -> None:

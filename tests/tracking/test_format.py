@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import math
 
-import pytest
-
 from uft.tracking.console import card, count, duration, number, printable, shorten, step_line
 
 
-@pytest.mark.parametrize(
-    ("value", "decimals", "text"),
-    [
-        (1.8734, 3, "1.873"),
-        (0.0, 2, "0.00"),
-        (-12.345, 2, "-12.35"),
-        (0.01, 2, "0.01"),
-        (0.0012, 2, "1.2e-03"),
-        (1234.56, 2, "1234.6"),
-        (-123456.0, 3, "-1.2e+05"),
-        (math.nan, 2, "nan"),
-        (-math.inf, 2, "-inf"),
-        (None, 2, "-"),
-    ],
-)
-def test_number(value, decimals, text):
-    assert number(value, decimals) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (999, "999"), (41_200, "41.2k"), (1_234_567, "1.2M"), (7.2e9, "7.2G")]
-)
-def test_count(value, text):
-    assert count(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "00:00"), (-3, "00:00"), (432, "07:12"), (59.6, "01:00"), (4032, "1:07:12"), (187_032, "2d 03:57:12")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
+def test_numbers_and_times():
+    numbers = {
+        (1.8734, 3): "1.873",
+        (0.0, 2): "0.00",
+        (-12.345, 2): "-12.35",
+        (0.01, 2): "0.01",
+        (0.0012, 2): "1.2e-03",
+        (1234.56, 2): "1234.6",
+        (-123456.0, 3): "-1.2e+05",
+        (math.nan, 2): "nan",
+        (-math.inf, 2): "-inf",
+        (None, 2): "-",
+    }
+    assert {given: number(*given) for given in numbers} == numbers
+    counts = {0: "0", 999: "999", 41_200: "41.2k", 1_234_567: "1.2M", 7.2e9: "7.2G"}
+    assert {value: count(value) for value in counts} == counts
+    times = {0: "00:00", -3: "00:00", 432: "07:12", 59.6: "01:00", 4032: "1:07:12", 187_032: "2d 03:57:12"}
+    assert {seconds: duration(seconds) for seconds in times} == times
 
 
 def test_what_moves_the_cursor_is_shown_instead():

@@ -21,7 +21,7 @@ from uft.config.compose import compose
 from uft.config.frozen import plain
 from uft.runs import Run, create_run, write_json
 from uft.tracking import make_tracker
-from uft.tracking.wandb import extent, plan
+from uft.tracking.wandb import extent, upload_state
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -112,7 +112,7 @@ def test_without_a_key_or_a_network_it_is_said_what_waits(offline, server, monke
     out, err = capsys.readouterr()
     assert "waits" in out
     assert f"127.0.0.1:{port} does not answer" in err
-    assert plan(run).due
+    assert upload_state(run) == "due"
 
 
 def test_what_did_not_arrive_is_told_with_the_reason_and_the_rest_arrives(offline, server, capsys):
@@ -149,22 +149,22 @@ def test_which_runs_of_the_previous_version_are_uploaded(tmp_path):
     log.parent.mkdir(parents=True)
     log.touch()
     cases = [
-        ({"mode": "offline"}, "finished", True),
-        ({"mode": "online"}, "finished", False),
-        ({"mode": "online"}, "interrupted", True),
-        ({"mode": "online", "unsent": ["wandb/run-1"]}, "finished", True),
-        ({"mode": "disabled"}, "finished", False),
-        ({"mode": "online", "sent": None}, "failed", True),
-        ({"mode": "online", "sent": extent(run, "failed")}, "failed", False),
-        ({"mode": "online", "sent": extent(run, "failed")}, "finished", True),
+        ({"mode": "offline"}, "finished", "due"),
+        ({"mode": "online"}, "finished", "arrived"),
+        ({"mode": "online"}, "interrupted", "due"),
+        ({"mode": "online", "unsent": ["wandb/run-1"]}, "finished", "due"),
+        ({"mode": "disabled"}, "finished", "untracked"),
+        ({"mode": "online", "sent": None}, "failed", "due"),
+        ({"mode": "online", "sent": extent(run, "failed")}, "failed", "arrived"),
+        ({"mode": "online", "sent": extent(run, "failed")}, "finished", "due"),
     ]
-    for info, status, due in cases:
+    for info, status, state in cases:
         run.update_info(wandb=info)
         write_json(run.path / "result.json", {"status": status})
-        assert plan(run).due is due, (info, status)
+        assert upload_state(run) == state, (info, status)
     run.update_info(wandb={"mode": "offline"})
     log.with_suffix(".wandb.synced").touch()
-    assert (plan(run).due, plan(run).arrived) == (False, True)
+    assert upload_state(run) == "arrived"
 
 
 @pytest.mark.slow

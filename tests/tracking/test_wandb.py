@@ -33,6 +33,7 @@ def test_an_online_run_as_the_server_sees_it(open_wandb, new_run, server, capfd,
     tracker.samples(3, SAMPLES)
     assert tracker.description.startswith(f"metrics.jsonl, W&B online: {server.url}")
     tracker.finish("failed", 1, {"best/eval/nll": 0.5})
+    tracker.finish("finished", 0, {})  # a second call does nothing
 
     run_id = run.info()["id"]
     rows = server.history[run_id]
@@ -48,12 +49,8 @@ def test_an_online_run_as_the_server_sees_it(open_wandb, new_run, server, capfd,
     assert table["data"][1] == [3, "style", "style.jsonl:2", "hello", "hi\nthere", None, None]
     assert server.exits == {run_id: 1}
     sent = server.runs[run_id]
-    assert (sent["displayName"], sent["project"], sent["groupName"], sent["jobType"]) == (
-        "ift-beta0.1",
-        "mine",
-        "beta-sweep",
-        "search",
-    )
+    named = [sent[name] for name in ("displayName", "project", "groupName", "jobType")]
+    assert named == ["ift-beta0.1", "mine", "beta-sweep", "search"]
     assert sorted(sent["tags"]) == ["ift", "mix", "paper", "playground"]
     config = json.loads(sent["config"])
     assert config["objective"]["value"] == {"name": "ift", "beta": 0.1}
@@ -69,35 +66,17 @@ def test_an_online_run_as_the_server_sees_it(open_wandb, new_run, server, capfd,
     assert [file for file in written if "log" not in file and not file.startswith("cache/")] == [], "outside of the run"
 
 
-@pytest.mark.parametrize(("status", "code"), [("finished", 0), ("stopped", 75)])
-def test_a_run_ends_as_what_it_was(open_wandb, server, status, code):
-    tracker = open_wandb()
-    tracker.finish(status, code, {})
-    tracker.finish("failed", 1, {})  # a second call does nothing
-    run_id = tracker.run.info()["id"]
-    assert json.loads(server.uploads["wandb-summary.json"])["status"] == status
-    assert server.exits == {run_id: code}
-    assert server.preempted == ({run_id} if code == 75 else set())
-
-
-def test_the_group_is_the_sweep(new_run, config, server):
-    named = Wandb(new_run("a"), config("online") | {"sweep": {"name": "beta"}})
-    by_folder = Wandb(new_run("b", sweep="grid-7"), config("online"))
-    alone = Wandb(new_run("c"), config("online"))
-    for tracker, group in ((named, "beta"), (by_folder, "grid-7"), (alone, None)):
+def test_two_runs_in_a_row_do_not_mix_and_the_group_is_the_sweep(new_run, config, server):
+    first = Wandb(new_run("first"), config() | {"sweep": {"name": "beta"}})
+    second = Wandb(new_run("second", sweep="grid-7"), config())
+    for tracker in (first, second):  # the first is never finished
         tracker.start()
-        tracker.finish("finished", 0, {})
-        assert server.runs[tracker.run.info()["id"]].get("groupName") == group
-
-
-def test_two_runs_in_a_row_do_not_mix(open_wandb, new_run, server):
-    first = open_wandb(run=new_run("first"))
-    first.log(1, {"loss": 1.0})
-    second = open_wandb(run=new_run("second"))  # the first was never finished
-    second.log(1, {"loss": 2.0})
+        tracker.log(1, {"loss": 2.0 if tracker is second else 1.0})
     second.finish("finished", 0, {})
-    assert curve(server.history[first.run.info()["id"]], "loss") == [(1, 1.0)]
-    assert curve(server.history[second.run.info()["id"]], "loss") == [(1, 2.0)]
+    for tracker, loss, group in ((first, 1.0, "beta"), (second, 2.0, "grid-7")):
+        run_id = tracker.run.info()["id"]
+        assert curve(server.history[run_id], "loss") == [(1, loss)]
+        assert server.runs[run_id]["groupName"] == group
 
 
 def test_a_resumed_run_has_every_step_and_every_evaluation_once(open_wandb, server):
@@ -151,10 +130,8 @@ def test_an_agent_names_the_run_and_a_resume_keeps_it(open_wandb, new_run, serve
         monkeypatch.delenv(name)
     again = open_wandb(run=tracker.run)
     again.finish("finished", 0, {})
-    assert {run: sent["project"] for run, sent in server.runs.items()} == {
-        alone.run.info()["id"]: "uft",
-        "given": "tuning",
-    }
+    projects = {run: sent["project"] for run, sent in server.runs.items()}
+    assert projects == {alone.run.info()["id"]: "uft", "given": "tuning"}
     assert server.exits["given"] == 0
 
 
@@ -239,20 +216,15 @@ def test_auto_without_a_network_goes_on(open_wandb, monkeypatch):
     assert f"127.0.0.1:{port} does not answer" in said[0]
 
 
-def test_online_without_a_key_is_refused_before_training(open_wandb):
-    with pytest.raises(UftError) as refused:
-        open_wandb("online")
-    assert refused.value.code == 2
-    assert "no W&B API key" in str(refused.value)
-    assert "wandb login" in str(refused.value)
-
-
-def test_online_with_a_key_that_cannot_be_one_is_refused(open_wandb, server, monkeypatch):
+def test_online_without_a_key_that_can_be_one_is_refused_before_training(open_wandb, server, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "short")
     with pytest.raises(UftError, match=r"tracking\.mode=online"):
         open_wandb("online")
-    tracker = open_wandb("auto")
-    assert tracker.mode == "offline"
+    assert open_wandb("auto").mode == "offline"
+    monkeypatch.delenv("WANDB_API_KEY")
+    with pytest.raises(UftError, match=r"no W&B API key(.|\n)*wandb login") as refused:
+        open_wandb("online")
+    assert refused.value.code == 2
 
 
 def test_wandb_mode_of_the_environment_decides_auto(open_wandb, server, monkeypatch):

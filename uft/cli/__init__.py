@@ -42,11 +42,18 @@ VERBS = {
 MANAGE = ("resume", "compare", "sync", "ls", "doctor")
 """Each verb is a function of its name, of arguments to an exit code: in manage for these, else in verbs."""
 
-START = """\
+USAGE = """\
+uft: unified fine-tuning of language models, any objective on the same rows
+
+usage: uft VERB [options] [key=value ...]
+
+{verbs}
+
 Start with
   uft train objective=ift data=mix      train the embedded model on the embedded mixture, in about a minute
   uft train --help                      what there is to choose from
-  uft ls                                what has been trained here"""
+  uft ls                                what has been trained here
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,38 +88,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def dispatch(arguments: list[str]) -> int:
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help", "help"):
-        print(usage())
-        return GOOD
-    if first in ("-V", "--version", "version"):
+        verbs = "\n".join(f"  {verb:<10}{does}" for verb, does in VERBS.items())
+        print(USAGE.format(verbs=verbs))
+    elif first in ("-V", "--version", "version"):
         from uft import __version__
 
         print(f"uft {__version__}")
-        return GOOD
-    if first in ("-sc", "--shell-completion"):
+    elif first in ("-sc", "--shell-completion"):
         return int(import_module("uft.cli.completion").complete(arguments))
-    if first not in VERBS:
-        print(unknown(first), file=sys.stderr)
-        return BAD_REQUEST
-    module = "manage" if first in MANAGE else "verbs"
-    return int(getattr(import_module(f"uft.cli.{module}"), first)(arguments[1:]))
-
-
-def usage() -> str:
-    verbs = "\n".join(f"  {verb:<10}{does}" for verb, does in VERBS.items())
-    return (
-        "uft: unified fine-tuning of language models, any objective on the same rows\n\n"
-        f"usage: uft VERB [options] [key=value ...]\n\n{verbs}\n\n{START}\n"
-    )
-
-
-def unknown(verb: str) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(verb, VERBS, 1)
-    if "=" in verb:
-        hint = "settings come after a verb:  uft train " + verb
-    elif near:
-        hint = f"did you mean  uft {near[0]} ?"
+    elif first in VERBS:
+        module = import_module("uft.cli.manage" if first in MANAGE else "uft.cli.verbs")
+        return int(getattr(module, first)(arguments[1:]))
     else:
-        hint = f"verbs: {', '.join(VERBS)}"
-    return f"uft: no verb {verb!r}\n\n  {hint}\n\nSee all of them:  uft --help"
+        from difflib import get_close_matches
+
+        near = get_close_matches(first, VERBS, 1)
+        hint = f"did you mean  uft {near[0]} ?" if near else f"verbs: {', '.join(VERBS)}"
+        hint = f"settings come after a verb:  uft train {first}" if "=" in first else hint
+        print(f"uft: no verb {first!r}\n\n  {hint}\n\nSee all of them:  uft --help", file=sys.stderr)
+        return BAD_REQUEST
+    return GOOD

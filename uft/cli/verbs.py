@@ -1,184 +1,84 @@
-"""The verbs over a configuration: train, check, data, generate, annotate, config. Each has a help page and a job."""
+"""The verbs over a configuration: train, check, data, generate, annotate, config.
+
+A request for one run is composed and checked here and carried out at once. A request that sets anything of Hydra's own
+(-m, a sweep, a launcher, --cfg, --info) runs as a native Hydra application over conf/config.yaml.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from uft.cli.app import FLAGS, Page, run_app, task
-from uft.config.compose import Examined, changed
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from uft.cli.help import help_text
+from uft.config.compose import Examined, changed, examine, footer, needs_hydra, quoted, refuse_named_code, require
+from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, register, request_of_job, translate
 from uft.config.frozen import annotated, free
-from uft.config.messages import written
-from uft.config.schema import COLUMNS
+from uft.config.messages import conf_dir, config_dirs, groups, nearest, written
+from uft.config.schema import COLUMNS, Config, keys_of
 from uft.config.stages import made, rows_of, without_stages
-from uft.errors import GOOD, Problem, UftError
-from uft.launch.launcher import changed_keys, launch_job, launch_train
-from uft.launch.sweep import is_sweep_job, typed_overrides
+from uft.config.tree import Tree
+from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
+from uft.launch.launcher import changed_keys, launch_job, launch_train, row_problems
+from uft.launch.sweep import JobFailed, examine_jobs, failure_reason, is_sweep_job, quote, typed_overrides
 from uft.runs import Run, open_run
 
+Work = Callable[[Examined, Sequence[str]], int]
+"""What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""
+
+FLAGS = ("-h", "--help")
+OPTIONS = "Options are Hydra's:  -m  --cfg job  --info  --config-dir DIR  -cn NAME.  Settings:  uft VERB --help"
 FILES = {"path", "eval_path", "template"}  # keys of the data that may name files
-COMPARE: list[Run] = []
-"""The run that `uft config --diff` compares with. Hydra's task function takes a configuration and nothing else."""
-
-
-@task
-def train_job(examined: Examined, words: Sequence[str]) -> int:
-    return launch_train(examined.settings, typed_overrides(words), quiet=is_sweep_job(words))
-
-
-@task
-def check_job(examined: Examined, words: Sequence[str]) -> int:
-    return launch_job("check", examined.settings)
-
-
-@task
-def data_job(examined: Examined, words: Sequence[str]) -> int:
-    return launch_job("data", examined.settings)
-
-
-@task
-def generate_job(examined: Examined, words: Sequence[str]) -> int:
-    return launch_job("generate", examined.settings)
-
-
-@task
-def annotate_job(examined: Examined, words: Sequence[str]) -> int:
-    if examined.settings["annotate"]["column"] is None:
-        raise UftError(Problem("uft annotate", "needs a column", "command line", (f"columns: {', '.join(COLUMNS)}",)))
-    return launch_job("annotate", examined.settings)
-
-
-@task
-def config_job(examined: Examined, words: Sequence[str]) -> int:
-    if not COMPARE:
-        print(annotated(examined.settings, examined.origins, examined.references))
-        return GOOD
-    changes = changed_keys(COMPARE[0], examined.settings)
-    width = max((len(key) for key, _, _ in changes), default=0)
-    for key, old, new in changes:
-        note = "   (may change within a run)" if free(key) else ""
-        print(f"{key:<{width}}  {written(old)} -> {written(new)}{note}")
-    if not changes:
-        print(f"the same as {COMPARE[0].path}")
-    return GOOD
-
-
-PAGES = {
-    "train": Page(
-        verb="train",
-        keys=(
-            *("seed", "train.steps", "train.batch_size", "train.max_length", "train.eval_every"),
-            *("optim.lr", "model.path", "model.adapter", "data.ratio", "data.too_long", "tracking.mode"),
-            *("run.name", "run.dir", "sweep.name"),
-        ),
-        examples={
-            "uft train objective=ift data=mix": "the embedded model on the embedded mixture",
-            "uft train -m objective=sft,ift,uft seed=1,2,3": "nine runs, one after the other",
-            "uft train sweep=beta_ratio": "a sweep written in conf/sweep",
-            "uft train experiment=sft_then_dpo": "a run of two stages",
-            "uft train data=files +data.sources.mine.path=rows.jsonl model.path=org/name": "your rows, your model",
-            "uft train debug=fast": "two steps: does it run at all",
-        },
-        notes=("-m trains a run for every combination of comma-separated values; run it again to complete it",),
-    ),
-    "check": Page(
-        verb="check",
-        keys=("train.batch_size", "train.micro_batch_tokens", "train.max_length", "data.too_long", "data.template"),
-        examples={
-            "uft check model=smollm2_135m data=mix": "will it fit, are the masks right",
-            "uft check data=files +data.sources.mine.path=rows.jsonl": "are these rows usable",
-        },
-    ),
-    "data": Page(
-        verb="data",
-        keys=("data.ratio", "data.exhaustion", "data.template", "data.too_long", "data.bad_rows", "train.max_length"),
-        examples={
-            "uft data data=mix": "the mixture table, lengths, rows with the trained tokens coloured",
-            "uft data data=mix data.ratio=0.25": "what a ratio does to it",
-            "uft data data=files +data.sources.mine.path=rows.jsonl": "how your rows are understood",
-        },
-    ),
-    "generate": Page(
-        verb="generate",
-        keys=(
-            *("generate.out", "generate.seeds", "generate.temperature", "generate.top_k", "generate.top_p"),
-            *("generate.max_new_tokens", "generate.limit", "generate.system"),
-        ),
-        examples={
-            "uft generate data=mix": "what the base model answers to the training prompts",
-            "uft generate outputs/DATE/RUN": "what a trained run answers",
-            "uft generate generate.seeds=[0,1,2,3] generate.out=negatives.jsonl": "negatives for objective=dft",
-        },
-        usage="uft generate [RUN] [options] [key=value ...]",
-        notes=("with RUN: the configuration of that run, and its model",),
-    ),
-    "annotate": Page(
-        verb="annotate",
-        keys=(
-            *("annotate.models", "annotate.out", "annotate.temperature", "annotate.batch_tokens"),
-            *("data.too_long", "model.dtype", "hardware.device"),
-        ),
-        examples={
-            "uft annotate baseline_logp data=instruct annotate.models=[builtin:playground]": "for objective=poft",
-            "uft annotate baseline_logp data=mix annotate.models=[org/a,org/b]": "the mean over two models",
-            "uft annotate soft_label data=scored annotate.temperature=0.2": "for objective=gdpo_soft",
-        },
-        usage=f"uft annotate {'|'.join(COLUMNS)} [options] [key=value ...]",
-    ),
-    "config": Page(
-        verb="config",
-        keys=("seed", "train.steps", "optim.lr", "data.ratio"),
-        examples={
-            "uft config objective=dpo data.ratio=0.5": "every value, and where it is from",
-            "uft config --diff outputs/DATE/RUN": "what a run has that this request has not",
-            "uft train objective=dpo --cfg job": "the plain configuration, as Hydra prints it",
-        },
-        usage="uft config [--diff RUN] [options] [key=value ...]",
-    ),
-}
 
 
 def train(arguments: list[str]) -> int:
-    return run_app(PAGES["train"], train_job, arguments)
+    return run_verb("train", train_run, arguments)
 
 
 def check(arguments: list[str]) -> int:
-    return run_app(PAGES["check"], check_job, arguments)
+    return run_verb("check", partial(run_job, "check"), arguments)
 
 
 def data(arguments: list[str]) -> int:
-    return run_app(PAGES["data"], data_job, arguments)
+    return run_verb("data", partial(run_job, "data"), arguments)
+
+
+def annotate(arguments: list[str]) -> int:
+    """The column, if there is one, is the first word; to Hydra it is one of our keys."""
+    named = first_word(arguments)
+    words = [f"annotate.column={named}", *arguments[1:]] if named and not names_rows(named) else arguments
+    return run_verb("annotate", partial(run_job, "annotate"), words)
+
+
+def generate(arguments: list[str]) -> int:
+    """Completions of any model, or of the run that the first word names: with its model and configuration."""
+    named = first_word(arguments)
+    if named is None or names_rows(named):
+        return run_verb("generate", partial(run_job, "generate"), arguments)
+    run = open_run(named)
+    if not run.model_dir.is_dir():
+        finished = run.status == "finished"
+        advice = "it was trained with train.save_model=false" if finished else f"finish it:  uft resume {run.path}"
+        raise UftError(Problem(str(run.path), "has no model/ in it", advice=(advice,)))
+    return launch_job("generate", changed(with_model(run), with_sources(arguments[1:])))
 
 
 def config(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--diff")
     ours, rest = parser.parse_known_args(arguments)
-    COMPARE[:] = [open_run(ours.diff)] if ours.diff else []
-    return run_app(PAGES["config"], config_job, rest)
-
-
-def annotate(arguments: list[str]) -> int:
-    """The column, if there is one, is the first word; to Hydra it is one of our keys."""
-    named = first_word(arguments)
-    return run_app(
-        PAGES["annotate"], annotate_job, [f"annotate.column={named}", *arguments[1:]] if named else arguments
-    )
-
-
-def generate(arguments: list[str]) -> int:
-    """Completions of any model, or of the run whose folder is the first word: with its model and configuration."""
-    named = first_word(arguments)
-    if named is None:
-        return run_app(PAGES["generate"], generate_job, arguments)
-    run = open_run(named)
-    if not run.model_dir.is_dir():
-        finished = run.status == "finished"
-        advice = "it was trained with train.save_model=false" if finished else f"finish it:  uft resume {run.path}"
-        raise UftError(Problem(str(run.path), "has no model/ in it", advice=(advice,)))
-    return launch_job("generate", changed(with_model(run), arguments[1:]))
+    return run_verb("config", partial(print_config, open_run(ours.diff) if ours.diff else None), rest)
 
 
 def first_word(arguments: list[str]) -> str | None:
@@ -187,12 +87,76 @@ def first_word(arguments: list[str]) -> str | None:
     return None if "=" in first or first.startswith(("-", "~")) or set(FLAGS) & set(arguments) else first
 
 
+def names_rows(word: str, config_dir: str | None = None) -> bool:
+    """Whether a word is a file of rows, or chooses one (or a folder, or a hub id with its slash) as data=PATH."""
+    from uft.data.sources import READERS
+
+    key, equals, path = word.rpartition("=")
+    if (equals and key != "data") or word.startswith(("~", "-")):
+        return False
+    if equals and path in groups(config_dirs(config_dir)).get("data", {}):
+        return False
+    there = Path(path).exists() or "/" in path if equals else Path(path).is_file()
+    return there or Path(path).suffix.lower() in READERS
+
+
+def with_sources(words: Sequence[str], config_dir: str | None = None) -> list[str]:
+    """The words with files of rows written out: data=files, and for each a source that is named after it.
+
+    Beside a mixture that is chosen (data=mix rows.jsonl) a file is one more source of it.
+    """
+    files = [word for word in words if names_rows(word, config_dir)]
+    if not files:
+        return list(words)
+    sources: dict[str, str] = {}
+    for path in (word.removeprefix("data=").strip("'\"") for word in files):
+        name = re.sub(r"\W", "_", Path(path).name.partition(".")[0], flags=re.ASCII)
+        name = name if re.match(r"[A-Za-z_]", name) else f"_{name}"
+        while name in sources:
+            name += "_"
+        sources[name] = path if re.fullmatch(r"[\w./:@-]+", path, re.ASCII) else quote(path)
+    kept = [word for word in words if word not in files]
+    chosen = [] if any(word.startswith("data=") for word in kept) else ["data=files"]
+    return [*kept, *chosen, *(f"+data.sources.{name}.path={path}" for name, path in sources.items())]
+
+
+def train_run(examined: Examined, words: Sequence[str]) -> int:
+    return launch_train(examined.settings, typed_overrides(words), quiet=is_sweep_job(words))
+
+
+def run_job(job: str, examined: Examined, words: Sequence[str]) -> int:
+    if job == "annotate" and examined.settings["annotate"]["column"] is None:
+        raise UftError(Problem("uft annotate", "needs a column", "command line", (f"columns: {', '.join(COLUMNS)}",)))
+    return launch_job(job, examined.settings)
+
+
+def print_config(compared: Run | None, examined: Examined, words: Sequence[str]) -> int:
+    """Print every value with its origin, or the differences from the run that it is compared with."""
+    if compared is None:
+        print(annotated(examined.settings, examined.origins, examined.references))
+        return GOOD
+    changes = changed_keys(compared, examined.settings)
+    width = max((len(key) for key, _, _ in changes), default=0)
+    for key, old, new in changes:
+        note = "   (may change within a run)" if free(key) else ""
+        print(f"{key:<{width}}  {written(old)} -> {written(new)}{note}")
+    if not changes:
+        print(f"the same as {compared.path}")
+    return GOOD
+
+
 def with_model(run: Run) -> dict[str, Any]:
     """The run's configuration, its trained model in the place of the one it began with, its files found from here."""
     settings: dict[str, Any] = without_stages(run.config())
     started = Path(run.info().get("cwd", "."))
+
+    def found(path: str | None) -> str | None:
+        """A file or folder as it was named in `started`; a hub id, builtin:NAME or a template's name as it is."""
+        named = path not in (None, "auto", "plain")  # template names, even where a file is called so
+        return str(started / path) if path and named and (started / path).exists() else path
+
     for node in (settings["data"], *settings["data"]["sources"].values()):
-        node |= {key: found_from(started, node[key]) for key in FILES & node.keys()}
+        node |= {key: found(node[key]) for key in FILES & node.keys()}
     for name, source in settings["data"]["sources"].items():
         source["path"] = str(rows_of(run.path, source["path"], name)) if made(source["path"]) else source["path"]
     settings["model"] |= {"path": str(run.model_dir.resolve()), "revision": None, "adapter": "none"}
@@ -200,7 +164,182 @@ def with_model(run: Run) -> dict[str, Any]:
     return settings
 
 
-def found_from(started: Path, path: str | None) -> str | None:
-    """A file or folder as it was named in `started`; anything else (a hub id, builtin:NAME, auto) stays as it is."""
-    named = path not in (None, "auto", "plain")  # template names, even where a file is called so
-    return str(started / path) if path and named and (started / path).exists() else path
+# --- One request, by ourselves or as a Hydra application
+
+
+def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
+    """Carry out a verb with these arguments, or print its help; the exit code. Every mistake is told by us."""
+    if set(FLAGS) & set(arguments):
+        print(help_text(verb, option(arguments, "--config-dir", "-cd")))
+        return GOOD
+    parsed = parse(arguments)
+    name, overrides = parsed.config_name or "config", with_sources(parsed.overrides, parsed.config_dir)
+    request = Request(tuple(overrides), name, parsed.config_dir, parsed.config_path)
+    options = options_in(arguments, parsed.overrides)
+    try:
+        return carry_out(verb, work, options, parsed, request)
+    except UftError as error:  # commands that are advised draw in the same files
+        files = [quoted(word) for word in options_of(request)]
+        error.footer = re.sub(r"\buft (config|train)\b", lambda found: " ".join([found[0], *files]), error.footer)
+        raise
+
+
+def carry_out(verb: str, work: Work, options: list[str], parsed: argparse.Namespace, request: Request) -> int:
+    """Compose one run and do the work, or leave the request to Hydra where it needs it; the exit code."""
+    ours = ("overrides", "run", "config_name", "config_dir", "config_path")
+    native = any(value for name, value in vars(parsed).items() if name not in ours)
+    if not native and not needs_hydra(request):
+        return work(checked(request), [*options_of(request), *request.overrides])
+    refuse_named_code(request)
+    if parsed.cfg:  # Hydra prints it without a word about keys of objectives that are not there
+        checked(request)
+    try:
+        with hydra_application(verb, [*options, *request.overrides]):
+            run = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)
+            run(partial(hydra_task, work))()
+    except BROKEN as error:
+        raise explained(error, request, parsed.multirun) from error
+    except JobFailed as failure:  # under a sweeper that is not ours
+        print(f"uft: {failure.message}", file=sys.stderr)
+        return failure.code
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else GOOD
+    return GOOD
+
+
+def options_of(request: Request) -> list[str]:
+    """The options that say where files are looked for, as words of a command line."""
+    path = request.config_path if request.config_path != str(conf_dir()) else None
+    name = request.config_name if request.config_name != "config" else None
+    options = {"--config-path": path, "--config-name": name, "--config-dir": request.config_dir}
+    return [f"{option}={value}" for option, value in options.items() if value]
+
+
+def checked(request: Request) -> Examined:
+    """The request, composed and valid. UftError with every problem; bad rows are told with wrong settings."""
+    examined = examine(request)
+    if examined.problems:
+        raise UftError(*examined.problems, *row_problems(examined), footer=footer(examined))
+    return examined
+
+
+def hydra_task(work: Work, cfg: DictConfig) -> None:
+    """Hydra's task function: checks first, and an exit code that means the same in every run mode.
+
+    A job of a multirun may be in another process, which must not exit: it raises what a single run exits with.
+    """
+    composed = HydraConfig.get()
+    words = list(composed.overrides.task)
+    request = request_of_job(composed, words)
+    if composed.mode == RunMode.MULTIRUN:
+        examined = require(request)
+        code = work(examined, [*options_of(request), *words])
+        if code != GOOD:
+            folder = str(examined.settings["run"]["dir"] or "")
+            raise JobFailed(code, folder, failure_reason(code, Path(folder)))
+        return
+    try:
+        code = work(checked(request), [*options_of(request), *words])
+    except UftError as error:
+        if tracing():
+            raise
+        code = tell(error)
+    except BrokenPipeError:  # Hydra would call it an error of the job
+        code = CLOSED_PIPE
+    raise SystemExit(code)
+
+
+@contextmanager
+def hydra_application(verb: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Within, `hydra.main` reads these arguments, raises instead of printing, and calls its job by the verb's name."""
+    wanted = {"HYDRA_FULL_ERROR": "1", "HYDRA_MAIN_MODULE": f"uft.cli.{verb}"}
+    before = {name: os.environ.get(name) for name in wanted}
+    register()
+    sys.argv = [f"uft {verb}", *arguments]
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({name: value} if value is not None else {})
+
+
+def explained(error: Exception, request: Request, multirun: bool) -> UftError:
+    """Everything that is wrong with the whole request, since Hydra stopped at the first thing."""
+    try:
+        if multirun or any(word.startswith("sweep=") for word in request.overrides):
+            problems, last = examine_jobs(request, make_loader(request))
+        else:
+            examined = examine(request)
+            problems, last = examined.problems, footer(examined)
+    except BROKEN:  # not a grid, so not ours to expand
+        problems = []
+    return UftError(*problems, footer=last) if problems else UftError(translate(error))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Hydra's own options, before, between or behind the settings, with words for people who write --steps 5."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*")
+    switches = (["--run", "-r"], ["--multirun", "-m"], ["--shell-completion", "-sc"])
+    values = (["--package", "-p"], ["--config-path", "-cp"], ["--config-name", "-cn"], ["--config-dir", "-cd"])
+    options = [
+        *(parser.add_argument(*names, action="store_true") for names in switches),
+        *(parser.add_argument(name, action="store_true") for name in ("--hydra-help", "--version", "--resolve")),
+        *(parser.add_argument(*names) for names in (*values, ["--experimental-rerun"])),
+        parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"]),
+    ]
+    info = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
+    options.append(parser.add_argument("--info", "-i", nargs="?", const="all", choices=info))
+    known = {name for each in options for name in each.option_strings}
+
+    def fail(message: str) -> NoReturn:
+        words = [word for word in arguments if word.startswith("-") and word.partition("=")[0] not in known]
+        wrong = [not_an_option(word) for word in words] or [Problem(message, "", "command line")]
+        raise UftError(*wrong, footer=OPTIONS)
+
+    parser.error = fail  # type: ignore[method-assign]
+    parsed = parser.parse_intermixed_args(arguments)
+    modes = [f"--{name}" for name in ("run", "multirun", "cfg", "info") if getattr(parsed, name)]
+    if len(modes) > 1:
+        raise UftError(Problem(" and ".join(modes), "one of them at a time", "command line"))
+    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
+        raise UftError(Problem(f"--config-dir {parsed.config_dir}", "no such folder", "command line"))
+    return parsed
+
+
+def options_in(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The options alone, to be put before the overrides: Hydra's own parser takes none between two of them."""
+    words = list(reversed(arguments))
+    for override in reversed(overrides):
+        words.remove(override)
+    return words[::-1]
+
+
+OTHER_OPTIONS = {
+    "resume": "go on with a run:  uft resume RUN",
+    "dry-run": "everything but training:  uft check ...   print the configuration:  uft config ...",
+    "config": "a file in conf-user/experiment/NAME.yaml:  experiment=NAME   a folder of files:  --config-dir DIR",
+    "data": "your rows:  data=FILE",
+    "model": "a model of the hub, or a folder:  model.path=NAME",
+    "output-dir": "the folder of a run:  run.dir=FOLDER",
+}
+"""Options of other programs that are no keys here, and what does the same."""
+
+
+def not_an_option(word: str) -> Problem:
+    key, _, value = word.lstrip("-").partition("=")
+    path = Tree().elsewhere(key.replace("-", "_")) if "." not in key else key
+    meant = path or nearest(key, keys_of(Config)) or key
+    advice = f"settings are written key=value, without dashes:  {meant}={value or '...'}"
+    return Problem(word, "no such option", "command line", (OTHER_OPTIONS.get(key, advice),))
+
+
+def option(arguments: list[str], *names: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`."""
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, value = word.partition("=")
+        if name in names:
+            return value if equals else following
+    return None

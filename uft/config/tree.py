@@ -273,7 +273,7 @@ class Tree:
     def unknown(self, setting: Setting, path: KeyPath) -> Problem:
         """The problem of a key, at `path` or above the setting, that the schema does not have."""
         prefix, siblings = path[:-1], self.keys_at(path[:-1])
-        near = nearest(path[-1], siblings)
+        near = None if not prefix and self.elsewhere(path[0]) else nearest(path[-1], siblings)  # steps is train.steps
         meant = ".".join((*prefix, near, *setting.path[len(path) :])) if near else self.elsewhere(setting.path[-1])
         if len(path) == 1 and near in groups(config_dirs()):
             meant = f"{near}={written(setting.value)}"

@@ -22,7 +22,7 @@ import yaml
 
 from uft.config.frozen import flat
 from uft.errors import Problem, UftError
-from uft.runs import Run, bounded
+from uft.runs import Run, bounded, named_folder
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
 
@@ -81,15 +81,10 @@ def as_selection(runs: Iterable[Path]) -> Selection:
 
 
 def folders_named(word: str) -> list[Path]:
-    """The path as it is, else as a pattern, else the newest below outputs/ of this name."""
-    if Path(word).is_dir():
-        return [Path(word)]
-    name = glob.escape(word)
-    for pattern in (word, f"{OUTPUTS}/*/{name}", f"{OUTPUTS}/*/*/{name}"):
-        found = [Path(path) for path in sorted(glob.glob(pattern, recursive=True)) if os.path.isdir(path)]
-        if found:
-            return found if pattern == word else found[-1:]
-    return []
+    """The folders of a pattern, else the one that this word means to every verb."""
+    folder = named_folder(word)
+    found = [] if folder.is_dir() else [Path(path) for path in sorted(glob.glob(word, recursive=True))]
+    return [folder] if folder.is_dir() else [path for path in found if path.is_dir()]
 
 
 def runs_below(root: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from typing import Any
 from uft.errors import FAILED, Problem, UftError
 from uft.report.runs import BROKEN, read_config, read_object
 from uft.runs import Run, shown
-from uft.tracking.wandb import choose, unsent, wandb_server
+from uft.tracking.wandb import obstacle, unsent, wandb_server
 
 HEADLINES = 3  # metrics in the parallel coordinates
 CURVES = ("loss", "nll", "grad_norm", "lr")
@@ -61,17 +61,17 @@ def save(comparison: Object, paths: Sequence[Path]) -> list[str]:
     runs = [found for path in paths if (found := logged_run(path)) is not None]
     if not runs:
         raise UftError(Problem("--wandb", "none of these runs was sent to W&B", advice=("train with  tracking=wandb",)))
-    choice = choose("auto", wandb_server())  # never asks for a key, never waits long
+    why = obstacle("auto", wandb_server())  # never asks for a key, never waits long
     offline = sorted({run.path for run in runs if run.offline})
     upload = []
     if offline:
         common = shown(Path(os.path.commonpath([path.resolve() for path in offline])))
         upload.append(f"Upload {len(offline)} of {len(runs)} runs first:  uft sync {quote(common)}")
-    if choice.mode == "offline":
+    if why:
         sections = ", ".join(f"{section.name} ({len(section.panels)})" for section in sections_of(comparison))
         would = f"{title(comparison)!r} in {most_frequent(runs).project}: {len(runs)} runs grouped by"
         return [
-            f"W&B is offline ({choice.why}): nothing was saved. It would be {would} "
+            f"W&B is offline ({why}): nothing was saved. It would be {would} "
             f"{', '.join(config_axes(comparison)) or 'nothing'}; {sections}.",
             *upload,
             "Later, with a key (wandb login) and a network, give the same command again.",

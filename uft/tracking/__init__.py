@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from uft.runs import Run
 from uft.tracking.metrics import Files
@@ -13,42 +13,22 @@ if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
     from uft.evaluation.evaluate import Sample
 
 
-class Tracker(Protocol):
-    """Takes what a run measures. Calls come from one process, in the order start, log and samples, finish."""
+class Trackers:
+    """Take what a run measures; none on every rank but the first. Calls: start, then log and samples, then finish."""
+
+    def __init__(self, *trackers: Files | Wandb) -> None:
+        self.trackers = trackers
 
     def start(self) -> None:
         """Open. Raises UftError if what was asked for cannot be had."""
-        ...
+        for tracker in self.trackers:
+            tracker.start()
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Metrics after optimiser step `step` (0: before the first). The same step may come twice, with other names.
 
         The one text among them is `stage`, in a run that has stages.
         """
-        ...
-
-    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None: ...
-
-    def secure(self) -> None:
-        """Bring everything so far to the disk: a checkpoint that stands after it is about to be published."""
-        ...
-
-    def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        """Close as `status` (finished, failed, stopped), with the process's exit code. A second call does nothing."""
-        ...
-
-
-class Trackers:
-    """Several trackers as one; none at all on every rank but the first."""
-
-    def __init__(self, *trackers: Tracker) -> None:
-        self.trackers = trackers
-
-    def start(self) -> None:
-        for tracker in self.trackers:
-            tracker.start()
-
-    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
         for tracker in self.trackers:
             tracker.log(step, metrics)
 
@@ -57,17 +37,20 @@ class Trackers:
             tracker.samples(step, samples, stage)
 
     def secure(self) -> None:
+        """Bring everything so far to the disk: a checkpoint that stands after it is about to be published."""
         for tracker in self.trackers:
-            tracker.secure()
+            if isinstance(tracker, Files):
+                tracker.secure()
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
+        """Close as `status` (finished, failed, stopped), with the process's exit code. A second call does nothing."""
         for tracker in self.trackers:
             tracker.finish(status, exit_code, summary)
 
     @property
     def description(self) -> str:
         """One line for the start card, once started."""
-        return next((t.description for t in self.trackers if isinstance(t, Wandb)), "")
+        return next((tracker.description for tracker in self.trackers if isinstance(tracker, Wandb)), "")
 
 
 def make_tracker(
@@ -78,11 +61,9 @@ def make_tracker(
     rank: int = 0,
     say: Callable[[str], None] = print,
 ) -> Trackers:
-    """The trackers of a run, not yet started.
+    """The trackers of a run with this resolved configuration, not yet started.
 
-    `config` is the resolved configuration as plain dicts, `resumed_step` the step of the checkpoint that training
-    continues from (None: a fresh start), `say` prints the few lines that W&B's state may need.
+    `resumed_step`: of the checkpoint that training continues from (None: a fresh start). `say` prints the few lines
+    that W&B's state may need.
     """
-    if rank != 0:
-        return Trackers()
-    return Trackers(Files(run, resumed_step, say), Wandb(run, config, say))
+    return Trackers(Files(run, resumed_step, say), Wandb(run, config, say)) if rank == 0 else Trackers()

@@ -10,9 +10,10 @@ import logging
 import math
 import os
 import unicodedata
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -51,7 +52,7 @@ class Console:
         if interactive is None:
             interactive = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
         self.interactive = interactive
-        self.color = self.interactive and not os.environ.get("NO_COLOR")
+        self.color = interactive and not os.environ.get("NO_COLOR")
         self._log = open(log_file, "a", encoding="utf-8", errors="backslashreplace") if log_file else None  # noqa: SIM115
         self._live = ""  # the step line that stands unfinished on the terminal
         self._terms: dict[str, None] = {}
@@ -78,23 +79,20 @@ class Console:
 
     def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Evaluations of an earlier session of this run, from its metric lines, for the column "before"."""
-        for line in lines:
-            metrics = {name: value for name, value in line.items() if name.startswith(PREFIX)}
-            if metrics:
-                self._evaluations[line["step"]] = metrics
+        evaluated = (line for line in lines if any(name.startswith(PREFIX) for name in line))
+        self._evaluations |= {line["step"]: line for line in evaluated}
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The line of a step."""
         names = (name.removeprefix("objective/") for name in metrics if name.startswith("objective/"))
         self._terms.update(dict.fromkeys(names))
-        eta = self._eta(step, metrics.get("seconds"))
-        line = step_line(step, self.total_steps, metrics, tuple(self._terms), eta)
+        line = partial(step_line, step, self.total_steps, metrics, tuple(self._terms), self._eta(step, metrics))
         if not self.interactive:
-            self._print(line)
+            self._print(line())
             return
-        self._live = step_line(step, self.total_steps, metrics, tuple(self._terms), eta, width=self._width() - 1)
+        self._live = line(width=self._width() - 1)
         self._write(CLEAR_LINE + self._live)
-        self._note(line)
+        self._note(line())
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """The metrics before, last, now and by source, and one sample of each source."""
@@ -109,7 +107,8 @@ class Console:
     @contextmanager
     def hearing(self, logger: str = "uft") -> Iterator[None]:
         """Within, warnings of this program's modules are messages too."""
-        handler = _Messages(self)
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.message(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger(logger).addHandler(handler)
         try:
             yield
@@ -126,13 +125,13 @@ class Console:
             with suppress(OSError):  # what could not be written is tried again
                 log.close()
 
-    def _eta(self, step: int, seconds: float | None) -> float | None:
+    def _eta(self, step: int, metrics: Mapping[str, float]) -> float | None:
         """Seconds of training left, by the pace of the last lines (of all steps, for the first line)."""
-        if seconds is None or step == 0:
+        if "seconds" not in metrics or step == 0:
             return None
-        self._pace.append((step, seconds))
+        self._pace.append((step, metrics["seconds"]))
         since, then = self._pace[0] if len(self._pace) > 1 else (0, 0.0)
-        return (self.total_steps - step) * (seconds - then) / max(step - since, 1)
+        return (self.total_steps - step) * (metrics["seconds"] - then) / max(step - since, 1)
 
     def _heading(self, text: str, style: str = "bold") -> None:
         from rich.text import Text
@@ -141,9 +140,8 @@ class Console:
 
     def _rich(self, renderable: Any) -> None:
         """A table or styled text: styled on the terminal, plain in the log."""
-        plain = _render(renderable, PLAIN_WIDTH, color=False)
-        shown = _render(renderable, self._width(), color=True) if self.color else plain
-        self._print(shown, plain)
+        plain = rendered(renderable, PLAIN_WIDTH, color=False)
+        self._print(rendered(renderable, self._width(), color=True) if self.color else plain, plain)
 
     def _print(self, text: str, plain: str | None = None) -> None:
         """Text that stays, without secrets; the live step line moves below it."""
@@ -183,50 +181,24 @@ class Console:
             return PLAIN_WIDTH
 
 
-class _Messages(logging.Handler):
-    """Warnings as lines on a console."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
-        self.console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.console.message(record.getMessage())
-
-
-def _render(renderable: Any, width: int, color: bool) -> str:
+def rendered(renderable: Any, width: int, color: bool) -> str:
     from rich.console import Console as Rich
 
-    text = io.StringIO()
-    rich = Rich(
-        file=text,
-        width=width,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        legacy_windows=False,
-        highlight=False,
-        markup=False,
-        emoji=False,
-    )
-    rich.print(renderable)
+    colors, text = "standard" if color else None, io.StringIO()
+    shape: dict[str, Any] = {"width": width, "force_terminal": color, "color_system": colors, "legacy_windows": False}
+    Rich(file=text, highlight=False, markup=False, emoji=False, **shape).print(renderable)
     return "\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").split("\n"))
 
 
 # --- The table of an evaluation, samples, and the end card.
 
 
-def overall(metrics: Mapping[str, float]) -> dict[str, float]:
-    """eval/<metric> by metric, without the sources' own."""
-    names = {name: name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX)}
-    return {short: metrics[name] for name, short in names.items() if "/" not in short}
-
-
 def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """eval/<source>/<metric> by source and metric."""
-    found: dict[str, dict[str, float]] = {}
+    """The metrics of an evaluation by source; "" is all sources together."""
+    found: dict[str, dict[str, float]] = {"": {}}
     for name, value in metrics.items():
-        source, slash, metric = name.removeprefix(PREFIX).rpartition("/")
-        if name.startswith(PREFIX) and slash:
+        source, _, metric = name.removeprefix(PREFIX).rpartition("/")
+        if name.startswith(PREFIX):
             found.setdefault(source, {})[metric] = value
     return found
 
@@ -244,33 +216,32 @@ def evaluation_table(
     times = {"before": 0} if 0 in earlier else {}
     times |= {name: at for name, at in (marks or {}).items() if at in earlier}
     times |= {"last": earlier[-1]} if any(earlier) and earlier[-1] not in times.values() else {}
-    times |= {"now": step}
-    sources = by_source(history[step])
-    columns = [overall(history[at]) for at in times.values()] + list(sources.values())
+    columns = {f"{name} ({at})": by_source(history[at])[""] for name, at in times.items()}
+    now, *sources = by_source(history[step]).items()
+    columns |= {f"now ({step})": now[1], **dict(sources)}
     title = f"evaluation at step {step}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.padding = (0, 2, 0, 0)
-    for name in ("metric", *(f"{name} ({at})" for name, at in times.items()), *sources):
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("metric", *columns):
         table.add_column(printable(name), justify="left" if name == "metric" else "right", overflow="fold")
-    for metric in dict.fromkeys(name for column in columns for name in column):
-        table.add_row(printable(metric), *(number(column.get(metric), 3) for column in columns))
+    for metric in dict.fromkeys(name for column in columns.values() for name in column):
+        table.add_row(printable(metric), *(number(column.get(metric), 3) for column in columns.values()))
     return table
 
 
-def sample_lines(samples: Sequence[Sample], width: int, per_source: int = 1) -> list[str]:
-    """The first samples of every source, a line each."""
+def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
+    """The first sample of every source, a line each."""
 
     def quote(text: str, width: int) -> str:
         return f'"{shorten(printable(text), width)}"'
 
-    seen, lines = Counter[str](), []
+    first: dict[str, Sample] = {}
     for sample in samples:
-        seen[sample.source] += 1
-        if seen[sample.source] <= per_source:
-            part = max((width - len(sample.source) - 12) // 2, 16)
-            line = f"  {sample.source}: {quote(sample.prompt, part)} -> {quote(sample.reply, part)}"
-            answer = f"  (answer {quote(sample.answer, 16)})" if sample.answer is not None else ""
-            lines.append(line + answer)
+        first.setdefault(sample.source, sample)
+    lines = []
+    for sample in first.values():
+        part = max((width - len(sample.source) - 12) // 2, 16)
+        answer = f"  (answer {quote(sample.answer, 16)})" if sample.answer is not None else ""
+        lines.append(f"  {sample.source}: {quote(sample.prompt, part)} -> {quote(sample.reply, part)}{answer}")
     return lines
 
 

@@ -39,12 +39,8 @@ class Files:
     not written twice: a resumed curve equals an uninterrupted one. `say` is told of lines that are damaged or lost.
     """
 
-    def __init__(
-        self, run: Run, resumed_step: int | None = None, say: Callable[[str], None] = lambda text: None
-    ) -> None:
-        self.run = run
-        self.resumed_step = resumed_step
-        self.say = say
+    def __init__(self, run: Run, resumed_step: int | None = None, say: Callable[[str], None] = lambda _: None) -> None:
+        self.run, self.resumed_step, self.say = run, resumed_step, say
         self._files: dict[Path, TextIO] = {}
         self._written: set[str] = set()  # lines of the resumed step
         self._pending: dict[Path, Checksum] = {}  # of a line of the resumed step: written again soon, or lost
@@ -69,9 +65,8 @@ class Files:
                 os.fsync(file.fileno())
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        if status == "finished":  # otherwise the next session may still write the pending line
-            for path in list(self._pending):
-                self._report_lost(path)
+        for path in list(self._pending) if status == "finished" else ():  # else the next session may write its line
+            self._report_lost(path)
         for file in self._files.values():
             with suppress(OSError):  # a line that could not be written has ended the run, and would be tried again
                 file.close()
@@ -130,8 +125,10 @@ def read_metrics(run: Run) -> list[dict[str, Any]]:
     """
     merged: dict[int, dict[str, Any]] = {}
     for _, row in _parse(check(run.metrics_file).lines):
-        numbers = {name: value if name == "stage" else _number(value) for name, value in row.items()}
-        merged.setdefault(row["step"], {}).update(numbers)
+        for name, value in row.items():
+            if isinstance(value, str) and name != "stage":
+                row[name] = NOT_NUMBERS.get(value, value)
+        merged.setdefault(row["step"], {}).update(row)
     return [merged[step] for step in sorted(merged)]
 
 
@@ -146,12 +143,10 @@ def read_samples(run: Run) -> dict[int, list[dict[str, Any]]]:
 def _parse(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(line, its object) of the lines that are objects with a step."""
     for text in lines:
-        try:
+        with suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
             row = json.loads(text)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-        yield text, row
+            yield text, row
 
 
 def _plain(value: Any) -> Any:
@@ -162,10 +157,6 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(item) for name, item in value.items()}
     number = float(value)
     return number if math.isfinite(number) else str(number)
-
-
-def _number(value: Any) -> Any:
-    return NOT_NUMBERS.get(value, value) if isinstance(value, str) else value
 
 
 # --- Checksums

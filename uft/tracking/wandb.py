@@ -1,12 +1,14 @@
 """W&B mirrors metrics.jsonl and samples.jsonl of a run. Training neither waits for it nor fails with it.
 
 Offline, nothing is sent: `uft sync` sends the files later. Online, the rows that the server lacks are sent when a
-session starts, and further rows as they are logged. The run's id is in `run.json` and never changes, so that a resumed
+session starts, and further rows as they are logged, by a thread: wandb blocks for seconds where it uploads a table and
+the server does not answer. The run's id is in `run.json` and never changes, so that a resumed
 run continues the same W&B run. In one process one W&B run is open at a time: a second first finishes the first.
 """
 
 from __future__ import annotations
 
+import atexit
 import netrc
 import os
 import socket
@@ -16,8 +18,9 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from itertools import chain
 from pathlib import Path
+from queue import Queue
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -29,7 +32,9 @@ from uft.tracking.metrics import read_metrics, read_samples
 if TYPE_CHECKING:
     from uft.evaluation.evaluate import Sample
 
+Row = tuple[int, Mapping[str, Any]]  # step and values, "samples" being rows of samples.jsonl
 LONGEST_TAG = 64  # characters; W&B refuses more
+WAITING = 10_000  # rows that may wait to be sent; one more and W&B is left behind
 AXES = ("step", "tokens", "rows")
 
 
@@ -37,46 +42,51 @@ AXES = ("step", "tokens", "rows")
 class Wandb:
     """Sends what is logged to W&B. `config` is the run's resolved configuration.
 
-    `folder` is where W&B keeps its own files (None: the run's folder). `uploads`: this process uploads a run that
-    another process trained, and sends nothing about this machine.
+    `folder`: where W&B keeps its files while this process uploads a run that another process trained; nothing about
+    this machine is sent then. None: in the run's folder.
     """
 
     run: Run
     config: Mapping[str, Any]
     say: Callable[[str], None] = print
-    connect_timeout: float = 2.0
     init_timeout: float = 20.0  # wandb's own is 90 s
     finish_timeout: float = 60.0  # wandb's own is forever
     folder: Path | None = None
-    uploads: bool = False
     mode: str = field(default="disabled", init=False)  # disabled, offline or online
     sent: set[int] = field(default_factory=set, init=False)  # steps
     failure: str = field(default="", init=False)  # why W&B did not take everything
     _handle: Any = field(default=None, init=False)  # wandb's run
     _known: int = field(default=-1, init=False)  # the last step that the server had when this session began
     _shift: int = field(default=0, init=False)  # W&B's `_step` minus the step
+    _waiting: Queue[Row | None] = field(default_factory=Queue, init=False)  # None ends the thread
+    _sender: threading.Thread | None = field(default=None, init=False)
+    _told: bool = field(default=False, init=False)  # of the failure
 
     def start(self) -> None:
         """Open the W&B run. Raises UftError if it is to be online and there is no key that W&B accepts."""
-        asked, wish = self.config["tracking"]["mode"], os.environ.get("WANDB_MODE", "")
-        if asked == "auto" and wish in ("online", "offline", "disabled"):
-            asked = wish
-        choice = self._try_to_connect(asked) if asked in ("auto", "online") else Choice(asked)
-        self.mode = choice.mode
-        if self.mode == "disabled":
+        mode, wish, why = self.config["tracking"]["mode"], os.environ.get("WANDB_MODE", ""), ""
+        if mode == "auto" and wish in ("online", "offline", "disabled"):
+            mode = wish
+        if mode in ("auto", "online"):
+            why = self._go_online(mode)
+            mode = "offline" if why else "online"
+        self.mode = mode
+        if mode == "disabled":
             self._note(mode="disabled")
-        elif self.mode == "offline":
+        elif mode == "offline":
             self._note(**self._identity(), mode="offline", url=None, sent=None)
-            if choice.why:
-                self.say(f"W&B is offline: {choice.why}. Upload it later:  {self.sync_command}")
+            if why:
+                self.say(f"W&B is offline: {why}. Upload it later:  {self.sync_command}")
 
     def connect(self) -> None:
-        """Open the W&B run online and send the rows that the server lacks. Raises any error of wandb's."""
+        """Open the W&B run online and begin to send the rows that the server lacks. Raises any error of wandb's."""
         import wandb
 
         identity, tracking = self._identity(), self.config["tracking"]
         names = [self.config[group]["name"] for group in ("objective", "data", "model")]
-        settings: dict[str, Any] = {"x_disable_stats": True, "x_disable_meta": True, "disable_git": True}
+        upload: dict[str, Any] = (
+            {"x_disable_stats": True, "x_disable_meta": True, "disable_git": True} if self.folder else {}
+        )
         handle = wandb.init(
             mode="online",
             id=identity["id"],
@@ -96,7 +106,7 @@ class Wandb:
                 init_timeout=self.init_timeout,
                 finish_timeout=self.finish_timeout,
                 finish_timeout_raises=True,
-                **(settings if self.uploads else {}),
+                **upload,
             ),
         )
         for axis in AXES:  # steps are the x-axis of every chart; tokens and rows can be chosen instead
@@ -108,35 +118,34 @@ class Wandb:
             ahead = int(last.get("_step", last.get("step", 0))) - int(last.get("step", 0))
             self._known, self._shift = handle.starting_step - 1 - ahead, ahead + 1
         self._note(**identity, mode="online", url=handle.url, sent=None)
-        rows, samples = {row["step"]: row for row in read_metrics(self.run)}, read_samples(self.run)
-        for step in sorted(rows.keys() | samples.keys()):
-            if step in rows:
-                self.log(step, rows[step])
-            if step in samples:
-                self._send(step, partial(sample_columns, samples[step]))
+        samples = ((step, {"samples": rows}) for step, rows in read_samples(self.run).items())
+        written = [*((row["step"], row) for row in read_metrics(self.run)), *samples]
+        backlog = sorted(written, key=lambda row: row[0])
+        self._sender = threading.Thread(target=self._send, args=(handle, backlog), daemon=True, name="uft-wandb")
+        self._sender.start()
+        atexit.register(self._await_sender)  # before wandb's own end, which takes nothing more
 
     def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        self._send(step, lambda: metrics)
+        self._queue(step, dict(metrics))
 
     def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
         named = {"step": step} if stage is None else {"step": step, "stage": stage}
-        self._send(step, lambda: sample_columns([{**named, **asdict(sample)} for sample in samples]))
-
-    def secure(self) -> None:
-        """Nothing: what W&B lacks is in metrics.jsonl."""
+        self._queue(step, {"samples": [{**named, **asdict(sample)} for sample in samples]})
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        """Close the W&B run as what it was. Takes little more than `finish_timeout` seconds at most."""
+        """Close the W&B run as what it was. Takes little more than `finish_timeout` seconds, half as much again where
+        the thread is stuck."""
         handle, self._handle = self._handle, None
         if handle is None:
             return
-        try:
-            handle.summary.update({**summary, "status": status})
-            if exit_code == STOPPED:
-                handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
-            handle.finish(exit_code=exit_code)
-        except Exception as error:
-            self.failure = first_line(error)
+        if self._await_sender():
+            try:
+                handle.summary.update({**summary, "status": status})
+                if exit_code == STOPPED:
+                    handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
+                handle.finish(exit_code=exit_code)
+            except Exception as error:
+                self.failure = first_line(error)
         if self.failure:
             self.say(f"W&B did not take everything ({self.failure}). Upload the rest:  {self.sync_command}")
         else:
@@ -154,22 +163,21 @@ class Wandb:
     def sync_command(self) -> str:
         return f"uft sync {quote(shown(self.run.path))}"
 
-    def _try_to_connect(self, asked: str) -> Choice:
-        """Go online if it can be. A server that does not answer, or refuses, leaves the run offline."""
+    def _go_online(self, mode: str) -> str:
+        """Open the run online; the reason where a server does not answer or refuses, or there is no key for `auto`."""
         try:
-            choice = choose(asked, wandb_server(), self.connect_timeout)
-            if choice.mode == "online":
+            why = obstacle(mode, wandb_server())
+            if not why:
                 self.connect()
-                return choice
+                return ""
         except UftError:
             raise
         except Exception as error:  # also that wandb is not installed
-            self._handle = None
-            if asked == "online" and type(error).__name__ == "AuthenticationError":
-                raise UftError(no_key(first_line(error))) from error
-            choice = Choice("offline", first_line(error))
+            self._handle, why = None, first_line(error)
+            if mode == "online" and type(error).__name__ == "AuthenticationError":
+                raise UftError(no_key(why)) from error
         shut_down()
-        return choice
+        return why
 
     def _identity(self) -> dict[str, str]:
         """Id of the W&B run, and the project and entity that a W&B sweep's agent named; noted by the first session.
@@ -178,44 +186,67 @@ class Wandb:
         """
         info = self.run.info()
         noted = info.get("wandb", {})
-        agent = os.environ if os.environ.get("WANDB_SWEEP_ID") and not self.uploads else {}
-        found = {
-            "id": noted.get("id") or agent.get("WANDB_RUN_ID") or info["id"],
-            "project": noted.get("project") or agent.get("WANDB_PROJECT"),
-            "entity": noted.get("entity") or agent.get("WANDB_ENTITY"),
-        }
-        return {name: value for name, value in found.items() if value}
+        agent = os.environ if os.environ.get("WANDB_SWEEP_ID") and not self.folder else {}
+        variables = {"id": "WANDB_RUN_ID", "project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}
+        named = {name: noted.get(name) or agent.get(variable) for name, variable in variables.items()}
+        return {"id": info["id"], **{name: value for name, value in named.items() if value}}
 
     def _note(self, **values: Any) -> None:
         """Keep facts about the W&B run in `run.json`."""
         self.run.update_info(wandb={**self.run.info().get("wandb", {}), **values})
 
-    def _send(self, step: int, row: Callable[[], Mapping[str, Any]]) -> None:
-        """Send a row of step `step` unless the server has it.
+    def _queue(self, step: int, values: Mapping[str, Any]) -> None:
+        """Leave a row to the thread that sends it. Never waits: W&B is given up where too many rows wait."""
+        if self._handle is None:
+            return
+        if self._waiting.qsize() >= WAITING:
+            self.failure = self.failure or f"it does not keep up: {WAITING} rows wait"
+        if not self.failure:
+            self._waiting.put((step, values))
+        if self.failure and not self._told:
+            self._told = True
+            self.say(f"W&B stopped taking metrics ({self.failure}); metrics.jsonl has everything.")
+
+    def _await_sender(self) -> bool:
+        """Wait until wandb has all rows, a third of `finish_timeout` at most; whether the thread has ended."""
+        assert self._sender is not None
+        seconds = self.finish_timeout if self.folder else self.finish_timeout / 3
+        self._waiting.put(None)
+        self._sender.join(seconds)
+        if self._sender.is_alive():
+            self.failure = self.failure or f"the server does not answer for {seconds:.0f} s"
+        return not self._sender.is_alive()
+
+    def _send(self, handle: Any, backlog: Sequence[Row]) -> None:
+        """Send the rows of the files, then those that are logged, until the last or a failure. In a thread of its own.
 
         W&B drops a row at a `_step` that it has seen. Steps trained again since the last checkpoint are left out. The
         last step on the server may lack its evaluation: its new values are sent, one `_step` further.
         """
-        if self._handle is None or self.failure or step < self._known:
-            return
         try:
             with _staging_in((self.folder or self.run.path) / "wandb"):
-                values = row()
-                if step == self._known:
-                    values = {name: value for name, value in values.items() if not self._has(name, value)}
-                if values:
-                    self._handle.log({"step": step, **values}, step=step + self._shift)
-                    self.sent.add(step)
+                for step, values in chain(backlog, iter(self._waiting.get, None)):
+                    if self.failure:
+                        return
+                    if step < self._known:
+                        continue
+                    if "samples" in values:
+                        values = sample_columns(values["samples"])
+                    if step == self._known:
+                        values = {name: value for name, value in values.items() if not _has(handle, name, value)}
+                    if values:
+                        handle.log({"step": step, **values}, step=step + self._shift)
+                        self.sent.add(step)
         except Exception as error:
             self.failure = first_line(error)
-            self.say(f"W&B stopped taking metrics ({self.failure}); metrics.jsonl has everything.")
 
-    def _has(self, name: str, value: Any) -> bool:
-        """Whether the last row on the server has this value. The file of a table is named after its `_step`."""
-        last = self._handle.summary
-        if name == "samples":
-            return f"/samples_{last.get('_step')}_" in str((last.get(name) or {}).get("path"))
-        return name == "step" or last.get(name) == value or str(last.get(name)).lower() == str(value).lower()  # NaN
+
+def _has(handle: Any, name: str, value: Any) -> bool:
+    """Whether the last row on the server has this value. The file of a table is named after its `_step`."""
+    last = handle.summary
+    if name == "samples":
+        return f"/samples_{last.get('_step')}_" in str((last.get(name) or {}).get("path"))
+    return name == "step" or last.get(name) == value or str(last.get(name)).lower() == str(value).lower()  # NaN
 
 
 def unsent(run: Run) -> bool:
@@ -262,14 +293,13 @@ def first_line(error: Exception) -> str:
 @contextmanager
 def _staging_in(folder: Path) -> Iterator[None]:
     """Copies of tables, which wandb keeps under the home directory, go where the run is, unless the user chose."""
-    if "WANDB_DATA_DIR" in os.environ:
-        yield
-        return
-    os.environ["WANDB_DATA_DIR"] = str(folder / "data")
+    ours = str(folder / "data")
+    chosen = os.environ.setdefault("WANDB_DATA_DIR", ours)
     try:
         yield
     finally:
-        os.environ.pop("WANDB_DATA_DIR", None)
+        if chosen == ours:
+            os.environ.pop("WANDB_DATA_DIR", None)
 
 
 # --- Whether W&B can be reached: a key that it will accept without asking, and a server that answers. Asked before
@@ -291,14 +321,6 @@ class Server:
         return urlsplit(self.url).netloc
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The mode to use and, where it is not the one hoped for, why."""
-
-    mode: str  # online or offline
-    why: str = ""
-
-
 def wandb_server() -> Server:
     """The server that wandb would use."""
     import wandb
@@ -307,17 +329,16 @@ def wandb_server() -> Server:
     return Server(settings.base_url, settings.api_key)
 
 
-def choose(mode: str, server: Server, timeout: float = 2.0) -> Choice:
-    """The mode that `tracking.mode` means here and now. `online` without a key is the user's mistake: a UftError."""
-    if mode == "offline":
-        return Choice("offline")
+def obstacle(mode: str, server: Server, timeout: float = 2.0) -> str:
+    """Why a run cannot be online, as `tracking.mode` asks (auto or online); "" where it can.
+
+    `online` without a key is the user's mistake: a UftError. Whether its server answers, wandb will find out.
+    """
     if not has_key(server):
         if mode == "online":
             raise UftError(no_key(f"no W&B API key for {server.host}"))
-        return Choice("offline", "no API key")
-    if mode == "auto" and not reachable(server.url, timeout):
-        return Choice("offline", f"{server.host} does not answer")
-    return Choice("online")
+        return "no API key"
+    return f"{server.host} does not answer" if mode == "auto" and not reachable(server.url, timeout) else ""
 
 
 def no_key(why: str) -> Problem:
@@ -365,51 +386,34 @@ def reachable(url: str, timeout: float = 2.0) -> bool:
 # --- Upload runs that W&B lacks something of, from their metrics.jsonl and samples.jsonl, and know what arrived.
 #
 # The server tells which steps it has, and only later rows are sent. What arrived is noted in `run.json`, so that a
-# second
-# call has nothing to do; an upload that broke off goes on where the server's rows end.
+# second call has nothing to do; an upload that broke off goes on where the server's rows end.
 
 
 PATIENCE = 900.0  # seconds after which the upload of a run is given up
 EXIT_CODES = {"finished": GOOD, "stopped": STOPPED}
 
 
-@dataclass
-class Upload:
-    """What is to be done for a run, and how it went."""
-
-    run: Run
-    due: bool = False  # W&B may lack something of it
-    arrived: bool = False  # everything is there
-    why: str = ""  # it did not arrive, or is not tried
-    steps: int = 0  # that the server lacked
-
-
-def plan(run: Run) -> Upload:
-    """What is to be done for a run. Nothing is touched."""
+def upload_state(run: Run) -> str:
+    """running, untracked, arrived, or due: W&B may lack something of it. Nothing is touched."""
     if run.status == "running":
-        return Upload(run, why="is running: upload it when it has ended")
-    tracked = run.info().get("wandb", {}).get("mode", "disabled") != "disabled"
-    due = tracked and unsent(run)
-    return Upload(run, due, arrived=tracked and not due)
+        return "running"
+    if run.info().get("wandb", {}).get("mode", "disabled") == "disabled":
+        return "untracked"
+    return "due" if unsent(run) else "arrived"
 
 
-def send(uploads: Sequence[Upload], say: Callable[[str], None], patience: float = PATIENCE) -> None:
-    """Upload these runs one after the other. Afterwards each has `arrived` or has its `why`."""
-    for upload in uploads:
-        run, status = upload.run, upload.run.status
-        with tempfile.TemporaryDirectory(prefix="uft-sync-", ignore_cleanup_errors=True) as folder:
-            try:
-                tracker = Wandb(run, run.config(), lambda line: None, folder=Path(folder), uploads=True)
-                tracker.finish_timeout = patience
-                tracker.connect()
-                summary = {**run.result().get("final", {}), "steps": run.steps}
-                tracker.finish(status, EXIT_CODES.get(status, FAILED), summary)
-                upload.steps, upload.why = len(tracker.sent), tracker.failure
-            except UftError as error:
-                upload.why = "; ".join(f"{problem.what} {problem.why}" for problem in error.problems)
-            except Exception as error:
-                upload.why = first_line(error)
-                shut_down()
-        upload.arrived = not upload.why
-        if upload.arrived:
-            say(f"  {run.name} arrived")
+def upload(run: Run, patience: float = PATIENCE) -> tuple[int, str]:
+    """Upload a run: (how many steps the server lacked, why not everything arrived or "")."""
+    with tempfile.TemporaryDirectory(prefix="uft-sync-", ignore_cleanup_errors=True) as folder:
+        try:
+            status = run.status
+            tracker = Wandb(run, run.config(), lambda line: None, finish_timeout=patience, folder=Path(folder))
+            tracker.connect()
+            summary = {**run.result().get("final", {}), "steps": run.steps}
+            tracker.finish(status, EXIT_CODES.get(status, FAILED), summary)
+            return len(tracker.sent), tracker.failure
+        except UftError as error:
+            return 0, "; ".join(f"{problem.what} {problem.why}" for problem in error.problems)
+        except Exception as error:
+            shut_down()
+            return 0, first_line(error)

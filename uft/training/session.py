@@ -37,7 +37,7 @@ from uft.model.export import export
 from uft.model.memory import device_memory, peak_memory
 from uft.runs import FULL, Run, problem, shown, write_json, writing
 from uft.sampling.generate import Interrupted
-from uft.tracking import Tracker, Trackers, make_tracker
+from uft.tracking import Trackers, make_tracker
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
 from uft.training import checkpoint
@@ -350,7 +350,7 @@ class Session:
 class StageLog:
     """Tracker and console as a stage uses them: its steps and counters continue those of the stages before it."""
 
-    tracker: Tracker
+    tracker: Trackers
     console: Console
     stage: str = ""  # the name that every line has; "": none
     before: Progress = field(default_factory=Progress)
@@ -479,7 +479,7 @@ class EvaluationHook:
 class CheckpointHook:
     """A checkpoint every `every` steps, at a new best, at the end, and when the run is asked to stop."""
 
-    tracker: Tracker
+    tracker: Trackers
     every: int
     saved: int = -1
 

@@ -1,0 +1,113 @@
+"""Help of the verbs over a configuration: the choices found on disk, the keys one needs most, examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from uft.cli import VERBS
+from uft.config.messages import config_dirs, groups, headline, written
+from uft.config.schema import COLUMNS, MISSING, Config, Key, keys_of
+
+FIRST = ("objective", "data", "model", "optim", "hardware", "eval", "tracking", "experiment", "sweep", "debug")
+HYDRA = """\
+Options are Hydra's: -m (several values), --cfg job (print, do nothing), --info, --config-dir DIR, -cn NAME;
+--hydra-help tells of them. Your own files: ./conf-user or $UFT_CONF (they win over the shipped ones)."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """`uft VERB --help`."""
+
+    keys: str
+    examples: str  # lines of a command and what it does, two blanks or more between them
+    words: str = ""  # before the options
+    note: str = ""
+
+    def usage(self, verb: str) -> str:
+        return f"uft {verb} {self.words}[options] [key=value ...]"
+
+
+PAGES = {
+    "train": Page(
+        keys="""
+            seed train.steps train.batch_size train.max_length train.eval_every optim.lr model.path model.adapter
+            data.ratio data.too_long tracking.mode run.name run.dir sweep.name""",
+        examples="""\
+  uft train objective=ift data=mix                  the embedded model on the embedded mixture
+  uft train -m objective=sft,ift,uft seed=1,2,3     nine runs, one after the other
+  uft train sweep=beta_ratio                        a sweep written in conf/sweep
+  uft train experiment=sft_then_dpo                 a run of two stages
+  uft train data=rows.jsonl model=custom model.path=org/name  your rows, your model
+  uft train debug=fast                              two steps: does it run at all""",
+        note="  -m trains a run for every combination of comma-separated values; run it again to complete it\n",
+    ),
+    "check": Page(
+        keys="train.batch_size train.micro_batch_tokens train.max_length data.too_long data.template",
+        examples="""\
+  uft check model=smollm2_135m data=mix             will it fit, are the masks right
+  uft check data=rows.jsonl                         are these rows usable""",
+    ),
+    "data": Page(
+        keys="data.ratio data.exhaustion data.template data.too_long data.bad_rows train.max_length",
+        examples="""\
+  uft data data=mix                                 the mixture table, lengths, rows with the trained tokens coloured
+  uft data data=mix data.ratio=0.25                 what a ratio does to it
+  uft data rows.jsonl                               how your rows are understood""",
+    ),
+    "generate": Page(
+        keys="""
+            generate.out generate.seeds generate.temperature generate.top_k generate.top_p generate.max_new_tokens
+            generate.limit generate.system""",
+        examples="""\
+  uft generate data=mix                             what the base model answers to the training prompts
+  uft generate outputs/DATE/RUN                     what a trained run answers
+  uft generate generate.seeds=[0,1,2,3] generate.out=negatives.jsonl  negatives for objective=dft""",
+        words="[RUN] ",
+        note="  with RUN (a folder, a name or last): the configuration of that run, and its model\n",
+    ),
+    "annotate": Page(
+        keys="""
+            annotate.models annotate.out annotate.temperature annotate.batch_tokens data.too_long model.dtype
+            hardware.device""",
+        examples="""\
+  uft annotate baseline_logp data=instruct annotate.models=[builtin:playground]  for objective=poft
+  uft annotate baseline_logp data=mix annotate.models=[org/a,org/b]  the mean over two models
+  uft annotate soft_label data=scored annotate.temperature=0.2  for objective=gdpo_soft""",
+        words=f"{'|'.join(COLUMNS)} ",
+    ),
+    "config": Page(
+        keys="seed train.steps optim.lr data.ratio",
+        examples="""\
+  uft config objective=dpo data.ratio=0.5  every value, and where it is from
+  uft config --diff outputs/DATE/RUN       what a run has that this request has not
+  uft train objective=dpo --cfg job        the plain configuration, as Hydra prints it""",
+        words="[--diff RUN] ",
+    ),
+}
+
+
+def help_text(verb: str, config_dir: str | None = None) -> str:
+    """The page of a verb; `config_dir` adds its choices."""
+    page, found = PAGES[verb], groups(config_dirs(config_dir))
+    lines = [f"uft {verb}: {VERBS[verb]}", "", f"usage: {page.usage(verb)}"]
+    for group in (*(group for group in FIRST if group in found), *(group for group in found if group not in FIRST)):
+        lines += ["", f"{group}=", *columns({name: headline(file) for name, file in found[group].items()})]
+    lines += ["", "Keys one needs most  (all of them:  uft config)"]
+    lines += columns({key: describe(key) for key in page.keys.split()})
+    return "\n".join([*lines, "", "Examples", page.examples, "", page.note + HYDRA])
+
+
+def columns(table: Mapping[str, str]) -> list[str]:
+    width = min(max((len(name) for name in table), default=0), 48)
+    return [f"  {name:<{width}}  {says}".rstrip() for name, says in table.items()]
+
+
+def describe(name: str) -> str:
+    """A key's line of help and its default in the schema."""
+    key = Key(Config)
+    for part in name.split("."):
+        key = keys_of(key.kind)[part]
+    choices = f" ({', '.join(map(written, key.rules['choices']))})" if "choices" in key.rules else ""
+    default = "" if key.default in (MISSING, None, {}, []) else f"  [{written(key.default)}]"
+    return f"{key.rules.get('help', '')}{choices}{default}"
