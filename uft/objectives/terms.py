@@ -137,5 +137,5 @@ def reward_totals(batch: Batch, z: Tensor, beta: float) -> dict[str, Tensor]:
         "rejected_reward": rejected.sum(),
         "margin": margin.sum(),
         "accuracy": ahead.sum(),
-        "implicit_reward": z.sum(),
+        "implicit_reward": torch.where(present(batch), z, 0.0).sum(),
     }
