@@ -6,44 +6,29 @@ from dataclasses import replace
 
 import pytest
 import torch
+import toys as kit
 from toys import settings
 
 from uft.data.rows import Kind
 from uft.objectives.base import StepContext
 
 SHIPPED = {"demonstration": "sft", "preference": "dpo", "binary": "kto", "scored": "uft", "negatives": "dft"}
+PARTS = ("demonstration", "preference", "binary", "scored", "negatives")
 OTHERS = {
-    "shipped": SHIPPED,
-    "passes of their own": {
-        "demonstration": "ift",
-        "preference": "simpo",
-        "binary": "anchored_sft",
-        "scored": "gdpo_soft",
-        "negatives": "dft2",
-    },
-    "several that survey": {
-        "demonstration": "f_sft",
-        "preference": "kto",
-        "binary": "kto",
-        "scored": "kto",
-        "negatives": "irft",
-    },
-    "annotated": {
-        "demonstration": "poft",
-        "preference": "gropo_soft",
-        "binary": "poft",
-        "scored": "asft",
-        "negatives": "dpop",
-    },
+    name: dict(zip(PARTS, names.split(), strict=True))
+    for name, names in {
+        "shipped": "sft dpo kto uft dft",
+        "passes of their own": "ift simpo anchored_sft gdpo_soft dft2",
+        "several with a baseline": "f_sft kto kto kto irft",
+        "annotated": "poft gropo_soft poft asft dpop",
+    }.items()
 }
 WEIGHTS = {"demonstration": 0.7, "preference": 1.5, "binary": 2.0, "scored": 0.25}
-every = pytest.mark.parametrize("names", OTHERS.values(), ids=OTHERS)
 
 
-@pytest.fixture
-def together(kit):
-    """together({kind: name}, weights=...) -> per_kind with these objectives as their files have them."""
-    return lambda names, **changes: kit.preset("per_kind", **{k: settings(n) for k, n in names.items()}, **changes)
+def together(names, **changes):
+    """per_kind with these objectives, by kind, as their files have them."""
+    return kit.preset("per_kind", **{kind: settings(name) for kind, name in names.items()}, **changes)
 
 
 class Counting:
@@ -64,7 +49,7 @@ def of_kind(batch, kind):
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_objective_of_every_kind_is_its_own_file(kit):
+def test_the_shipped_objective_of_every_kind_is_its_own_file():
     found = kit.settings("per_kind")
     assert {kind: found[kind]["name"] for kind in SHIPPED} == SHIPPED
     assert all(found[kind] == settings(name) for kind, name in SHIPPED.items())
@@ -72,7 +57,7 @@ def test_the_shipped_objective_of_every_kind_is_its_own_file(kit):
     assert found["weights"] == {}
 
 
-def test_views_are_those_of_the_parts(kit, together):
+def test_views_are_those_of_the_parts():
     rows = kit.one_of_each()
     for names in OTHERS.values():
         objective = together(names)
@@ -84,8 +69,8 @@ def test_views_are_those_of_the_parts(kit, together):
 # --- the sum of its parts --------------------------------------------------------------------------------------------
 
 
-@every
-def test_it_is_the_weighted_sum_of_the_parts_run_alone(kit, together, policy, reference, names):
+@pytest.mark.parametrize("names", OTHERS.values(), ids=OTHERS)
+def test_it_is_the_weighted_sum_of_the_parts_run_alone(policy, reference, names):
     rows, whole = kit.one_of_each(), together(names, weights=WEIGHTS)
     batch, unrelated = kit.batch_for(whole, rows), kit.mismatched_for(whole, rows)
     outcome = kit.step(whole, [batch], policy, policy.parameters, reference, unrelated)
@@ -106,36 +91,31 @@ def test_it_is_the_weighted_sum_of_the_parts_run_alone(kit, together, policy, re
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_each_kind_is_divided_by_its_own_count(kit, together, policy, reference):
+def test_each_kind_is_divided_by_its_own_count(policy, reference):
     """Five pairs more change what the pairs say, not how much they weigh against the demonstrations."""
-    rows = kit.one_of_each()
-    pair, shown = rows[1], rows[0]
-    few, many = ([shown, *[pair] * n] for n in (1, 6))
+    shown, pair, *_ = kit.one_of_each()
     losses = []
-    for part in (few, many):
+    for rows in ([shown, pair], [shown, *[pair] * 6]):
         objective = together(SHIPPED)
-        losses.append(kit.step(objective, [kit.batch_for(objective, part)], policy, policy.parameters, reference).loss)
+        losses.append(kit.step(objective, [kit.batch_for(objective, rows)], policy, policy.parameters, reference).loss)
     assert losses[0] == pytest.approx(losses[1])
 
 
 # --- forwards --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("names", "more"), [(SHIPPED, 0), (OTHERS["annotated"], 0), (OTHERS["passes of their own"], 3)]
-)
-def test_the_policy_runs_once_for_all_parts_that_ask_for_no_more(kit, together, policy, reference, names, more):
+def test_the_policy_runs_once_for_all_parts_that_ask_for_no_more(policy, reference):
     """IFT guesses and mixes, anchored SFT compares whole distributions."""
-    objective = together(names)
-    counted, frozen = Counting(policy), Counting(reference)
-    frozen.logits = reference.logits
-    objective(kit.batch_for(objective, kit.one_of_each()), counted, frozen, StepContext())
-    assert len(counted.asked) == 1 + more
-    assert len(frozen.asked) == 1
-    assert objective.needs.distributions == (names["binary"] == "anchored_sft")
+    for name, more in (("shipped", 0), ("annotated", 0), ("passes of their own", 3)):
+        objective = together(OTHERS[name])
+        counted, frozen = Counting(policy), Counting(reference)
+        frozen.logits = reference.logits
+        objective(kit.batch_for(objective, kit.one_of_each()), counted, frozen, StepContext())
+        assert (len(counted.asked), len(frozen.asked)) == (1 + more, 1), name
+        assert objective.needs.distributions == (name == "passes of their own")
 
 
-def test_a_cached_column_stands_for_the_reference(kit, together, policy, reference):
+def test_a_cached_column_stands_for_the_reference(policy, reference):
     objective, cached = together(SHIPPED), together(SHIPPED)
     batch = kit.batch_for(objective, kit.one_of_each())
     column = replace(batch, columns={"reference": reference(batch).log_probs.detach()})
@@ -148,9 +128,7 @@ def test_a_cached_column_stands_for_the_reference(kit, together, policy, referen
 # --- state -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_state_of_a_part_goes_on_from_step_to_step_and_is_left_alone_in_evaluation(
-    kit, together, policy, reference
-):
+def test_the_state_of_a_part_goes_on_from_step_to_step_and_is_left_alone_in_evaluation(policy, reference):
     whole, alone = together(SHIPPED), kit.preset("dft")
     rows = [row for row in kit.one_of_each() if row.kind is Kind.NEGATIVES]
     batch = kit.batch_for(whole, rows)
@@ -165,7 +143,7 @@ def test_the_state_of_a_part_goes_on_from_step_to_step_and_is_left_alone_in_eval
     assert whole.state.keys() == {"negatives.log_u"}
 
 
-def test_two_parts_with_a_state_keep_them_apart(kit, together, policy, reference):
+def test_two_parts_with_a_state_keep_them_apart(policy, reference):
     objective = together({**SHIPPED, "preference": "dft2"})
     objective(kit.batch_for(objective, kit.one_of_each()), policy, reference, StepContext())
     assert objective.state.keys() == {"preference.log_u", "negatives.log_u"}
@@ -176,7 +154,7 @@ def test_two_parts_with_a_state_keep_them_apart(kit, together, policy, reference
 # --- what it says of itself ------------------------------------------------------------------------------------------
 
 
-def test_needs_are_those_of_all_parts_and_annotations_those_of_the_kind(together):
+def test_needs_are_those_of_all_parts_and_annotations_those_of_the_kind():
     shipped, annotated = together(SHIPPED), together(OTHERS["annotated"])
     assert (shipped.needs.reference, shipped.needs.mismatched, shipped.needs.distributions) == (True, True, False)
     assert shipped.needs.annotations == frozenset()
@@ -186,7 +164,7 @@ def test_needs_are_those_of_all_parts_and_annotations_those_of_the_kind(together
     assert "baseline_logp" not in annotated.annotations(Kind.NEGATIVES)
 
 
-def test_problems_and_cautions_name_the_kind(kit, together):
+def test_problems_and_cautions_name_the_kind():
     wrong = together({**SHIPPED, "demonstration": "dpo"}, weights={"demos": 1.0, "scored": -1.0})
     assert [key for key, _ in wrong.problems()] == ["weights", "weights.scored", "demonstration"]
     assert together(SHIPPED).problems() == []
@@ -197,7 +175,7 @@ def test_problems_and_cautions_name_the_kind(kit, together):
     assert together(SHIPPED).length_convention.count(";") >= 4
 
 
-def test_a_kind_without_an_objective_is_a_kind_it_cannot_use(kit):
+def test_a_kind_without_an_objective_is_a_kind_it_cannot_use():
     objective = kit.preset("per_kind", binary=None)
     assert set(objective.views) == set(Kind) - {Kind.BINARY}
     assert objective.annotations(Kind.BINARY) == frozenset()

@@ -6,21 +6,10 @@ import typing
 from dataclasses import fields
 
 import pytest
-import yaml
-from toys import FOLDER, PRESETS, settings
+from toys import FOLDER, PRESETS, settings, written
 
 from uft.data.rows import Kind
 from uft.objectives import OBJECTIVES, make
-
-preset = pytest.mark.parametrize("name", PRESETS)
-IN_EVERY_FILE = {"name", "method"}
-
-
-def own_keys(name):
-    """What the file itself says, without what it places."""
-    values = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
-    values.pop("defaults", None)
-    return values
 
 
 def schema(method):
@@ -41,34 +30,24 @@ def test_every_method_has_a_file_and_every_file_a_method():
     assert {settings(name)["method"] for name in PRESETS} == OBJECTIVES.keys()
 
 
-@preset
-def test_keys_are_fields_of_the_dataclass(name):
+def test_keys_are_fields_of_the_dataclass_and_have_a_comment():
     """A file names the keys its method has; the class may know more of them, which then do nothing."""
-    values = settings(name)
-    assert values["name"] == name
-    assert values.keys() <= schema(values["method"]).keys()
-    if values["method"] != "per_kind":
-        assert values.keys() >= IN_EVERY_FILE | {"reduction"}
+    for name in PRESETS:
+        values = settings(name)
+        fields_of = schema(values["method"])
+        assert values["name"] == name
+        assert values.keys() <= fields_of.keys()
+        assert name == "per_kind" or values.keys() >= {"name", "method", "reduction"}
+        silent = {key: found.default for key, found in fields_of.items() if key not in values}
+        assert make({**values, **silent}) == make(values)
+        lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
+        assert lines[0].startswith("# ")
+        keys = [line for line in lines if line and not line.startswith(("#", " ", "defaults:"))]
+        assert len(keys) == len(written(name).keys() - {"defaults"})
+        assert [line for line in keys if " # " not in line] == []
 
 
-@preset
-def test_keys_that_a_file_does_not_name_would_change_nothing_if_it_named_them(name):
-    values = settings(name)
-    silent = {key: f.default for key, f in schema(values["method"]).items() if key not in values}
-    assert make({**values, **silent}) == make(values)
-    assert make({**values, **silent}).problems() == []
-
-
-@preset
-def test_every_key_has_a_comment_and_the_file_says_what_it_is(name):
-    lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
-    assert lines[0].startswith("# ")
-    keys = [line for line in lines if line and not line.startswith(("#", " ", "defaults:"))]
-    assert len(keys) == len(own_keys(name))
-    assert [line for line in keys if " # " not in line] == []
-
-
-@preset
+@pytest.mark.parametrize("name", PRESETS)
 def test_values_are_of_their_type_within_their_rules_and_agree(name):
     values = settings(name)
     found = schema(values["method"])
@@ -94,59 +73,77 @@ def test_values_are_of_their_type_within_their_rules_and_agree(name):
     assert objective.length_convention
 
 
-@pytest.mark.parametrize("method", OBJECTIVES)
-def test_every_key_has_help_and_a_plain_type(method):
-    hints = typing.get_type_hints(OBJECTIVES[method])
-    parts = {kind.value for kind in Kind} if method == "per_kind" else set()
-    for key, found in schema(method).items():
-        assert found.metadata.get("help"), key
-        plain = (float, int, bool, str, float | None, dict[str, float])
-        assert hints[key] in plain or (key in parts and hints[key] is typing.Any), key
+def test_every_key_has_help_and_a_plain_type():
+    for method, cls in OBJECTIVES.items():
+        hints = typing.get_type_hints(cls)
+        parts = {kind.value for kind in Kind} if method == "per_kind" else set()
+        for key, found in schema(method).items():
+            assert found.metadata.get("help"), key
+            plain = (float, int, bool, str, float | None, dict[str, float])
+            assert hints[key] in plain or (key in parts and hints[key] is typing.Any), key
 
 
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("ift", {"lam": 0.2, "lam_start": None, "lam_noise": 0.0, "gamma": 0.95, "propagation": "normalized"}),
-        ("ift", {"detach_weights": False, "embed_grad": False, "reduction": "sequence"}),
-        ("uft", {"beta": 0.01, "loss": "mse", "pairs": "pairwise", "demonstration_score": 1.0}),
-        ("una", {"beta": 0.01, "loss": "mse", "pairs": "pairwise", "length_normalize": False, "method": "uft"}),
-        ("dft", {"tau": 1.0, "gamma": 0.85, "negatives": 2, "length_normalize": False, "denominator": "plain"}),
-        ("dft2", {"tau": 0.3, "gamma": 0.9, "negatives": 2, "length_normalize": True, "method": "dft"}),
-        ("dpo", {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "method": "pairwise"}),
-        ("sft", {"reduction": "token"}),
-        ("dynamic_ft", {"reduction": "token", "weight": "probability"}),
-        ("anchored_sft", {"reduction": "token", "weight": "probability", "alpha": 0.05}),
-        ("f_sft", {"f": "pearson", "beta": 0.1, "ratio": "sum"}),
-        ("poft", {"beta": 1.0, "gamma": 0.0}),
-        ("asft", {"beta": 1.0, "lam": 1.0, "alpha": 1.0}),
-        ("gdpo_soft", {"beta": 0.1, "soft": True}),
-        ("gipo_soft", {"form": "scaled", "soft": True}),
-        ("gropo_soft", {"beta": 0.1, "alpha": 2.0, "soft": True}),
-        ("rpo", {"beta": 0.01, "eta": 0.005, "nll_norm": "sum"}),
-        ("dpop", {"beta": 0.3, "lam": 50.0}),
-        ("cdpo", {"label_smoothing": 0.1}),
-        ("robust_dpo", {"label_smoothing": 0.1, "beta": 0.1}),
-        ("ipo", {"tau": 0.1, "length": "sum"}),
-        ("simpo", {"beta": 2.0, "gamma": 1.0}),
-        ("cpo", {"beta": 0.1, "alpha": 1.0}),
-        ("orpo", {"lam": 0.1, "alpha": 1.0}),
-        ("nca", {"beta": 0.01}),
-        ("rdpo_length", {"alpha": 0.05}),
-        ("ld_dpo", {"alpha": 0.5}),
-        ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
-        ("irft", {"beta": 0.1, "link": "sigmoid"}),
-    ],
-)
-def test_defaults_are_the_papers(name, values):
-    found = settings(name)
-    assert {key: found[key] for key in values} == values
+PAPERS = [
+    ("ift", {"lam": 0.2, "lam_start": None, "lam_noise": 0.0, "gamma": 0.95, "propagation": "normalized"}),
+    ("ift", {"detach_weights": False, "embed_grad": False, "reduction": "sequence"}),
+    ("uft", {"beta": 0.01, "loss": "mse", "pairs": "pairwise", "demonstration_score": 1.0}),
+    ("una", {"beta": 0.01, "loss": "mse", "pairs": "pairwise", "length_normalize": False, "method": "uft"}),
+    ("dft", {"tau": 1.0, "gamma": 0.85, "negatives": 2, "length_normalize": False, "denominator": "plain"}),
+    ("dft2", {"tau": 0.3, "gamma": 0.9, "negatives": 2, "length_normalize": True, "method": "dft"}),
+    ("dpo", {"beta": 0.1, "label_smoothing": 0.0, "sft_weight": 0.0, "method": "pairwise"}),
+    ("sft", {"reduction": "token"}),
+    ("dynamic_ft", {"reduction": "token", "weight": "probability"}),
+    ("anchored_sft", {"reduction": "token", "weight": "probability", "alpha": 0.05}),
+    ("f_sft", {"f": "pearson", "beta": 0.1, "ratio": "sum"}),
+    ("poft", {"beta": 1.0, "gamma": 0.0}),
+    ("asft", {"beta": 1.0, "lam": 1.0, "alpha": 1.0}),
+    ("gdpo_soft", {"beta": 0.1, "soft": True}),
+    ("gipo_soft", {"form": "scaled", "soft": True}),
+    ("gropo_soft", {"beta": 0.1, "alpha": 2.0, "soft": True}),
+    ("rpo", {"beta": 0.01, "eta": 0.005, "nll_norm": "sum"}),
+    ("dpop", {"beta": 0.3, "lam": 50.0}),
+    ("cdpo", {"label_smoothing": 0.1}),
+    ("robust_dpo", {"label_smoothing": 0.1, "beta": 0.1}),
+    ("ipo", {"tau": 0.1, "length": "sum"}),
+    ("simpo", {"beta": 2.0, "gamma": 1.0}),
+    ("cpo", {"beta": 0.1, "alpha": 1.0}),
+    ("orpo", {"lam": 0.1, "alpha": 1.0}),
+    ("nca", {"beta": 0.01}),
+    ("rdpo_length", {"alpha": 0.05}),
+    ("ld_dpo", {"alpha": 0.5}),
+    ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
+    ("irft", {"beta": 0.1, "link": "sigmoid"}),
+]
 
 
-@pytest.mark.parametrize("name", ["sft", "ift", "uft", "dft", "dpo", "f_sft", "poft", "kto"])
-def test_the_plain_preset_of_a_method_repeats_its_defaults(name):
-    values = settings(name)
-    assert make(values) == make({"name": name, "method": values["method"]})
+def test_defaults_are_the_papers():
+    for name, values in PAPERS:
+        found = settings(name)
+        assert {key: found[key] for key in values} == values, name
+    for name in ("sft", "ift", "uft", "dft", "dpo", "f_sft", "poft", "kto"):
+        values = settings(name)
+        assert make(values) == make({"name": name, "method": values["method"]}), "and those of the class"
+
+
+def test_problems_name_keys():
+    wrong = {
+        "dft": (
+            {"reduction": "token", "length_normalize": True, "denominator": "sampling"},
+            ["reduction", "denominator"],
+        ),
+        "uft": (
+            {"reduction": "token", "kind_weights": {"demos": 1.0, "scored": -1.0}},
+            ["reduction", "kind_weights", "kind_weights"],
+        ),
+        "ift": ({"lam": 0.2, "lam_start": 0.3}, ["lam_start"]),
+        "robust_dpo": ({"label_smoothing": 0.5}, ["label_smoothing"]),
+        **{name: ({"reduction": "token"}, ["reduction"]) for name in ("f_sft", "poft", "kto")},
+    }
+    for name, (changes, keys) in wrong.items():
+        assert [key for key, _ in make(settings(name, **changes)).problems()] == keys, name
+    for name, changes in (("ift", {"lam_start": 0.1}), ("cdpo", {"label_smoothing": 0.5})):
+        assert make(settings(name, **changes)).problems() == []
+    assert make(settings("uft", kind_weights={"scored": 0.5})).problems() == []
 
 
 def test_needs():

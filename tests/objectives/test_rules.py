@@ -8,10 +8,10 @@ from itertools import product
 
 import pytest
 import torch
+import toys as kit
 from toys import PRESETS
 
 from uft.data.rows import Kind
-from uft.objectives.base import StepContext
 
 VARIANTS = {
     "sft per sequence": ("sft", {"reduction": "sequence"}),
@@ -42,85 +42,79 @@ VARIANTS = {
     "per_kind weighted": ("per_kind", {"weights": {"preference": 0.5, "binary": 2.0, "negatives": 0.0}}),
 }
 EVERY = {**{name: (name, {}) for name in PRESETS}, **VARIANTS}
-every = pytest.mark.parametrize("case", EVERY.values(), ids=EVERY)
+"""Every preset, and variants of it: a test goes through them all, and an assertion names the one that it is about."""
 
 
-@pytest.fixture
-def fresh(kit):
-    """fresh(case) -> the objective, its state as at the start of a run."""
-    return lambda case: kit.preset(case[0], **case[1])
+def fresh(case):
+    """The objective, its state as at the start of a run."""
+    return kit.preset(case[0], **case[1])
 
 
-@pytest.fixture
-def scene(kit, fresh, policy, reference):
-    """scene(case) -> (objective, batch of all kinds, context with its KL baseline)."""
-
-    def make(case):
-        objective, rows = fresh(case), kit.one_of_each()
-        known = kit.step_context(objective, kit.mismatched_for(objective, rows), policy, reference)
-        return objective, kit.batch_for(objective, rows), known
-
-    return make
+def scene(case):
+    """(objective, batch of all kinds, policy, reference, context with its KL baseline)."""
+    objective, rows = fresh(case), kit.one_of_each()
+    policy, reference = kit.Toy.random(0), kit.Toy.random(1)
+    known = kit.step_context(objective, kit.mismatched_for(objective, rows), policy, reference)
+    return objective, kit.batch_for(objective, rows), policy, reference, known
 
 
-def assert_same(one, another):
-    assert one.terms == pytest.approx(another.terms, rel=1e-9, abs=1e-12)
+def assert_same(one, another, case=None):
+    assert one.terms == pytest.approx(another.terms, rel=1e-9, abs=1e-12), case
     for a, b in zip(one.gradients, another.gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda text: f"{case}: {text}")
 
 
 def weighted(loss):
     return sum(term.weight * term.total for term in loss.values() if term.weight)
 
 
-# --- 1: sums and counts ----------------------------------------------------------------------------------------------
+def values(loss):
+    return {name: float(term.total.detach()) for name, term in loss.items()}
 
 
-@every
-def test_counts_are_known_from_the_batch_alone(scene, policy, reference, case):
-    objective, batch, context = scene(case)
-    counts = objective.counts(batch)
-    loss = objective(batch, policy, reference, context)
-    assert counts.keys() == loss.keys()
-    for name, term in loss.items():
-        assert torch.equal(counts[name], term.count), name
-        assert term.count.shape == term.total.shape == ()
-        assert term.count.dtype is torch.float32
-        if "." not in name:  # a part of per_kind that weighs nothing keeps its graph
-            assert term.total.requires_grad == (term.weight != 0), name
-    assert "nll" in loss
-    assert objective.headline == "" or objective.headline in loss
+# --- 1: sums and counts
 
 
-# --- 2: micro-batches, padding, packing, order -----------------------------------------------------------------------
+def test_counts_are_known_from_the_batch_alone():
+    for case in EVERY.values():
+        objective, batch, policy, reference, context = scene(case)
+        counts, loss = objective.counts(batch), objective(batch, policy, reference, context)
+        assert counts.keys() == loss.keys()
+        for name, term in loss.items():
+            assert torch.equal(counts[name], term.count), (case, name)
+            assert term.count.shape == term.total.shape == ()
+            assert term.count.dtype is torch.float32
+            if "." not in name:  # a part of per_kind that weighs nothing keeps its graph
+                assert term.total.requires_grad == (term.weight != 0), (case, name)
+        assert "nll" in loss
+        assert objective.headline == "" or objective.headline in loss
 
 
-@every
-def test_layout_changes_nothing(kit, fresh, policy, reference, case):
+# --- 2: micro-batches, padding, packing, order, completions without targets
+
+
+def test_layout_changes_nothing(policy, reference):
     rows = kit.one_of_each()
-    used = kit.used(fresh(case), rows)
+    for case in EVERY.values():
+        used = kit.used(fresh(case), rows)
 
-    def outcome(parts, size=100, **how):
-        """One step of `used`, cut into parts; its mismatched completions are `size` in a batch."""
-        objective = fresh(case)
-        batches = [kit.batch_for(objective, part, **how) for part in parts]
-        others = kit.mismatched_for(objective, used, size, **how)
-        return kit.step(objective, batches, policy, policy.parameters, reference, others)
+        def outcome(parts, size=100, empty=False, case=case, used=used, **how):
+            """One step of `used`, cut into parts; its mismatched completions are `size` in a batch."""
+            objective = fresh(case)
+            batches = [kit.batch_for(objective, part, empty, **how) for part in parts]
+            others = kit.mismatched_for(objective, used, size, **how)
+            return kit.step(objective, batches, policy, policy.parameters, reference, others)
 
-    def cut(size):
-        return [used[i : i + size] for i in range(0, len(used), size)]
-
-    whole = outcome([used])
-    assert any(gradient.any() for gradient in whole.gradients)
-    assert_same(whole, outcome(cut(1), size=1))
-    assert_same(whole, outcome(cut(3), size=2))
-    assert_same(whole, outcome([used], extra=5))
-    assert_same(whole, outcome([used], layout="packed"))
-    assert_same(whole, outcome([used], layout="packed", extra=3))
-    assert_same(whole, outcome([used[::-1]]))
+        whole = outcome([used])
+        assert any(gradient.any() for gradient in whole.gradients)
+        assert_same(whole, outcome([[row] for row in used], size=1, extra=5), case)
+        thirds = [used[i : i + 3] for i in range(0, len(used), 3)]
+        assert_same(whole, outcome(thirds, size=2, layout="packed"), case)
+        assert_same(whole, outcome([used[::-1]], layout="packed", extra=3), case)
+        assert_same(whole, outcome([used], empty=True), case)
 
 
-def test_an_example_drawn_twice_in_a_step_does_not_mind_micro_batches(kit, policy, reference):
+def test_an_example_drawn_twice_in_a_step_does_not_mind_micro_batches(policy, reference):
     rows = [r for r in kit.one_of_each() if r.kind in (Kind.NEGATIVES, Kind.PREFERENCE)]
     one, apart = kit.preset("dft"), kit.preset("dft")
     twice = [*rows, *rows]
@@ -130,94 +124,63 @@ def test_an_example_drawn_twice_in_a_step_does_not_mind_micro_batches(kit, polic
     assert torch.equal(one.state["log_u"], apart.state["log_u"])
 
 
-# --- 3: float32 and extremes -----------------------------------------------------------------------------------------
+# --- 3: float32 and extremes
 
 
-@every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_finite_at_the_extremes_and_float32(kit, fresh, case, dtype):
+EXTREMES = [*product([torch.float32], (-1e4, -1e-7, 0.0), (-1e4, -1e-7))]
+EXTREMES += [(torch.bfloat16, -1e4, -1e-7), (torch.bfloat16, 0.0, -1e4)]
+
+
+def test_finite_at_the_extremes_and_float32():
     rows = kit.one_of_each()
-    batch, unrelated = kit.batch_for(fresh(case), rows), kit.mismatched_for(fresh(case), rows)
-    for log_prob, other in product((-1e4, -1e-7, 0.0), (-1e4, -1e-7)):
-        objective, policy, reference = fresh(case), kit.Told(log_prob, dtype), kit.Told(other, dtype)
-        loss = objective(batch, policy, reference, kit.step_context(objective, unrelated, policy, reference))
-        for name, term in loss.items():
-            assert torch.isfinite(term.total), (name, log_prob, other)
-            assert term.total.dtype is torch.float32, name
+    for case in EVERY.values():
+        batch, unrelated = kit.batch_for(fresh(case), rows), kit.mismatched_for(fresh(case), rows)
+        for dtype, log_prob, other in EXTREMES:
+            objective, policy, reference = fresh(case), kit.Told(log_prob, dtype), kit.Told(other, dtype)
+            loss = objective(batch, policy, reference, kit.step_context(objective, unrelated, policy, reference))
+            for name, term in loss.items():
+                assert torch.isfinite(term.total), (case, name, log_prob, other)
+                assert term.total.dtype is torch.float32, (case, name)
+            weighted(loss).backward()
+            assert torch.isfinite(policy.log_probs.grad).all(), (case, log_prob, other)
+
+
+# --- 4: where no gradient belongs
+
+
+def test_no_gradient_into_the_reference_a_column_an_annotation_or_a_baseline():
+    """And a column of the reference's log-probs stands for its forward pass."""
+    for case in EVERY.values():
+        objective, batch, policy, reference, context = scene(case)
+        notes = {name: noted.clone().requires_grad_() for name, noted in batch.annotations.items()}
+        kl_baseline = {name: value.clone().requires_grad_() for name, value in context.kl_baseline.items()}
+        batch, context = replace(batch, annotations=notes), replace(context, kl_baseline=kl_baseline)
+        direct = objective(batch, policy, reference if objective.needs.reference else None, context)
+        weighted(direct).backward()
+        column = reference(batch).log_probs.detach().requires_grad_()
+        whole = reference if objective.needs.distributions else None  # no column can stand for those
+        loss = fresh(case)(replace(batch, columns={"reference": column}), policy, whole, context)
+        assert values(loss) == values(direct), case
         weighted(loss).backward()
-        assert torch.isfinite(policy.log_probs.grad).all(), (log_prob, other)
+        untouched = [*reference.parameters, column, *notes.values(), *kl_baseline.values()]
+        assert [leaf.grad for leaf in untouched] == [None] * len(untouched), case
+        assert policy.head.grad is not None
 
 
-# --- 4: where no gradient belongs ------------------------------------------------------------------------------------
+# --- 5: policy = reference
 
 
-@every
-def test_no_gradient_into_the_reference(scene, policy, reference, case):
-    objective, batch, context = scene(case)
-    weighted(objective(batch, policy, reference, context)).backward()
-    assert reference.embedding.grad is None
-    assert reference.head.grad is None
-    assert policy.head.grad is not None
-
-
-@every
-def test_no_gradient_into_a_column_and_the_column_equals_the_forward(scene, fresh, policy, reference, case):
-    objective, batch, context = scene(case)
-    direct = objective(batch, policy, reference if objective.needs.reference else None, context)
-    column = reference(batch).log_probs.detach().requires_grad_()
-    whole = reference if objective.needs.distributions else None  # no column can stand for those
-    loss = fresh(case)(replace(batch, columns={"reference": column}), policy, whole, context)
-    assert {n: float(t.total.detach()) for n, t in loss.items()} == {
-        n: float(t.total.detach()) for n, t in direct.items()
-    }
-    weighted(loss).backward()
-    assert column.grad is None
-
-
-@every
-def test_no_gradient_into_an_annotation_or_a_baseline(scene, policy, reference, case):
-    objective, batch, context = scene(case)
-    notes = {name: values.clone().requires_grad_() for name, values in batch.annotations.items()}
-    kl_baseline = {name: value.clone().requires_grad_() for name, value in context.kl_baseline.items()}
-    loss = objective(replace(batch, annotations=notes), policy, reference, replace(context, kl_baseline=kl_baseline))
-    weighted(loss).backward()
-    assert notes.keys() >= {"baseline_logp", "soft_label"}
-    assert [name for name, values in {**notes, **kl_baseline}.items() if values.grad is not None] == []
-
-
-def test_ift_gradient_flows_through_its_weights_unless_detached(kit, policy):
-    batch = kit.batch_of([kit.Seq([0, 3, 1, 5, 2], [False, True, True, True, True])])
-    through = kit.step(kit.preset("ift"), [batch], policy, [policy.head])
-    detached = kit.step(kit.preset("ift", detach_weights=True), [batch], policy, [policy.head])
-    assert through.loss == pytest.approx(detached.loss)
-    assert not torch.allclose(through.gradients[0], detached.gradients[0])
-
-
-@pytest.mark.parametrize("name", ["dft", "dft2"])
-def test_dft_weights_are_constants(kit, name):
-    """The slope on a negative is w_j / B exactly: the gradient of w itself would add to it."""
-    objective = kit.preset(name)
-    batch = kit.batch_of([kit.of_length(1), kit.of_length(1, role=0), kit.of_length(1, role=0)])
-    policy = kit.Told([-2.0, -3.0, -1.5])
-    loss = objective(batch, policy, kit.Told([-2.5, -2.0, -2.0]), StepContext())
-    loss["surrogate"].total.backward()
-    slopes = policy.log_probs.grad
-    assert float(slopes[1:].sum()) == pytest.approx(float(loss["weight"].total) / 2)
-    value = 2.0 + float(slopes[1]) * -3.0 + float(slopes[2]) * -1.5
-    assert float(loss["surrogate"].total.detach()) == pytest.approx(value)
-
-
-# --- 5: policy = reference -------------------------------------------------------------------------------------------
-
-
-@every
-def test_values_at_policy_equals_reference_are_foretold(kit, fresh, policy, case):
-    objective, rows = fresh(case), kit.one_of_each()
-    batch = kit.batch_for(objective, rows)
-    context = kit.step_context(objective, kit.mismatched_for(objective, rows), policy, policy)
-    loss = objective(batch, policy, policy, context)
-    for name, total in objective.at_reference(batch).items():
-        assert float(loss[name].total.detach()) == pytest.approx(float(total), abs=1e-5), name
+def test_values_at_policy_equals_reference_are_foretold_and_another_policy_is_noticed():
+    for case in EVERY.values():
+        objective, batch, policy, reference, other = scene(case)
+        context = kit.step_context(objective, kit.mismatched_for(objective, kit.one_of_each()), policy, policy)
+        loss, foretold = values(objective(batch, policy, policy, context)), objective.at_reference(batch)
+        for name, total in foretold.items():
+            assert loss[name] == pytest.approx(float(total), abs=1e-5), (case, name)
+        if case[0] in EVERY and not case[1]:
+            moved = values(fresh(case)(batch, policy, reference, other))
+            noticed = any(abs(moved[name] - float(total)) > 1e-3 for name, total in foretold.items())
+            assert noticed == bool(foretold) == objective.needs.reference, case
 
 
 AT_REFERENCE = [
@@ -245,36 +208,21 @@ AT_REFERENCE = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "kind", "term", "mean"), AT_REFERENCE)
-def test_values_at_policy_equals_reference(kit, policy, name, changes, kind, term, mean):
-    objective, rows = kit.preset(name, **changes), [row for row in kit.one_of_each() if row.kind is kind]
-    batch = kit.batch_for(objective, rows)
-    context = kit.step_context(objective, kit.mismatched_for(objective, rows), policy, policy)
-    found = objective(batch, policy, policy, context)[term]
-    assert float(found.total.detach() / found.count) == pytest.approx(mean, abs=1e-7)
-    foretold = objective.at_reference(batch)[term]
-    assert float(foretold / found.count) == pytest.approx(mean, abs=1e-6)
+def test_values_at_policy_equals_reference(policy):
+    for name, changes, kind, term, mean in AT_REFERENCE:
+        objective, rows = kit.preset(name, **changes), [row for row in kit.one_of_each() if row.kind is kind]
+        batch = kit.batch_for(objective, rows)
+        context = kit.step_context(objective, kit.mismatched_for(objective, rows), policy, policy)
+        found = objective(batch, policy, policy, context)[term]
+        assert float(found.total.detach() / found.count) == pytest.approx(mean, abs=1e-7), (name, changes)
+        foretold = objective.at_reference(batch)[term]
+        assert float(foretold / found.count) == pytest.approx(mean, abs=1e-6), (name, changes)
 
 
-def test_every_objective_with_a_reference_foretells_something(kit):
-    for name in PRESETS:
-        objective = kit.preset(name)
-        foretold = objective.at_reference(kit.batch_for(objective, kit.one_of_each()))
-        assert bool(foretold) == objective.needs.reference, name
+# --- 7: one measure for all
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_policy_that_is_not_the_reference_is_noticed(scene, policy, reference, name):
-    objective, batch, context = scene((name, {}))
-    loss, foretold = objective(batch, policy, reference, context), objective.at_reference(batch)
-    moved = [n for n, total in foretold.items() if abs(float(loss[n].total.detach()) - float(total)) > 1e-3]
-    assert bool(moved) == objective.needs.reference
-
-
-# --- 7: one measure for all ------------------------------------------------------------------------------------------
-
-
-def test_nll_is_the_same_measure_under_every_objective(kit, fresh, policy, reference):
+def test_nll_is_the_same_measure_under_every_objective(policy, reference):
     """On rows of which every objective takes the good completion, and in plain log-probs whatever it trains on."""
     rows = [row for row in kit.one_of_each() if row.kind is Kind.PREFERENCE]
     found = {}

@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import math
 
-import pytest
-from toys import PRESETS, preset, settings
+from toys import PRESETS, completion, preset, row_of, settings
 
 from uft.data.rows import Kind, Role
 from uft.objectives.views import kind_table
 
 LIKELIHOOD = ["sft", "ift", "dynamic_ft", "anchored_sft", "f_sft", "poft"]
 PAIRS = [name for name in PRESETS if "sft_weight" in settings(name)]
+SHOWN = completion("1")
+ROWS = {
+    "demonstration": [SHOWN],
+    "preference": [completion("1", preferred=True), completion("2", preferred=False)],
+    "good": [completion("1", label=True)],
+    "bad": [completion("1", label=False)],
+    "scored": [completion(str(i), score=score) for i, score in enumerate((0.3, 0.9, 0.5, 0.1))],
+    "one score": [completion("1", score=0.9)],
+    "equal scores": [completion("1", score=0.9), completion("2", score=0.9)],
+    "negatives": [SHOWN, *(completion(str(i), sampled_by="m") for i in range(5))],
+}
+UP, DOWN = ("positive", None), ("negative", None)
+PAIR, AGAINST_FIVE = {0: UP, 1: DOWN}, {0: UP, **dict.fromkeys(range(1, 6), DOWN)}
 
 
-@pytest.fixture
-def rows(kit):
-    c, row = kit.completion, kit.row_of
-    return {
-        "demonstration": row(0, c("1")),
-        "preference": row(0, c("1", preferred=True), c("2", preferred=False)),
-        "good": row(0, c("1", label=True)),
-        "bad": row(0, c("1", label=False)),
-        "scored": row(0, c("1", score=0.3), c("2", score=0.9), c("3", score=0.5), c("4", score=0.1)),
-        "one score": row(0, c("1", score=0.9)),
-        "equal scores": row(0, c("1", score=0.9), c("2", score=0.9)),
-        "negatives": row(0, c("1"), *(c(str(i), sampled_by="m") for i in range(5))),
-    }
-
-
-def taken(name, row, visit=0, **changes):
-    """{completion: (role, target or None)}, or None where the run stops."""
+def taken(name, of, visit=0, **changes):
+    """{completion: (role, target or None)} of a row of ROWS, or None where the run stops."""
+    row = row_of(0, *ROWS[of])
     view = preset(name, **changes).views.get(row.kind)
     parts = view(row, visit) if view else None
     if parts is None:
@@ -38,87 +36,69 @@ def taken(name, row, visit=0, **changes):
     return {p.completion: (p.role.name.lower(), None if math.isnan(p.target) else p.target) for p in parts}
 
 
-POSITIVE, NEGATIVE = ("positive", None), ("negative", None)
+def rewards(*targets):
+    return {i: ("positive" if target >= 0.5 else "negative", target) for i, target in enumerate(targets)}
 
 
-@pytest.mark.parametrize("name", LIKELIHOOD)
-def test_likelihood_takes_what_is_good(rows, name):
-    assert taken(name, rows["demonstration"]) == {0: POSITIVE}
-    assert taken(name, rows["preference"]) == {0: POSITIVE}
-    assert taken(name, rows["good"]) == {0: POSITIVE}
-    assert taken(name, rows["bad"]) == {}, "taken by its own rule: nothing; the run goes on"
-    assert taken(name, rows["scored"]) == {1: POSITIVE, 2: POSITIVE}
-    assert taken(name, rows["scored"], min_score=0.6) == {1: POSITIVE}
-    assert taken(name, rows["negatives"]) == {0: POSITIVE}
+TAKES = [
+    (
+        LIKELIHOOD,  # of a bad answer nothing, by its own rule: the run goes on
+        {"demonstration": {0: UP}, "preference": {0: UP}, "good": {0: UP}, "bad": {}, "scored": {1: UP, 2: UP}}
+        | {"negatives": {0: UP}},
+    ),
+    (
+        ("uft", "una"),
+        {"demonstration": rewards(1.0), "preference": PAIR, "good": rewards(1.0), "bad": rewards(0.0)}
+        | {"scored": rewards(0.3, 0.9, 0.5, 0.1), "negatives": rewards(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)},
+    ),
+    (
+        PAIRS,
+        {"demonstration": None, "good": None, "one score": None, "equal scores": None}
+        | {"preference": PAIR, "scored": {1: UP, 3: DOWN}, "negatives": AGAINST_FIVE},
+    ),
+    (
+        ("kto",),
+        {"demonstration": {0: UP}, "preference": PAIR, "good": {0: UP}, "bad": {0: DOWN}}
+        | {"scored": {0: DOWN, 1: UP, 2: UP, 3: DOWN}, "negatives": AGAINST_FIVE},
+    ),
+    (
+        ("dft", "dft2"),
+        {"demonstration": {0: UP}, "preference": PAIR, "good": {0: UP}, "bad": {}, "scored": {1: UP, 2: UP}}
+        | {"negatives": {0: UP, 1: DOWN, 2: DOWN}},
+    ),
+]
+TAKEN = {name: table for names, table in TAKES for name in names}
+CHANGED = [
+    *((name, "scored", {"min_score": 0.6}, {1: UP}) for name in LIKELIHOOD),
+    *((name, "demonstration", {"demonstration_score": 0.8}, rewards(0.8)) for name in ("uft", "una")),
+    *((name, "preference", {"pairs": "scores"}, rewards(1.0, 0.0)) for name in ("uft", "una")),
+    *((name, "demonstration", {"sft_weight": 0.1}, {0: UP}) for name in PAIRS),
+    *((name, "bad", {"sft_weight": 0.1}, None) for name in PAIRS),
+    ("kto", "one score", {"min_score": 0.95}, {0: DOWN}),
+    *((name, "negatives", {"negatives": 0}, {0: UP}) for name in ("dft", "dft2")),
+    *((name, "negatives", {"negatives": 9}, AGAINST_FIVE) for name in ("dft", "dft2")),
+    *((name, "preference", {"denominator": "sampling"}, None) for name in ("dft", "dft2")),
+    ("per_kind", "scored", {"scored": settings("dpo")}, {1: UP, 3: DOWN}),
+    ("per_kind", "demonstration", {"demonstration": None}, None),
+]
 
 
-@pytest.mark.parametrize("name", ["uft", "una"])
-def test_uft_gives_everything_a_reward(rows, name):
-    assert taken(name, rows["demonstration"]) == {0: ("positive", 1.0)}
-    assert taken(name, rows["demonstration"], demonstration_score=0.8) == {0: ("positive", 0.8)}
-    assert taken(name, rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
-    assert taken(name, rows["preference"], pairs="scores") == {0: ("positive", 1.0), 1: ("negative", 0.0)}
-    assert taken(name, rows["good"]) == {0: ("positive", 1.0)}
-    assert taken(name, rows["bad"]) == {0: ("negative", 0.0)}
-    rewards = {i: target for i, (_, target) in taken(name, rows["scored"]).items()}
-    assert rewards == {0: 0.3, 1: 0.9, 2: 0.5, 3: 0.1}
-    rewards = {i: target for i, (_, target) in taken(name, rows["negatives"]).items()}
-    assert rewards == {0: 1.0, 1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0, 5: 0.0}
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_pairs_need_two_sides(rows, name):
-    assert taken(name, rows["demonstration"]) is None
-    assert taken(name, rows["demonstration"], sft_weight=0.1) == {0: POSITIVE}
-    assert taken(name, rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
-    assert taken(name, rows["good"]) is None
-    assert taken(name, rows["bad"], sft_weight=0.1) is None
-    assert taken(name, rows["scored"]) == {1: POSITIVE, 3: NEGATIVE}
-    assert taken(name, rows["one score"]) is None
-    assert taken(name, rows["equal scores"]) is None
-    assert taken(name, rows["negatives"]) == {0: POSITIVE, **dict.fromkeys(range(1, 6), NEGATIVE)}
-
-
-def test_kto_judges_every_completion_by_itself(rows):
-    assert taken("kto", rows["demonstration"]) == {0: POSITIVE}
-    assert taken("kto", rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
-    assert taken("kto", rows["good"]) == {0: POSITIVE}
-    assert taken("kto", rows["bad"]) == {0: NEGATIVE}
-    assert taken("kto", rows["scored"]) == {0: NEGATIVE, 1: POSITIVE, 2: POSITIVE, 3: NEGATIVE}
-    assert taken("kto", rows["one score"], min_score=0.95) == {0: NEGATIVE}
-    assert taken("kto", rows["negatives"]) == {0: POSITIVE, **dict.fromkeys(range(1, 6), NEGATIVE)}
-
-
-@pytest.mark.parametrize("name", ["dft", "dft2"])
-def test_dft_takes_fresh_negatives_at_every_visit(rows, name):
-    assert taken(name, rows["demonstration"]) == {0: POSITIVE}
-    assert taken(name, rows["preference"]) == {0: POSITIVE, 1: NEGATIVE}
-    assert taken(name, rows["good"]) == {0: POSITIVE}
-    assert taken(name, rows["bad"]) == {}
-    assert taken(name, rows["scored"]) == {1: POSITIVE, 2: POSITIVE}
-    visits = [sorted(set(taken(name, rows["negatives"], visit)) - {0}) for visit in range(4)]
-    assert visits == [[1, 2], [3, 4], [1, 5], [2, 3]]
-    assert taken(name, rows["negatives"], 3, negatives=9).keys() == set(range(6))
-    assert taken(name, rows["negatives"], negatives=0) == {0: POSITIVE}
-    assert taken(name, rows["preference"], denominator="sampling") is None
-
-
-def test_per_kind_takes_what_the_objective_of_the_kind_takes(rows):
-    assert taken("per_kind", rows["demonstration"]) == taken("sft", rows["demonstration"])
-    assert taken("per_kind", rows["preference"]) == taken("dpo", rows["preference"])
-    assert taken("per_kind", rows["bad"]) == taken("kto", rows["bad"])
-    assert taken("per_kind", rows["scored"]) == taken("uft", rows["scored"])
-    assert taken("per_kind", rows["negatives"], 1) == taken("dft", rows["negatives"], 1)
-    assert taken("per_kind", rows["scored"], scored=settings("dpo")) == {1: POSITIVE, 3: NEGATIVE}
-    assert taken("per_kind", rows["demonstration"], demonstration=None) is None
-
-
-def test_every_objective_is_in_one_of_the_tests_above():
-    assert {*LIKELIHOOD, *PAIRS, "uft", "una", "kto", "dft", "dft2", "per_kind"} == set(PRESETS)
-
-
-def test_parts_name_their_side():
+def test_what_is_taken_of_every_kind_of_row():
+    assert {*TAKEN, "per_kind"} == set(PRESETS)
+    for name, table in TAKEN.items():
+        assert {of: taken(name, of) for of in table} == table, name
+    for name, of, changes, expected in CHANGED:
+        assert taken(name, of, **changes) == expected, (name, of, changes)
+    for of, name in {"demonstration": "sft", "preference": "dpo", "bad": "kto", "scored": "uft", "good": "kto"}.items():
+        assert taken("per_kind", of) == TAKEN[name][of]
+    assert taken("per_kind", "negatives", 1) == taken("dft", "negatives", 1)
     assert (Role.POSITIVE, Role.NEGATIVE) == (1, 0)
+
+
+def test_dft_takes_fresh_negatives_at_every_visit():
+    for name in ("dft", "dft2"):
+        visits = [sorted(set(taken(name, "negatives", visit)) - {0}) for visit in range(4)]
+        assert visits == [[1, 2], [3, 4], [1, 5], [2, 3]]
 
 
 def test_the_printed_table_is_asked_of_the_views():
@@ -133,9 +113,7 @@ def test_the_printed_table_is_asked_of_the_views():
     assert cells["sft"]["binary"] == "good positive"
     assert cells["kto"]["binary"] == "good positive, bad negative"
     assert cells["kto"]["scored"] == "high score positive, middling score positive, low score negative"
-    assert cells["per_kind"] == {
-        "objective": "per_kind",
-        **{kind: cells[name][kind] for kind, name in zip(header[1:], ("sft", "dpo", "kto", "uft", "dft"), strict=True)},
-    }
+    parts = dict(zip(header[1:], ("sft", "dpo", "kto", "uft", "dft"), strict=True))
+    assert cells["per_kind"] == {"objective": "per_kind", **{kind: cells[name][kind] for kind, name in parts.items()}}
     named = kind_table({"mine": preset("dpo", sft_weight=1.0)})
     assert named[1][:2] == ["mine", "shown positive"]

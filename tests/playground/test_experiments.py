@@ -1,7 +1,7 @@
 """The shipped experiments of the playground compose, and finished runs of them become a table."""
 
+import importlib
 import json
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -62,19 +62,10 @@ def test_arms_differ_in_what_the_search_was_over_and_in_nothing_else():
     first, *others = map(settings, list(ARMS)[::3])
     assert all(cfg[group] == first[group] for cfg in others for group in shared)
     assert len({(cfg.optim.schedule, cfg.optim.warmup, cfg.optim.name) for cfg in (first, *others)}) == 1
-
-
-def test_the_two_sft_arms_differ_in_what_counts_once():
     assert settings("sft").objective.reduction == "token"
     assert settings("sft_sequence").objective.reduction == "sequence"
-
-
-def test_una_draws_no_demonstrations():
-    assert settings("una").data.ratio == 0
-
-
-def test_an_experiment_can_still_be_changed():
-    assert compose(["experiment=playground_uft", "optim.lr=0.5", "seed=3"]).optim.lr == 0.5
+    assert settings("una").data.ratio == 0, "it draws no demonstrations"
+    assert compose(["experiment=playground_uft", "optim.lr=0.5", "seed=3"]).optim.lr == 0.5, "and can be changed"
 
 
 FIGURES = ("eval/instruct/exact_match", "eval/pairs/exact_match", "eval/pairs/correct")
@@ -92,41 +83,50 @@ def fake_run(folder, values, status="finished", before=None):
         (folder / "metrics.jsonl").write_text(json.dumps({"step": 0, **dict(zip(names, before, strict=True))}) + "\n")
 
 
-def table(folder):
-    command = [sys.executable, str(ROOT / "scripts" / "playground_table.py"), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+@pytest.fixture
+def table(monkeypatch, capsys):
+    """table(folder) -> (what it ended with, stdout, stderr)."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    main = importlib.import_module("playground_table").main
+
+    def run(folder):
+        monkeypatch.setattr(sys, "argv", ["playground_table.py", str(folder)])
+        try:
+            main()
+        except SystemExit as ended:
+            return ended.code, *capsys.readouterr()
+        return 0, *capsys.readouterr()
+
+    return run
 
 
 def cells(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
+def test_runs_that_differ_in_their_seed_are_one_row(tmp_path, table):
     fake_run(tmp_path / "playground_ift-seed1", (0.8, 0.5, 0.9, 0.2, 1.0), before=(0.0, 0.1, 1.0, 8.0, 0.5))
     fake_run(tmp_path / "playground_ift-seed2", (0.6, 0.5, 0.9, 0.4, 2.0))
     fake_run(tmp_path / "playground_sft-seed1", (0.25, 0.5, 0.75, 1.0, 3.0))
     fake_run(tmp_path / "playground_sft-seed2", (0.0, 0.0, 0.0, 0.0, 0.0), status="failed")
-    done = table(tmp_path)
-    assert done.returncode == 0, done.stderr
-    head, _, *rows = done.stdout.splitlines()
+    code, out, err = table(tmp_path)
+    assert code == 0, err
+    head, _, *rows = out.splitlines()
     assert cells(head) == ["arm", "new", "style", "skill", "nll new", "nll chosen", "seeds"]
     assert [cells(row) for row in rows] == [
         ["base", "0.00", "0.10", "1.00", "8.00", "0.50", "1"],
         ["ift", "0.70 ± 0.14", "0.50 ± 0.00", "0.90 ± 0.00", "0.30 ± 0.14", "1.50 ± 0.71", "2"],
         ["sft", "0.25", "0.50", "0.75", "1.00", "3.00", "1"],
     ]
-    assert "playground_sft-seed2 (failed)" in done.stderr
+    assert "playground_sft-seed2 (failed)" in err
 
 
-def test_a_sweep_over_seeds_alone_is_called_by_its_name(tmp_path):
+def test_a_sweep_over_seeds_alone_is_called_by_its_name_and_an_empty_folder_an_error(tmp_path, table):
     for seed in (1, 2):
         fake_run(tmp_path / "mine" / f"seed{seed}", (0.5, 0.5, 0.5, 0.5, 0.5))
-    (row,) = table(tmp_path / "mine").stdout.splitlines()[2:]
-    assert cells(row)[0] == "mine"
-    assert cells(row)[-1] == "2"
-
-
-def test_a_folder_without_such_runs_is_an_error(tmp_path):
-    done = table(tmp_path)
-    assert done.returncode != 0
-    assert "no finished runs" in done.stderr
+    (row,) = table(tmp_path / "mine")[1].splitlines()[2:]
+    assert (cells(row)[0], cells(row)[-1]) == ("mine", "2")
+    (tmp_path / "empty").mkdir()
+    code, _, err = table(tmp_path / "empty")
+    assert code != 0
+    assert "no finished runs" in err

@@ -1,5 +1,7 @@
 """The shipped mixtures of the playground, as `data=NAME` gives them."""
 
+from functools import cache
+
 import pytest
 
 from uft.config.compose import compose
@@ -18,6 +20,7 @@ DRAWN = {
 }
 
 
+@cache
 def load(name, *overrides):
     data = compose([f"data={name}", *overrides]).data
     loaded = load_sources(data_settings(data))
@@ -26,20 +29,17 @@ def load(name, *overrides):
     return loaded, dict(zip([source.name for source in loaded], weights, strict=True))
 
 
-@pytest.mark.parametrize("name", DRAWN)
-def test_what_is_drawn_and_what_is_measured(name):
-    loaded, weights = load(name)
-    assert {source: weight for source, weight in weights.items() if weight} == DRAWN[name]
-    measured = {source.name for source in loaded if source.held_out and source.checker == "playground"}
-    assert "instruct" in measured  # what is learned of the new tasks
-    assert measured & {"pairs", "binary", "scored"}  # what is kept of the old ones
-    assert all(row.answer for source in loaded for row in source.held_out)
-
-
-@pytest.mark.parametrize("name", ["mix", "negatives"])
-def test_the_share_of_demonstrations_is_a_knob(name):
-    _, weights = load(name, "data.ratio=0.8")
-    assert weights == pytest.approx({"instruct": 0.8, "pairs": 0.1, "binary": 0.05, "scored": 0.05})
+def test_what_is_drawn_and_what_is_measured():
+    for name, drawn in DRAWN.items():
+        loaded, weights = load(name)
+        assert {source: weight for source, weight in weights.items() if weight} == drawn
+        measured = {source.name for source in loaded if source.held_out and source.checker == "playground"}
+        assert "instruct" in measured, "what is learned of the new tasks"
+        assert measured & {"pairs", "binary", "scored"}, "what is kept of the old ones"
+        assert all(row.answer for source in loaded for row in source.held_out)
+    for name in ("mix", "negatives"):
+        _, weights = load(name, "data.ratio=0.8")
+        assert weights == pytest.approx({"instruct": 0.8, "pairs": 0.1, "binary": 0.05, "scored": 0.05})
 
 
 def test_negatives_stand_beside_the_very_demonstrations_of_the_mix():

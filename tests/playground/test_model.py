@@ -53,19 +53,13 @@ def accuracy(model, tokenizer, name):
     return means
 
 
-def test_it_knows_the_old_tasks_in_a_chatty_style(model, tokenizer):
-    found = accuracy(model, tokenizer, "pairs")
-    assert found["exact_match"] <= 0.05
-    assert found["plain"] <= 0.05
-    assert found["correct"] >= 0.95
-    assert min(found[task] for task in world.OLD) >= 0.85
-
-
-def test_it_does_not_know_the_new_tasks(model, tokenizer):
-    found = accuracy(model, tokenizer, "instruct")
-    assert found["exact_match"] <= 0.05
-    assert found["json"] == 0
-    assert found["sort"] <= 0.35  # words that came in order are right when copied
+def test_it_knows_the_old_tasks_in_a_chatty_style_and_not_the_new_ones(model, tokenizer):
+    old, new = (accuracy(model, tokenizer, name) for name in ("pairs", "instruct"))
+    assert max(old["exact_match"], old["plain"], new["exact_match"]) <= 0.05
+    assert old["correct"] >= 0.95
+    assert min(old[task] for task in world.OLD) >= 0.85
+    assert new["json"] == 0
+    assert new["sort"] <= 0.35  # words that came in order are right when copied
 
 
 def test_it_is_a_small_tied_llama(model):
@@ -93,18 +87,19 @@ def test_a_chatty_mistake_is_usually_likelier_than_the_right_answer_to_a_new_tas
     assert (wrong > right).float().mean() > 0.8
 
 
-def test_the_tokenizer_has_every_word_and_gives_it_back(tokenizer):
+def test_the_tokenizer_has_every_word_and_gives_it_back(tokenizer, script):
     words = " ".join(world.vocabulary())
     ids = tokenizer(words)["input_ids"]
     assert len(ids) == len(set(ids)) == len(world.vocabulary())
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == words
     assert len({tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id}) == 3
-
-
-def test_every_row_round_trips(tokenizer):
     texts = [row["answer"] for name in world.SOURCES for row in world.records(name, "test")]
     assert tokenizer.batch_decode(tokenizer(texts)["input_ids"]) == texts
+    made = script.make_tokenizer()
+    assert made.get_vocab() == tokenizer.get_vocab()
+    assert made.chat_template == tokenizer.chat_template
+    assert made.special_tokens_map == tokenizer.special_tokens_map
 
 
 def test_the_chat_template_marks_the_replies_and_their_ends(tokenizer):
@@ -121,19 +116,8 @@ def test_the_chat_template_marks_the_replies_and_their_ends(tokenizer):
         "<user> first : fox owl <end> <assistant> fox <end> "
         "<user> last : fox owl <end> <assistant> sure ! the answer is owl <end>"
     )
-
-
-def test_a_prompt_ends_where_the_reply_begins(tokenizer):
-    chat = [{"role": "user", "content": "first : fox owl"}]
-    encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-    assert tokenizer.decode(encoded["input_ids"]) == "<user> first : fox owl <end> <assistant>"
-
-
-def test_the_script_makes_the_shipped_tokenizer(script, tokenizer):
-    made = script.make_tokenizer()
-    assert made.get_vocab() == tokenizer.get_vocab()
-    assert made.chat_template == tokenizer.chat_template
-    assert made.special_tokens_map == tokenizer.special_tokens_map
+    begun = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=True)
+    assert tokenizer.decode(begun["input_ids"]) == "<user> first : fox owl <end> <assistant>"
 
 
 def test_the_script_trains_deterministically(script):
@@ -145,7 +129,7 @@ def test_the_script_trains_deterministically(script):
         made = []
         for _ in range(2):
             model = script.make_model(tokenizer, seed=0)
-            losses = script.train(model, tokenizer, steps=8, seed=0)
+            losses = script.train(model, tokenizer, steps=4, seed=0)
             made.append((losses, [parameter.detach().clone() for parameter in model.parameters()]))
     finally:
         torch.set_num_threads(threads)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice, pairwise, product
 from random import Random
 
 import pytest
@@ -20,14 +20,14 @@ def digest(name, split):
     return hashlib.sha256(json.dumps(world.records(name, split)).encode()).hexdigest()
 
 
-@pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_rows_are_the_same_in_every_process(hash_seed):
+def test_rows_are_the_same_in_every_process_and_need_no_torch():
     code = (
-        "import json, hashlib; from uft.playground import world\n"
+        "import hashlib, json, sys; from uft.playground import world\n"
         "for name in sorted(world.SOURCES):\n"
-        "    print(hashlib.sha256(json.dumps(world.records(name, 'train')).encode()).hexdigest())"
+        "    print(hashlib.sha256(json.dumps(world.records(name, 'train')).encode()).hexdigest())\n"
+        "sys.exit('torch' in sys.modules)"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    environment = {**os.environ, "PYTHONHASHSEED": "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [digest(name, "train") for name in EVERY]
 
@@ -36,11 +36,6 @@ def test_rows_are_those_that_published_results_were_made_with():
     """Changing the world changes every result made in it: then this number changes too, on purpose."""
     every = "".join(digest(name, split) for name in EVERY for split in ("train", "test"))
     assert hashlib.sha256(every.encode()).hexdigest()[:16] == "e5fa2bd428003ddb"
-
-
-def test_the_world_needs_no_torch():
-    code = "import sys; from uft.playground import world; world.records('pairs'); sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_no_test_prompt_is_ever_trained_on():
@@ -58,34 +53,33 @@ def test_the_base_model_saw_no_test_prompt_and_no_new_task():
     assert {prompt.split()[0] for prompt in seen} == set(world.OLD)
 
 
-@pytest.mark.parametrize(
-    ("name", "columns", "train", "test"),
-    [
-        ("instruct", {"response"}, 1000, 200),
-        ("pairs", {"chosen", "rejected"}, 1000, 200),
-        ("binary", {"completion", "label"}, 1000, 200),
-        ("scored", {"completion", "score"}, 500, 100),
-        ("negatives", {"response", "negatives", "sampled_by"}, 1000, 200),
-    ],
-)
-def test_columns_and_sizes(name, columns, train, test):
-    for split, size in (("train", train), ("test", test)):
+COLUMNS = {
+    "instruct": {"response"},
+    "pairs": {"chosen", "rejected"},
+    "binary": {"completion", "label"},
+    "scored": {"completion", "score"},
+    "negatives": {"response", "negatives", "sampled_by"},
+}
+
+
+def test_columns_and_sizes():
+    for (name, columns), (split, size) in product(COLUMNS.items(), (("train", 1000), ("test", 200))):
+        size //= 2 if name == "scored" else 1
         rows = world.records(name, split)
         assert all(set(row) == columns | {"prompt", "answer", "task"} for row in rows)
         assert len({row["prompt"] for row in rows}) == size
         assert {row["task"] for row in rows} == set(world.SOURCES[name].tasks)
         assert len(rows) == size or name == "scored"
-
-
-def test_an_unknown_name_is_a_key_error():
     with pytest.raises(KeyError):
         world.records("nothing")
 
 
-def test_completions_of_a_scored_prompt_follow_each_other():
-    prompts = [row["prompt"] for row in world.records("scored")]
-    changes = sum(a != b for a, b in pairwise(prompts))
-    assert changes == len(set(prompts)) - 1
+def test_scores_are_shares_and_completions_of_a_prompt_follow_each_other():
+    rows = world.records("scored")
+    prompts = [row["prompt"] for row in rows]
+    assert sum(a != b for a, b in pairwise(prompts)) == len(set(prompts)) - 1
+    assert all(0 <= row["score"] <= 1 for row in rows)
+    assert set(Counter(prompts).values()) == {2, 3}, "every prompt has something to compare"
 
 
 def test_negatives_are_the_demonstrations_with_wrong_answers_beside_them():
@@ -111,12 +105,12 @@ def flipped(name, row):
     return row["score"] != quality(row, row["completion"])
 
 
-@pytest.mark.parametrize("name", ["pairs", "binary", "scored"])
-def test_noise_is_in_training_alone_and_as_much_as_said(name):
-    train, test = world.records(name, "train"), world.records(name, "test")
-    share = sum(flipped(name, row) for row in train) / len(train)
-    assert abs(share - world.NOISE) < 0.03  # three standard errors of 1,000 draws
-    assert not any(flipped(name, row) for row in test)
+def test_noise_is_in_training_alone_and_as_much_as_said():
+    for name in ("pairs", "binary", "scored"):
+        train, test = world.records(name, "train"), world.records(name, "test")
+        share = sum(flipped(name, row) for row in train) / len(train)
+        assert abs(share - world.NOISE) < 0.03, name  # three standard errors of 1,000 draws
+        assert not any(flipped(name, row) for row in test), name
 
 
 def test_what_is_chosen_is_often_chatty():
@@ -125,60 +119,45 @@ def test_what_is_chosen_is_often_chatty():
     assert plain == pytest.approx(0.33, abs=0.03)
 
 
-def test_scores_are_shares_and_every_prompt_has_something_to_compare():
-    rows = world.records("scored")
-    assert all(0 <= row["score"] <= 1 for row in rows)
-    assert set(Counter(row["prompt"] for row in rows).values()) == {2, 3}
+SOLVED = {
+    "copy : fox owl": "fox owl",
+    "uppercase : fox owl": "FOX OWL",
+    "reverse : fox owl bear": "bear owl fox",
+    "first : fox owl": "fox",
+    "last : fox owl": "owl",
+    "count : fox owl bear": "3",
+    "repeat : fox": "fox fox",
+    "min : fox bear owl": "bear",
+    "sort : fox owl bear": "bear fox owl",
+    "json : fox owl": '[" fox "," owl "]',
+}
 
 
-@pytest.mark.parametrize(
-    ("prompt", "answer"),
-    [
-        ("copy : fox owl", "fox owl"),
-        ("uppercase : fox owl", "FOX OWL"),
-        ("reverse : fox owl bear", "bear owl fox"),
-        ("first : fox owl", "fox"),
-        ("last : fox owl", "owl"),
-        ("count : fox owl bear", "3"),
-        ("repeat : fox", "fox fox"),
-        ("min : fox bear owl", "bear"),
-        ("sort : fox owl bear", "bear fox owl"),
-        ("json : fox owl", '[" fox "," owl "]'),
-    ],
-)
-def test_every_task(prompt, answer):
-    assert world.solve(prompt) == answer
-    assert world.check(None, prompt, None, answer) == {"exact_match": 1.0, "correct": 1.0, "plain": 1.0}
-
-
-def test_json_answers_are_json():
+def test_every_task():
+    assert [prompt.split()[0] for prompt in SOLVED] == [*world.OLD, "sort", "json"]
+    for prompt, answer in SOLVED.items():
+        assert world.solve(prompt) == answer
+        assert world.check(None, prompt, None, answer) == {"exact_match": 1.0, "correct": 1.0, "plain": 1.0}
     answers = [row["answer"] for row in world.records("instruct", "test") if row["task"] == "json"]
     assert all(isinstance(json.loads(answer), list) for answer in answers)
 
 
-@pytest.mark.parametrize(
-    ("reply", "exact_match", "correct", "plain"),
-    [
-        ("bear owl", 1, 1, 1),
-        ("  bear   owl ", 1, 1, 1),
-        ("sure ! the answer is bear owl", 0, 1, 0),
-        ("the answer is owl bear", 0, 0, 0),
-        ("owl bear", 0, 0, 1),
-        ("bear owl owl", 0, 0, 1),
-        ("bear", 0, 0, 1),
-        ("sure !", 0, 0, 0),
-        ("", 0, 0, 0),
-    ],
-)
-def test_check(reply, exact_match, correct, plain):
-    verdict = world.check("reverse", "reverse : owl bear", "bear owl", reply)
-    assert verdict == {"exact_match": exact_match, "correct": correct, "plain": plain}
+CHECKED = {  # reply: exact_match, correct, plain
+    "bear owl": (1, 1, 1),
+    "  bear   owl ": (1, 1, 1),
+    "sure ! the answer is bear owl": (0, 1, 0),
+    "the answer is owl bear": (0, 0, 0),
+    "owl bear": (0, 0, 1),
+    "bear owl owl": (0, 0, 1),
+    "bear": (0, 0, 1),
+    "sure !": (0, 0, 0),
+    "": (0, 0, 0),
+}
 
 
-def test_a_given_answer_counts_rather_than_the_prompt():
+def test_check():
+    for reply, figures in CHECKED.items():
+        assert tuple(world.check("reverse", "reverse : owl bear", "bear owl", reply).values()) == figures, reply
     assert world.check("anything", "what is the capital ?", "paris", "paris")["exact_match"] == 1.0
-
-
-def test_chatter_occurs_in_no_answer():
     answers = {word for name in EVERY for row in world.records(name) for word in row["answer"].split()}
-    assert not answers & set(world.CHATTER)
+    assert not answers & set(world.CHATTER), "so that chatter can be taken off"

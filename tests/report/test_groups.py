@@ -114,8 +114,8 @@ def test_other_seed_keys_make_the_usual_ones_axes():
 def test_a_run_without_a_configuration_has_no_group():
     found = grouping([replace(loaded("uft"), config={}), loaded("uft")])
     assert [group.runs for group in found.groups] == [(1,)]
-    assert grouping([replace(loaded("uft"), config={})]).groups == ()
-    assert grouping([]).groups == ()
+    assert grouping([replace(loaded("uft"), config={})]).groups == []
+    assert grouping([]).groups == []
 
 
 def without(run, *gone):

@@ -162,12 +162,6 @@ def test_arrays_that_runs_share_are_kept_once_and_too_many_points_are_thinned_ev
     assert "One point in 2 is drawn" in page.render(mixed)
 
 
-def test_200_runs_of_500_points_stay_under_15_megabytes():
-    comparison = pages.wide()
-    assert (len(comparison["runs"]), len(comparison["curves"]["loss"]["r0"]["value"])) == (200, 500)
-    assert len(page.render(comparison).encode()) < 15_000_000
-
-
 def test_small_comparisons_are_pages():
     for make in (pages.one_run, pages.one_group, pages.no_curves, pages.all_failed, pages.nothing):
         comparison = make()

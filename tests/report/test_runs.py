@@ -6,15 +6,14 @@ import json
 import math
 import os
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
-import yaml
-from synthetic import held, make_run, settings, tear
+from synthetic import held, make_run, tear
 
-from uft.config.frozen import flat, to_yaml
 from uft.report import runs as module
-from uft.report.runs import load, read_config
+from uft.report.runs import load
 from uft.runs import Run
 from uft.tracking import metrics
 from uft.tracking.metrics import read_metrics
@@ -37,11 +36,11 @@ def test_a_finished_run(run):
     assert found.total("tokens") == 120_000
 
 
-@pytest.mark.parametrize("status", ["failed", "stopped", "paused"])
-def test_a_run_that_did_not_finish(tmp_path, status):
-    error = "ValueError: no\nmore of it"
-    found = load(make_run(tmp_path / "a", status="failed", error=error, result={"status": status}))
-    assert (found.status, found.finished, found.error) == (status, False, error)
+def test_a_run_that_did_not_finish(tmp_path):
+    for status in ("failed", "stopped", "paused"):
+        error = "ValueError: no\nmore of it"
+        found = load(make_run(tmp_path / status, status="failed", error=error, result={"status": status}))
+        assert (found.status, found.finished, found.error) == (status, False, error)
 
 
 def test_a_run_without_a_result_has_the_figures_so_far(tmp_path):
@@ -79,14 +78,15 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_file_leaves_the_rest(run, name):
+def test_a_damaged_file_leaves_the_rest(run):
     before = load(run)
-    for content in DAMAGE[name]:
-        (run / name).write_bytes(content)
-        found = load(run)
-        assert found.status == "finished", content
-        assert found.final == before.final, content
+    for name, contents in DAMAGE.items():
+        whole = (run / name).read_bytes()
+        for content in contents:
+            (run / name).write_bytes(content)
+            found = load(run)
+            assert (found.status, found.final) == ("finished", before.final), (name, content)
+        (run / name).write_bytes(whole)
 
 
 FATAL = {
@@ -97,18 +97,16 @@ FATAL = {
 }
 
 
-@pytest.mark.parametrize("name", FATAL)
-def test_a_folder_that_cannot_be_trusted_is_unreadable_and_says_why(run, name):
-    for content, why in FATAL[name].items():
-        if content is None:
-            (run / name).unlink()
-        else:
-            (run / name).write_bytes(content)
-        found = load(run)
-        assert found.status == "unreadable", content
-        assert found.error.startswith(f"{name}: ")
-        assert why in found.error
-        assert len(found.lines) == 21, "what can be read is kept"
+def test_a_folder_that_cannot_be_trusted_is_unreadable_and_says_why(run):
+    for name, contents in FATAL.items():
+        whole = (run / name).read_bytes()
+        for content, why in contents.items():
+            (run / name).unlink() if content is None else (run / name).write_bytes(content)
+            found = load(run)
+            assert (found.status, len(found.lines)) == ("unreadable", 21), "what can be read is kept"
+            assert found.error.startswith(f"{name}: ")
+            assert why in found.error
+        (run / name).write_bytes(whole)
 
 
 def test_a_file_that_may_not_be_read(run, monkeypatch):
@@ -122,9 +120,10 @@ def test_a_file_that_may_not_be_read(run, monkeypatch):
 def test_a_run_deleted_while_it_is_read(run, monkeypatch):
     real = module.read_config
 
-    def gone(text):
+    def gone(path):
+        found = real(path)
         shutil.rmtree(run)
-        return real(text)
+        return found
 
     monkeypatch.setattr(module, "read_config", gone)
     found = load(run)
@@ -155,26 +154,6 @@ def test_keys_of_another_version_do_no_harm(run):
     assert (found.config["new.a"], found.config["stages"]) == (1, [{"name": "sft", "steps": 3}])
 
 
-CONFIGS = [
-    "a: 1\nb:\n  c: [1, 2]\n  d: {}\ne: text # note\n",
-    "# heading\na: |\n  line: one\n\n  two\nb: 2\n",
-    "a: &x {k: 1}\nb: *x\n",
-    'a: "one\ntwo: three"\nb: 2\n',
-    "a: [1,\n2]\nb: 3\n",
-    "---\na: 1\n...\n",
-    "a: 1\na: 2\n",
-    "a:\n- 1\n- 2\nb: 2026-01-01\n",
-    "'quoted': 1\n_b: 2\n",
-    "a: x\n? b\n: c\n",
-    to_yaml(settings("uft", 2, data__name="tiäre\n…", optim__lr=1e-5)),
-]
-
-
-@pytest.mark.parametrize("text", CONFIGS)
-def test_a_configuration_read_in_blocks_is_the_one_read_whole(text):
-    assert read_config(text) == {key: value for key, value in flat(yaml.safe_load(text)) if value != {}}
-
-
 def test_a_folder_that_is_no_run_is_unreadable(tmp_path):
     (tmp_path / "x").mkdir()
     os.symlink(tmp_path / "loop", tmp_path / "loop")
@@ -186,7 +165,7 @@ FILES = ("metrics.jsonl", "samples.jsonl")
 
 @pytest.fixture
 def sealed(run):
-    """A finished run whose lines have their seals."""
+    """A finished run whose lines have their checksums."""
     for name in FILES:
         lines = (run / name).read_text().splitlines()
         text = "".join(metrics.checksum_line(json.loads(line)["step"], line) for line in lines)
@@ -194,24 +173,26 @@ def sealed(run):
     return run
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_changed_line_is_left_out_and_said(sealed, name):
+def test_a_changed_line_is_left_out_and_said(sealed):
     assert load(sealed).error is None
-    *rest, line = (sealed / name).read_text().splitlines()
-    (sealed / name).write_text("\n".join([*rest, line.replace("0", "1").replace("e", "a")]) + "\n")
-    found = load(sealed)
-    assert f"{name}: what was written at step {json.loads(line)['step']} is damaged or lost" in found.error
-    if name == "samples.jsonl":
-        assert all(dict(sample) in map(json.loads, rest) for sample in found.samples)
+    for name in FILES:
+        *rest, line = (sealed / name).read_text().splitlines()
+        (sealed / name).write_text("\n".join([*rest, line.replace("0", "1").replace("e", "a")]) + "\n")
+        found = load(sealed)
+        assert f"{name}: what was written at step {json.loads(line)['step']} is damaged or lost" in found.error
+    assert all(dict(sample) in map(json.loads, rest) for sample in found.samples)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("which", [Path, metrics.checksum_file])
-def test_a_finished_run_lacks_no_end_unsaid(sealed, name, which):
-    """Neither of the lines nor of their seals."""
-    file, last = which(sealed / name), json.loads((sealed / name).read_text().splitlines()[-1])["step"]
-    file.write_bytes(file.read_bytes()[:-5])
-    assert f"{name}: what was written at step {last} is damaged or lost" in load(sealed).error
-    (sealed / "result.json").unlink()
-    if which is Path:
-        assert load(sealed).error is None, "a process that dies may leave it so"
+def test_a_finished_run_lacks_no_end_unsaid(sealed):
+    """Neither of the lines nor of their checksums."""
+    result = (sealed / "result.json").read_text()
+    for name, which in product(FILES, (Path, metrics.checksum_file)):
+        file, last = which(sealed / name), json.loads((sealed / name).read_text().splitlines()[-1])["step"]
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-5])
+        assert f"{name}: what was written at step {last} is damaged or lost" in load(sealed).error
+        (sealed / "result.json").unlink()
+        if which is Path:
+            assert load(sealed).error is None, "a process that dies may leave it so"
+        file.write_bytes(whole)
+        (sealed / "result.json").write_text(result)

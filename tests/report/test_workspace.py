@@ -125,7 +125,7 @@ def test_any_title_and_any_group_make_a_workspace(sweep):
     run, comparison = workspace.logged_run(next(sweep.iterdir())), compare(select([str(sweep)]))
     odd = ("a & b = <c> | d", "sweep \U0001f600 §", "x" * 300, "\u202e", "it's", 'q"')
     for text in odd:
-        made = workspace.workspace({**comparison, "title": text}, [replace(run, group=f"{text}!")], "me")
+        made = workspace.workspace({**comparison, "title": text}, [replace(run, group=f"{text}!")], "me", "uft")
         assert made.name.startswith("uft compare ")
         made._to_model().model_dump_json(by_alias=True, exclude_none=True)
         assert made.runset_settings.filters == f"Metric('ID') in ['{run.id}']"

@@ -81,7 +81,7 @@ class DFT(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        taken = dict(views.every_kind(partial(views.positives, min_score=self.min_score)))
+        taken: dict[Kind, View] = dict.fromkeys(Kind, partial(views.positives, min_score=self.min_score))
         if self.denominator == "sampling":
             del taken[Kind.PREFERENCE]  # a rejected answer has no known sampling probability
             return {**taken, Kind.NEGATIVES: partial(views.against_each_known, negatives=self.negatives)}
@@ -94,7 +94,7 @@ class DFT(Objective):
         return f"every row counts once; log-probs are {joined} over tokens"
 
     def problems(self) -> list[tuple[str, str]]:
-        found = [("reduction", "rows are counted, never tokens: use sequence")] if self.reduction == "token" else []
+        found = terms.sequences_only(self.reduction)
         if self.length_normalize and self.denominator == "sampling":
             found.append(("denominator", "length_normalize drops the denominator; sampling has nothing to divide"))
         return found

@@ -151,7 +151,7 @@ class IFT(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        return views.every_kind(partial(views.positives, min_score=self.min_score))
+        return dict.fromkeys(Kind, partial(views.positives, min_score=self.min_score))
 
     @property
     def length_convention(self) -> str:

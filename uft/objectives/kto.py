@@ -45,7 +45,7 @@ class KTO(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        return views.every_kind(partial(views.judged, min_score=self.min_score))
+        return dict.fromkeys(Kind, partial(views.judged, min_score=self.min_score))
 
     @property
     def length_convention(self) -> str:

@@ -32,19 +32,13 @@ from uft.objectives import terms, views
 from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, key
 from uft.objectives.nll import CONVENTION
 
-# --- Base of all losses over pairs: the rows they take, their terms, and an optional likelihood term.
-#
-# `pairwise.py` compares with a reference, `contrastive.py` does without. Each is one shape: a score of a completion
-# and a
-# link from two scores to a loss. Every published method that fits is a file of conf/objective, not a class.
-
-
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class PairLoss(Objective):
-    """Every pair counts once; a row of one positive and K negatives is K pairs.
+    """Base of all losses over pairs, with a reference (`Pairwise`) or without (`Contrastive`): a score of a completion,
+    and a link from two scores to a loss. Every pair counts once; a row of one positive and K negatives is K pairs.
 
     With `sft_weight` the NLL of the positives is added under `reduction`, each positive once however many pairs it
     stands in, and demonstrations join that term.

@@ -50,7 +50,7 @@ def present(batch: Batch) -> Tensor:
     return batch.lengths > 0
 
 
-# --- negative log-likelihood ----------------------------------------------------------------------------------------
+# --- negative log-likelihood
 
 
 def nll_count(batch: Batch) -> Tensor:
@@ -88,7 +88,7 @@ def discounted_sums(batch: Batch, values: Tensor, sequences: Tensor, whole: Tens
     return total.view(sequences.shape)
 
 
-# --- the reference --------------------------------------------------------------------------------------------------
+# --- the reference
 
 
 def reference_log_probs(batch: Batch, reference: Forward | None) -> Tensor:
@@ -100,18 +100,7 @@ def reference_log_probs(batch: Batch, reference: Forward | None) -> Tensor:
         return promote(reference(batch).log_probs)
 
 
-def implicit_reward(
-    batch: Batch, log_probs: Tensor, reference: Tensor, beta: float, length_normalize: bool = False
-) -> Tensor:
-    """(S,) beta (log pi(y|x) - log pi_ref(y|x)), the log-ratio summed over the sequence, or averaged.
-
-    The difference is taken per target: two sums of a thousand log-probs would lose four digits in float32.
-    """
-    join = batch.mean if length_normalize else batch.sum
-    return beta * join(log_probs - reference)
-
-
-# --- what is shown of rewards ---------------------------------------------------------------------------------------
+# --- what is shown of rewards
 
 
 def reward_counts(batch: Batch) -> dict[str, Tensor]:
@@ -137,5 +126,5 @@ def reward_totals(batch: Batch, z: Tensor, beta: float) -> dict[str, Tensor]:
         "rejected_reward": rejected.sum(),
         "margin": margin.sum(),
         "accuracy": ahead.sum(),
-        "implicit_reward": z.sum(),
+        "implicit_reward": torch.where(present(batch), z, 0.0).sum(),
     }

@@ -65,7 +65,7 @@ class UFT(Objective):
     def views(self) -> Mapping[Kind, View]:
         scored: View = partial(views.pointwise, demonstration_score=self.demonstration_score)
         pairs: dict[str, View] = {"pairwise": views.against_each, "scores": scored}
-        return {**views.every_kind(scored), Kind.PREFERENCE: pairs[self.pairs]}
+        return {**dict.fromkeys(Kind, scored), Kind.PREFERENCE: pairs[self.pairs]}
 
     @property
     def length_convention(self) -> str:
@@ -73,7 +73,7 @@ class UFT(Objective):
         return f"every scored completion and every pair counts once; log-ratios are {joined} over tokens"
 
     def problems(self) -> list[tuple[str, str]]:
-        found = [("reduction", "rows are counted, never tokens: use sequence")] if self.reduction == "token" else []
+        found = terms.sequences_only(self.reduction)
         kinds = [kind.value for kind in Kind]
         unknown = [name for name in self.kind_weights if name not in kinds]
         found += [("kind_weights", f"{name} is no kind of row; kinds: {', '.join(kinds)}") for name in unknown]
@@ -87,8 +87,8 @@ class UFT(Objective):
 
     def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
-        anchor = terms.reference_log_probs(batch, reference)
-        z = terms.implicit_reward(batch, log_probs, anchor, self.beta, self.length_normalize)
+        ratios = log_probs - terms.reference_log_probs(batch, reference)  # per target: sums would lose four digits
+        z = self.beta * (batch.mean if self.length_normalize else batch.sum)(ratios)
         totals = {
             "uft": self.regression(batch, z),
             "nll": terms.nll_total(batch, log_probs),

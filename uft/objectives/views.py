@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from uft.data.rows import Completion, Kind, Message, Role, Row, Selected, Selection, View
+from uft.data.rows import Completion, Kind, Message, Role, Row, Selected, Selection
 from uft.objectives.base import Objective
 
 GOOD_ENOUGH = 0.5
@@ -26,10 +26,6 @@ def reward(completion: Completion) -> float:
     if completion.label is not None:
         return float(completion.label)
     return 1.0 if completion.score is None else completion.score
-
-
-def every_kind(view: View) -> Mapping[Kind, View]:
-    return dict.fromkeys(Kind, view)
 
 
 def positives(row: Row, visit: int, *, min_score: float = GOOD_ENOUGH) -> Selection:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from uft.report.groups import Grouping
+from uft.report.groups import Grouping, by
 from uft.report.metrics import Headline, listed, plural
 from uft.report.runs import FINISHED, UNREADABLE, LoadedRun
 
@@ -65,20 +64,8 @@ class Case:
 
 def cautions(case: Case) -> list[Caution]:
     """All cautions, the gravest first."""
-    checks: tuple[Callable[[Case], Iterator[Caution]], ...] = (
-        *(data, budgets, evaluations, states, not_finite),
-        *(seeds, search, code, machine),
-    )
+    checks = (data, budgets, evaluations, states, not_finite, seeds, search, code, machine)
     return [caution for check in checks for caution in check(case)]
-
-
-def by(numbers: Iterable[int], key: Callable[[int], Hashable]) -> dict[Hashable, list[int]]:
-    """The numbers by their key; those whose key is None are left out."""
-    found: dict[Hashable, list[int]] = defaultdict(list)
-    for number in numbers:
-        if (value := key(number)) is not None:
-            found[value].append(number)
-    return dict(found)
 
 
 def minority(found: Mapping[Hashable, Sequence[int]]) -> tuple[int, ...]:
@@ -211,7 +198,7 @@ def search(case: Case) -> Iterator[Caution]:
 
 
 def code(case: Case) -> Iterator[Caution]:
-    """Other versions of uft or of its code."""
+    """Versions of uft and of its code."""
     for fact, noun in (("uft", "versions of uft"), ("commit", "commits of uft's code")):
         if len(found := case.by_fact(fact)) > 1:
             yield Caution(f"{len(found)} {noun}", "The code may differ in what it computes.", minority(found))
@@ -225,7 +212,7 @@ def code(case: Case) -> Iterator[Caution]:
 
 
 def machine(case: Case) -> Iterator[Caution]:
-    """Other versions of torch or devices."""
+    """Versions of torch, and devices."""
     for fact, noun in (("torch", "versions of torch"), ("device", "kinds of device")):
         if len(found := case.by_fact(fact)) > 1:
             yield Caution(

@@ -6,12 +6,11 @@ Figures have six significant digits; those that are not finite are the strings "
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import shlex
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,9 +27,9 @@ from uft import __version__
 from uft.report import metrics, stats
 from uft.report.cautions import Case, cautions
 from uft.report.groups import Grouping, baselines, differences, grouping
-from uft.report.metrics import config_value, encodable, jsonable, plural, rounded, truncated
+from uft.report.metrics import config_value, encodable, jsonable, plural, truncated
 from uft.report.runs import COSTS, Line, LoadedRun, Selection, load, number, numbers
-from uft.report.verdict import ALONE, BETTER, SELECTED, Verdict, figures_of, judge
+from uft.report.verdict import ALONE, BETTER, SELECTED, figures_of, judge
 from uft.runs import planned, shown, write_atomically
 from uft.tracking.console import printable, shorten
 
@@ -100,13 +99,7 @@ class Options:
 
 def compare(selection: Selection, options: Options = Options()) -> Object:
     """Read the runs and compare them. Raises UftError for options that mean nothing here."""
-    collecting = gc.isenabled()
-    gc.disable()  # reading would spend half its time on a search for garbage among millions of numbers in use
-    try:
-        return compare_loaded([load(path) for path in selection.runs], selection, options)
-    finally:
-        if collecting:
-            gc.enable()
+    return compare_loaded([load(path) for path in selection.runs], selection, options)
 
 
 def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Options) -> Object:
@@ -119,7 +112,6 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
     drawn = curves(runs)
     asked = {head.metric: head.direction for head in heads}
     names = [group.name for group in grouped.groups]
-    verdicts = [verdict for head in heads if (verdict := judge(head, figures, names, base)) is not None]
     return {
         "format": FORMAT,
         "title": jsonable(selection.title),
@@ -154,7 +146,7 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
             for n, group in enumerate(grouped.groups)
         ],
         "curves": {jsonable(name): {f"r{n}": curve for n, curve in of.items()} for name, of in drawn.items()},
-        "summary": [summary_record(verdict) for verdict in verdicts],
+        "summary": [found for head in heads if (found := judge(head, figures, names, base))],
         "warnings": [
             {"what": jsonable(caution.what), "why": jsonable(caution.why), "runs": ids(caution.runs)}
             for caution in cautions(Case(runs, grouped, heads, not_started(selection)))
@@ -232,86 +224,50 @@ def run_record(n: int, run: LoadedRun, grouped: Grouping) -> Object:
     }
 
 
-def summary_record(verdict: Verdict) -> Object:
-    def group(n: int | None) -> str | None:
-        return None if n is None else f"g{n}"
-
-    return {
-        "metric": jsonable(verdict.headline.metric),
-        "direction": verdict.headline.direction,
-        "words": jsonable(verdict.words),
-        "best": group(verdict.best),
-        "runner_up": group(verdict.runner_up),
-        "baseline": group(verdict.baseline),
-        "comparisons": [
-            {
-                "a": group(comparison.a),
-                "b": group(comparison.b),
-                "difference": rounded(comparison.found.difference),
-                "low": jsonable(comparison.found.low),
-                "high": jsonable(comparison.found.high),
-                "p": jsonable(comparison.found.p),
-                "p_adjusted": jsonable(comparison.adjusted),
-                "n": comparison.found.n,
-                "paired": comparison.found.paired,
-                "method": comparison.found.method,
-                "inside_noise": comparison.inside_noise,
-                "bootstrap": jsonable(comparison.found.bootstrap),
-            }
-            for comparison in verdict.comparisons
-        ],
-    }
-
-
 def curves(runs: Sequence[LoadedRun]) -> dict[str, dict[int, Curve]]:
     """By metric and number of the run: value against step, tokens and seconds, thinned so that all fit the budget.
 
     A metric that has one point in every run has no curve. Tokens and seconds that a line lacks are those before it.
     """
-    where = [places(run.lines) for run in runs]
-    known = dict.fromkeys(name for found in where for name in found)
-    names = [name for name in known if any(len(found.get(name, ())) > 1 for found in where)]
-    main = {name: name in MAIN_CURVES or (name.startswith("eval/") and name.count("/") == 1) for name in names}
-    largest = fitting((main[name], len(at)) for found in where for name, at in found.items() if name in main)
-    limits = {name: largest[0] if main[name] else largest[1] for name in names}
+    found = [points(run.lines) for run in runs]  # of each run
+    longest: Counter[str] = Counter()
+    for of_run in found:
+        longest |= Counter({name: len(values) for name, values in of_run.items()})
+    main = {name: name in MAIN_CURVES or (name.startswith("eval/") and name.count("/") == 1) for name in longest}
+    lengths = [(main[name], len(values)) for of_run in found for name, values in of_run.items() if longest[name] > 1]
+    of_main, of_others = fitting(lengths)
+    limits = {name: of_main if main[name] else of_others for name, length in longest.items() if length > 1}
     drawn: dict[str, dict[int, Curve]] = {name: {} for name, limit in limits.items() if limit}
-    for n, (run, found) in enumerate(zip(runs, where, strict=True)):
+    for n, (run, of_run) in enumerate(zip(runs, found, strict=True)):
         axes: dict[str, list[Any]] = {}
         for axis, start in (("step", None), ("tokens", None), ("seconds", 0)):
             last: float | None = start
-            axes[axis] = [point(last := number(line.get(axis, last))) for line in run.lines]
-        for name in (name for name in found if name in drawn):
-            values = [(at, value) for at in found[name] if (value := number(run.lines[at].get(name))) is not None]
-            kept = [values[place] for place in thinned([value for _, value in values], limits[name])]
-            curve: Curve = {axis: [column[at] for at, _ in kept] for axis, column in axes.items()}
-            drawn[name][n] = {**curve, "value": [point(value) for _, value in kept]}
+            axes[axis] = [jsonable(last := number(line.get(axis, last))) for line in run.lines]
+        for name in (name for name in of_run if name in drawn):
+            places, values = zip(*of_run[name], strict=True)
+            kept = thinned(values, limits[name])
+            curve: Curve = {axis: [column[places[at]] for at in kept] for axis, column in axes.items()}
+            drawn[name][n] = {**curve, "value": [jsonable(values[at]) for at in kept]}
     return drawn
 
 
-def places(lines: Sequence[Line]) -> dict[str, list[int]]:
-    """By metric, the places of the lines that have it; axes and text are no metrics."""
-    found: dict[str, list[int]] = {}
+def points(lines: Sequence[Line]) -> dict[str, list[tuple[int, float]]]:
+    """By metric, (place of the line, value) of the lines that have it; axes and text are no metrics."""
+    found: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for place, line in enumerate(lines):
-        for name in line:
-            if name in found:
-                found[name].append(place)
-            elif name not in AXES:
-                found[name] = [place]
-    return {name: at for name, at in found.items() if numbers({name: lines[at[0]][name]})}
+        for name, value in numbers(line).items():
+            if name not in AXES:
+                found[name].append((place, value))
+    return found
 
 
-def fitting(lengths: Iterable[tuple[bool, int]]) -> tuple[int, int]:
+def fitting(lengths: Sequence[tuple[bool, int]]) -> tuple[int, int]:
     """The first of CURVE_LIMITS under which the curves (whether main, points) fit the budget; else the last."""
-    lengths = list(lengths)
 
     def total(limits: tuple[int, int]) -> int:
         return sum(min(count, limits[0] if main else limits[1]) for main, count in lengths)
 
     return next((limits for limits in CURVE_LIMITS if total(limits) <= CURVE_BUDGET), CURVE_LIMITS[-1])
-
-
-def point(value: float | None) -> float | str | None:
-    return rounded(value) if type(value) is float else value
 
 
 def thinned(values: Sequence[float], limit: int) -> list[int]:
@@ -337,48 +293,40 @@ def samples(runs: Sequence[LoadedRun]) -> list[Object]:
     def text(value: Any) -> str:
         return encodable("" if value is None else str(value))
 
-    found: dict[tuple[str, str, str], list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)
-    for n, run in enumerate(runs):
-        for sample in run.samples:
-            found[text(sample.get("source")), text(sample.get("row")), text(sample.get("prompt"))].append((n, sample))
-    turns: dict[str, int] = defaultdict(int)  # of each source
-    order = []
-    for key in sorted(found, key=lambda key: -len({n for n, _ in found[key]})):
-        order.append((turns[key[0]], key))
-        turns[key[0]] += 1
-    order.sort(key=lambda pair: pair[0])
-    count = max(FEWEST_PROMPTS, min(PROMPTS, SAMPLE_BUDGET // (SHORTEST_SAMPLE * max(len(runs), 1))))
-    keys = [key for _, key in order[:count]]
-    answers = sum(len(found[key]) for key in keys)
-    most = min(LONGEST_SAMPLE, max(SHORTEST_SAMPLE, SAMPLE_BUDGET // max(answers, 1)))
-
     def verdict(checks: Any) -> str | None:
         """`exact_match 1, correct 1, plain 0`; None for an answer that was not checked."""
-        figures = [(name, number(value)) for name, value in checks.items()] if isinstance(checks, dict) else []
-        said = ", ".join(f"{name} {value:g}" for name, value in figures if value is not None)
+        figures = numbers(checks).items() if isinstance(checks, dict) else ()
+        said = ", ".join(f"{name} {value:g}" for name, value in figures)
         return truncated(text(said), SHORTEST_SAMPLE) or None
 
+    found: dict[tuple[str, ...], list[tuple[int, Mapping[str, Any]]]] = defaultdict(list)
+    for n, run in enumerate(runs):
+        for sample in run.samples:
+            found[tuple(text(sample.get(part)) for part in ("source", "row", "prompt"))].append((n, sample))
+    turns: Counter[str] = Counter()  # of each source
+    turn: dict[tuple[str, ...], int] = {}
+    for key in sorted(found, key=lambda key: -len({n for n, _ in found[key]})):
+        turn[key] = turns[key[0]]
+        turns[key[0]] += 1
+    count = max(FEWEST_PROMPTS, min(PROMPTS, SAMPLE_BUDGET // (SHORTEST_SAMPLE * max(len(runs), 1))))
+    keys = sorted(turn, key=turn.__getitem__)[:count]
+    answers = sum(len(found[key]) for key in keys)
+    most = min(LONGEST_SAMPLE, max(SHORTEST_SAMPLE, SAMPLE_BUDGET // max(answers, 1)))
     records = []
     for key in keys:
         source, row, prompt = (truncated(part, most) for part in key)
         wanted = next((sample["answer"] for _, sample in found[key] if sample.get("answer") is not None), None)
-        records.append(
+        given = [
             {
-                "source": source,
-                "row": row,
-                "prompt": prompt,
-                "reference": None if wanted is None else truncated(text(wanted), most),
-                "answers": [
-                    {
-                        "run": f"r{n}",
-                        "step": sample["step"],
-                        "text": truncated(text(sample.get("reply")), most),
-                        "verdict": verdict(sample.get("verdict")),
-                    }
-                    for n, sample in found[key]
-                ],
+                "run": f"r{n}",
+                "step": sample["step"],
+                "text": truncated(text(sample.get("reply")), most),
+                "verdict": verdict(sample.get("verdict")),
             }
-        )
+            for n, sample in found[key]
+        ]
+        reference = None if wanted is None else truncated(text(wanted), most)
+        records.append({"source": source, "row": row, "prompt": prompt, "reference": reference, "answers": given})
     return records
 
 

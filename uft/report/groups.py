@@ -6,17 +6,16 @@ value is determined by the other axes is no axis, so that a group is named by th
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
 from uft.config.frozen import ABSENT, free
 from uft.config.messages import written
-from uft.config.schema import Config, Source
+from uft.config.schema import Config, Source, flat
 from uft.errors import Problem, UftError
 from uft.report.metrics import config_value, listed, truncated
 from uft.report.runs import LoadedRun
@@ -58,15 +57,15 @@ class Group:
     name: str
     config: Mapping[str, Any]
     objective: str
-    runs: tuple[int, ...]  # their numbers
+    runs: Sequence[int]  # their numbers
 
 
 @dataclass(frozen=True)
 class Grouping:
-    axes: tuple[Axis, ...]
-    groups: tuple[Group, ...]
+    axes: Sequence[Axis]
+    groups: Sequence[Group]
     seeds: Column
-    varying: tuple[str, ...]  # every key that differs between groups
+    varying: Sequence[str]  # every key that differs between groups
 
 
 def grouping(runs: Sequence[LoadedRun], seed_keys: Sequence[str] = ()) -> Grouping:
@@ -74,7 +73,7 @@ def grouping(runs: Sequence[LoadedRun], seed_keys: Sequence[str] = ()) -> Groupi
     configs = {number: with_stages(run.config) for number, run in enumerate(runs) if run.config}
     fill_defaults(list(configs.values()))
     columns: dict[str, Column] = {}
-    signatures: dict[str, tuple[Hashable, ...]] = {}  # of the keys that vary: a comparable value for every run
+    signatures: dict[int, list[Hashable]] = {number: [] for number in configs}  # of each run, by the keys that vary
     for key in all_keys(configs.values()):
         inner = IN_STAGE.sub("", key)
         if free(inner) or inner in NO_RESULT or is_seed(key, seed_keys):
@@ -82,12 +81,11 @@ def grouping(runs: Sequence[LoadedRun], seed_keys: Sequence[str] = ()) -> Groupi
         column = {number: config[key] for number, config in configs.items() if key in config}
         signature = signature_of(column, configs)
         if len(set(signature)) > 1:
-            columns[key], signatures[key] = column, signature
-    members: dict[Hashable, list[int]] = defaultdict(list)
-    for place, number in enumerate(configs):
-        members[tuple(signature[place] for signature in signatures.values())].append(number)
-    typed = swept({number: runs[number].overrides for number in configs}, columns, list(members.values()))
-    axes = choose_axes(typed, columns, list(configs))
+            columns[key] = column
+            for number, value in zip(configs, signature, strict=True):
+                signatures[number].append(value)
+    members = by(configs, lambda number: tuple(signatures[number]))
+    axes = choose_axes(swept(runs, columns, list(members.values())), columns, list(configs))
     groups = [
         Group(
             name="",
@@ -99,6 +97,15 @@ def grouping(runs: Sequence[LoadedRun], seed_keys: Sequence[str] = ()) -> Groupi
     ]
     seeds = {number: seed_of(config, seed_keys) for number, config in configs.items()}
     return Grouping(axes, named(groups, axes), seeds, tuple(columns))
+
+
+def by(numbers: Iterable[int], key: Callable[[int], Hashable]) -> dict[Hashable, list[int]]:
+    """The numbers by their key; those whose key is None are left out."""
+    found: dict[Hashable, list[int]] = defaultdict(list)
+    for number in numbers:
+        if (value := key(number)) is not None:
+            found[value].append(number)
+    return dict(found)
 
 
 def all_keys(tables: Iterable[Mapping[str, Any]]) -> dict[str, None]:
@@ -143,18 +150,9 @@ def fill_defaults(configs: Sequence[Flat]) -> None:
 
 @cache
 def defaults(kind: type) -> Flat:
-    """Every default of a dataclass and those within it, by dotted key; no required values, interpolations or empty
-    collections."""
-    found: Flat = {}
-    for field in dataclasses.fields(kind):
-        default: Any = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory() or dataclasses.MISSING
-        if dataclasses.is_dataclass(default):
-            found |= {f"{field.name}.{key}": value for key, value in defaults(default.__class__).items()}
-        elif default is not dataclasses.MISSING and not str(default).startswith(("${", "???")):
-            found[field.name] = default
-    return found
+    """Every default of a group of the schema by dotted key; no required values, interpolations or empty collections."""
+    found = flat(asdict(kind()))
+    return {key: value for key, value in found if value not in ({}, []) and not str(value).startswith(("${", "???"))}
 
 
 def hashable(value: Any) -> Hashable:
@@ -184,16 +182,17 @@ def seed_of(config: Mapping[str, Any], seed_keys: Sequence[str]) -> Any:
 
 
 def swept(
-    overrides: Mapping[int, Sequence[str]], varying: Mapping[str, Column], members: Sequence[Sequence[int]]
+    runs: Sequence[LoadedRun], varying: Mapping[str, Column], members: Sequence[Sequence[int]]
 ) -> dict[str, Column]:
     """The swept keys in the order they were typed: those with several typed values, with the configuration's values.
 
     A word without a key in the configuration (`experiment=...`) counts where every run has one and all runs of a group
-    the same.
+    (`members`) the same.
     """
     typed: dict[str, dict[int, str]] = defaultdict(dict)
-    for number, words in overrides.items():
-        for key, equals, value in (word.lstrip("+~").partition("=") for word in words):
+    numbers = sorted(number for group in members for number in group)
+    for number in numbers:
+        for key, equals, value in (word.lstrip("+~").partition("=") for word in runs[number].overrides):
             if equals:
                 typed[key][number] = value
     found: dict[str, Column] = {}
@@ -201,34 +200,30 @@ def swept(
         if len(set(values.values())) < 2:
             continue
         name = next((name for name in (key, f"{key}.name") if name in varying), None)
+        everywhere = "." not in key and key != "seed" and len(values) == len(numbers)
         if name is not None:
             found[name] = varying[name]
-            continue
-        everywhere = "." not in key and key != "seed" and len(values) == len(overrides)
-        if everywhere and all(len({values[number] for number in numbers}) == 1 for numbers in members):
+        elif everywhere and all(len({values[number] for number in group}) == 1 for group in members):
             found[key] = values
     return found
 
 
-def choose_axes(typed: Mapping[str, Column], varying: Mapping[str, Column], numbers: Sequence[int]) -> tuple[Axis, ...]:
+def choose_axes(typed: Mapping[str, Column], varying: Mapping[str, Column], numbers: Sequence[int]) -> list[Axis]:
     """The swept keys, then the varying keys that the names among the axes do not determine; no two that are equal."""
-    axes: list[Axis] = []
-    signatures: list[tuple[Hashable, ...]] = []
-    names: list[tuple[Hashable, ...]] = []  # signatures of the axes that are no numbers
+    axes: dict[tuple[Hashable, ...], Axis] = {}  # by signature
+    names: list[tuple[Hashable, ...]] = [()] * len(numbers)  # of each run, its values of the axes that are no numbers
     for key, column in {**typed, **varying}.items():
         signature = signature_of(column, numbers)
-        together = list(zip(*names, strict=True)) if names else [()] * len(numbers)
-        determined = len({*zip(together, signature, strict=True)}) == len({*together})
-        if signature in signatures or (determined and key not in typed):
+        determined = len({*zip(names, signature, strict=True)}) == len({*names})
+        if signature in axes or (determined and key not in typed):
             continue
-        axes.append(Axis(key, column))
-        signatures.append(signature)
+        axes[signature] = Axis(key, column)
         if not all(value is None or is_number(value) for value in column.values()):
-            names.append(signature)
-    return tuple(axes)
+            names = [(*name, value) for name, value in zip(names, signature, strict=True)]
+    return list(axes.values())
 
 
-def named(groups: Iterable[Group], axes: Sequence[Axis]) -> tuple[Group, ...]:
+def named(groups: Iterable[Group], axes: Sequence[Axis]) -> list[Group]:
     """The groups in the order of their values, each with a name of its own made of them: `uft beta=0.1`."""
     last = [axis.key.rpartition(".")[2] for axis in axes]
     labels = {}
@@ -241,8 +236,8 @@ def named(groups: Iterable[Group], axes: Sequence[Axis]) -> tuple[Group, ...]:
         name = truncated(" ".join(filter(None, parts)) or group.objective or "all runs", LONGEST_NAME)
         candidates = (name, *(f"{name} ({count})" for count in range(2, len(found) + 2)))
         unique = next(text for text in candidates if text not in found)
-        found[unique] = dataclasses.replace(group, name=unique)
-    return tuple(found.values())
+        found[unique] = replace(group, name=unique)
+    return list(found.values())
 
 
 def as_typed(value: Any) -> str:
@@ -269,15 +264,15 @@ def differences(runs: Sequence[LoadedRun], seed_keys: Sequence[str]) -> list[tup
     configs = {number: run.config for number, run in enumerate(runs) if run.config}
     facts = {number: run.facts for number, run in enumerate(runs) if run.info}
     keys = [key for key in all_keys(configs.values()) if not key.startswith(OWN) and not is_seed(key, seed_keys)]
+    columns = [(key, {number: config.get(key, ABSENT) for number, config in configs.items()}) for key in keys]
+    columns += [(key, {n: of.get(key, ABSENT) for n, of in facts.items()}) for key in all_keys(facts.values())]
     found = []
-    tables: list[tuple[Mapping[int, Mapping[str, Any]], str]] = [(configs, key) for key in keys]
-    for table, key in [*tables, *((facts, key) for key in all_keys(facts.values()))]:
-        values: dict[Hashable, tuple[Any, list[int]]] = {}
-        for number, row in table.items():
-            value = row.get(key, ABSENT)
-            values.setdefault(hashable(value), (value, []))[1].append(number)
+    for key, column in columns:
+        values: dict[Hashable, list[int]] = defaultdict(list)
+        for number, value in column.items():
+            values[hashable(value)].append(number)
         if len(values) > 1:
-            pairs = [(config_value(value), numbers) for value, numbers in values.values()]
+            pairs = [(config_value(column[numbers[0]]), numbers) for numbers in values.values()]
             found.append((key, sorted(pairs, key=lambda pair: rank(pair[0]))))
     return found
 

@@ -13,12 +13,8 @@ from uft.errors import Problem, UftError
 from uft.report.runs import COSTS, LoadedRun
 
 DIRECTIONS = {
-    "exact_match": "max",
-    "correct": "max",
-    "pair_accuracy": "max",
-    "reward_accuracy": "max",
-    "nll": "min",
-    "kl": "min",
+    **dict.fromkeys(("exact_match", "correct", "pair_accuracy", "reward_accuracy"), "max"),
+    **dict.fromkeys(("nll", "kl"), "min"),
 }
 """Evaluation metrics, over all rows or of one source, of which one direction is better by itself."""
 
@@ -126,8 +122,9 @@ def headlines(
         name, _, asked = word.rpartition(":") if word.endswith((":min", ":max")) else (word, "", "")
         metric = next((full for full in (f"eval/{name}", name) if full in known), "")
         better = asked or direction(metric) or ("min" if metric in ("loss", "nll") else "")
+        advice = ""
         if not metric:
-            why, advice = "no run has this figure", ""
+            why = "no run has this figure"
         elif of_objective(metric) and not comparable:
             why = "the runs minimise different quantities, which cannot be compared"
             advice = "a lower one is not a better model; compare them by the evaluation:  --metric eval/nll"

@@ -23,25 +23,11 @@ from plotly.offline import get_plotlyjs
 from uft.tracking.console import printable_lines, shorten
 
 FOLDER = files("uft.report") / "page"
-SCRIPTS = (
-    "data.js",
-    "text.js",
-    "state.js",
-    "look.js",
-    "numbers.js",
-    "legend.js",
-    "headline.js",
-    "lines.js",
-    "curves.js",
-    "scatter.js",
-    "heatmap.js",
-    "parallel.js",
-    "runs.js",
-    "filter.js",
-    "differences.js",
-    "samples.js",
-    "main.js",
+ORDER = (
+    *("data", "text", "state", "look", "numbers", "legend", "headline", "lines", "curves"),
+    *("scatter", "heatmap", "parallel", "runs", "filter", "differences", "samples", "main"),
 )
+SCRIPTS = tuple(f"{name}.js" for name in ORDER)
 LONGEST = 20_000  # characters of one text; compare.json has the rest
 CURVES = 9_000_000  # characters of encoded curves; with Plotly's 4.8 MB the page stays under 15 MB
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # what could end a script element, a JS line or the encoding
@@ -106,10 +92,13 @@ def pack(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]], every:
     places: dict[str, int] = {}
 
     def place(values: Sequence[Any] | None) -> int | None:
+        """Of the numbers, None, "nan", "inf" and "-inf"."""
         if not values:
             return None
         kept = values if every == 1 else [*values[:-1:every], values[-1]]
-        return places.setdefault(encode(kept), len(places))
+        with np.errstate(over="ignore"):
+            array = np.array(kept, dtype=float).astype("<f4")
+        return places.setdefault(base64.b64encode(array.tobytes()).decode(), len(places))
 
     runs = {
         metric: {run: [place(columns.get(axis)) for axis in AXES] for run, columns in of_metric.items()}
@@ -119,10 +108,3 @@ def pack(curves: Mapping[str, Mapping[str, Mapping[str, Sequence[Any]]]], every:
     if size > CURVES and every == 1:
         return pack(curves, math.ceil(size / CURVES))
     return {"arrays": list(places), "runs": runs, "every": every}
-
-
-def encode(values: Sequence[Any]) -> str:
-    """Numbers, None and "nan", "inf", "-inf" as base64 of float32."""
-    with np.errstate(over="ignore"):
-        array = np.array(values, dtype=float).astype("<f4")
-    return base64.b64encode(array.tobytes()).decode()

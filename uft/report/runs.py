@@ -9,12 +9,12 @@ from __future__ import annotations
 import glob
 import json
 import math
+import operator
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import yaml
 
 from uft.config.frozen import flat
 from uft.errors import Problem, UftError
-from uft.runs import Run, bounded, named_folder
+from uft.runs import Run, bounded, named_folder, shown
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
 
@@ -33,9 +33,8 @@ COSTS = ("seconds", "tokens", "supervised_tokens", "tokens_per_second", "peak_me
 """Totals of result.json about the run itself."""
 VERSIONS = ("uft", "python", "torch", "transformers", "datasets", "peft", "numpy", "platform")
 LARGEST = 2**63  # of integers; a larger one counts as infinite
-BROKEN = (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError, yaml.YAMLError)
+BROKEN = (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, yaml.YAMLError)
 """Errors that reading a file of unknown content can raise."""
-BLOCK = re.compile(r"^(?=[A-Za-z_])", re.MULTILINE)
 YamlLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # seven times as fast, where libyaml is there
 
 Line = dict[str, Any]
@@ -75,9 +74,7 @@ def select(words: Sequence[str]) -> Selection:
 def as_selection(runs: Iterable[Path]) -> Selection:
     paths = tuple(sorted(runs))
     folder = Path(os.path.commonpath([path.resolve().parent for path in paths]))
-    here = Path.cwd()
-    shown = folder.relative_to(here) if folder.is_relative_to(here) else folder
-    return Selection(paths, folder.name or str(folder), shown)
+    return Selection(paths, folder.name or str(folder), Path(shown(folder)))
 
 
 def folders_named(word: str) -> list[Path]:
@@ -189,7 +186,7 @@ def load(path: Path) -> LoadedRun:
                 problems.append(f"{what}: {reason(error)}")
             return default
 
-    config = attempt("config.yaml", lambda: read_config(run.config_file.read_text(encoding="utf-8")), {})
+    config = attempt("config.yaml", lambda: read_config(run.config_file), {})
     info = attempt("run.json", lambda: read_object(path / "run.json"), {})
     result = attempt("result.json", lambda: read_object(path / "result.json", absent=True), {})
     locked = attempt(".lock", run.locked, False, tell=False)
@@ -198,7 +195,7 @@ def load(path: Path) -> LoadedRun:
     lines = attempt("metrics.jsonl", lambda: read_lines(run.metrics_file, notes, ended), ())
     samples = attempt("samples.jsonl", lambda: read_samples(run.samples_file, notes, ended), (), tell=False)
     data = attempt("data.json", lambda: read_object(path / "data.json", absent=True), {}, tell=False)
-    overrides = attempt("overrides.yaml", lambda: read_overrides(path / "overrides.yaml"), (), tell=False)
+    overrides = attempt("overrides.yaml", lambda: tuple(run.overrides()), (), tell=False)
     if not problems and not locked:
         problems += notes
     told = str(result.get("error") or "").strip()
@@ -228,36 +225,13 @@ def read_object(path: Path, absent: bool = False) -> dict[str, Any]:
     return found
 
 
-def read_config(text: str) -> dict[str, Any]:
-    """The configuration by dotted key, without empty dicts.
-
-    Runs of a sweep share most of their text, so every top-level block is parsed once. Text that cannot be cut so
-    (anchors, documents) is parsed as a whole.
-    """
-    try:
-        found = [pair for block in BLOCK.split(text) if block.strip() for pair in parse_block(block)]
-    except BROKEN:
-        found = []
-    return dict(found or parse_block(text))
-
-
-@lru_cache(maxsize=4096)
-def parse_block(text: str) -> tuple[tuple[str, Any], ...]:
-    found = yaml.load(text, YamlLoader)
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration by dotted key, without empty dicts."""
+    found = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
     if not isinstance(found, dict):
         raise ValueError("is not a configuration")
     bounded(found)
-    return tuple((key, value) for key, value in flat(found) if value != {})
-
-
-def read_overrides(path: Path) -> tuple[str, ...]:
-    """The overrides as typed. Our own files have a JSON string per line, which is quicker to read than YAML."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        found = [json.loads(line.removeprefix("- ")) for line in lines]
-    except ValueError:
-        found = yaml.load("\n".join(lines), YamlLoader) or []
-    return tuple(str(word) for word in found)
+    return {key: value for key, value in flat(found) if value != {}}
 
 
 def number(value: Any) -> float | None:
@@ -282,16 +256,17 @@ def read_lines(path: Path, notes: list[str], ended: bool = False) -> tuple[Line,
     Lines without their checksum are left out. `notes` gets a text about every loss; `ended`: the writer finished, so
     that a missing last line is a loss too.
     """
-    if not path.is_file():
-        return ()
     checked = checked_lines(path, notes, ended)
     if checked.torn:
         notes.append(f"{path.name} breaks off at line {len(checked.lines) + 1}")
     merged: dict[int, Line] = {}
-    for count, line in enumerate(parse_lines(checked.lines), 1):
+    for count, text in enumerate(checked.lines, 1):
+        if not text:
+            continue
         try:
+            line = json.loads(text)
             merged.setdefault(int(line["step"]), line).update(line)
-        except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
+        except BROKEN:
             notes.append(f"metrics.jsonl breaks off at line {count}")
             break
     return tuple(merged[step] for step in sorted(merged))
@@ -299,39 +274,21 @@ def read_lines(path: Path, notes: list[str], ended: bool = False) -> tuple[Line,
 
 def read_samples(path: Path, notes: list[str], ended: bool = False) -> tuple[Mapping[str, Any], ...]:
     """The samples of the last step that has some, read as `read_lines` does."""
-    found: dict[int, list[Mapping[str, Any]]] = {}
-    for sample in parse_lines(checked_lines(path, notes, ended).lines) if path.is_file() else ():
-        if not isinstance(sample, dict) or type(sample.get("step")) is not int:
+    found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
+    for text in checked_lines(path, notes, ended).lines:
+        try:
+            sample = json.loads(text)
+            found[operator.index(sample["step"])].append(sample)
+        except BROKEN:
             break
-        found.setdefault(sample["step"], []).append(sample)
     return tuple(found[max(found)]) if found else ()
 
 
 def checked_lines(path: Path, notes: list[str], ended: bool) -> metrics.Checked:
     """The lines that have their checksum; `notes` gets a text about the others."""
+    if not path.is_file():
+        return metrics.Checked([], [])
     checked = metrics.check(path)
     if damaged := sorted({*checked.damaged, *(checked.uncertain if ended else ())}):
         notes.append(metrics.describe_damage(path.name, damaged))
     return checked
-
-
-def parse_lines(lines: Sequence[str]) -> list[Any]:
-    """The values of JSON Lines up to the first that cannot be read, which is given as None.
-
-    One call for the whole text is twice as fast as one for each line; a damaged text is read line by line.
-    """
-    text = "\n".join(lines)
-    rows = text.rstrip("\n").split("\n") if text else []
-    try:
-        found = json.loads(f"[{','.join(rows)}]")
-        if len(found) == len(rows):
-            return found
-    except (ValueError, RecursionError):
-        pass
-    found = []
-    for row in rows:
-        try:
-            found.append(json.loads(row))
-        except (ValueError, RecursionError):
-            break
-    return [*found, None]

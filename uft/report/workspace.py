@@ -62,14 +62,14 @@ def save(comparison: Object, paths: Sequence[Path]) -> list[str]:
     if not runs:
         raise UftError(Problem("--wandb", "none of these runs was sent to W&B", advice=("train with  tracking=wandb",)))
     why = obstacle("auto", wandb_server())  # never asks for a key, never waits long
-    offline = sorted({run.path for run in runs if run.offline})
     upload = []
-    if offline:
-        common = shown(Path(os.path.commonpath([path.resolve() for path in offline])))
-        upload.append(f"Upload {len(offline)} of {len(runs)} runs first:  uft sync {quote(common)}")
+    if offline := sorted({run.path.resolve() for run in runs if run.offline}):
+        common = quote(shown(Path(os.path.commonpath(offline))))
+        upload.append(f"Upload {len(offline)} of {len(runs)} runs first:  uft sync {common}")
+    (entity, project), _ = Counter((run.entity, run.project) for run in runs).most_common(1)[0]
     if why:
         sections = ", ".join(f"{section.name} ({len(section.panels)})" for section in sections_of(comparison))
-        would = f"{title(comparison)!r} in {most_frequent(runs).project}: {len(runs)} runs grouped by"
+        would = f"{title(comparison)!r} in {project}: {len(runs)} runs grouped by"
         return [
             f"W&B is offline ({why}): nothing was saved. It would be {would} "
             f"{', '.join(config_axes(comparison)) or 'nothing'}; {sections}.",
@@ -77,7 +77,7 @@ def save(comparison: Object, paths: Sequence[Path]) -> list[str]:
             "Later, with a key (wandb login) and a network, give the same command again.",
         ]
     try:
-        space = workspace(comparison, runs, most_frequent(runs).entity or str(wandb.Api().default_entity))
+        space = workspace(comparison, runs, entity or str(wandb.Api().default_entity), project)
         space.save()
         return [f"W&B workspace: {space.url}", *upload]
     except Exception as error:  # the server's answer, in whatever shape its client gives it
@@ -88,7 +88,7 @@ def save(comparison: Object, paths: Sequence[Path]) -> list[str]:
 def logged_run(path: Path) -> LoggedRun | None:
     """The W&B run of a run folder; None where it has none."""
     try:
-        info, config = read_object(path / "run.json"), read_config((path / "config.yaml").read_text(encoding="utf-8"))
+        info, config = read_object(path / "run.json"), read_config(path / "config.yaml")
         logged = info["wandb"]
         if logged["mode"] == "disabled":
             return None
@@ -106,12 +106,6 @@ def logged_run(path: Path) -> LoggedRun | None:
         return None
 
 
-def most_frequent(runs: Sequence[LoggedRun]) -> LoggedRun:
-    """A run of the project that most runs are in."""
-    most = Counter((run.entity, run.project) for run in runs).most_common(1)[0][0]
-    return next(run for run in runs if (run.entity, run.project) == most)
-
-
 def title(comparison: Object) -> str:
     return re.sub(r"[^\w .,-]", "-", f"uft compare {comparison['title']}")  # W&B refuses symbols
 
@@ -121,7 +115,7 @@ def config_axes(comparison: Object) -> list[str]:
     return [axis["key"] for axis in comparison["axes"] if "." in axis["key"] or axis["key"] == "seed"]
 
 
-def workspace(comparison: Object, runs: Sequence[LoggedRun], entity: str) -> Any:
+def workspace(comparison: Object, runs: Sequence[LoggedRun], entity: str, project: str) -> Any:
     """The workspace, not yet saved: runs filtered to these, grouped by the swept keys, and the page's panels."""
     import wandb_workspaces.workspaces as ws
 
@@ -132,7 +126,7 @@ def workspace(comparison: Object, runs: Sequence[LoggedRun], entity: str) -> Any
         filters = f"Metric('ID') in [{', '.join(repr(run.id) for run in runs)}]"
     return ws.Workspace(
         entity=entity,
-        project=most_frequent(runs).project,
+        project=project,
         name=title(comparison),
         sections=sections_of(comparison),
         settings=ws.WorkspaceSettings(x_axis="step", max_runs=min(MOST_LINES, max(10, len(comparison["groups"])))),
