@@ -37,7 +37,7 @@ def server() -> Iterator[forkserver.Server]:
     """A server that workers are forked from, warm."""
     with forkserver.forkserver():
         assert process.run_worker(["exit", "0"]) == 0
-        server = forkserver._Current.server
+        server = forkserver.Current.server
         assert server is not None
         yield server
 
@@ -58,7 +58,7 @@ def test_a_fork_is_the_process_that_a_start_is(
     found = []
     for current in (server, None):
         with monkeypatch.context() as context:
-            context.setattr(forkserver._Current, "server", current)
+            context.setattr(forkserver.Current, "server", current)
             assert process.run_worker(["describe", "a word"], cwd=elsewhere, more={"CUDA_VISIBLE_DEVICES": "1"}) == 0
         said, handler = capfd.readouterr().out.splitlines()
         assert handler == "an exit handler"
@@ -75,8 +75,8 @@ def test_streams(server: forkserver.Server, tmp_path: Path) -> None:
     (tmp_path / "in").write_text("a line\n")
     environment = {**os.environ, "PYTHONPATH": process.python_path()}
     with open("in") as stdin, open("out", "w") as stdout, open("err", "w") as stderr:
-        streams = {"stdin": stdin, "stdout": stdout, "stderr": stderr}
-        child = forkserver.fork([*JOB, "ask"], environment, None, streams)
+        streams = (stdin.fileno(), stdout.fileno(), stderr.fileno())
+        child = server.fork(JOB[-1], ["ask"], environment, None, streams)
         assert child is not None
         assert child.wait() == 0
     assert Path("out").read_text() == "a line was read\n"
@@ -98,7 +98,7 @@ def test_ends(server: forkserver.Server, capfd: pytest.CaptureFixture[str]) -> N
     assert process.run_worker(["crash"]) == FAILED
     assert "uft: the worker was killed by SIGSEGV (a crash" in capfd.readouterr().err
     assert process.run_worker(["exit", "0"]) == 0
-    assert forkserver._Current.server is server
+    assert forkserver.Current.server is server
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, INTERRUPTED)])
@@ -141,23 +141,24 @@ def test_where_a_fork_would_be_another_it_is_started(
     server: forkserver.Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     environment = {**os.environ, "PYTHONPATH": process.python_path()}
-    assert forkserver.fork([*process.AGENT, "exit", "0"], environment, None, {}) is None  # several processes
-    assert forkserver.fork([*JOB, "exit", "0"], environment | {"OMP_NUM_THREADS": "7"}, None, {}) is None
+    assert forkserver.server_for([*JOB, "exit"], environment) is server
+    assert forkserver.server_for([*process.AGENT, "exit"], environment) is None  # several processes
+    assert forkserver.server_for([*JOB, "exit"], environment | {"OMP_NUM_THREADS": "7"}) is None
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert process.run_worker(["describe"]) == 0
     assert json.loads(capfd.readouterr().out.splitlines()[0])["environment"]["OMP_NUM_THREADS"] == "7"
 
 
 def test_without_its_server_a_sweep_goes_on(server: forkserver.Server) -> None:
-    server.process.kill()
+    server.process.send_signal(signal.SIGKILL)
     for _ in range(2):
         assert process.run_worker(["exit", "3"]) == 3
-    assert forkserver._Current.server is None
+    assert forkserver.Current.server is None
 
 
 def test_no_server_is_left(server: forkserver.Server) -> None:
     with forkserver.forkserver():  # within another one: nothing of its own
-        assert forkserver._Current.server is server
+        assert forkserver.Current.server is server
     assert server.process.poll() is None
 
 
@@ -167,7 +168,7 @@ from uft.launch import forkserver, process
 process.COMMAND = forkserver.WORKER = (sys.executable, "-P", "-m", "forked_job")
 with forkserver.forkserver():
     process.run_worker(["exit", "0"])
-    print(forkserver._Current.server.process.pid, flush=True)
+    print(forkserver.Current.server.process.pid, flush=True)
     process.run_worker(["wait", sys.argv[1]])
 """
 

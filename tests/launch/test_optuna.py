@@ -17,8 +17,9 @@ from uft.cli import main
 from uft.config.compose import examine
 from uft.config.files import Request, make_loader
 from uft.errors import UftError
-from uft.launch.optuna import DATABASE, SearchSettings, parse_space, search, value_text
-from uft.launch.sweep import JobFailed
+from uft.launch.launcher import JobFailed
+from uft.launch.optuna import DATABASE, parse_space, search, value_text
+from uft.launch.sweep import Sweep
 from uft.runs import Run, create_run, write_json
 
 FIXED = ("objective=uft", "tracking=none", "train.steps=3")
@@ -59,14 +60,8 @@ def look_for(tmp_path, monkeypatch, loader):
     def go(answer, *words, verb="train", **settings):
         hydra = {"overrides": {"hydra": []}, "job": {"config_name": "config", "name": verb}, "sweep": {"dir": "S"}}
         launcher = Answers(answer)
-        defaults = {key: value for key, value in vars(UftOptunaConf()).items() if key != "_target_"}
-        search(
-            SearchSettings(**defaults | settings),
-            OmegaConf.create({"hydra": hydra}),
-            loader,
-            launcher,
-            [*FIXED, *words],
-        )
+        sweep = Sweep(OmegaConf.create({"hydra": hydra}), (*FIXED, *words), {}, launcher)
+        search(vars(UftOptunaConf(**settings)), sweep, sweep.typed, loader)
         return launcher, study() if settings.get("storage") is None else None
 
     return go
@@ -203,7 +198,7 @@ def test_the_same_command_again_adds_trials_and_draws_new_values(look_for, capsy
 def test_failed_trials_are_told_as_failed_and_the_search_goes_on(look_for, capsys):
     number_of = iter(range(10))
     answers = {
-        0: JobFailed(1, "", "ValueError: it broke"),
+        0: JobFailed(1, "ValueError: it broke"),
         1: {"best": {"eval/nll": "nan"}},
         2: {"final": {"loss": 1.0}},
     }
@@ -223,7 +218,7 @@ def test_failed_trials_are_told_as_failed_and_the_search_goes_on(look_for, capsy
 def test_a_stopped_trial_is_gone_on_with_first(look_for):
     stopped = iter([False, True])
     with pytest.raises(SystemExit) as leave:
-        look_for(lambda job: JobFailed(75, "", "stopped") if next(stopped) else bowl(job), BETA, n_trials=4)
+        look_for(lambda job: JobFailed(75, "stopped") if next(stopped) else bowl(job), BETA, n_trials=4)
     assert leave.value.code == 75
     before = study().trials
     assert [trial.state for trial in before] == [TrialState.COMPLETE, TrialState.RUNNING]

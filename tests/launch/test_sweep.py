@@ -11,10 +11,11 @@ import pytest
 import yaml
 
 from uft.cli import main
+from uft.config.compose import Examined
 from uft.config.files import Request, make_loader
+from uft.launch.launcher import row_problems
 from uft.launch.sweep import (
     Job,
-    check_rows,
     examine_jobs,
     expand,
     job_names,
@@ -133,11 +134,13 @@ def test_the_rows_of_a_mixture_are_read_once(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr("uft.data.sources.load_sources", lambda data: read.append(data.sources["a"].path))
     jobs = [
-        {"seed": seed, "data": {"name": "d", "ratio": ratio, "sources": {"a": {"path": path, "share": share}}}}
+        Examined(
+            {"seed": seed, "data": {"name": "d", "ratio": ratio, "sources": {"a": {"path": path, "share": share}}}}
+        )
         for path, ratio, share, seed in product(("x.jsonl", "y.jsonl"), (None, 0.5), (None, 2.0), (1, 2))
     ]
-    check_rows(jobs)
-    check_rows(jobs[:1])
+    row_problems(jobs, refused=False)
+    row_problems(jobs[:1], refused=False)
     assert read == ["x.jsonl", "y.jsonl"]
 
 

@@ -10,7 +10,8 @@ from uft.config.compose import examine
 from uft.config.files import Request, make_loader
 from uft.config.messages import conf_dir, groups
 from uft.data.rows import Kind
-from uft.launch.sweep import check_rows, expand
+from uft.launch.launcher import row_problems
+from uft.launch.sweep import expand
 from uft.objectives import make
 
 FILES = groups([conf_dir()])["sweep"]
@@ -47,7 +48,7 @@ def test_its_jobs_can_be_run(name, loader):
 def runnable(jobs, loader):
     examined = [examine(Request(tuple(job))) for job in jobs]
     assert [problem for one in examined for problem in one.problems] == []
-    check_rows([one.settings for one in examined])
+    assert row_problems(examined, refused=False) == ([], "")
     return examined
 
 

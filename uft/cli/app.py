@@ -36,8 +36,7 @@ from uft.config.messages import conf_dir, config_dirs, groups, headline, nearest
 from uft.config.schema import MISSING, Config, Key, keys_of
 from uft.config.tree import Tree
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
-from uft.launch.launcher import row_problems
-from uft.launch.sweep import JobFailed, failure_reason
+from uft.launch.launcher import JobFailed, failure_reason, row_problems
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code."""
@@ -62,8 +61,8 @@ def task(work: Work) -> Callable[[DictConfig], None]:
             examined = require(request)
             code = work(examined, words)
             if code != GOOD:
-                folder = str(examined.settings["run"]["dir"] or "")
-                raise JobFailed(code, folder, failure_reason(code, Path(folder)))
+                folder = Path(examined.settings["run"]["dir"] or "")
+                raise JobFailed(code, failure_reason(code, folder))
             return
         try:
             code = work(checked(request), words)
@@ -118,7 +117,7 @@ def checked(request: Request) -> Examined:
     """The request, composed and valid. UftError with every problem; bad rows are told with wrong settings."""
     examined = examine(request)
     if examined.problems:
-        raise UftError(*examined.problems, *row_problems(examined), footer=footer(examined))
+        raise UftError(*examined.problems, *row_problems([examined])[0], footer=footer(examined))
     return examined
 
 

@@ -14,8 +14,7 @@ from uft.config.messages import written
 from uft.config.schema import COLUMNS
 from uft.config.stages import made, rows_of, without_stages
 from uft.errors import GOOD, Problem, UftError
-from uft.launch.launcher import changed_keys, launch_job, launch_train
-from uft.launch.sweep import is_sweep_job, typed_overrides
+from uft.launch.launcher import changed_keys, is_sweep_job, launch_job, launch_train, typed_overrides
 from uft.runs import Run, open_run
 
 FILES = {"path", "eval_path", "template"}  # keys of the data that may name files
