@@ -54,25 +54,22 @@ class Child:
         self.pid = pid
         self.returncode: int | None = None
 
-    def poll(self) -> int | None:
+    def poll(self, flags: int = os.WNOHANG) -> int | None:
         """The exit code, negative for a signal; None while it lives."""
-        return self._reap(os.WNOHANG)
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, flags)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
 
     def wait(self) -> int:
-        code = self._reap(0)
+        code = self.poll(0)
         assert code is not None
         return code
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
-
-    def _reap(self, flags: int) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, flags)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
 
 
 class Server:

@@ -291,13 +291,11 @@ def single_run_dir(cfg: Mapping[str, Any], now: datetime | None = None) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a result, without importing it."""
-    found = {"uft": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    found = dict.fromkeys(PACKAGES, "not installed")
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"uft": __version__, "python": platform.python_version(), "platform": platform.platform(), **found}
 
 
 def provenance() -> dict[str, Any]:
