@@ -73,6 +73,21 @@ def test_failures_and_refusals_of_workers_do_not_stop_the_others_and_all_are_lis
     assert found == {"systemdie": "interrupted", "systemfail": "failed", "systemok": "finished"}
 
 
+def test_the_reason_of_a_failed_job_stands_wherever_jobs_are_listed(worker, capsys):
+    """Not the line that only counts its problems: in the table, the report, `uft ls` and `uft compare`."""
+    assert sweep("generate.system=ok,late_refusal", "sweep.name=A") == 1
+    out, err = capsys.readouterr()
+    assert "1 of 2 done: systemlate_refusal failed at step 2, data.x  no rows left" in out
+    assert "systemlate_refusal  failed        2            data.x  no rows left" in out
+    assert "  systemlate_refusal\n      data.x  no rows left\n" in err
+    (folder,) = worker.glob("outputs/*/A")
+    for verb in ("ls", "compare"):
+        assert main([verb, str(folder)]) == 0
+        out = capsys.readouterr().out
+        assert "data.x  no rows left" in out
+        assert "problems in this request" not in out
+
+
 def test_all_jobs_are_checked_before_the_first_starts(worker, capsys):
     """Their settings and their rows, with every problem told once, and nothing is left in the folder."""
     assert sweep("objective=sft,dpo", "objective.beta=0.1", "data.ratio=0.5,2", "train.stps=1", "run.dir=x") == 2

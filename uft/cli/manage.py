@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, render, tell
+from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, render, tell
 from uft.runs import Run, find_runs, find_sweeps, planned, shown, summary, waiting
 from uft.tracking.console import HEADLINES
 
@@ -93,8 +93,8 @@ def show(rows: list[dict[str, Any]]) -> None:
         console.print(Text(f"\n{folder}/", style="bold"))
         console.print(table(here, metrics), highlight=False)
         for row in here:
-            if row.get("error"):
-                console.print(Text(f"  {row['name']}: {str(row['error']).strip().splitlines()[0]}", style="red"))
+            if error := problem_lines(str(row.get("error") or "")):
+                console.print(Text(f"  {row['name']}: {error[0]}", style="red"))
 
 
 def table(rows: list[dict[str, Any]], metrics: list[str]) -> Table:
@@ -160,7 +160,8 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
     for number, run in enumerate(unfinished, 1):
         print(f"\nuft: run {number} of {len(unfinished)}: {run.name}", flush=True)
         try:
-            code, why = resume_run(run, overrides), str(run.result().get("error") or "")
+            code = resume_run(run, overrides)
+            why = "\n".join(problem_lines(str(run.result().get("error") or "")))
         except UftError as error:
             code, why = error.code, "; ".join(f"{problem.what}: {problem.why}" for problem in error.problems)
         if code in SIGNALLED:

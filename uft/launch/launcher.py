@@ -28,7 +28,7 @@ from uft.config.frozen import free, frozen, plain, to_yaml
 from uft.config.messages import written
 from uft.config.schema import defaults_of
 from uft.config.stages import completed, data_nodes, differences
-from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError
+from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
 from uft.runs import Run, create_run, shown, unwritable, write_atomically
 
@@ -250,8 +250,8 @@ def failure_reason(code: int, folder: Path) -> str:
     """One line about a job that did not finish: its error, else the last line that it or its launcher printed."""
     if code in STOPS:
         return STOPS[code]
-    if error := str(Run(folder).result().get("error") or "").strip():
-        return error.splitlines()[0]
+    if error := problem_lines(str(Run(folder).result().get("error") or "")):
+        return error[0]
     log = folder / "console.log"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     return lines[-1].removeprefix("uft: ") if lines else f"ended without a result, exit code {code}"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from yaml import YAMLError
 
+from uft.errors import problem_lines
 from uft.runs import Run
 from uft.tracking.console import PREFIX, duration, number, printable, shorten
 
@@ -86,7 +87,7 @@ class JobState:
             if run.metrics_file.is_file():
                 self._read_metrics(run.metrics_file)
             if self.status in ENDED:
-                self.step = result.get("steps", self.step)
+                self.step, self.error = result.get("steps", self.step), str(result.get("error") or "")
 
     def _read_metrics(self, path: Path) -> None:
         with open(path, "rb") as file:
@@ -119,8 +120,8 @@ class JobState:
 
     @property
     def reason(self) -> str:
-        """The first line of its error."""
-        return self.error.partition("\n")[0]
+        """The first line of its error that says what is wrong."""
+        return next(iter(problem_lines(self.error)), "")
 
 
 class SweepTable:
