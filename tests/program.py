@@ -13,7 +13,6 @@ import functools
 import inspect
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
@@ -159,19 +158,19 @@ def serve_workers() -> None:
     if "PLANTED_FAULT" in os.environ:
         real = worker.main
         worker.main = lambda arguments: plant() or real(arguments)
-    ours, theirs = socket.socketpair()
+    ours, theirs = forkserver.channel()
     parent, pid = os.getpid(), os.fork()
     if pid == 0:
         ours.close()
         os.setsid()
         for number in range(3):
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        forkserver.serve(theirs, parent)
+        sys.exit(forkserver.serve(theirs, parent))
     theirs.close()
     forkserver.FREE = (*forkserver.FREE, "HYDRA_", "HF_HUB_OFFLINE")  # set by the program before its worker is there
     if os.environ.get(forkserver.SWITCH) != "off":
         environment = {**os.environ, "PYTHONPATH": process.python_path()}
-        forkserver.use(forkserver.Server(pid, ours, environment))
+        forkserver.Current.server = forkserver.Server(pid, ours, environment)
 
 
 def plant() -> None:

@@ -21,6 +21,9 @@ from urllib.parse import quote
 LONGEST = 4000  # characters of one text
 UNRULY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+COUNT = re.compile(r"\Auft: \d+ problems? in this request\s*")
+"""The first line of a message with problems."""
+
 GOOD, FAILED, BAD_REQUEST, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: finished; a run failed; bad request; stopped by a signal after a checkpoint; Ctrl-C likewise."""
 CLOSED_PIPE = 141
@@ -85,6 +88,11 @@ def render(error: UftError) -> str:
     if error.footer:
         lines.append(error.footer)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def problem_lines(text: str) -> list[str]:
+    """The lines of an error's text from the first one that says what is wrong: not the count of its problems."""
+    return COUNT.sub("", text.strip()).strip().splitlines()
 
 
 def tell(error: UftError) -> int:

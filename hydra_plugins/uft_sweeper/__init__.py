@@ -48,21 +48,26 @@ class UftSweeper(Sweeper):
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
-    def sweep(self, arguments: list[str]) -> Any:
-        from uft.launch.sweep import SweepPlan, expand, run_grid
+    def lines(self, arguments: list[str]) -> list[str]:
+        """What a file sweeps, then what the command line does."""
+        return [*(f"{key}={values}" for key, values in (self.settings["params"] or {}).items()), *arguments]
 
-        params = self.settings["params"] or {}
-        lines, axes = expand([*(f"{key}={values}" for key, values in params.items()), *arguments], self.loader)
+    def sweep(self, arguments: list[str]) -> Any:
+        from uft.launch.sweep import Sweep, expand, run_grid
+
+        lines, axes = expand(self.lines(arguments), self.loader)
         one_by_one = self.composed.hydra.runtime.choices["hydra/launcher"] == "basic"
-        plan = SweepPlan(self.composed, tuple(arguments), axes)
-        return run_grid(plan, lines, self.job_launcher, 1 if one_by_one else self.settings["max_batch_size"])
+        sweep = Sweep(self.composed, tuple(arguments), axes, self.job_launcher)
+        return run_grid(sweep, lines, 1 if one_by_one else self.settings["max_batch_size"])
 
 
 class UftOptunaSweeper(UftSweeper):
     def sweep(self, arguments: list[str]) -> Any:
-        from uft.launch.optuna import SearchSettings, search
+        from uft.launch.optuna import search
+        from uft.launch.sweep import Sweep
 
-        return search(SearchSettings(**self.settings), self.composed, self.loader, self.job_launcher, arguments)
+        sweep = Sweep(self.composed, tuple(arguments), {}, self.job_launcher)
+        return search(self.settings, sweep, self.lines(arguments), self.loader)
 
 
 for name, node in (("uft", UftSweeperConf), ("uft_optuna", UftOptunaConf)):

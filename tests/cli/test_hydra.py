@@ -8,7 +8,7 @@ import yaml
 
 from uft.cli import main
 from uft.errors import Problem, UftError
-from uft.launch.sweep import JobFailed
+from uft.launch.launcher import JobFailed
 from uft.runs import find_runs
 
 
@@ -67,7 +67,7 @@ def test_options_stand_anywhere(worker, capsys):
 
 
 def test_failures_can_be_sent_between_processes():
-    failure = pickle.loads(pickle.dumps(JobFailed(75, "folder", "stopped")))
-    assert (failure.code, failure.folder, failure.message) == (75, "folder", "stopped")
+    failure = pickle.loads(pickle.dumps(JobFailed(75, "stopped")))
+    assert (failure.code, failure.message) == (75, "stopped")
     error = UftError(Problem("a", "b"), footer="f", code=2)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # for synthetic.p
 from evidence import written
 from sessions import Bench
 
+from uft.config.compose import compose
+from uft.config.frozen import frozen
 from uft.playground.world import SOURCES, records
 from uft.runs import Run, create_run
 
@@ -70,39 +71,34 @@ stages:
 
 
 @pytest.fixture
-def environment(environment: dict[str, str]) -> dict[str, str]:
+def environment(environment):
     return environment | {"WANDB_MODE": "disabled"}
 
 
 @pytest.fixture
-def bench(tmp_path: Path, environment: dict[str, str]) -> Bench:
+def bench(tmp_path, environment) -> Bench:
     said = tmp_path / "said"
     said.mkdir()
     return Bench(said, environment)
 
 
-def write_rows(folder: Path) -> None:
-    """The first rows of the embedded mixture's sources, as files."""
-    for name in SOURCES:
-        lines = [json.dumps(row) + "\n" for row in records(name)[:12]]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
 @pytest.fixture
-def new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """new_run("name", "objective=sft", ...): a run folder as `uft train` makes it, before its first session."""
+def new_run(tmp_path, monkeypatch):
+    """new_run("name", "objective=sft", ...): a run folder as `uft train` makes it, before its first session.
+
+    In a folder with the first rows of the embedded mixture's sources, as files.
+    """
     conf = tmp_path / "conf-user" / "experiment"
     conf.mkdir(parents=True)
     (conf / "loop.yaml").write_text(LOOP)
     (conf / "column.yaml").write_text(COLUMN)
     monkeypatch.setenv("UFT_CONF", str(conf.parent))
     monkeypatch.chdir(tmp_path)
-    write_rows(tmp_path)
+    for name in SOURCES:
+        lines = [json.dumps(row) + "\n" for row in records(name)[:12]]
+        Path(f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def make(name: str, *overrides: str) -> Run:
-        from uft.config.compose import compose
-        from uft.config.frozen import frozen
-
         words = (*SMALL, *overrides)
         text = TEXTS.get(words) or frozen(compose(list(words)))
         assert str(tmp_path) not in text or "/" in "".join(overrides)
@@ -118,14 +114,13 @@ UNDISTURBED: dict[tuple[str, ...], dict[str, Any]] = {}
 
 
 @pytest.fixture
-def undisturbed(bench: Bench, new_run: Callable[..., Run], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def undisturbed(bench, new_run, tmp_path):
     """undisturbed(*words): what a run leaves to which nothing happens; made once for all tests."""
 
     def made(*words: str) -> dict[str, Any]:
         if words not in UNDISTURBED:
             run = new_run("undisturbed", *words)
-            ended = bench.start(run.path, UFT_CACHE=str(tmp_path / "undisturbed-cache")).wait()
-            assert ended.code == 0, ended.said
+            bench.sit(run.path, code=0, UFT_CACHE=str(tmp_path / "undisturbed-cache"))
             UNDISTURBED[words] = written(run.path)
         return UNDISTURBED[words]
 

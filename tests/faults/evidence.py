@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +41,9 @@ def same(run: Path, whole: dict[str, Any]) -> None:
         assert ours[name] == value, name
 
 
-def moments(log: Path) -> list[str]:
-    """The names of the moments of a session, in their order."""
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()
-
-
-def kind(moment: str) -> str:
-    """A moment by what happens there, whatever the file is called this time."""
-    return PASSING.sub("*", moment)
-
-
-def kinds(log: Path) -> Iterator[tuple[str, list[int]]]:
-    """(kind, numbers of the moments that are of it), in the order in which they come first."""
+def kinds(log: Path) -> dict[str, list[int]]:
+    """The moments of a session by what happens there, whatever the file is called this time: their numbers."""
     found: dict[str, list[int]] = {}
-    for number, moment in enumerate(moments(log)):
-        found.setdefault(kind(moment), []).append(number)
-    yield from found.items()
+    for number, moment in enumerate(log.read_text(encoding="utf-8", errors="replace").splitlines()):
+        found.setdefault(PASSING.sub("*", moment), []).append(number)
+    return found

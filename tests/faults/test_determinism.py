@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from evidence import same, written
-from requests_of import SINGLE
-from sessions import Bench
+from sessions import SINGLE
 
 from uft.config.frozen import load_config
 from uft.runs import Run
 from uft.training.liveness import Stop
 from uft.training.setup import prepare
 
-NewRun = Callable[..., Run]
-
 
 @pytest.fixture(autouse=True)
-def same_generator() -> Any:
+def same_generator(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     with torch.random.fork_rng(devices=[]):
         yield
+
+
+TOKENISED = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"}
 
 
 @pytest.mark.parametrize(
@@ -32,27 +32,16 @@ def same_generator() -> Any:
     [
         pytest.param(("train.prefetch=true",), {}, id="rows laid out by a thread"),
         pytest.param((), {}, id="again", marks=pytest.mark.slow),
-        pytest.param(
-            (),
-            {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"},
-            id="tokenised by two threads",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param((), TOKENISED, id="tokenised by two threads", marks=pytest.mark.slow),
         pytest.param(("hardware.threads=2",), {"OMP_NUM_THREADS": "2"}, id="two threads", marks=pytest.mark.slow),
     ],
 )
-def test_the_same_request_gives_the_same_bits(
-    bench: Bench,
-    new_run: NewRun,
-    undisturbed: Callable[..., dict[str, Any]],
-    keys: tuple[str, ...],
-    variables: dict[str, str],
-) -> None:
+def test_the_same_request_gives_the_same_bits(bench, new_run, undisturbed, keys, variables):
     """From cold caches and from warm ones. Two threads may round sums otherwise than one, but do so every time."""
     expected = {} if "hardware.threads=2" in keys else undisturbed(*SINGLE)
     for name in ("cold", "warm"):
         run = new_run(name, *SINGLE, *keys)
-        assert bench.start(run.path, **variables).wait().code == 0
+        bench.sit(run.path, code=0, **variables)
         expected = expected or written(run.path)
         same(run.path, expected)
 
@@ -60,7 +49,7 @@ def test_the_same_request_gives_the_same_bits(
 # --- what a seed is for
 
 
-def things(run: Run, tmp_path: Path) -> dict[str, Any]:
+def things(run: Run) -> dict[str, Any]:
     """What the three seeds are for, as a run has it before its first step."""
     config = load_config(run.config_file)
     trainer = prepare(run, config, torch.device("cpu"), Stop()).trainer
@@ -72,17 +61,13 @@ def things(run: Run, tmp_path: Path) -> dict[str, Any]:
     return {"init": weights.hexdigest(), "data": rows, "sampling": (noise, torch.rand(8).tolist())}
 
 
-def test_every_seed_changes_its_own_thing_alone(
-    new_run: NewRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    before = things(new_run("zero", *SINGLE), tmp_path)
-    assert things(new_run("again", *SINGLE), tmp_path) == before
+def test_every_seed_changes_its_own_thing_alone(new_run):
+    before = things(new_run("zero", *SINGLE))
+    assert things(new_run("again", *SINGLE)) == before
     for seed in ("init", "data", "sampling"):
-        after = things(new_run(seed, *SINGLE, f"seeds.{seed}=1"), tmp_path)
+        after = things(new_run(seed, *SINGLE, f"seeds.{seed}=1"))
         assert {name for name in before if after[name] != before[name]} == {seed}
-    after = things(new_run("all", *SINGLE, "seed=1"), tmp_path)
+    after = things(new_run("all", *SINGLE, "seed=1"))
     assert all(after[name] != before[name] for name in before)
 
 
@@ -105,11 +90,7 @@ CHANGES = {
 }
 
 
-def test_a_source_s_order_is_its_own_affair(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+def test_a_source_s_order_is_its_own_affair(new_run):
     before = orders(new_run("before", *MIXED))
     assert set(before) == {"instruct", "pairs", "binary"}
     for name, words in CHANGES.items():

@@ -7,9 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
@@ -28,10 +26,6 @@ class Hub:
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
 
 
 def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
@@ -72,10 +66,11 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 
 
 @pytest.fixture
-def hub() -> Iterator[Hub]:
+def hub():
     served = Hub()
     yield served
-    served.close()
+    served.server.shutdown()
+    served.server.server_close()
 
 
 PROGRAM = """
@@ -97,7 +92,7 @@ print("there")
 
 
 @pytest.mark.parametrize("trouble", ["cut", pytest.param("500", marks=pytest.mark.slow)])
-def test_a_download_that_breaks_off(hub: Hub, tmp_path: Path, environment: dict[str, str], trouble: str) -> None:
+def test_a_download_that_breaks_off(hub, environment, trouble):
     """A process of its own: the library reads its environment once."""
     hub.ill["model.safetensors"] = [trouble] * 50
     online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5"}

@@ -12,18 +12,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evidence import CLOCKS, same, written
-from sessions import Bench, Session
+from sessions import Session
 
 from uft.runs import Run, create_run, find_runs
 
 pytestmark = pytest.mark.slow
-NewRun = Callable[..., Run]
 MINUTE = 60.0
 SOAK = (
     "objective=ift",
@@ -40,26 +38,11 @@ SOAK = (
 )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What a process and its children take at a moment."""
-
-    seconds: float
-    step: int
-    resident: int  # bytes, of the worker alone
-    handles: int
-    threads: int
-
-
-def figures(pid: int, run: Run, began: float) -> Sample:
+def figures(pid: int) -> dict[str, int]:
+    """What a process takes at a moment: bytes of memory, open handles, threads."""
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return Sample(
-        seconds=time.monotonic() - began,
-        step=last_step(run),
-        resident=int(status["VmRSS"].split()[0]) * 1024,
-        handles=len(os.listdir(f"/proc/{pid}/fd")),
-        threads=int(status["Threads"]),
-    )
+    handles = len(os.listdir(f"/proc/{pid}/fd"))
+    return {"resident": int(status["VmRSS"].split()[0]) * 1024, "handles": handles, "threads": int(status["Threads"])}
 
 
 def last_step(run: Run) -> int:
@@ -83,36 +66,43 @@ def lines_of(run: Run) -> dict[int, list[Mapping[str, Any]]]:
 def wait_until(condition: Callable[[], bool], session: Session) -> None:
     deadline = time.monotonic() + 20 * MINUTE
     while not condition():
-        assert session.process.poll() is None, session.out.read_text()
+        assert session.process.poll() is None, session.said
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
 
-def test_soak(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
+def stop(session: Session) -> None:
+    os.kill(session.process.pid, signal.SIGTERM)
+    assert session.wait().code == 75
+
+
+def test_soak(bench, new_run, tmp_path):
     """FAULT_SOAK_SECONDS (1800) of steps, evaluations, checkpoints and W&B offline: nothing grows, and a copy of the
-    folder that was taken while it was written goes on bit for bit. The figures go to FAULT_REPORT, if that is set."""
-    seconds, samples = float(os.environ.get("FAULT_SOAK_SECONDS", "1800")), list[Sample]()
+    folder that was taken while it was written goes on bit for bit."""
+    seconds, samples = float(os.environ.get("FAULT_SOAK_SECONDS", "1800")), list[dict[str, int]]()
     run, copy = new_run("soak", *SOAK), Run(tmp_path / "copy")
     session = bench.start(run.path, WANDB_MODE="offline", WANDB_SILENT="true", WANDB__DISABLE_STATS="true")
-    pid = session.process.pid
     wait_until(lambda: last_step(run) > 100, session)
     began = time.monotonic()
     while time.monotonic() - began < seconds:
-        samples.append(figures(pid, run, began))
+        samples.append(figures(session.process.pid))
         time.sleep(min(2.0, seconds / 100))
-        assert session.process.poll() is None, session.out.read_text()
+        assert session.process.poll() is None, session.said
     shutil.copytree(run.path, copy.path, ignore=shutil.ignore_patterns("wandb", ".step-*"))
     taken = copy.steps
     wait_until(lambda: run.steps >= taken + 200, session)
-    os.kill(pid, signal.SIGTERM)
-    assert session.wait().code == 75
-    report(samples, run)
-    grown(samples)
+    stop(session)
+    fifth = len(samples) // 5  # the last takes no more than the second, when everything had been used once
+    for name, allowed in (("resident", 1.03), ("handles", 1.0), ("threads", 1.0)):
+        before, after = (
+            statistics.median(sample[name] for sample in part)
+            for part in (samples[fifth : 2 * fifth], samples[-fifth:])
+        )
+        assert after <= before * allowed, f"{name}: {before} -> {after}"
 
     again = bench.start(copy.path, WANDB_MODE="disabled")
     wait_until(lambda: copy.steps >= taken + 200, again)
-    os.kill(again.process.pid, signal.SIGTERM)
-    assert again.wait().code == 75
+    stop(again)
     ours, theirs = lines_of(copy), lines_of(run)
     common = [step for step in ours if step in theirs]
     assert max(common) >= taken + 200
@@ -122,23 +112,6 @@ def test_soak(bench: Bench, new_run: NewRun, tmp_path: Path) -> None:
     for step in kept:
         files = [of.checkpoints_dir / f"step-{step:06d}" / "tensors.safetensors" for of in (copy, run)]
         assert files[0].read_bytes() == files[1].read_bytes(), step
-
-
-def grown(samples: list[Sample]) -> None:
-    """Assert that the last fifth takes no more than the second, when everything had been used once."""
-    fifth = len(samples) // 5
-    early, late = samples[fifth : 2 * fifth], samples[-fifth:]
-    for name, allowed in (("resident", 1.03), ("handles", 1.0), ("threads", 1.0)):
-        before, after = (statistics.median(getattr(s, name) for s in part) for part in (early, late))
-        assert after <= before * allowed, f"{name}: {before} -> {after}"
-
-
-def report(samples: list[Sample], run: Run) -> None:
-    place = os.environ.get("FAULT_REPORT")
-    if place:
-        lines = [vars(sample) for sample in samples]
-        evaluations = sum("eval/nll" in text for text in run.metrics_file.read_text().splitlines())
-        Path(place).write_text(json.dumps({"steps": run.steps, "evaluations": evaluations, "samples": lines}))
 
 
 # --- a sweep
@@ -159,7 +132,7 @@ def workers_below(pid: int) -> list[int]:
     return found
 
 
-def test_a_sweep_of_a_hundred_jobs_among_kills(tmp_path: Path, environment: dict[str, str], bench: Bench) -> None:
+def test_a_sweep_of_a_hundred_jobs_among_kills(tmp_path, environment, bench):
     """FAULT_JOBS (100) of them; workers and the program itself are killed at random, and the command is given again."""
     jobs, chance, kills, rounds = int(os.environ.get("FAULT_JOBS", "100")), random.Random(8), 0, 0
     request = ["debug=fast", "objective=sft", "train.steps=3", "train.checkpoint_every=1", "train.log_every=1"]
@@ -185,7 +158,7 @@ def test_a_sweep_of_a_hundred_jobs_among_kills(tmp_path: Path, environment: dict
     assert kills > 0
     first = next(run for run in found if run.name == "sft-seed0")
     whole = create_run(tmp_path / "whole", (first.path / "config.yaml").read_text(encoding="utf-8"), [])
-    assert bench.sit(whole.path).code == 0
+    bench.sit(whole.path, code=0)
     expected = written(whole.path)
     same(first.path, {name: expected[name] for name in ("curve", "models", "tensors")})
 
@@ -193,7 +166,7 @@ def test_a_sweep_of_a_hundred_jobs_among_kills(tmp_path: Path, environment: dict
 # --- many runs
 
 
-def test_a_thousand_run_folders_are_read_in_seconds(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_thousand_run_folders_are_read_in_seconds(tmp_path, uft):
     """FAULT_RUNS (1000) of them, with seals; a minute is allowed, for machines that are busy or old."""
     from synthetic import make_sweep
 
@@ -209,12 +182,8 @@ def test_a_thousand_run_folders_are_read_in_seconds(tmp_path: Path, environment:
     took = {}
     for verb, words in {"ls": ["--json"], "compare": []}.items():
         began = time.monotonic()
-        command = [sys.executable, "-m", "uft", verb, str(sweep), *words]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, timeout=600, check=True
-        )
+        done = uft(verb, sweep, *words, timeout=600)
         took[verb] = time.monotonic() - began
         if verb == "ls":
             assert len(json.loads(done.stdout)) == 4 * (runs // 4)
-    print(took)
     assert max(took.values()) < MINUTE, took

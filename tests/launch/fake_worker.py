@@ -52,7 +52,11 @@ def main() -> None:
         print(f"uft: 1 problem in this request\n\n{said}\n", file=sys.stderr)
         sys.exit(2)
     if script == "late_refusal":
-        result(target, "failed", error="no rows left")
+        result(
+            target,
+            "failed",
+            error="uft: 2 problems in this request\n\n  data.x  no rows left\n\n  data.y  none either\n",
+        )
         sys.exit(2)
     if script == "die":
         os.kill(os.getpid(), signal.SIGKILL)

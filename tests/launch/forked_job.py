@@ -1,7 +1,5 @@
 """A job of a fork server that does as it is told: what a worker would, in milliseconds."""
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import json
@@ -23,7 +21,18 @@ def main(arguments: list[str]) -> int:
     what, *rest = arguments
     if what == "describe":
         atexit.register(print, "an exit handler")
-        print(json.dumps(description()))
+        description = {
+            "parent": os.getppid(),
+            "leads a session": os.getsid(0) == os.getpid(),
+            "cwd": os.getcwd(),
+            "umask": oct(os.umask(0o022)),
+            "argv": sys.argv[1:],
+            "environment": dict(os.environ),
+            "open": sorted(int(name) for name in os.listdir("/proc/self/fd")),
+            "signals": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)],
+            "main": sys.modules["__main__"].__name__.rpartition(".")[2],
+        }
+        print(json.dumps(description))
     if what == "ask":
         print(sys.stdin.readline().strip(), "was read")
         print("a complaint", file=sys.stderr)
@@ -40,20 +49,6 @@ def main(arguments: list[str]) -> int:
         Path(rest[0]).write_text(str(os.getpid()))
         time.sleep(60)
     return int(rest[0]) if what == "exit" else 0
-
-
-def description() -> dict[str, object]:
-    return {
-        "parent": os.getppid(),
-        "leads a session": os.getsid(0) == os.getpid(),
-        "cwd": os.getcwd(),
-        "umask": oct(os.umask(0o022)),
-        "argv": sys.argv[1:],
-        "environment": dict(os.environ),
-        "open": sorted(int(name) for name in os.listdir("/proc/self/fd")),
-        "signals": [str(signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)],
-        "main": sys.modules["__main__"].__name__.rpartition(".")[2],
-    }
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """From a configuration to a run folder and a worker (a stand-in that takes milliseconds)."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,10 +10,10 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import program
 import pytest
 import yaml
 
-from uft.cli import main
 from uft.config.compose import compose
 from uft.errors import UftError
 from uft.launch import launcher
@@ -33,40 +32,39 @@ def sittings(run: Run) -> list[str]:
     return (run.path / "sittings").read_text().split()
 
 
-def test_a_run_folder_holds_what_was_asked(worker):
+def test_a_run_folder_holds_what_was_asked(worker, capsys):
     assert train("seed=3", "optim.lr=0.5") == 0
     (run,) = find_runs(worker / "outputs")
     config = run.config()
     assert run.name.startswith("sft-mix-playground-seed3-")
     assert config["run"]["name"] == run.name
     assert (config["seeds"]["data"], config["optim"]["lr"], config["run"]["dir"]) == (3, 0.5, None)
-    assert yaml.safe_load((run.path / "overrides.yaml").read_text()) == ["seed=3", "optim.lr=0.5"]
+    assert run.overrides() == ["seed=3", "optim.lr=0.5"]
     info = run.info()
     assert info["versions"]["uft"]
     assert info["versions"]["torch"]
     assert info["cwd"] == str(worker)
-    assert json.loads((run.path / "run.json").read_text())["command"]
+    assert info["command"]
     assert run.status == "finished"
-
-
-def test_run_dir_and_run_name(worker):
     assert train("run.dir=here/it/is") == 0
     assert Run(worker / "here/it/is").status == "finished"
-    assert train("run.name=mine") == 0
-    assert [run.name for run in find_runs(worker / "outputs")] == ["mine"]
+    assert train("run.name=mine") == train("run.name=mine") == 0
+    assert "finished already" in capsys.readouterr().out
+    named, _ = find_runs(worker / "outputs")
+    assert (named.name, sittings(named)) == ("mine", ["ok"])
 
 
-def test_bad_rows_are_told_by_the_real_worker_and_leave_nothing_behind(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    rows = tmp_path / "rows.jsonl"
+def test_bad_rows_are_told_by_the_real_worker_and_leave_nothing_behind(tmp_path, uft):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    rows = folder / "rows.jsonl"
     rows.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\nnot json\n')
     words = ("data=files", "+data.sources.mine.path=rows.jsonl", "+data.sources.other.path=nowhere.jsonl")
-    assert main(["train", *BASE, *words, "data.holdout=0", "run.dir=some/where"]) == 2
-    err = capfd.readouterr().err
+    err = uft("train", *BASE, *words, "data.holdout=0", "run.dir=some/where", code=2, cwd=folder).stderr
     assert err.startswith("uft: 3 problems in this request\n")
     for part in ("rows.jsonl:2", "rows.jsonl:3", "nowhere.jsonl", "data.bad_rows=drop"):
         assert part in err
-    assert list(tmp_path.iterdir()) == [rows]
+    assert list(folder.iterdir()) == [rows]
 
 
 def test_a_request_that_is_refused_before_step_0_leaves_nothing_behind(worker):
@@ -77,55 +75,33 @@ def test_a_request_that_is_refused_before_step_0_leaves_nothing_behind(worker):
     assert list(worker.rglob("*")) == [worker / "mine", worker / "mine" / "empty"]
 
 
-def test_a_refusal_after_work_was_done_keeps_the_folder(worker):
-    assert train("run.name=late", script="late_refusal") == 2
-    (run,) = find_runs(worker / "outputs")
-    assert run.status == "failed"
+def test_failures_keep_their_folder_and_can_be_tried_again(worker, capfd):
+    for script, code, status in (("fail", 1, "failed"), ("die", 1, "interrupted"), ("late_refusal", 2, "failed")):
+        assert train(f"run.name={script}", script=script) == code
+        (run,) = [run for run in find_runs(worker / "outputs") if run.name == script]
+        assert run.status == status
+        assert ("SIGKILL" in capfd.readouterr().err) == (script == "die")
+        assert train(f"run.name={script}") == 0
+        assert sittings(run) == [script, "ok"]
 
 
-@pytest.mark.parametrize(("script", "code", "status"), [("fail", 1, "failed"), ("die", 1, "interrupted")])
-def test_failures_keep_their_folder_and_can_be_tried_again(worker, capfd, script, code, status):
-    assert train("run.name=x", script=script) == code
-    (run,) = find_runs(worker / "outputs")
-    assert run.status == status
-    assert ("SIGKILL" in capfd.readouterr().err) == (script == "die")
-    assert train("run.name=x") == 0
-    assert sittings(run) == [script, "ok"]
-
-
-def test_a_finished_run_is_left_alone(worker, capsys):
-    assert train("run.name=x") == train("run.name=x") == 0
-    (run,) = find_runs(worker / "outputs")
-    assert sittings(run) == ["ok"]
-    assert "finished already" in capsys.readouterr().out
-
-
-def test_another_configuration_is_refused_with_the_difference_but_free_keys_may_change(worker):
+def test_a_run_goes_on_under_the_configuration_it_began_with(worker):
+    """Another one is refused with the difference, free keys may change, and a key that came with a newer version
+    counts with its default. A run at work is not disturbed."""
     train("run.name=x", script="fail")
+    (run,) = find_runs(worker / "outputs")
     with pytest.raises(UftError) as caught:
         train("run.name=x", "optim.lr=0.5", "train.steps=7", "tracking=offline")
     assert caught.value.code == 2
     assert {p.what: p.why for p in caught.value.problems} == {"optim.lr": "0.001 -> 0.5", "train.steps": "200 -> 7"}
-    (run,) = find_runs(worker / "outputs")
     assert run.config()["optim"]["lr"] == 0.001
-    assert train("run.name=x", "tracking=offline", "train.log_every=3") == 0
-    assert (run.config()["tracking"]["mode"], run.config()["train"]["log_every"]) == ("offline", 3)
-
-
-def test_a_key_that_came_with_a_newer_version_counts_with_its_default(worker):
-    train("run.name=x", script="fail")
-    (run,) = find_runs(worker / "outputs")
+    with run.lock(), pytest.raises(UftError, match="another process"):
+        train("run.name=x")
     config = run.config()
     del config["model"]["attention"], config["objective"]["min_score"]
     run.config_file.write_text(yaml.safe_dump(config))
-    assert train("run.name=x") == 0
-
-
-def test_a_run_at_work_is_not_disturbed(worker):
-    train("run.name=x", script="fail")
-    (run,) = find_runs(worker / "outputs")
-    with run.lock(), pytest.raises(UftError, match="another process"):
-        train("run.name=x")
+    assert train("run.name=x", "tracking=offline", "train.log_every=3") == 0
+    assert (run.config()["tracking"]["mode"], run.config()["train"]["log_every"]) == ("offline", 3)
 
 
 def test_the_run_of_another_process_that_was_quicker_is_not_taken_away(worker, monkeypatch):
@@ -183,17 +159,13 @@ def test_the_folder_of_a_run(worker):
     assert single_run_dir({**config, "stages": {"sft": {}, "dpo": {}}}, now).name.startswith("sft-then-dpo-play-ground")
 
 
-def test_a_folder_with_other_things_in_it_is_refused(worker):
-    (worker / "papers").mkdir()
-    (worker / "papers" / "thesis.tex").write_text("x")
+def test_a_folder_with_other_things_in_it_is_refused_and_a_half_made_one_made_anew(worker):
+    for name, file in (("papers", "thesis.tex"), ("half", "run.json")):
+        (worker / name).mkdir()
+        (worker / name / file).write_text("{}")
     with pytest.raises(UftError, match="not empty and is not a run"):
         train("run.dir=papers")
     assert [path.name for path in (worker / "papers").iterdir()] == ["thesis.tex"]
-
-
-def test_a_half_made_folder_is_made_anew(worker):
-    (worker / "half").mkdir()
-    (worker / "half" / "run.json").write_text("{}")
     assert train("run.dir=half") == 0
 
 
@@ -204,46 +176,44 @@ def test_jobs_without_a_run_leave_nothing(worker, capfd):
     assert list(worker.iterdir()) == []
 
 
-CODE = """
-import sys
-from uft.launch import process
-process.COMMAND = (sys.executable, {worker!r})
-from uft.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
+@pytest.fixture
+def start(worker, environment):
+    """start(*words): `uft WORDS` with the stand-in, once its worker waits; (process, run)."""
+    started = []
+
+    def start(*words):
+        script = Path(__file__).with_name("uft_with_fake_worker.py")
+        started.append(program.Popen([sys.executable, script, *words], cwd=worker, env=environment))
+        for _ in range(2000):
+            found = list((worker / "outputs").rglob("waiting"))
+            if found and found[0].read_text():
+                return started[-1], Run(found[0].parent)
+            time.sleep(0.01)
+        raise AssertionError("the worker did not start")
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
-def start(worker, *words):
-    """`uft WORDS` with the stand-in, once its worker waits; (process, run)."""
-    code = CODE.format(worker=str(Path(__file__).with_name("fake_worker.py")))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    parent = subprocess.Popen([sys.executable, "-c", code, *words], cwd=worker, env=environment)
-    for _ in range(400):
-        found = list((worker / "outputs").rglob("waiting"))
-        if found and found[0].read_text():
-            return parent, Run(found[0].parent)
-        time.sleep(0.05)
-    parent.kill()
-    raise AssertionError("the worker did not start")
-
-
-def test_a_signal_reaches_the_worker_and_its_exit_code_passes(worker):
-    parent, run = start(worker, "train", *BASE, "generate.system=wait")
+def test_a_signal_reaches_the_worker_and_its_exit_code_passes(start):
+    parent, run = start("train", *BASE, "generate.system=wait")
     parent.send_signal(signal.SIGUSR1)
     assert parent.wait(20) == 75
     assert run.status == "stopped"
     assert run.checkpoints()
 
 
-def test_a_worker_that_a_signal_ends_at_once_counts_as_stopped(worker):
-    parent, run = start(worker, "train", *BASE, "generate.system=wait_raw")
+def test_a_worker_that_a_signal_ends_at_once_counts_as_stopped(start):
+    parent, run = start("train", *BASE, "generate.system=wait_raw")
     parent.send_signal(signal.SIGINT)
     assert parent.wait(20) == 130
     assert run.status == "interrupted"
 
 
-def test_a_signal_stops_a_sweep_with_the_job(worker, capfd):
-    parent, run = start(worker, "train", "-m", *BASE, "generate.system=wait", "seed=1,2", "sweep.name=S")
+def test_a_signal_stops_a_sweep_with_the_job(start, capfd):
+    parent, run = start("train", "-m", *BASE, "generate.system=wait", "seed=1,2", "sweep.name=S")
     parent.send_signal(signal.SIGTERM)
     assert parent.wait(20) == 75
     assert [r.name for r in find_runs(run.path.parent)] == ["sft-seed1"]
@@ -251,8 +221,8 @@ def test_a_signal_stops_a_sweep_with_the_job(worker, capfd):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
-def test_a_worker_does_not_outlive_its_parent(worker):
-    parent, run = start(worker, "train", *BASE, "generate.system=wait_child")
+def test_a_worker_does_not_outlive_its_parent(start):
+    parent, run = start("train", *BASE, "generate.system=wait_child")
     child = int((run.path / "waiting").read_text())
     parent.kill()
     parent.wait(20)

@@ -11,18 +11,10 @@ import pytest
 import yaml
 
 from uft.cli import main
+from uft.config.compose import Examined
 from uft.config.files import Request, make_loader
-from uft.launch.sweep import (
-    Job,
-    check_rows,
-    examine_jobs,
-    expand,
-    job_names,
-    record_sweep,
-    resuming,
-    sweep_dir,
-    sweep_name,
-)
+from uft.launch.launcher import row_problems
+from uft.launch.sweep import Job, examine_jobs, expand, job_names, record_sweep, resuming, sweep_dir, sweep_name
 from uft.runs import create_run, find_runs, find_sweeps, planned, waiting
 
 NOW = datetime(2026, 11, 21, 9, 8, 7)
@@ -37,18 +29,17 @@ def runs(folder):
 
 
 def test_each_job_has_its_folder(worker, capsys):
-    assert sweep("objective=sft,ift", "seed=1,2", "train.log_every=7") == 0
+    assert sweep("objective=sft,ift", "seed=choice(2)", "train.log_every=7") == 0
     found = runs(worker)
-    assert list(found) == ["ift-seed1", "ift-seed2", "sft-seed1", "sft-seed2"]
+    assert list(found) == ["ift-seed2", "sft-seed2"]
     (folder,) = {run.path.parent for run in found.values()}
     assert folder.name.startswith("objective-seed-")
     config = found["ift-seed2"].config()
     assert (config["objective"]["name"], config["seed"], config["sweep"]["name"]) == ("ift", 2, folder.name)
-    overrides = yaml.safe_load((found["ift-seed2"].path / "overrides.yaml").read_text())
-    assert set(overrides) == {"tracking=none", "objective=ift", "seed=2", "train.log_every=7"}
+    assert set(found["ift-seed2"].overrides()) == {"tracking=none", "objective=ift", "seed=2", "train.log_every=7"}
     out = capsys.readouterr().out
-    assert "all 4 jobs are done" in out
-    assert "4 of 4 done: ift-seed2 finished at step 2" in out
+    assert "all 2 jobs are done" in out
+    assert "2 of 2 done: ift-seed2 finished at step 2" in out
     assert "worker train" not in out, "a job talks into its console.log"
     assert [path.name for path in worker.iterdir()] == ["outputs"], "Hydra leaves no files"
 
@@ -58,8 +49,7 @@ def test_a_rerun_skips_what_is_finished_does_what_is_new_and_refuses_other_setti
     capsys.readouterr()
     assert sweep("seed=1,2", "sweep.name=A", "optim.lr=0.5") == 2
     err = capsys.readouterr().err
-    for part in ("optim.lr", "0.001 -> 0.5", "1 of 2 jobs, the first is seed1"):
-        assert part in err
+    assert all(part in err for part in ("optim.lr", "0.001 -> 0.5", "1 of 2 jobs, the first is seed1"))
     assert list(runs(worker)) == ["seed1"]
     assert sweep("seed=1,2", "sweep.name=A", "tracking.mode=offline") == 0
     sittings = {name: (run.path / "sittings").read_text() for name, run in runs(worker).items()}
@@ -69,29 +59,57 @@ def test_a_rerun_skips_what_is_finished_does_what_is_new_and_refuses_other_setti
 def test_failures_and_refusals_of_workers_do_not_stop_the_others_and_all_are_listed(worker, capfd):
     assert sweep("generate.system=fail,ok,die,refuse", "sweep.name=A") == 1
     out, err = capfd.readouterr()
-    assert "3 of 4 jobs failed" in err
-    assert "ValueError: it broke" in err
-    assert "killed by SIGKILL" in err
-    assert "no rows that this objective can use" in err
-    assert "did you mean  data=mix ?" in err
-    assert "uft resume outputs/" in err
+    for said in (
+        "3 of 4 jobs failed",
+        "ValueError: it broke",
+        "killed by SIGKILL",
+        "no rows that this objective can use",
+        "did you mean  data=mix ?",
+        "uft resume outputs/",
+    ):
+        assert said in err
     assert "1 of 4 done: systemrefuse failed" in out
     found = {name: run.status for name, run in runs(worker).items()}
     assert found == {"systemdie": "interrupted", "systemfail": "failed", "systemok": "finished"}
 
 
+def test_the_reason_of_a_failed_job_stands_wherever_jobs_are_listed(worker, capsys):
+    """Not the line that only counts its problems: in the table, the report, `uft ls` and `uft compare`."""
+    assert sweep("generate.system=ok,late_refusal", "sweep.name=A") == 1
+    out, err = capsys.readouterr()
+    assert "1 of 2 done: systemlate_refusal failed at step 2, data.x  no rows left" in out
+    assert "systemlate_refusal  failed        2            data.x  no rows left" in out
+    assert "  systemlate_refusal\n      data.x  no rows left\n" in err
+    (folder,) = worker.glob("outputs/*/A")
+    for verb in ("ls", "compare"):
+        assert main([verb, str(folder)]) == 0
+        out = capsys.readouterr().out
+        assert "data.x  no rows left" in out
+        assert "problems in this request" not in out
+
+
 def test_all_jobs_are_checked_before_the_first_starts(worker, capsys):
+    """Their settings and their rows, with every problem told once, and nothing is left in the folder."""
     assert sweep("objective=sft,dpo", "objective.beta=0.1", "data.ratio=0.5,2", "train.stps=1", "run.dir=x") == 2
     err = capsys.readouterr().err
-    assert "uft: 4 problems in this request" in err
-    assert "in 2 of 4 jobs, the first is  objective=sft data.ratio=0.5" in err
-    assert "no such key in objective=sft" in err
-    assert "data.ratio=2.0" in err
-    assert "must be at most 1" in err
-    assert "in 2 of 4 jobs, the first is  objective=sft data.ratio=2" in err
-    assert "did you mean  train.steps ?" in err
-    assert "one folder for 4 jobs" in err
+    for said in (
+        "uft: 4 problems in this request",
+        "in 2 of 4 jobs, the first is  objective=sft data.ratio=0.5",
+        "no such key in objective=sft",
+        "data.ratio=2.0",
+        "must be at most 1",
+        "in 2 of 4 jobs, the first is  objective=sft data.ratio=2",
+        "did you mean  train.steps ?",
+        "one folder for 4 jobs",
+    ):
+        assert said in err
     assert list(worker.iterdir()) == []
+    (worker / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    assert sweep("data=files", "+data.sources.a.path=bad.jsonl,missing.jsonl", "data.holdout=0") == 2
+    err = capsys.readouterr().err
+    for said in ("uft: 2 problems", "bad.jsonl:2", "missing.jsonl", "data.bad_rows=drop"):
+        assert said in err
+    assert not (worker / "outputs").exists()
 
 
 def test_keys_of_some_objectives_come_with_the_commands_that_sweep_them(worker):
@@ -107,11 +125,8 @@ def test_keys_of_some_objectives_come_with_the_commands_that_sweep_them(worker):
     assert main([*commands[2][1:], "tracking=none"]) == 0
     assert [run.path.parent.name for run in runs(worker).values()] == ["objective-beta"]
     assert list(runs(worker)) == ["ift"]
-
-
-def test_a_key_that_no_objective_has_is_a_typo_alone(worker, capsys):
-    assert sweep("objective=sft,ift", "objective.bta=0.1,0.2") == 2
-    assert "Sweep them apart" not in capsys.readouterr().err
+    _, footer = examine_jobs(Request(("objective=sft,ift", "objective.bta=0.1")), make_loader(Request()))
+    assert "Sweep them apart" not in footer, "a key that no objective has is a typo"
 
 
 def test_an_interval_is_for_a_search(worker, capsys):
@@ -119,25 +134,18 @@ def test_an_interval_is_for_a_search(worker, capsys):
     assert "hydra/sweeper=uft_optuna" in capsys.readouterr().err
 
 
-def test_bad_rows_of_any_job_stop_the_sweep(worker, capsys):
-    (worker / "bad.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
-    assert sweep("data=files", "+data.sources.a.path=bad.jsonl,missing.jsonl", "data.holdout=0") == 2
-    err = capsys.readouterr().err
-    for part in ("uft: 2 problems", "bad.jsonl:2", "missing.jsonl", "data.bad_rows=drop"):
-        assert part in err
-    assert not (worker / "outputs").exists()
-
-
 def test_the_rows_of_a_mixture_are_read_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     read = []
     monkeypatch.setattr("uft.data.sources.load_sources", lambda data: read.append(data.sources["a"].path))
     jobs = [
-        {"seed": seed, "data": {"name": "d", "ratio": ratio, "sources": {"a": {"path": path, "share": share}}}}
+        Examined(
+            {"seed": seed, "data": {"name": "d", "ratio": ratio, "sources": {"a": {"path": path, "share": share}}}}
+        )
         for path, ratio, share, seed in product(("x.jsonl", "y.jsonl"), (None, 0.5), (None, 2.0), (1, 2))
     ]
-    check_rows(jobs)
-    check_rows(jobs[:1])
+    row_problems(jobs, refused=False)
+    row_problems(jobs[:1], refused=False)
     assert read == ["x.jsonl", "y.jsonl"]
 
 
@@ -149,12 +157,11 @@ def test_hydras_own_folder_and_a_name_for_all_runs_stands_before_their_own(worke
 def test_a_shipped_sweep_its_name_and_values_of_ones_own(worker, capsys):
     """The group `sweep` and the key `sweep.name` are two things; what is typed replaces an axis of the file."""
     words = ("train", "tracking=none", "sweep=beta_ratio", "objective=dpo", "data.unusable=drop")
-    assert main([*words, "sweep.name=mine", "objective.beta=0.1,0.2", "data.ratio=0.5"]) == 0
-    assert list(runs(worker)) == ["dpo-beta0.1-ratio0.5", "dpo-beta0.2-ratio0.5"]
+    assert main([*words, "sweep.name=mine", "objective.beta=0.2", "data.ratio=0.5"]) == 0
+    assert list(runs(worker)) == ["dpo-beta0.2-ratio0.5"]
     config = runs(worker)["dpo-beta0.2-ratio0.5"].config()
     assert (config["objective"]["beta"], config["sweep"]) == (0.2, {"name": "mine"})
-    capsys.readouterr()
-    assert main([*words, "objective.beta=0.1,0.2", "train.stps=3"]) == 2
+    assert main([*words, "objective.beta=0.1", "data.ratio=0.5", "train.stps=3"]) == 2
     err = capsys.readouterr().err
     assert "uft: 1 problem" in err
     assert "did you mean  train.steps ?" in err
@@ -166,7 +173,8 @@ def test_hydras_own_sweeper_works_too(worker, capfd):
     assert sorted(run.status for run in runs(worker).values()) == ["failed", "finished"]
 
 
-def test_config_lists_the_jobs_of_a_file_and_shows_the_first(worker, capsys):
+def test_other_verbs_can_be_swept_by_a_file_too(worker, capfd):
+    """`config` lists the jobs and shows the first."""
     folder = worker / "conf-user" / "experiment"
     folder.mkdir(parents=True)
     (folder / "betas.yaml").write_text(
@@ -174,18 +182,14 @@ def test_config_lists_the_jobs_of_a_file_and_shows_the_first(worker, capsys):
         "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      objective.beta: 0.3,0.2\n"
     )
     assert main(["config", "experiment=betas", "data.ratio=0.75,1"]) == 0
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "# 4 jobs; below is the first one's configuration" in out
     assert "#   objective.beta=0.2 data.ratio=0.75" in out
     assert yaml.safe_load(out)["objective"]["beta"] == 0.3
-    assert list(worker.iterdir()) == [worker / "conf-user"]
-
-
-def test_other_verbs_can_be_swept(worker, capfd):
     assert main(["check", "-m", "model.path=a,b"]) == 0
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith(("a ", "b "))]
     assert said == ["a None", "b None"]
-    assert list(worker.iterdir()) == []
+    assert list(worker.iterdir()) == [worker / "conf-user"]
 
 
 # --- names
@@ -205,7 +209,7 @@ def test_a_key_of_a_file_that_is_typed_too_is_one_axis():
     assert name == sweep_name(list(axes)[::-1], ["sweep=beta_ratio", "tracking=none", "sweep.name=x"])
 
 
-def test_a_job_is_named_by_the_axes_that_vary():
+def test_names_of_jobs_are_folders_unique_and_of_the_axes_that_vary():
     axes = ["objective", "objective.beta", "data.ratio", "seed"]
     job = ["model=playground", "objective=ift", "objective.beta=0.1", "data.ratio=0.5", "seed=1", "train.steps=3"]
     assert job_names([job], axes) == ["ift-beta0.1-ratio0.5-seed1"]
@@ -215,9 +219,6 @@ def test_a_job_is_named_by_the_axes_that_vary():
     # two parts of a key where one is ambiguous
     axes = ["optim.lr", "model.lr", "data.ratio"]
     assert job_names([["optim.lr=1", "model.lr=2", "data.ratio=3"]], axes) == ["optim.lr1-model.lr2-ratio3"]
-
-
-def test_names_of_jobs_are_folders_and_unique():
     (name,) = job_names([["optim.betas=[0.9,0.95]", "model.path=a/b=c"]], ["optim.betas", "model.path"])
     assert not set(name) & set("=,[]/ "), "nothing that Hydra or a shell would trip over"
     assert name.startswith("betas0.9-0.95-")
@@ -265,6 +266,7 @@ def ask(monkeypatch, tmp_path):
 
 def test_a_sweep_grows_and_forgets_nothing(ask, tmp_path):
     first = ask("-m seed=1,2", {"seed": ["1", "2"]}, "seed1", "seed2")
+    assert list(first) == ["format", "name", "made", "changed", "commands", "axes", "jobs"]
     assert (first["format"], first["name"]) == (1, "S")
     (command,) = first["commands"]
     assert (command["words"], command["cwd"]) == (["-m", "seed=1,2"], str(tmp_path))
@@ -277,15 +279,12 @@ def test_a_sweep_grows_and_forgets_nothing(ask, tmp_path):
     assert found["jobs"][0] == first["jobs"][0]
     assert [command["words"][1] for command in found["commands"]] == ["seed=2,3", "lr=1", "seed=1,2"]
     assert found["made"] == first["made"]
-
-
-def test_what_resume_does_is_no_new_request(ask, tmp_path):
-    ask("-m seed=1,2", {"seed": ["1"]}, "seed1")
-    with resuming(Path("S")) as commands:
-        assert commands == [(["-m", "seed=1,2"], tmp_path)]
-        found = ask("-m seed=1,2 tracking.mode=offline hydra.sweep.dir=S", {"seed": ["1"]}, "seed1")
-    assert len(found["commands"]) == 1
-    assert len(ask("-m seed=3", {"seed": ["3"]}, "seed3")["commands"]) == 2
+    with resuming(Path("S")) as commands:  # gives them again, and asks for nothing new
+        assert [words for words, _ in commands] == [["-m", "seed=2,3"], ["-m", "lr=1"], ["-m", "seed=1,2"]]
+        assert {cwd for _, cwd in commands} == {tmp_path}
+        again = ask("-m lr=1 tracking.mode=offline hydra.sweep.dir=S", {"lr": ["1"]}, "lr1")
+    assert again["commands"] == found["commands"]
+    assert len(ask("-m seed=3", {"seed": ["3"]}, "seed3")["commands"]) == 4
 
 
 def test_jobs_that_have_not_started_are_known(ask, tmp_path):

@@ -1,6 +1,5 @@
 """The shipped sweeps: every job can be run, and the files say what they are."""
 
-import os
 import re
 
 import pytest
@@ -10,7 +9,8 @@ from uft.config.compose import examine
 from uft.config.files import Request, make_loader
 from uft.config.messages import conf_dir, groups
 from uft.data.rows import Kind
-from uft.launch.sweep import check_rows, expand
+from uft.launch.launcher import row_problems
+from uft.launch.sweep import expand
 from uft.objectives import make
 
 FILES = groups([conf_dir()])["sweep"]
@@ -31,10 +31,6 @@ def loader():
     return make_loader(Request())
 
 
-def test_what_is_shipped():
-    assert set(FILES) == {"beta_ratio", "objectives", "playground", "pref_recipe", "seeds"}
-
-
 @pytest.mark.parametrize("name", sorted(set(FILES) - {"objectives"}))
 def test_its_jobs_can_be_run(name, loader):
     """Of several seeds the first; of the playground's arms, which other tests compose, every sixth."""
@@ -47,18 +43,18 @@ def test_its_jobs_can_be_run(name, loader):
 def runnable(jobs, loader):
     examined = [examine(Request(tuple(job))) for job in jobs]
     assert [problem for one in examined for problem in one.problems] == []
-    check_rows([one.settings for one in examined])
+    assert row_problems(examined, refused=False) == ([], "")
     return examined
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_it_is_one_without_m_and_says_what_it_asks_and_what_it_costs(name):
-    assert sweep(name)["hydra"]["mode"] == "MULTIRUN"
-    comment = "".join(line for line in FILES[name].read_text().splitlines(True) if line.startswith("#"))
-    first_sentence = comment.split("\n")[1]
-    assert "?" in first_sentence
-    assert f"uft train sweep={name}" in comment
-    assert re.search(r"[Cc]osts", comment)
+def test_a_file_is_a_sweep_without_m_and_says_what_it_asks_and_what_it_costs():
+    assert set(FILES) == {"beta_ratio", "objectives", "playground", "pref_recipe", "seeds"}
+    for name, file in FILES.items():
+        assert sweep(name)["hydra"]["mode"] == "MULTIRUN"
+        comment = "".join(line for line in file.read_text().splitlines(True) if line.startswith("#"))
+        assert "?" in comment.split("\n")[1], "of its first sentence"
+        assert f"uft train sweep={name}" in comment
+        assert re.search(r"[Cc]osts", comment)
 
 
 def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
@@ -86,13 +82,3 @@ def test_reuse_is_what_the_comment_says():
     ]
     passes = ", ".join(str(rows // limit) for limit in limits[:-1]) + f" or {rows // limits[-1]} passes"
     assert passes in " ".join(FILES["pref_recipe"].read_text().split("\n# "))
-
-
-def test_help_lists_them(worker, capsys):
-    from uft.cli import main
-
-    assert main(["train", "--help"]) == 0
-    out = capsys.readouterr().out
-    assert "\nsweep=\n" in out
-    assert "  beta_ratio   How strong should the anchor be" in out
-    assert os.listdir(worker) == []

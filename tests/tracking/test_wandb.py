@@ -120,11 +120,11 @@ def test_a_run_that_was_offline_goes_online_with_all_its_rows(server, new_run, c
 
 def test_an_agent_names_the_run_and_a_resume_keeps_it(open_wandb, new_run, server, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "given")
-    monkeypatch.setenv("WANDB_PROJECT", "tuning")
     alone = open_wandb(run=new_run("alone"))
     alone.finish("finished", 0, {})
+    monkeypatch.setenv("WANDB_PROJECT", "tuning")
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
-    tracker = open_wandb()
+    tracker = open_wandb(project="other")
     tracker.finish("stopped", 75, {})
     for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_PROJECT"):
         monkeypatch.delenv(name)
@@ -133,6 +133,33 @@ def test_an_agent_names_the_run_and_a_resume_keeps_it(open_wandb, new_run, serve
     projects = {run: sent["project"] for run, sent in server.runs.items()}
     assert projects == {alone.run.info()["id"]: "uft", "given": "tuning"}
     assert server.exits["given"] == 0
+
+
+def test_variables_of_w_and_b_are_followed_or_it_is_said(open_wandb, new_run, server, monkeypatch):
+    """Where the configuration leaves the default they are; where it says otherwise it wins. So does a run's first
+    session over the environment of a later one."""
+    said: list[str] = []
+    monkeypatch.setenv("WANDB_PROJECT", "papers")
+    monkeypatch.setenv("WANDB_ENTITY", "team")
+    first = open_wandb(say=said.append)
+    first.finish("stopped", 75, {})
+    assert said == []
+    sent = server.runs[first.run.info()["id"]]
+    assert (sent["project"], first.run.info()["wandb"]["entity"]) == ("papers", "team")
+    monkeypatch.setenv("WANDB_PROJECT", "other")
+    open_wandb(run=first.run, say=said.append).finish("finished", 0, {})
+    mine = open_wandb(run=new_run("mine"), say=said.append, project="mine", entity="me")
+    mine.finish("finished", 0, {})
+    assert said == [
+        "WANDB_PROJECT=other is not followed: this run has tracking.project=papers",
+        "WANDB_PROJECT=other is not followed: this run has tracking.project=mine",
+        "WANDB_ENTITY=team is not followed: this run has tracking.entity=me",
+    ]
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    quiet = open_wandb("auto", run=new_run("quiet"), say=said.append)
+    assert (quiet.mode, said[3:]) == ("disabled", [])
+    open_wandb("offline", run=new_run("kept"), say=said.append, project="other", entity="team")
+    assert said[3:] == ["WANDB_DISABLED=true is not followed: tracking.mode=offline"]
 
 
 @pytest.mark.parametrize("mode", ["disabled", "offline"])

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, tell
+from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, tell
 from uft.runs import (
     OUTPUTS,
     Run,
@@ -100,8 +100,8 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
             values = [row.get(f"eval/{name}") for name in metrics]
             numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "" for value in values]
             table.add_row(Text(f"  {row['name']}"), state, step_of(row), *numbers)
-            if row.get("error"):
-                errors.append(Text(f"  {row['name']}: {str(row['error']).strip().splitlines()[0]}", style="red"))
+            if error := problem_lines(str(row.get("error") or "")):
+                errors.append(Text(f"  {row['name']}: {error[0]}", style="red"))
         console.print(Text(f"\n{folder}/", style="bold"))
         console.print(table, *errors, sep="\n", highlight=False)
 
@@ -167,7 +167,8 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
     for number, run in enumerate(unfinished, 1):
         print(f"\nuft: run {number} of {len(unfinished)}: {run.name}", flush=True)
         try:
-            code, why = resume_run(run, overrides), str(run.result().get("error") or "")
+            code = resume_run(run, overrides)
+            why = "\n".join(problem_lines(str(run.result().get("error") or "")))
         except UftError as error:
             code, why = error.code, "; ".join(f"{problem.what}: {problem.why}" for problem in error.problems)
         if code in SIGNALLED:

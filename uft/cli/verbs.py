@@ -30,8 +30,17 @@ from uft.config.schema import COLUMNS, Config, keys_of
 from uft.config.stages import made, rows_of, without_stages
 from uft.config.tree import Tree
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
-from uft.launch.launcher import changed_keys, launch_job, launch_train, row_problems
-from uft.launch.sweep import JobFailed, examine_jobs, failure_reason, is_sweep_job, quote, typed_overrides
+from uft.launch.launcher import (
+    JobFailed,
+    changed_keys,
+    failure_reason,
+    is_sweep_job,
+    launch_job,
+    launch_train,
+    row_problems,
+    typed_overrides,
+)
+from uft.launch.sweep import examine_jobs, quote
 from uft.runs import Run, open_run
 
 Work = Callable[[Examined, Sequence[str]], int]
@@ -219,7 +228,7 @@ def checked(request: Request) -> Examined:
     """The request, composed and valid. UftError with every problem; bad rows are told with wrong settings."""
     examined = examine(request)
     if examined.problems:
-        raise UftError(*examined.problems, *row_problems(examined), footer=footer(examined))
+        raise UftError(*examined.problems, *row_problems([examined])[0], footer=footer(examined))
     return examined
 
 
@@ -235,8 +244,8 @@ def hydra_task(work: Work, cfg: DictConfig) -> None:
         examined = require(request)
         code = work(examined, [*options_of(request), *words])
         if code != GOOD:
-            folder = str(examined.settings["run"]["dir"] or "")
-            raise JobFailed(code, folder, failure_reason(code, Path(folder)))
+            folder = Path(examined.settings["run"]["dir"] or "")
+            raise JobFailed(code, failure_reason(code, folder))
         return
     try:
         code = work(checked(request), [*options_of(request), *words])

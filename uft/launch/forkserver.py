@@ -9,25 +9,24 @@ way, and a crash takes that job alone.
                                             (exits at once: the kernel gives the job to the launcher)
 
 The launcher is a subreaper (prctl(2)) for the moment of a fork, which is why it gets the orphan. This needs Linux;
-elsewhere, and wherever a fork would differ from a fresh process, :func:`fork` returns None and the caller uses Popen.
+elsewhere, and wherever a fork would differ from a fresh process, there is no server and the caller uses Popen.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import io
 import json
 import os
-import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -40,10 +39,9 @@ FREE = ("UFT_", "CUDA_VISIBLE_DEVICES")
 """Prefixes of the environment variables that no import reads. A job may have others of these than the server; where
 anything else differs (OMP_NUM_THREADS, HF_HOME, ...), the imports would have come out differently."""
 
-PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 1, 15, 36, 37
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 NAME, JOB_NAME = "uft-forkserver", "uft-worker"  # in the list of processes: all have the server's command line
-LENGTH = struct.Struct("!Q")
-TICK = 0.1  # seconds between two looks at whether a signal asks the launcher to stop waiting for the server
+LONGEST = 1 << 20  # bytes of a request, which is one message
 
 
 # --- in the launcher
@@ -56,31 +54,22 @@ class Child:
         self.pid = pid
         self.returncode: int | None = None
 
-    def poll(self) -> int | None:
+    def poll(self, flags: int = os.WNOHANG) -> int | None:
         """The exit code, negative for a signal; None while it lives."""
-        return self._reap(os.WNOHANG)
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, flags)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
 
     def wait(self) -> int:
-        code = self._reap(0)
+        code = self.poll(0)
         assert code is not None
         return code
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def _reap(self, flags: int) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, flags)
-            if pid:
-                self.returncode = os.waitstatus_to_exitcode(status)
-        return self.returncode
 
 
 class Server:
@@ -92,7 +81,7 @@ class Server:
     @classmethod
     def start(cls, environment: Mapping[str, str], target: str) -> Server:
         """A new process that imports what `target` needs: its function `preload()`."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = channel()
         command = [sys.executable, "-P", "-m", "uft.launch.forkserver", str(theirs.fileno()), str(os.getpid()), target]
         silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with theirs:
@@ -109,139 +98,109 @@ class Server:
         environment: Mapping[str, str],
         cwd: Path | None,
         streams: Sequence[int],
-        hurry: Callable[[], object] = lambda: False,
     ) -> Child | None:
-        """A job that runs `target`'s `main(arguments)`; None if the server is lost.
-
-        `streams`: its descriptors 0, 1 and 2. `hurry`: when it becomes true, the server is given up if it is not ready.
-        """
-        ours, theirs = socket.socketpair()
+        """A job that runs `target`'s `main(arguments)`; None if the server is lost. `streams`: descriptors 0 to 2."""
+        umask = os.umask(0o077)
+        os.umask(umask)
         request = {
             "target": target,
             "arguments": list(arguments),
             "environment": dict(environment),
             "cwd": str(cwd or Path.cwd()),
-            "umask": current_umask(),
+            "umask": umask,
             "launcher": os.getpid(),
         }
-        payload = json.dumps(request).encode()
-        with ours, adopting_orphans():
+        answer, written_by_job = os.pipe()
+        with open(answer, "rb") as reply, adopting_orphans():
             try:
-                with theirs:
-                    socket.send_fds(self.socket, [LENGTH.pack(len(payload))], [theirs.fileno(), *streams])
-                self.socket.sendall(payload)
-                while not select.select([ours], [], [], TICK)[0]:
-                    if hurry():
-                        self.process.kill()
-                answer = ours.recv(LENGTH.size, socket.MSG_WAITALL)
+                socket.send_fds(self.socket, [json.dumps(request).encode()], [written_by_job, *streams])
             except OSError:
                 return None
-        return Child(LENGTH.unpack(answer)[0]) if len(answer) == LENGTH.size else None
+            finally:
+                os.close(written_by_job)
+            pid = reply.read()
+        return Child(int(pid)) if pid else None
 
     def close(self) -> None:
         self.socket.close()
-        self.process.kill()
+        self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
 
-class _Current:
+def channel() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets whose messages keep their bounds."""
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+class Current:
     """The server of this process: wanted by a sweep, started by its first job, given up when it is lost."""
 
     wanted = False
     server: Server | None = None
 
+    @classmethod
+    def close(cls) -> None:
+        if cls.server:
+            cls.server.close()
+        cls.wanted, cls.server = False, None
+
 
 @contextmanager
 def forkserver() -> Iterator[None]:
     """Within, workers that are started one after the other are forks of one server; the first of them starts it."""
-    if sys.platform != "linux" or os.environ.get(SWITCH) == "off" or _Current.server:
+    if sys.platform != "linux" or os.environ.get(SWITCH) == "off" or Current.server:
         yield
         return
-    _Current.wanted = True
+    Current.wanted = True
     try:
         yield
     finally:
-        _Current.wanted = False
-        if _Current.server:
-            _Current.server.close()
-        _Current.server = None
+        Current.close()
 
 
-def use(server: Server) -> None:
-    """Fork this process's workers from a server that is there already."""
-    _Current.server = server
-
-
-def fork(
-    command: Sequence[str],
-    environment: Mapping[str, str],
-    cwd: Path | None,
-    streams: Mapping[str, Any],
-    hurry: Callable[[], object] = lambda: False,
-) -> Child | None:
-    """The process that `subprocess.Popen(command, env=environment, cwd=cwd, start_new_session=True, **streams)` would
-    be, as a fork. None where there is no server, where `command` is no worker, or where a fork would be another."""
+def server_for(command: Sequence[str], environment: Mapping[str, str]) -> Server | None:
+    """The server whose forks are what Popen would start with this command and environment; None where it has none."""
     if tuple(command[: len(WORKER)]) != WORKER:
         return None
-    if _Current.server is None and _Current.wanted:
-        _Current.server, _Current.wanted = Server.start(environment, WORKER[-1]), False
-    server = _Current.server
-    if server is None or same_for_imports(server.environment) != same_for_imports(environment):
-        return None
-    with ExitStack() as opened:
-        descriptors = [0, 1, 2]
-        for number, name in enumerate(("stdin", "stdout", "stderr")):
-            given = streams.get(name)
-            if given == subprocess.DEVNULL:
-                given = opened.enter_context(open(os.devnull, "r+b", buffering=0))
-            if given is not None:
-                descriptors[number] = given.fileno()
-        child = server.fork(WORKER[-1], command[len(WORKER) :], environment, cwd, descriptors, hurry)
-    if child is None:  # the server is lost: from here on Popen
-        server.close()
-        _Current.server = None
-    return child
+    if Current.wanted and Current.server is None:
+        Current.server = Server.start(environment, WORKER[-1])
+    server = Current.server
+    same = server is not None and read_by_imports(server.environment) == read_by_imports(environment)
+    return server if same else None
 
 
-def same_for_imports(environment: Mapping[str, str]) -> dict[str, str]:
+def read_by_imports(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(FREE)}
 
 
 @contextmanager
 def adopting_orphans() -> Iterator[None]:
     """Within, a grandchild whose parent ends becomes a child of this process."""
-    before = ctypes.c_int()
-    prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
         yield
     finally:
-        prctl(PR_SET_CHILD_SUBREAPER, before.value)
+        prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 def prctl(option: int, argument: Any) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, argument, 0, 0, 0)
 
 
-def current_umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
 # --- in the server
 
 
-def main(arguments: Sequence[str]) -> NoReturn:
+def main(arguments: Sequence[str]) -> int:
     """`python -m uft.launch.forkserver DESCRIPTOR PARENT TARGET`: import what TARGET needs, then serve."""
     descriptor, parent, target = int(arguments[0]), int(arguments[1]), arguments[2]
+    atexit.register(leave)  # first, and so the last one that a job runs
     gc.disable()  # no garbage among imports
     import_module(target).preload()
-    serve(socket.socket(fileno=descriptor), parent)
+    return serve(socket.socket(fileno=descriptor), parent)
 
 
-def serve(connection: socket.socket, parent: int) -> NoReturn:
-    """Fork a job for every request until the launcher is gone. Returns in no process: a job ends in :func:`run`."""
+def serve(connection: socket.socket, parent: int) -> int:
+    """Fork a job for every request until the launcher is gone. Returns in the jobs alone: their exit codes."""
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     prctl(PR_SET_NAME, NAME.encode())
     if os.getppid() != parent or device_files():
@@ -249,22 +208,16 @@ def serve(connection: socket.socket, parent: int) -> NoReturn:
     gc.disable()
     gc.freeze()  # a collection in a job would write to all these pages, and so copy them
     while True:
-        try:
-            length, descriptors, _, _ = socket.recv_fds(connection, LENGTH.size, 4)
-            if len(length) < LENGTH.size:
-                os._exit(0)
-            payload = b""
-            while len(payload) < LENGTH.unpack(length)[0]:
-                payload += connection.recv(1 << 20) or os._exit(0)
-        except OSError:
+        request, descriptors, _, _ = socket.recv_fds(connection, LONGEST, 4)
+        if not request:
             os._exit(0)
         child = os.fork()
         if child == 0:
             intermediate = os.getpid()
-            if os.fork() == 0:
-                connection.close()
-                run(json.loads(payload), intermediate, *descriptors)
-            os._exit(0)
+            if os.fork():
+                os._exit(0)
+            connection.close()
+            return run(json.loads(request), intermediate, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
         os.waitpid(child, 0)
@@ -279,64 +232,59 @@ def device_files() -> list[str]:
     return [file for file in files if file.startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri"))]
 
 
-def run(request: Mapping[str, Any], intermediate: int, answer: int, *streams: int) -> NoReturn:
-    """In the job: become what a fresh process would be, say that it is there, do the work, and end as Python ends."""
+class Job:
+    """This process where it is a job. `code`: its exit code, which exit handlers are not told."""
+
     code = 1
+
+
+def run(request: Mapping[str, Any], intermediate: int, answer: int, *streams: int) -> int:
+    """In the job: become what a fresh process would be, say that it is there, and do the work; the exit code."""
+    while os.getppid() == intermediate:
+        time.sleep(0.0005)
+    if os.getppid() != request["launcher"]:  # it is gone, or was given no orphan
+        os._exit(1)
+    os.setsid()
+    prctl(PR_SET_NAME, JOB_NAME.encode())
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.chdir(request["cwd"])
+    os.umask(request["umask"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        cast(io.TextIOWrapper, stream).reconfigure(line_buffering=number == 2 or os.isatty(number))
+    module = import_module(request["target"])
+    sys.argv = [str(module.__file__), *request["arguments"]]
+    sys.orig_argv = [*WORKER[:-1], request["target"], *request["arguments"]]
+    sys.modules["__main__"] = module
+    gc.enable()
+    os.write(answer, str(os.getpid()).encode())
+    os.close(answer)
     try:
-        while os.getppid() == intermediate:
-            time.sleep(0.0005)
-        if os.getppid() != request["launcher"]:  # it is gone, or was given no orphan
-            os._exit(1)
-        os.setsid()
-        prctl(PR_SET_NAME, JOB_NAME.encode())
-        for number, descriptor in enumerate(streams):
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-        os.chdir(request["cwd"])
-        os.umask(request["umask"])
-        os.environ.clear()
-        os.environ.update(request["environment"])
-        for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
-            cast(io.TextIOWrapper, stream).reconfigure(line_buffering=number == 2 or os.isatty(number))
-        module = import_module(request["target"])
-        sys.argv = [str(module.__file__), *request["arguments"]]
-        sys.orig_argv = [*WORKER[:-1], request["target"], *request["arguments"]]
-        sys.modules["__main__"] = module
-        gc.enable()
-        os.write(answer, LENGTH.pack(os.getpid()))
-        os.close(answer)
-        code = exit_code(lambda: module.main(request["arguments"]))
-    finally:
-        os._exit(code)
-
-
-def exit_code(work: Callable[[], int]) -> int:
-    """What the process that does this and nothing else would exit with, after its threads and exit handlers."""
-    import atexit
-    import threading
-
-    try:
-        code = work()
-    except SystemExit as leave:
-        code = leave.code if isinstance(leave.code, int) else int(leave.code is not None)
-        if isinstance(leave.code, str):
-            print(leave.code, file=sys.stderr)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        Job.code = module.main(request["arguments"]) or 0
+    except SystemExit as end:
+        Job.code = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
+    except KeyboardInterrupt:
+        Job.code = -signal.SIGINT
+        raise
+    return Job.code
+
+
+def leave() -> NoReturn:
+    """The last exit handler of a job: end without the teardown of modules, which would copy the pages shared by all."""
+    if Job.code < 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), -Job.code)
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
-        code = code or 120  # as Python says of a stream that cannot be flushed at exit
-    return code
+        os._exit(Job.code or 120)  # as Python says of a stream that cannot be flushed at exit
+    os._exit(Job.code)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import platform
 import re
 import shutil
@@ -10,9 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from uft.config.frozen import free, frozen, plain, to_yaml
 from uft.config.messages import written
 from uft.config.schema import defaults_of
 from uft.config.stages import completed, data_nodes, differences
-from uft.errors import BAD_REQUEST, FAILED, GOOD, Problem, UftError
+from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
 from uft.runs import Run, create_run, shown, unwritable, write_atomically
 
@@ -140,24 +143,39 @@ def changed_keys(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, Any, 
     return differences(completed(began), settings)
 
 
-def row_problems(examined: Examined) -> list[Problem]:
-    """Rows that cannot be read, to be told with the settings that are wrong: of local sources whose settings are right.
+def row_problems(examined: Iterable[Examined], refused: bool = True) -> tuple[list[Problem], str]:
+    """(rows that cannot be read, footer), of every mixture once in this process.
 
-    Nothing is fetched from the hub for a request that is refused anyway.
+    `refused`: the requests are refused for their settings anyway. Nothing is fetched from the hub then, and sources
+    whose settings are wrong are left alone.
     """
-    from uft.config.schema import data_settings
-    from uft.data.sources import is_local, load_sources
+    from uft.data.sources import is_local
 
+    distinct: dict[str, None] = {}
+    for one in examined:
+        wrong = {key.split(".")[2] for key in one.wrong if key.startswith("data.sources.")}
+        for data in data_nodes(one.settings) if "data" not in one.wrong else ():
+            found = {name: {**source, "share": None} for name, source in data["sources"].items() if name not in wrong}
+            sources = {name: source for name, source in found.items() if not refused or is_local(source["path"])}
+            if sources:
+                distinct[json.dumps({**data, "name": "", "ratio": None, "sources": sources}, sort_keys=True)] = None
     problems: dict[Problem, None] = {}
-    wrong = {key.split(".")[2] for key in examined.wrong if key.startswith("data.sources.")}
-    for data in data_nodes(examined.settings) if "data" not in examined.wrong else ():
-        sources = {name: s for name, s in data["sources"].items() if name not in wrong and is_local(s["path"])}
-        if sources:
-            try:
-                load_sources(data_settings({**data, "sources": sources}))
-            except UftError as error:
-                problems |= dict.fromkeys(error.problems)
-    return list(problems)
+    footer = ""
+    for mixture in distinct:
+        try:
+            _parse_rows(mixture, os.getcwd())
+        except UftError as error:
+            problems |= dict.fromkeys(error.problems)
+            footer = error.footer or footer
+    return list(problems), footer
+
+
+@cache
+def _parse_rows(data: str, working_directory: str) -> None:
+    from uft.config.schema import data_settings
+    from uft.data.sources import load_sources
+
+    load_sources(data_settings(json.loads(data)))
 
 
 def run_session(
@@ -198,6 +216,47 @@ def refuse_unwritable(folder: Path) -> None:
         raise UftError(Problem(f"run.dir={shown(folder)}", why, advice=("choose another folder",)))
 
 
+# --- jobs of a sweep
+
+JOB_KEYS = ("++run.dir=", "++sweep.name=")
+"""Overrides that a sweep adds to its jobs: they tell a job, in whatever process it runs, where it belongs."""
+STOPS = {STOPPED: "stopped by a signal", INTERRUPTED: "interrupted"}
+
+
+class JobFailed(Exception):
+    """A job of a sweep did not finish. Carries plain values: launchers send it between processes."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code, message)
+        self.code, self.message = code, message
+
+    @property
+    def stopped(self) -> bool:
+        """By a signal, which is meant for the whole sweep."""
+        return self.code in STOPS
+
+
+def is_sweep_job(overrides: Sequence[str]) -> bool:
+    """Whether these are the overrides of a job of a sweep."""
+    return any(line.startswith(JOB_KEYS[0]) for line in overrides)
+
+
+def typed_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a job without those that the sweep added."""
+    return [line for line in overrides if not line.startswith(JOB_KEYS)]
+
+
+def failure_reason(code: int, folder: Path) -> str:
+    """One line about a job that did not finish: its error, else the last line that it or its launcher printed."""
+    if code in STOPS:
+        return STOPS[code]
+    if error := problem_lines(str(Run(folder).result().get("error") or "")):
+        return error[0]
+    log = folder / "console.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    return lines[-1].removeprefix("uft: ") if lines else f"ended without a result, exit code {code}"
+
+
 # --- names of runs. Never an = or a comma in them: Hydra could not read them back.
 
 
@@ -232,40 +291,37 @@ def single_run_dir(cfg: Mapping[str, Any], now: datetime | None = None) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a result, without importing it."""
-    found = {"uft": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    found = dict.fromkeys(PACKAGES, "not installed")
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {"uft": __version__, "python": platform.python_version(), "platform": platform.platform(), **found}
 
 
 def provenance() -> dict[str, Any]:
     """For `run.json`. `code` is the repository of uft itself, `project` that of the working directory."""
-
-    def git(folder: Path, *arguments: str) -> str:
-        """Output of a git command; empty when git is missing, slow, or fails."""
-        command = ["git", "-C", str(folder), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return ""
-        return done.stdout if done.returncode == 0 else ""
-
-    def state(folder: Path) -> dict[str, Any]:
-        """Commit and a hash of uncommitted changes of the repository that `folder` is in; {} where there is none."""
-        commit = git(folder, "rev-parse", "HEAD")
-        changes = git(folder, "diff", "HEAD", "--no-ext-diff") if commit else ""
-        dirty = hashlib.sha256(changes.encode()).hexdigest()[:10] if changes else None
-        return {"commit": commit.strip(), "dirty": dirty} if commit else {}
-
     here = Path(__file__).resolve()
     return {
         "versions": versions(),
-        "code": state(here.parent) if git(here.parent, "ls-files", "--error-unmatch", here.name) else {},
-        "project": state(Path.cwd()),
+        "code": commit_of(here.parent) if git(here.parent, "ls-files", "--error-unmatch", here.name) else {},
+        "project": commit_of(Path.cwd()),
         "command": sys.argv,
         "cwd": str(Path.cwd()),
         "host": platform.node(),
     }
+
+
+def commit_of(folder: Path) -> dict[str, Any]:
+    """Commit and a hash of uncommitted changes of the repository that `folder` is in; {} where there is none."""
+    commit = git(folder, "rev-parse", "HEAD").strip()
+    changes = git(folder, "diff", "HEAD", "--no-ext-diff") if commit else ""
+    dirty = hashlib.sha256(changes.encode()).hexdigest()[:10] if changes else None
+    return {"commit": commit, "dirty": dirty} if commit else {}
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Output of a git command; empty when git is missing, slow, or fails."""
+    command = ["git", "-C", str(folder), *arguments]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True).stdout
+    return ""

@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,13 +25,12 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, RangeSweep
 from hydra.core.utils import JobReturn
-from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig
 
 from uft.config.compose import quoted
+from uft.config.schema import whole_number
 from uft.errors import Problem, UftError
 from uft.launch.forkserver import forkserver
-from uft.launch.sweep import Job, SweepPlan, SweepSession, record_sweep
+from uft.launch.sweep import Job, Sweep, record_sweep
 from uft.launch.sweep_table import SweepTable
 from uft.runs import Run, shown
 from uft.tracking.console import number, printable
@@ -38,6 +38,7 @@ from uft.tracking.console import number, printable
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
+    from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
 DATABASE = "optuna.db"
@@ -50,19 +51,57 @@ Failed trials count among the trials, and Optuna has been told. One that was sto
 command, or by  uft resume {}"""
 
 
-@dataclass(frozen=True)
-class SearchSettings:
-    """The configuration of the sweeper; see `hydra_plugins.uft_sweeper`, where the defaults are."""
+def search(
+    settings: Mapping[str, Any], sweep: Sweep, lines: Sequence[str], loader: ConfigLoader
+) -> list[Sequence[JobReturn]]:
+    """Run trials until there are `n_trials`. Exits the program when a signal stopped it or a trial failed.
 
-    n_trials: int
-    batch: int
-    sampler: str
-    seed: int | None
-    metric: str | None
-    direction: str | None
-    storage: str | None
-    study: str | None
-    params: Mapping[str, str] | None
+    `settings`: of the sweeper, see `hydra_plugins.uft_sweeper`; `lines`: the space and what all trials share. Raises
+    UftError, before anything is started, where a part of the space cannot be run.
+    """
+    refuse_settings(settings, sweep.verb)
+    space = parse_space(lines, loader)
+    sweep.axes = space.written
+    corner, *_ = sweep.jobs(space.corners())
+    space, evaluation = space.with_integers(corner.settings), corner.settings["eval"]
+    metric, direction = settings["metric"] or evaluation["best"], settings["direction"] or evaluation["best_mode"]
+    folder = corner.folder.parent
+    study, storage = make_study({**settings, "direction": direction}, folder)
+    record_sweep(folder, (), sweep.axes)
+    before, there = len(study.trials), count_ended(study)
+    print(f"uft: trials up to {settings['n_trials']} in {shown(folder)}, {there} are there", flush=True)
+    sweep.table, results = SweepTable(folder.name, expected=settings["n_trials"] - there), []
+    with sweep.table, forkserver():
+        while not sweep.stopped and (room := min(settings["batch"], settings["n_trials"] - count_ended(study))) > 0:
+            trials = unfinished_trials(study, storage)[:room]
+            trials += [study.ask(dict(space.distributions)) for _ in range(room - len(trials))]
+            results.append(run_trials(trials, study, space, sweep, metric))
+    report(study, study.trials[before:], space, metric, direction, folder)
+    if sweep.failed:
+        raise SystemExit(sweep.report(sweep.launched, RESUME.format(shown(folder))))
+    return results
+
+
+def refuse_settings(settings: Mapping[str, Any], verb: str) -> None:
+    """UftError with all settings of the sweeper that cannot be, or where Optuna is not installed."""
+    chosen = {"sampler": (settings["sampler"], SAMPLERS), "direction": (settings["direction"] or "min", DIRECTIONS)}
+    problems = [
+        Problem(f"hydra.sweeper.{key}={value}", "no such choice", "", (f"choices: {', '.join(allowed)}",))
+        for key, (value, allowed) in chosen.items()
+        if value not in allowed
+    ]
+    counts = {"n_trials": settings["n_trials"], "batch": settings["batch"]}
+    problems += [Problem(f"hydra.sweeper.{k}={n}", "must be at least 1") for k, n in counts.items() if n < 1]
+    if verb != "train":
+        problems.append(Problem("hydra/sweeper=uft_optuna", f"there is nothing to optimise in  uft {verb}"))
+    if find_spec("optuna") is None:
+        advice = ("pip install 'uft[optuna]'",)
+        problems.append(Problem("hydra/sweeper=uft_optuna", "Optuna is not installed", "", advice))
+    if problems:
+        raise UftError(*problems)
+
+
+# --- the space
 
 
 @dataclass(frozen=True)
@@ -86,15 +125,12 @@ class Space:
         return [self.job(values) for values in (first, *others)]
 
     def with_integers(self, settings: Mapping[str, Any]) -> Space:
-        """The same space with whole numbers for the keys that have one in a resolved configuration of it."""
+        """The same space with whole numbers for the keys that take them in a resolved configuration of it."""
         from optuna.distributions import FloatDistribution, IntDistribution
 
         found = dict(self.distributions)
         for key, axis in found.items():
-            value: Any = settings
-            for part in key.lstrip("+").split("."):
-                value = value.get(part) if isinstance(value, Mapping) else None
-            if isinstance(axis, FloatDistribution) and isinstance(value, int):
+            if isinstance(axis, FloatDistribution) and whole_number(key.lstrip("+"), settings):
                 found[key] = IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
         return replace(self, distributions=found)
 
@@ -141,106 +177,55 @@ def parse_space(lines: Sequence[str], loader: ConfigLoader) -> Space:
     return Space(distributions, tuple(fixed), typed)
 
 
-def search(
-    settings: SearchSettings, config: DictConfig, loader: ConfigLoader, launcher: Launcher, typed: Sequence[str]
-) -> list[Sequence[JobReturn]]:
-    """Run trials until there are `n_trials`. Exits the program when a signal stopped it or a trial failed.
-
-    Raises UftError, before anything is started, where a part of the space cannot be run.
-    """
-    problems = []
-    for key, value, allowed in (
-        ("sampler", settings.sampler, SAMPLERS),
-        ("direction", settings.direction, (None, *DIRECTIONS)),
-    ):
-        if value not in allowed:
-            choices = f"choices: {', '.join(choice for choice in allowed if choice)}"
-            problems.append(Problem(f"hydra.sweeper.{key}={value}", "no such choice", "", (choices,)))
-    for key, count in (("n_trials", settings.n_trials), ("batch", settings.batch)):
-        if count < 1:
-            problems.append(Problem(f"hydra.sweeper.{key}={count}", "must be at least 1"))
-    if (verb := str(config.hydra.job.name)) != "train":
-        problems.append(Problem("hydra/sweeper=uft_optuna", f"there is nothing to optimise in  uft {verb}"))
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        advice = ("pip install 'uft[optuna]'",)
-        problems.append(Problem("hydra/sweeper=uft_optuna", "Optuna is not installed", "", advice))
-    if problems:
-        raise UftError(*problems)
-
-    space = parse_space([*(f"{key}={value}" for key, value in (settings.params or {}).items()), *typed], loader)
-    plan = SweepPlan(config, tuple(typed), space.written)
-    corner, *_ = plan.jobs(space.corners())
-    space, evaluation = space.with_integers(corner.settings), corner.settings["eval"]
-    settings = replace(
-        settings,
-        metric=settings.metric or evaluation["best"],
-        direction=settings.direction or evaluation["best_mode"],
-    )
-    folder = corner.folder.parent
-    study = make_study(settings, folder)
-    record_sweep(folder, (), plan.axes)
-    before, there = len(study.trials), count_ended(study)
-    print(f"uft: trials up to {settings.n_trials} in {shown(folder)}, {there} are there", flush=True)
-    table = SweepTable(folder.name, expected=settings.n_trials - there)
-    session, results = SweepSession(launcher, table), []
-    with table, forkserver():
-        while not session.stopped and (room := min(settings.batch, settings.n_trials - count_ended(study))) > 0:
-            trials = unfinished_trials(study)[:room]
-            trials += [study.ask(dict(space.distributions)) for _ in range(room - len(trials))]
-            results.append(run_trials(trials, study, space, plan, session, str(settings.metric)))
-    report(study, study.trials[before:], space, settings, folder)
-    if session.failed:
-        raise SystemExit(session.report(session.launched, RESUME.format(shown(folder))))
-    return results
+# --- the study
 
 
-def make_study(settings: SearchSettings, folder: Path) -> Study:
-    """The study, made or continued; its sampler does not draw again what it drew in an earlier session."""
+def make_study(settings: Mapping[str, Any], folder: Path) -> tuple[Study, BaseStorage]:
+    """The study, made or continued, and the storage that it lies in. Its sampler does not draw again what it drew in an
+    earlier session."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.RDBStorage(settings["storage"] or f"sqlite:///{(folder / DATABASE).resolve()}")
     study = optuna.create_study(
-        storage=settings.storage or f"sqlite:///{(folder / DATABASE).resolve()}",
-        study_name=settings.study or folder.name,
-        direction=DIRECTIONS[str(settings.direction)],
+        storage=storage,
+        study_name=settings["study"] or folder.name,
+        direction=DIRECTIONS[str(settings["direction"])],
         load_if_exists=True,
     )
-    seed = None if settings.seed is None else settings.seed + len(study.trials)
+    seed = None if settings["seed"] is None else settings["seed"] + len(study.trials)
     study.sampler = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, constant_liar=settings.batch > 1),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, constant_liar=settings["batch"] > 1),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "qmc": lambda: optuna.samplers.QMCSampler(seed=settings.seed),
-    }[settings.sampler]()
-    return study
+        "qmc": lambda: optuna.samplers.QMCSampler(seed=settings["seed"]),
+    }[settings["sampler"]]()
+    return study, storage
 
 
 def count_ended(study: Study) -> int:
     return sum(trial.state.is_finished() for trial in study.trials)
 
 
-def unfinished_trials(study: Study) -> list[Trial]:
+def unfinished_trials(study: Study, storage: BaseStorage) -> list[Trial]:
     """Trials that an earlier session asked for and never told the result of, unless their runs are at work now."""
     from optuna.trial import Trial, TrialState
 
     running = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
     known = [trial for trial in running if "overrides" in trial.user_attrs]
     free = [t for t in known if "run" not in t.user_attrs or not Run(Path(t.user_attrs["run"])).locked()]
-    return [Trial(study, trial._trial_id) for trial in free]  # there is no public way back from a record to a trial
+    number = storage.get_study_id_from_name(study.study_name)
+    return [Trial(study, storage.get_trial_id_from_study_id_trial_number(number, trial.number)) for trial in free]
 
 
-def run_trials(
-    trials: Sequence[Trial], study: Study, space: Space, plan: SweepPlan, session: SweepSession, metric: str
-) -> Sequence[JobReturn]:
+def run_trials(trials: Sequence[Trial], study: Study, space: Space, sweep: Sweep, metric: str) -> Sequence[JobReturn]:
     """Run trials and tell the study how they ended. One that a signal stopped stays open."""
     jobs: dict[Job, Trial] = {}
     for trial in trials:
         line = trial.user_attrs.get("overrides") or space.job(trial.params)
         trial.set_user_attr("overrides", line)
         try:
-            (job,) = plan.jobs([line])
+            (job,) = sweep.jobs([line])
         except UftError as error:  # values that are right one by one and not together
             tell(study, trial, None, "; ".join(f"{problem.what}: {problem.why}" for problem in error.problems))
             continue
@@ -251,20 +236,18 @@ def run_trials(
         jobs[job] = trial
     if not jobs:
         return []
-    record_sweep(next(iter(jobs)).folder.parent, list(jobs), plan.axes)
-    if session.table:
-        session.table.add(job.folder for job in jobs)
-    returned = session.launch(list(jobs))
+    assert sweep.table is not None
+    record_sweep(next(iter(jobs)).folder.parent, list(jobs), sweep.axes)
+    sweep.table.add(job.folder for job in jobs)
+    returned = sweep.launch(list(jobs))
     for job, trial in jobs.items():
-        failure = session.failed.get(job)
+        failure = sweep.failed.get(job)
         if failure is None:
             result = Run(job.folder).result()
-            value = {**result.get("final", {}), **result.get("best", {})}.get(metric)
-            value = None if value is None else float(value)  # "nan" among others
-            if value is None:
-                tell(study, trial, None, f"no {metric} in its result.json")
-            else:
-                tell(study, trial, value if math.isfinite(value) else None, f"{metric} is {value}")
+            found = {**result.get("final", {}), **result.get("best", {})}.get(metric)
+            value = math.nan if found is None else float(found)  # "nan" among others
+            why = f"no {metric} in its result.json" if found is None else f"{metric} is {value}"
+            tell(study, trial, value if math.isfinite(value) else None, why)
         elif not failure.stopped:
             tell(study, trial, None, failure.message)
     return returned
@@ -276,20 +259,18 @@ def tell(study: Study, trial: Trial, value: float | None, why: str) -> None:
 
     if value is None:
         trial.set_user_attr("error", why)
-        study.tell(trial, state=TrialState.FAIL)
-    else:
-        study.tell(trial, value)
+    study.tell(trial, value, state=TrialState.FAIL if value is None else None)
 
 
-def report(study: Study, new: Sequence[FrozenTrial], space: Space, settings: SearchSettings, folder: Path) -> None:
+def report(study: Study, new: Sequence[FrozenTrial], space: Space, metric: str, direction: str, folder: Path) -> None:
     """Print the best trials, the command of the best one, and the trials of this session that were not run."""
     from optuna.trial import TrialState
 
     good = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    good.sort(key=lambda trial: float(trial.value or 0), reverse=settings.direction == "max")
-    print(f"\n{count_ended(study)} trials, {len(good)} of them with a value of {settings.metric}\n")
+    good.sort(key=lambda trial: float(trial.value or 0), reverse=direction == "max")
+    print(f"\n{count_ended(study)} trials, {len(good)} of them with a value of {metric}\n")
     if good:
-        rows = [["trial", str(settings.metric), *space.distributions, "run"]]
+        rows = [["trial", metric, *space.distributions, "run"]]
         for trial in good[:BEST]:
             values = dict(word.partition("=")[::2] for word in trial.user_attrs["overrides"])
             cells = [str(trial.number), number(trial.value, 4), *(values[key] for key in space.distributions)]

@@ -76,49 +76,46 @@ def run_worker(
     """
     sent, killed_before = list[int](), oom_kills()
     environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(more or {})}
-    with forwarding(sent) as children, said_in(log) as streams:
-        command = [*AGENT, *team, "-m", "uft.launch.worker", *arguments] if team else [*COMMAND, *arguments]
-        child: Child | None = None if team else forkserver.fork(command, environment, cwd, streams, lambda: sent)
+    command = [*AGENT, *team, "-m", "uft.launch.worker", *arguments] if team else [*COMMAND, *arguments]
+    with forwarding(sent) as children, output(log) as (out, err):
+        child: Child | None = None
+        if server := forkserver.server_for(command, environment):
+            children.append(server.process)  # while it still imports, a signal ends it, and nobody waits
+            child = None if sent else server.fork(COMMAND[-1], arguments, environment, cwd, (0, out, err))
+            children.pop()
+            if child is None:  # it is lost: from here on Popen
+                forkserver.Current.close()
         if child is None:
-            child = subprocess.Popen(command, start_new_session=True, env=environment, cwd=cwd, **streams)
+            child = subprocess.Popen(command, start_new_session=True, env=environment, cwd=cwd, stdout=out, stderr=err)
         children.append(child)
         for number in sent:  # one came in before there was a child
             child.send_signal(number)
-        code = to_the_end(child)
-    if code >= 0:
-        return code
-    if sent:
-        return EXIT_CODES[signal.Signals(sent[0])]
-    with said_in(log) as streams:
-        died = f"uft: the worker was killed by {signal.Signals(-code).name}{cause(-code, oom_kills() - killed_before)}"
-        print(died, file=streams.get("stderr", sys.stderr))
+        try:
+            code = child.wait()
+        except BaseException:  # a scheduler's signal may be one: the child ends too, after its checkpoint
+            child.send_signal(signal.SIGTERM)
+            child.wait()
+            raise
+        if code >= 0:
+            return code
+        if sent:
+            return EXIT_CODES[signal.Signals(sent[0])]
+        why = cause(-code, oom_kills() - killed_before)
+        os.write(err, f"uft: the worker was killed by {signal.Signals(-code).name}{why}\n".encode())
     return FAILED
 
 
 Child = subprocess.Popen[bytes] | forkserver.Child
 
 
-def to_the_end(child: Child) -> int:
-    """Wait for the child; its exit code.
-
-    An exception here (a scheduler's signal may be one) ends the child too, after its checkpoint.
-    """
-    try:
-        return child.wait()
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
-
-
 @contextmanager
-def said_in(log: Path | None) -> Iterator[dict[str, Any]]:
-    """Output streams for a child: inherited ones, or with `log` no stdout and stderr appended to that file."""
+def output(log: Path | None) -> Iterator[tuple[int, int]]:
+    """Descriptors of stdout and stderr for a child: ours, or with `log` no stdout and stderr appended to that file."""
     if log is None:
-        yield {}
+        yield 1, 2
         return
-    with open(log, "a", encoding="utf-8") as file:
-        yield {"stdout": subprocess.DEVNULL, "stderr": file}
+    with open(os.devnull, "w") as nothing, open(log, "a") as file:
+        yield nothing.fileno(), file.fileno()
 
 
 def cause(number: int, oom: int) -> str:
@@ -191,16 +188,12 @@ def gpu_pool(hardware: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             numbers: list[str] = []
             for number in pool:
                 file = folder / f"{number}.lock"
-                try:
-                    handle = open(file, "rb")  # noqa: SIM115  # first: another user's file cannot be opened to create
-                except FileNotFoundError:
-                    handle = open(os.open(file, os.O_RDONLY | os.O_CREAT, 0o644), "rb")  # noqa: SIM115
-                held.enter_context(handle)
-                try:
+                with suppress(FileExistsError):  # another user's file may be read, and not be opened to create
+                    file.touch(0o644, exist_ok=False)
+                handle = held.enter_context(open(file, "rb"))
+                with suppress(OSError):
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    continue
-                numbers.append(str(number))
+                    numbers.append(str(number))
                 if len(numbers) == hardware.get("processes", 1):
                     yield {"CUDA_VISIBLE_DEVICES": ",".join(numbers)}
                     return

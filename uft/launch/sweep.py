@@ -17,7 +17,6 @@ import fcntl
 import glob
 import hashlib
 import itertools
-import json
 import os
 import sys
 from collections import Counter
@@ -25,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +37,9 @@ from uft.config.compose import Examined, examine, footer, quoted
 from uft.config.files import Request, request_of_job
 from uft.config.frozen import free
 from uft.config.messages import written
-from uft.config.stages import data_nodes
-from uft.errors import FAILED, INTERRUPTED, STOPPED, Problem, UftError
+from uft.errors import FAILED, Problem, UftError
 from uft.launch.forkserver import forkserver
-from uft.launch.launcher import OUTPUTS, changed_keys, row_problems, slug, today
+from uft.launch.launcher import JOB_KEYS, OUTPUTS, JobFailed, changed_keys, row_problems, slug, today
 from uft.launch.sweep_table import SweepTable
 from uft.runs import SWEEP_FILE, Damaged, Run, read_json, shown, write_json
 
@@ -50,23 +47,7 @@ MANY = 20  # jobs that take seconds to check
 LONGEST = 120  # characters of a name; file systems allow 255
 METHODS = ("objective", "experiment")
 """Keys that tell apart the jobs of several commands that write into one named sweep."""
-STOPS = {STOPPED: "stopped by a signal", INTERRUPTED: "interrupted"}
-JOB_KEYS = ("++run.dir=", "++sweep.name=")
-"""Overrides that a sweep adds to its jobs: they tell a job, in whatever process it runs, where it belongs."""
 AGAIN = "To go on, run the same command again: finished jobs are skipped, the others continue."
-
-
-class JobFailed(Exception):
-    """A job of a sweep did not finish. Carries plain values: launchers send it between processes."""
-
-    def __init__(self, code: int, folder: str, message: str) -> None:
-        super().__init__(code, folder, message)
-        self.code, self.folder, self.message = code, folder, message
-
-    @property
-    def stopped(self) -> bool:
-        """By a signal, which is meant for the whole sweep."""
-        return self.code in STOPS
 
 
 @dataclass(frozen=True)
@@ -76,10 +57,6 @@ class Job:
     overrides: tuple[str, ...]
     folder: Path
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
     @property
     def arguments(self) -> list[str]:
@@ -93,26 +70,129 @@ def quote(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def is_sweep_job(overrides: Sequence[str]) -> bool:
-    """Whether these are the overrides of a job of a sweep."""
-    return any(line.startswith(JOB_KEYS[0]) for line in overrides)
+@dataclass
+class Sweep:
+    """A sweep at work: the request that its jobs come from, the launcher that runs them, and those that failed."""
+
+    config: DictConfig  # as composed by Hydra; only its `hydra` node is read
+    typed: tuple[str, ...]  # the words of the command line, without Hydra's own
+    axes: Mapping[str, Sequence[str]]  # the values of every key that varies
+    launcher: Launcher
+    table: SweepTable | None = None
+    failed: dict[Job, JobFailed] = field(default_factory=dict)
+    launched: int = 0
+
+    @property
+    def verb(self) -> str:
+        return str(self.config.hydra.job.name)
+
+    @property
+    def stopped(self) -> list[int]:
+        """Exit codes of the jobs that a signal stopped; it was meant for the whole sweep."""
+        return [failure.code for failure in self.failed.values() if failure.stopped]
+
+    def jobs(self, lines: Sequence[Sequence[str]]) -> tuple[Job, ...]:
+        """The jobs with these overrides, checked. Raises UftError with the problems of all of them: their
+        configurations, their rows, and runs in their folders that have another configuration."""
+        hydra = self.config.hydra
+        examined = [examine(request_of_job(hydra, line)) for line in lines]
+        problems, last = refusal(examined, lines, self.axes, self.typed)
+        if not problems:
+            problems, last = row_problems(examined, refused=False)
+        if problems:
+            raise UftError(*problems, footer=last)
+        settings = [one.settings for one in examined]
+        sweep, prefix = settings[0]["sweep"]["name"], settings[0]["run"]["name"]
+        # commands that share a folder by its name must not share the names of their jobs
+        names = job_names(lines, list(dict.fromkeys([*(METHODS if sweep else ()), *self.axes])), prefix)
+        folder = Path(str(hydra.sweep.dir))
+        if folder == Path("."):
+            fixed = [line for line in lines[0] if key_of(line) not in self.axes]
+            folder = sweep_dir(sweep or sweep_name(list(self.axes), fixed))
+        jobs = tuple(
+            Job(tuple(line), folder / name, one) for line, name, one in zip(lines, names, settings, strict=True)
+        )
+        refuse_other_runs(jobs)
+        return jobs
+
+    def launch(self, jobs: Sequence[Job]) -> Sequence[JobReturn]:
+        """Give jobs to Hydra's launcher, which returns when all of them have ended."""
+        try:
+            results = self.launcher.launch([job.arguments for job in jobs], initial_job_idx=self.launched)
+        except RuntimeError as error:
+            if "slurm" not in str(error).lower():
+                raise
+            advice = ("on a machine from which sbatch works, or with another  hardware=",)
+            raise UftError(Problem("hydra/launcher", str(error), advice=advice)) from error
+        self.launched += len(jobs)
+        for job, result in zip(jobs, results, strict=True):
+            self.failed.pop(job, None)
+            status, why = "finished", ""
+            if result.status != JobStatus.COMPLETED:
+                failure = replace(result, status=JobStatus.COMPLETED).return_value  # else it is printed, and raised
+                if isinstance(failure, UftError):
+                    said = (": ".join(filter(None, (problem.what, problem.why))) for problem in failure.problems)
+                    failure = JobFailed(failure.code, "\n".join(said))
+                elif not isinstance(failure, JobFailed):
+                    failure = JobFailed(FAILED, f"{type(failure).__name__}: {failure}")
+                self.failed[job] = failure
+                status, why = "stopped" if failure.stopped else "failed", failure.message
+            if self.table:
+                self.table.end(job.folder, status, why)
+        return results
+
+    def report(self, count: int, last: str) -> int:
+        """Print every job that did not finish, then `last`; the exit code of the sweep."""
+        lost = len(self.failed) - len(self.stopped)
+        head = [f"{lost} of {count} jobs failed"] if lost else []
+        head += ["the sweep was stopped"] if self.stopped else []
+        lines = ["", f"uft: {' and '.join(head)}", ""]
+        for job, failure in self.failed.items():
+            said = [f"      {line}".rstrip() for line in failure.message.splitlines()]
+            lines += [f"  {job.folder.name}", *said, f"      {job.folder}", ""]
+        print("\n".join([*lines, last]), file=sys.stderr)
+        return self.stopped[0] if self.stopped else FAILED
 
 
-def typed_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a job without those that the sweep added."""
-    return [line for line in overrides if not line.startswith(JOB_KEYS)]
+def run_grid(sweep: Sweep, lines: Sequence[Sequence[str]], batch_size: int | None) -> list[Sequence[JobReturn]]:
+    """Check every job, then run them, `batch_size` at a time (None: all at once). Exits unless all went well.
 
-
-def failure_reason(code: int, folder: Path) -> str:
-    """One line about a job that did not finish: its error, else the last line that it or its launcher printed."""
-    if code in STOPS:
-        return STOPS[code]
-    run = Run(folder)
-    if error := str(run.result().get("error") or "").strip():
-        return error.splitlines()[0]
-    log = run.path / "console.log"
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    return lines[-1].removeprefix("uft: ") if lines else f"ended without a result, exit code {code}"
+    A job that was stopped by a signal stops the sweep; a job that failed does not.
+    """
+    if len(lines) > MANY:
+        print(f"uft: checking {len(lines)} jobs", flush=True)
+    trains = sweep.verb == "train"
+    if len(lines) > 1 and trains and os.environ.get("WANDB_SWEEP_ID"):
+        advice = ("leave out -m, or let W&B vary the keys: docs/sweeps.md",)
+        raise UftError(Problem(f"{len(lines)} jobs", "a W&B agent asks for one run at a time", "command line", advice))
+    jobs = sweep.jobs(lines)
+    if sweep.verb == "config":  # the whole configuration of the first job will do for all of them
+        print(f"# {len(jobs)} jobs; below is the first one's configuration")
+        for job in jobs:
+            print(f"#   {' '.join(word for word in job.overrides if key_of(word) in sweep.axes)}")
+        jobs = jobs[:1]
+    folder, size = jobs[0].folder.parent, batch_size or len(jobs)
+    if trains:
+        record_sweep(folder, jobs, sweep.axes)
+        print(f"uft: {len(jobs)} job{'s' if len(jobs) != 1 else ''} in {shown(folder)}", flush=True)
+        sweep.table = SweepTable(folder.name)
+        sweep.table.add(job.folder for job in jobs)
+    results = []
+    with sweep.table or nullcontext(), forkserver() if len(jobs) > 1 else nullcontext():
+        for start in range(0, len(jobs), size):
+            batch = jobs[start : start + size]
+            if not trains and len(jobs) > 1:
+                for number, job in enumerate(batch, start + 1):
+                    print(f"\nuft: job {number} of {len(jobs)}: {job.folder.name}", flush=True)
+            results.append(sweep.launch(batch))
+            if sweep.stopped:
+                break
+    if sweep.failed:
+        raise SystemExit(sweep.report(len(jobs), f"{AGAIN} Or:\n  uft resume {shown(folder)}" if trains else AGAIN))
+    if trains:
+        done = f"all {len(jobs)} jobs are" if len(jobs) > 1 else "the one job is"
+        print(f"\nuft: {done} done.  Compare:  uft compare {shown(folder)}")
+    return results
 
 
 # --- the grid and its checks
@@ -144,13 +224,16 @@ def examine_jobs(request: Request, loader: ConfigLoader) -> tuple[list[Problem],
     """The problems of every job of a request, together, and the footer of the refusal."""
     jobs, axes = expand(request.overrides, loader)
     examined = [examine(replace(request, overrides=tuple(job))) for job in jobs]
-    return job_problems(examined, jobs, axes), sweep_footer(examined, jobs, axes, request.overrides)
+    return refusal(examined, jobs, axes, request.overrides)
 
 
-def job_problems(
-    examined: Sequence[Examined], jobs: Sequence[Sequence[str]], axes: Mapping[str, Sequence[str]]
-) -> list[Problem]:
-    """The problems over all jobs: one per key and reason, with the number of jobs that have it; with them bad rows."""
+def refusal(
+    examined: Sequence[Examined],
+    jobs: Sequence[Sequence[str]],
+    axes: Mapping[str, Sequence[str]],
+    typed: Sequence[str],
+) -> tuple[list[Problem], str]:
+    """(problems, footer): one problem per key and reason, with the number of jobs that have it; with them bad rows."""
     found: dict[tuple[str, str], dict[int, Problem]] = {}
     for number, one in enumerate(examined):
         for problem in one.problems:
@@ -167,27 +250,28 @@ def job_problems(
     if len(jobs) > 1 and folder and key_of(folder) not in axes:
         advice = ("the folder of a sweep is named by  sweep.name=...",)
         problems.append(Problem(folder, f"one folder for {len(jobs)} jobs", "command line", advice))
-    rows = (problem for one in examined for problem in row_problems(one)) if problems else ()
-    return [*problems, *dict.fromkeys(rows)]
+    if not problems:
+        return [], ""
+    last = [*commands_apart(examined, jobs, axes, typed), footer(examined[0])]
+    return [*problems, *row_problems(examined)[0]], "\n".join(last)
 
 
 def key_of(line: str) -> str:
     return line.partition("=")[0]
 
 
-def sweep_footer(
+def commands_apart(
     examined: Sequence[Examined],
     jobs: Sequence[Sequence[str]],
     axes: Mapping[str, Sequence[str]],
     typed: Sequence[str],
-) -> str:
-    """The footer of a refusal. Where the command line (`typed`) sweeps objectives and keys that only some of them have,
-    it begins with the commands that do it: one per set of objectives with the same keys."""
-    last = footer(examined[0])
-    axis = next((name for name in METHODS if name in axes), None)
+) -> list[str]:
+    """Where the command line (`typed`) sweeps objectives and keys that only some of them have: the commands that do
+    it, one per set of objectives with the same keys. Else nothing."""
+    axis = next((name for name in METHODS if name in axes), "")
     lacking: dict[str, set[str]] = {}  # objective -> keys that it does not have
     for job, one in zip(jobs, examined, strict=True):
-        for method in (line.partition("=")[2] for line in job if key_of(line) == axis):
+        if method := dict(line.partition("=")[::2] for line in job).get(axis):
             lacking.setdefault(method, set()).update(
                 key_of(problem.what)
                 for problem in one.problems
@@ -196,7 +280,7 @@ def sweep_footer(
     groups = {frozenset(keys): [method for method, own in lacking.items() if own == keys] for keys in lacking.values()}
     typed_keys = {key_of(word) for word in typed}
     if len(groups) < 2 or not frozenset().union(*groups) <= typed_keys or axis not in typed_keys:
-        return last
+        return []
     named = "sweep.name" in typed_keys
     name = [] if named else [f"sweep.name={slug('-'.join(key.rpartition('.')[2] for key in axes))}"]
     lines = ["Sweep them apart, into one folder; `uft compare` takes it as one sweep:"]
@@ -204,68 +288,7 @@ def sweep_footer(
         own = f"{axis}={','.join(methods)}"
         words = [own if key_of(word) == axis else word for word in typed if key_of(word) not in without]
         lines.append(f"  uft train -m {' '.join(map(quoted, [*words, *name]))}")
-    return "\n".join([*lines, "", last])
-
-
-def check_rows(settings: Sequence[Mapping[str, Any]]) -> None:
-    """Parse the rows of every mixture of the sweep, each once in this process. Raises UftError with all bad ones."""
-    problems: dict[Problem, None] = {}
-    last = ""
-    distinct: dict[str, None] = {}
-    for node in (node for one in settings for node in data_nodes(one)):
-        sources = {name: {**source, "share": None} for name, source in node["sources"].items()}
-        distinct[json.dumps({**node, "name": "", "ratio": None, "sources": sources}, sort_keys=True)] = None
-    for data in distinct:
-        try:
-            _parse_rows(data, os.getcwd())
-        except UftError as error:
-            problems |= dict.fromkeys(error.problems)
-            last = error.footer or last
-    if problems:
-        raise UftError(*problems, footer=last)
-
-
-@cache
-def _parse_rows(data: str, working_directory: str) -> None:
-    from uft.config.schema import data_settings
-    from uft.data.sources import load_sources
-
-    load_sources(data_settings(json.loads(data)))
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """What all jobs of a sweep share: the request they come from, and the values of every key that varies."""
-
-    config: DictConfig  # as composed by Hydra; only its `hydra` node is read
-    typed: tuple[str, ...]  # the words of the command line, without Hydra's own
-    axes: Mapping[str, Sequence[str]]
-
-    @property
-    def verb(self) -> str:
-        return str(self.config.hydra.job.name)
-
-    def jobs(self, lines: Sequence[Sequence[str]]) -> tuple[Job, ...]:
-        """The jobs with these overrides, checked. Raises UftError with the problems of all of them: their
-        configurations, their rows, and runs in their folders that have another configuration."""
-        hydra = self.config.hydra
-        examined = [examine(request_of_job(hydra, line)) for line in lines]
-        if problems := job_problems(examined, lines, self.axes):
-            raise UftError(*problems, footer=sweep_footer(examined, lines, self.axes, self.typed))
-        settings = [one.settings for one in examined]
-        check_rows(settings)
-        sweep, prefix = settings[0]["sweep"]["name"], settings[0]["run"]["name"]
-        # commands that share a folder by its name must not share the names of their jobs
-        names = job_names(lines, list(dict.fromkeys([*(METHODS if sweep else ()), *self.axes])), prefix)
-        if str(hydra.sweep.dir) != ".":
-            folder = Path(str(hydra.sweep.dir))
-        else:
-            fixed = [line for line in lines[0] if key_of(line) not in self.axes]
-            folder = sweep_dir(sweep or sweep_name(list(self.axes), fixed))
-        found = zip(lines, names, settings, strict=True)
-        jobs = tuple(Job(tuple(line), folder / name, one) for line, name, one in found)
-        refuse_other_runs(jobs)
-        return jobs
+    return [*lines, ""]
 
 
 def refuse_other_runs(jobs: Sequence[Job]) -> None:
@@ -284,7 +307,7 @@ def refuse_other_runs(jobs: Sequence[Job]) -> None:
                 found.setdefault((key, f"{written(old)} -> {written(new)}"), []).append(job)
     if found:
         problems = [
-            Problem(key, why, f"{len(having)} of {len(jobs)} jobs, the first is {having[0].name}")
+            Problem(key, why, f"{len(having)} of {len(jobs)} jobs, the first is {having[0].folder.name}")
             for (key, why), having in found.items()
         ]
         last = (
@@ -353,27 +376,22 @@ _resuming: list[Path] = []  # the sweep that `uft resume` continues: its command
 def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]) -> None:
     """Write down that these jobs are to run in `folder`, by the command line of this process."""
     folder.mkdir(parents=True, exist_ok=True)
+    file, now = folder / SWEEP_FILE, datetime.now().astimezone().isoformat(timespec="seconds")
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)  # another command may add to this sweep
-        before, time = read_json(folder / SWEEP_FILE), datetime.now().astimezone().isoformat(timespec="seconds")
-        commands, command = before.get("commands", []), {"words": sys.argv[1:], "cwd": str(Path.cwd())}
+        empty = {"format": 1, "name": folder.name, "made": now, "changed": now, "commands": [], "axes": {}, "jobs": []}
+        sweep = {**empty, **read_json(file), "name": folder.name, "changed": now}
+        command = {"words": sys.argv[1:], "cwd": str(Path.cwd())}
         if not _resuming:
-            others = [one for one in commands if {key: one.get(key) for key in command} != command]
-            commands = [*others, {**command, "time": time}]
-        added = {job.name: {"name": job.name, "overrides": list(job.overrides), "planned": time} for job in jobs}
-        known = {job["name"]: job for job in before.get("jobs", ())}
-        old = before.get("axes", {})
-        sweep = {
-            "format": 1,
-            "name": folder.name,
-            "made": before.get("made", time),
-            "changed": time,
-            "commands": commands,
-            "axes": {key: list(dict.fromkeys([*old.get(key, ()), *axes.get(key, ())])) for key in {**old, **axes}},
-            "jobs": list({**known, **{name: job for name, job in added.items() if name not in known}}.values()),
-        }
-        write_json(folder / SWEEP_FILE, sweep)
+            others = [one for one in sweep["commands"] if {key: one.get(key) for key in command} != command]
+            sweep["commands"] = [*others, {**command, "time": now}]
+        for key, values in axes.items():
+            sweep["axes"][key] = list(dict.fromkeys([*sweep["axes"].get(key, ()), *values]))
+        known = {job["name"] for job in sweep["jobs"]}
+        added = {job.folder.name: list(job.overrides) for job in jobs if job.folder.name not in known}
+        sweep["jobs"] += [{"name": name, "overrides": line, "planned": now} for name, line in added.items()]
+        write_json(file, sweep)
     finally:
         os.close(handle)
 
@@ -395,102 +413,3 @@ def resuming(folder: Path) -> Iterator[list[tuple[list[str], Path]]]:
         yield [(list(command["words"]), Path(command["cwd"])) for command in commands]
     finally:
         _resuming.pop()
-
-
-# --- running the jobs
-
-
-@dataclass
-class SweepSession:
-    """Runs jobs through a launcher, shows them in the table and collects their failures."""
-
-    launcher: Launcher
-    table: SweepTable | None
-    failed: dict[Job, JobFailed] = field(default_factory=dict)
-    launched: int = 0
-
-    @property
-    def stopped(self) -> list[int]:
-        """Exit codes of the jobs that a signal stopped; it was meant for the whole sweep."""
-        return [failure.code for failure in self.failed.values() if failure.stopped]
-
-    def launch(self, jobs: Sequence[Job]) -> Sequence[JobReturn]:
-        """Give jobs to Hydra's launcher, which returns when all of them have ended."""
-        try:
-            results = self.launcher.launch([job.arguments for job in jobs], initial_job_idx=self.launched)
-        except RuntimeError as error:
-            if "slurm" not in str(error).lower():
-                raise
-            advice = ("on a machine from which sbatch works, or with another  hardware=",)
-            raise UftError(Problem("hydra/launcher", str(error), advice=advice)) from error
-        self.launched += len(jobs)
-        for job, result in zip(jobs, results, strict=True):
-            self.failed.pop(job, None)
-            status, why = "finished", ""
-            if result.status != JobStatus.COMPLETED:
-                failure = result._return_value  # `return_value` would print it, and raise it
-                if isinstance(failure, UftError):
-                    said = (": ".join(filter(None, (problem.what, problem.why))) for problem in failure.problems)
-                    failure = JobFailed(failure.code, str(job.folder), "\n".join(said))
-                elif not isinstance(failure, JobFailed):
-                    failure = JobFailed(FAILED, str(job.folder), f"{type(failure).__name__}: {failure}")
-                self.failed[job] = failure
-                status, why = "stopped" if failure.stopped else "failed", failure.message
-            if self.table:
-                self.table.end(job.folder, status, why)
-        return results
-
-    def report(self, count: int, last: str) -> int:
-        """Print every job that did not finish, then `last`; the exit code of the sweep."""
-        lost = len(self.failed) - len(self.stopped)
-        head = [f"{lost} of {count} jobs failed"] if lost else []
-        head += ["the sweep was stopped"] if self.stopped else []
-        lines = ["", f"uft: {' and '.join(head)}", ""]
-        for job, failure in self.failed.items():
-            said = [f"      {line}".rstrip() for line in failure.message.splitlines()]
-            lines += [f"  {job.name}", *said, f"      {job.folder}", ""]
-        print("\n".join([*lines, last]), file=sys.stderr)
-        return self.stopped[0] if self.stopped else FAILED
-
-
-def run_grid(
-    plan: SweepPlan, lines: Sequence[Sequence[str]], launcher: Launcher, batch_size: int | None
-) -> list[Sequence[JobReturn]]:
-    """Check every job, then run them, `batch_size` at a time (None: all at once). Exits unless all went well.
-
-    A job that was stopped by a signal stops the sweep; a job that failed does not.
-    """
-    if len(lines) > MANY:
-        print(f"uft: checking {len(lines)} jobs", flush=True)
-    trains = plan.verb == "train"
-    if len(lines) > 1 and trains and os.environ.get("WANDB_SWEEP_ID"):
-        advice = ("leave out -m, or let W&B vary the keys: docs/sweeps.md",)
-        raise UftError(Problem(f"{len(lines)} jobs", "a W&B agent asks for one run at a time", "command line", advice))
-    jobs = plan.jobs(lines)
-    if plan.verb == "config":  # the whole configuration of the first job will do for all of them
-        print(f"# {len(jobs)} jobs; below is the first one's configuration")
-        for job in jobs:
-            print(f"#   {' '.join(word for word in job.overrides if key_of(word) in plan.axes)}")
-        jobs = jobs[:1]
-    folder, size, table = jobs[0].folder.parent, batch_size or len(jobs), None
-    if trains:
-        record_sweep(folder, jobs, plan.axes)
-        print(f"uft: {len(jobs)} job{'s' if len(jobs) != 1 else ''} in {shown(folder)}", flush=True)
-        table = SweepTable(folder.name)
-        table.add(job.folder for job in jobs)
-    session, results = SweepSession(launcher, table), []
-    with table or nullcontext(), forkserver() if len(jobs) > 1 else nullcontext():
-        for start in range(0, len(jobs), size):
-            batch = jobs[start : start + size]
-            if table is None and len(jobs) > 1:
-                for number, job in enumerate(batch, start + 1):
-                    print(f"\nuft: job {number} of {len(jobs)}: {job.name}", flush=True)
-            results.append(session.launch(batch))
-            if session.stopped:
-                break
-    if session.failed:
-        raise SystemExit(session.report(len(jobs), f"{AGAIN} Or:\n  uft resume {shown(folder)}" if trains else AGAIN))
-    if trains:
-        done = f"all {len(jobs)} jobs are" if len(jobs) > 1 else "the one job is"
-        print(f"\nuft: {done} done.  Compare:  uft compare {shown(folder)}")
-    return results

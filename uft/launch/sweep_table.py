@@ -17,21 +17,22 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from yaml import YAMLError
 
+from uft.errors import problem_lines
 from uft.runs import Run
 from uft.tracking.console import PREFIX, duration, number, printable, shorten
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, Group
     from rich.live import Live
     from rich.table import Table
 
 REFRESH = 0.5  # seconds between two looks at the folders
 INTERVAL = 60.0  # seconds between two lines about the sweep where there is no terminal
+PLAIN_WIDTH = 160  # of the last table where there is no terminal
 MOST_ROWS = 60  # of the last table
 MARGIN = 6  # lines of a terminal that the table leaves free
 LONGEST_ERROR = 60  # characters
@@ -63,10 +64,6 @@ class JobState:
         self.refresh()
 
     @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
     def share(self) -> float:
         """The part of its steps that is done, from 0 to 1."""
         if self.status == "finished":
@@ -87,18 +84,16 @@ class JobState:
             status, result = run.status, run.result()
             self.begun = self.begun or status == "running" or result != self.earlier
             self.status = status if self.begun or status == "finished" else "waiting"
-            self._read_metrics(run.metrics_file)
+            if run.metrics_file.is_file():
+                self._read_metrics(run.metrics_file)
             if self.status in ENDED:
-                self.step = result.get("steps", self.step)
+                self.step, self.error = result.get("steps", self.step), str(result.get("error") or "")
 
     def _read_metrics(self, path: Path) -> None:
-        found = os.stat(path) if path.is_file() else None
-        if found is None or found.st_ino != self.inode or found.st_size < self.offset:
-            self.inode, self.offset = found.st_ino if found else None, 0
-            self.step, self.best = 0, None
-        if found is None:
-            return
         with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self.inode or found.st_size < self.offset:
+                self.inode, self.offset, self.step, self.best = found.st_ino, 0, 0, None
             file.seek(self.offset)
             for line in file:
                 if not line.endswith(b"\n"):  # still being written
@@ -125,8 +120,8 @@ class JobState:
 
     @property
     def reason(self) -> str:
-        """The first line of its error."""
-        return (self.error.splitlines() or [""])[0]
+        """The first line of its error that says what is wrong."""
+        return next(iter(problem_lines(self.error)), "")
 
 
 class SweepTable:
@@ -173,35 +168,28 @@ class SweepTable:
                 self._began = (self.clock(), sum(job.share for job in jobs))
             return jobs
 
+    @property
+    def total(self) -> int:
+        return max(self.expected, len(self._jobs))
+
     def seconds_left(self) -> float | None:
         """Seconds until all jobs are done, at the pace of this session; None before there is one."""
         jobs = self._jobs.values()
         since, before = self._began or (0.0, math.inf)
         done = sum(job.share for job in jobs)
         ahead = sum(1 - job.share for job in jobs if job.status in ("waiting", "running"))
-        ahead += max(self.expected - len(jobs), 0)
+        ahead += self.total - len(jobs)
         return (self.clock() - since) * ahead / (done - before) if done > before else None
 
     def __enter__(self) -> SweepTable:
         if not self.interactive:
             self._thread.start()
             return self
-        from rich.console import Console
         from rich.live import Live
 
-        console = Console(markup=False, emoji=False, highlight=False)
-
-        def page() -> Group:
-            from rich.console import Group
-            from rich.text import Text
-
-            with self._lock:
-                jobs = self.refresh()
-                line = shorten(f"sweep {self.name}: {self.summary()}", console.width - 1)
-                return Group("", table_of(jobs, max(console.height - MARGIN, 3)), Text(line, style="bold"))
-
+        console = plain_console(None)
         self._live = Live(
-            get_renderable=page,
+            get_renderable=lambda: self._page(console),
             console=console,
             refresh_per_second=1 / REFRESH,
             transient=True,
@@ -210,9 +198,7 @@ class SweepTable:
         self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        from rich.console import Console
-
+    def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.stop()
         else:
@@ -221,11 +207,19 @@ class SweepTable:
             with suppress(OSError):
                 self._print_ended()
         if jobs := self.refresh():
-            width = None if self.interactive else 160
-            console = Console(width=width, markup=False, emoji=False, highlight=False)
+            console = plain_console(None if self.interactive else PLAIN_WIDTH)
             with console.capture() as text:
                 console.print(table_of(jobs, MOST_ROWS))
             print("\n".join(line.rstrip() for line in text.get().splitlines()), flush=True)
+
+    def _page(self, console: Console) -> Group:
+        from rich.console import Group
+        from rich.text import Text
+
+        with self._lock:
+            jobs = self.refresh()
+            line = shorten(f"sweep {self.name}: {self.summary()}", console.width - 1)
+            return Group("", table_of(jobs, max(console.height - MARGIN, 3)), Text(line, style="bold"))
 
     def _print_lines(self) -> None:
         with suppress(OSError):  # the reader of the output has left: no reason to end a sweep
@@ -241,28 +235,35 @@ class SweepTable:
     def _print_ended(self) -> None:
         with self._lock:
             jobs = self.refresh()
-            done, left = Counter(job.status for job in jobs)["finished"], self.seconds_left()
-            total = max(self.expected, len(jobs))
+            done, left = sum(job.status == "finished" for job in jobs), self.seconds_left()
             for job in jobs:
                 if job.status in ENDED and job.folder not in self._told:
                     self._told.add(job.folder)
                     parts = [f"{job.status} at step {job.steps_text}", job.best_text, job.reason]
-                    parts += [f"left {duration(left)}"] if left and done < total else []
-                    line = f"{done} of {total} done: {job.name} " + ", ".join(part for part in parts if part)
+                    parts += [f"left {duration(left)}"] if left and done < self.total else []
+                    line = f"{done} of {self.total} done: {job.folder.name} " + ", ".join(filter(None, parts))
                     print(f"uft: {printable(line)}", flush=True)
 
     def summary(self, running: int = 0) -> str:
         """One line about the sweep, with the steps of at most `running` jobs at work. Stopped jobs wait."""
         jobs = list(self._jobs.values())
         counts = Counter(job.status if job.status in ("finished", "running", "failed") else "waiting" for job in jobs)
-        total, best, left = max(self.expected, len(jobs)), best_job(jobs), self.seconds_left()
-        head = [f"{counts['finished']} of {total} done"]
+        best, left = best_job(jobs), self.seconds_left()
+        head = [f"{counts['finished']} of {self.total} done"]
         head += [f"{counts[status]} {status}" for status in ("running", "failed", "waiting") if counts[status]]
         at_work = [job for job in jobs if job.status == "running"][:running]
-        parts = [", ".join(head), *(f"{job.name} step {job.steps_text} {job.best_text}".rstrip() for job in at_work)]
-        parts += [f"best {best.name} {best.best_text}"] if best else []
-        parts += [f"left {duration(left)}"] if left is not None and total > counts["finished"] else []
+        parts = [", ".join(head)]
+        parts += [f"{job.folder.name} step {job.steps_text} {job.best_text}".rstrip() for job in at_work]
+        parts += [f"best {best.folder.name} {best.best_text}"] if best else []
+        parts += [f"left {duration(left)}"] if left is not None and self.total > counts["finished"] else []
         return printable(" | ".join(parts))
+
+
+def plain_console(width: int | None) -> Console:
+    """A console that takes brackets and colons in names for what they are."""
+    from rich.console import Console
+
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 def best_job(jobs: Iterable[JobState]) -> JobState | None:
@@ -284,10 +285,10 @@ def table_of(jobs: list[JobState], room: int) -> Table:
     best, ranks = best_job(jobs), {"running": 0, "failed": 1, "waiting": 3}
     order = sorted(range(len(jobs)), key=lambda n: (2 if jobs[n] is best else ranks.get(jobs[n].status, 4), n))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    headline = Text(f"best {printable(metrics[0].removeprefix(PREFIX))}" if len(metrics) == 1 else "best")
     table.add_column("job", no_wrap=True, overflow="ellipsis")
     table.add_column("state", no_wrap=True)
     table.add_column("steps", justify="right", no_wrap=True)
-    headline = Text(f"best {printable(metrics[0].removeprefix(PREFIX))}" if len(metrics) == 1 else "best")
     table.add_column(headline, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, overflow="ellipsis")
     for job in (jobs[place] for place in sorted(order[:room])):
@@ -295,7 +296,7 @@ def table_of(jobs: list[JobState], room: int) -> Table:
         note = job.reason if job.status == "failed" else "best so far" if job is best else ""
         style = STYLES.get(job.status, "yellow")
         table.add_row(
-            Text(printable(job.name), style="bold" if job is best else ""),
+            Text(printable(job.folder.name), style="bold" if job is best else ""),
             Text(job.status, style=style),
             job.steps_text if job.status != "waiting" or job.step else "",
             printable(value) if job.best is not None else "",

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from uft.config.frozen import flat
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, problem_lines
 from uft.runs import Run, bounded, named_folder, shown
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
@@ -198,8 +198,7 @@ def load(path: Path) -> LoadedRun:
     overrides = attempt("overrides.yaml", lambda: tuple(run.overrides()), (), tell=False)
     if not problems and not locked:
         problems += notes
-    told = str(result.get("error") or "").strip()
-    error = "\n".join([*filter(None, [told]), *problems]) or None
+    error = "\n".join([*problem_lines(str(result.get("error") or "")), *problems]) or None
     return LoadedRun(path, run.name, status, error, config, info, result, data, overrides, lines, samples)
 
 

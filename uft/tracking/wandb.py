@@ -25,6 +25,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from uft.config.schema import Tracking
 from uft.errors import FAILED, GOOD, STOPPED, Problem, UftError
 from uft.runs import Run, shown
 from uft.tracking.metrics import read_metrics, read_samples
@@ -64,9 +65,14 @@ class Wandb:
 
     def start(self) -> None:
         """Open the W&B run. Raises UftError if it is to be online and there is no key that W&B accepts."""
-        mode, wish, why = self.config["tracking"]["mode"], os.environ.get("WANDB_MODE", ""), ""
-        if mode == "auto" and wish in ("online", "offline", "disabled"):
+        (variable, wish), why = wished_mode(), ""
+        mode = self.config["tracking"]["mode"]
+        if mode == "auto" and wish:
             mode = wish
+        elif wish not in ("", mode) and mode != "disabled" and not self.folder:
+            self.say(f"{variable}={os.environ[variable]} is not followed: tracking.mode={mode}")
+        if mode != "disabled" and not self.folder:
+            self._say_what_is_not_followed()
         if mode in ("auto", "online"):
             why = self._go_online(mode)
             mode = "offline" if why else "online"
@@ -180,16 +186,27 @@ class Wandb:
         return why
 
     def _identity(self) -> dict[str, str]:
-        """Id of the W&B run, and the project and entity that a W&B sweep's agent named; noted by the first session.
+        """Id of the W&B run, and the project and entity that the environment names; noted by the first session.
 
-        Only an agent's environment counts: else W&B's variables would give every job of a sweep one id.
+        WANDB_PROJECT and WANDB_ENTITY count where the configuration leaves the default, or where a W&B sweep's agent
+        set them. The id is an agent's alone: else every job of a sweep would have the same one.
         """
-        info = self.run.info()
+        info, tracking = self.run.info(), self.config["tracking"]
         noted = info.get("wandb", {})
-        agent = os.environ if os.environ.get("WANDB_SWEEP_ID") and not self.folder else {}
-        variables = {"id": "WANDB_RUN_ID", "project": "WANDB_PROJECT", "entity": "WANDB_ENTITY"}
-        named = {name: noted.get(name) or agent.get(variable) for name, variable in variables.items()}
-        return {"id": info["id"], **{name: value for name, value in named.items() if value}}
+        environment = {} if self.folder or "id" in noted else os.environ
+        agent = environment if environment.get("WANDB_SWEEP_ID") else {}
+        found = {"id": noted.get("id") or agent.get("WANDB_RUN_ID") or info["id"]}
+        for key in ("project", "entity"):
+            counts = agent or tracking[key] == getattr(Tracking(), key)
+            found[key] = noted.get(key) or (environment.get(f"WANDB_{key.upper()}") if counts else None)
+        return {name: value for name, value in found.items() if value}
+
+    def _say_what_is_not_followed(self) -> None:
+        identity = self._identity()
+        for key in ("project", "entity"):
+            wish, used = os.environ.get(f"WANDB_{key.upper()}"), identity.get(key) or self.config["tracking"][key]
+            if wish and wish != used:
+                self.say(f"WANDB_{key.upper()}={wish} is not followed: this run has tracking.{key}={used or 'null'}")
 
     def _note(self, **values: Any) -> None:
         """Keep facts about the W&B run in `run.json`."""
@@ -319,6 +336,14 @@ class Server:
     @property
     def host(self) -> str:
         return urlsplit(self.url).netloc
+
+
+def wished_mode() -> tuple[str, str]:
+    """(variable, mode) that W&B's environment variables ask for; empty where they ask for none."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on"):
+        return "WANDB_DISABLED", "disabled"
+    wish = os.environ.get("WANDB_MODE", "")
+    return ("WANDB_MODE", wish) if wish in ("online", "offline", "disabled") else ("", "")
 
 
 def wandb_server() -> Server:
