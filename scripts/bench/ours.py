@@ -89,9 +89,8 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
     from uft.config.compose import compose
     from uft.config.frozen import frozen, typed
     from uft.runs import create_run
-    from uft.training.device import choose_device
     from uft.training.liveness import Stop
-    from uft.training.setup import prepare
+    from uft.training.setup import choose_device, prepare
 
     off = {**WAYS, **LADDER}[way]
     typed_words = words(objective, place, own, threads) + ([] if callable(off) else list(off))

@@ -127,10 +127,10 @@ def session_of(folder: Path, way: str, case: str, name: str, until: int | None) 
     from uft.runs import Run, create_run, write_atomically
     from uft.training import session
     from uft.training.liveness import Stop
-    from uft.training.session import MetricsHook
+    from uft.training.session import Recorder
 
     objective, sources, settings = CASES[case]
-    run, stop, after = Run(folder / name), Stop(), MetricsHook.after_step
+    run, stop, after = Run(folder / name), Stop(), Recorder.write_line
     text = frozen(compose([*overrides(objective, sources, folder, settings), *WAYS[way]]))
     begin = (
         (lambda: write_atomically(run.config_file, text)) if run.exists else (lambda: create_run(run.path, text, []))
@@ -138,18 +138,18 @@ def session_of(folder: Path, way: str, case: str, name: str, until: int | None) 
     ranks().barrier()
     ranks().on_rank0(lambda: begin() and None)
 
-    def watched(self: MetricsHook, trainer: Any, step: Any) -> None:
-        after(self, trainer, step)
+    def watched(self: Recorder, trainer: Any) -> None:
+        after(self, trainer)
         if trainer.progress.step == until:
             stop.signal = 15
             if ranks().sharded:
                 tell(folder, trainer)
 
-    MetricsHook.after_step = watched  # type: ignore[method-assign]
+    Recorder.write_line = watched  # type: ignore[method-assign]
     try:
         code = session.train(run, load_config(run.config_file), stop)
     finally:
-        MetricsHook.after_step = after  # type: ignore[method-assign]
+        Recorder.write_line = after  # type: ignore[method-assign]
     assert code == (0 if until is None else 75), run.result()
     if ranks().is_rank0:
         lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import sys
@@ -13,10 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from omegaconf import OmegaConf
 
 from uft.config.frozen import plain, typed
+from uft.config.messages import conf_dir
 from uft.config.schema import Config
 from uft.config.stages import differing
+from uft.errors import GOOD
 from uft.runs import Run, create_run
 from uft.training import jobs, session, setup, trainer
 from uft.training.liveness import Stop
@@ -24,8 +29,8 @@ from uft.training.setup import Prepared, prepare
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this
 
-from dying import UNEVEN, Death
-from stage_runs import DPO, SFT
+from dying import UNEVEN, Death, StopAt
+from stage_runs import DPO, SFT, sit
 
 VOCABULARY = 61
 LLAMA = {
@@ -139,29 +144,27 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: write_rows(folder / f"{kind}.jsonl", _rows_of(kind, 12)) for kind in KINDS}
 
 
-@pytest.fixture
-def configure(model_folder: Path, files: dict[str, Path], tmp_path: Path) -> Callable[..., Config]:
+@pytest.fixture(scope="session")
+def configure(
+    model_folder: Path, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Config]:
     """configure("ift", "train.steps=3", sources={name: path}) -> a typed configuration without the command line."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    @functools.cache
+    def preset(name: str) -> dict[str, Any]:
+        content = yaml.safe_load((conf_dir() / "objective" / f"{name}.yaml").read_text())
+        placed = (entry for entry in content.pop("defaults", ()) if isinstance(entry, dict))
+        return content | {place.partition("@")[2]: preset(option) for e in placed for place, option in e.items()}
 
     def make(objective: str, *settings: str, sources: dict[str, Path] | None = None) -> Config:
-        import yaml
-        from omegaconf import OmegaConf
-
-        from uft.config.messages import conf_dir
-
-        def read(name: str) -> dict[str, Any]:
-            preset = yaml.safe_load((conf_dir() / "objective" / f"{name}.yaml").read_text())
-            placed = (entry for entry in preset.pop("defaults", ()) if isinstance(entry, dict))
-            return preset | {place.partition("@")[2]: read(option) for e in placed for place, option in e.items()}
-
-        preset = read(objective)
         chosen = {kind: files[kind] for kind in USES[objective]} if sources is None else sources
         base = {
-            "objective": preset,
+            "objective": preset(objective),
             "data": {
                 "name": "kinds",
                 "sources": {name: {"path": str(path)} for name, path in chosen.items()},
-                "cache": str(tmp_path / "cache"),
+                "cache": str(cache),
             },
             "model": {"name": "tiny", "path": str(model_folder), "lr": 0.01},
             "train": {"steps": 4, "batch_size": 8},
@@ -169,7 +172,7 @@ def configure(model_folder: Path, files: dict[str, Path], tmp_path: Path) -> Cal
             "tracking": {"mode": "disabled"},
         }
         merged = OmegaConf.merge(OmegaConf.create(base), OmegaConf.from_dotlist(list(settings)))
-        return typed(OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), merged), resolve=True))
+        return typed(OmegaConf.to_container(merged))
 
     return make
 
@@ -187,7 +190,7 @@ def build(configure: Callable[..., Config], tmp_path: Path) -> Callable[..., Pre
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def chain(configure: Callable[..., Config], files: dict[str, Path]) -> Callable[..., Config]:
     """chain({"sft": ("sft", "demonstration", "train.steps=4"), ...}): a run of these stages.
 
@@ -204,26 +207,29 @@ def chain(configure: Callable[..., Config], files: dict[str, Path]) -> Callable[
         top = plain(asdict(run))
         nodes: dict[str, Any] = {}
         for name, (does, *_) in parts.items():
-            trains = does not in jobs.ROW_STAGES
-            what = {"do": "fit", "reference": reference} if trains else {"do": does}
+            what = {"do": does} if does in jobs.ROW_STAGES else {"do": "fit", "reference": reference}
             nodes[name] = {**what, "config": differing(plain(asdict(whole[name])), top)}
         return replace(run, stages=nodes)
 
     return make
 
 
-@pytest.fixture
-def two(chain: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
-    """two(folder, *settings): SFT, then DPO, with caches of the folder's own."""
+@pytest.fixture(scope="session")
+def two(chain: Callable[..., Config]) -> Callable[..., Config]:
+    """two(*settings): SFT, then DPO."""
+    parts = {
+        "sft": ("sft", "demonstration", f"train.steps={SFT}"),
+        "dpo": ("dpo", "preference", f"train.steps={DPO}"),
+    }
+    return lambda *settings, **options: chain(parts, *settings, **options)
 
-    def make(folder: str, *settings: str, **options: Any) -> Config:
-        parts = {
-            "sft": ("sft", "demonstration", f"train.steps={SFT}"),
-            "dpo": ("dpo", "preference", f"train.steps={DPO}"),
-        }
-        return chain(parts, f"data.cache={tmp_path / folder}-cache", *settings, **options)
 
-    return make
+@pytest.fixture(scope="session")
+def finished(two: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The folder of a finished run of `two`, to be looked at alone, and how often it asked whether to stop."""
+    folder, watch = tmp_path_factory.mktemp("finished") / "run", StopAt()
+    assert sit(folder, two(), watch) == GOOD
+    return folder, watch.looks
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,8 +26,12 @@ def sit(folder: Path, config: Config, stop: Stop | None = None) -> int:
     """A session of a run, with caches of the run's own; the exit code."""
     if not folder.exists():
         create_run(folder, "{}\n", [])
-    data = replace(config.data, cache=f"{folder}-cache")
-    return session.train(Run(folder), replace(config, data=data), stop or Stop())
+    cache, stages = f"{folder}-cache", copy.deepcopy(config.stages)
+    for node in stages.values():
+        if "data" in node["config"]:
+            node["config"]["data"]["cache"] = cache
+    own = replace(config, data=replace(config.data, cache=cache), stages=stages)
+    return session.train(Run(folder), own, stop or Stop())
 
 
 def survive(folder: Path, config: Config, death: Death, *deaths: int) -> Path:

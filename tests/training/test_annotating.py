@@ -186,7 +186,7 @@ def test_the_verb_stops_when_asked_and_goes_on(
     code: int,
 ) -> None:
     monkeypatch.setattr(annotation, "PER_FILE", 4)
-    config = configure("sft", sources={"mine": files["demonstration"]})
+    config = configure("sft", f"data.cache={tmp_path / 'cache'}", sources={"mine": files["demonstration"]})
     out = tmp_path / "rows.jsonl"
     config.annotate = Annotate(column="baseline_logp", models=[str(model_folder)], out=str(out), batch_tokens=1)
     real, batches = reference.sequence_batch, []

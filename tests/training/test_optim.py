@@ -12,7 +12,8 @@ from torch import nn
 from uft.config.schema import Optim
 from uft.runs import create_run
 from uft.training import checkpoint
-from uft.training.optim import OPTIMISERS, SCHEDULES, learning_rate, make_optimiser, warmup_steps
+from uft.training.step import OPTIMISERS, SCHEDULES, learning_rate, make_optimiser, warmup_steps
+from uft.training.trainer import below, nested
 
 MOMENTS = {
     "adamw": {"betas": [0.8, 0.95], "weight_decay": 0.1},
@@ -136,8 +137,8 @@ def test_saved_and_loaded_equals_never_stopped(case: str, tmp_path: Path) -> Non
     advance(straight, optimiser, range(3))
     run = create_run(tmp_path / "run", "{}\n", [])
     tensors = {
-        **checkpoint.nested("model", straight),
-        **checkpoint.nested("optimiser", checkpoint.optimiser_tensors(optimiser, straight)),
+        **nested("model", straight),
+        **nested("optimiser", checkpoint.optimiser_tensors(optimiser, straight)),
     }
     found, _ = checkpoint.load(checkpoint.save(run, 3, tensors, {}))
     advance(straight, optimiser, range(3, 6))
@@ -145,9 +146,9 @@ def test_saved_and_loaded_equals_never_stopped(case: str, tmp_path: Path) -> Non
     resumed = small()
     again = make_optimiser(resumed, cfg)
     with torch.no_grad():
-        for name, tensor in checkpoint.below("model", found).items():
+        for name, tensor in below("model", found).items():
             resumed[name].copy_(tensor)
-    checkpoint.load_optimiser(again, resumed, checkpoint.below("optimiser", found))
+    checkpoint.load_optimiser(again, resumed, below("optimiser", found))
     advance(resumed, again, range(3, 6))
     for name, parameter in straight.items():
         assert torch.equal(parameter, resumed[name]), name

@@ -12,9 +12,8 @@ from dying import StopAt
 from uft.config.schema import Config, Hardware
 from uft.errors import FAILED, UftError
 from uft.runs import create_run
-from uft.training.device import CPU_PASS, PASS, choose_device, tokens_per_pass
-from uft.training.setup import Prepared, Stopped, check_start, prepare, resume, saved_progress
-from uft.training.trainer import Progress
+from uft.training.setup import Prepared, Stopped, check_start, choose_device, prepare, resume, saved_progress
+from uft.training.trainer import CPU_PASS, PASS, Progress, tokens_per_pass
 
 
 @pytest.mark.parametrize("mode", ["copy", "cached"])
@@ -32,7 +31,7 @@ def test_the_generator_starts_the_same_whatever_was_done_before(build: Callable[
 
 
 def test_a_stop_is_seen_between_the_stages(configure: Callable[..., Config], tmp_path: Path) -> None:
-    config = configure("dpo", "reference.mode=cached")
+    config = configure("dpo", "reference.mode=cached", f"data.cache={tmp_path / 'cache'}")
     run = create_run(tmp_path / "run", "{}\n", [])
     looks = 0
     while True:

@@ -24,9 +24,8 @@ from uft.training.liveness import Stop
 # --- what is written
 
 
-def test_steps_and_counters_run_on_and_every_line_names_its_stage(two: Callable[..., Config], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert sit(folder, two("run")) == GOOD
+def test_steps_and_counters_run_on_and_every_line_names_its_stage(finished: tuple[Path, int]) -> None:
+    folder, _ = finished
     found = lines(folder / "metrics.jsonl")
     trained = {line["step"]: line for line in found if "loss" in line}
     measured = [(line["step"], line["stage"]) for line in found if "eval/nll" in line]
@@ -45,9 +44,8 @@ def test_steps_and_counters_run_on_and_every_line_names_its_stage(two: Callable[
     assert "after sft (4)" in (folder / "console.log").read_text()
 
 
-def test_results_of_the_run_and_of_its_stages(two: Callable[..., Config], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert sit(folder, two("run")) == GOOD
+def test_results_of_the_run_and_of_its_stages(finished: tuple[Path, int]) -> None:
+    folder, _ = finished
     whole, found = Run(folder).result(), lines(folder / "metrics.jsonl")
     parts = {name: json.loads((folder / f"stages/{name}/result.json").read_text()) for name in ("1-sft", "2-dpo")}
     assert whole["stages"] == {"sft": parts["1-sft"], "dpo": parts["2-dpo"]}
@@ -86,7 +84,7 @@ def test_a_stage_starts_from_the_model_before_it_and_its_reference_is_that(
 
     monkeypatch.setattr(session, "prepare_stage", prepare)
     folder = tmp_path / "run"
-    assert sit(folder, two("run", *tuning)) == GOOD
+    assert sit(folder, two(*tuning)) == GOOD
     left = weights(folder / "stages/1-sft/model")
     started = {name.replace(".base_layer", ""): tensor for name, tensor in made[1].items() if "lora_" not in name}
     assert all(torch.equal(started[name], tensor) for name, tensor in left.items())
@@ -99,16 +97,15 @@ def test_a_stage_starts_from_the_model_before_it_and_its_reference_is_that(
 
 def test_the_reference_may_be_the_model_that_the_run_started_from(two: Callable[..., Config], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert sit(folder, two("run", reference="initial")) == GOOD
+    assert sit(folder, two(reference="initial")) == GOOD
     first = next(line for line in lines(folder / "metrics.jsonl") if line["step"] == SFT + 1)
     assert abs(first["loss"] - math.log(2)) > 1e-3
     assert json.loads((folder / "stages/2-dpo/check.json").read_text())["policy_against_reference"] == {}
 
 
-def test_the_evaluation_is_one_for_all_stages(two: Callable[..., Config], tmp_path: Path) -> None:
+def test_the_evaluation_is_one_for_all_stages(finished: tuple[Path, int]) -> None:
     """The same names in every line, over the rows of both stages, against the model that the run started from."""
-    folder = tmp_path / "run"
-    assert sit(folder, two("run")) == GOOD
+    folder, _ = finished
     measured = [line for line in lines(folder / "metrics.jsonl") if "eval/nll" in line]
     names = [{name for name in line if name.startswith("eval/")} for line in measured]
     assert all(own == names[0] for own in names)
@@ -119,10 +116,11 @@ def test_the_evaluation_is_one_for_all_stages(two: Callable[..., Config], tmp_pa
     assert measured[2]["eval/kl"] > 1e-4
 
 
-def test_a_stage_is_what_a_run_of_its_own_would_be(two: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_stage_is_what_a_run_of_its_own_would_be(
+    finished: tuple[Path, int], two: Callable[..., Config], tmp_path: Path
+) -> None:
     """Two runs by hand, the second from the first one's model, give the same training to the last bit."""
-    folder, config = tmp_path / "run", two("run")
-    assert sit(folder, config) == GOOD
+    (folder, _), config = finished, two()
     first, second = (stage.config for stage in session.stages_of(config))
     assert session.train(create_run(tmp_path / "first", "{}\n", []), first, Stop()) == GOOD
     started = replace(second, model=replace(second.model, path=str(tmp_path / "first" / "model")))
@@ -220,7 +218,7 @@ def test_check_and_data_look_at_every_stage(chain: Callable[..., Config], capsys
 def test_data_of_any_stage_that_changed_is_refused(
     two: Callable[..., Config], files: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder, config = tmp_path / "run", two("run")
+    folder, config = tmp_path / "run", two()
     assert sit(folder, config, StopAt(40)) == STOPPED
     own = Path(shutil.copy(files["preference"], tmp_path / "other.jsonl"))
     own.write_text("".join(reversed(own.read_text().splitlines(keepends=True))))

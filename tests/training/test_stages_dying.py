@@ -24,33 +24,34 @@ def test_death_at_any_moment_changes_nothing(
     tuning: tuple[str, ...], stride: int, two: Callable[..., Config], death: Death, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole"
-    survive(whole, two("whole", *tuning), death)
+    survive(whole, two(*tuning), death)
     expected, moments = written(whole), list(death.moments)
     assert len(moments) > 150
     boundary = [n for n, name in enumerate(moments) if name in ("before export", "after export")]
     boundary += [n for n, name in enumerate(moments[:-2]) if name.endswith("write_json") and n > boundary[0]][:4]
     for moment in sorted({*range(30, len(moments), stride), *boundary[:2]}):
-        survive(tmp_path / f"died-{moment}", two(f"died-{moment}", *tuning), death, moment)
+        survive(tmp_path / f"died-{moment}", two(*tuning), death, moment)
         assert written(tmp_path / f"died-{moment}") == expected, (moment, moments[moment])
 
 
 @pytest.mark.slow
 def test_death_at_every_single_moment_changes_nothing(two: Callable[..., Config], death: Death, tmp_path: Path) -> None:
-    survive(tmp_path / "whole", two("whole"), death)
+    survive(tmp_path / "whole", two(), death)
     expected = written(tmp_path / "whole")
     for moment in range(len(death.moments)):
-        survive(tmp_path / f"died-{moment}", two(f"died-{moment}"), death, moment)
+        survive(tmp_path / f"died-{moment}", two(), death, moment)
         assert written(tmp_path / f"died-{moment}") == expected, moment
 
 
 @pytest.mark.parametrize("stride", [46, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_stop_at_any_safe_point_changes_nothing(stride: int, two: Callable[..., Config], tmp_path: Path) -> None:
-    whole, watch = tmp_path / "whole", StopAt()
-    assert sit(whole, two("whole"), watch) == GOOD
+def test_a_stop_at_any_safe_point_changes_nothing(
+    stride: int, finished: tuple[Path, int], two: Callable[..., Config], tmp_path: Path
+) -> None:
+    (whole, looks), config = finished, two()
     expected = written(whole)
-    assert watch.looks > 50
-    for number in range(0, watch.looks - 1, stride):
-        folder, config = tmp_path / f"stopped-{number}", two(f"stopped-{number}")
+    assert looks > 50
+    for number in range(0, looks - 1, stride):
+        folder = tmp_path / f"stopped-{number}"
         assert sit(folder, config, StopAt(number)) == STOPPED, number
         result = Run(folder).result()
         assert result["status"] == "stopped"
@@ -72,7 +73,7 @@ def on_disk(folder: Path) -> int:
 
 
 def test_a_finished_stage_is_never_run_again(two: Callable[..., Config], tmp_path: Path) -> None:
-    folder, config = tmp_path / "run", two("run")
+    folder, config = tmp_path / "run", two()
     assert sit(folder, config) == GOOD
     before = written(folder)
     stamp = (folder / "stages/1-sft/model/model.safetensors").stat().st_mtime_ns
@@ -85,7 +86,7 @@ def test_a_finished_stage_is_never_run_again(two: Callable[..., Config], tmp_pat
 def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(
     two: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, config = tmp_path / "run", two("run")
+    folder, config = tmp_path / "run", two()
     real = session.evaluate
 
     def failing(*arguments: Any, **keywords: Any) -> Evaluation:
@@ -106,10 +107,9 @@ def test_a_damaged_checkpoint_of_a_later_stage_costs_its_steps_and_no_line(
     two: Callable[..., Config], tmp_path: Path
 ) -> None:
     """The stage goes on from the checkpoint before it, and what the run wrote after that is written once."""
-    whole, folder, keep = tmp_path / "whole", tmp_path / "run", "train.keep_last=2"
-    watch = StopAt()
-    assert sit(whole, two("whole", keep), watch) == GOOD
-    assert sit(folder, two("run", keep), StopAt(watch.looks - 3)) == STOPPED  # in the last evaluation
+    whole, folder, config, watch = tmp_path / "whole", tmp_path / "run", two("train.keep_last=2"), StopAt()
+    assert sit(whole, config, watch) == GOOD
+    assert sit(folder, config, StopAt(watch.looks - 3)) == STOPPED  # in the last evaluation
     (folder / "stages/2-dpo/checkpoints/step-000005/tensors.safetensors").write_bytes(b"rust")
-    assert sit(folder, two("run", keep)) == GOOD
+    assert sit(folder, config) == GOOD
     assert written(folder) == written(whole)

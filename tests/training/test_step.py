@@ -66,7 +66,7 @@ class Bench:
         """`items` may be a part of the `whole` step, from whose completions the KL baseline is taken."""
         sampler, needs = self.trainer.sampler, self.trainer.objective.needs
         others = sampler.mismatched(items if whole is None else whole) if needs.mismatched else ()
-        return Collator(budget, self.trainer.pad_id, layout)(items, others)
+        return Collator(budget, self.trainer.collator.pad_id, layout)(items, others)
 
     def step(self, batches: StepBatches, objective: Objective | None = None, **changes: Any) -> Step:
         self.trainer.objective = objective or self.objective()
@@ -250,9 +250,9 @@ def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
     trainer = rig.trainer
     trainer.policy = Poisoned(trainer.policy, token, value)  # type: ignore[assignment]
     before = rig.weights()
-    assert not rig.step(Collator(64, trainer.pad_id)(items)).finite
+    assert not rig.step(Collator(64, trainer.collator.pad_id)(items)).finite
     trainer.objective = rig.objective()
-    assert nonfinite_rows(trainer, items, CONTEXT, Collator(1, 0)) == [bad]
+    assert nonfinite_rows(trainer, items, CONTEXT) == [bad]
     assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
     assert all(p.grad is None for p in trainer.parameters.values())
     assert not trainer.optimiser.state

@@ -204,9 +204,8 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         from uft.config.messages import conf_dir
         from uft.config.schema import Config
         from uft.runs import Run
-        from uft.training.device import choose_device
         from uft.training.liveness import Stop
-        from uft.training.setup import prepare
+        from uft.training.setup import choose_device, prepare
 
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

@@ -22,10 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from uft.distributed import ranks, shard_like
@@ -74,6 +71,9 @@ def begin_shards(folder: Path, tensors: Mapping[str, Tensor]) -> Future[Any]:
 
     The tensors are copied before this returns, so training can go on.
     """
+    import torch.distributed.checkpoint as dcp  # here: a start without shards does without it
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
     writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     # the writer's own stager copies the empty storages that FSDP leaves behind, and fails
     stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -98,9 +98,8 @@ def publish(run: Run, folder: Path) -> Path:
         (folder / SUMS).write_text(sums, encoding="utf-8")
         for path in (*folder.rglob("*"), folder):
             _flush(path)
-        shutil.rmtree(replaced, ignore_errors=True)
         if place.exists():
-            os.replace(place, replaced)
+            _replace(place, replaced)
         os.replace(folder, place)
         _flush(run.checkpoints_dir)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -112,9 +111,8 @@ def prune(run: Run, keep_last: int, best_step: int | None) -> None:
     complete = run.checkpoints()
     for step, folder in complete[:-keep_last]:
         if step != best_step:
-            hidden = _hidden(folder, DISCARDED)  # renamed first: half a checkpoint must never bear a final name
-            shutil.rmtree(hidden, ignore_errors=True)
-            os.replace(folder, hidden)
+            hidden = _hidden(folder, DISCARDED)
+            _replace(folder, hidden)  # first: half a checkpoint must never bear a final name
             shutil.rmtree(hidden, ignore_errors=True)
     for leftover in run.checkpoints_dir.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -155,6 +153,12 @@ def _writing(run: Run, folder: Path, needs: int | None = None) -> Iterator[None]
         raise
 
 
+def _replace(folder: Path, place: Path) -> None:
+    """Rename a folder; what was in its new place is deleted."""
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(folder, place)
+
+
 def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -187,20 +191,14 @@ def resume(run: Run, load_checkpoint: Callable[[Path], None], say: Callable[[str
         damage = next((found for found in ranks().gather_objects(damage) if found is not None), None)
         if damage is None:
             return step
-        aside = ranks().on_rank0(partial(_set_aside, folder))
+        aside = folder.with_name(f"{folder.name}.{DAMAGED}")
+        ranks().on_rank0(partial(_replace, folder, aside))
         say(f"{shown(folder)} is damaged ({damage}) and set aside as {aside.name}; the one before it is used")
     if any(run.checkpoints_dir.glob(f"step-*.{DAMAGED}")):
         why = "none of the run's checkpoints is what was written into it"
         again = f"to begin again from the start:  rm -r {shown(run.checkpoints_dir)}"
         raise UftError(Problem(shown(run.path), why, advice=(again,)), code=FAILED)
     return -1
-
-
-def _set_aside(folder: Path) -> Path:
-    aside = folder.with_name(f"{folder.name}.{DAMAGED}")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
-    return aside
 
 
 def load(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -227,16 +225,18 @@ def _load_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
         why = "its shards are in a format that this version of uft does not read"
         how = "finish the run with the version that began it (`git_commit` in run.json), on any number of processes"
         raise UftError(Problem(shown(folder), why, advice=(how,)))
+    import torch.distributed.checkpoint as dcp
+
     reader = dcp.HuggingFaceStorageReader(str(folder / SHARDS))
     found: dict[str, Tensor] = {}
     for key, stored in reader.read_metadata().state_dict_metadata.items():
-        assert isinstance(stored, TensorStorageMetadata), key
+        assert isinstance(stored, dcp.metadata.TensorStorageMetadata), key
         group, _, name = key.partition("/")
-        like = parameters.get(name if group == "model" else name.rpartition("/")[0])
+        like, dtype = parameters.get(name if group == "model" else name.rpartition("/")[0]), stored.properties.dtype
         if isinstance(like, DTensor) and like.shape == stored.size:
-            found[key] = torch.zeros_like(like, dtype=stored.properties.dtype, requires_grad=False)
+            found[key] = torch.zeros_like(like, dtype=dtype)
         else:
-            found[key] = torch.zeros(stored.size, dtype=stored.properties.dtype)
+            found[key] = torch.zeros(stored.size, dtype=dtype)
     dcp.load(found, storage_reader=reader, no_dist=not ranks().sharded)
     return found
 
@@ -258,16 +258,7 @@ def _sums(folder: Path) -> dict[str, str]:
     return {found[2]: found[1] for line in lines if (found := SUM.fullmatch(line))}
 
 
-# --- Tensors of a checkpoint.
-
-
-def nested(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
-
-
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under `prefix/`, without it."""
-    return {n.removeprefix(f"{prefix}/"): tensor for n, tensor in tensors.items() if n.startswith(f"{prefix}/")}
+# --- The moments of an optimiser.
 
 
 def optimiser_tensors(
@@ -285,10 +276,11 @@ def optimiser_tensors(
 def load_optimiser(
     optimiser: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    fused = bool(optimiser.defaults.get("fused"))
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
         parameter = parameters[name]
-        # torch keeps the step counter on the CPU unless the kernel is fused
-        step = tensor.to(parameter.device) if fused else tensor
-        optimiser.state[parameter][key] = (step if key == "step" else shard_like(tensor, parameter)).clone()
+        if key != "step":
+            tensor = shard_like(tensor, parameter)
+        elif optimiser.defaults.get("fused"):  # else torch keeps the step counter on the CPU
+            tensor = tensor.to(parameter.device)
+        optimiser.state[parameter][key] = tensor.clone()

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,11 +38,6 @@ from uft.runs import Run, cache_root, read_json
 from uft.sampling.annotate import ANNOTATORS
 
 
-def cache_dir(config: Config) -> Path:
-    """Root of the token and reference caches."""
-    return cache_root(config.data.cache)
-
-
 @dataclass(frozen=True)
 class TrainData:
     """Every source of the mixture, read and tokenised; training rows and held-out rows apart."""
@@ -66,7 +60,7 @@ def read_train_data(
     """Load (unless `loaded`), render and tokenise. Raises UftError with everything that is wrong with the data."""
     loaded = load_sources(config.data) if loaded is None else loaded
     renderer = Renderer(tokenizer, config.data.template)
-    max_length, too_long, folder = config.train.max_length, config.data.too_long, cache_dir(config)
+    max_length, too_long, folder = config.train.max_length, config.data.too_long, cache_root(config.data.cache)
     # a source with a share of zero is measured, never drawn: its training rows need not even fit
     drawn: dict[str, Sequence[Row]] = {s.name: s.rows if config.data.sources[s.name].share != 0 else () for s in loaded}
     train = tokenize_all(drawn, renderer, max_length, too_long, folder)
@@ -85,7 +79,7 @@ def tokenize_held_out(config: Config, renderer: Renderer, loaded: Sequence[Loade
     """The held-out rows of every source that has some. Too long ones are cut: nothing is learned from them."""
     too_long = "truncate" if config.data.too_long == "error" else config.data.too_long
     rows = {source.name: source.held_out for source in loaded if source.held_out}
-    tokenized = tokenize_all(rows, renderer, config.train.max_length, too_long, cache_dir(config))
+    tokenized = tokenize_all(rows, renderer, config.train.max_length, too_long, cache_root(config.data.cache))
     return [source for source in tokenized if source.rows]
 
 

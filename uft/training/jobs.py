@@ -35,25 +35,27 @@ from uft.model.policy import DTYPES
 from uft.model.reference import choose_mode
 from uft.objectives import make
 from uft.objectives.views import kind_table
-from uft.runs import Run
+from uft.runs import Run, cache_root
 from uft.sampling.annotate import ANNOTATORS, Bench, Recipe, annotate_rows, frozen
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
-from uft.training.dataset import StageData, cache_dir, has_made_rows, read_run_data
-from uft.training.device import choose_device, oom_advice, settle_threads
+from uft.training.dataset import StageData, has_made_rows, read_run_data
 from uft.training.liveness import Stop, listening
 from uft.training.setup import (
     Prepared,
     Say,
     Stopped,
     check_start,
+    choose_device,
     pause,
     planned_memory,
     prepare_stage,
+    settle_threads,
     stage_card,
     start_card,
 )
+from uft.training.trainer import oom_advice
 
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured
 TABLE_WIDTH = 180  # without a terminal
@@ -227,7 +229,7 @@ def generate(config: Config) -> int:
     with listening() as stop:
         try:
             progress = lambda done, of: say(f"{done}/{of} prompts")  # noqa: E731
-            summary = sample_rows(config, drawn_sources(config), out, config.model.path, device, stop, progress)
+            summary = sample_rows(config, out, config.model.path, device, stop, progress)
         except Interrupted:
             say(f"stopped; what is done is in {out}. Run the same command to continue.")
             return stop.exit_code
@@ -248,35 +250,26 @@ def generate_stage(
 
     Raises Interrupted when asked to stop.
     """
-    out, part, sources = folder / ROWS, folder / ".rows.part.jsonl", drawn_sources(config)
+    out, part = folder / ROWS, folder / ".rows.part.jsonl"
     if out.is_file():  # the last session ended right after the rename
-        summary = summary_of(out, sources, config.generate)
+        made = summary_of(out, drawn_sources(config), config.generate)
     else:
-        progress = lambda done, of: say(f"{done} of {of} prompts")  # noqa: E731
-        summary = sample_rows(config, sources, part, sampled_by, device, stop, progress)
+        made = sample_rows(config, part, sampled_by, device, stop, lambda done, of: say(f"{done} of {of} prompts"))
         ranks().on_rank0(lambda: os.replace(part, out))
-    counts = {"rows": summary.rows, "completions": summary.negatives}
-    return {**counts, "empty": summary.empty, "repeats": summary.repeats}
+    return {"rows": made.rows, "completions": made.negatives, "empty": made.empty, "repeats": made.repeats}
 
 
 def sample_rows(
-    config: Config,
-    sources: Sequence[LoadedSource],
-    out: Path,
-    sampled_by: str,
-    device: torch.device,
-    stop: Stop,
-    progress: Callable[[int, int], None],
+    config: Config, out: Path, sampled_by: str, device: torch.device, stop: Stop, progress: Callable[[int, int], None]
 ) -> Summary:
-    tokenizer = load_tokenizer(config.model)
-    renderer = Renderer(tokenizer, config.data.template)
+    sources, tokenizer = drawn_sources(config), load_tokenizer(config.model)
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
     return generate_rows(
         policy,
         tokenizer,
-        renderer,
+        Renderer(tokenizer, config.data.template),
         sources,
         config.generate,
         out,
@@ -357,7 +350,7 @@ def write_column(
     check_files(sources, [*files.values(), *(apart[source.name] for source in sources if source.apart)], config.data)
     bench = Bench(
         device=device,
-        cache=cache_dir(config),
+        cache=cache_root(config.data.cache),
         batch_tokens=config.annotate.batch_tokens,
         too_long=config.data.too_long,
         should_stop=should_stop,

@@ -13,8 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -32,11 +31,11 @@ PATIENCE = 60.0  # seconds for the last words of a run whose disk may be what ha
 MOVED = 1 << 20
 """Bytes that are a sign of life where bytes are: more than an idle process moves."""
 BLOCK = 512  # bytes, of the system's count of disk traffic
-LastWords = Callable[[str], None]
+SIGNS, ENDING = "uft/signs-of-life", "uft/ending"  # counters in the store of torch's launcher
 
 
 @contextmanager
-def watching(seconds: float, folder: Path | None, last_words: LastWords) -> Iterator[None]:
+def watching(seconds: float, folder: Path | None, last_words: Callable[[str], None]) -> Iterator[None]:
     """Inside, end the process with code 1 after `seconds` without a sign of life (`uft.heartbeat`); 0: never.
 
     The stacks of all threads go to stderr and, with a `folder`, to a file of this rank in it; `last_words` is called
@@ -46,69 +45,97 @@ def watching(seconds: float, folder: Path | None, last_words: LastWords) -> Iter
     if not seconds:
         yield
         return
-    over, peers = threading.Event(), Peers()
-    ticks = max(TICKS, math.ceil(seconds / TICK))
     with _interpreter_guard(seconds) as python_runs:
-        watch = partial(_watch, seconds, ticks, folder, last_words, over, peers, python_runs)
-        threads = [threading.Thread(target=watch, daemon=True, name="uft-watchdog")]
+        watchdog = Watchdog(seconds, folder, last_words, python_runs)
+        threads = [threading.Thread(target=watchdog.watch, daemon=True, name="uft-watchdog")]
         if launched() > 1:
-            exchange = partial(peers.exchange, over, seconds / ticks)
-            threads.append(threading.Thread(target=exchange, daemon=True, name="uft-peers"))
+            threads.append(threading.Thread(target=watchdog.exchange, daemon=True, name="uft-peers"))
         for thread in threads:
             thread.start()
         try:
             yield
         finally:
-            over.set()
+            watchdog.over.set()
             for thread in threads:
                 thread.join(1.0)  # no thread may be inside a library when the process ends
 
 
-def _watch(
-    seconds: float,
-    ticks: int,
-    folder: Path | None,
-    last_words: LastWords,
-    over: threading.Event,
-    peers: Peers,
-    python_runs: Callable[[], None],
-) -> None:
-    quiet = seen = moves = 0
-    moved = moved_bytes()
-    while quiet < ticks and not over.wait(seconds / ticks):
-        python_runs()
-        now = moved_bytes()
-        if not heartbeat.moving:
-            moved = now
-        elif now - moved >= MOVED:
-            moves, moved = moves + 1, now
-        peers.mine = heartbeat.signs + moves
-        signs = peers.mine + peers.heard
-        quiet, seen = quiet + 1 if signs == seen else 0, signs
-    if over.is_set():
-        return
-    faulthandler.cancel_dump_traceback_later()
+@dataclass
+class Watchdog:
+    """Counts the signs of life of this process and of the other ranks, and ends the process where there are none."""
 
-    def speak() -> None:
-        where, (minutes, rest) = " is above", divmod(round(seconds), 60)
+    seconds: float
+    folder: Path | None
+    last_words: Callable[[str], None]
+    python_runs: Callable[[], None]  # to be called at every tick
+    over: threading.Event = field(default_factory=threading.Event)
+    mine: int = 0  # signs of life of this process
+    heard: int = 0  # of all ranks together, a tick or two ago
+
+    def __post_init__(self) -> None:
+        self.ticks = max(TICKS, math.ceil(self.seconds / TICK))
+
+    def watch(self) -> None:
+        quiet = seen = moves = 0
+        moved = moved_bytes()
+        while quiet < self.ticks and not self.over.wait(self.seconds / self.ticks):
+            self.python_runs()
+            now = moved_bytes()
+            if not heartbeat.moving:
+                moved = now
+            elif now - moved >= MOVED:
+                moves, moved = moves + 1, now
+            self.mine = heartbeat.signs + moves
+            signs = self.mine + self.heard
+            quiet, seen = quiet + 1 if signs == seen else 0, signs
+        if self.over.is_set():
+            return
+        faulthandler.cancel_dump_traceback_later()
+        speaker = threading.Thread(target=self.speak, daemon=True, name="uft-last-words")
+        speaker.start()
+        speaker.join(PATIENCE)
+        os._exit(FAILED)
+
+    def speak(self) -> None:
+        """Stacks and last words; then wait until all ranks have come here."""
+        where, (minutes, rest) = " is above", divmod(round(self.seconds), 60)
         if launched() > 1:
             print(f"process {rank()}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)  # first, since it needs no disk
-        if folder is not None:
-            trace = folder / (f"hang-rank{rank()}.txt" if rank() else "hang.txt")
+        if self.folder is not None:
+            trace = self.folder / (f"hang-rank{rank()}.txt" if rank() else "hang.txt")
             where = f": {shown(trace)}"
             with suppress(OSError), open(trace, "w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        last_words(
+        self.last_words(
             f"hung: no sign of life for {minutes:02}:{rest:02} while {heartbeat.doing} "
-            f"(hardware.watchdog={seconds:g}). Where it stood{where}"
+            f"(hardware.watchdog={self.seconds:g}). Where it stood{where}"
         )
-        peers.end_together()
+        if launched() == 1:
+            return
+        with suppress(RuntimeError):
+            store = _store()
+            store.add(ENDING, 1)
+            while store.add(ENDING, 0) < launched():
+                time.sleep(0.1)
+        if rank():
+            time.sleep(1)  # rank 0 ends first, lest it learn of another's end
 
-    speaker = threading.Thread(target=speak, daemon=True, name="uft-last-words")
-    speaker.start()
-    speaker.join(PATIENCE)
-    os._exit(FAILED)
+    def exchange(self) -> None:
+        """Add this rank's signs to the sum of all and read it, every tick. It may block: in a thread of its own."""
+        with suppress(RuntimeError):  # of torch: the process that keeps the store has ended
+            store, told = _store(), 0
+            while not self.over.wait(self.seconds / self.ticks):
+                now = self.mine
+                self.heard = store.add(SIGNS, now - told)
+                told = now
+
+
+def _store() -> TCPStore:
+    """A connection of its own to the store of torch's launcher."""
+    from torch.distributed import TCPStore
+
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
 
 
 GUARD = """
@@ -165,44 +192,6 @@ def moved_bytes() -> int:
         read, written = Path("/proc/self/io").read_text().splitlines()[:2]
         found += int(read.removeprefix("rchar: ")) + int(written.removeprefix("wchar: "))
     return found
-
-
-SIGNS, ENDING = "uft/signs-of-life", "uft/ending"
-
-
-class Peers:
-    """The signs of life of the other ranks, through a connection of its own to the store of torch's launcher."""
-
-    def __init__(self) -> None:
-        self.mine = 0  # signs of life of this process
-        self.heard = 0  # of all ranks together, a tick or two ago
-
-    def exchange(self, over: threading.Event, tick: float) -> None:
-        """Add this rank's signs to the sum and read it, every `tick` seconds. It may block: in a thread of its own."""
-        with suppress(RuntimeError):  # of torch: the process that keeps the store has ended
-            store, told = _store(), 0
-            while not over.wait(tick):
-                now = self.mine
-                self.heard = store.add(SIGNS, now - told)
-                told = now
-
-    def end_together(self) -> None:
-        """Wait until all ranks have come here; rank 0 returns first, lest it learn of another's end."""
-        if launched() == 1:
-            return
-        with suppress(RuntimeError):
-            store = _store()
-            store.add(ENDING, 1)
-            while store.add(ENDING, 0) < launched():
-                time.sleep(0.1)
-        if rank():
-            time.sleep(1)
-
-
-def _store() -> TCPStore:
-    from torch.distributed import TCPStore
-
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False)
 
 
 # --- Stopping at a safe point: a signal sets a flag; the loop, the evaluation and generation look at it between steps.

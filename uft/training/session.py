@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from uft.config.frozen import plain
-from uft.config.schema import Config, Model
+from uft.config.schema import Config, Eval, Model
 from uft.config.stages import Stage, made, maker, stages_of
 from uft.distributed import ranks
 from uft.environment import PeerLost, note
@@ -42,23 +42,21 @@ from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
 from uft.training import checkpoint
 from uft.training.dataset import RunData, located, read_run_data
-from uft.training.device import choose_device, explain_oom, out_of_memory, tokens_per_pass
-from uft.training.jobs import ROW_STAGES
 from uft.training.liveness import Stop, watching
-from uft.training.optim import learning_rate
 from uft.training.setup import (
     Stopped,
     check_positions,
     check_record,
     check_start,
+    choose_device,
     prepare_stage,
     resume,
     saved_progress,
     stage_card,
     start_card,
 )
-from uft.training.step import Step
-from uft.training.trainer import Progress, Trainer
+from uft.training.step import Step, learning_rate
+from uft.training.trainer import Progress, Trainer, explain_oom, out_of_memory, tokens_per_pass
 
 
 def train(run: Run, config: Config, stop: Stop) -> int:
@@ -67,7 +65,7 @@ def train(run: Run, config: Config, stop: Stop) -> int:
     Raises the UftError of a request that cannot be carried out; any later failure is recorded in `result.json`.
     """
     with run_console(run) as console:
-        session = Session(run, config, stop, console)
+        session = Session(run, config, stages_of(config), stop, console)
         try:
             with watching(config.hardware.watchdog, run.path, session.end_hung):
                 session.begin()
@@ -101,6 +99,7 @@ class Session:
 
     run: Run
     config: Config
+    stages: list[Stage]
     stop: Stop
     console: Console
     started: float = field(default_factory=time.perf_counter)
@@ -109,11 +108,7 @@ class Session:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)  # of finished stages, in their order
     trainer: Trainer | None = None  # of the stage that trains
     opened: bool = False  # whether this session has written anything: a bad request is refused before that
-    stages: list[Stage] = field(init=False)
     data: RunData = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.stages = stages_of(self.config)
 
     def begin(self) -> None:
         """Find out where the run stands, and read and check the data of all stages."""
@@ -161,16 +156,14 @@ class Session:
         if stage.name not in self.data.stages:  # an earlier stage made its rows
             self.data.read(stage)
             self.data.stages[stage.name].refuse_other_data(folder)
-            ranks().on_rank0(lambda: write_json(folder.path / "data.json", self.data.stages[stage.name].record))
-        model = self.start_model(stage)
-        prepared = prepare_stage(
-            self.run, self.config, stage, model, self.data, self.device, self.stop, self.console.message
-        )
-        trainer, data = prepared.trainer, prepared.data
+            ranks().on_rank0(lambda: self._write_data(stage))
+        say, model = self.console.message, self.start_model(stage)
+        prepared = prepare_stage(self.run, self.config, stage, model, self.data, self.device, self.stop, say)
+        trainer, renderer = prepared.trainer, prepared.data.dataset.renderer
         for other in self.data.stages.values():  # rows of later stages that do not fit are told before the first step
             check_positions(trainer.policy, other.dataset)
         checks = check_record(prepared, check_start(trainer, prepared.reference))
-        step = resume(trainer, self.console.message)
+        step = resume(trainer, say)
         if step < 0 and ranks().is_rank0:
             write_json(folder.path / "check.json", checks)
         self.data.steps[stage.name] = trainer.steps  # of the checkpoint: the horizon never changes under a run
@@ -185,18 +178,18 @@ class Session:
             trainer.policy,
             prepared.eval_reference,
             self.data.held_out,
-            data.dataset.renderer,
-            prepared.tokenizer,
+            renderer,
+            renderer.tokenizer,
             trainer.config.eval,
             self.stop.between_passes,
             micro_batch_tokens=tokens_per_pass(trainer.config),
         )
-        log = StageLog(self.tracker, self.console, stage.name, self.before)
-        if not fit(trainer, log, measure, at_start=stage.config.eval.before and not self.trained_before(stage)):
+        at_start = stage.config.eval.before and not self.trained_before(stage)
+        if not Recorder(self.tracker, self.console, measure, at_start, stage.name, self.before).fit(trainer):
             return False
         later = any(other.do == "generate" for other in self.stages[stage.number :])
         if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
-            export(trainer.policy, prepared.tokenizer, self.model_dir(stage))
+            export(trainer.policy, renderer.tokenizer, self.model_dir(stage))
         return True
 
     def _make_rows(self, stage: Stage, folder: Run) -> dict[str, Any]:
@@ -210,6 +203,8 @@ class Session:
             annotate=replace(stage.config.annotate, models=models),
         )
         sampled_by = f"stage:{trained[-1].name}" if trained else stage.config.model.path
+        from uft.training.jobs import ROW_STAGES  # here: most runs make no rows, and start without these imports
+
         return ROW_STAGES[stage.do](config, folder.path, sampled_by, self.device, self.stop, self.console.message)
 
     def _open(self, resumed_step: int, stage_lines: Card = ()) -> None:
@@ -224,10 +219,7 @@ class Session:
         self.opened = True
         if ranks().is_rank0:
             for stage in self.stages:
-                if stage.name in self.data.stages:
-                    folder = self.folder(stage).path
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_json(folder / "data.json", self.data.stages[stage.name].record)
+                self._write_data(stage)
             (self.run.path / "result.json").unlink(missing_ok=True)
             info = {"data_digest": self.data.digest, "total_steps": self.data.total_steps}
             self.run.update_info(**info, device=str(self.device), torch=torch.__version__)
@@ -242,6 +234,12 @@ class Session:
             self.console.recall(read_metrics(self.run))
             self.console.marks |= self._stage_ends()
         ranks().barrier()  # until the result of an earlier session is gone
+
+    def _write_data(self, stage: Stage) -> None:
+        if stage.name in self.data.stages:
+            folder = self.folder(stage).path
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "data.json", self.data.stages[stage.name].record)
 
     # --- where the run stands
 
@@ -294,8 +292,7 @@ class Session:
         """Write `result.json`, close the tracker with the true status, show the last card; the exit code."""
         if not ranks().is_rank0:
             return code
-        progress = self.trainer.progress if self.trainer else None
-        result = self._result(status, error, progress, self.device)
+        result = self._result(status, error, self.trainer.progress if self.trainer else None)
         code = self._write_result(result, code)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
         total = self.run.info().get("total_steps", result["steps"])
@@ -306,7 +303,8 @@ class Session:
         """Record why the watchdog is about to end this process; the result is what is on disk."""
         note(why)
         if ranks().is_rank0:
-            self._write_result(self._result("failed", why, None, torch.device("cpu")), FAILED)
+            self.device = torch.device("cpu")  # the other one may be what hangs
+            self._write_result(self._result("failed", why, None), FAILED)
             self.console.message(f"{why}\nContinue it:  uft resume {shown(self.run.path)}")
 
     def _write_result(self, result: Mapping[str, Any], code: int) -> int:
@@ -318,9 +316,7 @@ class Session:
             return FAILED
         return code
 
-    def _result(
-        self, status: str, error: str | None, progress: Progress | None, device: torch.device
-    ) -> dict[str, Any]:
+    def _result(self, status: str, error: str | None, progress: Progress | None) -> dict[str, Any]:
         """`result.json`; `progress` of the stage that is not finished, by default that of its newest checkpoint."""
         if "" in self.results:
             wall = {"wall_seconds": time.perf_counter() - self.started}
@@ -338,7 +334,7 @@ class Session:
                 best = {"best": record["best"], "best_step": steps + record["best_step"], "best_checkpoint": folder}
             steps += record.get("steps", 0)
         total = total_progress(records.values())
-        record = result_record(total, best, device, self.started, read_metrics(self.run))
+        record = result_record(total, best, self.device, self.started, read_metrics(self.run))
         stages = {"stages": self.results} if self.config.stages else {}
         return {"status": status, "error": error, **record, **stages}
 
@@ -346,109 +342,81 @@ class Session:
 # --- Training one stage: the loop is the trainer's; metric lines, evaluations and checkpoints happen around its steps.
 
 
-@dataclass(frozen=True)
-class StageLog:
-    """Tracker and console as a stage uses them: its steps and counters continue those of the stages before it."""
+@dataclass
+class Recorder:
+    """The hook of a stage's trainer: metric lines, evaluations, the best of them, and checkpoints.
+
+    Steps and counters on its lines continue those of the stages before it.
+    """
 
     tracker: Trackers
     console: Console
+    measure: Callable[[], Evaluation]  # raises Interrupted when asked to stop
+    at_start: bool = True  # evaluate before the first step
     stage: str = ""  # the name that every line has; "": none
     before: Progress = field(default_factory=Progress)
+    seconds: float = 0.0  # of training at the last line: evaluations and checkpoints between two do not count
+    tokens: int = 0  # since the last line
+    saved: int = -1  # the step of the last checkpoint of this session
+    warned: bool = False  # that eval.best names no metric
 
-    def line(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+    @activity("it trained")
+    def fit(self, trainer: Trainer) -> bool:
+        """Train to the horizon; False when asked to stop before that."""
+        trainer.hooks = (self,)
+        progress, evaluated = trainer.progress, trainer.progress.evaluated
+        self.seconds = progress.seconds
+        self.evaluate_if_due(trainer)
+        if progress.evaluated > evaluated and progress.step > 0:
+            self.save(trainer)  # the evaluation that the last session owed is now part of the checkpoint
+        trainer.fit()
+        # asked to stop within the last evaluation, a run has its steps but not its result
+        owes_evaluation = trainer.stop.agreed() and trainer.progress.evaluated < trainer.steps
+        complete = trainer.progress.step >= trainer.steps and not owes_evaluation
+        if not complete and self.saved != trainer.progress.step:
+            self.save(trainer)
+        trainer.publish_pending_checkpoint()
+        return complete
+
+    def after_step(self, trainer: Trainer, step: Step) -> None:
+        self.tokens += step.tokens
+        number, cfg = trainer.progress.step, trainer.config.train
+        if number == 1 or number % cfg.log_every == 0 or number == trainer.steps:
+            self.write_line(trainer)
+        self.evaluate_if_due(trainer)
+        trainer.publish_pending_checkpoint(wait=False)
+        due = number == trainer.steps or bool(cfg.checkpoint_every and number % cfg.checkpoint_every == 0)
+        if due or trainer.progress.best_step == number:
+            self.save(trainer)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Write a line of metrics.jsonl; the run's numbers in it."""
         ours = {name: getattr(self.before, name) + v if name in COUNTERS else v for name, v in metrics.items()}
         self.tracker.log(self.before.step + step, {**({"stage": self.stage} if self.stage else {}), **ours})
         return ours
 
-    def train_line(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.console.step(self.before.step + step, self.line(step, metrics))
-
-    def evaluation(self, progress: Progress, evaluation: Evaluation) -> None:
-        if evaluation.metrics:
-            axes = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
-            self.line(progress.step, axes | evaluation.metrics)
-        step = self.before.step + progress.step
-        if evaluation.samples:
-            self.tracker.samples(step, evaluation.samples, self.stage or None)
-        self.console.evaluation(step, evaluation)
-
-
-@activity("it trained")
-def fit(trainer: Trainer, log: StageLog, measure: Callable[[], Evaluation], *, at_start: bool) -> bool:
-    """Train to the horizon, with metric lines, evaluations and checkpoints; False when asked to stop before that.
-
-    `at_start`: whether to evaluate before the first step.
-    """
-    cfg = trainer.config
-    checkpoints = CheckpointHook(log.tracker, cfg.train.checkpoint_every)
-    evaluations = EvaluationHook(
-        measure, log, cfg.train.eval_every, at_start=at_start, best=cfg.eval.best, best_mode=cfg.eval.best_mode
-    )
-    trainer.hooks = (MetricsHook(log, cfg.train.log_every, since=trainer.progress.seconds), evaluations, checkpoints)
-    evaluated = trainer.progress.evaluated
-    evaluations.start(trainer)
-    if trainer.progress.evaluated > evaluated and trainer.progress.step > 0:
-        checkpoints.save(trainer)  # the evaluation that the last session owed is now part of the checkpoint
-    trainer.fit()
-    # asked to stop within the last evaluation, a run has its steps but not its result
-    owes_evaluation = trainer.stop.agreed() and trainer.progress.evaluated < trainer.steps
-    complete = trainer.progress.step >= trainer.steps and not owes_evaluation
-    if not complete and checkpoints.saved != trainer.progress.step:
-        checkpoints.save(trainer)
-    trainer.publish_pending_checkpoint()
-    return complete
-
-
-@dataclass
-class MetricsHook:
-    """A metric line at the first step, every `every` steps and at the last; meters stay on the device till then."""
-
-    log: StageLog
-    every: int
-    since: float = 0.0  # seconds of training at the last line: evaluations and checkpoints between two do not count
-    tokens: int = 0
-
-    def after_step(self, trainer: Trainer, step: Step) -> None:
-        self.tokens += step.tokens
-        number = trainer.progress.step
-        if number != 1 and number % self.every and number != trainer.steps:
-            return
+    def write_line(self, trainer: Trainer) -> None:
+        """What was measured since the last line: meters stay on the device till then."""
         trainer.await_finite_check()
         progress, means = trainer.progress, trainer.meter.means()  # without names that no row gave anything for
-        seconds, tokens = progress.seconds - self.since, self.tokens
-        self.since, self.tokens = progress.seconds, 0
+        seconds, tokens = progress.seconds - self.seconds, self.tokens
+        self.seconds, self.tokens = progress.seconds, 0
         metrics = {
-            "rows": progress.rows,
-            "tokens": progress.tokens,
-            "supervised_tokens": progress.supervised_tokens,
-            "seconds": progress.seconds,
+            **{name: getattr(progress, name) for name in COUNTERS},
             "epoch": progress.rows / trainer.epoch_rows,
             **{name: means.pop(name) for name in ("loss", "nll") if name in means},
             "lr": learning_rate(progress.step - 1, trainer.steps, trainer.config.optim),
             **{name: means.pop(name) for name in ("grad_norm",) if name in means},
             "tokens_per_second": tokens / max(seconds, 1e-9),
             **device_memory(trainer.device),
+            **{f"objective/{name}": value for name, value in means.items()},
         }
-        self.log.train_line(number, metrics | {f"objective/{name}": value for name, value in means.items()})
+        self.console.step(self.before.step + progress.step, self.log(progress.step, metrics))
 
-
-@dataclass
-class EvaluationHook:
-    """An evaluation before the first step, every `every` steps and after the last, and which step was the best."""
-
-    measure: Callable[[], Evaluation]  # raises Interrupted when asked to stop
-    log: StageLog
-    every: int
-    at_start: bool
-    best: str
-    best_mode: str
-    warned: bool = False  # that `best` names no metric
-
-    def start(self, trainer: Trainer) -> None:
-        """Before the first step, and on a resume whose evaluation was cut short."""
-        progress, step = trainer.progress, trainer.progress.step
-        due = self.at_start if step == 0 else step == trainer.steps or bool(self.every and step % self.every == 0)
+    def evaluate_if_due(self, trainer: Trainer) -> None:
+        """Evaluate before the first step, every few, after the last, and on a resume whose evaluation was cut short."""
+        progress, step, every = trainer.progress, trainer.progress.step, trainer.config.train.eval_every
+        due = self.at_start if step == 0 else step == trainer.steps or bool(every and step % every == 0)
         if not due or progress.evaluated >= step:
             return
         trainer.await_finite_check()
@@ -457,38 +425,24 @@ class EvaluationHook:
         except Interrupted:
             return  # `evaluated` stays behind: the resumed run evaluates this step first
         progress.evaluated = step
-        self._note_best(progress, evaluation.metrics)
-        self.log.evaluation(progress, evaluation)
+        self._note_best(progress, evaluation.metrics, trainer.config.eval)
+        if evaluation.metrics:
+            axes = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
+            self.log(step, axes | evaluation.metrics)
+        if evaluation.samples:
+            self.tracker.samples(self.before.step + step, evaluation.samples, self.stage or None)
+        self.console.evaluation(self.before.step + step, evaluation)
 
-    def after_step(self, trainer: Trainer, step: Step) -> None:
-        self.start(trainer)
-
-    def _note_best(self, progress: Progress, metrics: Mapping[str, float]) -> None:
-        value = metrics.get(self.best)
+    def _note_best(self, progress: Progress, metrics: Mapping[str, float], cfg: Eval) -> None:
+        value = metrics.get(cfg.best)
         if metrics and value is None and not self.warned:
             self.warned = True
-            self.log.console.message(f"eval.best={self.best} is not measured here: no best checkpoint is kept")
+            self.console.message(f"eval.best={cfg.best} is not measured here: no best checkpoint is kept")
         if value is None or not math.isfinite(value) or progress.step == 0:
             return
-        sign = 1 if self.best_mode == "max" else -1
+        sign = 1 if cfg.best_mode == "max" else -1
         if progress.best_value is None or sign * value > sign * progress.best_value:
             progress.best_step, progress.best_value = progress.step, value
-
-
-@dataclass
-class CheckpointHook:
-    """A checkpoint every `every` steps, at a new best, at the end, and when the run is asked to stop."""
-
-    tracker: Trackers
-    every: int
-    saved: int = -1
-
-    def after_step(self, trainer: Trainer, step: Step) -> None:
-        trainer.publish_pending_checkpoint(wait=False)
-        number = trainer.progress.step
-        due = number == trainer.steps or bool(self.every and number % self.every == 0)
-        if due or trainer.progress.best_step == number:
-            self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
         self.tracker.secure()

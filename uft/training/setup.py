@@ -8,39 +8,42 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from uft import __version__
-from uft.config.schema import Config, Model, ReferenceModel
+from uft.config.schema import Config, Hardware, Model, ReferenceModel
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
+from uft.data.loader import Collator
 from uft.data.report import report_table
-from uft.distributed import ranks, set_sharding
+from uft.distributed import Sharding, ranks, set_sharding
+from uft.environment import launched, local_rank
 from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.evaluate import check_step_zero
 from uft.heartbeat import activity
 from uft.model.layout import compile_blocks, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
-from uft.model.memory import Shape, Spread, estimate, shape_of
+from uft.model.memory import Shape, Spread, estimate, keep_freed_memory, shape_of
 from uft.model.policy import Policy
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Objective, StepContext
-from uft.runs import Run, shown
+from uft.runs import Run, cache_root, shown
 from uft.tracking.console import Card, count
 from uft.training import checkpoint
-from uft.training.dataset import RunData, StageData, TrainData, cache_dir, counted_as_certain, read_train_data
-from uft.training.device import settle_threads, sharding_of, tokens_per_pass
+from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, read_train_data
 from uft.training.liveness import Stop
-from uft.training.optim import make_optimiser, warmup_steps
-from uft.training.trainer import Progress, Trainer
+from uft.training.step import make_optimiser, warmup_steps
+from uft.training.trainer import Progress, Trainer, available_devices, tokens_per_pass
 
 STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a token's log-prob between policy and reference before the first step: rounding, no more."""
+
+SMALL_MODEL = 3_000_000
+"""Parameters below which a second CPU thread made no run faster: at 0.3 million it cost a tenth of the speed."""
 
 RANK_SEEDS = 1_000_003
 """Distance between the sampling seeds of two processes."""
@@ -60,9 +63,21 @@ class Prepared:
 
     trainer: Trainer
     data: StageData
-    tokenizer: PreTrainedTokenizerBase
     reference: Reference | None  # of the objective; None: it needs none
     eval_reference: Reference | None  # of the evaluation: every objective is compared with one
+
+    @cached_property
+    def cautions(self) -> list[str]:
+        """Warnings about the run that its card and `check.json` repeat."""
+        remote = [REMOTE_CODE] if self.trainer.config.model.trust_remote_code else []
+        objective = self.data.objective
+        return [*remote, *objective.cautions(), *counted_as_certain(self.data.sampler, objective)]
+
+    @cached_property
+    def memory(self) -> dict[str, int]:
+        """Bytes by part that each process of the run is expected to need."""
+        mode = self.reference.mode if self.reference else None
+        return planned_memory(self.trainer.config, shape_of(self.trainer.policy), mode)
 
 
 def prepare_stage(
@@ -102,7 +117,8 @@ def prepare(
         data = StageData.of(config, read_train_data(config, tokenizer))
     dataset, objective, sampler, horizon = data.dataset, data.objective, data.sampler, data.horizon
     pause(stop)
-    set_sharding(sharding_of(config.hardware))
+    hardware = config.hardware
+    set_sharding(Sharding(hardware.reshard, hardware.offload) if hardware.sharding == "full" else None)
     say("loading the model")
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
@@ -116,7 +132,12 @@ def prepare(
     pause(stop)
     objective.start(sampler.examples)
     reference_of = partial(
-        make_reference, policy, device=device, tokenizer=tokenizer, cache=cache_dir(config), longest_row=longest
+        make_reference,
+        policy,
+        device=device,
+        tokenizer=tokenizer,
+        cache=cache_root(config.data.cache),
+        longest_row=longest,
     )
     reference = None
     if objective.needs.reference:
@@ -142,13 +163,13 @@ def prepare(
         reference=reference.forward if reference else None,
         sampler=sampler,
         optimiser=make_optimiser(policy.trainable(), config.optim),
-        pad_id=pad_id(tokenizer),
+        collator=Collator(tokens_per_pass(config), pad_id(tokenizer), policy.layout, pinned=device.type == "cuda"),
         steps=horizon.steps,
         total_rows=horizon.total_rows,
         epoch_rows=horizon.epoch_rows,
         stop=stop,
     )
-    return Prepared(trainer, data, tokenizer, reference, eval_reference)
+    return Prepared(trainer, data, reference, eval_reference)
 
 
 def pause(stop: Stop) -> None:
@@ -210,6 +231,38 @@ def saved_progress(run: Run) -> Progress:
     return Progress()
 
 
+# --- The device of a process: which one, its threads and kernels.
+
+
+def choose_device(hardware: Hardware) -> torch.device:
+    """The device asked for, or the best there is; also sets threads, precision and determinism of the process."""
+    name, there = hardware.device, available_devices()
+    if name == "auto":
+        name = there[0]
+    if name not in there:
+        usable = ", ".join(there)
+        raise UftError(Problem(f"hardware.device={name}", "this machine has none", advice=(f"there is: {usable}",)))
+    if name == "cpu" and hardware.keep_memory:
+        keep_freed_memory()
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
+    if hardware.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if name == "cuda" and launched() > 1:
+        torch.cuda.set_device(local_rank())
+        return torch.device("cuda", local_rank())
+    return torch.device(name)
+
+
+def settle_threads(hardware: Hardware, policy: Policy) -> None:
+    """One CPU thread for a small model unless asked otherwise: more threads would wait for each other."""
+    size = sum(parameter.numel() for parameter in policy.module.parameters())
+    if hardware.threads is None and policy.device.type == "cpu" and size < SMALL_MODEL:
+        torch.set_num_threads(1)
+
+
 # --- Checks before the first step.
 
 
@@ -242,7 +295,7 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
     if not items:
         return {}
     dtype = trainer.config.model.dtype
-    batch = micro_batches(items[:2], 1, trainer.pad_id, trainer.policy.layout)[0].to(trainer.device)
+    batch = micro_batches(items[:2], 1, trainer.collator.pad_id, trainer.policy.layout)[0].to(trainer.device)
     trainer.policy.eval()
     ours, theirs = trainer.policy(batch).log_probs, reference.forward(batch).log_probs
     problems = check_step_zero(ours, theirs, STEP_ZERO_TOLERANCE[dtype])
@@ -266,24 +319,11 @@ def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, A
     return {
         "template": prepared.data.dataset.renderer.name,
         "model": prepared.trainer.policy.describe(),
-        "cautions": cautions(prepared),
+        "cautions": prepared.cautions,
         "reference": {"mode": reference.mode, "why": reference.why} if reference else None,
         "policy_against_reference": step_zero,
-        "memory_bytes": memory_record(prepared),
+        "memory_bytes": prepared.memory,
     }
-
-
-def cautions(prepared: Prepared) -> list[str]:
-    """Warnings about the run that its card and `check.json` repeat."""
-    remote = [REMOTE_CODE] if prepared.trainer.config.model.trust_remote_code else []
-    objective = prepared.data.objective
-    return [*remote, *objective.cautions(), *counted_as_certain(prepared.data.sampler, objective)]
-
-
-def memory_record(prepared: Prepared) -> dict[str, int]:
-    """Bytes by part that each process of the run is expected to need."""
-    reference = prepared.reference.mode if prepared.reference else None
-    return planned_memory(prepared.trainer.config, shape_of(prepared.trainer.policy), reference)
 
 
 def planned_memory(
@@ -317,18 +357,19 @@ def start_card(
     info = run.info()
     commit = str((info.get("code") or {}).get("commit") or "")[:10]
     version = f"uft {__version__}" + (f", commit {commit}" if commit else "")
-    held_out = f"{sum(len(held.rows) for held in data.held_out):,} rows held out"
-    names = ", ".join(held.name for held in data.held_out)
-    trained = f"; some stage trains on the prompts of {data.trained_held_out:,}" if data.trained_held_out else ""
-    overview = [
-        ("model", f"{config.model.name}: {config.model.path}"),
-        ("stages", "\n".join(stage_line(stage, data) for stage in stages)),
-        ("evaluation", f"{held_out} ({names}), the same in all stages{trained}" if names else "no held-out rows"),
-    ]
+    if not stage_lines:
+        names, trained = ", ".join(held.name for held in data.held_out), data.trained_held_out
+        held_out = f"{sum(len(held.rows) for held in data.held_out):,} rows held out ({names}), the same in all stages"
+        held_out += f"; some stage trains on the prompts of {trained:,}" if trained else ""
+        stage_lines = [
+            ("model", f"{config.model.name}: {config.model.path}"),
+            ("stages", "\n".join(stage_line(stage, data) for stage in stages)),
+            ("evaluation", held_out if names else "no held-out rows"),
+        ]
     return [
         ("run", f"{run.name} ({info.get('id', '')})"),
         ("version", f"{version}, torch {torch.__version__}"),
-        *(stage_lines or overview),
+        *stage_lines,
         ("disk", f"{count(shutil.disk_usage(run.path).free)}B free"),
         ("digest", data.digest),
         ("output", shown(run.path)),
@@ -377,14 +418,14 @@ def stage_card(prepared: Prepared) -> Card:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads != 1)}"
     processes = hardware.processes * hardware.nodes
     share = "a share of the model" if hardware.sharding == "full" else "the whole model"
-    parts = memory_record(prepared)
+    parts = prepared.memory
     needed = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
     path = shown(Path(config.model.path)) if Path(config.model.path).is_absolute() else config.model.path
     return [
         ("model", "\n".join([f"{config.model.name}: {path}", *trainer.policy.describe()])),
         ("objective", f"{objective.name}  {' '.join(changed)}".rstrip()),
         ("lengths", objective.length_convention),
-        *(("caution", caution) for caution in cautions(prepared)),
+        *(("caution", caution) for caution in prepared.cautions),
         ("reference", f"{reference.mode}: {reference.why}" if reference else "none needed to train"),
         ("data", "\n".join(mixture)),
         ("template", data.dataset.renderer.name),

@@ -1,49 +1,48 @@
 """One optimiser step: count, forward and backward, reduce over ranks, clip, check, update.
 
 `optimiser_step` is the whole step. Below it, in the order in which it calls them: the KL baseline, the backward pass
-through the fused LM head, sums over ranks, and the search for the rows of a step that was not finite.
+through the fused LM head, sums over ranks, optimisers and learning rates; and the search for the rows of a step that
+was not finite.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
+from uft.config.schema import Optim
 from uft.data.batch import Batch, Example
-from uft.data.loader import Collator, StepBatches, local_shard
+from uft.data.loader import StepBatches, local_shard
 from uft.distributed import all_reduce_gradients, full_tensor, ranks, single_process
 from uft.model.policy import Policy
-from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, Term
-from uft.training.optim import skip_update
+from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, Term
+
+if TYPE_CHECKING:
+    from uft.training.trainer import Trainer
 
 Tensor = torch.Tensor
+Parameters = Mapping[str, torch.nn.Parameter]
 
 
-@dataclass(frozen=True)
 class FiniteCheck:
     """Whether a step's loss and gradient norm are finite; `bool()` of it blocks until the host knows.
 
-    On a GPU the copy of `value` to the host starts at once, so that `bool()` waits for that copy and not for the work
-    that was queued after it.
+    On a GPU the copy of `value` (() bool) to the host starts at once, so that `bool()` waits for that copy and not for
+    the work that was queued after it.
     """
 
-    value: Tensor  # () bool on the device
-    copied: Tensor = field(init=False)
-    arrived: torch.cuda.Event | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        copied, arrived = self.value, None
-        if self.value.is_cuda:
-            copied = torch.empty_like(self.value, device="cpu", pin_memory=True)
-            copied.copy_(self.value, non_blocking=True)
-            arrived = torch.cuda.Event()
-            arrived.record()
-        object.__setattr__(self, "copied", copied)
-        object.__setattr__(self, "arrived", arrived)
+    def __init__(self, value: Tensor) -> None:
+        self.value = self.copied = value
+        self.arrived = torch.cuda.Event() if value.is_cuda else None
+        if self.arrived is not None:
+            self.copied = torch.empty_like(value, device="cpu", pin_memory=True)
+            self.copied.copy_(value, non_blocking=True)
+            self.arrived.record()
 
     def __bool__(self) -> bool:
         if self.arrived is not None:
@@ -66,21 +65,8 @@ class Step:
     finite: FiniteCheck = ALWAYS_FINITE  # where it is false, nothing was updated
 
 
-class Learner(Protocol):
-    """What a step works on; a Trainer is one."""
-
-    objective: Objective
-    reference: Forward | None
-    optimiser: torch.optim.Optimizer
-    parameters: dict[str, torch.nn.Parameter]
-    device: torch.device
-
-    @property
-    def policy(self) -> Forward: ...
-
-
 def optimiser_step(
-    learner: Learner,
+    trainer: Trainer,
     rows: StepBatches,
     context: StepContext,
     *,
@@ -98,7 +84,7 @@ def optimiser_step(
     leave the gradients and change nothing. `max_grad_norm` 0: do not clip. `await_previous` is called just before the
     update, while the device still works: it raises if the step before this one has to be rolled back.
     """
-    objective, optimiser, device = learner.objective, learner.optimiser, learner.device
+    objective, optimiser, device = trainer.objective, trainer.optimiser, trainer.device
     optimiser.zero_grad(set_to_none=True)
 
     # Units of every term, counted where the batches are: on the CPU, before any forward pass.
@@ -113,7 +99,7 @@ def optimiser_step(
     def scaled_to_zero(loss: Loss) -> Tensor | None:
         return torch.stack([0.0 * t.total for t in loss.values() if t.weight]).sum()
 
-    context = replace(context, kl_baseline=kl_baseline(learner, rows))
+    context = replace(context, kl_baseline=kl_baseline(trainer, rows))
 
     # Gradients add up over micro-batches. Sharded, all ranks make the same number of passes: a rank with fewer
     # micro-batches repeats a padding batch whose gradient is zero and whose terms are dropped.
@@ -122,9 +108,9 @@ def optimiser_step(
     for batch, is_padding in [*((batch, False) for batch in rows.batches), *((batch, True) for batch in padding)]:
         current = replace(context, learning=False) if is_padding else context
         scale = scaled_to_zero if is_padding else scaled
-        losses = chunked_backward(learner, batch, current, scale)
+        losses = chunked_backward(trainer, batch, current, scale)
         if not losses:
-            losses = [objective(batch.to(device), learner.policy, learner.reference, current)]
+            losses = [objective(batch.to(device), trainer.policy, trainer.reference, current)]
             total = scale(losses[0])
             if total is not None and total.requires_grad:
                 total.backward()
@@ -135,15 +121,15 @@ def optimiser_step(
 
     terms = all_reduce_terms(terms, device)
     sync_state(objective, rows.items)
-    parameters = list(learner.parameters.values())
+    parameters = list(trainer.parameters.values())
     all_reduce_gradients(parameters)
     loss = reported_loss(objective, terms)
     grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf")))
     finite = FiniteCheck(torch.isfinite(loss) & torch.isfinite(grad_norm))
 
     await_previous()
-    if update and defer_check:
-        skip_update(optimiser, unless=finite.value)
+    if update and defer_check:  # the interface of torch's gradient scaler: a fused update is skipped on the device
+        optimiser.found_inf = finite.value.logical_not().float()  # type: ignore[attr-defined]
     if update and (defer_check or finite):
         for group in optimiser.param_groups:
             group["lr"] = lr
@@ -157,16 +143,16 @@ def optimiser_step(
 
 
 @torch.no_grad()
-def kl_baseline(learner: Learner, rows: StepBatches) -> dict[str, Tensor]:
+def kl_baseline(trainer: Trainer, rows: StepBatches) -> dict[str, Tensor]:
     """() means of what the objective measures on the step's mismatched completions (KTO), over all ranks."""
-    objective, forwards = learner.objective, (learner.policy, learner.reference)
+    objective, forwards = trainer.objective, (trainer.policy, trainer.reference)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for batch in rows.mismatched:
-        for name, term in objective.baseline_terms(batch.to(learner.device), *forwards).items():
-            total, count = sums.get(name, (torch.zeros_like(term.total), torch.zeros_like(term.count)))
+        for name, term in objective.baseline_terms(batch.to(trainer.device), *forwards).items():
+            total, count = sums.get(name, (0.0, 0.0))
             sums[name] = (total + term.total, count + term.count)
     for batch in padding_batches(rows.mismatched, rows.padding):
-        objective.baseline_terms(batch.to(learner.device), *forwards)
+        objective.baseline_terms(batch.to(trainer.device), *forwards)
     if ranks().size == 1:
         return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
     totals = sum_over_ranks({name: float(total) for name, (total, _) in sums.items()})
@@ -185,7 +171,7 @@ def reported_loss(objective: Objective, terms: Loss) -> Tensor:
 
 
 def chunked_backward(
-    learner: Learner, batch: Batch, context: StepContext, scale: Callable[[Loss], Tensor | None]
+    trainer: Trainer, batch: Batch, context: StepContext, scale: Callable[[Loss], Tensor | None]
 ) -> list[Loss]:
     """Add the gradients of a packed micro-batch; the losses of its groups of rows, [] where that cannot be done.
 
@@ -194,10 +180,10 @@ def chunked_backward(
     takes an objective with one forward pass that has gradients (passes without are made for the whole micro-batch), and
     that wants log-probs, not distributions. `scale`: a loss -> the () tensor to differentiate, None for nothing.
     """
-    objective, policy, reference = learner.objective, learner.policy, learner.reference
-    if batch.segments is None or not isinstance(policy, Policy) or policy.head is None:
+    objective, policy, reference = trainer.objective, trainer.policy, trainer.reference
+    if batch.segments is None or policy.head is None:
         return []
-    whole = batch.to(learner.device)
+    whole = batch.to(trainer.device)
     if reference is not None and not objective.needs.distributions and "reference" not in whole.columns:
         with torch.no_grad():
             whole = replace(whole, columns={**whole.columns, "reference": reference(whole).log_probs})
@@ -210,13 +196,20 @@ def chunked_backward(
     groups = {targets.start: (targets, rows) for targets, rows in _row_groups(batch, policy.head.rows)}
 
     def loss_grad(targets: slice, log_probs: Tensor, argmax: Tensor | None) -> Tensor:
-        rows = batch.only(groups[targets.start][1]).to(learner.device)
+        rows = batch.only(groups[targets.start][1]).to(trainer.device)
         if "reference" in whole.columns:
             rows = replace(rows, columns={**rows.columns, "reference": whole.columns["reference"][targets]})
+        recorded = iter(recorder.without_grad)
+        leaf = log_probs.detach().requires_grad_()
+
+        def replay(batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+            if torch.is_grad_enabled():
+                return ForwardOutput(leaf, argmax)
+            output = next(recorded)
+            return ForwardOutput(output.log_probs[targets], None if output.argmax is None else output.argmax[targets])
+
         with torch.enable_grad():
-            leaf = log_probs.detach().requires_grad_()
-            without_grad = [_sliced(output, targets) for output in recorder.without_grad]
-            loss = objective(rows, _Replay(without_grad, ForwardOutput(leaf, argmax)), reference, context)
+            loss = objective(rows, replay, reference, context)
             total = scale(loss)
         losses.append({name: replace(term, total=term.total.detach()) for name, term in loss.items()})
         if total is None or not total.requires_grad:
@@ -244,21 +237,6 @@ class _RequestRecorder:
         self.request = request
         placeholder = torch.full(batch.target_ids.shape, -1.0, device=batch.target_ids.device)
         return ForwardOutput(placeholder, batch.target_ids, torch.zeros_like(placeholder))
-
-
-@dataclass
-class _Replay:
-    """A forward that returns what is known of a few rows: the passes without gradient, then the log-probs."""
-
-    without_grad: list[ForwardOutput]
-    output: ForwardOutput
-
-    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
-        return self.output if torch.is_grad_enabled() else self.without_grad.pop(0)
-
-
-def _sliced(output: ForwardOutput, targets: slice) -> ForwardOutput:
-    return ForwardOutput(output.log_probs[targets], None if output.argmax is None else output.argmax[targets])
 
 
 def _row_groups(batch: Batch, most: int) -> Iterator[tuple[slice, Tensor]]:
@@ -337,16 +315,69 @@ def sync_state(objective: Objective, items: Sequence[Example]) -> None:
         objective.state[name][index] = values
 
 
+# --- Optimisers and learning rates.
+
+
+def make_optimiser(parameters: Parameters, cfg: Optim) -> torch.optim.Optimizer:
+    """Weight decay acts on matrices only: gains and biases are scales, and those are not to shrink."""
+    matrices = [p for p in parameters.values() if p.ndim >= 2]
+    others = [p for p in parameters.values() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    kind, names = OPTIMISERS[cfg.name]
+    return kind([group for group in groups if group["params"]], **{name: getattr(cfg, name) for name in names})
+
+
+OPTIMISERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]] = {
+    "adamw": (torch.optim.AdamW, ("lr", "betas", "eps", "fused")),
+    "rmsprop": (torch.optim.RMSprop, ("lr", "alpha", "eps", "momentum")),
+    "sgd": (torch.optim.SGD, ("lr", "momentum", "fused")),
+}
+"""Name -> torch's optimiser and the keys of `optim` that it takes."""
+
+
+def defers_finite_check(sync: bool | None, device: torch.device, optimiser: torch.optim.Optimizer) -> bool:
+    """Whether a step's finite check is awaited only while the device works on the next step (`train.sync_every_step`).
+
+    It takes an optimiser that can skip an update on the device, and a model that is not sharded: a sharded one waits
+    for other ranks in every step anyway.
+    """
+    able = bool(optimiser.defaults.get("fused")) and not ranks().sharded
+    return able and (device.type == "cuda" if sync is None else not sync)
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """`optim.warmup`: a share of the horizon below 1, a number of steps from 1 on."""
+    return round(warmup * steps) if warmup < 1 else int(warmup)
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1 - progress,
+    "constant": lambda progress: 1.0,
+}
+
+
+def learning_rate(step: int, steps: int, cfg: Optim) -> float:
+    """Rate of the 0-based `step`: linear warm-up that begins above 0, then the schedule down to 0.
+
+    A pure function of the step: a resumed run needs no scheduler state.
+    """
+    warmup = warmup_steps(cfg.warmup, steps)
+    if step < warmup:
+        return cfg.lr_scale * cfg.lr * (step + 1) / warmup
+    return cfg.lr_scale * cfg.lr * SCHEDULES[cfg.schedule]((step - warmup) / max(1, steps - warmup))
+
+
 # --- The rows of a step that was not finite.
 
 
-def nonfinite_rows(learner: Learner, items: Sequence[Example], context: StepContext, collator: Collator) -> list[str]:
+def nonfinite_rows(trainer: Trainer, items: Sequence[Example], context: StepContext) -> list[str]:
     """Ids of the rows whose loss or gradient norm alone is not finite; empty where only their sum overflows."""
     found = []
     for item in items:
         with single_process():
-            step = optimiser_step(learner, collator([item]), replace(context, learning=False), update=False)
+            step = optimiser_step(trainer, trainer.collator([item]), replace(context, learning=False), update=False)
         if not step.finite:
             found.append(item.row.id)
-    learner.optimiser.zero_grad(set_to_none=True)
+    trainer.optimiser.zero_grad(set_to_none=True)
     return found

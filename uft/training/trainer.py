@@ -1,15 +1,16 @@
-"""The training loop, its checkpoints, and the rollback of a step that was not finite.
+"""The training loop, its checkpoints, the rollback of a step that was not finite, and advice where memory runs out.
 
-What is optional around the steps (metric lines, evaluations, checkpoints) are hooks of the session.
+Metric lines, evaluations and the times of checkpoints are hooks of the session.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -25,12 +26,18 @@ from uft.model.policy import Policy
 from uft.objectives.base import Forward, Loss, Objective, StepContext
 from uft.runs import Run
 from uft.training import checkpoint
-from uft.training.device import oom_advice, random_state, restore_random_state, tokens_per_pass
 from uft.training.liveness import Stop
-from uft.training.optim import defers_finite_check, learning_rate, warmup_steps
-from uft.training.step import Step, nonfinite_rows, optimiser_step
+from uft.training.step import (
+    Step,
+    defers_finite_check,
+    learning_rate,
+    nonfinite_rows,
+    optimiser_step,
+    warmup_steps,
+)
 
 Tensor = torch.Tensor
+State = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @dataclass
@@ -54,14 +61,14 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.counts: dict[str, Tensor] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # name -> () total, () count; no tensor is changed in place
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float = 1.0) -> None:
-        total, count = torch.as_tensor(total).detach().double(), torch.as_tensor(count).detach().double()
+        added = [torch.as_tensor(number).detach().double() for number in (total, count)]
         # popped and put in again: the order is that of the last step, in a resumed meter too
-        self.totals[name] = self.totals.pop(name) + total if name in self.totals else total
-        self.counts[name] = self.counts.pop(name) + count if name in self.counts else count
+        before = self.sums.pop(name, None)
+        total, count = added if before is None else (before[0] + added[0], before[1] + added[1])
+        self.sums[name] = (total, count)
 
     def add_loss(self, loss: Loss) -> None:
         """Each term's mean in this step; a step in which a term has no units does not count for it."""
@@ -70,25 +77,16 @@ class Meter:
 
     def means(self) -> dict[str, float]:
         """total / count of everything with a count; resets the meter."""
-        totals = {name: float(total) for name, total in self.totals.items()}
-        counts = {name: float(count) for name, count in self.counts.items()}
-        self.totals, self.counts = {}, {}
-        return {name: total / counts[name] for name, total in totals.items() if counts[name] > 0}
-
-    def copy(self) -> Meter:
-        """A snapshot; tensors are replaced by `add`, never changed in place."""
-        copied = Meter()
-        copied.totals, copied.counts = dict(self.totals), dict(self.counts)
-        return copied
+        sums, self.sums = self.sums, {}
+        return {name: float(total) / float(count) for name, (total, count) in sums.items() if float(count) > 0}
 
     def state_dict(self) -> dict[str, Tensor]:
-        totals = {f"totals/{name}": total.cpu() for name, total in self.totals.items()}
-        return totals | {f"counts/{name}": count.cpu() for name, count in self.counts.items()}
+        totals = {f"totals/{name}": total for name, (total, _) in self.sums.items()}
+        return totals | {f"counts/{name}": count for name, (_, count) in self.sums.items()}
 
-    def load_state_dict(self, state: dict[str, Tensor], device: torch.device) -> None:
-        for key, value in state.items():
-            part, _, name = key.partition("/")
-            getattr(self, part)[name] = value.to(device)
+    def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device) -> None:
+        names = [key.removeprefix("totals/") for key in state if key.startswith("totals/")]
+        self.sums = {n: (state[f"totals/{n}"].to(device), state[f"counts/{n}"].to(device)) for n in names}
 
 
 class Hook(Protocol):
@@ -109,7 +107,7 @@ class Trainer:
     reference: Forward | None
     sampler: RowSampler
     optimiser: torch.optim.Optimizer
-    pad_id: int
+    collator: Collator  # examples -> micro-batches, as the configuration and the policy's layout have it
     steps: int  # the horizon; kept in the checkpoint
     total_rows: int  # rows the horizon draws; the last step may take fewer than a batch
     epoch_rows: int
@@ -118,19 +116,13 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
     prefetcher: Prefetcher | None = None  # while it trains
-    unchecked: UncheckedStep | None = None  # the last step, until its finite check was awaited
+    unchecked: tuple[Sequence[Example], State, Step] | None = None  # of the last step, until its check was awaited
     unpublished: tuple[Future[Any], Path] | None = None  # a sharded checkpoint that is being written, and its folder
 
     def __post_init__(self) -> None:
         self.parameters = self.policy.trainable()
         self.defer_check = defers_finite_check(self.config.train.sync_every_step, self.device, self.optimiser)
         self.never_finite = set(self._nonfinite_weights())  # as they came from their files
-
-    @property
-    def collator(self) -> Collator:
-        """Examples -> micro-batches, as the configuration and the policy's layout have it."""
-        pinned = self.device.type == "cuda"
-        return Collator(tokens_per_pass(self.config), self.pad_id, self.policy.layout, pinned)
 
     def fit(self) -> None:
         """Train to the horizon or until asked to stop. Raises UftError (code 1) after a step that is not finite."""
@@ -152,14 +144,14 @@ class Trainer:
             self.prefetcher = None
 
     def _step(self, prefetcher: Prefetcher) -> Step:
-        before = Snapshot.of(self)
+        before = self.state()
         started, seconds = time.perf_counter(), self.progress.seconds
         left = self.total_rows - self.progress.rows
         rows = min(self.config.train.batch_size, left)
         batches = prefetcher.take(rows, then=min(self.config.train.batch_size, left - rows))
         with oom_advice(f"step {self.progress.step + 1}", self.config, batches.items):
             step = self.update(batches)
-        self.unchecked = UncheckedStep(batches.items, before, step)
+        self.unchecked = (batches.items, before, step)
         if not self.defer_check:
             self.await_finite_check()
         self.progress.step += 1
@@ -206,15 +198,37 @@ class Trainer:
         """
         unchecked, self.unchecked = self.unchecked, None
         started = time.perf_counter()
-        if unchecked is not None and not unchecked.step.finite:
-            rollback(self, unchecked)
+        if unchecked is not None and not unchecked[-1].finite:
+            rollback(self, *unchecked)
         self.progress.seconds += time.perf_counter() - started
 
-    # --- checkpoints
+    # --- its state, and checkpoints
 
     def cursor(self) -> dict[str, Any]:
         """The sampler's state after the last step."""
         return self.prefetcher.cursor if self.prefetcher else self.sampler.state_dict()
+
+    def state(self) -> State:
+        """What a step changes besides weights and moments, as a checkpoint holds it."""
+        tensors = {
+            **nested("objective", {name: tensor.clone() for name, tensor in self.objective.state.items()}),
+            **nested("meter", self.meter.state_dict()),
+            **nested(_random(ranks().rank), random_state(self.device)),
+        }
+        return tensors, {"progress": asdict(self.progress), "feed": self.cursor(), "steps": self.steps}
+
+    def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        for name, tensor in below("objective", tensors).items():
+            self.objective.state[name].copy_(tensor)
+        self.meter.load_state_dict(below("meter", tensors), self.device)
+        if generators := below(_random(ranks().rank), tensors):
+            restore_random_state(generators, self.device)  # else there are more ranks now: this one keeps its seed
+        if self.prefetcher:
+            self.prefetcher.rewind(values["feed"])
+        else:
+            self.sampler.load_state_dict(values["feed"])
+        self.progress = Progress(**values["progress"])
+        self.steps = values["steps"]  # the horizon of the schedule never changes under a run
 
     def _nonfinite_weights(self) -> list[str]:
         finite = all_finite(self.parameters.values())
@@ -236,21 +250,17 @@ class Trainer:
             problem = Problem(f"step {self.progress.step}", why, advice=(good,))
             raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
         moments = checkpoint.optimiser_tensors(self.optimiser, self.parameters)
-        learned = {**checkpoint.nested("model", self.parameters), **checkpoint.nested("optimiser", moments)}
-        others = {
-            **checkpoint.nested("objective", self.objective.state),
-            **checkpoint.nested("meter", self.meter.state_dict()),
-        }
+        learned = {**nested("model", self.parameters), **nested("optimiser", moments)}
+        others, values = self.state()
         for rank, generators in enumerate(ranks().gather_objects(random_state(self.device))):
-            others |= checkpoint.nested(_random(rank), generators)
-        state = {"progress": asdict(self.progress), "feed": self.cursor(), "steps": self.steps}
+            others |= nested(_random(rank), generators)
         step = self.progress.step
         if not ranks().sharded:
             return ranks().on_rank0(
-                lambda: self._publish(checkpoint.begin(self.run, step, {**learned, **others}, state))
+                lambda: self._publish(checkpoint.begin(self.run, step, {**learned, **others}, values))
             )
         self.publish_pending_checkpoint()
-        folder = ranks().on_rank0(lambda: checkpoint.begin(self.run, step, others, state))
+        folder = ranks().on_rank0(lambda: checkpoint.begin(self.run, step, others, values))
         self.unpublished = (checkpoint.begin_shards(folder, learned), folder)
         return checkpoint.final(folder)
 
@@ -275,17 +285,19 @@ class Trainer:
 
     def load_checkpoint(self, folder: Path) -> None:
         """Raises checkpoint.Damaged, or UftError where the checkpoint is of another model or adapter."""
-        tensors, state = checkpoint.load(folder, self.parameters)
-        self.policy.load_trainable(checkpoint.below("model", tensors))
-        checkpoint.load_optimiser(self.optimiser, self.parameters, checkpoint.below("optimiser", tensors))
-        for name, tensor in checkpoint.below("objective", tensors).items():
-            self.objective.state[name].copy_(tensor)
-        self.meter.load_state_dict(checkpoint.below("meter", tensors), self.device)
-        if generators := checkpoint.below(_random(ranks().rank), tensors):
-            restore_random_state(generators, self.device)  # else there are more ranks now: this one keeps its seed
-        self.sampler.load_state_dict(state["feed"])
-        self.progress = Progress(**state["progress"])
-        self.steps = state["steps"]  # the horizon of the schedule never changes under a run
+        tensors, values = checkpoint.load(folder, self.parameters)
+        self.policy.load_trainable(below("model", tensors))
+        checkpoint.load_optimiser(self.optimiser, self.parameters, below("optimiser", tensors))
+        self.load_state(tensors, values)
+
+
+def nested(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under `prefix/`, without it."""
+    return {n.removeprefix(f"{prefix}/"): tensor for n, tensor in tensors.items() if n.startswith(f"{prefix}/")}
 
 
 def _random(rank: int) -> str:
@@ -295,57 +307,19 @@ def _random(rank: int) -> str:
 
 # --- Rollback of a step whose loss or gradient norm is not finite. On a CPU the check is there before the update. A GPU
 # is asked while it works on the next step, so that it never runs dry: its optimiser skips the update by itself, and the
-# rest of what a step changes is kept in a snapshot until the check has arrived.
+# rest of what a step changes is kept until the check has arrived.
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What a step changes besides weights and moments, as it was before the step."""
-
-    cursor: dict[str, Any]
-    state: Mapping[str, Tensor]  # of the objective
-    random: Mapping[str, Tensor]
-    progress: Progress
-    meter: Meter
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> Snapshot:
-        return cls(
-            cursor=trainer.cursor(),
-            state={name: tensor.clone() for name, tensor in trainer.objective.state.items()},
-            random=random_state(trainer.device),
-            progress=replace(trainer.progress),
-            meter=trainer.meter.copy(),
-        )
-
-    def restore(self, trainer: Trainer) -> None:
-        if trainer.prefetcher:
-            trainer.prefetcher.rewind(self.cursor)
-        for name, tensor in self.state.items():
-            trainer.objective.state[name].copy_(tensor)
-        restore_random_state(self.random, trainer.device)
-        trainer.progress, trainer.meter = replace(self.progress), self.meter.copy()
-
-
-@dataclass(frozen=True)
-class UncheckedStep:
-    """A step whose finite check was not awaited yet."""
-
-    items: Sequence[Example]
-    before: Snapshot
-    step: Step
-
-
-def rollback(trainer: Trainer, unchecked: UncheckedStep) -> NoReturn:
+def rollback(trainer: Trainer, items: Sequence[Example], before: State, step: Step) -> NoReturn:
     """Undo a step that was not finite, save a checkpoint, and raise a UftError (code 1) that names its rows."""
-    unchecked.before.restore(trainer)
+    trainer.load_state(*before)
     context = trainer.step_context(trainer.progress.step)
-    rows = nonfinite_rows(trainer, unchecked.items, context, trainer.collator)
-    unchecked.before.restore(trainer)  # the search drew random numbers
+    rows = nonfinite_rows(trainer, items, context)
+    trainer.load_state(*before)  # the search drew random numbers
     named = ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     if not named:
-        named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in unchecked.items[:10])
-    numbers = f"loss {float(unchecked.step.loss)}, gradient norm {float(unchecked.step.grad_norm)}"
+        named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in items[:10])
+    numbers = f"loss {float(step.loss)}, gradient norm {float(step.grad_norm)}"
     folder = trainer.save_checkpoint()
     trainer.publish_pending_checkpoint()
     raise UftError(
@@ -357,3 +331,79 @@ def rollback(trainer: Trainer, unchecked: UncheckedStep) -> NoReturn:
         footer="Look at the rows, lower optim.lr or train.max_grad_norm, and start again.",
         code=FAILED,
     )
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's generators on the CPU and on `device`."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# --- The memory of a pass: its tokens, and advice where they are too many.
+
+
+PASS, CPU_PASS = 8192, 768
+"""Tokens of a forward pass unless asked otherwise. A GPU wants to be filled; a CPU is nearly as fast in small passes,
+which take much less memory: see docs/performance.md."""
+
+
+def available_devices() -> list[str]:
+    """The kinds of devices of this machine, the best first."""
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [name for name, there in kinds.items() if there]
+
+
+def tokens_per_pass(config: Config) -> int:
+    """`train.micro_batch_tokens`, or the default of the device."""
+    device = config.hardware.device
+    on_cpu = (available_devices()[0] if device == "auto" else device) == "cpu"
+    return config.train.micro_batch_tokens or (CPU_PASS if on_cpu else PASS)
+
+
+REMEDIES = 3  # in one error, at most
+CPU_ALLOCATOR = ("can't allocate memory", "not enough memory")
+"""Words of the plain RuntimeError that torch raises when the CPU's allocator fails."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_ALLOCATOR)
+
+
+@contextmanager
+def oom_advice(what: str, config: Config, items: Sequence[Example] = ()) -> Iterator[None]:
+    """Inside, running out of memory becomes a UftError (code 1) about `what`, which worked on `items`."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise explain_oom(error, what, config, items) from error
+
+
+def explain_oom(error: BaseException, what: str, config: Config, items: Sequence[Example] = ()) -> UftError:
+    """The error's own words, the size of the step if there was one, and the cheapest keys that help."""
+    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    advice = []
+    if lengths := [encoded.length for item in items for encoded in item.encoded]:
+        advice.append(
+            f"the step has {len(items)} rows, {len(lengths)} sequences, {sum(lengths):,} tokens; the longest sequence "
+            f"has {max(lengths):,}; passes of up to {tokens_per_pass(config):,} tokens"
+        )
+    remedies = [f"shorter passes:  train.micro_batch_tokens={max(1, tokens_per_pass(config) // 2)}"]
+    if not config.model.gradient_checkpointing:
+        remedies.append("recompute activations:  model.gradient_checkpointing=true")
+    if config.model.adapter == "none":
+        remedies.append("train an adapter alone:  model.adapter=lora")
+    remedies.append(f"shorter rows:  train.max_length={max(2, config.train.max_length // 2)} data.too_long=drop")
+    problem = Problem(what, f"out of memory: {message}", advice=(*advice, *remedies[:REMEDIES]))
+    return UftError(problem, code=FAILED)
