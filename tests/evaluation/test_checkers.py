@@ -2,8 +2,6 @@ from __future__ import annotations
 
 from decimal import Decimal
 
-import pytest
-
 from uft.data.rows import Completion, Message, Row
 from uft.evaluation.measures import CHECKERS, gold, last_number
 
@@ -17,31 +15,28 @@ def said(text, **feedback):
     return Completion((Message("assistant", text),), **feedback)
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("so she has 18 left", "18"),
-        ("18 - 5 = 13. #### 13", "13"),
-        ("#### 1,000", "1000"),
-        ("it costs $1,234.50.", "1234.50"),
-        ("-$3", "-3"),
-        ("the result is -7", "-7"),
-        ("the result is −7", "-7"),
-        ("12-5", "5"),
-        ("(2)-3", "3"),
-        (".5", "0.5"),
-        ("2, 3, 4", "4"),
-        ("1,2", "2"),
-        ("a 50% share", "50"),
-        ("The answer is 72.\n", "72"),
-        ("#### 72 apples in 3 bags", "72"),
-        ("none at all", None),
-        ("5 #### none", None),
-        ("", None),
-    ],
-)
-def test_the_last_number(text, number):
-    assert last_number(text) == (None if number is None else Decimal(number))
+NUMBERS = {
+    "so she has 18 left": "18",
+    "18 - 5 = 13. #### 13": "13",
+    "#### 1,000": "1000",
+    "it costs $1,234.50.": "1234.50",
+    "-$3": "-3",
+    "the result is -7": "-7",
+    "the result is −7": "-7",
+    "12-5": "5",
+    "(2)-3": "3",
+    ".5": "0.5",
+    "2, 3, 4": "4",
+    "1,2": "2",
+    "a 50% share": "50",
+    "The answer is 72.\n": "72",
+    "#### 72 apples in 3 bags": "72",
+}
+
+
+def test_the_last_number():
+    assert {text: last_number(text) for text in NUMBERS} == {text: Decimal(number) for text, number in NUMBERS.items()}
+    assert [last_number(text) for text in ("none at all", "5 #### none", "")] == [None, None, None]
 
 
 def test_final_number_compares_values():

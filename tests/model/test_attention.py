@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from uft.data.batch import Span
 from uft.model import attention
-from uft.model.attention import CannotPack, attend_spans, choose_kernel, register
+from uft.model.attention import CannotPack, attend_spans, register, takes_varlen
 from uft.model.layout import settle_layout
 from uft.model.policy import Policy
 
@@ -55,23 +56,20 @@ def plain_varlen(
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1)])
-@pytest.mark.parametrize("scaling", [None, 0.7])
-@pytest.mark.parametrize("name", ["loop", "varlen"])
-def test_kernels_attend_to_what_the_spans_say(
-    monkeypatch: pytest.MonkeyPatch, visible: Any, name: str, scaling: float | None, heads: tuple[int, int]
-):
+@pytest.mark.parametrize("varlen", [False, True])
+def test_kernels_attend_to_what_the_spans_say(monkeypatch: pytest.MonkeyPatch, visible: Any, varlen: bool):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", plain_varlen)
-    monkeypatch.setattr(attention, "choose_kernel", lambda *given: name)
-    q, k, v = tensors(*heads)
-    weights = torch.randn(1, 18, heads[0], 8, generator=torch.Generator().manual_seed(1))
-    found = attend_spans(q, k, v, SPANS, scaling=scaling, is_causal=True, sliding_window=None)
-    gradients = torch.autograd.grad((found * weights).sum(), (q, k, v))
-    dense = scaled_dot_product_attention(q, k, v, attn_mask=visible(SPANS), scale=scaling, enable_gqa=True)
-    expected = torch.autograd.grad((dense.transpose(1, 2) * weights).sum(), (q, k, v))
-    torch.testing.assert_close(found, dense.transpose(1, 2), atol=1e-6, rtol=1e-5)
-    for ours, theirs in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(attention, "takes_varlen", lambda *given: varlen)
+    for heads, scaling in product([(2, 2), (4, 2), (4, 1)], [None, 0.7]):
+        q, k, v = tensors(*heads)
+        weights = torch.randn(1, 18, heads[0], 8, generator=torch.Generator().manual_seed(1))
+        found = attend_spans(q, k, v, SPANS, scaling=scaling, is_causal=True, sliding_window=None)
+        gradients = torch.autograd.grad((found * weights).sum(), (q, k, v))
+        dense = scaled_dot_product_attention(q, k, v, attn_mask=visible(SPANS), scale=scaling, enable_gqa=True)
+        expected = torch.autograd.grad((dense.transpose(1, 2) * weights).sum(), (q, k, v))
+        torch.testing.assert_close(found, dense.transpose(1, 2), atol=1e-6, rtol=1e-5)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_reaches_the_kernel():
@@ -80,10 +78,10 @@ def test_dropout_reaches_the_kernel():
     assert not torch.equal(attend_spans(q, k, v, SPANS, dropout=0.5), attend_spans(q, k, v, SPANS))
 
 
-@pytest.mark.parametrize("asked", ["softcap", "position_bias", "s_aux"])
-def test_what_no_kernel_does_is_refused(asked: str):
-    with pytest.raises(CannotPack):
-        attend_spans(*tensors(2, 2), SPANS, **{asked: torch.ones(())})
+def test_what_no_kernel_does_is_refused():
+    for asked in ("softcap", "position_bias", "s_aux"):
+        with pytest.raises(CannotPack):
+            attend_spans(*tensors(2, 2), SPANS, **{asked: torch.ones(())})
 
 
 def test_without_segments_it_is_the_implementation_it_stands_on_to_the_last_bit(build: Callable[..., Any], batch: Any):
@@ -106,40 +104,37 @@ def test_in_mixed_precision_varlen_gets_the_dtype_that_torchs_own_would(
         return plain_varlen(*given, **settings)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", noted)
-    monkeypatch.setattr(attention, "choose_kernel", lambda *given: "varlen")
+    monkeypatch.setattr(attention, "takes_varlen", lambda *given: True)
     settle_layout(Policy(build("llama"), "bfloat16"), "packed", 30)
     assert seen == {torch.bfloat16}
 
 
-KERNEL_CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "a CPU": ("loop", {"device": "cpu"}),
-    "an Apple": ("loop", {"device": "mps"}),
-    "bfloat16": ("varlen", {}),
-    "float16": ("varlen", {"dtype": torch.float16}),
-    "float32 under autocast": ("varlen", {"dtype": torch.float32, "autocast": torch.bfloat16}),
-    "heads of 256": ("varlen", {"width": 256}),
-    "dropout": ("loop", {"dropout": 0.1}),
-    "heads that need padding": ("loop", {"width": 100}),
-    "wide heads": ("loop", {"width": 264}),
-    "values of another width": ("loop", {"width": 192, "value_width": 128}),
-    "float32": ("loop", {"dtype": torch.float32}),
-    "float64 under autocast": ("loop", {"dtype": torch.float64, "autocast": torch.bfloat16}),
-    "before Ampere": ("loop", {"capability": (7, 5), "dtype": torch.float16}),
+CASES: dict[str, tuple[bool, dict[str, Any]]] = {
+    "a CPU": (False, {"device": "cpu"}),
+    "an Apple": (False, {"device": "mps"}),
+    "bfloat16": (True, {}),
+    "float16": (True, {"dtype": torch.float16}),
+    "float32 under autocast": (True, {"dtype": torch.float32, "autocast": torch.bfloat16}),
+    "heads of 256": (True, {"width": 256}),
+    "dropout": (False, {"dropout": 0.1}),
+    "heads that need padding": (False, {"width": 100}),
+    "wide heads": (False, {"width": 264}),
+    "values of another width": (False, {"width": 192, "value_width": 128}),
+    "float32": (False, {"dtype": torch.float32}),
+    "float64 under autocast": (False, {"dtype": torch.float64, "autocast": torch.bfloat16}),
+    "before Ampere": (False, {"capability": (7, 5), "dtype": torch.float16}),
 }
 
 
-@pytest.mark.parametrize(("expected", "case"), KERNEL_CASES.values(), ids=KERNEL_CASES)
-def test_the_kernel_is_what_device_precision_and_heads_allow(
-    monkeypatch: pytest.MonkeyPatch, expected: str, case: dict[str, Any]
-):
-    case = {"device": "cuda", "capability": (8, 0), "dtype": torch.bfloat16, "width": 64, "dropout": 0.0} | case
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: "autocast" in case)
-    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: case["autocast"])
-
-    def tensor(width: int) -> Any:
-        return SimpleNamespace(device=torch.device(case["device"]), dtype=case["dtype"], shape=(1, 4, 20, width))
-
-    found = choose_kernel(tensor(case["width"]), tensor(case.get("value_width", case["width"])), case["dropout"])
-    assert found == expected
-    assert found in attention.KERNELS
+def test_the_kernel_is_what_device_precision_and_heads_allow(monkeypatch: pytest.MonkeyPatch):
+    found = {}
+    for name, (_, changes) in CASES.items():
+        case = {"device": "cuda", "capability": (8, 0), "dtype": torch.bfloat16, "width": 64, "dropout": 0.0} | changes
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, case=case: case["capability"])
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind, case=case: "autocast" in case)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind, case=case: case["autocast"])
+        shapes = [(1, 4, 20, case["width"]), (1, 4, 20, case.get("value_width", case["width"]))]
+        device, dtype = torch.device(case["device"]), case["dtype"]
+        query, value = (SimpleNamespace(device=device, dtype=dtype, shape=shape) for shape in shapes)
+        found[name] = takes_varlen(query, value, case["dropout"])
+    assert found == {name: expected for name, (expected, _) in CASES.items()}

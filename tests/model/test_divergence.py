@@ -73,7 +73,7 @@ def test_divergence_from_the_own_weights_without_the_adapter(build: Build, batch
     found.sum().backward()
     assert policy.module.training
     assert gradients(policy).keys() == policy.trainable().keys()
-    with policy.adapter_disabled():
+    with policy.module.disable_adapter():
         nothing = policy(batch, ForwardRequest(anchor=Frozen(policy))).divergence
     assert float(nothing.detach().abs().max()) < 1e-6
 

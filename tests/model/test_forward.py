@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -115,37 +116,26 @@ def test_embeddings_are_mixed_in_the_targets_places_alone(build: Build, batch: B
     assert torch.equal(found[elsewhere], original[elsewhere])
 
 
-def test_the_mixture_changes_what_follows_and_full_mixing_is_the_other_token(build: Build, batch: Batch):
-    policy = Policy(build("llama"))
+def test_mixing_changes_what_follows_from_nothing_to_the_other_token(build: Build, batch: Batch):
+    policy = Policy(build("gemma3"))
     replace = (batch.target_ids + 5) % 61
     ids = batch.input_ids.flatten().index_copy(0, batch.place, replace).view_as(batch.input_ids)
-    expected = Policy(policy.module)(Batch(**{**vars(batch), "input_ids": ids})).log_probs
-    torch.testing.assert_close(
-        policy(batch, ForwardRequest(replace=replace, mix=1.0)).log_probs, expected, atol=1e-5, rtol=0
-    )
-    assert not torch.allclose(
-        policy(batch, ForwardRequest(replace=replace, mix=0.5)).log_probs, policy(batch).log_probs
-    )
-
-
-def test_without_mixing_the_values_are_the_plain_ones(build: Build, batch: Batch):
-    policy = Policy(build("gemma3"))
+    expected = policy(Batch(**{**vars(batch), "input_ids": ids})).log_probs
+    none, half, full = (policy(batch, ForwardRequest(replace=replace, mix=mix)).log_probs for mix in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(full, expected, atol=1e-5, rtol=0)
     plain = policy(batch).log_probs
-    assert torch.equal(policy(batch, ForwardRequest(replace=batch.target_ids, mix=0.0)).log_probs, plain)
+    assert not torch.allclose(half, plain)
+    assert torch.equal(none, plain)
     assert torch.equal(policy(batch, ForwardRequest(embed_grad=False)).log_probs, plain)
 
 
-@pytest.mark.parametrize(("name", "reached"), [("llama", False), ("llama_tied", True)])
-@pytest.mark.parametrize("mix", [0.0, 0.5])
-def test_embed_grad_false_reaches_the_table_only_through_a_tied_head(
-    build: Build, batch: Batch, name: str, reached: bool, mix: float
-):
-    policy = Policy(build(name))
-    policy(batch, ForwardRequest(replace=batch.target_ids, mix=mix, embed_grad=False)).log_probs.sum().backward()
-    table = policy.base.get_input_embeddings().weight.grad
-    assert (table is not None) == reached
-    layer = policy.base.get_decoder().layers[0].mlp.up_proj.weight.grad
-    assert layer.abs().sum() > 0
+def test_embed_grad_false_reaches_the_table_only_through_a_tied_head(build: Build, batch: Batch):
+    for name, mix in product(("llama", "llama_tied"), (0.0, 0.5)):
+        policy = Policy(build(name))
+        policy(batch, ForwardRequest(replace=batch.target_ids, mix=mix, embed_grad=False)).log_probs.sum().backward()
+        table = policy.base.get_input_embeddings().weight.grad
+        assert (table is not None) == (name == "llama_tied")
+        assert policy.base.get_decoder().layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
 def test_embed_grad_true_trains_both_embeddings_of_a_mixture(build: Build, batch: Batch):

@@ -29,19 +29,18 @@ def message(model: Model) -> str:
     return str(raised.value)
 
 
-def test_full_training_keeps_float32_whatever_the_dtype(model_folder: Path):
-    for dtype in ("float32", "bfloat16"):
-        module = load_model(settings(model_folder, dtype=dtype), CPU, 0)
-        assert {p.dtype for p in module.parameters()} == {torch.float32}
-        assert all(p.requires_grad for p in module.parameters())
-    thrifty = load_model(settings(model_folder, dtype="bfloat16", master_weights=False), CPU, 0)
-    assert {p.dtype for p in thrifty.parameters()} == {torch.bfloat16}
+def test_weights_are_stored_as_their_use_wants(model_folder: Path):
+    """Trained ones in float32 unless `master_weights` is off, frozen ones under an adapter in the forward's dtype."""
 
+    def dtypes(trained: bool = True, **changes: Any) -> set[torch.dtype]:
+        parameters = load_model(settings(model_folder, **changes), CPU, 0).parameters()
+        return {p.dtype for p in parameters if p.requires_grad == trained}
 
-def test_under_an_adapter_the_frozen_weights_take_the_dtype_and_the_adapter_float32(model_folder: Path):
-    module = load_model(settings(model_folder, adapter="lora", dtype="bfloat16"), CPU, 0)
-    assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in module.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert dtypes(dtype="float32") == dtypes(dtype="bfloat16") == {torch.float32}
+    assert dtypes(False) == set()
+    assert dtypes(dtype="bfloat16", master_weights=False) == {torch.bfloat16}
+    assert dtypes(adapter="lora", dtype="bfloat16") == {torch.float32}
+    assert dtypes(False, adapter="lora", dtype="bfloat16") == {torch.bfloat16}
 
 
 def test_the_adapter_depends_on_its_seed_alone_and_leaves_other_generators_be(model_folder: Path):
@@ -61,16 +60,13 @@ def test_the_adapter_depends_on_its_seed_alone_and_leaves_other_generators_be(mo
     assert all(not value.any() for name, value in first.items() if "lora_B" in name)
 
 
-def test_all_linear_layers_but_the_head_are_adapted(model_folder: Path):
-    names = load_policy(settings(model_folder, adapter="lora"), CPU, 0).trainable()
-    layers = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert {name.split(".lora_")[0].split(".")[-1] for name in names} == layers
+def test_all_linear_layers_but_the_head_or_those_named_are_adapted(model_folder: Path):
+    def adapted(**changes: Any) -> set[str]:
+        names = load_policy(settings(model_folder, adapter="lora", **changes), CPU, 0).trainable()
+        return {name.split(".lora_")[0].split(".")[-1] for name in names}
 
-
-def test_named_layers_only(model_folder: Path):
-    model = settings(model_folder, adapter="lora", lora=Lora(targets=["q_proj", "self_attn.v_proj"]))
-    names = load_policy(model, CPU, 0).trainable()
-    assert {name.split(".lora_")[0].split(".")[-1] for name in names} == {"q_proj", "v_proj"}
+    assert adapted() == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert adapted(lora=Lora(targets=["q_proj", "self_attn.v_proj"])) == {"q_proj", "v_proj"}
 
 
 def test_unknown_targets_are_all_named_with_the_layers_there_are(model_folder: Path):
@@ -81,22 +77,18 @@ def test_unknown_targets_are_all_named_with_the_layers_there_are(model_folder: P
     assert "targets=[]" in message(settings(model_folder, adapter="lora", lora=Lora(targets=[])))
 
 
-def test_gradient_checkpointing_is_on_when_asked_for(model_folder: Path):
-    for adapter in ("none", "lora"):
-        assert load_policy(settings(model_folder, adapter=adapter, gradient_checkpointing=True), CPU, 0).recomputes
-    assert not load_policy(settings(model_folder), CPU, 0).recomputes
-
-
-def test_the_attention_asked_for_is_the_one_that_runs(model_folder: Path):
-    assert load_policy(settings(model_folder), CPU, 0).attention == "sdpa"
-    assert load_policy(settings(model_folder, attention="eager"), CPU, 0).attention == "eager"
-
-
-def test_a_loaded_policy_has_a_checked_head_and_dropout_on(model_folder: Path):
+def test_a_loaded_policy_runs_as_it_was_asked_to(model_folder: Path):
     policy = load_policy(settings(model_folder), CPU, 0)
     assert policy.module.training
     assert policy.head is not None
     assert policy.notes == []
+    assert policy.attention == "sdpa"
+    assert not policy.recomputes
+    for adapter in ("none", "lora"):
+        changes = {"adapter": adapter, "gradient_checkpointing": True, "attention": "eager"}
+        policy = load_policy(settings(model_folder, **changes), CPU, 0)
+        assert policy.recomputes
+        assert policy.attention == "eager"
 
 
 def test_weights_that_are_missing_are_never_made_up(model_folder: Path, tmp_path: Path):
@@ -147,13 +139,13 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(model_folder: Path, to
         check_vocabulary(build("llama", vocab_size=50), tokenizer)
 
 
-@pytest.mark.parametrize("file", sorted(Path("conf/model").glob("*.yaml")), ids=lambda file: file.stem)
-def test_shipped_models_fit_the_schema(file: Path):
-    given = OmegaConf.load(file)
-    assert set(given) <= {field.name for field in fields(Model)}
-    merged = OmegaConf.merge(OmegaConf.structured(Model), given)
-    assert merged.name == file.stem
-    assert merged.lr > 0
+def test_shipped_models_fit_the_schema():
+    for file in Path("conf/model").glob("*.yaml"):
+        given = OmegaConf.load(file)
+        assert set(given) <= {field.name for field in fields(Model)}
+        merged = OmegaConf.merge(OmegaConf.structured(Model), given)
+        assert merged.name == file.stem
+        assert merged.lr > 0
 
 
 LOADS = """

@@ -31,37 +31,21 @@ def parts(shape: Shape = SHAPE, **changes: Any) -> dict[str, int]:
     return estimate(shape, **{**settings, **changes})
 
 
-def test_full_training_with_adamw_takes_sixteen_bytes_a_weight():
+def test_exact_parts():
     found = parts()
     assert found["weights"] + found["gradients"] + found["optimiser"] == 16 * 100
-
-
-@pytest.mark.parametrize(
-    ("optimiser", "momentum", "numbers"),
-    [("adamw", False, 2), ("rmsprop", False, 1), ("rmsprop", True, 2), ("sgd", False, 0), ("sgd", True, 1)],
-)
-def test_what_optimisers_keep(optimiser: str, momentum: bool, numbers: int):
-    assert parts(optimiser=optimiser, momentum=momentum)["optimiser"] == 4 * 100 * numbers
-
-
-def test_only_a_copy_costs_weights_again():
+    kept = {("adamw", False): 2, ("rmsprop", False): 1, ("rmsprop", True): 2, ("sgd", False): 0, ("sgd", True): 1}
+    for (optimiser, momentum), numbers in kept.items():
+        assert parts(optimiser=optimiser, momentum=momentum)["optimiser"] == 4 * 100 * numbers
     modes = ("copy", "cached", "adapter_off", None)
     assert [parts(reference_mode=mode)["reference"] for mode in modes] == [400, 0, 0, 0]
 
 
-def test_activations_grow_with_tokens_and_shrink_with_recomputing():
+def test_activations_grow_with_tokens_and_shrink_with_recomputing_and_the_head_is_bounded_by_its_chunk():
     assert parts(micro_batch_tokens=20)["activations"] == 2 * parts()["activations"]
-    assert parts(replace(SHAPE, recomputed=2))["activations"] < parts()["activations"]
-
-
-def test_the_head_is_bounded_by_its_chunk():
-    large = replace(SHAPE, vocabulary=50_000)
-    assert parts(large, micro_batch_tokens=10**6)["head"] <= 2 * 4 * 2**24
-
-
-def test_recomputing_some_blocks_is_between_all_and_none():
     none, some, every = (parts(replace(SHAPE, layers=8, recomputed=blocks))["activations"] for blocks in (0, 4, 8))
     assert every < some < none
+    assert parts(replace(SHAPE, vocabulary=50_000), micro_batch_tokens=10**6)["head"] <= 2 * 4 * 2**24
 
 
 def test_the_numbers_of_a_model(build: Callable[..., Any]):

@@ -4,10 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from uft.config.schema import Model
 from uft.errors import UftError
 from uft.model import load
-from uft.model.load import Location, locate, resolve_path
+from uft.model.load import Location
 from uft.runs import cache_root
+
+
+def locate(path: str, revision: str | None = None) -> Location:
+    return load.locate(Model(path=path, revision=revision))
 
 
 def message(path: str, revision: str | None = None) -> str:
@@ -16,24 +21,12 @@ def message(path: str, revision: str | None = None) -> str:
     return str(raised.value)
 
 
-def test_a_folder_with_a_model_is_itself(model_folder: Path):
-    assert locate(str(model_folder)) == Location(str(model_folder))
-
-
-def test_the_playground_is_the_shipped_model():
+def test_built_in_models_are_found_and_unknown_ones_name_the_known_one():
     from uft.playground.world import model_dir
 
-    assert resolve_path("builtin:playground") == str(model_dir())
-
-
-def test_a_hub_id_stays_one():
-    assert resolve_path("some-org/Some.Model-1B") == "some-org/Some.Model-1B"
-    assert resolve_path("gpt2") == "gpt2"
-
-
-@pytest.mark.parametrize("path", ["builtin:nothing", "package:nothing"])
-def test_unknown_built_in_models_name_the_known_one(path: str):
-    assert path.split(":")[0] + ":" in message(path).split("\n", 3)[3]
+    assert locate("builtin:playground") == Location(str(model_dir()))
+    for scheme in ("builtin:", "package:"):
+        assert scheme in message(f"{scheme}nothing").split("\n", 3)[3]
 
 
 def test_a_missing_folder_gets_the_nearest_name(model_folder: Path):
@@ -42,16 +35,10 @@ def test_a_missing_folder_gets_the_nearest_name(model_folder: Path):
     assert f"did you mean  {model_folder} ?" in text
 
 
-def test_a_missing_parent_is_said(tmp_path: Path):
+def test_what_lies_near_is_named(tmp_path: Path, model_folder: Path):
     assert "is not there either" in message(str(tmp_path / "no" / "such"))
-
-
-def test_a_run_folder_points_to_its_model(tmp_path: Path, model_folder: Path):
     (tmp_path / "model").symlink_to(model_folder)
     assert f"there is a model in  {tmp_path / 'model'}" in message(str(tmp_path))
-
-
-def test_an_adapter_alone_is_refused(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "adapter alone" in message(str(tmp_path))
 
@@ -81,32 +68,28 @@ def hub_error(name: str) -> Exception:
 
 def test_a_hub_that_answers(monkeypatch: pytest.MonkeyPatch):
     Hub(monkeypatch)
-    assert locate("org/model", "v1") == Location("org/model", "v1")
+    assert locate("org/Some.Model-1B", "v1") == Location("org/Some.Model-1B", "v1")
+    assert locate("gpt2") == Location("gpt2")
 
 
-def test_no_network_is_one_line_with_a_way_out(monkeypatch: pytest.MonkeyPatch):
+def test_no_network_is_one_line_with_a_way_out_or_the_local_cache(monkeypatch: pytest.MonkeyPatch):
     Hub(monkeypatch, OSError("name resolution"))
     text = message("org/model")
     assert "the hub cannot be reached" in text
     assert "model=playground" in text
-
-
-def test_no_network_but_a_cached_model_goes_offline(monkeypatch: pytest.MonkeyPatch):
     Hub(monkeypatch, OSError("name resolution"), cached=True)
     assert locate("org/model") == Location("org/model", offline=True)
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        ("GatedRepoError", "terms of use"),
-        ("RepositoryNotFoundError", "no such model on the hub"),
-        ("RevisionNotFoundError", "model.revision=v9"),
-    ],
-)
-def test_what_the_hub_refuses_is_said(monkeypatch: pytest.MonkeyPatch, error: str, words: str):
-    Hub(monkeypatch, hub_error(error), cached=True)
-    assert words in message("org/model", "v9")
+def test_what_the_hub_refuses_is_said(monkeypatch: pytest.MonkeyPatch):
+    cases = {
+        "GatedRepoError": "terms of use",
+        "RepositoryNotFoundError": "no such model on the hub",
+        "RevisionNotFoundError": "model.revision=v9",
+    }
+    for error, words in cases.items():
+        Hub(monkeypatch, hub_error(error), cached=True)
+        assert words in message("org/model", "v9")
 
 
 def test_offline_by_environment_asks_nobody(monkeypatch: pytest.MonkeyPatch):
@@ -115,14 +98,14 @@ def test_offline_by_environment_asks_nobody(monkeypatch: pytest.MonkeyPatch):
     assert "HF_HUB_OFFLINE" in message("org/model")
 
 
+def test_no_network_access_for_local_folders(monkeypatch: pytest.MonkeyPatch, model_folder: Path):
+    monkeypatch.setattr(load, "_on_hub", lambda *a: pytest.fail("the hub was asked"))
+    assert locate(str(model_folder)) == Location(str(model_folder))
+
+
 def test_the_cache_folder_is_the_key_then_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("UFT_CACHE", str(tmp_path))
     assert cache_root() == tmp_path
     assert cache_root("elsewhere") == Path("elsewhere")
     monkeypatch.delenv("UFT_CACHE")
     assert cache_root() == Path("~/.cache/uft").expanduser()
-
-
-def test_no_network_access_for_local_folders(monkeypatch: pytest.MonkeyPatch, model_folder: Path):
-    monkeypatch.setattr(load, "_on_hub", lambda *a: pytest.fail("the hub was asked"))
-    locate(str(model_folder))

@@ -103,67 +103,48 @@ def test_packed_they_are_it_too(
             assert reference.column.store.folder != padded.column.store.folder
 
 
-@pytest.mark.parametrize("mode", ["copy", "cached"])
 def test_another_model_can_be_the_reference(
-    model_folder: Path,
-    tokenizer: Any,
-    build: Any,
-    tmp_path: Path,
-    batch: Batch,
-    completions: list[Completion],
-    mode: str,
+    model_folder: Path, tokenizer: Any, build: Any, tmp_path: Path, batch: Batch, completions: list[Completion]
 ):
-    other = build("gemma2")
-    other.save_pretrained(tmp_path / "other")
+    other, path = build("gemma2"), str(tmp_path / "other")
+    other.save_pretrained(path)
     model = settings(model_folder, adapter="lora")
-    reference = make(load_policy(model, CPU, 0), model, mode, tmp_path, tokenizer, path=str(tmp_path / "other"))
-    expected = Policy(other)(batch).log_probs
-    torch.testing.assert_close(log_probs(reference, batch, completions), expected, atol=1e-5, rtol=0)
+    policy, expected = load_policy(model, CPU, 0), Policy(other)(batch).log_probs
+    for mode in ("copy", "cached"):
+        found = log_probs(make(policy, model, mode, tmp_path, tokenizer, path=path), batch, completions)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_a_reference_with_too_small_a_vocabulary_is_refused(
+def test_a_reference_that_is_not_there_or_has_too_small_a_vocabulary_is_named_by_its_own_key(
     model_folder: Path, tokenizer: Any, build: Any, tmp_path: Path
 ):
-    build("llama", vocab_size=40).save_pretrained(tmp_path / "other")
-    model = settings(model_folder)
+    small, absent, model = str(tmp_path / "small"), str(tmp_path / "absent"), settings(model_folder)
+    build("llama", vocab_size=40).save_pretrained(small)
+    policy = load_policy(model, CPU, 0)
     with pytest.raises(UftError, match="reference\\.path"):
-        make(load_policy(model, CPU, 0), model, "copy", tmp_path, tokenizer, path=str(tmp_path / "other"))
+        make(policy, model, "copy", tmp_path, tokenizer, path=small)
+    for mode in ("copy", "cached"):
+        with pytest.raises(UftError) as raised:
+            make(policy, model, mode, tmp_path, tokenizer, path=absent)
+        assert raised.value.problems[0].what == f"reference.path={absent}"
 
 
-@pytest.mark.parametrize("mode", ["copy", "cached"])
-def test_a_reference_that_is_not_there_is_named_by_its_own_key(
-    model_folder: Path, tokenizer: Any, tmp_path: Path, mode: str
-):
-    model, absent = settings(model_folder), str(tmp_path / "absent")
-    with pytest.raises(UftError) as raised:
-        make(load_policy(model, CPU, 0), model, mode, tmp_path, tokenizer, path=absent)
-    assert raised.value.problems[0].what == f"reference.path={absent}"
-
-
-@pytest.mark.parametrize(
-    ("adapter", "path", "visits", "mode"),
-    [
-        ("lora", None, 9.0, "adapter_off"),
-        ("lora", "other", 9.0, "cached"),
-        ("lora", "other", 1.0, "copy"),
-        ("none", None, 1.5, "copy"),
-        ("none", None, 1.6, "cached"),
-    ],
-)
-def test_the_cheapest_mode_is_chosen_with_a_reason(adapter: str, path: str | None, visits: float, mode: str):
-    found, why = choose_mode(Model(adapter=adapter), ReferenceModel(path=path), visits)
-    assert found == mode
-    assert why
-
-
-@pytest.mark.parametrize(("adapter", "path"), [("none", None), ("lora", "other")])
-def test_no_adapter_can_be_off_where_there_is_none(adapter: str, path: str | None):
-    with pytest.raises(UftError, match="adapter_off"):
-        choose_mode(Model(adapter=adapter), ReferenceModel(path=path, mode="adapter_off"), 1.0)
-
-
-def test_the_mode_asked_for_is_taken():
+def test_the_cheapest_mode_is_chosen_with_a_reason():
+    cases = {
+        ("lora", None, 9.0): "adapter_off",
+        ("lora", "other", 9.0): "cached",
+        ("lora", "other", 1.0): "copy",
+        ("none", None, 1.5): "copy",
+        ("none", None, 1.6): "cached",
+    }
+    for (adapter, path, visits), mode in cases.items():
+        found, why = choose_mode(Model(adapter=adapter), ReferenceModel(path=path), visits)
+        assert found == mode
+        assert why
     assert choose_mode(Model(adapter="lora"), ReferenceModel(mode="copy"), 9.0)[0] == "copy"
+    for adapter, path in (("none", None), ("lora", "other")):
+        with pytest.raises(UftError, match="adapter_off"):
+            choose_mode(Model(adapter=adapter), ReferenceModel(path=path, mode="adapter_off"), 1.0)
 
 
 def test_a_filled_cache_loads_no_model_and_serves_other_runs(

@@ -13,6 +13,12 @@ from uft.model import load
 from uft.model.load import HUB, gguf_file, plain_copy, prepare, restore_digits
 
 
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Converted models are in `tmp_path / "models"`."""
+    monkeypatch.setenv("UFT_CACHE", str(tmp_path))
+
+
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A package of that name whose code must not run and whose weights are three bytes."""
@@ -27,7 +33,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_without_the_package_it_is_the_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(load, "gguf_file", lambda: None)
-    assert prepare(tmp_path) == HUB
+    assert prepare() == HUB
     assert list(tmp_path.iterdir()) == []
 
 
@@ -43,11 +49,10 @@ def test_it_is_converted_once(installed: Path, monkeypatch: pytest.MonkeyPatch, 
         (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(load, "convert", convert)
-    models = tmp_path / "models"
-    first = prepare(models)
-    assert prepare(models) == first
+    first = prepare()
+    assert prepare() == first
     assert made == [installed]
-    assert [path.name for path in models.iterdir()] == [Path(first).name]
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [Path(first).name]
 
 
 def test_a_failed_conversion_leaves_nothing(installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -57,7 +62,7 @@ def test_a_failed_conversion_leaves_nothing(installed: Path, monkeypatch: pytest
 
     monkeypatch.setattr(load, "convert", convert)
     with pytest.raises(RuntimeError):
-        prepare(tmp_path / "models")
+        prepare()
     assert list((tmp_path / "models").iterdir()) == []
 
 
@@ -68,7 +73,7 @@ def test_two_processes_may_convert_at_once(installed: Path, monkeypatch: pytest.
         shutil.copytree(folder, rival, dirs_exist_ok=True)
 
     monkeypatch.setattr(load, "convert", convert)
-    folder = Path(prepare(tmp_path / "models"))
+    folder = Path(prepare())
     assert (folder / "config.json").is_file()
     assert list((tmp_path / "models").iterdir()) == [folder]
 
@@ -77,7 +82,7 @@ def test_missing_readers_name_the_extra(installed: Path, monkeypatch: pytest.Mon
     find = load.importlib.util.find_spec
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(UftError, match="uft\\[smollm2\\]"):
-        prepare(tmp_path / "models")
+        prepare()
 
 
 def test_a_quantized_model_becomes_a_plain_one(build: Any, tmp_path: Path):
@@ -107,7 +112,7 @@ def test_numbers_are_split_into_digits_again():
 def test_the_real_model(tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = prepare(tmp_path)
+    folder = prepare()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,15 @@ def request(folder: Path, run: str, hardware: str) -> list[str]:
 
 
 def ended(process: subprocess.Popen[str], code: int) -> str:
-    said = process.communicate(timeout=600)[0]
+    said: str = process.communicate(timeout=600)[0]
     assert process.returncode == code, said
+    assert "Traceback" not in said
     return said
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +79,7 @@ def whole(folder: Path) -> list[dict[str, Any]]:
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 def same(ours: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:
@@ -83,16 +90,14 @@ def same(ours: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:
 
 
 def children(parent: int) -> list[int]:
+    """Living child processes, without the fork server."""
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                name, _, rest = (entry / "stat").read_text().rpartition(")")
-            except OSError:  # it has just ended
-                continue
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # one that has just ended
+            name, _, rest = file.read_text().rpartition(")")
             state, above = rest.split()[:2]
             if int(above) == parent and state != "Z" and not name.endswith("uft-forkserver"):
-                found.append(int(entry.name))
+                found.append(int(file.parent.name))
     return found
 
 
@@ -107,15 +112,11 @@ def processes(program: subprocess.Popen[str]) -> tuple[int, dict[int, int]]:
 
 
 def at_step(run: Path, step: int, program: subprocess.Popen[str]) -> None:
-    file, deadline = run / "metrics.jsonl", time.monotonic() + 600
-    while not file.is_file() or not any(line["step"] >= step for line in lines(file)):
+    deadline = time.monotonic() + 600
+    while not (run / "metrics.jsonl").is_file() or not any(line["step"] >= step for line in curve(run)):
         assert program.poll() is None, program.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
 
 @pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -131,8 +132,7 @@ def test_one_of_two_is_killed(start: Start, folder: Path, whole: list[dict[str, 
     said = ended(program, 1)
     assert time.monotonic() - asked < 60 or os.getloadavg()[0] > 4
     assert "process 1 was killed by SIGKILL" in said
-    assert "Traceback" not in said
-    result = json.loads((run / "result.json").read_text())
+    result = result_of(run)
     assert result["status"] == "failed"
     assert "process 1 was killed by SIGKILL" in result["error"]
     assert not children(agent)
@@ -152,9 +152,8 @@ def test_stopped_and_gone_on_with(
     at_step(folder / name, 4, program)
     _, ranks = processes(program)
     os.kill(program.pid if to == "program" else ranks[1], number)
-    said = ended(program, 75)
-    assert "Traceback" not in said
-    result = json.loads((folder / name / "result.json").read_text())
+    ended(program, 75)
+    result = result_of(folder / name)
     assert result["status"] == "stopped"
     assert 4 <= result["steps"] < STEPS
     assert (folder / name / "checkpoints" / f"step-{result['steps']:06d}").is_dir()
@@ -191,8 +190,7 @@ def test_they_end_when_the_program_is_killed(start: Start, folder: Path) -> None
     while Path(f"/proc/{agent}").exists() and children(agent):
         assert time.monotonic() < deadline, "they go on without the program"
         time.sleep(0.1)
-    result = json.loads((folder / "orphans" / "result.json").read_text())
-    assert result["status"] == "stopped"
+    assert result_of(folder / "orphans")["status"] == "stopped"
 
 
 @pytest.mark.slow

@@ -16,32 +16,19 @@ from outside import environment
 
 from uft.model.memory import Shape, Spread, estimate, step_flops
 
-SHAPE = Shape(
-    weight_bytes=4000,
-    trained_bytes=4000,
-    trained=1000,
-    layers=4,
-    hidden=8,
-    intermediate=16,
-    vocabulary=50,
-    activation_bytes=4,
-    shared_bytes=1600,
-    block_bytes=600,
-)
+SHAPE = Shape(4000, 4000, 1000, 4, 8, 16, vocabulary=50, activation_bytes=4, shared_bytes=1600, block_bytes=600)
 UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 
 
-def parts(spread: Spread, shape: Shape = SHAPE) -> dict[str, int]:
-    return estimate(
-        shape, optimiser="adamw", momentum=False, micro_batch_tokens=10, reference_mode="copy", spread=spread
-    )
+def parts(spread: Spread) -> dict[str, int]:
+    settings = {"optimiser": "adamw", "momentum": False, "micro_batch_tokens": 10, "reference_mode": "copy"}
+    return estimate(SHAPE, **settings, spread=spread)
 
 
 def test_shares_of_a_model_in_pieces() -> None:
     one, whole, pieces = parts(Spread()), parts(Spread(8)), parts(Spread(8, sharded=True))
     assert one == whole
-    assert [pieces[name] for name in ("weights", "gradients", "reference")] == [500, 500, 500]
-    assert pieces["optimiser"] == 1000
+    assert [pieces[name] for name in ("weights", "gradients", "reference", "optimiser")] == [500, 500, 500, 1000]
     assert pieces["gathered"] == 2 * (1600 + 2 * 600)
     assert pieces["activations"] == one["activations"]
     offloaded = parts(Spread(8, sharded=True, offload=True))
@@ -68,11 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = AutoConfig.from_pretrained(source, **shape, **heads, tie_word_embeddings=False)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(source).save_pretrained(folder / "model")
-    draw = random.Random(0)
-    rows = [
-        {"prompt": " ".join(draw.choices(WORDS, k=40)), "response": " ".join(draw.choices(WORDS, k=60))}
-        for _ in range(24)
-    ]
+    texts = [" ".join(random.Random(n).choices(WORDS, k=60)) for n in range(24)]
+    rows = [{"prompt": text[: len(text) // 2], "response": text} for text in texts]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -12,7 +12,7 @@ from uft.config.schema import COLUMNS, Model
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row
 from uft.errors import UftError
 from uft.sampling import annotate as annotation
-from uft.sampling.annotate import ANNOTATORS, Bench, Recipe, annotate_rows, frozen
+from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.generate import Interrupted
 
 PLAYGROUND = "builtin:playground"
@@ -80,17 +80,17 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def bench(tmp_path):
-    return Bench(torch.device("cpu"), tmp_path / "cache")
+def recipe(tmp_path):
+    return Recipe(torch.device("cpu"), tmp_path / "cache")
 
 
 @pytest.fixture
-def annotate(bench):
+def annotate(recipe):
     """annotate(rows, [path, ...]) -> the baselines of every row."""
 
     def run(rows, paths, **changes):
-        recipe = Recipe(replace(bench, **changes), [frozen(BASE, path) for path in paths])
-        made = annotate_rows(rows, "baseline_logp", recipe)
+        models = [frozen(BASE, path) for path in paths]
+        made = annotate_rows(rows, "baseline_logp", replace(recipe, models=models, **changes))
         assert [replace(c, annotations={}) for r in made for c in r.completions] == [
             replace(c, annotations={}) for r in rows for c in r.completions
         ]
@@ -143,11 +143,11 @@ def test_several_models_count_alike_in_any_order(annotate, tiny, tmp_path):
     assert min(abs(a - b) for a, b in zip(alone[0], alone[1], strict=True)) > 1e-3
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 60, 100_000])
-def test_neither_batches_nor_order_matter(annotate, tiny, tmp_path, batch_tokens):
+def test_neither_batches_nor_order_matter(annotate, tiny, tmp_path):
     expected = annotate(ROWS, [tiny], cache=tmp_path / "one")
-    found = annotate(ROWS[::-1], [tiny], cache=tmp_path / "other", batch_tokens=batch_tokens)[::-1]
-    assert flat(found) == pytest.approx(flat(expected), abs=1e-5)
+    for tokens in (1, 60, 100_000):
+        found = annotate(ROWS[::-1], [tiny], cache=tmp_path / str(tokens), batch_tokens=tokens)[::-1]
+        assert flat(found) == pytest.approx(flat(expected), abs=1e-5)
 
 
 def test_a_reply_that_says_nothing_has_none(annotate, tiny):
@@ -245,24 +245,22 @@ def test_a_model_that_overflows_is_told(annotate, tmp_path):
         annotate(ROWS, [path])
 
 
-@pytest.mark.parametrize(
-    ("column", "paths", "why"),
-    [
-        ("baseline_logp", [], "name at least one"),
-        ("baseline_logp", [PLAYGROUND, "a", PLAYGROUND], "builtin:playground is named twice"),
-        ("soft_label", [PLAYGROUND], "no model is asked"),
-    ],
-)
-def test_models_that_make_no_sense(bench, column, paths, why):
-    with pytest.raises(UftError, match=why):
-        annotate_rows(ROWS, column, Recipe(bench, [frozen(BASE, path) for path in paths]))
+def test_models_that_make_no_sense(recipe):
+    cases = {
+        "name at least one": ("baseline_logp", []),
+        "builtin:playground is named twice": ("baseline_logp", [PLAYGROUND, "a", PLAYGROUND]),
+        "no model is asked": ("soft_label", [PLAYGROUND]),
+    }
+    for why, (column, paths) in cases.items():
+        with pytest.raises(UftError, match=why):
+            annotate_rows(ROWS, column, replace(recipe, models=[frozen(BASE, path) for path in paths]))
 
 
 # --- soft labels
 
 
-def labels(bench, *completions, temperature=1.0):
-    (made,) = annotate_rows((row(0, *completions),), "soft_label", Recipe(bench, temperature=temperature))
+def labels(recipe, *completions, temperature=1.0):
+    (made,) = annotate_rows((row(0, *completions),), "soft_label", replace(recipe, temperature=temperature))
     return [c.annotations.get("soft_label") for c in made.completions]
 
 
@@ -270,26 +268,26 @@ def rated(preferred, **annotations):
     return reply("owl", preferred=preferred, annotations=annotations)
 
 
-def test_soft_labels_of_rated_pairs(bench):
-    assert labels(bench, rated(True, score=8.0), rated(False, score=6.5)) == pytest.approx(
+def test_soft_labels_of_rated_pairs(recipe):
+    assert labels(recipe, rated(True, score=8.0), rated(False, score=6.5)) == pytest.approx(
         [0.817574, 0.182426], abs=1e-6
     )
-    assert labels(bench, rated(True, score=6.5), rated(False, score=8.0)) == pytest.approx(
+    assert labels(recipe, rated(True, score=6.5), rated(False, score=8.0)) == pytest.approx(
         [0.182426, 0.817574], abs=1e-6
     )
-    sure = labels(bench, rated(True, score=8.0), rated(False, score=6.5), temperature=0.5)
+    sure = labels(recipe, rated(True, score=8.0), rated(False, score=6.5), temperature=0.5)
     assert sure == pytest.approx([0.952574, 0.047426], abs=1e-6)
-    assert labels(bench, rated(True, score=1e4), rated(False, score=-1e4)) == [1.0, 0.0]
-    assert labels(bench, rated(True, score=8.0), rated(False)) == [None, None]
-    assert labels(bench, rated(True, soft_label=0.9), rated(False, soft_label=0.1)) == [None, None]
+    assert labels(recipe, rated(True, score=1e4), rated(False, score=-1e4)) == [1.0, 0.0]
+    assert labels(recipe, rated(True, score=8.0), rated(False)) == [None, None]
+    assert labels(recipe, rated(True, soft_label=0.9), rated(False, soft_label=0.1)) == [None, None]
 
 
-def test_soft_labels_of_scored_completions_are_of_the_best_against_the_worst(bench):
+def test_soft_labels_of_scored_completions_are_of_the_best_against_the_worst(recipe):
     def scored(*scores):
-        return labels(bench, *(reply("owl", score=score) for score in scores), temperature=0.2)
+        return labels(recipe, *(reply("owl", score=score) for score in scores), temperature=0.2)
 
     expected = 1 / (1 + math.exp(-(0.9 - 0.2) / 0.2))
     assert scored(0.5, 0.9, 0.2, 0.4) == [None, pytest.approx(expected), pytest.approx(1 - expected), None]
     assert scored(0.5, 0.5) == [None, None]
     assert scored(0.5) == [None]
-    assert labels(bench, reply("owl")) == labels(bench, reply("owl", label=True)) == [None]
+    assert labels(recipe, reply("owl")) == labels(recipe, reply("owl", label=True)) == [None]

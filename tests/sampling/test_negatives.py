@@ -47,7 +47,7 @@ def sources():
 def job(policy, tokenizer, sources, tmp_path):
     """Run the job; keywords change the settings, `sources` and hooks."""
 
-    def run(out=None, *, given=None, should_stop=None, progress=None, sampled_by="playground", **changes):
+    def run(out=None, *, given=None, sampled_by="playground", should_stop=lambda: False, progress=None, **changes):
         return generate_rows(
             policy,
             tokenizer,
@@ -57,7 +57,7 @@ def job(policy, tokenizer, sources, tmp_path):
             out or tmp_path / "negatives.jsonl",
             sampled_by=sampled_by,
             should_stop=should_stop,
-            progress=progress,
+            progress=progress or (lambda done, of: None),
         )
 
     return run
@@ -113,34 +113,35 @@ def test_other_sources_and_limits_do_not_change_a_row(job, sources, tmp_path):
     assert all(everything[line["row"]] == line["negatives"] for line in alone)
 
 
-@pytest.mark.parametrize("polls", [0, 9, 25, 40])
-def test_a_stopped_job_continues_to_the_same_file(job, tmp_path, polls):
-    left = iter(range(polls))
-    out = tmp_path / "stopped"
-    with pytest.raises(Interrupted):
-        job(out, should_stop=lambda: next(left, None) is None)
-    written = out.read_bytes()
-    assert written == b"" or written.endswith(b"\n")
-    before = len(lines(out))
-    told = []
-    summary = job(out, progress=lambda done, total: told.append(done))
-    assert out.read_bytes() == job(tmp_path / "whole").path.read_bytes()
-    assert summary.resumed == before < 12
-    assert told[-1] == 12
+@pytest.fixture
+def whole(job, tmp_path):
+    """The file of a job that was never disturbed."""
+    return job(tmp_path / "whole").path.read_bytes()
 
 
-@pytest.mark.parametrize("cut", [1, 7, 8, 40, 300])
-def test_a_torn_last_line_is_made_again(job, tmp_path, cut):
-    uncut, out = job(tmp_path / "whole").path, tmp_path / "torn"
-    whole = uncut.read_bytes()
-    last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    out.write_bytes(whole[: last + min(cut, len(whole) - last - 1)])
-    assert job(out).resumed == 11
-    assert out.read_bytes() == whole
+def test_a_stopped_job_continues_to_the_same_file(job, tmp_path, whole):
+    for polls in (0, 9, 25, 40):
+        left, told, out = iter(range(polls)), [], tmp_path / f"stopped-{polls}"
+        with pytest.raises(Interrupted):
+            job(out, should_stop=lambda left=left: next(left, None) is None)
+        written = out.read_bytes()
+        assert written == b"" or written.endswith(b"\n")
+        before = len(lines(out))
+        summary = job(out, progress=lambda done, total, told=told: told.append(done))
+        assert out.read_bytes() == whole
+        assert summary.resumed == before < 12
+        assert told[-1] == 12
 
 
-@pytest.mark.parametrize("kept", [1, 4, 6, 11])
-def test_after_any_line_batches_are_those_of_a_job_that_was_never_stopped(job, tmp_path, monkeypatch, kept):
+def test_a_torn_last_line_is_made_again(job, tmp_path, whole):
+    out, last = tmp_path / "torn", whole.rstrip(b"\n").rfind(b"\n") + 1
+    for cut in (1, 7, 8, 40, 300):
+        out.write_bytes(whole[: last + min(cut, len(whole) - last - 1)])
+        assert job(out).resumed == 11
+        assert out.read_bytes() == whole
+
+
+def test_after_any_line_batches_are_those_of_a_job_that_was_never_stopped(job, tmp_path, monkeypatch):
     """Kernels round differently in batches of another shape, and the fourth digit of a log-prob may tell."""
     batches = []
 
@@ -150,27 +151,27 @@ def test_after_any_line_batches_are_those_of_a_job_that_was_never_stopped(job, t
 
     monkeypatch.setattr(negatives, "complete", watched)
     whole, out = job(tmp_path / "whole").path.read_bytes(), tmp_path / "stopped"
-    of_the_whole, batches = batches, []
-    out.write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]))
-    job(out)
-    assert out.read_bytes() == whole
-    assert batches == of_the_whole[2 * (kept // 4) :]  # of four rows, for each of two seeds
+    of_the_whole = list(batches)
+    for kept in (1, 4, 6, 11):
+        batches.clear()
+        out.write_bytes(b"".join(whole.splitlines(keepends=True)[:kept]))
+        job(out)
+        assert out.read_bytes() == whole
+        assert batches == of_the_whole[2 * (kept // 4) :]  # of four rows, for each of two seeds
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"temperature": 0.5}, "temperature: 1.0 in the file, 0.5 now"),
-        ({"seeds": [0]}, "seeds: [0, 1] in the file, [0] now"),
-        ({"system": "Be bad."}, "system: None in the file, 'Be bad.' now"),
-        ({"sampled_by": "another"}, "sampled_by: 'playground' in the file, 'another' now"),
-    ],
-)
-def test_other_settings_are_refused(job, changes, said):
+def test_other_settings_are_refused(job):
     content = job().path.read_bytes()
-    with pytest.raises(UftError) as refused:
-        job(**changes)
-    assert said in str(refused.value)
+    cases = {
+        "temperature: 1.0 in the file, 0.5 now": {"temperature": 0.5},
+        "seeds: [0, 1] in the file, [0] now": {"seeds": [0]},
+        "system: None in the file, 'Be bad.' now": {"system": "Be bad."},
+        "sampled_by: 'playground' in the file, 'another' now": {"sampled_by": "another"},
+    }
+    for said, changes in cases.items():
+        with pytest.raises(UftError) as refused:
+            job(**changes)
+        assert said in str(refused.value)
     assert job().path.read_bytes() == content
 
 
@@ -182,16 +183,13 @@ def test_other_rows_are_refused(job, sources):
         job(given=[other, sources[1]])
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"my notes", b"my notes\n", b'{"prompt": "x"}\n', b"\xff\xfe\n", b"[]\n", b'{"row": "a:0"}\nmine'],
-)
-def test_a_file_of_somebody_else_is_never_touched(job, tmp_path, content):
+def test_a_file_of_somebody_else_is_never_touched(job, tmp_path):
     out = tmp_path / "theirs"
-    out.write_bytes(content)
-    with pytest.raises(UftError, match="not written by uft generate"):
-        job(out)
-    assert out.read_bytes() == content
+    for content in (b"mine", b"my notes\n", b'{"prompt": "x"}\n', b"\xff\xfe\n", b"[]\n", b'{"row": "a:0"}\nmine'):
+        out.write_bytes(content)
+        with pytest.raises(UftError, match="not written by uft generate"):
+            job(out)
+        assert out.read_bytes() == content
 
 
 def test_rows_without_a_good_completion_are_counted(job, sources):
@@ -212,7 +210,7 @@ def test_the_system_prompt_is_sampled_under_but_not_written(policy, tokenizer, s
     for line, row in zip(lines(path), sources[0].rows, strict=False):
         assert line["prompt"] == row.prompt[0].content
         (reply,) = complete(
-            policy.module,
+            policy,
             [renderer.prompt_ids(row.prompt, "copy : owl")],
             Sampling(temperature=1.0, max_new_tokens=10),
             seed=0,

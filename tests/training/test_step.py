@@ -349,7 +349,7 @@ class Cost:
 
 
 def cost(prepared: Prepared, items: Sequence[Example], budget: int = ONE_BATCH) -> Cost:
-    trainer, found, logits = prepared.trainer, Cost(), head._logits
+    trainer, found, logits = prepared.trainer, Cost(), Head.logits
 
     def counted(*args: torch.Tensor, **kwargs: torch.Tensor) -> None:
         fed = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
@@ -358,15 +358,15 @@ def cost(prepared: Prepared, items: Sequence[Example], budget: int = ONE_BATCH) 
         found.learned += size * torch.is_grad_enabled()
         found.looked += size * (not torch.is_grad_enabled())
 
-    def noted(hidden: torch.Tensor, *rest: object, **keywords: object) -> torch.Tensor:
+    def noted(self: Head, hidden: torch.Tensor, *rest: Any, **keywords: Any) -> torch.Tensor:
         found.rows += len(hidden)
-        return logits(hidden, *rest, **keywords)
+        return logits(self, hidden, *rest, **keywords)
 
     handle = trainer.policy.body.register_forward_pre_hook(
         lambda _, args, kwargs: counted(*args, **kwargs), with_kwargs=True
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(head, "_logits", noted)
+        patched.setattr(Head, "logits", noted)
         rig = Bench(prepared)
         rig.step(rig.batches(items, budget, Layout.SHARED), update=False)
     handle.remove()

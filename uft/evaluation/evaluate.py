@@ -18,14 +18,14 @@ from uft.data.batch import Batch, Example, make_example, micro_batches
 from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message, Row
 from uft.distributed import ranks
-from uft.evaluation.measures import CHECKERS, Scored, ScoredRow, Tally, gold, pair_of
+from uft.evaluation.measures import CHECKERS, Scored, ScoredRow, Tally, gold, measured, pair_of
 from uft.heartbeat import activity
 from uft.model.load import pad_id
-from uft.model.policy import Policy
+from uft.model.policy import Policy, evaluating
 from uft.model.reference import Reference
 from uft.objectives.base import Forward
 from uft.objectives.views import pointwise
-from uft.sampling.generate import Interrupted, Reply, Sampling, complete, evaluating
+from uft.sampling.generate import Interrupted, Reply, Sampling, complete
 
 Tensor = torch.Tensor
 
@@ -82,19 +82,18 @@ def evaluate(
     """
     stop = should_stop or (lambda: False)
     evaluator = _Evaluator(policy, reference, renderer, tokenizer, settings, micro_batch_tokens, stop)
-    overall, per_source, samples = Tally(), dict[str, Tally](), list[Sample]()
+    overall, metrics, samples = Tally(), dict[str, float](), list[Sample]()
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.no_grad(), evaluating(policy.module), torch.random.fork_rng(devices=devices):
         evaluator.fill_reference_cache(sources)
         for held in sources:
-            tally = per_source[held.name] = Tally()
-            tally.add_rows(evaluator.score(held))
+            tally = Tally()
+            for row in evaluator.score(held):
+                tally.add(measured(row))
             samples += evaluator.answer(held, tally)
-            overall.include(tally)
-    metrics = {f"eval/{name}": value for name, value in overall.means().items()}
-    for source, tally in per_source.items():
-        metrics |= {f"eval/{source}/{name}": value for name, value in tally.means().items()}
-    return Evaluation(metrics, samples)
+            overall.add(tally)
+            metrics |= {f"eval/{held.name}/{name}": value for name, value in tally.means().items()}
+    return Evaluation({f"eval/{name}": value for name, value in overall.means().items()} | metrics, samples)
 
 
 @dataclass(frozen=True)
@@ -111,11 +110,11 @@ class _Evaluator:
 
     def fill_reference_cache(self, sources: Sequence[HeldOut]) -> None:
         """Compute missing log-probs of a cached reference for all sources at once: its model is loaded once."""
-        column = self.reference.column if self.reference else None
-        if column is None:
+        if not self.reference or not self.reference.column:
             return
         encoded = (e for held in sources for row in islice(held.encoded, self.settings.rows) for e in row)
-        if not column.fill(encoded, batch_tokens=self.micro_batch_tokens, should_stop=self.should_stop):
+        fill = self.reference.column.fill
+        if not fill(encoded, batch_tokens=self.micro_batch_tokens, should_stop=self.should_stop):
             raise Interrupted
 
     def score(self, held: HeldOut) -> list[ScoredRow]:
@@ -131,7 +130,7 @@ class _Evaluator:
         forward = self.reference.forward if self.reference else None
         scores: dict[int, list[Scored]] = {example.example: [] for example in examples}
         pad, layout = pad_id(self.tokenizer), self.policy.layout
-        for batch in micro_batches(examples, self.micro_batch_tokens, pad, layout) if examples else ():
+        for batch in micro_batches(examples, self.micro_batch_tokens, pad, layout):
             if self.should_stop():
                 raise Interrupted
             for number, scored in score_batch(self.policy, forward, batch.to(self.policy.device)):
@@ -140,12 +139,10 @@ class _Evaluator:
         for example in examples:
             # a completion that was cut to nothing is left out, and its pair with it
             parts = zip(example.parts, scores[example.example], strict=True)
-            by_completion = {part.completion: scored for part, scored in parts if scored.tokens}
+            found = {part.completion: scored for part, scored in parts if scored.tokens}
             pair = pair_of(example.row)
-            if pair and by_completion.keys() >= set(pair):
-                rows.append(ScoredRow(tuple(by_completion.values()), (by_completion[pair[0]], by_completion[pair[1]])))
-            else:
-                rows.append(ScoredRow(tuple(by_completion.values())))
+            sides = (found[pair[0]], found[pair[1]]) if pair and found.keys() >= set(pair) else None
+            rows.append(ScoredRow(tuple(found.values()), sides))
         return rows
 
     def answer(self, held: HeldOut, tally: Tally) -> list[Sample]:
@@ -158,9 +155,9 @@ class _Evaluator:
         for number, (row, reply) in enumerate(zip(rows, replies, strict=True)):
             text = str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()
             verdict = check(row, text) if check else {}
-            tally.add("completion_length", (len(reply.ids), 1.0))
+            tally.add({"completion_length": (len(reply.ids), 1.0)})
             if number < checked:
-                tally.add_verdict(verdict)
+                tally.add({name: (value, 1.0) for name, value in verdict.items()})
             if number < self.settings.samples:
                 answer = gold(row) if check else row.answer
                 samples.append(Sample(held.name, row.id, prompt_text(row.prompt), text, answer, verdict))
@@ -168,7 +165,7 @@ class _Evaluator:
 
     def _complete_shard(self, prompts: Sequence[Sequence[int]]) -> list[Reply]:
         return complete(
-            self.policy.module,
+            self.policy,
             prompts,
             Sampling(max_new_tokens=self.settings.max_new_tokens),
             seed=0,
@@ -176,7 +173,6 @@ class _Evaluator:
             pad_id=pad_id(self.tokenizer),
             batch_size=PROMPTS_PER_BATCH,
             should_stop=self.should_stop,
-            dtype=self.policy.dtype,
         )
 
 
@@ -198,8 +194,9 @@ def score_batch(policy: Forward, reference: Forward | None, batch: Batch) -> Ite
 def distinct_prompts(rows: Sequence[Row], count: int) -> list[Row]:
     """The first `count` rows with different prompts: a prompt has one greedy answer, however many rows have it."""
     first: dict[tuple[Message, ...], Row] = {}
-    following = iter(rows)
-    while len(first) < count and (row := next(following, None)) is not None:
+    for row in rows:
+        if len(first) == count:
+            break
         first.setdefault(row.prompt, row)
     return list(first.values())
 

@@ -7,8 +7,8 @@ whole sequences, in nats; the implicit reward is log pi(y|x) - log ref(y|x), tha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
 
 from uft.data.rows import Row
@@ -120,35 +120,24 @@ MEASURES: dict[str, Callable[[ScoredRow], Sum]] = {
 }
 
 
-@dataclass
-class Tally:
+class Tally(dict[str, Sum]):
     """Running sums and counts by name."""
 
-    sums: dict[str, Sum] = field(default_factory=dict)
-
-    def add(self, name: str, found: Sum) -> None:
-        total, count = self.sums.get(name, NOTHING)
-        self.sums[name] = (total + found[0], count + found[1])
-
-    def add_rows(self, rows: Iterable[ScoredRow]) -> None:
-        for row in rows:
-            for name, measure in MEASURES.items():
-                self.add(name, measure(row))
-
-    def add_verdict(self, verdict: Mapping[str, float]) -> None:
-        for name, value in verdict.items():
-            self.add(name, (value, 1.0))
-
-    def include(self, other: Tally) -> None:
-        for name, found in other.sums.items():
-            self.add(name, found)
+    def add(self, found: Mapping[str, Sum]) -> None:
+        for name, (value, number) in found.items():
+            total, count = self.get(name, NOTHING)
+            self[name] = (total + value, count + number)
 
     def means(self) -> dict[str, float]:
-        return {name: total / count for name, (total, count) in self.sums.items() if count}
+        return {name: total / count for name, (total, count) in self.items() if count}
+
+
+def measured(row: ScoredRow) -> dict[str, Sum]:
+    """Every measure of one row."""
+    return {name: measure(row) for name, measure in MEASURES.items()}
 
 
 # --- Checkers: metrics between 0 and 1 of one reply, by exact rules. One function and one line of CHECKERS each.
-
 
 Verdict = dict[str, float]
 

@@ -10,11 +10,9 @@ which works everywhere and is the fastest on a CPU. Neither makes a mask of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -88,17 +86,18 @@ def attend_spans(
     """
     if softcap is not None or position_bias is not None or s_aux is not None:
         raise CannotPack("its attention scores are capped or biased")
-    return KERNELS[choose_kernel(query, value, dropout)](query, key, value, spans, dropout, scaling)
+    if takes_varlen(query, value, dropout):
+        return varlen(query, key, value, spans, scaling)
+    return loop(query, key, value, spans, dropout, scaling)
 
 
-def choose_kernel(query: Tensor, value: Tensor, dropout: float) -> str:
-    """A name of KERNELS. torch's variable-length kernel has no dropout and pads no heads."""
+def takes_varlen(query: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether torch's variable-length kernel can be used. It has no dropout and pads no heads."""
     if query.device.type != "cuda" or dropout > 0 or compute_dtype(query) not in HALF:
-        return "loop"
+        return False
     width = query.shape[-1]
     fits = width == value.shape[-1] <= 256 and width % 8 == 0
-    ampere = torch.cuda.get_device_capability(query.device) >= AMPERE
-    return "varlen" if fits and ampere and find_spec("torch.nn.attention.varlen") else "loop"
+    return fits and torch.cuda.get_device_capability(query.device) >= AMPERE
 
 
 def compute_dtype(query: Tensor) -> torch.dtype:
@@ -125,68 +124,36 @@ def loop(query: Tensor, key: Tensor, value: Tensor, spans: Spans, dropout: float
             v = torch.cat([values[span.prompt][:, :, : span.prefix], v], 2)
             mask = torch.ones(span.length, span.prefix + span.length, dtype=torch.bool, device=q.device)
             mask = mask.tril(span.prefix)
+        causal, grouped = mask is None, query.shape[1] != key.shape[1]
         attended = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, scale=scaling, enable_gqa=grouped
         )
         parts.append(attended.transpose(1, 2))  # as the model wants it, and as the kernel has it
     return torch.cat(parts, 1)
 
 
-def varlen(query: Tensor, key: Tensor, value: Tensor, spans: Spans, dropout: float, scaling: float | None) -> Tensor:
+def varlen(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scaling: float | None) -> Tensor:
     """All spans at once by torch's variable-length FlashAttention, causal from the lower right.
 
     The keys of a shared prompt are gathered once per completion: a copy of keys, no arithmetic.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    assert dropout == 0, "variable-length attention has no dropout"
-    bounds = varlen_bounds(spans, query.device)
+    key_index, query_ends, key_ends, longest_query, longest_key = varlen_bounds(spans, query.device)
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if bounds.key_index is not None:  # before rounding: the gradients of a shared prompt are summed here
-        k, v = k.index_select(0, bounds.key_index), v.index_select(0, bounds.key_index)
+    if key_index is not None:  # before rounding: the gradients of a shared prompt are summed here
+        k, v = k.index_select(0, key_index), v.index_select(0, key_index)
     q, k, v = (tensor.to(compute_dtype(query)) for tensor in (q, k, v))
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        bounds.query_ends,
-        bounds.key_ends,
-        bounds.longest_query,
-        bounds.longest_key,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    bounds, grouped = (query_ends, key_ends, longest_query, longest_key), q.shape[1] != k.shape[1]
+    out = varlen_attn(q, k, v, *bounds, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
     assert isinstance(out, Tensor)
     return out[None]
 
 
-KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Spans, float, float | None], Tensor]] = {
-    "varlen": varlen,
-    "loop": loop,
-}
-"""(queries, keys, values, spans, dropout, scaling) -> attended; shapes as of :func:`attend_spans`."""
-
-
-class VarlenBounds(NamedTuple):
-    """Spans as variable-length kernels take them."""
-
-    key_index: Tensor | None  # (keys,) int64 into the pack; None: the pack itself
-    query_ends: Tensor  # (spans + 1,) int32, beginning with 0
-    key_ends: Tensor  # likewise
-    longest_query: int
-    longest_key: int
-
-
 @lru_cache(maxsize=8)  # every layer asks for the same
-def varlen_bounds(spans: Spans, device: torch.device) -> VarlenBounds:
+def varlen_bounds(spans: Spans, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
+    """Spans as variable-length kernels take them: (keys,) int64 into the pack, or None for the pack itself; where each
+    span's queries and keys end, (spans + 1,) int32 beginning with 0; the longest of each."""
     starts = [0, *accumulate(span.length for span in spans)]
     queries, keys = [span.length for span in spans], [span.prefix + span.length for span in spans]
     index = None
@@ -197,8 +164,7 @@ def varlen_bounds(spans: Spans, device: torch.device) -> VarlenBounds:
             for first, count in ((starts[span.prompt], span.prefix), (start, span.length))
         ]
         index = torch.cat(pieces).to(device)
-
-    def ends(lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-
-    return VarlenBounds(index, ends(queries), ends(keys), max(queries), max(keys))
+    query_ends, key_ends = (
+        torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device) for n in (queries, keys)
+    )
+    return index, query_ends, key_ends, max(queries), max(keys)

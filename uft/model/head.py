@@ -53,17 +53,19 @@ class Head:
 
     def __call__(self, hidden: Tensor, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:
         """(N, H) and (N,) -> log-probs of the targets, (N,) float32, and the argmax tokens (N,) if asked for."""
-        log_probs, argmax = _SelectedLogProbs.apply(
-            hidden,
-            self.projection.weight,
-            self.projection.bias,
-            target_ids,
-            self.transform,
-            self.dtype,
-            self.rows,
-            with_argmax,
-        )
+        weight, bias = self.projection.weight, self.projection.bias
+        log_probs, argmax = _SelectedLogProbs.apply(hidden, weight, bias, self, target_ids, with_argmax)
         return log_probs, argmax if with_argmax else None
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """(n, V) transformed logits in at least float32, newly allocated, or in `out` if that has their dtype.
+
+        `hidden` (n, H) and `weight` (V, H) are in `dtype`.
+        """
+        logits = _at_least_float32(torch.mm(hidden, weight.T, out=out))
+        if bias is not None:
+            logits += bias
+        return self.transform.apply_(logits)
 
     def chunked_backward(
         self, states: Tensor, target_ids: Tensor, parts: Iterable[slice], loss_grad: LossGrad, with_argmax: bool = False
@@ -76,19 +78,18 @@ class Head:
         projection, hidden = self.projection, states.detach()
         wants = [t is not None and t.requires_grad for t in (states, projection.weight, projection.bias)]
         sums = _Gradients(hidden, projection.weight, projection.bias, wants, in_place=True)
-        self._add_parts(
-            hidden, target_ids, parts, loss_grad, with_argmax, sums
-        )  # frees its chunk before the body's turn
+        # a function of its own, so that its chunk is free before the body's turn
+        self._add_parts(sums, hidden, target_ids, parts, loss_grad, with_argmax)
         sums.backward(states, projection.weight, projection.bias)
 
     def _add_parts(
         self,
+        sums: _Gradients,
         hidden: Tensor,
         target_ids: Tensor,
         parts: Iterable[slice],
         loss_grad: LossGrad,
         with_argmax: bool,
-        sums: _Gradients,
     ) -> None:
         """Add the gradients of every part to `sums`; a part of more than STRETCH chunks goes the two-stage way."""
         projection, buffer = self.projection, hidden.new_empty(0, dtype=self.dtype)
@@ -107,7 +108,7 @@ class Head:
                 if len(buffer) < count:
                     buffer = hidden.new_empty(0, dtype=self.dtype)  # free it before another is allocated
                     buffer = inputs.new_empty(max(count, self.rows), self.vocabulary)
-                logits = _logits(inputs[part], matrix, projection.bias, self.transform, out=buffer[:count])
+                logits = self.logits(inputs[part], matrix, projection.bias, out=buffer[:count])
                 sums.add(part, self._logits_grad(logits, wanted, part, loss_grad, with_argmax), inputs, matrix)
 
     def _logits_grad(
@@ -135,7 +136,7 @@ class _Gradients:
         self.hidden = torch.empty_like(hidden) if wants[0] else None
         own = own_gradient(weight) if in_place and wants[1] else None
         self.added = own is not None
-        self.weight = own if own is not None else torch.zeros_like(weight) if wants[1] else None
+        self.weight = torch.zeros_like(weight) if own is None and wants[1] else own
         self.bias = torch.zeros_like(bias) if bias is not None and wants[2] else None
 
     def add(self, part: slice, gradient: Tensor, inputs: Tensor, matrix: Tensor) -> None:
@@ -175,7 +176,8 @@ class Predictions:
     def divergence_from(self, other: Predictions) -> Tensor:
         """(N,) KL(other || self), summed over the vocabulary; gradient into self alone. A chunk at a time, recomputed
         in the backward pass."""
-        rows = max(1, CHUNK_ELEMENTS // self.vocabulary)
+        vocabulary = self.head.vocabulary if self.head else self.states.shape[1]
+        rows = max(1, CHUNK_ELEMENTS // vocabulary)
 
         def chunk(states: Tensor, theirs: Tensor) -> Tensor:
             with torch.no_grad():
@@ -194,12 +196,8 @@ class Predictions:
             return _at_least_float32(states).log_softmax(1)
         projection, dtype = self.head.projection, self.head.dtype
         with torch.autocast(states.device.type, enabled=False):
-            logits = _logits(states.to(dtype), projection.weight.to(dtype), projection.bias, self.head.transform)
+            logits = self.head.logits(states.to(dtype), projection.weight.to(dtype), projection.bias)
             return logits.log_softmax(1)
-
-    @property
-    def vocabulary(self) -> int:
-        return self.head.vocabulary if self.head else self.states.shape[1]
 
 
 def log_probs_of(logits: Tensor, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -217,16 +215,6 @@ def _chunks(count: int, rows: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, out: Tensor | None = None
-) -> Tensor:
-    """One chunk of transformed logits in at least float32, newly allocated, or in `out` if that has their dtype."""
-    logits = _at_least_float32(torch.mm(hidden, weight.T, out=out))
-    if bias is not None:
-        logits += bias
-    return transform.apply_(logits)
-
-
 class _SelectedLogProbs(torch.autograd.Function):
     """log softmax(transform(hidden @ weight.T + bias))[target], first derivatives only."""
 
@@ -236,13 +224,11 @@ class _SelectedLogProbs(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        head: Head,
         target_ids: Tensor,
-        transform: Transform,
-        dtype: torch.dtype,
-        rows: int,
         with_argmax: bool,
     ) -> tuple[Tensor, Tensor]:
-        count = hidden.shape[0]
+        count, dtype, rows = hidden.shape[0], head.dtype, head.rows
         log_probs = _at_least_float32(hidden.new_empty(count, dtype=dtype))
         normaliser = torch.empty_like(log_probs)
         argmax = torch.empty_like(target_ids if with_argmax else target_ids[:0])
@@ -251,15 +237,14 @@ class _SelectedLogProbs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(dtype), weight.to(dtype)
             for part in _chunks(count, rows):
-                logits = _logits(inputs[part], matrix, bias, transform, out=buffer[: part.stop - part.start])
+                logits = head.logits(inputs[part], matrix, bias, out=buffer[: part.stop - part.start])
                 picked = logits.gather(1, target_ids[part, None]).squeeze(1)
                 if with_argmax:
                     argmax[part] = logits.argmax(1)
                 normaliser[part] = logits.logsumexp(1) if keep else _logsumexp_(logits)
                 log_probs[part] = picked - normaliser[part]
-        kept = logits if keep else None
-        ctx.save_for_backward(hidden, weight, bias, target_ids, normaliser, kept)
-        ctx.transform, ctx.dtype, ctx.rows = transform, dtype, rows
+        ctx.save_for_backward(hidden, weight, bias, target_ids, normaliser, logits if keep else None)
+        ctx.head, ctx.rows = head, rows
         ctx.mark_non_differentiable(argmax)
         return log_probs, argmax
 
@@ -267,18 +252,18 @@ class _SelectedLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, incoming: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target_ids, normaliser, kept = ctx.saved_tensors
-        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
+        head, sums = ctx.head, _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            inputs, matrix = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+            inputs, matrix = hidden.to(head.dtype), weight.to(head.dtype)
             for part in _chunks(hidden.shape[0], ctx.rows):
-                logits = kept if kept is not None else _logits(inputs[part], matrix, bias, ctx.transform)
-                apart = kept is not None or ctx.transform.softcap is not None  # the logits themselves are needed
+                logits = kept if kept is not None else head.logits(inputs[part], matrix, bias)
+                apart = kept is not None or head.transform.softcap is not None  # the logits themselves are needed
                 shifted = logits - normaliser[part, None] if apart else logits.sub_(normaliser[part, None])
                 gradient = shifted.exp_().neg_()  # onehot - softmax, times the incoming gradient
                 gradient.scatter_add_(1, target_ids[part, None], gradient.new_ones(gradient.shape[0], 1))
-                ctx.transform.backward_(gradient.mul_(incoming[part, None]), logits)
+                head.transform.backward_(gradient.mul_(incoming[part, None]), logits)
                 sums.add(part, gradient, inputs, matrix)
-        return sums.hidden, sums.weight, sums.bias, None, None, None, None, None
+        return sums.hidden, sums.weight, sums.bias, None, None, None
 
 
 def _logsumexp_(logits: Tensor) -> Tensor:

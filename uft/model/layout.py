@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from uft.data.batch import Batch, Layout, TokenSequence, sequence_batch
+from uft.data.batch import Layout
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, CannotPack, register
-from uft.model.policy import HEAD_TOLERANCE, Policy, blocks
+from uft.model.policy import Policy, blocks, evaluating, trial_sequences
 
 SMALL_MODEL = 3_000_000
 """Parameters below which padding is faster on a CPU: a call per row and layer costs more than the padding saves."""
@@ -74,7 +74,7 @@ def _switch_to_packed(policy: Policy) -> str | None:
     before = policy.attention
     try:
         policy.base.set_attn_implementation(register(before))
-        if policy.base.config.get_text_config()._attn_implementation != PACKED[before]:
+        if policy.attention_kernel != PACKED[before]:
             why: str | None = "its attention cannot be exchanged"
         else:
             why = _packing_error(policy)
@@ -92,42 +92,20 @@ def _switch_to_packed(policy: Policy) -> str | None:
 @torch.no_grad()
 def _packing_error(policy: Policy) -> str | None:
     """Compare a few small rows packed and padded, then change each row and see that no other one moves."""
-
-    def batch_of(sequences: list[TokenSequence], layout: Layout) -> Batch:
-        return sequence_batch(sequences, pad_id=0, layout=layout).to(policy.device)
-
-    training = policy.module.training
-    policy.eval()
-    try:
-        sequences = trial_sequences(policy.embedding_rows)
-        padded = policy(batch_of(sequences, Layout.PADDED)).log_probs
-        packed = policy(batch_of(sequences, Layout.SHARED)).log_probs
-        tolerance = HEAD_TOLERANCE[policy.dtype] * max(1.0, float(padded.abs().max()))
-        difference = float((packed - padded).abs().max())
+    sequences, vocabulary = trial_sequences(policy.embedding_rows), policy.embedding_rows
+    with evaluating(policy.module):
+        padded = policy(policy.trial_batch()).log_probs
+        packed = policy(policy.trial_batch(Layout.SHARED)).log_probs
+        tolerance, difference = policy.tolerance(padded), float((packed - padded).abs().max())
         if not difference <= tolerance:
             return f"packed log-probs differ from padded ones by {difference:.1e}"
         moved = []
         for number, (ids, supervised) in enumerate(sequences):
-            other = np.where(supervised, (ids + policy.embedding_rows // 2 + 1) % policy.embedding_rows, ids)
+            other = np.where(supervised, (ids + vocabulary // 2 + 1) % vocabulary, ids)
             changed = [*sequences[:number], (other, supervised), *sequences[number + 1 :]]
-            batch = batch_of(changed, Layout.SHARED)
+            batch = policy.trial_batch(Layout.SHARED, changed)
             moved.append(float((policy(batch).log_probs - packed)[batch.sequence != number].abs().max()))
-        return None if max(moved) <= LEAK * tolerance else f"a row in a pack moves others by {max(moved):.1e}"
-    finally:
-        policy.train(training)
-
-
-def trial_sequences(vocabulary: int) -> list[TokenSequence]:
-    """A row with three completions, the second of one token, between two rows with one; tokens all over the vocabulary.
-
-    Lengths are all different, so that a mask that is off by one is off for some of them.
-    """
-    made = []
-    for number, (prompt, completion) in enumerate(((3, 9), (7, 5), (7, 1), (7, 8), (11, 4))):
-        start = (0, 1, 1, 1, 2)[number] * 7919  # the same prompt for the three in the middle
-        ids = np.concatenate([start + 31 * np.arange(prompt), 104_729 * (number + 1) + 17 * np.arange(completion)])
-        made.append(((ids % vocabulary).astype(np.int64), np.arange(prompt + completion) >= prompt))
-    return made
+    return None if max(moved) <= LEAK * tolerance else f"a row in a pack moves others by {max(moved):.1e}"
 
 
 # --- torch.compile
@@ -146,8 +124,7 @@ def compile_blocks(policy: Policy) -> None:
         raise UftError(Problem(key, "no blocks are found in this model", advice=advice))
 
     def log_probs() -> torch.Tensor:
-        batch = sequence_batch(trial_sequences(policy.embedding_rows), pad_id=0, layout=policy.layout)
-        return policy(batch.to(policy.device)).log_probs.detach()
+        return policy(policy.trial_batch(policy.layout)).log_probs.detach()
 
     training = policy.module.training
     policy.train()
@@ -166,7 +143,7 @@ def compile_blocks(policy: Policy) -> None:
     finally:
         policy.train(training)
     difference = float((after - before).abs().max())
-    if not difference <= HEAD_TOLERANCE[policy.dtype] * max(1.0, float(before.abs().max())):
+    if not difference <= policy.tolerance(before):
         raise UftError(Problem(key, f"log-probs of the compiled model differ by {difference:.1e}", advice=advice))
     policy.notes.append(f"{len(found)} blocks compiled")
 

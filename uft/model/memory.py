@@ -54,27 +54,26 @@ ONE = Spread()
 
 
 def shape_of(policy: Policy) -> Shape:
+    def size(parameters: Iterable[torch.Tensor]) -> int:
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
     config: Any = policy.base.config.get_text_config()
-    trained = policy.trainable().values()
-    layers = [_bytes(block.parameters()) for block in blocks(policy.base)]
+    trained, found = policy.trainable().values(), blocks(policy.base)
+    weights, layers = size(policy.module.parameters()), [size(block.parameters()) for block in found]
     return Shape(
-        weight_bytes=_bytes(policy.module.parameters()),
-        trained_bytes=_bytes(trained),
+        weight_bytes=weights,
+        trained_bytes=size(trained),
         trained=sum(p.numel() for p in trained),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocabulary=policy.embedding_rows,
         activation_bytes=4 if policy.dtype == "float32" else 2,
-        recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in blocks(policy.base)),
+        recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in found),
         stored_bytes=next(iter(policy.base.parameters())).element_size(),
-        shared_bytes=_bytes(policy.module.parameters()) - sum(layers),
+        shared_bytes=weights - sum(layers),
         block_bytes=max(layers, default=0),
     )
-
-
-def _bytes(parameters: Iterable[torch.Tensor]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def estimate(

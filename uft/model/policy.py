@@ -7,13 +7,15 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from uft.config.schema import Lora
-from uft.data.batch import NOT_AN_INPUT, Batch, Layout, sequence_batch
+from uft.data.batch import NOT_AN_INPUT, Batch, Layout, TokenSequence, sequence_batch
 from uft.distributed import shard_like
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
@@ -25,13 +27,6 @@ Tensor = torch.Tensor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference between our head's log-probs and the model's own, per unit of the largest log-prob."""
-
-
-@runtime_checkable
-class Distributed(Protocol):
-    """A forward that returns whole distributions, not only log-probs of the targets."""
-
-    def predictions(self, batch: Batch) -> Predictions: ...
 
 
 class Policy:
@@ -65,10 +60,14 @@ class Policy:
         return next(self.module.parameters()).device
 
     @property
+    def attention_kernel(self) -> str:
+        """The attention implementation in use; transformers has no public name for it."""
+        return str(self.base.config.get_text_config()._attn_implementation)
+
+    @property
     def attention(self) -> str:
-        """The attention implementation in use; packed, the one that ours replaces."""
-        name = str(self.base.config.get_text_config()._attn_implementation)
-        return next((base for base, packed in PACKED.items() if packed == name), name)
+        """The attention implementation asked for; packed, the one that ours replaces."""
+        return next((base for base, packed in PACKED.items() if packed == self.attention_kernel), self.attention_kernel)
 
     @property
     def embedding_rows(self) -> int:
@@ -93,16 +92,13 @@ class Policy:
         """See `objectives.base.Forward`. An argmax asked for without gradients is made without dropout: it is the
         model's most likely token, not a sample of it."""
         if request.argmax and not torch.is_grad_enabled() and self.module.training:
-            self.eval()
-            try:
+            with evaluating(self.module):
                 return self(batch, request)
-            finally:
-                self.train()
         ours = self.predictions(batch, request)
         log_probs, argmax = ours.selected(batch.target_ids, request.argmax)
         if request.anchor is None:
             return ForwardOutput(log_probs, argmax)
-        assert isinstance(request.anchor, Distributed), "this reference keeps log-probs of the targets alone"
+        assert isinstance(request.anchor, Frozen), "this reference keeps log-probs of the targets alone"
         return ForwardOutput(log_probs, argmax, ours.divergence_from(request.anchor.predictions(batch)))
 
     def predictions(self, batch: Batch, request: ForwardRequest = PLAIN) -> Predictions:
@@ -151,41 +147,36 @@ class Policy:
         mixed = (1 - request.mix) * flat[place] + request.mix * self.embeddings(request.replace[among])
         return flat.index_copy(0, place, mixed.to(flat.dtype)).view_as(embedded)
 
-    @contextmanager
-    def adapter_disabled(self) -> Iterator[Policy]:
-        """The initial policy: the base weights without the adapter."""
-        assert self.has_adapter, "this policy has no adapter to switch off"
-        peft_model: Any = self.module
-        with peft_model.disable_adapter():
-            yield self
+    # --- trials before the first step
+
+    def trial_batch(self, layout: Layout = Layout.PADDED, sequences: list[TokenSequence] | None = None) -> Batch:
+        """A few small sequences, by default those of :func:`trial_sequences`, as the model takes them."""
+        return sequence_batch(sequences or trial_sequences(self.embedding_rows), 0, layout).to(self.device)
+
+    def tolerance(self, log_probs: Tensor) -> float:
+        """The largest difference from `log_probs` that rounding explains."""
+        return HEAD_TOLERANCE[self.dtype] * max(1.0, float(log_probs.abs().max()))
 
     @torch.no_grad()
     def check_head(self, batch: Batch | None = None) -> float:
         """Compare with the model's own logits on a small batch; fall back to those, with a note, where they disagree.
 
-        Returns the largest difference between the log-probs of the targets. Without a batch it makes one.
+        Returns the largest difference between the log-probs of the targets.
         """
         if self.head is None:
             self.notes.append("output head: the model's own, for every position (it is not one plain matrix)")
             return 0.0
-        if batch is None:  # sequences of unequal length whose tokens are spread over the vocabulary
-            ids = torch.linspace(0, self.embedding_rows - 1, 16).long().numpy()
-            supervised = torch.arange(10).numpy() >= 2
-            sequences = [(ids[:10], supervised), (ids[6:], supervised), (ids[:4], supervised[:4])]
-            batch = sequence_batch(sequences, pad_id=0).to(self.device)
-        training, head = self.module.training, self.head
-        self.eval()
-        ours = self(batch).log_probs
-        self.head = None
-        own = self(batch).log_probs
-        self.train(training)
+        batch, head = batch or self.trial_batch(), self.head
+        with evaluating(self.module):
+            ours = self(batch).log_probs
+            self.head = None
+            own = self(batch).log_probs
         difference = float((ours - own).abs().max())
-        if difference <= HEAD_TOLERANCE[self.dtype] * max(1.0, float(own.abs().max())):
+        if difference <= self.tolerance(own):
             self.head = head
         else:
-            self.notes.append(
-                f"output head: the model's own, for every position (log-probs of ours differ by {difference:.1e})"
-            )
+            why = f"log-probs of ours differ by {difference:.1e}"
+            self.notes.append(f"output head: the model's own, for every position ({why})")
         return difference
 
     # --- trained parameters
@@ -225,6 +216,52 @@ class Policy:
         if self.head is not None:
             lines.append(f"output head on supervised positions only, {self.head.rows:,} at a time, softmax in float32")
         return lines + self.notes
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A policy as a reference: its adapter, if any, off; no dropout, no gradient."""
+
+    policy: Policy
+
+    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+        with self._initial():
+            return self.policy(batch, request)
+
+    def predictions(self, batch: Batch) -> Predictions:
+        with self._initial():
+            return self.policy.predictions(batch)
+
+    @contextmanager
+    def _initial(self) -> Iterator[None]:
+        module: Any = self.policy.module
+        without_adapter = module.disable_adapter() if self.policy.has_adapter else nullcontext()
+        with evaluating(module), torch.no_grad(), without_adapter:
+            yield
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) within; the previous mode is restored."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
+
+
+def trial_sequences(vocabulary: int) -> list[TokenSequence]:
+    """A row with three completions, the second of one token, between two rows with one; tokens all over the vocabulary.
+
+    Lengths are all different, so that a mask that is off by one is off for some of them.
+    """
+    made = []
+    for number, (prompt, completion) in enumerate(((3, 9), (7, 5), (7, 1), (7, 8), (11, 4))):
+        start = (0, 1, 1, 1, 2)[number] * 7919  # the same prompt for the three in the middle
+        ids = np.concatenate([start + 31 * np.arange(prompt), 104_729 * (number + 1) + 17 * np.arange(completion)])
+        made.append(((ids % vocabulary).astype(np.int64), np.arange(prompt + completion) >= prompt))
+    return made
 
 
 def blocks(base: Any) -> list[nn.Module]:

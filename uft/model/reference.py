@@ -13,8 +13,8 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,10 +26,9 @@ from uft.data.batch import Batch, Layout, TokenSequence, batches_of, packs_of, p
 from uft.distributed import ranks
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
-from uft.model.head import Predictions
 from uft.model.layout import follow_layout
-from uft.model.load import Location, check_vocabulary, load_base, load_frozen, pad_id, storage_dtype, whereabouts
-from uft.model.policy import Policy
+from uft.model.load import Location, check_vocabulary, load_base, load_frozen, locate, pad_id, storage_dtype
+from uft.model.policy import Frozen, Policy
 from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest
 from uft.runs import clear_left, write_json
 
@@ -85,16 +84,13 @@ def make_reference(
 
     if mode != "cached":
         return Reference(mode, why, frozen())
-    identity = {
-        "weights": weights_digest(whereabouts(model, reference.path), lambda: load_base(model, device, reference.path)),
+    identity = model_identity(model, device, reference.path) | {
         "dtype": f"{model.dtype} of {storage_dtype(model)}",
         "attention": f"{model.attention} {policy.attention}",
-        "device": device.type,
         **({} if policy.layout is Layout.PADDED else {"layout": policy.layout.value}),
     }
     store = LogProbStore.of(cache / "reference", identity)
-    column = ReferenceColumn(store, frozen, pad_id(tokenizer), device, policy.layout)
-    return Reference(mode, why, FromColumn(), column)
+    return Reference(mode, why, FromColumn(), ReferenceColumn(store, frozen, pad_id(tokenizer), device, policy.layout))
 
 
 def choose_mode(
@@ -102,49 +98,26 @@ def choose_mode(
 ) -> tuple[str, str]:
     """(mode, one line why). Raises UftError for a mode that is impossible."""
     adapter_possible = model.adapter == "lora" and reference.path is None
-    if reference.mode == "adapter_off" and not adapter_possible:
-        why = "there is no adapter" if model.adapter != "lora" else "reference.path names another model"
-        problem = Problem("reference.mode=adapter_off", why, advice=("possible: auto, copy, cached",))
-        raise UftError(problem)
-    if reference.mode == "cached" and distributions:
+    impossible = {}
+    if not adapter_possible:
+        none = "there is no adapter" if model.adapter != "lora" else "reference.path names another model"
+        impossible["adapter_off"] = (none, "auto, copy, cached")
+    if distributions:
         why = "the objective compares whole distributions, and a cache keeps log-probs of the targets alone"
-        raise UftError(Problem("reference.mode=cached", why, advice=("possible: auto, copy, adapter_off",)))
+        impossible["cached"] = (why, "auto, copy, adapter_off")
+    if reference.mode in impossible:
+        why, modes = impossible[reference.mode]
+        raise UftError(Problem(f"reference.mode={reference.mode}", why, advice=(f"possible: {modes}",)))
     if reference.mode != "auto":
         return reference.mode, "asked for"
     if adapter_possible:
         return "adapter_off", "the frozen weights under the adapter are the reference"
     if distributions:
         return "copy", "whole distributions are compared, which no cache keeps"
+    visited = f"each row is visited {visits_per_row:.1f} times on average"
     if visits_per_row > VISITS_WORTH_A_CACHE:
-        return "cached", f"each row is visited {visits_per_row:.1f} times on average: computed once"
-    return "copy", f"each row is visited {visits_per_row:.1f} times on average: nothing to save by keeping"
-
-
-class Frozen:
-    """A policy as a reference: its adapter, if any, off; no dropout, no gradient."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.policy = policy
-
-    def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
-        with self._initial() as policy:
-            return policy(batch, request)
-
-    def predictions(self, batch: Batch) -> Predictions:
-        with self._initial() as policy:
-            return policy.predictions(batch)
-
-    @contextmanager
-    def _initial(self) -> Iterator[Policy]:
-        policy = self.policy
-        training = policy.module.training
-        try:
-            policy.eval()
-            with torch.no_grad(), policy.adapter_disabled() if policy.has_adapter else nullcontext():
-                yield policy
-        finally:
-            if training:
-                policy.train()
+        return "cached", f"{visited}: computed once"
+    return "copy", f"{visited}: nothing to save by keeping"
 
 
 class FromColumn:
@@ -181,22 +154,19 @@ def sequence_key(ids: np.ndarray, supervised: np.ndarray) -> bytes:
     return hashed.digest()
 
 
+@dataclass(frozen=True)
 class ReferenceColumn:
-    """The cached reference of a run: filled once, then read for every completion that goes into a batch."""
+    """Cached log-probs of completions under a model: filled once, then read for every completion of a batch."""
 
-    def __init__(
-        self,
-        store: LogProbStore,
-        forward: Callable[[], Forward],
-        pad_id: int,
-        device: torch.device,
-        layout: Layout = Layout.PADDED,
-    ) -> None:
-        self.store = store
-        self.forward = forward  # loads the model, only when something is missing
-        self.pad_id = pad_id
-        self.device = device
-        self.layout = layout  # part of the store's identity
+    store: LogProbStore
+    forward: Callable[[], Forward]  # loads the model, only when something is missing
+    pad_id: int
+    device: torch.device
+    layout: Layout = Layout.PADDED  # part of the store's identity
+    value: Callable[[Tensor], np.ndarray] = lambda log_probs: log_probs.numpy().copy()
+    """(n,) float32 log-probs of a sequence's targets, on the CPU -> the numbers that are kept of it."""
+    per_file: int | None = None  # sequences; None: SEQUENCES_PER_FILE
+    phase: str = "reference log-probs were computed"  # for the watchdog
 
     def __call__(self, encoded: Encoded) -> np.ndarray:
         """(supervised tokens,) float32, in reading order. KeyError: `fill` has not seen this sequence."""
@@ -204,10 +174,8 @@ class ReferenceColumn:
 
     def missing(self, encoded: Iterable[Encoded]) -> dict[bytes, TokenSequence]:
         """The sequences that are not on disk yet, each once."""
-        keyed = ((sequence_key(one.ids, one.supervised), (one.ids, one.supervised)) for one in encoded)
-        return {key: sequence for key, sequence in keyed if key not in self.store.values}
+        return {key: sequence for key, sequence in _keyed(encoded).items() if key not in self.store.values}
 
-    @activity("reference log-probs were computed")
     def fill(
         self,
         encoded: Iterable[Encoded],
@@ -222,37 +190,33 @@ class ReferenceColumn:
         Only complete files are kept, so that the rest is batched after an interruption as it would have been: kernels
         round differently in batches of another shape, and a resumed run must repeat every bit.
         """
-        group, encoded = ranks(), list(encoded)
-        mine = self.missing(encoded)
+        group, sequences = ranks(), _keyed(encoded)
         # of all processes: each machine may have a cache of its own
-        absent = frozenset[bytes]().union(*group.gather_objects(frozenset(mine)))
+        absent = frozenset[bytes]().union(*group.gather_objects(sequences.keys() - self.store.values.keys()))
         if not absent:
             return True
-        keyed = ((sequence_key(one.ids, one.supervised), (one.ids, one.supervised)) for one in encoded)
-        sequences = {key: sequence for key, sequence in keyed if key in absent}
-        forward = self.forward()
-        # similar lengths (packed: equal prompts) together, and files in that order, so that batches stay full
-        padded = self.layout is Layout.PADDED
 
         def order(key: bytes) -> tuple[int, bytes]:
-            prompt = b"" if padded else prompt_of(sequences[key])
-            return len(sequences[key][0]) if padded else len(prompt), prompt
+            """Similar lengths (packed: equal prompts) together, and files in that order: batches stay full."""
+            prompt = prompt_of(sequences[key])
+            return (len(sequences[key][0]), b"") if self.layout is Layout.PADDED else (len(prompt), prompt)
 
-        keys = sorted(sequences, key=order)
-        files = [keys[start : start + SEQUENCES_PER_FILE] for start in range(0, len(keys), SEQUENCES_PER_FILE)]
+        keys, most = sorted((key for key in sequences if key in absent), key=order), self.per_file or SEQUENCES_PER_FILE
+        files = [{key: sequences[key] for key in keys[start : start + most]} for start in range(0, len(keys), most)]
 
-        def compute(share: Sequence[Sequence[bytes]]) -> list[dict[bytes, np.ndarray] | None]:
-            parts = ({key: sequences[key] for key in file} for file in share)
-            return [self._compute(forward, part, batch_tokens, should_stop) for part in parts]
+        def compute(share: Sequence[Mapping[bytes, TokenSequence]]) -> list[dict[bytes, np.ndarray] | None]:
+            return [self._compute(forward, part, batch_tokens, should_stop) for part in share]
 
-        for start in range(0, len(files), group.size):  # a file each
-            found = group.map_shards(files[start : start + group.size], compute)
-            for number, values in enumerate(found):
-                if values is not None:
-                    self.store.add(values, write=group.is_rank0 if group.sharded else number == group.rank)
-            if None in found:
-                return False
-            progress(min((start + group.size) * SEQUENCES_PER_FILE, len(keys)), len(keys))
+        with activity(self.phase):
+            forward = self.forward()
+            for start in range(0, len(files), group.size):  # a file each
+                found = group.map_shards(files[start : start + group.size], compute)
+                for number, values in enumerate(found):
+                    if values is not None:
+                        self.store.add(values, write=group.is_rank0 if group.sharded else number == group.rank)
+                if None in found:
+                    return False
+                progress(min((start + group.size) * most, len(keys)), len(keys))
         return True
 
     def _compute(
@@ -262,57 +226,46 @@ class ReferenceColumn:
         batch_tokens: int,
         should_stop: Callable[[], bool],
     ) -> dict[bytes, np.ndarray] | None:
-        """Log-probs of each sequence of a file; None when asked to stop."""
+        """The values of each sequence of a file; None when asked to stop."""
+        keys, sequences = list(part), list(part.values())
+        padded = self.layout is Layout.PADDED
+        lengths = [len(ids) for ids, _ in sequences]
         found: dict[bytes, np.ndarray] = {}
-        for pieces in sequence_log_probs(
-            forward, part, self.pad_id, self.device, batch_tokens, should_stop, self.layout
-        ):
-            found.update({key: piece.numpy().copy() for key, piece in pieces.items()})
-        return found if len(found) == len(part) else None
+        for group in batches_of(lengths, batch_tokens) if padded else packs_of(sequences, batch_tokens):
+            if should_stop():
+                return None
+            batch = sequence_batch([sequences[at] for at in group], self.pad_id, self.layout).to(self.device)
+            pieces = forward(batch).log_probs.float().cpu().split(batch.lengths.tolist())
+            found |= {keys[at]: self.value(piece) for at, piece in zip(group, pieces, strict=True)}
+        return found
 
 
-def sequence_log_probs(
-    forward: Forward,
-    sequences: Mapping[bytes, TokenSequence],
-    pad_id: int,
-    device: torch.device,
-    batch_tokens: int,
-    should_stop: Callable[[], bool],
-    layout: Layout = Layout.PADDED,
-) -> Iterator[dict[bytes, Tensor]]:
-    """Log-probs of each sequence's targets, (n,) float32 on the CPU, batch by batch; ends early when asked to stop."""
-    keys, values = list(sequences), list(sequences.values())
-    lengths = [len(ids) for ids, _ in values]
-    for group in batches_of(lengths, batch_tokens) if layout is Layout.PADDED else packs_of(values, batch_tokens):
-        if should_stop():
-            return
-        batch = sequence_batch([values[at] for at in group], pad_id, layout).to(device)
-        pieces = forward(batch).log_probs.float().cpu().split(batch.lengths.tolist())
-        yield {keys[at]: piece for at, piece in zip(group, pieces, strict=True)}
+def _keyed(encoded: Iterable[Encoded]) -> dict[bytes, TokenSequence]:
+    return {sequence_key(one.ids, one.supervised): (one.ids, one.supervised) for one in encoded}
 
 
+@dataclass
 class LogProbStore:
     """The files of one model: sequence key -> (n,) float32, the log-probs of its targets or a number made of them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.on_disk = True  # False after a failed write: values are kept in memory alone
-        self.values: dict[bytes, np.ndarray] = {}
+    folder: Path
+    on_disk: bool = True  # False after a failed write: values are kept in memory alone
+    values: dict[bytes, np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, root: Path, identity: Mapping[str, str]) -> LogProbStore:
+        """The store below `root` of the model that `identity` describes, with the values that are there."""
+        text = json.dumps({**identity, "format": FORMAT}, sort_keys=True)
+        folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+        clear_left(folder, ".*.tmp")
+        store, about = cls(folder), folder / "reference.json"
         for file in sorted(folder.glob("*.safetensors")):
             found = _read(file)
             if found is None:
                 log.warning("reference cache %s is damaged (checksum): computing its log-probs again", file)
                 file.unlink(missing_ok=True)
             else:
-                self.values.update(found)
-
-    @classmethod
-    def of(cls, root: Path, identity: Mapping[str, str]) -> LogProbStore:
-        """The store below `root` of the model that `identity` describes."""
-        text = json.dumps({**identity, "format": FORMAT}, sort_keys=True)
-        folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
-        clear_left(folder, ".*.tmp")
-        store, about = cls(folder), folder / "reference.json"
+                store.values.update(found)
         if not about.is_file():
             with store._writing():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -381,9 +334,15 @@ def _read(file: Path) -> dict[bytes, np.ndarray] | None:
     return {key.tobytes(): piece for key, piece in zip(arrays["keys"], pieces, strict=True)}
 
 
-# --- Identity of a model's weights
+# --- Identity of a model
 
 BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def model_identity(model: Model, device: torch.device, reference: str | None = None) -> dict[str, str]:
+    """What decides the log-probs of a model (or of that at the path `reference`): its weights, and how they are run."""
+    digest = weights_digest(locate(model, reference), lambda: load_base(model, reference))
+    return {"weights": digest, "dtype": model.dtype, "attention": model.attention, "device": device.type}
 
 
 @activity("the weights of a model were read", moving=True)

@@ -71,28 +71,23 @@ def shard(policy: Policy, device: torch.device) -> None:
     # computation keeps autocast's precisions, as on one process; only the gathered weights take the forward's precision
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision = narrow if dtype != torch.float32 else MixedPrecisionPolicy()
+    divide = partial(fully_shard, mesh=mesh, offload_policy=offload)
     for block in blocks(policy.base):
-        fully_shard(
-            block,
-            mesh=mesh,
-            reshard_after_forward=group.sharding.reshard,
-            mp_policy=precision,
-            offload_policy=offload,
-        )
-    fully_shard(policy.base, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
+        divide(block, reshard_after_forward=group.sharding.reshard, mp_policy=precision)
+    divide(policy.base, reshard_after_forward=False)
     units = [module for module in policy.base.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)
     policy.base.uft_states = policy.states
     register_fsdp_forward_method(policy.base, "uft_states")
-    policy.sharded_states, policy.reshard = policy.base.uft_states, partial(_reshard, units)
+    policy.sharded_states = policy.base.uft_states
 
+    def reshard() -> None:
+        for unit in units:
+            unit.reshard()
 
-def _reshard(units: list[FSDPModule]) -> None:
-    """Free the weights that are still gathered after a forward pass without a backward pass."""
-    for unit in units:
-        unit.reshard()
+    policy.reshard = reshard
 
 
 @torch.no_grad()

@@ -9,14 +9,13 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Model
 from uft.data.chat import Renderer, Tokens
@@ -24,9 +23,9 @@ from uft.data.formats import SCORE, Numbers, with_numbers
 from uft.data.rows import BASELINE, SOFT_LABEL, Completion, Row
 from uft.data.tokens import POLICIES, tokenize
 from uft.errors import FAILED, Problem, UftError
-from uft.heartbeat import activity
-from uft.model.load import check_vocabulary, load_base, load_policy, load_tokenizer, pad_id, positions, whereabouts
-from uft.model.reference import Frozen, LogProbStore, sequence_key, sequence_log_probs, weights_digest
+from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id, positions
+from uft.model.policy import Frozen
+from uft.model.reference import LogProbStore, ReferenceColumn, model_identity, sequence_key
 from uft.objectives.views import best_against_worst
 from uft.sampling.generate import Interrupted
 
@@ -41,24 +40,17 @@ KEY = "annotate.models"
 
 
 @dataclass(frozen=True)
-class Bench:
-    """How models are run."""
+class Recipe:
+    """Settings of an annotation, and how models are run."""
 
     device: torch.device
     cache: Path  # root of the caches on disk
+    models: Sequence[Model] = ()  # see :func:`frozen`
+    temperature: float = 1.0  # of soft labels
     batch_tokens: int = 8192  # per forward pass, padding counted
     too_long: str = "error"  # a completion beyond the model's positions: error, drop (no number), truncate
     should_stop: Callable[[], bool] = lambda: False
     say: Callable[[str], None] = lambda line: None
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of an annotation."""
-
-    bench: Bench
-    models: Sequence[Model] = ()  # see :func:`frozen`
-    temperature: float = 1.0  # of soft labels
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ def baseline(rows: Sequence[Row], recipe: Recipe) -> list[Numbers]:
     completion, or one without a number from some model, has none.
     """
     single = [Row(row.source, row.index, row.prompt, (c,)) for row in rows for c in row.completions if not _empty(c)]
-    per_model = [mean_log_probs(model, single, recipe.bench) for model in recipe.models]
+    per_model = [mean_log_probs(model, single, recipe) for model in recipe.models]
     means = map(_mean, zip(*per_model, strict=True))
     return [[None if _empty(c) else next(means) for c in row.completions] for row in rows]
 
@@ -145,9 +137,8 @@ ANNOTATORS: dict[str, Annotator] = {
 
 # --- Mean log-probs of completions under frozen models, each with its own tokenizer and chat template
 #
-# One model is in memory at a time. Its numbers are cached, a few hundred completions to a file, under the model's
-# weights and the completion's tokens: a job that was killed continues, and a further model, or further rows, cost no
-# more than themselves.
+# One model is in memory at a time. Its numbers are cached like those of a reference, a few hundred to a file: a job
+# that was killed continues, and a further model, or further rows, cost no more than themselves.
 
 
 def frozen(model: Model, path: str) -> Model:
@@ -155,73 +146,56 @@ def frozen(model: Model, path: str) -> Model:
     return replace(model, path=path, revision=None, adapter="none", master_weights=False, gradient_checkpointing=False)
 
 
-def mean_log_probs(model: Model, rows: Sequence[Row], bench: Bench) -> list[float | None]:
+def mean_log_probs(model: Model, rows: Sequence[Row], recipe: Recipe) -> list[float | None]:
     """Per row, which has one completion: the mean log-prob of its supervised tokens, each end of turn among them.
 
     None where the completion was longer than the model's positions and `too_long` drops it. Raises UftError about the
     model or a row that its template refuses, Interrupted between two batches once asked to stop.
     """
+    device, say, done, reported = recipe.device, recipe.say, 0, time.monotonic()
+
+    def load() -> Frozen:
+        say(f"{model.path}: loading the model")
+        policy = load_policy(model, device, init_seed=0)
+        check_vocabulary(policy.module, tokenizer, f"{KEY}={model.path}")
+        return Frozen(policy)
+
+    def mean_of(log_probs: torch.Tensor) -> np.ndarray:
+        nonlocal done, reported
+        mean = float(log_probs.double().mean())
+        if not math.isfinite(mean):
+            why = "gives a completion a log-prob that is no number; is model.dtype the one it was trained in?"
+            raise UftError(Problem(f"model.path={model.path}", why), code=FAILED)
+        done += 1
+        if done == len(missing) or time.monotonic() - reported >= PAUSE:
+            say(f"{model.path}: {done:,} of {len(missing):,} completions")
+            reported = time.monotonic()
+        return np.array([min(0.0, mean)], np.float32)  # rounding may leave a log-prob above 0
+
     with _problems_of(model.path):
         tokenizer = load_tokenizer(model)
         tokens = tokenize("rows", rows, Renderer(tokenizer), max_length=sys.maxsize).encoded
-        fitted = _fitted([encoded for (encoded,) in tokens], model, bench.too_long)
-        identity = {
-            "weights": weights_digest(whereabouts(model), lambda: load_base(model, bench.device)),
-            "dtype": model.dtype,
-            "attention": model.attention,
-            "device": bench.device.type,
-            "value": "mean log-prob",
-        }
-        store = LogProbStore.of(bench.cache / "annotations", identity)
-        keys = [None if encoded is None else sequence_key(encoded.ids, encoded.supervised) for encoded in fitted]
-        asked = {key: encoded for key, encoded in zip(keys, fitted, strict=True) if key and encoded}
-        missing = {key: encoded for key, encoded in asked.items() if key not in store.values}
-        if known := len(asked) - len(missing):
-            bench.say(f"{model.path}: {known:,} of {len(asked):,} completions are known from before")
-        if missing:
-            _compute(model, tokenizer, missing, store, bench)
-    return [None if key is None else float(store.values[key][0]) for key in keys]
-
-
-@activity("rows were annotated")
-def _compute(
-    model: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    missing: Mapping[bytes, Tokens],
-    store: LogProbStore,
-    bench: Bench,
-) -> None:
-    """Load the model, compute the missing numbers, store them file by file, and free the model."""
-    bench.say(f"{model.path}: loading the model")
-    policy = load_policy(model, bench.device, init_seed=0)
-    check_vocabulary(policy.module, tokenizer, f"{KEY}={model.path}")
-    forward = Frozen(policy)
-    # similar lengths together, and files in that order: an interruption leaves the batches of the rest unchanged
-    keys = sorted(missing, key=lambda key: missing[key].length)
-    done, reported = 0, time.monotonic()
-    for start in range(0, len(keys), PER_FILE):
-        part = {key: (missing[key].ids, missing[key].supervised) for key in keys[start : start + PER_FILE]}
-        found: dict[bytes, np.ndarray] = {}
-        for pieces in sequence_log_probs(
-            forward, part, pad_id(tokenizer), bench.device, bench.batch_tokens, bench.should_stop
-        ):
-            for key, piece in pieces.items():
-                mean = float(piece.double().mean())
-                if not math.isfinite(mean):
-                    why = "gives a completion a log-prob that is no number; is model.dtype the one it was trained in?"
-                    raise UftError(Problem(f"model.path={model.path}", why), code=FAILED)
-                found[key] = np.array([min(0.0, mean)], np.float32)  # rounding may leave a log-prob above 0
-            done += len(pieces)
-            if done == len(keys) or time.monotonic() - reported >= PAUSE:
-                bench.say(f"{model.path}: {done:,} of {len(keys):,} completions")
-                reported = time.monotonic()
-        if len(found) < len(part):
+        fitted = _fitted([encoded for (encoded,) in tokens], model, recipe.too_long)
+        identity = model_identity(model, device) | {"value": "mean log-prob"}
+        column = ReferenceColumn(
+            LogProbStore.of(recipe.cache / "annotations", identity),
+            load,
+            pad_id(tokenizer),
+            device,
+            value=mean_of,
+            per_file=PER_FILE,
+            phase="rows were annotated",
+        )
+        asked = [encoded for encoded in fitted if encoded is not None]
+        missing, all_keys = column.missing(asked), {sequence_key(one.ids, one.supervised) for one in asked}
+        if known := len(all_keys) - len(missing):
+            say(f"{model.path}: {known:,} of {len(all_keys):,} completions are known from before")
+        if not column.fill(asked, batch_tokens=recipe.batch_tokens, should_stop=recipe.should_stop):
             raise Interrupted
-        store.add(found)
-    del policy, forward
     gc.collect()
-    if bench.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
+    return [None if encoded is None else float(column(encoded)[0]) for encoded in fitted]
 
 
 def _fitted(encoded: Sequence[Tokens], model: Model, too_long: str) -> list[Tokens | None]:

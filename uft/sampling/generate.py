@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+
+from uft.model.policy import Policy, evaluating
 
 Tensor = torch.Tensor
 
@@ -43,10 +44,17 @@ class Reply:
     log_prob: float = 0.0  # under the model itself: temperature 1, no filters
     stopped: bool = False  # ended by a stop token, not by its length
 
+    def add(self, token: int, log_prob: float, stop_ids: Collection[int]) -> None:
+        self.log_prob += log_prob
+        if token in stop_ids:
+            self.stopped = True
+        else:
+            self.ids.append(token)
+
 
 @torch.no_grad()
 def complete(
-    module: nn.Module,
+    policy: Policy,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     *,
@@ -54,48 +62,27 @@ def complete(
     stop_ids: Collection[int],
     pad_id: int,
     batch_size: int,
-    should_stop: Callable[[], bool] | None = None,
-    on_batch: Callable[[int], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     numbers: Sequence[int] | None = None,
-    dtype: str = "float32",
 ) -> list[Reply]:
     """One completion per prompt, in the prompts' order.
 
-    `module` is a causal language model of transformers, or a PEFT model around one; it is left in the mode it was in
-    and torch's generators are not touched. `numbers` name the prompts for the randomness (default: their position);
-    `dtype` bfloat16 runs under autocast; `on_batch` hears how many prompts each finished batch had. Prompt and
-    completion together never exceed the model's positions.
+    The policy is left in the mode it was in, and torch's generators are not touched. `numbers` name the prompts for the
+    randomness (default: their position). Prompt and completion together never exceed the model's positions.
     Raises Interrupted within one token of `should_stop()` becoming true.
     """
     assert all(len(prompt) for prompt in prompts), "an empty prompt has no last token to continue"
     numbers = range(len(prompts)) if numbers is None else numbers
-    base: Any = module.get_base_model() if hasattr(module, "peft_config") else module  # type: ignore[operator]
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    found = [Reply() for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    forward = _last_logits(module, base, dtype)
-    with evaluating(module):
-        for start in range(0, len(prompts), batch_size):
-            group = by_length[start : start + batch_size]
-            rows = [
-                _Row(prompts[i], found[i], uniforms(seed, numbers[i], sampling.max_new_tokens), positions)
-                for i in group
-            ]
-            _decode(forward, next(module.parameters()).device, rows, sampling, frozenset(stop_ids), pad_id, should_stop)
-            if on_batch:
-                on_batch(len(group))
-    return found
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) within; the previous mode is restored."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)
+    positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    rows = []
+    for prompt, number in zip(prompts, numbers, strict=True):
+        room = max(0, min(sampling.max_new_tokens, positions - len(prompt)))
+        rows.append(_Row(prompt, Reply(), uniforms(seed, number, room)))
+    by_length = sorted(rows, key=lambda row: len(row.prompt))
+    with evaluating(policy.module):
+        for start in range(0, len(rows), batch_size):
+            _decode(policy, by_length[start : start + batch_size], sampling, frozenset(stop_ids), pad_id, should_stop)
+    return [row.reply for row in rows]
 
 
 def uniforms(seed: int, number: int, count: int) -> np.ndarray:
@@ -138,71 +125,44 @@ def _exact(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-LastLogits = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
-
-
-def _last_logits(module: Any, base: Any, dtype: str) -> LastLogits:
-    """(B, T) new tokens, (B, all) mask and the cache -> (B, V) float32 logits of the last position, the grown cache."""
-    accepts = inspect.signature(base.forward).parameters
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
-
-    def forward(ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        if "position_ids" in accepts:
-            options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            out = module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
-        return out.logits[:, -1].float(), out.past_key_values
-
-    return forward
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Row:
-    """A prompt being answered: its reply so far, its random draws, and the positions of the model."""
+    """A prompt being answered: its reply so far, and a random draw for every token that the reply may have."""
 
     prompt: Sequence[int]
     reply: Reply
-    uniform: np.ndarray  # (max_new_tokens,)
-    positions: float
+    uniform: np.ndarray
 
     @property
     def open(self) -> bool:
         """Whether another token may follow."""
-        room = min(len(self.uniform), self.positions - len(self.prompt))
-        return not self.reply.stopped and len(self.reply.ids) < room
-
-    def append(self, token: int, log_prob: float, stop_ids: frozenset[int]) -> None:
-        self.reply.log_prob += log_prob
-        if token in stop_ids:
-            self.reply.stopped = True
-        else:
-            self.reply.ids.append(token)
+        return not self.reply.stopped and len(self.reply.ids) < len(self.uniform)
 
 
 def _decode(
-    forward: LastLogits,
-    device: torch.device,
+    policy: Policy,
     rows: list[_Row],
     sampling: Sampling,
     stop_ids: frozenset[int],
     pad_id: int,
-    should_stop: Callable[[], bool] | None,
+    should_stop: Callable[[], bool],
 ) -> None:
     """Answer one batch of prompts, in place. Finished rows leave the batch once half of it is finished."""
-    rows = [row for row in rows if row.open]
+    rows, device = [row for row in rows if row.open], policy.device
+    accepts = inspect.signature(policy.base.forward).parameters
     ids, mask = left_padded([row.prompt for row in rows], pad_id, device)
     cache: Any = None
     step = 0
     while any(row.open for row in rows):
-        if should_stop and should_stop():
+        if should_stop():
             raise Interrupted
-        logits, cache = forward(ids, mask, cache)
-        uniform = torch.tensor([row.uniform[step] for row in rows], dtype=_exact(device), device=device)
-        tokens = choose(logits, sampling, uniform)
+        logits, cache = _last_logits(policy, accepts, ids, mask, cache)
+        draws = [row.uniform[step] if row.open else 0.0 for row in rows]
+        tokens = choose(logits, sampling, torch.tensor(draws, dtype=_exact(device), device=device))
         log_probs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1).tolist()
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs, strict=True):
             if row.open:
-                row.append(token, log_prob, stop_ids)
+                row.reply.add(token, log_prob, stop_ids)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         ids = tokens[:, None]
         step += 1
@@ -211,6 +171,16 @@ def _decode(
             index = torch.tensor(kept, device=device)
             cache.reorder_cache(index)
             ids, mask, rows = ids[index], mask[index], [rows[i] for i in kept]
+
+
+def _last_logits(policy: Policy, accepts: Collection[str], ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """(B, T) new tokens, (B, all) mask and the cache -> (B, V) float32 logits of the last position, the grown cache."""
+    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
+    if "position_ids" in accepts:
+        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=policy.dtype == "bfloat16"):
+        out = policy.module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+    return out.logits[:, -1].float(), out.past_key_values
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

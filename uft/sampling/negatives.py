@@ -64,8 +64,8 @@ def generate_rows(
     out: Path,
     *,
     sampled_by: str,
-    should_stop: Callable[[], bool] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Summary:
     """Sample one completion per seed for the training rows of every source and append them to `out`.
 
@@ -74,15 +74,9 @@ def generate_rows(
     """
     rows = [row for source in sources for row in source.rows[: settings.limit]]
     usable = [row for row in rows if good_completion(row) is not None]
-    sampling = {  # decides what is sampled; batch size and limit do not
-        "temperature": settings.temperature,
-        "top_k": settings.top_k,
-        "top_p": settings.top_p,
-        "max_new_tokens": settings.max_new_tokens,
-        "system": settings.system,
-        "seeds": list(settings.seeds),
-        "template": renderer.digest,
-    }
+    names = ("temperature", "top_k", "top_p", "max_new_tokens", "system")  # batch size and limit change no sample
+    sampling = {name: getattr(settings, name) for name in names}
+    sampling |= {"seeds": list(settings.seeds), "template": renderer.digest}
     recipe, group = {"sampled_by": sampled_by, "sampling": sampling}, ranks()
     lines = group.on_rank0(lambda: _earlier_lines(out, usable, recipe))
     resumed = handled = len(lines)
@@ -100,8 +94,7 @@ def generate_rows(
             _append(out, kept)
         lines += kept
         handled += sum(row.id not in done for row in batch)
-        if progress:
-            progress(handled, len(usable))
+        progress(handled, len(usable))
     return _summary(out, rows, lines, settings, resumed)
 
 
@@ -114,17 +107,11 @@ def summary_of(out: Path, sources: Sequence[LoadedSource], settings: Generate) -
 
 
 def _summary(out: Path, rows: Sequence[Row], lines: Sequence[Line], settings: Generate, resumed: int) -> Summary:
-    usable = sum(good_completion(row) is not None for row in rows)
+    without_good = sum(good_completion(row) is None for row in rows)
     count = sum(len(line["negatives"]) for line in lines)
-    return Summary(
-        path=out,
-        rows=len(lines),
-        negatives=count,
-        empty=len(settings.seeds) * usable - count,
-        repeats=sum(negative == line["response"] for line in lines for negative in line["negatives"]),
-        resumed=resumed,
-        without_good=len(rows) - usable,
-    )
+    empty = len(settings.seeds) * (len(rows) - without_good) - count
+    repeats = sum(negative == line["response"] for line in lines for negative in line["negatives"])
+    return Summary(out, len(lines), count, empty, repeats, resumed, without_good)
 
 
 def _batches(rows: Sequence[Row], done: Set[str], size: int) -> Iterator[Sequence[Row]]:
@@ -168,14 +155,14 @@ def _sample(
     rows: Sequence[Row],
     settings: Generate,
     recipe: Mapping[str, Any],
-    should_stop: Callable[[], bool] | None,
+    should_stop: Callable[[], bool],
 ) -> list[Line]:
     """A line for each row of one batch, every seed; empty samples are already left out."""
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
     prompts = [renderer.prompt_ids(row.prompt, settings.system) for row in rows]
     by_seed = [
         complete(
-            policy.module,
+            policy,
             prompts,
             sampling,
             seed=seed,
@@ -184,7 +171,6 @@ def _sample(
             batch_size=settings.batch_size,
             should_stop=should_stop,
             numbers=[number_of(row) for row in rows],
-            dtype=policy.dtype,
         )
         for seed in settings.seeds
     ]
@@ -192,12 +178,12 @@ def _sample(
     for row, replies in zip(rows, zip(*by_seed, strict=True), strict=True):
         texts = [str(tokenizer.decode(reply.ids, skip_special_tokens=True)).lstrip() for reply in replies]
         kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text]
-        extras = {"answer": row.answer, "task": row.task}
         line = {
             **_own_fields(row),
             "negatives": [text for text, _ in kept],
             "negative_log_probs": [round(reply.log_prob, 4) for _, reply in kept],
-            **{name: value for name, value in extras.items() if value is not None},
+            **({} if row.answer is None else {"answer": row.answer}),
+            **({} if row.task is None else {"task": row.task}),
             **recipe,
         }
         lines.append(line)
@@ -208,11 +194,8 @@ def _own_fields(row: Row) -> Line:
     """The fields of a line that repeat the row, `row` first. A single user turn and a single reply are plain text."""
     good = good_completion(row)
     assert good is not None, row.id
-    return {
-        "row": row.id,
-        "prompt": turns_column(row.prompt, "user"),
-        "response": turns_column(good.turns, "assistant"),
-    }
+    prompt, response = turns_column(row.prompt, "user"), turns_column(good.turns, "assistant")
+    return {"row": row.id, "prompt": prompt, "response": response}
 
 
 # --- Resuming
@@ -265,14 +248,13 @@ def _differences(out: Path, lines: Sequence[Line], rows: Sequence[Row], recipe: 
                 for name in sorted(there.keys() | now.keys())
                 if there.get(name) != now.get(name)
             )
-            found.append(
-                Problem(str(out), "holds samples that were made in another way", f"{out.name}:{number}", changes)
-            )
+            why = "holds samples that were made in another way"
+            found.append(Problem(str(out), why, f"{out.name}:{number}", changes))
             break
-    by_id = {row.id: row for row in rows}
+    own_fields = {row.id: _own_fields(row) for row in rows}
     for number, line in enumerate(lines, 1):
-        row = by_id.get(line["row"])
-        if row is not None and any(line.get(name) != value for name, value in _own_fields(row).items()):
-            found.append(Problem(str(out), f"row {row.id} is another one in the data now", f"{out.name}:{number}"))
+        if not own_fields.get(line["row"], {}).items() <= line.items():
+            why = f"row {line['row']} is another one in the data now"
+            found.append(Problem(str(out), why, f"{out.name}:{number}"))
             break
     return found

@@ -36,7 +36,7 @@ from uft.model.reference import choose_mode
 from uft.objectives import make
 from uft.objectives.views import kind_table
 from uft.runs import Run, cache_root
-from uft.sampling.annotate import ANNOTATORS, Bench, Recipe, annotate_rows, frozen
+from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
@@ -348,15 +348,16 @@ def write_column(
     # in a folder of its own, so that a folder of rows never holds evaluation rows too
     apart = {source.name: files[source.name].parent / "eval" / files[source.name].name for source in sources}
     check_files(sources, [*files.values(), *(apart[source.name] for source in sources if source.apart)], config.data)
-    bench = Bench(
+    recipe = Recipe(
         device=device,
         cache=cache_root(config.data.cache),
+        models=[frozen(config.model, path) for path in config.annotate.models],
+        temperature=config.annotate.temperature,
         batch_tokens=config.annotate.batch_tokens,
         too_long=config.data.too_long,
         should_stop=should_stop,
         say=say,
     )
-    recipe = Recipe(bench, [frozen(config.model, path) for path in config.annotate.models], config.annotate.temperature)
     given = {source.name: own_rows(source) for source in sources}
     made = iter(annotate_rows([row for rows in given.values() for row in rows], column, recipe))
     annotated = {name: tuple(islice(made, len(rows))) for name, rows in given.items()}
