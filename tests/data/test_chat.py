@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from uft.data.chat import Renderer, token_span
 from uft.data.rows import Message
@@ -152,7 +153,7 @@ def test_a_template_s_own_marks_decide_up_to_the_stop_token(tokenizer):
     assert trained(renderer, prompt, following) == "four<|im_end|>six<|im_end|>"
 
 
-def test_marks_that_leave_the_stop_token_out_are_not_mended(tokenizer):
+def test_marks_that_leave_the_stop_token_out_are_not_mended_and_hold_whole_letters(tokenizer):
     renderer = with_template(
         tokenizer,
         MARKED.replace(
@@ -160,7 +161,16 @@ def test_marks_that_leave_the_stop_token_out_are_not_mended(tokenizer):
             "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}",
         ),
     )
-    assert trained(renderer, turns(("u", "q")), turns(("a", "yes"))) == "yes"
+    for reply in ("yes", "yes 😀"):  # several tokens stand for the last letter
+        assert trained(renderer, turns(("u", "q")), turns(("a", reply))) == reply
+
+
+def test_marks_that_begin_with_white_space_that_no_token_holds():
+    words = Tokenizer(models.WordLevel({"yes": 0, "?": 1, "<end>": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    template = MARKED.replace("<|im_start|>", "").replace("<|im_end|>\n", " <end> ")
+    assert trained(with_template(tokenizer, template), turns(("u", "q")), turns(("a", "  yes"))) == "yes <end>"
 
 
 def test_what_a_template_refuses_is_told_with_template_row_and_excerpt(tokenizer):
@@ -221,7 +231,7 @@ def test_random_conversations_agree_with_the_one_rendering(tokenizer, metaspace_
                 assert learned == wanted
 
 
-def test_tokens_of_a_span_found_by_a_few_look_ups_are_those_of_all_offsets(tokenizer, metaspace_tokenizer):
+def test_tokens_of_a_span_are_those_that_hold_a_character_of_it(tokenizer, metaspace_tokenizer):
     words = Tokenizer(models.WordLevel({"yes": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # white space is in no token
     pieces = ["yes", " yes", "no\n", "é", "12 ", "\n\n", "   ", " ", "😀", "Paris.", "<|im_end|>", "[INST]", "\t"]
@@ -235,4 +245,4 @@ def test_tokens_of_a_span_found_by_a_few_look_ups_are_those_of_all_offsets(token
                 for end in range(start + 1, len(text) + 1):
                     first = next((n for n, value in enumerate(ends) if value > start), len(ends))
                     last = next((n for n, value in enumerate(starts) if value >= end), len(starts))
-                    assert token_span(encoding, (start, end)) == (first, last), (text, start, end)
+                    assert token_span(encoding.offsets, (start, end)) == (first, last), (text, start, end)
