@@ -24,7 +24,7 @@ import resource
 import signal
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -48,6 +48,14 @@ Conversation = tuple[Turns, Turns]  # (prompt, the turns after it)
 CharSpan = tuple[int, int]  # characters [start, end)
 
 
+class Note(NamedTuple):
+    """A difference between a conversation and the text that its template makes of it."""
+
+    what: str  # in words that follow the template's name
+    turn: int  # the turn's place in the conversation
+    lost: bool = False  # text that was to be supervised is not learned as the row has it
+
+
 @dataclass(frozen=True)
 class Tokens:
     """One prompt with one completion, ready for the model."""
@@ -55,6 +63,7 @@ class Tokens:
     ids: np.ndarray  # (L,) int32
     supervised: np.ndarray  # (L,) bool; the last is True
     prompt_length: int  # tokens before the first supervised one
+    notes: tuple[Note, ...] = ()  # not kept in a cache
 
     @property
     def length(self) -> int:
@@ -76,11 +85,12 @@ def finish(ids: np.ndarray, supervised: np.ndarray) -> Tokens:
 class Renderer:
     """Renders with the tokenizer's chat template, a template file, or plainly.
 
-    `template`: auto (the tokenizer's chat template, else plain), plain, or the path of a Jinja file.
+    `template`: auto (the tokenizer's chat template, else plain), plain, or the path of a Jinja file. `lost_text`: error
+    or keep rows whose supervised text the template leaves out or changes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto", lost_text: str = "error") -> None:
+        self.tokenizer, self.lost_text = tokenizer, lost_text
         self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
             self._strategy = Plain(tokenizer)
@@ -208,6 +218,13 @@ class Rendered(NamedTuple):
     marks: Sequence[CharSpan]
 
 
+class Contents(NamedTuple):
+    """The contents of a conversation's turns as the template writes them, and where; a turn left out has no place."""
+
+    contents: Sequence[str]
+    places: Mapping[int, CharSpan]
+
+
 class ChatTemplate:
     """One Jinja template with one tokenizer."""
 
@@ -222,7 +239,7 @@ class ChatTemplate:
             )
         self.tokenizer, self.text, self.name = tokenizer, text, name
         self._has_marks = _GENERATION.search(text) is not None
-        self._skeletons: dict[tuple[str, ...], list[str]] = {}
+        self._skeletons: dict[tuple[tuple[str, ...], bool], list[str]] = {}
         self.stop_ids = self._end_of_turn()
         self._specials = LiteralSpecials(tokenizer, self.stop_ids)
 
@@ -231,8 +248,8 @@ class ChatTemplate:
         rendered = self._render_rows(whole, names)
         encodings = self._specials.encode([one.text for one in rendered])
         return [
-            self._supervise(one.text, tokens, self._reply_spans(turns, len(prompt), one, name))
-            for (prompt, _), turns, name, one, tokens in zip(
+            self._tokens(turns, len(prompt), one, encoded, name)
+            for (prompt, _), turns, name, one, encoded in zip(
                 conversations, whole, names, rendered, encodings, strict=True
             )
         ]
@@ -245,44 +262,68 @@ class ChatTemplate:
 
     # --- masks
 
-    def _reply_spans(self, turns: Turns, first: int, rendered: Rendered, name: str) -> Sequence[CharSpan]:
-        """Characters of every assistant turn from number `first` on."""
-        replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-        wanted = [number for number in replies if number >= first]
+    def _tokens(self, turns: Turns, first: int, rendered: Rendered, encoded: Encoded, name: str) -> Tokens:
+        """One row, whose prompt has `first` turns, with its mask and notes."""
+        found = self._find_contents(turns, rendered.text)
+        wanted = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number >= first]
         if self._has_marks:
-            runs: list[CharSpan] = []
-            for start, end in rendered.marks:
-                before = runs.pop()[0] if runs and runs[-1][1] == start else start
-                runs.append((before, end))
-            per_reply = max(1, len(runs) // len(replies))  # a template may mark the parts of a reply one by one
-            return runs[-len(wanted) * per_reply :]
+            spans = self._marked_spans(turns, len(wanted), rendered.marks)
+        elif found is not None:
+            spans = [found.places[number] for number in wanted if number in found.places]
+        else:
+            with self._explained(turns, name):
+                spans = [self._reply_span(turns, number, rendered.text, name) for number in wanted]
+        tokens = self._supervise(rendered.text, encoded, spans)
+        notes = [*self._changes(turns, first, found), *self._open_ends(tokens, wanted)]
+        if tokens.prompt_length < tokens.length:
+            start = self._generation_start(turns[:first], found)
+            same = start == rendered.text[: encoded.offsets[tokens.prompt_length][0]] or (
+                start is not None and self._specials.encode([start])[0].ids == encoded.ids[: tokens.prompt_length]
+            )
+            notes += (
+                [] if same else [Note("begins replies in training after other text than generation starts from", first)]
+            )
+        return replace(tokens, notes=tuple(notes)) if notes else tokens
+
+    def _find_contents(self, turns: Turns, text: str) -> Contents | None:
+        """The contents in a rendered `text`, as they are or trimmed; None for a template that changes them."""
         pieces = self._skeleton(tuple(turn.role for turn in turns))
         contents = [turn.content for turn in turns]
         for filling in (contents, [content.strip() for content in contents]):
-            filled = [filling[int(piece)] if number % 2 else piece for number, piece in enumerate(pieces)]
-            if "".join(filled) == rendered.text:
-                ends = list(accumulate(map(len, filled)))
-                places = dict(zip(map(int, pieces[1::2]), zip(ends[::2], ends[1::2], strict=False), strict=True))
-                return [places[number] for number in wanted if number in places]
-        with self._explained(turns, name):
-            return [self._reply_span(turns, number, rendered.text, name) for number in wanted]
+            filled, places = fill(pieces, filling)
+            if filled == text:
+                return Contents(filling, places)
+        return None
 
-    def _skeleton(self, roles: tuple[str, ...]) -> list[str]:
+    def _skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> list[str]:
         """The template's texts for these roles, and between them the numbers of the turns whose contents stand there.
 
         Empty for a template that refuses to render marks.
         """
-        if roles not in self._skeletons:
+        key = roles, add_generation_prompt
+        if key not in self._skeletons:
             marks = tuple(Message(role, _MARK.format(number)) for number, role in enumerate(roles))
             try:
-                self._skeletons[roles] = _MARKED.split(self._render([marks])[0].text)
+                self._skeletons[key] = _MARKED.split(self._render([marks], add_generation_prompt)[0].text)
             except TEMPLATE_ERRORS:  # LimitExceeded among them: a row will show it
-                self._skeletons[roles] = []
-        return self._skeletons[roles]
+                self._skeletons[key] = []
+        return self._skeletons[key]
+
+    def _marked_spans(self, turns: Turns, wanted: int, marks: Sequence[CharSpan]) -> Sequence[CharSpan]:
+        """Characters of the last `wanted` replies by the template's own marks."""
+        runs: list[CharSpan] = []
+        for start, end in marks:
+            before = runs.pop()[0] if runs and runs[-1][1] == start else start
+            runs.append((before, end))
+        replies = sum(turn.role == "assistant" for turn in turns)
+        return runs[-wanted * max(1, len(runs) // replies) :]  # a template may mark the parts of a reply one by one
 
     def _reply_span(self, turns: Turns, number: int, text: str, name: str) -> CharSpan:
         """One reply, between the rendering of all before it and a mark at its end, both checked against `text`."""
         before = self._render([turns[:number]], add_generation_prompt=True)[0].text
+        if before == self._render([turns[:number]])[0].text:  # no generation prompt: a mark tells where a header ends
+            headed = self._render([(*turns[:number], replace(turns[number], content=_END))])[0].text.partition(_END)[0]
+            before = headed if headed.rstrip() != before.rstrip() else before
         content = turns[number].content
         for variant in (content, content.rstrip(), content.strip()):
             marked = replace(turns[number], content=variant + _END)
@@ -322,6 +363,52 @@ class ChatTemplate:
                 last = stop + 1 if stop < len(ids) and ids[stop] in self.stop_ids else last
             supervised[first:last] = True
         return finish(np.asarray(ids, np.int32), supervised)
+
+    # --- differences between a row and its text
+
+    def _changes(self, turns: Turns, first: int, found: Contents | None) -> Iterator[Note]:
+        """Turns that the template leaves out, or whose text it changes (white space aside)."""
+        for number, turn in enumerate(turns):
+            if found is not None:
+                change = "" if number in found.places else "leaves out"
+            else:
+                change = self._change(turns, number)
+            if change:
+                yield Note(f"{change} {turn.role} turns", number, turn.role == "assistant" and number >= first)
+
+    def _change(self, turns: Turns, number: int) -> str:
+        """The change to one turn by a template that changes contents: nothing, or the verb for it."""
+        content = turns[number].content.strip() + _END
+        try:
+            marked = (*turns[:number], replace(turns[number], content=content), *turns[number + 1 :])
+            text = self._render([marked])[0].text
+        except TEMPLATE_ERRORS:  # it refuses the mark, not the row
+            return ""
+        if _END not in text:
+            return "leaves out"
+        return "" if "".join(content.split()) in "".join(text.split()) else "changes the text of"
+
+    def _open_ends(self, tokens: Tokens, wanted: Sequence[int]) -> Iterator[Note]:
+        """Replies before the last whose end-of-turn token is not supervised; that of the last is checked for all."""
+        if len(wanted) < 2:
+            return
+        what = "has no supervised end of assistant turns"
+        ends = np.flatnonzero(np.diff(tokens.supervised.astype(np.int8), append=0) == -1)
+        is_open = [int(tokens.ids[end]) not in self.stop_ids for end in ends]
+        if len(ends) == len(wanted):
+            yield from (Note(what, turn) for turn, open_end in zip(wanted, is_open[:-1], strict=False) if open_end)
+        elif sum(int(token) in self.stop_ids for token in tokens.ids[tokens.supervised]) < len(wanted):
+            yield Note(what, wanted[0])
+
+    def _generation_start(self, prompt: Turns, found: Contents | None) -> str | None:
+        """The text that generation starts from; None where the template refuses a prompt."""
+        pieces = self._skeleton(tuple(turn.role for turn in prompt), True) if found is not None else []
+        if found is not None and pieces:
+            return fill(pieces, found.contents)[0]
+        try:
+            return self._render([prompt], add_generation_prompt=True)[0].text
+        except TEMPLATE_ERRORS:
+            return None
 
     # --- rendering
 
@@ -391,6 +478,14 @@ class ChatTemplate:
             if str(self.tokenizer.decode([token])).strip():
                 break
         return frozenset(int(token) for token in stops)
+
+
+def fill(pieces: Sequence[str], contents: Sequence[str]) -> tuple[str, dict[int, CharSpan]]:
+    """A skeleton's text with `contents` in it, and the characters of each."""
+    filled = [contents[int(piece)] if number % 2 else piece for number, piece in enumerate(pieces)]
+    ends = list(accumulate(map(len, filled)))
+    places = zip(map(int, pieces[1::2]), zip(ends[::2], ends[1::2], strict=False), strict=True)
+    return "".join(filled), dict(places)
 
 
 def token_span(offsets: Sequence[CharSpan], span: CharSpan) -> tuple[int, int]:

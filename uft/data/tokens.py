@@ -28,7 +28,7 @@ from uft.heartbeat import activity, beat
 
 log = logging.getLogger(__name__)
 
-CODE_VERSION = 5  # raise it when this code makes other tokens of the same rows, or lays them out otherwise
+CODE_VERSION = 6  # raise it when this code makes other tokens of the same rows, or lays them out otherwise
 CHUNK = 1024  # conversations tokenised at once, or a few more: a row is not divided
 FAULTS_SHOWN = 5  # rows with a wrong mask that are told one by one
 
@@ -46,6 +46,7 @@ class LengthReport:
     supervised_lost: int = 0  # in cut and dropped rows
     longest: int = 0  # of all completions, before anything was cut
     lengths: tuple[tuple[int, int], ...] = ()  # (up to this length, completions), before anything was cut
+    notes: tuple[tuple[str, int, str], ...] = ()  # (difference that the template makes, how often, the first row)
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,29 @@ def tokenize(
     """The rows of one source as tokens.
 
     `too_long`: error, drop (the row), truncate (the completion's end; a row left with nothing to learn is dropped).
-    Raises :class:`UftError` for rows that are too long under error, or whose supervised tokens make no sense.
+    Raises :class:`UftError` for rows that are too long under error, whose supervised tokens make no sense, or whose
+    supervised text the template changes. Other differences that it makes are logged with their counts.
     """
+    source = _tokenize(name, rows, renderer, max_length, too_long, cache_dir)
+    for what, count, first in source.report.notes:
+        times = "once, in" if count == 1 else f"{count:,} times, first in"
+        log.warning("data.sources.%s: %s %s: %s row %s", name, renderer.name, what, times, first)
+    return source
+
+
+def _tokenize(
+    name: str, rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str, cache_dir: Path | None
+) -> TokenizedSource:
     folder, state = None, "off"
     if cache_dir is not None:
-        parts = (content_digest(rows), renderer.digest, str(max_length), too_long, str(CODE_VERSION))
+        policies = f"{too_long} {renderer.lost_text}"
+        parts = (content_digest(rows), renderer.digest, str(max_length), policies, str(CODE_VERSION))
         folder, state = cache_dir / "tokens" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], "miss"
         try:
             with activity("tokens were read", moving=True):
                 table, notes = open_table(folder)
-            report = LengthReport(**{**notes["report"], "lengths": tuple(map(tuple, notes["report"]["lengths"]))})
+            pairs = {key: tuple(map(tuple, notes["report"][key])) for key in ("lengths", "notes")}
+            report = LengthReport(**{**notes["report"], **pairs})
             encoded = EncodedRows(table)
             return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, "hit")  # type: ignore[arg-type]
         except FileNotFoundError:
@@ -123,7 +137,7 @@ def _encode(
     name: str, rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str, writer: TableWriter
 ) -> LengthReport:
     """Tokenise, check, fit and write, chunk by chunk, and count for the report on the way."""
-    counts, lengths = Counter(_policy_counts((), ())), Counter[int]()
+    counts, lengths, notes = Counter(_policy_counts((), ())), Counter[int](), dict[str, tuple[int, str]]()
     problems: list[Problem] = []
     number = longest = long = faults = 0
     for chunk in _chunks(rows):
@@ -131,10 +145,12 @@ def _encode(
         encoded = _encode_chunk(chunk, renderer)
         fitted = [POLICIES[too_long](row, max_length) for row in encoded]
         for row, tokens in zip(chunk, encoded, strict=True):
-            if why := _mask_fault(tokens, renderer):
+            if fault := _fault(row, tokens, renderer):
                 faults += 1
-                if faults <= FAULTS_SHOWN:
-                    problems.append(Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template"))
+                problems += [fault] if faults <= FAULTS_SHOWN else []
+            for note in (note for one in tokens for note in one.notes):
+                count, first = notes.get(note.what, (0, row.id))
+                notes[note.what] = count + 1, first
         sizes = [one.length for row in encoded for one in row]
         lengths.update(np.searchsorted(EDGES, sizes).tolist())
         longest = max(longest, *sizes)
@@ -164,6 +180,7 @@ def _encode(
         **counts,
         longest=longest,
         lengths=tuple((edges[place], count) for place, count in sorted(lengths.items())),
+        notes=tuple((what, count, first) for what, (count, first) in notes.items()),
     )
 
 
@@ -273,6 +290,21 @@ class EncodedRows(Sequence[tuple[Tokens, ...]]):
         return np.maximum.reduceat(
             np.concatenate([np.diff(offsets) for _, _, offsets in self._parts]), self._first[:-1]
         )
+
+
+def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | None:
+    """The reason to refuse a row: a mask that makes no sense, or supervised text that the template changes."""
+    if why := _mask_fault(tokens, renderer):
+        return Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template")
+    lost = next((note for one in tokens for note in one.notes if note.lost), None)
+    if lost is None or renderer.lost_text == "keep":
+        return None
+    return Problem(
+        f"row {row.id}",
+        f"{renderer.name} {lost.what}: turn {lost.turn + 1} would not be learned as the row has it",
+        where="data.template",
+        advice=("use another data.template, or learn what it writes:  data.lost_text=keep",),
+    )
 
 
 def _mask_fault(row: Sequence[Tokens], renderer: Renderer) -> str | None:
