@@ -75,6 +75,9 @@ class Data:
         "repeat", "what one epoch is when shares do not fit the sizes", choices=("repeat", "first", "all")
     )
     template: str = _key("auto", "chat template: auto (the tokenizer's, else plain), plain, or a path to a Jinja file")
+    lost_text: str = _key(
+        "error", "rows whose supervised text the template leaves out or changes", choices=("error", "keep")
+    )
     too_long: str = _key("error", "rows longer than train.max_length", choices=("error", "drop", "truncate"))
     bad_rows: str = _key("error", "rows that cannot be read", choices=("error", "drop"))
     unusable: str = _key("error", "rows the objective cannot use", choices=("error", "drop"))

@@ -174,7 +174,7 @@ def mean_log_probs(model: Model, rows: Sequence[Row], recipe: Recipe) -> list[fl
 
     with _problems_of(model.path):
         tokenizer = load_tokenizer(model)
-        tokens = tokenize("rows", rows, Renderer(tokenizer), max_length=sys.maxsize).encoded
+        tokens = tokenize("rows", rows, Renderer(tokenizer, lost_text="keep"), max_length=sys.maxsize).encoded
         fitted = _fitted([encoded for (encoded,) in tokens], model, recipe.too_long)
         identity = model_identity(model, device) | {"value": "mean log-prob"}
         column = ReferenceColumn(

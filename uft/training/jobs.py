@@ -20,7 +20,6 @@ from rich.table import Table
 from uft.config.frozen import adds
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS, stages_of
-from uft.data.chat import Renderer
 from uft.data.formats import is_rows_file, write_rows
 from uft.data.report import coloured, length_histogram, merged_lengths, report_table
 from uft.data.rows import Row
@@ -40,7 +39,7 @@ from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
-from uft.training.dataset import StageData, has_made_rows, read_run_data
+from uft.training.dataset import StageData, has_made_rows, make_renderer, read_run_data
 from uft.training.liveness import Stop, listening
 from uft.training.setup import (
     Prepared,
@@ -263,13 +262,14 @@ def sample_rows(
     config: Config, out: Path, sampled_by: str, device: torch.device, stop: Stop, progress: Callable[[int, int], None]
 ) -> Summary:
     sources, tokenizer = drawn_sources(config), load_tokenizer(config.model)
+    renderer = make_renderer(tokenizer, config.data)
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
     return generate_rows(
         policy,
         tokenizer,
-        Renderer(tokenizer, config.data.template),
+        renderer,
         sources,
         config.generate,
         out,
