@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from uft.data.sources import BadRow, Place, Record, open_place
+from uft.data.sources import Place, open_place
 from uft.errors import UftError
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(3)]
 
 
 def fields(tables):
-    return [dict(found.fields) for table in tables for found in table]
+    return [record for table in tables for _, record in table]
 
 
 def write_jsonl(path, rows):
@@ -43,8 +43,7 @@ def test_jsonl_passes_over_bom_blank_lines_and_crlf(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "q", "completion": "a"}\r\n\r\n{"prompt": "\\u2028", "completion": "b"}')
     found = list(open_place(place(file))[0])
-    assert [f.where for f in found] == [f"{file}:1", f"{file}:3"]
-    assert found[0].fields == {"prompt": "q", "completion": "a"}
+    assert found == [(1, {"prompt": "q", "completion": "a"}), (3, {"prompt": "\u2028", "completion": "b"})]
 
 
 def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
@@ -57,12 +56,11 @@ def test_broken_lines_are_bad_rows_with_their_place_and_the_others_are_read(tmp_
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"a": 1}\n{"a": \n\xff\xfe\n[1]\n"x"\n{"a": 2}\n')
     found = list(open_place(place(file))[0])
-    bad = {f.where.rsplit(":", 1)[1]: f.why for f in found if isinstance(f, BadRow)}
-    assert sorted(bad) == ["2", "3", "4", "5"]
-    assert "broken JSON" in bad["2"]
-    assert "not UTF-8: byte 0xff" in bad["3"]
-    assert bad["4"] == bad["5"] == "not a JSON object"
-    assert [f.fields for f in found if isinstance(f, Record)] == [{"a": 1}, {"a": 2}]
+    assert [number for number, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert "broken JSON" in found[1][1]
+    assert "not UTF-8: byte 0xff" in found[2][1]
+    assert found[3][1] == found[4][1] == "not a JSON object"
+    assert (found[0][1], found[5][1]) == ({"a": 1}, {"a": 2})
 
 
 @pytest.mark.parametrize("text", [json.dumps(ROWS), json.dumps(ROWS, indent=2), "\n".join(map(json.dumps, ROWS))])
@@ -75,8 +73,8 @@ def test_json_is_an_array_or_lines(tmp_path, text):
 def test_a_broken_json_array_names_the_line(tmp_path):
     file = tmp_path / "x.json"
     file.write_text('[{"a": 1},\n{"a": }]')
-    (bad,) = open_place(place(file))[0]
-    assert bad.where == f"{file}:2"
+    ((number, _),) = open_place(place(file))[0]
+    assert number == 2
 
 
 def test_csv_counts_lines_through_quoted_newlines(tmp_path):
@@ -85,9 +83,9 @@ def test_csv_counts_lines_through_quoted_newlines(tmp_path):
     table = open_place(place(file))[0]
     first, second, third = table
     assert table.textual
-    assert first == Record(f"{file}:2", {"prompt": "two\nlines", "completion": "a"})
-    assert second.where == f"{file}:4"
-    assert third == BadRow(f"{file}:5", "has 3 cells under 2 columns")
+    assert first == (2, {"prompt": "two\nlines", "completion": "a"})
+    assert second[0] == 4
+    assert third == (5, "has 3 cells under 2 columns")
 
 
 def test_tsv(tmp_path):

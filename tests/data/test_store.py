@@ -186,7 +186,7 @@ def both(tmp_path, large):
     writer = RowWriter(tmp_path / "rows")
     for one in memory:
         writer.add(one)
-    return memory, RowTable.of("mine", writer.to_table(None))
+    return memory, RowTable("mine", writer.to_table(None))
 
 
 def test_a_store_is_a_sequence(both):

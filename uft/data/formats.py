@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from uft.runs import writing
 
 Record = Mapping[str, Any]
 Range = tuple[float, float] | None  # of scores; None: the format's own
+Parsed = tuple[Turns, tuple[Completion, ...]]  # a prompt and its completions
 SIDES = ("score_chosen", "score_rejected")
 COMMON = frozenset({"answer", "task", "system", *ANNOTATIONS})
 """Columns of any format: the gold answer for a checker, the family of the prompt, a system prompt, and the numbers that
@@ -42,24 +44,14 @@ class Unreadable(ValueError):
 
 
 @dataclass(frozen=True)
-class ParsedRecord:
-    """The content of one record, before it has a name and a number."""
-
-    prompt: Turns
-    completions: tuple[Completion, ...]
-    answer: str | None = None
-    task: str | None = None
-
-
-@dataclass(frozen=True)
 class Format:
     """One shape of record: the columns it must have, those it also explains, and how it is parsed."""
 
     name: str
     kind: Kind
     required: frozenset[str]
-    parse: Callable[[Record, Range], ParsedRecord]
-    optional: frozenset[str] = frozenset()
+    optional: frozenset[str]
+    parse: Callable[[Record, Range], Parsed]
 
     @property
     def columns(self) -> frozenset[str]:
@@ -69,16 +61,14 @@ class Format:
         """Whether this format explains everything the other does, and more."""
         return other.required <= self.columns and not self.required <= other.columns
 
-    def read(self, record: Record, score_range: Range = None) -> ParsedRecord:
-        """The record's content. Raises :class:`Unreadable` with the reason."""
-        parsed = self.parse(record, score_range)
-        return replace(
-            parsed,
-            prompt=with_system(parsed.prompt, record.get("system")),
-            completions=annotated(record, parsed.completions),
-            answer=optional_text(record.get("answer"), "answer") if parsed.answer is None else parsed.answer,
-            task=optional_text(record.get("task"), "task"),
-        )
+    def read(self, record: Record, score_range: Range = None) -> Row:
+        """The record as a row that has no name and number yet. Raises :class:`Unreadable` with the reason."""
+        prompt, completions = self.parse(record, score_range)
+        answer = optional_text(record.get("answer"), "answer")
+        if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####
+            answer = answer.rpartition("####")[2].strip() or answer
+        prompt, completions = with_system(prompt, record.get("system")), annotated(record, completions)
+        return Row("", 0, prompt, completions, answer, optional_text(record.get("task"), "task"))
 
 
 def recognise(
@@ -155,100 +145,79 @@ def _number(cell: Any) -> Any:
         return cell
 
 
-# --- The formats. Each parser takes a record under our field names and the range of its scores.
+# --- The formats. A dialogue finds prompt and reply in a record under our field names; a parser adds the feedback.
 
 
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 """Weights of the attributes, each 0 to 4: the aggregate of the Nemotron reward models without length and complexity."""
+Dialogue = Callable[[Record], tuple[Turns, Turns]]
 
 
-def _demonstration(record: Record, score_range: Range) -> ParsedRecord:
-    completion = Completion(read_reply(record.get("completion")))
-    return ParsedRecord(read_prompt(record.get("prompt")), (completion,))
+def _plain(record: Record) -> tuple[Turns, Turns]:
+    return read_prompt(record.get("prompt")), read_reply(record.get("completion"))
 
 
-def _alpaca(record: Record, score_range: Range) -> ParsedRecord:
+def _alpaca(record: Record) -> tuple[Turns, Turns]:
     asked = read_text(record.get("instruction"), "instruction")
     given = record.get("input", record.get("context"))
     if isinstance(given, str) and given.strip():
         asked = f"{asked}\n\n{read_text(given, 'input')}"
-    completion = Completion(read_reply(record.get("completion"), "output"))
-    return ParsedRecord(read_prompt(asked), (completion,))
+    return read_prompt(asked), read_reply(record.get("completion"), "output")
 
 
-def _conversation(column: str) -> Callable[[Record, Range], ParsedRecord]:
-    def parse(record: Record, score_range: Range) -> ParsedRecord:
-        prompt, rest = split_conversation(read_conversation(record.get(column), column), column)
-        return ParsedRecord(prompt, (Completion(rest),))
-
-    return parse
-
-
-def _question(record: Record, score_range: Range) -> ParsedRecord:
-    """GSM8K: the worked answer is the completion, the part after `####` (else all of it) the gold answer."""
+def _question(record: Record) -> tuple[Turns, Turns]:
     worked = read_text(record.get("answer"), "answer")
-    prompt = read_prompt(record.get("question"), "question")
-    return ParsedRecord(prompt, (Completion(read_reply(worked)),), answer=worked.rpartition("####")[2].strip() or None)
+    return read_prompt(record.get("question"), "question"), read_reply(worked)
 
 
-def _preference(record: Record, score_range: Range) -> ParsedRecord:
-    chosen, rejected = record.get("chosen"), record.get("rejected")
-    if record.get("prompt") is None or _starts_before_reply(chosen) or _starts_before_reply(rejected):
-        turns = read_dialogue(chosen, "chosen"), read_dialogue(rejected, "rejected")
-        if turns[0] == turns[1]:
-            raise Unreadable("chosen and rejected are the same, so nothing tells where the prompt ends")
-        prompt, left, right = split_pair(*turns)
-    else:
-        prompt = read_prompt(record.get("prompt"))
-        left, right = read_reply(chosen, "chosen"), read_reply(rejected, "rejected")
-    return ParsedRecord(prompt, (Completion(left, preferred=True), Completion(right, preferred=False)))
+def _messages(record: Record) -> tuple[Turns, Turns]:
+    return split_conversation(read_conversation(record.get("messages"), "messages"), "messages")
 
 
-def _starts_before_reply(value: Any) -> bool:
-    """Whether a side of a pair repeats the prompt in front of its reply."""
-    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict):
-        return False
-    role = value[0].get("role", value[0].get("from"))
-    return ROLES.get(role, "assistant") != "assistant" if isinstance(role, str) else False
+def _sharegpt(record: Record) -> tuple[Turns, Turns]:
+    return split_conversation(read_conversation(record.get("conversations"), "conversations"), "conversations")
 
 
-def _binary(record: Record, score_range: Range) -> ParsedRecord:
+def _demonstration(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
+    prompt, reply = dialogue(record)
+    return prompt, (Completion(reply),)
+
+
+def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     label = record.get("label")
     if label is None:
         raise Unreadable("label is missing")
     if not isinstance(label, (bool, int, float)) or label not in (0, 1):
         raise Unreadable(f"label is {excerpt(label)}, not true/false or 0/1")
-    completion = Completion(read_reply(record.get("completion")), label=bool(label))
-    return ParsedRecord(read_prompt(record.get("prompt")), (completion,))
+    prompt, reply = dialogue(record)
+    return prompt, (Completion(reply, label=bool(label)),)
 
 
-def _scored(record: Record, score_range: Range) -> ParsedRecord:
+def _scored(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     low, high = score_range or (_bound(record, "score_min", 0.0), _bound(record, "score_max", 1.0))
     score = scale(record.get("score"), low, high, "score")
-    return ParsedRecord(
-        read_prompt(record.get("prompt")), (Completion(read_reply(record.get("completion")), score=score),)
-    )
+    prompt, reply = dialogue(record)
+    return prompt, (Completion(reply, score=score),)
 
 
 def _bound(record: Record, field: str, default: float) -> float:
     value = record.get(field)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+    if not _is_number(value) or not abs(value) <= _LARGEST:
         raise Unreadable(f"{field} is {excerpt(value)}, not a number")
     return float(value)
 
 
-def _helpsteer2(record: Record, score_range: Range) -> ParsedRecord:
+def _helpsteer2(record: Record, score_range: Range) -> Parsed:
     low, high = score_range or (0.0, 4.0)
     parts = (weight * scale(record.get(name), low, high, name) for name, weight in HELPSTEER2.items())
     score = min(sum(parts) / sum(HELPSTEER2.values()), 1.0)
-    return ParsedRecord(
-        read_prompt(record.get("prompt")), (Completion(read_reply(record.get("completion")), score=score),)
-    )
+    prompt, reply = _plain(record)
+    return prompt, (Completion(reply, score=score),)
 
 
-def _ultrafeedback(record: Record, score_range: Range) -> ParsedRecord:
+def _ultrafeedback(record: Record, score_range: Range) -> Parsed:
     low, high = score_range or (1.0, 10.0)
     found, ratings = record.get("completions"), record.get("ratings")
     if not isinstance(found, list) or not found:
@@ -260,14 +229,14 @@ def _ultrafeedback(record: Record, score_range: Range) -> ParsedRecord:
         rating = ratings[number] if isinstance(ratings, list) and number < len(ratings) else None
         score = scale(known.get("overall_score", rating), low, high, f"{field}.overall_score")
         completions.append(Completion(read_reply(known.get("response"), f"{field}.response"), score=score))
-    return ParsedRecord(read_prompt(record.get("instruction"), "instruction"), tuple(completions))
+    return read_prompt(record.get("instruction"), "instruction"), tuple(completions)
 
 
 def scale(value: Any, low: float, high: float, field: str) -> float:
     """`value` in [low, high] brought to [0, 1]."""
     if value is None:
         raise Unreadable(f"{field} is missing")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise Unreadable(f"{field} is {type_name(value)}, not a number")
     if not high > low:
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is empty")
@@ -275,56 +244,69 @@ def scale(value: Any, low: float, high: float, field: str) -> float:
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is too wide")
     if not low <= value <= high:  # NaN is in no range
         raise Unreadable(f"{field} is {excerpt(value)}, outside {low:g} to {high:g}")
-    return (value - low) / (high - low)
+    return float((value - low) / (high - low))
 
 
-def _negatives(record: Record, score_range: Range) -> ParsedRecord:
+def _preference(record: Record, score_range: Range) -> Parsed:
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if record.get("prompt") is None or _starts_before_reply(chosen) or _starts_before_reply(rejected):
+        turns = read_dialogue(chosen, "chosen"), read_dialogue(rejected, "rejected")
+        if turns[0] == turns[1]:
+            raise Unreadable("chosen and rejected are the same, so nothing tells where the prompt ends")
+        prompt, left, right = split_pair(*turns)
+    else:
+        prompt = read_prompt(record.get("prompt"))
+        left, right = read_reply(chosen, "chosen"), read_reply(rejected, "rejected")
+    return prompt, (Completion(left, preferred=True), Completion(right, preferred=False))
+
+
+def _starts_before_reply(value: Any) -> bool:
+    """Whether a side of a pair repeats the prompt in front of its reply."""
+    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict):
+        return False
+    role = value[0].get("role", value[0].get("from"))
+    return ROLES.get(role, "assistant") != "assistant" if isinstance(role, str) else False
+
+
+def _negatives(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     found, by, log_probs = record.get("negatives"), record.get("sampled_by"), record.get("negative_log_probs")
     if not isinstance(found, list) or not found:
         raise Unreadable("negatives is missing, empty or not a list")
     count = len(found)
-    names = by if isinstance(by, list) and len(by) == count else [by] * count
     if log_probs is None:
         log_probs = [None] * count
     elif (
         not isinstance(log_probs, list)
         or len(log_probs) != count
-        or not all(type(one) in (int, float) and -math.inf < one <= 0 for one in log_probs)
+        or not all(_is_number(one) and -math.inf < one <= 0 for one in log_probs)
     ):
         raise Unreadable(f"negative_log_probs is not a list of {count} log-probabilities")
-    sampled = [
-        Completion(
-            read_reply(item, f"negatives[{number}]"),
-            sampled_by="unknown" if name in (None, "") else read_text(name, "sampled_by"),
-            log_prob=log_prob,
-        )
-        for number, (item, name, log_prob) in enumerate(zip(found, names, log_probs, strict=True))
-    ]
-    shown = Completion(read_reply(record.get("completion")))
-    return ParsedRecord(read_prompt(record.get("prompt")), (shown, *sampled))
+    sampled = []
+    for number, (item, log_prob) in enumerate(zip(found, log_probs, strict=True)):
+        name = by[number] if isinstance(by, list) and len(by) == count else by
+        model = "unknown" if name in (None, "") else read_text(name, "sampled_by")
+        sampled.append(Completion(read_reply(item, f"negatives[{number}]"), sampled_by=model, log_prob=log_prob))
+    prompt, reply = dialogue(record)
+    return prompt, (Completion(reply), *sampled)
 
 
-def _format(
-    name: str, kind: Kind, parse: Callable[[Record, Range], ParsedRecord], required: str, optional: str = ""
-) -> Format:
-    return Format(name, kind, frozenset(required.split()), parse, frozenset(optional.split()))
+def _format(name: str, kind: Kind, parse: Callable[[Record, Range], Parsed], columns: str, more: str = "") -> Format:
+    return Format(name, kind, frozenset(columns.split()), frozenset(more.split()), parse)
 
 
 FORMATS = (
-    _format("prompt and completion", Kind.DEMONSTRATION, _demonstration, "prompt completion"),
-    _format("alpaca", Kind.DEMONSTRATION, _alpaca, "instruction completion", "input context"),
-    _format("messages", Kind.DEMONSTRATION, _conversation("messages"), "messages"),
-    _format("sharegpt", Kind.DEMONSTRATION, _conversation("conversations"), "conversations"),
-    _format("question and answer", Kind.DEMONSTRATION, _question, "question answer"),
-    _format(
-        "preference", Kind.PREFERENCE, _preference, "prompt chosen rejected", "messages score_chosen score_rejected"
-    ),
+    _format("prompt and completion", Kind.DEMONSTRATION, partial(_demonstration, _plain), "prompt completion"),
+    _format("alpaca", Kind.DEMONSTRATION, partial(_demonstration, _alpaca), "instruction completion", "input context"),
+    _format("messages", Kind.DEMONSTRATION, partial(_demonstration, _messages), "messages"),
+    _format("sharegpt", Kind.DEMONSTRATION, partial(_demonstration, _sharegpt), "conversations"),
+    _format("question and answer", Kind.DEMONSTRATION, partial(_demonstration, _question), "question answer"),
+    _format("preference", Kind.PREFERENCE, _preference, "prompt chosen rejected", " ".join(["messages", *SIDES])),
     _format("preference, prompt inside", Kind.PREFERENCE, _preference, "chosen rejected"),
-    _format("binary", Kind.BINARY, _binary, "prompt completion label"),
-    _format("scored", Kind.SCORED, _scored, "prompt completion score", "score_min score_max"),
+    _format("binary", Kind.BINARY, partial(_binary, _plain), "prompt completion label"),
+    _format("scored", Kind.SCORED, partial(_scored, _plain), "prompt completion score", "score_min score_max"),
     _format("helpsteer2", Kind.SCORED, _helpsteer2, "prompt completion helpfulness correctness coherence"),
     _format("ultrafeedback", Kind.SCORED, _ultrafeedback, "instruction completions", "ratings"),
-    _format("negatives", Kind.NEGATIVES, _negatives, "prompt completion negatives", "sampled_by"),
+    _format("negatives", Kind.NEGATIVES, partial(_negatives, _plain), "prompt completion negatives", "sampled_by"),
 )
 
 FIELDS = frozenset().union(*(f.columns for f in FORMATS)) | COMMON | frozenset(ALIASES)
@@ -561,7 +543,7 @@ def _per_completion(value: Any, name: str, completions: Sequence[Completion]) ->
 
 
 def _bounded_number(value: Any, field: str, rule: Rule) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise Unreadable(f"{field} is {type_name(value)}, not a number")
     if not rule.low <= value <= rule.high:  # NaN is in no range
         raise Unreadable(f"{field} is {str(value)[:24]}, not {rule.meaning}")
@@ -570,8 +552,11 @@ def _bounded_number(value: Any, field: str, rule: Rule) -> float:
 
 def _rating(value: Any) -> float | None:
     """Few objectives use ratings: a rating that is no number counts as absent."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
-    return float(value) if usable else None
+    return float(value) if _is_number(value) and -_LARGEST <= value <= _LARGEST else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_pair(completions: Sequence[Completion]) -> bool:
@@ -621,27 +606,23 @@ def to_records(row: Row) -> list[dict[str, Any]]:
     """The records (lines) of one row: one, or one per scored completion."""
     replies = [turns_column(c.turns, "assistant") for c in row.completions]
     first, kind = row.completions[0], row.kind
-    records: list[tuple[dict[str, Any], Sequence[Completion]]]  # the columns of a line and its completions
-    if kind is Kind.SCORED:
-        records = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
-    elif kind is Kind.NEGATIVES:
-        sampled = row.completions[1:]
-        columns: dict[str, Any] = {"response": replies[0], "negatives": replies[1:]}
-        columns["sampled_by"] = [c.sampled_by for c in sampled]
-        if any(c.log_prob is not None for c in sampled):
-            columns["negative_log_probs"] = [c.log_prob for c in sampled]
-        records = [(columns, row.completions)]
+    columns: dict[str, Any] = {"completion": replies[0]}
+    if kind is Kind.BINARY:
+        columns["label"] = first.label
     elif kind is Kind.PREFERENCE:
         assert first.preferred, "a pair is (chosen, rejected)"
-        chosen, rejected = replies
-        records = [({"chosen": chosen, "rejected": rejected}, row.completions)]
-    else:
-        (reply,) = replies
-        label = {"label": first.label} if kind is Kind.BINARY else {}
-        records = [({"completion": reply, **label}, row.completions)]
+        columns = {"chosen": replies[0], "rejected": replies[1]}
+    elif kind is Kind.NEGATIVES:
+        sampled = row.completions[1:]
+        columns = {"response": replies[0], "negatives": replies[1:], "sampled_by": [c.sampled_by for c in sampled]}
+        if any(c.log_prob is not None for c in sampled):
+            columns["negative_log_probs"] = [c.log_prob for c in sampled]
+    lines: list[tuple[dict[str, Any], Sequence[Completion]]] = [(columns, row.completions)]
+    if kind is Kind.SCORED:
+        lines = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
     start = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
     end = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
-    return [{**start, **columns, **_annotation_columns(completions), **end} for columns, completions in records]
+    return [{**start, **columns, **_annotation_columns(completions), **end} for columns, completions in lines]
 
 
 def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:

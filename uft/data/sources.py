@@ -187,7 +187,7 @@ def _parse(
         key = _cache_key(source, limit, files)
         try:
             table, notes = open_table(folder / key)
-            return RowTable.of(name, table)[:limit], [BadRow(*row) for row in notes["bad"]]
+            return RowTable(name, table)[:limit], [BadRow(*row) for row in notes["bad"]]
         except FileNotFoundError:
             pass
         except Corrupt as error:
@@ -197,17 +197,15 @@ def _parse(
     score_range = (source.score_range[0], source.score_range[1]) if source.score_range else None
     for records in tables:
         form = _recognise(name, source, records) if records.count else None
-        for found in records:
+        for number, record in records:
             beat()
-            if isinstance(found, BadRow):
-                bad.append(found)
-                continue
-            assert form is not None
-            fields = formats.rename(found.fields, source.columns)
             try:
+                if form is None or isinstance(record, str):
+                    raise Unreadable(record)
+                fields = formats.rename(record, source.columns)
                 good.add(form.read(formats.from_text(fields) if records.textual else fields, score_range))
             except Unreadable as error:
-                bad.append(BadRow(found.where, str(error)))
+                bad.append(BadRow(f"{records.name}:{number}", str(error)))
     if states != [_file_state(file) for file in files]:
         raise place.problem(*CHANGED)
     return good.rows({"bad": [[row.where, row.why] for row in bad]}), bad
@@ -226,14 +224,12 @@ def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
 
 def _recognise(name: str, source: Source, table: RecordTable) -> Format:
     """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
+    listed = f"columns: {', '.join(sorted(table.columns))}"
     problems = [
         Problem(
             f"data.sources.{name}.columns.{ours}={theirs}",
             "no such column in the data",
-            advice=(
-                *formats.nearest("{}", theirs, table.columns),
-                f"columns: {', '.join(sorted(table.columns))}",
-            ),
+            advice=(*formats.nearest("{}", theirs, table.columns), listed),
         )
         for ours, theirs in source.columns.items()
         if theirs not in table.columns
@@ -241,22 +237,13 @@ def _recognise(name: str, source: Source, table: RecordTable) -> Format:
     if problems:
         raise UftError(*problems)
     usual: dict[str, Any] = {key: None for key, count in table.columns.items() if 2 * count >= table.count}
-    columns = formats.rename(usual, source.columns)
-    return formats.recognise(columns, source.kind, source.columns, name)
+    return formats.recognise(formats.rename(usual, source.columns), source.kind, source.columns, name)
 
 
 # --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record of a file, and where it stands."""
-
-    where: str
-    fields: Mapping[str, Any]
-
-
-Found = Record | BadRow
+Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
 
 
 @dataclass(frozen=True)
@@ -267,7 +254,8 @@ class RecordTable:
     the rows made of them and not both.
     """
 
-    find: Callable[[], Iterator[Found]]
+    name: str  # of the file or data set
+    find: Callable[[], Iterable[Found]]
     file: Path | None = None
     textual: bool = False  # every value is a text cell (CSV)
     small: bool = False  # so that its records can be kept
@@ -283,20 +271,19 @@ class RecordTable:
         return self._scan[1]
 
     def __iter__(self) -> Iterator[Found]:
-        few = self._scan[2]
-        return self.find() if few is None else iter(few)
+        return iter(self._scan[2] if self.small else self.find())
 
     @cached_property
-    def _scan(self) -> tuple[Mapping[str, int], int, Sequence[Found] | None]:
+    def _scan(self) -> tuple[Mapping[str, int], int, Sequence[Found]]:
         columns: Counter[str] = Counter()
-        count, few = 0, list[Found]() if self.small else None
-        for found in self.find():
+        count, few = 0, list[Found]()
+        for number, record in self.find():
             beat()
-            if isinstance(found, Record):
-                columns.update(found.fields.keys())
+            if isinstance(record, dict):
+                columns.update(record.keys())
                 count += 1
-            if few is not None:
-                few.append(found)
+            if self.small:
+                few.append((number, record))
         return columns, count, few
 
 
@@ -371,7 +358,8 @@ def _file(path: Path, place: Place) -> RecordTable:
         if before[0] != after:
             raise place.problem(*CHANGED)
 
-    return RecordTable(find, path, textual=reader is read_csv, small=_file_state(path)[1] <= KEPT_BYTES)
+    small = _file_state(path)[1] <= KEPT_BYTES
+    return RecordTable(str(path), find, path, textual=reader is _csv, small=small)
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:
@@ -410,7 +398,7 @@ def _saved_dataset(path: Path, place: Place) -> RecordTable:
         if place.split not in loaded:
             raise place.problem(f"no split {place.split} in this datasets folder", f"splits: {_listing(loaded)}")
         loaded = loaded[place.split]
-    return RecordTable(partial(_numbered, loaded, str(path)))
+    return RecordTable(str(path), partial(enumerate, loaded, 1))
 
 
 def _hub(name: str, place: Place) -> RecordTable:
@@ -435,7 +423,7 @@ def _hub(name: str, place: Place) -> RecordTable:
     finally:
         if progress:
             datasets.enable_progress_bars()
-    return RecordTable(partial(_numbered, loaded, name))
+    return RecordTable(name, partial(enumerate, loaded, 1))
 
 
 def _builtin(place: Place) -> RecordTable:
@@ -450,11 +438,7 @@ def _builtin(place: Place) -> RecordTable:
     if place.split not in ("train", "test"):
         raise place.problem(f"builtin data has no split {place.split}", "splits: test, train")
     records = world.records(name, "test" if place.split == "test" else "train")
-    return RecordTable(partial(_numbered, records, place.path))
-
-
-def _numbered(records: Iterable[Any], name: str) -> Iterator[Found]:
-    return (Record(f"{name}:{number}", record) for number, record in enumerate(records, start=1))
+    return RecordTable(place.path, partial(enumerate, records, 1))
 
 
 def _listing(names: Iterable[str]) -> str:
@@ -466,7 +450,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-# --- Readers of files: JSON Lines, JSON, CSV and Parquet, each record with its place, so that a bad one can be found.
+# --- Readers of files: JSON Lines, JSON, CSV and Parquet, each record with its number, so that a bad one can be found.
 #
 # JSON Lines and CSV need the standard library alone; pyarrow is imported when a file asks for it.
 
@@ -476,109 +460,98 @@ def _jsonl(path: Path) -> Iterator[Found]:
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, start=1):
             if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                yield BadRow(f"{path}:1", "the file is UTF-16; save it as UTF-8")
+                yield 1, "the file is UTF-16; save it as UTF-8"
                 return
-            raw = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
-            if raw:
-                yield _json_object(raw, f"{path}:{number}")
-
-
-def _json_object(raw: bytes, where: str) -> Found:
-    try:
-        return _record(json.loads(raw.decode("utf-8")), where)
-    except UnicodeDecodeError as error:
-        return BadRow(where, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}")
-    except json.JSONDecodeError as error:
-        lines = "; lines end with a line feed, not with a carriage return" if b"\r" in raw else ""
-        return BadRow(where, f"broken JSON: {error.msg} at column {error.colno}{lines}")
-    except ValueError:  # of Python's int
-        return BadRow(where, "broken JSON: a number of more than 4,300 digits")
-    except RecursionError:
-        return BadRow(where, "broken JSON: nested too deeply")
-
-
-def _record(value: Any, where: str) -> Found:
-    return Record(where, value) if isinstance(value, dict) else BadRow(where, "not a JSON object")
+            raw = (line.removeprefix(_BOM) if number == 1 else line).strip()
+            if not raw:
+                continue
+            try:
+                yield number, _record(json.loads(raw.decode("utf-8")))
+            except UnicodeDecodeError as error:
+                yield number, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+            except json.JSONDecodeError as error:
+                lines = "; lines end with a line feed, not with a carriage return" if b"\r" in raw else ""
+                yield number, f"broken JSON: {error.msg} at column {error.colno}{lines}"
+            except (ValueError, RecursionError) as error:
+                yield number, _beyond_python(error)
 
 
 def _json(path: Path) -> Iterator[Found]:
     """A JSON array of objects, which is read whole, or one object per line."""
-    if not _begins_array(path):
+    with open(path, "rb") as handle:
+        first = handle.read(3).removeprefix(_BOM).lstrip()
+        while not first and (block := handle.read(4096)):
+            first = block.lstrip()
+    if not first.startswith(b"["):
         yield from _jsonl(path)
         return
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
+    raw = path.read_bytes().removeprefix(_BOM).strip()
     try:
         items = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield BadRow(f"{path}:{line}", f"not UTF-8: byte 0x{raw[error.start]:02x}")
+        yield raw.count(b"\n", 0, error.start) + 1, f"not UTF-8: byte 0x{raw[error.start]:02x}"
     except json.JSONDecodeError as error:
-        yield BadRow(f"{path}:{error.lineno}", f"broken JSON: {error.msg}")
-    except ValueError:
-        yield BadRow(f"{path}:1", "broken JSON: a number of more than 4,300 digits")
-    except RecursionError:
-        yield BadRow(f"{path}:1", "broken JSON: nested too deeply")
+        yield error.lineno, f"broken JSON: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        yield 1, _beyond_python(error)
     else:
         del raw
-        yield from (_record(item, f"{path}:{number}") for number, item in enumerate(items, start=1))
+        yield from enumerate(map(_record, items), start=1)
 
 
-def _begins_array(path: Path) -> bool:
-    with open(path, "rb") as handle:
-        first = handle.read(3).removeprefix(b"\xef\xbb\xbf").lstrip()
-        while not first and (block := handle.read(4096)):
-            first = block.lstrip()
-    return first.startswith(b"[")
+_BOM = b"\xef\xbb\xbf"
 
 
-def read_csv(path: Path) -> Iterator[Found]:
+def _record(value: Any) -> dict[str, Any] | str:
+    return value if isinstance(value, dict) else "not a JSON object"
+
+
+def _beyond_python(error: ValueError | RecursionError) -> str:
+    deep = isinstance(error, RecursionError)
+    return f"broken JSON: {'nested too deeply' if deep else 'a number of more than 4,300 digits'}"
+
+
+def _csv(path: Path) -> Iterator[Found]:
     """Text cells under a header. Bytes that are not UTF-8 stay visible as surrogates, which the row's check names."""
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-        yield from _cells(path, csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-
-
-def _cells(path: Path, rows: Any) -> Iterator[Found]:
-    try:
-        header: list[str] = next(rows, [])
-        twice = sorted(name for name, count in Counter(header).items() if count > 1)
-        if twice:
-            yield BadRow(f"{path}:1", f"names a column twice: {', '.join(map(repr, twice[:3]))}")
-            return
-        start = rows.line_num + 1
-        for cells in rows:
-            where, start = f"{path}:{start}", rows.line_num + 1
-            if len(cells) == len(header):
-                yield Record(where, dict(zip(header, cells, strict=True)))
-            elif cells:
-                yield BadRow(where, f"has {len(cells)} cells under {len(header)} columns")
-    except csv.Error as error:
-        yield BadRow(f"{path}:{rows.line_num}", f"broken CSV: {error}")
+        rows = csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        try:
+            header: list[str] = next(rows, [])
+            twice = sorted(name for name, count in Counter(header).items() if count > 1)
+            if twice:
+                yield 1, f"names a column twice: {', '.join(map(repr, twice[:3]))}"
+                return
+            start = rows.line_num + 1
+            for cells in rows:
+                number, start = start, rows.line_num + 1
+                if len(cells) == len(header):
+                    yield number, dict(zip(header, cells, strict=True))
+                elif cells:
+                    yield number, f"has {len(cells)} cells under {len(header)} columns"
+        except csv.Error as error:
+            yield rows.line_num, f"broken CSV: {error}"
 
 
 def _parquet(path: Path) -> Iterator[Found]:
     import pyarrow.parquet
 
+    def only_row(batch: Any) -> dict[str, Any] | str:
+        try:
+            row: dict[str, Any] = batch.to_pylist()[0]
+            return row
+        except Exception as error:
+            return f"cannot be read: {first_line(error)}"
+
+    def rows_of(batch: Any) -> list[Any]:
+        try:
+            return list(batch.to_pylist())
+        except Exception:  # a row has no value in Python (a text that is not UTF-8): find it
+            return [only_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
-    number = 0
     with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of the names of folders
-        for batch in file.iter_batches(batch_size=1024):
-            try:
-                rows = batch.to_pylist()
-            except Exception:  # a row has no value in Python (a text that is not UTF-8): find it
-                rows = [_parquet_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
-            for row in rows:
-                number += 1
-                where = f"{path}:{number}"
-                yield BadRow(where, row) if isinstance(row, str) else Record(where, row)
-
-
-def _parquet_row(batch: Any) -> dict[str, Any] | str:
-    """The only row of a batch, or why it cannot be read."""
-    try:
-        return batch.to_pylist()[0]
-    except Exception as error:
-        return f"cannot be read: {first_line(error)}"
+        yield from enumerate((row for batch in file.iter_batches(1024) for row in rows_of(batch)), start=1)
 
 
 READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
@@ -586,6 +559,6 @@ READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
     ".ndjson": _jsonl,
     ".json": _json,
     ".parquet": _parquet,
-    ".csv": read_csv,
-    ".tsv": read_csv,
+    ".csv": _csv,
+    ".tsv": _csv,
 }
