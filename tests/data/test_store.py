@@ -153,14 +153,14 @@ def test_digests_and_held_out_rows_are_those_of_every_version(tmp_path, large, s
         assert (source.digest, [row.index for row in source.held_out][:5]) == PINNED[shape]
 
 
-@pytest.mark.parametrize("amount", [0, 1, 7, 0.01, 0.5, 0.99, 200, 10**6, -1])
-def test_any_amount_is_held_out_alike(tmp_path, large, amount):
+def test_any_amount_is_held_out_alike(tmp_path, large):
     path = file_of(tmp_path, "demonstration")
     memory = loaded(path, holdout=0).rows
     large()
     disk = loaded(path, holdout=0).rows
-    for ours, theirs in zip(hold_out(disk, amount), hold_out(memory, amount), strict=True):
-        assert tuple(ours) == theirs
+    for amount in (0, 1, 7, 0.01, 0.5, 0.99, 200, 10**6, -1):
+        for ours, theirs in zip(hold_out(disk, amount), hold_out(memory, amount), strict=True):
+            assert tuple(ours) == theirs
 
 
 def test_long_texts_are_much_before_rows_are_many(tmp_path, monkeypatch):

@@ -317,21 +317,13 @@ FIELDS = frozenset().union(*(f.columns for f in FORMATS)) | COMMON | frozenset(A
 # `{role, content}` (OpenAI, TRL) or `{from, value}` (ShareGPT).
 
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+_ROLE_NAMES = {
+    "system": "system developer",
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bot model",
+    "tool": "tool function observation",
 }
+ROLES = {theirs: ours for ours, names in _ROLE_NAMES.items() for theirs in names.split()}
 """Their name of a role: ours."""
 
 _TYPES = {"str": "text", "NoneType": "null", "dict": "an object", "list": "a list", "bool": "true/false"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,31 +21,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BAR = "█"
-COUNTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    "rows": lambda entry: entry["rows"],
-    "held out": lambda entry: entry["held_out"],
-    "drawn": lambda entry: entry["rows_drawn"],
-    "cut": lambda entry: entry["truncated"],
-    "dropped": lambda entry: entry["dropped_bad"] + entry["dropped_long"] + entry["dropped_unusable"],
-    "tokens lost": lambda entry: entry["supervised_tokens_lost"],
+SUMS = {
+    "rows": ("rows",),
+    "held out": ("held_out",),
+    "drawn": ("rows_drawn",),
+    "cut": ("truncated",),
+    "dropped": ("dropped_bad", "dropped_long", "dropped_unusable"),
+    "tokens lost": ("supervised_tokens_lost",),
 }
-"""Columns of the table that can be added up."""
-
+"""Columns of the table that are sums, of these keys of a source's entry and over the sources."""
+SHARES = {"asked": "share_asked", "of rows": "share_rows", "of tokens": "share_supervised_tokens"}
 HEADER = (
-    "source",
-    "kind",
-    "rows",
-    "held out",
-    "asked",
-    "drawn",
-    "of rows",
-    "of tokens",
-    "cut",
-    "dropped",
-    "tokens lost",
+    *("source", "kind", "rows", "held out", "asked", "drawn"),
+    *("of rows", "of tokens", "cut", "dropped", "tokens lost"),
 )
-
-
 COUNTED = 200_000
 """Draws that are counted one by one before a run begins: a second or two."""
 
@@ -102,19 +92,18 @@ def data_digest(loaded: Sequence[LoadedSource]) -> str:
 def report_table(report: Mapping[str, Any]) -> list[list[str]]:
     """The report as rows of text for a terminal: a header, one row per source, and their sums."""
     sources = report["sources"]
-    table = [[*HEADER]]
-    for name, entry in sources.items():
-        cells = {
-            "source": name,
-            "kind": ", ".join(entry["kinds"]),
-            "asked": f"{entry['share_asked']:.1%}",
-            "of rows": f"{entry['share_rows']:.1%}",
-            "of tokens": f"{entry['share_supervised_tokens']:.1%}",
-            **{column: f"{count(entry):,}" for column, count in COUNTS.items()},
-        }
-        table.append([cells[column] for column in HEADER])
-    sums = {name: f"{sum(count(entry) for entry in sources.values()):,}" for name, count in COUNTS.items()}
-    return [*table, ["all", *(sums.get(name, "") for name in HEADER[1:])]]
+
+    def sums(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+        known = list(entries)
+        return {column: f"{sum(entry[key] for entry in known for key in keys):,}" for column, keys in SUMS.items()}
+
+    lines = [
+        {"source": name, "kind": ", ".join(entry["kinds"]), **sums([entry])}
+        | {column: f"{entry[key]:.1%}" for column, key in SHARES.items()}
+        for name, entry in sources.items()
+    ]
+    lines.append({"source": "all", **sums(sources.values())})
+    return [[*HEADER], *([line.get(column, "") for column in HEADER] for line in lines)]
 
 
 def length_histogram(lengths: Sequence[Sequence[int]], width: int = 40) -> list[str]:
@@ -131,10 +120,9 @@ def length_histogram(lengths: Sequence[Sequence[int]], width: int = 40) -> list[
 
 def merged_lengths(reports: Sequence[LengthReport]) -> list[tuple[int, int]]:
     """The length counts of several sources in one histogram."""
-    counts: dict[int, int] = {}
+    counts: Counter[int] = Counter()
     for report in reports:
-        for edge, count in report.lengths:
-            counts[edge] = counts.get(edge, 0) + count
+        counts.update(dict(report.lengths))
     return sorted(counts.items())
 
 
@@ -148,10 +136,8 @@ def coloured(encoded: Tokens, tokenizer: PreTrainedTokenizerBase, marks: tuple[s
         if end < encoded.length and encoded.supervised[end] == encoded.supervised[start]:
             continue  # runs are decoded whole: one character may be several tokens
         decoded = str(tokenizer.decode(encoded.ids[start:end].tolist(), clean_up_tokenization_spaces=False))
-        if encoded.supervised[start]:
-            text.append(f"{marks[0]}{decoded}{marks[1]}", style="bold green")
-        else:
-            text.append(decoded, style="dim")
+        supervised = encoded.supervised[start]
+        text.append(decoded.join(marks) if supervised else decoded, style="bold green" if supervised else "dim")
         start = end
     return text
 

@@ -136,7 +136,10 @@ def encode_row(row: Row) -> bytes:
 def decode_row(encoded: bytes, source: str, index: int) -> Row:
     """The row of :func:`encode_row` under a name and number, equal to the last digit."""
     prompt, completions, answer, task = json.loads(encoded)
-    made = (Completion(_turns(turns), *given[:5], dict(*given[5:])) for turns, *given in completions)
+    made = (
+        Completion(_turns(turns), preferred, label, score, sampled_by, log_prob, dict(*numbers))
+        for turns, preferred, label, score, sampled_by, log_prob, *numbers in completions
+    )
     return Row(source, index, _turns(prompt), tuple(made), answer, task)
 
 

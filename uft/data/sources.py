@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import socket
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+import numpy as np
 
 import uft
 from uft.data import formats
@@ -123,6 +124,7 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         problems.append(Problem(f"data.sources.{name}.score_range={list(scores)}", why))
     if problems:
         raise UftError(*problems)
+    amount = data.holdout if source.holdout is None else source.holdout
     place = Place(source.path, source.split, source.subset, source.revision, f"data.sources.{name}.path")
     apart = None  # where evaluation rows of their own lie: as configured, or the test split that builtin data has
     if source.eval_path is not None:
@@ -133,13 +135,11 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
     elif source.path.startswith(_BUILTIN) and source.holdout is None:
         apart = replace(place, split="test")
     rows, bad = _parse(name, source, place, source.limit, data.cache)
-    held_out: Sequence[Row]
-    if apart is not None:
+    if apart is None:
+        rows, held_out = hold_out(rows, amount)
+    else:
         held_out, more = _parse(name, source, apart, None, data.cache)
         bad += more
-    else:
-        amount = data.holdout if source.holdout is None else source.holdout
-        rows, held_out = hold_out(rows, amount)
     digest = content_digest(rows)
     return LoadedSource(name, source.path, rows, held_out, digest, tuple(bad), source.checker, apart is not None)
 
@@ -154,22 +154,16 @@ def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequenc
     that share prompts hold out nearly the same ones. Order within both sides is that of `rows`.
     """
     wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
-    chosen = _least_prompts(rows, min(wanted, len(rows))) if wanted > 0 and rows else bytes(len(rows))
-    train, held = (array("q", (n for n, one in enumerate(chosen) if one == side)) for side in (0, 1))
-    return pick(rows, train), pick(rows, held)
-
-
-def _least_prompts(rows: Sequence[Row], count: int) -> bytearray:
-    """1 for the `count` >= 1 rows whose prompt hashes are least, and for all with the prompt of the last of them."""
-    words = prompt_words(rows)
-    edge = sorted(words)[count - 1]
-    chosen = bytearray(word < edge for word in words)
-    there = [n for n, word in enumerate(words) if word == edge]  # one prompt's, nearly always: a word is not all
-    hashes = [prompt_hash(rows[n].prompt) for n in there]
-    last = sorted(hashes)[count - sum(chosen) - 1]
-    for n, full_hash in zip(there, hashes, strict=True):
-        chosen[n] = full_hash <= last
-    return chosen
+    count = min(wanted, len(rows))
+    if count <= 0:
+        return pick(rows, range(len(rows))), pick(rows, ())
+    words = np.array(prompt_words(rows))
+    edge = np.sort(words)[count - 1]  # the word of one prompt, nearly always: a word is not the whole hash
+    held = words < edge
+    at_edge = {int(n): prompt_hash(rows[int(n)].prompt) for n in np.flatnonzero(words == edge)}
+    last = sorted(at_edge.values())[count - int(held.sum()) - 1]
+    held[[n for n, full_hash in at_edge.items() if full_hash <= last]] = True
+    return pick(rows, np.flatnonzero(~held).tolist()), pick(rows, np.flatnonzero(held).tolist())
 
 
 # --- Parsing: the records of a place as rows. The rows of large files are cached, so that every further process maps
@@ -224,7 +218,7 @@ def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
 
 def _recognise(name: str, source: Source, table: RecordTable) -> Format:
     """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
-    listed = f"columns: {', '.join(sorted(table.columns))}"
+    listed = f"columns: {_listing(table.columns)}"
     problems = [
         Problem(
             f"data.sources.{name}.columns.{ours}={theirs}",
@@ -466,14 +460,15 @@ def _jsonl(path: Path) -> Iterator[Found]:
             if not raw:
                 continue
             try:
-                yield number, _record(json.loads(raw.decode("utf-8")))
+                found = _record(json.loads(raw.decode("utf-8")))
             except UnicodeDecodeError as error:
-                yield number, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+                found = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
             except json.JSONDecodeError as error:
                 lines = "; lines end with a line feed, not with a carriage return" if b"\r" in raw else ""
-                yield number, f"broken JSON: {error.msg} at column {error.colno}{lines}"
+                found = f"broken JSON: {error.msg} at column {error.colno}{lines}"
             except (ValueError, RecursionError) as error:
-                yield number, _beyond_python(error)
+                found = _beyond_python(error)
+            yield number, found
 
 
 def _json(path: Path) -> Iterator[Found]:
