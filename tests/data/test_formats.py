@@ -50,7 +50,7 @@ def test_columns_the_user_named_decide():
     columns = ["prompt", "chosen", "rejected", "messages", "conversations"]
     with pytest.raises(UftError):
         recognise(columns)
-    assert recognise(columns, mapped=["conversations"]).name == "sharegpt"
+    assert recognise(columns, mapped=["conversations"]).name == "preference, conversations"
 
 
 def test_mapping_renames_and_takes_the_old_name_away():

@@ -32,7 +32,9 @@ def test_a_system_turn_that_says_nothing_is_left_out():
 def test_a_system_column_goes_in_front_unless_there_is_one():
     assert [t.role for t in formats.with_system(formats.read_prompt("q"), "be brief")] == ["system", "user"]
     own = formats.read_prompt([SYSTEM, USER])
-    assert formats.with_system(own, "be brief") == own
+    assert formats.with_system(own, " s\n") == own
+    with pytest.raises(Unreadable, match="system differs"):
+        formats.with_system(own, "be brief")
     assert formats.with_system(own, None) == own
 
 

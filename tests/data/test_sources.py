@@ -55,6 +55,8 @@ def test_columns_are_mapped(tmp_path, ten):
     (source,) = load({"a": {"path": path, "columns": {"prompt": "q", "completion": "a", "answer": "gold"}}})
     (row,) = source.rows
     assert (row.prompt[0].content, row.completions[0].text, row.answer) == ("why", "because", "7")
+    for ours in ({"prompt": "q", "response": "a"}, {"question": "q", "output": "a"}, {"question": "q", "answer": "a"}):
+        assert load({"a": {"path": path, "columns": ours}})[0].rows[0].completions == row.completions
     said = refused({"a": {"path": path, "columns": {"prompt": "qq", "completion": "a"}}})
     assert "data.sources.a.columns.prompt=qq" in said
     assert "did you mean  q ?" in said
@@ -129,9 +131,10 @@ def test_a_source_with_nothing_good_left_stops_even_then(tmp_path):
 
 
 def test_one_missing_or_stray_key_does_not_change_the_format(tmp_path):
-    rows = [*demonstrations(3), {"prompt": "q", "completion": "a", "label": True}]
+    rows = [*demonstrations(3), {"prompt": "q", "completion": "a", "sampled_by": "m"}]
     (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}})
     assert source.kinds == {Kind.DEMONSTRATION: 4}
+    assert source.omitted.unread == {"sampled_by": 1}
 
 
 def test_csv_scores_and_labels(tmp_path):

@@ -288,7 +288,7 @@ def test_rows_are_parsed_once_for_all_processes(tmp_path, large, monkeypatch, ca
     with caplog.at_level(logging.WARNING):
         rebuilt = load_sources(data_settings(data))[0]
     assert "reading the rows again" in caplog.text
-    assert (rebuilt.digest, tuple(rebuilt.dropped)) == (first.digest, first.dropped)
+    assert (rebuilt.digest, rebuilt.dropped) == (first.digest, first.dropped)
 
 
 def test_nothing_is_left_of_rows_that_have_no_file(tmp_path, large, monkeypatch):

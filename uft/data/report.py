@@ -13,14 +13,23 @@ from uft.data.chat import Tokens
 from uft.data.mixture import Mixture
 from uft.data.rows import Kind, View
 from uft.data.sources import LoadedSource
-from uft.data.table import like, prompt_words
+from uft.data.table import grouped, like, prompt_words
 from uft.data.tokens import LengthReport, TokenizedSource
+from uft.errors import tame
 
 if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
 BAR = "█"
+ODDITIES = {
+    "equal_pairs": "both sides of the pair are the same: they teach nothing",
+    "repeated_prompts": "completions begin with their prompt: it is learned as a part of the reply",
+    "template_marks": "a text spells marks of chat templates (<|im_start|>, [INST], </s>): they are read as letters",
+}
+"""The sentence of each of :func:`uft.data.formats.oddities`, after the number of its rows."""
+UNEVEN = 10
+"""Labels of one side for each of the other from which on they are called uneven."""
 SUMS = {
     "rows": ("rows",),
     "held out": ("held_out",),
@@ -80,8 +89,47 @@ def data_report(
             "lengths": [list(pair) for pair in tokens.report.lengths],
             "digest": source.digest,
             "cache": tokens.cache,
+            "unread": dict(source.omitted.unread.most_common()),
+            "left_out": source.omitted.files,
+            **{oddity: source.omitted.oddities[oddity] for oddity in ODDITIES},
+            "labels": _labels(source),
         }
     return {"rows_drawn": sum(drawn), "digest": data_digest(loaded), "seed": mixture.seed, "sources": sources}
+
+
+def _labels(source: LoadedSource) -> dict[str, int]:
+    """How many training rows are labelled good and bad; {} where none has a label."""
+    labels: Counter[str] = Counter()
+    for row, count in grouped(source.rows) if Kind.BINARY in source.kinds else ():
+        if row.kind is Kind.BINARY:
+            labels["good" if row.completions[0].label else "bad"] += count
+    return {name: labels[name] for name in ("good", "bad")} if labels else {}
+
+
+def data_omissions(report: Mapping[str, Any]) -> list[str]:
+    """Per source the columns, with the rows in which they say something, and files of a folder that are not read."""
+    told = []
+    for name, entry in report["sources"].items():
+        columns = [f"{tame(column)} ({count:,} row{'s' * (count != 1)})" for column, count in entry["unread"].items()]
+        told += [f"{name}: {', '.join(columns)}"] if columns else []
+        told += [f"{name}: files {', '.join(map(tame, entry['left_out']))}"] if entry["left_out"] else []
+    return told
+
+
+def data_cautions(report: Mapping[str, Any]) -> list[str]:
+    """Sentences about rows that may not be meant so, and about feedback that teaches little."""
+    told = [
+        f"{name}: in {entry[oddity]:,} of its rows {sentence}"
+        for name, entry in report["sources"].items()
+        for oddity, sentence in ODDITIES.items()
+        if entry[oddity]
+    ]
+    good, bad = (sum(entry["labels"].get(side, 0) for entry in report["sources"].values()) for side in ("good", "bad"))
+    if good + bad and not (good and bad):
+        told.append(f"every labelled row is {'good' if good else 'bad'}: nothing tells good completions from bad ones")
+    elif max(good, bad) >= UNEVEN * min(good, bad) > 0:
+        told.append(f"labels are uneven: {good:,} good, {bad:,} bad")
+    return told
 
 
 def data_digest(loaded: Sequence[LoadedSource]) -> str:

@@ -16,7 +16,7 @@ import shutil
 import socket
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ import numpy as np
 
 import uft
 from uft.data import formats
-from uft.data.formats import Format, Unreadable
+from uft.data.formats import Format, Unreadable, is_blank
 from uft.data.rows import Kind, Row, content_digest, prompt_hash
 from uft.data.table import Corrupt, RowCollector, RowTable, kinds, open_table, pick, prompt_words
 from uft.errors import Problem, UftError
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
-CODE_VERSION = 1  # raise it when this code makes other rows of the same files, or lays them out otherwise
+CODE_VERSION = 2  # raise it when this code makes other rows of the same files, or lays them out otherwise
 CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
@@ -51,6 +51,20 @@ class BadRow:
 
     where: str
     why: str
+
+
+@dataclass
+class Omissions:
+    """The parts of a place that its rows do not hold, and their oddities. They are told before a run begins."""
+
+    bad: list[BadRow] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)  # column -> rows in which it says something
+    files: list[str] = field(default_factory=list)  # of a folder: those that were left out
+    oddities: Counter[str] = field(default_factory=Counter)  # see `uft.data.formats.oddities`
+
+    def __add__(self, other: Omissions) -> Omissions:
+        files = sorted({*self.files} & {*other.files}) if self.files and other.files else self.files + other.files
+        return Omissions(self.bad + other.bad, self.unread + other.unread, files, self.oddities + other.oddities)
 
 
 @dataclass(frozen=True)
@@ -65,9 +79,13 @@ class LoadedSource:
     rows: Sequence[Row]
     held_out: Sequence[Row]
     digest: str
-    dropped: tuple[BadRow, ...] = ()
+    omitted: Omissions = field(default_factory=Omissions)
     checker: str | None = None
     apart: bool = False  # held-out rows lie in a place of their own, and are numbered there
+
+    @property
+    def dropped(self) -> Sequence[BadRow]:
+        return self.omitted.bad
 
     @property
     def kinds(self) -> dict[Kind, int]:
@@ -134,14 +152,15 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         apart = replace(place, split=source.eval_split)
     elif source.path.startswith(_BUILTIN) and source.holdout is None:
         apart = replace(place, split="test")
-    rows, bad = _parse(name, source, place, source.limit, data.cache)
+    rows, omitted = _parse(name, source, place, source.limit, data.cache)
     if apart is None:
         rows, held_out = hold_out(rows, amount)
     else:
         held_out, more = _parse(name, source, apart, None, data.cache)
-        bad += more
-    digest = content_digest(rows)
-    return LoadedSource(name, source.path, rows, held_out, digest, tuple(bad), source.checker, apart is not None)
+        omitted += more
+    return LoadedSource(
+        name, source.path, rows, held_out, content_digest(rows), omitted, source.checker, apart is not None
+    )
 
 
 # --- Held-out rows.
@@ -172,22 +191,24 @@ def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequenc
 
 def _parse(
     name: str, source: Source, place: Place, limit: int | None, cache: str | None
-) -> tuple[Sequence[Row], list[BadRow]]:
-    """The rows of a place, and the records that cannot be used."""
-    folder, tables = cache_root(cache) / "rows", open_place(place)
+) -> tuple[Sequence[Row], Omissions]:
+    """The rows of a place, and what it has beside them."""
+    folder, (tables, left_out) = cache_root(cache) / "rows", open_place(place)
     files = [table.file for table in tables if table.file is not None]
     key, states = None, [_file_state(file) for file in files]
     if files and sum(size for _, size, _ in states) >= CACHED_BYTES:
         key = _cache_key(source, limit, files)
         try:
             table, notes = open_table(folder / key)
-            return RowTable(name, table)[:limit], [BadRow(*row) for row in notes["bad"]]
+            bad = [BadRow(*row) for row in notes["bad"]]
+            omitted = Omissions(bad, Counter(notes["unread"]), left_out, Counter(notes["odd"]))
+            return RowTable(name, table)[:limit], omitted
         except FileNotFoundError:
             pass
         except Corrupt as error:
             log.warning("row cache %s is corrupt (%s): reading the rows again", folder / key, error)
             shutil.rmtree(folder / key, ignore_errors=True)
-    good, bad = RowCollector(name, limit, folder, key), list[BadRow]()
+    good, omitted = RowCollector(name, limit, folder, key), Omissions(files=left_out)
     score_range = (source.score_range[0], source.score_range[1]) if source.score_range else None
     for records in tables:
         form = _recognise(name, source, records) if records.count else None
@@ -197,12 +218,17 @@ def _parse(
                 if form is None or isinstance(record, str):
                     raise Unreadable(record)
                 fields = formats.rename(record, source.columns)
-                good.add(form.read(formats.from_text(fields) if records.textual else fields, score_range))
+                row = form.read(formats.from_text(fields) if records.textual else fields, score_range)
             except Unreadable as error:
-                bad.append(BadRow(f"{records.name}:{number}", str(error)))
+                omitted.bad.append(BadRow(f"{records.name}:{number}", str(error)))
+                continue
+            good.add(row)
+            omitted.unread.update(formats.unread(form, fields))
+            omitted.oddities.update(formats.oddities(row))
     if states != [_file_state(file) for file in files]:
         raise place.problem(*CHANGED)
-    return good.rows({"bad": [[row.where, row.why] for row in bad]}), bad
+    told = [[row.where, row.why] for row in omitted.bad]
+    return good.rows({"bad": told, "unread": omitted.unread, "odd": omitted.oddities}), omitted
 
 
 def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
@@ -230,8 +256,13 @@ def _recognise(name: str, source: Source, table: RecordTable) -> Format:
     ]
     if problems:
         raise UftError(*problems)
-    usual: dict[str, Any] = {key: None for key, count in table.columns.items() if 2 * count >= table.count}
-    return formats.recognise(formats.rename(usual, source.columns), source.kind, source.columns, name)
+    told = formats.rename(table.told, source.columns)
+    usual = formats.rename({c: c for c, count in table.columns.items() if 2 * count >= table.count}, source.columns)
+    columns = {column for column in usual if told.get(column) or column not in formats.FEEDBACK}
+    form = formats.recognise(columns, source.kind, source.columns, name)
+    if source.kind is None and (problem := formats.unread_feedback(form, told, name)):
+        raise UftError(problem)
+    return form
 
 
 # --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.
@@ -260,25 +291,31 @@ class RecordTable:
         return self._scan[0]
 
     @property
-    def count(self) -> int:
-        """Records that could be read."""
+    def told(self) -> Mapping[str, int]:
+        """In how many records each column says something."""
         return self._scan[1]
 
+    @property
+    def count(self) -> int:
+        """Records that could be read."""
+        return self._scan[2]
+
     def __iter__(self) -> Iterator[Found]:
-        return iter(self._scan[2] if self.small else self.find())
+        return iter(self._scan[3] if self.small else self.find())
 
     @cached_property
-    def _scan(self) -> tuple[Mapping[str, int], int, Sequence[Found]]:
-        columns: Counter[str] = Counter()
+    def _scan(self) -> tuple[Mapping[str, int], Mapping[str, int], int, Sequence[Found]]:
+        columns, told = Counter[str](), Counter[str]()
         count, few = 0, list[Found]()
         for number, record in self.find():
             beat()
             if isinstance(record, dict):
                 columns.update(record.keys())
+                told.update({column: int(not is_blank(value)) for column, value in record.items()})
                 count += 1
             if self.small:
                 few.append((number, record))
-        return columns, count, few
+        return columns, told, count, few
 
 
 @dataclass(frozen=True)
@@ -312,13 +349,16 @@ def looks_local(path: str) -> bool:
     return Path(path).suffix.lower() in (*READERS, ".gz", ".txt", ".zip", ".arrow") or not _HUB_ID.fullmatch(path)
 
 
-def open_place(place: Place) -> list[RecordTable]:
-    """The tables of a place, in a stable order. Raises :class:`UftError` when it cannot be opened."""
+def open_place(place: Place) -> tuple[list[RecordTable], list[str]]:
+    """The tables of a place in a stable order, and the names of a folder's files that are in none of them.
+
+    Raises :class:`UftError` when it cannot be opened.
+    """
     if place.path.startswith(_BUILTIN):
-        return [_builtin(place)]
+        return [_builtin(place)], []
     path = Path(os.path.expanduser(place.path))
     if os.path.isfile(path):  # Path's own methods raise for names that are too long, or hold a NUL
-        return [_file(path, place)]
+        return [_file(path, place)], []
     if os.path.isdir(path):
         return _folder(path, place)
     if os.path.islink(path):
@@ -326,7 +366,7 @@ def open_place(place: Place) -> list[RecordTable]:
     if os.path.exists(path):
         raise place.problem("is neither a file nor a folder")
     if not looks_local(place.path):
-        return [_hub(place.path, place)]
+        return [_hub(place.path, place)], []
     if not os.path.isdir(path.parent):
         advice = f"the folder {path.parent} does not exist either"
     else:
@@ -362,15 +402,15 @@ def _file_state(path: Path) -> tuple[int, int, int]:
     return known.st_ino, known.st_size, known.st_mtime_ns
 
 
-def _folder(path: Path, place: Place) -> list[RecordTable]:
+def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
     """A folder written by `datasets`, a hub repository's layout, or plain files in the order of their names."""
     if not os.access(path, os.R_OK | os.X_OK):
         raise place.problem("cannot be read: no permission")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return [_saved_dataset(path, place)]
+        return [_saved_dataset(path, place)], []
     files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in READERS)
     if (path / "README.md").is_file() or not files:
-        return [_hub(str(path), place)]
+        return [_hub(str(path), place)], []
     # names may tell splits apart (train-00.jsonl, test.jsonl); else all files are of any split
     named = {file: _SPLITS[match[1].lower()] for file in files if (match := _SPLIT_NAME.match(file.stem))}
     if named:
@@ -378,7 +418,8 @@ def _folder(path: Path, place: Place) -> list[RecordTable]:
     if not files:
         splits = f"splits: {_listing(set(named.values()))}"
         raise place.problem(f"no file of split {place.split} in this folder", splits)
-    return [_file(file, place) for file in files]
+    left_out = sorted(p.name for p in path.iterdir() if p not in files and not p.name.startswith("."))
+    return [_file(file, place) for file in files], left_out
 
 
 def _saved_dataset(path: Path, place: Place) -> RecordTable:
@@ -392,7 +433,7 @@ def _saved_dataset(path: Path, place: Place) -> RecordTable:
         if place.split not in loaded:
             raise place.problem(f"no split {place.split} in this datasets folder", f"splits: {_listing(loaded)}")
         loaded = loaded[place.split]
-    return RecordTable(str(path), partial(enumerate, loaded, 1))
+    return RecordTable(str(path), partial(_named, loaded, loaded.features))
 
 
 def _hub(name: str, place: Place) -> RecordTable:
@@ -417,7 +458,18 @@ def _hub(name: str, place: Place) -> RecordTable:
     finally:
         if progress:
             datasets.enable_progress_bars()
-    return RecordTable(name, partial(enumerate, loaded, 1))
+    return RecordTable(name, partial(_named, loaded, loaded.features))
+
+
+def _named(records: Iterable[dict[str, Any]], features: Mapping[str, Any]) -> Iterator[Found]:
+    """Records of `datasets`, with the names of classes (`ClassLabel`) in the place of their numbers."""
+    names = {column: one.names for column, one in features.items() if getattr(one, "names", None)}
+    return enumerate((_with_names(record, names) for record in records), start=1)
+
+
+def _with_names(record: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    known = {column: record[column] for column in names if record.get(column) is not None}
+    return record | {column: names[column][number] if number >= 0 else None for column, number in known.items()}
 
 
 def _builtin(place: Place) -> RecordTable:
@@ -546,7 +598,18 @@ def _parquet(path: Path) -> Iterator[Found]:
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of the names of folders
-        yield from enumerate((row for batch in file.iter_batches(1024) for row in rows_of(batch)), start=1)
+        names = _class_names(file.schema_arrow.metadata)
+        rows = (row for batch in file.iter_batches(1024) for row in rows_of(batch))
+        yield from enumerate((row if isinstance(row, str) else _with_names(row, names) for row in rows), start=1)
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """The names of classes that `datasets` wrote into a Parquet file."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {c: one["names"] for c, one in features.items() if isinstance(one, dict) and one.get("names")}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}
 
 
 READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
