@@ -48,12 +48,8 @@ def test_jsonl_passes_over_bom_blank_lines_and_crlf(tmp_path):
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "q", "completion": "a"}\r\n\r\n{"prompt": "\\u2028", "completion": "b"}')
     found = list(tables(place(file))[0])
     assert found == [(1, {"prompt": "q", "completion": "a"}), (3, {"prompt": "\u2028", "completion": "b"})]
-
-
-def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
-    file = tmp_path / "x.jsonl"
     file.write_text(json.dumps({"prompt": "one\u2028two\x85three"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert fields(tables(place(file))) == [{"prompt": "one\u2028two\x85three"}]
+    assert fields(tables(place(file))) == [{"prompt": "one\u2028two\x85three"}], "no separator but \\n ends a line"
 
 
 def test_broken_lines_are_bad_rows_with_their_place_and_the_others_are_read(tmp_path):
@@ -67,15 +63,11 @@ def test_broken_lines_are_bad_rows_with_their_place_and_the_others_are_read(tmp_
     assert (found[0][1], found[5][1]) == ({"a": 1}, {"a": 2})
 
 
-@pytest.mark.parametrize("text", [json.dumps(ROWS), json.dumps(ROWS, indent=2), "\n".join(map(json.dumps, ROWS))])
-def test_json_is_an_array_or_lines(tmp_path, text):
+def test_json_is_an_array_or_lines(tmp_path):
     file = tmp_path / "x.json"
-    file.write_text(text)
-    assert fields(tables(place(file))) == ROWS
-
-
-def test_a_broken_json_array_names_the_line(tmp_path):
-    file = tmp_path / "x.json"
+    for text in (json.dumps(ROWS), json.dumps(ROWS, indent=2), "\n".join(map(json.dumps, ROWS))):
+        file.write_text(text)
+        assert fields(tables(place(file))) == ROWS
     file.write_text('[{"a": 1},\n{"a": }]')
     ((number, _),) = tables(place(file))[0]
     assert number == 2
@@ -90,23 +82,15 @@ def test_csv_counts_lines_through_quoted_newlines(tmp_path):
     assert first == (2, {"prompt": "two\nlines", "completion": "a"})
     assert second[0] == 4
     assert third == (5, "has 3 cells under 2 columns")
-
-
-def test_tsv(tmp_path):
-    file = tmp_path / "x.tsv"
-    file.write_text("prompt\tcompletion\nq, with a comma\ta\n")
-    assert fields(tables(place(file))) == [{"prompt": "q, with a comma", "completion": "a"}]
+    (tmp_path / "x.tsv").write_text("prompt\tcompletion\nq, with a comma\ta\n")
+    assert fields(tables(place(tmp_path / "x.tsv"))) == [{"prompt": "q, with a comma", "completion": "a"}]
 
 
 def test_parquet(tmp_path):
     nested = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
     assert fields(tables(place(write_parquet(tmp_path / "x.parquet", nested)))) == nested
-
-
-def test_a_broken_parquet_file_is_a_problem_not_a_traceback(tmp_path):
-    file = tmp_path / "x.parquet"
-    file.write_bytes(b"nothing of the kind")
-    assert "cannot be read" in refused(file)
+    (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
+    assert "cannot be read" in refused(tmp_path / "x.parquet")
 
 
 def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):

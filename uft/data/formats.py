@@ -676,9 +676,7 @@ def unread(form: Format, fields: Record) -> Iterator[str]:
 
 
 _REPEATED = 16  # characters of a prompt that stand at the start of a reply by chance no more
-_MARKS = re.compile(
-    r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|^### (?:Instruction|Response|Input):", re.MULTILINE
-)
+_MARKS = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|### (?:Instruction|Response|Input):")
 
 
 def oddities(row: Row) -> list[str]:
