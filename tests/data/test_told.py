@@ -163,9 +163,13 @@ def test_texts_that_may_be_meant_otherwise_are_counted(tmp_path):
         {"prompt": f"<|im_start|>user\n{asked}", "chosen": "Eight.</s>", "rejected": "Six."},
         {"prompt": f"### Instruction:\n{asked}", "chosen": "Eight.", "rejected": "<s>Six."},
         {"prompt": "1 <s 2 and [INSTALL] | <|> a|>", "chosen": "Eight", "rejected": "Six"},
-        {"prompt": "hi", "chosen": "hi there", "rejected": "hi!"},
+        {"prompt": "hi", "chosen": "hi there", "rejected": "hi!", "chosen_score": 2, "rejected_score": 3},
+        {"prompt": "hi", "chosen": "hi there", "rejected": "hi!", "score_chosen": 3, "score_rejected": 3},
+        {"prompt": "hi", "chosen": "hi there", "rejected": "hi!", "chosen_rating": -1},
     ]
-    assert load(tmp_path, records).omitted.oddities == {"repeated_prompts": 1, "template_marks": 2}
+    expected = {"repeated_prompts": 1, "template_marks": 2, "contrary_scores": 1}
+    source = load(tmp_path, records)
+    assert (source.omitted.oddities, source.omitted.unread) == (expected, {})
 
 
 # --- prompts

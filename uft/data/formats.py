@@ -41,6 +41,7 @@ ALIASES = (
     ("rejected_response", "rejected", ()),
     ("system_prompt", "system", ()),
     ("kto_tag", "label", ()),
+    *((f"{side}_{grade}", f"score_{side}", ()) for grade in ("score", "rating") for side in ("chosen", "rejected")),
     ("question", "prompt", ("completion", "chosen")),
     ("input", "prompt", ("chosen",)),
 )
@@ -302,7 +303,8 @@ def scale(value: Any, low: float, high: float, field: str) -> float:
     if math.isinf(high - low):
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is too wide")
     if not low <= value <= high:  # NaN is in no range
-        raise Unreadable(f"{field} is {excerpt(value)}, outside {low:g} to {high:g}")
+        other = "another scale: score_range=[LOWEST,HIGHEST]"
+        raise Unreadable(f"{field} is {excerpt(value)}, outside {low:g} to {high:g} ({other})")
     return float((value - low) / (high - low))
 
 
@@ -682,7 +684,11 @@ _MARKS = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn
 def oddities(row: Row) -> list[str]:
     """What is right by its form and may not be meant so: names of counts in the data report."""
     first, last = row.completions[0], row.completions[-1]
-    found = ["equal_pairs"] if first.preferred is not None and first.turns == last.turns else []
+    found = []
+    if first.preferred is not None:
+        scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
+        found += ["equal_pairs"] if first.turns == last.turns else []
+        found += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
     asked = row.prompt[-1].content.strip()
     if len(asked) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(asked) for c in row.completions):
         found.append("repeated_prompts")

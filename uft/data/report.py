@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BAR = "█"
 ODDITIES = {
     "equal_pairs": "both sides of the pair are the same: they teach nothing",
+    "contrary_scores": "the rejected side has the better score",
     "repeated_prompts": "completions begin with their prompt: it is learned as a part of the reply",
     "template_marks": "a text spells marks of chat templates (<|im_start|>, [INST], </s>): they are read as letters",
 }
