@@ -127,7 +127,8 @@ def test_columns_that_are_not_read_are_counted_also_from_the_cache(tmp_path, mon
 def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     folder = tmp_path / "folder"
     (folder / "more").mkdir(parents=True)
-    pair = {"prompt": "q", "chosen": "a", "rejected": "a", "note": "x"}
+    pair = {"prompt": "q", "chosen": "a", "rejected": "a", "\x1b[1mnote\ud800": "x"}
+    note = "\\x1b[1mnote\\ud800"
     for name, rows in {"train-0": [pair, pair | {"rejected": "b"}], "test": [pair], "other": [pair]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     labels = tmp_path / "labels.jsonl"
@@ -141,10 +142,10 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
 
     found = report(labels=labels, pairs=folder)
     pairs = found["sources"]["pairs"]
-    assert (pairs["unread"], pairs["equal_pairs"], pairs["template_marks"]) == ({"note": 2}, 1, 0)
+    assert (pairs["unread"], pairs["equal_pairs"], pairs["template_marks"]) == ({note: 2}, 1, 0)
     assert pairs["left_out"] == ["more", "other.jsonl", "test.jsonl"]
     assert found["sources"]["labels"]["labels"] == {"good": 11, "bad": 1}
-    assert data_omissions(found) == ["pairs: note (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
+    assert data_omissions(found) == [f"pairs: {note} (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
     assert data_cautions(found) == [
         "pairs: in 1 of its rows both sides of the pair are the same: they teach nothing",
         "labels are uneven: 11 good, 1 bad",
@@ -175,7 +176,7 @@ def test_texts_that_may_be_meant_otherwise_are_counted(tmp_path):
 # --- prompts
 
 
-def test_a_prompt_keeps_the_turns_that_a_pair_does_not_repeat():
+def test_a_prompt_keeps_the_turns_that_a_pair_does_not_repeat(tmp_path):
     sides = {"chosen": [USER, REPLY], "rejected": [USER, WORSE]}
     for asked in ([SYSTEM, USER], [*EARLIER, USER], [SYSTEM, *EARLIER, USER]):
         row = read({"prompt": asked, **sides})
@@ -187,6 +188,9 @@ def test_a_prompt_keeps_the_turns_that_a_pair_does_not_repeat():
     for asked in ("8*6?", [USER, *EARLIER, {**USER, "content": "8*6?"}]):
         with pytest.raises(Unreadable, match="prompt differs from the prompt in chosen and rejected"):
             read({"prompt": asked, **sides})
+    lines = [{"prompt": "8*6?", **sides}]
+    assert "columns.prompt=''" in refused(tmp_path, lines)
+    assert turns(load(tmp_path, lines, columns={"prompt": ""}).rows[0]) == [("user", "7*6?")]
     twins = read({"prompt": [SYSTEM, USER], "chosen": [USER, REPLY], "rejected": [USER, REPLY]})
     assert ([c.text for c in twins.completions], len(twins.prompt)) == (["42", "42"], 2)
 

@@ -126,7 +126,10 @@ def recognise(
 
 
 def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The record under our field names: mapped columns first, then aliases; what was mapped away is gone."""
+    """The record under our field names: mapped columns first, then aliases; what was mapped away is gone.
+
+    A field that is mapped to no name ('') is missing.
+    """
     taken = set(columns.values())
     fields = {name: value for name, value in record.items() if name not in taken}
     fields.update({ours: record.get(theirs) for ours, theirs in columns.items()})
@@ -344,7 +347,7 @@ def whole_prompt(asked: Turns, shared: Turns, column: str) -> Turns:
         return asked
     if any(ours == theirs[start : start + len(ours)] for start in range(len(theirs))):
         return shared
-    raise Unreadable(f"{column} differs from the prompt in chosen and rejected")
+    raise Unreadable(f"{column} differs from the prompt in chosen and rejected (leave it unread: columns.{column}='')")
 
 
 def _negatives(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:

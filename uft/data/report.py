@@ -90,8 +90,8 @@ def data_report(
             "lengths": [list(pair) for pair in tokens.report.lengths],
             "digest": source.digest,
             "cache": tokens.cache,
-            "unread": dict(source.omitted.unread.most_common()),
-            "left_out": source.omitted.files,
+            "unread": {tame(column): count for column, count in source.omitted.unread.most_common()},
+            "left_out": [tame(name) for name in source.omitted.files],
             **{oddity: source.omitted.oddities[oddity] for oddity in ODDITIES},
             "labels": _labels(source),
         }
@@ -111,9 +111,9 @@ def data_omissions(report: Mapping[str, Any]) -> list[str]:
     """Per source the columns, with the rows in which they say something, and files of a folder that are not read."""
     told = []
     for name, entry in report["sources"].items():
-        columns = [f"{tame(column)} ({count:,} row{'s' * (count != 1)})" for column, count in entry["unread"].items()]
+        columns = [f"{column} ({count:,} row{'s' * (count != 1)})" for column, count in entry["unread"].items()]
         told += [f"{name}: {', '.join(columns)}"] if columns else []
-        told += [f"{name}: files {', '.join(map(tame, entry['left_out']))}"] if entry["left_out"] else []
+        told += [f"{name}: files {', '.join(entry['left_out'])}"] if entry["left_out"] else []
     return told
 
 

@@ -211,7 +211,7 @@ def _parse(
     good, omitted = RowCollector(name, limit, folder, key), Omissions(files=left_out)
     score_range = (source.score_range[0], source.score_range[1]) if source.score_range else None
     for records in tables:
-        form = _recognise(name, source, records) if records.count else None
+        form = _recognise(name, source, records.scan) if records.scan.count else None
         for number, record in records:
             beat()
             try:
@@ -242,7 +242,7 @@ def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _recognise(name: str, source: Source, table: RecordTable) -> Format:
+def _recognise(name: str, source: Source, table: Scan) -> Format:
     """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
     listed = f"columns: {_listing(table.columns)}"
     problems = [
@@ -252,7 +252,7 @@ def _recognise(name: str, source: Source, table: RecordTable) -> Format:
             advice=(*formats.nearest("{}", theirs, table.columns), listed),
         )
         for ours, theirs in source.columns.items()
-        if theirs not in table.columns
+        if theirs and theirs not in table.columns  # an empty name: the field is left unread
     ]
     if problems:
         raise UftError(*problems)
@@ -271,6 +271,16 @@ def _recognise(name: str, source: Source, table: RecordTable) -> Format:
 Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
 
 
+@dataclass
+class Scan:
+    """The first reading of a table."""
+
+    columns: Counter[str] = field(default_factory=Counter)  # column -> records that have it
+    told: Counter[str] = field(default_factory=Counter)  # column -> records in which it says something
+    count: int = 0  # records that could be read
+    kept: list[Found] = field(default_factory=list)  # all of them, of a small file
+
+
 @dataclass(frozen=True)
 class RecordTable:
     """The records of one file or split; they share one format.
@@ -285,37 +295,21 @@ class RecordTable:
     textual: bool = False  # every value is a text cell (CSV)
     small: bool = False  # so that its records can be kept
 
-    @property
-    def columns(self) -> Mapping[str, int]:
-        """In how many records each column stands."""
-        return self._scan[0]
-
-    @property
-    def told(self) -> Mapping[str, int]:
-        """In how many records each column says something."""
-        return self._scan[1]
-
-    @property
-    def count(self) -> int:
-        """Records that could be read."""
-        return self._scan[2]
-
     def __iter__(self) -> Iterator[Found]:
-        return iter(self._scan[3] if self.small else self.find())
+        return iter(self.scan.kept if self.small else self.find())
 
     @cached_property
-    def _scan(self) -> tuple[Mapping[str, int], Mapping[str, int], int, Sequence[Found]]:
-        columns, told = Counter[str](), Counter[str]()
-        count, few = 0, list[Found]()
+    def scan(self) -> Scan:
+        found = Scan()
         for number, record in self.find():
             beat()
             if isinstance(record, dict):
-                columns.update(record.keys())
-                told.update({column: int(not is_blank(value)) for column, value in record.items()})
-                count += 1
+                found.columns.update(record.keys())
+                found.told.update({column: int(not is_blank(value)) for column, value in record.items()})
+                found.count += 1
             if self.small:
-                few.append((number, record))
-        return columns, told, count, few
+                found.kept.append((number, record))
+        return found
 
 
 @dataclass(frozen=True)

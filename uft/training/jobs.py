@@ -151,7 +151,7 @@ def show_stage_data(name: str, data: StageData, console: Console) -> None:
         console.print(table, "")
     told = [f"not read: {line}" for line in data_omissions(data.record)]
     told += [f"caution: {line}" for line in data_cautions(data.record)]
-    for line in told:
+    for line in (*told, "") if told else ():
         console.print(line, markup=False, highlight=False)
     console.print("[bold]tokens per completion with its prompt[/bold]")
     for line in length_histogram(merged_lengths([source.report for source in data.dataset.train])):
