@@ -19,7 +19,7 @@ from uft.config.schema import Config, Hardware, Model, ReferenceModel
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
 from uft.data.loader import Collator
-from uft.data.report import report_table
+from uft.data.report import data_cautions, data_omissions, report_table
 from uft.distributed import Sharding, ranks, set_sharding
 from uft.environment import launched, local_rank
 from uft.errors import FAILED, Problem, UftError
@@ -48,6 +48,7 @@ SMALL_MODEL = 3_000_000
 RANK_SEEDS = 1_000_003
 """Distance between the sampling seeds of two processes."""
 
+ONE_ROW = "a step has one row: its baseline is measured under the prompts of a step's other rows, and is always 0"
 REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs with all rights of this user"
 
 Say = Callable[[str], None]
@@ -71,7 +72,9 @@ class Prepared:
         """Warnings about the run that its card and `check.json` repeat."""
         remote = [REMOTE_CODE] if self.trainer.config.model.trust_remote_code else []
         objective = self.data.objective
-        return [*remote, *objective.cautions(), *counted_as_certain(self.data.sampler, objective)]
+        alone = [ONE_ROW] if objective.needs.mismatched and self.trainer.config.train.batch_size == 1 else []
+        certain = counted_as_certain(self.data.sampler, objective)
+        return [*remote, *objective.cautions(), *certain, *alone, *data_cautions(self.data.record)]
 
     @cached_property
     def memory(self) -> dict[str, int]:
@@ -428,6 +431,7 @@ def stage_card(prepared: Prepared) -> Card:
         *(("caution", caution) for caution in prepared.cautions),
         ("reference", f"{reference.mode}: {reference.why}" if reference else "none needed to train"),
         ("data", "\n".join(mixture)),
+        *(("not read", line) for line in data_omissions(data.record)),
         ("template", data.dataset.renderer.name),
         ("horizon", f"{trainer.steps} steps of {config.train.batch_size} rows, {passes:.2f} passes"),
         ("batch", f"at most {tokens_per_pass(config):,} tokens per forward pass{padding}"),
