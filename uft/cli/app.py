@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from uft.cli import VERBS
+from uft.config.checks import Draft, elsewhere
 from uft.config.compose import Examined, examine, footer, needs_hydra, refuse_named_code, require
 from uft.config.files import (
     BROKEN,
@@ -32,9 +33,8 @@ from uft.config.files import (
     request_of_job,
     translate,
 )
-from uft.config.messages import conf_dir, config_dirs, groups, headline, nearest, written
-from uft.config.schema import MISSING, Config, Key, keys_of
-from uft.config.tree import Tree
+from uft.config.messages import choices, conf_dir, config_dirs, groups, headline, listing, nearest, written
+from uft.config.schema import MISSING, Config, default_of, fields_of, kind_at
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import row_problems
 from uft.launch.sweep import JobFailed, failure_reason
@@ -185,8 +185,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def not_an_option(word: str) -> Problem:
     key, _, value = word.lstrip("-").partition("=")
-    path = Tree().elsewhere(key.replace("-", "_")) if "." not in key else key
-    meant = path or nearest(key, keys_of(Config)) or key
+    path = elsewhere(key.replace("-", "_"), Draft({})) if "." not in key else key
+    meant = path or nearest(key, fields_of(Config)) or key
     advice = f"settings are written key=value, without dashes:  {meant}={value or '...'}"
     return Problem(word, "no such option", "command line", (advice,))
 
@@ -250,9 +250,8 @@ def columns(table: Mapping[str, str]) -> list[str]:
 
 def describe(name: str) -> str:
     """A key's line of help and its default in the schema."""
-    key = Key(Config)
-    for part in name.split("."):
-        key = keys_of(key.kind)[part]
-    choices = f" ({', '.join(map(written, key.rules['choices']))})" if "choices" in key.rules else ""
-    default = "" if key.default in (MISSING, None, {}, []) else f"  [{written(key.default)}]"
-    return f"{key.rules.get('help', '')}{choices}{default}"
+    above, _, last = name.rpartition(".")
+    field = fields_of(kind_at(tuple(above.split(".")) if above else (), Config))[last]
+    listed, default = choices(field.annotation), default_of(field)
+    said = "" if default in (MISSING, None, {}, []) else f"  [{written(default)}]"
+    return f"{field.description}{f' ({listing(listed)})' if listed else ''}{said}"

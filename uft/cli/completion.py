@@ -13,12 +13,11 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 from uft.cli import VERBS
-from uft.config.schema import COLUMNS
 from uft.errors import GOOD
 
 HYDRA_VERBS = ("train", "check", "data", "generate", "annotate", "config")
-FIRST_WORDS: dict[str, tuple[str, ...]] = {"generate": (), "annotate": COLUMNS}
-"""Verbs whose first word is none of Hydra's, a run folder or a column, and what it may be."""
+FIRST_WORDS = ("generate", "annotate")
+"""Verbs whose first word is none of Hydra's, a run folder or a column."""
 OUR_OPTIONS = ("--trace",)  # words that Hydra's parser does not know
 HIDDEN = ("schema", "+schema", "~schema")
 
@@ -52,7 +51,10 @@ def complete(arguments: list[str]) -> int:
 
 
 def offer(verb: str, start: str) -> None:
-    print("".join(f"{word}\n" for word in FIRST_WORDS[verb] if word.startswith(start)), end="")
+    from uft.config.schema import COLUMNS
+
+    options = COLUMNS if verb == "annotate" else ()
+    print("".join(f"{word}\n" for word in options if word.startswith(start)), end="")
 
 
 def hydra_completion(arguments: list[str], program: str) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 
 from uft.config.frozen import ABSENT, free
 from uft.config.messages import written
-from uft.config.schema import Config, Source
+from uft.config.schema import Config, Source, flat
 from uft.errors import Problem, UftError
 from uft.report.metrics import config_value, listed, truncated
 from uft.report.runs import LoadedRun
@@ -145,16 +145,8 @@ def fill_defaults(configs: Sequence[Flat]) -> None:
 def defaults(kind: type) -> Flat:
     """Every default of a dataclass and those within it, by dotted key; no required values, interpolations or empty
     collections."""
-    found: Flat = {}
-    for field in dataclasses.fields(kind):
-        default: Any = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory() or dataclasses.MISSING
-        if dataclasses.is_dataclass(default):
-            found |= {f"{field.name}.{key}": value for key, value in defaults(default.__class__).items()}
-        elif default is not dataclasses.MISSING and not str(default).startswith(("${", "???")):
-            found[field.name] = default
-    return found
+    found = flat(dataclasses.asdict(kind()))
+    return {key: value for key, value in found if value not in ({}, []) and not str(value).startswith(("${", "???"))}
 
 
 def hashable(value: Any) -> Hashable:
