@@ -169,7 +169,7 @@ def configure(model_folder: Path, files: dict[str, Path], tmp_path: Path) -> Cal
             "tracking": {"mode": "disabled"},
         }
         merged = OmegaConf.merge(OmegaConf.create(base), OmegaConf.from_dotlist(list(settings)))
-        return typed(OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), merged), resolve=True))
+        return typed(OmegaConf.to_container(merged))
 
     return make
 
