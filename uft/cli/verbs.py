@@ -12,11 +12,11 @@ from uft.config.compose import Examined, changed
 from uft.config.frozen import annotated, free
 from uft.config.messages import written
 from uft.config.schema import COLUMNS
-from uft.config.stages import made, rows_of, without_stages
+from uft.config.stages import differences, made, rows_of, without_stages
 from uft.errors import GOOD, Problem, UftError
 from uft.launch.launcher import changed_keys, launch_job, launch_train
 from uft.launch.sweep import is_sweep_job, typed_overrides
-from uft.runs import Run, open_run
+from uft.runs import Damaged, Run, open_run
 
 FILES = {"path", "eval_path", "template"}  # keys of the data that may name files
 COMPARE: list[Run] = []
@@ -55,13 +55,19 @@ def config_job(examined: Examined, words: Sequence[str]) -> int:
     if not COMPARE:
         print(annotated(examined.settings, examined.origins, examined.references))
         return GOOD
-    changes = changed_keys(COMPARE[0], examined.settings)
+    run = COMPARE[0]
+    try:
+        changes = changed_keys(run, examined.settings)
+    except Damaged:
+        raise
+    except UftError:  # another version wrote it, with keys that are none here: as it stands
+        changes = differences(run.config(), examined.settings)
     width = max((len(key) for key, _, _ in changes), default=0)
     for key, old, new in changes:
         note = "   (may change within a run)" if free(key) else ""
         print(f"{key:<{width}}  {written(old)} -> {written(new)}{note}")
     if not changes:
-        print(f"the same as {COMPARE[0].path}")
+        print(f"the same as {run.path}")
     return GOOD
 
 
