@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from uft.config.schema import fields_of, parameters
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCHEMA = """
@@ -31,11 +33,7 @@ def run(code):
     assert done.returncode == 0, done.stderr
 
 
-def test_composition_needs_no_torch():
-    run(SCHEMA)
-
-
-def test_the_real_modules_come_afterwards():
+def test_composition_needs_no_torch_and_the_real_modules_come_afterwards():
     run(SCHEMA + AFTERWARDS)
 
 
@@ -49,7 +47,5 @@ def test_an_objective_that_needs_torch_as_it_is_imported_still_has_a_schema():
 
 
 def test_hyper_parameters_are_the_public_ones():
-    from uft.config.schema import parameters
-
-    assert "state" not in parameters()["ift"]
-    assert parameters()["ift"]["lam"].default == 0.2
+    assert "state" not in fields_of(parameters()["ift"])
+    assert fields_of(parameters()["ift"])["lam"].default == 0.2

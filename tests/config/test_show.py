@@ -16,9 +16,5 @@ def test_annotated_is_the_config_as_yaml():
     assert "# conf/optim/adamw.yaml:3, ${model.lr}" in text
     assert lines["save_model"].endswith("# default")
 
-
-def test_comments_stand_in_a_column():
-    examined = require(Request())
-    text = annotated(examined.settings, examined.origins, examined.references)
     columns = [line.index("  # ") for line in text.splitlines() if "  # " in line]
-    assert max(columns.count(column) for column in set(columns)) > 0.9 * len(columns)
+    assert max(columns.count(column) for column in set(columns)) > 0.9 * len(columns), "comments stand in a column"

@@ -51,20 +51,29 @@ stages:
 """
 
 
+DOCUMENTED = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text(encoding="utf-8")
+EXPERIMENTS = {
+    "two": TWO,
+    "made": MADE,
+    "free": "# @package _global_\n# x\nstages:\n  a:\n    data: instruct\n  b:\n    objective: dpo\n",
+    "odd": "# @package _global_\n# x\nstages:\n  sft:\n  dpo: 3\n  more:\n    set: [1]\n    data: [a]\n",
+    "list": "# @package _global_\n# x\nstages: [a, b]\n",
+    "bad": TWO.replace("train: {steps: 5}", "train.stepps: 5").replace("data: instruct", "data: instrukt"),
+    "lacking": TWO.replace("label_smoothing", "smoothing"),
+    "documented": DOCUMENTED.partition("```yaml\n")[2].partition("```")[0],
+}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def experiments(tmp_path_factory):
-    """write(name, text): an experiment of that name; `two` and `made` are there."""
+    """All at once: what is composed of them is kept until a file changes."""
     folder = tmp_path_factory.mktemp("stages")
     (folder / "conf-user" / "experiment").mkdir(parents=True)
-
-    def write(name, text):
+    for name, text in EXPERIMENTS.items():
         (folder / "conf-user" / "experiment" / f"{name}.yaml").write_text(text)
-
-    write("two", TWO)
-    write("made", MADE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        yield write
+        yield
     examined.cache_clear()
 
 
@@ -166,8 +175,7 @@ def test_a_choice_for_all_stages_is_refused_where_each_has_its_own():
     assert set(found) == {"objective=kto", "data=mix"}
 
 
-def test_a_choice_counts_for_the_stages_without_one(experiments):
-    experiments("free", "# @package _global_\n# x\nstages:\n  a:\n    data: instruct\n  b:\n    objective: dpo\n")
+def test_a_choice_counts_for_the_stages_without_one():
     found = stages("experiment=free", "objective=sft", "data=pairs")
     assert [(c.objective["name"], c.data.name) for c in found.values()] == [("sft", "instruct"), ("dpo", "pairs")]
 
@@ -204,14 +212,12 @@ def test_mistakes_are_found_together():
     assert len(found) == len(WRONG)
 
 
-def test_stages_that_are_none(experiments):
-    experiments("odd", "# @package _global_\n# x\nstages:\n  sft:\n  dpo: 3\n  more:\n    set: [1]\n    data: [a]\n")
+def test_stages_that_are_none():
     assert {what: why for what, (why, _, _) in problems("experiment=odd").items()} == {
         "stages.dpo=3": "must be a group of keys",
         "stages.more.set": "must be a group of keys",
         "stages.more.data=[a]": "must be text or null",
     }
-    experiments("list", "# @package _global_\n# x\nstages: [a, b]\n")
     assert list(problems("experiment=list")) == ["stages=[a,b]"]
 
 
@@ -221,8 +227,7 @@ def test_a_rule_that_one_stage_breaks_names_it():
     assert "in stage dpo" in found[2]
 
 
-def test_every_mistake_at_once_and_once(experiments):
-    experiments("bad", TWO.replace("train: {steps: 5}", "train.stepps: 5").replace("data: instruct", "data: instrukt"))
+def test_every_mistake_at_once_and_once():
     request = ("experiment=bad", "train.batch_size=0", "objective=kto", "seed=3")
     found = problems(*request)
     assert set(found) == {
@@ -236,10 +241,9 @@ def test_every_mistake_at_once_and_once(experiments):
     assert footer(examined(*request)).endswith("uft config experiment=bad seed=3")
 
 
-def test_a_key_for_all_stages_in_a_file_that_none_has(experiments):
-    experiments("bad", TWO.replace("label_smoothing", "smoothing"))
-    why, where, advice = problems("experiment=bad")["objective.smoothing"]
-    assert (why, where) == ("no such key in any stage", "conf-user/experiment/bad.yaml:7")
+def test_a_key_for_all_stages_in_a_file_that_none_has():
+    why, where, advice = problems("experiment=lacking")["objective.smoothing"]
+    assert (why, where) == ("no such key in any stage", "conf-user/experiment/lacking.yaml:7")
     assert "did you mean  objective.label_smoothing ?" in advice
 
 
@@ -335,10 +339,8 @@ def test_what_may_change_between_sittings_may_in_every_stage():
     }
 
 
-def test_the_example_of_the_documentation(experiments):
-    text = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text(encoding="utf-8")
-    experiments("mine", text.partition("```yaml\n")[2].partition("```")[0])
-    found = stages("experiment=mine")
+def test_the_example_of_the_documentation():
+    found = stages("experiment=documented")
     assert list(found) == ["sft", "sample", "dft"]
     assert found["sample"].generate.seeds == [0, 1]
     assert (found["dft"].train.steps, found["dft"].objective["name"]) == (164, "dft")

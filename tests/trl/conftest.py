@@ -198,11 +198,9 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def run(objective: str, records: Sequence[Record], **keys: Any) -> Outcome:
         import yaml
-        from omegaconf import OmegaConf
 
         from uft.config.frozen import typed
         from uft.config.messages import conf_dir
-        from uft.config.schema import Config
         from uft.runs import Run
         from uft.training.liveness import Stop
         from uft.training.setup import choose_device, prepare
@@ -219,7 +217,7 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "train": {"steps": 1, "batch_size": len(records), "micro_batch_tokens": 48, "max_grad_norm": 0},
             "hardware": {"device": "cpu"},
         }
-        config = typed(OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), settings), resolve=True))
+        config = typed(settings)
         trainer = prepare(Run(tmp_path / "run"), config, choose_device(config.hardware), Stop()).trainer
         items = trainer.sampler.items(trainer.sampler.preview(len(records)))
         trainer.hooks = [keep := Keep()]

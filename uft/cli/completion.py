@@ -15,11 +15,10 @@ from functools import partial
 
 from uft.cli import VERBS
 from uft.cli.help import PAGES
-from uft.config.schema import COLUMNS
 from uft.errors import GOOD
 
-FIRST_WORDS: dict[str, tuple[str, ...]] = {"generate": (), "annotate": COLUMNS}
-"""Verbs whose first word is none of Hydra's, a run folder or a column, and what it may be."""
+FIRST_WORDS = ("generate", "annotate")
+"""Verbs whose first word is none of Hydra's: a run folder, a column."""
 OUR_OPTIONS = ("--trace",)  # words that Hydra's parser does not know
 HIDDEN = ("schema", "+schema", "~schema")
 
@@ -39,8 +38,10 @@ def complete(arguments: list[str]) -> int:
     if verb in FIRST_WORDS and rest and "=" not in rest[0]:
         if len(rest) > 1:
             rest = rest[1:]
-        else:
-            print("".join(f"{word}\n" for word in FIRST_WORDS[verb] if word.startswith(rest[0])), end="")
+        elif verb == "annotate":
+            from uft.config.schema import COLUMNS
+
+            print("".join(f"{word}\n" for word in COLUMNS if word.startswith(rest[0])), end="")
     os.environ["COMP_LINE"] = " ".join([program, *rest])
     answer = io.StringIO()
     with redirect_stdout(answer), redirect_stderr(io.StringIO()):  # a line that cannot be read has no completions

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from uft.cli import VERBS
-from uft.config.messages import config_dirs, groups, headline, written
-from uft.config.schema import COLUMNS, MISSING, Config, Key, keys_of
+from uft.config.messages import choices, config_dirs, groups, headline, listing, written
+from uft.config.schema import COLUMNS, MISSING, Config, default_of, fields_of, kind_at
 
 FIRST = ("objective", "data", "model", "optim", "hardware", "eval", "tracking", "experiment", "sweep", "debug")
 HYDRA = """\
@@ -105,9 +105,8 @@ def columns(table: Mapping[str, str]) -> list[str]:
 
 def describe(name: str) -> str:
     """A key's line of help and its default in the schema."""
-    key = Key(Config)
-    for part in name.split("."):
-        key = keys_of(key.kind)[part]
-    choices = f" ({', '.join(map(written, key.rules['choices']))})" if "choices" in key.rules else ""
-    default = "" if key.default in (MISSING, None, {}, []) else f"  [{written(key.default)}]"
-    return f"{key.rules.get('help', '')}{choices}{default}"
+    above, _, last = name.rpartition(".")
+    field = fields_of(kind_at(tuple(above.split(".")) if above else (), Config))[last]
+    listed, default = choices(field.annotation), default_of(field)
+    shown = "" if default in (MISSING, None, {}, []) else f"  [{written(default)}]"
+    return f"{field.description}{f' ({listing(listed)})' if listed else ''}{shown}"

@@ -22,13 +22,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from uft.cli.help import help_text
+from uft.config.checks import Draft, elsewhere
 from uft.config.compose import Examined, changed, examine, footer, needs_hydra, quoted, refuse_named_code, require
 from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, register, request_of_job, translate
 from uft.config.frozen import annotated, free
 from uft.config.messages import conf_dir, config_dirs, groups, nearest, written
-from uft.config.schema import COLUMNS, Config, keys_of
-from uft.config.stages import made, rows_of, without_stages
-from uft.config.tree import Tree
+from uft.config.schema import COLUMNS, Config, fields_of
+from uft.config.stages import differences, made, rows_of, without_stages
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import (
     JobFailed,
@@ -41,7 +41,7 @@ from uft.launch.launcher import (
     typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
-from uft.runs import Run, open_run
+from uft.runs import Damaged, Run, open_run
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""
@@ -144,7 +144,12 @@ def print_config(compared: Run | None, examined: Examined, words: Sequence[str])
     if compared is None:
         print(annotated(examined.settings, examined.origins, examined.references))
         return GOOD
-    changes = changed_keys(compared, examined.settings)
+    try:
+        changes = changed_keys(compared, examined.settings)
+    except Damaged:
+        raise
+    except UftError:  # another version wrote it, with keys that are none here: as it stands
+        changes = differences(compared.config(), examined.settings)
     width = max((len(key) for key, _, _ in changes), default=0)
     for key, old, new in changes:
         note = "   (may change within a run)" if free(key) else ""
@@ -339,8 +344,8 @@ OTHER_OPTIONS = {
 
 def not_an_option(word: str) -> Problem:
     key, _, value = word.lstrip("-").partition("=")
-    path = Tree().elsewhere(key.replace("-", "_")) if "." not in key else key
-    meant = path or nearest(key, keys_of(Config)) or key
+    path = elsewhere(key.replace("-", "_"), Draft({})) if "." not in key else key
+    meant = path or nearest(key, fields_of(Config)) or key
     advice = f"settings are written key=value, without dashes:  {meant}={value or '...'}"
     return Problem(word, "no such option", "command line", (OTHER_OPTIONS.get(key, advice),))
 

@@ -1,24 +1,25 @@
 """From a request to a configuration: composed, judged, and everything that is wrong with it told at once.
 
-Hydra decides which files are drawn in and in which order; their settings and those of the command line are laid one
-over the other (:mod:`uft.config.tree`), which tells where each value is from, and the whole is judged.
+Hydra composes the files of a choice of options, once (:mod:`uft.config.files`); the values of the command line are laid
+over them, and pydantic judges the whole (:mod:`uft.config.checks`). So jobs of a sweep that differ in values alone are
+composed together.
 """
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from uft.config.files import BROKEN, NAMES_CODE, Layers, Request, Words, files_of, read_words, translate
+from uft.config.checks import Draft
+from uft.config.files import BROKEN, NAMES_CODE, Composed, Request, Words, files_of, read_words, translate
 from uft.config.frozen import plain
 from uft.config.messages import COMMAND_LINE
+from uft.config.schema import Config, flat
 from uft.config.stages import FILE, STAGES, compose_stages, differing, expanded, has_stages, without_stages
-from uft.config.tree import Setting, Tree, leaves
 from uft.errors import Problem, UftError
 
 
@@ -36,7 +37,7 @@ class Examined:
     @property
     def wrong(self) -> set[str]:
         """The dotted keys that something is wrong with, and the groups whose choice is."""
-        return {problem.what.lstrip("+~").partition("=")[0] for problem in self.problems}
+        return {key_of(problem.what) for problem in self.problems}
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -69,30 +70,32 @@ def examine(request: Request) -> Examined:
     try:
         files = files_of(request)
         words = read_words(request.overrides, files)
-        layers = files.layers(words.chosen)
+        composed = files.composed(words.chosen)
     except (UftError, *BROKEN) as error:
         unread = error.problems if isinstance(error, UftError) else (translate(error),)
-        return Examined(Tree().judge()[0], problems=[*words.problems, *unread], kept=list(words.chosen))
-    problems = [*words.problems, *layers.naming_code]
-    if has_stages(layers, words):
-        settings, tree, origins, more, kept = compose_stages(layers, words, files)
-        problems += more
-        return Examined(settings, origins, references(tree), layers.options, problems, kept)
-    tree, right = Tree(), list[Override]()
-    problems += tree.fill([setting for file in layers.files for setting in file])
-    for override in words.values:
-        if override.key_or_group.split(".")[0] not in words.unclear:  # else which keys there are is not known
-            found = tree.apply(override)
-            problems += found
-            right += [] if found else [override]
-    settings, wrong = tree.judge()
-    problems += wrong.values()
-    kept = [*words.chosen, *(str(override.input_line) for override in right if override.key_or_group not in wrong)]
-    return Examined(plain(settings), tree.places, references(tree), layers.options, problems, kept)
+        return Examined(asdict(Config()), problems=[*words.problems, *unread], kept=list(words.chosen))
+    examined = Examined({}, choices=composed.options, problems=[*words.problems, *composed.problems])
+    if composed.problems:
+        draft, examined.settings = Draft(asdict(Config())), asdict(Config())
+    elif has_stages(composed, words):
+        examined.settings, draft, examined.origins, problems = compose_stages(composed, words, files)
+        examined.problems += problems
+    else:
+        draft = Draft(composed.values, composed.settings)
+        for override in words.values:
+            if override.key_or_group.split(".")[0] not in words.unclear:  # else which keys there are is not known
+                draft.apply(override)
+        examined.settings, examined.origins = plain(draft.judge()), draft.origins()
+        examined.problems += draft.problems
+    examined.references = {key: value for key, value in flat(draft.values) if "${" in str(value)}
+    wrong = {key_of(problem.what) for problem in examined.problems if problem not in words.problems}
+    lines = [*words.chosen, *(str(override.input_line) for override in words.values)]
+    examined.kept = [line for line in lines if key_of(line) not in wrong]
+    return examined
 
 
-def references(tree: Tree) -> dict[str, str]:
-    return {".".join(path): value for path, value in leaves(tree.values) if "${" in str(value)}
+def key_of(line: str) -> str:
+    return line.lstrip("+~").partition("=")[0]
 
 
 def refuse_named_code(request: Request) -> None:
@@ -102,25 +105,26 @@ def refuse_named_code(request: Request) -> None:
     """
     words = read_words(request.overrides, files_of(request))
     problems = [problem for problem in words.problems if problem.why == NAMES_CODE]
-    layers = None if problems else layers_of(request)
-    if problems or (layers and layers.naming_code):
-        raise UftError(*problems, *(layers.naming_code if layers else ()))
+    if not problems and (composed := composed_of(request)):
+        problems = [problem for problem in composed.problems if problem.why == NAMES_CODE]
+    if problems:
+        raise UftError(*problems)
 
 
 def needs_hydra(request: Request) -> bool:
     """Whether a request is for Hydra to carry out: it sets something of Hydra's own, or draws in a file that does."""
     try:
-        layers = layers_of(request)
+        composed = composed_of(request)
     except UftError:
         return False
-    return layers is not None and layers.needs_hydra
+    return composed is not None and composed.needs_hydra
 
 
-def layers_of(request: Request) -> Layers | None:
+def composed_of(request: Request) -> Composed | None:
     """The files of the request's right choices; None where something is wrong with them, which is told elsewhere."""
     try:
         files = files_of(request)
-        return files.layers(tuple(read_words(request.overrides, files).choices))
+        return files.composed(tuple(read_words(request.overrides, files).choices))
     except BROKEN:
         return None
 
@@ -151,9 +155,7 @@ def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any],
             settings[group] = examine(Request((line,))).settings[group]
         else:
             problems.append(Problem(line, "is for a fresh run: it is more than one group", COMMAND_LINE))
-    tree = Tree()
-    problems += tree.fill([Setting(path, value, FILE, ".".join(path)) for path, value in leaves(settings)])
+    draft = Draft.of(settings, FILE)
     for override in words.values:
-        problems += tree.apply(override)
-    whole, wrong = tree.judge()
-    return plain(whole), [*problems, *wrong.values()]
+        draft.apply(override)
+    return plain(draft.judge()), [*problems, *draft.problems]

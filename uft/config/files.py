@@ -1,35 +1,34 @@
-"""The configuration files of a request: Hydra finds and orders them; here each is read with the line of every value.
+"""The configuration files of a request: Hydra finds, orders and composes them; here is where each value was set.
 
-The one module with private names of Hydra. `ConfigLoaderImpl` and `create_config_search_path`: the public
-`initialize_config_dir` refuses to work within a running Hydra application, and knows no --config-dir. The caching
-repository of the loader: a sweep composes hundreds of times from the same files.
+Hydra's `compose` makes the values; its loader tells which files they are from, in which order.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from hydra import version
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.utils import create_config_search_path
+from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
-from hydra.core.utils import setup_globals
+from hydra.core.utils import JobRuntime
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from uft.config.checks import Draft, Setting, leaves
 from uft.config.messages import (
     COMMAND_LINE,
     conf_dir,
@@ -41,8 +40,7 @@ from uft.config.messages import (
     not_installed,
     shown,
 )
-from uft.config.schema import Config
-from uft.config.tree import Setting, leaves
+from uft.config.schema import Config, KeyPath
 from uft.errors import Problem, UftError
 from uft.runs import bounded
 
@@ -72,13 +70,18 @@ def request_of_job(hydra: Any, words: Iterable[str]) -> Request:
 
 
 @dataclass(frozen=True)
-class Layers:
-    """The files that a choice of options draws in, in the order in which they are laid one over the other."""
+class Composed:
+    """A choice of options, composed by Hydra."""
 
-    files: tuple[tuple[Setting, ...], ...]
+    values: Mapping[str, Any]  # references unresolved
+    files: tuple[tuple[Setting, ...], ...]  # the settings of each file, in the order of the files
     options: Mapping[str, str | None]  # by group
-    naming_code: tuple[Problem, ...]
+    problems: tuple[Problem, ...]  # why it could not be composed, or may not be: a file names code to run
     needs_hydra: bool  # a file sets something of Hydra's own: a launcher, a sweep
+
+    @property
+    def settings(self) -> list[Setting]:
+        return [setting for file in self.files for setting in file]
 
 
 @cache
@@ -90,16 +93,26 @@ def register() -> None:
     ConfigStore.instance().store(group="schema", name="config", node=node, provider="uft")
 
 
-def make_loader(request: Request) -> ConfigLoader:
-    """The loader that `hydra.main` would make for this request, search path plugins included."""
+@contextmanager
+def application(request: Request) -> Iterator[ConfigLoader]:
+    """Within, `compose` works as `hydra.main` would for this request, search path plugins included; yields its loader.
+
+    A Hydra application that is running is set aside meanwhile: `initialize_config_dir` refuses to work within one.
+    """
     register()
-    setup_globals()
-    version.setbase(VERSION_BASE)
-    search_path = create_config_search_path(str(Path(request.config_path or conf_dir()).resolve()))
-    if request.config_dir is not None:
-        folder = Path(request.config_dir).resolve()
-        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
-    return ConfigLoaderImpl(search_path)
+    running, name = GlobalHydra.instance().hydra, JobRuntime.instance().get("name")
+    GlobalHydra.instance().clear()
+    try:
+        folder = str(Path(request.config_path or conf_dir()).resolve())
+        with initialize_config_dir(folder, job_name=name, version_base=VERSION_BASE):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        GlobalHydra.instance().hydra = running
+
+
+def make_loader(request: Request) -> ConfigLoader:
+    with application(request) as loader:
+        return loader
 
 
 def files_of(request: Request) -> Files:
@@ -110,7 +123,7 @@ def files_of(request: Request) -> Files:
     searched = tuple(
         word for word in request.overrides if word.lstrip("+").startswith(f"{SEARCHPATH}=") and not names_code(word)
     )
-    return _files(replace(request, overrides=searched), Path.cwd(), stamp)
+    return _files(dataclasses.replace(request, overrides=searched), Path.cwd(), stamp)
 
 
 @lru_cache(maxsize=4)
@@ -123,80 +136,86 @@ class Files:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        loader = make_loader(request)
-        assert isinstance(loader, ConfigLoaderImpl)
-        primary = loader.repository.load_config(request.config_name)
-        searched = (OmegaConf.select(primary.config, SEARCHPATH) if primary is not None else None) or ()
-        if code := [place for place in searched if str(place).startswith(PACKAGE)]:
+        self.loader = make_loader(request)
+        primary = self._file(request.config_name)
+        content = OmegaConf.select(OmegaConf.load(primary), SEARCHPATH) if primary else None
+        searched = [str(place) for place in content or ()]
+        if code := [place for place in searched if place.startswith(PACKAGE)]:
             where = f"{request.config_name}.yaml"
             raise UftError(*(Problem(f"{SEARCHPATH}={place}", NAMES_CODE, where, PLUGINS) for place in code))
-        words = list(request.overrides)
-        self.repository = loader._parse_overrides_and_create_caching_repo(request.config_name, words)[1]
-        loader.repository = self.repository  # type: ignore[assignment]
-        self.loader = loader
-        self._layers: dict[tuple[str, ...], Layers] = {}
-        self._settings: dict[tuple[str, str | None], tuple[list[Setting], bool]] = {}
-
-    def is_group(self, name: str) -> bool:
-        return bool(self.repository.group_exists(name))
-
-    def options(self, group: str) -> list[str]:
-        return list(self.repository.get_group_options(group))
+        for word in request.overrides:
+            value = parser().parse_override(word).value()
+            searched = list(map(str, value)) if isinstance(value, list) else []
+        added = [str(Path(folder).resolve()) for folder in (request.config_dir,) if folder and Path(folder).is_dir()]
+        self.folders = [Path(place.removeprefix("file://")) for place in (*added, *searched)]
+        quoted = ",".join("'{}'".format(str(place).replace("\\", r"\\").replace("'", r"\'")) for place in self.folders)
+        self.words = [f"{SEARCHPATH}=[{quoted}]"] if self.folders else []
+        main = [Path(request.config_path)] if request.config_path else []
+        self.groups = groups([*main, *config_dirs(), *self.folders])
+        self._composed: dict[tuple[str, ...], Composed] = {}
 
     def has(self, group: str, option: str) -> bool:
-        return bool(self.repository.config_exists(f"{group}/{option}"))
+        folder, _, name = f"{group}/{option}".rpartition("/")
+        return name in self.groups.get(folder, {})
 
-    def layers(self, choices: tuple[str, ...]) -> Layers:
-        """The files that these overrides of groups draw in.
+    def composed(self, choices: tuple[str, ...]) -> Composed:
+        """The files that these overrides of groups draw in, once for each choice.
 
         Raises an exception of BROKEN, or UftError, where a file cannot be read or a choice is none.
         """
-        if choices not in self._layers:
-            self._layers[choices] = readable(self.request.config_dir, lambda: self._read(choices))
-        return self._layers[choices]
+        if choices not in self._composed:
+            self._composed[choices] = readable(self.request.config_dir, lambda: self._compose(choices))
+        return self._composed[choices]
 
-    def _read(self, choices: tuple[str, ...]) -> Layers:
-        found = self.loader.compute_defaults_list(self.request.config_name, list(choices), RunMode.RUN)
+    def _compose(self, choices: tuple[str, ...]) -> Composed:
+        # values of Hydra's own draw no file in
+        words = [*self.words, *(word for word in choices if not word.lstrip("+~").startswith("hydra."))]
+        found = self.loader.compute_defaults_list(self.request.config_name, words, RunMode.RUN)
         files, code = list[tuple[Setting, ...]](), list[Problem]()
         needs_hydra = any(choice.lstrip("+~").startswith(("hydra.", "hydra/")) for choice in choices)
         for default in found.defaults:
             if default.config_path is not None:
-                settings, shipped = self._settings_of(default.config_path, default.package)
+                file = self._file(default.config_path)
+                settings = list(settings_in(file, default.package or "")) if file else []
+                shipped = file is not None and file.is_relative_to(conf_dir())
                 named = [setting for setting in settings if FORBIDDEN.search(f"{setting.key}.") and not shipped]
                 code += [Problem(setting.key, NAMES_CODE, setting.file, PLUGINS) for setting in named]
                 hydras = [setting for setting in settings if setting.path[0] == "hydra"]
                 needs_hydra |= bool(hydras) and not (shipped and default.config_path == "config")
                 files.append(tuple(setting for setting in settings if setting.path[0] != "hydra"))
-        return Layers(tuple(files), dict(found.overrides.known_choices), tuple(code), needs_hydra)
+        values, problems = dict[str, Any](), code
+        if not code:
+            try:
+                with application(self.request):
+                    values = OmegaConf.to_container(compose(self.request.config_name, words))  # type: ignore[assignment]
+            except BROKEN as error:  # a list where a group of keys has to stand, for one
+                draft = Draft.laid([setting for file in files for setting in file])
+                values, problems = draft.values, [] if draft.problems else [translate(error)]
+        return Composed(values, tuple(files), dict(found.overrides.known_choices), tuple(problems), needs_hydra)
 
-    def _settings_of(self, path: str, package: str | None) -> tuple[list[Setting], bool]:
-        """(every leaf that a YAML file sets, with its line; whether the file is a shipped one).
-
-        Nothing for schema nodes and for files that came with Hydra and with plugins. `path` and `package` are those of
-        an entry of the defaults list.
-        """
-        if (path, package) not in self._settings:
-            loaded = self.repository.load_config(path)
-            folder = str(loaded.path) if loaded is not None else ""
-            settings: list[Setting] = []
-            if loaded is not None and folder.startswith("file://"):
-                file = Path(folder.removeprefix("file://")) / f"{path}.yaml"
-                above = package if package is not None else loaded.header["package"]
-                parts = str(above).split(".") if above not in (None, "", "_global_") else []
-                settings = list(_settings_in(file, tuple(parts), loaded.config))
-            self._settings[path, package] = settings, folder.removeprefix("file://") == str(conf_dir())
-        return self._settings[path, package]
+    def _file(self, path: str) -> Path | None:
+        """The YAML file of an entry of the defaults list; None for what came with Hydra and with plugins."""
+        for source in self.loader.get_sources():
+            if source.is_config(path):
+                return Path(source.path) / f"{path}.yaml" if source.scheme() == "file" else None
+        files = (folder / f"{path}.yaml" for folder in self.folders)
+        return next((file for file in files if file.is_file()), None)
 
 
-def _settings_in(file: Path, package: tuple[str, ...], config: Any) -> Iterator[Setting]:
-    content = OmegaConf.to_container(config, resolve=False)
+def settings_in(file: Path, package: str) -> Iterator[Setting]:
+    """Every leaf that a YAML file sets below its package, with its line."""
+    for inner, value, line in leaves_in(file, file.stat().st_mtime_ns):
+        path = (*filter(None, package.split(".")), *inner)
+        yield Setting(path, value, f"{shown(file)}:{line}" if line else shown(file), ".".join(path))
+
+
+@lru_cache(maxsize=256)
+def leaves_in(file: Path, modified: int) -> list[tuple[KeyPath, Any, int | None]]:
+    """(path, value, line) of every leaf of a YAML file that was written at that time."""
+    content = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(content, dict)
     lines = line_numbers(file.read_text(encoding="utf-8"))
-    for inner, value in leaves(content):
-        if inner[0] != "defaults":
-            path = (*package, *inner)
-            where = f"{shown(file)}:{lines[inner]}" if inner in lines else shown(file)
-            yield Setting(path, value, where, ".".join(path))
+    return [(path, value, lines.get(path)) for path, value in leaves(content) if path[0] != "defaults"]
 
 
 def line_numbers(text: str) -> dict[tuple[str, ...], int]:
@@ -389,7 +408,7 @@ def read_words(lines: Iterable[str], files: Files) -> Words:
             words.problems.append(_several_values(override))
         elif override.is_hydra_override():
             words.choices.append(line)
-        elif not files.is_group(override.key_or_group) or isinstance(override.value(), dict):
+        elif override.key_or_group not in files.groups or isinstance(override.value(), dict):
             words.values.append(override)
         else:
             _choose(override, files, words)
@@ -432,7 +451,7 @@ def _choose(override: Override, files: Files, words: Words) -> None:
         words.choices.append(line)
         return
     place = f"{group}@{override.package}" if override.package else group
-    advice, near = no_such_option(group, lost, files.options(group), place)
+    advice, near = no_such_option(group, lost, list(files.groups[group]), place)
     words.problems.append(Problem(line, f"no such file in conf/{group}", COMMAND_LINE, advice))
     words.mended += [near] if near else []
     words.unclear |= set() if near else {group}

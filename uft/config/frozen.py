@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
+from uft.config.checks import Draft, adapter
 from uft.config.messages import written
-from uft.config.schema import Config, Source, build, flat, parameters, resolved
-from uft.config.tree import Setting, Tree, leaves, no_such_method
+from uft.config.schema import Config, Source, flat, resolved
 from uft.errors import Problem, UftError
 from uft.runs import bounded
 
@@ -129,32 +129,27 @@ def typed(settings: Mapping[str, Any], file: str = "the configuration") -> Confi
     if references:
         why = "a run's configuration refers to nothing"
         raise UftError(*(Problem(f"{key}={value}", why) for key, value in references))
-    tree = tree_of(settings, file)
-    whole, wrong = tree.finish(())
-    method = whole["objective"].get("method")
-    if method not in parameters():
-        wrong["objective.method"] = no_such_method("objective.method", method, file)
-    if wrong:
-        raise UftError(*(replace(problem, where=file) for problem in wrong.values()))
-    config = build(Config, {**whole, "stages": settings.get("stages") or {}})
-    assert isinstance(config, Config)
+    config: Config = adapter(Config).validate_python(
+        {**current(settings, file), "stages": settings.get("stages") or {}}
+    )
     return config
 
 
-def tree_of(settings: Mapping[str, Any], file: str) -> Tree:
-    """A tree of frozen settings, but for their stages. UftError where another version wrote them, or the disk."""
-    tree = Tree()
-    own = {key: value for key, value in settings.items() if key != "stages"}
-    problems = tree.fill([Setting(path, value, file, ".".join(path)) for path, value in leaves(own)])
-    if methods := [problem for problem in problems if problem.why == "no such method"]:
-        raise UftError(*methods)
-    if problems:
-        advice = f"{problems[0].what}: {problems[0].why}"
+def current(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Frozen settings as this version has them, but for their stages. UftError where another version wrote them, or
+    they are damaged."""
+    draft = Draft.of(settings, file)
+    whole, wrong = draft.finish()
+    problems = [*draft.problems, *wrong.values()]
+    if unknown := next((problem for problem in problems if problem.why.startswith("no such key")), None):
+        advice = f"{unknown.what}: {unknown.why}"
         raise UftError(
             Problem(file, "cannot be read by this version of uft", advice=(advice,)),
             footer="See the difference:  uft config --diff RUN",
         )
-    return tree
+    if problems:
+        raise UftError(*(replace(problem, where=file) for problem in problems))
+    return whole
 
 
 # shown to people

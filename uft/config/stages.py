@@ -15,13 +15,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override
-
-from uft.config.files import BROKEN, Files, Layers, Words, translate
-from uft.config.frozen import ABSENT, difference, plain, tree_of, typed
+from uft.config.checks import (
+    NOT_TYPED,
+    OBJECTIVE,
+    Absent,
+    Draft,
+    Setting,
+    adapter,
+    faults,
+    leaves,
+    path_of,
+)
+from uft.config.files import BROKEN, Composed, Files, Words, translate
+from uft.config.frozen import ABSENT, current, difference, plain, typed
 from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
 from uft.config.schema import Config, KeyPath
-from uft.config.tree import NOT_TYPED, OBJECTIVE, Setting, Tree, leaves, path_of, settings_of
+from uft.config.schema import Stage as StageRequest
 from uft.errors import Problem
 
 STAGES = "stages"
@@ -81,10 +90,10 @@ def completed(settings: Settings) -> dict[str, Any]:
 
     Raises UftError for one that another version wrote, with keys that are none here.
     """
-    run = plain(tree_of(settings, FILE).values)
+    run = plain(current(settings, FILE))
     stages = {}
     for name, whole in expanded(settings).items():
-        stages[name] = {**settings[STAGES][name], "config": differing(plain(tree_of(whole, FILE).values), run)}
+        stages[name] = {**settings[STAGES][name], "config": differing(plain(current(whole, FILE)), run)}
     return run | ({STAGES: stages} if stages else {})
 
 
@@ -150,17 +159,17 @@ def rows_of(run: Path, path: str, source: str) -> Path:
     return folder / ROWS if (folder / ROWS).is_file() else folder / "rows" / f"{source}.jsonl"
 
 
-# --- A request with stages: every stage a tree of its own, and the run's tree above them.
+# --- A request with stages: every stage a draft of its own, and the run's draft above them.
 #
 # A stage is what the same request would be with the stage's objective and data chosen, and then its own keys:
 #
-# 1. the files, in Hydra's order; the keys that `stages.NAME.set` gives have the place of the file they stand in,
-# after
-#    what that file says for all stages: a file that comes later (debug=fast) wins over them;
-# 2. what was typed for all stages. A key counts for every stage that has it; one that no stage has is a mistake;
+# 1. the files, as Hydra composes them; a key that `stages.NAME.set` gives has the place of the file it stands in: a
+#    file that comes later (debug=fast) and sets it too wins over it;
+# 2. what was typed for all stages;
 # 3. what was typed for this stage (`stages.NAME.set`).
 #
-# Everything that is wrong with any stage is told at once, once if it is wrong in all of them.
+# A key that is set for all stages counts for every stage that has it; one that no stage has is a mistake. Everything
+# that is wrong with any stage is told at once, once if it is wrong in all of them.
 
 
 SET = "set"
@@ -173,128 +182,100 @@ MODEL = ("path", "name", "revision", "trust_remote_code")
 MEASURED = ("holdout", "eval_path", "eval_split")
 
 
-@dataclass
-class Draft:
-    """A stage while it is put together; the run's own tree is one too, under the name ""."""
+@dataclass(eq=False)
+class Planned:
+    """A stage while it is put together; the run itself is one too, under the name ""."""
 
     name: str
-    does: str = ""
-    tree: Tree = field(default_factory=Tree)
-    problems: list[Problem] = field(default_factory=list)
+    request: dict[str, Any]  # the keys of the stage, valid, without those that it sets
+    typed: list[Setting] = field(default_factory=list)  # keys that the command line sets for it alone
+    draft: Draft = field(default_factory=lambda: Draft(asdict(Config())))
     settings: dict[str, Any] = field(default_factory=dict)  # in the end
-    is_read: bool = False  # whether its files could be
 
-    def knows(self, override: Override) -> bool:
-        """Whether what was typed has a place here."""
-        path = path_of(override)
-        if override.is_delete():
-            return self.tree.get(path) is not None
-        if path[: len(SOURCES)] == SOURCES and (override.is_add() or override.is_force_add()):
-            return True
-        known = all(self.tree.key_at(setting.path) is not None for setting in settings_of(override))
-        return known and not self.tree.is_new(path)
+    @property
+    def does(self) -> str:
+        return str(self.request["do"])
 
-    def keys_at(self, place: KeyPath) -> list[str]:
-        return [key for key in self.tree.keys_at(place) if key not in NOT_TYPED] or list(self.tree.get(place))
+    @property
+    def key(self) -> str:
+        return f"{STAGES}.{self.name}"
 
 
-@dataclass
-class Outline:
-    """What a request says of its stages, before any of them is put together."""
-
-    tree: Tree = field(default_factory=Tree)
-    stages: dict[str, dict[str, Any]] = field(default_factory=dict)  # valid; without the keys that they set
-    typed: dict[str, list[Setting]] = field(default_factory=dict)  # into the `set` of each
-    problems: list[Problem] = field(default_factory=list)
-
-    def add(self, setting: Setting) -> None:
-        inside = setting.path[2:3] == (SET,)
-        problem = self.tree.put(replace(setting, path=setting.path[:2], value={}) if inside else setting)
-        self.problems += [problem] if problem else []
-
-
-def has_stages(layers: Layers, words: Words) -> bool:
-    in_files = any(setting.path[0] == STAGES and setting.path[1:] for settings in layers.files for setting in settings)
+def has_stages(composed: Composed, words: Words) -> bool:
+    in_files = any(setting.path[0] == STAGES and setting.path[1:] for setting in composed.settings)
     return in_files or any(path_of(override)[0] == STAGES for override in words.values)
 
 
 def compose_stages(
-    layers: Layers, words: Words, files: Files
-) -> tuple[dict[str, Any], Tree, dict[str, str], list[Problem], list[str]]:
-    """(the run's settings with its resolved stages, its tree, where each value was set, problems, the right words).
+    composed: Composed, words: Words, files: Files
+) -> tuple[dict[str, Any], Draft, dict[str, str], list[Problem]]:
+    """(the run's settings with its resolved stages, its draft, where each value was set, problems).
 
-    `layers` are those of the request's own choices.
+    `composed` is that of the request's own choices.
     """
-    outline = outlined(layers, words)
-    problems = [*outline.problems, *refused_choices(outline, words), *unknown_choices(outline, files)]
-    if any(stage[group] == UNCLEAR for stage in outline.stages.values() for group in OWN):
-        problems += [problem for name in outline.stages for problem in rules(name, None, outline)]
-        return Tree().judge()[0], outline.tree, outline.tree.places, problems, list(words.chosen)
-    lacking: dict[tuple[str, str], list[str]] = {}
-    fits = [name for name, stage in outline.stages.items() if stage["do"] == "fit"]
-    last = outline.stages[fits[-1]] if fits else None
-    drafts = []
-    for name, stage in outline.stages.items():
-        own = {OBJECTIVE: (stage if stage["do"] == "fit" or last is None else last)[OBJECTIVE], "data": stage["data"]}
-        drafts.append(drafted(Draft(name, stage["do"]), own, words, files, lacking))
-    run = drafted(Draft(""), {group: last[group] for group in OWN} if last else {}, words, files, {})
-    fitting = [draft for draft in drafts if draft.does == "fit"]
-    for (where, text), having in lacking.items():
-        if len(having) == len(fitting):
-            problems.append(missing(text, where, fitting))
-    for override in words.values:
-        group = path_of(override)[0]
-        if group != STAGES and group not in words.unclear:
-            problems += spread(override, drafts, run)
-    for draft in (run, *drafts):
-        for setting in outline.typed.get(draft.name, ()):
-            problem = fixed(setting) or draft.tree.put(setting)
-            draft.problems += [problem] if problem else []
-        draft.settings, wrong = draft.tree.judge()
-        draft.problems += wrong.values() if draft.is_read else ()
-    problems += together(drafts)
-    problems += [problem for draft in drafts for problem in rules(draft.name, draft, outline)]
-    if outline.stages and not fits:
+    outline, stages = outlined(composed, words)
+    problems = [*outline.problems, *refused_choices(stages, words), *unknown_choices(stages, outline, files)]
+    if any(stage.request[group] == UNCLEAR for stage in stages for group in OWN):
+        problems += [problem for stage in stages for problem in rules(stage, outline)]
+        return asdict(Config()), outline, outline.origins(), problems
+    last = next((stage for stage in reversed(stages) if stage.does == "fit"), None)
+    run = Planned("", {"do": "", OBJECTIVE: None, "data": last and last.request["data"]})
+    for stage in (run, *stages):
+        objective = stage.request[OBJECTIVE] if stage.does == "fit" or last is None else last.request[OBJECTIVE]
+        unread = lay_files(stage, {OBJECTIVE: objective, "data": stage.request["data"]}, words, files)
+        for override in words.values:
+            if path_of(override)[0] not in (STAGES, *words.unclear):
+                stage.draft.apply(override)
+        for setting in stage.typed:
+            put(setting, stage.draft)
+        stage.settings = stage.draft.judge()
+        stage.draft.problems = unread or stage.draft.problems
+    problems += together(stages)
+    problems += [problem for stage in stages for problem in (*rules(stage, outline), *handed_on(stage, stages))]
+    if stages and last is None:
         problems.append(Problem(STAGES, "none of them trains anything", advice=("one of them must be  do: fit",)))
-    templates = {draft.name: draft.settings["data"]["template"] for draft in drafts}
+    templates = {stage.name: stage.settings["data"]["template"] for stage in stages}
     if len(set(templates.values())) > 1:  # the evaluation is one for all stages
         each = ", ".join(f"{name}: {template}" for name, template in templates.items())
         why = "is one for all stages, which are measured alike"
         problems.append(Problem("data.template", why, advice=(each,)))
-    settings, origins = put_together(run, drafts, outline)
-    wrong_words = {problem.what for problem in problems}
-    lines = [*words.chosen, *(str(override.input_line) for override in words.values)]
-    return settings, run.tree, origins, problems, [line for line in lines if line not in wrong_words]
+    settings, origins = put_together(run, last, stages, outline)
+    return settings, run.draft, origins, problems
 
 
-# what the request says of them
+def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
+    """The stages as the request names them, and the draft of `stages` with what is wrong in it."""
+    outline, typed = Draft({STAGES: {}}), dict[str, list[Setting]]()
 
+    def put_in(setting: Setting) -> None:
+        inside = setting.path[2:3] == (SET,)
+        outline.put(replace(setting, path=setting.path[:2], value={}) if inside else setting)
 
-def outlined(layers: Layers, words: Words) -> Outline:
-    outline = Outline()
-    for settings in layers.files:
-        for setting in settings:
-            if setting.path[0] == STAGES and setting.path[1:]:
-                outline.add(setting)
+    for setting in composed.settings:
+        if setting.path[0] == STAGES and setting.path[1:]:
+            put_in(setting)
     for override in words.values:
-        path, line, names = path_of(override), str(override.input_line), list(outline.tree.values[STAGES])
+        path, line, names = path_of(override), str(override.input_line), list(outline.values[STAGES])
         if path[0] != STAGES:
             continue
         if override.is_delete():
-            outline.problems += outline.tree.apply(override)
+            outline.apply(override)
         elif path[1:] and path[1] not in names and not (override.is_add() or override.is_force_add()):
             near = nearest(path[1], names)
             advice = hint(near and f"{STAGES}.{near}", STAGES, names)
             outline.problems.append(Problem(line, "no such stage", COMMAND_LINE, (advice,)))
         else:
             for setting in own_keys(path, override.value(), COMMAND_LINE, line):
-                outline.add(setting)
+                put_in(setting)
                 if setting.path[2:3] == (SET,) and (setting.path[3:] or setting.value not in (None, {})):
-                    outline.typed.setdefault(path[1], []).append(replace(setting, path=setting.path[3:]))
-    for name in outline.tree.values[STAGES]:
-        outline.stages[name], wrong = outline.tree.finish((STAGES, name))
-        outline.problems += wrong.values()
-    return outline
+                    typed.setdefault(path[1], []).append(replace(setting, path=setting.path[3:]))
+    stages = []
+    for name, stage in outline.values[STAGES].items():
+        for place, fault in faults(StageRequest, stage, (STAGES, name)).items():
+            outline.problems.append(outline.problem_at(place, fault))
+            outline.put_default(place)
+        stages.append(Planned(name, asdict(adapter(StageRequest).validate_python(stage)), typed.get(name, [])))
+    return outline, stages
 
 
 def own_keys(path: KeyPath, value: object, where: str, text: str) -> Iterator[Setting]:
@@ -305,69 +286,62 @@ def own_keys(path: KeyPath, value: object, where: str, text: str) -> Iterator[Se
             yield Setting(key, item, where, text)
 
 
-def refused_choices(outline: Outline, words: Words) -> Iterator[Problem]:
+def refused_choices(stages: Sequence[Planned], words: Words) -> Iterator[Problem]:
     """`objective=kto` where every stage names its own."""
     for group in OWN:
-        naming = {name: s for name, s in outline.stages.items() if group == "data" or s["do"] == "fit"}
-        if not naming or any(stage[group] is None for stage in naming.values()):
+        naming = [stage for stage in stages if group == "data" or stage.does == "fit"]
+        if not naming or any(stage.request[group] is None for stage in naming):
             continue
         for line in words.choices:
             key, _, option = line.lstrip("+").partition("=")
             if key == group:
-                each = "   or  ".join(f"{STAGES}.{name}.{group}={option}" for name in naming)
+                each = "   or  ".join(f"{stage.key}.{group}={option}" for stage in naming)
                 why = f"every stage has {'an objective' if group == OBJECTIVE else 'data'} of its own"
                 yield Problem(line, why, COMMAND_LINE, (f"for one of them:  {each}",))
 
 
-def unknown_choices(outline: Outline, files: Files) -> Iterator[Problem]:
+def unknown_choices(stages: Sequence[Planned], outline: Draft, files: Files) -> Iterator[Problem]:
     """Objectives and data that have no file. The stage then has the one that was probably meant."""
-    for name, stage in outline.stages.items():
+    for stage in stages:
         for group in OWN:
-            option, key = stage[group], f"{STAGES}.{name}.{group}"
+            option, key = stage.request[group], f"{stage.key}.{group}"
             if option is not None and not files.has(group, option):
-                advice, meant = no_such_option(group, option, files.options(group), key)
-                yield Problem(f"{key}={option}", f"no such file in conf/{group}", outline.tree.where(key), advice)
-                stage[group] = meant.partition("=")[2] if meant else UNCLEAR
+                advice, meant = no_such_option(group, option, list(files.groups[group]), key)
+                where = outline.where((STAGES, stage.name, group))
+                yield Problem(f"{key}={option}", f"no such file in conf/{group}", where, advice)
+                stage.request[group] = meant.partition("=")[2] if meant else UNCLEAR
 
 
 # every stage
 
 
-def drafted(
-    draft: Draft,
-    own: Mapping[str, str | None],
-    words: Words,
-    files: Files,
-    lacking: dict[tuple[str, str], list[str]],
-) -> Draft:
-    """A stage as the files have it. Keys of other objectives, set for all stages, are noted in `lacking`."""
+def lay_files(stage: Planned, own: Mapping[str, str | None], words: Words, files: Files) -> list[Problem]:
+    """Begin the draft of a stage with the files, its own objective and data among them; why they cannot be read."""
     replaced = {group: option for group, option in own.items() if option is not None}
     others = [line for line in words.chosen if line.lstrip("+").partition("=")[0] not in replaced]
     try:
-        layers = files.layers((*others, *(f"{group}={option}" for group, option in replaced.items())))
+        composed = files.composed((*others, *(f"{group}={option}" for group, option in replaced.items())))
     except BROKEN as error:
-        draft.problems.append(translate(error))
-        return draft
-
-    def leave(setting: Setting) -> bool:
-        foreign = setting.path[0] == OBJECTIVE and draft.tree.key_at(setting.path) is None
-        if setting.text.startswith(f"{STAGES}.") or not foreign:
-            return False
-        if draft.does == "fit":
-            lacking.setdefault((setting.where, setting.text), []).append(draft.name)
-        return True
-
-    draft.is_read, kept = True, list[Setting]()
-    for settings in layers.files:
-        kept += [setting for setting in settings if setting.path[0] != STAGES]
-        for setting in settings:
-            if setting.path[:3] == (STAGES, draft.name, SET):
+        return [translate(error)]
+    if composed.problems:
+        return list(composed.problems)
+    stage.draft = Draft({**composed.values, STAGES: {}}, [s for s in composed.settings if s.path[0] != STAGES])
+    for number, file in enumerate(composed.files, 1):
+        later = {setting.path for other in composed.files[number:] for setting in other}
+        for setting in file:
+            if setting.path[:3] == (STAGES, stage.name, SET):
                 for one in own_keys(setting.path[3:], setting.value, setting.where, setting.text):
-                    problem = fixed(one)
-                    draft.problems += [problem] if problem else []
-                    kept += [] if problem else [one]
-    draft.problems += draft.tree.fill(kept, leave)
-    return draft
+                    if one.path not in later:
+                        put(one, stage.draft)
+    return []
+
+
+def put(setting: Setting, draft: Draft) -> None:
+    """Lay a key that a stage sets for itself, unless no stage can have it for itself."""
+    if problem := fixed(setting):
+        draft.problems.append(problem)
+    else:
+        draft.put(setting)
 
 
 def fixed(setting: Setting) -> Problem | None:
@@ -386,84 +360,82 @@ def fixed(setting: Setting) -> Problem | None:
     return Problem(setting.text, why, setting.where, advice) if why else None
 
 
-def spread(override: Override, drafts: Sequence[Draft], run: Draft) -> Iterator[Problem]:
-    """Put what was typed for all stages into those that have the key; yields the problem where none has it."""
-    if run.knows(override):
-        run.problems += run.tree.apply(override)
-    path, having = path_of(override), [draft for draft in drafts if draft.knows(override)]
-    fits = [draft for draft in drafts if draft.does == "fit"]
-    if not having and override.package is None and path[0] in OWN and path[1:] and fits:
-        yield missing(str(override.input_line), COMMAND_LINE, fits if path[0] == OBJECTIVE else drafts)
-    else:
-        for draft in having or drafts:
-            draft.problems += draft.tree.apply(override)
+def together(stages: Sequence[Planned]) -> Iterator[Problem]:
+    """The problems of all stages, each once, with the stages that have it where not all do.
 
-
-def missing(text: str, where: str, drafts: Sequence[Draft]) -> Problem:
-    """A key that no stage has, with the keys of each."""
-    path = tuple(text.lstrip("+").partition("=")[0].split("."))
-    place = SOURCES if path[: len(SOURCES)] == SOURCES else path[:1]
-    keys = {draft.name: draft.keys_at(place) for draft in drafts}
-    near = nearest(path[len(place)], sorted({key for own in keys.values() for key in own}))
-    meant = [hint(".".join((*place, near, *path[len(place) + 1 :])), "", ())] if near else []
-    group = place[0]
-    each = [f"{d.name} ({group}={d.tree.get((group, 'name'))}): {', '.join(keys[d.name])}" for d in drafts]
-    return Problem(text, "no such key in any stage", where, (*meant, *each))
-
-
-def together(drafts: Sequence[Draft]) -> Iterator[Problem]:
-    """The problems of all stages, each once, with the stages that have it where not all do."""
+    A key that was set for all of them and that some do not have is no problem.
+    """
     found: dict[Problem, list[str]] = {}
-    for draft in drafts:
-        for problem in dict.fromkeys(draft.problems):
-            found.setdefault(problem, []).append(draft.name)
+    absent: dict[tuple[str, str], list[Problem]] = {}
+    for stage in stages:
+        for problem in dict.fromkeys(stage.draft.problems):
+            if isinstance(problem, Absent) and not problem.what.startswith(f"{STAGES}."):
+                absent.setdefault((problem.what, problem.where), []).append(problem)
+            else:
+                found.setdefault(problem, []).append(stage.name)
+    for (text, where), problems in absent.items():
+        if len(problems) == len(stages):
+            yield missing(text, where, stages)
     for problem, names in found.items():
-        if len(names) == len(drafts) or problem.what.startswith(f"{STAGES}."):
+        if len(names) == len(stages) or problem.what.startswith(f"{STAGES}."):
             yield problem
         else:
             where = f"in stage{'s' * (len(names) > 1)} {', '.join(names)}"
             yield replace(problem, advice=(*problem.advice, where))
 
 
+def missing(text: str, where: str, stages: Sequence[Planned]) -> Problem:
+    """A key that no stage has, with the keys of each."""
+    path = tuple(text.lstrip("+~").partition("=")[0].split("."))
+    group = path[0]
+    place = (group,) if group == OBJECTIVE else SOURCES
+    having = [stage for stage in stages if stage.does == "fit" or group != OBJECTIVE]
+    keys = {stage: stage.draft.keys_at(place) or list(stage.draft.get(place)) for stage in having}
+    shown = {stage.name: [key for key in own if key not in NOT_TYPED] for stage, own in keys.items()}
+    near = nearest(path[len(place)], sorted({key for own in shown.values() for key in own}))
+    meant = [hint(".".join((*place, near, *path[len(place) + 1 :])), "", ())] if near else []
+    each = [
+        f"{stage.name} ({group}={stage.draft.get((group, 'name'))}): {', '.join(shown[stage.name])}" for stage in having
+    ]
+    return Problem(text, "no such key in any stage", where, (*meant, *each))
+
+
 # rules about stages
 
 
-def rules(name: str, draft: Draft | None, outline: Outline) -> Iterator[Problem]:
-    """Everything that is wrong with a stage beside the others: its name, its kind, what it takes from earlier ones."""
-    key, stage = f"{STAGES}.{name}", outline.stages[name]
-    where = next((place for own, place in outline.tree.places.items() if own.startswith(f"{key}.")), "")
-    if not NAME.fullmatch(name):
-        yield Problem(key, "names a folder: letters, digits, - and _, a letter first", where)
-    if stage["reference"] != "start" and stage["do"] in ("generate", "annotate"):
-        yield Problem(f"{key}.reference={stage['reference']}", f"has no meaning where do={stage['do']}", where)
-    if draft is None:
+def rules(stage: Planned, outline: Draft) -> Iterator[Problem]:
+    """What is wrong with a stage by itself: its name, its kind, its reference."""
+    where = next((place for own, place in outline.origins().items() if own.startswith(f"{stage.key}.")), "")
+    reference = stage.request["reference"]
+    if not NAME.fullmatch(stage.name):
+        yield Problem(stage.key, "names a folder: letters, digits, - and _, a letter first", where)
+    if reference != "start" and stage.does != "fit":
+        yield Problem(f"{stage.key}.reference={reference}", f"has no meaning where do={stage.does}", where)
+    if not stage.settings:
         return
-    names = list(outline.stages)
-    earlier = {other: outline.stages[other]["do"] for other in names[: names.index(name)]}
+    if stage.does == "annotate" and stage.settings["annotate"]["column"] is None:
+        advice = f"{stage.key}.set={{annotate.column: baseline_logp}}"
+        yield Problem(stage.key, "which column to write is not said", where, (advice,))
+    if reference == "initial" and stage.settings["reference"]["path"] is not None:
+        yield Problem(f"{stage.key}.reference=initial", "and reference.path both name the reference", where)
+
+
+def handed_on(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
+    """What is wrong with what a stage takes from earlier ones: rows of its sources, models that annotate."""
+    earlier = {other.name: other.does for other in stages[: stages.index(stage)]}
     trained = [other for other, do in earlier.items() if do == "fit"]
-    yield from handed_on(draft, earlier)
-    if stage["do"] == "annotate":
-        if draft.settings["annotate"]["column"] is None:
-            advice = f"{key}.set={{annotate.column: baseline_logp}}"
-            yield Problem(key, "which column to write is not said", where, (advice,))
-        for path in draft.settings["annotate"]["models"]:
-            if made(path) and maker(path) not in trained:
-                advices = no_such_stage(path, "stages before this one that train", trained)
-                place = draft.tree.where("annotate.models")
-                yield Problem(f"annotate.models=[{path}]", "no such stage before this one", place, advices)
-    if stage["reference"] == "initial" and draft.settings["reference"]["path"] is not None:
-        yield Problem(f"{key}.reference=initial", "and reference.path both name the reference", where)
-
-
-def handed_on(draft: Draft, earlier: Mapping[str, str]) -> Iterator[Problem]:
-    """Sources whose rows an earlier stage makes; `earlier`: what each of these does."""
-    makers = [stage for stage, do in earlier.items() if do != "fit"]
-    for source, node in draft.settings["data"]["sources"].items():
+    makers = [other for other, do in earlier.items() if do != "fit"]
+    for path in stage.settings["annotate"]["models"] if stage.does == "annotate" else ():
+        if made(path) and maker(path) not in trained:
+            advices = no_such_stage(path, "stages before this one that train", trained)
+            place = stage.draft.where(("annotate", "models"))
+            yield Problem(f"annotate.models=[{path}]", "no such stage before this one", place, advices)
+    for source, node in stage.settings["data"]["sources"].items():
         if not made(node["path"]):
             continue
         key, path = f"data.sources.{source}", node["path"]
-        what, where = f"{key}.path={path}", draft.tree.where(f"{key}.path")
-        if earlier.get(maker(path)) == "fit":
+        what, where = f"{key}.path={path}", stage.draft.where((*SOURCES, source, "path"))
+        if maker(path) in trained:
             yield Problem(what, f"stage {maker(path)} trains and leaves no rows", where)
         elif maker(path) not in makers:
             advices = no_such_stage(path, "stages before this one that make rows", makers)
@@ -471,7 +443,7 @@ def handed_on(draft: Draft, earlier: Mapping[str, str]) -> Iterator[Problem]:
         for leaf in MEASURED:
             if node.get(leaf):
                 why = f"what {path} holds out is measured: rows to measure on are there before the first step"
-                yield Problem(f"{key}.{leaf}", why, draft.tree.where(f"{key}.{leaf}"))
+                yield Problem(f"{key}.{leaf}", why, stage.draft.where((*SOURCES, source, leaf)))
 
 
 def no_such_stage(path: str, label: str, stages: Sequence[str]) -> tuple[str, ...]:
@@ -480,21 +452,20 @@ def no_such_stage(path: str, label: str, stages: Sequence[str]) -> tuple[str, ..
     return (advice,) if advice else ()
 
 
-def put_together(run: Draft, drafts: Sequence[Draft], outline: Outline) -> tuple[dict[str, Any], dict[str, str]]:
+def put_together(
+    run: Planned, last: Planned | None, stages: Sequence[Planned], outline: Draft
+) -> tuple[dict[str, Any], dict[str, str]]:
     """(the run's settings with its resolved stages, and the objective and data of its last fit stage; origins)."""
-    settings = plain(run.settings)
-    origins = run.tree.places
-    last = next((draft for draft in reversed(drafts) if draft.does == "fit"), None)
-    for group in OWN if last else ():
+    settings, origins = plain(run.settings), run.draft.origins()
+    for group in OWN if last is not None else ():
         assert last is not None
         settings[group] = last.settings[group]
         origins = {key: where for key, where in origins.items() if not key.startswith(f"{group}.")}
-        origins |= {key: where for key, where in last.tree.places.items() if key.startswith(f"{group}.")}
-    stages: dict[str, Any] = {}
-    for draft in drafts:
-        stage, prefix = outline.stages[draft.name], f"{STAGES}.{draft.name}."
-        head = {"do": stage["do"], "reference": stage["reference"]} if draft.does == "fit" else {"do": stage["do"]}
-        stages[draft.name] = {**head, "config": differing(plain(draft.settings), settings)}
-        origins |= {f"{prefix}config.{key}": where for key, where in draft.tree.places.items()}
-        origins |= {key: where for key, where in outline.tree.places.items() if key.startswith(prefix)}
-    return settings | {STAGES: stages}, origins
+        origins |= {key: where for key, where in last.draft.origins().items() if key.startswith(f"{group}.")}
+    nodes: dict[str, Any] = {}
+    for stage in stages:
+        head = {key: stage.request[key] for key in (("do", "reference") if stage.does == "fit" else ("do",))}
+        nodes[stage.name] = {**head, "config": differing(plain(stage.settings), settings)}
+        origins |= {f"{stage.key}.config.{key}": where for key, where in stage.draft.origins().items()}
+        origins |= {key: where for key, where in outline.origins().items() if key.startswith(f"{stage.key}.")}
+    return settings | {STAGES: nodes}, origins
