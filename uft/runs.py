@@ -14,6 +14,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 import uuid
@@ -258,9 +259,14 @@ def summary(run: Run) -> Mapping[str, Any]:
 
 
 def shown(path: Path) -> str:
-    """A path as one would type it here."""
+    """A path as one would name it here."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
+
+
+def typed_path(path: Path) -> str:
+    """A path as a word of a command line."""
+    return shlex.quote(shown(path))
 
 
 # --- Reading and writing files

@@ -32,7 +32,7 @@ from uft.config.tree import Tree
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import changed_keys, launch_job, launch_train, row_problems
 from uft.launch.sweep import JobFailed, examine_jobs, failure_reason, is_sweep_job, quote, typed_overrides
-from uft.runs import Run, open_run
+from uft.runs import Run, open_run, typed_path
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""
@@ -68,8 +68,8 @@ def generate(arguments: list[str]) -> int:
         return run_verb("generate", partial(run_job, "generate"), arguments)
     run = open_run(named)
     if not run.model_dir.is_dir():
-        finished = run.status == "finished"
-        advice = "it was trained with train.save_model=false" if finished else f"finish it:  uft resume {run.path}"
+        advice = f"finish it:  uft resume {typed_path(run.path)}"
+        advice = "it was trained with train.save_model=false" if run.status == "finished" else advice
         raise UftError(Problem(str(run.path), "has no model/ in it", advice=(advice,)))
     return launch_job("generate", changed(with_model(run), with_sources(arguments[1:])))
 

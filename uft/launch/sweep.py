@@ -44,7 +44,7 @@ from uft.errors import FAILED, INTERRUPTED, STOPPED, Problem, UftError
 from uft.launch.forkserver import forkserver
 from uft.launch.launcher import OUTPUTS, changed_keys, row_problems, slug, today
 from uft.launch.sweep_table import SweepTable
-from uft.runs import SWEEP_FILE, Damaged, Run, read_json, shown, write_json
+from uft.runs import SWEEP_FILE, Damaged, Run, read_json, shown, typed_path, write_json
 
 MANY = 20  # jobs that take seconds to check
 LONGEST = 120  # characters of a name; file systems allow 255
@@ -489,8 +489,10 @@ def run_grid(
             if session.stopped:
                 break
     if session.failed:
-        raise SystemExit(session.report(len(jobs), f"{AGAIN} Or:\n  uft resume {shown(folder)}" if trains else AGAIN))
+        raise SystemExit(
+            session.report(len(jobs), f"{AGAIN} Or:\n  uft resume {typed_path(folder)}" if trains else AGAIN)
+        )
     if trains:
         done = f"all {len(jobs)} jobs are" if len(jobs) > 1 else "the one job is"
-        print(f"\nuft: {done} done.  Compare:  uft compare {shown(folder)}")
+        print(f"\nuft: {done} done.  Compare:  uft compare {typed_path(folder)}")
     return results

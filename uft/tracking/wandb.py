@@ -21,12 +21,11 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from queue import Queue
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from uft.errors import FAILED, GOOD, STOPPED, Problem, UftError
-from uft.runs import Run, shown
+from uft.runs import Run, typed_path
 from uft.tracking.metrics import read_metrics, read_samples
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ class Wandb:
 
     @property
     def sync_command(self) -> str:
-        return f"uft sync {quote(shown(self.run.path))}"
+        return f"uft sync {typed_path(self.run.path)}"
 
     def _go_online(self, mode: str) -> str:
         """Open the run online; the reason where a server does not answer or refuses, or there is no key for `auto`."""
