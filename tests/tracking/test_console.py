@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import math
 import os
 import pty
 import re
@@ -179,6 +180,17 @@ def test_the_evaluation_before_last_and_now(tmp_path):
     assert '  style: "a\\nb" -> "c"' in text
     assert "5+5" not in text, "one sample per source"
     assert "4.000" in (tmp_path / "log").read_text()
+
+
+def test_an_estimate_of_kl_that_is_none_is_told():
+    for value, odd in ((0.5, False), (100.0, False), (1.2e7, True), (math.inf, True), (math.nan, True)):
+        stream = io.StringIO()
+        console = Console(stream, None, 300)
+        metrics = {"eval/nll": 1e9, "eval/kl": 0.25, "eval/sums/kl": value}
+        console.evaluation(200, Evaluation(metrics, []))
+        assert ("\nsums/kl: no estimate. " in stream.getvalue()) is odd
+        console.end("run", result("finished", 200, 1.0, 1, final={"eval/kl": value, "eval/sums/kl": 1.0}), 200)
+        assert bool(re.search(r"  caution +kl: no estimate\. ", stream.getvalue())) is odd
 
 
 def test_a_resumed_console_still_knows_the_evaluation_before():

@@ -34,6 +34,7 @@ PREFIX = "eval/"
 SHOWN_METRICS = 10  # in the end card
 HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
 """Metrics of an evaluation that come first, in this order, where there is no room for all."""
+LARGEST_KL = 100.0  # nats per token; a larger estimate is none
 STYLES = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}
 
 
@@ -100,7 +101,7 @@ class Console:
         if evaluation.metrics:
             self._evaluations[step] = dict(evaluation.metrics)
             self._rich(evaluation_table(step, self._evaluations, self.marks))
-            self._print("")
+            self._print(f"\n{note}\n" if (note := kl_note(evaluation.metrics)) else "")
         if evaluation.samples:
             self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
 
@@ -228,6 +229,14 @@ def evaluation_table(
     return table
 
 
+def kl_note(metrics: Mapping[str, float]) -> str:
+    """A line about estimates of `kl` that are no estimates; "" where there are none."""
+    found = (name.removeprefix(PREFIX) for name, value in metrics.items() if not value <= LARGEST_KL)  # NaN too
+    names = [name for name in found if name.rpartition("/")[2] == "kl"]
+    why = "no estimate. Tokens that the model has made all but impossible outweigh all others; read nll instead"
+    return printable(f"{', '.join(names)}: {why}") if names else ""
+
+
 def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
     """The first sample of every source, a line each."""
 
@@ -264,6 +273,7 @@ def ending_rows(result: Mapping[str, Any], total_steps: int, commands: Sequence[
         ("error", result["error"] or ""),
         ("final", text(shown)),
         ("best", f"{best} at step {result['best_step']}" if best and result["best_step"] is not None else best),
+        ("caution", kl_note({name: final[name] for name in shown})),
         ("time", f"{duration(seconds)} of training" if seconds else ""),
         ("tokens", count(tokens) + speed if tokens else ""),
         ("peak memory", f"{memory / 1e9:.1f} GB" if memory is not None else ""),
