@@ -14,10 +14,8 @@ from records import SAMPLES, curve
 from standin import KEY
 
 from uft.errors import UftError
-from uft.runs import Run
 from uft.tracking import make_tracker
-from uft.tracking.metrics import Files
-from uft.tracking.wandb import Wandb, sample_columns
+from uft.tracking.wandb import Wandb
 
 
 def test_an_online_run_as_the_server_sees_it(open_wandb, new_run, server, capfd, home):
@@ -160,21 +158,6 @@ def test_only_the_first_rank_tracks(new_run, config):
     tracker.samples(1, SAMPLES)
     tracker.finish("finished", 0, {})
     assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "overrides.yaml", "run.json"]
-
-
-def test_lines_samples_and_tables_name_their_stage(tmp_path):
-    files = Files(Run(tmp_path))
-    files.start()
-    files.log(1, {"stage": "sft", "loss": 2.0})
-    files.samples(1, SAMPLES[:1], "sft")
-    files.samples(2, SAMPLES[:1])
-    files.finish("finished", 0, {})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "stage": "sft", "loss": 2.0}\n'
-    named, plain = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
-    assert list(named)[:3] == ["step", "stage", "source"]
-    assert "stage" not in plain
-    assert sample_columns([named])["samples"].columns[:3] == ["step", "stage", "source"]
-    assert "stage" not in sample_columns([plain])["samples"].columns
 
 
 # --- Without a key, without a network

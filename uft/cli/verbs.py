@@ -170,7 +170,9 @@ def with_model(run: Run) -> dict[str, Any]:
 def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
     """Carry out a verb with these arguments, or print its help; the exit code. Every mistake is told by us."""
     if set(FLAGS) & set(arguments):
-        print(help_text(verb, option(arguments, "--config-dir", "-cd")))
+        folder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        folder.add_argument("--config-dir", "-cd", nargs="?")
+        print(help_text(verb, folder.parse_known_args(arguments)[0].config_dir))
         return GOOD
     parsed = parse(arguments)
     name, overrides = parsed.config_name or "config", with_sources(parsed.overrides, parsed.config_dir)
@@ -278,21 +280,26 @@ def explained(error: Exception, request: Request, multirun: bool) -> UftError:
     return UftError(*problems, footer=last) if problems else UftError(translate(error))
 
 
+SWITCHES = ("--run -r", "--multirun -m", "--shell-completion -sc", "--hydra-help", "--version", "--resolve")
+VALUES = ("--package -p", "--config-path -cp", "--config-name -cn", "--config-dir -cd", "--experimental-rerun")
+CHOICES = {
+    "--cfg -c": ("job", "hydra", "all"),
+    "--info -i": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Hydra's own options, before, between or behind the settings, with words for people who write --steps 5."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    switches = (["--run", "-r"], ["--multirun", "-m"], ["--shell-completion", "-sc"])
-    values = (["--package", "-p"], ["--config-path", "-cp"], ["--config-name", "-cn"], ["--config-dir", "-cd"])
-    options = [
-        *(parser.add_argument(*names, action="store_true") for names in switches),
-        *(parser.add_argument(name, action="store_true") for name in ("--hydra-help", "--version", "--resolve")),
-        *(parser.add_argument(*names) for names in (*values, ["--experimental-rerun"])),
-        parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"]),
-    ]
-    info = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
-    options.append(parser.add_argument("--info", "-i", nargs="?", const="all", choices=info))
-    known = {name for each in options for name in each.option_strings}
+    for names in SWITCHES:
+        parser.add_argument(*names.split(), action="store_true")
+    for names in VALUES:
+        parser.add_argument(*names.split())
+    for names, choices in CHOICES.items():
+        alone: dict[str, Any] = {"nargs": "?", "const": "all"} if names.startswith("--info") else {}
+        parser.add_argument(*names.split(), choices=choices, **alone)
+    known = {name for names in (*SWITCHES, *VALUES, *CHOICES) for name in names.split()}
 
     def fail(message: str) -> NoReturn:
         words = [word for word in arguments if word.startswith("-") and word.partition("=")[0] not in known]
@@ -334,12 +341,3 @@ def not_an_option(word: str) -> Problem:
     meant = path or nearest(key, keys_of(Config)) or key
     advice = f"settings are written key=value, without dashes:  {meant}={value or '...'}"
     return Problem(word, "no such option", "command line", (OTHER_OPTIONS.get(key, advice),))
-
-
-def option(arguments: list[str], *names: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE`."""
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
-        name, equals, value = word.partition("=")
-        if name in names:
-            return value if equals else following
-    return None
