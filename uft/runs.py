@@ -203,12 +203,12 @@ def named_folder(word: str | Path) -> Path:
     names nothing comes back as it is.
     """
     folder = Path(word)
-    if folder.is_dir() or folder.is_absolute() or ".." in folder.parts:
+    if os.path.isdir(folder) or folder.is_absolute() or ".." in folder.parts:
         return folder
     if str(word) == "last" and (runs := find_runs(OUTPUTS)):
         return max(runs, key=lambda run: (run.modified, run.path)).path
-    name = glob.escape(str(word))
-    found = [path for depth in ("", "*/", "*/*/") for path in OUTPUTS.glob(depth + name) if path.is_dir()]
+    patterns = (str(OUTPUTS / depth / glob.escape(str(word))) for depth in ("", "*", "*/*"))
+    found = [Path(path) for pattern in patterns for path in glob.glob(pattern) if os.path.isdir(path)]
     return max(found, key=lambda path: path.parts[1], default=folder)
 
 

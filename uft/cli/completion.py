@@ -17,9 +17,10 @@ from uft.cli import VERBS
 from uft.cli.help import PAGES
 from uft.config.schema import COLUMNS
 from uft.errors import GOOD
+from uft.runs import OUTPUTS, find_runs, find_sweeps
 
-FIRST_WORDS: dict[str, tuple[str, ...]] = {"generate": (), "annotate": COLUMNS}
-"""Verbs whose first word is none of Hydra's, a run folder or a column, and what it may be."""
+OF_RUNS = ("resume", "compare", "sync", "ls", "generate")
+"""Verbs whose words, or first word, name runs. Where no name fits, the shell offers its files."""
 OUR_OPTIONS = ("--trace",)  # words that Hydra's parser does not know
 HIDDEN = ("schema", "+schema", "~schema")
 
@@ -34,19 +35,28 @@ def complete(arguments: list[str]) -> int:
         print("\n".join(verb for verb in VERBS if verb.startswith(words[-1] if len(words) == 2 else "")))
         return GOOD
     program, verb, *rest = (word for word in words if word not in OUR_OPTIONS)
+    named = COLUMNS if verb == "annotate" else run_names() if verb in OF_RUNS else ()  # none of Hydra's words
+    if rest and (verb not in PAGES or len(rest) == 1):
+        print("".join(f"{word}\n" for word in named if word.startswith(rest[-1])), end="")
     if verb not in PAGES:
-        return GOOD  # folders and files: the shell's own completion
-    if verb in FIRST_WORDS and rest and "=" not in rest[0]:
-        if len(rest) > 1:
-            rest = rest[1:]
-        else:
-            print("".join(f"{word}\n" for word in FIRST_WORDS[verb] if word.startswith(rest[0])), end="")
+        return GOOD
+    if verb in ("generate", "annotate") and len(rest) > 1 and "=" not in rest[0]:
+        rest = rest[1:]
     os.environ["COMP_LINE"] = " ".join([program, *rest])
     answer = io.StringIO()
     with redirect_stdout(answer), redirect_stderr(io.StringIO()):  # a line that cannot be read has no completions
         hydra_completion(arguments)
     print("\n".join(word for word in answer.getvalue().splitlines() if not word.startswith(HIDDEN)))
     return GOOD
+
+
+def run_names() -> list[str]:
+    """The names of runs and sweeps below outputs/, and `last` where there is one."""
+    runs = find_runs(OUTPUTS)
+    return [
+        *sorted({run.name for run in runs} | {sweep.name for sweep in find_sweeps(OUTPUTS)}),
+        *(["last"] if runs else []),
+    ]
 
 
 def hydra_completion(arguments: list[str]) -> int:

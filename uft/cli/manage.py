@@ -379,7 +379,7 @@ def findings() -> Iterator[tuple[str, dict[str, str]]]:
     from uft.config.messages import conf_dir, user_dir
     from uft.launch.launcher import versions
     from uft.runs import cache_root
-    from uft.tracking.wandb import Server, has_key, reachable
+    from uft.tracking.wandb import has_key, reachable, wandb_server
 
     yours = str(user_dir() or "none (./conf-user or $UFT_CONF)")
     yield "installed", {**versions(), "configuration": str(conf_dir()), "your files": yours}
@@ -394,7 +394,7 @@ def findings() -> Iterator[tuple[str, dict[str, str]]]:
     folders = {"here": Path.cwd(), "uft's cache": cache_root(), "hub cache": hub_home}
     yield "disk", {name: free_space(folder) for name, folder in folders.items()}
 
-    wandb = Server(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    wandb = wandb_server()
     token = os.environ.get("HF_TOKEN") or (hub_home / "token").is_file()
     urls = {"W&B": wandb.url, "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co")}
     keys = {

@@ -89,14 +89,14 @@ def first_word(arguments: list[str]) -> str | None:
 
 def names_rows(word: str, config_dir: str | None = None) -> bool:
     """Whether a word is a file of rows, or chooses one (or a folder, or a hub id with its slash) as data=PATH."""
-    from uft.data.sources import READERS
-
-    key, equals, path = word.rpartition("=")
-    if (equals and key != "data") or word.startswith(("~", "-")):
+    key, equals, path = word.partition("=") if "=" in word else ("data", "", word)
+    if key != "data" or word.startswith(("~", "-")):
         return False
     if equals and path in groups(config_dirs(config_dir)).get("data", {}):
         return False
-    there = Path(path).exists() or "/" in path if equals else Path(path).is_file()
+    from uft.data.sources import READERS
+
+    there = os.path.exists(path) or "/" in path if equals else os.path.isfile(path)
     return there or Path(path).suffix.lower() in READERS
 
 
@@ -231,17 +231,17 @@ def hydra_task(work: Work, cfg: DictConfig) -> None:
     A job of a multirun may be in another process, which must not exit: it raises what a single run exits with.
     """
     composed = HydraConfig.get()
-    words = list(composed.overrides.task)
-    request = request_of_job(composed, words)
+    request = request_of_job(composed, list(composed.overrides.task))
+    words = [*options_of(request), *composed.overrides.task]
     if composed.mode == RunMode.MULTIRUN:
         examined = require(request)
-        code = work(examined, [*options_of(request), *words])
+        code = work(examined, words)
         if code != GOOD:
             folder = str(examined.settings["run"]["dir"] or "")
             raise JobFailed(code, folder, failure_reason(code, Path(folder)))
         return
     try:
-        code = work(checked(request), [*options_of(request), *words])
+        code = work(checked(request), words)
     except UftError as error:
         if tracing():
             raise
