@@ -214,7 +214,7 @@ def named_folder(word: str | Path) -> Path:
 
 def no_runs(folder: Path, why: str = "no run in this folder") -> UftError:
     """What is wrong with a folder, or a name, that is no run: `why` if there is such a folder."""
-    why = why if folder.is_dir() else "no such folder, run or sweep"
+    why = why if os.path.isdir(folder) else "no such folder, run or sweep"
     return UftError(Problem(str(folder), why), footer="See the runs here:  uft ls")
 
 

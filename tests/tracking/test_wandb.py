@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 from records import SAMPLES, curve
-from standin import KEY
 
 from uft.errors import UftError
 from uft.tracking import make_tracker
@@ -186,17 +184,12 @@ def test_auto_without_a_key_goes_on_at_once_on_a_terminal(new_run, config):
     assert json.loads(run.metrics_file.read_text()) == {"step": 1, "loss": 1.0}
 
 
-def test_auto_without_a_network_goes_on(open_wandb, monkeypatch):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+def test_auto_without_a_network_goes_on(open_wandb, no_server):
     said: list[str] = []
     tracker = open_wandb("auto", say=said.append)
     tracker.finish("finished", 0, {})
     assert (tracker.mode, len(said)) == ("offline", 1)
-    assert f"127.0.0.1:{port} does not answer" in said[0]
+    assert f"{no_server} does not answer" in said[0]
 
 
 def test_online_without_a_key_that_can_be_one_is_refused_before_training(open_wandb, server, monkeypatch):
