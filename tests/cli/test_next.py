@@ -58,6 +58,14 @@ def test_the_next_lines_of_a_run(here, capfd, request_):
     assert len(find_runs(here / "outputs")) == len(trains)
 
 
+def test_a_job_of_a_sweep_that_is_written_down_offers_no_sweep(here):
+    assert main(["train", "sweep=seeds", "tracking=none"]) == 0
+    run = find_runs(here / "outputs")[0]
+    run.model_dir.mkdir()
+    lines = next_commands(run, load_config(run.config_file), "finished")
+    assert [words[0] for words in commands(lines)] == ["generate"]
+
+
 def test_lines_of_refusals(here, capfd):
     refused = {
         "experiment=tone --config-dir 'my conf' train.stps=3": r"See what would run:  uft (.*)",

@@ -577,7 +577,8 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     kept = [word for word in run.overrides() if not word.lstrip("+~").startswith(OWN_KEYS)]
     words = [f"objective={other}", *kept]
     files = any(word.lstrip("+").startswith(("experiment", "--")) for word in kept)  # which may set anything
-    if not config.stages and not (files and not can_be_composed(words)):
+    swept = any(word.lstrip("+").startswith("sweep=") for word in kept)  # the command would be the whole sweep
+    if not config.stages and not swept and (not files or can_be_composed(words)):
         lines.insert(0, f"{shlex.join(['uft', 'train', *words])}      the same rows under another objective")
     return lines
 
