@@ -275,7 +275,10 @@ def test_an_estimate_of_kl_that_is_none_is_told():
         assert bool(re.search(r"  caution +kl: no estimate\. ", stream.getvalue())) is odd
 
 
-def test_the_end_card_of_a_good_run(stream):
+def test_the_end_card_of_a_good_run(stream, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = create_run(tmp_path / "runs" / "a", "{}", [])
+    run.model_dir.mkdir()
     ending = result(
         "finished",
         800,
@@ -284,10 +287,10 @@ def test_the_end_card_of_a_good_run(stream):
         final={"loss": 2.0, "eval/nll": 1.25, "eval/sums/nll": 1.0, "eval/accuracy": 0.5},
         best={"eval/sums/nll": 1.125},
         best_step=700,
-        best_checkpoint="runs/a/checkpoints/step-000700",
+        best_checkpoint="checkpoints/step-000700",
         peak_memory_bytes=61.25e9,
     )
-    Console(stream).end("ift-mix", ending, 800, ("uft generate runs/a", "uft ls"))
+    Console(stream).end("ift-mix", ending, 800, ("uft generate runs/a", "uft ls"), run)
     assert stream.getvalue().splitlines() == [
         "",
         "ift-mix",
@@ -298,6 +301,7 @@ def test_the_end_card_of_a_good_run(stream):
         "  tokens       1.2M, 2.8k tok/s",
         "  peak memory  61.2 GB",
         "  checkpoint   runs/a/checkpoints/step-000700",
+        "  model        runs/a/model",
         "  next         uft generate runs/a",
         "               uft ls",
     ]

@@ -299,7 +299,8 @@ class Session:
         code = self._write_result(result, code)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
         total = self.run.info().get("total_steps", result["steps"])
-        self.console.end(f"uft train {self.run.name}", result, total, next_commands(self.run, self.config, status))
+        commands = next_commands(self.run, self.config, status)
+        self.console.end(f"uft train {self.run.name}", result, total, commands, self.run)
         return code
 
     def end_hung(self, why: str) -> None:
