@@ -14,6 +14,7 @@ import glob
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 import uuid
@@ -202,18 +203,18 @@ def named_folder(word: str | Path) -> Path:
     names nothing comes back as it is.
     """
     folder = Path(word)
-    if folder.is_dir() or folder.is_absolute() or ".." in folder.parts:
+    if os.path.isdir(folder) or folder.is_absolute() or ".." in folder.parts:
         return folder
     if str(word) == "last" and (runs := find_runs(OUTPUTS)):
         return max(runs, key=lambda run: (run.modified, run.path)).path
-    name = glob.escape(str(word))
-    found = [path for depth in ("", "*/", "*/*/") for path in OUTPUTS.glob(depth + name) if path.is_dir()]
+    patterns = (str(OUTPUTS / depth / glob.escape(str(word))) for depth in ("", "*", "*/*"))
+    found = [Path(path) for pattern in patterns for path in glob.glob(pattern) if os.path.isdir(path)]
     return max(found, key=lambda path: path.parts[1], default=folder)
 
 
 def no_runs(folder: Path, why: str = "no run in this folder") -> UftError:
     """What is wrong with a folder, or a name, that is no run: `why` if there is such a folder."""
-    why = why if folder.is_dir() else "no such folder, run or sweep"
+    why = why if os.path.isdir(folder) else "no such folder, run or sweep"
     return UftError(Problem(str(folder), why), footer="See the runs here:  uft ls")
 
 
@@ -258,9 +259,14 @@ def summary(run: Run) -> Mapping[str, Any]:
 
 
 def shown(path: Path) -> str:
-    """A path as one would type it here."""
+    """A path as one would name it here."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
+
+
+def typed_path(path: Path) -> str:
+    """A path as a word of a command line."""
+    return shlex.quote(shown(path))
 
 
 # --- Reading and writing files

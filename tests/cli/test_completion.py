@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from uft.cli import VERBS, main
+from uft.runs import create_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,9 +46,19 @@ def test_a_run_folder_or_a_column_before_the_keys(answer):
     assert answer("uft annotate annotate.te") == ["annotate.temperature="]
 
 
+def test_names_of_runs(answer, tmp_path):
+    for name in ("d/tone", "d/sweep/seed1"):
+        create_run(tmp_path / "outputs" / name, "{}\n", [])
+    (tmp_path / "outputs/d/sweep/sweep.json").write_text("{}")
+    assert answer("uft resume ") == ["seed1", "sweep", "tone", "last"]
+    assert answer("uft compare tone s") == ["seed1", "sweep"]
+    assert answer("uft generate to") == ["tone"]
+    assert answer("uft resume outputs/d") == [], "folders are for the shell"
+
+
 def test_what_has_no_completions(answer, capsys):
     assert answer("uft train foo bar") == [], "a line that cannot be read"
-    assert answer("uft resume out") == [], "folders are for the shell"
+    assert answer("uft resume ") == []
     assert capsys.readouterr().err == ""
 
 

@@ -49,6 +49,10 @@ def test_help_lists_the_choices_on_disk(worker, capsys):
     assert re.search(r"\n  dft +Discriminative Fine-Tuning", out)
     assert "model.adapter     train all weights or a low-rank adapter (none, lora)  [none]" in out
     assert "schema" not in out
+    first, settings, choices = (
+        out.index(text) for text in ("uft train objective=ift", "Common settings", "\nobjective=")
+    )
+    assert first < settings < choices, "what is needed first stands first"
 
 
 def test_config_shows_values_and_origins(worker, capsys):

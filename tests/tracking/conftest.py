@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,10 +22,9 @@ from standin import KEY, Standin
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("home")
-    for name in [
-        name for name in os.environ if name.startswith(("WANDB_", "NETRC")) or name.lower().endswith("_proxy")
-    ]:
-        monkeypatch.delenv(name)
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "NETRC")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
     for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME"):
         monkeypatch.setenv(name, str(folder))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(folder / "cache"))
@@ -45,6 +45,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standin]:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     yield standin
     standin.close()
+
+
+@pytest.fixture
+def no_server(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The host of a W&B server that does not answer, with a key for it in the environment."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://{host}")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    return host
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import math
 import os
 import pty
 import re
@@ -21,10 +22,18 @@ from uft.config.frozen import frozen, load_config
 from uft.evaluation.evaluate import Evaluation, Sample
 from uft.launch.launcher import provenance
 from uft.runs import create_run
-from uft.tracking.console import Console, evaluation_table
+from uft.tracking.console import (
+    Console,
+    card,
+    count,
+    duration,
+    evaluation_table,
+    number,
+    printable,
+    shorten,
+    step_line,
+)
 from uft.training.setup import start_card
-
-ESCAPE = "\x1b"
 
 
 def result(status: str, steps: int, seconds: float, tokens: int, **more: Any) -> dict[str, Any]:
@@ -40,30 +49,41 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    monkeypatch.setenv("TERM", "xterm")
+    return io.StringIO()
+
+
 def metrics(step: int) -> dict[str, float]:
     return {"seconds": 0.5 * step, "loss": 1 / step, "nll": 1.0, "objective/ift": 0.25, "tokens_per_second": 900.0}
 
 
+# --- Lines between and of the steps
+
+
 @pytest.mark.parametrize("interactive", [None, False])
-def test_without_a_terminal_every_line_stays_a_line(tmp_path, monkeypatch, interactive):
+def test_without_a_terminal_every_line_stays_a_line(tmp_path, stream, interactive):
     """Or on one where that was asked for."""
-    monkeypatch.setenv("TERM", "xterm")
-    stream = io.StringIO() if interactive is None else Terminal()
+    stream = stream if interactive is None else Terminal()
     console = Console(stream, tmp_path / "console.log", 100, interactive)
     for step in (10, 20, 30):
         console.step(step, metrics(step))
     console.message("checkpoint saved")
+    console.start("stage 2 of 2: dpo", [("model", "tiny"), ("mixture", "a  1\nb  2")])
+    console.step(40, {"loss": 0.7, "objective/dpo": 0.7})
     console.close()
     lines = stream.getvalue().splitlines()
     assert lines[0] == "step  10/100  10% | loss  0.100 | ift  0.25 nll  1.00 |    900 tok/s | eta 00:45"
-    assert [line[:12] for line in lines] == ["step  10/100", "step  20/100", "step  30/100", "checkpoint s"]
+    assert [line[:12] for line in lines[:4]] == ["step  10/100", "step  20/100", "step  30/100", "checkpoint s"]
     assert lines[2].endswith("eta 00:35")
+    assert lines[4:8] == ["stage 2 of 2: dpo", "  model    tiny", "  mixture  a  1", "           b  2"]
+    assert "ift" not in lines[-1], "a stage starts its line afresh"
     assert not re.search(r"[\r\x1b]", stream.getvalue())
     assert (tmp_path / "console.log").read_text() == stream.getvalue()
 
 
-def test_on_a_terminal_the_line_is_rewritten_and_the_log_is_plain(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
+def test_on_a_terminal_the_line_is_rewritten_and_the_log_is_plain(tmp_path, stream):
     stream = Terminal()
     console = Console(stream, tmp_path / "console.log", 100)
     console.step(10, metrics(10))
@@ -82,20 +102,19 @@ def test_on_a_terminal_the_line_is_rewritten_and_the_log_is_plain(tmp_path, monk
 
 
 @pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
-def test_colors_only_where_they_are_wanted(monkeypatch, variable, value):
-    monkeypatch.setenv("TERM", "xterm")
+def test_colors_only_where_they_are_wanted(stream, monkeypatch, variable, value):
     ending = result("failed", 3, 1.0, 10)
     colored, plain = Terminal(), Terminal()
     Console(colored).end("run", ending, 10)
     assert "\x1b[1;31mrun" in colored.getvalue()
     monkeypatch.setenv(variable, value)
     Console(plain).end("run", ending, 10)
-    assert ESCAPE not in plain.getvalue()
+    assert "\x1b" not in plain.getvalue()
 
 
 def test_a_real_terminal(tmp_path):
     program = (
-        "import os, sys; from pathlib import Path; from uft.tracking.console import Console, evaluation_table\n"
+        "import os, sys; from pathlib import Path; from uft.tracking.console import Console\n"
         "console = Console(sys.stdout, Path(sys.argv[1]), 1000)\n"
         "for step in range(1, 4): console.step(step * 100, {'loss': 2.0, 'lr': 1e-5, 'grad_norm': 1.0,\n"
         "    'nll': 2.0, 'objective/a': 1.0, 'objective/b': 1.0, 'seconds': 1.0 * step})\n"
@@ -114,11 +133,10 @@ def test_a_real_terminal(tmp_path):
     assert len(lines) == 3
     assert all(len(line) < 60 for line in lines)
     assert lines[-1].startswith("step  300/1000  30% | loss  2.000")
-    assert "grad  1.00" in (tmp_path / "log").read_text()  # the log is as wide as it needs
+    assert "grad  1.00" in (tmp_path / "log").read_text(), "the log is as wide as it needs"
 
 
-def test_the_remaining_time_follows_the_recent_pace():
-    stream = io.StringIO()
+def test_the_remaining_time_follows_the_recent_pace(stream):
     console = Console(stream, None, 1000)
     console.step(500, {"seconds": 5000.0})  # a slow start
     for step in range(501, 531):
@@ -128,10 +146,71 @@ def test_the_remaining_time_follows_the_recent_pace():
     assert lines[-1].endswith("eta 07:50")
 
 
-def test_the_start_card():
-    stream = io.StringIO()
-    Console(stream).start("uft train  ift-mix", [("model", "tiny"), ("mixture", "a  1\nb  2")])
-    assert stream.getvalue() == "uft train  ift-mix\n  model    tiny\n  mixture  a  1\n           b  2\n\n"
+STEP = {
+    "loss": 1.873,
+    "nll": 1.8,
+    "objective/uft": 0.21,
+    "lr": 9.6e-6,
+    "grad_norm": 0.8,
+    "tokens_per_second": 41_200.0,
+    "mfu": 0.38,
+    "memory_gb": 61.0,
+    "memory_total_gb": 80.0,
+}
+
+
+def test_the_step_line_leaves_out_what_is_unknown_or_has_no_room():
+    assert step_line(120, 800, STEP, ("uft",), eta=432) == (
+        "step 120/800  15% | loss  1.873 | uft  0.21 nll  1.80 | lr 9.6e-06 | grad  0.80 |  41.2k tok/s"
+        " | mfu 38% | 61.0/80 GB | eta 07:12"
+    )
+    assert step_line(1, 800, {"loss": 2.0, "lr": 0.0}) == "step   1/800   0% | loss  2.000 | lr 0.0e+00"
+    assert step_line(1, 800, {"memory_gb": 1.25}) == "step   1/800   0% | 1.2 GB"
+    for width in range(30, 140):
+        line = step_line(120, 800, STEP, ("uft",), eta=432, width=width)
+        assert len(line) <= max(width, len("step 120/800 | loss  1.873 | eta 07:12"))
+        assert line.startswith("step 120/800")
+        assert line.endswith("eta 07:12")
+    assert "nll" in step_line(120, 800, STEP, ("uft",), eta=432, width=80)
+
+
+def test_the_width_is_fixed_while_numbers_grow():
+    lines = [
+        step_line(1, 800, STEP | {"loss": 12.5, "tokens_per_second": 950.0}, ("uft",), eta=3000),
+        step_line(99, 800, STEP | {"grad_norm": 0.00012, "objective/uft": -1.5}, ("uft",), eta=2000),
+        step_line(800, 800, {name: value for name, value in STEP.items() if name != "objective/uft"}, ("uft",), 0),
+    ]
+    bars = [[at for at, character in enumerate(line) if character == "|"] for line in lines]
+    assert bars[0] == bars[2]
+    assert len(lines[0]) == len(lines[2])
+    assert len(lines[1]) - len(lines[0]) <= 4  # powers of ten need two characters more
+
+
+def test_numbers_times_and_text():
+    numbers = {
+        (1.8734, 3): "1.873",
+        (0.0, 2): "0.00",
+        (-12.345, 2): "-12.35",
+        (0.01, 2): "0.01",
+        (0.0012, 2): "1.2e-03",
+        (1234.56, 2): "1234.6",
+        (-123456.0, 3): "-1.2e+05",
+        (math.nan, 2): "nan",
+        (-math.inf, 2): "-inf",
+        (None, 2): "-",
+    }
+    assert {given: number(*given) for given in numbers} == numbers
+    counts = {0: "0", 999: "999", 41_200: "41.2k", 1_234_567: "1.2M", 7.2e9: "7.2G"}
+    assert {value: count(value) for value in counts} == counts
+    times = {0: "00:00", -3: "00:00", 432: "07:12", 59.6: "01:00", 4032: "1:07:12", 187_032: "2d 03:57:12"}
+    assert {seconds: duration(seconds) for seconds in times} == times
+    assert printable("a\nb\x1b[2J\r\u202e\u2028") == "a\\nb\\x1b[2J\\r\\u202e\\u2028"
+    assert printable("häß 日本 \u0645\u06cc\u200c\u062e") == "häß 日本 \u0645\u06cc\u200c\u062e"
+    assert printable("half \ud83d") == "half \\ud83d"
+    assert (shorten("abcdefgh", 8), shorten("abcdefghi", 8)) == ("abcdefgh", "abcde...")
+
+
+# --- Cards and evaluations
 
 
 def test_the_start_card_names_the_commit(tmp_path, monkeypatch):
@@ -147,27 +226,21 @@ def test_the_start_card_names_the_commit(tmp_path, monkeypatch):
 
 
 def evaluation(nll: float) -> Evaluation:
-    return Evaluation(
-        {"eval/nll": nll, "eval/accuracy": 1 / nll, "eval/sums/nll": nll / 2, "eval/style/margin": -2.0},
-        [
-            Sample("sums", "1", "3+4?", "7", "7"),
-            Sample("sums", "2", "5+5?", "9", "10"),
-            Sample("style", "3", "a\nb", "c"),
-        ],
-    )
+    samples = [("sums", "1", "3+4?", "7", "7"), ("sums", "2", "5+5?", "9", "10"), ("style", "3", "a\nb", "c")]
+    values = {"eval/nll": nll, "eval/accuracy": 1 / nll, "eval/sums/nll": nll / 2, "eval/style/margin": -2.0}
+    return Evaluation(values, [Sample(*sample) for sample in samples])
 
 
 def columns(text: str, row: str) -> list[str]:
     return next(line for line in text.splitlines() if line.startswith(row)).split()
 
 
-def test_the_evaluation_before_last_and_now(tmp_path):
-    stream = io.StringIO()
+def test_the_evaluation_before_last_and_now(tmp_path, stream):
     console = Console(stream, tmp_path / "log", 300)
     console.evaluation(0, evaluation(4.0))
     assert columns(stream.getvalue(), "metric") == ["metric", "now", "(0)", "sums", "style"]
-    console.evaluation(100, evaluation(2.0))
     stream.truncate(0)
+    console.recall([{"step": 90, "loss": 1.0}, {"step": 100, "loss": 1.0, "eval/nll": 2.0, "eval/accuracy": 0.5}])
     console.evaluation(200, evaluation(1.0))
     text = stream.getvalue()
     header = ["metric", "before", "(0)", "last", "(100)", "now", "(200)", "sums", "style"]
@@ -181,17 +254,31 @@ def test_the_evaluation_before_last_and_now(tmp_path):
     assert "4.000" in (tmp_path / "log").read_text()
 
 
-def test_a_resumed_console_still_knows_the_evaluation_before():
-    stream = io.StringIO()
-    console = Console(stream, None, 300)
-    earlier = [{"step": 0, "eval/nll": 4.0}, {"step": 90, "loss": 1.0}, {"step": 100, "loss": 1.0, "eval/nll": 3.0}]
-    console.recall(earlier)
-    console.evaluation(200, evaluation(1.0))
-    assert columns(stream.getvalue(), "nll")[:4] == ["nll", "4.000", "3.000", "1.000"]
+def test_the_ends_of_stages_stay_in_the_table():
+    def headers(**marks: int) -> list[str]:
+        history = {step: {"eval/nll": 1.0 + step} for step in (0, 2, 4, 6)}
+        return [str(column.header) for column in evaluation_table(6, history, marks).columns]
+
+    assert headers() == ["metric", "before (0)", "last (4)", "now (6)"]
+    assert headers(sft=2) == ["metric", "before (0)", "sft (2)", "last (4)", "now (6)"]
+    assert headers(sft=4) == ["metric", "before (0)", "sft (4)", "now (6)"]
+    assert headers(dpo=6) == headers()  # it is now
 
 
-def test_the_end_card_of_a_good_run():
-    stream = io.StringIO()
+def test_an_estimate_of_kl_that_is_none_is_told():
+    for value, odd in ((0.5, False), (100.0, False), (1.2e7, True), (math.inf, True), (math.nan, True)):
+        stream = io.StringIO()
+        console = Console(stream, None, 300)
+        console.evaluation(200, Evaluation({"eval/nll": 1e9, "eval/kl": 0.25, "eval/sums/kl": value}, []))
+        assert ("\nsums/kl: no estimate. " in stream.getvalue()) is odd
+        console.end("run", result("finished", 200, 1.0, 1, final={"eval/kl": value, "eval/sums/kl": 1.0}), 200)
+        assert bool(re.search(r"  caution +kl: no estimate\. ", stream.getvalue())) is odd
+
+
+def test_the_end_card_of_a_good_run(stream, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = create_run(tmp_path / "runs" / "a", "{}", [])
+    run.model_dir.mkdir()
     ending = result(
         "finished",
         800,
@@ -200,10 +287,10 @@ def test_the_end_card_of_a_good_run():
         final={"loss": 2.0, "eval/nll": 1.25, "eval/sums/nll": 1.0, "eval/accuracy": 0.5},
         best={"eval/sums/nll": 1.125},
         best_step=700,
-        best_checkpoint="runs/a/checkpoints/step-000700",
+        best_checkpoint="checkpoints/step-000700",
         peak_memory_bytes=61.25e9,
     )
-    Console(stream).end("ift-mix", ending, 800, ("uft generate runs/a", "uft ls"))
+    Console(stream).end("ift-mix", ending, 800, ("uft generate runs/a", "uft ls"), run)
     assert stream.getvalue().splitlines() == [
         "",
         "ift-mix",
@@ -214,26 +301,27 @@ def test_the_end_card_of_a_good_run():
         "  tokens       1.2M, 2.8k tok/s",
         "  peak memory  61.2 GB",
         "  checkpoint   runs/a/checkpoints/step-000700",
+        "  model        runs/a/model",
         "  next         uft generate runs/a",
         "               uft ls",
     ]
 
 
-def test_the_end_card_of_a_run_that_failed_at_once():
-    stream = io.StringIO()
+def test_the_end_card_of_a_run_that_failed_at_once(stream):
     error = "RuntimeError: out of memory\nat layer \x1b[5m3"
     final = {f"eval/measure{number}": 1.0 for number in range(12)} | {"eval/exact_match": 0.5, "eval/nll": 2.0}
     ending = result("failed", 0, 0.0, 0, error=error, final={"loss": 3.0, **final})
     Console(stream).end("ift-mix", ending, 800, ("uft resume runs/a",))
     lines = stream.getvalue().splitlines()[2:]
-    assert lines[:3] == [
-        "  status  failed at step 0/800",
-        "  error   RuntimeError: out of memory",
-        "          at layer \\x1b[5m3",
-    ]
+    assert lines[:2] == ["  status  failed at step 0/800", "  error   RuntimeError: out of memory"]
+    assert lines[2] == "          at layer \\x1b[5m3"
     first = "  final   loss 3.000, eval/nll 2.000, eval/exact_match 0.500, eval/measure0 1.000, eval/measure1 1.000"
     assert lines[3] == first, "the headlines come first where not all metrics fit"
     assert lines[5:] == ["  next    uft resume runs/a"]
+    assert card([("mixture", "a  1\nb  2\n")]) == "  mixture  a  1\n           b  2\n"
+
+
+# --- Odd text and broken streams
 
 
 def test_text_of_data_stays_text_and_an_ascii_stream_gets_plain_characters(tmp_path):
@@ -265,23 +353,3 @@ def test_a_pipe_that_closes_does_not_end_the_run(tmp_path):
     assert len((tmp_path / "log").read_text().splitlines()) == 4
     with pytest.raises(BrokenPipeError):
         stream.close()  # what it could not write
-
-
-def test_the_ends_of_stages_stay_in_the_table() -> None:
-    def headers(**marks: int) -> list[str]:
-        history = {step: {"eval/nll": 1.0 + step} for step in (0, 2, 4, 6)}
-        return [str(column.header) for column in evaluation_table(6, history, marks).columns]
-
-    assert headers() == ["metric", "before (0)", "last (4)", "now (6)"]
-    assert headers(sft=2) == ["metric", "before (0)", "sft (2)", "last (4)", "now (6)"]
-    assert headers(sft=4) == ["metric", "before (0)", "sft (4)", "now (6)"]
-    assert headers(dpo=6) == headers()  # it is now
-
-
-def test_a_stage_starts_its_line_afresh() -> None:
-    stream = io.StringIO()
-    console = Console(stream, total_steps=4)
-    console.step(1, {"loss": 2.0, "objective/sft": 2.0})
-    console.start("stage 2 of 2: dpo", [])
-    console.step(2, {"loss": 0.7, "objective/dpo": 0.7})
-    assert "sft" not in stream.getvalue().splitlines()[-1]

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 from records import SAMPLES, curve
-from standin import KEY
 
 from uft.errors import UftError
-from uft.runs import Run
 from uft.tracking import make_tracker
-from uft.tracking.metrics import Files
-from uft.tracking.wandb import Wandb, sample_columns
+from uft.tracking.wandb import Wandb
 
 
 def test_an_online_run_as_the_server_sees_it(open_wandb, new_run, server, capfd, home):
@@ -189,21 +185,6 @@ def test_only_the_first_rank_tracks(new_run, config):
     assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "overrides.yaml", "run.json"]
 
 
-def test_lines_samples_and_tables_name_their_stage(tmp_path):
-    files = Files(Run(tmp_path))
-    files.start()
-    files.log(1, {"stage": "sft", "loss": 2.0})
-    files.samples(1, SAMPLES[:1], "sft")
-    files.samples(2, SAMPLES[:1])
-    files.finish("finished", 0, {})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "stage": "sft", "loss": 2.0}\n'
-    named, plain = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
-    assert list(named)[:3] == ["step", "stage", "source"]
-    assert "stage" not in plain
-    assert sample_columns([named])["samples"].columns[:3] == ["step", "stage", "source"]
-    assert "stage" not in sample_columns([plain])["samples"].columns
-
-
 # --- Without a key, without a network
 
 
@@ -230,17 +211,12 @@ def test_auto_without_a_key_goes_on_at_once_on_a_terminal(new_run, config):
     assert json.loads(run.metrics_file.read_text()) == {"step": 1, "loss": 1.0}
 
 
-def test_auto_without_a_network_goes_on(open_wandb, monkeypatch):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        port = closed.getsockname()[1]
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
+def test_auto_without_a_network_goes_on(open_wandb, no_server):
     said: list[str] = []
     tracker = open_wandb("auto", say=said.append)
     tracker.finish("finished", 0, {})
     assert (tracker.mode, len(said)) == ("offline", 1)
-    assert f"127.0.0.1:{port} does not answer" in said[0]
+    assert f"{no_server} does not answer" in said[0]
 
 
 def test_online_without_a_key_that_can_be_one_is_refused_before_training(open_wandb, server, monkeypatch):

@@ -131,7 +131,7 @@ from uft.runs import Run
 from uft.tracking import make_tracker
 tracker = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2]))
 tracker.start()
-for step in range(1, 301):
+for step in range(1, 61):
     tracker.log(step, {"loss": 1 / step})
 """
 
@@ -142,7 +142,7 @@ def test_a_crash_is_recorded_and_control_c_does_no_harm(new_run, config, server)
 signal.signal(signal.SIGINT, lambda *_: None)
 os.killpg(0, signal.SIGINT)
 time.sleep(0.3)
-tracker.log(301, {"loss": 0.5})
+tracker.log(61, {"loss": 0.5})
 tracker.finish("stopped", 130, {})
 """
     crash, stop = new_run("crash"), new_run("stop")
@@ -152,7 +152,7 @@ tracker.finish("stopped", 130, {})
         started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True))
     assert [process.wait(60) for process in started] == [1, 0]
     assert server.exits == {crash.info()["id"]: 1, stop.info()["id"]: 130}
-    assert {run.name: len(server.history[run.info()["id"]]) for run in (crash, stop)} == {"crash": 300, "stop": 301}
+    assert {run.name: len(server.history[run.info()["id"]]) for run in (crash, stop)} == {"crash": 60, "stop": 61}
 
 
 @pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "synced"])
@@ -161,26 +161,26 @@ def test_what_a_kill_takes_from_wandbs_memory_arrives_once(new_run, config, serv
     run = new_run()
     tracker = make_tracker(run, config())
     tracker.start()
-    for step in range(1, 301):
+    for step in range(1, 61):
         tracker.log(step, {"loss": 1 / step})
-        if step == 200:
+        if step == 40:
             tracker.log(step, {"eval/nll": 0.5})
             tracker.samples(step, SAMPLES)
     tracker.finish("failed", 1, {})
     run_id = run.info()["id"]
     rows = server.history[run_id]
-    rows[199:] = [{name: rows[199][name] for name in ("step", "_step", "loss")}]
+    rows[39:] = [{name: rows[39][name] for name in ("step", "_step", "loss")}]
     run.update_info(wandb={**run.info()["wandb"], "sent": None})
     if resumed:
-        tracker = make_tracker(run, config(), resumed_step=290)
+        tracker = make_tracker(run, config(), resumed_step=58)
         tracker.start()
-        for step in range(291, 321):
+        for step in range(59, 65):
             tracker.log(step, {"loss": 1 / step})
         tracker.finish("finished", 0, {})
     else:
         write_json(run.config_file, config())
-        assert upload(run) == (101, "")
-    last = 320 if resumed else 300
+        assert upload(run) == (21, "")
+    last = 64 if resumed else 60
     assert curve(server.history[run_id], "loss") == [(step, 1 / step) for step in range(1, last + 1)]
-    assert curve(server.history[run_id], "eval/nll") == [(200, 0.5)]
-    assert [step for step, _ in curve(server.history[run_id], "samples")] == [200]
+    assert curve(server.history[run_id], "eval/nll") == [(40, 0.5)]
+    assert [step for step, _ in curve(server.history[run_id], "samples")] == [40]

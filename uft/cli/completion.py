@@ -10,15 +10,17 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 
 from uft.cli import VERBS
 from uft.cli.help import PAGES
 from uft.errors import GOOD
+from uft.runs import OUTPUTS, find_runs, find_sweeps
 
-FIRST_WORDS = ("generate", "annotate")
-"""Verbs whose first word is none of Hydra's: a run folder, a column."""
+OF_RUNS = ("resume", "compare", "sync", "ls", "generate")
+"""Verbs whose words, or first word, name runs. Where no name fits, the shell offers its files."""
 OUR_OPTIONS = ("--trace",)  # words that Hydra's parser does not know
 HIDDEN = ("schema", "+schema", "~schema")
 
@@ -33,21 +35,30 @@ def complete(arguments: list[str]) -> int:
         print("\n".join(verb for verb in VERBS if verb.startswith(words[-1] if len(words) == 2 else "")))
         return GOOD
     program, verb, *rest = (word for word in words if word not in OUR_OPTIONS)
+    named: Sequence[str] = run_names() if verb in OF_RUNS else ()  # none of Hydra's words
+    if verb == "annotate":
+        from uft.config.schema import COLUMNS as named
+    if rest and (verb not in PAGES or len(rest) == 1):
+        print("".join(f"{word}\n" for word in named if word.startswith(rest[-1])), end="")
     if verb not in PAGES:
-        return GOOD  # folders and files: the shell's own completion
-    if verb in FIRST_WORDS and rest and "=" not in rest[0]:
-        if len(rest) > 1:
-            rest = rest[1:]
-        elif verb == "annotate":
-            from uft.config.schema import COLUMNS
-
-            print("".join(f"{word}\n" for word in COLUMNS if word.startswith(rest[0])), end="")
+        return GOOD
+    if verb in ("generate", "annotate") and len(rest) > 1 and "=" not in rest[0]:
+        rest = rest[1:]
     os.environ["COMP_LINE"] = " ".join([program, *rest])
     answer = io.StringIO()
     with redirect_stdout(answer), redirect_stderr(io.StringIO()):  # a line that cannot be read has no completions
         hydra_completion(arguments)
     print("\n".join(word for word in answer.getvalue().splitlines() if not word.startswith(HIDDEN)))
     return GOOD
+
+
+def run_names() -> list[str]:
+    """The names of runs and sweeps below outputs/, and `last` where there is one."""
+    runs = find_runs(OUTPUTS)
+    return [
+        *sorted({run.name for run in runs} | {sweep.name for sweep in find_sweeps(OUTPUTS)}),
+        *(["last"] if runs else []),
+    ]
 
 
 def hydra_completion(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""Help of the verbs over a configuration: the choices found on disk, the keys one needs most, examples."""
+"""Help of the verbs over a configuration: examples, common settings, and the choices found on disk."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from uft.config.schema import COLUMNS, MISSING, Config, default_of, fields_of, k
 
 FIRST = ("objective", "data", "model", "optim", "hardware", "eval", "tracking", "experiment", "sweep", "debug")
 HYDRA = """\
-Options are Hydra's: -m (several values), --cfg job (print, do nothing), --info, --config-dir DIR, -cn NAME;
---hydra-help tells of them. Your own files: ./conf-user or $UFT_CONF (they win over the shipped ones)."""
+Options are Hydra's: -m (several values), --cfg job (print, do nothing), --info, --config-dir DIR, -cn NAME; see
+--hydra-help. Your own files: ./conf-user or $UFT_CONF (they win over the shipped ones)."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,15 @@ PAGES = {
 def help_text(verb: str, config_dir: str | None = None) -> str:
     """The page of a verb; `config_dir` adds its choices."""
     page, found = PAGES[verb], groups(config_dirs(config_dir))
-    lines = [f"uft {verb}: {VERBS[verb]}", "", f"usage: {page.usage(verb)}"]
+    lines = [f"uft {verb}: {VERBS[verb]}", "", f"usage: {page.usage(verb)}", "", page.examples, ""]
+    lines += [
+        "Common settings  (all of them:  uft config)",
+        *columns({key: describe(key) for key in page.keys.split()}),
+    ]
+    lines += ["", page.note + HYDRA]
     for group in (*(group for group in FIRST if group in found), *(group for group in found if group not in FIRST)):
         lines += ["", f"{group}=", *columns({name: headline(file) for name, file in found[group].items()})]
-    lines += ["", "Keys one needs most  (all of them:  uft config)"]
-    lines += columns({key: describe(key) for key in page.keys.split()})
-    return "\n".join([*lines, "", "Examples", page.examples, "", page.note + HYDRA])
+    return "\n".join(lines)
 
 
 def columns(table: Mapping[str, str]) -> list[str]:

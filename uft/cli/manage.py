@@ -351,8 +351,12 @@ import json, os, torch
 cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 gpus = "; ".join(f"{p.name}, {p.total_memory / 1e9:.0f} GB" for p in cuda)
 bfloat16 = ", bfloat16" if cuda and torch.cuda.is_bf16_supported() else ""
+known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())
+pages = ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if known else ()
+gigabytes = [os.sysconf(n) * os.sysconf("SC_PAGE_SIZE") / 1e9 for n in pages]
 print(json.dumps({
     "CPU": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch",
+    "memory": "{:.1f} of {:.1f} GB free".format(*gigabytes) if known else "unknown",
     "GPU": gpus or ("Apple GPU (mps)" if torch.backends.mps.is_available() else "none"),
     "CUDA": f"{torch.version.cuda or 'not in this torch build'}{bfloat16}",
 }))
@@ -371,17 +375,19 @@ def doctor(arguments: list[str]) -> int:
 
 def findings() -> Iterator[tuple[str, dict[str, str]]]:
     """Title and lines of every section, one after the other: some take seconds."""
+    from urllib.parse import urlsplit
+
     from uft.config.messages import conf_dir, user_dir
     from uft.launch.launcher import versions
     from uft.runs import cache_root
-    from uft.tracking.wandb import Server, has_key
+    from uft.tracking.wandb import has_key, reachable, wandb_server
 
     yours = str(user_dir() or "none (./conf-user or $UFT_CONF)")
     yield "installed", {**versions(), "configuration": str(conf_dir()), "your files": yours}
 
     try:
         done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True, timeout=120, check=False)
-        yield "devices", {**json.loads(done.stdout.splitlines()[-1]), "memory": memory()}
+        yield "devices", json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
         yield "devices", {"torch": f"does not start ({type(error).__name__}): python -c 'import torch' says why"}
 
@@ -389,26 +395,18 @@ def findings() -> Iterator[tuple[str, dict[str, str]]]:
     folders = {"here": Path.cwd(), "uft's cache": cache_root(), "hub cache": hub_home}
     yield "disk", {name: free_space(folder) for name, folder in folders.items()}
 
-    wandb = Server(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    wandb = wandb_server()
     token = os.environ.get("HF_TOKEN") or (hub_home / "token").is_file()
-    yield (
-        "services",
-        {
-            "W&B key": "yes" if has_key(wandb) else "no: runs are kept offline",
-            "W&B": answer_of(wandb.url),
-            "hub token": "yes" if token else "no: public models and data only",
-            "hub": answer_of(os.environ.get("HF_ENDPOINT", "https://huggingface.co")),
-        },
-    )
-    yield "optional packages", {name: f"{'yes' if there(name) else 'no '}  {use}" for name, use in OPTIONAL.items()}
-
-
-def memory() -> str:
-    if not hasattr(os, "sysconf") or "SC_AVPHYS_PAGES" not in os.sysconf_names:
-        return "unknown"
-    page = os.sysconf("SC_PAGE_SIZE")
-    free, total = (os.sysconf(name) * page / 1e9 for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
-    return f"{free:.1f} of {total:.1f} GB free"
+    urls = {"W&B": wandb.url, "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co")}
+    keys = {
+        "W&B key": "yes" if has_key(wandb) else "no: runs are kept offline",
+        "hub token": "yes" if token else "no: public models and data only",
+    }
+    answers = {True: "answers", False: "does not answer"}
+    hosts = {name: f"{urlsplit(url).hostname} {answers[reachable(url)]}" for name, url in urls.items()}
+    yield "services", keys | hosts
+    found = {name: find_spec(name) is not None for name in OPTIONAL}
+    yield "optional packages", {name: f"{'yes' if found[name] else 'no '}  {use}" for name, use in OPTIONAL.items()}
 
 
 def free_space(folder: Path) -> str:
@@ -416,19 +414,3 @@ def free_space(folder: Path) -> str:
     there = next(path for path in (folder, *folder.parents) if path.exists())
     writable = "" if os.access(there, os.W_OK) else ", not writable"
     return f"{folder}: {shutil.disk_usage(there).free / 1e9:.1f} GB free{writable}"
-
-
-def answer_of(url: str) -> str:
-    """Whether the host of `url` takes a connection within two seconds."""
-    from urllib.parse import urlsplit
-
-    from uft.tracking.wandb import reachable
-
-    return f"{urlsplit(url).hostname} {'answers' if reachable(url) else 'does not answer'}"
-
-
-def there(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False

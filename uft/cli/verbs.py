@@ -41,7 +41,7 @@ from uft.launch.launcher import (
     typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
-from uft.runs import Damaged, Run, open_run
+from uft.runs import Damaged, Run, open_run, typed_path
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""
@@ -77,8 +77,8 @@ def generate(arguments: list[str]) -> int:
         return run_verb("generate", partial(run_job, "generate"), arguments)
     run = open_run(named)
     if not run.model_dir.is_dir():
-        finished = run.status == "finished"
-        advice = "it was trained with train.save_model=false" if finished else f"finish it:  uft resume {run.path}"
+        advice = f"finish it:  uft resume {typed_path(run.path)}"
+        advice = "it was trained with train.save_model=false" if run.status == "finished" else advice
         raise UftError(Problem(str(run.path), "has no model/ in it", advice=(advice,)))
     return launch_job("generate", changed(with_model(run), with_sources(arguments[1:])))
 
@@ -98,14 +98,14 @@ def first_word(arguments: list[str]) -> str | None:
 
 def names_rows(word: str, config_dir: str | None = None) -> bool:
     """Whether a word is a file of rows, or chooses one (or a folder, or a hub id with its slash) as data=PATH."""
-    from uft.data.sources import READERS
-
-    key, equals, path = word.rpartition("=")
-    if (equals and key != "data") or word.startswith(("~", "-")):
+    key, equals, path = word.partition("=") if "=" in word else ("data", "", word)
+    if key != "data" or word.startswith(("~", "-")):
         return False
     if equals and path in groups(config_dirs(config_dir)).get("data", {}):
         return False
-    there = Path(path).exists() or "/" in path if equals else Path(path).is_file()
+    from uft.data.sources import READERS
+
+    there = os.path.exists(path) or "/" in path if equals else os.path.isfile(path)
     return there or Path(path).suffix.lower() in READERS
 
 
@@ -184,7 +184,9 @@ def with_model(run: Run) -> dict[str, Any]:
 def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
     """Carry out a verb with these arguments, or print its help; the exit code. Every mistake is told by us."""
     if set(FLAGS) & set(arguments):
-        print(help_text(verb, option(arguments, "--config-dir", "-cd")))
+        folder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        folder.add_argument("--config-dir", "-cd", nargs="?")
+        print(help_text(verb, folder.parse_known_args(arguments)[0].config_dir))
         return GOOD
     parsed = parse(arguments)
     name, overrides = parsed.config_name or "config", with_sources(parsed.overrides, parsed.config_dir)
@@ -243,17 +245,17 @@ def hydra_task(work: Work, cfg: DictConfig) -> None:
     A job of a multirun may be in another process, which must not exit: it raises what a single run exits with.
     """
     composed = HydraConfig.get()
-    words = list(composed.overrides.task)
-    request = request_of_job(composed, words)
+    request = request_of_job(composed, list(composed.overrides.task))
+    words = [*options_of(request), *composed.overrides.task]
     if composed.mode == RunMode.MULTIRUN:
         examined = require(request)
-        code = work(examined, [*options_of(request), *words])
+        code = work(examined, words)
         if code != GOOD:
             folder = Path(examined.settings["run"]["dir"] or "")
             raise JobFailed(code, failure_reason(code, folder))
         return
     try:
-        code = work(checked(request), [*options_of(request), *words])
+        code = work(checked(request), words)
     except UftError as error:
         if tracing():
             raise
@@ -292,21 +294,26 @@ def explained(error: Exception, request: Request, multirun: bool) -> UftError:
     return UftError(*problems, footer=last) if problems else UftError(translate(error))
 
 
+SWITCHES = ("--run -r", "--multirun -m", "--shell-completion -sc", "--hydra-help", "--version", "--resolve")
+VALUES = ("--package -p", "--config-path -cp", "--config-name -cn", "--config-dir -cd", "--experimental-rerun")
+CHOICES = {
+    "--cfg -c": ("job", "hydra", "all"),
+    "--info -i": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Hydra's own options, before, between or behind the settings, with words for people who write --steps 5."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
-    switches = (["--run", "-r"], ["--multirun", "-m"], ["--shell-completion", "-sc"])
-    values = (["--package", "-p"], ["--config-path", "-cp"], ["--config-name", "-cn"], ["--config-dir", "-cd"])
-    options = [
-        *(parser.add_argument(*names, action="store_true") for names in switches),
-        *(parser.add_argument(name, action="store_true") for name in ("--hydra-help", "--version", "--resolve")),
-        *(parser.add_argument(*names) for names in (*values, ["--experimental-rerun"])),
-        parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"]),
-    ]
-    info = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
-    options.append(parser.add_argument("--info", "-i", nargs="?", const="all", choices=info))
-    known = {name for each in options for name in each.option_strings}
+    for names in SWITCHES:
+        parser.add_argument(*names.split(), action="store_true")
+    for names in VALUES:
+        parser.add_argument(*names.split())
+    for names, choices in CHOICES.items():
+        alone: dict[str, Any] = {"nargs": "?", "const": "all"} if names.startswith("--info") else {}
+        parser.add_argument(*names.split(), choices=choices, **alone)
+    known = {name for names in (*SWITCHES, *VALUES, *CHOICES) for name in names.split()}
 
     def fail(message: str) -> NoReturn:
         words = [word for word in arguments if word.startswith("-") and word.partition("=")[0] not in known]
@@ -348,12 +355,3 @@ def not_an_option(word: str) -> Problem:
     meant = path or nearest(key, fields_of(Config)) or key
     advice = f"settings are written key=value, without dashes:  {meant}={value or '...'}"
     return Problem(word, "no such option", "command line", (OTHER_OPTIONS.get(key, advice),))
-
-
-def option(arguments: list[str], *names: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE`."""
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
-        name, equals, value = word.partition("=")
-        if name in names:
-            return value if equals else following
-    return None

@@ -30,7 +30,7 @@ from uft.config.schema import defaults_of
 from uft.config.stages import completed, data_nodes, differences
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
-from uft.runs import Run, create_run, shown, unwritable, write_atomically
+from uft.runs import Run, create_run, shown, typed_path, unwritable, write_atomically
 
 OUTPUTS = Path("outputs")
 PARALLEL_JOBS = ("check", "generate")
@@ -113,7 +113,7 @@ def continue_run(
     if changes:
         footer = (
             "A run goes on under the configuration it began with (old -> new above).\n"
-            f"Continue it as it is:  uft resume {run.path}\nor give the new run its own name or folder."
+            f"Continue it as it is:  uft resume {typed_path(run.path)}\nor give the new run its own name or folder."
         )
         problems = [Problem(key, f"{written(old)} -> {written(new)}", str(run.path)) for key, old, new in changes]
         raise UftError(*problems, footer=footer)
@@ -193,7 +193,7 @@ def run_session(
     with gpu_pool(hardware) as gpus:
         code = run_worker([str(run.path.resolve())], cwd, log, torchrun_arguments(hardware), gpus)
     if code == FAILED and not quiet and not run.result():  # it died, and could not say so itself
-        print(f"uft: continue it:  uft resume {shown(run.path)}", file=sys.stderr)
+        print(f"uft: continue it:  uft resume {typed_path(run.path)}", file=sys.stderr)
     if code == BAD_REQUEST and created is not None and not (run.locked() or run.result() or run.steps):
         said = log.read_text(encoding="utf-8", errors="replace") if log else ""
         for path in run.path.iterdir():

@@ -32,7 +32,7 @@ from uft.errors import Problem, UftError
 from uft.launch.forkserver import forkserver
 from uft.launch.sweep import Job, Sweep, record_sweep
 from uft.launch.sweep_table import SweepTable
-from uft.runs import Run, shown
+from uft.runs import Run, shown, typed_path
 from uft.tracking.console import number, printable
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def search(
             results.append(run_trials(trials, study, space, sweep, metric))
     report(study, study.trials[before:], space, metric, direction, folder)
     if sweep.failed:
-        raise SystemExit(sweep.report(sweep.launched, RESUME.format(shown(folder))))
+        raise SystemExit(sweep.report(sweep.launched, RESUME.format(typed_path(folder))))
     return results
 
 
@@ -280,7 +280,7 @@ def report(study: Study, new: Sequence[FrozenTrial], space: Space, metric: str, 
             print("  " + "  ".join(map(str.ljust, row, widths)).rstrip())
         words = [word for word in good[0].user_attrs["overrides"] if not word.startswith(("sweep.name=", "sweep="))]
         print(f"\n  the best one alone:  {' '.join(['uft', 'train', *map(quoted, words)])}")
-        print(f"  all of them:         uft compare {shown(folder)}", flush=True)
+        print(f"  all of them:         uft compare {typed_path(folder)}", flush=True)
     for trial in new:
         if "error" in trial.user_attrs and "run" not in trial.user_attrs:
             print(f"uft: a trial was not run: {trial.user_attrs['error']}", file=sys.stderr)

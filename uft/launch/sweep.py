@@ -41,7 +41,7 @@ from uft.errors import FAILED, Problem, UftError
 from uft.launch.forkserver import forkserver
 from uft.launch.launcher import JOB_KEYS, OUTPUTS, JobFailed, changed_keys, row_problems, slug, today
 from uft.launch.sweep_table import SweepTable
-from uft.runs import SWEEP_FILE, Damaged, Run, read_json, shown, write_json
+from uft.runs import SWEEP_FILE, Damaged, Run, read_json, shown, typed_path, write_json
 
 MANY = 20  # jobs that take seconds to check
 LONGEST = 120  # characters of a name; file systems allow 255
@@ -188,10 +188,11 @@ def run_grid(sweep: Sweep, lines: Sequence[Sequence[str]], batch_size: int | Non
             if sweep.stopped:
                 break
     if sweep.failed:
-        raise SystemExit(sweep.report(len(jobs), f"{AGAIN} Or:\n  uft resume {shown(folder)}" if trains else AGAIN))
+        last = f"{AGAIN} Or:\n  uft resume {typed_path(folder)}" if trains else AGAIN
+        raise SystemExit(sweep.report(len(jobs), last))
     if trains:
         done = f"all {len(jobs)} jobs are" if len(jobs) > 1 else "the one job is"
-        print(f"\nuft: {done} done.  Compare:  uft compare {shown(folder)}")
+        print(f"\nuft: {done} done.  Compare:  uft compare {typed_path(folder)}")
     return results
 
 

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from uft.errors import redact
+from uft.runs import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from uft.evaluation.evaluate import Evaluation, Sample
+    from uft.runs import Run
 
 Card = Sequence[tuple[str, str]]
 """(label, value) lines; a value may have several lines."""
@@ -34,6 +36,7 @@ PREFIX = "eval/"
 SHOWN_METRICS = 10  # in the end card
 HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
 """Metrics of an evaluation that come first, in this order, where there is no room for all."""
+LARGEST_KL = 100.0  # nats per token; a larger estimate is none
 STYLES = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}
 
 
@@ -70,12 +73,19 @@ class Console:
         self._heading(title)
         self._print(card(rows) + "\n")
 
-    def end(self, title: str, result: Mapping[str, Any], total_steps: int, commands: Sequence[str] = ()) -> None:
-        """The card after the last step. `result`: as in `result.json`; `commands` to go on with."""
+    def end(
+        self,
+        title: str,
+        result: Mapping[str, Any],
+        total_steps: int,
+        commands: Sequence[str] = (),
+        run: Run | None = None,
+    ) -> None:
+        """The card after the last step. `result`: as in `result.json`, of `run`; `commands` to go on with."""
         self._finish_line()
         self._print("")
         self._heading(title, STYLES.get(result["status"], "bold"))
-        self._print(card(ending_rows(result, total_steps, commands)))
+        self._print(card(ending_rows(result, total_steps, commands, run)))
 
     def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Evaluations of an earlier session of this run, from its metric lines, for the column "before"."""
@@ -100,7 +110,7 @@ class Console:
         if evaluation.metrics:
             self._evaluations[step] = dict(evaluation.metrics)
             self._rich(evaluation_table(step, self._evaluations, self.marks))
-            self._print("")
+            self._print(f"\n{note}\n" if (note := kl_note(evaluation.metrics)) else "")
         if evaluation.samples:
             self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
 
@@ -228,6 +238,14 @@ def evaluation_table(
     return table
 
 
+def kl_note(metrics: Mapping[str, float]) -> str:
+    """A line about estimates of `kl` that are no estimates; "" where there are none."""
+    found = (name.removeprefix(PREFIX) for name, value in metrics.items() if not value <= LARGEST_KL)  # NaN too
+    names = [name for name in found if name.rpartition("/")[2] == "kl"]
+    why = "no estimate. Tokens that the model has made all but impossible outweigh all others; read nll instead"
+    return printable(f"{', '.join(names)}: {why}") if names else ""
+
+
 def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
     """The first sample of every source, a line each."""
 
@@ -245,29 +263,36 @@ def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
     return lines
 
 
-def ending_rows(result: Mapping[str, Any], total_steps: int, commands: Sequence[str]) -> list[tuple[str, str]]:
-    """The end card, line by line."""
+def ending_rows(
+    result: Mapping[str, Any], total_steps: int, commands: Sequence[str], run: Run | None
+) -> list[tuple[str, str]]:
+    """The end card, line by line; with a `run`, its files as they are found from here."""
 
     def text(metrics: Mapping[str, float]) -> str:
         pairs = [f"{name} {number(value, 3)}" for name, value in metrics.items()][:SHOWN_METRICS]
         return "\n".join(", ".join(pairs[start : start + 5]) for start in range(0, len(pairs), 5))
 
+    def place(name: str) -> str:
+        return shown(run.path / name) if run else name
+
     final, best, tokens, seconds = result["final"], text(result["best"]), result["tokens"], result["seconds"]
     # training's own metrics first, then the headlines; those of single sources stand in the evaluation's table
     training = [name for name in final if not name.startswith(PREFIX)]
     order = dict.fromkeys([*training, *(f"{PREFIX}{name}" for name in HEADLINES), *final])
-    shown = {name: final[name] for name in order if name in final and "/" not in name.removeprefix(PREFIX)}
+    overall = {name: final[name] for name in order if name in final and "/" not in name.removeprefix(PREFIX)}
     speed = f", {count(tokens / seconds)} tok/s" if seconds > 0 else ""
     memory = result["peak_memory_bytes"]
     rows = [
         ("status", f"{result['status']} at step {result['steps']}/{total_steps}"),
         ("error", result["error"] or ""),
-        ("final", text(shown)),
+        ("final", text(overall)),
         ("best", f"{best} at step {result['best_step']}" if best and result["best_step"] is not None else best),
+        ("caution", kl_note(overall)),
         ("time", f"{duration(seconds)} of training" if seconds else ""),
         ("tokens", count(tokens) + speed if tokens else ""),
         ("peak memory", f"{memory / 1e9:.1f} GB" if memory is not None else ""),
-        ("checkpoint", result["best_checkpoint"] or ""),
+        ("checkpoint", place(result["best_checkpoint"]) if result["best_checkpoint"] else ""),
+        ("model", place("model") if run and run.model_dir.is_dir() else ""),
         ("next", "\n".join(commands)),
     ]
     return [(label, value) for label, value in rows if value]

@@ -2,8 +2,8 @@
 
 Offline, nothing is sent: `uft sync` sends the files later. Online, the rows that the server lacks are sent when a
 session starts, and further rows as they are logged, by a thread: wandb blocks for seconds where it uploads a table and
-the server does not answer. The run's id is in `run.json` and never changes, so that a resumed
-run continues the same W&B run. In one process one W&B run is open at a time: a second first finishes the first.
+the server does not answer. The run's id is in `run.json` and never changes, so that a resumed run continues the same
+W&B run. In one process one W&B run is open at a time: a second first finishes the first.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from queue import Queue
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from uft.config.schema import Tracking
 from uft.errors import FAILED, GOOD, STOPPED, Problem, UftError
-from uft.runs import Run, shown
+from uft.runs import Run, typed_path
 from uft.tracking.metrics import read_metrics, read_samples
 
 if TYPE_CHECKING:
@@ -90,9 +89,7 @@ class Wandb:
 
         identity, tracking = self._identity(), self.config["tracking"]
         names = [self.config[group]["name"] for group in ("objective", "data", "model")]
-        upload: dict[str, Any] = (
-            {"x_disable_stats": True, "x_disable_meta": True, "disable_git": True} if self.folder else {}
-        )
+        nothing_of_here: dict[str, Any] = {"x_disable_stats": True, "x_disable_meta": True, "disable_git": True}
         handle = wandb.init(
             mode="online",
             id=identity["id"],
@@ -112,7 +109,7 @@ class Wandb:
                 init_timeout=self.init_timeout,
                 finish_timeout=self.finish_timeout,
                 finish_timeout_raises=True,
-                **upload,
+                **(nothing_of_here if self.folder else {}),
             ),
         )
         for axis in AXES:  # steps are the x-axis of every chart; tokens and rows can be chosen instead
@@ -144,6 +141,7 @@ class Wandb:
         handle, self._handle = self._handle, None
         if handle is None:
             return
+        atexit.unregister(self._await_sender)
         if self._await_sender():
             try:
                 handle.summary.update({**summary, "status": status})
@@ -167,7 +165,7 @@ class Wandb:
 
     @property
     def sync_command(self) -> str:
-        return f"uft sync {quote(shown(self.run.path))}"
+        return f"uft sync {typed_path(self.run.path)}"
 
     def _go_online(self, mode: str) -> str:
         """Open the run online; the reason where a server does not answer or refuses, or there is no key for `auto`."""

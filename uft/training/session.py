@@ -35,7 +35,7 @@ from uft.evaluation.evaluate import Evaluation, evaluate
 from uft.heartbeat import activity
 from uft.model.export import export
 from uft.model.memory import device_memory, peak_memory
-from uft.runs import FULL, Run, problem, shown, write_json, writing
+from uft.runs import FULL, Run, problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
 from uft.tracking.console import Card, Console
@@ -296,7 +296,8 @@ class Session:
         code = self._write_result(result, code)
         self.tracker.finish(status, code, {**result["final"], "steps": result["steps"]})
         total = self.run.info().get("total_steps", result["steps"])
-        self.console.end(f"uft train {self.run.name}", result, total, next_commands(self.run, self.config, status))
+        commands = next_commands(self.run, self.config, status)
+        self.console.end(f"uft train {self.run.name}", result, total, commands, self.run)
         return code
 
     def end_hung(self, why: str) -> None:
@@ -305,7 +306,7 @@ class Session:
         if ranks().is_rank0:
             self.device = torch.device("cpu")  # the other one may be what hangs
             self._write_result(self._result("failed", why, None), FAILED)
-            self.console.message(f"{why}\nContinue it:  uft resume {shown(self.run.path)}")
+            self.console.message(f"{why}\nContinue it:  uft resume {typed_path(self.run.path)}")
 
     def _write_result(self, result: Mapping[str, Any], code: int) -> int:
         """The exit code. Where there is no room for it, the run counts as interrupted and can be resumed."""
@@ -518,18 +519,31 @@ def error_text(error: Exception, config: Config) -> str:
     return text
 
 
-OWN_KEYS = ("objective", "experiment", "run.", "++run.", "++sweep.")
-"""Overrides that belong to this run alone: its objective (an experiment sets one too) and its folder."""
+OWN_KEYS = ("objective", "run.", "sweep.")
+"""Overrides that belong to this run alone: its objective, its folder and its sweep."""
 
 
 def next_commands(run: Run, config: Config, status: str) -> list[str]:
-    """Commands to go on with."""
+    """Commands to go on with, each as it can be given here, with a word about it."""
     if status != "finished":
-        return [f"uft resume {shown(run.path)}"]
-    generate = f"uft generate {shown(run.path)}      what it answers now"
-    if config.stages:
-        return [generate]
+        return [f"uft resume {typed_path(run.path)}"]
+    lines = [f"uft generate {typed_path(run.path)}      what it answers now"] if run.model_dir.is_dir() else []
     other = "sft" if config.objective["name"] != "sft" else "ift"
-    kept = [word for word in run.overrides() if not word.startswith(OWN_KEYS)]
-    again = shlex.join(["uft", "train", f"objective={other}", *kept])
-    return [f"{again}      the same rows under another objective", generate]
+    kept = [word for word in run.overrides() if not word.lstrip("+~").startswith(OWN_KEYS)]
+    words = [f"objective={other}", *kept]
+    files = any(word.lstrip("+").startswith(("experiment", "--")) for word in kept)  # which may set anything
+    swept = any(word.lstrip("+").startswith("sweep=") for word in kept)  # the command would be the whole sweep
+    if not config.stages and not swept and (not files or can_be_composed(words)):
+        lines.insert(0, f"{shlex.join(['uft', 'train', *words])}      the same rows under another objective")
+    return lines
+
+
+def can_be_composed(words: Iterable[str]) -> bool:
+    """Whether these words, options among them, are a valid request: an experiment may set keys of its objective."""
+    from uft.config.compose import examine
+    from uft.config.files import Request
+
+    options = {word.partition("=")[0]: word.partition("=")[2] for word in words if word.startswith("--")}
+    overrides = tuple(word for word in words if not word.startswith("--"))
+    name, folder = options.get("--config-name", "config"), options.get("--config-dir")
+    return not examine(Request(overrides, name, folder, options.get("--config-path"))).problems

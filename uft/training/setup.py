@@ -239,9 +239,8 @@ def saved_progress(run: Run) -> Progress:
 
 def choose_device(hardware: Hardware) -> torch.device:
     """The device asked for, or the best there is; also sets threads, precision and determinism of the process."""
-    name, there = hardware.device, available_devices()
-    if name == "auto":
-        name = there[0]
+    there = available_devices()
+    name = there[0] if hardware.device == "auto" else hardware.device
     if name not in there:
         usable = ", ".join(there)
         raise UftError(Problem(f"hardware.device={name}", "this machine has none", advice=(f"there is: {usable}",)))
