@@ -176,7 +176,7 @@ class Pairwise(PairLoss):
 
     @property
     def anchor(self) -> float:
-        """Strength of the anchor to the reference, and so the unit of rewards: IPO's tau where it is given, else beta."""
+        """Strength of the anchor to the reference, the unit of rewards: IPO's tau where it is given, else beta."""
         return self.beta if self.tau is None else self.tau
 
     def refined_by(self, kind: Kind) -> frozenset[str]:
