@@ -168,7 +168,7 @@ class Session:
         )
         trainer, data = prepared.trainer, prepared.data
         for other in self.data.stages.values():  # rows of later stages that do not fit are told before the first step
-            check_positions(trainer.policy, other.dataset)
+            check_positions(trainer.policy, other)
         checks = check_record(prepared, check_start(trainer, prepared.reference))
         step = resume(trainer, self.console.message)
         if step < 0 and ranks().is_rank0:
