@@ -129,6 +129,16 @@ def test_rewards_are_clamped_to_the_domain_and_counted():
         assert slope == pytest.approx([0, -0.25])
 
 
+def test_a_squared_gradient_is_a_float32_everywhere_inside_the_clamp():
+    """With room for a million weights of which each has a thousandfold of it."""
+    for f, divergence in DIVERGENCES.items():
+        lowest = max(divergence.edge + 2 * MARGIN, -100.0)
+        _, [slope], means = f_sft(f, [10 * lowest], [0.0], beta=0.1)
+        assert means["clamped"] == 0
+        assert abs(slope) ** 2 * 1e12 < torch.finfo(torch.float32).max, f
+    assert f_sft("reverse_kl", [-310.0], [0.0], beta=0.1)[2]["clamped"] == 1
+
+
 def test_total_variation_alone_needs_no_reference():
     without = [f for f in DIVERGENCES if not preset("f_sft", f=f).needs.reference]
     blind = [f for f in DIVERGENCES if not preset("f_sft", f=f).at_reference(kit.batch_of([of_length(1)]))]

@@ -190,6 +190,9 @@ def test_ipo_and_simpo_want_a_margin_and_ipo_no_more():
     assert run("ipo", tau=0.625)[1] == pytest.approx(0, abs=1e-12)
     assert run("ipo", tau=0.5)[1] == pytest.approx(-0.4)
     assert run("ipo", tau=1.0)[1] > 0, "past its margin, it is pushed back"
+    for tau in (0.1, 1.0):
+        shown = run("ipo", tau=tau)[3]
+        assert (shown["chosen_reward"], shown["margin"]) == pytest.approx((0.2 * tau, 0.8 * tau)), "in units of tau"
     losses = [alone("simpo", gamma=gamma)[0] for gamma in (0.0, 0.5, 1.0, 2.0)]
     assert losses == sorted(losses)
     assert alone("simpo", [-1.0], [-1.5], beta=2.0, gamma=1.0)[0] == pytest.approx(math.log(2))

@@ -57,15 +57,6 @@ def test_the_shipped_objective_of_every_kind_is_its_own_file():
     assert found["weights"] == {}
 
 
-def test_views_are_those_of_the_parts():
-    rows = kit.one_of_each()
-    for names in OTHERS.values():
-        objective = together(names)
-        assert set(objective.views) == set(Kind)
-        for row in rows:
-            assert objective.views[row.kind](row, 1) == kit.preset(names[row.kind.value]).views[row.kind](row, 1)
-
-
 # --- the sum of its parts --------------------------------------------------------------------------------------------
 
 

@@ -111,6 +111,16 @@ def test_a_diverged_run():
     assert found["one run ended at a figure that is not finite: eval/nll"]["runs"] == ["r3"]
 
 
+def test_kl_estimates_that_are_infinite_or_absurd():
+    for kl, told in (("inf", "inf"), (5.2e7, "5.2e+07"), ("nan", "nan")):
+        far = replace(EQUAL[3], result={**EQUAL[3].result, "final": {**FINAL, "eval/pairs/kl": kl, "eval/kl": 3.0}})
+        found = warned([*EQUAL[:3], far])
+        assert list(found) == [f"KL estimates of one run are infinite or absurd: up to {told} nats a token"]
+        assert found.popitem()[1]["runs"] == ["r3"]
+    near = replace(EQUAL[3], result={**EQUAL[3].result, "final": {**FINAL, "eval/kl": 12.0, "objective/kl": 90.0}})
+    assert warned([*EQUAL[:3], near]) == {}
+
+
 def test_nothing_finished():
     found = warned([run(status="failed"), run(status="running")])
     assert next(iter(found)) == "No run has finished"

@@ -269,15 +269,6 @@ def test_a_run_that_never_logged_anything(here):
     assert (made["curves"], made["runs"][0]["final"], made["runs"][0]["command"]) == ({}, {}, None)
 
 
-def test_a_run_deleted_after_it_was_found(sweep):
-    found = select([str(sweep)])
-    shutil.rmtree(found.runs[3])
-    made = compare(found)
-    check(made)
-    assert made["runs"][3]["status"] == "unreadable"
-    assert "is not there" in made["runs"][3]["error"]
-
-
 HOSTILE = "<script>alert(1)</script></script><!--\u202eevil\u2028\x1b[31m\"'&\x00 \ud83d"
 
 

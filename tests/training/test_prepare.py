@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from dying import StopAt
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from uft.config.schema import Config, Hardware
 from uft.errors import FAILED, UftError
@@ -100,6 +102,39 @@ def test_rows_longer_than_the_models_positions_are_refused(build: Callable[..., 
     with pytest.raises(UftError, match="64 positions") as error:
         build("sft", sources={"mine": long})
     assert error.value.problems[0].what == "data.sources.mine"
+
+
+def test_replies_under_other_prompts_longer_than_the_models_positions_are_refused(
+    build: Callable[..., Prepared], tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    sides = [("w3 " * 40, "w4 w5"), ("w6 w7", "w8 " * 40)]
+    rows.write_text("".join(f'{{"prompt": "{p}", "completion": "{c}", "label": true}}\n' for p, c in sides))
+    with pytest.raises(UftError, match="under other rows' prompts have up to 82 tokens, the model has 64") as error:
+        build("kto", sources={"mine": rows})
+    assert "train.max_length=64" in error.value.problems[0].advice[0]
+    assert build("kto", "train.max_length=64", sources={"mine": rows}, run="cut").trainer.steps == 4
+
+
+def test_a_reference_that_cannot_stand_beside_the_policy_is_refused(
+    build: Callable[..., Prepared], model_folder: Path, tmp_path: Path
+) -> None:
+    """Fewer positions than a row has tokens, or a padded vocabulary where whole distributions are compared."""
+
+    def other(**changes: int) -> Path:
+        folder = tmp_path / "-".join(changes)
+        shutil.copytree(model_folder, folder)
+        config = LlamaConfig.from_pretrained(model_folder)
+        LlamaForCausalLM(LlamaConfig.from_dict(config.to_dict() | changes)).save_pretrained(folder)
+        return folder
+
+    short, padded = other(max_position_embeddings=8), other(vocab_size=64)
+    for mode in ("copy", "cached"):
+        with pytest.raises(UftError, match="has 8 positions, and sequences of this run have up to"):
+            build("dpo", f"reference.path={short}", f"reference.mode={mode}", run=mode)
+    with pytest.raises(UftError, match="has a vocabulary of 64 tokens, the policy of 61"):
+        build("anchored_sft", f"reference.path={padded}", run="whole")
+    build("dpo", f"reference.path={padded}", run="targets")
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -283,13 +283,19 @@ class EncodedRows(Sequence[tuple[Tokens, ...]]):
         return self._targets[self._first[index] : self._first[index + 1]]
 
     @cached_property
+    def _lengths(self) -> np.ndarray:
+        """(completions,) int64: tokens of each with its prompt."""
+        return np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for _, _, offsets in self._parts)])
+
+    @cached_property
     def longest(self) -> np.ndarray:
         """(R,) int64: tokens of each row's longest completion."""
-        if not len(self):
-            return np.empty(0, np.int64)
-        return np.maximum.reduceat(
-            np.concatenate([np.diff(offsets) for _, _, offsets in self._parts]), self._first[:-1]
-        )
+        return np.maximum.reduceat(self._lengths, self._first[:-1]) if len(self) else self._lengths
+
+    @property
+    def longest_sides(self) -> tuple[int, int]:
+        """Tokens of the longest prompt and of the longest reply, which may be of different rows."""
+        return int(self._prompts.max(initial=0)), int((self._lengths - self._prompts).max(initial=0))
 
 
 def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | None:

@@ -79,6 +79,8 @@ def make_reference(
             return Frozen(policy)
         other = load_frozen(model, device, reference.path)
         check_vocabulary(other.base, tokenizer, "reference.path" if reference.path else "model.path")
+        if reference.path:
+            check_alike(other, policy, reference.path, longest_row, distributions)
         follow_layout(other, policy, longest_row)
         return Frozen(other)
 
@@ -91,6 +93,21 @@ def make_reference(
     }
     store = LogProbStore.of(cache / "reference", identity)
     return Reference(mode, why, FromColumn(), ReferenceColumn(store, frozen, pad_id(tokenizer), device, policy.layout))
+
+
+def check_alike(other: Policy, policy: Policy, path: str, longest_row: int, distributions: bool) -> None:
+    """Raise UftError where another model cannot stand as the reference: too few positions for the longest row, or, for
+    an objective that compares whole distributions, a vocabulary of another size."""
+    ours, theirs = (side.base.config.get_text_config() for side in (policy, other))
+    positions = getattr(theirs, "max_position_embeddings", None)
+    if positions and longest_row > positions:
+        why = f"has {positions} positions, and sequences of this run have up to {longest_row} tokens"
+        advice = (f"train.max_length={positions} data.too_long=drop|truncate",)
+        raise UftError(Problem(f"reference.path={path}", why, advice=advice))
+    if distributions and ours.vocab_size != theirs.vocab_size:
+        why = f"has a vocabulary of {theirs.vocab_size} tokens, the policy of {ours.vocab_size}"
+        advice = ("this objective compares whole distributions: padded tokens count too",)
+        raise UftError(Problem(f"reference.path={path}", why, advice=advice))
 
 
 def choose_mode(

@@ -12,6 +12,7 @@ from uft.report.metrics import Headline, listed, plural
 from uft.report.runs import FINISHED, UNREADABLE, LoadedRun
 
 TOLERANCE = 0.02  # of a budget
+ABSURD_KL = 20.0  # nats a token: more than a uniform guess over any vocabulary is away from certainty
 BUDGETS = {"steps": "optimiser steps", "rows": "rows", "supervised_tokens": "supervised tokens"}
 MEASURING = ("eval.rows", "eval.generate_rows", "eval.max_new_tokens", "data.holdout")
 ORDERING = ("data.", "train.batch_size", "train.max_length", "model.name", "model.path", "model.revision")
@@ -64,7 +65,7 @@ class Case:
 
 def cautions(case: Case) -> list[Caution]:
     """All cautions, the gravest first."""
-    checks = (data, budgets, evaluations, states, not_finite, seeds, search, code, machine)
+    checks = (data, budgets, evaluations, states, not_finite, divergences, seeds, search, code, machine)
     return [caution for check in checks for caution in check(case)]
 
 
@@ -156,6 +157,25 @@ def not_finite(case: Case) -> Iterator[Caution]:
             f"{plural(len(numbers), 'run')} ended at a figure that is not finite: {listed(names)}",
             "A mean over the others would hide it, so their configurations are not ranked in that metric.",
             numbers,
+        )
+
+
+def divergences(case: Case) -> Iterator[Caution]:
+    """Finished runs whose estimate of the divergence from the reference says no more than that it is large."""
+    absurd = [
+        (kl, number)
+        for number in case.finished
+        for name, kl in case.runs[number].final.items()
+        if name.startswith("eval/") and name.endswith("/kl") and not kl <= ABSURD_KL
+    ]
+    if absurd:
+        largest, _ = max(absurd, key=lambda pair: (math.isnan(pair[0]), pair[0]))
+        runs = tuple(dict.fromkeys(number for _, number in absurd))
+        yield Caution(
+            f"KL estimates of {plural(len(runs), 'run')} are infinite or absurd: up to {largest:.2g} nats a token",
+            "The estimate is the mean of r - 1 - log r over tokens of the data, r = ref / pi: a few tokens that became"
+            " nearly impossible decide it. It says that a run is far from its reference, not how far.",
+            runs,
         )
 
 

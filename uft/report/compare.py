@@ -24,12 +24,12 @@ from rich.table import Table
 from rich.text import Text
 
 from uft import __version__
-from uft.report import metrics, stats
+from uft.report import metrics
 from uft.report.cautions import Case, cautions
 from uft.report.groups import Grouping, baselines, differences, grouping
 from uft.report.metrics import config_value, encodable, jsonable, plural, truncated
 from uft.report.runs import COSTS, Line, LoadedRun, Selection, load, number, numbers
-from uft.report.verdict import ALONE, BETTER, SELECTED, figures_of, judge
+from uft.report.verdict import ALONE, BETTER, SELECTED, figures_of, judge, spread
 from uft.runs import planned, shown, write_atomically
 from uft.tracking.console import printable, shorten
 
@@ -141,7 +141,7 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
                 "config": {jsonable(key): config_value(value) for key, value in group.config.items()},
                 "runs": ids(group.runs),
                 "baseline": n in base,
-                "metrics": jsonable({name: vars(stats.spread([*of.values()])) for name, of in figures[n].items()}),
+                "metrics": jsonable({name: vars(spread([*of.values()])) for name, of in figures[n].items()}),
             }
             for n, group in enumerate(grouped.groups)
         ],

@@ -161,7 +161,7 @@ class Session:
         prepared = prepare_stage(self.run, self.config, stage, model, self.data, self.device, self.stop, say)
         trainer, renderer = prepared.trainer, prepared.data.dataset.renderer
         for other in self.data.stages.values():  # rows of later stages that do not fit are told before the first step
-            check_positions(trainer.policy, other.dataset)
+            check_positions(trainer.policy, other)
         checks = check_record(prepared, check_start(trainer, prepared.reference))
         step = resume(trainer, say)
         if step < 0 and ranks().is_rank0:

@@ -126,7 +126,7 @@ def prepare(
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
-    check_positions(policy, dataset)
+    check_positions(policy, data)
     longest = longest_row(dataset, config, objective)
     settle_layout(policy, config.train.packing, longest)
     if config.model.compile:
@@ -183,9 +183,15 @@ def pause(stop: Stop) -> None:
 
 def longest_row(dataset: TrainData, config: Config, objective: Objective) -> int:
     """Tokens of the longest sequence that the model will meet."""
-    if objective.needs.mismatched:  # completions are scored under other rows' prompts
-        return config.train.max_length
-    return max((source.encoded.longest.max(initial=0) for source in (*dataset.train, *dataset.held_out)), default=0)
+    sources = (*dataset.train, *dataset.held_out)
+    longest = max((int(source.encoded.longest.max(initial=0)) for source in sources), default=0)
+    return max(longest, longest_mismatched(dataset, config.train.max_length)) if objective.needs.mismatched else longest
+
+
+def longest_mismatched(dataset: TrainData, max_length: int) -> int:
+    """Tokens of the longest reply under the longest prompt of another row, cut as such sequences are."""
+    sides = [source.encoded.longest_sides for source in dataset.train]
+    return min(max_length, max(prompt for prompt, _ in sides) + max(reply for _, reply in sides))
 
 
 def _cache_reference(reference: Reference, data: StageData, config: Config, stop: Stop, say: Say) -> None:
@@ -268,8 +274,10 @@ def settle_threads(hardware: Hardware, policy: Policy) -> None:
 # --- Checks before the first step.
 
 
-def check_positions(policy: Policy, dataset: TrainData) -> None:
-    """Raise UftError for sources with rows longer than the model's learned position embeddings."""
+def check_positions(policy: Policy, data: StageData) -> None:
+    """Raise UftError for sources with rows longer than the model's position embeddings, and for an objective that
+    scores completions under other rows' prompts where a pair of them may be."""
+    dataset = data.dataset
     positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None)
     problems = [
         Problem(
@@ -280,6 +288,12 @@ def check_positions(policy: Policy, dataset: TrainData) -> None:
         for source in (*dataset.train, *dataset.held_out)
         if positions and (longest := int(source.encoded.longest.max(initial=0))) > positions
     ]
+    if positions and not problems and data.objective.needs.mismatched:
+        joined = longest_mismatched(dataset, data.sampler.max_length)
+        if joined > positions:
+            why = f"replies under other rows' prompts have up to {joined} tokens, the model has {positions} positions"
+            advice = (f"train.max_length={positions}   (such sequences are cut there)",)
+            problems.append(Problem(f"objective={data.objective.name}", why, advice=advice))
     if problems:
         raise UftError(*problems)
 
