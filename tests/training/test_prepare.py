@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from dying import StopAt
 
-from uft.config.schema import Config, Hardware
+from uft.config.schema import Hardware
 from uft.errors import FAILED, UftError
 from uft.runs import create_run
-from uft.training.setup import Prepared, Stopped, check_start, choose_device, prepare, resume, saved_progress
+from uft.training.setup import Stopped, check_start, choose_device, prepare, resume, saved_progress
 from uft.training.trainer import CPU_PASS, PASS, Progress, tokens_per_pass
 
 
 @pytest.mark.parametrize("mode", ["copy", "cached"])
-def test_the_generator_starts_the_same_whatever_was_done_before(build: Callable[..., Prepared], mode: str) -> None:
+def test_the_generator_starts_the_same_whatever_was_done_before(build, mode):
     draws = []
     for number in range(2):  # the second time everything is found in caches
         torch.rand(number)
@@ -30,7 +27,7 @@ def test_the_generator_starts_the_same_whatever_was_done_before(build: Callable[
     assert torch.rand(3).tolist() != draws[0]
 
 
-def test_a_stop_is_seen_between_the_stages(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_stop_is_seen_between_the_stages(configure, tmp_path):
     config = configure("dpo", "reference.mode=cached", f"data.cache={tmp_path / 'cache'}")
     run = create_run(tmp_path / "run", "{}\n", [])
     looks = 0
@@ -49,11 +46,10 @@ def test_a_stop_is_seen_between_the_stages(configure: Callable[..., Config], tmp
 # --- step 0
 
 
-@pytest.mark.parametrize("mode", ["copy", "cached"])
-@pytest.mark.parametrize("objective", ["uft", "una", "dft", "dpo"])
-def test_policy_and_reference_are_equal_before_the_first_step(
-    build: Callable[..., Prepared], objective: str, mode: str
-) -> None:
+@pytest.mark.parametrize(
+    ("objective", "mode"), [("uft", "cached"), ("una", "copy"), ("dft", "cached"), ("dpo", "copy")]
+)
+def test_policy_and_reference_are_equal_before_the_first_step(build, objective, mode):
     prepared = build(objective, f"reference.mode={mode}")
     before = torch.get_rng_state()
     state = {name: tensor.clone() for name, tensor in prepared.trainer.objective.state.items()}
@@ -63,7 +59,7 @@ def test_policy_and_reference_are_equal_before_the_first_step(
     assert all(torch.equal(tensor, state[name]) for name, tensor in prepared.trainer.objective.state.items())
 
 
-def test_a_policy_that_is_not_the_reference_is_noticed(build: Callable[..., Prepared]) -> None:
+def test_a_policy_that_is_not_the_reference_is_noticed(build):
     prepared = build("dpo", "reference.mode=copy")
     with torch.no_grad():
         next(iter(prepared.trainer.parameters.values())).add_(0.1)
@@ -73,14 +69,14 @@ def test_a_policy_that_is_not_the_reference_is_noticed(build: Callable[..., Prep
     assert error.value.problems[0].what == "step 0"
 
 
-def test_another_model_as_reference_may_differ(build: Callable[..., Prepared], model_folder: Path) -> None:
+def test_another_model_as_reference_may_differ(build, model_folder):
     prepared = build("dpo", f"reference.path={model_folder}", "reference.mode=copy")
     with torch.no_grad():
         next(iter(prepared.trainer.parameters.values())).add_(0.1)
     check_start(prepared.trainer, prepared.reference)
 
 
-def test_rows_longer_than_the_models_positions_are_refused(build: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_rows_longer_than_the_models_positions_are_refused(build, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text('{"prompt": "w3", "completion": "' + "w4 " * 80 + '"}\n')
     with pytest.raises(UftError, match="64 positions") as error:
@@ -88,7 +84,7 @@ def test_rows_longer_than_the_models_positions_are_refused(build: Callable[..., 
     assert error.value.problems[0].what == "data.sources.mine"
 
 
-def test_a_device_that_is_not_there() -> None:
+def test_a_device_that_is_not_there():
     if torch.cuda.is_available():
         assert choose_device(Hardware(device="cuda")).type == "cuda"
     else:
@@ -101,14 +97,7 @@ def test_a_device_that_is_not_there() -> None:
     ("device", "there", "asked", "expected"),
     [("cpu", True, None, CPU_PASS), ("auto", True, None, PASS), ("auto", False, None, CPU_PASS), ("auto", True, 5, 5)],
 )
-def test_passes_suit_the_device_unless_asked_otherwise(
-    configure: Callable[..., Config],
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    there: bool,
-    asked: int,
-    expected: int,
-) -> None:
+def test_passes_suit_the_device_unless_asked_otherwise(configure, monkeypatch, device, there, asked, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     words = (f"hardware.device={device}", f"train.micro_batch_tokens={'null' if asked is None else asked}")
@@ -118,11 +107,11 @@ def test_passes_suit_the_device_unless_asked_otherwise(
 # --- standing and resuming
 
 
-def test_a_run_without_checkpoints_begins_at_the_beginning(build: Callable[..., Prepared]) -> None:
+def test_a_run_without_checkpoints_begins_at_the_beginning(build):
     assert resume(build("sft").trainer) == -1
 
 
-def test_a_run_stands_where_its_newest_checkpoint_does(build: Callable[..., Prepared]) -> None:
+def test_a_run_stands_where_its_newest_checkpoint_does(build):
     trainer = build("sft", "train.keep_last=1").trainer
     for step in (2, 3):
         trainer.progress.step = step
@@ -133,7 +122,7 @@ def test_a_run_stands_where_its_newest_checkpoint_does(build: Callable[..., Prep
     assert again.progress == trainer.progress
 
 
-def test_without_held_out_rows_and_reference_there_is_nothing_to_compare_with(build: Callable[..., Prepared]) -> None:
+def test_without_held_out_rows_and_reference_there_is_nothing_to_compare_with(build):
     assert build("sft").eval_reference is None
     assert build("sft", "data.holdout=0.2", run="held").eval_reference is not None
     assert build("dpo", run="pair").eval_reference is not None
