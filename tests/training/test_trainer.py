@@ -428,13 +428,13 @@ def term(total: float, count: float) -> Term:
     return Term(torch.tensor(total), torch.tensor(count))
 
 
-def test_a_mean_is_over_the_steps_that_had_units():
+def test_a_mean_is_over_the_steps_that_had_units_and_nll_over_their_tokens():
     meter = Meter()
     for total, count in ((6.0, 1), (8.0, 4), (0.0, 0)):
-        meter.add_loss({"nll": term(total, count), "pair": term(0.0, 0)})
+        meter.add_loss({"sft": term(total, count), "nll": term(total, count), "pair": term(0.0, 0)})
     meter.add("loss", torch.ones((), requires_grad=True) * 2)
     assert not meter.sums["loss"][0].requires_grad
-    assert meter.means() == {"nll": 4.0, "loss": 2.0}
+    assert meter.means() == {"sft": 4.0, "nll": 14 / 5, "loss": 2.0}
     assert meter.means() == {}, "reading resets it"
 
 
