@@ -165,7 +165,7 @@ def configure(model_folder, files, tmp_path_factory):
                 "cache": str(cache),
             },
             "model": {"name": "tiny", "path": str(model_folder), "lr": 0.01},
-            "train": {"steps": 4, "batch_size": 8},
+            "train": {"steps": 4, "batch_size": 8, "check_model": False},
             "hardware": {"device": "cpu"},
             "tracking": {"mode": "disabled"},
         }
