@@ -6,7 +6,7 @@ import functools
 import json
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +62,7 @@ USES = {
 
 
 @pytest.fixture(autouse=True)
-def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_collections(monkeypatch):
     """A process of hundreds of tests holds millions of objects: looking through them at every start costs more than the
     steps that are tested. `test_trainer.py` has the real thing."""
     for module in (trainer, session):
@@ -70,14 +70,14 @@ def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_generator() -> Iterator[None]:
+def same_generator():
     """`prepare` seeds torch's generator; no test may depend on which one ran before it."""
     with torch.random.fork_rng(devices=[]):
         yield
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tmp_path_factory):
     """A random Llama with untied embeddings and a tokenizer of words w3 ... w60."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -138,16 +138,14 @@ def _rows_of(kind: str, count: int) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(tmp_path_factory):
     """One JSONL file of 12 rows per kind."""
     folder = tmp_path_factory.mktemp("rows")
     return {kind: write_rows(folder / f"{kind}.jsonl", _rows_of(kind, 12)) for kind in KINDS}
 
 
 @pytest.fixture(scope="session")
-def configure(
-    model_folder: Path, files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Config]:
+def configure(model_folder, files, tmp_path_factory):
     """configure("ift", "train.steps=3", sources={name: path}) -> a typed configuration without the command line."""
     cache = tmp_path_factory.mktemp("cache")
 
@@ -167,7 +165,7 @@ def configure(
                 "cache": str(cache),
             },
             "model": {"name": "tiny", "path": str(model_folder), "lr": 0.01},
-            "train": {"steps": 4, "batch_size": 8},
+            "train": {"steps": 4, "batch_size": 8, "check_model": False},
             "hardware": {"device": "cpu"},
             "tracking": {"mode": "disabled"},
         }
@@ -178,7 +176,7 @@ def configure(
 
 
 @pytest.fixture
-def build(configure: Callable[..., Config], tmp_path: Path) -> Callable[..., Prepared]:
+def build(configure, tmp_path):
     """build("ift", ...) -> Prepared in a fresh run folder; `run` for another one."""
 
     def make(objective: str, *settings: str, run: str = "run", **options: Any) -> Prepared:
@@ -191,7 +189,7 @@ def build(configure: Callable[..., Config], tmp_path: Path) -> Callable[..., Pre
 
 
 @pytest.fixture(scope="session")
-def chain(configure: Callable[..., Config], files: dict[str, Path]) -> Callable[..., Config]:
+def chain(configure, files):
     """chain({"sft": ("sft", "demonstration", "train.steps=4"), ...}): a run of these stages.
 
     A stage is (objective, kind of its rows, settings); the objective of one that does not train is what it does.
@@ -215,7 +213,7 @@ def chain(configure: Callable[..., Config], files: dict[str, Path]) -> Callable[
 
 
 @pytest.fixture(scope="session")
-def two(chain: Callable[..., Config]) -> Callable[..., Config]:
+def two(chain):
     """two(*settings): SFT, then DPO."""
     parts = {
         "sft": ("sft", "demonstration", f"train.steps={SFT}"),
@@ -225,7 +223,7 @@ def two(chain: Callable[..., Config]) -> Callable[..., Config]:
 
 
 @pytest.fixture(scope="session")
-def finished(two: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+def finished(two, tmp_path_factory):
     """The folder of a finished run of `two`, to be looked at alone, and how often it asked whether to stop."""
     folder, watch = tmp_path_factory.mktemp("finished") / "run", StopAt()
     assert sit(folder, two(), watch) == GOOD
@@ -233,5 +231,5 @@ def finished(two: Callable[..., Config], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def death(monkeypatch: pytest.MonkeyPatch) -> Death:
+def death(monkeypatch):
     return Death(monkeypatch, session, setup)

@@ -29,7 +29,7 @@ Configure = Callable[..., Config]
 
 
 @pytest.fixture
-def job(model_folder: Path) -> Callable[..., dict[str, AnnotatedSource]]:
+def job(model_folder):
     """job(config, out, column="baseline_logp")."""
 
     def run(config: Config, out: Path, column: str = "baseline_logp") -> dict[str, AnnotatedSource]:
@@ -49,9 +49,7 @@ def numbers(rows: tuple[Row, ...], column: str = "baseline_logp") -> list[float 
     return [c.annotations.get(column) for row in rows for c in row.completions]
 
 
-def test_every_kind_of_row_reads_on_as_the_same_mixture(
-    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, tmp_path: Path
-) -> None:
+def test_every_kind_of_row_reads_on_as_the_same_mixture(job, configure, tmp_path):
     config = configure("sft", "data.holdout=0.25", "data.sources.preference.share=3", "data.sources.binary.share=1")
     for name in ("demonstration", "scored", "negatives"):
         config.data.sources[name].share = 1.0
@@ -69,9 +67,7 @@ def test_every_kind_of_row_reads_on_as_the_same_mixture(
         assert all(number is not None and number < 0 for number in numbers(after.rows + after.held_out))
 
 
-def test_evaluation_rows_of_their_own_place_stay_apart(
-    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_evaluation_rows_of_their_own_place_stay_apart(job, configure, files, tmp_path):
     for name, count in (("train", 5), ("test", 3)):
         lines = (json.dumps({"question asked": f"w{n + 3}", "reply": "w9"}) + "\n" for n in range(count))
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
@@ -91,9 +87,7 @@ def test_evaluation_rows_of_their_own_place_stay_apart(
     assert (bare(after.rows), after.checker) == (before.rows, "exact")
 
 
-def test_the_command_that_is_shown_composes_to_what_was_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_that_is_shown_composes_to_what_was_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spaced = tmp_path / 'a "b" \\'
     sources = {"mine": Source(path="x", share=0.5, checker="exact", columns={"prompt": "q"}), "other": Source(path="y")}
@@ -118,9 +112,7 @@ def refused(call: Callable[[], object]) -> list[str]:
     return [f"{problem.what}: {problem.why} {' '.join(problem.advice)}" for problem in error.value.problems]
 
 
-def test_what_is_not_ours_is_never_replaced(
-    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_what_is_not_ours_is_never_replaced(job, configure, files, tmp_path):
     config = configure("sft", sources={"mine": files["demonstration"]})
     other = tmp_path / "notes.jsonl"
     other.write_text('{"prompt": "mine"}\n')
@@ -146,9 +138,7 @@ def test_what_is_not_ours_is_never_replaced(
     assert out.read_bytes() == content
 
 
-def test_one_file_holds_one_source_of_one_kind(
-    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_one_file_holds_one_source_of_one_kind(job, configure, files, tmp_path):
     (said,) = refused(lambda: job(configure("sft"), tmp_path / "rows.jsonl"))
     assert "there are 5" in said
     assert f"annotate.out={tmp_path / 'rows'}" in said
@@ -160,9 +150,7 @@ def test_one_file_holds_one_source_of_one_kind(
     assert "several kinds (binary, preference)" in said
 
 
-def test_soft_labels_where_there_are_scores(
-    job: Callable[..., dict[str, AnnotatedSource]], configure: Configure, files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_soft_labels_where_there_are_scores(job, configure, files, tmp_path):
     config = configure("sft", "annotate.temperature=0.5")
     written = job(config, tmp_path / "rows", "soft_label")
     assert {name for name, one in written.items() if one.without < one.completions} == {"scored"}
@@ -176,15 +164,8 @@ def test_soft_labels_where_there_are_scores(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, STOPPED), (signal.SIGINT, INTERRUPTED)])
 def test_the_verb_stops_when_asked_and_goes_on(
-    configure: Configure,
-    files: dict[str, Path],
-    model_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    number: int,
-    code: int,
-) -> None:
+    configure, files, model_folder, tmp_path, monkeypatch, capsys, number, code
+):
     monkeypatch.setattr(annotation, "PER_FILE", 4)
     config = configure("sft", f"data.cache={tmp_path / 'cache'}", sources={"mine": files["demonstration"]})
     out = tmp_path / "rows.jsonl"
@@ -209,5 +190,5 @@ def test_the_verb_stops_when_asked_and_goes_on(
     assert f"uft train objective=poft data=files +data.sources.mine.path={out}" in said
 
 
-def test_the_column_must_be_said(configure: Configure) -> None:
+def test_the_column_must_be_said(configure):
     assert "which column" in refused(lambda: jobs.annotate(configure("sft")))[0]

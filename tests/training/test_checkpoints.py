@@ -21,7 +21,7 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path):
     return create_run(tmp_path / "run", "{}\n", [])
 
 
@@ -42,7 +42,7 @@ def steps(run: Run) -> list[int]:
     return [step for step, _ in run.checkpoints()]
 
 
-def test_tensors_come_back_bit_for_bit(run: Run) -> None:
+def test_tensors_come_back_bit_for_bit(run):
     shared = torch.randn(4, 4)
     tensors = {
         "tied/a": shared,
@@ -65,7 +65,7 @@ def test_tensors_come_back_bit_for_bit(run: Run) -> None:
         assert torch.equal(whole.view(torch.uint8), back.view(torch.uint8)), name
 
 
-def test_nothing_is_pickled(run: Run) -> None:
+def test_nothing_is_pickled(run):
     folder = save(run, 1)
     assert {path.name for path in folder.iterdir()} == {checkpoint.TENSORS, checkpoint.STATE, checkpoint.SUMS}
     for path in folder.iterdir():
@@ -117,7 +117,7 @@ def deaths(run: Run, action: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("again", [False, True], ids=["new", "again"])
 @pytest.mark.parametrize("alone", [False, True], ids=["after others", "alone"])
-def test_death_while_saving_leaves_a_whole_newest_checkpoint(tmp_path: Path, again: bool, alone: bool) -> None:
+def test_death_while_saving_leaves_a_whole_newest_checkpoint(tmp_path, again, alone):
     def prepare(number: int) -> Run:
         run = create_run(tmp_path / str(number), "{}\n", [])
         if not alone:
@@ -148,7 +148,7 @@ def test_death_while_saving_leaves_a_whole_newest_checkpoint(tmp_path: Path, aga
         assert [path.name for path in run.checkpoints_dir.iterdir()] == ["step-000040"], moment
 
 
-def test_a_half_deleted_checkpoint_never_comes_back(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_deleted_checkpoint_never_comes_back(run, monkeypatch):
     for step in (10, 20):
         save(run, step)
     with monkeypatch.context() as patch:
@@ -168,7 +168,7 @@ def test_a_half_deleted_checkpoint_never_comes_back(run: Run, monkeypatch: pytes
     ("keep", "best", "expected"),
     [(1, None, [5]), (2, None, [4, 5]), (2, 1, [1, 4, 5]), (1, 5, [5]), (9, 2, [1, 2, 3, 4, 5]), (1, 77, [5])],
 )
-def test_the_newest_and_the_best_are_kept(run: Run, keep: int, best: int | None, expected: list[int]) -> None:
+def test_the_newest_and_the_best_are_kept(run, keep, best, expected):
     for step in range(1, 6):
         save(run, step)
     checkpoint.prune(run, keep, best)
@@ -176,7 +176,7 @@ def test_the_newest_and_the_best_are_kept(run: Run, keep: int, best: int | None,
     assert [value_of(folder) for _, folder in run.checkpoints()] == expected
 
 
-def test_order_is_by_number_also_beyond_six_digits(run: Run) -> None:
+def test_order_is_by_number_also_beyond_six_digits(run):
     for step in (999_999, 1_000_000, 20):
         save(run, step)
     assert steps(run) == [20, 999_999, 1_000_000]

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 
@@ -32,7 +31,7 @@ EPOCHS = ("train.steps=null", "train.batch_size=7", "train.epochs=1")
 
 
 @pytest.fixture
-def corpus(configure: Callable[..., Config]) -> Read:
+def corpus(configure):
     def read(*settings: str, objective: str = "uft", **options: object) -> tuple[Config, TrainData]:
         config = configure(objective, *settings, **options)
         return config, read_train_data(config, load_tokenizer(config.model))
@@ -55,31 +54,16 @@ def drawn(config: Config, found: TrainData, horizon: Horizon) -> Counter[str]:
 # --- the horizon
 
 
-def test_one_pass_shows_every_row_once_with_a_short_last_batch(
-    corpus: Read,
-) -> None:
-    config, found = corpus(*EPOCHS)
-    horizon = make_horizon(config, found)
-    assert horizon == Horizon(epoch_rows=60, total_rows=60, steps=9)  # 8 x 7 + 4
-    counts = drawn(config, found, horizon)
-    assert len(counts) == 60
-    assert set(counts.values()) == {1}
-
-
-@pytest.mark.parametrize(("epochs", "rows", "steps"), [(0.5, 30, 5), (2, 120, 18), (0.001, 1, 1)])
-def test_parts_of_passes_and_several(corpus: Read, epochs: float, rows: int, steps: int) -> None:
-    config, found = corpus(*EPOCHS, f"train.epochs={epochs}")
-    assert make_horizon(config, found) == Horizon(60, rows, steps)
-
-
-def test_two_passes_show_every_row_twice(corpus: Read) -> None:
-    config, found = corpus(*EPOCHS, "train.epochs=2")
-    assert set(drawn(config, found, make_horizon(config, found)).values()) == {2}
-
-
-def test_steps_are_whole_batches_whatever_the_epochs(corpus: Read) -> None:
+def test_passes_show_every_row_equally_often_with_a_short_last_batch(corpus):
+    for epochs, rows, steps in ((1, 60, 9), (2, 120, 18), (0.5, 30, 5), (0.001, 1, 1)):  # 60 = 8 x 7 + 4
+        config, found = corpus(*EPOCHS, f"train.epochs={epochs}")
+        horizon = make_horizon(config, found)
+        assert horizon == Horizon(60, rows, steps)
+        if epochs >= 1:
+            counts = drawn(config, found, horizon)
+            assert (len(counts), set(counts.values())) == (60, {epochs})
     config, found = corpus("train.steps=11", "train.batch_size=7", "train.epochs=0.1")
-    assert make_horizon(config, found) == Horizon(60, 77, 11)
+    assert make_horizon(config, found) == Horizon(60, 77, 11), "steps are whole batches whatever the epochs"
 
 
 SHARES = ("data.sources.demonstration.share=3", "data.sources.preference.share=1")
@@ -89,14 +73,7 @@ SHARES = ("data.sources.demonstration.share=3", "data.sources.preference.share=1
     ("exhaustion", "rows", "least", "most"),
     [("first", 16, 0, 1), ("repeat", 24, 0, 2), ("all", 48, 1, 3)],
 )
-def test_what_one_epoch_is_when_shares_do_not_fit_the_sizes(
-    corpus: Read,
-    files: dict[str, Path],
-    exhaustion: str,
-    rows: int,
-    least: int,
-    most: int,
-) -> None:
+def test_what_one_epoch_is_when_shares_do_not_fit_the_sizes(corpus, files, exhaustion, rows, least, most):
     two = {name: files[name] for name in ("demonstration", "preference")}
     config, found = corpus(*EPOCHS, *SHARES, f"data.exhaustion={exhaustion}", sources=two)
     horizon = make_horizon(config, found)
@@ -106,7 +83,7 @@ def test_what_one_epoch_is_when_shares_do_not_fit_the_sizes(
     assert (min(every), max(every)) == (least, most)
 
 
-def test_first_ends_the_run_before_anything_is_shown_twice(corpus: Read, files: dict[str, Path]) -> None:
+def test_first_ends_the_run_before_anything_is_shown_twice(corpus, files):
     two = {name: files[name] for name in ("demonstration", "preference")}
     config, found = corpus("train.steps=100", "train.batch_size=7", *SHARES, "data.exhaustion=first", sources=two)
     assert make_horizon(config, found) == Horizon(16, 16, 3)
@@ -115,7 +92,7 @@ def test_first_ends_the_run_before_anything_is_shown_twice(corpus: Read, files: 
 # --- the digest
 
 
-def test_the_digest_is_of_what_decides_the_rows_and_their_order(corpus: Read, files: dict[str, Path]) -> None:
+def test_the_digest_is_of_what_decides_the_rows_and_their_order(corpus, files):
     def digest(*settings: str, **options: object) -> str:
         return corpus(*settings, **options)[1].digest
 
@@ -139,7 +116,7 @@ def test_the_digest_is_of_what_decides_the_rows_and_their_order(corpus: Read, fi
     assert len({plain, *others}) == len(others) + 1
 
 
-def test_the_digest_does_not_know_where_files_lie(corpus: Read, files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_digest_does_not_know_where_files_lie(corpus, files, tmp_path):
     moved = tmp_path / "elsewhere.jsonl"
     moved.write_text(files["binary"].read_text())
     there, here = ({"one": path} for path in (files["binary"], moved))
@@ -149,7 +126,7 @@ def test_the_digest_does_not_know_where_files_lie(corpus: Read, files: dict[str,
 # --- held-out rows
 
 
-def test_a_held_out_row_that_is_too_long_is_cut_and_a_training_row_refused(corpus: Read, tmp_path: Path) -> None:
+def test_a_held_out_row_that_is_too_long_is_cut_and_a_training_row_refused(corpus, tmp_path):
     short, long = tmp_path / "short.jsonl", tmp_path / "long.jsonl"
     short.write_text('{"prompt": "w3", "completion": "w4"}\n')
     long.write_text('{"prompt": "w3 w4", "completion": "' + "w5 " * 20 + '"}\n')
@@ -170,7 +147,7 @@ def test_a_held_out_row_that_is_too_long_is_cut_and_a_training_row_refused(corpu
 # --- rows an objective cannot use
 
 
-def test_unusable_rows_stop_the_request_with_the_objectives_own_words(corpus: Read, files: dict[str, Path]) -> None:
+def test_unusable_rows_stop_the_request_with_the_objectives_own_words(corpus, files):
     two = {name: files[name] for name in ("demonstration", "binary", "preference")}
     config, found = corpus(objective="dpo", sources=two)
     with pytest.raises(UftError) as error:
@@ -188,7 +165,7 @@ def test_unusable_rows_stop_the_request_with_the_objectives_own_words(corpus: Re
 
 
 @pytest.fixture
-def half(tmp_path: Path) -> Path:
+def half(tmp_path):
     """Six rows, of which the even ones have a baseline."""
     rows = [
         {"prompt": f"w{n + 3}", "completion": "w4", "baseline_logp": -1.0 if n % 2 == 0 else None} for n in range(6)
@@ -199,7 +176,7 @@ def half(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pairs(tmp_path: Path) -> Path:
+def pairs(tmp_path):
     """Three pairs: all numbers, the chosen one's alone, the rejected one's alone."""
     path = tmp_path / "pairs.jsonl"
     base = {"prompt": "w3", "chosen": "w4", "rejected": "w5"}
@@ -208,7 +185,7 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_run_stops_and_says_how_to_write_them(configure: Callable[..., Config], half: Path, pairs: Path) -> None:
+def test_a_run_stops_and_says_how_to_write_them(configure, half, pairs):
     config = configure("poft", sources={"half": half, "pairs": pairs})
     config.data.sources["half"].columns = {"baseline_logp": "baseline_logp"}
     dataset = read_train_data(config, load_tokenizer(config.model))
@@ -226,7 +203,7 @@ def test_a_run_stops_and_says_how_to_write_them(configure: Callable[..., Config]
     assert "data.unusable=drop" in error.value.footer
 
 
-def test_or_leaves_them_out_and_counts_them(corpus: Read, half: Path) -> None:
+def test_or_leaves_them_out_and_counts_them(corpus, half):
     config, dataset = corpus("data.unusable=drop", sources={"half": half}, objective="poft")
     sampler = make_sampler(config, dataset, make(config.objective))
     assert {item.row.index for item in sampler.take(6)} == {0, 2, 4}
@@ -237,13 +214,13 @@ def test_or_leaves_them_out_and_counts_them(corpus: Read, half: Path) -> None:
     assert looked.unusable() == {"half": {Kind.DEMONSTRATION: (3, "half:1")}}
 
 
-def test_nothing_left_is_no_run(corpus: Read, files: dict[str, Path]) -> None:
+def test_nothing_left_is_no_run(corpus, files):
     config, dataset = corpus("data.unusable=drop", sources={"mine": files["demonstration"]}, objective="poft")
     with pytest.raises(UftError, match="cannot use any of the 12 rows"):
         make_sampler(config, dataset, make(config.objective))
 
 
-def test_rows_of_which_nothing_is_taken_are_no_run_either(corpus: Read, tmp_path: Path) -> None:
+def test_rows_of_which_nothing_is_taken_are_no_run_either(corpus, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "w3", "completion": "w4", "label": false}\n' * 3)
     config, dataset = corpus(sources={"bad": bad}, objective="sft")
@@ -251,7 +228,7 @@ def test_rows_of_which_nothing_is_taken_are_no_run_either(corpus: Read, tmp_path
         make_sampler(config, dataset, make(config.objective))
 
 
-def test_pairs_without_a_soft_label_are_told(corpus: Read, tmp_path: Path) -> None:
+def test_pairs_without_a_soft_label_are_told(corpus, tmp_path):
     path = tmp_path / "soft.jsonl"
     base = {"prompt": "w3", "chosen": "w4", "rejected": "w5"}
     path.write_text("".join(json.dumps(row) + "\n" for row in ({**base, "soft_label": 0.8}, base, base)))
@@ -263,7 +240,7 @@ def test_pairs_without_a_soft_label_are_told(corpus: Read, tmp_path: Path) -> No
     assert said == {"gdpo_soft": ["2 of 3 pairs of soft have no soft_label: they count as certain"], "dpo": []}
 
 
-def test_objectives_that_need_none_take_rows_as_they_are(corpus: Read, half: Path) -> None:
+def test_objectives_that_need_none_take_rows_as_they_are(corpus, half):
     config, dataset = corpus(sources={"half": half}, objective="sft")
     assert len(make_sampler(config, dataset, make(config.objective)).take(6)) == 6
 
@@ -281,7 +258,7 @@ class Turning(Objective):
         return {Kind.NEGATIVES: lambda row, visit: (Selected(visit % len(row.completions)),)}
 
 
-def test_later_visits_count_too() -> None:
+def test_later_visits_count_too():
     turns = (Message("assistant", "a"),)
     shown = Completion(turns, annotations={"baseline_logp": -1.0})
     known = Completion(turns, sampled_by="m", annotations={"baseline_logp": -1.0})
@@ -292,7 +269,7 @@ def test_later_visits_count_too() -> None:
     }
 
 
-def test_per_kind_asks_each_kind_for_what_its_own_objective_needs(configure: Callable[..., Config]) -> None:
+def test_per_kind_asks_each_kind_for_what_its_own_objective_needs(configure):
     poft, dpo = (configure(name, sources={}).objective for name in ("poft", "dpo"))
     objective = make({"name": "per_kind", "method": "per_kind", "demonstration": poft, "preference": dpo})
     prompt, turns = (Message("user", "q"),), (Message("assistant", "a"),)

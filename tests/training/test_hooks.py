@@ -69,7 +69,7 @@ class FakeTrainer:
         self.train = Train(log_every=log, eval_every=evaluate, checkpoint_every=save)
         self.config, self.saves = self, list[tuple[int, int, int | None]]()
         self.notes = Notes()
-        self.recorder = Recorder(self.notes, self.notes, measure, **recorder)  # type: ignore[arg-type]
+        self.recorder = Recorder(self.notes, self.notes, measure, **recorder)
 
     def publish_pending_checkpoint(self, wait: bool = True) -> None:
         """Nothing is written in the background here."""
@@ -82,7 +82,7 @@ class FakeTrainer:
 
     def owed(self) -> None:
         """The evaluation before the first step, or the one that the last session owed."""
-        self.recorder.evaluate_if_due(self)  # type: ignore[arg-type]
+        self.recorder.evaluate_if_due(self)
 
     def run(self, until: int | None = None) -> FakeTrainer:
         """Steps of 4 rows and 10 tokens with loss = step number."""
@@ -94,7 +94,7 @@ class FakeTrainer:
             self.meter.add("loss", number)
             self.meter.add("grad_norm", 2 * number)
             self.meter.add_loss({"nll": Term(number * 6, torch.tensor(3.0)), "sft": Term(number, torch.tensor(1.0))})
-            self.recorder.after_step(self, Step(number, {}, 2 * number, 10, 5))  # type: ignore[arg-type]
+            self.recorder.after_step(self, Step(number, {}, 2 * number, 10, 5))
         return self
 
 
@@ -118,13 +118,13 @@ def values(*numbers: float | None) -> Callable[[], Evaluation]:
     ("every", "steps", "expected"),
     [(4, 10, [1, 4, 8, 10]), (1, 3, [1, 2, 3]), (10, 4, [1, 4]), (10, 1, [1]), (5, 10, [1, 5, 10])],
 )
-def test_a_line_at_the_first_step_every_few_and_at_the_last(every: int, steps: int, expected: list[int]) -> None:
+def test_a_line_at_the_first_step_every_few_and_at_the_last(every, steps, expected):
     notes = FakeTrainer(steps, log=every).run().notes
     assert [step for step, _ in notes.lines] == expected
     assert notes.shown == expected
 
 
-def test_a_line_says_what_happened_since_the_last_one() -> None:
+def test_a_line_says_what_happened_since_the_last_one():
     """Of a session that begins after 100 seconds: the time between steps is in no number here."""
     trainer = FakeTrainer(4, log=3, seconds=100.0)
     for step, seconds in enumerate((102.0, 105.0, 112.0, 122.0), 1):
@@ -141,10 +141,10 @@ def test_a_line_says_what_happened_since_the_last_one() -> None:
     assert [line["tokens_per_second"] for line in (first, middle, last)] == [10 / 2, 20 / 10, 10 / 10]
 
 
-def test_a_line_about_nothing_has_no_loss() -> None:
+def test_a_line_about_nothing_has_no_loss():
     trainer, nothing = FakeTrainer(1, log=1), torch.zeros(())
     trainer.progress.step = 1
-    trainer.recorder.after_step(trainer, Step(nothing, {}, nothing, 0, 0))  # type: ignore[arg-type]
+    trainer.recorder.after_step(trainer, Step(nothing, {}, nothing, 0, 0))
     assert {"loss", "nll", "grad_norm"}.isdisjoint(trainer.notes.lines[0][1])
 
 
@@ -162,7 +162,7 @@ def test_a_line_about_nothing_has_no_loss() -> None:
         (1, 100, True, [0, 1]),
     ],
 )
-def test_an_evaluation_before_every_few_and_after(steps: int, every: int, before: bool, expected: list[int]) -> None:
+def test_an_evaluation_before_every_few_and_after(steps, every, before, expected):
     trainer = FakeTrainer(steps, values(*[1.0] * 20), evaluate=every, at_start=before)
     trainer.owed()
     notes = trainer.run().notes
@@ -170,7 +170,7 @@ def test_an_evaluation_before_every_few_and_after(steps: int, every: int, before
     assert [step for step, line in notes.lines if "eval/nll" in line] == expected
 
 
-def test_an_interrupted_evaluation_is_owed_and_paid_first_and_none_is_made_twice() -> None:
+def test_an_interrupted_evaluation_is_owed_and_paid_first_and_none_is_made_twice():
     trainer = FakeTrainer(6, values(1.0, None, 0.5, 0.4), evaluate=3)
     trainer.owed()
     trainer.run(until=3)
@@ -192,14 +192,14 @@ def test_an_interrupted_evaluation_is_owed_and_paid_first_and_none_is_made_twice
         ("max", (1.0, math.inf, 7.0, 8.0, math.nan), (9, 8.0)),
     ],
 )
-def test_the_best_step(mode: str, series: tuple[float, ...], best: tuple[int, float]) -> None:
+def test_the_best_step(mode, series, best):
     trainer = FakeTrainer(12, values(*series), evaluate=3, mode=mode)
     trainer.owed()
     trainer.run()
     assert (trainer.progress.best_step, trainer.progress.best_value) == best
 
 
-def test_no_best_where_the_metric_is_not_measured_and_no_line_without_metrics() -> None:
+def test_no_best_where_the_metric_is_not_measured_and_no_line_without_metrics():
     trainer = FakeTrainer(3, values(1.0, 1.0), best="eval/exact_match")
     trainer.owed()
     assert trainer.run().progress.best_step is None
@@ -216,13 +216,13 @@ def test_no_best_where_the_metric_is_not_measured_and_no_line_without_metrics() 
 @pytest.mark.parametrize(
     ("every", "steps", "expected"), [(3, 7, [3, 6, 7]), (3, 6, [3, 6]), (0, 5, [5]), (100, 5, [5]), (1, 2, [1, 2])]
 )
-def test_a_checkpoint_every_few_steps_and_at_the_end(every: int, steps: int, expected: list[int]) -> None:
+def test_a_checkpoint_every_few_steps_and_at_the_end(every, steps, expected):
     trainer = FakeTrainer(steps, save=every).run()
     assert [step for step, *_ in trainer.saves] == expected
     assert trainer.recorder.saved == steps
 
 
-def test_a_new_best_is_saved_once_with_what_is_known_of_it() -> None:
+def test_a_new_best_is_saved_once_with_what_is_known_of_it():
     trainer = FakeTrainer(8, values(9.0, 3.0, 2.0, 5.0, 5.0), evaluate=2, save=7)
     trainer.owed()
     assert trainer.run().saves == [(2, 2, 2), (4, 4, 4), (7, 6, 4), (8, 8, 4)]
@@ -231,7 +231,7 @@ def test_a_new_best_is_saved_once_with_what_is_known_of_it() -> None:
 # --- a later stage
 
 
-def test_lines_of_a_later_stage_continue_those_before_it() -> None:
+def test_lines_of_a_later_stage_continue_those_before_it():
     """Steps and counters run on, and every line has the stage's name; epochs, rates and the schedule are its own."""
     before = Progress(step=10, rows=400, tokens=1000, supervised_tokens=500, seconds=60.0)
     trainer = FakeTrainer(2, values(1.0), log=1, at_start=False, stage="dpo", before=before).run()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +16,7 @@ from uft.training import jobs
 from uft.training.setup import Prepared, stage_card
 
 
-def test_check_prepares_takes_the_largest_step_and_writes_nothing(
-    configure: Callable[..., Config],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_check_prepares_takes_the_largest_step_and_writes_nothing(configure, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = configure("dpo")
     assert jobs.check(config) == GOOD
@@ -34,9 +27,7 @@ def test_check_prepares_takes_the_largest_step_and_writes_nothing(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, STOPPED), (signal.SIGINT, INTERRUPTED)])
-def test_check_stops_when_asked(
-    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, number: int, code: int
-) -> None:
+def test_check_stops_when_asked(configure, monkeypatch, number, code):
     real = jobs.prepare_stage
 
     def prepare(*arguments: Any) -> Prepared:
@@ -47,18 +38,14 @@ def test_check_stops_when_asked(
     assert jobs.check(configure("sft")) == code
 
 
-def test_data_shows_the_mixture_and_the_rows(
-    configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_shows_the_mixture_and_the_rows(configure, capsys):
     assert jobs.show_data(configure("dpo")) == GOOD
     said = capsys.readouterr().out
     for expected in ("preference", "scored", "negatives", "tokens per completion", "preference:0"):
         assert expected in said
 
 
-def test_generate_stops_between_batches_and_goes_on(
-    configure: Callable[..., Config], files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generate_stops_between_batches_and_goes_on(configure, files, tmp_path, monkeypatch):
     config = configure("sft", sources={"mine": files["demonstration"]})
 
     def settings(out: str) -> Config:
@@ -86,7 +73,7 @@ def test_generate_stops_between_batches_and_goes_on(
     assert all(json.loads(line)["negatives"] for line in whole.read_text().splitlines())
 
 
-def test_the_card_says_every_derived_number(build: Callable[..., Prepared]) -> None:
+def test_the_card_says_every_derived_number(build):
     prepared = build("dpo", "train.steps=10", "train.batch_size=9", "data.holdout=0.25", "objective.beta=0.7")
     card = dict(stage_card(prepared))
     assert "beta=0.7" in card["objective"]

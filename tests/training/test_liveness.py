@@ -84,7 +84,7 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def outcomes(tmp_path_factory):
     """Of every program above, by what it does; all at once, since they mostly wait."""
     started = {}
     for name, lines in (ALIVE | {name: lines for name, (lines, _) in HUNG.items()} | LOCKED).items():
@@ -103,14 +103,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
 
 
 @pytest.mark.parametrize("name", ALIVE)
-def test_a_process_that_works_on_or_is_suspended_is_not_ended(outcomes: dict[str, Outcome], name: str) -> None:
+def test_a_process_that_works_on_or_is_suspended_is_not_ended(outcomes, name):
     assert (outcomes[name].code, outcomes[name].said.removeprefix("begun\n")) == (0, "whole\n"), outcomes[name].errors
 
 
 @pytest.mark.parametrize(("name", "phase"), [(name, phase) for name, (_, phase) in HUNG.items()], ids=HUNG)
-def test_a_process_without_a_sign_of_life_is_ended_and_its_phase_named(
-    outcomes: dict[str, Outcome], name: str, phase: str
-) -> None:
+def test_a_process_without_a_sign_of_life_is_ended_and_its_phase_named(outcomes, name, phase):
     found = outcomes[name]
     assert found.code == 1
     assert f"hung: no sign of life for 00:02 while {phase} (hardware.watchdog=2). Where it stood: " in found.said
@@ -118,13 +116,13 @@ def test_a_process_without_a_sign_of_life_is_ended_and_its_phase_named(
     assert "in work" in found.errors
 
 
-def test_a_process_that_hangs_with_the_interpreter_s_lock_is_aborted(outcomes: dict[str, Outcome]) -> None:
+def test_a_process_that_hangs_with_the_interpreter_s_lock_is_aborted(outcomes):
     (found,) = (outcomes[name] for name in LOCKED)
     assert (found.code, found.said) == (-signal.SIGABRT, "begun\n")
     assert "in hold_the_lock" in found.errors
 
 
-def test_a_watchdog_that_is_off_watches_nothing(tmp_path: Path) -> None:
+def test_a_watchdog_that_is_off_watches_nothing(tmp_path):
     before = threading.active_count()
     with watching(0.0, tmp_path, print):
         assert threading.active_count() == before
@@ -133,7 +131,7 @@ def test_a_watchdog_that_is_off_watches_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "hang.txt").exists()
 
 
-def test_a_phase_is_over_also_by_an_error() -> None:
+def test_a_phase_is_over_also_by_an_error():
     @activity("it was tried", moving=False)
     def attempt() -> None:
         assert (heartbeat.doing, heartbeat.moving) == ("it was tried", False)
@@ -173,7 +171,7 @@ with process_group() as group:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["works", "hangs"])
-def test_a_rank_that_waits_for_another_lives_as_long_as_that_one(way: str, tmp_path: Path) -> None:
+def test_a_rank_that_waits_for_another_lives_as_long_as_that_one(way, tmp_path):
     """One of two works on alone, for longer than is waited; then it hangs, or does not."""
     (tmp_path / "program.py").write_text(TOGETHER)
     words = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "program.py", way]
@@ -194,7 +192,7 @@ def test_a_rank_that_waits_for_another_lives_as_long_as_that_one(way: str, tmp_p
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_remembered_and_has_its_exit_code(number: signal.Signals) -> None:
+def test_a_signal_is_remembered_and_has_its_exit_code(number):
     with listening() as stop:
         assert (stop(), stop.name) == (False, "")
         os.kill(os.getpid(), number)
@@ -205,14 +203,14 @@ def test_a_signal_is_remembered_and_has_its_exit_code(number: signal.Signals) ->
     assert (stop.name, stop.exit_code) == (number.name, code)
 
 
-def test_handlers_are_put_back_also_after_an_error() -> None:
+def test_handlers_are_put_back_also_after_an_error():
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(ZeroDivisionError), listening():
         1 / ([signal.getsignal(number) for number in SIGNALS] == before)
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
-def test_a_second_interrupt_ends_the_process_at_once_also_before_torch_is_imported() -> None:
+def test_a_second_interrupt_ends_the_process_at_once_also_before_torch_is_imported():
     program = (
         "import os, signal, sys\n"
         "from uft.training.liveness import listening\n"

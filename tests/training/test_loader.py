@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from uft.config.schema import Config
 from uft.data.chat import Tokens
 from uft.data.loader import Collator, Prefetcher, RowSampler, use_prefetch_thread
 from uft.data.mixture import Mixture, RowIndex
@@ -52,18 +51,18 @@ def source_of(kind: str) -> Source:
 
 
 @pytest.fixture
-def feed(configure: Callable[..., Config]) -> Callable[[str], RowSampler]:
+def feed(configure):
     """feed("dpo"): five sources of five kinds under the objective's views, or those of `kinds` alone."""
 
     def build(objective: str, max_length: int = 100, kinds: Sequence[str] = tuple(SIZES)) -> RowSampler:
         sources, sizes = [source_of(kind) for kind in kinds], [SIZES[kind] for kind in kinds]
         mixture = Mixture(list(kinds), sizes, [size / sum(sizes) for size in sizes], 3)
-        return RowSampler(sources, mixture, make(configure(objective).objective).views, max_length)  # type: ignore[arg-type]
+        return RowSampler(sources, mixture, make(configure(objective).objective).views, max_length)
 
     return build
 
 
-def test_all_objectives_draw_the_same_rows(feed: Callable[[str], RowSampler]) -> None:
+def test_all_objectives_draw_the_same_rows(feed):
     streams = {name: feed(name) for name in OBJECTIVES}
     seen: dict[str, list[list[str]]] = {name: [] for name in OBJECTIVES}
     for _ in range(12):
@@ -80,7 +79,7 @@ def test_all_objectives_draw_the_same_rows(feed: Callable[[str], RowSampler]) ->
     assert sum(map(len, seen["dpo"])) < sum(map(len, seen["uft"]))
 
 
-def test_examples_number_the_rows_of_the_mixture(feed: Callable[[str], RowSampler]) -> None:
+def test_examples_number_the_rows_of_the_mixture(feed):
     stream = feed("uft")
     assert stream.examples == sum(SIZES.values())
     items = stream.take(stream.examples)
@@ -89,7 +88,7 @@ def test_examples_number_the_rows_of_the_mixture(feed: Callable[[str], RowSample
     assert all(item.example == offsets[item.row.source] + item.row.index for item in items)
 
 
-def test_later_visits_take_other_negatives(feed: Callable[[str], RowSampler]) -> None:
+def test_later_visits_take_other_negatives(feed):
     stream = feed("dft")
     taken = [
         tuple(part.completion for part in item.parts)
@@ -99,7 +98,7 @@ def test_later_visits_take_other_negatives(feed: Callable[[str], RowSampler]) ->
     assert taken == [(0, 1, 2), (0, 3, 1), (0, 2, 3)]
 
 
-def test_unusable_rows_are_named_by_source_and_kind(feed: Callable[[str], RowSampler]) -> None:
+def test_unusable_rows_are_named_by_source_and_kind(feed):
     found = feed("dpo").unusable()
     assert found == {
         "demonstration": {Kind.DEMONSTRATION: (7, "demonstration:0")},
@@ -109,7 +108,7 @@ def test_unusable_rows_are_named_by_source_and_kind(feed: Callable[[str], RowSam
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_view_looks_at_no_text(feed: Callable[[str], RowSampler], objective: str) -> None:
+def test_a_view_looks_at_no_text(feed, objective):
     """What is asked once for all rows with the same feedback rests on that."""
     stream = feed(objective)
     other = (Message("assistant", "another"), Message("user", "and"), Message("assistant", "more"))
@@ -120,7 +119,7 @@ def test_a_view_looks_at_no_text(feed: Callable[[str], RowSampler], objective: s
             assert repr(stream._view(row, visit)) == repr(stream._view(changed, visit))
 
 
-def test_looking_ahead_draws_nothing_and_a_sampler_goes_on_from_its_state(feed: Callable[[str], RowSampler]) -> None:
+def test_looking_ahead_draws_nothing_and_a_sampler_goes_on_from_its_state(feed):
     stream, resumed = feed("dft"), feed("dft")
     stream.take(37)
     before = stream.state_dict()
@@ -135,9 +134,7 @@ def test_looking_ahead_draws_nothing_and_a_sampler_goes_on_from_its_state(feed: 
 
 
 @pytest.mark.parametrize("threaded", [False, True])
-def test_a_prefetcher_rewinds_and_leaves_the_sampler_after_the_last_step(
-    feed: Callable[[str], RowSampler], threaded: bool
-) -> None:
+def test_a_prefetcher_rewinds_and_leaves_the_sampler_after_the_last_step(feed, threaded):
     stream = feed("sft")
     prefetcher = Prefetcher(stream, Collator(64, 0), mismatched=False, threaded=threaded)
     start = prefetcher.cursor
@@ -149,14 +146,14 @@ def test_a_prefetcher_rewinds_and_leaves_the_sampler_after_the_last_step(
     assert [item.row.id for item in stream.take(9)] == second
 
 
-def test_only_a_gpu_has_a_prefetch_thread_unasked() -> None:
+def test_only_a_gpu_has_a_prefetch_thread_unasked():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert [use_prefetch_thread(None, device) for device in (cpu, gpu)] == [False, True]
     assert [use_prefetch_thread(asked, cpu) for asked in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "sft", "uft"])
-def test_the_longest_items_are_found_without_making_all(feed: Callable[[str], RowSampler], objective: str) -> None:
+def test_the_longest_items_are_found_without_making_all(feed, objective):
     stream = feed(objective)
     draws = list(stream.preview(60))
     items = sorted(stream.items(draws), key=lambda item: -item.length)
@@ -165,12 +162,12 @@ def test_the_longest_items_are_found_without_making_all(feed: Callable[[str], Ro
         assert [item.row.id for item in stream.longest(draws, count)] == [item.row.id for item in items[:count]]
     made: list[RowIndex] = []
     make_one = stream._item
-    stream._item = lambda draw: made.append(draw) or make_one(draw)  # type: ignore[method-assign, func-returns-value]
+    stream._item = lambda draw: made.append(draw) or make_one(draw)
     stream.longest(draws, 1)
     assert len(made) < len(draws) / 2
 
 
-def test_every_row_that_is_met_is_met_once(feed: Callable[[str], RowSampler]) -> None:
+def test_every_row_that_is_met_is_met_once(feed):
     stream = feed("uft")
     draws = list(stream.preview(40))
     met = [row[0].ids.tolist() for row in stream.met(iter(draws))]
@@ -178,7 +175,7 @@ def test_every_row_that_is_met_is_met_once(feed: Callable[[str], RowSampler]) ->
     assert met == [stream.sources[source].encoded[index][0].ids.tolist() for source, index in rows]
 
 
-def test_the_cached_reference_stands_beside_the_parts_it_is_of(feed: Callable[[str], RowSampler]) -> None:
+def test_the_cached_reference_stands_beside_the_parts_it_is_of(feed):
     stream = feed("dpo")
     stream.reference = lambda encoded: np.array([encoded.ids[1], encoded.ids[2]], np.float32)
     for item in stream.take(20):
@@ -187,7 +184,7 @@ def test_the_cached_reference_stands_beside_the_parts_it_is_of(feed: Callable[[s
         assert rows_and_completions == [(item.row.index, part.completion) for part in item.parts]
 
 
-def test_mismatched_completions_bring_a_reference_of_their_own(feed: Callable[..., RowSampler]) -> None:
+def test_mismatched_completions_bring_a_reference_of_their_own(feed):
     """The column is asked for the completion under the other prompt, which is another sequence."""
     stream = feed("kto")
     items = stream.take(12)
@@ -202,7 +199,7 @@ def test_mismatched_completions_bring_a_reference_of_their_own(feed: Callable[..
     assert feed("kto", max_length=2).mismatched(items) == [], "no room for a target"
 
 
-def test_a_feed_knows_whether_anything_is_ever_taken(feed: Callable[..., RowSampler]) -> None:
+def test_a_feed_knows_whether_anything_is_ever_taken(feed):
     """All labels are bad here: nothing for SFT, everything for KTO, no pair for DPO."""
     taken = {name: feed(name, kinds=["binary"]).takes_anything() for name in ("sft", "kto", "dpo")}
     assert taken == {"sft": False, "kto": True, "dpo": False}

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -52,7 +52,7 @@ def short(data: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory):
     """Where runs and the token cache lie. A corpus is a function of the data alone: each is read once, without the
     held-out rows, of which there is no evaluation here."""
     known: dict[str, TrainData] = {}
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
-def configure(folder: Path) -> Callable[..., Config]:
+def configure(folder):
     """configure("dpo", "pairs", unusable="drop") -> a short `uft train objective=dpo data=pairs data.unusable=drop`."""
 
     def make_config(objective: str, data: str, **changes: Any) -> Config:
@@ -80,7 +80,7 @@ def configure(folder: Path) -> Callable[..., Config]:
 
 
 @pytest.fixture
-def prepared(folder: Path, tmp_path: Path) -> Callable[..., Prepared]:
+def prepared(folder, tmp_path):
     def build(config: Config, run: str) -> Prepared:
         return prepare(create_run(tmp_path / run, "{}\n", []), config, torch.device("cpu"), Stop())
 
@@ -88,7 +88,7 @@ def prepared(folder: Path, tmp_path: Path) -> Callable[..., Prepared]:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -143,9 +143,7 @@ def kinds_of(config: Config) -> set[Kind]:
 
 @pytest.mark.parametrize("data", ["mix", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(
-    configure: Callable[..., Config], prepared: Callable[..., Prepared], objective: str, data: str
-) -> None:
+def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(configure, prepared, objective, data):
     """On the mixture all train; those that are unlike each other resume, and on other data all do."""
     config, again = configure(objective, data), objective in UNLIKE or data != "mix"
     made, kinds = make(config.objective), kinds_of(config)
@@ -168,7 +166,7 @@ def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(
         train_and_resume(prepared, dropping, again)
 
 
-def test_the_matrix_is_whole_and_has_both_ends() -> None:
+def test_the_matrix_is_whole_and_has_both_ends():
     """Thirty objectives; DPO cannot use what SFT can, and what nobody wrote stops PoFT everywhere."""
     assert len(OBJECTIVES) >= 30
     assert {"binary", "instruct", "mix", "negatives", "pairs", "scored"} == set(DATA)
@@ -182,7 +180,7 @@ ANNOTATED = [name for name in OBJECTIVES if name == "poft" or name.endswith("_so
 
 
 @pytest.fixture(scope="module")
-def written(folder: Path) -> dict[str, Path]:
+def written(folder):
     """The playground's rows with the numbers that `uft annotate` writes."""
     files = {}
     for kind in ("instruct", "pairs"):
@@ -198,17 +196,13 @@ def written(folder: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("objective", ANNOTATED)
-def test_with_their_annotations_they_train(
-    configure: Callable[..., Config], prepared: Callable[..., Prepared], written: dict[str, Path], objective: str
-) -> None:
+def test_with_their_annotations_they_train(configure, prepared, written, objective):
     names = ("instruct", "pairs") if objective == "poft" else ("pairs",)
     sources = {name: Source(str(written[name])) for name in names}
     train_and_resume(prepared, configure(objective, "pairs", sources=sources))
 
 
-def test_labels_are_what_a_soft_objective_trains_on(
-    configure: Callable[..., Config], prepared: Callable[..., Prepared], written: dict[str, Path]
-) -> None:
+def test_labels_are_what_a_soft_objective_trains_on(configure, prepared, written):
     """The same pairs without the column are hard: another loss."""
     config = configure("gdpo_soft", "pairs", sources={"pairs": Source(str(written["pairs"]))})
     hard = configure("gdpo_soft", "pairs")
@@ -222,9 +216,7 @@ def test_labels_are_what_a_soft_objective_trains_on(
 
 
 @pytest.mark.parametrize("objective", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in ("per_kind", "dpo"))])
-def test_the_reference_is_the_same_wherever_its_log_probs_come_from(
-    configure: Callable[..., Config], prepared: Callable[..., Prepared], objective: str
-) -> None:
+def test_the_reference_is_the_same_wherever_its_log_probs_come_from(configure, prepared, objective):
     """KTO's mismatched completions are in no file: a cached reference has to have seen them too."""
     config = configure(objective, "mix" if objective != "dpo" else "pairs")
     losses = {}

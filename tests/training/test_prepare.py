@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from dying import StopAt
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from uft.config.schema import Config, Hardware
+from uft.config.schema import Hardware
 from uft.errors import FAILED, UftError
 from uft.runs import create_run
 from uft.training.setup import (
     ONE_ROW,
-    Prepared,
     Stopped,
     check_start,
     choose_device,
@@ -28,7 +25,7 @@ from uft.training.trainer import CPU_PASS, PASS, Progress, tokens_per_pass
 
 
 @pytest.mark.parametrize("mode", ["copy", "cached"])
-def test_the_generator_starts_the_same_whatever_was_done_before(build: Callable[..., Prepared], mode: str) -> None:
+def test_the_generator_starts_the_same_whatever_was_done_before(build, mode):
     draws = []
     for number in range(2):  # the second time everything is found in caches
         torch.rand(number)
@@ -41,7 +38,7 @@ def test_the_generator_starts_the_same_whatever_was_done_before(build: Callable[
     assert torch.rand(3).tolist() != draws[0]
 
 
-def test_a_stop_is_seen_between_the_stages(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_stop_is_seen_between_the_stages(configure, tmp_path):
     config = configure("dpo", "reference.mode=cached", f"data.cache={tmp_path / 'cache'}")
     run = create_run(tmp_path / "run", "{}\n", [])
     looks = 0
@@ -60,16 +57,15 @@ def test_a_stop_is_seen_between_the_stages(configure: Callable[..., Config], tmp
 # --- step 0
 
 
-def test_a_step_of_one_row_has_no_baseline_and_that_is_said(build: Callable[..., Prepared]) -> None:
+def test_a_step_of_one_row_has_no_baseline_and_that_is_said(build):
     said = {size: build("kto", f"train.batch_size={size}", run=f"run-{size}").cautions for size in (1, 4)}
     assert (ONE_ROW in said[1], ONE_ROW in said[4]) == (True, False)
 
 
-@pytest.mark.parametrize("mode", ["copy", "cached"])
-@pytest.mark.parametrize("objective", ["uft", "una", "dft", "dpo"])
-def test_policy_and_reference_are_equal_before_the_first_step(
-    build: Callable[..., Prepared], objective: str, mode: str
-) -> None:
+@pytest.mark.parametrize(
+    ("objective", "mode"), [("uft", "cached"), ("una", "copy"), ("dft", "cached"), ("dpo", "copy")]
+)
+def test_policy_and_reference_are_equal_before_the_first_step(build, objective, mode):
     prepared = build(objective, f"reference.mode={mode}")
     before = torch.get_rng_state()
     state = {name: tensor.clone() for name, tensor in prepared.trainer.objective.state.items()}
@@ -79,7 +75,7 @@ def test_policy_and_reference_are_equal_before_the_first_step(
     assert all(torch.equal(tensor, state[name]) for name, tensor in prepared.trainer.objective.state.items())
 
 
-def test_a_policy_that_is_not_the_reference_is_noticed(build: Callable[..., Prepared]) -> None:
+def test_a_policy_that_is_not_the_reference_is_noticed(build):
     prepared = build("dpo", "reference.mode=copy")
     with torch.no_grad():
         next(iter(prepared.trainer.parameters.values())).add_(0.1)
@@ -89,14 +85,14 @@ def test_a_policy_that_is_not_the_reference_is_noticed(build: Callable[..., Prep
     assert error.value.problems[0].what == "step 0"
 
 
-def test_another_model_as_reference_may_differ(build: Callable[..., Prepared], model_folder: Path) -> None:
+def test_another_model_as_reference_may_differ(build, model_folder):
     prepared = build("dpo", f"reference.path={model_folder}", "reference.mode=copy")
     with torch.no_grad():
         next(iter(prepared.trainer.parameters.values())).add_(0.1)
     check_start(prepared.trainer, prepared.reference)
 
 
-def test_rows_longer_than_the_models_positions_are_refused(build: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_rows_longer_than_the_models_positions_are_refused(build, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text('{"prompt": "w3", "completion": "' + "w4 " * 80 + '"}\n')
     with pytest.raises(UftError, match="64 positions") as error:
@@ -104,9 +100,7 @@ def test_rows_longer_than_the_models_positions_are_refused(build: Callable[..., 
     assert error.value.problems[0].what == "data.sources.mine"
 
 
-def test_replies_under_other_prompts_longer_than_the_models_positions_are_refused(
-    build: Callable[..., Prepared], tmp_path: Path
-) -> None:
+def test_replies_under_other_prompts_longer_than_the_models_positions_are_refused(build, tmp_path):
     rows = tmp_path / "rows.jsonl"
     sides = [("w3 " * 40, "w4 w5"), ("w6 w7", "w8 " * 40)]
     rows.write_text("".join(f'{{"prompt": "{p}", "completion": "{c}", "label": true}}\n' for p, c in sides))
@@ -116,12 +110,10 @@ def test_replies_under_other_prompts_longer_than_the_models_positions_are_refuse
     assert build("kto", "train.max_length=64", sources={"mine": rows}, run="cut").trainer.steps == 4
 
 
-def test_a_reference_that_cannot_stand_beside_the_policy_is_refused(
-    build: Callable[..., Prepared], model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_reference_that_cannot_stand_beside_the_policy_is_refused(build, model_folder, tmp_path):
     """Fewer positions than a row has tokens, or a padded vocabulary where whole distributions are compared."""
 
-    def other(**changes: int) -> Path:
+    def other(**changes):
         folder = tmp_path / "-".join(changes)
         shutil.copytree(model_folder, folder)
         config = LlamaConfig.from_pretrained(model_folder)
@@ -137,7 +129,7 @@ def test_a_reference_that_cannot_stand_beside_the_policy_is_refused(
     build("dpo", f"reference.path={padded}", run="targets")
 
 
-def test_a_device_that_is_not_there() -> None:
+def test_a_device_that_is_not_there():
     if torch.cuda.is_available():
         assert choose_device(Hardware(device="cuda")).type == "cuda"
     else:
@@ -150,14 +142,7 @@ def test_a_device_that_is_not_there() -> None:
     ("device", "there", "asked", "expected"),
     [("cpu", True, None, CPU_PASS), ("auto", True, None, PASS), ("auto", False, None, CPU_PASS), ("auto", True, 5, 5)],
 )
-def test_passes_suit_the_device_unless_asked_otherwise(
-    configure: Callable[..., Config],
-    monkeypatch: pytest.MonkeyPatch,
-    device: str,
-    there: bool,
-    asked: int,
-    expected: int,
-) -> None:
+def test_passes_suit_the_device_unless_asked_otherwise(configure, monkeypatch, device, there, asked, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     words = (f"hardware.device={device}", f"train.micro_batch_tokens={'null' if asked is None else asked}")
@@ -167,11 +152,11 @@ def test_passes_suit_the_device_unless_asked_otherwise(
 # --- standing and resuming
 
 
-def test_a_run_without_checkpoints_begins_at_the_beginning(build: Callable[..., Prepared]) -> None:
+def test_a_run_without_checkpoints_begins_at_the_beginning(build):
     assert resume(build("sft").trainer) == -1
 
 
-def test_a_run_stands_where_its_newest_checkpoint_does(build: Callable[..., Prepared]) -> None:
+def test_a_run_stands_where_its_newest_checkpoint_does(build):
     trainer = build("sft", "train.keep_last=1").trainer
     for step in (2, 3):
         trainer.progress.step = step
@@ -182,7 +167,7 @@ def test_a_run_stands_where_its_newest_checkpoint_does(build: Callable[..., Prep
     assert again.progress == trainer.progress
 
 
-def test_without_held_out_rows_and_reference_there_is_nothing_to_compare_with(build: Callable[..., Prepared]) -> None:
+def test_without_held_out_rows_and_reference_there_is_nothing_to_compare_with(build):
     assert build("sft").eval_reference is None
     assert build("sft", "data.holdout=0.2", run="held").eval_reference is not None
     assert build("dpo", run="pair").eval_reference is not None

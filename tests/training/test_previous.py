@@ -20,7 +20,7 @@ from uft.training.liveness import Stop
 
 
 @pytest.fixture
-def previous(tmp_path: Path, model_folder: Path, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+def previous(tmp_path, model_folder, files, monkeypatch):
     """The folder that the old program worked in. In runs/: `plain`, stopped at step 5 of 7; `stages`, stopped in its
     second stage; `sweep`, a finished run and one that never started. In whole/: results of the same two unstopped."""
     with tarfile.open(Path(__file__).with_name("previous_runs.tar.xz")) as archive:
@@ -35,7 +35,7 @@ def previous(tmp_path: Path, model_folder: Path, files: dict[str, Path], monkeyp
 
 
 @pytest.mark.parametrize("name", ["plain", "stages"])
-def test_a_stopped_run_goes_on_and_its_model_answers(name: str, previous: Path) -> None:
+def test_a_stopped_run_goes_on_and_its_model_answers(name, previous):
     """What was written stays as it is, and the run ends where the old program would have ended it."""
     run = Run(previous / "runs" / name)
     before, whole = run.metrics_file.read_text(), json.loads((previous / f"whole/{name}/result.json").read_text())
@@ -55,7 +55,7 @@ def test_a_stopped_run_goes_on_and_its_model_answers(name: str, previous: Path) 
     assert {line["sampled_by"] for line in lines(run.path / "generated.jsonl")} == {str(run.model_dir)}
 
 
-def test_they_are_listed_and_compared(previous: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_they_are_listed_and_compared(previous, capsys):
     assert cli.main(["ls", "runs", "--json"]) == GOOD
     found = {run["name"]: (run["status"], run["steps"]) for run in json.loads(capsys.readouterr().out)}
     assert found == {
@@ -70,7 +70,7 @@ def test_they_are_listed_and_compared(previous: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on(previous: Path) -> None:
+def test_a_sweep_goes_on(previous):
     for file in (*previous.glob("runs/sweep/*/run.json"), previous / "runs/sweep/sweep.json"):
         file.write_text(file.read_text().replace("/tmp/oldruns", str(previous)))
     before = (previous / "runs/sweep/beta0.1/metrics.jsonl").read_text()

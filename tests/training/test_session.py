@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
-from typing import Any
 
 import dying
 import pytest
 import torch
-from dying import LORA, Death, StopAt, lines
+from dying import LORA, StopAt, lines
 from stage_runs import sit, survive, written
 
 from uft.config.schema import Config
@@ -24,19 +23,12 @@ from uft.runs import Run
 from uft.training import checkpoint
 
 UNEVEN = ("train.steps=7", *dying.UNEVEN)
-TUNINGS: dict[str, tuple[str, ...]] = {"full": (), "lora": LORA}
-MOMENTUM = {
-    "adamw": ("optim.name=adamw", "optim.weight_decay=0.1"),
-    "rmsprop": ("optim.name=rmsprop", "optim.momentum=0.9"),
-    "sgd": ("optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.05"),
-}
-EXTRAS = {"ift": ("objective.lam_noise=0.5", "objective.lam_start=0.0")}
-ALL = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo")
-WITHOUT_REFERENCE = ("sft", "ift", "dft2")
+CACHED = "reference.mode=cached"
+RMSPROP = ("optim.name=rmsprop", "optim.momentum=0.9")
 
 
 @pytest.fixture(autouse=True)
-def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_files(monkeypatch):
     """The reference cache of these few rows consists of several files."""
     monkeypatch.setattr(reference, "SEQUENCES_PER_FILE", 7)
 
@@ -45,48 +37,36 @@ def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "settings"),
+    ("objective", "settings", "stride"),
     [
-        pytest.param("dft", MOMENTUM["rmsprop"], id="full"),
-        pytest.param("uft", LORA, id="lora", marks=pytest.mark.slow),
+        ("dft", (CACHED, *RMSPROP), 46),
+        pytest.param("uft", (CACHED, *LORA), 46, marks=pytest.mark.slow),
+        pytest.param("dft", (CACHED, *LORA), 1, marks=pytest.mark.slow),
     ],
 )
-def test_death_at_any_moment_changes_nothing(
-    objective: str, settings: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
-) -> None:
-    config = configure(objective, *UNEVEN, "reference.mode=cached", *settings)
+def test_death_at_any_moment_changes_nothing(objective, settings, stride, configure, death, tmp_path):
+    config = configure(objective, *UNEVEN, *settings)
     expected = written(survive(tmp_path / "whole", config, death))
     moments = len(death.moments)
     assert moments > 100, death.moments
-    for moment in range(0, moments, 46):
+    for moment in range(0, moments, stride):
         assert written(survive(tmp_path / f"died-{moment}", config, death, moment)) == expected, moment
 
 
-@pytest.mark.slow
-def test_death_at_every_single_moment_changes_nothing(
-    configure: Callable[..., Config], death: Death, tmp_path: Path
-) -> None:
-    config = configure("dft", *UNEVEN, "reference.mode=cached", *LORA)
-    expected = written(survive(tmp_path / "whole", config, death))
-    for moment in range(len(death.moments)):
-        assert written(survive(tmp_path / f"died-{moment}", config, death, moment)) == expected, moment
+ALL = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo")
+TUNINGS = (LORA, (*LORA, "reference.mode=adapter_off"), ("optim.name=sgd", "optim.momentum=0.9", "optim.lr=0.05"))
 
 
-def variants(ways: Iterable[tuple[str, str]], optimisers: Iterable[str], objectives: Iterable[str] = ALL) -> list[Any]:
-    """These objectives under these (tuning, reference mode) and optimisers."""
-    found = []
-    for (tuning, way), objective, optimiser in product(ways, objectives, optimisers):
-        if objective in WITHOUT_REFERENCE and way == "cached":
-            continue
-        settings = (*TUNINGS[tuning], *MOMENTUM[optimiser], *EXTRAS.get(objective, ()), f"reference.mode={way}")
-        found.append(pytest.param(objective, settings, id=f"{objective}-{tuning}-{way}-{optimiser}"))
-    return found
-
-
-@pytest.mark.parametrize(("objective", "settings"), variants([("full", "copy")], ["adamw"], ("ift", "dft", "dpo")))
-def test_objectives_with_state_or_a_reference_go_on_where_they_were(
-    objective: str, settings: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ("ift", ("objective.lam_noise=0.5", "objective.lam_start=0.0")),
+        ("dft", ()),
+        ("dpo", ("optim.weight_decay=0.1",)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in product(ALL, TUNINGS)),
+    ],
+)
+def test_objectives_with_state_or_a_reference_go_on_where_they_were(objective, settings, configure, death, tmp_path):
     config = configure(objective, *UNEVEN, *settings)
     expected = written(survive(tmp_path / "whole", config, death))
     moments = len(death.moments)
@@ -94,29 +74,11 @@ def test_objectives_with_state_or_a_reference_go_on_where_they_were(
     assert written(died) == expected
 
 
-WAYS = (("full", "copy"), ("full", "cached"), ("lora", "copy"), ("lora", "cached"), ("lora", "adapter_off"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("objective", "settings"), variants(WAYS, MOMENTUM))
-def test_every_combination_goes_on_where_it_was(
-    objective: str, settings: tuple[str, ...], configure: Callable[..., Config], death: Death, tmp_path: Path
-) -> None:
-    config = configure(objective, *UNEVEN, *settings)
-    expected = written(survive(tmp_path / "whole", config, death))
-    moments = len(death.moments)
-    for number, share in enumerate((0.1, 0.3, 0.6, 0.97)):
-        deaths = (int(share * moments), moments // 5)
-        assert written(survive(tmp_path / f"died-{number}", config, death, *deaths)) == expected, share
-
-
 # --- being asked to stop
 
 
 @pytest.mark.parametrize(("stride", "objective"), [(40, "dft"), pytest.param(1, "uft", marks=pytest.mark.slow)])
-def test_a_stop_at_any_safe_point_changes_nothing(
-    stride: int, objective: str, configure: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_a_stop_at_any_safe_point_changes_nothing(stride, objective, configure, tmp_path):
     config = configure(objective, *UNEVEN, "reference.mode=cached")
     whole, watch = Run(tmp_path / "whole"), StopAt()
     assert sit(whole.path, config, watch) == GOOD
@@ -134,9 +96,7 @@ def test_a_stop_at_any_safe_point_changes_nothing(
 
 
 @pytest.mark.slow
-def test_an_owed_evaluation_is_written_once_even_if_paying_it_is_fatal(
-    configure: Callable[..., Config], death: Death, tmp_path: Path
-) -> None:
+def test_an_owed_evaluation_is_written_once_even_if_paying_it_is_fatal(configure, death, tmp_path):
     """Stopped within the evaluation of step 4, then killed when its lines were written but in no checkpoint yet."""
     config = configure("sft", *UNEVEN)
     expected = written(survive(tmp_path / "whole", config, death))
@@ -167,16 +127,14 @@ def stands(run: Run) -> dict[str, int]:
     return {name: progress[name] for name in ("step", "evaluated")}
 
 
-def test_an_interrupt_has_its_own_exit_code(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_an_interrupt_has_its_own_exit_code(configure, tmp_path):
     run = Run(tmp_path / "run")
     assert sit(run.path, configure("sft", *UNEVEN), StopAt(20, signal.SIGINT)) == INTERRUPTED
     assert run.result()["status"] == "stopped"
     assert run.checkpoints()
 
 
-def test_a_stop_while_preparing_to_resume_tells_where_the_run_stands(
-    configure: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_a_stop_while_preparing_to_resume_tells_where_the_run_stands(configure, tmp_path):
     run, config = Run(tmp_path / "run"), configure("sft", *UNEVEN)
     watch = StopAt()
     sit(tmp_path / "whole", config, watch)
@@ -192,7 +150,7 @@ def test_a_stop_while_preparing_to_resume_tells_where_the_run_stands(
 # --- what a run says of itself
 
 
-def test_a_run_of_a_finished_run_changes_nothing(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_run_of_a_finished_run_changes_nothing(configure, tmp_path):
     run, config = Run(tmp_path / "run"), configure("sft", *UNEVEN)
     sit(run.path, config)
     before = written(run.path)
@@ -200,9 +158,7 @@ def test_a_run_of_a_finished_run_changes_nothing(configure: Callable[..., Config
     assert written(run.path) == before
 
 
-def test_a_failure_while_preparing_is_a_failed_run(
-    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_while_preparing_is_a_failed_run(configure, tmp_path, monkeypatch):
     def out_of_memory(*arguments: object) -> None:
         raise MemoryError("no room for the model")
 
@@ -215,9 +171,7 @@ def test_a_failure_while_preparing_is_a_failed_run(
     assert sit(run.path, config) == GOOD
 
 
-def test_a_bad_request_goes_to_the_caller_and_leaves_the_last_result(
-    configure: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_a_bad_request_goes_to_the_caller_and_leaves_the_last_result(configure, tmp_path):
     run, config = Run(tmp_path / "run"), configure("sft", *UNEVEN)
     sit(run.path, config, StopAt(20))
     before = run.result()
@@ -228,9 +182,7 @@ def test_a_bad_request_goes_to_the_caller_and_leaves_the_last_result(
     assert run.result() == before
 
 
-def test_rows_that_changed_since_the_run_began_are_refused(
-    configure: Callable[..., Config], files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_rows_that_changed_since_the_run_began_are_refused(configure, files, tmp_path):
     mine = tmp_path / "mine.jsonl"
     mine.write_text(files["demonstration"].read_text())
     config = configure("sft", *UNEVEN, sources={"mine": mine, "theirs": files["preference"]})
@@ -244,9 +196,7 @@ def test_rows_that_changed_since_the_run_began_are_refused(
     assert sit(run.path, config) == GOOD
 
 
-def test_a_run_that_never_reached_a_checkpoint_may_begin_with_other_rows(
-    configure: Callable[..., Config], files: dict[str, Path], death: Death, tmp_path: Path
-) -> None:
+def test_a_run_that_never_reached_a_checkpoint_may_begin_with_other_rows(configure, files, death, tmp_path):
     mine = tmp_path / "mine.jsonl"
     mine.write_text(files["demonstration"].read_text())
     config = configure("sft", *UNEVEN, sources={"mine": mine})
@@ -258,7 +208,7 @@ def test_a_run_that_never_reached_a_checkpoint_may_begin_with_other_rows(
     assert sit(run.path, config) == GOOD
 
 
-def test_a_curve_of_rows_that_give_nothing(configure: Callable[..., Config], tmp_path: Path) -> None:
+def test_a_curve_of_rows_that_give_nothing(configure, tmp_path):
     """One pair among many demonstrations: most of DPO's steps have nothing to learn from."""
     shown = [{"prompt": f"w{i}", "completion": "w5"} for i in range(3, 33)]
     pair = {"prompt": "w40", "chosen": "w41", "rejected": "w42"}

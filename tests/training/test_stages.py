@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from dying import LORA, StopAt, lines
 from stage_runs import CLOCKS, DPO, SFT, sit
 
-from uft.config.schema import Config
 from uft.errors import BAD_REQUEST, GOOD, STOPPED, UftError
 from uft.runs import Run, create_run, summary
 from uft.training import jobs, session
@@ -24,7 +22,7 @@ from uft.training.liveness import Stop
 # --- what is written
 
 
-def test_steps_and_counters_run_on_and_every_line_names_its_stage(finished: tuple[Path, int]) -> None:
+def test_steps_and_counters_run_on_and_every_line_names_its_stage(finished):
     folder, _ = finished
     found = lines(folder / "metrics.jsonl")
     trained = {line["step"]: line for line in found if "loss" in line}
@@ -44,7 +42,7 @@ def test_steps_and_counters_run_on_and_every_line_names_its_stage(finished: tupl
     assert "after sft (4)" in (folder / "console.log").read_text()
 
 
-def test_results_of_the_run_and_of_its_stages(finished: tuple[Path, int]) -> None:
+def test_results_of_the_run_and_of_its_stages(finished):
     folder, _ = finished
     whole, found = Run(folder).result(), lines(folder / "metrics.jsonl")
     parts = {name: json.loads((folder / f"stages/{name}/result.json").read_text()) for name in ("1-sft", "2-dpo")}
@@ -71,9 +69,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tuning", [(), LORA], ids=["full", "lora"])
-def test_a_stage_starts_from_the_model_before_it_and_its_reference_is_that(
-    tuning: tuple[str, ...], two: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stage_starts_from_the_model_before_it_and_its_reference_is_that(tuning, two, tmp_path, monkeypatch):
     made = []
     real = session.prepare_stage
 
@@ -95,7 +91,7 @@ def test_a_stage_starts_from_the_model_before_it_and_its_reference_is_that(
     assert check["policy_against_reference"]["largest_difference"] < 1e-4
 
 
-def test_the_reference_may_be_the_model_that_the_run_started_from(two: Callable[..., Config], tmp_path: Path) -> None:
+def test_the_reference_may_be_the_model_that_the_run_started_from(two, tmp_path):
     folder = tmp_path / "run"
     assert sit(folder, two(reference="initial")) == GOOD
     first = next(line for line in lines(folder / "metrics.jsonl") if line["step"] == SFT + 1)
@@ -103,7 +99,7 @@ def test_the_reference_may_be_the_model_that_the_run_started_from(two: Callable[
     assert json.loads((folder / "stages/2-dpo/check.json").read_text())["policy_against_reference"] == {}
 
 
-def test_the_evaluation_is_one_for_all_stages(finished: tuple[Path, int]) -> None:
+def test_the_evaluation_is_one_for_all_stages(finished):
     """The same names in every line, over the rows of both stages, against the model that the run started from."""
     folder, _ = finished
     measured = [line for line in lines(folder / "metrics.jsonl") if "eval/nll" in line]
@@ -116,9 +112,7 @@ def test_the_evaluation_is_one_for_all_stages(finished: tuple[Path, int]) -> Non
     assert measured[2]["eval/kl"] > 1e-4
 
 
-def test_a_stage_is_what_a_run_of_its_own_would_be(
-    finished: tuple[Path, int], two: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_a_stage_is_what_a_run_of_its_own_would_be(finished, two, tmp_path):
     """Two runs by hand, the second from the first one's model, give the same training to the last bit."""
     (folder, _), config = finished, two()
     first, second = (stage.config for stage in session.stages_of(config))
@@ -138,7 +132,7 @@ def timeless(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in CLOCKS}
 
 
-def test_rows_are_made_and_trained_on(chain: Callable[..., Config], files: dict[str, Path], tmp_path: Path) -> None:
+def test_rows_are_made_and_trained_on(chain, files, tmp_path):
     parts = {
         "sft": ("sft", "demonstration", "train.steps=2"),
         "say": ("generate", "demonstration", "generate.max_new_tokens=4", "generate.seeds=[0,1]"),
@@ -168,9 +162,7 @@ def test_rows_are_made_and_trained_on(chain: Callable[..., Config], files: dict[
     assert "eval/demonstration/nll" in named
 
 
-def test_what_an_annotating_stage_holds_out_is_measured_and_never_trained_on(
-    chain: Callable[..., Config], model_folder: Path, tmp_path: Path
-) -> None:
+def test_what_an_annotating_stage_holds_out_is_measured_and_never_trained_on(chain, model_folder, tmp_path):
     """The file that it leaves has the held-out rows too; stopped again and again, it goes on."""
     asked = ("annotate.column=baseline_logp", f"annotate.models=[{model_folder}]")
     config = chain({"ask": ("annotate", "demonstration", *asked), "poft": ("poft", "stage:ask", "train.steps=2")})
@@ -192,7 +184,7 @@ def test_what_an_annotating_stage_holds_out_is_measured_and_never_trained_on(
 # --- looking before
 
 
-def test_check_and_data_look_at_every_stage(chain: Callable[..., Config], capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_and_data_look_at_every_stage(chain, capsys):
     parts = {
         "sft": ("sft", "demonstration", "train.steps=2"),
         "say": ("generate", "demonstration"),
@@ -215,9 +207,7 @@ def test_check_and_data_look_at_every_stage(chain: Callable[..., Config], capsys
 # --- what is refused
 
 
-def test_data_of_any_stage_that_changed_is_refused(
-    two: Callable[..., Config], files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_data_of_any_stage_that_changed_is_refused(two, files, tmp_path):
     folder, config = tmp_path / "run", two()
     assert sit(folder, config, StopAt(40)) == STOPPED
     own = Path(shutil.copy(files["preference"], tmp_path / "other.jsonl"))
@@ -230,9 +220,7 @@ def test_data_of_any_stage_that_changed_is_refused(
     assert sit(folder, config) == GOOD
 
 
-def test_bad_rows_of_a_later_stage_are_told_before_the_first_step(
-    chain: Callable[..., Config], files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_bad_rows_of_a_later_stage_are_told_before_the_first_step(chain, files, tmp_path):
     (tmp_path / "bad.jsonl").write_text(files["preference"].read_text() + '{"prompt": "w3"}\n')
     parts = {
         "sft": ("sft", "demonstration", "train.steps=2"),
@@ -244,9 +232,7 @@ def test_bad_rows_of_a_later_stage_are_told_before_the_first_step(
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_one_name_for_two_sets_of_held_out_rows_is_refused(
-    chain: Callable[..., Config], files: dict[str, Path], tmp_path: Path
-) -> None:
+def test_one_name_for_two_sets_of_held_out_rows_is_refused(chain, files, tmp_path):
     parts = {
         "one": ("sft", str(files["demonstration"]), "train.steps=2"),
         "two": ("sft", str(files["preference"]), "train.steps=2"),

@@ -4,10 +4,9 @@ step costs what its tokens cost."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,7 +87,7 @@ class Bench:
 
 
 @pytest.fixture
-def bench(build: Callable[..., Prepared]) -> Callable[..., Bench]:
+def bench(build):
     """bench("ift"): on float64 weights away from the reference, so that sums agree to the last digits that matter."""
 
     def make_bench(objective: str, *settings: str, **options: Any) -> Bench:
@@ -121,9 +120,7 @@ def close(ours: Gradients, theirs: Gradients) -> None:
         ("dpo", ("objective.sft_weight=0.7", "objective.reduction=token")),  # several terms with a weight
     ],
 )
-def test_one_batch_of_eight_is_eight_of_one(
-    bench: Callable[..., Bench], objective: str, settings: tuple[str, ...]
-) -> None:
+def test_one_batch_of_eight_is_eight_of_one(bench, objective, settings):
     rig = bench(objective, *settings)
     items = rig.items(8)
     assert len({item.length for item in items}) > 3
@@ -141,7 +138,7 @@ def test_one_batch_of_eight_is_eight_of_one(
 
 
 @pytest.mark.parametrize("objective", ONE_TERM)
-def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench], objective: str) -> None:
+def test_a_mixture_is_the_weighted_sum_of_its_parts(bench, objective):
     """Gradient of the union = (n_a g_a + n_b g_b) / (n_a + n_b), n the units of the one term with a weight."""
     rig = bench(objective)
     items = rig.items(10)
@@ -162,7 +159,7 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts(bench: Callable[..., Bench],
 # --- the KL baseline
 
 
-def test_the_kl_baseline_is_a_mean_over_all_mismatched_completions_of_the_step(bench: Callable[..., Bench]) -> None:
+def test_the_kl_baseline_is_a_mean_over_all_mismatched_completions_of_the_step(bench):
     rig = bench("kto")
     items, policy, reference = rig.items(8), rig.trainer.policy, rig.trainer.reference
     unrelated = rig.trainer.sampler.mismatched(items)
@@ -177,9 +174,7 @@ def test_the_kl_baseline_is_a_mean_over_all_mismatched_completions_of_the_step(b
 
 
 @pytest.mark.parametrize("objective", ["kto", "per_kind"])
-def test_a_step_takes_its_baseline_from_all_rows_whatever_the_micro_batches(
-    bench: Callable[..., Bench], objective: str
-) -> None:
+def test_a_step_takes_its_baseline_from_all_rows_whatever_the_micro_batches(bench, objective):
     """A reference below the policy makes z positive; the update of one pass and of many is the same."""
     rig = bench(objective, "optim.name=sgd")
     items, start = rig.items(8), rig.weights()
@@ -208,9 +203,7 @@ def test_a_step_takes_its_baseline_from_all_rows_whatever_the_micro_batches(
 
 
 @pytest.mark.parametrize("largest", [0.01, 0.0])
-def test_clipping_bounds_the_update_and_the_norm_shown_is_from_before(
-    bench: Callable[..., Bench], largest: float
-) -> None:
+def test_clipping_bounds_the_update_and_the_norm_shown_is_from_before(bench, largest):
     """0: never clip. Tokens are counted without padding."""
     rig = bench("sft", "optim.name=sgd")
     items, before = rig.items(4), rig.weights()
@@ -236,9 +229,7 @@ class Poisoned:
 @pytest.mark.parametrize(
     ("objective", "value"), [*((name, math.nan) for name in OBJECTIVES), ("sft", math.inf), ("dpo", math.inf)]
 )
-def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
-    bench: Callable[..., Bench], objective: str, value: float
-) -> None:
+def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(bench, objective, value):
     rig = bench(objective)
     items = rig.items(6)
     token = next(
@@ -248,7 +239,7 @@ def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(
     )
     bad = next(item.row.id for item in items if any(token in encoded.ids for encoded in item.encoded))
     trainer = rig.trainer
-    trainer.policy = Poisoned(trainer.policy, token, value)  # type: ignore[assignment]
+    trainer.policy = Poisoned(trainer.policy, token, value)
     before = rig.weights()
     assert not rig.step(Collator(64, trainer.collator.pad_id)(items)).finite
     trainer.objective = rig.objective()
@@ -288,9 +279,7 @@ def counted_chunks(parts: list[list[slice]]) -> Iterator[None]:
         ("ift", ("objective.embed_grad=true",)),
     ],
 )
-def test_objectives_with_one_forward_are_evaluated_chunk_by_chunk(
-    bench: Callable[..., Bench], objective: str, settings: tuple[str, ...]
-) -> None:
+def test_objectives_with_one_forward_are_evaluated_chunk_by_chunk(bench, objective, settings):
     """In chunks of whole rows, with the loss and the gradients of a padded batch; the reference runs once for all."""
     rig = bench(objective, "train.packing=packed", *settings)
     items, chunked = rig.items(8), list[list[slice]]()
@@ -316,7 +305,7 @@ def test_objectives_with_one_forward_are_evaluated_chunk_by_chunk(
     assert all(size <= CHUNK or size in rows for size in sizes)
 
 
-def test_padded_batches_and_distributions_are_differentiated_as_a_whole(bench: Callable[..., Bench]) -> None:
+def test_padded_batches_and_distributions_are_differentiated_as_a_whole(bench):
     chunked: list[list[slice]] = []
     with counted_chunks(chunked):
         rig = bench("sft", "train.packing=packed")
@@ -326,7 +315,7 @@ def test_padded_batches_and_distributions_are_differentiated_as_a_whole(bench: C
     assert chunked == []
 
 
-def test_the_objective_s_state_is_written_once_for_every_row(bench: Callable[..., Bench]) -> None:
+def test_the_objective_s_state_is_written_once_for_every_row(bench):
     rig, states = bench("dft2", "train.packing=packed"), []
     for layout in (Layout.PADDED, Layout.SHARED):
         objective = rig.objective()
@@ -381,7 +370,7 @@ def targets(items: Sequence[Example]) -> int:
 
 
 @pytest.mark.parametrize("budget", [ONE_BATCH, 64])
-def test_the_longest_row_twice_as_long_costs_its_own_tokens_only(build: Callable[..., Prepared], budget: int) -> None:
+def test_the_longest_row_twice_as_long_costs_its_own_tokens_only(build, budget):
     prepared = build("sft", *PACKED)
     items = prepared.trainer.sampler.take(8)
     before = cost(prepared, items, budget)
@@ -400,9 +389,7 @@ def test_the_longest_row_twice_as_long_costs_its_own_tokens_only(build: Callable
     ("objective", "kind", "settings"),
     [("dpo", "preference", ()), *(("dft", "negatives", (f"objective.negatives={n}",)) for n in (1, 3))],
 )
-def test_completions_of_a_row_cost_their_prompt_once(
-    build: Callable[..., Prepared], files: dict[str, Path], objective: str, kind: str, settings: tuple[str, ...]
-) -> None:
+def test_completions_of_a_row_cost_their_prompt_once(build, files, objective, kind, settings):
     prepared = build(objective, *PACKED, *settings, sources={kind: files[kind]})
     items = prepared.trainer.sampler.take(4)
     prompts = sum(item.encoded[0].prompt_length for item in items)
@@ -413,7 +400,7 @@ def test_completions_of_a_row_cost_their_prompt_once(
     assert found.rows == targets(items)
 
 
-def test_ift_looks_once_more_and_uft_never(build: Callable[..., Prepared]) -> None:
+def test_ift_looks_once_more_and_uft_never(build):
     """On the same demonstrations, in passes of SFT: a forward without gradients beside it; nothing."""
     costs = {}
     for objective in ("sft", "ift", "uft"):

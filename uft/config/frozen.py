@@ -43,6 +43,8 @@ FREE = (
     "train.keep_last",
     "train.eval_every",
     "train.save_model",
+    "train.save_dtype",
+    "train.check_model",
 )
 """What may change between the sittings of one run: nothing here touches the weights it arrives at, but for rounding
 (threads, processes, micro-batches and recomputation add up in another order)."""

@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from uft.distributed import ranks
-from uft.errors import UftError
+from uft.environment import PeerLost
+from uft.errors import FAILED, Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy
-from uft.runs import as_umask_leaves, writing
+from uft.runs import as_umask_leaves, shown, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,13 +29,23 @@ Tensor = torch.Tensor
 
 @activity("the model was exported", moving=True)
 def export(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype = torch.float32
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    stop_ids: Collection[int] = (),
+    problem: Callable[[Path], str] = lambda folder: "",
 ) -> Path:
     """Write weights, configuration, generation settings, tokenizer and chat template to `folder`; returns it.
 
     All processes call it; rank 0 writes. A sharded model is gathered in the memory of rank 0's CPU. An adapter is
     merged into the weights, and is saved besides in `folder/adapter` for PEFT. The folder appears by rename: it is the
-    old one or the complete new one. The policy itself is not changed. Raises UftError where there is no room.
+    old one or the complete new one. The policy itself is not changed. `stop_ids`: tokens that end a reply, which are
+    added to the ends in the generation settings.
+
+    `problem` looks at the folder before it has its name, on all ranks, and says what is wrong with it. Raises UftError
+    where something is, where the adapter cannot be merged (it is then in `folder-adapter`), or where there is no room.
     """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.tmp")
@@ -45,33 +57,66 @@ def export(
 
     def write() -> None:
         shutil.rmtree(beside, ignore_errors=True)
-        try:
-            with writing(folder, bytes_needed):
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                weights = state or policy.base.state_dict()
-                plain_model(policy, dtype, weights).save_pretrained(beside)
-                if policy.has_adapter:
-                    adapter = {f"base_model.model.{name}": t for name, t in weights.items() if ".lora_" in name}
-                    peft_model: Any = policy.module
-                    # False: the embeddings are not part of it, and to find that out PEFT would ask the hub
-                    peft_model.save_pretrained(beside / "adapter", state_dict=adapter, save_embedding_layers=False)
-                tokenizer.save_pretrained(beside)
-                as_umask_leaves(beside)
-                _flush(beside)
-                _publish(beside, folder)
-        except UftError:
-            shutil.rmtree(beside, ignore_errors=True)  # leaves room for the other files of the run
-            raise
+        with writing(folder, bytes_needed):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            weights = state or policy.base.state_dict()
+            if policy.has_adapter:  # first: it is kept whatever becomes of the rest
+                adapter = {f"base_model.model.{name}": t for name, t in weights.items() if ".lora_" in name}
+                peft_model: Any = policy.module
+                # False: the embeddings are not part of it, and to find that out PEFT would ask the hub
+                peft_model.save_pretrained(beside / "adapter", state_dict=adapter, save_embedding_layers=False)
+            model = plain_model(policy, dtype, weights)
+            settings = model.generation_config
+            ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+            if missing := sorted(set(stop_ids) - set(ends)):
+                settings.eos_token_id = [token for token in ends if token is not None] + missing
+            model.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
 
-    ranks().on_rank0(write)
+    def publish() -> None:
+        with writing(folder):
+            as_umask_leaves(beside)
+            _flush(beside)
+            _replace(beside, folder)
+            shutil.rmtree(folder.with_name(f"{folder.name}-adapter"), ignore_errors=True)  # of an earlier attempt
+
+    try:
+        ranks().on_rank0(write)
+        if why := problem(beside):
+            raise UftError(Problem(shown(folder), f"is not the policy that was trained: {why}"), code=FAILED)
+        ranks().on_rank0(publish)
+    except PeerLost:
+        raise
+    except Exception as error:
+        kept = ranks().on_rank0(lambda: _keep_adapter(beside, folder))
+        if kept is None or isinstance(error, OSError):
+            raise
+        unforeseen = Problem(shown(folder), f"cannot be written: {error or type(error).__name__}")
+        first, *others = error.problems if isinstance(error, UftError) else (unforeseen,)
+        advice = (*first.advice, f"the adapter alone is in {shown(kept)}")
+        raise UftError(replace(first, advice=advice), *others, code=FAILED) from error
     return folder
+
+
+def _keep_adapter(beside: Path, folder: Path) -> Path | None:
+    """Remove what was written of a folder that failed, which leaves room; but its adapter gets a name of its own."""
+    kept = None
+    if (beside / "adapter" / "adapter_model.safetensors").is_file():
+        kept = folder.with_name(f"{folder.name}-adapter")
+        _replace(beside / "adapter", kept)
+    shutil.rmtree(beside, ignore_errors=True)
+    return kept
 
 
 def plain_model(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> Any:
     """A model of the policy's own class on the CPU with `weights`, the adapter merged in; ties stay ties."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     base = policy.base
     config = copy.deepcopy(base.config)
     config.dtype = dtype
+    if isinstance(base.get_output_embeddings(), BaseTunerLayer):  # merged, the head is not the embedding any more
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):  # no memory for weights that are replaced at once
         model = type(base)(config)
     missing, unexpected = model.load_state_dict(merged_state(base, dtype, weights), strict=False, assign=True)
@@ -86,24 +131,43 @@ def plain_model(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor
 @torch.no_grad()
 def merged_state(base: nn.Module, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`weights`, the state of `base`, without the adapter: `weight + scale * B A` in float32, then cast to `dtype`."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    adapted: dict[str, Any] = {name: m for name, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
+    adapters = adapted_weights(base)
     state: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        owner, _, rest = name.partition(".base_layer.")
-        if owner in adapted:
-            if rest == "weight":
-                layer = adapted[owner]
-                for active in layer.active_adapters:
-                    a, b = (weights[f"{owner}.lora_{side}.{active}.weight"].float() for side in "AB")
-                    delta = (b @ a) * layer.scaling[active]
-                    tensor = tensor.float() + (delta.T if layer.fan_in_fan_out else delta)
-            name = f"{owner}.{rest}"
-        elif ".lora_" in name:
+        if ".lora_" in name:
             continue
-        state[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
+        for owner, layer in adapters.get(name, ()):
+            for active in layer.active_adapters:
+                tensor = tensor.float() + _delta(owner, layer, active, weights)
+        plain = name.replace(".base_layer", "") if name in adapters or ".base_layer." in name else name
+        state[plain] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
     return state
+
+
+def adapted_weights(base: nn.Module) -> dict[str, list[tuple[str, Any]]]:
+    """Name of an adapted weight in the state of `base` -> the adapters on it: (name of the layer, layer)."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            place, inner = name, module
+            while isinstance(inner, BaseTunerLayer):  # experts whose weights are parameters have one around the other
+                place, inner = f"{place}.base_layer", cast(Any, inner).base_layer
+            found.setdefault(f"{place}.{getattr(module, 'parameter_name', 'weight')}", []).append((name, module))
+    return found
+
+
+def _delta(owner: str, layer: Any, active: str, weights: Mapping[str, Tensor]) -> Tensor:
+    """What an adapter adds to its weight. A layer's is made of `weights`; a parameter's (of experts) PEFT makes."""
+    if hasattr(layer, "parameter_name"):
+        if ranks().sharded:
+            advice = ("hardware.sharding=none, or model.lora.targets without its experts",)
+            raise UftError(Problem(owner, "its adapter cannot be merged while the model is sharded", advice=advice))
+        return layer.get_delta_weight(active).float()
+    a, b = (weights[f"{owner}.lora_{side}.{active}.weight"].float() for side in "AB")
+    delta = (b @ a) * layer.scaling[active]
+    return delta.T if layer.fan_in_fan_out else delta
 
 
 def _flush(folder: Path) -> None:
@@ -116,7 +180,7 @@ def _flush(folder: Path) -> None:
             os.close(handle)
 
 
-def _publish(beside: Path, folder: Path) -> None:
+def _replace(beside: Path, folder: Path) -> None:
     """Rename, moving an older folder of that name out of the way first."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)

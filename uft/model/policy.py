@@ -293,6 +293,21 @@ def auto_model() -> Any:
     return AutoModelForCausalLM
 
 
+@torch.no_grad()
+def idle_adapters(policy: Policy, batch: Batch) -> list[str]:
+    """Adapted layers that a forward pass does not go through, since the model uses their weight by itself: they are
+    never trained, and merging them changes the model."""
+    called: set[str] = set()
+    layers = {name: module for name, module in policy.base.named_modules() if hasattr(module, "lora_A")}
+    hooks = [m.register_forward_hook(lambda *_, name=name: called.add(name)) for name, m in layers.items()]
+    try:
+        policy(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in layers if name not in called]
+
+
 ALL_LINEAR = "all-linear"
 
 

@@ -35,7 +35,6 @@ from uft.objectives import make
 from uft.objectives.base import Objective
 from uft.objectives.views import kind_table
 from uft.runs import Run, cache_root, read_json
-from uft.sampling.annotate import ANNOTATORS
 
 
 @dataclass(frozen=True)
@@ -203,6 +202,8 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data) -> No
             why = f"objective={objective.name} needs {name}, which {many:,} of {len(source.rows):,} rows lack"
             problems.append(Problem(f"data.sources.{source.source}", why, where=first[name]))
             lacking.setdefault(name, []).extend(adds(source.source, data.sources[source.source]))
+    if lacking:
+        from uft.sampling.annotate import ANNOTATORS  # here: a request that lacks nothing starts without it
     for name, words in lacking.items():
         models = ["annotate.models=[MODEL,...]"] if ANNOTATORS[name].models else []
         footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")

@@ -10,13 +10,14 @@ one stage is the one before the next.
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -28,6 +29,7 @@ import torch
 from uft.config.frozen import plain
 from uft.config.schema import Config, Eval, Model
 from uft.config.stages import Stage, made, maker, stages_of
+from uft.data.chat import Tokens
 from uft.distributed import ranks
 from uft.environment import PeerLost, note
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
@@ -35,6 +37,8 @@ from uft.evaluation.evaluate import Evaluation, evaluate
 from uft.heartbeat import activity
 from uft.model.export import export
 from uft.model.memory import device_memory, peak_memory
+from uft.model.policy import DTYPES
+from uft.model.reload import compare
 from uft.runs import FULL, Run, problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
@@ -44,6 +48,7 @@ from uft.training import checkpoint
 from uft.training.dataset import RunData, located, read_run_data
 from uft.training.liveness import Stop, watching
 from uft.training.setup import (
+    Prepared,
     Stopped,
     check_positions,
     check_record,
@@ -189,8 +194,33 @@ class Session:
             return False
         later = any(other.do == "generate" for other in self.stages[stage.number :])
         if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
-            export(trainer.policy, renderer.tokenizer, self.model_dir(stage))
+            self._export(stage, prepared)
         return True
+
+    def _export(self, stage: Stage, prepared: Prepared) -> None:
+        """Leave the model of a stage, if plain transformers says what the policy in memory says."""
+        config, dataset = stage.config, prepared.data.dataset
+        policy, renderer, folder = prepared.trainer.policy, dataset.renderer, self.model_dir(stage)
+        dtype = config.train.save_dtype if folder == self.run.model_dir else "float32"
+        tokenizer = copy.deepcopy(renderer.tokenizer)
+        if renderer.name == "plain":  # as it was trained, the model has no template
+            tokenizer.chat_template = None
+        elif config.data.template != "auto":
+            tokenizer.chat_template = Path(config.data.template).expanduser().read_text(encoding="utf-8")
+        encoded = [*(held.encoded for held in self.data.held_out), *(source.encoded for source in dataset.train)]
+        rows = [one for source in encoded for one in few_sequences(source)]
+
+        def problem(beside: Path) -> str:
+            if not config.train.check_model:
+                return ""
+            remote = config.model.trust_remote_code
+            pad = prepared.trainer.collator.pad_id
+            why, unknown = compare(policy, beside, rows[:CHECKED], pad, dtype=dtype, trust_remote_code=remote)
+            if unknown:
+                self.console.message(f"the exported model was not compared with the one in memory: {unknown}")
+            return why
+
+        export(policy, tokenizer, folder, DTYPES[dtype], stop_ids=renderer.stop_ids, problem=problem)
 
     def _make_rows(self, stage: Stage, folder: Run) -> dict[str, Any]:
         """Sample completions or write a column; counts of what was made. Raises Interrupted when asked to stop."""
@@ -517,6 +547,15 @@ def error_text(error: Exception, config: Config) -> str:
         text = f"{type(error).__name__}: {error}"
     note(text)
     return text
+
+
+CHECKED, CHECKED_TOKENS = 4, 512  # sequences on which an exported model is tried, and the tokens of each at most
+
+
+def few_sequences(encoded: Sequence[Sequence[Tokens]]) -> list[Tokens]:
+    """The completions of a source's first row, cut; without those that have no target then."""
+    first = [one for row in encoded[:1] for one in row if 0 < one.prompt_length < CHECKED_TOKENS]
+    return [replace(t, ids=t.ids[:CHECKED_TOKENS], supervised=t.supervised[:CHECKED_TOKENS]) for t in first]
 
 
 OWN_KEYS = ("objective", "run.", "sweep.")

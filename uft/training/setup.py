@@ -28,7 +28,7 @@ from uft.heartbeat import activity
 from uft.model.layout import compile_blocks, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.memory import Shape, Spread, estimate, keep_freed_memory, shape_of
-from uft.model.policy import Policy
+from uft.model.policy import Policy, idle_adapters
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Objective, StepContext
 from uft.runs import Run, cache_root, shown
@@ -70,9 +70,15 @@ class Prepared:
     @cached_property
     def cautions(self) -> list[str]:
         """Warnings about the run that its card and `check.json` repeat."""
-        remote = [REMOTE_CODE] if self.trainer.config.model.trust_remote_code else []
-        objective = self.data.objective
-        alone = [ONE_ROW] if objective.needs.mismatched and self.trainer.config.train.batch_size == 1 else []
+        trainer, objective = self.trainer, self.data.objective
+        remote = [REMOTE_CODE] if trainer.config.model.trust_remote_code else []
+        items = trainer.sampler.items(trainer.sampler.preview(8))[:1] if trainer.policy.has_adapter else []
+        batches = micro_batches(items, 1, trainer.collator.pad_id, trainer.policy.layout)
+        with torch.random.fork_rng(devices=[trainer.device] if trainer.device.type == "cuda" else []):
+            idle = [name for batch in batches for name in idle_adapters(trainer.policy, batch.to(trainer.device))]
+        if idle:
+            remote.append(f"{len(idle)} adapters never act, since the model does not call their layers: {idle[0]}, ...")
+        alone = [ONE_ROW] if objective.needs.mismatched and trainer.config.train.batch_size == 1 else []
         certain = counted_as_certain(self.data.sampler, objective)
         return [*remote, *objective.cautions(), *certain, *alone, *data_cautions(self.data.record)]
 

@@ -71,9 +71,15 @@ class Meter:
         self.sums[name] = (total, count)
 
     def add_loss(self, loss: Loss) -> None:
-        """Each term's mean in this step; a step in which a term has no units does not count for it."""
+        """Each term's mean in this step; a step in which a term has no units does not count for it.
+
+        `nll` is per supervised token of all these steps: it has one definition under every objective.
+        """
         for name, term in loss.items():
-            self.add(name, term.total / term.count.clamp(min=1), term.count > 0)
+            if name == "nll":
+                self.add(name, term.total, term.count)
+            else:
+                self.add(name, term.total / term.count.clamp(min=1), term.count > 0)
 
     def means(self) -> dict[str, float]:
         """total / count of everything with a count; resets the meter."""
