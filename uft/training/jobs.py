@@ -233,7 +233,8 @@ def generate(config: Config) -> int:
             return stop.exit_code
     say(
         f"{summary.rows} rows with {summary.negatives} completions in {summary.path}"
-        f" ({summary.empty} empty ones left out, {summary.repeats} equal to the row's own,"
+        f" ({summary.left_out} left out: without text, or cut at generate.max_new_tokens before their end;"
+        f" {summary.repeats} equal to the row's own,"
         f" {summary.without_good} rows without a good completion left out)\n"
         f"train on them:  uft train objective=dft data=files +data.sources.negatives.path={summary.path}"
         f" model={config.model.name}"
@@ -256,7 +257,7 @@ def generate_stage(
         summary = sample_rows(config, sources, part, sampled_by, device, stop, progress)
         ranks().on_rank0(lambda: os.replace(part, out))
     counts = {"rows": summary.rows, "completions": summary.negatives}
-    return {**counts, "empty": summary.empty, "repeats": summary.repeats}
+    return {**counts, "left_out": summary.left_out, "repeats": summary.repeats}
 
 
 def sample_rows(
