@@ -27,7 +27,16 @@ from uft.distributed import ranks
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.layout import follow_layout
-from uft.model.load import Location, check_vocabulary, load_base, load_frozen, locate, pad_id, storage_dtype
+from uft.model.load import (
+    Location,
+    check_vocabulary,
+    folder_of,
+    load_base,
+    load_frozen,
+    locate,
+    pad_id,
+    storage_dtype,
+)
 from uft.model.policy import Frozen, Policy
 from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest
 from uft.runs import clear_left, write_json
@@ -365,13 +374,6 @@ def weights_digest(place: Location, fetch: Callable[[], Any]) -> str:
 
 def _weight_files(place: Location) -> list[Path]:
     """config.json and the weights of a local folder, or of a hub model's snapshot in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(place.path)
-    if not folder.is_dir():
-        config = try_to_load_from_cache(place.path, "config.json", revision=place.revision)
-        if not isinstance(config, str):
-            return []
-        folder = Path(config).parent
-    weights = sorted(folder.glob("*.safetensors"))
-    return [folder / "config.json", *weights] if weights else []
+    folder = folder_of(place)
+    weights = sorted(folder.glob("*.safetensors")) if folder else []
+    return [folder / "config.json", *weights] if folder and weights else []

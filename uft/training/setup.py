@@ -215,7 +215,7 @@ def saved_progress(run: Run) -> Progress:
 
 def check_positions(policy: Policy, dataset: TrainData) -> None:
     """Raise UftError for sources with rows longer than the model's learned position embeddings."""
-    positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None)
+    positions = policy.positions
     problems = [
         Problem(
             f"data.sources.{source.source}",
