@@ -17,6 +17,7 @@ from uft.errors import UftError
 from uft.model.layout import settle_layout
 from uft.model.load import load_policy
 from uft.model.policy import Policy
+from uft.objectives.base import ForwardRequest
 
 Build = Callable[..., Any]
 SMALL = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -109,3 +110,36 @@ def test_a_model_that_fails_on_its_first_rows_is_one_line(build: Build, model_fo
     with pytest.raises(UftError, match=r"IndexError: no such thing\)") as raised:
         load_policy(Model(path=str(model_folder)), torch.device("cpu"), 0)
     assert raised.value.problems[0].what == f"model.path={model_folder}"
+
+
+def test_tokens_that_every_layer_looks_up_cannot_be_mixed(build: Build, batch: Batch, monkeypatch: pytest.MonkeyPatch):
+    """Gemma 3n and 4 add embeddings of their own in every layer, which embeddings in place of tokens do not bring."""
+    policy = Policy(build("llama"))
+    forward = policy.body.forward
+
+    def looking(input_ids: Any = None, **rest: Any) -> Any:
+        out = forward(input_ids=input_ids, **rest)
+        return out if input_ids is None else (out[0] + 0.1 * policy.embeddings(input_ids),)
+
+    monkeypatch.setattr(policy.body, "forward", looking)
+    policy.takes_positions = True
+    policy.check_rows("model.path=x")
+    assert policy(batch).log_probs.isfinite().all()
+    for request in (ForwardRequest(embed_grad=False), ForwardRequest(replace=batch.target_ids, mix=0.5)):
+        with pytest.raises(UftError, match="looks tokens up in every layer"):
+            policy(batch, request)
+
+
+def test_scaled_positions_count_as_scaled(build: Build):
+    linear, yarn = ({"rope_type": kind, "rope_theta": 1e4, "factor": 4.0} for kind in ("linear", "yarn"))
+    deepseek = yarn | {"original_max_position_embeddings": 16}
+    found = [Policy(build("llama", rope_parameters=rope)).positions for rope in (linear, yarn, deepseek)]
+    assert found == [256, 256, 64]
+    assert Policy(build("llama")).positions == 64
+    assert Policy(build("gpt2")).positions == 64
+
+
+def test_experts_say_that_their_balance_is_not_trained(build: Build):
+    small = SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1}
+    assert any("load-balancing" in line for line in Policy(made("Mixtral", **small)).describe())
+    assert not any("load-balancing" in line for line in Policy(build("llama")).describe())

@@ -24,7 +24,7 @@ from uft.distributed import ranks
 from uft.environment import PeerLost
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
-from uft.model.policy import DTYPES, Policy, add_lora, auto_model, blocks
+from uft.model.policy import DTYPES, Policy, add_lora, auto_model, blocks, position_limit
 from uft.model.sharded import load_sharded
 from uft.runs import cache_root, clear_left
 
@@ -52,7 +52,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def positions(model: Model) -> int | None:
     """Tokens in the longest sequence the model has positions for, by its configuration alone; None: no limit."""
-    return getattr(_config(model).get_text_config(), "max_position_embeddings", None)
+    return position_limit(_config(model))
 
 
 def _config(model: Model) -> Any:
@@ -99,11 +99,11 @@ def _policy(
     what: str,
 ) -> Policy:
     """See :func:`uft.model.sharded.load_sharded`; the model is tried on a few small rows."""
-    if ranks().sharded:
-        policy = load_sharded(lambda: load(torch.device("cpu")), adapt, model, device)
-    else:
-        policy = Policy(load(device), model.dtype)
     try:
+        if ranks().sharded:
+            policy = load_sharded(lambda: load(torch.device("cpu")), adapt, model, device)
+        else:
+            policy = Policy(load(device), model.dtype)
         policy.check_head()
         policy.check_rows(what)
     except (UftError, PeerLost):
@@ -112,7 +112,7 @@ def _policy(
         if "memory" in str(error).lower():  # told elsewhere, with advice
             raise
         first = next(iter(str(error).strip().splitlines()), "")
-        raise UftError(Problem(what, f"a few small rows make it fail ({type(error).__name__}: {first})")) from error
+        raise UftError(Problem(what, f"it cannot be used ({type(error).__name__}: {first})")) from error
     return policy
 
 

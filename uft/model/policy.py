@@ -59,6 +59,7 @@ class Policy:
         self.reshard: Callable[[], None] = lambda: None  # sharded: free the weights gathered by a forward pass
         self.layout = Layout.PADDED  # of the batches it is given: `layout.settle_layout`
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+        self.takes_embeddings = True  # in place of tokens; not where layers look tokens up by themselves (Gemma 3n)
         self.keeps_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
         self.first_position = 0  # RoBERTa and its kin begin behind the padding token's number: see `check_rows`
         self.caches: bool | None = None  # whether it generates right with its cache: `sampling.generate` tries it
@@ -90,7 +91,7 @@ class Policy:
     @property
     def positions(self) -> int | None:
         """Tokens of the longest sequence that it has positions for; None: no limit."""
-        most = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        most = position_limit(self.base.config)
         return most and most - self.first_position
 
     @property
@@ -148,6 +149,9 @@ class Policy:
         mixing = request.replace is not None and request.mix != 0
         if request.embed_grad and not mixing:
             inputs["input_ids"] = batch.input_ids
+        elif not self.takes_embeddings:
+            why = "looks tokens up in every layer, so their embeddings can be neither mixed nor kept from learning"
+            raise UftError(Problem("objective", f"{type(self.base).__name__} {why}", advice=("another objective",)))
         else:  # always through the model's own module: Gemma scales there
             with nullcontext() if request.embed_grad else torch.no_grad():
                 embedded = self.embeddings(batch.input_ids)
@@ -213,8 +217,9 @@ class Policy:
         rows = [ids for ids, _ in trial_sequences(self.vocabulary)]
         rows = [np.where(ids == pad, (ids + 1) % self.vocabulary, ids) for ids in rows]  # some models look for it
 
-        def log_probs(rows: list[np.ndarray]) -> Tensor:
-            return self(self.trial_batch(sequences=[(ids, np.ones(len(ids), bool)) for ids in rows])).log_probs
+        def log_probs(rows: list[np.ndarray], request: ForwardRequest = PLAIN) -> Tensor:
+            sequences = [(ids, np.ones(len(ids), bool)) for ids in rows]
+            return self(self.trial_batch(sequences=sequences), request).log_probs
 
         with evaluating(self.module):
             whole = log_probs(rows)
@@ -223,6 +228,8 @@ class Policy:
             tolerance, middle = self.tolerance(whole), [len(ids) // 2 for ids in rows]
             others = [(ids + self.vocabulary // 2 + 1) % self.vocabulary for ids in rows]
             changed = log_probs([np.append(a[:n], b[n:]) for a, b, n in zip(rows, others, middle, strict=True)])
+            embedded = log_probs(rows, ForwardRequest(embed_grad=False))
+            self.takes_embeddings = float((embedded - whole).abs().max()) <= tolerance
             alone = [log_probs([ids]) for ids in (rows[0], rows[-1])]
         lengths = [len(ids) - 1 for ids in rows]  # targets of a row are its tokens but for the first
         pieces = whole.split(lengths)
@@ -286,6 +293,8 @@ class Policy:
         ]
         if self.head is not None:
             lines.append(f"output head on supervised positions only, {self.head.rows:,} at a time, softmax in float32")
+        if getattr(self.base.config.get_text_config(), "router_aux_loss_coef", None):
+            lines.append("experts: the router's load-balancing loss is no part of the objective")
         return lines + self.notes
 
 
@@ -333,6 +342,16 @@ def trial_sequences(vocabulary: int) -> list[TokenSequence]:
         ids = np.concatenate([start + 31 * np.arange(prompt), 104_729 * (number + 1) + 17 * np.arange(completion)])
         made.append(((ids % vocabulary).astype(np.int64), np.arange(prompt + completion) >= prompt))
     return made
+
+
+def position_limit(config: Any) -> int | None:
+    """Positions of a model by its transformers configuration, scaled rotary ones counted as scaled; None: no limit."""
+    config = config.get_text_config()
+    most, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if most and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+        before = rope.get("original_max_position_embeddings") or most
+        return int(max(most, before * rope.get("factor", 1)))
+    return most
 
 
 def blocks(base: Any) -> list[nn.Module]:

@@ -87,7 +87,17 @@ def make_reference(
         if model.adapter == "lora" and reference.path is None:
             return Frozen(policy)
         other = load_frozen(model, device, reference.path)
+        key = f"reference.path={reference.path}" if reference.path else f"model.path={model.path}"
         check_vocabulary(other.base, tokenizer, "reference.path" if reference.path else "model.path")
+        if other.positions and longest_row > other.positions:
+            why = f"it has {other.positions} positions, and the longest row {longest_row} tokens"
+            raise UftError(
+                Problem(key, why, advice=(f"train.max_length={other.positions} data.too_long=drop|truncate",))
+            )
+        sizes = [one.base.get_output_embeddings().weight.shape[0] for one in (other, policy)]
+        if distributions and sizes[0] != sizes[1]:
+            why = f"it predicts {sizes[0]} tokens and the model {sizes[1]}: their distributions cannot be compared"
+            raise UftError(Problem(key, why))
         follow_layout(other, policy, longest_row)
         return Frozen(other)
 
