@@ -141,7 +141,7 @@ def test_the_worker_does_not_outlive_a_killed_parent(start: Start, request_for: 
 @pytest.mark.slow
 def test_generation_stops_and_goes_on(start: Start, uft: Uft, request_for: Any, tmp_path: Path) -> None:
     """Stopped in the middle, `uft generate` keeps whole lines, and the finished file is that of an unbroken job."""
-    generating = ("generate.batch_size=2", "generate.limit=4", "generate.max_new_tokens=40")
+    generating = ("generate.batch_size=2", "generate.limit=4", "generate.temperature=3", "generate.top_k=0")
     request = request_for("sft", *generating)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     uft("generate", *request, f"generate.out={whole}")

@@ -22,10 +22,17 @@ def settings(folder: Path | str, **changes: Any) -> Model:
     return Model(name="tiny", path=str(folder), **changes)
 
 
-def message(model: Model) -> str:
-    with pytest.raises(UftError) as raised:
+def failure(model: Model) -> UftError:
+    try:
+        load_tokenizer(model)
         load_model(model, CPU, 0)
-    return str(raised.value)
+    except UftError as error:
+        return error
+    pytest.fail("it was loaded")
+
+
+def message(model: Model) -> str:
+    return str(failure(model))
 
 
 def test_weights_are_stored_as_their_use_wants(model_folder: Path):
@@ -102,12 +109,57 @@ def test_weights_that_are_missing_are_never_made_up(model_folder: Path, tmp_path
     assert "model.layers.1.mlp.up_proj.weight" in text
 
 
-def test_broken_folders_are_told_in_one_line(model_folder: Path, tmp_path: Path):
+def test_every_failure_to_load_is_one_line_that_names_the_file(model_folder: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    weights, config = load_file(model_folder / "model.safetensors"), (model_folder / "config.json").read_text()
+    whole, pointer = (
+        (model_folder / "model.safetensors").read_bytes(),
+        b"version https://git-lfs.github.com/spec/v1\noid",
+    )
+    index = {"weight_map": dict.fromkeys(weights, "model-00002-of-00002.safetensors")}
+    newer = json.loads((model_folder / "tokenizer.json").read_text()) | {"model": {"type": "FutureModel"}}
+    scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    save_file(weights | {scale: torch.ones(1)}, tmp_path / "fp8", metadata={"format": "pt"})
+    narrow = json.loads(config) | {"num_attention_heads": 3}
+    cases: dict[str, dict[str, Any]] = {
+        "model.safetensors is a pointer of Git LFS": {"model.safetensors": pointer},
+        "model.safetensors is damaged or cut off": {"model.safetensors": whole[:-100]},
+        "config.json is damaged or cut off": {"config.json": config[:-20]},
+        "model-00002-of-00002.safetensors is not there": {
+            "model.safetensors": None,
+            "model.safetensors.index.json": json.dumps(index),
+        },
+        "tokenizer.json is of a newer version": {"tokenizer.json": json.dumps(newer)},
+        "adapter_config.json lies beside the model": {"adapter_config.json": "{}"},
+        "its files are quantised": {"model.safetensors": (tmp_path / "fp8").read_bytes()},
+        "the model cannot be loaded: ": {"model.safetensors": None},
+        "cannot be loaded": {"config.json": json.dumps(narrow)},
+        "no_such_type": {"config.json": json.dumps({"model_type": "no_such_type"})},
+    }
+    for number, (words, files) in enumerate(cases.items()):
+        folder = shutil.copytree(model_folder, tmp_path / str(number))
+        for name, content in files.items():
+            if content is None:
+                (folder / name).unlink()
+            else:
+                (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        (problem,) = failure(settings(folder)).problems
+        assert problem.what == f"model.path={folder}"
+        assert words in " ".join([problem.why, *problem.advice]), (words, problem)
+        assert "\n" not in problem.why
+
+
+def test_weights_that_the_model_does_not_use_are_told(model_folder: Path, tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
     folder = shutil.copytree(model_folder, tmp_path / "model")
-    (folder / "model.safetensors").unlink()
-    assert "the model cannot be loaded" in message(settings(folder))
-    (folder / "config.json").write_text(json.dumps({"model_type": "no_such_type"}))
-    assert "the model cannot be loaded" in message(settings(folder))
+    more = {f"vision.{n}.weight": torch.ones(2) for n in range(5)} | {"model.rotary_emb.inv_freq": torch.ones(2)}
+    save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", metadata={"format": "pt"})
+    note = (
+        "5 weights of its files are not used, and not exported: vision.0.weight, vision.1.weight, vision.2.weight, ..."
+    )
+    assert note in load_policy(settings(folder), CPU, 0).describe()
 
 
 def test_code_of_a_model_runs_only_when_allowed(model_folder: Path, tmp_path: Path):

@@ -46,6 +46,7 @@ def test_also_under_an_adapter_and_in_half_precision(build: Build):
 REFUSED = {
     "window": ("mistral", {"sliding_window": 29}, "window of 29 tokens is shorter than the longest row of 30"),
     "eager": ("llama", {"attn_implementation": "eager"}, "attention eager"),
+    "sparse": ("llama", {"index_topk": 8}, "window of 8 tokens is shorter than the longest row of 30"),
     "both ways": ("llama", {"is_causal": False}, "not causal"),
 }
 

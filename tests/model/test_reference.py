@@ -123,6 +123,13 @@ def test_a_reference_that_is_not_there_or_has_too_small_a_vocabulary_is_named_by
     policy = load_policy(model, CPU, 0)
     with pytest.raises(UftError, match="reference\\.path"):
         make(policy, model, "copy", tmp_path, tokenizer, path=small)
+    shapes = {"positions": {"max_position_embeddings": 8}, "distributions": {"vocab_size": 64}}
+    for words, changes in shapes.items():
+        build("llama", **changes).save_pretrained(tmp_path / words)
+        asked = {"visits_per_row": 1.0, "cache": tmp_path, "longest_row": 9, "distributions": words == "distributions"}
+        other = ReferenceModel(path=str(tmp_path / words), mode="copy")
+        with pytest.raises(UftError, match=words):
+            make_reference(policy, model, other, device=CPU, tokenizer=tokenizer, **asked)
     for mode in ("copy", "cached"):
         with pytest.raises(UftError) as raised:
             make(policy, model, mode, tmp_path, tokenizer, path=absent)

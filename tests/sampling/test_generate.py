@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 import torch
-from transformers import Gemma2Config, GPT2Config, LlamaConfig
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, OpenAIGPTConfig, RwkvConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -101,13 +101,35 @@ def test_rows_stop_at_their_own_stop_token_and_leave_the_batch():
     assert seen[-1] < len(PROMPTS)
 
 
-def test_log_probs_are_those_of_one_pass_over_the_whole_text():
+def test_log_probs_are_those_of_the_distribution_drawn_from():
     module = model()
-    for prompt, reply in zip(PROMPTS, run(module, batch_size=2), strict=True):
-        said = [*reply.ids, *([END] if reply.stopped else [])]
-        logits = module(torch.tensor([prompt + said])).logits[0].detach().log_softmax(-1)
-        expected = sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(said))
-        assert reply.log_prob == pytest.approx(expected, abs=1e-4)
+    for sampling in (Sampling(temperature=1.0, max_new_tokens=12), WARM):
+        for prompt, reply in zip(PROMPTS, run(module, sampling=sampling, batch_size=2), strict=True):
+            said = [*reply.ids, *([END] if reply.stopped else [])]
+            logits = module(torch.tensor([prompt + said])).logits[0].detach()[len(prompt) - 1 : -1]
+            warped = filtered(logits, sampling).log_softmax(-1)
+            expected = float(warped.gather(1, torch.tensor(said)[:, None]).sum())
+            assert reply.log_prob == pytest.approx(expected, abs=1e-4)
+
+
+def test_models_whose_cache_or_padding_is_not_right_read_everything_anew():
+    """RWKV's state knows no padding, GPT-1 has no cache, Mamba has one of its own: answered as one by one."""
+    small = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    configs = {
+        "cache": LlamaConfig(**SMALL),
+        "rwkv": RwkvConfig(**small, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+        "mamba": MambaConfig(**small, hidden_size=32, num_hidden_layers=2, state_size=4),
+        "gpt1": OpenAIGPTConfig(**small, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    }
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        policy = Policy(AutoModelForCausalLM.from_config(config).eval())
+        settings = {"seed": 3, "stop_ids": (), "pad_id": PAD}
+        together = complete(policy, PROMPTS, WARM, batch_size=8, **settings)
+        assert policy.caches == (name == "cache"), name
+        policy.caches = False
+        alone = complete(policy, PROMPTS, WARM, batch_size=1, **settings)
+        assert ids(together) == ids(alone), name
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.7, 5), Sampling(1.3, 0, 0.8), Sampling(0.5, 9, 0.6), Sampling(1.0)])
@@ -127,15 +149,18 @@ def test_tokens_are_drawn_with_their_probabilities():
     sampling = Sampling(temperature=0.8, top_k=4)
     size = 40_000
     grid = (torch.arange(size, dtype=torch.float64) + 0.5) / size  # every quantile once: no chance in this test
-    drawn = choose(logits.expand(size, -1), sampling, grid).bincount(minlength=5) / size
+    tokens, log_probs = choose(logits.expand(size, -1), sampling, grid)
+    drawn = tokens.bincount(minlength=5) / size
     expected = (logits[0] / 0.8).masked_fill(torch.tensor([False, False, False, True, False]), -math.inf).softmax(-1)
     torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_probs, expected[tokens].log())
+    assert not choose(logits, GREEDY, grid[:1])[1].any()
 
 
 def test_the_edges_of_the_distribution_are_tokens_that_may_be_drawn():
     logits = torch.tensor([[-1.0, 3.0, 2.0, 2.5, -2.0]])
     for draw in (0.0, 1 - 2**-53):
-        token = choose(logits, Sampling(1.0, top_k=3), torch.tensor([draw], dtype=torch.float64))
+        token, _ = choose(logits, Sampling(1.0, top_k=3), torch.tensor([draw], dtype=torch.float64))
         assert int(token) in (1, 2, 3)
 
 

@@ -14,7 +14,7 @@ from uft.errors import UftError
 from uft.model.load import load_model, load_tokenizer
 from uft.model.policy import Policy
 from uft.sampling import negatives
-from uft.sampling.generate import Interrupted, Sampling, complete
+from uft.sampling.generate import Interrupted, Sampling, complete, filtered
 from uft.sampling.negatives import generate_rows, number_of
 
 MODEL = Model(name="playground", path="builtin:playground")
@@ -78,7 +78,7 @@ def test_every_row_gets_one_sample_per_seed(job, sources):
     assert all(len(line["negatives"]) == len(line["negative_log_probs"]) == 2 for line in written)
     assert all(line["sampled_by"] == "playground" for line in written)
     assert written[0]["sampling"]["temperature"] == 1.0
-    assert (summary.rows, summary.negatives, summary.empty, summary.resumed) == (12, 24, 0, 0)
+    assert (summary.rows, summary.negatives, summary.left_out, summary.resumed) == (12, 24, 0, 0)
     assert summary.repeats == sum(line["negatives"].count(line["response"]) for line in written)
     assert told == [(4, 12), (8, 12), (12, 12)]
 
@@ -239,8 +239,8 @@ def test_empty_samples_are_kept_out_and_leading_space_stripped(policy, tokenizer
         policy, Mute(tokenizer), Renderer(tokenizer), sources, SETTINGS, tmp_path / "out", sampled_by="m"
     )
     written = lines(summary.path)
-    assert summary.empty > 0
-    assert summary.negatives + summary.empty == 24
+    assert summary.left_out > 0
+    assert summary.negatives + summary.left_out == 24
     assert all(line["negatives"] and all(text == text.lstrip() != "" for text in line["negatives"]) for line in written)
     assert all(len(line["negatives"]) == len(line["negative_log_probs"]) for line in written)
     content = summary.path.read_bytes()
@@ -250,3 +250,24 @@ def test_empty_samples_are_kept_out_and_leading_space_stripped(policy, tokenizer
     )
     assert again == replace(summary, resumed=5)
     assert summary.path.read_bytes() == content
+
+
+def test_cut_samples_are_left_out_and_log_probs_are_those_of_the_filters(job, policy, tokenizer, sources, tmp_path):
+    """A sample without its end would be trained with one, whose log-prob its column lacks."""
+    free = lines(job(tmp_path / "free", max_new_tokens=10, temperature=0.7, top_k=3).path)
+    tokens = sorted(len(tokenizer(text).input_ids) for line in free for text in line["negatives"])
+    short = job(tmp_path / "short", max_new_tokens=tokens[-1], temperature=0.7, top_k=3)
+    whole = {line["row"]: dict(zip(line["negatives"], line["negative_log_probs"], strict=True)) for line in free}
+    assert 0 < short.negatives == 24 - short.left_out < 24
+    for line in lines(short.path):
+        assert len(tokenizer(line["negatives"][0]).input_ids) < tokens[-1]
+        for text, log_prob in zip(line["negatives"], line["negative_log_probs"], strict=True):
+            assert whole[line["row"]][text] == pytest.approx(log_prob, abs=1e-3)
+    renderer, sampling = Renderer(tokenizer), Sampling(temperature=0.7, top_k=3)
+    row = sources[0].rows[0]
+    for text, log_prob in whole[row.id].items():
+        encoded = renderer.encode(row.prompt, (Message("assistant", text),))
+        logits = policy.module.eval()(torch.as_tensor(encoded.ids, dtype=torch.long)[None]).logits[0].detach()
+        places = torch.as_tensor(encoded.supervised).nonzero().squeeze(1)
+        warped, targets = filtered(logits, sampling).log_softmax(-1), torch.as_tensor(encoded.ids)[places].long()
+        assert float(warped[places - 1, targets].sum()) == pytest.approx(log_prob, abs=1e-3)

@@ -50,7 +50,10 @@ def test_generate_stops_between_batches_and_goes_on(configure, files, tmp_path, 
 
     def settings(out: str) -> Config:
         return replace(
-            config, generate=replace(config.generate, out=str(tmp_path / out), max_new_tokens=5, batch_size=3)
+            config,
+            generate=replace(
+                config.generate, out=str(tmp_path / out), max_new_tokens=60, batch_size=3, temperature=2.0, top_k=0
+            ),
         )
 
     assert jobs.generate(settings("whole.jsonl")) == GOOD

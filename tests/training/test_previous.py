@@ -50,7 +50,7 @@ def test_a_stopped_run_goes_on_and_its_model_answers(name, previous):
     assert list(result.get("stages", {})) == list(whole.get("stages", {}))
 
     settings = with_model(run)
-    settings["generate"] |= {"limit": 2, "max_new_tokens": 3}
+    settings["generate"] |= {"limit": 8, "max_new_tokens": 60, "temperature": 2.0, "top_k": 0}
     assert jobs.generate(typed(settings)) == GOOD
     assert {line["sampled_by"] for line in lines(run.path / "generated.jsonl")} == {str(run.model_dir)}
 

@@ -7,6 +7,7 @@ correctly depends on its code: so a few small rows are run through it, padded an
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -16,20 +17,19 @@ import torch
 from uft.data.batch import Layout
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, CannotPack, register
-from uft.model.policy import Policy, blocks, evaluating, trial_sequences
+from uft.model.policy import LEAK, Policy, blocks, evaluating, trial_sequences
 
 SMALL_MODEL = 3_000_000
 """Parameters below which padding is faster on a CPU: a call per row and layer costs more than the padding saves."""
-
-LEAK = 0.1
-"""Share of the tolerance by which a row may move when another one changes: the same kernels on the same shapes."""
 
 
 def settle_layout(policy: Policy, packing: str, longest: int) -> None:
     """Give `policy` the layout of `train.packing` and the attention that it needs; a note says which and why.
 
-    `longest`: tokens of the longest row. Raises UftError where packing was asked for and is impossible.
+    `longest`: tokens of the longest row. Raises UftError where packing was asked for and is impossible, and where a row
+    of that length changes what the model makes of the others.
     """
+    check_longest(policy, longest)
     if packing == "padded":
         return
     size = sum(parameter.numel() for parameter in policy.module.parameters())
@@ -55,6 +55,28 @@ def follow_layout(reference: Policy, policy: Policy, longest: int) -> None:
         raise UftError(problem)
 
 
+@torch.no_grad()
+def check_longest(policy: Policy, longest: int) -> None:
+    """Refuse a model whose rotary embeddings of all rows depend on the longest row of their batch (longrope)."""
+    batch = policy.trial_batch()
+    if not policy.takes_positions or longest <= batch.input_ids.shape[1]:
+        return
+    last = batch.input_ids.shape[0] - 1  # stands where the end of the longest row would
+    places = batch.position_ids.clone()
+    places[last] += longest - batch.input_ids.shape[1]
+    with evaluating(policy.module):
+        before, after = (policy(b).log_probs for b in (batch, replace(batch, position_ids=places)))
+    moved = float((after - before)[batch.sequence != last].abs().max())
+    if moved <= LEAK * policy.tolerance(before):
+        return
+    why = f"a row of {longest} tokens changes the log-probs of all others in its batch by {moved:.1e}"
+    config = policy.base.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    short = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    advice = (f"train.max_length={short or 'N'} data.too_long=drop|truncate",)
+    raise UftError(Problem("model", f"{why} (its rotary embeddings depend on the longest)", advice=advice))
+
+
 def packing_obstacle(policy: Policy, longest: int) -> str | None:
     """Why this model cannot read packed rows, by its configuration alone; None: nothing is known against it."""
     config = policy.base.config.get_text_config()
@@ -62,10 +84,12 @@ def packing_obstacle(policy: Policy, longest: int) -> str | None:
         return "the model takes no position_ids"
     if policy.attention not in PACKED:
         return f"attention {policy.attention} knows no rows within a pack"
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "index_topk")]
     shortest = min((window for window in windows if window), default=longest)
     if shortest < longest and getattr(config, "use_sliding_window", True) is not False:
         return f"its attention window of {shortest} tokens is shorter than the longest row of {longest}"
+    if getattr(config, "index_topk_blocks", None):
+        return "its attention chooses blocks of tokens"
     return None if getattr(config, "is_causal", True) else "its attention is not causal"
 
 
@@ -92,7 +116,7 @@ def _switch_to_packed(policy: Policy) -> str | None:
 @torch.no_grad()
 def _packing_error(policy: Policy) -> str | None:
     """Compare a few small rows packed and padded, then change each row and see that no other one moves."""
-    sequences, vocabulary = trial_sequences(policy.embedding_rows), policy.embedding_rows
+    sequences, vocabulary = trial_sequences(policy.vocabulary), policy.vocabulary
     with evaluating(policy.module):
         padded = policy(policy.trial_batch()).log_probs
         packed = policy(policy.trial_batch(Layout.SHARED)).log_probs

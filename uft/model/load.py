@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import json
 import re
 import shutil
 import tempfile
@@ -20,9 +21,10 @@ from torch import nn
 
 from uft.config.schema import Model
 from uft.distributed import ranks
+from uft.environment import PeerLost
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
-from uft.model.policy import DTYPES, Policy, add_lora, auto_model, blocks
+from uft.model.policy import DTYPES, Policy, add_lora, auto_model, blocks, position_limit
 from uft.model.sharded import load_sharded
 from uft.runs import cache_root, clear_left
 
@@ -36,7 +38,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     place = locate(model)
-    with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded"):
+    with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
     tokenizer.padding_side = "right"
     return tokenizer
@@ -50,14 +52,14 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def positions(model: Model) -> int | None:
     """Tokens in the longest sequence the model has positions for, by its configuration alone; None: no limit."""
-    return getattr(_config(model).get_text_config(), "max_position_embeddings", None)
+    return position_limit(_config(model))
 
 
 def _config(model: Model) -> Any:
     from transformers import AutoConfig
 
     place = locate(model)
-    with _humane(f"model.path={model.path}", "its configuration cannot be loaded"):
+    with _humane(f"model.path={model.path}", "its configuration cannot be loaded", model, place):
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
 
@@ -74,7 +76,8 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, its head checked against the model's own logits."""
     adapt = partial(adapted, model=model, init_seed=init_seed)
-    return _policy(lambda place: load_model(model, place, init_seed), adapt, model, device)
+    what = f"model.path={model.path}"
+    return _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, what)
 
 
 @activity("a model was loaded", moving=True)
@@ -84,7 +87,8 @@ def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
 
-    return _policy(lambda place: frozen(load_base(model, path)).to(place), frozen, model, device)
+    what = f"model.path={model.path}" if path is None else f"reference.path={path}"
+    return _policy(lambda place: frozen(load_base(model, path)).to(place), frozen, model, device, what)
 
 
 def _policy(
@@ -92,13 +96,23 @@ def _policy(
     adapt: Callable[[Any], nn.Module],
     model: Model,
     device: torch.device,
+    what: str,
 ) -> Policy:
-    """See :func:`uft.model.sharded.load_sharded`; the head is checked."""
-    if ranks().sharded:
-        policy = load_sharded(lambda: load(torch.device("cpu")), adapt, model, device)
-    else:
-        policy = Policy(load(device), model.dtype)
-    policy.check_head()
+    """See :func:`uft.model.sharded.load_sharded`; the model is tried on a few small rows."""
+    try:
+        if ranks().sharded:
+            policy = load_sharded(lambda: load(torch.device("cpu")), adapt, model, device)
+        else:
+            policy = Policy(load(device), model.dtype)
+        policy.check_head()
+        policy.check_rows(what)
+    except (UftError, PeerLost):
+        raise
+    except Exception as error:  # model code of any origin may raise anything here
+        if "memory" in str(error).lower():  # told elsewhere, with advice
+            raise
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UftError(Problem(what, f"it cannot be used ({type(error).__name__}: {first})")) from error
     return policy
 
 
@@ -124,7 +138,7 @@ def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
     lora = model.adapter == "lora"
     module = add_lora(base, model.lora, init_seed, float32=model.master_weights) if lora else base
     if model.gradient_checkpointing:
-        with _humane(f"model.path={model.path}", "model.gradient_checkpointing=true"):
+        with _humane(f"model.path={model.path}", "model.gradient_checkpointing=true", model):
             # transformers 5 renamed it on the way; not re-entrant: works with frozen embeddings and with mixed ones
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -141,7 +155,7 @@ def load_base(model: Model, reference: str | None = None) -> Any:
     logging.disable_progress_bar()  # of reading files; a download still shows its own
     place = locate(model, reference)
     what = f"model.path={model.path}" if reference is None else f"reference.path={reference}"
-    with _humane(what, "the model cannot be loaded"):
+    with _humane(what, "the model cannot be loaded", model, place):
         loaded: Any = auto_model().from_pretrained(
             place.path,
             dtype=DTYPES[storage_dtype(model)],
@@ -151,11 +165,27 @@ def load_base(model: Model, reference: str | None = None) -> Any:
             output_loading_info=True,
         )
     module, info = loaded
-    absent = sorted(info["missing_keys"])
-    if absent:
+    if absent := sorted(info["missing_keys"]):
         why = f"{len(absent)} of its weights are not in its files (they would be random)"
         raise UftError(Problem(what, why, advice=tuple(absent[:5])))
+    unused = sorted(name for name in info["unexpected_keys"] if not name.endswith(NO_WEIGHTS))
+    if scales := [name for name in unused if name.endswith(SCALES_OF_QUANTISED)]:
+        why = "its files are quantised, and its configuration does not say how"
+        raise UftError(Problem(what, why, advice=tuple(scales[:5])))
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in module.parameters()}
+    if quantised := sorted(dtypes - {"float64", "float32", "bfloat16", "float16"}):
+        why = f"its weights are quantised ({', '.join(quantised)}), and can neither be trained nor exported"
+        raise UftError(Problem(what, why, advice=("give the folder of a model that is not quantised",)))
+    if unused:
+        shown = ", ".join([*unused[:3], *(["..."] if unused[3:] else [])])
+        module.uft_notes = [f"{len(unused)} weights of its files are not used, and not exported: {shown}"]
     return module
+
+
+NO_WEIGHTS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
+"""Endings of tensors that older versions saved with a model, and that it makes by itself."""
+
+SCALES_OF_QUANTISED = ("_scale", "_scale_inv", ".scales", ".qweight", ".qzeros", ".absmax", "_packed", "_blocks")
 
 
 def storage_dtype(model: Model) -> str:
@@ -174,20 +204,63 @@ def _access(place: Location, model: Model) -> dict[str, Any]:
 ADVICE = {
     "trust_remote_code": "this model brings its own code: read it, then  model.trust_remote_code=true",
     "safetensors": "weights are read from safetensors alone: loading a pickle (.bin, .pt) can run code",
+    "untagged enum": "tokenizer.json is of a newer version:  pip install -U tokenizers transformers",
 }
 """By a word of transformers' error."""
 
 
 @contextmanager
-def _humane(what: str, why: str) -> Iterator[None]:
-    """Turn an exception of transformers about a model into one line about the key that named it."""
+def _humane(what: str, why: str, model: Model, place: Location | None = None) -> Iterator[None]:
+    """Turn an exception of transformers about a model into one line about the key that named it.
+
+    A file of the model that is not what it is called is named. What a model's own code raises stays as it is.
+    """
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (UftError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if model.trust_remote_code and not isinstance(error, OSError | ValueError | ImportError | KeyError):
+            raise
+        folder = place and folder_of(place)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         advice = tuple(line for word, line in ADVICE.items() if word in str(error))
-        first = lines[0] if lines else type(error).__name__
+        first = (folder and broken_file(folder)) or (lines[0] if lines else type(error).__name__)
         raise UftError(Problem(what, f"{why}: {first}", advice=advice)) from error
+
+
+def folder_of(place: Location) -> Path | None:
+    """The folder of a local model, or of a hub model's snapshot in the local cache; None: it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(place.path).is_dir():
+        return Path(place.path)
+    config = try_to_load_from_cache(place.path, "config.json", revision=place.revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def broken_file(folder: Path) -> str | None:
+    """The first file of a model's folder that is not what it is called, and what is wrong with it."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".model")):
+        with open(file, "rb") as handle:
+            if handle.read(len(LFS)) == LFS:
+                return f"{file.name} is a pointer of Git LFS and not the file itself:  git lfs pull"
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="np"):
+                    pass
+            content = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else {}
+        except (SafetensorError, ValueError) as error:
+            return f"{file.name} is damaged or cut off ({error})"
+        parts = content.get("weight_map", {}) if file.name.endswith(".index.json") else {}
+        if missing := sorted({name for name in parts.values() if not (folder / name).is_file()}):
+            return f"{missing[0]} is not there, and {file.name} names it"
+    return None
+
+
+LFS = b"version https://git-lfs"
 
 
 # --- Location: `model.path` to a local folder or a hub id, with advice when it is neither
@@ -239,6 +312,9 @@ UNKNOWN = {"builtin": "no such built-in model", "package": "no model is known in
 def _model_folder(what: str, folder: Path) -> Path:
     """The folder itself if it holds a model. Raises a UftError about `what` that says where one is."""
     if (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():  # transformers would load that adapter's model instead
+            why = "adapter_config.json lies beside the model, and says that this is an adapter of another one"
+            raise UftError(Problem(what, why, advice=("move the adapter to a folder of its own",)))
         return folder
     inside = sorted(str(found.parent) for found in folder.glob("*/config.json"))
     advice = tuple(f"there is a model in  {found}" for found in inside)

@@ -59,6 +59,7 @@ def shape_of(policy: Policy) -> Shape:
 
     config: Any = policy.base.config.get_text_config()
     trained, found = policy.trainable().values(), blocks(policy.base)
+    widths = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # Gemma 3n: one a layer
     weights, layers = size(policy.module.parameters()), [size(block.parameters()) for block in found]
     return Shape(
         weight_bytes=weights,
@@ -66,7 +67,7 @@ def shape_of(policy: Policy) -> Shape:
         trained=sum(p.numel() for p in trained),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        intermediate=widths if isinstance(widths, int) else max(widths),
         vocabulary=policy.embedding_rows,
         activation_bytes=4 if policy.dtype == "float32" else 2,
         recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in found),

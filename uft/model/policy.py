@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,9 @@ from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest
 Tensor = torch.Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LEAK = 0.1
+"""Share of the tolerance by which a row may move when others change: the same kernels on the same shapes."""
+
 HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference between our head's log-probs and the model's own, per unit of the largest log-prob."""
 
@@ -49,11 +54,15 @@ class Policy:
         projection = self.base.get_output_embeddings()
         if type(projection) is nn.Linear:
             self.head = Head(projection, transform_of(self.base.config.get_text_config()), DTYPES[dtype])
-        self.notes: list[str] = []
+        self.notes: list[str] = list(getattr(self.base, "uft_notes", ()))  # of `load.load_base`
         self.sharded_states = self.states  # a sharded model wraps it: the root's weights are gathered around it
         self.reshard: Callable[[], None] = lambda: None  # sharded: free the weights gathered by a forward pass
         self.layout = Layout.PADDED  # of the batches it is given: `layout.settle_layout`
         self.takes_positions = "position_ids" in inspect.signature(self.body.forward).parameters
+        self.takes_embeddings = True  # in place of tokens; not where layers look tokens up by themselves (Gemma 3n)
+        self.keeps_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
+        self.first_position = 0  # RoBERTa and its kin begin behind the padding token's number: see `check_rows`
+        self.caches: bool | None = None  # whether it generates right with its cache: `sampling.generate` tries it
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +82,17 @@ class Policy:
     def embedding_rows(self) -> int:
         """Tokens the model has an embedding for."""
         return int(self.base.get_input_embeddings().weight.shape[0])
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that it both reads and predicts; embeddings may have rows for more."""
+        return int(min(self.embedding_rows, getattr(self.base.config.get_text_config(), "vocab_size", math.inf)))
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest sequence that it has positions for; None: no limit."""
+        most = position_limit(self.base.config)
+        return most and most - self.first_position
 
     @property
     def recomputes(self) -> bool:
@@ -125,10 +145,13 @@ class Policy:
         if batch.segments is not None:
             inputs = {"attention_mask": no_mask(batch.input_ids.device), "segments": batch.segments}
         if self.takes_positions:
-            inputs["position_ids"] = batch.position_ids
+            inputs["position_ids"] = batch.position_ids + self.first_position
         mixing = request.replace is not None and request.mix != 0
         if request.embed_grad and not mixing:
             inputs["input_ids"] = batch.input_ids
+        elif not self.takes_embeddings:
+            why = "looks tokens up in every layer, so their embeddings can be neither mixed nor kept from learning"
+            raise UftError(Problem("objective", f"{type(self.base).__name__} {why}", advice=("another objective",)))
         else:  # always through the model's own module: Gemma scales there
             with nullcontext() if request.embed_grad else torch.no_grad():
                 embedded = self.embeddings(batch.input_ids)
@@ -151,7 +174,7 @@ class Policy:
 
     def trial_batch(self, layout: Layout = Layout.PADDED, sequences: list[TokenSequence] | None = None) -> Batch:
         """A few small sequences, by default those of :func:`trial_sequences`, as the model takes them."""
-        return sequence_batch(sequences or trial_sequences(self.embedding_rows), 0, layout).to(self.device)
+        return sequence_batch(sequences or trial_sequences(self.vocabulary), 0, layout).to(self.device)
 
     def tolerance(self, log_probs: Tensor) -> float:
         """The largest difference from `log_probs` that rounding explains."""
@@ -168,16 +191,71 @@ class Policy:
             return 0.0
         batch, head = batch or self.trial_batch(), self.head
         with evaluating(self.module):
-            ours = self(batch).log_probs
+            try:
+                ours = self(batch).log_probs
+            except Exception as error:  # a head that is more than one matrix may want other shapes
+                ours, why = None, f"ours fails: {type(error).__name__}"
             self.head = None
             own = self(batch).log_probs
-        difference = float((ours - own).abs().max())
+        difference = math.inf
+        if ours is not None:
+            difference = float((ours - own).abs().max())
+            why = f"log-probs of ours differ by {difference:.1e}"
         if difference <= self.tolerance(own):
             self.head = head
         else:
-            why = f"log-probs of ours differ by {difference:.1e}"
             self.notes.append(f"output head: the model's own, for every position ({why})")
         return difference
+
+    @torch.no_grad()
+    def check_rows(self, what: str) -> None:
+        """Check on a few small rows that log-probs depend neither on later tokens nor on other rows of the batch.
+
+        Finds out besides whether the model's positions are those of a batch. Raises UftError about `what`.
+        """
+        pad = getattr(self.base.config.get_text_config(), "pad_token_id", None)
+        rows = [ids for ids, _ in trial_sequences(self.vocabulary)]
+        rows = [np.where(ids == pad, (ids + 1) % self.vocabulary, ids) for ids in rows]  # some models look for it
+
+        def log_probs(rows: list[np.ndarray], request: ForwardRequest = PLAIN) -> Tensor:
+            sequences = [(ids, np.ones(len(ids), bool)) for ids in rows]
+            return self(self.trial_batch(sequences=sequences), request).log_probs
+
+        with evaluating(self.module):
+            whole = log_probs(rows)
+            if self.takes_positions:
+                whole = self._find_positions(partial(log_probs, rows), whole, pad)
+            tolerance, middle = self.tolerance(whole), [len(ids) // 2 for ids in rows]
+            others = [(ids + self.vocabulary // 2 + 1) % self.vocabulary for ids in rows]
+            changed = log_probs([np.append(a[:n], b[n:]) for a, b, n in zip(rows, others, middle, strict=True)])
+            embedded = log_probs(rows, ForwardRequest(embed_grad=False))
+            self.takes_embeddings = float((embedded - whole).abs().max()) <= tolerance
+            alone = [log_probs([ids]) for ids in (rows[0], rows[-1])]
+        lengths = [len(ids) - 1 for ids in rows]  # targets of a row are its tokens but for the first
+        pieces = whole.split(lengths)
+        company = max(float((a - b).abs().max()) for a, b in zip(alone, (pieces[0], pieces[-1]), strict=True))
+        if not company <= tolerance:
+            why = f"the log-probs of a row change by {company:.1e} when other rows are in its batch"
+            raise UftError(Problem(what, why, advice=("no objective is right for a model of this kind",)))
+        triples = zip(pieces, changed.split(lengths), middle, strict=True)
+        moved = max(float((before - after)[: n - 1].abs().max()) for before, after, n in triples)
+        if not moved <= LEAK * tolerance:
+            why = f"a later token changes the log-probs of earlier ones by {moved:.1e}"
+            advice = ("give a causal language model, which reads from left to right",)
+            raise UftError(Problem(what, why, advice=advice))
+
+    def _find_positions(self, log_probs: Callable[[], Tensor], given: Tensor, pad: int | None) -> Tensor:
+        """Compare with the positions that the model takes by itself; where they differ, use those. The log-probs."""
+        self.takes_positions = False
+        own = log_probs()
+        for first in (0, None if pad is None else pad + 1):
+            if first is not None:
+                self.takes_positions, self.first_position = True, first
+                found = log_probs() if first else given
+                if float((found - own).abs().max()) <= self.tolerance(own):
+                    return found
+        self.takes_positions, self.first_position = False, 0
+        return own
 
     # --- trained parameters
 
@@ -215,6 +293,8 @@ class Policy:
         ]
         if self.head is not None:
             lines.append(f"output head on supervised positions only, {self.head.rows:,} at a time, softmax in float32")
+        if getattr(self.base.config.get_text_config(), "router_aux_loss_coef", None):
+            lines.append("experts: the router's load-balancing loss is no part of the objective")
         return lines + self.notes
 
 
@@ -262,6 +342,16 @@ def trial_sequences(vocabulary: int) -> list[TokenSequence]:
         ids = np.concatenate([start + 31 * np.arange(prompt), 104_729 * (number + 1) + 17 * np.arange(completion)])
         made.append(((ids % vocabulary).astype(np.int64), np.arange(prompt + completion) >= prompt))
     return made
+
+
+def position_limit(config: Any) -> int | None:
+    """Positions of a model by its transformers configuration, scaled rotary ones counted as scaled; None: no limit."""
+    config = config.get_text_config()
+    most, rope = getattr(config, "max_position_embeddings", None), getattr(config, "rope_parameters", None) or {}
+    if most and rope.get("rope_type") in ("linear", "dynamic", "yarn"):
+        before = rope.get("original_max_position_embeddings") or most
+        return int(max(most, before * rope.get("factor", 1)))
+    return most
 
 
 def blocks(base: Any) -> list[nn.Module]:

@@ -27,7 +27,16 @@ from uft.distributed import ranks
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.layout import follow_layout
-from uft.model.load import Location, check_vocabulary, load_base, load_frozen, locate, pad_id, storage_dtype
+from uft.model.load import (
+    Location,
+    check_vocabulary,
+    folder_of,
+    load_base,
+    load_frozen,
+    locate,
+    pad_id,
+    storage_dtype,
+)
 from uft.model.policy import Frozen, Policy
 from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest
 from uft.runs import clear_left, write_json
@@ -98,14 +107,13 @@ def make_reference(
 def check_alike(other: Policy, policy: Policy, path: str, longest_row: int, distributions: bool) -> None:
     """Raise UftError where another model cannot stand as the reference: too few positions for the longest row, or, for
     an objective that compares whole distributions, a vocabulary of another size."""
-    ours, theirs = (side.base.config.get_text_config() for side in (policy, other))
-    positions = getattr(theirs, "max_position_embeddings", None)
-    if positions and longest_row > positions:
-        why = f"has {positions} positions, and sequences of this run have up to {longest_row} tokens"
-        advice = (f"train.max_length={positions} data.too_long=drop|truncate",)
+    if other.positions and longest_row > other.positions:
+        why = f"has {other.positions} positions, and sequences of this run have up to {longest_row} tokens"
+        advice = (f"train.max_length={other.positions} data.too_long=drop|truncate",)
         raise UftError(Problem(f"reference.path={path}", why, advice=advice))
-    if distributions and ours.vocab_size != theirs.vocab_size:
-        why = f"has a vocabulary of {theirs.vocab_size} tokens, the policy of {ours.vocab_size}"
+    theirs, ours = (side.base.get_output_embeddings().weight.shape[0] for side in (other, policy))
+    if distributions and ours != theirs:
+        why = f"has a vocabulary of {theirs} tokens, the policy of {ours}"
         advice = ("this objective compares whole distributions: padded tokens count too",)
         raise UftError(Problem(f"reference.path={path}", why, advice=advice))
 
@@ -382,13 +390,6 @@ def weights_digest(place: Location, fetch: Callable[[], Any]) -> str:
 
 def _weight_files(place: Location) -> list[Path]:
     """config.json and the weights of a local folder, or of a hub model's snapshot in the local cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = Path(place.path)
-    if not folder.is_dir():
-        config = try_to_load_from_cache(place.path, "config.json", revision=place.revision)
-        if not isinstance(config, str):
-            return []
-        folder = Path(config).parent
-    weights = sorted(folder.glob("*.safetensors"))
-    return [folder / "config.json", *weights] if weights else []
+    folder = folder_of(place)
+    weights = sorted(folder.glob("*.safetensors")) if folder else []
+    return [folder / "config.json", *weights] if folder and weights else []

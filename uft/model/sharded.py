@@ -41,17 +41,18 @@ def load_sharded(
     group = ranks()
     full: list[nn.Module] = []
 
-    def read() -> tuple[Any, Any, dict[str, torch.dtype]]:
+    def read() -> tuple[Any, Any, dict[str, torch.dtype], list[str]]:
         full.append(load())
         dtypes = {name: parameter.dtype for name, parameter in full[0].named_parameters()}
         base = Policy(full[0], model.dtype).base
-        return base.config, base.generation_config, dtypes
+        return base.config, base.generation_config, dtypes, getattr(base, "uft_notes", [])
 
-    config, generation, dtypes = group.on_rank0(read)
+    config, generation, dtypes, notes = group.on_rank0(read)
     with torch.device("meta"):
         base = auto_model().from_config(config, trust_remote_code=model.trust_remote_code)
         policy = Policy(adapt(base), model.dtype)
     base.generation_config = generation
+    policy.notes += notes
     for name, parameter in policy.module.named_parameters():
         parameter.data = parameter.data.to(dtypes.pop(name))
     assert not dtypes, f"weights that the empty model does not have: {list(dtypes)[:5]}"

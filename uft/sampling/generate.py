@@ -7,7 +7,6 @@ kernels round differently in batches of different shapes). That is what makes ge
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from uft.model.policy import Policy, evaluating
+from uft.data.batch import sequence_batch
+from uft.model.policy import Policy, evaluating, trial_sequences
 
 Tensor = torch.Tensor
 
@@ -41,7 +41,7 @@ class Reply:
     """A completion. The token that ended it is not part of `ids` but its log-prob is of `log_prob`."""
 
     ids: list[int] = field(default_factory=list)
-    log_prob: float = 0.0  # under the model itself: temperature 1, no filters
+    log_prob: float = 0.0  # under the distribution that it was drawn from: temperature and filters count; greedy: 0
     stopped: bool = False  # ended by a stop token, not by its length
 
     def add(self, token: int, log_prob: float, stop_ids: Collection[int]) -> None:
@@ -73,7 +73,7 @@ def complete(
     """
     assert all(len(prompt) for prompt in prompts), "an empty prompt has no last token to continue"
     numbers = range(len(prompts)) if numbers is None else numbers
-    positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    positions = policy.positions or sys.maxsize
     rows = []
     for prompt, number in zip(prompts, numbers, strict=True):
         room = max(0, min(sampling.max_new_tokens, positions - len(prompt)))
@@ -105,19 +105,21 @@ def filtered(logits: Tensor, sampling: Sampling) -> Tensor:
     return scores
 
 
-def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """(B, V) logits and (B,) draws in [0, 1) -> (B,) tokens: the argmax, or the inverse of the cumulative distribution.
+def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, V) logits and (B,) draws in [0, 1) -> (B,) tokens and their log-probs under what they were drawn from.
 
-    One draw per token, however large the vocabulary.
+    A token is the argmax, or the inverse of the cumulative distribution: one draw, however large the vocabulary.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1), torch.zeros_like(logits[:, 0])
     exact = _exact(logits.device)
-    cumulative = filtered(logits, sampling).to(exact).softmax(-1).cumsum(-1)
+    scores = filtered(logits, sampling)
+    cumulative = scores.to(exact).softmax(-1).cumsum(-1)
     total = cumulative[:, -1:]
     # strictly below the total: a product rounded up to it would fall behind the last token
     point = torch.minimum(uniform[:, None].to(exact) * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point, right=True).squeeze(1)
+    tokens = torch.searchsorted(cumulative, point, right=True)
+    return tokens.squeeze(1), scores.log_softmax(-1).gather(1, tokens).squeeze(1)
 
 
 def _exact(device: torch.device) -> torch.dtype:
@@ -149,18 +151,21 @@ def _decode(
 ) -> None:
     """Answer one batch of prompts, in place. Finished rows leave the batch once half of it is finished."""
     rows, device = [row for row in rows if row.open], policy.device
-    accepts = inspect.signature(policy.base.forward).parameters
     ids, mask = left_padded([row.prompt for row in rows], pad_id, device)
+    if policy.caches is None:
+        policy.caches = _caches(policy)
     cache: Any = None
     step = 0
     while any(row.open for row in rows):
         if should_stop():
             raise Interrupted
-        logits, cache = _last_logits(policy, accepts, ids, mask, cache)
+        if policy.caches:
+            logits, cache = _last_logits(policy, ids, mask, cache)
+        else:
+            logits = _plain_logits(policy, [[*row.prompt, *row.reply.ids] for row in rows])
         draws = [row.uniform[step] if row.open else 0.0 for row in rows]
-        tokens = choose(logits, sampling, torch.tensor(draws, dtype=_exact(device), device=device))
-        log_probs = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1).tolist()
-        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs, strict=True):
+        tokens, log_probs = choose(logits, sampling, torch.tensor(draws, dtype=_exact(device), device=device))
+        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
             if row.open:
                 row.reply.add(token, log_prob, stop_ids)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
@@ -169,18 +174,50 @@ def _decode(
         kept = [i for i, row in enumerate(rows) if row.open]
         if 0 < len(kept) <= len(rows) // 2:
             index = torch.tensor(kept, device=device)
-            cache.reorder_cache(index)
+            if cache is not None:
+                cache.reorder_cache(index)
             ids, mask, rows = ids[index], mask[index], [rows[i] for i in kept]
 
 
-def _last_logits(policy: Policy, accepts: Collection[str], ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+def _last_logits(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """(B, T) new tokens, (B, all) mask and the cache -> (B, V) float32 logits of the last position, the grown cache."""
-    options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
-    if "position_ids" in accepts:
-        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    options: dict[str, Any] = {"logits_to_keep": 1} if policy.keeps_logits else {}
+    if policy.takes_positions:
+        options["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :] + policy.first_position
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=policy.dtype == "bfloat16"):
         out = policy.module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
     return out.logits[:, -1].float(), out.past_key_values
+
+
+def _plain_logits(policy: Policy, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """(B, V) float32 logits after the last token of each sequence, all of them read anew."""
+    lines = [np.array([*ids, 0]) for ids in sequences]  # the token that is asked for: any
+    batch = sequence_batch([(ids, np.arange(len(ids)) == len(ids) - 1) for ids in lines], 0).to(policy.device)
+    predictions = policy.predictions(batch)
+    return predictions.log_softmax(predictions.states).float()
+
+
+def _caches(policy: Policy) -> bool:
+    """Whether a cache and padding on the left give what reading everything anew gives, on two small prompts.
+
+    They do not where a model's state knows no padding (RWKV), or has no cache of transformers' kind (Mamba, GPT-1).
+    """
+    prompts = [ids[:n].tolist() for n, (ids, _) in zip((5, 2), trial_sequences(policy.vocabulary), strict=False)]
+    following = [3 % policy.vocabulary, 1]
+    expected = _plain_logits(policy, [[*ids, token] for ids, token in zip(prompts, following, strict=True)])
+    ids, mask = left_padded(prompts, 0, policy.device)
+    try:
+        _, cache = _last_logits(policy, ids, mask, None)
+        cache.reorder_cache(torch.arange(2, device=policy.device))
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        found, _ = _last_logits(policy, torch.tensor(following, device=policy.device)[:, None], mask, cache)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # model code of any origin may raise anything here: the answer is the same
+        return False
+    expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+    likely = expected > math.log(1e-6)
+    return bool(float((found - expected)[likely].abs().max()) <= policy.tolerance(expected[likely]))
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

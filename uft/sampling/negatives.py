@@ -6,8 +6,9 @@ which it stopped, and then the file equals, byte for byte, that of a job that ne
 in batches of another shape.
 
 A line: `row` (id of the row it was made from), `prompt`, `response` (the row's own good completion), `negatives`,
-`negative_log_probs` (of each sample with its end token, under the prompt it was sampled with, at temperature 1),
-`sampled_by`, `sampling` (the settings), and `answer` and `task` where the row has them.
+`negative_log_probs` (of each sample with its end token, under the prompt, temperature and filters that it was sampled
+with), `sampled_by`, `sampling` (the settings), and `answer` and `task` where the row has them. A sample that was cut at
+`max_new_tokens` is left out: it would be trained with an end token that it never said.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Summary:
     path: Path
     rows: int
     negatives: int
-    empty: int  # samples without text: not written
+    left_out: int  # samples without text, or cut before their end: not written
     repeats: int  # samples equal to the row's own good completion: written, as the theory wants
     resumed: int  # rows that were there before this job
     without_good: int  # rows that have no good completion to set the samples against: left out
@@ -77,6 +78,7 @@ def generate_rows(
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "system")  # batch size and limit change no sample
     sampling = {name: getattr(settings, name) for name in names}
     sampling |= {"seeds": list(settings.seeds), "template": renderer.digest}
+    sampling["log_probs"] = "as sampled"  # earlier versions wrote those at temperature 1 without filters
     recipe, group = {"sampled_by": sampled_by, "sampling": sampling}, ranks()
     lines = group.on_rank0(lambda: _earlier_lines(out, usable, recipe))
     resumed = handled = len(lines)
@@ -109,9 +111,9 @@ def summary_of(out: Path, sources: Sequence[LoadedSource], settings: Generate) -
 def _summary(out: Path, rows: Sequence[Row], lines: Sequence[Line], settings: Generate, resumed: int) -> Summary:
     without_good = sum(good_completion(row) is None for row in rows)
     count = sum(len(line["negatives"]) for line in lines)
-    empty = len(settings.seeds) * (len(rows) - without_good) - count
+    left_out = len(settings.seeds) * (len(rows) - without_good) - count
     repeats = sum(negative == line["response"] for line in lines for negative in line["negatives"])
-    return Summary(out, len(lines), count, empty, repeats, resumed, without_good)
+    return Summary(out, len(lines), count, left_out, repeats, resumed, without_good)
 
 
 def _batches(rows: Sequence[Row], done: Set[str], size: int) -> Iterator[Sequence[Row]]:
@@ -122,7 +124,7 @@ def _batches(rows: Sequence[Row], done: Set[str], size: int) -> Iterator[Sequenc
     last = max((place for place, row in enumerate(rows) if row.id in done), default=-1)
     begun = max(last, 0) // size * size
     after = begun + size if last >= 0 else 0
-    before = [row for row in rows[:begun] if row.id not in done]  # all of their samples were empty
+    before = [row for row in rows[:begun] if row.id not in done]  # all of their samples were left out
     yield from (before[start : start + size] for start in range(0, len(before), size))
     if any(row.id not in done for row in rows[begun:after]):
         yield rows[begun:after]
@@ -157,7 +159,7 @@ def _sample(
     recipe: Mapping[str, Any],
     should_stop: Callable[[], bool],
 ) -> list[Line]:
-    """A line for each row of one batch, every seed; empty samples are already left out."""
+    """A line for each row of one batch, every seed; empty and cut samples are already left out."""
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
     prompts = [renderer.prompt_ids(row.prompt, settings.system) for row in rows]
     by_seed = [
@@ -177,7 +179,7 @@ def _sample(
     lines = []
     for row, replies in zip(rows, zip(*by_seed, strict=True), strict=True):
         texts = [str(tokenizer.decode(reply.ids, skip_special_tokens=True)).lstrip() for reply in replies]
-        kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text]
+        kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text and reply.stopped]
         line = {
             **_own_fields(row),
             "negatives": [text for text, _ in kept],

@@ -245,7 +245,8 @@ def generate(config: Config) -> int:
             return stop.exit_code
     say(
         f"{summary.rows} rows with {summary.negatives} completions in {summary.path}"
-        f" ({summary.empty} empty ones left out, {summary.repeats} equal to the row's own,"
+        f" ({summary.left_out} left out: without text, or cut at generate.max_new_tokens before their end;"
+        f" {summary.repeats} equal to the row's own,"
         f" {summary.without_good} rows without a good completion left out)\n"
         f"train on them:  uft train objective=dft data=files +data.sources.negatives.path={summary.path}"
         f" model={config.model.name}"
@@ -266,7 +267,7 @@ def generate_stage(
     else:
         made = sample_rows(config, part, sampled_by, device, stop, lambda done, of: say(f"{done} of {of} prompts"))
         ranks().on_rank0(lambda: os.replace(part, out))
-    return {"rows": made.rows, "completions": made.negatives, "empty": made.empty, "repeats": made.repeats}
+    return {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
 
 
 def sample_rows(

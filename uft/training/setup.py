@@ -281,10 +281,9 @@ def settle_threads(hardware: Hardware, policy: Policy) -> None:
 
 
 def check_positions(policy: Policy, data: StageData) -> None:
-    """Raise UftError for sources with rows longer than the model's position embeddings, and for an objective that
-    scores completions under other rows' prompts where a pair of them may be."""
-    dataset = data.dataset
-    positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None)
+    """Raise UftError for sources with rows longer than the model's learned position embeddings, and for an objective
+    that scores completions under other rows' prompts where a pair of them may be."""
+    dataset, positions = data.dataset, policy.positions
     problems = [
         Problem(
             f"data.sources.{source.source}",
