@@ -195,8 +195,8 @@ def _parse(
     """The rows of a place, and what it has beside them."""
     folder, (tables, left_out) = cache_root(cache) / "rows", open_place(place)
     files = [table.file for table in tables if table.file is not None]
-    key, states = None, [_file_state(file) for file in files]
-    if files and sum(size for _, size, _ in states) >= CACHED_BYTES:
+    key = None
+    if files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
         key = _cache_key(source, limit, files)
         try:
             table, notes = open_table(folder / key)
@@ -225,8 +225,6 @@ def _parse(
             good.add(row)
             omitted.unread.update(formats.unread(form, fields))
             omitted.oddities.update(formats.oddities(row))
-    if states != [_file_state(file) for file in files]:
-        raise place.problem(*CHANGED)
     told = [[row.where, row.why] for row in omitted.bad]
     return good.rows({"bad": told, "unread": omitted.unread, "odd": omitted.oddities}), omitted
 
@@ -374,20 +372,17 @@ def _file(path: Path, place: Place) -> RecordTable:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise place.problem(f"cannot read files of type {path.suffix or '(none)'}", f"types: {' '.join(READERS)}")
-    before: list[tuple[int, int, int]] = []  # at the first of several passes
+    before = _file_state(path)
 
     def find() -> Iterator[Found]:
         try:
-            before.append(_file_state(path))
             yield from reader(path)
-            after = _file_state(path)
         except Exception as error:  # a broken Parquet file, no permission: the reader's own words say it best
             raise place.problem(f"cannot be read: {first_line(error)}") from error
-        if before[0] != after:
+        if before != _file_state(path):
             raise place.problem(*CHANGED)
 
-    small = _file_state(path)[1] <= KEPT_BYTES
-    return RecordTable(str(path), find, path, textual=reader is _csv, small=small)
+    return RecordTable(str(path), find, path, textual=reader is _csv, small=before[1] <= KEPT_BYTES)
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:
