@@ -224,12 +224,12 @@ def _checksum(file: Path) -> int:
 class TableWriter:
     """Writes a table batch by batch to disk beside `folder`; in memory if that is None or the disk refuses.
 
-    As a context it removes what was not published. `elsewhere`: where nothing can be written beside `folder`, the
-    table goes to the system's temporary folder.
+    As a context it removes what was not published. Where nothing can be written beside `folder`, the table goes to
+    the system's temporary folder, and is not published.
     """
 
-    def __init__(self, folder: Path | None, schema: pa.Schema, elsewhere: bool = False) -> None:
-        self.folder, self.schema, self.elsewhere = folder, schema, elsewhere
+    def __init__(self, folder: Path | None, schema: pa.Schema) -> None:
+        self.folder, self.schema = folder, schema
         self.refused: OSError | None = None  # the error of a disk that took no more; all batches are then in memory
         self.bytes = 0  # of all batches
         self._batches: list[pa.RecordBatch] = []  # in memory
@@ -291,8 +291,6 @@ class TableWriter:
                 clear_left(folder.parent, ".*")
                 self._beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
             except OSError:
-                if not self.elsewhere:
-                    raise
                 self._beside = tempfile.TemporaryDirectory()
         if self._handle is None:
             self._handle = open(Path(self._beside.name) / _TABLE, "wb")  # noqa: SIM115
@@ -340,7 +338,7 @@ class RowWriter(TableWriter):
         import pyarrow as pa
 
         types = {"row": pa.large_binary(), "kind": pa.int8(), "prompt": pa.uint64(), "feedback": pa.int16()}
-        super().__init__(folder, pa.schema(list(types.items())), elsewhere=True)
+        super().__init__(folder, pa.schema(list(types.items())))
         self.place = folder.parent
         self.rows = self._waiting_bytes = 0
         self._waiting: list[tuple[bytes, int, int, int]] = []  # in the order of the columns
