@@ -1,6 +1,7 @@
 """Nothing that a row says is dropped without being counted and told: feedback, columns, turns, files."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,7 +146,7 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     assert (pairs["unread"], pairs["equal_pairs"], pairs["template_marks"]) == ({note: 2}, 1, 0)
     assert pairs["left_out"] == ["more", "other.jsonl", "test.jsonl"]
     assert found["sources"]["labels"]["labels"] == {"good": 11, "bad": 1}
-    assert data_omissions(found) == [f"pairs: {note} (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
+    assert data_omissions(found["sources"]) == [f"pairs: {note} (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
     assert data_cautions(found) == [
         "pairs: in 1 of its rows both sides of the pair are the same: they teach nothing",
         "labels are uneven: 11 good, 1 bad",
@@ -154,6 +155,16 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     assert data_cautions(report(labels=labels)) == [
         "every labelled row is bad: nothing tells good completions from bad ones"
     ]
+
+
+def test_jobs_that_write_rows_tell_the_columns_that_their_files_will_lack(tmp_path):
+    from uft.training.jobs import drawn_sources
+
+    load(tmp_path, [{"prompt": "q", "completion": "a", "id": 3}])
+    source, heard = {"path": str(tmp_path / "rows.jsonl")}, []
+    config = SimpleNamespace(data=data_settings({"sources": {"mine": source, "other": source | {"share": 0}}}))
+    assert [source.name for source in drawn_sources(config, heard.append)] == ["mine"]
+    assert heard == ["not read: mine: id (1 row)"]
 
 
 def test_texts_that_may_be_meant_otherwise_are_counted(tmp_path):

@@ -30,7 +30,7 @@ from uft.data import formats
 from uft.data.formats import Format, Unreadable, is_blank
 from uft.data.rows import Kind, Row, content_digest, prompt_hash
 from uft.data.table import Corrupt, RowCollector, RowTable, kinds, open_table, pick, prompt_words
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, tame
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
 
@@ -61,6 +61,11 @@ class Omissions:
     unread: Counter[str] = field(default_factory=Counter)  # column -> rows in which it says something
     files: list[str] = field(default_factory=list)  # of a folder: those that were left out
     oddities: Counter[str] = field(default_factory=Counter)  # see `uft.data.formats.oddities`
+
+    def record(self) -> dict[str, Any]:
+        """The columns and files as they stand in `data.json`."""
+        unread = {tame(column): count for column, count in self.unread.most_common()}
+        return {"unread": unread, "left_out": [tame(name) for name in self.files]}
 
     def __add__(self, other: Omissions) -> Omissions:
         files = sorted({*self.files} & {*other.files}) if self.files and other.files else self.files + other.files
