@@ -67,7 +67,7 @@ def test_feedback_is_read_beside_every_way_of_writing_a_dialogue(dialogue):
 
 
 def test_grades_under_other_names_are_refused_with_the_lines_that_read_them(tmp_path):
-    for name in ("rating", "reward", "Feedback", "upvotes", "is_correct"):
+    for name in ("rating", "reward", " Label", "upvotes", "is_correct"):
         records = [record | {name: 1} for record in list(DIALOGUES.values())[:1]]
         said = refused(tmp_path, records)
         assert f"{name} (1 row) may say how good a completion is" in said

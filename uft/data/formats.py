@@ -48,8 +48,9 @@ ALIASES = (
 """Other names of our fields, used where the field itself is absent and, if such are named, one of some others is there.
 An `instruction` takes the place of a prompt."""
 _GRADE_NAMES = (
-    "label labels score scores rating ratings reward rewards feedback grade preference is_correct correct vote votes",
-    "upvotes downvotes thumbs thumbs_up thumbs_down",
+    "label labels score scores rating ratings reward rewards feedback grade preference quality helpful helpfulness",
+    "overall_score human_score reward_score quality_score user_feedback correct is_correct is_good accepted winner",
+    "vote votes upvotes downvotes likes dislikes thumbs thumbs_up thumbs_down",
 )
 FEEDBACK = frozenset(" ".join(_GRADE_NAMES).split())
 """Columns that say how good a completion is, by their usual names."""
@@ -154,7 +155,9 @@ def unread_feedback(form: Format, columns: Mapping[str, int], source: str) -> Pr
     """The problem of columns that grade completions which the format takes as right. `columns`: rows that have each."""
     if form.kind not in (Kind.DEMONSTRATION, Kind.NEGATIVES):
         return None
-    graded = sorted(name for name, count in columns.items() if count and name.lower() in FEEDBACK - form.columns)
+    graded = sorted(
+        name for name, count in columns.items() if count and name.strip().lower() in FEEDBACK - form.columns
+    )
     if not graded:
         return None
     key, first = f"data.sources.{source}", graded[0]
