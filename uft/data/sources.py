@@ -180,14 +180,14 @@ def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequenc
     wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
     count = min(wanted, len(rows))
     if count <= 0:
-        return pick(rows, range(len(rows))), pick(rows, ())
+        return rows, pick(rows, ())
     words = np.array(prompt_words(rows))
     edge = np.sort(words)[count - 1]  # the word of one prompt, nearly always: a word is not the whole hash
     held = words < edge
     at_edge = {int(n): prompt_hash(rows[int(n)].prompt) for n in np.flatnonzero(words == edge)}
     last = sorted(at_edge.values())[count - int(held.sum()) - 1]
     held[[n for n, full_hash in at_edge.items() if full_hash <= last]] = True
-    return pick(rows, np.flatnonzero(~held).tolist()), pick(rows, np.flatnonzero(held).tolist())
+    return pick(rows, np.flatnonzero(~held)), pick(rows, np.flatnonzero(held))
 
 
 # --- Parsing: the records of a place as rows. The rows of large files are cached, so that every further process maps

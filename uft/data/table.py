@@ -71,15 +71,16 @@ class RowTable(Sequence[Row]):
         return decode_row(self._content(number), self.source, number)
 
     def __iter__(self) -> Iterator[Row]:
-        numbers = self.columns["number"].tolist()
-        return (decode_row(one, self.source, n) for n, one in zip(numbers, self.encoded(), strict=True))
+        return (decode_row(self._content(number), self.source, number) for number in self._numbers())
 
     def encoded(self) -> Iterator[bytes]:
         """The canonical content of all rows in their order."""
-        for place, number in enumerate(self.columns["number"].tolist()):
-            if place % PART == 0:
-                self.table.release()
-            yield self._content(number)
+        return map(self._content, self._numbers())
+
+    def _numbers(self) -> Iterator[int]:
+        for start in range(0, len(self), PART):
+            self.table.release()
+            yield from self.columns["number"][start : start + PART].tolist()
 
     def _content(self, number: int) -> bytes:
         batch, place = self.table.find(number)
@@ -90,7 +91,7 @@ class RowTable(Sequence[Row]):
         return RowTable(self.source, self.table, {name: column[places] for name, column in self.columns.items()})
 
 
-def pick(rows: Sequence[Row], places: Sequence[int]) -> Sequence[Row]:
+def pick(rows: Sequence[Row], places: Sequence[int] | np.ndarray) -> Sequence[Row]:
     """The rows at `places`, in that order."""
     if not isinstance(rows, RowTable):
         return tuple(rows[place] for place in places)

@@ -82,7 +82,7 @@ def tokenize(
                 table, notes = open_table(folder)
             report = LengthReport(**{**notes["report"], "lengths": tuple(map(tuple, notes["report"]["lengths"]))})
             encoded = EncodedRows(table)
-            return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, "hit")  # type: ignore[arg-type]
+            return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, "hit")
         except FileNotFoundError:
             pass
         except Corrupt as error:
@@ -100,7 +100,7 @@ def tokenize(
                 log.warning("tokens are not kept for the next run: %s", error)
                 state = "off"
         encoded = EncodedRows(published or writer.unpublished(in_memory=True))
-    return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, state)  # type: ignore[arg-type]
+    return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, state)
 
 
 def tokenize_all(
