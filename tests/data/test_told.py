@@ -132,6 +132,9 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     note = "\\x1b[1mnote\\ud800"
     for name, rows in {"train-0": [pair, pair | {"rejected": "b"}], "test": [pair], "other": [pair]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "twin" / "test.jsonl").write_text(json.dumps(pair) + "\n")
+    (tmp_path / "twin" / "notes.txt").write_text("not rows")
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps(DIALOGUES["messages"] | {"label": n > 0}) + "\n" for n in range(12)))
 
@@ -145,6 +148,11 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     pairs = found["sources"]["pairs"]
     assert (pairs["unread"], pairs["equal_pairs"], pairs["template_marks"]) == ({note: 2}, 1, 0)
     assert pairs["left_out"] == ["more", "other.jsonl", "test.jsonl"]
+    both = {"path": str(folder), "eval_split": "test"}
+    (source,) = load_sources(data_settings({"sources": {"pairs": both}}))
+    assert (source.omitted.files, source.omitted.unread.total()) == (["more", "other.jsonl"], 3)
+    (source,) = load_sources(data_settings({"sources": {"pairs": both | {"eval_path": str(folder.parent / "twin")}}}))
+    assert source.omitted.files == ["more", "other.jsonl", "test.jsonl", "notes.txt"]
     assert found["sources"]["labels"]["labels"] == {"good": 11, "bad": 1}
     assert data_omissions(found["sources"]) == [f"pairs: {note} (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
     assert data_cautions(found) == [

@@ -67,9 +67,12 @@ class Omissions:
         unread = {tame(column): count for column, count in self.unread.most_common()}
         return {"unread": unread, "left_out": [tame(name) for name in self.files]}
 
-    def __add__(self, other: Omissions) -> Omissions:
-        files = sorted({*self.files} & {*other.files}) if self.files and other.files else self.files + other.files
-        return Omissions(self.bad + other.bad, self.unread + other.unread, files, self.oddities + other.oddities)
+    def add(self, other: Omissions, same_folder: bool) -> None:
+        """Those of another place too; of one folder read twice, files that were left out both times."""
+        self.bad += other.bad
+        self.unread += other.unread
+        self.oddities += other.oddities
+        self.files = [f for f in self.files if f in other.files] if same_folder else self.files + other.files
 
 
 @dataclass(frozen=True)
@@ -162,7 +165,7 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         rows, held_out = hold_out(rows, amount)
     else:
         held_out, more = _parse(name, source, apart, None, data.cache)
-        omitted += more
+        omitted.add(more, same_folder=apart.path == place.path)
     return LoadedSource(
         name, source.path, rows, held_out, content_digest(rows), omitted, source.checker, apart is not None
     )
