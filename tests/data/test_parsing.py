@@ -8,7 +8,7 @@ from uft.data.formats import Unreadable, recognise, rename
 from uft.data.rows import Kind, Row
 
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "good"), ("assistant", "bad")))
-NAN = float("nan")
+NAN, HH = float("nan"), "\n\nHuman: q\n\nAssistant:"
 
 
 def read(record, score_range=None, kind=None):
@@ -27,30 +27,14 @@ def as_row(fields):
         ({"prompt": "q", "response": "a"}, Kind.DEMONSTRATION, "q", ["a"]),
         ({"prompt": [USER], "completion": [GOOD]}, Kind.DEMONSTRATION, "q", ["good"]),
         ({"instruction": "q", "output": "a"}, Kind.DEMONSTRATION, "q", ["a"]),
-        ({"instruction": "q", "input": "", "output": "a"}, Kind.DEMONSTRATION, "q", ["a"]),
         ({"instruction": "q", "input": "i", "output": "a"}, Kind.DEMONSTRATION, "q\n\ni", ["a"]),
         ({"instruction": "q", "context": "i", "response": "a"}, Kind.DEMONSTRATION, "q\n\ni", ["a"]),
-        ({"messages": [USER, GOOD]}, Kind.DEMONSTRATION, "q", ["good"]),
-        (
-            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-            Kind.DEMONSTRATION,
-            "q",
-            ["a"],
-        ),
         ({"question": "q", "answer": "1+1=2\n#### 2"}, Kind.DEMONSTRATION, "q", ["1+1=2\n#### 2"]),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, Kind.PREFERENCE, "q", ["a", "b"]),
         ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, Kind.PREFERENCE, "q", ["good", "bad"]),
         ({"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, Kind.PREFERENCE, "q", ["good", "bad"]),
         ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, Kind.PREFERENCE, "q", ["good", "bad"]),
-        (
-            {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
-            Kind.PREFERENCE,
-            "q",
-            ["a", "b"],
-        ),
-        ({"prompt": "q", "completion": "a", "label": False}, Kind.BINARY, "q", ["a"]),
-        ({"prompt": "q", "completion": "a", "score": 0.25}, Kind.SCORED, "q", ["a"]),
-        ({"prompt": "q", "response": "a", "negatives": ["x", "y"]}, Kind.NEGATIVES, "q", ["a", "x", "y"]),
+        ({"chosen": f"{HH} a", "rejected": f"{HH} b"}, Kind.PREFERENCE, "q", ["a", "b"]),
     ],
 )
 def test_every_format_gives_prompt_and_replies(record, kind, prompt, replies):

@@ -71,13 +71,6 @@ def test_problems_of_several_sources_are_told_together(tmp_path, ten):
     assert "+data.sources.mine.path=x.jsonl" in refused({})
 
 
-def test_a_kind_decides_between_formats(tmp_path):
-    path = write(tmp_path / "x.jsonl", [{"prompt": "q", "completion": "a", "label": True, "score": 0.5}])
-    assert "fit" in refused({"a": {"path": path}})
-    (source,) = load({"a": {"path": path, "kind": "binary"}})
-    assert source.rows[0].kind is Kind.BINARY
-
-
 def test_completions_of_one_prompt_meet_in_one_scored_row_where_the_first_stood(tmp_path):
     rows = [{"prompt": p, "completion": c, "score": s} for p, c, s in (("q", "a", 0), ("r", "b", 1), ("q", "c", 0.5))]
     (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}})

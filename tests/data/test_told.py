@@ -1,6 +1,7 @@
 """Nothing that a row says is dropped without being counted and told: feedback, columns, turns, files."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_feedback_is_read_beside_every_way_of_writing_a_dialogue(dialogue):
 
 
 def test_grades_under_other_names_are_refused_with_the_lines_that_read_them(tmp_path):
-    for name in ("rating", "reward", "Feedback", "upvotes", "is_correct"):
+    for name in ("rating", "reward", " Label", "upvotes", "is_correct"):
         records = [record | {name: 1} for record in list(DIALOGUES.values())[:1]]
         said = refused(tmp_path, records)
         assert f"{name} (1 row) may say how good a completion is" in said
@@ -131,6 +132,9 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     note = "\\x1b[1mnote\\ud800"
     for name, rows in {"train-0": [pair, pair | {"rejected": "b"}], "test": [pair], "other": [pair]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "twin" / "test.jsonl").write_text(json.dumps(pair) + "\n")
+    (tmp_path / "twin" / "notes.txt").write_text("not rows")
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps(DIALOGUES["messages"] | {"label": n > 0}) + "\n" for n in range(12)))
 
@@ -144,8 +148,13 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     pairs = found["sources"]["pairs"]
     assert (pairs["unread"], pairs["equal_pairs"], pairs["template_marks"]) == ({note: 2}, 1, 0)
     assert pairs["left_out"] == ["more", "other.jsonl", "test.jsonl"]
+    both = {"path": str(folder), "eval_split": "test"}
+    (source,) = load_sources(data_settings({"sources": {"pairs": both}}))
+    assert (source.omitted.files, source.omitted.unread.total()) == (["more", "other.jsonl"], 3)
+    (source,) = load_sources(data_settings({"sources": {"pairs": both | {"eval_path": str(folder.parent / "twin")}}}))
+    assert source.omitted.files == ["more", "other.jsonl", "test.jsonl", "notes.txt"]
     assert found["sources"]["labels"]["labels"] == {"good": 11, "bad": 1}
-    assert data_omissions(found) == [f"pairs: {note} (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
+    assert data_omissions(found["sources"]) == [f"pairs: {note} (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
     assert data_cautions(found) == [
         "pairs: in 1 of its rows both sides of the pair are the same: they teach nothing",
         "labels are uneven: 11 good, 1 bad",
@@ -154,6 +163,16 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
     assert data_cautions(report(labels=labels)) == [
         "every labelled row is bad: nothing tells good completions from bad ones"
     ]
+
+
+def test_jobs_that_write_rows_tell_the_columns_that_their_files_will_lack(tmp_path):
+    from uft.training.jobs import drawn_sources
+
+    load(tmp_path, [{"prompt": "q", "completion": "a", "id": 3}])
+    source, heard = {"path": str(tmp_path / "rows.jsonl")}, []
+    config = SimpleNamespace(data=data_settings({"sources": {"mine": source, "other": source | {"share": 0}}}))
+    assert [source.name for source in drawn_sources(config, heard.append)] == ["mine"]
+    assert heard == ["not read: mine: id (1 row)"]
 
 
 def test_texts_that_may_be_meant_otherwise_are_counted(tmp_path):

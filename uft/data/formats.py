@@ -48,8 +48,9 @@ ALIASES = (
 """Other names of our fields, used where the field itself is absent and, if such are named, one of some others is there.
 An `instruction` takes the place of a prompt."""
 _GRADE_NAMES = (
-    "label labels score scores rating ratings reward rewards feedback grade preference is_correct correct vote votes",
-    "upvotes downvotes thumbs thumbs_up thumbs_down",
+    "label labels score scores rating ratings reward rewards feedback grade preference quality helpful helpfulness",
+    "overall_score human_score reward_score quality_score user_feedback correct is_correct is_good accepted winner",
+    "vote votes upvotes downvotes likes dislikes thumbs thumbs_up thumbs_down",
 )
 FEEDBACK = frozenset(" ".join(_GRADE_NAMES).split())
 """Columns that say how good a completion is, by their usual names."""
@@ -154,7 +155,9 @@ def unread_feedback(form: Format, columns: Mapping[str, int], source: str) -> Pr
     """The problem of columns that grade completions which the format takes as right. `columns`: rows that have each."""
     if form.kind not in (Kind.DEMONSTRATION, Kind.NEGATIVES):
         return None
-    graded = sorted(name for name, count in columns.items() if count and name.lower() in FEEDBACK - form.columns)
+    graded = sorted(
+        name for name, count in columns.items() if count and name.strip().lower() in FEEDBACK - form.columns
+    )
     if not graded:
         return None
     key, first = f"data.sources.{source}", graded[0]
@@ -210,7 +213,7 @@ def _number(cell: Any) -> Any:
 
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 """Weights of the attributes, each 0 to 4: the aggregate of the Nemotron reward models without length and complexity."""
-_LABEL_WORDS = ("true false", "good bad", "positive negative", "desirable undesirable", "chosen rejected")
+_LABEL_WORDS = ("true false", "1 0", "good bad", "positive negative", "desirable undesirable", "chosen rejected")
 LABELS: dict[object, bool] = {1: True, 0: False}
 LABELS |= {word: place == 0 for words in _LABEL_WORDS for place, word in enumerate(words.split())}
 Dialogue = Callable[[Record], tuple[Turns, Turns]]
@@ -372,58 +375,45 @@ def _negatives(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed
     return prompt, (Completion(reply), *sampled)
 
 
-_DIALOGUES: tuple[tuple[str, Dialogue, str, str], ...] = (  # name, reader, columns that it needs, that it also reads
-    ("", _plain, "prompt completion", ""),
-    ("alpaca", _alpaca, "instruction completion", "input context"),
-    ("messages", partial(_conversation, "messages"), "messages", ""),
-    ("sharegpt", partial(_conversation, "conversations"), "conversations", ""),
-    ("question and answer", _question, "question answer", ""),
-)
-_GRADES: tuple[tuple[str, Kind, Callable[[Dialogue, Record, Range], Parsed], str, str], ...] = (
-    ("", Kind.DEMONSTRATION, _demonstration, "", ""),
-    ("binary", Kind.BINARY, _binary, "label", ""),
-    ("scored", Kind.SCORED, _scored, "score", "score_min score_max"),
-    ("negatives", Kind.NEGATIVES, _negatives, "negatives", "sampled_by negative_log_probs"),
-)
-_PAIRS = {  # column of the prompt: columns that are also read
-    "prompt": "messages",
-    "instruction": "input context",
-    "conversations": "",
-    "messages": "",
+_PLAIN = "prompt and completion"
+_DIALOGUES: dict[str, tuple[Dialogue, str, str]] = {  # reader, columns that it needs, that it also reads
+    _PLAIN: (_plain, "prompt completion", ""),
+    "alpaca": (_alpaca, "instruction completion", "input context"),
+    "messages": (partial(_conversation, "messages"), "messages", ""),
+    "sharegpt": (partial(_conversation, "conversations"), "conversations", ""),
+    "question and answer": (_question, "question answer", ""),
 }
+_GRADES: dict[Kind, tuple[Callable[[Dialogue, Record, Range], Parsed], str, str]] = {
+    Kind.DEMONSTRATION: (_demonstration, "", ""),
+    Kind.BINARY: (_binary, "label", ""),
+    Kind.SCORED: (_scored, "score", "score_min score_max"),
+    Kind.NEGATIVES: (_negatives, "negatives", "sampled_by negative_log_probs"),
+}
+_PAIRS = {"prompt": "messages", "instruction": "input context", "conversations": "", "messages": ""}
 
 
-def _format(name: str, kind: Kind, parse: Callable[[Record, Range], Parsed], columns: str, more: str = "") -> Format:
-    return Format(name, kind, frozenset(columns.split()), frozenset(more.split()), parse)
+def _formats() -> Iterator[Format]:
+    """Every dialogue with every kind of grade, every column of a prompt with a pair, and formats of their own shape."""
+
+    def form(name: str, kind: Kind, parse: Callable[[Record, Range], Parsed], columns: str, more: str = "") -> Format:
+        return Format(name, kind, frozenset(columns.split()), frozenset(more.split()), parse)
+
+    for kind, (parse, grades, more) in _GRADES.items():
+        for dialogue, (read, columns, also) in _DIALOGUES.items():
+            name = kind.value if dialogue == _PLAIN else f"{dialogue}, {kind.value}"
+            name = dialogue if kind is Kind.DEMONSTRATION else name
+            yield form(name, kind, partial(parse, read), f"{columns} {grades}", f"{also} {more}")
+    for column, more in _PAIRS.items():
+        name = "preference" if column == "prompt" else f"preference, {column}"
+        parse_pair = partial(_preference, column)
+        yield form(name, Kind.PREFERENCE, parse_pair, f"{column} chosen rejected", " ".join([more, *SIDES]))
+    inside = partial(_preference, "prompt")
+    yield form("preference, prompt inside", Kind.PREFERENCE, inside, "chosen rejected", " ".join(SIDES))
+    yield form("helpsteer2", Kind.SCORED, _helpsteer2, "prompt completion helpfulness correctness coherence")
+    yield form("ultrafeedback", Kind.SCORED, _ultrafeedback, "instruction completions", "ratings")
 
 
-FORMATS = (
-    *(
-        _format(
-            ", ".join(filter(None, (dialogue, grade))) or "prompt and completion",
-            kind,
-            partial(parse, read),
-            f"{needs} {grades}",
-            f"{also} {more}",
-        )
-        for grade, kind, parse, grades, more in _GRADES
-        for dialogue, read, needs, also in _DIALOGUES
-    ),
-    *(
-        _format(
-            "preference" if column == "prompt" else f"preference, {column}",
-            Kind.PREFERENCE,
-            partial(_preference, column),
-            f"{column} chosen rejected",
-            " ".join([more, *SIDES]),
-        )
-        for column, more in _PAIRS.items()
-    ),
-    _format("preference, prompt inside", Kind.PREFERENCE, partial(_preference, "prompt"), "chosen rejected"),
-    _format("helpsteer2", Kind.SCORED, _helpsteer2, "prompt completion helpfulness correctness coherence"),
-    _format("ultrafeedback", Kind.SCORED, _ultrafeedback, "instruction completions", "ratings"),
-)
-
+FORMATS = tuple(_formats())
 FIELDS = frozenset().union(*(f.columns for f in FORMATS), COMMON, (theirs for theirs, *_ in ALIASES))
 """Every name that `columns` can map to."""
 

@@ -15,7 +15,6 @@ from uft.data.rows import Kind, View
 from uft.data.sources import LoadedSource
 from uft.data.table import grouped, like, prompt_words
 from uft.data.tokens import LengthReport, TokenizedSource
-from uft.errors import tame
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -91,8 +90,7 @@ def data_report(
             "template_notes": [list(note) for note in tokens.report.notes],
             "digest": source.digest,
             "cache": tokens.cache,
-            "unread": {tame(column): count for column, count in source.omitted.unread.most_common()},
-            "left_out": [tame(name) for name in source.omitted.files],
+            **source.omitted.record(),
             **{oddity: source.omitted.oddities[oddity] for oddity in ODDITIES},
             "labels": _labels(source),
         }
@@ -108,10 +106,13 @@ def _labels(source: LoadedSource) -> dict[str, int]:
     return {name: labels[name] for name in ("good", "bad")} if labels else {}
 
 
-def data_omissions(report: Mapping[str, Any]) -> list[str]:
-    """Per source the columns, with the rows in which they say something, and files of a folder that are not read."""
+def data_omissions(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Per source the columns, with the rows in which they say something, and files of a folder that are not read.
+
+    `sources`: those of a report, or :meth:`uft.data.sources.Omissions.record` of each.
+    """
     told = []
-    for name, entry in report["sources"].items():
+    for name, entry in sources.items():
         columns = [f"{column} ({count:,} row{'s' * (count != 1)})" for column, count in entry["unread"].items()]
         told += [f"{name}: {', '.join(columns)}"] if columns else []
         told += [f"{name}: files {', '.join(entry['left_out'])}"] if entry["left_out"] else []

@@ -30,7 +30,7 @@ from uft.data import formats
 from uft.data.formats import Format, Unreadable, is_blank
 from uft.data.rows import Kind, Row, content_digest, prompt_hash
 from uft.data.table import Corrupt, RowCollector, RowTable, kinds, open_table, pick, prompt_words
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, tame
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
 
@@ -62,9 +62,17 @@ class Omissions:
     files: list[str] = field(default_factory=list)  # of a folder: those that were left out
     oddities: Counter[str] = field(default_factory=Counter)  # see `uft.data.formats.oddities`
 
-    def __add__(self, other: Omissions) -> Omissions:
-        files = sorted({*self.files} & {*other.files}) if self.files and other.files else self.files + other.files
-        return Omissions(self.bad + other.bad, self.unread + other.unread, files, self.oddities + other.oddities)
+    def record(self) -> dict[str, Any]:
+        """The columns and files as they stand in `data.json`."""
+        unread = {tame(column): count for column, count in self.unread.most_common()}
+        return {"unread": unread, "left_out": [tame(name) for name in self.files]}
+
+    def add(self, other: Omissions, same_folder: bool) -> None:
+        """Those of another place too; of one folder read twice, files that were left out both times."""
+        self.bad += other.bad
+        self.unread += other.unread
+        self.oddities += other.oddities
+        self.files = [f for f in self.files if f in other.files] if same_folder else self.files + other.files
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,7 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         rows, held_out = hold_out(rows, amount)
     else:
         held_out, more = _parse(name, source, apart, None, data.cache)
-        omitted += more
+        omitted.add(more, same_folder=apart.path == place.path)
     return LoadedSource(
         name, source.path, rows, held_out, content_digest(rows), omitted, source.checker, apart is not None
     )
@@ -175,14 +183,14 @@ def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequenc
     wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
     count = min(wanted, len(rows))
     if count <= 0:
-        return pick(rows, range(len(rows))), pick(rows, ())
+        return rows, pick(rows, ())
     words = np.array(prompt_words(rows))
     edge = np.sort(words)[count - 1]  # the word of one prompt, nearly always: a word is not the whole hash
     held = words < edge
     at_edge = {int(n): prompt_hash(rows[int(n)].prompt) for n in np.flatnonzero(words == edge)}
     last = sorted(at_edge.values())[count - int(held.sum()) - 1]
     held[[n for n, full_hash in at_edge.items() if full_hash <= last]] = True
-    return pick(rows, np.flatnonzero(~held).tolist()), pick(rows, np.flatnonzero(held).tolist())
+    return pick(rows, np.flatnonzero(~held)), pick(rows, np.flatnonzero(held))
 
 
 # --- Parsing: the records of a place as rows. The rows of large files are cached, so that every further process maps
@@ -195,8 +203,8 @@ def _parse(
     """The rows of a place, and what it has beside them."""
     folder, (tables, left_out) = cache_root(cache) / "rows", open_place(place)
     files = [table.file for table in tables if table.file is not None]
-    key, states = None, [_file_state(file) for file in files]
-    if files and sum(size for _, size, _ in states) >= CACHED_BYTES:
+    key = None
+    if files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
         key = _cache_key(source, limit, files)
         try:
             table, notes = open_table(folder / key)
@@ -225,8 +233,6 @@ def _parse(
             good.add(row)
             omitted.unread.update(formats.unread(form, fields))
             omitted.oddities.update(formats.oddities(row))
-    if states != [_file_state(file) for file in files]:
-        raise place.problem(*CHANGED)
     told = [[row.where, row.why] for row in omitted.bad]
     return good.rows({"bad": told, "unread": omitted.unread, "odd": omitted.oddities}), omitted
 
@@ -374,20 +380,17 @@ def _file(path: Path, place: Place) -> RecordTable:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise place.problem(f"cannot read files of type {path.suffix or '(none)'}", f"types: {' '.join(READERS)}")
-    before: list[tuple[int, int, int]] = []  # at the first of several passes
+    before = _file_state(path)
 
     def find() -> Iterator[Found]:
         try:
-            before.append(_file_state(path))
             yield from reader(path)
-            after = _file_state(path)
         except Exception as error:  # a broken Parquet file, no permission: the reader's own words say it best
             raise place.problem(f"cannot be read: {first_line(error)}") from error
-        if before[0] != after:
+        if before != _file_state(path):
             raise place.problem(*CHANGED)
 
-    small = _file_state(path)[1] <= KEPT_BYTES
-    return RecordTable(str(path), find, path, textual=reader is _csv, small=small)
+    return RecordTable(str(path), find, path, textual=reader is _csv, small=before[1] <= KEPT_BYTES)
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:

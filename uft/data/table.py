@@ -71,15 +71,16 @@ class RowTable(Sequence[Row]):
         return decode_row(self._content(number), self.source, number)
 
     def __iter__(self) -> Iterator[Row]:
-        numbers = self.columns["number"].tolist()
-        return (decode_row(one, self.source, n) for n, one in zip(numbers, self.encoded(), strict=True))
+        return (decode_row(self._content(number), self.source, number) for number in self._numbers())
 
     def encoded(self) -> Iterator[bytes]:
         """The canonical content of all rows in their order."""
-        for place, number in enumerate(self.columns["number"].tolist()):
-            if place % PART == 0:
-                self.table.release()
-            yield self._content(number)
+        return map(self._content, self._numbers())
+
+    def _numbers(self) -> Iterator[int]:
+        for start in range(0, len(self), PART):
+            self.table.release()
+            yield from self.columns["number"][start : start + PART].tolist()
 
     def _content(self, number: int) -> bytes:
         batch, place = self.table.find(number)
@@ -90,7 +91,7 @@ class RowTable(Sequence[Row]):
         return RowTable(self.source, self.table, {name: column[places] for name, column in self.columns.items()})
 
 
-def pick(rows: Sequence[Row], places: Sequence[int]) -> Sequence[Row]:
+def pick(rows: Sequence[Row], places: Sequence[int] | np.ndarray) -> Sequence[Row]:
     """The rows at `places`, in that order."""
     if not isinstance(rows, RowTable):
         return tuple(rows[place] for place in places)
@@ -224,12 +225,12 @@ def _checksum(file: Path) -> int:
 class TableWriter:
     """Writes a table batch by batch to disk beside `folder`; in memory if that is None or the disk refuses.
 
-    As a context it removes what was not published. `elsewhere`: where nothing can be written beside `folder`, the
-    table goes to the system's temporary folder.
+    As a context it removes what was not published. Where nothing can be written beside `folder`, the table goes to
+    the system's temporary folder, and is not published.
     """
 
-    def __init__(self, folder: Path | None, schema: pa.Schema, elsewhere: bool = False) -> None:
-        self.folder, self.schema, self.elsewhere = folder, schema, elsewhere
+    def __init__(self, folder: Path | None, schema: pa.Schema) -> None:
+        self.folder, self.schema = folder, schema
         self.refused: OSError | None = None  # the error of a disk that took no more; all batches are then in memory
         self.bytes = 0  # of all batches
         self._batches: list[pa.RecordBatch] = []  # in memory
@@ -291,8 +292,6 @@ class TableWriter:
                 clear_left(folder.parent, ".*")
                 self._beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
             except OSError:
-                if not self.elsewhere:
-                    raise
                 self._beside = tempfile.TemporaryDirectory()
         if self._handle is None:
             self._handle = open(Path(self._beside.name) / _TABLE, "wb")  # noqa: SIM115
@@ -340,7 +339,7 @@ class RowWriter(TableWriter):
         import pyarrow as pa
 
         types = {"row": pa.large_binary(), "kind": pa.int8(), "prompt": pa.uint64(), "feedback": pa.int16()}
-        super().__init__(folder, pa.schema(list(types.items())), elsewhere=True)
+        super().__init__(folder, pa.schema(list(types.items())))
         self.place = folder.parent
         self.rows = self._waiting_bytes = 0
         self._waiting: list[tuple[bytes, int, int, int]] = []  # in the order of the columns

@@ -96,7 +96,7 @@ def _tokenize(
             pairs = {key: tuple(map(tuple, notes["report"][key])) for key in ("lengths", "notes")}
             report = LengthReport(**{**notes["report"], **pairs})
             encoded = EncodedRows(table)
-            return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, "hit")  # type: ignore[arg-type]
+            return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, "hit")
         except FileNotFoundError:
             pass
         except Corrupt as error:
@@ -114,7 +114,7 @@ def _tokenize(
                 log.warning("tokens are not kept for the next run: %s", error)
                 state = "off"
         encoded = EncodedRows(published or writer.unpublished(in_memory=True))
-    return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, state)  # type: ignore[arg-type]
+    return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, state)
 
 
 def tokenize_all(

@@ -150,7 +150,7 @@ def show_stage_data(name: str, data: StageData, console: Console) -> None:
         for cells in lines[1:]:
             table.add_row(*cells)
         console.print(table, "")
-    told = [f"not read: {line}" for line in data_omissions(data.record)]
+    told = [f"not read: {line}" for line in data_omissions(data.record["sources"])]
     told += [f"caution: {line}" for line in data_cautions(data.record)]
     for line in (*told, "") if told else ():
         console.print(line, markup=False, highlight=False)
@@ -173,8 +173,12 @@ def rows_there(config: Config) -> str:
     return ", ".join(f"{source.name}: {len(source.rows):,} rows" for source in drawn_sources(config))
 
 
-def drawn_sources(config: Config) -> list[LoadedSource]:
-    return [source for source in load_sources(config.data) if config.data.sources[source.name].share != 0]
+def drawn_sources(config: Config, say: Say = lambda line: None) -> list[LoadedSource]:
+    """The sources with a share; `say` hears of what is not read of them."""
+    sources = [source for source in load_sources(config.data) if config.data.sources[source.name].share != 0]
+    for line in data_omissions({source.name: source.omitted.record() for source in sources}):
+        say(f"not read: {line}")
+    return sources
 
 
 # --- The cost of a run: memory by its configuration alone, and memory and time of the largest step that it can have.
@@ -239,7 +243,8 @@ def generate(config: Config) -> int:
     with listening() as stop:
         try:
             progress = lambda done, of: say(f"{done}/{of} prompts")  # noqa: E731
-            summary = sample_rows(config, out, config.model.path, device, stop, progress)
+            sources = drawn_sources(config, say)
+            summary = sample_rows(config, sources, out, config.model.path, device, stop, progress)
         except Interrupted:
             say(f"stopped; what is done is in {out}. Run the same command to continue.")
             return stop.exit_code
@@ -261,19 +266,26 @@ def generate_stage(
 
     Raises Interrupted when asked to stop.
     """
-    out, part = folder / ROWS, folder / ".rows.part.jsonl"
+    out, part, sources = folder / ROWS, folder / ".rows.part.jsonl", drawn_sources(config, say)
     if out.is_file():  # the last session ended right after the rename
-        made = summary_of(out, drawn_sources(config), config.generate)
+        made = summary_of(out, sources, config.generate)
     else:
-        made = sample_rows(config, part, sampled_by, device, stop, lambda done, of: say(f"{done} of {of} prompts"))
+        progress = lambda done, of: say(f"{done} of {of} prompts")  # noqa: E731
+        made = sample_rows(config, sources, part, sampled_by, device, stop, progress)
         ranks().on_rank0(lambda: os.replace(part, out))
     return {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
 
 
 def sample_rows(
-    config: Config, out: Path, sampled_by: str, device: torch.device, stop: Stop, progress: Callable[[int, int], None]
+    config: Config,
+    sources: Sequence[LoadedSource],
+    out: Path,
+    sampled_by: str,
+    device: torch.device,
+    stop: Stop,
+    progress: Callable[[int, int], None],
 ) -> Summary:
-    sources, tokenizer = drawn_sources(config), load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     renderer = make_renderer(tokenizer, config.data)
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
@@ -352,7 +364,7 @@ def write_column(
     Raises UftError about the data, the models or `out`, and Interrupted when told to stop, with the models' numbers
     kept for the next time.
     """
-    column, sources = str(config.annotate.column), drawn_sources(config)
+    column, sources = str(config.annotate.column), drawn_sources(config, say)
     files = {source.name: out if out.suffix == ".jsonl" else out / f"{source.name}.jsonl" for source in sources}
     if len(set(files.values())) < len(sources):
         why = f"one file holds one source, and there are {len(sources)}: {', '.join(files)}"

@@ -449,7 +449,7 @@ def stage_card(prepared: Prepared) -> Card:
         *(("caution", caution) for caution in prepared.cautions),
         ("reference", f"{reference.mode}: {reference.why}" if reference else "none needed to train"),
         ("data", "\n".join(mixture)),
-        *(("not read", line) for line in data_omissions(data.record)),
+        *(("not read", line) for line in data_omissions(data.record["sources"])),
         ("template", data.dataset.renderer.name),
         ("horizon", f"{trainer.steps} steps of {config.train.batch_size} rows, {passes:.2f} passes"),
         ("batch", f"at most {tokens_per_pass(config):,} tokens per forward pass{padding}"),
