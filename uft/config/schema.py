@@ -75,6 +75,7 @@ class Data:
         "repeat", "what one epoch is when shares do not fit the sizes", choices=("repeat", "first", "all")
     )
     template: str = _key("auto", "chat template: auto (the tokenizer's, else plain), plain, or a path to a Jinja file")
+    date: str = _key("2025-01-01", "the day that chat templates are told which ask for one, YYYY-MM-DD")
     lost_text: str = _key(
         "error", "rows whose supervised text the template leaves out or changes", choices=("error", "keep")
     )

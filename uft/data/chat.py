@@ -27,6 +27,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from itertools import accumulate, repeat
 from operator import itemgetter
@@ -86,18 +87,26 @@ class Renderer:
     """Renders with the tokenizer's chat template, a template file, or plainly.
 
     `template`: auto (the tokenizer's chat template, else plain), plain, or the path of a Jinja file. `lost_text`: error
-    or keep rows whose supervised text the template leaves out or changes.
+    or keep rows whose supervised text the template leaves out or changes. `date`: the day, as YYYY-MM-DD, for templates
+    that ask for it, so that two days give the same tokens.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto", lost_text: str = "error") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "auto",
+        lost_text: str = "error",
+        date: str = "2025-01-01",
+    ) -> None:
         self.tokenizer, self.lost_text = tokenizer, lost_text
         self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
             self._strategy = Plain(tokenizer)
         elif template == "auto":
-            self._strategy = ChatTemplate(tokenizer, tokenizer.get_chat_template(), "the tokenizer's chat template")
+            text, name = tokenizer.get_chat_template(), "the tokenizer's chat template"
+            self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name)
         else:
-            self._strategy = ChatTemplate(tokenizer, _read_template(template), template)
+            self._strategy = ChatTemplate(tokenizer, dated(_read_template(template), date, template), template)
         self.name = self._strategy.name
         self.stop_ids = self._strategy.stop_ids
         self.digest = _digest(tokenizer, self._strategy.text)
@@ -126,6 +135,22 @@ def _read_template(path: str) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
+
+
+_NOW = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
+
+
+def dated(template: str, day: str, name: str) -> str:
+    """The template with a fixed day in the place of its calls of `strftime_now`: its text alone decides the tokens."""
+    try:
+        begins = datetime.fromisoformat(day)
+    except ValueError:
+        raise UftError(Problem(f"data.date={day}", "no date of the form YYYY-MM-DD")) from None
+    fixed = _NOW.sub(lambda call: json.dumps(begins.strftime(call[1] or call[2] or "")), template)
+    if re.search(r"strftime_now\s*\(", fixed):
+        why = "asks for the date in a form that is not written out, so data.date cannot be set in its place"
+        raise UftError(Problem("data.template", f"{name} {why}", advice=("use another data.template",)))
+    return fixed
 
 
 def _digest(tokenizer: Any, text: str) -> str:
