@@ -37,9 +37,8 @@ def write(path, records):
     return path
 
 
-@pytest.mark.parametrize(
-    ("record", "found"),
-    [
+def test_what_columns_say_of_each_completion():
+    for record, found in [
         (SHOWN | {"baseline_logp": -0.9}, [{"baseline_logp": -0.9}]),
         (SHOWN | {"baseline_logp": -1}, [{"baseline_logp": -1.0}]),
         (SHOWN | {"baseline_logp": 0}, [{"baseline_logp": 0.0}]),
@@ -60,15 +59,12 @@ def write(path, records):
         (PAIR | {"score_chosen": 8, "score_rejected": 6.5}, [{"score": 8.0}, {"score": 6.5}]),
         (PAIR | {"score_chosen": 8, "score_rejected": None}, [{"score": 8.0}, {}]),
         (PAIR | {"score_chosen": "good", "score_rejected": NAN}, [{}, {}]),
-    ],
-)
-def test_what_columns_say_of_each_completion(record, found):
-    assert numbers(record) == found
+    ]:
+        assert numbers(record) == found, record
 
 
-@pytest.mark.parametrize(
-    ("record", "why"),
-    [
+def test_what_cannot_stand_in_them():
+    for record, why in [
         (SHOWN | {"baseline_logp": "-1"}, "baseline_logp is text, not a number"),
         (SHOWN | {"baseline_logp": True}, "baseline_logp is true/false, not a number"),
         (SHOWN | {"baseline_logp": [-1]}, "baseline_logp is a list, not a number"),
@@ -84,12 +80,10 @@ def test_what_columns_say_of_each_completion(record, found):
         (PAIR | {"soft_label": 1.01}, "soft_label is 1.01, not a probability from 0 to 1"),
         (PAIR | {"soft_label": -0.01}, "soft_label is -0.01"),
         (PAIR | {"soft_label": NAN}, "soft_label is nan"),
-    ],
-)
-def test_what_cannot_stand_in_them(record, why):
-    with pytest.raises(Unreadable) as error:
-        numbers(record)
-    assert why in str(error.value)
+    ]:
+        with pytest.raises(Unreadable) as error:
+            numbers(record)
+        assert why in str(error.value)
 
 
 def test_bad_values_are_bad_rows_and_missing_ones_are_not(tmp_path):

@@ -5,31 +5,35 @@ import pytest
 from uft.data.formats import FIELDS, FORMATS, check_mapping, from_text, recognise, rename
 from uft.errors import UftError
 
+KNOWN = {
+    "prompt prompt_id chosen rejected messages score_chosen score_rejected": "preference",  # binarized UltraFeedback
+    "source instruction models completions correct_answers incorrect_answers": "ultrafeedback",
+    "prompt response helpfulness correctness coherence complexity verbosity": "helpsteer2",
+    "instruction input output text": "alpaca",
+    "instruction context response category": "alpaca",  # Dolly
+    "prompt prompt_id messages": "messages",  # UltraChat
+    "chosen rejected": "preference, prompt inside",  # HH-RLHF
+    "question answer": "question and answer",
+}
 
-@pytest.mark.parametrize("form", FORMATS, ids=lambda form: form.name)
-def test_every_format_is_recognised_by_its_own_columns_and_strangers_do_not_matter(form):
-    assert recognise(form.required) is form
-    assert recognise({*form.columns, "source", "prompt_id"}) is form
+
+def test_every_format_is_recognised_by_its_own_columns_and_strangers_do_not_matter():
+    for form in FORMATS:
+        assert recognise(form.required) is form
+        assert recognise({*form.columns, "source", "prompt_id"}) is form
+    assert {columns: recognise(columns.split()).name for columns in KNOWN} == KNOWN
 
 
-@pytest.mark.parametrize(
-    ("columns", "name"),
-    [
-        (
-            "prompt prompt_id chosen rejected messages score_chosen score_rejected",
-            "preference",
-        ),  # binarized UltraFeedback
-        ("source instruction models completions correct_answers incorrect_answers", "ultrafeedback"),
-        ("prompt response helpfulness correctness coherence complexity verbosity", "helpsteer2"),
-        ("instruction input output text", "alpaca"),
-        ("instruction context response category", "alpaca"),  # Dolly
-        ("prompt prompt_id messages", "messages"),  # UltraChat
-        ("chosen rejected", "preference, prompt inside"),  # HH-RLHF
-        ("question answer", "question and answer"),
-    ],
-)
-def test_columns_of_known_data_sets(columns, name):
-    assert recognise(columns.split()).name == name
+def test_unknown_columns_name_what_was_found_what_is_near_and_how_to_map():
+    with pytest.raises(UftError) as error:
+        recognise(["prompt", "chosen", "worse"], source="mine")
+    said = str(error.value)
+    assert "chosen, prompt, worse" in said
+    assert "preference lacks rejected" in said
+    assert "data.sources.mine.columns." in said
+    with pytest.raises(UftError, match="no known binary format") as error:
+        recognise(["prompt", "completion"], kind="binary", source="mine")
+    assert "binary lacks label" in str(error.value)
 
 
 def test_two_formats_at_once_are_ambiguous_until_a_kind_is_given():
@@ -46,23 +50,7 @@ def test_columns_the_user_named_decide():
     columns = ["prompt", "chosen", "rejected", "messages", "conversations"]
     with pytest.raises(UftError):
         recognise(columns)
-    assert recognise(columns, mapped=["conversations"]).name == "sharegpt"
-
-
-def test_unknown_columns_name_what_was_found_what_is_near_and_how_to_map():
-    with pytest.raises(UftError) as error:
-        recognise(["prompt", "chosen", "worse"], source="mine")
-    said = str(error.value)
-    assert "chosen, prompt, worse" in said
-    assert "preference lacks rejected" in said
-    assert "data.sources.mine.columns." in said
-
-
-def test_a_kind_that_the_columns_do_not_have():
-    with pytest.raises(UftError) as error:
-        recognise(["prompt", "completion"], kind="binary", source="mine")
-    assert "no known binary format" in str(error.value)
-    assert "binary lacks label" in str(error.value)
+    assert recognise(columns, mapped=["conversations"]).name == "preference, conversations"
 
 
 def test_mapping_renames_and_takes_the_old_name_away():
@@ -75,9 +63,6 @@ def test_mapping_renames_and_takes_the_old_name_away():
         "completion": "a",
         "answer": "a",
     }
-
-
-def test_an_alias_gives_way_to_the_name_itself():
     assert rename({"response": "r"}, {}) == {"completion": "r"}
     assert rename({"response": "r", "completion": "c"}, {})["completion"] == "c"
     assert rename({"reply": "r"}, {"response": "reply"}) == {"completion": "r"}

@@ -9,37 +9,31 @@ from uft.data.rows import Message
 USER, REPLY, SYSTEM = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("system", "s")))
 
 
-def test_text_is_kept_to_the_letter():
-    assert formats.read_prompt(" q\r\n")[0].content == " q\r\n"
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"), [("human", "user"), ("gpt", "assistant"), ("system", "system"), ("observation", "tool")]
-)
-def test_sharegpt_names_of_roles(theirs, ours):
-    assert formats._read_message({"from": theirs, "value": "x"}, "c").role == ours
-
-
-def test_content_parts_are_joined():
+def test_messages_are_turns():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert formats.read_prompt(" q\r\n") == (Message("user", " q\r\n"),), "text is kept to the letter"
     assert formats.read_prompt([{"role": "user", "content": parts}]) == (Message("user", "ab"),)
-
-
-def test_a_system_turn_that_says_nothing_is_left_out():
     assert formats.read_prompt([{"role": "system", "content": ""}, USER]) == (Message("user", "q"),)
-
-
-def test_a_system_column_goes_in_front_unless_there_is_one():
-    assert [t.role for t in formats.with_system(formats.read_prompt("q"), "be brief")] == ["system", "user"]
-    own = formats.read_prompt([SYSTEM, USER])
-    assert formats.with_system(own, "be brief") == own
-    assert formats.with_system(own, None) == own
+    names = {"system": "system", "human": "user", "gpt": "assistant", "observation": "tool"}
+    turns = formats.read_conversation([{"from": name, "value": "x"} for name in names], "c")
+    assert [turn.role for turn in turns] == list(names.values())
 
 
 def test_a_conversation_is_split_before_the_first_reply():
     prompt, rest = formats.split_conversation(formats.read_conversation([SYSTEM, USER, REPLY, USER, REPLY], "m"), "m")
     assert [t.role for t in prompt] == ["system", "user"]
     assert [t.role for t in rest] == ["assistant", "user", "assistant"]
+    with pytest.raises(Unreadable, match="no prompt"):
+        formats.split_conversation(formats.read_conversation([REPLY, USER, REPLY], "m"), "m")
+
+
+def test_a_system_column_goes_in_front_unless_there_is_one():
+    assert [t.role for t in formats.with_system(formats.read_prompt("q"), "be brief")] == ["system", "user"]
+    own = formats.read_prompt([SYSTEM, USER])
+    assert formats.with_system(own, " s\n") == own
+    with pytest.raises(Unreadable, match="system differs"):
+        formats.with_system(own, "be brief")
+    assert formats.with_system(own, None) == own
 
 
 def test_a_pair_shares_its_longest_common_start():
@@ -86,8 +80,3 @@ def test_what_cannot_be_read_says_why(read, value, why):
     with pytest.raises(Unreadable) as error:
         read(value)
     assert why in str(error.value)
-
-
-def test_a_conversation_that_starts_with_the_assistant_has_no_prompt():
-    with pytest.raises(Unreadable, match="no prompt"):
-        formats.split_conversation(formats.read_conversation([REPLY, USER, REPLY], "m"), "m")

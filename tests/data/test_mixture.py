@@ -44,8 +44,14 @@ def test_every_window_of_two_sources_holds_the_shares_to_within_one_row():
                 assert abs(sums[end] - sums[start] - (end - start) * weight) <= 1 + 1e-9
 
 
-def test_even_shares_alternate():
+def test_draws_of_small_mixtures():
     assert [this.source for this in mixture([0.5, 0.5]).take(6)] == [0, 1, 0, 1, 0, 1]
+    draws = Mixture(["a", "b", "c"], [5, 0, 5], [0.5, 0.0, 0.5], 0).take(50)
+    assert {this.source for this in draws} == {0, 2}, "a share of zero is never drawn"
+    same_on_every_machine = [3, 7, 2, 6, 4, 5, 0, 1]
+    assert [this.index for this in Mixture(["a"], [8], [1.0], 0).take(8)] == same_on_every_machine
+    draws = mixture([0.5, 0.5], [30, 30]).take(60)
+    assert order(draws, 0) != order(draws, 1), "two sources of one size have different orders"
 
 
 def test_the_interleave_knows_no_seed_and_the_order_does():
@@ -66,11 +72,6 @@ def test_a_share_or_another_source_never_reorders_one():
     third = order(Mixture(["a", "b", "c"], [9, 20, 5], [0.1, 0.3, 0.6], 3).take(100), 1)
     assert half == alone[: len(half)]
     assert third == alone[: len(third)]
-
-
-def test_two_sources_of_one_size_have_different_orders():
-    draws = mixture([0.5, 0.5], [30, 30]).take(60)
-    assert order(draws, 0) != order(draws, 1)
 
 
 def test_a_visit_is_a_pass_over_all_rows_in_a_new_order():
@@ -113,15 +114,6 @@ def test_another_mixture_s_state_is_refused():
         mixture([1.0], seed=1).load_state_dict(mixture([1.0], seed=2).state_dict())
 
 
-def test_a_share_of_zero_is_never_drawn():
-    draws = Mixture(["a", "b", "c"], [5, 0, 5], [0.5, 0.0, 0.5], 0).take(50)
-    assert {this.source for this in draws} == {0, 2}
-
-
-def test_the_order_is_the_same_on_every_machine_and_version():
-    assert [this.index for this in Mixture(["a"], [8], [1.0], 0).take(8)] == [3, 7, 2, 6, 4, 5, 0, 1]
-
-
 # --- shares
 
 
@@ -136,40 +128,25 @@ def pairs(name, rows=10, share=None):
 def test_shares_are_those_asked_for_else_by_rows():
     assert mixture_weights([demo("a", 30), pairs("b", 10)]) == [0.75, 0.25]
     assert mixture_weights([demo("a", 30, 1), pairs("b", 10, 4)]) == [0.2, 0.8]
-
-
-def test_a_ratio_is_given_to_demonstrations_together_and_keeps_proportions():
-    weights = mixture_weights([demo("a", 30), pairs("b", 10), demo("c", 10), pairs("d", 30)], 0.2)
-    assert weights == pytest.approx([0.15, 0.2, 0.05, 0.6])
-    weights = mixture_weights([demo("a", 9, 3), pairs("b", 9, 1)], 0.5)
-    assert weights == pytest.approx([0.5, 0.5])
-
-
-def test_a_ratio_of_one_or_zero_leaves_the_other_side_out():
-    assert mixture_weights([demo("a"), pairs("b")], 1.0) == [1.0, 0.0]
-    assert mixture_weights([demo("a"), pairs("b")], 0.0) == [0.0, 1.0]
-    assert mixture_weights([demo("a")], 1.0) == [1.0]
-    assert mixture_weights([pairs("a")], 0.0) == [1.0]
-
-
-def test_a_ratio_that_nothing_can_fill():
-    with pytest.raises(UftError, match="no demonstrations"):
-        mixture_weights([pairs("a")], 0.5)
-    with pytest.raises(UftError, match="no rows with feedback"):
-        mixture_weights([demo("a")], 0.5)
-
-
-def test_shares_for_some_sources_only_name_the_others():
+    assert mixture_weights([demo("a", 0, 0), demo("b", 5, 1)]) == [0.0, 1.0]
+    for portions in ([], [demo("a", 10, 0), demo("b", 10, 0)], [demo("a", 0), demo("b", 5)], [demo("a", 0, 1.0)]):
+        with pytest.raises(UftError):
+            mixture_weights(portions)
     with pytest.raises(UftError) as error:
         mixture_weights([demo("a", 10, 0.5), pairs("b"), pairs("c")])
     assert [p.what for p in error.value.problems] == ["data.sources.b.share", "data.sources.c.share"]
 
 
-def test_nothing_to_draw_is_an_error():
-    for portions in ([], [demo("a", 10, 0), demo("b", 10, 0)], [demo("a", 0), demo("b", 5)], [demo("a", 0, 1.0)]):
-        with pytest.raises(UftError):
-            mixture_weights(portions)
-    assert mixture_weights([demo("a", 0, 0), demo("b", 5, 1)]) == [0.0, 1.0]
+def test_a_ratio_is_given_to_demonstrations_together_and_keeps_proportions():
+    weights = mixture_weights([demo("a", 30), pairs("b", 10), demo("c", 10), pairs("d", 30)], 0.2)
+    assert weights == pytest.approx([0.15, 0.2, 0.05, 0.6])
+    assert mixture_weights([demo("a", 9, 3), pairs("b", 9, 1)], 0.5) == pytest.approx([0.5, 0.5])
+    for ratio in (1.0, 0.0):  # the other side is left out
+        assert mixture_weights([demo("a"), pairs("b")], ratio) == [ratio, 1 - ratio]
+        assert mixture_weights([demo("a") if ratio else pairs("a")], ratio) == [1.0]
+    for portions, lacking in (([pairs("a")], "no demonstrations"), ([demo("a")], "no rows with feedback")):
+        with pytest.raises(UftError, match=lacking):
+            mixture_weights(portions, 0.5)
 
 
 def test_a_source_of_several_kinds_is_what_most_of_its_rows_are():

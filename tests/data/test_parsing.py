@@ -61,20 +61,14 @@ def test_every_format_gives_prompt_and_replies(record, kind, prompt, replies):
 
 
 def test_feedback_is_kept():
-    pair = read({"prompt": "q", "chosen": "a", "rejected": "b"}).completions
-    assert [c.preferred for c in pair] == [True, False]
-    assert [read({"prompt": "q", "completion": "a", "label": v}).completions[0].label for v in (True, 0, 1)] == [
-        True,
-        False,
-        True,
-    ]
-    sampled = read({"prompt": "q", "response": "a", "negatives": ["x"], "sampled_by": "m"}).completions
-    assert [c.sampled_by for c in sampled] == [None, "m"]
-
-
-def test_two_equal_sides_of_a_pair_are_kept_as_they_were_graded():
-    pair = read({"prompt": "q", "chosen": "a", "rejected": "a"}).completions
-    assert [(c.text, c.preferred) for c in pair] == [("a", True), ("a", False)]
+    for rejected in ("b", "a"):  # two equal sides are kept as they were graded
+        pair = read({"prompt": "q", "chosen": "a", "rejected": rejected}).completions
+        assert [(c.text, c.preferred) for c in pair] == [("a", True), (rejected, False)]
+    labels = [read({"prompt": "q", "completion": "a", "label": v}).completions[0].label for v in (True, 0, 1)]
+    assert labels == [True, False, True]
+    record = {"prompt": "q", "response": "a", "negatives": ["x", "y"], "sampled_by": "m"}
+    sampled = read(record | {"negative_log_probs": [-1.5, -2.0]}).completions
+    assert [(c.sampled_by, c.log_prob) for c in sampled] == [(None, None), ("m", -1.5), ("m", -2.0)]
 
 
 def test_scores_are_brought_to_zero_and_one():
@@ -160,8 +154,3 @@ def test_a_record_that_cannot_be_used(record, why):
     with pytest.raises(Unreadable) as error:
         read(record)
     assert why in str(error.value)
-
-
-def test_log_probs_of_negatives_are_read():
-    record = {"prompt": "q", "response": "a", "negatives": ["x", "y"], "negative_log_probs": [-1.5, -2.0]}
-    assert [completion.log_prob for completion in read(record).completions] == [None, -1.5, -2.0]

@@ -5,14 +5,18 @@ import sys
 
 import pytest
 
-from uft.data.sources import BadRow, Place, Record, open_place
+from uft.data.sources import Place, open_place
 from uft.errors import UftError
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(3)]
 
 
-def fields(tables):
-    return [dict(found.fields) for table in tables for found in table]
+def tables(place):
+    return open_place(place)[0]
+
+
+def fields(found):
+    return [record for table in found for _, record in table]
 
 
 def write_jsonl(path, rows):
@@ -35,90 +39,72 @@ def place(path, **more):
 
 def refused(path, **more):
     with pytest.raises(UftError) as error:
-        fields(open_place(place(path, **more)))
+        fields(tables(place(path, **more)))
     return str(error.value)
 
 
 def test_jsonl_passes_over_bom_blank_lines_and_crlf(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "q", "completion": "a"}\r\n\r\n{"prompt": "\\u2028", "completion": "b"}')
-    found = list(open_place(place(file))[0])
-    assert [f.where for f in found] == [f"{file}:1", f"{file}:3"]
-    assert found[0].fields == {"prompt": "q", "completion": "a"}
-
-
-def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path):
-    file = tmp_path / "x.jsonl"
+    found = list(tables(place(file))[0])
+    assert found == [(1, {"prompt": "q", "completion": "a"}), (3, {"prompt": "\u2028", "completion": "b"})]
     file.write_text(json.dumps({"prompt": "one\u2028two\x85three"}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert fields(open_place(place(file))) == [{"prompt": "one\u2028two\x85three"}]
+    assert fields(tables(place(file))) == [{"prompt": "one\u2028two\x85three"}], "no separator but \\n ends a line"
 
 
 def test_broken_lines_are_bad_rows_with_their_place_and_the_others_are_read(tmp_path):
     file = tmp_path / "x.jsonl"
     file.write_bytes(b'{"a": 1}\n{"a": \n\xff\xfe\n[1]\n"x"\n{"a": 2}\n')
-    found = list(open_place(place(file))[0])
-    bad = {f.where.rsplit(":", 1)[1]: f.why for f in found if isinstance(f, BadRow)}
-    assert sorted(bad) == ["2", "3", "4", "5"]
-    assert "broken JSON" in bad["2"]
-    assert "not UTF-8: byte 0xff" in bad["3"]
-    assert bad["4"] == bad["5"] == "not a JSON object"
-    assert [f.fields for f in found if isinstance(f, Record)] == [{"a": 1}, {"a": 2}]
+    found = list(tables(place(file))[0])
+    assert [number for number, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert "broken JSON" in found[1][1]
+    assert "not UTF-8: byte 0xff" in found[2][1]
+    assert found[3][1] == found[4][1] == "not a JSON object"
+    assert (found[0][1], found[5][1]) == ({"a": 1}, {"a": 2})
 
 
-@pytest.mark.parametrize("text", [json.dumps(ROWS), json.dumps(ROWS, indent=2), "\n".join(map(json.dumps, ROWS))])
-def test_json_is_an_array_or_lines(tmp_path, text):
+def test_json_is_an_array_or_lines(tmp_path):
     file = tmp_path / "x.json"
-    file.write_text(text)
-    assert fields(open_place(place(file))) == ROWS
-
-
-def test_a_broken_json_array_names_the_line(tmp_path):
-    file = tmp_path / "x.json"
+    for text in (json.dumps(ROWS), json.dumps(ROWS, indent=2), "\n".join(map(json.dumps, ROWS))):
+        file.write_text(text)
+        assert fields(tables(place(file))) == ROWS
     file.write_text('[{"a": 1},\n{"a": }]')
-    (bad,) = open_place(place(file))[0]
-    assert bad.where == f"{file}:2"
+    ((number, _),) = tables(place(file))[0]
+    assert number == 2
 
 
 def test_csv_counts_lines_through_quoted_newlines(tmp_path):
     file = tmp_path / "x.csv"
     file.write_bytes(b'prompt,completion\r\n"two\nlines",a\r\nq,b\r\nq,b,c\r\n')
-    table = open_place(place(file))[0]
+    table = tables(place(file))[0]
     first, second, third = table
     assert table.textual
-    assert first == Record(f"{file}:2", {"prompt": "two\nlines", "completion": "a"})
-    assert second.where == f"{file}:4"
-    assert third == BadRow(f"{file}:5", "has 3 cells under 2 columns")
-
-
-def test_tsv(tmp_path):
-    file = tmp_path / "x.tsv"
-    file.write_text("prompt\tcompletion\nq, with a comma\ta\n")
-    assert fields(open_place(place(file))) == [{"prompt": "q, with a comma", "completion": "a"}]
+    assert first == (2, {"prompt": "two\nlines", "completion": "a"})
+    assert second[0] == 4
+    assert third == (5, "has 3 cells under 2 columns")
+    (tmp_path / "x.tsv").write_text("prompt\tcompletion\nq, with a comma\ta\n")
+    assert fields(tables(place(tmp_path / "x.tsv"))) == [{"prompt": "q, with a comma", "completion": "a"}]
 
 
 def test_parquet(tmp_path):
     nested = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
-    assert fields(open_place(place(write_parquet(tmp_path / "x.parquet", nested)))) == nested
-
-
-def test_a_broken_parquet_file_is_a_problem_not_a_traceback(tmp_path):
-    file = tmp_path / "x.parquet"
-    file.write_bytes(b"nothing of the kind")
-    assert "cannot be read" in refused(file)
+    assert fields(tables(place(write_parquet(tmp_path / "x.parquet", nested)))) == nested
+    (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
+    assert "cannot be read" in refused(tmp_path / "x.parquet")
 
 
 def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", ROWS[1:])
     write_parquet(tmp_path / "a.parquet", ROWS[:1])
     (tmp_path / "notes.txt").write_text("not data")
-    assert fields(open_place(place(tmp_path))) == ROWS
+    assert fields(tables(place(tmp_path))) == ROWS
 
 
 def test_files_named_after_splits_are_kept_apart(tmp_path):
     write_jsonl(tmp_path / "train-00.jsonl", ROWS[:2])
     write_jsonl(tmp_path / "test.jsonl", ROWS[2:])
-    assert fields(open_place(place(tmp_path))) == ROWS[:2]
-    assert fields(open_place(place(tmp_path, split="test"))) == ROWS[2:]
+    assert fields(tables(place(tmp_path))) == ROWS[:2]
+    assert fields(tables(place(tmp_path, split="test"))) == ROWS[2:]
     assert "splits: test, train" in refused(tmp_path, split="validation")
 
 
@@ -130,8 +116,8 @@ def test_datasets_folders_on_disk(tmp_path):
         train=datasets.Dataset.from_list(ROWS[:2]), heldout=datasets.Dataset.from_list(ROWS[2:])
     )
     both.save_to_disk(tmp_path / "two")
-    assert fields(open_place(place(tmp_path / "one"))) == ROWS
-    assert fields(open_place(place(tmp_path / "two", split="heldout"))) == ROWS[2:]
+    assert fields(tables(place(tmp_path / "one"))) == ROWS
+    assert fields(tables(place(tmp_path / "two", split="heldout"))) == ROWS[2:]
     assert "splits: heldout, train" in refused(tmp_path / "two", split="test")
 
 
@@ -152,8 +138,8 @@ def hub_layout(tmp_path, monkeypatch):
 
 
 def test_a_hub_repository_s_layout_is_read_by_split(hub_layout):
-    assert fields(open_place(place(hub_layout))) == ROWS[:2]
-    assert fields(open_place(place(hub_layout, split="test"))) == ROWS[2:]
+    assert fields(tables(place(hub_layout))) == ROWS[:2]
+    assert fields(tables(place(hub_layout, split="test"))) == ROWS[2:]
     assert "datasets cannot read this folder" in refused(hub_layout, split="nothing")
 
 
@@ -167,7 +153,7 @@ def test_a_hub_id_is_asked_for_with_subset_split_and_revision(monkeypatch):
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert fields(open_place(place("org/rows-v1.5", subset="en", split="train_sft", revision="abc"))) == ROWS
+    assert fields(tables(place("org/rows-v1.5", subset="en", split="train_sft", revision="abc"))) == ROWS
     assert asked == {"path": "org/rows-v1.5", "name": "en", "split": "train_sft", "revision": "abc"}
 
 
@@ -205,8 +191,8 @@ def test_a_file_of_a_type_that_is_not_read(tmp_path):
 
 
 def test_builtin_playground_rows_have_a_train_and_a_test_side():
-    train = fields(open_place(place("builtin:playground/instruct")))
-    test = fields(open_place(place("builtin:playground/instruct", split="test")))
+    train = fields(tables(place("builtin:playground/instruct")))
+    test = fields(tables(place("builtin:playground/instruct", split="test")))
     assert train
     assert test
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}

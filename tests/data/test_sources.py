@@ -8,7 +8,7 @@ import pytest
 
 from uft.config.schema import Data, Source, data_settings
 from uft.data.rows import Kind
-from uft.data.sources import hold_out, load_sources
+from uft.data.sources import load_sources
 from uft.errors import UftError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -39,38 +39,36 @@ def ten(tmp_path):
 
 
 def test_sources_come_sorted_with_rows_named_after_them(ten):
-    second, first = load({"z": {"path": ten}, "a": {"path": ten, "limit": 3}})[::-1]
-    assert (first.name, second.name) == ("a", "z")
-    assert [row.id for row in first.rows] == ["a:0", "a:1", "a:2"]
-    assert len(second.rows) == 10
-    assert second.kinds == {Kind.DEMONSTRATION: 10}
-
-
-def test_a_schema_a_config_node_and_a_mapping_are_all_understood(ten):
     from omegaconf import OmegaConf
 
+    first, second = load({"z": {"path": ten}, "a": {"path": ten, "limit": 3}})
+    assert (first.name, second.name, len(second.rows)) == ("a", "z", 10)
+    assert [row.id for row in first.rows] == ["a:0", "a:1", "a:2"]
+    assert second.kinds == {Kind.DEMONSTRATION: 10}
     schema = load_sources(Data(name="d", sources={"a": Source(path=ten)}))
     node = load_sources(data_settings(OmegaConf.create({"name": "d", "sources": {"a": {"path": ten}}})))
     assert schema == node == load({"a": {"path": ten}})
 
 
-def test_no_sources_shows_how_to_add_one():
-    said = refused({})
-    assert "+data.sources.mine.path=x.jsonl" in said
-
-
-def test_columns_are_mapped(tmp_path):
+def test_columns_are_mapped(tmp_path, ten):
     path = write(tmp_path / "x.jsonl", [{"q": "why", "a": "because", "gold": 7}])
     (source,) = load({"a": {"path": path, "columns": {"prompt": "q", "completion": "a", "answer": "gold"}}})
     (row,) = source.rows
     assert (row.prompt[0].content, row.completions[0].text, row.answer) == ("why", "because", "7")
+    for ours in ({"prompt": "q", "response": "a"}, {"question": "q", "output": "a"}, {"question": "q", "answer": "a"}):
+        assert load({"a": {"path": path, "columns": ours}})[0].rows[0].completions == row.completions
+    said = refused({"a": {"path": path, "columns": {"prompt": "qq", "completion": "a"}}})
+    assert "data.sources.a.columns.prompt=qq" in said
+    assert "did you mean  q ?" in said
 
 
-def test_a_mapping_to_a_column_that_is_not_there(tmp_path):
-    path = write(tmp_path / "x.jsonl", [{"question": "why", "reply": "because"}])
-    said = refused({"a": {"path": path, "columns": {"prompt": "quesion", "completion": "reply"}}})
-    assert "data.sources.a.columns.prompt=quesion" in said
-    assert "did you mean  question ?" in said
+def test_problems_of_several_sources_are_told_together(tmp_path, ten):
+    sources = {"a": {"path": str(tmp_path / "no.jsonl")}, "b": {"path": ten, "columns": {"promt": "prompt"}}}
+    said = refused({**sources, "c": {"path": ten}})
+    assert "2 problems" in said
+    assert "data.sources.a.path" in said
+    assert "data.sources.b.columns.promt" in said
+    assert "+data.sources.mine.path=x.jsonl" in refused({})
 
 
 def test_a_kind_decides_between_formats(tmp_path):
@@ -85,11 +83,8 @@ def test_completions_of_one_prompt_meet_in_one_scored_row_where_the_first_stood(
     (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}})
     assert [[c.score for c in row.completions] for row in source.rows] == [[0.0, 0.5], [1.0]]
     assert [row.index for row in source.rows] == [0, 1]
-
-
-def test_other_kinds_are_not_grouped(tmp_path):
-    rows = [{"prompt": "q", "completion": c, "label": c == "a"} for c in "ab"]
-    (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}})
+    labelled = [{"prompt": "q", "completion": c, "label": c == "a"} for c in "ab"]
+    (source,) = load({"a": {"path": write(tmp_path / "y.jsonl", labelled)}})
     assert [row.completions[0].label for row in source.rows] == [True, False]
 
 
@@ -107,28 +102,16 @@ def test_every_bad_row_of_every_source_is_told_at_once_with_its_place(tmp_path):
     write(tmp_path / "two.jsonl", [{"prompt": "q", "completion": "a", "score": 2}])
     sources = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("one", "two")}
     said = refused(sources)
-    for line, why in enumerate(
-        (
-            "completion is missing",
-            "completion is empty",
-            "prompt is a number",
-            "broken JSON",
-            "not UTF-8",
-            "not a JSON",
-        ),
-        2,
-    ):
+    reasons = "completion is missing|completion is empty|prompt is a number|broken JSON|not UTF-8|not a JSON"
+    for line, why in enumerate(reasons.split("|"), 2):
         assert f"one.jsonl:{line} " in said
         assert why in said
     assert "two.jsonl:1 " in said
     assert "outside 0 to 1" in said
     assert "data.bad_rows=drop" in said
-
-
-def test_many_bad_rows_are_counted(tmp_path):
-    said = refused({"a": {"path": write(tmp_path / "x.jsonl", [{"prompt": "q", "completion": ""}] * 50)}})
-    assert said.count("completion is empty") == 20
-    assert "and 30 more" in said
+    many = refused({"a": {"path": write(tmp_path / "x.jsonl", [{"prompt": "q", "completion": ""}] * 50)}})
+    assert many.count("completion is empty") == 20
+    assert "and 30 more" in many
 
 
 def test_bad_rows_are_dropped_and_counted_when_asked(tmp_path):
@@ -148,22 +131,10 @@ def test_a_source_with_nothing_good_left_stops_even_then(tmp_path):
 
 
 def test_one_missing_or_stray_key_does_not_change_the_format(tmp_path):
-    rows = [*demonstrations(3), {"prompt": "q", "completion": "a", "label": True}]
+    rows = [*demonstrations(3), {"prompt": "q", "completion": "a", "sampled_by": "m"}]
     (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}})
     assert source.kinds == {Kind.DEMONSTRATION: 4}
-
-
-def test_problems_of_several_sources_are_told_together(tmp_path, ten):
-    said = refused(
-        {
-            "a": {"path": str(tmp_path / "no.jsonl")},
-            "b": {"path": ten, "columns": {"promt": "prompt"}},
-            "c": {"path": ten},
-        }
-    )
-    assert "2 problems" in said
-    assert "data.sources.a.path" in said
-    assert "data.sources.b.columns.promt" in said
+    assert source.omitted.unread == {"sampled_by": 1}
 
 
 def test_csv_scores_and_labels(tmp_path):
@@ -176,12 +147,9 @@ def test_csv_scores_and_labels(tmp_path):
     assert scored.dropped[0].why == "score is text, not a number"
     assert [row.completions[0].label for row in labelled.rows] == [True, False]
     assert labelled.rows[1].completions[0].text == "7"
-
-
-def test_a_csv_that_is_not_utf8(tmp_path):
-    (tmp_path / "x.csv").write_bytes("prompt,completion\nq,caf\xe9\n".encode("latin-1"))
-    said = refused({"x": {"path": str(tmp_path / "x.csv")}})
-    assert "x.csv:2" in said
+    (tmp_path / "z.csv").write_bytes("prompt,completion\nq,caf\xe9\n".encode("latin-1"))
+    said = refused({"z": {"path": str(tmp_path / "z.csv")}})
+    assert "z.csv:2" in said
     assert "not valid UTF-8" in said
 
 
@@ -227,20 +195,10 @@ def test_a_holdout_is_a_share_or_a_count_and_the_source_s_own_wins(ten):
     (source,) = load({"a": {"path": ten}}, holdout=0.01)
     assert len(source.held_out) == 1
     assert "leaves no row to train on" in refused({"a": {"path": ten, "holdout": 10}})
-
-
-def test_what_is_held_out_of_fewer_rows_is_held_out_of_more():
-    from uft.data.rows import Completion, Message, Row
-
-    turns = (Message("assistant", "a"),)
-    rows = [Row("s", n, (Message("user", f"q{n}"),), (Completion(turns),)) for n in range(50)]
-    few, more = ({row.index for row in hold_out(rows, amount)[1]} for amount in (5, 10))
-    assert few < more
-
-
-def test_the_limit_comes_before_the_holdout(ten):
+    few, more = ({row.index for row in load({"a": {"path": ten}}, holdout=n)[0].held_out} for n in (2, 5))
+    assert few < more, "what is held out of fewer rows is held out of more"
     (source,) = load({"a": {"path": ten, "limit": 4, "holdout": 0.5}})
-    assert {row.index for row in (*source.rows, *source.held_out)} == {0, 1, 2, 3}
+    assert {row.index for row in (*source.rows, *source.held_out)} == {0, 1, 2, 3}, "the limit comes first"
 
 
 def test_evaluation_rows_of_their_own(tmp_path, ten):
@@ -269,14 +227,6 @@ def test_builtin_sources_bring_their_test_rows():
     assert len(source.held_out) == 5
 
 
-@pytest.mark.parametrize("name", ["instruct", "pairs", "binary", "scored", "negatives"])
-def test_every_playground_source_loads(name):
-    (source,) = load({"a": {"path": f"builtin:playground/{name}"}})
-    kinds = {"instruct": "demonstration", "pairs": "preference"}
-    assert {kind.value for kind in source.kinds} == {kinds.get(name, name)}
-    assert all(row.answer and row.task for row in source.rows)
-
-
 # --- digest
 
 
@@ -294,30 +244,14 @@ def test_the_digest_is_of_the_content_in_its_order(tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows lie beside a working copy, not in the repository")
-@pytest.mark.parametrize(
-    ("file", "rows", "kind"),
-    [
-        ("instruction", 2639, Kind.DEMONSTRATION),
-        ("instruction_messages", 76, Kind.DEMONSTRATION),
-        ("preference_messages", 227, Kind.PREFERENCE),
-        ("binary", 1047, Kind.BINARY),
-        ("gsm8k_test", 500, Kind.DEMONSTRATION),
-    ],
-)
-def test_real_rows_load_whole(file, rows, kind):
-    (source,) = load({"a": {"path": str(SHARED / f"{file}.jsonl")}})
-    assert source.kinds == {kind: rows}
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows lie beside a working copy, not in the repository")
-def test_a_real_pair_of_twins_is_kept():
-    """It teaches nothing, but it is no mistake in the file: annotators do grade equal answers differently."""
-    (source,) = load({"a": {"path": str(SHARED / "preference.jsonl")}})
-    assert source.kinds == {Kind.PREFERENCE: 2589}
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the real rows lie beside a working copy, not in the repository")
-def test_real_scores_are_grouped_by_prompt():
+def test_real_rows_load_whole():
+    """A pair of twins among them: it teaches nothing, but annotators do grade equal answers differently."""
+    demonstrations = {"instruction": 2639, "instruction_messages": 76, "gsm8k_test": 500}
+    counts = {name: {Kind.DEMONSTRATION: count} for name, count in demonstrations.items()}
+    counts |= {name: {Kind.PREFERENCE: n} for name, n in {"preference_messages": 227, "preference": 2589}.items()}
+    counts["binary"] = {Kind.BINARY: 1047}
+    found = {name: load({"a": {"path": str(SHARED / f"{name}.jsonl")}})[0].kinds for name in counts}
+    assert found == counts
     (source,) = load({"a": {"path": str(SHARED / "scored.jsonl")}})
     scores = [c.score for row in source.rows for c in row.completions]
     assert len(scores) == 924

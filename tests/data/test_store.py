@@ -153,14 +153,14 @@ def test_digests_and_held_out_rows_are_those_of_every_version(tmp_path, large, s
         assert (source.digest, [row.index for row in source.held_out][:5]) == PINNED[shape]
 
 
-@pytest.mark.parametrize("amount", [0, 1, 7, 0.01, 0.5, 0.99, 200, 10**6, -1])
-def test_any_amount_is_held_out_alike(tmp_path, large, amount):
+def test_any_amount_is_held_out_alike(tmp_path, large):
     path = file_of(tmp_path, "demonstration")
     memory = loaded(path, holdout=0).rows
     large()
     disk = loaded(path, holdout=0).rows
-    for ours, theirs in zip(hold_out(disk, amount), hold_out(memory, amount), strict=True):
-        assert tuple(ours) == theirs
+    for amount in (0, 1, 7, 0.01, 0.5, 0.99, 200, 10**6, -1):
+        for ours, theirs in zip(hold_out(disk, amount), hold_out(memory, amount), strict=True):
+            assert tuple(ours) == theirs
 
 
 def test_long_texts_are_much_before_rows_are_many(tmp_path, monkeypatch):
@@ -186,7 +186,7 @@ def both(tmp_path, large):
     writer = RowWriter(tmp_path / "rows")
     for one in memory:
         writer.add(one)
-    return memory, RowTable.of("mine", writer.to_table(None))
+    return memory, RowTable("mine", writer.to_table(None))
 
 
 def test_a_store_is_a_sequence(both):
@@ -288,7 +288,7 @@ def test_rows_are_parsed_once_for_all_processes(tmp_path, large, monkeypatch, ca
     with caplog.at_level(logging.WARNING):
         rebuilt = load_sources(data_settings(data))[0]
     assert "reading the rows again" in caplog.text
-    assert (rebuilt.digest, tuple(rebuilt.dropped)) == (first.digest, first.dropped)
+    assert (rebuilt.digest, rebuilt.dropped) == (first.digest, first.dropped)
 
 
 def test_nothing_is_left_of_rows_that_have_no_file(tmp_path, large, monkeypatch):

@@ -98,6 +98,9 @@ def test_so_do_the_playground_s_rows(name, tmp_path):
     (source,) = load_sources(
         data_settings({"name": "d", "sources": {"mine": {"path": f"builtin:playground/{name}", "limit": 50}}})
     )
+    kind = {"instruct": "demonstration", "pairs": "preference"}.get(name, name)
+    assert {kind.value for kind in source.kinds} == {kind}
+    assert all(row.answer and row.task for row in source.rows)
     write_rows(tmp_path / "rows.jsonl", source.rows)
     assert read(tmp_path / "rows.jsonl", checker="playground") == source.rows
 

@@ -13,7 +13,7 @@ from uft.config.schema import Config, Hardware
 from uft.errors import FAILED, UftError
 from uft.runs import create_run
 from uft.training.device import CPU_PASS, PASS, choose_device, tokens_per_pass
-from uft.training.setup import Prepared, Stopped, check_start, prepare, resume, saved_progress
+from uft.training.setup import ONE_ROW, Prepared, Stopped, cautions, check_start, prepare, resume, saved_progress
 from uft.training.trainer import Progress
 
 
@@ -48,6 +48,11 @@ def test_a_stop_is_seen_between_the_stages(configure: Callable[..., Config], tmp
 
 
 # --- step 0
+
+
+def test_a_step_of_one_row_has_no_baseline_and_that_is_said(build: Callable[..., Prepared]) -> None:
+    said = {size: cautions(build("kto", f"train.batch_size={size}", run=f"run-{size}")) for size in (1, 4)}
+    assert (ONE_ROW in said[1], ONE_ROW in said[4]) == (True, False)
 
 
 @pytest.mark.parametrize("mode", ["copy", "cached"])

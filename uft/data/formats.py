@@ -2,20 +2,24 @@
 
 A file's format is recognised by its columns; `columns` in the configuration maps other names to these first. A format
 that explains all the columns of another, and more, wins over it; two that do not are ambiguous, and that is an error.
+Every way of writing a prompt and its reply goes with every kind of feedback.
 From top to bottom: recognising a format, the formats, conversations, annotations, and writing rows.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,30 @@ from uft.runs import writing
 
 Record = Mapping[str, Any]
 Range = tuple[float, float] | None  # of scores; None: the format's own
+Parsed = tuple[Turns, tuple[Completion, ...]]  # a prompt and its completions
 SIDES = ("score_chosen", "score_rejected")
-COMMON = frozenset({"answer", "task", "system", *ANNOTATIONS})
-"""Columns of any format: the gold answer for a checker, the family of the prompt, a system prompt, and the numbers that
-`uft annotate` writes."""
-ALIASES = {"response": "completion", "output": "completion"}
-"""Other names of our fields, used where the field itself is absent."""
+COMMON = frozenset({"answer", "task", "system", "history", *ANNOTATIONS})
+"""Columns of any format: the gold answer for a checker, the family of the prompt, a system prompt, earlier turns, and
+the numbers that `uft annotate` writes."""
+ALIASES = (
+    ("response", "completion", ()),
+    ("output", "completion", ()),
+    ("chosen_response", "chosen", ()),
+    ("rejected_response", "rejected", ()),
+    ("system_prompt", "system", ()),
+    ("kto_tag", "label", ()),
+    *((f"{side}_{grade}", f"score_{side}", ()) for grade in ("score", "rating") for side in ("chosen", "rejected")),
+    ("question", "prompt", ("completion", "chosen")),
+    ("input", "prompt", ("chosen",)),
+)
+"""Other names of our fields, used where the field itself is absent and, if such are named, one of some others is there.
+An `instruction` takes the place of a prompt."""
+_GRADE_NAMES = (
+    "label labels score scores rating ratings reward rewards feedback grade preference is_correct correct vote votes",
+    "upvotes downvotes thumbs thumbs_up thumbs_down",
+)
+FEEDBACK = frozenset(" ".join(_GRADE_NAMES).split())
+"""Columns that say how good a completion is, by their usual names."""
 NUMERIC = frozenset(
     {"label", "score", "score_min", "score_max", "helpfulness", "correctness", "coherence", *SIDES, *ANNOTATIONS}
 )
@@ -42,24 +64,14 @@ class Unreadable(ValueError):
 
 
 @dataclass(frozen=True)
-class ParsedRecord:
-    """The content of one record, before it has a name and a number."""
-
-    prompt: Turns
-    completions: tuple[Completion, ...]
-    answer: str | None = None
-    task: str | None = None
-
-
-@dataclass(frozen=True)
 class Format:
     """One shape of record: the columns it must have, those it also explains, and how it is parsed."""
 
     name: str
     kind: Kind
     required: frozenset[str]
-    parse: Callable[[Record, Range], ParsedRecord]
-    optional: frozenset[str] = frozenset()
+    optional: frozenset[str]
+    parse: Callable[[Record, Range], Parsed]
 
     @property
     def columns(self) -> frozenset[str]:
@@ -69,16 +81,15 @@ class Format:
         """Whether this format explains everything the other does, and more."""
         return other.required <= self.columns and not self.required <= other.columns
 
-    def read(self, record: Record, score_range: Range = None) -> ParsedRecord:
-        """The record's content. Raises :class:`Unreadable` with the reason."""
-        parsed = self.parse(record, score_range)
-        return replace(
-            parsed,
-            prompt=with_system(parsed.prompt, record.get("system")),
-            completions=annotated(record, parsed.completions),
-            answer=optional_text(record.get("answer"), "answer") if parsed.answer is None else parsed.answer,
-            task=optional_text(record.get("task"), "task"),
-        )
+    def read(self, record: Record, score_range: Range = None) -> Row:
+        """The record as a row that has no name and number yet. Raises :class:`Unreadable` with the reason."""
+        prompt, completions = self.parse(record, score_range)
+        answer = optional_text(record.get("answer"), "answer")
+        if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####
+            answer = answer.rpartition("####")[2].strip() or answer
+        prompt = with_system(with_history(prompt, record.get("history")), record.get("system"))
+        task = optional_text(record.get("task"), "task")
+        return Row("", 0, prompt, annotated(record, completions), answer, task)
 
 
 def recognise(
@@ -89,9 +100,14 @@ def recognise(
     `kind` keeps to formats of that kind, `mapped` (fields that the user named himself) to formats that use them.
     Raises :class:`UftError` naming the columns, the formats near to them and how to map.
     """
-    known = {*columns, *(ours for theirs, ours in ALIASES.items() if theirs in columns)}
-    named = {ALIASES.get(name, name) for name in mapped} - COMMON
-    allowed = [f for f in FORMATS if (kind is None or f.kind.value == kind) and named <= f.columns | COMMON]
+    ours, other_names = aliases(columns), {theirs: ours for theirs, ours, _ in ALIASES}
+    known = {ours.get(name, name) for name in columns}
+    named = [{name, other_names.get(name, name)} for name in mapped]
+    allowed = [
+        f
+        for f in FORMATS
+        if (kind is None or f.kind.value == kind) and all(names & (f.columns | COMMON) for names in named)
+    ]
     fitting = [f for f in allowed if f.required <= known]
     best = [f for f in fitting if not any(other.beats(f) for other in fitting)]
     if len(best) == 1:
@@ -110,14 +126,48 @@ def recognise(
 
 
 def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
-    """The record under our field names: mapped columns first, then aliases; what was mapped away is gone."""
+    """The record under our field names: mapped columns first, then aliases; what was mapped away is gone.
+
+    A field that is mapped to no name ('') is missing.
+    """
     taken = set(columns.values())
     fields = {name: value for name, value in record.items() if name not in taken}
     fields.update({ours: record.get(theirs) for ours, theirs in columns.items()})
-    for theirs, ours in ALIASES.items():
-        if ours not in fields and theirs in fields:
-            fields[ours] = fields.pop(theirs)
+    for theirs, ours in aliases(fields).items():
+        fields[ours] = fields.pop(theirs)
     return fields
+
+
+def aliases(columns: Collection[str]) -> dict[str, str]:
+    """Those of these columns that have another of our names: that name."""
+    found: dict[str, str] = {}
+    known = set(columns)
+    for theirs, ours, beside in ALIASES:
+        taken = ours in known or (ours == "prompt" and "instruction" in known)
+        if theirs in known and not taken and (not beside or not known.isdisjoint(beside)):
+            found[theirs] = ours
+            known = known - {theirs} | {ours}
+    return found
+
+
+def unread_feedback(form: Format, columns: Mapping[str, int], source: str) -> Problem | None:
+    """The problem of columns that grade completions which the format takes as right. `columns`: rows that have each."""
+    if form.kind not in (Kind.DEMONSTRATION, Kind.NEGATIVES):
+        return None
+    graded = sorted(name for name, count in columns.items() if count and name.lower() in FEEDBACK - form.columns)
+    if not graded:
+        return None
+    key, first = f"data.sources.{source}", graded[0]
+    rows = ", ".join(f"{name} ({columns[name]:,} row{'s' * (columns[name] != 1)})" for name in graded)
+    return Problem(
+        key,
+        f"{rows} may say how good a completion is, but the format {form.name} takes every completion as right",
+        advice=(
+            f"read it as a score:  {key}.columns.score={first} {key}.score_range=[LOWEST,HIGHEST]",
+            f"read it as good or bad:  {key}.columns.label={first}",
+            f"leave it unread:  {key}.kind={form.kind.value}",
+        ),
+    )
 
 
 def check_mapping(columns: Mapping[str, str], source: str) -> list[Problem]:
@@ -155,100 +205,82 @@ def _number(cell: Any) -> Any:
         return cell
 
 
-# --- The formats. Each parser takes a record under our field names and the range of its scores.
+# --- The formats. A dialogue finds prompt and reply in a record under our field names; a parser adds the feedback.
 
 
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 """Weights of the attributes, each 0 to 4: the aggregate of the Nemotron reward models without length and complexity."""
+_LABEL_WORDS = ("true false", "good bad", "positive negative", "desirable undesirable", "chosen rejected")
+LABELS: dict[object, bool] = {1: True, 0: False}
+LABELS |= {word: place == 0 for words in _LABEL_WORDS for place, word in enumerate(words.split())}
+Dialogue = Callable[[Record], tuple[Turns, Turns]]
 
 
-def _demonstration(record: Record, score_range: Range) -> ParsedRecord:
-    completion = Completion(read_reply(record.get("completion")))
-    return ParsedRecord(read_prompt(record.get("prompt")), (completion,))
+def _plain(record: Record) -> tuple[Turns, Turns]:
+    return read_prompt(record.get("prompt")), read_reply(record.get("completion"))
 
 
-def _alpaca(record: Record, score_range: Range) -> ParsedRecord:
-    asked = read_text(record.get("instruction"), "instruction")
-    given = record.get("input", record.get("context"))
-    if isinstance(given, str) and given.strip():
-        asked = f"{asked}\n\n{read_text(given, 'input')}"
-    completion = Completion(read_reply(record.get("completion"), "output"))
-    return ParsedRecord(read_prompt(asked), (completion,))
+def _alpaca(record: Record) -> tuple[Turns, Turns]:
+    return _instruction(record), read_reply(record.get("completion"), "output")
 
 
-def _conversation(column: str) -> Callable[[Record, Range], ParsedRecord]:
-    def parse(record: Record, score_range: Range) -> ParsedRecord:
-        prompt, rest = split_conversation(read_conversation(record.get(column), column), column)
-        return ParsedRecord(prompt, (Completion(rest),))
+def _instruction(record: Record) -> Turns:
+    parts = [read_text(record.get("instruction"), "instruction")]
+    given = {name: record.get(name) for name in ("input", "context")}
+    parts += [read_text(value, name) for name, value in given.items() if not is_blank(value)]
+    return (Message("user", "\n\n".join(parts)),)
 
-    return parse
 
-
-def _question(record: Record, score_range: Range) -> ParsedRecord:
-    """GSM8K: the worked answer is the completion, the part after `####` (else all of it) the gold answer."""
+def _question(record: Record) -> tuple[Turns, Turns]:
     worked = read_text(record.get("answer"), "answer")
-    prompt = read_prompt(record.get("question"), "question")
-    return ParsedRecord(prompt, (Completion(read_reply(worked)),), answer=worked.rpartition("####")[2].strip() or None)
+    return read_prompt(record.get("question"), "question"), read_reply(worked)
 
 
-def _preference(record: Record, score_range: Range) -> ParsedRecord:
-    chosen, rejected = record.get("chosen"), record.get("rejected")
-    if record.get("prompt") is None or _starts_before_reply(chosen) or _starts_before_reply(rejected):
-        turns = read_dialogue(chosen, "chosen"), read_dialogue(rejected, "rejected")
-        if turns[0] == turns[1]:
-            raise Unreadable("chosen and rejected are the same, so nothing tells where the prompt ends")
-        prompt, left, right = split_pair(*turns)
-    else:
-        prompt = read_prompt(record.get("prompt"))
-        left, right = read_reply(chosen, "chosen"), read_reply(rejected, "rejected")
-    return ParsedRecord(prompt, (Completion(left, preferred=True), Completion(right, preferred=False)))
+def _conversation(column: str, record: Record) -> tuple[Turns, Turns]:
+    return split_conversation(read_conversation(record.get(column), column), column)
 
 
-def _starts_before_reply(value: Any) -> bool:
-    """Whether a side of a pair repeats the prompt in front of its reply."""
-    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict):
-        return False
-    role = value[0].get("role", value[0].get("from"))
-    return ROLES.get(role, "assistant") != "assistant" if isinstance(role, str) else False
+def _demonstration(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
+    prompt, reply = dialogue(record)
+    return prompt, (Completion(reply),)
 
 
-def _binary(record: Record, score_range: Range) -> ParsedRecord:
+def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     label = record.get("label")
     if label is None:
         raise Unreadable("label is missing")
-    if not isinstance(label, (bool, int, float)) or label not in (0, 1):
+    word = label.strip().lower() if isinstance(label, str) else label
+    if not isinstance(word, (str, bool, int, float)) or word not in LABELS:
         raise Unreadable(f"label is {excerpt(label)}, not true/false or 0/1")
-    completion = Completion(read_reply(record.get("completion")), label=bool(label))
-    return ParsedRecord(read_prompt(record.get("prompt")), (completion,))
+    prompt, reply = dialogue(record)
+    return prompt, (Completion(reply, label=LABELS[word]),)
 
 
-def _scored(record: Record, score_range: Range) -> ParsedRecord:
+def _scored(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     low, high = score_range or (_bound(record, "score_min", 0.0), _bound(record, "score_max", 1.0))
     score = scale(record.get("score"), low, high, "score")
-    return ParsedRecord(
-        read_prompt(record.get("prompt")), (Completion(read_reply(record.get("completion")), score=score),)
-    )
+    prompt, reply = dialogue(record)
+    return prompt, (Completion(reply, score=score),)
 
 
 def _bound(record: Record, field: str, default: float) -> float:
     value = record.get(field)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
+    if not _is_number(value) or not abs(value) <= _LARGEST:
         raise Unreadable(f"{field} is {excerpt(value)}, not a number")
     return float(value)
 
 
-def _helpsteer2(record: Record, score_range: Range) -> ParsedRecord:
+def _helpsteer2(record: Record, score_range: Range) -> Parsed:
     low, high = score_range or (0.0, 4.0)
     parts = (weight * scale(record.get(name), low, high, name) for name, weight in HELPSTEER2.items())
     score = min(sum(parts) / sum(HELPSTEER2.values()), 1.0)
-    return ParsedRecord(
-        read_prompt(record.get("prompt")), (Completion(read_reply(record.get("completion")), score=score),)
-    )
+    prompt, reply = _plain(record)
+    return prompt, (Completion(reply, score=score),)
 
 
-def _ultrafeedback(record: Record, score_range: Range) -> ParsedRecord:
+def _ultrafeedback(record: Record, score_range: Range) -> Parsed:
     low, high = score_range or (1.0, 10.0)
     found, ratings = record.get("completions"), record.get("ratings")
     if not isinstance(found, list) or not found:
@@ -260,74 +292,139 @@ def _ultrafeedback(record: Record, score_range: Range) -> ParsedRecord:
         rating = ratings[number] if isinstance(ratings, list) and number < len(ratings) else None
         score = scale(known.get("overall_score", rating), low, high, f"{field}.overall_score")
         completions.append(Completion(read_reply(known.get("response"), f"{field}.response"), score=score))
-    return ParsedRecord(read_prompt(record.get("instruction"), "instruction"), tuple(completions))
+    return read_prompt(record.get("instruction"), "instruction"), tuple(completions)
 
 
 def scale(value: Any, low: float, high: float, field: str) -> float:
     """`value` in [low, high] brought to [0, 1]."""
     if value is None:
         raise Unreadable(f"{field} is missing")
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise Unreadable(f"{field} is {type_name(value)}, not a number")
     if not high > low:
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is empty")
     if math.isinf(high - low):
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is too wide")
     if not low <= value <= high:  # NaN is in no range
-        raise Unreadable(f"{field} is {excerpt(value)}, outside {low:g} to {high:g}")
-    return (value - low) / (high - low)
+        other = "another scale: score_range=[LOWEST,HIGHEST]"
+        raise Unreadable(f"{field} is {excerpt(value)}, outside {low:g} to {high:g} ({other})")
+    return float((value - low) / (high - low))
 
 
-def _negatives(record: Record, score_range: Range) -> ParsedRecord:
+def _preference(column: str, record: Record, score_range: Range) -> Parsed:
+    """A pair after the prompt in `column`, which both sides may repeat, or without one that both sides share."""
+    sides = {name: unpacked(record.get(name)) for name in ("chosen", "rejected")}
+    asked: Turns = ()
+    if record.get(column) is not None:
+        asked = _instruction(record) if column == "instruction" else read_prompt(record.get(column), column)
+    if asked and not any(map(_starts_before_reply, sides.values())):
+        prompt, left, right = asked, *(read_reply(value, name) for name, value in sides.items())
+    else:
+        turns = [read_dialogue(value, name) for name, value in sides.items()]
+        if turns[0] == turns[1] and not asked:
+            raise Unreadable("chosen and rejected are the same, so nothing tells where the prompt ends")
+        prompt, left, right = split_pair(turns[0], turns[1])
+        prompt = whole_prompt(asked, prompt, column)
+    return prompt, (Completion(left, preferred=True), Completion(right, preferred=False))
+
+
+def _starts_before_reply(value: Any) -> bool:
+    """Whether a side of a pair repeats the prompt in front of its reply."""
+    if isinstance(value, str):
+        return _is_transcript(value)
+    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict):
+        return False
+    return _role(value[0]) not in (None, "assistant")
+
+
+def whole_prompt(asked: Turns, shared: Turns, column: str) -> Turns:
+    """The longer of two forms of one prompt: `asked` of a column, and `shared` by the conversations of a pair.
+
+    The column may have a system turn and earlier turns that the conversations do not repeat, or be a part of theirs.
+    """
+    ours, theirs = ([(turn.role, turn.content.strip()) for turn in turns] for turns in (asked, shared))
+    if theirs == ours[-len(theirs) :]:
+        return asked
+    if any(ours == theirs[start : start + len(ours)] for start in range(len(theirs))):
+        return shared
+    raise Unreadable(f"{column} differs from the prompt in chosen and rejected (leave it unread: columns.{column}='')")
+
+
+def _negatives(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     found, by, log_probs = record.get("negatives"), record.get("sampled_by"), record.get("negative_log_probs")
     if not isinstance(found, list) or not found:
         raise Unreadable("negatives is missing, empty or not a list")
     count = len(found)
-    names = by if isinstance(by, list) and len(by) == count else [by] * count
     if log_probs is None:
         log_probs = [None] * count
     elif (
         not isinstance(log_probs, list)
         or len(log_probs) != count
-        or not all(type(one) in (int, float) and -math.inf < one <= 0 for one in log_probs)
+        or not all(_is_number(one) and -math.inf < one <= 0 for one in log_probs)
     ):
         raise Unreadable(f"negative_log_probs is not a list of {count} log-probabilities")
-    sampled = [
-        Completion(
-            read_reply(item, f"negatives[{number}]"),
-            sampled_by="unknown" if name in (None, "") else read_text(name, "sampled_by"),
-            log_prob=log_prob,
-        )
-        for number, (item, name, log_prob) in enumerate(zip(found, names, log_probs, strict=True))
-    ]
-    shown = Completion(read_reply(record.get("completion")))
-    return ParsedRecord(read_prompt(record.get("prompt")), (shown, *sampled))
+    sampled = []
+    for number, (item, log_prob) in enumerate(zip(found, log_probs, strict=True)):
+        name = by[number] if isinstance(by, list) and len(by) == count else by
+        model = "unknown" if name in (None, "") else read_text(name, "sampled_by")
+        sampled.append(Completion(read_reply(item, f"negatives[{number}]"), sampled_by=model, log_prob=log_prob))
+    prompt, reply = dialogue(record)
+    return prompt, (Completion(reply), *sampled)
 
 
-def _format(
-    name: str, kind: Kind, parse: Callable[[Record, Range], ParsedRecord], required: str, optional: str = ""
-) -> Format:
-    return Format(name, kind, frozenset(required.split()), parse, frozenset(optional.split()))
+_DIALOGUES: tuple[tuple[str, Dialogue, str, str], ...] = (  # name, reader, columns that it needs, that it also reads
+    ("", _plain, "prompt completion", ""),
+    ("alpaca", _alpaca, "instruction completion", "input context"),
+    ("messages", partial(_conversation, "messages"), "messages", ""),
+    ("sharegpt", partial(_conversation, "conversations"), "conversations", ""),
+    ("question and answer", _question, "question answer", ""),
+)
+_GRADES: tuple[tuple[str, Kind, Callable[[Dialogue, Record, Range], Parsed], str, str], ...] = (
+    ("", Kind.DEMONSTRATION, _demonstration, "", ""),
+    ("binary", Kind.BINARY, _binary, "label", ""),
+    ("scored", Kind.SCORED, _scored, "score", "score_min score_max"),
+    ("negatives", Kind.NEGATIVES, _negatives, "negatives", "sampled_by negative_log_probs"),
+)
+_PAIRS = {  # column of the prompt: columns that are also read
+    "prompt": "messages",
+    "instruction": "input context",
+    "conversations": "",
+    "messages": "",
+}
+
+
+def _format(name: str, kind: Kind, parse: Callable[[Record, Range], Parsed], columns: str, more: str = "") -> Format:
+    return Format(name, kind, frozenset(columns.split()), frozenset(more.split()), parse)
 
 
 FORMATS = (
-    _format("prompt and completion", Kind.DEMONSTRATION, _demonstration, "prompt completion"),
-    _format("alpaca", Kind.DEMONSTRATION, _alpaca, "instruction completion", "input context"),
-    _format("messages", Kind.DEMONSTRATION, _conversation("messages"), "messages"),
-    _format("sharegpt", Kind.DEMONSTRATION, _conversation("conversations"), "conversations"),
-    _format("question and answer", Kind.DEMONSTRATION, _question, "question answer"),
-    _format(
-        "preference", Kind.PREFERENCE, _preference, "prompt chosen rejected", "messages score_chosen score_rejected"
+    *(
+        _format(
+            ", ".join(filter(None, (dialogue, grade))) or "prompt and completion",
+            kind,
+            partial(parse, read),
+            f"{needs} {grades}",
+            f"{also} {more}",
+        )
+        for grade, kind, parse, grades, more in _GRADES
+        for dialogue, read, needs, also in _DIALOGUES
     ),
-    _format("preference, prompt inside", Kind.PREFERENCE, _preference, "chosen rejected"),
-    _format("binary", Kind.BINARY, _binary, "prompt completion label"),
-    _format("scored", Kind.SCORED, _scored, "prompt completion score", "score_min score_max"),
+    *(
+        _format(
+            "preference" if column == "prompt" else f"preference, {column}",
+            Kind.PREFERENCE,
+            partial(_preference, column),
+            f"{column} chosen rejected",
+            " ".join([more, *SIDES]),
+        )
+        for column, more in _PAIRS.items()
+    ),
+    _format("preference, prompt inside", Kind.PREFERENCE, partial(_preference, "prompt"), "chosen rejected"),
     _format("helpsteer2", Kind.SCORED, _helpsteer2, "prompt completion helpfulness correctness coherence"),
     _format("ultrafeedback", Kind.SCORED, _ultrafeedback, "instruction completions", "ratings"),
-    _format("negatives", Kind.NEGATIVES, _negatives, "prompt completion negatives", "sampled_by"),
 )
 
-FIELDS = frozenset().union(*(f.columns for f in FORMATS)) | COMMON | frozenset(ALIASES)
+FIELDS = frozenset().union(*(f.columns for f in FORMATS), COMMON, (theirs for theirs, *_ in ALIASES))
 """Every name that `columns` can map to."""
 
 
@@ -335,24 +432,17 @@ FIELDS = frozenset().union(*(f.columns for f in FORMATS)) | COMMON | frozenset(A
 # `{role, content}` (OpenAI, TRL) or `{from, value}` (ShareGPT).
 
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+_ROLE_NAMES = {
+    "system": "system developer",
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bot model",
+    "tool": "tool function observation",
 }
+ROLES = {theirs: ours for ours, names in _ROLE_NAMES.items() for theirs in names.split()}
 """Their name of a role: ours."""
 
 _TYPES = {"str": "text", "NoneType": "null", "dict": "an object", "list": "a list", "bool": "true/false"}
+_MESSAGES_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -387,15 +477,40 @@ def read_text(value: Any, field: str) -> str:
 
 def optional_text(value: Any, field: str) -> str | None:
     """A text that may be missing; a number is written out."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if is_blank(value):
         return None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    return read_text(value, field)
+    return str(value) if _is_number(value) else read_text(value, field)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a field says nothing: it is missing, an empty list, or white space."""
+    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def unpacked(value: Any) -> Any:
+    """A message as a list of one, and a list of messages that came as JSON or Python text as that list."""
+    if isinstance(value, dict) and _role(value) is not None:
+        return [value]
+    if isinstance(value, str) and _MESSAGES_TEXT.match(value):
+        found = _list_of_text(value)
+        if isinstance(found, list) and all(isinstance(one, dict) and _role(one) for one in found):
+            return found
+    return value
+
+
+def _list_of_text(value: str) -> Any:
+    """The list that a text cell holds as JSON or Python text; else the text."""
+    for parse in (json.loads, ast.literal_eval) if value.lstrip().startswith("[") else ():
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return parse(value)
+    return value
 
 
 def read_prompt(value: Any, field: str = "prompt") -> Turns:
     """Everything before the reply: a string is one user turn."""
+    value = unpacked(value)
+    if isinstance(value, str) and _is_transcript(value) and value.rstrip().endswith("Assistant:"):
+        return read_dialogue(value.rstrip().removesuffix("Assistant:").rstrip(), field)
     if not isinstance(value, (list, tuple)):
         return (Message("user", read_text(value, field)),)
     return _check_prompt(read_conversation(value, field), field)
@@ -403,16 +518,42 @@ def read_prompt(value: Any, field: str = "prompt") -> Turns:
 
 def read_reply(value: Any, field: str = "completion") -> Turns:
     """The turns after the prompt: a string is one assistant turn, messages start and end with one."""
+    value = unpacked(value)
     if not isinstance(value, (list, tuple)):
         return (Message("assistant", read_text(value, field)),)
     return _check_reply(read_conversation(value, field), field)
 
 
 def with_system(turns: Turns, system: Any) -> Turns:
-    """The prompt with a system turn in front, unless `system` is blank or the prompt has a system turn."""
-    if not isinstance(system, str) or not system.strip() or turns[0].role == "system":
+    """The prompt with a system turn in front, unless `system` is blank or the prompt begins with that very turn."""
+    if is_blank(system):
         return turns
-    return (Message("system", read_text(system, "system")), *turns)
+    turn = Message("system", read_text(system, "system"))
+    if turns[0].role != "system":
+        return (turn, *turns)
+    if turns[0].content.strip() != turn.content.strip():
+        raise Unreadable("system differs from the system turn of the prompt")
+    return turns
+
+
+def with_history(turns: Turns, history: Any) -> Turns:
+    """The prompt after earlier turns, which are messages or pairs of a question and its answer."""
+    history = _list_of_text(history) if isinstance(history, str) else history
+    if is_blank(history):
+        return turns
+    if not isinstance(history, list):
+        raise Unreadable(f"history is {type_name(history)}, not a list of [question, answer]")
+    earlier: list[Message] = []
+    for number, pair in enumerate(history):
+        if isinstance(pair, dict):
+            earlier += read_conversation([pair], f"history[{number}]")
+        elif isinstance(pair, list) and len(pair) == 2:
+            roles = zip(("user", "assistant"), pair, strict=True)
+            earlier += [Message(role, read_text(text, f"history[{number}] ({role})")) for role, text in roles]
+        else:
+            raise Unreadable(f"history[{number}] is {type_name(pair)}, not [question, answer]")
+    system = turns[:1] if turns[0].role == "system" else ()
+    return _check_turns((*system, *earlier, *turns[len(system) :]), "history")
 
 
 def _check_prompt(turns: Turns, field: str) -> Turns:
@@ -432,12 +573,16 @@ def _check_reply(turns: Turns, field: str) -> Turns:
 
 def read_conversation(value: Any, field: str) -> Turns:
     """A list of messages whose roles make sense: at most one system turn, first; never two assistant turns running."""
+    value = unpacked(value)
     if value is None:
         raise Unreadable(f"{field} is missing")
     if not isinstance(value, (list, tuple)):
         raise Unreadable(f"{field} is {type_name(value)}, not text or a list of messages")
     read = [_read_message(item, f"{field}[{number}]") for number, item in enumerate(value)]
-    turns = tuple(turn for turn in read if turn is not None)
+    return _check_turns(tuple(turn for turn in read if turn is not None), field)
+
+
+def _check_turns(turns: Turns, field: str) -> Turns:
     if not turns:
         raise Unreadable(f"{field} is empty")
     for number, turn in enumerate(turns):
@@ -452,22 +597,33 @@ def _read_message(item: Any, field: str) -> Message | None:
     """One turn; None for a blank system turn, which many data sets have."""
     if not isinstance(item, dict):
         raise Unreadable(f"{field} is {type_name(item)}, not a message")
-    name = item.get("role", item.get("from"))
-    role = ROLES.get(name) if isinstance(name, str) else None
+    role, content = _role(item), _one_of(item, "content", "value")
     if role is None:
-        raise Unreadable(f"{field} has the unknown role {excerpt(name)} (known: {', '.join(ROLES)})")
-    content = item.get("content", item.get("value"))
+        name = excerpt(_one_of(item, "role", "from"))
+        raise Unreadable(f"{field} has the unknown role {name} (known: {', '.join(ROLES)})")
     if isinstance(content, list):  # content parts; text is all that can be trained on here
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise Unreadable(f"{field} has a part that is not text")
         content = "".join(part["text"] for part in content)
-    if role == "system" and (content is None or (isinstance(content, str) and not content.strip())):
+    if role == "system" and is_blank(content):
         return None
     return Message(role, read_text(content, f"{field} ({role})"))
 
 
+def _role(item: Mapping[str, Any]) -> str | None:
+    """The role of a message under our name, None where it is none that is known."""
+    name = _one_of(item, "role", "from")
+    return ROLES.get(name) if isinstance(name, str) else None
+
+
+def _one_of(item: Mapping[str, Any], ours: str, theirs: str) -> Any:
+    """A message's field under the name that is set: unions of data sets have both, and null under one."""
+    return item.get(theirs) if item.get(ours) is None else item.get(ours)
+
+
 def read_dialogue(value: Any, field: str) -> Turns:
     """A whole conversation: messages, or a transcript as in HH-RLHF (`Human: ...` and `Assistant: ...` paragraphs)."""
+    value = unpacked(value)
     if not isinstance(value, str):
         return read_conversation(value, field)
     before, *pieces = _TRANSCRIPT.split(read_text(value, field))
@@ -475,6 +631,11 @@ def read_dialogue(value: Any, field: str) -> Turns:
         raise Unreadable("prompt is missing")
     turns = [{"role": role.lower(), "content": text} for role, text in zip(pieces[::2], pieces[1::2], strict=True)]
     return read_conversation(turns, field)
+
+
+def _is_transcript(text: str) -> bool:
+    found = _TRANSCRIPT.match(text)
+    return found is not None and found[1] == "Human"
 
 
 def split_conversation(turns: Turns, field: str) -> tuple[Turns, Turns]:
@@ -488,7 +649,10 @@ def split_conversation(turns: Turns, field: str) -> tuple[Turns, Turns]:
 
 
 def split_pair(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
-    """(the shared prompt, the rest of each): the prompt is their longest common start before a reply."""
+    """(the shared prompt, the rest of each): the prompt is their longest common start before a reply.
+
+    Of two equal sides that is all before the last reply.
+    """
     shared = 0
     for number, (left, right) in enumerate(zip(chosen, rejected, strict=False)):
         if left.role == right.role == "assistant":
@@ -499,6 +663,40 @@ def split_pair(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
         raise Unreadable("chosen and rejected share no prompt")
     prompt = _check_prompt(chosen[:shared], "chosen")
     return prompt, _check_reply(chosen[shared:], "chosen"), _check_reply(rejected[shared:], "rejected")
+
+
+MESSAGE_KEYS = frozenset({"role", "from", "content", "value"})
+COMPLETION_KEYS = frozenset({"response", "overall_score"})
+
+
+def unread(form: Format, fields: Record) -> Iterator[str]:
+    """Fields that say something and are not read: columns, and as `column.key` those of messages and completions."""
+    known = form.columns | COMMON | {"row"}  # row: a name, in the files of `write_rows`
+    yield from (column for column in fields.keys() - known if not is_blank(fields[column]))
+    for column in form.columns & fields.keys():
+        keys = COMPLETION_KEYS if column == "completions" else MESSAGE_KEYS
+        items = fields[column] if isinstance(fields[column], list) else [fields[column]]
+        pairs = {(key, is_blank(value)) for item in items if isinstance(item, dict) for key, value in item.items()}
+        yield from {f"{column}.{key}" for key, blank in pairs if not blank and key not in keys}
+
+
+_REPEATED = 16  # characters of a prompt that stand at the start of a reply by chance no more
+_MARKS = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|### (?:Instruction|Response|Input):")
+
+
+def oddities(row: Row) -> list[str]:
+    """What is right by its form and may not be meant so: names of counts in the data report."""
+    first, last = row.completions[0], row.completions[-1]
+    found = []
+    if first.preferred is not None:
+        scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
+        found += ["equal_pairs"] if first.turns == last.turns else []
+        found += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
+    asked = row.prompt[-1].content.strip()
+    if len(asked) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(asked) for c in row.completions):
+        found.append("repeated_prompts")
+    said = (*row.prompt, *(turn for one in row.completions for turn in one.turns))
+    return [*found, *(["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else [])]
 
 
 # --- Annotations: numbers written beside completions, as columns of a record and back.
@@ -561,7 +759,7 @@ def _per_completion(value: Any, name: str, completions: Sequence[Completion]) ->
 
 
 def _bounded_number(value: Any, field: str, rule: Rule) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise Unreadable(f"{field} is {type_name(value)}, not a number")
     if not rule.low <= value <= rule.high:  # NaN is in no range
         raise Unreadable(f"{field} is {str(value)[:24]}, not {rule.meaning}")
@@ -570,8 +768,11 @@ def _bounded_number(value: Any, field: str, rule: Rule) -> float:
 
 def _rating(value: Any) -> float | None:
     """Few objectives use ratings: a rating that is no number counts as absent."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST
-    return float(value) if usable else None
+    return float(value) if _is_number(value) and -_LARGEST <= value <= _LARGEST else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_pair(completions: Sequence[Completion]) -> bool:
@@ -621,27 +822,23 @@ def to_records(row: Row) -> list[dict[str, Any]]:
     """The records (lines) of one row: one, or one per scored completion."""
     replies = [turns_column(c.turns, "assistant") for c in row.completions]
     first, kind = row.completions[0], row.kind
-    records: list[tuple[dict[str, Any], Sequence[Completion]]]  # the columns of a line and its completions
-    if kind is Kind.SCORED:
-        records = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
-    elif kind is Kind.NEGATIVES:
-        sampled = row.completions[1:]
-        columns: dict[str, Any] = {"response": replies[0], "negatives": replies[1:]}
-        columns["sampled_by"] = [c.sampled_by for c in sampled]
-        if any(c.log_prob is not None for c in sampled):
-            columns["negative_log_probs"] = [c.log_prob for c in sampled]
-        records = [(columns, row.completions)]
+    columns: dict[str, Any] = {"completion": replies[0]}
+    if kind is Kind.BINARY:
+        columns["label"] = first.label
     elif kind is Kind.PREFERENCE:
         assert first.preferred, "a pair is (chosen, rejected)"
-        chosen, rejected = replies
-        records = [({"chosen": chosen, "rejected": rejected}, row.completions)]
-    else:
-        (reply,) = replies
-        label = {"label": first.label} if kind is Kind.BINARY else {}
-        records = [({"completion": reply, **label}, row.completions)]
+        columns = {"chosen": replies[0], "rejected": replies[1]}
+    elif kind is Kind.NEGATIVES:
+        sampled = row.completions[1:]
+        columns = {"response": replies[0], "negatives": replies[1:], "sampled_by": [c.sampled_by for c in sampled]}
+        if any(c.log_prob is not None for c in sampled):
+            columns["negative_log_probs"] = [c.log_prob for c in sampled]
+    lines: list[tuple[dict[str, Any], Sequence[Completion]]] = [(columns, row.completions)]
+    if kind is Kind.SCORED:
+        lines = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
     start = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
     end = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
-    return [{**start, **columns, **_annotation_columns(completions), **end} for columns, completions in records]
+    return [{**start, **columns, **_annotation_columns(completions), **end} for columns, completions in lines]
 
 
 def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:

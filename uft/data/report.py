@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,39 +13,38 @@ from uft.data.chat import Tokens
 from uft.data.mixture import Mixture
 from uft.data.rows import Kind, View
 from uft.data.sources import LoadedSource
-from uft.data.table import like, prompt_words
+from uft.data.table import grouped, like, prompt_words
 from uft.data.tokens import LengthReport, TokenizedSource
+from uft.errors import tame
 
 if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
 BAR = "█"
-COUNTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    "rows": lambda entry: entry["rows"],
-    "held out": lambda entry: entry["held_out"],
-    "drawn": lambda entry: entry["rows_drawn"],
-    "cut": lambda entry: entry["truncated"],
-    "dropped": lambda entry: entry["dropped_bad"] + entry["dropped_long"] + entry["dropped_unusable"],
-    "tokens lost": lambda entry: entry["supervised_tokens_lost"],
+ODDITIES = {
+    "equal_pairs": "both sides of the pair are the same: they teach nothing",
+    "contrary_scores": "the rejected side has the better score",
+    "repeated_prompts": "completions begin with their prompt: it is learned as a part of the reply",
+    "template_marks": "a text spells marks of chat templates (<|im_start|>, [INST], </s>): they are read as letters",
 }
-"""Columns of the table that can be added up."""
-
+"""The sentence of each of :func:`uft.data.formats.oddities`, after the number of its rows."""
+UNEVEN = 10
+"""Labels of one side for each of the other from which on they are called uneven."""
+SUMS = {
+    "rows": ("rows",),
+    "held out": ("held_out",),
+    "drawn": ("rows_drawn",),
+    "cut": ("truncated",),
+    "dropped": ("dropped_bad", "dropped_long", "dropped_unusable"),
+    "tokens lost": ("supervised_tokens_lost",),
+}
+"""Columns of the table that are sums, of these keys of a source's entry and over the sources."""
+SHARES = {"asked": "share_asked", "of rows": "share_rows", "of tokens": "share_supervised_tokens"}
 HEADER = (
-    "source",
-    "kind",
-    "rows",
-    "held out",
-    "asked",
-    "drawn",
-    "of rows",
-    "of tokens",
-    "cut",
-    "dropped",
-    "tokens lost",
+    *("source", "kind", "rows", "held out", "asked", "drawn"),
+    *("of rows", "of tokens", "cut", "dropped", "tokens lost"),
 )
-
-
 COUNTED = 200_000
 """Draws that are counted one by one before a run begins: a second or two."""
 
@@ -91,8 +91,47 @@ def data_report(
             "template_notes": [list(note) for note in tokens.report.notes],
             "digest": source.digest,
             "cache": tokens.cache,
+            "unread": {tame(column): count for column, count in source.omitted.unread.most_common()},
+            "left_out": [tame(name) for name in source.omitted.files],
+            **{oddity: source.omitted.oddities[oddity] for oddity in ODDITIES},
+            "labels": _labels(source),
         }
     return {"rows_drawn": sum(drawn), "digest": data_digest(loaded), "seed": mixture.seed, "sources": sources}
+
+
+def _labels(source: LoadedSource) -> dict[str, int]:
+    """How many training rows are labelled good and bad; {} where none has a label."""
+    labels: Counter[str] = Counter()
+    for row, count in grouped(source.rows) if Kind.BINARY in source.kinds else ():
+        if row.kind is Kind.BINARY:
+            labels["good" if row.completions[0].label else "bad"] += count
+    return {name: labels[name] for name in ("good", "bad")} if labels else {}
+
+
+def data_omissions(report: Mapping[str, Any]) -> list[str]:
+    """Per source the columns, with the rows in which they say something, and files of a folder that are not read."""
+    told = []
+    for name, entry in report["sources"].items():
+        columns = [f"{column} ({count:,} row{'s' * (count != 1)})" for column, count in entry["unread"].items()]
+        told += [f"{name}: {', '.join(columns)}"] if columns else []
+        told += [f"{name}: files {', '.join(entry['left_out'])}"] if entry["left_out"] else []
+    return told
+
+
+def data_cautions(report: Mapping[str, Any]) -> list[str]:
+    """Sentences about rows that may not be meant so, and about feedback that teaches little."""
+    told = [
+        f"{name}: in {entry[oddity]:,} of its rows {sentence}"
+        for name, entry in report["sources"].items()
+        for oddity, sentence in ODDITIES.items()
+        if entry[oddity]
+    ]
+    good, bad = (sum(entry["labels"].get(side, 0) for entry in report["sources"].values()) for side in ("good", "bad"))
+    if good + bad and not (good and bad):
+        told.append(f"every labelled row is {'good' if good else 'bad'}: nothing tells good completions from bad ones")
+    elif max(good, bad) >= UNEVEN * min(good, bad) > 0:
+        told.append(f"labels are uneven: {good:,} good, {bad:,} bad")
+    return told
 
 
 def data_digest(loaded: Sequence[LoadedSource]) -> str:
@@ -103,19 +142,18 @@ def data_digest(loaded: Sequence[LoadedSource]) -> str:
 def report_table(report: Mapping[str, Any]) -> list[list[str]]:
     """The report as rows of text for a terminal: a header, one row per source, and their sums."""
     sources = report["sources"]
-    table = [[*HEADER]]
-    for name, entry in sources.items():
-        cells = {
-            "source": name,
-            "kind": ", ".join(entry["kinds"]),
-            "asked": f"{entry['share_asked']:.1%}",
-            "of rows": f"{entry['share_rows']:.1%}",
-            "of tokens": f"{entry['share_supervised_tokens']:.1%}",
-            **{column: f"{count(entry):,}" for column, count in COUNTS.items()},
-        }
-        table.append([cells[column] for column in HEADER])
-    sums = {name: f"{sum(count(entry) for entry in sources.values()):,}" for name, count in COUNTS.items()}
-    return [*table, ["all", *(sums.get(name, "") for name in HEADER[1:])]]
+
+    def sums(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+        known = list(entries)
+        return {column: f"{sum(entry[key] for entry in known for key in keys):,}" for column, keys in SUMS.items()}
+
+    lines = [
+        {"source": name, "kind": ", ".join(entry["kinds"]), **sums([entry])}
+        | {column: f"{entry[key]:.1%}" for column, key in SHARES.items()}
+        for name, entry in sources.items()
+    ]
+    lines.append({"source": "all", **sums(sources.values())})
+    return [[*HEADER], *([line.get(column, "") for column in HEADER] for line in lines)]
 
 
 def length_histogram(lengths: Sequence[Sequence[int]], width: int = 40) -> list[str]:
@@ -132,10 +170,9 @@ def length_histogram(lengths: Sequence[Sequence[int]], width: int = 40) -> list[
 
 def merged_lengths(reports: Sequence[LengthReport]) -> list[tuple[int, int]]:
     """The length counts of several sources in one histogram."""
-    counts: dict[int, int] = {}
+    counts: Counter[int] = Counter()
     for report in reports:
-        for edge, count in report.lengths:
-            counts[edge] = counts.get(edge, 0) + count
+        counts.update(dict(report.lengths))
     return sorted(counts.items())
 
 
@@ -149,10 +186,8 @@ def coloured(encoded: Tokens, tokenizer: PreTrainedTokenizerBase, marks: tuple[s
         if end < encoded.length and encoded.supervised[end] == encoded.supervised[start]:
             continue  # runs are decoded whole: one character may be several tokens
         decoded = str(tokenizer.decode(encoded.ids[start:end].tolist(), clean_up_tokenization_spaces=False))
-        if encoded.supervised[start]:
-            text.append(f"{marks[0]}{decoded}{marks[1]}", style="bold green")
-        else:
-            text.append(decoded, style="dim")
+        supervised = encoded.supervised[start]
+        text.append(decoded.join(marks) if supervised else decoded, style="bold green" if supervised else "dim")
         start = end
     return text
 

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
-from typing import Protocol
 
 BASELINE, SOFT_LABEL = "baseline_logp", "soft_label"
 ANNOTATIONS = (BASELINE, SOFT_LABEL)
@@ -78,19 +77,15 @@ class Row:
 
     @property
     def kind(self) -> Kind:
-        return kind_of(self.completions)
-
-
-def kind_of(completions: Sequence[Completion]) -> Kind:
-    """The kind of a row with these completions."""
-    if any(c.sampled_by is not None for c in completions):
-        return Kind.NEGATIVES
-    first = completions[0]
-    if first.preferred is not None:
-        return Kind.PREFERENCE
-    if first.label is not None:
-        return Kind.BINARY
-    return Kind.DEMONSTRATION if first.score is None else Kind.SCORED
+        """The kind that the feedback of the completions makes it."""
+        if any(c.sampled_by is not None for c in self.completions):
+            return Kind.NEGATIVES
+        first = self.completions[0]
+        if first.preferred is not None:
+            return Kind.PREFERENCE
+        if first.label is not None:
+            return Kind.BINARY
+        return Kind.DEMONSTRATION if first.score is None else Kind.SCORED
 
 
 # --- Views: the completions of a row that an objective uses, each with its role and explicit reward.
@@ -127,23 +122,7 @@ View = Callable[[Row, int], Selection | None]  # (row, how often it was drawn be
 # never sits on both sides and the choice depends neither on the order of a file nor on a seed.
 
 
-class RowContent(Protocol):
-    """The content of a row, with or without a name and a number."""
-
-    @property
-    def prompt(self) -> Turns: ...
-
-    @property
-    def completions(self) -> tuple[Completion, ...]: ...
-
-    @property
-    def answer(self) -> str | None: ...
-
-    @property
-    def task(self) -> str | None: ...
-
-
-def encode_row(row: RowContent) -> bytes:
+def encode_row(row: Row) -> bytes:
     """Canonical JSON of a row without its name and number, one line in UTF-8; :func:`decode_row` inverts it."""
     completions = [
         [_turn_lists(c.turns), c.preferred, c.label, c.score, c.sampled_by, c.log_prob]
@@ -157,7 +136,11 @@ def encode_row(row: RowContent) -> bytes:
 def decode_row(encoded: bytes, source: str, index: int) -> Row:
     """The row of :func:`encode_row` under a name and number, equal to the last digit."""
     prompt, completions, answer, task = json.loads(encoded)
-    return Row(source, index, _turns(prompt), tuple(_completion(*c) for c in completions), answer, task)
+    made = (
+        Completion(_turns(turns), preferred, label, score, sampled_by, log_prob, dict(*numbers))
+        for turns, preferred, label, score, sampled_by, log_prob, *numbers in completions
+    )
+    return Row(source, index, _turns(prompt), tuple(made), answer, task)
 
 
 def content_digest(rows: Iterable[Row]) -> str:
@@ -171,20 +154,8 @@ def content_digest(rows: Iterable[Row]) -> str:
 
 def prompt_hash(prompt: Sequence[Message]) -> str:
     """sha256 of a prompt, ignoring white space at the ends of its turns."""
-    turns = [[turn.role, turn.content.strip()] for turn in prompt]
-    return hashlib.sha256(json.dumps(turns, ensure_ascii=False).encode("utf-8")).hexdigest()
-
-
-def _completion(
-    turns: list[list[str]],
-    preferred: bool | None,
-    label: bool | None,
-    score: float | None,
-    sampled_by: str | None,
-    log_prob: float | None,
-    annotations: Sequence[tuple[str, float]] = (),
-) -> Completion:
-    return Completion(_turns(turns), preferred, label, score, sampled_by, log_prob, dict(annotations))
+    turns = json.dumps([[turn.role, turn.content.strip()] for turn in prompt], ensure_ascii=False)
+    return hashlib.sha256(turns.encode("utf-8")).hexdigest()
 
 
 def _turns(turns: list[list[str]]) -> Turns:

@@ -14,19 +14,20 @@ import os
 import re
 import shutil
 import socket
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
 import uft
 from uft.data import formats
-from uft.data.formats import Format, Unreadable
+from uft.data.formats import Format, Unreadable, is_blank
 from uft.data.rows import Kind, Row, content_digest, prompt_hash
 from uft.data.table import Corrupt, RowCollector, RowTable, kinds, open_table, pick, prompt_words
 from uft.errors import Problem, UftError
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
-CODE_VERSION = 1  # raise it when this code makes other rows of the same files, or lays them out otherwise
+CODE_VERSION = 2  # raise it when this code makes other rows of the same files, or lays them out otherwise
 CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
@@ -50,6 +51,20 @@ class BadRow:
 
     where: str
     why: str
+
+
+@dataclass
+class Omissions:
+    """The parts of a place that its rows do not hold, and their oddities. They are told before a run begins."""
+
+    bad: list[BadRow] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)  # column -> rows in which it says something
+    files: list[str] = field(default_factory=list)  # of a folder: those that were left out
+    oddities: Counter[str] = field(default_factory=Counter)  # see `uft.data.formats.oddities`
+
+    def __add__(self, other: Omissions) -> Omissions:
+        files = sorted({*self.files} & {*other.files}) if self.files and other.files else self.files + other.files
+        return Omissions(self.bad + other.bad, self.unread + other.unread, files, self.oddities + other.oddities)
 
 
 @dataclass(frozen=True)
@@ -64,9 +79,13 @@ class LoadedSource:
     rows: Sequence[Row]
     held_out: Sequence[Row]
     digest: str
-    dropped: tuple[BadRow, ...] = ()
+    omitted: Omissions = field(default_factory=Omissions)
     checker: str | None = None
     apart: bool = False  # held-out rows lie in a place of their own, and are numbered there
+
+    @property
+    def dropped(self) -> Sequence[BadRow]:
+        return self.omitted.bad
 
     @property
     def kinds(self) -> dict[Kind, int]:
@@ -123,6 +142,7 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         problems.append(Problem(f"data.sources.{name}.score_range={list(scores)}", why))
     if problems:
         raise UftError(*problems)
+    amount = data.holdout if source.holdout is None else source.holdout
     place = Place(source.path, source.split, source.subset, source.revision, f"data.sources.{name}.path")
     apart = None  # where evaluation rows of their own lie: as configured, or the test split that builtin data has
     if source.eval_path is not None:
@@ -132,16 +152,15 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         apart = replace(place, split=source.eval_split)
     elif source.path.startswith(_BUILTIN) and source.holdout is None:
         apart = replace(place, split="test")
-    rows, bad = _parse(name, source, place, source.limit, data.cache)
-    held_out: Sequence[Row]
-    if apart is not None:
-        held_out, more = _parse(name, source, apart, None, data.cache)
-        bad += more
-    else:
-        amount = data.holdout if source.holdout is None else source.holdout
+    rows, omitted = _parse(name, source, place, source.limit, data.cache)
+    if apart is None:
         rows, held_out = hold_out(rows, amount)
-    digest = content_digest(rows)
-    return LoadedSource(name, source.path, rows, held_out, digest, tuple(bad), source.checker, apart is not None)
+    else:
+        held_out, more = _parse(name, source, apart, None, data.cache)
+        omitted += more
+    return LoadedSource(
+        name, source.path, rows, held_out, content_digest(rows), omitted, source.checker, apart is not None
+    )
 
 
 # --- Held-out rows.
@@ -154,22 +173,16 @@ def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequenc
     that share prompts hold out nearly the same ones. Order within both sides is that of `rows`.
     """
     wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
-    chosen = _least_prompts(rows, min(wanted, len(rows))) if wanted > 0 and rows else bytes(len(rows))
-    train, held = (array("q", (n for n, one in enumerate(chosen) if one == side)) for side in (0, 1))
-    return pick(rows, train), pick(rows, held)
-
-
-def _least_prompts(rows: Sequence[Row], count: int) -> bytearray:
-    """1 for the `count` >= 1 rows whose prompt hashes are least, and for all with the prompt of the last of them."""
-    words = prompt_words(rows)
-    edge = sorted(words)[count - 1]
-    chosen = bytearray(word < edge for word in words)
-    there = [n for n, word in enumerate(words) if word == edge]  # one prompt's, nearly always: a word is not all
-    hashes = [prompt_hash(rows[n].prompt) for n in there]
-    last = sorted(hashes)[count - sum(chosen) - 1]
-    for n, full_hash in zip(there, hashes, strict=True):
-        chosen[n] = full_hash <= last
-    return chosen
+    count = min(wanted, len(rows))
+    if count <= 0:
+        return pick(rows, range(len(rows))), pick(rows, ())
+    words = np.array(prompt_words(rows))
+    edge = np.sort(words)[count - 1]  # the word of one prompt, nearly always: a word is not the whole hash
+    held = words < edge
+    at_edge = {int(n): prompt_hash(rows[int(n)].prompt) for n in np.flatnonzero(words == edge)}
+    last = sorted(at_edge.values())[count - int(held.sum()) - 1]
+    held[[n for n, full_hash in at_edge.items() if full_hash <= last]] = True
+    return pick(rows, np.flatnonzero(~held).tolist()), pick(rows, np.flatnonzero(held).tolist())
 
 
 # --- Parsing: the records of a place as rows. The rows of large files are cached, so that every further process maps
@@ -178,39 +191,44 @@ def _least_prompts(rows: Sequence[Row], count: int) -> bytearray:
 
 def _parse(
     name: str, source: Source, place: Place, limit: int | None, cache: str | None
-) -> tuple[Sequence[Row], list[BadRow]]:
-    """The rows of a place, and the records that cannot be used."""
-    folder, tables = cache_root(cache) / "rows", open_place(place)
+) -> tuple[Sequence[Row], Omissions]:
+    """The rows of a place, and what it has beside them."""
+    folder, (tables, left_out) = cache_root(cache) / "rows", open_place(place)
     files = [table.file for table in tables if table.file is not None]
     key, states = None, [_file_state(file) for file in files]
     if files and sum(size for _, size, _ in states) >= CACHED_BYTES:
         key = _cache_key(source, limit, files)
         try:
             table, notes = open_table(folder / key)
-            return RowTable.of(name, table)[:limit], [BadRow(*row) for row in notes["bad"]]
+            bad = [BadRow(*row) for row in notes["bad"]]
+            omitted = Omissions(bad, Counter(notes["unread"]), left_out, Counter(notes["odd"]))
+            return RowTable(name, table)[:limit], omitted
         except FileNotFoundError:
             pass
         except Corrupt as error:
             log.warning("row cache %s is corrupt (%s): reading the rows again", folder / key, error)
             shutil.rmtree(folder / key, ignore_errors=True)
-    good, bad = RowCollector(name, limit, folder, key), list[BadRow]()
+    good, omitted = RowCollector(name, limit, folder, key), Omissions(files=left_out)
     score_range = (source.score_range[0], source.score_range[1]) if source.score_range else None
     for records in tables:
-        form = _recognise(name, source, records) if records.count else None
-        for found in records:
+        form = _recognise(name, source, records.scan) if records.scan.count else None
+        for number, record in records:
             beat()
-            if isinstance(found, BadRow):
-                bad.append(found)
-                continue
-            assert form is not None
-            fields = formats.rename(found.fields, source.columns)
             try:
-                good.add(form.read(formats.from_text(fields) if records.textual else fields, score_range))
+                if form is None or isinstance(record, str):
+                    raise Unreadable(record)
+                fields = formats.rename(record, source.columns)
+                row = form.read(formats.from_text(fields) if records.textual else fields, score_range)
             except Unreadable as error:
-                bad.append(BadRow(found.where, str(error)))
+                omitted.bad.append(BadRow(f"{records.name}:{number}", str(error)))
+                continue
+            good.add(row)
+            omitted.unread.update(formats.unread(form, fields))
+            omitted.oddities.update(formats.oddities(row))
     if states != [_file_state(file) for file in files]:
         raise place.problem(*CHANGED)
-    return good.rows({"bad": [[row.where, row.why] for row in bad]}), bad
+    told = [[row.where, row.why] for row in omitted.bad]
+    return good.rows({"bad": told, "unread": omitted.unread, "odd": omitted.oddities}), omitted
 
 
 def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
@@ -224,39 +242,43 @@ def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _recognise(name: str, source: Source, table: RecordTable) -> Format:
+def _recognise(name: str, source: Source, table: Scan) -> Format:
     """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
+    listed = f"columns: {_listing(table.columns)}"
     problems = [
         Problem(
             f"data.sources.{name}.columns.{ours}={theirs}",
             "no such column in the data",
-            advice=(
-                *formats.nearest("{}", theirs, table.columns),
-                f"columns: {', '.join(sorted(table.columns))}",
-            ),
+            advice=(*formats.nearest("{}", theirs, table.columns), listed),
         )
         for ours, theirs in source.columns.items()
-        if theirs not in table.columns
+        if theirs and theirs not in table.columns  # an empty name: the field is left unread
     ]
     if problems:
         raise UftError(*problems)
-    usual: dict[str, Any] = {key: None for key, count in table.columns.items() if 2 * count >= table.count}
-    columns = formats.rename(usual, source.columns)
-    return formats.recognise(columns, source.kind, source.columns, name)
+    told = formats.rename(table.told, source.columns)
+    usual = formats.rename({c: c for c, count in table.columns.items() if 2 * count >= table.count}, source.columns)
+    columns = {column for column in usual if told.get(column) or column not in formats.FEEDBACK}
+    form = formats.recognise(columns, source.kind, source.columns, name)
+    if source.kind is None and (problem := formats.unread_feedback(form, told, name)):
+        raise UftError(problem)
+    return form
 
 
 # --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record of a file, and where it stands."""
-
-    where: str
-    fields: Mapping[str, Any]
+Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
 
 
-Found = Record | BadRow
+@dataclass
+class Scan:
+    """The first reading of a table."""
+
+    columns: Counter[str] = field(default_factory=Counter)  # column -> records that have it
+    told: Counter[str] = field(default_factory=Counter)  # column -> records in which it says something
+    count: int = 0  # records that could be read
+    kept: list[Found] = field(default_factory=list)  # all of them, of a small file
 
 
 @dataclass(frozen=True)
@@ -267,37 +289,27 @@ class RecordTable:
     the rows made of them and not both.
     """
 
-    find: Callable[[], Iterator[Found]]
+    name: str  # of the file or data set
+    find: Callable[[], Iterable[Found]]
     file: Path | None = None
     textual: bool = False  # every value is a text cell (CSV)
     small: bool = False  # so that its records can be kept
 
-    @property
-    def columns(self) -> Mapping[str, int]:
-        """In how many records each column stands."""
-        return self._scan[0]
-
-    @property
-    def count(self) -> int:
-        """Records that could be read."""
-        return self._scan[1]
-
     def __iter__(self) -> Iterator[Found]:
-        few = self._scan[2]
-        return self.find() if few is None else iter(few)
+        return iter(self.scan.kept if self.small else self.find())
 
     @cached_property
-    def _scan(self) -> tuple[Mapping[str, int], int, Sequence[Found] | None]:
-        columns: Counter[str] = Counter()
-        count, few = 0, list[Found]() if self.small else None
-        for found in self.find():
+    def scan(self) -> Scan:
+        found = Scan()
+        for number, record in self.find():
             beat()
-            if isinstance(found, Record):
-                columns.update(found.fields.keys())
-                count += 1
-            if few is not None:
-                few.append(found)
-        return columns, count, few
+            if isinstance(record, dict):
+                found.columns.update(record.keys())
+                found.told.update({column: int(not is_blank(value)) for column, value in record.items()})
+                found.count += 1
+            if self.small:
+                found.kept.append((number, record))
+        return found
 
 
 @dataclass(frozen=True)
@@ -331,13 +343,16 @@ def looks_local(path: str) -> bool:
     return Path(path).suffix.lower() in (*READERS, ".gz", ".txt", ".zip", ".arrow") or not _HUB_ID.fullmatch(path)
 
 
-def open_place(place: Place) -> list[RecordTable]:
-    """The tables of a place, in a stable order. Raises :class:`UftError` when it cannot be opened."""
+def open_place(place: Place) -> tuple[list[RecordTable], list[str]]:
+    """The tables of a place in a stable order, and the names of a folder's files that are in none of them.
+
+    Raises :class:`UftError` when it cannot be opened.
+    """
     if place.path.startswith(_BUILTIN):
-        return [_builtin(place)]
+        return [_builtin(place)], []
     path = Path(os.path.expanduser(place.path))
     if os.path.isfile(path):  # Path's own methods raise for names that are too long, or hold a NUL
-        return [_file(path, place)]
+        return [_file(path, place)], []
     if os.path.isdir(path):
         return _folder(path, place)
     if os.path.islink(path):
@@ -345,7 +360,7 @@ def open_place(place: Place) -> list[RecordTable]:
     if os.path.exists(path):
         raise place.problem("is neither a file nor a folder")
     if not looks_local(place.path):
-        return [_hub(place.path, place)]
+        return [_hub(place.path, place)], []
     if not os.path.isdir(path.parent):
         advice = f"the folder {path.parent} does not exist either"
     else:
@@ -371,7 +386,8 @@ def _file(path: Path, place: Place) -> RecordTable:
         if before[0] != after:
             raise place.problem(*CHANGED)
 
-    return RecordTable(find, path, textual=reader is read_csv, small=_file_state(path)[1] <= KEPT_BYTES)
+    small = _file_state(path)[1] <= KEPT_BYTES
+    return RecordTable(str(path), find, path, textual=reader is _csv, small=small)
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:
@@ -380,15 +396,15 @@ def _file_state(path: Path) -> tuple[int, int, int]:
     return known.st_ino, known.st_size, known.st_mtime_ns
 
 
-def _folder(path: Path, place: Place) -> list[RecordTable]:
+def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
     """A folder written by `datasets`, a hub repository's layout, or plain files in the order of their names."""
     if not os.access(path, os.R_OK | os.X_OK):
         raise place.problem("cannot be read: no permission")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return [_saved_dataset(path, place)]
+        return [_saved_dataset(path, place)], []
     files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in READERS)
     if (path / "README.md").is_file() or not files:
-        return [_hub(str(path), place)]
+        return [_hub(str(path), place)], []
     # names may tell splits apart (train-00.jsonl, test.jsonl); else all files are of any split
     named = {file: _SPLITS[match[1].lower()] for file in files if (match := _SPLIT_NAME.match(file.stem))}
     if named:
@@ -396,7 +412,8 @@ def _folder(path: Path, place: Place) -> list[RecordTable]:
     if not files:
         splits = f"splits: {_listing(set(named.values()))}"
         raise place.problem(f"no file of split {place.split} in this folder", splits)
-    return [_file(file, place) for file in files]
+    left_out = sorted(p.name for p in path.iterdir() if p not in files and not p.name.startswith("."))
+    return [_file(file, place) for file in files], left_out
 
 
 def _saved_dataset(path: Path, place: Place) -> RecordTable:
@@ -410,7 +427,7 @@ def _saved_dataset(path: Path, place: Place) -> RecordTable:
         if place.split not in loaded:
             raise place.problem(f"no split {place.split} in this datasets folder", f"splits: {_listing(loaded)}")
         loaded = loaded[place.split]
-    return RecordTable(partial(_numbered, loaded, str(path)))
+    return RecordTable(str(path), partial(_named, loaded, loaded.features))
 
 
 def _hub(name: str, place: Place) -> RecordTable:
@@ -435,7 +452,18 @@ def _hub(name: str, place: Place) -> RecordTable:
     finally:
         if progress:
             datasets.enable_progress_bars()
-    return RecordTable(partial(_numbered, loaded, name))
+    return RecordTable(name, partial(_named, loaded, loaded.features))
+
+
+def _named(records: Iterable[dict[str, Any]], features: Mapping[str, Any]) -> Iterator[Found]:
+    """Records of `datasets`, with the names of classes (`ClassLabel`) in the place of their numbers."""
+    names = {column: one.names for column, one in features.items() if getattr(one, "names", None)}
+    return enumerate((_with_names(record, names) for record in records), start=1)
+
+
+def _with_names(record: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    known = {column: record[column] for column in names if record.get(column) is not None}
+    return record | {column: names[column][number] if number >= 0 else None for column, number in known.items()}
 
 
 def _builtin(place: Place) -> RecordTable:
@@ -450,11 +478,7 @@ def _builtin(place: Place) -> RecordTable:
     if place.split not in ("train", "test"):
         raise place.problem(f"builtin data has no split {place.split}", "splits: test, train")
     records = world.records(name, "test" if place.split == "test" else "train")
-    return RecordTable(partial(_numbered, records, place.path))
-
-
-def _numbered(records: Iterable[Any], name: str) -> Iterator[Found]:
-    return (Record(f"{name}:{number}", record) for number, record in enumerate(records, start=1))
+    return RecordTable(place.path, partial(enumerate, records, 1))
 
 
 def _listing(names: Iterable[str]) -> str:
@@ -466,7 +490,7 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-# --- Readers of files: JSON Lines, JSON, CSV and Parquet, each record with its place, so that a bad one can be found.
+# --- Readers of files: JSON Lines, JSON, CSV and Parquet, each record with its number, so that a bad one can be found.
 #
 # JSON Lines and CSV need the standard library alone; pyarrow is imported when a file asks for it.
 
@@ -476,109 +500,110 @@ def _jsonl(path: Path) -> Iterator[Found]:
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, start=1):
             if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                yield BadRow(f"{path}:1", "the file is UTF-16; save it as UTF-8")
+                yield 1, "the file is UTF-16; save it as UTF-8"
                 return
-            raw = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
-            if raw:
-                yield _json_object(raw, f"{path}:{number}")
-
-
-def _json_object(raw: bytes, where: str) -> Found:
-    try:
-        return _record(json.loads(raw.decode("utf-8")), where)
-    except UnicodeDecodeError as error:
-        return BadRow(where, f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}")
-    except json.JSONDecodeError as error:
-        lines = "; lines end with a line feed, not with a carriage return" if b"\r" in raw else ""
-        return BadRow(where, f"broken JSON: {error.msg} at column {error.colno}{lines}")
-    except ValueError:  # of Python's int
-        return BadRow(where, "broken JSON: a number of more than 4,300 digits")
-    except RecursionError:
-        return BadRow(where, "broken JSON: nested too deeply")
-
-
-def _record(value: Any, where: str) -> Found:
-    return Record(where, value) if isinstance(value, dict) else BadRow(where, "not a JSON object")
+            raw = (line.removeprefix(_BOM) if number == 1 else line).strip()
+            if not raw:
+                continue
+            try:
+                found = _record(json.loads(raw.decode("utf-8")))
+            except UnicodeDecodeError as error:
+                found = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+            except json.JSONDecodeError as error:
+                lines = "; lines end with a line feed, not with a carriage return" if b"\r" in raw else ""
+                found = f"broken JSON: {error.msg} at column {error.colno}{lines}"
+            except (ValueError, RecursionError) as error:
+                found = _beyond_python(error)
+            yield number, found
 
 
 def _json(path: Path) -> Iterator[Found]:
     """A JSON array of objects, which is read whole, or one object per line."""
-    if not _begins_array(path):
+    with open(path, "rb") as handle:
+        first = handle.read(3).removeprefix(_BOM).lstrip()
+        while not first and (block := handle.read(4096)):
+            first = block.lstrip()
+    if not first.startswith(b"["):
         yield from _jsonl(path)
         return
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf").strip()
+    raw = path.read_bytes().removeprefix(_BOM).strip()
     try:
         items = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        yield BadRow(f"{path}:{line}", f"not UTF-8: byte 0x{raw[error.start]:02x}")
+        yield raw.count(b"\n", 0, error.start) + 1, f"not UTF-8: byte 0x{raw[error.start]:02x}"
     except json.JSONDecodeError as error:
-        yield BadRow(f"{path}:{error.lineno}", f"broken JSON: {error.msg}")
-    except ValueError:
-        yield BadRow(f"{path}:1", "broken JSON: a number of more than 4,300 digits")
-    except RecursionError:
-        yield BadRow(f"{path}:1", "broken JSON: nested too deeply")
+        yield error.lineno, f"broken JSON: {error.msg}"
+    except (ValueError, RecursionError) as error:
+        yield 1, _beyond_python(error)
     else:
         del raw
-        yield from (_record(item, f"{path}:{number}") for number, item in enumerate(items, start=1))
+        yield from enumerate(map(_record, items), start=1)
 
 
-def _begins_array(path: Path) -> bool:
-    with open(path, "rb") as handle:
-        first = handle.read(3).removeprefix(b"\xef\xbb\xbf").lstrip()
-        while not first and (block := handle.read(4096)):
-            first = block.lstrip()
-    return first.startswith(b"[")
+_BOM = b"\xef\xbb\xbf"
 
 
-def read_csv(path: Path) -> Iterator[Found]:
+def _record(value: Any) -> dict[str, Any] | str:
+    return value if isinstance(value, dict) else "not a JSON object"
+
+
+def _beyond_python(error: ValueError | RecursionError) -> str:
+    deep = isinstance(error, RecursionError)
+    return f"broken JSON: {'nested too deeply' if deep else 'a number of more than 4,300 digits'}"
+
+
+def _csv(path: Path) -> Iterator[Found]:
     """Text cells under a header. Bytes that are not UTF-8 stay visible as surrogates, which the row's check names."""
     csv.field_size_limit(2**31 - 1)
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-        yield from _cells(path, csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-
-
-def _cells(path: Path, rows: Any) -> Iterator[Found]:
-    try:
-        header: list[str] = next(rows, [])
-        twice = sorted(name for name, count in Counter(header).items() if count > 1)
-        if twice:
-            yield BadRow(f"{path}:1", f"names a column twice: {', '.join(map(repr, twice[:3]))}")
-            return
-        start = rows.line_num + 1
-        for cells in rows:
-            where, start = f"{path}:{start}", rows.line_num + 1
-            if len(cells) == len(header):
-                yield Record(where, dict(zip(header, cells, strict=True)))
-            elif cells:
-                yield BadRow(where, f"has {len(cells)} cells under {len(header)} columns")
-    except csv.Error as error:
-        yield BadRow(f"{path}:{rows.line_num}", f"broken CSV: {error}")
+        rows = csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        try:
+            header: list[str] = next(rows, [])
+            twice = sorted(name for name, count in Counter(header).items() if count > 1)
+            if twice:
+                yield 1, f"names a column twice: {', '.join(map(repr, twice[:3]))}"
+                return
+            start = rows.line_num + 1
+            for cells in rows:
+                number, start = start, rows.line_num + 1
+                if len(cells) == len(header):
+                    yield number, dict(zip(header, cells, strict=True))
+                elif cells:
+                    yield number, f"has {len(cells)} cells under {len(header)} columns"
+        except csv.Error as error:
+            yield rows.line_num, f"broken CSV: {error}"
 
 
 def _parquet(path: Path) -> Iterator[Found]:
     import pyarrow.parquet
 
+    def only_row(batch: Any) -> dict[str, Any] | str:
+        try:
+            row: dict[str, Any] = batch.to_pylist()[0]
+            return row
+        except Exception as error:
+            return f"cannot be read: {first_line(error)}"
+
+    def rows_of(batch: Any) -> list[Any]:
+        try:
+            return list(batch.to_pylist())
+        except Exception:  # a row has no value in Python (a text that is not UTF-8): find it
+            return [only_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
-    number = 0
     with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of the names of folders
-        for batch in file.iter_batches(batch_size=1024):
-            try:
-                rows = batch.to_pylist()
-            except Exception:  # a row has no value in Python (a text that is not UTF-8): find it
-                rows = [_parquet_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
-            for row in rows:
-                number += 1
-                where = f"{path}:{number}"
-                yield BadRow(where, row) if isinstance(row, str) else Record(where, row)
+        names = _class_names(file.schema_arrow.metadata)
+        rows = (row for batch in file.iter_batches(1024) for row in rows_of(batch))
+        yield from enumerate((row if isinstance(row, str) else _with_names(row, names) for row in rows), start=1)
 
 
-def _parquet_row(batch: Any) -> dict[str, Any] | str:
-    """The only row of a batch, or why it cannot be read."""
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """The names of classes that `datasets` wrote into a Parquet file."""
     try:
-        return batch.to_pylist()[0]
-    except Exception as error:
-        return f"cannot be read: {first_line(error)}"
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {c: one["names"] for c, one in features.items() if isinstance(one, dict) and one.get("names")}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}
 
 
 READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
@@ -586,6 +611,6 @@ READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
     ".ndjson": _jsonl,
     ".json": _json,
     ".parquet": _parquet,
-    ".csv": read_csv,
-    ".tsv": read_csv,
+    ".csv": _csv,
+    ".tsv": _csv,
 }

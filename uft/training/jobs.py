@@ -21,7 +21,14 @@ from uft.config.frozen import adds
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS, stages_of
 from uft.data.formats import is_rows_file, write_rows
-from uft.data.report import coloured, length_histogram, merged_lengths, report_table
+from uft.data.report import (
+    coloured,
+    data_cautions,
+    data_omissions,
+    length_histogram,
+    merged_lengths,
+    report_table,
+)
 from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import kinds
@@ -141,6 +148,10 @@ def show_stage_data(name: str, data: StageData, console: Console) -> None:
         for cells in lines[1:]:
             table.add_row(*cells)
         console.print(table, "")
+    told = [f"not read: {line}" for line in data_omissions(data.record)]
+    told += [f"caution: {line}" for line in data_cautions(data.record)]
+    for line in (*told, "") if told else ():
+        console.print(line, markup=False, highlight=False)
     console.print("[bold]tokens per completion with its prompt[/bold]")
     for line in length_histogram(merged_lengths([source.report for source in data.dataset.train])):
         console.print(f"  {line}", highlight=False)

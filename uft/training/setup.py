@@ -19,7 +19,7 @@ from uft import __version__
 from uft.config.schema import Config, Model, ReferenceModel
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
-from uft.data.report import report_table
+from uft.data.report import data_cautions, data_omissions, report_table
 from uft.distributed import ranks, set_sharding
 from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.evaluate import check_step_zero
@@ -45,6 +45,7 @@ STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 RANK_SEEDS = 1_000_003
 """Distance between the sampling seeds of two processes."""
 
+ONE_ROW = "a step has one row: its baseline is measured under the prompts of a step's other rows, and is always 0"
 REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs with all rights of this user"
 
 Say = Callable[[str], None]
@@ -277,7 +278,9 @@ def cautions(prepared: Prepared) -> list[str]:
     """Warnings about the run that its card and `check.json` repeat."""
     remote = [REMOTE_CODE] if prepared.trainer.config.model.trust_remote_code else []
     objective = prepared.data.objective
-    return [*remote, *objective.cautions(), *counted_as_certain(prepared.data.sampler, objective)]
+    alone = [ONE_ROW] if objective.needs.mismatched and prepared.trainer.config.train.batch_size == 1 else []
+    certain = counted_as_certain(prepared.data.sampler, objective)
+    return [*remote, *objective.cautions(), *certain, *alone, *data_cautions(prepared.data.record)]
 
 
 def memory_record(prepared: Prepared) -> dict[str, int]:
@@ -387,6 +390,7 @@ def stage_card(prepared: Prepared) -> Card:
         *(("caution", caution) for caution in cautions(prepared)),
         ("reference", f"{reference.mode}: {reference.why}" if reference else "none needed to train"),
         ("data", "\n".join(mixture)),
+        *(("not read", line) for line in data_omissions(data.record)),
         ("template", data.dataset.renderer.name),
         ("horizon", f"{trainer.steps} steps of {config.train.batch_size} rows, {passes:.2f} passes"),
         ("batch", f"at most {tokens_per_pass(config):,} tokens per forward pass{padding}"),

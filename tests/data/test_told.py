@@ -1,0 +1,258 @@
+"""Nothing that a row says is dropped without being counted and told: feedback, columns, turns, files."""
+
+import json
+
+import pytest
+
+from uft.config.schema import data_settings
+from uft.data.chat import Renderer
+from uft.data.formats import Unreadable, recognise, rename
+from uft.data.mixture import Mixture
+from uft.data.report import data_cautions, data_omissions, data_report
+from uft.data.rows import Kind
+from uft.data.sources import load_sources
+from uft.data.tokens import tokenize_all
+from uft.errors import UftError
+
+SAID = (("user", "7*6?"), ("assistant", "42"), ("assistant", "13"))
+USER, REPLY, WORSE = ({"role": role, "content": content} for role, content in SAID)
+SYSTEM = {"role": "system", "content": "Count well."}
+EARLIER = [{"role": "user", "content": "7*5?"}, {"role": "assistant", "content": "35"}]
+DIALOGUES = {
+    "prompt and completion": {"prompt": "7*6?", "completion": "42"},
+    "prompt and response": {"prompt": "7*6?", "response": "42"},
+    "alpaca": {"instruction": "7*6?", "input": "", "output": "42"},
+    "messages": {"messages": [USER, REPLY]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "7*6?"}, {"from": "gpt", "value": "42"}]},
+    "question and answer": {"question": "7*6?", "answer": "42"},
+    "question and response": {"question": "7*6?", "response": "42"},
+}
+
+
+def read(record):
+    fields = rename(record, {})
+    return recognise(fields).read(fields)
+
+
+def turns(row):
+    return [(turn.role, turn.content) for turn in row.prompt]
+
+
+def load(tmp_path, records, **source):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return load_sources(data_settings({"sources": {"mine": {"path": str(path), **source}}}))[0]
+
+
+def refused(tmp_path, records, **source):
+    with pytest.raises(UftError) as error:
+        load(tmp_path, records, **source)
+    return str(error.value)
+
+
+# --- feedback
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+def test_feedback_is_read_beside_every_way_of_writing_a_dialogue(dialogue):
+    record = DIALOGUES[dialogue]
+    assert read(record).kind is Kind.DEMONSTRATION
+    for name, value, label in (("label", False, False), ("kto_tag", True, True), ("label", "Bad", False)):
+        row = read(record | {name: value})
+        assert (turns(row), row.completions[0].text, row.completions[0].label) == ([("user", "7*6?")], "42", label)
+    assert [read(record | {"score": score}).completions[0].score for score in (0, 0.25)] == [0.0, 0.25]
+    sampled = read(record | {"negatives": ["13"], "sampled_by": "m"})
+    assert [c.sampled_by for c in sampled.completions] == [None, "m"]
+
+
+def test_grades_under_other_names_are_refused_with_the_lines_that_read_them(tmp_path):
+    for name in ("rating", "reward", "Feedback", "upvotes", "is_correct"):
+        records = [record | {name: 1} for record in list(DIALOGUES.values())[:1]]
+        said = refused(tmp_path, records)
+        assert f"{name} (1 row) may say how good a completion is" in said
+        assert f"data.sources.mine.columns.score={name}" in said
+        assert f"data.sources.mine.columns.label={name}" in said
+        source = load(tmp_path, records, kind="demonstration")
+        assert (source.kinds, source.omitted.unread) == ({Kind.DEMONSTRATION: 1}, {name: 1})
+        assert load(tmp_path, records, columns={"score": name}).rows[0].completions[0].score == 1.0
+
+
+def test_a_grade_of_few_rows_is_not_dropped_for_the_others(tmp_path):
+    records = [{"prompt": f"q{n}", "completion": "a"} for n in range(9)]
+    assert "label (1 row)" in refused(tmp_path, [*records, records[0] | {"label": False}])
+    assert load(tmp_path, [record | {"label": None} for record in records]).kinds == {Kind.DEMONSTRATION: 9}
+
+
+def test_two_kinds_of_feedback_need_a_word(tmp_path):
+    both = [{"messages": [USER, REPLY], "label": False, "score": 0.1}]
+    assert "data.sources.mine.kind=binary|scored" in refused(tmp_path, both)
+    assert load(tmp_path, both, kind="binary").omitted.unread == {"score": 1}
+
+
+def test_names_of_classes_are_read_not_their_numbers(tmp_path):
+    import datasets
+
+    names = datasets.ClassLabel(names=["good", "bad"])
+    features = datasets.Features(prompt=datasets.Value("string"), completion=datasets.Value("string"), label=names)
+    rows = datasets.Dataset.from_dict({"prompt": ["p", "q"], "completion": ["a", "b"], "label": [0, 1]}, features)
+    rows.save_to_disk(tmp_path / "saved")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    for path in ("saved", "rows.parquet"):
+        (source,) = load_sources(data_settings({"sources": {"mine": {"path": str(tmp_path / path)}}}))
+        assert [row.completions[0].label for row in source.rows] == [True, False]
+
+
+# --- columns, files, pairs and labels, in the report
+
+
+def test_columns_that_are_not_read_are_counted_also_from_the_cache(tmp_path, monkeypatch):
+    from uft.data import sources
+
+    monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "CACHED_BYTES", 0)
+    shown = {"row": "x:1", "prompt": "q", "completion": "a"}
+    records = [shown | {"id": n, "note": "" if n else "x"} for n in range(3)]
+    for _ in range(2):
+        assert load(tmp_path, records).omitted.unread == {"id": 3, "note": 1}
+    named = {"messages": [USER | {"name": "Ann", "mood": ""}, REPLY, USER | {"name": "Ben"}, REPLY]}
+    assert load(tmp_path, [named]).omitted.unread == {"messages.name": 1}
+    rated = {"response": "42", "overall_score": 7, "principle": "truth", "critique": None}
+    assert load(tmp_path, [{"instruction": "7*6?", "completions": [rated]}]).omitted.unread == {
+        "completions.principle": 1
+    }
+    negatives = [{"prompt": "q", "response": "a", "negatives": ["b"]}]
+    assert load(tmp_path, negatives, kind="demonstration").omitted.unread == {"negatives": 1}
+
+
+def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
+    folder = tmp_path / "folder"
+    (folder / "more").mkdir(parents=True)
+    pair = {"prompt": "q", "chosen": "a", "rejected": "a", "\x1b[1mnote\ud800": "x"}
+    note = "\\x1b[1mnote\\ud800"
+    for name, rows in {"train-0": [pair, pair | {"rejected": "b"}], "test": [pair], "other": [pair]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps(DIALOGUES["messages"] | {"label": n > 0}) + "\n" for n in range(12)))
+
+    def report(**paths):
+        loaded = load_sources(data_settings({"sources": {name: {"path": str(path)} for name, path in paths.items()}}))
+        tokenized = tokenize_all({s.name: s.rows for s in loaded}, Renderer(tokenizer), 100, "error", None)
+        sizes = [len(source.rows) for source in loaded]
+        return data_report(loaded, tokenized, Mixture([*paths], sizes, [1 / len(paths)] * len(paths), 0), 4)
+
+    found = report(labels=labels, pairs=folder)
+    pairs = found["sources"]["pairs"]
+    assert (pairs["unread"], pairs["equal_pairs"], pairs["template_marks"]) == ({note: 2}, 1, 0)
+    assert pairs["left_out"] == ["more", "other.jsonl", "test.jsonl"]
+    assert found["sources"]["labels"]["labels"] == {"good": 11, "bad": 1}
+    assert data_omissions(found) == [f"pairs: {note} (2 rows)", "pairs: files more, other.jsonl, test.jsonl"]
+    assert data_cautions(found) == [
+        "pairs: in 1 of its rows both sides of the pair are the same: they teach nothing",
+        "labels are uneven: 11 good, 1 bad",
+    ]
+    labels.write_text("".join(json.dumps(DIALOGUES["alpaca"] | {"label": False}) + "\n" for n in range(3)))
+    assert data_cautions(report(labels=labels)) == [
+        "every labelled row is bad: nothing tells good completions from bad ones"
+    ]
+
+
+def test_texts_that_may_be_meant_otherwise_are_counted(tmp_path):
+    asked = "How many legs has a spider?"
+    records = [
+        {"prompt": asked, "chosen": f"{asked} Eight.", "rejected": f"{asked} Six."},
+        {"prompt": asked, "chosen": f"{asked} Eight.", "rejected": "Six."},
+        {"prompt": f"<|im_start|>user\n{asked}", "chosen": "Eight.</s>", "rejected": "Six."},
+        {"prompt": f"### Instruction:\n{asked}", "chosen": "Eight.", "rejected": "<s>Six."},
+        {"prompt": "1 <s 2 and [INSTALL] | <|> a|>", "chosen": "Eight", "rejected": "Six"},
+        {"prompt": "hi", "chosen": "hi there", "rejected": "hi!", "chosen_score": 2, "rejected_score": 3},
+        {"prompt": "hi", "chosen": "hi there", "rejected": "hi!", "score_chosen": 3, "score_rejected": 3},
+        {"prompt": "hi", "chosen": "hi there", "rejected": "hi!", "chosen_rating": -1},
+    ]
+    expected = {"repeated_prompts": 1, "template_marks": 2, "contrary_scores": 1}
+    source = load(tmp_path, records)
+    assert (source.omitted.oddities, source.omitted.unread) == (expected, {})
+
+
+# --- prompts
+
+
+def test_a_prompt_keeps_the_turns_that_a_pair_does_not_repeat(tmp_path):
+    sides = {"chosen": [USER, REPLY], "rejected": [USER, WORSE]}
+    for asked in ([SYSTEM, USER], [*EARLIER, USER], [SYSTEM, *EARLIER, USER]):
+        row = read({"prompt": asked, **sides})
+        assert turns(row) == [(turn["role"], turn["content"]) for turn in asked]
+        assert [c.text for c in row.completions] == ["42", "13"]
+    longer = {name: [SYSTEM, *EARLIER, *side] for name, side in sides.items()}
+    for asked in ("7*6?", " 7*5?\n", [USER], [*EARLIER, USER]):
+        assert len(turns(read({"prompt": asked, **longer}))) == 4
+    for asked in ("8*6?", [USER, *EARLIER, {**USER, "content": "8*6?"}]):
+        with pytest.raises(Unreadable, match="prompt differs from the prompt in chosen and rejected"):
+            read({"prompt": asked, **sides})
+    lines = [{"prompt": "8*6?", **sides}]
+    assert "columns.prompt=''" in refused(tmp_path, lines)
+    assert turns(load(tmp_path, lines, columns={"prompt": ""}).rows[0]) == [("user", "7*6?")]
+    twins = read({"prompt": [SYSTEM, USER], "chosen": [USER, REPLY], "rejected": [USER, REPLY]})
+    assert ([c.text for c in twins.completions], len(twins.prompt)) == (["42", "42"], 2)
+
+
+def test_systems_and_histories_of_any_format_stand_before_the_prompt():
+    for record in DIALOGUES.values():
+        row = read(record | {"system_prompt": "Count well.", "history": '[["7*5?", "35"]]'})
+        assert turns(row) == [("system", "Count well."), ("user", "7*5?"), ("assistant", "35"), ("user", "7*6?")]
+        for empty in ([], "[]", None, " "):
+            assert turns(read(record | {"system": "", "history": empty})) == [("user", "7*6?")]
+    assert len(read(DIALOGUES["alpaca"] | {"history": [["7*5?", "35"], ["7*4?", "28"]]}).prompt) == 5
+    for history in ("7*5?", [["7*5?"]], [["7*5?", ""]], [["7*5?", "35", "x"]], [{"role": "nobody", "content": "x"}]):
+        with pytest.raises(Unreadable, match="history"):
+            read(DIALOGUES["alpaca"] | {"history": history})
+    with pytest.raises(Unreadable, match="system differs from the system turn of the prompt"):
+        read({"messages": [SYSTEM, USER, REPLY], "system": "Be rude."})
+
+
+def test_pairs_beside_other_prompts():
+    pair = {"chosen": "42", "rejected": "13"}
+    ask = [{"from": "human", "value": "7*6?"}]
+    for prompt in ({"question": "7*6?"}, {"instruction": "7*6?"}, {"input": "7*6?"}, {"conversations": ask}):
+        row = read(prompt | pair | {"system": "Count well."})
+        assert (row.kind, [c.text for c in row.completions]) == (Kind.PREFERENCE, ["42", "13"])
+        assert turns(row) == [("system", "Count well."), ("user", "7*6?")]
+    assert turns(read({"instruction": "Multiply.", "input": "7*6", **pair})) == [("user", "Multiply.\n\n7*6")]
+    single = {"chosen": {"from": "gpt", "value": "42"}, "rejected": {"from": "gpt", "value": "13"}}
+    assert [c.text for c in read({"conversations": ask, **single}).completions] == ["42", "13"]
+    responses = {"instruction": "7*6?", "chosen_response": "42", "rejected_response": "13"}
+    assert [c.preferred for c in read(responses).completions] == [True, False]
+
+
+def test_instruction_input_and_context_are_all_read():
+    assert turns(read({"instruction": "a", "input": None, "context": "c", "response": "r"})) == [("user", "a\n\nc")]
+    assert turns(read({"instruction": "a", "input": "b", "context": "c", "output": "r"})) == [("user", "a\n\nb\n\nc")]
+
+
+def test_transcripts_are_conversations_as_prompts_and_beside_them():
+    asked = "\n\nHuman: 7*5?\n\nAssistant: 35\n\nHuman: 7*6?\n\nAssistant:"
+    expected = [("user", "7*5?"), ("assistant", "35"), ("user", "7*6?")]
+    for sides in ({"chosen": "42", "rejected": "13"}, {"chosen": f"{asked} 42", "rejected": f"{asked} 13"}):
+        row = read({"prompt": asked, **sides})
+        assert (turns(row), [c.text for c in row.completions]) == (expected, ["42", "13"])
+    assert turns(read({"prompt": "Human: hi", "completion": "a"})) == [("user", "Human: hi")]
+
+
+# --- messages
+
+
+def test_messages_as_text_are_messages():
+    for write in (json.dumps, str):
+        row = read({"messages": write([SYSTEM, USER, REPLY])})
+        assert (len(row.prompt), row.completions[0].text) == (2, "42")
+        row = read({"prompt": write([USER]), "chosen": write([REPLY]), "rejected": write([USER, WORSE][1:])})
+        assert (turns(row), [c.text for c in row.completions]) == ([("user", "7*6?")], ["42", "13"])
+    for text in ('[{"role": "user"', "[{'content': 1}]", '[{"role": "wizard", "content": "x"}]', "[1]"):
+        assert turns(read({"prompt": text, "completion": "a"})) == [("user", text)]
+        with pytest.raises(Unreadable, match="messages is text"):
+            read({"messages": text})
+
+
+def test_of_two_names_of_a_field_the_one_that_is_set_counts():
+    empty = {"role": None, "content": None, "from": None, "value": None}
+    union = [empty | {"from": "human", "value": "7*6?"}, empty | {"role": "assistant", "content": "42"}]
+    assert turns(read({"messages": union})) == [("user", "7*6?")]
