@@ -76,6 +76,26 @@ def test_the_digest_follows_template_and_tokenizer(tokenizer, base_tokenizer, tm
     assert Renderer(base_tokenizer).digest != plain
 
 
+def test_a_template_that_asks_for_the_date_is_told_the_one_of_the_settings(tokenizer, chatml_template):
+    dates = "{{ strftime_now('%d %b %Y') }}{% set year = strftime_now( \"%Y\" ) %}{{ year }}\n"
+    tokenizer.chat_template = dates + chatml_template
+    default, other, again = (
+        Renderer(tokenizer, **{"date": day} if day else {}) for day in ("", "2024-07-26", "2024-07-26")
+    )
+    told = tokenizer.decode(other.encode(QUESTION, ANSWER).ids.tolist())
+    assert told.startswith("26 Jul 20242024\n")
+    assert tokenizer.decode(other.prompt_ids(QUESTION)).startswith("26 Jul 20242024\n")
+    assert tokenizer.decode(default.prompt_ids(QUESTION)).startswith("01 Jan 20252025\n")
+    assert default.digest != other.digest == again.digest
+    with pytest.raises(UftError, match=r"data\.date=yesterday"):
+        Renderer(tokenizer, date="yesterday")
+    tokenizer.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + chatml_template
+    with pytest.raises(UftError, match="asks for the date in a form"):
+        Renderer(tokenizer)
+    tokenizer.chat_template = chatml_template
+    assert Renderer(tokenizer).digest == Renderer(tokenizer, date="2024-07-26").digest
+
+
 def test_tokens_end_at_the_last_supervised_one_and_the_first_is_no_target():
     ids, mask = np.arange(6, dtype=np.int32), np.array([0, 0, 1, 0, 1, 0], bool)
     encoded = finish(ids, mask)

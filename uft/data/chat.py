@@ -20,32 +20,35 @@ import hashlib
 import json
 import os
 import re
-import resource
-import signal
-import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import accumulate, repeat
+from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer
 
 from uft.data.rows import Message, Turns
+from uft.data.template import (
+    RESERVED,
+    TEMPLATE_ERRORS,
+    CharSpan,
+    Encoded,
+    LimitExceeded,
+    LiteralSpecials,
+    Rendered,
+    Template,
+    dated,
+)
 from uft.errors import Problem, UftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Conversation = tuple[Turns, Turns]  # (prompt, the turns after it)
-CharSpan = tuple[int, int]  # characters [start, end)
 
 
 class Note(NamedTuple):
@@ -82,25 +85,47 @@ def finish(ids: np.ndarray, supervised: np.ndarray) -> Tokens:
     return Tokens(ids[:end], supervised[:end], int(learned[0]) if len(learned) else end)
 
 
+def learned_turns(turns: Turns, first: int, train_on: str) -> list[int]:
+    """The assistant turns from number `first` on that are learned: all but those marked as context, the last of these,
+    or those that are marked to be learned."""
+    replies = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number >= first]
+    if train_on == "marked":
+        return [number for number in replies if turns[number].learned]
+    learned = [number for number in replies if turns[number].learned is not False]
+    return learned[-1:] if train_on == "last" else learned
+
+
 class Renderer:
     """Renders with the tokenizer's chat template, a template file, or plainly.
 
     `template`: auto (the tokenizer's chat template, else plain), plain, or the path of a Jinja file. `lost_text`: error
-    or keep rows whose supervised text the template leaves out or changes.
+    or keep rows whose supervised text the template leaves out or changes. `date`: the day, as YYYY-MM-DD, for templates
+    that ask for it, so that two days give the same tokens. `arguments`: further variables of the template.
+    `train_on`: all, last or marked assistant turns.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto", lost_text: str = "error") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "auto",
+        lost_text: str = "error",
+        date: str = "2025-01-01",
+        arguments: Mapping[str, Any] | None = None,
+        train_on: str = "all",
+    ) -> None:
         self.tokenizer, self.lost_text = tokenizer, lost_text
         self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
-            self._strategy = Plain(tokenizer)
-        elif template == "auto":
-            self._strategy = ChatTemplate(tokenizer, tokenizer.get_chat_template(), "the tokenizer's chat template")
+            self._strategy = Plain(tokenizer, train_on)
         else:
-            self._strategy = ChatTemplate(tokenizer, _read_template(template), template)
+            own = template == "auto"
+            text, name = tokenizer.get_chat_template() if own else _read_template(template), template
+            name = "the tokenizer's chat template" if own else template
+            self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name, dict(arguments or {}), train_on)
         self.name = self._strategy.name
         self.stop_ids = self._strategy.stop_ids
-        self.digest = _digest(tokenizer, self._strategy.text)
+        settings = [self._strategy.arguments, train_on]
+        self.digest = _digest(tokenizer, self._strategy.text, settings if settings != [{}, "all"] else None)
 
     def encode(self, prompt: Turns, turns: Turns, name: str = "") -> Tokens:
         """One conversation; `name` is the row's, for errors."""
@@ -113,7 +138,8 @@ class Renderer:
     def prompt_ids(self, prompt: Turns, system: str | None = None) -> list[int]:
         """The prompt as the model sees it when it is to answer. `system` replaces the prompt's own system turn."""
         if system is not None:
-            prompt = (Message("system", system), *(turn for turn in prompt if turn.role != "system"))
+            own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
+            prompt = (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
         return self._strategy.prompt_ids(prompt)
 
 
@@ -128,8 +154,9 @@ def _read_template(path: str) -> str:
         raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
 
 
-def _digest(tokenizer: Any, text: str) -> str:
-    """sha256 over the template and everything of the tokenizer that decides ids: vocabulary, merges, special tokens."""
+def _digest(tokenizer: Any, text: str, more: Any) -> str:
+    """sha256 over the template, its settings, and everything of the tokenizer that decides ids: vocabulary, merges,
+    special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         settings = json.loads(backend.to_str())
@@ -137,7 +164,8 @@ def _digest(tokenizer: Any, text: str) -> str:
             settings.pop(transient, None)
     else:
         settings = sorted(tokenizer.get_vocab().items())
-    parts = [text, settings, {name: str(value) for name, value in tokenizer.special_tokens_map.items()}]
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    parts = [text, settings, special] if more is None else [text, settings, special, more]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
 
@@ -150,18 +178,20 @@ class Plain:
 
     name = "plain"
     text = "plain"  # decides the tokens besides the tokenizer, and enters the digest
+    arguments: Mapping[str, Any] = {}
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
         if tokenizer.eos_token_id is None:
             raise UftError(Problem("data.template=plain", "the tokenizer has no end-of-text token to learn"))
-        self.tokenizer = tokenizer
+        self.tokenizer, self.train_on = tokenizer, train_on
         self.stop_ids = frozenset({int(tokenizer.eos_token_id)})
         bos = tokenizer.bos_token_id
         self._first = [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
 
     def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
         texts: list[str] = []  # of each conversation the prompt's, then one per turn that follows
-        for prompt, turns in conversations:
+        for (prompt, turns), name in zip(conversations, names, strict=True):
+            refuse_fields((*prompt, *turns), name)
             texts.append(_joined(prompt))
             texts += [turn.content if turn.role == "assistant" else f"\n\n{turn.content}\n\n" for turn in turns]
         pieces = iter(self._tokenize(texts))
@@ -169,15 +199,16 @@ class Plain:
         for _, turns in conversations:
             ids = self._begin(next(pieces))
             supervised = [False] * len(ids)
-            for turn in turns:
-                learned = turn.role == "assistant"
-                piece = [*next(pieces), *(self.stop_ids if learned else ())]
+            learned = learned_turns(turns, 0, self.train_on)
+            for number, turn in enumerate(turns):
+                piece = [*next(pieces), *(self.stop_ids if turn.role == "assistant" else ())]
                 ids += piece
-                supervised += [learned] * len(piece)
+                supervised += [number in learned] * len(piece)
             encoded.append(finish(np.asarray(ids, np.int32), np.asarray(supervised, bool)))
         return encoded
 
     def prompt_ids(self, prompt: Turns) -> list[int]:
+        refuse_fields(prompt, "prompt")
         return self._begin(self._tokenize([_joined(prompt)])[0])
 
     def _begin(self, ids: list[int]) -> list[int]:
@@ -187,6 +218,14 @@ class Plain:
         """Ids of each text; special tokens spelled in it are text."""
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return self.tokenizer(texts, **options)["input_ids"] if texts else []
+
+
+def refuse_fields(turns: Turns, name: str) -> None:
+    """Raise UftError where turns carry more than text, which is all that is joined without a template."""
+    found = next((field for turn in turns if turn.extra for field in json.loads(turn.extra)), None)
+    if found is not None:
+        why = f"has {found}, which only a chat template can render"
+        raise UftError(Problem(f"row {name}", why, where="data.template=plain", advice=("set another data.template",)))
 
 
 def _joined(prompt: Turns) -> str:
@@ -199,23 +238,7 @@ def _joined(prompt: Turns) -> str:
 _MARK = "\ue000{}\ue001"  # private-use characters: no template and hardly a text contains them
 _MARKED = re.compile("\ue000(\\d+)\ue001")
 _END = "\ue002"
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EXCERPT = 160  # characters of a row shown in an error
-
-
-class LimitExceeded(Exception):
-    """A template exceeded a limit; the message says which."""
-
-
-TEMPLATE_ERRORS = (TemplateError, LimitExceeded, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""Errors of a template about a conversation: its own `raise_exception`, and those of its expressions."""
-
-
-class Rendered(NamedTuple):
-    """A conversation as the template writes it, and the characters within its `{% generation %}` marks."""
-
-    text: str
-    marks: Sequence[CharSpan]
 
 
 class Contents(NamedTuple):
@@ -228,7 +251,9 @@ class Contents(NamedTuple):
 class ChatTemplate:
     """One Jinja template with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, text: str, name: str, arguments: dict[str, Any], train_on: str
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UftError(
                 Problem(
@@ -237,9 +262,13 @@ class ChatTemplate:
                     advice=("train without a chat template:  data.template=plain",),
                 )
             )
+        if taken := RESERVED & arguments.keys():
+            raise UftError(Problem(f"data.template_args.{min(taken)}", "is not for the settings to say"))
         self.tokenizer, self.text, self.name = tokenizer, text, name
-        self._has_marks = _GENERATION.search(text) is not None
-        self._skeletons: dict[tuple[tuple[str, ...], bool], list[str]] = {}
+        self.arguments, self.train_on = arguments, train_on
+        self._template = Template(text, {**tokenizer.special_tokens_map, **arguments})
+        self._render, self._has_marks = self._template.render, self._template.has_marks
+        self._skeletons: dict[tuple[Turns, bool], list[str]] = {}
         self.stop_ids = self._end_of_turn()
         self._specials = LiteralSpecials(tokenizer, self.stop_ids)
 
@@ -265,17 +294,21 @@ class ChatTemplate:
     def _tokens(self, turns: Turns, first: int, rendered: Rendered, encoded: Encoded, name: str) -> Tokens:
         """One row, whose prompt has `first` turns, with its mask and notes."""
         found = self._find_contents(turns, rendered.text)
-        wanted = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number >= first]
-        if self._has_marks:
-            spans = self._marked_spans(turns, len(wanted), rendered.marks)
-        elif found is not None:
-            spans = [found.places[number] for number in wanted if number in found.places]
-        else:
-            with self._explained(turns, name):
-                spans = [self._reply_span(turns, number, rendered.text, name) for number in wanted]
+        wanted = learned_turns(turns, first, self.train_on)
+        with self._explained(turns, name):
+            if self._has_marks:
+                spans = [(span, True) for span in self._marked_spans(turns, wanted, rendered, name)]
+            else:
+                replies = (self._reply_spans(turns, number, found, rendered.text, name) for number in wanted)
+                spans = [span for reply in replies for span in reply]
         tokens = self._supervise(rendered.text, encoded, spans)
-        notes = [*self._changes(turns, first, found), *self._open_ends(tokens, wanted)]
-        if tokens.prompt_length < tokens.length:
+        notes = [
+            *self._changes(turns, wanted, found),
+            *self._omissions(turns, wanted, rendered.text),
+            *self._open_ends(tokens, wanted),
+        ]
+        if tokens.supervised.any():
+            first = wanted[0]
             start = self._generation_start(turns[:first], found)
             same = start == rendered.text[: encoded.offsets[tokens.prompt_length][0]] or (
                 start is not None and self._specials.encode([start])[0].ids == encoded.ids[: tokens.prompt_length]
@@ -287,7 +320,7 @@ class ChatTemplate:
 
     def _find_contents(self, turns: Turns, text: str) -> Contents | None:
         """The contents in a rendered `text`, as they are or trimmed; None for a template that changes them."""
-        pieces = self._skeleton(tuple(turn.role for turn in turns))
+        pieces = self._skeleton(turns)
         contents = [turn.content for turn in turns]
         for filling in (contents, [content.strip() for content in contents]):
             filled, places = fill(pieces, filling)
@@ -295,35 +328,88 @@ class ChatTemplate:
                 return Contents(filling, places)
         return None
 
-    def _skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool = False) -> list[str]:
-        """The template's texts for these roles, and between them the numbers of the turns whose contents stand there.
+    def _skeleton(self, turns: Turns, add_generation_prompt: bool = False) -> list[str]:
+        """The template's texts around contents, and between them the numbers of the turns whose contents stand there.
 
         Empty for a template that refuses to render marks.
         """
-        key = roles, add_generation_prompt
-        if key not in self._skeletons:
-            marks = tuple(Message(role, _MARK.format(number)) for number, role in enumerate(roles))
-            try:
-                self._skeletons[key] = _MARKED.split(self._render([marks], add_generation_prompt)[0].text)
-            except TEMPLATE_ERRORS:  # LimitExceeded among them: a row will show it
-                self._skeletons[key] = []
-        return self._skeletons[key]
+        marks = tuple(
+            Message(turn.role, _MARK.format(number) if turn.content else "", turn.extra)
+            for number, turn in enumerate(turns)
+        )
+        key = marks, add_generation_prompt
+        if key in self._skeletons:
+            return self._skeletons[key]
+        try:
+            pieces = _MARKED.split(self._render([marks], add_generation_prompt)[0].text)
+        except TEMPLATE_ERRORS:  # LimitExceeded among them: a row will show it
+            pieces = []
+        if not any(turn.extra for turn in turns):  # which differs from row to row
+            self._skeletons[key] = pieces
+        return pieces
 
-    def _marked_spans(self, turns: Turns, wanted: int, marks: Sequence[CharSpan]) -> Sequence[CharSpan]:
-        """Characters of the last `wanted` replies by the template's own marks."""
+    def _marked_spans(self, turns: Turns, wanted: Sequence[int], rendered: Rendered, name: str) -> Sequence[CharSpan]:
+        """Characters of the wanted replies by the template's own marks."""
         runs: list[CharSpan] = []
-        for start, end in marks:
-            before = runs.pop()[0] if runs and runs[-1][1] == start else start
-            runs.append((before, end))
-        replies = sum(turn.role == "assistant" for turn in turns)
-        return runs[-wanted * max(1, len(runs) // replies) :]  # a template may mark the parts of a reply one by one
+        for start, end in rendered.marks:
+            if end > start:
+                before = runs.pop()[0] if runs and runs[-1][1] == start else start
+                runs.append((before, end))
+        replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        if wanted == replies:
+            return runs
+        if len(runs) <= len(replies) or len(runs) % len(replies) == 0:  # parts of a reply may be marked one by one
+            owners = [number for number in replies for _ in range(max(1, len(runs) // len(replies)))]
+            return [run for number, run in zip(owners[-len(runs) :], runs, strict=True) if number in wanted]
+        begins = [self._render([turns[:number]])[0].text for number in replies]
+        if not all(map(rendered.text.startswith, begins)):
+            raise self._unclear(turns[wanted[0]], name)
+        places = [len(begin) for begin in begins]
+        return [run for run in runs if replies[max(0, bisect_right(places, run[0]) - 1)] in wanted]
+
+    def _reply_spans(
+        self, turns: Turns, number: int, found: Contents | None, text: str, name: str
+    ) -> Sequence[tuple[CharSpan, bool]]:
+        """Characters of one reply in the rendered `text`: its content, or all of a turn that carries more than that;
+        and whether they reach over its end."""
+        if any(field in turns[number].extra for field in ("reasoning_content", "tool_calls")):
+            before = self._header_end(turns, number)
+            end = self._turn_end(turns, number, text, len(before)) if text.startswith(before) else None
+            if end is None:
+                raise self._unclear(turns[number], name)
+            return [((len(before), end), True)]
+        if found is not None:
+            return [(found.places[number], False)] if number in found.places else []
+        return [(self._reply_span(turns, number, text, name), False)]
+
+    def _turn_end(self, turns: Turns, number: int, text: str, begin: int) -> int | None:
+        """The end of a reply whose header ends at `begin`, with its stop token; None where it cannot be told."""
+        if number + 1 == len(turns):
+            return len(text)
+        upto = self._render([turns[: number + 1]])[0].text
+        if text.startswith(upto) and len(upto) >= begin:
+            return len(upto)
+        # the last turn is written otherwise than one in the middle: its first stop token before the next turn's content
+        following = replace(turns[number + 1], content=_END + turns[number + 1].content)
+        marked = self._text_with(turns, number + 1, following)
+        if marked is None or marked.replace(_END, "") != text:
+            return None
+        stops = [str(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stop_ids]
+        places = [(text.find(stop, begin, marked.index(_END)), len(stop)) for stop in stops]
+        return min((place + length for place, length in places if place >= 0), default=None)
+
+    def _header_end(self, turns: Turns, number: int) -> str:
+        """The text before a reply, its header included."""
+        before = self._render([turns[:number]], add_generation_prompt=True)[0].text
+        if before != self._render([turns[:number]])[0].text:
+            return before
+        # no generation prompt: a mark tells where a header ends
+        headed = self._render([(*turns[:number], Message("assistant", _END))])[0].text.partition(_END)[0]
+        return headed if headed.rstrip() != before.rstrip() else before
 
     def _reply_span(self, turns: Turns, number: int, text: str, name: str) -> CharSpan:
         """One reply, between the rendering of all before it and a mark at its end, both checked against `text`."""
-        before = self._render([turns[:number]], add_generation_prompt=True)[0].text
-        if before == self._render([turns[:number]])[0].text:  # no generation prompt: a mark tells where a header ends
-            headed = self._render([(*turns[:number], replace(turns[number], content=_END))])[0].text.partition(_END)[0]
-            before = headed if headed.rstrip() != before.rstrip() else before
+        before = self._header_end(turns, number)
         content = turns[number].content
         for variant in (content, content.rstrip(), content.strip()):
             marked = replace(turns[number], content=variant + _END)
@@ -331,30 +417,33 @@ class ChatTemplate:
             head, mark, tail = changed.partition(_END)
             if mark and head + tail == text and head.startswith(before):
                 return len(before), len(head)
-        raise UftError(
+        raise self._unclear(turns[number], name)
+
+    def _unclear(self, reply: Message, name: str) -> UftError:
+        return UftError(
             Problem(
                 f"row {name}",
                 f"{self.name} changes this reply so that its tokens cannot be told from the template's",
                 where="data.template",
                 advice=(
-                    f"reply: {self._excerpt(content)}",
+                    f"reply: {self._excerpt(reply.content)}",
                     "mark what is learned in the template with {% generation %}, or use another data.template",
                 ),
             )
         )
 
-    def _supervise(self, text: str, tokens: Encoded, spans: Sequence[CharSpan]) -> Tokens:
+    def _supervise(self, text: str, tokens: Encoded, spans: Sequence[tuple[CharSpan, bool]]) -> Tokens:
         """Supervise every token that holds a character of a span, and on to the stop token that closes it.
 
         Tokens between (white space before the stop token) are supervised too: a model must write them to get there.
-        The template's own marks decide alone, up to the last stop token within: text after it (a newline, usually) is
-        not learned.
+        A span that reaches over the end (the template's own marks decide alone) ends at its last stop token: text after
+        it (a newline, usually) is not learned.
         """
         ids, offsets = tokens
         supervised = np.zeros(len(ids), bool)
-        for span in spans:
+        for span, over_end in spans:
             first, last = token_span(offsets, span)
-            if self._has_marks:
+            if over_end:
                 last = max((place + 1 for place in range(first, last) if ids[place] in self.stop_ids), default=last)
             else:
                 stop = last
@@ -366,23 +455,39 @@ class ChatTemplate:
 
     # --- differences between a row and its text
 
-    def _changes(self, turns: Turns, first: int, found: Contents | None) -> Iterator[Note]:
-        """Turns that the template leaves out, or whose text it changes (white space aside)."""
+    def _changes(self, turns: Turns, wanted: Sequence[int], found: Contents | None) -> Iterator[Note]:
+        """Turns that the template leaves out, or whose text it changes, white space aside."""
         for number, turn in enumerate(turns):
             if found is not None:
-                change = "" if number in found.places else "leaves out"
+                change = "" if number in found.places or not turn.content else "leaves out"
             else:
                 change = self._change(turns, number)
             if change:
-                yield Note(f"{change} {turn.role} turns", number, turn.role == "assistant" and number >= first)
+                yield Note(f"{change} {turn.role} turns", number, number in wanted)
+
+    def _omissions(self, turns: Turns, wanted: Sequence[int], text: str) -> Iterator[Note]:
+        """Fields of turns that the template does not render. Of reasoning, that of earlier turns may be context."""
+        for number, turn in enumerate(turns):
+            fields = json.loads(turn.extra) if turn.extra else {}
+            for field in [name for name in ("reasoning_content", "tool_calls", "tools") if name in fields]:
+                is_text = field == "reasoning_content"
+                changed = fields | {field: fields[field] + _END if is_text else []}
+                other = self._text_with(turns, number, replace(turn, extra=json.dumps(changed, ensure_ascii=False)))
+                if other is not None and (_END not in other if is_text else other == text):
+                    yield Note(f"does not render {field}", number, number in wanted or not is_text)
+
+    def _text_with(self, turns: Turns, number: int, turn: Message) -> str | None:
+        """The text with another turn in the place of one; None where the template refuses that."""
+        try:
+            return self._render([(*turns[:number], turn, *turns[number + 1 :])])[0].text
+        except TEMPLATE_ERRORS:
+            return None
 
     def _change(self, turns: Turns, number: int) -> str:
         """The change to one turn by a template that changes contents: nothing, or the verb for it."""
         content = turns[number].content.strip() + _END
-        try:
-            marked = (*turns[:number], replace(turns[number], content=content), *turns[number + 1 :])
-            text = self._render([marked])[0].text
-        except TEMPLATE_ERRORS:  # it refuses the mark, not the row
+        text = self._text_with(turns, number, replace(turns[number], content=content))
+        if text is None or content == _END:  # it refuses the mark, not the row; or there is no text
             return ""
         if _END not in text:
             return "leaves out"
@@ -402,7 +507,7 @@ class ChatTemplate:
 
     def _generation_start(self, prompt: Turns, found: Contents | None) -> str | None:
         """The text that generation starts from; None where the template refuses a prompt."""
-        pieces = self._skeleton(tuple(turn.role for turn in prompt), True) if found is not None else []
+        pieces = self._skeleton(prompt, True) if found is not None else []
         if found is not None and pieces:
             return fill(pieces, found.contents)[0]
         try:
@@ -422,24 +527,6 @@ class ChatTemplate:
                 with self._explained(turns, name):
                     rendered += self._render([turns])
             return rendered
-
-    def _render(self, conversations: Sequence[Turns], add_generation_prompt: bool = False) -> list[Rendered]:
-        from transformers.utils import chat_template_utils
-
-        write: Any = chat_template_utils.render_jinja_template  # typed to return a single text
-        sizes = [sum(len(turn.content) for turn in turns) for turns in conversations]
-        with limits(sum(sizes)):
-            texts, marks = write(
-                [[{"role": turn.role, "content": turn.content} for turn in turns] for turns in conversations],
-                chat_template=self.text,
-                return_assistant_tokens_mask=self._has_marks,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-            )
-        for text, size in zip(texts, sizes, strict=True):
-            if len(text) > ROOM + ROOM_PER_CHARACTER * size:
-                raise LimitExceeded(f"it writes {len(text):,} characters where the conversation has {size:,}")
-        return list(map(Rendered, texts, marks or repeat(())))
 
     @contextmanager
     def _explained(self, turns: Turns, name: str) -> Iterator[None]:
@@ -495,133 +582,3 @@ def token_span(offsets: Sequence[CharSpan], span: CharSpan) -> tuple[int, int]:
     """
     start, end = span
     return bisect_right(offsets, start, key=itemgetter(1)), bisect_left(offsets, end, key=itemgetter(0))
-
-
-# --- Special tokens spelled in contents: `<|im_end|>` inside a message is text, and must not end a turn.
-#
-# A tokenizer finds its special tokens in any text. So before a conversation is rendered, each one that a content spells
-# is replaced by a private-use character, which a second tokenizer takes for a token of its own; in the ids, that one is
-# then replaced by those of the spelling. The text around it becomes the tokens that it would beside a special token.
-# (`encode_special_tokens` of `tokenizers` alone does not do: it would take the template's own special tokens for text.)
-
-
-STAND_INS = 0xF0000  # the first of them, in a plane that no text uses
-
-
-class Encoded(NamedTuple):
-    """A text as tokens, each with the characters [start, end) that it stands for."""
-
-    ids: list[int]
-    offsets: list[CharSpan]
-
-
-class LiteralSpecials:
-    """A tokenizer for texts whose contents spell its special tokens, and those in `more` (ids)."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, more: frozenset[int] = frozenset()) -> None:
-        added = tokenizer.added_tokens_decoder.items()
-        special = [token.content for number, token in added if token.special or number in more]
-        # a stand-in that a content has already is itself stood in for
-        texts = [*special, *(chr(STAND_INS + number) for number in range(2 * len(special)))]
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._stand_in = {text: chr(STAND_INS + number) for number, text in enumerate(texts) if text}
-        longest_first = sorted(self._stand_in, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) if special else "(?!)")
-        self._first_letters = {text[0] for text in special if text and text[0].isascii()}
-
-    def hide(self, turns: Turns) -> Turns:
-        """The turns with stand-ins for the special tokens that their contents spell."""
-        texts = [turn.content for turn in turns]
-        if all(text.isascii() and not any(letter in text for letter in self._first_letters) for text in texts):
-            return turns  # most are plain ASCII without the first letter of any, a fast test
-        hidden = (self._pattern.sub(lambda found: self._stand_in[found[0]], text) for text in texts)
-        return tuple(replace(turn, content=text) for turn, text in zip(turns, hidden, strict=True))
-
-    def reveal(self, text: str) -> str:
-        """A text with the spellings instead of their stand-ins."""
-        return text.translate({ord(stand_in): spelled for spelled, stand_in in self._stand_in.items()})
-
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Tokens of each text, those of the spelling at the place of a stand-in."""
-        literal = any(chr(STAND_INS) <= max(text, default="") for text in texts if not text.isascii())
-        backend = self._extended if literal else self._tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = False  # an earlier caller may have set it
-        encoded = []
-        for one in backend.encode_batch(texts, add_special_tokens=False):
-            ids, offsets = one.ids, one.offsets
-            if literal:
-                spelled = [self._spellings.get(token, [token]) for token in ids]
-                ids = [token for tokens in spelled for token in tokens]
-                offsets = [span for span, tokens in zip(offsets, spelled, strict=True) for _ in tokens]
-            encoded.append(Encoded(ids, offsets))
-        return encoded
-
-    @cached_property
-    def _extended(self) -> Tokenizer:
-        """A copy of the tokenizer that also knows the stand-ins."""
-        extended = Tokenizer.from_str(self._tokenizer.to_str())
-        extended.add_special_tokens([AddedToken(one, normalized=False) for one in self._stand_in.values()])
-        return extended
-
-    @cached_property
-    def _spellings(self) -> dict[int, list[int]]:
-        """A stand-in's id: the ids of its original as plain text."""
-        plain = Tokenizer.from_str(self._tokenizer.to_str())
-        plain.encode_special_tokens = True
-        spelled = plain.encode_batch(list(self._stand_in), add_special_tokens=False)
-        numbers = self._extended.get_vocab()
-        return {numbers[mark]: one.ids for mark, one in zip(self._stand_in.values(), spelled, strict=True)}
-
-
-# --- Limits of templates, which come with a model and are run here: processor time, memory, and length of the output.
-#
-# Templates are rendered in Jinja's sandbox, which keeps them from files and from Python's insides, but not from loops
-# without end. Time is that of the processor, so that a slow or stopped machine refuses nothing.
-
-
-SECONDS = 5.0  # for one conversation, which takes a thousandth of that
-AGAIN = 0.5  # seconds after which the alarm is repeated, should the first have been lost
-MEMORY, MEMORY_PER_CHARACTER = 256 * 2**20, 64  # bytes beyond the process's own
-ROOM, ROOM_PER_CHARACTER = 1_000_000, 16  # characters written
-STATM = Path("/proc/self/statm")
-
-_running = False
-
-
-@contextmanager
-def limits(characters: int) -> Iterator[None]:
-    """Time and memory for templates that write conversations of so many `characters`; raises :class:`LimitExceeded`.
-
-    Elsewhere than in the main thread, time is not limited; elsewhere than on Linux, memory is not.
-    """
-    global _running
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    timed = threading.current_thread() is threading.main_thread()
-    if timed and signal.getsignal(signal.SIGPROF) is not _time_is_up:
-        signal.signal(signal.SIGPROF, _time_is_up)
-    try:
-        if STATM.exists():
-            size = int(STATM.read_bytes().split()[0]) * resource.getpagesize()
-            limit = size + MEMORY + MEMORY_PER_CHARACTER * characters
-            if all(bound == resource.RLIM_INFINITY or bound >= limit for bound in (soft, hard)):
-                resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        if timed:
-            _running = True
-            signal.setitimer(signal.ITIMER_PROF, SECONDS, AGAIN)
-        yield
-    except MemoryError:
-        raise LimitExceeded("it needs too much memory") from None
-    except RecursionError:
-        raise LimitExceeded("it calls itself too deeply") from None
-    finally:
-        if timed:
-            _running = False  # first: a late alarm raises nothing
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _time_is_up(number: int, frame: FrameType | None) -> None:
-    if _running:
-        raise LimitExceeded(f"it takes more than {SECONDS:g} seconds")

@@ -55,7 +55,7 @@ class TrainData:
 
 def make_renderer(tokenizer: PreTrainedTokenizerBase, data: Data) -> Renderer:
     """The renderer of a mixture's settings, the same for training, evaluation and generation."""
-    return Renderer(tokenizer, data.template, data.lost_text)
+    return Renderer(tokenizer, data.template, data.lost_text, data.date, data.template_args, data.train_on)
 
 
 def read_train_data(
