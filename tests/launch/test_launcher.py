@@ -17,7 +17,7 @@ import yaml
 from uft.config.compose import compose
 from uft.errors import UftError
 from uft.launch import launcher
-from uft.launch.launcher import launch_job, launch_train, single_run_dir
+from uft.launch.launcher import commit_of, launch_job, launch_train, single_run_dir
 from uft.runs import Run, find_runs
 
 BASE = ("tracking=none", "objective=sft", "train.steps=200")
@@ -52,6 +52,14 @@ def test_a_run_folder_holds_what_was_asked(worker, capsys):
     assert "finished already" in capsys.readouterr().out
     named, _ = find_runs(worker / "outputs")
     assert (named.name, sittings(named)) == ("mine", ["ok"])
+
+
+def test_every_field_of_run_json_that_something_reads_is_written(tmp_path, uft):
+    uft("train", "debug=fast", "objective=sft", "tracking.mode=offline", "run.dir=run")
+    info = Run(tmp_path / "run").info()
+    read = ("id", "cwd", "versions", "code", "sweep", "total_steps", "data_digest", "device", "torch", "wandb")
+    assert set(read) <= info.keys()
+    assert info["code"].get("commit") == commit_of(Path(launcher.__file__).parent).get("commit")
 
 
 def test_bad_rows_are_told_by_the_real_worker_and_leave_nothing_behind(tmp_path, uft):

@@ -36,6 +36,7 @@ def test_each_job_has_its_folder(worker, capsys):
     assert folder.name.startswith("objective-seed-")
     config = found["ift-seed2"].config()
     assert (config["objective"]["name"], config["seed"], config["sweep"]["name"]) == ("ift", 2, folder.name)
+    assert found["ift-seed2"].info()["sweep"] == folder.name
     assert set(found["ift-seed2"].overrides()) == {"tracking=none", "objective=ift", "seed=2", "train.log_every=7"}
     out = capsys.readouterr().out
     assert "all 2 jobs are done" in out

@@ -76,7 +76,7 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     with run.lock():  # of two processes that make the same run, one makes it and the other finds it
         fresh = not run.exists
         if fresh:
-            create_run(run.path, to_yaml(settings), list(overrides), **provenance())
+            create_run(run.path, to_yaml(settings), list(overrides), sweep=settings["sweep"]["name"], **provenance())
     return run_session(run, created, quiet=quiet) if fresh else continue_run(run, settings, quiet=quiet)
 
 
