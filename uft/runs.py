@@ -23,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted
+from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted, visible
 
 SWEEP_FILE = "sweep.json"  # the request of a sweep; `uft.launch.sweep` writes it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -236,9 +236,9 @@ def summary(run: Run) -> Mapping[str, Any]:
 
 
 def shown(path: Path) -> str:
-    """A path as one would type it here."""
+    """A path as one would type it here; characters that move the cursor are escapes."""
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
+    return visible(str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path))
 
 
 # --- Reading and writing files

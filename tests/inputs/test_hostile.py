@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from uft.config.compose import compose
+from uft.config.frozen import frozen
 from uft.config.schema import Model
 from uft.errors import UftError
 from uft.model.load import load_model, load_tokenizer, positions
+from uft.runs import create_run, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("debug=fast", "objective=sft", "tracking=none")
@@ -186,6 +189,42 @@ def test_pickles_in_a_run_folder_and_in_the_caches_are_not_loaded(tmp_path, trac
     ):
         uft(*command)
         assert not trace.exists(), command
+
+
+ODD = ("/x", "../x", "con", "n" * 300, "a\nb", "\x1b[2J\x1b]0;owned\x07", "\u202egnp")
+
+
+def test_names_in_a_received_folder_move_no_cursor_and_lead_nowhere(tmp_path, uft):
+    """Of runs, metrics, folders to start from, errors, states and swept keys: shown as text, and nothing else."""
+    config, sweep = frozen(compose(list(SMALL))), tmp_path / "outputs" / "day" / "sweep"
+    for number, odd in enumerate(ODD):
+        name = odd if "/" not in odd and len(odd) < 200 else f"run{number}"
+        run = create_run(sweep / name, config, [odd], cwd=odd, sweep=odd, wandb={"mode": "offline", "project": odd})
+        metrics = {f"eval/{odd}/nll": 1.0, odd: 2.0, "eval/nll": 0.5}
+        result = {"status": "failed" if number % 2 else "finished", "error": odd, "steps": 1}
+        write_json(run.path / "result.json", {**result, "final": metrics, "best": metrics})
+        run.metrics_file.write_text(json.dumps({"step": 1, **metrics}) + "\n")
+        run.samples_file.write_text(json.dumps({"step": 1, "source": odd, "reply": odd, "prompt": odd}) + "\n")
+    write_json(run.path / "result.json", {"status": ODD[5], "error": ODD[5]})
+    command = {"words": ["-m", *ODD], "cwd": "n" * 300}
+    write_json(
+        sweep / "sweep.json", {"jobs": [{"name": ODD[5]}], "commands": [command], "axes": {odd: [odd] for odd in ODD}}
+    )
+    before = sorted(path for path in tmp_path.rglob("*"))
+    for words in (
+        ["ls"],
+        ["ls", "--json"],
+        ["compare", "outputs/day/sweep"],
+        ["sync", "--dry-run"],
+        ["resume", "outputs"],
+    ):
+        done = uft(*words, code=None)
+        assert not set(done.stdout + done.stderr) & set("\x1b\x07\u202e"), words
+        assert "Traceback" not in done.stderr
+        assert "a fault in uft" not in done.stderr
+    own = {path for path in tmp_path.rglob("*") if path.is_relative_to(sweep) or "cache" in path.parts}
+    assert [path for path in set(tmp_path.rglob("*")) - own if path not in before] == []
+    assert not Path("/x").exists()
 
 
 SITE = """

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, render, tell
 from uft.runs import Run, find_runs, find_sweeps, planned, shown, summary, waiting
-from uft.tracking.console import HEADLINES
+from uft.tracking.console import HEADLINES, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,11 +90,11 @@ def show(rows: list[dict[str, Any]]) -> None:
     metrics = [name for name in wanted if any(name in row for row in rows)][:METRICS]
     for folder, inside in groupby(rows, key=lambda row: Path(row["path"]).parent):
         here = list(inside)
-        console.print(Text(f"\n{folder}/", style="bold"))
+        console.print(Text(f"\n{printable(str(folder))}/", style="bold"))
         console.print(table(here, metrics), highlight=False)
         for row in here:
             if error := problem_lines(str(row.get("error") or "")):
-                console.print(Text(f"  {row['name']}: {error[0]}", style="red"))
+                console.print(Text(printable(f"  {row['name']}: {error[0]}"), style="red"))
 
 
 def table(rows: list[dict[str, Any]], metrics: list[str]) -> Table:
@@ -112,8 +112,10 @@ def table(rows: list[dict[str, Any]], metrics: list[str]) -> Table:
     for name in ("state", "steps", *(metric.removeprefix("eval/") for metric in metrics)):
         made.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
     for row in rows:
-        state = Text(row["status"], style=COLOURS.get(row["status"], "red"))
-        made.add_row(Text(f"  {row['name']}"), state, steps(row), *(number(row.get(metric)) for metric in metrics))
+        state = Text(printable(row["status"]), style=COLOURS.get(row["status"], "red"))
+        made.add_row(
+            Text(f"  {printable(row['name'])}"), state, steps(row), *(number(row.get(metric)) for metric in metrics)
+        )
     return made
 
 
@@ -148,9 +150,9 @@ def resume_run(run: Run, overrides: list[str]) -> int:
     from uft.config.compose import changed
     from uft.launch.launcher import continue_run
 
-    started = Path(run.info().get("cwd", "."))
+    started = str(run.info().get("cwd", "."))
     settings = changed(run.config(), overrides) if overrides else None
-    return continue_run(run, settings, cwd=started if started.is_dir() else None)
+    return continue_run(run, settings, cwd=Path(started) if os.path.isdir(started) else None)
 
 
 def resume_runs(runs: list[Run], overrides: list[str]) -> int:
@@ -158,7 +160,7 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
     unfinished = [run for run in runs if run.status != "finished"]
     failed: list[str] = []
     for number, run in enumerate(unfinished, 1):
-        print(f"\nuft: run {number} of {len(unfinished)}: {run.name}", flush=True)
+        print(f"\nuft: run {number} of {len(unfinished)}: {printable(run.name)}", flush=True)
         try:
             code = resume_run(run, overrides)
             why = "\n".join(problem_lines(str(run.result().get("error") or "")))
@@ -167,7 +169,8 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
         if code in SIGNALLED:
             return code
         if code != GOOD:
-            failed.append(f"  {run.path}\n      {why.splitlines()[0] if why else f'exit code {code}'}")
+            said = why.splitlines()[0] if why else f"exit code {code}"
+            failed.append(f"  {printable(str(run.path))}\n      {printable(said)}")
     if not unfinished:
         print(f"uft: all {len(runs)} runs are finished; nothing to do")
     if failed:
@@ -204,7 +207,7 @@ def repeat_commands(sweep: Path, overrides: list[str]) -> list[int]:
     place, codes = f"hydra.sweep.dir={quote(str(sweep.resolve()))}", list[int]()
     with resuming(sweep) as commands:
         for words, started in commands:
-            with chdir(started if started.is_dir() else "."):
+            with chdir(started if os.path.isdir(started) else "."):
                 try:
                     codes.append(train([*words, *overrides, place]))
                 except UftError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def first_word(arguments: list[str]) -> str | None:
 def with_model(run: Run) -> dict[str, Any]:
     """The run's configuration, its trained model in the place of the one it began with, its files found from here."""
     settings: dict[str, Any] = without_stages(run.config())
-    started = Path(run.info().get("cwd", "."))
+    started = Path(str(run.info().get("cwd", ".")))
     for node in (settings["data"], *settings["data"]["sources"].values()):
         node |= {key: found_from(started, node[key]) for key in FILES & node.keys()}
     for name, source in settings["data"]["sources"].items():
@@ -202,4 +203,4 @@ def with_model(run: Run) -> dict[str, Any]:
 def found_from(started: Path, path: str | None) -> str | None:
     """A file or folder as it was named in `started`; anything else (a hub id, builtin:NAME, auto) stays as it is."""
     named = path not in (None, "auto", "plain")  # template names, even where a file is called so
-    return str(started / path) if path and named and (started / path).exists() else path
+    return str(started / path) if path and named and os.path.exists(started / path) else path

@@ -37,7 +37,7 @@ from uft.config.compose import Examined, examine, footer, quoted
 from uft.config.files import Request, request_of_job
 from uft.config.frozen import free
 from uft.config.messages import written
-from uft.errors import FAILED, Problem, UftError
+from uft.errors import FAILED, Problem, UftError, visible
 from uft.launch.forkserver import forkserver
 from uft.launch.launcher import JOB_KEYS, OUTPUTS, JobFailed, changed_keys, row_problems, slug, today
 from uft.launch.sweep_table import SweepTable
@@ -150,7 +150,7 @@ class Sweep:
         for job, failure in self.failed.items():
             said = [f"      {line}".rstrip() for line in failure.message.splitlines()]
             lines += [f"  {job.folder.name}", *said, f"      {job.folder}", ""]
-        print("\n".join([*lines, last]), file=sys.stderr)
+        print(visible("\n".join([*lines, last])), file=sys.stderr)
         return self.stopped[0] if self.stopped else FAILED
 
 
