@@ -64,7 +64,7 @@ def silence_libraries() -> None:
 def preload() -> None:
     """Import what workers import, in a process that they will be forks of (:mod:`uft.launch.forkserver`)."""
     silence_libraries()
-    import pandas  # noqa: F401  # pyarrow imports it with the first column that is read
+    import pandas  # type: ignore[import-untyped]  # noqa: F401  # pyarrow looks for it with the first column
     import peft.utils.transformers_weight_conversion  # noqa: F401
     import pyarrow.compute  # noqa: F401
     import safetensors.numpy
