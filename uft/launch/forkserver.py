@@ -232,10 +232,7 @@ def device_files() -> list[str]:
     return [file for file in files if file.startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri"))]
 
 
-class Job:
-    """This process where it is a job. `code`: its exit code, which exit handlers are not told."""
-
-    code = 1
+_exit_code = [1]  # of this process where it is a job: exit handlers are not told
 
 
 def run(request: Mapping[str, Any], intermediate: int, answer: int, *streams: int) -> int:
@@ -263,27 +260,27 @@ def run(request: Mapping[str, Any], intermediate: int, answer: int, *streams: in
     os.write(answer, str(os.getpid()).encode())
     os.close(answer)
     try:
-        Job.code = module.main(request["arguments"]) or 0
+        _exit_code[0] = module.main(request["arguments"]) or 0
     except SystemExit as end:
-        Job.code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        _exit_code[0] = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
     except KeyboardInterrupt:
-        Job.code = -signal.SIGINT
+        _exit_code[0] = -signal.SIGINT
         raise
-    return Job.code
+    return _exit_code[0]
 
 
 def leave() -> NoReturn:
     """The last exit handler of a job: end without the teardown of modules, which would copy the pages shared by all."""
-    if Job.code < 0:
+    if _exit_code[0] < 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), -Job.code)
+        os.kill(os.getpid(), -_exit_code[0])
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
-        os._exit(Job.code or 120)  # as Python says of a stream that cannot be flushed at exit
-    os._exit(Job.code)
+        os._exit(_exit_code[0] or 120)  # as Python says of a stream that cannot be flushed at exit
+    os._exit(_exit_code[0])
 
 
 if __name__ == "__main__":
