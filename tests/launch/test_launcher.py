@@ -13,6 +13,7 @@ from pathlib import Path
 import program
 import pytest
 import yaml
+from standin import KEY, Standin
 
 from uft.config.compose import compose
 from uft.errors import UftError
@@ -60,6 +61,17 @@ def test_every_field_of_run_json_that_something_reads_is_written(tmp_path, uft):
     read = ("id", "cwd", "versions", "code", "sweep", "total_steps", "data_digest", "device", "torch", "wandb")
     assert set(read) <= info.keys()
     assert info["code"].get("commit") == commit_of(Path(launcher.__file__).parent).get("commit")
+
+
+def test_a_fork_takes_no_folder_of_w_and_b_from_the_next_one(tmp_path, uft):
+    """wandb's temporary folders are those of the process that imported it, and go with it."""
+    server = Standin()
+    online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+    for name in ("one", "two"):
+        done = uft("train", "debug=fast", "objective=sft", "tracking.mode=online", f"run.dir={name}", env=online)
+        assert "did not take everything" not in done.stdout + done.stderr
+        assert Run(tmp_path / name).info()["wandb"]["sent"]
+    server.close()
 
 
 def test_bad_rows_are_told_by_the_real_worker_and_leave_nothing_behind(tmp_path, uft):
