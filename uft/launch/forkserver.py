@@ -41,7 +41,8 @@ anything else differs (OMP_NUM_THREADS, HF_HOME, ...), the imports would have co
 
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 NAME, JOB_NAME = "uft-forkserver", "uft-worker"  # in the list of processes: all have the server's command line
-LONGEST = 1 << 20  # bytes of a request, which is one message
+PACKETS = (socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a request is one message
+LONGEST = 1 << 20  # bytes of a request
 
 
 # --- in the launcher
@@ -81,7 +82,7 @@ class Server:
     @classmethod
     def start(cls, environment: Mapping[str, str], target: str) -> Server:
         """A new process that imports what `target` needs: its function `preload()`."""
-        ours, theirs = channel()
+        ours, theirs = socket.socketpair(*PACKETS)
         command = [sys.executable, "-P", "-m", "uft.launch.forkserver", str(theirs.fileno()), str(os.getpid()), target]
         silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with theirs:
@@ -111,25 +112,24 @@ class Server:
             "launcher": os.getpid(),
         }
         answer, written_by_job = os.pipe()
-        with open(answer, "rb") as reply, adopting_orphans():
-            try:
-                socket.send_fds(self.socket, [json.dumps(request).encode()], [written_by_job, *streams])
-            except OSError:
-                return None
-            finally:
-                os.close(written_by_job)
-            pid = reply.read()
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # the job, whose parent ends at once, becomes a child of this process
+        try:
+            with open(answer, "rb") as reply:
+                try:
+                    socket.send_fds(self.socket, [json.dumps(request).encode()], [written_by_job, *streams])
+                finally:
+                    os.close(written_by_job)
+                pid = reply.read()
+        except OSError:
+            return None
+        finally:
+            prctl(PR_SET_CHILD_SUBREAPER, 0)
         return Child(int(pid)) if pid else None
 
     def close(self) -> None:
         self.socket.close()
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-
-
-def channel() -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets whose messages keep their bounds."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 class Current:
@@ -171,16 +171,6 @@ def server_for(command: Sequence[str], environment: Mapping[str, str]) -> Server
 
 def read_by_imports(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(FREE)}
-
-
-@contextmanager
-def adopting_orphans() -> Iterator[None]:
-    """Within, a grandchild whose parent ends becomes a child of this process."""
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        yield
-    finally:
-        prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 def prctl(option: int, argument: Any) -> None:

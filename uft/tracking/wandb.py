@@ -64,8 +64,11 @@ class Wandb:
             asked = wish
         elif wish not in ("", asked) and asked != "disabled" and not self.uploads:
             self.say(f"{variable}={os.environ[variable]} is not followed: tracking.mode={asked}")
-        if asked != "disabled" and not self.uploads:
-            self._say_what_is_not_followed()
+        identity, tracking = self._identity(), self.config["tracking"]
+        for key in ("project", "entity") if asked != "disabled" and not self.uploads else ():
+            wish, used = os.environ.get(f"WANDB_{key.upper()}"), identity.get(key) or tracking[key]
+            if wish and wish != used:
+                self.say(f"WANDB_{key.upper()}={wish} is not followed: this run has tracking.{key}={used or 'null'}")
         choice = self._try_to_connect(asked) if asked in ("auto", "online") else Choice(asked)
         self.mode = choice.mode
         if self.mode == "disabled":
@@ -191,13 +194,6 @@ class Wandb:
             counts = agent or tracking[key] == getattr(Tracking(), key)
             found[key] = noted.get(key) or (environment.get(f"WANDB_{key.upper()}") if counts else None)
         return {name: value for name, value in found.items() if value}
-
-    def _say_what_is_not_followed(self) -> None:
-        identity = self._identity()
-        for key in ("project", "entity"):
-            wish, used = os.environ.get(f"WANDB_{key.upper()}"), identity.get(key) or self.config["tracking"][key]
-            if wish and wish != used:
-                self.say(f"WANDB_{key.upper()}={wish} is not followed: this run has tracking.{key}={used or 'null'}")
 
     def _note(self, **values: Any) -> None:
         """Keep facts about the W&B run in `run.json`."""
