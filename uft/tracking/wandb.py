@@ -66,9 +66,9 @@ class Wandb:
             self.say(f"{variable}={os.environ[variable]} is not followed: tracking.mode={asked}")
         identity, tracking = self._identity(), self.config["tracking"]
         for key in ("project", "entity") if asked != "disabled" and not self.uploads else ():
-            wish, used = os.environ.get(f"WANDB_{key.upper()}"), identity.get(key) or tracking[key]
-            if wish and wish != used:
-                self.say(f"WANDB_{key.upper()}={wish} is not followed: this run has tracking.{key}={used or 'null'}")
+            wanted, used = os.environ.get(f"WANDB_{key.upper()}"), identity.get(key) or tracking[key]
+            if wanted and wanted != used:
+                self.say(f"WANDB_{key.upper()}={wanted} is not followed: this run has tracking.{key}={used or 'null'}")
         choice = self._try_to_connect(asked) if asked in ("auto", "online") else Choice(asked)
         self.mode = choice.mode
         if self.mode == "disabled":
