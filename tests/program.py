@@ -13,6 +13,7 @@ import functools
 import inspect
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -158,7 +159,7 @@ def serve_workers() -> None:
     if "PLANTED_FAULT" in os.environ:
         real = worker.main
         worker.main = lambda arguments: plant() or real(arguments)
-    ours, theirs = forkserver.channel()
+    ours, theirs = socket.socketpair(*forkserver.PACKETS)
     parent, pid = os.getpid(), os.fork()
     if pid == 0:
         ours.close()

@@ -70,7 +70,12 @@ def tame(text: str) -> str:
     """`text` without secrets and control characters, cut to a length that can be shown."""
     text = redact(text)
     whole = text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text) - LONGEST:,} more characters)"
-    return UNRULY.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), whole)
+    return visible(whole)
+
+
+def visible(text: str) -> str:
+    """`text` with characters that would move a terminal's cursor or turn its text as escapes. Line feeds stay."""
+    return UNRULY.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def render(error: UftError) -> str:

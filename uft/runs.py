@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted
+from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted, visible
 
 OUTPUTS = Path("outputs")
 SWEEP_FILE = "sweep.json"  # the request of a sweep; `uft.launch.sweep` writes it
@@ -259,9 +259,9 @@ def summary(run: Run) -> Mapping[str, Any]:
 
 
 def shown(path: Path) -> str:
-    """A path as one would name it here."""
+    """A path as one would name it here; characters that move the cursor are escapes."""
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
+    return visible(str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path))
 
 
 def typed_path(path: Path) -> str:

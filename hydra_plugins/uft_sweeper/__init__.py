@@ -9,12 +9,13 @@ launcher; all failures are listed at the end; finished jobs are skipped on a rer
 # would look up the names in its annotations.
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
 
 @dataclass
@@ -44,6 +45,10 @@ class UftSweeper(Sweeper):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.composed, self.loader = config, hydra_context.config_loader
+        launcher = config.hydra.launcher
+        if "submitit_folder" in launcher:  # a pickle that lies there already is no answer of a job
+            with read_write(launcher):
+                launcher.submitit_folder = launcher.submitit_folder.replace("%j", f"{uuid4().hex}/%j")
         self.job_launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )

@@ -135,9 +135,8 @@ class Handle:
         if self._planted.moment("before write", self._path) == "half":
             self._handle.write(data[: len(data) // 2])
             self._handle.flush()
-            die()
-        count = self._handle.write(data)
-        return count
+            ACTIONS["kill"](self._path)
+        return self._handle.write(data)
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -163,8 +162,8 @@ class Handle:
 # --- what happens
 
 
-def die(path: str = "") -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def send(number: int) -> Callable[[str], None]:
+    return lambda path: os.kill(os.getpid(), number)
 
 
 def full(path: str) -> None:
@@ -186,37 +185,25 @@ def memory(path: str) -> None:
     raise MemoryError("Unable to allocate 7.25 GiB for an array")
 
 
-def crash(path: str) -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def clock_back(path: str) -> None:
-    """The machine's clock is set ten years back; what is monotonic stays so."""
-    turn_clock(-10)
-
-
-def clock_forward(path: str) -> None:
-    turn_clock(10)
-
-
-def turn_clock(years: int) -> None:
+def turn_clock(years: int) -> Callable[[str], None]:
+    """The machine's clock is set; what is monotonic stays so."""
     real = time.time
-    time.time = lambda: real() + years * 365 * 86400
+    return lambda path: setattr(time, "time", lambda: real() + years * 365 * 86400)
 
 
 ACTIONS: dict[str, Callable[[str], Any]] = {
     "nothing": lambda path: None,
-    "kill": die,
+    "kill": send(signal.SIGKILL),
     "half": lambda path: "half",
     "full": full,
     "hang": hang,
-    "terminate": lambda path: os.kill(os.getpid(), signal.SIGTERM),
-    "warn": lambda path: os.kill(os.getpid(), signal.SIGUSR1),
+    "terminate": send(signal.SIGTERM),
+    "warn": send(signal.SIGUSR1),
     "device_memory": device_memory,
     "memory": memory,
-    "crash": crash,
-    "clock_back": clock_back,
-    "clock_forward": clock_forward,
+    "crash": send(signal.SIGSEGV),
+    "clock_back": turn_clock(-10),
+    "clock_forward": turn_clock(10),
 }
 
 
@@ -264,8 +251,6 @@ class Later(importlib.abc.MetaPathFinder):
             return None
         hooks = self.hooks.pop(name)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None:
-            return spec
         real = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 import program
 import pytest
 import yaml
+from standin import KEY, Standin
 
 from uft.config.compose import compose
 from uft.errors import UftError
 from uft.launch import launcher
-from uft.launch.launcher import launch_job, launch_train, single_run_dir
+from uft.launch.launcher import commit_of, launch_job, launch_train, single_run_dir
 from uft.runs import Run, find_runs
 
 BASE = ("tracking=none", "objective=sft", "train.steps=200")
@@ -52,6 +53,25 @@ def test_a_run_folder_holds_what_was_asked(worker, capsys):
     assert "finished already" in capsys.readouterr().out
     named, _ = find_runs(worker / "outputs")
     assert (named.name, sittings(named)) == ("mine", ["ok"])
+
+
+def test_every_field_of_run_json_that_something_reads_is_written(tmp_path, uft):
+    uft("train", "debug=fast", "objective=sft", "tracking.mode=offline", "run.dir=run")
+    info = Run(tmp_path / "run").info()
+    read = ("id", "cwd", "versions", "code", "sweep", "total_steps", "data_digest", "device", "torch", "wandb")
+    assert set(read) <= info.keys()
+    assert info["code"].get("commit") == commit_of(Path(launcher.__file__).parent).get("commit")
+
+
+def test_a_fork_takes_no_folder_of_w_and_b_from_the_next_one(tmp_path, uft):
+    """wandb's temporary folders are those of the process that imported it, and go with it."""
+    server = Standin()
+    online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+    for name in ("one", "two"):
+        done = uft("train", "debug=fast", "objective=sft", "tracking.mode=online", f"run.dir={name}", env=online)
+        assert "did not take everything" not in done.stdout + done.stderr
+        assert Run(tmp_path / name).info()["wandb"]["sent"]
+    server.close()
 
 
 def test_bad_rows_are_told_by_the_real_worker_and_leave_nothing_behind(tmp_path, uft):

@@ -251,21 +251,17 @@ def test_the_command_line(worker, capfd):
 
 
 @pytest.mark.slow
-def test_a_real_search_and_what_wandb_is_told_of_it(tmp_path, monkeypatch, capfd):
+def test_a_real_search_and_what_wandb_is_told_of_it(tmp_path, monkeypatch, uft):
     """Every run of a sweep is in one W&B group, with the swept keys in its config."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["objective=uft", "debug=fast", "hydra/sweeper=uft_optuna", "hydra.sweeper.n_trials=1", "sweep.name=real"]
-    assert main(["train", "-m", *words, "tracking.mode=offline", "optim.lr=tag(log,interval(1e-5,1e-2))"]) == 0
+    out = uft("train", "-m", *words, "tracking.mode=offline", "optim.lr=tag(log,interval(1e-5,1e-2))").stdout
     (folder,) = tmp_path.glob("outputs/*/real")
     (trial,) = study(folder).trials
-    run = Run(Path(trial.user_attrs["run"]))
+    run = Run(tmp_path / trial.user_attrs["run"])
     assert trial.value == run.result()["best"]["eval/nll"]
-    assert f"{trial.value:.4f}" in capfd.readouterr().out
+    assert f"{trial.value:.4f}" in out
     server = Standin()
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert main(["sync", str(run.path)]) == 0
+    uft("sync", run.path, env={"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"})
     run_id = run.info()["id"]
     sent, history = server.runs[run_id], server.history[run_id]
     server.close()

@@ -3,19 +3,22 @@
 import json
 import shlex
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from uft.cli import main
 from uft.config.compose import Examined
 from uft.config.files import Request, make_loader
 from uft.launch.launcher import row_problems
-from uft.launch.sweep import Job, examine_jobs, expand, job_names, record_sweep, resuming, sweep_dir, sweep_name
-from uft.runs import create_run, find_runs, find_sweeps, planned, waiting
+from uft.launch.sweep import Job, Sweep, examine_jobs, expand, job_names, record_sweep, resuming, sweep_dir, sweep_name
+from uft.runs import create_run, find_runs, find_sweeps, planned, waiting, write_json
 
 NOW = datetime(2026, 11, 21, 9, 8, 7)
 
@@ -36,6 +39,7 @@ def test_each_job_has_its_folder(worker, capsys):
     assert folder.name.startswith("objective-seed-")
     config = found["ift-seed2"].config()
     assert (config["objective"]["name"], config["seed"], config["sweep"]["name"]) == ("ift", 2, folder.name)
+    assert found["ift-seed2"].info()["sweep"] == folder.name
     assert set(found["ift-seed2"].overrides()) == {"tracking=none", "objective=ift", "seed=2", "train.log_every=7"}
     out = capsys.readouterr().out
     assert "all 2 jobs are done" in out
@@ -71,6 +75,24 @@ def test_failures_and_refusals_of_workers_do_not_stop_the_others_and_all_are_lis
     assert "1 of 4 done: systemrefuse failed" in out
     found = {name: run.status for name, run in runs(worker).items()}
     assert found == {"systemdie": "interrupted", "systemfail": "failed", "systemok": "finished"}
+
+
+class UncompletedJobError(RuntimeError):
+    """What submitit raises where a job was killed."""
+
+
+@pytest.mark.parametrize("error", [UncompletedJobError("Job 7 (slurm) has no output\nmore"), BrokenProcessPool("gone")])
+def test_a_job_that_the_launcher_lost_is_told_and_the_others_count(tmp_path, error):
+    def launch(jobs, initial_job_idx):
+        write_json(create_run(tmp_path / "one", "{}\n", []).path / "result.json", {"status": "finished"})
+        raise error
+
+    jobs = [Job((f"seed={name}",), tmp_path / name) for name in ("one", "two")]
+    sweep = Sweep(OmegaConf.create({}), (), {}, SimpleNamespace(launch=launch))
+    assert sweep.launch(jobs) == []
+    assert {job.folder.name: (failure.code, failure.message) for job, failure in sweep.failed.items()} == {
+        "two": (1, f"the launcher lost a job: {' '.join(str(error).split())}")
+    }
 
 
 def test_the_reason_of_a_failed_job_stands_wherever_jobs_are_listed(worker, capsys):

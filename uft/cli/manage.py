@@ -29,7 +29,7 @@ from uft.runs import (
     summary,
     waiting,
 )
-from uft.tracking.console import HEADLINES
+from uft.tracking.console import HEADLINES, printable
 
 WIDE = 160  # columns where there is no terminal
 METRICS = 4  # metrics shown at most
@@ -96,13 +96,13 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         for name in ("state", "steps", *metrics):
             table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
         for row in inside:
-            state = Text(row["status"], style=COLOURS.get(row["status"], "red"))
+            state = Text(printable(row["status"]), style=COLOURS.get(row["status"], "red"))
             values = [row.get(f"eval/{name}") for name in metrics]
             numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "" for value in values]
-            table.add_row(Text(f"  {row['name']}"), state, step_of(row), *numbers)
+            table.add_row(Text(f"  {printable(row['name'])}"), state, step_of(row), *numbers)
             if error := problem_lines(str(row.get("error") or "")):
-                errors.append(Text(f"  {row['name']}: {error[0]}", style="red"))
-        console.print(Text(f"\n{folder}/", style="bold"))
+                errors.append(Text(printable(f"  {row['name']}: {error[0]}"), style="red"))
+        console.print(Text(f"\n{printable(str(folder))}/", style="bold"))
         console.print(table, *errors, sep="\n", highlight=False)
 
 
@@ -156,16 +156,16 @@ def resume_run(run: Run, overrides: list[str]) -> int:
     from uft.config.compose import changed
     from uft.launch.launcher import continue_run
 
-    started = Path(run.info().get("cwd", "."))
+    started = str(run.info().get("cwd", "."))
     settings = changed(run.config(), overrides) if overrides else None
-    return continue_run(run, settings, cwd=started if started.is_dir() else None)
+    return continue_run(run, settings, cwd=Path(started) if os.path.isdir(started) else None)
 
 
 def resume_runs(runs: list[Run], overrides: list[str]) -> int:
     """Continue every unfinished run; a signal ends it, a failure is told of at the end."""
     unfinished, failed = [run for run in runs if run.status != "finished"], list[str]()
     for number, run in enumerate(unfinished, 1):
-        print(f"\nuft: run {number} of {len(unfinished)}: {run.name}", flush=True)
+        print(f"\nuft: run {number} of {len(unfinished)}: {printable(run.name)}", flush=True)
         try:
             code = resume_run(run, overrides)
             why = "\n".join(problem_lines(str(run.result().get("error") or "")))
@@ -174,7 +174,8 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
         if code in SIGNALLED:
             return code
         if code != GOOD:
-            failed.append(f"  {run.path}\n      {why.splitlines()[0] if why else f'exit code {code}'}")
+            said = why.splitlines()[0] if why else f"exit code {code}"
+            failed.append(f"  {printable(str(run.path))}\n      {printable(said)}")
     if not unfinished:
         print(f"uft: all {len(runs)} runs are finished; nothing to do")
     if failed:
@@ -198,7 +199,7 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
         place = f"hydra.sweep.dir={quote(str(sweep.resolve()))}"
         with resuming(sweep) as commands:
             for words, started in commands:
-                with chdir(started if started.is_dir() else "."):
+                with chdir(started if os.path.isdir(started) else "."):
                     try:
                         codes.append(train([*words, *overrides, place]))
                     except UftError as error:

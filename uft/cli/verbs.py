@@ -162,12 +162,12 @@ def print_config(compared: Run | None, examined: Examined, words: Sequence[str])
 def with_model(run: Run) -> dict[str, Any]:
     """The run's configuration, its trained model in the place of the one it began with, its files found from here."""
     settings: dict[str, Any] = without_stages(run.config())
-    started = Path(run.info().get("cwd", "."))
+    started = Path(str(run.info().get("cwd", ".")))
 
     def found(path: str | None) -> str | None:
         """A file or folder as it was named in `started`; a hub id, builtin:NAME or a template's name as it is."""
         named = path not in (None, "auto", "plain")  # template names, even where a file is called so
-        return str(started / path) if path and named and (started / path).exists() else path
+        return str(started / path) if path and named and os.path.exists(started / path) else path
 
     for node in (settings["data"], *settings["data"]["sources"].values()):
         node |= {key: found(node[key]) for key in FILES & node.keys()}

@@ -41,7 +41,8 @@ anything else differs (OMP_NUM_THREADS, HF_HOME, ...), the imports would have co
 
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 NAME, JOB_NAME = "uft-forkserver", "uft-worker"  # in the list of processes: all have the server's command line
-LONGEST = 1 << 20  # bytes of a request, which is one message
+PACKETS = (socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a request is one message
+LONGEST = 1 << 20  # bytes of a request
 
 
 # --- in the launcher
@@ -81,7 +82,7 @@ class Server:
     @classmethod
     def start(cls, environment: Mapping[str, str], target: str) -> Server:
         """A new process that imports what `target` needs: its function `preload()`."""
-        ours, theirs = channel()
+        ours, theirs = socket.socketpair(*PACKETS)
         command = [sys.executable, "-P", "-m", "uft.launch.forkserver", str(theirs.fileno()), str(os.getpid()), target]
         silent: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         with theirs:
@@ -111,25 +112,24 @@ class Server:
             "launcher": os.getpid(),
         }
         answer, written_by_job = os.pipe()
-        with open(answer, "rb") as reply, adopting_orphans():
-            try:
-                socket.send_fds(self.socket, [json.dumps(request).encode()], [written_by_job, *streams])
-            except OSError:
-                return None
-            finally:
-                os.close(written_by_job)
-            pid = reply.read()
+        prctl(PR_SET_CHILD_SUBREAPER, 1)  # the job, whose parent ends at once, becomes a child of this process
+        try:
+            with open(answer, "rb") as reply:
+                try:
+                    socket.send_fds(self.socket, [json.dumps(request).encode()], [written_by_job, *streams])
+                finally:
+                    os.close(written_by_job)
+                pid = reply.read()
+        except OSError:
+            return None
+        finally:
+            prctl(PR_SET_CHILD_SUBREAPER, 0)
         return Child(int(pid)) if pid else None
 
     def close(self) -> None:
         self.socket.close()
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
-
-
-def channel() -> tuple[socket.socket, socket.socket]:
-    """Two connected sockets whose messages keep their bounds."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 class Current:
@@ -171,16 +171,6 @@ def server_for(command: Sequence[str], environment: Mapping[str, str]) -> Server
 
 def read_by_imports(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(FREE)}
-
-
-@contextmanager
-def adopting_orphans() -> Iterator[None]:
-    """Within, a grandchild whose parent ends becomes a child of this process."""
-    prctl(PR_SET_CHILD_SUBREAPER, 1)
-    try:
-        yield
-    finally:
-        prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 def prctl(option: int, argument: Any) -> None:
@@ -232,10 +222,7 @@ def device_files() -> list[str]:
     return [file for file in files if file.startswith(("/dev/nvidia", "/dev/kfd", "/dev/dri"))]
 
 
-class Job:
-    """This process where it is a job. `code`: its exit code, which exit handlers are not told."""
-
-    code = 1
+_exit_code = [1]  # of this process where it is a job: exit handlers are not told
 
 
 def run(request: Mapping[str, Any], intermediate: int, answer: int, *streams: int) -> int:
@@ -263,27 +250,27 @@ def run(request: Mapping[str, Any], intermediate: int, answer: int, *streams: in
     os.write(answer, str(os.getpid()).encode())
     os.close(answer)
     try:
-        Job.code = module.main(request["arguments"]) or 0
+        _exit_code[0] = module.main(request["arguments"]) or 0
     except SystemExit as end:
-        Job.code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        _exit_code[0] = end.code if isinstance(end.code, int) else int(end.code is not None)
         raise
     except KeyboardInterrupt:
-        Job.code = -signal.SIGINT
+        _exit_code[0] = -signal.SIGINT
         raise
-    return Job.code
+    return _exit_code[0]
 
 
 def leave() -> NoReturn:
     """The last exit handler of a job: end without the teardown of modules, which would copy the pages shared by all."""
-    if Job.code < 0:
+    if _exit_code[0] < 0:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), -Job.code)
+        os.kill(os.getpid(), -_exit_code[0])
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
-        os._exit(Job.code or 120)  # as Python says of a stream that cannot be flushed at exit
-    os._exit(Job.code)
+        os._exit(_exit_code[0] or 120)  # as Python says of a stream that cannot be flushed at exit
+    os._exit(_exit_code[0])
 
 
 if __name__ == "__main__":

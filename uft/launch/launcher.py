@@ -28,7 +28,7 @@ from uft.config.frozen import free, frozen, plain, to_yaml
 from uft.config.messages import written
 from uft.config.schema import defaults_of
 from uft.config.stages import completed, data_nodes, differences
-from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines
+from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, visible
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
 from uft.runs import Run, create_run, shown, typed_path, unwritable, write_atomically
 
@@ -76,7 +76,7 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     with run.lock():  # of two processes that make the same run, one makes it and the other finds it
         fresh = not run.exists
         if fresh:
-            create_run(run.path, to_yaml(settings), list(overrides), **provenance())
+            create_run(run.path, to_yaml(settings), list(overrides), sweep=settings["sweep"]["name"], **provenance())
     return run_session(run, created, quiet=quiet) if fresh else continue_run(run, settings, quiet=quiet)
 
 
@@ -119,10 +119,10 @@ def continue_run(
         raise UftError(*problems, footer=footer)
     if run.status == "finished":
         if not quiet:
-            print(f"uft: {run.path} is finished already; nothing to do")
+            print(f"uft: {visible(str(run.path))} is finished already; nothing to do")
         return GOOD
     if run.locked() and run.orphaned():  # its launcher was killed, so the worker saves a checkpoint and ends
-        print(f"uft: waiting for the last worker in {run.path} to save its checkpoint", flush=True)
+        print(f"uft: waiting for the last worker in {visible(str(run.path))} to save its checkpoint", flush=True)
         while run.locked() and run.orphaned():
             time.sleep(0.1)
     if run.locked():

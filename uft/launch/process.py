@@ -80,7 +80,7 @@ def run_worker(
     with forwarding(sent) as children, output(log) as (out, err):
         child: Child | None = None
         if server := forkserver.server_for(command, environment):
-            children.append(server.process)  # while it still imports, a signal ends it, and nobody waits
+            children.append(server.process)  # a signal that comes while it still imports ends it
             child = None if sent else server.fork(COMMAND[-1], arguments, environment, cwd, (0, out, err))
             children.pop()
             if child is None:  # it is lost: from here on Popen

@@ -21,6 +21,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -37,16 +38,19 @@ from uft.config.compose import Examined, examine, footer, quoted
 from uft.config.files import Request, request_of_job
 from uft.config.frozen import free
 from uft.config.messages import written
-from uft.errors import FAILED, Problem, UftError
+from uft.errors import FAILED, Problem, UftError, visible
 from uft.launch.forkserver import forkserver
 from uft.launch.launcher import JOB_KEYS, OUTPUTS, JobFailed, changed_keys, row_problems, slug, today
 from uft.launch.sweep_table import SweepTable
 from uft.runs import SWEEP_FILE, Damaged, Run, read_json, shown, typed_path, write_json
+from uft.tracking.console import shorten
 
 MANY = 20  # jobs that take seconds to check
 LONGEST = 120  # characters of a name; file systems allow 255
 METHODS = ("objective", "experiment")
 """Keys that tell apart the jobs of several commands that write into one named sweep."""
+LOST = ("UncompletedJobError", "FailedJobError")
+"""Errors of submitit where a job's process was killed and left no answer. Other jobs may be at work yet."""
 AGAIN = "To go on, run the same command again: finished jobs are skipped, the others continue."
 
 
@@ -119,22 +123,22 @@ class Sweep:
         """Give jobs to Hydra's launcher, which returns when all of them have ended."""
         try:
             results = self.launcher.launch([job.arguments for job in jobs], initial_job_idx=self.launched)
+            failures = [failure_of(result) for result in results]
         except RuntimeError as error:
-            if "slurm" not in str(error).lower():
+            if isinstance(error, BrokenExecutor) or type(error).__name__ in LOST:
+                text = f"the launcher lost a job: {shorten(' '.join(str(error).split()), LONGEST)}"
+                ended = [Run(job.folder).status == "finished" for job in jobs]
+                results, failures = [], [None if done else JobFailed(FAILED, text) for done in ended]
+            elif "slurm" in str(error).lower():
+                advice = ("on a machine from which sbatch works, or with another  hardware=",)
+                raise UftError(Problem("hydra/launcher", str(error), advice=advice)) from error
+            else:
                 raise
-            advice = ("on a machine from which sbatch works, or with another  hardware=",)
-            raise UftError(Problem("hydra/launcher", str(error), advice=advice)) from error
         self.launched += len(jobs)
-        for job, result in zip(jobs, results, strict=True):
+        for job, failure in zip(jobs, failures, strict=True):
             self.failed.pop(job, None)
             status, why = "finished", ""
-            if result.status != JobStatus.COMPLETED:
-                failure = replace(result, status=JobStatus.COMPLETED).return_value  # else it is printed, and raised
-                if isinstance(failure, UftError):
-                    said = (": ".join(filter(None, (problem.what, problem.why))) for problem in failure.problems)
-                    failure = JobFailed(failure.code, "\n".join(said))
-                elif not isinstance(failure, JobFailed):
-                    failure = JobFailed(FAILED, f"{type(failure).__name__}: {failure}")
+            if failure:
                 self.failed[job] = failure
                 status, why = "stopped" if failure.stopped else "failed", failure.message
             if self.table:
@@ -150,8 +154,21 @@ class Sweep:
         for job, failure in self.failed.items():
             said = [f"      {line}".rstrip() for line in failure.message.splitlines()]
             lines += [f"  {job.folder.name}", *said, f"      {job.folder}", ""]
-        print("\n".join([*lines, last]), file=sys.stderr)
+        print(visible("\n".join([*lines, last])), file=sys.stderr)
         return self.stopped[0] if self.stopped else FAILED
+
+
+def failure_of(result: JobReturn) -> JobFailed | None:
+    """Why a job did not finish; None where it did."""
+    if result.status == JobStatus.COMPLETED:
+        return None
+    error = replace(result, status=JobStatus.COMPLETED).return_value  # as it stands it would be printed, and raised
+    if isinstance(error, JobFailed):
+        return error
+    if isinstance(error, UftError):
+        said = (": ".join(filter(None, (problem.what, problem.why))) for problem in error.problems)
+        return JobFailed(error.code, "\n".join(said))
+    return JobFailed(FAILED, f"{type(error).__name__}: {error}")
 
 
 def run_grid(sweep: Sweep, lines: Sequence[Sequence[str]], batch_size: int | None) -> list[Sequence[JobReturn]]:

@@ -62,18 +62,24 @@ def silence_libraries() -> None:
 
 
 def preload() -> None:
-    """Import what workers import, in a process that they will be forks of (:mod:`uft.launch.forkserver`)."""
+    """Import what workers import, in a process that they will be forks of (:mod:`uft.launch.forkserver`).
+
+    Not wandb: it makes temporary folders when it is imported, which the first fork that ends would remove for all.
+    """
     silence_libraries()
-    import peft  # noqa: F401
+    import pandas  # type: ignore[import-untyped]  # noqa: F401  # pyarrow looks for it with the first column
+    import peft.utils.transformers_weight_conversion  # noqa: F401
+    import pyarrow.compute  # noqa: F401
     import safetensors.numpy
     import safetensors.torch  # noqa: F401
-    import wandb  # noqa: F401
+    from transformers import conversion_mapping
     from transformers.models.llama import modeling_llama  # noqa: F401
 
     from uft.model.policy import auto_model
     from uft.training import jobs, session  # noqa: F401
 
     auto_model()
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # compiles a thousand patterns, once in a process
 
 
 def train(folder: str) -> int:

@@ -40,6 +40,10 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     place = locate(model)
     with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
+    templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if outside := [name for name in templates if name in ("", ".", "..") or Path(name).name != name]:
+        why = f"a chat template is named {outside[0]!r}; the export writes it to a file of its name, outside the folder"
+        raise UftError(Problem(f"model.path={model.path}", why))
     tokenizer.padding_side = "right"
     return tokenizer
 
@@ -60,6 +64,7 @@ def _config(model: Model) -> Any:
 
     place = locate(model)
     with _humane(f"model.path={model.path}", "its configuration cannot be loaded", model, place):
+        _refuse_kernels(place, model)
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
 
@@ -156,6 +161,7 @@ def load_base(model: Model, reference: str | None = None) -> Any:
     place = locate(model, reference)
     what = f"model.path={model.path}" if reference is None else f"reference.path={reference}"
     with _humane(what, "the model cannot be loaded", model, place):
+        _refuse_kernels(place, model)
         loaded: Any = auto_model().from_pretrained(
             place.path,
             dtype=DTYPES[storage_dtype(model)],
@@ -199,6 +205,23 @@ def _access(place: Location, model: Model) -> dict[str, Any]:
         "local_files_only": place.offline,
         "trust_remote_code": model.trust_remote_code,
     }
+
+
+def _refuse_kernels(place: Location, model: Model) -> None:
+    """ValueError where a configuration names kernels of the hub: transformers would fetch their code and run it."""
+    from transformers import PretrainedConfig
+
+    def named(settings: Any) -> Iterator[str]:
+        for key, value in settings.items() if isinstance(settings, dict) else ():
+            found = value.values() if isinstance(value, dict) else [value]
+            if "_implementation" in key:
+                yield from (f"{key}={text}" for text in found if "/" in str(text))
+            for inner in (value, *(value if isinstance(value, list) else ())):
+                yield from named(inner)
+
+    settings, _ = PretrainedConfig.get_config_dict(place.path, **_access(place, model))
+    if kernels := [] if model.trust_remote_code else list(named(settings)):
+        raise ValueError(f"its config.json names code of the hub to run, {kernels[0]} (see model.trust_remote_code)")
 
 
 ADVICE = {

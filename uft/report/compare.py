@@ -352,7 +352,7 @@ def show(comparison: Mapping[str, Any]) -> None:
     for run in incomplete[:OTHERS]:
         why = f": {one_line(run['error'].splitlines()[0])}" if run["error"] else ""
         style = "red" if run["status"] == "failed" else "yellow"
-        console.print(Text(f"  {one_line(run['name'])} {run['status']}{why}", style=style))
+        console.print(Text(f"  {one_line(run['name'])} {one_line(run['status'])}{why}", style=style))
     if len(incomplete) > OTHERS:
         console.print(Text(f"  and {len(incomplete) - OTHERS} more that are not finished or not whole", style="yellow"))
 

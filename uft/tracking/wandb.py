@@ -70,8 +70,11 @@ class Wandb:
             mode = wish
         elif wish not in ("", mode) and mode != "disabled" and not self.folder:
             self.say(f"{variable}={os.environ[variable]} is not followed: tracking.mode={mode}")
-        if mode != "disabled" and not self.folder:
-            self._say_what_is_not_followed()
+        identity, tracking = self._identity(), self.config["tracking"]
+        for key in ("project", "entity") if mode != "disabled" and not self.folder else ():
+            wanted, used = os.environ.get(f"WANDB_{key.upper()}"), identity.get(key) or tracking[key]
+            if wanted and wanted != used:
+                self.say(f"WANDB_{key.upper()}={wanted} is not followed: this run has tracking.{key}={used or 'null'}")
         if mode in ("auto", "online"):
             why = self._go_online(mode)
             mode = "offline" if why else "online"
@@ -198,13 +201,6 @@ class Wandb:
             counts = agent or tracking[key] == getattr(Tracking(), key)
             found[key] = noted.get(key) or (environment.get(f"WANDB_{key.upper()}") if counts else None)
         return {name: value for name, value in found.items() if value}
-
-    def _say_what_is_not_followed(self) -> None:
-        identity = self._identity()
-        for key in ("project", "entity"):
-            wish, used = os.environ.get(f"WANDB_{key.upper()}"), identity.get(key) or self.config["tracking"][key]
-            if wish and wish != used:
-                self.say(f"WANDB_{key.upper()}={wish} is not followed: this run has tracking.{key}={used or 'null'}")
 
     def _note(self, **values: Any) -> None:
         """Keep facts about the W&B run in `run.json`."""
