@@ -16,6 +16,7 @@ from shape import STATES, check
 from synthetic import held, make_run, make_sweep, tear
 
 from uft.cli import main
+from uft.report import table
 from uft.report.compare import as_json, compare, write
 from uft.report.runs import select
 from uft.tracking import metrics
@@ -306,6 +307,21 @@ def test_names_and_errors_cannot_move_the_cursor(here, typed):
     assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", out)
     assert "[bold red]x[/]" in out, "nor are they markup"
     assert "[bold red]x[/] is best with 1 (one seed)." in out, "escapes do not cost a sentence its end"
+
+
+def test_at_80_columns_names_are_whole_and_metrics_left_out_are_counted(sweep, typed, monkeypatch):
+    monkeypatch.setattr(table, "WIDE", 80)
+    make_run(sweep / "other", "uft", points=5, data__name="n" * 60)
+    _, out, _ = typed(sweep)
+    head = next(line for line in out.splitlines() if line.startswith("  configuration"))
+    metrics = head.split()[2::2]
+    assert 0 < len(metrics) < 5
+    assert f"  {5 - len(metrics)} more metrics in a wider terminal\n" in out
+    assert "  mean ± standard deviation over seeds; * best; ↑ more, ↓ less is better\n" in out
+    rows = out[out.index(head) : out.index("  mean ±")]
+    assert "…" not in rows
+    assert rows.count("n" * 20) >= 2, "a long name is folded"
+    assert max(map(len, rows.splitlines())) <= 80
 
 
 def test_a_long_table_ends(here, typed):

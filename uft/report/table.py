@@ -35,7 +35,7 @@ def show(comparison: Mapping[str, Any]) -> None:
     head = f"{comparison['title']}: {plural(len(runs), 'run')}, {plural(len(groups), 'configuration')}"
     console.print(Text(f"\n{one_line(head)}\n", style="bold"))
     if groups:
-        console.print(table(comparison))
+        print_table(comparison, console)
 
     incomplete = [run for run in runs if run["status"] != "finished" or run["error"]]
     for run in incomplete[:OTHERS]:
@@ -61,24 +61,44 @@ def show(comparison: Mapping[str, Any]) -> None:
         console.print(Text(("" if position else "\n") + text, style="yellow"))
 
 
-def table(comparison: Mapping[str, Any]) -> Table:
-    """A row per configuration, best first: its runs, and mean ± standard deviation of the headline metrics."""
-    metrics = [head["metric"] for head in comparison["headline"]][:COLUMNS]
+def print_table(comparison: Mapping[str, Any], console: Console) -> None:
+    """A row per configuration, best first: its runs, and mean ± standard deviation of as many headline metrics as fit.
+
+    Names are never cut away: they get up to half the width, and are folded there.
+    """
     best = {finding["metric"]: finding["best"] for finding in comparison["summary"]}
     finished = {run["id"] for run in comparison["runs"] if run["status"] == "finished"}
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    shown.add_column("  configuration", overflow="fold")
-    for name in ("runs", *metrics):
-        shown.add_column(one_line(name.removeprefix("eval/")), justify="right", no_wrap=True)
-    groups = ranked(comparison)
-    for group in groups[:ROWS]:
-        name = one_line(group["name"]) + (" (baseline)" if group["baseline"] else "")
+    groups = ranked(comparison)[:ROWS]
+    names, runs = [], []
+    for group in groups:
+        names.append("  " + one_line(group["name"]) + (" (baseline)" if group["baseline"] else ""))
         count, done = len(group["runs"]), len(finished.intersection(group["runs"]))
-        cells = [cell(group["metrics"].get(metric), best.get(metric) == group["id"]) for metric in metrics]
-        shown.add_row(Text(f"  {name}"), Text(str(count) if done == count else f"{done} of {count}"), *cells)
-    if len(groups) > ROWS:
-        shown.caption, shown.caption_justify = f"  and {len(groups) - ROWS} more in compare.html", "left"
-    return shown
+        runs.append(str(count) if done == count else f"{done} of {count}")
+    name_width = max(min(max(map(len, names)), console.width // 2), len("  configuration"))
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    shown.add_column("  configuration", overflow="fold", min_width=name_width)
+    shown.add_column("runs", justify="right", no_wrap=True)
+    columns: list[list[Text]] = [[Text(name) for name in names], [Text(text) for text in runs]]
+    room = console.width - name_width - max(map(len, ["runs", *runs])) - 4
+    for head in comparison["headline"][:COLUMNS]:
+        metric = head["metric"]
+        title = f"{one_line(metric.removeprefix('eval/'))} {ARROWS[head['direction']]}"
+        cells = [cell(group["metrics"].get(metric), best.get(metric) == group["id"]) for group in groups]
+        room -= max(len(title), *map(len, cells)) + 2
+        if room < 0 and len(columns) > 2:
+            break
+        shown.add_column(title, justify="right", no_wrap=True)
+        columns.append(cells)
+    for row in zip(*columns, strict=True):
+        shown.add_row(*row)
+    console.print(shown)
+    notes = ["mean ± standard deviation over seeds; * best; ↑ more, ↓ less is better"]
+    if left := min(len(comparison["headline"]), COLUMNS) - (len(columns) - 2):
+        notes.append(f"{plural(left, 'more metric')} in a wider terminal")
+    if len(comparison["groups"]) > ROWS:
+        notes.append(f"and {len(comparison['groups']) - ROWS} more in compare.html")
+    for note in notes:
+        console.print(Text(f"  {note}", style="dim"))
 
 
 def ranked(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
