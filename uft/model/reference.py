@@ -102,14 +102,15 @@ def make_reference(
 def check_alike(other: Policy, policy: Policy, path: str, longest_row: int, distributions: bool) -> None:
     """Raise UftError where another model cannot stand as the reference: too few positions for the longest row, or, for
     an objective that compares whole distributions, a vocabulary of another size."""
-    ours, theirs = (side.base.config.get_text_config() for side in (policy, other))
-    positions = getattr(theirs, "max_position_embeddings", None)
+    configs = [side.base.config.get_text_config() for side in (policy, other)]
+    positions = getattr(configs[1], "max_position_embeddings", None)
     if positions and longest_row > positions:
         why = f"has {positions} positions, and sequences of this run have up to {longest_row} tokens"
         advice = (f"train.max_length={positions} data.too_long=drop|truncate",)
         raise UftError(Problem(f"reference.path={path}", why, advice=advice))
-    if distributions and ours.vocab_size != theirs.vocab_size:
-        why = f"has a vocabulary of {theirs.vocab_size} tokens, the policy of {ours.vocab_size}"
+    ours, theirs = (getattr(config, "vocab_size", None) for config in configs)
+    if distributions and ours != theirs:
+        why = f"has a vocabulary of {theirs} tokens, the policy of {ours}"
         advice = ("this objective compares whole distributions: padded tokens count too",)
         raise UftError(Problem(f"reference.path={path}", why, advice=advice))
 
