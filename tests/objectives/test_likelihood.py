@@ -28,11 +28,15 @@ def rows_of(lengths, baselines=None):
     return [of_length(n, row=row, annotations=note) for row, (n, note) in enumerate(zip(lengths, notes, strict=True))]
 
 
-def test_shared_1_log_probs_reductions_and_counts():
+def shared():
     """labels [[-100, -100, 1, 3], [-100, 2, -100, -100]]: each sequence a row."""
     on = [[False, False, True, True], [False, True, False, False]]
     batch = kit.batch_of([kit.Seq([0, 0, 1, 3], on[0], 0), kit.Seq([0, 2, 0, 0], on[1], 1)])
-    policy = kit.Logits(LOGITS)
+    return batch, kit.Logits(LOGITS)
+
+
+def test_shared_1_log_probs_reductions_and_counts():
+    batch, policy = shared()
     log_probs = policy(batch).log_probs
     assert log_probs.tolist() == pytest.approx([-1.935073, -2.237366, -2.440190], abs=1e-6)
     assert batch.lengths.tolist() == [2, 1]
@@ -73,6 +77,25 @@ def test_dynamic_ft_is_at_most_one_over_e_and_rises_before_it_falls():
     assert curve[-1] == pytest.approx(1 / math.e)
     fall = [told(preset("dynamic_ft"), [of_length(1)], [math.log(p)])[0] for p in (0.5, 0.8, 1.0)]
     assert fall == sorted(fall, reverse=True)
+
+
+def test_anchored_sft_by_hand():
+    """Dynamic FT + alpha KL(reference || policy) over all four tokens of the vocabulary; its slope on the logits is
+    alpha (policy - reference), which the target has no part in."""
+    places, targets = ([0, 0, 1], [1, 2, 0]), [1, 3, 2]
+    theirs = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for reduction, share in (("token", [1 / 3] * 3), ("sequence", [1 / 4, 1 / 4, 1 / 2])):
+        batch, policy = shared()
+        reference, share = kit.Logits(theirs), torch.tensor(share, dtype=torch.float64)
+        terms = preset("anchored_sft", alpha=0.3, reduction=reduction)(batch, policy, reference, StepContext())
+        p, q = (side.given.detach()[places].softmax(-1) for side in (policy, reference))
+        kl, own = (q * (q / p).log()).sum(-1), p[range(3), targets]
+        assert float(mean(terms).detach()) == pytest.approx(float((share * (0.3 * kl - own * own.log())).sum()))
+        assert float(terms["kl"].total.detach() / terms["kl"].count) == pytest.approx(float((share * kl).sum()))
+        mean(terms).backward()
+        slope = own[:, None] * (p - torch.eye(4)[targets]) + 0.3 * (p - q)
+        torch.testing.assert_close(policy.given.grad[places], share[:, None] * slope)
+        assert reference.given.grad is None
 
 
 # --- f-divergence SFT

@@ -80,6 +80,7 @@ def test_the_rows_themselves_are_the_same_each_as_often(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
 def test_training_spends_what_was_planned(tmp_path: Path) -> None:
     """Both, trained for a few steps: the counters of metrics.jsonl end on the same numbers, those of data.json."""
     short = ("train.steps=3", "stages.dpo.set.train.steps=2")

@@ -280,14 +280,15 @@ def sync(arguments: list[str]) -> int:
 
 COMPARE = """\
 Runs that differ in their seed alone are one configuration: its figures are means over seeds. Only finished runs count;
-all others are shown with what went wrong. compare.html is one file that opens without a network, compare.json holds
-the same for programs. What the statistics mean: docs/compare.md.
+all others are shown with what went wrong. compare.html is one file that opens without a network, compare.md one to
+paste into a report, compare.json holds the same for programs. What the statistics mean: docs/compare.md.
 
   uft compare                                   the newest sweep
   uft compare outputs/2026-11-21/beta-sweep     that sweep
   uft compare beta-sweep 'outputs/*/ift-*'      by name, by pattern, together
   uft compare --metric instruct/exact_match     judged by this first
-  uft compare --baseline 'dpo beta=0.1'         the margin over this one"""
+  uft compare --baseline 'dpo beta=0.1'         the margin over this one
+  uft compare --latex > table.tex               means and intervals for a paper; --markdown, --csv"""
 
 
 def compare(arguments: list[str]) -> int:
@@ -302,13 +303,22 @@ def compare(arguments: list[str]) -> int:
     seed = "a key that is a seed; seed and seeds.*"
     add("--seed-key", action="append", default=[], metavar="KEY", help=seed)
     add("--out", type=Path, metavar="DIR", help="where the files go; the sweep's folder")
-    add("--json", action="store_true", help="print compare.json instead of the table")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--json", action="store_true", help="print compare.json instead of the table")
+    for form, what in (
+        ("csv", "a line per configuration and metric"),
+        ("markdown", "for a page"),
+        ("latex", "booktabs"),
+    ):
+        told = f"print means, intervals and seeds: {what}"
+        instead.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=told)
     add("--open", action="store_true", help="open the page in a browser")
     add("--wandb", action="store_true", help="save a W&B workspace with the same panels")
     parsed = parser.parse_args(arguments)
-    from uft.report.compare import Options, as_json, show, write
+    from uft.report.compare import Options, as_json, write
     from uft.report.compare import compare as compare_runs
     from uft.report.runs import select
+    from uft.report.table import as_text, show
     from uft.report.workspace import require, save
 
     if parsed.wandb:
@@ -316,11 +326,11 @@ def compare(arguments: list[str]) -> int:
     selection = select(parsed.runs)
     options = Options(tuple(parsed.metric), parsed.baseline, tuple(parsed.seed_key))
     comparison = compare_runs(selection, options)
-    if parsed.json:
-        print(as_json(comparison), end="")
+    if parsed.json or parsed.form:
+        print(as_json(comparison) if parsed.json else as_text(comparison, parsed.form), end="")
     else:
         show(comparison)
-    out = sys.stderr if parsed.json else sys.stdout
+    out = sys.stderr if parsed.json or parsed.form else sys.stdout
     folder = parsed.out or selection.folder
     try:
         files = write(comparison, folder)
@@ -333,7 +343,7 @@ def compare(arguments: list[str]) -> int:
     if parsed.open:
         import webbrowser
 
-        webbrowser.open(files[-1].resolve().as_uri())
+        webbrowser.open(next(path for path in files if path.suffix == ".html").resolve().as_uri())
     return GOOD
 
 

@@ -36,11 +36,6 @@ def log_mean_exp(values: Tensor, mask: Tensor, group: Tensor, groups: int) -> Te
     return torch.where(members > 0, peak + torch.log(total / members), 0.0)
 
 
-def occurrence(example: Tensor) -> Tensor:
-    """(R,) int64: how often the same example already stood earlier in the batch."""
-    return (example[:, None] == example[None, :]).tril(-1).sum(1)
-
-
 @dataclass(frozen=True)
 class DFT(Objective):
     """Per row: -s_pos + (1/B) sum_j w_j s_neg_j, w_j = exp(a_j) / u constant; s the sequence's log-prob.
@@ -171,7 +166,8 @@ class DFT(Objective):
         keep = math.log1p(-self.gamma) if self.gamma < 1 else -math.inf
         self.state["log_u"] = self.state["log_u"].to(example.device)
         table = self.state["log_u"] if learning else self.state["log_u"].clone()
-        log_u, turn = torch.zeros_like(log_g), occurrence(example)
+        log_u = torch.zeros_like(log_g)
+        turn = (example[:, None] == example[None, :]).tril(-1).sum(1)  # how often it stood earlier in the batch
         for wave in turn.unique():
             now = update & (turn == wave)
             new = torch.logaddexp(keep + table[example[now]].to(log_g.dtype), math.log(self.gamma) + log_g[now])

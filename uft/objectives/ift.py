@@ -66,11 +66,6 @@ def ordinal(batch: Batch) -> Tensor:
     return torch.arange(1, batch.sequence.numel() + 1, device=batch.sequence.device) - start[batch.sequence]
 
 
-def no_propagation(batch: Batch, nll: Tensor, gamma: float) -> Tensor:
-    """Eq. 20: w = 1."""
-    return torch.ones_like(nll)
-
-
 def normalized(batch: Batch, nll: Tensor, gamma: float) -> Tensor:
     """Published code: w_t = N C_t / sum_s C_s with C_t = sum_{i>=t} gamma^(i-t) l_i; the mean weight is 1.
 
@@ -105,7 +100,7 @@ PROPAGATION: dict[str, Propagation] = {
     "normalized": Propagation(normalized, True),
     "eq21": Propagation(equation_21, False),
     "alg1": Propagation(algorithm_1, False),
-    "none": Propagation(no_propagation, True),
+    "none": Propagation(lambda batch, nll, gamma: torch.ones_like(nll), True),  # eq. 20
 }
 
 
@@ -196,22 +191,17 @@ class IFT(Objective):
         plain, mixed = self.forwards(batch, policy, lam)
         assert plain.argmax is not None
         nll = -terms.promote(mixed.log_probs)
+        formula = PROPAGATION[self.propagation]
+        weighted = formula.weights(batch, nll.detach() if self.detach_weights else nll, self.gamma) * nll
+        whole = batch.mean(weighted) if self.reduction == "sequence" and formula.normalised else weighted
         totals = {
-            "ift": self.propagated(batch, nll),
+            "ift": whole.sum(),
             "nll": terms.nll_total(batch, terms.promote(plain.log_probs)),
             "negative_share": self.negatives(batch, nll.detach()),
             "guess_accuracy": (plain.argmax == batch.target_ids).to(nll.dtype).sum(),
             "lam": counts["lam"].to(nll.dtype) * lam,
         }
         return terms.assemble(totals, counts, {"ift": 1.0})
-
-    def propagated(self, batch: Batch, nll: Tensor) -> Tensor:
-        """() sum over sequences (or tokens) of the weighted losses."""
-        formula = PROPAGATION[self.propagation]
-        weights = formula.weights(batch, nll.detach() if self.detach_weights else nll, self.gamma)
-        if self.reduction == "sequence" and formula.normalised:
-            return batch.mean(weights * nll).sum()
-        return (weights * nll).sum()
 
     def negatives(self, batch: Batch, nll: Tensor) -> Tensor:
         """() number of targets whose loss the gradient raises: only through the normalised weights."""

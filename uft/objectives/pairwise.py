@@ -107,7 +107,7 @@ def linear(pairs: Pairs, o: Pairwise) -> Tensor:
 def squared(pairs: Pairs, o: Pairwise) -> Tensor:
     """(h - 1/(2 tau))^2. Soft labels: `scaled` weighs the whole by (2p - 1)^2, `substitute` scales h alone, and so asks
     larger margins of less certain pairs."""
-    h, wanted = pairs.chosen - pairs.rejected, 1 / (2 * o.anchor)
+    h, wanted = pairs.chosen - pairs.rejected, 1 / (2 * o.strength)
     if o.form == "substitute":
         return (pairs.certainty * h - wanted) ** 2
     return pairs.certainty**2 * (h - wanted) ** 2
@@ -175,7 +175,7 @@ class Pairwise(PairLoss):
         return Needs(reference=True)
 
     @property
-    def anchor(self) -> float:
+    def strength(self) -> float:
         """Strength of the anchor to the reference, the unit of rewards: IPO's tau where it is given, else beta."""
         return self.beta if self.tau is None else self.tau
 
@@ -202,10 +202,10 @@ class Pairwise(PairLoss):
     def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         log_probs = terms.promote(policy(batch).log_probs)
         ratios = log_probs - terms.reference_log_probs(batch, reference)
-        rewards = self.anchor * (batch.mean if self.length == "mean" else batch.sum)(ratios)
+        rewards = self.strength * (batch.mean if self.length == "mean" else batch.sum)(ratios)
         totals = {
             "pair": self.losses(batch, ratios).sum(),
-            **self.shared_totals(batch, log_probs, rewards, self.anchor),
+            **self.shared_totals(batch, log_probs, rewards, self.strength),
         }
         if self.eta > 0:
             joined = self.beta * batch.sum(log_probs) if self.nll_norm == "sum" else batch.mean(log_probs)

@@ -118,15 +118,11 @@ def prompts(tasks: dict[str, Task], split: Split, random: Random) -> Iterator[tu
 def reply(prompt: str, quality: str, random: Random) -> str:
     """An answer of the given quality; a wrong one solves another task, as a distracted person would."""
     style, truth = quality.split()
-    right = solve(prompt)
-    answer = right if truth == "right" else _mistake(prompt, right, random)
+    answer = solve(prompt)
+    if truth == "wrong":
+        words = prompt.partition(" : ")[2].split()
+        answer = random.choice(sorted({" ".join(rule(words)) for _, _, rule in OLD.values()} - {answer}))
     return answer if style == "plain" else " ".join((*CHATTER, answer))
-
-
-def _mistake(prompt: str, right: str, random: Random) -> str:
-    words = prompt.partition(" : ")[2].split()
-    others = sorted({" ".join(rule(words)) for _, _, rule in OLD.values()} - {right})
-    return random.choice(others)
 
 
 def draw(shares: dict[str, float], random: Random) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,19 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from uft import __version__
 from uft.report import metrics
 from uft.report.cautions import Case, cautions
 from uft.report.groups import Grouping, baselines, differences, grouping
-from uft.report.metrics import config_value, encodable, jsonable, plural, truncated
+from uft.report.metrics import config_value, encodable, jsonable, truncated
 from uft.report.runs import COSTS, Line, LoadedRun, Selection, load, number, numbers
-from uft.report.verdict import ALONE, BETTER, SELECTED, figures_of, judge, spread
+from uft.report.verdict import figures_of, judge, spread
 from uft.runs import planned, shown, write_atomically
-from uft.tracking.console import printable, shorten
 
 FORMAT = 1
 LONGEST_ERROR = 4000  # characters; the run's folder has the rest
@@ -112,6 +107,9 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
     drawn = curves(runs)
     asked = {head.metric: head.direction for head in heads}
     names = [group.name for group in grouped.groups]
+    jobs, chosen = planned(selection.folder), {path.resolve() for path in selection.runs}
+    waiting = [job.name for job in jobs if not job.exists]  # told where all started jobs of a sweep are compared
+    everything = chosen.issuperset(job.path.resolve() for job in jobs if job.exists)
     return {
         "format": FORMAT,
         "title": jsonable(selection.title),
@@ -149,7 +147,7 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
         "summary": [found for head in heads if (found := judge(head, figures, names, base))],
         "warnings": [
             {"what": jsonable(caution.what), "why": jsonable(caution.why), "runs": ids(caution.runs)}
-            for caution in cautions(Case(runs, grouped, heads, not_started(selection)))
+            for caution in cautions(Case(runs, grouped, heads, waiting if everything else ()))
         ],
         "differences": [
             {"key": jsonable(key), "values": [{"value": jsonable(value), "runs": ids(of)} for value, of in values]}
@@ -170,27 +168,19 @@ def as_json(comparison: Object) -> str:
 
 
 def write(comparison: Object, folder: Path) -> list[Path]:
-    """compare.json and compare.html in `folder`, which is made; their paths."""
+    """compare.json, compare.html and compare.md in `folder`, which is made; their paths."""
     from uft.report.page import render
+    from uft.report.table import as_report
 
     folder.mkdir(parents=True, exist_ok=True)
-    files = {folder / "compare.json": as_json(comparison), folder / "compare.html": render(comparison)}
-    for path, text in files.items():
-        write_atomically(path, text)
-    return list(files)
+    texts = {"compare.json": as_json, "compare.html": render, "compare.md": as_report}
+    for name, make in texts.items():
+        write_atomically(folder / name, make(comparison))
+    return [folder / name for name in texts]
 
 
 def ids(runs: Iterable[int]) -> list[str]:
     return [f"r{n}" for n in runs]
-
-
-def not_started(selection: Selection) -> list[str]:
-    """Names of jobs that have not started, where all started jobs of a sweep are compared."""
-    jobs = planned(selection.folder)
-    chosen = {path.resolve() for path in selection.runs}
-    if any(job.exists and job.path.resolve() not in chosen for job in jobs):
-        return []
-    return [job.name for job in jobs if not job.exists]
 
 
 def run_record(n: int, run: LoadedRun, grouped: Grouping) -> Object:
@@ -328,86 +318,3 @@ def samples(runs: Sequence[LoadedRun]) -> list[Object]:
         reference = None if wanted is None else truncated(text(wanted), most)
         records.append({"source": source, "row": row, "prompt": prompt, "reference": reference, "answers": given})
     return records
-
-
-# --- A comparison for a terminal: the table of configurations, incomplete runs, the answer in words, warnings.
-#
-# Drawn from `compare.json` alone. Names, errors and everything else that a run wrote cannot move the cursor.
-
-
-WIDE = 160  # where there is no terminal
-COLUMNS, ROWS, OTHERS = 5, 30, 10  # shown at most: metrics, configurations, incomplete runs
-LONGEST = 200  # characters of a name or an error
-
-
-def show(comparison: Mapping[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
-    runs, groups = comparison["runs"], comparison["groups"]
-    head = f"{comparison['title']}: {plural(len(runs), 'run')}, {plural(len(groups), 'configuration')}"
-    console.print(Text(f"\n{one_line(head)}\n", style="bold"))
-    if groups:
-        console.print(table(comparison))
-
-    incomplete = [run for run in runs if run["status"] != "finished" or run["error"]]
-    for run in incomplete[:OTHERS]:
-        why = f": {one_line(run['error'].splitlines()[0])}" if run["error"] else ""
-        style = "red" if run["status"] == "failed" else "yellow"
-        console.print(Text(f"  {one_line(run['name'])} {one_line(run['status'])}{why}", style=style))
-    if len(incomplete) > OTHERS:
-        console.print(Text(f"  and {len(incomplete) - OTHERS} more that are not finished or not whole", style="yellow"))
-
-    once: set[str] = set()  # sentences that hold for every metric alike
-    for finding in comparison["summary"]:
-        best, *words = finding["words"]
-        best = f"{finding['metric']} ({BETTER[finding['direction']]}): {best}"
-        console.print(Text("\n" + printable(best), style="bold"))
-        for word in words:
-            general = {text for text in (SELECTED, ALONE) if text in word}
-            if not general & once:
-                console.print(Text("  " + printable(word)))
-            once |= general
-
-    for position, warning in enumerate(comparison["warnings"]):
-        text = f"! {printable(warning['what'])}. {printable(warning['why'])}"
-        console.print(Text(("" if position else "\n") + text, style="yellow"))
-
-
-def table(comparison: Mapping[str, Any]) -> Table:
-    """A row per configuration, best first: its runs, and mean ± standard deviation of the headline metrics."""
-    metrics = [head["metric"] for head in comparison["headline"]][:COLUMNS]
-    best = {finding["metric"]: finding["best"] for finding in comparison["summary"]}
-    finished = {run["id"] for run in comparison["runs"] if run["status"] == "finished"}
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    shown.add_column("  configuration", overflow="fold")
-    for name in ("runs", *metrics):
-        shown.add_column(one_line(name.removeprefix("eval/")), justify="right", no_wrap=True)
-
-    def place(group: Mapping[str, Any]) -> tuple[bool, float]:
-        """By the first headline metric; groups without it at the end."""
-        mean = group["metrics"].get(metrics[0], {}).get("mean") if metrics else None
-        if not isinstance(mean, (int, float)):
-            return True, 0.0
-        return False, -mean if comparison["headline"][0]["direction"] == "max" else mean
-
-    groups = sorted(comparison["groups"], key=place)
-    for group in groups[:ROWS]:
-        name = one_line(group["name"]) + (" (baseline)" if group["baseline"] else "")
-        count, done = len(group["runs"]), len(finished.intersection(group["runs"]))
-        cells = [cell(group["metrics"].get(metric), best.get(metric) == group["id"]) for metric in metrics]
-        shown.add_row(Text(f"  {name}"), Text(str(count) if done == count else f"{done} of {count}"), *cells)
-    if len(groups) > ROWS:
-        shown.caption, shown.caption_justify = f"  and {len(groups) - ROWS} more in compare.html", "left"
-    return shown
-
-
-def cell(found: Mapping[str, Any] | None, best: bool) -> Text:
-    if found is None:
-        return Text("")
-    mean, sd = found["mean"], found["sd"]
-    text = mean if isinstance(mean, str) else f"{mean:.4g}"
-    text += f" ± {sd:.2g}" if isinstance(sd, (int, float)) else ""
-    return Text(f"{text} *" if best else f"{text}  ", style="bold green" if best else "")
-
-
-def one_line(text: str) -> str:
-    return shorten(printable(text), LONGEST)

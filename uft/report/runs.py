@@ -101,16 +101,16 @@ def newest_runs() -> list[Path]:
     if not runs:
         footer = "Make some:  uft train -m objective=sft,ift data=mix seed=1,2,3"
         raise UftError(Problem(f"{OUTPUTS}/", "no runs here"), footer=footer)
-
-    def modified(run: Path) -> float:
-        files = (run / name for name in ("run.json", "config.yaml"))
-        return max((os.stat(file).st_mtime for file in files if file.exists()), default=0.0)
-
     sweeps: dict[Path, list[Path]] = defaultdict(list)
     for run in runs:
         if len(run.relative_to(OUTPUTS).parts) > 2:
             sweeps[run.parent].append(run)
-    return max(sweeps.values(), key=lambda jobs: max(map(modified, jobs))) if sweeps else runs
+
+    def modified(jobs: list[Path]) -> float:
+        files = (job / name for job in jobs for name in ("run.json", "config.yaml"))
+        return max((os.stat(file).st_mtime for file in files if file.exists()), default=0.0)
+
+    return max(sweeps.values(), key=modified) if sweeps else runs
 
 
 @dataclass(frozen=True)

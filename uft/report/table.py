@@ -1,0 +1,230 @@
+"""A comparison as a table: in the terminal, for a paper (CSV, Markdown, LaTeX), and in a report of one page.
+
+All are drawn from `compare.json` alone. Names, errors and everything else that a run wrote are text: they cannot move
+the cursor, and are neither Markdown nor LaTeX.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from uft.report.metrics import plural
+from uft.report.verdict import ALONE, BETTER, SELECTED
+from uft.tracking.console import printable, shorten
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+WIDE = 160  # where there is no terminal
+COLUMNS, ROWS, OTHERS = 5, 30, 10  # shown at most: metrics, configurations, incomplete runs
+LONGEST = 200  # characters of a name or an error
+
+
+def show(comparison: Mapping[str, Any]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    runs, groups = comparison["runs"], comparison["groups"]
+    head = f"{comparison['title']}: {plural(len(runs), 'run')}, {plural(len(groups), 'configuration')}"
+    console.print(Text(f"\n{one_line(head)}\n", style="bold"))
+    if groups:
+        print_table(comparison, console)
+
+    incomplete = [run for run in runs if run["status"] != "finished" or run["error"]]
+    for run in incomplete[:OTHERS]:
+        why = f": {one_line(run['error'].splitlines()[0])}" if run["error"] else ""
+        style = "red" if run["status"] == "failed" else "yellow"
+        console.print(Text(f"  {one_line(run['name'])} {one_line(run['status'])}{why}", style=style))
+    if len(incomplete) > OTHERS:
+        console.print(Text(f"  and {len(incomplete) - OTHERS} more that are not finished or not whole", style="yellow"))
+
+    once: set[str] = set()  # sentences that hold for every metric alike
+    for finding in comparison["summary"]:
+        best, *words = finding["words"]
+        best = f"{finding['metric']} ({BETTER[finding['direction']]}): {best}"
+        console.print(Text("\n" + printable(best), style="bold"))
+        for word in words:
+            general = {text for text in (SELECTED, ALONE) if text in word}
+            if not general & once:
+                console.print(Text("  " + printable(word)))
+            once |= general
+
+    for position, warning in enumerate(comparison["warnings"]):
+        text = f"! {printable(warning['what'])}. {printable(warning['why'])}"
+        console.print(Text(("" if position else "\n") + text, style="yellow"))
+
+
+def print_table(comparison: Mapping[str, Any], console: Console) -> None:
+    """A row per configuration, best first: its runs, and mean ± standard deviation of as many headline metrics as fit.
+
+    Names are never cut away: they get up to half the width, and are folded there.
+    """
+    best = {finding["metric"]: finding["best"] for finding in comparison["summary"]}
+    finished = {run["id"] for run in comparison["runs"] if run["status"] == "finished"}
+    groups = ranked(comparison)[:ROWS]
+    names, runs = [], []
+    for group in groups:
+        names.append("  " + one_line(group["name"]) + (" (baseline)" if group["baseline"] else ""))
+        count, done = len(group["runs"]), len(finished.intersection(group["runs"]))
+        runs.append(str(count) if done == count else f"{done} of {count}")
+    name_width = max(min(max(map(len, names)), console.width // 2), len("  configuration"))
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    shown.add_column("  configuration", overflow="fold", min_width=name_width)
+    shown.add_column("runs", justify="right", no_wrap=True)
+    columns: list[list[Text]] = [[Text(name) for name in names], [Text(text) for text in runs]]
+    room = console.width - name_width - max(map(len, ["runs", *runs])) - 4
+    for head in comparison["headline"][:COLUMNS]:
+        metric = head["metric"]
+        title = f"{one_line(metric.removeprefix('eval/'))} {ARROWS[head['direction']]}"
+        cells = [cell(group["metrics"].get(metric), best.get(metric) == group["id"]) for group in groups]
+        room -= max(len(title), *map(len, cells)) + 2
+        if room < 0 and len(columns) > 2:
+            break
+        shown.add_column(title, justify="right", no_wrap=True)
+        columns.append(cells)
+    for row in zip(*columns, strict=True):
+        shown.add_row(*row)
+    console.print(shown)
+    notes = ["mean ± standard deviation over seeds; * best; ↑ more, ↓ less is better"]
+    if left := min(len(comparison["headline"]), COLUMNS) - (len(columns) - 2):
+        notes.append(f"{plural(left, 'more metric')} in a wider terminal")
+    if len(comparison["groups"]) > ROWS:
+        notes.append(f"and {len(comparison['groups']) - ROWS} more in compare.html")
+    for note in notes:
+        console.print(Text(f"  {note}", style="dim"))
+
+
+def ranked(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The configurations by the first headline metric, best first; those without it at the end."""
+
+    head = next(iter(comparison["headline"]), {"metric": "", "direction": "min"})
+
+    def place(group: Mapping[str, Any]) -> tuple[bool, float]:
+        mean = group["metrics"].get(head["metric"], {}).get("mean")
+        if not isinstance(mean, (int, float)):
+            return True, 0.0
+        return False, -mean if head["direction"] == "max" else mean
+
+    return sorted(comparison["groups"], key=place)
+
+
+def cell(found: Mapping[str, Any] | None, best: bool) -> Text:
+    if found is None:
+        return Text("")
+    mean, sd = found["mean"], found["sd"]
+    text = mean if isinstance(mean, str) else f"{mean:.4g}"
+    text += f" ± {sd:.2g}" if isinstance(sd, (int, float)) else ""
+    return Text(f"{text} *" if best else f"{text}  ", style="bold green" if best else "")
+
+
+def one_line(text: str) -> str:
+    return shorten(printable(text), LONGEST)
+
+
+# --- For a paper
+
+
+CSV, MARKDOWN, LATEX = FORMS = ("csv", "markdown", "latex")
+CAPTION = (
+    "Mean [95 % t interval] over seeds, of the last evaluation. Bold: the best, where its lead over the runner-up is"
+    " more than seed noise (p < 0.05 after Holm's adjustment)."
+)
+OF_CSV = ("configuration", "metric", "direction", "n", "seeds", "mean", "sd", "low", "high", "baseline", "best")
+ARROWS = {"max": "↑", "min": "↓"}
+SPECIAL = re.compile(r"([\\`*_\[\]|#])")  # in Markdown
+
+
+def as_text(comparison: Mapping[str, Any], form: str) -> str:
+    """The configurations, best first, with means, intervals and seeds of the headline metrics, as one of FORMS.
+
+    CSV has a line per configuration and metric, and the values of the axes; the others a row per configuration.
+    """
+    axes, groups = [axis["key"] for axis in comparison["axes"]], ranked(comparison)
+    lines = measured(comparison, groups)
+    if form == CSV:
+        return str(lines.reindex(columns=[*OF_CSV, *axes]).to_csv(index=False))
+    metrics = {head["metric"]: head for head in comparison["headline"] if head["metric"] in set(lines["metric"])}
+    heads = [f"{one_line(metric)} {ARROWS[head['direction']]}" for metric, head in metrics.items()]
+    cells, bold = (
+        lines.pivot(index="id", columns="metric", values=values)
+        .reindex(index=[group["id"] for group in groups], columns=list(metrics))
+        .set_axis(heads, axis=1)
+        for values in ("cell", "bold")
+    )
+    cells.insert(0, "configuration", [one_line(group["name"]) for group in groups])
+    counts = (max((found["n"] for found in group["metrics"].values()), default=0) for group in groups)
+    cells.insert(1, "seeds", list(map(str, counts)))
+    cells, bold = cells.fillna(""), bold.reindex_like(cells).eq(True)
+    if form == LATEX:
+        style = cells.style.hide(axis="index").format(escape="latex").format_index(escape="latex", axis=1)
+        style = style.apply(lambda _: bold.replace({True: "textbf:--rwrap;", False: ""}), axis=None)
+        columns = "l" + "r" * (len(cells.columns) - 1)
+        caption = CAPTION.replace("%", r"\%")
+        text = str(style.to_latex(hrules=True, caption=caption, position_float="centering", column_format=columns))
+        text = text.replace("\\\\\n[", "\\\\\n{}[")  # after a break of the line a bracket begins its argument
+        return text.replace("↑", r"$\uparrow$").replace("↓", r"$\downarrow$").replace(" < ", " $<$ ")
+    rows = [[*map(plain, cells.columns)], ["---", *["---:"] * (len(cells.columns) - 1)]]
+    for texts, marks in zip(cells.itertuples(index=False), bold.itertuples(index=False), strict=True):
+        rows.append([f"**{plain(text)}**" if mark else plain(text) for text, mark in zip(texts, marks, strict=True)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def measured(comparison: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> DataFrame:
+    """A line per configuration and judged metric: what CSV has, and the cell of a table with whether it is bold."""
+    from pandas import DataFrame
+
+    seeds = {run["id"]: str(run["seed"]) for run in comparison["runs"] if run["status"] == "finished"}
+    findings = {finding["metric"]: finding for finding in comparison["summary"]}
+    lines = []
+    for group, head in product(groups, comparison["headline"]):
+        finding, found = findings.get(head["metric"]), group["metrics"].get(head["metric"])
+        if finding is None or found is None:
+            continue
+        best = finding["best"] == group["id"]
+        inside_noise = {one["b"]: one["inside_noise"] for one in finding["comparisons"]}.get(finding["runner_up"])
+        own = [seeds[run] for run in group["runs"] if run in seeds]
+        mean, low, high = (
+            f"{value:.4g}" if isinstance(value, (int, float)) else value
+            for value in (found["mean"], found["low"], found["high"])
+        )
+        lines.append(
+            {
+                **{"configuration": one_line(group["name"]), **head, **found, "seeds": " ".join(own)},
+                **{"baseline": group["baseline"], "best": best, **group["config"], "id": group["id"]},
+                "cell": mean if low is None else f"{mean} [{low}, {high}]",
+                "bold": best and inside_noise is False,
+            }
+        )
+    return DataFrame(lines, columns=None if lines else ["id", "metric", "cell", "bold"])
+
+
+def plain(text: str) -> str:
+    """Text that is no Markdown."""
+    return SPECIAL.sub(r"\\\1", escape(printable(text), quote=False))
+
+
+def as_report(comparison: Mapping[str, Any]) -> str:
+    """compare.md: the answer, the table, the warnings and a command for every configuration."""
+    runs = {run["id"]: run for run in comparison["runs"]}
+    title = f"{comparison['title']}: {plural(len(runs), 'run')}, {plural(len(comparison['groups']), 'configuration')}"
+    lines = [f"# {plain(one_line(title))}", ""]
+    for finding in comparison["summary"]:
+        words = " ".join(map(plain, finding["words"]))
+        lines += [f"**{plain(finding['metric'])}** ({BETTER[finding['direction']]}): {words}", ""]
+    if comparison["groups"]:
+        lines += [as_text(comparison, MARKDOWN), CAPTION, ""]
+    if comparison["warnings"]:
+        warnings = (f"* {plain(warning['what'])}. {plain(warning['why'])}" for warning in comparison["warnings"])
+        lines += ["## Warnings", "", *warnings, ""]
+    commands = [runs[group["runs"][0]]["command"] for group in comparison["groups"]]
+    if any(commands):
+        lines += ["## Commands", "", "One run of each configuration:", ""]
+        lines += [f"    {printable(command)}" for command in commands if command] + [""]
+    return "\n".join(lines)
