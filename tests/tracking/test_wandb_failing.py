@@ -124,6 +124,28 @@ def test_a_wandb_that_cannot_start_never_stops_training(open_wandb, server, monk
     assert absent or "no/such name" in said[0]
 
 
+def test_a_fork_that_ends_takes_no_files_away(new_run, config, server):
+    """Jobs of a sweep are forks of one process that has imported wandb, and with it made a folder for tables."""
+    program = """
+import json, os, sys, wandb
+from pathlib import Path
+from uft.runs import Run
+from uft.tracking import make_tracker
+from uft.evaluation.evaluate import Sample
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+tracker = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2]))
+tracker.start()
+tracker.samples(1, [Sample("sums", "sums.jsonl:1", "3+4?", "7", "7", {})])
+tracker.finish("finished", 0, {})
+"""
+    run = new_run()
+    command = [sys.executable, "-c", program, str(run.path), json.dumps(config())]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == ""
+    assert [step for step, _ in curve(server.history[run.info()["id"]], "samples")] == [1]
+
+
 PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 
@@ -35,9 +34,13 @@ def complete(arguments: list[str]) -> int:
         print("\n".join(verb for verb in VERBS if verb.startswith(words[-1] if len(words) == 2 else "")))
         return GOOD
     program, verb, *rest = (word for word in words if word not in OUR_OPTIONS)
-    named: Sequence[str] = run_names() if verb in OF_RUNS else ()  # none of Hydra's words
+    named = list[str]()  # none of Hydra's words
     if verb == "annotate":
-        from uft.config.schema import COLUMNS as named
+        from uft.config.schema import COLUMNS
+
+        named = list(COLUMNS)
+    elif verb in OF_RUNS and (runs := find_runs(OUTPUTS)):
+        named = [*sorted({run.name for run in runs} | {sweep.name for sweep in find_sweeps(OUTPUTS)}), "last"]
     if rest and (verb not in PAGES or len(rest) == 1):
         print("".join(f"{word}\n" for word in named if word.startswith(rest[-1])), end="")
     if verb not in PAGES:
@@ -50,15 +53,6 @@ def complete(arguments: list[str]) -> int:
         hydra_completion(arguments)
     print("\n".join(word for word in answer.getvalue().splitlines() if not word.startswith(HIDDEN)))
     return GOOD
-
-
-def run_names() -> list[str]:
-    """The names of runs and sweeps below outputs/, and `last` where there is one."""
-    runs = find_runs(OUTPUTS)
-    return [
-        *sorted({run.name for run in runs} | {sweep.name for sweep in find_sweeps(OUTPUTS)}),
-        *(["last"] if runs else []),
-    ]
 
 
 def hydra_completion(arguments: list[str]) -> int:

@@ -24,9 +24,6 @@ class Page:
     words: str = ""  # before the options
     note: str = ""
 
-    def usage(self, verb: str) -> str:
-        return f"uft {verb} {self.words}[options] [key=value ...]"
-
 
 PAGES = {
     "train": Page(
@@ -90,7 +87,8 @@ PAGES = {
 def help_text(verb: str, config_dir: str | None = None) -> str:
     """The page of a verb; `config_dir` adds its choices."""
     page, found = PAGES[verb], groups(config_dirs(config_dir))
-    lines = [f"uft {verb}: {VERBS[verb]}", "", f"usage: {page.usage(verb)}", "", page.examples, ""]
+    usage = f"usage: uft {verb} {page.words}[options] [key=value ...]"
+    lines = [f"uft {verb}: {VERBS[verb]}", "", usage, "", page.examples, ""]
     lines += [
         "Common settings  (all of them:  uft config)",
         *columns({key: describe(key) for key in page.keys.split()}),

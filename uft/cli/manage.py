@@ -403,8 +403,12 @@ def findings() -> Iterator[tuple[str, dict[str, str]]]:
         yield "devices", {"torch": f"does not start ({type(error).__name__}): python -c 'import torch' says why"}
 
     hub_home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()  # as huggingface_hub does
-    folders = {"here": Path.cwd(), "uft's cache": cache_root(), "hub cache": hub_home}
-    yield "disk", {name: free_space(folder) for name, folder in folders.items()}
+    space = {}
+    for name, folder in {"here": Path.cwd(), "uft's cache": cache_root(), "hub cache": hub_home}.items():
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        writable = "" if os.access(there, os.W_OK) else ", not writable"
+        space[name] = f"{folder}: {shutil.disk_usage(there).free / 1e9:.1f} GB free{writable}"
+    yield "disk", space
 
     wandb = wandb_server()
     token = os.environ.get("HF_TOKEN") or (hub_home / "token").is_file()
@@ -418,10 +422,3 @@ def findings() -> Iterator[tuple[str, dict[str, str]]]:
     yield "services", keys | hosts
     found = {name: find_spec(name) is not None for name in OPTIONAL}
     yield "optional packages", {name: f"{'yes' if found[name] else 'no '}  {use}" for name, use in OPTIONAL.items()}
-
-
-def free_space(folder: Path) -> str:
-    """Free space where `folder` is, or will be."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    writable = "" if os.access(there, os.W_OK) else ", not writable"
-    return f"{folder}: {shutil.disk_usage(there).free / 1e9:.1f} GB free{writable}"

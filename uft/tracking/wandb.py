@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from queue import Queue
@@ -90,6 +91,7 @@ class Wandb:
         """Open the W&B run online and begin to send the rows that the server lacks. Raises any error of wandb's."""
         import wandb
 
+        own_media_folder(os.getpid())
         identity, tracking = self._identity(), self.config["tracking"]
         names = [self.config[group]["name"] for group in ("objective", "data", "model")]
         nothing_of_here: dict[str, Any] = {"x_disable_stats": True, "x_disable_meta": True, "disable_git": True}
@@ -139,8 +141,7 @@ class Wandb:
         self._queue(step, {"samples": [{**named, **asdict(sample)} for sample in samples]})
 
     def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        """Close the W&B run as what it was. Takes little more than `finish_timeout` seconds, half as much again where
-        the thread is stuck."""
+        """Close the W&B run as what it was. Takes little more than twice `finish_timeout` seconds at most."""
         handle, self._handle = self._handle, None
         if handle is None:
             return
@@ -219,13 +220,15 @@ class Wandb:
             self.say(f"W&B stopped taking metrics ({self.failure}); metrics.jsonl has everything.")
 
     def _await_sender(self) -> bool:
-        """Wait until wandb has all rows, a third of `finish_timeout` at most; whether the thread has ended."""
+        """Wait until wandb has all rows, for `finish_timeout` seconds at most; whether the thread has ended.
+
+        A slow server takes many seconds for a table, and what was logged meanwhile stands behind it.
+        """
         assert self._sender is not None
-        seconds = self.finish_timeout if self.folder else self.finish_timeout / 3
         self._waiting.put(None)
-        self._sender.join(seconds)
+        self._sender.join(self.finish_timeout)
         if self._sender.is_alive():
-            self.failure = self.failure or f"the server does not answer for {seconds:.0f} s"
+            self.failure = self.failure or f"the server does not answer for {self.finish_timeout:.0f} s"
         return not self._sender.is_alive()
 
     def _send(self, handle: Any, backlog: Sequence[Row]) -> None:
@@ -287,6 +290,18 @@ def sample_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     names = ["step", *(["stage"] if "stage" in rows[0] else []), "source", "row", "prompt", "reply", "answer"]
     data = [[*(row.get(name) for name in names), *(row["verdict"].get(name) for name in verdicts)] for row in rows]
     return {"samples": wandb.Table(columns=[*names, *verdicts], data=data)}
+
+
+@cache
+def own_media_folder(process: int) -> None:
+    """Give this process a folder of its own for the files of tables.
+
+    wandb makes one when it is imported. Jobs of a sweep are forks of a process that has imported it, share that folder,
+    and the first one that ends removes it for all.
+    """
+    from wandb.sdk.data_types import table
+
+    table.MEDIA_TMP = tempfile.TemporaryDirectory(prefix="uft-wandb-")
 
 
 def shut_down() -> None:
