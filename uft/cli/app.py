@@ -165,7 +165,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     switches += [["--hydra-help"], ["--version"], ["--resolve"]]
     values = (["--package", "-p"], ["--config-path", "-cp"], ["--config-name", "-cn"], ["--config-dir", "-cd"])
     options = [parser.add_argument(*names, action="store_true") for names in switches]
-    options += [parser.add_argument(*names) for names in (*values, ["--experimental-rerun"])]
+    options += [parser.add_argument(*names) for names in values]  # --experimental-rerun would load a pickle
     options.append(parser.add_argument("--cfg", "-c", choices=["job", "hydra", "all"]))
     info = ["all", "config", "defaults", "defaults-tree", "plugins", "searchpath"]
     options.append(parser.add_argument("--info", "-i", nargs="?", const="all", choices=info))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from itertools import takewhile
@@ -42,7 +42,7 @@ from uft.config.messages import (
 )
 from uft.config.schema import Config, KeyPath
 from uft.errors import Problem, UftError
-from uft.runs import bounded
+from uft.runs import bounded, yaml_text
 
 T = TypeVar("T")
 VERSION_BASE = "1.3"
@@ -116,7 +116,13 @@ def make_loader(request: Request) -> ConfigLoader:
 
 
 def files_of(request: Request) -> Files:
-    """The files that this request can draw in. They are read once in a process, unless one changes."""
+    """The files that this request can draw in. They are read once in a process, unless one changes.
+
+    Raises UftError where the request, or the primary file, wants to look for them in a package, which would import it.
+    """
+    asked = {"--config-path": request.config_path, "--config-dir": request.config_dir, "-cn": request.config_name}
+    if code := [f"{option} {place}" for option, place in asked.items() if PACKAGE in str(place)]:
+        raise UftError(*(Problem(word, NAMES_CODE, COMMAND_LINE) for word in code))
     folders = [*config_dirs(request.config_dir), *([Path(request.config_path)] if request.config_path else ())]
     stats = ((file, file.stat()) for folder in folders for file in sorted(folder.rglob("*.yaml")) if file.is_file())
     stamp = tuple((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats)
@@ -132,7 +138,7 @@ def _files(request: Request, cwd: Path, stamp: object) -> Files:
 
 
 class Files:
-    """The configuration files of one search path. Raises UftError where the primary one names code to run."""
+    """The configuration files of one search path."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -178,8 +184,8 @@ class Files:
                 file = self._file(default.config_path)
                 settings = list(settings_in(file, default.package or "")) if file else []
                 shipped = file is not None and file.is_relative_to(conf_dir())
-                named = [setting for setting in settings if FORBIDDEN.search(f"{setting.key}.") and not shipped]
-                code += [Problem(setting.key, NAMES_CODE, setting.file, PLUGINS) for setting in named]
+                named = [s for s in settings if FORBIDDEN.search(f"{s.key}.") or CODE.search(str(s.value))]
+                code += [Problem(s.key, NAMES_CODE, s.file, PLUGINS) for s in named if not shipped]
                 hydras = [setting for setting in settings if setting.path[0] == "hydra"]
                 needs_hydra |= bool(hydras) and not (shipped and default.config_path == "config")
                 files.append(tuple(setting for setting in settings if setting.path[0] != "hydra"))
@@ -236,13 +242,15 @@ def line_numbers(text: str) -> dict[tuple[str, ...], int]:
 # An installed plugin (hydra/launcher=joblib) is chosen by its name and brings its own `_target_`.
 
 FORBIDDEN = re.compile(
-    r"(^|\.)_target_\."  # what is imported and called
+    r"(^|\.)_(target|partial|args|recursive|convert)_\."  # what is imported and called, and how
     r"|^hydra\.(callbacks|job_logging|hydra_logging)\."  # objects of Hydra's, and of Python's logging
     r"|^hydra\.job\.env_set\."  # PYTHONPATH, LD_PRELOAD
 )
 """Matched against a dotted key and a dot."""
 
 PACKAGE = "pkg://"  # to look into a package is to import it
+CODE = re.compile(rf"_(target|partial|args)_|{PACKAGE}|\$\{{\s*(oc\.(create|decode)\b|\$\{{)")
+"""No value may hold one: those names (in a list), a package, a resolver that makes a tree of text."""
 SEARCHPATH = "hydra.searchpath"
 NAMES_CODE = "names code to run, and configurations cannot"
 PLUGINS = ("an installed plugin is chosen by its name:  hydra/launcher=NAME",)
@@ -251,7 +259,7 @@ PLUGINS = ("an installed plugin is chosen by its name:  hydra/launcher=NAME",)
 def names_code(word: str) -> bool:
     """Whether a word of a command line names code, whatever its grammar."""
     key, _, value = word.lstrip("+~").partition("=")
-    return bool(FORBIDDEN.search(f"{key.partition('@')[0]}.")) or "_target_" in value or PACKAGE in value
+    return bool(FORBIDDEN.search(f"{key.partition('@')[0]}.") or CODE.search(value))
 
 
 @cache
@@ -332,14 +340,18 @@ def readable(config_dir: str | None, read: Callable[[], T]) -> T:
 
 
 def overgrown(file: Path) -> str | None:
-    """Why the aliases of a file stand for more than anybody wrote, or None. Other faults are told elsewhere."""
+    """Why reading a file would take minutes: its size, or aliases that stand for more than anybody wrote.
+
+    None where it would not. Other faults are told elsewhere.
+    """
+    found = None
     try:
-        text = file.read_text(encoding="utf-8")
-        found = yaml.safe_load(text) if "&" in text and "*" in text else None
-    except (yaml.YAMLError, ValueError, OSError, RecursionError):
-        return None
-    try:
+        text = yaml_text(file)
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
+            found = yaml.safe_load(text) if "&" in text and "*" in text else None
         bounded(found)
+    except UnicodeDecodeError:
+        return None
     except ValueError as error:
         return first_line(error)
     return None
