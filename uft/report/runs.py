@@ -22,7 +22,7 @@ import yaml
 
 from uft.config.frozen import flat
 from uft.errors import Problem, UftError
-from uft.runs import Run, bounded
+from uft.runs import Run, bounded, yaml_text
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
 
@@ -194,7 +194,7 @@ def load(path: Path) -> LoadedRun:
                 problems.append(f"{what}: {reason(error)}")
             return default
 
-    config = attempt("config.yaml", lambda: read_config(run.config_file.read_text(encoding="utf-8")), {})
+    config = attempt("config.yaml", lambda: read_config(yaml_text(run.config_file)), {})
     info = attempt("run.json", lambda: read_object(path / "run.json"), {})
     result = attempt("result.json", lambda: read_object(path / "result.json", absent=True), {})
     locked = attempt(".lock", run.locked, False, tell=False)
