@@ -86,9 +86,10 @@ def examine(request: Request) -> Examined:
         unread = error.problems if isinstance(error, UftError) else (translate(error),)
         return Examined(asdict(Config()), problems=[*words.problems, *unread], kept=list(words.chosen))
     examined = Examined({}, choices=composed.options, problems=[*words.problems, *composed.problems])
+    paths = [setting.path for setting in composed.settings if setting.path[1:]] + list(map(path_of, words.values))
     if composed.problems:
         draft, examined.settings = Draft(asdict(Config())), asdict(Config())
-    elif has_stages(composed, words):
+    elif any(path[0] == STAGES for path in paths):
         examined.settings, draft, examined.origins, problems = compose_stages(composed, words, files)
         examined.problems += problems
     else:
@@ -212,11 +213,6 @@ class Planned:
     @property
     def key(self) -> str:
         return f"{STAGES}.{self.name}"
-
-
-def has_stages(composed: Composed, words: Words) -> bool:
-    in_files = any(setting.path[0] == STAGES and setting.path[1:] for setting in composed.settings)
-    return in_files or any(path_of(override)[0] == STAGES for override in words.values)
 
 
 def compose_stages(

@@ -6,6 +6,7 @@ Hydra's `compose` makes the values; its loader tells which files they are from, 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -152,12 +153,12 @@ class Files:
         for word in request.overrides:
             value = parser().parse_override(word).value()
             searched = list(map(str, value)) if isinstance(value, list) else []
-        added = [str(Path(folder).resolve()) for folder in (request.config_dir,) if folder and Path(folder).is_dir()]
-        self.folders = [Path(place.removeprefix("file://")) for place in (*added, *searched)]
-        quoted = ",".join("'{}'".format(str(place).replace("\\", r"\\").replace("'", r"\'")) for place in self.folders)
-        self.words = [f"{SEARCHPATH}=[{quoted}]"] if self.folders else []
-        main = [Path(request.config_path)] if request.config_path else []
-        self.groups = groups([*main, *config_dirs(), *self.folders])
+        self.folders = [Path(place.removeprefix("file://")) for place in searched]
+        if request.config_dir and Path(request.config_dir).is_dir():
+            self.folders.insert(0, Path(request.config_dir).resolve())
+        listed = json.dumps(list(map(str, self.folders)), ensure_ascii=False)
+        self.words = [f"{SEARCHPATH}={listed}"] if self.folders else []
+        self.groups = groups([*map(Path, filter(None, [request.config_path])), *config_dirs(), *self.folders])
         self._composed: dict[tuple[str, ...], Composed] = {}
 
     def has(self, group: str, option: str) -> bool:
@@ -180,15 +181,20 @@ class Files:
         files, code = list[tuple[Setting, ...]](), list[Problem]()
         needs_hydra = any(choice.lstrip("+~").startswith(("hydra.", "hydra/")) for choice in choices)
         for default in found.defaults:
-            if default.config_path is not None:
-                file = self._file(default.config_path)
-                settings = list(settings_in(file, default.package or "")) if file else []
-                shipped = file is not None and file.is_relative_to(conf_dir())
+            file = self._file(default.config_path) if default.config_path else None
+            if file is None:
+                continue
+            settings = []
+            for inner, value, line in leaves_in(file, file.stat().st_mtime_ns):
+                path = (*filter(None, (default.package or "").split(".")), *inner)
+                where = f"{shown(file)}:{line}" if line else shown(file)
+                settings.append(Setting(path, value, where, ".".join(path)))
+            own = [setting for setting in settings if setting.path[0] != "hydra"]
+            needs_hydra |= len(own) < len(settings) and file != conf_dir() / "config.yaml"
+            files.append(tuple(own))
+            if not file.is_relative_to(conf_dir()):
                 named = [s for s in settings if FORBIDDEN.search(f"{s.key}.") or CODE.search(str(s.value))]
-                code += [Problem(s.key, NAMES_CODE, s.file, PLUGINS) for s in named if not shipped]
-                hydras = [setting for setting in settings if setting.path[0] == "hydra"]
-                needs_hydra |= bool(hydras) and not (shipped and default.config_path == "config")
-                files.append(tuple(setting for setting in settings if setting.path[0] != "hydra"))
+                code += [Problem(s.key, NAMES_CODE, s.file, PLUGINS) for s in named]
         values, problems = dict[str, Any](), code
         if not code:
             try:
@@ -206,13 +212,6 @@ class Files:
                 return Path(source.path) / f"{path}.yaml" if source.scheme() == "file" else None
         files = (folder / f"{path}.yaml" for folder in self.folders)
         return next((file for file in files if file.is_file()), None)
-
-
-def settings_in(file: Path, package: str) -> Iterator[Setting]:
-    """Every leaf that a YAML file sets below its package, with its line."""
-    for inner, value, line in leaves_in(file, file.stat().st_mtime_ns):
-        path = (*filter(None, package.split(".")), *inner)
-        yield Setting(path, value, f"{shown(file)}:{line}" if line else shown(file), ".".join(path))
 
 
 @lru_cache(maxsize=256)
