@@ -120,7 +120,7 @@ class Draft:
                 self.put_default(setting.path)
             else:
                 self.settings.append(setting)
-                if self.is_unsaid(setting):
+                if self.is_unsaid(setting) and self.get(setting.path) is None:
                     value_at(self.values, setting.path[:-1])[setting.path[-1]] = {}
 
     @classmethod
