@@ -173,7 +173,6 @@ WORDS = [
     "+tracking.tags=[{{_target_: timeit.timeit}}]",
     "+hydra.launcher.x='${{oc.decode:\"{{_tar${{oc.env:NOTHING,}}get_: {call}}}\"}}'",
     "+hydra.launcher.x='${{oc.create:{{a: 1}}}}'",
-    "hydra.searchpath=['pkg://evil_package']",
 ]
 
 
@@ -221,7 +220,6 @@ FILES = {
         "# @package hydra.launcher\nx: '${{oc.decode:\"{{_tar${{oc.env:NOTHING,}}get_: {call}}}\"}}'\n",
     ),
     "arguments": ("debug/evil.yaml", "# @package hydra.launcher\n_args_: [1]\n"),
-    "a part": ("debug/evil.yaml", "# @package hydra.sweeper\n_partial_: true\n"),
     "jobs of a sweep": (
         "sweep/evil.yaml",
         "# @package hydra\nmode: MULTIRUN\nsweeper:\n  params:\n    +hydra.launcher.x: '[{{_target_: {call}}}]'\n",
@@ -240,17 +238,10 @@ def test_files_that_name_code_are_refused(here, capsys, name, content):
         said = capsys.readouterr().err
         assert "names code to run, and configurations cannot" in said
         assert f"conf-user/{name}" in said
+    if group == "debug":  # a file that a sweep chooses is looked at before anything starts
+        assert main(["train", f"debug=fast,{option}", "-m"]) == 2
+        assert "names code to run" in capsys.readouterr().err
     assert not (here / "this-was-run").exists()
-    assert not (here / "outputs").exists()
-
-
-def test_a_file_that_a_sweep_chooses_is_looked_at_before_anything_starts(here, capsys):
-    name, content = FILES["a callback"]
-    file = here / "conf-user" / name
-    file.parent.mkdir(parents=True)
-    file.write_text(content.format(call=CALL))
-    assert main(["train", "debug=fast,evil", "-m"]) == 2
-    assert "names code to run" in capsys.readouterr().err
     assert not (here / "outputs").exists()
 
 
@@ -335,6 +326,18 @@ def test_a_run_that_somebody_sent_names_no_code(here, capsys, old, new):
     assert main(["config", "--diff", str(run.path)]) in (0, 2)
     assert not (here / "this-was-run").exists()
     assert "evil_package" not in sys.modules
+
+
+def test_the_commands_of_a_sweep_that_somebody_sent_name_no_code(here, capsys):
+    for word in (
+        f"+hydra.launcher._target_={CALL}",
+        "--experimental-rerun=x.pickle",
+        "--config-path=pkg://evil_package",
+    ):
+        commands = [{"words": ["-m", "seed=1,2", word], "cwd": str(here)}]
+        (here / "sweep.json").write_text(json.dumps({"commands": commands}))
+        assert main(["resume", str(here)]) == 2
+    assert not (here / "this-was-run").exists()
 
 
 def test_plugins_that_are_installed_are_chosen_by_name(here, capsys):
