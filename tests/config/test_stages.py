@@ -163,6 +163,7 @@ def test_a_key_that_no_stage_has_is_refused_with_the_keys_of_each():
     assert why == "no such key in any stage"
     assert "did you mean  data.sources.pairs.limit ?" in advice
     assert wrong["train.stps=1"][0] == "no such key in train"
+    assert "objective={bta: 1, gma: 2}" in problems("experiment=two", "objective={bta: 1, gma: 2}")
 
 
 def test_a_choice_for_all_stages_is_refused_where_each_has_its_own():

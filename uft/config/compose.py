@@ -375,16 +375,16 @@ def together(stages: Sequence[Planned]) -> Iterator[Problem]:
     A key that was set for all of them and that some do not have is no problem.
     """
     found: dict[Problem, list[str]] = {}
-    absent: dict[tuple[str, str], list[Problem]] = {}
+    absent: dict[tuple[str, str], dict[str, Problem]] = {}
     for stage in stages:
         for problem in dict.fromkeys(stage.draft.problems):
             if isinstance(problem, Absent) and not problem.what.startswith(f"{STAGES}."):
-                absent.setdefault((problem.what, problem.where), []).append(problem)
+                absent.setdefault((problem.what, problem.where), {})[stage.name] = problem
             else:
                 found.setdefault(problem, []).append(stage.name)
-    for (text, where), problems in absent.items():
+    for problems in absent.values():
         if len(problems) == len(stages):
-            yield missing(text, where, stages)
+            yield missing(problems[stages[-1].name], stages)
     for problem, names in found.items():
         if len(names) == len(stages) or problem.what.startswith(f"{STAGES}."):
             yield problem
@@ -393,11 +393,13 @@ def together(stages: Sequence[Planned]) -> Iterator[Problem]:
             yield replace(problem, advice=(*problem.advice, where))
 
 
-def missing(text: str, where: str, stages: Sequence[Planned]) -> Problem:
-    """A key that no stage has, with the keys of each."""
-    path = tuple(text.lstrip("+~").partition("=")[0].split("."))
+def missing(problem: Problem, stages: Sequence[Planned]) -> Problem:
+    """A key that no stage has, with the keys of each. `problem`: that of one of them."""
+    path = tuple(key_of(problem.what).split("."))
     group = path[0]
     place = (group,) if group == OBJECTIVE else SOURCES
+    if not path[len(place) :]:  # a whole dict was typed
+        return problem
     having = [stage for stage in stages if stage.does == "fit" or group != OBJECTIVE]
     keys = {stage: stage.draft.keys_at(place) or list(stage.draft.get(place)) for stage in having}
     shown = {stage.name: [key for key in own if key not in NOT_TYPED] for stage, own in keys.items()}
@@ -406,7 +408,7 @@ def missing(text: str, where: str, stages: Sequence[Planned]) -> Problem:
     each = [
         f"{stage.name} ({group}={stage.draft.get((group, 'name'))}): {', '.join(shown[stage.name])}" for stage in having
     ]
-    return Problem(text, "no such key in any stage", where, (*meant, *each))
+    return Problem(problem.what, "no such key in any stage", problem.where, (*meant, *each))
 
 
 # rules about stages
