@@ -185,7 +185,7 @@ class Draft:
         if override.package is not None:
             why = f"{override.key_or_group} is not a group"
         elif override.is_delete():
-            named = value_at(self.values, path[:-1])
+            named = self.get(path[:-1]) or {}
             if self.is_open(path[:-1]) and path[-1] in named:
                 del named[path[-1]]
                 self.settings = [setting for setting in self.settings if setting.path[: len(path)] != path]
