@@ -31,6 +31,7 @@ from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted,
 OUTPUTS = Path("outputs")
 SWEEP_FILE = "sweep.json"  # the request of a sweep; `uft.launch.sweep` writes it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LARGEST_YAML = 400_000  # bytes: some seconds of reading
 MOST_VALUES = 1_000_000  # of one YAML file, each counted as often as anything refers to it
 LEFT_AFTER = 24 * 3600  # seconds after which an unfinished temporary file is one of a killed process
 
@@ -313,13 +314,20 @@ def _read_yaml(path: Path, kind: type) -> Any:
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(yaml_text(path))
         if not isinstance(found, kind):
             raise ValueError(f"it holds no {kind.__name__}")
         bounded(found)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise Damaged(Problem(str(path), f"is damaged: {error}"), code=FAILED) from error
     return found
+
+
+def yaml_text(path: Path) -> str:
+    """The text of a YAML file. ValueError where it is larger than one that we write can be."""
+    if path.stat().st_size > LARGEST_YAML:
+        raise ValueError(f"is larger than {LARGEST_YAML:,} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def bounded(found: Any) -> None:

@@ -69,8 +69,4 @@ def test_adapter_off_is_the_initial_policy_and_no_other():
 
 def test_one_complaint_per_key():
     problems = examine(Request(("optim.betas=[0.9]", "data.ratio=7", "data.holdout=-1.5"))).problems
-    assert sorted(problem.what.partition("=")[0] for problem in problems) == [
-        "data.holdout",
-        "data.ratio",
-        "optim.betas",
-    ]
+    assert len(problems) == len({problem.what.partition("=")[0] for problem in problems}) == 3

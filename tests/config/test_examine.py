@@ -32,10 +32,6 @@ def test_the_message_of_the_product_page():
     assert caught.value.code == 2
 
 
-def test_nothing_is_wrong_with_the_defaults():
-    assert problems() == {}
-
-
 UNKNOWN = {
     "train.stps": ("no such key in train", "train.steps ?"),
     "model.lora.rnk": ("no such key in model.lora", "model.lora.rank ?"),
@@ -48,13 +44,13 @@ UNKNOWN = {
 }
 
 
-@pytest.mark.parametrize("plus", ["", "+", "++"])
-def test_unknown_keys_are_refused_with_any_prefix(plus):
-    found = problems(*(f"{plus}{key}=1" for key in UNKNOWN))
-    assert set(found) == {f"{plus}{key}=1" for key in UNKNOWN}
-    for key, (why, meant) in UNKNOWN.items():
-        assert found[f"{plus}{key}=1"][:2] == (why, "command line")
-        assert meant in found[f"{plus}{key}=1"][2]
+def test_unknown_keys_are_refused_with_any_prefix():
+    for plus in ("", "+", "++"):
+        found = problems(*(f"{plus}{key}=1" for key in UNKNOWN))
+        assert set(found) == {f"{plus}{key}=1" for key in UNKNOWN}
+        for key, (why, meant) in UNKNOWN.items():
+            assert found[f"{plus}{key}=1"][:2] == (why, "command line")
+            assert meant in found[f"{plus}{key}=1"][2]
 
 
 def test_a_key_of_other_objectives_says_so():
@@ -97,18 +93,12 @@ def test_an_unknown_objective_does_not_accuse_the_keys_given_for_it():
     assert list(problems("objective=grpo", "objective.clip=0.2")) == ["objective=grpo"]
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("rft", ("two methods", "2405.17888", "2505.16984")),
-        ("rdpo", ("objective=rdpo_length", "objective=robust_dpo")),
-    ],
-)
-def test_ambiguous_names_are_explained_not_guessed(name, says):
-    why, _, advice = problems(f"objective={name}")[f"objective={name}"]
-    assert why == "no such file in conf/objective"
-    assert all(word in advice for word in (*says, "choices: anchored_sft"))
-    assert "did you mean" not in advice
+def test_ambiguous_names_are_explained_not_guessed():
+    for name, says in {"rft": ("two methods", "2405.17888"), "rdpo": ("rdpo_length", "objective=robust_dpo")}.items():
+        why, _, advice = problems(f"objective={name}")[f"objective={name}"]
+        assert why == "no such file in conf/objective"
+        assert all(word in advice for word in (*says, "choices: anchored_sft"))
+        assert "did you mean" not in advice
 
 
 @pytest.mark.parametrize("typed", ["hardware=ray", "hydra/launcher=ray"])
@@ -142,16 +132,12 @@ def test_named_sources_are_added_with_plus_and_checked():
     assert cfg.data.sources.mine.path == "x.jsonl"
     assert dict(cfg.data.sources.mine.columns) == {"prompt": "question"}
     assert cfg.data.sources.mine.split == "train"
-    assert (
-        compose(["data=files", "+data.sources.mine={path: x.jsonl, kind: binary}"]).data.sources.mine.kind == "binary"
-    )
-    without = problems("data=files", "data.sources.mine.path=x.jsonl")["data.sources.mine.path=x.jsonl"]
-    assert without[2] == "to add it:  +data.sources.mine.path=x.jsonl"
-    assert (
-        "no such key in data.sources.mine"
-        in problems("data=files", "+data.sources.mine.pth=x")["+data.sources.mine.pth=x"][0]
-    )
-    assert "data.sources.mine.path" in problems("data=files", "+data.sources.mine.kind=binary")
+    cfg = compose(["data=files", "+data.sources.mine={path: x.jsonl, kind: binary}"])
+    assert cfg.data.sources.mine.kind == "binary"
+    found = problems("data=files", "data.sources.mine.path=x.jsonl", "+data.sources.other.pth=x")
+    assert found["data.sources.mine.path=x.jsonl"][2] == "to add it:  +data.sources.mine.path=x.jsonl"
+    assert found["+data.sources.other.pth=x"][0] == "no such key in data.sources.other"
+    assert "data.sources.other.path" in found
 
 
 def test_sources_can_be_removed_and_nothing_else():
@@ -168,40 +154,32 @@ def test_what_must_be_given_is_asked_for():
     assert (why, advice) == ("has no value", "give it:  model.path=...")
 
 
+FILES = {
+    "experiment/mine.yaml": "# @package _global_\n# mine\ntrain:\n  stepps: 3\n  batch_size: many\n"
+    "optim:\n  betas: [0.9, 1.5]\n",
+    "experiment/lost.yaml": "# @package _global_\ndefaults:\n  - override /objective: dpoo\n",
+    "data/bad.yaml": "name: x\nsources: [\n",
+}
+
+
 def test_mistakes_in_files_name_file_and_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "conf-user" / "experiment"
-    folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text(
-        "# @package _global_\n# mine\ntrain:\n  stepps: 3\n  batch_size: many\noptim:\n  betas: [0.9, 1.5]\n"
-    )
-    found = problems("experiment=mine")
+    for name, text in FILES.items():
+        file = tmp_path / "conf-user" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
     where = "conf-user/experiment/mine.yaml"
-    assert {what: p[:2] for what, p in found.items()} == {
+    assert {what: p[:2] for what, p in problems("experiment=mine").items()} == {
         "train.stepps": ("no such key in train", f"{where}:4"),
         "train.batch_size=many": ("must be a whole number", f"{where}:5"),
         "optim.betas=[0.9,1.5]": ("must be two numbers, at least 0 and below 1", f"{where}:7"),
     }
-
-
-def test_a_broken_file_names_its_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "conf-user" / "data").mkdir(parents=True)
-    (tmp_path / "conf-user" / "data" / "bad.yaml").write_text("name: x\nsources: [\n")
-    (only,) = examine(Request(("data=bad",))).problems
-    assert only.what.startswith("conf-user/data/bad.yaml:")
-    assert "YAML" in only.why
-
-
-def test_a_file_that_draws_in_a_missing_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "conf-user" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf-user" / "experiment" / "x.yaml").write_text(
-        "# @package _global_\ndefaults:\n  - override /objective: dpoo\n"
-    )
-    (only,) = examine(Request(("experiment=x",))).problems
-    assert only.what == "objective/dpoo"
-    assert "did you mean  objective=dpo ?" in only.advice[0]
+    ((what, (why, _, _)),) = problems("data=bad").items()
+    assert what.startswith("conf-user/data/bad.yaml:")
+    assert "YAML" in why
+    ((what, (_, _, advice)),) = problems("experiment=lost").items()
+    assert what == "objective/dpoo"
+    assert "did you mean  objective=dpo ?" in advice
 
 
 def test_origins():

@@ -121,12 +121,10 @@ def test_the_frozen_form_says_of_a_stage_where_it_differs_from_its_run():
         "reference": "start",
     }
     assert plain(asdict(typed(found))) == found == completed(found)
-
-
-def test_a_run_of_one_piece_says_nothing_of_stages():
-    assert "stages" not in settings("objective=dpo")
-    assert [(s.name, s.do, s.folder) for s in stages_of(typed(settings("objective=dpo")))] == [("", "fit", ".")]
-    assert expanded(settings("objective=dpo")) == {}
+    alone = settings("objective=dpo")
+    assert "stages" not in alone, "a run of one piece says nothing of stages"
+    assert [(s.name, s.do, s.folder) for s in stages_of(typed(alone))] == [("", "fit", ".")]
+    assert expanded(alone) == {}
 
 
 def test_what_wins_over_what():
@@ -165,6 +163,7 @@ def test_a_key_that_no_stage_has_is_refused_with_the_keys_of_each():
     assert why == "no such key in any stage"
     assert "did you mean  data.sources.pairs.limit ?" in advice
     assert wrong["train.stps=1"][0] == "no such key in train"
+    assert "objective={bta: 1, gma: 2}" in problems("experiment=two", "objective={bta: 1, gma: 2}")
 
 
 def test_a_choice_for_all_stages_is_refused_where_each_has_its_own():
@@ -221,12 +220,6 @@ def test_stages_that_are_none():
     assert list(problems("experiment=list")) == ["stages=[a,b]"]
 
 
-def test_a_rule_that_one_stage_breaks_names_it():
-    (found,) = problems("experiment=two", "optim.warmup=6").values()
-    assert found[0] == "leaves no step after the warm-up: train.steps=5"
-    assert "in stage dpo" in found[2]
-
-
 def test_every_mistake_at_once_and_once():
     request = ("experiment=bad", "train.batch_size=0", "objective=kto", "seed=3")
     found = problems(*request)
@@ -239,6 +232,9 @@ def test_every_mistake_at_once_and_once():
     assert found["stages.dpo.set.train.stepps"][1] == "conf-user/experiment/bad.yaml:19"
     assert found["stages.sft.data=instrukt"][1] == "conf-user/experiment/bad.yaml:11"
     assert footer(examined(*request)).endswith("uft config experiment=bad seed=3")
+    ((why, _, advice),) = problems("experiment=two", "optim.warmup=6").values()
+    assert why == "leaves no step after the warm-up: train.steps=5"
+    assert "in stage dpo" in advice, "a rule that one stage breaks names it"
 
 
 def test_a_key_for_all_stages_in_a_file_that_none_has():

@@ -4,6 +4,8 @@ import ast
 import json
 import pickle
 import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -154,7 +156,7 @@ def test_a_cache_that_is_a_pickle_is_made_again(planted, tmp_path):
 
 # --- configurations
 
-CALL = "pathlib.Path.touch"
+CALL = "evil_package.call"  # to import it leaves a trace
 WORDS = [
     "+hydra.callbacks.mine._target_={call}",
     "hydra.sweeper._target_={call}",
@@ -166,6 +168,13 @@ WORDS = [
     "+hydra.job.env_set.PYTHONPATH=.",
     "+hydra.job_logging.handlers.x.class={call}",
     "hydra.hydra_logging={{version: 1, handlers: {{x: {{'()': {call}}}}}}}",
+    "+hydra.launcher.x=[{{_target_: {call}}}]",
+    "+hydra.launcher.x=[[1,{{a: {{_target_: builtins.exec, _args_: [1]}}}}]]",
+    "+hydra.sweeper._partial_=true",
+    "+hydra.launcher._args_=[1]",
+    "+tracking.tags=[{{_target_: timeit.timeit}}]",
+    "+hydra.launcher.x='${{oc.decode:\"{{_tar${{oc.env:NOTHING,}}get_: {call}}}\"}}'",
+    "+hydra.launcher.x='${{oc.create:{{a: 1}}}}'",
 ]
 
 
@@ -188,7 +197,8 @@ def test_words_that_name_code_are_refused(here, capsys):
     for verb, *words in requests:
         assert main([verb, *(word.format(call=CALL) for word in words)]) == 2
         assert "names code to run, and configurations cannot" in capsys.readouterr().err, words
-    assert sorted(path.name for path in here.iterdir()) == ["evil_package"]
+    assert not (here / "this-was-run").exists()
+    assert not (here / "outputs").exists()
 
 
 FILES = {
@@ -201,6 +211,21 @@ FILES = {
     ),
     "the environment": ("debug/evil.yaml", "# @package hydra\njob:\n  env_set:\n    LD_PRELOAD: ./evil.so\n"),
     "an object of a setting": ("debug/evil.yaml", "# @package _global_\nmodel:\n  _target_: {call}\n"),
+    "objects in a list": ("debug/evil.yaml", "# @package hydra.launcher\nx:\n- - a:\n      _target_: {call}\n"),
+    "a list that is referred to": (
+        "debug/evil.yaml",
+        "# @package _global_\ntracking:\n  tags: [{{_target_: {call}}}]\n"
+        "hydra:\n  launcher:\n    x: ${{tracking.tags}}\n",
+    ),
+    "text that becomes an object": (
+        "debug/evil.yaml",
+        "# @package hydra.launcher\nx: '${{oc.decode:\"{{_tar${{oc.env:NOTHING,}}get_: {call}}}\"}}'\n",
+    ),
+    "arguments": ("debug/evil.yaml", "# @package hydra.launcher\n_args_: [1]\n"),
+    "jobs of a sweep": (
+        "sweep/evil.yaml",
+        "# @package hydra\nmode: MULTIRUN\nsweeper:\n  params:\n    +hydra.launcher.x: '[{{_target_: {call}}}]'\n",
+    ),
 }
 
 
@@ -215,18 +240,28 @@ def test_files_that_name_code_are_refused(here, capsys, name, content):
         said = capsys.readouterr().err
         assert "names code to run, and configurations cannot" in said
         assert f"conf-user/{name}" in said
+    if group == "debug":  # a file that a sweep chooses is looked at before anything starts
+        assert main(["train", f"debug=fast,{option}", "-m"]) == 2
+        assert "names code to run" in capsys.readouterr().err
     assert not (here / "this-was-run").exists()
     assert not (here / "outputs").exists()
 
 
-def test_a_file_that_a_sweep_chooses_is_looked_at_before_anything_starts(here, capsys):
-    name, content = FILES["a callback"]
-    file = here / "conf-user" / name
-    file.parent.mkdir(parents=True)
-    file.write_text(content.format(call=CALL))
-    assert main(["train", "debug=fast,evil", "-m"]) == 2
-    assert "names code to run" in capsys.readouterr().err
-    assert not (here / "outputs").exists()
+@pytest.mark.parametrize("option", ["--config-path", "-cn"])
+def test_a_package_is_no_folder_of_configurations(here, capsys, option):
+    for more in ([], ["-m"], ["--cfg", "job"]):
+        assert main(["train", option, "pkg://evil_package", *more]) == 2
+        assert "names code to run" in capsys.readouterr().err
+    assert not (here / "this-was-run").exists()
+
+
+def test_a_pickled_job_is_not_run_again(planted, here, capsys):
+    content, trace = planted
+    (here / "config.pickle").write_bytes(content)
+    for words in (["--experimental-rerun", "config.pickle"], ["--experimental-rerun=config.pickle"]):
+        assert main(["train", *words]) == 2
+        assert "no such option" in capsys.readouterr().err
+    assert not trace.exists()
 
 
 def test_a_package_is_not_searched_for_configurations(here, capsys):
@@ -264,6 +299,47 @@ def test_the_configuration_of_a_run_refers_to_nothing(tmp_path, monkeypatch):
     file.write_text(frozen(compose()).replace("seed: 0", "seed: !!python/object/apply:os.getpid []", 1))
     with pytest.raises(UftError):
         load_config(file)
+
+
+OBJECTS = {
+    "a node": ("model:\n", "model:\n  _target_: {call}\n"),
+    "free keys": ("columns: {{}}", "columns:\n        _target_: {call}\n        _args_: '1'"),
+    "a list": ("tags: []", "tags: [{{_target_: {call}}}]"),
+    "Hydra's own": ("seed: 0\n", "seed: 0\nhydra:\n  callbacks:\n    x:\n      _target_: {call}\n"),
+    "an objective": ("objective:\n", "objective:\n  _target_: {call}\n"),
+    "stages": ("seed: 0\n", "seed: 0\nstages:\n  x:\n    do: fit\n    config: {{_target_: {call}}}\n"),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), OBJECTS.values(), ids=OBJECTS)
+def test_a_run_that_somebody_sent_names_no_code(here, capsys, old, new):
+    from uft.config.compose import changed, compose
+    from uft.config.frozen import frozen, load_config
+    from uft.runs import Run
+
+    run = Run(here / "outputs" / "sent")
+    run.path.mkdir(parents=True)
+    text, old = frozen(compose()), old.format()
+    assert old in text
+    run.config_file.write_text(text.replace(old, new.format(call=CALL), 1))
+    for read in (lambda: load_config(run.config_file), lambda: changed(run.config(), ["train.log_every=3"])):
+        with suppress(UftError):
+            read()
+    assert main(["config", "--diff", str(run.path)]) in (0, 2)
+    assert not (here / "this-was-run").exists()
+    assert "evil_package" not in sys.modules
+
+
+def test_the_commands_of_a_sweep_that_somebody_sent_name_no_code(here, capsys):
+    for word in (
+        f"+hydra.launcher._target_={CALL}",
+        "--experimental-rerun=x.pickle",
+        "--config-path=pkg://evil_package",
+    ):
+        commands = [{"words": ["-m", "seed=1,2", word], "cwd": str(here)}]
+        (here / "sweep.json").write_text(json.dumps({"commands": commands}))
+        assert main(["resume", str(here)]) == 2
+    assert not (here / "this-was-run").exists()
 
 
 def test_plugins_that_are_installed_are_chosen_by_name(here, capsys):

@@ -125,9 +125,16 @@ def test_configurations_that_once_were_a_traceback(here, watched):
 
 def test_a_configuration_that_grows_without_end_is_refused_at_once(here):
     lines = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefgh")]
-    (problem,) = examine_alone(here, "\n".join(["# @package _global_", "a: &a [1, 1]", *lines]))
-    assert problem.what.endswith("conf-user/debug/whole.yaml")
-    assert "stands for more than" in problem.why
+    (here / "conf-user" / "debug").mkdir(parents=True)
+    for text, why in {
+        "\n".join(["a: &a [1, 1]", *lines]): "stands for more than",
+        "a: [" + "0, " * 1_000_000 + "]": "is larger than",
+        "a: " + "[" * 1_000_000: "is larger than",
+    }.items():
+        (here / "conf-user" / "debug" / "whole.yaml").write_text(f"# @package _global_\n{text}")
+        (problem,) = examine(Request(("debug=whole",))).problems
+        assert problem.what.endswith("conf-user/debug/whole.yaml")
+        assert why in problem.why
 
 
 @pytest.mark.slow

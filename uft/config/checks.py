@@ -103,13 +103,6 @@ def path_of(override: Override) -> KeyPath:
     return tuple(re.findall(r"[^.\[\]]+", override.key_or_group))
 
 
-def settings_of(override: Override) -> Iterator[Setting]:
-    """The settings that an override comes to: one, or one for each leaf of a dict."""
-    path, value = path_of(override), override.value()
-    for more, item in leaves(value) if isinstance(value, dict) and value else [((), value)]:
-        yield Setting((*path, *more), item, COMMAND_LINE, str(override.input_line))
-
-
 class Draft:
     """Nested values, references unresolved, the setting behind each, and the problems that were found.
 
@@ -127,13 +120,13 @@ class Draft:
                 self.put_default(setting.path)
             else:
                 self.settings.append(setting)
-                if self.is_unsaid(setting):
+                if self.is_unsaid(setting) and self.get(setting.path) is None:
                     value_at(self.values, setting.path[:-1])[setting.path[-1]] = {}
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], file: str) -> Draft:
         """The draft of resolved settings that stand in `file`, without stages; absent keys have their defaults."""
-        own = leaves({key: value for key, value in settings.items() if key != "stages"})
+        own = ((path, value) for path, value in leaves(settings) if path[0] != "stages")
         return cls.laid([Setting(path, value, file, ".".join(path)) for path, value in own])
 
     @classmethod
@@ -177,21 +170,22 @@ class Draft:
         """Put a key back to its default; one that has none is taken away."""
         node, name = value_at(self.values, path[:-1]), path[-1]
         fields = fields_of(kind_at(path[:-1], self.schema))
-        if isinstance(node, dict):
-            if name in fields:
-                node[name] = default_of(fields[name])
-            else:
-                node.pop(name, None)
+        if isinstance(node, dict) and name in fields:
+            node[name] = default_of(fields[name])
+        elif isinstance(node, dict):
+            node.pop(name, None)
 
     def apply(self, override: Override) -> None:
         """Lay one override of the command line, or note what is wrong with it."""
         line, path = str(override.input_line), path_of(override)
         added = override.is_add() or override.is_force_add()
         why, advice, kind = "", tuple[str, ...](), Problem
+        places = ((path[:depth], path[depth]) for depth in range(2, len(path)))  # a new name is where + is right
+        is_new = any(self.is_open(place) and name not in (self.get(place) or {}) for place, name in places)
         if override.package is not None:
             why = f"{override.key_or_group} is not a group"
         elif override.is_delete():
-            named = value_at(self.values, path[:-1])
+            named = self.get(path[:-1]) or {}
             if self.is_open(path[:-1]) and path[-1] in named:
                 del named[path[-1]]
                 self.settings = [setting for setting in self.settings if setting.path[: len(path)] != path]
@@ -202,12 +196,13 @@ class Draft:
             why, advice = "comes with the objective's file", (f"choose another:  {OBJECTIVE}=NAME",)
         elif override.is_add() and self.get(path) is not None and not isinstance(override.value(), (dict, list)):
             why, advice = "has a value already", (f"without the +:  {line[1:]}",)
-        elif self.is_new(path) and not added:
+        elif is_new and not added:
             kind, why = Absent, f"nothing of that name in {'.'.join(path[:-1])}"
             advice = (f"to add it:  +{line}",)
         else:
-            for setting in settings_of(override):
-                self.put(setting)
+            value: Any = override.value()
+            for more, item in leaves(value) if isinstance(value, dict) and value else [((), value)]:
+                self.put(Setting((*path, *more), item, COMMAND_LINE, line))
             return
         self.problems.append(kind(line, why, COMMAND_LINE, advice))
 
@@ -218,11 +213,6 @@ class Draft:
 
     def is_open(self, path: KeyPath) -> bool:
         return is_open(kind_at(path, self.schema))
-
-    def is_new(self, path: KeyPath) -> bool:
-        """Whether `path` leads to a new entry of free keys, the one place where + is right."""
-        places = ((path[:depth], path[depth]) for depth in range(2, len(path)))
-        return any(self.is_open(place) and name not in (self.get(place) or {}) for place, name in places)
 
     # what is wrong
 
@@ -272,7 +262,7 @@ class Draft:
             return Problem(setting.text, f"{'.'.join(path)} is a value and has no keys of its own", setting.where)
         if fault.type == "literal_error":
             is_method = path[0] == OBJECTIVE and path[-1] == "method"
-            options = [option for option in choices(kind) if not (is_method and option == "null")]
+            options = list(parameters()) if is_method else choices(kind)
             near = nearest(str(fault.value), options)
             advice = hint(near and f"{setting.key}={near}", "methods" if is_method else "choices", options)
             why = "no such method" if is_method else "no such choice"
@@ -314,8 +304,7 @@ class Draft:
         place = f" in {'.'.join(prefix)}" if prefix else ""
         is_objective = prefix[:1] == (OBJECTIVE,) and "method" in siblings
         if is_objective:
-            node = self.get(prefix)
-            place += f"={node.get('name') or node.get('method')}"
+            place += f"={self.get((*prefix, 'name')) or self.get((*prefix, 'method'))}"
         kind = Absent if is_objective else Problem
         return kind(setting.text, f"no such key{place}", setting.where, (advice, *more))
 
@@ -399,16 +388,13 @@ def broken(key: str, why: str, *advice: str) -> Broken:
     return key, why, advice
 
 
-def epochs_and_warmup(settings: Settings) -> Iterator[Broken]:
+def numbers(settings: Settings) -> Iterator[Broken]:
     warmup, steps = settings["optim"]["warmup"], settings["train"]["steps"]
     if warmup is not None and warmup >= 1:
         if warmup != int(warmup):
             yield broken("optim.warmup", "must be a share below 1 or a whole number of steps")
         elif steps is not None and warmup >= steps:
             yield broken("optim.warmup", f"leaves no step after the warm-up: train.steps={steps}")
-
-
-def lists_of_numbers(settings: Settings) -> Iterator[Broken]:
     betas, seeds = settings["optim"]["betas"], settings["generate"]["seeds"]
     if betas is not None and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         yield broken("optim.betas", "must be two numbers, at least 0 and below 1")
@@ -517,8 +503,7 @@ def objective(settings: Settings) -> Iterator[Broken]:
 
 
 RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
-    epochs_and_warmup,
-    lists_of_numbers,
+    numbers,
     adapters,
     mixture,
     held_out,

@@ -2,24 +2,35 @@
 
 Hydra composes the files of a choice of options, once (:mod:`uft.config.files`); the values of the command line are laid
 over them, and pydantic judges the whole (:mod:`uft.config.checks`). So jobs of a sweep that differ in values alone are
-composed together.
+composed together. A request with stages is composed once for each of them: the second half of this file.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from uft.config.checks import Draft
-from uft.config.files import BROKEN, NAMES_CODE, Composed, Request, Words, files_of, read_words, translate
+from uft.config.checks import (
+    NOT_TYPED,
+    OBJECTIVE,
+    Absent,
+    Draft,
+    Setting,
+    adapter,
+    faults,
+    leaves,
+    path_of,
+)
+from uft.config.files import BROKEN, NAMES_CODE, Composed, Files, Request, Words, files_of, read_words, translate
 from uft.config.frozen import plain
-from uft.config.messages import COMMAND_LINE
-from uft.config.schema import Config, flat
-from uft.config.stages import FILE, STAGES, compose_stages, differing, expanded, has_stages, without_stages
+from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
+from uft.config.schema import Config, KeyPath, Stage, flat
+from uft.config.stages import FILE, MADE_BY, STAGES, differing, expanded, made, maker, without_stages
 from uft.errors import Problem, UftError
 
 
@@ -75,9 +86,10 @@ def examine(request: Request) -> Examined:
         unread = error.problems if isinstance(error, UftError) else (translate(error),)
         return Examined(asdict(Config()), problems=[*words.problems, *unread], kept=list(words.chosen))
     examined = Examined({}, choices=composed.options, problems=[*words.problems, *composed.problems])
+    paths = [setting.path for setting in composed.settings if setting.path[1:]] + list(map(path_of, words.values))
     if composed.problems:
         draft, examined.settings = Draft(asdict(Config())), asdict(Config())
-    elif has_stages(composed, words):
+    elif any(path[0] == STAGES for path in paths):
         examined.settings, draft, examined.origins, problems = compose_stages(composed, words, files)
         examined.problems += problems
     else:
@@ -159,3 +171,312 @@ def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any],
     for override in words.values:
         draft.apply(override)
     return plain(draft.judge()), [*problems, *draft.problems]
+
+
+# --- A request with stages: every stage a draft of its own, and the run's draft above them.
+#
+# A stage is what the same request would be with the stage's objective and data chosen, and then its own keys:
+#
+# 1. the files, as Hydra composes them; a key that `stages.NAME.set` gives has the place of the file it stands in: a
+#    file that comes later (debug=fast) and sets it too wins over it;
+# 2. what was typed for all stages;
+# 3. what was typed for this stage (`stages.NAME.set`).
+#
+# A key that is set for all stages counts for every stage that has it; one that no stage has is a mistake. Everything
+# that is wrong with any stage is told at once, once if it is wrong in all of them.
+
+
+SET = "set"
+SOURCES = ("data", "sources")
+OWN = (OBJECTIVE, "data")  # groups that a stage may choose for itself
+UNCLEAR = ""  # a choice that could not even be guessed: which keys the stage has is not known
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,59}")
+SAME = ("hardware", "tracking", "run", "sweep", STAGES)
+MODEL = ("path", "name", "revision", "trust_remote_code")
+MEASURED = ("holdout", "eval_path", "eval_split")
+
+
+@dataclass(eq=False)
+class Planned:
+    """A stage while it is put together; the run itself is one too, under the name ""."""
+
+    name: str
+    request: dict[str, Any]  # the keys of the stage, valid, without those that it sets
+    typed: list[Setting] = field(default_factory=list)  # keys that the command line sets for it alone
+    draft: Draft = field(default_factory=lambda: Draft(asdict(Config())))
+    settings: dict[str, Any] = field(default_factory=dict)  # in the end
+
+    @property
+    def does(self) -> str:
+        return str(self.request["do"])
+
+    @property
+    def key(self) -> str:
+        return f"{STAGES}.{self.name}"
+
+
+def compose_stages(
+    composed: Composed, words: Words, files: Files
+) -> tuple[dict[str, Any], Draft, dict[str, str], list[Problem]]:
+    """(the run's settings with its resolved stages, its draft, where each value was set, problems).
+
+    `composed` is that of the request's own choices.
+    """
+    outline, stages = outlined(composed, words)
+    problems = [*outline.problems, *refused_choices(stages, words), *unknown_choices(stages, outline, files)]
+    if any(stage.request[group] == UNCLEAR for stage in stages for group in OWN):
+        problems += [problem for stage in stages for problem in rules(stage, outline)]
+        return asdict(Config()), outline, outline.origins(), problems
+    last = next((stage for stage in reversed(stages) if stage.does == "fit"), None)
+    run = Planned("", {"do": "", OBJECTIVE: None, "data": last and last.request["data"]})
+    for stage in (run, *stages):
+        objective = stage.request[OBJECTIVE] if stage.does == "fit" or last is None else last.request[OBJECTIVE]
+        unread = lay_files(stage, {OBJECTIVE: objective, "data": stage.request["data"]}, words, files)
+        for override in words.values:
+            if path_of(override)[0] not in (STAGES, *words.unclear):
+                stage.draft.apply(override)
+        for setting in stage.typed:
+            put_own(setting, stage.draft)
+        stage.settings = stage.draft.judge()
+        stage.draft.problems = unread or stage.draft.problems
+    problems += together(stages)
+    problems += [problem for stage in stages for problem in (*rules(stage, outline), *handed_on(stage, stages))]
+    if stages and last is None:
+        problems.append(Problem(STAGES, "none of them trains anything", advice=("one of them must be  do: fit",)))
+    templates = {stage.name: stage.settings["data"]["template"] for stage in stages}
+    if len(set(templates.values())) > 1:  # the evaluation is one for all stages
+        each = ", ".join(f"{name}: {template}" for name, template in templates.items())
+        why = "is one for all stages, which are measured alike"
+        problems.append(Problem("data.template", why, advice=(each,)))
+    settings, origins = put_together(run, last, stages, outline)
+    return settings, run.draft, origins, problems
+
+
+def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
+    """The stages as the request names them, and the draft of `stages` with what is wrong in it."""
+    outline, typed = Draft({STAGES: {}}), dict[str, list[Setting]]()
+
+    def put_in(setting: Setting) -> None:
+        inside = setting.path[2:3] == (SET,)
+        outline.put(replace(setting, path=setting.path[:2], value={}) if inside else setting)
+
+    for setting in composed.settings:
+        if setting.path[0] == STAGES and setting.path[1:]:
+            put_in(setting)
+    for override in words.values:
+        path, line, names = path_of(override), str(override.input_line), list(outline.values[STAGES])
+        if path[0] != STAGES:
+            continue
+        if override.is_delete():
+            outline.apply(override)
+        elif path[1:] and path[1] not in names and not (override.is_add() or override.is_force_add()):
+            near = nearest(path[1], names)
+            advice = hint(near and f"{STAGES}.{near}", STAGES, names)
+            outline.problems.append(Problem(line, "no such stage", COMMAND_LINE, (advice,)))
+        else:
+            for setting in own_keys(path, override.value(), COMMAND_LINE, line):
+                put_in(setting)
+                if setting.path[2:3] == (SET,) and (setting.path[3:] or setting.value not in (None, {})):
+                    typed.setdefault(path[1], []).append(replace(setting, path=setting.path[3:]))
+    stages = []
+    for name, stage in outline.values[STAGES].items():
+        for place, fault in faults(Stage, stage, (STAGES, name)).items():
+            outline.problems.append(outline.problem_at(place, fault))
+            outline.put_default(place)
+        stages.append(Planned(name, asdict(adapter(Stage).validate_python(stage)), typed.get(name, [])))
+    return outline, stages
+
+
+def own_keys(path: KeyPath, value: object, where: str, text: str) -> Iterator[Setting]:
+    """The keys below `path`, whether they were written `objective.beta: 0.3` or as a tree; () where there are none."""
+    for more, item in leaves(value) if isinstance(value, dict) and value else [((), value)]:
+        key = tuple(part for part in ".".join((*path, *more)).split(".") if part)
+        if key or item not in (None, {}):
+            yield Setting(key, item, where, text)
+
+
+def refused_choices(stages: Sequence[Planned], words: Words) -> Iterator[Problem]:
+    """`objective=kto` where every stage names its own."""
+    for group in OWN:
+        naming = [stage for stage in stages if group == "data" or stage.does == "fit"]
+        if not naming or any(stage.request[group] is None for stage in naming):
+            continue
+        for line in words.choices:
+            key, _, option = line.lstrip("+").partition("=")
+            if key == group:
+                each = "   or  ".join(f"{stage.key}.{group}={option}" for stage in naming)
+                why = f"every stage has {'an objective' if group == OBJECTIVE else 'data'} of its own"
+                yield Problem(line, why, COMMAND_LINE, (f"for one of them:  {each}",))
+
+
+def unknown_choices(stages: Sequence[Planned], outline: Draft, files: Files) -> Iterator[Problem]:
+    """Objectives and data that have no file. The stage then has the one that was probably meant."""
+    for stage in stages:
+        for group in OWN:
+            option, key = stage.request[group], f"{stage.key}.{group}"
+            if option is not None and not files.has(group, option):
+                advice, meant = no_such_option(group, option, list(files.groups[group]), key)
+                where = outline.where((STAGES, stage.name, group))
+                yield Problem(f"{key}={option}", f"no such file in conf/{group}", where, advice)
+                stage.request[group] = meant.partition("=")[2] if meant else UNCLEAR
+
+
+# every stage
+
+
+def lay_files(stage: Planned, own: Mapping[str, str | None], words: Words, files: Files) -> list[Problem]:
+    """Begin the draft of a stage with the files, its own objective and data among them; why they cannot be read."""
+    replaced = {group: option for group, option in own.items() if option is not None}
+    others = [line for line in words.chosen if line.lstrip("+").partition("=")[0] not in replaced]
+    try:
+        composed = files.composed((*others, *(f"{group}={option}" for group, option in replaced.items())))
+    except BROKEN as error:
+        return [translate(error)]
+    if composed.problems:
+        return list(composed.problems)
+    stage.draft = Draft({**composed.values, STAGES: {}}, [s for s in composed.settings if s.path[0] != STAGES])
+    for number, file in enumerate(composed.files, 1):
+        later = {setting.path for other in composed.files[number:] for setting in other}
+        for setting in file:
+            if setting.path[:3] == (STAGES, stage.name, SET):
+                for one in own_keys(setting.path[3:], setting.value, setting.where, setting.text):
+                    if one.path not in later:
+                        put_own(one, stage.draft)
+    return []
+
+
+def put_own(setting: Setting, draft: Draft) -> None:
+    """Lay a key that a stage sets for itself, unless no stage can have it for itself."""
+    if problem := fixed(setting):
+        draft.problems.append(problem)
+    else:
+        draft.put(setting)
+
+
+def fixed(setting: Setting) -> Problem | None:
+    """A key that no stage can have for itself, or None."""
+    why, advice, path = "", tuple[str, ...](), setting.path
+    if not path:
+        why = "must be a group of keys"
+    elif path in ((OBJECTIVE,), ("data",)):
+        why, advice = "is chosen by the stage", (f"beside set, not in it:  {path[0]}: {written(setting.value)}",)
+    elif path[0] in SAME:
+        why = f"{path[0]} is the same in all stages"
+    elif path[0] == "model" and path[1:2] and path[1] in MODEL:
+        why = "a stage starts from the model that the stage before it left"
+    elif path in (("generate", "out"), ("annotate", "out")):
+        why = "a stage writes into a folder of its own"
+    return Problem(setting.text, why, setting.where, advice) if why else None
+
+
+def together(stages: Sequence[Planned]) -> Iterator[Problem]:
+    """The problems of all stages, each once, with the stages that have it where not all do.
+
+    A key that was set for all of them and that some do not have is no problem.
+    """
+    found: dict[Problem, list[str]] = {}
+    absent: dict[tuple[str, str], dict[str, Problem]] = {}
+    for stage in stages:
+        for problem in dict.fromkeys(stage.draft.problems):
+            if isinstance(problem, Absent) and not problem.what.startswith(f"{STAGES}."):
+                absent.setdefault((problem.what, problem.where), {})[stage.name] = problem
+            else:
+                found.setdefault(problem, []).append(stage.name)
+    for problems in absent.values():
+        if len(problems) == len(stages):
+            yield missing(problems[stages[-1].name], stages)
+    for problem, names in found.items():
+        if len(names) == len(stages) or problem.what.startswith(f"{STAGES}."):
+            yield problem
+        else:
+            where = f"in stage{'s' * (len(names) > 1)} {', '.join(names)}"
+            yield replace(problem, advice=(*problem.advice, where))
+
+
+def missing(problem: Problem, stages: Sequence[Planned]) -> Problem:
+    """A key that no stage has, with the keys of each. `problem`: that of one of them."""
+    path = tuple(key_of(problem.what).split("."))
+    group = path[0]
+    place = (group,) if group == OBJECTIVE else SOURCES
+    if not path[len(place) :]:  # a whole dict was typed
+        return problem
+    having = [stage for stage in stages if stage.does == "fit" or group != OBJECTIVE]
+    keys = {stage: stage.draft.keys_at(place) or list(stage.draft.get(place)) for stage in having}
+    shown = {stage.name: [key for key in own if key not in NOT_TYPED] for stage, own in keys.items()}
+    near = nearest(path[len(place)], sorted({key for own in shown.values() for key in own}))
+    meant = [hint(".".join((*place, near, *path[len(place) + 1 :])), "", ())] if near else []
+    each = [
+        f"{stage.name} ({group}={stage.draft.get((group, 'name'))}): {', '.join(shown[stage.name])}" for stage in having
+    ]
+    return Problem(problem.what, "no such key in any stage", problem.where, (*meant, *each))
+
+
+# rules about stages
+
+
+def rules(stage: Planned, outline: Draft) -> Iterator[Problem]:
+    """What is wrong with a stage by itself: its name, its kind, its reference."""
+    where = next((place for own, place in outline.origins().items() if own.startswith(f"{stage.key}.")), "")
+    reference = stage.request["reference"]
+    if not NAME.fullmatch(stage.name):
+        yield Problem(stage.key, "names a folder: letters, digits, - and _, a letter first", where)
+    if reference != "start" and stage.does != "fit":
+        yield Problem(f"{stage.key}.reference={reference}", f"has no meaning where do={stage.does}", where)
+    if not stage.settings:
+        return
+    if stage.does == "annotate" and stage.settings["annotate"]["column"] is None:
+        advice = f"{stage.key}.set={{annotate.column: baseline_logp}}"
+        yield Problem(stage.key, "which column to write is not said", where, (advice,))
+    if reference == "initial" and stage.settings["reference"]["path"] is not None:
+        yield Problem(f"{stage.key}.reference=initial", "and reference.path both name the reference", where)
+
+
+def handed_on(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
+    """What is wrong with what a stage takes from earlier ones: rows of its sources, models that annotate."""
+    earlier = {other.name: other.does for other in stages[: stages.index(stage)]}
+    trained = [other for other, do in earlier.items() if do == "fit"]
+    makers = [other for other, do in earlier.items() if do != "fit"]
+    for path in stage.settings["annotate"]["models"] if stage.does == "annotate" else ():
+        if made(path) and maker(path) not in trained:
+            advices = no_such_stage(path, "stages before this one that train", trained)
+            place = stage.draft.where(("annotate", "models"))
+            yield Problem(f"annotate.models=[{path}]", "no such stage before this one", place, advices)
+    for source, node in stage.settings["data"]["sources"].items():
+        if not made(node["path"]):
+            continue
+        key, path = f"data.sources.{source}", node["path"]
+        what, where = f"{key}.path={path}", stage.draft.where((*SOURCES, source, "path"))
+        if maker(path) in trained:
+            yield Problem(what, f"stage {maker(path)} trains and leaves no rows", where)
+        elif maker(path) not in makers:
+            advices = no_such_stage(path, "stages before this one that make rows", makers)
+            yield Problem(what, "no such stage before this one", where, advices)
+        for leaf in MEASURED:
+            if node.get(leaf):
+                why = f"what {path} holds out is measured: rows to measure on are there before the first step"
+                yield Problem(f"{key}.{leaf}", why, stage.draft.where((*SOURCES, source, leaf)))
+
+
+def no_such_stage(path: str, label: str, stages: Sequence[str]) -> tuple[str, ...]:
+    near = nearest(maker(path), stages)
+    advice = hint(near and f"{MADE_BY}{near}", label, stages)
+    return (advice,) if advice else ()
+
+
+def put_together(
+    run: Planned, last: Planned | None, stages: Sequence[Planned], outline: Draft
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the run's settings with its resolved stages, and the objective and data of its last fit stage; origins)."""
+    settings, origins = plain(run.settings), run.draft.origins()
+    for group in OWN if last is not None else ():
+        assert last is not None
+        settings[group] = last.settings[group]
+        origins = {key: where for key, where in origins.items() if not key.startswith(f"{group}.")}
+        origins |= {key: where for key, where in last.draft.origins().items() if key.startswith(f"{group}.")}
+    nodes: dict[str, Any] = {}
+    for stage in stages:
+        head = {key: stage.request[key] for key in (("do", "reference") if stage.does == "fit" else ("do",))}
+        nodes[stage.name] = {**head, "config": differing(plain(stage.settings), settings)}
+        origins |= {f"{stage.key}.config.{key}": where for key, where in stage.draft.origins().items()}
+        origins |= {key: where for key, where in outline.origins().items() if key.startswith(f"{stage.key}.")}
+    return settings | {STAGES: nodes}, origins

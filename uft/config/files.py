@@ -6,9 +6,10 @@ Hydra's `compose` makes the values; its loader tells which files they are from, 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from itertools import takewhile
@@ -42,7 +43,7 @@ from uft.config.messages import (
 )
 from uft.config.schema import Config, KeyPath
 from uft.errors import Problem, UftError
-from uft.runs import bounded
+from uft.runs import bounded, yaml_text
 
 T = TypeVar("T")
 VERSION_BASE = "1.3"
@@ -116,7 +117,13 @@ def make_loader(request: Request) -> ConfigLoader:
 
 
 def files_of(request: Request) -> Files:
-    """The files that this request can draw in. They are read once in a process, unless one changes."""
+    """The files that this request can draw in. They are read once in a process, unless one changes.
+
+    Raises UftError where the request, or the primary file, wants to look for them in a package, which would import it.
+    """
+    asked = {"--config-path": request.config_path, "--config-dir": request.config_dir, "-cn": request.config_name}
+    if code := [f"{option} {place}" for option, place in asked.items() if PACKAGE in str(place)]:
+        raise UftError(*(Problem(word, NAMES_CODE, COMMAND_LINE) for word in code))
     folders = [*config_dirs(request.config_dir), *([Path(request.config_path)] if request.config_path else ())]
     stats = ((file, file.stat()) for folder in folders for file in sorted(folder.rglob("*.yaml")) if file.is_file())
     stamp = tuple((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats)
@@ -132,7 +139,7 @@ def _files(request: Request, cwd: Path, stamp: object) -> Files:
 
 
 class Files:
-    """The configuration files of one search path. Raises UftError where the primary one names code to run."""
+    """The configuration files of one search path."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -146,12 +153,12 @@ class Files:
         for word in request.overrides:
             value = parser().parse_override(word).value()
             searched = list(map(str, value)) if isinstance(value, list) else []
-        added = [str(Path(folder).resolve()) for folder in (request.config_dir,) if folder and Path(folder).is_dir()]
-        self.folders = [Path(place.removeprefix("file://")) for place in (*added, *searched)]
-        quoted = ",".join("'{}'".format(str(place).replace("\\", r"\\").replace("'", r"\'")) for place in self.folders)
-        self.words = [f"{SEARCHPATH}=[{quoted}]"] if self.folders else []
-        main = [Path(request.config_path)] if request.config_path else []
-        self.groups = groups([*main, *config_dirs(), *self.folders])
+        self.folders = [Path(place.removeprefix("file://")) for place in searched]
+        if request.config_dir and Path(request.config_dir).is_dir():
+            self.folders.insert(0, Path(request.config_dir).resolve())
+        listed = json.dumps(list(map(str, self.folders)), ensure_ascii=False)
+        self.words = [f"{SEARCHPATH}={listed}"] if self.folders else []
+        self.groups = groups([*map(Path, filter(None, [request.config_path])), *config_dirs(), *self.folders])
         self._composed: dict[tuple[str, ...], Composed] = {}
 
     def has(self, group: str, option: str) -> bool:
@@ -174,15 +181,20 @@ class Files:
         files, code = list[tuple[Setting, ...]](), list[Problem]()
         needs_hydra = any(choice.lstrip("+~").startswith(("hydra.", "hydra/")) for choice in choices)
         for default in found.defaults:
-            if default.config_path is not None:
-                file = self._file(default.config_path)
-                settings = list(settings_in(file, default.package or "")) if file else []
-                shipped = file is not None and file.is_relative_to(conf_dir())
-                named = [setting for setting in settings if FORBIDDEN.search(f"{setting.key}.") and not shipped]
-                code += [Problem(setting.key, NAMES_CODE, setting.file, PLUGINS) for setting in named]
-                hydras = [setting for setting in settings if setting.path[0] == "hydra"]
-                needs_hydra |= bool(hydras) and not (shipped and default.config_path == "config")
-                files.append(tuple(setting for setting in settings if setting.path[0] != "hydra"))
+            file = self._file(default.config_path) if default.config_path else None
+            if file is None:
+                continue
+            settings = []
+            for inner, value, line in leaves_in(file, file.stat().st_mtime_ns):
+                path = (*filter(None, (default.package or "").split(".")), *inner)
+                where = f"{shown(file)}:{line}" if line else shown(file)
+                settings.append(Setting(path, value, where, ".".join(path)))
+            own = [setting for setting in settings if setting.path[0] != "hydra"]
+            needs_hydra |= len(own) < len(settings) and file != conf_dir() / "config.yaml"
+            files.append(tuple(own))
+            if not file.is_relative_to(conf_dir()):
+                named = [s for s in settings if FORBIDDEN.search(f"{s.key}.") or CODE.search(str(s.value))]
+                code += [Problem(s.key, NAMES_CODE, s.file, PLUGINS) for s in named]
         values, problems = dict[str, Any](), code
         if not code:
             try:
@@ -200,13 +212,6 @@ class Files:
                 return Path(source.path) / f"{path}.yaml" if source.scheme() == "file" else None
         files = (folder / f"{path}.yaml" for folder in self.folders)
         return next((file for file in files if file.is_file()), None)
-
-
-def settings_in(file: Path, package: str) -> Iterator[Setting]:
-    """Every leaf that a YAML file sets below its package, with its line."""
-    for inner, value, line in leaves_in(file, file.stat().st_mtime_ns):
-        path = (*filter(None, package.split(".")), *inner)
-        yield Setting(path, value, f"{shown(file)}:{line}" if line else shown(file), ".".join(path))
 
 
 @lru_cache(maxsize=256)
@@ -236,13 +241,15 @@ def line_numbers(text: str) -> dict[tuple[str, ...], int]:
 # An installed plugin (hydra/launcher=joblib) is chosen by its name and brings its own `_target_`.
 
 FORBIDDEN = re.compile(
-    r"(^|\.)_target_\."  # what is imported and called
+    r"(^|\.)_(target|partial|args|recursive|convert)_\."  # what is imported and called, and how
     r"|^hydra\.(callbacks|job_logging|hydra_logging)\."  # objects of Hydra's, and of Python's logging
     r"|^hydra\.job\.env_set\."  # PYTHONPATH, LD_PRELOAD
 )
 """Matched against a dotted key and a dot."""
 
 PACKAGE = "pkg://"  # to look into a package is to import it
+CODE = re.compile(rf"_(target|partial|args)_|{PACKAGE}|\$\{{\s*(oc\.(create|decode)\b|\$\{{)")
+"""No value may hold one: those names (in a list), a package, a resolver that makes a tree of text."""
 SEARCHPATH = "hydra.searchpath"
 NAMES_CODE = "names code to run, and configurations cannot"
 PLUGINS = ("an installed plugin is chosen by its name:  hydra/launcher=NAME",)
@@ -251,7 +258,7 @@ PLUGINS = ("an installed plugin is chosen by its name:  hydra/launcher=NAME",)
 def names_code(word: str) -> bool:
     """Whether a word of a command line names code, whatever its grammar."""
     key, _, value = word.lstrip("+~").partition("=")
-    return bool(FORBIDDEN.search(f"{key.partition('@')[0]}.")) or "_target_" in value or PACKAGE in value
+    return bool(FORBIDDEN.search(f"{key.partition('@')[0]}.") or CODE.search(value))
 
 
 @cache
@@ -332,14 +339,18 @@ def readable(config_dir: str | None, read: Callable[[], T]) -> T:
 
 
 def overgrown(file: Path) -> str | None:
-    """Why the aliases of a file stand for more than anybody wrote, or None. Other faults are told elsewhere."""
+    """Why reading a file would take minutes: its size, or aliases that stand for more than anybody wrote.
+
+    None where it would not. Other faults are told elsewhere.
+    """
+    found = None
     try:
-        text = file.read_text(encoding="utf-8")
-        found = yaml.safe_load(text) if "&" in text and "*" in text else None
-    except (yaml.YAMLError, ValueError, OSError, RecursionError):
-        return None
-    try:
+        text = yaml_text(file)
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
+            found = yaml.safe_load(text) if "&" in text and "*" in text else None
         bounded(found)
+    except UnicodeDecodeError:
+        return None
     except ValueError as error:
         return first_line(error)
     return None

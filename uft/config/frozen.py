@@ -15,7 +15,7 @@ from uft.config.checks import Draft, adapter
 from uft.config.messages import written
 from uft.config.schema import Config, Source, flat, resolved
 from uft.errors import Problem, UftError
-from uft.runs import bounded
+from uft.runs import bounded, yaml_text
 
 FREE = (
     "tracking.",
@@ -110,7 +110,7 @@ def load_config(path: str | Path) -> Config:
     """The configuration in `path` (YAML or JSON), as dataclasses; `objective` is a plain dict."""
     file = Path(path)
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(yaml_text(file))
         bounded(settings)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UftError(

@@ -22,7 +22,7 @@ import yaml
 
 from uft.config.frozen import flat
 from uft.errors import Problem, UftError, problem_lines
-from uft.runs import Run, bounded, named_folder, shown
+from uft.runs import Run, bounded, named_folder, shown, yaml_text
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
 
@@ -226,7 +226,7 @@ def read_object(path: Path, absent: bool = False) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration by dotted key, without empty dicts."""
-    found = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
+    found = yaml.load(yaml_text(path), YamlLoader)
     if not isinstance(found, dict):
         raise ValueError("is not a configuration")
     bounded(found)
