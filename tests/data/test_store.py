@@ -276,7 +276,7 @@ def test_rows_are_parsed_once_for_all_processes(tmp_path, large, monkeypatch, ca
         patched.setitem(sources.READERS, ".jsonl", lambda path: pytest.fail("read again"))
         again = load_sources(data_settings(data))[0]
     assert (again, list(again.rows)) == (replace(first, rows=again.rows, held_out=again.held_out), list(first.rows))
-    assert [row.where for row in again.dropped] == [f"{path}:{COUNT + 1}"]
+    assert [row.where for row in again.omitted.bad] == [f"{path}:{COUNT + 1}"]
     for change in ({"limit": 30}, {"score_range": [0, 2]}, {"columns": {"score": "score"}}):  # each its own entry
         load_sources(data_settings({**data, "sources": {"mine": {"path": str(path), **change}}}))
     path.write_text(path.read_text() + json.dumps({**scored(COUNT), "prompt": "new"}) + "\n")
@@ -288,7 +288,7 @@ def test_rows_are_parsed_once_for_all_processes(tmp_path, large, monkeypatch, ca
     with caplog.at_level(logging.WARNING):
         rebuilt = load_sources(data_settings(data))[0]
     assert "reading the rows again" in caplog.text
-    assert (rebuilt.digest, rebuilt.dropped) == (first.digest, first.dropped)
+    assert (rebuilt.digest, rebuilt.omitted.bad) == (first.digest, first.omitted.bad)
 
 
 def test_nothing_is_left_of_rows_that_have_no_file(tmp_path, large, monkeypatch):

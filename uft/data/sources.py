@@ -92,10 +92,6 @@ class LoadedSource:
     apart: bool = False  # held-out rows lie in a place of their own, and are numbered there
 
     @property
-    def dropped(self) -> Sequence[BadRow]:
-        return self.omitted.bad
-
-    @property
     def kinds(self) -> dict[Kind, int]:
         """How many training rows there are of each kind of feedback."""
         return kinds(self.rows)
@@ -122,20 +118,21 @@ def load_sources(settings: Data) -> list[LoadedSource]:
             problems += error.problems
             continue
         loaded.append(found)
-        bad += found.dropped
+        bad += found.omitted.bad
     strict = settings.bad_rows == "error"
     if strict:
         problems += [Problem(row.where, row.why) for row in bad[:SPELLED_OUT]]
         if len(bad) > SPELLED_OUT:
             problems.append(Problem(f"... and {len(bad) - SPELLED_OUT} more", "rows that cannot be read"))
     for found in loaded:
+        name, unusable = found.name, found.omitted.bad
         if not found.rows and found.held_out and not found.apart:
-            own = settings.sources[found.name].holdout
+            own = settings.sources[name].holdout
             amount = settings.holdout if own is None else own
-            problems.append(Problem(f"data.sources.{found.name}.holdout={amount:g}", "leaves no row to train on"))
-        elif not found.rows and not (strict and found.dropped):
-            why = f"no row could be used: {found.dropped[0].why}" if found.dropped else "there are no rows in it"
-            problems.append(Problem(f"data.sources.{found.name}.path={found.path}", why))
+            problems.append(Problem(f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"))
+        elif not found.rows and not (strict and unusable):
+            why = f"no row could be used: {unusable[0].why}" if unusable else "there are no rows in it"
+            problems.append(Problem(f"data.sources.{name}.path={found.path}", why))
     if problems:
         footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and strict else ""
         raise UftError(*problems, footer=footer)
@@ -166,9 +163,8 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
     else:
         held_out, more = _parse(name, source, apart, None, data.cache)
         omitted.add(more, same_folder=apart.path == place.path)
-    return LoadedSource(
-        name, source.path, rows, held_out, content_digest(rows), omitted, source.checker, apart is not None
-    )
+    digest = content_digest(rows)
+    return LoadedSource(name, source.path, rows, held_out, digest, omitted, source.checker, apart is not None)
 
 
 # --- Held-out rows.
@@ -250,18 +246,14 @@ def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
 
 def _recognise(name: str, source: Source, table: Scan) -> Format:
     """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
-    listed = f"columns: {_listing(table.columns)}"
-    problems = [
-        Problem(
-            f"data.sources.{name}.columns.{ours}={theirs}",
-            "no such column in the data",
-            advice=(*formats.nearest("{}", theirs, table.columns), listed),
-        )
+    why, listed = "no such column in the data", f"columns: {_listing(table.columns)}"
+    missing = {  # an empty name: the field is left unread
+        f"{ours}={theirs}": (*formats.nearest("{}", theirs, table.columns), listed)
         for ours, theirs in source.columns.items()
-        if theirs and theirs not in table.columns  # an empty name: the field is left unread
-    ]
-    if problems:
-        raise UftError(*problems)
+        if theirs and theirs not in table.columns
+    }
+    if missing:
+        raise UftError(*(Problem(f"data.sources.{name}.columns.{what}", why, advice=a) for what, a in missing.items()))
     told = formats.rename(table.told, source.columns)
     usual = formats.rename({c: c for c, count in table.columns.items() if 2 * count >= table.count}, source.columns)
     columns = {column for column in usual if told.get(column) or column not in formats.FEEDBACK}
@@ -367,13 +359,11 @@ def open_place(place: Place) -> tuple[list[RecordTable], list[str]]:
         raise place.problem("is neither a file nor a folder")
     if not looks_local(place.path):
         return [_hub(place.path, place)], []
-    if not os.path.isdir(path.parent):
-        advice = f"the folder {path.parent} does not exist either"
-    else:
+    advice = [f"the folder {path.parent} does not exist either"]
+    if os.path.isdir(path.parent):
         beside = sorted(os.listdir(path.parent)) if os.access(path.parent, os.R_OK) else []
-        close = get_close_matches(path.name, beside, n=1)
-        advice = f"did you mean  {path.parent / close[0]} ?" if close else ""
-    raise place.problem("no such file or folder", *([advice] if advice else []))
+        advice = [f"did you mean  {path.parent / name} ?" for name in get_close_matches(path.name, beside, n=1)]
+    raise place.problem("no such file or folder", *advice)
 
 
 def _file(path: Path, place: Place) -> RecordTable:
@@ -506,18 +496,11 @@ def _jsonl(path: Path) -> Iterator[Found]:
                 yield 1, "the file is UTF-16; save it as UTF-8"
                 return
             raw = (line.removeprefix(_BOM) if number == 1 else line).strip()
-            if not raw:
-                continue
-            try:
-                found = _record(json.loads(raw.decode("utf-8")))
-            except UnicodeDecodeError as error:
-                found = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
-            except json.JSONDecodeError as error:
-                lines = "; lines end with a line feed, not with a carriage return" if b"\r" in raw else ""
-                found = f"broken JSON: {error.msg} at column {error.colno}{lines}"
-            except (ValueError, RecursionError) as error:
-                found = _beyond_python(error)
-            yield number, found
+            if raw:
+                value, _, fault = _parsed(raw)
+                if b"\r" in raw and "JSON" in fault:
+                    fault += "; lines end with a line feed, not with a carriage return"
+                yield number, fault or _record(value)
 
 
 def _json(path: Path) -> Iterator[Found]:
@@ -529,18 +512,8 @@ def _json(path: Path) -> Iterator[Found]:
     if not first.startswith(b"["):
         yield from _jsonl(path)
         return
-    raw = path.read_bytes().removeprefix(_BOM).strip()
-    try:
-        items = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        yield raw.count(b"\n", 0, error.start) + 1, f"not UTF-8: byte 0x{raw[error.start]:02x}"
-    except json.JSONDecodeError as error:
-        yield error.lineno, f"broken JSON: {error.msg}"
-    except (ValueError, RecursionError) as error:
-        yield 1, _beyond_python(error)
-    else:
-        del raw
-        yield from enumerate(map(_record, items), start=1)
+    items, line, fault = _parsed(path.read_bytes().removeprefix(_BOM).strip())
+    yield from [(line, fault)] if fault else enumerate(map(_record, items), start=1)
 
 
 _BOM = b"\xef\xbb\xbf"
@@ -550,9 +523,19 @@ def _record(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "not a JSON object"
 
 
-def _beyond_python(error: ValueError | RecursionError) -> str:
-    deep = isinstance(error, RecursionError)
-    return f"broken JSON: {'nested too deeply' if deep else 'a number of more than 4,300 digits'}"
+def _parsed(raw: bytes) -> tuple[Any, int, str]:
+    """The value of a JSON text; else the line of its fault, and the fault."""
+    try:
+        return json.loads(raw.decode("utf-8")), 1, ""
+    except UnicodeDecodeError as error:
+        fault = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+        return None, raw.count(b"\n", 0, error.start) + 1, fault
+    except json.JSONDecodeError as error:
+        return None, error.lineno, f"broken JSON: {error.msg} at column {error.colno}"
+    except ValueError:  # of Python's int
+        return None, 1, "broken JSON: a number of more than 4,300 digits"
+    except RecursionError:
+        return None, 1, "broken JSON: nested too deeply"
 
 
 def _csv(path: Path) -> Iterator[Found]:
@@ -580,18 +563,13 @@ def _csv(path: Path) -> Iterator[Found]:
 def _parquet(path: Path) -> Iterator[Found]:
     import pyarrow.parquet
 
-    def only_row(batch: Any) -> dict[str, Any] | str:
-        try:
-            row: dict[str, Any] = batch.to_pylist()[0]
-            return row
-        except Exception as error:
-            return f"cannot be read: {first_line(error)}"
-
     def rows_of(batch: Any) -> list[Any]:
         try:
             return list(batch.to_pylist())
-        except Exception:  # a row has no value in Python (a text that is not UTF-8): find it
-            return [only_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+        except Exception as error:  # a row has no value in Python (a text that is not UTF-8): find it
+            if batch.num_rows == 1:
+                return [f"cannot be read: {first_line(error)}"]
+            return [row for place in range(batch.num_rows) for row in rows_of(batch.slice(place, 1))]
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of the names of folders
