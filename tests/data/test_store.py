@@ -19,8 +19,8 @@ from uft.config.schema import data_settings
 from uft.data import sources, table, tokens
 from uft.data.chat import Renderer
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest, decode_row, encode_row
-from uft.data.sources import hold_out, load_sources
-from uft.data.table import RowTable, RowWriter, grouped, kinds, like, pick, prompt_words
+from uft.data.sources import load_sources
+from uft.data.table import RowTable, RowWriter, grouped, hold_out, kinds, like, pick, prompt_words
 from uft.data.tokens import tokenize
 from uft.errors import UftError
 

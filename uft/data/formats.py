@@ -254,7 +254,7 @@ def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
         raise Unreadable("label is missing")
     word = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(word, (str, bool, int, float)) or word not in LABELS:
-        raise Unreadable(f"label is {excerpt(label)}, not true/false or 0/1")
+        raise Unreadable(f"label is {excerpt(label)}, not true/false or 0/1 (leave it unread: kind=demonstration)")
     prompt, reply = dialogue(record)
     return prompt, (Completion(reply, label=LABELS[word]),)
 

@@ -1,7 +1,7 @@
 """Sources: the named data sets of a mixture as rows, some of them held out for evaluation.
 
 Every fault of any source, and every row that cannot be read, is told at once. From top to bottom: loading sources,
-held-out rows, parsing with a cache, places (files, folders, the hub, the playground), and readers of files.
+parsing with a cache, places (files, folders, the hub, the playground), and readers of files.
 """
 
 from __future__ import annotations
@@ -20,16 +20,14 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
-
-import numpy as np
 
 import uft
 from uft.data import formats
 from uft.data.formats import Format, Unreadable, is_blank
-from uft.data.rows import Kind, Row, content_digest, prompt_hash
-from uft.data.table import Corrupt, RowCollector, RowTable, kinds, open_table, pick, prompt_words
+from uft.data.rows import Kind, Row, content_digest
+from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.errors import Problem, UftError, tame
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
@@ -45,8 +43,7 @@ CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
 
-@dataclass(frozen=True)
-class BadRow:
+class BadRow(NamedTuple):
     """A row that cannot be used: `where` is `file:line` (the item's number in files without lines)."""
 
     where: str
@@ -167,28 +164,6 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
     return LoadedSource(name, source.path, rows, held_out, digest, omitted, source.checker, apart is not None)
 
 
-# --- Held-out rows.
-
-
-def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(training rows, held-out rows): whole prompts, those whose hashes are least, until `amount` rows are held out.
-
-    `amount` is a share below 1 or a count. The choice of prompts does not depend on order, seed or source, so sources
-    that share prompts hold out nearly the same ones. Order within both sides is that of `rows`.
-    """
-    wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
-    count = min(wanted, len(rows))
-    if count <= 0:
-        return rows, pick(rows, ())
-    words = np.array(prompt_words(rows))
-    edge = np.sort(words)[count - 1]  # the word of one prompt, nearly always: a word is not the whole hash
-    held = words < edge
-    at_edge = {int(n): prompt_hash(rows[int(n)].prompt) for n in np.flatnonzero(words == edge)}
-    last = sorted(at_edge.values())[count - int(held.sum()) - 1]
-    held[[n for n, full_hash in at_edge.items() if full_hash <= last]] = True
-    return pick(rows, np.flatnonzero(~held)), pick(rows, np.flatnonzero(held))
-
-
 # --- Parsing: the records of a place as rows. The rows of large files are cached, so that every further process maps
 # the first one's table instead of parsing again.
 
@@ -229,8 +204,7 @@ def _parse(
             good.add(row)
             omitted.unread.update(formats.unread(form, fields))
             omitted.oddities.update(formats.oddities(row))
-    told = [[row.where, row.why] for row in omitted.bad]
-    return good.rows({"bad": told, "unread": omitted.unread, "odd": omitted.oddities}), omitted
+    return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted
 
 
 def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
@@ -328,7 +302,6 @@ _BUILTIN = "builtin:"
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLIT_NAME = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?=[-_.\d]|$)", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-CHANGED = ("changed while it was read", "wait until the program that writes it is done")
 
 
 def is_local(path: str) -> bool:
@@ -370,23 +343,18 @@ def _file(path: Path, place: Place) -> RecordTable:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise place.problem(f"cannot read files of type {path.suffix or '(none)'}", f"types: {' '.join(READERS)}")
-    before = _file_state(path)
+    before = path.stat()
 
     def find() -> Iterator[Found]:
         try:
             yield from reader(path)
         except Exception as error:  # a broken Parquet file, no permission: the reader's own words say it best
             raise place.problem(f"cannot be read: {first_line(error)}") from error
-        if before != _file_state(path):
-            raise place.problem(*CHANGED)
+        after = path.stat()
+        if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+            raise place.problem("changed while it was read", "wait until the program that writes it is done")
 
-    return RecordTable(str(path), find, path, textual=reader is _csv, small=before[1] <= KEPT_BYTES)
-
-
-def _file_state(path: Path) -> tuple[int, int, int]:
-    """Identity, size and time of a file: they change when it is written to."""
-    known = path.stat()
-    return known.st_ino, known.st_size, known.st_mtime_ns
+    return RecordTable(str(path), find, path, textual=reader is _csv, small=before.st_size <= KEPT_BYTES)
 
 
 def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
@@ -523,10 +491,26 @@ def _record(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "not a JSON object"
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Unreadable(f"names a field twice: {_repeated(name for name, _ in pairs)}")
+    return found
+
+
+def _repeated(names: Iterable[str]) -> str:
+    return ", ".join(formats.excerpt(name) for name, count in Counter(names).items() if count > 1)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _parsed(raw: bytes) -> tuple[Any, int, str]:
     """The value of a JSON text; else the line of its fault, and the fault."""
     try:
-        return json.loads(raw.decode("utf-8")), 1, ""
+        return _DECODER.decode(raw.decode("utf-8")), 1, ""
+    except Unreadable as error:
+        return None, 1, str(error)
     except UnicodeDecodeError as error:
         fault = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
         return None, raw.count(b"\n", 0, error.start) + 1, fault
@@ -545,9 +529,8 @@ def _csv(path: Path) -> Iterator[Found]:
         rows = csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             header: list[str] = next(rows, [])
-            twice = sorted(name for name, count in Counter(header).items() if count > 1)
-            if twice:
-                yield 1, f"names a column twice: {', '.join(map(repr, twice[:3]))}"
+            if repeated := _repeated(header):
+                yield 1, f"names a column twice: {repeated[:200]}"
                 return
             start = rows.line_num + 1
             for cells in rows:
