@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -10,8 +10,7 @@ import torch
 from items import NEGATIVE, PAD, POSITIVE, completion, demonstration, encoded, preference, row
 
 from uft.data.batch import Example, Layout, collate, is_good, make_example, micro_batches
-from uft.data.chat import Tokens
-from uft.data.rows import Completion, Kind, Message, Role, Row, Selected
+from uft.data.rows import Kind, Selected
 
 
 def test_targets_say_which_token_where_and_what_predicts_it():
@@ -27,17 +26,9 @@ def test_targets_say_which_token_where_and_what_predicts_it():
     assert torch.equal(batch.target_ids, batch.input_ids.reshape(-1)[batch.place])
     assert batch.target_ids.tolist() == [3, 4, 5, 13, 14, 15, 33, 34, 35, 36, 37]
     assert batch.lengths.tolist() == [3, 3, 5]
-
-
-def test_padding_is_on_the_right_and_masked():
-    batch = collate([demonstration(), preference()], PAD)
-    assert batch.input_ids[0].tolist() == [1, 2, 3, 4, 5, PAD, PAD]
+    assert batch.input_ids[0].tolist() == [1, 2, 3, 4, 5, PAD, PAD], "padding is on the right"
     assert batch.attention_mask[0].tolist() == [1, 1, 1, 1, 1, 0, 0]
     assert batch.position_ids.tolist() == [list(range(7))] * 3
-
-
-def test_every_tensor_has_the_type_the_contract_says():
-    batch = collate([demonstration(), preference()], PAD)
     types = {"target": torch.float32, "good": torch.bool}
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
@@ -45,13 +36,19 @@ def test_every_tensor_has_the_type_the_contract_says():
             assert value.is_contiguous(), name
 
 
-def test_rows_and_roles():
-    batch = collate([demonstration(7), preference(9)], PAD)
-    assert batch.row.tolist() == [0, 1, 1]
-    assert batch.role.tolist() == [1, 1, 0]
-    assert batch.example.tolist() == [7, 9]
-    assert [tuple(Kind)[number] for number in batch.kind.tolist()] == [Kind.DEMONSTRATION, Kind.PREFERENCE]
-    assert batch.pairs.tolist() == [[1, 2]]
+def test_rows_and_roles_and_explicit_rewards():
+    rewarded = replace(demonstration(7), parts=(Selected(0, POSITIVE, 0.25),))
+    batch = collate([rewarded, preference(9), rewarded], PAD)
+    assert batch.row.tolist() == [0, 1, 1, 2], "the same row twice is two rows"
+    assert batch.role.tolist() == [1, 1, 0, 1]
+    assert batch.example.tolist() == [7, 9, 7]
+    assert [tuple(Kind)[number] for number in batch.kind.tolist()] == [
+        Kind.DEMONSTRATION,
+        Kind.PREFERENCE,
+        Kind.DEMONSTRATION,
+    ]
+    assert batch.target[0] == 0.25
+    assert math.isnan(batch.target[1])
 
 
 def test_pairs_are_every_positive_with_every_negative_of_the_same_row():
@@ -64,37 +61,10 @@ def test_pairs_are_every_positive_with_every_negative_of_the_same_row():
     assert collate([demonstration()], PAD).pairs.shape == (0, 2)
 
 
-def test_the_same_row_twice_is_two_rows():
-    batch = collate([demonstration(4), demonstration(4)], PAD)
-    assert batch.example.tolist() == [4, 4]
-    assert batch.row.tolist() == [0, 1]
-
-
-def test_explicit_rewards_are_kept_and_absent_ones_are_nan():
-    item = replace(demonstration(), parts=(Selected(0, POSITIVE, 0.25),))
-    target = collate([item, demonstration()], PAD).target
-    assert target[0] == 0.25
-    assert math.isnan(target[1])
-
-
-@pytest.mark.parametrize(
-    ("feedback", "good"),
-    [
-        ({}, True),
-        ({"preferred": True}, True),
-        ({"preferred": False}, False),
-        ({"label": True}, True),
-        ({"label": False}, False),
-        ({"score": 0.5}, True),
-        ({"score": 0.49}, False),
-        ({"sampled_by": "m"}, False),
-    ],
-)
-def test_what_nll_is_measured_on(feedback, good):
-    assert is_good(completion(**feedback)) is good
-
-
-def test_good_follows_the_completions_that_the_parts_take():
+def test_nll_is_measured_on_good_completions_that_the_parts_take():
+    good: list[dict] = [{}, {"preferred": True}, {"label": True}, {"score": 0.5}]
+    bad: list[dict] = [{"preferred": False}, {"label": False}, {"score": 0.49}, {"sampled_by": "m"}]
+    assert [is_good(completion(**feedback)) for feedback in good + bad] == [True] * 4 + [False] * 4
     item = preference()
     turned = replace(item, parts=item.parts[::-1], encoded=item.encoded[::-1])
     assert collate([turned, demonstration()], PAD).good.tolist() == [False, True, True]
@@ -132,22 +102,17 @@ def test_nothing_makes_an_empty_batch():
 # --- micro-batches
 
 
-def test_micro_batches_hold_the_budget_padding_counted_and_lose_nothing():
+def test_micro_batches_hold_the_budget_padding_counted_lose_nothing_and_begin_with_the_longest():
     items = [demonstration(n, 1 + n % 5, 1 + (7 * n) % 11) for n in range(60)]
     for budget in (16, 50, 333):
         batches = micro_batches(items, budget, PAD)
         assert all(batch.input_ids.numel() <= budget for batch in batches)
         assert sorted(n for batch in batches for n in batch.example.tolist()) == list(range(60))
+        lengths = [int(batch.attention_mask.sum(1).max()) for batch in batches]
+        assert lengths == sorted(lengths, reverse=True)
+    padding = sum(int((batch.attention_mask == 0).sum()) for batch in micro_batches(items, 50, PAD))
+    assert padding < sum(item.length for item in items) / 4
     assert len(micro_batches(items, 10**6, PAD)) == 1
-
-
-def test_micro_batches_are_sorted_by_length_the_longest_first():
-    items = [demonstration(n, 1, 1 + (7 * n) % 23) for n in range(23)]
-    batches = micro_batches(items, 48, PAD)
-    lengths = [int(batch.attention_mask.sum(1).max()) for batch in batches]
-    assert lengths == sorted(lengths, reverse=True)
-    padding = sum(int((batch.attention_mask == 0).sum()) for batch in batches)
-    assert padding < sum(batch.input_ids.numel() for batch in batches) / 4
 
 
 def test_a_row_is_never_divided_and_may_exceed_the_budget_alone():
@@ -156,21 +121,17 @@ def test_a_row_is_never_divided_and_may_exceed_the_budget_alone():
     assert batches[0].input_ids.shape == (2, 7)
 
 
-def test_rows_of_one_length_keep_their_order():
-    assert micro_batches([demonstration(n) for n in (5, 3, 4)], 10**6, PAD)[0].example.tolist() == [5, 3, 4]
-
-
-@pytest.mark.parametrize("layout", Layout)
-@pytest.mark.parametrize("budget", [1, 16, 10**6])
-def test_visits_of_one_example_keep_their_order_whatever_their_lengths(layout, budget):
+def test_rows_of_one_length_and_visits_of_one_example_keep_their_order():
     """An objective that remembers an example (DFT's moving average) has it as it was drawn, in every layout."""
+    assert micro_batches([demonstration(n) for n in (5, 3, 4)], 10**6, PAD)[0].example.tolist() == [5, 3, 4]
     lengths = [(4, 2), (4, 5), (7, 4), (4, 9), (7, 8), (4, 1)]  # (example, length)
     items = [demonstration(example, 1, length) for example, length in lengths]
-    batches = micro_batches(items, budget, PAD, layout)
-    found = [(int(b.example[b.row[n]]), int(length)) for b in batches for n, length in enumerate(b.lengths)]
-    assert sorted(found) == sorted(lengths)
-    for example in (4, 7):
-        assert [pair for pair in found if pair[0] == example] == [pair for pair in lengths if pair[0] == example]
+    for layout, budget in product(Layout, (1, 16, 10**6)):
+        batches = micro_batches(items, budget, PAD, layout)
+        found = [(int(b.example[b.row[n]]), int(length)) for b in batches for n, length in enumerate(b.lengths)]
+        assert sorted(found) == sorted(lengths)
+        for example in (4, 7):
+            assert [pair for pair in found if pair[0] == example] == [pair for pair in lengths if pair[0] == example]
 
 
 # --- items
@@ -190,26 +151,14 @@ def test_an_item_is_what_the_view_takes():
 
 
 def test_what_a_sampler_gave_its_negatives_is_a_column_whose_sums_are_its_log_probs():
-    turns = (Message("assistant", "a reply"),)
-    sampled = [Completion(turns, sampled_by="model", log_prob=value) for value in (-3.5, -1.25)]
-    row = Row("source", 0, (Message("user", "?"),), (Completion(turns), *sampled))
-    encoded = [Tokens(np.arange(1, n), np.arange(1, n) > 2, 2) for n in (6, 9, 5)]
-    item = make_example(
-        row, encoded, 0, 0, lambda row, visit: (Selected(0), Selected(1, Role.NEGATIVE), Selected(2, Role.NEGATIVE))
-    )
-    batch = collate([item], pad_id=0)
+    sampled = row(completion(), *(completion(sampled_by="model", log_prob=value) for value in (-3.5, -1.25)))
+    parts = (Selected(0), Selected(1, NEGATIVE), Selected(2, NEGATIVE))
+    batch = collate([Example(0, sampled, parts, (encoded(2, 3), encoded(2, 6), encoded(2, 2)))], PAD)
     assert batch.sum(batch.columns["sampling_log_probs"]).tolist() == [0, -3.5, -1.25]
 
 
-# --- annotations
-
-
-def noted(**numbers):
-    return completion(annotations=numbers)
-
-
 def test_annotations_are_per_sequence_and_nan_where_there_is_none():
-    first = replace(demonstration(), row=row(noted(baseline_logp=-0.5)))
+    first = replace(demonstration(), row=row(completion(annotations={"baseline_logp": -0.5})))
     batch = collate([first, preference(), replace(demonstration(), row=row(completion(score=0.25)))], PAD)
     assert batch.annotations.keys() == {"baseline_logp", "score"}
     assert batch.annotations["baseline_logp"].dtype == torch.float32
@@ -217,9 +166,6 @@ def test_annotations_are_per_sequence_and_nan_where_there_is_none():
         found = [None if math.isnan(value) else value for value in batch.annotations[name].tolist()]
         assert found == expected, name
     assert collate([preference()], PAD).annotations == {}
-
-
-def test_annotations_follow_the_completions_that_the_parts_take():
     sides = row(completion(preferred=True, annotations={"soft_label": 0.75}), completion(preferred=False))
     item = replace(preference(), row=sides)
     turned = replace(item, parts=item.parts[::-1], encoded=item.encoded[::-1])

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from uft.data.chat import Renderer, token_span
 from uft.data.rows import Message
@@ -75,31 +76,13 @@ def test_the_reply_and_its_stop_token_are_learned_the_header_and_the_newline_are
     assert renderer.stop_ids == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
 
 
-def test_every_assistant_turn_after_the_prompt_is_learned_those_inside_it_are_not(tokenizer):
-    renderer = Renderer(tokenizer)
-    prompt = turns(("u", "one"), ("a", "two"), ("u", "three"))
-    following = turns(("a", "four"), ("u", "five"), ("a", "six"))
-    assert trained(renderer, prompt, following) == "four<|im_end|>six<|im_end|>"
-
-
-def test_a_reply_that_was_said_before_is_found_where_it_stands(tokenizer):
+def test_every_assistant_turn_after_the_prompt_is_learned_where_it_stands_those_inside_it_are_not(tokenizer):
     renderer = Renderer(tokenizer)
     prompt = turns(("u", "assistant\nyes"), ("a", "yes"), ("u", "yes"))
-    encoded = renderer.encode(prompt, turns(("a", "yes")))
-    assert renderer.tokenizer.decode(encoded.ids[encoded.supervised].tolist()) == "yes<|im_end|>"
+    following = turns(("a", "yes"), ("u", "five"), ("a", "six"))
+    assert trained(renderer, prompt, following) == "yes<|im_end|>six<|im_end|>"
+    encoded = renderer.encode(prompt, following)
     assert encoded.ids[: encoded.prompt_length].tolist() == renderer.prompt_ids(prompt)
-
-
-@pytest.mark.parametrize(
-    "content", ["  two  spaces  ", "\n\nlines\n\n", "naïve 😀 日本", "a<|im_end|>b", "<|im_start|>", " "]
-)
-def test_contents_of_every_kind_are_learned_whole(tokenizer, content):
-    assert trained(Renderer(tokenizer), turns(("u", "q")), turns(("a", content))) == content + "<|im_end|>"
-
-
-def test_a_template_that_trims_contents(tokenizer):
-    renderer = with_template(tokenizer, GEMMA)
-    assert trained(renderer, turns(("u", " q ")), turns(("a", "\n Paris. \n"))) == "Paris.<|im_end|>"
 
 
 def test_a_template_that_joins_system_and_user_and_closes_with_the_end_of_text(metaspace_tokenizer):
@@ -125,13 +108,9 @@ def test_a_template_that_changes_contents_by_what_they_say(tokenizer):
 REWRITING = "message['content'] | upper"
 
 
-def test_a_reply_that_the_template_rewrites_is_learned_as_it_is_written(tokenizer):
-    renderer = with_template(tokenizer, tokenizer.chat_template.replace("message['content']", REWRITING))
-    assert trained(renderer, turns(("u", "q")), turns(("a", "yes"))) == "YES<|im_end|>"
-
-
-def test_a_reply_whose_tokens_cannot_be_told_from_the_template_s_is_refused_not_guessed(tokenizer):
+def test_a_reply_that_the_template_rewrites_is_learned_as_it_is_written_or_refused_not_guessed(tokenizer):
     template = tokenizer.chat_template.replace("message['content']", REWRITING)
+    assert trained(with_template(tokenizer, template), turns(("u", "q")), turns(("a", "yes"))) == "YES<|im_end|>"
     opening = "{{ '<|im_start|>assistant\n' }}"
     assert opening in template
     renderer = with_template(tokenizer, template.replace(opening, "{{ '<|im_start|>assistant\n<think>' }}"))
@@ -142,17 +121,14 @@ def test_a_reply_whose_tokens_cannot_be_told_from_the_template_s_is_refused_not_
 
 
 def test_a_template_s_own_marks_decide_up_to_the_stop_token(tokenizer):
-    plain = Renderer(tokenizer).encode(turns(("u", "one"), ("a", "two"), ("u", "three")), turns(("a", "four")))
-    renderer = with_template(tokenizer, MARKED)
-    prompt = turns(("u", "one"), ("a", "two"), ("u", "three"))
-    encoded = renderer.encode(prompt, turns(("a", "four")))
+    conversation = turns(("u", "one"), ("a", "two"), ("u", "three")), turns(("a", "four"), ("u", "five"), ("a", "six"))
+    plain = Renderer(tokenizer).encode(*conversation)
+    encoded = with_template(tokenizer, MARKED).encode(*conversation)
     assert encoded.ids.tolist() == plain.ids.tolist()
     assert encoded.supervised.tolist() == plain.supervised.tolist()
-    following = turns(("a", "four"), ("u", "five"), ("a", "six"))
-    assert trained(renderer, prompt, following) == "four<|im_end|>six<|im_end|>"
 
 
-def test_marks_that_leave_the_stop_token_out_are_not_mended(tokenizer):
+def test_marks_that_leave_the_stop_token_out_are_not_mended_and_hold_whole_letters(tokenizer):
     renderer = with_template(
         tokenizer,
         MARKED.replace(
@@ -160,7 +136,16 @@ def test_marks_that_leave_the_stop_token_out_are_not_mended(tokenizer):
             "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}",
         ),
     )
-    assert trained(renderer, turns(("u", "q")), turns(("a", "yes"))) == "yes"
+    for reply in ("yes", "yes 😀"):  # several tokens stand for the last letter
+        assert trained(renderer, turns(("u", "q")), turns(("a", reply))) == reply
+
+
+def test_marks_that_begin_with_white_space_that_no_token_holds():
+    words = Tokenizer(models.WordLevel({"yes": 0, "?": 1, "<end>": 2}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    template = MARKED.replace("<|im_start|>", "").replace("<|im_end|>\n", " <end> ")
+    assert trained(with_template(tokenizer, template), turns(("u", "q")), turns(("a", "  yes"))) == "yes <end>"
 
 
 def test_what_a_template_refuses_is_told_with_template_row_and_excerpt(tokenizer):
@@ -182,9 +167,11 @@ def test_a_template_that_does_not_render_replies_teaches_nothing(tokenizer):
     assert not renderer.encode(turns(("u", "q")), turns(("a", "a"))).supervised.any()
 
 
-def test_white_space_before_the_stop_token_is_learned_with_it(tokenizer):
-    renderer = with_template(tokenizer, tokenizer.chat_template.replace("'<|im_end|>' + '\n'", "'\n<|im_end|>\n'"))
-    assert trained(renderer, turns(("u", "q")), turns(("a", "yes"))) == "yes\n<|im_end|>"
+def test_white_space_is_learned_before_the_stop_token_and_not_where_the_template_trims_it(tokenizer):
+    spaced = tokenizer.chat_template.replace("'<|im_end|>' + '\n'", "'\n<|im_end|>\n'")
+    assert trained(with_template(tokenizer, spaced), turns(("u", "q")), turns(("a", "yes"))) == "yes\n<|im_end|>"
+    renderer = with_template(tokenizer, GEMMA)
+    assert trained(renderer, turns(("u", " q ")), turns(("a", "\n Paris. \n"))) == "Paris.<|im_end|>"
 
 
 def test_a_tokenizer_without_offsets_is_refused_with_advice(tokenizer):
@@ -221,7 +208,7 @@ def test_random_conversations_agree_with_the_one_rendering(tokenizer, metaspace_
                 assert learned == wanted
 
 
-def test_tokens_of_a_span_found_by_a_few_look_ups_are_those_of_all_offsets(tokenizer, metaspace_tokenizer):
+def test_tokens_of_a_span_are_those_that_hold_a_character_of_it(tokenizer, metaspace_tokenizer):
     words = Tokenizer(models.WordLevel({"yes": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # white space is in no token
     pieces = ["yes", " yes", "no\n", "é", "12 ", "\n\n", "   ", " ", "😀", "Paris.", "<|im_end|>", "[INST]", "\t"]
@@ -235,4 +222,4 @@ def test_tokens_of_a_span_found_by_a_few_look_ups_are_those_of_all_offsets(token
                 for end in range(start + 1, len(text) + 1):
                     first = next((n for n, value in enumerate(ends) if value > start), len(ends))
                     last = next((n for n, value in enumerate(starts) if value >= end), len(starts))
-                    assert token_span(encoding, (start, end)) == (first, last), (text, start, end)
+                    assert token_span(encoding.offsets, (start, end)) == (first, last), (text, start, end)

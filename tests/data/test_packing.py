@@ -7,10 +7,9 @@ from itertools import accumulate
 import numpy as np
 import pytest
 
-from uft.data.batch import NOT_AN_INPUT, PER_TARGET, Batch, Layout, Line, Span, forwarded, lay_out
+from uft.data.batch import NOT_AN_INPUT, PER_TARGET, Batch, Layout, Line, Span, lay_out
 
 PAD = 0
-PACKS = (Layout.PACKED, Layout.SHARED)
 
 
 def line(ids, supervised, group=0) -> Line:
@@ -45,29 +44,15 @@ def context(laid: dict, target: int) -> list[int]:
     return laid["input_ids"][0, seen].tolist()
 
 
-@pytest.mark.parametrize("layout", PACKS)
-@pytest.mark.parametrize("seed", range(20))
-def test_every_target_is_predicted_from_what_stands_before_it(layout: Layout, seed: int):
-    lines = random_lines(seed)
-    laid = lay_out(lines, layout, PAD)
-    padded = lay_out(lines, Layout.PADDED, PAD)
-    for name in ("target_ids", "offset", "sequence"):
-        assert laid[name].tolist() == padded[name].tolist()
-    for target, (sequence, offset) in enumerate(zip(laid["sequence"], laid["offset"], strict=True)):
-        ids = lines[int(sequence)].ids
-        assert context(laid, target) == ids[: int(offset)].tolist()
-        place = int(laid["place"][target])
-        assert place == NOT_AN_INPUT or laid["input_ids"][0, place] == laid["target_ids"][target]
-    assert sum(span.length for span in laid["segments"].spans) == laid["input_ids"].shape[1]
-    assert laid["segments"].tokens == sum(len(one.ids) for one in lines)
-
-
-@pytest.mark.parametrize("layout", PACKS)
-@pytest.mark.parametrize("seed", range(5))
-def test_the_tokens_of_a_pack_are_known_before_it_is_made(layout: Layout, seed: int):
-    lines = random_lines(seed)
-    groups = [[one for one in lines if one.group == group] for group in range(6)]
-    assert sum(forwarded(group, layout) for group in groups) == lay_out(lines, layout, PAD)["input_ids"].shape[1]
+@pytest.mark.parametrize("layout", [Layout.PACKED, Layout.SHARED])
+def test_every_target_is_predicted_from_what_stands_before_it(layout: Layout):
+    for seed in range(20):
+        lines = random_lines(seed)
+        laid = lay_out(lines, layout, PAD)
+        for target, (sequence, offset) in enumerate(zip(laid["sequence"], laid["offset"], strict=True)):
+            assert context(laid, target) == lines[int(sequence)].ids[: int(offset)].tolist()
+            place = int(laid["place"][target])
+            assert place == NOT_AN_INPUT or laid["input_ids"][0, place] == laid["target_ids"][target]
 
 
 def test_without_padding_each_sequence_follows_the_last_and_ends_before_its_last_target():
@@ -90,13 +75,9 @@ def test_a_shared_prompt_stands_once_and_predicts_the_first_target_of_each():
     assert laid["place"].tolist() == [2, NOT_AN_INPUT, 3, 4, NOT_AN_INPUT, NOT_AN_INPUT]
 
 
-def test_what_is_supervised_is_never_shared():
+def test_supervised_tokens_and_those_of_other_groups_are_never_shared():
     lines = [line([5, 6, 7, 8], [0, 1, 1, 1]), line([5, 6, 7, 9], [0, 0, 1, 1])]
-    laid = lay_out(lines, Layout.SHARED, PAD)
-    assert laid["segments"].spans == (Span(3, 0, 0), Span(2, 0, 1))
-
-
-def test_lines_of_other_groups_share_nothing():
+    assert lay_out(lines, Layout.SHARED, PAD)["segments"].spans == (Span(3, 0, 0), Span(2, 0, 1))
     lines = [line([5, 6, 7], [0, 0, 1], 0), line([5, 6, 8], [0, 0, 1], 1)]
     assert lay_out(lines, Layout.SHARED, PAD)["input_ids"].tolist() == [[5, 6, 5, 6]]
 

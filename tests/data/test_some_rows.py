@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import torch
-from items import NEGATIVE, PAD, POSITIVE, completion, demonstration, encoded, preference, row
+from items import NEGATIVE, PAD, completion, demonstration, encoded, preference, row
 
 from uft.data.batch import Example, collate, mismatched
 from uft.data.chat import Tokens
@@ -34,6 +34,7 @@ def test_only_some_rows_are_what_a_batch_of_them_would_ask_on_the_same_inputs():
             assert getattr(part, name).dtype == getattr(whole, name).dtype
         assert torch.equal(part.input_ids.reshape(-1)[part.place], alone.target_ids)
         assert torch.equal(part.predictor, part.place - 1)
+        assert torch.equal(whole.target_ids[whole.targets_of(torch.tensor(chosen))], alone.target_ids)
         assert torch.equal(part.lengths, alone.lengths)
         for name, values in alone.columns.items():
             assert torch.equal(part.columns[name], values)
@@ -47,12 +48,6 @@ SIDES = (encoded(1, 2, start=41), encoded(1, 4, start=51))
 def column(item):
     """As if the reference's log-prob of a token were its id."""
     return tuple(side.ids[side.supervised].astype(np.float32) for side in item.encoded)
-
-
-def test_targets_of_rows():
-    batch = collate([demonstration(reply=2), preference(chosen=(1, 1), rejected=(1, 3)), demonstration(reply=1)], PAD)
-    assert batch.targets_of(torch.tensor([False, True, False])).tolist() == [False] * 2 + [True] * 4 + [False]
-    assert batch.targets_of(torch.tensor([True, False, True])).tolist() == [True] * 2 + [False] * 4 + [True]
 
 
 # --- completions under other rows' prompts
@@ -79,12 +74,7 @@ def test_each_completion_stands_under_the_next_prompt_of_another_row():
         ([1, 2], [52, 53], [False] * 2 + [True] * 2),
     ]
     assert [item.row for item in found] == [items[k].row for k in (0, 1, 1, 2)]
-    assert [item.parts for item in found] == [
-        (Selected(0),),
-        (Selected(0, POSITIVE),),
-        (Selected(1, NEGATIVE),),
-        (Selected(0),),
-    ]
+    assert [item.parts[0].completion for item in found] == [0, 0, 1, 0]
 
 
 def test_a_row_that_was_drawn_twice_is_no_other_row():

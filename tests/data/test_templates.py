@@ -15,13 +15,9 @@ def trained(encoded, tokenizer):
     return tokenizer.decode(encoded.ids[encoded.supervised].tolist())
 
 
-def test_auto_takes_the_tokenizer_s_template_else_plain(tokenizer, base_tokenizer):
+def test_the_tokenizer_s_template_or_plain_or_one_s_own(tokenizer, base_tokenizer, tmp_path, chatml_template):
     assert Renderer(tokenizer).name == "the tokenizer's chat template"
-    assert Renderer(base_tokenizer).name == "plain"
-    assert Renderer(tokenizer, "plain").name == "plain"
-
-
-def test_a_template_of_one_s_own(tokenizer, base_tokenizer, tmp_path, chatml_template):
+    assert Renderer(base_tokenizer).name == Renderer(tokenizer, "plain").name == "plain"
     file = tmp_path / "mine.jinja"
     file.write_text(chatml_template)
     assert Renderer(base_tokenizer, str(file)).name == str(file)
@@ -29,15 +25,6 @@ def test_a_template_of_one_s_own(tokenizer, base_tokenizer, tmp_path, chatml_tem
     assert own.ids.tolist() == Renderer(tokenizer).encode(QUESTION, ANSWER).ids.tolist()
     with pytest.raises(UftError, match="no such file"):
         Renderer(tokenizer, str(tmp_path / "none.jinja"))
-
-
-def test_plain_joins_prompt_completion_and_a_learned_end(base_tokenizer):
-    renderer = Renderer(base_tokenizer)
-    encoded = renderer.encode(QUESTION, ANSWER)
-    assert base_tokenizer.decode(encoded.ids.tolist()) == "The capital of France? Paris.<|endoftext|>"
-    assert trained(encoded, base_tokenizer) == " Paris.<|endoftext|>"
-    assert encoded.ids[: encoded.prompt_length].tolist() == renderer.prompt_ids(QUESTION)
-    assert renderer.stop_ids == {base_tokenizer.eos_token_id}
 
 
 def test_plain_begins_once_with_the_tokenizer_s_first_token(metaspace_tokenizer):
@@ -52,7 +39,10 @@ def test_plain_begins_once_with_the_tokenizer_s_first_token(metaspace_tokenizer)
 
 def test_plain_supervises_every_assistant_turn_and_nothing_between(base_tokenizer):
     turns = (Message("assistant", "one"), Message("user", "more"), Message("assistant", "two"))
-    encoded = Renderer(base_tokenizer).encode((Message("system", "count"), *QUESTION), turns)
+    renderer, prompt = Renderer(base_tokenizer), (Message("system", "count"), *QUESTION)
+    encoded = renderer.encode(prompt, turns)
+    assert encoded.ids[: encoded.prompt_length].tolist() == renderer.prompt_ids(prompt)
+    assert renderer.stop_ids == {base_tokenizer.eos_token_id}
     end = base_tokenizer.eos_token
     assert trained(encoded, base_tokenizer) == f"one{end}two{end}"
     whole = base_tokenizer.decode(encoded.ids.tolist())
@@ -86,12 +76,29 @@ def test_the_digest_follows_template_and_tokenizer(tokenizer, base_tokenizer, tm
     assert Renderer(base_tokenizer).digest != plain
 
 
-def test_finish_ends_at_the_last_supervised_token():
+def test_a_template_that_asks_for_the_date_is_told_the_one_of_the_settings(tokenizer, chatml_template):
+    dates = "{{ strftime_now('%d %b %Y') }}{% set year = strftime_now( \"%Y\" ) %}{{ year }}\n"
+    tokenizer.chat_template = dates + chatml_template
+    default, other, again = (
+        Renderer(tokenizer, **{"date": day} if day else {}) for day in ("", "2024-07-26", "2024-07-26")
+    )
+    told = tokenizer.decode(other.encode(QUESTION, ANSWER).ids.tolist())
+    assert told.startswith("26 Jul 20242024\n")
+    assert tokenizer.decode(other.prompt_ids(QUESTION)).startswith("26 Jul 20242024\n")
+    assert tokenizer.decode(default.prompt_ids(QUESTION)).startswith("01 Jan 20252025\n")
+    assert default.digest != other.digest == again.digest
+    with pytest.raises(UftError, match=r"data\.date=yesterday"):
+        Renderer(tokenizer, date="yesterday")
+    tokenizer.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + chatml_template
+    with pytest.raises(UftError, match="asks for the date in a form"):
+        Renderer(tokenizer)
+    tokenizer.chat_template = chatml_template
+    assert Renderer(tokenizer).digest == Renderer(tokenizer, date="2024-07-26").digest
+
+
+def test_tokens_end_at_the_last_supervised_one_and_the_first_is_no_target():
     ids, mask = np.arange(6, dtype=np.int32), np.array([0, 0, 1, 0, 1, 0], bool)
     encoded = finish(ids, mask)
     assert (encoded.ids.tolist(), encoded.prompt_length, encoded.length) == ([0, 1, 2, 3, 4], 2, 5)
     assert finish(ids, np.zeros(6, bool)).length == 6
-
-
-def test_the_first_token_is_no_target():
     assert Tokens(np.arange(3, dtype=np.int32), np.ones(3, bool), 0).targets == 2

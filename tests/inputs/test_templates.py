@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from uft.data import chat
+from uft.data import template as limited
 from uft.data.chat import Renderer
 from uft.data.rows import Message
 from uft.errors import UftError
@@ -67,7 +67,7 @@ def refused(tokenizer, template):
 
 @pytest.mark.parametrize("template", LOOPS.values(), ids=LOOPS)
 def test_a_template_that_does_not_end_is_stopped(byte_level, monkeypatch, template):
-    monkeypatch.setattr(chat, "SECONDS", 0.3)
+    monkeypatch.setattr(limited, "SECONDS", 0.3)
     before = time.process_time()
     assert "takes more than 0.3 seconds" in refused(byte_level, template)
     assert time.process_time() - before < 10
@@ -77,7 +77,7 @@ def test_a_template_that_does_not_end_is_stopped(byte_level, monkeypatch, templa
 def test_a_template_that_grows_without_end_is_stopped_and_nothing_else_is(byte_level, monkeypatch, template):
     import resource
 
-    monkeypatch.setattr(chat, "SECONDS", 2.0)
+    monkeypatch.setattr(limited, "SECONDS", 2.0)
     before, peak = resource.getrlimit(resource.RLIMIT_AS), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     said = refused(byte_level, template)
     reasons = ("too much memory", "takes more than", "characters where", "too deeply", "sandbox", "Unsafe", "too long")
@@ -121,7 +121,7 @@ def test_what_a_template_raises_is_told_with_the_row(byte_level, template):
 
 
 def test_a_row_that_a_template_cannot_finish_is_named_among_others(byte_level, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.3)
+    monkeypatch.setattr(limited, "SECONDS", 0.3)
     loop = "{% if 'forever' in messages[0]['content'] %}" + LOOPS["loops"] + "{% endif %}"
     byte_level.chat_template = loop + byte_level.chat_template
     renderer = Renderer(byte_level)
@@ -139,13 +139,13 @@ def test_many_rows_have_the_time_of_one_each(byte_level, monkeypatch):
     alone = renderer.encode(PROMPT, REPLY)
     before = time.process_time()
     renderer.encode(PROMPT, REPLY)
-    monkeypatch.setattr(chat, "SECONDS", 10 * (time.process_time() - before))
+    monkeypatch.setattr(limited, "SECONDS", 10 * (time.process_time() - before))
     many = renderer.encode_many([(PROMPT, REPLY)] * 40, [f"mine:{number}" for number in range(40)])
     assert [one.ids.tolist() for one in many] == [alone.ids.tolist()] * 40
 
 
 def test_marks_of_a_template_are_held_to_the_same_limits(byte_level, monkeypatch):
-    monkeypatch.setattr(chat, "SECONDS", 0.3)
+    monkeypatch.setattr(limited, "SECONDS", 0.3)
     said = refused(byte_level, "{% generation %}x{% endgeneration %}" + LOOPS["loops"])
     assert "takes more than 0.3 seconds" in said
 
@@ -158,13 +158,10 @@ def test_limits_leave_long_conversations_alone(byte_level):
 
 def test_the_clock_is_the_processor_s(monkeypatch):
     """A process that waits, or is stopped, has used no time."""
-    monkeypatch.setattr(chat, "SECONDS", 0.1)
+    monkeypatch.setattr(limited, "SECONDS", 0.1)
 
-    def waits():
+    with limited.limits(0):
         time.sleep(0.5)
-        return ["done"]
-
-    assert chat.render(waits, [0]) == ["done"]
     for _ in range(3):  # and the alarm is off afterwards
         sum(range(3_000_000))
 

@@ -75,6 +75,12 @@ class Data:
         "repeat", "what one epoch is when shares do not fit the sizes", choices=("repeat", "first", "all")
     )
     template: str = _key("auto", "chat template: auto (the tokenizer's, else plain), plain, or a path to a Jinja file")
+    template_args: dict[str, Any] = _key({}, "variables for the chat template, e.g. {enable_thinking: false}")
+    train_on: str = _key("all", "assistant turns that are learned", choices=("all", "last", "marked"))
+    date: str = _key("2025-01-01", "the day that chat templates are told which ask for one, YYYY-MM-DD")
+    lost_text: str = _key(
+        "error", "rows whose supervised text the template leaves out or changes", choices=("error", "keep")
+    )
     too_long: str = _key("error", "rows longer than train.max_length", choices=("error", "drop", "truncate"))
     bad_rows: str = _key("error", "rows that cannot be read", choices=("error", "drop"))
     unusable: str = _key("error", "rows the objective cannot use", choices=("error", "drop"))

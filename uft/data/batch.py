@@ -12,14 +12,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from itertools import groupby, product
+from functools import cached_property
+from itertools import accumulate, groupby, pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from uft.data.chat import Tokens
-from uft.data.rows import Completion, Kind, Role, Row, Selected, Selection, View
+from uft.data.rows import Completion, Kind, Role, Row, Selection, View
 
 Tensor = torch.Tensor
 
@@ -205,10 +206,10 @@ def micro_batches(items: Sequence[Example], budget: int, pad_id: int, layout: La
     a step that will not fit in memory fails on its first batch.
     """
     padded = layout is Layout.PADDED
-    if padded:
-        sizes = [item.length for item in items]
-    else:
-        sizes = [forwarded([Line(one.ids, one.supervised) for one in item.encoded], layout) for item in items]
+    sizes = [
+        item.length if padded else forwarded([Line(one.ids, one.supervised) for one in item.encoded], layout)
+        for item in items
+    ]
     # Items of one example keep the order in which they were drawn, each counted as large as the largest of them: the
     # state that an objective keeps for an example depends on that order, which no layout may change.
     largest: dict[int, int] = {}
@@ -227,79 +228,59 @@ def micro_batches(items: Sequence[Example], budget: int, pad_id: int, layout: La
     return [collate(group, pad_id, layout) for group in groups]
 
 
-class _Sequence(NamedTuple):
-    """One sequence of a batch."""
-
-    row: int
-    item: Example
-    part: Selected
-    encoded: Tokens
-
-    @property
-    def completion(self) -> Completion:
-        return self.item.row.completions[self.part.completion]
-
-
 def collate(items: Sequence[Example], pad_id: int, layout: Layout = Layout.PADDED) -> Batch:
     """Items as one batch. An item twice in it is two rows."""
     sequences = [
-        _Sequence(row, item, part, encoded)
+        (row, item.row.completions[part.completion], part, encoded)
         for row, item in enumerate(items)
         for part, encoded in zip(item.parts, item.encoded, strict=True)
     ]
-    laid = lay_out([Line(one.encoded.ids, one.encoded.supervised, one.row) for one in sequences], layout, pad_id)
+    completions = [completion for _, completion, _, _ in sequences]
+    laid = lay_out([Line(one.ids, one.supervised, row) for row, _, _, one in sequences], layout, pad_id)
+    sides: dict[tuple[int, Role], list[int]] = defaultdict(list)  # a row's sequences in either role
+    for number, (row, _, part, _) in enumerate(sequences):
+        sides[row, part.role].append(number)
+    positives_and_negatives = ((sides[row, Role.POSITIVE], sides[row, Role.NEGATIVE]) for row in range(len(items)))
     kinds = {kind: number for number, kind in enumerate(Kind)}
     return Batch(
         **laid,
-        row=_integers(one.row for one in sequences),
-        role=_integers(one.part.role for one in sequences),
-        target=torch.tensor([one.part.target for one in sequences], dtype=torch.float32),
-        good=torch.tensor([is_good(one.completion) for one in sequences], dtype=torch.bool),
-        pairs=_pairs(sequences),
+        row=_integers(row for row, _, _, _ in sequences),
+        role=_integers(part.role for _, _, part, _ in sequences),
+        target=torch.tensor([part.target for _, _, part, _ in sequences], dtype=torch.float32),
+        good=torch.tensor(list(map(is_good, completions)), dtype=torch.bool),
+        pairs=_integers(pair for both in positives_and_negatives for pair in product(*both)).reshape(-1, 2),
         example=_integers(item.example for item in items),
         kind=_integers(kinds[item.row.kind] for item in items),
-        columns=_columns(items, sequences, laid["sequence"].numpy()),
-        annotations=_annotations(sequences),
+        columns=_columns(items, completions, laid["sequence"].numpy()),
+        annotations=_annotations(completions),
     )
 
 
-def _pairs(sequences: Sequence[_Sequence]) -> torch.Tensor:
-    """(P, 2): every positive with every negative of its row."""
-    sides: dict[tuple[int, Role], list[int]] = defaultdict(list)
-    for number, one in enumerate(sequences):
-        sides[one.row, one.part.role].append(number)
-    rows = dict.fromkeys(one.row for one in sequences)
-    pairs = [pair for row in rows for pair in product(sides[row, Role.POSITIVE], sides[row, Role.NEGATIVE])]
-    return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-
-
-def _columns(items: Sequence[Example], sequences: Sequence[_Sequence], sequence: np.ndarray) -> dict[str, torch.Tensor]:
+def _columns(items: Sequence[Example], completions: Sequence[Completion], sequence: np.ndarray) -> dict[str, Tensor]:
     """Per target: the reference's log-probs and those under the samplers, where the items bring them."""
     columns = {}
     if items and all(item.reference is not None for item in items):
         values = np.concatenate([column for item in items for column in item.reference or ()])
         assert len(values) == len(sequence), f"{len(values)} reference log-probs for {len(sequence)} targets"
         columns["reference"] = torch.from_numpy(values.astype(np.float32))
-    totals = [one.completion.log_prob for one in sequences]
-    if any(total is not None for total in totals):
+    if any(one.log_prob is not None for one in completions):
         # only sums over sequences are known, and only they are asked for: each stands at its first target
         spread = np.zeros(len(sequence), np.float32)
-        firsts, where = np.unique(sequence, return_index=True)
-        spread[where] = [totals[number] or 0.0 for number in firsts]
+        numbers, firsts = np.unique(sequence, return_index=True)
+        spread[firsts] = [completions[number].log_prob or 0.0 for number in numbers]
         columns["sampling_log_probs"] = torch.from_numpy(spread)
     return columns
 
 
-def _annotations(sequences: Sequence[_Sequence]) -> dict[str, torch.Tensor]:
+def _annotations(completions: Sequence[Completion]) -> dict[str, Tensor]:
     """Per sequence: scores and annotations of its completion; NaN where it has none."""
-    completions = [one.completion for one in sequences]
-    known = [{**({} if c.score is None else {"score": c.score}), **c.annotations} for c in completions]
+    known = [({} if c.score is None else {"score": c.score}) | dict(c.annotations) for c in completions]
     names = dict.fromkeys(name for numbers in known for name in numbers)
     return {name: torch.tensor([n.get(name, math.nan) for n in known], dtype=torch.float32) for name in names}
 
 
-def _integers(values: Iterable[int]) -> torch.Tensor:
-    return torch.tensor([int(value) for value in values], dtype=torch.int64)
+def _integers(values: Iterable[Any]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)
 
 
 # --- Layouts: sequences as one rectangle with padding, or one after another without.
@@ -315,30 +296,23 @@ def _integers(values: Iterable[int]) -> torch.Tensor:
 PER_TARGET = ("target_ids", "predictor", "place", "offset", "sequence")
 
 
-class Line(NamedTuple):
+@dataclass(frozen=True)
+class Line:
     """One sequence to be laid out. Lines of one group stand next to each other."""
 
     ids: np.ndarray  # (L,) int
     supervised: np.ndarray  # (L,) bool
     group: int = 0
 
-    @property
+    @cached_property
     def targets(self) -> np.ndarray:
         """Positions of the targets: the supervised ones but for the first token, which has no predictor."""
         return np.flatnonzero(self.supervised[1:]) + 1
 
-
-class _Fed(NamedTuple):
-    """A line and its part that goes into the model: the tokens before its last target."""
-
-    line: Line
-    targets: np.ndarray  # positions within the line
-    length: int  # tokens that go in
-
-    @classmethod
-    def of(cls, line: Line) -> _Fed:
-        targets = line.targets
-        return cls(line, targets, int(targets[-1]) if len(targets) else 0)
+    @property
+    def fed(self) -> int:
+        """Tokens that go into the model when lines are packed: those before the last target."""
+        return int(self.targets[-1]) if len(self.targets) else 0
 
 
 def lay_out(lines: Sequence[Line], layout: Layout, pad_id: int) -> dict[str, Any]:
@@ -348,27 +322,24 @@ def lay_out(lines: Sequence[Line], layout: Layout, pad_id: int) -> dict[str, Any
 
 def forwarded(lines: Sequence[Line], layout: Layout) -> int:
     """Tokens that lines of one group put through the model when they are packed."""
-    fed = [one for one in map(_Fed.of, lines) if one.length]
+    fed = [line for line in lines if line.fed]
     shared = _common_prompt(fed) if layout is Layout.SHARED else 0
-    return sum(one.length for one in fed) - shared * max(0, len(fed) - 1)
+    return sum(line.fed for line in fed) - shared * max(0, len(fed) - 1)
 
 
 def _padded(lines: Sequence[Line], pad_id: int) -> dict[str, Any]:
-    length = max((len(line.ids) for line in lines), default=0)
-    input_ids = np.full((len(lines), length), pad_id, np.int64)
-    attention_mask = np.zeros((len(lines), length), np.int64)
-    supervised = np.zeros((len(lines), length), bool)
-    for number, line in enumerate(lines):
-        real = len(line.ids)
-        input_ids[number, :real] = line.ids
-        attention_mask[number, :real] = 1
-        supervised[number, :real] = line.supervised
+    lengths = np.array([len(line.ids) for line in lines], np.int64)
+    length = int(lengths.max(initial=0))
+    real = np.arange(length) < lengths[:, None]
+    input_ids, supervised = np.full(real.shape, pad_id, np.int64), np.zeros(real.shape, bool)
+    input_ids[real] = np.concatenate([np.zeros(0, np.int64), *(line.ids for line in lines)])
+    supervised[real] = np.concatenate([np.zeros(0, bool), *(line.supervised for line in lines)])
     supervised[:, :1] = False  # the first token has no predictor
     place = np.flatnonzero(supervised)
     sequence, offset = np.divmod(place, max(length, 1))
     return {
         "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
+        "attention_mask": torch.from_numpy(real.astype(np.int64)),
         "position_ids": torch.arange(length).expand(len(lines), length).contiguous(),
         "target_ids": torch.from_numpy(input_ids.reshape(-1)[place]),
         "predictor": torch.from_numpy(place - 1),
@@ -384,28 +355,23 @@ def _packed(lines: Sequence[Line], pad_id: int, share: bool) -> dict[str, Any]:
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     targets: dict[str, list[np.ndarray]] = {name: [] for name in PER_TARGET}
-    numbered = ((number, _Fed.of(line)) for number, line in enumerate(lines))
-    for _, members in groupby(numbered, key=lambda pair: pair[1].line.group):
-        group = [(number, one) for number, one in members if one.length]
-        shared = _common_prompt([one for _, one in group]) if share else 0
+    for _, members in groupby(enumerate(lines), key=lambda pair: pair[1].group):
+        group = [(number, line) for number, line in members if line.fed]
+        shared = _common_prompt([line for _, line in group]) if share else 0
         prompt, prompt_span, prefix = length, len(spans), 0  # the first member brings the shared prefix of the others
-        for number, one in group:
+        for number, line in group:
             own = length - prefix  # position j of the line stands at `prompt + j` in its prefix, at `own + j` after it
-            if one.length > prefix:
-                spans.append(Span(one.length - prefix, prompt_span if prefix else len(spans), prefix))
-                ids.append(one.line.ids[prefix : one.length])
-                positions.append(np.arange(prefix, one.length))
-                length += one.length - prefix
-            before = one.targets - 1
-            values = {
-                "target_ids": one.line.ids[one.targets],
-                "predictor": before + np.where(before < prefix, prompt, own),
-                "place": np.where(one.targets < one.length, one.targets + own, NOT_AN_INPUT),
-                "offset": one.targets,
-                "sequence": np.full(len(one.targets), number),
-            }
-            for name, value in values.items():
-                targets[name].append(value)
+            if line.fed > prefix:
+                spans.append(Span(line.fed - prefix, prompt_span if prefix else len(spans), prefix))
+                ids.append(line.ids[prefix : line.fed])
+                positions.append(np.arange(prefix, line.fed))
+                length += line.fed - prefix
+            before = line.targets - 1
+            targets["target_ids"].append(line.ids[line.targets])
+            targets["predictor"].append(before + np.where(before < prefix, prompt, own))
+            targets["place"].append(np.where(line.targets < line.fed, line.targets + own, NOT_AN_INPUT))
+            targets["offset"].append(line.targets)
+            targets["sequence"].append(np.full(len(before), number))
             prefix = shared
     if not spans:  # there is no target: a model still needs a token
         spans, ids, positions = [Span(1, 0, 0)], [np.array([pad_id])], [np.zeros(1, np.int64)]
@@ -419,19 +385,16 @@ def _packed(lines: Sequence[Line], pad_id: int, share: bool) -> dict[str, Any]:
     }
 
 
-def _common_prompt(group: Sequence[_Fed]) -> int:
+def _common_prompt(group: Sequence[Line]) -> int:
     """Tokens that all lines of a group begin with, at most up to the first target of any; 0 for a line alone."""
     if len(group) < 2:
         return 0
-    first = group[0].line.ids
-    shared = min(int(one.targets[0]) for one in group)
-    for other in group[1:]:
-        differs = np.flatnonzero(first[:shared] != other.line.ids[:shared])
-        shared = int(differs[0]) if len(differs) else shared
-    return shared
+    shared = min(int(line.targets[0]) for line in group)
+    same = np.all([line.ids[:shared] == group[0].ids[:shared] for line in group], axis=0)
+    return shared if same.all() else int(np.argmin(same))
 
 
-def _concatenated(parts: Sequence[np.ndarray]) -> torch.Tensor:
+def _concatenated(parts: Sequence[np.ndarray]) -> Tensor:
     """(sum of lengths,) int64."""
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64, copy=False))
 
@@ -447,13 +410,11 @@ def sequence_batch(sequences: Sequence[TokenSequence], pad_id: int, layout: Layo
     """Each sequence as a row of its own; targets in order, roles and rewards empty. Packed, neighbours with the same
     prompt may share it."""
     count = len(sequences)
-    lines: list[Line] = []
-    for position, (ids, mask) in enumerate(sequences):
-        same = position > 0 and prompt_of(sequences[position]) == prompt_of(sequences[position - 1])
-        lines.append(Line(ids, mask, lines[-1].group + (not same) if lines else 0))
+    prompts = [prompt_of(one) for one in sequences]
+    group = [0, *accumulate(before != after for before, after in pairwise(prompts))]
     each = torch.arange(count)
     return Batch(
-        **lay_out(lines, layout, pad_id),
+        **lay_out([Line(ids, mask, group[number]) for number, (ids, mask) in enumerate(sequences)], layout, pad_id),
         row=each,
         role=torch.ones(count, dtype=torch.long),
         target=torch.full((count,), torch.nan),

@@ -16,34 +16,47 @@ A conversation is rendered once, whole, and that text alone is tokenised. The ma
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
 import re
-import resource
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer
 
 from uft.data.rows import Message, Turns
+from uft.data.template import (
+    RESERVED,
+    TEMPLATE_ERRORS,
+    CharSpan,
+    Encoded,
+    LimitExceeded,
+    LiteralSpecials,
+    Rendered,
+    Template,
+    dated,
+)
 from uft.errors import Problem, UftError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 Conversation = tuple[Turns, Turns]  # (prompt, the turns after it)
-CharSpan = tuple[int, int]  # characters [start, end)
+
+
+class Note(NamedTuple):
+    """A difference between a conversation and the text that its template makes of it."""
+
+    what: str  # in words that follow the template's name
+    turn: int  # the turn's place in the conversation
+    lost: bool = False  # text that was to be supervised is not learned as the row has it
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,7 @@ class Tokens:
     ids: np.ndarray  # (L,) int32
     supervised: np.ndarray  # (L,) bool; the last is True
     prompt_length: int  # tokens before the first supervised one
+    notes: tuple[Note, ...] = ()  # not kept in a cache
 
     @property
     def length(self) -> int:
@@ -71,25 +85,46 @@ def finish(ids: np.ndarray, supervised: np.ndarray) -> Tokens:
     return Tokens(ids[:end], supervised[:end], int(learned[0]) if len(learned) else end)
 
 
+def learned_turns(turns: Turns, first: int, train_on: str) -> list[int]:
+    """The assistant turns from number `first` on that are learned: all but those marked as context, the last of these,
+    or those that are marked to be learned."""
+    replies = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number >= first]
+    if train_on == "marked":
+        return [number for number in replies if turns[number].learned]
+    learned = [number for number in replies if turns[number].learned is not False]
+    return learned[-1:] if train_on == "last" else learned
+
+
 class Renderer:
     """Renders with the tokenizer's chat template, a template file, or plainly.
 
-    `template`: auto (the tokenizer's chat template, else plain), plain, or the path of a Jinja file.
+    `template`: auto (the tokenizer's chat template, else plain), plain, or the path of a Jinja file. `lost_text`: error
+    or keep rows whose supervised text the template leaves out or changes. `date`: the day, as YYYY-MM-DD, for templates
+    that ask for it, so that two days give the same tokens. `arguments`: further variables of the template.
+    `train_on`: all, last or marked assistant turns.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "auto") -> None:
-        own = getattr(tokenizer, "chat_template", None)
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "auto",
+        lost_text: str = "error",
+        date: str = "2025-01-01",
+        arguments: Mapping[str, Any] | None = None,
+        train_on: str = "all",
+    ) -> None:
+        self.tokenizer, self.lost_text = tokenizer, lost_text
         self._strategy: Plain | ChatTemplate
-        if template == "plain" or (template == "auto" and not own):
-            self._strategy = Plain(tokenizer)
-        elif template == "auto":
-            self._strategy = ChatTemplate(tokenizer, tokenizer.get_chat_template(), "the tokenizer's chat template")
+        if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
+            self._strategy = Plain(tokenizer, train_on)
         else:
-            self._strategy = ChatTemplate(tokenizer, _read_template(template), template)
+            text = tokenizer.get_chat_template() if template == "auto" else _read_template(template)
+            name = "the tokenizer's chat template" if template == "auto" else template
+            self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name, dict(arguments or {}), train_on)
         self.name = self._strategy.name
         self.stop_ids = self._strategy.stop_ids
-        self.digest = _digest(tokenizer, self._strategy.text)
+        settings = [self._strategy.arguments, train_on]
+        self.digest = _digest(tokenizer, self._strategy.text, settings if settings != [{}, "all"] else None)
 
     def encode(self, prompt: Turns, turns: Turns, name: str = "") -> Tokens:
         """One conversation; `name` is the row's, for errors."""
@@ -102,7 +137,8 @@ class Renderer:
     def prompt_ids(self, prompt: Turns, system: str | None = None) -> list[int]:
         """The prompt as the model sees it when it is to answer. `system` replaces the prompt's own system turn."""
         if system is not None:
-            prompt = (Message("system", system), *(turn for turn in prompt if turn.role != "system"))
+            own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
+            prompt = (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
         return self._strategy.prompt_ids(prompt)
 
 
@@ -117,8 +153,9 @@ def _read_template(path: str) -> str:
         raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
 
 
-def _digest(tokenizer: Any, text: str) -> str:
-    """sha256 over the template and everything of the tokenizer that decides ids: vocabulary, merges, special tokens."""
+def _digest(tokenizer: Any, text: str, more: Any) -> str:
+    """sha256 over the template, its settings, and everything of the tokenizer that decides ids: vocabulary, merges,
+    special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         settings = json.loads(backend.to_str())
@@ -126,7 +163,8 @@ def _digest(tokenizer: Any, text: str) -> str:
             settings.pop(transient, None)
     else:
         settings = sorted(tokenizer.get_vocab().items())
-    parts = [text, settings, {name: str(value) for name, value in tokenizer.special_tokens_map.items()}]
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    parts = [text, settings, special] if more is None else [text, settings, special, more]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
 
@@ -139,35 +177,38 @@ class Plain:
 
     name = "plain"
     text = "plain"  # decides the tokens besides the tokenizer, and enters the digest
+    arguments: Mapping[str, Any] = {}
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
         if tokenizer.eos_token_id is None:
             raise UftError(Problem("data.template=plain", "the tokenizer has no end-of-text token to learn"))
-        self.tokenizer = tokenizer
+        self.tokenizer, self.train_on = tokenizer, train_on
         self.stop_ids = frozenset({int(tokenizer.eos_token_id)})
         bos = tokenizer.bos_token_id
         self._first = [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
 
     def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
         texts: list[str] = []  # of each conversation the prompt's, then one per turn that follows
-        for prompt, turns in conversations:
-            texts.append(_joined_prompt(prompt))
+        for (prompt, turns), name in zip(conversations, names, strict=True):
+            refuse_fields((*prompt, *turns), name)
+            texts.append(_joined(prompt))
             texts += [turn.content if turn.role == "assistant" else f"\n\n{turn.content}\n\n" for turn in turns]
         pieces = iter(self._tokenize(texts))
         encoded = []
         for _, turns in conversations:
             ids = self._begin(next(pieces))
             supervised = [False] * len(ids)
-            for turn in turns:
-                learned = turn.role == "assistant"
-                piece = [*next(pieces), *(self.stop_ids if learned else ())]
+            learned = learned_turns(turns, 0, self.train_on)
+            for number, turn in enumerate(turns):
+                piece = [*next(pieces), *(self.stop_ids if turn.role == "assistant" else ())]
                 ids += piece
-                supervised += [learned] * len(piece)
+                supervised += [number in learned] * len(piece)
             encoded.append(finish(np.asarray(ids, np.int32), np.asarray(supervised, bool)))
         return encoded
 
     def prompt_ids(self, prompt: Turns) -> list[int]:
-        return self._begin(self._tokenize([_joined_prompt(prompt)])[0])
+        refuse_fields(prompt, "prompt")
+        return self._begin(self._tokenize([_joined(prompt)])[0])
 
     def _begin(self, ids: list[int]) -> list[int]:
         return list(ids) if ids[: len(self._first)] == self._first else self._first + list(ids)
@@ -178,7 +219,15 @@ class Plain:
         return self.tokenizer(texts, **options)["input_ids"] if texts else []
 
 
-def _joined_prompt(prompt: Turns) -> str:
+def refuse_fields(turns: Turns, name: str) -> None:
+    """Raise UftError where turns carry more than text, which is all that is joined without a template."""
+    found = next((field for turn in turns if turn.extra for field in json.loads(turn.extra)), None)
+    if found is not None:
+        why = f"has {found}, which only a chat template can render"
+        raise UftError(Problem(f"row {name}", why, where="data.template=plain", advice=("set another data.template",)))
+
+
+def _joined(prompt: Turns) -> str:
     return "\n\n".join(turn.content for turn in prompt)
 
 
@@ -188,14 +237,22 @@ def _joined_prompt(prompt: Turns) -> str:
 _MARK = "\ue000{}\ue001"  # private-use characters: no template and hardly a text contains them
 _MARKED = re.compile("\ue000(\\d+)\ue001")
 _END = "\ue002"
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EXCERPT = 160  # characters of a row shown in an error
+
+
+class Contents(NamedTuple):
+    """The contents of a conversation's turns as the template writes them, and where; a turn left out has no place."""
+
+    contents: Sequence[str]
+    places: Mapping[int, CharSpan]
 
 
 class ChatTemplate:
     """One Jinja template with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, text: str, name: str, arguments: dict[str, Any], train_on: str
+    ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UftError(
                 Problem(
@@ -204,202 +261,300 @@ class ChatTemplate:
                     advice=("train without a chat template:  data.template=plain",),
                 )
             )
+        if taken := RESERVED & arguments.keys():
+            raise UftError(Problem(f"data.template_args.{min(taken)}", "is not for the settings to say"))
         self.tokenizer, self.text, self.name = tokenizer, text, name
-        self._has_marks = _GENERATION.search(text) is not None
-        self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
+        self.arguments, self.train_on = arguments, train_on
+        self._template = Template(text, {**tokenizer.special_tokens_map, **arguments})
+        self._render, self._has_marks = self._template.render, self._template.has_marks
+        self._skeletons: dict[Any, list[str]] = {}  # by the turns without their contents
         self.stop_ids = self._end_of_turn()
         self._specials = LiteralSpecials(tokenizer, self.stop_ids)
 
     def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
-        specials, encoded = self._specials, dict[int, Tokens]()
-        spelling = [specials.spelled_in((*prompt, *turns)) for prompt, turns in conversations]
-        for literal in sorted(set(spelling)):
-            places = [place for place, one in enumerate(spelling) if one == literal]
-            chosen = [conversations[place] for place in places]
-            labels = [names[place] for place in places]
-            if literal:
-                hidden = [(specials.hide(prompt), specials.hide(turns)) for prompt, turns in chosen]
-                done = [specials.restore(one) for one in self._encode_batch(hidden, labels, specials.tokenizer)]
-            else:
-                done = self._encode_batch(chosen, labels, self.tokenizer)
-            encoded |= zip(places, done, strict=True)
-        return [encoded[place] for place in range(len(conversations))]
+        whole = [self._specials.hide((*prompt, *turns)) for prompt, turns in conversations]
+        rendered = self._render_rows(whole, names)
+        encodings = self._specials.encode([one.text for one in rendered])
+        return [
+            self._tokens(turns, len(prompt), one, encoded, name)
+            for (prompt, _), turns, name, one, encoded in zip(
+                conversations, whole, names, rendered, encodings, strict=True
+            )
+        ]
 
     def prompt_ids(self, prompt: Turns) -> list[int]:
-        literal = self._specials.spelled_in(prompt)
-        turns, tokenizer = (
-            (self._specials.hide(prompt), self._specials.tokenizer) if literal else (prompt, self.tokenizer)
-        )
-        text = self._explain(partial(self._render, turns, add_generation_prompt=True), prompt, "prompt")
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        return self._specials.restore_ids(ids) if literal else ids
+        turns = self._specials.hide(prompt)
+        with self._explained(turns, "prompt"):
+            text = self._render([turns], add_generation_prompt=True)[0].text
+        return self._specials.encode([text])[0].ids
 
-    def _encode_batch(
-        self, conversations: Sequence[Conversation], names: Sequence[str], tokenizer: PreTrainedTokenizerBase
-    ) -> list[Tokens]:
-        whole = [(*prompt, *turns) for prompt, turns in conversations]
-        try:
-            texts = self._render_all(whole)
+    # --- masks
+
+    def _tokens(self, turns: Turns, first: int, rendered: Rendered, encoded: Encoded, name: str) -> Tokens:
+        """One row, whose prompt has `first` turns, with its mask and notes."""
+        found = self._find_contents(turns, rendered.text)
+        wanted = learned_turns(turns, first, self.train_on)
+        with self._explained(turns, name):
             if self._has_marks:
-                return self._encode_by_marks(conversations, whole, tokenizer)
-            backend = tokenizer.backend_tokenizer  # offsets without the wrapper's copies of everything: a fifth faster
-            backend.no_truncation()
-            backend.no_padding()
-            backend.encode_special_tokens = False  # an earlier caller may have set it
-            encodings = backend.encode_batch(texts, add_special_tokens=False)
-            parts = zip(conversations, whole, texts, encodings, names, strict=True)
-            return [
-                self._supervise(text, encoding, self._reply_spans(turns, len(prompt), text, name))
-                for (prompt, _), turns, text, encoding, name in parts
-            ]
-        except _template_errors():
-            for turns, name in zip(whole, names, strict=True):  # one of them is at fault: find it to name it
-                self._explain(partial(self._render, turns), turns, name)
-            raise
+                spans = [(span, True) for span in self._marked_spans(turns, wanted, rendered, name)]
+            else:
+                replies = (self._reply_spans(turns, number, found, rendered.text, name) for number in wanted)
+                spans = [span for reply in replies for span in reply]
+        tokens = self._supervise(rendered.text, encoded, spans)
+        notes = [
+            *self._changes(turns, wanted, found),
+            *self._omissions(turns, wanted, rendered.text),
+            *self._open_ends(tokens, wanted),
+        ]
+        if tokens.supervised.any():
+            first = wanted[0]
+            start = self._generation_start(turns[:first], found)
+            same = start == rendered.text[: encoded.offsets[tokens.prompt_length][0]] or (
+                start is not None and self._specials.encode([start])[0].ids == encoded.ids[: tokens.prompt_length]
+            )
+            if not same:
+                notes.append(Note("begins replies in training after other text than generation starts from", first))
+        return replace(tokens, notes=tuple(notes)) if notes else tokens
 
-    # --- masks by the characters of the replies
+    def _find_contents(self, turns: Turns, text: str) -> Contents | None:
+        """The contents in a rendered `text`, as they are or trimmed; None for a template that changes them."""
+        pieces = self._skeleton(turns)
+        contents = [turn.content for turn in turns]
+        for filling in (contents, [content.strip() for content in contents]):
+            filled, places = fill(pieces, filling)
+            if filled == text:
+                return Contents(filling, places)
+        return None
 
-    def _reply_spans(self, turns: Turns, first: int, text: str, name: str) -> list[CharSpan]:
-        """Characters of every assistant turn from number `first` on, in the rendered `text`."""
-        replies = [n for n, turn in enumerate(turns) if n >= first and turn.role == "assistant"]
-        skeleton = self._skeleton(tuple(turn.role for turn in turns))
-        if skeleton is not None:
-            contents = [turn.content for turn in turns]
-            for filling in (contents, [content.strip() for content in contents]):
-                places = fill(skeleton, filling, text)
-                if places is not None:
-                    return [places[n] for n in replies if n in places]
-        return [self._reply_span(turns, n, text, name) for n in replies]
+    def _skeleton(self, turns: Turns, add_generation_prompt: bool = False) -> list[str]:
+        """The template's texts around contents, and between them the numbers of the turns whose contents stand there.
 
-    def _skeleton(self, roles: tuple[str, ...]) -> Skeleton | None:
-        """The template around contents, for these roles; None for a template that refuses to render marks."""
-        if roles not in self._skeletons:
-            marks = tuple(Message(role, _MARK.format(number)) for number, role in enumerate(roles))
-            try:
-                pieces = _MARKED.split(self._render(marks))
-                self._skeletons[roles] = pieces[::2], [int(number) for number in pieces[1::2]]
-            except _template_errors():  # LimitExceeded among them: a row will show it
-                self._skeletons[roles] = None
-        return self._skeletons[roles]
+        Empty for a template that refuses to render marks.
+        """
+        key = tuple((turn.role, turn.content == "", turn.extra) for turn in turns), add_generation_prompt
+        if key in self._skeletons:
+            return self._skeletons[key]
+        marks = tuple(
+            Message(turn.role, _MARK.format(number) if turn.content else "", turn.extra)
+            for number, turn in enumerate(turns)
+        )
+        try:
+            pieces = _MARKED.split(self._render([marks], add_generation_prompt)[0].text)
+        except TEMPLATE_ERRORS:  # LimitExceeded among them: a row will show it
+            pieces = []
+        if not any(turn.extra for turn in turns):  # which differs from row to row
+            self._skeletons[key] = pieces
+        return pieces
+
+    def _marked_spans(self, turns: Turns, wanted: Sequence[int], rendered: Rendered, name: str) -> Sequence[CharSpan]:
+        """Characters of the wanted replies by the template's own marks."""
+        runs: list[CharSpan] = []
+        for start, end in rendered.marks:
+            if end > start:
+                before = runs.pop()[0] if runs and runs[-1][1] == start else start
+                runs.append((before, end))
+        replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        if wanted == replies or not runs:
+            return runs
+        if len(runs) <= len(replies) or len(runs) % len(replies) == 0:  # parts of a reply may be marked one by one
+            owners = [number for number in replies for _ in range(max(1, len(runs) // len(replies)))]
+            return [run for number, run in zip(owners[-len(runs) :], runs, strict=True) if number in wanted]
+        begins = [self._render([turns[:number]])[0].text for number in replies]
+        if not all(map(rendered.text.startswith, begins)):
+            raise self._unclear(turns[wanted[0]], name)
+        places = [len(begin) for begin in begins]
+        return [run for run in runs if replies[max(0, bisect_right(places, run[0]) - 1)] in wanted]
+
+    def _reply_spans(
+        self, turns: Turns, number: int, found: Contents | None, text: str, name: str
+    ) -> Sequence[tuple[CharSpan, bool]]:
+        """Characters of one reply in the rendered `text`: its content, or all of a turn that carries more than that;
+        and whether they reach over its end."""
+        if any(field in turns[number].extra for field in ("reasoning_content", "tool_calls")):
+            before = self._header_end(turns, number)
+            end = self._turn_end(turns, number, text, len(before)) if text.startswith(before) else None
+            if end is None:
+                raise self._unclear(turns[number], name)
+            return [((len(before), end), True)]
+        if found is not None:
+            return [(found.places[number], False)] if number in found.places else []
+        return [(self._reply_span(turns, number, text, name), False)]
+
+    def _turn_end(self, turns: Turns, number: int, text: str, begin: int) -> int | None:
+        """The end of a reply whose header ends at `begin`, with its stop token; None where it cannot be told."""
+        if number + 1 == len(turns):
+            return len(text)
+        upto = self._render([turns[: number + 1]])[0].text
+        if text.startswith(upto) and len(upto) >= begin:
+            return len(upto)
+        # the last turn is written otherwise than one in the middle: its first stop token before the next turn's content
+        following = replace(turns[number + 1], content=_END + turns[number + 1].content)
+        marked = self._text_with(turns, number + 1, following)
+        if marked is None or marked.replace(_END, "") != text:
+            return None
+        stops = [str(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stop_ids]
+        places = [(text.find(stop, begin, marked.index(_END)), len(stop)) for stop in stops]
+        return min((place + length for place, length in places if place >= 0), default=None)
+
+    def _header_end(self, turns: Turns, number: int) -> str:
+        """The text before a reply, its header included."""
+        before = self._render([turns[:number]], add_generation_prompt=True)[0].text
+        if before != self._render([turns[:number]])[0].text:
+            return before
+        # no generation prompt: a mark tells where a header ends
+        headed = self._render([(*turns[:number], Message("assistant", _END))])[0].text.partition(_END)[0]
+        return headed if headed.rstrip() != before.rstrip() else before
 
     def _reply_span(self, turns: Turns, number: int, text: str, name: str) -> CharSpan:
         """One reply, between the rendering of all before it and a mark at its end, both checked against `text`."""
-        before = self._render(turns[:number], add_generation_prompt=True)
+        before = self._header_end(turns, number)
         content = turns[number].content
         for variant in (content, content.rstrip(), content.strip()):
-            marked = Message("assistant", variant + _END)
-            head, mark, tail = self._render((*turns[:number], marked, *turns[number + 1 :])).partition(_END)
+            marked = replace(turns[number], content=variant + _END)
+            changed = self._render([(*turns[:number], marked, *turns[number + 1 :])])[0].text
+            head, mark, tail = changed.partition(_END)
             if mark and head + tail == text and head.startswith(before):
                 return len(before), len(head)
-        raise UftError(
+        raise self._unclear(turns[number], name)
+
+    def _unclear(self, reply: Message, name: str) -> UftError:
+        return UftError(
             Problem(
                 f"row {name}",
                 f"{self.name} changes this reply so that its tokens cannot be told from the template's",
                 where="data.template",
                 advice=(
-                    f"reply: {_excerpt(content)}",
+                    f"reply: {self._excerpt(reply.content)}",
                     "mark what is learned in the template with {% generation %}, or use another data.template",
                 ),
             )
         )
 
-    def _supervise(self, text: str, encoding: Encoding, spans: Sequence[CharSpan]) -> Tokens:
-        """Mark every token that holds a character of a span, and on to the stop token that closes it.
+    def _supervise(self, text: str, tokens: Encoded, spans: Sequence[tuple[CharSpan, bool]]) -> Tokens:
+        """Supervise every token that holds a character of a span, and on to the stop token that closes it.
 
-        Tokens between (white space before the stop token) are marked too: a model must write them to get there.
+        Tokens between (white space before the stop token) are supervised too: a model must write them to get there.
+        A span that reaches over the end (the template's own marks decide alone) ends at its last stop token: text after
+        it (a newline, usually) is not learned.
         """
-        ids = np.asarray(encoding.ids, np.int32)
+        ids, offsets = tokens
         supervised = np.zeros(len(ids), bool)
-        for span in spans:
-            first, last = token_span(encoding, span)
-            stop = last
-            while (
-                stop < len(ids)
-                and ids[stop] not in self.stop_ids
-                and not text[slice(*_characters_of(encoding, stop))].strip()
-            ):
-                stop += 1
-            closed = stop < len(ids) and ids[stop] in self.stop_ids
-            supervised[first : stop + 1 if closed else last] = True
-        return finish(ids, supervised)
+        for span, over_end in spans:
+            first, last = token_span(offsets, span)
+            if over_end:
+                last = max((place + 1 for place in range(first, last) if ids[place] in self.stop_ids), default=last)
+            else:
+                stop = last
+                while stop < len(ids) and ids[stop] not in self.stop_ids and not text[slice(*offsets[stop])].strip():
+                    stop += 1
+                last = stop + 1 if stop < len(ids) and ids[stop] in self.stop_ids else last
+            supervised[first:last] = True
+        return finish(np.asarray(ids, np.int32), supervised)
 
-    # --- masks by the template's own marks
+    # --- differences between a row and its text
 
-    def _encode_by_marks(
-        self, conversations: Sequence[Conversation], whole: Sequence[Turns], tokenizer: PreTrainedTokenizerBase
-    ) -> list[Tokens]:
-        """The caller has rendered `whole` within the limits, which this call does not have."""
-        found: Any = tokenizer.apply_chat_template(
-            [_dicts(turns) for turns in whole],
-            chat_template=self.text,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        encoded = []
-        for number, (_, turns) in enumerate(conversations):
-            ids = np.asarray(found["input_ids"][number], np.int32)
-            mask = np.concatenate(([False], np.asarray(found["assistant_masks"][number], bool), [False]))
-            edges = np.flatnonzero(np.diff(mask.astype(np.int8))).tolist()
-            runs = list(zip(edges[::2], edges[1::2], strict=True))  # [start, end) of every marked stretch
-            replies, wanted = (sum(turn.role == "assistant" for turn in of) for of in (whole[number], turns))
-            per_reply = max(1, len(runs) // replies)  # a template may mark the parts of a reply one by one
-            supervised = np.zeros(len(ids), bool)
-            for start, end in runs[-wanted * per_reply :]:
-                # text after the last stop token of a run (a newline, usually) is not learned
-                stops = [place for place in range(start, end) if int(ids[place]) in self.stop_ids]
-                supervised[start : stops[-1] + 1 if stops else end] = True
-            encoded.append(finish(ids, supervised))
-        return encoded
+    def _changes(self, turns: Turns, wanted: Sequence[int], found: Contents | None) -> Iterator[Note]:
+        """Turns that the template leaves out, or whose text it changes, white space aside."""
+        for number, turn in enumerate(turns):
+            if found is not None:
+                change = "" if number in found.places or not turn.content else "leaves out"
+            else:
+                change = self._change(turns, number)
+            if change:
+                yield Note(f"{change} {turn.role} turns", number, number in wanted)
+
+    def _omissions(self, turns: Turns, wanted: Sequence[int], text: str) -> Iterator[Note]:
+        """Fields of turns that the template does not render. Of reasoning, that of earlier turns may be context."""
+        for number, turn in enumerate(turns):
+            fields = json.loads(turn.extra) if turn.extra else {}
+            for field in [name for name in ("reasoning_content", "tool_calls", "tools") if name in fields]:
+                is_text = field == "reasoning_content"
+                changed = fields | {field: fields[field] + _END if is_text else []}
+                other = self._text_with(turns, number, replace(turn, extra=json.dumps(changed, ensure_ascii=False)))
+                if other is not None and (_END not in other if is_text else other == text):
+                    yield Note(f"does not render {field}", number, number in wanted or not is_text)
+
+    def _text_with(self, turns: Turns, number: int, turn: Message) -> str | None:
+        """The text with another turn in the place of one; None where the template refuses that."""
+        try:
+            return self._render([(*turns[:number], turn, *turns[number + 1 :])])[0].text
+        except TEMPLATE_ERRORS:
+            return None
+
+    def _change(self, turns: Turns, number: int) -> str:
+        """The change to one turn by a template that changes contents: nothing, or the verb for it."""
+        content = turns[number].content.strip() + _END
+        text = self._text_with(turns, number, replace(turns[number], content=content))
+        if text is None or content == _END:  # it refuses the mark, not the row; or there is no text
+            return ""
+        if _END not in text:
+            return "leaves out"
+        return "" if "".join(content.split()) in "".join(text.split()) else "changes the text of"
+
+    def _open_ends(self, tokens: Tokens, wanted: Sequence[int]) -> Iterator[Note]:
+        """Replies before the last whose end-of-turn token is not supervised; that of the last is checked for all."""
+        if len(wanted) < 2:
+            return
+        what = "has no supervised end of assistant turns"
+        ends = np.flatnonzero(np.diff(tokens.supervised.astype(np.int8), append=0) == -1)
+        is_open = [int(tokens.ids[end]) not in self.stop_ids for end in ends]
+        if len(ends) == len(wanted):
+            yield from (Note(what, turn) for turn, open_end in zip(wanted, is_open[:-1], strict=False) if open_end)
+        elif sum(int(token) in self.stop_ids for token in tokens.ids[tokens.supervised]) < len(wanted):
+            yield Note(what, wanted[0])
+
+    def _generation_start(self, prompt: Turns, found: Contents | None) -> str | None:
+        """The text that generation starts from; None where the template refuses a prompt."""
+        pieces = self._skeleton(prompt, True) if found is not None else []
+        if found is not None and pieces:
+            return fill(pieces, found.contents)[0]
+        try:
+            return self._render([prompt], add_generation_prompt=True)[0].text
+        except TEMPLATE_ERRORS:
+            return None
 
     # --- rendering
 
-    def _render(self, turns: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        return self._render_batch([turns], add_generation_prompt)[0]
-
-    def _render_all(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
-        """All at once, which is faster; one by one where they exceed the limits of one."""
+    def _render_rows(self, rows: Sequence[Turns], names: Sequence[str]) -> list[Rendered]:
+        """All at once, which is faster; one by one where a row is at fault, or all exceed the limits of one."""
         try:
-            return self._render_batch(conversations)
-        except LimitExceeded:
-            return [self._render(turns) for turns in conversations]
+            return self._render(rows)
+        except TEMPLATE_ERRORS:
+            rendered = []
+            for turns, name in zip(rows, names, strict=True):
+                with self._explained(turns, name):
+                    rendered += self._render([turns])
+            return rendered
 
-    def _render_batch(
-        self, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool = False
-    ) -> list[str]:
-        write: Any = partial(
-            self.tokenizer.apply_chat_template,
-            [_dicts(turns) for turns in conversations],
-            chat_template=self.text,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-        return render(write, [sum(len(turn.content) for turn in turns) for turns in conversations])
-
-    def _explain(self, render: Callable[[], str], turns: Turns, name: str) -> str:
-        """The rendering, or UftError with the template's complaint about this row."""
+    @contextmanager
+    def _explained(self, turns: Turns, name: str) -> Iterator[None]:
+        """The template's complaint about this row becomes a UftError."""
         try:
-            return render()
-        except _template_errors() as error:
+            yield
+        except TEMPLATE_ERRORS as error:
             roles = ", ".join(turn.role for turn in turns)
             raise UftError(
                 Problem(
                     f"row {name}",
                     f"{self.name} cannot render it: {error or type(error).__name__}",
                     where="data.template",
-                    advice=(f"turns: {roles}", f"starts: {_excerpt(turns[0].content)}"),
+                    advice=(f"turns: {roles}", f"starts: {self._excerpt(turns[0].content)}"),
                 )
             ) from error
+
+    def _excerpt(self, text: str) -> str:
+        shown = self._specials.reveal(text)
+        return repr(shown if len(shown) <= _EXCERPT else shown[:_EXCERPT] + " ...")
 
     def _end_of_turn(self) -> frozenset[int]:
         """The token that this template closes a reply with, and the tokenizer's end-of-text token."""
         stops = {self.tokenizer.eos_token_id} - {None}
         added = set(self.tokenizer.added_tokens_decoder)
         try:
-            tail = self._render((Message("user", "?"), Message("assistant", _END))).partition(_END)[2]
+            tail = self._render([(Message("user", "?"), Message("assistant", _END))])[0].text.partition(_END)[2]
         except LimitExceeded as error:
             raise UftError(Problem("data.template", f"{self.name} cannot be used: {error}")) from None
-        except _template_errors():  # a template that needs more than one exchange: its rows are checked one by one
+        except TEMPLATE_ERRORS:  # a template that needs more than one exchange: its rows are checked one by one
             tail = ""
         for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
             if token in added:
@@ -410,214 +565,18 @@ class ChatTemplate:
         return frozenset(int(token) for token in stops)
 
 
-def _dicts(turns: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+def fill(pieces: Sequence[str], contents: Sequence[str]) -> tuple[str, dict[int, CharSpan]]:
+    """A skeleton's text with `contents` in it, and the characters of each."""
+    filled = [contents[int(piece)] if number % 2 else piece for number, piece in enumerate(pieces)]
+    ends = list(accumulate(map(len, filled)))
+    places = zip(map(int, pieces[1::2]), zip(ends[::2], ends[1::2], strict=False), strict=True)
+    return "".join(filled), dict(places)
 
 
-def _excerpt(text: str) -> str:
-    return repr(text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ...")
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    """Errors of a template about a conversation: its own `raise_exception`, and those of its expressions."""
-    from jinja2 import TemplateError
-
-    return TemplateError, LimitExceeded, ArithmeticError, AttributeError, LookupError, TypeError, ValueError
-
-
-# --- Spans: where a content lies in a text, in characters and in tokens.
-
-
-Skeleton = tuple[list[str], list[int]]  # texts around the contents (one more than those), and whose content is between
-NEAR = 3  # characters
-
-
-def fill(skeleton: Skeleton, contents: Sequence[str], text: str) -> dict[int, CharSpan] | None:
-    """Where each content lies if the skeleton filled with `contents` is exactly `text`; else None."""
-    around, whose = skeleton
-    parts, places, length = [around[0]], {}, len(around[0])
-    for number, after in zip(whose, around[1:], strict=True):
-        places[number] = (length, length + len(contents[number]))
-        parts += [contents[number], after]
-        length = places[number][1] + len(after)
-    return places if "".join(parts) == text else None
-
-
-def token_span(encoding: Encoding, span: CharSpan) -> tuple[int, int]:
+def token_span(offsets: Sequence[CharSpan], span: CharSpan) -> tuple[int, int]:
     """[first, last) of the tokens that hold a character of `span`.
 
-    A few look-ups suffice for most; where they do not settle it, all offsets are searched. A token that stands for
-    trimmed white space, and so for no character, lies at the end of that space.
+    A token that stands for trimmed white space, and so for no character, lies at the end of that space.
     """
     start, end = span
-    first, last = _token_near(encoding, start), _token_near(encoding, end)
-    if (
-        first is not None
-        and last is not None
-        and (first == 0 or _characters_of(encoding, first - 1)[1] <= start)
-        and (last == 0 or _characters_of(encoding, last - 1)[0] < end)
-        and start < _characters_of(encoding, first)[1]
-        and end <= _characters_of(encoding, last)[0]
-    ):
-        return first, last
-    starts, ends = np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T
-    return int(np.searchsorted(ends, start, "right")), int(np.searchsorted(starts, end, "left"))
-
-
-def _token_near(encoding: Encoding, place: int) -> int | None:
-    """A token at that character or, over white space that is in none, soon after it."""
-    for character in range(place, place + NEAR):
-        token = encoding.char_to_token(character)
-        if token is not None:
-            return int(token)
-    return None
-
-
-def _characters_of(encoding: Encoding, token: int) -> CharSpan:
-    span = encoding.token_to_chars(token)
-    assert span is not None, "only tokens that a tokenizer adds on its own have no characters, and none were asked for"
-    return span
-
-
-# --- Special tokens spelled in contents: `<|im_end|>` inside a message is text, and must not end a turn.
-#
-# A tokenizer finds its special tokens in any text. So before a conversation is rendered, each one that a content spells
-# is replaced by a private-use character, which a second tokenizer takes for a token of its own; in the ids, that one is
-# then replaced by those of the spelling. The text around it becomes the tokens that it would beside a special token.
-# (`encode_special_tokens` of `tokenizers` alone does not do: it would take the template's own special tokens for text.)
-
-
-STAND_INS = 0xF0000  # the first of them, in a plane that no text uses
-
-
-class LiteralSpecials:
-    """The special tokens of one tokenizer, and those in `more` (ids), where contents spell them."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, more: frozenset[int] = frozenset()) -> None:
-        added = tokenizer.added_tokens_decoder.items()
-        special = [token.content for number, token in added if token.special or number in more]
-        # a stand-in that a content has already is itself stood in for
-        texts = [*special, *(chr(STAND_INS + number) for number in range(2 * len(special)))]
-        self._tokenizer = tokenizer
-        self._stand_in = {text: chr(STAND_INS + number) for number, text in enumerate(texts) if text}
-        longest_first = sorted(self._stand_in, key=len, reverse=True)
-        self._first_letters = {text[0] for text in special if text and text[0].isascii()}
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) if special else "(?!)")
-
-    def spelled_in(self, turns: Sequence[Message]) -> bool:
-        """Whether a content spells any. Most are plain ASCII without the first letter of one, a fast test."""
-        return any(
-            self._pattern.search(turn.content) is not None
-            for turn in turns
-            if not turn.content.isascii() or any(letter in turn.content for letter in self._first_letters)
-        )
-
-    def hide(self, turns: Sequence[Message]) -> Turns:
-        """The turns with stand-ins."""
-        substitute = partial(self._pattern.sub, lambda found: self._stand_in[found[0]])
-        return tuple(replace(turn, content=substitute(turn.content)) for turn in turns)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """A copy of the tokenizer that also knows the stand-ins."""
-        extended = copy.deepcopy(self._tokenizer)
-        stand_ins = [AddedToken(one, normalized=False, special=True) for one in self._stand_in.values()]
-        extended.add_tokens(stand_ins, special_tokens=True)
-        return extended
-
-    @cached_property
-    def _spellings(self) -> dict[int, list[int]]:
-        """A stand-in's id: the ids of its original as plain text."""
-        plain = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
-        plain.encode_special_tokens = True
-        spelled = plain.encode_batch(list(self._stand_in), add_special_tokens=False)
-        numbers: Any = self.tokenizer.convert_tokens_to_ids(list(self._stand_in.values()))
-        return {number: one.ids for number, one in zip(numbers, spelled, strict=True)}
-
-    def restore_ids(self, ids: Sequence[int]) -> list[int]:
-        """Ids with every stand-in replaced by its spelling."""
-        return [token for one in ids for token in self._spellings.get(one, (one,))]
-
-    def restore(self, encoded: Tokens) -> Tokens:
-        """Tokens likewise; a spelling is supervised where its stand-in is."""
-        ids = encoded.ids.tolist()
-        lengths = [len(self._spellings.get(one, (one,))) for one in ids]
-        return finish(np.asarray(self.restore_ids(ids), np.int32), np.repeat(encoded.supervised, lengths))
-
-
-# --- Limits of templates, which come with a model and are run here: processor time, memory, and length of the output.
-#
-# Templates are rendered in Jinja's sandbox, which keeps them from files and from Python's insides, but not from loops
-# without end. Time is that of the processor, so that a slow or stopped machine refuses nothing.
-
-
-SECONDS = 5.0  # for one conversation, which takes a thousandth of that
-AGAIN = 0.5  # seconds after which the alarm is repeated, should the first have been lost
-MEMORY, MEMORY_PER_CHARACTER = 256 * 2**20, 64  # bytes beyond the process's own
-ROOM, ROOM_PER_CHARACTER = 1_000_000, 16  # characters written
-STATM = Path("/proc/self/statm")
-
-_running = False
-
-
-class LimitExceeded(Exception):
-    """A template exceeded a limit; the message says which."""
-
-
-def render(template: Callable[[], list[str]], characters: Sequence[int]) -> list[str]:
-    """The texts that `template` writes, each made of so many `characters`. Raises :class:`LimitExceeded`.
-
-    All of them together have the time and the memory of one. Elsewhere than in the main thread, time is not limited;
-    elsewhere than on Linux, memory is not.
-    """
-    try:
-        with _time_limit(), _memory_limit(MEMORY + MEMORY_PER_CHARACTER * sum(characters)):
-            texts = template()
-    except MemoryError:
-        raise LimitExceeded("it needs too much memory") from None
-    except RecursionError:
-        raise LimitExceeded("it calls itself too deeply") from None
-    for text, given in zip(texts, characters, strict=True):
-        if len(text) > ROOM + ROOM_PER_CHARACTER * given:
-            raise LimitExceeded(f"it writes {len(text):,} characters where the conversation has {given:,}")
-    return texts
-
-
-@contextmanager
-def _time_limit() -> Iterator[None]:
-    global _running
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    if signal.getsignal(signal.SIGPROF) is not _time_is_up:
-        signal.signal(signal.SIGPROF, _time_is_up)
-    _running = True
-    signal.setitimer(signal.ITIMER_PROF, SECONDS, AGAIN)
-    try:
-        yield
-    finally:
-        _running = False  # first: a late alarm raises nothing
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def _time_is_up(number: int, frame: FrameType | None) -> None:
-    if _running:
-        raise LimitExceeded(f"it takes more than {SECONDS:g} seconds")
-
-
-@contextmanager
-def _memory_limit(more: int) -> Iterator[None]:
-    """Within, the process may grow by `more` bytes of address space."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if not STATM.exists():
-        yield
-        return
-    limit = int(STATM.read_bytes().split()[0]) * resource.getpagesize() + more
-    if any(bound != resource.RLIM_INFINITY and bound < limit for bound in (soft, hard)):
-        yield
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return bisect_right(offsets, start, key=itemgetter(1)), bisect_left(offsets, end, key=itemgetter(0))

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from uft.data.rows import ANNOTATIONS, BASELINE, SOFT_LABEL, Completion, Kind, Message, Row, Turns
+from uft.data.rows import ANNOTATIONS, BASELINE, MESSAGE_FIELDS, SOFT_LABEL, Completion, Kind, Message, Row, Turns
 from uft.errors import Problem, UftError
 from uft.runs import writing
 
@@ -31,9 +31,11 @@ Record = Mapping[str, Any]
 Range = tuple[float, float] | None  # of scores; None: the format's own
 Parsed = tuple[Turns, tuple[Completion, ...]]  # a prompt and its completions
 SIDES = ("score_chosen", "score_rejected")
-COMMON = frozenset({"answer", "task", "system", "history", *ANNOTATIONS})
-"""Columns of any format: the gold answer for a checker, the family of the prompt, a system prompt, earlier turns, and
-the numbers that `uft annotate` writes."""
+COMMON = frozenset({"answer", "task", "system", "history", "tools", *ANNOTATIONS})
+"""Columns of any format: the gold answer for a checker, the family of the prompt, a system prompt, earlier turns, the
+tools of the conversation, and the numbers that `uft annotate` writes."""
+MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
+"""Columns and fields of messages that hold more than text."""
 ALIASES = (
     ("response", "completion", ()),
     ("output", "completion", ()),
@@ -88,7 +90,11 @@ class Format:
         answer = optional_text(record.get("answer"), "answer")
         if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####
             answer = answer.rpartition("####")[2].strip() or answer
+        refuse_media(record, "the row")
         prompt = with_system(with_history(prompt, record.get("history")), record.get("system"))
+        if not is_blank(record.get("tools")):
+            given = read_extra({**json.loads(prompt[0].extra or "{}"), "tools": record["tools"]}, "the row")
+            prompt = (replace(prompt[0], extra=given), *prompt[1:])
         task = optional_text(record.get("task"), "task")
         return Row("", 0, prompt, annotated(record, completions), answer, task)
 
@@ -431,6 +437,11 @@ _ROLE_NAMES = {
 ROLES = {theirs: ours for ours, names in _ROLE_NAMES.items() for theirs in names.split()}
 """Their name of a role: ours."""
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of the reasoning of an assistant turn."""
+LEARNED = ("weight", "train", "training", "loss_mask")
+"""Names of the mark, 0 or 1, that tells whether an assistant turn is learned."""
+
 _TYPES = {"str": "text", "NoneType": "null", "dict": "an object", "list": "a list", "bool": "true/false"}
 _MESSAGES_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
@@ -592,12 +603,67 @@ def _read_message(item: Any, field: str) -> Message | None:
         name = excerpt(_one_of(item, "role", "from"))
         raise Unreadable(f"{field} has the unknown role {name} (known: {', '.join(ROLES)})")
     if isinstance(content, list):  # content parts; text is all that can be trained on here
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise Unreadable(f"{field} has a part that is not text")
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+                kind = part.get("type") if isinstance(part, dict) else None
+                raise Unreadable(f"{field} has a part that is not text" + (f": {excerpt(kind)}" if kind else ""))
         content = "".join(part["text"] for part in content)
     if role == "system" and is_blank(content):
         return None
-    return Message(role, read_text(content, f"{field} ({role})"))
+    refuse_media(item, field)
+    extra = read_extra(item, field)
+    learned = _read_learned(item, field) if role == "assistant" else None
+    if role == "assistant" and is_blank(content) and not is_blank(item.get("tool_calls")):
+        return Message(role, "", extra, learned)
+    return Message(role, read_text(content, f"{field} ({role})"), extra, learned)
+
+
+def refuse_media(fields: Record, where: str) -> None:
+    """Raise :class:`Unreadable` where a row or a message brings more than text, which nothing here can train on."""
+    found = sorted(name for name in MEDIA & fields.keys() if not is_blank(fields[name]))
+    if found:
+        raise Unreadable(f"{where} has {', '.join(found)}: only text can be trained on")
+
+
+def read_extra(item: Record, field: str) -> str:
+    """JSON of the fields of a message, besides its text, that a template may render; "" where it has none."""
+    found = {name: item[name] for name in MESSAGE_FIELDS if not is_blank(item.get(name))}
+    if _role(item) != "tool":  # the name of a speaker is no name of a tool
+        found.pop("name", None)
+    reasoning = next((item[name] for name in REASONING if not is_blank(item.get(name))), None)
+    if reasoning is not None:
+        found["reasoning_content"] = read_text(reasoning, f"{field}.reasoning_content")
+    for name in {"tools", "tool_calls"} & found.keys():
+        value = _list_of_text(found[name]) if isinstance(found[name], str) else found[name]
+        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+            raise Unreadable(f"{field}.{name} is {type_name(value)}, not a list of objects")
+        found[name] = [_with_arguments(one) for one in value] if name == "tool_calls" else value
+    try:
+        return read_text(json.dumps(found, ensure_ascii=False), f"{field}.{', '.join(found)}") if found else ""
+    except (TypeError, ValueError) as error:
+        raise Unreadable(f"{field}.{', '.join(found)} cannot be written as JSON: {error}") from None
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are an object, as templates want them, where they came as JSON text."""
+    function = call.get("function")
+    if isinstance(function, dict):
+        return {**call, "function": _with_arguments(function)}
+    with suppress(ValueError, TypeError):
+        found = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
+        return {**call, "arguments": found} if isinstance(found, dict) else call
+    return call
+
+
+def _read_learned(item: Record, field: str) -> bool | None:
+    """The mark of an assistant turn: learned, context, or none."""
+    marks = {name: item[name] for name in LEARNED if item.get(name) is not None}
+    for name, value in marks.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise Unreadable(f"{field}.{name} is {excerpt(value)}, not 0 or 1")
+    if len({bool(value) for value in marks.values()}) > 1:
+        raise Unreadable(f"{field} has marks that contradict each other: {', '.join(marks)}")
+    return next((bool(value) for value in marks.values()), None)
 
 
 def _role(item: Mapping[str, Any]) -> str | None:
@@ -655,7 +721,7 @@ def split_pair(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
     return prompt, _check_reply(chosen[shared:], "chosen"), _check_reply(rejected[shared:], "rejected")
 
 
-MESSAGE_KEYS = frozenset({"role", "from", "content", "value"})
+MESSAGE_KEYS = frozenset({"role", "from", "content", "value", *MESSAGE_FIELDS, *REASONING, *LEARNED}) - {"name"}
 COMPLETION_KEYS = frozenset({"response", "overall_score"})
 
 
@@ -666,8 +732,12 @@ def unread(form: Format, fields: Record) -> Iterator[str]:
     for column in form.columns & fields.keys():
         keys = COMPLETION_KEYS if column == "completions" else MESSAGE_KEYS
         items = fields[column] if isinstance(fields[column], list) else [fields[column]]
-        pairs = {(key, is_blank(value)) for item in items if isinstance(item, dict) for key, value in item.items()}
-        yield from {f"{column}.{key}" for key, blank in pairs if not blank and key not in keys}
+        named = ((key, value, item) for item in items if isinstance(item, dict) for key, value in item.items())
+        yield from {
+            f"{column}.{key}"
+            for key, value, item in named
+            if not (key in keys or is_blank(value) or (key == "name" and _role(item) == "tool"))
+        }
 
 
 _REPEATED = 16  # characters of a prompt that stand at the start of a reply by chance no more
@@ -801,11 +871,16 @@ def is_rows_file(path: Path) -> bool:
         return handle.read(len(START)) == START.encode()
 
 
-def turns_column(turns: Sequence[Message], role: str) -> str | list[dict[str, str]]:
-    """A prompt or a reply as a column: text where it is a single turn of `role`, else messages."""
-    if len(turns) == 1 and turns[0].role == role:
+def turns_column(turns: Sequence[Message], role: str) -> str | list[dict[str, Any]]:
+    """A prompt or a reply as a column: text where it is a single turn of `role` and nothing else, else messages."""
+    if len(turns) == 1 and turns[0] == Message(role, turns[0].content):
         return turns[0].content
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+    return [
+        {"role": turn.role, "content": turn.content}
+        | (json.loads(turn.extra) if turn.extra else {})
+        | ({} if turn.learned is None else {"weight": int(turn.learned)})
+        for turn in turns
+    ]
 
 
 def to_records(row: Row) -> list[dict[str, Any]]:

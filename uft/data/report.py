@@ -87,6 +87,7 @@ def data_report(
             "truncated": tokens.report.touched,
             "supervised_tokens_lost": tokens.report.supervised_lost,
             "lengths": [list(pair) for pair in tokens.report.lengths],
+            "template_notes": [list(note) for note in tokens.report.notes],
             "digest": source.digest,
             "cache": tokens.cache,
             **source.omitted.record(),

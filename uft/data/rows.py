@@ -11,11 +11,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from typing import Any
 
 BASELINE, SOFT_LABEL = "baseline_logp", "soft_label"
 ANNOTATIONS = (BASELINE, SOFT_LABEL)
 """Numbers written beside a completion: its mean log-prob under other models; the probability that it is the better one
 of its pair."""
+MESSAGE_FIELDS = ("reasoning_content", "tool_calls", "tool_call_id", "name", "tools")
+"""Fields of a turn besides its text; `tools` are those of the whole conversation."""
 
 
 class Kind(Enum):
@@ -34,6 +37,8 @@ class Message:
 
     role: str  # "system", "user", "assistant", ...
     content: str
+    extra: str = ""  # JSON of the other fields that a template may render, by the names of MESSAGE_FIELDS
+    learned: bool | None = None  # an assistant turn that is marked to be learned, or to be context
 
 
 Turns = tuple[Message, ...]
@@ -43,7 +48,8 @@ Turns = tuple[Message, ...]
 class Completion:
     """The turns after a prompt: usually one assistant turn; a multi-turn demonstration has several.
 
-    Every assistant turn in `turns` is supervised. At most one of the feedback fields is set.
+    Every assistant turn in `turns` is supervised, unless it is marked as context. At most one of the feedback fields is
+    set.
     """
 
     turns: Turns  # the first is an assistant turn
@@ -158,9 +164,14 @@ def prompt_hash(prompt: Sequence[Message]) -> str:
     return hashlib.sha256(turns.encode("utf-8")).hexdigest()
 
 
-def _turns(turns: list[list[str]]) -> Turns:
-    return tuple(Message(role, text) for role, text in turns)
+def _turns(turns: list[list[Any]]) -> Turns:
+    return tuple(Message(*turn) for turn in turns)
 
 
-def _turn_lists(turns: Sequence[Message]) -> list[list[str]]:
-    return [[turn.role, turn.content] for turn in turns]
+def _turn_lists(turns: Sequence[Message]) -> list[list[Any]]:
+    return [
+        [turn.role, turn.content, turn.extra, turn.learned]
+        if turn.extra or turn.learned is not None
+        else [turn.role, turn.content]
+        for turn in turns
+    ]

@@ -28,7 +28,7 @@ from uft.heartbeat import activity, beat
 
 log = logging.getLogger(__name__)
 
-CODE_VERSION = 4  # raise it when this code makes other tokens of the same rows, or lays them out otherwise
+CODE_VERSION = 7  # raise it when this code makes other tokens of the same rows, or lays them out otherwise
 CHUNK = 1024  # conversations tokenised at once, or a few more: a row is not divided
 FAULTS_SHOWN = 5  # rows with a wrong mask that are told one by one
 
@@ -46,6 +46,7 @@ class LengthReport:
     supervised_lost: int = 0  # in cut and dropped rows
     longest: int = 0  # of all completions, before anything was cut
     lengths: tuple[tuple[int, int], ...] = ()  # (up to this length, completions), before anything was cut
+    notes: tuple[tuple[str, int, str], ...] = ()  # (difference that the template makes, how often, the first row)
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,29 @@ def tokenize(
     """The rows of one source as tokens.
 
     `too_long`: error, drop (the row), truncate (the completion's end; a row left with nothing to learn is dropped).
-    Raises :class:`UftError` for rows that are too long under error, or whose supervised tokens make no sense.
+    Raises :class:`UftError` for rows that are too long under error, whose supervised tokens make no sense, or whose
+    supervised text the template changes. Other differences that it makes are logged with their counts.
     """
+    source = _tokenize(name, rows, renderer, max_length, too_long, cache_dir)
+    for what, count, first in source.report.notes:
+        times = "once, in" if count == 1 else f"{count:,} times, first in"
+        log.warning("data.sources.%s: %s %s: %s row %s", name, renderer.name, what, times, first)
+    return source
+
+
+def _tokenize(
+    name: str, rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str, cache_dir: Path | None
+) -> TokenizedSource:
     folder, state = None, "off"
     if cache_dir is not None:
-        parts = (content_digest(rows), renderer.digest, str(max_length), too_long, str(CODE_VERSION))
+        policies = f"{too_long} {renderer.lost_text}"
+        parts = (content_digest(rows), renderer.digest, str(max_length), policies, str(CODE_VERSION))
         folder, state = cache_dir / "tokens" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], "miss"
         try:
             with activity("tokens were read", moving=True):
                 table, notes = open_table(folder)
-            report = LengthReport(**{**notes["report"], "lengths": tuple(map(tuple, notes["report"]["lengths"]))})
+            pairs = {key: tuple(map(tuple, notes["report"][key])) for key in ("lengths", "notes")}
+            report = LengthReport(**{**notes["report"], **pairs})
             encoded = EncodedRows(table)
             return TokenizedSource(name, pick(rows, encoded.numbers), encoded, report, "hit")
         except FileNotFoundError:
@@ -123,21 +137,51 @@ def _encode(
     name: str, rows: Sequence[Row], renderer: Renderer, max_length: int, too_long: str, writer: TableWriter
 ) -> LengthReport:
     """Tokenise, check, fit and write, chunk by chunk, and count for the report on the way."""
-    faults, counts = MaskFaults(renderer), LengthCounts(max_length)
-    fit, number = POLICIES[too_long], 0
+    counts, lengths, notes = Counter(_policy_counts((), ())), Counter[int](), dict[str, tuple[int, str]]()
+    problems: list[Problem] = []
+    number = longest = long = faults = 0
     for chunk in _chunks(rows):
         beat()
         encoded = _encode_chunk(chunk, renderer)
-        faults.look(chunk, encoded)
-        fitted = [fit(row, max_length) for row in encoded]
-        counts.add(encoded, fitted)
+        fitted = [POLICIES[too_long](row, max_length) for row in encoded]
+        for row, tokens in zip(chunk, encoded, strict=True):
+            if fault := _fault(row, tokens, renderer):
+                faults += 1
+                problems += [fault] if faults <= FAULTS_SHOWN else []
+            for note in (note for one in tokens for note in one.notes):
+                count, first = notes.get(note.what, (0, row.id))
+                notes[note.what] = count + 1, first
+        sizes = [one.length for row in encoded for one in row]
+        lengths.update(np.searchsorted(EDGES, sizes).tolist())
+        longest = max(longest, *sizes)
+        long += sum(max(one.length for one in row) > max_length for row in encoded)
+        counts.update(_policy_counts(encoded, fitted))
         if batch := record_batch((n, row) for n, row in enumerate(fitted, number) if row is not None):
             writer.write(batch)
         number += len(chunk)
-    faults.refuse()
-    if too_long == "error":
-        counts.refuse_long(name)
-    return counts.report()
+    if faults > FAULTS_SHOWN:
+        problems.append(Problem(f"... and {faults - FAULTS_SHOWN} more rows", "alike"))
+    if problems:
+        raise UftError(*problems)
+    if long and too_long == "error":
+        these = f"{long} of {number} rows are longer than train.max_length={max_length}"
+        raise UftError(
+            Problem(
+                f"data.sources.{name}",
+                f"{these}; the longest has {longest} tokens",
+                advice=(
+                    "leave them out or cut them:  data.too_long=drop|truncate",
+                    f"or make room:  train.max_length={longest}",
+                ),
+            )
+        )
+    edges = (*EDGES, max(longest, EDGES[-1] + 1))
+    return LengthReport(
+        **counts,
+        longest=longest,
+        lengths=tuple((edges[place], count) for place, count in sorted(lengths.items())),
+        notes=tuple((what, count, first) for what, (count, first) in notes.items()),
+    )
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -248,49 +292,37 @@ class EncodedRows(Sequence[tuple[Tokens, ...]]):
         )
 
 
-# --- Checks of the masks.
+def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | None:
+    """The reason to refuse a row: a mask that makes no sense, or supervised text that the template changes."""
+    if why := _mask_fault(tokens, renderer):
+        return Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template")
+    lost = next((note for one in tokens for note in one.notes if note.lost), None)
+    if lost is None or renderer.lost_text == "keep":
+        return None
+    return Problem(
+        f"row {row.id}",
+        f"{renderer.name} {lost.what}: turn {lost.turn + 1} would not be learned as the row has it",
+        where="data.template",
+        advice=("use another data.template, or learn what it writes:  data.lost_text=keep",),
+    )
 
 
-class MaskFaults:
-    """Rows whose supervised tokens make no sense; the template, a likely cause, is named with them."""
-
-    def __init__(self, renderer: Renderer) -> None:
-        self.renderer = renderer
-        self.problems: list[Problem] = []
-        self.count = 0
-
-    def look(self, rows: Sequence[Row], encoded: Sequence[Sequence[Tokens]]) -> None:
-        stops, bos = self.renderer.stop_ids, self.renderer.tokenizer.bos_token_id
-        for row, of_row in zip(rows, encoded, strict=True):
-            why = next((why for one in of_row if (why := _mask_fault(one, stops, bos))), None)
-            if why is None:
-                continue
-            self.count += 1
-            if self.count <= FAULTS_SHOWN:
-                why = f"{why} under {self.renderer.name}"
-                self.problems.append(Problem(f"row {row.id}", why, where="data.template"))
-
-    def refuse(self) -> None:
-        """UftError if there were any."""
-        if self.count > FAULTS_SHOWN:
-            self.problems.append(Problem(f"... and {self.count - FAULTS_SHOWN} more rows", "alike"))
-        if self.problems:
-            raise UftError(*self.problems)
-
-
-def _mask_fault(encoded: Tokens, stop_ids: Iterable[int], bos: int | None) -> str | None:
-    if not encoded.supervised[1:].any():
-        return "no token is supervised"
-    if encoded.supervised.all():
-        return "every token is supervised, the prompt's too"
-    if int(encoded.ids[-1]) not in stop_ids:
-        return "the stop token is not supervised, so the model would never learn to stop"
-    if bos is not None and encoded.ids[0] == encoded.ids[1] == bos:
-        return "the text begins with two beginning-of-text tokens"
+def _mask_fault(row: Sequence[Tokens], renderer: Renderer) -> str | None:
+    """What makes no sense about the supervised tokens of a row; the template is a likely cause."""
+    bos = renderer.tokenizer.bos_token_id
+    for one in row:
+        if not one.supervised[1:].any():
+            return "no token is supervised"
+        if one.supervised.all():
+            return "every token is supervised, the prompt's too"
+        if int(one.ids[-1]) not in renderer.stop_ids:
+            return "the stop token is not supervised, so the model would never learn to stop"
+        if bos is not None and one.ids[0] == one.ids[1] == bos:
+            return "the text begins with two beginning-of-text tokens"
     return None
 
 
-# --- The length policy, and counts of lengths chunk by chunk.
+# --- The length policy.
 
 
 Fitted = tuple[Tokens, ...] | None  # a row within the length, or None: dropped
@@ -316,59 +348,23 @@ POLICIES: dict[str, Callable[[tuple[Tokens, ...], int], Fitted]] = {
 }
 
 
-class LengthCounts:
-    """Counts of all rows, for the report and for the error about those that are too long."""
-
-    def __init__(self, max_length: int) -> None:
-        self.max_length = max_length
-        self.before, self.after = Counter[str](), Counter[str]()  # rows, completions, tokens, supervised
-        self.long = self.touched = self.longest = 0
-        self.lengths = np.zeros(len(EDGES) + 1, np.int64)  # completions up to each edge, and beyond the last
-
-    def add(self, before: Sequence[tuple[Tokens, ...]], after: Sequence[Fitted]) -> None:
-        """A chunk, before and after the length policy."""
-        lengths = np.asarray([one.length for row in before for one in row], np.int64)
-        self.lengths += np.bincount(np.searchsorted(EDGES, lengths), minlength=len(self.lengths))
-        self.longest = max(self.longest, int(lengths.max(initial=0)))
-        self.long += sum(max(one.length for one in row) > self.max_length for row in before)
-        self.touched += sum(
+def _policy_counts(before: Sequence[tuple[Tokens, ...]], after: Sequence[Fitted]) -> dict[str, int]:
+    """The counts of a report, of rows before and after the length policy."""
+    kept = [row for row in after if row is not None]
+    supervised, before_supervised = (
+        sum(int(one.supervised.sum()) for row in rows for one in row) for rows in (kept, before)
+    )
+    return {
+        "rows": len(kept),
+        "completions": sum(map(len, kept)),
+        "tokens": sum(map(_token_count, kept)),
+        "supervised": supervised,
+        "touched": sum(
             new is not None and _token_count(new) < _token_count(old) for old, new in zip(before, after, strict=True)
-        )
-        for counts, rows in ((self.before, before), (self.after, [row for row in after if row is not None])):
-            counts["rows"] += len(rows)
-            counts["completions"] += sum(map(len, rows))
-            counts["tokens"] += sum(map(_token_count, rows))
-            counts["supervised"] += sum(int(one.supervised.sum()) for row in rows for one in row)
-
-    def refuse_long(self, name: str) -> None:
-        """UftError if there were rows that are too long."""
-        if not self.long:
-            return
-        these = f"{self.long} of {self.before['rows']} rows are longer than train.max_length={self.max_length}"
-        raise UftError(
-            Problem(
-                f"data.sources.{name}",
-                f"{these}; the longest has {self.longest} tokens",
-                advice=(
-                    "leave them out or cut them:  data.too_long=drop|truncate",
-                    f"or make room:  train.max_length={self.longest}",
-                ),
-            )
-        )
-
-    def report(self) -> LengthReport:
-        edges = (*EDGES, max(self.longest, EDGES[-1] + 1))
-        return LengthReport(
-            rows=self.after["rows"],
-            completions=self.after["completions"],
-            tokens=self.after["tokens"],
-            supervised=self.after["supervised"],
-            touched=self.touched,
-            dropped=self.before["rows"] - self.after["rows"],
-            supervised_lost=self.before["supervised"] - self.after["supervised"],
-            longest=self.longest,
-            lengths=tuple((edge, int(count)) for edge, count in zip(edges, self.lengths, strict=True) if count),
-        )
+        ),
+        "dropped": len(before) - len(kept),
+        "supervised_lost": before_supervised - supervised,
+    }
 
 
 def _token_count(row: Sequence[Tokens]) -> int:

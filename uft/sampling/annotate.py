@@ -163,7 +163,7 @@ def mean_log_probs(model: Model, rows: Sequence[Row], bench: Bench) -> list[floa
     """
     with _problems_of(model.path):
         tokenizer = load_tokenizer(model)
-        tokens = tokenize("rows", rows, Renderer(tokenizer), max_length=sys.maxsize).encoded
+        tokens = tokenize("rows", rows, Renderer(tokenizer, lost_text="keep"), max_length=sys.maxsize).encoded
         fitted = _fitted([encoded for (encoded,) in tokens], model, bench.too_long)
         identity = {
             "weights": weights_digest(whereabouts(model), lambda: load_base(model, bench.device)),

@@ -60,12 +60,17 @@ class TrainData:
         return [len(source.rows) for source in self.train]
 
 
+def make_renderer(tokenizer: PreTrainedTokenizerBase, data: Data) -> Renderer:
+    """The renderer of a mixture's settings, the same for training, evaluation and generation."""
+    return Renderer(tokenizer, data.template, data.lost_text, data.date, data.template_args, data.train_on)
+
+
 def read_train_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, loaded: list[LoadedSource] | None = None
 ) -> TrainData:
     """Load (unless `loaded`), render and tokenise. Raises UftError with everything that is wrong with the data."""
     loaded = load_sources(config.data) if loaded is None else loaded
-    renderer = Renderer(tokenizer, config.data.template)
+    renderer = make_renderer(tokenizer, config.data)
     max_length, too_long, folder = config.train.max_length, config.data.too_long, cache_dir(config)
     # a source with a share of zero is measured, never drawn: its training rows need not even fit
     drawn: dict[str, Sequence[Row]] = {s.name: s.rows if config.data.sources[s.name].share != 0 else () for s in loaded}
@@ -302,7 +307,7 @@ class RunData:
             config = stage.config
             there = {name: source for name, source in config.data.sources.items() if not made(source.path)}
             loaded = load_sources(replace(config.data, sources=there)) if there else []
-            tokenized = tokenize_held_out(config, Renderer(self.tokenizer, config.data.template), loaded)
+            tokenized = tokenize_held_out(config, make_renderer(self.tokenizer, config.data), loaded)
         checkers = {source.name: source.checker for source in loaded}
         known = {held.name: held for held in self.held_out}
         for source in tokenized:

@@ -20,7 +20,6 @@ from rich.table import Table
 from uft.config.frozen import adds
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS, stages_of
-from uft.data.chat import Renderer
 from uft.data.formats import is_rows_file, write_rows
 from uft.data.report import (
     coloured,
@@ -47,7 +46,7 @@ from uft.sampling.annotate import ANNOTATORS, Bench, Recipe, annotate_rows, froz
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
-from uft.training.dataset import StageData, cache_dir, has_made_rows, read_run_data
+from uft.training.dataset import StageData, cache_dir, has_made_rows, make_renderer, read_run_data
 from uft.training.device import choose_device, oom_advice, settle_threads
 from uft.training.liveness import Stop, listening
 from uft.training.setup import (
@@ -285,7 +284,7 @@ def sample_rows(
     progress: Callable[[int, int], None],
 ) -> Summary:
     tokenizer = load_tokenizer(config.model)
-    renderer = Renderer(tokenizer, config.data.template)
+    renderer = make_renderer(tokenizer, config.data)
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)

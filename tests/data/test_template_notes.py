@@ -1,0 +1,105 @@
+"""What a template does to a conversation that its row does not say: told with a count, refused where text is lost."""
+
+import logging
+
+import pytest
+
+from uft.data.chat import Renderer
+from uft.data.rows import Completion, Message, Row
+from uft.data.tokens import tokenize
+from uft.errors import UftError
+
+HEAD = "{% for m in messages %}"
+TURN = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+FOOT = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+USERS = HEAD + "{% if m['role'] in ('user', 'assistant') %}" + TURN + "{% endif %}" + FOOT
+MISTRAL = (  # the system prompt stands before the last user turn, and nowhere once an answer follows
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>' + ("
+    "messages[0]['content'] + '\n' if loop.last and messages[0]['role'] == 'system' else '') + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+THOUGHTLESS = (  # as Qwen 3: thoughts of all turns but the last are dropped
+    HEAD + "{% set said = m['content'] if loop.last else m['content'].split('</think>')[-1].lstrip() %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + said + '<|im_end|>\n' }}" + FOOT
+)
+CHANNEL = TURN.replace("m['role'] + '\n'", "m['role'] + ('<final>' if m['role'] == 'assistant' else '') + '\n'")
+ENDS = TURN.replace("'<|im_end|>\n'", "('<|im_end|>\n' if loop.last or m['role'] != 'assistant' else '<s>\n')")
+OTHER_START = "begins replies in training after other text than generation starts from"
+
+
+def turns(*pairs):
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return tuple(Message(roles[role], text) for role, text in pairs)
+
+
+def row(index, prompt, following):
+    return Row("mine", index, turns(*prompt), (Completion(turns(*following)),))
+
+
+def with_template(tokenizer, template, **settings):
+    tokenizer.chat_template = template
+    return Renderer(tokenizer, **settings)
+
+
+ASKED = ("u", "q")
+PLAIN = row(0, [ASKED], [("a", "yes")])
+SYSTEM = row(1, [("s", "Be brief."), ASKED], [("a", "yes")])
+TOOL = row(2, [ASKED], [("a", "look"), ("t", "sun"), ("a", "sunny")])
+THOUGHT = row(3, [ASKED, ("a", "<think>so</think>1"), ASKED], [("a", "<think>so</think>2")])
+TWICE = row(4, [ASKED], [("a", "<think>so</think>1"), ASKED, ("a", "<think>so</think>2")])
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "notes"),
+    [
+        (HEAD + TURN + FOOT, [PLAIN, SYSTEM, TOOL, THOUGHT, TWICE], []),
+        (USERS, [PLAIN, SYSTEM, SYSTEM, TOOL], [("leaves out system turns", 2, 1), ("leaves out tool turns", 1, 2)]),
+        (MISTRAL, [PLAIN, SYSTEM], [(OTHER_START, 2, 0), ("leaves out system turns", 1, 1)]),
+        (THOUGHTLESS, [THOUGHT], [("changes the text of assistant turns", 1, 3)]),
+        (HEAD + CHANNEL + FOOT, [PLAIN, TOOL], [(OTHER_START, 2, 0)]),
+        (HEAD + TURN + "{% endfor %}", [PLAIN], [(OTHER_START, 1, 0)]),
+        (HEAD + ENDS + FOOT, [PLAIN, TOOL, TWICE], [("has no supervised end of assistant turns", 2, 2)]),
+    ],
+    ids=["nothing", "no branch", "mistral", "thoughts", "channel", "no generation prompt", "open end"],
+)
+def test_differences_are_told_with_their_count_also_by_a_cache(tokenizer, tmp_path, caplog, template, rows, notes):
+    renderer = with_template(tokenizer, template)
+    for state in ("miss", "hit"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            done = tokenize("mine", rows, renderer, 200, cache_dir=tmp_path)
+        assert done.cache == state
+        assert sorted(done.report.notes) == sorted((what, count, f"mine:{first}") for what, count, first in notes)
+        assert len(caplog.records) == len(notes)
+        for what, _, first in notes:
+            assert f"{what}: " in caplog.text
+            assert f"row mine:{first}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("template", "lossy", "why"),
+    [
+        (THOUGHTLESS, TWICE, "changes the text of assistant turns: turn 2"),
+        (
+            HEAD + "{% if loop.last or m['role'] == 'user' %}" + TURN + "{% endif %}" + FOOT,
+            TOOL,
+            "leaves out assistant",
+        ),
+        (HEAD + TURN.replace("m['content']", "m['content'] | upper") + FOOT, PLAIN, "changes the text of assistant"),
+    ],
+)
+def test_supervised_text_that_is_lost_is_refused_unless_it_may_be(tokenizer, tmp_path, template, lossy, why):
+    with pytest.raises(UftError) as error:
+        tokenize("mine", [lossy], with_template(tokenizer, template), 200, cache_dir=tmp_path)
+    for words in (why, f"row {lossy.id}", "data.lost_text=keep", "would not be learned as the row has it"):
+        assert words in str(error.value)
+    kept = tokenize("mine", [lossy], with_template(tokenizer, template, lost_text="keep"), 200, cache_dir=tmp_path)
+    assert any(what.startswith(why.partition(":")[0]) for what, _, _ in kept.report.notes)
+    with pytest.raises(UftError):  # what was kept before is refused still
+        tokenize("mine", [lossy], with_template(tokenizer, template), 200, cache_dir=tmp_path)
+
+
+def test_a_header_is_never_supervised_where_there_is_no_generation_prompt(tokenizer):
+    template = HEAD + TURN.replace("m['content']", "m['content'] | upper") + "{% endfor %}"
+    encoded = with_template(tokenizer, template).encode(PLAIN.prompt, PLAIN.completions[0].turns)
+    assert tokenizer.decode(encoded.ids[encoded.supervised].tolist()) == "YES<|im_end|>"

@@ -1,0 +1,243 @@
+"""A chat template as a program that came with a model: rendered within limits, on a fixed day, from contents whose
+special tokens are text."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from functools import cached_property
+from itertools import groupby, repeat
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Tokenizer
+
+from uft.data.rows import Message, Turns
+from uft.errors import Problem, UftError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CharSpan = tuple[int, int]  # characters [start, end)
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables of a template that the rendering itself sets."""
+
+
+class LimitExceeded(Exception):
+    """A template exceeded a limit; the message says which."""
+
+
+TEMPLATE_ERRORS = (TemplateError, LimitExceeded, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""Errors of a template about a conversation: its own `raise_exception`, and those of its expressions."""
+
+
+class Rendered(NamedTuple):
+    """A conversation as the template writes it, and the characters within its `{% generation %}` marks."""
+
+    text: str
+    marks: Sequence[CharSpan]
+
+
+class Template:
+    """The text of a template and its variables."""
+
+    def __init__(self, text: str, variables: Mapping[str, Any]) -> None:
+        self.text, self.variables = text, variables
+        self.has_marks = GENERATION.search(text) is not None
+
+    def render(self, conversations: Sequence[Turns], add_generation_prompt: bool = False) -> list[Rendered]:
+        """The texts of these conversations. Raises one of TEMPLATE_ERRORS."""
+        from transformers.utils import chat_template_utils
+
+        write: Any = chat_template_utils.render_jinja_template  # typed to return a single text
+        sizes = [sum(len(turn.content) + len(turn.extra) for turn in turns) for turns in conversations]
+        rendered: list[Rendered] = []
+        with limits(sum(sizes)):
+            for tools, group in groupby(conversations, key=_tools):
+                texts, marks = write(
+                    [list(map(_fields, turns)) for turns in group],
+                    tools=json.loads(tools) if tools else None,
+                    chat_template=self.text,
+                    return_assistant_tokens_mask=self.has_marks,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.variables,
+                )
+                rendered += map(Rendered, texts, marks or repeat(()))
+        for one, size in zip(rendered, sizes, strict=True):
+            if len(one.text) > ROOM + ROOM_PER_CHARACTER * size:
+                raise LimitExceeded(f"it writes {len(one.text):,} characters where the conversation has {size:,}")
+        return rendered
+
+
+def _fields(turn: Message) -> dict[str, Any]:
+    """A turn as templates read it."""
+    more = json.loads(turn.extra) if turn.extra else {}
+    more.pop("tools", None)
+    if "reasoning_content" in more:
+        more["thinking"] = more["reasoning_content"]  # its name in gpt-oss
+    return {"role": turn.role, "content": turn.content, **more}
+
+
+def _tools(turns: Turns) -> str:
+    """The tools of a conversation as JSON; "" without any."""
+    with_extra = (json.loads(turn.extra).get("tools") for turn in turns if turn.extra)
+    return next((json.dumps(tools, ensure_ascii=False) for tools in with_extra if tools), "")
+
+
+_NOW = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
+
+
+def dated(template: str, day: str, name: str) -> str:
+    """The template with a fixed day in the place of its calls of `strftime_now`: its text alone decides the tokens."""
+    try:
+        begins = datetime.fromisoformat(day)
+    except ValueError:
+        raise UftError(Problem(f"data.date={day}", "no date of the form YYYY-MM-DD")) from None
+    fixed = _NOW.sub(lambda call: json.dumps(begins.strftime(call[1] or call[2] or "")), template)
+    if re.search(r"strftime_now\s*\(", fixed):
+        why = "asks for the date in a form that is not written out, so data.date cannot be set in its place"
+        raise UftError(Problem("data.template", f"{name} {why}", advice=("use another data.template",)))
+    return fixed
+
+
+# --- Special tokens spelled in contents: `<|im_end|>` inside a message is text, and must not end a turn.
+#
+# A tokenizer finds its special tokens in any text. So before a conversation is rendered, each one that a content spells
+# is replaced by a private-use character, which a second tokenizer takes for a token of its own; in the ids, that one is
+# then replaced by those of the spelling. The text around it becomes the tokens that it would beside a special token.
+# (`encode_special_tokens` of `tokenizers` alone does not do: it would take the template's own special tokens for text.)
+
+
+STAND_INS = 0xF0000  # the first of them, in a plane that no text uses
+
+
+class Encoded(NamedTuple):
+    """A text as tokens, each with the characters [start, end) that it stands for."""
+
+    ids: list[int]
+    offsets: list[CharSpan]
+
+
+class LiteralSpecials:
+    """A tokenizer for texts whose contents spell its special tokens, and those in `more` (ids)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, more: frozenset[int] = frozenset()) -> None:
+        added = tokenizer.added_tokens_decoder.items()
+        special = [token.content for number, token in added if token.special or number in more]
+        # a stand-in that a content has already is itself stood in for
+        texts = [*special, *(chr(STAND_INS + number) for number in range(2 * len(special)))]
+        self._tokenizer = tokenizer.backend_tokenizer
+        self._stand_in = {text: chr(STAND_INS + number) for number, text in enumerate(texts) if text}
+        longest_first = sorted(self._stand_in, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) if special else "(?!)")
+        self._first_letters = {text[0] for text in special if text and text[0].isascii()}
+
+    def hide(self, turns: Turns) -> Turns:
+        """The turns with stand-ins for the special tokens that their contents spell."""
+        texts = [turn.content + turn.extra for turn in turns]
+        if all(text.isascii() and not any(letter in text for letter in self._first_letters) for text in texts):
+            return turns  # most are plain ASCII without the first letter of any, a fast test
+
+        def hidden(text: str) -> str:
+            return self._pattern.sub(lambda found: self._stand_in[found[0]], text)
+
+        return tuple(replace(turn, content=hidden(turn.content), extra=hidden(turn.extra)) for turn in turns)
+
+    def reveal(self, text: str) -> str:
+        """A text with the spellings instead of their stand-ins."""
+        return text.translate({ord(stand_in): spelled for spelled, stand_in in self._stand_in.items()})
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Tokens of each text, those of the spelling at the place of a stand-in."""
+        literal = any(chr(STAND_INS) <= max(text, default="") for text in texts if not text.isascii())
+        backend = self._extended if literal else self._tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = False  # an earlier caller may have set it
+        encoded = []
+        for one in backend.encode_batch(texts, add_special_tokens=False):
+            ids, offsets = one.ids, one.offsets
+            if literal:
+                spelled = [self._spellings.get(token, [token]) for token in ids]
+                ids = [token for tokens in spelled for token in tokens]
+                offsets = [span for span, tokens in zip(offsets, spelled, strict=True) for _ in tokens]
+            encoded.append(Encoded(ids, offsets))
+        return encoded
+
+    @cached_property
+    def _extended(self) -> Tokenizer:
+        """A copy of the tokenizer that also knows the stand-ins."""
+        extended = Tokenizer.from_str(self._tokenizer.to_str())
+        extended.add_special_tokens([AddedToken(one, normalized=False) for one in self._stand_in.values()])
+        return extended
+
+    @cached_property
+    def _spellings(self) -> dict[int, list[int]]:
+        """A stand-in's id: the ids of its original as plain text."""
+        plain = Tokenizer.from_str(self._tokenizer.to_str())
+        plain.encode_special_tokens = True
+        spelled = plain.encode_batch(list(self._stand_in), add_special_tokens=False)
+        numbers = self._extended.get_vocab()
+        return {numbers[mark]: one.ids for mark, one in zip(self._stand_in.values(), spelled, strict=True)}
+
+
+# --- Limits of templates, which come with a model and are run here: processor time, memory, and length of the output.
+#
+# Templates are rendered in Jinja's sandbox, which keeps them from files and from Python's insides, but not from loops
+# without end. Time is that of the processor, so that a slow or stopped machine refuses nothing.
+
+
+SECONDS = 5.0  # for one conversation, which takes a thousandth of that
+AGAIN = 0.5  # seconds after which the alarm is repeated, should the first have been lost
+MEMORY, MEMORY_PER_CHARACTER = 256 * 2**20, 64  # bytes beyond the process's own
+ROOM, ROOM_PER_CHARACTER = 1_000_000, 16  # characters written
+STATM = Path("/proc/self/statm")
+
+_running = False
+
+
+@contextmanager
+def limits(characters: int) -> Iterator[None]:
+    """Time and memory for templates that write conversations of so many `characters`; raises :class:`LimitExceeded`.
+
+    Elsewhere than in the main thread, time is not limited; elsewhere than on Linux, memory is not.
+    """
+    global _running
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    timed = threading.current_thread() is threading.main_thread()
+    if timed and signal.getsignal(signal.SIGPROF) is not _time_is_up:
+        signal.signal(signal.SIGPROF, _time_is_up)
+    try:
+        if STATM.exists():
+            size = int(STATM.read_bytes().split()[0]) * resource.getpagesize()
+            limit = size + MEMORY + MEMORY_PER_CHARACTER * characters
+            if all(bound == resource.RLIM_INFINITY or bound >= limit for bound in (soft, hard)):
+                resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        if timed:
+            _running = True
+            signal.setitimer(signal.ITIMER_PROF, SECONDS, AGAIN)
+        yield
+    except MemoryError:
+        raise LimitExceeded("it needs too much memory") from None
+    except RecursionError:
+        raise LimitExceeded("it calls itself too deeply") from None
+    finally:
+        if timed:
+            _running = False  # first: a late alarm raises nothing
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _time_is_up(number: int, frame: FrameType | None) -> None:
+    if _running:
+        raise LimitExceeded(f"it takes more than {SECONDS:g} seconds")
