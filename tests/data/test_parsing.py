@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from uft.data.formats import Unreadable, recognise, rename
+from uft.data.formats import recognise, rename
+from uft.data.messages import Unreadable
 from uft.data.rows import Kind, Row
 
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "good"), ("assistant", "bad")))

@@ -7,7 +7,8 @@ import pytest
 
 from uft.config.schema import data_settings
 from uft.data.chat import Renderer
-from uft.data.formats import Unreadable, recognise, rename
+from uft.data.formats import recognise, rename
+from uft.data.messages import Unreadable
 from uft.data.mixture import Mixture
 from uft.data.report import data_cautions, data_omissions, data_report
 from uft.data.rows import Kind

@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 
 import uft
 from uft.data import formats
-from uft.data.formats import Format, Unreadable, is_blank
+from uft.data.formats import Format
+from uft.data.messages import Unreadable, excerpt, is_blank
 from uft.data.rows import Kind, Row, content_digest
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.errors import Problem, UftError, tame
@@ -499,7 +500,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _repeated(names: Iterable[str]) -> str:
-    return ", ".join(formats.excerpt(name) for name, count in Counter(names).items() if count > 1)
+    return ", ".join(excerpt(name) for name, count in Counter(names).items() if count > 1)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
