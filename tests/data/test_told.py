@@ -203,6 +203,8 @@ def test_a_prompt_keeps_the_turns_that_a_pair_does_not_repeat(tmp_path):
         assert turns(row) == [(turn["role"], turn["content"]) for turn in asked]
         assert [c.text for c in row.completions] == ["42", "13"]
     longer = {name: [SYSTEM, *EARLIER, *side] for name, side in sides.items()}
+    later = {name: [*EARLIER, *side] for name, side in sides.items()}
+    assert turns(read({"prompt": [SYSTEM, EARLIER[0]], **later})) == turns(read({"prompt": [USER], **longer}))
     for asked in ("7*6?", " 7*5?\n", [USER], [*EARLIER, USER]):
         assert len(turns(read({"prompt": asked, **longer}))) == 4
     for asked in ("8*6?", [USER, *EARLIER, {**USER, "content": "8*6?"}]):

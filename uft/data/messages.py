@@ -344,13 +344,14 @@ def starts_before_reply(value: Any) -> bool:
 
 
 def whole_prompt(asked: Turns, shared: Turns, column: str) -> Turns:
-    """The longer of two forms of one prompt: `asked` of a column, and `shared` by the conversations of a pair.
+    """One prompt of two forms of it: `asked` of a column, and `shared` by the conversations of a pair.
 
-    The column may have a system turn and earlier turns that the conversations do not repeat, or be a part of theirs.
+    The column may begin with turns that the conversations do not repeat, or be a part of theirs.
     """
     ours, theirs = ([(turn.role, turn.content.strip()) for turn in turns] for turns in (asked, shared))
-    if theirs == ours[-len(theirs) :]:
-        return asked
+    for size in range(min(len(ours), len(theirs)), 0, -1):
+        if ours[-size:] == theirs[:size]:
+            return asked + shared[size:]
     if any(ours == theirs[start : start + len(ours)] for start in range(len(theirs))):
         return shared
     raise Unreadable(f"{column} differs from the prompt in chosen and rejected (leave it unread: columns.{column}='')")
