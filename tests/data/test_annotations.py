@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from uft.config.schema import data_settings
-from uft.data.formats import FIELDS, RULES, Unreadable, recognise, rename
+from uft.data.formats import FIELDS, RULES, recognise, rename
+from uft.data.messages import Unreadable
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest
 from uft.data.sources import load_sources
 from uft.errors import UftError

@@ -6,7 +6,8 @@ import pytest
 
 from uft.config.schema import data_settings
 from uft.data.chat import Renderer
-from uft.data.formats import Unreadable, recognise, rename, to_records
+from uft.data.formats import recognise, rename, to_records
+from uft.data.messages import Unreadable
 from uft.data.rows import decode_row, encode_row
 from uft.data.sources import load_sources
 from uft.data.tokens import tokenize

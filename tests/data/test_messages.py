@@ -2,8 +2,8 @@
 
 import pytest
 
-from uft.data import formats
-from uft.data.formats import Unreadable
+from uft.data import messages
+from uft.data.messages import Unreadable
 from uft.data.rows import Message
 
 USER, REPLY, SYSTEM = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "a"), ("system", "s")))
@@ -11,41 +11,41 @@ USER, REPLY, SYSTEM = ({"role": r, "content": c} for r, c in (("user", "q"), ("a
 
 def test_messages_are_turns():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert formats.read_prompt(" q\r\n") == (Message("user", " q\r\n"),), "text is kept to the letter"
-    assert formats.read_prompt([{"role": "user", "content": parts}]) == (Message("user", "ab"),)
-    assert formats.read_prompt([{"role": "system", "content": ""}, USER]) == (Message("user", "q"),)
+    assert messages.read_prompt(" q\r\n") == (Message("user", " q\r\n"),), "text is kept to the letter"
+    assert messages.read_prompt([{"role": "user", "content": parts}]) == (Message("user", "ab"),)
+    assert messages.read_prompt([{"role": "system", "content": ""}, USER]) == (Message("user", "q"),)
     names = {"system": "system", "human": "user", "gpt": "assistant", "observation": "tool"}
-    turns = formats.read_conversation([{"from": name, "value": "x"} for name in names], "c")
+    turns = messages.read_conversation([{"from": name, "value": "x"} for name in names], "c")
     assert [turn.role for turn in turns] == list(names.values())
 
 
 def test_a_conversation_is_split_before_the_first_reply():
-    prompt, rest = formats.split_conversation(formats.read_conversation([SYSTEM, USER, REPLY, USER, REPLY], "m"), "m")
+    prompt, rest = messages.split_conversation(messages.read_conversation([SYSTEM, USER, REPLY, USER, REPLY], "m"), "m")
     assert [t.role for t in prompt] == ["system", "user"]
     assert [t.role for t in rest] == ["assistant", "user", "assistant"]
     with pytest.raises(Unreadable, match="no prompt"):
-        formats.split_conversation(formats.read_conversation([REPLY, USER, REPLY], "m"), "m")
+        messages.split_conversation(messages.read_conversation([REPLY, USER, REPLY], "m"), "m")
 
 
 def test_a_system_column_goes_in_front_unless_there_is_one():
-    assert [t.role for t in formats.with_system(formats.read_prompt("q"), "be brief")] == ["system", "user"]
-    own = formats.read_prompt([SYSTEM, USER])
-    assert formats.with_system(own, " s\n") == own
+    assert [t.role for t in messages.with_system(messages.read_prompt("q"), "be brief")] == ["system", "user"]
+    own = messages.read_prompt([SYSTEM, USER])
+    assert messages.with_system(own, " s\n") == own
     with pytest.raises(Unreadable, match="system differs"):
-        formats.with_system(own, "be brief")
-    assert formats.with_system(own, None) == own
+        messages.with_system(own, "be brief")
+    assert messages.with_system(own, None) == own
 
 
 def test_a_pair_shares_its_longest_common_start():
     better, worse = ({"role": "assistant", "content": c} for c in ("good", "bad"))
-    chosen = formats.read_conversation([USER, REPLY, USER, better], "chosen")
-    rejected = formats.read_conversation([USER, REPLY, USER, worse], "rejected")
-    prompt, left, right = formats.split_pair(chosen, rejected)
+    chosen = messages.read_conversation([USER, REPLY, USER, better], "chosen")
+    rejected = messages.read_conversation([USER, REPLY, USER, worse], "rejected")
+    prompt, left, right = messages.split_pair(chosen, rejected)
     assert (len(prompt), left[0].content, right[0].content) == (3, "good", "bad")
 
 
 def test_an_hh_transcript_is_a_conversation():
-    turns = formats.read_dialogue("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: so long", "chosen")
+    turns = messages.read_dialogue("\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant: so long", "chosen")
     assert [(t.role, t.content) for t in turns] == [
         ("user", "hi"),
         ("assistant", "hello"),
@@ -57,23 +57,23 @@ def test_an_hh_transcript_is_a_conversation():
 @pytest.mark.parametrize(
     ("read", "value", "why"),
     [
-        (formats.read_prompt, None, "prompt is missing"),
-        (formats.read_prompt, "  \n", "prompt is empty"),
-        (formats.read_prompt, 7, "prompt is a number, not text"),
-        (formats.read_prompt, {"a": 1}, "prompt is an object, not text"),
-        (formats.read_prompt, [], "prompt is empty"),
-        (formats.read_prompt, ["hi"], "prompt[0] is text, not a message"),
-        (formats.read_prompt, [USER, REPLY], "ends with an assistant turn"),
-        (formats.read_prompt, [SYSTEM], "has no user turn"),
-        (formats.read_prompt, [USER, SYSTEM], "system turn after other turns"),
-        (formats.read_prompt, [{"role": "wizard", "content": "x"}], "unknown role 'wizard'"),
-        (formats.read_prompt, [{"content": "x"}], "unknown role None"),
-        (formats.read_prompt, [{"role": "user"}], "prompt[0] (user) is missing"),
-        (formats.read_prompt, "\ud800", "not valid UTF-8"),
-        (formats.read_reply, [USER], "must start with an assistant turn"),
-        (formats.read_reply, [REPLY, USER], "must end with an assistant turn"),
-        (formats.read_reply, [REPLY, REPLY], "two assistant turns in a row"),
-        (formats.read_reply, "", "completion is empty"),
+        (messages.read_prompt, None, "prompt is missing"),
+        (messages.read_prompt, "  \n", "prompt is empty"),
+        (messages.read_prompt, 7, "prompt is a number, not text"),
+        (messages.read_prompt, {"a": 1}, "prompt is an object, not text"),
+        (messages.read_prompt, [], "prompt is empty"),
+        (messages.read_prompt, ["hi"], "prompt[0] is text, not a message"),
+        (messages.read_prompt, [USER, REPLY], "ends with an assistant turn"),
+        (messages.read_prompt, [SYSTEM], "has no user turn"),
+        (messages.read_prompt, [USER, SYSTEM], "system turn after other turns"),
+        (messages.read_prompt, [{"role": "wizard", "content": "x"}], "unknown role 'wizard'"),
+        (messages.read_prompt, [{"content": "x"}], "unknown role None"),
+        (messages.read_prompt, [{"role": "user"}], "prompt[0] (user) is missing"),
+        (messages.read_prompt, "\ud800", "not valid UTF-8"),
+        (messages.read_reply, [USER], "must start with an assistant turn"),
+        (messages.read_reply, [REPLY, USER], "must end with an assistant turn"),
+        (messages.read_reply, [REPLY, REPLY], "two assistant turns in a row"),
+        (messages.read_reply, "", "completion is empty"),
     ],
 )
 def test_what_cannot_be_read_says_why(read, value, why):

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from uft.data.formats import Unreadable, recognise, rename
+from uft.data.formats import recognise, rename
+from uft.data.messages import Unreadable
 from uft.data.rows import Kind, Row
 
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "q"), ("assistant", "good"), ("assistant", "bad")))
@@ -51,8 +52,8 @@ def test_feedback_is_kept():
     labels = [read({"prompt": "q", "completion": "a", "label": v}).completions[0].label for v in (True, 0, 1)]
     assert labels == [True, False, True]
     record = {"prompt": "q", "response": "a", "negatives": ["x", "y"], "sampled_by": "m"}
-    sampled = read(record | {"negative_log_probs": [-1.5, -2.0]}).completions
-    assert [(c.sampled_by, c.log_prob) for c in sampled] == [(None, None), ("m", -1.5), ("m", -2.0)]
+    sampled = read(record | {"negative_log_probs": [-1.5, None]}).completions
+    assert [(c.sampled_by, c.log_prob) for c in sampled] == [(None, None), ("m", -1.5), ("m", None)]
 
 
 def test_scores_are_brought_to_zero_and_one():
@@ -79,7 +80,7 @@ def test_ultrafeedback_gives_all_completions_of_a_prompt():
         "completions": [{"response": "a", "overall_score": 10.0}, {"response": "b", "overall_score": 5.5}],
     }
     assert [(c.text, c.score) for c in read(record).completions] == [("a", 1.0), ("b", 0.5)]
-    listed = {"instruction": "q", "completions": ["a", "b"], "ratings": [1, 10]}
+    listed = {"instruction": "q", "completions": [{"response": "a", "overall_score": None}, "b"], "ratings": [1, 10]}
     assert [(c.text, c.score) for c in read(listed).completions] == [("a", 0.0), ("b", 1.0)]
 
 

@@ -54,9 +54,10 @@ def test_jsonl_passes_over_bom_blank_lines_and_crlf(tmp_path):
 
 def test_broken_lines_are_bad_rows_with_their_place_and_the_others_are_read(tmp_path):
     file = tmp_path / "x.jsonl"
-    file.write_bytes(b'{"a": 1}\n{"a": \n\xff\xfe\n[1]\n"x"\n{"a": 2}\n')
+    file.write_bytes(b'{"a": 1}\n{"a": \n\xff\xfe\n[1]\n"x"\n{"a": 2}\n{"b": [{"a": 1, "c": 2, "a": 3}]}')
     found = list(tables(place(file))[0])
-    assert [number for number, _ in found] == [1, 2, 3, 4, 5, 6]
+    assert [number for number, _ in found] == [1, 2, 3, 4, 5, 6, 7]
+    assert found[6][1] == "names a field twice: 'a'"
     assert "broken JSON" in found[1][1]
     assert "not UTF-8: byte 0xff" in found[2][1]
     assert found[3][1] == found[4][1] == "not a JSON object"

@@ -111,7 +111,7 @@ def test_bad_rows_are_dropped_and_counted_when_asked(tmp_path):
     rows = [*demonstrations(2), {"prompt": "q", "completion": ""}, *demonstrations(2, start=2)]
     (source,) = load({"a": {"path": write(tmp_path / "x.jsonl", rows)}}, bad_rows="drop")
     assert [row.index for row in source.rows] == [0, 1, 2, 3]
-    assert [bad.where.rsplit(":", 1)[1] for bad in source.dropped] == ["3"]
+    assert [bad.where.rsplit(":", 1)[1] for bad in source.omitted.bad] == ["3"]
 
 
 def test_a_source_with_nothing_good_left_stops_even_then(tmp_path):
@@ -137,7 +137,7 @@ def test_csv_scores_and_labels(tmp_path):
         {"x": {"path": str(tmp_path / "x.csv")}, "y": {"path": str(tmp_path / "y.csv")}}, bad_rows="drop"
     )
     assert scored.rows[0].completions[0].score == 0.25
-    assert scored.dropped[0].why == "score is text, not a number"
+    assert scored.omitted.bad[0].why == "score is text, not a number"
     assert [row.completions[0].label for row in labelled.rows] == [True, False]
     assert labelled.rows[1].completions[0].text == "7"
     (tmp_path / "z.csv").write_bytes("prompt,completion\nq,caf\xe9\n".encode("latin-1"))

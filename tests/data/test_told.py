@@ -7,7 +7,8 @@ import pytest
 
 from uft.config.schema import data_settings
 from uft.data.chat import Renderer
-from uft.data.formats import Unreadable, recognise, rename
+from uft.data.formats import recognise, rename
+from uft.data.messages import Unreadable
 from uft.data.mixture import Mixture
 from uft.data.report import data_cautions, data_omissions, data_report
 from uft.data.rows import Kind
@@ -202,6 +203,8 @@ def test_a_prompt_keeps_the_turns_that_a_pair_does_not_repeat(tmp_path):
         assert turns(row) == [(turn["role"], turn["content"]) for turn in asked]
         assert [c.text for c in row.completions] == ["42", "13"]
     longer = {name: [SYSTEM, *EARLIER, *side] for name, side in sides.items()}
+    later = {name: [*EARLIER, *side] for name, side in sides.items()}
+    assert turns(read({"prompt": [SYSTEM, EARLIER[0]], **later})) == turns(read({"prompt": [USER], **longer}))
     for asked in ("7*6?", " 7*5?\n", [USER], [*EARLIER, USER]):
         assert len(turns(read({"prompt": asked, **longer}))) == 4
     for asked in ("8*6?", [USER, *EARLIER, {**USER, "content": "8*6?"}]):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from uft.data import formats
 from uft.data.batch import Layout, Line, forwarded, lay_out
 from uft.data.chat import Renderer
-from uft.data.formats import Unreadable
+from uft.data.messages import Unreadable
 from uft.data.mixture import Mixture, Portion, epoch_rows, mixture_weights
 from uft.data.rows import Message
 from uft.data.sources import READERS

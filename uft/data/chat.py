@@ -118,9 +118,8 @@ class Renderer:
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
             self._strategy = Plain(tokenizer, train_on)
         else:
-            own = template == "auto"
-            text, name = tokenizer.get_chat_template() if own else _read_template(template), template
-            name = "the tokenizer's chat template" if own else template
+            text = tokenizer.get_chat_template() if template == "auto" else _read_template(template)
+            name = "the tokenizer's chat template" if template == "auto" else template
             self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name, dict(arguments or {}), train_on)
         self.name = self._strategy.name
         self.stop_ids = self._strategy.stop_ids
@@ -268,7 +267,7 @@ class ChatTemplate:
         self.arguments, self.train_on = arguments, train_on
         self._template = Template(text, {**tokenizer.special_tokens_map, **arguments})
         self._render, self._has_marks = self._template.render, self._template.has_marks
-        self._skeletons: dict[tuple[Turns, bool], list[str]] = {}
+        self._skeletons: dict[Any, list[str]] = {}  # by the turns without their contents
         self.stop_ids = self._end_of_turn()
         self._specials = LiteralSpecials(tokenizer, self.stop_ids)
 
@@ -313,9 +312,8 @@ class ChatTemplate:
             same = start == rendered.text[: encoded.offsets[tokens.prompt_length][0]] or (
                 start is not None and self._specials.encode([start])[0].ids == encoded.ids[: tokens.prompt_length]
             )
-            notes += (
-                [] if same else [Note("begins replies in training after other text than generation starts from", first)]
-            )
+            if not same:
+                notes.append(Note("begins replies in training after other text than generation starts from", first))
         return replace(tokens, notes=tuple(notes)) if notes else tokens
 
     def _find_contents(self, turns: Turns, text: str) -> Contents | None:
@@ -333,13 +331,13 @@ class ChatTemplate:
 
         Empty for a template that refuses to render marks.
         """
+        key = tuple((turn.role, turn.content == "", turn.extra) for turn in turns), add_generation_prompt
+        if key in self._skeletons:
+            return self._skeletons[key]
         marks = tuple(
             Message(turn.role, _MARK.format(number) if turn.content else "", turn.extra)
             for number, turn in enumerate(turns)
         )
-        key = marks, add_generation_prompt
-        if key in self._skeletons:
-            return self._skeletons[key]
         try:
             pieces = _MARKED.split(self._render([marks], add_generation_prompt)[0].text)
         except TEMPLATE_ERRORS:  # LimitExceeded among them: a row will show it
@@ -356,7 +354,7 @@ class ChatTemplate:
                 before = runs.pop()[0] if runs and runs[-1][1] == start else start
                 runs.append((before, end))
         replies = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
-        if wanted == replies:
+        if wanted == replies or not runs:
             return runs
         if len(runs) <= len(replies) or len(runs) % len(replies) == 0:  # parts of a reply may be marked one by one
             owners = [number for number in replies for _ in range(max(1, len(runs) // len(replies)))]

@@ -3,39 +3,55 @@
 A file's format is recognised by its columns; `columns` in the configuration maps other names to these first. A format
 that explains all the columns of another, and more, wins over it; two that do not are ambiguous, and that is an error.
 Every way of writing a prompt and its reply goes with every kind of feedback.
-From top to bottom: recognising a format, the formats, conversations, annotations, and writing rows.
+From top to bottom: recognising a format, the formats, their remains, annotations, and writing rows.
 """
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import os
 import re
-import reprlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from uft.data.rows import ANNOTATIONS, BASELINE, MESSAGE_FIELDS, SOFT_LABEL, Completion, Kind, Message, Row, Turns
+from uft.data.messages import (
+    MESSAGE_KEYS,
+    Record,
+    Unreadable,
+    excerpt,
+    is_blank,
+    is_number,
+    optional_text,
+    read_conversation,
+    read_dialogue,
+    read_prompt,
+    read_reply,
+    read_text,
+    role_of,
+    split_conversation,
+    split_pair,
+    starts_before_reply,
+    type_name,
+    unpacked,
+    whole_prompt,
+    with_context,
+)
+from uft.data.rows import ANNOTATIONS, BASELINE, SOFT_LABEL, Completion, Kind, Message, Row, Turns
 from uft.errors import Problem, UftError
 from uft.runs import writing
 
-Record = Mapping[str, Any]
 Range = tuple[float, float] | None  # of scores; None: the format's own
 Parsed = tuple[Turns, tuple[Completion, ...]]  # a prompt and its completions
 SIDES = ("score_chosen", "score_rejected")
 COMMON = frozenset({"answer", "task", "system", "history", "tools", *ANNOTATIONS})
 """Columns of any format: the gold answer for a checker, the family of the prompt, a system prompt, earlier turns, the
 tools of the conversation, and the numbers that `uft annotate` writes."""
-MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
-"""Columns and fields of messages that hold more than text."""
 ALIASES = (
     ("response", "completion", ()),
     ("output", "completion", ()),
@@ -62,10 +78,6 @@ NUMERIC = frozenset(
 """Fields that are numbers in a file of text cells (CSV)."""
 
 
-class Unreadable(ValueError):
-    """A record that cannot be used; the message is the reason, in words that fit after "row 17: "."""
-
-
 @dataclass(frozen=True)
 class Format:
     """One shape of record: the columns it must have, those it also explains, and how it is parsed."""
@@ -90,11 +102,7 @@ class Format:
         answer = optional_text(record.get("answer"), "answer")
         if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####
             answer = answer.rpartition("####")[2].strip() or answer
-        refuse_media(record, "the row")
-        prompt = with_system(with_history(prompt, record.get("history")), record.get("system"))
-        if not is_blank(record.get("tools")):
-            given = read_extra({**json.loads(prompt[0].extra or "{}"), "tools": record["tools"]}, "the row")
-            prompt = (replace(prompt[0], extra=given), *prompt[1:])
+        prompt = with_context(prompt, record)
         task = optional_text(record.get("task"), "task")
         return Row("", 0, prompt, annotated(record, completions), answer, task)
 
@@ -121,8 +129,8 @@ def recognise(
         return best[0]
     key = f"data.sources.{source}"
     if best:
-        kinds = sorted({f.kind.value for f in best})
-        one = f"kind={'|'.join(kinds)}" if len(kinds) > 1 else f"columns.{min(best[0].required)}=COLUMN"
+        kinds = "|".join(sorted({f.kind.value for f in best}))
+        one = f"kind={kinds}" if "|" in kinds else f"columns.{min(best[0].required)}=COLUMN"
         names = " and ".join(f"{f.name} ({', '.join(sorted(f.required))})" for f in best)
         raise UftError(Problem(key, f"its columns fit {names}", advice=(f"say which:  {key}.{one}",)))
     near = sorted(allowed, key=lambda f: (len(f.required - known), -len(f.required & known)))[:3]
@@ -203,9 +211,9 @@ def from_text(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _number(cell: Any) -> Any:
     """A text cell as a number or truth value; unchanged where it is neither, so that the row's error can quote it."""
-    if not isinstance(cell, str) or not cell.strip():
+    word = cell.strip().lower() if isinstance(cell, str) else ""
+    if not word:
         return None
-    word = cell.strip().lower()
     if word in ("true", "false"):
         return word == "true"
     try:
@@ -241,8 +249,7 @@ def _instruction(record: Record) -> Turns:
 
 
 def _question(record: Record) -> tuple[Turns, Turns]:
-    worked = read_text(record.get("answer"), "answer")
-    return read_prompt(record.get("question"), "question"), read_reply(worked)
+    return read_prompt(record.get("question"), "question"), read_reply(read_text(record.get("answer"), "answer"))
 
 
 def _conversation(column: str, record: Record) -> tuple[Turns, Turns]:
@@ -260,7 +267,7 @@ def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
         raise Unreadable("label is missing")
     word = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(word, (str, bool, int, float)) or word not in LABELS:
-        raise Unreadable(f"label is {excerpt(label)}, not true/false or 0/1")
+        raise Unreadable(f"label is {excerpt(label)}, not true/false or 0/1 (leave it unread: kind=demonstration)")
     prompt, reply = dialogue(record)
     return prompt, (Completion(reply, label=LABELS[word]),)
 
@@ -276,7 +283,7 @@ def _bound(record: Record, field: str, default: float) -> float:
     value = record.get(field)
     if value is None:
         return default
-    if not _is_number(value) or not abs(value) <= _LARGEST:
+    if not is_number(value) or not abs(value) <= _LARGEST:
         raise Unreadable(f"{field} is {excerpt(value)}, not a number")
     return float(value)
 
@@ -299,7 +306,8 @@ def _ultrafeedback(record: Record, score_range: Range) -> Parsed:
         field = f"completions[{number}]"
         known = item if isinstance(item, dict) else {"response": item}
         rating = ratings[number] if isinstance(ratings, list) and number < len(ratings) else None
-        score = scale(known.get("overall_score", rating), low, high, f"{field}.overall_score")
+        rating = rating if known.get("overall_score") is None else known["overall_score"]
+        score = scale(rating, low, high, f"{field}.overall_score")
         completions.append(Completion(read_reply(known.get("response"), f"{field}.response"), score=score))
     return read_prompt(record.get("instruction"), "instruction"), tuple(completions)
 
@@ -308,7 +316,7 @@ def scale(value: Any, low: float, high: float, field: str) -> float:
     """`value` in [low, high] brought to [0, 1]."""
     if value is None:
         raise Unreadable(f"{field} is missing")
-    if not _is_number(value):
+    if not is_number(value):
         raise Unreadable(f"{field} is {type_name(value)}, not a number")
     if not high > low:
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is empty")
@@ -326,7 +334,7 @@ def _preference(column: str, record: Record, score_range: Range) -> Parsed:
     asked: Turns = ()
     if record.get(column) is not None:
         asked = _instruction(record) if column == "instruction" else read_prompt(record.get(column), column)
-    if asked and not any(map(_starts_before_reply, sides.values())):
+    if asked and not any(map(starts_before_reply, sides.values())):
         prompt, left, right = asked, *(read_reply(value, name) for name, value in sides.items())
     else:
         turns = [read_dialogue(value, name) for name, value in sides.items()]
@@ -337,40 +345,14 @@ def _preference(column: str, record: Record, score_range: Range) -> Parsed:
     return prompt, (Completion(left, preferred=True), Completion(right, preferred=False))
 
 
-def _starts_before_reply(value: Any) -> bool:
-    """Whether a side of a pair repeats the prompt in front of its reply."""
-    if isinstance(value, str):
-        return _is_transcript(value)
-    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], dict):
-        return False
-    return _role(value[0]) not in (None, "assistant")
-
-
-def whole_prompt(asked: Turns, shared: Turns, column: str) -> Turns:
-    """The longer of two forms of one prompt: `asked` of a column, and `shared` by the conversations of a pair.
-
-    The column may have a system turn and earlier turns that the conversations do not repeat, or be a part of theirs.
-    """
-    ours, theirs = ([(turn.role, turn.content.strip()) for turn in turns] for turns in (asked, shared))
-    if theirs == ours[-len(theirs) :]:
-        return asked
-    if any(ours == theirs[start : start + len(ours)] for start in range(len(theirs))):
-        return shared
-    raise Unreadable(f"{column} differs from the prompt in chosen and rejected (leave it unread: columns.{column}='')")
-
-
 def _negatives(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     found, by, log_probs = record.get("negatives"), record.get("sampled_by"), record.get("negative_log_probs")
     if not isinstance(found, list) or not found:
         raise Unreadable("negatives is missing, empty or not a list")
     count = len(found)
-    if log_probs is None:
-        log_probs = [None] * count
-    elif (
-        not isinstance(log_probs, list)
-        or len(log_probs) != count
-        or not all(_is_number(one) and -math.inf < one <= 0 for one in log_probs)
-    ):
+    log_probs = [None] * count if log_probs is None else log_probs
+    known = [one for one in log_probs if one is not None] if isinstance(log_probs, list) else [math.nan]
+    if not all(is_number(one) and -math.inf < one <= 0 for one in known) or len(log_probs) != count:
         raise Unreadable(f"negative_log_probs is not a list of {count} log-probabilities")
     sampled = []
     for number, (item, log_prob) in enumerate(zip(found, log_probs, strict=True)):
@@ -424,304 +406,9 @@ FIELDS = frozenset().union(*(f.columns for f in FORMATS), COMMON, (theirs for th
 """Every name that `columns` can map to."""
 
 
-# --- Prompts, replies and conversations in the shapes that data sets give them: a string, or a list of messages
-# `{role, content}` (OpenAI, TRL) or `{from, value}` (ShareGPT).
+# --- What a format leaves unread, and rows that may not be meant as they are.
 
 
-_ROLE_NAMES = {
-    "system": "system developer",
-    "user": "user human prompter",
-    "assistant": "assistant gpt chatgpt bot model",
-    "tool": "tool function observation",
-}
-ROLES = {theirs: ours for ours, names in _ROLE_NAMES.items() for theirs in names.split()}
-"""Their name of a role: ours."""
-
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names of the reasoning of an assistant turn."""
-LEARNED = ("weight", "train", "training", "loss_mask")
-"""Names of the mark, 0 or 1, that tells whether an assistant turn is learned."""
-
-_TYPES = {"str": "text", "NoneType": "null", "dict": "an object", "list": "a list", "bool": "true/false"}
-_MESSAGES_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
-_TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SHORT.maxlevel = 2
-
-
-def type_name(value: Any) -> str:
-    """The type of a value in a reader's words."""
-    name = type(value).__name__
-    return _TYPES.get(name, "a number" if isinstance(value, (int, float)) else name)
-
-
-def excerpt(value: Any) -> str:
-    """The start of a value, however long and deep it is."""
-    return _SHORT.repr(value)
-
-
-def read_text(value: Any, field: str) -> str:
-    """A string that is not blank and can be encoded as UTF-8."""
-    if value is None:
-        raise Unreadable(f"{field} is missing")
-    if not isinstance(value, str):
-        raise Unreadable(f"{field} is {type_name(value)}, not text")
-    if not value.strip():
-        raise Unreadable(f"{field} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate, escaped in JSON or left by a file in another encoding
-        raise Unreadable(f"{field} is not valid UTF-8") from None
-    return value
-
-
-def optional_text(value: Any, field: str) -> str | None:
-    """A text that may be missing; a number is written out."""
-    if is_blank(value):
-        return None
-    return str(value) if _is_number(value) else read_text(value, field)
-
-
-def is_blank(value: Any) -> bool:
-    """Whether a field says nothing: it is missing, an empty list, or white space."""
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())
-
-
-def unpacked(value: Any) -> Any:
-    """A message as a list of one, and a list of messages that came as JSON or Python text as that list."""
-    if isinstance(value, dict) and _role(value) is not None:
-        return [value]
-    if isinstance(value, str) and _MESSAGES_TEXT.match(value):
-        found = _list_of_text(value)
-        if isinstance(found, list) and all(isinstance(one, dict) and _role(one) for one in found):
-            return found
-    return value
-
-
-def _list_of_text(value: str) -> Any:
-    """The list that a text cell holds as JSON or Python text; else the text."""
-    for parse in (json.loads, ast.literal_eval) if value.lstrip().startswith("[") else ():
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return parse(value)
-    return value
-
-
-def read_prompt(value: Any, field: str = "prompt") -> Turns:
-    """Everything before the reply: a string is one user turn."""
-    value = unpacked(value)
-    if isinstance(value, str) and _is_transcript(value) and value.rstrip().endswith("Assistant:"):
-        return read_dialogue(value.rstrip().removesuffix("Assistant:").rstrip(), field)
-    if not isinstance(value, (list, tuple)):
-        return (Message("user", read_text(value, field)),)
-    return _check_prompt(read_conversation(value, field), field)
-
-
-def read_reply(value: Any, field: str = "completion") -> Turns:
-    """The turns after the prompt: a string is one assistant turn, messages start and end with one."""
-    value = unpacked(value)
-    if not isinstance(value, (list, tuple)):
-        return (Message("assistant", read_text(value, field)),)
-    return _check_reply(read_conversation(value, field), field)
-
-
-def with_system(turns: Turns, system: Any) -> Turns:
-    """The prompt with a system turn in front, unless `system` is blank or the prompt begins with that very turn."""
-    if is_blank(system):
-        return turns
-    turn = Message("system", read_text(system, "system"))
-    if turns[0].role != "system":
-        return (turn, *turns)
-    if turns[0].content.strip() != turn.content.strip():
-        raise Unreadable("system differs from the system turn of the prompt")
-    return turns
-
-
-def with_history(turns: Turns, history: Any) -> Turns:
-    """The prompt after earlier turns, which are messages or pairs of a question and its answer."""
-    history = _list_of_text(history) if isinstance(history, str) else history
-    if is_blank(history):
-        return turns
-    if not isinstance(history, list):
-        raise Unreadable(f"history is {type_name(history)}, not a list of [question, answer]")
-    earlier: list[Message] = []
-    for number, pair in enumerate(history):
-        if isinstance(pair, dict):
-            earlier += read_conversation([pair], f"history[{number}]")
-        elif isinstance(pair, list) and len(pair) == 2:
-            roles = zip(("user", "assistant"), pair, strict=True)
-            earlier += [Message(role, read_text(text, f"history[{number}] ({role})")) for role, text in roles]
-        else:
-            raise Unreadable(f"history[{number}] is {type_name(pair)}, not [question, answer]")
-    system = turns[:1] if turns[0].role == "system" else ()
-    return _check_turns((*system, *earlier, *turns[len(system) :]), "history")
-
-
-def _check_prompt(turns: Turns, field: str) -> Turns:
-    if turns[-1].role == "assistant":
-        raise Unreadable(f"{field} ends with an assistant turn")
-    if all(turn.role == "system" for turn in turns):
-        raise Unreadable(f"{field} has no user turn")
-    return turns
-
-
-def _check_reply(turns: Turns, field: str) -> Turns:
-    for turn, place in ((turns[0], "start"), (turns[-1], "end")):
-        if turn.role != "assistant":
-            raise Unreadable(f"{field} must {place} with an assistant turn, not {turn.role}")
-    return turns
-
-
-def read_conversation(value: Any, field: str) -> Turns:
-    """A list of messages whose roles make sense: at most one system turn, first; never two assistant turns running."""
-    value = unpacked(value)
-    if value is None:
-        raise Unreadable(f"{field} is missing")
-    if not isinstance(value, (list, tuple)):
-        raise Unreadable(f"{field} is {type_name(value)}, not text or a list of messages")
-    read = [_read_message(item, f"{field}[{number}]") for number, item in enumerate(value)]
-    return _check_turns(tuple(turn for turn in read if turn is not None), field)
-
-
-def _check_turns(turns: Turns, field: str) -> Turns:
-    if not turns:
-        raise Unreadable(f"{field} is empty")
-    for number, turn in enumerate(turns):
-        if turn.role == "system" and number:
-            raise Unreadable(f"{field} has a system turn after other turns")
-        if turn.role == "assistant" and number and turns[number - 1].role == "assistant":
-            raise Unreadable(f"{field} has two assistant turns in a row")
-    return turns
-
-
-def _read_message(item: Any, field: str) -> Message | None:
-    """One turn; None for a blank system turn, which many data sets have."""
-    if not isinstance(item, dict):
-        raise Unreadable(f"{field} is {type_name(item)}, not a message")
-    role, content = _role(item), _one_of(item, "content", "value")
-    if role is None:
-        name = excerpt(_one_of(item, "role", "from"))
-        raise Unreadable(f"{field} has the unknown role {name} (known: {', '.join(ROLES)})")
-    if isinstance(content, list):  # content parts; text is all that can be trained on here
-        for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, dict) else None
-                raise Unreadable(f"{field} has a part that is not text" + (f": {excerpt(kind)}" if kind else ""))
-        content = "".join(part["text"] for part in content)
-    if role == "system" and is_blank(content):
-        return None
-    refuse_media(item, field)
-    extra = read_extra(item, field)
-    learned = _read_learned(item, field) if role == "assistant" else None
-    if role == "assistant" and is_blank(content) and not is_blank(item.get("tool_calls")):
-        return Message(role, "", extra, learned)
-    return Message(role, read_text(content, f"{field} ({role})"), extra, learned)
-
-
-def refuse_media(fields: Record, where: str) -> None:
-    """Raise :class:`Unreadable` where a row or a message brings more than text, which nothing here can train on."""
-    found = sorted(name for name in MEDIA & fields.keys() if not is_blank(fields[name]))
-    if found:
-        raise Unreadable(f"{where} has {', '.join(found)}: only text can be trained on")
-
-
-def read_extra(item: Record, field: str) -> str:
-    """JSON of the fields of a message, besides its text, that a template may render; "" where it has none."""
-    found = {name: item[name] for name in MESSAGE_FIELDS if not is_blank(item.get(name))}
-    if _role(item) != "tool":  # the name of a speaker is no name of a tool
-        found.pop("name", None)
-    reasoning = next((item[name] for name in REASONING if not is_blank(item.get(name))), None)
-    if reasoning is not None:
-        found["reasoning_content"] = read_text(reasoning, f"{field}.reasoning_content")
-    for name in {"tools", "tool_calls"} & found.keys():
-        value = _list_of_text(found[name]) if isinstance(found[name], str) else found[name]
-        if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-            raise Unreadable(f"{field}.{name} is {type_name(value)}, not a list of objects")
-        found[name] = [_with_arguments(one) for one in value] if name == "tool_calls" else value
-    try:
-        return read_text(json.dumps(found, ensure_ascii=False), f"{field}.{', '.join(found)}") if found else ""
-    except (TypeError, ValueError) as error:
-        raise Unreadable(f"{field}.{', '.join(found)} cannot be written as JSON: {error}") from None
-
-
-def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object, as templates want them, where they came as JSON text."""
-    function = call.get("function")
-    if isinstance(function, dict):
-        return {**call, "function": _with_arguments(function)}
-    with suppress(ValueError, TypeError):
-        found = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
-        return {**call, "arguments": found} if isinstance(found, dict) else call
-    return call
-
-
-def _read_learned(item: Record, field: str) -> bool | None:
-    """The mark of an assistant turn: learned, context, or none."""
-    marks = {name: item[name] for name in LEARNED if item.get(name) is not None}
-    for name, value in marks.items():
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise Unreadable(f"{field}.{name} is {excerpt(value)}, not 0 or 1")
-    if len({bool(value) for value in marks.values()}) > 1:
-        raise Unreadable(f"{field} has marks that contradict each other: {', '.join(marks)}")
-    return next((bool(value) for value in marks.values()), None)
-
-
-def _role(item: Mapping[str, Any]) -> str | None:
-    """The role of a message under our name, None where it is none that is known."""
-    name = _one_of(item, "role", "from")
-    return ROLES.get(name) if isinstance(name, str) else None
-
-
-def _one_of(item: Mapping[str, Any], ours: str, theirs: str) -> Any:
-    """A message's field under the name that is set: unions of data sets have both, and null under one."""
-    return item.get(theirs) if item.get(ours) is None else item.get(ours)
-
-
-def read_dialogue(value: Any, field: str) -> Turns:
-    """A whole conversation: messages, or a transcript as in HH-RLHF (`Human: ...` and `Assistant: ...` paragraphs)."""
-    value = unpacked(value)
-    if not isinstance(value, str):
-        return read_conversation(value, field)
-    before, *pieces = _TRANSCRIPT.split(read_text(value, field))
-    if before.strip() or not pieces:
-        raise Unreadable("prompt is missing")
-    turns = [{"role": role.lower(), "content": text} for role, text in zip(pieces[::2], pieces[1::2], strict=True)]
-    return read_conversation(turns, field)
-
-
-def _is_transcript(text: str) -> bool:
-    found = _TRANSCRIPT.match(text)
-    return found is not None and found[1] == "Human"
-
-
-def split_conversation(turns: Turns, field: str) -> tuple[Turns, Turns]:
-    """(turns before the first assistant turn, the rest)."""
-    first = next((number for number, turn in enumerate(turns) if turn.role == "assistant"), None)
-    if first is None:
-        raise Unreadable(f"{field} has no assistant turn")
-    if first == 0:
-        raise Unreadable(f"{field} starts with the assistant: there is no prompt")
-    return _check_prompt(turns[:first], field), _check_reply(turns[first:], field)
-
-
-def split_pair(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
-    """(the shared prompt, the rest of each): the prompt is their longest common start before a reply.
-
-    Of two equal sides that is all before the last reply.
-    """
-    shared = 0
-    for number, (left, right) in enumerate(zip(chosen, rejected, strict=False)):
-        if left.role == right.role == "assistant":
-            shared = number
-        if left != right:
-            break
-    if shared == 0:
-        raise Unreadable("chosen and rejected share no prompt")
-    prompt = _check_prompt(chosen[:shared], "chosen")
-    return prompt, _check_reply(chosen[shared:], "chosen"), _check_reply(rejected[shared:], "rejected")
-
-
-MESSAGE_KEYS = frozenset({"role", "from", "content", "value", *MESSAGE_FIELDS, *REASONING, *LEARNED}) - {"name"}
 COMPLETION_KEYS = frozenset({"response", "overall_score"})
 
 
@@ -736,7 +423,7 @@ def unread(form: Format, fields: Record) -> Iterator[str]:
         yield from {
             f"{column}.{key}"
             for key, value, item in named
-            if not (key in keys or is_blank(value) or (key == "name" and _role(item) == "tool"))
+            if not (key in keys or is_blank(value) or (key == "name" and role_of(item) == "tool"))
         }
 
 
@@ -772,8 +459,7 @@ Numbers = Sequence[float | None]  # one per completion
 _LARGEST = sys.float_info.max
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """The values that a column may hold. `shared`: one number says both sides of a pair."""
 
     low: float
@@ -819,7 +505,7 @@ def _per_completion(value: Any, name: str, completions: Sequence[Completion]) ->
 
 
 def _bounded_number(value: Any, field: str, rule: Rule) -> float:
-    if not _is_number(value):
+    if not is_number(value):
         raise Unreadable(f"{field} is {type_name(value)}, not a number")
     if not rule.low <= value <= rule.high:  # NaN is in no range
         raise Unreadable(f"{field} is {str(value)[:24]}, not {rule.meaning}")
@@ -828,11 +514,7 @@ def _bounded_number(value: Any, field: str, rule: Rule) -> float:
 
 def _rating(value: Any) -> float | None:
     """Few objectives use ratings: a rating that is no number counts as absent."""
-    return float(value) if _is_number(value) and -_LARGEST <= value <= _LARGEST else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number(value) and -_LARGEST <= value <= _LARGEST else None
 
 
 def _is_pair(completions: Sequence[Completion]) -> bool:

@@ -81,7 +81,7 @@ def data_report(
             "tokens": tokens.report.tokens,
             "supervised_tokens": tokens.report.supervised,
             "longest": tokens.report.longest,
-            "dropped_bad": len(source.dropped),
+            "dropped_bad": len(source.omitted.bad),
             "dropped_long": tokens.report.dropped,
             "dropped_unusable": (unusable or {}).get(source.name, 0),
             "truncated": tokens.report.touched,

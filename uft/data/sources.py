@@ -1,7 +1,7 @@
 """Sources: the named data sets of a mixture as rows, some of them held out for evaluation.
 
 Every fault of any source, and every row that cannot be read, is told at once. From top to bottom: loading sources,
-held-out rows, parsing with a cache, places (files, folders, the hub, the playground), and readers of files.
+parsing with a cache, places (files, folders, the hub, the playground), and readers of files.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
-
-import numpy as np
 
 import uft
 from uft.data import formats
-from uft.data.formats import Format, Unreadable, is_blank
-from uft.data.rows import Kind, Row, content_digest, prompt_hash
-from uft.data.table import Corrupt, RowCollector, RowTable, kinds, open_table, pick, prompt_words
+from uft.data.formats import Format
+from uft.data.messages import Unreadable, excerpt, is_blank
+from uft.data.rows import Kind, Row, content_digest
+from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.errors import Problem, UftError, tame
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
@@ -45,8 +44,7 @@ CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
 
-@dataclass(frozen=True)
-class BadRow:
+class BadRow(NamedTuple):
     """A row that cannot be used: `where` is `file:line` (the item's number in files without lines)."""
 
     where: str
@@ -92,10 +90,6 @@ class LoadedSource:
     apart: bool = False  # held-out rows lie in a place of their own, and are numbered there
 
     @property
-    def dropped(self) -> Sequence[BadRow]:
-        return self.omitted.bad
-
-    @property
     def kinds(self) -> dict[Kind, int]:
         """How many training rows there are of each kind of feedback."""
         return kinds(self.rows)
@@ -122,20 +116,21 @@ def load_sources(settings: Data) -> list[LoadedSource]:
             problems += error.problems
             continue
         loaded.append(found)
-        bad += found.dropped
+        bad += found.omitted.bad
     strict = settings.bad_rows == "error"
     if strict:
         problems += [Problem(row.where, row.why) for row in bad[:SPELLED_OUT]]
         if len(bad) > SPELLED_OUT:
             problems.append(Problem(f"... and {len(bad) - SPELLED_OUT} more", "rows that cannot be read"))
     for found in loaded:
+        name, unusable = found.name, found.omitted.bad
         if not found.rows and found.held_out and not found.apart:
-            own = settings.sources[found.name].holdout
+            own = settings.sources[name].holdout
             amount = settings.holdout if own is None else own
-            problems.append(Problem(f"data.sources.{found.name}.holdout={amount:g}", "leaves no row to train on"))
-        elif not found.rows and not (strict and found.dropped):
-            why = f"no row could be used: {found.dropped[0].why}" if found.dropped else "there are no rows in it"
-            problems.append(Problem(f"data.sources.{found.name}.path={found.path}", why))
+            problems.append(Problem(f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"))
+        elif not found.rows and not (strict and unusable):
+            why = f"no row could be used: {unusable[0].why}" if unusable else "there are no rows in it"
+            problems.append(Problem(f"data.sources.{name}.path={found.path}", why))
     if problems:
         footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and strict else ""
         raise UftError(*problems, footer=footer)
@@ -166,31 +161,8 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
     else:
         held_out, more = _parse(name, source, apart, None, data.cache)
         omitted.add(more, same_folder=apart.path == place.path)
-    return LoadedSource(
-        name, source.path, rows, held_out, content_digest(rows), omitted, source.checker, apart is not None
-    )
-
-
-# --- Held-out rows.
-
-
-def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequence[Row]]:
-    """(training rows, held-out rows): whole prompts, those whose hashes are least, until `amount` rows are held out.
-
-    `amount` is a share below 1 or a count. The choice of prompts does not depend on order, seed or source, so sources
-    that share prompts hold out nearly the same ones. Order within both sides is that of `rows`.
-    """
-    wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
-    count = min(wanted, len(rows))
-    if count <= 0:
-        return rows, pick(rows, ())
-    words = np.array(prompt_words(rows))
-    edge = np.sort(words)[count - 1]  # the word of one prompt, nearly always: a word is not the whole hash
-    held = words < edge
-    at_edge = {int(n): prompt_hash(rows[int(n)].prompt) for n in np.flatnonzero(words == edge)}
-    last = sorted(at_edge.values())[count - int(held.sum()) - 1]
-    held[[n for n, full_hash in at_edge.items() if full_hash <= last]] = True
-    return pick(rows, np.flatnonzero(~held)), pick(rows, np.flatnonzero(held))
+    digest = content_digest(rows)
+    return LoadedSource(name, source.path, rows, held_out, digest, omitted, source.checker, apart is not None)
 
 
 # --- Parsing: the records of a place as rows. The rows of large files are cached, so that every further process maps
@@ -233,8 +205,7 @@ def _parse(
             good.add(row)
             omitted.unread.update(formats.unread(form, fields))
             omitted.oddities.update(formats.oddities(row))
-    told = [[row.where, row.why] for row in omitted.bad]
-    return good.rows({"bad": told, "unread": omitted.unread, "odd": omitted.oddities}), omitted
+    return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted
 
 
 def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
@@ -250,18 +221,14 @@ def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
 
 def _recognise(name: str, source: Source, table: Scan) -> Format:
     """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
-    listed = f"columns: {_listing(table.columns)}"
-    problems = [
-        Problem(
-            f"data.sources.{name}.columns.{ours}={theirs}",
-            "no such column in the data",
-            advice=(*formats.nearest("{}", theirs, table.columns), listed),
-        )
+    why, listed = "no such column in the data", f"columns: {_listing(table.columns)}"
+    missing = {  # an empty name: the field is left unread
+        f"{ours}={theirs}": (*formats.nearest("{}", theirs, table.columns), listed)
         for ours, theirs in source.columns.items()
-        if theirs and theirs not in table.columns  # an empty name: the field is left unread
-    ]
-    if problems:
-        raise UftError(*problems)
+        if theirs and theirs not in table.columns
+    }
+    if missing:
+        raise UftError(*(Problem(f"data.sources.{name}.columns.{what}", why, advice=a) for what, a in missing.items()))
     told = formats.rename(table.told, source.columns)
     usual = formats.rename({c: c for c, count in table.columns.items() if 2 * count >= table.count}, source.columns)
     columns = {column for column in usual if told.get(column) or column not in formats.FEEDBACK}
@@ -336,7 +303,6 @@ _BUILTIN = "builtin:"
 _SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLIT_NAME = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?=[-_.\d]|$)", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-CHANGED = ("changed while it was read", "wait until the program that writes it is done")
 
 
 def is_local(path: str) -> bool:
@@ -367,36 +333,29 @@ def open_place(place: Place) -> tuple[list[RecordTable], list[str]]:
         raise place.problem("is neither a file nor a folder")
     if not looks_local(place.path):
         return [_hub(place.path, place)], []
-    if not os.path.isdir(path.parent):
-        advice = f"the folder {path.parent} does not exist either"
-    else:
+    advice = [f"the folder {path.parent} does not exist either"]
+    if os.path.isdir(path.parent):
         beside = sorted(os.listdir(path.parent)) if os.access(path.parent, os.R_OK) else []
-        close = get_close_matches(path.name, beside, n=1)
-        advice = f"did you mean  {path.parent / close[0]} ?" if close else ""
-    raise place.problem("no such file or folder", *([advice] if advice else []))
+        advice = [f"did you mean  {path.parent / name} ?" for name in get_close_matches(path.name, beside, n=1)]
+    raise place.problem("no such file or folder", *advice)
 
 
 def _file(path: Path, place: Place) -> RecordTable:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise place.problem(f"cannot read files of type {path.suffix or '(none)'}", f"types: {' '.join(READERS)}")
-    before = _file_state(path)
+    before = path.stat()
 
     def find() -> Iterator[Found]:
         try:
             yield from reader(path)
         except Exception as error:  # a broken Parquet file, no permission: the reader's own words say it best
             raise place.problem(f"cannot be read: {first_line(error)}") from error
-        if before != _file_state(path):
-            raise place.problem(*CHANGED)
+        after = path.stat()
+        if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
+            raise place.problem("changed while it was read", "wait until the program that writes it is done")
 
-    return RecordTable(str(path), find, path, textual=reader is _csv, small=before[1] <= KEPT_BYTES)
-
-
-def _file_state(path: Path) -> tuple[int, int, int]:
-    """Identity, size and time of a file: they change when it is written to."""
-    known = path.stat()
-    return known.st_ino, known.st_size, known.st_mtime_ns
+    return RecordTable(str(path), find, path, textual=reader is _csv, small=before.st_size <= KEPT_BYTES)
 
 
 def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
@@ -506,18 +465,11 @@ def _jsonl(path: Path) -> Iterator[Found]:
                 yield 1, "the file is UTF-16; save it as UTF-8"
                 return
             raw = (line.removeprefix(_BOM) if number == 1 else line).strip()
-            if not raw:
-                continue
-            try:
-                found = _record(json.loads(raw.decode("utf-8")))
-            except UnicodeDecodeError as error:
-                found = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
-            except json.JSONDecodeError as error:
-                lines = "; lines end with a line feed, not with a carriage return" if b"\r" in raw else ""
-                found = f"broken JSON: {error.msg} at column {error.colno}{lines}"
-            except (ValueError, RecursionError) as error:
-                found = _beyond_python(error)
-            yield number, found
+            if raw:
+                value, _, fault = _parsed(raw)
+                if b"\r" in raw and "JSON" in fault:
+                    fault += "; lines end with a line feed, not with a carriage return"
+                yield number, fault or _record(value)
 
 
 def _json(path: Path) -> Iterator[Found]:
@@ -529,18 +481,8 @@ def _json(path: Path) -> Iterator[Found]:
     if not first.startswith(b"["):
         yield from _jsonl(path)
         return
-    raw = path.read_bytes().removeprefix(_BOM).strip()
-    try:
-        items = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        yield raw.count(b"\n", 0, error.start) + 1, f"not UTF-8: byte 0x{raw[error.start]:02x}"
-    except json.JSONDecodeError as error:
-        yield error.lineno, f"broken JSON: {error.msg}"
-    except (ValueError, RecursionError) as error:
-        yield 1, _beyond_python(error)
-    else:
-        del raw
-        yield from enumerate(map(_record, items), start=1)
+    items, line, fault = _parsed(path.read_bytes().removeprefix(_BOM).strip())
+    yield from [(line, fault)] if fault else enumerate(map(_record, items), start=1)
 
 
 _BOM = b"\xef\xbb\xbf"
@@ -550,9 +492,35 @@ def _record(value: Any) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else "not a JSON object"
 
 
-def _beyond_python(error: ValueError | RecursionError) -> str:
-    deep = isinstance(error, RecursionError)
-    return f"broken JSON: {'nested too deeply' if deep else 'a number of more than 4,300 digits'}"
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Unreadable(f"names a field twice: {_repeated(name for name, _ in pairs)}")
+    return found
+
+
+def _repeated(names: Iterable[str]) -> str:
+    return ", ".join(excerpt(name) for name, count in Counter(names).items() if count > 1)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _parsed(raw: bytes) -> tuple[Any, int, str]:
+    """The value of a JSON text; else the line of its fault, and the fault."""
+    try:
+        return _DECODER.decode(raw.decode("utf-8")), 1, ""
+    except Unreadable as error:
+        return None, 1, str(error)
+    except UnicodeDecodeError as error:
+        fault = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+        return None, raw.count(b"\n", 0, error.start) + 1, fault
+    except json.JSONDecodeError as error:
+        return None, error.lineno, f"broken JSON: {error.msg} at column {error.colno}"
+    except ValueError:  # of Python's int
+        return None, 1, "broken JSON: a number of more than 4,300 digits"
+    except RecursionError:
+        return None, 1, "broken JSON: nested too deeply"
 
 
 def _csv(path: Path) -> Iterator[Found]:
@@ -562,9 +530,8 @@ def _csv(path: Path) -> Iterator[Found]:
         rows = csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         try:
             header: list[str] = next(rows, [])
-            twice = sorted(name for name, count in Counter(header).items() if count > 1)
-            if twice:
-                yield 1, f"names a column twice: {', '.join(map(repr, twice[:3]))}"
+            if repeated := _repeated(header):
+                yield 1, f"names a column twice: {repeated[:200]}"
                 return
             start = rows.line_num + 1
             for cells in rows:
@@ -580,18 +547,13 @@ def _csv(path: Path) -> Iterator[Found]:
 def _parquet(path: Path) -> Iterator[Found]:
     import pyarrow.parquet
 
-    def only_row(batch: Any) -> dict[str, Any] | str:
-        try:
-            row: dict[str, Any] = batch.to_pylist()[0]
-            return row
-        except Exception as error:
-            return f"cannot be read: {first_line(error)}"
-
     def rows_of(batch: Any) -> list[Any]:
         try:
             return list(batch.to_pylist())
-        except Exception:  # a row has no value in Python (a text that is not UTF-8): find it
-            return [only_row(batch.slice(place, 1)) for place in range(batch.num_rows)]
+        except Exception as error:  # a row has no value in Python (a text that is not UTF-8): find it
+            if batch.num_rows == 1:
+                return [f"cannot be read: {first_line(error)}"]
+            return [row for place in range(batch.num_rows) for row in rows_of(batch.slice(place, 1))]
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of the names of folders

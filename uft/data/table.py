@@ -144,6 +144,25 @@ def like(rows: Sequence[Row], place: int) -> Row:
     return rows.examples[number]
 
 
+def hold_out(rows: Sequence[Row], amount: float) -> tuple[Sequence[Row], Sequence[Row]]:
+    """(training rows, held-out rows): whole prompts, those whose hashes are least, until `amount` rows are held out.
+
+    `amount` is a share below 1 or a count. The choice of prompts does not depend on order, seed or source, so sources
+    that share prompts hold out nearly the same ones. Order within both sides is that of `rows`.
+    """
+    wanted = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
+    count = min(wanted, len(rows))
+    if count <= 0:
+        return rows, pick(rows, ())
+    words = np.array(prompt_words(rows))
+    edge = np.sort(words)[count - 1]  # the word of one prompt, nearly always: a word is not the whole hash
+    held = words < edge
+    at_edge = {int(n): prompt_hash(rows[int(n)].prompt) for n in np.flatnonzero(words == edge)}
+    last = sorted(at_edge.values())[count - int(held.sum()) - 1]
+    held[[n for n, full_hash in at_edge.items() if full_hash <= last]] = True
+    return pick(rows, np.flatnonzero(~held)), pick(rows, np.flatnonzero(held))
+
+
 # --- Arrow files: one folder per table, written beside and published by rename, with a checksum and notes.
 
 
