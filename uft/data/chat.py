@@ -286,7 +286,7 @@ class ChatTemplate:
         turns = self._specials.hide(prompt)
         with self._explained(turns, "prompt"):
             text = self._render([turns], add_generation_prompt=True)[0].text
-        return self._specials.encode([text])[0].ids
+        return next(self._specials.encode([text])).ids
 
     # --- masks
 
@@ -310,7 +310,7 @@ class ChatTemplate:
             first = wanted[0]
             start = self._generation_start(turns[:first], found)
             same = start == rendered.text[: encoded.offsets[tokens.prompt_length][0]] or (
-                start is not None and self._specials.encode([start])[0].ids == encoded.ids[: tokens.prompt_length]
+                start is not None and next(self._specials.encode([start])).ids == encoded.ids[: tokens.prompt_length]
             )
             if not same:
                 notes.append(Note("begins replies in training after other text than generation starts from", first))
