@@ -153,7 +153,7 @@ def test_reasoning_of_context_that_a_template_drops_is_told(tokenizer, chatml_te
     row = said(ASKED, assistant("4", reasoning_content="two", weight=0), ASKED, SUNNY)
     tokenizer.chat_template = chatml_template
     assert tokenize("mine", [row], Renderer(tokenizer), 100).report.notes == (
-        ("does not render reasoning_content", 1, row.id),
+        ("does not render reasoning_content", 1, f"{row.id}, turn 2"),
     )
 
 

@@ -9,7 +9,11 @@ A conversation is rendered once, whole, and that text alone is tokenised. The ma
 2. its skeleton: the same roles rendered with marks for contents. Filling the contents into the skeleton must give the
    rendered text, character by character, so a reply that repeats an earlier turn cannot mislead it;
 3. for a template that changes contents (thinking tags), each reply is found between the rendering of the turns before
-   it and a mark at its end, both checked against the one rendering.
+   it and a mark at its end, both checked against the one rendering. A reply with reasoning or calls of tools is all
+   that stands between its header and its end.
+
+A turn that the template leaves out or changes, and other differences between a row and its text, are notes beside the
+tokens.
 
 `plain` is the way for base models without a template.
 """
@@ -286,7 +290,7 @@ class ChatTemplate:
         turns = self._specials.hide(prompt)
         with self._explained(turns, "prompt"):
             text = self._render([turns], add_generation_prompt=True)[0].text
-        return self._specials.encode([text])[0].ids
+        return next(self._specials.encode([text])).ids
 
     # --- masks
 
@@ -310,7 +314,7 @@ class ChatTemplate:
             first = wanted[0]
             start = self._generation_start(turns[:first], found)
             same = start == rendered.text[: encoded.offsets[tokens.prompt_length][0]] or (
-                start is not None and self._specials.encode([start])[0].ids == encoded.ids[: tokens.prompt_length]
+                start is not None and next(self._specials.encode([start])).ids == encoded.ids[: tokens.prompt_length]
             )
             if not same:
                 notes.append(Note("begins replies in training after other text than generation starts from", first))

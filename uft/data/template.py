@@ -157,22 +157,20 @@ class LiteralSpecials:
         """A text with the spellings instead of their stand-ins."""
         return text.translate({ord(stand_in): spelled for spelled, stand_in in self._stand_in.items()})
 
-    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+    def encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
         """Tokens of each text, those of the spelling at the place of a stand-in."""
         literal = any(chr(STAND_INS) <= max(text, default="") for text in texts if not text.isascii())
         backend = self._extended if literal else self._tokenizer
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = False  # an earlier caller may have set it
-        encoded = []
         for one in backend.encode_batch(texts, add_special_tokens=False):
             ids, offsets = one.ids, one.offsets
             if literal:
                 spelled = [self._spellings.get(token, [token]) for token in ids]
                 ids = [token for tokens in spelled for token in tokens]
                 offsets = [span for span, tokens in zip(offsets, spelled, strict=True) for _ in tokens]
-            encoded.append(Encoded(ids, offsets))
-        return encoded
+            yield Encoded(ids, offsets)
 
     @cached_property
     def _extended(self) -> Tokenizer:

@@ -46,7 +46,7 @@ class LengthReport:
     supervised_lost: int = 0  # in cut and dropped rows
     longest: int = 0  # of all completions, before anything was cut
     lengths: tuple[tuple[int, int], ...] = ()  # (up to this length, completions), before anything was cut
-    notes: tuple[tuple[str, int, str], ...] = ()  # (difference that the template makes, how often, the first row)
+    notes: tuple[tuple[str, int, str], ...] = ()  # (difference that the template makes, how often, where first)
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _encode(
                 faults += 1
                 problems += [fault] if faults <= FAULTS_SHOWN else []
             for note in (note for one in tokens for note in one.notes):
-                count, first = notes.get(note.what, (0, row.id))
+                count, first = notes.get(note.what, (0, f"{row.id}, turn {note.turn + 1}"))
                 notes[note.what] = count + 1, first
         sizes = [one.length for row in encoded for one in row]
         lengths.update(np.searchsorted(EDGES, sizes).tolist())
