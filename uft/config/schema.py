@@ -105,6 +105,7 @@ class Model:
     lora: Lora = field(default_factory=Lora)
     dtype: str = _key("float32", "precision of the forward pass", choices=("float32", "bfloat16"))
     master_weights: bool = _key(True, "keep trained weights in float32 whatever the dtype")
+    dropout: bool = _key(False, "train with the dropout of the model's own configuration; never beside a reference")
     attention: str = _key("auto", "attention kernel", choices=("auto", "sdpa", "eager", "flash_attention_2"))
     compile: bool = _key(False, "torch.compile of every block: half a minute to begin with, then faster if it is deep")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass to save memory")

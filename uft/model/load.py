@@ -22,7 +22,7 @@ from uft.config.schema import Model
 from uft.distributed import ranks
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
-from uft.model.policy import DTYPES, Policy, add_lora, auto_model, blocks
+from uft.model.policy import DTYPES, Policy, add_lora, auto_model, blocks, own_dropout, switch_off_dropout
 from uft.model.sharded import load_sharded
 from uft.runs import cache_root, clear_left
 
@@ -82,6 +82,10 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     else:
         policy = Policy(load_model(model, device, init_seed), model.dtype)
     policy.check_head()
+    if rates := own_dropout(policy.base.config):
+        state = "acts in training" if model.dropout else "is off (on, where nothing is compared: model.dropout=true)"
+        named = ", ".join(f"{key} {rate:g}" for key, rate in rates.items())
+        policy.notes.append(f"dropout of the model's configuration {state}: {named}")
     return policy
 
 
@@ -118,7 +122,10 @@ def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
 
 
 def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
-    """`base` with its LoRA adapter and its gradient checkpointing."""
+    """`base` with its LoRA adapter and its gradient checkpointing, and without the dropout of its own configuration
+    unless `model.dropout`."""
+    if not model.dropout:
+        switch_off_dropout(base)
     lora = model.adapter == "lora"
     module = add_lora(base, model.lora, init_seed, float32=model.master_weights) if lora else base
     if model.gradient_checkpointing:

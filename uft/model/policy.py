@@ -239,6 +239,40 @@ def blocks(base: Any) -> list[nn.Module]:
     return marked or [block for child in body.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
+def own_dropout(config: Any) -> dict[str, float]:
+    """Every dropout of a configuration that is not 0, also after it was switched off: KEY or PART.KEY -> rate."""
+    if off := vars(config).get("own_dropout"):
+        return off
+    parts = {"": config, **{f"{name}.": value for name, value in vars(config).items() if hasattr(value, "to_dict")}}
+    return {
+        f"{part}{key}": float(value)
+        for part, settings in parts.items()
+        for key, value in vars(settings).items()
+        if "drop" in key and type(value) in (float, int) and value > 0
+    }
+
+
+def switch_off_dropout(base: Any) -> None:
+    """Set the dropout of a model's layers and configuration to 0; the configuration keeps what it said beside that."""
+    rates = own_dropout(base.config)
+    set_dropout(base.config, dict.fromkeys(rates, 0.0))
+    if rates:
+        base.config.own_dropout = rates
+    for module in base.modules():
+        names = [name for name in vars(module) if "drop" in name]  # rates that the layer applies itself
+        for name in [*names, "p"] if "Dropout" in type(module).__name__ else names:
+            if type(getattr(module, name, None)) is float:
+                setattr(module, name, 0.0)
+
+
+def set_dropout(config: Any, rates: Mapping[str, float]) -> None:
+    """Give a configuration these rates of dropout again."""
+    vars(config).pop("own_dropout", None)
+    for place, rate in rates.items():
+        part, _, key = place.rpartition(".")
+        setattr(getattr(config, part) if part else config, key, rate)
+
+
 def auto_model() -> Any:
     """transformers' AutoModelForCausalLM, imported without scipy.
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from uft import __version__
-from uft.config.schema import Config, Hardware, Model, ReferenceModel
+from uft.config.schema import Config, Hardware, Model, Optim, ReferenceModel
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
 from uft.data.loader import Collator
@@ -28,7 +29,7 @@ from uft.heartbeat import activity
 from uft.model.layout import compile_blocks, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.memory import Shape, Spread, estimate, keep_freed_memory, shape_of
-from uft.model.policy import Policy, idle_adapters
+from uft.model.policy import Policy, idle_adapters, own_dropout
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Objective, StepContext
 from uft.runs import Run, cache_root, shown
@@ -49,6 +50,13 @@ RANK_SEEDS = 1_000_003
 """Distance between the sampling seeds of two processes."""
 
 REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs with all rights of this user"
+
+IDLE = "{} adapters never act, since the model does not call their layers: {}"
+
+UNMOVED = 0.5
+"""Share of weights that a step of the learning rate's size does not move, from which that is told."""
+
+IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weights=true"
 
 Say = Callable[[str], None]
 
@@ -73,11 +81,13 @@ class Prepared:
         remote = [REMOTE_CODE] if trainer.config.model.trust_remote_code else []
         items = trainer.sampler.items(trainer.sampler.preview(8))[:1] if trainer.policy.has_adapter else []
         batches = micro_batches(items, 1, trainer.collator.pad_id, trainer.policy.layout)
-        with torch.random.fork_rng(devices=[trainer.device] if trainer.device.type == "cuda" else []):
+        with same_generators(trainer.device):
             idle = [name for batch in batches for name in idle_adapters(trainer.policy, batch.to(trainer.device))]
-        if idle:
-            remote.append(f"{len(idle)} adapters never act, since the model does not call their layers: {idle[0]}, ...")
-        return [*remote, *objective.cautions(), *counted_as_certain(self.data.sampler, objective)]
+        told = [IDLE.format(len(idle), ", ".join(idle[:3]))] if idle else []
+        optim, share = trainer.config.optim, unmoved_share(trainer.parameters, trainer.config.optim)
+        if share > UNMOVED and optim.name != "sgd":
+            told.append(f"{share:.0%} of the trained weights are too large for steps of {optim.lr:g} {IN_BFLOAT16}")
+        return [*remote, *told, *objective.cautions(), *counted_as_certain(self.data.sampler, objective)]
 
     @cached_property
     def memory(self) -> dict[str, int]:
@@ -129,6 +139,9 @@ def prepare(
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
+    if config.model.dropout and objective.needs.reference and own_dropout(policy.base.config):
+        why = f"objective={objective.name} compares the policy with its reference, which dropout would make unequal"
+        raise UftError(Problem("model.dropout=true", why, advice=("model.dropout=false",)))
     check_positions(policy, dataset)
     longest = longest_row(dataset, config, objective)
     settle_layout(policy, config.train.packing, longest)
@@ -272,6 +285,11 @@ def settle_threads(hardware: Hardware, policy: Policy) -> None:
 # --- Checks before the first step.
 
 
+def same_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, numbers may be drawn that no later one depends on."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 def check_positions(policy: Policy, dataset: TrainData) -> None:
     """Raise UftError for sources with rows longer than the model's learned position embeddings."""
     positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None)
@@ -289,6 +307,15 @@ def check_positions(policy: Policy, dataset: TrainData) -> None:
 
 
 @torch.no_grad()
+def unmoved_share(parameters: Mapping[str, torch.nn.Parameter], optim: Optim) -> float:
+    """Share of the trained weights that are bfloat16 and stay what they are when the peak learning rate is added."""
+    stored = [p.to_local() if isinstance(p, DTensor) else p for p in parameters.values()]
+    narrow = [weight for weight in stored if weight.dtype == torch.bfloat16]
+    unmoved = sum(int(((w.float() + optim.lr_scale * optim.lr).bfloat16() == w).sum()) for w in narrow)
+    return unmoved / max(1, sum(weight.numel() for weight in stored))
+
+
+@torch.no_grad()
 def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, float]:
     """Check on the real run that the policy equals its reference before step 0, and losses have the values that follow.
 
@@ -302,18 +329,18 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
         return {}
     dtype = trainer.config.model.dtype
     batch = micro_batches(items[:2], 1, trainer.collator.pad_id, trainer.policy.layout)[0].to(trainer.device)
-    trainer.policy.eval()
-    ours, theirs = trainer.policy(batch).log_probs, reference.forward(batch).log_probs
-    problems = check_step_zero(ours, theirs, STEP_ZERO_TOLERANCE[dtype])
-    if not problems:
-        loss = trainer.objective(batch, trainer.policy, reference.forward, StepContext(learning=False))
-        loose = 1e-2 if dtype == "float32" else 1.0
-        problems = [
-            f"{name} is {float(loss[name].total):.6g} where policy = reference gives {float(total):.6g}"
-            for name, total in trainer.objective.at_reference(batch).items()
-            if abs(float(loss[name].total) - float(total)) > loose * max(1.0, float(loss[name].count))
-        ]
-    trainer.policy.train()
+    with same_generators(trainer.device):  # as in training, where dropout acts
+        trainer.policy.train()
+        ours, theirs = trainer.policy(batch).log_probs, reference.forward(batch).log_probs
+        problems = check_step_zero(ours, theirs, STEP_ZERO_TOLERANCE[dtype])
+        if not problems:
+            loss = trainer.objective(batch, trainer.policy, reference.forward, StepContext(learning=False))
+            loose = 1e-2 if dtype == "float32" else 1.0
+            problems = [
+                f"{name} is {float(loss[name].total):.6g} where policy = reference gives {float(total):.6g}"
+                for name, total in trainer.objective.at_reference(batch).items()
+                if abs(float(loss[name].total) - float(total)) > loose * max(1.0, float(loss[name].count))
+            ]
     if problems:
         raise UftError(Problem("step 0", problems[0], advice=tuple(problems[1:])), code=FAILED)
     return {"targets": ours.numel(), "largest_difference": float((ours - theirs).abs().max())}
