@@ -306,6 +306,8 @@ def idle_adapters(policy: Policy, batch: Batch) -> list[str]:
 
 
 ALL_LINEAR = "all-linear"
+MAMBA_LIKE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Models whose `out_proj` PEFT refuses to adapt, since their kernels read its weight."""
 
 
 def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module:
@@ -323,12 +325,25 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, any number does
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
+        exclude_modules=not_adaptable(model) if ALL_LINEAR in targets else None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under a name that is going away
         torch.manual_seed(init_seed)
-        return get_peft_model(model, config, autocast_adapter_dtype=float32)
+        try:
+            return get_peft_model(model, config, autocast_adapter_dtype=float32)
+        except ValueError as error:
+            raise UftError(Problem(f"model.lora.targets={targets}", f"PEFT cannot adapt them: {error}")) from error
+
+
+def not_adaptable(model: Any) -> list[str] | None:
+    """Names of the linear layers that all-linear leaves out: those that PEFT refuses, and routers of experts, which are
+    linear layers by their class alone: they return more than one tensor."""
+    refused = {"out_proj"} if model.config.model_type in MAMBA_LIKE else set()
+    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    refused |= {name.rpartition(".")[2] for name, m in linear if type(m).forward is not nn.Linear.forward}
+    return sorted(refused) or None
 
 
 def check_targets(model: Any, targets: list[str]) -> None:
