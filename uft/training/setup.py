@@ -449,6 +449,9 @@ def stage_card(prepared: Prepared) -> Card:
 
     threads, hardware = torch.get_num_threads(), config.hardware
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads != 1)}"
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
     processes = hardware.processes * hardware.nodes
     share = "a share of the model" if hardware.sharding == "full" else "the whole model"
     parts = prepared.memory
@@ -467,12 +470,5 @@ def stage_card(prepared: Prepared) -> Card:
         ("optimiser", f"{optim.name} lr {optim.lr:g}, {optim.schedule}, {warmup} steps of warm-up"),
         ("evaluation", evaluation if held_out else "no held-out rows: set data.holdout=0.05 to measure on some"),
         ("device", f"{device} ({name})" + (f", {processes} processes, each with {share}" if processes > 1 else "")),
-        ("memory", f"about {count(sum(parts.values()))}B of {count(free_memory(device))}B free ({needed})"),
+        ("memory", f"about {count(sum(parts.values()))}B of {count(free)}B free ({needed})"),
     ]
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
