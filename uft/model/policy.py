@@ -330,6 +330,7 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under a name that is going away
+        warnings.simplefilter("ignore", UserWarning)  # about a tied head, which the export unties
         torch.manual_seed(init_seed)
         try:
             return get_peft_model(model, config, autocast_adapter_dtype=float32)

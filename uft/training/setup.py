@@ -79,7 +79,8 @@ class Prepared:
         """Warnings about the run that its card and `check.json` repeat."""
         trainer, objective = self.trainer, self.data.objective
         remote = [REMOTE_CODE] if trainer.config.model.trust_remote_code else []
-        items = trainer.sampler.items(trainer.sampler.preview(8))[:1] if trainer.policy.has_adapter else []
+        looks = trainer.policy.has_adapter and not trainer.config.model.compile  # its hooks would compile all again
+        items = trainer.sampler.items(trainer.sampler.preview(8))[:1] if looks else []
         batches = micro_batches(items, 1, trainer.collator.pad_id, trainer.policy.layout)
         with same_generators(trainer.device):
             idle = [name for batch in batches for name in idle_adapters(trainer.policy, batch.to(trainer.device))]
