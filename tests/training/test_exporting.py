@@ -45,6 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "head_dim": 8, **EXPERTS},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": DEEPSEEK | EXPERTS,
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # its routers are linear layers that return tuples
+    "mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1},  # PEFT refuses its out_proj
     "jamba": {"num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
     | {"use_mamba_kernels": False, "mamba_d_state": 4, "mamba_dt_rank": 4},
 }
@@ -77,7 +79,7 @@ def tokenizer(model_folder):
     return AutoTokenizer.from_pretrained(model_folder)
 
 
-CASES = [(kind, ["all-linear"]) for kind in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3")]
+CASES = [(kind, ["all-linear"]) for kind in ("mixtral", "qwen3_moe", "olmoe", "deepseek_v3", "phimoe", "mamba2")]
 
 
 @pytest.mark.parametrize(("kind", "targets"), [*CASES, ("llama", ["lm_head"]), ("gpt2", ["lm_head", "c_attn"])])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from dying import StopAt
 from transformers import LlamaConfig, LlamaForCausalLM
+from watched import trained
 
 from uft.config.schema import Hardware
 from uft.errors import FAILED, UftError
+from uft.model.export import plain_model
 from uft.runs import create_run
 from uft.training.setup import (
     ONE_ROW,
@@ -20,6 +24,7 @@ from uft.training.setup import (
     prepare,
     resume,
     saved_progress,
+    stage_card,
 )
 from uft.training.trainer import CPU_PASS, PASS, Progress, tokens_per_pass
 
@@ -171,3 +176,64 @@ def test_without_held_out_rows_and_reference_there_is_nothing_to_compare_with(bu
     assert build("sft").eval_reference is None
     assert build("sft", "data.holdout=0.2", run="held").eval_reference is not None
     assert build("dpo", run="pair").eval_reference is not None
+
+
+# --- dropout of the model's own configuration; weights that do not move
+
+
+@pytest.fixture
+def dropping(model_folder, tmp_path):
+    """dropping("gpt2"): a folder of a tiny model whose own dropout is 0.1."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    sizes = {
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+        "opt": {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        | {"word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    }
+
+    def make(kind: str) -> Path:
+        folder = tmp_path / kind
+        config = AutoConfig.for_model(
+            kind, vocab_size=61, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes[kind]
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(("kind", "key"), [("gpt2", "attn_pdrop"), ("opt", "dropout")])
+def test_a_models_own_dropout_is_off_unless_asked_for_and_never_beside_a_reference(kind, key, build, dropping):
+    path = f"model.path={dropping(kind)}"
+    prepared = build("dpo", path, "train.packing=padded", "train.steps=1")
+    check_start(prepared.trainer, prepared.reference)  # as in training
+    assert trained(prepared).values == pytest.approx([math.log(2)], abs=1e-5)
+    card = str(stage_card(prepared))
+    assert "is off (on, where nothing is compared: model.dropout=true): " in card
+    assert f"{key} 0.1" in card
+    with pytest.raises(UftError, match="objective=dpo compares the policy with its reference"):
+        build("dpo", path, "model.dropout=true", run="refused")
+    policies = {}
+    for asked in ("true", "false"):
+        prepared = build("sft", path, f"model.dropout={asked}", run=asked)
+        trainer = prepared.trainer
+        batch = trainer.collator(trainer.sampler.take(2)).batches[0]
+        trainer.policy.train()
+        with torch.no_grad():
+            policies[asked] = [trainer.policy(batch).log_probs for _ in range(2)]
+        saved = plain_model(trainer.policy, torch.float32, trainer.policy.base.state_dict()).config
+        assert getattr(saved, key) == 0.1
+        assert not hasattr(saved, "own_dropout")
+    assert "acts in training" in str(stage_card(build("sft", path, "model.dropout=true", run="told")))
+    assert torch.equal(*policies["false"])
+    assert not torch.equal(*policies["true"])
+
+
+def test_weights_that_a_step_is_too_small_for_are_told(build):
+    narrow = ("model.dtype=bfloat16", "model.master_weights=false")
+    told = build("sft", *narrow, "optim.lr=1e-5").cautions
+    assert any("of the trained weights are too large for steps of 1e-05" in caution for caution in told)
+    assert build("sft", *narrow, "optim.lr=0.1", run="large").cautions == []
+    assert build("sft", "model.dtype=bfloat16", "optim.lr=1e-5", run="wide").cautions == []

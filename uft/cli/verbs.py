@@ -295,7 +295,7 @@ def explained(error: Exception, request: Request, multirun: bool) -> UftError:
 
 
 SWITCHES = ("--run -r", "--multirun -m", "--shell-completion -sc", "--hydra-help", "--version", "--resolve")
-VALUES = ("--package -p", "--config-path -cp", "--config-name -cn", "--config-dir -cd", "--experimental-rerun")
+VALUES = ("--package -p", "--config-path -cp", "--config-name -cn", "--config-dir -cd")  # a rerun would load a pickle
 CHOICES = {
     "--cfg -c": ("job", "hydra", "all"),
     "--info -i": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),

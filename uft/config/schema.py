@@ -125,6 +125,7 @@ class Model:
     lora: Lora = Field(default_factory=Lora)
     dtype: Literal["float32", "bfloat16"] = _key("float32", "precision of the forward pass")
     master_weights: bool = _key(True, "keep trained weights in float32 whatever the dtype")
+    dropout: bool = _key(False, "train with the dropout of the model's own configuration; never beside a reference")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = _key("auto", "attention kernel")
     compile: bool = _key(False, "torch.compile of every block: half a minute to begin with, then faster if it is deep")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass to save memory")

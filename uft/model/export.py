@@ -18,7 +18,7 @@ from uft.distributed import ranks
 from uft.environment import PeerLost
 from uft.errors import FAILED, Problem, UftError
 from uft.heartbeat import activity
-from uft.model.policy import Policy
+from uft.model.policy import Policy, own_dropout, set_dropout
 from uft.runs import as_umask_leaves, shown, writing
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def plain_model(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor
 
     base = policy.base
     config = copy.deepcopy(base.config)
+    set_dropout(config, own_dropout(config))
     config.dtype = dtype
     if isinstance(base.get_output_embeddings(), BaseTunerLayer):  # merged, the head is not the embedding any more
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False

@@ -24,7 +24,16 @@ from uft.distributed import ranks
 from uft.environment import PeerLost
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
-from uft.model.policy import DTYPES, Policy, add_lora, auto_model, blocks, position_limit
+from uft.model.policy import (
+    DTYPES,
+    Policy,
+    add_lora,
+    auto_model,
+    blocks,
+    own_dropout,
+    position_limit,
+    switch_off_dropout,
+)
 from uft.model.sharded import load_sharded
 from uft.runs import cache_root, clear_left
 
@@ -82,7 +91,12 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, its head checked against the model's own logits."""
     adapt = partial(adapted, model=model, init_seed=init_seed)
     what = f"model.path={model.path}"
-    return _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, what)
+    policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, what)
+    if rates := own_dropout(policy.base.config):
+        state = "acts in training" if model.dropout else "is off (on, where nothing is compared: model.dropout=true)"
+        named = ", ".join(f"{key} {rate:g}" for key, rate in rates.items())
+        policy.notes.append(f"dropout of the model's configuration {state}: {named}")
+    return policy
 
 
 @activity("a model was loaded", moving=True)
@@ -139,7 +153,10 @@ def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
 
 
 def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
-    """`base` with its LoRA adapter and its gradient checkpointing."""
+    """`base` with its LoRA adapter and its gradient checkpointing, and without the dropout of its own configuration
+    unless `model.dropout`."""
+    if not model.dropout:
+        switch_off_dropout(base)
     lora = model.adapter == "lora"
     module = add_lora(base, model.lora, init_seed, float32=model.master_weights) if lora else base
     if model.gradient_checkpointing:

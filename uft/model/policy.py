@@ -366,6 +366,40 @@ def blocks(base: Any) -> list[nn.Module]:
     return marked or [block for child in body.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
+def own_dropout(config: Any) -> dict[str, float]:
+    """Every dropout of a configuration that is not 0, also after it was switched off: KEY or PART.KEY -> rate."""
+    if off := vars(config).get("own_dropout"):
+        return off
+    parts = {"": config, **{f"{name}.": value for name, value in vars(config).items() if hasattr(value, "to_dict")}}
+    return {
+        f"{part}{key}": float(value)
+        for part, settings in parts.items()
+        for key, value in vars(settings).items()
+        if "drop" in key and type(value) in (float, int) and value > 0
+    }
+
+
+def switch_off_dropout(base: Any) -> None:
+    """Set the dropout of a model's layers and configuration to 0; the configuration keeps what it said beside that."""
+    rates = own_dropout(base.config)
+    set_dropout(base.config, dict.fromkeys(rates, 0.0))
+    if rates:
+        base.config.own_dropout = rates
+    for module in base.modules():
+        names = [name for name in vars(module) if "drop" in name]  # rates that the layer applies itself
+        for name in [*names, "p"] if "Dropout" in type(module).__name__ else names:
+            if type(getattr(module, name, None)) is float:
+                setattr(module, name, 0.0)
+
+
+def set_dropout(config: Any, rates: Mapping[str, float]) -> None:
+    """Give a configuration these rates of dropout again."""
+    vars(config).pop("own_dropout", None)
+    for place, rate in rates.items():
+        part, _, key = place.rpartition(".")
+        setattr(getattr(config, part) if part else config, key, rate)
+
+
 def auto_model() -> Any:
     """transformers' AutoModelForCausalLM, imported without scipy.
 
@@ -399,6 +433,8 @@ def idle_adapters(policy: Policy, batch: Batch) -> list[str]:
 
 
 ALL_LINEAR = "all-linear"
+MAMBA_LIKE = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""Models whose `out_proj` PEFT refuses to adapt, since their kernels read its weight."""
 
 
 def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module:
@@ -416,12 +452,26 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, any number does
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
+        exclude_modules=not_adaptable(model) if ALL_LINEAR in targets else None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under a name that is going away
+        warnings.simplefilter("ignore", UserWarning)  # about a tied head, which the export unties
         torch.manual_seed(init_seed)
-        return get_peft_model(model, config, autocast_adapter_dtype=float32)
+        try:
+            return get_peft_model(model, config, autocast_adapter_dtype=float32)
+        except ValueError as error:
+            raise UftError(Problem(f"model.lora.targets={targets}", f"PEFT cannot adapt them: {error}")) from error
+
+
+def not_adaptable(model: Any) -> list[str] | None:
+    """Names of the linear layers that all-linear leaves out: those that PEFT refuses, and routers of experts, which are
+    linear layers by their class alone: they return more than one tensor."""
+    refused = {"out_proj"} if model.config.model_type in MAMBA_LIKE else set()
+    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    refused |= {name.rpartition(".")[2] for name, m in linear if type(m).forward is not nn.Linear.forward}
+    return sorted(refused) or None
 
 
 def check_targets(model: Any, targets: list[str]) -> None:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +20,20 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from uft.data.batch import Batch
     from uft.data.chat import Tokens
     from uft.model.policy import Policy
+    from uft.objectives.base import ForwardOutput
 
 NEW_TOKENS = 16  # of every greedy answer
 OWN_PROCESS = 20_000_000
 """Parameters from which the folder is loaded in a process of its own: of a smaller model, imports would cost more."""
 PATIENCE = 3600.0  # seconds, for a large model on the CPU
 
-TOLERANCE = {"float32": (2e-3, 1e-3), "bfloat16": (0.5, 0.05)}
-"""Largest and mean difference of a token's log-prob by the precision of forward or folder: rounding, no more."""
+TOLERANCE = {"float32": (5e-4, 2e-4), "bfloat16": (5e-2, 3e-2)}
+"""Largest and mean difference of log-probs, each by unit of their own largest and mean size; by the narrowest precision
+of the forward, the policy's weights and the folder: rounding, no more."""
+AS_LIKELY = 4  # times the first of them: difference of two tokens' log-probs of which either may be the greedy one
 
 
 def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
@@ -75,66 +79,92 @@ def compare(
 
     `dtype`: the precision of the folder. All ranks call it; rank 0 loads the folder.
     """
-    from uft.data.batch import Batch, sequence_batch
     from uft.distributed import ranks
-    from uft.model.policy import idle_adapters
-    from uft.objectives.base import ForwardRequest
 
-    tolerance = TOLERANCE["bfloat16" if "bfloat16" in (policy.dtype, dtype, *stored(policy)) else "float32"]
-    request = {
+    positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    short = [one for one in rows if one.prompt_length + NEW_TOKENS <= positions]
+    request: dict[str, Any] = {
         "rows": [{"ids": one.ids.tolist(), "targets": (one.supervised[1:].nonzero()[0] + 1).tolist()} for one in rows],
-        "prompts": [one.ids[: one.prompt_length].tolist() for one in rows[:2]],
+        "prompts": [one.ids[: one.prompt_length].tolist() for one in short[:2]],
         "new_tokens": NEW_TOKENS,
         "pad_id": pad_id,
         "trust_remote_code": trust_remote_code,
     }
-    alone = sum(parameter.numel() for parameter in policy.module.parameters()) >= OWN_PROCESS
+    parameters = list(policy.module.parameters())
+    alone = sum(parameter.numel() for parameter in parameters) >= OWN_PROCESS
     found = ranks().on_rank0(lambda: _answered(folder, request, alone))
     if found.get("broken"):
         return f"transformers cannot load it: {found['broken']}", ""
     if "log_probs" not in found:
         return "", found["error"]
-
-    def batch_of(ids: list[int], supervised: Sequence[bool]) -> Batch:
-        sequence = (np.asarray(ids, np.int32), np.asarray(supervised, bool))
-        return sequence_batch([sequence], pad_id, policy.layout).to(policy.device)
-
+    narrow = "bfloat16" in (policy.dtype, dtype) or any(parameter.dtype == torch.bfloat16 for parameter in parameters)
+    tolerance = TOLERANCE["bfloat16" if narrow else "float32"]
     training = policy.module.training
     policy.eval()
     try:
-        with torch.no_grad():
-            for number, (row, theirs) in enumerate(zip(rows, found["log_probs"], strict=True)):
-                batch = batch_of(row.ids.tolist(), row.supervised.tolist())
-                difference = (policy(batch).log_probs.float().cpu() - torch.tensor(theirs)).abs()
-                if difference.max() <= tolerance[0] and difference.mean() <= tolerance[1]:
-                    continue
-                idle = ", ".join(idle_adapters(policy, batch)[:3])
-                return (
-                    f"log-probs of row {number + 1} of {len(rows)} differ by up to {float(difference.max()):.2g}, "
-                    f"{float(difference.mean()):.2g} on average"
-                    + (f" (the model does not call layers that have an adapter: {idle})" if idle else "")
-                ), ""
-            for number, answer in enumerate(found["greedy"]):
-                prompt: list[int] = rows[number].ids[: rows[number].prompt_length].tolist()
-                mask = [False] * len(prompt) + [True] * len(answer)
-                output = policy(batch_of(prompt + answer, mask), ForwardRequest(argmax=True))
-                assert output.argmax is not None
-                best = output.argmax.tolist()
-                place = next((i for i, (a, b) in enumerate(zip(best, answer, strict=True)) if a != b), None)
-                if place is None:
-                    continue
-                # another token than the policy's best one: rounding, if the two are as likely
-                other = policy(batch_of(prompt + answer[:place] + [best[place]], mask[: len(prompt) + place + 1]))
-                gap = float(other.log_probs[-1] - output.log_probs[place])
-                if gap > tolerance[0]:
-                    return f"a greedy answer differs at its token {place + 1}, by {gap:.2g} in log-prob", ""
+        return _difference(policy, rows, request["prompts"], found, pad_id, tolerance), found["error"]
     finally:
-        policy.module.train(training)
-    return "", found["error"]
+        policy.train(training)
 
 
-def stored(policy: Policy) -> set[str]:
-    return {str(parameter.dtype).removeprefix("torch.") for parameter in policy.module.parameters()}
+@torch.no_grad()
+def _difference(
+    policy: Policy,
+    rows: Sequence[Tokens],
+    prompts: Sequence[list[int]],
+    found: Mapping[str, Any],
+    pad_id: int,
+    tolerance: tuple[float, float],
+) -> str:
+    for number, (row, theirs) in enumerate(zip(rows, found["log_probs"], strict=True), 1):
+        if why := _other_log_probs(policy, row, theirs, pad_id, tolerance):
+            return f"log-probs of row {number} of {len(rows)} {why}"
+    answers_of = zip(prompts, found["greedy"], strict=False)
+    differing = (_other_answer(policy, *pair, pad_id, AS_LIKELY * tolerance[0]) for pair in answers_of)
+    return next(filter(None, differing), "")
+
+
+def _other_log_probs(
+    policy: Policy, row: Tokens, theirs: list[float], pad_id: int, tolerance: tuple[float, float]
+) -> str:
+    from uft.model.policy import idle_adapters
+
+    batch = _batch(policy, row.ids, row.supervised, pad_id)
+    ours = policy(batch).log_probs.float().cpu()
+    difference, size = (ours - torch.tensor(theirs)).abs(), ours.abs()
+    largest, mean = float(difference.max()), float(difference.mean())
+    most = [limit * max(1.0, float(of)) for limit, of in zip(tolerance, (size.max(), size.mean()), strict=True)]
+    if largest <= most[0] and mean <= most[1]:  # false for what is not a number
+        return ""
+    why = f"differ by up to {largest:.2g}, {mean:.2g} on average"
+    idle = ", ".join(idle_adapters(policy, batch)[:3])
+    return f"{why} (the model does not call layers that have an adapter: {idle})" if idle else why
+
+
+def _other_answer(policy: Policy, prompt: list[int], answer: list[int], pad_id: int, as_likely: float) -> str:
+    """Why a greedy answer is not the policy's: each of its tokens is its likeliest one, or as likely up to rounding."""
+    from uft.objectives.base import ForwardRequest
+
+    def output(ids: list[int], argmax: bool) -> ForwardOutput:
+        supervised = [place >= len(prompt) for place in range(len(ids))]
+        return policy(_batch(policy, ids, supervised, pad_id), ForwardRequest(argmax=argmax))
+
+    given = output(prompt + answer, argmax=True)
+    assert given.argmax is not None
+    best = given.argmax.tolist()
+    place = next((i for i, (ours, theirs) in enumerate(zip(best, answer, strict=True)) if ours != theirs), None)
+    if place is None:
+        return ""
+    other = output([*prompt, *answer[:place], best[place]], argmax=False)
+    gap = float(other.log_probs[-1] - given.log_probs[place])
+    return f"a greedy answer differs at its token {place + 1}, by {gap:.2g} in log-prob" if gap > as_likely else ""
+
+
+def _batch(policy: Policy, ids: Any, supervised: Any, pad_id: int) -> Batch:
+    from uft.data.batch import sequence_batch
+
+    sequence = (np.asarray(ids, np.int32), np.asarray(supervised, bool))
+    return sequence_batch([sequence], pad_id, policy.layout).to(policy.device)
 
 
 def _answered(folder: Path, request: dict[str, Any], alone: bool) -> dict[str, Any]:

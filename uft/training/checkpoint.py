@@ -22,7 +22,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from uft.distributed import ranks, shard_like
@@ -71,9 +73,6 @@ def begin_shards(folder: Path, tensors: Mapping[str, Tensor]) -> Future[Any]:
 
     The tensors are copied before this returns, so training can go on.
     """
-    import torch.distributed.checkpoint as dcp  # here: a start without shards does without it
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
     writer = dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True)
     # the writer's own stager copies the empty storages that FSDP leaves behind, and fails
     stager = DefaultStager(StagingOptions(False, False, False, False))
@@ -225,8 +224,6 @@ def _load_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
         why = "its shards are in a format that this version of uft does not read"
         how = "finish the run with the version that began it (`git_commit` in run.json), on any number of processes"
         raise UftError(Problem(shown(folder), why, advice=(how,)))
-    import torch.distributed.checkpoint as dcp
-
     reader = dcp.HuggingFaceStorageReader(str(folder / SHARDS))
     found: dict[str, Tensor] = {}
     for key, stored in reader.read_metadata().state_dict_metadata.items():

@@ -217,7 +217,7 @@ class Session:
             pad = prepared.trainer.collator.pad_id
             why, unknown = compare(policy, beside, rows[:CHECKED], pad, dtype=dtype, trust_remote_code=remote)
             if unknown:
-                self.console.message(f"the exported model was not compared with the one in memory: {unknown}")
+                self.console.message(f"the exported model was not wholly compared with the one in memory: {unknown}")
             return why
 
         export(policy, tokenizer, folder, DTYPES[dtype], stop_ids=renderer.stop_ids, problem=problem)

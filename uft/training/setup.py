@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from uft import __version__
-from uft.config.schema import Config, Hardware, Model, ReferenceModel
+from uft.config.schema import Config, Hardware, Model, Optim, ReferenceModel
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
 from uft.data.loader import Collator
@@ -28,7 +29,7 @@ from uft.heartbeat import activity
 from uft.model.layout import compile_blocks, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.memory import Shape, Spread, estimate, keep_freed_memory, shape_of
-from uft.model.policy import Policy, idle_adapters
+from uft.model.policy import Policy, idle_adapters, own_dropout
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Objective, StepContext
 from uft.runs import Run, cache_root, shown
@@ -51,6 +52,13 @@ RANK_SEEDS = 1_000_003
 ONE_ROW = "a step has one row: its baseline is measured under the prompts of a step's other rows, and is always 0"
 REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs with all rights of this user"
 
+IDLE = "{} adapters never act, since the model does not call their layers: {}"
+
+UNMOVED = 0.5
+"""Share of weights that a step of the learning rate's size does not move, from which that is told."""
+
+IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weights=true"
+
 Say = Callable[[str], None]
 
 
@@ -72,15 +80,18 @@ class Prepared:
         """Warnings about the run that its card and `check.json` repeat."""
         trainer, objective = self.trainer, self.data.objective
         remote = [REMOTE_CODE] if trainer.config.model.trust_remote_code else []
-        items = trainer.sampler.items(trainer.sampler.preview(8))[:1] if trainer.policy.has_adapter else []
+        looks = trainer.policy.has_adapter and not trainer.config.model.compile  # its hooks would compile all again
+        items = trainer.sampler.items(trainer.sampler.preview(8))[:1] if looks else []
         batches = micro_batches(items, 1, trainer.collator.pad_id, trainer.policy.layout)
-        with torch.random.fork_rng(devices=[trainer.device] if trainer.device.type == "cuda" else []):
+        with same_generators(trainer.device):
             idle = [name for batch in batches for name in idle_adapters(trainer.policy, batch.to(trainer.device))]
-        if idle:
-            remote.append(f"{len(idle)} adapters never act, since the model does not call their layers: {idle[0]}, ...")
-        alone = [ONE_ROW] if objective.needs.mismatched and trainer.config.train.batch_size == 1 else []
+        told = [IDLE.format(len(idle), ", ".join(idle[:3]))] if idle else []
+        optim, share = trainer.config.optim, unmoved_share(trainer.parameters, trainer.config.optim)
+        if share > UNMOVED and optim.name != "sgd":
+            told.append(f"{share:.0%} of the trained weights are too large for steps of {optim.lr:g} {IN_BFLOAT16}")
+        told += [ONE_ROW] if objective.needs.mismatched and trainer.config.train.batch_size == 1 else []
         certain = counted_as_certain(self.data.sampler, objective)
-        return [*remote, *objective.cautions(), *certain, *alone, *data_cautions(self.data.record)]
+        return [*remote, *told, *objective.cautions(), *certain, *data_cautions(self.data.record)]
 
     @cached_property
     def memory(self) -> dict[str, int]:
@@ -132,6 +143,9 @@ def prepare(
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
+    if config.model.dropout and objective.needs.reference and own_dropout(policy.base.config):
+        why = f"objective={objective.name} compares the policy with its reference, which dropout would make unequal"
+        raise UftError(Problem("model.dropout=true", why, advice=("model.dropout=false",)))
     check_positions(policy, data)
     longest = longest_row(dataset, config, objective)
     settle_layout(policy, config.train.packing, longest)
@@ -280,6 +294,11 @@ def settle_threads(hardware: Hardware, policy: Policy) -> None:
 # --- Checks before the first step.
 
 
+def same_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, numbers may be drawn that no later one depends on."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 def check_positions(policy: Policy, data: StageData) -> None:
     """Raise UftError for sources with rows longer than the model's learned position embeddings, and for an objective
     that scores completions under other rows' prompts where a pair of them may be."""
@@ -304,6 +323,15 @@ def check_positions(policy: Policy, data: StageData) -> None:
 
 
 @torch.no_grad()
+def unmoved_share(parameters: Mapping[str, torch.nn.Parameter], optim: Optim) -> float:
+    """Share of the trained weights that are bfloat16 and stay what they are when the peak learning rate is added."""
+    stored = [p.to_local() if isinstance(p, DTensor) else p for p in parameters.values()]
+    narrow = [weight for weight in stored if weight.dtype == torch.bfloat16]
+    unmoved = sum(int(((w.float() + optim.lr_scale * optim.lr).bfloat16() == w).sum()) for w in narrow)
+    return unmoved / max(1, sum(weight.numel() for weight in stored))
+
+
+@torch.no_grad()
 def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, float]:
     """Check on the real run that the policy equals its reference before step 0, and losses have the values that follow.
 
@@ -317,18 +345,18 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
         return {}
     dtype = trainer.config.model.dtype
     batch = micro_batches(items[:2], 1, trainer.collator.pad_id, trainer.policy.layout)[0].to(trainer.device)
-    trainer.policy.eval()
-    ours, theirs = trainer.policy(batch).log_probs, reference.forward(batch).log_probs
-    problems = check_step_zero(ours, theirs, STEP_ZERO_TOLERANCE[dtype])
-    if not problems:
-        loss = trainer.objective(batch, trainer.policy, reference.forward, StepContext(learning=False))
-        loose = 1e-2 if dtype == "float32" else 1.0
-        problems = [
-            f"{name} is {float(loss[name].total):.6g} where policy = reference gives {float(total):.6g}"
-            for name, total in trainer.objective.at_reference(batch).items()
-            if abs(float(loss[name].total) - float(total)) > loose * max(1.0, float(loss[name].count))
-        ]
-    trainer.policy.train()
+    with same_generators(trainer.device):  # as in training, where dropout acts
+        trainer.policy.train()
+        ours, theirs = trainer.policy(batch).log_probs, reference.forward(batch).log_probs
+        problems = check_step_zero(ours, theirs, STEP_ZERO_TOLERANCE[dtype])
+        if not problems:
+            loss = trainer.objective(batch, trainer.policy, reference.forward, StepContext(learning=False))
+            loose = 1e-2 if dtype == "float32" else 1.0
+            problems = [
+                f"{name} is {float(loss[name].total):.6g} where policy = reference gives {float(total):.6g}"
+                for name, total in trainer.objective.at_reference(batch).items()
+                if abs(float(loss[name].total) - float(total)) > loose * max(1.0, float(loss[name].count))
+            ]
     if problems:
         raise UftError(Problem("step 0", problems[0], advice=tuple(problems[1:])), code=FAILED)
     return {"targets": ours.numel(), "largest_difference": float((ours - theirs).abs().max())}
@@ -437,6 +465,9 @@ def stage_card(prepared: Prepared) -> Card:
 
     threads, hardware = torch.get_num_threads(), config.hardware
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads != 1)}"
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
     processes = hardware.processes * hardware.nodes
     share = "a share of the model" if hardware.sharding == "full" else "the whole model"
     parts = prepared.memory
@@ -456,12 +487,5 @@ def stage_card(prepared: Prepared) -> Card:
         ("optimiser", f"{optim.name} lr {optim.lr:g}, {optim.schedule}, {warmup} steps of warm-up"),
         ("evaluation", evaluation if held_out else "no held-out rows: set data.holdout=0.05 to measure on some"),
         ("device", f"{device} ({name})" + (f", {processes} processes, each with {share}" if processes > 1 else "")),
-        ("memory", f"about {count(sum(parts.values()))}B of {count(free_memory(device))}B free ({needed})"),
+        ("memory", f"about {count(sum(parts.values()))}B of {count(free)}B free ({needed})"),
     ]
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -228,7 +228,10 @@ class Trainer:
             self.objective.state[name].copy_(tensor)
         self.meter.load_state_dict(below("meter", tensors), self.device)
         if generators := below(_random(ranks().rank), tensors):
-            restore_random_state(generators, self.device)  # else there are more ranks now: this one keeps its seed
+            # else there are more ranks now: this one keeps its seed
+            torch.set_rng_state(generators["cpu"])
+            if self.device.type == "cuda" and "cuda" in generators:
+                torch.cuda.set_rng_state(generators["cuda"], self.device)
         if self.prefetcher:
             self.prefetcher.rewind(values["feed"])
         else:
@@ -345,12 +348,6 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
-
-
-def restore_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 # --- The memory of a pass: its tokens, and advice where they are too many.
