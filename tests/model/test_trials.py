@@ -47,8 +47,9 @@ def test_models_that_see_what_follows_are_refused(build: Build, tmp_path: Path):
         "Gemma of both ways": build("gemma3", use_bidirectional_attention=True),
     }
     for name, model in models.items():
-        with pytest.raises(UftError, match="a later token changes") as raised:
-            Policy(model).check_rows(f"model.path={name}")
+        for dtype in ("float32", "bfloat16"):
+            with pytest.raises(UftError, match="a later token changes") as raised:
+                Policy(model, dtype).check_rows(f"model.path={name}")
         assert raised.value.problems[0].what == f"model.path={name}"
     models["BERT"].save_pretrained(tmp_path)
     with pytest.raises(UftError, match="a later token changes"):
@@ -56,6 +57,7 @@ def test_models_that_see_what_follows_are_refused(build: Build, tmp_path: Path):
 
 
 def test_models_that_look_at_other_rows_are_refused(build: Build, monkeypatch: pytest.MonkeyPatch):
+    Policy(build("llama"), "bfloat16").check_rows("model.path=x")
     policy = Policy(build("llama"))
     policy.check_rows("model.path=x")
     normal = policy.body.norm.forward  # type: ignore[union-attr,operator]
