@@ -21,6 +21,7 @@ from uft.objectives.base import ForwardRequest
 
 Build = Callable[..., Any]
 SMALL = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT2 = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 ENCODER = SMALL | {"max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -102,6 +103,7 @@ def test_rotary_embeddings_that_depend_on_the_longest_row_are_refused_beyond_it(
             settle_layout(Policy(model), packing, 65)
         assert raised.value.problems[0].advice == ("train.max_length=64 data.too_long=drop|truncate",)
     settle_layout(Policy(made("Llama", **settings)), "padded", 200)
+    settle_layout(Policy(made("GPT2", **GPT2)), "padded", 200)  # beyond its positions: no row is that long
 
 
 def test_a_model_that_fails_on_its_first_rows_is_one_line(build: Build, model_folder: Path, monkeypatch: Any):

@@ -58,7 +58,7 @@ def follow_layout(reference: Policy, policy: Policy, longest: int) -> None:
 @torch.no_grad()
 def check_longest(policy: Policy, longest: int) -> None:
     """Refuse a model whose rotary embeddings of all rows depend on the longest row of their batch (longrope)."""
-    batch = policy.trial_batch()
+    batch, longest = policy.trial_batch(), min(longest, policy.positions or longest)
     if not policy.takes_positions or longest <= batch.input_ids.shape[1]:
         return
     last = batch.input_ids.shape[0] - 1  # stands where the end of the longest row would
@@ -68,7 +68,7 @@ def check_longest(policy: Policy, longest: int) -> None:
         before, after = (policy(b).log_probs for b in (batch, replace(batch, position_ids=places)))
     others = batch.sequence != last
     moved = policy.difference(after[others], before[others])
-    if moved <= LEAK * policy.tolerance(before):
+    if moved <= LEAK * policy.tolerance(before) or not before.isfinite().all():
         return
     why = f"a row of {longest} tokens changes the log-probs of all others in its batch by {moved:.1e}"
     config = policy.base.config.get_text_config()

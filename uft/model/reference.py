@@ -89,8 +89,9 @@ def make_reference(
         other = load_frozen(model, device, reference.path)
         key = f"reference.path={reference.path}" if reference.path else f"model.path={model.path}"
         check_vocabulary(other.base, tokenizer, "reference.path" if reference.path else "model.path")
-        if other.positions and longest_row > other.positions:
-            why = f"it has {other.positions} positions, and the longest row {longest_row} tokens"
+        longest = min(longest_row, policy.positions or longest_row)
+        if other.positions and longest > other.positions:
+            why = f"it has {other.positions} positions, and the longest row {longest} tokens"
             raise UftError(
                 Problem(key, why, advice=(f"train.max_length={other.positions} data.too_long=drop|truncate",))
             )
