@@ -130,7 +130,7 @@ def test_tokens_that_every_layer_looks_up_cannot_be_mixed(build: Build, batch: B
     policy.check_rows("model.path=x")
     assert policy(batch).log_probs.isfinite().all()
     for request in (ForwardRequest(embed_grad=False), ForwardRequest(replace=batch.target_ids, mix=0.5)):
-        with pytest.raises(UftError, match="looks tokens up in every layer"):
+        with pytest.raises(UftError, match="takes no embeddings in place of tokens"):
             policy(batch, request)
 
 

@@ -150,7 +150,7 @@ class Policy:
         if request.embed_grad and not mixing:
             inputs["input_ids"] = batch.input_ids
         elif not self.takes_embeddings:
-            why = "looks tokens up in every layer, so their embeddings can be neither mixed nor kept from learning"
+            why = "takes no embeddings in place of tokens, so they can be neither mixed nor kept from learning"
             raise UftError(Problem("objective", f"{type(self.base).__name__} {why}", advice=("another objective",)))
         else:  # always through the model's own module: Gemma scales there
             with nullcontext() if request.embed_grad else torch.no_grad():
@@ -235,8 +235,11 @@ class Policy:
             tolerance, middle = self.tolerance(whole), [len(ids) // 2 for ids in rows]
             others = [(ids + self.vocabulary // 2 + 1) % self.vocabulary for ids in rows]
             changed = log_probs([np.append(a[:n], b[n:]) for a, b, n in zip(rows, others, middle, strict=True)])
-            embedded = log_probs(rows, ForwardRequest(embed_grad=False))
-            self.takes_embeddings = self.difference(embedded, whole) <= tolerance
+            try:
+                embedded = log_probs(rows, ForwardRequest(embed_grad=False))
+                self.takes_embeddings = self.difference(embedded, whole) <= tolerance
+            except (TypeError, ValueError):  # code of a model's own that wants tokens
+                self.takes_embeddings = False
             alone = [log_probs([ids]) for ids in (rows[0], rows[-1])]
         lengths = [len(ids) - 1 for ids in rows]  # targets of a row are its tokens but for the first
         pieces = whole.split(lengths)
@@ -257,7 +260,11 @@ class Policy:
     def _find_positions(self, log_probs: Callable[[], Tensor], given: Tensor, pad: int | None) -> Tensor:
         """Compare with the positions that the model takes by itself; where they differ, use those. The log-probs."""
         self.takes_positions = False
-        own = log_probs()
+        try:
+            own = log_probs()
+        except (TypeError, ValueError):  # code of a model's own that wants to be told
+            self.takes_positions = True
+            return given
         for first in (0, None if pad is None else pad + 1):
             if first is not None:
                 self.takes_positions, self.first_position = True, first

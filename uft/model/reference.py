@@ -35,6 +35,7 @@ from uft.model.load import (
     load_frozen,
     locate,
     pad_id,
+    setting,
     storage_dtype,
 )
 from uft.model.policy import Frozen, Policy
@@ -87,7 +88,7 @@ def make_reference(
         if model.adapter == "lora" and reference.path is None:
             return Frozen(policy)
         other = load_frozen(model, device, reference.path)
-        key = f"reference.path={reference.path}" if reference.path else f"model.path={model.path}"
+        key = setting(model, reference.path)
         check_vocabulary(other.base, tokenizer, "reference.path" if reference.path else "model.path")
         longest = min(longest_row, policy.positions or longest_row)
         if other.positions and longest > other.positions:
