@@ -21,6 +21,7 @@ from uft.objectives.base import ForwardRequest
 
 Build = Callable[..., Any]
 SMALL = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+GPT2 = {"vocab_size": 61, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 ENCODER = SMALL | {"max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -47,8 +48,9 @@ def test_models_that_see_what_follows_are_refused(build: Build, tmp_path: Path):
         "Gemma of both ways": build("gemma3", use_bidirectional_attention=True),
     }
     for name, model in models.items():
-        with pytest.raises(UftError, match="a later token changes") as raised:
-            Policy(model).check_rows(f"model.path={name}")
+        for dtype in ("float32", "bfloat16"):
+            with pytest.raises(UftError, match="a later token changes") as raised:
+                Policy(model, dtype).check_rows(f"model.path={name}")
         assert raised.value.problems[0].what == f"model.path={name}"
     models["BERT"].save_pretrained(tmp_path)
     with pytest.raises(UftError, match="a later token changes"):
@@ -56,6 +58,7 @@ def test_models_that_see_what_follows_are_refused(build: Build, tmp_path: Path):
 
 
 def test_models_that_look_at_other_rows_are_refused(build: Build, monkeypatch: pytest.MonkeyPatch):
+    Policy(build("llama"), "bfloat16").check_rows("model.path=x")
     policy = Policy(build("llama"))
     policy.check_rows("model.path=x")
     normal = policy.body.norm.forward  # type: ignore[union-attr,operator]
@@ -100,6 +103,7 @@ def test_rotary_embeddings_that_depend_on_the_longest_row_are_refused_beyond_it(
             settle_layout(Policy(model), packing, 65)
         assert raised.value.problems[0].advice == ("train.max_length=64 data.too_long=drop|truncate",)
     settle_layout(Policy(made("Llama", **settings)), "padded", 200)
+    settle_layout(Policy(made("GPT2", **GPT2)), "padded", 200)  # beyond its positions: no row is that long
 
 
 def test_a_model_that_fails_on_its_first_rows_is_one_line(build: Build, model_folder: Path, monkeypatch: Any):
@@ -126,7 +130,7 @@ def test_tokens_that_every_layer_looks_up_cannot_be_mixed(build: Build, batch: B
     policy.check_rows("model.path=x")
     assert policy(batch).log_probs.isfinite().all()
     for request in (ForwardRequest(embed_grad=False), ForwardRequest(replace=batch.target_ids, mix=0.5)):
-        with pytest.raises(UftError, match="looks tokens up in every layer"):
+        with pytest.raises(UftError, match="takes no embeddings in place of tokens"):
             policy(batch, request)
 
 

@@ -17,7 +17,7 @@ import torch
 from uft.data.batch import Layout
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, CannotPack, register
-from uft.model.policy import LEAK, Policy, blocks, evaluating, trial_sequences
+from uft.model.policy import LEAK, Policy, blocks, evaluating, exact_products, trial_sequences
 
 SMALL_MODEL = 3_000_000
 """Parameters below which padding is faster on a CPU: a call per row and layer costs more than the padding saves."""
@@ -58,16 +58,17 @@ def follow_layout(reference: Policy, policy: Policy, longest: int) -> None:
 @torch.no_grad()
 def check_longest(policy: Policy, longest: int) -> None:
     """Refuse a model whose rotary embeddings of all rows depend on the longest row of their batch (longrope)."""
-    batch = policy.trial_batch()
+    batch, longest = policy.trial_batch(), min(longest, policy.positions or longest)
     if not policy.takes_positions or longest <= batch.input_ids.shape[1]:
         return
     last = batch.input_ids.shape[0] - 1  # stands where the end of the longest row would
     places = batch.position_ids.clone()
     places[last] += longest - batch.input_ids.shape[1]
-    with evaluating(policy.module):
+    with evaluating(policy.module), exact_products():
         before, after = (policy(b).log_probs for b in (batch, replace(batch, position_ids=places)))
-    moved = float((after - before)[batch.sequence != last].abs().max())
-    if moved <= LEAK * policy.tolerance(before):
+    others = batch.sequence != last
+    moved = policy.difference(after[others], before[others])
+    if moved <= LEAK * policy.tolerance(before) or not before.isfinite().all():
         return
     why = f"a row of {longest} tokens changes the log-probs of all others in its batch by {moved:.1e}"
     config = policy.base.config.get_text_config()

@@ -106,7 +106,7 @@ def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
 
-    what = f"model.path={model.path}" if path is None else f"reference.path={path}"
+    what = setting(model, path)
     return _policy(lambda place: frozen(load_base(model, path)).to(place), frozen, model, device, what)
 
 
@@ -176,7 +176,7 @@ def load_base(model: Model, reference: str | None = None) -> Any:
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
     place = locate(model, reference)
-    what = f"model.path={model.path}" if reference is None else f"reference.path={reference}"
+    what = setting(model, reference)
     with _humane(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
         loaded: Any = auto_model().from_pretrained(
@@ -209,6 +209,11 @@ NO_WEIGHTS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
 """Endings of tensors that older versions saved with a model, and that it makes by itself."""
 
 SCALES_OF_QUANTISED = ("_scale", "_scale_inv", ".scales", ".qweight", ".qzeros", ".absmax", "_packed", "_blocks")
+
+
+def setting(model: Model, reference: str | None) -> str:
+    """The setting that names a model, for errors."""
+    return f"model.path={model.path}" if reference is None else f"reference.path={reference}"
 
 
 def storage_dtype(model: Model) -> str:

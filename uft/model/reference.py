@@ -35,6 +35,7 @@ from uft.model.load import (
     load_frozen,
     locate,
     pad_id,
+    setting,
     storage_dtype,
 )
 from uft.model.policy import Frozen, Policy
@@ -89,7 +90,7 @@ def make_reference(
         other = load_frozen(model, device, reference.path)
         check_vocabulary(other.base, tokenizer, "reference.path" if reference.path else "model.path")
         if reference.path:
-            check_alike(other, policy, reference.path, longest_row, distributions)
+            check_alike(other, policy, reference.path, min(longest_row, policy.positions or longest_row), distributions)
         follow_layout(other, policy, longest_row)
         return Frozen(other)
 

@@ -192,9 +192,10 @@ def mean_log_probs(model: Model, rows: Sequence[Row], recipe: Recipe) -> list[fl
             say(f"{model.path}: {known:,} of {len(all_keys):,} completions are known from before")
         if not column.fill(asked, batch_tokens=recipe.batch_tokens, should_stop=recipe.should_stop):
             raise Interrupted
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if missing:  # the model was loaded, and is free again
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return [None if encoded is None else float(column(encoded)[0]) for encoded in fitted]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from uft.data.batch import sequence_batch
-from uft.model.policy import Policy, evaluating, trial_sequences
+from uft.model.policy import Policy, evaluating, exact_products, trial_sequences
 
 Tensor = torch.Tensor
 
@@ -153,7 +153,8 @@ def _decode(
     rows, device = [row for row in rows if row.open], policy.device
     ids, mask = left_padded([row.prompt for row in rows], pad_id, device)
     if policy.caches is None:
-        policy.caches = _caches(policy)
+        with exact_products():
+            policy.caches = _caches(policy)
     cache: Any = None
     step = 0
     while any(row.open for row in rows):
@@ -217,7 +218,7 @@ def _caches(policy: Policy) -> bool:
         return False
     expected, found = expected.log_softmax(-1), found.log_softmax(-1)
     likely = expected > math.log(1e-6)
-    return bool(float((found - expected)[likely].abs().max()) <= policy.tolerance(expected[likely]))
+    return policy.difference(found[likely], expected[likely]) <= policy.tolerance(expected[likely])
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
