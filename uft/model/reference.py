@@ -35,7 +35,6 @@ from uft.model.load import (
     load_frozen,
     locate,
     pad_id,
-    setting,
     storage_dtype,
 )
 from uft.model.policy import Frozen, Policy
