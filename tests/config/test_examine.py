@@ -94,7 +94,8 @@ def test_an_unknown_objective_does_not_accuse_the_keys_given_for_it():
 
 
 def test_ambiguous_names_are_explained_not_guessed():
-    for name, says in {"rft": ("two methods", "2405.17888"), "rdpo": ("rdpo_length", "objective=robust_dpo")}.items():
+    meant = ("objective=rdpo_length", "objective=robust_dpo")
+    for name, says in {"rft": ("two methods", "2405.17888", "2505.16984"), "rdpo": meant}.items():
         why, _, advice = problems(f"objective={name}")[f"objective={name}"]
         assert why == "no such file in conf/objective"
         assert all(word in advice for word in (*says, "choices: anchored_sft"))

@@ -15,6 +15,5 @@ def test_annotated_is_the_config_as_yaml():
     assert lines["seed"].endswith("# command line")
     assert "# conf/optim/adamw.yaml:3, ${model.lr}" in text
     assert lines["save_model"].endswith("# default")
-
     columns = [line.index("  # ") for line in text.splitlines() if "  # " in line]
     assert max(columns.count(column) for column in set(columns)) > 0.9 * len(columns), "comments stand in a column"

@@ -229,7 +229,10 @@ class Draft:
     def finish(self) -> tuple[dict[str, Any], dict[str, Problem]]:
         """(the settings as `judge` has them; what is wrong with each by itself, by dotted key)."""
         values, lost = resolved(self.values)
-        found = faults(self.schema, values) | {path: Fault("lost", self.get(path)) for path in lost}
+        found = faults(self.schema, values)
+        unknown = {path for path, fault in found.items() if fault.type == UNKNOWN}
+        lost = {path for path in lost if not unknown & {path[:depth] for depth in range(1, len(path) + 1)}}
+        found |= {path: Fault("lost", self.get(path)) for path in lost}
         given = {path: self.get(path) for path in found}
         for path in found:
             self.put_default(path)

@@ -100,9 +100,10 @@ def examine(request: Request) -> Examined:
         examined.settings, examined.origins = plain(draft.judge()), draft.origins()
         examined.problems += draft.problems
     examined.references = {key: value for key, value in flat(draft.values) if "${" in str(value)}
-    wrong = {key_of(problem.what) for problem in examined.problems if problem not in words.problems}
-    lines = [*words.chosen, *(str(override.input_line) for override in words.values)]
-    examined.kept = [line for line in lines if key_of(line) not in wrong]
+    wrong = {problem.what for problem in examined.problems if problem not in words.problems}
+    keys = set(map(key_of, wrong))
+    lines = [str(override.input_line) for override in words.values]
+    examined.kept = [line for line in words.chosen if line not in wrong] + [x for x in lines if key_of(x) not in keys]
     return examined
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from uft.config.checks import Draft, adapter
+from uft.config.checks import Draft
 from uft.config.messages import written
 from uft.config.schema import Config, Source, flat, resolved
 from uft.errors import Problem, UftError
@@ -131,10 +131,7 @@ def typed(settings: Mapping[str, Any], file: str = "the configuration") -> Confi
     if references:
         why = "a run's configuration refers to nothing"
         raise UftError(*(Problem(f"{key}={value}", why) for key, value in references))
-    config: Config = adapter(Config).validate_python(
-        {**current(settings, file), "stages": settings.get("stages") or {}}
-    )
-    return config
+    return Config(**{**current(settings, file), "stages": settings.get("stages") or {}})
 
 
 def current(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
