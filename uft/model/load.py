@@ -211,7 +211,7 @@ def _humane(what: str, why: str) -> Iterator[None]:
     """Turn an exception of transformers about a model into one line about the key that named it."""
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         advice = tuple(line for word, line in ADVICE.items() if word in str(error))
         first = lines[0] if lines else type(error).__name__
