@@ -183,7 +183,7 @@ def test_pickles_in_a_run_folder_and_in_the_caches_are_not_loaded(tmp_path, trac
     for command in (
         ["resume", "run"],
         ["train", *words, "run.dir=again"],
-        ["generate", "run"],
+        ["generate", "run", "generate.limit=4", "generate.max_new_tokens=8"],
         ["compare", "run"],
         ["ls"],
     ):
