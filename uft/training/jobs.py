@@ -40,7 +40,7 @@ from uft.sampling.annotate import ANNOTATORS, Bench, Recipe, annotate_rows, froz
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
-from uft.training.dataset import StageData, has_made_rows, read_run_data
+from uft.training.dataset import StageData, has_made_rows, keep_pandas_out, read_run_data
 from uft.training.liveness import Stop, listening
 from uft.training.setup import (
     Prepared,
@@ -164,6 +164,7 @@ def rows_there(config: Config) -> str:
 
 
 def drawn_sources(config: Config) -> list[LoadedSource]:
+    keep_pandas_out()
     return [source for source in load_sources(config.data) if config.data.sources[source.name].share != 0]
 
 
