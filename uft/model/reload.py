@@ -82,6 +82,7 @@ def compare(
     from uft.distributed import ranks
 
     positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    rows = [one for one in rows if one.targets and one.prompt_length]
     short = [one for one in rows if one.prompt_length + NEW_TOKENS <= positions]
     request: dict[str, Any] = {
         "rows": [{"ids": one.ids.tolist(), "targets": (one.supervised[1:].nonzero()[0] + 1).tolist()} for one in rows],

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.abc import MetaPathFinder
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,7 @@ def read_train_data(
     config: Config, tokenizer: PreTrainedTokenizerBase, loaded: list[LoadedSource] | None = None
 ) -> TrainData:
     """Load (unless `loaded`), render and tokenise. Raises UftError with everything that is wrong with the data."""
+    keep_pandas_out()
     loaded = load_sources(config.data) if loaded is None else loaded
     renderer = make_renderer(tokenizer, config.data)
     max_length, too_long, folder = config.train.max_length, config.data.too_long, cache_root(config.data.cache)
@@ -316,6 +319,7 @@ class RunData:
 
 def read_run_data(run: Run, config: Config, stages: Sequence[Stage], *, refuse: bool = True) -> RunData:
     """Read the rows of all stages that are there. Raises UftError with everything that is wrong with any of them."""
+    keep_pandas_out()
     data = RunData(run, load_tokenizer(config.model), refuse)
     errors: list[UftError] = []
     for stage in stages:
@@ -335,6 +339,29 @@ def read_run_data(run: Run, config: Config, stages: Sequence[Stage], *, refuse: 
     digests = {name: stage.dataset.digest for name, stage in data.stages.items()}
     data.digest = digests.get("") or hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
     return data
+
+
+class _NoPandas(MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("hidden from pyarrow", name=name)
+
+
+@cache
+def keep_pandas_out() -> None:
+    """Make pyarrow look for pandas now, in vain, where nothing has imported it.
+
+    Its first array imports pandas where that is installed, which costs every start a quarter of a second and 50 MB. No
+    table of rows is ever a data frame.
+    """
+    import pyarrow as pa
+
+    finder = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        pa.array([0])
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def _prompts(sides: Iterable[Sequence[Row]]) -> np.ndarray:

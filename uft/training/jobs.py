@@ -46,7 +46,7 @@ from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
-from uft.training.dataset import StageData, has_made_rows, make_renderer, read_run_data
+from uft.training.dataset import StageData, has_made_rows, keep_pandas_out, make_renderer, read_run_data
 from uft.training.liveness import Stop, listening
 from uft.training.setup import (
     Prepared,
@@ -175,6 +175,7 @@ def rows_there(config: Config) -> str:
 
 def drawn_sources(config: Config, say: Say = lambda line: None) -> list[LoadedSource]:
     """The sources with a share; `say` hears of what is not read of them."""
+    keep_pandas_out()
     sources = [source for source in load_sources(config.data) if config.data.sources[source.name].share != 0]
     for line in data_omissions({source.name: source.omitted.record() for source in sources}):
         say(f"not read: {line}")

@@ -17,7 +17,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -207,8 +207,8 @@ class Session:
             tokenizer.chat_template = None
         elif config.data.template != "auto":
             tokenizer.chat_template = Path(config.data.template).expanduser().read_text(encoding="utf-8")
-        encoded = [*(held.encoded for held in self.data.held_out), *(source.encoded for source in dataset.train)]
-        rows = [one for source in encoded for one in few_sequences(source)]
+        sources = [*(held.encoded for held in self.data.held_out), *(source.encoded for source in dataset.train)]
+        rows = [short(row[0]) for source in sources for row in source[:2] if row[0].prompt_length < CHECKED_TOKENS]
 
         def problem(beside: Path) -> str:
             if not config.train.check_model:
@@ -549,13 +549,11 @@ def error_text(error: Exception, config: Config) -> str:
     return text
 
 
-CHECKED, CHECKED_TOKENS = 4, 512  # sequences on which an exported model is tried, and the tokens of each at most
+CHECKED, CHECKED_TOKENS = 12, 512  # sequences on which an exported model is tried, and the tokens of each at most
 
 
-def few_sequences(encoded: Sequence[Sequence[Tokens]]) -> list[Tokens]:
-    """The completions of a source's first row, cut; without those that have no target then."""
-    first = [one for row in encoded[:1] for one in row if 0 < one.prompt_length < CHECKED_TOKENS]
-    return [replace(t, ids=t.ids[:CHECKED_TOKENS], supervised=t.supervised[:CHECKED_TOKENS]) for t in first]
+def short(tokens: Tokens) -> Tokens:
+    return replace(tokens, ids=tokens.ids[:CHECKED_TOKENS], supervised=tokens.supervised[:CHECKED_TOKENS])
 
 
 OWN_KEYS = ("objective", "run.", "sweep.")
