@@ -155,9 +155,10 @@ def test_weights_that_the_model_does_not_use_are_told(model_folder: Path, tmp_pa
 
     folder = shutil.copytree(model_folder, tmp_path / "model")
     more = {f"vision.{n}.weight": torch.ones(2) for n in range(5)} | {"model.rotary_emb.inv_freq": torch.ones(2)}
+    more |= {"vision.logit_scale": torch.ones(1)}
     save_file(load_file(folder / "model.safetensors") | more, folder / "model.safetensors", metadata={"format": "pt"})
     note = (
-        "5 weights of its files are not used, and not exported: vision.0.weight, vision.1.weight, vision.2.weight, ..."
+        "6 weights of its files are not used, and not exported: vision.0.weight, vision.1.weight, vision.2.weight, ..."
     )
     assert note in load_policy(settings(folder), CPU, 0).describe()
 

@@ -88,10 +88,9 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
 
 @activity("a model was loaded", moving=True)
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
-    """The initial policy, its head checked against the model's own logits."""
+    """The initial policy, tried on a few small rows. Raises UftError about a model that cannot be loaded or used."""
     adapt = partial(adapted, model=model, init_seed=init_seed)
-    what = f"model.path={model.path}"
-    policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, what)
+    policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, setting(model, None))
     if rates := own_dropout(policy.base.config):
         state = "acts in training" if model.dropout else "is off (on, where nothing is compared: model.dropout=true)"
         named = ", ".join(f"{key} {rate:g}" for key, rate in rates.items())
@@ -106,8 +105,8 @@ def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
 
-    what = setting(model, path)
-    return _policy(lambda place: frozen(load_base(model, path)).to(place), frozen, model, device, what)
+    own = setting(model, path)
+    return _policy(lambda place: frozen(load_base(model, path)).to(place), frozen, model, device, own)
 
 
 def _policy(
@@ -208,7 +207,11 @@ def load_base(model: Model, reference: str | None = None) -> Any:
 NO_WEIGHTS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
 """Endings of tensors that older versions saved with a model, and that it makes by itself."""
 
-SCALES_OF_QUANTISED = ("_scale", "_scale_inv", ".scales", ".qweight", ".qzeros", ".absmax", "_packed", "_blocks")
+SCALES_OF_QUANTISED = (
+    *("weight_scale", "weight_scale_inv", "input_scale", "weight_packed", "proj_blocks", "proj_scales"),
+    *(".scales", ".qweight", ".qzeros", ".absmax"),
+)
+"""Endings of tensors that only a quantised layer has."""
 
 
 def setting(model: Model, reference: str | None) -> str:
