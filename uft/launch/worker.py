@@ -67,7 +67,7 @@ def preload() -> None:
     Not wandb: it makes temporary folders when it is imported, which the first fork that ends would remove for all.
     """
     silence_libraries()
-    import pandas  # type: ignore[import-untyped]  # noqa: F401  # pyarrow looks for it with the first column
+    import pandas  # noqa: F401  # pyarrow looks for it with the first column
     import peft.utils.transformers_weight_conversion  # noqa: F401
     import pyarrow.compute  # noqa: F401
     import safetensors.numpy

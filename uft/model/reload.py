@@ -46,7 +46,8 @@ def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
 
     found: dict[str, Any] = {"log_probs": [], "greedy": [], "error": ""}
     options = {"local_files_only": True, "trust_remote_code": request["trust_remote_code"]}
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
+    model.eval()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for row in request["rows"]:
             ids, targets = torch.tensor([row["ids"]]), torch.tensor(row["targets"])
