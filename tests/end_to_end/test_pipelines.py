@@ -146,14 +146,8 @@ def test_the_verbs_after_train_know_stages(uft: Uft, request_for: Callable[..., 
     changed = uft("config", *request, "stages.dpo.set.optim.lr=0.25", "--diff", str(run)).stdout
     matters = [line.split() for line in changed.splitlines() if "may change within a run" not in line]
     assert matters == [["stages.dpo.optim.lr", "0.005", "->", "0.25"]]
-    uft(
-        "generate",
-        str(run),
-        "generate.limit=2",
-        "generate.temperature=3",
-        "generate.top_k=0",
-        "generate.out=said.jsonl",
-    )
+    warm = ("generate.temperature=5", "generate.top_k=0", "generate.seeds=[0,1,2,3,4,5,6,7]")  # some replies end
+    uft("generate", str(run), *warm, "generate.out=said.jsonl")
     said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
     assert {line["sampled_by"] for line in said} == {str(run / "model")}
 
