@@ -79,7 +79,7 @@ def run_worker(
     command = [*AGENT, *team, "-m", "uft.launch.worker", *arguments] if team else [*COMMAND, *arguments]
     with forwarding(sent) as children, output(log) as (out, err):
         child: Child | None = None
-        if server := forkserver.server_for(command, environment):
+        if not team and (server := forkserver.server_for(command, environment)):
             children.append(server.process)  # a signal that comes while it still imports ends it
             child = None if sent else server.fork(COMMAND[-1], arguments, environment, cwd, (0, out, err))
             children.pop()
