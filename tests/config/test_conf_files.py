@@ -26,7 +26,7 @@ LAUNCHERS = {  # an option that cannot be composed without the launcher of an ex
 OBJECTIVES = list(GROUPS["objective"])
 NEEDS = {  # what an option leaves for the user to say
     "data=files": ("+data.sources.mine.path=rows.jsonl",),
-    "model=custom": ("model.path=some/model",),
+    "model=custom": ("model.path=some/model", "model.name=mine"),
 }
 ALONE = ("objective", "experiment")  # the first is crossed with all other groups, the second composes alone
 KINDS = {"demonstration", "preference", "binary", "scored", "negatives"}

@@ -1,6 +1,7 @@
 """Mistakes in a request: all of them, in one message, with what was meant."""
 
 import importlib.util
+import json
 
 import pytest
 
@@ -189,3 +190,47 @@ def test_origins():
     assert examined.origins["objective.beta"].startswith("conf/objective/dpo.yaml:")
     assert examined.origins["train.steps"].startswith("conf/config.yaml:")
     assert "train.save_model" not in examined.origins
+
+
+def weighing(folder, *shape):
+    """A folder with the header of a tensor of this shape, as safetensors has it."""
+    folder.mkdir(parents=True)
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return str(folder)
+
+
+def test_a_model_given_by_its_path_alone_has_its_own_name_and_learning_rate(tmp_path):
+    small, large = weighing(tmp_path / "tiny" / "model", 600, 500), weighing(tmp_path / "big", 40_000, 10_000)
+    lora = "model.adapter=lora"
+    for words, name, rate in (
+        ([f"model.path={small}"], "tiny", 1e-3),
+        ([f"model.path={large}"], "big", 1e-5),
+        ([f"model.path={large}", lora], "big", 1e-4),
+        (["model.path=org/SmolLM2-135M"], "SmolLM2-135M", 2e-5),
+        (["model.path=org/SmolLM2-135M", lora], "SmolLM2-135M", 2e-4),
+        (["model.path=org/Qwen2.5-7B-Instruct"], "Qwen2.5-7B-Instruct", 1e-5),
+        (["model.path=org/name", "model.name=mine"], "mine", 1e-5),
+        (["model.path=org/name", "model.lr=3e-4"], "name", 3e-4),
+        (["model.path=org/name", "optim.lr=3e-4"], "name", 3e-4),
+        (["model=custom", "model.path=org/name"], "name", 1e-5),
+        (["model=playground", "model.path=org/name"], "playground", 1e-3),  # as it was asked for
+        (["experiment=sft_then_dpo", "model.path=org/name"], "name", 1e-5),
+    ):
+        examined = examine(Request(tuple(words)))
+        assert not examined.problems, words
+        settings = examined.settings
+        assert (settings["model"]["name"], settings["optim"]["lr"]) == (name, rate), words
+    assert examine(Request((f"model.path={large}",))).origins["model.lr"] == "by size and adapter"
+
+
+def test_a_rate_for_all_weights_is_not_kept_for_an_adapter():
+    for model, adapter, rate in (
+        ("smollm2_135m", "none", 2e-5),
+        ("smollm2_135m", "lora", 2e-4),
+        ("mistral_7b", "lora", 3e-5),
+        ("mistral_7b", "none", 3e-6),
+        ("playground", "lora", 1e-3),
+    ):
+        assert compose([f"model={model}", f"model.adapter={adapter}"]).optim.lr == rate
+    assert compose(["model=smollm2_135m", "model.adapter=lora", "optim.lr=1e-6"]).optim.lr == 1e-6

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import math
+import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -214,6 +218,33 @@ class Draft:
     def is_open(self, path: KeyPath) -> bool:
         return is_open(kind_at(path, self.schema))
 
+    def complete_model(self) -> None:
+        """Lay what follows from a model's path and adapter: a learning rate that its file gives was meant for others.
+
+        A model of `model=custom` is called after its path, and its rate goes by its size. Any other file's rate is for
+        its own adapter. What was set elsewhere, on the command line or in an experiment, stays.
+        """
+        path, is_lora = self.get(("model", "path")), self.get(("model", "adapter")) == "lora"
+        latest = {setting.path[1]: setting for setting in self.settings if setting.path[:1] == ("model",)}
+        name, lr = latest.get("name"), latest.get("lr")
+        if not isinstance(path, str):
+            return
+        if name is not None and Path(name.file).name == CUSTOM and (called := name_of_model(path)):
+            self.put(Setting(("model", "name"), called, "after model.path", name.text))
+        if lr is None or Path(lr.file).parent.name != "model":
+            return
+        own = [s for s in self.settings if s.file == lr.file and s.path == ("model", "adapter")]
+        meant = bool(own) and own[-1].value == "lora"
+        if Path(lr.file).name == CUSTOM:
+            rate, why = first_rate(path, is_lora), "by size and adapter"
+        elif meant == is_lora or not isinstance(lr.value, int | float):
+            return
+        elif is_lora:
+            rate, why = max(lr.value, min(10 * lr.value, HIGHEST_RATE)), f"{lr.where}, tenfold for an adapter"
+        else:
+            rate, why = lr.value / 10, f"{lr.where}, a tenth for all weights"
+        self.put(Setting(("model", "lr"), float(f"{rate:.3g}"), why, lr.text))
+
     # what is wrong
 
     def judge(self) -> dict[str, Any]:
@@ -314,6 +345,41 @@ class Draft:
     def keys_at(self, path: KeyPath) -> list[str]:
         """The keys of the group at `path`, in their order."""
         return list(fields_of(kind_at(path, self.schema)))
+
+
+# --- What follows from a model's path.
+
+CUSTOM = "custom.yaml"  # conf/model's file of models that are given by their path
+HIGHEST_RATE = 1e-3  # of first learning rates
+SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", re.IGNORECASE)
+
+
+def name_of_model(path: str) -> str:
+    """What a model is called: the last part of its path, RUN for RUN/model; "" where that is no name."""
+    parts = [part for part in path.split("/") if re.search(r"\w", part)]
+    parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
+    return re.sub(r"[^\w.+-]", "_", parts[-1].rpartition(":")[2])[:60] if parts else ""
+
+
+def size_of_model(path: str) -> float | None:
+    """Roughly how many parameters: of the weights in a folder, or as the name says (Qwen2.5-0.5B); None: not known."""
+    found = 0
+    for file in Path(path).glob("*.safetensors") if os.path.isdir(path) else ():
+        try:
+            with file.open("rb") as opened:
+                header = json.loads(opened.read(min(int.from_bytes(opened.read(8), "little"), 100_000_000)))
+            found += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue  # told when it is loaded
+    sizes = SIZE_IN_NAME.findall(path.rstrip("/").rpartition("/")[2])
+    return found or (float(sizes[-1][0]) * {"m": 1e6, "b": 1e9}[sizes[-1][1].lower()] if sizes else None)
+
+
+def first_rate(path: str, is_lora: bool) -> float:
+    """A first learning rate for a model of which only its path is known: by its size, and tenfold for an adapter."""
+    size = size_of_model(path)
+    rate = 1e-5 if size is None or size > 3e8 else 2e-5 if size > 1e7 else HIGHEST_RATE
+    return min(10 * rate, HIGHEST_RATE) if is_lora else rate
 
 
 def elsewhere(leaf: str, draft: Draft) -> str | None:

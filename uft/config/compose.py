@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -82,6 +83,9 @@ def examine(request: Request) -> Examined:
         files = files_of(request)
         words = read_words(request.overrides, files)
         composed = files.composed(words.chosen)
+        if composed.options.get("model") == DEFAULT_MODEL and gives_model(words, composed):
+            words.choices.append("model=custom")
+            composed = files.composed(words.chosen)
     except (UftError, *BROKEN) as error:
         unread = error.problems if isinstance(error, UftError) else (translate(error),)
         return Examined(asdict(Config()), problems=[*words.problems, *unread], kept=list(words.chosen))
@@ -97,6 +101,7 @@ def examine(request: Request) -> Examined:
         for override in words.values:
             if override.key_or_group.split(".")[0] not in words.unclear:  # else which keys there are is not known
                 draft.apply(override)
+        draft.complete_model()
         examined.settings, examined.origins = plain(draft.judge()), draft.origins()
         examined.problems += draft.problems
     examined.references = {key: value for key, value in flat(draft.values) if "${" in str(value)}
@@ -105,6 +110,18 @@ def examine(request: Request) -> Examined:
     lines = [str(override.input_line) for override in words.values]
     examined.kept = [line for line in words.chosen if line not in wrong] + [x for x in lines if key_of(x) not in keys]
     return examined
+
+
+DEFAULT_MODEL = "playground"
+
+
+def gives_model(words: Words, composed: Composed) -> bool:
+    """Whether only a path was given: another model than the default, whose other values are not for it."""
+    if any(line.lstrip("+").startswith(("model=", "model@")) for line in words.chosen) or "model" in words.unclear:
+        return False
+    files = [s.value for s in composed.settings if s.key == "model.path" and Path(s.file).parent.name != "model"]
+    typed = [override.value() for override in words.values if path_of(override) == ("model", "path")]
+    return (files + typed or [None])[-1] not in (None, f"builtin:{DEFAULT_MODEL}")
 
 
 def key_of(line: str) -> str:
@@ -238,6 +255,7 @@ def compose_stages(
                 stage.draft.apply(override)
         for setting in stage.typed:
             put_own(setting, stage.draft)
+        stage.draft.complete_model()
         stage.settings = stage.draft.judge()
         stage.draft.problems = unread or stage.draft.problems
     problems += together(stages)

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from uft import __version__
+from uft.config.checks import first_rate, size_of_model
 from uft.config.schema import Config, Hardware, Model, Optim, ReferenceModel
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
@@ -440,6 +441,18 @@ def stage_line(stage: Stage, data: RunData) -> str:
     return f"{stage.number} {stage.name}  {stage.do}  {how}"
 
 
+def origin_of_rate(config: Config) -> str:
+    """Where the learning rate is from, in the words of the card."""
+    model, is_lora = config.model, config.model.adapter == "lora"
+    if config.optim.lr != model.lr:
+        return "optim.lr"
+    if model.lr != first_rate(model.path, is_lora):
+        return f"model.lr of {model.name}"
+    size = size_of_model(model.path)
+    which = f"{size / 1e6:,.3g}M parameters" if size else "a model of unknown size"
+    return f"a first rate for {which}, {'an adapter' if is_lora else 'all weights'}; another: optim.lr=..."
+
+
 def stage_card(prepared: Prepared) -> Card:
     """What a stage trains and on what: model, objective, data, horizon and machine."""
     trainer, config, data = prepared.trainer, prepared.trainer.config, prepared.data
@@ -460,6 +473,7 @@ def stage_card(prepared: Prepared) -> Card:
     passes = data.horizon.total_rows / data.horizon.epoch_rows
     padding = ", padding counted" if trainer.policy.layout is Layout.PADDED else ""
     warmup = warmup_steps(optim.warmup, trainer.steps)
+    rate = f"lr {optim.lr:g} ({origin_of_rate(config)})"
     held_out = sum(len(source.rows) for source in data.dataset.held_out)
     evaluation = f"{held_out:,} rows held out, {config.eval.rows} of each source are measured"
 
@@ -484,7 +498,7 @@ def stage_card(prepared: Prepared) -> Card:
         ("template", data.dataset.renderer.name),
         ("horizon", f"{trainer.steps} steps of {config.train.batch_size} rows, {passes:.2f} passes"),
         ("batch", f"at most {tokens_per_pass(config):,} tokens per forward pass{padding}"),
-        ("optimiser", f"{optim.name} lr {optim.lr:g}, {optim.schedule}, {warmup} steps of warm-up"),
+        ("optimiser", f"{optim.name} {rate}, {optim.schedule}, {warmup} steps of warm-up"),
         ("evaluation", evaluation if held_out else "no held-out rows: set data.holdout=0.05 to measure on some"),
         ("device", f"{device} ({name})" + (f", {processes} processes, each with {share}" if processes > 1 else "")),
         ("memory", f"about {count(sum(parts.values()))}B of {count(free)}B free ({needed})"),
