@@ -293,3 +293,22 @@ def test_reading_rows_imports_no_pandas():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# --- words that the model does not know
+
+
+def test_rows_of_words_that_the_tokenizer_does_not_know_are_refused(corpus, files, tmp_path):
+    rows = [{"prompt": "what is the capital of France", "completion": f"Paris {n}"} for n in range(20)]
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text("\n".join(map(json.dumps, rows)))
+    config, found = corpus(objective="sft", sources={"known": files["demonstration"], "foreign": foreign})
+    with pytest.raises(UftError) as error:
+        make_sampler(config, found, make(config.objective))
+    (problem,) = error.value.problems
+    assert problem.what == "data.sources.foreign"
+    assert "% of its tokens are <unk>: model.path=" in problem.why
+    assert "model=smollm2_135m" in problem.advice[0]
+    make_sampler(config, found, make(config.objective), refuse=False)  # uft data shows them
+    found.renderer.tokenizer.eos_token = "<unk>"  # then it is no sign of a word that is not known
+    make_sampler(config, found, make(config.objective))

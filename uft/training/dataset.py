@@ -158,6 +158,8 @@ def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, re
     mixture = Mixture(names, dataset.sizes, dataset.weights, config.seeds.data)
     sampler = RowSampler(dataset.train, mixture, objective.views, config.train.max_length)
     dropping = config.data.unusable == "drop"
+    if refuse:
+        refuse_unknown_words(dataset, config.model.path)
     if refuse and not dropping:
         refuse_unusable(sampler, objective, config.data)
     else:
@@ -170,6 +172,31 @@ def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, re
         problem = Problem("data", f"objective={name} learns from none of the {drawn:,} rows")
         raise UftError(problem, footer="See what it takes of each row:  uft data")
     return sampler
+
+
+LOOKED_AT, MOST_UNKNOWN = 200, 0.2
+
+
+def refuse_unknown_words(dataset: TrainData, model: str) -> None:
+    """UftError where more than a fifth of a source's text is the unknown token: nothing can be learned from it.
+
+    Counted in its first rows. Some tokenizers call a token unknown that has another meaning too: those know all text.
+    """
+    tokenizer = dataset.renderer.tokenizer
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        return
+    problems = []
+    for source in dataset.train:
+        rows = (source.encoded[number] for number in range(min(len(source.encoded), LOOKED_AT)))
+        ids = [tokens.ids for row in rows for tokens in row]
+        share = float((np.concatenate(ids) == unknown).mean()) if ids else 0.0
+        if share > MOST_UNKNOWN:
+            why = f"{share:.0%} of its tokens are {tokenizer.unk_token}: model.path={model} does not know these words"
+            advice = ("take a model that does:  model=smollm2_135m   or  model.path=FOLDER or ORG/NAME",)
+            problems.append(Problem(f"data.sources.{source.source}", why, advice=advice))
+    if problems:
+        raise UftError(*problems, footer="See the rows as the model reads them:  uft data ...")
 
 
 # --- Rows that an objective cannot use, for example since they lack annotations that it requires of completions.
