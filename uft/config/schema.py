@@ -410,6 +410,11 @@ def problems_of(settings: Settings) -> list[tuple[str, str]]:
     return list(_objectives()[1](settings).problems())
 
 
+def taken_kinds(settings: Settings) -> set[str]:
+    """The kinds of rows that an objective has a use for."""
+    return {kind.value for kind in _objectives()[1](settings).views}
+
+
 def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:
     """Those of `keys` that the method has a plain default for."""
     known = fields_of(parameters()[method])

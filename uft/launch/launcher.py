@@ -26,7 +26,7 @@ from uft import __version__
 from uft.config.compose import Examined
 from uft.config.frozen import free, frozen, plain, to_yaml
 from uft.config.messages import written
-from uft.config.schema import defaults_of
+from uft.config.schema import defaults_of, taken_kinds
 from uft.config.stages import completed, data_nodes, differences
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, visible
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
@@ -37,6 +37,7 @@ PARALLEL_JOBS = ("check", "generate")
 """Jobs that several processes do better than one; the others read and write."""
 PATIENCE = 600.0
 """Seconds that a machine waits for the first one to make the run."""
+DEMONSTRATIONS = ("demonstration", "negatives")
 UNFINISHED_CREATION = {".lock", "overrides.yaml", "run.json"}
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "peft", "safetensors", "numpy")
 
@@ -158,7 +159,7 @@ def row_problems(examined: Iterable[Examined], refused: bool = True) -> tuple[li
             found = {name: {**source, "share": None} for name, source in data["sources"].items() if name not in wrong}
             sources = {name: source for name, source in found.items() if not refused or is_local(source["path"])}
             if sources:
-                distinct[json.dumps({**data, "name": "", "ratio": None, "sources": sources}, sort_keys=True)] = None
+                distinct[_mixture(data, sources)] = None
     problems: dict[Problem, None] = {}
     footer = ""
     for mixture in distinct:
@@ -170,12 +171,42 @@ def row_problems(examined: Iterable[Examined], refused: bool = True) -> tuple[li
     return list(problems), footer
 
 
+def _mixture(data: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
+    """What of a mixture decides its rows, as a key."""
+    return json.dumps({**data, "name": "", "ratio": None, "sources": sources}, sort_keys=True)
+
+
 @cache
-def _parse_rows(data: str, working_directory: str) -> None:
+def _parse_rows(data: str, working_directory: str) -> dict[str, dict[str, int]]:
+    """Read the rows of all sources; how many there are to train on, by source and kind."""
     from uft.config.schema import data_settings
     from uft.data.sources import load_sources
+    from uft.data.table import kinds
 
-    load_sources(data_settings(json.loads(data)))
+    loaded = load_sources(data_settings(json.loads(data)))
+    return {source.name: {kind.value: count for kind, count in kinds(source.rows).items()} for source in loaded}
+
+
+def unusable_rows(settings: Mapping[str, Any]) -> list[Problem]:
+    """What the objective of a request cannot use of its rows, by source and kind; they were read (`row_problems`).
+
+    The worker tells the same at its start, and of single rows too. A request with stages is left to it.
+    """
+    data, objective = settings["data"], settings["objective"]
+    if settings.get("stages") or data["unusable"] == "drop":
+        return []
+    usable = taken_kinds(objective)
+    sources = {name: {**source, "share": None} for name, source in data["sources"].items()}
+    problems = []
+    for name, counts in _parse_rows(_mixture(data, sources), os.getcwd()).items():
+        shown = 2 * sum(counts[kind] for kind in counts if kind in DEMONSTRATIONS) > sum(counts.values())
+        if data["sources"][name]["share"] != 0 and data["ratio"] != (0 if shown else 1):
+            for kind in (kind for kind in counts if kind not in usable):
+                why = (
+                    f"objective={objective.get('name') or objective['method']} cannot use {counts[kind]:,} {kind} rows"
+                )
+                problems.append(Problem(f"data.sources.{name}", why))
+    return problems
 
 
 def run_session(

@@ -40,7 +40,7 @@ from uft.config.frozen import free
 from uft.config.messages import written
 from uft.errors import FAILED, Problem, UftError, visible
 from uft.launch.forkserver import forkserver
-from uft.launch.launcher import JOB_KEYS, OUTPUTS, JobFailed, changed_keys, row_problems, slug, today
+from uft.launch.launcher import JOB_KEYS, OUTPUTS, JobFailed, changed_keys, row_problems, slug, today, unusable_rows
 from uft.launch.sweep_table import SweepTable
 from uft.runs import SWEEP_FILE, Damaged, Run, read_json, shown, typed_path, write_json
 from uft.tracking.console import shorten
@@ -103,6 +103,8 @@ class Sweep:
         problems, last = refusal(examined, lines, self.axes, self.typed)
         if not problems:
             problems, last = row_problems(examined, refused=False)
+        if not problems and self.verb in ("train", "check"):
+            problems, last = self.unusable(examined, lines), "Leave these rows out in all of them:  data.unusable=drop"
         if problems:
             raise UftError(*problems, footer=last)
         settings = [one.settings for one in examined]
@@ -118,6 +120,15 @@ class Sweep:
         )
         refuse_other_runs(jobs)
         return jobs
+
+    def unusable(self, examined: Sequence[Examined], lines: Sequence[Sequence[str]]) -> list[Problem]:
+        """What the objectives of jobs cannot use of their rows, each once, with the first job that it holds for."""
+        found: dict[Problem, int] = {}
+        for number, one in enumerate(examined):
+            for problem in unusable_rows(one.settings):
+                found.setdefault(problem, number)
+        varying = {number: " ".join(x for x in lines[number] if key_of(x) in self.axes) for number in found.values()}
+        return [replace(problem, advice=(f"first in  {varying[number]}",)) for problem, number in found.items()]
 
     def launch(self, jobs: Sequence[Job]) -> Sequence[JobReturn]:
         """Give jobs to Hydra's launcher, which returns when all of them have ended."""
