@@ -190,6 +190,10 @@ def test_a_file_of_rows_is_short_for_a_source(worker, capfd):
     for words in (["data", "more/1.jsonl"], ["generate", "my rows.jsonl"], ["annotate", "soft_label", "data=more"]):
         assert main(words) == 0
         assert f"worker {words[0]}" in capfd.readouterr().out
+    several = with_sources(["-m", "data=more/1.jsonl,b.jsonl", "seed=1,2"])
+    assert several == ["-m", "data=files", "+data.sources.rows.path=more/1.jsonl,b.jsonl", "seed=1,2"]
+    assert main(["train", "-m", "data=mix,b.jsonl"]) == 2
+    assert "mix is not a file of rows, and a sweep takes mixtures or files" in capfd.readouterr().err
     assert main(["train", "-m", "gone.jsonl", "seed=1,2"]) == 2
     assert "gone.jsonl  no such file" in capfd.readouterr().err
     assert main(["train", "nonsense"]) == 2

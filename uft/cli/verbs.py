@@ -96,6 +96,9 @@ def first_word(arguments: list[str]) -> str | None:
     return None if "=" in first or first.startswith(("-", "~")) or set(FLAGS) & set(arguments) else first
 
 
+PLAIN_PATH = re.compile(r"[\w./:@-]+", re.ASCII)
+
+
 def names_rows(word: str, config_dir: str | None = None) -> bool:
     """Whether a word is a file of rows, or chooses one (or a folder, or a hub id with its slash) as data=PATH."""
     key, equals, path = word.partition("=") if "=" in word else ("data", "", word)
@@ -109,11 +112,27 @@ def names_rows(word: str, config_dir: str | None = None) -> bool:
     return there or Path(path).suffix.lower() in READERS
 
 
+def several_rows(word: str, config_dir: str | None = None) -> list[str]:
+    """`data=a.jsonl,b.jsonl` as a source with two paths to run; [] for anything else."""
+    key, _, value = word.partition("=")
+    paths = value.split(",")
+    if key != "data" or len(paths) < 2 or os.path.exists(value):
+        return []
+    rows = [names_rows(f"data={path}", config_dir) and bool(PLAIN_PATH.fullmatch(path)) for path in paths]
+    if any(rows) and not all(rows):
+        name = paths[rows.index(False)] or "data"
+        why, advice = f"{name} is not a file of rows, and a sweep takes mixtures or files", "one command for each"
+        raise UftError(Problem(word, why, "command line", (advice,)))
+    return ["data=files", f"+data.sources.rows.path={value}"] if all(rows) else []
+
+
 def with_sources(words: Sequence[str], config_dir: str | None = None) -> list[str]:
     """The words with files of rows written out: data=files, and for each a source that is named after it.
 
-    Beside a mixture that is chosen (data=mix rows.jsonl) a file is one more source of it.
+    Beside a mixture that is chosen (data=mix rows.jsonl) a file is one more source of it. Several at once
+    (-m data=a.jsonl,b.jsonl) are values of one source, for a run each.
     """
+    words = [word for line in words for word in (several_rows(line, config_dir) or [line])]
     files = [word for word in words if names_rows(word, config_dir)]
     if not files:
         return list(words)
@@ -123,7 +142,7 @@ def with_sources(words: Sequence[str], config_dir: str | None = None) -> list[st
         name = name if re.match(r"[A-Za-z_]", name) else f"_{name}"
         while name in sources:
             name += "_"
-        sources[name] = path if re.fullmatch(r"[\w./:@-]+", path, re.ASCII) else quote(path)
+        sources[name] = path if PLAIN_PATH.fullmatch(path) else quote(path)
     kept = [word for word in words if word not in files]
     chosen = [] if any(word.startswith("data=") for word in kept) else ["data=files"]
     return [*kept, *chosen, *(f"+data.sources.{name}.path={path}" for name, path in sources.items())]
