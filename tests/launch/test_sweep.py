@@ -159,7 +159,7 @@ def test_an_interval_is_for_a_search(worker, capsys):
 def test_the_rows_of_a_mixture_are_read_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     read = []
-    monkeypatch.setattr("uft.data.sources.load_sources", lambda data: read.append(data.sources["a"].path))
+    monkeypatch.setattr("uft.data.sources.load_sources", lambda data: read.append(data.sources["a"].path) or [])
     jobs = [
         Examined(
             {"seed": seed, "data": {"name": "d", "ratio": ratio, "sources": {"a": {"path": path, "share": share}}}}
