@@ -169,6 +169,14 @@ def test_reasoning_of_context_that_a_template_drops_is_told(tokenizer, chatml_te
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, SUNNY]},
             "a part that is not text: 'image'",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "text": "", "url": "x"}]}, SUNNY]},
+            "a part that is not text: 'image'",
+        ),
+        (
+            {"messages": [ASKED, assistant([{"type": "thinking", "text": "hm"}, {"type": "text", "text": "a"}])]},
+            "a part that is not text: 'thinking'",
+        ),
     ],
 )
 def test_media_and_marks_that_say_nothing_are_refused_by_name(record, why):
