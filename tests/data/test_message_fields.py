@@ -131,6 +131,10 @@ def test_variables_reach_training_and_generation_and_the_digest(tokenizer):
     assert plain.digest == Renderer(tokenizer, arguments={}).digest
     with pytest.raises(UftError, match=r"data\.template_args\.tools"):
         Renderer(tokenizer, arguments={"tools": []})
+    with pytest.raises(UftError, match=r"(?s)template_args\.moood.*no such variable.*did you mean .*\.mood \?"):
+        Renderer(tokenizer, arguments={"moood": "calm"})
+    with pytest.raises(UftError, match=r"template_args\.mood +plain reads no such variable"):
+        Renderer(tokenizer, "plain", arguments={"mood": "calm"})
 
 
 @pytest.mark.parametrize(
@@ -168,6 +172,14 @@ def test_reasoning_of_context_that_a_template_drops_is_told(tokenizer, chatml_te
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, SUNNY]},
             "a part that is not text: 'image'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "text": "", "url": "x"}]}, SUNNY]},
+            "a part that is not text: 'image'",
+        ),
+        (
+            {"messages": [ASKED, assistant([{"type": "thinking", "text": "hm"}, {"type": "text", "text": "a"}])]},
+            "a part that is not text: 'thinking'",
         ),
     ],
 )

@@ -68,7 +68,8 @@ def test_feedback_is_read_beside_every_way_of_writing_a_dialogue(dialogue):
 
 
 def test_grades_under_other_names_are_refused_with_the_lines_that_read_them(tmp_path):
-    for name in ("rating", "reward", " Label", "upvotes", "is_correct"):
+    names = "rating,reward, Label,upvotes,is_correct,isCorrect,userRating,gpt4_score,thumbs-up,is_helpful,kto_label"
+    for name in names.split(","):
         records = [record | {name: 1} for record in list(DIALOGUES.values())[:1]]
         said = refused(tmp_path, records)
         assert f"{name} (1 row) may say how good a completion is" in said
@@ -83,6 +84,19 @@ def test_a_grade_of_few_rows_is_not_dropped_for_the_others(tmp_path):
     records = [{"prompt": f"q{n}", "completion": "a"} for n in range(9)]
     assert "label (1 row)" in refused(tmp_path, [*records, records[0] | {"label": False}])
     assert load(tmp_path, [record | {"label": None} for record in records]).kinds == {Kind.DEMONSTRATION: 9}
+
+
+def test_grades_within_messages_are_refused_too(tmp_path):
+    records = [{"messages": [USER, REPLY | {"rating": 1}]}]
+    said = refused(tmp_path, records)
+    assert "messages.rating (1 row) may say how good a completion is" in said
+    assert "columns.score" not in said
+    assert load(tmp_path, records, kind="demonstration").omitted.unread == {"messages.rating": 1}
+
+
+def test_columns_whose_names_only_hold_such_a_word_are_no_grades(tmp_path):
+    record = {"prompt": "q", "completion": "a", "score_function": "x", "topicLabel": "y", "correct_answers": "z"}
+    assert load(tmp_path, [record]).kinds == {Kind.DEMONSTRATION: 1}
 
 
 def test_two_kinds_of_feedback_need_a_word(tmp_path):

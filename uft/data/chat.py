@@ -28,6 +28,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
@@ -121,9 +122,11 @@ class Renderer:
         self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
             self._strategy = Plain(tokenizer, train_on)
+            _check_arguments(arguments or {}, "", "plain")
         else:
             text = tokenizer.get_chat_template() if template == "auto" else _read_template(template)
             name = "the tokenizer's chat template" if template == "auto" else template
+            _check_arguments(arguments or {}, text, name)
             self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name, dict(arguments or {}), train_on)
         self.name = self._strategy.name
         self.stop_ids = self._strategy.stop_ids
@@ -144,6 +147,15 @@ class Renderer:
             own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
             prompt = (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
         return self._strategy.prompt_ids(prompt)
+
+
+def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:
+    """Raise UftError for the variables that the template's text never names: a slip, or meant for another template."""
+    words = set(re.findall(r"\w+", text))
+    for unknown in sorted(arguments.keys() - words):
+        near = get_close_matches(unknown, sorted(words), n=1, cutoff=0.8)
+        advice = tuple(f"did you mean  data.template_args.{word} ?" for word in near)
+        raise UftError(Problem(f"data.template_args.{unknown}", f"{name} reads no such variable", advice=advice))
 
 
 def _read_template(path: str) -> str:

@@ -72,6 +72,8 @@ _GRADE_NAMES = (
 )
 FEEDBACK = frozenset(" ".join(_GRADE_NAMES).split())
 """Columns that say how good a completion is, by their usual names."""
+_GRADE_ENDS = re.compile("(?:score|rating|reward|vote)s?|feedback|grade|helpful|correct")
+_WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
 NUMERIC = frozenset(
     {"label", "score", "score_min", "score_max", "helpfulness", "correctness", "coherence", *SIDES, *ANNOTATIONS}
 )
@@ -169,22 +171,30 @@ def unread_feedback(form: Format, columns: Mapping[str, int], source: str) -> Pr
     """The problem of columns that grade completions which the format takes as right. `columns`: rows that have each."""
     if form.kind not in (Kind.DEMONSTRATION, Kind.NEGATIVES):
         return None
-    graded = sorted(
-        name for name, count in columns.items() if count and name.strip().lower() in FEEDBACK - form.columns
-    )
+    graded = sorted(name for name, count in columns.items() if count and name not in form.columns and _grades(name))
     if not graded:
         return None
-    key, first = f"data.sources.{source}", graded[0]
+    key, first = f"data.sources.{source}", min(graded, key=lambda name: "." in name)
     rows = ", ".join(f"{name} ({columns[name]:,} row{'s' * (columns[name] != 1)})" for name in graded)
+    mapped = (
+        f"read it as a score:  {key}.columns.score={first} {key}.score_range=[LOWEST,HIGHEST]",
+        f"read it as good or bad:  {key}.columns.label={first}",
+    )
+    inside = ("make a column of it, or a weight of 0 or 1 in each message",)
     return Problem(
         key,
         f"{rows} may say how good a completion is, but the format {form.name} takes every completion as right",
-        advice=(
-            f"read it as a score:  {key}.columns.score={first} {key}.score_range=[LOWEST,HIGHEST]",
-            f"read it as good or bad:  {key}.columns.label={first}",
-            f"leave it unread:  {key}.kind={form.kind.value}",
-        ),
+        advice=(*(inside if "." in first else mapped), f"leave it unread:  {key}.kind={form.kind.value}"),
     )
+
+
+def _grades(name: str) -> bool:
+    """Whether a column, or a field of messages (`messages.rating`), grades completions by its name, however it is
+    written: userRating, gpt4_score, thumbs-up."""
+    words = [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
+    asked = words[1:] if words[:1] in (["is"], ["was"], ["kto"]) else words
+    known = not FEEDBACK.isdisjoint({"_".join(words), "_".join(asked)})
+    return known or (bool(words) and _GRADE_ENDS.fullmatch(words[-1]) is not None)
 
 
 def check_mapping(columns: Mapping[str, str], source: str) -> list[Problem]:

@@ -217,8 +217,9 @@ def _read_message(item: Any, field: str) -> Message | None:
         raise Unreadable(f"{field} has the unknown role {name} (known: {', '.join(ROLES)})")
     if isinstance(content, list):  # content parts; text is all that can be trained on here
         for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                kind = part.get("type") if isinstance(part, dict) else None
+            kind = part.get("type") if isinstance(part, dict) else None
+            is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
+            if not is_text or kind not in (None, "text", "input_text", "output_text"):
                 raise Unreadable(f"{field} has a part that is not text" + (f": {excerpt(kind)}" if kind else ""))
         content = "".join(part["text"] for part in content)
     if role == "system" and is_blank(content):

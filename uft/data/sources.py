@@ -205,6 +205,8 @@ def _parse(
             good.add(row)
             omitted.unread.update(formats.unread(form, fields))
             omitted.oddities.update(formats.oddities(row))
+        if form and source.kind is None and (problem := formats.unread_feedback(form, omitted.unread, name)):
+            raise UftError(problem)  # grades within messages
     return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted
 
 
