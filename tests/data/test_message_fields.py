@@ -166,6 +166,9 @@ def test_reasoning_of_context_that_a_template_drops_is_told(tokenizer, chatml_te
     [
         ({"messages": [ASKED, assistant("a", weight=0.5)]}, "weight is 0.5, not 0 or 1"),
         ({"messages": [ASKED, assistant("a", weight=0, train=True)]}, "contradict each other: weight, train"),
+        ({"messages": [ASKED | {"from": "gpt"}, SUNNY]}, "contradict each other: role, from"),
+        ({"messages": [ASKED | {"value": "another"}, SUNNY]}, "contradict each other: content, value"),
+        ({"messages": [ASKED, assistant("a", thinking="b", reasoning="c")]}, "each other: reasoning_content"),
         ({"messages": [ASKED, assistant("a", tool_calls="x")]}, "tool_calls is text, not a list of objects"),
         ({"messages": [ASKED, SUNNY], "images": ["x.png"]}, "images: only text can be trained on"),
         ({"messages": [{**ASKED, "audio": "x.wav"}, SUNNY]}, "audio: only text can be trained on"),

@@ -215,6 +215,12 @@ def _read_message(item: Any, field: str) -> Message | None:
     if role is None:
         name = excerpt(_one_of(item, "role", "from"))
         raise Unreadable(f"{field} has the unknown role {name} (known: {', '.join(ROLES)})")
+    named = [ROLES[item[key]] for key in ("role", "from") if isinstance(item.get(key), str) and item[key] in ROLES]
+    texts = [item[key] for key in ("content", "value") if not is_blank(item.get(key))]
+    thoughts = [item[key] for key in REASONING if not is_blank(item.get(key))]
+    for keys, values in (("role, from", named), ("content, value", texts), (", ".join(REASONING), thoughts)):
+        if any(value != values[0] for value in values):
+            raise Unreadable(f"{field} has fields that contradict each other: {keys}")
     if isinstance(content, list):  # content parts; text is all that can be trained on here
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
