@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
 
 MOST = {
-    "product lines": 23_866,
+    "product lines": 23_891,
     "modules": 91,
-    "functions named once": 331,
+    "functions named once": 333,
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 3,
-    "test lines": 30_860,
+    "test lines": 30_873,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
 LONGER = 2
