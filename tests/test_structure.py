@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
 
 MOST = {
-    "product lines": 24_088,
+    "product lines": 24_113,
     "modules": 91,
-    "functions named once": 335,
+    "functions named once": 337,
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 3,
-    "test lines": 30_974,
+    "test lines": 30_985,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
 LONGER = 2

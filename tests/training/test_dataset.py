@@ -216,6 +216,25 @@ def test_or_leaves_them_out_and_counts_them(corpus, half):
     assert looked.unusable() == {"half": {Kind.DEMONSTRATION: (3, "half:1")}}
 
 
+def test_log_probs_of_an_earlier_version_are_not_taken_for_those_of_the_sampler(corpus, tmp_path):
+    """It wrote them at temperature 1 and without filters, whatever the samples were drawn with."""
+    line = {"prompt": "w3", "response": "w4", "negatives": ["w5"], "negative_log_probs": [-1.5]}
+    drawn = {"temperature": 0.7, "top_k": 0, "top_p": 1.0, "seeds": [0]}
+    right = {"log_probs": "as sampled"}
+    for name, settings in (("old", drawn), ("flat", drawn | {"temperature": 1.0}), ("new", drawn | right)):
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(line | {'sampling': settings})}\n" * 3)
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("old", "flat", "new")}
+    for unusable in ("error", "drop"):
+        words = (f"data.unusable={unusable}", "objective.denominator=sampling")
+        config, dataset = corpus(*words, sources=files, objective="dft")
+        with pytest.raises(UftError) as error:
+            make_sampler(config, dataset, make(config.objective))
+        assert [problem.what for problem in error.value.problems] == ["data.sources.old"]
+        assert "3 rows have those at temperature 1" in error.value.problems[0].why
+    config, dataset = corpus(sources=files, objective="dft")
+    assert make_sampler(config, dataset, make(config.objective)).takes_anything()
+
+
 def test_nothing_left_is_no_run(corpus, files):
     config, dataset = corpus("data.unusable=drop", sources={"mine": files["demonstration"]}, objective="poft")
     with pytest.raises(UftError, match="cannot use any of the 12 rows"):

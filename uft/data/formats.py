@@ -441,10 +441,21 @@ _REPEATED = 16  # characters of a prompt that stand at the start of a reply by c
 _MARKS = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|### (?:Instruction|Response|Input):")
 
 
-def oddities(row: Row) -> list[str]:
-    """What is right by its form and may not be meant so: names of counts in the data report."""
+FLAT = "flat_log_probs"
+"""Log-probs of negatives at temperature 1 and without filters, which is not how they were sampled."""
+
+
+def _flat(sampling: Any) -> bool:
+    """Whether `uft generate` wrote log-probs at temperature 1 beside these settings, as its earlier versions did."""
+    if not isinstance(sampling, dict) or "temperature" not in sampling or "log_probs" in sampling:
+        return False
+    return (sampling["temperature"], sampling.get("top_k") or 0, sampling.get("top_p") or 1) != (1, 0, 1)
+
+
+def oddities(row: Row, fields: Record) -> list[str]:
+    """What is right by its form and may not be meant so: names of counts in the data report, and `FLAT`."""
     first, last = row.completions[0], row.completions[-1]
-    found = []
+    found = [FLAT] if last.log_prob is not None and _flat(fields.get("sampling")) else []
     if first.preferred is not None:
         scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
         found += ["equal_pairs"] if first.turns == last.turns else []

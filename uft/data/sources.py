@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
-CODE_VERSION = 4  # raise it when this code makes other rows of the same files, or lays them out otherwise
+CODE_VERSION = 5  # raise it when this code makes other rows of the same files, or lays them out otherwise
 CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
@@ -204,7 +204,7 @@ def _parse(
                 continue
             good.add(row)
             omitted.unread.update(formats.unread(form, fields))
-            omitted.oddities.update(formats.oddities(row))
+            omitted.oddities.update(formats.oddities(row, fields))
         if form and source.kind is None and (problem := formats.unread_feedback(form, omitted.unread, name)):
             raise UftError(problem)  # grades within messages
     return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted

@@ -23,6 +23,7 @@ from uft.config.frozen import adds
 from uft.config.schema import Config, Data
 from uft.config.stages import Stage, made, rows_of
 from uft.data.chat import Renderer
+from uft.data.formats import FLAT
 from uft.data.loader import RowSampler
 from uft.data.mixture import Mixture, epoch_rows, mixture_weights, portion
 from uft.data.report import data_report
@@ -35,6 +36,7 @@ from uft.evaluation.evaluate import HeldOut
 from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.objectives.base import Objective
+from uft.objectives.dft import SAMPLING
 from uft.objectives.views import kind_table
 from uft.runs import Run, cache_root, read_json
 
@@ -157,6 +159,8 @@ def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, re
     names = [source.source for source in dataset.train]
     mixture = Mixture(names, dataset.sizes, dataset.weights, config.seeds.data)
     sampler = RowSampler(dataset.train, mixture, objective.views, config.train.max_length)
+    if refuse and SAMPLING in objective.needs.columns:
+        refuse_flat(dataset.loaded, objective)
     dropping = config.data.unusable == "drop"
     if refuse:
         refuse_unknown_words(dataset, config.model.path)
@@ -239,6 +243,16 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data) -> No
         footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")
     if problems:
         raise UftError(*problems, footer="\n".join([*footer, "Leave these rows out:  data.unusable=drop"]))
+
+
+def refuse_flat(loaded: Sequence[LoadedSource], objective: Objective) -> None:
+    """Raise UftError about negatives whose log-probs are not those of the distribution that sampled them."""
+    why = f"objective={objective.name} needs log-probs as sampled; {{:,}} rows have those at temperature 1, uncut"
+    advice = ("an earlier version wrote them: sample again with uft generate", "or objective.denominator=plain")
+    flat = {source.name: source.omitted.oddities[FLAT] for source in loaded}
+    problems = [Problem(f"data.sources.{name}", why.format(n), advice=advice) for name, n in flat.items() if n]
+    if problems:
+        raise UftError(*problems)
 
 
 def complete_views(objective: Objective) -> Mapping[Kind, View]:
