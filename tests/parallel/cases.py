@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-WORDS = ("one", "two", "three", "four", "Paris", "France", "the", "of", "is", "and", "not", "a", "city", "sea", "red")
+WORDS = ("horse", "moon", "fox", "lamp", "leaf", "bear", "fish", "rain", "the", "duck", "is", "star", "hat", "owl")
 KINDS = ("demonstrations", "pairs", "labels", "scores", "negatives")
 LORA = ("model.adapter=lora", "model.lora.rank=4")
 SHORT_LAST = ("train.epochs=1", "train.steps=null", "train.batch_size=7")
