@@ -82,7 +82,7 @@ def test_runs_are_found_below_a_folder_and_not_within_runs(run: Run, tmp_path: P
     create_run(tmp_path / "sweep" / "job", "{}\n", [])
     create_run(run.path / "inside", "{}\n", [])
     (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "config.yaml").write_text("seed: 0\n")  # somebody's, and no run
+    (tmp_path / "conf" / "config.yaml").write_text("seed: 0\n")  # another program's, and no run
     assert [found.path for found in find_runs(tmp_path)] == [run.path, tmp_path / "sweep" / "job"]
     with pytest.raises(UftError, match="no such folder"):
         open_run(tmp_path / "absent")
@@ -109,7 +109,7 @@ def test_status_follows_the_result_and_the_lock(run: Run):
         assert run.locked()
 
 
-def test_somebody_who_looks_whether_a_run_is_held_does_not_keep_it_from_being_held(run: Run):
+def test_asking_whether_a_run_is_held_does_not_hold_it(run: Run):
     """`uft ls` in a loop beside a sweep must not make any of its jobs fail."""
     with run.lock():
         pass

@@ -14,16 +14,16 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
 
 MOST = {
-    "product lines": 24_113,
+    "product lines": 24_116,
     "modules": 91,
     "functions named once": 337,
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 3,
-    "test lines": 30_985,
+    "test lines": 30_978,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
-LONGER = 2
+LONGER = 0
 """Files and functions beyond these soft limits, at most: a concept is not cut in two for a number."""
 
 # A package may import those before it, never one after it.

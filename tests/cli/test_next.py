@@ -1,4 +1,4 @@
-"""Commands that are printed to go on with can be given as they stand, and mean what is said of them."""
+"""Every command that is printed as a next step runs as printed, and does what its description says."""
 
 import re
 import shlex

@@ -28,7 +28,7 @@ class Answer:
 
     turns: Turns
     reward: float
-    scored: bool = False  # the reward is a number that somebody gave
+    scored: bool = False  # the reward is a given number
     sampling: float | None = None  # its log-prob where it was sampled
 
     @property

@@ -18,7 +18,7 @@ PLAYGROUND = "builtin:playground"
 
 
 def said_in_the_playground(tokenizer: Any, prompt: list[dict[str, str]], turns: list[dict[str, str]]) -> Any:
-    """<user> text <end> <assistant> text <end>, a word to a token, so that spaces belong to nobody."""
+    """<user> text <end> <assistant> text <end>, a word to a token, so that spaces belong to no turn."""
     names = {"user": "<user> ", "system": "<user> ", "assistant": "<assistant> "}
     return between(names.__getitem__, lambda role: "<end> ")(tokenizer, spaced(prompt), spaced(turns))
 

@@ -182,7 +182,7 @@ def test_full_at_every_kind_of_write(bench, new_run, tmp_path, words):
     assert len(writes) > 30
     for number, (name, places) in enumerate(writes.items()):
         run, own = new_run(f"full-{number}", *words), {"UFT_CACHE": str(tmp_path / f"cache-{number}")}
-        at = places[0 if "mkdir" in name else len(places) // 2]  # later the folder is there, and nobody minds
+        at = places[0 if "mkdir" in name else len(places) // 2]  # later the folder is there already
         ended = bench.sit(run.path, fault=Fault(do="full", at=at, roots=roots), **own)
         assert ended.code in (0, 1), f"{name}\n{ended.said}"
         assert "Traceback" not in ended.said, f"{name}\n{ended.said}"

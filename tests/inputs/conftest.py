@@ -1,4 +1,4 @@
-"""A tokenizer and a program for tests that hand uft what nobody should."""
+"""A tokenizer and a program for tests of hostile and broken inputs."""
 
 from __future__ import annotations
 

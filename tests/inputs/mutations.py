@@ -6,6 +6,7 @@ import io
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -72,7 +73,7 @@ VALUES = (
     '"0.5"',
     '["a", 1, null]',
 )
-"""JSON that nobody expects where it stands."""
+"""JSON values that no field expects."""
 
 BYTES = (
     b"\x00",
@@ -292,3 +293,13 @@ def configuration(number: int) -> bytes:
             text = shuffled(draw, text.encode()).decode() if draw.random() < 0.3 else text[:place] + text[place + 5 :]
     raw = text.encode("utf-8", "surrogatepass")
     return draw.choice(ANY_BYTES)(draw, raw) if draw.random() < 0.4 else raw
+
+
+class Planted:
+    """What a pickle can do: leave a file behind when it is loaded."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return Path.touch, (self.place,)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from mutations import Planted
 
 from uft.cli import main
 from uft.config.schema import Data, Source
@@ -18,16 +19,6 @@ from uft.errors import UftError
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = sorted([*(ROOT / "uft").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")])
 UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-
-
-class Planted:
-    """What a pickle can do: leave a file behind when it is loaded."""
-
-    def __init__(self, place):
-        self.place = place
-
-    def __reduce__(self):
-        return Path.touch, (self.place,)
 
 
 @pytest.fixture
@@ -285,7 +276,7 @@ def test_yaml_makes_no_objects(here, capsys, tag):
 
 
 def test_the_configuration_of_a_run_refers_to_nothing(tmp_path, monkeypatch):
-    """A run folder from somebody else asks for no environment when it is gone on with."""
+    """A received run folder reads no environment variable when it is resumed."""
     from uft.config.compose import compose
     from uft.config.frozen import frozen, load_config
 
@@ -312,7 +303,7 @@ OBJECTS = {
 
 
 @pytest.mark.parametrize(("old", "new"), OBJECTS.values(), ids=OBJECTS)
-def test_a_run_that_somebody_sent_names_no_code(here, capsys, old, new):
+def test_a_received_run_names_no_code(here, capsys, old, new):
     from uft.config.compose import changed, compose
     from uft.config.frozen import frozen, load_config
     from uft.runs import Run
@@ -330,7 +321,7 @@ def test_a_run_that_somebody_sent_names_no_code(here, capsys, old, new):
     assert "evil_package" not in sys.modules
 
 
-def test_the_commands_of_a_sweep_that_somebody_sent_name_no_code(here, capsys):
+def test_commands_of_a_received_sweep_name_no_code(here, capsys):
     for word in (
         f"+hydra.launcher._target_={CALL}",
         "--experimental-rerun=x.pickle",

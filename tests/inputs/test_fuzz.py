@@ -29,7 +29,7 @@ MEMORY = 1.5e6  # kilobytes more than before, over all files
 
 @pytest.fixture
 def watched():
-    """Whoever hangs is shown with a stack and ended."""
+    """A case that hangs ends the process with its stack."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield lambda: faulthandler.dump_traceback_later(SECONDS, exit=True)
     faulthandler.cancel_dump_traceback_later()

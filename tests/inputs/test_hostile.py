@@ -1,4 +1,4 @@
-"""Folders that somebody sent: what is planted in them is not run, and nothing is written outside of its place."""
+"""Received folders: planted code is not run, and nothing is written outside of its place."""
 
 import io
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mutations import Planted
 
 from uft.config.compose import compose
 from uft.config.frozen import frozen
@@ -23,16 +24,6 @@ from uft.runs import create_run, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("debug=fast", "objective=sft", "tracking=none")
-
-
-class Planted:
-    """What a pickle can do: leave a file behind when it is loaded."""
-
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
 
 
 @pytest.fixture
@@ -83,7 +74,7 @@ PLANTED = [
 
 def test_a_model_folder_runs_nothing(evil, monkeypatch, tmp_path, trace):
     """Its configurations may name code of their own, of a repository and of the hub's kernels: it is loaded without
-    them, or refused in one line, and nobody is asked for them."""
+    them, or refused in one line, and the hub is not asked for them."""
     asked = []
     monkeypatch.setitem(
         sys.modules, "kernels", type("Kernels", (), {"get_kernel": lambda *words, **_: asked.append(words)})

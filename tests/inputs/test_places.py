@@ -79,7 +79,7 @@ def test_names_of_sources_are_refused_alike(here, capsys, name):
 
 
 def test_a_planned_job_is_a_folder_of_its_sweep(tmp_path):
-    """A sweep folder from somebody else names no place outside of itself."""
+    """A received sweep folder names no place outside of itself."""
     jobs = [{"name": name} for name in ("good", "../../evil", "/etc", "/", "a/b", "", "..", ".", None)]
     (tmp_path / "sweep.json").write_text(json.dumps({"jobs": jobs}))
     assert [run.path for run in planned(tmp_path)] == [tmp_path / "good"]
@@ -128,7 +128,7 @@ def test_a_run_folder_that_is_a_link_into_foreign_files_is_refused(here, capsys)
 
 
 def test_files_are_replaced_and_not_written_through_a_link(tmp_path):
-    """A run folder from somebody else, whose records are links to files of ours."""
+    """A received run folder whose records are links to files of ours."""
     ours = tmp_path / "ours.json"
     ours.write_text("{}")
     run = create_run(tmp_path / "run", "a: 1\n", [])

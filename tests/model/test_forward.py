@@ -65,7 +65,7 @@ def test_a_head_that_disagrees_is_replaced_by_the_models_own_and_reported(
 
     def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = forward(self, *args, **kwargs)
-        out.logits = out.logits * 2  # a transform that nobody told us of
+        out.logits = out.logits * 2  # an undeclared transform
         return out
 
     monkeypatch.setattr(type(model), "forward", doubled)

@@ -92,7 +92,7 @@ def test_what_the_hub_refuses_is_said(monkeypatch: pytest.MonkeyPatch):
         assert words in message("org/model", "v9")
 
 
-def test_offline_by_environment_asks_nobody(monkeypatch: pytest.MonkeyPatch):
+def test_offline_by_environment_asks_no_hub(monkeypatch: pytest.MonkeyPatch):
     Hub(monkeypatch, AssertionError("asked"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in message("org/model")

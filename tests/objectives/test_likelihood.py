@@ -54,7 +54,7 @@ def test_shared_1_log_probs_reductions_and_counts():
 
 
 def test_dynamic_ft_worked_example():
-    """The specification's: a token predicted by each of two rows of logits, then read by nobody."""
+    """The specification's example: a token predicted by each of two rows of logits; the last token is no input."""
     batch = kit.batch_of([kit.Seq([9, 0, 2], [False, True, True])])
     policy = kit.Logits([[[1, 0, -1], [0.5, 0.5, 0], [7, 7, 7]]])
     p = policy(batch).log_probs.exp()

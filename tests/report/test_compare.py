@@ -253,7 +253,7 @@ def test_runs_in_every_state_are_shown(grid):
     assert any(warning["what"].startswith("4 runs cannot be read") for warning in made["warnings"])
 
 
-def test_runs_nobody_can_read_are_no_failure(here, typed):
+def test_unreadable_runs_are_no_failure(here, typed):
     for name in ("a", "b"):
         make_run(Path("s") / name, points=5)
     for path in Path("s").rglob("*.*"):

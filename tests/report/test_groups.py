@@ -129,7 +129,7 @@ def test_keys_that_an_older_version_lacks_count_as_their_default():
     assert len(grouping([old, new]).groups) == 1
     assert len(grouping([old, loaded("uft", 2, data__exhaustion="all")]).groups) == 2
     other = loaded("uft", 3, objective__tau=0.7)
-    assert len(grouping([old, new, other]).groups) == 3, "where they do not agree, nobody knows"
+    assert len(grouping([old, new, other]).groups) == 3, "where they do not agree, the default is unknown"
 
 
 def test_a_source_that_is_not_there_has_no_defaults():

@@ -183,7 +183,7 @@ def test_other_rows_are_refused(job, sources):
         job(given=[other, sources[1]])
 
 
-def test_a_file_of_somebody_else_is_never_touched(job, tmp_path):
+def test_a_file_of_other_rows_is_never_touched(job, tmp_path):
     out = tmp_path / "theirs"
     for content in (b"mine", b"my notes\n", b'{"prompt": "x"}\n', b"\xff\xfe\n", b"[]\n", b'{"row": "a:0"}\nmine'):
         out.write_bytes(content)

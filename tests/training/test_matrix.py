@@ -167,7 +167,7 @@ def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(configure, pr
 
 
 def test_the_matrix_is_whole_and_has_both_ends():
-    """Thirty objectives; DPO cannot use what SFT can, and what nobody wrote stops PoFT everywhere."""
+    """Thirty objectives; DPO cannot use what SFT can, and a missing column stops PoFT everywhere."""
     assert len(OBJECTIVES) >= 30
     assert {"binary", "instruct", "mix", "negatives", "pairs", "scored"} == set(DATA)
     assert Kind.DEMONSTRATION not in make(settings("dpo")).views

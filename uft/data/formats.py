@@ -42,7 +42,7 @@ from uft.data.messages import (
     whole_prompt,
     with_context,
 )
-from uft.data.rows import ANNOTATIONS, BASELINE, SOFT_LABEL, Completion, Kind, Message, Row, Turns
+from uft.data.rows import ANNOTATIONS, BASELINE, SCORE, SOFT_LABEL, Completion, Kind, Message, Row, Turns
 from uft.errors import Problem, UftError
 from uft.runs import writing
 
@@ -416,7 +416,7 @@ FIELDS = frozenset().union(*(f.columns for f in FORMATS), COMMON, (theirs for th
 """Every name that `columns` can map to."""
 
 
-# --- What a format leaves unread, and rows that may not be meant as they are.
+# --- What a format leaves unread.
 
 
 COMPLETION_KEYS = frozenset({"response", "overall_score"})
@@ -437,36 +437,6 @@ def unread(form: Format, fields: Record) -> Iterator[str]:
         }
 
 
-_REPEATED = 16  # characters of a prompt that stand at the start of a reply by chance no more
-_MARKS = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|### (?:Instruction|Response|Input):")
-
-
-FLAT = "flat_log_probs"
-"""Log-probs of negatives at temperature 1 and without filters, which is not how they were sampled."""
-
-
-def _flat(sampling: Any) -> bool:
-    """Whether `uft generate` wrote log-probs at temperature 1 beside these settings, as its earlier versions did."""
-    if not isinstance(sampling, dict) or "temperature" not in sampling or "log_probs" in sampling:
-        return False
-    return (sampling["temperature"], sampling.get("top_k") or 0, sampling.get("top_p") or 1) != (1, 0, 1)
-
-
-def oddities(row: Row, fields: Record) -> list[str]:
-    """What is right by its form and may not be meant so: names of counts in the data report, and `FLAT`."""
-    first, last = row.completions[0], row.completions[-1]
-    found = [FLAT] if last.log_prob is not None and _flat(fields.get("sampling")) else []
-    if first.preferred is not None:
-        scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
-        found += ["equal_pairs"] if first.turns == last.turns else []
-        found += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
-    asked = row.prompt[-1].content.strip()
-    if len(asked) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(asked) for c in row.completions):
-        found.append("repeated_prompts")
-    said = (*row.prompt, *(turn for one in row.completions for turn in one.turns))
-    return [*found, *(["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else [])]
-
-
 # --- Annotations: numbers written beside completions, as columns of a record and back.
 #
 # `baseline_logp` is a number where a row has one completion, else a list with one for each: [chosen, rejected] of a
@@ -475,7 +445,6 @@ def oddities(row: Row, fields: Record) -> list[str]:
 # `score_rejected`, as binarized UltraFeedback has them) are kept as `score`, on their own scale.
 
 
-SCORE = "score"
 Numbers = Sequence[float | None]  # one per completion
 _LARGEST = sys.float_info.max
 

@@ -27,7 +27,7 @@ ODDITIES = {
     "repeated_prompts": "completions begin with their prompt: it is learned as a part of the reply",
     "template_marks": "a text spells marks of chat templates (<|im_start|>, [INST], </s>): they are read as letters",
 }
-"""The sentence of each of :func:`uft.data.formats.oddities`, after the number of its rows."""
+"""The sentence of each of :func:`uft.data.rows.oddities`, after the number of its rows."""
 UNEVEN = 10
 """Labels of one side for each of the other from which on they are called uneven."""
 SUMS = {

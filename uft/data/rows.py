@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Any
 
-BASELINE, SOFT_LABEL = "baseline_logp", "soft_label"
+BASELINE, SOFT_LABEL, SCORE = "baseline_logp", "soft_label", "score"
 ANNOTATIONS = (BASELINE, SOFT_LABEL)
 """Numbers written beside a completion: its mean log-prob under other models; the probability that it is the better one
 of its pair."""
@@ -175,3 +176,37 @@ def _turn_lists(turns: Sequence[Message]) -> list[list[Any]]:
         else [turn.role, turn.content]
         for turn in turns
     ]
+
+
+# --- Rows that may not be meant as they are.
+
+_REPEATED = 16  # characters of a prompt that stand at the start of a reply by chance no more
+_MARKS = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|### (?:Instruction|Response|Input):")
+
+FLAT = "flat_log_probs"
+"""Log-probs of negatives at temperature 1 and without filters, which is not how they were sampled."""
+
+
+def _flat(sampling: Any) -> bool:
+    """Whether `uft generate` wrote log-probs at temperature 1 beside these settings, as its earlier versions did."""
+    if not isinstance(sampling, dict) or "temperature" not in sampling or "log_probs" in sampling:
+        return False
+    return (sampling["temperature"], sampling.get("top_k") or 0, sampling.get("top_p") or 1) != (1, 0, 1)
+
+
+def oddities(row: Row, sampling: Any = None) -> list[str]:
+    """What is right by its form and may not be meant so: names of counts in the data report, and `FLAT`.
+
+    `sampling`: the settings that `uft generate` wrote beside the row's negatives.
+    """
+    first, last = row.completions[0], row.completions[-1]
+    found = [FLAT] if last.log_prob is not None and _flat(sampling) else []
+    if first.preferred is not None:
+        scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
+        found += ["equal_pairs"] if first.turns == last.turns else []
+        found += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
+    asked = row.prompt[-1].content.strip()
+    if len(asked) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(asked) for c in row.completions):
+        found.append("repeated_prompts")
+    said = (*row.prompt, *(turn for one in row.completions for turn in one.turns))
+    return [*found, *(["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else [])]

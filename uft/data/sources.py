@@ -27,7 +27,7 @@ import uft
 from uft.data import formats
 from uft.data.formats import Format
 from uft.data.messages import Unreadable, excerpt, is_blank
-from uft.data.rows import Kind, Row, content_digest
+from uft.data.rows import Kind, Row, content_digest, oddities
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.errors import Problem, UftError, tame
 from uft.heartbeat import activity, beat
@@ -58,7 +58,7 @@ class Omissions:
     bad: list[BadRow] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)  # column -> rows in which it says something
     files: list[str] = field(default_factory=list)  # of a folder: those that were left out
-    oddities: Counter[str] = field(default_factory=Counter)  # see `uft.data.formats.oddities`
+    oddities: Counter[str] = field(default_factory=Counter)  # see `uft.data.rows.oddities`
 
     def record(self) -> dict[str, Any]:
         """The columns and files as they stand in `data.json`."""
@@ -204,7 +204,7 @@ def _parse(
                 continue
             good.add(row)
             omitted.unread.update(formats.unread(form, fields))
-            omitted.oddities.update(formats.oddities(row, fields))
+            omitted.oddities.update(oddities(row, fields.get("sampling")))
         if form and source.kind is None and (problem := formats.unread_feedback(form, omitted.unread, name)):
             raise UftError(problem)  # grades within messages
     return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted

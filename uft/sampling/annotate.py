@@ -19,8 +19,8 @@ import torch
 
 from uft.config.schema import Model
 from uft.data.chat import Renderer, Tokens
-from uft.data.formats import SCORE, Numbers, with_numbers
-from uft.data.rows import BASELINE, SOFT_LABEL, Completion, Row
+from uft.data.formats import Numbers, with_numbers
+from uft.data.rows import BASELINE, SCORE, SOFT_LABEL, Completion, Row
 from uft.data.tokens import POLICIES, tokenize
 from uft.errors import FAILED, Problem, UftError
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id, positions

@@ -23,11 +23,10 @@ from uft.config.frozen import adds
 from uft.config.schema import Config, Data
 from uft.config.stages import Stage, made, rows_of
 from uft.data.chat import Renderer
-from uft.data.formats import FLAT
 from uft.data.loader import RowSampler
 from uft.data.mixture import Mixture, epoch_rows, mixture_weights, portion
 from uft.data.report import data_report
-from uft.data.rows import Kind, Row, Selection, View, content_digest
+from uft.data.rows import FLAT, Kind, Row, Selection, View, content_digest
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import grouped, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
