@@ -111,7 +111,7 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
         ("experiment=nowhere --config-dir nowhere", "--config-dir nowhere  no such folder"),
         ("steps=10", "did you mean  train.steps ?"),
         ("lr=", "did you mean  optim.lr ?"),
-        ("model=Qwen/Qwen2.5-0.5B", "model=custom model.path=Qwen/Qwen2.5-0.5B\n      choices: custom, "),
+        ("model=Qwen/Qwen2.5-0.5B", ":  model.path=Qwen/Qwen2.5-0.5B\n      choices: custom, "),
     ],
 )
 def test_what_people_type_first(worker, capsys, words, says):

@@ -91,3 +91,19 @@ def test_lines_of_runs_that_did_not_finish(here, capfd):
         assert main([*shlex.split(command), "generate.system=ok"]) == 0
     run = Run(here / "my runs" / "a")
     assert Wandb(run, {}).sync_command == "uft sync 'my runs/a'"
+
+
+def test_the_lines_that_say_what_a_grade_is(program, tmp_path):
+    """Each of them, typed behind the command that was refused, makes it run: with a file or with the long form."""
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "moon fox", "response": "fox", "rating": 1}\n{"prompt": "lamp", "response": "hat", "rating": 0}\n'
+    )
+    request = ["data", "rows.jsonl", "data.holdout=0", "objective=sft"]
+    refused = program(*request)
+    assert refused.returncode == 2
+    lines = re.findall(r"(?m)^ +\w[\w ]+: +(data\.sources\.\S.*)$", refused.stderr)
+    kinds = ["scored", "binary", "demonstration"]
+    assert len(lines) == len(kinds), refused.stderr
+    for line, kind in zip(lines, kinds, strict=True):
+        done = program(*request, *line.replace("[LOWEST,HIGHEST]", "[0,1]").split())
+        assert (done.returncode, f" {kind} " in done.stdout) == (0, True), (line, done.stderr)

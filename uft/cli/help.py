@@ -35,7 +35,7 @@ PAGES = {
   uft train -m objective=sft,ift,uft seed=1,2,3     nine runs, one after the other
   uft train sweep=beta_ratio                        a sweep written in conf/sweep
   uft train experiment=sft_then_dpo                 a run of two stages
-  uft train data=rows.jsonl model=custom model.path=org/name  your rows, your model
+  uft train data=rows.jsonl model.path=org/name     your rows, your model
   uft train debug=fast                              two steps: does it run at all""",
         note="  -m trains a run for every combination of comma-separated values; run it again to complete it\n",
     ),

@@ -97,6 +97,8 @@ def first_word(arguments: list[str]) -> str | None:
 
 
 PLAIN_PATH = re.compile(r"[\w./:@-]+", re.ASCII)
+FREE_KEY = re.compile(r"data\.(sources\.\w+\.columns|template_args)\.\w+=")
+"""Keys of the data that are checked against the rows and the template later, and so need no + to be new."""
 
 
 def names_rows(word: str, config_dir: str | None = None) -> bool:
@@ -129,10 +131,13 @@ def several_rows(word: str, config_dir: str | None = None) -> list[str]:
 def with_sources(words: Sequence[str], config_dir: str | None = None) -> list[str]:
     """The words with files of rows written out: data=files, and for each a source that is named after it.
 
+    Free keys of the data are added where they are new.
+
     Beside a mixture that is chosen (data=mix rows.jsonl) a file is one more source of it. Several at once
     (-m data=a.jsonl,b.jsonl) are values of one source, for a run each.
     """
     words = [word for line in words for word in (several_rows(line, config_dir) or [line])]
+    words = [f"++{word}" if FREE_KEY.match(word) else word for word in words]
     files = [word for word in words if names_rows(word, config_dir)]
     if not files:
         return list(words)
@@ -145,7 +150,8 @@ def with_sources(words: Sequence[str], config_dir: str | None = None) -> list[st
         sources[name] = path if PLAIN_PATH.fullmatch(path) else quote(path)
     kept = [word for word in words if word not in files]
     chosen = [] if any(word.startswith("data=") for word in kept) else ["data=files"]
-    return [*kept, *chosen, *(f"+data.sources.{name}.path={path}" for name, path in sources.items())]
+    added = [f"+data.sources.{name}.path={path}" for name, path in sources.items()]
+    return [*chosen, *added, *kept]  # in this order: settings of a source come after it
 
 
 def train_run(examined: Examined, words: Sequence[str]) -> int:

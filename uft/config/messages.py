@@ -134,7 +134,7 @@ def no_such_option(group: str, option: str, options: list[str], key: str) -> tup
     explained = OTHER_NAMES.get(option.lower().removesuffix("_ft"), ()) if group == "objective" else ()
     explained = explained or ((plugin,) if plugin else ())
     if group == "model" and ("/" in option or Path(option).is_dir()):
-        explained = (f"a model of the hub, or a folder:  model=custom model.path={option}",)
+        explained = (f"a model of the hub, or a folder:  model.path={option}",)
     near = None if explained else nearest(option, options)
     meant = f"{key}={near}" if near else None
     return tuple(line for line in (*explained, hint(meant, "choices", options)) if line), meant

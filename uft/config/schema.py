@@ -175,7 +175,7 @@ class Train:
     log_every: Int = _key(10, "steps between metric lines", ge=1)
     checkpoint_every: Int = _key(100, "steps between checkpoints; 0: only at the end and when stopped", ge=0)
     keep_last: Int = _key(2, "newest checkpoints kept; the best is kept besides", ge=1)
-    eval_every: Int = _key(100, "steps between batteries; 0: only before the first step and after the last", ge=0)
+    eval_every: Int = _key(100, "steps between evaluations; 0: only before the first step and after the last", ge=0)
     save_model: bool = _key(True, "write the final Hugging Face folder")
     save_dtype: Literal["float32", "bfloat16"] = _key("float32", "precision of its weights")
     check_model: bool = _key(True, "load it with plain transformers and compare it with the policy before it is kept")
