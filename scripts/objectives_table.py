@@ -20,6 +20,7 @@ from uft.data.chat import Tokens
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row
 from uft.objectives import make
 from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest, Objective, StepContext
+from uft.objectives.policy_gradient import SPREAD
 from uft.objectives.views import kind_table
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ def presets() -> dict[str, Objective]:
 
 def settings(file: Path) -> dict[str, object]:
     """What a file comes to, the objectives it places inside itself included."""
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content = yaml.safe_load(file.read_text(encoding="utf-8").replace("${rollout.max_new_tokens}", "128"))
     placed = {k: v for line in content.pop("defaults", []) if isinstance(line, Mapping) for k, v in line.items()}
     inside = {place.rpartition("@")[2]: settings(FOLDER / f"{name}.yaml") for place, name in placed.items()}
     return {**content, **inside}
@@ -58,14 +59,17 @@ class Counting:
     def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
         self.units += len(batch.row) * (3 if torch.is_grad_enabled() else 1)
         values = torch.full(batch.target_ids.shape, -1.0, requires_grad=True)
-        return ForwardOutput(values, batch.target_ids, torch.zeros_like(values))
+        zeros = torch.zeros_like(values)
+        return ForwardOutput(values, batch.target_ids, zeros, zeros)
 
 
 def sample(kind: Kind, index: int) -> Row:
     """A row of a kind, with everything that an annotation could have written."""
 
     def reply(**feedback: object) -> Completion:
-        return Completion((Message("assistant", "x"),), annotations=dict.fromkeys(ANNOTATIONS, -1.0), **feedback)  # type: ignore[arg-type]
+        return Completion(
+            (Message("assistant", "x"),), annotations=dict.fromkeys((*ANNOTATIONS, SPREAD), -1.0), **feedback
+        )  # type: ignore[arg-type]
 
     completions = {
         Kind.DEMONSTRATION: (reply(),),
@@ -73,6 +77,7 @@ def sample(kind: Kind, index: int) -> Row:
         Kind.BINARY: (reply(label=True),),
         Kind.SCORED: (reply(score=0.9), reply(score=0.1)),
         Kind.NEGATIVES: (reply(), reply(sampled_by="m"), reply(sampled_by="m")),
+        Kind.ROLLOUT: (reply(), reply(sampled_by="m", score=1.0), reply(sampled_by="m", score=0.0)),
     }
     return Row("s", index, (Message("user", "p"),), completions[kind])
 
@@ -82,7 +87,7 @@ def cost(name: str, objective: Objective) -> str:
     if name == "per_kind":
         return "as its parts"
     kinds = [k for k in (Kind.DEMONSTRATION, Kind.PREFERENCE) if k in objective.views]
-    kind = Kind.NEGATIVES if objective.method == "dft" else kinds[0]
+    kind = Kind.NEGATIVES if objective.method == "dft" else Kind.ROLLOUT if objective.needs.rollouts else kinds[0]
     encoded = Tokens(np.arange(4, dtype=np.int32), np.array([False, True, True, True]), 1)
     found = (
         make_example(row, [encoded] * 3, row.index, 0, objective.views[kind])

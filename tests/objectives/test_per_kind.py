@@ -53,7 +53,8 @@ def test_the_shipped_objective_of_every_kind_is_its_own_file():
     found = kit.settings("per_kind")
     assert {kind: found[kind]["name"] for kind in SHIPPED} == SHIPPED
     assert all(found[kind] == settings(name) for kind, name in SHIPPED.items())
-    assert {kind.value for kind in Kind} == SHIPPED.keys()
+    assert {kind.value for kind in Kind} == {*SHIPPED, "rollout"}
+    assert found["rollout"] is None
     assert found["weights"] == {}
 
 
@@ -66,7 +67,7 @@ def test_it_is_the_weighted_sum_of_the_parts_run_alone(policy, reference, names)
     batch, unrelated = kit.batch_for(whole, rows), kit.mismatched_for(whole, rows)
     outcome = kit.step(whole, [batch], policy, policy.parameters, reference, unrelated)
     expected, gradients = 0.0, [torch.zeros_like(p) for p in policy.parameters]
-    for kind in Kind:
+    for kind in map(Kind, PARTS):
         alone, weight = kit.preset(names[kind.value]), WEIGHTS.get(kind.value, 1.0)
         own = kit.batch_for(alone, [row for row in rows if row.kind is kind])
         part = kit.step(alone, [own], policy, policy.parameters, reference, [of_kind(b, kind) for b in unrelated])
@@ -168,5 +169,5 @@ def test_problems_and_cautions_name_the_kind():
 
 def test_a_kind_without_an_objective_is_a_kind_it_cannot_use():
     objective = kit.preset("per_kind", binary=None)
-    assert set(objective.views) == set(Kind) - {Kind.BINARY}
+    assert set(objective.views) == set(Kind) - {Kind.BINARY, Kind.ROLLOUT}
     assert objective.annotations(Kind.BINARY) == frozenset()

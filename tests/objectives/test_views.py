@@ -67,6 +67,17 @@ TAKES = [
         | {"negatives": {0: UP, 1: DOWN, 2: DOWN}},
     ),
 ]
+RL = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "lite"]
+RL_SHOWN = ["uft_rl", "luffy", "chord_mu", "chord_phi", "hpt"]
+TAKES += [
+    (RL, dict.fromkeys(ROWS)),  # they learn from completions of their own: tests/objectives/test_policy_gradient.py
+    (RL_SHOWN, TAKES[0][1]),
+    (
+        ("rwr",),
+        {"demonstration": rewards(1.0), "preference": rewards(1.0, 0.0), "good": rewards(1.0), "bad": rewards(0.0)}
+        | {"scored": rewards(0.3, 0.9, 0.5, 0.1), "negatives": rewards(1.0, 0.0, 0.0, 0.0, 0.0, 0.0)},
+    ),
+]
 TAKEN = {name: table for names, table in TAKES for name in names}
 CHANGED = [
     *((name, "scored", {"min_score": 0.6}, {1: UP}) for name in LIKELIHOOD),

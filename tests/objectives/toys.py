@@ -23,7 +23,7 @@ KINDS = list(Kind)
 
 @cache
 def written(name):
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text().replace("${rollout.max_new_tokens}", "8"))
 
 
 def settings(name, **changes):
@@ -162,6 +162,17 @@ def one_of_each() -> list[Row]:
     ]
 
 
+OWN_REPLIES = (("4 4", 1.0), ("5 6 0 1", 0.25), ("0", 0.0), ("1 2 2", 0.25)), (("3 1", 0.5), ("2 2 6", 0.0))
+
+
+def rows_for(objective) -> list[Row]:
+    """Eight rows of all kinds, and two with the policy's own completions where the objective learns from those."""
+    own = [[completion(text, sampled_by="policy", score=score) for text, score in row] for row in OWN_REPLIES]
+    own = [[replace(one, annotations={"score_spread": 0.4}) for one in row] for row in own]
+    rollouts = [row_of(8, completion("3 2 1"), *own[0]), row_of(9, *own[1])]
+    return [*one_of_each(), *(rollouts if objective.needs.rollouts else ())]
+
+
 def seqs_of(objective, rows, visit=0) -> list[Seq]:
     """What the objective takes of rows, in the batch's words. Rows of which it takes nothing are absent."""
     seqs, number = [], 0
@@ -255,9 +266,9 @@ class Told:
         self.calls.append({"guess": request.argmax, "mix": request.mix, "embed_grad": request.embed_grad, "grad": grad})
         argmax = batch.target_ids if self.argmax is None else self.argmax
         log_probs = self.log_probs.expand(batch.target_ids.shape)
-        return ForwardOutput(
-            log_probs, argmax if request.argmax else None, request.anchor and self.divergence(log_probs, request.anchor)
-        )
+        divergence = request.anchor and self.divergence(log_probs, request.anchor)
+        entropy = -log_probs.exp() * log_probs if request.entropy else None  # the targets' own part again
+        return ForwardOutput(log_probs, argmax if request.argmax else None, divergence, entropy)
 
     @staticmethod
     def divergence(log_probs, anchor):
@@ -287,7 +298,8 @@ class Toy:
         logits = self.logits(batch, request)
         log_probs = torch.log_softmax(logits, -1).gather(1, batch.target_ids[:, None])[:, 0]
         divergence = request.anchor and divergence_of(logits, request.anchor.logits(batch).detach())
-        return ForwardOutput(log_probs, logits.argmax(-1) if request.argmax else None, divergence)
+        entropy = entropy_of(logits) if request.entropy else None
+        return ForwardOutput(log_probs, logits.argmax(-1) if request.argmax else None, divergence, entropy)
 
     def logits(self, batch, request=PLAIN):
         table = self.embedding if request.embed_grad else self.embedding.detach()
@@ -310,12 +322,17 @@ class Logits:
     def __call__(self, batch, request=PLAIN):
         logits = self.logits(batch)
         log_probs = torch.log_softmax(logits, -1).gather(1, batch.target_ids[:, None])[:, 0]
-        return ForwardOutput(
-            log_probs, None, request.anchor and divergence_of(logits, request.anchor.logits(batch).detach())
-        )
+        divergence = request.anchor and divergence_of(logits, request.anchor.logits(batch).detach())
+        return ForwardOutput(log_probs, None, divergence, entropy_of(logits) if request.entropy else None)
 
     def logits(self, batch):
         return self.given.flatten(0, 1)[batch.predictor]
+
+
+def entropy_of(logits):
+    """Of every row (N, V), in nats."""
+    log_probs = torch.log_softmax(logits, -1)
+    return -(log_probs.exp() * log_probs).sum(-1)
 
 
 def divergence_of(logits, theirs):
@@ -329,7 +346,7 @@ def told(objective, seqs, policy, reference=None, context=None, **how):
     said = Told(policy)
     known = None if reference is None else Told(reference)
     terms = objective(seqs if isinstance(seqs, Batch) else batch_of(seqs, **how), said, known, context or StepContext())
-    loss = sum(term.weight * term.total / term.count for term in terms.values() if term.weight)
+    loss = sum(term.weight * term.total / term.count.clamp(min=1) for term in terms.values() if term.weight)
     loss.backward()
     means = {name: float(term.total.detach() / term.count) for name, term in terms.items() if term.count > 0}
     return float(loss.detach()), said.log_probs.grad.tolist(), means

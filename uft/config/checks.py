@@ -45,10 +45,12 @@ from uft.config.schema import (
     flat,
     is_open,
     kind_at,
+    needed_rollouts,
     parameters,
     problems_of,
     resolved,
     schema_with,
+    taken_kinds,
     value_at,
 )
 from uft.errors import Problem, secret_in, secrets
@@ -565,6 +567,39 @@ def machines(settings: Settings) -> Iterator[Broken]:
         yield broken("hardware.pool", why)
 
 
+def rollouts(settings: Settings) -> Iterator[Broken]:
+    """Completions that the policy samples while it trains: whether the objective wants them, and all the rest does."""
+    rollout, objective = settings["rollout"], settings["objective"]
+    if None in (rollout["completions"], rollout["reward"]) or objective.get("method") not in parameters():
+        return
+    name, least, many = objective.get("name"), needed_rollouts(objective), rollout["completions"]
+    if many < least:
+        why = f"objective={name} learns from at least {least} completions of its own for each prompt"
+        yield broken("rollout.completions", why, "rollout.completions=8")
+    if not many:
+        return
+    if "rollout" not in taken_kinds(objective):
+        yield broken(
+            "rollout.completions", f"objective={name} takes no completions of its own", "rollout.completions=0"
+        )
+    rows, prompts = settings["train"]["batch_size"], rollout["prompts"]
+    if rows is not None and prompts is not None and prompts % rows:
+        yield broken("rollout.prompts", f"must be a multiple of train.batch_size={rows}")
+    weights = [weight for weight in rollout["reward"].values() if weight is not None]
+    if any(weight < 0 for weight in weights) or sum(weights) > 1 + 1e-9:
+        yield broken("rollout.reward", "its weights must be at least 0 and add up to at most 1: scores lie in [0, 1]")
+    plain = (rollout["temperature"], rollout["top_k"], rollout["top_p"]) == (1.0, 0, 1.0)
+    if objective.get("sampler_cap") is not None and not plain:
+        why = "log-probs of the sampler are those of the policy at temperature 1 without filters only"
+        yield broken("objective.sampler_cap", why, "rollout.temperature=1 rollout.top_k=0 rollout.top_p=1")
+    if settings["hardware"]["sharding"] == "full":
+        yield broken("rollout.completions", "cannot be sampled from a sharded model", "hardware.sharding=none")
+    if rollout["refill"] and settings["data"]["exhaustion"] == "first":
+        yield broken("rollout.refill", "draws further rows, and data.exhaustion=first ends where they do")
+    if rollout["refill"] and settings["train"]["steps"] is None:
+        yield broken("rollout.refill", "draws further rows, so that passes say nothing", "train.steps=...")
+
+
 def objective(settings: Settings) -> Iterator[Broken]:
     """The keys of an objective that contradict each other, by its own `problems`."""
     for key, why in problems_of(settings["objective"]) if settings["objective"].get("method") in parameters() else ():
@@ -579,5 +614,6 @@ RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
     names,
     no_secret,
     machines,
+    rollouts,
     objective,
 )

@@ -79,6 +79,7 @@ class Source:
     eval_split: str | None = _key(None, "evaluation split of the same path, instead of a holdout")
     checker: Literal["playground", "final_number", "exact"] | None = _key(None, "verifies greedy answers")
     limit: Int | None = _key(None, "use the first N rows only", ge=1)
+    rollout: bool = _key(True, "with rollout.completions: sample its prompts; false: its rows are taken as they are")
 
 
 @dataclass(config=STRICT)
@@ -206,6 +207,34 @@ class Generate:
 
 
 @dataclass(config=STRICT)
+class Hint:
+    schedule: Literal["none", "cosine", "uniform", "staged"] = _key("none", "how much of the demonstration is shown")
+    low: Float = _key(0.05, "cosine: chance of each chunk at the end", ge=0, le=1)
+    high: Float = _key(0.95, "cosine: chance of each chunk at the start", ge=0, le=1)
+    until: Float = _key(0.6, "share of the run after which no hint is shown; uniform goes on", gt=0, le=1)
+    chunks: Int = _key(5, "chunks that a demonstration is cut into, at most", ge=1)
+    cut: Literal["line", "sentence", "token"] = _key("line", "pieces that a demonstration consists of")
+    keep_last: Int = _key(1, "last pieces that are never shown: the answer", ge=0)
+
+
+@dataclass(config=STRICT)
+class Rollout:
+    completions: Int = _key(0, "completions that the policy samples of each prompt in every step; 0: none", ge=0)
+    prompts: Int | None = _key(
+        None, "prompts sampled at a time, a multiple of train.batch_size; null: train.batch_size, for one update", ge=1
+    )
+    temperature: Float = _key(1.0, "as under generate; log-probs in the loss are at 1 whatever it is", gt=0)
+    top_k: Int = _key(0, "sample among the k likeliest; 0: all", ge=0)
+    top_p: Float = _key(1.0, "sample among the likeliest that hold this much probability", gt=0, le=1)
+    max_new_tokens: Int = _key(128, "longest completion", ge=1)
+    batch_size: Int = _key(64, "completions sampled side by side", ge=1)
+    reward: dict[str, Float] = _key({}, "figures of the source's checker: weights in the score; {}: exact_match alone")
+    truncated: Literal["keep", "mask"] = _key("keep", "completions without their end: trained on, or scored alone")
+    refill: Int = _key(0, "further draws that replace groups of equal scores, at most", ge=0)
+    hint: Hint = Field(default_factory=Hint)
+
+
+@dataclass(config=STRICT)
 class Annotate:
     column: Column | None = _key(None, "what to write beside every completion")
     models: list[str] = _key([], "baseline_logp: paths of the models that are asked, each by its own tokenizer")
@@ -286,6 +315,7 @@ class Config:
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
     generate: Generate = Field(default_factory=Generate)
+    rollout: Rollout = Field(default_factory=Rollout)
     annotate: Annotate = Field(default_factory=Annotate)
     hardware: Hardware = Field(default_factory=Hardware)
     tracking: Tracking = Field(default_factory=Tracking)
@@ -413,6 +443,11 @@ def problems_of(settings: Settings) -> list[tuple[str, str]]:
 def taken_kinds(settings: Settings) -> set[str]:
     """The kinds of rows that an objective has a use for."""
     return {kind.value for kind in _objectives()[1](settings).views}
+
+
+def needed_rollouts(settings: Settings) -> int:
+    """Completions of its own that an objective needs of each prompt, at least."""
+    return int(_objectives()[1](settings).needs.rollouts)
 
 
 def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
@@ -79,7 +79,7 @@ class Batch:
     # rows
     example: Tensor  # (R,) int64: the row's number in the whole mixture; the owner of per-example state
     kind: Tensor  # (R,) int64: position of the row's Kind in `tuple(Kind)`
-    columns: dict[str, Tensor]  # named extras per target (N,): "reference" log-probs
+    columns: dict[str, Tensor]  # log-probs per target (N,) under others: "reference", "sampler", "old"; 0 if unknown
     annotations: dict[str, Tensor] = field(default_factory=dict)
     """Named extras per sequence (S,) float32, NaN where one has none: "score", and the names of rows.ANNOTATIONS."""
     segments: Segments | None = None  # of a packed batch
@@ -153,6 +153,7 @@ class Example:
     parts: Selection
     encoded: tuple[Tokens, ...]
     reference: tuple[np.ndarray, ...] | None = None  # per part (targets,) float32: the reference's log-probs
+    columns: Mapping[str, tuple[np.ndarray, ...]] = field(default_factory=dict)  # likewise, under other models
 
     @property
     def length(self) -> int:
@@ -263,6 +264,11 @@ def _columns(items: Sequence[Example], completions: Sequence[Completion], sequen
         values = np.concatenate([column for item in items for column in item.reference or ()])
         assert len(values) == len(sequence), f"{len(values)} reference log-probs for {len(sequence)} targets"
         columns["reference"] = torch.from_numpy(values.astype(np.float32))
+    for name in sorted({name for item in items for name in item.columns}):
+        unknown = lambda item: tuple(np.zeros(one.targets, np.float32) for one in item.encoded)  # noqa: E731
+        values = np.concatenate([column for item in items for column in item.columns.get(name) or unknown(item)])
+        assert len(values) == len(sequence), f"{len(values)} values of {name} for {len(sequence)} targets"
+        columns[name] = torch.from_numpy(values.astype(np.float32))
     if any(one.log_prob is not None for one in completions):
         # only sums over sequences are known, and only they are asked for: each stands at its first target
         spread = np.zeros(len(sequence), np.float32)

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from heapq import heappush, heapreplace
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -170,6 +170,18 @@ class Collator:
         return [batch.pinned() for batch in made] if self.pinned else made
 
 
+class Feed(Protocol):
+    """Where the examples of each step come from: rows as they are, or with completions that the policy samples."""
+
+    def take(self, rows: int) -> list[Example]: ...
+
+    def mismatched(self, items: Sequence[Example]) -> list[Example]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Prefetcher:
     """Draws and collates the rows of each step; with `threaded`, those of the next step while this one runs.
 
@@ -177,7 +189,7 @@ class Prefetcher:
     sampler's state after the last step that was taken, whatever was drawn ahead of it: checkpoints keep that.
     """
 
-    def __init__(self, sampler: RowSampler, collator: Collator, *, mismatched: bool, threaded: bool) -> None:
+    def __init__(self, sampler: Feed, collator: Collator, *, mismatched: bool, threaded: bool) -> None:
         self.sampler, self.collator, self.mismatched = sampler, collator, mismatched
         self.cursor = sampler.state_dict()
         self._thread = ThreadPoolExecutor(1, "uft-prefetch") if threaded else None

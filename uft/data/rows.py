@@ -30,6 +30,7 @@ class Kind(Enum):
     BINARY = "binary"  # one completion, labelled good or bad
     SCORED = "scored"  # completions with scores in [0, 1]
     NEGATIVES = "negatives"  # a demonstration and completions that some model sampled
+    ROLLOUT = "rollout"  # completions that the policy sampled, each with its score, maybe beside a demonstration
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +50,15 @@ Turns = tuple[Message, ...]
 class Completion:
     """The turns after a prompt: usually one assistant turn; a multi-turn demonstration has several.
 
-    Every assistant turn in `turns` is supervised, unless it is marked as context. At most one of the feedback fields is
-    set.
+    Every assistant turn in `turns` is supervised, unless it is marked as context. At most one of `preferred`, `label`
+    and `score` is set.
     """
 
     turns: Turns  # the first is an assistant turn
     preferred: bool | None = None  # True: chosen, False: rejected
     label: bool | None = None  # True: good, False: bad
     score: float | None = None  # in [0, 1]
-    sampled_by: str | None = None  # the model that sampled it: a negative
+    sampled_by: str | None = None  # the model that sampled it; without a score it is a negative
     log_prob: float | None = None  # of a sampled one with its end token, under the prompt it was sampled with
     annotations: Mapping[str, float] = field(default_factory=dict)  # by a name of ANNOTATIONS
 
@@ -85,8 +86,9 @@ class Row:
     @property
     def kind(self) -> Kind:
         """The kind that the feedback of the completions makes it."""
-        if any(c.sampled_by is not None for c in self.completions):
-            return Kind.NEGATIVES
+        sampled = [c for c in self.completions if c.sampled_by is not None]
+        if sampled:
+            return Kind.NEGATIVES if any(c.score is None for c in sampled) else Kind.ROLLOUT
         first = self.completions[0]
         if first.preferred is not None:
             return Kind.PREFERENCE
@@ -108,6 +110,7 @@ class Role(IntEnum):
 
     POSITIVE = 1
     NEGATIVE = 0
+    OWN = 2  # a sampled completion whose side its advantage decides
 
 
 @dataclass(frozen=True, slots=True)

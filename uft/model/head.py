@@ -176,17 +176,29 @@ class Predictions:
     def divergence_from(self, other: Predictions) -> Tensor:
         """(N,) KL(other || self), summed over the vocabulary; gradient into self alone. A chunk at a time, recomputed
         in the backward pass."""
-        vocabulary = self.head.vocabulary if self.head else self.states.shape[1]
-        rows = max(1, CHUNK_ELEMENTS // vocabulary)
 
         def chunk(states: Tensor, theirs: Tensor) -> Tensor:
             with torch.no_grad():
                 expected = other.log_softmax(theirs)
             return (expected.exp() * (expected - self.log_softmax(states))).sum(1)
 
+        return self._by_chunks(chunk, self.states, other.states.detach())
+
+    def entropy(self) -> Tensor:
+        """(N,) nats; a chunk at a time, recomputed in the backward pass."""
+
+        def chunk(states: Tensor) -> Tensor:
+            log_probs = self.log_softmax(states)
+            return -(log_probs.exp() * log_probs).sum(1)
+
+        return self._by_chunks(chunk, self.states)
+
+    def _by_chunks(self, work: Callable[..., Tensor], *states: Tensor) -> Tensor:
+        """(N,) of `work` on chunks of these states, whose logits are never kept."""
+        vocabulary = self.head.vocabulary if self.head else self.states.shape[1]
         parts = [
-            checkpoint(chunk, self.states[part], other.states[part].detach(), use_reentrant=False)
-            for part in _chunks(len(self.states), rows)
+            checkpoint(work, *(side[part] for side in states), use_reentrant=False)
+            for part in _chunks(len(self.states), max(1, CHUNK_ELEMENTS // vocabulary))
         ]
         return torch.cat(parts) if parts else _at_least_float32(self.states.sum(1))
 

@@ -116,10 +116,11 @@ class Policy:
                 return self(batch, request)
         ours = self.predictions(batch, request)
         log_probs, argmax = ours.selected(batch.target_ids, request.argmax)
+        entropy = ours.entropy() if request.entropy else None
         if request.anchor is None:
-            return ForwardOutput(log_probs, argmax)
+            return ForwardOutput(log_probs, argmax, entropy=entropy)
         assert isinstance(request.anchor, Frozen), "this reference keeps log-probs of the targets alone"
-        return ForwardOutput(log_probs, argmax, ours.divergence_from(request.anchor.predictions(batch)))
+        return ForwardOutput(log_probs, argmax, ours.divergence_from(request.anchor.predictions(batch)), entropy)
 
     def predictions(self, batch: Batch, request: ForwardRequest = PLAIN) -> Predictions:
         """The distributions that the targets are drawn from."""

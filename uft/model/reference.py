@@ -73,15 +73,17 @@ def make_reference(
     visits_per_row: float,
     cache: Path,
     distributions: bool = False,
+    rollouts: bool = False,
     longest_row: int = 0,
 ) -> Reference:
     """The reference of a run, in the mode asked for or the cheapest one. May be called on a trained policy.
 
     `visits_per_row`: how often the run visits a row on average; `cache`: root of the caches on disk; `distributions`:
-    whether the objective compares with whole distributions; `longest_row`: tokens of the longest sequence. Raises
-    UftError for a mode that is impossible and a model that cannot be loaded.
+    whether the objective compares with whole distributions; `rollouts`: whether completions are sampled while it
+    trains; `longest_row`: tokens of the longest sequence. Raises UftError for a mode that is impossible and for a model
+    that cannot be loaded.
     """
-    mode, why = choose_mode(model, reference, visits_per_row, distributions)
+    mode, why = choose_mode(model, reference, visits_per_row, distributions, rollouts)
 
     def frozen() -> Frozen:
         if model.adapter == "lora" and reference.path is None:
@@ -119,7 +121,11 @@ def check_alike(other: Policy, policy: Policy, path: str, longest_row: int, dist
 
 
 def choose_mode(
-    model: Model, reference: ReferenceModel, visits_per_row: float, distributions: bool = False
+    model: Model,
+    reference: ReferenceModel,
+    visits_per_row: float,
+    distributions: bool = False,
+    rollouts: bool = False,
 ) -> tuple[str, str]:
     """(mode, one line why). Raises UftError for a mode that is impossible."""
     adapter_possible = model.adapter == "lora" and reference.path is None
@@ -130,6 +136,8 @@ def choose_mode(
     if distributions:
         why = "the objective compares whole distributions, and a cache keeps log-probs of the targets alone"
         impossible["cached"] = (why, "auto, copy, adapter_off")
+    if rollouts:
+        impossible["cached"] = ("completions that are sampled in training are in no cache", "auto, copy, adapter_off")
     if reference.mode in impossible:
         why, modes = impossible[reference.mode]
         raise UftError(Problem(f"reference.mode={reference.mode}", why, advice=(f"possible: {modes}",)))
@@ -139,6 +147,8 @@ def choose_mode(
         return "adapter_off", "the frozen weights under the adapter are the reference"
     if distributions:
         return "copy", "whole distributions are compared, which no cache keeps"
+    if rollouts:
+        return "copy", "completions that are sampled in training are in no cache"
     visited = f"each row is visited {visits_per_row:.1f} times on average"
     if visits_per_row > VISITS_WORTH_A_CACHE:
         return "cached", f"{visited}: computed once"

@@ -19,6 +19,7 @@ from uft.objectives.nll import WeightedNLL
 from uft.objectives.pairwise import Pairwise
 from uft.objectives.per_kind import PerKind
 from uft.objectives.poft import PoFT
+from uft.objectives.policy_gradient import PolicyGradient
 from uft.objectives.uft import UFT
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -31,6 +32,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "pairwise": Pairwise,
     "contrastive": Contrastive,
     "kto": KTO,
+    "policy_gradient": PolicyGradient,
     "per_kind": PerKind,
 }
 """By `method`. Public names (`objective=NAME`) are the YAML files of conf/objective, each naming its method."""

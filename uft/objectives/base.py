@@ -25,6 +25,7 @@ class ForwardOutput:
     log_probs: Tensor  # (N,) float32: log-probability of each supervised target
     argmax: Tensor | None = None  # (N,) int64: the most likely token in each target's place, if asked for
     divergence: Tensor | None = None  # (N,) float32: KL(anchor || policy) at each target, if asked for
+    entropy: Tensor | None = None  # (N,) float32, nats: of the distribution that each target is drawn from, if asked
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ class ForwardRequest:
     mix: float = 0.0  # becomes (1 - mix) E[target] + mix E[replace]; prompt positions stay bit-equal
     embed_grad: bool = True  # False: no gradient reaches the input embeddings
     anchor: Forward | None = None  # the divergence from this one, over the whole vocabulary
+    entropy: bool = False  # of the whole vocabulary at every target
+
+    @property
+    def distributions(self) -> bool:
+        """Whether the gradient needs more than the log-probs of the targets."""
+        return self.anchor is not None or self.entropy
 
 
 PLAIN = ForwardRequest()
@@ -79,6 +86,7 @@ class Needs:
     reference: bool = False
     distributions: bool = False  # of the reference over the whole vocabulary: no column of log-probs can stand in
     mismatched: bool = False  # completions under other rows' prompts, for `baseline_terms` (KTO)
+    rollouts: int = 0  # completions that the policy samples of each prompt while it trains, at least
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
     annotations: frozenset[str] = frozenset()  # of Completion.annotations, written beforehand
 

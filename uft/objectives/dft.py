@@ -76,7 +76,8 @@ class DFT(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        taken: dict[Kind, View] = dict.fromkeys(Kind, partial(views.positives, min_score=self.min_score))
+        own: View = partial(views.against_own, negatives=self.negatives)
+        taken: dict[Kind, View] = {**views.likelihood(self.min_score), Kind.ROLLOUT: own}
         if self.denominator == "sampling":
             del taken[Kind.PREFERENCE]  # a rejected answer has no known sampling probability
             return {**taken, Kind.NEGATIVES: partial(views.against_each_known, negatives=self.negatives)}

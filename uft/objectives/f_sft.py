@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -67,7 +66,7 @@ class FSFT(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        return dict.fromkeys(Kind, partial(views.positives, min_score=self.min_score))
+        return views.likelihood(self.min_score)
 
     @property
     def length_convention(self) -> str:

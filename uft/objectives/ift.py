@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -146,7 +145,7 @@ class IFT(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        return dict.fromkeys(Kind, partial(views.positives, min_score=self.min_score))
+        return views.likelihood(self.min_score)
 
     @property
     def length_convention(self) -> str:

@@ -45,7 +45,8 @@ class KTO(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        return dict.fromkeys(Kind, partial(views.judged, min_score=self.min_score))
+        judged: View = partial(views.judged, min_score=self.min_score)
+        return {**dict.fromkeys(Kind, judged), Kind.ROLLOUT: views.of_own(judged)}
 
     @property
     def length_convention(self) -> str:

@@ -5,13 +5,14 @@
 | `sft` | 1 | |
 | `dynamic_ft` (arXiv 2508.05629, eq. 8; what other libraries call `dft`) | its own probability, detached | |
 | `anchored_sft` (Anchored SFT, as LLaMA-Factory has it) | its own probability, detached | alpha KL(reference, policy) |
+| `rwr` (reward-weighted regression, as arXiv 2404.14367 has it) | exp(score / tau), of all completions | |
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -47,7 +48,9 @@ class WeightedNLL(Objective):
     """
 
     reduction: str = key("token", "what counts once in the mean", choices=("token", "sequence"))
-    weight: str = key("one", "of a token: one, or its own probability", choices=tuple(WEIGHTS))
+    weight: str = key("one", "of a token: one, its own probability, or by its score", choices=(*WEIGHTS, "score"))
+    tau: float = key(1.0, "weight=score: a token counts exp(score / tau) times", gt=0)
+    cap: float | None = key(None, "weight=score: no token counts more often than this; null: no bound", gt=0)
     alpha: float = key(0.0, "weight of the divergence from the reference, over the whole vocabulary", ge=0)
     min_score: float = key(views.GOOD_ENOUGH, "scored completions from here on are learnt from", ge=0, le=1)
 
@@ -57,7 +60,9 @@ class WeightedNLL(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        return dict.fromkeys(Kind, partial(views.positives, min_score=self.min_score))
+        if self.weight != "score":
+            return views.likelihood(self.min_score)
+        return {**dict.fromkeys(Kind, views.pointwise), Kind.ROLLOUT: views.of_own(views.pointwise)}
 
     @property
     def length_convention(self) -> str:
@@ -72,7 +77,11 @@ class WeightedNLL(Objective):
         scores = policy(batch, ForwardRequest(anchor=reference) if self.alpha > 0 else PLAIN)
         log_probs = terms.promote(scores.log_probs)
         every = torch.ones_like(batch.good)
-        weighted = -WEIGHTS[self.weight](log_probs.detach()) * log_probs
+        if self.weight == "score":
+            weights = torch.exp(terms.promote(batch.target) / self.tau).clamp(max=self.cap or math.inf)[batch.sequence]
+        else:
+            weights = WEIGHTS[self.weight](log_probs.detach())
+        weighted = -weights * log_probs
         totals = {
             "sft": terms.reduced_total(batch, weighted, self.reduction, every),
             "nll": terms.nll_total(batch, log_probs),

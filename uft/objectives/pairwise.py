@@ -35,6 +35,10 @@ from uft.objectives.nll import CONVENTION
 Tensor = torch.Tensor
 
 
+OWN: dict[str, View] = {"ranked": views.of_own(views.best_against_worst), "negatives": views.against_own}
+"""The pairs of a row with completions that the policy sampled."""
+
+
 @dataclass(frozen=True)
 class PairLoss(Objective):
     """Base of all losses over pairs, with a reference (`Pairwise`) or without (`Contrastive`): a score of a completion,
@@ -46,6 +50,9 @@ class PairLoss(Objective):
 
     reduction: str = key("sequence", "what counts once in the sft term", choices=("token", "sequence"))
     sft_weight: float = key(0.0, "weight of the NLL of chosen completions and demonstrations", ge=0)
+    own: str = key(
+        "ranked", "own completions: best against worst, or negatives of the demonstration", choices=tuple(OWN)
+    )
 
     @property
     def views(self) -> Mapping[Kind, View]:
@@ -53,6 +60,7 @@ class PairLoss(Objective):
             Kind.PREFERENCE: views.against_each,
             Kind.SCORED: views.best_against_worst,
             Kind.NEGATIVES: views.against_each,
+            Kind.ROLLOUT: OWN[self.own],
         }
         return {Kind.DEMONSTRATION: views.positives, **taken} if self.sft_weight > 0 else taken
 

@@ -48,6 +48,7 @@ class PerKind(Objective):
     binary: Any = key(None, "objective of labelled completions")
     scored: Any = key(None, "objective of scored completions")
     negatives: Any = key(None, "objective of demonstrations with sampled negatives")
+    rollout: Any = key(None, "objective of completions that the policy samples while it trains")
 
     @cached_property
     def parts(self) -> dict[Kind, Objective]:
@@ -62,6 +63,7 @@ class PerKind(Objective):
             reference=any(n.reference for n in needs),
             distributions=any(n.distributions for n in needs),
             mismatched=any(n.mismatched for n in needs),
+            rollouts=max((n.rollouts for n in needs), default=0),
             columns=frozenset[str]().union(*(n.columns for n in needs)),
             annotations=frozenset[str]().union(*(n.annotations for n in needs)),
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch.nn.functional import softplus
@@ -42,7 +41,7 @@ class PoFT(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        return dict.fromkeys(Kind, partial(views.positives, min_score=self.min_score))
+        return views.likelihood(self.min_score)
 
     @property
     def length_convention(self) -> str:

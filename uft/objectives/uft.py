@@ -65,7 +65,8 @@ class UFT(Objective):
     def views(self) -> Mapping[Kind, View]:
         scored: View = partial(views.pointwise, demonstration_score=self.demonstration_score)
         pairs: dict[str, View] = {"pairwise": views.against_each, "scores": scored}
-        return {**dict.fromkeys(Kind, scored), Kind.PREFERENCE: pairs[self.pairs]}
+        taken = {Kind.PREFERENCE: pairs[self.pairs], Kind.ROLLOUT: views.of_own(views.pointwise)}
+        return {**dict.fromkeys(Kind, scored), **taken}
 
     @property
     def length_convention(self) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
-from uft.data.rows import Completion, Kind, Message, Role, Row, Selected, Selection
+from uft.data.rows import Completion, Kind, Message, Role, Row, Selected, Selection, View
 from uft.objectives.base import Objective
 
 GOOD_ENOUGH = 0.5
@@ -18,9 +20,10 @@ GOOD_ENOUGH = 0.5
 
 
 def reward(completion: Completion) -> float:
-    """Explicit reward of a completion by its feedback, in [0, 1]: shown, chosen and good are 1, sampled ones are 0."""
+    """Explicit reward of a completion by its feedback, in [0, 1]: shown, chosen and good are 1; sampled ones are 0
+    unless they were scored."""
     if completion.sampled_by is not None:
-        return 0.0
+        return completion.score or 0.0
     if completion.preferred is not None:
         return float(completion.preferred)
     if completion.label is not None:
@@ -75,6 +78,48 @@ def best_against_worst(row: Row, visit: int) -> Selection | None:
     return None if best == worst else (Selected(best), Selected(worst, Role.NEGATIVE))
 
 
+# --- Views of rollouts: rows with completions that the policy sampled, each with a score. They take nothing, rather
+# than refuse the row, where the scores of a step tie.
+
+
+def is_own(completion: Completion) -> bool:
+    return completion.sampled_by is not None
+
+
+def of_own(view: View) -> View:
+    """`view` of the sampled completions alone."""
+
+    def selection(row: Row, visit: int) -> Selection:
+        own = [i for i, completion in enumerate(row.completions) if is_own(completion)]
+        taken = view(replace(row, completions=tuple(row.completions[i] for i in own)), visit) if own else ()
+        return tuple(replace(part, completion=own[part.completion]) for part in taken or ())
+
+    return selection
+
+
+def best(row: Row, visit: int) -> Selection:
+    """The completion with the highest score, the first of equals (best of n)."""
+    rewards = [reward(completion) for completion in row.completions]
+    return (Selected(rewards.index(max(rewards))),)
+
+
+def likelihood(min_score: float) -> dict[Kind, View]:
+    """The good completions of every kind of row, of rollouts the best of n."""
+    return {**dict.fromkeys(Kind, partial(positives, min_score=min_score)), Kind.ROLLOUT: of_own(best)}
+
+
+def advantaged(row: Row, visit: int) -> Selection:
+    """Every sampled completion with its score; which side it stands on, its advantage decides."""
+    return tuple(Selected(i, Role.OWN, reward(one)) for i, one in enumerate(row.completions) if is_own(one))
+
+
+def against_own(row: Row, visit: int, *, negatives: int | None = None) -> Selection:
+    """The demonstration, and the sampled completions as its negatives, whatever their scores."""
+    unscored = tuple(replace(one, score=None) if is_own(one) else one for one in row.completions)
+    taken = against_each(replace(row, completions=unscored), visit, negatives=negatives)
+    return taken if any(part.role is Role.POSITIVE for part in taken) else ()
+
+
 # --- Table of kinds: each objective's use of each kind of row, computed by running its views on sample rows
 
 
@@ -100,8 +145,8 @@ def kind_table(objectives: Mapping[str, Objective]) -> list[list[str]]:
 def _phrases(taken: Selection, names: tuple[str, ...]) -> list[str]:
     uses: Counter[tuple[str, str]] = Counter()
     for one in taken:
-        side = "positive" if one.role is Role.POSITIVE else "negative"
-        uses[names[one.completion], side if math.isnan(one.target) else f"r={one.target:g}"] += 1
+        use = one.role.name.lower() if math.isnan(one.target) else f"r={one.target:g}"
+        uses[names[one.completion], use] += 1
     phrases = []
     for (name, use), count in uses.items():
         of = names.count(name)
@@ -134,6 +179,13 @@ SAMPLES: dict[Kind, list[tuple[Row, tuple[str, ...]]]] = {
         _sample(
             shown=Completion(_TURN),
             **{f"sampled{n}": Completion(_TURN, sampled_by="model", log_prob=-1.0) for n in range(4)},
+        )
+    ],
+    Kind.ROLLOUT: [
+        _sample(
+            shown=Completion(_TURN),
+            own_right=Completion(_TURN, sampled_by="policy", score=1.0, log_prob=-1.0),
+            own_wrong=Completion(_TURN, sampled_by="policy", score=0.0, log_prob=-1.0),
         )
     ],
 }

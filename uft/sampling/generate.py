@@ -38,16 +38,26 @@ class Sampling:
 
 @dataclass
 class Reply:
-    """A completion. The token that ended it is not part of `ids` but its log-prob is of `log_prob`."""
+    """A completion. The token that ended it is not part of `ids`."""
 
     ids: list[int] = field(default_factory=list)
-    log_prob: float = 0.0  # under the distribution that it was drawn from: temperature and filters count; greedy: 0
-    stopped: bool = False  # ended by a stop token, not by its length
+    log_probs: list[float] = field(default_factory=list)
+    """Of every token, the last one too, under what it was drawn from: temperature and filters count; greedy: 0."""
+    end: int | None = None  # the stop token that ended it; None: it was cut by its length
+
+    @property
+    def stopped(self) -> bool:
+        return self.end is not None
+
+    @property
+    def log_prob(self) -> float:
+        """Of the whole completion with its end."""
+        return sum(self.log_probs)
 
     def add(self, token: int, log_prob: float, stop_ids: Collection[int]) -> None:
-        self.log_prob += log_prob
+        self.log_probs.append(log_prob)
         if token in stop_ids:
-            self.stopped = True
+            self.end = token
         else:
             self.ids.append(token)
 

@@ -375,8 +375,7 @@ def step_line(
         return SEPARATOR.join([f"{first} {fields['percent']}".rstrip(), *others])
 
     named = [(name, metrics.get(f"objective/{name}")) for name in terms[:HEADLINE_TERMS]]
-    if "nll" in metrics:
-        named.append(("nll", metrics["nll"]))
+    named += [(name.rpartition("/")[2], metrics[name]) for name in ("rollout/reward", "nll") if name in metrics]
     memory = f"{metrics['memory_gb']:.1f}" if "memory_gb" in metrics else ""
     if memory and "memory_total_gb" in metrics:
         memory += f"/{metrics['memory_total_gb']:.0f}"

@@ -32,12 +32,14 @@ from uft.data.table import grouped, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
 from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
 from uft.evaluation.evaluate import HeldOut
+from uft.evaluation.measures import CHECKERS
 from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.objectives.base import Objective
 from uft.objectives.dft import SAMPLING
 from uft.objectives.views import kind_table
 from uft.runs import Run, cache_root, read_json
+from uft.sampling.rollouts import Checker, expected_views, refuse_unscored
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,12 @@ def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, re
     names = [source.source for source in dataset.train]
     mixture = Mixture(names, dataset.sizes, dataset.weights, config.seeds.data)
     sampler = RowSampler(dataset.train, mixture, objective.views, config.train.max_length)
+    if config.rollout.completions:
+        sampled = sampled_sources(config, dataset)
+        sampler.views = expected_views(objective.views, config.rollout, sampled)
+        if refuse:
+            limits = (config.train.max_length, dataset.renderer, objective.name)
+            refuse_unscored(sampler.drawn, objective.views, config.rollout, sampled, *limits)
     if refuse and SAMPLING in objective.needs.columns:
         refuse_flat(dataset.loaded, objective)
     dropping = config.data.unusable == "drop"
@@ -166,7 +174,7 @@ def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, re
     if refuse and not dropping:
         refuse_unusable(sampler, objective, config.data)
     else:
-        sampler.views = complete_views(objective)
+        sampler.views = complete_views(objective, sampler.views)
     if refuse and not sampler.takes_anything():
         drawn, name = sum(len(source.rows) for source in sampler.drawn), objective.name
         if dropping:
@@ -254,8 +262,8 @@ def refuse_flat(loaded: Sequence[LoadedSource], objective: Objective) -> None:
         raise UftError(*problems)
 
 
-def complete_views(objective: Objective) -> Mapping[Kind, View]:
-    """The objective's views, under which a row that lacks a required annotation is unusable."""
+def complete_views(objective: Objective, views: Mapping[Kind, View]) -> Mapping[Kind, View]:
+    """Views under which a row that lacks an annotation that the objective requires is unusable."""
 
     def complete(kind: Kind, view: View) -> View:
         def selection(row: Row, visit: int) -> Selection | None:
@@ -263,7 +271,13 @@ def complete_views(objective: Objective) -> Mapping[Kind, View]:
 
         return selection if objective.annotations(kind) else view
 
-    return {kind: complete(kind, view) for kind, view in objective.views.items()}
+    return {kind: complete(kind, view) for kind, view in views.items()}
+
+
+def sampled_sources(config: Config, dataset: TrainData) -> dict[str, Checker | None]:
+    """The sources of whose prompts the policy samples completions while it trains, with their checkers."""
+    chosen = [source for source in dataset.loaded if config.data.sources[source.name].rollout]
+    return {source.name: CHECKERS[source.checker] if source.checker else None for source in chosen}
 
 
 def lacks(objective: Objective, row: Row) -> frozenset[str]:

@@ -61,7 +61,7 @@ from uft.training.setup import (
     start_card,
 )
 from uft.training.step import Step, learning_rate
-from uft.training.trainer import Progress, Trainer, explain_oom, out_of_memory, tokens_per_pass
+from uft.training.trainer import Progress, Trainer, explain_oom, out_of_memory, own_samples, tokens_per_pass
 
 
 def train(run: Run, config: Config, stop: Stop) -> int:
@@ -388,6 +388,7 @@ class Recorder:
     before: Progress = field(default_factory=Progress)
     seconds: float = 0.0  # of training at the last line: evaluations and checkpoints between two do not count
     tokens: int = 0  # since the last line
+    sampling: float = 0.0  # seconds of rollouts at the last line
     saved: int = -1  # the step of the last checkpoint of this session
     warned: bool = False  # that eval.best names no metric
 
@@ -440,8 +441,12 @@ class Recorder:
             **{name: means.pop(name) for name in ("grad_norm",) if name in means},
             "tokens_per_second": tokens / max(seconds, 1e-9),
             **device_memory(trainer.device),
-            **{f"objective/{name}": value for name, value in means.items()},
+            **{name if name.startswith("rollout/") else f"objective/{name}": value for name, value in means.items()},
         }
+        if trainer.rollouts:
+            metrics["rollout/seconds"] = trainer.rollouts.seconds - self.sampling
+            self.sampling = trainer.rollouts.seconds
+            self.tracker.samples(self.before.step + progress.step, own_samples(trainer), self.stage or None)
         self.console.step(self.before.step + progress.step, self.log(progress.step, metrics))
 
     def evaluate_if_due(self, trainer: Trainer) -> None:

@@ -34,9 +34,10 @@ from uft.model.policy import Policy, idle_adapters, own_dropout
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Objective, StepContext
 from uft.runs import Run, cache_root, shown
+from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import Card, count
 from uft.training import checkpoint
-from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, read_train_data
+from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, read_train_data, sampled_sources
 from uft.training.liveness import Stop
 from uft.training.step import make_optimiser, warmup_steps
 from uft.training.trainer import Progress, Trainer, available_devices, tokens_per_pass
@@ -169,6 +170,7 @@ def prepare(
             *(reference_model or (config.model, config.reference)),
             visits_per_row=horizon.total_rows / max(1, sampler.examples),
             distributions=objective.needs.distributions,
+            rollouts=config.rollout.completions > 0,
         )
         _cache_reference(reference, data, config, stop, say)
     if eval_model is None and reference is None and dataset.held_out:
@@ -176,6 +178,22 @@ def prepare(
     # held-out rows are visited many times: a reference that is not in memory computes its column once
     eval_reference = reference_of(*eval_model, visits_per_row=math.inf) if eval_model else reference
     pause(stop)
+    rollouts = None
+    if config.rollout.completions:
+        rollouts = RolloutSampler(
+            sampler,
+            config.rollout,
+            policy=policy,
+            renderer=dataset.renderer,
+            views=objective.views,
+            sampled=sampled_sources(config, dataset),
+            seed=config.seeds.sampling,
+            pad_id=pad_id(tokenizer),
+            batch_size=config.train.batch_size,
+            total_rows=horizon.total_rows,
+            tokens_per_pass=tokens_per_pass(config),
+            should_stop=stop,
+        )
     # last, so that the generator does not depend on what was found in caches; every process draws its own dropout
     torch.manual_seed(config.seeds.sampling + RANK_SEEDS * ranks().rank)
     trainer = Trainer(
@@ -186,6 +204,7 @@ def prepare(
         policy=policy,
         reference=reference.forward if reference else None,
         sampler=sampler,
+        rollouts=rollouts,
         optimiser=make_optimiser(policy.trainable(), config.optim),
         collator=Collator(tokens_per_pass(config), pad_id(tokenizer), policy.layout, pinned=device.type == "cuda"),
         steps=horizon.steps,

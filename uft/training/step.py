@@ -189,7 +189,7 @@ def chunked_backward(
             whole = replace(whole, columns={**whole.columns, "reference": reference(whole).log_probs})
     recorder = _RequestRecorder(policy)
     objective(whole, recorder, reference, replace(context, learning=False))
-    if recorder.request is None or recorder.several or recorder.request.anchor is not None:
+    if recorder.request is None or recorder.several or recorder.request.distributions:
         return []
 
     losses: list[Loss] = []
@@ -236,7 +236,8 @@ class _RequestRecorder:
         self.several = self.several or self.request is not None
         self.request = request
         placeholder = torch.full(batch.target_ids.shape, -1.0, device=batch.target_ids.device)
-        return ForwardOutput(placeholder, batch.target_ids, torch.zeros_like(placeholder))
+        zeros = torch.zeros_like(placeholder)
+        return ForwardOutput(placeholder, batch.target_ids, zeros, zeros)
 
 
 def _row_groups(batch: Batch, most: int) -> Iterator[tuple[slice, Tensor]]:

@@ -17,14 +17,18 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from uft.config.schema import Config
-from uft.data.batch import Example
+from uft.data.batch import Example, collate
 from uft.data.loader import Collator, Prefetcher, RowSampler, StepBatches, use_prefetch_thread
 from uft.distributed import all_finite, ranks
 from uft.errors import FAILED, Problem, UftError
+from uft.evaluation.evaluate import Sample, prompt_text
 from uft.heartbeat import activity
 from uft.model.policy import Policy
 from uft.objectives.base import Forward, Loss, Objective, StepContext
+from uft.objectives.policy_gradient import PolicyGradient
 from uft.runs import Run
+from uft.sampling.generate import Interrupted
+from uft.sampling.rollouts import RolloutSampler
 from uft.training import checkpoint
 from uft.training.liveness import Stop
 from uft.training.step import (
@@ -112,6 +116,7 @@ class Trainer:
     policy: Policy
     reference: Forward | None
     sampler: RowSampler
+    rollouts: RolloutSampler | None  # samples completions of the rows of each step; None: rows are taken as they are
     optimiser: torch.optim.Optimizer
     collator: Collator  # examples -> micro-batches, as the configuration and the policy's layout have it
     steps: int  # the horizon; kept in the checkpoint
@@ -133,9 +138,10 @@ class Trainer:
     def fit(self) -> None:
         """Train to the horizon or until asked to stop. Raises UftError (code 1) after a step that is not finite."""
         self.policy.train()
-        threaded = use_prefetch_thread(self.config.train.prefetch, self.device)
+        # rollouts need the weights of the step before them
+        threaded = use_prefetch_thread(self.config.train.prefetch, self.device) and self.rollouts is None
         mismatched = self.objective.needs.mismatched
-        self.prefetcher = Prefetcher(self.sampler, self.collator, mismatched=mismatched, threaded=threaded)
+        self.prefetcher = Prefetcher(self.feed, self.collator, mismatched=mismatched, threaded=threaded)
         gc.collect()
         gc.freeze()  # no later collection looks through the millions of objects that are there now
         try:
@@ -144,10 +150,17 @@ class Trainer:
                 for hook in self.hooks:
                     hook.after_step(self, step)
             self.await_finite_check()
+        except Interrupted:  # within a rollout, which is sampled anew
+            self.await_finite_check()
         finally:
             gc.unfreeze()
             self.prefetcher.close()
             self.prefetcher = None
+
+    @property
+    def feed(self) -> RowSampler | RolloutSampler:
+        """Where the rows of each step come from."""
+        return self.rollouts or self.sampler
 
     def _step(self, prefetcher: Prefetcher) -> Step:
         before = self.state()
@@ -169,6 +182,8 @@ class Trainer:
         self.meter.add("loss", step.loss, measured)
         self.meter.add("grad_norm", step.grad_norm, measured)
         self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
+        for name, (total, number) in (self.rollouts.taken_metrics() if self.rollouts else {}).items():
+            self.meter.add(name, total, number)
         return step
 
     def update(self, batches: StepBatches) -> Step:
@@ -212,7 +227,7 @@ class Trainer:
 
     def cursor(self) -> dict[str, Any]:
         """The sampler's state after the last step."""
-        return self.prefetcher.cursor if self.prefetcher else self.sampler.state_dict()
+        return self.prefetcher.cursor if self.prefetcher else self.feed.state_dict()
 
     def state(self) -> State:
         """What a step changes besides weights and moments, as a checkpoint holds it."""
@@ -235,7 +250,7 @@ class Trainer:
         if self.prefetcher:
             self.prefetcher.rewind(values["feed"])
         else:
-            self.sampler.load_state_dict(values["feed"])
+            self.feed.load_state_dict(values["feed"])
         self.progress = Progress(**values["progress"])
         self.steps = values["steps"]  # the horizon of the schedule never changes under a run
 
@@ -298,6 +313,27 @@ class Trainer:
         self.policy.load_trainable(below("model", tensors))
         checkpoint.load_optimiser(self.optimiser, self.parameters, below("optimiser", tensors))
         self.load_state(tensors, values)
+
+
+def own_samples(trainer: Trainer) -> list[Sample]:
+    """The first group that the policy sampled for the last step: each completion with its figures and its reward, and
+    with its advantage where the objective has one."""
+    rollouts, objective = trainer.rollouts, trainer.objective
+    group = next(iter(rollouts.latest), None) if rollouts else None
+    if rollouts is None or group is None:
+        return []
+    row, _ = rollouts.row(group)
+    first = len(row.completions) - len(group.replies)
+    verdicts = [{**found, "reward": score} for found, score in zip(group.figures, group.scores, strict=True)]
+    verdicts = verdicts or [{} for _ in group.replies]
+    if isinstance(objective, PolicyGradient) and (example := rollouts.example(group)) is not None:
+        advantages = objective.groups(collate([example], trainer.collator.pad_id)).advantage.tolist()
+        for part, advantage in zip(example.parts, advantages, strict=True):
+            if part.completion >= first:
+                verdicts[part.completion - first]["advantage"] = advantage
+    source, prompt = f"{row.source} (own)", prompt_text(row.prompt)
+    own = zip(row.completions[first:], verdicts, strict=True)
+    return [Sample(source, row.id, prompt, one.text, row.answer, verdict) for one, verdict in own]
 
 
 def nested(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

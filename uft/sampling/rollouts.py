@@ -1,0 +1,474 @@
+"""Rollouts: completions that the policy samples of each step's prompts, scored by checkers, as rows to learn from.
+
+A :class:`RolloutSampler` stands in the place of a :class:`RowSampler`: it draws the same rows in the same order and
+hands on, for each, a row with the policy's own completions. Each completion is a function of the weights, its prompt
+and its number in the run, so that a resumed run samples the same ones and no generator's state is kept.
+
+Own completions are trained as the tokens that were drawn, never as text that was tokenised again, and the end token is
+a target only if it was drawn: a completion that was cut must not teach the policy to stop there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from uft.config.schema import Hint, Rollout
+from uft.data.batch import Example, micro_batches
+from uft.data.chat import Renderer, Tokens
+from uft.data.loader import RowSampler
+from uft.data.mixture import RowIndex
+from uft.data.rows import Completion, Kind, Message, Row, Selected, Selection, View
+from uft.data.tokens import TokenizedSource
+from uft.distributed import ranks
+from uft.errors import Problem, UftError
+from uft.heartbeat import activity
+from uft.model.policy import Policy, evaluating
+from uft.objectives.policy_gradient import SPREAD
+from uft.objectives.views import GOOD_ENOUGH, is_own, reward
+from uft.sampling.generate import Reply, Sampling, complete, uniforms
+
+Figures = Mapping[str, float]
+Checker = Callable[[Row, str], Figures]
+"""(row, reply) -> named figures in [0, 1]; {} where it has no verdict."""
+
+OWN = "policy"
+"""`Completion.sampled_by` of own completions."""
+HINTS = 2**63
+"""Added to a row's number for the draw of its hint, which must not be that of a completion."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A drawn row and the policy's completions of its prompt; none where its source is not sampled."""
+
+    draw: RowIndex
+    hint: int = 0  # tokens of the demonstration that the prompt was followed by
+    replies: tuple[Reply, ...] = ()
+    figures: tuple[Figures, ...] = ()  # the checker's, of each; () where the source has no checker
+    scores: tuple[float, ...] = ()
+    old: tuple[tuple[float, ...], ...] = ()  # log-probs of each's tokens when it was sampled, by the trainer
+    spread: float = 0.0  # of all scores of its step
+
+    @property
+    def flat(self) -> bool:
+        """Whether nothing tells its completions apart."""
+        return len(set(self.scores)) == 1
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any]) -> Group:
+        """The inverse of `asdict`."""
+        lists = {name: tuple(state[name]) for name in ("figures", "scores")}
+        replies, old = tuple(Reply(**reply) for reply in state["replies"]), tuple(map(tuple, state["old"]))
+        return cls(RowIndex(**state["draw"]), state["hint"], replies, old=old, spread=state["spread"], **lists)
+
+
+class RolloutSampler:
+    """Draws rows and samples the policy's completions of their prompts, `settings.prompts` rows at a time.
+
+    `metrics` are sums and counts of what was sampled since they were last taken; `seconds`, all the time it took.
+    """
+
+    def __init__(
+        self,
+        sampler: RowSampler,
+        settings: Rollout,
+        *,
+        policy: Policy,
+        renderer: Renderer,
+        views: Mapping[Kind, View],
+        sampled: Mapping[str, Checker | None],
+        seed: int,
+        pad_id: int,
+        batch_size: int,
+        total_rows: int,
+        tokens_per_pass: int,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        """`views` are the objective's own; `sampled`: the sources that are sampled, with their checkers."""
+        self.sampler, self.settings, self.policy, self.renderer = sampler, settings, policy, renderer
+        self.views, self.sampled, self.seed, self.pad_id = views, sampled, seed, pad_id
+        self.batch_size, self.total_rows, self.tokens_per_pass = batch_size, total_rows, tokens_per_pass
+        self.should_stop = should_stop
+        self.prompts = settings.prompts or batch_size
+        self.drawn = self.rounds = 0  # rows and rollouts so far
+        self.steps: list[list[Group]] = []  # sampled and not yet trained on, by optimiser step
+        self.metrics: dict[str, tuple[float, float]] = {}  # name -> sum, count
+        self.seconds = 0.0
+        self.latest: list[Group] = []
+
+    # --- in the place of a RowSampler
+
+    def take(self, rows: int) -> list[Example]:
+        """The examples of the next step; of `rows` rows, or fewer where too many groups had nothing to say."""
+        if not self.steps:
+            self._sample(max(rows, min(self.prompts, self.total_rows - self.drawn)))
+        groups, *self.steps = self.steps
+        self.latest = [group for group in groups if group.replies]
+        return [example for group in groups if (example := self.example(group)) is not None]
+
+    def mismatched(self, items: Sequence[Example]) -> list[Example]:
+        return self.sampler.mismatched(items)
+
+    def state_dict(self) -> dict[str, Any]:
+        waiting = [[asdict(group) for group in step] for step in self.steps]
+        return {"rows": self.sampler.state_dict(), "drawn": self.drawn, "rounds": self.rounds, "waiting": waiting}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sampler.load_state_dict(state["rows"])
+        self.drawn, self.rounds = state["drawn"], state["rounds"]
+        self.steps = [[Group.read(group) for group in step] for step in state["waiting"]]
+
+    # --- sampling
+
+    @activity("completions were sampled")
+    def _sample(self, rows: int) -> None:
+        """Draw and sample `rows` rows, and replace flat groups by further draws as far as that is allowed."""
+        started, wanted, groups = time.perf_counter(), rows, list[Group]()
+        self.rounds += 1
+        for attempt in range(1 + self.settings.refill):
+            self._add("refills", float(attempt > 0), count=attempt == 0)
+            more = self._groups(wanted - len(groups))
+            self._measure(more)
+            groups += [group for group in more if not (group.flat and self.settings.refill)]
+            if len(groups) == wanted:
+                break
+        if self.prompts > self.batch_size:
+            groups = self._with_old_log_probs(groups)
+        self.steps = [self._with_spread(groups[i : i + self.batch_size]) for i in range(0, rows, self.batch_size)]
+        self.seconds += time.perf_counter() - started
+
+    def _groups(self, rows: int) -> list[Group]:
+        """The next `rows` rows with their own completions and scores."""
+        each, first = self.settings.completions, self.drawn
+        draws = self.sampler.mixture.take(rows)
+        self.drawn += rows
+        hints = [self._hint(draw, first + number) for number, draw in enumerate(draws)]
+        asked = [
+            (draw, hint, (first + number) * each + one)
+            for number, (draw, hint) in enumerate(zip(draws, hints, strict=True))
+            for one in range(each if self._source(draw).source in self.sampled else 0)
+        ]
+        replies = iter(ranks().map_shards(asked, self._complete))
+        groups = []
+        for draw, hint in zip(draws, hints, strict=True):
+            source = self._source(draw)
+            if source.source not in self.sampled:
+                groups.append(Group(draw))
+                continue
+            own, check = tuple(next(replies) for _ in range(each)), self.sampled[source.source]
+            figures: tuple[Figures, ...] = ()
+            if check is not None:
+                row, shown = source.rows[draw.index], self._prompt(draw, hint)[1]
+                figures = tuple(dict(check(row, self._text(shown + reply.ids))) for reply in own)
+            groups.append(Group(draw, hint, own, figures, tuple(map(self._score, figures))))
+        return groups
+
+    def _complete(self, asked: Sequence[tuple[RowIndex, int, int]]) -> list[Reply]:
+        settings = self.settings
+        return complete(
+            self.policy,
+            [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in asked)],
+            Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens),
+            seed=self.seed,
+            stop_ids=self.renderer.stop_ids,
+            pad_id=self.pad_id,
+            batch_size=settings.batch_size,
+            should_stop=self.should_stop,
+            numbers=[number for _, _, number in asked],
+        )
+
+    def _score(self, figures: Figures) -> float:
+        return min(1.0, sum(weight * figures[name] for name, weight in weights_of(self.settings).items()))
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.renderer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _with_spread(self, groups: Sequence[Group]) -> list[Group]:
+        scores = [score for group in groups for score in group.scores]
+        spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+        return [replace(group, spread=spread) for group in groups]
+
+    def _with_old_log_probs(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups with the log-probs of their tokens under the policy as it is: later updates divide by them."""
+        rows = [group for group in groups if group.replies]
+        found = iter(ranks().map_shards(rows, self._old_log_probs))
+        return [replace(group, old=next(found)) if group.replies else group for group in groups]
+
+    @torch.no_grad()
+    def _old_log_probs(self, groups: Sequence[Group]) -> list[tuple[tuple[float, ...], ...]]:
+        whole = [
+            Example(number, row, tuple(map(Selected, range(len(row.completions)))), encoded)
+            for number, (row, encoded) in enumerate(self.row(group, shown=False) for group in groups)
+        ]
+        found: dict[int, list[tuple[float, ...]]] = {number: [] for number in range(len(groups))}
+        with evaluating(self.policy.module):
+            for batch in micro_batches(whole, self.tokens_per_pass, self.pad_id, self.policy.layout):
+                log_probs = self.policy(batch.to(self.policy.device)).log_probs.cpu().split(batch.lengths.tolist())
+                for number, values in zip(batch.example[batch.row].tolist(), log_probs, strict=True):
+                    found[number].append(tuple(values.tolist()))
+        return [tuple(found[number]) for number in range(len(groups))]
+
+    # --- rows and examples
+
+    def _source(self, draw: RowIndex) -> TokenizedSource:
+        return self.sampler.sources[draw.source]
+
+    def _prompt(self, draw: RowIndex, hint: int) -> tuple[list[int], list[int]]:
+        """Token ids of a row's prompt, as they are trained, and of the piece of its demonstration that follows it."""
+        source = self._source(draw)
+        tokens = source.encoded[draw.index][shown_of(source.rows[draw.index])[0]]
+        end = tokens.prompt_length
+        return tokens.ids[:end].tolist(), tokens.ids[end : end + hint].tolist()
+
+    def row(self, group: Group, shown: bool = True) -> tuple[Row, tuple[Tokens, ...]]:
+        """The row that a group is, and its completions' tokens: demonstrations or a hint (if `shown`), then own."""
+        source, draw = self._source(group.draw), group.draw
+        row, encoded = source.rows[draw.index], source.encoded[draw.index]
+        prompt, hint = self._prompt(draw, group.hint)
+        demonstrations: list[tuple[Completion, Tokens]] = []
+        if shown and self.settings.hint.schedule == "none":
+            demonstrations = [(Completion(row.completions[i].turns), encoded[i]) for i in shown_of(row)]
+            demonstrations = demonstrations if reward(row.completions[shown_of(row)[0]]) >= GOOD_ENOUGH else []
+        elif shown and hint:
+            turn = Message("assistant", self._text(hint))
+            demonstrations = [(Completion((turn,)), _tokens(prompt, hint))]
+        own = []
+        for number, reply in enumerate(group.replies):
+            ids = reply.ids if reply.end is None else [*reply.ids, reply.end]
+            learned = reply.stopped or self.settings.truncated == "keep"
+            said = Completion(
+                (Message("assistant", self._text([*hint, *reply.ids])),),
+                sampled_by=OWN,
+                score=group.scores[number] if group.scores else None,
+                log_prob=reply.log_prob,
+                annotations={SPREAD: group.spread} if group.scores else {},
+            )
+            own.append((said, _tokens([*prompt, *hint], ids, learned)))
+        completions, tokens = zip(*demonstrations, *own, strict=True)
+        return replace(row, completions=completions), tokens
+
+    def example(self, group: Group) -> Example | None:
+        """What the objective takes of a group; None: nothing."""
+        first = self.sampler.first_example[group.draw.source] + group.draw.index
+        if not group.replies:
+            return next(iter(self.sampler.items([group.draw])), None)
+        row, tokens = self.row(group)
+        view = self.views.get(row.kind)
+        parts = (view(row, group.draw.visit) if view else None) or ()
+        if not parts:
+            return None
+        before = len(tokens) - len(group.replies)
+
+        def column(values: Sequence[Sequence[float]]) -> tuple[np.ndarray, ...]:
+            """Per part, (targets,): 0 for what was not sampled."""
+            known = [np.zeros(one.targets, np.float32) for one in tokens]
+            for number, own in enumerate(values, before):
+                if tokens[number].targets:
+                    known[number] = np.array(own, np.float32)
+            return tuple(known[part.completion] for part in parts)
+
+        columns = {"sampler": column([reply.log_probs for reply in group.replies])}
+        columns |= {"old": column(group.old)} if group.old else {}
+        return Example(first, row, parts, tuple(tokens[part.completion] for part in parts), None, columns)
+
+    # --- hints
+
+    def _hint(self, draw: RowIndex, number: int) -> int:
+        """Tokens of the demonstration that the prompt of the row with this number in the run is followed by."""
+        settings, source = self.settings.hint, self._source(draw)
+        if settings.schedule == "none" or source.source not in self.sampled:
+            return 0
+        ends = pieces(source.encoded[draw.index][shown_of(source.rows[draw.index])[0]], settings, self.renderer)
+        cuts = cut_points(len(ends), settings.chunks)
+        last = max(1, round(settings.until * math.ceil(self.total_rows / self.prompts)))
+        chunks = chunks_shown(
+            settings, len(cuts) - 1, self.rounds, last, float(uniforms(self.seed, HINTS + number, 1)[0])
+        )
+        return ends[cuts[chunks] - 1] if cuts[chunks] else 0
+
+    # --- what is told of it
+
+    def _measure(self, groups: Iterable[Group]) -> None:
+        """Add sums and counts of these groups to `metrics`, under the names that the metric lines have."""
+        groups = [group for group in groups if group.replies]
+        lengths = [len(reply.log_probs) for group in groups for reply in group.replies]
+        if not lengths:
+            return
+        self._add("length", *lengths)
+        self._add("length_min", min(lengths))
+        self._add("length_max", max(lengths))
+        self._add("cut", *(not reply.stopped for group in groups for reply in group.replies))
+        if self.settings.hint.schedule != "none":
+            self._add("hint", *(group.hint for group in groups))
+        scored = [group for group in groups if group.scores]
+        parts = {"reward": [group.scores for group in scored]}
+        for name in dict.fromkeys(name for group in scored for found in group.figures for name in found):
+            parts[name] = [tuple(found.get(name, 0.0) for found in group.figures) for group in scored]
+        for name, values in parts.items() if scored else ():
+            self._add(name, *(value for group in values for value in group))
+            self._add(f"{name}_std", *(float(np.std(group, ddof=1)) for group in values if len(group) > 1))
+        self._add("flat", *(group.flat for group in scored))
+        self._add("solved", *(score >= GOOD_ENOUGH for group in scored for score in group.scores))
+
+    def _add(self, name: str, *values: float, count: int | None = None) -> None:
+        total, number = self.metrics.get(f"rollout/{name}", (0.0, 0.0))
+        self.metrics[f"rollout/{name}"] = (total + sum(values), number + (len(values) if count is None else count))
+
+    def taken_metrics(self) -> dict[str, tuple[float, float]]:
+        """name -> sum and count of what was sampled since the last call."""
+        metrics, self.metrics = self.metrics, {}
+        return metrics
+
+
+def weights_of(settings: Rollout) -> Mapping[str, float]:
+    """Figures of a checker and what they count in a score."""
+    return {name: weight for name, weight in settings.reward.items() if weight} or {"exact_match": 1.0}
+
+
+def _tokens(prompt: Sequence[int], ids: Sequence[int], learned: bool = True) -> Tokens:
+    supervised = np.arange(len(prompt) + len(ids)) >= len(prompt)
+    return Tokens(np.array([*prompt, *ids], np.int32), supervised & learned, len(prompt))
+
+
+def shown_of(row: Row) -> list[int]:
+    """The completions that stand as demonstrations of a row that is sampled: the good ones, else its first."""
+    good = [i for i, one in enumerate(row.completions) if not is_own(one) and reward(one) >= GOOD_ENOUGH]
+    return good or [0]
+
+
+# --- Hints: how much of a demonstration is shown (UFT, arXiv 2505.16984).
+
+
+ENDS = {"line": re.compile(r"\n"), "sentence": re.compile(r"[.!?]['\")\]]*\s*$|\n"), "token": re.compile("")}
+
+
+def pieces(tokens: Tokens, settings: Hint, renderer: Renderer) -> list[int]:
+    """Ends of the pieces of a demonstration that may be shown, in tokens after the prompt."""
+    ids = tokens.ids[tokens.prompt_length :].tolist()
+    while ids and ids[-1] in renderer.stop_ids:
+        ids.pop()
+    texts = renderer.tokenizer.batch_decode([[one] for one in ids])
+    ends = [n for n, text in enumerate(texts, 1) if ENDS[settings.cut].search(text)]
+    ends += [len(ids)] if ids and ends[-1:] != [len(ids)] else []
+    return ends[: max(0, len(ends) - settings.keep_last)]
+
+
+def cut_points(count: int, chunks: int) -> list[int]:
+    """Where a demonstration of so many pieces is cut: entry l, the pieces of a hint of l chunks."""
+    whole = min(chunks, count)
+    return [round(k * count / whole) for k in range(whole)] + [count] if whole else [0]
+
+
+def chunks_shown(settings: Hint, chunks: int, rollout: int, last: int, uniform: float) -> int:
+    """Chunks of a hint, out of `chunks`, in a rollout counted from 1; `uniform` in [0, 1) is the row's draw.
+
+    cosine: binomial, with a chance that falls from `high` to `low` at rollout `last`; staged: one fewer at equal
+    distances; uniform: any number, in all rollouts.
+    """
+    if settings.schedule == "uniform":
+        return int(uniform * (chunks + 1))
+    if rollout > last:
+        return 0
+    if settings.schedule == "staged":
+        return max(0, chunks - rollout // max(1, last // (chunks + 1)))
+    chance = settings.low + (settings.high - settings.low) / 2 * (1 + math.cos(math.pi * rollout / last))
+    each = [math.comb(chunks, k) * chance**k * (1 - chance) ** (chunks - k) for k in range(chunks + 1)]
+    return min(chunks, int(np.searchsorted(np.cumsum(each), uniform, side="right")))
+
+
+# --- Before the first step: what the objective will take of rows that are not sampled yet, and what cannot be.
+
+
+def expected_views(views: Mapping[Kind, View], settings: Rollout, sampled: Mapping[str, Any]) -> dict[Kind, View]:
+    """Views of the rows as they are: what `views` take of the rows that they become, a demonstration standing for each
+    own completion. Scores alternate between 1 and 0. `sampled`: sources that are sampled, with a checker or None."""
+
+    def expected(row: Row, visit: int) -> Selection | None:
+        if row.source not in sampled:
+            view = views.get(row.kind)
+            return view(row, visit) if view else None
+        shown, turns = shown_of(row), row.completions[0].turns
+        demonstrations = [Completion(row.completions[i].turns) for i in shown]
+        scores = (float(i % 2 == 0) if sampled[row.source] is not None else None for i in range(settings.completions))
+        own = [Completion(turns, sampled_by=OWN, score=score, log_prob=-1.0) for score in scores]
+        made = replace(row, completions=(*demonstrations, *own))
+        view = views.get(made.kind)
+        parts = view(made, visit) if view else None
+        if parts is None:
+            return None
+        places = [*shown, *[shown[0]] * len(own)]
+        return tuple(replace(part, completion=places[part.completion]) for part in parts)
+
+    return dict.fromkeys(Kind, expected)
+
+
+def refuse_unscored(
+    sources: Sequence[TokenizedSource],
+    views: Mapping[Kind, View],
+    settings: Rollout,
+    sampled: Mapping[str, Checker | None],
+    max_length: int,
+    renderer: Renderer,
+    name: str,
+) -> None:
+    """Raise UftError with everything that stands in the way of sampling these sources for objective `name`.
+
+    That is: no checker, or one without the figures that the reward asks for or without a verdict on a row; prompts with
+    no room for a completion; demonstrations of which no hint can be shown.
+    """
+    problems = []
+    for source in sources:
+        if source.source not in sampled or not len(source.rows):
+            continue
+        key, check = f"data.sources.{source.source}", sampled[source.source]
+        if check is None and Kind.NEGATIVES not in views:
+            why = f"objective={name} learns from scores, and this source has no checker that gives them"
+            advice = (f"{key}.checker=final_number", f"{key}.rollout=false   (its rows as they are)")
+            problems.append(Problem(key, why, advice=advice))
+        elif check is not None:
+            problems += _unjudged(key, source.rows, check, weights_of(settings))
+        room, longest = source.encoded.longest_sides[0] + settings.max_new_tokens, settings.hint.schedule != "none"
+        if room > max_length:
+            why = f"a prompt with rollout.max_new_tokens={settings.max_new_tokens} has up to {room} tokens"
+            problems.append(Problem(key, why, advice=(f"train.max_length={room}",)))
+        if longest and not any(
+            pieces(encoded[shown_of(row)[0]], settings.hint, renderer)
+            for row, encoded in zip(source.rows, source.encoded, strict=True)
+        ):
+            why = f"no demonstration has a piece to show: {settings.hint.keep_last} of its last are kept back"
+            advice = ("rollout.hint.cut=token", "rollout.hint.schedule=none")
+            problems.append(Problem(key, why, advice=advice))
+    if problems:
+        raise UftError(*problems)
+
+
+def _unjudged(key: str, rows: Sequence[Row], check: Checker, weights: Mapping[str, float]) -> list[Problem]:
+    """The rows on whose own demonstration a checker has no verdict, and the figures that it never gives."""
+    silent, lacking = [], Counter[str]()
+    given: dict[str, None] = {}
+    for row in rows:
+        figures = check(row, row.completions[shown_of(row)[0]].text)
+        given |= dict.fromkeys(figures)
+        lacking.update(weights.keys() - figures.keys() if figures else ())
+        silent += [] if figures else [row.id]
+    found = [
+        Problem(
+            f"rollout.reward.{name}",
+            f"the checker of {key} does not give it",
+            advice=(f"it gives: {', '.join(given)}",),
+        )
+        for name in sorted(lacking)
+    ]
+    if silent:
+        why = f"its checker has no verdict on {len(silent):,} of {len(rows):,} rows, so that they have no score"
+        found.append(Problem(key, why, silent[0], (f"{key}.rollout=false   (its rows as they are)",)))
+    return found
