@@ -124,7 +124,9 @@ def test_the_printed_table_is_asked_of_the_views():
     assert cells["sft"]["binary"] == "good positive"
     assert cells["kto"]["binary"] == "good positive, bad negative"
     assert cells["kto"]["scored"] == "high score positive, middling score positive, low score negative"
-    parts = dict(zip(header[1:], ("sft", "dpo", "kto", "uft", "dft"), strict=True))
-    assert cells["per_kind"] == {"objective": "per_kind", **{kind: cells[name][kind] for kind, name in parts.items()}}
+    parts = dict(zip(header[1:6], ("sft", "dpo", "kto", "uft", "dft"), strict=True))
+    inside = {kind: cells[name][kind] for kind, name in parts.items()}
+    assert cells["per_kind"] == {"objective": "per_kind", **inside, "rollout": "stops"}
+    assert cells["luffy"]["rollout"] == "shown positive, own right r=1, own wrong r=0"
     named = kind_table({"mine": preset("dpo", sft_weight=1.0)})
     assert named[1][:2] == ["mine", "shown positive"]

@@ -151,7 +151,8 @@ def configure(model_folder, files, tmp_path_factory):
 
     @functools.cache
     def preset(name: str) -> dict[str, Any]:
-        content = yaml.safe_load((conf_dir() / "objective" / f"{name}.yaml").read_text())
+        text = (conf_dir() / "objective" / f"{name}.yaml").read_text().replace("${rollout.max_new_tokens}", "5")
+        content = yaml.safe_load(text)
         placed = (entry for entry in content.pop("defaults", ()) if isinstance(entry, dict))
         return content | {place.partition("@")[2]: preset(option) for e in placed for place, option in e.items()}
 

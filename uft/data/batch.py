@@ -186,7 +186,7 @@ def mismatched(items: Sequence[Example], max_length: int) -> list[Example]:
         supervised[prompt.prompt_length :] = completion.supervised[completion.prompt_length :]
         joined = Tokens(ids[:max_length], supervised[:max_length], prompt.prompt_length)
         if joined.targets:
-            examples.append(replace(item, row=own.row, parts=(part,), encoded=(joined,), reference=None))
+            examples.append(Example(item.example, own.row, (part,), (joined,)))
     return examples
 
 
