@@ -3,11 +3,12 @@
 `builtin:playground/NAME` are the rows of :func:`records`, `builtin:playground` is the model in :func:`model_dir`.
 
 The base model knows the OLD tasks and answers them chattily ("sure ! the answer is fox red"), now and then wrongly. It
-has never met the NEW tasks; demonstrations (`instruct`) teach those. What people prefer for the old tasks, the plain
-right answer and nothing else, is taught by comparisons (`pairs`), good/bad labels (`binary`) and scores (`scored`) of
-answers that a crowd gave. The better of two such answers is often still a chatty one, and a share NOISE of the training
-labels is given blindly, so imitating what was chosen is not enough. Test prompts are chosen by a hash of the prompt:
-no row, nor the base model, ever trains on one. Nothing here depends on PYTHONHASHSEED, and torch is not imported.
+has never met the NEW tasks; demonstrations (`instruct`) teach those, and worked ones (`chain`) old tasks in a row. What
+people prefer for the old tasks, the plain right answer and nothing else, is taught by comparisons (`pairs`), good/bad
+labels (`binary`) and scores (`scored`) of answers that a crowd gave. The better of two such answers is often still a
+chatty one, and a share NOISE of the training labels is given blindly, so imitating what was chosen is not enough. Test
+prompts are chosen by a hash of the prompt: no row, nor the base model, ever trains on one. Nothing here depends on
+PYTHONHASHSEED, and torch is not imported.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -62,7 +64,29 @@ NEW: dict[str, Task] = {
     "json": (1, 3, _json),
     "sort": (2, 3, sorted),
 }
-TASKS = OLD | NEW
+STEP = '","'
+"""The word between the steps of a worked answer."""
+
+
+def _step_by_step(names: Words) -> Callable[[Words], Words]:
+    """Tasks one after the other, each on what the one before left: every step, a word STEP between them."""
+
+    def steps(words: Words) -> Words:
+        worked: Words = []
+        for name in names:
+            words = OLD[name][2](words)
+            worked += [*([STEP] if worked else []), *words]
+        return worked
+
+    return steps
+
+
+CHAIN: dict[str, Task] = {
+    " ".join(names): (2, 2, _step_by_step(list(names))) for names in permutations(("reverse", "uppercase", "repeat"))
+}
+"""Three old tasks in a row, answered step by step: no sample of the base model gets there, and a demonstration can be
+shown in part."""
+TASKS = OLD | NEW | CHAIN
 
 
 def vocabulary() -> list[str]:
@@ -77,7 +101,7 @@ def model_dir() -> Path:
 
 
 def solve(prompt: str) -> str:
-    """The right, plain answer to a prompt of this world ("reverse : fox red" -> "red fox")."""
+    """The right, plain answer to a prompt of this world ("reverse : fox red" -> "red fox"), of a chain every step."""
     task, _, words = prompt.partition(" : ")
     return " ".join(TASKS[task][2](words.split()))
 
@@ -86,16 +110,20 @@ def check(task: str | None, prompt: str, answer: str | None, reply: str) -> dict
     """Verify a reply; every figure is 0 or 1. Without an `answer` the prompt is solved.
 
     `exact_match`: the plain right answer and nothing else. `correct`: right once the chatter is taken off (the skill).
-    `plain`: no chatter (the style), right or wrong.
+    `plain`: no chatter (the style), right or wrong. Of a chain of tasks what follows the last step is judged.
     """
     said = reply.split()
     right = (solve(prompt) if answer is None else answer).split()
     bare = [word for word in said if word not in CHATTER]
-    return {
-        "exact_match": float(said == right),
-        "correct": float(bare == right),
-        "plain": float(bool(said) and said == bare),
-    }
+    plain = float(bool(said) and said == bare)
+    if task in CHAIN:
+        said, bare, right = map(result, (said, bare, right))
+    return {"exact_match": float(said == right), "correct": float(bare == right), "plain": plain}
+
+
+def result(words: Words) -> Words:
+    """What follows the last step."""
+    return words[len(words) - words[::-1].index(STEP) :] if STEP in words else words
 
 
 def is_test(prompt: str) -> bool:
@@ -188,6 +216,7 @@ SOURCES = {
     "binary": Source(OLD, "binary", 1000, binary),
     "scored": Source(OLD, "scored", 500, scored),
     "negatives": Source(NEW, "instruct", 1000, negatives),
+    "chain": Source(CHAIN, "chain", 1000, instruct),
 }
 
 

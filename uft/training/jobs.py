@@ -45,6 +45,7 @@ from uft.runs import Run, cache_root
 from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
+from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import card, count
 from uft.training.dataset import StageData, has_made_rows, keep_pandas_out, make_renderer, read_run_data
 from uft.training.liveness import Stop, listening
@@ -208,8 +209,11 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     trainer, config, device = prepared.trainer, prepared.trainer.config, prepared.trainer.device
     enough = min(prepared.data.horizon.total_rows, max(trainer.sampler.mixture.first_pass, PREVIEW_ROWS))
     longest = trainer.sampler.longest(trainer.sampler.preview(enough), config.train.batch_size)
-    tokens = supervised = 0
+    tokens, supervised, sampled = 0, 0, ""
     seconds = 0.0
+    if trainer.rollouts:
+        longest = trainer.rollouts.take(config.train.batch_size)
+        sampled = rollout_cost(trainer.rollouts)
     if longest:
         batches = trainer.collator(longest)
         started = time.perf_counter()
@@ -220,7 +224,8 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
         seconds = time.perf_counter() - started
         tokens, supervised = step.tokens, step.supervised_tokens
     peak = peak_memory(device)
-    line = f"largest step: {tokens:,} tokens in {seconds:.1f} s; peak memory {peak / GIGABYTE:.2f} GB"
+    step_is = "a step on them" if trainer.rollouts else "largest step"
+    line = f"{sampled}{step_is}: {tokens:,} tokens in {seconds:.1f} s; peak memory {peak / GIGABYTE:.2f} GB"
     if memory_before is None or not tokens:
         return line
     shape, mode = shape_of(trainer.policy), prepared.reference.mode if prepared.reference else None
@@ -232,6 +237,14 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     rate = config.hardware.processes * config.hardware.nodes * matrix_rate(device, DTYPES[config.model.dtype])
     pace = f"  {count(work)}FLOP at {count(rate)}FLOP/s, as large matrices are multiplied here"
     return "\n".join([line, memory, f"{pace}: {work / rate:.1f} s at best"])
+
+
+def rollout_cost(rollouts: RolloutSampler) -> str:
+    """A line about the first rollout, and what it would take if every completion were as long as it may be."""
+    lengths = [len(reply.log_probs) for group in rollouts.latest for reply in group.replies]
+    seconds, most, mean = rollouts.seconds, rollouts.settings.max_new_tokens, sum(lengths) / max(1, len(lengths))
+    line = f"rollouts: {len(lengths)} completions of {mean:.0f} tokens on average in {seconds:.1f} s"
+    return f"{line}, up to {seconds * most / max(mean, 1):.1f} s if all had {most}\n"
 
 
 # --- Sampling completions of the training prompts: the job `generate`, and stages that do it.

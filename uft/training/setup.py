@@ -34,7 +34,7 @@ from uft.model.policy import Policy, idle_adapters, own_dropout
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Objective, StepContext
 from uft.runs import Run, cache_root, shown
-from uft.sampling.rollouts import RolloutSampler
+from uft.sampling.rollouts import RolloutSampler, weights_of
 from uft.tracking.console import Card, count
 from uft.training import checkpoint
 from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, read_train_data, sampled_sources
@@ -98,8 +98,16 @@ class Prepared:
     @cached_property
     def memory(self) -> dict[str, int]:
         """Bytes by part that each process of the run is expected to need."""
-        mode = self.reference.mode if self.reference else None
-        return planned_memory(self.trainer.config, shape_of(self.trainer.policy), mode)
+        mode, config, rollout = (
+            self.reference.mode if self.reference else None,
+            self.trainer.config,
+            self.trainer.rollouts,
+        )
+        tokens = tokens_per_pass(config)
+        if rollout:  # the completions of a prompt are never divided
+            longest = max(source.encoded.longest_sides[0] for source in self.data.dataset.train)
+            tokens = max(tokens, config.rollout.completions * (longest + config.rollout.max_new_tokens))
+        return planned_memory(config, shape_of(self.trainer.policy), mode, tokens)
 
 
 def prepare_stage(
@@ -472,6 +480,16 @@ def origin_of_rate(config: Config) -> str:
     return f"a first rate for {which}, {'an adapter' if is_lora else 'all weights'}; another: optim.lr=..."
 
 
+def rollout_line(config: Config) -> str:
+    """What is sampled in every step, and of what the score consists."""
+    rollout = config.rollout
+    updates = (rollout.prompts or config.train.batch_size) // config.train.batch_size
+    weights = " + ".join(f"{weight:g} {name}" for name, weight in weights_of(rollout).items())
+    line = f"{rollout.completions} completions of each prompt, at most {rollout.max_new_tokens} tokens at temperature "
+    line += f"{rollout.temperature:g}, for {updates} update{'s' * (updates > 1)}; score: {weights}"
+    return line + (f"; hints: {rollout.hint.schedule}" if rollout.hint.schedule != "none" else "")
+
+
 def stage_card(prepared: Prepared) -> Card:
     """What a stage trains and on what: model, objective, data, horizon and machine."""
     trainer, config, data = prepared.trainer, prepared.trainer.config, prepared.data
@@ -516,6 +534,7 @@ def stage_card(prepared: Prepared) -> Card:
         *(("not read", line) for line in data_omissions(data.record["sources"])),
         ("template", data.dataset.renderer.name),
         ("horizon", f"{trainer.steps} steps of {config.train.batch_size} rows, {passes:.2f} passes"),
+        *((("rollouts", rollout_line(config)),) if trainer.rollouts else ()),
         ("batch", f"at most {tokens_per_pass(config):,} tokens per forward pass{padding}"),
         ("optimiser", f"{optim.name} {rate}, {optim.schedule}, {warmup} steps of warm-up"),
         ("evaluation", evaluation if held_out else "no held-out rows: set data.holdout=0.05 to measure on some"),
