@@ -23,6 +23,8 @@ SHORT_LAST = ("train.epochs=1", "train.steps=null", "train.batch_size=7")
 FEW = ("train.batch_size=1", "train.steps=3")
 DRY = ("data.exhaustion=first", "data.sources.pairs.share=3", "data.sources.demonstrations.share=1", *SHORT_LAST)
 
+OWN = ("rollout.completions=2", "rollout.max_new_tokens=6", "rollout.prompts=12")
+
 CASES: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "sft": ("sft", ("demonstrations", "pairs"), ()),
     "sft_lora": ("sft", ("demonstrations",), LORA),
@@ -40,6 +42,11 @@ CASES: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "dft": ("dft", ("demonstrations", "negatives"), ("train.epochs=3", "train.steps=null")),
     "dft_lora": ("dft", ("negatives",), LORA),
     "dft_one_example": ("dft", ("negatives",), ("data.sources.negatives.limit=4", "train.batch_size=5")),
+    "irft_own": (
+        "irft",
+        ("demonstrations",),
+        OWN,
+    ),
     "kto": ("kto", ("labels", "scores"), ()),
     "per_kind": ("per_kind", KINDS, ()),
     "sft_packed": ("sft", KINDS[:2], ("train.packing=packed", "model.gradient_checkpointing=true")),

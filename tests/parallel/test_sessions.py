@@ -19,9 +19,11 @@ PROGRAM = Path(__file__).with_name("cases.py")
 SHARDED = ("sft", "sft_one_row", "sft_packed", "sft_lora", "dpo_lora", "dpo_untied", "uft", "ift", "dft", "kto")
 EVERY = [*(("two", name) for name in CASES if name != "long"), *(("sharded", name) for name in SHARDED)]
 EVERY = [*EVERY, ("offloaded", "sft")]
-FAST = [("two", n) for n in ("sft_short_last", "sft_one_row", "sft_dry", "uft", "dft")] + [("sharded", "dft")]
+FAST = [("two", n) for n in ("sft_short_last", "sft_one_row", "sft_dry", "uft", "dft", "irft_own")] + [
+    ("sharded", "dft")
+]
 PAIRS = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in EVERY]
-CLOCKS = {"seconds", "tokens_per_second"}
+CLOCKS = {"seconds", "rollout/seconds", "tokens_per_second"}
 EXACT = {"step", "rows", "tokens", "supervised_tokens", "epoch"}
 Said = Callable[[str, str], list[dict[str, Any]]]
 

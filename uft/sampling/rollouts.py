@@ -91,12 +91,15 @@ class RolloutSampler:
         batch_size: int,
         total_rows: int,
         tokens_per_pass: int,
+        keeps_old: bool,
         should_stop: Callable[[], bool],
     ) -> None:
-        """`views` are the objective's own; `sampled`: the sources that are sampled, with their checkers."""
+        """`views` are the objective's own; `sampled`: the sources that are sampled, with their checkers; `keeps_old`:
+        whether updates after the first of a rollout need the log-probs that its tokens had."""
         self.sampler, self.settings, self.policy, self.renderer = sampler, settings, policy, renderer
         self.views, self.sampled, self.seed, self.pad_id = views, sampled, seed, pad_id
         self.batch_size, self.total_rows, self.tokens_per_pass = batch_size, total_rows, tokens_per_pass
+        self.keeps_old = keeps_old and (settings.prompts or batch_size) > batch_size
         self.should_stop = should_stop
         self.prompts = settings.prompts or batch_size
         self.drawn = self.rounds = 0  # rows and rollouts so far
@@ -141,7 +144,7 @@ class RolloutSampler:
             groups += [group for group in more if not (group.flat and self.settings.refill)]
             if len(groups) == wanted:
                 break
-        if self.prompts > self.batch_size:
+        if self.keeps_old:
             groups = self._with_old_log_probs(groups)
         self.steps = [self._with_spread(groups[i : i + self.batch_size]) for i in range(0, rows, self.batch_size)]
         self.seconds += time.perf_counter() - started

@@ -200,6 +200,7 @@ def prepare(
             batch_size=config.train.batch_size,
             total_rows=horizon.total_rows,
             tokens_per_pass=tokens_per_pass(config),
+            keeps_old=objective.needs.rollouts > 0,
             should_stop=stop,
         )
     # last, so that the generator does not depend on what was found in caches; every process draws its own dropout
