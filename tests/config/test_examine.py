@@ -18,7 +18,7 @@ def problems(*overrides):
 def test_the_message_of_the_product_page():
     with pytest.raises(UftError) as caught:
         compose(["objective=dpo", "objective.bta=0.2", "data=mixx"])
-    choices = "choices: binary, files, instruct, mix, negatives, pairs, scored"
+    choices = "choices: binary, chain, files, instruct, mix, negatives, pairs, scored"
     assert render(caught.value) == (
         "uft: 2 problems in this request\n"
         "\n"
@@ -91,7 +91,7 @@ def test_every_mistake_at_once_and_the_right_words_kept():
 
 
 def test_an_unknown_objective_does_not_accuse_the_keys_given_for_it():
-    assert list(problems("objective=grpo", "objective.clip=0.2")) == ["objective=grpo"]
+    assert list(problems("objective=reward_model", "objective.clip=0.2")) == ["objective=reward_model"]
 
 
 def test_ambiguous_names_are_explained_not_guessed():

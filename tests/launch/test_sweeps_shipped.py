@@ -69,7 +69,8 @@ def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
 
 def usable(one):
     objective = make(one.settings["objective"])
-    return any(kind in objective.views and not objective.annotations(kind) for kind in KINDS_OF_MIX)
+    takes = any(kind in objective.views and not objective.annotations(kind) for kind in KINDS_OF_MIX)
+    return takes and not objective.needs.rollouts
 
 
 def test_reuse_is_what_the_comment_says():

@@ -92,7 +92,7 @@ TASKS = OLD | NEW | CHAIN
 def vocabulary() -> list[str]:
     """Every word that occurs in a prompt or an answer, in a fixed order."""
     digits = [str(number) for number in range(1, 6)]
-    return [*TASKS, ":", *CHATTER, *digits, '["', '","', '"]', *CONTENT, *(word.upper() for word in CONTENT)]
+    return [*OLD, *NEW, ":", *CHATTER, *digits, '["', '","', '"]', *CONTENT, *(word.upper() for word in CONTENT)]
 
 
 def model_dir() -> Path:

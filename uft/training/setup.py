@@ -186,23 +186,6 @@ def prepare(
     # held-out rows are visited many times: a reference that is not in memory computes its column once
     eval_reference = reference_of(*eval_model, visits_per_row=math.inf) if eval_model else reference
     pause(stop)
-    rollouts = None
-    if config.rollout.completions:
-        rollouts = RolloutSampler(
-            sampler,
-            config.rollout,
-            policy=policy,
-            renderer=dataset.renderer,
-            views=objective.views,
-            sampled=sampled_sources(config, dataset),
-            seed=config.seeds.sampling,
-            pad_id=pad_id(tokenizer),
-            batch_size=config.train.batch_size,
-            total_rows=horizon.total_rows,
-            tokens_per_pass=tokens_per_pass(config),
-            keeps_old=objective.needs.rollouts > 0,
-            should_stop=stop,
-        )
     # last, so that the generator does not depend on what was found in caches; every process draws its own dropout
     torch.manual_seed(config.seeds.sampling + RANK_SEEDS * ranks().rank)
     trainer = Trainer(
@@ -213,7 +196,7 @@ def prepare(
         policy=policy,
         reference=reference.forward if reference else None,
         sampler=sampler,
-        rollouts=rollouts,
+        rollouts=make_rollouts(policy, config, data, stop) if config.rollout.completions else None,
         optimiser=make_optimiser(policy.trainable(), config.optim),
         collator=Collator(tokens_per_pass(config), pad_id(tokenizer), policy.layout, pinned=device.type == "cuda"),
         steps=horizon.steps,
@@ -222,6 +205,25 @@ def prepare(
         stop=stop,
     )
     return Prepared(trainer, data, reference, eval_reference)
+
+
+def make_rollouts(policy: Policy, config: Config, data: StageData, stop: Stop) -> RolloutSampler:
+    """What samples completions of the rows of each step, from the policy as it is then."""
+    return RolloutSampler(
+        data.sampler,
+        config.rollout,
+        policy=policy,
+        renderer=data.dataset.renderer,
+        views=data.objective.views,
+        sampled=sampled_sources(config, data.dataset),
+        seed=config.seeds.sampling,
+        pad_id=pad_id(data.dataset.renderer.tokenizer),
+        batch_size=config.train.batch_size,
+        total_rows=data.horizon.total_rows,
+        tokens_per_pass=tokens_per_pass(config),
+        keeps_old=data.objective.needs.rollouts > 0,
+        should_stop=stop,
+    )
 
 
 def pause(stop: Stop) -> None:
