@@ -58,7 +58,7 @@ class Counting:
     def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
         self.units += len(batch.row) * (3 if torch.is_grad_enabled() else 1)
         values = torch.full(batch.target_ids.shape, -1.0, requires_grad=True)
-        return ForwardOutput(values, batch.target_ids, torch.zeros_like(values))
+        return ForwardOutput(values, batch.target_ids, torch.zeros_like(values), values.detach())
 
 
 def sample(kind: Kind, index: int) -> Row:

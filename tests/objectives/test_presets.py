@@ -18,7 +18,8 @@ def schema(method):
 
 NAMES = """
     sft ift uft una dft dft2 dynamic_ft anchored_sft f_sft poft asft gdpo_soft gipo_soft gropo_soft rpo dpop dpo cdpo
-    robust_dpo hinge ipo simpo cpo orpo nca rdpo_length ld_dpo kto irft per_kind
+    robust_dpo hinge ipo simpo cpo orpo nca rdpo_length ld_dpo kto irft per_kind apo_zero apo_down sppo_hard exo_pair
+    bco_pair discopop wpo
 """
 
 
@@ -113,6 +114,13 @@ PAPERS = [
     ("ld_dpo", {"alpha": 0.5}),
     ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
     ("irft", {"beta": 0.1, "link": "sigmoid"}),
+    ("apo_zero", {"beta": 0.1}),
+    ("apo_down", {"beta": 0.1}),
+    ("sppo_hard", {"beta": 0.001}),
+    ("exo_pair", {"beta": 0.1, "label_smoothing": 0.001}),
+    ("bco_pair", {"beta": 0.01}),
+    ("discopop", {"beta": 0.05, "temperature": 0.05}),
+    ("wpo", {"beta": 0.01, "wpo": True}),
 ]
 
 

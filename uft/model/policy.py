@@ -116,10 +116,12 @@ class Policy:
                 return self(batch, request)
         ours = self.predictions(batch, request)
         log_probs, argmax = ours.selected(batch.target_ids, request.argmax)
+        collision = ours.collision() if request.collision else None
         if request.anchor is None:
-            return ForwardOutput(log_probs, argmax)
+            return ForwardOutput(log_probs, argmax, collision=collision)
         assert isinstance(request.anchor, Frozen), "this reference keeps log-probs of the targets alone"
-        return ForwardOutput(log_probs, argmax, ours.divergence_from(request.anchor.predictions(batch)))
+        divergence = ours.divergence_from(request.anchor.predictions(batch), request.beta)
+        return ForwardOutput(log_probs, argmax, divergence, collision)
 
     def predictions(self, batch: Batch, request: ForwardRequest = PLAIN) -> Predictions:
         """The distributions that the targets are drawn from."""

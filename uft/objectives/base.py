@@ -24,7 +24,8 @@ class ForwardOutput:
 
     log_probs: Tensor  # (N,) float32: log-probability of each supervised target
     argmax: Tensor | None = None  # (N,) int64: the most likely token in each target's place, if asked for
-    divergence: Tensor | None = None  # (N,) float32: KL(anchor || policy) at each target, if asked for
+    divergence: Tensor | None = None  # (N,) float32: from the anchor at each target, if asked for
+    collision: Tensor | None = None  # (N,) float32: log sum over the vocabulary of p^2, no gradient, if asked for
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class ForwardRequest:
     mix: float = 0.0  # becomes (1 - mix) E[target] + mix E[replace]; prompt positions stay bit-equal
     embed_grad: bool = True  # False: no gradient reaches the input embeddings
     anchor: Forward | None = None  # the divergence from this one, over the whole vocabulary
+    beta: float = 0.0  # which: 0 KL(anchor || policy), 1 KL(policy || anchor), between them the generalised JSD
+    collision: bool = False  # the probability that two tokens drawn at every target are the same
 
 
 PLAIN = ForwardRequest()
