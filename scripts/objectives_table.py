@@ -56,6 +56,8 @@ class Counting:
     units: int = field(default=0)
 
     def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+        if isinstance(request.anchor, Counting):
+            request.anchor.units += len(batch.row)
         self.units += len(batch.row) * (3 if torch.is_grad_enabled() else 1)
         values = torch.full(batch.target_ids.shape, -1.0, requires_grad=True)
         return ForwardOutput(values, batch.target_ids, torch.zeros_like(values), values.detach())
@@ -115,6 +117,7 @@ def methods() -> Iterator[list[str]]:
         paper, loss = said(file)
         needs = objective.needs
         other = "whole distributions" if needs.distributions else "yes" if needs.reference else "no"
+        other = "a teacher's whole distributions" if needs.teacher else other
         other += "".join(f", `{column}`" for column in sorted(needs.annotations | needs.columns))
         shown = f"`{loss}`".replace("|", "\\|")
         yield [

@@ -46,11 +46,13 @@ ALONE = {  # words, and the one complaint about them
         "data.sources.pairs.eval_path",
         "and holdout both say which rows are for evaluation: give one",
     ),
+    ("objective=distill",): ("teacher.path", "names the model to learn from, and is not given"),
     ("seed=x",): ("seed", "must be a whole number"),  # and not the seeds that refer to it
 }
 SILENT = [
     ("train.epochs=7", "train.steps=null", "optim.warmup=300", "optim.lr=0", "data.ratio=0"),
     ("optim.warmup=199", "model.adapter=lora", "reference.mode=adapter_off", "data.ratio=1", "data.holdout=12"),
+    ("objective=distill", "teacher.path=some/model"),
     ("optim.warmup=0", "data.sources.pairs.share=0", "data.sources.pairs.kind=null", "run.name=a-b_c.d"),
 ]
 

@@ -27,6 +27,7 @@ OBJECTIVES = list(GROUPS["objective"])
 NEEDS = {  # what an option leaves for the user to say
     "data=files": ("+data.sources.mine.path=rows.jsonl",),
     "model=custom": ("model.path=some/model", "model.name=mine"),
+    "objective=distill": ("teacher.path=some/model",),
 }
 ALONE = ("objective", "experiment")  # the first is crossed with all other groups, the second composes alone
 KINDS = {"demonstration", "preference", "binary", "scored", "negatives"}
@@ -80,7 +81,8 @@ def written(file):
 def test_every_option_composes_with_every_objective(shift):
     """The fast part has each of both. An objective has the keys that its file names, and those it places."""
     for place, objective in enumerate(OBJECTIVES):
-        words = (f"objective={objective}", *rotation(place + shift))
+        own = f"objective={objective}"
+        words = (own, *NEEDS.get(own, ()), *rotation(place + shift))
         examined = examine(Request(words))
         assert examined.problems == [], words
         chosen = {f"{group}={option}" for group, option in examined.choices.items()}

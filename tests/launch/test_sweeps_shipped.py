@@ -58,7 +58,8 @@ def test_a_file_is_a_sweep_without_m_and_says_what_it_asks_and_what_it_costs():
 
 
 def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
-    """One that needs numbers beside the completions, or a kind of rows that the mixture lacks, is left out by name."""
+    """One that needs a teacher, numbers beside the completions, or a kind of rows that the mixture lacks, is left out
+    by name."""
     jobs, axes = jobs_of("objectives", loader)
     left_out = sorted(set(groups([conf_dir()])["objective"]) - set(axes["objective"]))
     assert len(jobs) == 3 * len(axes["objective"])
@@ -69,7 +70,9 @@ def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
 
 def usable(one):
     objective = make(one.settings["objective"])
-    return any(kind in objective.views and not objective.annotations(kind) for kind in KINDS_OF_MIX)
+    return not objective.needs.teacher and any(
+        kind in objective.views and not objective.annotations(kind) for kind in KINDS_OF_MIX
+    )
 
 
 def test_reuse_is_what_the_comment_says():

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from uft.config.compose import compose
 from uft.config.frozen import typed
 from uft.config.messages import conf_dir, groups
-from uft.config.schema import Config, Lora, ReferenceModel, Source
+from uft.config.schema import Config, Lora, ReferenceModel, Source, Teacher
 from uft.data.rows import Kind
 from uft.errors import UftError
 from uft.objectives import make
-from uft.playground.world import records
+from uft.playground.world import model_dir, records
 from uft.runs import create_run
 from uft.training import setup as preparing
 from uft.training.liveness import Stop
@@ -67,14 +68,25 @@ def folder(tmp_path_factory):
         yield tmp_path_factory.mktemp("matrix")
 
 
+@pytest.fixture(scope="module")
+def teacher(folder) -> Teacher:
+    """The playground's model a little away from itself: from an equal teacher there is nothing to learn."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    model.save_pretrained(folder / "teacher")
+    return Teacher(str(folder / "teacher"))
+
+
 @pytest.fixture
-def configure(folder):
+def configure(folder, teacher):
     """configure("dpo", "pairs", unusable="drop") -> a short `uft train objective=dpo data=pairs data.unusable=drop`."""
 
     def make_config(objective: str, data: str, **changes: Any) -> Config:
         config = short(data)
         changed = replace(config.data, cache=str(folder / "cache"), **changes)
-        return replace(config, objective=settings(objective), data=changed)
+        own = {"teacher": teacher} if objective == "distill" else {}
+        return replace(config, objective=settings(objective), data=changed, **own)
 
     return make_config
 

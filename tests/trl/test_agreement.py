@@ -49,6 +49,12 @@ def test_loss_and_gradient(ours, theirs, kit, objective, rows, keys, trainer, op
     kit.assert_equal(uft, trl)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_distillation(ours, gkd, kit, beta):
+    uft = ours("distill", kit.ROWS["demonstrations"], beta=beta)
+    kit.assert_equal(uft, gkd(uft.sequences, beta))
+
+
 @pytest.mark.parametrize(
     ("rows", "first", "weight", "ahead"),
     [("labels", 0, 1.0, True), ("labels", 1, 1.33, False), ("pairs", 0, 1.33, True)],

@@ -50,6 +50,7 @@ from uft.config.schema import (
     resolved,
     schema_with,
     value_at,
+    wants_teacher,
 )
 from uft.errors import Problem, secret_in, secrets
 
@@ -566,9 +567,17 @@ def machines(settings: Settings) -> Iterator[Broken]:
 
 
 def objective(settings: Settings) -> Iterator[Broken]:
-    """The keys of an objective that contradict each other, by its own `problems`."""
-    for key, why in problems_of(settings["objective"]) if settings["objective"].get("method") in parameters() else ():
+    """The keys of an objective that contradict each other, by its own `problems`, and a teacher that is not there."""
+    if settings["objective"].get("method") not in parameters():
+        return
+    for key, why in problems_of(settings["objective"]):
         yield broken(f"objective.{key}", why)
+    if settings["teacher"]["path"] is None and wants_teacher(settings["objective"]):
+        yield broken(
+            "teacher.path",
+            "names the model to learn from, and is not given",
+            "teacher.path=some/model   (a folder or a hub id)",
+        )
 
 
 RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (

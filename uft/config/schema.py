@@ -141,6 +141,11 @@ class ReferenceModel:
 
 
 @dataclass(config=STRICT)
+class Teacher:
+    path: str | None = _key(None, "objective=distill: model to learn from, of the same vocabulary")
+
+
+@dataclass(config=STRICT)
 class Optim:
     name: Literal["adamw", "rmsprop", "sgd"] = _key("adamw", "optimiser")
     lr: Float = _key("${model.lr}", "peak learning rate", ge=0)
@@ -282,6 +287,7 @@ class Config:
     data: Data = Field(default_factory=Data)
     model: Model = Field(default_factory=Model)
     reference: ReferenceModel = Field(default_factory=ReferenceModel)
+    teacher: Teacher = Field(default_factory=Teacher)
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
@@ -413,6 +419,11 @@ def problems_of(settings: Settings) -> list[tuple[str, str]]:
 def taken_kinds(settings: Settings) -> set[str]:
     """The kinds of rows that an objective has a use for."""
     return {kind.value for kind in _objectives()[1](settings).views}
+
+
+def wants_teacher(settings: Settings) -> bool:
+    """Whether an objective learns from the model of `teacher.path`."""
+    return bool(_objectives()[1](settings).needs.teacher)
 
 
 def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:

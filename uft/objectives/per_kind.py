@@ -61,6 +61,7 @@ class PerKind(Objective):
         return Needs(
             reference=any(n.reference for n in needs),
             distributions=any(n.distributions for n in needs),
+            teacher=any(n.teacher for n in needs),
             mismatched=any(n.mismatched for n in needs),
             columns=frozenset[str]().union(*(n.columns for n in needs)),
             annotations=frozenset[str]().union(*(n.annotations for n in needs)),
@@ -90,6 +91,13 @@ class PerKind(Objective):
             (f"{kind.value}", f"{part.name or part.method} cannot use rows of this kind")
             for kind, part in self.parts.items()
             if kind not in part.views
+        ]
+        taught = [kind for kind, part in self.parts.items() if part.needs.teacher]
+        anchored = [kind for kind, part in self.parts.items() if part.needs.reference and kind not in taught]
+        found += [
+            (f"{kind.value}", f"has a teacher, {anchored[0].value} a reference: one run compares with one other model")
+            for kind in taught
+            if anchored
         ]
         return found + [
             (f"{kind.value}.{name}", why) for kind, part in self.parts.items() for name, why in part.problems()
