@@ -227,6 +227,23 @@ def test_labels_are_what_a_soft_objective_trains_on(configure, prepared, written
 # --- where the reference comes from ----------------------------------------------------------------------------------
 
 
+def test_a_reference_that_moves_is_part_of_the_checkpoint(configure, prepared):
+    """It moves after the first step, which the checkpoint follows: the second step, taken again, rests on it."""
+    config = replace(configure("dpo", "pairs"), reference=ReferenceModel(sync_every=1))
+    train_and_resume(prepared, config)
+    moved, stays = (
+        prepared(replace(config, reference=r), f"{r.sync_every}") for r in (config.reference, ReferenceModel())
+    )
+    assert (moved.reference.mode, moved.reference.why) == ("copy", "it moves every 1 steps")
+    curves = []
+    for one in (moved, stays):
+        one.trainer.hooks = (saving := Saving(),)
+        one.trainer.fit()
+        curves.append([float(step.loss) for step in saving.steps])
+    assert curves[0][0] == curves[1][0]
+    assert curves[0][1] != pytest.approx(curves[1][1], abs=1e-4)
+
+
 @pytest.mark.parametrize("objective", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in ("per_kind", "dpo"))])
 def test_the_reference_is_the_same_wherever_its_log_probs_come_from(configure, prepared, objective):
     """KTO's mismatched completions are in no file: a cached reference has to have seen them too."""

@@ -481,6 +481,14 @@ def adapters(settings: Settings) -> Iterator[Broken]:
         if settings["reference"]["path"] is not None:
             why = "is another model, and switching the adapter off gives the initial policy"
             yield broken("reference.path", why, "reference.mode=auto")
+    if settings["reference"]["sync_every"] is not None:
+        if adapter == "lora":
+            why = "moves the weights of a whole copy, and an adapter trains none of those"
+            yield broken("reference.sync_every", why, "model.adapter=none")
+        elif settings["hardware"]["sharding"] == "full":
+            yield broken("reference.sync_every", "needs whole weights on every device", "hardware.sharding=none")
+        if settings["reference"]["mode"] == "cached":
+            yield broken("reference.mode", "keeps the log-probs of a reference that stays", "reference.mode=auto")
     if adapter == "lora" and settings["model"]["lora"]["targets"] == []:
         yield broken("model.lora.targets", "names no layer to adapt", "for all linear layers:  [all-linear]")
 

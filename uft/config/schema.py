@@ -138,6 +138,8 @@ class Model:
 class ReferenceModel:
     path: str | None = _key(None, "model to compare with; null: the initial policy")
     mode: Literal["auto", "copy", "adapter_off", "cached"] = _key("auto", "how its log-probs are made")
+    sync_every: Int | None = _key(None, "steps after which it is drawn to the policy (TR-DPO); null: it stays", ge=1)
+    sync_mix: Float = _key(0.6, "share of the policy in it then; 1: it becomes the policy", gt=0, le=1)
 
 
 @dataclass(config=STRICT)

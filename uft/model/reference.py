@@ -2,7 +2,7 @@
 
 Three modes that agree to 1e-5: a frozen copy beside the policy, the policy with its adapter switched off, and log-probs
 computed once and cached on disk. All start from the files of `model.path` (or `reference.path`), never from a
-checkpoint, so that a resumed run has the same reference.
+checkpoint, so that a resumed run has the same reference; one that moves (`reference.sync_every`) is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -96,6 +96,9 @@ def make_reference(
             check_alike(other, policy, what, longest, distributions)
             if distributions:
                 check_tokens(replace(model, path=reference.path, revision=None), tokenizer, what)
+        if reference.sync_every is not None and _shapes(other) != _shapes(policy):
+            why = "has not the weights of the policy, and cannot be drawn to it"
+            raise UftError(Problem(f"{key}={reference.path}", why, advice=("reference.sync_every=null",)))
         follow_layout(other, policy, longest_row, key)
         return Frozen(other)
 
@@ -108,6 +111,10 @@ def make_reference(
     }
     store = LogProbStore.of(cache / "reference", identity)
     return Reference(mode, why, FromColumn(), ReferenceColumn(store, frozen, pad_id(tokenizer), device, policy.layout))
+
+
+def _shapes(policy: Policy) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in policy.module.named_parameters()}
 
 
 def check_alike(other: Policy, policy: Policy, what: str, longest_row: int, distributions: bool) -> None:
@@ -150,11 +157,15 @@ def choose_mode(
     if distributions:
         why = "the objective compares whole distributions, and a cache keeps log-probs of the targets alone"
         impossible["cached"] = (why, "auto, copy, adapter_off")
+    if reference.sync_every is not None:
+        impossible |= dict.fromkeys(("cached", "adapter_off"), ("the reference moves with the policy", "auto, copy"))
     if reference.mode in impossible:
         why, modes = impossible[reference.mode]
         raise UftError(Problem(f"reference.mode={reference.mode}", why, advice=(f"possible: {modes}",)))
     if reference.mode != "auto":
         return reference.mode, "asked for"
+    if reference.sync_every is not None:
+        return "copy", f"it moves every {reference.sync_every} steps"
     if adapter_possible:
         return "adapter_off", "the frozen weights under the adapter are the reference"
     if distributions:

@@ -60,6 +60,9 @@ UNMOVED = 0.5
 
 IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weights=true"
 
+STAYS: dict[str, Any] = {"mode": "auto", "sync_every": None}
+"""Of the reference that the evaluation compares with: the same throughout a run."""
+
 Say = Callable[[str], None]
 
 
@@ -92,6 +95,8 @@ class Prepared:
             told.append(f"{share:.0%} of the trained weights are too large for steps of {optim.lr:g} {IN_BFLOAT16}")
         if trainer.config.teacher.path and not objective.needs.teacher:
             told.append(f"teacher.path={trainer.config.teacher.path} has no part in objective={objective.name}")
+        if trainer.config.reference.sync_every and not trainer.moving:
+            told.append(f"reference.sync_every has no part in objective={objective.name}")
         told += [ONE_ROW] if objective.needs.mismatched and trainer.config.train.batch_size == 1 else []
         certain = counted_as_certain(self.data.sampler, objective)
         return [*remote, *told, *objective.cautions(), *certain, *data_cautions(self.data.record)]
@@ -120,7 +125,7 @@ def prepare_stage(
     eval_reference = None
     if stage.name and data.held_out:
         # named by its path, so that it is the same model in every stage, with and without an adapter
-        eval_reference = (initial, replace(config.reference, path=config.reference.path or initial.path, mode="auto"))
+        eval_reference = (initial, replace(config.reference, path=config.reference.path or initial.path, **STAYS))
     folder = Run(run.path / stage.folder)
     return prepare(
         folder, own, device, stop, say, data.stages[stage.name], None if taught else reference, eval_reference
@@ -148,13 +153,12 @@ def prepare(
         data = StageData.of(config, read_train_data(config, tokenizer))
     dataset, objective, sampler, horizon = data.dataset, data.objective, data.sampler, data.horizon
     pause(stop)
-    hardware = config.hardware
+    needs, hardware = objective.needs, config.hardware
     set_sharding(Sharding(hardware.reshard, hardware.offload) if hardware.sharding == "full" else None)
     say("loading the model")
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
-    needs = objective.needs
     if config.model.dropout and needs.reference and not needs.teacher and own_dropout(policy.base.config):
         why = f"objective={objective.name} compares the policy with its reference, which dropout would make unequal"
         raise UftError(Problem("model.dropout=true", why, advice=("model.dropout=false",)))
@@ -184,8 +188,9 @@ def prepare(
             key=key,
         )
         _cache_reference(reference, data, config, stop, say)
-    if eval_model is None and (reference is None or needs.teacher) and dataset.held_out:
-        eval_model = (config.model, replace(config.reference, mode="auto"))
+    another = needs.teacher or config.reference.sync_every is not None  # than the initial policy
+    if eval_model is None and dataset.held_out and (reference is None or another):
+        eval_model = (config.model, replace(config.reference, **STAYS))
     # held-out rows are visited many times: a reference that is not in memory computes its column once
     eval_reference = reference_of(*eval_model, visits_per_row=math.inf) if eval_model else reference
     pause(stop)
