@@ -81,7 +81,7 @@ class Needs:
 
     reference: bool = False
     distributions: bool = False  # of the reference over the whole vocabulary: no column of log-probs can stand in
-    teacher: bool = False  # in its place comes the model of `teacher.path`
+    teacher: bool = False  # what comes as the reference is the model of `teacher.path`
     mismatched: bool = False  # completions under other rows' prompts, for `baseline_terms` (KTO)
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
     annotations: frozenset[str] = frozenset()  # of Completion.annotations, written beforehand

@@ -123,7 +123,8 @@ class PerKind(Objective):
 
     def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         scores = policy(batch)
-        if self.needs.reference:  # once over all rows; the parts find it in their columns
+        needs = [part.needs for part in self.parts.values()]
+        if any(n.reference and not n.distributions for n in needs):  # once, for the columns of all
             column = terms.reference_log_probs(batch, reference)
             batch = replace(batch, columns={**batch.columns, "reference": column})
         loss = {
