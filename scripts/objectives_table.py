@@ -57,10 +57,12 @@ class Counting:
     units: int = field(default=0)
 
     def __call__(self, batch: Batch, request: ForwardRequest = PLAIN) -> ForwardOutput:
+        if isinstance(request.anchor, Counting):
+            request.anchor.units += len(batch.row)
         self.units += len(batch.row) * (3 if torch.is_grad_enabled() else 1)
         values = torch.full(batch.target_ids.shape, -1.0, requires_grad=True)
         zeros = torch.zeros_like(values)
-        return ForwardOutput(values, batch.target_ids, zeros, zeros)
+        return ForwardOutput(values, batch.target_ids, zeros, values.detach(), zeros)
 
 
 def sample(kind: Kind, index: int) -> Row:
@@ -120,6 +122,7 @@ def methods() -> Iterator[list[str]]:
         paper, loss = said(file)
         needs = objective.needs
         other = "whole distributions" if needs.distributions else "yes" if needs.reference else "no"
+        other = "a teacher's whole distributions" if needs.teacher else other
         other += "".join(f", `{column}`" for column in sorted(needs.annotations | needs.columns))
         shown = f"`{loss}`".replace("|", "\\|")
         yield [

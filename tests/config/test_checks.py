@@ -46,11 +46,26 @@ ALONE = {  # words, and the one complaint about them
         "data.sources.pairs.eval_path",
         "and holdout both say which rows are for evaluation: give one",
     ),
+    ("objective=distill",): ("teacher.path", "names the model to learn from, and is not given"),
+    ("reference.sync_every=5", "model.adapter=lora"): (
+        "reference.sync_every",
+        "moves the weights of a whole copy, and an adapter trains none of those",
+    ),
+    ("reference.sync_every=5", "reference.mode=cached"): (
+        "reference.mode",
+        "keeps the log-probs of a reference that stays",
+    ),
+    ("reference.sync_every=5", "hardware.sharding=full"): (
+        "reference.sync_every",
+        "needs whole weights on every device",
+    ),
     ("seed=x",): ("seed", "must be a whole number"),  # and not the seeds that refer to it
 }
 SILENT = [
     ("train.epochs=7", "train.steps=null", "optim.warmup=300", "optim.lr=0", "data.ratio=0"),
     ("optim.warmup=199", "model.adapter=lora", "reference.mode=adapter_off", "data.ratio=1", "data.holdout=12"),
+    ("objective=distill", "teacher.path=some/model"),
+    ("objective=dpo", "reference.sync_every=5", "reference.sync_mix=1", "reference.path=org/other"),
     ("optim.warmup=0", "data.sources.pairs.share=0", "data.sources.pairs.kind=null", "run.name=a-b_c.d"),
 ]
 

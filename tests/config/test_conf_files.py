@@ -27,6 +27,7 @@ OBJECTIVES = list(GROUPS["objective"])
 NEEDS = {  # what an option leaves for the user to say
     "data=files": ("+data.sources.mine.path=rows.jsonl",),
     "model=custom": ("model.path=some/model", "model.name=mine"),
+    "objective=distill": ("teacher.path=some/model",),
 }
 OWN = {  # completions that an objective learns from, of a model that is not sharded and of scored or plain rows
     objective: ("rollout.completions=4", "hardware.sharding=none")
@@ -85,7 +86,8 @@ def written(file):
 def test_every_option_composes_with_every_objective(shift):
     """The fast part has each of both. An objective has the keys that its file names, and those it places."""
     for place, objective in enumerate(OBJECTIVES):
-        words = (f"objective={objective}", *rotation(place + shift), *OWN.get(objective, ()))
+        own = f"objective={objective}"
+        words = (own, *NEEDS.get(own, ()), *rotation(place + shift), *OWN.get(objective, ()))
         examined = examine(Request(words))
         assert examined.problems == [], words
         chosen = {f"{group}={option}" for group, option in examined.choices.items()}

@@ -19,11 +19,13 @@ CASES = {
     "kto": ("demonstrations", "pairs", "labels", "scores"),
     "per_kind": ("demonstrations", "pairs", "labels", "scores", "negatives"),
     "anchored_sft": ("demonstrations", "labels"),
+    "distill": ("demonstrations", "labels"),
 }
 CHANGES = {
     "kto": ("objective.undesirable_weight=1.2",),
     "per_kind": ("objective@objective.preference=simpo", "objective.preference.beta=3", "+objective.weights.binary=2"),
     "anchored_sft": ("objective.alpha=0.1", *LORA),
+    "distill": ("objective.beta=0.9", *LORA),
 }
 SHORT = (
     "train.steps=6",
@@ -49,11 +51,17 @@ def died_in_between(run: Path, place: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", CASES)
 def test_it_runs_and_resumes_to_the_same_bits(
-    uft: Uft, request_of: Callable[..., list[str]], tmp_path: Path, write: Callable[..., Path], objective: str
+    uft: Uft,
+    request_of: Callable[..., list[str]],
+    tmp_path: Path,
+    write: Callable[..., Path],
+    other_model: Path,
+    objective: str,
 ) -> None:
     files = {kind: write(tmp_path / "rows" / f"{kind}.jsonl", rows_of(kind)) for kind in CASES[objective]}
     whole = tmp_path / "whole"
-    done = uft("train", *request_of(objective, files, *CHANGES[objective], *SHORT), f"run.dir={whole}")
+    taught = (f"teacher.path={other_model}",) if objective == "distill" else ()
+    done = uft("train", *request_of(objective, files, *CHANGES[objective], *taught, *SHORT), f"run.dir={whole}")
     assert objective in done.stdout
     assert result_of(whole)["status"] == "finished"
     curve = [json.loads(line) for line in (whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -62,6 +70,7 @@ def test_it_runs_and_resumes_to_the_same_bits(
         "kto": {"objective/kto", "objective/reference_point"},
         "per_kind": {"objective/preference.pair", "objective/binary.kto", "objective/negatives.log_u"},
         "anchored_sft": {"objective/kl", "objective/sft"},
+        "distill": {"objective/distill", "nll"},
     }
     assert shown >= wanted[objective], sorted(shown)
     again = died_in_between(whole, tmp_path / "died")

@@ -58,7 +58,8 @@ def test_a_file_is_a_sweep_without_m_and_says_what_it_asks_and_what_it_costs():
 
 
 def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
-    """One that needs numbers beside the completions, or a kind of rows that the mixture lacks, is left out by name."""
+    """One that needs a teacher, numbers beside the completions, or a kind of rows that the mixture lacks, is left out
+    by name."""
     jobs, axes = jobs_of("objectives", loader)
     left_out = sorted(set(groups([conf_dir()])["objective"]) - set(axes["objective"]))
     assert len(jobs) == 3 * len(axes["objective"])
@@ -70,7 +71,7 @@ def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
 def usable(one):
     objective = make(one.settings["objective"])
     takes = any(kind in objective.views and not objective.annotations(kind) for kind in KINDS_OF_MIX)
-    return takes and not objective.needs.rollouts
+    return takes and not (objective.needs.rollouts or objective.needs.teacher)
 
 
 def test_reuse_is_what_the_comment_says():

@@ -203,6 +203,28 @@ def test_divergence_in_chunks_is_that_of_all_logits_in_value_and_gradient(chunk:
         assert_close(*(torch.autograd.grad((value * weights).sum(), wanted) for value in (found, expected)))
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
+def test_generalised_divergence_in_chunks_is_that_of_all_logits_in_value_and_gradient(chunk: int, beta: float):
+    """In float64, against the definition in probabilities; TRL's own function: tests/trl."""
+    ours, theirs = two_predictions(7)
+    wanted = [ours.states, *ours.head.projection.parameters()]
+    p, q = log_softmax(theirs).detach().exp(), log_softmax(ours).exp()
+    mixed = beta * p + (1 - beta) * q
+    jensen_shannon = (beta * p * (p / mixed).log() + (1 - beta) * q * (q / mixed).log()).sum()
+    expected = (q * (q / p).log()).sum() if beta == 1 else jensen_shannon
+    found = ours.divergence_from(theirs, beta)
+    assert found.min() > 0
+    assert_close([found.sum()], [expected])
+    assert_close(*(torch.autograd.grad(value, wanted) for value in (found.sum(), expected)))
+
+
+def test_the_collision_probability_is_that_of_all_logits(chunk: int):
+    ours, _ = two_predictions(7)
+    assert_close([ours.collision()], [log_softmax(ours).exp().square().sum(1).log()])
+    assert not ours.collision().requires_grad
+    assert ours.selected(inputs(7)[1])[0].requires_grad
+
+
 def test_divergence_is_float32_under_bfloat16_and_finite_at_the_extremes(chunk: int):
     ours, theirs = make(dtype=torch.bfloat16), make(dtype=torch.bfloat16)
     hidden, _ = inputs(7, torch.float32)

@@ -31,6 +31,13 @@ def parts(shape: Shape = SHAPE, **changes: Any) -> dict[str, int]:
     return estimate(shape, **{**settings, **changes})
 
 
+def test_another_model_compared_with_is_counted_by_its_own_weights():
+    larger = replace(SHAPE, weight_bytes=7000)
+    assert parts(reference_mode="copy")["reference"] == 400
+    assert parts(reference_mode="copy", other=larger)["reference"] == 7000
+    assert parts(reference_mode="cached", other=larger)["reference"] == 0
+
+
 def test_exact_parts():
     found = parts()
     assert found["weights"] + found["gradients"] + found["optimiser"] == 16 * 100

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,36 @@ def test_a_reference_that_is_not_there_or_has_too_small_a_vocabulary_is_named_by
         with pytest.raises(UftError) as raised:
             make(policy, model, mode, tmp_path, tokenizer, path=absent)
         assert raised.value.problems[0].what == f"reference.path={absent}"
+
+
+def test_whole_distributions_are_compared_of_the_same_tokens_alone(
+    model_folder: Path, tokenizer: Any, build: Any, tmp_path: Path
+):
+    """Not of a model whose tokenizer has two tokens in each other's place; one that comes without a tokenizer is taken
+    at its size."""
+    policy = load_policy(settings(model_folder), CPU, 0)
+    asked = {"device": CPU, "tokenizer": tokenizer, "visits_per_row": 1.0, "cache": tmp_path, "key": "teacher.path"}
+
+    def compare(folder: str, distributions: bool = True) -> str:
+        other = ReferenceModel(path=str(tmp_path / folder))
+        return make_reference(policy, settings(model_folder), other, distributions=distributions, **asked).mode
+
+    for folder in ("bare", "swapped"):
+        build("llama").save_pretrained(tmp_path / folder)
+    assert compare("bare") == "copy"
+    tokenizer.save_pretrained(tmp_path / "swapped")
+    file = tmp_path / "swapped" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, two = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    file.write_text(json.dumps(content))
+    assert compare("swapped", distributions=False) == "copy"
+    with pytest.raises(UftError) as refused:
+        compare("swapped")
+    [problem] = refused.value.problems
+    assert problem.what == f"teacher.path={tmp_path / 'swapped'}"
+    assert "numbers 2 tokens otherwise" in problem.why
 
 
 def test_the_cheapest_mode_is_chosen_with_a_reason():

@@ -98,6 +98,42 @@ def test_anchored_sft_by_hand():
         assert reference.given.grad is None
 
 
+# --- distillation
+
+
+def test_distillation_by_hand():
+    """Its ends are KL(teacher || policy), slope policy - teacher, and KL(policy || teacher); between them is JSD."""
+    theirs = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    places = ([0, 0, 1], [1, 2, 0])
+
+    def kl(p, q):
+        return (p * (p / q).log()).sum(-1)
+
+    for beta, reduction, share in ((0.0, "token", [1 / 3] * 3), (1.0, "sequence", [1 / 4, 1 / 4, 1 / 2])):
+        batch, policy = shared()
+        terms = preset("distill", beta=beta, reduction=reduction)(batch, policy, kit.Logits(theirs), StepContext())
+        share = torch.tensor(share, dtype=torch.float64)
+        p, q = policy.given.detach()[places].softmax(-1), theirs[places].softmax(-1)
+        expected = kl(p, q) if beta else kl(q, p)
+        assert float(mean(terms).detach()) == pytest.approx(float((share * expected).sum()))
+        mean(terms).backward()
+        slope = p * ((p / q).log() - expected[:, None]) if beta else p - q
+        torch.testing.assert_close(policy.given.grad[places], share[:, None] * slope)
+    batch, policy = shared()
+    found = mean(preset("distill", beta=0.25)(batch, policy, kit.Logits(theirs), StepContext()))
+    m = 0.25 * q + 0.75 * p
+    assert float(found.detach()) == pytest.approx(float((0.25 * kl(q, m) + 0.75 * kl(p, m)).mean()))
+
+
+def test_distillation_worked_example():
+    """Teacher (.5, .25, .25), policy (.25, .25, .5): both divergences are .25 log 2."""
+    batch = kit.batch_of([kit.Seq([9, 0], [False, True])])
+    sides = [torch.tensor([[p, [1.0, 1.0, 1.0]]]).log() for p in ([0.25, 0.25, 0.5], [0.5, 0.25, 0.25])]
+    for beta, value in ((0.0, 0.173287), (1.0, 0.173287), (0.5, 0.042475), (0.1, 0.015483)):
+        terms = preset("distill", beta=beta)(batch, *map(kit.Logits, sides), StepContext())
+        assert float(mean(terms).detach()) == pytest.approx(value, abs=1e-6), beta
+
+
 # --- f-divergence SFT
 
 

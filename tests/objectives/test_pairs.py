@@ -54,6 +54,14 @@ WORKED = [
     ("irft", {"link": "hinge"}, 0.92),
     ("dpo", {"sft_weight": 0.3}, 0.653947 + 0.3 * 0.266667),
     ("dpo", {"sft_weight": 0.3, "reduction": "token"}, 0.653947 + 0.3 * 0.266667),
+    ("apo_zero", {}, 0.980005),
+    ("apo_down", {}, 0.985010),
+    ("sppo_hard", {}, 499200.4),
+    ("sppo_hard", {"beta": 0.1}, 42.4),
+    ("exo_pair", {}, 2.623969),
+    ("bco_pair", {}, 1.382299),
+    ("discopop", {}, 0.871675),
+    ("wpo", {}, 0.648595),
     ("asft", {}, 1.090927),
     ("orpo", {}, 0.287215),
     ("simpo", {}, 0.613282),
@@ -219,6 +227,57 @@ def test_a_demonstration_against_itself_teaches_nothing(policy, reference):
         outcome = kit.step(objective, [kit.batch_for(objective, rows)], policy, policy.parameters, reference)
         assert outcome.loss == pytest.approx(value)
         assert max(float(gradient.abs().max()) for gradient in outcome.gradients) < 1e-15
+
+
+# --- APO, SPPO, EXO, BCO, DiscoPOP, WPO
+
+
+def pulls(name, **changes):
+    """(slope by the chosen side, by the rejected one): what is negative becomes likelier."""
+    return run(name, **changes)[1:3]
+
+
+def test_apo_zero_draws_the_sides_apart_and_apo_down_draws_both_down():
+    (up, down), (chosen, rejected) = pulls("apo_zero"), pulls("apo_down")
+    assert up < 0 < down
+    assert 0 < chosen < rejected
+    assert "less likely too" in preset("apo_down").cautions()[0]
+
+
+def test_sppo_and_bco_take_each_side_by_itself():
+    for name in ("sppo_hard", "bco_pair", "apo_zero"):
+        assert pulls(name)[0] == pytest.approx(run(name, [*REFERENCE[:3], -3.0, -4.0])[1]), name
+    there = run("sppo_hard", [-5.0, 0, 0, 0, 0], [0, 0, 0, -5.0, 0], beta=0.1)  # a_w = 1/(2 beta), a_l = -1/(2 beta)
+    assert there[:3] == pytest.approx((0, 0, 0))
+
+
+def test_exo_is_least_where_the_policy_s_share_is_that_of_the_label():
+    """beta h = log((1 - e) / e); below, the chosen side is drawn up, beyond it down."""
+    wanted = math.log(0.9 / 0.1) / 0.1
+    found = [run("exo_pair", [0.0] * 5, [h, 0, 0, 0, 0], label_smoothing=0.1)[:2] for h in (0, wanted, 2 * wanted)]
+    assert found[1] == pytest.approx((0, 0))
+    assert found[0][1] < 0 < found[2][1]
+    assert [key for key, _ in preset("exo_pair", label_smoothing=0.0).problems()] == ["label_smoothing"]
+
+
+def test_discopop_is_exponential_ahead_and_logistic_behind_and_rises_in_between():
+    ahead, level, behind = (run("discopop", [0.0] * 5, [h, 0, 0, 0, 0]) for h in (40.0, 0.0, -40.0))
+    assert ahead[0] == pytest.approx(math.exp(-2))
+    assert behind[0] == pytest.approx(math.log1p(math.exp(2)))
+    assert level[1] == pytest.approx(0.05 * ((1 - math.log(2)) / (4 * 0.05) - 3 / 4)), "the wrong way"
+    assert "wrong way round" in preset("discopop").cautions()[0]
+    assert run("discopop", [0.0] * 5, [-1e5, 0, 0, 0, 0])[0] == pytest.approx(5000)
+
+
+def test_wpo_weighs_pairs_by_both_likelihoods_and_sends_no_gradient_there():
+    """A vocabulary of two tokens: sum p^2 is p^2 + (1 - p)^2."""
+    weight = 1.0
+    for side in (CHOSEN, REJECTED):
+        aligned = [math.exp(x) / (math.exp(2 * x) + (1 - math.exp(x)) ** 2) for x in side]
+        weight *= math.prod(aligned) ** (1 / len(aligned))
+    plain, weighed = run("dpo", beta=0.01), run("wpo")
+    assert weighed[:3] == pytest.approx([weight * value for value in plain[:3]])
+    assert weighed[3]["weight"] == pytest.approx(weight)
 
 
 # --- odds: ASFT and ORPO

@@ -160,6 +160,10 @@ def test_problems_and_cautions_name_the_kind():
     wrong = together({**SHIPPED, "demonstration": "dpo"}, weights={"demos": 1.0, "scored": -1.0})
     assert [key for key, _ in wrong.problems()] == ["weights", "weights.scored", "demonstration"]
     assert together(SHIPPED).problems() == []
+    taught = together({**SHIPPED, "demonstration": "distill"})
+    assert [key for key, _ in taught.problems()] == ["demonstration"], "a teacher beside DPO's reference"
+    assert taught.needs.teacher
+    assert together({**dict.fromkeys(SHIPPED, "sft"), "demonstration": "distill"}).problems() == []
     inner = kit.preset("per_kind", scored={**settings("uft"), "reduction": "token"})
     assert [key for key, _ in inner.problems()] == ["scored.reduction"]
     [caution] = kit.preset("per_kind", negatives={**settings("irft"), "link": "linear"}).cautions()

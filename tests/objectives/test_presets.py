@@ -18,7 +18,8 @@ def schema(method):
 
 NAMES = """
     sft ift uft una dft dft2 dynamic_ft anchored_sft f_sft poft asft gdpo_soft gipo_soft gropo_soft rpo dpop dpo cdpo
-    robust_dpo hinge ipo simpo cpo orpo nca rdpo_length ld_dpo kto irft per_kind
+    robust_dpo hinge ipo simpo cpo orpo nca rdpo_length ld_dpo kto irft per_kind apo_zero apo_down sppo_hard exo_pair
+    bco_pair discopop wpo distill
 """
 
 
@@ -112,6 +113,14 @@ PAPERS = [
     ("ld_dpo", {"alpha": 0.5}),
     ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
     ("irft", {"beta": 0.1, "link": "sigmoid"}),
+    ("apo_zero", {"beta": 0.1}),
+    ("apo_down", {"beta": 0.1}),
+    ("sppo_hard", {"beta": 0.001}),
+    ("exo_pair", {"beta": 0.1, "label_smoothing": 0.001}),
+    ("bco_pair", {"beta": 0.01}),
+    ("discopop", {"beta": 0.05, "temperature": 0.05}),
+    ("wpo", {"beta": 0.01, "wpo": True}),
+    ("distill", {"reduction": "token", "beta": 0.5}),
 ]
 
 
@@ -149,7 +158,8 @@ def test_needs():
     needs = {name: make(settings(name)).needs for name in NAMES.split()}
     without = "sft ift dft2 dynamic_ft poft asft simpo cpo orpo"
     assert {n for n, need in needs.items() if not need.reference} == set(without.split())
-    assert {n for n, need in needs.items() if need.distributions} == {"anchored_sft"}
+    assert {n for n, need in needs.items() if need.distributions} == {"anchored_sft", "distill"}
+    assert {n for n, need in needs.items() if need.teacher} == {"distill"}
     assert {n for n, need in needs.items() if need.mismatched} == {"kto", "per_kind"}
     assert {n for n, need in needs.items() if need.annotations} == {"poft"}
     assert not any(need.columns for need in needs.values())

@@ -9,7 +9,7 @@ from toys import PRESETS, completion, preset, row_of, settings
 from uft.data.rows import Kind, Role
 from uft.objectives.views import kind_table
 
-LIKELIHOOD = ["sft", "ift", "dynamic_ft", "anchored_sft", "f_sft", "poft"]
+LIKELIHOOD = ["sft", "ift", "dynamic_ft", "anchored_sft", "f_sft", "poft", "distill"]
 PAIRS = [name for name in PRESETS if "sft_weight" in settings(name)]
 SHOWN = completion("1")
 ROWS = {

@@ -13,6 +13,7 @@ import yaml
 
 from uft.data.batch import Batch
 from uft.data.rows import Completion, Kind, Message, Role, Row
+from uft.model.head import divergence
 from uft.objectives import make
 from uft.objectives.base import PLAIN, ForwardOutput, StepContext
 
@@ -266,15 +267,17 @@ class Told:
         self.calls.append({"guess": request.argmax, "mix": request.mix, "embed_grad": request.embed_grad, "grad": grad})
         argmax = batch.target_ids if self.argmax is None else self.argmax
         log_probs = self.log_probs.expand(batch.target_ids.shape)
-        divergence = request.anchor and self.divergence(log_probs, request.anchor)
+        divergence = request.anchor and self.divergence(log_probs, request)
+        rest = log_probs.detach().double().exp()  # the vocabulary has one token besides
+        collision = (rest**2 + (1 - rest) ** 2).log().to(log_probs.dtype) if request.collision else None
         entropy = -log_probs.exp() * log_probs if request.entropy else None  # the targets' own part again
-        return ForwardOutput(log_probs, argmax if request.argmax else None, divergence, entropy)
+        return ForwardOutput(log_probs, argmax if request.argmax else None, divergence, collision, entropy)
 
     @staticmethod
-    def divergence(log_probs, anchor):
-        """The targets' own part of KL(anchor || self): there is no more of a vocabulary here."""
-        theirs = anchor.log_probs.detach()
-        return theirs.exp() * (theirs - log_probs)
+    def divergence(log_probs, request):
+        """The targets' own part of the divergence: there is no more of a vocabulary here."""
+        theirs = request.anchor.log_probs.detach().expand(log_probs.shape)
+        return divergence(theirs[:, None], log_probs[:, None], request.beta)
 
 
 class Toy:
@@ -296,10 +299,7 @@ class Toy:
 
     def __call__(self, batch, request=PLAIN):
         logits = self.logits(batch, request)
-        log_probs = torch.log_softmax(logits, -1).gather(1, batch.target_ids[:, None])[:, 0]
-        divergence = request.anchor and divergence_of(logits, request.anchor.logits(batch).detach())
-        entropy = entropy_of(logits) if request.entropy else None
-        return ForwardOutput(log_probs, logits.argmax(-1) if request.argmax else None, divergence, entropy)
+        return of_logits(logits, batch, request)
 
     def logits(self, batch, request=PLAIN):
         table = self.embedding if request.embed_grad else self.embedding.detach()
@@ -320,25 +320,23 @@ class Logits:
         self.given = torch.as_tensor(logits, dtype=torch.float64).clone().requires_grad_()
 
     def __call__(self, batch, request=PLAIN):
-        logits = self.logits(batch)
-        log_probs = torch.log_softmax(logits, -1).gather(1, batch.target_ids[:, None])[:, 0]
-        divergence = request.anchor and divergence_of(logits, request.anchor.logits(batch).detach())
-        return ForwardOutput(log_probs, None, divergence, entropy_of(logits) if request.entropy else None)
+        return of_logits(self.logits(batch), batch, request)
 
     def logits(self, batch):
         return self.given.flatten(0, 1)[batch.predictor]
 
 
-def entropy_of(logits):
-    """Of every row (N, V), in nats."""
-    log_probs = torch.log_softmax(logits, -1)
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
-def divergence_of(logits, theirs):
-    """KL(theirs || ours) of every row (N, V)."""
-    expected = torch.log_softmax(theirs, -1)
-    return (expected.exp() * (expected - torch.log_softmax(logits, -1))).sum(-1)
+def of_logits(logits, batch, request):
+    """What logits (N, V) say of a batch's targets."""
+    ours = torch.log_softmax(logits, -1)
+    theirs = request.anchor and torch.log_softmax(request.anchor.logits(batch).detach(), -1)
+    return ForwardOutput(
+        ours.gather(1, batch.target_ids[:, None])[:, 0],
+        logits.argmax(-1) if request.argmax else None,
+        request.anchor and divergence(theirs, ours, request.beta),
+        torch.logsumexp(2 * ours.detach(), -1) if request.collision else None,
+        -(ours.exp() * ours).sum(-1) if request.entropy else None,
+    )
 
 
 def told(objective, seqs, policy, reference=None, context=None, **how):

@@ -55,6 +55,7 @@ USES = {
     "dpo": ("preference", "scored", "negatives"),
     "kto": KINDS,
     "anchored_sft": ("demonstration", "binary", "scored"),
+    "distill": ("demonstration", "preference", "binary"),
     "orpo": ("preference", "negatives"),
     "per_kind": KINDS,
 }

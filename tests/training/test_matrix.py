@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
 
 from uft.config.compose import compose
 from uft.config.frozen import typed
 from uft.config.messages import conf_dir, groups
-from uft.config.schema import Config, Lora, ReferenceModel, Source
+from uft.config.schema import Config, Lora, ReferenceModel, Source, Teacher
 from uft.data.rows import Kind
 from uft.errors import UftError
 from uft.objectives import make
-from uft.playground.world import records
+from uft.playground.world import model_dir, records
 from uft.runs import create_run
 from uft.training import setup as preparing
 from uft.training.liveness import Stop
@@ -67,14 +68,25 @@ def folder(tmp_path_factory):
         yield tmp_path_factory.mktemp("matrix")
 
 
+@pytest.fixture(scope="module")
+def teacher(folder) -> Teacher:
+    """The playground's model a little away from itself: from an equal teacher there is nothing to learn."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    model.save_pretrained(folder / "teacher")
+    return Teacher(str(folder / "teacher"))
+
+
 @pytest.fixture
-def configure(folder):
+def configure(folder, teacher):
     """configure("dpo", "pairs", unusable="drop") -> a short `uft train objective=dpo data=pairs data.unusable=drop`."""
 
     def make_config(objective: str, data: str, **changes: Any) -> Config:
         config = short(data)
         changed = replace(config.data, cache=str(folder / "cache"), **changes)
-        return replace(config, objective=settings(objective), data=changed)
+        own = {"teacher": teacher} if objective == "distill" else {}
+        return replace(config, objective=settings(objective), data=changed, **own)
 
     return make_config
 
@@ -213,6 +225,23 @@ def test_labels_are_what_a_soft_objective_trains_on(configure, prepared, written
 
 
 # --- where the reference comes from ----------------------------------------------------------------------------------
+
+
+def test_a_reference_that_moves_is_part_of_the_checkpoint(configure, prepared):
+    """It moves after the first step, which the checkpoint follows: the second step, taken again, rests on it."""
+    config = replace(configure("dpo", "pairs"), reference=ReferenceModel(sync_every=1))
+    train_and_resume(prepared, config)
+    moved, stays = (
+        prepared(replace(config, reference=r), f"{r.sync_every}") for r in (config.reference, ReferenceModel())
+    )
+    assert (moved.reference.mode, moved.reference.why) == ("copy", "it moves every 1 steps")
+    curves = []
+    for one in (moved, stays):
+        one.trainer.hooks = (saving := Saving(),)
+        one.trainer.fit()
+        curves.append([float(step.loss) for step in saving.steps])
+    assert curves[0][0] == curves[1][0]
+    assert curves[0][1] != pytest.approx(curves[1][1], abs=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["kto", *(pytest.param(n, marks=pytest.mark.slow) for n in ("per_kind", "dpo"))])

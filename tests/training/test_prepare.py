@@ -97,6 +97,45 @@ def test_another_model_as_reference_may_differ(build, model_folder):
     check_start(prepared.trainer, prepared.reference)
 
 
+def test_a_teacher_is_learnt_from_and_the_evaluation_compares_with_the_initial_policy(build, model_folder):
+    prepared = build("distill", f"teacher.path={model_folder}", "data.holdout=2")
+    assert prepared.reference.mode == "copy"
+    assert prepared.eval_reference.mode == "cached"
+    assert prepared.memory["reference"] == prepared.memory["weights"]
+    card = dict(stage_card(prepared))
+    assert str(model_folder) in card["teacher"]
+    assert "reference" not in card
+    with torch.no_grad():
+        next(iter(prepared.trainer.parameters.values())).add_(0.1)
+    assert check_start(prepared.trainer, prepared.reference) == {}, "it may differ"
+    idle = build("sft", f"teacher.path={model_folder}", run="idle")
+    assert any("has no part in objective=sft" in caution for caution in idle.cautions)
+
+
+def test_a_reference_moves_every_so_many_steps_and_the_evaluation_s_stays(build):
+    """reference <- mix policy + (1 - mix) reference, after every second step; none of an objective without one."""
+    prepared = build("dpo", "reference.sync_every=2", "reference.sync_mix=0.25", "data.holdout=2", "train.steps=5")
+    trainer = prepared.trainer
+    assert prepared.eval_reference.mode == "cached"
+    expected = {name: weight.clone() for name, weight in trainer.moving.items()}
+    assert expected.keys() == trainer.parameters.keys()
+
+    class Follow:
+        def after_step(self, trainer, step):
+            if trainer.progress.step % 2 == 0:
+                for name, weight in trainer.parameters.items():
+                    expected[name] = 0.25 * weight.detach() + 0.75 * expected[name]
+            for name, weight in trainer.moving.items():
+                torch.testing.assert_close(weight.detach(), expected[name])
+
+    before = {name: weight.clone() for name, weight in expected.items()}
+    trainer.hooks = (Follow(),)
+    trainer.fit()
+    assert any(not torch.equal(before[name], weight) for name, weight in trainer.moving.items())
+    idle = build("sft", "reference.sync_every=2", run="idle")
+    assert any("reference.sync_every has no part" in caution for caution in idle.cautions)
+
+
 def test_rows_longer_than_the_models_positions_are_refused(build, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text('{"prompt": "w3", "completion": "' + "w4 " * 80 + '"}\n')

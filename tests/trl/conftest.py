@@ -214,6 +214,7 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "model": {"name": "tiny", "path": str(models["policy"])},
             "optim": {"lr": 0.0},
             "reference": {"path": str(models["reference"])},
+            "teacher": {"path": str(models["reference"])},
             "train": {"steps": 1, "batch_size": len(records), "micro_batch_tokens": 48, "max_grad_norm": 0},
             "hardware": {"device": "cpu"},
         }
@@ -326,6 +327,28 @@ def whole_nll(models: dict[str, Path]) -> Callable[[Sequences], Outcome]:
         loss = -every.mean()
         loss.backward()
         return Outcome(float(loss.detach()), {n: p.grad for n, p in model.named_parameters()})
+
+    return run
+
+
+@pytest.fixture
+def gkd(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Callable[[Sequences, float], Outcome]:
+    """gkd(sequences, beta): TRL's own loss of them under both models' own logits, by the number of learned tokens."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from trl.experimental.gkd import GKDTrainer
+
+    def run(sequences: Sequences, beta: float) -> Outcome:
+        policy, teacher = _load(models["policy"]), _load(models["reference"])
+        loss, learned = torch.zeros(()), sum(sum(mask) for _, mask in sequences)
+        for ids, mask in sequences:
+            tokens = torch.tensor([ids])
+            labels = torch.where(torch.tensor([mask]), tokens, -100)[:, 1:]
+            ours, theirs = (model(tokens).logits[:, :-1] for model in (policy, teacher))
+            loss = loss + GKDTrainer.generalized_jsd_loss(
+                ours, theirs.detach(), labels, beta, num_items_in_batch=learned
+            )
+        loss.backward()
+        return Outcome(float(loss.detach()), {n: p.grad for n, p in policy.named_parameters()})
 
     return run
 

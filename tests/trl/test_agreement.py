@@ -28,6 +28,13 @@ CASES = [
     ("ipo", "pairs", {"length": "mean"}, "dpo", {"loss_type": ["ipo"], "beta": 0.1}),
     ("nca", "pairs", {}, "dpo", {"loss_type": ["nca_pair"], "beta": 0.01}),
     ("ld_dpo", "pairs", {}, "dpo", {"ld_alpha": 0.5}),
+    ("apo_zero", "pairs", {}, "dpo", {"loss_type": ["apo_zero"]}),
+    ("apo_down", "pairs", {}, "dpo", {"loss_type": ["apo_down"]}),
+    ("sppo_hard", "pairs", {"beta": 0.1}, "dpo", {"loss_type": ["sppo_hard"], "beta": 0.1}),
+    ("exo_pair", "pairs", {}, "dpo", {"loss_type": ["exo_pair"], "label_smoothing": 0.001}),
+    ("bco_pair", "pairs", {}, "dpo", {"loss_type": ["bco_pair"], "beta": 0.01}),
+    ("discopop", "pairs", {}, "dpo", {"loss_type": ["discopop"], "beta": 0.05}),
+    ("wpo", "pairs", {}, "dpo", {"use_weighting": True, "beta": 0.01}),
     ("cpo", "pairs", {"alpha": 0.0, "sft_weight": 1.0, "reduction": "token"}, "cpo", {}),
     ("cpo", "pairs", {"alpha": 0.0, "label_smoothing": 0.1}, "cpo", {"cpo_alpha": 0.0, "label_smoothing": 0.1}),
     ("simpo", "pairs", {}, "cpo", {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.0, "cpo_alpha": 0.0}),
@@ -40,6 +47,12 @@ def test_loss_and_gradient(ours, theirs, kit, objective, rows, keys, trainer, op
     trl = theirs(trainer, kit.ROWS[rows], **options)
     assert uft.sequences == trl.sequences
     kit.assert_equal(uft, trl)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_distillation(ours, gkd, kit, beta):
+    uft = ours("distill", kit.ROWS["demonstrations"], beta=beta)
+    kit.assert_equal(uft, gkd(uft.sequences, beta))
 
 
 @pytest.mark.parametrize(

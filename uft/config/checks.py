@@ -52,6 +52,7 @@ from uft.config.schema import (
     schema_with,
     taken_kinds,
     value_at,
+    wants_teacher,
 )
 from uft.errors import Problem, secret_in, secrets
 
@@ -482,6 +483,14 @@ def adapters(settings: Settings) -> Iterator[Broken]:
         if settings["reference"]["path"] is not None:
             why = "is another model, and switching the adapter off gives the initial policy"
             yield broken("reference.path", why, "reference.mode=auto")
+    if settings["reference"]["sync_every"] is not None:
+        if adapter == "lora":
+            why = "moves the weights of a whole copy, and an adapter trains none of those"
+            yield broken("reference.sync_every", why, "model.adapter=none")
+        elif settings["hardware"]["sharding"] == "full":
+            yield broken("reference.sync_every", "needs whole weights on every device", "hardware.sharding=none")
+        if settings["reference"]["mode"] == "cached":
+            yield broken("reference.mode", "keeps the log-probs of a reference that stays", "reference.mode=auto")
     if adapter == "lora" and settings["model"]["lora"]["targets"] == []:
         yield broken("model.lora.targets", "names no layer to adapt", "for all linear layers:  [all-linear]")
 
@@ -601,9 +610,17 @@ def rollouts(settings: Settings) -> Iterator[Broken]:
 
 
 def objective(settings: Settings) -> Iterator[Broken]:
-    """The keys of an objective that contradict each other, by its own `problems`."""
-    for key, why in problems_of(settings["objective"]) if settings["objective"].get("method") in parameters() else ():
+    """The keys of an objective that contradict each other, by its own `problems`, and a teacher that is not there."""
+    if settings["objective"].get("method") not in parameters():
+        return
+    for key, why in problems_of(settings["objective"]):
         yield broken(f"objective.{key}", why)
+    if settings["teacher"]["path"] is None and wants_teacher(settings["objective"]):
+        yield broken(
+            "teacher.path",
+            "names the model to learn from, and is not given",
+            "teacher.path=some/model   (a folder or a hub id)",
+        )
 
 
 RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (

@@ -139,6 +139,13 @@ class Model:
 class ReferenceModel:
     path: str | None = _key(None, "model to compare with; null: the initial policy")
     mode: Literal["auto", "copy", "adapter_off", "cached"] = _key("auto", "how its log-probs are made")
+    sync_every: Int | None = _key(None, "steps after which it is drawn to the policy (TR-DPO); null: it stays", ge=1)
+    sync_mix: Float = _key(0.6, "share of the policy in it then; 1: it becomes the policy", gt=0, le=1)
+
+
+@dataclass(config=STRICT)
+class Teacher:
+    path: str | None = _key(None, "objective=distill: model to learn from, of the same vocabulary")
 
 
 @dataclass(config=STRICT)
@@ -311,6 +318,7 @@ class Config:
     data: Data = Field(default_factory=Data)
     model: Model = Field(default_factory=Model)
     reference: ReferenceModel = Field(default_factory=ReferenceModel)
+    teacher: Teacher = Field(default_factory=Teacher)
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)
     eval: Eval = Field(default_factory=Eval)
@@ -448,6 +456,11 @@ def taken_kinds(settings: Settings) -> set[str]:
 def needed_rollouts(settings: Settings) -> int:
     """Completions of its own that an objective needs of each prompt, at least."""
     return int(_objectives()[1](settings).needs.rollouts)
+
+
+def wants_teacher(settings: Settings) -> bool:
+    """Whether an objective learns from the model of `teacher.path`."""
+    return bool(_objectives()[1](settings).needs.teacher)
 
 
 def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:

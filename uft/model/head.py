@@ -11,6 +11,7 @@ nothing is computed twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,14 +174,14 @@ class Predictions:
         read = self.head or log_probs_of
         return read(self.states, target_ids, with_argmax)
 
-    def divergence_from(self, other: Predictions) -> Tensor:
-        """(N,) KL(other || self), summed over the vocabulary; gradient into self alone. A chunk at a time, recomputed
-        in the backward pass."""
+    def divergence_from(self, other: Predictions, beta: float = 0.0) -> Tensor:
+        """(N,) generalised Jensen-Shannon divergence (:func:`divergence`) from `other`, summed over the vocabulary;
+        gradient into self alone. A chunk at a time, recomputed in the backward pass."""
 
         def chunk(states: Tensor, theirs: Tensor) -> Tensor:
             with torch.no_grad():
                 expected = other.log_softmax(theirs)
-            return (expected.exp() * (expected - self.log_softmax(states))).sum(1)
+            return divergence(expected, self.log_softmax(states), beta)
 
         return self._by_chunks(chunk, self.states, other.states.detach())
 
@@ -195,12 +196,18 @@ class Predictions:
 
     def _by_chunks(self, work: Callable[..., Tensor], *states: Tensor) -> Tensor:
         """(N,) of `work` on chunks of these states, whose logits are never kept."""
-        vocabulary = self.head.vocabulary if self.head else self.states.shape[1]
-        parts = [
-            checkpoint(work, *(side[part] for side in states), use_reentrant=False)
-            for part in _chunks(len(self.states), max(1, CHUNK_ELEMENTS // vocabulary))
-        ]
+        parts = [checkpoint(work, *(side[part] for side in states), use_reentrant=False) for part in self._parts()]
         return torch.cat(parts) if parts else _at_least_float32(self.states.sum(1))
+
+    @torch.no_grad()
+    def collision(self) -> Tensor:
+        """(N,) log sum over the vocabulary of p^2, a chunk at a time."""
+        parts = [self.log_softmax(self.states[part]).mul_(2).logsumexp(1) for part in self._parts()]
+        return torch.cat(parts) if parts else _at_least_float32(self.states.sum(1))
+
+    def _parts(self) -> Iterator[slice]:
+        vocabulary = self.head.vocabulary if self.head else self.states.shape[1]
+        return _chunks(len(self.states), max(1, CHUNK_ELEMENTS // vocabulary))
 
     def log_softmax(self, states: Tensor) -> Tensor:
         """(n, H or V) -> (n, V) in at least float32."""
@@ -210,6 +217,23 @@ class Predictions:
         with torch.autocast(states.device.type, enabled=False):
             logits = self.head.logits(states.to(dtype), projection.weight.to(dtype), projection.bias)
             return logits.log_softmax(1)
+
+
+def divergence(theirs: Tensor, ours: Tensor, beta: float) -> Tensor:
+    """(n,) generalised Jensen-Shannon divergence (arXiv 2306.13649, eq. 1) of distributions by their log-probs, (n, V)
+    each: beta KL(theirs || m) + (1 - beta) KL(ours || m), m = beta theirs + (1 - beta) ours.
+
+    Its ends are KL(theirs || ours) at beta = 0 and KL(ours || theirs) at 1, as in TRL; the formula itself is 0 there,
+    and near them beta, or 1 - beta, times that divergence.
+    """
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p.exp() * (p - q)).sum(1)
+
+    if beta in (0, 1):
+        return kl(theirs, ours) if beta == 0 else kl(ours, theirs)
+    mixed = torch.logaddexp(theirs + math.log(beta), ours + math.log1p(-beta))
+    return beta * kl(theirs, mixed) + (1 - beta) * kl(ours, mixed)
 
 
 def log_probs_of(logits: Tensor, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:

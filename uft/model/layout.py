@@ -45,13 +45,13 @@ def settle_layout(policy: Policy, packing: str, longest: int) -> None:
         policy.notes.append(f"rows padded: {why}")
 
 
-def follow_layout(reference: Policy, policy: Policy, longest: int) -> None:
-    """Give a reference beside `policy` the same layout. Raises UftError where it cannot have it."""
+def follow_layout(reference: Policy, policy: Policy, longest: int, key: str = "reference.path") -> None:
+    """Give a reference beside `policy`, named by `key`, the same layout. Raises UftError where it cannot have it."""
     if policy.layout is Layout.PADDED:
         return
     why = packing_obstacle(reference, longest) or _switch_to_packed(reference)
     if why is not None:
-        problem = Problem("reference.path", f"cannot read packed rows: {why}", advice=("train.packing=padded",))
+        problem = Problem(key, f"cannot read packed rows: {why}", advice=("train.packing=padded",))
         raise UftError(problem)
 
 

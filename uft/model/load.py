@@ -40,6 +40,9 @@ from uft.runs import cache_root, clear_left
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+REFERENCE_PATH = "reference.path"
+"""The key of a second model, unless another one is said: errors name it."""
+
 
 @activity("a tokenizer was loaded", moving=True)
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
@@ -68,11 +71,11 @@ def positions(model: Model) -> int | None:
     return position_limit(_config(model))
 
 
-def _config(model: Model) -> Any:
+def _config(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
     from transformers import AutoConfig
 
-    place = locate(model)
-    with _humane(f"model.path={model.path}", "its configuration cannot be loaded", model, place):
+    place = locate(model, reference, key)
+    with _humane(setting(model, reference, key), "its configuration cannot be loaded", model, place):
         _refuse_kernels(place, model)
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
@@ -99,14 +102,14 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
 
 
 @activity("a model was loaded", moving=True)
-def load_frozen(model: Model, device: torch.device, path: str | None) -> Policy:
-    """The model of `model` or of `path`, not to be trained: a reference."""
+def load_frozen(model: Model, device: torch.device, path: str | None, key: str = REFERENCE_PATH) -> Policy:
+    """The model of `model` or of `path`, which `key` names, not to be trained: a reference or a teacher."""
 
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
 
-    own = setting(model, path)
-    return _policy(lambda place: frozen(load_base(model, path)).to(place), frozen, model, device, own)
+    own = setting(model, path, key)
+    return _policy(lambda place: frozen(load_base(model, path, key)).to(place), frozen, model, device, own)
 
 
 def _policy(
@@ -134,12 +137,13 @@ def _policy(
     return policy
 
 
-def empty_policy(model: Model) -> Policy:
-    """The policy on the meta device, from its configuration alone: for counting weights and bytes."""
-    config, dtype = _config(model), DTYPES[storage_dtype(model)]
+def empty_policy(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Policy:
+    """The policy, or the frozen model at the path `reference`, which `key` names, on the meta device, from its
+    configuration alone: for counting weights and bytes."""
+    config, dtype = _config(model, reference, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
-        return Policy(adapted(base, model, init_seed=0), model.dtype)
+        return Policy(base if reference else adapted(base, model, init_seed=0), model.dtype)
 
 
 def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
@@ -169,13 +173,13 @@ def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
     return module
 
 
-def load_base(model: Model, reference: str | None = None) -> Any:
+def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
     """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
-    place = locate(model, reference)
-    what = setting(model, reference)
+    place = locate(model, reference, key)
+    what = setting(model, reference, key)
     with _humane(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
         loaded: Any = auto_model().from_pretrained(
@@ -214,9 +218,9 @@ SCALES_OF_QUANTISED = (
 """Endings of tensors that only a quantised layer has."""
 
 
-def setting(model: Model, reference: str | None) -> str:
+def setting(model: Model, reference: str | None, key: str = REFERENCE_PATH) -> str:
     """The setting that names a model, for errors."""
-    return f"model.path={model.path}" if reference is None else f"reference.path={reference}"
+    return f"model.path={model.path}" if reference is None else f"{key}={reference}"
 
 
 def storage_dtype(model: Model) -> str:
@@ -326,13 +330,13 @@ class Location:
     offline: bool = False  # the hub cannot be reached, but its files are in the local cache
 
 
-def locate(model: Model, reference: str | None = None) -> Location:
-    """The local folder or hub model of `model`, or of a reference with a path of its own.
+def locate(model: Model, reference: str | None = None, named: str = REFERENCE_PATH) -> Location:
+    """The local folder or hub model of `model`, or of a reference with a path of its own, which `named` gives.
 
     A hub id is looked up: one request, no retries. Raises UftError, one line, for a folder or model that is not there.
     """
     own = reference is None or reference == model.path
-    key, path = ("model.path", model.path) if own else ("reference.path", str(reference))
+    key, path = ("model.path", model.path) if own else (named, str(reference))
     what, (scheme, _, rest) = f"{key}={path}", path.partition(":")
     if path in SHIPPED:
         path = str(SHIPPED[path]())

@@ -85,9 +85,10 @@ def estimate(
     micro_batch_tokens: int,
     reference_mode: str | None,
     spread: Spread = ONE,
+    other: Shape | None = None,
 ) -> dict[str, int]:
     """Bytes on each device by part. Weights, gradients, moments and the reference are exact; activations are a rule of
-    thumb.
+    thumb. `other`: the model compared with, where it is not the policy's.
 
     Per token and layer a gated transformer keeps about 10 vectors of the hidden size (norms, queries, keys, values,
     attention output, residuals) and 4 of the intermediate one; recomputing keeps one hidden vector per layer, and one
@@ -112,7 +113,7 @@ def estimate(
         "optimiser": kept * 4 * shape.trained * moments // share,
         "activations": micro_batch_tokens * per_token,
         "head": 2 * 4 * head_rows * shape.vocabulary,  # a chunk of logits and its gradient
-        "reference": kept * shape.weight_bytes // share if reference_mode == "copy" else 0,
+        "reference": kept * (other or shape).weight_bytes // share if reference_mode == "copy" else 0,
         "gathered": gathered if spread.sharded else 0,
     }
 

@@ -117,10 +117,12 @@ class Policy:
         ours = self.predictions(batch, request)
         log_probs, argmax = ours.selected(batch.target_ids, request.argmax)
         entropy = ours.entropy() if request.entropy else None
+        collision = ours.collision() if request.collision else None
         if request.anchor is None:
-            return ForwardOutput(log_probs, argmax, entropy=entropy)
+            return ForwardOutput(log_probs, argmax, None, collision, entropy)
         assert isinstance(request.anchor, Frozen), "this reference keeps log-probs of the targets alone"
-        return ForwardOutput(log_probs, argmax, ours.divergence_from(request.anchor.predictions(batch)), entropy)
+        divergence = ours.divergence_from(request.anchor.predictions(batch), request.beta)
+        return ForwardOutput(log_probs, argmax, divergence, collision, entropy)
 
     def predictions(self, batch: Batch, request: ForwardRequest = PLAIN) -> Predictions:
         """The distributions that the targets are drawn from."""

@@ -2,7 +2,7 @@
 
 Three modes that agree to 1e-5: a frozen copy beside the policy, the policy with its adapter switched off, and log-probs
 computed once and cached on disk. All start from the files of `model.path` (or `reference.path`), never from a
-checkpoint, so that a resumed run has the same reference.
+checkpoint, so that a resumed run has the same reference; one that moves (`reference.sync_every`) is in the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -28,11 +28,13 @@ from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.layout import follow_layout
 from uft.model.load import (
+    REFERENCE_PATH,
     Location,
     check_vocabulary,
     folder_of,
     load_base,
     load_frozen,
+    load_tokenizer,
     locate,
     pad_id,
     storage_dtype,
@@ -75,24 +77,31 @@ def make_reference(
     distributions: bool = False,
     rollouts: bool = False,
     longest_row: int = 0,
+    key: str = REFERENCE_PATH,
 ) -> Reference:
     """The reference of a run, in the mode asked for or the cheapest one. May be called on a trained policy.
 
     `visits_per_row`: how often the run visits a row on average; `cache`: root of the caches on disk; `distributions`:
     whether the objective compares with whole distributions; `rollouts`: whether completions are sampled while it
-    trains; `longest_row`: tokens of the longest sequence. Raises UftError for a mode that is impossible and for a model
-    that cannot be loaded.
+    trains; `longest_row`: tokens of the longest sequence; `key`: the setting that names another model. Raises UftError
+    for a mode that is impossible and a model that cannot be loaded.
     """
     mode, why = choose_mode(model, reference, visits_per_row, distributions, rollouts)
 
     def frozen() -> Frozen:
         if model.adapter == "lora" and reference.path is None:
             return Frozen(policy)
-        other = load_frozen(model, device, reference.path)
-        check_vocabulary(other.base, tokenizer, "reference.path" if reference.path else "model.path")
+        other = load_frozen(model, device, reference.path, key)
+        check_vocabulary(other.base, tokenizer, key if reference.path else "model.path")
         if reference.path:
-            check_alike(other, policy, reference.path, min(longest_row, policy.positions or longest_row), distributions)
-        follow_layout(other, policy, longest_row)
+            what, longest = f"{key}={reference.path}", min(longest_row, policy.positions or longest_row)
+            check_alike(other, policy, what, longest, distributions)
+            if distributions:
+                check_tokens(replace(model, path=reference.path, revision=None), tokenizer, what)
+        if reference.sync_every is not None and _shapes(other) != _shapes(policy):
+            why = "has not the weights of the policy, and cannot be drawn to it"
+            raise UftError(Problem(f"{key}={reference.path}", why, advice=("reference.sync_every=null",)))
+        follow_layout(other, policy, longest_row, key)
         return Frozen(other)
 
     if mode != "cached":
@@ -106,18 +115,36 @@ def make_reference(
     return Reference(mode, why, FromColumn(), ReferenceColumn(store, frozen, pad_id(tokenizer), device, policy.layout))
 
 
-def check_alike(other: Policy, policy: Policy, path: str, longest_row: int, distributions: bool) -> None:
-    """Raise UftError where another model cannot stand as the reference: too few positions for the longest row, or, for
-    an objective that compares whole distributions, a vocabulary of another size."""
+def _shapes(policy: Policy) -> dict[str, torch.Size]:
+    return {name: weight.shape for name, weight in policy.module.named_parameters()}
+
+
+def check_alike(other: Policy, policy: Policy, what: str, longest_row: int, distributions: bool) -> None:
+    """Raise UftError where another model, which `what` sets, cannot stand as the reference: too few positions for the
+    longest row, or, for an objective that compares whole distributions, a vocabulary of another size."""
     if other.positions and longest_row > other.positions:
         why = f"has {other.positions} positions, and sequences of this run have up to {longest_row} tokens"
         advice = (f"train.max_length={other.positions} data.too_long=drop|truncate",)
-        raise UftError(Problem(f"reference.path={path}", why, advice=advice))
+        raise UftError(Problem(what, why, advice=advice))
     theirs, ours = (side.base.get_output_embeddings().weight.shape[0] for side in (other, policy))
     if distributions and ours != theirs:
         why = f"has a vocabulary of {theirs} tokens, the policy of {ours}"
         advice = ("this objective compares whole distributions: padded tokens count too",)
-        raise UftError(Problem(f"reference.path={path}", why, advice=advice))
+        raise UftError(Problem(what, why, advice=advice))
+
+
+def check_tokens(other: Model, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Raise UftError where the tokenizer of another model, which `what` sets, numbers tokens otherwise than ours: a
+    distribution over its vocabulary is then none over ours. A model that comes without one is taken at its size."""
+    try:
+        theirs = load_tokenizer(other).get_vocab()
+    except UftError:
+        return
+    found = [(token, number) for token, number in tokenizer.get_vocab().items() if theirs.get(token, number) != number]
+    if found:
+        token, number = min(found, key=lambda one: one[1])
+        why = f"numbers {len(found):,} tokens otherwise: {token!r} is {theirs[token]}, in the policy's {number}"
+        raise UftError(Problem(what, why, advice=("this objective compares whole distributions, token by token",)))
 
 
 def choose_mode(
@@ -138,11 +165,15 @@ def choose_mode(
         impossible["cached"] = (why, "auto, copy, adapter_off")
     if rollouts:
         impossible["cached"] = ("completions that are sampled in training are in no cache", "auto, copy, adapter_off")
+    if reference.sync_every is not None:
+        impossible |= dict.fromkeys(("cached", "adapter_off"), ("the reference moves with the policy", "auto, copy"))
     if reference.mode in impossible:
         why, modes = impossible[reference.mode]
         raise UftError(Problem(f"reference.mode={reference.mode}", why, advice=(f"possible: {modes}",)))
     if reference.mode != "auto":
         return reference.mode, "asked for"
+    if reference.sync_every is not None:
+        return "copy", f"it moves every {reference.sync_every} steps"
     if adapter_possible:
         return "adapter_off", "the frozen weights under the adapter are the reference"
     if distributions:

@@ -12,6 +12,7 @@ from typing import Any
 from uft.objectives.base import Objective
 from uft.objectives.contrastive import Contrastive
 from uft.objectives.dft import DFT
+from uft.objectives.distill import Distill
 from uft.objectives.f_sft import FSFT
 from uft.objectives.ift import IFT
 from uft.objectives.kto import KTO
@@ -27,6 +28,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ift": IFT,
     "uft": UFT,
     "dft": DFT,
+    "distill": Distill,
     "f_sft": FSFT,
     "poft": PoFT,
     "pairwise": Pairwise,

@@ -24,7 +24,8 @@ class ForwardOutput:
 
     log_probs: Tensor  # (N,) float32: log-probability of each supervised target
     argmax: Tensor | None = None  # (N,) int64: the most likely token in each target's place, if asked for
-    divergence: Tensor | None = None  # (N,) float32: KL(anchor || policy) at each target, if asked for
+    divergence: Tensor | None = None  # (N,) float32: from the anchor at each target, if asked for
+    collision: Tensor | None = None  # (N,) float32: log sum over the vocabulary of p^2, no gradient, if asked for
     entropy: Tensor | None = None  # (N,) float32, nats: of the distribution that each target is drawn from, if asked
 
 
@@ -37,12 +38,14 @@ class ForwardRequest:
     mix: float = 0.0  # becomes (1 - mix) E[target] + mix E[replace]; prompt positions stay bit-equal
     embed_grad: bool = True  # False: no gradient reaches the input embeddings
     anchor: Forward | None = None  # the divergence from this one, over the whole vocabulary
+    beta: float = 0.0  # which: 0 KL(anchor || policy), 1 KL(policy || anchor), between them the generalised JSD
+    collision: bool = False  # the probability that two tokens drawn at every target are the same
     entropy: bool = False  # of the whole vocabulary at every target
 
     @property
     def distributions(self) -> bool:
-        """Whether the gradient needs more than the log-probs of the targets."""
-        return self.anchor is not None or self.entropy
+        """Whether more is asked for than log-probs and argmax of the targets, which the fused head gives."""
+        return self.anchor is not None or self.entropy or self.collision
 
 
 PLAIN = ForwardRequest()
@@ -85,6 +88,7 @@ class Needs:
 
     reference: bool = False
     distributions: bool = False  # of the reference over the whole vocabulary: no column of log-probs can stand in
+    teacher: bool = False  # what comes as the reference is the model of `teacher.path`
     mismatched: bool = False  # completions under other rows' prompts, for `baseline_terms` (KTO)
     rollouts: int = 0  # completions that the policy samples of each prompt while it trains, at least
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand

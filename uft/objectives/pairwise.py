@@ -14,11 +14,19 @@ A completion's score is a = log pi(y|x) - log pi_ref(y|x); a pair has a_w, a_l a
 | `rpo` (2405.16436) | DPO - eta beta log pi(y_w|x), or + eta (-mean log pi(y_w|x)) |
 | `nca` (2402.05369) | -log sigmoid(beta a_w) - .5 log sigmoid(-beta a_w) - .5 log sigmoid(-beta a_l) |
 | `irft` (2405.17888) | DPO, hinge or -m against the model's own samples |
+| `apo_zero` (2408.06266, eq. 7) | sigmoid(-beta a_w) + sigmoid(beta a_l) |
+| `apo_down` (2408.06266, eq. 8) | sigmoid(beta a_w) + sigmoid(-m) |
+| `sppo_hard` (2405.00675, eq. 4.7) | (a_w - 1/(2 beta))^2 + (a_l + 1/(2 beta))^2 |
+| `exo_pair` (2402.00856, eq. 16) | KL(q, e) of the two shares q = sigmoid(m), 1 - q against 1 - e, e |
+| `bco_pair` (2404.04656) | -log sigmoid(beta a_w) - log sigmoid(-beta a_l) |
+| `discopop` (2406.08414, eq. 5) | (1 - g)(-log sigmoid(m)) + g exp(-m), g = sigmoid(m / temperature) |
+| `wpo` (2406.11827, eq. 2) | DPO times sg[v_w v_l], v the length-normalised likelihood of a side |
 | `gdpo_soft`, `gipo_soft`, `gropo_soft` (2409.06691) | DPO, IPO, ROPO with h -> (2p - 1) h, p the soft label |
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,7 +37,7 @@ from torch.nn.functional import softplus
 from uft.data.batch import Batch
 from uft.data.rows import SOFT_LABEL, Kind, Role, View
 from uft.objectives import terms, views
-from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, key
+from uft.objectives.base import Forward, ForwardRequest, Loss, Needs, Objective, StepContext, key
 from uft.objectives.nll import CONVENTION
 
 Tensor = torch.Tensor
@@ -134,6 +142,42 @@ def nca(pairs: Pairs, o: Pairwise) -> Tensor:
     return softplus(-chosen) + 0.5 * softplus(chosen) + 0.5 * softplus(rejected)
 
 
+def apo_zero(pairs: Pairs, o: Pairwise) -> Tensor:
+    """The chosen side likelier than under the reference, the rejected one less likely, both bounded."""
+    return torch.sigmoid(-o.beta * pairs.chosen) + torch.sigmoid(o.beta * pairs.rejected)
+
+
+def apo_down(pairs: Pairs, o: Pairwise) -> Tensor:
+    """Both sides less likely than under the reference, the rejected one more so."""
+    return torch.sigmoid(o.beta * pairs.chosen) + torch.sigmoid(-o.margin(pairs))
+
+
+def sppo(pairs: Pairs, o: Pairwise) -> Tensor:
+    """Self-play with hard labels: each log-ratio should be 1/(2 beta) above or below 0."""
+    wanted = 1 / (2 * o.beta)
+    return (pairs.chosen - wanted) ** 2 + (pairs.rejected + wanted) ** 2
+
+
+def exo(pairs: Pairs, o: Pairwise) -> Tensor:
+    """Reverse KL of the policy's shares of the pair (sigmoid(m), sigmoid(-m)) from those of the labels (1 - e, e)."""
+    m, e = o.margin(pairs), o.label_smoothing
+    ahead = torch.sigmoid(m) * (-softplus(-m) - math.log1p(-e))
+    return ahead + torch.sigmoid(-m) * (-softplus(m) - math.log(e))
+
+
+def bco(pairs: Pairs, o: Pairwise) -> Tensor:
+    """A classifier of good and bad completions, each side by itself."""
+    return softplus(-o.beta * pairs.chosen) + softplus(o.beta * pairs.rejected)
+
+
+def discopop(pairs: Pairs, o: Pairwise) -> Tensor:
+    """Logistic where m is negative, exponential where it is positive, blended by g = sigmoid(m / temperature)."""
+    m = o.margin(pairs)
+    gate = m / o.temperature
+    # g exp(-m) in one exponential: exp(-m) alone overflows where g is 0
+    return torch.sigmoid(-gate) * softplus(-m) + torch.exp(-softplus(-gate) - m)
+
+
 LINKS: dict[str, Callable[[Pairs, Pairwise], Tensor]] = {
     "sigmoid": sigmoid,
     "robust": robust,
@@ -142,6 +186,19 @@ LINKS: dict[str, Callable[[Pairs, Pairwise], Tensor]] = {
     "squared": squared,
     "ropo": ropo,
     "nca": nca,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "sppo": sppo,
+    "exo": exo,
+    "bco": bco,
+    "discopop": discopop,
+}
+CAUTIONS = {
+    "linear": "link=linear has no lower bound: the loss falls for as long as one trains; stop early",
+    "apo_down": "link=apo_down makes chosen completions less likely too: for pairs whose chosen side is worse than "
+    "what the model says by itself",
+    "discopop": "link=discopop is not convex: at temperatures below 0.1 its slope around m = 0, where a run begins, is "
+    "that of pairs the wrong way round",
 }
 LENGTHS = {
     "sum": "log-ratios are summed over tokens",
@@ -162,7 +219,9 @@ class Pairwise(PairLoss):
     sum). TRL's `[sigmoid, sft]`, once `rpo_alpha`, adds the token mean of the whole batch (here `sft_weight` with
     `reduction: token`), `eta` one mean per completion or, as the paper, a sum times beta. TRL's `sigmoid` ignores
     `label_smoothing`, so that it has no cDPO but its `aot` on one pair at a time. LLaMA-Factory's LD-DPO leaves the
-    reference undiscounted; the paper and TRL discount both.
+    reference undiscounted; the paper and TRL discount both. BCO's paper shifts both rewards by their running mean,
+    which TRL's `bco_pair` and this one do not. TRL's `aot` sorts the log-ratios of a batch, so that its loss depends on
+    how a step is cut into micro-batches: there is none here.
     """
 
     beta: float = key(0.1, "strength of the anchor to the reference", gt=0)
@@ -176,7 +235,10 @@ class Pairwise(PairLoss):
     nll_norm: str = key("sum", "that likelihood: sum (times beta) or mean over tokens", choices=("sum", "mean"))
     soft: bool = key(False, "scale margins by 2p - 1, p the label's certainty")
     form: str = key("scaled", "soft labels in the squared link", choices=("scaled", "substitute"))
-    temperature: float = key(1.0, "of soft labels from scores: p = sigmoid((s_w - s_l) / temperature)", gt=0)
+    temperature: float = key(
+        1.0, "of soft labels from scores, p = sigmoid((s_w - s_l) / temperature), or of DiscoPOP's blend", gt=0
+    )
+    wpo: bool = key(False, "weigh pairs by the policy's length-normalised likelihood of both sides")
 
     @property
     def needs(self) -> Needs:
@@ -195,26 +257,33 @@ class Pairwise(PairLoss):
         return self.convention(LENGTHS[self.length])
 
     def problems(self) -> list[tuple[str, str]]:
-        blind = self.link == "robust" and self.label_smoothing >= 0.5
-        return [("label_smoothing", "must be below 0.5: at a half, labels say nothing")] if blind else []
+        if self.link == "robust" and self.label_smoothing >= 0.5:
+            return [("label_smoothing", "must be below 0.5: at a half, labels say nothing")]
+        if self.link == "exo" and self.label_smoothing == 0:
+            return [("label_smoothing", "must be above 0: the divergence from certain labels is infinite")]
+        return []
 
     def cautions(self) -> list[str]:
-        if self.link != "linear":
-            return []
-        return ["link=linear has no lower bound: the loss falls for as long as one trains; stop early"]
+        return [CAUTIONS[self.link]] if self.link in CAUTIONS else []
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        chosen = {"chosen_nll": terms.units(batch, batch.pairs.shape[0])} if self.eta > 0 else {}
-        return {**self.shared_counts(batch), **chosen}
+        extra = {"chosen_nll": self.eta > 0, "weight": self.wpo}
+        pairs = terms.units(batch, batch.pairs.shape[0])
+        return {**self.shared_counts(batch), **{name: pairs for name, is_there in extra.items() if is_there}}
 
     def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
-        log_probs = terms.promote(policy(batch).log_probs)
+        scores = policy(batch, ForwardRequest(collision=self.wpo))
+        log_probs = terms.promote(scores.log_probs)
         ratios = log_probs - terms.reference_log_probs(batch, reference)
         rewards = self.strength * (batch.mean if self.length == "mean" else batch.sum)(ratios)
+        losses = self.losses(batch, ratios)
+        weight = self.weight(batch, log_probs, scores.collision)
         totals = {
-            "pair": self.losses(batch, ratios).sum(),
+            "pair": (weight * losses).sum(),
             **self.shared_totals(batch, log_probs, rewards, self.strength),
         }
+        if self.wpo:
+            totals["weight"] = weight.sum()
         if self.eta > 0:
             joined = self.beta * batch.sum(log_probs) if self.nll_norm == "sum" else batch.mean(log_probs)
             totals["chosen_nll"] = -joined[batch.pairs[:, 0]].sum()
@@ -223,7 +292,15 @@ class Pairwise(PairLoss):
 
     def at_reference(self, batch: Batch) -> dict[str, Tensor]:
         zeros = torch.zeros(batch.target_ids.shape, device=batch.target_ids.device)
-        return {"pair": self.losses(batch, zeros).sum()}
+        # WPO's weights depend on the policy, the margin does not
+        return {"margin": zeros.sum()} if self.wpo else {"pair": self.losses(batch, zeros).sum()}
+
+    def weight(self, batch: Batch, log_probs: Tensor, collision: Tensor | None) -> Tensor:
+        """(P,) WPO's weight v_w v_l, a constant to the gradient; 1 without `wpo`. log v is the mean over tokens of
+        log p - log sum over the vocabulary of p^2; of tokens that the policy samples, p / sum p^2 is 1 on average."""
+        if collision is None:
+            return torch.ones(batch.pairs.shape[0], device=batch.pairs.device)
+        return batch.mean(log_probs.detach() - collision).exp()[batch.pairs].prod(1)
 
     def losses(self, batch: Batch, ratios: Tensor) -> Tensor:
         """(P,) from the log-ratios of the targets (N,)."""

@@ -62,6 +62,7 @@ class PerKind(Objective):
         return Needs(
             reference=any(n.reference for n in needs),
             distributions=any(n.distributions for n in needs),
+            teacher=any(n.teacher for n in needs),
             mismatched=any(n.mismatched for n in needs),
             rollouts=max((n.rollouts for n in needs), default=0),
             columns=frozenset[str]().union(*(n.columns for n in needs)),
@@ -93,6 +94,13 @@ class PerKind(Objective):
             for kind, part in self.parts.items()
             if kind not in part.views
         ]
+        taught = [kind for kind, part in self.parts.items() if part.needs.teacher]
+        anchored = [kind for kind, part in self.parts.items() if part.needs.reference and kind not in taught]
+        found += [
+            (f"{kind.value}", f"has a teacher, {anchored[0].value} a reference: one run compares with one other model")
+            for kind in taught
+            if anchored
+        ]
         return found + [
             (f"{kind.value}.{name}", why) for kind, part in self.parts.items() for name, why in part.problems()
         ]
@@ -117,7 +125,8 @@ class PerKind(Objective):
 
     def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         scores = policy(batch)
-        if self.needs.reference:  # once over all rows; the parts find it in their columns
+        needs = [part.needs for part in self.parts.values()]
+        if any(n.reference and not n.distributions for n in needs):  # once, for the columns of all
             column = terms.reference_log_probs(batch, reference)
             batch = replace(batch, columns={**batch.columns, "reference": column})
         loss = {

@@ -1,9 +1,9 @@
 """Checkpoints: written beside their place, checksummed, flushed to disk, then renamed. Nothing is ever pickled.
 
-`step-000400/` holds `tensors.safetensors` (trained weights, optimiser moments, objective state, random generators,
-meters), `state.json` (counters, cursors of the data) and `SHA256SUMS`, as `sha256sum -c` reads it. Of a sharded model,
-weights and moments are in `shards/`, one safetensors file a rank, by torch.distributed.checkpoint. A folder with the
-final name is complete, and an old checkpoint is deleted only when a newer one has its name.
+`step-000400/` holds `tensors.safetensors` (trained weights, optimiser moments, a reference that moves, objective state,
+random generators, meters), `state.json` (counters, cursors of the data) and `SHA256SUMS`, as `sha256sum -c` reads it.
+Of a sharded model, weights and moments are in `shards/`, one safetensors file a rank, by torch.distributed.checkpoint.
+A folder with the final name is complete, and an old checkpoint is deleted only when a newer one has its name.
 """
 
 from __future__ import annotations

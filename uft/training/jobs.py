@@ -55,6 +55,7 @@ from uft.training.setup import (
     Stopped,
     check_start,
     choose_device,
+    compared_with,
     pause,
     planned_memory,
     prepare_stage,
@@ -188,11 +189,14 @@ def drawn_sources(config: Config, say: Say = lambda line: None) -> list[LoadedSo
 
 def paper_plan(config: Config) -> str:
     """Expected memory of each device in a line, before anything but the model's configuration was read."""
-    objective, mode = make(config.objective), None
-    if objective.needs.reference:
+    needs, mode, other = make(config.objective).needs, None, None
+    if needs.reference:
+        compared, key = compared_with(config, needs)
         visits = config.train.epochs if config.train.steps is None else math.inf
-        mode = choose_mode(config.model, config.reference, visits, objective.needs.distributions)[0]
-    parts = planned_memory(config, shape_of(empty_policy(config.model)), mode)
+        mode = choose_mode(config.model, compared, visits, needs.distributions)[0]
+        if compared.path is not None and mode == "copy":
+            other = shape_of(empty_policy(config.model, compared.path, key))
+    parts = planned_memory(config, shape_of(empty_policy(config.model)), mode, other=other)
     devices = config.hardware.processes * config.hardware.nodes
     where = f"each of {devices} devices" if devices > 1 else "one device"
     named = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
@@ -228,9 +232,9 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     line = f"{sampled}{step_is}: {tokens:,} tokens in {seconds:.1f} s; peak memory {peak / GIGABYTE:.2f} GB"
     if memory_before is None or not tokens:
         return line
-    shape, mode = shape_of(trainer.policy), prepared.reference.mode if prepared.reference else None
+    shape = shape_of(trainer.policy)
     padded = max((batch.input_ids.numel() for batch in batches.batches), default=0)
-    expected = sum(planned_memory(config, shape, mode, padded).values())
+    expected = sum(prepared.planned(padded).values())
     memory = f"  the model took {count(peak - memory_before)}B of it; planned for this step: {count(expected)}B"
     share = shape.trained / max(1, sum(p.numel() for p in trainer.policy.module.parameters()))
     work = step_flops(shape, tokens, supervised, trained_share=share)

@@ -30,9 +30,9 @@ from uft.heartbeat import activity
 from uft.model.layout import compile_blocks, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.memory import Shape, Spread, estimate, keep_freed_memory, shape_of
-from uft.model.policy import Policy, idle_adapters, own_dropout
+from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout
 from uft.model.reference import Reference, make_reference
-from uft.objectives.base import Objective, StepContext
+from uft.objectives.base import Needs, Objective, StepContext
 from uft.runs import Run, cache_root, shown
 from uft.sampling.rollouts import RolloutSampler, weights_of
 from uft.tracking.console import Card, count
@@ -60,6 +60,9 @@ UNMOVED = 0.5
 """Share of weights that a step of the learning rate's size does not move, from which that is told."""
 
 IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weights=true"
+
+STAYS: dict[str, Any] = {"mode": "auto", "sync_every": None}
+"""Of the reference that the evaluation compares with: the same throughout a run."""
 
 Say = Callable[[str], None]
 
@@ -91,6 +94,10 @@ class Prepared:
         optim, share = trainer.config.optim, unmoved_share(trainer.parameters, trainer.config.optim)
         if share > UNMOVED and optim.name != "sgd":
             told.append(f"{share:.0%} of the trained weights are too large for steps of {optim.lr:g} {IN_BFLOAT16}")
+        if trainer.config.teacher.path and not objective.needs.teacher:
+            told.append(f"teacher.path={trainer.config.teacher.path} has no part in objective={objective.name}")
+        if trainer.config.reference.sync_every and not trainer.moving:
+            told.append(f"reference.sync_every has no part in objective={objective.name}")
         told += [ONE_ROW] if objective.needs.mismatched and trainer.config.train.batch_size == 1 else []
         certain = counted_as_certain(self.data.sampler, objective)
         return [*remote, *told, *objective.cautions(), *certain, *data_cautions(self.data.record)]
@@ -98,16 +105,18 @@ class Prepared:
     @cached_property
     def memory(self) -> dict[str, int]:
         """Bytes by part that each process of the run is expected to need."""
-        mode, config, rollout = (
-            self.reference.mode if self.reference else None,
-            self.trainer.config,
-            self.trainer.rollouts,
-        )
-        tokens = tokens_per_pass(config)
-        if rollout:  # the completions of a prompt are never divided
+        tokens = tokens_per_pass(self.trainer.config)
+        if self.trainer.rollouts:  # the completions of a prompt are never divided
             longest = max(source.encoded.longest_sides[0] for source in self.data.dataset.train)
-            tokens = max(tokens, config.rollout.completions * (longest + config.rollout.max_new_tokens))
-        return planned_memory(config, shape_of(self.trainer.policy), mode, tokens)
+            own = self.trainer.config.rollout
+            tokens = max(tokens, own.completions * (longest + own.max_new_tokens))
+        return self.planned(tokens)
+
+    def planned(self, tokens: int) -> dict[str, int]:
+        """As `memory`; `tokens` of the largest micro-batch."""
+        mode, forward = (self.reference.mode, self.reference.forward) if self.reference else (None, None)
+        other = shape_of(forward.policy) if isinstance(forward, Frozen) else None
+        return planned_memory(self.trainer.config, shape_of(self.trainer.policy), mode, tokens, other)
 
 
 def prepare_stage(
@@ -118,12 +127,15 @@ def prepare_stage(
     if stage.reference == "initial" and model.path != initial.path:
         own = replace(own, reference=replace(own.reference, path=initial.path))
     reference = (initial if own.reference.path == initial.path else model, own.reference)
+    taught = data.stages[stage.name].objective.needs.teacher
     eval_reference = None
     if stage.name and data.held_out:
         # named by its path, so that it is the same model in every stage, with and without an adapter
-        eval_reference = (initial, replace(config.reference, path=config.reference.path or initial.path, mode="auto"))
+        eval_reference = (initial, replace(config.reference, path=config.reference.path or initial.path, **STAYS))
     folder = Run(run.path / stage.folder)
-    return prepare(folder, own, device, stop, say, data.stages[stage.name], reference, eval_reference)
+    return prepare(
+        folder, own, device, stop, say, data.stages[stage.name], None if taught else reference, eval_reference
+    )
 
 
 def prepare(
@@ -147,13 +159,13 @@ def prepare(
         data = StageData.of(config, read_train_data(config, tokenizer))
     dataset, objective, sampler, horizon = data.dataset, data.objective, data.sampler, data.horizon
     pause(stop)
-    hardware = config.hardware
+    needs, hardware = objective.needs, config.hardware
     set_sharding(Sharding(hardware.reshard, hardware.offload) if hardware.sharding == "full" else None)
     say("loading the model")
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
-    if config.model.dropout and objective.needs.reference and own_dropout(policy.base.config):
+    if config.model.dropout and needs.reference and not needs.teacher and own_dropout(policy.base.config):
         why = f"objective={objective.name} compares the policy with its reference, which dropout would make unequal"
         raise UftError(Problem("model.dropout=true", why, advice=("model.dropout=false",)))
     check_positions(policy, data)
@@ -173,16 +185,19 @@ def prepare(
         longest_row=longest,
     )
     reference = None
-    if objective.needs.reference:
+    if needs.reference:
+        compared, key = compared_with(config, needs)
         reference = reference_of(
-            *(reference_model or (config.model, config.reference)),
+            *(reference_model or (config.model, compared)),
             visits_per_row=horizon.total_rows / max(1, sampler.examples),
-            distributions=objective.needs.distributions,
+            distributions=needs.distributions,
             rollouts=config.rollout.completions > 0,
+            key=key,
         )
         _cache_reference(reference, data, config, stop, say)
-    if eval_model is None and reference is None and dataset.held_out:
-        eval_model = (config.model, replace(config.reference, mode="auto"))
+    another = needs.teacher or config.reference.sync_every is not None  # than the initial policy
+    if eval_model is None and dataset.held_out and (reference is None or another):
+        eval_model = (config.model, replace(config.reference, **STAYS))
     # held-out rows are visited many times: a reference that is not in memory computes its column once
     eval_reference = reference_of(*eval_model, visits_per_row=math.inf) if eval_model else reference
     pause(stop)
@@ -224,6 +239,13 @@ def make_rollouts(policy: Policy, config: Config, data: StageData, stop: Stop) -
         keeps_old=data.objective.needs.rollouts > 0,
         should_stop=stop,
     )
+
+
+def compared_with(config: Config, needs: Needs) -> tuple[ReferenceModel, str]:
+    """What an objective compares the policy with, its reference or its teacher, and the setting that names it."""
+    if needs.teacher:
+        return ReferenceModel(path=config.teacher.path), "teacher.path"
+    return config.reference, "reference.path"
 
 
 def pause(stop: Stop) -> None:
@@ -369,7 +391,8 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
     Returns the number of compared targets and their largest difference, {} where there is nothing to compare.
     Raises UftError (code 1) where they differ.
     """
-    if reference is None or trainer.config.reference.path is not None or trainer.progress.step > 0:
+    another = trainer.config.reference.path is not None or trainer.objective.needs.teacher
+    if reference is None or another or trainer.progress.step > 0:
         return {}
     items = trainer.sampler.items(trainer.sampler.preview(min(trainer.config.train.batch_size, 8)))
     if not items:
@@ -386,7 +409,8 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
             problems = [
                 f"{name} is {float(loss[name].total):.6g} where policy = reference gives {float(total):.6g}"
                 for name, total in trainer.objective.at_reference(batch).items()
-                if abs(float(loss[name].total) - float(total)) > loose * max(1.0, float(loss[name].count))
+                # SPPO's loss is 500,000 a pair: rounding is a share of it
+                if abs(float(loss[name].total) - float(total)) > loose * max(1.0, float(loss[name].count), float(total))
             ]
     if problems:
         raise UftError(Problem("step 0", problems[0], advice=tuple(problems[1:])), code=FAILED)
@@ -407,9 +431,10 @@ def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, A
 
 
 def planned_memory(
-    config: Config, shape: Shape, reference_mode: str | None, tokens: int | None = None
+    config: Config, shape: Shape, reference_mode: str | None, tokens: int | None = None, other: Shape | None = None
 ) -> dict[str, int]:
-    """Bytes by part on each device; `tokens` of the largest micro-batch, by default the budget of one."""
+    """Bytes by part on each device; `tokens` of the largest micro-batch, by default the budget of one; `other`: the
+    model compared with, where it is not the policy's."""
     hardware = config.hardware
     return estimate(
         shape,
@@ -418,6 +443,7 @@ def planned_memory(
         micro_batch_tokens=tokens_per_pass(config) if tokens is None else tokens,
         reference_mode=reference_mode,
         spread=Spread(hardware.processes * hardware.nodes, hardware.sharding == "full", hardware.offload),
+        other=other,
     )
 
 
@@ -526,13 +552,14 @@ def stage_card(prepared: Prepared) -> Card:
     share = "a share of the model" if hardware.sharding == "full" else "the whole model"
     parts = prepared.memory
     needed = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
+    compared, named = ("teacher", f"{config.teacher.path}, ") if objective.needs.teacher else ("reference", "")
     path = shown(Path(config.model.path)) if Path(config.model.path).is_absolute() else config.model.path
     return [
         ("model", "\n".join([f"{config.model.name}: {path}", *trainer.policy.describe()])),
         ("objective", f"{objective.name}  {' '.join(changed)}".rstrip()),
         ("lengths", objective.length_convention),
         *(("caution", caution) for caution in prepared.cautions),
-        ("reference", f"{reference.mode}: {reference.why}" if reference else "none needed to train"),
+        (compared, f"{named}{reference.mode}: {reference.why}" if reference else "none needed to train"),
         ("data", "\n".join(mixture)),
         *(("not read", line) for line in data_omissions(data.record["sources"])),
         ("template", data.dataset.renderer.name),

@@ -178,7 +178,8 @@ def chunked_backward(
     Every loss is a sum over rows and its counts are known beforehand, so a few rows can be evaluated like a micro-batch
     of their own as soon as the head has their log-probs; the gradient of the log-probs goes straight into the head. It
     takes an objective with one forward pass that has gradients (passes without are made for the whole micro-batch), and
-    that wants log-probs, not distributions. `scale`: a loss -> the () tensor to differentiate, None for nothing.
+    that wants log-probs, and nothing else of the distributions. `scale`: a loss -> the () tensor to differentiate, None
+    for nothing.
     """
     objective, policy, reference = trainer.objective, trainer.policy, trainer.reference
     if batch.segments is None or policy.head is None:
@@ -189,7 +190,8 @@ def chunked_backward(
             whole = replace(whole, columns={**whole.columns, "reference": reference(whole).log_probs})
     recorder = _RequestRecorder(policy)
     objective(whole, recorder, reference, replace(context, learning=False))
-    if recorder.request is None or recorder.several or recorder.request.distributions:
+    request = recorder.request
+    if request is None or recorder.several or request.distributions:
         return []
 
     losses: list[Loss] = []
@@ -216,7 +218,7 @@ def chunked_backward(
             return torch.zeros_like(log_probs)
         return torch.autograd.grad(total, leaf)[0]
 
-    policy.chunked_backward(whole, recorder.request, [targets for targets, _ in groups.values()], loss_grad)
+    policy.chunked_backward(whole, request, [targets for targets, _ in groups.values()], loss_grad)
     return losses
 
 
@@ -237,7 +239,7 @@ class _RequestRecorder:
         self.request = request
         placeholder = torch.full(batch.target_ids.shape, -1.0, device=batch.target_ids.device)
         zeros = torch.zeros_like(placeholder)
-        return ForwardOutput(placeholder, batch.target_ids, zeros, zeros)
+        return ForwardOutput(placeholder, batch.target_ids, zeros, placeholder, zeros)
 
 
 def _row_groups(batch: Batch, most: int) -> Iterator[tuple[slice, Tensor]]:

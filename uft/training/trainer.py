@@ -23,7 +23,7 @@ from uft.distributed import all_finite, ranks
 from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.evaluate import Sample, prompt_text
 from uft.heartbeat import activity
-from uft.model.policy import Policy
+from uft.model.policy import Frozen, Policy
 from uft.objectives.base import Forward, Loss, Objective, StepContext
 from uft.objectives.policy_gradient import PolicyGradient
 from uft.runs import Run
@@ -134,6 +134,9 @@ class Trainer:
         self.parameters = self.policy.trainable()
         self.defer_check = defers_finite_check(self.config.train.sync_every_step, self.device, self.optimiser)
         self.never_finite = set(self._nonfinite_weights())  # as they came from their files
+        self.moving: dict[str, torch.nn.Parameter] = {}  # weights of a reference that is drawn to the policy
+        if self.config.reference.sync_every and isinstance(self.reference, Frozen) and not self.objective.needs.teacher:
+            self.moving = dict(self.reference.policy.module.named_parameters())
 
     def fit(self) -> None:
         """Train to the horizon or until asked to stop. Raises UftError (code 1) after a step that is not finite."""
@@ -184,7 +187,16 @@ class Trainer:
         self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
         for name, (total, number) in (self.rollouts.taken_metrics() if self.rollouts else {}).items():
             self.meter.add(name, total, number)
+        if self.moving and self.progress.step % (self.config.reference.sync_every or 1) == 0:
+            self.move_reference()
         return step
+
+    @torch.no_grad()
+    def move_reference(self) -> None:
+        """reference <- alpha policy + (1 - alpha) reference, alpha = `sync_mix` (TR-DPO, arXiv 2404.09656)."""
+        self.await_finite_check()  # a step that is rolled back must not have moved it
+        for name, weight in self.moving.items():
+            weight.lerp_(self.parameters[name], self.config.reference.sync_mix)
 
     def update(self, batches: StepBatches) -> Step:
         """One optimiser step on `batches`, after the check of the step before; no rows, no update."""
@@ -275,6 +287,7 @@ class Trainer:
             raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
         moments = checkpoint.optimiser_tensors(self.optimiser, self.parameters)
         learned = {**nested("model", self.parameters), **nested("optimiser", moments)}
+        learned |= nested("reference", self.moving)
         others, values = self.state()
         for rank, generators in enumerate(ranks().gather_objects(random_state(self.device))):
             others |= nested(_random(rank), generators)
@@ -312,6 +325,9 @@ class Trainer:
         tensors, values = checkpoint.load(folder, self.parameters)
         self.policy.load_trainable(below("model", tensors))
         checkpoint.load_optimiser(self.optimiser, self.parameters, below("optimiser", tensors))
+        with torch.no_grad():
+            for name, tensor in below("reference", tensors).items():
+                self.moving[name].copy_(tensor)
         self.load_state(tensors, values)
 
 
