@@ -77,8 +77,15 @@ class Source:
     holdout: Float | None = _key(None, "rows kept for evaluation: a share below 1 or a count; null: data.holdout", ge=0)
     eval_path: str | None = _key(None, "evaluation rows of their own, instead of a holdout")
     eval_split: str | None = _key(None, "evaluation split of the same path, instead of a holdout")
-    checker: Literal["playground", "final_number", "exact"] | None = _key(None, "verifies greedy answers")
+    checker: str | None = _key(None, "what judges answers, by a name of conf/reward; null: reward, where one is chosen")
     limit: Int | None = _key(None, "use the first N rows only", ge=1)
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Columns that its checker reads beside the answer."""
+        from uft.rewards import checkers
+
+        return checkers()[self.checker].columns if self.checker else ()
 
 
 @dataclass(config=STRICT)
@@ -279,6 +286,7 @@ class Config:
     seed: Int = _key(0, "all seeds at once; seeds.* default to it")
     seeds: Seeds = Field(default_factory=Seeds)
     objective: dict[str, Any] = _key({}, "what is minimised: its keys are those of conf/objective/NAME.yaml")
+    reward: dict[str, Any] = _key({}, "what judges answers: its keys are those of conf/reward/NAME.yaml")
     data: Data = Field(default_factory=Data)
     model: Model = Field(default_factory=Model)
     reference: ReferenceModel = Field(default_factory=ReferenceModel)
@@ -335,11 +343,12 @@ def schema_with(objectives: tuple[tuple[KeyPath, str, tuple[str, ...]], ...]) ->
     """`Config` with the keys of its objective and of those within it: place, method and keys of each, deepest first."""
     models: dict[KeyPath, Any] = {}
     for place, method, names in objectives:
-        known, fields, config = fields_of(parameters().get(method)), dict[str, Any](), STRICT
+        classes = parameters(place[0])
+        known, fields, config = fields_of(classes.get(method)), dict[str, Any](), STRICT
         for name in (name for name in names if name in known):
             fields[name] = (models.get((*place, name), known[name].annotation), known[name])
         if not known:  # which keys it has is not known
-            fields["method"], config = (Literal[tuple(parameters())] | None, Field(None)), ConfigDict(extra="allow")
+            fields["method"], config = (Literal[tuple(classes)] | None, Field(None)), ConfigDict(extra="allow")
         model = create_model("Objective", __config__=config, **fields)
         models[place] = model | None if place[1:] else model
     groups: dict[str, Any] = {
@@ -400,9 +409,16 @@ MODULES = ("torch", "torch.nn", "torch.nn.functional")
 EXACT = {int: Int, float: Float, float | None: Float | None}
 
 
-def parameters() -> Mapping[str, type]:
-    """By method: a model of pydantic's with the public hyper-parameters of that objective."""
-    return _objectives()[0]
+def parameters(group: str = "objective") -> Mapping[str, type]:
+    """By method: a model of pydantic's with the public keys of that objective, or reward."""
+    return _objectives()[0] if group == "objective" else _rewards()
+
+
+@cache
+def _rewards() -> Mapping[str, type]:
+    from uft.rewards import checkers
+
+    return {method: _model(method, cls) for method, cls in checkers().items()}
 
 
 def problems_of(settings: Settings) -> list[tuple[str, str]]:

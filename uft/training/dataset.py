@@ -37,6 +37,7 @@ from uft.objectives import make
 from uft.objectives.base import Objective
 from uft.objectives.dft import SAMPLING
 from uft.objectives.views import kind_table
+from uft.rewards import spec_of
 from uft.runs import Run, cache_root, read_json
 
 
@@ -349,7 +350,8 @@ class RunData:
         checkers = {source.name: source.checker for source in loaded}
         known = {held.name: held for held in self.held_out}
         for source in tokenized:
-            held = HeldOut(source.source, source.rows, source.encoded, checkers[source.source])
+            checker = spec_of(stage.config.reward, checkers[source.source])
+            held = HeldOut(source.source, source.rows, source.encoded, checker)
             if held.name not in known:
                 self.held_out.append(held)
             elif content_digest(known[held.name].rows) != content_digest(held.rows):
