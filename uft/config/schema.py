@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from uft.config.messages import bare
+from uft.errors import Problem, UftError
 
 MISSING = "???"
 """A value that has to be given, as OmegaConf writes it."""
@@ -451,7 +453,11 @@ def _objectives() -> tuple[dict[str, type], Callable[[Settings], Any]]:
         with without_torch():
             return _read()
     except Exception:  # an objective that works with torch's values as it is imported: slow to read, but as right
-        return _read()
+        try:
+            return _read()
+        except ImportError as error:
+            why, advice = str(error), ("uninstall the package, or mend it",)
+            raise UftError(Problem("installed objectives", why, advice=advice)) from error
 
 
 def _read() -> tuple[dict[str, type], Callable[[Settings], Any]]:
@@ -510,7 +516,7 @@ def without_torch() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
-    before = set(sys.modules)
+    before, added = set(sys.modules), {point.module.partition(".")[0] for point in entry_points(group="uft.objectives")}
     sys.modules.update({name: StandIn(name) for name in MODULES})
     try:
         yield
@@ -518,5 +524,5 @@ def without_torch() -> Iterator[None]:
         for name in set(sys.modules) - before:
             values = vars(sys.modules[name]).values()
             holds = any(isinstance(value, StandIn) or value is Anything for value in values)
-            if name in MODULES or name.startswith("uft.objectives") or holds:
+            if name in MODULES or name.startswith("uft.objectives") or name.partition(".")[0] in added or holds:
                 del sys.modules[name]

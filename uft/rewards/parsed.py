@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, ClassVar
 
 from uft.data.rows import Row
@@ -89,10 +90,9 @@ class Math(Checker):
     isolated: ClassVar[bool] = True
 
     def prepare(self) -> None:
-        import math_verify  # noqa: F401
-        from sympy.parsing import sympy_parser
-
-        sympy_parser.parse_expr = _number
+        super().prepare()
+        import_module("sympy.physics.units")  # simplify imports it when it first meets one; it reads its own strings
+        vars(import_module("sympy.parsing.sympy_parser"))["parse_expr"] = _number
 
     def judge(self, row: Row, reply: str) -> Figures:
         right, said = expression(answer_of(row)), expression(reply)
