@@ -119,4 +119,4 @@ def test_every_real_row_can_be_judged():
     rows = [row(*one["instruction_id_list"], arguments=one["kwargs"]) for one in rows]
     verdicts = judge([("ifeval", one, "An answer, plain and short.") for one in rows])
     assert all(verdict.figures and verdict.reason is None for verdict in verdicts)
-    assert 0.2 < sum(verdict.figures["loose_share"] for verdict in verdicts) / len(verdicts) < 0.6
+    assert 0.05 < sum(verdict.figures["loose_share"] for verdict in verdicts) / len(verdicts) < 0.4

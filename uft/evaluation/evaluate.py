@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -158,8 +159,7 @@ class _Evaluator:
         verdicts = [Verdict({})] * len(rows)
         if held.checker:
             jobs = [(held.checker, row, text) for row, text in zip(rows, texts, strict=True)]
-            verdicts = ranks().map_shards(jobs, lambda share: judge(share, self.policy.device))
-            tell_reasons(held.name, verdicts)
+            verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
         samples = []
         for number, (row, reply, text, verdict) in enumerate(zip(rows, replies, texts, verdicts, strict=True)):
             tally.add({"completion_length": (len(reply.ids), 1.0)})
@@ -183,12 +183,14 @@ class _Evaluator:
         )
 
 
-def tell_reasons(source: str, verdicts: Sequence[Verdict]) -> None:
-    """Log how many answers could not be judged, and why: they count as wrong, or not at all where the row lacks what
-    they are judged by."""
+def judged(source: str, jobs: Sequence[tuple[Spec, Row, str]], device: torch.device) -> list[Verdict]:
+    """The verdicts of a source's checker. How many answers it cannot judge, and why, is logged: they count as wrong, or
+    not at all where the row lacks what they are judged by."""
+    verdicts = judge(jobs, device)
     for (reason, counts), number in Counter((v.reason, bool(v.figures)) for v in verdicts if v.reason).items():
         effect = "scored 0" if counts else "left out"
         log.warning("%s: %d of %d answers %s: %s", source, number, len(verdicts), effect, reason)
+    return verdicts
 
 
 def score_batch(policy: Forward, reference: Forward | None, batch: Batch) -> Iterator[tuple[int, Scored]]:
