@@ -51,7 +51,7 @@ class Child:
     @classmethod
     def start(cls) -> Child:
         """Raises UftError where no such process can be had: nothing is parsed without one."""
-        known = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL", "SYSTEMROOT")}
+        known = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL")}
         search = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
         # the same hash seed for all, since sympy's order of terms depends on it; no secret of the environment goes in
         env = {**known, "PYTHONPATH": search, "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}

@@ -34,8 +34,8 @@ _PLAIN = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
 
 
 def expression(text: str) -> str:
-    """The expression that a text states: its last box, what follows `####`, the last formula, what its last line says
-    after "answer", or that line; of a sentence the last number."""
+    """What a text states: its last box, what follows `####`, the last formula, or :func:`last_line`, of a sentence the
+    last number."""
     _, marked, after = text.rpartition("####")
     if (start := text.rfind("\\boxed{")) >= 0:
         found = _braced(text[start + len("\\boxed{") :])
@@ -44,11 +44,16 @@ def expression(text: str) -> str:
     elif formulas := _MARKED.findall(stated(text)):
         found = "".join(formulas[-1])
     else:
-        last = (stated(text).splitlines() or [""])[-1]
-        found = (_SAYS.findall(last) or [last])[-1].strip().rstrip(".")
+        found = last_line(text)
         if _WORDS.search(found) and (number := last_number(found)) is not None:
             found = f"{number:f}"
     return found.strip().removesuffix("%").removesuffix("\\")[:LONGEST]
+
+
+def last_line(text: str) -> str:
+    """What the last line of a text says after "answer", or all of it, without a full stop."""
+    last = (stated(text).splitlines() or [""])[-1]
+    return str((_SAYS.findall(last) or [last])[-1]).strip().rstrip(".")
 
 
 def _braced(text: str) -> str:
@@ -166,9 +171,9 @@ class Countdown(Checker):
             target = Fraction(fact(row, "target"))
         except (TypeError, ValueError) as error:
             raise Unjudged("the row's numbers or its target are no numbers") from error
-        text = (stated(reply).splitlines() or [""])[-1].partition("=")[0]
+        text = last_line(reply)[:LONGEST].partition("=")[0].translate(_SIGNS)
         try:
-            value, used = arithmetic(text[:LONGEST].translate(_SIGNS))
+            value, used = arithmetic(text)
         except ValueError:
             return {"exact_match": 0.0, "answered": 0.0}
         return {"exact_match": float(value == target and used == numbers), "answered": 1.0}
