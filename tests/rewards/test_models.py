@@ -37,6 +37,11 @@ def test_likelihood_is_the_inverse_perplexity_under_the_other_model():
     spec = {"method": "likelihood", "path": "builtin:playground", "batch_size": 3}
     found = [verdict.figures["likelihood"] for verdict in judge([(spec, row(), reply) for reply in REPLIES])]
     assert found == pytest.approx(expected, rel=1e-4)
+    long = judge([(spec, row(), "owl " * 5000), (spec, row(), REPLIES[1]), (spec, row(), "")])
+    assert long[0].figures == {"likelihood": 0.0}
+    assert "positions" in long[0].reason
+    assert long[1].figures["likelihood"] == pytest.approx(expected[1], rel=1e-4)
+    assert 0 <= long[2].figures["likelihood"] <= 1, "an empty reply stops nothing"
     warm = check({**spec, "temperature": 4.0}, row(), REPLIES[2])["likelihood"]
     assert warm == pytest.approx(expected[2] ** 0.25, rel=1e-4)
 

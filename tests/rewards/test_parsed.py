@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -151,6 +152,8 @@ def test_a_hostile_answer_costs_its_own_reward_alone(tmp_path, monkeypatch):
     for name, (one, answer) in kinds.items():
         for text in HOSTILE.values():
             jobs += [(name, one, text.replace("HERE", str(tmp_path / "touched"))), (name, one, answer)]
+    slow = row(schema={"type": "string", "pattern": "^(a+)+$"})  # an exponential pattern, set off by the answer
+    jobs += [("json_schema", slow, f'"{"a" * 60}!"'), ("json_schema", slow, '"a"')]
     verdicts = judge(jobs)
     for (name, _, text), verdict in zip(jobs[::2], verdicts[::2], strict=True):
         assert verdict.figures, (name, text[:40], verdict)
@@ -170,6 +173,47 @@ def test_no_text_stops_the_judging(texts):
     verdicts = judge([*jobs, ("countdown", row(numbers=[3, 4], target=7), "3+4")])
     assert all(set(verdict.figures) == {"exact_match", "answered"} for verdict in verdicts)
     assert verdicts[-1].figures == RIGHT
+
+
+def test_the_limits_of_the_child_hold(tmp_path):
+    """What a parser that was taken over would try, in a process with the child's limits and its audit hook."""
+    code = f"""
+import ctypes, os, signal, socket, subprocess, sys
+from uft.rewards import child
+sys.addaudithook(child.refuse)
+child.limit(1 << 30)
+child.judging = True
+tries = {{
+    "process": lambda: subprocess.run(["true"]),
+    "shell": lambda: os.system("true"),
+    "fork": os.fork,
+    "socket": lambda: socket.create_connection(("127.0.0.1", 9)),
+    "file": lambda: open({str(tmp_path / "file")!r}, "w"),
+    "library": lambda: ctypes.CDLL(None),
+    "signal": lambda: os.kill(os.getppid(), 0),
+    "memory": lambda: bytearray(2 << 30),
+}}
+for name, attempt in tries.items():
+    try:
+        attempt()
+    except (PermissionError, MemoryError) as error:
+        print(name, type(error).__name__, flush=True)
+child.judging = False
+signal.setitimer(signal.ITIMER_PROF, 0.1)
+while True:
+    try:
+        pow(3, 1000)
+    except BaseException:
+        pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    refused = dict(line.split() for line in done.stdout.splitlines())
+    assert refused.pop("memory") == "MemoryError"
+    assert refused == dict.fromkeys(
+        ("process", "shell", "fork", "socket", "file", "library", "signal"), "PermissionError"
+    )
+    assert done.returncode == -signal.SIGPROF
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_training_process_imports_nothing_that_the_child_evaluates_with():

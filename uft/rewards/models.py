@@ -7,8 +7,7 @@ transformers are imported by then.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,39 +21,55 @@ from uft.rewards.base import Checker, Verdict, key
 if TYPE_CHECKING:
     import torch
 
-Job = tuple[Row, str]
+Encoded = dict[str, list[int]]  # "input_ids", and other sequences as long as that
 MISSING = "???"  # a value that has to be given, as OmegaConf writes it
 
 
 @dataclass(frozen=True)
 class _Asked(Checker):
-    """What both have: the model, and how many replies it gets at a time."""
+    """What both have: the model, and how replies get to it, a batch of similar lengths at a time."""
 
     path: str = key(MISSING, "the model: hub id, folder, or builtin:playground")
     revision: str | None = key(None, "commit or tag of a hub model")
     batch_size: int = key(16, "replies per forward pass", ge=1)
 
+    auto: ClassVar[str] = ""  # the class of transformers that loads the model
+
     def problems(self) -> list[tuple[str, str]]:
         return [("path", "has no value")] if self.path == MISSING else []
 
-    def verdicts(self, jobs: Sequence[Job], device: torch.device | None) -> list[Verdict]:
-        """Replies of similar length share a batch, so that little of it is padding."""
-        order = sorted(range(len(jobs)), key=lambda number: len(jobs[number][1]))
-        found: dict[int, Verdict] = {}
+    def encode(self, tokenizer: Any, row: Row, reply: str) -> Encoded:
+        """What the model reads. Raises UftError where its template refuses the reply."""
+        raise NotImplementedError
+
+    def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> list[float]:
+        """The figure of every reply of a batch, whose tensors are (replies, longest)."""
+        raise NotImplementedError
+
+    def verdicts(self, jobs: Sequence[tuple[Row, str]], device: torch.device | None) -> list[Verdict]:
+        import torch
+
+        model, tokenizer = _loaded(self.auto, self.path, self.revision, str(device or "cpu"))
+        room = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or math.inf)
+        found, encoded = dict[int, Verdict](), dict[int, Encoded]()
+        for number, (row, reply) in enumerate(jobs):
+            try:
+                encoded[number] = self.encode(tokenizer, row, reply)
+            except UftError as error:
+                found[number] = self.failed(error.problems[0].why)
+                continue
+            if len(encoded[number]["input_ids"]) > room:
+                del encoded[number]
+                found[number] = self.failed(f"is longer than the {room} positions of {self.path}")
+        order = sorted(encoded, key=lambda number: len(encoded[number]["input_ids"]))
         for start in range(0, len(order), self.batch_size):
             beat()
             numbers = order[start : start + self.batch_size]
-            values = self.ask([jobs[number] for number in numbers], str(device or "cpu"))
+            with torch.inference_mode():
+                values = self.score(model, _batch([encoded[number] for number in numbers], model))
             for number, value in zip(numbers, values, strict=True):
                 found[number] = self.checked({self.figures[0]: value})
         return [found[number] for number in range(len(jobs))]
-
-    def ask(self, jobs: Sequence[Job], device: str) -> list[float]:
-        """The figure of every reply."""
-        raise NotImplementedError
-
-    def problem(self, why: str) -> UftError:
-        return UftError(Problem(f"reward.path={self.path}", why))
 
 
 @dataclass(frozen=True)
@@ -65,39 +80,23 @@ class Likelihood(_Asked):
     """
 
     figures: ClassVar[tuple[str, ...]] = ("likelihood",)
+    auto: ClassVar[str] = "AutoModelForCausalLM"
 
     temperature: float = key(1.0, "larger ones bring unlikely replies nearer to likely ones", gt=0)
 
-    def ask(self, jobs: Sequence[Job], device: str) -> list[float]:
-        import torch
+    def encode(self, tokenizer: Any, row: Row, reply: str) -> Encoded:
+        tokens = _renderer(tokenizer).encode(row.prompt, (Message("assistant", reply),))
+        return {"input_ids": tokens.ids.tolist(), "supervised": tokens.supervised.tolist()}
 
-        model = _causal(self.path, self.revision, device)
-        with self._told():
-            encoded = [_renderer(self.path, self.revision).encode(row.prompt, _turn(reply)) for row, reply in jobs]
-        room = getattr(model.config, "max_position_embeddings", None) or math.inf
-        if (longest := max(one.length for one in encoded)) > room:
-            raise self.problem(f"has {room} positions, and a prompt with its reply has {longest} tokens")
-        width = max(one.length for one in encoded)
-        ids, mask = torch.zeros(len(encoded), width, dtype=torch.long), torch.zeros(len(encoded), width)
-        for number, one in enumerate(encoded):
-            ids[number, : one.length] = torch.as_tensor(one.ids, dtype=torch.long)
-            mask[number, : one.length] = 1
-        ids, mask = ids.to(device), mask.to(device)
-        with torch.inference_mode():
-            logits = model(input_ids=ids, attention_mask=mask).logits
+    def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> list[float]:
+        ids, supervised = batch["input_ids"], batch["supervised"]
+        logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
         means = []
-        for number, one in enumerate(encoded):
-            places = torch.as_tensor(one.supervised).nonzero().flatten().to(device)
-            log_probs = logits[number, places - 1].float().log_softmax(-1)
-            means.append(float(log_probs.gather(-1, ids[number, places, None]).double().mean()))
+        for place in range(len(ids)):
+            targets = supervised[place].nonzero()
+            log_probs = logits[place, targets[:, 0] - 1].float().log_softmax(-1).gather(-1, ids[place, targets])
+            means.append(float(log_probs.double().mean()))
         return [math.exp(min(mean, 0.0) / self.temperature) for mean in means]
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except UftError as error:
-            raise self.problem(error.problems[0].why) from error
 
 
 @dataclass(frozen=True)
@@ -109,76 +108,63 @@ class Classifier(_Asked):
     """
 
     figures: ClassVar[tuple[str, ...]] = ("probability",)
+    auto: ClassVar[str] = "AutoModelForSequenceClassification"
 
     label: str | None = key(None, "the class, by its name in the model's id2label; null: the last one")
     reads: str = key("conversation", "what the model reads", choices=("conversation", "reply"))
 
-    def ask(self, jobs: Sequence[Job], device: str) -> list[float]:
-        import torch
+    def encode(self, tokenizer: Any, row: Row, reply: str) -> Encoded:
+        if self.reads == "reply":
+            return dict(tokenizer(reply))
+        if tokenizer.chat_template is None:
+            return dict(tokenizer(row.prompt[-1].content, reply))
+        turns = [{"role": turn.role, "content": turn.content} for turn in row.prompt]
+        chat = [*turns, {"role": "assistant", "content": reply}]
+        return dict(tokenizer.apply_chat_template(chat, return_dict=True))
 
-        model, tokenizer = _classifier(self.path, self.revision, device)
+    def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> list[float]:
         names = [str(name) for _, name in sorted(model.config.id2label.items())]
         if self.label is not None and self.label not in names:
-            raise self.problem(f"has no class {self.label}; its classes: {', '.join(names)}")
-        if self.reads == "reply":
-            texts: list[Any] = [[reply for _, reply in jobs]]
-        elif tokenizer.chat_template is not None:
-            turns = ([*row.prompt, *_turn(reply)] for row, reply in jobs)
-            chats = [[{"role": turn.role, "content": turn.content} for turn in chat] for chat in turns]
-            texts = [[tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]]
-        else:
-            texts = [[row.prompt[-1].content for row, _ in jobs], [reply for _, reply in jobs]]
-        special = tokenizer.chat_template is None or self.reads == "reply"
-        batch = tokenizer(*texts, padding=True, truncation=True, add_special_tokens=special, return_tensors="pt")
-        with torch.inference_mode():
-            logits = model(**batch.to(device)).logits.float()
-        if logits.shape[-1] == 1:
+            why = f"{self.path} has no such class; its classes: {', '.join(names)}"
+            raise UftError(Problem(f"reward.label={self.label}", why))
+        logits = model(**batch).logits.float()
+        if len(names) == 1:
             return list(map(float, logits[:, 0].sigmoid()))
         return list(map(float, logits.softmax(-1)[:, -1 if self.label is None else names.index(self.label)]))
 
 
-def _turn(reply: str) -> tuple[Message, ...]:
-    return (Message("assistant", reply),)
+def _batch(encoded: Sequence[Encoded], model: Any) -> dict[str, torch.Tensor]:
+    """Sequences of a batch as tensors (replies, longest), padded on the right, on the model's device."""
+    import torch
+
+    pad = {"input_ids": getattr(model.config, "pad_token_id", None) or 0}
+    columns = {name: [torch.tensor(one[name]) for one in encoded] for name in encoded[0]}
+    columns["attention_mask"] = [torch.ones(len(one["input_ids"]), dtype=torch.long) for one in encoded]
+    return {
+        name: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad.get(name, 0)).to(model.device)
+        for name, rows in columns.items()
+    }
 
 
 @cache
-def _renderer(path: str, revision: str | None) -> Any:
+def _renderer(tokenizer: Any) -> Any:
     from uft.data.chat import Renderer
 
-    return Renderer(_tokenizer(path, revision), lost_text="keep")
+    return Renderer(tokenizer, lost_text="keep")
 
 
 @cache
-def _tokenizer(path: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
+def _loaded(auto: str, path: str, revision: str | None, device: str) -> tuple[Any, Any]:
+    """(model, tokenizer). Code that comes with a model is never run. Raises UftError where it cannot be loaded."""
+    import transformers
 
-    return _loaded(AutoTokenizer, path, revision)
-
-
-@cache
-def _causal(path: str, revision: str | None, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return _loaded(AutoModelForCausalLM, path, revision).to(device).eval()
-
-
-@cache
-def _classifier(path: str, revision: str | None, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForSequenceClassification
-
-    model, tokenizer = _loaded(AutoModelForSequenceClassification, path, revision), _tokenizer(path, revision)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device).eval(), tokenizer
-
-
-def _loaded(auto: Any, path: str, revision: str | None) -> Any:
-    """Code that comes with a model is never run. Raises UftError where it cannot be loaded."""
     place = str(world.model_dir()) if path == "builtin:playground" else path
     try:
-        return auto.from_pretrained(place, revision=revision, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision)
+        model = getattr(transformers, auto).from_pretrained(place, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         why = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
         raise UftError(Problem(f"reward.path={path}", why)) from error
+    if model.config.pad_token_id is None:  # by which a classifier finds the last token of a sequence
+        model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return model.to(device).eval(), tokenizer

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from importlib import import_module
+from itertools import accumulate
 from typing import Any, ClassVar
 
 from uft.data.rows import Row
@@ -23,6 +24,8 @@ from uft.rewards.text import last_number
 
 LONGEST = 1_000
 """Characters of an expression that are looked at; no answer needs more."""
+DEEPEST = 40
+"""Brackets within each other in an expression; a grammar needs very long for many."""
 
 
 # --- Mathematics, by math-verify: https://github.com/huggingface/Math-Verify
@@ -109,7 +112,8 @@ class Math(Checker):
             raise Unjudged("the row's answer is no expression")
         from math_verify import verify
 
-        found = _parsed(said)
+        deep = max(accumulate((letter in "([{") - (letter in ")]}") for letter in said), default=0) > DEEPEST
+        found = [] if deep else _parsed(said)
         equal = bool(found) and verify(expected, found, timeout_seconds=None)
         return {"exact_match": float(equal), "answered": float(bool(found))}
 
