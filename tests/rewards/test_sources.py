@@ -42,8 +42,9 @@ def test_the_reward_judges_every_source_that_says_nothing_else():
     settings = settings_of("data=mix", *said, "reward=choice", "reward.letters=AB")
     checkers = {name: source["checker"] for name, source in settings["data"]["sources"].items()}
     assert checkers.items() >= {"a": "choice", "b": None, "instruct": "playground"}.items()
-    assert spec_of(settings["reward"], "choice") == {"name": "choice", "method": "choice", "letters": "AB"}
-    assert spec_of(settings["reward"], "playground") == "playground"
+    node = {"name": "choice", "method": "choice", "letters": "AB"}
+    assert spec_of(settings["reward"], "format+choice") == ["format", node]
+    assert spec_of(settings["reward"], None) is None
     assert settings_of("data=mix")["reward"] == {} == Config().reward
 
 
@@ -58,8 +59,21 @@ def test_what_is_wrong_with_a_reward_is_told(monkeypatch):
     assert "exact" in problems_of("data=instruct", f"{key}=exakt")[f"{key}=exakt"].advice[0]
     assert "reward.path=..." in problems_of("data=instruct", f"{key}=likelihood")[f"{key}=likelihood"].advice[0]
     assert problems_of("data=instruct", f"{key}=math") == {}
+    assert problems_of("data=instruct", f"{key}=math+format") == {}
+    assert "exact_match twice" in problems_of("data=instruct", f"{key}=math+exact")[f"{key}=math+exact"].why
     monkeypatch.setattr("uft.rewards.find_spec", lambda name: None)
     assert problems_of("data=instruct", f"{key}=math")[f"{key}=math"].advice == ("pip install 'uft[rewards]'",)
+
+
+def test_the_figures_of_several_checkers_are_those_of_each(tmp_path):
+    row = load(tmp_path, checker="length+countdown").rows[0]
+    reply = "<think>so</think><answer>2+1</answer>"
+    found = check("countdown+format", row, reply)
+    assert found == {"exact_match": 1.0, "answered": 1.0, "format": 1.0, "tags": 1.0}
+    assert check(["exact", {"method": "length", "free": 0, "limit": 2}], row, "1+2") == {
+        "exact_match": 1.0,
+        "length": 0.5,
+    }
 
 
 def test_columns_of_the_checker_are_read_and_others_told(tmp_path):

@@ -9,19 +9,7 @@ from uft.cli import VERBS
 from uft.config.messages import choices, config_dirs, groups, headline, listing, written
 from uft.config.schema import COLUMNS, MISSING, Config, default_of, fields_of, kind_at
 
-FIRST = (
-    "objective",
-    "data",
-    "reward",
-    "model",
-    "optim",
-    "hardware",
-    "eval",
-    "tracking",
-    "experiment",
-    "sweep",
-    "debug",
-)
+FIRST = ("objective", "data", "model", "optim", "hardware", "eval", "tracking", "experiment", "sweep", "debug")
 HYDRA = """\
 Options are Hydra's: -m (several values), --cfg job (print, do nothing), --info, --config-dir DIR, -cn NAME; see
 --hydra-help. Your own files: ./conf-user or $UFT_CONF (they win over the shipped ones)."""

@@ -79,15 +79,17 @@ class Source:
     holdout: Float | None = _key(None, "rows kept for evaluation: a share below 1 or a count; null: data.holdout", ge=0)
     eval_path: str | None = _key(None, "evaluation rows of their own, instead of a holdout")
     eval_split: str | None = _key(None, "evaluation split of the same path, instead of a holdout")
-    checker: str | None = _key(None, "what judges answers, by a name of conf/reward; null: reward, where one is chosen")
+    checker: str | None = _key(
+        None, "what judges answers: NAME of conf/reward, or NAME+NAME; null: reward, where one is chosen"
+    )
     limit: Int | None = _key(None, "use the first N rows only", ge=1)
 
     @property
     def facts(self) -> tuple[str, ...]:
         """Columns that its checker reads beside the answer."""
-        from uft.rewards import checkers
+        from uft.rewards import columns_of
 
-        return checkers()[self.checker].columns if self.checker else ()
+        return columns_of(self.checker)
 
 
 @dataclass(config=STRICT)
