@@ -42,6 +42,7 @@ def uft(site: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_run_has_the_objective_and_the_reward_of_an_installed_package(site, tmp_path):
     rows = [{"prompt": f"copy : {word}", "response": word} for word in ("fox", "owl", "cat", "fox owl", "bird", "boat")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -53,12 +54,11 @@ def test_a_run_has_the_objective_and_the_reward_of_an_installed_package(site, tm
     assert any(line.get("objective/focal", 0) > 0 for line in lines)
 
 
-def test_keys_of_an_installed_package_are_checked_and_listed(site, tmp_path):
+def test_keys_of_an_installed_package_are_checked(site, tmp_path):
     wrong = uft(site, tmp_path, "train", "objective=focal", "reward=overlap", "reward.leest=2", "objective.gamma=-1")
     assert wrong.returncode == 2
     assert "did you mean  reward.least ?" in wrong.stderr
     assert "must be at least 0" in wrong.stderr
-    assert "overlap" in uft(site, tmp_path, "config", "reward=overlap").stdout
 
 
 def test_a_package_that_cannot_be_loaded_is_named(tmp_path):

@@ -139,7 +139,7 @@ HOSTILE = {
 
 def test_a_hostile_answer_costs_its_own_reward_alone(tmp_path, monkeypatch):
     """Every hostile answer to every checker that parses, and a right one after each."""
-    monkeypatch.setattr(isolation, "SECONDS", 0.4)
+    monkeypatch.setattr(isolation, "SECONDS", 0.3)
     monkeypatch.setattr(isolation, "_child", None)
     schema = {"type": "integer"}
     kinds = {
@@ -214,6 +214,28 @@ while True:
     )
     assert done.returncode == -signal.SIGPROF
     assert list(tmp_path.iterdir()) == []
+
+
+SAID = [
+    "5",
+    "[" * 5000,
+    "no JSON",
+    "x" * 100_000,
+    '[{"exact_match": "1", "answered": 1}, null]',
+    '[{"score": 1}, null]',
+]
+
+
+@pytest.mark.parametrize("line", [*SAID, '[{"exact_match": 2, "answered": NaN}, null]'])
+def test_a_child_that_says_anything_else_gives_no_reward(monkeypatch, line):
+    command = [sys.executable, "-S", "-c", "import sys\nsys.stdin.readline()\nprint(sys.argv[1], flush=True)", line]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    monkeypatch.setattr(isolation, "_child", isolation.Child(process))
+    verdict = judge([("countdown", row(numbers=[3, 4], target=7), "3+4")])[0]
+    assert verdict.figures == NONE
+    assert verdict.reason
+    if isolation._child is not None:
+        isolation._child.close()
 
 
 def test_the_training_process_imports_nothing_that_the_child_evaluates_with():

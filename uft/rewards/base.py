@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from uft.data.rows import Row
@@ -91,7 +92,9 @@ class Checker:
         """Figures that have the promised names and range as a verdict, others as a failure."""
         if not isinstance(figures, Mapping) or set(figures) != set(self.figures):
             return self.failed(f"{self.method} gave other figures than {', '.join(self.figures)}")
-        if wrong := [name for name, value in figures.items() if not 0 <= value <= 1]:  # NaN is in no range
+        if wrong := [
+            name for name, value in figures.items() if not (isinstance(value, Real) and 0 <= float(value) <= 1)
+        ]:
             return self.failed(f"{self.method} gave {wrong[0]}={figures[wrong[0]]}, not a number from 0 to 1")
         return Verdict({name: float(figures[name]) for name in self.figures})
 

@@ -18,17 +18,7 @@ from typing import Any
 from uft.data.rows import Message, Row
 from uft.rewards import make
 
-REFUSED = (
-    "subprocess.",
-    "socket.",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "os.spawn",
-    "os.system",
-    "os.kill",
-    "ctypes.",
-)
+REFUSED = ("subprocess.", "socket.", "ctypes.", "os.exec", "os.fork", "os.posix_spawn", "os.system", "os.kill")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 

@@ -67,14 +67,13 @@ class Child:
             raise _unavailable(f"ended as it began: {child.cause()}")
         return child
 
-    def send(self, lines: bytes) -> bool:
-        """Whether the child took them."""
+    def send(self, lines: bytes) -> None:
+        """Write them; that the child is gone is found when its next line is read."""
         assert self.process.stdin is not None
         view = memoryview(lines)
         with suppress(BrokenPipeError):
             while view:
                 view = view[self.process.stdin.write(view) or 0 :]
-        return not view
 
     def read_line(self) -> bytes | None:
         """The next line; None where the child ended, said too much or nothing for too long."""
@@ -132,11 +131,12 @@ def judge_apart(jobs: Sequence[tuple[Checker, Row, str]]) -> list[Verdict]:
         while waiting:
             if _child is None or _child.owner != os.getpid():
                 _child = Child.start()
-            under_way = [waiting[0]]
-            while len(under_way) < len(waiting):
-                if sum(len(lines[number]) for number in under_way) + len(lines[waiting[len(under_way)]]) > WINDOW:
+            under_way, size = list[int](), 0
+            for number in waiting:
+                size += len(lines[number])
+                if under_way and size > WINDOW:
                     break
-                under_way.append(waiting[len(under_way)])
+                under_way.append(number)
             _child.send(b"".join(lines[number] for number in under_way))
             for number in under_way:
                 checker, line = jobs[number][0], _child.read_line()
@@ -145,9 +145,9 @@ def judge_apart(jobs: Sequence[tuple[Checker, Row, str]]) -> list[Verdict]:
                     _child.close()
                     verdict, _child = checker.failed(_child.cause()), None
                 verdicts[number] = verdict
-                waiting.pop(0)
                 if _child is None:
                     break
+            waiting = [number for number in waiting if number not in verdicts]
     return [verdicts[number] for number in range(len(jobs))]
 
 
@@ -161,7 +161,7 @@ def _verdict(checker: Checker, line: bytes) -> Verdict | None:
     """A line of the child's; None where it is none: whatever wrote it is not the child that was started."""
     try:
         figures, reason = json.loads(line)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         return None
     if figures is None:
         return Verdict({}, str(reason)[:200])
