@@ -249,7 +249,7 @@ class Draft:
     def complete_sources(self) -> None:
         """Lay the run's reward as the checker of every source that says nothing of one."""
         method, said = self.get((REWARD, "method")), {setting.path for setting in self.settings}
-        for name in self.get(("data", "sources")) or () if isinstance(method, str) else ():
+        for name in (self.get(("data", "sources")) or ()) if isinstance(method, str) else ():
             if (path := ("data", "sources", name, "checker")) not in said:
                 self.put(Setting(path, method, "after reward", f"{REWARD}={self.get((REWARD, 'name'))}"))
 

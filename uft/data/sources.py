@@ -235,8 +235,13 @@ def _recognise(name: str, source: Source, table: Scan) -> Format:
     told = formats.rename(table.told, source.columns)
     if source.facts and not any(map(told.get, source.facts)):
         why = f"reads {', '.join(source.facts)}, and the data has no such column"
-        advice = (f"map one:  data.sources.{name}.columns.{source.facts[0]}=THEIR_COLUMN", listed)
-        raise UftError(Problem(f"data.sources.{name}.checker={source.checker}", why, advice=advice))
+        key = f"data.sources.{name}"
+        advice = (
+            f"map one:  {key}.columns.{source.facts[0]}=THEIR_COLUMN",
+            f"judge nothing:  {key}.checker=null",
+            listed,
+        )
+        raise UftError(Problem(f"{key}.checker={source.checker}", why, advice=advice))
     told = {column: count for column, count in told.items() if column not in source.facts}
     usual = formats.rename({c: c for c, count in table.columns.items() if 2 * count >= table.count}, source.columns)
     columns = {column for column in usual if told.get(column) or column not in formats.FEEDBACK}
