@@ -155,7 +155,7 @@ def json_format(reply: str, arguments: Arguments) -> bool:
 
 
 def title(reply: str, arguments: Arguments) -> bool:
-    return any(one.strip("<> ") for one in re.findall(r"<<[^\n<>]+>>", reply))
+    return any(one.lstrip("<").rstrip(">").strip() for one in re.findall(r"<<[^\n]+>>", reply))
 
 
 # combinations, beginning and end, punctuation
