@@ -36,6 +36,7 @@ ORDER = [
     "playground",
     "data",
     "objectives",
+    "rewards",
     "config",
     "model",
     "sampling",

@@ -12,9 +12,9 @@ import torch
 from dying import LORA, UNEVEN, StopAt, lines
 from stage_runs import sit, survive, written
 
+from uft import rewards
 from uft.data.rows import Role
 from uft.errors import GOOD, STOPPED, UftError
-from uft.evaluation import measures
 from uft.runs import Run
 from uft.sampling.rollouts import chunks_shown, cut_points, pieces
 
@@ -22,15 +22,27 @@ STEPS = ("train.steps=6", "optim.lr=0.01")
 OWN = ("rollout.completions=3", "rollout.max_new_tokens=5")
 
 
+def even_words(row, reply):
+    """The share of a reply's words with an even number."""
+    words = [int(word[1:]) % 2 == 0 for word in reply.split()]
+    return {"exact_match": sum(words) / len(words) if words else 0.0, "long": float(len(words) > 3)}
+
+
 @pytest.fixture(autouse=True)
-def even_words(monkeypatch):
-    """The checker of these runs: the share of a reply's words with an even number."""
+def judged_by(monkeypatch):
+    """judged_by(rule): the checker `exact` of these runs, `even_words` to begin with."""
 
-    def check(row, reply):
-        words = [int(word[1:]) % 2 == 0 for word in reply.split()]
-        return {"exact_match": sum(words) / len(words) if words else 0.0, "long": float(len(words) > 3)}
+    def register(rule):
+        class Rule(rewards.Checker):
+            figures = ("exact_match", "long")
+            judge = staticmethod(rule)
 
-    monkeypatch.setitem(measures.CHECKERS, "exact", check)
+        monkeypatch.setitem(rewards.checkers(), "exact", Rule)
+        rewards._made.cache_clear()
+
+    register(even_words)
+    yield register
+    rewards._made.cache_clear()
 
 
 @pytest.fixture
@@ -188,11 +200,8 @@ def test_old_log_probs_are_those_of_the_weights_that_sampled(rollouts, tmp_path)
     assert all(abs(ratio - 1) > 1e-4 for ratio in ratios[1::2])
 
 
-def test_flat_groups_are_replaced_as_often_as_allowed(built, monkeypatch):
-    def check(row, reply):
-        return {"exact_match": float(int(row.id.rpartition(":")[2]) % 2 and len(reply) % 2)}
-
-    monkeypatch.setitem(measures.CHECKERS, "exact", check)
+def test_flat_groups_are_replaced_as_often_as_allowed(built, judged_by):
+    judged_by(lambda row, reply: {"exact_match": float(row.index % 2 and len(reply) % 2), "long": 0.0})
     drawn = {}
     for refill in (0, 3):
         prepared = built("dapo", f"rollout.refill={refill}", "train.steps=4")
@@ -244,9 +253,14 @@ def test_what_cannot_be_sampled_is_told_before_the_first_step(built):
     assert "no cache" in told("grpo", "objective.kl=0.1", "reference.mode=cached")
 
 
-def test_a_row_without_a_verdict_is_told(built, monkeypatch):
-    monkeypatch.setitem(measures.CHECKERS, "exact", lambda row, reply: {} if row.index == 3 else {"exact_match": 1.0})
-    with pytest.raises(UftError, match=r"no verdict on 1 of 12 rows"):
+def test_a_row_without_a_verdict_is_told(built, judged_by):
+    def rule(row, reply):
+        if row.index == 3:
+            raise rewards.Unjudged("it has no answer")
+        return even_words(row, reply)
+
+    judged_by(rule)
+    with pytest.raises(UftError, match=r"1 of 12 rows cannot be judged.*it has no answer"):
         built("grpo")
 
 

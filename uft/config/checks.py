@@ -59,7 +59,8 @@ from uft.errors import Problem, secret_in, secrets
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-OBJECTIVE = "objective"
+OBJECTIVE, REWARD = "objective", "reward"
+BY_METHOD = (OBJECTIVE, REWARD)  # groups whose keys are those of the class that their file names
 NOT_TYPED = ("name", "method")  # keys of an objective that its file sets; they cannot be overridden
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's type of the error of a key that there is not
 BOUNDS = {"greater_than_equal": "at least", "greater_than": "above", "less_than_equal": "at most", "less_than": "below"}
@@ -199,8 +200,8 @@ class Draft:
                 return
             kind = Absent if self.is_open(path[:-1]) else Problem
             why = "only named sources, stages and free keys can be removed"
-        elif path[0] == OBJECTIVE and path[-1] == "method":
-            why, advice = "comes with the objective's file", (f"choose another:  {OBJECTIVE}=NAME",)
+        elif path[0] in BY_METHOD and path[-1] == "method":
+            why, advice = f"comes with the {path[0]}'s file", (f"choose another:  {path[0]}=NAME",)
         elif override.is_add() and self.get(path) is not None and not isinstance(override.value(), (dict, list)):
             why, advice = "has a value already", (f"without the +:  {line[1:]}",)
         elif is_new and not added:
@@ -247,6 +248,13 @@ class Draft:
         else:
             rate, why = lr.value / 10, f"{lr.where}, a tenth for all weights"
         self.put(Setting(("model", "lr"), float(f"{rate:.3g}"), why, lr.text))
+
+    def complete_sources(self) -> None:
+        """Lay the run's reward as the checker of every source that says nothing of one."""
+        method, said = self.get((REWARD, "method")), {setting.path for setting in self.settings}
+        for name in (self.get(("data", "sources")) or ()) if isinstance(method, str) else ():
+            if (path := ("data", "sources", name, "checker")) not in said:
+                self.put(Setting(path, method, "after reward", f"{REWARD}={self.get((REWARD, 'name'))}"))
 
     # what is wrong
 
@@ -298,8 +306,8 @@ class Draft:
         if len(setting.path) > len(path):
             return Problem(setting.text, f"{'.'.join(path)} is a value and has no keys of its own", setting.where)
         if fault.type == "literal_error":
-            is_method = path[0] == OBJECTIVE and path[-1] == "method"
-            options = list(parameters()) if is_method else choices(kind)
+            is_method = path[0] in BY_METHOD and path[-1] == "method"
+            options = list(parameters(path[0])) if is_method else choices(kind)
             near = nearest(str(fault.value), options)
             advice = hint(near and f"{setting.key}={near}", "methods" if is_method else "choices", options)
             why = "no such method" if is_method else "no such choice"
@@ -335,12 +343,12 @@ class Draft:
         meant = ".".join((*prefix, near, *setting.path[len(path) :])) if near else elsewhere(setting.path[-1], self)
         if len(path) == 1 and near in groups(config_dirs()):
             meant = f"{near}={written(setting.value)}"
-        shown = [key for key in siblings if prefix[:1] != (OBJECTIVE,) or key not in NOT_TYPED]
+        shown = [key for key in siblings if prefix[:1] not in ((OBJECTIVE,), (REWARD,)) or key not in NOT_TYPED]
         advice = hint(meant, "keys" if prefix else "groups and keys", shown)
         more = belongs_to(path[-1]) if prefix[:1] == (OBJECTIVE,) else ()
         place = f" in {'.'.join(prefix)}" if prefix else ""
         is_objective = prefix[:1] == (OBJECTIVE,) and "method" in siblings
-        if is_objective:
+        if "method" in siblings:
             place += f"={self.get((*prefix, 'name')) or self.get((*prefix, 'method'))}"
         kind = Absent if is_objective else Problem
         return kind(setting.text, f"no such key{place}", setting.where, (advice, *more))
@@ -398,7 +406,7 @@ def schema_of(settings: Sequence[Setting]) -> Any:
     Its method knows more of them than one preset of it has a use for (`objective=dpo` says nothing of `lam`). An
     objective may hold others (`per_kind`).
     """
-    methods = {s.path[:-1]: s for s in settings if s.path[0] == OBJECTIVE and s.path[-1] == "method"}
+    methods = {s.path[:-1]: s for s in settings if s.path[0] in BY_METHOD and s.path[-1] == "method"}
     objectives = []
     for place, method in methods.items():
         inside = [s for s in settings if s.path[: len(place)] == place]
@@ -448,7 +456,7 @@ def rules_broken(settings: Settings, wrong: Collection[str], typed: Collection[s
     for path in (tuple(key.split(".")) for key in wrong if "." in key):
         node = value_at(settings, path[:-1])
         if isinstance(node, dict) and path[-1] in node:
-            node.pop(path[-1]) if path[0] == "objective" else node.update({path[-1]: None})
+            node.pop(path[-1]) if path[0] in BY_METHOD else node.update({path[-1]: None})
     found = [one for rule in RULES for one in rule(settings)]
     steps = settings["train"]["steps"]
     if "train.epochs" in typed and steps is not None:
@@ -623,6 +631,14 @@ def objective(settings: Settings) -> Iterator[Broken]:
         )
 
 
+def rewards(settings: Settings) -> Iterator[Broken]:
+    """The run's reward and the checkers of its sources, each by its own `problems`."""
+    from uft.rewards import problems_with
+
+    named = {f"data.sources.{name}.checker": s.get("checker") for name, s in settings["data"]["sources"].items()}
+    yield from problems_with(settings["reward"], named)
+
+
 RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
     numbers,
     adapters,
@@ -633,4 +649,5 @@ RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
     machines,
     rollouts,
     objective,
+    rewards,
 )

@@ -102,6 +102,7 @@ def examine(request: Request) -> Examined:
             if override.key_or_group.split(".")[0] not in words.unclear:  # else which keys there are is not known
                 draft.apply(override)
         draft.complete_model()
+        draft.complete_sources()
         examined.settings, examined.origins = plain(draft.judge()), draft.origins()
         examined.problems += draft.problems
     examined.references = {key: value for key, value in flat(draft.values) if "${" in str(value)}
@@ -256,6 +257,7 @@ def compose_stages(
         for setting in stage.typed:
             put_own(setting, stage.draft)
         stage.draft.complete_model()
+        stage.draft.complete_sources()
         stage.settings = stage.draft.judge()
         stage.draft.problems = unread or stage.draft.problems
     problems += together(stages)

@@ -48,7 +48,7 @@ from uft.runs import bounded, yaml_text
 T = TypeVar("T")
 VERSION_BASE = "1.3"
 HEADER = 512  # characters that Hydra looks through for a header
-OPEN = ("objective", "data.sources", "stages")
+OPEN = ("objective", "reward", "data.sources", "stages")
 """Where Hydra takes any key of a command line: which keys there are depends on choices, and is checked by us."""
 
 

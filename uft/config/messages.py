@@ -7,6 +7,8 @@ import os
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from textwrap import shorten
@@ -44,9 +46,17 @@ def user_dir() -> Path | None:
     return folder.resolve() if folder.is_dir() else None
 
 
+@cache
+def installed_dirs() -> list[Path]:
+    """The conf folders of installed packages that bring rewards or objectives. Nothing of them is imported."""
+    points = [point for group in ("uft.rewards", "uft.objectives") for point in entry_points(group=group)]
+    specs = map(find_spec, dict.fromkeys(point.module.partition(".")[0] for point in points))
+    return [Path(place) / "conf" for spec in specs if spec for place in spec.submodule_search_locations or ()]
+
+
 def config_dirs(extra: str | None = None) -> list[Path]:
     """Every folder with configuration files, the first one that has a file wins. `extra` is Hydra's --config-dir."""
-    dirs = [user_dir(), conf_dir(), Path(extra).resolve() if extra else None]
+    dirs = [user_dir(), conf_dir(), *installed_dirs(), Path(extra).resolve() if extra else None]
     return [folder for folder in dirs if folder is not None and folder.is_dir()]
 
 

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from uft.config.messages import bare
+from uft.errors import Problem, UftError
 
 MISSING = "???"
 """A value that has to be given, as OmegaConf writes it."""
@@ -77,9 +79,18 @@ class Source:
     holdout: Float | None = _key(None, "rows kept for evaluation: a share below 1 or a count; null: data.holdout", ge=0)
     eval_path: str | None = _key(None, "evaluation rows of their own, instead of a holdout")
     eval_split: str | None = _key(None, "evaluation split of the same path, instead of a holdout")
-    checker: Literal["playground", "final_number", "exact"] | None = _key(None, "verifies greedy answers")
+    checker: str | None = _key(
+        None, "what judges answers: NAME of conf/reward, or NAME+NAME; null: reward, where one is chosen"
+    )
     limit: Int | None = _key(None, "use the first N rows only", ge=1)
     rollout: bool = _key(True, "with rollout.completions: sample its prompts; false: its rows are taken as they are")
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Columns that its checker reads beside the answer."""
+        from uft.rewards import columns_of
+
+        return columns_of(self.checker)
 
 
 @dataclass(config=STRICT)
@@ -235,7 +246,7 @@ class Rollout:
     top_p: Float = _key(1.0, "sample among the likeliest that hold this much probability", gt=0, le=1)
     max_new_tokens: Int = _key(128, "longest completion", ge=1)
     batch_size: Int = _key(64, "completions sampled side by side", ge=1)
-    reward: dict[str, Float] = _key({}, "figures of the source's checker: weights in the score; {}: exact_match alone")
+    reward: dict[str, Float] = _key({}, "figures of the source's checker: weights in the score; {}: the first")
     truncated: Literal["keep", "mask"] = _key("keep", "completions without their end: trained on, or scored alone")
     refill: Int = _key(0, "further draws that replace groups of equal scores, at most", ge=0)
     hint: Hint = Field(default_factory=Hint)
@@ -315,6 +326,7 @@ class Config:
     seed: Int = _key(0, "all seeds at once; seeds.* default to it")
     seeds: Seeds = Field(default_factory=Seeds)
     objective: dict[str, Any] = _key({}, "what is minimised: its keys are those of conf/objective/NAME.yaml")
+    reward: dict[str, Any] = _key({}, "what judges answers: its keys are those of conf/reward/NAME.yaml")
     data: Data = Field(default_factory=Data)
     model: Model = Field(default_factory=Model)
     reference: ReferenceModel = Field(default_factory=ReferenceModel)
@@ -373,11 +385,12 @@ def schema_with(objectives: tuple[tuple[KeyPath, str, tuple[str, ...]], ...]) ->
     """`Config` with the keys of its objective and of those within it: place, method and keys of each, deepest first."""
     models: dict[KeyPath, Any] = {}
     for place, method, names in objectives:
-        known, fields, config = fields_of(parameters().get(method)), dict[str, Any](), STRICT
+        classes = parameters(place[0])
+        known, fields, config = fields_of(classes.get(method)), dict[str, Any](), STRICT
         for name in (name for name in names if name in known):
             fields[name] = (models.get((*place, name), known[name].annotation), known[name])
         if not known:  # which keys it has is not known
-            fields["method"], config = (Literal[tuple(parameters())] | None, Field(None)), ConfigDict(extra="allow")
+            fields["method"], config = (Literal[tuple(classes)] | None, Field(None)), ConfigDict(extra="allow")
         model = create_model("Objective", __config__=config, **fields)
         models[place] = model | None if place[1:] else model
     groups: dict[str, Any] = {
@@ -438,9 +451,16 @@ MODULES = ("torch", "torch.nn", "torch.nn.functional")
 EXACT = {int: Int, float: Float, float | None: Float | None}
 
 
-def parameters() -> Mapping[str, type]:
-    """By method: a model of pydantic's with the public hyper-parameters of that objective."""
-    return _objectives()[0]
+def parameters(group: str = "objective") -> Mapping[str, type]:
+    """By method: a model of pydantic's with the public keys of that objective, or reward."""
+    return _objectives()[0] if group == "objective" else _rewards()
+
+
+@cache
+def _rewards() -> Mapping[str, type]:
+    from uft.rewards import checkers
+
+    return {method: _model(method, cls) for method, cls in checkers().items()}
 
 
 def problems_of(settings: Settings) -> list[tuple[str, str]]:
@@ -483,7 +503,11 @@ def _objectives() -> tuple[dict[str, type], Callable[[Settings], Any]]:
         with without_torch():
             return _read()
     except Exception:  # an objective that works with torch's values as it is imported: slow to read, but as right
-        return _read()
+        try:
+            return _read()
+        except ImportError as error:
+            why, advice = str(error), ("uninstall the package, or mend it",)
+            raise UftError(Problem("installed objectives", why, advice=advice)) from error
 
 
 def _read() -> tuple[dict[str, type], Callable[[Settings], Any]]:
@@ -542,7 +566,7 @@ def without_torch() -> Iterator[None]:
     if "torch" in sys.modules:
         yield
         return
-    before = set(sys.modules)
+    before, added = set(sys.modules), {point.module.partition(".")[0] for point in entry_points(group="uft.objectives")}
     sys.modules.update({name: StandIn(name) for name in MODULES})
     try:
         yield
@@ -550,5 +574,5 @@ def without_torch() -> Iterator[None]:
         for name in set(sys.modules) - before:
             values = vars(sys.modules[name]).values()
             holds = any(isinstance(value, StandIn) or value is Anything for value in values)
-            if name in MODULES or name.startswith("uft.objectives") or holds:
+            if name in MODULES or name.startswith("uft.objectives") or name.partition(".")[0] in added or holds:
                 del sys.modules[name]

@@ -197,14 +197,14 @@ def _grades(name: str) -> bool:
     return known or (bool(words) and _GRADE_ENDS.fullmatch(words[-1]) is not None)
 
 
-def check_mapping(columns: Mapping[str, str], source: str) -> list[Problem]:
-    """Names in a `columns` mapping that are no field of ours, as problems."""
-    where = f"data.sources.{source}.columns"
-    fields = f"fields: {', '.join(sorted(FIELDS))}"
+def check_mapping(columns: Mapping[str, str], source: str, facts: Collection[str] = ()) -> list[Problem]:
+    """Names in a `columns` mapping that are no field of ours, as problems. `facts`: those that a checker reads."""
+    where, known = f"data.sources.{source}.columns", FIELDS.union(facts)
+    fields = f"fields: {', '.join(sorted(known))}"
     return [
-        Problem(f"{where}.{name}", "no such field", advice=(*nearest(f"{where}.{{}}", name, FIELDS), fields))
+        Problem(f"{where}.{name}", "no such field", advice=(*nearest(f"{where}.{{}}", name, known), fields))
         for name in columns
-        if name not in FIELDS
+        if name not in known
     ]
 
 
@@ -422,9 +422,9 @@ FIELDS = frozenset().union(*(f.columns for f in FORMATS), COMMON, (theirs for th
 COMPLETION_KEYS = frozenset({"response", "overall_score"})
 
 
-def unread(form: Format, fields: Record) -> Iterator[str]:
+def unread(form: Format, fields: Record, facts: Collection[str] = ()) -> Iterator[str]:
     """Fields that say something and are not read: columns, and as `column.key` those of messages and completions."""
-    known = form.columns | COMMON | {"row"}  # row: a name, in the files of `write_rows`
+    known = form.columns | COMMON | {"row"} | set(facts)  # row: a name, in the files of `write_rows`
     yield from (column for column in fields.keys() - known if not is_blank(fields[column]))
     for column in form.columns & fields.keys():
         keys = COMPLETION_KEYS if column == "completions" else MESSAGE_KEYS
@@ -575,7 +575,9 @@ def to_records(row: Row) -> list[dict[str, Any]]:
         lines = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
     start = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
     end = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
-    return [{**start, **columns, **_annotation_columns(completions), **end} for columns, completions in lines]
+    return [
+        {**start, **columns, **_annotation_columns(completions), **end, **row.facts} for columns, completions in lines
+    ]
 
 
 def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:

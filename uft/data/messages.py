@@ -11,7 +11,7 @@ import ast
 import json
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -85,6 +85,16 @@ def optional_text(value: Any, field: str) -> str | None:
 def is_blank(value: Any) -> bool:
     """Whether a field says nothing: it is missing, an empty list, or white space."""
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def facts_of(fields: Record, columns: Collection[str]) -> dict[str, Any]:
+    """What a record says in the columns of its source's checker, as JSON would give it back; JSON in a text as well."""
+    found = {column: fields[column] for column in columns if not is_blank(fields.get(column))}
+    for column, value in found.items():
+        if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+            with suppress(ValueError, RecursionError):
+                found[column] = json.loads(value)
+    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def is_number(value: Any) -> bool:

@@ -78,6 +78,7 @@ class Row:
     completions: tuple[Completion, ...]
     answer: str | None = None  # the gold answer that a checker compares with
     task: str | None = None  # the family of the prompt, for reports
+    facts: Mapping[str, Any] = field(default_factory=dict)  # other columns that its checker reads, as JSON
 
     @property
     def id(self) -> str:
@@ -139,18 +140,18 @@ def encode_row(row: Row) -> bytes:
         + ([sorted(c.annotations.items())] if c.annotations else [])
         for c in row.completions
     ]
-    content = [_turn_lists(row.prompt), completions, row.answer, row.task]
+    content = [_turn_lists(row.prompt), completions, row.answer, row.task, *([row.facts] if row.facts else [])]
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
 
 
 def decode_row(encoded: bytes, source: str, index: int) -> Row:
     """The row of :func:`encode_row` under a name and number, equal to the last digit."""
-    prompt, completions, answer, task = json.loads(encoded)
+    prompt, completions, answer, task, *facts = json.loads(encoded)
     made = (
         Completion(_turns(turns), preferred, label, score, sampled_by, log_prob, dict(*numbers))
         for turns, preferred, label, score, sampled_by, log_prob, *numbers in completions
     )
-    return Row(source, index, _turns(prompt), tuple(made), answer, task)
+    return Row(source, index, _turns(prompt), tuple(made), answer, task, *facts)
 
 
 def content_digest(rows: Iterable[Row]) -> str:

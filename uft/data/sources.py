@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import uft
 from uft.data import formats
 from uft.data.formats import Format
-from uft.data.messages import Unreadable, excerpt, is_blank
+from uft.data.messages import Unreadable, excerpt, facts_of, is_blank
 from uft.data.rows import Kind, Row, content_digest, oddities
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.errors import Problem, UftError, tame
@@ -138,7 +138,7 @@ def load_sources(settings: Data) -> list[LoadedSource]:
 
 
 def _load(name: str, source: Source, data: Data) -> LoadedSource:
-    problems = formats.check_mapping(source.columns, name)
+    problems = formats.check_mapping(source.columns, name, source.facts)
     scores = source.score_range
     if scores is not None and not (len(scores) == 2 and scores[0] < scores[1]):
         why = "is not two numbers, the lowest and the highest score"
@@ -190,6 +190,7 @@ def _parse(
             shutil.rmtree(folder / key, ignore_errors=True)
     good, omitted = RowCollector(name, limit, folder, key), Omissions(files=left_out)
     score_range = (source.score_range[0], source.score_range[1]) if source.score_range else None
+    facts = source.facts
     for records in tables:
         form = _recognise(name, source, records.scan) if records.scan.count else None
         for number, record in records:
@@ -202,8 +203,8 @@ def _parse(
             except Unreadable as error:
                 omitted.bad.append(BadRow(f"{records.name}:{number}", str(error)))
                 continue
-            good.add(row)
-            omitted.unread.update(formats.unread(form, fields))
+            good.add(replace(row, facts=facts_of(fields, facts)) if facts else row)
+            omitted.unread.update(formats.unread(form, fields, facts))
             omitted.oddities.update(oddities(row, fields.get("sampling")))
         if form and source.kind is None and (problem := formats.unread_feedback(form, omitted.unread, name)):
             raise UftError(problem)  # grades within messages
@@ -216,7 +217,7 @@ def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
     for file in files:
         with open(file, "rb") as handle:
             digests.append([str(file), hashlib.file_digest(handle, "sha256").hexdigest()])
-    settings = [dict(source.columns), source.kind, source.score_range and list(source.score_range), limit]
+    settings = [dict(source.columns), source.kind, source.score_range and list(source.score_range), limit, source.facts]
     key = json.dumps([uft.__version__, CODE_VERSION, settings, digests], sort_keys=True)
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -232,9 +233,19 @@ def _recognise(name: str, source: Source, table: Scan) -> Format:
     if missing:
         raise UftError(*(Problem(f"data.sources.{name}.columns.{what}", why, advice=a) for what, a in missing.items()))
     told = formats.rename(table.told, source.columns)
+    if source.facts and not any(map(told.get, source.facts)):
+        why = f"reads {', '.join(source.facts)}, and the data has no such column"
+        key = f"data.sources.{name}"
+        advice = (
+            f"map one:  {key}.columns.{source.facts[0]}=THEIR_COLUMN",
+            f"judge nothing:  {key}.checker=null",
+            listed,
+        )
+        raise UftError(Problem(f"{key}.checker={source.checker}", why, advice=advice))
+    told = {column: count for column, count in told.items() if column not in source.facts}
     usual = formats.rename({c: c for c, count in table.columns.items() if 2 * count >= table.count}, source.columns)
     columns = {column for column in usual if told.get(column) or column not in formats.FEEDBACK}
-    form = formats.recognise(columns, source.kind, source.columns, name)
+    form = formats.recognise(columns, source.kind, source.columns.keys() - set(source.facts), name)
     if source.kind is None and (problem := formats.unread_feedback(form, told, name)):
         raise UftError(problem)
     return form

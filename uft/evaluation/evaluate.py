@@ -6,8 +6,11 @@ generator, and leaves the model in the mode it was in. The metrics themselves ar
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -18,15 +21,17 @@ from uft.data.batch import Batch, Example, make_example, micro_batches
 from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message, Row
 from uft.distributed import ranks
-from uft.evaluation.measures import CHECKERS, Scored, ScoredRow, Tally, gold, measured, pair_of
+from uft.evaluation.measures import Scored, ScoredRow, Tally, measured, pair_of
 from uft.heartbeat import activity
 from uft.model.load import pad_id
 from uft.model.policy import Policy, evaluating
 from uft.model.reference import Reference
 from uft.objectives.base import Forward
 from uft.objectives.views import pointwise
+from uft.rewards import Spec, Verdict, gold, judge
 from uft.sampling.generate import Interrupted, Reply, Sampling, complete
 
+log = logging.getLogger(__name__)
 Tensor = torch.Tensor
 
 PROMPTS_PER_BATCH = 64
@@ -41,7 +46,7 @@ class HeldOut:
     name: str
     rows: Sequence[Row]
     encoded: Sequence[tuple[Tokens, ...]]
-    checker: str | None = None
+    checker: Spec | None = None
 
 
 @dataclass(frozen=True)
@@ -147,20 +152,22 @@ class _Evaluator:
 
     def answer(self, held: HeldOut, tally: Tally) -> list[Sample]:
         """Answer prompts greedily: lengths and the checker's verdicts go to `tally`, the first replies are returned."""
-        check = CHECKERS[held.checker] if held.checker else None
-        checked = self.settings.generate_rows if check else 0
+        checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
         replies = ranks().map_shards([self.renderer.prompt_ids(row.prompt) for row in rows], self._complete_shard)
+        texts = [str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
+        verdicts = [Verdict({})] * len(rows)
+        if held.checker:
+            jobs = [(held.checker, row, text) for row, text in zip(rows, texts, strict=True)]
+            verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
         samples = []
-        for number, (row, reply) in enumerate(zip(rows, replies, strict=True)):
-            text = str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()
-            verdict = check(row, text) if check else {}
+        for number, (row, reply, text, verdict) in enumerate(zip(rows, replies, texts, verdicts, strict=True)):
             tally.add({"completion_length": (len(reply.ids), 1.0)})
             if number < checked:
-                tally.add({name: (value, 1.0) for name, value in verdict.items()})
+                tally.add({name: (value, 1.0) for name, value in verdict.figures.items()})
             if number < self.settings.samples:
-                answer = gold(row) if check else row.answer
-                samples.append(Sample(held.name, row.id, prompt_text(row.prompt), text, answer, verdict))
+                answer = gold(row) if held.checker else row.answer
+                samples.append(Sample(held.name, row.id, prompt_text(row.prompt), text, answer, verdict.figures))
         return samples
 
     def _complete_shard(self, prompts: Sequence[Sequence[int]]) -> list[Reply]:
@@ -174,6 +181,16 @@ class _Evaluator:
             batch_size=PROMPTS_PER_BATCH,
             should_stop=self.should_stop,
         )
+
+
+def judged(source: str, jobs: Sequence[tuple[Spec, Row, str]], device: torch.device) -> list[Verdict]:
+    """The verdicts of a source's checker. How many answers it cannot judge, and why, is logged: they count as wrong, or
+    not at all where the row lacks what they are judged by."""
+    verdicts = judge(jobs, device)
+    for (reason, counts), number in Counter((v.reason, bool(v.figures)) for v in verdicts if v.reason).items():
+        effect = "scored 0" if counts else "left out"
+        log.warning("%s: %d of %d answers %s: %s", source, number, len(verdicts), effect, reason)
+    return verdicts
 
 
 def score_batch(policy: Forward, reference: Forward | None, batch: Batch) -> Iterator[tuple[int, Scored]]:

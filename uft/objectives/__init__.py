@@ -1,12 +1,14 @@
 """Objectives: one file per shape or method, each a frozen dataclass of hyper-parameters above a short pure method.
 
 A published method is a file of conf/objective that names a class here and the keys it has; what differs from another by
-constants needs no class of its own.
+constants needs no class of its own. Classes of installed packages are found by the entry points of the group
+`uft.objectives`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from uft.objectives.base import Objective
@@ -50,3 +52,14 @@ def make(settings: Mapping[str, Any]) -> Objective:
 
     plain = {name: value(setting) for name, setting in settings.items()}
     return OBJECTIVES[plain["method"]](**plain)
+
+
+# Those of installed packages, by the names that they have there; none takes a name of ours.
+for point in entry_points(group="uft.objectives"):
+    if point.name in OBJECTIVES:
+        continue
+    try:
+        OBJECTIVES[point.name] = point.load()
+    except Exception as error:
+        package = point.dist.name if point.dist else point.module
+        raise ImportError(f"the objective {point.name} of the package {package} cannot be loaded: {error!r}") from error

@@ -186,6 +186,7 @@ def _sample(
             "negative_log_probs": [round(reply.log_prob, 4) for _, reply in kept],
             **({} if row.answer is None else {"answer": row.answer}),
             **({} if row.task is None else {"task": row.task}),
+            **row.facts,
             **recipe,
         }
         lines.append(line)

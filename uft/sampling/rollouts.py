@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -34,11 +33,10 @@ from uft.heartbeat import activity
 from uft.model.policy import Policy, evaluating
 from uft.objectives.policy_gradient import SPREAD
 from uft.objectives.views import GOOD_ENOUGH, is_own, reward
+from uft.rewards import Spec, judge, make, parts
 from uft.sampling.generate import Reply, Sampling, complete, uniforms
 
 Figures = Mapping[str, float]
-Checker = Callable[[Row, str], Figures]
-"""(row, reply) -> named figures in [0, 1]; {} where it has no verdict."""
 
 OWN = "policy"
 """`Completion.sampled_by` of own completions."""
@@ -85,7 +83,7 @@ class RolloutSampler:
         policy: Policy,
         renderer: Renderer,
         views: Mapping[Kind, View],
-        sampled: Mapping[str, Checker | None],
+        sampled: Mapping[str, Spec | None],
         seed: int,
         pad_id: int,
         batch_size: int,
@@ -167,13 +165,27 @@ class RolloutSampler:
             if source.source not in self.sampled:
                 groups.append(Group(draw))
                 continue
-            own, check = tuple(next(replies) for _ in range(each)), self.sampled[source.source]
-            figures: tuple[Figures, ...] = ()
-            if check is not None:
-                row, shown = source.rows[draw.index], self._prompt(draw, hint)[1]
-                figures = tuple(dict(check(row, self._text(shown + reply.ids))) for reply in own)
-            groups.append(Group(draw, hint, own, figures, tuple(map(self._score, figures))))
-        return groups
+            groups.append(Group(draw, hint, tuple(next(replies) for _ in range(each))))
+        return self._judged(groups)
+
+    def _judged(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups with figures and scores, where their source has a checker."""
+        jobs = []
+        for group in groups:
+            source = self._source(group.draw)
+            if group.replies and (spec := self.sampled[source.source]) is not None:
+                row, hint = source.rows[group.draw.index], self._prompt(group.draw, group.hint)[1]
+                jobs += [(spec, row, self._text(hint + reply.ids)) for reply in group.replies]
+        verdicts = iter(ranks().on_rank0(lambda: judge(jobs, self.policy.device)))
+        found = []
+        for group in groups:
+            spec = self.sampled.get(self._source(group.draw).source) if group.replies else None
+            if spec is not None:
+                figures, weights = tuple(next(verdicts).figures for _ in group.replies), weights_of(self.settings, spec)
+                scores = (sum(weight * one.get(name, 0.0) for name, weight in weights.items()) for one in figures)
+                group = replace(group, figures=figures, scores=tuple(min(1.0, score) for score in scores))
+            found.append(group)
+        return found
 
     def _complete(self, asked: Sequence[tuple[RowIndex, int, int]]) -> list[Reply]:
         settings = self.settings
@@ -188,9 +200,6 @@ class RolloutSampler:
             should_stop=self.should_stop,
             numbers=[number for _, _, number in asked],
         )
-
-    def _score(self, figures: Figures) -> float:
-        return min(1.0, sum(weight * figures[name] for name, weight in weights_of(self.settings).items()))
 
     def _text(self, ids: list[int]) -> str:
         return str(self.renderer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -332,9 +341,14 @@ class RolloutSampler:
         return metrics
 
 
-def weights_of(settings: Rollout) -> Mapping[str, float]:
-    """Figures of a checker and what they count in a score."""
-    return {name: weight for name, weight in settings.reward.items() if weight} or {"exact_match": 1.0}
+def weights_of(settings: Rollout, spec: Spec) -> Mapping[str, float]:
+    """Figures of a checker and what they count in a score; nothing said, the first alone."""
+    return {name: weight for name, weight in settings.reward.items() if weight} or {figures_of(spec)[0]: 1.0}
+
+
+def figures_of(spec: Spec) -> list[str]:
+    """The names of the figures that a checker gives."""
+    return [figure for part in parts(spec) for figure in make(part).figures]
 
 
 def _tokens(prompt: Sequence[int], ids: Sequence[int], learned: bool = True) -> Tokens:
@@ -418,7 +432,7 @@ def refuse_unscored(
     sources: Sequence[TokenizedSource],
     views: Mapping[Kind, View],
     settings: Rollout,
-    sampled: Mapping[str, Checker | None],
+    sampled: Mapping[str, Spec | None],
     max_length: int,
     renderer: Renderer,
     name: str,
@@ -432,13 +446,13 @@ def refuse_unscored(
     for source in sources:
         if source.source not in sampled or not len(source.rows):
             continue
-        key, check = f"data.sources.{source.source}", sampled[source.source]
-        if check is None and Kind.NEGATIVES not in views:
+        key, spec = f"data.sources.{source.source}", sampled[source.source]
+        if spec is None and Kind.NEGATIVES not in views:
             why = f"objective={name} learns from scores, and this source has no checker that gives them"
             advice = (f"{key}.checker=final_number", f"{key}.rollout=false   (its rows as they are)")
             problems.append(Problem(key, why, advice=advice))
-        elif check is not None:
-            problems += _unjudged(key, source.rows, check, weights_of(settings))
+        elif spec is not None:
+            problems += _unjudged(key, source.rows, spec, weights_of(settings, spec))
         room, longest = source.encoded.longest_sides[0] + settings.max_new_tokens, settings.hint.schedule != "none"
         if room > max_length:
             why = f"a prompt with rollout.max_new_tokens={settings.max_new_tokens} has up to {room} tokens"
@@ -454,24 +468,22 @@ def refuse_unscored(
         raise UftError(*problems)
 
 
-def _unjudged(key: str, rows: Sequence[Row], check: Checker, weights: Mapping[str, float]) -> list[Problem]:
-    """The rows on whose own demonstration a checker has no verdict, and the figures that it never gives."""
-    silent, lacking = [], Counter[str]()
-    given: dict[str, None] = {}
-    for row in rows:
-        figures = check(row, row.completions[shown_of(row)[0]].text)
-        given |= dict.fromkeys(figures)
-        lacking.update(weights.keys() - figures.keys() if figures else ())
-        silent += [] if figures else [row.id]
-    found = [
-        Problem(
-            f"rollout.reward.{name}",
-            f"the checker of {key} does not give it",
-            advice=(f"it gives: {', '.join(given)}",),
-        )
-        for name in sorted(lacking)
+def _unjudged(key: str, rows: Sequence[Row], spec: Spec, weights: Mapping[str, float]) -> list[Problem]:
+    """The figures that a checker does not give, and the rows of which it can judge no reply; a model is not asked."""
+    given = figures_of(spec)
+    advice = (f"it gives: {', '.join(given)}",)
+    problems = [
+        Problem(f"rollout.reward.{name}", f"the checker of {key} does not give it", advice=advice)
+        for name in weights
+        if name not in given
     ]
+    asked = [part for part in parts(spec) if not hasattr(make(part), "path")]
+    verdicts = judge([(asked, row, "") for row in rows]) if asked else []
+    silent = (
+        [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if not verdict.figures] if asked else []
+    )
     if silent:
-        why = f"its checker has no verdict on {len(silent):,} of {len(rows):,} rows, so that they have no score"
-        found.append(Problem(key, why, silent[0], (f"{key}.rollout=false   (its rows as they are)",)))
-    return found
+        (row, verdict), *_ = silent
+        why = f"{len(silent):,} of {len(rows):,} rows cannot be judged, so that replies have no score: {verdict.reason}"
+        problems.append(Problem(key, why, row.id, (f"{key}.rollout=false   (its rows as they are)",)))
+    return problems

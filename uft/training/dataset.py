@@ -32,14 +32,14 @@ from uft.data.table import grouped, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
 from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
 from uft.evaluation.evaluate import HeldOut
-from uft.evaluation.measures import CHECKERS
 from uft.model.load import load_tokenizer
 from uft.objectives import make
 from uft.objectives.base import Objective
 from uft.objectives.dft import SAMPLING
 from uft.objectives.views import kind_table
+from uft.rewards import Spec, spec_of
 from uft.runs import Run, cache_root, read_json
-from uft.sampling.rollouts import Checker, expected_views, refuse_unscored
+from uft.sampling.rollouts import expected_views, refuse_unscored
 
 
 @dataclass(frozen=True)
@@ -274,10 +274,10 @@ def complete_views(objective: Objective, views: Mapping[Kind, View]) -> Mapping[
     return {kind: complete(kind, view) for kind, view in views.items()}
 
 
-def sampled_sources(config: Config, dataset: TrainData) -> dict[str, Checker | None]:
+def sampled_sources(config: Config, dataset: TrainData) -> dict[str, Spec | None]:
     """The sources of whose prompts the policy samples completions while it trains, with their checkers."""
     chosen = [source for source in dataset.loaded if config.data.sources[source.name].rollout]
-    return {source.name: CHECKERS[source.checker] if source.checker else None for source in chosen}
+    return {source.name: spec_of(config.reward, source.checker) for source in chosen}
 
 
 def lacks(objective: Objective, row: Row) -> frozenset[str]:
@@ -363,7 +363,8 @@ class RunData:
         checkers = {source.name: source.checker for source in loaded}
         known = {held.name: held for held in self.held_out}
         for source in tokenized:
-            held = HeldOut(source.source, source.rows, source.encoded, checkers[source.source])
+            checker = spec_of(stage.config.reward, checkers[source.source])
+            held = HeldOut(source.source, source.rows, source.encoded, checker)
             if held.name not in known:
                 self.held_out.append(held)
             elif content_digest(known[held.name].rows) != content_digest(held.rows):

@@ -34,7 +34,7 @@ from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Needs, Objective, StepContext
 from uft.runs import Run, cache_root, shown
-from uft.sampling.rollouts import RolloutSampler, weights_of
+from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import Card, count
 from uft.training import checkpoint
 from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, read_train_data, sampled_sources
@@ -513,9 +513,11 @@ def rollout_line(config: Config) -> str:
     """What is sampled in every step, and of what the score consists."""
     rollout = config.rollout
     updates = (rollout.prompts or config.train.batch_size) // config.train.batch_size
-    weights = " + ".join(f"{weight:g} {name}" for name, weight in weights_of(rollout).items())
+    weights = " + ".join(f"{weight:g} {name}" for name, weight in rollout.reward.items() if weight)
     line = f"{rollout.completions} completions of each prompt, at most {rollout.max_new_tokens} tokens at temperature "
-    line += f"{rollout.temperature:g}, for {updates} update{'s' * (updates > 1)}; score: {weights}"
+    line += (
+        f"{rollout.temperature:g}, for {updates} update{'s' * (updates > 1)}; score: {weights or 'the first figure'}"
+    )
     return line + (f"; hints: {rollout.hint.schedule}" if rollout.hint.schedule != "none" else "")
 
 
