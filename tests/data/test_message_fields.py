@@ -117,8 +117,11 @@ def test_turns_of_weight_0_are_context_and_train_on_chooses(tokenizer, base_toke
     first = said(ASKED, wrong | {"weight": 1}, no, right)
     for template in (AGENT, MARKED):
         assert learned(tokenizer, first, template, train_on="marked") == "5<|im_end|>"
+    marked = Renderer(tokenizer, train_on="marked")
     with pytest.raises(UftError, match="no token is supervised"):
-        learned(tokenizer, plain, train_on="marked")
+        tokenize("mine", [first, plain], marked, 1000)
+    with pytest.raises(UftError, match=r"(?s)1 problem.*train_on=marked +no assistant turn of data\.sources\.mine is"):
+        tokenize("mine", [plain] * 3, marked, 1000)
     joined = Renderer(base_tokenizer).encode(row.prompt, row.completions[0].turns)
     assert base_tokenizer.decode(joined.ids[joined.supervised].tolist()) == "4<|endoftext|>"
 

@@ -150,7 +150,7 @@ class _Evaluator:
         check = CHECKERS[held.checker] if held.checker else None
         checked = self.settings.generate_rows if check else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
-        replies = ranks().map_shards([self.renderer.prompt_ids(row.prompt) for row in rows], self._complete_shard)
+        replies = ranks().map_shards([self.renderer.start_ids(row) for row in rows], self._complete_shard)
         samples = []
         for number, (row, reply) in enumerate(zip(rows, replies, strict=True)):
             text = str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()
