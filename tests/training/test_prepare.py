@@ -231,6 +231,22 @@ def test_a_models_own_dropout_is_off_unless_asked_for_and_never_beside_a_referen
     assert not torch.equal(*policies["true"])
 
 
+def test_positions_that_transformers_numbers_otherwise_when_it_generates_are_told(build, model_folder, tmp_path):
+    from transformers import AutoTokenizer, RobertaConfig, RobertaForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"max_position_embeddings": 70, "initializer_range": 0.3}
+    RobertaForCausalLM(RobertaConfig(vocab_size=61, pad_token_id=1, is_decoder=True, **sizes)).save_pretrained(
+        tmp_path / "roberta"
+    )
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "roberta")
+    path = f"model.path={tmp_path / 'roberta'}"
+    with pytest.raises(UftError, match=r"(?s)positions from 2 in a forward pass, but from 0.*train\.save_model=false"):
+        build("sft", path, "train.check_model=true", run="refused")
+    kept = ("train.check_model=true", "train.save_model=false")
+    assert build("sft", path, *kept, run="kept").trainer.policy.first_position == 2
+
+
 def test_weights_that_a_step_is_too_small_for_are_told(build):
     narrow = ("model.dtype=bfloat16", "model.master_weights=false")
     told = build("sft", *narrow, "optim.lr=1e-5").cautions

@@ -148,6 +148,11 @@ def prepare(
         why = f"objective={objective.name} compares the policy with its reference, which dropout would make unequal"
         raise UftError(Problem("model.dropout=true", why, advice=("model.dropout=false",)))
     check_positions(policy, data)
+    if policy.first_position and config.train.save_model and config.train.check_model:
+        why = f"transformers numbers positions from {policy.first_position} in a forward pass, but from 0 when it "
+        why += "generates: the exported model would answer otherwise than it was trained"
+        advice = ("keep checkpoints alone:  train.save_model=false", "export it all the same:  train.check_model=false")
+        raise UftError(Problem(f"model.path={config.model.path}", why, advice=advice))
     longest = longest_row(dataset, config, objective)
     settle_layout(policy, config.train.packing, longest)
     if config.model.compile:
