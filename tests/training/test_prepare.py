@@ -15,6 +15,7 @@ from watched import trained
 from uft.config.schema import Hardware
 from uft.errors import FAILED, UftError
 from uft.model.export import plain_model
+from uft.model.policy import Policy
 from uft.runs import create_run
 from uft.training.setup import (
     ONE_ROW,
@@ -245,6 +246,14 @@ def test_positions_that_transformers_numbers_otherwise_when_it_generates_are_tol
         build("sft", path, "train.check_model=true", run="refused")
     kept = ("train.check_model=true", "train.save_model=false")
     assert build("sft", path, *kept, run="kept").trainer.policy.first_position == 2
+
+
+def test_embeddings_that_a_model_takes_none_of_are_told_before_the_start(build, monkeypatch):
+    monkeypatch.setattr(Policy, "check_rows", lambda self, what: setattr(self, "takes_embeddings", False))
+    with pytest.raises(UftError, match=r"objective=ift +LlamaForCausalLM takes no embeddings in place of tokens"):
+        build("ift", run="refused")
+    for settings in (("sft",), ("ift", "objective.lam=0", "objective.embed_grad=true")):
+        assert build(*settings, run="-".join(settings)).trainer
 
 
 def test_weights_that_a_step_is_too_small_for_are_told(build):

@@ -149,10 +149,8 @@ class Policy:
         mixing = request.replace is not None and request.mix != 0
         if request.embed_grad and not mixing:
             inputs["input_ids"] = batch.input_ids
-        elif not self.takes_embeddings:
-            why = "takes no embeddings in place of tokens, so they can be neither mixed nor kept from learning"
-            raise UftError(Problem("objective", f"{type(self.base).__name__} {why}", advice=("objective=sft",)))
         else:  # always through the model's own module: Gemma scales there
+            self.require_embeddings("objective")
             with nullcontext() if request.embed_grad else torch.no_grad():
                 embedded = self.embeddings(batch.input_ids)
                 inputs["inputs_embeds"] = self._mixed(embedded, batch.place, request) if mixing else embedded
@@ -161,6 +159,12 @@ class Policy:
                 return self.body(**inputs, use_cache=False)[0]
             # `forward`, not the module's call: hooks of `base` stand around `sharded_states`
             return self.base.forward(**inputs, use_cache=False).logits
+
+    def require_embeddings(self, what: str) -> None:
+        """Raise UftError about `what`, which wants embeddings in place of tokens, where the model takes none."""
+        if not self.takes_embeddings:
+            why = "takes no embeddings in place of tokens, so they can be neither mixed nor kept from learning"
+            raise UftError(Problem(what, f"{type(self.base).__name__} {why}", advice=("objective=sft",)))
 
     def _mixed(self, embedded: Tensor, place: Tensor, request: ForwardRequest) -> Tensor:
         """(B, L, H) with the replacements of the targets that are among the inputs mixed in."""

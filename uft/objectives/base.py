@@ -79,6 +79,7 @@ class Needs:
     reference: bool = False
     distributions: bool = False  # of the reference over the whole vocabulary: no column of log-probs can stand in
     mismatched: bool = False  # completions under other rows' prompts, for `baseline_terms` (KTO)
+    embeddings: bool = False  # in place of tokens: mixed ones, or some that are kept from learning
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
     annotations: frozenset[str] = frozenset()  # of Completion.annotations, written beforehand
 

@@ -62,6 +62,7 @@ class PerKind(Objective):
             reference=any(n.reference for n in needs),
             distributions=any(n.distributions for n in needs),
             mismatched=any(n.mismatched for n in needs),
+            embeddings=any(n.embeddings for n in needs),
             columns=frozenset[str]().union(*(n.columns for n in needs)),
             annotations=frozenset[str]().union(*(n.annotations for n in needs)),
         )
