@@ -142,12 +142,18 @@ def text(tokenizer, encoded):
             "<|im_start|>tool\nsun<|im_end|>\n<|im_start|>assistant[<final>\nsunny<|im_end|>]",
         ),
         (
+            HEAD + ENDS + FOOT,
+            TOOL,
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[look<|im_end|>]\n"
+            "<|im_start|>tool\nsun<|im_end|>\n<|im_start|>assistant\n[sunny<|im_end|>]",
+        ),
+        (
             HEAD + TURN + FOOT,
             row(0, [ASKED], [("a", " a ")]),
             "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[ a <|im_end|>]",
         ),
     ],
-    ids=["mistral", "thoughts", "channel", "as it is"],
+    ids=["mistral", "thoughts", "channel", "other ends", "as it is"],
 )
 def test_every_reply_can_be_learned_as_it_is_generated(tokenizer, tmp_path, template, which, expected):
     renderer = with_template(tokenizer, template, rendering="generated")

@@ -192,12 +192,12 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
     from uft.launch.sweep import quote, resuming, swept_keys
     from uft.launch.trust import TYPED, refuse_untrusted
 
+    given = overrides
     for sweep in sweeps:
         with resuming(sweep) as commands:
-            refuse_untrusted(
-                sweep, any("trust_remote_code" in word for words, _ in commands for word in words), overrides
-            )
-    overrides = [word for word in overrides if word != TYPED]  # the commands say it
+            runs_code = any("trust_remote_code" in word for words, _ in commands for word in words)
+        refuse_untrusted(sweep, runs_code, given)
+        overrides = [word for word in overrides if not (runs_code and word == TYPED)]  # the commands say it
     # only keys that change no result and are not swept may be given anew
     swept = {key.lstrip("+") for sweep in sweeps for key in swept_keys(sweep)}
     keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
@@ -217,7 +217,7 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
                     return codes[-1]
     theirs = {run.path for sweep in sweeps for run in planned(sweep)}
     others = [run for run in runs if run.path not in theirs]
-    codes += [resume_runs(others, overrides)] if others else []
+    codes += [resume_runs(others, given)] if others else []
     return next((code for code in codes if code != GOOD), GOOD)
 
 

@@ -267,11 +267,15 @@ class ChatTemplate:
         self, conversations: Sequence[Conversation], whole: Sequence[Turns], names: Sequence[str]
     ) -> list[Tokens]:
         """Every row with each reply as it is generated, see :func:`uft.data.template.as_generated`."""
-        stops = [str(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stop_ids]
+        asked, reply = Message("user", "?"), Message("assistant", END)
+        closing = self.stop_ids | self._closing((asked, reply, asked))  # which may differ from that of the last turn
+        stops, ends = (
+            list(map(str, self.tokenizer.convert_ids_to_tokens(list(ids)))) for ids in (self.stop_ids, closing)
+        )
         written = []
         for (prompt, _), turns, name in zip(conversations, whole, names, strict=True):
             with self._explained(turns, name):
-                found = as_generated(self._render, turns, len(prompt), stops)
+                found = as_generated(self._render, turns, len(prompt), stops, ends)
             if isinstance(found, int):
                 raise self._unclear(turns[found], name)
             written.append(found)
@@ -517,21 +521,23 @@ class ChatTemplate:
 
     def _end_of_turn(self) -> frozenset[int]:
         """The token that this template closes a reply with, and the tokenizer's end-of-text token."""
-        stops = {self.tokenizer.eos_token_id} - {None}
-        added = set(self.tokenizer.added_tokens_decoder)
+        stops = frozenset({self.tokenizer.eos_token_id} - {None})
+        return stops | self._closing((Message("user", "?"), Message("assistant", END)))
+
+    def _closing(self, turns: Turns) -> frozenset[int]:
+        """The token that follows the content that is marked by END; none where other text does."""
         try:
-            tail = self._render([(Message("user", "?"), Message("assistant", END))])[0].text.partition(END)[2]
+            tail = self._render([turns])[0].text.partition(END)[2]
         except LimitExceeded as error:
             raise UftError(Problem("data.template", f"{self.name} cannot be used: {error}")) from None
         except TEMPLATE_ERRORS:  # a template that needs more than one exchange: its rows are checked one by one
-            tail = ""
+            return frozenset()
         for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
-            if token in added:
-                stops.add(token)
-                break
+            if token in self.tokenizer.added_tokens_decoder:
+                return frozenset({int(token)})
             if str(self.tokenizer.decode([token])).strip():
                 break
-        return frozenset(int(token) for token in stops)
+        return frozenset()
 
 
 def fill(pieces: Sequence[str], contents: Sequence[str]) -> tuple[str, dict[int, CharSpan]]:

@@ -122,13 +122,16 @@ Render = Callable[..., list[Rendered]]  # of a Template
 
 
 def as_generated(
-    render: Render, turns: Turns, first: int, stops: Sequence[str]
+    render: Render, turns: Turns, first: int, stops: Sequence[str], ends: Sequence[str]
 ) -> tuple[str, dict[int, CharSpan]] | int:
     """The text, and the characters of every reply from turn `first` on with its stop token; or the number of a turn
-    whose text cannot be told. Raises one of TEMPLATE_ERRORS."""
+    whose text cannot be told. Raises one of TEMPLATE_ERRORS.
+
+    `stops` close the last turn, `ends` that or one before it.
+    """
     text, places = "", dict[int, CharSpan]()
     for number in (place for place in range(first, len(turns)) if turns[place].role == "assistant"):
-        before = _between(render, turns, max(places), number, stops) if places else _start(render, turns[:number])
+        before = _between(render, turns, max(places), number, ends) if places else _start(render, turns[:number])
         reply = _last_reply(render, turns[: number + 1], stops)
         if before is None or reply is None:
             return number
@@ -152,17 +155,17 @@ def _last_reply(render: Render, turns: Turns, stops: Sequence[str]) -> str | Non
     return None
 
 
-def _between(render: Render, turns: Turns, last: int, number: int, stops: Sequence[str]) -> str | None:
-    """What generation of turn `number` starts from, after the stop token of the reply `last`."""
+def _between(render: Render, turns: Turns, last: int, number: int, ends: Sequence[str]) -> str | None:
+    """What generation of turn `number` starts from, after the end of the reply `last`."""
     start, following = _start(render, turns[:number]), turns[last + 1]
     for content in (following.content, following.content.strip()):
         marked = _start(
             render, (*turns[: last + 1], replace(following, content=END + content), *turns[last + 2 : number])
         )
         before, mark, after = marked.partition(END)
-        ends = [place + len(stop) for stop in stops if (place := before.rfind(stop)) >= 0]
-        if mark and before + after == start and ends:
-            return start[max(ends) :]
+        places = [place + len(end) for end in ends if (place := before.rfind(end)) >= 0]
+        if mark and before + after == start and places:
+            return start[max(places) :]
     return None
 
 
