@@ -181,7 +181,11 @@ def test_reasoning_of_context_that_a_template_drops_is_told(tokenizer, chatml_te
         ),
         ({"messages": [ASKED | {"thinking": "hm"}, SUNNY]}, "(user) has thinking, which only an assistant turn can"),
         ({"messages": [ASKED, assistant("a", function_call="x")]}, "function_call is no function"),
-        ({"messages": [ASKED, assistant("a", function_call={}, tool_calls=[CALL])]}, "function_call and tool_calls"),
+        ({"messages": [ASKED, assistant("", thinking="tool_calls")]}, "(assistant) is empty"),
+        (
+            {"messages": [ASKED, assistant("a", function_call={}, tool_calls=[CALL])]},
+            "has both function_call and tool_calls",
+        ),
         ({"messages": [ASKED, SUNNY], "images": ["x.png"]}, "images: only text can be trained on"),
         ({"messages": [{**ASKED, "audio": "x.wav"}, SUNNY]}, "audio: only text can be trained on"),
         (

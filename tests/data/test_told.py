@@ -221,6 +221,8 @@ def test_columns_that_are_not_read_are_counted_also_from_the_cache(tmp_path, mon
         assert load(tmp_path, records).omitted.unread == {"id": 3, "note": 1}
     named = {"messages": [USER | {"name": "Ann", "mood": ""}, REPLY, USER | {"name": "Ben"}, REPLY]}
     assert load(tmp_path, [named]).omitted.unread == {"messages.name": 1}
+    marked = {"messages": [USER | {"train": 1}, REPLY | {"train": 1}, USER | {"train": 0}, REPLY | {"train": 0}]}
+    assert load(tmp_path, [marked]).omitted.unread == {"messages.train": 1}  # of the user's turn that is not learned
     rated = {"response": "42", "overall_score": 7, "principle": "truth", "critique": None}
     assert load(tmp_path, [{"instruction": "7*6?", "completions": [rated]}]).omitted.unread == {
         "completions.principle": 1

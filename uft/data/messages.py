@@ -243,7 +243,7 @@ def _read_message(item: Any, field: str) -> Message | None:
         raise Unreadable(f"{field} ({role}) has {', '.join(said)}, which only an assistant turn can have")
     extra = read_extra(item, field)
     learned = _read_learned(item, field) if role == "assistant" else None
-    if role == "assistant" and is_blank(content) and "tool_calls" in extra:
+    if is_blank(content) and {"tool_calls", "function_call"} & set(said):
         return Message(role, "", extra, learned)
     return Message(role, read_text(content, f"{field} ({role})"), extra, learned)
 
@@ -277,20 +277,18 @@ def read_extra(item: Record, field: str) -> str:
 
 def _renewed(item: Record, field: str) -> Record:
     """The fields with OpenAI's older `function_call` and `functions` as `tool_calls` and `tools`."""
-    found = dict(item)
     for old, new in (("function_call", "tool_calls"), ("functions", "tools")):
-        value = found.pop(old, None)
-        if is_blank(value):
+        if is_blank(value := item.get(old)):
             continue
-        with suppress(ValueError):
+        if not is_blank(item.get(new)):
+            raise Unreadable(f"{field} has both {old} and {new}")
+        with suppress(ValueError, RecursionError):
             value = json.loads(value) if isinstance(value, str) else value
         functions = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, dict) for one in functions) or not is_blank(found.get(new)):
-            raise Unreadable(
-                f"{field}.{old} is no function" if is_blank(found.get(new)) else f"{field} has {old} and {new}"
-            )
-        found[new] = [{"type": "function", "function": one} for one in functions]
-    return found
+        if not all(isinstance(one, dict) for one in functions):
+            raise Unreadable(f"{field}.{old} is no function")
+        item = {**item, new: [{"type": "function", "function": one} for one in functions]}
+    return item
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
