@@ -184,6 +184,10 @@ def test_labels_of_minus_one_are_bad_unless_zero_is_one_too(tmp_path):
     records = [{"prompt": "7*6?", "completion": f"{n}", "label": n} for n in (1, -1)]
     assert [row.completions[0].label for row in load(tmp_path, records).rows] == [True, False]
     records.append(records[0] | {"label": 0})
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,completion,label\nq,a,-1\nq,b,0\n")
+    with pytest.raises(UftError, match="label is -1 in some rows and 0 in others"):
+        load_sources(data_settings({"sources": {"mine": {"path": str(table)}}}))
     line = {"columns": {"score": "label"}, "score_range": [-1, 1]}
     assert "data.sources.mine.columns.score=label data.sources.mine.score_range=[-1,1]" in refused(tmp_path, records)
     assert [c.score for c in load(tmp_path, records, **line).rows[0].completions] == [1.0, 0.0, 0.5]

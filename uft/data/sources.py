@@ -202,7 +202,8 @@ def _parse(
                 if form is None or isinstance(record, str):
                     raise Unreadable(str(record))
                 fields = formats.rename(record, source.columns)
-                row = form.read(formats.from_text(fields) if records.textual else fields, score_range)
+                fields = formats.from_text(fields) if records.textual else fields
+                row = form.read(fields, score_range)
             except Unreadable as error:
                 advice = [line.replace("{source}", f"data.sources.{name}") for line in error.advice]
                 omitted.bad.append(BadRow(f"{records.name}:{number}", str(error), advice))
