@@ -1,6 +1,7 @@
 """What a template does to a conversation that its row does not say: told with a count, refused where text is lost."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -166,6 +167,34 @@ def test_every_reply_can_be_learned_as_it_is_generated(tokenizer, tmp_path, temp
     assert renderer.digest != with_template(tokenizer, template).digest
     last = with_template(tokenizer, template, rendering="generated", train_on="last")
     assert text(tokenizer, last.encode(which.prompt, which.completions[0].turns)).count("[") == 1
+
+
+FAMILIES = {
+    "qwen3": ("<|im_end|>", "assistant\n[<think>\n{}\n</think>\n\n{}<|im_end|>]\n<|im_start|>user\nr<|im_end|>"),
+    "gptoss": (
+        "<|return|>",
+        "assistant[<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>]"
+        "<|start|>user<|message|>r<|end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reasoning_of_every_turn_is_learned_under_templates_that_drop_it(tokenizer, family):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    end, expected = FAMILIES[family]
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [f"<|{name}|>" for name in ("start", "end", "return", "channel", "message")]}
+    )
+    tokenizer.eos_token = end
+    thought = '{"reasoning_content": "why so"}'
+    said = (Message("assistant", "yes", thought), Message("user", "r"), Message("assistant", "no", thought))
+    which, template = Row("mine", 0, turns(ASKED), (Completion(said),)), (folder / f"{family}.jinja").read_text()
+    with pytest.raises(UftError, match=r"data\.rendering=generated"):
+        tokenize("mine", [which], with_template(tokenizer, template), 2000)
+    done = tokenize("mine", [which], with_template(tokenizer, template, rendering="generated"), 2000)
+    assert done.report.notes == ()
+    assert expected.format("why so", "yes") in text(tokenizer, done.encoded[0][0])
 
 
 def test_a_reply_that_generation_would_not_begin_like_that_is_refused(tokenizer):
