@@ -69,9 +69,8 @@ def sample(kind: Kind, index: int) -> Row:
     """A row of a kind, with everything that an annotation could have written."""
 
     def reply(**feedback: object) -> Completion:
-        return Completion(
-            (Message("assistant", "x"),), annotations=dict.fromkeys((*ANNOTATIONS, SPREAD), -1.0), **feedback
-        )  # type: ignore[arg-type]
+        notes = dict.fromkeys((*ANNOTATIONS, SPREAD), -1.0)
+        return Completion((Message("assistant", "x"),), annotations=notes, **feedback)  # type: ignore[arg-type]
 
     completions = {
         Kind.DEMONSTRATION: (reply(),),

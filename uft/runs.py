@@ -69,6 +69,12 @@ class Run:
         """The frozen, resolved configuration. Raises Damaged where it is none."""
         return dict(_read_yaml(self.config_file, dict))
 
+    @property
+    def runs_code(self) -> bool:
+        """Whether its configuration lets code run that comes with a model."""
+        model = self.config().get("model")
+        return bool(model.get("trust_remote_code")) if isinstance(model, dict) else False
+
     def overrides(self) -> list[str]:
         """The words of the command line. They are for people to read: where the file is damaged, there are none."""
         try:

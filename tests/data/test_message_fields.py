@@ -57,8 +57,10 @@ def assistant(content, **fields):
 def test_calls_and_reasoning_are_learned_and_results_and_tools_are_context(tokenizer):
     end = "<|im_end|>"
     as_text = {"function": {"name": "w", "arguments": '{"city": "Oslo"}'}}
-    for calls in ([CALL], json.dumps([CALL]), [as_text]):
-        row = said(ASKED, assistant("Let me see.", tool_calls=calls), SUN, SUNNY, tools=[WEATHER])
+    older = {"functions": [WEATHER["function"]]}, {"function_call": as_text["function"]}
+    for calls in ([CALL], json.dumps([CALL]), [as_text], older):
+        columns, fields = older if calls is older else ({"tools": [WEATHER]}, {"tool_calls": calls})
+        row = said(ASKED, assistant("Let me see.", **fields), SUN, SUNNY, **columns)
         assert learned(tokenizer, row) == f"Let me see.{CALL_TEXT}{end}sunny{end}"
     row = said(ASKED, assistant(None, tool_calls=[CALL]), SUN, SUNNY)
     assert learned(tokenizer, row) == f"{CALL_TEXT}{end}sunny{end}"
@@ -115,8 +117,11 @@ def test_turns_of_weight_0_are_context_and_train_on_chooses(tokenizer, base_toke
     first = said(ASKED, wrong | {"weight": 1}, no, right)
     for template in (AGENT, MARKED):
         assert learned(tokenizer, first, template, train_on="marked") == "5<|im_end|>"
+    marked = Renderer(tokenizer, train_on="marked")
     with pytest.raises(UftError, match="no token is supervised"):
-        learned(tokenizer, plain, train_on="marked")
+        tokenize("mine", [first, plain], marked, 1000)
+    with pytest.raises(UftError, match=r"(?s)1 problem.*train_on=marked +no assistant turn of data\.sources\.mine is"):
+        tokenize("mine", [plain] * 3, marked, 1000)
     joined = Renderer(base_tokenizer).encode(row.prompt, row.completions[0].turns)
     assert base_tokenizer.decode(joined.ids[joined.supervised].tolist()) == "4<|endoftext|>"
 
@@ -170,6 +175,17 @@ def test_reasoning_of_context_that_a_template_drops_is_told(tokenizer, chatml_te
         ({"messages": [ASKED | {"value": "another"}, SUNNY]}, "contradict each other: content, value"),
         ({"messages": [ASKED, assistant("a", thinking="b", reasoning="c")]}, "each other: reasoning_content"),
         ({"messages": [ASKED, assistant("a", tool_calls="x")]}, "tool_calls is text, not a list of objects"),
+        (
+            {"messages": [ASKED | {"tool_calls": [CALL]}, SUNNY]},
+            "(user) has tool_calls, which only an assistant turn can",
+        ),
+        ({"messages": [ASKED | {"thinking": "hm"}, SUNNY]}, "(user) has thinking, which only an assistant turn can"),
+        ({"messages": [ASKED, assistant("a", function_call="x")]}, "function_call is no function"),
+        ({"messages": [ASKED, assistant("", thinking="tool_calls")]}, "(assistant) is empty"),
+        (
+            {"messages": [ASKED, assistant("a", function_call={}, tool_calls=[CALL])]},
+            "has both function_call and tool_calls",
+        ),
         ({"messages": [ASKED, SUNNY], "images": ["x.png"]}, "images: only text can be trained on"),
         ({"messages": [{**ASKED, "audio": "x.wav"}, SUNNY]}, "audio: only text can be trained on"),
         (

@@ -1,6 +1,7 @@
 """What a template does to a conversation that its row does not say: told with a count, refused where text is lost."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -92,7 +93,13 @@ def test_differences_are_told_with_their_count_also_by_a_cache(tokenizer, tmp_pa
 def test_supervised_text_that_is_lost_is_refused_unless_it_may_be(tokenizer, tmp_path, template, lossy, why):
     with pytest.raises(UftError) as error:
         tokenize("mine", [lossy], with_template(tokenizer, template), 200, cache_dir=tmp_path)
-    for words in (why, f"row {lossy.id}", "data.lost_text=keep", "would not be learned as the row has it"):
+    for words in (
+        why,
+        f"row {lossy.id}",
+        "data.lost_text=keep",
+        "data.rendering=generated",
+        "would not be learned as the row has it",
+    ):
         assert words in str(error.value)
     kept = tokenize("mine", [lossy], with_template(tokenizer, template, lost_text="keep"), 200, cache_dir=tmp_path)
     assert any(what.startswith(why.partition(":")[0]) for what, _, _ in kept.report.notes)
@@ -104,3 +111,127 @@ def test_a_header_is_never_supervised_where_there_is_no_generation_prompt(tokeni
     template = HEAD + TURN.replace("m['content']", "m['content'] | upper") + "{% endfor %}"
     encoded = with_template(tokenizer, template).encode(PLAIN.prompt, PLAIN.completions[0].turns)
     assert tokenizer.decode(encoded.ids[encoded.supervised].tolist()) == "YES<|im_end|>"
+
+
+def text(tokenizer, encoded):
+    """The text of a row, the supervised part between brackets."""
+    told, inside = "", False
+    for token, supervised in zip(encoded.ids.tolist(), encoded.supervised.tolist(), strict=True):
+        told += ("[" if supervised else "]") * (supervised != inside) + tokenizer.decode([token])
+        inside = supervised
+    return told + "]"
+
+
+@pytest.mark.parametrize(
+    ("template", "which", "expected"),
+    [
+        (
+            MISTRAL,
+            row(0, [("s", "Be brief."), ASKED], [("a", "yes"), ("u", "r"), ("a", "no")]),
+            "<|im_start|>Be brief.\nq[ yes<|im_end|>]<|im_start|>Be brief.\nr[ no<|im_end|>]",
+        ),
+        (
+            THOUGHTLESS,
+            TWICE,
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[<think>so</think>1<|im_end|>]\n"
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[<think>so</think>2<|im_end|>]",
+        ),
+        (
+            HEAD + CHANNEL + FOOT.replace("assistant\n", "assistant"),
+            TOOL,
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant[<final>\nlook<|im_end|>]\n"
+            "<|im_start|>tool\nsun<|im_end|>\n<|im_start|>assistant[<final>\nsunny<|im_end|>]",
+        ),
+        (
+            HEAD + ENDS + FOOT,
+            TOOL,
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[look<|im_end|>]\n"
+            "<|im_start|>tool\nsun<|im_end|>\n<|im_start|>assistant\n[sunny<|im_end|>]",
+        ),
+        (
+            HEAD + TURN + FOOT,
+            row(0, [ASKED], [("a", " a ")]),
+            "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[ a <|im_end|>]",
+        ),
+    ],
+    ids=["mistral", "thoughts", "channel", "other ends", "as it is"],
+)
+def test_every_reply_can_be_learned_as_it_is_generated(tokenizer, tmp_path, template, which, expected):
+    renderer = with_template(tokenizer, template, rendering="generated")
+    done = tokenize("mine", [which], renderer, 200, cache_dir=tmp_path)
+    (encoded,) = done.encoded[0]
+    assert (text(tokenizer, encoded), done.report.notes) == (expected, ())
+    assert (
+        encoded.ids[: encoded.prompt_length].tolist() == renderer.prompt_ids(which.prompt) == renderer.start_ids(which)
+    )
+    assert renderer.digest != with_template(tokenizer, template).digest
+    last = with_template(tokenizer, template, rendering="generated", train_on="last")
+    assert text(tokenizer, last.encode(which.prompt, which.completions[0].turns)).count("[") == 1
+
+
+FAMILIES = {
+    "qwen3": ("<|im_end|>", "assistant\n[<think>\n{}\n</think>\n\n{}<|im_end|>]\n<|im_start|>user\nr<|im_end|>"),
+    "gptoss": (
+        "<|return|>",
+        "assistant[<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>{}<|return|>]"
+        "<|start|>user<|message|>r<|end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reasoning_of_every_turn_is_learned_under_templates_that_drop_it(tokenizer, family):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    end, expected = FAMILIES[family]
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": [f"<|{name}|>" for name in ("start", "end", "return", "channel", "message")]}
+    )
+    tokenizer.eos_token = end
+    thought = '{"reasoning_content": "why so"}'
+    said = (Message("assistant", "yes", thought), Message("user", "r"), Message("assistant", "no", thought))
+    which, template = Row("mine", 0, turns(ASKED), (Completion(said),)), (folder / f"{family}.jinja").read_text()
+    with pytest.raises(UftError, match=r"data\.rendering=generated"):
+        tokenize("mine", [which], with_template(tokenizer, template), 2000)
+    done = tokenize("mine", [which], with_template(tokenizer, template, rendering="generated"), 2000)
+    assert done.report.notes == ()
+    assert expected.format("why so", "yes") in text(tokenizer, done.encoded[0][0])
+
+
+def test_a_reply_that_generation_would_not_begin_like_that_is_refused(tokenizer):
+    thinks = HEAD + TURN + FOOT.replace("assistant\n", "assistant\n<think>\n")  # as R1
+    with pytest.raises(UftError, match="changes this reply"):
+        tokenize("mine", [PLAIN], with_template(tokenizer, thinks, rendering="generated"), 200)
+    dropped = with_template(tokenizer, THOUGHTLESS, rendering="generated")
+    (note,) = tokenize("mine", [THOUGHT], dropped, 200).report.notes  # of a turn in the prompt
+    assert note == ("leaves out, or changes the text of, assistant turns", 1, "mine:3, turn 2")
+
+
+def test_answers_start_from_the_text_that_was_trained(tokenizer, caplog):
+    renderer = with_template(tokenizer, HEAD + CHANNEL + FOOT)
+    for which in (PLAIN, TOOL):
+        assert tokenizer.decode(renderer.start_ids(which)).endswith("<|im_start|>assistant<final>\n")
+        assert tokenizer.decode(renderer.prompt_ids(which.prompt)).endswith("<|im_start|>assistant\n")
+    assert renderer.start_ids(PLAIN, "Be rude.") == renderer.prompt_ids(PLAIN.prompt, "Be rude.")
+    assert [record.getMessage().endswith("answers start from the text of training") for record in caplog.records] == [
+        True
+    ]
+    context = row(0, [ASKED], [("a", "look"), ASKED, ("a", "sunny")])
+    last = with_template(tokenizer, HEAD + CHANNEL + FOOT, train_on="last")
+    assert last.start_ids(context) == last.prompt_ids(context.prompt)
+
+
+def test_special_tokens_of_messages_are_tokens_where_that_is_asked_for(tokenizer, base_tokenizer):
+    written = row(0, [("u", "a<|im_end|>b")], [("a", "yes<|im_end|>")])
+    stop = tokenizer.eos_token_id
+    counts = {}
+    for how in ("text", "tokens"):
+        renderer = with_template(tokenizer, HEAD + TURN + FOOT, special_text=how)
+        (encoded,) = tokenize("mine", [written], renderer, 200).encoded[0]
+        counts[how] = encoded.ids.tolist().count(stop), tokenizer.decode(encoded.ids[encoded.supervised].tolist())
+    assert counts == {"text": (2, "yes<|im_end|><|im_end|>"), "tokens": (3, "yes<|im_end|>")}
+    assert renderer.digest != with_template(tokenizer, HEAD + TURN + FOOT).digest
+    ready = row(0, [("u", "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")], [("a", "yes<|endoftext|>")])
+    plain = Renderer(base_tokenizer, special_text="tokens")
+    (encoded,) = tokenize("mine", [ready], plain, 200).encoded[0]
+    assert text(base_tokenizer, encoded) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[yes<|endoftext|>]"
+    assert encoded.ids.tolist() == base_tokenizer(ready.prompt[0].content + "yes<|endoftext|>")["input_ids"]

@@ -118,6 +118,99 @@ def test_names_of_classes_are_read_not_their_numbers(tmp_path):
         assert [row.completions[0].label for row in source.rows] == [True, False]
 
 
+def test_bookkeeping_of_common_data_sets_is_told_only(tmp_path):
+    names = "language_score,lid_score,prompt_rating,question_score,url,created_at,idx,source,int_id,quality_class"
+    kept = names.split(",")
+    nested = {"metadata": {"language_score": 0.9, "url": "x", "stats": {"tokens": 3}}}
+    source = load(tmp_path, [{"prompt": "q", "completion": "a", **dict.fromkeys(kept, 1), **nested}])
+    assert source.omitted.unread == dict.fromkeys([*kept, "metadata"], 1)
+
+
+def test_grades_within_objects_are_refused(tmp_path):
+    for meta, name in (({"rating": 1}, "metadata.rating"), ({"human": {"is_good": False}}, "metadata.human.is_good")):
+        records = [DIALOGUES["messages"] | {"metadata": meta}]
+        assert f"{name} (1 row) may say how good a completion is" in refused(tmp_path, records)
+        assert load(tmp_path, records, kind="demonstration").omitted.unread == {"metadata": 1, name: 1}
+
+
+def test_the_other_side_of_a_pair_is_no_bookkeeping(tmp_path):
+    for name, ours in (("completion", "prompt"), ("response", "prompt"), ("output", "instruction")):
+        records = [{ours: "7*6?", name: "42", "rejected": "13"}]
+        assert f"read both as a pair:  data.sources.mine.columns.chosen={name}" in refused(tmp_path, records)
+        pair = load(tmp_path, records, columns={"chosen": name}).rows[0]
+        assert [(c.text, c.preferred) for c in pair.completions] == [("42", True), ("13", False)]
+    said = refused(tmp_path, [DIALOGUES["messages"] | {"rejected": "13"}])
+    assert ("rejected (1 row) is a side of a pair" in said, "columns." in said) == (True, False)
+
+
+def test_a_word_about_which_side_is_better_is_not_dropped(tmp_path):
+    for name in ("label", "preference", "winner", "kto_tag"):
+        records = [{"prompt": "7*6?", "chosen": "42", "rejected": "13", name: 1}]
+        assert "may say which side is better" in refused(tmp_path, records)
+        assert load(tmp_path, records, kind="preference").kinds == {Kind.PREFERENCE: 1}
+    graded = {"prompt": "7*6?", "chosen": "42", "rejected": "13", "margin_score": 1, "chosen-rating": 5}
+    assert load(tmp_path, [graded]).omitted.unread == {"margin_score": 1, "chosen-rating": 1}
+
+
+def test_text_that_the_prompt_lacks_is_read_or_refused(tmp_path):
+    for record, lines in (
+        ({"prompt": "Who?", "response": "a"}, {"instruction": "prompt"}),
+        ({"question": "Who?", "answer": "a"}, {"instruction": "question", "completion": "answer"}),
+        ({"question": "Who?", "chosen": "a", "rejected": "b"}, {"instruction": "question"}),
+    ):
+        records = [record | {"context": "Ann ate it."}, record]
+        said = refused(tmp_path, records)
+        assert "context (1 row) holds text that the prompt lacks" in said
+        assert " ".join(f"data.sources.mine.columns.{ours}={theirs}" for ours, theirs in lines.items()) in said
+        assert turns(load(tmp_path, records, columns=lines).rows[0]) == [("user", "Who?\n\nAnn ate it.")]
+        assert turns(load(tmp_path, records, columns={"context": ""}).rows[0]) == [("user", "Who?")]
+    within = {"messages": [USER | {"content": "Ann ate it. Who?"}, REPLY], "input": " Ann ate it.\n", "context": []}
+    assert load(tmp_path, [within]).omitted.unread == {"input": 1}
+
+
+def test_a_row_of_weight_0_is_not_learned(tmp_path):
+    for name, on, off in (("weight", 1.0, 0), ("train", True, False), ("training", 1, 0), ("loss_mask", 1, 0)):
+        records = [record | {name: on} for record in DIALOGUES.values() if "prompt" in record]
+        assert load(tmp_path, records).omitted.unread == {}
+        said = refused(tmp_path, [*records, records[0] | {name: off}])
+        assert f"rows.jsonl:3  {name} is {off}: this row is not to be learned" in said
+        assert f"leave it unread:  data.sources.mine.columns.{name}=''" in said
+        assert load(tmp_path, [*records, records[0] | {name: off}], columns={name: ""}).kinds[Kind.DEMONSTRATION] == 3
+    for mark in (0.5, [0, 1], "no"):
+        assert "rows are learned whole or not at all" in refused(tmp_path, [records[0] | {"weight": mark}])
+
+
+def test_labels_of_minus_one_are_bad_unless_zero_is_one_too(tmp_path):
+    records = [{"prompt": "7*6?", "completion": f"{n}", "label": n} for n in (1, -1)]
+    assert [row.completions[0].label for row in load(tmp_path, records).rows] == [True, False]
+    records.append(records[0] | {"label": 0})
+    table = tmp_path / "rows.csv"
+    table.write_text("prompt,completion,label\nq,a,-1\nq,b,0\n")
+    with pytest.raises(UftError, match="label is -1 in some rows and 0 in others"):
+        load_sources(data_settings({"sources": {"mine": {"path": str(table)}}}))
+    line = {"columns": {"score": "label"}, "score_range": [-1, 1]}
+    assert "data.sources.mine.columns.score=label data.sources.mine.score_range=[-1,1]" in refused(tmp_path, records)
+    assert [c.score for c in load(tmp_path, records, **line).rows[0].completions] == [1.0, 0.0, 0.5]
+
+
+def test_generations_with_ratings_are_scored_and_those_behind_a_pair_are_told(tmp_path):
+    rated = {"instruction": "7*6?", "generations": ["42", "13"], "ratings": [5, 2], "generation_models": ["m", "n"]}
+    source = load(tmp_path, [rated])
+    assert [(c.text, c.score) for c in source.rows[0].completions] == [("42", 1.0), ("13", 0.25)]
+    said = refused(tmp_path, [rated | {"ratings": [9, 2]}])
+    assert "on another scale:  data.sources.mine.score_range=[LOWEST,HIGHEST]" in said
+    pair = load(tmp_path, [rated | {"chosen": "42", "rejected": "13"}])
+    assert (pair.kinds, sorted(pair.omitted.unread)) == (
+        {Kind.PREFERENCE: 1},
+        ["generation_models", "generations", "ratings"],
+    )
+
+
+def test_advice_about_a_row_names_its_source(tmp_path):
+    said = refused(tmp_path, [{"prompt": "q", "completion": "a", "label": "sports"}])
+    assert "leave it unread:  data.sources.mine.kind=demonstration" in said
+
+
 # --- columns, files, pairs and labels, in the report
 
 
@@ -132,6 +225,8 @@ def test_columns_that_are_not_read_are_counted_also_from_the_cache(tmp_path, mon
         assert load(tmp_path, records).omitted.unread == {"id": 3, "note": 1}
     named = {"messages": [USER | {"name": "Ann", "mood": ""}, REPLY, USER | {"name": "Ben"}, REPLY]}
     assert load(tmp_path, [named]).omitted.unread == {"messages.name": 1}
+    marked = {"messages": [USER | {"train": 1}, REPLY | {"train": 1}, USER | {"train": 0}, REPLY | {"train": 0}]}
+    assert load(tmp_path, [marked]).omitted.unread == {"messages.train": 1}  # of the user's turn that is not learned
     rated = {"response": "42", "overall_score": 7, "principle": "truth", "critique": None}
     assert load(tmp_path, [{"instruction": "7*6?", "completions": [rated]}]).omitted.unread == {
         "completions.principle": 1

@@ -15,6 +15,7 @@ from uft.cli import main
 from uft.config.schema import Data, Source
 from uft.data.sources import load_sources
 from uft.errors import UftError
+from uft.launch.trust import refuse_untrusted
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = sorted([*(ROOT / "uft").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")])
@@ -331,6 +332,30 @@ def test_commands_of_a_received_sweep_name_no_code(here, capsys):
         (here / "sweep.json").write_text(json.dumps({"commands": commands}))
         assert main(["resume", str(here)]) == 2
     assert not (here / "this-was-run").exists()
+
+
+def test_a_folder_from_elsewhere_runs_its_model_s_code_only_when_that_is_typed(tmp_path, uft, monkeypatch, capsys):
+    """Of runs and sweeps with `model.trust_remote_code` on: one's own go on, copies ask for the key once."""
+    monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    typed = "model.trust_remote_code=true"
+    words = ["debug=fast", "objective=sft", "data=instruct", "tracking=none", "train.steps=1", "eval=none", typed]
+    uft("train", "-m", *words, "seed=1", "sweep.name=both", env={"UFT_CACHE": str(tmp_path / "cache")})
+    (sweep,) = tmp_path.glob("outputs/*/both")
+    (run,) = (file.parent for file in sweep.glob("*/run.json"))
+    assert main(["resume", str(run)]) == 0
+    for number, folder in enumerate((run, sweep)):
+        sent = tmp_path / "sent" / str(number)
+        shutil.copytree(folder, sent)
+        for verb in ("resume", "generate")[: 2 - number]:
+            assert main([verb, str(sent)]) == 2
+            refused = capsys.readouterr().err
+            assert "runs code that comes with its model" in refused
+            assert typed in refused
+    assert main(["resume", str(tmp_path / "sent" / "0"), typed]) == main(["resume", str(tmp_path / "sent" / "0")]) == 0
+    refuse_untrusted(sweep, True, [])
+    refuse_untrusted(tmp_path / "sent" / "1", True, [typed])
+    refuse_untrusted(tmp_path / "sent" / "1", True, [])
 
 
 def test_plugins_that_are_installed_are_chosen_by_name(here, capsys):

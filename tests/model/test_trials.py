@@ -11,12 +11,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from uft.config.schema import Model
+from uft.config.schema import Lora, Model
 from uft.data.batch import Batch, Layout, sequence_batch
 from uft.errors import UftError
 from uft.model.layout import settle_layout
 from uft.model.load import load_policy
-from uft.model.policy import Policy
+from uft.model.policy import Policy, add_lora
 from uft.objectives.base import ForwardRequest
 
 Build = Callable[..., Any]
@@ -101,9 +101,36 @@ def test_rotary_embeddings_that_depend_on_the_longest_row_are_refused_beyond_it(
         settle_layout(Policy(model), packing, 64)
         with pytest.raises(UftError, match="a row of 65 tokens changes the log-probs") as raised:
             settle_layout(Policy(model), packing, 65)
-        assert raised.value.problems[0].advice == ("train.max_length=64 data.too_long=drop|truncate",)
+        assert "leave longer rows out:  train.max_length=64 data.too_long=drop" in raised.value.problems[0].advice
     settle_layout(Policy(made("Llama", **settings)), "padded", 200)
     settle_layout(Policy(made("GPT2", **GPT2)), "padded", 200)  # beyond its positions: no row is that long
+
+
+def test_embeddings_that_a_model_looks_its_tokens_up_by_cannot_be_mixed(batch: Batch):
+    """Gemma 4 finds the token of every embedding, and fails on one that is none's."""
+    per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": SMALL["vocab_size"]}
+    heads = {"head_dim": 8, "global_head_dim": 8, "num_key_value_heads": 2, "num_global_key_value_heads": 2}
+    config = transformers.Gemma4TextConfig(**SMALL | per_layer | heads | {"pad_token_id": 0})
+    torch.manual_seed(0)
+    policy = Policy(AutoModelForCausalLM.from_config(config).eval())
+    assert policy(batch).log_probs.isfinite().all()
+    policy.check_rows("model.path=x")
+    with pytest.raises(UftError, match="takes no embeddings in place of tokens"):
+        policy(batch, ForwardRequest(replace=batch.target_ids, mix=0.5))
+
+
+def test_experts_that_are_one_weight_get_their_rank_and_scale(recwarn: pytest.WarningsRecorder):
+    """Two matrices of an expert in one weight: twice the rank, the same scale."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1}
+    adapted = add_lora(made("Mixtral", **SMALL | experts), Lora(rank=2, alpha=8.0, targets=["all-linear"]), 0, True)
+    layers = [m for m in adapted.modules() if isinstance(getattr(m, "scaling", None), dict)]
+    assert {m.parameter_name: m.r["default"] for m in layers if hasattr(m, "parameter_name")} == {
+        "weight": 2,
+        "down_proj": 2,
+        "gate_up_proj": 4,
+    }
+    assert {m.scaling["default"] for m in layers} == {4.0}
+    assert not [str(one.message) for one in recwarn if "pattern" in str(one.message)]
 
 
 def test_a_model_that_fails_on_its_first_rows_is_one_line(build: Build, model_folder: Path, monkeypatch: Any):

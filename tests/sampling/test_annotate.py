@@ -2,6 +2,7 @@
 
 import gc
 import math
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -148,6 +149,20 @@ def test_neither_batches_nor_order_matter(annotate, tiny, tmp_path):
     for tokens in (1, 60, 100_000):
         found = annotate(ROWS[::-1], [tiny], cache=tmp_path / str(tokens), batch_tokens=tokens)[::-1]
         assert flat(found) == pytest.approx(flat(expected), abs=1e-5)
+
+
+def test_rows_whose_embeddings_depend_on_the_longest_are_read_alone(annotate, tiny, tmp_path):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    folder = shutil.copytree(tiny, tmp_path / "longrope")
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": len(WORDS) + 5, "max_position_embeddings": 40, "original_max_position_embeddings": 20}
+    config = Phi3Config(**sizes, rope_parameters=rope, pad_token_id=0, initializer_range=0.3)
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    found = flat(annotate(ROWS, [str(folder)]))
+    alone = [flat(annotate([one], [str(folder)], cache=tmp_path / one.id)) for one in ROWS[:1]]
+    assert found[:1] == pytest.approx(flat(alone), abs=1e-6)
 
 
 def test_a_reply_that_says_nothing_has_none(annotate, tiny):

@@ -5,7 +5,7 @@ from itertools import count
 
 import pytest
 import torch
-from transformers import Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, OpenAIGPTConfig, RwkvConfig
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, OpenAIGPTConfig, Phi3Config, RwkvConfig
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -61,6 +61,19 @@ def test_greedy_is_what_transformers_generates(name):
         )[0, len(prompt) :].tolist()
         assert reply.ids == (own[: own.index(END)] if END in own else own)
         assert reply.stopped == (END in own)
+
+
+def test_rows_whose_embeddings_depend_on_the_longest_are_answered_alone():
+    """Phi 3: beyond its original length, each token as by one forward pass over the row that ends with it."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [4.0] * 4, "short_factor": [1.0] * 4}
+    torch.manual_seed(0)
+    config = Phi3Config(**SMALL, rope_parameters=rope, original_max_position_embeddings=16, pad_token_id=PAD)
+    module = AutoModelForCausalLM.from_config(config).eval()
+    for prompt, reply in zip(PROMPTS, run(module, sampling=GREEDY, stop=()), strict=True):
+        line = list(prompt)
+        for token in reply.ids:
+            assert int(module(torch.tensor([[*line, token]]), use_cache=False).logits[0, -2].argmax()) == token
+            line.append(token)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -15,6 +15,7 @@ from watched import trained
 from uft.config.schema import Hardware
 from uft.errors import FAILED, UftError
 from uft.model.export import plain_model
+from uft.model.policy import Policy
 from uft.runs import create_run
 from uft.training.setup import (
     ONE_ROW,
@@ -268,6 +269,30 @@ def test_a_models_own_dropout_is_off_unless_asked_for_and_never_beside_a_referen
     assert "acts in training" in str(stage_card(build("sft", path, "model.dropout=true", run="told")))
     assert torch.equal(*policies["false"])
     assert not torch.equal(*policies["true"])
+
+
+def test_positions_that_transformers_numbers_otherwise_when_it_generates_are_told(build, model_folder, tmp_path):
+    from transformers import AutoTokenizer, RobertaConfig, RobertaForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    sizes |= {"max_position_embeddings": 70, "initializer_range": 0.3}
+    RobertaForCausalLM(RobertaConfig(vocab_size=61, pad_token_id=1, is_decoder=True, **sizes)).save_pretrained(
+        tmp_path / "roberta"
+    )
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "roberta")
+    path = f"model.path={tmp_path / 'roberta'}"
+    with pytest.raises(UftError, match=r"(?s)positions from 2 in a forward pass, but from 0.*train\.save_model=false"):
+        build("sft", path, "train.check_model=true", run="refused")
+    kept = ("train.check_model=true", "train.save_model=false")
+    assert build("sft", path, *kept, run="kept").trainer.policy.first_position == 2
+
+
+def test_embeddings_that_a_model_takes_none_of_are_told_before_the_start(build, monkeypatch):
+    monkeypatch.setattr(Policy, "check_rows", lambda self, what: setattr(self, "takes_embeddings", False))
+    with pytest.raises(UftError, match=r"objective=ift +LlamaForCausalLM takes no embeddings in place of tokens"):
+        build("ift", run="refused")
+    for settings in (("sft",), ("ift", "objective.lam=0", "objective.embed_grad=true")):
+        assert build(*settings, run="-".join(settings)).trainer
 
 
 def test_weights_that_a_step_is_too_small_for_are_told(build):

@@ -155,8 +155,10 @@ def resume_run(run: Run, overrides: list[str]) -> int:
     """Continue one run, its relative data paths read from where it was started."""
     from uft.config.compose import changed
     from uft.launch.launcher import continue_run
+    from uft.launch.trust import refuse_untrusted
 
     started = str(run.info().get("cwd", "."))
+    refuse_untrusted(run.path, run.runs_code, overrides)
     settings = changed(run.config(), overrides) if overrides else None
     return continue_run(run, settings, cwd=Path(started) if os.path.isdir(started) else None)
 
@@ -188,7 +190,14 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
     from uft.cli.verbs import train
     from uft.config.frozen import free
     from uft.launch.sweep import quote, resuming, swept_keys
+    from uft.launch.trust import TYPED, refuse_untrusted
 
+    given = overrides
+    for sweep in sweeps:
+        with resuming(sweep) as commands:
+            runs_code = any("trust_remote_code" in word for words, _ in commands for word in words)
+        refuse_untrusted(sweep, runs_code, given)
+        overrides = [word for word in overrides if not (runs_code and word == TYPED)]  # the commands say it
     # only keys that change no result and are not swept may be given anew
     swept = {key.lstrip("+") for sweep in sweeps for key in swept_keys(sweep)}
     keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
@@ -208,7 +217,7 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
                     return codes[-1]
     theirs = {run.path for sweep in sweeps for run in planned(sweep)}
     others = [run for run in runs if run.path not in theirs]
-    codes += [resume_runs(others, overrides)] if others else []
+    codes += [resume_runs(others, given)] if others else []
     return next((code for code in codes if code != GOOD), GOOD)
 
 

@@ -41,6 +41,7 @@ from uft.launch.launcher import (
     typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
+from uft.launch.trust import refuse_untrusted
 from uft.runs import Damaged, Run, open_run, typed_path
 
 Work = Callable[[Examined, Sequence[str]], int]
@@ -80,6 +81,7 @@ def generate(arguments: list[str]) -> int:
         advice = f"finish it:  uft resume {typed_path(run.path)}"
         advice = "it was trained with train.save_model=false" if run.status == "finished" else advice
         raise UftError(Problem(str(run.path), "has no model/ in it", advice=(advice,)))
+    refuse_untrusted(run.path, run.runs_code, arguments)
     return launch_job("generate", changed(with_model(run), with_sources(arguments[1:])))
 
 

@@ -102,6 +102,8 @@ class Data:
     template: str = _key("auto", "chat template: auto (the tokenizer's, else plain), plain, or a path to a Jinja file")
     template_args: dict[str, Any] = _key({}, "variables for the chat template, e.g. {enable_thinking: false}")
     train_on: Literal["all", "last", "marked"] = _key("all", "assistant turns that are learned")
+    rendering: Literal["whole", "generated"] = _key("whole", "conversations: at once, or each reply as it is generated")
+    special_text: Literal["text", "tokens"] = _key("text", "special tokens that messages spell: letters, or tokens")
     date: str = _key("2025-01-01", "the day that chat templates are told which ask for one, YYYY-MM-DD")
     lost_text: Literal["error", "keep"] = _key("error", "rows whose supervised text the template changes")
     too_long: Literal["error", "drop", "truncate"] = _key("error", "rows longer than train.max_length")

@@ -15,19 +15,20 @@ A conversation is rendered once, whole, and that text alone is tokenised. The ma
 A turn that the template leaves out or changes, and other differences between a row and its text, are notes beside the
 tokens.
 
-`plain` is the way for base models without a template.
+`plain` (:mod:`uft.data.plain`) is the way for base models without a template.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import accumulate
 from operator import itemgetter
@@ -36,8 +37,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from uft.data.rows import Message, Turns
+from uft.data.plain import Conversation, Note, Plain, Tokens, finish, learned_turns
+from uft.data.rows import Message, Row, Turns
 from uft.data.template import (
+    END,
     RESERVED,
     TEMPLATE_ERRORS,
     CharSpan,
@@ -46,58 +49,20 @@ from uft.data.template import (
     LiteralSpecials,
     Rendered,
     Template,
+    as_generated,
     dated,
+    missing_text,
 )
 from uft.errors import Problem, UftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Conversation = tuple[Turns, Turns]  # (prompt, the turns after it)
 
-
-class Note(NamedTuple):
-    """A difference between a conversation and the text that its template makes of it."""
-
-    what: str  # in words that follow the template's name
-    turn: int  # the turn's place in the conversation
-    lost: bool = False  # text that was to be supervised is not learned as the row has it
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """One prompt with one completion, ready for the model."""
-
-    ids: np.ndarray  # (L,) int32
-    supervised: np.ndarray  # (L,) bool; the last is True
-    prompt_length: int  # tokens before the first supervised one
-    notes: tuple[Note, ...] = ()  # not kept in a cache
-
-    @property
-    def length(self) -> int:
-        return len(self.ids)
-
-    @property
-    def targets(self) -> int:
-        """Supervised tokens that have a predictor: all but the first token of the sequence."""
-        return int(self.supervised[1:].sum())
-
-
-def finish(ids: np.ndarray, supervised: np.ndarray) -> Tokens:
-    """Ids cut after the last supervised token; uncut where nothing is supervised, for the check that reports it."""
-    learned = np.flatnonzero(supervised)
-    end = int(learned[-1]) + 1 if len(learned) else len(ids)
-    return Tokens(ids[:end], supervised[:end], int(learned[0]) if len(learned) else end)
-
-
-def learned_turns(turns: Turns, first: int, train_on: str) -> list[int]:
-    """The assistant turns from number `first` on that are learned: all but those marked as context, the last of these,
-    or those that are marked to be learned."""
-    replies = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number >= first]
-    if train_on == "marked":
-        return [number for number in replies if turns[number].learned]
-    learned = [number for number in replies if turns[number].learned is not False]
-    return learned[-1:] if train_on == "last" else learned
+log = logging.getLogger(__name__)
+OTHER_START = "begins replies in training after other text than generation starts from"
+GENERATED = "learn every reply as it is generated:  data.rendering=generated"
+"""Advice about a template that changes replies unless they are the last turn."""
 
 
 class Renderer:
@@ -106,7 +71,8 @@ class Renderer:
     `template`: auto (the tokenizer's chat template, else plain), plain, or the path of a Jinja file. `lost_text`: error
     or keep rows whose supervised text the template leaves out or changes. `date`: the day, as YYYY-MM-DD, for templates
     that ask for it, so that two days give the same tokens. `arguments`: further variables of the template.
-    `train_on`: all, last or marked assistant turns.
+    `train_on`: all, last or marked assistant turns. `special_text`: special tokens that a message spells are read as
+    text or as tokens. `rendering`: a conversation is rendered whole, or every reply as it is generated.
     """
 
     def __init__(
@@ -117,20 +83,25 @@ class Renderer:
         date: str = "2025-01-01",
         arguments: Mapping[str, Any] | None = None,
         train_on: str = "all",
+        special_text: str = "text",
+        rendering: str = "whole",
     ) -> None:
-        self.tokenizer, self.lost_text = tokenizer, lost_text
+        self.tokenizer, self.lost_text, self.train_on, self.rendering = tokenizer, lost_text, train_on, rendering
+        self._told = False
         self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
-            self._strategy = Plain(tokenizer, train_on)
+            self._strategy = Plain(tokenizer, train_on, special_text)
             _check_arguments(arguments or {}, "", "plain")
         else:
             text = tokenizer.get_chat_template() if template == "auto" else _read_template(template)
             name = "the tokenizer's chat template" if template == "auto" else template
             _check_arguments(arguments or {}, text, name)
-            self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name, dict(arguments or {}), train_on)
+            how = (train_on, special_text, rendering)
+            self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name, dict(arguments or {}), *how)
         self.name = self._strategy.name
         self.stop_ids = self._strategy.stop_ids
         settings = [self._strategy.arguments, train_on]
+        settings += [one for one in (special_text, rendering) if one not in ("text", "whole")]
         self.digest = _digest(tokenizer, self._strategy.text, settings if settings != [{}, "all"] else None)
 
     def encode(self, prompt: Turns, turns: Turns, name: str = "") -> Tokens:
@@ -147,6 +118,21 @@ class Renderer:
             own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
             prompt = (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
         return self._strategy.prompt_ids(prompt)
+
+    def start_ids(self, row: Row, system: str | None = None) -> list[int]:
+        """What an answer to the row's prompt starts from: the text that its first reply is trained behind.
+
+        That is :meth:`prompt_ids` unless the template begins replies in training otherwise. It is so also under another
+        `system` prompt, and where the first reply is not learned.
+        """
+        turns = row.completions[0].turns
+        if system is not None or learned_turns(turns, 0, self.train_on)[:1] != [0]:
+            return self.prompt_ids(row.prompt, system)
+        encoded = self.encode(row.prompt, turns, row.id)
+        if not self._told and any(note.what == OTHER_START for note in encoded.notes):
+            self._told = True
+            log.warning("%s %s: answers start from the text of training", self.name, OTHER_START)
+        return encoded.ids[: encoded.prompt_length].tolist()
 
 
 def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:
@@ -184,75 +170,11 @@ def _digest(tokenizer: Any, text: str, more: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-class Plain:
-    """No template: prompt and completion are tokenised apart and joined.
-
-    The tokenizer's own first token stands before, the end-of-text token, which is learned, after every assistant turn.
-    Several turns are set apart by a blank line.
-    """
-
-    name = "plain"
-    text = "plain"  # decides the tokens besides the tokenizer, and enters the digest
-    arguments: Mapping[str, Any] = {}
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str) -> None:
-        if tokenizer.eos_token_id is None:
-            raise UftError(Problem("data.template=plain", "the tokenizer has no end-of-text token to learn"))
-        self.tokenizer, self.train_on = tokenizer, train_on
-        self.stop_ids = frozenset({int(tokenizer.eos_token_id)})
-        bos = tokenizer.bos_token_id
-        self._first = [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
-
-    def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
-        texts: list[str] = []  # of each conversation the prompt's, then one per turn that follows
-        for (prompt, turns), name in zip(conversations, names, strict=True):
-            refuse_fields((*prompt, *turns), name)
-            texts.append(_joined(prompt))
-            texts += [turn.content if turn.role == "assistant" else f"\n\n{turn.content}\n\n" for turn in turns]
-        pieces = iter(self._tokenize(texts))
-        encoded = []
-        for _, turns in conversations:
-            ids = self._begin(next(pieces))
-            supervised = [False] * len(ids)
-            learned = learned_turns(turns, 0, self.train_on)
-            for number, turn in enumerate(turns):
-                piece = [*next(pieces), *(self.stop_ids if turn.role == "assistant" else ())]
-                ids += piece
-                supervised += [number in learned] * len(piece)
-            encoded.append(finish(np.asarray(ids, np.int32), np.asarray(supervised, bool)))
-        return encoded
-
-    def prompt_ids(self, prompt: Turns) -> list[int]:
-        refuse_fields(prompt, "prompt")
-        return self._begin(self._tokenize([_joined(prompt)])[0])
-
-    def _begin(self, ids: list[int]) -> list[int]:
-        return list(ids) if ids[: len(self._first)] == self._first else self._first + list(ids)
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; special tokens spelled in it are text."""
-        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return self.tokenizer(texts, **options)["input_ids"] if texts else []
-
-
-def refuse_fields(turns: Turns, name: str) -> None:
-    """Raise UftError where turns carry more than text, which is all that is joined without a template."""
-    found = next((field for turn in turns if turn.extra for field in json.loads(turn.extra)), None)
-    if found is not None:
-        why = f"has {found}, which only a chat template can render"
-        raise UftError(Problem(f"row {name}", why, where="data.template=plain", advice=("set another data.template",)))
-
-
-def _joined(prompt: Turns) -> str:
-    return "\n\n".join(turn.content for turn in prompt)
-
-
 # --- Chat templates.
 
 
 _MARK = "\ue000{}\ue001"  # private-use characters: no template and hardly a text contains them
 _MARKED = re.compile("\ue000(\\d+)\ue001")
-_END = "\ue002"
 _EXCERPT = 160  # characters of a row shown in an error
 
 
@@ -267,7 +189,14 @@ class ChatTemplate:
     """One Jinja template with one tokenizer."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text: str, name: str, arguments: dict[str, Any], train_on: str
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        name: str,
+        arguments: dict[str, Any],
+        train_on: str,
+        special_text: str,
+        rendering: str,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise UftError(
@@ -280,15 +209,17 @@ class ChatTemplate:
         if taken := RESERVED & arguments.keys():
             raise UftError(Problem(f"data.template_args.{min(taken)}", "is not for the settings to say"))
         self.tokenizer, self.text, self.name = tokenizer, text, name
-        self.arguments, self.train_on = arguments, train_on
+        self.arguments, self.train_on, self.rendering = arguments, train_on, rendering
         self._template = Template(text, {**tokenizer.special_tokens_map, **arguments})
         self._render, self._has_marks = self._template.render, self._template.has_marks
         self._skeletons: dict[Any, list[str]] = {}  # by the turns without their contents
         self.stop_ids = self._end_of_turn()
-        self._specials = LiteralSpecials(tokenizer, self.stop_ids)
+        self._specials = LiteralSpecials(tokenizer, self.stop_ids, special_text == "tokens")
 
     def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
         whole = [self._specials.hide((*prompt, *turns)) for prompt, turns in conversations]
+        if self.rendering == "generated":
+            return self._generated(conversations, whole, names)
         rendered = self._render_rows(whole, names)
         encodings = self._specials.encode([one.text for one in rendered])
         return [
@@ -329,8 +260,33 @@ class ChatTemplate:
                 start is not None and next(self._specials.encode([start])).ids == encoded.ids[: tokens.prompt_length]
             )
             if not same:
-                notes.append(Note("begins replies in training after other text than generation starts from", first))
+                notes.append(Note(OTHER_START, first))
         return replace(tokens, notes=tuple(notes)) if notes else tokens
+
+    def _generated(
+        self, conversations: Sequence[Conversation], whole: Sequence[Turns], names: Sequence[str]
+    ) -> list[Tokens]:
+        """Every row with each reply as it is generated, see :func:`uft.data.template.as_generated`."""
+        asked, reply = Message("user", "?"), Message("assistant", END)
+        closing = self.stop_ids | self._closing((asked, reply, asked))  # which may differ from that of the last turn
+        stops, ends = (
+            list(map(str, self.tokenizer.convert_ids_to_tokens(list(ids)))) for ids in (self.stop_ids, closing)
+        )
+        written = []
+        for (prompt, _), turns, name in zip(conversations, whole, names, strict=True):
+            with self._explained(turns, name):
+                found = as_generated(self._render, turns, len(prompt), stops, ends)
+            if isinstance(found, int):
+                raise self._unclear(turns[found], name)
+            written.append(found)
+        done = []
+        encodings = self._specials.encode([text for text, _ in written])
+        for (prompt, _), turns, (text, places), encoded in zip(conversations, whole, written, encodings, strict=True):
+            wanted = learned_turns(turns, len(prompt), self.train_on)
+            tokens = self._supervise(text, encoded, [(places[number], True) for number in wanted])
+            notes = (*missing_text(turns, text, wanted), *self._open_ends(tokens, wanted))
+            done.append(replace(tokens, notes=notes))
+        return done
 
     def _find_contents(self, turns: Turns, text: str) -> Contents | None:
         """The contents in a rendered `text`, as they are or trimmed; None for a template that changes them."""
@@ -404,12 +360,12 @@ class ChatTemplate:
         if text.startswith(upto) and len(upto) >= begin:
             return len(upto)
         # the last turn is written otherwise than one in the middle: its first stop token before the next turn's content
-        following = replace(turns[number + 1], content=_END + turns[number + 1].content)
+        following = replace(turns[number + 1], content=END + turns[number + 1].content)
         marked = self._text_with(turns, number + 1, following)
-        if marked is None or marked.replace(_END, "") != text:
+        if marked is None or marked.replace(END, "") != text:
             return None
         stops = [str(self.tokenizer.convert_ids_to_tokens(stop)) for stop in self.stop_ids]
-        places = [(text.find(stop, begin, marked.index(_END)), len(stop)) for stop in stops]
+        places = [(text.find(stop, begin, marked.index(END)), len(stop)) for stop in stops]
         return min((place + length for place, length in places if place >= 0), default=None)
 
     def _header_end(self, turns: Turns, number: int) -> str:
@@ -418,7 +374,7 @@ class ChatTemplate:
         if before != self._render([turns[:number]])[0].text:
             return before
         # no generation prompt: a mark tells where a header ends
-        headed = self._render([(*turns[:number], Message("assistant", _END))])[0].text.partition(_END)[0]
+        headed = self._render([(*turns[:number], Message("assistant", END))])[0].text.partition(END)[0]
         return headed if headed.rstrip() != before.rstrip() else before
 
     def _reply_span(self, turns: Turns, number: int, text: str, name: str) -> CharSpan:
@@ -426,9 +382,9 @@ class ChatTemplate:
         before = self._header_end(turns, number)
         content = turns[number].content
         for variant in (content, content.rstrip(), content.strip()):
-            marked = replace(turns[number], content=variant + _END)
+            marked = replace(turns[number], content=variant + END)
             changed = self._render([(*turns[:number], marked, *turns[number + 1 :])])[0].text
-            head, mark, tail = changed.partition(_END)
+            head, mark, tail = changed.partition(END)
             if mark and head + tail == text and head.startswith(before):
                 return len(before), len(head)
         raise self._unclear(turns[number], name)
@@ -441,6 +397,7 @@ class ChatTemplate:
                 where="data.template",
                 advice=(
                     f"reply: {self._excerpt(reply.content)}",
+                    *([GENERATED] if self.rendering == "whole" else []),
                     "mark what is learned in the template with {% generation %}, or use another data.template",
                 ),
             )
@@ -485,9 +442,9 @@ class ChatTemplate:
             fields = json.loads(turn.extra) if turn.extra else {}
             for field in [name for name in ("reasoning_content", "tool_calls", "tools") if name in fields]:
                 is_text = field == "reasoning_content"
-                changed = fields | {field: fields[field] + _END if is_text else []}
+                changed = fields | {field: fields[field] + END if is_text else []}
                 other = self._text_with(turns, number, replace(turn, extra=json.dumps(changed, ensure_ascii=False)))
-                if other is not None and (_END not in other if is_text else other == text):
+                if other is not None and (END not in other if is_text else other == text):
                     yield Note(f"does not render {field}", number, number in wanted or not is_text)
 
     def _text_with(self, turns: Turns, number: int, turn: Message) -> str | None:
@@ -499,11 +456,11 @@ class ChatTemplate:
 
     def _change(self, turns: Turns, number: int) -> str:
         """The change to one turn by a template that changes contents: nothing, or the verb for it."""
-        content = turns[number].content.strip() + _END
+        content = turns[number].content.strip() + END
         text = self._text_with(turns, number, replace(turns[number], content=content))
-        if text is None or content == _END:  # it refuses the mark, not the row; or there is no text
+        if text is None or content == END:  # it refuses the mark, not the row; or there is no text
             return ""
-        if _END not in text:
+        if END not in text:
             return "leaves out"
         return "" if "".join(content.split()) in "".join(text.split()) else "changes the text of"
 
@@ -564,21 +521,23 @@ class ChatTemplate:
 
     def _end_of_turn(self) -> frozenset[int]:
         """The token that this template closes a reply with, and the tokenizer's end-of-text token."""
-        stops = {self.tokenizer.eos_token_id} - {None}
-        added = set(self.tokenizer.added_tokens_decoder)
+        stops = frozenset({self.tokenizer.eos_token_id} - {None})
+        return stops | self._closing((Message("user", "?"), Message("assistant", END)))
+
+    def _closing(self, turns: Turns) -> frozenset[int]:
+        """The token that follows the content that is marked by END; none where other text does."""
         try:
-            tail = self._render([(Message("user", "?"), Message("assistant", _END))])[0].text.partition(_END)[2]
+            tail = self._render([turns])[0].text.partition(END)[2]
         except LimitExceeded as error:
             raise UftError(Problem("data.template", f"{self.name} cannot be used: {error}")) from None
         except TEMPLATE_ERRORS:  # a template that needs more than one exchange: its rows are checked one by one
-            tail = ""
+            return frozenset()
         for token in self.tokenizer(tail, add_special_tokens=False)["input_ids"]:
-            if token in added:
-                stops.add(token)
-                break
+            if token in self.tokenizer.added_tokens_decoder:
+                return frozenset({int(token)})
             if str(self.tokenizer.decode([token])).strip():
                 break
-        return frozenset(int(token) for token in stops)
+        return frozenset()
 
 
 def fill(pieces: Sequence[str], contents: Sequence[str]) -> tuple[str, dict[int, CharSpan]]:

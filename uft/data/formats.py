@@ -3,7 +3,8 @@
 A file's format is recognised by its columns; `columns` in the configuration maps other names to these first. A format
 that explains all the columns of another, and more, wins over it; two that do not are ambiguous, and that is an error.
 Every way of writing a prompt and its reply goes with every kind of feedback.
-From top to bottom: recognising a format, the formats, their remains, annotations, and writing rows.
+From top to bottom: recognising a format, the formats, annotations, and writing rows. What a format leaves unread is
+judged in :mod:`uft.data.unread`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from uft.data.messages import (
-    MESSAGE_KEYS,
+    LEARNED,
     Record,
     Unreadable,
     excerpt,
@@ -33,7 +33,6 @@ from uft.data.messages import (
     read_prompt,
     read_reply,
     read_text,
-    role_of,
     split_conversation,
     split_pair,
     starts_before_reply,
@@ -49,9 +48,10 @@ from uft.runs import writing
 Range = tuple[float, float] | None  # of scores; None: the format's own
 Parsed = tuple[Turns, tuple[Completion, ...]]  # a prompt and its completions
 SIDES = ("score_chosen", "score_rejected")
-COMMON = frozenset({"answer", "task", "system", "history", "tools", *ANNOTATIONS})
+COMMON = frozenset({"answer", "task", "system", "history", "tools", "functions", *LEARNED, *ANNOTATIONS})
 """Columns of any format: the gold answer for a checker, the family of the prompt, a system prompt, earlier turns, the
-tools of the conversation, and the numbers that `uft annotate` writes."""
+tools of the conversation (`functions`: in OpenAI's older form), the mark of a row that is not to be learned, and the
+numbers that `uft annotate` writes."""
 ALIASES = (
     ("response", "completion", ()),
     ("output", "completion", ()),
@@ -65,18 +65,8 @@ ALIASES = (
 )
 """Other names of our fields, used where the field itself is absent and, if such are named, one of some others is there.
 An `instruction` takes the place of a prompt."""
-_GRADE_NAMES = (
-    "label labels score scores rating ratings reward rewards feedback grade preference quality helpful helpfulness",
-    "overall_score human_score reward_score quality_score user_feedback correct is_correct is_good accepted winner",
-    "vote votes upvotes downvotes likes dislikes thumbs thumbs_up thumbs_down",
-)
-FEEDBACK = frozenset(" ".join(_GRADE_NAMES).split())
-"""Columns that say how good a completion is, by their usual names."""
-_GRADE_ENDS = re.compile("(?:score|rating|reward|vote)s?|feedback|grade|helpful|correct")
-_WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
-NUMERIC = frozenset(
-    {"label", "score", "score_min", "score_max", "helpfulness", "correctness", "coherence", *SIDES, *ANNOTATIONS}
-)
+_NUMBERS = "label score score_min score_max helpfulness correctness coherence"
+NUMERIC = frozenset({*_NUMBERS.split(), *SIDES, *LEARNED, *ANNOTATIONS})
 """Fields that are numbers in a file of text cells (CSV)."""
 
 
@@ -100,6 +90,7 @@ class Format:
 
     def read(self, record: Record, score_range: Range = None) -> Row:
         """The record as a row that has no name and number yet. Raises :class:`Unreadable` with the reason."""
+        refuse_unlearned(record)
         prompt, completions = self.parse(record, score_range)
         answer = optional_text(record.get("answer"), "answer")
         if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####
@@ -119,6 +110,7 @@ def recognise(
     """
     ours, other_names = aliases(columns), {theirs: ours for theirs, ours, _ in ALIASES}
     known = {ours.get(name, name) for name in columns}
+    known -= {"generations"} if "chosen" in known else set()  # the pair was made of them
     named = [{name, other_names.get(name, name)} for name in mapped]
     allowed = [
         f
@@ -148,8 +140,8 @@ def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     A field that is mapped to no name ('') is missing.
     """
     taken = set(columns.values())
-    fields = {name: value for name, value in record.items() if name not in taken}
-    fields.update({ours: record.get(theirs) for ours, theirs in columns.items()})
+    fields = {name: value for name, value in record.items() if name not in taken and columns.get(name) != ""}
+    fields.update({ours: record.get(theirs) for ours, theirs in columns.items() if theirs})
     for theirs, ours in aliases(fields).items():
         fields[ours] = fields.pop(theirs)
     return fields
@@ -165,36 +157,6 @@ def aliases(columns: Collection[str]) -> dict[str, str]:
             found[theirs] = ours
             known = known - {theirs} | {ours}
     return found
-
-
-def unread_feedback(form: Format, columns: Mapping[str, int], source: str) -> Problem | None:
-    """The problem of columns that grade completions which the format takes as right. `columns`: rows that have each."""
-    if form.kind not in (Kind.DEMONSTRATION, Kind.NEGATIVES):
-        return None
-    graded = sorted(name for name, count in columns.items() if count and name not in form.columns and _grades(name))
-    if not graded:
-        return None
-    key, first = f"data.sources.{source}", min(graded, key=lambda name: "." in name)
-    rows = ", ".join(f"{name} ({columns[name]:,} row{'s' * (columns[name] != 1)})" for name in graded)
-    mapped = (
-        f"read it as a score:  {key}.columns.score={first} {key}.score_range=[LOWEST,HIGHEST]",
-        f"read it as good or bad:  {key}.columns.label={first}",
-    )
-    inside = ("make a column of it, or a weight of 0 or 1 in each message",)
-    return Problem(
-        key,
-        f"{rows} may say how good a completion is, but the format {form.name} takes every completion as right",
-        advice=(*(inside if "." in first else mapped), f"leave it unread:  {key}.kind={form.kind.value}"),
-    )
-
-
-def _grades(name: str) -> bool:
-    """Whether a column, or a field of messages (`messages.rating`), grades completions by its name, however it is
-    written: userRating, gpt4_score, thumbs-up."""
-    words = [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
-    asked = words[1:] if words[:1] in (["is"], ["was"], ["kto"]) else words
-    known = not FEEDBACK.isdisjoint({"_".join(words), "_".join(asked)})
-    return known or (bool(words) and _GRADE_ENDS.fullmatch(words[-1]) is not None)
 
 
 def check_mapping(columns: Mapping[str, str], source: str, facts: Collection[str] = ()) -> list[Problem]:
@@ -238,7 +200,7 @@ def _number(cell: Any) -> Any:
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 """Weights of the attributes, each 0 to 4: the aggregate of the Nemotron reward models without length and complexity."""
 _LABEL_WORDS = ("true false", "1 0", "good bad", "positive negative", "desirable undesirable", "chosen rejected")
-LABELS: dict[object, bool] = {1: True, 0: False}
+LABELS: dict[object, bool] = {1: True, 0: False, -1: False}
 LABELS |= {word: place == 0 for words in _LABEL_WORDS for place, word in enumerate(words.split())}
 Dialogue = Callable[[Record], tuple[Turns, Turns]]
 
@@ -271,13 +233,24 @@ def _demonstration(dialogue: Dialogue, record: Record, score_range: Range) -> Pa
     return prompt, (Completion(reply),)
 
 
+def refuse_unlearned(record: Record) -> None:
+    """Raise :class:`Unreadable` for a row that is marked as not to be learned, or whose mark is neither 0 nor 1."""
+    for name in LEARNED:
+        if not is_blank(mark := record.get(name)) and mark != 1:
+            why = (
+                "this row is not to be learned" if mark == 0 else "not 0 or 1, and rows are learned whole or not at all"
+            )
+            raise Unreadable(f"{name} is {excerpt(mark)}: {why}", f"leave it unread:  {{source}}.columns.{name}=''")
+
+
 def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     label = record.get("label")
     if label is None:
         raise Unreadable("label is missing")
     word = label.strip().lower() if isinstance(label, str) else label
     if not isinstance(word, (str, bool, int, float)) or word not in LABELS:
-        raise Unreadable(f"label is {excerpt(label)}, not true/false or 0/1 (leave it unread: kind=demonstration)")
+        advice = "leave it unread:  {source}.kind=demonstration"
+        raise Unreadable(f"label is {excerpt(label)}, not true/false, 0/1 or 1/-1", advice)
     prompt, reply = dialogue(record)
     return prompt, (Completion(reply, label=LABELS[word]),)
 
@@ -306,14 +279,15 @@ def _helpsteer2(record: Record, score_range: Range) -> Parsed:
     return prompt, (Completion(reply, score=score),)
 
 
-def _ultrafeedback(record: Record, score_range: Range) -> Parsed:
-    low, high = score_range or (1.0, 10.0)
-    found, ratings = record.get("completions"), record.get("ratings")
+def _rated(column: str, best: float, record: Record, score_range: Range) -> Parsed:
+    """Several completions, each with its score, or with `ratings` in a column beside, from 1 to `best`."""
+    low, high = score_range or (1.0, best)
+    found, ratings = record.get(column), record.get("ratings")
     if not isinstance(found, list) or not found:
-        raise Unreadable("completions is missing or not a list")
+        raise Unreadable(f"{column} is missing or not a list")
     completions = []
     for number, item in enumerate(found):
-        field = f"completions[{number}]"
+        field = f"{column}[{number}]"
         known = item if isinstance(item, dict) else {"response": item}
         rating = ratings[number] if isinstance(ratings, list) and number < len(ratings) else None
         rating = rating if known.get("overall_score") is None else known["overall_score"]
@@ -333,8 +307,8 @@ def scale(value: Any, low: float, high: float, field: str) -> float:
     if math.isinf(high - low):
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is too wide")
     if not low <= value <= high:  # NaN is in no range
-        other = "another scale: score_range=[LOWEST,HIGHEST]"
-        raise Unreadable(f"{field} is {excerpt(value)}, outside {low:g} to {high:g} ({other})")
+        advice = "on another scale:  {source}.score_range=[LOWEST,HIGHEST]"
+        raise Unreadable(f"{field} is {excerpt(value)}, outside {low:g} to {high:g}", advice)
     return float((value - low) / (high - low))
 
 
@@ -408,33 +382,14 @@ def _formats() -> Iterator[Format]:
     inside = partial(_preference, "prompt")
     yield form("preference, prompt inside", Kind.PREFERENCE, inside, "chosen rejected", " ".join(SIDES))
     yield form("helpsteer2", Kind.SCORED, _helpsteer2, "prompt completion helpfulness correctness coherence")
-    yield form("ultrafeedback", Kind.SCORED, _ultrafeedback, "instruction completions", "ratings")
+    rated, distilabel = partial(_rated, "completions", 10.0), partial(_rated, "generations", 5.0)
+    yield form("ultrafeedback", Kind.SCORED, rated, "instruction completions", "ratings")
+    yield form("distilabel", Kind.SCORED, distilabel, "instruction generations ratings")
 
 
 FORMATS = tuple(_formats())
 FIELDS = frozenset().union(*(f.columns for f in FORMATS), COMMON, (theirs for theirs, *_ in ALIASES))
 """Every name that `columns` can map to."""
-
-
-# --- What a format leaves unread.
-
-
-COMPLETION_KEYS = frozenset({"response", "overall_score"})
-
-
-def unread(form: Format, fields: Record, facts: Collection[str] = ()) -> Iterator[str]:
-    """Fields that say something and are not read: columns, and as `column.key` those of messages and completions."""
-    known = form.columns | COMMON | {"row"} | set(facts)  # row: a name, in the files of `write_rows`
-    yield from (column for column in fields.keys() - known if not is_blank(fields[column]))
-    for column in form.columns & fields.keys():
-        keys = COMPLETION_KEYS if column == "completions" else MESSAGE_KEYS
-        items = fields[column] if isinstance(fields[column], list) else [fields[column]]
-        named = ((key, value, item) for item in items if isinstance(item, dict) for key, value in item.items())
-        yield from {
-            f"{column}.{key}"
-            for key, value, item in named
-            if not (key in keys or is_blank(value) or (key == "name" and role_of(item) == "tool"))
-        }
 
 
 # --- Annotations: numbers written beside completions, as columns of a record and back.

@@ -34,7 +34,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of the reasoning of an assistant turn."""
 LEARNED = ("weight", "train", "training", "loss_mask")
 """Names of the mark, 0 or 1, that tells whether an assistant turn is learned."""
-MESSAGE_KEYS = frozenset({"role", "from", "content", "value", *MESSAGE_FIELDS, *REASONING, *LEARNED}) - {"name"}
+_TEXTS = ("role", "from", "content", "value", "function_call")
+MESSAGE_KEYS = frozenset({*_TEXTS, *MESSAGE_FIELDS, *REASONING, *LEARNED}) - {"name"}
 """All that is read of a message."""
 
 _TYPES = {"str": "text", "NoneType": "null", "dict": "an object", "list": "a list", "bool": "true/false"}
@@ -46,7 +47,12 @@ _SHORT.maxlevel = 2
 
 
 class Unreadable(ValueError):
-    """A record that cannot be used; the message is the reason, in words that fit after "row 17: "."""
+    """A record that cannot be used: the reason, in words that fit after "row 17: ", and lines of advice, in which
+    `{source}` stands for the key of the row's source."""
+
+    def __init__(self, why: str, *advice: str) -> None:
+        super().__init__(why)
+        self.advice = advice
 
 
 def type_name(value: Any) -> str:
@@ -142,9 +148,10 @@ def with_context(prompt: Turns, record: Record) -> Turns:
     """The prompt with the system text, the earlier turns and the tools that stand in columns of their own."""
     refuse_media(record, "the row")
     prompt = with_system(with_history(prompt, record.get("history")), record.get("system"))
-    if is_blank(record.get("tools")):
+    tools = {name: record[name] for name in ("tools", "functions") if not is_blank(record.get(name))}
+    if not tools:
         return prompt
-    extra = read_extra({**json.loads(prompt[0].extra or "{}"), "tools": record["tools"]}, "the row")
+    extra = read_extra({**json.loads(prompt[0].extra or "{}"), **tools}, "the row")
     return (replace(prompt[0], extra=extra), *prompt[1:])
 
 
@@ -241,9 +248,12 @@ def _read_message(item: Any, field: str) -> Message | None:
     if role == "system" and is_blank(content):
         return None
     refuse_media(item, field)
+    said = [name for name in (*REASONING, "tool_calls", "function_call") if not is_blank(item.get(name))]
+    if said and role != "assistant":
+        raise Unreadable(f"{field} ({role}) has {', '.join(said)}, which only an assistant turn can have")
     extra = read_extra(item, field)
     learned = _read_learned(item, field) if role == "assistant" else None
-    if role == "assistant" and is_blank(content) and not is_blank(item.get("tool_calls")):
+    if is_blank(content) and {"tool_calls", "function_call"} & set(said):
         return Message(role, "", extra, learned)
     return Message(role, read_text(content, f"{field} ({role})"), extra, learned)
 
@@ -257,6 +267,7 @@ def refuse_media(fields: Record, where: str) -> None:
 
 def read_extra(item: Record, field: str) -> str:
     """JSON of the fields of a message, besides its text, that a template may render; "" where it has none."""
+    item = _renewed(item, field)
     found = {name: item[name] for name in MESSAGE_FIELDS if not is_blank(item.get(name))}
     if role_of(item) != "tool":  # the name of a speaker is no name of a tool
         found.pop("name", None)
@@ -272,6 +283,22 @@ def read_extra(item: Record, field: str) -> str:
         return read_text(json.dumps(found, ensure_ascii=False), f"{field}.{', '.join(found)}") if found else ""
     except (TypeError, ValueError) as error:
         raise Unreadable(f"{field}.{', '.join(found)} cannot be written as JSON: {error}") from None
+
+
+def _renewed(item: Record, field: str) -> Record:
+    """The fields with OpenAI's older `function_call` and `functions` as `tool_calls` and `tools`."""
+    for old, new in (("function_call", "tool_calls"), ("functions", "tools")):
+        if is_blank(value := item.get(old)):
+            continue
+        if not is_blank(item.get(new)):
+            raise Unreadable(f"{field} has both {old} and {new}")
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value) if isinstance(value, str) else value
+        functions = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, dict) for one in functions):
+            raise Unreadable(f"{field}.{old} is no function")
+        item = {**item, new: [{"type": "function", "function": one} for one in functions]}
+    return item
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -371,4 +398,5 @@ def whole_prompt(asked: Turns, shared: Turns, column: str) -> Turns:
             return asked + shared[size:]
     if any(ours == theirs[start : start + len(ours)] for start in range(len(theirs))):
         return shared
-    raise Unreadable(f"{column} differs from the prompt in chosen and rejected (leave it unread: columns.{column}='')")
+    advice = f"leave it unread:  {{source}}.columns.{column}=''"
+    raise Unreadable(f"{column} differs from the prompt in chosen and rejected", advice)

@@ -29,6 +29,7 @@ from uft.data.formats import Format
 from uft.data.messages import Unreadable, excerpt, facts_of, is_blank
 from uft.data.rows import Kind, Row, content_digest, oddities
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
+from uft.data.unread import FEEDBACK, Unread, unread_feedback, unread_meaning
 from uft.errors import Problem, UftError, tame
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
-CODE_VERSION = 5  # raise it when this code makes other rows of the same files, or lays them out otherwise
+CODE_VERSION = 6  # raise it when this code makes other rows of the same files, or lays them out otherwise
 CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
@@ -49,6 +50,7 @@ class BadRow(NamedTuple):
 
     where: str
     why: str
+    advice: Sequence[str] = ()
 
 
 @dataclass
@@ -119,7 +121,7 @@ def load_sources(settings: Data) -> list[LoadedSource]:
         bad += found.omitted.bad
     strict = settings.bad_rows == "error"
     if strict:
-        problems += [Problem(row.where, row.why) for row in bad[:SPELLED_OUT]]
+        problems += [Problem(row.where, row.why, advice=tuple(row.advice)) for row in bad[:SPELLED_OUT]]
         if len(bad) > SPELLED_OUT:
             problems.append(Problem(f"... and {len(bad) - SPELLED_OUT} more", "rows that cannot be read"))
     for found in loaded:
@@ -130,7 +132,8 @@ def load_sources(settings: Data) -> list[LoadedSource]:
             problems.append(Problem(f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"))
         elif not found.rows and not (strict and unusable):
             why = f"no row could be used: {unusable[0].why}" if unusable else "there are no rows in it"
-            problems.append(Problem(f"data.sources.{name}.path={found.path}", why))
+            advice = tuple(unusable[0].advice) if unusable else ()
+            problems.append(Problem(f"data.sources.{name}.path={found.path}", why, advice=advice))
     if problems:
         footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and strict else ""
         raise UftError(*problems, footer=footer)
@@ -193,21 +196,28 @@ def _parse(
     facts = source.facts
     for records in tables:
         form = _recognise(name, source, records.scan) if records.scan.count else None
+        left = Unread()
         for number, record in records:
             beat()
             try:
                 if form is None or isinstance(record, str):
-                    raise Unreadable(record)
+                    raise Unreadable(str(record))
                 fields = formats.rename(record, source.columns)
-                row = form.read(formats.from_text(fields) if records.textual else fields, score_range)
+                fields = formats.from_text(fields) if records.textual else fields
+                row = form.read(fields, score_range)
             except Unreadable as error:
-                omitted.bad.append(BadRow(f"{records.name}:{number}", str(error)))
+                advice = [line.replace("{source}", f"data.sources.{name}") for line in error.advice]
+                omitted.bad.append(BadRow(f"{records.name}:{number}", str(error), advice))
                 continue
             good.add(replace(row, facts=facts_of(fields, facts)) if facts else row)
-            omitted.unread.update(formats.unread(form, fields, facts))
+            left.add(form, {name: value for name, value in fields.items() if name not in facts}, row)
             omitted.oddities.update(oddities(row, fields.get("sampling")))
-        if form and source.kind is None and (problem := formats.unread_feedback(form, omitted.unread, name)):
-            raise UftError(problem)  # grades within messages
+        omitted.unread += left.columns
+        if form is not None:
+            names = name, source.columns, records.scan.columns
+            within = None if source.kind else unread_feedback(form, left.columns, *names)  # messages and objects
+            if problem := within or unread_meaning(form, left, *names):
+                raise UftError(problem)
     return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted
 
 
@@ -244,10 +254,12 @@ def _recognise(name: str, source: Source, table: Scan) -> Format:
         raise UftError(Problem(f"{key}.checker={source.checker}", why, advice=advice))
     told = {column: count for column, count in told.items() if column not in source.facts}
     usual = formats.rename({c: c for c, count in table.columns.items() if 2 * count >= table.count}, source.columns)
-    columns = {column for column in usual if told.get(column) or column not in formats.FEEDBACK}
-    form = formats.recognise(columns, source.kind, source.columns.keys() - set(source.facts), name)
-    if source.kind is None and (problem := formats.unread_feedback(form, told, name)):
-        raise UftError(problem)
+    columns = {column for column in usual if told.get(column) or column not in FEEDBACK}
+    mapped = [ours for ours, theirs in source.columns.items() if theirs and ours not in source.facts]
+    form = formats.recognise(columns, source.kind, mapped, name)
+    feedback = None if source.kind else unread_feedback(form, told, name, source.columns, table.columns)
+    if feedback is not None:
+        raise UftError(feedback)
     return form
 
 

@@ -8,7 +8,7 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
+from uft.data.plain import Note
 from uft.data.rows import Message, Turns
 from uft.errors import Problem, UftError
 
@@ -110,6 +111,81 @@ def dated(template: str, day: str, name: str) -> str:
     return fixed
 
 
+# --- Replies as they are generated. A template may write a reply otherwise where it is not the last one, or drop a part
+# of the conversation once it ends with a reply. Here each reply stands as the template writes it at the end, behind the
+# text that its generation starts from; between the end of one and the next, what the template writes there.
+
+
+END = "\ue002"
+"""A private-use character that marks a place in contents."""
+Render = Callable[..., list[Rendered]]  # of a Template
+
+
+def as_generated(
+    render: Render, turns: Turns, first: int, stops: Sequence[str], ends: Sequence[str]
+) -> tuple[str, dict[int, CharSpan]] | int:
+    """The text, and the characters of every reply from turn `first` on with its stop token; or the number of a turn
+    whose text cannot be told. Raises one of TEMPLATE_ERRORS.
+
+    `stops` close the last turn, `ends` that or one before it.
+    """
+    text, places = "", dict[int, CharSpan]()
+    for number in (place for place in range(first, len(turns)) if turns[place].role == "assistant"):
+        before = _between(render, turns, max(places), number, ends) if places else _start(render, turns[:number])
+        reply = _last_reply(render, turns[: number + 1], stops)
+        if before is None or reply is None:
+            return number
+        places[number] = (len(text) + len(before), len(text) + len(before) + len(reply))
+        text += before + reply
+    return text, places
+
+
+def _start(render: Render, turns: Turns) -> str:
+    return render([turns], add_generation_prompt=True)[0].text
+
+
+def _last_reply(render: Render, turns: Turns, stops: Sequence[str]) -> str | None:
+    """What stands between the text that generation starts from and the end of the last turn; where the template drops
+    the system prompt before a reply, of the conversation without it."""
+    for known in (turns, tuple(turn for turn in turns if turn.role != "system")):
+        start, text = _start(render, known[:-1]), render([known])[0].text
+        if text.startswith(start):
+            ends = [place + len(stop) for stop in stops if (place := text.find(stop, len(start))) >= 0]
+            return text[len(start) : min(ends)] if ends else None
+    return None
+
+
+def _between(render: Render, turns: Turns, last: int, number: int, ends: Sequence[str]) -> str | None:
+    """What generation of turn `number` starts from, after the end of the reply `last`."""
+    start, following = _start(render, turns[:number]), turns[last + 1]
+    for content in (following.content, following.content.strip()):
+        marked = _start(
+            render, (*turns[: last + 1], replace(following, content=END + content), *turns[last + 2 : number])
+        )
+        before, mark, after = marked.partition(END)
+        places = [place + len(end) for end in ends if (place := before.rfind(end)) >= 0]
+        if mark and before + after == start and places:
+            return start[max(places) :]
+    return None
+
+
+def missing_text(turns: Turns, text: str, wanted: Sequence[int]) -> Iterator[Note]:
+    """Turns and fields whose words, white space aside, are not in the text: notes."""
+    squeezed = "".join(text.split())
+    for number, turn in enumerate(turns):
+        fields = json.loads(turn.extra) if turn.extra else {}
+        calls = {name: fields[name] for name in ("tools", "tool_calls") if name in fields}
+        said = {
+            f"does not render {name}": [one.get("function", one).get("name", "") for one in found]
+            for name, found in calls.items()
+        }
+        said["does not render reasoning_content"] = [fields.get("reasoning_content", "")]
+        said[f"leaves out, or changes the text of, {turn.role} turns"] = [turn.content]
+        for what, words in said.items():
+            if not all("".join(word.split()) in squeezed for word in words):
+                yield Note(what, number, number in wanted or "tool" in what)
+
+
 # --- Special tokens spelled in contents: `<|im_end|>` inside a message is text, and must not end a turn.
 #
 # A tokenizer finds its special tokens in any text. So before a conversation is rendered, each one that a content spells
@@ -129,14 +205,20 @@ class Encoded(NamedTuple):
 
 
 class LiteralSpecials:
-    """A tokenizer for texts whose contents spell its special tokens, and those in `more` (ids)."""
+    """A tokenizer for texts whose contents spell its special tokens, and those in `more` (ids), which end a turn.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, more: frozenset[int] = frozenset()) -> None:
+    `as_tokens`: what they spell are tokens; one that ends a reply is left out, since the template writes it.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, more: frozenset[int] = frozenset(), as_tokens: bool = False
+    ) -> None:
         added = tokenizer.added_tokens_decoder.items()
         special = [token.content for number, token in added if token.special or number in more]
         # a stand-in that a content has already is itself stood in for
         texts = [*special, *(chr(STAND_INS + number) for number in range(2 * len(special)))]
         self._tokenizer = tokenizer.backend_tokenizer
+        self._stops = [str(tokenizer.convert_ids_to_tokens(number)) for number in more] if as_tokens else None
         self._stand_in = {text: chr(STAND_INS + number) for number, text in enumerate(texts) if text}
         longest_first = sorted(self._stand_in, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) if special else "(?!)")
@@ -144,6 +226,14 @@ class LiteralSpecials:
 
     def hide(self, turns: Turns) -> Turns:
         """The turns with stand-ins for the special tokens that their contents spell."""
+        if self._stops is not None:
+            ends = tuple(self._stops)
+            return tuple(
+                replace(turn, content=turn.content[: -len(end)])
+                if turn.role == "assistant" and (end := next(filter(turn.content.endswith, ends), ""))
+                else turn
+                for turn in turns
+            )
         texts = [turn.content + turn.extra for turn in turns]
         if all(text.isascii() and not any(letter in text for letter in self._first_letters) for text in texts):
             return turns  # most are plain ASCII without the first letter of any, a fast test

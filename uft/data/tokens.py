@@ -20,7 +20,7 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-from uft.data.chat import Renderer, Tokens, finish
+from uft.data.chat import GENERATED, Renderer, Tokens, finish
 from uft.data.rows import Row, content_digest
 from uft.data.table import Corrupt, TableFile, TableWriter, open_table, pick
 from uft.errors import Problem, UftError
@@ -140,9 +140,11 @@ def _encode(
     counts, lengths, notes = Counter(_policy_counts((), ())), Counter[int](), dict[str, tuple[int, str]]()
     problems: list[Problem] = []
     number = longest = long = faults = 0
+    marked = renderer.train_on != "marked"
     for chunk in _chunks(rows):
         beat()
         encoded = _encode_chunk(chunk, renderer)
+        marked = marked or any(turn.learned for row in chunk for one in row.completions for turn in one.turns)
         fitted = [POLICIES[too_long](row, max_length) for row in encoded]
         for row, tokens in zip(chunk, encoded, strict=True):
             if fault := _fault(row, tokens, renderer):
@@ -161,6 +163,10 @@ def _encode(
         number += len(chunk)
     if faults > FAULTS_SHOWN:
         problems.append(Problem(f"... and {faults - FAULTS_SHOWN} more rows", "alike"))
+    if number and not marked:
+        why = f"no assistant turn of data.sources.{name} is marked to be learned"
+        advice = ("give turns a weight of 1, or learn all of them:  data.train_on=all",)
+        problems = [Problem("data.train_on=marked", why, advice=advice)]
     if problems:
         raise UftError(*problems)
     if long and too_long == "error":
@@ -309,7 +315,10 @@ def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | 
         f"row {row.id}",
         f"{renderer.name} {lost.what}: turn {lost.turn + 1} would not be learned as the row has it",
         where="data.template",
-        advice=("use another data.template, or learn what it writes:  data.lost_text=keep",),
+        advice=(
+            *([GENERATED] if renderer.rendering == "whole" else []),
+            "use another data.template, or learn what it writes:  data.lost_text=keep",
+        ),
     )
 
 

@@ -154,7 +154,7 @@ class _Evaluator:
         """Answer prompts greedily: lengths and the checker's verdicts go to `tally`, the first replies are returned."""
         checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
-        replies = ranks().map_shards([self.renderer.prompt_ids(row.prompt) for row in rows], self._complete_shard)
+        replies = ranks().map_shards([self.renderer.start_ids(row) for row in rows], self._complete_shard)
         texts = [str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
         verdicts = [Verdict({})] * len(rows)
         if held.checker:

@@ -30,6 +30,7 @@ from uft.config.schema import defaults_of, taken_kinds
 from uft.config.stages import completed, data_nodes, differences
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, visible
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
+from uft.launch.trust import remember
 from uft.runs import Run, create_run, shown, typed_path, unwritable, write_atomically
 
 OUTPUTS = Path("outputs")
@@ -78,6 +79,8 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
         fresh = not run.exists
         if fresh:
             create_run(run.path, to_yaml(settings), list(overrides), sweep=settings["sweep"]["name"], **provenance())
+            if run.runs_code:
+                remember(run.path)
     return run_session(run, created, quiet=quiet) if fresh else continue_run(run, settings, quiet=quiet)
 
 

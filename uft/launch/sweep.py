@@ -42,6 +42,7 @@ from uft.errors import FAILED, Problem, UftError, visible
 from uft.launch.forkserver import forkserver
 from uft.launch.launcher import JOB_KEYS, OUTPUTS, JobFailed, changed_keys, row_problems, slug, today, unusable_rows
 from uft.launch.sweep_table import SweepTable
+from uft.launch.trust import remember
 from uft.runs import SWEEP_FILE, Damaged, Run, read_json, shown, typed_path, write_json
 from uft.tracking.console import shorten
 
@@ -420,7 +421,10 @@ def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[
         known = {job["name"] for job in sweep["jobs"]}
         added = {job.folder.name: list(job.overrides) for job in jobs if job.folder.name not in known}
         sweep["jobs"] += [{"name": name, "overrides": line, "planned": now} for name, line in added.items()]
+        began = not file.exists()
         write_json(file, sweep)
+        if began:
+            remember(folder)
     finally:
         os.close(handle)
 

@@ -17,7 +17,7 @@ import torch
 from uft.data.batch import Layout
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, CannotPack, register
-from uft.model.policy import LEAK, Policy, blocks, evaluating, exact_products, trial_sequences
+from uft.model.policy import LEAK, Policy, blocks, common_length, evaluating, exact_products, trial_sequences
 
 SMALL_MODEL = 3_000_000
 """Parameters below which padding is faster on a CPU: a call per row and layer costs more than the padding saves."""
@@ -71,10 +71,8 @@ def check_longest(policy: Policy, longest: int) -> None:
     if moved <= LEAK * policy.tolerance(before) or not before.isfinite().all():
         return
     why = f"a row of {longest} tokens changes the log-probs of all others in its batch by {moved:.1e}"
-    config = policy.base.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    short = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    advice = (f"train.max_length={short or 'N'} data.too_long=drop|truncate",)
+    room = f"train.max_length={common_length(policy.base.config) or 'N'}"
+    advice = (f"leave longer rows out:  {room} data.too_long=drop", f"cut them:  {room} data.too_long=truncate")
     raise UftError(Problem("model", f"{why} (its rotary embeddings depend on the longest)", advice=advice))
 
 

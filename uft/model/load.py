@@ -30,6 +30,7 @@ from uft.model.policy import (
     add_lora,
     auto_model,
     blocks,
+    common_length,
     own_dropout,
     position_limit,
     switch_off_dropout,
@@ -69,6 +70,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def positions(model: Model) -> int | None:
     """Tokens in the longest sequence the model has positions for, by its configuration alone; None: no limit."""
     return position_limit(_config(model))
+
+
+def common_positions(model: Model) -> int | None:
+    """:func:`uft.model.policy.common_length` of a model, by its configuration alone."""
+    return common_length(_config(model))
 
 
 def _config(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:

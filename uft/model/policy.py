@@ -152,10 +152,8 @@ class Policy:
         mixing = request.replace is not None and request.mix != 0
         if request.embed_grad and not mixing:
             inputs["input_ids"] = batch.input_ids
-        elif not self.takes_embeddings:
-            why = "takes no embeddings in place of tokens, so they can be neither mixed nor kept from learning"
-            raise UftError(Problem("objective", f"{type(self.base).__name__} {why}", advice=("another objective",)))
         else:  # always through the model's own module: Gemma scales there
+            self.require_embeddings("objective")
             with nullcontext() if request.embed_grad else torch.no_grad():
                 embedded = self.embeddings(batch.input_ids)
                 inputs["inputs_embeds"] = self._mixed(embedded, batch.place, request) if mixing else embedded
@@ -164,6 +162,12 @@ class Policy:
                 return self.body(**inputs, use_cache=False)[0]
             # `forward`, not the module's call: hooks of `base` stand around `sharded_states`
             return self.base.forward(**inputs, use_cache=False).logits
+
+    def require_embeddings(self, what: str) -> None:
+        """Raise UftError about `what`, which wants embeddings in place of tokens, where the model takes none."""
+        if not self.takes_embeddings:
+            why = "takes no embeddings in place of tokens, so they can be neither mixed nor kept from learning"
+            raise UftError(Problem(what, f"{type(self.base).__name__} {why}", advice=("objective=sft",)))
 
     def _mixed(self, embedded: Tensor, place: Tensor, request: ForwardRequest) -> Tensor:
         """(B, L, H) with the replacements of the targets that are among the inputs mixed in."""
@@ -241,7 +245,11 @@ class Policy:
             try:
                 embedded = log_probs(rows, ForwardRequest(embed_grad=False))
                 self.takes_embeddings = self.difference(embedded, whole) <= tolerance
-            except (TypeError, ValueError):  # code of a model's own that wants tokens
+                if self.takes_embeddings:
+                    log_probs(rows, ForwardRequest(replace=torch.zeros_like(whole, dtype=torch.int64), mix=0.5))
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, ValueError, RuntimeError):  # it wants tokens, or looks for those of the embeddings
                 self.takes_embeddings = False
             alone = [log_probs([ids]) for ids in (rows[0], rows[-1])]
         lengths = [len(ids) - 1 for ids in rows]  # targets of a row are its tokens but for the first
@@ -386,6 +394,17 @@ def position_limit(config: Any) -> int | None:
     return most
 
 
+def common_length(config: Any) -> int | None:
+    """Tokens up to which the rotary embeddings of a row are the same, whatever the longest row of its batch is; beyond
+    it a row is right when it is alone. None: there is no such limit."""
+    config = config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in ("longrope", "dynamic"):
+        return None
+    known = (rope.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None))
+    return next((int(length) for length in known if length), config.max_position_embeddings)
+
+
 def blocks(base: Any) -> list[nn.Module]:
     """The blocks of a model's body in order, as transformers marks them; else the members of its module lists.
 
@@ -490,6 +509,8 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers under a name that is going away
         warnings.simplefilter("ignore", UserWarning)  # about a tied head, which the export unties
+        # PEFT looks for them among modules alone: it does give fused experts their rank and scale
+        warnings.filterwarnings("ignore", ".*_pattern keys did not match any targeted module", RuntimeWarning)
         torch.manual_seed(init_seed)
         try:
             return get_peft_model(model, config, autocast_adapter_dtype=float32)

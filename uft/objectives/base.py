@@ -91,6 +91,7 @@ class Needs:
     teacher: bool = False  # what comes as the reference is the model of `teacher.path`
     mismatched: bool = False  # completions under other rows' prompts, for `baseline_terms` (KTO)
     rollouts: int = 0  # completions that the policy samples of each prompt while it trains, at least
+    embeddings: bool = False  # in place of tokens: mixed ones, or some that are kept from learning
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
     annotations: frozenset[str] = frozenset()  # of Completion.annotations, written beforehand
 

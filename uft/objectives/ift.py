@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from uft.data.batch import Batch
 from uft.data.rows import Kind, View
 from uft.objectives import terms, views
-from uft.objectives.base import Forward, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, key
+from uft.objectives.base import Forward, ForwardOutput, ForwardRequest, Loss, Needs, Objective, StepContext, key
 from uft.objectives.nll import CONVENTION
 
 Tensor = torch.Tensor
@@ -142,6 +142,10 @@ class IFT(Objective):
     detach_weights: bool = key(False, "no gradient through the weights")
     embed_grad: bool = key(False, "train the input embeddings through the mixture")
     min_score: float = key(views.GOOD_ENOUGH, "scored completions from here on are learnt from", ge=0, le=1)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(embeddings=self.lam > 0 or not self.embed_grad)
 
     @property
     def views(self) -> Mapping[Kind, View]:

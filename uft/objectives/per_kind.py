@@ -65,6 +65,7 @@ class PerKind(Objective):
             teacher=any(n.teacher for n in needs),
             mismatched=any(n.mismatched for n in needs),
             rollouts=max((n.rollouts for n in needs), default=0),
+            embeddings=any(n.embeddings for n in needs),
             columns=frozenset[str]().union(*(n.columns for n in needs)),
             annotations=frozenset[str]().union(*(n.annotations for n in needs)),
         )

@@ -23,7 +23,7 @@ from uft.data.formats import Numbers, with_numbers
 from uft.data.rows import BASELINE, SCORE, SOFT_LABEL, Completion, Row
 from uft.data.tokens import POLICIES, tokenize
 from uft.errors import FAILED, Problem, UftError
-from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id, positions
+from uft.model.load import check_vocabulary, common_positions, load_policy, load_tokenizer, pad_id, positions
 from uft.model.policy import Frozen
 from uft.model.reference import LogProbStore, ReferenceColumn, model_identity, sequence_key
 from uft.objectives.views import best_against_worst
@@ -190,7 +190,9 @@ def mean_log_probs(model: Model, rows: Sequence[Row], recipe: Recipe) -> list[fl
         missing, all_keys = column.missing(asked), {sequence_key(one.ids, one.supervised) for one in asked}
         if known := len(all_keys) - len(missing):
             say(f"{model.path}: {known:,} of {len(all_keys):,} completions are known from before")
-        if not column.fill(asked, batch_tokens=recipe.batch_tokens, should_stop=recipe.should_stop):
+        alone = max((one.length for one in asked), default=0) > (common_positions(model) or sys.maxsize)
+        batch_tokens = 1 if alone else recipe.batch_tokens  # of embeddings that depend on the longest row of a batch
+        if not column.fill(asked, batch_tokens=batch_tokens, should_stop=recipe.should_stop):
             raise Interrupted
     if missing:  # the model was loaded, and is free again
         gc.collect()

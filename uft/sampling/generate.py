@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from uft.data.batch import sequence_batch
-from uft.model.policy import Policy, evaluating, exact_products, trial_sequences
+from uft.model.policy import Policy, common_length, evaluating, exact_products, trial_sequences
 
 Tensor = torch.Tensor
 
@@ -89,9 +89,13 @@ def complete(
         room = max(0, min(sampling.max_new_tokens, positions - len(prompt)))
         rows.append(_Row(prompt, Reply(), uniforms(seed, number, room)))
     by_length = sorted(rows, key=lambda row: len(row.prompt))
+    common = common_length(policy.base.config) or sys.maxsize
+    together = [row for row in by_length if len(row.prompt) + len(row.uniform) <= common]
+    batches = [together[start : start + batch_size] for start in range(0, len(together), batch_size)]
+    batches += [[row] for row in by_length if len(row.prompt) + len(row.uniform) > common]
     with evaluating(policy.module):
-        for start in range(0, len(rows), batch_size):
-            _decode(policy, by_length[start : start + batch_size], sampling, frozenset(stop_ids), pad_id, should_stop)
+        for batch in batches:
+            _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop)
     return [row.reply for row in rows]
 
 
@@ -165,12 +169,14 @@ def _decode(
     if policy.caches is None:
         with exact_products():
             policy.caches = _caches(policy)
+    common = common_length(policy.base.config) or sys.maxsize
+    caches = policy.caches and all(len(row.prompt) + len(row.uniform) <= common for row in rows)
     cache: Any = None
     step = 0
     while any(row.open for row in rows):
         if should_stop():
             raise Interrupted
-        if policy.caches:
+        if caches:
             logits, cache = _last_logits(policy, ids, mask, cache)
         else:
             logits = _plain_logits(policy, [[*row.prompt, *row.reply.ids] for row in rows])

@@ -161,7 +161,7 @@ def _sample(
 ) -> list[Line]:
     """A line for each row of one batch, every seed; empty and cut samples are already left out."""
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
-    prompts = [renderer.prompt_ids(row.prompt, settings.system) for row in rows]
+    prompts = [renderer.start_ids(row, settings.system) for row in rows]
     by_seed = [
         complete(
             policy,

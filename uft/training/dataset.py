@@ -60,7 +60,8 @@ class TrainData:
 
 def make_renderer(tokenizer: PreTrainedTokenizerBase, data: Data) -> Renderer:
     """The renderer of a mixture's settings, the same for training, evaluation and generation."""
-    return Renderer(tokenizer, data.template, data.lost_text, data.date, data.template_args, data.train_on)
+    how = (data.template_args, data.train_on, data.special_text, data.rendering)
+    return Renderer(tokenizer, data.template, data.lost_text, data.date, *how)
 
 
 def read_train_data(

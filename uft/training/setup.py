@@ -165,9 +165,7 @@ def prepare(
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
-    if config.model.dropout and needs.reference and not needs.teacher and own_dropout(policy.base.config):
-        why = f"objective={objective.name} compares the policy with its reference, which dropout would make unequal"
-        raise UftError(Problem("model.dropout=true", why, advice=("model.dropout=false",)))
+    check_use(policy, config, objective)
     check_positions(policy, data)
     longest = longest_row(dataset, config, objective)
     settle_layout(policy, config.train.packing, longest)
@@ -350,6 +348,21 @@ def settle_threads(hardware: Hardware, policy: Policy) -> None:
 def same_generators(device: torch.device) -> AbstractContextManager[None]:
     """Inside, numbers may be drawn that no later one depends on."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def check_use(policy: Policy, config: Config, objective: Objective) -> None:
+    """Raise UftError where the model is not right for its objective, or not for its export."""
+    needs = objective.needs
+    if config.model.dropout and needs.reference and not needs.teacher and own_dropout(policy.base.config):
+        why = f"objective={objective.name} compares the policy with its reference, which dropout would make unequal"
+        raise UftError(Problem("model.dropout=true", why, advice=("model.dropout=false",)))
+    if objective.needs.embeddings:
+        policy.require_embeddings(f"objective={objective.name}")
+    if policy.first_position and config.train.save_model and config.train.check_model:
+        why = f"transformers numbers positions from {policy.first_position} in a forward pass, but from 0 when it "
+        why += "generates: the exported model would answer otherwise than it was trained"
+        advice = ("keep checkpoints alone:  train.save_model=false", "export it all the same:  train.check_model=false")
+        raise UftError(Problem(f"model.path={config.model.path}", why, advice=advice))
 
 
 def check_positions(policy: Policy, data: StageData) -> None:

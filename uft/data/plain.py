@@ -1,0 +1,127 @@
+"""Conversations as tokens: what every way of rendering makes, and the way without a template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from uft.data.rows import Turns
+from uft.errors import Problem, UftError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Conversation = tuple[Turns, Turns]  # (prompt, the turns after it)
+
+
+class Note(NamedTuple):
+    """A difference between a conversation and the text that its template makes of it."""
+
+    what: str  # in words that follow the template's name
+    turn: int  # the turn's place in the conversation
+    lost: bool = False  # text that was to be supervised is not learned as the row has it
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One prompt with one completion, ready for the model."""
+
+    ids: np.ndarray  # (L,) int32
+    supervised: np.ndarray  # (L,) bool; the last is True
+    prompt_length: int  # tokens before the first supervised one
+    notes: tuple[Note, ...] = ()  # not kept in a cache
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens that have a predictor: all but the first token of the sequence."""
+        return int(self.supervised[1:].sum())
+
+
+def finish(ids: np.ndarray, supervised: np.ndarray) -> Tokens:
+    """Ids cut after the last supervised token; uncut where nothing is supervised, for the check that reports it."""
+    learned = np.flatnonzero(supervised)
+    end = int(learned[-1]) + 1 if len(learned) else len(ids)
+    return Tokens(ids[:end], supervised[:end], int(learned[0]) if len(learned) else end)
+
+
+def learned_turns(turns: Turns, first: int, train_on: str) -> list[int]:
+    """The assistant turns from number `first` on that are learned: all but those marked as context, the last of these,
+    or those that are marked to be learned."""
+    replies = [number for number, turn in enumerate(turns) if turn.role == "assistant" and number >= first]
+    if train_on == "marked":
+        return [number for number in replies if turns[number].learned]
+    learned = [number for number in replies if turns[number].learned is not False]
+    return learned[-1:] if train_on == "last" else learned
+
+
+class Plain:
+    """No template: prompt and completion are tokenised apart and joined.
+
+    The tokenizer's own first token stands before, the end-of-text token, which is learned, after every assistant turn.
+    Several turns are set apart by a blank line.
+    """
+
+    name = "plain"
+    text = "plain"  # decides the tokens besides the tokenizer, and enters the digest
+    arguments: Mapping[str, Any] = {}
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: str, special_text: str) -> None:
+        if tokenizer.eos_token_id is None:
+            raise UftError(Problem("data.template=plain", "the tokenizer has no end-of-text token to learn"))
+        self.tokenizer, self.train_on, self._spelled = tokenizer, train_on, special_text == "text"
+        self.stop_ids = frozenset({int(tokenizer.eos_token_id)})
+        bos = tokenizer.bos_token_id
+        self._first = [bos] if bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos] else []
+
+    def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
+        texts: list[str] = []  # of each conversation the prompt's, then one per turn that follows
+        for (prompt, turns), name in zip(conversations, names, strict=True):
+            refuse_fields((*prompt, *turns), name)
+            texts.append(_joined(prompt))
+            texts += [turn.content if turn.role == "assistant" else f"\n\n{turn.content}\n\n" for turn in turns]
+        pieces = iter(self._tokenize(texts))
+        encoded = []
+        for _, turns in conversations:
+            ids = self._begin(next(pieces))
+            supervised = [False] * len(ids)
+            learned = learned_turns(turns, 0, self.train_on)
+            for number, turn in enumerate(turns):
+                piece = next(pieces)
+                if turn.role == "assistant" and not self.stop_ids.issuperset(piece[-1:] or [-1]):
+                    piece = [*piece, *self.stop_ids]
+                ids += piece
+                supervised += [number in learned] * len(piece)
+            encoded.append(finish(np.asarray(ids, np.int32), np.asarray(supervised, bool)))
+        return encoded
+
+    def prompt_ids(self, prompt: Turns) -> list[int]:
+        refuse_fields(prompt, "prompt")
+        return self._begin(self._tokenize([_joined(prompt)])[0])
+
+    def _begin(self, ids: list[int]) -> list[int]:
+        return list(ids) if ids[: len(self._first)] == self._first else self._first + list(ids)
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text; special tokens spelled in it are text, unless `special_text` is tokens."""
+        options = {"add_special_tokens": False, "split_special_tokens": self._spelled, "verbose": False}
+        return self.tokenizer(texts, **options)["input_ids"] if texts else []
+
+
+def refuse_fields(turns: Turns, name: str) -> None:
+    """Raise UftError where turns carry more than text, which is all that is joined without a template."""
+    found = next((field for turn in turns if turn.extra for field in json.loads(turn.extra)), None)
+    if found is not None:
+        why = f"has {found}, which only a chat template can render"
+        raise UftError(Problem(f"row {name}", why, where="data.template=plain", advice=("set another data.template",)))
+
+
+def _joined(prompt: Turns) -> str:
+    return "\n\n".join(turn.content for turn in prompt)
