@@ -51,6 +51,7 @@ from uft.config.schema import (
     schema_with,
     value_at,
 )
+from uft.data.rows import part_of
 from uft.errors import Problem, secret_in, secrets
 
 if TYPE_CHECKING:
@@ -507,6 +508,10 @@ def held_out(settings: Settings) -> Iterator[Broken]:
         if len(ways) > 1:
             why = f"and {ways[0]} both say which rows are for evaluation: give one"
             yield broken(f"{key}.{ways[1]}", why)
+        part = source.get("part")
+        if part is not None and part_of(part, 0) is None:
+            why = "must be r/n, the r-th of n slices; round has a meaning in a run of rounds alone"
+            yield broken(f"{key}.part", why, "rounds=3") if part == "round" else broken(f"{key}.part", why)
         ends = source.get("score_range")
         if ends is not None and not (len(ends) == 2 and ends[0] < ends[1]):
             yield broken(f"{key}.score_range", "must be [lowest, highest]")

@@ -27,7 +27,7 @@ import uft
 from uft.data import formats
 from uft.data.formats import Format
 from uft.data.messages import Unreadable, excerpt, is_blank
-from uft.data.rows import Kind, Row, content_digest, oddities
+from uft.data.rows import Kind, Row, content_digest, oddities, part_of
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.errors import Problem, UftError, tame
 from uft.heartbeat import activity, beat
@@ -155,12 +155,20 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         apart = replace(place, split=source.eval_split)
     elif source.path.startswith(_BUILTIN) and source.holdout is None:
         apart = replace(place, split="test")
-    rows, omitted = _parse(name, source, place, source.limit, data.cache)
+    rows, omitted = _parse(name, source, place, None if source.part else source.limit, data.cache)
     if apart is None:
         rows, held_out = hold_out(rows, amount)
     else:
         held_out, more = _parse(name, source, apart, None, data.cache)
         omitted.add(more, same_folder=apart.path == place.path)
+    if source.part:  # of what is not held out, so that all parts hold out the same rows
+        span, size = part_of(source.part, len(rows)), int(source.part.rpartition("/")[2])
+        if span is None or span[0] == span[1]:
+            why = f"its {len(rows):,} training rows cannot be cut in {size}"
+            raise UftError(Problem(f"data.sources.{name}.part={source.part}", why))
+        if left := len(rows) % size:
+            omitted.unread[f"rows that are in none of {size} parts"] = left
+        rows = rows[slice(*span)][: source.limit]
     digest = content_digest(rows)
     return LoadedSource(name, source.path, rows, held_out, digest, omitted, source.checker, apart is not None)
 
