@@ -73,6 +73,16 @@ PAGES = {
   uft annotate soft_label data=scored annotate.temperature=0.2  for objective=gdpo_soft""",
         words=f"{'|'.join(COLUMNS)} ",
     ),
+    "select": Page(
+        keys="""
+            select.by select.rows select.seed select.out select.past select.dev select.steps select.batch select.lr
+            select.eps select.dim select.ridge""",
+        examples="""\
+  uft select select.by=random select.rows=1000 data=instruct  a thousand rows, the same ones whatever is added
+  uft select select.by=active_dpo select.rows=64 data=pairs  the pairs that tell a model most
+  uft select select.by=pds select.dev=binary data=scored +data.sources.binary.path=builtin:playground/binary \\
+    data.sources.binary.share=0                    the rows that lower another source's loss""",
+    ),
     "config": Page(
         keys="seed train.steps optim.lr data.ratio",
         examples="""\

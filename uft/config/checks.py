@@ -515,7 +515,11 @@ def held_out(settings: Settings) -> Iterator[Broken]:
         ends = source.get("score_range")
         if ends is not None and not (len(ends) == 2 and ends[0] < ends[1]):
             yield broken(f"{key}.score_range", "must be [lowest, highest]")
-    for key in ("data.holdout", *(f"data.sources.{name}.holdout" for name in settings["data"]["sources"])):
+    for key in (
+        "select.rows",
+        "data.holdout",
+        *(f"data.sources.{name}.holdout" for name in settings["data"]["sources"]),
+    ):
         amount = value_at(settings, tuple(key.split(".")))
         if amount is not None and amount > 1 and amount != int(amount):
             yield broken(key, "must be a share below 1 or a whole number of rows")

@@ -259,8 +259,8 @@ def compose_stages(
     if any(stage.request[group] == UNCLEAR for stage in stages for group in OWN):
         problems += [problem for stage in stages for problem in rules(stage, outline)]
         return asdict(Config()), outline, outline.origins(), problems
-    each = zip(*(stage.rounds(count, names) for stage in stages), strict=True)
-    stages = [stage for of_round in each for stage in of_round]
+    of_rounds = zip(*(stage.rounds(count, names) for stage in stages), strict=True)
+    stages = [stage for of_round in of_rounds for stage in of_round]
     last = next((stage for stage in reversed(stages) if stage.does == "fit"), None)
     run = Planned("", {"do": "", OBJECTIVE: None, "data": last and last.request["data"]})
     for stage in (run, *stages):
@@ -480,7 +480,7 @@ def handed_on(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
     trained = [other for other, do in earlier.items() if do == "fit"]
     makers = [other for other, do in earlier.items() if do != "fit"]
     past = stage.settings["select"]["past"] if stage.does == "select" else None
-    if made(past) and maker(past) not in [other for other, do in earlier.items() if do == "select"]:
+    if past and made(past) and maker(past) not in [other for other, do in earlier.items() if do == "select"]:
         yield Problem(
             f"select.past={past}", "no stage before this one selects under that name", stage.draft.where(PAST)
         )

@@ -34,6 +34,7 @@ from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import kinds
 from uft.distributed import ranks
 from uft.errors import GOOD, Problem, UftError
+from uft.evaluation.measures import CHECKERS
 from uft.heartbeat import activity
 from uft.model.load import check_vocabulary, empty_policy, load_policy, load_tokenizer
 from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops, used_memory
@@ -46,6 +47,7 @@ from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
+from uft.training.choosing import choose_rows
 from uft.training.dataset import StageData, has_made_rows, keep_pandas_out, make_renderer, read_run_data
 from uft.training.liveness import Stop, listening
 from uft.training.setup import (
@@ -68,6 +70,8 @@ TABLE_WIDTH = 180  # without a terminal
 PREVIEW_ROWS = 200_000
 """Draws among which the largest step is looked for, or as many as show every row: a run may be endless."""
 GIGABYTE = 1e9
+FIGURE = "exact_match"
+"""What a checker says of a reply that becomes its score."""
 NOT_THERE = "its rows are made by a stage before it, and are checked when they are there"
 
 
@@ -251,8 +255,8 @@ def generate(config: Config) -> int:
             return stop.exit_code
     say(
         f"{summary.rows} rows with {summary.negatives} completions in {summary.path}"
-        f" ({summary.left_out} left out: without text, or cut at generate.max_new_tokens before their end;"
-        f" {summary.repeats} equal to the row's own,"
+        f" ({summary.left_out} left out: without text, cut at generate.max_new_tokens before their end, or"
+        f" equal to the row's own where these are dropped; {summary.repeats} equal to the row's own,"
         f" {summary.without_good} rows without a good completion left out)\n"
         f"train on them:  uft train objective=dft data=files +data.sources.negatives.path={summary.path}"
         f" model={config.model.name}"
@@ -274,7 +278,9 @@ def generate_stage(
         progress = lambda done, of: say(f"{done} of {of} prompts")  # noqa: E731
         made = sample_rows(config, sources, part, sampled_by, device, stop, progress)
         ranks().on_rank0(lambda: os.replace(part, out))
-    return {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
+    told = {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
+    say("  ".join(f"{name}: {number:,}" for name, number in told.items()))
+    return told
 
 
 def sample_rows(
@@ -288,6 +294,7 @@ def sample_rows(
 ) -> Summary:
     tokenizer = load_tokenizer(config.model)
     renderer = make_renderer(tokenizer, config.data)
+    score = scorer(sources) if config.generate.score else None
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
@@ -299,9 +306,27 @@ def sample_rows(
         config.generate,
         out,
         sampled_by=sampled_by,
+        score=score,
         should_stop=stop.between_passes,
         progress=progress,
     )
+
+
+def scorer(sources: Sequence[LoadedSource]) -> Callable[[Row, str], float]:
+    """The figure of its source's checker for a reply to a row. UftError about rows on which that has no verdict."""
+    checkers = {source.name: source.checker for source in sources}
+    problems = []
+    for source in sources:
+        check = CHECKERS[source.checker or "exact"]
+        without = [row.id for row in source.rows if FIGURE not in check(row, "")]
+        if source.checker is None:
+            problems.append(Problem(f"data.sources.{source.name}.checker", "is not set, and generate.score asks it"))
+        elif without:
+            why = f"checker={source.checker} has no verdict on {len(without):,} of its rows: they lack an answer"
+            problems.append(Problem(f"data.sources.{source.name}", why, where=without[0]))
+    if problems:
+        raise UftError(*problems, footer="Sample without a score:  generate.score=false")
+    return lambda row, text: CHECKERS[str(checkers[row.source])](row, text)[FIGURE]
 
 
 # --- Writing a column beside the rows of a mixture: the job `annotate`, and stages that do it.
@@ -372,7 +397,8 @@ def write_column(
         raise UftError(Problem(f"annotate.out={out}", why, advice=(f"a folder:  annotate.out={out.with_suffix('')}",)))
     # in a folder of its own, so that a folder of rows never holds evaluation rows too
     apart = {source.name: files[source.name].parent / "eval" / files[source.name].name for source in sources}
-    check_files(sources, [*files.values(), *(apart[source.name] for source in sources if source.apart)], config.data)
+    written_to = [*files.values(), *(apart[source.name] for source in sources if source.apart)]
+    check_files(sources, written_to, config.data, "annotate")
     recipe = Recipe(
         device=device,
         cache=cache_root(config.data.cache),
@@ -406,7 +432,7 @@ def own_rows(source: LoadedSource) -> list[Row]:
     return sorted(rows, key=lambda row: row.index)
 
 
-def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Data) -> None:
+def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Data, job: str) -> None:
     """UftError about sources whose rows cannot stand in one file, and files that must not be replaced: those that the
     rows come from, and all that this job did not write."""
     problems = []
@@ -426,13 +452,13 @@ def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Da
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if place.exists() and not is_rows_file(place):
-                    why = "was not written by uft annotate; it is left as it is"
+                    why = f"was not written by uft {job}; it is left as it is"
                 elif not os.access(place.parent, os.W_OK):
                     why = "cannot be written: no permission"
             except OSError as error:
                 why = f"cannot be written: {error.strerror}"
         if why:
-            problems.append(Problem(f"annotate.out: {file}", why))
+            problems.append(Problem(f"{job}.out: {file}", why))
     if problems:
         raise UftError(*problems)
 
@@ -459,14 +485,50 @@ def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource
     return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources])
 
 
+# --- Choosing rows of a mixture: the job `select`, and stages that do it.
+
+
+def select(config: Config) -> int:
+    """Write the rows that `config.select` chooses."""
+    say, device, out = say_on(Console()), choose_device(config.hardware), Path(config.select.out or "selected")
+    with listening() as stop:
+        try:
+            told = select_stage(config, out, "", device, stop, say)
+        except Interrupted:
+            say("stopped; nothing was written.")
+            return stop.exit_code
+    say(f"{told['rows']:,} of {told['candidates']:,} candidates are kept; rows and scores.jsonl in {out}")
+    return GOOD
+
+
+def select_stage(
+    config: Config, folder: Path, sampled_by: str, device: torch.device, stop: Stop, say: Say
+) -> dict[str, Any]:
+    """`rows.jsonl` in the stage's folder, or `rows/SOURCE.jsonl` of several sources; counts of what was chosen.
+
+    Raises Interrupted when asked to stop; the next session begins again.
+    """
+    sources = drawn_sources(config, say)
+    files = {source.name: folder / "rows" / f"{source.name}.jsonl" for source in sources}
+    files = files if len(files) > 1 else dict.fromkeys(files, folder / ROWS)
+    check_files(sources, list(files.values()), config.data, "select")
+    chosen = ranks().on_rank0(lambda: choose_rows(config, sources, folder, device, stop, say))
+    for name, file in files.items() if ranks().is_rank0 else ():
+        write_rows(file, chosen.rows_of(name))
+    ranks().barrier()
+    return {"rows": len(chosen.rows), **chosen.counts}
+
+
 JOBS: dict[str, Callable[[Config], int]] = {
     "check": check,
     "data": show_data,
     "generate": generate,
     "annotate": annotate,
+    "select": select,
 }
 
 ROW_STAGES: dict[str, Callable[[Config, Path, str, torch.device, Stop, Say], dict[str, Any]]] = {
     "generate": generate_stage,
     "annotate": annotate_stage,
+    "select": select_stage,
 }
