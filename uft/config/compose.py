@@ -476,17 +476,18 @@ def rules(stage: Planned, outline: Draft) -> Iterator[Problem]:
 
 def handed_on(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
     """What is wrong with what a stage takes from earlier ones: rows of its sources, models that annotate."""
-    earlier = {other.name: other.does for other in stages[: stages.index(stage)]}
-    trained = [other for other, do in earlier.items() if do == "fit"]
-    makers = [other for other, do in earlier.items() if do != "fit"]
+    earlier = {other.name: other for other in stages[: stages.index(stage)]}
+    trained = [name for name, other in earlier.items() if other.does == "fit"]
+    makers = [name for name, other in earlier.items() if other.does != "fit"]
+    of_round = [other for other in earlier.values() if other.round == stage.round]
     past = stage.settings["select"]["past"] if stage.does == "select" else None
-    if past and made(past) and maker(past) not in [other for other, do in earlier.items() if do == "select"]:
-        yield Problem(
-            f"select.past={past}", "no stage before this one selects under that name", stage.draft.where(PAST)
-        )
+    if past and made(past) and (maker(past) not in makers or earlier[maker(past)].does != "select"):
+        why = "no stage before this one selects under that name"
+        yield Problem(f"select.past={past}", why, stage.draft.where(PAST))
     for path in stage.settings["annotate"]["models"] if stage.does == "annotate" else ():
         if made(path) and maker(path) not in trained:
-            advices = no_such_stage(path, "stages before this one that train", trained)
+            near = [other.written for other in of_round if other.does == "fit"]
+            advices = no_such_stage(path, "stages before this one that train", near)
             place = stage.draft.where(("annotate", "models"))
             yield Problem(f"annotate.models=[{path}]", "no such stage before this one", place, advices)
     for source, node in stage.settings["data"]["sources"].items():
@@ -499,7 +500,8 @@ def handed_on(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
         elif maker(path) in trained:
             yield Problem(what, f"stage {maker(path)} trains and leaves no rows", where)
         elif maker(path) not in makers:
-            advices = no_such_stage(path, "stages before this one that make rows", makers)
+            near = [other.written for other in of_round if other.does != "fit"]
+            advices = no_such_stage(path, "stages before this one that make rows", near)
             yield Problem(what, "no such stage before this one", where, advices)
         for leaf in MEASURED:
             if node.get(leaf):
