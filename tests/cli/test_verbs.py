@@ -71,7 +71,7 @@ def test_config_diff(trained, capfd):
     assert "objective.name" in out
     assert "sft -> dpo" in out
     trained.config_file.write_text(
-        trained.config_file.read_text().replace("  steps:", "  from_the_future: 1\n  steps:")
+        trained.config_file.read_text().replace("  steps:", "  from_the_future: 1\n  steps:", 1)
     )
     assert main(["config", "objective=sft", "tracking=none", "--diff", str(trained.path)]) == 0
     assert "train.from_the_future  1 -> (absent)" in capfd.readouterr().out, "a run of another version"

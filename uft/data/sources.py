@@ -162,13 +162,13 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         held_out, more = _parse(name, source, apart, None, data.cache)
         omitted.add(more, same_folder=apart.path == place.path)
     if source.part:  # of what is not held out, so that all parts hold out the same rows
-        span, size = part_of(source.part, len(rows)), int(source.part.rpartition("/")[2])
+        span = part_of(source.part, len(rows))
         if span is None or span[0] == span[1]:
-            why = f"its {len(rows):,} training rows cannot be cut in {size}"
+            why = f"is no slice r/n of its {len(rows):,} training rows"
             raise UftError(Problem(f"data.sources.{name}.part={source.part}", why))
-        if left := len(rows) % size:
-            omitted.unread[f"rows that are in none of {size} parts"] = left
-        rows = rows[slice(*span)][: source.limit]
+        if span[2]:
+            omitted.unread["rows after the last part"] = span[2]
+        rows = rows[span[0] : span[1]][: source.limit]
     digest = content_digest(rows)
     return LoadedSource(name, source.path, rows, held_out, digest, omitted, source.checker, apart is not None)
 
