@@ -101,6 +101,24 @@ def test_annotate_takes_its_column_first(worker, capfd):
     assert "did you mean  annotate.column=soft_label ?" in capfd.readouterr().err
 
 
+def test_select_and_scored_samples_are_told_what_they_lack(worker, capfd):
+    assert main(["select", "select.by=random", "data=instruct"]) == 0
+    assert "worker select" in capfd.readouterr().out
+    lacking = {
+        ("select", "data=instruct"): ("how rows are chosen is not said", "select.by=random"),
+        ("select", "select.by=pds", "data=instruct"): ("a source with share 0 (pairs)", "select.dev=NAME"),
+        ("select", "select.by=pds", "select.dev=instruct", "data=instruct"): ("are no candidates", "instruct.share=0"),
+        ("generate", "generate.score=true", "data=instruct", "data.sources.instruct.checker=null"): (
+            "data.sources.instruct.checker is not set",
+            "data.sources.instruct.checker=exact",
+        ),
+    }
+    for words, told in lacking.items():
+        assert main(list(words)) == 2
+        said = capfd.readouterr().err
+        assert all(text in said for text in told)
+
+
 def test_generate_from_a_run_takes_its_model_and_configuration(trained, capfd):
     assert main(["generate", str(trained.path)]) == 2
     assert "train.save_model=false" in capfd.readouterr().err
