@@ -253,12 +253,14 @@ def generate(config: Config) -> int:
         except Interrupted:
             say(f"stopped; what is done is in {out}. Run the same command to continue.")
             return stop.exit_code
+    repeats = ", or equal to the row's own" if config.generate.repeats == "drop" else ""
+    use = "objective=dpo data.unusable=drop" if config.generate.score else "objective=dft"
     say(
         f"{summary.rows} rows with {summary.negatives} completions in {summary.path}"
-        f" ({summary.left_out} left out: without text, cut at generate.max_new_tokens before their end, or"
-        f" equal to the row's own where these are dropped; {summary.repeats} equal to the row's own,"
+        f" ({summary.left_out} left out: without text, cut at generate.max_new_tokens before their end{repeats};"
+        f" {summary.repeats} equal to the row's own,"
         f" {summary.without_good} rows without a good completion left out)\n"
-        f"train on them:  uft train objective=dft data=files +data.sources.negatives.path={summary.path}"
+        f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"
         f" model={config.model.name}"
     )
     return GOOD
