@@ -108,6 +108,10 @@ def test_select_and_scored_samples_are_told_what_they_lack(worker, capfd):
         ("select", "data=instruct"): ("how rows are chosen is not said", "select.by=random"),
         ("select", "select.by=pds", "data=instruct"): ("a source with share 0 (pairs)", "select.dev=NAME"),
         ("select", "select.by=pds", "select.dev=instruct", "data=instruct"): ("are no candidates", "instruct.share=0"),
+        ("select", "select.by=pds", "select.dev=pairs", "data=instruct", "model.dtype=bfloat16"): (
+            "takes differences that bfloat16 loses",
+            "model.dtype=float32",
+        ),
         ("generate", "generate.score=true", "data=instruct", "data.sources.instruct.checker=null"): (
             "data.sources.instruct.checker is not set",
             "data.sources.instruct.checker=exact",

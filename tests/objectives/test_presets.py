@@ -18,7 +18,7 @@ def schema(method):
 
 NAMES = """
     sft ift uft una dft dft2 dynamic_ft anchored_sft f_sft poft asft gdpo_soft gipo_soft gropo_soft rpo dpop dpo cdpo
-    robust_dpo hinge ipo simpo cpo orpo nca rdpo_length ld_dpo kto irft per_kind
+    robust_dpo hinge ipo simpo cpo orpo nca rdpo_length ld_dpo kto irft spin per_kind
 """
 
 
@@ -113,6 +113,7 @@ PAPERS = [
     ("ld_dpo", {"alpha": 0.5}),
     ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}),
     ("irft", {"beta": 0.1, "link": "sigmoid"}),
+    ("spin", {"beta": 0.1, "link": "sigmoid"}),
 ]
 
 

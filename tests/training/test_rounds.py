@@ -14,7 +14,7 @@ from uft.config.compose import examine
 from uft.config.files import Request
 from uft.config.frozen import typed
 from uft.config.schema import Config
-from uft.errors import GOOD
+from uft.errors import FAILED, GOOD
 from uft.runs import Run
 
 LOOP = """\
@@ -92,7 +92,13 @@ def test_a_round_samples_from_the_model_before_it_and_begins_at_its_reference(co
     )
 
 
-@pytest.mark.parametrize(("link", "start"), [("linear", 0.0), pytest.param("hinge", 1.0, marks=pytest.mark.slow)])
+def test_a_round_without_a_sample_to_train_on_says_why(compose, tmp_path):
+    assert sit(tmp_path / "run", compose("generate.max_new_tokens=1", "eval=none", "rounds=1")) == FAILED
+    assert "all 40 samples are without text, cut before their end or equal" in Run(tmp_path / "run").result()["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("link", "start"), [("linear", 0.0), ("hinge", 1.0)])
 def test_other_links_begin_at_their_own_value(link, start, compose, tmp_path):
     config = compose(f"objective.link={link}", "stages.fit.set.train.steps=1", "rounds=1", "eval=none")
     assert sit(tmp_path / "run", config) == GOOD
@@ -100,12 +106,12 @@ def test_other_links_begin_at_their_own_value(link, start, compose, tmp_path):
     assert line["loss"] == pytest.approx(start, abs=1e-6)
 
 
-@pytest.mark.parametrize("deaths", [2, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("deaths", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_death_in_any_stage_of_any_round_changes_nothing(deaths, compose, death, tmp_path):
     config, whole = compose("eval=none"), tmp_path / "whole"
     survive(whole, config, death)
     expected, moments = written(whole), len(death.moments)
     for number in range(deaths):
-        at = 10 + number * (moments - 20) // deaths
+        at = 10 + (2 * number + 1) * (moments - 20) // (2 * deaths)
         survive(tmp_path / f"died-{at}", config, death, at)
         assert written(tmp_path / f"died-{at}") == expected, (at, moments)

@@ -141,6 +141,10 @@ def unready(do: str, settings: Settings) -> Iterator[tuple[str, str]]:
             if source["share"] != 0 and source["checker"] is None:
                 key = f"data.sources.{name}.checker"
                 yield f"generate.score asks the checker of a source, and {key} is not set", f"{key}: exact"
+    if do == "select" and by in ("active_dpo", "pds") and settings["hardware"]["sharding"] == "full":
+        yield f"select.by={by} needs the whole model in one process, and hardware.sharding=full", "select.by: random"
+    if do == "select" and by == "pds" and settings["model"]["dtype"] != "float32":
+        yield "select.by=pds takes differences that bfloat16 loses", "model.dtype: float32"
     if do == "select" and by is None:
         yield "how rows are chosen is not said", "select.by: random"
     if do == "select" and by == "pds" and dev not in sources:

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -120,13 +121,8 @@ def picked_by_model(
     should_stop: Callable[[], bool],
     say: Say,
 ) -> Picked:
-    """The choice of a method that runs the model. Raises UftError where the model cannot serve it."""
+    """The choice of a method that runs the model."""
     settings, model = config.select, config.model
-    if config.hardware.sharding == "full":
-        raise UftError(Problem("hardware.sharding=full", f"select.by={settings.by} needs the whole model in a process"))
-    if settings.by == "pds" and model.dtype != "float32":
-        why = "differences along lambda are lost in bfloat16"
-        raise UftError(Problem(f"model.dtype={model.dtype}", why, advice=("model.dtype=float32",)))
     if model.adapter == "lora":
         say("caution: a fresh adapter sees the input through random numbers alone; better:  model.adapter=none")
     policy = load_policy(model, device, config.seeds.init)
@@ -151,7 +147,7 @@ def read_past(folder: str | None, dim: int) -> dict[str, np.ndarray]:
     try:
         with np.load(Path(folder) / PAST_FILE) as found:
             past = {name: found[name] for name in ("prompts", "phi")}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UftError(Problem(f"select.past={folder}", f"holds no selection: {error}")) from error
     if len(past["phi"]) and past["phi"].shape[1] != dim:
         raise UftError(Problem(f"select.dim={dim}", f"the selection in {folder} was made with {past['phi'].shape[1]}"))

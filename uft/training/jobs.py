@@ -33,7 +33,7 @@ from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import kinds
 from uft.distributed import ranks
-from uft.errors import GOOD, Problem, UftError
+from uft.errors import FAILED, GOOD, Problem, UftError
 from uft.evaluation.measures import CHECKERS
 from uft.heartbeat import activity
 from uft.model.load import check_vocabulary, empty_policy, load_policy, load_tokenizer
@@ -279,6 +279,10 @@ def generate_stage(
     else:
         progress = lambda done, of: say(f"{done} of {of} prompts")  # noqa: E731
         made = sample_rows(config, sources, part, sampled_by, device, stop, progress)
+        if not made.rows:
+            repeats = " or equal to the row's own" if config.generate.repeats == "drop" else ""
+            why = f"all {made.left_out:,} samples are without text, cut before their end{repeats}: nothing to train on"
+            raise UftError(Problem(f"generate.max_new_tokens={config.generate.max_new_tokens}", why), code=FAILED)
         ranks().on_rank0(lambda: os.replace(part, out))
     told = {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
     say("  ".join(f"{name}: {number:,}" for name, number in told.items()))
