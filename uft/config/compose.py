@@ -210,7 +210,8 @@ def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any],
 # that is wrong with any stage is told at once, once if it is wrong in all of them.
 
 
-SET, BY_ROUND = "set", "by_round"
+BY_ROUND = "by_round"
+INSIDE = (("set",), (BY_ROUND,))  # below a stage: groups of its own keys
 OWN = (OBJECTIVE, "data")  # groups that a stage may choose for itself
 UNCLEAR = ""  # a choice that could not even be guessed: which keys the stage has is not known
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,59}")
@@ -294,7 +295,7 @@ def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
     outline, typed = Draft({STAGES: {}}), dict[str, list[Setting]]()
 
     def put_in(setting: Setting) -> None:
-        inside = setting.path[2:3] in ((SET,), (BY_ROUND,))
+        inside = setting.path[2:3] in INSIDE
         outline.put(replace(setting, path=setting.path[:2], value={}) if inside else setting)
 
     for setting in composed.settings:
@@ -313,8 +314,7 @@ def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
         else:
             for setting in own_keys(path, override.value(), COMMAND_LINE, line):
                 put_in(setting)
-                inside = setting.path[2:3] in ((SET,), (BY_ROUND,))
-                if inside and (setting.path[3:] or setting.value not in (None, {})):
+                if setting.path[2:3] in INSIDE and (setting.path[3:] or setting.value not in (None, {})):
                     typed.setdefault(path[1], []).append(setting)
     stages = []
     for name, stage in outline.values[STAGES].items():
@@ -376,7 +376,7 @@ def lay_files(stage: Planned, own: Mapping[str, str | None], words: Words, files
     for number, file in enumerate(composed.files, 1):
         later = {setting.path for other in composed.files[number:] for setting in other}
         for setting in file:
-            if setting.path[:2] == (STAGES, stage.written) and setting.path[2:3] in ((SET,), (BY_ROUND,)):
+            if setting.path[:2] == (STAGES, stage.written) and setting.path[2:3] in INSIDE:
                 for one in own_keys(setting.path, setting.value, setting.where, setting.text):
                     if one.path[3:] not in later:
                         put_own(one, stage)
@@ -385,13 +385,12 @@ def lay_files(stage: Planned, own: Mapping[str, str | None], words: Words, files
 
 def put_own(setting: Setting, stage: Planned) -> None:
     """Lay a key that a stage sets for itself, at `stages.NAME.set` or `by_round`, unless no stage can have it so."""
-    own: Setting | Problem = replace(setting, path=setting.path[3:])
-    if isinstance(own, Setting) and setting.path[2] == BY_ROUND and own.path:
-        own = stage.round.value(own)
-    problem = own if isinstance(own, Problem) else fixed(own)
-    if problem:
+    own, problem = replace(setting, path=setting.path[3:]), None
+    if setting.path[2] == BY_ROUND and own.path:
+        own, problem = stage.round.value(own)
+    if problem := problem or fixed(own):
         stage.draft.problems.append(problem)
-    elif isinstance(own, Setting):
+    else:
         stage.draft.put(own)
 
 

@@ -41,16 +41,15 @@ class Round:
         """The stage of this round, or of round `number`, that is written `stage`."""
         return stage if self.count in (None, 1) else f"{stage}-{number or self.number}"
 
-    def value(self, setting: Setting) -> Setting | Problem:
-        """The setting of this round that a list under `by_round` means."""
-        values = setting.value
+    def value(self, setting: Setting) -> tuple[Setting, Problem | None]:
+        """The setting of this round that a list under `by_round` means, or what is wrong with it."""
+        values, where = setting.value, setting.where
         if self.count is None:
-            advice = ("rounds=3",)
-            return Problem(setting.text, "has a meaning in a run of rounds alone", setting.where, advice)
+            return setting, Problem(setting.text, "has a meaning in a run of rounds alone", where, ("rounds=3",))
         if not isinstance(values, list) or not values:
             why = "must be a list: a value for every round, of which the last one goes on"
-            return Problem(setting.text, why, setting.where)
-        return replace(setting, value=values[min(self.number, len(values)) - 1])
+            return setting, Problem(setting.text, why, where)
+        return replace(setting, value=values[min(self.number, len(values)) - 1]), None
 
     def meant(self, path: str) -> list[tuple[str, str]]:
         """(ending of a name, path) of what `path` means in this round; the path itself where it is no stage's."""
