@@ -145,7 +145,7 @@ def read_past(folder: str | None, dim: int) -> dict[str, np.ndarray]:
     if folder is None:
         return {"prompts": np.zeros(0, np.uint64), "phi": np.zeros((0, dim), np.float32)}
     try:
-        with np.load(Path(folder) / PAST_FILE) as found:
+        with np.load(Path(folder) / PAST_FILE, allow_pickle=False) as found:
             past = {name: found[name] for name in ("prompts", "phi")}
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UftError(Problem(f"select.past={folder}", f"holds no selection: {error}")) from error
