@@ -71,7 +71,7 @@ def test_config_diff(trained, capfd):
     assert "objective.name" in out
     assert "sft -> dpo" in out
     trained.config_file.write_text(
-        trained.config_file.read_text().replace("  steps:", "  from_the_future: 1\n  steps:")
+        trained.config_file.read_text().replace("  steps:", "  from_the_future: 1\n  steps:", 1)
     )
     assert main(["config", "objective=sft", "tracking=none", "--diff", str(trained.path)]) == 0
     assert "train.from_the_future  1 -> (absent)" in capfd.readouterr().out, "a run of another version"
@@ -99,6 +99,28 @@ def test_annotate_takes_its_column_first(worker, capfd):
     assert "columns: baseline_logp, soft_label" in capfd.readouterr().err
     assert main(["annotate", "softlabel", "data=scored"]) == 2
     assert "did you mean  annotate.column=soft_label ?" in capfd.readouterr().err
+
+
+def test_select_and_scored_samples_are_told_what_they_lack(worker, capfd):
+    assert main(["select", "select.by=random", "data=instruct"]) == 0
+    assert "worker select" in capfd.readouterr().out
+    lacking = {
+        ("select", "data=instruct"): ("how rows are chosen is not said", "select.by=random"),
+        ("select", "select.by=pds", "data=instruct"): ("a source with share 0 (pairs)", "select.dev=NAME"),
+        ("select", "select.by=pds", "select.dev=instruct", "data=instruct"): ("are no candidates", "instruct.share=0"),
+        ("select", "select.by=pds", "select.dev=pairs", "data=instruct", "model.dtype=bfloat16"): (
+            "takes differences that bfloat16 loses",
+            "model.dtype=float32",
+        ),
+        ("generate", "generate.score=true", "data=instruct", "data.sources.instruct.checker=null"): (
+            "data.sources.instruct.checker is not set",
+            "data.sources.instruct.checker=exact",
+        ),
+    }
+    for words, told in lacking.items():
+        assert main(list(words)) == 2
+        said = capfd.readouterr().err
+        assert all(text in said for text in told)
 
 
 def test_generate_from_a_run_takes_its_model_and_configuration(trained, capfd):

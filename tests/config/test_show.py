@@ -12,7 +12,7 @@ def test_annotated_is_the_config_as_yaml():
     text = annotated(examined.settings, examined.origins, examined.references)
     assert yaml.safe_load(text) == examined.settings
     lines = {line.split(":")[0].strip(): line for line in text.splitlines()}
-    assert lines["seed"].endswith("# command line")
+    assert text.splitlines()[0].endswith("# command line"), "seed"
     assert "# conf/optim/adamw.yaml:3, ${model.lr}" in text
     assert lines["save_model"].endswith("# default")
     columns = [line.index("  # ") for line in text.splitlines() if "  # " in line]

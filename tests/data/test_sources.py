@@ -50,6 +50,23 @@ def test_sources_come_sorted_with_rows_named_after_them(ten):
     assert schema == node == load({"a": {"path": ten}})
 
 
+def test_parts_are_disjoint_slices_of_what_is_not_held_out(tmp_path):
+    path = write(tmp_path / "many.jsonl", demonstrations(1003))
+    parts = [load({"a": {"path": path, "part": f"{n}/5"}})[0] for n in range(1, 6)]
+    indices = [[row.index for row in part.rows] for part in parts]
+    assert indices == [list(range(start, start + 200)) for start in range(0, 1000, 200)]
+    assert parts[0].omitted.unread == {"rows after the last part": 3}
+    held = [load({"a": {"path": path, "part": f"{n}/4", "limit": 30}}, holdout=0.1)[0] for n in (1, 2, 3, 4)]
+    assert len({tuple(row.id for row in source.held_out) for source in held}) == 1, "the same in all parts"
+    trained = [row.index for source in held for row in source.rows]
+    assert trained == sorted(set(trained))
+    assert len(trained) == 4 * 30, "the limit is of the part"
+    assert not {row.index for row in held[0].held_out} & set(trained)
+    for part in ("5/4", "0/3", "x", "1/"):
+        assert "data.sources.a.part" in refused({"a": {"path": path, "part": part}})
+    assert "is no slice r/n of its 1,003 training rows" in refused({"a": {"path": path, "part": "1/2000"}})
+
+
 def test_columns_are_mapped(tmp_path, ten):
     path = write(tmp_path / "x.jsonl", [{"q": "why", "a": "because", "gold": 7}])
     (source,) = load({"a": {"path": path, "columns": {"prompt": "q", "completion": "a", "answer": "gold"}}})

@@ -59,6 +59,23 @@ stages:
     set: {data.sources.sampled.path: stage:sample, train.steps: 3, objective.negatives: 1}
 """
 
+ROUNDS = """\
+# @package _global_
+# sample and train, twice
+rounds: 2
+stages:
+  sample:
+    do: generate
+    data: files
+    set:
+      data.sources.shown: {path: shown.jsonl, part: round}
+      generate: {max_new_tokens: 100, temperature: 1.0, top_k: 0, seeds: [0, 1, 2, 3], repeats: drop}
+  fit:
+    objective: spin
+    data: files
+    set: {data.sources.own.path: stage:sample, train.steps: 6, optim.lr: 0.0001}
+"""
+
 
 @pytest.fixture
 def request_for(tmp_path: Path, tiny_model: Path, write: Callable[..., Path]) -> Callable[..., list[str]]:
@@ -67,6 +84,7 @@ def request_for(tmp_path: Path, tiny_model: Path, write: Callable[..., Path]) ->
     folder.mkdir(parents=True)
     (folder / "pipe.yaml").write_text(PIPE)
     (folder / "loop.yaml").write_text(LOOP)
+    (folder / "rounds.yaml").write_text(ROUNDS)
     write(tmp_path / "shown.jsonl", rows_of("demonstrations"))
     write(tmp_path / "pairs.jsonl", rows_of("pairs"))
     return lambda name, *more: [f"experiment={name}", *SMALL, f"model.path={tiny_model}", *more]
@@ -136,6 +154,23 @@ def test_rows_that_a_stage_samples_are_sampled_once(
     uft("resume", str(stopped))
     assert (stopped / "stages/2-sample/rows.jsonl").read_text().startswith(begun)
     same(stopped, whole)
+
+
+@pytest.mark.slow
+def test_rounds_killed_in_the_second_end_as_if_nothing_had_happened(
+    start: Start, uft: Uft, request_for: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    request = request_for("rounds")
+    whole, died = tmp_path / "whole", tmp_path / "died"
+    uft("train", *request, f"run.dir={whole}", env={"UFT_CACHE": str(tmp_path / "other-cache")})
+    assert list(json.loads((whole / "result.json").read_text())["stages"]) == ["sample-1", "fit-1", "sample-2", "fit-2"]
+    process = start("train", *request, f"run.dir={died}")
+    wait_for(at_step(died, 8), process)
+    assert kill_worker(process)[0] == 1
+    uft("resume", str(died))
+    same(died, whole)
+    refused = uft("resume", str(died), "rounds=3", code=2).stderr
+    assert "rounds" in refused
 
 
 @pytest.mark.slow

@@ -47,7 +47,16 @@ def sources():
 def job(policy, tokenizer, sources, tmp_path):
     """Run the job; keywords change the settings, `sources` and hooks."""
 
-    def run(out=None, *, given=None, sampled_by="playground", should_stop=lambda: False, progress=None, **changes):
+    def run(
+        out=None,
+        *,
+        given=None,
+        sampled_by="playground",
+        should_stop=lambda: False,
+        progress=None,
+        scorer=None,
+        **changes,
+    ):
         return generate_rows(
             policy,
             tokenizer,
@@ -56,6 +65,7 @@ def job(policy, tokenizer, sources, tmp_path):
             replace(SETTINGS, **changes),
             out or tmp_path / "negatives.jsonl",
             sampled_by=sampled_by,
+            score=scorer,
             should_stop=should_stop,
             progress=progress or (lambda done, of: None),
         )
@@ -158,6 +168,51 @@ def test_after_any_line_batches_are_those_of_a_job_that_was_never_stopped(job, t
         job(out)
         assert out.read_bytes() == whole
         assert batches == of_the_whole[2 * (kept // 4) :]  # of four rows, for each of two seeds
+
+
+def test_repeats_of_the_rows_own_completion_may_be_left_out(job, sources, tmp_path):
+    kept = job(tmp_path / "kept")
+    assert kept.repeats > 0, "else this says nothing"
+    dropped = job(tmp_path / "dropped", repeats="drop")
+    assert dropped.repeats == 0
+    assert dropped.left_out == kept.left_out + kept.repeats, "they are counted"
+    expected = {line["row"]: [n for n in line["negatives"] if n != line["response"]] for line in lines(kept.path)}
+    found = {line["row"]: line["negatives"] for line in lines(dropped.path)}
+    assert found == {row: negatives for row, negatives in expected.items() if negatives}
+    whole = dropped.path.read_bytes()
+    dropped.path.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
+    again = job(tmp_path / "dropped", repeats="drop")
+    assert (again.path.read_bytes(), again.left_out) == (whole, dropped.left_out)
+    with pytest.raises(UftError, match="repeats: 'drop' in the file"):
+        job(tmp_path / "dropped")
+
+
+def test_scored_samples_are_rows_of_scored_completions(job, sources, tmp_path):
+    """The figure of the checker beside every sample; a row needs no good completion then."""
+    plain = {line["row"]: line["negatives"] for line in lines(job(tmp_path / "plain").path)}
+    path = job(tmp_path / "scored.jsonl", score=True, scorer=lambda row, text: len(text) % 2 / 2).path
+    for line in lines(path):
+        assert line["negatives"] == plain[line["row"]]
+        assert line["score"] == [len(text) % 2 / 2 for text in line["negatives"]]
+        assert "response" not in line
+    (read,) = load_sources(data_settings({"name": "made", "sources": {"made": {"path": str(path)}}}))
+    assert set(read.kinds) == {Kind.SCORED}
+    first, line = read.rows[0], lines(path)[0]
+    assert [completion.text for completion in first.completions] == line["negatives"]
+    assert [completion.score for completion in first.completions] == line["score"]
+    bad = Row("bad", 0, (Message("user", "copy : owl"),), (Completion((Message("assistant", "cat"),), label=False),))
+    alone = [LoadedSource("bad", "here", (bad,), (), "")]
+    summary = job(tmp_path / "bad.jsonl", given=alone, score=True, scorer=lambda row, text: 1.0)
+    assert (summary.rows, summary.without_good) == (1, 0)
+
+
+@pytest.mark.parametrize("score", [[0.5], 0.5, [0.5, 2.0], None])
+def test_scores_that_do_not_fit_the_samples_are_told(score, tmp_path):
+    path = tmp_path / "scored.jsonl"
+    good = {"prompt": "p", "negatives": ["a", "b"], "score": [0, 1]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (good, {**good, "score": score})))
+    with pytest.raises(UftError, match=r"scored.jsonl:2  +score"):
+        load_sources(data_settings({"name": "made", "sources": {"made": {"path": str(path)}}}))
 
 
 def test_other_settings_are_refused(job):

@@ -32,6 +32,7 @@ VERBS = {
     "data": "the mixture as it will be drawn, lengths, and rows with the trained tokens coloured",
     "generate": "completions for prompts: negatives for dft, or a look at a model",
     "annotate": "a number beside every completion: baselines for poft, soft labels from scores",
+    "select": "which rows to keep: at random, by score, by what a model would learn from them",
     "resume": "continue a run or a sweep that was stopped",
     "compare": "runs side by side: a table, one page, and whether a difference is more than seed noise",
     "sync": "upload what W&B lacks of runs that were offline or cut off, and say what arrived",

@@ -29,12 +29,13 @@ PAGES = {
     "train": Page(
         keys="""
             seed train.steps train.batch_size train.max_length train.eval_every optim.lr model.path model.adapter
-            data.ratio data.too_long tracking.mode run.name run.dir sweep.name""",
+            data.ratio data.too_long tracking.mode run.name run.dir sweep.name rounds""",
         examples="""\
   uft train objective=ift data=mix                  the embedded model on the embedded mixture
   uft train -m objective=sft,ift,uft seed=1,2,3     nine runs, one after the other
   uft train sweep=beta_ratio                        a sweep written in conf/sweep
   uft train experiment=sft_then_dpo                 a run of two stages
+  uft train experiment=spin rounds=3                stages that are repeated: sample, then train on the samples
   uft train data=rows.jsonl model.path=org/name     your rows, your model
   uft train debug=fast                              two steps: does it run at all""",
         note="  -m trains a run for every combination of comma-separated values; run it again to complete it\n",
@@ -55,7 +56,7 @@ PAGES = {
     "generate": Page(
         keys="""
             generate.out generate.seeds generate.temperature generate.top_k generate.top_p generate.max_new_tokens
-            generate.limit generate.system""",
+            generate.limit generate.system generate.repeats generate.score""",
         examples="""\
   uft generate data=mix                             what the base model answers to the training prompts
   uft generate outputs/DATE/RUN                     what a trained run answers
@@ -72,6 +73,15 @@ PAGES = {
   uft annotate baseline_logp data=mix annotate.models=[org/a,org/b]  the mean over two models
   uft annotate soft_label data=scored annotate.temperature=0.2  for objective=gdpo_soft""",
         words=f"{'|'.join(COLUMNS)} ",
+    ),
+    "select": Page(
+        keys="""
+            select.by select.rows select.seed select.out select.past select.dev select.steps select.batch select.lr
+            select.eps select.dim select.ridge""",
+        examples="""\
+  uft select select.by=random select.rows=1000 data=instruct  a thousand rows, the same ones whatever is added
+  uft select select.by=active_dpo select.rows=64 data=pairs  the pairs that tell a model most
+  uft select select.by=pds select.dev=instruct data=pairs  those that lower the loss of a source with share 0""",
     ),
     "config": Page(
         keys="seed train.steps optim.lr data.ratio",

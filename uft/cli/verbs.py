@@ -1,4 +1,4 @@
-"""The verbs over a configuration: train, check, data, generate, annotate, config.
+"""The verbs over a configuration: train, check, data, generate, annotate, select, config.
 
 A request for one run is composed and checked here and carried out at once. A request that sets anything of Hydra's own
 (-m, a sweep, a launcher, --cfg, --info) runs as a native Hydra application over conf/config.yaml.
@@ -28,7 +28,7 @@ from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, registe
 from uft.config.frozen import annotated, free
 from uft.config.messages import conf_dir, config_dirs, groups, nearest, written
 from uft.config.schema import COLUMNS, Config, fields_of
-from uft.config.stages import differences, made, rows_of, without_stages
+from uft.config.stages import differences, made, rows_of, unready, without_stages
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import (
     JobFailed,
@@ -69,6 +69,10 @@ def annotate(arguments: list[str]) -> int:
     named = first_word(arguments)
     words = [f"annotate.column={named}", *arguments[1:]] if named and not names_rows(named) else arguments
     return run_verb("annotate", partial(run_job, "annotate"), words)
+
+
+def select(arguments: list[str]) -> int:
+    return run_verb("select", partial(run_job, "select"), arguments)
 
 
 def generate(arguments: list[str]) -> int:
@@ -163,6 +167,9 @@ def train_run(examined: Examined, words: Sequence[str]) -> int:
 def run_job(job: str, examined: Examined, words: Sequence[str]) -> int:
     if job == "annotate" and examined.settings["annotate"]["column"] is None:
         raise UftError(Problem("uft annotate", "needs a column", "command line", (f"columns: {', '.join(COLUMNS)}",)))
+    if lacking := list(unready(job, examined.settings)):
+        problems = (Problem(f"uft {job}", why, "command line", (fix.replace(": ", "="),)) for why, fix in lacking)
+        raise UftError(*problems)
     return launch_job(job, examined.settings)
 
 

@@ -54,6 +54,7 @@ from uft.config.schema import (
     value_at,
     wants_teacher,
 )
+from uft.data.rows import part_of
 from uft.errors import Problem, secret_in, secrets
 
 if TYPE_CHECKING:
@@ -526,10 +527,18 @@ def held_out(settings: Settings) -> Iterator[Broken]:
         if len(ways) > 1:
             why = f"and {ways[0]} both say which rows are for evaluation: give one"
             yield broken(f"{key}.{ways[1]}", why)
+        part = source.get("part")
+        if part is not None and part_of(part, 0) is None:
+            why = "must be r/n, the r-th of n slices; round has a meaning in a run of rounds alone"
+            yield broken(f"{key}.part", why, "rounds=3") if part == "round" else broken(f"{key}.part", why)
         ends = source.get("score_range")
         if ends is not None and not (len(ends) == 2 and ends[0] < ends[1]):
             yield broken(f"{key}.score_range", "must be [lowest, highest]")
-    for key in ("data.holdout", *(f"data.sources.{name}.holdout" for name in settings["data"]["sources"])):
+    for key in (
+        "select.rows",
+        "data.holdout",
+        *(f"data.sources.{name}.holdout" for name in settings["data"]["sources"]),
+    ):
         amount = value_at(settings, tuple(key.split(".")))
         if amount is not None and amount > 1 and amount != int(amount):
             yield broken(key, "must be a share below 1 or a whole number of rows")

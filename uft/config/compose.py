@@ -30,8 +30,9 @@ from uft.config.checks import (
 from uft.config.files import BROKEN, NAMES_CODE, Composed, Files, Request, Words, files_of, read_words, translate
 from uft.config.frozen import plain
 from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
+from uft.config.rounds import PAST, SOURCES, Round, rounds_of
 from uft.config.schema import Config, KeyPath, Stage, flat
-from uft.config.stages import FILE, MADE_BY, STAGES, differing, expanded, made, maker, without_stages
+from uft.config.stages import FILE, MADE_BY, STAGES, differing, expanded, made, maker, unready, without_stages
 from uft.errors import Problem, UftError
 
 
@@ -105,6 +106,9 @@ def examine(request: Request) -> Examined:
         draft.complete_sources()
         examined.settings, examined.origins = plain(draft.judge()), draft.origins()
         examined.problems += draft.problems
+        if examined.settings["rounds"] is not None and not examined.problems:
+            what = f"rounds={examined.settings['rounds']}"
+            examined.problems.append(Problem(what, "repeats stages, and this run has none", draft.where(("rounds",))))
     examined.references = {key: value for key, value in flat(draft.values) if "${" in str(value)}
     wrong = {problem.what for problem in examined.problems if problem not in words.problems}
     keys = set(map(key_of, wrong))
@@ -201,16 +205,18 @@ def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any],
 # 2. what was typed for all stages;
 # 3. what was typed for this stage (`stages.NAME.set`).
 #
+# `stages.NAME.by_round` is as `set`, with a value for each round: uft/config/rounds.py.
+#
 # A key that is set for all stages counts for every stage that has it; one that no stage has is a mistake. Everything
 # that is wrong with any stage is told at once, once if it is wrong in all of them.
 
 
-SET = "set"
-SOURCES = ("data", "sources")
+BY_ROUND = "by_round"
+INSIDE = (("set",), (BY_ROUND,))  # below a stage: groups of its own keys
 OWN = (OBJECTIVE, "data")  # groups that a stage may choose for itself
 UNCLEAR = ""  # a choice that could not even be guessed: which keys the stage has is not known
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,59}")
-SAME = ("hardware", "tracking", "run", "sweep", STAGES)
+SAME = ("hardware", "tracking", "run", "sweep", "rounds", STAGES)
 MODEL = ("path", "name", "revision", "trust_remote_code")
 MEASURED = ("holdout", "eval_path", "eval_split")
 
@@ -222,6 +228,8 @@ class Planned:
     name: str
     request: dict[str, Any]  # the keys of the stage, valid, without those that it sets
     typed: list[Setting] = field(default_factory=list)  # keys that the command line sets for it alone
+    written: str = ""  # its name in the request, which a stage of every round has
+    round: Round = Round()
     draft: Draft = field(default_factory=lambda: Draft(asdict(Config())))
     settings: dict[str, Any] = field(default_factory=dict)  # in the end
 
@@ -231,7 +239,12 @@ class Planned:
 
     @property
     def key(self) -> str:
-        return f"{STAGES}.{self.name}"
+        return f"{STAGES}.{self.written}"
+
+    def rounds(self, count: int | None, stages: tuple[str, ...]) -> list[Planned]:
+        """The stage of each round; the stage itself without rounds."""
+        each = [Round(number, count, stages) for number in range(1, (count or 1) + 1)]
+        return [Planned(r.name(self.written), self.request, self.typed, self.written, r) for r in each]
 
 
 def compose_stages(
@@ -242,10 +255,14 @@ def compose_stages(
     `composed` is that of the request's own choices.
     """
     outline, stages = outlined(composed, words)
+    typed = [override.value() for override in words.values if path_of(override) == ("rounds",)]
+    count, names = rounds_of([composed.values.get("rounds"), *typed]), tuple(stage.name for stage in stages)
     problems = [*outline.problems, *refused_choices(stages, words), *unknown_choices(stages, outline, files)]
     if any(stage.request[group] == UNCLEAR for stage in stages for group in OWN):
         problems += [problem for stage in stages for problem in rules(stage, outline)]
         return asdict(Config()), outline, outline.origins(), problems
+    of_rounds = zip(*(stage.rounds(count, names) for stage in stages), strict=True)
+    stages = [stage for of_round in of_rounds for stage in of_round]
     last = next((stage for stage in reversed(stages) if stage.does == "fit"), None)
     run = Planned("", {"do": "", OBJECTIVE: None, "data": last and last.request["data"]})
     for stage in (run, *stages):
@@ -255,13 +272,15 @@ def compose_stages(
             if path_of(override)[0] not in (STAGES, *words.unclear):
                 stage.draft.apply(override)
         for setting in stage.typed:
-            put_own(setting, stage.draft)
+            put_own(setting, stage)
         stage.draft.complete_model()
+        stage.round.settle(stage.draft)
         stage.draft.complete_sources()
         stage.settings = stage.draft.judge()
         stage.draft.problems = unread or stage.draft.problems
     problems += together(stages)
-    problems += [problem for stage in stages for problem in (*rules(stage, outline), *handed_on(stage, stages))]
+    told = [problem for stage in stages for problem in (*rules(stage, outline), *handed_on(stage, stages))]
+    problems += dict.fromkeys(told)
     if stages and last is None:
         problems.append(Problem(STAGES, "none of them trains anything", advice=("one of them must be  do: fit",)))
     templates = {stage.name: stage.settings["data"]["template"] for stage in stages}
@@ -278,7 +297,7 @@ def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
     outline, typed = Draft({STAGES: {}}), dict[str, list[Setting]]()
 
     def put_in(setting: Setting) -> None:
-        inside = setting.path[2:3] == (SET,)
+        inside = setting.path[2:3] in INSIDE
         outline.put(replace(setting, path=setting.path[:2], value={}) if inside else setting)
 
     for setting in composed.settings:
@@ -297,14 +316,14 @@ def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
         else:
             for setting in own_keys(path, override.value(), COMMAND_LINE, line):
                 put_in(setting)
-                if setting.path[2:3] == (SET,) and (setting.path[3:] or setting.value not in (None, {})):
-                    typed.setdefault(path[1], []).append(replace(setting, path=setting.path[3:]))
+                if setting.path[2:3] in INSIDE and (setting.path[3:] or setting.value not in (None, {})):
+                    typed.setdefault(path[1], []).append(setting)
     stages = []
     for name, stage in outline.values[STAGES].items():
         for place, fault in faults(Stage, stage, (STAGES, name)).items():
             outline.problems.append(outline.problem_at(place, fault))
             outline.put_default(place)
-        stages.append(Planned(name, asdict(adapter(Stage).validate_python(stage)), typed.get(name, [])))
+        stages.append(Planned(name, asdict(adapter(Stage).validate_python(stage)), typed.get(name, []), name))
     return outline, stages
 
 
@@ -359,19 +378,22 @@ def lay_files(stage: Planned, own: Mapping[str, str | None], words: Words, files
     for number, file in enumerate(composed.files, 1):
         later = {setting.path for other in composed.files[number:] for setting in other}
         for setting in file:
-            if setting.path[:3] == (STAGES, stage.name, SET):
-                for one in own_keys(setting.path[3:], setting.value, setting.where, setting.text):
-                    if one.path not in later:
-                        put_own(one, stage.draft)
+            if setting.path[:2] == (STAGES, stage.written) and setting.path[2:3] in INSIDE:
+                for one in own_keys(setting.path, setting.value, setting.where, setting.text):
+                    if one.path[3:] not in later:
+                        put_own(one, stage)
     return []
 
 
-def put_own(setting: Setting, draft: Draft) -> None:
-    """Lay a key that a stage sets for itself, unless no stage can have it for itself."""
-    if problem := fixed(setting):
-        draft.problems.append(problem)
+def put_own(setting: Setting, stage: Planned) -> None:
+    """Lay a key that a stage sets for itself, at `stages.NAME.set` or `by_round`, unless no stage can have it so."""
+    own, problem = replace(setting, path=setting.path[3:]), None
+    if setting.path[2] == BY_ROUND and own.path:
+        own, problem = stage.round.value(own)
+    if problem := problem or fixed(own):
+        stage.draft.problems.append(problem)
     else:
-        draft.put(setting)
+        stage.draft.put(own)
 
 
 def fixed(setting: Setting) -> Problem | None:
@@ -385,7 +407,7 @@ def fixed(setting: Setting) -> Problem | None:
         why = f"{path[0]} is the same in all stages"
     elif path[0] == "model" and path[1:2] and path[1] in MODEL:
         why = "a stage starts from the model that the stage before it left"
-    elif path in (("generate", "out"), ("annotate", "out")):
+    elif path in (("generate", "out"), ("annotate", "out"), ("select", "out")):
         why = "a stage writes into a folder of its own"
     return Problem(setting.text, why, setting.where, advice) if why else None
 
@@ -421,13 +443,15 @@ def missing(problem: Problem, stages: Sequence[Planned]) -> Problem:
     place = (group,) if group == OBJECTIVE else SOURCES
     if not path[len(place) :]:  # a whole dict was typed
         return problem
-    having = [stage for stage in stages if stage.does == "fit" or group != OBJECTIVE]
+    of_request = {stage.written: stage for stage in stages}.values()  # one of each, whatever the rounds
+    having = [stage for stage in of_request if stage.does == "fit" or group != OBJECTIVE]
     keys = {stage: stage.draft.keys_at(place) or list(stage.draft.get(place)) for stage in having}
-    shown = {stage.name: [key for key in own if key not in NOT_TYPED] for stage, own in keys.items()}
+    shown = {stage.written: [key for key in own if key not in NOT_TYPED] for stage, own in keys.items()}
     near = nearest(path[len(place)], sorted({key for own in shown.values() for key in own}))
     meant = [hint(".".join((*place, near, *path[len(place) + 1 :])), "", ())] if near else []
     each = [
-        f"{stage.name} ({group}={stage.draft.get((group, 'name'))}): {', '.join(shown[stage.name])}" for stage in having
+        f"{stage.written} ({group}={stage.draft.get((group, 'name'))}): {', '.join(shown[stage.written])}"
+        for stage in having
     ]
     return Problem(problem.what, "no such key in any stage", problem.where, (*meant, *each))
 
@@ -439,27 +463,32 @@ def rules(stage: Planned, outline: Draft) -> Iterator[Problem]:
     """What is wrong with a stage by itself: its name, its kind, its reference."""
     where = next((place for own, place in outline.origins().items() if own.startswith(f"{stage.key}.")), "")
     reference = stage.request["reference"]
-    if not NAME.fullmatch(stage.name):
+    if not NAME.fullmatch(stage.written):
         yield Problem(stage.key, "names a folder: letters, digits, - and _, a letter first", where)
     if reference != "start" and stage.does != "fit":
         yield Problem(f"{stage.key}.reference={reference}", f"has no meaning where do={stage.does}", where)
     if not stage.settings:
         return
-    if stage.does == "annotate" and stage.settings["annotate"]["column"] is None:
-        advice = f"{stage.key}.set={{annotate.column: baseline_logp}}"
-        yield Problem(stage.key, "which column to write is not said", where, (advice,))
+    for why, example in unready(stage.does, stage.settings):
+        yield Problem(stage.key, why, where, (f"{stage.key}.set={{{example}}}",))
     if reference == "initial" and stage.settings["reference"]["path"] is not None:
         yield Problem(f"{stage.key}.reference=initial", "and reference.path both name the reference", where)
 
 
 def handed_on(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
     """What is wrong with what a stage takes from earlier ones: rows of its sources, models that annotate."""
-    earlier = {other.name: other.does for other in stages[: stages.index(stage)]}
-    trained = [other for other, do in earlier.items() if do == "fit"]
-    makers = [other for other, do in earlier.items() if do != "fit"]
+    earlier = {other.name: other for other in stages[: stages.index(stage)]}
+    trained = [name for name, other in earlier.items() if other.does == "fit"]
+    makers = [name for name, other in earlier.items() if other.does != "fit"]
+    of_round = [other for other in earlier.values() if other.round == stage.round]
+    past = stage.settings["select"]["past"] if stage.does == "select" else None
+    if past and made(past) and (maker(past) not in makers or earlier[maker(past)].does != "select"):
+        why = "no stage before this one selects under that name"
+        yield Problem(f"select.past={past}", why, stage.draft.where(PAST))
     for path in stage.settings["annotate"]["models"] if stage.does == "annotate" else ():
         if made(path) and maker(path) not in trained:
-            advices = no_such_stage(path, "stages before this one that train", trained)
+            near = [other.written for other in of_round if other.does == "fit"]
+            advices = no_such_stage(path, "stages before this one that train", near)
             place = stage.draft.where(("annotate", "models"))
             yield Problem(f"annotate.models=[{path}]", "no such stage before this one", place, advices)
     for source, node in stage.settings["data"]["sources"].items():
@@ -467,10 +496,13 @@ def handed_on(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
             continue
         key, path = f"data.sources.{source}", node["path"]
         what, where = f"{key}.path={path}", stage.draft.where((*SOURCES, source, "path"))
-        if maker(path) in trained:
+        if "@" in path and stage.round.count is None:
+            yield Problem(what, "names rows by rounds, and this run has none", where, ("rounds=3",))
+        elif maker(path) in trained:
             yield Problem(what, f"stage {maker(path)} trains and leaves no rows", where)
         elif maker(path) not in makers:
-            advices = no_such_stage(path, "stages before this one that make rows", makers)
+            near = [other.written for other in of_round if other.does != "fit"]
+            advices = no_such_stage(path, "stages before this one that make rows", near)
             yield Problem(what, "no such stage before this one", where, advices)
         for leaf in MEASURED:
             if node.get(leaf):
@@ -498,6 +530,8 @@ def put_together(
     for stage in stages:
         head = {key: stage.request[key] for key in (("do", "reference") if stage.does == "fit" else ("do",))}
         nodes[stage.name] = {**head, "config": differing(plain(stage.settings), settings)}
-        origins |= {f"{stage.key}.config.{key}": where for key, where in stage.draft.origins().items()}
-        origins |= {key: where for key, where in outline.origins().items() if key.startswith(f"{stage.key}.")}
+        node = f"{STAGES}.{stage.name}."
+        origins |= {f"{node}config.{key}": where for key, where in stage.draft.origins().items()}
+        heads = ((key.removeprefix(f"{stage.key}."), key, where) for key, where in outline.origins().items())
+        origins |= {node + rest: where for rest, key, where in heads if rest != key}
     return settings | {STAGES: nodes}, origins

@@ -17,12 +17,14 @@ from uft.config.schema import Config, Source, flat, resolved
 from uft.errors import Problem, UftError
 from uft.runs import bounded, yaml_text
 
+WORK = ("generate.", "annotate.", "select.")
+"""Keys of the verbs that make rows, which mean something to stages that do that: to those they are not free."""
+
 FREE = (
     "tracking.",
     "run.",
     "sweep.",
-    "generate.",
-    "annotate.",
+    *WORK,
     "hardware.threads",
     "hardware.processes",
     "hardware.nodes",
@@ -86,7 +88,7 @@ def free(key: str) -> bool:
     """Whether this key may change when a run is continued; so may it in a stage (`stages.NAME.KEY`), but for what a
     stage works by."""
     inner = STAGE.sub("", key)
-    if inner != key and inner.startswith(("generate.", "annotate.")):
+    if inner != key and inner.startswith(WORK):
         return False
     return any(inner == name or (name.endswith(".") and inner.startswith(name)) for name in FREE)
 

@@ -82,6 +82,7 @@ class Source:
     checker: str | None = _key(
         None, "what judges answers: NAME of conf/reward, or NAME+NAME; null: reward, where one is chosen"
     )
+    part: str | None = _key(None, "r/n: the r-th of n slices of its rows; round: that of the round, in a run of rounds")
     limit: Int | None = _key(None, "use the first N rows only", ge=1)
     rollout: bool = _key(True, "with rollout.completions: sample its prompts; false: its rows are taken as they are")
 
@@ -222,6 +223,8 @@ class Generate:
     top_p: Float = _key(1.0, "sample among the likeliest that hold this much probability", gt=0, le=1)
     max_new_tokens: Int = _key(128, "longest completion", ge=1)
     system: str | None = _key(None, "system prompt to sample under; it is not written to the rows")
+    repeats: Literal["keep", "drop"] = _key("keep", "samples with the tokens of the row's own completion")
+    score: bool = _key(False, "write the figure of the source's checker beside every sample: scored rows")
     limit: Int | None = _key(None, "prompts per source; null: all", ge=1)
     batch_size: Int = _key(32, "prompts per batch", ge=1)
 
@@ -261,6 +264,22 @@ class Annotate:
     out: str | None = _key(None, "FILE.jsonl of the only source, or a folder with a file per source; null: annotated")
     temperature: Float = _key(1.0, "soft_label: sigmoid((better score - worse score) / temperature)", gt=0)
     batch_tokens: Int = _key(8192, "tokens per forward pass, padding counted", ge=1)
+
+
+@dataclass(config=STRICT)
+class Select:
+    by: Literal["random", "top_score", "active_dpo", "pds"] | None = _key(None, "how rows are chosen")
+    rows: Float = _key(0.5, "rows to keep: a share below 1 or a count", gt=0)
+    seed: Int = _key("${seed}", "random: of the draw; active_dpo: of the projection; pds: of the order of its steps")
+    past: str | None = _key(None, "earlier selection, as a rule stage:NAME@before: its prompts are no candidates")
+    out: str | None = _key(None, "folder to write rows.jsonl and scores.jsonl into; null: selected")
+    dim: Int = _key(8192, "active_dpo: length of a gradient's sketch", ge=1)
+    ridge: Float = _key(1e-2, "active_dpo: c of V = c I + sum phi phi^T, in units of the median |phi|^2", gt=0)
+    dev: str | None = _key(None, "pds: the source with share 0 whose loss the kept rows are to lower")
+    steps: Int = _key(8, "pds: T, steps of gradient descent that are differentiated", ge=1)
+    batch: Int = _key(256, "pds: rows of each step, and of the dev source", ge=1)
+    lr: Float = _key(0.008, "pds: eta, the rate of these steps", gt=0)
+    eps: Float = _key(0.01, "pds: length of the differences along lambda; halved where it is too long", gt=0)
 
 
 @dataclass(config=STRICT)
@@ -312,12 +331,13 @@ class Sweep:
 
 @dataclass(config=STRICT)
 class Stage:
-    do: Literal["fit", "generate", "annotate"] = _key(
-        "fit", "what happens: train, sample completions of the training prompts, or write a column beside the rows"
+    do: Literal["fit", "generate", "annotate", "select"] = _key(
+        "fit", "what happens: train, sample completions of the training prompts, write a column, or choose rows"
     )
     objective: str | None = _key(None, "file of conf/objective for this stage; null: the run's")
     data: str | None = _key(None, "file of conf/data for this stage; null: the run's")
     set: dict[str, Any] = _key({}, "keys for this stage alone, e.g. {train.steps: 100, optim.lr: 1e-4}")
+    by_round: dict[str, Any] = _key({}, "keys with a list of values, one a round, e.g. {optim.lr: [5e-7, 1e-7]}")
     reference: Literal["start", "initial"] = _key(
         "start", "fit: the model it starts from, or the one the run started from"
     )
@@ -339,10 +359,12 @@ class Config:
     generate: Generate = Field(default_factory=Generate)
     rollout: Rollout = Field(default_factory=Rollout)
     annotate: Annotate = Field(default_factory=Annotate)
+    select: Select = Field(default_factory=Select)
     hardware: Hardware = Field(default_factory=Hardware)
     tracking: Tracking = Field(default_factory=Tracking)
     run: RunConfig = Field(default_factory=RunConfig)
     sweep: Sweep = Field(default_factory=Sweep)
+    rounds: Int | None = _key(None, "repeat the stages as often, round after round; null: a run without rounds", ge=1)
     stages: dict[str, Any] = _key({}, "a run of several stages (`Stage`), in this order: docs/pipelines.md")
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from uft.config.frozen import ABSENT, current, difference, plain, typed
+from uft.config.frozen import ABSENT, WORK, current, difference, plain, typed
 from uft.config.schema import Config
 
 STAGES = "stages"
@@ -23,9 +23,6 @@ MADE_BY = "stage:"
 
 FILE = "config.yaml of the run"
 ROWS = "rows.jsonl"
-
-WORK = ("generate.", "annotate.")
-"""Keys that mean something to stages which do that, and to verbs; to those stages they are no longer free."""
 
 Settings = Mapping[str, Any]
 
@@ -36,7 +33,7 @@ class Stage:
 
     name: str  # "" of the only stage of a run without `stages`
     number: int  # 1-based
-    do: str  # fit, generate or annotate
+    do: str  # fit, generate, annotate or select
     reference: str  # start: the model it starts from; initial: the model that the run started from
     config: Config
 
@@ -133,6 +130,30 @@ def maker(path: str) -> str:
     return path.removeprefix(MADE_BY)
 
 
+def unready(do: str, settings: Settings) -> Iterator[tuple[str, str]]:
+    """(what is not said, what to set) where a stage or verb that makes rows lacks something."""
+    sources: Settings = settings["data"]["sources"]
+    by, dev = settings["select"]["by"], settings["select"]["dev"]
+    if do == "annotate" and settings["annotate"]["column"] is None:
+        yield "which column to write is not said", "annotate.column: baseline_logp"
+    if do == "generate" and settings["generate"]["score"]:
+        for name, source in sources.items():
+            if source["share"] != 0 and source["checker"] is None:
+                key = f"data.sources.{name}.checker"
+                yield f"generate.score asks the checker of a source, and {key} is not set", f"{key}: exact"
+    if do == "select" and by in ("active_dpo", "pds") and settings["hardware"]["sharding"] == "full":
+        yield f"select.by={by} needs the whole model in one process, and hardware.sharding=full", "select.by: random"
+    if do == "select" and by == "pds" and settings["model"]["dtype"] != "float32":
+        yield "select.by=pds takes differences that bfloat16 loses", "model.dtype: float32"
+    if do == "select" and by is None:
+        yield "how rows are chosen is not said", "select.by: random"
+    if do == "select" and by == "pds" and dev not in sources:
+        names = ", ".join(name for name, source in sources.items() if source["share"] == 0) or "none of the sources"
+        yield f"whose loss the kept rows are to lower is not said: a source with share 0 ({names})", "select.dev: NAME"
+    elif do == "select" and by == "pds" and sources[dev]["share"] != 0:
+        yield f"rows of select.dev={dev} are no candidates", f"data.sources.{dev}.share: 0"
+
+
 def rows_of(run: Path, path: str, source: str) -> Path:
     """The file that `stage:NAME` means in a run folder: the stage's only one, or the one of the source of this name.
 
@@ -140,4 +161,7 @@ def rows_of(run: Path, path: str, source: str) -> Path:
     """
     folders = {folder.name.partition("-")[2]: folder for folder in (run / STAGES).glob("*-*")}
     folder = folders[maker(path)]
-    return folder / ROWS if (folder / ROWS).is_file() else folder / "rows" / f"{source}.jsonl"
+    file = folder / "rows" / f"{source}.jsonl"
+    if not file.is_file():  # of `stage:NAME@all` the sources are called SOURCE-r
+        file = file.with_stem(source.rpartition("-")[0] or source)
+    return folder / ROWS if (folder / ROWS).is_file() else file

@@ -196,7 +196,6 @@ def _number(cell: Any) -> Any:
 
 # --- The formats. A dialogue finds prompt and reply in a record under our field names; a parser adds the feedback.
 
-
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 """Weights of the attributes, each 0 to 4: the aggregate of the Nemotron reward models without length and complexity."""
 _LABEL_WORDS = ("true false", "1 0", "good bad", "positive negative", "desirable undesirable", "chosen rejected")
@@ -347,6 +346,16 @@ def _negatives(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed
     return prompt, (Completion(reply), *sampled)
 
 
+def _scored_samples(record: Record, score_range: Range) -> Parsed:
+    """Samples of a model with their scores, as `uft generate` writes them beside each other."""
+    scores, ends = record.get("score"), score_range or (0.0, 1.0)
+    prompt, (_, *sampled) = _negatives(lambda one: (read_prompt(one.get("prompt")), ()), record, None)
+    if not isinstance(scores, list) or len(scores) != len(sampled):
+        raise Unreadable(f"score is not a list of {len(sampled)} numbers, one per sample")
+    graded = [scale(score, *ends, f"score[{number}]") for number, score in enumerate(scores)]
+    return prompt, tuple(Completion(one.turns, score=score) for one, score in zip(sampled, graded, strict=True))
+
+
 _PLAIN = "prompt and completion"
 _DIALOGUES: dict[str, tuple[Dialogue, str, str]] = {  # reader, columns that it needs, that it also reads
     _PLAIN: (_plain, "prompt completion", ""),
@@ -381,6 +390,8 @@ def _formats() -> Iterator[Format]:
         yield form(name, Kind.PREFERENCE, parse_pair, f"{column} chosen rejected", " ".join([more, *SIDES]))
     inside = partial(_preference, "prompt")
     yield form("preference, prompt inside", Kind.PREFERENCE, inside, "chosen rejected", " ".join(SIDES))
+    samples = _GRADES[Kind.NEGATIVES][2]
+    yield form("scored samples", Kind.SCORED, _scored_samples, "prompt negatives score", samples)
     yield form("helpsteer2", Kind.SCORED, _helpsteer2, "prompt completion helpfulness correctness coherence")
     rated, distilabel = partial(_rated, "completions", 10.0), partial(_rated, "generations", 5.0)
     yield form("ultrafeedback", Kind.SCORED, rated, "instruction completions", "ratings")

@@ -98,6 +98,19 @@ class Row:
         return Kind.DEMONSTRATION if first.score is None else Kind.SCORED
 
 
+def part_of(part: str, rows: int) -> tuple[int, int, int] | None:
+    """(first, end, left) by `part` "r/n": the r-th of n contiguous slices of `rows` rows, and the last rows that are in
+    none of them; None where it is no such part.
+
+    All slices have `rows // n` rows: 1003 rows in 5 are 0-200 to 800-1000, and three are left.
+    """
+    numbers = re.fullmatch(r"0*([1-9]\d{0,8})/0*([1-9]\d{0,8})", part)
+    if numbers is None or int(numbers[1]) > int(numbers[2]):
+        return None
+    number, size = int(numbers[1]), rows // int(numbers[2])
+    return (number - 1) * size, number * size, rows - size * int(numbers[2])
+
+
 # --- Views: the completions of a row that an objective uses, each with its role and explicit reward.
 #
 # Every objective sees the same rows in the same order. A view is a pure function of the row's feedback (never of its

@@ -27,7 +27,7 @@ import uft
 from uft.data import formats
 from uft.data.formats import Format
 from uft.data.messages import Unreadable, excerpt, facts_of, is_blank
-from uft.data.rows import Kind, Row, content_digest, oddities
+from uft.data.rows import Kind, Row, content_digest, oddities, part_of
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.data.unread import FEEDBACK, Unread, unread_feedback, unread_meaning
 from uft.errors import Problem, UftError, tame
@@ -158,12 +158,20 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         apart = replace(place, split=source.eval_split)
     elif source.path.startswith(_BUILTIN) and source.holdout is None:
         apart = replace(place, split="test")
-    rows, omitted = _parse(name, source, place, source.limit, data.cache)
+    rows, omitted = _parse(name, source, place, None if source.part else source.limit, data.cache)
     if apart is None:
         rows, held_out = hold_out(rows, amount)
     else:
         held_out, more = _parse(name, source, apart, None, data.cache)
         omitted.add(more, same_folder=apart.path == place.path)
+    if source.part:  # of what is not held out, so that all parts hold out the same rows
+        span = part_of(source.part, len(rows))
+        if span is None or span[0] == span[1]:
+            why = f"is no slice r/n of its {len(rows):,} training rows"
+            raise UftError(Problem(f"data.sources.{name}.part={source.part}", why))
+        if span[2]:
+            omitted.unread["rows after the last part"] = span[2]
+        rows = rows[span[0] : span[1]][: source.limit]
     digest = content_digest(rows)
     return LoadedSource(name, source.path, rows, held_out, digest, omitted, source.checker, apart is not None)
 

@@ -9,6 +9,10 @@ A line: `row` (id of the row it was made from), `prompt`, `response` (the row's 
 `negative_log_probs` (of each sample with its end token, under the prompt, temperature and filters that it was sampled
 with), `sampled_by`, `sampling` (the settings), and `answer` and `task` where the row has them. A sample that was cut at
 `max_new_tokens` is left out: it would be trained with an end token that it never said.
+
+Two settings are for methods that learn from a model's own samples in pairs. `repeats: drop` leaves out samples with the
+tokens of the row's own completion, from which a pair learns nothing; DFT wants them as they come. `score: true` writes
+`score`, the figure of the source's checker for each sample, and no `response`: the line is a row of scored samples.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from uft.config.schema import Generate
 from uft.data.chat import Renderer
 from uft.data.formats import turns_column
-from uft.data.rows import Completion, Row
+from uft.data.rows import Completion, Message, Row
 from uft.data.sources import LoadedSource
 from uft.distributed import ranks
 from uft.errors import Problem, UftError
@@ -38,6 +42,7 @@ from uft.runs import writing
 from uft.sampling.generate import Sampling, complete
 
 Line = dict[str, Any]
+Score = Callable[[Row, str], float]
 START = b'{"row": "'
 """The beginning of every line: a torn last line is cut off only if it begins like this."""
 
@@ -49,7 +54,7 @@ class Summary:
     path: Path
     rows: int
     negatives: int
-    left_out: int  # samples without text, or cut before their end: not written
+    left_out: int  # samples without text, cut before their end, or repeats that were to be dropped: not written
     repeats: int  # samples equal to the row's own good completion: written, as the theory wants
     resumed: int  # rows that were there before this job
     without_good: int  # rows that have no good completion to set the samples against: left out
@@ -65,20 +70,24 @@ def generate_rows(
     out: Path,
     *,
     sampled_by: str,
+    score: Score | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Summary:
     """Sample one completion per seed for the training rows of every source and append them to `out`.
 
-    `progress` is called with (rows done, rows in all). Raises Interrupted when asked to stop, with all finished batches
-    written; UftError when `out` is not an earlier part of this very job.
+    `score`: of a reply to a row (`Generate.score`); then rows need no good completion. `progress` is called with (rows
+    done, rows in all). Raises Interrupted when asked to stop, with all finished batches written; UftError when `out` is
+    not an earlier part of this very job.
     """
     rows = [row for source in sources for row in source.rows[: settings.limit]]
-    usable = [row for row in rows if good_completion(row) is not None]
+    usable = [row for row in rows if score or good_completion(row) is not None]
     names = ("temperature", "top_k", "top_p", "max_new_tokens", "system")  # batch size and limit change no sample
     sampling = {name: getattr(settings, name) for name in names}
     sampling |= {"seeds": list(settings.seeds), "template": renderer.digest}
     sampling["log_probs"] = "as sampled"  # earlier versions wrote those at temperature 1 without filters
+    sampling |= {"repeats": "drop"} if settings.repeats == "drop" else {}
+    sampling |= {"score": True} if score else {}
     recipe, group = {"sampled_by": sampled_by, "sampling": sampling}, ranks()
     lines = group.on_rank0(lambda: _earlier_lines(out, usable, recipe))
     resumed = handled = len(lines)
@@ -87,7 +96,7 @@ def generate_rows(
         _append(out, [])
 
     def sample(share: Sequence[Row]) -> list[Line]:
-        return _sample(policy, tokenizer, renderer, share, settings, recipe, should_stop)
+        return _sample(policy, tokenizer, renderer, share, settings, recipe, score, should_stop)
 
     for batch in _batches(usable, done, group.size * settings.batch_size):
         sampled = group.map_shards(batch, sample)
@@ -109,10 +118,10 @@ def summary_of(out: Path, sources: Sequence[LoadedSource], settings: Generate) -
 
 
 def _summary(out: Path, rows: Sequence[Row], lines: Sequence[Line], settings: Generate, resumed: int) -> Summary:
-    without_good = sum(good_completion(row) is None for row in rows)
+    without_good = 0 if settings.score else sum(good_completion(row) is None for row in rows)
     count = sum(len(line["negatives"]) for line in lines)
     left_out = len(settings.seeds) * (len(rows) - without_good) - count
-    repeats = sum(negative == line["response"] for line in lines for negative in line["negatives"])
+    repeats = sum(negative == line.get("response") for line in lines for negative in line["negatives"])
     return Summary(out, len(lines), count, left_out, repeats, resumed, without_good)
 
 
@@ -157,9 +166,10 @@ def _sample(
     rows: Sequence[Row],
     settings: Generate,
     recipe: Mapping[str, Any],
+    score: Score | None,
     should_stop: Callable[[], bool],
 ) -> list[Line]:
-    """A line for each row of one batch, every seed; empty and cut samples are already left out."""
+    """A line for each row of one batch, every seed; what is not to be written is already left out."""
     sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
     prompts = [renderer.start_ids(row, settings.system) for row in rows]
     by_seed = [
@@ -180,10 +190,13 @@ def _sample(
     for row, replies in zip(rows, zip(*by_seed, strict=True), strict=True):
         texts = [str(tokenizer.decode(reply.ids, skip_special_tokens=True)).lstrip() for reply in replies]
         kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text and reply.stopped]
+        if settings.repeats == "drop":
+            kept = [(text, reply) for text, reply in kept if not _repeats(row, text, renderer)]
         line = {
-            **_own_fields(row),
+            **_own_fields(row, shown=score is None),
             "negatives": [text for text, _ in kept],
             "negative_log_probs": [round(reply.log_prob, 4) for _, reply in kept],
+            **({} if score is None else {"score": [score(row, text) for text, _ in kept]}),
             **({} if row.answer is None else {"answer": row.answer}),
             **({} if row.task is None else {"task": row.task}),
             **row.facts,
@@ -193,12 +206,25 @@ def _sample(
     return lines
 
 
-def _own_fields(row: Row) -> Line:
-    """The fields of a line that repeat the row, `row` first. A single user turn and a single reply are plain text."""
+def _repeats(row: Row, text: str, renderer: Renderer) -> bool:
+    """Whether a sample has the tokens of the row's own good completion."""
+    good = good_completion(row)
+    if good is None:
+        return False
+    replies = [(row.prompt, good.turns), (row.prompt, (Message("assistant", text),))]
+    own, sampled = renderer.encode_many(replies, [row.id, row.id])
+    return own.ids.tolist() == sampled.ids.tolist()
+
+
+def _own_fields(row: Row, shown: bool) -> Line:
+    """The fields of a line that repeat the row, `row` first, with its good completion if that is `shown`. A single
+    user turn and a single reply are plain text."""
+    line = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
+    if not shown:
+        return line
     good = good_completion(row)
     assert good is not None, row.id
-    prompt, response = turns_column(row.prompt, "user"), turns_column(good.turns, "assistant")
-    return {"row": row.id, "prompt": prompt, "response": response}
+    return {**line, "response": turns_column(good.turns, "assistant")}
 
 
 # --- Resuming
@@ -254,9 +280,10 @@ def _differences(out: Path, lines: Sequence[Line], rows: Sequence[Row], recipe: 
             why = "holds samples that were made in another way"
             found.append(Problem(str(out), why, f"{out.name}:{number}", changes))
             break
-    own_fields = {row.id: _own_fields(row) for row in rows}
+    by_id = {row.id: row for row in rows}
     for number, line in enumerate(lines, 1):
-        if not own_fields.get(line["row"], {}).items() <= line.items():
+        row = by_id.get(line["row"])
+        if row is not None and not _own_fields(row, shown="score" not in line).items() <= line.items():
             why = f"row {line['row']} is another one in the data now"
             found.append(Problem(str(out), why, f"{out.name}:{number}"))
             break

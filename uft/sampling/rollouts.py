@@ -182,8 +182,7 @@ class RolloutSampler:
             spec = self.sampled.get(self._source(group.draw).source) if group.replies else None
             if spec is not None:
                 figures, weights = tuple(next(verdicts).figures for _ in group.replies), weights_of(self.settings, spec)
-                scores = (sum(weight * one.get(name, 0.0) for name, weight in weights.items()) for one in figures)
-                group = replace(group, figures=figures, scores=tuple(min(1.0, score) for score in scores))
+                group = replace(group, figures=figures, scores=tuple(score_of(one, weights) for one in figures))
             found.append(group)
         return found
 
@@ -346,6 +345,10 @@ def weights_of(settings: Rollout, spec: Spec) -> Mapping[str, float]:
     return {name: weight for name, weight in settings.reward.items() if weight} or {figures_of(spec)[0]: 1.0}
 
 
+def score_of(figures: Figures, weights: Mapping[str, float]) -> float:
+    return min(1.0, sum(weight * figures.get(name, 0.0) for name, weight in weights.items()))
+
+
 def figures_of(spec: Spec) -> list[str]:
     """The names of the figures that a checker gives."""
     return [figure for part in parts(spec) for figure in make(part).figures]
@@ -452,7 +455,7 @@ def refuse_unscored(
             advice = (f"{key}.checker=final_number", f"{key}.rollout=false   (its rows as they are)")
             problems.append(Problem(key, why, advice=advice))
         elif spec is not None:
-            problems += _unjudged(key, source.rows, spec, weights_of(settings, spec))
+            problems += unjudged(key, source.rows, spec, weights_of(settings, spec))
         room, longest = source.encoded.longest_sides[0] + settings.max_new_tokens, settings.hint.schedule != "none"
         if room > max_length:
             why = f"a prompt with rollout.max_new_tokens={settings.max_new_tokens} has up to {room} tokens"
@@ -468,8 +471,9 @@ def refuse_unscored(
         raise UftError(*problems)
 
 
-def _unjudged(key: str, rows: Sequence[Row], spec: Spec, weights: Mapping[str, float]) -> list[Problem]:
-    """The figures that a checker does not give, and the rows of which it can judge no reply; a model is not asked."""
+def unjudged(key: str, rows: Sequence[Row], spec: Spec, weights: Mapping[str, float]) -> list[Problem]:
+    """The figures that a source's checker does not give, and the rows whose replies it cannot judge; no model is
+    asked."""
     given = figures_of(spec)
     advice = (f"it gives: {', '.join(given)}",)
     problems = [

@@ -33,7 +33,7 @@ from uft.data.rows import Row
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import kinds
 from uft.distributed import ranks
-from uft.errors import GOOD, Problem, UftError
+from uft.errors import FAILED, GOOD, Problem, UftError
 from uft.heartbeat import activity
 from uft.model.load import check_vocabulary, empty_policy, load_policy, load_tokenizer
 from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops, used_memory
@@ -41,12 +41,15 @@ from uft.model.policy import DTYPES
 from uft.model.reference import choose_mode
 from uft.objectives import make
 from uft.objectives.views import kind_table
+from uft.rewards import check as check_reply
+from uft.rewards import spec_of
 from uft.runs import Run, cache_root
 from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
-from uft.sampling.rollouts import RolloutSampler
+from uft.sampling.rollouts import RolloutSampler, score_of, unjudged, weights_of
 from uft.tracking.console import card, count
+from uft.training.choosing import choose_rows
 from uft.training.dataset import StageData, has_made_rows, keep_pandas_out, make_renderer, read_run_data
 from uft.training.liveness import Stop, listening
 from uft.training.setup import (
@@ -266,12 +269,14 @@ def generate(config: Config) -> int:
         except Interrupted:
             say(f"stopped; what is done is in {out}. Run the same command to continue.")
             return stop.exit_code
+    repeats = ", or equal to the row's own" if config.generate.repeats == "drop" else ""
+    use = "objective=dpo data.unusable=drop" if config.generate.score else "objective=dft"
     say(
         f"{summary.rows} rows with {summary.negatives} completions in {summary.path}"
-        f" ({summary.left_out} left out: without text, or cut at generate.max_new_tokens before their end;"
+        f" ({summary.left_out} left out: without text, cut at generate.max_new_tokens before their end{repeats};"
         f" {summary.repeats} equal to the row's own,"
         f" {summary.without_good} rows without a good completion left out)\n"
-        f"train on them:  uft train objective=dft data=files +data.sources.negatives.path={summary.path}"
+        f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"
         f" model={config.model.name}"
     )
     return GOOD
@@ -290,8 +295,14 @@ def generate_stage(
     else:
         progress = lambda done, of: say(f"{done} of {of} prompts")  # noqa: E731
         made = sample_rows(config, sources, part, sampled_by, device, stop, progress)
+        if not made.rows:
+            repeats = " or equal to the row's own" if config.generate.repeats == "drop" else ""
+            why = f"all {made.left_out:,} samples are without text, cut before their end{repeats}: nothing to train on"
+            raise UftError(Problem(f"generate.max_new_tokens={config.generate.max_new_tokens}", why), code=FAILED)
         ranks().on_rank0(lambda: os.replace(part, out))
-    return {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
+    told = {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
+    say("  ".join(f"{name}: {number:,}" for name, number in told.items()))
+    return told
 
 
 def sample_rows(
@@ -305,6 +316,7 @@ def sample_rows(
 ) -> Summary:
     tokenizer = load_tokenizer(config.model)
     renderer = make_renderer(tokenizer, config.data)
+    score = scorer(config, sources) if config.generate.score else None
     policy = load_policy(config.model, device, config.seeds.init)
     settle_threads(config.hardware, policy)
     check_vocabulary(policy.module, tokenizer)
@@ -316,9 +328,32 @@ def sample_rows(
         config.generate,
         out,
         sampled_by=sampled_by,
+        score=score,
         should_stop=stop.between_passes,
         progress=progress,
     )
+
+
+def scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, str], float]:
+    """The score of a reply to a row, as of a rollout: `rollout.reward` of its source's checker. UftError about sources
+    without one, and rows whose replies it cannot judge."""
+    specs = {source.name: spec_of(config.reward, source.checker) for source in sources}
+    problems = []
+    for source in sources:
+        key, spec = f"data.sources.{source.name}", specs[source.name]
+        if spec is None:
+            problems.append(Problem(f"{key}.checker", "is not set, and generate.score asks it"))
+        else:
+            problems += unjudged(key, source.rows, spec, weights_of(config.rollout, spec))
+    if problems:
+        raise UftError(*problems, footer="Sample without a score:  generate.score=false")
+
+    def score(row: Row, text: str) -> float:
+        spec = specs[row.source]
+        assert spec is not None
+        return score_of(check_reply(spec, row, text), weights_of(config.rollout, spec))
+
+    return score
 
 
 # --- Writing a column beside the rows of a mixture: the job `annotate`, and stages that do it.
@@ -389,7 +424,8 @@ def write_column(
         raise UftError(Problem(f"annotate.out={out}", why, advice=(f"a folder:  annotate.out={out.with_suffix('')}",)))
     # in a folder of its own, so that a folder of rows never holds evaluation rows too
     apart = {source.name: files[source.name].parent / "eval" / files[source.name].name for source in sources}
-    check_files(sources, [*files.values(), *(apart[source.name] for source in sources if source.apart)], config.data)
+    written_to = [*files.values(), *(apart[source.name] for source in sources if source.apart)]
+    check_files(sources, written_to, config.data, "annotate")
     recipe = Recipe(
         device=device,
         cache=cache_root(config.data.cache),
@@ -423,7 +459,7 @@ def own_rows(source: LoadedSource) -> list[Row]:
     return sorted(rows, key=lambda row: row.index)
 
 
-def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Data) -> None:
+def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Data, job: str) -> None:
     """UftError about sources whose rows cannot stand in one file, and files that must not be replaced: those that the
     rows come from, and all that this job did not write."""
     problems = []
@@ -443,13 +479,13 @@ def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Da
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if place.exists() and not is_rows_file(place):
-                    why = "was not written by uft annotate; it is left as it is"
+                    why = f"was not written by uft {job}; it is left as it is"
                 elif not os.access(place.parent, os.W_OK):
                     why = "cannot be written: no permission"
             except OSError as error:
                 why = f"cannot be written: {error.strerror}"
         if why:
-            problems.append(Problem(f"annotate.out: {file}", why))
+            problems.append(Problem(f"{job}.out: {file}", why))
     if problems:
         raise UftError(*problems)
 
@@ -476,14 +512,50 @@ def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource
     return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources])
 
 
+# --- Choosing rows of a mixture: the job `select`, and stages that do it.
+
+
+def select(config: Config) -> int:
+    """Write the rows that `config.select` chooses."""
+    say, device, out = say_on(Console()), choose_device(config.hardware), Path(config.select.out or "selected")
+    with listening() as stop:
+        try:
+            told = select_stage(config, out, "", device, stop, say)
+        except Interrupted:
+            say("stopped; nothing was written.")
+            return stop.exit_code
+    say(f"{told['rows']:,} of {told['candidates']:,} candidates are kept; rows and scores.jsonl in {out}")
+    return GOOD
+
+
+def select_stage(
+    config: Config, folder: Path, sampled_by: str, device: torch.device, stop: Stop, say: Say
+) -> dict[str, Any]:
+    """`rows.jsonl` in the stage's folder, or `rows/SOURCE.jsonl` of several sources; counts of what was chosen.
+
+    Raises Interrupted when asked to stop; the next session begins again.
+    """
+    sources = drawn_sources(config, say)
+    files = {source.name: folder / "rows" / f"{source.name}.jsonl" for source in sources}
+    files = files if len(files) > 1 else dict.fromkeys(files, folder / ROWS)
+    check_files(sources, list(files.values()), config.data, "select")
+    chosen = ranks().on_rank0(lambda: choose_rows(config, sources, folder, device, stop, say))
+    for name, file in files.items() if ranks().is_rank0 else ():
+        write_rows(file, chosen.rows_of(name))
+    ranks().barrier()
+    return {"rows": len(chosen.rows), **chosen.counts}
+
+
 JOBS: dict[str, Callable[[Config], int]] = {
     "check": check,
     "data": show_data,
     "generate": generate,
     "annotate": annotate,
+    "select": select,
 }
 
 ROW_STAGES: dict[str, Callable[[Config, Path, str, torch.device, Stop, Say], dict[str, Any]]] = {
     "generate": generate_stage,
     "annotate": annotate_stage,
+    "select": select_stage,
 }

@@ -192,7 +192,7 @@ class Session:
         at_start = stage.config.eval.before and not self.trained_before(stage)
         if not Recorder(self.tracker, self.console, measure, at_start, stage.name, self.before).fit(trainer):
             return False
-        later = any(other.do == "generate" for other in self.stages[stage.number :])
+        later = any(other.do in ("generate", "select") for other in self.stages[stage.number :])
         if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
             self._export(stage, prepared)
         return True
@@ -227,10 +227,13 @@ class Session:
         by_name = {other.name: other for other in self.stages}
         trained, asked = self.trained_before(stage), stage.config.annotate.models
         models = [str(self.model_dir(by_name[maker(path)])) if made(path) else path for path in asked]
+        model, past = self.start_model(stage), stage.config.select.past
+        past = str(self.folder(by_name[maker(past)]).path) if past and made(past) else past
         config = replace(
             located(stage.config, self.run),
-            model=replace(self.start_model(stage), adapter="none"),
+            model=model if stage.do == "select" else replace(model, adapter="none"),
             annotate=replace(stage.config.annotate, models=models),
+            select=replace(stage.config.select, past=past),
         )
         sampled_by = f"stage:{trained[-1].name}" if trained else stage.config.model.path
         from uft.training.jobs import ROW_STAGES  # here: most runs make no rows, and start without these imports

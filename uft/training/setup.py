@@ -503,6 +503,8 @@ def stage_line(stage: Stage, data: RunData) -> str:
         how = f"data={config.data.name}, {len(config.generate.seeds)} for every prompt"
     elif stage.do == "annotate":
         how = f"data={config.data.name} column={config.annotate.column}"
+    elif stage.do == "select":
+        how = f"data={config.data.name} by={config.select.by} rows={config.select.rows:g}"
     else:
         how = f"objective={config.objective['name']} data={config.data.name}"
         rows = config.train.batch_size
