@@ -462,6 +462,10 @@ class Recorder:
             self.log(step, axes | evaluation.metrics)
         if evaluation.samples:
             self.tracker.samples(self.before.step + step, evaluation.samples, self.stage or None)
+        ends, evaluations = step in (0, trainer.steps), 2 + (trainer.steps // every if every else 0)
+        if ends or evaluations * len(evaluation.items) <= MOST_ITEMS:
+            last = step == trainer.steps
+            self.tracker.items(self.before.step + step, evaluation.items, self.stage or None, answers=last)
         self.console.evaluation(self.before.step + step, evaluation)
 
     def _note_best(self, progress: Progress, metrics: Mapping[str, float], cfg: Eval) -> None:
@@ -484,6 +488,8 @@ class Recorder:
 # --- The parts of `result.json`.
 
 COUNTERS = ("rows", "tokens", "supervised_tokens", "seconds")
+MOST_ITEMS = 100_000
+"""Lines of items.jsonl, about 30 MB, beyond which it has the first and the last evaluation of a stage alone."""
 
 
 def total_progress(results: Iterable[Mapping[str, Any]]) -> Progress:
