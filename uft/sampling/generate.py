@@ -64,11 +64,13 @@ def complete(
     batch_size: int,
     should_stop: Callable[[], bool] = lambda: False,
     numbers: Sequence[int] | None = None,
+    ended: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[Reply]:
     """One completion per prompt, in the prompts' order.
 
     The policy is left in the mode it was in, and torch's generators are not touched. `numbers` name the prompts for the
-    randomness (default: their position). Prompt and completion together never exceed the model's positions.
+    randomness (default: their position). Prompt and completion together never exceed the model's positions. `ended`
+    says of the ids so far whether a completion is over: where it ends at a text and not at a token.
     Raises Interrupted within one token of `should_stop()` becoming true.
     """
     assert all(len(prompt) for prompt in prompts), "an empty prompt has no last token to continue"
@@ -81,7 +83,8 @@ def complete(
     by_length = sorted(rows, key=lambda row: len(row.prompt))
     with evaluating(policy.module):
         for start in range(0, len(rows), batch_size):
-            _decode(policy, by_length[start : start + batch_size], sampling, frozenset(stop_ids), pad_id, should_stop)
+            batch = by_length[start : start + batch_size]
+            _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop, ended)
     return [row.reply for row in rows]
 
 
@@ -148,6 +151,7 @@ def _decode(
     stop_ids: frozenset[int],
     pad_id: int,
     should_stop: Callable[[], bool],
+    ended: Callable[[Sequence[int]], bool] | None,
 ) -> None:
     """Answer one batch of prompts, in place. Finished rows leave the batch once half of it is finished."""
     rows, device = [row for row in rows if row.open], policy.device
@@ -169,6 +173,7 @@ def _decode(
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
             if row.open:
                 row.reply.add(token, log_prob, stop_ids)
+                row.reply.stopped |= ended is not None and ended(row.reply.ids)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         ids = tokens[:, None]
         step += 1

@@ -48,6 +48,7 @@ from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.tracking.console import card, count
 from uft.training.dataset import StageData, has_made_rows, keep_pandas_out, make_renderer, read_run_data
 from uft.training.liveness import Stop, listening
+from uft.training.measuring import measure
 from uft.training.setup import (
     Prepared,
     Say,
@@ -464,6 +465,7 @@ JOBS: dict[str, Callable[[Config], int]] = {
     "data": show_data,
     "generate": generate,
     "annotate": annotate,
+    "eval": measure,
 }
 
 ROW_STAGES: dict[str, Callable[[Config, Path, str, torch.device, Stop, Say], dict[str, Any]]] = {

@@ -571,6 +571,8 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     if status != "finished":
         return [f"uft resume {typed_path(run.path)}"]
     lines = [f"uft generate {typed_path(run.path)}      what it answers now"] if run.model_dir.is_dir() else []
+    if lines and config.eval.tasks:
+        lines.append(f"uft eval {typed_path(run.path)}      the tasks of eval.tasks")
     other = "sft" if config.objective["name"] != "sft" else "ift"
     kept = [word for word in run.overrides() if not word.lstrip("+~").startswith(OWN_KEYS)]
     words = [f"objective={other}", *kept]
