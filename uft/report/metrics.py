@@ -25,7 +25,8 @@ SHARES = {name for name, better in DIRECTIONS.items() if better == "max"} | {"pl
 """Metrics between 0 and 1."""
 
 HEADLINES = ("eval/exact_match", "eval/correct", "eval/nll", "eval/pair_accuracy", "eval/reward_accuracy")
-"""Judged by default, in this order, after the metric of eval.best. Not `kl`: less of it is not better."""
+"""Judged by default, in this order, after the metric of eval.best and before figures of `uft eval` that several runs
+have. Not `kl`: less of it is not better."""
 
 CAPTIONS = {
     "eval/nll": (
@@ -154,7 +155,9 @@ def headlines(
     chosen = Counter((str(run.config.get("eval.best")), str(run.config.get("eval.best_mode"))) for run in runs)
     order += [Headline(*pair) for pair, _ in chosen.most_common() if comparable or not of_objective(pair[0])]
     order += [Headline(name, DIRECTIONS[name.removeprefix("eval/")]) for name in HEADLINES]
-    order += [Headline(name, str(direction(name))) for name in known if name.startswith(EVALS)]
+    of_evals = [name for name in known if name.startswith(EVALS) and name.count("/") == 2 and last_part(name) != "kl"]
+    shared = [name for name in of_evals if len(runs) == 1 or sum(name in run.evals for run in runs) > 1]
+    order += [Headline(name, str(direction(name))) for name in shared]
     found: dict[str, Headline] = {}
     for headline in order:
         if headline.metric in known and headline.direction in ("min", "max"):
