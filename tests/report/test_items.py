@@ -10,9 +10,11 @@ import pytest
 from synthetic import compared, loaded, make_run
 
 from uft.report.items import over_rows
+from uft.report.page import render
 from uft.report.runs import load
 from uft.report.table import as_report, show
 from uft.report.verdict import difference_of, spread
+from uft.tracking.metrics import checksum_file, checksum_line
 
 METRIC = "eval/exact_match"
 
@@ -54,7 +56,20 @@ def test_one_seed_is_compared_by_mcnemar_and_names_the_prompts_that_flipped(tmp_
     assert (flips[0], flips[-1]["row"], flips[-1]["right"]) == (first, "instruct:9", "b")
     show(made)
     assert "what is 0?  ->  uft: uft says 1.0   sft: sft says 0.0" in capsys.readouterr().out
+    assert "Prompts that flipped: uft and sft" in render(made)
     assert "| what is 9? | sft | uft: uft says 0.0; sft: sft says 1.0 |" in as_report(made)
+
+
+def test_lines_that_the_disk_changed_are_left_out_and_told(tmp_path):
+    runs = [run(tmp_path / "a", "uft", 1, [1.0, 1.0, 1.0]), run(tmp_path / "b", "sft", 1, [0.0, 0.0, 0.0])]
+    file = tmp_path / "a" / "items.jsonl"
+    lines = file.read_text().splitlines()
+    checksum_file(file).write_text("".join(checksum_line(json.loads(line)["step"], line) for line in lines))
+    file.write_text("\n".join([*lines[:-1], lines[-1].replace("[1.0, 1]", "[0.0, 1]"), ""]))
+    _, finding = summary(runs)
+    (rows,) = [one["rows"] for one in finding["comparisons"]]
+    assert (rows["rows"], rows["better"]) == (2, 2)
+    assert any("a: items.jsonl: what was written at step 40 is damaged" in words for words in finding["words"])
 
 
 def test_figures_that_are_no_verdicts_are_compared_by_a_paired_t_test_over_rows(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class RowEvidence:
     better: int | None = None  # rows that a alone has right (of several seeds: on most of them); None: no verdicts
     worse: int | None = None
     flipped: Sequence[Mapping[str, Any]] = ()
+    lost: Sequence[str] = ()  # about rows that cannot be read, and are left out
 
 
 def rows_between(runs: Sequence[LoadedRun], grouping: Grouping, metric: str, a: int, b: int) -> RowEvidence | None:
@@ -54,7 +55,8 @@ def rows_between(runs: Sequence[LoadedRun], grouping: Grouping, metric: str, a: 
     if not np.isfinite(sums).all():
         return None
     verdicts = bool(np.isin(sums, (0.0, 1.0)).all() and (counts == 1).all())
-    found = over_rows((sums[0] - sums[1]) / counts.mean(), verdicts)
+    lost = [f"{side[seed].name}: {note}" for side in sides for seed in seeds for note in side[seed].items_read[1]]
+    found = replace(over_rows((sums[0] - sums[1]) / counts.mean(), verdicts), lost=lost)
     if not verdicts:
         return found
     most = sums.mean(1) > 0.5  # (2, R): right on most seeds
@@ -62,7 +64,7 @@ def rows_between(runs: Sequence[LoadedRun], grouping: Grouping, metric: str, a: 
     listed = [*np.flatnonzero(better), *np.flatnonzero(worse)][:FLIPPED]
     answers = [{key_of(item): item for item in side[seeds[0]].items} for side in sides]
     flipped = [flip(keys[at], "a" if better[at] else "b", [side[keys[at]] for side in answers]) for at in listed]
-    return RowEvidence(**{**vars(found), "better": int(better.sum()), "worse": int(worse.sum()), "flipped": flipped})
+    return replace(found, better=int(better.sum()), worse=int(worse.sum()), flipped=flipped)
 
 
 def by_seed(runs: Sequence[LoadedRun], grouping: Grouping, group: int) -> dict[Any, LoadedRun]:

@@ -133,12 +133,17 @@ class LoadedRun:
     evals: Mapping[str, tuple[float, str]] = field(default_factory=dict)  # `evals/NAME`: value, how it was measured
 
     @cached_property
-    def items(self) -> tuple[Mapping[str, Any], ...]:
-        """What the last evaluation measured of every row; read when it is asked for. Damaged lines are left out."""
+    def items_read(self) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
+        """What the last evaluation measured of every row, read when it is asked for; texts about lost lines."""
+        notes = list[str]()
         try:
-            return read_last(Run(self.path).items_file, [])
-        except BROKEN:
-            return ()
+            return read_last(Run(self.path).items_file, notes, self.finished), notes
+        except BROKEN as error:
+            return (), [f"items.jsonl: {reason(error)}"]
+
+    @property
+    def items(self) -> tuple[Mapping[str, Any], ...]:
+        return self.items_read[0]
 
     @property
     def finished(self) -> bool:
@@ -222,7 +227,7 @@ def read_evals(folder: Path) -> dict[str, tuple[float, str]]:
     """
     found: dict[str, tuple[float, str]] = {}
     files = [(read_object(file), file) for file in folder.glob("*.json")]
-    for content, file in sorted(files, key=lambda pair: float(pair[0]["made"])):
+    for content, file in sorted(files, key=lambda pair: str(pair[0]["made"])):
         about = {key: value for key, value in content.items() if key not in OF_ONE_EVAL}
         for name, figure in content["figures"].items():
             own = {key: value for key, value in figure.items() if key not in ("name", "value", "stderr")}

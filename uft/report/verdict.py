@@ -173,6 +173,7 @@ def of_rows(found: RowEvidence | None, sign: int, other: str) -> Iterator[str]:
     """The sentences on the same rows under both, and the prompts that flipped."""
     if found is None or found.p is None:
         return
+    yield from (f"{note}." for note in found.lost)
     noise = f"{'inside' if found.p >= ALPHA else 'more than'} the noise of the rows"
     flips = f"right on {found.better} that {other} has wrong, wrong on {found.worse} that {other} has right"
     if found.method == "McNemar":

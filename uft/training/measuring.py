@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def measure(config: Config) -> int:
     for table in tables(found):
         console.print(table)
     file = place(config)
-    about = {"format": FORMAT, "uft": __version__, "made": time.time(), "seconds": time.perf_counter() - started}
+    made = datetime.now().astimezone().isoformat(timespec="seconds")
+    about = {"format": FORMAT, "uft": __version__, "made": made, "seconds": time.perf_counter() - started}
     model = {"model": config.model.path, "dtype": config.model.dtype}
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(item, ensure_ascii=False) for item in found.items)
