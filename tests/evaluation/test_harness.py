@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from uft.config.schema import Eval, Model
 from uft.data.batch import Layout
+from uft.errors import UftError
 from uft.model.layout import settle_layout
 from uft.model.load import load_model, load_tokenizer
 from uft.model.policy import Policy
@@ -74,6 +76,16 @@ def test_log_probs_are_those_of_the_harness_s_own_model(models, tokenizer):
     texts = [(text(20),), (" ".join(WORDS * 80),)]  # the second in several windows
     packed, theirs = (model.loglikelihood_rolling(asked("loglikelihood_rolling", texts)) for model in models)
     assert packed == pytest.approx(theirs, abs=1e-3)
+
+
+def test_prompts_are_rendered_as_the_harness_s_own_model_renders_them(models, tokenizer):
+    turns = [{"role": role, "content": WORDS[n]} for n, role in enumerate(("user", "assistant", "user"))]
+    ours, theirs = (model.apply_chat_template(turns) for model in models)
+    assert ours == theirs
+    plain = PackedLM(models[0].policy, deepcopy(tokenizer), 600)
+    plain.tokenizer.chat_template = None
+    with pytest.raises(UftError, match="the model has none"):
+        run_tasks(plain, Eval(tasks=[{"task": "gsm8k", "template": True}]), print)
 
 
 def test_answers_are_those_of_the_harness_s_own_model(models):
@@ -142,15 +154,19 @@ def write(path, found):
     return path
 
 
+def test_examples_of_a_prompt_are_never_drawn_from_the_rows_that_are_measured(models, tmp_path):
+    file = str(write(tmp_path / "gsm8k.jsonl", GSM8K))
+    with pytest.raises(UftError, match=r"eval\.shot_files\.gsm8k=FILE"):
+        run_tasks(models[0], Eval(tasks=["gsm8k"], task_files={"gsm8k": file}), print)
+
+
 def test_tasks_on_files_of_rows(uft, tmp_path):
     files = {"gsm8k": write(tmp_path / "gsm8k.jsonl", GSM8K), "truthfulqa_mc2": write(tmp_path / "t.jsonl", TRUTH)}
     words = [f"eval.task_files.{task}={file}" for task, file in files.items()]
-    refused = uft("eval", "builtin:playground", "eval.tasks=[gsm8k]", words[0], code=2)
-    assert "eval.shot_files.gsm8k=FILE" in refused.stderr
     words += [f"eval.shot_files.gsm8k={files['gsm8k']}", "eval.task_tokens=8"]
     tasks = "eval.tasks=[{task: gsm8k, shots: 1, keys: ['exact_match,strict-match', 'exact_match,flexible-extract']}"
     done = uft("eval", "builtin:playground", f"{tasks},truthfulqa_mc2]", *words)
-    file = tmp_path / "evals" / "gsm8k+truthfulqa_mc2.json"
+    file = tmp_path / "evals" / "playground-gsm8k+truthfulqa_mc2.json"
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["harness"] == "lm_eval 0.4.13"
     mean, truth = found["figures"]["gsm8k/mean"], found["figures"]["truthfulqa_mc2/acc"]
@@ -165,6 +181,7 @@ def test_tasks_on_files_of_rows(uft, tmp_path):
     assert f"{truth['value']:.4g} ± {truth['stderr']:.2g}" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no rows of the benchmarks here")
 def test_rows_of_the_benchmarks(models, tokenizer):
     """GSM8K, IFEval, TruthfulQA and BBH as they are distributed."""

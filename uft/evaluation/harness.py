@@ -208,9 +208,12 @@ def run_tasks(lm: PackedLM, settings: Eval, say: Callable[[str], None]) -> tuple
 
     Few-shot examples under a chat template are turns of the conversation, as the harness's default has it.
     """
+    rendered = [task.task for task in settings.tasks if task.template]
+    if rendered and not lm.tokenizer.chat_template:
+        plain = ", ".join(f"{{task: {name}, template: false}}" for name in rendered)
+        why = "asks for the chat template, and the model has none"
+        raise UftError(Problem(f"eval.tasks: {', '.join(rendered)}", why, advice=(f'"eval.tasks=[{plain}]"',)))
     loaded = [Loaded.of(task, settings, say) for task in settings.tasks]  # all, before the first one is run
-    if any(task.template for task in settings.tasks) and not getattr(lm.tokenizer, "chat_template", None):
-        raise UftError(Problem("eval.tasks", "the model has no chat template", advice=("template: false",)))
     figures, items = list[Figure](), Items()
     for one in loaded:
         before = lm.cut
@@ -270,7 +273,7 @@ class Loaded:
             shots = leaf.get_config("num_fewshot")
             if rows and rows.shots is None and shots and leaf.fewshot_cfg.samples is None:
                 why = f"{shots} examples are drawn for its prompts, and no rows for them are given"
-                none = f"none:  eval.tasks=[{{task: {name}, shots: 0}}]"
+                none = f'none:  "eval.tasks=[{{task: {name}, shots: 0}}]"'
                 raise UftError(Problem(f"eval.tasks: {name}", why, advice=(f"eval.shot_files.{name}=FILE", none)))
         return cls(task, content, file, rows.left_out if rows else 0)
 

@@ -101,13 +101,15 @@ def now_and_then(say: Say) -> Say:
 
 
 def place(config: Config) -> Path:
-    """`eval.out`, or a file in that folder (evals) that is named after the tasks or sources."""
+    """`eval.out`, or a file in that folder that is named after the tasks or sources; without it one in evals/, named
+    after the model too."""
     out = Path(config.eval.out or "evals")
     if out.suffix == ".json":
         return out
     sources = [*config.data.sources] if config.data.name == "files" else [config.data.name]
-    names = [task.task for task in config.eval.tasks] or sources
-    return out / f"{re.sub(r'[^A-Za-z0-9_.+-]', '_', '+'.join(names))[:LONGEST_NAME]}.json"
+    names = "+".join([task.task for task in config.eval.tasks] or sources)[:LONGEST_NAME]
+    model = "" if config.eval.out else f"{re.split('[/:]', config.model.path.rstrip('/'))[-1]}-"
+    return out / f"{re.sub(r'[^A-Za-z0-9_.+-]', '_', model + names)}.json"
 
 
 def load(config: Config, longest: int) -> Policy:
