@@ -93,7 +93,7 @@ def test_rows_and_seeds_are_both_in_the_interval():
     plain = spread(list(of_seeds))
     assert (seeds.low, seeds.high) == pytest.approx((plain.low, plain.high), rel=1e-6)
     both = over_rows(of_seeds[:, None] + of_rows, False)
-    assert both.high - both.low > rows.high - rows.low
+    assert both.high - both.low > max(rows.high - rows.low, seeds.high - seeds.low)
 
 
 def test_the_interval_over_rows_and_seeds_covers_the_truth():
@@ -103,7 +103,7 @@ def test_the_interval_over_rows_and_seeds_covers_the_truth():
         effects = 0.2 + draw.normal(0, 0.1, (5, 1)) + draw.normal(0, 0.5, 40) + draw.normal(0, 0.4, (5, 40))
         found = over_rows(effects, False)
         hits += found.low <= 0.2 <= found.high
-    assert 0.93 <= hits / 600 <= 0.98
+    assert 0.94 <= hits / 600 <= 0.99
 
 
 def test_several_seeds_flip_where_most_of_them_agree(tmp_path):

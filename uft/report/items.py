@@ -111,7 +111,7 @@ def over_rows(differences: np.ndarray, verdicts: bool) -> RowEvidence:
 
     One seed: McNemar's exact test of verdicts (Q. McNemar, 1947), else a paired t test over rows. Several: a two-way
     random-effects interval; V(mean) = V(seed means) + V(row means) - V(residual) / (S R), each of which holds the
-    residual once, with Satterthwaite's degrees of freedom.
+    residual once, with Satterthwaite's degrees of freedom; never narrower than the interval of the seeds alone.
     """
     from scipy.stats import binomtest, t
 
@@ -125,7 +125,7 @@ def over_rows(differences: np.ndarray, verdicts: bool) -> RowEvidence:
             wins, losses = int((of_rows > 0).sum()), int((of_rows < 0).sum())
             p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
             return RowEvidence(**found, p=p, method="McNemar")
-        total, freedom, method = row_part, rows - 1.0, "paired t over rows"
+        parts, method = [(row_part, rows - 1.0)], "paired t over rows"
     else:
         of_seeds = differences.mean(1)
         seed_part = float(of_seeds.var(ddof=1)) / seeds
@@ -133,10 +133,10 @@ def over_rows(differences: np.ndarray, verdicts: bool) -> RowEvidence:
         shared = float((residual**2).sum()) / ((seeds - 1) * (rows - 1)) / (seeds * rows)
         total = max(seed_part + row_part - shared, seed_part, row_part)
         freedom = total**2 / max(seed_part**2 / (seeds - 1) + row_part**2 / (rows - 1), 1e-300)
-        method = "rows and seeds"
-    if total <= 0:
+        parts, method = [(total, freedom), (seed_part, seeds - 1.0)], "rows and seeds"
+    parts = [(variance, freedom) for variance, freedom in parts if variance > 0]
+    if not parts:
         return RowEvidence(**found, method="the same on every row")
-    error = math.sqrt(total)
-    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
-    p = 2 * float(t.sf(abs(mean) / error, freedom))
+    half = max(float(t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(variance) for variance, freedom in parts)
+    p = max(2 * float(t.sf(abs(mean) / math.sqrt(variance), freedom)) for variance, freedom in parts)
     return RowEvidence(**found, low=mean - half, high=mean + half, p=p, method=method)
