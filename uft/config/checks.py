@@ -418,7 +418,9 @@ def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
     except ValidationError as error:
         found: dict[KeyPath, Fault] = {}
         for one in error.errors(include_url=False):
-            path = tuple(takewhile(lambda part: isinstance(part, str), one["loc"]))  # a number: the place in a list
+            path = tuple(
+                map(str, takewhile(lambda part: isinstance(part, str), one["loc"]))
+            )  # a number: a place in a list
             bound = next(iter(one.get("ctx", {}).values()), None)
             kind_of_error = UNKNOWN if one["type"] == "extra_forbidden" else one["type"]
             if isinstance(one["loc"][-1], str) and path != one["loc"]:  # a key of a group in a list
