@@ -1,9 +1,9 @@
 """Run: a folder that holds everything about one training run. It can be moved and still be resumed and compared.
 
 Layout (see `docs/runs.md`): `config.yaml overrides.yaml run.json data.json check.json metrics.jsonl samples.jsonl
-checkpoints/step-000400/ model/ console.log result.json wandb/`. Files that are rewritten appear by rename, so that a
-reader never sees half of one. Below are the helpers for files that other packages use: atomic writes, errors of full
-and read-only disks, the cache folder. No torch here: `uft ls` must answer at once.
+items.jsonl checkpoints/step-000400/ model/ console.log result.json evals/ wandb/`. Files that are rewritten appear by
+rename, so that a reader never sees half of one. Below are the helpers for files that other packages use: atomic
+writes, errors of full and read-only disks, the cache folder. No torch here: `uft ls` must answer at once.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Run:
     config_file = _inside("config.yaml")
     metrics_file = _inside("metrics.jsonl")
     samples_file = _inside("samples.jsonl")
+    items_file = _inside("items.jsonl")
     checkpoints_dir = _inside("checkpoints")
     model_dir = _inside("model")
 

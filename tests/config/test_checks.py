@@ -27,6 +27,7 @@ TOGETHER = {  # values that do not touch each other's rules
     "data.sources.pairs.score_range=[1,0]": "must be [lowest, highest]",
     "generate.seeds=[1,1]": "must be different seeds, at least one",
     "run.name=a/b": "names a folder",
+    "eval.tasks=[{task: gsm8k, shotz: 1}]": "must be a list, like [NAME] or [{key: value}]",
 }
 
 

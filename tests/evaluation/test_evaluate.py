@@ -89,6 +89,22 @@ def independent(module, encoded):
     return logits[places - 1, ids[places]]
 
 
+def test_items_add_up_to_the_figures(measure):
+    found = measure(moved(), "copy")
+    ids = [item.row for item in found.items]
+    assert len(set(ids)) == len(ids)
+    for name, value in found.metrics.items():
+        source, _, metric = name.removeprefix("eval/").rpartition("/")
+        own = [item.record(False) for item in found.items if source in ("", item.source)]
+        sums = [record["measures"][metric] for record in own if metric in record["measures"]]
+        assert math.fsum(s for s, _ in sums) / math.fsum(n for _, n in sums) == pytest.approx(value, abs=1e-5), name
+    first = next(item for item in found.items if item.source == "instruct")  # one completion, which is good
+    assert (first.log_probs, first.rewards) == ([first.measures["log_prob"][0]], [first.measures["chosen_reward"][0]])
+    asked = [item for item in found.items if item.reply is not None]
+    assert len(asked) == 5 * len(NAMES)
+    assert asked[0].record(True)["reply"] == found.samples[0].reply
+
+
 def test_figures_equal_an_independent_computation(measure, held):
     policy = moved()
     policy.eval()

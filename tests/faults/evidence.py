@@ -24,6 +24,7 @@ def written(run: Path) -> dict[str, Any]:
     return {
         "curve": [[pair for pair in line if pair[0] not in CLOCKS] for line in curve],
         "samples": (run / "samples.jsonl").read_text(),
+        "items": (run / "items.jsonl").read_text(),
         "results": [timeless(json.loads(file.read_text())) for file in sorted(run.rglob("result.json"))],
         "models": [file.read_bytes() for file in sorted(run.rglob("model.safetensors"))],
         "tensors": [file.read_bytes() for file in sorted(run.rglob("tensors.safetensors"))],

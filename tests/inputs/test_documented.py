@@ -19,7 +19,7 @@ from uft.launch.sweep import expand
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMPOSED = ("train", "check", "data", "generate", "annotate", "select", "config")
+COMPOSED = ("train", "check", "data", "generate", "eval", "annotate", "select", "config")
 PLUGINS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit": "hydra_plugins.hydra_submitit_launcher"}
 
 

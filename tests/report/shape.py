@@ -36,6 +36,9 @@ COMPARISON = shape(
     ("difference", NUMBER),
     ("low high p p_adjusted", (*NUMBER, NONE)),
     ("bootstrap", (list, NONE)),
+    ("detectable", (*NUMBER, NONE)),
+    ("seeds_needed", (int, NONE)),
+    ("rows", (dict, NONE)),
 )
 WARNING = shape(("what why", str), ("runs", list))
 DIFFERENCE = shape(("key", str), ("values", list))

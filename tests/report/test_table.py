@@ -58,17 +58,17 @@ def test_the_best_is_bold_where_its_lead_is_more_than_noise():
     head, _, *rows = markdown_rows(as_text(comparison(), "markdown"))
     assert head == ["configuration", "seeds", r"eval/nll ↓", r"eval/exact\_match ↑"]
     assert rows[0][:2] == ["uft", "3"], "best first"
-    assert rows[0][3] == r"0.8367 \[0.7742, 0.8992\]", "the runner-up has one seed: nothing is known of its noise"
+    assert rows[0][3] == r"0.8367 \[0.765, 0.8897\]", "the runner-up has one seed: nothing is known of its noise"
     assert rows[1][:2] + rows[1][3:] == [r"dpo\_x", "1", "0.7"]
-    assert rows[2][:2] + rows[2][3:] == ["sft", "3", r"0.6267 \[0.5642, 0.6892\]"]
+    assert rows[2][:2] + rows[2][3:] == ["sft", "3", r"0.6267 \[0.5625, 0.6866\]"]
     two = {name: values for name, values in FIGURES.items() if name != "dpo_x"}
     _, _, first, second = markdown_rows(as_text(comparison(two), "markdown"))
-    assert first[3] == r"**0.8367 \[0.7742, 0.8992\]**"
+    assert first[3] == r"**0.8367 \[0.765, 0.8897\]**"
     assert not second[3].startswith("**")
     close = {"sft": [0.5, 0.6, 0.7], "uft": [0.56, 0.58, 0.72]}
     assert "**" not in as_text(comparison(close), "markdown")
     text = as_text(comparison(two), "latex")
-    assert r"uft & 3 & \textbf{0.1633 [0.1008, 0.2258]} & \textbf{0.8367 [0.7742, 0.8992]} \\" in text
+    assert r"uft & 3 & \textbf{0.1633 [0.1008, 0.2258]} & \textbf{0.8367 [0.765, 0.8897]} \\" in text
     assert r"configuration & seeds & eval/nll $\downarrow$ & eval/exact\_match $\uparrow$ \\" in text
     assert all(rf"\{rule}" in text for rule in ("toprule", "midrule", "bottomrule"))
     assert r"\caption{Mean [95 \% t interval] over seeds" in text
@@ -98,7 +98,7 @@ def test_the_report_has_answer_table_warnings_and_commands():
     made = mixed()
     text = as_report(made)
     assert text.startswith("# beta-sweep: 27 runs, 9 configurations\n")
-    assert "sft ratio=0.75 is best with 0.8545 (95 % interval 0.8032 to 0.9058, 3 seeds)." in text
+    assert "sft ratio=0.75 is best with 0.8545 (95 % interval 0.7959 to 0.8985, 3 seeds)." in text
     assert as_text(made, "markdown") in text
     for warning in made["warnings"]:
         assert f"* {warning['what']}. {warning['why']}" in text

@@ -46,7 +46,7 @@ def test_best_runner_up_and_baseline_with_paired_intervals():
         assert (comparison["n"], comparison["paired"], comparison["inside_noise"]) == (3, True, False)
     assert first["p_adjusted"] == pytest.approx(max(first["p"], 2 * second["p"]), rel=1e-4)
     assert found["words"] == [
-        "uft is best with 0.8367 (95 % interval 0.7742 to 0.8992, 3 seeds).",
+        "uft is best with 0.8367 (95 % interval 0.765 to 0.8897, 3 seeds).",
         "It is 0.1133 ahead of the runner-up, ift (95 % interval 0.07539 to 0.1513, paired t, 3 seeds, p = 0.006, "
         "0.006 after Holm's adjustment for 2 comparisons): more than seed noise.",
         "It is 0.21 ahead of the baseline, sft (95 % interval 0.1603 to 0.2597, paired t, 3 seeds, p = 0.003, "

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl as their readers meet them: whole, resumed, torn, and changed by the disk."""
+"""metrics.jsonl, samples.jsonl and items.jsonl as readers meet them: whole, resumed, torn, and changed by the disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy
 import pytest
 
-from uft.evaluation.evaluate import Sample
+from uft.evaluation.evaluate import Item, Sample
+from uft.evaluation.measures import Tally
 from uft.report.runs import read_lines
 from uft.runs import Run
 from uft.tracking import metrics
@@ -36,12 +37,14 @@ def write(run: Run, steps: range, resumed: int | None = None, said: list[str] | 
         if step % 5 == 0:
             files.log(step, {"eval/nll": 2 / (step + 7)})
             files.samples(step, [Sample("pairs", f"row-{step}", "hello?", "hi\nyou", None, {"accuracy": 1.0})])
+            measures = Tally(nll=(1 / 3, 2.0))
+            files.items(step, [Item("pairs", f"row-{n}", "hello?", measures, [-step / 7], [None]) for n in range(3)])
     files.finish("finished", 0, {})
     return content(run)
 
 
 def content(run: Run) -> list[bytes]:
-    written = (run.metrics_file, run.samples_file)
+    written = (run.metrics_file, run.samples_file, run.items_file)
     return [path.read_bytes() for file in written for path in (file, checksum_file(file))]
 
 
@@ -84,7 +87,7 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
     ):
         run = Run(tmp_path / f"{last}-{len(torn)}")
         write(run, range(13))
-        for path in (run.metrics_file, run.samples_file):
+        for path in (run.metrics_file, run.samples_file, run.items_file):
             path.write_text(path.read_text() + torn)
         assert write(run, range(last, 20), resumed=last) == whole  # the evaluation of the last step is repeated
     assert write(run, range(2)) == write(Run(tmp_path / "new"), range(2)), (
@@ -94,10 +97,10 @@ def test_a_resumed_file_equals_an_uninterrupted_one(tmp_path):
 
 def test_a_process_that_died_within_a_line_of_an_evaluation_lost_nothing(tmp_path):
     said: list[str] = []
-    for torn in range(3):
+    for torn in range(4):
         run = Run(tmp_path / str(torn))
         whole = write(run, range(6))
-        for path in (run.metrics_file, run.samples_file)[:torn]:
+        for path in (run.metrics_file, run.samples_file, run.items_file)[:torn]:
             cut(path)
             cut(checksum_file(path))
         assert write(run, range(5, 6), resumed=5, said=said) == whole

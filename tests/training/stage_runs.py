@@ -53,7 +53,7 @@ def written(folder: Path) -> dict[str, Any]:
     below = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     names = [str(path.relative_to(folder)) for path in below]
     curve = [[(k, v) for k, v in line.items() if k not in CLOCKS] for line in lines(run.metrics_file)]
-    same = ("check.json", "model.safetensors", "tensors.safetensors", "samples.jsonl", "rows.jsonl")
+    same = ("check.json", "model.safetensors", "tensors.safetensors", "samples.jsonl", "items.jsonl", "rows.jsonl")
     content = {str(p.relative_to(folder)): p.read_bytes() for p in below if p.name in same}
     data = [json.loads(path.read_text())["run_digest"] for path in sorted(folder.glob("stages/*/data.json"))]
     return {"curve": curve, "result": result, "files": names, "data": data, **content}

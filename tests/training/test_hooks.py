@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from uft.config.schema import Eval, Optim, Train
-from uft.evaluation.evaluate import Evaluation, Sample
+from uft.evaluation.evaluate import Evaluation, Item, Sample
 from uft.objectives.base import Term
 from uft.sampling.generate import Interrupted
 from uft.training.session import Recorder
@@ -28,12 +28,16 @@ class Notes:
         self.lines: list[tuple[int, dict[str, Any]]] = []
         self.shown, self.measured, self.told = list[int](), list[int](), list[int]()
         self.said: list[str] = []
+        self.by_row: list[tuple[int, bool]] = []  # (step, with the answers)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.lines.append((step, dict(metrics)))
 
     def samples(self, step: int, samples: list[Sample], stage: str | None) -> None:
         self.told.append(step)
+
+    def items(self, step: int, items: list[Item], stage: str | None, answers: bool) -> None:
+        self.by_row.append((step, answers))
 
     def secure(self) -> None:
         """Nothing is written."""
@@ -112,6 +116,14 @@ def values(*numbers: float | None) -> Callable[[], Evaluation]:
 
 
 # --- lines
+
+
+@pytest.mark.parametrize(("rows", "kept"), [(1, [0, 2, 4, 5]), (25_001, [0, 5])])
+def test_items_of_every_evaluation_or_of_the_first_and_last_where_they_are_many(rows, kept):
+    items = [Item("pairs", f"pairs:{number}", "hello?") for number in range(rows)]
+    trainer = FakeTrainer(5, lambda: Evaluation({"eval/nll": 1.0}, [], items), evaluate=2)
+    trainer.owed()
+    assert trainer.run().notes.by_row == [(step, step == 5) for step in kept]
 
 
 @pytest.mark.parametrize(

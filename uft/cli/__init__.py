@@ -31,6 +31,7 @@ VERBS = {
     "check": "everything before step 0, and one worst-case step; trains nothing",
     "data": "the mixture as it will be drawn, lengths, and rows with the trained tokens coloured",
     "generate": "completions for prompts: negatives for dft, or a look at a model",
+    "eval": "the evaluation of a run or any model, on held-out rows, rows of yours or benchmark tasks",
     "annotate": "a number beside every completion: baselines for poft, soft labels from scores",
     "select": "which rows to keep: at random, by score, by what a model would learn from them",
     "resume": "continue a run or a sweep that was stopped",

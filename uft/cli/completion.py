@@ -18,7 +18,7 @@ from uft.cli.help import PAGES
 from uft.errors import GOOD
 from uft.runs import OUTPUTS, find_runs, find_sweeps
 
-OF_RUNS = ("resume", "compare", "sync", "ls", "generate")
+OF_RUNS = ("resume", "compare", "sync", "ls", "generate", "eval")
 """Verbs whose words, or first word, name runs. Where no name fits, the shell offers its files."""
 OUR_OPTIONS = ("--trace",)  # words that Hydra's parser does not know
 HIDDEN = ("schema", "+schema", "~schema")
@@ -45,7 +45,7 @@ def complete(arguments: list[str]) -> int:
         print("".join(f"{word}\n" for word in named if word.startswith(rest[-1])), end="")
     if verb not in PAGES:
         return GOOD
-    if verb in ("generate", "annotate") and len(rest) > 1 and "=" not in rest[0]:
+    if verb in ("generate", "eval", "annotate") and len(rest) > 1 and "=" not in rest[0]:
         rest = rest[1:]
     os.environ["COMP_LINE"] = " ".join([program, *rest])
     answer = io.StringIO()

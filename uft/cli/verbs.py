@@ -1,4 +1,4 @@
-"""The verbs over a configuration: train, check, data, generate, annotate, select, config.
+"""The verbs over a configuration: train, check, data, generate, eval, annotate, select, config.
 
 A request for one run is composed and checked here and carried out at once. A request that sets anything of Hydra's own
 (-m, a sweep, a launcher, --cfg, --info) runs as a native Hydra application over conf/config.yaml.
@@ -42,7 +42,7 @@ from uft.launch.launcher import (
 )
 from uft.launch.sweep import examine_jobs, quote
 from uft.launch.trust import refuse_untrusted
-from uft.runs import Damaged, Run, open_run, typed_path
+from uft.runs import Damaged, Run, named_folder, no_runs, open_run, typed_path
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""
@@ -80,13 +80,42 @@ def generate(arguments: list[str]) -> int:
     named = first_word(arguments)
     if named is None or names_rows(named):
         return run_verb("generate", partial(run_job, "generate"), arguments)
+    return launch_job("generate", changed(with_model(with_weights(named, arguments)), with_sources(arguments[1:])))
+
+
+def eval(arguments: list[str]) -> int:
+    """Figures of any model, or of the run that the first word names, compared with the model that it began with."""
+    named = first_word(arguments)
+    if any(names_rows(word) for word in arguments) and not any(word.startswith("data.holdout=") for word in arguments):
+        arguments = [*arguments, "data.holdout=0"]  # all rows of a file are measured
+    measured = with_sources(arguments if named is None or names_rows(named) else arguments[1:])
+    rows, tasks = ([w for w in measured if w.lstrip("+").startswith(f"{key}=")] for key in ("data", "eval.tasks"))
+    if rows and tasks:
+        why, advice = "rows and tasks are measured one after the other", ("a command for each",)
+        raise UftError(Problem(f"{rows[0]} {tasks[0]}", why, "command line", advice))
+    if named is None or names_rows(named):
+        return run_verb("eval", partial(run_job, "eval"), arguments)
+    if not Run(named_folder(named)).exists:
+        if not os.path.isdir(named) and not re.search("[/:]", named):
+            raise no_runs(Path(named))
+        return run_verb("eval", partial(run_job, "eval"), [f"model.path={quote(named)}", *arguments[1:]])
+    run = with_weights(named, arguments)
+    settings = changed(with_model(run), measured)
+    settings["eval"]["out"] = settings["eval"]["out"] or str(run.path / "evals")
+    if rows:  # tasks that the run was trained beside are not meant
+        settings["eval"]["tasks"] = []
+    return launch_job("eval", settings)
+
+
+def with_weights(named: str, arguments: list[str]) -> Run:
+    """The run that a word names, which must have left its model, and one that this command trusts."""
     run = open_run(named)
     if not run.model_dir.is_dir():
         advice = f"finish it:  uft resume {typed_path(run.path)}"
         advice = "it was trained with train.save_model=false" if run.status == "finished" else advice
         raise UftError(Problem(str(run.path), "has no model/ in it", advice=(advice,)))
     refuse_untrusted(run.path, run.runs_code, arguments)
-    return launch_job("generate", changed(with_model(run), with_sources(arguments[1:])))
+    return run
 
 
 def config(arguments: list[str]) -> int:
@@ -103,8 +132,8 @@ def first_word(arguments: list[str]) -> str | None:
 
 
 PLAIN_PATH = re.compile(r"[\w./:@-]+", re.ASCII)
-FREE_KEY = re.compile(r"data\.(sources\.\w+\.columns|template_args)\.\w+=")
-"""Keys of the data that are checked against the rows and the template later, and so need no + to be new."""
+FREE_KEY = re.compile(r"(data\.(sources\.\w+\.columns|template_args)|eval\.(task|shot)_files)\.\w+=")
+"""Keys that are checked against rows, the template and tasks later, and so need no + to be new."""
 
 
 def names_rows(word: str, config_dir: str | None = None) -> bool:
@@ -194,7 +223,8 @@ def print_config(compared: Run | None, examined: Examined, words: Sequence[str])
 
 
 def with_model(run: Run) -> dict[str, Any]:
-    """The run's configuration, its trained model in the place of the one it began with, its files found from here."""
+    """The run's configuration, its trained model in the place of the one it began with, which is the reference now, its
+    files found from here."""
     settings: dict[str, Any] = without_stages(run.config())
     started = Path(str(run.info().get("cwd", ".")))
 
@@ -207,6 +237,7 @@ def with_model(run: Run) -> dict[str, Any]:
         node |= {key: found(node[key]) for key in FILES & node.keys()}
     for name, source in settings["data"]["sources"].items():
         source["path"] = str(rows_of(run.path, source["path"], name)) if made(source["path"]) else source["path"]
+    settings["reference"]["path"] = found(settings["reference"]["path"] or settings["model"]["path"])
     settings["model"] |= {"path": str(run.model_dir.resolve()), "revision": None, "adapter": "none"}
     settings["generate"]["out"] = settings["generate"]["out"] or str(Path(run.path, "generated.jsonl"))
     return settings

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from uft.config.messages import (
     expected,
     groups,
     hint,
+    item_of,
     listing,
     nearest,
     right_type,
@@ -331,7 +333,7 @@ class Draft:
 
     def wrong_type(self, setting: Setting, value: Any) -> Problem:
         kind = kind_at(setting.path, self.schema)
-        keys = fields_of(kind)
+        keys = fields_of(kind) or fields_of(item_of(kind))
         advice = (f"its keys: {listing(keys)}",) if keys else right_type(kind, value)
         what = setting.text if "=" in setting.text else f"{setting.text}={written(value)}"
         return Problem(what, f"must be {expected(kind)}", setting.where, advice)
@@ -428,9 +430,13 @@ def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
     except ValidationError as error:
         found: dict[KeyPath, Fault] = {}
         for one in error.errors(include_url=False):
-            path = tuple(part for part in one["loc"] if isinstance(part, str))  # a number: the place in a list
+            path = tuple(
+                map(str, takewhile(lambda part: isinstance(part, str), one["loc"]))
+            )  # a number: a place in a list
             bound = next(iter(one.get("ctx", {}).values()), None)
             kind_of_error = UNKNOWN if one["type"] == "extra_forbidden" else one["type"]
+            if isinstance(one["loc"][-1], str) and path != one["loc"]:  # a key of a group in a list
+                kind_of_error = "list_item"
             found.setdefault((*place, *path), Fault(kind_of_error, value_at(values, path), bound))
         return found
     return {}

@@ -47,6 +47,12 @@ FREE = (
     "train.save_model",
     "train.save_dtype",
     "train.check_model",
+    "eval.tasks",
+    "eval.task_files.",
+    "eval.shot_files.",
+    "eval.task_rows",
+    "eval.task_tokens",
+    "eval.out",
 )
 """What may change between the sittings of one run: nothing here touches the weights it arrives at, but for rounding
 (threads, processes, micro-batches and recomputation add up in another order)."""

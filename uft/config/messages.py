@@ -190,7 +190,8 @@ def written(value: Any) -> str:
 
 def expected(kind: Any) -> str:
     """A type in words: `a whole number or null`."""
-    word = WORDS.get(bare(kind), "a group of keys")
+    group = "a list, like [NAME] or [{key: value}]" if item_of(kind) else "a group of keys"
+    word = WORDS.get(bare(kind), group)
     return f"{word} or null" if get_origin(kind) in (UnionType, Union) else word
 
 
@@ -206,6 +207,11 @@ def bare(kind: Any) -> Any:
     if get_origin(kind) in (UnionType, Union):
         (kind,) = (part for part in get_args(kind) if part is not NoneType)
     return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def item_of(kind: Any) -> Any:
+    """The type of a list's items; None of a type that is no list."""
+    return get_args(bare(kind))[0] if get_origin(bare(kind)) is list else None
 
 
 def right_type(kind: Any, value: Any) -> tuple[str, ...]:

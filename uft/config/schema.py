@@ -204,6 +204,19 @@ class Train:
 
 
 @dataclass(config=STRICT)
+class Task:
+    task: str = _key(MISSING, "name of a task or group of lm-evaluation-harness")
+    shots: Int | None = _key(None, "examples in the prompt; null: as the task has it", ge=0)
+    keys: list[str] = _key([], "metrics whose mean is the figure, as METRIC,FILTER; none: every metric by itself")
+    template: bool = _key(False, "render prompts with the model's chat template, examples as turns")
+
+
+def _named_task(value: Any) -> Any:
+    """A task by its name alone."""
+    return {"task": value} if isinstance(value, str) else value
+
+
+@dataclass(config=STRICT)
 class Eval:
     rows: Int = _key(64, "held-out rows per source, at most", ge=0)
     samples: Int = _key(4, "greedy samples shown per source", ge=0)
@@ -212,6 +225,12 @@ class Eval:
     best: str = _key("eval/nll", "metric that picks the best checkpoint")
     best_mode: Literal["min", "max"] = _key("min", "whether less or more of it is better")
     before: bool = _key(True, "evaluate before the first step too")
+    tasks: list[Annotated[Task, BeforeValidator(_named_task)]] = _key([], "uft eval: tasks of lm-evaluation-harness")
+    task_files: dict[str, str] = _key({}, "task: JSONL file of its rows, instead of its data set")
+    shot_files: dict[str, str] = _key({}, "task: JSONL file of the rows that examples are drawn from")
+    task_rows: Int | None = _key(None, "rows of each task, at most; null: all", ge=1)
+    task_tokens: Int | None = _key(None, "longest answer to a task's prompt in tokens; null: the task's own", ge=1)
+    out: str | None = _key(None, "uft eval: FILE.json, or a folder; null: evals in the run folder or here")
 
 
 @dataclass(config=STRICT)

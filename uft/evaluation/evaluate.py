@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +22,7 @@ from uft.data.batch import Batch, Example, make_example, micro_batches
 from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message, Row
 from uft.distributed import ranks
-from uft.evaluation.measures import Scored, ScoredRow, Tally, measured, pair_of
+from uft.evaluation.measures import Scored, ScoredRow, Sum, Tally, measured, pair_of
 from uft.heartbeat import activity
 from uft.model.load import pad_id
 from uft.model.policy import Policy, evaluating
@@ -61,12 +62,38 @@ class Sample:
     verdict: dict[str, float] = field(default_factory=dict)  # the checker's metrics, e.g. {"exact_match": 1.0}
 
 
+@dataclass
+class Item:
+    """What was measured of one held-out row: a metric is the sum over all items divided by the count over them."""
+
+    source: str  # name of the source in the mixture
+    row: str  # id of the row
+    prompt: str
+    measures: Tally = field(default_factory=Tally)  # (sum, count) by metric, the checker's verdict among them
+    log_probs: Sequence[float] = ()  # of each completion that was scored, in the row's order
+    rewards: Sequence[float | None] = ()  # likewise; None: there is no reference
+    reply: str | None = None  # the greedy answer, where one was made
+
+    def record(self, answers: bool) -> dict[str, Any]:
+        """The item as a line of items.jsonl, numbers to 1e-6; prompt and answer where they are wanted."""
+        measures = {name: [rounded(total), rounded(count)] for name, (total, count) in self.measures.items() if count}
+        scores = {"log_probs": [*map(rounded, self.log_probs)], "rewards": [*map(rounded, self.rewards)]}
+        texts = {"prompt": self.prompt, "reply": self.reply} if answers else {}
+        return {"source": self.source, "row": self.row, "measures": measures, **scores, **texts}
+
+
+def rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """`eval/<metric>` over all rows of all sources, `eval/<source>/<metric>`, and replies to fixed prompts."""
+    """`eval/<metric>` over all rows of all sources, `eval/<source>/<metric>`, what was measured of every row, and
+    replies to fixed prompts."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[Sample] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
 
 
 @activity("the model was evaluated")
@@ -87,18 +114,23 @@ def evaluate(
     """
     stop = should_stop or (lambda: False)
     evaluator = _Evaluator(policy, reference, renderer, tokenizer, settings, micro_batch_tokens, stop)
-    overall, metrics, samples = Tally(), dict[str, float](), list[Sample]()
+    overall, metrics, samples, items = Tally(), dict[str, float](), list[Sample](), list[Item]()
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.no_grad(), evaluating(policy.module), torch.random.fork_rng(devices=devices):
         evaluator.fill_reference_cache(sources)
         for held in sources:
-            tally = Tally()
-            for row in evaluator.score(held):
-                tally.add(measured(row))
-            samples += evaluator.answer(held, tally)
+            tally, found = Tally(), dict[str, Item]()
+            for row, scored in evaluator.score(held):
+                item = found[row.id] = Item(held.name, row.id, prompt_text(row.prompt))
+                item.log_probs = [one.log_prob for one in scored.completions]
+                item.rewards = [one.reward for one in scored.completions]
+                item.measures.add(measures := measured(scored))
+                tally.add(measures)
+            samples += evaluator.answer(held, tally, found)
+            items += found.values()
             overall.add(tally)
             metrics |= {f"eval/{held.name}/{name}": value for name, value in tally.means().items()}
-    return Evaluation({f"eval/{name}": value for name, value in overall.means().items()} | metrics, samples)
+    return Evaluation({f"eval/{name}": value for name, value in overall.means().items()} | metrics, samples, items)
 
 
 @dataclass(frozen=True)
@@ -122,14 +154,15 @@ class _Evaluator:
         if not fill(encoded, batch_tokens=self.micro_batch_tokens, should_stop=self.should_stop):
             raise Interrupted
 
-    def score(self, held: HeldOut) -> list[ScoredRow]:
+    def score(self, held: HeldOut) -> list[tuple[Row, ScoredRow]]:
         """The first rows with every completion scored, whichever of them an objective would take."""
         rows = islice(zip(held.rows, held.encoded, strict=True), self.settings.rows)
         made = (make_example(row, encoded, number, 0, pointwise) for number, (row, encoded) in enumerate(rows))
         examples = [example for example in made if example is not None]
         if self.reference and (column := self.reference.column) is not None:
             examples = [replace(example, reference=tuple(map(column, example.encoded))) for example in examples]
-        return ranks().map_shards(examples, self._score_shard)
+        scored = ranks().map_shards(examples, self._score_shard)
+        return list(zip((example.row for example in examples), scored, strict=True))
 
     def _score_shard(self, examples: Sequence[Example]) -> list[ScoredRow]:
         forward = self.reference.forward if self.reference else None
@@ -150,8 +183,9 @@ class _Evaluator:
             rows.append(ScoredRow(tuple(found.values()), sides))
         return rows
 
-    def answer(self, held: HeldOut, tally: Tally) -> list[Sample]:
-        """Answer prompts greedily: lengths and the checker's verdicts go to `tally`, the first replies are returned."""
+    def answer(self, held: HeldOut, tally: Tally, items: dict[str, Item]) -> list[Sample]:
+        """Answer prompts greedily: lengths and the checker's verdicts go to `tally` and, with the reply, to the row's
+        item; the first replies are returned."""
         checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
         replies = ranks().map_shards([self.renderer.start_ids(row) for row in rows], self._complete_shard)
@@ -162,9 +196,13 @@ class _Evaluator:
             verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
         samples = []
         for number, (row, reply, text, verdict) in enumerate(zip(rows, replies, texts, verdicts, strict=True)):
-            tally.add({"completion_length": (len(reply.ids), 1.0)})
+            found: dict[str, Sum] = {"completion_length": (len(reply.ids), 1.0)}
             if number < checked:
-                tally.add({name: (value, 1.0) for name, value in verdict.figures.items()})
+                found |= {name: (value, 1.0) for name, value in verdict.figures.items()}
+            tally.add(found)
+            item = items.setdefault(row.id, Item(held.name, row.id, prompt_text(row.prompt)))
+            item.measures.add(found)
+            item.reply = text
             if number < self.settings.samples:
                 answer = gold(row) if held.checker else row.answer
                 samples.append(Sample(held.name, row.id, prompt_text(row.prompt), text, answer, verdict.figures))

@@ -124,6 +124,13 @@ def evaluations(case: Case) -> Iterator[Caution]:
             f"Not all runs were measured alike, by {listed(unlike)}",
             "Their figures are over different held-out rows or answers.",
         )
+    figures = dict.fromkeys(name for number in case.finished for name in case.runs[number].evals)
+    how = {name: {case.runs[n].evals[name][1] for n in case.finished if name in case.runs[n].evals} for name in figures}
+    if apart := [name for name in figures if len(how[name]) > 1]:
+        yield Caution(
+            f"Figures of uft eval were not measured alike: {listed(apart)}",
+            "Their rows, few-shot examples, template, limits or versions differ; evals/ in the runs has them.",
+        )
     models = by(case.finished, lambda number: case.runs[number].config.get("model.path"))
     if len(models) > 1:
         yield Caution(

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from uft import __version__
 from uft.report import metrics
 from uft.report.cautions import Case, cautions
 from uft.report.groups import Grouping, baselines, differences, grouping
+from uft.report.items import rows_between
 from uft.report.metrics import config_value, encodable, jsonable, truncated
 from uft.report.runs import COSTS, Line, LoadedRun, Selection, load, number, numbers
 from uft.report.verdict import figures_of, judge, spread
@@ -41,11 +43,12 @@ SAMPLE_BUDGET = 2_000_000  # characters of all answers together
 
 CAPTIONS = {
     "summary": (
-        "Means are over seeds, intervals are 95 % t intervals. Configurations that share seeds are compared seed by "
-        "seed (a paired t test: the luck of a seed cancels out), others by Welch's t test. p-values are adjusted by "
-        "Holm's method for all comparisons of a metric; a difference counts as more than seed noise when the "
-        "adjusted p is below 0.05. The intervals themselves are not adjusted. The best of several configurations was "
-        "chosen on these same numbers, so its lead is flattered; seeds that took no part in the choice would tell. "
+        "Means are over seeds, intervals are 95 % t intervals, of shares within 0 and 1. Configurations that share "
+        "seeds are compared seed by seed (a paired t test: the luck of a seed cancels out), others by Welch's t "
+        "test. p-values are adjusted by Holm's method for all comparisons of a metric; a difference counts as more "
+        "than seed noise when the adjusted p is below 0.05. The intervals themselves are not adjusted. The best of "
+        "several configurations was chosen on these same numbers, so its lead is flattered; seeds that took no part "
+        "in the choice would tell. "
         "Only finished runs count."
     ),
     "curves": (
@@ -106,7 +109,7 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
     base = baselines(grouped.groups, options.baseline)
     drawn = curves(runs)
     asked = {head.metric: head.direction for head in heads}
-    names = [group.name for group in grouped.groups]
+    names, by_row = [group.name for group in grouped.groups], partial(rows_between, runs, grouped)
     jobs, chosen = planned(selection.folder), {path.resolve() for path in selection.runs}
     waiting = [job.name for job in jobs if not job.exists]  # told where all started jobs of a sweep are compared
     everything = chosen.issuperset(job.path.resolve() for job in jobs if job.exists)
@@ -139,12 +142,14 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
                 "config": {jsonable(key): config_value(value) for key, value in group.config.items()},
                 "runs": ids(group.runs),
                 "baseline": n in base,
-                "metrics": jsonable({name: vars(spread([*of.values()])) for name, of in figures[n].items()}),
+                "metrics": jsonable(
+                    {name: vars(spread([*of.values()], metrics.is_share(name))) for name, of in figures[n].items()}
+                ),
             }
             for n, group in enumerate(grouped.groups)
         ],
         "curves": {jsonable(name): {f"r{n}": curve for n, curve in of.items()} for name, of in drawn.items()},
-        "summary": [found for head in heads if (found := judge(head, figures, names, base))],
+        "summary": [found for head in heads if (found := judge(head, figures, names, base, by_row))],
         "warnings": [
             {"what": jsonable(caution.what), "why": jsonable(caution.why), "runs": ids(caution.runs)}
             for caution in cautions(Case(runs, grouped, heads, waiting if everything else ()))

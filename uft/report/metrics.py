@@ -10,16 +10,23 @@ from typing import Any
 
 from uft.config.messages import written
 from uft.errors import Problem, UftError
-from uft.report.runs import COSTS, LoadedRun
+from uft.report.runs import COSTS, EVALS, LoadedRun
 
 DIRECTIONS = {
-    **dict.fromkeys(("exact_match", "correct", "pair_accuracy", "reward_accuracy"), "max"),
+    **dict.fromkeys(("exact_match", "correct", "pair_accuracy", "reward_accuracy", "acc", "acc_norm", "mean"), "max"),
+    **dict.fromkeys(
+        (f"{level}_level_{kind}_acc" for level in ("prompt", "inst") for kind in ("strict", "loose")), "max"
+    ),
     **dict.fromkeys(("nll", "kl"), "min"),
 }
 """Evaluation metrics, over all rows or of one source, of which one direction is better by itself."""
 
+SHARES = {name for name, better in DIRECTIONS.items() if better == "max"} | {"plain", "answered"}
+"""Metrics between 0 and 1."""
+
 HEADLINES = ("eval/exact_match", "eval/correct", "eval/nll", "eval/pair_accuracy", "eval/reward_accuracy")
-"""Judged by default, in this order, after the metric of eval.best. Not `kl`: less of it is not better."""
+"""Judged by default, in this order, after the metric of eval.best and before figures of `uft eval` that several runs
+have. Not `kl`: less of it is not better."""
 
 CAPTIONS = {
     "eval/nll": (
@@ -67,19 +74,28 @@ OBJECTIVE_TERM = "A term of the objective's own loss, named by the objective. No
 
 def kind(name: str) -> str:
     """eval, cost or train."""
-    return "eval" if name.startswith("eval/") else "cost" if name in COSTS else "train"
+    return "eval" if name.startswith(("eval/", EVALS)) else "cost" if name in COSTS else "train"
 
 
 def direction(name: str) -> str | None:
     """min, max, or None where neither is better."""
-    return DIRECTIONS.get(name.rpartition("/")[2]) if name.startswith("eval/") else None
+    return DIRECTIONS.get(last_part(name)) if kind(name) == "eval" else None
+
+
+def last_part(name: str) -> str:
+    """`exact_match` of `evals/gsm8k/exact_match,strict-match`."""
+    return name.rpartition("/")[2].partition(",")[0]
+
+
+def is_share(name: str) -> bool:
+    return kind(name) == "eval" and last_part(name) in SHARES
 
 
 def caption(name: str) -> str | None:
     """A line for people; a source's own metric has the caption of the metric over all rows."""
     if name.startswith("objective/"):
         return OBJECTIVE_TERM
-    return CAPTIONS.get(name) or (CAPTIONS.get(f"eval/{name.rpartition('/')[2]}") if kind(name) == "eval" else None)
+    return CAPTIONS.get(name) or (CAPTIONS.get(f"eval/{last_part(name)}") if kind(name) == "eval" else None)
 
 
 def of_objective(name: str) -> bool:
@@ -139,6 +155,9 @@ def headlines(
     chosen = Counter((str(run.config.get("eval.best")), str(run.config.get("eval.best_mode"))) for run in runs)
     order += [Headline(*pair) for pair, _ in chosen.most_common() if comparable or not of_objective(pair[0])]
     order += [Headline(name, DIRECTIONS[name.removeprefix("eval/")]) for name in HEADLINES]
+    of_evals = [name for name in known if name.startswith(EVALS) and name.count("/") == 2 and last_part(name) != "kl"]
+    shared = [name for name in of_evals if len(runs) == 1 or sum(name in run.evals for run in runs) > 1]
+    order += [Headline(name, str(direction(name))) for name in shared]
     found: dict[str, Headline] = {}
     for headline in order:
         if headline.metric in known and headline.direction in ("min", "max"):

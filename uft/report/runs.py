@@ -32,6 +32,8 @@ FINISHED, UNREADABLE = "finished", "unreadable"
 COSTS = ("seconds", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
 """Totals of result.json about the run itself."""
 VERSIONS = ("uft", "python", "torch", "transformers", "datasets", "peft", "numpy", "platform")
+EVALS = "evals/"  # figures of `uft eval` begin so
+OF_ONE_EVAL = ("format", "uft", "made", "seconds", "model", "figures")  # keys of its file that differ by nature
 LARGEST = 2**63  # of integers; a larger one counts as infinite
 BROKEN = (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, yaml.YAMLError)
 """Errors that reading a file of unknown content can raise."""
@@ -128,6 +130,20 @@ class LoadedRun:
     overrides: tuple[str, ...] = ()
     lines: tuple[Line, ...] = ()  # of metrics.jsonl, by step
     samples: tuple[Mapping[str, Any], ...] = ()  # of the last step that has some
+    evals: Mapping[str, tuple[float, str]] = field(default_factory=dict)  # `evals/NAME`: value, how it was measured
+
+    @cached_property
+    def items_read(self) -> tuple[tuple[Mapping[str, Any], ...], list[str]]:
+        """What the last evaluation measured of every row, read when it is asked for; texts about lost lines."""
+        notes = list[str]()
+        try:
+            return read_last(Run(self.path).items_file, notes, self.finished), notes
+        except BROKEN as error:
+            return (), [f"items.jsonl: {reason(error)}"]
+
+    @property
+    def items(self) -> tuple[Mapping[str, Any], ...]:
+        return self.items_read[0]
 
     @property
     def finished(self) -> bool:
@@ -147,9 +163,10 @@ class LoadedRun:
 
     @cached_property
     def figures(self) -> dict[str, float]:
-        """The last metrics and the totals of the run."""
+        """The last metrics, those of `uft eval`, and the totals of the run."""
         totals = {name: self.total(name) for name in COSTS}
-        return {**self.final, **{name: value for name, value in totals.items() if value is not None}}
+        of_evals = {name: value for name, (value, _) in self.evals.items()}
+        return {**self.final, **of_evals, **{name: value for name, value in totals.items() if value is not None}}
 
     def total(self, name: str) -> float | None:
         """A sum over the whole run (seconds, tokens, ...): of result.json, else of the last line that has it."""
@@ -193,13 +210,32 @@ def load(path: Path) -> LoadedRun:
     status = UNREADABLE if problems else "running" if locked else str(result.get("status", "interrupted"))
     notes, ended = list[str](), status == FINISHED
     lines = attempt("metrics.jsonl", lambda: read_lines(run.metrics_file, notes, ended), ())
-    samples = attempt("samples.jsonl", lambda: read_samples(run.samples_file, notes, ended), (), tell=False)
+    samples = attempt("samples.jsonl", lambda: read_last(run.samples_file, notes, ended), (), tell=False)
     data = attempt("data.json", lambda: read_object(path / "data.json", absent=True), {}, tell=False)
+    evals = attempt("evals", lambda: read_evals(path / "evals"), {})
     overrides = attempt("overrides.yaml", lambda: tuple(run.overrides()), (), tell=False)
     if not problems and not locked:
         problems += notes
     error = "\n".join([*problem_lines(str(result.get("error") or "")), *problems]) or None
-    return LoadedRun(path, run.name, status, error, config, info, result, data, overrides, lines, samples)
+    return LoadedRun(path, run.name, status, error, config, info, result, data, overrides, lines, samples, evals)
+
+
+def read_evals(folder: Path) -> dict[str, tuple[float, str]]:
+    """The figures that `uft eval` left: `evals/TASK/METRIC` of tasks, `evals/FILE/METRIC` of rows; the newest.
+
+    The text beside a value has everything that it can be compared by.
+    """
+    found: dict[str, tuple[float, str]] = {}
+    files = [(read_object(file), file) for file in folder.glob("*.json")]
+    for content, file in sorted(files, key=lambda pair: str(pair[0]["made"])):
+        about = {key: value for key, value in content.items() if key not in OF_ONE_EVAL}
+        for name, figure in content["figures"].items():
+            own = {key: value for key, value in figure.items() if key not in ("name", "value", "stderr")}
+            stem = f"{file.stem}/" if name.startswith("eval/") else ""
+            value = number(figure["value"])
+            if value is not None:
+                found[f"{EVALS}{stem}{name.removeprefix('eval/')}"] = value, json.dumps(about | own, sort_keys=True)
+    return found
 
 
 def reason(error: Exception) -> str:
@@ -271,16 +307,18 @@ def read_lines(path: Path, notes: list[str], ended: bool = False) -> tuple[Line,
     return tuple(merged[step] for step in sorted(merged))
 
 
-def read_samples(path: Path, notes: list[str], ended: bool = False) -> tuple[Mapping[str, Any], ...]:
-    """The samples of the last step that has some, read as `read_lines` does."""
-    found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for text in checked_lines(path, notes, ended).lines:
+def read_last(path: Path, notes: list[str], ended: bool = False) -> tuple[Mapping[str, Any], ...]:
+    """The objects of samples.jsonl or items.jsonl of the last step that has some; lines are in order of steps."""
+    found: list[Mapping[str, Any]] = []
+    for text in reversed(checked_lines(path, notes, ended).lines):
         try:
-            sample = json.loads(text)
-            found[operator.index(sample["step"])].append(sample)
+            one = json.loads(text)
+            if operator.index(one["step"]) < operator.index(found[0]["step"] if found else one["step"]):
+                break
+            found.append(one)
         except BROKEN:
-            break
-    return tuple(found[max(found)]) if found else ()
+            continue
+    return tuple(reversed(found))
 
 
 def checked_lines(path: Path, notes: list[str], ended: bool) -> metrics.Checked:

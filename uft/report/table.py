@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 WIDE = 160  # where there is no terminal
 COLUMNS, ROWS, OTHERS = 5, 30, 10  # shown at most: metrics, configurations, incomplete runs
 LONGEST = 200  # characters of a name or an error
+FLIPS, ANSWER = 3, 60  # prompts that flipped in the terminal, and characters of a prompt or answer
 
 
 def show(comparison: Mapping[str, Any]) -> None:
@@ -56,9 +57,36 @@ def show(comparison: Mapping[str, Any]) -> None:
                 console.print(Text("  " + printable(word)))
             once |= general
 
+    for title, listed in list(flips(comparison))[:1]:
+        console.print(Text("\n" + printable(title), style="bold"))
+        for one in listed[:FLIPS]:
+            said = (f"{one_line(name)}: {shorten(printable(text), ANSWER)}" for name, text in one["answers"])
+            console.print(Text(f"  {shorten(printable(one['prompt']), ANSWER)}  ->  {'   '.join(said)}"))
+
     for position, warning in enumerate(comparison["warnings"]):
         text = f"! {printable(warning['what'])}. {printable(warning['why'])}"
         console.print(Text(("" if position else "\n") + text, style="yellow"))
+
+
+def flips(comparison: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """For every pair of configurations with verdicts of the same rows: a title, and the prompts that flipped."""
+    names = {group["id"]: group["name"] for group in comparison["groups"]}
+    for finding in comparison["summary"]:
+        for one in finding["comparisons"]:
+            if one["rows"] and one["rows"]["flipped"]:
+                sides = (names[one["a"]], names[one["b"]])
+                title = f"{finding['metric']}: prompts that flipped between {sides[0]} and {sides[1]}"
+                yield (
+                    title,
+                    [
+                        {
+                            **flip,
+                            "answers": [*zip(sides, (flip["a"], flip["b"]), strict=True)],
+                            "right": names[one[flip["right"]]],
+                        }
+                        for flip in one["rows"]["flipped"]
+                    ],
+                )
 
 
 def print_table(comparison: Mapping[str, Any], console: Console) -> None:
@@ -220,6 +248,12 @@ def as_report(comparison: Mapping[str, Any]) -> str:
         lines += [f"**{plain(finding['metric'])}** ({BETTER[finding['direction']]}): {words}", ""]
     if comparison["groups"]:
         lines += [as_text(comparison, MARKDOWN), CAPTION, ""]
+    for title, listed in flips(comparison):
+        lines += [f"## {plain(one_line(title))}", "", "| prompt | right | answers |", "|---|---|---|"]
+        for one in listed:
+            said = "; ".join(f"{plain(one_line(name))}: {plain(one_line(text))}" for name, text in one["answers"])
+            lines.append(f"| {plain(one_line(one['prompt']))} | {plain(one_line(one['right']))} | {said} |")
+        lines.append("")
     if comparison["warnings"]:
         warnings = (f"* {plain(warning['what'])}. {plain(warning['why'])}" for warning in comparison["warnings"])
         lines += ["## Warnings", "", *warnings, ""]

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from uft.report.groups import Grouping
-from uft.report.metrics import Headline, jsonable, listed, plural
+from uft.report.items import RowEvidence
+from uft.report.metrics import Headline, is_share, jsonable, listed, plural
 from uft.report.runs import LoadedRun
 
 LEVEL = 0.95  # of intervals
@@ -24,13 +25,15 @@ ALPHA = 0.05  # a difference with an adjusted p below it is more than noise
 ROUNDING = 1e-9  # a spread below this share of the values themselves is arithmetic, not noise
 BOOTSTRAP_FROM = 5  # seeds; fewer say nothing about the shape of a distribution
 RESAMPLES = 10_000
+POWER, MOST_SEEDS = 0.8, 1000
 
 SELECTED = "was chosen on these same numbers"
 ALONE = "There is only one configuration, so there is nothing to compare it with."
 BETTER = {"max": "more is better", "min": "less is better"}
 UNKNOWN_NOISE = {
     "one seed": "one seed: nothing can be said about noise",
-    "the same on every seed": "the same on every seed, so these seeds show no noise to measure it by",
+    "the same on every seed": "the same on every seed, so these seeds show no noise to measure it by;"
+    " it is not among the comparisons that are tested",
 }
 
 Figures = Sequence[Mapping[str, Mapping[Hashable, float]]]
@@ -51,15 +54,21 @@ def figures_of(runs: Sequence[LoadedRun], grouping: Grouping) -> Figures:
 
 
 def judge(
-    headline: Headline, figures: Figures, names: Sequence[str], baselines: Sequence[int]
+    headline: Headline,
+    figures: Figures,
+    names: Sequence[str],
+    baselines: Sequence[int],
+    by_row: Callable[[str, int, int], RowEvidence | None] = lambda metric, a, b: None,
 ) -> dict[str, Any] | None:
     """The ranking of one metric, as in `compare.json`; None where no configuration has a finite figure for it.
 
     `names` are those of the groups, `baselines` the groups that count as one: each objective is taken at the best it
     can do. Compared is the best with the runner-up, the baseline, then the others; `words` begin with the answer.
+    `by_row`: what the rows say of two groups, asked for the runner-up and the baseline.
     """
     metric, sign = headline.metric, headline.sign
-    spreads = {group: spread([*of[metric].values()]) for group, of in enumerate(figures) if metric in of}
+    share = is_share(metric)
+    spreads = {group: spread([*of[metric].values()], share) for group, of in enumerate(figures) if metric in of}
     ranked = sorted(
         (group for group, spread in spreads.items() if math.isfinite(spread.mean)),
         key=lambda group: -sign * spreads[group].mean,
@@ -76,7 +85,13 @@ def judge(
             roles[group].append(role)
     others = dict.fromkeys([*roles, *behind])
     values = {group: figures[group][metric] for group in ranked}
-    compared = [difference_of(values[best], values[other], bootstrap=other in roles) for other in others]
+    compared = [
+        replace(
+            difference_of(values[best], values[other], bootstrap=other in roles),
+            rows=by_row(metric, best, other) if other in roles else None,
+        )
+        for other in others
+    ]
     found = {
         other: replace(difference, p_adjusted=p, inside_noise=None if p is None else p >= ALPHA)
         for other, difference, p in zip(others, compared, holm([each.p for each in compared]), strict=True)
@@ -84,7 +99,9 @@ def judge(
 
     words = [f"{names[best]} is best with {with_interval(spreads[best])}."]
     tests = sum(difference.p is not None for difference in compared)
-    words += [lead(found[b], sign, f"{' and '.join(roles[b])}, {names[b]}", tests) for b in others if b in roles]
+    for b in (b for b in others if b in roles):
+        words.append(lead(found[b], sign, f"{' and '.join(roles[b])}, {names[b]}", tests))
+        words += [*of_power(found[b]), *of_rows(found[b].rows, sign, names[b])]
     if baseline == best and len(names) > 1:
         words.append(f"It is {the_baseline} itself.")
     if len(others) > 1:
@@ -106,7 +123,7 @@ def judge(
         "direction": headline.direction,
         "words": words,
         **{role: None if group is None else f"g{group}" for role, group in places.items()},
-        "comparisons": [{"a": f"g{best}", "b": f"g{other}", **vars(each)} for other, each in found.items()],
+        "comparisons": [{"a": f"g{best}", "b": f"g{other}", **asdict(each)} for other, each in found.items()],
     }
     return jsonable(record)
 
@@ -139,6 +156,40 @@ def lead(found: Difference, sign: int, other: str, tests: int) -> str:
         disagrees = f"disagrees: its interval {'excludes' if excludes else 'includes'} zero"
         p += f"; a bootstrap {'agrees' if excludes == t_excludes else disagrees}"
     return f"{text} (95 % interval {low:.4g} to {high:.4g}, {found.method}, {p}): {said}."
+
+
+def of_power(found: Difference) -> Iterator[str]:
+    """What these seeds could have shown, where they showed nothing."""
+    if not found.inside_noise or found.detectable is None:
+        return
+    enough = f"more than {MOST_SEEDS}" if found.seeds_needed is None else f"about {found.seeds_needed}"
+    yield (
+        f"A difference of {found.detectable:.2g} would have been seen in four cases of five;"
+        f" one of this size takes {enough} seeds."
+    )
+
+
+def of_rows(found: RowEvidence | None, sign: int, other: str) -> Iterator[str]:
+    """The sentences on the same rows under both, and the prompts that flipped."""
+    if found is None or found.p is None:
+        return
+    yield from (f"{note}." for note in found.lost)
+    noise = f"{'inside' if found.p >= ALPHA else 'more than'} the noise of the rows"
+    flips = f"right on {found.better} that {other} has wrong, wrong on {found.worse} that {other} has right"
+    if found.method == "McNemar":
+        yield f"On the same {found.rows} rows it is {flips} (McNemar, p {probability(found.p)}): {noise}, for one seed."
+        return
+    facing = sign if sign * found.difference > 0 else -sign
+    low, high = sorted((facing * (found.low or 0.0), facing * (found.high or 0.0)))
+    interval = f"95 % interval {low:.4g} to {high:.4g}, p {probability(found.p)}"
+    if found.seeds == 1:
+        way = "ahead" if facing == sign else "behind"
+        ahead = f"{abs(found.difference):.4g} {way}"
+        yield f"On the same {found.rows} rows it is {ahead} ({interval}): {noise}, for one seed."
+        return
+    yield f"With the choice of the {found.rows} rows counted too: {interval}."
+    if found.better is not None:
+        yield f"On most seeds it is {flips}."
 
 
 def probability(p: float) -> str:
@@ -177,9 +228,14 @@ class Difference:
     method: str
     inside_noise: bool | None = None
     bootstrap: tuple[float, float] | None = None  # BCa, as a check of the t interval
+    detectable: float | None = None  # a true difference of this size gives p < 0.05 in four cases of five
+    seeds_needed: int | None = None  # of each side, for the difference that was found; None: more than MOST_SEEDS
+    rows: RowEvidence | None = None
 
 
-def spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float], share: bool = False) -> Spread:
+    """`share`: the values are shares, and so is the interval. It is Wilson's (E. B. Wilson, 1927) with t for z and, for
+    n, the number of verdicts whose standard error would be that of the seeds: p (1 - p) / se^2."""
     from scipy.stats import t
 
     n, mean = len(values), mean_of(values)
@@ -188,8 +244,13 @@ def spread(values: Sequence[float]) -> Spread:
     sd = deviation(values)
     if sd == 0 or not math.isfinite(sd):
         return Spread(n, mean, sd)
-    half = float(t.ppf((1 + LEVEL) / 2, n - 1)) * sd / math.sqrt(n)
-    return Spread(n, mean, sd, mean - half, mean + half)
+    quantile, error = float(t.ppf((1 + LEVEL) / 2, n - 1)), sd / math.sqrt(n)
+    middle, half = mean, quantile * error
+    if share and 0 < mean < 1:
+        pull = (half**2) / (mean * (1 - mean))  # t^2 / n
+        middle = (mean + pull / 2) / (1 + pull)
+        half = math.sqrt(half**2 + pull**2 / 4) / (1 + pull)
+    return Spread(n, mean, sd, middle - half, middle + half)
 
 
 def difference_of(a: Mapping[Hashable, float], b: Mapping[Hashable, float], *, bootstrap: bool = False) -> Difference:
@@ -235,11 +296,30 @@ def difference_of(a: Mapping[Hashable, float], b: Mapping[Hashable, float], *, b
         test = ttest_1samp(samples[0], 0.0) if paired else ttest_ind(*samples, equal_var=False)
         low, high = test.confidence_interval(LEVEL)
         found = replace(found, low=float(low), high=float(high), p=float(test.pvalue))
+        found = replace(found, **power(mean, [deviation(sample) for sample in samples], [*map(len, samples)], test.df))
         if not bootstrap or n < BOOTSTRAP_FROM:
             return found
         settings = {"n_resamples": RESAMPLES, "confidence_level": LEVEL, "rng": np.random.default_rng(0)}
         low, high = resample(samples, difference, **settings).confidence_interval
     return replace(found, bootstrap=(float(low), float(high))) if np.isfinite([low, high]).all() else found
+
+
+def power(mean: float, deviations: Sequence[float], counts: Sequence[int], freedom: float) -> dict[str, Any]:
+    """`detectable` and `seeds_needed` of a t test of one sample of differences, or of two: (t_0.975 + t_0.8) se.
+
+    Not adjusted for other comparisons; both sides get the same number of seeds.
+    """
+    from scipy.stats import t
+
+    def quantiles(freedom: Any) -> Any:
+        return t.ppf((1 + LEVEL) / 2, freedom) + t.ppf(POWER, freedom)
+
+    error = math.sqrt(sum(sd**2 / n for sd, n in zip(deviations, counts, strict=True)))
+    n = np.arange(2, MOST_SEEDS + 1)
+    detectable = quantiles(len(counts) * (n - 1)) * math.hypot(*deviations) / np.sqrt(n)
+    enough = n[detectable <= abs(mean)]
+    found = {"detectable": float(quantiles(freedom)) * error}
+    return {**found, "seeds_needed": int(enough[0]) if len(enough) else None}
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:

@@ -44,10 +44,11 @@ class Reply:
     log_probs: list[float] = field(default_factory=list)
     """Of every token, the last one too, under what it was drawn from: temperature and filters count; greedy: 0."""
     end: int | None = None  # the stop token that ended it; None: it was cut by its length
+    ended: bool = False  # by a rule of the caller's on its tokens
 
     @property
     def stopped(self) -> bool:
-        return self.end is not None
+        return self.end is not None or self.ended
 
     @property
     def log_prob(self) -> float:
@@ -74,11 +75,13 @@ def complete(
     batch_size: int,
     should_stop: Callable[[], bool] = lambda: False,
     numbers: Sequence[int] | None = None,
+    ended: Callable[[Sequence[int]], bool] | None = None,
 ) -> list[Reply]:
     """One completion per prompt, in the prompts' order.
 
     The policy is left in the mode it was in, and torch's generators are not touched. `numbers` name the prompts for the
-    randomness (default: their position). Prompt and completion together never exceed the model's positions.
+    randomness (default: their position). Prompt and completion together never exceed the model's positions. `ended`
+    says of the ids so far whether a completion is over: where it ends at a text and not at a token.
     Raises Interrupted within one token of `should_stop()` becoming true.
     """
     assert all(len(prompt) for prompt in prompts), "an empty prompt has no last token to continue"
@@ -95,7 +98,7 @@ def complete(
     batches += [[row] for row in by_length if len(row.prompt) + len(row.uniform) > common]
     with evaluating(policy.module):
         for batch in batches:
-            _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop)
+            _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop, ended)
     return [row.reply for row in rows]
 
 
@@ -162,6 +165,7 @@ def _decode(
     stop_ids: frozenset[int],
     pad_id: int,
     should_stop: Callable[[], bool],
+    ended: Callable[[Sequence[int]], bool] | None,
 ) -> None:
     """Answer one batch of prompts, in place. Finished rows leave the batch once half of it is finished."""
     rows, device = [row for row in rows if row.open], policy.device
@@ -185,6 +189,7 @@ def _decode(
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
             if row.open:
                 row.reply.add(token, log_prob, stop_ids)
+                row.reply.ended = ended is not None and ended(row.reply.ids)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         ids = tokens[:, None]
         step += 1

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl` and `samples.jsonl` always, W&B besides, a console for people."""
+"""Where the numbers of a run go: `metrics.jsonl`, `samples.jsonl` and `items.jsonl`, W&B, a console for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uft.tracking.metrics import Files
 from uft.tracking.wandb import Wandb
 
 if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
-    from uft.evaluation.evaluate import Sample
+    from uft.evaluation.evaluate import Item, Sample
 
 
 class Trackers:
@@ -35,6 +35,12 @@ class Trackers:
     def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
         for tracker in self.trackers:
             tracker.samples(step, samples, stage)
+
+    def items(self, step: int, items: Sequence[Item], stage: str | None = None, answers: bool = False) -> None:
+        """What was measured of every held-out row, with its answer if asked for. They stay in the run folder."""
+        for tracker in self.trackers:
+            if isinstance(tracker, Files):
+                tracker.items(step, items, stage, answers)
 
     def secure(self) -> None:
         """Bring everything so far to the disk: a checkpoint that stands after it is about to be published."""

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: the record of a run, one JSON object per line. W&B only mirrors them.
+"""metrics.jsonl, samples.jsonl and items.jsonl: the record of a run, one JSON object a line. W&B mirrors two.
 
 `step` comes first in a line, and lines are flushed one by one: a killed process loses at most the line that it was
 writing. Floats keep every digit. JSON has no NaN: such values are written as the strings "nan", "inf" and "-inf", which
@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from uft.runs import Run, write_atomically, writing
 
 if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
-    from uft.evaluation.evaluate import Sample
+    from uft.evaluation.evaluate import Item, Sample
 
 NOT_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 Checksum = tuple[int, int]  # step, CRC-32 of the line without its end
 
 
 class Files:
-    """Appends to the two files of a run.
+    """Appends to the three files of a run.
 
     `resumed_step` is the step of the checkpoint that training continues from, None for a fresh start. Lines of later
     steps are dropped, and lines of that very step (an evaluation repeated because the checkpoint came before it) are
@@ -46,7 +46,7 @@ class Files:
         self._pending: dict[Path, Checksum] = {}  # of a line of the resumed step: written again soon, or lost
 
     def start(self) -> None:
-        for path in (self.run.metrics_file, self.run.samples_file):
+        for path in (self.run.metrics_file, self.run.samples_file, self.run.items_file):
             self._keep_lines(path)
             for file in (checksum_file(path), path):
                 # A lone surrogate (half an emoji in the data) becomes its JSON escape instead of an error.
@@ -58,6 +58,10 @@ class Files:
     def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
         named = {} if stage is None else {"stage": stage}
         self._append(self.run.samples_file, step, (named | asdict(sample) for sample in samples))
+
+    def items(self, step: int, items: Sequence[Item], stage: str | None = None, answers: bool = False) -> None:
+        named = {} if stage is None else {"stage": stage}
+        self._append(self.run.items_file, step, (named | item.record(answers) for item in items))
 
     def secure(self) -> None:
         for path, file in self._files.items():
@@ -155,6 +159,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
     number = float(value)
     return number if math.isfinite(number) else str(number)
 

@@ -52,6 +52,7 @@ from uft.tracking.console import card, count
 from uft.training.choosing import choose_rows
 from uft.training.dataset import StageData, has_made_rows, keep_pandas_out, make_renderer, read_run_data
 from uft.training.liveness import Stop, listening
+from uft.training.measuring import measure
 from uft.training.setup import (
     Prepared,
     Say,
@@ -552,6 +553,7 @@ JOBS: dict[str, Callable[[Config], int]] = {
     "generate": generate,
     "annotate": annotate,
     "select": select,
+    "eval": measure,
 }
 
 ROW_STAGES: dict[str, Callable[[Config, Path, str, torch.device, Stop, Say], dict[str, Any]]] = {

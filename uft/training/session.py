@@ -470,6 +470,10 @@ class Recorder:
             self.log(step, axes | evaluation.metrics)
         if evaluation.samples:
             self.tracker.samples(self.before.step + step, evaluation.samples, self.stage or None)
+        ends, evaluations = step in (0, trainer.steps), 2 + (trainer.steps // every if every else 0)
+        if ends or evaluations * len(evaluation.items) <= MOST_ITEMS:
+            last = step == trainer.steps
+            self.tracker.items(self.before.step + step, evaluation.items, self.stage or None, answers=last)
         self.console.evaluation(self.before.step + step, evaluation)
 
     def _note_best(self, progress: Progress, metrics: Mapping[str, float], cfg: Eval) -> None:
@@ -492,6 +496,8 @@ class Recorder:
 # --- The parts of `result.json`.
 
 COUNTERS = ("rows", "tokens", "supervised_tokens", "seconds")
+MOST_ITEMS = 100_000
+"""Lines of items.jsonl, about 30 MB, beyond which it has the first and the last evaluation of a stage alone."""
 
 
 def total_progress(results: Iterable[Mapping[str, Any]]) -> Progress:
@@ -573,6 +579,8 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     if status != "finished":
         return [f"uft resume {typed_path(run.path)}"]
     lines = [f"uft generate {typed_path(run.path)}      what it answers now"] if run.model_dir.is_dir() else []
+    if lines and config.eval.tasks:
+        lines.append(f"uft eval {typed_path(run.path)}      the tasks of eval.tasks")
     other = "sft" if config.objective["name"] != "sft" else "ift"
     kept = [word for word in run.overrides() if not word.lstrip("+~").startswith(OWN_KEYS)]
     words = [f"objective={other}", *kept]

@@ -1,0 +1,239 @@
+"""The job `eval`: the evaluation of any model on held-out rows, or tasks of lm-evaluation-harness; a table and a file.
+
+`evals/NAME.json` holds the figures with what they can be compared by, `evals/NAME.items.jsonl` what was measured of
+every row. `uft compare` reads both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from uft import __version__
+from uft.config.schema import Config
+from uft.data.report import data_omissions
+from uft.data.sources import load_sources
+from uft.errors import GOOD, Problem, UftError
+from uft.evaluation.evaluate import Evaluation, HeldOut, Item, evaluate
+from uft.model.layout import settle_layout
+from uft.model.load import check_vocabulary, load_policy, load_tokenizer
+from uft.model.policy import Policy
+from uft.model.reference import make_reference
+from uft.runs import cache_root, shown, write_atomically, write_json
+from uft.sampling.generate import Interrupted
+from uft.tracking.console import printable
+from uft.training.dataset import keep_pandas_out, make_renderer, tokenize_held_out
+from uft.training.liveness import Stop, listening
+from uft.training.setup import Say, choose_device, settle_threads
+from uft.training.trainer import tokens_per_pass
+
+FORMAT = 1
+PAUSE = 5.0  # seconds between two lines of progress
+LONGEST_NAME = 60
+WIDE = 160  # where there is no terminal
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What `evals/NAME.json` says, and the lines of the file beside it."""
+
+    figures: dict[str, dict[str, Any]]  # by name: value, stderr, n and what the figure can be compared by
+    about: dict[str, Any]
+    items: list[dict[str, Any]]
+
+
+def measure(config: Config) -> int:
+    """Evaluate `config.model` on the tasks that are asked for, else on rows; print the table and write the files."""
+    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    started = time.perf_counter()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    if config.eval.tasks and find_spec("lm_eval") is None:
+        advice = ("pip install 'uft[lmeval]'",)
+        raise UftError(Problem("eval.tasks", "needs lm-evaluation-harness, which is not installed", advice=advice))
+    with listening() as stop:
+        try:
+            found = on_tasks(config, stop, say) if config.eval.tasks else on_rows(config, stop, say)
+        except Interrupted:
+            say("stopped; nothing was written")
+            return stop.exit_code
+    for table in tables(found):
+        console.print(table)
+    file = place(config)
+    made = datetime.now().astimezone().isoformat(timespec="seconds")
+    about = {"format": FORMAT, "uft": __version__, "made": made, "seconds": time.perf_counter() - started}
+    model = {"model": config.model.path, "dtype": config.model.dtype}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(item, ensure_ascii=False) for item in found.items)
+    write_atomically(file.with_suffix(".items.jsonl"), "".join(f"{line}\n" for line in lines))
+    write_json(file, about | model | found.about | {"figures": found.figures})
+    say(f"\n  {shown(file.resolve())}  {shown(file.with_suffix('.items.jsonl').resolve())}")
+    return GOOD
+
+
+def now_and_then(say: Say) -> Say:
+    """Progress, of which a line is told every few seconds."""
+    last = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PAUSE:
+            last = time.monotonic()
+            say(f"  {text}")
+
+    return tell
+
+
+def place(config: Config) -> Path:
+    """`eval.out`, or a file in that folder that is named after the tasks or sources; without it one in evals/, named
+    after the model too."""
+    out = Path(config.eval.out or "evals")
+    if out.suffix == ".json":
+        return out
+    sources = [*config.data.sources] if config.data.name == "files" else [config.data.name]
+    names = "+".join([task.task for task in config.eval.tasks] or sources)[:LONGEST_NAME]
+    model = "" if config.eval.out else f"{re.split('[/:]', config.model.path.rstrip('/'))[-1]}-"
+    return out / f"{re.sub(r'[^A-Za-z0-9_.+-]', '_', model + names)}.json"
+
+
+def load(config: Config, longest: int) -> Policy:
+    """The model, in the layout of `train.packing`."""
+    policy = load_policy(config.model, choose_device(config.hardware), config.seeds.init)
+    settle_threads(config.hardware, policy)
+    settle_layout(policy, config.train.packing, min(longest, policy.positions or longest))
+    return policy
+
+
+# --- On rows
+
+
+def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
+    """The evaluation of training, on the held-out rows of every source, or on all rows of one that holds none out."""
+    keep_pandas_out()
+    tokenizer = load_tokenizer(config.model)
+    renderer = make_renderer(tokenizer, config.data)
+    loaded = load_sources(config.data)
+    for line in data_omissions({source.name: source.omitted.record() for source in loaded}):
+        say(f"not read: {line}")
+    whole = {source.name for source in loaded if not source.held_out}
+    measured = [replace(source, held_out=source.held_out or source.rows) for source in loaded]
+    checkers = {source.name: source.checker for source in loaded}
+    tokenized = tokenize_held_out(config, renderer, measured)
+    if not tokenized:
+        raise UftError(Problem("data", "no source has a row to measure", advice=("rows of yours:  data=FILE",)))
+    held = [HeldOut(one.source, one.rows, one.encoded, checkers[one.source]) for one in tokenized]
+    longest = max(int(one.encoded.longest.max(initial=0)) for one in tokenized)
+    policy = load(config, longest)
+    check_vocabulary(policy.module, tokenizer)
+    reference = None
+    if config.reference.path is not None:
+        reference = make_reference(
+            policy,
+            config.model,
+            replace(config.reference, mode="copy"),
+            device=policy.device,
+            tokenizer=tokenizer,
+            visits_per_row=1.0,
+            cache=cache_root(config.data.cache),
+            longest_row=longest,
+        )
+    rows = {one.name: {"rows": min(config.eval.rows, len(one.rows)), "of": len(one.rows)} for one in held}
+    for name, counts in rows.items():
+        kind = "rows, none of which is held out" if name in whole else "held-out rows"
+        say(f"{name}: {counts['rows']:,} of {counts['of']:,} {kind} (eval.rows={config.eval.rows})")
+    budget = tokens_per_pass(config)
+    found = evaluate(
+        policy, reference, held, renderer, tokenizer, config.eval, stop.between_passes, micro_batch_tokens=budget
+    )
+    digests = {source.name: source.digest for source in loaded}
+    about = {"data": config.data.name, "sources": rows, "digests": digests, "template": renderer.digest}
+    about |= {name: getattr(config.eval, name) for name in ("rows", "generate_rows", "max_new_tokens")}
+    return Measured(row_figures(found), about, [item.record(answers=True) for item in found.items])
+
+
+def row_figures(found: Evaluation) -> dict[str, dict[str, Any]]:
+    """Every metric with its standard error over rows and the number of rows that have it."""
+    figures = {}
+    for name, value in found.metrics.items():
+        source, _, metric = name.removeprefix("eval/").rpartition("/")
+        column = [item.measures[metric] for item in found.items if has(item, source, metric)]
+        figures[name] = {"value": value, "stderr": stderr_of(column), "n": len(column)}
+    return figures
+
+
+def has(item: Item, source: str, metric: str) -> bool:
+    return source in ("", item.source) and item.measures.get(metric, (0.0, 0.0))[1] > 0
+
+
+def stderr_of(column: Sequence[tuple[float, float]]) -> float | None:
+    """The standard error of a ratio of sums over rows, (sum, count) each; linearised. None for a single row."""
+    if len(column) < 2:
+        return None
+    sums, counts = np.array(column).T
+    shares = (sums - sums.sum() / counts.sum() * counts) / counts.mean()
+    return float(shares.std(ddof=1) / math.sqrt(len(column)))
+
+
+# --- On tasks
+
+
+def on_tasks(config: Config, stop: Stop, say: Say) -> Measured:
+    """The tasks of `eval.tasks` over the model's own tokenizer, and its chat template where a task wants it."""
+    from uft.evaluation.harness import PackedLM, harness_version, run_tasks
+
+    tokenizer = load_tokenizer(config.model)
+    policy = load(config, config.train.max_length)
+    check_vocabulary(policy.module, tokenizer)
+    lm = PackedLM(policy, tokenizer, tokens_per_pass(config), stop.between_passes, now_and_then(say))
+    figures, items = run_tasks(lm, config.eval, say)
+    about = {"harness": f"lm_eval {harness_version()}", "task_rows": config.eval.task_rows}
+    return Measured({one.name: asdict(one) for one in figures}, about | {"task_tokens": config.eval.task_tokens}, items)
+
+
+# --- The table
+
+
+def tables(found: Measured) -> list[Table | Text]:
+    """Of rows: a line per metric, a column for all of them and for each source. Of tasks: a line per figure."""
+    if "harness" in found.about:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for name in ("  figure", "value ± standard error", "rows", "shots", "chat template", "task version"):
+            table.add_column(name, justify="left" if name == "  figure" else "right", overflow="fold")
+        for name, one in found.figures.items():
+            left = f" ({one['left_out']} left out)" if one["left_out"] else ""
+            template = "yes" if one["template"] else "no"
+            cells = (with_error(one), f"{one['n']}{left}", str(one["shots"]), template, one["task_version"])
+            table.add_row(f"  {printable(name)}", *cells)
+        return [Text(""), table, Text(f"  {found.about['harness']}", style="dim")]
+    sources = [*found.about["sources"]]
+    columns = ["", *(f"{name}/" for name in sources)] if len(sources) > 1 else [""]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("  metric", "all rows", *sources)[: 1 + len(columns)]:
+        table.add_column(printable(name), justify="left" if name == "  metric" else "right", overflow="fold")
+    metrics = [name.removeprefix("eval/") for name in found.figures if name.count("/") == 1]
+    for metric in metrics:
+        found_in = (found.figures.get(f"eval/{column}{metric}") for column in columns)
+        table.add_row(f"  {printable(metric)}", *map(with_error, found_in))
+    return [Text(""), table, Text("  mean ± standard error over rows", style="dim")]
+
+
+def with_error(one: Mapping[str, Any] | None) -> str:
+    if one is None:
+        return ""
+    return f"{one['value']:.4g}" + ("" if one["stderr"] is None else f" ± {one['stderr']:.2g}")
