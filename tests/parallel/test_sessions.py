@@ -130,7 +130,7 @@ def test_the_exported_model_is_the_whole_one(resumed: Path) -> None:
 
 @pytest.mark.slow
 def test_shards_are_safetensors_and_hold_everything(resumed: Path) -> None:
-    from uft.training import checkpoint
+    from uft.model import checkpoint
 
     step = resumed / "back" / "checkpoints" / "step-000008"
     assert [path.suffix for path in (step / "shards").iterdir()] == [".safetensors"] * 2
@@ -155,8 +155,8 @@ def test_shards_of_an_earlier_format_are_refused_in_a_line(tmp_path: Path) -> No
     from torch import ones
 
     from uft.errors import UftError
+    from uft.model import checkpoint
     from uft.runs import create_run
-    from uft.training import checkpoint
 
     run = create_run(tmp_path / "run", "{}\n", [])
     hidden = checkpoint.begin(run, 3, {"meter/w": ones(1)}, {})

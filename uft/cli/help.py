@@ -54,14 +54,18 @@ PAGES = {
     ),
     "generate": Page(
         keys="""
-            generate.out generate.seeds generate.temperature generate.top_k generate.top_p generate.max_new_tokens
-            generate.limit generate.system""",
+            generate.temperature generate.top_k generate.top_p generate.max_new_tokens generate.system generate.seeds
+            generate.limit generate.out""",
         examples="""\
-  uft generate data=mix                             what the base model answers to the training prompts
-  uft generate outputs/DATE/RUN                     what a trained run answers
+  uft generate last 'a question' 'another'          what the newest run answers
+  uft generate RUN questions.txt                    a line each; or JSONL, CSV, Parquet; - reads standard input
+  uft generate RUN@best 'a question'                the best checkpoint; RUN@120 that of a step
+  uft generate org/name 'a question'                any model: a hub id, a folder, builtin:playground
+  uft generate RUN                                  samples for its training prompts, as rows
   uft generate generate.seeds=[0,1,2,3] generate.out=negatives.jsonl  negatives for objective=dft""",
-        words="[RUN] ",
-        note="  with RUN (a folder, a name or last): the configuration of that run, and its model\n",
+        words="[RUN | MODEL ['question' | FILE | - ...]] ",
+        note="  with RUN (a folder, a name or last): the configuration of that run, and its model; of a stopped run the\n"
+        "  weights of its newest checkpoint\n",
     ),
     "annotate": Page(
         keys="""

@@ -178,17 +178,34 @@ def changed(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
 
 def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any], list[Problem]]:
     """(`settings` with `words`, what is wrong with these)."""
-    problems, settings = list(words.problems), dict(settings)
+    problems, settings, files = list(words.problems), dict(settings), list[Setting]()
     for line in words.choices:
         group = line.partition("=")[0]
         if group in settings:
             settings[group] = examine(Request((line,))).settings[group]
+        elif found := values_of(line):
+            files += found
         else:
-            problems.append(Problem(line, "is for a fresh run: it is more than one group", COMMAND_LINE))
+            advice = (f"its values can be given one by one; they are in  uft config {line}",)
+            why = "is for a fresh run: it chooses other groups too"
+            problems.append(Problem(line, why, COMMAND_LINE, advice))
     draft = Draft.of(settings, FILE)
+    for setting in files:
+        draft.put(setting)
     for override in words.values:
         draft.apply(override)
     return plain(draft.judge()), [*problems, *draft.problems]
+
+
+def values_of(line: str) -> list[Setting]:
+    """What the file of a choice (`debug=fast`) sets, if that is values alone; [] if it chooses other files too."""
+    files = files_of(Request())
+    plain, chosen = files.composed(()), files.composed((line,))
+    group, _, name = line.partition("=")
+    others = {key: option for key, option in chosen.options.items() if key != group}
+    if any(plain.options.get(key) != option for key, option in others.items()):
+        return []
+    return [setting for setting in chosen.settings if Path(setting.file).parts[-2:] == (group, f"{name}.yaml")]
 
 
 # --- A request with stages: every stage a draft of its own, and the run's draft above them.

@@ -194,6 +194,7 @@ class Eval:
 
 @dataclass(config=STRICT)
 class Generate:
+    prompts: str | None = _key(None, "file of prompts to answer, of any shape; null: the training prompts")
     out: str | None = _key(None, "JSONL file to write; null: generated.jsonl in the run folder or here")
     seeds: list[int] = _key([0], "one completion per prompt and seed")
     temperature: Float = _key(0.7, "0: greedy", ge=0)

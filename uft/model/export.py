@@ -125,6 +125,9 @@ def plain_model(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor
     assert not unexpected, f"weights that the plain model does not have: {unexpected[:5]}"
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, f"weights that the policy does not have: {left[:5]} {missing[:5]}"
+    for name, buffer in base.named_buffers():  # those that no state holds: rotary frequencies
+        owner, _, last = name.replace(".base_layer", "").rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer.detach().cpu().clone())
     model.generation_config = copy.deepcopy(base.generation_config)
     return model
 

@@ -35,7 +35,9 @@ from uft.environment import PeerLost, note
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
 from uft.evaluation.evaluate import Evaluation, evaluate
 from uft.heartbeat import activity
+from uft.model import checkpoint
 from uft.model.export import export
+from uft.model.load import with_template
 from uft.model.memory import device_memory, peak_memory
 from uft.model.policy import DTYPES
 from uft.model.reload import compare
@@ -44,7 +46,6 @@ from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
-from uft.training import checkpoint
 from uft.training.dataset import RunData, located, read_run_data
 from uft.training.liveness import Stop, watching
 from uft.training.setup import (
@@ -202,11 +203,8 @@ class Session:
         config, dataset = stage.config, prepared.data.dataset
         policy, renderer, folder = prepared.trainer.policy, dataset.renderer, self.model_dir(stage)
         dtype = config.train.save_dtype if folder == self.run.model_dir else "float32"
-        tokenizer = copy.deepcopy(renderer.tokenizer)
-        if renderer.name == "plain":  # as it was trained, the model has no template
-            tokenizer.chat_template = None
-        elif config.data.template != "auto":
-            tokenizer.chat_template = Path(config.data.template).expanduser().read_text(encoding="utf-8")
+        template = "plain" if renderer.name == "plain" else config.data.template
+        tokenizer = with_template(copy.deepcopy(renderer.tokenizer), template)
         sources = [*(held.encoded for held in self.data.held_out), *(source.encoded for source in dataset.train)]
         rows = [short(row[0]) for source in sources for row in source[:2] if row[0].prompt_length < CHECKED_TOKENS]
 

@@ -27,6 +27,7 @@ from uft.environment import launched, local_rank
 from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.evaluate import check_step_zero
 from uft.heartbeat import activity
+from uft.model import checkpoint
 from uft.model.layout import compile_blocks, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.memory import Shape, Spread, estimate, keep_freed_memory, shape_of
@@ -35,7 +36,6 @@ from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Objective, StepContext
 from uft.runs import Run, cache_root, shown
 from uft.tracking.console import Card, count
-from uft.training import checkpoint
 from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, read_train_data
 from uft.training.liveness import Stop
 from uft.training.step import make_optimiser, warmup_steps

@@ -22,10 +22,10 @@ from uft.data.loader import Collator, Prefetcher, RowSampler, StepBatches, use_p
 from uft.distributed import all_finite, ranks
 from uft.errors import FAILED, Problem, UftError
 from uft.heartbeat import activity
+from uft.model import checkpoint
 from uft.model.policy import Policy
 from uft.objectives.base import Forward, Loss, Objective, StepContext
 from uft.runs import Run
-from uft.training import checkpoint
 from uft.training.liveness import Stop
 from uft.training.step import (
     Step,
