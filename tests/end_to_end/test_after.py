@@ -66,3 +66,49 @@ def test_answers_of_a_run_and_of_its_checkpoints_are_those_of_their_weights(uft,
     told = uft("generate", run, "debug=fast", "generate.limit=1").stdout
     assert "1 rows with" in told or "0 rows with" in told
     assert f"> {QUESTIONS[0]}" in uft("generate", tiny_model, QUESTIONS[0], *GREEDY).stdout
+
+
+def test_a_checkpoint_is_exported_and_every_form_of_it_is_the_same_model(uft, trained, tmp_path, tiny_model):
+    run = trained("model.adapter=lora", "model.lora.rank=4", "optim.lr=5e-2")
+    shutil.rmtree(run / "model")
+    (run / "result.json").unlink()
+    whole, adapter, half = (tmp_path / name for name in ("whole", "adapter", "half"))
+    told = uft("export", run, "--to", whole, "--gguf", "--ollama").stdout
+    for line in ("run@4: exporting", "are those of the run", "read back with transformers", "ollama create whole"):
+        assert line in told
+    uft("export", run, "--to", adapter, "--adapter", "--checkpoint", "4")
+    uft("export", f"{run}@2", "--to", half, "--dtype", "bfloat16")
+    expected = log_probs(whole)
+    assert log_probs(adapter, base=tiny_model) == pytest.approx(expected, abs=1e-4)
+    assert log_probs(whole, gguf_file="whole.gguf") == pytest.approx(expected, abs=1e-4)
+    assert log_probs(half) != pytest.approx(expected, abs=1e-2)
+    card = (whole / "README.md").read_text()
+    assert "objective `sft`" in card
+    assert "4 steps of 4 rows" in card
+    assert "AutoPeftModelForCausalLM" in (adapter / "README.md").read_text()
+    assert str(tmp_path) not in card
+    modelfile = (whole / "Modelfile").read_text()
+    assert modelfile.startswith("FROM ./whole.gguf\n")
+    assert 'eq .Role "user" }}<|im_start|>user\n{{ .Content }}<|im_end|>\n{{' in modelfile
+    assert modelfile.endswith('<|im_start|>assistant\n"""\nPARAMETER stop "<|im_end|>"\n')
+    config = json.loads((whole / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert json.loads((whole / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    told = uft("export", run, "--to", whole, code=2).stderr
+    assert "is there already" in told
+
+
+def log_probs(folder: Path, base: Path | None = None, **options) -> list[float]:
+    """Plain transformers' log-probs of the second token and on, of a few tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base or folder, dtype=torch.float32, **options)
+    if base:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, folder)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        found = model.eval()(ids).logits[0, :-1].log_softmax(-1)
+    return found.gather(1, ids[0, 1:, None]).flatten().tolist()

@@ -64,8 +64,8 @@ PAGES = {
   uft generate RUN                                  samples for its training prompts, as rows
   uft generate generate.seeds=[0,1,2,3] generate.out=negatives.jsonl  negatives for objective=dft""",
         words="[RUN | MODEL ['question' | FILE | - ...]] ",
-        note="  with RUN (a folder, a name or last): the configuration of that run, and its model; of a stopped run the\n"
-        "  weights of its newest checkpoint\n",
+        note="  with RUN (a folder, a name or last): the configuration of that run, and its model, of a\n"
+        "  stopped run its newest checkpoint\n",
     ),
     "annotate": Page(
         keys="""

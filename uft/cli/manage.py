@@ -1,4 +1,4 @@
-"""The verbs over runs that are there: ls, resume, sync, compare; and doctor."""
+"""The verbs over runs that are there: ls, resume, export, sync, compare; and doctor."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from uft.runs import (
     shown,
     summary,
     waiting,
+    weights,
 )
-from uft.tracking.console import HEADLINES, printable
+from uft.tracking.console import HEADLINES, printable, printable_lines
 
 WIDE = 160  # columns where there is no terminal
 METRICS = 4  # metrics shown at most
@@ -210,6 +211,46 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
     others = [run for run in runs if run.path not in theirs]
     codes += [resume_runs(others, overrides)] if others else []
     return next((code for code in codes if code != GOOD), GOOD)
+
+
+# export
+
+EXPORT = """\
+RUN is a folder, a name or last; of a run that was stopped the newest checkpoint is exported. The folder is read back
+with plain transformers and compared with the policy that was trained; README.md is its model card.
+
+  uft export last --to my-model                      a Hugging Face folder, an adapter merged
+  uft export RUN --checkpoint best --to DIR          the best checkpoint; a number is a step
+  uft export RUN --dtype bfloat16 --to DIR           half the size; model: the precision it came in
+  uft export RUN --adapter --to DIR                  the LoRA adapter alone, for PEFT
+  uft export RUN --gguf --ollama --to DIR            a GGUF file and an Ollama Modelfile too"""
+
+
+def export(arguments: list[str]) -> int:
+    """`uft export RUN --to DIR`: a run's weights, or those of a checkpoint, for other programs."""
+    parser = parser_of("export", "Write the weights of a run to a folder for other programs.", EXPORT)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run: its folder, its name, or last; RUN@best and RUN@STEP are checkpoints")
+    add("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("--checkpoint", metavar="best|STEP", help="this checkpoint; the final model, else the newest checkpoint")
+    add(
+        "--dtype", choices=("float32", "bfloat16", "model"), default="float32", help="precision of the weights; float32"
+    )
+    add("--adapter", action="store_true", help="the LoRA adapter alone")
+    add("--gguf", action="store_true", help="also a GGUF file, for llama.cpp")
+    add("--ollama", action="store_true", help="also a GGUF file and a Modelfile, for Ollama")
+    parsed = parser.parse_args(arguments)
+    source = weights(f"{parsed.run}@{parsed.checkpoint}" if parsed.checkpoint else parsed.run)
+    if source.run is None:
+        raise UftError(Problem(parsed.run, "is a model already, and no run", "command line"), footer="See:  uft ls")
+    from uft.launch.worker import silence_libraries
+
+    silence_libraries()
+    from uft.training.exporting import Export, export_run
+
+    options = {name: getattr(parsed, name) for name in ("to", "dtype", "adapter", "gguf", "ollama")}
+    export_run(source, Export(**options), lambda text: print(printable_lines(text), flush=True))
+    return GOOD
 
 
 # sync

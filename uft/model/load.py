@@ -82,6 +82,11 @@ def positions(model: Model) -> int | None:
     return position_limit(_config(model))
 
 
+def own_precision(model: Model) -> torch.dtype:
+    """The precision that a model's files have, as its configuration says; float32 where it does not."""
+    return getattr(_config(model), "dtype", None) or torch.float32
+
+
 def _config(model: Model) -> Any:
     from transformers import AutoConfig
 
