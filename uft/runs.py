@@ -285,8 +285,8 @@ class WeightsSource:
 
     @property
     def name(self) -> str:
-        """RUN, RUN@STEP of a checkpoint, or the path of a model."""
-        named = self.run.name if self.run else self.path
+        """RUN, RUN@STEP of a checkpoint, or the last part of a model's path."""
+        named = self.run.name if self.run else self.path.rstrip("/").rpartition("/")[2]
         return f"{named}@{self.step}" if self.is_checkpoint else named
 
 

@@ -112,3 +112,24 @@ def log_probs(folder: Path, base: Path | None = None, **options) -> list[float]:
     with torch.no_grad():
         found = model.eval()(ids).logits[0, :-1].log_softmax(-1)
     return found.gather(1, ids[0, 1:, None]).flatten().tolist()
+
+
+def test_a_conversation_has_a_history_and_shows_answers_that_cannot_move_the_cursor(uft, tiny_model, other_model):
+    sampling = ("generate.max_new_tokens=40", "generate.temperature=2", "generate.top_k=0")
+
+    def said(*words: object, lines: list[str]) -> list[str]:
+        out = uft("chat", *words, *sampling, input="".join(f"{line}\n" for line in lines)).stdout
+        assert all(character.isprintable() or character == "\n" for character in out)
+        return [piece.strip() for piece in out.split("you> ")[1:]]
+
+    first, again, third, cleared, anew, told, left = said(
+        tiny_model, lines=["Hello", "/regen", "Hello", "/clear", "Hello", "/what", "/quit", "never"]
+    )
+    assert len({first, again, third}) == 3, "another seed, and another history"
+    assert (anew, cleared, left) == (first, "", "")
+    assert "no such command" in told
+    assert "\\x" in first + again + third, "random tokens hold control characters"
+    both, _ = said(tiny_model, other_model, lines=["Hello"])
+    assert tiny_model.name in both.splitlines()[0]
+    assert other_model.name in both.splitlines()[0]
+    assert uft("chat", tiny_model, other_model, tiny_model, code=2).stderr

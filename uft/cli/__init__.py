@@ -31,6 +31,7 @@ VERBS = {
     "check": "everything before step 0, and one worst-case step; trains nothing",
     "data": "the mixture as it will be drawn, lengths, and rows with the trained tokens coloured",
     "generate": "answers of a run or a model to your questions; completions of training prompts for dft",
+    "chat": "a conversation with a run or a model, or with two side by side",
     "annotate": "a number beside every completion: baselines for poft, soft labels from scores",
     "export": "the weights of a run or a checkpoint for other programs: a Hugging Face folder, GGUF, Ollama",
     "resume": "continue a run or a sweep that was stopped",

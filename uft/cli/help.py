@@ -67,6 +67,18 @@ PAGES = {
         note="  with RUN (a folder, a name or last): the configuration of that run, and its model, of a\n"
         "  stopped run its newest checkpoint\n",
     ),
+    "chat": Page(
+        keys="""
+            generate.temperature generate.top_k generate.top_p generate.max_new_tokens generate.system generate.seeds
+            hardware.device""",
+        examples="""\
+  uft chat                                          with the newest run
+  uft chat RUN@best                                 with a checkpoint; RUN@120 is that of a step
+  uft chat RUN OTHER generate.temperature=0         two side by side, greedy
+  uft chat org/name generate.system='Be brief.'     with any model: a hub id, a folder, builtin:playground""",
+        words="[RUN | MODEL] [OTHER] ",
+        note="  in the conversation: /regen, /system TEXT, /clear, /quit\n",
+    ),
     "annotate": Page(
         keys="""
             annotate.models annotate.out annotate.temperature annotate.batch_tokens data.too_long model.dtype

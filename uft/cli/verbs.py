@@ -92,6 +92,20 @@ def generate(arguments: list[str]) -> int:
         return launch_job("generate", settings_of(source, words, prompts))
 
 
+def chat(arguments: list[str]) -> int:
+    """`uft chat [RUN | MODEL] [another]`: a conversation with the newest run, or with what is named."""
+    if set(FLAGS) & set(arguments):
+        return run_verb("chat", partial(run_job, "chat"), arguments)
+    named, words = questions(arguments)
+    if len(named) > 2:
+        raise UftError(Problem(" ".join(named), "one model, or two side by side", "command line"))
+    from uft.cli.chat import talk
+
+    sources = [weights(name) for name in named or ["last"]]
+    talk([(source.name, settings_of(source, words)) for source in sources])
+    return GOOD
+
+
 OVERRIDE = re.compile(r"[+~]*[\w./@-]+=.*|~[\w./@-]+", re.DOTALL)
 
 
