@@ -357,10 +357,18 @@ def best_checkpoint(run: Run) -> Path | None:
     return run.path / named if named else None
 
 
+def lineage(info: Mapping[str, Any]) -> str:
+    """Where a run's weights are from, by its run.json: `RUN@120, extended at 300`; "" of a run of its own."""
+    start = info.get("init_from") or {}
+    parts = [f"{start.get('run')}@{start.get('step')}"] if start else []
+    return ", ".join([*parts, *(f"extended at {one['from']}" for one in info.get("extended") or ())])
+
+
 def summary(run: Run) -> Mapping[str, Any]:
-    """The entry of a list of runs: state, steps and the result's metrics."""
-    final = run.result().get("final", {})
-    return {"name": run.name, "path": str(run.path), "status": run.status, "steps": run.steps, **final}
+    """The entry of a list of runs: state, steps, where it started from, and the result's metrics."""
+    own = {"name": run.name, "path": str(run.path), "status": run.status, "steps": run.steps}
+    start = {"started_from": text} if (text := lineage(run.info())) else {}
+    return own | start | run.result().get("final", {})
 
 
 def shown(path: Path) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,8 @@ def trained(uft, request_of, tmp_path) -> Callable[..., Path]:
     """trained(overrides): a run of four steps with a checkpoint after each two."""
 
     def train(*more: str, name: str = "run") -> Path:
-        uft("train", *request_of("sft", ["demonstrations"], *LEARNING, f"run.dir={tmp_path / name}", *more))
+        done = uft("train", *request_of("sft", ["demonstrations"], *LEARNING, f"run.dir={tmp_path / name}", *more))
+        (tmp_path / name / "said").write_text(done.stdout)
         return tmp_path / name
 
     return train
@@ -70,6 +73,9 @@ def test_answers_of_a_run_and_of_its_checkpoints_are_those_of_their_weights(uft,
 
 def test_a_checkpoint_is_exported_and_every_form_of_it_is_the_same_model(uft, trained, tmp_path, tiny_model):
     run = trained("model.adapter=lora", "model.lora.rank=4", "optim.lr=5e-2")
+    for line in re.findall(r"uft ((?:chat|export) .*?)   ", (run / "said").read_text()):
+        uft(*shlex.split(line), input="Hello\n")
+    assert log_probs(tmp_path / "run-model") == log_probs(run / "model")
     shutil.rmtree(run / "model")
     (run / "result.json").unlink()
     whole, adapter, half = (tmp_path / name for name in ("whole", "adapter", "half"))
@@ -133,3 +139,54 @@ def test_a_conversation_has_a_history_and_shows_answers_that_cannot_move_the_cur
     assert tiny_model.name in both.splitlines()[0]
     assert other_model.name in both.splitlines()[0]
     assert uft("chat", tiny_model, other_model, tiny_model, code=2).stderr
+
+
+def weights_of(checkpoint: Path) -> dict:
+    from safetensors.torch import load_file
+
+    tensors = load_file(checkpoint / "tensors.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(("model/", "optimiser/"))}
+
+
+def test_an_extended_run_is_the_run_that_was_longer_from_the_start(uft, trained):
+    constant = ("optim.schedule=constant", "optim.warmup=0.25")
+    run = trained(*constant)
+    refused = uft("resume", run, "train.steps=3", code=2).stderr
+    assert "a horizon can only be extended" in refused
+    uft("resume", run, "train.steps=8")
+    whole = trained("optim.schedule=constant", "optim.warmup=1", "train.steps=8", name="whole")
+    ours, theirs = (weights_of(one / "checkpoints/step-000008") for one in (run, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours), "bit for bit, moments too"
+    (row,) = json.loads(uft("ls", run, "--json").stdout)
+    assert (row["status"], row["steps"], row["started_from"]) == ("finished", 8, "extended at 4")
+    assert "is finished already" in uft("resume", run).stdout
+
+
+def test_a_schedule_that_falls_is_not_extended(uft, trained):
+    run = trained()
+    refused = uft("resume", run, "train.steps=8", code=2).stderr
+    assert "optim.schedule=cosine ends at step 4: only a constant schedule can be extended" in refused
+    assert json.loads((run / "result.json").read_text())["status"] == "finished"
+
+
+def test_a_run_starts_from_the_weights_of_another(uft, trained, metrics, tmp_path):
+    first = trained("model.adapter=lora", "model.lora.rank=4", "optim.lr=5e-2", "eval=quick", "train.eval_every=2")
+    log = uft("export", f"{first}@2", "--to", tmp_path / "half").stdout
+    assert "are those of the run" in log
+    other = ("optim.lr=0", "train.steps=1", "eval=quick", "tracking=none", "hardware=cpu")
+    words = ["objective=sft", f"data={tmp_path / 'rows.jsonl'}", "data.holdout=2", *other]
+    rows = [{"prompt": f"What is {n}?", "response": f"It is {n}."} for n in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = uft("train", *words, f"init_from={first}@2", f"run.dir={tmp_path / 'second'}").stdout
+    assert "its optimiser does not come along" in " ".join(said.split())
+    uft("train", *words, f"model.path={tmp_path / 'half'}", f"run.dir={tmp_path / 'third'}")
+    found = [metrics(tmp_path / name)[0]["eval/nll"] for name in ("second", "third")]
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+    info = json.loads((tmp_path / "second/run.json").read_text())
+    assert (info["init_from"]["run"], info["init_from"]["step"]) == ("run", 2)
+    assert "run@2" in uft("ls", tmp_path / "second").stdout
+    told = uft("config", *words, f"init_from={first}@5", code=2).stderr
+    assert "checkpoints are of the steps 2, 4" in told
+    told = uft("config", *words, f"init_from={first}", "model=custom", code=2).stderr
+    assert "names a run, whose model comes along" in told

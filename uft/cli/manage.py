@@ -83,24 +83,27 @@ def describe(run: Run) -> dict[str, Any]:
         return {"name": run.name, "path": str(run.path), "status": f"unreadable ({type(error).__name__})", "steps": 0}
 
 
-def print_tables(rows: list[dict[str, Any]]) -> None:
+def print_tables(found: list[dict[str, Any]]) -> None:
     """A table per folder: a sweep, or the runs of a day."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else WIDE)
-    metrics = [name for name in HEADLINES if any(f"eval/{name}" in row for row in rows)][:METRICS]
-    for folder, inside in groupby(rows, key=lambda row: Path(row["path"]).parent):
+    metrics = [name for name in HEADLINES if any(f"eval/{name}" in row for row in found)][:METRICS]
+    for folder, inside in groupby(found, key=lambda row: Path(row["path"]).parent):
         table, errors = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"), []
         table.add_column("  run", overflow="fold")
-        for name in ("state", "steps", *metrics):
-            table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-        for row in inside:
+        rows = list(inside)
+        texts = ["started from"] if any("started_from" in row for row in rows) else []
+        for name in ("state", "steps", *metrics, *texts):
+            table.add_column(name, justify="left" if name in ("state", *texts) else "right", no_wrap=True)
+        for row in rows:
             state = Text(printable(row["status"]), style=COLOURS.get(row["status"], "red"))
             values = [row.get(f"eval/{name}") for name in metrics]
             numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "" for value in values]
-            table.add_row(Text(f"  {printable(row['name'])}"), state, step_of(row), *numbers)
+            start = [Text(printable(row.get("started_from", "")), style="dim") for _ in texts]
+            table.add_row(Text(f"  {printable(row['name'])}"), state, step_of(row), *numbers, *start)
             if error := problem_lines(str(row.get("error") or "")):
                 errors.append(Text(printable(f"  {row['name']}: {error[0]}"), style="red"))
         console.print(Text(f"\n{printable(str(folder))}/", style="bold"))
@@ -118,7 +121,8 @@ RESUME = """\
 A finished run is left alone. In a sweep every unfinished run goes on, and jobs that never started are started, by the
 launcher that they were asked for with; one failure does not stop the others.
 Keys that change no result may be given anew (tracking.*, train.log_every, ...): any other change is refused with the
-difference, since it would make another run of it."""
+difference, since it would make another run of it. The horizon of a run with optim.schedule=constant can be extended,
+with the state of its optimiser:  uft resume RUN train.steps=600"""
 
 
 def resume(arguments: list[str]) -> int:
@@ -159,7 +163,7 @@ def resume_run(run: Run, overrides: list[str]) -> int:
 
     started = str(run.info().get("cwd", "."))
     settings = changed(run.config(), overrides) if overrides else None
-    return continue_run(run, settings, cwd=Path(started) if os.path.isdir(started) else None)
+    return continue_run(run, settings, extend=True, cwd=Path(started) if os.path.isdir(started) else None)
 
 
 def resume_runs(runs: list[Run], overrides: list[str]) -> int:

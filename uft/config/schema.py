@@ -279,6 +279,7 @@ class Stage:
 class Config:
     seed: Int = _key(0, "all seeds at once; seeds.* default to it")
     seeds: Seeds = Field(default_factory=Seeds)
+    init_from: str | None = _key(None, "RUN, RUN@best or RUN@STEP: start from its weights, with its model's keys")
     objective: dict[str, Any] = _key({}, "what is minimised: its keys are those of conf/objective/NAME.yaml")
     data: Data = Field(default_factory=Data)
     model: Model = Field(default_factory=Model)

@@ -7,17 +7,16 @@ machine are left out, and secrets are hidden.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from uft.config.messages import config_dirs, groups
 from uft.config.schema import Config
 from uft.data.report import report_table
 from uft.errors import redact
-from uft.runs import Run, read_json
+from uft.runs import Run, lineage, read_json
 from uft.tracking.console import HEADLINES, number
 from uft.tracking.metrics import read_metrics
 
@@ -122,14 +121,8 @@ class ModelCard:
         packages = ", ".join(
             f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions
         )
-        started = f" Started from the weights of {before}." if (before := lineage_of(info)) else ""
+        started = f" Started from: {before}." if (before := lineage(info)) else ""
         return f"uft {versions.get('uft', '')}{commit}{changed}, {packages}, seed {self.config.seed}.{started}"
-
-
-def lineage_of(info: Mapping[str, Any]) -> str:
-    """RUN@STEP of the run whose weights this one started from; "" where it started from a model."""
-    start = info.get("init_from") or {}
-    return f"{start['run']}@{start['step']}" if start.get("run") else ""
 
 
 def is_hub_id(path: str) -> bool:

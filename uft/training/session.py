@@ -169,7 +169,7 @@ class Session:
         step = resume(trainer, say)
         if step < 0 and ranks().is_rank0:
             write_json(folder.path / "check.json", checks)
-        self.data.steps[stage.name] = trainer.steps  # of the checkpoint: the horizon never changes under a run
+        self.data.steps[stage.name] = trainer.steps  # of the checkpoint, unless it was extended
         lines = stage_card(prepared) if ranks().is_rank0 else ()
         self._open(self.before.step + max(step, 0) if self.results or step >= 0 else -1, lines)
         if stage.name:
@@ -540,7 +540,9 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     """Commands to go on with, each as it can be given here, with a word about it."""
     if status != "finished":
         return [f"uft resume {typed_path(run.path)}"]
-    lines = [f"uft generate {typed_path(run.path)}      what it answers now"] if run.model_dir.is_dir() else []
+    path, to = typed_path(run.path), shlex.quote(f"{run.name}-model")
+    lines = [f"uft chat {path}      a conversation with it", f"uft export {path} --to {to}      for other programs"]
+    lines = lines if run.model_dir.is_dir() else []
     other = "sft" if config.objective["name"] != "sft" else "ift"
     kept = [word for word in run.overrides() if not word.lstrip("+~").startswith(OWN_KEYS)]
     words = [f"objective={other}", *kept]

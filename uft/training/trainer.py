@@ -237,7 +237,9 @@ class Trainer:
         else:
             self.sampler.load_state_dict(values["feed"])
         self.progress = Progress(**values["progress"])
-        self.steps = values["steps"]  # the horizon of the schedule never changes under a run
+        # the horizon of a schedule that falls never changes under a run; a constant one may have been extended since
+        extended = self.config.train.steps is not None and self.config.optim.schedule == "constant"
+        self.steps = max(values["steps"], self.steps) if extended else values["steps"]
 
     def _nonfinite_weights(self) -> list[str]:
         finite = all_finite(self.parameters.values())
