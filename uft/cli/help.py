@@ -29,13 +29,14 @@ PAGES = {
     "train": Page(
         keys="""
             seed train.steps train.batch_size train.max_length train.eval_every optim.lr model.path model.adapter
-            data.ratio data.too_long tracking.mode run.name run.dir sweep.name""",
+            init_from data.ratio data.too_long tracking.mode run.name run.dir sweep.name""",
         examples="""\
   uft train objective=ift data=mix                  the embedded model on the embedded mixture
   uft train -m objective=sft,ift,uft seed=1,2,3     nine runs, one after the other
   uft train sweep=beta_ratio                        a sweep written in conf/sweep
   uft train experiment=sft_then_dpo                 a run of two stages
   uft train data=rows.jsonl model.path=org/name     your rows, your model
+  uft train objective=dpo data=pairs init_from=RUN  from another run's weights; RUN@best, RUN@120
   uft train debug=fast                              two steps: does it run at all""",
         note="  -m trains a run for every combination of comma-separated values; run it again to complete it\n",
     ),
