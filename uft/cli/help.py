@@ -23,6 +23,7 @@ class Page:
     examples: str  # lines of a command and what it does, two blanks or more between them
     words: str = ""  # before the options
     note: str = ""
+    groups: tuple[str, ...] = ()  # whose choices are listed; (): all
 
 
 PAGES = {
@@ -67,6 +68,7 @@ PAGES = {
         words="[RUN | MODEL ['question' | FILE | - ...]] ",
         note="  with RUN (a folder, a name or last): the configuration of that run, and its model, of a\n"
         "  stopped run its newest checkpoint\n",
+        groups=("data", "model", "hardware", "debug"),
     ),
     "chat": Page(
         keys="""
@@ -79,6 +81,7 @@ PAGES = {
   uft chat org/name generate.system='Be brief.'     with any model: a hub id, a folder, builtin:playground""",
         words="[RUN | MODEL] [OTHER] ",
         note="  in the conversation: /regen, /system TEXT, /clear, /quit\n",
+        groups=("hardware",),
     ),
     "annotate": Page(
         keys="""
@@ -111,7 +114,8 @@ def help_text(verb: str, config_dir: str | None = None) -> str:
         *columns({key: describe(key) for key in page.keys.split()}),
     ]
     lines += ["", page.note + HYDRA]
-    for group in (*(group for group in FIRST if group in found), *(group for group in found if group not in FIRST)):
+    listed = page.groups or (*FIRST, *(group for group in found if group not in FIRST))
+    for group in (group for group in listed if group in found):
         lines += ["", f"{group}=", *columns({name: headline(file) for name, file in found[group].items()})]
     return "\n".join(lines)
 
