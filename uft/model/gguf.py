@@ -193,7 +193,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], m
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=more))
 
 
-MARKS = {"system": "SYSTEMTEXT", "user": "USERTEXT", "assistant": "ASSISTANTTEXT"}
+MARKS = {"system": "System Text 1", "user": "User Text 2", "assistant": "Assistant Text 3"}
 
 
 def turn_pieces(render: Callable[[list[dict[str, str]], bool], str]) -> tuple[str, str] | None:
@@ -213,18 +213,19 @@ def turn_pieces(render: Callable[[list[dict[str, str]], bool], str]) -> tuple[st
         whole = write("system", "user", "assistant", "user", more=True)
     except Exception:  # a template of any origin may refuse a conversation: it is said by hand then
         return None
+    prefix = before if system.startswith(before) else ""  # of every conversation: a token of its beginning
+    system, before = system.removeprefix(prefix), before.removeprefix(prefix)
     pieces = {"system": system, "user": user, "assistant": assistant}
-    begins = [pieces[role].count(mark) == 1 for role, mark in MARKS.items()]
-    if not all(begins) or whole != system + user + assistant + user + header or '"""' in whole or "{{" in whole:
+    regular = whole == prefix + system + user + assistant + user + header
+    regular &= all(pieces[role].count(mark) == 1 for role, mark in MARKS.items())
+    if not regular or '"""' in whole or "{{" in whole:
         return None
     begin, end = system.split(MARKS["system"])
-    default = (
-        before.removeprefix(begin).removesuffix(end) if before.startswith(begin) and before.endswith(end) else None
-    )
-    if before and default is None:
+    default = before.removeprefix(begin).removesuffix(end)
+    if before and (not default or before != begin + default + end):
         return None
     branches = [
         f'eq .Role "{role}" }}}}{piece.replace(MARKS[role], "{{ .Content }}")}' for role, piece in pieces.items()
     ]
     turns = "{{ if " + "{{ else if ".join(branches) + "{{ end }}"
-    return f"{{{{- range .Messages }}}}{turns}{{{{ end }}}}{header}", default or ""
+    return f"{prefix}{{{{- range .Messages }}}}{turns}{{{{ end }}}}{header}", default
