@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -97,7 +97,7 @@ class Run:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, folder) of the complete checkpoints, oldest first. They appear by rename: each is whole."""
-        return _numbered(self.checkpoints_dir, r"step-(\d{6,})")
+        return _numbered(self.checkpoints_dir, CHECKPOINT.pattern)
 
     @property
     def stages(self) -> list[Run]:
@@ -144,6 +144,11 @@ class Run:
             return any(_parent(child) != parent for child, parent in pairwise(ancestors))
         except (OSError, ValueError):
             return False
+
+    def found(self, path: str) -> str:
+        """A file or folder as the configuration names it, from where the run was started; any other word as it is."""
+        there = Path(str(self.info().get("cwd", ".")), path)
+        return str(there) if os.path.exists(there) else path
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -260,10 +265,117 @@ def waiting(root: Path) -> list[Run]:
     return [run for sweep in find_sweeps(root) for run in planned(sweep) if not run.exists]
 
 
+# --- Weights that a word names
+
+CHOSEN = re.compile(r"(.+)@(best|\d+)")
+CHECKPOINT = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """The weights that a word names: a model of its own, a run's final model, or a checkpoint of a run.
+
+    `path` is what `model.path` takes for them. Of a checkpoint that is its folder: `uft.model.load` lays its weights
+    over the model that the run trained, and merges the adapter.
+    """
+
+    path: str
+    run: Run | None = None
+    config: dict[str, Any] = field(default_factory=dict)  # of the run, or of the stage that they are of
+    step: int | None = None  # of the whole run
+    is_checkpoint: bool = False
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The keys of the group `model` that load them, as a whole model without an adapter."""
+        return {**self.config.get("model", {}), "path": self.path, "revision": None, "adapter": "none"}
+
+    @property
+    def name(self) -> str:
+        """RUN, RUN@STEP of a checkpoint, or the last part of a model's path."""
+        named = self.run.name if self.run else self.path.rstrip("/").rpartition("/")[2]
+        return f"{named}@{self.step}" if self.is_checkpoint else named
+
+
+def weights(word: str) -> WeightsSource:
+    """The weights of RUN, RUN@best, RUN@STEP, a checkpoint's folder, or a model (folder, hub id, builtin:NAME).
+
+    RUN is a folder, a name or `last`. Of a finished run it means the final model, of any other the newest checkpoint.
+    Raises UftError where there is no such run or checkpoint.
+    """
+    match = CHOSEN.fullmatch(word)
+    folder, which = named_folder(match[1] if match else word), match[2] if match else None
+    if is_checkpoint(folder) and not match:
+        owner = next((Run(place) for place in folder.resolve().parents if Run(place).exists), None)
+        if owner is None:
+            raise UftError(
+                Problem(shown(folder), "is a checkpoint outside its run, whose config.yaml says of what model")
+            )
+        return next(source for source in checkpoints_of(owner) if Path(source.path).resolve() == folder.resolve())
+    run = Run(folder)
+    if not run.exists:
+        if match or not (os.path.exists(folder) or re.search(r"[/:]", word)):
+            raise no_runs(folder, "no config.yaml and run.json in this folder: it is not a run")
+        return WeightsSource(str(folder))
+    final = run.model_dir.is_dir() and run.status == "finished"
+    if final and which is None:
+        return WeightsSource(str(run.model_dir), run, run.config(), run.steps)
+    found = checkpoints_of(run)
+    best = best_checkpoint(run) if which == "best" else None
+    chosen = [s for s in found if which is None or (s.path == str(best) if which == "best" else s.step == int(which))]
+    if chosen:
+        return chosen[-1]
+    there = ", ".join(str(source.step) for source in found)
+    why = "has no weights: neither a final model nor a checkpoint" if which is None else f"has no checkpoint {which}"
+    advice = f"checkpoints are of the steps {there}" if there else f"finish it:  uft resume {typed_path(run.path)}"
+    done = "its steps are done, and it was trained with train.save_model=false"
+    raise UftError(Problem(shown(run.path), why, advice=(done if run.status == "finished" and not there else advice,)))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this is the folder of a checkpoint, by its name and files."""
+    return bool(CHECKPOINT.fullmatch(folder.name)) and os.path.isfile(folder / "SHA256SUMS")
+
+
+def checkpoints_of(run: Run) -> list[WeightsSource]:
+    """The checkpoints of a run, of all its stages in their order; steps are those of the whole run."""
+    found, before, config = list[WeightsSource](), 0, run.config()
+    trained: Run | None = None
+    for part in run.stages or [run]:
+        own = config
+        if part.path != run.path:
+            whole = {key: value for key, value in config.items() if key != "stages"}
+            own = whole | config["stages"][part.name.partition("-")[2]]["config"]
+        if trained:  # a stage starts from the model of the last one before it that trained
+            own = own | {"model": {**own["model"], "path": str(trained.model_dir), "revision": None}}
+        for step, folder in part.checkpoints():
+            found.append(WeightsSource(str(folder), run, own, before + step, True))
+        before, trained = before + part.steps, part if part.model_dir.is_dir() else trained
+    return found
+
+
+def best_checkpoint(run: Run) -> Path | None:
+    """The checkpoint of the best evaluation so far; None where there is none."""
+    named = run.result().get("best_checkpoint")
+    for part in [] if named else reversed(run.stages or [run]):  # it has not ended: the newest checkpoint knows
+        for _, folder in part.checkpoints()[-1:]:
+            step = read_json(folder / "state.json").get("progress", {}).get("best_step")
+            named = named or (step is not None and os.path.relpath(part.checkpoints_dir / f"step-{step:06d}", run.path))
+    return run.path / named if named else None
+
+
+def lineage(info: Mapping[str, Any]) -> str:
+    """Where a run's weights are from, by its run.json: `RUN@120, extended at 300`; "" of a run of its own."""
+    start = info.get("init_from") or {}
+    parts = [f"{start.get('run')}@{start.get('step')}"] if start else []
+    return ", ".join([*parts, *(f"extended at {one['from']}" for one in info.get("extended") or ())])
+
+
 def summary(run: Run) -> Mapping[str, Any]:
-    """The entry of a list of runs: state, steps and the result's metrics."""
-    final = run.result().get("final", {})
-    return {"name": run.name, "path": str(run.path), "status": run.status, "steps": run.steps, **final}
+    """The entry of a list of runs: state, steps, where it started from, and the result's metrics."""
+    own = {"name": run.name, "path": str(run.path), "status": run.status, "steps": run.steps}
+    start = {"started_from": text} if (text := lineage(run.info())) else {}
+    return own | start | run.result().get("final", {})
 
 
 def shown(path: Path) -> str:

@@ -44,12 +44,11 @@ def test_the_next_lines_of_a_run(here, capfd, request_):
     run = Run(here / "my runs" / "first")
     run.model_dir.mkdir()
     config = load_config(run.config_file)
-    *trains, generate = commands(next_commands(run, config, "finished"))
+    *trains, chat, export = commands(next_commands(run, config, "finished"))
     assert bool(trains) is ("bound" not in request_ and not config.stages)
-    assert [generate, *commands(next_commands(run, config, "failed"))] == [
-        [verb, "my runs/first"] for verb in ("generate", "resume")
-    ]
-    for words in (generate, ["resume", "my runs/first"], *trains):
+    assert [chat, export] == [["chat", "my runs/first"], ["export", "my runs/first", "--to", "first-model"]]
+    assert commands(next_commands(run, config, "failed")) == [["resume", "my runs/first"]]
+    for words in (["resume", "my runs/first"], *trains):  # with a real model, the first two: end_to_end/test_after.py
         assert main(words) == 0, words
     for found in find_runs(here / "outputs"):
         first, other = run.config(), found.config()
@@ -63,7 +62,7 @@ def test_a_job_of_a_sweep_that_is_written_down_offers_no_sweep(here):
     run = find_runs(here / "outputs")[0]
     run.model_dir.mkdir()
     lines = next_commands(run, load_config(run.config_file), "finished")
-    assert [words[0] for words in commands(lines)] == ["generate"]
+    assert [words[0] for words in commands(lines)] == ["chat", "export"]
 
 
 def test_lines_of_refusals(here, capfd):

@@ -9,10 +9,10 @@ import pytest
 
 from uft.cli import VERBS, main, manage
 from uft.cli.help import PAGES, describe
-from uft.cli.verbs import with_model, with_sources
+from uft.cli.verbs import as_found, with_sources
 from uft.config.compose import compose
 from uft.config.frozen import frozen
-from uft.runs import Run, create_run, find_runs, write_json
+from uft.runs import Run, create_run, find_runs, weights, write_json
 
 
 def only_run(folder):
@@ -145,7 +145,8 @@ def test_generate_finds_the_files_of_a_run_from_another_folder(worker, monkeypat
     (worker / "auto").mkdir()
     (worker / "elsewhere").mkdir()
     monkeypatch.chdir(worker / "elsewhere")
-    data = with_model(run)["data"]
+    run.model_dir.mkdir()
+    data = as_found(weights(str(run.path)))["data"]
     assert data["sources"]["mine"]["path"] == str(worker / "rows.jsonl")
     assert data["sources"]["other"]["path"] == "builtin:playground/pairs"
     assert data["template"] == "auto"
@@ -179,7 +180,7 @@ def test_a_run_is_a_folder_a_name_or_last(worker, capfd):
     assert main(["sync", "x", "s", "last", "--dry-run"]) == 0
     assert main(["config", "objective=sft", "--diff", "x"]) == 0
     assert main(["generate", "x"]) == 2
-    assert f"{x.path.relative_to(worker)}  has no model/ in it" in capfd.readouterr().err, "the newest one of the name"
+    assert f"{x.path.relative_to(worker)}  has no weights" in capfd.readouterr().err, "the newest one of the name"
     assert main(["resume", *shlex.split(command)[1:-1], "generate.system=ok"]) == 0
     assert x.status == "finished"
     assert main(["resume", "last"]) == 0
@@ -298,7 +299,9 @@ def test_a_run_of_several_stages(tmp_path):
     write_json(run.path / "stages/1-baseline/result.json", {"status": "finished", "steps": 100})
     assert manage.describe(run)["steps"] == 300
     assert [stage.name for stage in run.stages] == ["1-baseline", "2-poft"]
-    settings = with_model(run)
+    run.model_dir.mkdir()
+    write_json(run.path / "result.json", {"status": "finished"})
+    settings = as_found(weights(str(run.path)))
     assert "stages" not in settings
     sources = settings["data"]["sources"]
     assert sources["instruct"]["path"] == str(tmp_path / "run/stages/1-baseline/rows.jsonl"), "rows that a stage made"

@@ -92,5 +92,5 @@ def test_changing_a_frozen_config():
 
 def test_mistakes_in_a_change_are_found_together():
     with pytest.raises(UftError) as caught:
-        changed(plain(compose()), ["objective.bta=1", "train.batch_size=0", "debug=fast"])
-    assert {p.what for p in caught.value.problems} == {"objective.bta=1", "train.batch_size=0", "debug=fast"}
+        changed(plain(compose()), ["objective.bta=1", "train.batch_size=0", "experiment=poft"])
+    assert {p.what for p in caught.value.problems} == {"objective.bta=1", "train.batch_size=0", "experiment=poft"}

@@ -17,8 +17,8 @@ from planting import Fault
 from sessions import LOOP, SINGLE
 
 from uft.errors import UftError
+from uft.model import checkpoint
 from uft.runs import Run, size, unwritable, writing
-from uft.training import checkpoint
 
 FULL = (
     ("before write", "/.data.json", "data.json"),

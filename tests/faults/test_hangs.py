@@ -26,7 +26,7 @@ HANGS = {
     "model": (SINGLE, MODEL, 0, "a model was loaded", "model/load.py"),
     "reference": (SINGLE, REFERENCE, 0, "reference log-probs were computed", "model/reference.py"),
     "evaluation": (SINGLE, "before generate.complete", 4, "the model was evaluated", "evaluation/evaluate.py"),
-    "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "training/checkpoint.py"),
+    "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "model/checkpoint.py"),
     "export": (SINGLE, EXPORT, 0, "the model was exported", "model/export.py"),
     "stage": (LOOP, STEP, 4, "it trained", "training/session.py"),
     "sampling": (LOOP, "before negatives._append", 1, "completions were sampled", "sampling/negatives.py"),

@@ -95,8 +95,8 @@ def test_pickles_beside_the_weights_are_not_looked_at(planted, playground, tmp_p
 
 
 def test_a_checkpoint_that_is_a_pickle_is_not_loaded(planted, tmp_path):
+    from uft.model import checkpoint
     from uft.runs import Run
-    from uft.training import checkpoint
 
     content, trace = planted
     folder = Run(tmp_path).checkpoints_dir / "step-000010"

@@ -19,7 +19,7 @@ from uft.launch.sweep import expand
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMPOSED = ("train", "check", "data", "generate", "eval", "annotate", "select", "config")
+COMPOSED = ("train", "check", "data", "generate", "chat", "eval", "annotate", "select", "config")
 PLUGINS = {"joblib": "hydra_plugins.hydra_joblib_launcher", "submitit": "hydra_plugins.hydra_submitit_launcher"}
 
 
@@ -49,8 +49,8 @@ def test_there_are_commands():
 
 
 def settings(words: list[str]) -> list[str]:
-    """The words that Hydra composes, but for launchers that are not installed here."""
-    kept = [word for word in words if "=" in word or word.startswith("~")]
+    """The words that Hydra composes, but for launchers that are not installed here, and runs that are not there."""
+    kept = [word for word in words if ("=" in word or word.startswith("~")) and not word.startswith("init_from=")]
     launcher = next((word.partition("=")[2] for word in kept if word.startswith("hydra/launcher=")), "basic")
     module = next((module for name, module in PLUGINS.items() if launcher.startswith(name)), None)
     if module and find_spec(module) is None:

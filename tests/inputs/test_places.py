@@ -14,8 +14,8 @@ from uft.config.schema import Data, Source
 from uft.data import sources
 from uft.data.sources import load_sources
 from uft.errors import UftError
+from uft.model import checkpoint
 from uft.runs import Run, create_run, keep_others_out, planned
-from uft.training import checkpoint
 
 ROW = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
 NAMES = [

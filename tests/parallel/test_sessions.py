@@ -132,13 +132,14 @@ def test_the_exported_model_is_the_whole_one(resumed: Path) -> None:
 
 @pytest.mark.slow
 def test_shards_are_safetensors_and_hold_everything(resumed: Path) -> None:
-    from uft.training import checkpoint
+    from uft.model import checkpoint
 
     step = resumed / "back" / "checkpoints" / "step-000008"
     assert [path.suffix for path in (step / "shards").iterdir()] == [".safetensors"] * 2
     assert not (resumed / "grown" / "checkpoints" / "step-000008" / "shards").exists()
     tensors, _ = checkpoint.load(step)
     assert {"model", "optimiser"} < {name.partition("/")[0] for name in tensors}
+    assert {f"model/{name}" for name in checkpoint.weights(step)} == {n for n in tensors if n.startswith("model/")}
     assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
 
 
@@ -157,8 +158,8 @@ def test_shards_of_an_earlier_format_are_refused_in_a_line(tmp_path: Path) -> No
     from torch import ones
 
     from uft.errors import UftError
+    from uft.model import checkpoint
     from uft.runs import create_run
-    from uft.training import checkpoint
 
     run = create_run(tmp_path / "run", "{}\n", [])
     hidden = checkpoint.begin(run, 3, {"meter/w": ones(1)}, {})

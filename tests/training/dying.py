@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from uft.model import checkpoint
 from uft.tracking.metrics import Files
-from uft.training import checkpoint, trainer
+from uft.training import trainer
 from uft.training.liveness import Stop
 
 UNEVEN = (

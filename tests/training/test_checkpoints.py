@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from uft.model import checkpoint
 from uft.runs import Run, create_run
-from uft.training import checkpoint
 
 
 class Killed(BaseException):

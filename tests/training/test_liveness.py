@@ -223,3 +223,4 @@ def test_a_second_interrupt_ends_the_process_at_once_also_before_torch_is_import
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (INTERRUPTED, "still here\n")
+    assert "stopping at the next safe point" in done.stderr, "said at once"

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from uft.config.schema import Optim
+from uft.model import checkpoint
 from uft.runs import create_run
-from uft.training import checkpoint
 from uft.training.step import OPTIMISERS, SCHEDULES, learning_rate, make_optimiser, warmup_steps
 from uft.training.trainer import below, nested
 

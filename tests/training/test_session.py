@@ -18,9 +18,8 @@ from stage_runs import sit, survive, written
 
 from uft.config.schema import Config
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, UftError
-from uft.model import reference
+from uft.model import checkpoint, reference
 from uft.runs import Run
-from uft.training import checkpoint
 
 UNEVEN = ("train.steps=7", *dying.UNEVEN)
 CACHED = "reference.mode=cached"

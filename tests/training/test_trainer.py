@@ -19,9 +19,8 @@ from watched import trained
 from uft.data.batch import Layout
 from uft.data.loader import StepBatches
 from uft.errors import FAILED, UftError
-from uft.model import layout
+from uft.model import checkpoint, layout
 from uft.objectives.base import Term
-from uft.training import checkpoint
 from uft.training import trainer as trainer_module
 from uft.training.setup import Prepared, check_start, longest_row, resume, stage_card
 from uft.training.step import FiniteCheck, Step, defers_finite_check, optimiser_step

@@ -30,10 +30,12 @@ VERBS = {
     "train": "compose, check and train one run; -m trains a run for every combination",
     "check": "everything before step 0, and one worst-case step; trains nothing",
     "data": "the mixture as it will be drawn, lengths, and rows with the trained tokens coloured",
-    "generate": "completions for prompts: negatives for dft, or a look at a model",
+    "generate": "answers of a run or a model to your questions; completions of training prompts for dft",
+    "chat": "a conversation with a run or a model, or with two side by side",
     "eval": "the evaluation of a run or any model, on held-out rows, rows of yours or benchmark tasks",
     "annotate": "a number beside every completion: baselines for poft, soft labels from scores",
     "select": "which rows to keep: at random, by score, by what a model would learn from them",
+    "export": "the weights of a run or a checkpoint for other programs: a Hugging Face folder, GGUF, Ollama",
     "resume": "continue a run or a sweep that was stopped",
     "compare": "runs side by side: a table, one page, and whether a difference is more than seed noise",
     "sync": "upload what W&B lacks of runs that were offline or cut off, and say what arrived",
@@ -41,7 +43,7 @@ VERBS = {
     "config": "the composed config and where each value came from; --diff RUN",
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
-MANAGE = ("resume", "compare", "sync", "ls", "doctor")
+MANAGE = ("export", "resume", "compare", "sync", "ls", "doctor")
 """Each verb is a function of its name, of arguments to an exit code: in manage for these, else in verbs."""
 
 USAGE = """\

@@ -18,7 +18,7 @@ from uft.cli.help import PAGES
 from uft.errors import GOOD
 from uft.runs import OUTPUTS, find_runs, find_sweeps
 
-OF_RUNS = ("resume", "compare", "sync", "ls", "generate", "eval")
+OF_RUNS = ("resume", "compare", "sync", "ls", "generate", "eval", "export", "chat")
 """Verbs whose words, or first word, name runs. Where no name fits, the shell offers its files."""
 OUR_OPTIONS = ("--trace",)  # words that Hydra's parser does not know
 HIDDEN = ("schema", "+schema", "~schema")
@@ -41,11 +41,11 @@ def complete(arguments: list[str]) -> int:
         named = list(COLUMNS)
     elif verb in OF_RUNS and (runs := find_runs(OUTPUTS)):
         named = [*sorted({run.name for run in runs} | {sweep.name for sweep in find_sweeps(OUTPUTS)}), "last"]
-    if rest and (verb not in PAGES or len(rest) == 1):
+    if rest and (verb not in PAGES or len(rest) == 1 or (verb == "chat" and len(rest) == 2)):
         print("".join(f"{word}\n" for word in named if word.startswith(rest[-1])), end="")
     if verb not in PAGES:
         return GOOD
-    if verb in ("generate", "eval", "annotate") and len(rest) > 1 and "=" not in rest[0]:
+    while verb in ("generate", "eval", "annotate", "chat") and len(rest) > 1 and "=" not in rest[0]:
         rest = rest[1:]
     os.environ["COMP_LINE"] = " ".join([program, *rest])
     answer = io.StringIO()

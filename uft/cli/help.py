@@ -23,13 +23,15 @@ class Page:
     examples: str  # lines of a command and what it does, two blanks or more between them
     words: str = ""  # before the options
     note: str = ""
+    groups: tuple[str, ...] = ()  # whose choices are listed; (): all
 
 
 PAGES = {
     "train": Page(
         keys="""
             seed train.steps train.batch_size train.max_length train.eval_every optim.lr model.path model.adapter
-            data.ratio data.too_long tracking.mode run.name run.dir sweep.name rounds""",
+            init_from data.ratio data.too_long tracking.mode run.name run.dir sweep.name rounds
+            rollout.completions""",
         examples="""\
   uft train objective=ift data=mix                  the embedded model on the embedded mixture
   uft train -m objective=sft,ift,uft seed=1,2,3     nine runs, one after the other
@@ -37,6 +39,7 @@ PAGES = {
   uft train experiment=sft_then_dpo                 a run of two stages
   uft train experiment=spin rounds=3                stages that are repeated: sample, then train on the samples
   uft train data=rows.jsonl model.path=org/name     your rows, your model
+  uft train objective=dpo data=pairs init_from=RUN  from another run's weights; RUN@best, RUN@120
   uft train debug=fast                              two steps: does it run at all""",
         note="  -m trains a run for every combination of comma-separated values; run it again to complete it\n",
     ),
@@ -55,14 +58,32 @@ PAGES = {
     ),
     "generate": Page(
         keys="""
-            generate.out generate.seeds generate.temperature generate.top_k generate.top_p generate.max_new_tokens
-            generate.limit generate.system generate.repeats generate.score""",
+            generate.temperature generate.top_k generate.top_p generate.max_new_tokens generate.system generate.seeds
+            generate.limit generate.out generate.repeats generate.score""",
         examples="""\
-  uft generate data=mix                             what the base model answers to the training prompts
-  uft generate outputs/DATE/RUN                     what a trained run answers
+  uft generate last 'a question' 'another'          what the newest run answers
+  uft generate RUN questions.txt                    a line each; or JSONL, CSV, Parquet; - reads standard input
+  uft generate RUN@best 'a question'                the best checkpoint; RUN@120 that of a step
+  uft generate org/name 'a question'                any model: a hub id, a folder, builtin:playground
+  uft generate RUN                                  samples for its training prompts, as rows
   uft generate generate.seeds=[0,1,2,3] generate.out=negatives.jsonl  negatives for objective=dft""",
-        words="[RUN] ",
-        note="  with RUN (a folder, a name or last): the configuration of that run, and its model\n",
+        words="[RUN | MODEL ['question' | FILE | - ...]] ",
+        note="  with RUN (a folder, a name or last): the configuration of that run, and its model, of a\n"
+        "  stopped run its newest checkpoint\n",
+        groups=("data", "model", "hardware", "debug"),
+    ),
+    "chat": Page(
+        keys="""
+            generate.temperature generate.top_k generate.top_p generate.max_new_tokens generate.system generate.seeds
+            hardware.device""",
+        examples="""\
+  uft chat                                          with the newest run
+  uft chat RUN@best                                 with a checkpoint; RUN@120 is that of a step
+  uft chat RUN OTHER generate.temperature=0         two side by side, greedy
+  uft chat org/name generate.system='Be brief.'     with any model: a hub id, a folder, builtin:playground""",
+        words="[RUN | MODEL] [OTHER] ",
+        note="  in the conversation: /regen, /system TEXT, /clear, /quit\n",
+        groups=("hardware",),
     ),
     "eval": Page(
         keys="""
@@ -118,7 +139,8 @@ def help_text(verb: str, config_dir: str | None = None) -> str:
         *columns({key: describe(key) for key in page.keys.split()}),
     ]
     lines += ["", page.note + HYDRA]
-    for group in (*(group for group in FIRST if group in found), *(group for group in found if group not in FIRST)):
+    listed = page.groups or (*FIRST, *(group for group in found if group not in FIRST))
+    for group in (group for group in listed if group in found):
         lines += ["", f"{group}=", *columns({name: headline(file) for name, file in found[group].items()})]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The verbs over runs that are there: ls, resume, sync, compare; and doctor."""
+"""The verbs over runs that are there: ls, resume, export, sync, compare; and doctor."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ from uft.runs import (
     shown,
     summary,
     waiting,
+    weights,
 )
-from uft.tracking.console import HEADLINES, printable
+from uft.tracking.console import HEADLINES, printable, printable_lines
 
 WIDE = 160  # columns where there is no terminal
 METRICS = 4  # metrics shown at most
@@ -82,24 +83,27 @@ def describe(run: Run) -> dict[str, Any]:
         return {"name": run.name, "path": str(run.path), "status": f"unreadable ({type(error).__name__})", "steps": 0}
 
 
-def print_tables(rows: list[dict[str, Any]]) -> None:
+def print_tables(found: list[dict[str, Any]]) -> None:
     """A table per folder: a sweep, or the runs of a day."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else WIDE)
-    metrics = [name for name in HEADLINES if any(f"eval/{name}" in row for row in rows)][:METRICS]
-    for folder, inside in groupby(rows, key=lambda row: Path(row["path"]).parent):
+    metrics = [name for name in HEADLINES if any(f"eval/{name}" in row for row in found)][:METRICS]
+    for folder, inside in groupby(found, key=lambda row: Path(row["path"]).parent):
         table, errors = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"), []
         table.add_column("  run", overflow="fold")
-        for name in ("state", "steps", *metrics):
-            table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-        for row in inside:
+        rows = list(inside)
+        texts = ["started from"] if any("started_from" in row for row in rows) else []
+        for name in ("state", "steps", *metrics, *texts):
+            table.add_column(name, justify="left" if name in ("state", *texts) else "right", no_wrap=True)
+        for row in rows:
             state = Text(printable(row["status"]), style=COLOURS.get(row["status"], "red"))
             values = [row.get(f"eval/{name}") for name in metrics]
             numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "" for value in values]
-            table.add_row(Text(f"  {printable(row['name'])}"), state, step_of(row), *numbers)
+            start = [Text(printable(row.get("started_from", "")), style="dim") for _ in texts]
+            table.add_row(Text(f"  {printable(row['name'])}"), state, step_of(row), *numbers, *start)
             if error := problem_lines(str(row.get("error") or "")):
                 errors.append(Text(printable(f"  {row['name']}: {error[0]}"), style="red"))
         console.print(Text(f"\n{printable(str(folder))}/", style="bold"))
@@ -117,7 +121,8 @@ RESUME = """\
 A finished run is left alone. In a sweep every unfinished run goes on, and jobs that never started are started, by the
 launcher that they were asked for with; one failure does not stop the others.
 Keys that change no result may be given anew (tracking.*, train.log_every, ...): any other change is refused with the
-difference, since it would make another run of it."""
+difference, since it would make another run of it. The horizon of a run with optim.schedule=constant can be extended,
+with the state of its optimiser:  uft resume RUN train.steps=600"""
 
 
 def resume(arguments: list[str]) -> int:
@@ -160,7 +165,7 @@ def resume_run(run: Run, overrides: list[str]) -> int:
     started = str(run.info().get("cwd", "."))
     refuse_untrusted(run.path, run.runs_code, overrides)
     settings = changed(run.config(), overrides) if overrides else None
-    return continue_run(run, settings, cwd=Path(started) if os.path.isdir(started) else None)
+    return continue_run(run, settings, extend=True, cwd=Path(started) if os.path.isdir(started) else None)
 
 
 def resume_runs(runs: list[Run], overrides: list[str]) -> int:
@@ -219,6 +224,49 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
     others = [run for run in runs if run.path not in theirs]
     codes += [resume_runs(others, given)] if others else []
     return next((code for code in codes if code != GOOD), GOOD)
+
+
+# export
+
+EXPORT = """\
+RUN is a folder, a name or last; of a run that was stopped the newest checkpoint is exported. The folder is read back
+with plain transformers and compared with the policy that was trained; README.md is its model card.
+
+  uft export last --to my-model                      a Hugging Face folder, an adapter merged
+  uft export RUN --checkpoint best --to DIR          the best checkpoint; a number is a step
+  uft export RUN --dtype bfloat16 --to DIR           half the size; model: the precision it came in
+  uft export RUN --adapter --to DIR                  the LoRA adapter alone, for PEFT
+  uft export RUN --gguf --ollama --to DIR            a GGUF file and an Ollama Modelfile too"""
+
+
+def export(arguments: list[str]) -> int:
+    """`uft export RUN --to DIR`: a run's weights, or those of a checkpoint, for other programs."""
+    parser = parser_of("export", "Write the weights of a run to a folder for other programs.", EXPORT)
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run: its folder, its name, or last; RUN@best and RUN@STEP are checkpoints")
+    add("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    add("--checkpoint", metavar="best|STEP", help="this checkpoint; the final model, else the newest checkpoint")
+    add(
+        "--dtype", choices=("float32", "bfloat16", "model"), default="float32", help="precision of the weights; float32"
+    )
+    add("--adapter", action="store_true", help="the LoRA adapter alone")
+    add("--gguf", action="store_true", help="also a GGUF file, for llama.cpp")
+    add("--ollama", action="store_true", help="also a GGUF file and a Modelfile, for Ollama")
+    add("words", nargs="*", metavar="key=value", help="model.trust_remote_code=true: run code that comes with the model")
+    parsed = parser.parse_intermixed_args(arguments)
+    source = weights(f"{parsed.run}@{parsed.checkpoint}" if parsed.checkpoint else parsed.run)
+    if source.run is None:
+        raise UftError(Problem(parsed.run, "is a model already, and no run", "command line"), footer="See:  uft ls")
+    from uft.launch.trust import refuse_untrusted
+    from uft.launch.worker import silence_libraries
+
+    refuse_untrusted(source.run.path, source.run.runs_code, parsed.words)
+    silence_libraries()
+    from uft.training.exporting import Export, export_run
+
+    options = {name: getattr(parsed, name) for name in ("to", "dtype", "adapter", "gguf", "ollama")}
+    export_run(source, Export(**options), lambda text: print(printable_lines(text), flush=True))
+    return GOOD
 
 
 # sync

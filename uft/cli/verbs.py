@@ -7,9 +7,13 @@ A request for one run is composed and checked here and carried out at once. A re
 from __future__ import annotations
 
 import argparse
+import copy
+import json
 import os
 import re
+import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -42,7 +46,7 @@ from uft.launch.launcher import (
 )
 from uft.launch.sweep import examine_jobs, quote
 from uft.launch.trust import refuse_untrusted
-from uft.runs import Damaged, Run, named_folder, no_runs, open_run, typed_path
+from uft.runs import Damaged, Run, WeightsSource, open_run, weights
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""
@@ -76,15 +80,25 @@ def select(arguments: list[str]) -> int:
 
 
 def generate(arguments: list[str]) -> int:
-    """Completions of any model, or of the run that the first word names: with its model and configuration."""
+    """Completions of any model; with RUN or a model as the first word, answers to the questions after it.
+
+    Without questions a run samples completions of its training prompts, with its configuration.
+    """
     named = first_word(arguments)
     if named is None or names_rows(named):
         return run_verb("generate", partial(run_job, "generate"), arguments)
-    return launch_job("generate", changed(with_model(with_weights(named, arguments)), with_sources(arguments[1:])))
+    if re.search(r"\s", named) and not os.path.exists(named):
+        advice = f"uft generate last {shlex.quote(named)}"
+        raise UftError(Problem(named, "which model answers is not said", "command line", (advice,)))
+    source = weights(named)
+    asked, words = questions(arguments[1:])
+    with tempfile.TemporaryDirectory(prefix="uft-") as folder:
+        prompts = gathered(asked, Path(folder)) if asked else None
+        return launch_job("generate", settings_of(source, words, prompts))
 
 
 def eval(arguments: list[str]) -> int:
-    """Figures of any model, or of the run that the first word names, compared with the model that it began with."""
+    """Figures of a model, or of the weights that the first word names, compared with the model their run began with."""
     named = first_word(arguments)
     if any(names_rows(word) for word in arguments) and not any(word.startswith("data.holdout=") for word in arguments):
         arguments = [*arguments, "data.holdout=0"]  # all rows of a file are measured
@@ -95,27 +109,73 @@ def eval(arguments: list[str]) -> int:
         raise UftError(Problem(f"{rows[0]} {tasks[0]}", why, "command line", advice))
     if named is None or names_rows(named):
         return run_verb("eval", partial(run_job, "eval"), arguments)
-    if not Run(named_folder(named)).exists:
-        if not os.path.isdir(named) and not re.search("[/:]", named):
-            raise no_runs(Path(named))
+    source = weights(named)
+    if source.run is None:
         return run_verb("eval", partial(run_job, "eval"), [f"model.path={quote(named)}", *arguments[1:]])
-    run = with_weights(named, arguments)
-    settings = changed(with_model(run), measured)
-    settings["eval"]["out"] = settings["eval"]["out"] or str(run.path / "evals")
+    settings, begun = as_found(source, arguments), source.config
+    settings["reference"]["path"] = source.run.found(begun["reference"]["path"] or begun["model"]["path"])
+    settings = changed(settings, measured)
+    settings["eval"]["out"] = settings["eval"]["out"] or str(source.run.path / "evals")
     if rows:  # tasks that the run was trained beside are not meant
         settings["eval"]["tasks"] = []
     return launch_job("eval", settings)
 
 
-def with_weights(named: str, arguments: list[str]) -> Run:
-    """The run that a word names, which must have left its model, and one that this command trusts."""
-    run = open_run(named)
-    if not run.model_dir.is_dir():
-        advice = f"finish it:  uft resume {typed_path(run.path)}"
-        advice = "it was trained with train.save_model=false" if run.status == "finished" else advice
-        raise UftError(Problem(str(run.path), "has no model/ in it", advice=(advice,)))
-    refuse_untrusted(run.path, run.runs_code, arguments)
-    return run
+def chat(arguments: list[str]) -> int:
+    """`uft chat [RUN | MODEL] [another]`: a conversation with the newest run, or with what is named."""
+    if set(FLAGS) & set(arguments):
+        return run_verb("chat", partial(run_job, "chat"), arguments)
+    named, words = questions(arguments)
+    if len(named) > 2:
+        raise UftError(Problem(" ".join(named), "one model, or two side by side", "command line"))
+    from uft.cli.chat import talk
+
+    sources = [weights(name) for name in named or ["last"]]
+    talk([(source.name, settings_of(source, words)) for source in sources])
+    return GOOD
+
+
+OVERRIDE = re.compile(r"[+~]*[\w./@-]+=.*|~[\w./@-]+", re.DOTALL)
+
+
+def questions(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(questions, files of prompts and `-`; settings)."""
+    asked = [word for word in words if word == "-" or not (OVERRIDE.fullmatch(word) or word.startswith("-"))]
+    return asked, [word for word in words if word not in asked]
+
+
+def gathered(asked: Sequence[str], folder: Path) -> Path:
+    """One file in `folder` with the prompts of questions, files and standard input. UftError about what is none."""
+    from uft.data.formats import turns_column
+    from uft.sampling.answers import read_prompts
+
+    columns = list[Any]()
+    for word in asked:
+        file = Path(word)
+        if word == "-":
+            text = sys.stdin.read()
+            file = folder / ("stdin.jsonl" if text.lstrip().startswith("{") else "stdin.txt")
+            file.write_text(text, encoding="utf-8")
+        if word == "-" or os.path.isfile(file):
+            columns += [turns_column(prompt, "user") for prompt in read_prompts(file)]
+        else:
+            columns.append(word)
+    out = folder / "prompts.jsonl"
+    out.write_text("".join(json.dumps({"prompt": column}) + "\n" for column in columns), encoding="utf-8")
+    return out
+
+
+def settings_of(source: WeightsSource, words: Sequence[str], prompts: Path | None = None) -> dict[str, Any]:
+    """The configuration under which these weights answer: that of their run, else the default one, with `words`."""
+    if source.run is None:
+        asked = {} if prompts is None else {"prompts": str(prompts)}
+        whole = checked(Request(tuple(with_sources([f"model.path={quote(source.path)}", *words])))).settings
+        return whole | {"generate": {**whole["generate"], **asked}}
+    settings = as_found(source, words)
+    if prompts is not None:
+        settings["generate"] |= {"prompts": str(prompts), "out": str(Path(source.run.path, "answers.jsonl"))}
+        settings["hardware"] |= {"processes": 1, "nodes": 1, "sharding": "none"}
+    return changed(settings, with_sources(words))
 
 
 def config(arguments: list[str]) -> int:
@@ -222,23 +282,20 @@ def print_config(compared: Run | None, examined: Examined, words: Sequence[str])
     return GOOD
 
 
-def with_model(run: Run) -> dict[str, Any]:
-    """The run's configuration, its trained model in the place of the one it began with, which is the reference now, its
-    files found from here."""
-    settings: dict[str, Any] = without_stages(run.config())
-    started = Path(str(run.info().get("cwd", ".")))
-
-    def found(path: str | None) -> str | None:
-        """A file or folder as it was named in `started`; a hub id, builtin:NAME or a template's name as it is."""
-        named = path not in (None, "auto", "plain")  # template names, even where a file is called so
-        return str(started / path) if path and named and os.path.exists(started / path) else path
-
+def as_found(source: WeightsSource, words: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a run with these weights of it as its model, its files found from here. UftError where it
+    runs a model's code and was not begun here, unless the command's `words` allow it."""
+    run = source.run
+    assert run is not None
+    refuse_untrusted(run.path, run.runs_code, words)
+    settings: dict[str, Any] = copy.deepcopy(without_stages(source.config))
     for node in (settings["data"], *settings["data"]["sources"].values()):
-        node |= {key: found(node[key]) for key in FILES & node.keys()}
-    for name, source in settings["data"]["sources"].items():
-        source["path"] = str(rows_of(run.path, source["path"], name)) if made(source["path"]) else source["path"]
-    settings["reference"]["path"] = found(settings["reference"]["path"] or settings["model"]["path"])
-    settings["model"] |= {"path": str(run.model_dir.resolve()), "revision": None, "adapter": "none"}
+        # template names are no files, even where a file is called so
+        named = {key: node[key] for key in FILES & node.keys() if node[key] not in (None, "auto", "plain")}
+        node |= {key: run.found(path) for key, path in named.items()}
+    for name, one in settings["data"]["sources"].items():
+        one["path"] = str(rows_of(run.path, one["path"], name)) if made(one["path"]) else one["path"]
+    settings["model"] |= source.model | {"path": str(Path(source.path).resolve())}
     settings["generate"]["out"] = settings["generate"]["out"] or str(Path(run.path, "generated.jsonl"))
     return settings
 

@@ -238,7 +238,7 @@ class Draft:
             return
         if name is not None and Path(name.file).name == CUSTOM and (called := name_of_model(path)):
             self.put(Setting(("model", "name"), called, "after model.path", name.text))
-        if lr is None or Path(lr.file).parent.name != "model":
+        if lr is None or (Path(lr.file).parent.name != "model" and not lr.text.startswith("init_from=")):
             return
         own = [s for s in self.settings if s.file == lr.file and s.path == ("model", "adapter")]
         meant = bool(own) and own[-1].value == "lora"

@@ -235,6 +235,7 @@ class Eval:
 
 @dataclass(config=STRICT)
 class Generate:
+    prompts: str | None = _key(None, "file of prompts to answer, of any shape; null: the training prompts")
     out: str | None = _key(None, "JSONL file to write; null: generated.jsonl in the run folder or here")
     seeds: list[int] = _key([0], "one completion per prompt and seed")
     temperature: Float = _key(0.7, "0: greedy", ge=0)
@@ -366,6 +367,7 @@ class Stage:
 class Config:
     seed: Int = _key(0, "all seeds at once; seeds.* default to it")
     seeds: Seeds = Field(default_factory=Seeds)
+    init_from: str | None = _key(None, "RUN, RUN@best or RUN@STEP: start from its weights, with its model's keys")
     objective: dict[str, Any] = _key({}, "what is minimised: its keys are those of conf/objective/NAME.yaml")
     reward: dict[str, Any] = _key({}, "what judges answers: its keys are those of conf/reward/NAME.yaml")
     data: Data = Field(default_factory=Data)

@@ -31,7 +31,7 @@ from uft.config.stages import completed, data_nodes, differences
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, visible
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
 from uft.launch.trust import remember
-from uft.runs import Run, create_run, shown, typed_path, unwritable, write_atomically
+from uft.runs import Run, create_run, shown, typed_path, unwritable, weights, write_atomically, write_json
 
 OUTPUTS = Path("outputs")
 PARALLEL_JOBS = ("check", "generate")
@@ -78,7 +78,9 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     with run.lock():  # of two processes that make the same run, one makes it and the other finds it
         fresh = not run.exists
         if fresh:
-            create_run(run.path, to_yaml(settings), list(overrides), sweep=settings["sweep"]["name"], **provenance())
+            origin = started_from(settings["init_from"])
+            sweep = settings["sweep"]["name"]
+            create_run(run.path, to_yaml(settings), list(overrides), sweep=sweep, **origin, **provenance())
             if run.runs_code:
                 remember(run.path)
     return run_session(run, created, quiet=quiet) if fresh else continue_run(run, settings, quiet=quiet)
@@ -106,14 +108,23 @@ def join_run(run: Run, hardware: Mapping[str, Any], quiet: bool) -> int:
 
 
 def continue_run(
-    run: Run, settings: Mapping[str, Any] | None = None, cwd: Path | None = None, quiet: bool = False
+    run: Run,
+    settings: Mapping[str, Any] | None = None,
+    cwd: Path | None = None,
+    quiet: bool = False,
+    extend: bool = False,
 ) -> int:
     """Continue a run that was stopped; a finished one is left alone.
 
     `settings`: the wanted ones. Keys that change no result may differ and are written to the run; a difference in any
-    other key raises UftError. `cwd`: the folder that relative paths of its data start from.
+    other key raises UftError. `cwd`: the folder that relative paths of its data start from. `extend`: train.steps may
+    be more than the run was to have, where its schedule allows that.
     """
     changes = [change for change in changed_keys(run, settings) if not free(change[0])] if settings else []
+    extended = None
+    if extend and settings and [key for key, _, _ in changes] == ["train.steps"]:
+        extended, settings, changes = extension(run, settings), dict(settings), []
+        settings["optim"] = {**settings["optim"], "warmup": float(extended["warmup"])}
     if changes:
         footer = (
             "A run goes on under the configuration it began with (old -> new above).\n"
@@ -121,7 +132,7 @@ def continue_run(
         )
         problems = [Problem(key, f"{written(old)} -> {written(new)}", str(run.path)) for key, old, new in changes]
         raise UftError(*problems, footer=footer)
-    if run.status == "finished":
+    if run.status == "finished" and not extended:
         if not quiet:
             print(f"uft: {visible(str(run.path))} is finished already; nothing to do")
         return GOOD
@@ -133,9 +144,34 @@ def continue_run(
         problem = Problem(str(run.path), "another process is working in this run folder")
         raise UftError(problem, footer="See what runs:  uft ls")
     refuse_unwritable(run.path)
+    if extended:
+        run.update_info(extended=[*(run.info().get("extended") or []), extended])
+        if result := run.result():  # first: a run whose result is "finished" is never continued
+            write_json(run.path / "result.json", {**result, "status": "stopped"})
     if settings is not None:
         write_atomically(run.config_file, to_yaml(settings))
     return run_session(run, cwd=cwd, quiet=quiet)
+
+
+def extension(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the horizon of a run is extended, for its run.json: steps before and then, and its steps of warm-up,
+    which stay what they were. UftError where the steps that were taken would have been others under the new horizon."""
+    from uft.training.step import warmup_steps
+
+    optim, steps, begun = settings["optim"], settings["train"]["steps"], run.config()
+    before = begun["train"]["steps"] or run.info().get("total_steps")
+    why, advice = "", f"start another run from its weights:  uft train init_from={run.name}"
+    if begun.get("stages"):
+        why = "a run of several stages has a horizon for each of them"
+    elif optim["schedule"] != "constant":
+        why = f"optim.schedule={optim['schedule']} ends at step {before}: only a constant schedule can be extended"
+    elif steps is None or before is None or steps < before:
+        why, advice = f"the run has {before} steps, and a horizon can only be extended", ""
+    elif not run.checkpoints():
+        why = "no checkpoint is left to go on from"
+    if why:
+        raise UftError(Problem(f"train.steps={steps}", why, shown(run.path), (advice,) if advice else ()))
+    return {"from": before, "to": steps, "warmup": warmup_steps(optim["warmup"], int(before or 0))}
 
 
 def changed_keys(run: Run, settings: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -321,6 +357,15 @@ def single_run_dir(cfg: Mapping[str, Any], now: datetime | None = None) -> Path:
 
 
 # --- provenance
+
+
+def started_from(word: str | None) -> dict[str, Any]:
+    """For `run.json`: the run whose weights these are at first. Its optimiser's state does not come along."""
+    source = weights(word) if word else None
+    if source is None or source.run is None:
+        return {}
+    origin = {"run": source.run.name, "path": str(source.run.path), "id": source.run.info().get("id")}
+    return {"init_from": {**origin, "step": source.step}}
 
 
 def versions() -> dict[str, str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -36,13 +38,14 @@ def export(
     *,
     stop_ids: Collection[int] = (),
     problem: Callable[[Path], str] = lambda folder: "",
+    card: Callable[[bool], str] | None = None,
 ) -> Path:
     """Write weights, configuration, generation settings, tokenizer and chat template to `folder`; returns it.
 
     All processes call it; rank 0 writes. A sharded model is gathered in the memory of rank 0's CPU. An adapter is
     merged into the weights, and is saved besides in `folder/adapter` for PEFT. The folder appears by rename: it is the
     old one or the complete new one. The policy itself is not changed. `stop_ids`: tokens that end a reply, which are
-    added to the ends in the generation settings.
+    added to the ends in the generation settings. `card`: the text of README.md; given True, the adapter's.
 
     `problem` looks at the folder before it has its name, on all ranks, and says what is wrong with it. Raises UftError
     where something is, where the adapter cannot be merged (it is then in `folder-adapter`), or where there is no room.
@@ -72,6 +75,10 @@ def export(
                 settings.eos_token_id = [token for token in ends if token is not None] + missing
             model.save_pretrained(beside)
             tokenizer.save_pretrained(beside)
+            for_older_readers(beside)
+            for place in (beside, beside / "adapter"):
+                if card and place.is_dir():
+                    (place / "README.md").write_text(card(place != beside), encoding="utf-8")
 
     def publish() -> None:
         with writing(folder):
@@ -125,6 +132,9 @@ def plain_model(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor
     assert not unexpected, f"weights that the plain model does not have: {unexpected[:5]}"
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, f"weights that the policy does not have: {left[:5]} {missing[:5]}"
+    for name, buffer in base.named_buffers():  # those that no state holds: rotary frequencies
+        owner, _, last = name.replace(".base_layer", "").rpartition(".")
+        setattr(model.get_submodule(owner), last, buffer.detach().cpu().clone())
     model.generation_config = copy.deepcopy(base.generation_config)
     return model
 
@@ -169,6 +179,43 @@ def _delta(owner: str, layer: Any, active: str, weights: Mapping[str, Tensor]) -
     a, b = (weights[f"{owner}.lora_{side}.{active}.weight"].float() for side in "AB")
     delta = (b @ a) * layer.scaling[active]
     return delta.T if layer.fan_in_fan_out else delta
+
+
+# --- transformers 4, which serves many models still, reads other keys of the same meaning
+
+FAST = "PreTrainedTokenizerFast"  # the name in version 4 of version 5's TokenizersBackend
+
+
+def for_older_readers(folder: Path) -> None:
+    """Add what transformers 4.57 reads to the configurations of an exported folder: rotary embeddings under their
+    former keys, and the former names of the tokenizer's class and of its special tokens."""
+    with _rewriting(folder / "config.json") as config:
+        rope = config.get("rope_parameters") or {}
+        if "rope_theta" in rope:
+            config["rope_theta"] = rope["rope_theta"]
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            config["rope_scaling"] = scaling if rope.get("rope_type", "default") != "default" else None
+    with _rewriting(folder / "tokenizer_config.json") as tokenizer:
+        if tokenizer.get("tokenizer_class") == "TokenizersBackend":
+            tokenizer["tokenizer_class"] = FAST
+        if isinstance(tokenizer.get("extra_special_tokens"), list):
+            tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+
+
+@contextmanager
+def _rewriting(file: Path) -> Iterator[dict[str, Any]]:
+    """The object of a JSON file, to be changed; {} where there is no file."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    yield content
+    if content:
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def older_reader(folder: Path) -> str:
+    """Why transformers 4.57 does not read an exported folder as this model; "" where nothing is known against it."""
+    rope = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("rope_parameters") or {}
+    nested = any(isinstance(value, dict) for value in rope.values())
+    return "its layers have rotary embeddings of several kinds, which it reads from other keys" if nested else ""
 
 
 def _flush(folder: Path) -> None:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from uft.config.schema import Model
+from uft.config.frozen import typed
+from uft.config.schema import Config, Model
 from uft.distributed import ranks
 from uft.environment import PeerLost
-from uft.errors import Problem, UftError
+from uft.errors import FAILED, Problem, UftError
 from uft.heartbeat import activity
+from uft.model import checkpoint
+from uft.model.export import plain_model
 from uft.model.policy import (
     DTYPES,
     Policy,
@@ -36,7 +39,7 @@ from uft.model.policy import (
     switch_off_dropout,
 )
 from uft.model.sharded import load_sharded
-from uft.runs import cache_root, clear_left
+from uft.runs import cache_root, clear_left, is_checkpoint, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,6 +54,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     place = locate(model)
+    if place.is_checkpoint:
+        own = beneath(place, model)
+        return with_template(load_tokenizer(own.model), own.data.template)
     with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
@@ -58,6 +64,14 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         why = f"a chat template is named {outside[0]!r}; the export writes it to a file of its name, outside the folder"
         raise UftError(Problem(f"model.path={model.path}", why))
     tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template of `data.template`; `plain` is none at all."""
+    if template != "auto":
+        text = None if template == "plain" else Path(template).expanduser().read_text(encoding="utf-8")
+        tokenizer.chat_template = text
     return tokenizer
 
 
@@ -77,10 +91,17 @@ def common_positions(model: Model) -> int | None:
     return common_length(_config(model))
 
 
+def own_precision(model: Model) -> torch.dtype:
+    """The precision that a model's files have, as its configuration says; float32 where it does not."""
+    return getattr(_config(model), "dtype", None) or torch.float32
+
+
 def _config(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
     from transformers import AutoConfig
 
     place = locate(model, reference, key)
+    if place.is_checkpoint:
+        return _config(beneath(place, model).model)
     with _humane(setting(model, reference, key), "its configuration cannot be loaded", model, place):
         _refuse_kernels(place, model)
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
@@ -186,6 +207,9 @@ def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_P
     logging.disable_progress_bar()  # of reading files; a download still shows its own
     place = locate(model, reference, key)
     what = setting(model, reference, key)
+    if place.is_checkpoint:
+        trained = checkpoint_policy(beneath(place, model).model, Path(place.path), torch.device("cpu"))
+        return plain_model(trained, DTYPES[storage_dtype(model)], trained.base.state_dict())
     with _humane(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
         loaded: Any = auto_model().from_pretrained(
@@ -212,6 +236,37 @@ def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_P
         shown = ", ".join([*unused[:3], *(["..."] if unused[3:] else [])])
         module.uft_notes = [f"{len(unused)} weights of its files are not used, and not exported: {shown}"]
     return module
+
+
+def beneath(place: Location, model: Model) -> Config:
+    """The configuration of the run, or stage, whose checkpoint `place` is: its model is what the weights are laid over.
+
+    Code of the model is run only where `model` allows it too.
+    """
+    source = weights(place.path)
+    assert source.run is not None
+    own = typed({key: value for key, value in source.config.items() if key != "stages"}, str(source.run.config_file))
+    trusted = own.model.trust_remote_code and model.trust_remote_code
+    path, template = (source.run.found(word) for word in (own.model.path, own.data.template))
+    template = template if own.data.template not in ("auto", "plain") else own.data.template
+    return replace(
+        own,
+        model=replace(own.model, path=path, trust_remote_code=trusted, gradient_checkpointing=False),
+        data=replace(own.data, template=template),
+    )
+
+
+def checkpoint_policy(model: Model, folder: Path, device: torch.device) -> Policy:
+    """The policy of a checkpoint as it was trained: the weights in `folder` laid over `model`, an adapter apart.
+
+    Raises UftError where the checkpoint is damaged, or of another model.
+    """
+    policy = Policy(load_model(model, device, 0), model.dtype)
+    try:
+        policy.load_trainable(checkpoint.weights(folder))
+    except checkpoint.Damaged as error:
+        raise UftError(Problem(str(folder), f"is damaged: {error}"), code=FAILED) from error
+    return policy
 
 
 NO_WEIGHTS = (".inv_freq", ".attn.bias", ".attn.masked_bias", ".position_ids")
@@ -334,6 +389,7 @@ class Location:
     path: str  # local folder or hub id
     revision: str | None = None  # of a hub model
     offline: bool = False  # the hub cannot be reached, but its files are in the local cache
+    is_checkpoint: bool = False  # the folder of a run's checkpoint: weights without a model
 
 
 def locate(model: Model, reference: str | None = None, named: str = REFERENCE_PATH) -> Location:
@@ -350,6 +406,8 @@ def locate(model: Model, reference: str | None = None, named: str = REFERENCE_PA
         known = next(name for name in SHIPPED if name.startswith(scheme))
         raise UftError(Problem(what, UNKNOWN[scheme], advice=(known,)))
     folder = Path(path).expanduser()
+    if is_checkpoint(folder):
+        return Location(str(folder), is_checkpoint=True)
     if folder.is_dir():
         return Location(str(_model_folder(what, folder)))
     if path.startswith(".") or not HUB_ID.fullmatch(path):

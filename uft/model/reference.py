@@ -30,6 +30,7 @@ from uft.model.layout import follow_layout
 from uft.model.load import (
     REFERENCE_PATH,
     Location,
+    beneath,
     check_vocabulary,
     folder_of,
     load_base,
@@ -430,7 +431,11 @@ def weights_digest(place: Location, fetch: Callable[[], Any]) -> str:
 
 
 def _weight_files(place: Location) -> list[Path]:
-    """config.json and the weights of a local folder, or of a hub model's snapshot in the local cache."""
+    """config.json and the weights of a local folder, or of a hub model's snapshot in the local cache; the checksums of
+    a checkpoint, and the files of the model that it is laid over."""
+    if place.is_checkpoint:
+        own = beneath(place, Model())
+        return [Path(place.path, "SHA256SUMS"), *_weight_files(locate(own.model))]
     folder = folder_of(place)
     weights = sorted(folder.glob("*.safetensors")) if folder else []
     return [folder / "config.json", *weights] if folder and weights else []

@@ -22,7 +22,7 @@ import yaml
 
 from uft.config.frozen import flat
 from uft.errors import Problem, UftError, problem_lines
-from uft.runs import Run, bounded, named_folder, shown, yaml_text
+from uft.runs import Run, bounded, lineage, named_folder, shown, yaml_text
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
 
@@ -185,6 +185,7 @@ class LoadedRun:
             "commit": code.get("commit"),
             "uncommitted changes": code.get("dirty"),
             "device": self.info.get("device"),
+            "started from": lineage(self.info),
             **{name: versions.get(name) for name in VERSIONS},
             "torch": self.info.get("torch") or versions.get("torch"),
         }

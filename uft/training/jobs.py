@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -16,10 +17,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from uft.config.frozen import adds
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS, stages_of
+from uft.data.chat import Renderer
 from uft.data.formats import is_rows_file, write_rows
 from uft.data.report import (
     coloured,
@@ -29,7 +32,7 @@ from uft.data.report import (
     merged_lengths,
     report_table,
 )
-from uft.data.rows import Row
+from uft.data.rows import Row, Turns
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import kinds
 from uft.distributed import ranks
@@ -37,18 +40,19 @@ from uft.errors import FAILED, GOOD, Problem, UftError
 from uft.heartbeat import activity
 from uft.model.load import check_vocabulary, empty_policy, load_policy, load_tokenizer
 from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops, used_memory
-from uft.model.policy import DTYPES
+from uft.model.policy import DTYPES, Policy
 from uft.model.reference import choose_mode
 from uft.objectives import make
 from uft.objectives.views import kind_table
 from uft.rewards import check as check_reply
 from uft.rewards import spec_of
-from uft.runs import Run, cache_root
+from uft.runs import Run, cache_root, shown
 from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
+from uft.sampling.answers import Answer, answer_prompts, read_prompts
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.sampling.rollouts import RolloutSampler, score_of, unjudged, weights_of
-from uft.tracking.console import card, count
+from uft.tracking.console import card, count, printable_lines
 from uft.training.choosing import choose_rows
 from uft.training.dataset import StageData, has_made_rows, keep_pandas_out, make_renderer, read_run_data
 from uft.training.liveness import Stop, listening
@@ -259,8 +263,10 @@ def rollout_cost(rollouts: RolloutSampler) -> str:
 
 
 def generate(config: Config) -> int:
-    """Sample completions of the training prompts and write them as rows."""
+    """Sample completions of the training prompts and write them as rows, or answer `generate.prompts`."""
     say, device = say_on(job_console()), choose_device(config.hardware)
+    if config.generate.prompts is not None:
+        return answer(config, device, say)
     out = Path(config.generate.out or "generated.jsonl")
     with listening() as stop:
         try:
@@ -276,11 +282,67 @@ def generate(config: Config) -> int:
         f"{summary.rows} rows with {summary.negatives} completions in {summary.path}"
         f" ({summary.left_out} left out: without text, cut at generate.max_new_tokens before their end{repeats};"
         f" {summary.repeats} equal to the row's own,"
-        f" {summary.without_good} rows without a good completion left out)\n"
+        f" {summary.without_good} rows without a good completion left out)"
+    )
+    for line in map(json.loads, first_lines(summary.path, ANSWERS_SHOWN)):
+        say("\n" + shown_answer(said(line["prompt"]), line["negatives"]))
+    say(
+        f"\nyour own questions:  uft generate RUN 'a question'\n"
         f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"
         f" model={config.model.name}"
     )
     return GOOD
+
+
+def answer(config: Config, device: torch.device, say: Say) -> int:
+    """Answer the prompts of `generate.prompts` and show the answers; the rows go to `generate.out`, if it is set."""
+    settings = config.generate
+    prompts = read_prompts(Path(str(settings.prompts)))[: settings.limit]
+    out = Path(settings.out) if settings.out else None
+    tokenizer, renderer, policy = sampler(config, device)
+
+    def show(prompt: Turns, answers: Sequence[Answer]) -> None:
+        cut = f"  (cut at generate.max_new_tokens={settings.max_new_tokens})"
+        say(shown_answer(prompt[-1].content, [one.text + ("" if one.stopped else cut) for one in answers]) + "\n")
+
+    with listening() as stop:
+        try:
+            answer_prompts(
+                policy,
+                tokenizer,
+                renderer,
+                prompts,
+                settings,
+                out,
+                sampled_by=config.model.path,
+                show=show,
+                should_stop=stop.between_passes,
+            )
+        except Interrupted:
+            say("stopped")
+            return stop.exit_code
+    if out:
+        say(f"kept in {shown(out)}")
+    return GOOD
+
+
+ANSWERS_SHOWN = 2  # whole ones, of the prompts that completions were sampled for
+
+
+def shown_answer(prompt: str, answers: Sequence[str]) -> str:
+    """A prompt and the whole answers to it, which cannot move the cursor."""
+    lines = ["> " + printable_lines(prompt).replace("\n", "\n> ")]
+    return "\n".join([*lines, *("  " + printable_lines(text).replace("\n", "\n  ") for text in answers)])
+
+
+def said(prompt: str | list[dict[str, Any]]) -> str:
+    """The last turn of a prompt as rows hold it."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def first_lines(file: Path, count: int) -> list[str]:
+    with open(file, encoding="utf-8") as handle:
+        return list(islice(handle, count))
 
 
 def generate_stage(
@@ -315,12 +377,8 @@ def sample_rows(
     stop: Stop,
     progress: Callable[[int, int], None],
 ) -> Summary:
-    tokenizer = load_tokenizer(config.model)
-    renderer = make_renderer(tokenizer, config.data)
     score = scorer(config, sources) if config.generate.score else None
-    policy = load_policy(config.model, device, config.seeds.init)
-    settle_threads(config.hardware, policy)
-    check_vocabulary(policy.module, tokenizer)
+    tokenizer, renderer, policy = sampler(config, device)
     return generate_rows(
         policy,
         tokenizer,
@@ -333,6 +391,16 @@ def sample_rows(
         should_stop=stop.between_passes,
         progress=progress,
     )
+
+
+def sampler(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, Renderer, Policy]:
+    """What samples from the model of a configuration."""
+    tokenizer = load_tokenizer(config.model)
+    renderer = make_renderer(tokenizer, config.data)
+    policy = load_policy(config.model, device, config.seeds.init)
+    settle_threads(config.hardware, policy)
+    check_vocabulary(policy.module, tokenizer)
+    return tokenizer, renderer, policy
 
 
 def scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, str], float]:

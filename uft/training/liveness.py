@@ -200,6 +200,9 @@ def moved_bytes() -> int:
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+STOPPING = b"\nuft: stopping at the next safe point, with a checkpoint in a run; Ctrl-C again ends it at once\n"
+
+
 @dataclass
 class Stop:
     """Whether this process was asked to stop, and by which signal. Asking it is a sign of life."""
@@ -240,6 +243,9 @@ def listening() -> Iterator[Stop]:
     def receive(number: int, frame: FrameType | None) -> None:
         if stop.signal is not None and number == signal.SIGINT:
             os._exit(INTERRUPTED)
+        if number == signal.SIGINT and rank() == 0:
+            with suppress(OSError):  # at once, and by no buffer that this signal may have interrupted
+                os.write(2, STOPPING)
         stop.signal = number
 
     before = {number: signal.signal(number, receive) for number in SIGNALS}

@@ -10,7 +10,6 @@ one stage is the one before the next.
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import os
@@ -29,23 +28,22 @@ import torch
 from uft.config.frozen import plain
 from uft.config.schema import Config, Eval, Model
 from uft.config.stages import Stage, made, maker, stages_of
-from uft.data.chat import Tokens
 from uft.distributed import ranks
 from uft.environment import PeerLost, note
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
 from uft.evaluation.evaluate import Evaluation, evaluate
 from uft.heartbeat import activity
-from uft.model.export import export
+from uft.model import checkpoint
 from uft.model.memory import device_memory, peak_memory
 from uft.model.policy import DTYPES
-from uft.model.reload import compare
 from uft.runs import FULL, Run, problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
 from uft.tracking import Trackers, make_tracker
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
-from uft.training import checkpoint
+from uft.training.card import ModelCard
 from uft.training.dataset import RunData, located, read_run_data
+from uft.training.exporting import leave
 from uft.training.liveness import Stop, watching
 from uft.training.setup import (
     Prepared,
@@ -171,7 +169,7 @@ class Session:
         step = resume(trainer, say)
         if step < 0 and ranks().is_rank0:
             write_json(folder.path / "check.json", checks)
-        self.data.steps[stage.name] = trainer.steps  # of the checkpoint: the horizon never changes under a run
+        self.data.steps[stage.name] = trainer.steps  # of the checkpoint, unless it was extended
         lines = stage_card(prepared) if ranks().is_rank0 else ()
         self._open(self.before.step + max(step, 0) if self.results or step >= 0 else -1, lines)
         if stage.name:
@@ -199,28 +197,13 @@ class Session:
 
     def _export(self, stage: Stage, prepared: Prepared) -> None:
         """Leave the model of a stage, if plain transformers says what the policy in memory says."""
-        config, dataset = stage.config, prepared.data.dataset
-        policy, renderer, folder = prepared.trainer.policy, dataset.renderer, self.model_dir(stage)
+        config, dataset, folder = stage.config, prepared.data.dataset, self.model_dir(stage)
         dtype = config.train.save_dtype if folder == self.run.model_dir else "float32"
-        tokenizer = copy.deepcopy(renderer.tokenizer)
-        if renderer.name == "plain":  # as it was trained, the model has no template
-            tokenizer.chat_template = None
-        elif config.data.template != "auto":
-            tokenizer.chat_template = Path(config.data.template).expanduser().read_text(encoding="utf-8")
         sources = [*(held.encoded for held in self.data.held_out), *(source.encoded for source in dataset.train)]
-        rows = [short(row[0]) for source in sources for row in source[:2] if row[0].prompt_length < CHECKED_TOKENS]
-
-        def problem(beside: Path) -> str:
-            if not config.train.check_model:
-                return ""
-            remote = config.model.trust_remote_code
-            pad = prepared.trainer.collator.pad_id
-            why, unknown = compare(policy, beside, rows[:CHECKED], pad, dtype=dtype, trust_remote_code=remote)
-            if unknown:
-                self.console.message(f"the exported model was not wholly compared with the one in memory: {unknown}")
-            return why
-
-        export(policy, tokenizer, folder, DTYPES[dtype], stop_ids=renderer.stop_ids, problem=problem)
+        rows = [row[0] for source in sources for row in source[:2]]
+        policy, renderer, steps = prepared.trainer.policy, dataset.renderer, self.before.step + prepared.trainer.steps
+        card = ModelCard(self.run, config, steps, renderer.name != "plain")
+        leave(policy, renderer, config, rows, folder, DTYPES[dtype], card, self.console.message)
 
     def _make_rows(self, stage: Stage, folder: Run) -> dict[str, Any]:
         """Sample completions or write a column; counts of what was made. Raises Interrupted when asked to stop."""
@@ -563,13 +546,6 @@ def error_text(error: Exception, config: Config) -> str:
     return text
 
 
-CHECKED, CHECKED_TOKENS = 12, 512  # sequences on which an exported model is tried, and the tokens of each at most
-
-
-def short(tokens: Tokens) -> Tokens:
-    return replace(tokens, ids=tokens.ids[:CHECKED_TOKENS], supervised=tokens.supervised[:CHECKED_TOKENS])
-
-
 OWN_KEYS = ("objective", "run.", "sweep.")
 """Overrides that belong to this run alone: its objective, its folder and its sweep."""
 
@@ -578,9 +554,11 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     """Commands to go on with, each as it can be given here, with a word about it."""
     if status != "finished":
         return [f"uft resume {typed_path(run.path)}"]
-    lines = [f"uft generate {typed_path(run.path)}      what it answers now"] if run.model_dir.is_dir() else []
+    path, to = typed_path(run.path), shlex.quote(f"{run.name}-model")
+    lines = [f"uft chat {path}      a conversation with it", f"uft export {path} --to {to}      for other programs"]
+    lines = lines if run.model_dir.is_dir() else []
     if lines and config.eval.tasks:
-        lines.append(f"uft eval {typed_path(run.path)}      the tasks of eval.tasks")
+        lines.append(f"uft eval {path}      the tasks of eval.tasks")
     other = "sft" if config.objective["name"] != "sft" else "ift"
     kept = [word for word in run.overrides() if not word.lstrip("+~").startswith(OWN_KEYS)]
     words = [f"objective={other}", *kept]

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from uft import __version__
 from uft.config.checks import first_rate, size_of_model
-from uft.config.schema import Config, Hardware, Model, Optim, ReferenceModel
+from uft.config.schema import Config, Eval, Hardware, Model, Optim, ReferenceModel
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
 from uft.data.loader import Collator
@@ -27,6 +27,7 @@ from uft.environment import launched, local_rank
 from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.evaluate import check_step_zero
 from uft.heartbeat import activity
+from uft.model import checkpoint
 from uft.model.layout import compile_blocks, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.memory import Shape, Spread, estimate, keep_freed_memory, shape_of
@@ -36,7 +37,6 @@ from uft.objectives.base import Needs, Objective, StepContext
 from uft.runs import Run, cache_root, shown
 from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import Card, count
-from uft.training import checkpoint
 from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, read_train_data, sampled_sources
 from uft.training.liveness import Stop
 from uft.training.step import make_optimiser, warmup_steps
@@ -463,6 +463,7 @@ def planned_memory(
 # --- The start card: what runs, on what data and machine, and where it goes, with every derived number stated once.
 
 
+NO_MOMENTS = "; the state of its optimiser does not come along"
 MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
 
 
@@ -536,6 +537,14 @@ def rollout_line(config: Config) -> str:
     return line + (f"; hints: {rollout.hint.schedule}" if rollout.hint.schedule != "none" else "")
 
 
+def measured_rows(dataset: TrainData, settings: Eval) -> str:
+    """`64 of each source`, or `64 of a, 15 of b` where a source has fewer."""
+    counts = {source.source: min(len(source.rows), settings.rows) for source in dataset.held_out}
+    if len(set(counts.values())) == 1 and len(counts) > 1:
+        return f"{next(iter(counts.values()))} of each source"
+    return ", ".join(f"{count} of {name}" for name, count in counts.items())
+
+
 def stage_card(prepared: Prepared) -> Card:
     """What a stage trains and on what: model, objective, data, horizon and machine."""
     trainer, config, data = prepared.trainer, prepared.trainer.config, prepared.data
@@ -558,7 +567,7 @@ def stage_card(prepared: Prepared) -> Card:
     warmup = warmup_steps(optim.warmup, trainer.steps)
     rate = f"lr {optim.lr:g} ({origin_of_rate(config)})"
     held_out = sum(len(source.rows) for source in data.dataset.held_out)
-    evaluation = f"{held_out:,} rows held out, {config.eval.rows} of each source are measured"
+    evaluation = f"{held_out:,} rows held out, measured are {measured_rows(data.dataset, config.eval)}"
 
     threads, hardware = torch.get_num_threads(), config.hardware
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads != 1)}"
@@ -573,6 +582,7 @@ def stage_card(prepared: Prepared) -> Card:
     path = shown(Path(config.model.path)) if Path(config.model.path).is_absolute() else config.model.path
     return [
         ("model", "\n".join([f"{config.model.name}: {path}", *trainer.policy.describe()])),
+        *([("weights", f"of {config.init_from}{NO_MOMENTS}")] if config.init_from else []),
         ("objective", f"{objective.name}  {' '.join(changed)}".rstrip()),
         ("lengths", objective.length_convention),
         *(("caution", caution) for caution in prepared.cautions),

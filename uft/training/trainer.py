@@ -23,13 +23,13 @@ from uft.distributed import all_finite, ranks
 from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.evaluate import Sample, prompt_text
 from uft.heartbeat import activity
+from uft.model import checkpoint
 from uft.model.policy import Frozen, Policy
 from uft.objectives.base import Forward, Loss, Objective, StepContext
 from uft.objectives.policy_gradient import PolicyGradient
 from uft.runs import Run
 from uft.sampling.generate import Interrupted
 from uft.sampling.rollouts import RolloutSampler
-from uft.training import checkpoint
 from uft.training.liveness import Stop
 from uft.training.step import (
     Step,
@@ -264,7 +264,9 @@ class Trainer:
         else:
             self.feed.load_state_dict(values["feed"])
         self.progress = Progress(**values["progress"])
-        self.steps = values["steps"]  # the horizon of the schedule never changes under a run
+        # the horizon of a schedule that falls never changes under a run; a constant one may have been extended since
+        extended = self.config.train.steps is not None and self.config.optim.schedule == "constant"
+        self.steps = max(values["steps"], self.steps) if extended else values["steps"]
 
     def _nonfinite_weights(self) -> list[str]:
         finite = all_finite(self.parameters.values())

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
@@ -33,6 +34,8 @@ from uft.runs import Run, as_umask_leaves, shown, writing
 
 Tensor = torch.Tensor
 TENSORS, STATE, SUMS, SHARDS = "tensors.safetensors", "state.json", "SHA256SUMS", "shards"
+WEIGHTS = "model/"
+"""Prefix of the names of trained weights."""
 SUM = re.compile(r"([0-9a-f]{64})  (\S+)")
 UNFINISHED, REPLACED, DISCARDED = "tmp", "replaced", "discarded"
 """Endings of hidden folders: being written; waiting until its replacement has the name; being deleted."""
@@ -205,12 +208,23 @@ def load(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> tuple[
 
     Raises Damaged before anything is read that does not have its checksum, UftError for shards of an earlier format.
     """
+    return _load(folder, parameters or {}), read_state(folder)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The trained weights of a checkpoint by their names in the policy, whole, without the moments. Raises Damaged."""
+    return {name.removeprefix(WEIGHTS): tensor for name, tensor in _load(folder, {}, WEIGHTS).items()}
+
+
+def _load(folder: Path, parameters: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`."""
     for name in _sums(folder).keys() | {TENSORS}:
         _verify(folder, name)
-    tensors = load_file(folder / TENSORS)
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     if (folder / SHARDS).is_dir():
-        tensors |= _load_shards(folder, parameters or {})
-    return tensors, read_state(folder)
+        tensors |= _load_shards(folder, parameters, prefix)
+    return tensors
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -219,7 +233,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
-def _load_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _load_shards(folder: Path, parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     if (folder / SHARDS / ".metadata").exists():
         why = "its shards are in a format that this version of uft does not read"
         how = "finish the run with the version that began it (`git_commit` in run.json), on any number of processes"
@@ -228,6 +242,8 @@ def _load_shards(folder: Path, parameters: Mapping[str, Tensor]) -> dict[str, Te
     found: dict[str, Tensor] = {}
     for key, stored in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(stored, dcp.metadata.TensorStorageMetadata), key
+        if not key.startswith(prefix):
+            continue
         group, _, name = key.partition("/")
         like, dtype = parameters.get(name if group == "model" else name.rpartition("/")[0]), stored.properties.dtype
         if isinstance(like, DTensor) and like.shape == stored.size:

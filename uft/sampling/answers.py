@@ -1,0 +1,163 @@
+"""Answers to prompts of one's own: prompts of any shape are read, answered, shown whole, and kept as rows.
+
+A line of the file that is kept: `prompt`, `response`, `sampled_by`, `seed` and `sampling` (the settings). It reads back
+as demonstrations.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from uft.config.schema import Generate
+from uft.data.chat import Renderer
+from uft.data.formats import turns_column
+from uft.data.messages import Unreadable, read_conversation, read_prompt, with_context
+from uft.data.rows import Turns
+from uft.data.sources import READERS
+from uft.errors import Problem, UftError
+from uft.heartbeat import activity
+from uft.model.load import pad_id
+from uft.model.policy import Policy
+from uft.runs import writing
+from uft.sampling.generate import Sampling, complete
+
+ASKED = ("prompt", "question", "instruction", "messages", "conversations", "text")
+"""Columns that hold a prompt, the first of them that a record has."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled reply."""
+
+    text: str
+    stopped: bool  # ended by the model itself; False: cut at generate.max_new_tokens
+    seed: int
+
+
+def read_prompts(file: Path) -> list[Turns]:
+    """The prompts of a file: every line of a text file; of JSONL, CSV or Parquet the column in ASKED, and system and
+    history beside it. Messages that end with a reply are asked without it.
+
+    Raises UftError with every record that holds no prompt.
+    """
+    reader = READERS.get(file.suffix.lower(), _lines)
+    found, problems = list[Turns](), list[Problem]()
+    for number, record in reader(file):
+        try:
+            found.append(_prompt(record))
+        except Unreadable as error:
+            problems.append(Problem(str(file), str(error), f"{file.name}:{number}"))
+    if problems or not found:
+        raise UftError(*problems or [Problem(str(file), "holds no prompt")])
+    return found
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UftError(Problem(str(file), "is not UTF-8 text")) from None
+    yield from ((n, {"prompt": line.strip()}) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+
+
+def _prompt(record: Mapping[str, Any] | str) -> Turns:
+    if isinstance(record, str):
+        raise Unreadable(record)
+    column = next((name for name in ASKED if record.get(name) is not None), None)
+    if column is None:
+        raise Unreadable(f"has none of the columns {', '.join(ASKED)} (there are: {', '.join(map(str, record))})")
+    if column not in ("messages", "conversations"):
+        return with_context(read_prompt(record[column], column), record)
+    turns = read_conversation(record[column], column)
+    while turns and turns[-1].role == "assistant":
+        turns = turns[:-1]
+    return with_context(read_prompt([{"role": t.role, "content": t.content} for t in turns], column), record)
+
+
+@activity("prompts were answered")
+def answer_prompts(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    prompts: Sequence[Turns],
+    settings: Generate,
+    out: Path | None,
+    *,
+    sampled_by: str,
+    show: Callable[[Turns, Sequence[Answer]], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Answer every prompt once for each of `settings.seeds`, `show` it, and append it to `out`.
+
+    Raises Interrupted when asked to stop; finished batches are shown and written.
+    """
+    size = settings.batch_size
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        answers = sample(policy, tokenizer, renderer, batch, settings, should_stop, first=start)
+        for prompt, given in zip(batch, answers, strict=True):
+            show(prompt, given)
+        if out is not None:
+            _keep(out, batch, answers, settings, sampled_by)
+
+
+def sample(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    prompts: Sequence[Turns],
+    settings: Generate,
+    should_stop: Callable[[], bool] = lambda: False,
+    first: int = 0,
+) -> list[list[Answer]]:
+    """The answers to each prompt, one for each seed; `first` is the number of the first prompt for the randomness."""
+    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
+    ids = [renderer.prompt_ids(prompt, settings.system) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if policy.positions and len(tokens) >= policy.positions:
+            why = f"has {len(tokens)} tokens, the model has {policy.positions} positions"
+            raise UftError(Problem(f"the prompt {prompt[-1].content[:40]!r}", why))
+    by_seed = [
+        complete(
+            policy,
+            ids,
+            sampling,
+            seed=seed,
+            stop_ids=renderer.stop_ids,
+            pad_id=pad_id(tokenizer),
+            batch_size=settings.batch_size,
+            should_stop=should_stop,
+            numbers=range(first, first + len(ids)),
+        )
+        for seed in settings.seeds
+    ]
+
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    return [
+        [Answer(text(reply.ids), reply.stopped, seed) for seed, reply in zip(settings.seeds, replies, strict=True)]
+        for replies in zip(*by_seed, strict=True)
+    ]
+
+
+def _keep(
+    out: Path, prompts: Sequence[Turns], answers: Sequence[Sequence[Answer]], settings: Generate, sampled_by: str
+) -> None:
+    names = ("temperature", "top_k", "top_p", "max_new_tokens", "system")
+    recipe = {"sampled_by": sampled_by, "sampling": {name: asdict(settings)[name] for name in names}}
+    lines = [
+        {"prompt": turns_column(prompt, "user"), "response": answer.text, "seed": answer.seed, **recipe}
+        for prompt, given in zip(prompts, answers, strict=True)
+        for answer in given
+    ]
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

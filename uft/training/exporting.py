@@ -1,0 +1,170 @@
+"""Leaving a model: its folder, compared with the policy that was trained, with its card; and what other programs read.
+
+At the end of a run, and by `uft export` of a run or of any checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from uft.config.frozen import typed
+from uft.config.schema import Config, Model
+from uft.data.chat import Renderer, Tokens
+from uft.data.rows import Message
+from uft.errors import Problem, UftError
+from uft.model.export import export, older_reader
+from uft.model.gguf import modelfile, write_gguf
+from uft.model.load import (
+    beneath,
+    checkpoint_policy,
+    load_policy,
+    load_tokenizer,
+    locate,
+    own_precision,
+    pad_id,
+    with_template,
+)
+from uft.model.policy import DTYPES, Policy
+from uft.model.reload import compare
+from uft.runs import Run, WeightsSource, checkpoints_of, shown
+from uft.tracking.metrics import read_samples
+from uft.training.card import ModelCard
+from uft.training.dataset import make_renderer
+
+CHECKED, CHECKED_TOKENS = 12, 512  # sequences on which an exported model is tried, and the tokens of each at most
+QUESTIONS = {"What is the capital of France?": "Paris.", "Count to three.": "one two three"}
+Say = Callable[[str], None]
+
+
+def leave(
+    policy: Policy,
+    renderer: Renderer,
+    config: Config,
+    rows: Sequence[Tokens],
+    folder: Path,
+    dtype: torch.dtype,
+    card: ModelCard | None,
+    say: Say,
+) -> None:
+    """Write the model to `folder` if plain transformers says on `rows` what the policy in memory says.
+
+    `train.check_model=false` leaves the comparison out. The tokenizer has the template that was trained with.
+    Raises UftError where the folder is not the policy.
+    """
+    template = "plain" if renderer.name == "plain" else config.data.template  # as it was trained, plain has none
+    tokenizer = with_template(copy.deepcopy(renderer.tokenizer), template)
+    tried = [short(row) for row in rows if row.prompt_length < CHECKED_TOKENS][:CHECKED]
+
+    def problem(beside: Path) -> str:
+        if not config.train.check_model:
+            return ""
+        remote, name = config.model.trust_remote_code, "float32" if dtype == torch.float32 else "bfloat16"
+        why, unknown = compare(policy, beside, tried, pad_id(tokenizer), dtype=name, trust_remote_code=remote)
+        if unknown:
+            say(f"the exported model was not wholly compared with the one in memory: {unknown}")
+        return why
+
+    export(
+        policy, tokenizer, folder, dtype, stop_ids=renderer.stop_ids, problem=problem, card=card.text if card else None
+    )
+
+
+def short(tokens: Tokens) -> Tokens:
+    return replace(tokens, ids=tokens.ids[:CHECKED_TOKENS], supervised=tokens.supervised[:CHECKED_TOKENS])
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `uft export` was asked for."""
+
+    to: Path
+    dtype: str = "float32"  # float32, bfloat16, or model: that of the model it was trained from
+    adapter: bool = False  # the LoRA adapter alone, for PEFT
+    gguf: bool = False
+    ollama: bool = False
+
+
+def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
+    """Write the weights of a run to a new folder, check them, and tell what was made.
+
+    Raises UftError where the folder is there already, where the weights cannot be exported in this form, and where what
+    was written is not what was trained.
+    """
+    run, to = source.run, wanted.to
+    assert run is not None
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        advice = ("another folder, or remove this one",)
+        raise UftError(Problem(f"--to {shown(to)}", "is there already, and is not replaced", advice=advice))
+    if wanted.adapter and (wanted.gguf or wanted.ollama):
+        raise UftError(Problem("--adapter", "is a part of a model, and GGUF holds a whole one", "command line"))
+    config, policy = trained_policy(source)
+    if wanted.adapter and not policy.has_adapter:
+        raise UftError(Problem("--adapter", f"{source.name} was trained without one", advice=("leave --adapter out",)))
+    renderer = make_renderer(load_tokenizer(config.model), config.data)
+    dtype = DTYPES.get(wanted.dtype) or own_precision(config.model)
+    card = ModelCard(run, config, int(source.step or 0), renderer.name != "plain")
+    say(f"{source.name}: exporting to {shown(to)}")
+    rows = conversations(run, renderer)
+    leave(policy, renderer, config, rows, to, dtype, card, say)
+    if config.train.check_model:
+        what = f"log-probs of {min(len(rows), CHECKED)} conversations and greedy answers"
+        say(f"read back with plain transformers: {what} are those of the run, up to rounding")
+    if wanted.adapter:
+        keep_adapter(to)
+    elif why := older_reader(to):
+        say(f"transformers 4.57 may read it as another model: {why}")
+    file = to / f"{to.resolve().name}.gguf"
+    if wanted.gguf or wanted.ollama:
+        try:
+            difference = write_gguf(to, file)
+        except UftError:
+            say(f"the Hugging Face folder is whole: {shown(to)}")
+            raise
+        say(f"{shown(file)}: read back with transformers, log-probs differ by {difference:.1g} at most")
+    if wanted.ollama:
+        stops = [str(renderer.tokenizer.decode([token])) for token in sorted(renderer.stop_ids)]
+        text, missing = modelfile(file.name, load_tokenizer(Model(name="", path=str(to))), stops)
+        (to / "Modelfile").write_text(text, encoding="utf-8")
+        say(
+            f"serve it:  cd {shown(to)} && ollama create {file.stem} -f Modelfile"
+            + (f"   ({missing})" if missing else "")
+        )
+
+
+def trained_policy(source: WeightsSource) -> tuple[Config, Policy]:
+    """(configuration, the policy on the CPU as it was trained): the adapter is apart where there is a checkpoint."""
+    assert source.run is not None
+    place = next((c for c in reversed(checkpoints_of(source.run)) if c.step == source.step), source)
+    device = torch.device("cpu")
+    if place.is_checkpoint:
+        config = beneath(locate(Model(path=place.path, trust_remote_code=True)), Model(trust_remote_code=True))
+        return config, checkpoint_policy(config.model, Path(place.path), device)
+    config = typed({k: v for k, v in source.config.items() if k != "stages"} | {"model": source.model})
+    return config, load_policy(config.model, device, 0)
+
+
+def conversations(run: Run, renderer: Renderer) -> list[Tokens]:
+    """What the export is tried on: answers of the run to held-out prompts, and two questions."""
+    last = list(read_samples(run).values())[-1:]
+    pairs = {
+        one["prompt"]: one["reply"] for samples in last for one in samples if one["prompt"] and one["reply"].strip()
+    }
+    found = []
+    for prompt, reply in (pairs | QUESTIONS).items():
+        found.append(renderer.encode((Message("user", prompt),), (Message("assistant", reply),)))
+    return [tokens for tokens in found if tokens.targets]
+
+
+def keep_adapter(folder: Path) -> None:
+    """Leave the adapter alone in a folder that has it beside the merged model, and the tokenizer."""
+    for path in [*folder.glob("*.safetensors*"), folder / "config.json", folder / "generation_config.json"]:
+        path.unlink(missing_ok=True)
+    for path in (folder / "adapter").iterdir():
+        shutil.move(str(path), folder / path.name)
+    (folder / "adapter").rmdir()
