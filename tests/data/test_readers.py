@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from uft.data.readers import reader_of
 from uft.data.sources import Place, open_place
 from uft.errors import UftError
 
@@ -215,3 +216,15 @@ def test_jsonl_and_csv_need_neither_datasets_nor_pyarrow(tmp_path):
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+@pytest.mark.parametrize("packing", ["gz", "bz2", "zst"])
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_compressed_files_are_read_as_what_they_hold(tmp_path, packing, form):
+    import pyarrow
+
+    text = {"jsonl": '{"a": "x"}\n{"a": "y"}\n', "csv": "a\nx\ny\n"}[form]
+    file = tmp_path / f"rows.{form}.{packing}"
+    with pyarrow.output_stream(str(file), compression="detect") as out:
+        out.write(text.encode())
+    assert [record for _, record in reader_of(file)(file)] == [{"a": "x"}, {"a": "y"}]

@@ -276,7 +276,7 @@ def test_all_of_it_stands_in_the_report(tmp_path, tokenizer):
 
 
 def test_jobs_that_write_rows_tell_the_columns_that_their_files_will_lack(tmp_path):
-    from uft.training.jobs import drawn_sources
+    from uft.training.making import drawn_sources
 
     load(tmp_path, [{"prompt": "q", "completion": "a", "id": 3}])
     source, heard = {"path": str(tmp_path / "rows.jsonl")}, []

@@ -53,7 +53,7 @@ def job_here(*overrides: str) -> None:
 
     from uft.config.compose import compose
     from uft.config.frozen import typed
-    from uft.training.jobs import annotate
+    from uft.training.making import annotate
 
     settings = OmegaConf.to_container(compose(list(overrides)), resolve=True)
     assert isinstance(settings, dict)

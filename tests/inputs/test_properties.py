@@ -16,8 +16,8 @@ from uft.data.batch import Layout, Line, forwarded, lay_out
 from uft.data.chat import Renderer
 from uft.data.messages import Unreadable
 from uft.data.mixture import Mixture, Portion, epoch_rows, mixture_weights
+from uft.data.readers import READERS
 from uft.data.rows import Message
-from uft.data.sources import READERS
 from uft.errors import UftError
 
 EXAMPLES = 60

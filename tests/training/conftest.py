@@ -23,7 +23,7 @@ from uft.config.schema import Config
 from uft.config.stages import differing
 from uft.errors import GOOD
 from uft.runs import Run, create_run
-from uft.training import jobs, session, setup, trainer
+from uft.training import making, session, setup, trainer
 from uft.training.liveness import Stop
 from uft.training.setup import Prepared, prepare
 
@@ -200,14 +200,14 @@ def chain(configure, files):
     def make(parts: Mapping[str, tuple[str, ...]], *settings: str, reference: str = "start") -> Config:
         whole = {}
         for name, (does, kind, *own) in parts.items():
-            objective = "sft" if does in jobs.ROW_STAGES else does
+            objective = "sft" if does in making.ROW_STAGES else does
             source = {kind: files[kind]} if kind in files else {"made": Path(kind)}
             whole[name] = configure(objective, *UNEVEN, "optim.lr=0.02", *settings, *own, sources=source)
-        run = whole[[name for name, part in parts.items() if part[0] not in jobs.ROW_STAGES][-1]]
+        run = whole[[name for name, part in parts.items() if part[0] not in making.ROW_STAGES][-1]]
         top = plain(asdict(run))
         nodes: dict[str, Any] = {}
         for name, (does, *_) in parts.items():
-            what = {"do": does} if does in jobs.ROW_STAGES else {"do": "fit", "reference": reference}
+            what = {"do": does} if does in making.ROW_STAGES else {"do": "fit", "reference": reference}
             nodes[name] = {**what, "config": differing(plain(asdict(whole[name])), top)}
         return replace(run, stages=nodes)
 

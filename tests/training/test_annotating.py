@@ -22,8 +22,8 @@ from uft.data.sources import load_sources
 from uft.errors import GOOD, INTERRUPTED, STOPPED, UftError
 from uft.model import reference
 from uft.sampling import annotate as annotation
-from uft.training import jobs
-from uft.training.jobs import AnnotatedSource, annotated_data, train_command, write_column
+from uft.training import making
+from uft.training.making import AnnotatedSource, annotated_data, train_command, write_column
 
 Configure = Callable[..., Config]
 
@@ -55,7 +55,7 @@ def test_every_kind_of_row_reads_on_as_the_same_mixture(job, configure, tmp_path
         config.data.sources[name].share = 1.0
     written = job(config, tmp_path / "rows")
     assert {name: one.rows for name, one in written.items()} == {
-        kind.value: tmp_path / "rows" / f"{kind.value}.jsonl" for kind in Kind
+        kind.value: tmp_path / "rows" / f"{kind.value}.jsonl" for kind in Kind if kind is not Kind.ROLLOUT
     }
     assert all(one.without == 0 and one.evaluation is None for one in written.values())
     data = annotated_data(config.data, written)
@@ -180,10 +180,10 @@ def test_the_verb_stops_when_asked_and_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(reference, "sequence_batch", interrupted)
-        assert jobs.annotate(config) == code
+        assert making.annotate(config) == code
     assert not out.exists()
     assert len(batches) == 6
-    assert jobs.annotate(config) == GOOD
+    assert making.annotate(config) == GOOD
     said = capsys.readouterr().out
     assert "4 of 12 completions are known from before" in said
     assert "mine: 12 of 12 completions have baseline_logp" in said
@@ -191,4 +191,4 @@ def test_the_verb_stops_when_asked_and_goes_on(
 
 
 def test_the_column_must_be_said(configure):
-    assert "which column" in refused(lambda: jobs.annotate(configure("sft")))[0]
+    assert "which column" in refused(lambda: making.annotate(configure("sft")))[0]

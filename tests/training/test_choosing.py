@@ -16,7 +16,7 @@ from uft.data.rows import Completion, Message, Row
 from uft.data.sources import LoadedSource, load_sources
 from uft.errors import UftError
 from uft.sampling.generate import Interrupted
-from uft.training import jobs
+from uft.training import making
 from uft.training.choosing import read_past
 from uft.training.liveness import Stop
 
@@ -31,7 +31,7 @@ def choose(configure, files, tmp_path):
             config.data.sources[kind].share = share
         chosen = replace(config.select, **{"by": by, "rows": 3, "dim": 256, "steps": 2, "batch": 6, **settings})
         folder = tmp_path / out
-        counts = jobs.select_stage(
+        counts = making.select_stage(
             replace(config, select=chosen), folder, "", torch.device("cpu"), stop or Stop(), lambda line: None
         )
         return folder, counts
@@ -121,14 +121,15 @@ def test_rows_that_a_method_has_no_use_for_are_refused(choose, monkeypatch):
             choose(by, kind)
 
 
-def test_a_checker_without_a_verdict_is_told_before_the_first_sample():
+def test_a_checker_without_a_verdict_is_told_before_the_first_sample(configure):
     rows = tuple(
         Row("mine", n, (Message("user", "how many"),), (Completion((Message("assistant", reply),)),))
         for n, reply in enumerate(("it is 7", "many"))
     )
     numbered = LoadedSource("mine", "here", rows, (), "", checker="final_number")
-    with pytest.raises(UftError, match=r"no verdict on 1 of its rows") as caught:
-        jobs.scorer([numbered])
+    config = configure("sft")
+    with pytest.raises(UftError, match=r"1 of 2 rows cannot be judged") as caught:
+        making.scorer(config, [numbered])
     assert caught.value.problems[0].where == "mine:1"
-    score = jobs.scorer([replace(numbered, rows=rows[:1])])
+    score = making.scorer(config, [replace(numbered, rows=rows[:1])])
     assert [score(rows[0], reply) for reply in ("so 7", "so 8", "")] == [1.0, 0.0, 0.0]

@@ -12,7 +12,7 @@ import pytest
 
 from uft.config.schema import Config
 from uft.errors import GOOD, INTERRUPTED, STOPPED
-from uft.training import jobs
+from uft.training import jobs, making
 from uft.training.setup import Prepared, stage_card
 
 
@@ -56,8 +56,8 @@ def test_generate_stops_between_batches_and_goes_on(configure, files, tmp_path, 
             ),
         )
 
-    assert jobs.generate(settings("whole.jsonl")) == GOOD
-    real = jobs.generate_rows
+    assert making.generate(settings("whole.jsonl")) == GOOD
+    real = making.generate_rows
 
     def interrupted(*arguments: Any, **keywords: Any) -> Any:
         def progress(done: int, of: int) -> None:
@@ -67,11 +67,11 @@ def test_generate_stops_between_batches_and_goes_on(configure, files, tmp_path, 
         return real(*arguments, **keywords | {"progress": progress})
 
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "generate_rows", interrupted)
-        assert jobs.generate(settings("broken.jsonl")) == STOPPED
+        patch.setattr(making, "generate_rows", interrupted)
+        assert making.generate(settings("broken.jsonl")) == STOPPED
     whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
     assert 0 < len(broken.read_text().splitlines()) < len(whole.read_text().splitlines())
-    assert jobs.generate(settings("broken.jsonl")) == GOOD
+    assert making.generate(settings("broken.jsonl")) == GOOD
     assert broken.read_text() == whole.read_text()
     assert all(json.loads(line)["negatives"] for line in whole.read_text().splitlines())
 

@@ -15,7 +15,7 @@ from uft.cli.verbs import as_found
 from uft.config.frozen import load_config, typed
 from uft.errors import GOOD
 from uft.runs import Run, weights
-from uft.training import jobs, session
+from uft.training import making, session
 from uft.training.liveness import Stop
 
 
@@ -51,7 +51,7 @@ def test_a_stopped_run_goes_on_and_its_model_answers(name, previous):
 
     settings = as_found(weights(str(run.path)))
     settings["generate"] |= {"limit": 8, "max_new_tokens": 60, "temperature": 2.0, "top_k": 0}
-    assert jobs.generate(typed(settings)) == GOOD
+    assert making.generate(typed(settings)) == GOOD
     assert {line["sampled_by"] for line in lines(run.path / "generated.jsonl")} == {str(run.model_dir)}
 
 

@@ -56,7 +56,7 @@ def talk(named: Sequence[tuple[str, dict[str, Any]]]) -> None:
 
     silence_libraries()
     from uft.config.frozen import typed
-    from uft.training.jobs import sampler
+    from uft.training.making import sampler
     from uft.training.setup import choose_device
 
     console, speakers = Console(highlight=False, markup=False, emoji=False), list[Speaker]()

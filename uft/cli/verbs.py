@@ -203,10 +203,10 @@ def names_rows(word: str, config_dir: str | None = None) -> bool:
         return False
     if equals and path in groups(config_dirs(config_dir)).get("data", {}):
         return False
-    from uft.data.sources import READERS
+    from uft.data.readers import reader_of
 
     there = os.path.exists(path) or "/" in path if equals else os.path.isfile(path)
-    return there or Path(path).suffix.lower() in READERS
+    return there or reader_of(Path(path)) is not None
 
 
 def several_rows(word: str, config_dir: str | None = None) -> list[str]:

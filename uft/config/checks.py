@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-import math
-import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -37,6 +33,7 @@ from uft.config.messages import (
     right_type,
     written,
 )
+from uft.config.rules import BY_METHOD, rules_broken
 from uft.config.schema import (
     MISSING,
     REFERENCE,
@@ -44,26 +41,19 @@ from uft.config.schema import (
     KeyPath,
     default_of,
     fields_of,
-    flat,
     is_open,
     kind_at,
-    needed_rollouts,
     parameters,
-    problems_of,
     resolved,
     schema_with,
-    taken_kinds,
     value_at,
-    wants_teacher,
 )
-from uft.data.rows import part_of
-from uft.errors import Problem, secret_in, secrets
+from uft.errors import Problem
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 OBJECTIVE, REWARD = "objective", "reward"
-BY_METHOD = (OBJECTIVE, REWARD)  # groups whose keys are those of the class that their file names
 NOT_TYPED = ("name", "method")  # keys of an objective that its file sets; they cannot be overridden
 UNKNOWN = "unexpected_keyword_argument"  # pydantic's type of the error of a key that there is not
 BOUNDS = {"greater_than_equal": "at least", "greater_than": "above", "less_than_equal": "at most", "less_than": "below"}
@@ -225,33 +215,6 @@ class Draft:
     def is_open(self, path: KeyPath) -> bool:
         return is_open(kind_at(path, self.schema))
 
-    def complete_model(self) -> None:
-        """Lay what follows from a model's path and adapter: a learning rate that its file gives was meant for others.
-
-        A model of `model=custom` is called after its path, and its rate goes by its size. Any other file's rate is for
-        its own adapter. What was set elsewhere, on the command line or in an experiment, stays.
-        """
-        path, is_lora = self.get(("model", "path")), self.get(("model", "adapter")) == "lora"
-        latest = {setting.path[1]: setting for setting in self.settings if setting.path[:1] == ("model",)}
-        name, lr = latest.get("name"), latest.get("lr")
-        if not isinstance(path, str):
-            return
-        if name is not None and Path(name.file).name == CUSTOM and (called := name_of_model(path)):
-            self.put(Setting(("model", "name"), called, "after model.path", name.text))
-        if lr is None or (Path(lr.file).parent.name != "model" and not lr.text.startswith("init_from=")):
-            return
-        own = [s for s in self.settings if s.file == lr.file and s.path == ("model", "adapter")]
-        meant = bool(own) and own[-1].value == "lora"
-        if Path(lr.file).name == CUSTOM:
-            rate, why = first_rate(path, is_lora), "by size and adapter"
-        elif meant == is_lora or not isinstance(lr.value, int | float):
-            return
-        elif is_lora:
-            rate, why = max(lr.value, min(10 * lr.value, HIGHEST_RATE)), f"{lr.where}, tenfold for an adapter"
-        else:
-            rate, why = lr.value / 10, f"{lr.where}, a tenth for all weights"
-        self.put(Setting(("model", "lr"), float(f"{rate:.3g}"), why, lr.text))
-
     def complete_sources(self) -> None:
         """Lay the run's reward as the checker of every source that says nothing of one."""
         method, said = self.get((REWARD, "method")), {setting.path for setting in self.settings}
@@ -361,39 +324,7 @@ class Draft:
         return list(fields_of(kind_at(path, self.schema)))
 
 
-# --- What follows from a model's path.
-
-CUSTOM = "custom.yaml"  # conf/model's file of models that are given by their path
-HIGHEST_RATE = 1e-3  # of first learning rates
-SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", re.IGNORECASE)
-
-
-def name_of_model(path: str) -> str:
-    """What a model is called: the last part of its path, RUN for RUN/model; "" where that is no name."""
-    parts = [part for part in path.split("/") if re.search(r"\w", part)]
-    parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
-    return re.sub(r"[^\w.+-]", "_", parts[-1].rpartition(":")[2])[:60] if parts else ""
-
-
-def size_of_model(path: str) -> float | None:
-    """Roughly how many parameters: of the weights in a folder, or as the name says (Qwen2.5-0.5B); None: not known."""
-    found = 0
-    for file in Path(path).glob("*.safetensors") if os.path.isdir(path) else ():
-        try:
-            with file.open("rb") as opened:
-                header = json.loads(opened.read(min(int.from_bytes(opened.read(8), "little"), 100_000_000)))
-            found += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            continue  # told when it is loaded
-    sizes = SIZE_IN_NAME.findall(path.rstrip("/").rpartition("/")[2])
-    return found or (float(sizes[-1][0]) * {"m": 1e6, "b": 1e9}[sizes[-1][1].lower()] if sizes else None)
-
-
-def first_rate(path: str, is_lora: bool) -> float:
-    """A first learning rate for a model of which only its path is known: by its size, and tenfold for an adapter."""
-    size = size_of_model(path)
-    rate = 1e-5 if size is None or size > 3e8 else 2e-5 if size > 1e7 else HIGHEST_RATE
-    return min(10 * rate, HIGHEST_RATE) if is_lora else rate
+# --- Where a key is, and which keys there are.
 
 
 def elsewhere(leaf: str, draft: Draft) -> str | None:
@@ -440,229 +371,3 @@ def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
             found.setdefault((*place, *path), Fault(kind_of_error, value_at(values, path), bound))
         return found
     return {}
-
-
-# --- Rules between keys: each reads what it needs, and says nothing where that is missing or wrong itself.
-
-
-Settings = dict[str, Any]
-LONGEST_NAME = 200  # bytes; file systems allow 255, and our temporary files have longer names
-
-
-Broken = tuple[str, str, tuple[str, ...]]
-"""A dotted key, why its value breaks a rule, advice."""
-
-
-def rules_broken(settings: Settings, wrong: Collection[str], typed: Collection[str]) -> list[Broken]:
-    """The rules that settings break, at most one a key.
-
-    `wrong` are the keys whose values are wrong by themselves: rules see them as not given. `typed` are those that the
-    command line sets.
-    """
-    settings = copy.deepcopy(settings) if wrong else settings
-    for path in (tuple(key.split(".")) for key in wrong if "." in key):
-        node = value_at(settings, path[:-1])
-        if isinstance(node, dict) and path[-1] in node:
-            node.pop(path[-1]) if path[0] in BY_METHOD else node.update({path[-1]: None})
-    found = [one for rule in RULES for one in rule(settings)]
-    steps = settings["train"]["steps"]
-    if "train.epochs" in typed and steps is not None:
-        found.insert(0, broken("train.epochs", f"does nothing beside train.steps={steps}", "add  train.steps=null"))
-    return list({one[0]: one for one in reversed(found) if one[0] not in wrong}.values())[::-1]
-
-
-def broken(key: str, why: str, *advice: str) -> Broken:
-    return key, why, advice
-
-
-def numbers(settings: Settings) -> Iterator[Broken]:
-    warmup, steps = settings["optim"]["warmup"], settings["train"]["steps"]
-    if warmup is not None and warmup >= 1:
-        if warmup != int(warmup):
-            yield broken("optim.warmup", "must be a share below 1 or a whole number of steps")
-        elif steps is not None and warmup >= steps:
-            yield broken("optim.warmup", f"leaves no step after the warm-up: train.steps={steps}")
-    betas, seeds = settings["optim"]["betas"], settings["generate"]["seeds"]
-    if betas is not None and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
-        yield broken("optim.betas", "must be two numbers, at least 0 and below 1")
-    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
-        yield broken("generate.seeds", "must be different seeds, at least one")
-
-
-def adapters(settings: Settings) -> Iterator[Broken]:
-    adapter = settings["model"]["adapter"]
-    if settings["reference"]["mode"] == "adapter_off":
-        if adapter == "none":
-            advice = "model.adapter=lora  or  reference.mode=auto"
-            yield broken("reference.mode", "needs an adapter to switch off", advice)
-        if settings["reference"]["path"] is not None:
-            why = "is another model, and switching the adapter off gives the initial policy"
-            yield broken("reference.path", why, "reference.mode=auto")
-    if settings["reference"]["sync_every"] is not None:
-        if adapter == "lora":
-            why = "moves the weights of a whole copy, and an adapter trains none of those"
-            yield broken("reference.sync_every", why, "model.adapter=none")
-        elif settings["hardware"]["sharding"] == "full":
-            yield broken("reference.sync_every", "needs whole weights on every device", "hardware.sharding=none")
-        if settings["reference"]["mode"] == "cached":
-            yield broken("reference.mode", "keeps the log-probs of a reference that stays", "reference.mode=auto")
-    if adapter == "lora" and settings["model"]["lora"]["targets"] == []:
-        yield broken("model.lora.targets", "names no layer to adapt", "for all linear layers:  [all-linear]")
-
-
-def mixture(settings: Settings) -> Iterator[Broken]:
-    sources, ratio = settings["data"]["sources"], settings["data"]["ratio"]
-    if not sources:
-        advice = "+data.sources.mine.path=rows.jsonl", "or a mixture that has some:  data=mix"
-        yield broken("data.sources", "the mixture has no sources", *advice)
-    elif all(source.get("share") == 0 for source in sources.values()):
-        yield broken("data.sources", "every share is 0")
-    kinds = [source.get("kind") for source in sources.values()]
-    if ratio is not None and kinds and None not in kinds:  # where kinds are named, the ratio must have two sides
-        shown = kinds.count("demonstration") + kinds.count("negatives")
-        if (ratio < 1 and shown == len(kinds)) or (ratio > 0 and shown == 0):
-            side = "demonstrations only" if shown else "no demonstrations"
-            why = f"shares between demonstrations and the rest, and the mixture has {side}"
-            yield broken("data.ratio", why)
-
-
-def held_out(settings: Settings) -> Iterator[Broken]:
-    for name, source in settings["data"]["sources"].items():
-        key = f"data.sources.{name}"
-        ways = [way for way in ("holdout", "eval_path", "eval_split") if source.get(way) is not None]
-        if len(ways) > 1:
-            why = f"and {ways[0]} both say which rows are for evaluation: give one"
-            yield broken(f"{key}.{ways[1]}", why)
-        part = source.get("part")
-        if part is not None and part_of(part, 0) is None:
-            why = "must be r/n, the r-th of n slices; round has a meaning in a run of rounds alone"
-            yield broken(f"{key}.part", why, "rounds=3") if part == "round" else broken(f"{key}.part", why)
-        ends = source.get("score_range")
-        if ends is not None and not (len(ends) == 2 and ends[0] < ends[1]):
-            yield broken(f"{key}.score_range", "must be [lowest, highest]")
-    for key in (
-        "select.rows",
-        "data.holdout",
-        *(f"data.sources.{name}.holdout" for name in settings["data"]["sources"]),
-    ):
-        amount = value_at(settings, tuple(key.split(".")))
-        if amount is not None and amount > 1 and amount != int(amount):
-            yield broken(key, "must be a share below 1 or a whole number of rows")
-
-
-def names(settings: Settings) -> Iterator[Broken]:
-    """Names that become folders, and names of sources, which stand in the names of metrics and of files."""
-    for key, name in (("run.name", settings["run"]["name"]), ("sweep.name", settings["sweep"]["name"])):
-        bad = sorted(set(str(name or "")) & set("/\\=,"))
-        if bad or name in ("", ".", ".."):
-            yield broken(key, "names a folder", f"without {listing(bad)}" if bad else "give it a real name")
-        elif name is not None:
-            yield from _plain_name(key, name)
-    for part in str(settings["run"]["dir"] or "").split("/"):
-        yield from _plain_name("run.dir", part)
-    for name in settings["data"]["sources"]:
-        key = f"data.sources.{name}"
-        if set(name) & set("/\\") or name in ("", ".", ".."):
-            yield broken(key, "names files and metrics", "without / and \\")
-        else:
-            yield from _plain_name(key, name)
-
-
-def _plain_name(key: str, name: str) -> Iterator[Broken]:
-    if not name.isprintable():
-        why = "has a character that cannot be shown"
-        yield broken(key, why, "letters, digits and -_.+ are fine")
-    elif len(name.encode()) > LONGEST_NAME:
-        yield broken(key, f"is too long for a file's name: at most {LONGEST_NAME} bytes")
-
-
-def no_secret(settings: Settings) -> Iterator[Broken]:
-    """A configuration is written down, sent to W&B and compared by others."""
-    known = secrets()
-    for key, value in flat({**settings, "stages": {}}):
-        texts = list(value) if isinstance(value, list) else [value]
-        if key == "run.dir":
-            texts += str(value or "").split("/")  # the last part names the run, and others may name a sweep
-        what = next((found for text in texts if isinstance(text, str) and (found := secret_in(text, known))), None)
-        if what:
-            why = f"holds {what}, and configurations are written down"
-            yield broken(key, why, "leave it in the environment")
-
-
-def machines(settings: Settings) -> Iterator[Broken]:
-    nodes, rank = settings["hardware"]["nodes"] or 1, settings["hardware"]["node_rank"]
-    if rank is not None and rank >= nodes:
-        yield broken("hardware.node_rank", f"counts from 0 to {nodes - 1}: hardware.nodes={nodes}")
-    pool, processes = settings["hardware"]["pool"], settings["hardware"]["processes"] or 1
-    if pool is not None and len(set(pool)) < max(processes, len(pool)):
-        why = f"must be different numbers, at least {processes}: hardware.processes"
-        yield broken("hardware.pool", why)
-
-
-def rollouts(settings: Settings) -> Iterator[Broken]:
-    """Completions that the policy samples while it trains: whether the objective wants them, and all the rest does."""
-    rollout, objective = settings["rollout"], settings["objective"]
-    if None in (rollout["completions"], rollout["reward"]) or objective.get("method") not in parameters():
-        return
-    name, least, many = objective.get("name"), needed_rollouts(objective), rollout["completions"]
-    if many < least:
-        why = f"objective={name} learns from at least {least} completions of its own for each prompt"
-        yield broken("rollout.completions", why, "rollout.completions=8")
-    if not many:
-        return
-    if "rollout" not in taken_kinds(objective):
-        yield broken(
-            "rollout.completions", f"objective={name} takes no completions of its own", "rollout.completions=0"
-        )
-    rows, prompts = settings["train"]["batch_size"], rollout["prompts"]
-    if rows is not None and prompts is not None and prompts % rows:
-        yield broken("rollout.prompts", f"must be a multiple of train.batch_size={rows}")
-    weights = [weight for weight in rollout["reward"].values() if weight is not None]
-    if any(weight < 0 for weight in weights) or sum(weights) > 1 + 1e-9:
-        yield broken("rollout.reward", "its weights must be at least 0 and add up to at most 1: scores lie in [0, 1]")
-    plain = (rollout["temperature"], rollout["top_k"], rollout["top_p"]) == (1.0, 0, 1.0)
-    if objective.get("sampler_cap") is not None and not plain:
-        why = "log-probs of the sampler are those of the policy at temperature 1 without filters only"
-        yield broken("objective.sampler_cap", why, "rollout.temperature=1 rollout.top_k=0 rollout.top_p=1")
-    if settings["hardware"]["sharding"] == "full":
-        yield broken("rollout.completions", "cannot be sampled from a sharded model", "hardware.sharding=none")
-    if rollout["refill"] and settings["data"]["exhaustion"] == "first":
-        yield broken("rollout.refill", "draws further rows, and data.exhaustion=first ends where they do")
-    if rollout["refill"] and settings["train"]["steps"] is None:
-        yield broken("rollout.refill", "draws further rows, so that passes say nothing", "train.steps=...")
-
-
-def objective(settings: Settings) -> Iterator[Broken]:
-    """The keys of an objective that contradict each other, by its own `problems`, and a teacher that is not there."""
-    if settings["objective"].get("method") not in parameters():
-        return
-    for key, why in problems_of(settings["objective"]):
-        yield broken(f"objective.{key}", why)
-    if settings["teacher"]["path"] is None and wants_teacher(settings["objective"]):
-        yield broken(
-            "teacher.path",
-            "names the model to learn from, and is not given",
-            "teacher.path=some/model   (a folder or a hub id)",
-        )
-
-
-def rewards(settings: Settings) -> Iterator[Broken]:
-    """The run's reward and the checkers of its sources, each by its own `problems`."""
-    from uft.rewards import problems_with
-
-    named = {f"data.sources.{name}.checker": s.get("checker") for name, s in settings["data"]["sources"].items()}
-    yield from problems_with(settings["reward"], named)
-
-
-RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
-    numbers,
-    adapters,
-    mixture,
-    held_out,
-    names,
-    no_secret,
-    machines,
-    rollouts,
-    objective,
-    rewards,
-)

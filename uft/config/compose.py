@@ -30,11 +30,11 @@ from uft.config.checks import (
 from uft.config.files import BROKEN, NAMES_CODE, Composed, Files, Request, Words, files_of, read_words, translate
 from uft.config.frozen import plain
 from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
+from uft.config.models import complete, gives_choice
 from uft.config.rounds import PAST, SOURCES, Round, rounds_of
 from uft.config.schema import Config, KeyPath, Stage, flat
 from uft.config.stages import FILE, MADE_BY, STAGES, differing, expanded, made, maker, unready, without_stages
 from uft.errors import Problem, UftError
-from uft.runs import weights
 
 
 @dataclass
@@ -128,58 +128,6 @@ def gives_model(words: Words, composed: Composed) -> bool:
     files = [s.value for s in composed.settings if s.key == "model.path" and Path(s.file).parent.name != "model"]
     typed = [override.value() for override in words.values if path_of(override) == ("model", "path")]
     return (files + typed or [None])[-1] not in (None, f"builtin:{DEFAULT_MODEL}")
-
-
-def complete(draft: Draft, words: Words, files: Files) -> None:
-    """Lay what follows from the choice of a model: keys of the run that it comes from, and learning rates."""
-    start_from(draft, words.chosen)
-    forget_rate(draft, words.chosen, files)
-    draft.complete_model()
-
-
-def start_from(draft: Draft, chosen: Sequence[str]) -> None:
-    """Lay the keys of the model of the run that `init_from` names, and its weights as `model.path`.
-
-    What the command line or an experiment sets of the model stays, but for another model.
-    """
-    word = draft.get(("init_from",))
-    if not isinstance(word, str):
-        return
-    own = [s for s in draft.settings if s.path[0] == "model" and Path(s.file).parent.name != "model"]
-    others = [s.text for s in own if s.path == ("model", "path")] + [line for line in chosen if gives_choice(line)]
-    try:
-        source = weights(word)
-    except UftError as error:
-        draft.problems += [replace(problem, what=f"init_from={word}") for problem in error.problems]
-        return
-    if others or source.run is None:
-        why = f"names a run, whose model comes along, and {others[0]} another" if others else "is a model, and no run"
-        advice = "leave one of them out" if others else f"model.path={word}"
-        draft.problems.append(Problem(f"init_from={word}", why, draft.where(("init_from",)), (advice,)))
-        return
-    place = f"{source.run.path}@{source.step}" if source.is_checkpoint else str(source.run.path)
-    given, text, where = {s.path for s in own}, f"init_from={word}", f"the model of {source.name}"
-    model = {**source.config["model"], "path": source.path, "revision": None}
-    model.pop("trust_remote_code", None)  # whoever wants that says it anew
-    for path, value in leaves({"model": model, "init_from": place}):
-        if path not in given:
-            draft.put(Setting(path, value, where, text))
-
-
-def forget_rate(draft: Draft, chosen: Sequence[str], files: Files) -> None:
-    """Put a learning rate that an experiment sets back to the model's own where another model or adapter was chosen."""
-    lr = next((s for s in reversed(draft.settings) if s.path == ("optim", "lr")), None)
-    if lr is None or Path(lr.file).parent.name != "experiment":
-        return
-    meant = files.composed(tuple(line for line in chosen if not gives_choice(line))).values["model"]
-    if any(draft.get(("model", key)) != meant[key] for key in ("path", "adapter")):
-        why = f"model.lr: the one in {lr.where} is for another model or adapter"
-        draft.put(Setting(("optim", "lr"), "${model.lr}", why, lr.text))
-
-
-def gives_choice(line: str) -> bool:
-    """Whether this is a choice of a file of conf/model."""
-    return line.lstrip("+").startswith(("model=", "model@"))
 
 
 def key_of(line: str) -> str:

@@ -73,15 +73,11 @@ class Source:
     split: str = _key("train", "split of a hub id or datasets folder")
     subset: str | None = _key(None, "configuration name of a hub dataset")
     revision: str | None = _key(None, "commit or tag of a hub dataset")
-    score_range: list[float] | None = _key(
-        None, "[lowest, highest] of the score column; null: its own columns or [0, 1]"
-    )
+    score_range: list[float] | None = _key(None, "[lowest, highest] of the score column; null: its own, or [0, 1]")
     holdout: Float | None = _key(None, "rows kept for evaluation: a share below 1 or a count; null: data.holdout", ge=0)
     eval_path: str | None = _key(None, "evaluation rows of their own, instead of a holdout")
     eval_split: str | None = _key(None, "evaluation split of the same path, instead of a holdout")
-    checker: str | None = _key(
-        None, "what judges answers: NAME of conf/reward, or NAME+NAME; null: reward, where one is chosen"
-    )
+    checker: str | None = _key(None, "what judges answers: NAME of conf/reward, or NAME+NAME; null: reward, if chosen")
     part: str | None = _key(None, "r/n: the r-th of n slices of its rows; round: that of the round, in a run of rounds")
     limit: Int | None = _key(None, "use the first N rows only", ge=1)
     rollout: bool = _key(True, "with rollout.completions: sample its prompts; false: its rows are taken as they are")
@@ -185,9 +181,7 @@ class Train:
     micro_batch_tokens: Int | None = _key(
         None, "tokens per forward pass, padding counted where there is any; null: 8192, on a CPU 768", ge=1
     )
-    packing: Literal["auto", "packed", "padded"] = _key(
-        "auto", "rows one after another without padding, or a rectangle"
-    )
+    packing: Literal["auto", "packed", "padded"] = _key("auto", "rows one after another, or a rectangle")
     prefetch: bool | None = _key(None, "lay the next step's rows out in a thread; null: beside a GPU")
     sync_every_step: bool | None = _key(
         None, "wait for the device in every step, not only where its numbers are shown; null: unless it is a GPU"
@@ -358,9 +352,7 @@ class Stage:
     data: str | None = _key(None, "file of conf/data for this stage; null: the run's")
     set: dict[str, Any] = _key({}, "keys for this stage alone, e.g. {train.steps: 100, optim.lr: 1e-4}")
     by_round: dict[str, Any] = _key({}, "keys with a list of values, one a round, e.g. {optim.lr: [5e-7, 1e-7]}")
-    reference: Literal["start", "initial"] = _key(
-        "start", "fit: the model it starts from, or the one the run started from"
-    )
+    reference: Literal["start", "initial"] = _key("start", "fit: the model it starts from, or the run's first one")
 
 
 @dataclass(config=STRICT)
@@ -508,24 +500,9 @@ def _rewards() -> Mapping[str, type]:
     return {method: _model(method, cls) for method, cls in checkers().items()}
 
 
-def problems_of(settings: Settings) -> list[tuple[str, str]]:
-    """(key, what is wrong) where the keys of an objective contradict each other."""
-    return list(_objectives()[1](settings).problems())
-
-
-def taken_kinds(settings: Settings) -> set[str]:
-    """The kinds of rows that an objective has a use for."""
-    return {kind.value for kind in _objectives()[1](settings).views}
-
-
-def needed_rollouts(settings: Settings) -> int:
-    """Completions of its own that an objective needs of each prompt, at least."""
-    return int(_objectives()[1](settings).needs.rollouts)
-
-
-def wants_teacher(settings: Settings) -> bool:
-    """Whether an objective learns from the model of `teacher.path`."""
-    return bool(_objectives()[1](settings).needs.teacher)
+def objective_of(settings: Settings) -> Any:
+    """The objective that an `objective` node describes, for its kinds of rows, its needs and its problems."""
+    return _objectives()[1](settings)
 
 
 def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:

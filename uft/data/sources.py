@@ -6,7 +6,6 @@ parsing with a cache, places (files, folders, the hub, the playground), and read
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
@@ -26,7 +25,8 @@ from urllib.parse import urlsplit
 import uft
 from uft.data import formats
 from uft.data.formats import Format
-from uft.data.messages import Unreadable, excerpt, facts_of, is_blank
+from uft.data.messages import Unreadable, facts_of, is_blank
+from uft.data.readers import READERS, Found, first_line, reader_of, suffix_of, with_names
 from uft.data.rows import Kind, Row, content_digest, oddities, part_of
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.data.unread import FEEDBACK, Unread, unread_feedback, unread_meaning
@@ -274,9 +274,6 @@ def _recognise(name: str, source: Source, table: Scan) -> Format:
 # --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.
 
 
-Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
-
-
 @dataclass
 class Scan:
     """The first reading of a table."""
@@ -345,7 +342,7 @@ def is_local(path: str) -> bool:
 
 def looks_local(path: str) -> bool:
     """Whether a path that does not exist is meant as a file: by its suffix, or since it cannot be a hub id."""
-    return Path(path).suffix.lower() in (*READERS, ".gz", ".txt", ".zip", ".arrow") or not _HUB_ID.fullmatch(path)
+    return suffix_of(Path(path)) in (*READERS, ".txt", ".zip", ".arrow") or not _HUB_ID.fullmatch(path)
 
 
 def open_place(place: Place) -> tuple[list[RecordTable], list[str]]:
@@ -374,7 +371,7 @@ def open_place(place: Place) -> tuple[list[RecordTable], list[str]]:
 
 
 def _file(path: Path, place: Place) -> RecordTable:
-    reader = READERS.get(path.suffix.lower())
+    reader = reader_of(path)
     if reader is None:
         raise place.problem(f"cannot read files of type {path.suffix or '(none)'}", f"types: {' '.join(READERS)}")
     before = path.stat()
@@ -388,7 +385,11 @@ def _file(path: Path, place: Place) -> RecordTable:
         if (before.st_ino, before.st_size, before.st_mtime_ns) != (after.st_ino, after.st_size, after.st_mtime_ns):
             raise place.problem("changed while it was read", "wait until the program that writes it is done")
 
-    return RecordTable(str(path), find, path, textual=reader is _csv, small=before.st_size <= KEPT_BYTES)
+    textual, small = (
+        suffix_of(path) in (".csv", ".tsv"),
+        before.st_size <= KEPT_BYTES and path.suffix == suffix_of(path),
+    )
+    return RecordTable(str(path), find, path, textual=textual, small=small)
 
 
 def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
@@ -397,7 +398,7 @@ def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
         raise place.problem("cannot be read: no permission")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return [_saved_dataset(path, place)], []
-    files = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in READERS)
+    files = sorted(p for p in path.iterdir() if p.is_file() and reader_of(p))
     if (path / "README.md").is_file() or not files:
         return [_hub(str(path), place)], []
     # names may tell splits apart (train-00.jsonl, test.jsonl); else all files are of any split
@@ -453,12 +454,7 @@ def _hub(name: str, place: Place) -> RecordTable:
 def _named(records: Iterable[dict[str, Any]], features: Mapping[str, Any]) -> Iterator[Found]:
     """Records of `datasets`, with the names of classes (`ClassLabel`) in the place of their numbers."""
     names = {column: one.names for column, one in features.items() if getattr(one, "names", None)}
-    return enumerate((_with_names(record, names) for record in records), start=1)
-
-
-def _with_names(record: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    known = {column: record[column] for column in names if record.get(column) is not None}
-    return record | {column: names[column][number] if number >= 0 else None for column, number in known.items()}
+    return enumerate((with_names(record, names) for record in records), start=1)
 
 
 def _builtin(place: Place) -> RecordTable:
@@ -478,137 +474,3 @@ def _builtin(place: Place) -> RecordTable:
 
 def _listing(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "(none)"
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-# --- Readers of files: JSON Lines, JSON, CSV and Parquet, each record with its number, so that a bad one can be found.
-#
-# JSON Lines and CSV need the standard library alone; pyarrow is imported when a file asks for it.
-
-
-def _jsonl(path: Path) -> Iterator[Found]:
-    """One JSON object per line. Read as bytes, so that one bad byte costs one row; a BOM, blank lines and CRLF pass."""
-    with open(path, "rb") as handle:
-        for number, line in enumerate(handle, start=1):
-            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
-                yield 1, "the file is UTF-16; save it as UTF-8"
-                return
-            raw = (line.removeprefix(_BOM) if number == 1 else line).strip()
-            if raw:
-                value, _, fault = _parsed(raw)
-                if b"\r" in raw and "JSON" in fault:
-                    fault += "; lines end with a line feed, not with a carriage return"
-                yield number, fault or _record(value)
-
-
-def _json(path: Path) -> Iterator[Found]:
-    """A JSON array of objects, which is read whole, or one object per line."""
-    with open(path, "rb") as handle:
-        first = handle.read(3).removeprefix(_BOM).lstrip()
-        while not first and (block := handle.read(4096)):
-            first = block.lstrip()
-    if not first.startswith(b"["):
-        yield from _jsonl(path)
-        return
-    items, line, fault = _parsed(path.read_bytes().removeprefix(_BOM).strip())
-    yield from [(line, fault)] if fault else enumerate(map(_record, items), start=1)
-
-
-_BOM = b"\xef\xbb\xbf"
-
-
-def _record(value: Any) -> dict[str, Any] | str:
-    return value if isinstance(value, dict) else "not a JSON object"
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise Unreadable(f"names a field twice: {_repeated(name for name, _ in pairs)}")
-    return found
-
-
-def _repeated(names: Iterable[str]) -> str:
-    return ", ".join(excerpt(name) for name, count in Counter(names).items() if count > 1)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _parsed(raw: bytes) -> tuple[Any, int, str]:
-    """The value of a JSON text; else the line of its fault, and the fault."""
-    try:
-        return _DECODER.decode(raw.decode("utf-8")), 1, ""
-    except Unreadable as error:
-        return None, 1, str(error)
-    except UnicodeDecodeError as error:
-        fault = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
-        return None, raw.count(b"\n", 0, error.start) + 1, fault
-    except json.JSONDecodeError as error:
-        return None, error.lineno, f"broken JSON: {error.msg} at column {error.colno}"
-    except ValueError:  # of Python's int
-        return None, 1, "broken JSON: a number of more than 4,300 digits"
-    except RecursionError:
-        return None, 1, "broken JSON: nested too deeply"
-
-
-def _csv(path: Path) -> Iterator[Found]:
-    """Text cells under a header. Bytes that are not UTF-8 stay visible as surrogates, which the row's check names."""
-    csv.field_size_limit(2**31 - 1)
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
-        rows = csv.reader(handle, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        try:
-            header: list[str] = next(rows, [])
-            if repeated := _repeated(header):
-                yield 1, f"names a column twice: {repeated[:200]}"
-                return
-            start = rows.line_num + 1
-            for cells in rows:
-                number, start = start, rows.line_num + 1
-                if len(cells) == len(header):
-                    yield number, dict(zip(header, cells, strict=True))
-                elif cells:
-                    yield number, f"has {len(cells)} cells under {len(header)} columns"
-        except csv.Error as error:
-            yield rows.line_num, f"broken CSV: {error}"
-
-
-def _parquet(path: Path) -> Iterator[Found]:
-    import pyarrow.parquet
-
-    def rows_of(batch: Any) -> list[Any]:
-        try:
-            return list(batch.to_pylist())
-        except Exception as error:  # a row has no value in Python (a text that is not UTF-8): find it
-            if batch.num_rows == 1:
-                return [f"cannot be read: {first_line(error)}"]
-            return [row for place in range(batch.num_rows) for row in rows_of(batch.slice(place, 1))]
-
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
-    with pyarrow.parquet.ParquetFile(path) as file:  # read_table would make columns of the names of folders
-        names = _class_names(file.schema_arrow.metadata)
-        rows = (row for batch in file.iter_batches(1024) for row in rows_of(batch))
-        yield from enumerate((row if isinstance(row, str) else _with_names(row, names) for row in rows), start=1)
-
-
-def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """The names of classes that `datasets` wrote into a Parquet file."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return {c: one["names"] for c, one in features.items() if isinstance(one, dict) and one.get("names")}
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return {}
-
-
-READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".parquet": _parquet,
-    ".csv": _csv,
-    ".tsv": _csv,
-}

@@ -26,7 +26,7 @@ from uft import __version__
 from uft.config.compose import Examined
 from uft.config.frozen import free, frozen, plain, to_yaml
 from uft.config.messages import written
-from uft.config.schema import defaults_of, taken_kinds
+from uft.config.schema import defaults_of, objective_of
 from uft.config.stages import completed, data_nodes, differences
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, visible
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
@@ -234,7 +234,7 @@ def unusable_rows(settings: Mapping[str, Any]) -> list[Problem]:
     data, objective = settings["data"], settings["objective"]
     if settings.get("stages") or data["unusable"] == "drop":
         return []
-    usable = taken_kinds(objective)
+    usable = {kind.value for kind in objective_of(objective).views}
     sources = {name: {**source, "share": None} for name, source in data["sources"].items()}
     problems = []
     for name, counts in _parse_rows(_mixture(data, sources), os.getcwd()).items():

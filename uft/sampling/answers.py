@@ -18,8 +18,8 @@ from uft.config.schema import Generate
 from uft.data.chat import Renderer
 from uft.data.formats import turns_column
 from uft.data.messages import Unreadable, read_conversation, read_prompt, with_context
+from uft.data.readers import reader_of
 from uft.data.rows import Turns
-from uft.data.sources import READERS
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.load import pad_id
@@ -46,7 +46,7 @@ def read_prompts(file: Path) -> list[Turns]:
 
     Raises UftError with every record that holds no prompt.
     """
-    reader = READERS.get(file.suffix.lower(), _lines)
+    reader = reader_of(file) or _lines
     found, problems = list[Turns](), list[Problem]()
     for number, record in reader(file):
         try:

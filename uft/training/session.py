@@ -219,7 +219,7 @@ class Session:
             select=replace(stage.config.select, past=past),
         )
         sampled_by = f"stage:{trained[-1].name}" if trained else stage.config.model.path
-        from uft.training.jobs import ROW_STAGES  # here: most runs make no rows, and start without these imports
+        from uft.training.making import ROW_STAGES  # here: most runs make no rows, and start without these imports
 
         return ROW_STAGES[stage.do](config, folder.path, sampled_by, self.device, self.stop, self.console.message)
 

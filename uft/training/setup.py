@@ -16,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from uft import __version__
-from uft.config.checks import first_rate, size_of_model
+from uft.config.models import first_rate, size_of_model
 from uft.config.schema import Config, Eval, Hardware, Model, Optim, ReferenceModel
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches

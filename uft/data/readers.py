@@ -1,0 +1,175 @@
+"""Readers of files: JSON Lines, JSON, CSV and Parquet, also compressed, each record with its number, so that a bad one
+can be found. JSON Lines and CSV need the standard library alone; pyarrow is imported when a file asks for it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from uft.data.messages import Unreadable, excerpt
+
+Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
+Reader = Callable[[Path], Iterator[Found]]
+COMPRESSED = (".gz", ".zst", ".bz2")
+
+
+def reader_of(path: Path) -> Reader | None:
+    """The reader of a file by its name: rows.jsonl, rows.jsonl.gz."""
+    return READERS.get(suffix_of(path))
+
+
+def suffix_of(path: Path) -> str:
+    """The last part of a file's name in lower case, without that of its compression."""
+    name = path.name.lower()
+    packed = next((end for end in COMPRESSED if name.endswith(end)), "")
+    return Path(name.removesuffix(packed)).suffix
+
+
+def opened(path: Path) -> BinaryIO:
+    """The content of a file as bytes, unpacked."""
+    if path.suffix.lower() not in COMPRESSED:
+        return open(path, "rb")
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"))
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def with_names(record: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    known = {column: record[column] for column in names if record.get(column) is not None}
+    return record | {column: names[column][number] if number >= 0 else None for column, number in known.items()}
+
+
+def _jsonl(path: Path) -> Iterator[Found]:
+    """One JSON object per line. Read as bytes, so that one bad byte costs one row; a BOM, blank lines and CRLF pass."""
+    with opened(path) as handle:
+        for number, line in enumerate(handle, start=1):
+            if number == 1 and line.startswith((b"\xff\xfe", b"\xfe\xff")):
+                yield 1, "the file is UTF-16; save it as UTF-8"
+                return
+            raw = (line.removeprefix(_BOM) if number == 1 else line).strip()
+            if raw:
+                value, _, fault = _parsed(raw)
+                if b"\r" in raw and "JSON" in fault:
+                    fault += "; lines end with a line feed, not with a carriage return"
+                yield number, fault or _record(value)
+
+
+def _json(path: Path) -> Iterator[Found]:
+    """A JSON array of objects, which is read whole, or one object per line."""
+    with opened(path) as handle:
+        first = handle.read(3).removeprefix(_BOM).lstrip()
+        while not first and (block := handle.read(4096)):
+            first = block.lstrip()
+    if not first.startswith(b"["):
+        yield from _jsonl(path)
+        return
+    with opened(path) as handle:
+        items, line, fault = _parsed(handle.read().removeprefix(_BOM).strip())
+    yield from [(line, fault)] if fault else enumerate(map(_record, items), start=1)
+
+
+_BOM = b"\xef\xbb\xbf"
+
+
+def _record(value: Any) -> dict[str, Any] | str:
+    return value if isinstance(value, dict) else "not a JSON object"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise Unreadable(f"names a field twice: {_repeated(name for name, _ in pairs)}")
+    return found
+
+
+def _repeated(names: Iterable[str]) -> str:
+    return ", ".join(excerpt(name) for name, count in Counter(names).items() if count > 1)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _parsed(raw: bytes) -> tuple[Any, int, str]:
+    """The value of a JSON text; else the line of its fault, and the fault."""
+    try:
+        return _DECODER.decode(raw.decode("utf-8")), 1, ""
+    except Unreadable as error:
+        return None, 1, str(error)
+    except UnicodeDecodeError as error:
+        fault = f"not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start + 1}"
+        return None, raw.count(b"\n", 0, error.start) + 1, fault
+    except json.JSONDecodeError as error:
+        return None, error.lineno, f"broken JSON: {error.msg} at column {error.colno}"
+    except ValueError:  # of Python's int
+        return None, 1, "broken JSON: a number of more than 4,300 digits"
+    except RecursionError:
+        return None, 1, "broken JSON: nested too deeply"
+
+
+def _csv(path: Path) -> Iterator[Found]:
+    """Text cells under a header. Bytes that are not UTF-8 stay visible as surrogates, which the row's check names."""
+    csv.field_size_limit(2**31 - 1)
+    with opened(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="") as handle:
+        rows = csv.reader(handle, delimiter="\t" if suffix_of(path) == ".tsv" else ",")
+        try:
+            header: list[str] = next(rows, [])
+            if repeated := _repeated(header):
+                yield 1, f"names a column twice: {repeated[:200]}"
+                return
+            start = rows.line_num + 1
+            for cells in rows:
+                number, start = start, rows.line_num + 1
+                if len(cells) == len(header):
+                    yield number, dict(zip(header, cells, strict=True))
+                elif cells:
+                    yield number, f"has {len(cells)} cells under {len(header)} columns"
+        except csv.Error as error:
+            yield rows.line_num, f"broken CSV: {error}"
+
+
+def _parquet(path: Path) -> Iterator[Found]:
+    import pyarrow.parquet
+
+    def rows_of(batch: Any) -> list[Any]:
+        try:
+            return list(batch.to_pylist())
+        except Exception as error:  # a row has no value in Python (a text that is not UTF-8): find it
+            if batch.num_rows == 1:
+                return [f"cannot be read: {first_line(error)}"]
+            return [row for place in range(batch.num_rows) for row in rows_of(batch.slice(place, 1))]
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
+    with pyarrow.parquet.ParquetFile(opened(path)) as file:  # read_table would make columns of the names of folders
+        names = _class_names(file.schema_arrow.metadata)
+        rows = (row for batch in file.iter_batches(1024) for row in rows_of(batch))
+        yield from enumerate((row if isinstance(row, str) else with_names(row, names) for row in rows), start=1)
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """The names of classes that `datasets` wrote into a Parquet file."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {c: one["names"] for c, one in features.items() if isinstance(one, dict) and one.get("names")}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return {}
+
+
+READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".csv": _csv,
+    ".tsv": _csv,
+}
