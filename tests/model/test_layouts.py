@@ -25,6 +25,7 @@ from uft.model.policy import Policy, add_lora
 from uft.model.reference import Frozen
 from uft.objectives import make
 from uft.objectives.base import ForwardRequest, Objective, StepContext
+from uft.objectives.policy_gradient import SPREAD
 from uft.training.step import optimiser_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))
@@ -76,6 +77,10 @@ class Words:
                 completion(),
                 *(completion(sampled_by="m", log_prob=-float(n)) for n in (3, 4, 5)),
             ),
+            Kind.ROLLOUT: lambda: tuple(
+                replace(completion(sampled_by="m", score=n / 3), annotations={SPREAD: 0.4})
+                for n in range(1 + number % 3, -1, -1)
+            ),
         }[kind]()
         prompt = self.ids(PROMPT)
         row = Row("source", number, (Message("user", "p"),), completions)
@@ -96,7 +101,9 @@ class Words:
 def items_of(objective: Objective, count: int = 10) -> list[Example]:
     """Rows of all kinds that the objective takes something of, one of them twice."""
     words, found = Words(), []
-    kinds = [kind for kind in Kind if kind in objective.views]
+    kinds = [
+        kind for kind in Kind if kind in objective.views and (kind is not Kind.ROLLOUT or len(objective.views) == 1)
+    ]
     for number in range(count):
         row, encoded = words.row(kinds[number % len(kinds)], number)
         item = make_example(row, encoded, number, 0, lambda row, visit: objective.views[row.kind](row, visit))

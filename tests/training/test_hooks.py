@@ -72,7 +72,7 @@ class FakeTrainer:
         self.optim, self.eval = Optim(lr=0.5, schedule="constant", warmup=0), Eval(best=best, best_mode=mode)
         self.train = Train(log_every=log, eval_every=evaluate, checkpoint_every=save)
         self.config, self.saves = self, list[tuple[int, int, int | None]]()
-        self.notes = Notes()
+        self.notes, self.rollouts = Notes(), None
         self.recorder = Recorder(self.notes, self.notes, measure, **recorder)
 
     def publish_pending_checkpoint(self, wait: bool = True) -> None:

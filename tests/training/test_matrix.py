@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from uft.config.compose import compose
 from uft.config.frozen import typed
 from uft.config.messages import conf_dir, groups
-from uft.config.schema import Config, Lora, ReferenceModel, Source, Teacher
+from uft.config.schema import Config, Lora, ReferenceModel, Rollout, Source, Teacher
 from uft.data.rows import Kind
 from uft.errors import UftError
 from uft.objectives import make
@@ -48,7 +48,9 @@ ROWS = 24
 def short(data: str) -> Config:
     """The configuration under data=NAME, of whose sources the first rows alone are read."""
     content: Any = OmegaConf.to_container(compose((f"data={data}", *SMALL)), resolve=True)
-    sources = {name: {**source, "limit": ROWS} for name, source in content["data"]["sources"].items()}
+    sources = {
+        name: {**source, "limit": ROWS, "checker": "playground"} for name, source in content["data"]["sources"].items()
+    }
     return typed({**content, "data": {**content["data"], "sources": sources}})
 
 
@@ -85,7 +87,9 @@ def configure(folder, teacher):
     def make_config(objective: str, data: str, **changes: Any) -> Config:
         config = short(data)
         changed = replace(config.data, cache=str(folder / "cache"), **changes)
-        own = {"teacher": teacher} if objective == "distill" else {}
+        own: dict[str, Any] = {"teacher": teacher} if objective == "distill" else {}
+        if make(settings(objective)).needs.rollouts:
+            own = {"rollout": Rollout(completions=3, max_new_tokens=8, reward={"correct": 0.5, "plain": 0.5})}
         return replace(config, objective=settings(objective), data=changed, **own)
 
     return make_config
@@ -160,7 +164,7 @@ def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(configure, pr
     config, again = configure(objective, data), objective in UNLIKE or data != "mix"
     made, kinds = make(config.objective), kinds_of(config)
     unusable, lacking = kinds - made.views.keys(), {n for k in kinds & made.views.keys() for n in made.annotations(k)}
-    if not unusable and not lacking:
+    if config.rollout.completions or (not unusable and not lacking):
         train_and_resume(prepared, config, again)
         return
     with pytest.raises(UftError) as refused:
@@ -181,7 +185,7 @@ def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(configure, pr
 def test_the_matrix_is_whole_and_has_both_ends():
     """Thirty objectives; DPO cannot use what SFT can, and a missing column stops PoFT everywhere."""
     assert len(OBJECTIVES) >= 30
-    assert {"binary", "instruct", "mix", "negatives", "pairs", "scored"} == set(DATA)
+    assert {"binary", "chain", "instruct", "mix", "negatives", "pairs", "scored"} == set(DATA)
     assert Kind.DEMONSTRATION not in make(settings("dpo")).views
     assert make(settings("poft")).annotations(Kind.BINARY) == {"baseline_logp"}
 

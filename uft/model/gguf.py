@@ -41,7 +41,7 @@ def write_gguf(folder: Path, out: Path) -> float:
         raise UftError(Problem("--gguf", "needs the package gguf, which is not installed", advice=advice)) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     config, backend = model.config, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if why := obstacle(config, backend):
@@ -156,10 +156,15 @@ def _difference(model: Any, out: Path) -> float:
     """The largest difference of log-probs on a few tokens. Raises UftError where it is more than rounding."""
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"gguf_file": out.name, "dtype": torch.float32, "local_files_only": True}
-    if head := getattr(model.config, "head_dim", None):
-        options["head_dim"] = head  # which transformers does not read from the file
-    read: Any = AutoModelForCausalLM.from_pretrained(out.parent, **options)
+    head = getattr(model.config, "head_dim", None)  # which transformers does not read from the file
+    read: Any = AutoModelForCausalLM.from_pretrained(
+        out.parent,
+        gguf_file=out.name,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        **({} if head is None else {"head_dim": head}),
+    )
     ids = (7919 * torch.arange(1, 33) % min(model.config.vocab_size, read.config.vocab_size))[None]
     ours, theirs = (one.eval()(ids).logits.log_softmax(-1) for one in (model.float(), read))
     found = float((ours - theirs).abs().max())
