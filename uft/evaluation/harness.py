@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Eval, Task
 from uft.data.batch import Layout, batches_of, packs_of, sequence_batch
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, first_line
 from uft.heartbeat import activity
 from uft.model.load import pad_id
 from uft.model.policy import Policy, evaluating
@@ -261,7 +261,7 @@ class Loaded:
         try:
             content = manager.load([own])
         except Exception as error:  # the network, the hub, a data set, code of a task: whatever it raises
-            why = f"its rows cannot be loaded: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            why = f"its rows cannot be loaded: {type(error).__name__}: {first_line(error)}"
             advice = (f"rows of a file with the same columns:  eval.task_files.{name}=FILE",)
             raise UftError(Problem(f"eval.tasks: {name}", why, advice=advice)) from error
         for leaf in content["tasks"].values():
