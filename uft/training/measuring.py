@@ -158,9 +158,7 @@ def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
         kind = "rows, none of which is held out" if name in whole else "held-out rows"
         say(f"{name}: {counts['rows']:,} of {counts['of']:,} {kind} (eval.rows={config.eval.rows})")
     budget = tokens_per_pass(config)
-    found = evaluate(
-        policy, reference, held, renderer, tokenizer, config.eval, stop.between_passes, micro_batch_tokens=budget
-    )
+    found = evaluate(policy, reference, held, renderer, config.eval, stop.between_passes, micro_batch_tokens=budget)
     digests = {source.name: source.digest for source in loaded}
     about = {"data": config.data.name, "sources": rows, "digests": digests, "template": renderer.digest}
     about |= {name: getattr(config.eval, name) for name in ("rows", "generate_rows", "max_new_tokens")}

@@ -182,7 +182,6 @@ class Session:
             prepared.eval_reference,
             self.data.held_out,
             renderer,
-            renderer.tokenizer,
             trainer.config.eval,
             self.stop.between_passes,
             micro_batch_tokens=tokens_per_pass(trainer.config),
