@@ -30,9 +30,8 @@ from uft.runs import (
     waiting,
     weights,
 )
-from uft.tracking.console import HEADLINES, printable, printable_lines
+from uft.tracking.console import HEADLINES, printable, printable_lines, table_console
 
-WIDE = 160  # columns where there is no terminal
 METRICS = 4  # metrics shown at most
 COLOURS = {
     "finished": "green",
@@ -85,11 +84,10 @@ def describe(run: Run) -> dict[str, Any]:
 
 def print_tables(found: list[dict[str, Any]]) -> None:
     """A table per folder: a sweep, or the runs of a day."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console = table_console()
     metrics = [name for name in HEADLINES if any(f"eval/{name}" in row for row in found)][:METRICS]
     for folder, inside in groupby(found, key=lambda row: Path(row["path"]).parent):
         table, errors = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"), []

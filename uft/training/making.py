@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -39,19 +38,16 @@ from uft.sampling.answers import Answer, answer_prompts, read_prompts
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.sampling.rollouts import score_of, unjudged, weights_of
-from uft.tracking.console import printable_lines
+from uft.tracking.console import printable_lines, table_console
 from uft.training.choosing import choose_rows
 from uft.training.dataset import keep_pandas_out, make_renderer
 from uft.training.liveness import Stop, listening
 from uft.training.setup import Say, choose_device, settle_threads
 
-TABLE_WIDTH = 180  # without a terminal
-
 
 def job_console() -> Console:
-    """As wide as the terminal, or wide enough for a table; silent in all processes but the first."""
-    quiet = not ranks().is_rank0
-    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=TABLE_WIDTH, quiet=quiet)
+    """Silent in all processes but the first."""
+    return table_console(quiet=not ranks().is_rank0)
 
 
 def say_on(console: Console) -> Say:
@@ -243,7 +239,7 @@ class AnnotatedSource:
 
 def annotate(config: Config) -> int:
     """Write the column that `config.annotate` asks for."""
-    say, column = say_on(Console()), config.annotate.column
+    say, column = say_on(job_console()), config.annotate.column
     if column is None:
         advice = f"uft annotate COLUMN, one of  {', '.join(ANNOTATORS)}"
         raise UftError(Problem("uft annotate", "which column is not said", advice=(advice,)))
@@ -389,7 +385,7 @@ def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource
 
 def select(config: Config) -> int:
     """Write the rows that `config.select` chooses."""
-    say, device, out = say_on(Console()), choose_device(config.hardware), Path(config.select.out or "selected")
+    say, device, out = say_on(job_console()), choose_device(config.hardware), Path(config.select.out or "selected")
     with listening() as stop:
         try:
             told = select_stage(config, out, "", device, stop, say)

@@ -7,19 +7,15 @@ every row. `uft compare` reads both.
 from __future__ import annotations
 
 import json
-import math
 import re
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -29,22 +25,23 @@ from uft.data.report import data_omissions
 from uft.data.sources import load_sources
 from uft.errors import GOOD, Problem, UftError
 from uft.evaluation.evaluate import Evaluation, HeldOut, Item, evaluate
+from uft.evaluation.measures import mean_stderr
 from uft.model.layout import settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer
 from uft.model.policy import Policy
 from uft.model.reference import make_reference
 from uft.runs import cache_root, shown, write_atomically, write_json
 from uft.sampling.generate import Interrupted
-from uft.tracking.console import printable
+from uft.tracking.console import printable, table_console
 from uft.training.dataset import keep_pandas_out, make_renderer, tokenize_held_out
 from uft.training.liveness import Stop, listening
+from uft.training.making import say_on
 from uft.training.setup import Say, choose_device, settle_threads
 from uft.training.trainer import tokens_per_pass
 
 FORMAT = 1
 PAUSE = 5.0  # seconds between two lines of progress
 LONGEST_NAME = 60
-WIDE = 160  # where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,8 @@ class Measured:
 
 def measure(config: Config) -> int:
     """Evaluate `config.model` on the tasks that are asked for, else on rows; print the table and write the files."""
-    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
-    started = time.perf_counter()
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-
+    console, started = table_console(), time.perf_counter()
+    say = say_on(console)
     if config.eval.tasks and find_spec("lm_eval") is None:
         advice = ("pip install 'uft[lmeval]'",)
         raise UftError(Problem("eval.tasks", "needs lm-evaluation-harness, which is not installed", advice=advice))
@@ -171,21 +164,12 @@ def row_figures(found: Evaluation) -> dict[str, dict[str, Any]]:
     for name, value in found.metrics.items():
         source, _, metric = name.removeprefix("eval/").rpartition("/")
         column = [item.measures[metric] for item in found.items if has(item, source, metric)]
-        figures[name] = {"value": value, "stderr": stderr_of(column), "n": len(column)}
+        figures[name] = {"value": value, "stderr": mean_stderr([column], [value]), "n": len(column)}
     return figures
 
 
 def has(item: Item, source: str, metric: str) -> bool:
     return source in ("", item.source) and item.measures.get(metric, (0.0, 0.0))[1] > 0
-
-
-def stderr_of(column: Sequence[tuple[float, float]]) -> float | None:
-    """The standard error of a ratio of sums over rows, (sum, count) each; linearised. None for a single row."""
-    if len(column) < 2:
-        return None
-    sums, counts = np.array(column).T
-    shares = (sums - sums.sum() / counts.sum() * counts) / counts.mean()
-    return float(shares.std(ddof=1) / math.sqrt(len(column)))
 
 
 # --- On tasks
