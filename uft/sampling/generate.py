@@ -200,9 +200,12 @@ def _decode(
     should_stop: Callable[[], bool],
     ended: Callable[[Sequence[int]], bool] | None,
 ) -> None:
-    """Answer one batch of prompts, in place. Finished rows leave the batch once half of it is finished."""
+    """Answer one batch of prompts, in place. A prompt that several rows have is read once; finished rows leave the
+    batch once half of it is finished."""
     rows, device = [row for row in rows if row.open], policy.device
-    ids, mask = left_padded([row.prompt for row in rows], pad_id, device)
+    places = {prompt: number for number, prompt in enumerate(dict.fromkeys(tuple(row.prompt) for row in rows))}
+    ids, mask = left_padded(list(places), pad_id, device)
+    prompt_of_row = torch.tensor([places[tuple(row.prompt)] for row in rows], device=device)
     if policy.caches is None:
         with exact_products():
             policy.caches = _caches(policy)
@@ -215,6 +218,9 @@ def _decode(
             raise Interrupted
         if caches:
             logits, cache = _last_logits(policy, ids, mask, cache)
+            if step == 0 and len(places) < len(rows):
+                cache.reorder_cache(prompt_of_row)
+                logits, mask = logits[prompt_of_row], mask[prompt_of_row]
         else:
             logits = _plain_logits(policy, [[*row.prompt, *row.reply.ids] for row in rows])
         draws = [row.uniform[step] if row.open else 0.0 for row in rows]
@@ -223,7 +229,7 @@ def _decode(
             if row.open:
                 row.reply.add(token, log_prob, stop_ids)
                 row.reply.ended = ended is not None and ended(row.reply.ids)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         ids = tokens[:, None]
         step += 1
         kept = [i for i, row in enumerate(rows) if row.open]
@@ -231,7 +237,8 @@ def _decode(
             index = torch.tensor(kept, device=device)
             if cache is not None:
                 cache.reorder_cache(index)
-            ids, mask, rows = ids[index], mask[index], [rows[i] for i in kept]
+                ids, mask = ids[index], mask[index]
+            rows = [rows[i] for i in kept]
 
 
 def _last_logits(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
