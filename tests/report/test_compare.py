@@ -16,7 +16,6 @@ from shape import STATES, check
 from synthetic import held, make_run, make_sweep, tear
 
 from uft.cli import main
-from uft.report import table
 from uft.report.compare import as_json, compare, write
 from uft.report.runs import select
 from uft.tracking import metrics
