@@ -89,6 +89,7 @@ def best_against_worst(row: Row, visit: int) -> Selection | None:
 
 
 def is_own(completion: Completion) -> bool:
+    """Whether it was sampled: in a rollout, by the policy."""
     return completion.sampled_by is not None
 
 

@@ -12,7 +12,7 @@ with), `sampled_by`, `sampling` (the settings), and `answer` and `task` where th
 
 Two settings are for methods that learn from a model's own samples in pairs. `repeats: drop` leaves out samples with the
 tokens of the row's own completion, from which a pair learns nothing; DFT wants them as they come. `score: true` writes
-`score`, the figure of the source's checker for each sample, and no `response`: the line is a row of scored samples.
+`score`, that of each sample by the source's checker and `rollout.reward`, and no `response`: a row of scored samples.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ class RolloutSampler:
     def _prompt(self, draw: RowIndex, hint: int) -> tuple[list[int], list[int]]:
         """Token ids of a row's prompt, as they are trained, and of the piece of its demonstration that follows it."""
         source = self._source(draw)
-        tokens = source.encoded[draw.index][shown_of(source.rows[draw.index])[0]]
+        tokens = source.encoded[draw.index][shown_places(source.rows[draw.index])[0]]
         end = tokens.prompt_length
         return tokens.ids[:end].tolist(), tokens.ids[end : end + hint].tolist()
 
@@ -247,8 +247,8 @@ class RolloutSampler:
         prompt, hint = self._prompt(draw, group.hint)
         beside: list[tuple[Completion, Tokens]] = []  # demonstrations, or the hint
         if shown and self.settings.hint.schedule == "none":
-            beside = [(Completion(row.completions[i].turns), encoded[i]) for i in shown_of(row)]
-            beside = beside if reward(row.completions[shown_of(row)[0]]) >= GOOD_ENOUGH else []
+            beside = [(Completion(row.completions[i].turns), encoded[i]) for i in shown_places(row)]
+            beside = beside if reward(row.completions[shown_places(row)[0]]) >= GOOD_ENOUGH else []
         elif shown and hint:
             turn = Message("assistant", self._text(hint))
             beside = [(Completion((turn,)), _tokens(prompt, hint))]
@@ -298,7 +298,7 @@ class RolloutSampler:
         settings, source = self.settings.hint, self._source(draw)
         if settings.schedule == "none" or source.source not in self.sampled:
             return 0
-        ends = pieces(source.encoded[draw.index][shown_of(source.rows[draw.index])[0]], settings, self.renderer)
+        ends = pieces(source.encoded[draw.index][shown_places(source.rows[draw.index])[0]], settings, self.renderer)
         cuts = cut_points(len(ends), settings.chunks)
         last = max(1, round(settings.until * math.ceil(self.total_rows / self.prompts)))
         draw_of_hint = float(uniforms(self.seed, HINTS + number, 1)[0])
@@ -358,7 +358,7 @@ def _tokens(prompt: Sequence[int], ids: Sequence[int], learned: bool = True) -> 
     return Tokens(np.array([*prompt, *ids], np.int32), supervised & learned, len(prompt))
 
 
-def shown_of(row: Row) -> list[int]:
+def shown_places(row: Row) -> list[int]:
     """The completions that stand as demonstrations of a row that is sampled: the good ones, else its first."""
     return demonstrations(row) or [0]
 
@@ -414,7 +414,7 @@ def expected_views(views: Mapping[Kind, View], settings: Rollout, sampled: Mappi
         if row.source not in sampled:
             view = views.get(row.kind)
             return view(row, visit) if view else None
-        shown, turns = shown_of(row), row.completions[0].turns
+        shown, turns = shown_places(row), row.completions[0].turns
         scores = (float(i % 2 == 0) if sampled[row.source] is not None else None for i in range(settings.completions))
         own = [Completion(turns, sampled_by=OWN, score=score, log_prob=-1.0) for score in scores]
         made = replace(row, completions=(*(Completion(row.completions[i].turns) for i in shown), *own))
@@ -458,7 +458,7 @@ def refuse_unscored(
             why = f"a prompt with rollout.max_new_tokens={settings.max_new_tokens} has up to {room} tokens"
             problems.append(Problem(key, why, advice=(f"train.max_length={room}",)))
         if settings.hint.schedule != "none" and not any(
-            pieces(encoded[shown_of(row)[0]], settings.hint, renderer)
+            pieces(encoded[shown_places(row)[0]], settings.hint, renderer)
             for row, encoded in zip(source.rows, source.encoded, strict=True)
         ):
             why = f"no demonstration has a piece to show: {settings.hint.keep_last} of its last are kept back"

@@ -25,7 +25,7 @@ from uft.data.table import prompt_words
 from uft.data.tokens import tokenize
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
-from uft.model.load import check_vocabulary, load_policy, load_tokenizer
+from uft.model.load import load_tokenizer
 from uft.runs import write_atomically
 from uft.sampling.select import (
     TAKES,
@@ -39,7 +39,7 @@ from uft.sampling.select import (
     top_scores,
 )
 from uft.training.dataset import make_renderer
-from uft.training.setup import Say, settle_threads
+from uft.training.setup import Say, loaded_policy
 from uft.training.trainer import tokens_per_pass
 
 PAST_FILE = "past.npz"
@@ -124,12 +124,10 @@ def picked_by_model(
     say: Say,
 ) -> Picked:
     """The choice of a method that runs the model."""
-    settings, model = config.select, config.model
-    if model.adapter == "lora":
+    settings = config.select
+    if config.model.adapter == "lora":
         say("caution: a fresh adapter sees the input through random numbers alone; better:  model.adapter=none")
-    policy = load_policy(model, device, config.seeds.init)
-    settle_threads(config.hardware, policy)
-    check_vocabulary(policy.module, renderer.tokenizer)
+    policy = loaded_policy(config, device, renderer.tokenizer)
     if settings.by == "active_dpo":
         phi = pair_features(policy, [(one, other) for one, other in rows], settings, should_stop)
         return active_dpo(phi, past, settings, count)

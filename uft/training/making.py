@@ -28,7 +28,7 @@ from uft.data.table import kinds
 from uft.distributed import ranks
 from uft.errors import FAILED, GOOD, Problem, UftError
 from uft.heartbeat import activity
-from uft.model.load import check_vocabulary, load_policy, load_tokenizer
+from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.rewards import check as check_reply
 from uft.rewards import spec_of
@@ -42,7 +42,7 @@ from uft.tracking.console import printable_lines, table_console
 from uft.training.choosing import choose_rows
 from uft.training.dataset import keep_pandas_out, make_renderer
 from uft.training.liveness import Stop, listening
-from uft.training.setup import Say, choose_device, settle_threads
+from uft.training.setup import Say, choose_device, loaded_policy
 
 
 def job_console() -> Console:
@@ -196,10 +196,7 @@ def sampler(config: Config, device: torch.device) -> tuple[Renderer, Policy]:
     """What samples from the model of a configuration."""
     tokenizer = load_tokenizer(config.model)
     renderer = make_renderer(tokenizer, config.data)
-    policy = load_policy(config.model, device, config.seeds.init)
-    settle_threads(config.hardware, policy)
-    check_vocabulary(policy.module, tokenizer)
-    return renderer, policy
+    return renderer, loaded_policy(config, device, tokenizer)
 
 
 def scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, str], float]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from uft import __version__
 from uft.config.schema import Config
@@ -27,7 +28,7 @@ from uft.errors import GOOD, Problem, UftError
 from uft.evaluation.evaluate import Evaluation, HeldOut, Item, evaluate
 from uft.evaluation.measures import mean_stderr
 from uft.model.layout import settle_layout
-from uft.model.load import check_vocabulary, load_policy, load_tokenizer
+from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.model.reference import make_reference
 from uft.runs import cache_root, shown, write_atomically, write_json
@@ -36,7 +37,7 @@ from uft.tracking.console import printable, table_console
 from uft.training.dataset import keep_pandas_out, make_renderer, tokenize_held_out
 from uft.training.liveness import Stop, listening
 from uft.training.making import say_on
-from uft.training.setup import Say, choose_device, settle_threads
+from uft.training.setup import Say, choose_device, loaded_policy
 from uft.training.trainer import tokens_per_pass
 
 FORMAT = 1
@@ -105,10 +106,9 @@ def place(config: Config) -> Path:
     return out / f"{re.sub(r'[^A-Za-z0-9_.+-]', '_', model + names)}.json"
 
 
-def load(config: Config, longest: int) -> Policy:
-    """The model, in the layout of `train.packing`."""
-    policy = load_policy(config.model, choose_device(config.hardware), config.seeds.init)
-    settle_threads(config.hardware, policy)
+def load(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int) -> Policy:
+    """The model, in the layout of `train.packing`; `longest`: tokens of the longest sequence."""
+    policy = loaded_policy(config, choose_device(config.hardware), tokenizer)
     settle_layout(policy, config.train.packing, min(longest, policy.positions or longest))
     return policy
 
@@ -132,8 +132,7 @@ def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
         raise UftError(Problem("data", "no source has a row to measure", advice=("rows of yours:  data=FILE",)))
     held = [HeldOut(one.source, one.rows, one.encoded, checkers[one.source]) for one in tokenized]
     longest = max(int(one.encoded.longest.max(initial=0)) for one in tokenized)
-    policy = load(config, longest)
-    check_vocabulary(policy.module, tokenizer)
+    policy = load(config, tokenizer, longest)
     reference = None
     if config.reference.path is not None:
         reference = make_reference(
@@ -180,8 +179,7 @@ def on_tasks(config: Config, stop: Stop, say: Say) -> Measured:
     from uft.evaluation.harness import PackedLM, harness_version, run_tasks
 
     tokenizer = load_tokenizer(config.model)
-    policy = load(config, config.train.max_length)
-    check_vocabulary(policy.module, tokenizer)
+    policy = load(config, tokenizer, config.train.max_length)
     lm = PackedLM(policy, tokenizer, tokens_per_pass(config), stop.between_passes, now_and_then(say))
     figures, items = run_tasks(lm, config.eval, say)
     about = {"harness": f"lm_eval {harness_version()}", "task_rows": config.eval.task_rows}
