@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from uft.config.schema import Generate
 from uft.data.batch import sequence_batch
@@ -221,6 +222,8 @@ def _decode(
             if step == 0 and len(places) < len(rows):
                 cache.reorder_cache(prompt_of_row)
                 logits, mask = logits[prompt_of_row], mask[prompt_of_row]
+            if step == 0:
+                _make_room(cache, max(len(row.uniform) for row in rows))
         else:
             logits = _plain_logits(policy, [[*row.prompt, *row.reply.ids] for row in rows])
         draws = [row.uniform[step] if row.open else 0.0 for row in rows]
@@ -239,6 +242,45 @@ def _decode(
                 cache.reorder_cache(index)
                 ids, mask = ids[index], mask[index]
             rows = [rows[i] for i in kept]
+
+
+class _Preallocated(DynamicLayer):
+    """Keys and values of a layer with room for those to come. One that grows by concatenation is copied at every token,
+    which takes as long as all the products of a model of 30M parameters."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.room = room
+        self._hold(keys, values)
+
+    def _hold(self, *states: Tensor) -> None:
+        """Keep (B, heads, L, D) states in tensors that have `room` more places."""
+        self.held = [one.new_empty((*one.shape[:2], one.shape[2] + self.room, one.shape[3])) for one in states]
+        self.keys, self.values = (held[:, :, : one.shape[2]] for held, one in zip(self.held, states, strict=True))
+        for kept, one in zip((self.keys, self.values), states, strict=True):
+            kept.copy_(one)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for held, new in zip(self.held, (key_states, value_states), strict=True):
+            held[:, :, start:end] = new
+        self.keys, self.values = (held[:, :, :end] for held in self.held)
+        self.room -= end - start
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        assert self.keys is not None
+        assert self.values is not None
+        self._hold(self.keys.index_select(0, beam_idx), self.values.index_select(0, beam_idx))
+
+
+def _make_room(cache: Any, tokens: int) -> None:
+    """Let the plain layers of a cache take so many tokens in place; windows and states of other kinds stay."""
+    for number, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[number] = _Preallocated(layer.keys, layer.values, tokens)
 
 
 def _last_logits(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
