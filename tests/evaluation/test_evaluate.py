@@ -75,7 +75,7 @@ def measure(tokenizer, renderer, held, tmp_path):
             cache=Path(tmp_path),
         )
         sources = held if sources is None else sources
-        return evaluate(policy, reference, sources, renderer, tokenizer, settings, should_stop, **options)
+        return evaluate(policy, reference, sources, renderer, settings, should_stop, **options)
 
     return run
 

@@ -112,7 +112,7 @@ def test_a_stopped_selection_leaves_nothing(choose, tmp_path):
 
 
 def test_rows_that_a_method_has_no_use_for_are_refused(choose, monkeypatch):
-    monkeypatch.setattr("uft.training.choosing.load_policy", None)  # nothing is loaded for a request that cannot be
+    monkeypatch.setattr("uft.training.choosing.loaded_policy", None)  # nothing is loaded for a request that cannot be
     for by, kind, said in (
         ("active_dpo", "demonstration", "none of the rows is a candidate"),
         ("top_score", "demonstration", "9 rows have none"),

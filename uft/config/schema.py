@@ -238,7 +238,7 @@ class Generate:
     max_new_tokens: Int = _key(128, "longest completion", ge=1)
     system: str | None = _key(None, "system prompt to sample under; it is not written to the rows")
     repeats: Literal["keep", "drop"] = _key("keep", "samples with the tokens of the row's own completion")
-    score: bool = _key(False, "write the figure of the source's checker beside every sample: scored rows")
+    score: bool = _key(False, "write every sample's score beside it, as of a rollout (rollout.reward): scored rows")
     limit: Int | None = _key(None, "prompts per source; null: all", ge=1)
     batch_size: Int = _key(32, "prompts per batch", ge=1)
 

@@ -15,7 +15,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Eval
 from uft.data.batch import Batch, Example, make_example, micro_batches
@@ -102,7 +101,6 @@ def evaluate(
     reference: Reference | None,
     sources: Sequence[HeldOut],
     renderer: Renderer,
-    tokenizer: PreTrainedTokenizerBase,
     settings: Eval,
     should_stop: Callable[[], bool] | None = None,
     *,
@@ -113,7 +111,7 @@ def evaluate(
     Raises Interrupted, with nothing measured, within one batch or one generated token of `should_stop()` being true.
     """
     stop = should_stop or (lambda: False)
-    evaluator = _Evaluator(policy, reference, renderer, tokenizer, settings, micro_batch_tokens, stop)
+    evaluator = _Evaluator(policy, reference, renderer, settings, micro_batch_tokens, stop)
     overall, metrics, samples, items = Tally(), dict[str, float](), list[Sample](), list[Item]()
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.no_grad(), evaluating(policy.module), torch.random.fork_rng(devices=devices):
@@ -140,7 +138,6 @@ class _Evaluator:
     policy: Policy
     reference: Reference | None
     renderer: Renderer
-    tokenizer: PreTrainedTokenizerBase
     settings: Eval
     micro_batch_tokens: int
     should_stop: Callable[[], bool]
@@ -167,7 +164,7 @@ class _Evaluator:
     def _score_shard(self, examples: Sequence[Example]) -> list[ScoredRow]:
         forward = self.reference.forward if self.reference else None
         scores: dict[int, list[Scored]] = {example.example: [] for example in examples}
-        pad, layout = pad_id(self.tokenizer), self.policy.layout
+        pad, layout = pad_id(self.renderer.tokenizer), self.policy.layout
         for batch in micro_batches(examples, self.micro_batch_tokens, pad, layout):
             if self.should_stop():
                 raise Interrupted
@@ -189,7 +186,7 @@ class _Evaluator:
         checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
         replies = ranks().map_shards([self.renderer.start_ids(row) for row in rows], self._complete_shard)
-        texts = [str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
+        texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
         verdicts = [Verdict({})] * len(rows)
         if held.checker:
             jobs = [(held.checker, row, text) for row, text in zip(rows, texts, strict=True)]
@@ -215,7 +212,7 @@ class _Evaluator:
             Sampling(max_new_tokens=self.settings.max_new_tokens),
             seed=0,
             stop_ids=self.renderer.stop_ids,
-            pad_id=pad_id(self.tokenizer),
+            pad_id=pad_id(self.renderer.tokenizer),
             batch_size=PROMPTS_PER_BATCH,
             should_stop=self.should_stop,
         )

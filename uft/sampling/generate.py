@@ -17,10 +17,17 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicLayer
 
+from uft.config.schema import Generate
 from uft.data.batch import sequence_batch
+from uft.data.chat import Renderer
+from uft.model.load import pad_id
 from uft.model.policy import Policy, common_length, evaluating, exact_products, trial_sequences
 
 Tensor = torch.Tensor
+
+
+SAMPLED_UNDER = ("temperature", "top_k", "top_p", "max_new_tokens", "system")
+"""Keys of `generate` that are written beside samples: all but seeds and those that change no sample."""
 
 
 class Interrupted(Exception):
@@ -101,6 +108,32 @@ def complete(
         for batch in batches:
             _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop, ended)
     return [row.reply for row in rows]
+
+
+def complete_for_seeds(
+    policy: Policy,
+    renderer: Renderer,
+    prompts: Sequence[Sequence[int]],
+    settings: Generate,
+    numbers: Sequence[int],
+    should_stop: Callable[[], bool],
+) -> list[tuple[Reply, ...]]:
+    """Per prompt one completion for each of `settings.seeds`; `numbers` as in :func:`complete`."""
+    by_seed = [
+        complete(
+            policy,
+            prompts,
+            Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens),
+            seed=seed,
+            stop_ids=renderer.stop_ids,
+            pad_id=pad_id(renderer.tokenizer),
+            batch_size=settings.batch_size,
+            should_stop=should_stop,
+            numbers=numbers,
+        )
+        for seed in settings.seeds
+    ]
+    return list(zip(*by_seed, strict=True))
 
 
 def uniforms(seed: int, number: int, count: int) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,10 +36,10 @@ from uft.runs import Run, WeightsSource, checkpoints_of, shown
 from uft.tracking.metrics import read_samples
 from uft.training.card import ModelCard
 from uft.training.dataset import make_renderer
+from uft.training.setup import Say
 
 CHECKED, CHECKED_TOKENS = 12, 512  # sequences on which an exported model is tried, and the tokens of each at most
 QUESTIONS = {"What is the capital of France?": "Paris.", "Count to three.": "one two three"}
-Say = Callable[[str], None]
 
 
 def leave(

@@ -182,7 +182,6 @@ class Session:
             prepared.eval_reference,
             self.data.held_out,
             renderer,
-            renderer.tokenizer,
             trainer.config.eval,
             self.stop.between_passes,
             micro_batch_tokens=tokens_per_pass(trainer.config),
@@ -206,7 +205,7 @@ class Session:
         leave(policy, renderer, config, rows, folder, DTYPES[dtype], card, self.console.message)
 
     def _make_rows(self, stage: Stage, folder: Run) -> dict[str, Any]:
-        """Sample completions or write a column; counts of what was made. Raises Interrupted when asked to stop."""
+        """Sample completions, write a column or choose rows; counts of what was made. Raises Interrupted."""
         by_name = {other.name: other for other in self.stages}
         trained, asked = self.trained_before(stage), stage.config.annotate.models
         models = [str(self.model_dir(by_name[maker(path)])) if made(path) else path for path in asked]
