@@ -34,7 +34,7 @@ NEEDS = {  # what an option leaves for the user to say
 OWN = {  # completions that an objective learns from, of a model that is not sharded and of scored or plain rows
     objective: ("rollout.completions=4", "hardware.sharding=none")
     for objective, file in GROUPS["objective"].items()
-    if "policy_gradient" in file.read_text()
+    if "method: policy_gradient" in file.read_text() or "method: srft" in file.read_text()
 }
 ALONE = ("objective", "experiment")  # the first is crossed with all other groups, the second composes alone
 KINDS = {"demonstration", "preference", "binary", "scored", "negatives"}
