@@ -323,9 +323,7 @@ class Hardware:
 
 @dataclass(config=STRICT)
 class Tracking:
-    mode: Literal["auto", "online", "offline", "disabled"] = _key(
-        "auto", "Weights & Biases: online with key and network"
-    )
+    mode: Literal["auto", "online", "offline", "disabled"] = _key("auto", "W&B: auto is online with key and network")
     project: str = _key("uft", "W&B project")
     entity: str | None = _key(None, "W&B user or team; null: your default")
     group: str | None = _key(None, "W&B group; null: the sweep's name")
