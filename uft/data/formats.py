@@ -147,8 +147,9 @@ def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     return fields
 
 
-REPLIES = frozenset(("completion", "completions", "generations", "chosen", "rejected", "negatives"))
-REPLIES |= {"messages", "conversations"}
+REPLIES = frozenset(
+    ("completion", "completions", "generations", "chosen", "rejected", "negatives", "messages", "conversations")
+)
 """Columns that hold what an assistant said."""
 
 

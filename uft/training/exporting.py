@@ -1,4 +1,4 @@
-"""Leaving a model: its folder, compared with the policy that was trained, with its card; and what other programs read.
+"""Export of a model: its folder with its card, compared with the policy that was trained; and what other programs read.
 
 At the end of a run, and by `uft export` of a run or of any checkpoint.
 """
@@ -42,7 +42,7 @@ CHECKED, CHECKED_TOKENS = 12, 512  # sequences on which an exported model is tri
 QUESTIONS = {"What is the capital of France?": "Paris.", "Count to three.": "one two three"}
 
 
-def leave(
+def export_checked(
     policy: Policy,
     renderer: Renderer,
     config: Config,
@@ -111,7 +111,7 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
     card = ModelCard(run, config, int(source.step or 0), renderer.name != "plain")
     say(f"{source.name}: exporting to {shown(to)}")
     rows = conversations(run, renderer)
-    leave(policy, renderer, config, rows, to, dtype, card, say)
+    export_checked(policy, renderer, config, rows, to, dtype, card, say)
     if config.train.check_model:
         what = f"log-probs of {min(len(rows), CHECKED)} conversations and greedy answers"
         say(f"read back with plain transformers: {what} are those of the run, up to rounding")
