@@ -555,17 +555,17 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     if status != "finished":
         return [f"uft resume {typed_path(run.path)}"]
     path, to = typed_path(run.path), shlex.quote(f"{run.name}-model")
-    lines = [f"uft chat {path}      a conversation with it", f"uft export {path} --to {to}      for other programs"]
+    lines = [f"uft chat {path}      # a conversation with it", f"uft export {path} --to {to}      # for other programs"]
     lines = lines if run.model_dir.is_dir() else []
     if lines and config.eval.tasks:
-        lines.append(f"uft eval {path}      the tasks of eval.tasks")
+        lines.append(f"uft eval {path}      # the tasks of eval.tasks")
     other = "sft" if config.objective["name"] != "sft" else "ift"
     kept = [word for word in run.overrides() if not word.lstrip("+~").startswith(OWN_KEYS)]
     words = [f"objective={other}", *kept]
     files = any(word.lstrip("+").startswith(("experiment", "--")) for word in kept)  # which may set anything
     swept = any(word.lstrip("+").startswith("sweep=") for word in kept)  # the command would be the whole sweep
     if not config.stages and not swept and (not files or can_be_composed(words)):
-        lines.insert(0, f"{shlex.join(['uft', 'train', *words])}      the same rows under another objective")
+        lines.insert(0, f"{shlex.join(['uft', 'train', *words])}      # the same rows under another objective")
     return lines
 
 
