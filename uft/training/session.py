@@ -511,13 +511,13 @@ def result_record(
     lines: Iterable[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Counters, final and best metrics. `lines` of metrics.jsonl, those of earlier sessions too: the last training
-    loss and likelihood and the last evaluation are final."""
+    loss, likelihood and reward, and the last evaluation are final."""
     final: dict[str, float] = {}
     for line in lines:
         evaluated = {name: value for name, value in line.items() if name.startswith("eval/")}
         if evaluated:
             final = {name: value for name, value in final.items() if not name.startswith("eval/")}
-        final |= {name: line[name] for name in ("loss", "nll") if name in line} | evaluated
+        final |= {name: line[name] for name in ("loss", "nll", "rollout/reward") if name in line} | evaluated
     return {
         "steps": progress.step,
         **{name: getattr(progress, name) for name in COUNTERS},
