@@ -35,7 +35,7 @@ def here(worker):
 
 
 def commands(lines):
-    return [shlex.split(re.split(r"\s{3,}", line)[0])[1:] for line in lines]
+    return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
 @pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)

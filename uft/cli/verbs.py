@@ -192,8 +192,8 @@ def first_word(arguments: list[str]) -> str | None:
 
 
 PLAIN_PATH = re.compile(r"[\w./:@-]+", re.ASCII)
-FREE_KEY = re.compile(r"(data\.(sources\.\w+\.columns|template_args)|eval\.(task|shot)_files)\.\w+=")
-"""Keys that are checked against rows, the template and tasks later, and so need no + to be new."""
+FREE_KEY = re.compile(r"(data\.(sources\.\w+\.columns|template_args)|eval\.(task|shot)_files|rollout\.reward)\.\w+=")
+"""Keys that are checked against rows, the template, tasks and checkers later, and so need no + to be new."""
 
 
 def names_rows(word: str, config_dir: str | None = None) -> bool:
@@ -467,6 +467,7 @@ OTHER_OPTIONS = {
     "data": "your rows:  data=FILE",
     "model": "a model of the hub, or a folder:  model.path=NAME",
     "output-dir": "the folder of a run:  run.dir=FOLDER",
+    "resume-from-checkpoint": "go on with a run:  uft resume RUN",
 }
 """Options of other programs that are no keys here, and what does the same."""
 
@@ -474,6 +475,6 @@ OTHER_OPTIONS = {
 def not_an_option(word: str) -> Problem:
     key, _, value = word.lstrip("-").partition("=")
     path = elsewhere(key.replace("-", "_"), Draft({})) if "." not in key else key
-    meant = path or nearest(key, fields_of(Config)) or key
+    meant = path or nearest(key, fields_of(Config)) or "KEY"
     advice = f"settings are written key=value, without dashes:  {meant}={value or '...'}"
-    return Problem(word, "no such option", "command line", (OTHER_OPTIONS.get(key, advice),))
+    return Problem(word, "no such option", "command line", (OTHER_OPTIONS.get(key.replace("_", "-"), advice),))

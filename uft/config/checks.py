@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from uft.config.messages import (
     COMMAND_LINE,
+    TRL_KEYS,
     bare,
     belongs_to,
     choices,
@@ -328,10 +329,10 @@ class Draft:
 
 
 def elsewhere(leaf: str, draft: Draft) -> str | None:
-    """The same last name somewhere else among the keys: `lr` is optim.lr."""
+    """The same last name somewhere else among the keys, or the key that TRL calls so: `lr` is optim.lr."""
     matches = [f"{group}.{leaf}" for group in fields_of(Config) if leaf in draft.keys_at((group,))]
     matches.sort(key=lambda match: match.split(".")[0] in ("model", "generate", "seeds"))
-    return matches[0] if matches else None
+    return matches[0] if matches else TRL_KEYS.get(leaf)
 
 
 def schema_of(settings: Sequence[Setting]) -> Any:

@@ -93,21 +93,39 @@ def shown(path: Path) -> str:
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "rft": (
         "rft is the name of two methods: reward-learning fine-tuning (2405.17888; objective=irft is its implicit form)",
-        "and reinforcement fine-tuning (2505.16984), which is not in this version",
+        "and reinforcement fine-tuning: objective=grpo and its kin, with demonstrations objective=uft_rl (2505.16984)",
     ),
     "rdpo": (
         "three methods are called so: objective=rdpo_length (length-regularised, 2403.19159),",
         "objective=robust_dpo (flipped labels, 2403.00409) and objective=ld_dpo (length-desensitised, 2409.06411)",
     ),
-    "grpo": ("GRPO samples at every step of training, which is not in this version",),
-    "spin": ("one round of SPIN is objective=irft on sampled negatives; rounds are not in this version",),
+    "ppo": ("PPO trains a value model, which is not there; without one:  objective=grpo, rloo or reinforce",),
     "gdpo": ("objective=gdpo_soft is geometric-averaged DPO (2409.06691); another GDPO normalises groups of rewards",),
     "unified": (
-        "two methods are called UFT: objective=uft is 2410.21438;",
-        "unified supervised and reinforcement fine-tuning (2505.16984) is not in this version",
+        "two methods are called UFT: objective=uft is 2410.21438,",
+        "objective=uft_rl is unified supervised and reinforcement fine-tuning (2505.16984)",
     ),
 }
 """Names of objectives that mean several things, or something else elsewhere: explained, not guessed."""
+
+TRL_KEYS = {
+    "learning_rate": "optim.lr",
+    "logging_steps": "train.log_every",
+    "lr_scheduler_type": "optim.schedule",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_seq_length": "train.max_length",
+    "max_steps": "train.steps",
+    "model_name_or_path": "model.path",
+    "num_generations": "rollout.completions",
+    "num_train_epochs": "train.epochs",
+    "output_dir": "run.dir",
+    "per_device_train_batch_size": "train.batch_size",
+    "run_name": "run.name",
+    "save_steps": "train.checkpoint_every",
+    "save_total_limit": "train.keep_last",
+    "warmup_ratio": "optim.warmup",
+}
+"""Keys of Transformers and TRL, and ours of the same meaning."""
 
 EXTRAS = {
     "hydra/launcher/joblib": "joblib",

@@ -130,8 +130,9 @@ def recognise(
     near = sorted(allowed, key=lambda f: (len(f.required - known), -len(f.required & known)))[:3]
     lacks = [f"{f.name} lacks {', '.join(sorted(f.required - known))}" for f in near]
     first = min(near[0].required - known) if near else "prompt"
+    theirs = "answer" if first == "completion" and "answer" in known else "THEIR_COLUMN"
     why = f"no known {'row' if kind is None else kind} format has the columns {', '.join(sorted(columns)) or '(none)'}"
-    raise UftError(Problem(key, why, advice=(*lacks, f"map them:  {key}.columns.{first}=THEIR_COLUMN")))
+    raise UftError(Problem(key, why, advice=(*lacks, f"map them:  {key}.columns.{first}={theirs}")))
 
 
 def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -217,10 +218,11 @@ def _plain(record: Record) -> tuple[Turns, Turns]:
 
 
 def _alpaca(record: Record) -> tuple[Turns, Turns]:
-    return _instruction(record), read_reply(record.get("completion"), "output")
+    return read_instruction(record), read_reply(record.get("completion"), "output")
 
 
-def _instruction(record: Record) -> Turns:
+def read_instruction(record: Record) -> Turns:
+    """The prompt of an alpaca row: its instruction, and input or context below."""
     parts = [read_text(record.get("instruction"), "instruction")]
     given = {name: record.get(name) for name in ("input", "context")}
     parts += [read_text(value, name) for name, value in given.items() if not is_blank(value)]
@@ -324,7 +326,7 @@ def _preference(column: str, record: Record, score_range: Range) -> Parsed:
     sides = {name: unpacked(record.get(name)) for name in ("chosen", "rejected")}
     asked: Turns = ()
     if record.get(column) is not None:
-        asked = _instruction(record) if column == "instruction" else read_prompt(record.get(column), column)
+        asked = read_instruction(record) if column == "instruction" else read_prompt(record.get(column), column)
     if asked and not any(map(starts_before_reply, sides.values())):
         prompt, left, right = asked, *(read_reply(value, name) for name, value in sides.items())
     else:

@@ -14,8 +14,8 @@ from typing import Any
 
 from uft.config.schema import Generate
 from uft.data.chat import Renderer
-from uft.data.formats import turns_column
-from uft.data.messages import Unreadable, read_conversation, read_prompt, with_context
+from uft.data.formats import read_instruction, turns_column
+from uft.data.messages import Unreadable, is_blank, read_conversation, read_prompt, with_context
 from uft.data.readers import reader_of
 from uft.data.rows import Turns
 from uft.errors import Problem, UftError
@@ -42,8 +42,8 @@ class Answer:
 
 
 def read_prompts(file: Path) -> list[Turns]:
-    """The prompts of a file: every line of a text file; of JSONL, CSV or Parquet the column in ASKED, and system and
-    history beside it. Messages that end with a reply are asked without it.
+    """The prompts of a file: every line of a text file; of JSONL, CSV or Parquet the column in ASKED, with system and
+    history, and the input or context of an instruction. Messages that end with a reply are asked without it.
 
     Raises UftError with every record that holds no prompt.
     """
@@ -73,6 +73,11 @@ def _prompt(record: Mapping[str, Any] | str) -> Turns:
     column = next((name for name in ASKED if record.get(name) is not None), None)
     if column is None:
         raise Unreadable(f"has none of the columns {', '.join(ASKED)} (there are: {', '.join(map(str, record))})")
+    if column == "instruction":
+        return with_context(read_instruction(record), record)
+    beside = next((name for name in ("input", "context") if not is_blank(record.get(name))), None)
+    if beside and str(record[beside]).strip() not in str(record[column]):
+        raise Unreadable(f"its {beside} is not in its {column}: write both as one, or call the {column} instruction")
     if column not in ("messages", "conversations"):
         return with_context(read_prompt(record[column], column), record)
     turns = read_conversation(record[column], column)

@@ -288,8 +288,9 @@ def ending_rows(
     final, best, tokens, seconds = result["final"], text(result["best"]), result["tokens"], result["seconds"]
     # training's own metrics first, then the headlines; those of single sources stand in the evaluation's table
     training = [name for name in final if not name.startswith(PREFIX)]
-    order = dict.fromkeys([*training, *(f"{PREFIX}{name}" for name in HEADLINES), *final])
-    overall = {name: final[name] for name in order if name in final and "/" not in name.removeprefix(PREFIX)}
+    order = [*(f"{PREFIX}{name}" for name in HEADLINES), *final]
+    measured = [name for name in order if name in final and "/" not in name.removeprefix(PREFIX)]
+    overall = {name: final[name] for name in dict.fromkeys([*training, *measured])}
     speed = f", {count(tokens / seconds)} tok/s" if seconds > 0 else ""
     memory = result["peak_memory_bytes"]
     rows = [

@@ -120,11 +120,12 @@ def show_data(config: Config) -> int:
 
 def show_stage_data(name: str, data: StageData, console: Console) -> None:
     drawn = f"{data.horizon.total_rows:,} rows drawn in {data.horizon.steps:,} steps"
-    uses = kind_table({data.objective.name: data.objective})
+    uses = [[*cells] for cells in zip(*kind_table({data.objective.name: data.objective}), strict=True)]  # a kind a line
     for title, lines in {f"data={name}: {drawn}": report_table(data.record), "what the objective takes": uses}.items():
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+        table = Table(title=title, title_justify="left", title_style="bold", box=None)
+        table.pad_edge, table.padding = False, (0, 1, 0, 0)
         for column in lines[0]:
-            table.add_column(column, overflow="fold")
+            table.add_column(column.replace(" ", "\n"), overflow="fold")  # 80 columns are enough
         for cells in lines[1:]:
             table.add_row(*cells)
         console.print(table, "")

@@ -510,13 +510,13 @@ def result_record(
     lines: Iterable[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Counters, final and best metrics. `lines` of metrics.jsonl, those of earlier sessions too: the last training
-    loss and likelihood and the last evaluation are final."""
+    loss, likelihood and reward, and the last evaluation are final."""
     final: dict[str, float] = {}
     for line in lines:
         evaluated = {name: value for name, value in line.items() if name.startswith("eval/")}
         if evaluated:
             final = {name: value for name, value in final.items() if not name.startswith("eval/")}
-        final |= {name: line[name] for name in ("loss", "nll") if name in line} | evaluated
+        final |= {name: line[name] for name in ("loss", "nll", "rollout/reward") if name in line} | evaluated
     return {
         "steps": progress.step,
         **{name: getattr(progress, name) for name in COUNTERS},
@@ -554,17 +554,17 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
     if status != "finished":
         return [f"uft resume {typed_path(run.path)}"]
     path, to = typed_path(run.path), shlex.quote(f"{run.name}-model")
-    lines = [f"uft chat {path}      a conversation with it", f"uft export {path} --to {to}      for other programs"]
+    lines = [f"uft chat {path}      # a conversation with it", f"uft export {path} --to {to}      # for other programs"]
     lines = lines if run.model_dir.is_dir() else []
     if lines and config.eval.tasks:
-        lines.append(f"uft eval {path}      the tasks of eval.tasks")
+        lines.append(f"uft eval {path}      # the tasks of eval.tasks")
     other = "sft" if config.objective["name"] != "sft" else "ift"
     kept = [word for word in run.overrides() if not word.lstrip("+~").startswith(OWN_KEYS)]
     words = [f"objective={other}", *kept]
     files = any(word.lstrip("+").startswith(("experiment", "--")) for word in kept)  # which may set anything
     swept = any(word.lstrip("+").startswith("sweep=") for word in kept)  # the command would be the whole sweep
     if not config.stages and not swept and (not files or can_be_composed(words)):
-        lines.insert(0, f"{shlex.join(['uft', 'train', *words])}      the same rows under another objective")
+        lines.insert(0, f"{shlex.join(['uft', 'train', *words])}      # the same rows under another objective")
     return lines
 
 
