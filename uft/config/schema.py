@@ -215,6 +215,7 @@ class Eval:
     rows: Int = _key(64, "held-out rows per source, at most", ge=0)
     samples: Int = _key(4, "greedy samples shown per source", ge=0)
     generate_rows: Int = _key(64, "rows per source answered greedily for a checker", ge=0)
+    draws: Int = _key(0, "answers sampled at temperature 1 to each of these rows, for pass@k; 0: none", ge=0)
     max_new_tokens: Int = _key(64, "longest generated answer", ge=1)
     best: str = _key("eval/nll", "metric that picks the best checkpoint")
     best_mode: Literal["min", "max"] = _key("min", "whether less or more of it is better")
@@ -322,9 +323,7 @@ class Hardware:
 
 @dataclass(config=STRICT)
 class Tracking:
-    mode: Literal["auto", "online", "offline", "disabled"] = _key(
-        "auto", "Weights & Biases: auto is online with key and network"
-    )
+    mode: Literal["auto", "online", "offline", "disabled"] = _key("auto", "W&B: auto is online with key and network")
     project: str = _key("uft", "W&B project")
     entity: str | None = _key(None, "W&B user or team; null: your default")
     group: str | None = _key(None, "W&B group; null: the sweep's name")

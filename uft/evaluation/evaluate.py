@@ -7,6 +7,7 @@ generator, and leaves the model in the mode it was in. The metrics themselves ar
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -185,17 +186,20 @@ class _Evaluator:
         item; the first replies are returned."""
         checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
-        replies = ranks().map_shards([self.renderer.start_ids(row) for row in rows], self._complete_shard)
+        prompts = [self.renderer.start_ids(row) for row in rows]
+        replies = ranks().map_shards([(ids, 0) for ids in prompts], partial(self._complete, 0.0))
         texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
         verdicts = [Verdict({})] * len(rows)
         if held.checker:
             jobs = [(held.checker, row, text) for row, text in zip(rows, texts, strict=True)]
             verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
+        passed = self.passes(held, rows[:checked], prompts) if self.settings.draws else []
         samples = []
         for number, (row, reply, text, verdict) in enumerate(zip(rows, replies, texts, verdicts, strict=True)):
             found: dict[str, Sum] = {"completion_length": (len(reply.ids), 1.0)}
             if number < checked:
                 found |= {name: (value, 1.0) for name, value in verdict.figures.items()}
+                found |= passed[number] if passed else {}
             tally.add(found)
             item = items.setdefault(row.id, Item(held.name, row.id, prompt_text(row.prompt)))
             item.measures.add(found)
@@ -205,12 +209,32 @@ class _Evaluator:
                 samples.append(Sample(held.name, row.id, prompt_text(row.prompt), text, answer, verdict.figures))
         return samples
 
-    def _complete_shard(self, prompts: Sequence[Sequence[int]]) -> list[Reply]:
+    def passes(self, held: HeldOut, rows: Sequence[Row], prompts: Sequence[list[int]]) -> list[dict[str, Sum]]:
+        """Per row the chance that one of k answers at temperature 1 is right, k a power of two up to `eval.draws`: the
+        unbiased estimate 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374, eq. 1. Right: the checker's first figure is 1.
+        """
+        n = self.settings.draws
+        asked = [(ids, number * n + one) for number, ids in enumerate(prompts[: len(rows)]) for one in range(n)]
+        replies = ranks().map_shards(asked, partial(self._complete, 1.0))
+        texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
+        jobs = [(held.checker or "", rows[place // n], text) for place, text in enumerate(texts)]
+        verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
+        found = []
+        for place in range(0, len(verdicts), n):
+            firsts = [next(iter(v.figures.values())) for v in verdicts[place : place + n] if v.figures]
+            wrong = sum(value < 1 for value in firsts)
+            counts = [2**power for power in range(n.bit_length())] if firsts else []
+            found.append({f"pass@{k}": (1 - math.comb(wrong, k) / math.comb(n, k), 1.0) for k in counts})
+        return found
+
+    def _complete(self, temperature: float, asked: Sequence[tuple[list[int], int]]) -> list[Reply]:
+        """Answers to prompts, each with the number of its draws."""
         return complete(
             self.policy,
-            prompts,
-            Sampling(max_new_tokens=self.settings.max_new_tokens),
+            [prompt for prompt, _ in asked],
+            Sampling(temperature, max_new_tokens=self.settings.max_new_tokens),
             seed=0,
+            numbers=[number for _, number in asked],
             stop_ids=self.renderer.stop_ids,
             pad_id=pad_id(self.renderer.tokenizer),
             batch_size=PROMPTS_PER_BATCH,
