@@ -114,6 +114,7 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
         ("lr=", "did you mean  optim.lr ?"),
         ("num_generations=8", "did you mean  rollout.completions ?"),
         ("--per_device_train_batch_size=4", "without dashes:  train.batch_size=4"),
+        ("sft", "did you mean  objective=sft ?"),
         ("--no-such-thing", "without dashes:  KEY=..."),
         ("model=Qwen/Qwen2.5-0.5B", ":  model.path=Qwen/Qwen2.5-0.5B\n      choices: custom, "),
     ],
@@ -122,3 +123,19 @@ def test_what_people_type_first(worker, capsys, words, says):
     assert main(["train", *words.split()]) == 2
     assert says in capsys.readouterr().err
     assert list(worker.iterdir()) == []
+
+
+def test_the_list_of_runs_leaves_metrics_out_before_it_breaks_names(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")  # no escapes
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    figures = {f"eval/{name}": 0.123456 for name in ("nll", "exact_match", "pair_accuracy", "kl")}
+    name = "grpo-files-playground-seed0-071756"
+    row = {"name": name, "path": f"outputs/a/{name}", "status": "finished", "steps": 2, **figures}
+    manage.print_tables([row, {**row, "path": "outputs/b/short", "name": "short"}])
+    long, short = (part.splitlines() for part in capsys.readouterr().out.split("outputs/b/"))
+    assert any(name in line for line in long)
+    assert "exact_match" in "".join(long)
+    assert "kl" not in "".join(long)
+    assert "kl" in "".join(short)
+    assert max(map(len, (*long, *short))) <= 80

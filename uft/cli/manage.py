@@ -9,12 +9,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, tell
 from uft.runs import (
@@ -31,6 +31,9 @@ from uft.runs import (
     weights,
 )
 from uft.tracking.console import HEADLINES, printable, printable_lines, table_console
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 METRICS = 4  # metrics shown at most
 COLOURS = {
@@ -54,7 +57,7 @@ def parser_of(verb: str, description: str, epilog: str = "") -> argparse.Argumen
 
 def ls(arguments: list[str]) -> int:
     """`uft ls [FOLDER]`: the runs and sweeps here, their state, steps and headline metrics."""
-    parser = parser_of("ls", "The runs here, oldest first.")
+    parser = parser_of("ls", "The runs here, by folder and name.")
     parser.add_argument("folder", nargs="?", type=named_folder, default=OUTPUTS, help="where to look; outputs")
     parser.add_argument("--json", action="store_true", help="one JSON list, all metrics")
     parsed = parser.parse_args(arguments)
@@ -63,7 +66,7 @@ def ls(arguments: list[str]) -> int:
     rows = [describe(run) for run in find_runs(parsed.folder)]
     for run in waiting(parsed.folder):  # jobs of sweeps that have not started
         rows.append({"name": run.name, "path": str(run.path), "status": "waiting", "steps": 0})
-    rows.sort(key=lambda row: Path(row["path"]).parts)
+    rows.sort(key=lambda row: (Path(row["path"]).parent.parts, Path(row["path"]).name))
     if parsed.json:
         print(json.dumps(rows, indent=2, default=str))
     elif rows:
@@ -83,29 +86,39 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def print_tables(found: list[dict[str, Any]]) -> None:
-    """A table per folder: a sweep, or the runs of a day."""
-    from rich.table import Table
+    """A table per folder: a sweep, or the runs of a day. Metrics for which the terminal has no room are left out."""
     from rich.text import Text
 
     console = table_console()
     metrics = [name for name in HEADLINES if any(f"eval/{name}" in row for row in found)][:METRICS]
+    unbounded = console.options.update(width=10_000)
     for folder, inside in groupby(found, key=lambda row: Path(row["path"]).parent):
-        table, errors = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim"), []
-        table.add_column("  run", overflow="fold")
         rows = list(inside)
-        texts = ["started from"] if any("started_from" in row for row in rows) else []
-        for name in ("state", "steps", *metrics, *texts):
-            table.add_column(name, justify="left" if name in ("state", *texts) else "right", no_wrap=True)
-        for row in rows:
-            state = Text(printable(row["status"]), style=COLOURS.get(row["status"], "red"))
-            values = [row.get(f"eval/{name}") for name in metrics]
-            numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "" for value in values]
-            start = [Text(printable(row.get("started_from", "")), style="dim") for _ in texts]
-            table.add_row(Text(f"  {printable(row['name'])}"), state, step_of(row), *numbers, *start)
-            if error := problem_lines(str(row.get("error") or "")):
-                errors.append(Text(printable(f"  {row['name']}: {error[0]}"), style="red"))
+        tables = (table_of(rows, metrics[:most]) for most in range(len(metrics), 0, -1))
+        fits = (table for table in tables if console.measure(table, options=unbounded).maximum <= console.width)
+        problems = ((row["name"], problem_lines(str(row.get("error") or ""))) for row in rows)
+        errors = [Text(printable(f"  {name}: {error[0]}"), style="red") for name, error in problems if error]
         console.print(Text(f"\n{printable(str(folder))}/", style="bold"))
-        console.print(table, *errors, sep="\n", highlight=False)
+        console.print(next(fits, None) or table_of(rows, []), *errors, sep="\n", highlight=False)
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
+    """Runs of one folder with their state, steps and these metrics of the evaluation."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table.add_column("  run", overflow="fold")
+    texts = ["started from"] if any("started_from" in row for row in rows) else []
+    for name in ("state", "steps", *metrics, *texts):
+        table.add_column(name, justify="left" if name in ("state", *texts) else "right", no_wrap=True)
+    for row in rows:
+        state = Text(printable(row["status"]), style=COLOURS.get(row["status"], "red"))
+        values = [row.get(f"eval/{name}") for name in metrics]
+        numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "" for value in values]
+        start = [Text(printable(row.get("started_from", "")), style="dim") for _ in texts]
+        table.add_row(Text(f"  {printable(row['name'])}"), state, step_of(row), *numbers, *start)
+    return table
 
 
 def step_of(row: Mapping[str, Any]) -> str:

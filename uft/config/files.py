@@ -429,8 +429,9 @@ def read_words(lines: Iterable[str], files: Files) -> Words:
 def _unreadable(line: str, error: HydraException) -> Problem:
     key, equals, value = line.partition("=")
     advice = innermost_line(error)
-    if not equals:
-        advice = f"write  {key}=VALUE"
+    if not equals:  # sft is objective=sft
+        options = [f"{group}={key}" for group, files in groups(config_dirs()).items() if key in files]
+        advice = f"did you mean  {' or '.join(options)} ?" if options else f"write  {key}=VALUE"
     elif not set(value) & set("'\""):
         advice = f"quote a value with special characters:  '{key}=\"{value}\"'"
     return Problem(line, "cannot be read as key=value", COMMAND_LINE, (advice,))

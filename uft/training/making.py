@@ -32,7 +32,7 @@ from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.rewards import check as check_reply
 from uft.rewards import spec_of
-from uft.runs import cache_root, shown
+from uft.runs import cache_root, shown, typed_path
 from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.answers import Answer, answer_prompts, read_prompts
 from uft.sampling.generate import Interrupted
@@ -390,6 +390,7 @@ def select(config: Config) -> int:
             say("stopped; nothing was written.")
             return stop.exit_code
     say(f"{told['rows']:,} of {told['candidates']:,} candidates are kept; rows and scores.jsonl in {out}")
+    say(f"train on them:  uft train data={typed_path(out / 'rows.jsonl')}")
     return GOOD
 
 
