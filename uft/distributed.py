@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from uft.environment import PeerLost, launched
+from uft.errors import first_line
 
 Tensor = torch.Tensor
 T = TypeVar("T")
@@ -185,7 +186,7 @@ def _lost_peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(str(error).strip().splitlines()[0]) from error
+        raise PeerLost(first_line(error)) from error
 
 
 # --- The rows of an optimiser step, and gradients.

@@ -100,6 +100,11 @@ def problem_lines(text: str) -> list[str]:
     return COUNT.sub("", text.strip()).strip().splitlines()
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def tell(error: UftError) -> int:
     """Print what was wrong to stderr; its exit code."""
     print(render(error), file=sys.stderr, end="")

@@ -392,16 +392,17 @@ def typed_path(path: Path) -> str:
 # --- Reading and writing files
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: `path` is either the old text or the new, never half.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside, flush to disk, rename: `path` is either the old content or the new, never half.
 
     Raises UftError (code 1) where the disk refuses it.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with writing(path, len(text)):
-            with open(beside, "w", encoding="utf-8", errors="backslashreplace") as handle:
-                handle.write(text)
+        data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
+        with writing(path, len(data)):
+            with open(beside, "wb") as handle:
+                handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(beside, path)

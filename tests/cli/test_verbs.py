@@ -47,7 +47,7 @@ def test_help_lists_the_choices_on_disk(worker, capsys):
     out = capsys.readouterr().out
     assert re.search(r"\n  mine +My own method\n", out)
     assert re.search(r"\n  dft +Discriminative Fine-Tuning", out)
-    assert "model.adapter     train all weights or a low-rank adapter (none, lora)  [none]" in out
+    assert re.search(r"model.adapter +train all weights or a low-rank adapter \(none, lora\)  \[none\]", out)
     assert "\nschema=" not in out
     first, settings, choices = (
         out.index(text) for text in ("uft train objective=ift", "Common settings", "\nobjective=")
@@ -146,7 +146,7 @@ def test_generate_finds_the_files_of_a_run_from_another_folder(worker, monkeypat
     (worker / "elsewhere").mkdir()
     monkeypatch.chdir(worker / "elsewhere")
     run.model_dir.mkdir()
-    data = as_found(weights(str(run.path)))["data"]
+    data = as_found(weights(str(run.path)), ())["data"]
     assert data["sources"]["mine"]["path"] == str(worker / "rows.jsonl")
     assert data["sources"]["other"]["path"] == "builtin:playground/pairs"
     assert data["template"] == "auto"
@@ -301,7 +301,7 @@ def test_a_run_of_several_stages(tmp_path):
     assert [stage.name for stage in run.stages] == ["1-baseline", "2-poft"]
     run.model_dir.mkdir()
     write_json(run.path / "result.json", {"status": "finished"})
-    settings = as_found(weights(str(run.path)))
+    settings = as_found(weights(str(run.path)), ())
     assert "stages" not in settings
     sources = settings["data"]["sources"]
     assert sources["instruct"]["path"] == str(tmp_path / "run/stages/1-baseline/rows.jsonl"), "rows that a stage made"

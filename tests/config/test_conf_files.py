@@ -34,7 +34,7 @@ NEEDS = {  # what an option leaves for the user to say
 OWN = {  # completions that an objective learns from, of a model that is not sharded and of scored or plain rows
     objective: ("rollout.completions=4", "hardware.sharding=none")
     for objective, file in GROUPS["objective"].items()
-    if "policy_gradient" in file.read_text()
+    if "method: policy_gradient" in file.read_text() or "method: srft" in file.read_text()
 }
 ALONE = ("objective", "experiment")  # the first is crossed with all other groups, the second composes alone
 KINDS = {"demonstration", "preference", "binary", "scored", "negatives"}
@@ -86,8 +86,11 @@ def written(file):
 
 @pytest.mark.parametrize("shift", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, MOST))])
 def test_every_option_composes_with_every_objective(shift):
-    """The fast part has each of both. An objective has the keys that its file names, and those it places."""
-    for place, objective in enumerate(OBJECTIVES):
+    """The fast part has each option, and an objective of each method. An objective has the keys that its file names,
+    and those it places."""
+    ours = {written(file)["method"]: name for name, file in GROUPS["objective"].items()}
+    tried = OBJECTIVES if shift else sorted({*ours.values(), *OBJECTIVES[:MOST]})
+    for place, objective in enumerate(tried):
         own = f"objective={objective}"
         words = (own, *NEEDS.get(own, ()), *rotation(place + shift), *OWN.get(objective, ()))
         examined = examine(Request(words))

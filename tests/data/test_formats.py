@@ -3,6 +3,7 @@
 import pytest
 
 from uft.data.formats import FIELDS, FORMATS, check_mapping, from_text, recognise, rename
+from uft.data.rows import Kind
 from uft.errors import UftError
 
 KNOWN = {
@@ -84,3 +85,15 @@ def test_text_cells_become_numbers_only_where_numbers_are_expected():
         "completion": None,
     }
     assert from_text({"score": "high"}) == {"score": "high"}
+
+
+def test_an_answer_beside_a_prompt_is_its_reply_unless_there_is_another():
+    asked = {"prompt": "two and two", "answer": "4"}
+    for record, kind, replies, answer in (
+        (asked, Kind.DEMONSTRATION, ["4"], None),
+        ({**asked, "completion": "It is 4."}, Kind.DEMONSTRATION, ["It is 4."], "4"),
+        ({**asked, "chosen": "4", "rejected": "5"}, Kind.PREFERENCE, ["4", "5"], "4"),
+    ):
+        form = recognise(record)
+        row = form.read(rename(record, {}), None)
+        assert (row.kind, [one.text for one in row.completions], row.answer) == (kind, replies, answer)

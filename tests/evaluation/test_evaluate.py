@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def measure(tokenizer, renderer, held, tmp_path):
             cache=Path(tmp_path),
         )
         sources = held if sources is None else sources
-        return evaluate(policy, reference, sources, renderer, tokenizer, settings, should_stop, **options)
+        return evaluate(policy, reference, sources, renderer, settings, should_stop, **options)
 
     return run
 
@@ -201,6 +202,19 @@ def test_every_checked_row_counts_once(measure, held):
     mean = sum(s.verdict["correct"] for s in everything.samples) / count
     assert everything.metrics["eval/correct"] == pytest.approx(mean)
     assert "eval/nll" not in everything.metrics
+
+
+def test_pass_at_k_is_the_chance_that_one_of_k_answers_is_right(measure, held):
+    instruct = [one for one in held if one.name == "pairs"]
+    settings = Eval(rows=0, samples=0, generate_rows=6, draws=8, max_new_tokens=8)
+    found = measure(Policy(load_model(MODEL, CPU, 0)), sources=instruct, settings=settings).metrics
+    assert [name for name in found if name.startswith("eval/pass@")] == [f"eval/pass@{k}" for k in (1, 2, 4, 8)]
+    chances = [found[f"eval/pass@{k}"] for k in (1, 2, 4, 8)]
+    assert chances == sorted(chances)
+    assert 0 < chances[0] < chances[-1] <= 1
+    assert chances[0] * 6 * 8 == pytest.approx(round(chances[0] * 6 * 8))  # a share of all answers
+    greedy = measure(Policy(load_model(MODEL, CPU, 0)), sources=instruct, settings=replace(settings, draws=0)).metrics
+    assert {name: value for name, value in found.items() if "pass@" not in name} == greedy
 
 
 def test_nothing_asked_for_is_nothing_done(measure):

@@ -23,7 +23,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from uft.evaluation.harness import PackedLM, mean_stderr, run_tasks
+from uft.evaluation.harness import PackedLM, run_tasks
+from uft.evaluation.measures import mean_stderr
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 MODEL = Model(name="playground", path="builtin:playground")

@@ -57,6 +57,7 @@ def test_a_file_is_a_sweep_without_m_and_says_what_it_asks_and_what_it_costs():
         assert re.search(r"[Cc]osts", comment)
 
 
+@pytest.mark.slow
 def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
     """One that needs a teacher, numbers beside the completions, or a kind of rows that the mixture lacks, is left out
     by name."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import uft.objectives
 
 OURS = ("uft.objectives", "uft.data.rows", "uft.data.batch")
-STANDARD = {"__future__", "collections", "dataclasses", "functools", "math", "typing", "torch"}
+STANDARD = {"__future__", "collections", "dataclasses", "functools", "importlib", "math", "typing", "torch"}
 
 
 def test_imports():

@@ -260,6 +260,32 @@ def test_the_entropy_is_of_the_whole_vocabulary():
     close(policy.given.grad[:, 0].flatten().tolist(), wanted.flatten().tolist())
 
 
+def test_srft_weighs_its_parts_by_the_entropy():
+    """The demonstration, two tokens of a right completion and two of a wrong one, under an entropy of .8."""
+    seqs = group((1.0, 0.0, 0.0), (2, 1, 1), shown=(3,))
+
+    class Steady(Told):
+        def __call__(self, batch, request):
+            output = super().__call__(batch, request)
+            return replace(output, entropy=torch.full_like(output.log_probs.detach(), 0.8))
+
+    lp = [*SHOWN, math.log(0.6), math.log(0.7), math.log(0.4), math.log(0.2)]
+    policy, objective = Steady(lp), preset("srft", shaped=0.0)
+    loss = objective(batch(seqs), policy, None, StepContext())
+    means = {name: float(term.total.detach() / term.count) for name, term in loss.items()}
+    close(means["imitation"] * 0.5, 0.5 * math.exp(-0.8) * 1.264747)
+    close(means["right"] * 0.1, 0.1 * math.exp(0.8) * 0.433750)
+    close(means["wrong"], -1.262864)
+    close(0.5 * math.exp(-0.8), 0.224664)
+    close(0.1 * math.exp(0.8), 0.222554)
+    # the shaped part has the slope of LUFFY's value A p / (p + gamma): A = .5 among the scores 1, 0, 0 and its own 1
+    policy, objective = Steady(lp), preset("srft", imitation=0.0, right=0.0, wrong=0.0)
+    objective(batch(seqs), policy, None, StepContext())["shaped"].total.backward()
+    close(policy.log_probs.grad[:3].tolist(), [-0.045, -0.069444, -0.111111])
+    assert objective.cautions() == []
+    assert preset("srft").cautions()
+
+
 # --- what is taken of a row
 
 

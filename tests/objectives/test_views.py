@@ -68,7 +68,7 @@ TAKES = [
     ),
 ]
 RL = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "lite"]
-RL_SHOWN = ["uft_rl", "luffy", "chord_mu", "chord_phi", "hpt"]
+RL_SHOWN = ["uft_rl", "luffy", "chord_mu", "chord_phi", "hpt", "srft"]
 TAKES += [
     (RL, dict.fromkeys(ROWS)),  # they learn from completions of their own: tests/objectives/test_policy_gradient.py
     (RL_SHOWN, TAKES[0][1]),

@@ -16,7 +16,6 @@ from shape import STATES, check
 from synthetic import held, make_run, make_sweep, tear
 
 from uft.cli import main
-from uft.report import table
 from uft.report.compare import as_json, compare, write
 from uft.report.runs import select
 from uft.tracking import metrics
@@ -310,7 +309,7 @@ def test_names_and_errors_cannot_move_the_cursor(here, typed):
 
 
 def test_at_80_columns_names_are_whole_and_metrics_left_out_are_counted(sweep, typed, monkeypatch):
-    monkeypatch.setattr(table, "WIDE", 80)
+    monkeypatch.setattr("uft.tracking.console.TABLE_WIDTH", 80)
     make_run(sweep / "other", "uft", points=5, data__name="n" * 60)
     _, out, _ = typed(sweep)
     head = next(line for line in out.splitlines() if line.startswith("  configuration"))

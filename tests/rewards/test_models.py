@@ -79,8 +79,15 @@ def test_a_classifier_gives_the_probability_of_a_class(classifier, reads):
     assert check(spec, row(), "owl")["probability"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_is_wrong_with_a_model_is_told(classifier, tmp_path):
+def test_what_is_wrong_with_a_model_is_told(classifier, tmp_path, monkeypatch):
     with pytest.raises(UftError, match="bad, so, good"):
         check({"method": "classifier", "path": str(classifier[0]), "label": "fine"}, row(), "owl")
     with pytest.raises(UftError, match="cannot be loaded"):
         check({"method": "likelihood", "path": str(tmp_path)}, row(), "owl")
+
+    def fail(*arguments, **options):
+        raise KeyError  # without a message
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(UftError, match="cannot be loaded: KeyError"):
+        check({"method": "likelihood", "path": "elsewhere"}, row(), "owl")

@@ -83,6 +83,21 @@ def test_the_batch_does_not_change_a_completion(name):
     assert others == [first, first, first]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_prompt_that_several_completions_have_is_read_once_and_changes_none(name):
+    module, prompts = model(name), [prompt for prompt in PROMPTS for _ in range(3)]
+    read = []
+    module.register_forward_pre_hook(
+        lambda m, args, options: read.append(options["input_ids"].shape[0]), with_kwargs=True
+    )
+    policy = Policy(module)
+    policy.caches = True
+    settings = {"seed": 3, "stop_ids": (END,), "pad_id": PAD}
+    together = complete(policy, prompts, WARM, batch_size=15, **settings)
+    assert read[:2] == [len(PROMPTS), len(prompts)]
+    assert ids(together) == ids(complete(policy, prompts, WARM, batch_size=1, **settings))
+
+
 def test_a_completion_depends_on_its_own_number_only():
     module = model()
     everything = ids(run(module, numbers=[10, 11, 12, 13, 14]))

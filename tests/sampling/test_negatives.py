@@ -13,7 +13,6 @@ from uft.data.sources import LoadedSource, load_sources
 from uft.errors import UftError
 from uft.model.load import load_model, load_tokenizer
 from uft.model.policy import Policy
-from uft.sampling import negatives
 from uft.sampling.generate import Interrupted, Sampling, complete, filtered
 from uft.sampling.negatives import generate_rows, number_of
 
@@ -59,7 +58,6 @@ def job(policy, tokenizer, sources, tmp_path):
     ):
         return generate_rows(
             policy,
-            tokenizer,
             Renderer(tokenizer),
             sources if given is None else given,
             replace(SETTINGS, **changes),
@@ -159,7 +157,7 @@ def test_after_any_line_batches_are_those_of_a_job_that_was_never_stopped(job, t
         batches.append(tuple(numbers))
         return complete(*arguments, numbers=numbers, **options)
 
-    monkeypatch.setattr(negatives, "complete", watched)
+    monkeypatch.setattr("uft.sampling.generate.complete", watched)
     whole, out = job(tmp_path / "whole").path.read_bytes(), tmp_path / "stopped"
     of_the_whole = list(batches)
     for kept in (1, 4, 6, 11):
@@ -290,9 +288,9 @@ class Mute:
 
 
 def test_empty_samples_are_kept_out_and_leading_space_stripped(policy, tokenizer, sources, tmp_path):
-    summary = generate_rows(
-        policy, Mute(tokenizer), Renderer(tokenizer), sources, SETTINGS, tmp_path / "out", sampled_by="m"
-    )
+    renderer = Renderer(tokenizer)
+    renderer.tokenizer = Mute(tokenizer)
+    summary = generate_rows(policy, renderer, sources, SETTINGS, tmp_path / "out", sampled_by="m")
     written = lines(summary.path)
     assert summary.left_out > 0
     assert summary.negatives + summary.left_out == 24
@@ -300,9 +298,7 @@ def test_empty_samples_are_kept_out_and_leading_space_stripped(policy, tokenizer
     assert all(len(line["negatives"]) == len(line["negative_log_probs"]) for line in written)
     content = summary.path.read_bytes()
     summary.path.write_bytes(b"".join(content.splitlines(keepends=True)[:5]))
-    again = generate_rows(
-        policy, Mute(tokenizer), Renderer(tokenizer), sources, SETTINGS, tmp_path / "out", sampled_by="m"
-    )
+    again = generate_rows(policy, renderer, sources, SETTINGS, tmp_path / "out", sampled_by="m")
     assert again == replace(summary, resumed=5)
     assert summary.path.read_bytes() == content
 

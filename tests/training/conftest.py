@@ -23,7 +23,7 @@ from uft.config.schema import Config
 from uft.config.stages import differing
 from uft.errors import GOOD
 from uft.runs import Run, create_run
-from uft.training import making, session, setup, trainer
+from uft.training import exporting, making, session, setup, trainer
 from uft.training.liveness import Stop
 from uft.training.setup import Prepared, prepare
 
@@ -234,4 +234,4 @@ def finished(two, tmp_path_factory):
 
 @pytest.fixture
 def death(monkeypatch):
-    return Death(monkeypatch, session, setup)
+    return Death(monkeypatch, session, setup, exporting)

@@ -112,7 +112,7 @@ def test_a_stopped_selection_leaves_nothing(choose, tmp_path):
 
 
 def test_rows_that_a_method_has_no_use_for_are_refused(choose, monkeypatch):
-    monkeypatch.setattr("uft.training.choosing.load_policy", None)  # nothing is loaded for a request that cannot be
+    monkeypatch.setattr("uft.training.choosing.loaded_policy", None)  # nothing is loaded for a request that cannot be
     for by, kind, said in (
         ("active_dpo", "demonstration", "none of the rows is a candidate"),
         ("top_score", "demonstration", "9 rows have none"),
@@ -130,6 +130,7 @@ def test_a_checker_without_a_verdict_is_told_before_the_first_sample(configure):
     config = configure("sft")
     with pytest.raises(UftError, match=r"1 of 2 rows cannot be judged") as caught:
         making.scorer(config, [numbered])
-    assert caught.value.problems[0].where == "mine:1"
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.advice) == ("mine:1", ()), "rollout=false would change nothing here"
     score = making.scorer(config, [replace(numbered, rows=rows[:1])])
     assert [score(rows[0], reply) for reply in ("so 7", "so 8", "")] == [1.0, 0.0, 0.0]

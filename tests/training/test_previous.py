@@ -49,7 +49,7 @@ def test_a_stopped_run_goes_on_and_its_model_answers(name, previous):
     assert result["final"] == pytest.approx(whole["final"], rel=1e-3, abs=1e-4)
     assert list(result.get("stages", {})) == list(whole.get("stages", {}))
 
-    settings = as_found(weights(str(run.path)))
+    settings = as_found(weights(str(run.path)), ())
     settings["generate"] |= {"limit": 8, "max_new_tokens": 60, "temperature": 2.0, "top_k": 0}
     assert making.generate(typed(settings)) == GOOD
     assert {line["sampled_by"] for line in lines(run.path / "generated.jsonl")} == {str(run.model_dir)}

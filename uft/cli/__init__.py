@@ -44,7 +44,7 @@ VERBS = {
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
 MANAGE = ("export", "resume", "compare", "sync", "ls", "doctor")
-"""Each verb is a function of its name, of arguments to an exit code: in manage for these, else in verbs."""
+"""These verbs are functions of uft.cli.manage, the others of uft.cli.verbs: from arguments to the exit code."""
 
 USAGE = """\
 uft: unified fine-tuning of language models, any objective on the same rows

@@ -20,7 +20,9 @@ from uft.tracking.console import printable_lines
 
 if TYPE_CHECKING:
     from uft.config.schema import Config
+    from uft.data.chat import Renderer
     from uft.data.rows import Message
+    from uft.model.policy import Policy
 
 COMMANDS = """\
   /regen          answer the last question again, with another seed
@@ -35,7 +37,8 @@ class Speaker:
 
     name: str
     config: Config
-    parts: Any  # tokenizer, renderer and policy
+    renderer: Renderer
+    policy: Policy
     turns: list[Message] = field(default_factory=list)
 
     def answer(self, system: str | None, seed: int) -> str:
@@ -43,11 +46,10 @@ class Speaker:
         from uft.data.rows import Message
         from uft.sampling.answers import sample
 
-        tokenizer, renderer, policy = self.parts
         settings = replace(self.config.generate, system=system, seeds=[seed])
-        ((answer,),) = sample(policy, tokenizer, renderer, [tuple(self.turns)], settings)
+        ((answer,),) = sample(self.policy, self.renderer, [tuple(self.turns)], settings)
         self.turns.append(Message("assistant", answer.text or " "))
-        return answer.text + ("" if answer.stopped else f" (cut at generate.max_new_tokens={settings.max_new_tokens})")
+        return answer.told(settings)
 
 
 def talk(named: Sequence[tuple[str, dict[str, Any]]]) -> None:
@@ -63,7 +65,7 @@ def talk(named: Sequence[tuple[str, dict[str, Any]]]) -> None:
     for name, settings in named:
         console.print(f"loading {printable_lines(name)}")
         config = typed(settings)
-        speakers.append(Speaker(name, config, sampler(config, choose_device(config.hardware))))
+        speakers.append(Speaker(name, config, *sampler(config, choose_device(config.hardware))))
     console.print(f"{COMMANDS}\n")
     seed = first = speakers[0].config.generate.seeds[0]
     system = speakers[0].config.generate.system

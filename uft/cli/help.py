@@ -98,6 +98,7 @@ PAGES = {
   uft eval RUN eval.tasks=[ifeval] eval.task_files.ifeval=ifeval.jsonl  on local rows""",
         words="[RUN|MODEL] ",
         note="  RUN: a folder, a name or last. The figures go to evals/ in it, and uft compare shows them\n",
+        groups=("data", "reward", "model", "eval", "hardware"),
     ),
     "annotate": Page(
         keys="""
@@ -108,15 +109,17 @@ PAGES = {
   uft annotate baseline_logp data=mix annotate.models=[org/a,org/b]  the mean over two models
   uft annotate soft_label data=scored annotate.temperature=0.2  for objective=gdpo_soft""",
         words=f"{'|'.join(COLUMNS)} ",
+        groups=("data", "model", "hardware", "debug"),
     ),
     "select": Page(
         keys="""
             select.by select.rows select.seed select.out select.past select.dev select.steps select.batch select.lr
             select.eps select.dim select.ridge""",
         examples="""\
-  uft select select.by=random select.rows=1000 data=instruct  a thousand rows, the same ones whatever is added
+  uft select select.by=random select.rows=100 data=instruct  a hundred rows, the same ones whatever is added
   uft select select.by=active_dpo select.rows=64 data=pairs  the pairs that tell a model most
   uft select select.by=pds select.dev=instruct data=pairs  those that lower the loss of a source with share 0""",
+        groups=("data", "model", "hardware", "debug"),
     ),
     "config": Page(
         keys="seed train.steps optim.lr data.ratio",

@@ -30,12 +30,11 @@ from uft.runs import (
     waiting,
     weights,
 )
-from uft.tracking.console import HEADLINES, printable, printable_lines
+from uft.tracking.console import HEADLINES, printable, printable_lines, table_console
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-WIDE = 160  # columns where there is no terminal
 METRICS = 4  # metrics shown at most
 COLOURS = {
     "finished": "green",
@@ -88,10 +87,9 @@ def describe(run: Run) -> dict[str, Any]:
 
 def print_tables(found: list[dict[str, Any]]) -> None:
     """A table per folder: a sweep, or the runs of a day. Metrics for which the terminal has no room are left out."""
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console = table_console()
     metrics = [name for name in HEADLINES if any(f"eval/{name}" in row for row in found)][:METRICS]
     unbounded = console.options.update(width=10_000)
     for folder, inside in groupby(found, key=lambda row: Path(row["path"]).parent):
@@ -246,7 +244,7 @@ RUN is a folder, a name or last; of a run that was stopped the newest checkpoint
 with plain transformers and compared with the policy that was trained; README.md is its model card.
 
   uft export last --to my-model                      a Hugging Face folder, an adapter merged
-  uft export RUN --checkpoint best --to DIR          the best checkpoint; a number is a step
+  uft export RUN@best --to DIR                       the best checkpoint; RUN@120 is that of a step
   uft export RUN --dtype bfloat16 --to DIR           half the size; model: the precision it came in
   uft export RUN --adapter --to DIR                  the LoRA adapter alone, for PEFT
   uft export RUN --gguf --ollama --to DIR            a GGUF file and an Ollama Modelfile too"""
@@ -258,7 +256,7 @@ def export(arguments: list[str]) -> int:
     add = parser.add_argument
     add("run", metavar="RUN", help="a run: its folder, its name, or last; RUN@best and RUN@STEP are checkpoints")
     add("--to", type=Path, required=True, metavar="DIR", help="a new folder")
-    add("--checkpoint", metavar="best|STEP", help="this checkpoint; the final model, else the newest checkpoint")
+    add("--checkpoint", metavar="best|STEP", help="as RUN@best, RUN@STEP; the final model, else the newest checkpoint")
     add(
         "--dtype", choices=("float32", "bfloat16", "model"), default="float32", help="precision of the weights; float32"
     )

@@ -1,4 +1,4 @@
-"""The verbs over a configuration: train, check, data, generate, eval, annotate, select, config.
+"""The verbs over a configuration: train, check, data, generate, chat, eval, annotate, select, config.
 
 A request for one run is composed and checked here and carried out at once. A request that sets anything of Hydra's own
 (-m, a sweep, a launcher, --cfg, --info) runs as a native Hydra application over conf/config.yaml.

@@ -1,8 +1,8 @@
 """A configuration while it is put together: what was composed, what is laid over it, and what is wrong with the whole.
 
 pydantic judges types, ranges and choices by the schema (:mod:`uft.config.schema`); here its errors get the place where
-the value was set and what was probably meant. The rules between keys stand below. Nothing here imports Hydra: a
-worker reads its frozen configuration with it.
+the value was set and what was probably meant, and so do the rules between keys that are broken
+(:mod:`uft.config.rules`). Nothing here imports Hydra: a worker reads its frozen configuration with it.
 """
 
 from __future__ import annotations

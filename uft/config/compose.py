@@ -206,10 +206,10 @@ def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any],
 def values_of(line: str) -> list[Setting]:
     """What the file of a choice (`debug=fast`) sets, if that is values alone; [] if it chooses other files too."""
     files = files_of(Request())
-    plain, chosen = files.composed(()), files.composed((line,))
+    usual, chosen = files.composed(()), files.composed((line,))
     group, _, name = line.partition("=")
     others = {key: option for key, option in chosen.options.items() if key != group}
-    if any(plain.options.get(key) != option for key, option in others.items()):
+    if any(usual.options.get(key) != option for key, option in others.items()):
         return []
     return [setting for setting in chosen.settings if Path(setting.file).parts[-2:] == (group, f"{name}.yaml")]
 

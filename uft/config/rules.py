@@ -97,7 +97,8 @@ def mixture(settings: Settings) -> Iterator[Broken]:
             yield broken("data.ratio", why)
 
 
-def held_out(settings: Settings) -> Iterator[Broken]:
+def sources(settings: Settings) -> Iterator[Broken]:
+    """What a source says of its rows (which are held out, which part is read, their scores), and amounts of rows."""
     for name, source in settings["data"]["sources"].items():
         key = f"data.sources.{name}"
         ways = [way for way in ("holdout", "eval_path", "eval_split") if source.get(way) is not None]
@@ -231,7 +232,7 @@ RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
     numbers,
     adapters,
     mixture,
-    held_out,
+    sources,
     names,
     no_secret,
     machines,

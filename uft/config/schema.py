@@ -215,6 +215,7 @@ class Eval:
     rows: Int = _key(64, "held-out rows per source, at most", ge=0)
     samples: Int = _key(4, "greedy samples shown per source", ge=0)
     generate_rows: Int = _key(64, "rows per source answered greedily for a checker", ge=0)
+    draws: Int = _key(0, "answers sampled at temperature 1 to each of these rows, for pass@k; 0: none", ge=0)
     max_new_tokens: Int = _key(64, "longest generated answer", ge=1)
     best: str = _key("eval/nll", "metric that picks the best checkpoint")
     best_mode: Literal["min", "max"] = _key("min", "whether less or more of it is better")
@@ -238,7 +239,7 @@ class Generate:
     max_new_tokens: Int = _key(128, "longest completion", ge=1)
     system: str | None = _key(None, "system prompt to sample under; it is not written to the rows")
     repeats: Literal["keep", "drop"] = _key("keep", "samples with the tokens of the row's own completion")
-    score: bool = _key(False, "write the figure of the source's checker beside every sample: scored rows")
+    score: bool = _key(False, "write every sample's score beside it, as of a rollout (rollout.reward): scored rows")
     limit: Int | None = _key(None, "prompts per source; null: all", ge=1)
     batch_size: Int = _key(32, "prompts per batch", ge=1)
 
@@ -322,9 +323,7 @@ class Hardware:
 
 @dataclass(config=STRICT)
 class Tracking:
-    mode: Literal["auto", "online", "offline", "disabled"] = _key(
-        "auto", "Weights & Biases: auto is online with key and network"
-    )
+    mode: Literal["auto", "online", "offline", "disabled"] = _key("auto", "W&B: auto is online with key and network")
     project: str = _key("uft", "W&B project")
     entity: str | None = _key(None, "W&B user or team; null: your default")
     group: str | None = _key(None, "W&B group; null: the sweep's name")

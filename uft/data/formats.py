@@ -148,6 +148,12 @@ def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     return fields
 
 
+REPLIES = frozenset(
+    ("completion", "completions", "generations", "chosen", "rejected", "negatives", "messages", "conversations")
+)
+"""Columns that hold what an assistant said."""
+
+
 def aliases(columns: Collection[str]) -> dict[str, str]:
     """Those of these columns that have another of our names: that name."""
     found: dict[str, str] = {}
@@ -157,6 +163,8 @@ def aliases(columns: Collection[str]) -> dict[str, str]:
         if theirs in known and not taken and (not beside or not known.isdisjoint(beside)):
             found[theirs] = ours
             known = known - {theirs} | {ours}
+    if known >= {"prompt", "answer"} and known.isdisjoint(REPLIES):  # beside a reply it is what a checker compares with
+        found["answer"] = "completion"
     return found
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from uft.data.messages import Unreadable, excerpt
+from uft.errors import first_line
 
 Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
 Reader = Callable[[Path], Iterator[Found]]
@@ -38,11 +39,6 @@ def opened(path: Path) -> BinaryIO:
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"))
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def with_names(record: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -165,7 +161,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
         return {}
 
 
-READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
+READERS: dict[str, Reader] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

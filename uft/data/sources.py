@@ -26,11 +26,11 @@ import uft
 from uft.data import formats
 from uft.data.formats import Format
 from uft.data.messages import Unreadable, facts_of, is_blank
-from uft.data.readers import READERS, Found, first_line, reader_of, suffix_of, with_names
+from uft.data.readers import READERS, Found, reader_of, suffix_of, with_names
 from uft.data.rows import Kind, Row, content_digest, oddities, part_of
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.data.unread import FEEDBACK, Unread, unread_feedback, unread_meaning
-from uft.errors import Problem, UftError, tame
+from uft.errors import Problem, UftError, first_line, tame
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
 

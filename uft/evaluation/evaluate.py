@@ -7,6 +7,7 @@ generator, and leaves the model in the mode it was in. The metrics themselves ar
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Eval
 from uft.data.batch import Batch, Example, make_example, micro_batches
@@ -102,7 +102,6 @@ def evaluate(
     reference: Reference | None,
     sources: Sequence[HeldOut],
     renderer: Renderer,
-    tokenizer: PreTrainedTokenizerBase,
     settings: Eval,
     should_stop: Callable[[], bool] | None = None,
     *,
@@ -113,7 +112,7 @@ def evaluate(
     Raises Interrupted, with nothing measured, within one batch or one generated token of `should_stop()` being true.
     """
     stop = should_stop or (lambda: False)
-    evaluator = _Evaluator(policy, reference, renderer, tokenizer, settings, micro_batch_tokens, stop)
+    evaluator = _Evaluator(policy, reference, renderer, settings, micro_batch_tokens, stop)
     overall, metrics, samples, items = Tally(), dict[str, float](), list[Sample](), list[Item]()
     devices = [policy.device] if policy.device.type == "cuda" else []
     with torch.no_grad(), evaluating(policy.module), torch.random.fork_rng(devices=devices):
@@ -140,7 +139,6 @@ class _Evaluator:
     policy: Policy
     reference: Reference | None
     renderer: Renderer
-    tokenizer: PreTrainedTokenizerBase
     settings: Eval
     micro_batch_tokens: int
     should_stop: Callable[[], bool]
@@ -167,7 +165,7 @@ class _Evaluator:
     def _score_shard(self, examples: Sequence[Example]) -> list[ScoredRow]:
         forward = self.reference.forward if self.reference else None
         scores: dict[int, list[Scored]] = {example.example: [] for example in examples}
-        pad, layout = pad_id(self.tokenizer), self.policy.layout
+        pad, layout = pad_id(self.renderer.tokenizer), self.policy.layout
         for batch in micro_batches(examples, self.micro_batch_tokens, pad, layout):
             if self.should_stop():
                 raise Interrupted
@@ -188,17 +186,20 @@ class _Evaluator:
         item; the first replies are returned."""
         checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
-        replies = ranks().map_shards([self.renderer.start_ids(row) for row in rows], self._complete_shard)
-        texts = [str(self.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
+        prompts = [self.renderer.start_ids(row) for row in rows]
+        replies = ranks().map_shards([(ids, 0) for ids in prompts], partial(self._complete, 0.0))
+        texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
         verdicts = [Verdict({})] * len(rows)
         if held.checker:
             jobs = [(held.checker, row, text) for row, text in zip(rows, texts, strict=True)]
             verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
+        passed = self.passes(held, rows[:checked], prompts) if self.settings.draws else []
         samples = []
         for number, (row, reply, text, verdict) in enumerate(zip(rows, replies, texts, verdicts, strict=True)):
             found: dict[str, Sum] = {"completion_length": (len(reply.ids), 1.0)}
             if number < checked:
                 found |= {name: (value, 1.0) for name, value in verdict.figures.items()}
+                found |= passed[number] if passed else {}
             tally.add(found)
             item = items.setdefault(row.id, Item(held.name, row.id, prompt_text(row.prompt)))
             item.measures.add(found)
@@ -208,14 +209,34 @@ class _Evaluator:
                 samples.append(Sample(held.name, row.id, prompt_text(row.prompt), text, answer, verdict.figures))
         return samples
 
-    def _complete_shard(self, prompts: Sequence[Sequence[int]]) -> list[Reply]:
+    def passes(self, held: HeldOut, rows: Sequence[Row], prompts: Sequence[list[int]]) -> list[dict[str, Sum]]:
+        """Per row the chance that one of k answers at temperature 1 is right, k a power of two up to `eval.draws`: the
+        unbiased estimate 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374, eq. 1. Right: the checker's first figure is 1.
+        """
+        n = self.settings.draws
+        asked = [(ids, number * n + one) for number, ids in enumerate(prompts[: len(rows)]) for one in range(n)]
+        replies = ranks().map_shards(asked, partial(self._complete, 1.0))
+        texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
+        jobs = [(held.checker or "", rows[place // n], text) for place, text in enumerate(texts)]
+        verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
+        found = []
+        for place in range(0, len(verdicts), n):
+            firsts = [next(iter(v.figures.values())) for v in verdicts[place : place + n] if v.figures]
+            wrong = sum(value < 1 for value in firsts)
+            counts = [2**power for power in range(n.bit_length())] if firsts else []
+            found.append({f"pass@{k}": (1 - math.comb(wrong, k) / math.comb(n, k), 1.0) for k in counts})
+        return found
+
+    def _complete(self, temperature: float, asked: Sequence[tuple[list[int], int]]) -> list[Reply]:
+        """Answers to prompts, each with the number of its draws."""
         return complete(
             self.policy,
-            prompts,
-            Sampling(max_new_tokens=self.settings.max_new_tokens),
+            [prompt for prompt, _ in asked],
+            Sampling(temperature, max_new_tokens=self.settings.max_new_tokens),
             seed=0,
+            numbers=[number for _, number in asked],
             stop_ids=self.renderer.stop_ids,
-            pad_id=pad_id(self.tokenizer),
+            pad_id=pad_id(self.renderer.tokenizer),
             batch_size=PROMPTS_PER_BATCH,
             should_stop=self.should_stop,
         )

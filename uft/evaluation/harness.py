@@ -8,7 +8,6 @@ with the same columns.
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Eval, Task
 from uft.data.batch import Layout, batches_of, packs_of, sequence_batch
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, first_line
+from uft.evaluation.measures import Sum, mean_stderr
 from uft.heartbeat import activity
 from uft.model.load import pad_id
 from uft.model.policy import Policy, evaluating
@@ -261,7 +261,7 @@ class Loaded:
         try:
             content = manager.load([own])
         except Exception as error:  # the network, the hub, a data set, code of a task: whatever it raises
-            why = f"its rows cannot be loaded: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            why = f"its rows cannot be loaded: {type(error).__name__}: {first_line(error)}"
             advice = (f"rows of a file with the same columns:  eval.task_files.{name}=FILE",)
             raise UftError(Problem(f"eval.tasks: {name}", why, advice=advice)) from error
         for leaf in content["tasks"].values():
@@ -330,7 +330,7 @@ class Loaded:
         ]
 
 
-def sum_of(value: Any) -> tuple[float, float] | None:
+def sum_of(value: Any) -> Sum | None:
     """(sum, count) of what a row gives a metric: a number, or a list of verdicts; None for anything else."""
     if isinstance(value, (bool, int, float, np.number)):
         return float(value), 1.0
@@ -339,26 +339,10 @@ def sum_of(value: Any) -> tuple[float, float] | None:
     return None
 
 
-def by_row(samples: Mapping[str, Any], leaves: Iterable[str], key: str) -> list[tuple[float, float] | None]:
+def by_row(samples: Mapping[str, Any], leaves: Iterable[str], key: str) -> list[Sum | None]:
     """(sum, count) of a metric for every row."""
     metric, _, kept = key.partition(",")
     return [sum_of(one.get(metric)) for name in leaves for one in samples[name] if one["filter"] == kept]
-
-
-def mean_stderr(columns: Sequence[Sequence[tuple[float, float] | None]], values: Sequence[float]) -> float | None:
-    """The standard error of the mean of several metrics over the same rows; each metric is a ratio of sums over rows.
-
-    Linearised: a row's share in the mean is (sum - value * count) / mean count. None where a metric is no such ratio.
-    """
-    shares = np.zeros(len(columns[0]))
-    for column, value in zip(columns, values, strict=True):
-        if any(one is None for one in column) or len(column) < 2:
-            return None
-        sums, counts = np.array(column, dtype=float).T
-        if not math.isclose(sums.sum() / counts.sum(), value, rel_tol=1e-6, abs_tol=1e-9):
-            return None
-        shares += (sums - value * counts) / counts.mean() / len(columns)
-    return float(shares.std(ddof=1) / math.sqrt(len(shares)))
 
 
 # --- Rows of local files

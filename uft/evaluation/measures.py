@@ -6,8 +6,11 @@ whole sequences, in nats; the implicit reward is log pi(y|x) - log ref(y|x), tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from uft.data.rows import Row
 from uft.objectives.views import best_against_worst
@@ -132,3 +135,19 @@ class Tally(dict[str, Sum]):
 def measured(row: ScoredRow) -> dict[str, Sum]:
     """Every measure of one row."""
     return {name: measure(row) for name, measure in MEASURES.items()}
+
+
+def mean_stderr(columns: Sequence[Sequence[Sum | None]], values: Sequence[float]) -> float | None:
+    """The standard error of the mean of several metrics over the same rows; each metric is a ratio of sums over rows.
+
+    Linearised: a row's share in the mean is (sum - value * count) / mean count. None where a metric is no such ratio.
+    """
+    shares = np.zeros(len(columns[0]))
+    for column, value in zip(columns, values, strict=True):
+        if any(one is None for one in column) or len(column) < 2:
+            return None
+        sums, counts = np.array(column, dtype=float).T
+        if not math.isclose(sums.sum() / counts.sum(), value, rel_tol=1e-6, abs_tol=1e-9):
+            return None
+        shares += (sums - value * counts) / counts.mean() / len(columns)
+    return float(shares.std(ddof=1) / math.sqrt(len(shares)))

@@ -87,7 +87,7 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
 
 
 def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
-    """Run a job that leaves no run folder (check, data, generate, annotate) in a worker; the exit code."""
+    """Run a job that leaves no run folder (uft/training/jobs.py: JOBS) in a worker; the exit code."""
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         spec = Path(folder) / "config.yaml"
         spec.write_text(frozen(cfg), encoding="utf-8")

@@ -1,7 +1,7 @@
 """The processes that a launcher starts.
 
     python -m uft.launch.worker RUN                    train the run in this folder
-    python -m uft.launch.worker --job NAME SPEC        a job without a run folder: check, data, generate, annotate
+    python -m uft.launch.worker --job NAME SPEC        a job without a run folder (uft/training/jobs.py)
     python -m uft.launch.worker --elastic [OPTIONS OF torchrun] -m uft.launch.worker ...      the same on several ranks
 
 One process tree per run: W&B, CUDA contexts and a crash never leak from one run into the next.

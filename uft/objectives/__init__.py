@@ -23,6 +23,7 @@ from uft.objectives.pairwise import Pairwise
 from uft.objectives.per_kind import PerKind
 from uft.objectives.poft import PoFT
 from uft.objectives.policy_gradient import PolicyGradient
+from uft.objectives.srft import SRFT
 from uft.objectives.uft import UFT
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -37,6 +38,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "contrastive": Contrastive,
     "kto": KTO,
     "policy_gradient": PolicyGradient,
+    "srft": SRFT,
     "per_kind": PerKind,
 }
 """By `method`. Public names (`objective=NAME`) are the YAML files of conf/objective, each naming its method."""

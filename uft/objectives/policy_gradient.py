@@ -72,8 +72,7 @@ def selected(row: Row, visit: int, *, shown: str, gate: int) -> Selection:
     own = views.advantaged(row, visit)
     if shown == "none":
         return own
-    good = [i for i, one in enumerate(row.completions) if not views.is_own(one) and views.reward(one) >= 0.5]
-    demonstrations = tuple(Selected(i, Role.POSITIVE) for i in good)
+    demonstrations = tuple(Selected(i, Role.POSITIVE) for i in views.demonstrations(row))
     if shown != "unsolved":
         return (*demonstrations, *own)
     solved = sum(part.target >= views.GOOD_ENOUGH for part in own)
@@ -86,7 +85,6 @@ class Groups(NamedTuple):
     own: Tensor  # bool: sampled from the policy
     shown: Tensor  # bool: demonstrations
     live: Tensor  # bool: own ones that count
-    flat: Tensor  # bool: of a group whose scores are all equal
     advantage: Tensor  # float32, of own ones, and of demonstrations that belong to the group; else 0
 
 
@@ -200,7 +198,7 @@ class PolicyGradient(Objective):
             advantage = advantage / (torch.where(own, terms.promote(batch.annotations[SPREAD]), 1.0) + EPSILON)
         silent = ~members if penalty is not None else ~members | flat
         live = own & ~flat if self.drop_flat else own
-        return Groups(own, shown, live, flat, torch.where(silent, 0.0, advantage).detach())
+        return Groups(own, shown, live, torch.where(silent, 0.0, advantage).detach())
 
     def units(self, batch: Batch, sequences: Tensor, reduction: str) -> Tensor:
         """() units of a part over `sequences` (S,) bool."""

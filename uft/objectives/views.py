@@ -31,6 +31,12 @@ def reward(completion: Completion) -> float:
     return 1.0 if completion.score is None else completion.score
 
 
+def good_completion(row: Row) -> Completion | None:
+    """The best completion by its feedback, the first of equals; None where even that is not good."""
+    best = max(row.completions, key=reward)
+    return best if reward(best) >= GOOD_ENOUGH else None
+
+
 def positives(row: Row, visit: int, *, min_score: float = GOOD_ENOUGH) -> Selection:
     """The good completions only; nothing of a row that has none."""
     return tuple(Selected(i) for i, completion in enumerate(row.completions) if reward(completion) >= min_score)
@@ -83,7 +89,13 @@ def best_against_worst(row: Row, visit: int) -> Selection | None:
 
 
 def is_own(completion: Completion) -> bool:
+    """Whether it was sampled: in a rollout, by the policy."""
     return completion.sampled_by is not None
+
+
+def demonstrations(row: Row) -> list[int]:
+    """The good completions that were not sampled, by their places."""
+    return [i for i, one in enumerate(row.completions) if not is_own(one) and reward(one) >= GOOD_ENOUGH]
 
 
 def of_own(view: View) -> View:

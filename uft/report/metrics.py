@@ -17,6 +17,7 @@ DIRECTIONS = {
     **dict.fromkeys(
         (f"{level}_level_{kind}_acc" for level in ("prompt", "inst") for kind in ("strict", "loose")), "max"
     ),
+    **dict.fromkeys((f"pass@{2**power}" for power in range(11)), "max"),
     **dict.fromkeys(("nll", "kl"), "min"),
 }
 """Evaluation metrics, over all rows or of one source, of which one direction is better by itself."""

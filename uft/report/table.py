@@ -7,7 +7,6 @@ the cursor, and are neither Markdown nor LaTeX.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import product
@@ -19,19 +18,18 @@ from rich.text import Text
 
 from uft.report.metrics import plural
 from uft.report.verdict import ALONE, BETTER, SELECTED
-from uft.tracking.console import printable, shorten
+from uft.tracking.console import printable, shorten, table_console
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-WIDE = 160  # where there is no terminal
 COLUMNS, ROWS, OTHERS = 5, 30, 10  # shown at most: metrics, configurations, incomplete runs
 LONGEST = 200  # characters of a name or an error
 FLIPS, ANSWER = 3, 60  # prompts that flipped in the terminal, and characters of a prompt or answer
 
 
 def show(comparison: Mapping[str, Any]) -> None:
-    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
+    console = table_console()
     runs, groups = comparison["runs"], comparison["groups"]
     head = f"{comparison['title']}: {plural(len(runs), 'run')}, {plural(len(groups), 'configuration')}"
     console.print(Text(f"\n{one_line(head)}\n", style="bold"))

@@ -106,10 +106,10 @@ def gold(row: Row) -> str | None:
     """The right reply: the row's answer, else its best completion if that is good, else None."""
     if row.answer is not None or not row.completions:
         return row.answer
-    from uft.objectives.views import GOOD_ENOUGH, reward
+    from uft.objectives.views import good_completion
 
-    best = max(row.completions, key=reward)
-    return best.text if reward(best) >= GOOD_ENOUGH else None
+    good = good_completion(row)
+    return None if good is None else good.text
 
 
 def answer_of(row: Row) -> str:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from uft.data.rows import Message, Row
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, first_line
 from uft.heartbeat import beat
 from uft.playground import world
 from uft.rewards.base import Checker, Verdict, key
@@ -163,7 +163,7 @@ def _loaded(auto: str, path: str, revision: str | None, device: str) -> tuple[An
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, revision=revision)
         model = getattr(transformers, auto).from_pretrained(place, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        why = f"cannot be loaded: {str(error).strip().splitlines()[0]}"
+        why = f"cannot be loaded: {first_line(error)}"
         raise UftError(Problem(f"reward.path={path}", why)) from error
     if model.config.pad_token_id is None:  # by which a classifier finds the last token of a sequence
         model.config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Generate
 from uft.data.chat import Renderer
@@ -22,10 +20,9 @@ from uft.data.readers import reader_of
 from uft.data.rows import Turns
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
-from uft.model.load import pad_id
 from uft.model.policy import Policy
 from uft.runs import writing
-from uft.sampling.generate import Sampling, complete
+from uft.sampling.generate import SAMPLED_UNDER, complete_for_seeds
 
 ASKED = ("prompt", "question", "instruction", "messages", "conversations", "text")
 """Columns that hold a prompt, the first of them that a record has."""
@@ -38,6 +35,10 @@ class Answer:
     text: str
     stopped: bool  # ended by the model itself; False: cut at generate.max_new_tokens
     seed: int
+
+    def told(self, settings: Generate) -> str:
+        """The text, and whether it was cut."""
+        return self.text + ("" if self.stopped else f"  (cut at generate.max_new_tokens={settings.max_new_tokens})")
 
 
 def read_prompts(file: Path) -> list[Turns]:
@@ -88,7 +89,6 @@ def _prompt(record: Mapping[str, Any] | str) -> Turns:
 @activity("prompts were answered")
 def answer_prompts(
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
     renderer: Renderer,
     prompts: Sequence[Turns],
     settings: Generate,
@@ -105,7 +105,7 @@ def answer_prompts(
     size = settings.batch_size
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
-        answers = sample(policy, tokenizer, renderer, batch, settings, should_stop, first=start)
+        answers = sample(policy, renderer, batch, settings, should_stop, first=start)
         for prompt, given in zip(batch, answers, strict=True):
             show(prompt, given)
         if out is not None:
@@ -114,7 +114,6 @@ def answer_prompts(
 
 def sample(
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
     renderer: Renderer,
     prompts: Sequence[Turns],
     settings: Generate,
@@ -122,41 +121,26 @@ def sample(
     first: int = 0,
 ) -> list[list[Answer]]:
     """The answers to each prompt, one for each seed; `first` is the number of the first prompt for the randomness."""
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
     ids = [renderer.prompt_ids(prompt, settings.system) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if policy.positions and len(tokens) >= policy.positions:
             why = f"has {len(tokens)} tokens, the model has {policy.positions} positions"
             raise UftError(Problem(f"the prompt {prompt[-1].content[:40]!r}", why))
-    by_seed = [
-        complete(
-            policy,
-            ids,
-            sampling,
-            seed=seed,
-            stop_ids=renderer.stop_ids,
-            pad_id=pad_id(tokenizer),
-            batch_size=settings.batch_size,
-            should_stop=should_stop,
-            numbers=range(first, first + len(ids)),
-        )
-        for seed in settings.seeds
-    ]
+    numbers = range(first, first + len(ids))
 
     def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return str(renderer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     return [
         [Answer(text(reply.ids), reply.stopped, seed) for seed, reply in zip(settings.seeds, replies, strict=True)]
-        for replies in zip(*by_seed, strict=True)
+        for replies in complete_for_seeds(policy, renderer, ids, settings, numbers, should_stop)
     ]
 
 
 def _keep(
     out: Path, prompts: Sequence[Turns], answers: Sequence[Sequence[Answer]], settings: Generate, sampled_by: str
 ) -> None:
-    names = ("temperature", "top_k", "top_p", "max_new_tokens", "system")
-    recipe = {"sampled_by": sampled_by, "sampling": {name: asdict(settings)[name] for name in names}}
+    recipe = {"sampled_by": sampled_by, "sampling": {name: getattr(settings, name) for name in SAMPLED_UNDER}}
     lines = [
         {"prompt": turns_column(prompt, "user"), "response": answer.text, "seed": answer.seed, **recipe}
         for prompt, given in zip(prompts, answers, strict=True)

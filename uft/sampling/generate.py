@@ -15,11 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.cache_utils import DynamicLayer
 
+from uft.config.schema import Generate
 from uft.data.batch import sequence_batch
+from uft.data.chat import Renderer
+from uft.model.load import pad_id
 from uft.model.policy import Policy, common_length, evaluating, exact_products, trial_sequences
 
 Tensor = torch.Tensor
+
+
+SAMPLED_UNDER = ("temperature", "top_k", "top_p", "max_new_tokens", "system")
+"""Keys of `generate` that are written beside samples: all but seeds and those that change no sample."""
 
 
 class Interrupted(Exception):
@@ -102,6 +110,32 @@ def complete(
     return [row.reply for row in rows]
 
 
+def complete_for_seeds(
+    policy: Policy,
+    renderer: Renderer,
+    prompts: Sequence[Sequence[int]],
+    settings: Generate,
+    numbers: Sequence[int],
+    should_stop: Callable[[], bool],
+) -> list[tuple[Reply, ...]]:
+    """Per prompt one completion for each of `settings.seeds`; `numbers` as in :func:`complete`."""
+    by_seed = [
+        complete(
+            policy,
+            prompts,
+            Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens),
+            seed=seed,
+            stop_ids=renderer.stop_ids,
+            pad_id=pad_id(renderer.tokenizer),
+            batch_size=settings.batch_size,
+            should_stop=should_stop,
+            numbers=numbers,
+        )
+        for seed in settings.seeds
+    ]
+    return list(zip(*by_seed, strict=True))
+
+
 def uniforms(seed: int, number: int, count: int) -> np.ndarray:
     """(count,) float64 in [0, 1): the draws of one completion. Counter-based, so that any can be made alone."""
     key = [seed % 2**64, number % 2**64]
@@ -167,9 +201,12 @@ def _decode(
     should_stop: Callable[[], bool],
     ended: Callable[[Sequence[int]], bool] | None,
 ) -> None:
-    """Answer one batch of prompts, in place. Finished rows leave the batch once half of it is finished."""
+    """Answer one batch of prompts, in place. A prompt that several rows have is read once; finished rows leave the
+    batch once half of it is finished."""
     rows, device = [row for row in rows if row.open], policy.device
-    ids, mask = left_padded([row.prompt for row in rows], pad_id, device)
+    places = {prompt: number for number, prompt in enumerate(dict.fromkeys(tuple(row.prompt) for row in rows))}
+    ids, mask = left_padded(list(places), pad_id, device)
+    prompt_of_row = torch.tensor([places[tuple(row.prompt)] for row in rows], device=device)
     if policy.caches is None:
         with exact_products():
             policy.caches = _caches(policy)
@@ -182,6 +219,11 @@ def _decode(
             raise Interrupted
         if caches:
             logits, cache = _last_logits(policy, ids, mask, cache)
+            if step == 0 and len(places) < len(rows):
+                cache.reorder_cache(prompt_of_row)
+                logits, mask = logits[prompt_of_row], mask[prompt_of_row]
+            if step == 0:
+                _make_room(cache, max(len(row.uniform) for row in rows))
         else:
             logits = _plain_logits(policy, [[*row.prompt, *row.reply.ids] for row in rows])
         draws = [row.uniform[step] if row.open else 0.0 for row in rows]
@@ -190,7 +232,7 @@ def _decode(
             if row.open:
                 row.reply.add(token, log_prob, stop_ids)
                 row.reply.ended = ended is not None and ended(row.reply.ids)
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         ids = tokens[:, None]
         step += 1
         kept = [i for i, row in enumerate(rows) if row.open]
@@ -198,7 +240,47 @@ def _decode(
             index = torch.tensor(kept, device=device)
             if cache is not None:
                 cache.reorder_cache(index)
-            ids, mask, rows = ids[index], mask[index], [rows[i] for i in kept]
+                ids, mask = ids[index], mask[index]
+            rows = [rows[i] for i in kept]
+
+
+class _Preallocated(DynamicLayer):
+    """Keys and values of a layer with room for those to come. One that grows by concatenation is copied at every token,
+    which takes as long as all the products of a model of 30M parameters."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.room = room
+        self._hold(keys, values)
+
+    def _hold(self, *states: Tensor) -> None:
+        """Keep (B, heads, L, D) states in tensors that have `room` more places."""
+        self.held = [one.new_empty((*one.shape[:2], one.shape[2] + self.room, one.shape[3])) for one in states]
+        self.keys, self.values = (held[:, :, : one.shape[2]] for held, one in zip(self.held, states, strict=True))
+        for kept, one in zip((self.keys, self.values), states, strict=True):
+            kept.copy_(one)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for held, new in zip(self.held, (key_states, value_states), strict=True):
+            held[:, :, start:end] = new
+        self.keys, self.values = (held[:, :, :end] for held in self.held)
+        self.room -= end - start
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        assert self.keys is not None
+        assert self.values is not None
+        self._hold(self.keys.index_select(0, beam_idx), self.values.index_select(0, beam_idx))
+
+
+def _make_room(cache: Any, tokens: int) -> None:
+    """Let the plain layers of a cache take so many tokens in place; windows and states of other kinds stay."""
+    for number, layer in enumerate(getattr(cache, "layers", ())):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[number] = _Preallocated(layer.keys, layer.values, tokens)
 
 
 def _last_logits(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:

@@ -12,7 +12,7 @@ with), `sampled_by`, `sampling` (the settings), and `answer` and `task` where th
 
 Two settings are for methods that learn from a model's own samples in pairs. `repeats: drop` leaves out samples with the
 tokens of the row's own completion, from which a pair learns nothing; DFT wants them as they come. `score: true` writes
-`score`, the figure of the source's checker for each sample, and no `response`: the line is a row of scored samples.
+`score`, that of each sample by the source's checker and `rollout.reward`, and no `response`: a row of scored samples.
 """
 
 from __future__ import annotations
@@ -25,21 +25,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from uft.config.schema import Generate
 from uft.data.chat import Renderer
 from uft.data.formats import turns_column
-from uft.data.rows import Completion, Message, Row
+from uft.data.rows import Message, Row
 from uft.data.sources import LoadedSource
 from uft.distributed import ranks
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
-from uft.model.load import pad_id
 from uft.model.policy import Policy
-from uft.objectives.views import GOOD_ENOUGH, reward
+from uft.objectives.views import good_completion
 from uft.runs import writing
-from uft.sampling.generate import Sampling, complete
+from uft.sampling.generate import SAMPLED_UNDER, complete_for_seeds
 
 Line = dict[str, Any]
 Score = Callable[[Row, str], float]
@@ -63,7 +60,6 @@ class Summary:
 @activity("completions were sampled")
 def generate_rows(
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
     renderer: Renderer,
     sources: Sequence[LoadedSource],
     settings: Generate,
@@ -82,8 +78,7 @@ def generate_rows(
     """
     rows = [row for source in sources for row in source.rows[: settings.limit]]
     usable = [row for row in rows if score or good_completion(row) is not None]
-    names = ("temperature", "top_k", "top_p", "max_new_tokens", "system")  # batch size and limit change no sample
-    sampling = {name: getattr(settings, name) for name in names}
+    sampling = {name: getattr(settings, name) for name in SAMPLED_UNDER}
     sampling |= {"seeds": list(settings.seeds), "template": renderer.digest}
     sampling["log_probs"] = "as sampled"  # earlier versions wrote those at temperature 1 without filters
     sampling |= {"repeats": "drop"} if settings.repeats == "drop" else {}
@@ -96,7 +91,7 @@ def generate_rows(
         _append(out, [])
 
     def sample(share: Sequence[Row]) -> list[Line]:
-        return _sample(policy, tokenizer, renderer, share, settings, recipe, score, should_stop)
+        return _sample(policy, renderer, share, settings, recipe, score, should_stop)
 
     for batch in _batches(usable, done, group.size * settings.batch_size):
         sampled = group.map_shards(batch, sample)
@@ -148,12 +143,6 @@ def _append(out: Path, lines: Sequence[Line]) -> None:
             handle.writelines(texts)
 
 
-def good_completion(row: Row) -> Completion | None:
-    """The best completion by its feedback, or None if even that is not good."""
-    best = max(row.completions, key=reward)
-    return best if reward(best) >= GOOD_ENOUGH else None
-
-
 def number_of(row: Row) -> int:
     """The row's number for the randomness: its id alone, so that other sources and limits change nothing."""
     return int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "big")
@@ -161,7 +150,6 @@ def number_of(row: Row) -> int:
 
 def _sample(
     policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
     renderer: Renderer,
     rows: Sequence[Row],
     settings: Generate,
@@ -170,25 +158,11 @@ def _sample(
     should_stop: Callable[[], bool],
 ) -> list[Line]:
     """A line for each row of one batch, every seed; what is not to be written is already left out."""
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
     prompts = [renderer.start_ids(row, settings.system) for row in rows]
-    by_seed = [
-        complete(
-            policy,
-            prompts,
-            sampling,
-            seed=seed,
-            stop_ids=renderer.stop_ids,
-            pad_id=pad_id(tokenizer),
-            batch_size=settings.batch_size,
-            should_stop=should_stop,
-            numbers=[number_of(row) for row in rows],
-        )
-        for seed in settings.seeds
-    ]
+    sampled = complete_for_seeds(policy, renderer, prompts, settings, list(map(number_of, rows)), should_stop)
     lines = []
-    for row, replies in zip(rows, zip(*by_seed, strict=True), strict=True):
-        texts = [str(tokenizer.decode(reply.ids, skip_special_tokens=True)).lstrip() for reply in replies]
+    for row, replies in zip(rows, sampled, strict=True):
+        texts = [str(renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).lstrip() for reply in replies]
         kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text and reply.stopped]
         if settings.repeats == "drop":
             kept = [(text, reply) for text, reply in kept if not _repeats(row, text, renderer)]

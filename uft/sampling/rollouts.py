@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy, evaluating
 from uft.objectives.policy_gradient import SPREAD
-from uft.objectives.views import GOOD_ENOUGH, is_own, reward
+from uft.objectives.views import GOOD_ENOUGH, demonstrations, reward
 from uft.rewards import Spec, judge, make, parts
 from uft.sampling.generate import Reply, Sampling, complete, uniforms
 
@@ -100,7 +100,7 @@ class RolloutSampler:
         self.keeps_old = keeps_old and (settings.prompts or batch_size) > batch_size
         self.should_stop = should_stop
         self.prompts = settings.prompts or batch_size
-        self.drawn = self.rounds = 0  # rows and rollouts so far
+        self.drawn = self.rollouts = 0  # rows and rollouts so far
         self.steps: list[list[Group]] = []  # sampled and not yet trained on, by optimiser step
         self.metrics: dict[str, tuple[float, float]] = {}  # name -> sum, count
         self.seconds = 0.0
@@ -121,11 +121,11 @@ class RolloutSampler:
 
     def state_dict(self) -> dict[str, Any]:
         waiting = [[asdict(group) for group in step] for step in self.steps]
-        return {"rows": self.sampler.state_dict(), "drawn": self.drawn, "rounds": self.rounds, "waiting": waiting}
+        return {"rows": self.sampler.state_dict(), "drawn": self.drawn, "rollouts": self.rollouts, "waiting": waiting}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state["rows"])
-        self.drawn, self.rounds = state["drawn"], state["rounds"]
+        self.drawn, self.rollouts = state["drawn"], state["rollouts"]
         self.steps = [[Group.read(group) for group in step] for step in state["waiting"]]
 
     # --- sampling
@@ -134,7 +134,7 @@ class RolloutSampler:
     def _sample(self, rows: int) -> None:
         """Draw and sample `rows` rows, and replace flat groups by further draws as far as that is allowed."""
         started, wanted, groups = time.perf_counter(), rows, list[Group]()
-        self.rounds += 1
+        self.rollouts += 1
         for attempt in range(1 + self.settings.refill):
             self._add("refills", float(attempt > 0), count=attempt == 0)
             more = self._groups(wanted - len(groups))
@@ -236,7 +236,7 @@ class RolloutSampler:
     def _prompt(self, draw: RowIndex, hint: int) -> tuple[list[int], list[int]]:
         """Token ids of a row's prompt, as they are trained, and of the piece of its demonstration that follows it."""
         source = self._source(draw)
-        tokens = source.encoded[draw.index][shown_of(source.rows[draw.index])[0]]
+        tokens = source.encoded[draw.index][shown_places(source.rows[draw.index])[0]]
         end = tokens.prompt_length
         return tokens.ids[:end].tolist(), tokens.ids[end : end + hint].tolist()
 
@@ -245,13 +245,13 @@ class RolloutSampler:
         source, draw = self._source(group.draw), group.draw
         row, encoded = source.rows[draw.index], source.encoded[draw.index]
         prompt, hint = self._prompt(draw, group.hint)
-        demonstrations: list[tuple[Completion, Tokens]] = []
+        beside: list[tuple[Completion, Tokens]] = []  # demonstrations, or the hint
         if shown and self.settings.hint.schedule == "none":
-            demonstrations = [(Completion(row.completions[i].turns), encoded[i]) for i in shown_of(row)]
-            demonstrations = demonstrations if reward(row.completions[shown_of(row)[0]]) >= GOOD_ENOUGH else []
+            beside = [(Completion(row.completions[i].turns), encoded[i]) for i in shown_places(row)]
+            beside = beside if reward(row.completions[shown_places(row)[0]]) >= GOOD_ENOUGH else []
         elif shown and hint:
             turn = Message("assistant", self._text(hint))
-            demonstrations = [(Completion((turn,)), _tokens(prompt, hint))]
+            beside = [(Completion((turn,)), _tokens(prompt, hint))]
         own = []
         for number, reply in enumerate(group.replies):
             ids = reply.ids if reply.end is None else [*reply.ids, reply.end]
@@ -264,7 +264,7 @@ class RolloutSampler:
                 annotations={SPREAD: group.spread} if group.scores else {},
             )
             own.append((said, _tokens([*prompt, *hint], ids, learned)))
-        completions, tokens = zip(*demonstrations, *own, strict=True)
+        completions, tokens = zip(*beside, *own, strict=True)
         return replace(row, completions=completions), tokens
 
     def example(self, group: Group) -> Example | None:
@@ -298,12 +298,11 @@ class RolloutSampler:
         settings, source = self.settings.hint, self._source(draw)
         if settings.schedule == "none" or source.source not in self.sampled:
             return 0
-        ends = pieces(source.encoded[draw.index][shown_of(source.rows[draw.index])[0]], settings, self.renderer)
+        ends = pieces(source.encoded[draw.index][shown_places(source.rows[draw.index])[0]], settings, self.renderer)
         cuts = cut_points(len(ends), settings.chunks)
         last = max(1, round(settings.until * math.ceil(self.total_rows / self.prompts)))
-        chunks = chunks_shown(
-            settings, len(cuts) - 1, self.rounds, last, float(uniforms(self.seed, HINTS + number, 1)[0])
-        )
+        draw_of_hint = float(uniforms(self.seed, HINTS + number, 1)[0])
+        chunks = chunks_shown(settings, len(cuts) - 1, self.rollouts, last, draw_of_hint)
         return ends[cuts[chunks] - 1] if cuts[chunks] else 0
 
     # --- what is told of it
@@ -359,10 +358,9 @@ def _tokens(prompt: Sequence[int], ids: Sequence[int], learned: bool = True) -> 
     return Tokens(np.array([*prompt, *ids], np.int32), supervised & learned, len(prompt))
 
 
-def shown_of(row: Row) -> list[int]:
+def shown_places(row: Row) -> list[int]:
     """The completions that stand as demonstrations of a row that is sampled: the good ones, else its first."""
-    good = [i for i, one in enumerate(row.completions) if not is_own(one) and reward(one) >= GOOD_ENOUGH]
-    return good or [0]
+    return demonstrations(row) or [0]
 
 
 # --- Hints: how much of a demonstration is shown (UFT, arXiv 2505.16984).
@@ -416,11 +414,10 @@ def expected_views(views: Mapping[Kind, View], settings: Rollout, sampled: Mappi
         if row.source not in sampled:
             view = views.get(row.kind)
             return view(row, visit) if view else None
-        shown, turns = shown_of(row), row.completions[0].turns
-        demonstrations = [Completion(row.completions[i].turns) for i in shown]
+        shown, turns = shown_places(row), row.completions[0].turns
         scores = (float(i % 2 == 0) if sampled[row.source] is not None else None for i in range(settings.completions))
         own = [Completion(turns, sampled_by=OWN, score=score, log_prob=-1.0) for score in scores]
-        made = replace(row, completions=(*demonstrations, *own))
+        made = replace(row, completions=(*(Completion(row.completions[i].turns) for i in shown), *own))
         view = views.get(made.kind)
         parts = view(made, visit) if view else None
         if parts is None:
@@ -450,18 +447,18 @@ def refuse_unscored(
         if source.source not in sampled or not len(source.rows):
             continue
         key, spec = f"data.sources.{source.source}", sampled[source.source]
+        unsampled = f"{key}.rollout=false   (its rows as they are)"
         if spec is None and Kind.NEGATIVES not in views:
             why = f"objective={name} learns from scores, and this source has no checker that gives them"
-            advice = (f"{key}.checker=final_number", f"{key}.rollout=false   (its rows as they are)")
-            problems.append(Problem(key, why, advice=advice))
+            problems.append(Problem(key, why, advice=(f"{key}.checker=final_number", unsampled)))
         elif spec is not None:
-            problems += unjudged(key, source.rows, spec, weights_of(settings, spec))
-        room, longest = source.encoded.longest_sides[0] + settings.max_new_tokens, settings.hint.schedule != "none"
+            problems += unjudged(key, source.rows, spec, weights_of(settings, spec), unsampled)
+        room = source.encoded.longest_sides[0] + settings.max_new_tokens
         if room > max_length:
             why = f"a prompt with rollout.max_new_tokens={settings.max_new_tokens} has up to {room} tokens"
             problems.append(Problem(key, why, advice=(f"train.max_length={room}",)))
-        if longest and not any(
-            pieces(encoded[shown_of(row)[0]], settings.hint, renderer)
+        if settings.hint.schedule != "none" and not any(
+            pieces(encoded[shown_places(row)[0]], settings.hint, renderer)
             for row, encoded in zip(source.rows, source.encoded, strict=True)
         ):
             why = f"no demonstration has a piece to show: {settings.hint.keep_last} of its last are kept back"
@@ -471,23 +468,19 @@ def refuse_unscored(
         raise UftError(*problems)
 
 
-def unjudged(key: str, rows: Sequence[Row], spec: Spec, weights: Mapping[str, float]) -> list[Problem]:
-    """The figures that a source's checker does not give, and the rows whose replies it cannot judge; no model is
-    asked."""
+def unjudged(
+    key: str, rows: Sequence[Row], spec: Spec, weights: Mapping[str, float], *advice: str
+) -> Iterator[Problem]:
+    """The figures that a source's checker does not give, and, with `advice`, the rows whose replies it cannot judge; no
+    model is asked."""
     given = figures_of(spec)
-    advice = (f"it gives: {', '.join(given)}",)
-    problems = [
-        Problem(f"rollout.reward.{name}", f"the checker of {key} does not give it", advice=advice)
-        for name in weights
-        if name not in given
-    ]
+    for name in (name for name in weights if name not in given):
+        why = f"the checker of {key} does not give it"
+        yield Problem(f"rollout.reward.{name}", why, advice=(f"it gives: {', '.join(given)}",))
     asked = [part for part in parts(spec) if not hasattr(make(part), "path")]
     verdicts = judge([(asked, row, "") for row in rows]) if asked else []
-    silent = (
-        [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if not verdict.figures] if asked else []
-    )
+    silent = [(row, found) for row, found in zip(rows, verdicts, strict=False) if not found.figures]
     if silent:
-        (row, verdict), *_ = silent
-        why = f"{len(silent):,} of {len(rows):,} rows cannot be judged, so that replies have no score: {verdict.reason}"
-        problems.append(Problem(key, why, row.id, (f"{key}.rollout=false   (its rows as they are)",)))
-    return problems
+        (row, found), *_ = silent
+        why = f"{len(silent):,} of {len(rows):,} rows cannot be judged, so that replies have no score: {found.reason}"
+        yield Problem(key, why, row.id, advice)

@@ -93,7 +93,7 @@ def shown_of(row: Row) -> Selection:
 
 
 TAKES: dict[str, Callable[[Row], Selection]] = {"active_dpo": pair_of, "pds": shown_of}
-"""The methods that run the model."""
+"""By `select.by`, of the methods that run the model."""
 
 
 # --- ActiveDPO. A pair is worth asking about where phi = g(y1) - g(y2) is long in the metric of what was asked before:

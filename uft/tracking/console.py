@@ -9,6 +9,7 @@ import io
 import logging
 import math
 import os
+import sys
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from uft.errors import redact
 from uft.runs import shown
 
 if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
     from rich.table import Table
 
     from uft.evaluation.evaluate import Evaluation, Sample
@@ -30,7 +32,8 @@ Card = Sequence[tuple[str, str]]
 """(label, value) lines; a value may have several lines."""
 
 CLEAR_LINE = "\r\x1b[2K"
-PLAIN_WIDTH = 110  # of tables where there is no terminal
+PLAIN_WIDTH = 110  # of a run's tables where there is no terminal
+TABLE_WIDTH = 160  # likewise, of all others
 PACE_WINDOW = 20  # metric lines that the remaining time is estimated from
 PREFIX = "eval/"
 SHOWN_METRICS = 10  # in the end card
@@ -38,6 +41,13 @@ HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
 """Metrics of an evaluation that come first, in this order, where there is no room for all."""
 LARGEST_KL = 100.0  # nats per token; a larger estimate is none
 STYLES = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}
+
+
+def table_console(quiet: bool = False) -> RichConsole:
+    """A console for tables, as wide as the terminal, or as they need where there is none."""
+    from rich.console import Console as RichConsole
+
+    return RichConsole(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False, quiet=quiet)
 
 
 class Console:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from uft.config.schema import Tracking
-from uft.errors import FAILED, GOOD, STOPPED, Problem, UftError
+from uft.errors import FAILED, GOOD, STOPPED, Problem, UftError, first_line
 from uft.runs import Run, typed_path
 from uft.tracking.metrics import read_metrics, read_samples
 
@@ -153,7 +153,7 @@ class Wandb:
                     handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
                 handle.finish(exit_code=exit_code)
             except Exception as error:
-                self.failure = first_line(error)
+                self.failure = first_line(error).rstrip(".")
         if self.failure:
             self.say(f"W&B did not take everything ({self.failure}). Upload the rest:  {self.sync_command}")
         else:
@@ -181,7 +181,7 @@ class Wandb:
         except UftError:
             raise
         except Exception as error:  # also that wandb is not installed
-            self._handle, why = None, first_line(error)
+            self._handle, why = None, first_line(error).rstrip(".")
             if mode == "online" and type(error).__name__ == "AuthenticationError":
                 raise UftError(no_key(why)) from error
         shut_down()
@@ -252,7 +252,7 @@ class Wandb:
                         handle.log({"step": step, **values}, step=step + self._shift)
                         self.sent.add(step)
         except Exception as error:
-            self.failure = first_line(error)
+            self.failure = first_line(error).rstrip(".")
 
 
 def _has(handle: Any, name: str, value: Any) -> bool:
@@ -310,10 +310,6 @@ def shut_down() -> None:
         import wandb
 
         wandb.teardown()
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 @contextmanager
@@ -450,4 +446,4 @@ def upload(run: Run, patience: float = PATIENCE) -> tuple[int, str]:
             return 0, "; ".join(f"{problem.what} {problem.why}" for problem in error.problems)
         except Exception as error:
             shut_down()
-            return 0, first_line(error)
+            return 0, first_line(error).rstrip(".")

@@ -7,8 +7,8 @@ and for active_dpo the features of their pairs, which V remembers.
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +25,8 @@ from uft.data.table import prompt_words
 from uft.data.tokens import tokenize
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
-from uft.model.load import check_vocabulary, load_policy, load_tokenizer
-from uft.runs import write_atomically, writing
+from uft.model.load import load_tokenizer
+from uft.runs import write_atomically
 from uft.sampling.select import (
     TAKES,
     Picked,
@@ -39,7 +39,7 @@ from uft.sampling.select import (
     top_scores,
 )
 from uft.training.dataset import make_renderer
-from uft.training.setup import Say, settle_threads
+from uft.training.setup import Say, loaded_policy
 from uft.training.trainer import tokens_per_pass
 
 PAST_FILE = "past.npz"
@@ -96,7 +96,9 @@ def choose_rows(
     write_atomically(out / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     chosen = [taken[place] for place in sorted(rank)]
     phi = past["phi"] if picked.features is None else np.concatenate([past["phi"], picked.features])
-    write_past(out / PAST_FILE, np.concatenate([past["prompts"], np.array(prompt_words(chosen), np.uint64)]), phi)
+    prompts, file = np.concatenate([past["prompts"], np.array(prompt_words(chosen), np.uint64)]), io.BytesIO()
+    np.savez(file, prompts=prompts, phi=phi)
+    write_atomically(out / PAST_FILE, file.getvalue())
     return Chosen(chosen, counts)
 
 
@@ -122,12 +124,10 @@ def picked_by_model(
     say: Say,
 ) -> Picked:
     """The choice of a method that runs the model."""
-    settings, model = config.select, config.model
-    if model.adapter == "lora":
+    settings = config.select
+    if config.model.adapter == "lora":
         say("caution: a fresh adapter sees the input through random numbers alone; better:  model.adapter=none")
-    policy = load_policy(model, device, config.seeds.init)
-    settle_threads(config.hardware, policy)
-    check_vocabulary(policy.module, renderer.tokenizer)
+    policy = loaded_policy(config, device, renderer.tokenizer)
     if settings.by == "active_dpo":
         phi = pair_features(policy, [(one, other) for one, other in rows], settings, should_stop)
         return active_dpo(phi, past, settings, count)
@@ -152,14 +152,3 @@ def read_past(folder: str | None, dim: int) -> dict[str, np.ndarray]:
     if len(past["phi"]) and past["phi"].shape[1] != dim:
         raise UftError(Problem(f"select.dim={dim}", f"the selection in {folder} was made with {past['phi'].shape[1]}"))
     return past if len(past["phi"]) else past | {"phi": np.zeros((0, dim), np.float32)}
-
-
-def write_past(file: Path, prompts: np.ndarray, phi: np.ndarray) -> None:
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with writing(file):
-            with open(beside, "wb") as handle:
-                np.savez(handle, prompts=prompts, phi=phi)
-            os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Leaving a model: its folder, compared with the policy that was trained, with its card; and what other programs read.
+"""Export of a model: its folder with its card, compared with the policy that was trained; and what other programs read.
 
 At the end of a run, and by `uft export` of a run or of any checkpoint.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,13 +36,13 @@ from uft.runs import Run, WeightsSource, checkpoints_of, shown
 from uft.tracking.metrics import read_samples
 from uft.training.card import ModelCard
 from uft.training.dataset import make_renderer
+from uft.training.setup import Say
 
 CHECKED, CHECKED_TOKENS = 12, 512  # sequences on which an exported model is tried, and the tokens of each at most
 QUESTIONS = {"What is the capital of France?": "Paris.", "Count to three.": "one two three"}
-Say = Callable[[str], None]
 
 
-def leave(
+def export_checked(
     policy: Policy,
     renderer: Renderer,
     config: Config,
@@ -111,7 +111,7 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
     card = ModelCard(run, config, int(source.step or 0), renderer.name != "plain")
     say(f"{source.name}: exporting to {shown(to)}")
     rows = conversations(run, renderer)
-    leave(policy, renderer, config, rows, to, dtype, card, say)
+    export_checked(policy, renderer, config, rows, to, dtype, card, say)
     if config.train.check_model:
         what = f"log-probs of {min(len(rows), CHECKED)} conversations and greedy answers"
         say(f"read back with plain transformers: {what} are those of the run, up to rounding")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,23 +15,20 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
 
 from uft.config.frozen import adds
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS
 from uft.data.chat import Renderer
 from uft.data.formats import is_rows_file, write_rows
-from uft.data.report import (
-    data_omissions,
-)
+from uft.data.report import data_omissions
 from uft.data.rows import Row, Turns
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import kinds
 from uft.distributed import ranks
 from uft.errors import FAILED, GOOD, Problem, UftError
 from uft.heartbeat import activity
-from uft.model.load import check_vocabulary, load_policy, load_tokenizer
+from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.rewards import check as check_reply
 from uft.rewards import spec_of
@@ -42,23 +38,16 @@ from uft.sampling.answers import Answer, answer_prompts, read_prompts
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.sampling.rollouts import score_of, unjudged, weights_of
-from uft.tracking.console import printable_lines
+from uft.tracking.console import printable_lines, table_console
 from uft.training.choosing import choose_rows
 from uft.training.dataset import keep_pandas_out, make_renderer
 from uft.training.liveness import Stop, listening
-from uft.training.setup import (
-    Say,
-    choose_device,
-    settle_threads,
-)
-
-TABLE_WIDTH = 180  # without a terminal
+from uft.training.setup import Say, choose_device, loaded_policy
 
 
 def job_console() -> Console:
-    """As wide as the terminal, or wide enough for a table; silent in all processes but the first."""
-    quiet = not ranks().is_rank0
-    return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=TABLE_WIDTH, quiet=quiet)
+    """Silent in all processes but the first."""
+    return table_console(quiet=not ranks().is_rank0)
 
 
 def say_on(console: Console) -> Say:
@@ -85,9 +74,7 @@ def generate(config: Config) -> int:
     out = Path(config.generate.out or "generated.jsonl")
     with listening() as stop:
         try:
-            progress = lambda done, of: say(f"{done}/{of} prompts")  # noqa: E731
-            sources = drawn_sources(config, say)
-            summary = sample_rows(config, sources, out, config.model.path, device, stop, progress)
+            summary = sample_rows(config, drawn_sources(config, say), out, config.model.path, device, stop, say)
         except Interrupted:
             say(f"stopped; what is done is in {out}. Run the same command to continue.")
             return stop.exit_code
@@ -114,17 +101,15 @@ def answer(config: Config, device: torch.device, say: Say) -> int:
     settings = config.generate
     prompts = read_prompts(Path(str(settings.prompts)))[: settings.limit]
     out = Path(settings.out) if settings.out else None
-    tokenizer, renderer, policy = sampler(config, device)
+    renderer, policy = sampler(config, device)
 
     def show(prompt: Turns, answers: Sequence[Answer]) -> None:
-        cut = f"  (cut at generate.max_new_tokens={settings.max_new_tokens})"
-        say(shown_answer(prompt[-1].content, [one.text + ("" if one.stopped else cut) for one in answers]) + "\n")
+        say(shown_answer(prompt[-1].content, [one.told(settings) for one in answers]) + "\n")
 
     with listening() as stop:
         try:
             answer_prompts(
                 policy,
-                tokenizer,
                 renderer,
                 prompts,
                 settings,
@@ -171,8 +156,7 @@ def generate_stage(
     if out.is_file():  # the last session ended right after the rename
         made = summary_of(out, sources, config.generate)
     else:
-        progress = lambda done, of: say(f"{done} of {of} prompts")  # noqa: E731
-        made = sample_rows(config, sources, part, sampled_by, device, stop, progress)
+        made = sample_rows(config, sources, part, sampled_by, device, stop, say)
         if not made.rows:
             repeats = " or equal to the row's own" if config.generate.repeats == "drop" else ""
             why = f"all {made.left_out:,} samples are without text, cut before their end{repeats}: nothing to train on"
@@ -190,13 +174,13 @@ def sample_rows(
     sampled_by: str,
     device: torch.device,
     stop: Stop,
-    progress: Callable[[int, int], None],
+    say: Say,
 ) -> Summary:
+    """Append samples of the rows to `out`. Raises Interrupted when asked to stop, and what `generate_rows` raises."""
     score = scorer(config, sources) if config.generate.score else None
-    tokenizer, renderer, policy = sampler(config, device)
+    renderer, policy = sampler(config, device)
     return generate_rows(
         policy,
-        tokenizer,
         renderer,
         sources,
         config.generate,
@@ -204,18 +188,15 @@ def sample_rows(
         sampled_by=sampled_by,
         score=score,
         should_stop=stop.between_passes,
-        progress=progress,
+        progress=lambda done, of: say(f"{done} of {of} prompts"),
     )
 
 
-def sampler(config: Config, device: torch.device) -> tuple[PreTrainedTokenizerBase, Renderer, Policy]:
+def sampler(config: Config, device: torch.device) -> tuple[Renderer, Policy]:
     """What samples from the model of a configuration."""
     tokenizer = load_tokenizer(config.model)
     renderer = make_renderer(tokenizer, config.data)
-    policy = load_policy(config.model, device, config.seeds.init)
-    settle_threads(config.hardware, policy)
-    check_vocabulary(policy.module, tokenizer)
-    return tokenizer, renderer, policy
+    return renderer, loaded_policy(config, device, tokenizer)
 
 
 def scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, str], float]:
@@ -255,7 +236,7 @@ class AnnotatedSource:
 
 def annotate(config: Config) -> int:
     """Write the column that `config.annotate` asks for."""
-    say, column = say_on(Console()), config.annotate.column
+    say, column = say_on(job_console()), config.annotate.column
     if column is None:
         advice = f"uft annotate COLUMN, one of  {', '.join(ANNOTATORS)}"
         raise UftError(Problem("uft annotate", "which column is not said", advice=(advice,)))
@@ -401,7 +382,7 @@ def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource
 
 def select(config: Config) -> int:
     """Write the rows that `config.select` chooses."""
-    say, device, out = say_on(Console()), choose_device(config.hardware), Path(config.select.out or "selected")
+    say, device, out = say_on(job_console()), choose_device(config.hardware), Path(config.select.out or "selected")
     with listening() as stop:
         try:
             told = select_stage(config, out, "", device, stop, say)

@@ -7,21 +7,18 @@ every row. `uft compare` reads both.
 from __future__ import annotations
 
 import json
-import math
 import re
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from uft import __version__
 from uft.config.schema import Config
@@ -29,22 +26,23 @@ from uft.data.report import data_omissions
 from uft.data.sources import load_sources
 from uft.errors import GOOD, Problem, UftError
 from uft.evaluation.evaluate import Evaluation, HeldOut, Item, evaluate
+from uft.evaluation.measures import mean_stderr
 from uft.model.layout import settle_layout
-from uft.model.load import check_vocabulary, load_policy, load_tokenizer
+from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.model.reference import make_reference
 from uft.runs import cache_root, shown, write_atomically, write_json
 from uft.sampling.generate import Interrupted
-from uft.tracking.console import printable
+from uft.tracking.console import printable, table_console
 from uft.training.dataset import keep_pandas_out, make_renderer, tokenize_held_out
 from uft.training.liveness import Stop, listening
-from uft.training.setup import Say, choose_device, settle_threads
+from uft.training.making import say_on
+from uft.training.setup import Say, choose_device, loaded_policy
 from uft.training.trainer import tokens_per_pass
 
 FORMAT = 1
 PAUSE = 5.0  # seconds between two lines of progress
 LONGEST_NAME = 60
-WIDE = 160  # where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,8 @@ class Measured:
 
 def measure(config: Config) -> int:
     """Evaluate `config.model` on the tasks that are asked for, else on rows; print the table and write the files."""
-    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
-    started = time.perf_counter()
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-
+    console, started = table_console(), time.perf_counter()
+    say = say_on(console)
     if config.eval.tasks and find_spec("lm_eval") is None:
         advice = ("pip install 'uft[lmeval]'",)
         raise UftError(Problem("eval.tasks", "needs lm-evaluation-harness, which is not installed", advice=advice))
@@ -112,10 +106,9 @@ def place(config: Config) -> Path:
     return out / f"{re.sub(r'[^A-Za-z0-9_.+-]', '_', model + names)}.json"
 
 
-def load(config: Config, longest: int) -> Policy:
-    """The model, in the layout of `train.packing`."""
-    policy = load_policy(config.model, choose_device(config.hardware), config.seeds.init)
-    settle_threads(config.hardware, policy)
+def load(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int) -> Policy:
+    """The model, in the layout of `train.packing`; `longest`: tokens of the longest sequence."""
+    policy = loaded_policy(config, choose_device(config.hardware), tokenizer)
     settle_layout(policy, config.train.packing, min(longest, policy.positions or longest))
     return policy
 
@@ -139,8 +132,7 @@ def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
         raise UftError(Problem("data", "no source has a row to measure", advice=("rows of yours:  data=FILE",)))
     held = [HeldOut(one.source, one.rows, one.encoded, checkers[one.source]) for one in tokenized]
     longest = max(int(one.encoded.longest.max(initial=0)) for one in tokenized)
-    policy = load(config, longest)
-    check_vocabulary(policy.module, tokenizer)
+    policy = load(config, tokenizer, longest)
     reference = None
     if config.reference.path is not None:
         reference = make_reference(
@@ -158,9 +150,7 @@ def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
         kind = "rows, none of which is held out" if name in whole else "held-out rows"
         say(f"{name}: {counts['rows']:,} of {counts['of']:,} {kind} (eval.rows={config.eval.rows})")
     budget = tokens_per_pass(config)
-    found = evaluate(
-        policy, reference, held, renderer, tokenizer, config.eval, stop.between_passes, micro_batch_tokens=budget
-    )
+    found = evaluate(policy, reference, held, renderer, config.eval, stop.between_passes, micro_batch_tokens=budget)
     digests = {source.name: source.digest for source in loaded}
     about = {"data": config.data.name, "sources": rows, "digests": digests, "template": renderer.digest}
     about |= {name: getattr(config.eval, name) for name in ("rows", "generate_rows", "max_new_tokens")}
@@ -173,21 +163,12 @@ def row_figures(found: Evaluation) -> dict[str, dict[str, Any]]:
     for name, value in found.metrics.items():
         source, _, metric = name.removeprefix("eval/").rpartition("/")
         column = [item.measures[metric] for item in found.items if has(item, source, metric)]
-        figures[name] = {"value": value, "stderr": stderr_of(column), "n": len(column)}
+        figures[name] = {"value": value, "stderr": mean_stderr([column], [value]), "n": len(column)}
     return figures
 
 
 def has(item: Item, source: str, metric: str) -> bool:
     return source in ("", item.source) and item.measures.get(metric, (0.0, 0.0))[1] > 0
-
-
-def stderr_of(column: Sequence[tuple[float, float]]) -> float | None:
-    """The standard error of a ratio of sums over rows, (sum, count) each; linearised. None for a single row."""
-    if len(column) < 2:
-        return None
-    sums, counts = np.array(column).T
-    shares = (sums - sums.sum() / counts.sum() * counts) / counts.mean()
-    return float(shares.std(ddof=1) / math.sqrt(len(column)))
 
 
 # --- On tasks
@@ -198,8 +179,7 @@ def on_tasks(config: Config, stop: Stop, say: Say) -> Measured:
     from uft.evaluation.harness import PackedLM, harness_version, run_tasks
 
     tokenizer = load_tokenizer(config.model)
-    policy = load(config, config.train.max_length)
-    check_vocabulary(policy.module, tokenizer)
+    policy = load(config, tokenizer, config.train.max_length)
     lm = PackedLM(policy, tokenizer, tokens_per_pass(config), stop.between_passes, now_and_then(say))
     figures, items = run_tasks(lm, config.eval, say)
     about = {"harness": f"lm_eval {harness_version()}", "task_rows": config.eval.task_rows}

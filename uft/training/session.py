@@ -43,7 +43,7 @@ from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
 from uft.training.card import ModelCard
 from uft.training.dataset import RunData, located, read_run_data
-from uft.training.exporting import leave
+from uft.training.exporting import export_checked
 from uft.training.liveness import Stop, watching
 from uft.training.setup import (
     Prepared,
@@ -182,7 +182,6 @@ class Session:
             prepared.eval_reference,
             self.data.held_out,
             renderer,
-            renderer.tokenizer,
             trainer.config.eval,
             self.stop.between_passes,
             micro_batch_tokens=tokens_per_pass(trainer.config),
@@ -203,10 +202,10 @@ class Session:
         rows = [row[0] for source in sources for row in source[:2]]
         policy, renderer, steps = prepared.trainer.policy, dataset.renderer, self.before.step + prepared.trainer.steps
         card = ModelCard(self.run, config, steps, renderer.name != "plain")
-        leave(policy, renderer, config, rows, folder, DTYPES[dtype], card, self.console.message)
+        export_checked(policy, renderer, config, rows, folder, DTYPES[dtype], card, self.console.message)
 
     def _make_rows(self, stage: Stage, folder: Run) -> dict[str, Any]:
-        """Sample completions or write a column; counts of what was made. Raises Interrupted when asked to stop."""
+        """Sample completions, write a column or choose rows; counts of what was made. Raises Interrupted."""
         by_name = {other.name: other for other in self.stages}
         trained, asked = self.trained_before(stage), stage.config.annotate.models
         models = [str(self.model_dir(by_name[maker(path)])) if made(path) else path for path in asked]

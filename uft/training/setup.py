@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from uft import __version__
 from uft.config.models import first_rate, size_of_model
@@ -127,15 +128,13 @@ def prepare_stage(
     if stage.reference == "initial" and model.path != initial.path:
         own = replace(own, reference=replace(own.reference, path=initial.path))
     reference = (initial if own.reference.path == initial.path else model, own.reference)
-    taught = data.stages[stage.name].objective.needs.teacher
+    part, folder = data.stages[stage.name], Run(run.path / stage.folder)
     eval_reference = None
     if stage.name and data.held_out:
         # named by its path, so that it is the same model in every stage, with and without an adapter
         eval_reference = (initial, replace(config.reference, path=config.reference.path or initial.path, **STAYS))
-    folder = Run(run.path / stage.folder)
-    return prepare(
-        folder, own, device, stop, say, data.stages[stage.name], None if taught else reference, eval_reference
-    )
+    reference_model = None if part.objective.needs.teacher else reference
+    return prepare(folder, own, device, stop, say, part, reference_model, eval_reference)
 
 
 def prepare(
@@ -162,9 +161,7 @@ def prepare(
     needs, hardware = objective.needs, config.hardware
     set_sharding(Sharding(hardware.reshard, hardware.offload) if hardware.sharding == "full" else None)
     say("loading the model")
-    policy = load_policy(config.model, device, config.seeds.init)
-    settle_threads(config.hardware, policy)
-    check_vocabulary(policy.module, tokenizer)
+    policy = loaded_policy(config, device, tokenizer)
     check_use(policy, config, objective)
     check_positions(policy, data)
     longest = longest_row(dataset, config, objective)
@@ -311,7 +308,7 @@ def saved_progress(run: Run) -> Progress:
     return Progress()
 
 
-# --- The device of a process: which one, its threads and kernels.
+# --- The device of a process, its threads and kernels, and the model on it.
 
 
 def choose_device(hardware: Hardware) -> torch.device:
@@ -335,11 +332,15 @@ def choose_device(hardware: Hardware) -> torch.device:
     return torch.device(name)
 
 
-def settle_threads(hardware: Hardware, policy: Policy) -> None:
-    """One CPU thread for a small model unless asked otherwise: more threads would wait for each other."""
+def loaded_policy(config: Config, device: torch.device, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """The policy of a configuration; UftError where its vocabulary is too small for the tokenizer. Sets one CPU thread
+    for a small model unless asked otherwise: more threads would wait for each other."""
+    policy = load_policy(config.model, device, config.seeds.init)
     size = sum(parameter.numel() for parameter in policy.module.parameters())
-    if hardware.threads is None and policy.device.type == "cpu" and size < SMALL_MODEL:
+    if config.hardware.threads is None and device.type == "cpu" and size < SMALL_MODEL:
         torch.set_num_threads(1)
+    check_vocabulary(policy.module, tokenizer)
+    return policy
 
 
 # --- Checks before the first step.
@@ -531,9 +532,8 @@ def rollout_line(config: Config) -> str:
     updates = (rollout.prompts or config.train.batch_size) // config.train.batch_size
     weights = " + ".join(f"{weight:g} {name}" for name, weight in rollout.reward.items() if weight)
     line = f"{rollout.completions} completions of each prompt, at most {rollout.max_new_tokens} tokens at temperature "
-    line += (
-        f"{rollout.temperature:g}, for {updates} update{'s' * (updates > 1)}; score: {weights or 'the first figure'}"
-    )
+    line += f"{rollout.temperature:g}, for {updates} update{'s' * (updates > 1)}"
+    line += f"; score: {weights or 'the first figure'}"
     return line + (f"; hints: {rollout.hint.schedule}" if rollout.hint.schedule != "none" else "")
 
 

@@ -20,7 +20,7 @@ from uft.config.schema import Config
 from uft.data.batch import Example, collate
 from uft.data.loader import Collator, Prefetcher, RowSampler, StepBatches, use_prefetch_thread
 from uft.distributed import all_finite, ranks
-from uft.errors import FAILED, Problem, UftError
+from uft.errors import FAILED, Problem, UftError, first_line
 from uft.evaluation.evaluate import Sample, prompt_text
 from uft.heartbeat import activity
 from uft.model import checkpoint
@@ -449,7 +449,6 @@ def oom_advice(what: str, config: Config, items: Sequence[Example] = ()) -> Iter
 
 def explain_oom(error: BaseException, what: str, config: Config, items: Sequence[Example] = ()) -> UftError:
     """The error's own words, the size of the step if there was one, and the cheapest keys that help."""
-    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
     advice = []
     if lengths := [encoded.length for item in items for encoded in item.encoded]:
         advice.append(
@@ -462,5 +461,5 @@ def explain_oom(error: BaseException, what: str, config: Config, items: Sequence
     if config.model.adapter == "none":
         remedies.append("train an adapter alone:  model.adapter=lora")
     remedies.append(f"shorter rows:  train.max_length={max(2, config.train.max_length // 2)} data.too_long=drop")
-    problem = Problem(what, f"out of memory: {message}", advice=(*advice, *remedies[:REMEDIES]))
+    problem = Problem(what, f"out of memory: {first_line(error)}", advice=(*advice, *remedies[:REMEDIES]))
     return UftError(problem, code=FAILED)
