@@ -411,6 +411,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def flush(path: Path) -> None:
+    """Sync a file or the entries of a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_json(path: Path, value: Any) -> None:
     """A JSON file; secrets in its texts are hidden."""
     write_atomically(path, json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n")

@@ -56,6 +56,14 @@ ALONE = {  # words, and the one complaint about them
         "reference.mode",
         "keeps the log-probs of a reference that stays",
     ),
+    ("experiment=online_dpo", "rollout.truncated=mask"): (
+        "rollout.truncated",
+        "leaves one side of a pair empty, and objective=dpo learns from pairs",
+    ),
+    ("objective=rwr", "rollout.completions=1", "rollout.refill=1", "train.steps=5"): (
+        "rollout.refill",
+        "replaces groups of equal scores, as every group of one is",
+    ),
     ("reference.sync_every=5", "hardware.sharding=full"): (
         "reference.sync_every",
         "needs whole weights on every device",

@@ -163,6 +163,13 @@ def test_an_extended_run_is_the_run_that_was_longer_from_the_start(uft, trained)
     assert "is finished already" in uft("resume", run).stdout
 
 
+def test_a_run_whose_last_rollout_was_cut_short_is_not_extended(uft, trained):
+    own = ("rollout.completions=2", "rollout.max_new_tokens=2", "rollout.prompts=12", "reward=length")
+    run = trained("optim.schedule=constant", *own)
+    refused = uft("resume", run, "train.steps=8", code=2).stderr
+    assert "the last rollout before step 4 was of fewer than rollout.prompts=12 prompts" in refused
+
+
 def test_a_run_starts_from_the_weights_of_another(uft, trained, metrics, tmp_path):
     first = trained("model.adapter=lora", "model.lora.rank=4", "optim.lr=5e-2", "eval=quick", "train.eval_every=2")
     refused = uft("resume", first, "train.steps=8", code=2).stderr

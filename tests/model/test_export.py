@@ -101,7 +101,7 @@ def test_the_folder_is_the_old_one_until_the_new_one_is_whole(
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "_flush", fail)
+        patch.setattr(export_module, "flush", fail)
         with pytest.raises(OSError, match="disk full"):
             export(Policy(build("llama")), tokenizer, folder)
     assert (folder / "of-the-old-one").exists()

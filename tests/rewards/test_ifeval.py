@@ -10,6 +10,7 @@ import pytest
 from uft.data.rows import Message, Row
 from uft.rewards import check, judge
 from uft.rewards.ifeval import INSTRUCTIONS, loosened
+from uft.sampling.rollouts import unjudged
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "ifeval.jsonl"
 ENGLISH, GERMAN = "this is a text in English about the weather", "das ist ein Text auf Deutsch über das Wetter"
@@ -111,6 +112,8 @@ def test_rows_that_cannot_be_judged():
     verdicts = judge([("ifeval", one, "owl") for one in bad])
     assert [verdict.figures for verdict in verdicts] == [{}, {}, {}]
     assert "keywords" in verdicts[2].reason
+    (problem,) = unjudged("data.sources.a", bad, "ifeval", {})  # before a first step has a reply to judge
+    assert "3 of 3 rows" in problem.why
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real rows lie beside a working copy, not in the repository")

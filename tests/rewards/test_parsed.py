@@ -83,6 +83,8 @@ def test_countdown_wants_every_number_once():
     assert [verdict.figures for verdict in judge(jobs)] == list(cases.values())
     assert check("countdown", row(nums=[1, 3], target="1/3"), "1/3") == RIGHT
     assert judge([("countdown", row(target=3), "3")])[0].reason == "the row has no column numbers or nums"
+    assert check("countdown", row(numbers=[1.5, 2.0], target=3), "1+2") == WRONG
+    assert check("countdown", row(numbers=[1, 2], target=float("inf")), "1+2") == {}
 
 
 NUMBERS = st.integers(0, 1000)
@@ -226,7 +228,10 @@ SAID = [
 ]
 
 
-@pytest.mark.parametrize("line", [*SAID, '[{"exact_match": 2, "answered": NaN}, null]'])
+HUGE = f'[{{"exact_match": 1{"0" * 400}, "answered": 1}}, null]'  # no float has this value
+
+
+@pytest.mark.parametrize("line", [*SAID, '[{"exact_match": 2, "answered": NaN}, null]', HUGE])
 def test_a_child_that_says_anything_else_gives_no_reward(monkeypatch, line):
     command = [sys.executable, "-S", "-c", "import sys\nsys.stdin.readline()\nprint(sys.argv[1], flush=True)", line]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
@@ -249,6 +254,18 @@ def test_the_training_process_imports_nothing_that_the_child_evaluates_with():
     figures, modules = json.loads(done.stdout)
     assert figures == [RIGHT, {"valid": 1.0, "parsed": 1.0}]
     assert not {"sympy", "math_verify", "latex2sympy2_extended", "jsonschema", "torch"} & set(modules)
+
+
+def test_a_signal_that_stops_the_run_costs_no_answer():
+    """Schedulers send it to every process: an answer under way must be worth the same as in an undisturbed run."""
+    job = ("countdown", row(numbers=[3, 4], target=7), "3+4")
+    assert check(*job) == RIGHT
+    child = isolation._child.process
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT):
+        os.kill(child.pid, number)
+        assert check(*job) == RIGHT
+    assert isolation._child.process is child
+    assert os.getpgid(child.pid) != os.getpgid(0)
 
 
 def test_a_child_that_is_killed_is_replaced_and_one_that_cannot_start_is_told(monkeypatch):

@@ -213,6 +213,26 @@ def test_flat_groups_are_replaced_as_often_as_allowed(built, judged_by):
     assert drawn[3] > 8
 
 
+def test_a_rollout_serves_as_many_updates_however_often_it_was_refilled(rollouts, tmp_path, judged_by):
+    judged_by(lambda row, reply: {"exact_match": float(len(reply) % 2), "long": 0.0})
+    buffered = ("train.steps=8", "train.batch_size=4", "rollout.prompts=8", "rollout.refill=3", "train.log_every=1")
+    assert sit(tmp_path / "run", rollouts("gspo", *buffered, "optim.lr=0.01")) == GOOD
+    drawn = [line["step"] for line in lines(Run(tmp_path / "run").metrics_file) if "rollout/refills" in line]
+    assert drawn == [1, 3, 5, 7]
+
+
+def test_completions_that_cannot_be_judged_are_told(rollouts, tmp_path, judged_by, caplog):
+    def rule(row, reply):
+        if len(reply.split()) > 3:
+            raise ValueError("too much of it")
+        return even_words(row, reply)
+
+    judged_by(rule)
+    assert sit(tmp_path / "run", rollouts("grpo", "train.steps=2", "train.log_every=1")) == GOOD
+    assert all(0 < share <= 1 for (share,) in curve(tmp_path / "run", "rollout/unjudged"))
+    assert caplog.text.count("are scored 0: ValueError: too much of it") == 1
+
+
 def test_rows_of_a_source_that_is_not_sampled_pass_as_they_are(built):
     prepared = built("chord_mu", more=("preference",))
     found = {}

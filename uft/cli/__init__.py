@@ -1,7 +1,7 @@
 """The command line: `uft VERB [options] [key=value ...]`.
 
 A shim over `sys.argv`: it finds the verb and hands the rest to it. Overrides, -m, --cfg, --info, --config-dir and
-completion of most verbs are Hydra's own (:mod:`uft.cli.app`). Nothing heavy is imported here: `uft --help` answers at
+completion of most verbs are Hydra's own (:mod:`uft.cli.verbs`). Nothing heavy is imported here: `uft --help` answers at
 once.
 """
 

@@ -286,7 +286,7 @@ def translate(error: BaseException) -> Problem:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     text = "\n".join(map(str, causes))
-    first = first_line(error)
+    first = innermost_line(error)
     if broken := YAML_AT.search(text):
         return Problem(f"{shown(Path(broken[1]))}:{broken[2]}", f"cannot be read as YAML: {first}")
     if missing := NO_CONFIG.search(text):
@@ -306,7 +306,7 @@ def translate(error: BaseException) -> Problem:
     return Problem(first, "", where)
 
 
-def first_line(error: BaseException | None) -> str:
+def innermost_line(error: BaseException | None) -> str:
     """The first line of the innermost message that says anything."""
     said, name = "", type(error).__name__
     while error is not None:
@@ -352,7 +352,7 @@ def overgrown(file: Path) -> str | None:
     except UnicodeDecodeError:
         return None
     except ValueError as error:
-        return first_line(error)
+        return innermost_line(error)
     return None
 
 
@@ -364,7 +364,7 @@ def stumbling(file: Path) -> str | None:
     except RecursionError:
         return "nested too deeply"
     except (yaml.YAMLError, ValueError, OSError) as error:
-        return first_line(error)
+        return innermost_line(error)
     lines = (line.strip() for line in text[:HEADER].splitlines() if line.strip())
     header = takewhile(lambda line: re.match(r"#+\s*@", line), lines)
     if any(len(line.lstrip("#").split()) != 2 for line in header):
@@ -428,7 +428,7 @@ def read_words(lines: Iterable[str], files: Files) -> Words:
 
 def _unreadable(line: str, error: HydraException) -> Problem:
     key, equals, value = line.partition("=")
-    advice = first_line(error)
+    advice = innermost_line(error)
     if not equals:  # sft is objective=sft
         options = [f"{group}={key}" for group, files in groups(config_dirs()).items() if key in files]
         advice = f"did you mean  {' or '.join(options)} ?" if options else f"write  {key}=VALUE"

@@ -199,6 +199,11 @@ def rollouts(settings: Settings) -> Iterator[Broken]:
         yield broken("objective.sampler_cap", why, "rollout.temperature=1 rollout.top_k=0 rollout.top_p=1")
     if settings["hardware"]["sharding"] == "full":
         yield broken("rollout.completions", "cannot be sampled from a sharded model", "hardware.sharding=none")
+    if rollout["truncated"] == "mask" and hasattr(made, "own"):
+        why = f"leaves one side of a pair empty, and objective={name} learns from pairs"
+        yield broken("rollout.truncated", why, "rollout.truncated=keep")
+    if rollout["refill"] and many == 1:
+        yield broken("rollout.refill", "replaces groups of equal scores, as every group of one is", "rollout.refill=0")
     if rollout["refill"] and settings["data"]["exhaustion"] == "first":
         yield broken("rollout.refill", "draws further rows, and data.exhaustion=first ends where they do")
     if rollout["refill"] and settings["train"]["steps"] is None:

@@ -160,6 +160,7 @@ def extension(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
 
     optim, steps, begun = settings["optim"], settings["train"]["steps"], run.config()
     before = begun["train"]["steps"] or run.info().get("total_steps")
+    rollout, hints = settings["rollout"], settings["rollout"]["hint"]["schedule"]
     why, advice = "", f"start another run from its weights:  uft train init_from={run.name}"
     if begun.get("stages"):
         why = "a run of several stages has a horizon for each of them"
@@ -167,6 +168,10 @@ def extension(run: Run, settings: Mapping[str, Any]) -> dict[str, Any]:
         why = f"optim.schedule={optim['schedule']} ends at step {before}: only a constant schedule can be extended"
     elif steps is None or before is None or steps < before:
         why, advice = f"the run has {before} steps, and a horizon can only be extended", ""
+    elif rollout["completions"] and hints in ("cosine", "staged"):
+        why = f"rollout.hint.schedule={hints} falls over the run: hints would have been longer in a longer one"
+    elif rollout["completions"] and before * settings["train"]["batch_size"] % (rollout["prompts"] or 1):
+        why = f"the last rollout before step {before} was of fewer than rollout.prompts={rollout['prompts']} prompts"
     elif not run.checkpoints():
         why = "no checkpoint is left to go on from"
     if why:

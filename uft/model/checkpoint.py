@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from uft.distributed import ranks, shard_like
 from uft.errors import FAILED, Problem, UftError
-from uft.runs import Run, as_umask_leaves, shown, writing
+from uft.runs import Run, as_umask_leaves, flush, shown, writing
 
 Tensor = torch.Tensor
 TENSORS, STATE, SUMS, SHARDS = "tensors.safetensors", "state.json", "SHA256SUMS", "shards"
@@ -99,11 +99,11 @@ def publish(run: Run, folder: Path) -> Path:
         sums = "".join(f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
         (folder / SUMS).write_text(sums, encoding="utf-8")
         for path in (*folder.rglob("*"), folder):
-            _flush(path)
+            flush(path)
         if place.exists():
             _replace(place, replaced)
         os.replace(folder, place)
-        _flush(run.checkpoints_dir)
+        flush(run.checkpoints_dir)
     shutil.rmtree(replaced, ignore_errors=True)
     return place
 
@@ -159,14 +159,6 @@ def _replace(folder: Path, place: Path) -> None:
     """Rename a folder; what was in its new place is deleted."""
     shutil.rmtree(place, ignore_errors=True)
     os.replace(folder, place)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(path: Path) -> str:

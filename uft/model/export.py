@@ -21,7 +21,7 @@ from uft.environment import PeerLost
 from uft.errors import FAILED, Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy, own_dropout, set_dropout
-from uft.runs import as_umask_leaves, shown, writing
+from uft.runs import as_umask_leaves, flush, shown, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,8 @@ def export(
     def publish() -> None:
         with writing(folder):
             as_umask_leaves(beside)
-            _flush(beside)
+            for path in [*beside.rglob("*"), beside]:  # before it gets its name
+                flush(path)
             _replace(beside, folder)
             shutil.rmtree(folder.with_name(f"{folder.name}-adapter"), ignore_errors=True)  # of an earlier attempt
 
@@ -216,16 +217,6 @@ def older_reader(folder: Path) -> str:
     rope = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("rope_parameters") or {}
     nested = any(isinstance(value, dict) for value in rope.values())
     return "its layers have rotary embeddings of several kinds, which it reads from other keys" if nested else ""
-
-
-def _flush(folder: Path) -> None:
-    """Sync everything below `folder` to the disk, before it gets its name."""
-    for path in [*folder.rglob("*"), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _replace(beside: Path, folder: Path) -> None:

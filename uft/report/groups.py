@@ -16,6 +16,7 @@ from typing import Any
 from uft.config.frozen import ABSENT, free
 from uft.config.messages import written
 from uft.config.schema import Config, Source, flat
+from uft.data.messages import is_number
 from uft.errors import Problem, UftError
 from uft.report.metrics import config_value, listed, truncated
 from uft.report.runs import LoadedRun
@@ -243,10 +244,6 @@ def named(groups: Iterable[Group], axes: Sequence[Axis]) -> list[Group]:
 def as_typed(value: Any) -> str:
     """A value as it is typed on the command line."""
     return written(value) if value is None or isinstance(value, bool) else str(config_value(value))
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def rank(value: Any) -> tuple[int, float, str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from uft.data.rows import Row
 
@@ -93,7 +93,9 @@ class Checker:
         if not isinstance(figures, Mapping) or set(figures) != set(self.figures):
             return self.failed(f"{self.method} gave other figures than {', '.join(self.figures)}")
         if wrong := [
-            name for name, value in figures.items() if not (isinstance(value, Real) and 0 <= float(value) <= 1)
+            name
+            for name, value in figures.items()
+            if not (isinstance(value, Real) and 0 <= cast(float, value) <= 1)  # float() of a huge integer would raise
         ]:
             return self.failed(f"{self.method} gave {wrong[0]}={figures[wrong[0]]}, not a number from 0 to 1")
         return Verdict({name: float(figures[name]) for name in self.figures})

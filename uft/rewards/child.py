@@ -60,7 +60,8 @@ def main(seconds: float, memory: int) -> None:
     said = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints gets between the verdicts
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end is the end of the input
+    for asked_to_stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(asked_to_stop, signal.SIG_IGN)  # for the parent, whose end is the end of the input
     limit(memory)
     sys.addaudithook(refuse)
     said.write(b"ready\n")

@@ -233,7 +233,7 @@ class IFEval(Checker):
         names, given = fact(row, "instruction_id_list"), fact(row, "kwargs")
         if not names or len(names) != len(given):
             raise Unjudged("the row's instruction_id_list and kwargs are no lists of one length")
-        if unknown := [name for name in names if name not in INSTRUCTIONS]:
+        if unknown := [name for name in names if str(name) not in INSTRUCTIONS]:
             raise Unjudged(f"IFEval has no instruction {unknown[0]}")
         strict = loose = 0
         for name, arguments in zip(names, given, strict=True):

@@ -58,7 +58,9 @@ class Child:
         words = [sys.executable, "-P", "-m", "uft.rewards.child", str(SECONDS), str(MEMORY)]
         try:
             pipe, null = subprocess.PIPE, subprocess.DEVNULL
-            process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=null, env=env, cwd="/", bufsize=0)
+            process = subprocess.Popen(
+                words, stdin=pipe, stdout=pipe, stderr=null, env=env, cwd="/", bufsize=0, start_new_session=True
+            )
         except OSError as error:
             raise _unavailable(f"cannot be started: {error}") from error
         child = cls(process)
@@ -84,7 +86,9 @@ class Child:
             ready = select.select([self.process.stdout], [], [], min(1.0, max(0.0, deadline - time.monotonic())))[0]
             more = self.process.stdout.read(65_536) if ready else b""
             self.unread += more or b""
-            if (ready and not more) or time.monotonic() > deadline or len(self.unread) > WINDOW + LINE:
+            if (ready and not more) or time.monotonic() > deadline:
+                return None
+            if len(self.unread) > LINE and b"\n" not in self.unread:
                 return None
         line, _, self.unread = self.unread.partition(b"\n")
         return line

@@ -171,9 +171,9 @@ class Countdown(Checker):
 
     def judge(self, row: Row, reply: str) -> Figures:
         try:
-            numbers = Counter(map(int, fact(row, "numbers", "nums")))
+            numbers = Counter(map(Fraction, fact(row, "numbers", "nums")))
             target = Fraction(fact(row, "target"))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise Unjudged("the row's numbers or its target are no numbers") from error
         text = last_line(reply)[:LONGEST].partition("=")[0].translate(_SIGNS)
         try:

@@ -10,6 +10,7 @@ a target only if it was drawn: a completion that was cut must not teach the poli
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -36,6 +37,7 @@ from uft.objectives.views import GOOD_ENOUGH, demonstrations, reward
 from uft.rewards import Spec, judge, make, parts
 from uft.sampling.generate import Reply, Sampling, complete, uniforms
 
+log = logging.getLogger(__name__)
 Figures = Mapping[str, float]
 
 OWN = "policy"
@@ -100,18 +102,19 @@ class RolloutSampler:
         self.keeps_old = keeps_old and (settings.prompts or batch_size) > batch_size
         self.should_stop = should_stop
         self.prompts = settings.prompts or batch_size
-        self.drawn = self.rollouts = 0  # rows and rollouts so far
+        self.drawn = self.wanted = self.rollouts = 0  # rows drawn, rows of all steps without refills, rollouts
         self.steps: list[list[Group]] = []  # sampled and not yet trained on, by optimiser step
         self.metrics: dict[str, tuple[float, float]] = {}  # name -> sum, count
         self.seconds = 0.0
         self.latest: list[Group] = []
+        self.reasons: set[str] = set()  # why completions could not be judged, as far as it was told
 
     # --- in the place of a RowSampler
 
     def take(self, rows: int) -> list[Example]:
         """The examples of the next step; of `rows` rows, or fewer where too many groups had nothing to say."""
         if not self.steps:
-            self._sample(max(rows, min(self.prompts, self.total_rows - self.drawn)))
+            self._sample(max(rows, min(self.prompts, self.total_rows - self.wanted)))
         groups, *self.steps = self.steps
         self.latest = [group for group in groups if group.replies]
         return [example for group in groups if (example := self.example(group)) is not None]
@@ -120,12 +123,13 @@ class RolloutSampler:
         return self.sampler.mismatched(items)
 
     def state_dict(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in ("drawn", "wanted", "rollouts")}
         waiting = [[asdict(group) for group in step] for step in self.steps]
-        return {"rows": self.sampler.state_dict(), "drawn": self.drawn, "rollouts": self.rollouts, "waiting": waiting}
+        return {"rows": self.sampler.state_dict(), **counts, "waiting": waiting}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state["rows"])
-        self.drawn, self.rollouts = state["drawn"], state["rollouts"]
+        self.drawn, self.wanted, self.rollouts = state["drawn"], state["wanted"], state["rollouts"]
         self.steps = [[Group.read(group) for group in step] for step in state["waiting"]]
 
     # --- sampling
@@ -135,6 +139,7 @@ class RolloutSampler:
         """Draw and sample `rows` rows, and replace flat groups by further draws as far as that is allowed."""
         started, wanted, groups = time.perf_counter(), rows, list[Group]()
         self.rollouts += 1
+        self.wanted += rows
         for attempt in range(1 + self.settings.refill):
             self._add("refills", float(attempt > 0), count=attempt == 0)
             more = self._groups(wanted - len(groups))
@@ -176,8 +181,12 @@ class RolloutSampler:
             if group.replies and (spec := self.sampled[source.source]) is not None:
                 row, hint = source.rows[group.draw.index], self._prompt(group.draw, group.hint)[1]
                 jobs += [(spec, row, self._text(hint + reply.ids)) for reply in group.replies]
-        verdicts = iter(ranks().on_rank0(lambda: judge(jobs, self.policy.device)))
-        found = []
+        judged = ranks().on_rank0(lambda: judge(jobs, self.policy.device))
+        self._add("unjudged", *(verdict.reason is not None for verdict in judged))
+        for reason in {verdict.reason for verdict in judged if verdict.reason} - self.reasons:
+            log.warning("rollouts: completions that cannot be judged are scored 0: %s", reason)
+            self.reasons.add(reason)
+        verdicts, found = iter(judged), []
         for group in groups:
             spec = self.sampled.get(self._source(group.draw).source) if group.replies else None
             if spec is not None:
@@ -468,6 +477,10 @@ def refuse_unscored(
         raise UftError(*problems)
 
 
+PROBE = "1"
+"""A reply that every parser reads, so that it looks at all that a row says."""
+
+
 def unjudged(
     key: str, rows: Sequence[Row], spec: Spec, weights: Mapping[str, float], *advice: str
 ) -> Iterator[Problem]:
@@ -478,7 +491,7 @@ def unjudged(
         why = f"the checker of {key} does not give it"
         yield Problem(f"rollout.reward.{name}", why, advice=(f"it gives: {', '.join(given)}",))
     asked = [part for part in parts(spec) if not hasattr(make(part), "path")]
-    verdicts = judge([(asked, row, "") for row in rows]) if asked else []
+    verdicts = judge([(asked, row, PROBE) for row in rows]) if asked else []
     silent = [(row, found) for row, found in zip(rows, verdicts, strict=False) if not found.figures]
     if silent:
         (row, found), *_ = silent
