@@ -6,6 +6,7 @@ Each is a job (`uft generate`, `uft annotate`, `uft select`) and the work of a s
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,8 +31,7 @@ from uft.errors import FAILED, GOOD, Problem, UftError
 from uft.heartbeat import activity
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
-from uft.rewards import check as check_reply
-from uft.rewards import spec_of
+from uft.rewards import judge, spec_of
 from uft.runs import cache_root, shown, typed_path
 from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.answers import Answer, answer_prompts, read_prompts
@@ -43,6 +43,8 @@ from uft.training.choosing import choose_rows
 from uft.training.dataset import keep_pandas_out, make_renderer
 from uft.training.liveness import Stop, listening
 from uft.training.setup import Say, choose_device, loaded_policy
+
+log = logging.getLogger(__name__)
 
 
 def job_console() -> Console:
@@ -213,10 +215,16 @@ def scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, st
     if problems:
         raise UftError(*problems, footer="Sample without a score:  generate.score=false")
 
+    told: set[str] = set()
+
     def score(row: Row, text: str) -> float:
         spec = specs[row.source]
         assert spec is not None
-        return score_of(check_reply(spec, row, text), weights_of(config.rollout, spec))
+        (verdict,) = judge([(spec, row, text)])
+        if verdict.reason and verdict.reason not in told:
+            log.warning("%s: samples that cannot be judged are scored 0: %s", row.source, verdict.reason)
+            told.add(verdict.reason)
+        return score_of(verdict.figures, weights_of(config.rollout, spec))
 
     return score
 
