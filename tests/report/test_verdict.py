@@ -96,6 +96,7 @@ def test_one_seed_says_nothing_about_noise():
 def test_all_the_same():
     found = judge({"sft": [0.5, 0.6], "uft": [0.5, 0.6]})
     assert found["comparisons"][0]["inside_noise"] is True
+    assert found["words"][0].startswith("None is best alone: sft has the same mean as uft, 0.55 (95 % interval ")
     assert found["words"][1] == "It equals the runner-up, uft, on every seed: inside seed noise."
     even = judge({"sft": [0.5, 0.75], "uft": [0.75, 0.5]})
     assert even["words"][1].startswith(

@@ -92,7 +92,8 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
 
     Names are never cut away: they get up to half the width, and are folded there.
     """
-    best = {finding["metric"]: finding["best"] for finding in comparison["summary"]}
+    figures = {group["id"]: group["metrics"] for group in comparison["groups"]}
+    best = {one["metric"]: figures[one["best"]][one["metric"]]["mean"] for one in comparison["summary"]}
     finished = {run["id"] for run in comparison["runs"] if run["status"] == "finished"}
     groups = ranked(comparison)[:ROWS]
     names, runs = [], []
@@ -109,7 +110,8 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
     for head in comparison["headline"][:COLUMNS]:
         metric = head["metric"]
         title = f"{one_line(metric.removeprefix('eval/'))} {ARROWS[head['direction']]}"
-        cells = [cell(group["metrics"].get(metric), best.get(metric) == group["id"]) for group in groups]
+        of = [group["metrics"].get(metric) for group in groups]
+        cells = [cell(found, found is not None and found["mean"] == best.get(metric)) for found in of]
         room -= max(len(title), *map(len, cells)) + 2
         if room < 0 and len(columns) > 2:
             break

@@ -97,7 +97,11 @@ def judge(
         for other, difference, p in zip(others, compared, holm([each.p for each in compared]), strict=True)
     }
 
-    words = [f"{names[best]} is best with {with_interval(spreads[best])}."]
+    equal = listed([names[group] for group in behind if spreads[group].mean == spreads[best].mean])
+    stands = (
+        f"None is best alone: {names[best]} has the same mean as {equal}," if equal else f"{names[best]} is best with"
+    )
+    words = [f"{stands} {with_interval(spreads[best])}."]
     tests = sum(difference.p is not None for difference in compared)
     for b in (b for b in others if b in roles):
         words.append(lead(found[b], sign, f"{' and '.join(roles[b])}, {names[b]}", tests))
