@@ -52,7 +52,9 @@ stages:
   sample:
     do: generate
     data: files
-    set: {data.sources.shown.path: shown.jsonl, generate.max_new_tokens: 30, generate.batch_size: 2}
+    set:
+      data.sources.shown.path: shown.jsonl
+      generate: {max_new_tokens: 140, temperature: 1.0, top_k: 0, seeds: [0, 1, 2, 3, 4, 5, 6, 7], batch_size: 2}
   dft:
     objective: dft
     data: files
@@ -142,7 +144,8 @@ def test_rows_that_a_stage_samples_are_sampled_once(
     request = request_for("loop")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     uft("train", *request, f"run.dir={whole}", env={"UFT_CACHE": str(tmp_path / "other-cache")})
-    assert len((whole / "stages/2-sample/rows.jsonl").read_text().splitlines()) == 8  # of ten, two are held out
+    rows = (whole / "stages/2-sample/rows.jsonl").read_text().splitlines()
+    assert 4 < len({json.loads(row)["prompt"] for row in rows}) == len(rows) <= 8  # of ten, two are held out
 
     process = start("train", *request, f"run.dir={stopped}")
     part = stopped / "stages/2-sample/.rows.part.jsonl"
