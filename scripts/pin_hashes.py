@@ -45,5 +45,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    head = [platform_line(), "# Made by scripts/pin_hashes.py:  pip install --require-hashes -r requirements-ci.txt"]
+    # --no-deps, since pip's hash mode refuses dependencies with extras; the file names all of them
+    command = f"pip install --no-deps --require-hashes -r {FILE.name}"
+    head = [platform_line(), f"# Made by scripts/pin_hashes.py:  {command}"]
     FILE.write_text("\n".join([*head, *lines(resolved())]) + "\n", encoding="utf-8")
