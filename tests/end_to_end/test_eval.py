@@ -51,3 +51,4 @@ def test_a_model_that_was_not_trained_here_and_requests_that_mean_nothing(uft, t
     assert "no such folder, run or sweep" in uft("eval", "nothing", code=2).stderr
     both = uft("eval", "builtin:playground", "data=pairs", "eval.tasks=[gsm8k]", code=2).stderr
     assert "rows and tasks are measured one after the other" in both
+    assert "one model is measured at a time" in uft("eval", "builtin:playground", "other", code=2).stderr

@@ -197,6 +197,7 @@ def test_check_and_data_look_at_every_stage(chain, capsys):
     for words in ("stage 1 of 4: sft (fit)", "demonstration: 10 rows", jobs.NOT_THERE, "dpo  beta=0.3"):
         assert words in said
     assert said.count("largest step") == 2
+    assert said.count("evaluation ") == 1, "all stages are measured on the same rows"
     assert "All is well" in said
     assert jobs.show_data(config) == GOOD
     shown = capsys.readouterr().out

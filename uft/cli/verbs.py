@@ -109,6 +109,10 @@ def eval(arguments: list[str]) -> int:
         raise UftError(Problem(f"{rows[0]} {tasks[0]}", why, "command line", advice))
     if named is None or names_rows(named):
         return run_verb("eval", partial(run_job, "eval"), arguments)
+    others = [word for word in arguments[1:] if not word.startswith("-") and "=" not in word and not names_rows(word)]
+    if others:
+        each = tuple(f"uft eval {word}" for word in (named, *others))
+        raise UftError(Problem(" ".join((named, *others)), "one model is measured at a time", "command line", each))
     source = weights(named)
     if source.run is None:
         return run_verb("eval", partial(run_job, "eval"), [f"model.path={quote(named)}", *arguments[1:]])

@@ -89,7 +89,8 @@ def check(config: Config) -> int:
                     say(card([line for line in overview if line[0] not in ("run", "output")]))
                 if stage.name:
                     say(f"\nstage {stage.number} of {len(stages)}: {stage.name} ({stage.do})")
-                    say(card(stage_card(prepared)) if prepared else f"  {rows_there(stage.config)}")
+                    own = [line for line in stage_card(prepared) if line[0] != "evaluation"] if prepared else []
+                    say(card(own) if prepared else f"  {rows_there(stage.config)}")
                 if prepared:
                     check_start(prepared.trainer, prepared.reference)
                     say(f"\n{largest_step(prepared, before)}")

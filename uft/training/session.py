@@ -174,7 +174,8 @@ class Session:
         self._open(self.before.step + max(step, 0) if self.results or step >= 0 else -1, lines)
         if stage.name:
             where = f", resumed at its step {step}" if step >= 0 else ""
-            self.console.start(f"stage {stage.number} of {len(self.stages)}: {stage.name}{where}", lines)
+            own = [line for line in lines if line[0] != "evaluation"]  # the run's card has that of all stages
+            self.console.start(f"stage {stage.number} of {len(self.stages)}: {stage.name}{where}", own)
         self.trainer = trainer
         measure = partial(
             evaluate,
