@@ -241,6 +241,15 @@ def test_the_rate_of_an_experiment_is_for_its_own_model_and_adapter():
     assert {stage["config"].get("optim", {}).get("lr", 1e-5) for stage in stages.values()} == {1e-5}
 
 
+def test_the_rate_of_ones_own_experiment_is_for_whatever_model_it_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "conf-user" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\noptim:\n  lr: 3.0e-6\n")
+    settings = examine(Request(("experiment=mine", "model.path=org/name"))).settings
+    assert settings["optim"]["lr"] == 3e-6
+
+
 def test_a_rate_for_all_weights_is_not_kept_for_an_adapter():
     for model, adapter, rate in (
         ("smollm2_135m", "none", 2e-5),

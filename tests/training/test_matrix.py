@@ -152,7 +152,13 @@ def train_and_resume(prepared: Callable[..., Prepared], config: Config, again: b
 
 def kinds_of(config: Config) -> set[Kind]:
     """What the sources that are drawn from hold, told by their names in the playground."""
-    named = {"instruct": Kind.DEMONSTRATION, "pairs": Kind.PREFERENCE, "binary": Kind.BINARY, "scored": Kind.SCORED}
+    named = {
+        "instruct": Kind.DEMONSTRATION,
+        "chain": Kind.DEMONSTRATION,
+        "pairs": Kind.PREFERENCE,
+        "binary": Kind.BINARY,
+        "scored": Kind.SCORED,
+    }
     paths = [s.path.rpartition("/")[2] for s in config.data.sources.values() if s.share != 0]
     return {Kind.NEGATIVES if path == "negatives" else named[path] for path in paths}
 

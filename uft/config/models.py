@@ -14,6 +14,7 @@ from pathlib import Path
 
 from uft.config.checks import Draft, Setting, leaves
 from uft.config.files import Files, Words
+from uft.config.messages import conf_dir
 from uft.errors import Problem, UftError
 from uft.runs import weights
 
@@ -55,9 +56,15 @@ def start_from(draft: Draft, chosen: Sequence[str]) -> None:
 
 
 def forget_rate(draft: Draft, chosen: Sequence[str], files: Files) -> None:
-    """Put a learning rate that an experiment sets back to the model's own where another model or adapter was chosen."""
+    """Put a learning rate that an experiment of ours sets back to the model's own where another model or adapter was
+    chosen. What an experiment of the user's own sets is meant for whatever model it is given."""
     lr = next((s for s in reversed(draft.settings) if s.path == ("optim", "lr")), None)
-    if lr is None or Path(lr.file).parent.name != "experiment":
+    file = Path(lr.file) if lr else Path()
+    if (
+        lr is None
+        or file.parts[-3:-1] != ("conf", "experiment")
+        or not (conf_dir() / "experiment" / file.name).is_file()
+    ):
         return
     meant = files.composed(tuple(line for line in chosen if not gives_choice(line))).values["model"]
     if any(draft.get(("model", key)) != meant[key] for key in ("path", "adapter")):
