@@ -70,10 +70,13 @@ def test_they_are_listed_and_compared(previous, capsys):
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on(previous):
+def test_a_sweep_goes_on(previous, capsys):
     for file in (*previous.glob("runs/sweep/*/run.json"), previous / "runs/sweep/sweep.json"):
         file.write_text(file.read_text().replace("/tmp/oldruns", str(previous)))
     before = (previous / "runs/sweep/beta0.1/metrics.jsonl").read_text()
     assert cli.main(["resume", "runs/sweep"]) == GOOD
     assert (previous / "runs/sweep/beta0.1/metrics.jsonl").read_text() == before
     assert Run(previous / "runs/sweep/beta0.3").result()["steps"] == 3
+    rates = [Run(previous / f"runs/sweep/{name}").config()["optim"]["lr"] for name in ("beta0.1", "beta0.3")]
+    assert rates == [1e-5, 1e-5], "the defaults of then, for all jobs"
+    assert "optim.lr=1e-05" in capsys.readouterr().out

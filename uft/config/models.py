@@ -49,7 +49,7 @@ def start_from(draft: Draft, chosen: Sequence[str]) -> None:
     place = f"{source.run.path}@{source.step}" if source.is_checkpoint else str(source.run.path)
     given, text, where = {s.path for s in own}, f"init_from={word}", f"the model of {source.name}"
     model = {**source.config["model"], "path": source.path, "revision": None}
-    model.pop("trust_remote_code", None)  # whoever wants that says it anew
+    model.pop("trust_remote_code", None)  # has to be set again for this run
     for path, value in leaves({"model": model, "init_from": place}):
         if path not in given:
             draft.put(Setting(path, value, where, text))

@@ -17,12 +17,13 @@ import fcntl
 import glob
 import hashlib
 import itertools
+import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ from omegaconf import DictConfig
 
 from uft.config.compose import Examined, examine, footer, quoted
 from uft.config.files import Request, request_of_job
-from uft.config.frozen import free
+from uft.config.frozen import ABSENT, free
 from uft.config.messages import written
 from uft.errors import FAILED, Problem, UftError, visible
 from uft.launch.forkserver import forkserver
@@ -119,6 +120,9 @@ class Sweep:
         jobs = tuple(
             Job(tuple(line), folder / name, one) for line, name, one in zip(lines, names, settings, strict=True)
         )
+        if _resuming and not set(began := as_begun(jobs, self.axes)) <= set(lines[0]):
+            print(f"uft: as this sweep began, and unlike today's defaults:  {' '.join(began)}", flush=True)
+            return self.jobs([[*line, *began] for line in lines])
         refuse_other_runs(jobs)
         return jobs
 
@@ -319,6 +323,20 @@ def commands_apart(
         words = [own if key_of(word) == axis else word for word in typed if key_of(word) not in without]
         lines.append(f"  uft train -m {' '.join(map(quoted, [*words, *name]))}")
     return [*lines, ""]
+
+
+def as_begun(jobs: Sequence[Job], axes: Collection[str]) -> list[str]:
+    """Overrides with the values that all runs of a resumed sweep began with, where its commands give others today: a
+    default has changed since, or a file. Its remaining jobs are trained as the finished ones were."""
+    began: dict[str, list[Any]] = {}
+    runs = [(Run(job.folder), job) for job in jobs if Run(job.folder).exists]
+    for run, job in runs:
+        with suppress(UftError):  # a damaged folder, or one of another version, is told of where it is checked
+            for key, old, new in changed_keys(run, job.settings):
+                if ABSENT not in (old, new) and isinstance(old, (str, int, float, type(None))) and not free(key):
+                    began.setdefault(key, []).append(old)
+    agreed = {key: old[0] for key, old in began.items() if old == [old[0]] * len(runs) and key not in axes}
+    return [f"{key}={quote(old) if isinstance(old, str) else json.dumps(old)}" for key, old in agreed.items()]
 
 
 def refuse_other_runs(jobs: Sequence[Job]) -> None:

@@ -1,7 +1,7 @@
 """Trust in the code of models: which run and sweep folders this user began on this machine.
 
-A folder that somebody sent may have `model.trust_remote_code: true` in it, and going on with it would run code that its
-sender chose. What was begun here is remembered outside of run folders, by the place and the id of each.
+A run folder from another machine may set `model.trust_remote_code: true`, and resuming it would run code that its
+sender chose. Folders begun here are recorded outside of run folders, by path and id.
 """
 
 from __future__ import annotations

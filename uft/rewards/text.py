@@ -129,7 +129,7 @@ class KnightsKnaves(Checker):
             for text in (answer_of(row), stated(reply))
         )
         if not right:
-            raise Unjudged("the row's answer calls nobody a knight or a knave")
+            raise Unjudged("the row's answer names no knight and no knave")
         share = sum(said.get(name) == role for name, role in right.items()) / len(right)
         return {"exact_match": float(share == 1), "correct": share, "answered": float(right.keys() <= said.keys())}
 
