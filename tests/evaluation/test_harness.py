@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from copy import deepcopy
@@ -23,7 +24,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from uft.evaluation.harness import PackedLM, run_tasks
+from uft.evaluation.harness import PackedLM, Rows, run_tasks
 from uft.evaluation.measures import mean_stderr
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -153,6 +154,19 @@ def test_the_standard_error_of_a_metric_and_of_a_mean_of_metrics():
 def write(path, found):
     path.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
     return path
+
+
+def test_rows_of_a_task_are_read_as_rows_of_a_data_set_are(tmp_path):
+    row = {"question": "one\u2028line", "answer": "#### 1"}
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(text.encode("utf-8")))
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        assert Rows.read("gsm8k", str(tmp_path / name), None).evaluated == [row]
+    (tmp_path / "broken.jsonl").write_text(text + "{\n", encoding="utf-8")
+    for name, why in (("broken.jsonl", "broken JSON.*row 2"), ("rows.xml", "none of .jsonl"), ("no.jsonl", "No such")):
+        with pytest.raises(UftError, match=why):
+            Rows.read("gsm8k", str(tmp_path / name), None)
 
 
 def test_examples_of_a_prompt_are_never_drawn_from_the_rows_that_are_measured(models, tmp_path):

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uft.config.schema import Eval, Task
 from uft.data.batch import Layout, batches_of, packs_of, sequence_batch
+from uft.data.readers import READERS, reader_of
 from uft.errors import Problem, UftError, first_line
 from uft.evaluation.measures import Sum, mean_stderr
 from uft.heartbeat import activity
@@ -358,7 +359,7 @@ class Rows:
 
     @classmethod
     def read(cls, task: str, file: str, shots: str | None) -> Rows:
-        """The rows of JSONL files. Of rows with a column `task` those that the task's name ends in; of IFEval's rows
+        """The rows of files. Of rows with a column `task` those that the task's name ends in; of IFEval's rows
         those that can be judged here."""
         found = read_rows(file, f"eval.task_files.{task}")
         found = [row for row in found if task.endswith(str(row.get("task", task)))]
@@ -387,14 +388,17 @@ class Rows:
 
 
 def read_rows(file: str, key: str) -> list[dict[str, Any]]:
+    """The records of a file of rows, of any kind that `data` reads."""
+    path, rows = Path(file).expanduser(), list[dict[str, Any]]()
+    if (read := reader_of(path)) is None:
+        raise UftError(Problem(f"{key}={file}", f"is none of {', '.join(READERS)}"))
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("a line is no object")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or f"is not JSONL: {error}"
-        raise UftError(Problem(f"{key}={file}", why)) from error
+        for number, record in read(path):
+            if isinstance(record, str):
+                raise UftError(Problem(f"{key}={file}", record, f"row {number}"))
+            rows.append(record)
+    except OSError as error:
+        raise UftError(Problem(f"{key}={file}", error.strerror or first_line(error))) from error
     return rows
 
 

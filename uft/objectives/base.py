@@ -148,6 +148,10 @@ class Objective:
         """() totals that terms must have while the policy equals the reference; checked on the first step of a run."""
         return {}
 
+    def advantages(self, batch: Batch) -> Tensor | None:
+        """(S,) what tells own completions of a prompt apart, for the table of rollouts; None: it has none."""
+        return None
+
     def start(self, examples: int) -> None:
         """Make the state of a fresh run over `examples` rows; most objectives have none."""
 

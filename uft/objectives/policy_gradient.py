@@ -200,6 +200,9 @@ class PolicyGradient(Objective):
         live = own & ~flat if self.drop_flat else own
         return Groups(own, shown, live, torch.where(silent, 0.0, advantage).detach())
 
+    def advantages(self, batch: Batch) -> Tensor:
+        return self.groups(batch).advantage
+
     def units(self, batch: Batch, sequences: Tensor, reduction: str) -> Tensor:
         """() units of a part over `sequences` (S,) bool."""
         if reduction == "constant":

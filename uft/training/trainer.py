@@ -26,7 +26,6 @@ from uft.heartbeat import activity
 from uft.model import checkpoint
 from uft.model.policy import Frozen, Policy
 from uft.objectives.base import Forward, Loss, Objective, StepContext
-from uft.objectives.policy_gradient import PolicyGradient
 from uft.runs import Run
 from uft.sampling.generate import Interrupted
 from uft.sampling.rollouts import RolloutSampler
@@ -344,9 +343,10 @@ def own_samples(trainer: Trainer) -> list[Sample]:
     first = len(row.completions) - len(group.replies)
     verdicts = [{**found, "reward": score} for found, score in zip(group.figures, group.scores, strict=True)]
     verdicts = verdicts or [{} for _ in group.replies]
-    if isinstance(objective, PolicyGradient) and (example := rollouts.example(group)) is not None:
-        advantages = objective.groups(collate([example], trainer.collator.pad_id)).advantage.tolist()
-        for part, advantage in zip(example.parts, advantages, strict=True):
+    example = rollouts.example(group)
+    advantages = objective.advantages(collate([example], trainer.collator.pad_id)) if example else None
+    if example and advantages is not None:
+        for part, advantage in zip(example.parts, advantages.tolist(), strict=True):
             if part.completion >= first:
                 verdicts[part.completion - first]["advantage"] = advantage
     source, prompt = f"{row.source} (own)", prompt_text(row.prompt)
