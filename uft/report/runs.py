@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from uft.config.frozen import flat
-from uft.errors import Problem, UftError, problem_lines
+from uft.errors import Problem, UftError, first_line, problem_lines
 from uft.runs import Run, bounded, lineage, named_folder, shown, yaml_text
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
@@ -248,7 +248,7 @@ def reason(error: Exception) -> str:
         return f"cannot be read as YAML{f', line {mark.line + 1}' if mark else ''}"
     if isinstance(error, json.JSONDecodeError):
         return f"cannot be read as JSON, line {error.lineno}"
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return first_line(error)
 
 
 def read_object(path: Path, absent: bool = False) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from uft.errors import FAILED, Problem, UftError
+from uft.errors import FAILED, Problem, UftError, first_line
 from uft.report.runs import BROKEN, read_config, read_object
 from uft.runs import Run, shown
 from uft.tracking.wandb import obstacle, unsent, wandb_server
@@ -81,8 +81,9 @@ def save(comparison: Object, paths: Sequence[Path]) -> list[str]:
         space.save()
         return [f"W&B workspace: {space.url}", *upload]
     except Exception as error:  # the server's answer, in whatever shape its client gives it
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UftError(Problem("--wandb", f"W&B did not take the workspace: {why}"), code=FAILED) from error
+        raise UftError(
+            Problem("--wandb", f"W&B did not take the workspace: {first_line(error)}"), code=FAILED
+        ) from error
 
 
 def logged_run(path: Path) -> LoggedRun | None:

@@ -64,7 +64,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UftError(Problem(str(file), "is not UTF-8 text")) from None
-    yield from ((n, {"prompt": line.strip()}) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+    yield from ((n, {"prompt": line.strip()}) for n, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def _prompt(record: Mapping[str, Any] | str) -> Turns:
