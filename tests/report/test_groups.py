@@ -154,3 +154,14 @@ def test_a_run_of_stages_has_the_objectives_of_all_that_train():
     assert [len(group.runs) for group in found.groups] == [1, 1, 2]
     longer = loaded("dpo", stages={**stages, "warm": {**stages["warm"], "config": {"train": {"steps": 9}}}})
     assert len(grouping([runs[0], longer]).groups) == 2
+
+
+def test_how_nothing_is_sampled_has_no_effect():
+    def sampling(objective, completions, longest, seed=1):
+        keys = {"rollout__completions": completions, "rollout__max_new_tokens": longest}
+        return loaded(objective, seed, **keys, overrides=())
+
+    runs = [sampling("dpo", 0, 128), sampling("dpo", 0, 64, 2), sampling("dpo", 4, 12), sampling("grpo", 8, 12)]
+    found = grouping(runs)
+    assert names(found) == ["dpo completions=0", "dpo completions=4", "grpo completions=8"]
+    assert found.groups[0].runs == (0, 1)

@@ -121,6 +121,10 @@ def test_several_seeds_flip_where_most_of_them_agree(tmp_path):
         ("instruct:3", "a"),
         ("instruct:2", "b"),
     ]
+    assert {(flip["a"], flip["b"]) for flip in rows["flipped"]} == {
+        ("uft says 1.0", "sft says 0.0"),
+        ("uft says 0.0", "sft says 1.0"),
+    }, "shown is a seed at which the prompt did flip"
     assert "On most seeds it is right on 2 that sft has wrong, wrong on 1 that sft has right." in finding["words"]
 
 

@@ -22,6 +22,7 @@ from uft.report.metrics import config_value, listed, truncated
 from uft.report.runs import LoadedRun
 
 OBJECTIVE, OBJECTIVE_NAME, SOURCES = "objective.", "objective.name", "data.sources."
+COMPLETIONS = "rollout.completions"
 STAGE, IN_STAGE = re.compile(r"stages\.[^.]+\."), re.compile(r"^stages\.[^.]+\.config\.")
 NO_RESULT = ("data.cache", "eval.best", "eval.best_mode", "eval.before", "eval.samples")
 """Keys, beside those that `free` knows, that change neither the last weights nor the last metrics."""
@@ -73,6 +74,10 @@ def grouping(runs: Sequence[LoadedRun], seed_keys: Sequence[str] = ()) -> Groupi
     """Axes and groups of the runs whose configuration can be read. Seeds are `seed_keys`, else seed and seeds.*"""
     configs = {number: with_stages(run.config) for number, run in enumerate(runs) if run.config}
     fill_defaults(list(configs.values()))
+    for config in configs.values():
+        if not config.get(COMPLETIONS):  # nothing is sampled, so how it would be has no effect
+            for key in [key for key in config if key.startswith("rollout.") and key != COMPLETIONS]:
+                del config[key]
     columns: dict[str, Column] = {}
     signatures: dict[int, list[Hashable]] = {number: [] for number in configs}  # of each run, by the keys that vary
     for key in all_keys(configs.values()):
@@ -216,6 +221,9 @@ def choose_axes(typed: Mapping[str, Column], varying: Mapping[str, Column], numb
     for key, column in {**typed, **varying}.items():
         signature = signature_of(column, numbers)
         determined = len({*zip(names, signature, strict=True)}) == len({*names})
+        if len({*signature} - {ABSENT}) == 1:  # it tells only who has the key, which any axis may tell
+            known = list(zip(*axes, strict=True)) or names
+            determined = len({*zip(known, signature, strict=True)}) == len({*known})
         if signature in axes or (determined and key not in typed):
             continue
         axes[signature] = Axis(key, column)

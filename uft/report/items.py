@@ -62,8 +62,12 @@ def rows_between(runs: Sequence[LoadedRun], grouping: Grouping, metric: str, a: 
     most = sums.mean(1) > 0.5  # (2, R): right on most seeds
     better, worse = most[0] & ~most[1], most[1] & ~most[0]
     listed = [*np.flatnonzero(better), *np.flatnonzero(worse)][:FLIPPED]
-    answers = [{key_of(item): item for item in side[seeds[0]].items} for side in sides]
-    flipped = [flip(keys[at], "a" if better[at] else "b", [side[keys[at]] for side in answers]) for at in listed]
+    answers = [[{key_of(item): item for item in side[seed].items} for seed in seeds] for side in sides]
+    flipped = []
+    for at in listed:
+        sign = 1 if better[at] else -1
+        seed = int((sign * (sums[0, :, at] - sums[1, :, at])).argmax())  # one at which it did flip
+        flipped.append(flip(keys[at], "a" if sign > 0 else "b", [side[seed][keys[at]] for side in answers]))
     return replace(found, better=int(better.sum()), worse=int(worse.sum()), flipped=flipped)
 
 
@@ -98,7 +102,7 @@ def same_count(key: RowKey, columns: Sequence[Column]) -> bool:
 
 
 def flip(key: RowKey, right: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A prompt that flipped, with the answers of both sides' first seed."""
+    """A prompt that flipped, with the answers of both sides at one seed."""
     prompt, *replies = (
         truncated(encodable(str(text or "")), LONGEST)
         for text in (items[0].get("prompt"), *(i.get("reply") for i in items))
