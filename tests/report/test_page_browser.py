@@ -9,6 +9,7 @@ from chromium import FIRST, card, figure, finished
 from hostile import hostile
 from pages import all_failed, no_curves, nothing, one_group, one_run
 from scipy.stats import t as student
+from synthetic import compared, loaded
 
 
 def test_it_opens_from_disk_and_asks_for_nothing_else(page, mixed):
@@ -40,6 +41,15 @@ def test_headline_figures_and_comparisons_are_those_of_the_comparison(page, mixe
     rows = page.until("document.querySelectorAll('.finding tbody tr').length")
     assert rows == len(mixed["summary"][0]["comparisons"])
     assert page.texts(".finding tbody tr:first-child td:last-child") == ["inside noise"]
+
+
+def test_groups_with_one_mean_are_both_best(page):
+    even = [loaded(name, final={"eval/nll": value}) for name, value in (("sft", 0.5), ("uft", 0.5), ("dpo", 0.75))]
+    page.open("even", compared(even))
+    marked = page.js(
+        "return [...document.querySelectorAll('#headline tbody tr')].map(r => !!r.querySelector('.mean.best'))"
+    )
+    assert marked == [True, True, False]
 
 
 def test_sorting_both_ways_keeps_what_is_missing_last(page, mixed):

@@ -5,8 +5,12 @@ const WIDE = 4; // metrics up to which mean and interval stand side by side
 const ABOUT_ALL = "These are the groups of the selected runs. The words above are about all finished runs.";
 let allRows = false;
 
-function bestGroups() {
-  return new Map(data.summary.map((finding) => [finding.metric, finding.best]));
+// By metric the best mean of all finished runs; several groups may have it.
+const meanOf = (group, metric) => toNumber(own(own(group?.metrics, metric), "mean"));
+
+function bestMeans() {
+  const byGroup = new Map(groups.map((group) => [group.id, group]));
+  return new Map(data.summary.map(({ metric, best }) => [metric, meanOf(byGroup.get(best), metric)]));
 }
 
 // Best first by the most important metric; what has no figure last.
@@ -55,7 +59,7 @@ function whisker(stat, [low, high], variable) {
 function headlineCell(group, metric, range, best) {
   const stat = groupStat(group, metric);
   if (stat === null) return el("td", { class: "number" }, "–");
-  const isBest = best.get(metric) === group.id;
+  const isBest = best.has(metric) && best.get(metric) === meanOf(group, metric);
   return el(
     "td",
     { class: "number", "data-metric": metric },
@@ -85,7 +89,7 @@ function drawHeadline() {
   const place = byId("headline");
   if (headline.length === 0 || groups.length === 0) return place.replaceChildren();
   const ranges = new Map(headline.map((metric) => [metric, rangeOf(metric)]));
-  const best = bestGroups();
+  const best = bestMeans();
   const rows = ranked();
   const titles = headline.map((metric) =>
     el(
