@@ -10,7 +10,7 @@ import toys as kit
 from toys import of_length, preset, told
 
 from uft.objectives.base import StepContext
-from uft.objectives.f_sft import DIVERGENCES, MARGIN
+from uft.objectives.likelihood import DIVERGENCES, MARGIN
 
 LOGITS = [
     [[0.5, -0.5, 1, 0], [1.5, 0.2, -0.3, 0.7], [-1, 2, 0.4, 0.1], [0.3, 0.3, 0.3, 0.3]],

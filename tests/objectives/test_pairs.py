@@ -14,7 +14,7 @@ import toys as kit
 from toys import of_length, preset, told
 
 from uft.objectives.base import StepContext
-from uft.objectives.contrastive import odds
+from uft.objectives.pairwise import odds
 
 POLICY, REFERENCE = [-0.2, -0.5, -0.1, -1.0, -0.7], [-0.3, -0.4, -0.3, -0.6, -0.5]
 FALLEN = [-0.2, -0.3, -0.2, -0.6, -0.5]  # a reference under which the chosen side fell: a_w = -0.1, h = 0.5

@@ -1,4 +1,4 @@
-"""Objectives: one file per shape or method, each a frozen dataclass of hyper-parameters above a short pure method.
+"""Objectives: one file per family, each objective a frozen dataclass of hyper-parameters above a short pure method.
 
 A published method is a file of conf/objective that names a class here and the keys it has; what differs from another by
 constants needs no class of its own. Classes of installed packages are found by the entry points of the group
@@ -12,19 +12,13 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from uft.objectives.base import Objective
-from uft.objectives.contrastive import Contrastive
 from uft.objectives.dft import DFT
-from uft.objectives.distill import Distill
-from uft.objectives.f_sft import FSFT
 from uft.objectives.ift import IFT
-from uft.objectives.kto import KTO
-from uft.objectives.nll import WeightedNLL
-from uft.objectives.pairwise import Pairwise
+from uft.objectives.likelihood import FSFT, Distill, PoFT, WeightedNLL
+from uft.objectives.pairwise import Contrastive, Pairwise
 from uft.objectives.per_kind import PerKind
-from uft.objectives.poft import PoFT
-from uft.objectives.policy_gradient import PolicyGradient
-from uft.objectives.srft import SRFT
-from uft.objectives.uft import UFT
+from uft.objectives.pointwise import KTO, UFT
+from uft.objectives.policy_gradient import SRFT, PolicyGradient
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "nll": WeightedNLL,

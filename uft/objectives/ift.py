@@ -21,7 +21,7 @@ from uft.data.batch import Batch
 from uft.data.rows import Kind, View
 from uft.objectives import terms, views
 from uft.objectives.base import Forward, ForwardOutput, ForwardRequest, Loss, Needs, Objective, StepContext, key
-from uft.objectives.nll import CONVENTION
+from uft.objectives.likelihood import CONVENTION
 
 Tensor = torch.Tensor
 
