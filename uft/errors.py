@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Mapping
@@ -28,6 +29,9 @@ GOOD, FAILED, BAD_REQUEST, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 """Exit codes: finished; a run failed; bad request; stopped by a signal after a checkpoint; Ctrl-C likewise."""
 CLOSED_PIPE = 141
 """The exit code that a shell reports of a program ended by SIGPIPE."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""They ask a run to stop after a checkpoint: the program forwards them, its worker answers them."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,11 @@ def tell(error: UftError) -> int:
     """Print what was wrong to stderr; its exit code."""
     print(render(error), file=sys.stderr, end="")
     return error.code
+
+
+def stop_code(number: int | None) -> int:
+    """The exit code of a process that one of SIGNALS asked to stop."""
+    return INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
 def tracing() -> bool:

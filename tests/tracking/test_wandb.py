@@ -12,8 +12,7 @@ import pytest
 from records import SAMPLES, curve
 
 from uft.errors import UftError
-from uft.tracking import make_tracker
-from uft.tracking.wandb import Wandb
+from uft.tracking.wandb import Wandb, make_tracker
 
 
 def test_an_online_run_as_the_server_sees_it(open_wandb, new_run, server, capfd, home):
@@ -161,7 +160,8 @@ def test_variables_of_w_and_b_are_followed_or_it_is_said(open_wandb, new_run, se
 @pytest.mark.parametrize("mode", ["disabled", "offline"])
 def test_without_w_and_b_it_is_not_even_imported(new_run, config, mode):
     program = (
-        "import json, sys; from pathlib import Path; from uft.runs import Run; from uft.tracking import make_tracker\n"
+        "import json, sys; from pathlib import Path; from uft.runs import Run\n"
+        "from uft.tracking.wandb import make_tracker\n"
         "t = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2]))\n"
         "t.start(); t.log(1, {'loss': 1.0}); t.samples(1, []); print(t.description); t.finish('finished', 0, {})\n"
         "assert 'wandb' not in sys.modules and 'torch' not in sys.modules"
@@ -175,16 +175,6 @@ def test_without_w_and_b_it_is_not_even_imported(new_run, config, mode):
     assert run.info()["wandb"] == ({"mode": "disabled"} if mode == "disabled" else noted)
 
 
-def test_only_the_first_rank_tracks(new_run, config):
-    run = new_run()
-    tracker = make_tracker(run, config("online"), rank=1)  # online without a key: refused, if it were the first rank
-    tracker.start()
-    tracker.log(1, {"loss": 1.0})
-    tracker.samples(1, SAMPLES)
-    tracker.finish("finished", 0, {})
-    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "overrides.yaml", "run.json"]
-
-
 # --- Without a key, without a network
 
 
@@ -194,7 +184,7 @@ def test_auto_without_a_key_goes_on_at_once_on_a_terminal(new_run, config):
 
     program = (
         "import json, sys, time; from pathlib import Path; from uft.runs import Run\n"
-        "from uft.tracking import make_tracker; import wandb as imported; assert sys.stdin.isatty()\n"
+        "from uft.tracking.wandb import make_tracker; import wandb as imported; assert sys.stdin.isatty()\n"
         "began = time.monotonic()\n"
         "t = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2])); t.start(); t.log(1, {'loss': 1.0})\n"
         "t.finish('finished', 0, {}); print('seconds', time.monotonic() - began)"

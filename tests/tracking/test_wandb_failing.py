@@ -16,9 +16,8 @@ import pytest
 from records import SAMPLES, curve
 
 from uft.runs import write_json
-from uft.tracking import Trackers, make_tracker
 from uft.tracking.metrics import Files
-from uft.tracking.wandb import WAITING, Wandb, unsent, upload, upload_state
+from uft.tracking.wandb import WAITING, Trackers, Wandb, make_tracker, unsent, upload, upload_state
 
 
 def test_a_server_that_never_answers_costs_bounded_time(open_wandb, server):
@@ -130,7 +129,7 @@ def test_a_fork_that_ends_takes_no_files_away(new_run, config, server):
 import json, os, sys, wandb
 from pathlib import Path
 from uft.runs import Run
-from uft.tracking import make_tracker
+from uft.tracking.wandb import make_tracker
 from uft.evaluation.evaluate import Sample
 if os.fork() == 0:
     sys.exit()
@@ -150,7 +149,7 @@ PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
 from uft.runs import Run
-from uft.tracking import make_tracker
+from uft.tracking.wandb import make_tracker
 tracker = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2]))
 tracker.start()
 for step in range(1, 61):

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from uft.errors import INTERRUPTED, STOPPED
+from uft.errors import INTERRUPTED, SIGNALS, STOPPED
 from uft.heartbeat import activity, beat, heartbeat
-from uft.training.liveness import SIGNALS, listening, watching
+from uft.training.liveness import listening, watching
 
 SECONDS = 2.0
 PROGRAM = f"""
@@ -194,13 +194,13 @@ def test_a_rank_that_waits_for_another_lives_as_long_as_that_one(way, tmp_path):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_remembered_and_has_its_exit_code(number):
     with listening() as stop:
-        assert (stop(), stop.name) == (False, "")
+        assert (stop(), stop.signal) == (False, None)
         os.kill(os.getpid(), number)
         assert stop()
         if number != signal.SIGINT:
             os.kill(os.getpid(), number)  # also the second one waits for the safe point
     code = INTERRUPTED if number == signal.SIGINT else STOPPED
-    assert (stop.name, stop.exit_code) == (number.name, code)
+    assert (stop.signal, stop.exit_code) == (number, code)
 
 
 def test_handlers_are_put_back_also_after_an_error():

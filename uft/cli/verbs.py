@@ -45,8 +45,7 @@ from uft.launch.launcher import (
     typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
-from uft.launch.trust import refuse_untrusted
-from uft.runs import Damaged, Run, WeightsSource, open_run, weights
+from uft.runs import Damaged, Run, WeightsSource, open_run, refuse_untrusted, weights
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""

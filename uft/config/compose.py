@@ -31,9 +31,22 @@ from uft.config.files import BROKEN, NAMES_CODE, Composed, Files, Request, Words
 from uft.config.frozen import plain
 from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
 from uft.config.models import complete, gives_choice
-from uft.config.rounds import PAST, SOURCES, Round, rounds_of
 from uft.config.schema import Config, KeyPath, Stage, flat
-from uft.config.stages import FILE, MADE_BY, STAGES, differing, expanded, made, maker, unready, without_stages
+from uft.config.stages import (
+    FILE,
+    MADE_BY,
+    PAST,
+    SOURCES,
+    STAGES,
+    Round,
+    differing,
+    expanded,
+    made,
+    maker,
+    rounds_of,
+    unready,
+    without_stages,
+)
 from uft.errors import Problem, UftError
 
 
@@ -223,7 +236,7 @@ def values_of(line: str) -> list[Setting]:
 # 2. what was typed for all stages;
 # 3. what was typed for this stage (`stages.NAME.set`).
 #
-# `stages.NAME.by_round` is as `set`, with a value for each round: uft/config/rounds.py.
+# `stages.NAME.by_round` is as `set`, with a value for each round: `uft.config.stages`.
 #
 # A key that is set for all stages counts for every stage that has it; one that no stage has is a mistake. Everything
 # that is wrong with any stage is told at once, once if it is wrong in all of them.

@@ -30,10 +30,19 @@ from uft.config.schema import defaults_of, objective_of
 from uft.config.stages import completed, data_nodes, differences
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, visible
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
-from uft.launch.trust import remember
-from uft.runs import Run, create_run, shown, typed_path, unwritable, weights, write_atomically, write_json
+from uft.runs import (
+    OUTPUTS,
+    Run,
+    create_run,
+    remember,
+    shown,
+    typed_path,
+    unwritable,
+    weights,
+    write_atomically,
+    write_json,
+)
 
-OUTPUTS = Path("outputs")
 PARALLEL_JOBS = ("check", "generate")
 """Jobs that several processes do better than one; the others read and write."""
 PATIENCE = 600.0

@@ -5,7 +5,6 @@ The child has a session of its own, is sent every signal that this process gets,
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -20,11 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from uft.errors import FAILED, INTERRUPTED, STOPPED, Problem, UftError
+from uft.errors import FAILED, SIGNALS, Problem, UftError, stop_code
 from uft.launch import forkserver
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-EXIT_CODES = {number: INTERRUPTED if number == signal.SIGINT else STOPPED for number in FORWARDED}
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 COMMAND = forkserver.WORKER
 """-P: a `datasets.py` in the working directory is not imported in place of the library."""
@@ -33,7 +30,6 @@ AGENT = (*COMMAND, "--elastic")
 """Followed by the options of `torchrun` and the worker's command line."""
 
 PARENT = "UFT_PARENT_PID"
-PR_SET_PDEATHSIG = 1
 
 GRACE = 600
 """Seconds that the ranks of a run have for their checkpoint once one of them failed or a signal came."""
@@ -52,7 +48,7 @@ def die_with_parent() -> None:
     parent = os.environ.pop(PARENT, None)
     if parent is None or sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    forkserver.prctl(forkserver.PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):  # it died before the line above
         sys.exit(FAILED)
 
@@ -99,7 +95,7 @@ def run_worker(
         if code >= 0:
             return code
         if sent:
-            return EXIT_CODES[signal.Signals(sent[0])]
+            return stop_code(sent[0])
         why = cause(-code, oom_kills() - killed_before)
         os.write(err, f"uft: the worker was killed by {signal.Signals(-code).name}{why}\n".encode())
     return FAILED
@@ -158,7 +154,7 @@ def forwarding(sent: list[int]) -> Iterator[list[Child]]:
         for child in children:
             child.send_signal(number)
 
-    ours = [n for n in FORWARDED if n != signal.SIGUSR2 or signal.getsignal(n) is signal.SIG_DFL]
+    ours = [n for n in SIGNALS if n != signal.SIGUSR2 or signal.getsignal(n) is signal.SIG_DFL]
     before = {number: signal.signal(number, receive) for number in ours}
     try:
         yield children
@@ -213,7 +209,7 @@ def torchrun_arguments(hardware: Mapping[str, Any]) -> list[str]:
         "--max-restarts=0",  # restarting in place hangs too often; `uft resume` starts fresh processes
         "--monitor-interval=0.1",
         f"--shutdown-timeout={GRACE}",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
+        f"--signals-to-handle={','.join(number.name for number in SIGNALS)}",
     ]
     if nodes == 1:
         return [*options, "--standalone"]

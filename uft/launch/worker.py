@@ -21,8 +21,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from uft.environment import FOLDER, PeerLost, launched, note, note_code, noted_code, rank, reasons
-from uft.errors import FAILED, GOOD, UftError, render, tell_redacted
-from uft.launch.process import EXIT_CODES, PARENT, cause, die_with_parent, oom_kills
+from uft.errors import FAILED, GOOD, UftError, render, stop_code, tell_redacted
+from uft.launch.process import PARENT, cause, die_with_parent, oom_kills
 from uft.runs import Run, keep_others_out, open_run, write_json
 
 
@@ -158,7 +158,7 @@ def elastic_agent(arguments: Sequence[str]) -> int:
             return GOOD
         except SignalException as error:
             code = noted_code(Path(folder))
-            return EXIT_CODES.get(error.sigval, FAILED) if code is None else code
+            return stop_code(error.sigval) if code is None else code
         except ChildFailedError as error:
             failures = error.failures
         code, why = noted_code(Path(folder)), reasons(Path(folder))

@@ -28,10 +28,10 @@ from urllib.parse import urlsplit
 from uft.config.schema import Tracking
 from uft.errors import FAILED, GOOD, STOPPED, Problem, UftError, first_line
 from uft.runs import Run, typed_path
-from uft.tracking.metrics import read_metrics, read_samples
+from uft.tracking.metrics import Files, read_metrics, read_samples
 
 if TYPE_CHECKING:
-    from uft.evaluation.evaluate import Sample
+    from uft.evaluation.evaluate import Item, Sample
 
 Row = tuple[int, Mapping[str, Any]]  # step and values, "samples" being rows of samples.jsonl
 LONGEST_TAG = 64  # characters; W&B refuses more
@@ -447,3 +447,67 @@ def upload(run: Run, patience: float = PATIENCE) -> tuple[int, str]:
         except Exception as error:
             shut_down()
             return 0, first_line(error).rstrip(".")
+
+
+# --- Both trackers of a run.
+
+
+@dataclass
+class Trackers:
+    """Take what a run measures; without trackers, on every rank but the first, nothing. Calls: start, then log, samples
+    and items, then finish."""
+
+    files: Files | None = None
+    wandb: Wandb | None = None
+
+    @property
+    def trackers(self) -> list[Files | Wandb]:
+        return [tracker for tracker in (self.files, self.wandb) if tracker]
+
+    def start(self) -> None:
+        """Open. Raises UftError if what was asked for cannot be had."""
+        for tracker in self.trackers:
+            tracker.start()
+
+    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """Metrics after optimiser step `step` (0: before the first). The same step may come twice, with other names.
+
+        The one text among them is `stage`, in a run that has stages.
+        """
+        for tracker in self.trackers:
+            tracker.log(step, metrics)
+
+    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
+        for tracker in self.trackers:
+            tracker.samples(step, samples, stage)
+
+    def items(self, step: int, items: Sequence[Item], stage: str | None = None, answers: bool = False) -> None:
+        """What was measured of every held-out row, with its answer if asked for. They stay in the run folder."""
+        if self.files:
+            self.files.items(step, items, stage, answers)
+
+    def secure(self) -> None:
+        """Bring everything so far to the disk: a checkpoint that stands after it is about to be published."""
+        if self.files:
+            self.files.secure()
+
+    def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
+        """Close as `status` (finished, failed, stopped), with the process's exit code. A second call does nothing."""
+        for tracker in self.trackers:
+            tracker.finish(status, exit_code, summary)
+
+    @property
+    def description(self) -> str:
+        """One line for the start card, once started."""
+        return self.wandb.description if self.wandb else ""
+
+
+def make_tracker(
+    run: Run, config: Mapping[str, Any], *, resumed_step: int | None = None, say: Callable[[str], None] = print
+) -> Trackers:
+    """The trackers of a run with this resolved configuration, not yet started.
+
+    `resumed_step`: of the checkpoint that training continues from (None: a fresh start). `say` prints the few lines
+    that W&B's state may need.
+    """
+    return Trackers(Files(run, resumed_step, say), Wandb(run, config, say))

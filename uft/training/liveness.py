@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from uft.environment import launched, rank
-from uft.errors import FAILED, INTERRUPTED, STOPPED
+from uft.errors import FAILED, INTERRUPTED, SIGNALS, stop_code
 from uft.heartbeat import beat, heartbeat
 from uft.runs import shown
 
@@ -197,9 +197,6 @@ def moved_bytes() -> int:
 # --- Stopping at a safe point: a signal sets a flag; the loop, the evaluation and generation look at it between steps.
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-
-
 STOPPING = b"\nuft: stopping at the next safe point, with a checkpoint in a run; Ctrl-C again ends it at once\n"
 
 
@@ -228,11 +225,7 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        return INTERRUPTED if self.signal == signal.SIGINT else STOPPED
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.signal).name if self.signal is not None else ""
+        return stop_code(self.signal)
 
 
 @contextmanager
