@@ -96,7 +96,8 @@ def test_two_models_of_different_tongues_agree_with_plain_transformers(
     (command,) = (line for line in done.stdout.splitlines() if line.startswith("train on them:"))
     words = shlex.split(command.partition(":")[2])
     assert words[:3] == ["uft", "train", "objective=poft"]
-    uft(*words[1:], "train.steps=2", "train.batch_size=48", "eval=none", "tracking=none", "hardware=cpu", "run.dir=run")
+    words += [f"model.path={other_model}", "train.steps=2", "train.batch_size=48"]  # one that knows the words
+    uft(*words[1:], "eval=none", "tracking=none", "hardware=cpu", "run.dir=run")
     steps = lines(tmp_path / "run" / "metrics.jsonl")
     assert steps[0]["objective/poft"] > 0
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import program
 import pytest
-from lifecycle import LORA, STEPS, UNEVEN, USES, at_step, begun, files_for, kill_worker, same, wait_for
+from lifecycle import LORA, STEPS, UNEVEN, USES, at_step, begun, child_of, files_for, kill_worker, same, wait_for
 
 from uft.runs import create_run
 
@@ -124,6 +124,7 @@ def test_every_combination_survives_random_kills(
     try:
         process.wait(timeout=chance.uniform(2, 8))
     except subprocess.TimeoutExpired:
+        wait_for(lambda: child_of(process.pid), process)  # a slow machine may not have started it yet
         kill_worker(process)
     uft("resume", str(died))
     same(died, whole)

@@ -53,5 +53,5 @@ def test_the_same_of_workers_that_are_started(
     for switch in ("on", "off"):
         place = {"env": {"UFT_FORKSERVER": switch, "UFT_CACHE": str(tmp_path / switch)}}
         uft("train", "-m", *words, "seed=1,2", f"hydra.sweep.dir={tmp_path / switch}", **place)
-    for name in ("uft-seed1", "uft-seed2"):
+    for name in ("seed1", "seed2"):
         same(tmp_path / "on" / name, tmp_path / "off" / name)
