@@ -108,7 +108,7 @@ def test_ambiguous_names_are_explained_not_guessed():
 def test_a_plugin_that_is_not_installed_names_what_installs_it(typed):
     ((_, (why, _, advice)),) = problems(typed).items()
     assert "not installed" in why
-    assert "pip install 'uft[ray]'" in advice
+    assert "pip install 'uft-lm[ray]'" in advice
 
 
 def test_several_values_need_multirun():

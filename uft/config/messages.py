@@ -35,7 +35,7 @@ def conf_dir() -> Path:
             return folder
     raise UftError(
         Problem("conf/", "the configuration files are missing from this installation", str(package)),
-        footer="Install again:  pip install --force-reinstall uft",
+        footer="Install again:  pip install --force-reinstall uft-lm",
     )
 
 
@@ -171,7 +171,7 @@ def no_such_option(group: str, option: str, options: list[str], key: str) -> tup
 def not_installed(option: str) -> str | None:
     """The command that installs `option`, such as hydra/launcher/ray; None: no extra of ours brings it."""
     extra = EXTRAS.get(option)
-    return f"pip install 'uft[{extra}]'" if extra else None
+    return f"pip install 'uft-lm[{extra}]'" if extra else None
 
 
 def belongs_to(key: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (`pip install 'uft[lmeval]'`) over the program's own packed forward and sampler.
+"""Tasks of lm-evaluation-harness (`pip install 'uft-lm[lmeval]'`) over the program's own packed forward and sampler.
 
 `PackedLM` is the harness's model; it says what the harness's own `HFLM` says, to 1e-3 nats and in every verdict. Tasks,
 prompts, metrics and filters are the harness's. A task whose data set cannot be fetched runs on a local file of rows

@@ -37,7 +37,7 @@ def write_gguf(folder: Path, out: Path) -> float:
     try:
         import gguf
     except ImportError:
-        advice = ("pip install 'uft[gguf]'",)
+        advice = ("pip install 'uft-lm[gguf]'",)
         raise UftError(Problem("--gguf", "needs the package gguf, which is not installed", advice=advice)) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

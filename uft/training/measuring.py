@@ -59,7 +59,7 @@ def measure(config: Config) -> int:
     console, started = table_console(), time.perf_counter()
     say = say_on(console)
     if config.eval.tasks and find_spec("lm_eval") is None:
-        advice = ("pip install 'uft[lmeval]'",)
+        advice = ("pip install 'uft-lm[lmeval]'",)
         raise UftError(Problem("eval.tasks", "needs lm-evaluation-harness, which is not installed", advice=advice))
     with listening() as stop:
         try:
