@@ -7,6 +7,8 @@ import pytest
 
 from uft.config.compose import compose, examine, footer
 from uft.config.files import Request
+from uft.config.messages import TRL_KEYS
+from uft.config.schema import Config, kind_at
 from uft.errors import UftError, render
 
 
@@ -62,6 +64,16 @@ def test_a_key_of_other_objectives_says_so():
 
 def test_a_misspelt_group_names_the_group():
     assert "did you mean  data=pairs ?" in problems("dta=pairs")["dta=pairs"][2]
+
+
+def test_keys_of_trl_and_transformers_are_told_as_ours():
+    typed = [f"{group}{name}=1" for name in TRL_KEYS for group in ("", "train.")]
+    found = problems(*typed)
+    for name, ours in TRL_KEYS.items():
+        key, _, note = ours.partition(": ")
+        assert kind_at(tuple(key.split(".")), Config) is not None, key
+        for _, _, advice in (found[f"{name}=1"], found[f"train.{name}=1"]):
+            assert (f"{key}: {note}" if note else f"did you mean  {key} ?") in advice
 
 
 WRONG_TYPES = {
