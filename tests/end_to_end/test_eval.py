@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from uft.training.measuring import Measured, tables
+
 QUICK = ("data=mix", "eval=quick", "eval.rows=6", "eval.generate_rows=6", "tracking=none")
 ROWS = [{"prompt": f"sort : {a} {b}", "response": f"{b} {a}"} for a, b in (("queen", "moon"), ("snow", "book"))] * 2
 
@@ -52,3 +54,10 @@ def test_a_model_that_was_not_trained_here_and_requests_that_mean_nothing(uft, t
     both = uft("eval", "builtin:playground", "data=pairs", "eval.tasks=[gsm8k]", code=2).stderr
     assert "rows and tasks are measured one after the other" in both
     assert "one model is measured at a time" in uft("eval", "builtin:playground", "other", code=2).stderr
+
+
+def test_an_estimate_of_kl_that_is_none_is_told_as_in_training():
+    for value, odd in ((0.25, False), (1.2e7, True), (float("nan"), True)):
+        figures = {"eval/kl": {"value": value, "stderr": None}}
+        table = tables(Measured(figures, {"sources": {"mix": {}}}, []))
+        assert any("kl: no estimate. Tokens that" in str(part) for part in table) is odd
