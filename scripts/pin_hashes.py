@@ -40,7 +40,7 @@ def resolved() -> Mapping[str, Any]:
 def lines(report: Mapping[str, Any]) -> Iterator[str]:
     for item in sorted(report["install"], key=lambda item: str(item["metadata"]["name"]).lower()):
         name, version = item["metadata"]["name"], item["metadata"]["version"]
-        if name != "uft":
+        if name != "uft-lm":
             yield f"{name}=={version} --hash=sha256:{item['download_info']['archive_info']['hashes']['sha256']}"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from uft.errors import UftError
-from uft.runs import Run, create_run, find_runs, open_run, read_json, summary, write_atomically, write_json
+from uft.runs import Run, create_run, find_runs, no_runs, open_run, read_json, summary, write_atomically, write_json
 
 ROOT = Path(__file__).parents[1]
 HOLD = "import sys, time; from pathlib import Path; from uft.runs import Run\nwith Run(Path(sys.argv[1])).lock():\n"
@@ -88,6 +88,17 @@ def test_runs_are_found_below_a_folder_and_not_within_runs(run: Run, tmp_path: P
         open_run(tmp_path / "absent")
     with pytest.raises(UftError, match=r"no config\.yaml"):
         open_run(tmp_path)
+
+
+def test_a_name_that_is_none_suggests_those_that_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert no_runs(Path("lst")).problems[0].advice == (), "there is no run yet"
+    create_run(tmp_path / "outputs" / "day" / "betas" / "ift-seed1", "{}\n", [])
+    write_json(tmp_path / "outputs" / "day" / "betas" / "sweep.json", {"jobs": []})
+    meant = {"lst": "last", "ift-sed1": "ift-seed1", "beta": "betas"}
+    assert {word: no_runs(Path(word)).problems[0].advice for word in (*meant, "x")} == {
+        word: (f"did you mean  {name} ?",) for word, name in meant.items()
+    } | {"x": ()}
 
 
 def test_status_follows_the_result_and_the_lock(run: Run):

@@ -22,6 +22,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -227,9 +228,16 @@ def named_folder(word: str | Path) -> Path:
 
 
 def no_runs(folder: Path, why: str = "no run in this folder") -> UftError:
-    """What is wrong with a folder, or a name, that is no run: `why` if there is such a folder."""
-    why = why if os.path.isdir(folder) else "no such folder, run or sweep"
-    return UftError(Problem(str(folder), why), footer="See the runs here:  uft ls")
+    """What is wrong with a folder, or a name, that is no run: `why` if there is such a folder, else what was meant."""
+    if os.path.isdir(folder):
+        return UftError(Problem(str(folder), why), footer="See the runs here:  uft ls")
+    runs = find_runs(OUTPUTS)
+    names = dict.fromkeys(["last", *(path.name for path in (*(run.path for run in runs), *find_sweeps(OUTPUTS)))])
+    near = get_close_matches(str(folder), names, 3) if runs else []
+    advice = (f"did you mean  {'  or  '.join(near)} ?",) if near else ()
+    return UftError(
+        Problem(str(folder), "no such folder, run or sweep", advice=advice), footer="See the runs here:  uft ls"
+    )
 
 
 def find_runs(root: Path) -> list[Run]:

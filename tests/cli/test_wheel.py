@@ -1,8 +1,10 @@
 """What is installed: every YAML file is in the wheel, and the command works from there."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -29,6 +31,20 @@ def test_every_yaml_file_is_in_the_wheel(wheel):
     assert not any("test" in name for name in names)
     parts = {f"uft/report/page/{file.name}" for file in (ROOT / "uft" / "report" / "page").iterdir()}
     assert parts <= set(names), "the comparison page's template, style and scripts"
+
+
+def test_messages_and_pages_name_the_distribution_that_is_ours():
+    """`uft` on PyPI is somebody else's program: `pip install 'uft[ray]'` would install that one."""
+    folders = [ROOT / name for name in ("uft", "conf", "docs", "scripts", "hydra_plugins")]
+    files = [file for folder in folders for file in folder.rglob("*") if file.suffix in (".py", ".yaml", ".md", ".sh")]
+    theirs = re.compile(r"(?<![\w-])uft\[[a-z{]|pip install (-\S+ )*'?uft\b(?!-lm)")
+    named = [file for file in [*files, ROOT / "README.md"] if theirs.search(file.read_text(encoding="utf-8"))]
+    assert (named, len(files) > 200) == ([], True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    told = {extra for file in files for extra in re.findall(r"uft-lm\[([a-z,-]+)\]", file.read_text(encoding="utf-8"))}
+    extras = {one for listed in told for one in listed.split(",")}
+    assert (project["name"], extras - set(project["optional-dependencies"])) == ("uft-lm", set())
+    assert len(extras) > 5
 
 
 def test_it_works_from_an_unpacked_wheel(wheel, tmp_path):

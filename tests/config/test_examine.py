@@ -7,6 +7,8 @@ import pytest
 
 from uft.config.compose import compose, examine, footer
 from uft.config.files import Request
+from uft.config.messages import TRL_KEYS
+from uft.config.schema import Config, kind_at
 from uft.errors import UftError, render
 
 
@@ -64,6 +66,16 @@ def test_a_misspelt_group_names_the_group():
     assert "did you mean  data=pairs ?" in problems("dta=pairs")["dta=pairs"][2]
 
 
+def test_keys_of_trl_and_transformers_are_told_as_ours():
+    typed = [f"{group}{name}=1" for name in TRL_KEYS for group in ("", "train.")]
+    found = problems(*typed)
+    for name, ours in TRL_KEYS.items():
+        key, _, note = ours.partition(": ")
+        assert kind_at(tuple(key.split(".")), Config) is not None, key
+        for _, _, advice in (found[f"{name}=1"], found[f"train.{name}=1"]):
+            assert (f"{key}: {note}" if note else f"did you mean  {key} ?") in advice
+
+
 WRONG_TYPES = {
     "train.steps=1e3": ("must be a whole number or null", "write 1000"),
     "train.log_every=ten": ("must be a whole number", ""),
@@ -108,7 +120,7 @@ def test_ambiguous_names_are_explained_not_guessed():
 def test_a_plugin_that_is_not_installed_names_what_installs_it(typed):
     ((_, (why, _, advice)),) = problems(typed).items()
     assert "not installed" in why
-    assert "pip install 'uft[ray]'" in advice
+    assert "pip install 'uft-lm[ray]'" in advice
 
 
 def test_several_values_need_multirun():

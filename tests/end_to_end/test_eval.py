@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from uft.training.measuring import Measured, tables
+
 QUICK = ("data=mix", "eval=quick", "eval.rows=6", "eval.generate_rows=6", "tracking=none")
 ROWS = [{"prompt": f"sort : {a} {b}", "response": f"{b} {a}"} for a, b in (("queen", "moon"), ("snow", "book"))] * 2
 
@@ -37,6 +39,9 @@ def test_a_run_and_other_rows(uft, tmp_path):
     told = uft("eval", run, f"data={file}", "+data.sources.mine.checker=exact").stdout
     assert "mine: 4 of 4 rows, none of which is held out (eval.rows=6)" in told
     assert read(run / "evals" / "mine.json")["figures"]["eval/exact_match"]["n"] == 2, "a prompt has one answer"
+    refused = uft("export", run, "--gguf", "--to", "whole", code=2).stderr
+    assert "--gguf" in refused
+    assert not (tmp_path / "whole").exists(), "a tokenizer that GGUF does not describe is known before"
     uft("compare", run)
     shown = read(tmp_path / "compare.json")["runs"][0]["final"]["evals/mine/nll"]
     assert shown == pytest.approx(read(run / "evals" / "mine.json")["figures"]["eval/nll"]["value"], rel=1e-5)
@@ -52,3 +57,10 @@ def test_a_model_that_was_not_trained_here_and_requests_that_mean_nothing(uft, t
     both = uft("eval", "builtin:playground", "data=pairs", "eval.tasks=[gsm8k]", code=2).stderr
     assert "rows and tasks are measured one after the other" in both
     assert "one model is measured at a time" in uft("eval", "builtin:playground", "other", code=2).stderr
+
+
+def test_an_estimate_of_kl_that_is_none_is_told_as_in_training():
+    for value, odd in ((0.25, False), (1.2e7, True), (float("nan"), True)):
+        figures = {"eval/kl": {"value": value, "stderr": None}}
+        table = tables(Measured(figures, {"sources": {"mix": {}}}, []))
+        assert any("kl: no estimate. Tokens that" in str(part) for part in table) is odd

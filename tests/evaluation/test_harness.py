@@ -24,7 +24,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from uft.evaluation.harness import PackedLM, Rows, run_tasks
+from uft.evaluation.harness import PackedLM, Rows, load_tasks, run_tasks
 from uft.evaluation.measures import mean_stderr
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -87,7 +87,7 @@ def test_prompts_are_rendered_as_the_harness_s_own_model_renders_them(models, to
     plain = PackedLM(models[0].policy, deepcopy(tokenizer), 600)
     plain.tokenizer.chat_template = None
     with pytest.raises(UftError, match="the model has none"):
-        run_tasks(plain, Eval(tasks=[{"task": "gsm8k", "template": True}]), print)
+        load_tasks(plain.tokenizer, Eval(tasks=[{"task": "gsm8k", "template": True}]), print)
 
 
 def test_answers_are_those_of_the_harness_s_own_model(models):
@@ -169,10 +169,19 @@ def test_rows_of_a_task_are_read_as_rows_of_a_data_set_are(tmp_path):
             Rows.read("gsm8k", str(tmp_path / name), None)
 
 
-def test_examples_of_a_prompt_are_never_drawn_from_the_rows_that_are_measured(models, tmp_path):
+def test_examples_of_a_prompt_are_never_drawn_from_the_rows_that_are_measured(tokenizer, tmp_path):
     file = str(write(tmp_path / "gsm8k.jsonl", GSM8K))
     with pytest.raises(UftError, match=r"eval\.shot_files\.gsm8k=FILE"):
-        run_tasks(models[0], Eval(tasks=["gsm8k"], task_files={"gsm8k": file}), print)
+        load_tasks(tokenizer, Eval(tasks=["gsm8k"], task_files={"gsm8k": file}), print)
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_told_at_once(uft):
+    """The client of the hub would try six times in half a minute, with a line on each."""
+    asked = {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    said = uft("eval", "builtin:playground", "eval.tasks=[gsm8k]", code=2, env=asked).stderr
+    assert "its rows are not in the hub's cache here, and the hub does not answer" in said
+    assert "Retry" not in said
 
 
 def test_tasks_on_files_of_rows(uft, tmp_path):
@@ -210,7 +219,7 @@ def test_rows_of_the_benchmarks(models, tokenizer):
         task_rows=2,
         task_tokens=6,
     )
-    figures, items = run_tasks(models[0], settings, print)
+    figures, items = run_tasks(models[0], load_tasks(tokenizer, settings, print), settings, print)
     found = {one.name: one for one in figures}
     assert {name.partition("/")[0] for name in found} == set(files)
     assert all(one.n == 2 and 0 <= one.value <= 1 for one in figures)

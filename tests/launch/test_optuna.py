@@ -147,7 +147,7 @@ def test_wrong_settings_are_told_together_and_how_to_get_optuna(look_for, monkey
         "direction=down",
         "n_trials=0",
         "nothing to optimise in  uft check",
-        "pip install 'uft[optuna]'",
+        "pip install 'uft-lm[optuna]'",
     ):
         assert part in str(caught.value)
 

@@ -202,7 +202,7 @@ def test_json_is_all_that_is_printed_and_open_shows_the_page(sweep, typed, monke
 
 
 MISTAKES = [
-    (["nowhere"], "no such folder or sweep"),
+    (["nowhere"], "no such folder, run or sweep"),
     (["empty"], "no run in this folder"),
     (["nowhere", "trial", "void-*"], "2 problems"),
     (["--metric", "los"], "no run has this figure"),

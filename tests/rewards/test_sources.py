@@ -62,7 +62,7 @@ def test_what_is_wrong_with_a_reward_is_told(monkeypatch):
     assert problems_of("data=instruct", f"{key}=math+format") == {}
     assert "exact_match twice" in problems_of("data=instruct", f"{key}=math+exact")[f"{key}=math+exact"].why
     monkeypatch.setattr("uft.rewards.find_spec", lambda name: None)
-    assert problems_of("data=instruct", f"{key}=math")[f"{key}=math"].advice == ("pip install 'uft[rewards]'",)
+    assert problems_of("data=instruct", f"{key}=math")[f"{key}=math"].advice == ("pip install 'uft-lm[rewards]'",)
 
 
 def test_the_figures_of_several_checkers_are_those_of_each(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("trl", reason="TRL is not installed: pip install uft[trl]")
+pytest.importorskip("trl", reason="TRL is not installed: pip install uft-lm[trl]")
 
 # objective, rows, keys that differ from its preset, TRL's trainer, TRL's options
 CASES = [

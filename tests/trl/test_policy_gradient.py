@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("trl", reason="TRL is not installed: pip install uft[trl]")
+pytest.importorskip("trl", reason="TRL is not installed: pip install uft-lm[trl]")
 sys.path.insert(0, str(Path(__file__).parents[1] / "objectives"))  # for toys.py
 
 from toys import batch_of, of_length, preset, told

@@ -93,7 +93,7 @@ PAGES = {
   uft eval outputs/DATE/RUN                         its held-out rows, with standard errors
   uft eval RUN data=rows.jsonl                      all rows of a file
   uft eval builtin:playground data=mix              a model that was not trained here: a hub id or a folder too
-  uft eval RUN eval.tasks=[ifeval,gsm8k]            benchmark tasks (pip install 'uft[lmeval]')
+  uft eval RUN eval.tasks=[ifeval,gsm8k]            benchmark tasks (pip install 'uft-lm[lmeval]')
   uft eval RUN eval=ift                             the tasks of a paper, in its few-shot form
   uft eval RUN eval.tasks=[ifeval] eval.task_files.ifeval=ifeval.jsonl  on local rows""",
         words="[RUN|MODEL] ",

@@ -305,13 +305,15 @@ class Draft:
     def unknown(self, setting: Setting, path: KeyPath) -> Problem:
         """The problem of a key, at `path` or above the setting, that the schema does not have."""
         prefix, siblings = path[:-1], self.keys_at(path[:-1])
-        known_elsewhere = elsewhere(path[0], self) if not prefix else None  # steps is train.steps
+        of_trl, _, note = TRL_KEYS.get(path[-1], "").partition(": ")
+        known_elsewhere = of_trl or (elsewhere(path[0], self) if not prefix else None)  # steps is train.steps
         near = None if known_elsewhere else nearest(path[-1], siblings)
         meant = ".".join((*prefix, near, *setting.path[len(path) :])) if near else elsewhere(setting.path[-1], self)
         if len(path) == 1 and near in groups(config_dirs()):
             meant = f"{near}={written(setting.value)}"
         shown = [key for key in siblings if prefix[:1] not in ((OBJECTIVE,), (REWARD,)) or key not in NOT_TYPED]
-        advice = hint(meant, "keys" if prefix else "groups and keys", shown)
+        advice = hint(of_trl or meant, "keys" if prefix else "groups and keys", [] if of_trl else shown)
+        advice = f"{of_trl}: {note}" if note else advice
         more = belongs_to(path[-1]) if prefix[:1] == (OBJECTIVE,) else ()
         place = f" in {'.'.join(prefix)}" if prefix else ""
         is_objective = prefix[:1] == (OBJECTIVE,) and "method" in siblings
@@ -332,7 +334,7 @@ def elsewhere(leaf: str, draft: Draft) -> str | None:
     """The same last name somewhere else among the keys, or the key that TRL calls so: `lr` is optim.lr."""
     matches = [f"{group}.{leaf}" for group in fields_of(Config) if leaf in draft.keys_at((group,))]
     matches.sort(key=lambda match: match.split(".")[0] in ("model", "generate", "seeds"))
-    return matches[0] if matches else TRL_KEYS.get(leaf)
+    return matches[0] if matches else TRL_KEYS.get(leaf, "").partition(": ")[0] or None
 
 
 def schema_of(settings: Sequence[Setting]) -> Any:

@@ -35,7 +35,7 @@ def conf_dir() -> Path:
             return folder
     raise UftError(
         Problem("conf/", "the configuration files are missing from this installation", str(package)),
-        footer="Install again:  pip install --force-reinstall uft",
+        footer="Install again:  pip install --force-reinstall uft-lm",
     )
 
 
@@ -109,23 +109,62 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 """Names of objectives that mean several things, or something else elsewhere: explained, not guessed."""
 
 TRL_KEYS = {
+    "adam_beta1": "optim.betas",
+    "adam_beta2": "optim.betas",
+    "adam_epsilon": "optim.eps",
+    "assistant_only_loss": "data.train_on: replies alone are learned; all, the last or marked ones",
+    "attn_implementation": "model.attention",
+    "bf16": "model.dtype: bfloat16, with float32 master weights",
+    "chat_template_path": "data.template",
+    "completion_only_loss": "data.train_on: replies alone are learned; all, the last or marked ones",
+    "data_seed": "seeds.data",
+    "dataset_name": "data: a file, a folder or a hub id, as data=PATH",
+    "deepspeed": "hardware.sharding: full is FSDP2",
+    "eval_steps": "train.eval_every",
+    "eval_strategy": "train.eval_every",
+    "fp16": "model.dtype: bfloat16 or float32; there is no float16",
+    "fsdp": "hardware.sharding: full is FSDP2",
+    "gradient_accumulation_steps": "train.micro_batch_tokens: a step is train.batch_size rows, accumulated as they fit",
     "learning_rate": "optim.lr",
+    "load_best_model_at_end": "eval.best: the best checkpoint is kept, as RUN@best",
     "logging_steps": "train.log_every",
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "lora_r": "model.lora.rank",
+    "lora_target_modules": "model.lora.targets",
     "lr_scheduler_type": "optim.schedule",
     "max_completion_length": "rollout.max_new_tokens",
+    "max_prompt_length": "train.max_length: of prompt and completion together; longer rows: data.too_long",
     "max_seq_length": "train.max_length",
     "max_steps": "train.steps",
+    "metric_for_best_model": "eval.best",
     "model_name_or_path": "model.path",
     "num_generations": "rollout.completions",
     "num_train_epochs": "train.epochs",
+    "optimizer": "optim.name",
     "output_dir": "run.dir",
-    "per_device_train_batch_size": "train.batch_size",
+    "peft_config": "model.adapter: lora, with model.lora.*",
+    "per_device_eval_batch_size": "train.micro_batch_tokens: tokens of a forward pass, in evaluation too",
+    "per_device_train_batch_size": "train.batch_size: rows per optimiser step, over all devices",
+    "precompute_ref_log_probs": "reference.mode: cached",
+    "ref_model": "reference.path",
+    "ref_model_mixup_alpha": "reference.sync_mix",
+    "ref_model_sync_steps": "reference.sync_every",
+    "report_to": "tracking.mode: disabled for none",
+    "resume_from_checkpoint": "init_from: other weights to start with; a stopped run goes on with  uft resume RUN",
     "run_name": "run.name",
     "save_steps": "train.checkpoint_every",
+    "save_strategy": "train.checkpoint_every",
     "save_total_limit": "train.keep_last",
-    "warmup_ratio": "optim.warmup",
+    "train_file": "data: a file, a folder or a hub id, as data=PATH",
+    "steps_per_generation": "rollout.prompts: as a multiple of train.batch_size",
+    "torch_compile": "model.compile",
+    "use_lora": "model.adapter: lora",
+    "use_peft": "model.adapter: lora",
+    "warmup_ratio": "optim.warmup: below 1 a share of the steps",
+    "warmup_steps": "optim.warmup: from 1 on a count of steps",
 }
-"""Keys of Transformers and TRL, and ours of the same meaning."""
+"""Keys of Transformers and TRL: ours of the same meaning, and what is to be said of it after a colon."""
 
 EXTRAS = {
     "hydra/launcher/joblib": "joblib",
@@ -171,7 +210,7 @@ def no_such_option(group: str, option: str, options: list[str], key: str) -> tup
 def not_installed(option: str) -> str | None:
     """The command that installs `option`, such as hydra/launcher/ray; None: no extra of ours brings it."""
     extra = EXTRAS.get(option)
-    return f"pip install 'uft[{extra}]'" if extra else None
+    return f"pip install 'uft-lm[{extra}]'" if extra else None
 
 
 def belongs_to(key: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -426,15 +427,31 @@ def _saved_dataset(path: Path, place: Place) -> RecordTable:
     return RecordTable(str(path), partial(_named, loaded, loaded.features))
 
 
+def hub_answers() -> bool:
+    """One look before the hub's client starts its half minute of retries; without an answer, its cache alone is read.
+
+    Behind a proxy nothing can be said, and the client tries.
+    """
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return False
+    if any(os.environ.get(one) for one in ("HTTPS_PROXY", "https_proxy")):
+        return True
+    address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=3).close()
+        return True
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # the worker inherits it
+        for module in ("huggingface_hub.constants", "datasets.config"):  # which read it as they are imported
+            if module in sys.modules:
+                vars(sys.modules[module])["HF_HUB_OFFLINE"] = True
+        return False
+
+
 def _hub(name: str, place: Place) -> RecordTable:
     local = Path(name).is_dir()
-    if not local and not any(os.environ.get(one) for one in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy")):
-        # one look before the hub's client starts its half minute of retries; without an answer, its cache alone
-        address = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-        try:
-            socket.create_connection((address.hostname or "", address.port or 443), timeout=3).close()
-        except OSError:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # the worker inherits it
+    if not local:
+        hub_answers()
     import datasets
 
     progress = datasets.utils.logging.is_progress_bar_enabled()

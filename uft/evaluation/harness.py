@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness (`pip install 'uft[lmeval]'`) over the program's own packed forward and sampler.
+"""Tasks of lm-evaluation-harness (`pip install 'uft-lm[lmeval]'`) over the program's own packed forward and sampler.
 
 `PackedLM` is the harness's model; it says what the harness's own `HFLM` says, to 1e-3 nats and in every verdict. Tasks,
 prompts, metrics and filters are the harness's. A task whose data set cannot be fetched runs on a local file of rows
@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from uft.config.schema import Eval, Task
 from uft.data.batch import Layout, batches_of, packs_of, sequence_batch
 from uft.data.readers import READERS, reader_of
+from uft.data.sources import hub_answers
 from uft.errors import Problem, UftError, first_line
 from uft.evaluation.measures import Sum, mean_stderr
 from uft.heartbeat import activity
@@ -203,20 +204,27 @@ class Figure:
 Items = list[dict[str, Any]]
 
 
-@activity("tasks were evaluated", moving=True)
-def run_tasks(lm: PackedLM, settings: Eval, say: Callable[[str], None]) -> tuple[list[Figure], Items]:
-    """(figures of `eval.tasks`, verdicts and answers row by row). Raises UftError about tasks and files, Interrupted.
-
-    Few-shot examples under a chat template are turns of the conversation, as the harness's default has it.
-    """
+@activity("tasks were read", moving=True)
+def load_tasks(tokenizer: PreTrainedTokenizerBase, settings: Eval, say: Callable[[str], None]) -> list[Loaded]:
+    """All tasks of `eval.tasks`, before the first one is run. Raises UftError about tasks and files."""
     rendered = [task.task for task in settings.tasks if task.template]
-    if rendered and not lm.tokenizer.chat_template:
+    if rendered and not tokenizer.chat_template:
         plain = ", ".join(f"{{task: {name}, template: false}}" for name in rendered)
         why = "asks for the chat template, and the model has none"
         raise UftError(Problem(f"eval.tasks: {', '.join(rendered)}", why, advice=(f'"eval.tasks=[{plain}]"',)))
-    loaded = [Loaded.of(task, settings, say) for task in settings.tasks]  # all, before the first one is run
+    return [Loaded.of(task, settings, say) for task in settings.tasks]
+
+
+@activity("tasks were evaluated", moving=True)
+def run_tasks(
+    lm: PackedLM, tasks: Sequence[Loaded], settings: Eval, say: Callable[[str], None]
+) -> tuple[list[Figure], Items]:
+    """(figures of the tasks, verdicts and answers row by row). Raises UftError and Interrupted.
+
+    Few-shot examples under a chat template are turns of the conversation, as the harness's default has it.
+    """
     figures, items = list[Figure](), Items()
-    for one in loaded:
+    for one in tasks:
         before = lm.cut
         say(f"{one.task.task}: {len(one.leaves)} task{'s' * (len(one.leaves) > 1)} of the harness")
         options = {"apply_chat_template": one.task.template, "fewshot_as_multiturn": one.task.template}
@@ -256,6 +264,7 @@ class Loaded:
         rows = Rows.read(name, file, settings.shot_files.get(name)) if file else None
         if rows and rows.left_out:
             say(f"{name}: {rows.left_out:,} rows left out: {NO_PUNKT}")
+        reached = rows is not None or hub_answers()
         say(f"{name}: reading its rows")
         # a registered task takes changes as the member of a group
         own: Any = {"group": "files", "task": [{"task": name, **rows.settings}]} if rows else name
@@ -263,6 +272,7 @@ class Loaded:
             content = manager.load([own])
         except Exception as error:  # the network, the hub, a data set, code of a task: whatever it raises
             why = f"its rows cannot be loaded: {type(error).__name__}: {first_line(error)}"
+            why = why if reached else "its rows are not in the hub's cache here, and the hub does not answer"
             advice = (f"rows of a file with the same columns:  eval.task_files.{name}=FILE",)
             raise UftError(Problem(f"eval.tasks: {name}", why, advice=advice)) from error
         for leaf in content["tasks"].values():

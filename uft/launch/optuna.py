@@ -95,7 +95,7 @@ def refuse_settings(settings: Mapping[str, Any], verb: str) -> None:
     if verb != "train":
         problems.append(Problem("hydra/sweeper=uft_optuna", f"there is nothing to optimise in  uft {verb}"))
     if find_spec("optuna") is None:
-        advice = ("pip install 'uft[optuna]'",)
+        advice = ("pip install 'uft-lm[optuna]'",)
         problems.append(Problem("hydra/sweeper=uft_optuna", "Optuna is not installed", "", advice))
     if problems:
         raise UftError(*problems)

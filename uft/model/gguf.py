@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,21 +32,31 @@ TOLERANCE = 1e-3
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
+def require_package() -> None:
+    """Raises UftError where the package gguf is not installed."""
+    if find_spec("gguf") is None:
+        advice = ("pip install 'uft-lm[gguf]'",)
+        raise UftError(Problem("--gguf", "needs the package gguf, which is not installed", advice=advice))
+
+
+def require_described(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The tokenizer as the content of tokenizer.json. Raises UftError where GGUF does not describe the model."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    backend = {"model": {"type": "slow"}} if fast is None else json.loads(fast.to_str())
+    if why := obstacle(config, backend):
+        raise UftError(Problem("--gguf", f"GGUF does not describe this model: {why}", advice=("leave --gguf out",)))
+    return backend
+
+
 def write_gguf(folder: Path, out: Path) -> float:
     """Write the model in `folder`, as `export` leaves it, to the file `out`; the largest difference of log-probs when
     it is read back. Raises UftError, before anything is written, where GGUF does not describe the model."""
-    try:
-        import gguf
-    except ImportError:
-        advice = ("pip install 'uft[gguf]'",)
-        raise UftError(Problem("--gguf", "needs the package gguf, which is not installed", advice=advice)) from None
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    config, backend = model.config, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    if why := obstacle(config, backend):
-        raise UftError(Problem("--gguf", f"GGUF does not describe this model: {why}", advice=("leave --gguf out",)))
+    config, backend = model.config, require_described(model.config, tokenizer)
     architecture = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
     writer: Any = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[architecture])
     dtype = next(model.parameters()).dtype

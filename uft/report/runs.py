@@ -22,7 +22,7 @@ import yaml
 
 from uft.config.frozen import flat
 from uft.errors import Problem, UftError, first_line, problem_lines
-from uft.runs import Run, bounded, lineage, named_folder, shown, yaml_text
+from uft.runs import Run, bounded, lineage, named_folder, no_runs, shown, yaml_text
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
 
@@ -64,8 +64,7 @@ def select(words: Sequence[str]) -> Selection:
     for word in words:
         runs = [run for folder in folders_named(word) for run in runs_below(folder)]
         if not runs:
-            why = "no run in this folder" if Path(word).exists() else "no such folder or sweep"
-            problems.append(Problem(word, why))
+            problems += no_runs(Path(word)).problems
         for run in runs:
             found.setdefault(run.resolve(), run)
     if problems:

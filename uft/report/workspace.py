@@ -46,7 +46,7 @@ def require() -> None:
     try:
         import wandb_workspaces  # noqa: F401
     except ImportError as error:
-        advice = ("pip install 'uft[wandb-views]'",)
+        advice = ("pip install 'uft-lm[wandb-views]'",)
         raise UftError(Problem("--wandb", "wandb-workspaces is not installed", advice=advice)) from error
 
 

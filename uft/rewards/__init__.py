@@ -142,7 +142,7 @@ def problems_with(
             yield key, f"no such choice: {method}", (*near, f"choices: {', '.join(known)}")
         elif missing := [name for name in known[method].packages if find_spec(name) is None]:
             why = f"{method} needs {', '.join(missing)}, which is not installed"
-            yield key, why, ("pip install 'uft[rewards]'",)
+            yield key, why, ("pip install 'uft-lm[rewards]'",)
         else:
             for leaf, why in make(reward if key == "reward" else method).problems():
                 advice = (f"give it:  reward={method} reward.{leaf}=...",)

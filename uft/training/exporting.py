@@ -19,7 +19,7 @@ from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message
 from uft.errors import Problem, UftError
 from uft.model.export import export, older_reader
-from uft.model.gguf import modelfile, write_gguf
+from uft.model.gguf import modelfile, require_described, require_package, write_gguf
 from uft.model.load import (
     beneath,
     checkpoint_policy,
@@ -93,8 +93,8 @@ class Export:
 def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
     """Write the weights of a run to a new folder, check them, and tell what was made.
 
-    Raises UftError where the folder is there already, where the weights cannot be exported in this form, and where what
-    was written is not what was trained.
+    Raises UftError, before anything is written, where the folder is there already or the weights cannot be exported in
+    this form, and where what was written is not what was trained.
     """
     run, to = source.run, wanted.to
     assert run is not None
@@ -103,10 +103,15 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
         raise UftError(Problem(f"--to {shown(to)}", "is there already, and is not replaced", advice=advice))
     if wanted.adapter and (wanted.gguf or wanted.ollama):
         raise UftError(Problem("--adapter", "is a part of a model, and GGUF holds a whole one", "command line"))
+    described = wanted.gguf or wanted.ollama
+    if described:
+        require_package()
     config, policy = trained_policy(source)
     if wanted.adapter and not policy.has_adapter:
         raise UftError(Problem("--adapter", f"{source.name} was trained without one", advice=("leave --adapter out",)))
     renderer = make_renderer(load_tokenizer(config.model), config.data)
+    if described:  # before anything is written
+        require_described(policy.base.config, renderer.tokenizer)
     dtype = DTYPES.get(wanted.dtype) or own_precision(config.model)
     card = ModelCard(run, config, int(source.step or 0), renderer.name != "plain")
     say(f"{source.name}: exporting to {shown(to)}")
@@ -120,7 +125,7 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
     elif why := older_reader(to):
         say(f"transformers 4.57 may read it as another model: {why}")
     file = to / f"{to.resolve().name}.gguf"
-    if wanted.gguf or wanted.ollama:
+    if described:
         try:
             difference = write_gguf(to, file)
         except UftError:

@@ -33,7 +33,7 @@ from uft.model.policy import Policy
 from uft.model.reference import make_reference
 from uft.runs import cache_root, shown, write_atomically, write_json
 from uft.sampling.generate import Interrupted
-from uft.tracking.console import printable, table_console
+from uft.tracking.console import kl_note, printable, table_console
 from uft.training.dataset import keep_pandas_out, make_renderer, tokenize_held_out
 from uft.training.liveness import Stop, listening
 from uft.training.making import say_on
@@ -59,7 +59,7 @@ def measure(config: Config) -> int:
     console, started = table_console(), time.perf_counter()
     say = say_on(console)
     if config.eval.tasks and find_spec("lm_eval") is None:
-        advice = ("pip install 'uft[lmeval]'",)
+        advice = ("pip install 'uft-lm[lmeval]'",)
         raise UftError(Problem("eval.tasks", "needs lm-evaluation-harness, which is not installed", advice=advice))
     with listening() as stop:
         try:
@@ -176,12 +176,13 @@ def has(item: Item, source: str, metric: str) -> bool:
 
 def on_tasks(config: Config, stop: Stop, say: Say) -> Measured:
     """The tasks of `eval.tasks` over the model's own tokenizer, and its chat template where a task wants it."""
-    from uft.evaluation.harness import PackedLM, harness_version, run_tasks
+    from uft.evaluation.harness import PackedLM, harness_version, load_tasks, run_tasks
 
     tokenizer = load_tokenizer(config.model)
+    tasks = load_tasks(tokenizer, config.eval, say)
     policy = load(config, tokenizer, config.train.max_length)
     lm = PackedLM(policy, tokenizer, tokens_per_pass(config), stop.between_passes, now_and_then(say))
-    figures, items = run_tasks(lm, config.eval, say)
+    figures, items = run_tasks(lm, tasks, config.eval, say)
     about = {"harness": f"lm_eval {harness_version()}", "task_rows": config.eval.task_rows}
     return Measured({one.name: asdict(one) for one in figures}, about | {"task_tokens": config.eval.task_tokens}, items)
 
@@ -210,7 +211,9 @@ def tables(found: Measured) -> list[Table | Text]:
     for metric in metrics:
         found_in = (found.figures.get(f"eval/{column}{metric}") for column in columns)
         table.add_row(f"  {printable(metric)}", *map(with_error, found_in))
-    return [Text(""), table, Text("  mean ± standard error over rows", style="dim")]
+    note = kl_note({name: figure["value"] for name, figure in found.figures.items()})
+    last = [Text(f"\n  {note}")] if note else []
+    return [Text(""), table, Text("  mean ± standard error over rows", style="dim"), *last]
 
 
 def with_error(one: Mapping[str, Any] | None) -> str:
