@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,42 @@ def test_every_bad_row_of_every_source_is_told_at_once_with_its_place(tmp_path):
     many = refused({"a": {"path": write(tmp_path / "x.jsonl", [{"prompt": "q", "completion": ""}] * 50)}})
     assert many.count("completion is empty") == 20
     assert "and 30 more" in many
+
+
+def test_a_refused_file_hides_no_bad_row_of_its_own_or_of_others(tmp_path):
+    row, broken = {"prompt": "q", "completion": "a"}, "{\n"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "a.jsonl", [row | {"rating": 1}, row | {"prompt": "", "rating": 2}])
+    (folder / "b.jsonl").write_text(broken + json.dumps({"text": "no known layout"}))
+    write(folder / "c.jsonl", [row, {"prompt": "q"}, row])
+    (folder / "d.parquet").write_bytes(b"no table")
+    unmapped = write(tmp_path / "unmapped.jsonl", [row, [], row])
+    evaluated = write(tmp_path / "evaluated.jsonl", [row, row | {"prompt": ""}])
+    ending = str(tmp_path / "rows.xyz")
+    Path(ending).touch()
+    sources = {
+        "a": {"path": str(folder), "eval_path": evaluated},
+        "b": {"path": unmapped, "columns": {"promt": "prompt"}},
+        "c": {"path": ending, "eval_path": evaluated},
+        "d": {"path": unmapped, "score_range": [1]},
+    }
+    said = refused(sources)
+    for words in (
+        "rating (2 rows) may say how good",
+        "a.jsonl:2  prompt is empty",
+        "b.jsonl:1  broken JSON",
+        "no known row format has the columns text",
+        "c.jsonl:2  completion is missing",
+        f"data.sources.a.path={folder}  cannot be read",
+        "evaluated.jsonl:2  prompt is empty",
+        "data.sources.b.columns.promt",
+        "unmapped.jsonl:2  not a JSON object",
+        "cannot read files of type .xyz",
+        "data.sources.d.score_range=[1.0]",
+    ):
+        assert words in re.sub(" {2,}", "  ", said), words
+    assert "11 problems" in said
 
 
 def test_bad_rows_are_dropped_and_counted_when_asked(tmp_path):

@@ -31,7 +31,7 @@ from uft.data.readers import READERS, Found, reader_of, suffix_of, with_names
 from uft.data.rows import Kind, Row, content_digest, oddities, part_of
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
 from uft.data.unread import FEEDBACK, Unread, unread_feedback, unread_meaning
-from uft.errors import Problem, UftError, first_line, tame
+from uft.errors import BAD_REQUEST, Problem, UftError, first_line, tame
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
 
@@ -58,6 +58,7 @@ class BadRow(NamedTuple):
 class Omissions:
     """The parts of a place that its rows do not hold, and their oddities. They are told before a run begins."""
 
+    refused: list[Problem] = field(default_factory=list)  # places and files that cannot be read as they are
     bad: list[BadRow] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)  # column -> rows in which it says something
     files: list[str] = field(default_factory=list)  # of a folder: those that were left out
@@ -70,6 +71,7 @@ class Omissions:
 
     def add(self, other: Omissions, same_folder: bool) -> None:
         """Those of another place too; of one folder read twice, files that were left out both times."""
+        self.refused += other.refused
         self.bad += other.bad
         self.unread += other.unread
         self.oddities += other.oddities
@@ -109,17 +111,9 @@ def load_sources(settings: Data) -> list[LoadedSource]:
             Problem("data.sources", "this mixture has no sources"),
             footer="Add one:  uft train data=files +data.sources.mine.path=x.jsonl",
         )
-    loaded: list[LoadedSource] = []
-    problems: list[Problem] = []
-    bad: list[BadRow] = []
-    for name, source in sorted(settings.sources.items()):
-        try:
-            found = _load(name, source, settings)
-        except UftError as error:
-            problems += error.problems
-            continue
-        loaded.append(found)
-        bad += found.omitted.bad
+    loaded = [_load(name, source, settings) for name, source in sorted(settings.sources.items())]
+    problems = [problem for found in loaded for problem in found.omitted.refused]
+    bad = list({row[:2]: row for found in loaded for row in found.omitted.bad}.values())  # of a file read twice, once
     strict = settings.bad_rows == "error"
     if strict:
         problems += [Problem(row.where, row.why, advice=tuple(row.advice)) for row in bad[:SPELLED_OUT]]
@@ -127,6 +121,8 @@ def load_sources(settings: Data) -> list[LoadedSource]:
             problems.append(Problem(f"... and {len(bad) - SPELLED_OUT} more", "rows that cannot be read"))
     for found in loaded:
         name, unusable = found.name, found.omitted.bad
+        if found.omitted.refused:
+            continue
         if not found.rows and found.held_out and not found.apart:
             own = settings.sources[name].holdout
             amount = settings.holdout if own is None else own
@@ -142,13 +138,12 @@ def load_sources(settings: Data) -> list[LoadedSource]:
 
 
 def _load(name: str, source: Source, data: Data) -> LoadedSource:
+    """One source; without rows where it is refused, with all reasons and all its bad rows."""
     problems = formats.check_mapping(source.columns, name, source.facts)
     scores = source.score_range
     if scores is not None and not (len(scores) == 2 and scores[0] < scores[1]):
         why = "is not two numbers, the lowest and the highest score"
         problems.append(Problem(f"data.sources.{name}.score_range={list(scores)}", why))
-    if problems:
-        raise UftError(*problems)
     amount = data.holdout if source.holdout is None else source.holdout
     place = Place(source.path, source.split, source.subset, source.revision, f"data.sources.{name}.path")
     apart = None  # where evaluation rows of their own lie: as configured, or the test split that builtin data has
@@ -159,17 +154,23 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         apart = replace(place, split=source.eval_split)
     elif source.path.startswith(_BUILTIN) and source.holdout is None:
         apart = replace(place, split="test")
-    rows, omitted = _parse(name, source, place, None if source.part else source.limit, data.cache)
+    settled = not problems  # else only rows that are bad whatever their columns mean can be told
+    rows, omitted = _parse(name, source, place, None if source.part else source.limit, data.cache, settled)
+    held_out: Sequence[Row] = ()
+    if apart is not None:
+        held_out, more = _parse(name, source, apart, None, data.cache, settled)
+        omitted.add(more, same_folder=apart.path == place.path)
+    omitted.refused = list(dict.fromkeys([*problems, *omitted.refused]))
+    if omitted.refused:
+        return LoadedSource(name, source.path, (), (), "", omitted)
     if apart is None:
         rows, held_out = hold_out(rows, amount)
-    else:
-        held_out, more = _parse(name, source, apart, None, data.cache)
-        omitted.add(more, same_folder=apart.path == place.path)
     if source.part:  # of what is not held out, so that all parts hold out the same rows
         span = part_of(source.part, len(rows))
         if span is None or span[0] == span[1]:
             why = f"is no slice r/n of its {len(rows):,} training rows"
-            raise UftError(Problem(f"data.sources.{name}.part={source.part}", why))
+            omitted.refused.append(Problem(f"data.sources.{name}.part={source.part}", why))
+            return LoadedSource(name, source.path, (), (), "", omitted)
         if span[2]:
             omitted.unread["rows after the last part"] = span[2]
         rows = rows[span[0] : span[1]][: source.limit]
@@ -182,18 +183,22 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
 
 
 def _parse(
-    name: str, source: Source, place: Place, limit: int | None, cache: str | None
+    name: str, source: Source, place: Place, limit: int | None, cache: str | None, settled: bool
 ) -> tuple[Sequence[Row], Omissions]:
-    """The rows of a place, and what it has beside them."""
-    folder, (tables, left_out) = cache_root(cache) / "rows", open_place(place)
+    """The rows of a place, and what it has beside them; `settled`: whether its settings say how to read them."""
+    folder = cache_root(cache) / "rows"
+    try:
+        tables, left_out = open_place(place)
+    except UftError as error:
+        return (), Omissions(list(error.problems))
     files = [table.file for table in tables if table.file is not None]
     key = None
-    if files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
+    if settled and files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
         key = _cache_key(source, limit, files)
         try:
             table, notes = open_table(folder / key)
             bad = [BadRow(*row) for row in notes["bad"]]
-            omitted = Omissions(bad, Counter(notes["unread"]), left_out, Counter(notes["odd"]))
+            omitted = Omissions([], bad, Counter(notes["unread"]), left_out, Counter(notes["odd"]))
             return RowTable(name, table)[:limit], omitted
         except FileNotFoundError:
             pass
@@ -201,33 +206,54 @@ def _parse(
             log.warning("row cache %s is corrupt (%s): reading the rows again", folder / key, error)
             shutil.rmtree(folder / key, ignore_errors=True)
     good, omitted = RowCollector(name, limit, folder, key), Omissions(files=left_out)
-    score_range = (source.score_range[0], source.score_range[1]) if source.score_range else None
-    facts = source.facts
     for records in tables:
-        form = _recognise(name, source, records.scan) if records.scan.count else None
-        left = Unread()
-        for number, record in records:
-            beat()
-            try:
-                if form is None or isinstance(record, str):
-                    raise Unreadable(str(record))
-                fields = formats.rename(record, source.columns)
-                fields = formats.from_text(fields) if records.textual else fields
-                row = form.read(fields, score_range)
-            except Unreadable as error:
-                advice = [line.replace("{source}", f"data.sources.{name}") for line in error.advice]
-                omitted.bad.append(BadRow(f"{records.name}:{number}", str(error), advice))
-                continue
-            good.add(replace(row, facts=facts_of(fields, facts)) if facts else row)
-            left.add(form, {name: value for name, value in fields.items() if name not in facts}, row)
-            omitted.oddities.update(oddities(row, fields.get("sampling")))
-        omitted.unread += left.columns
-        if form is not None:
-            names = name, source.columns, records.scan.columns
-            within = None if source.kind else unread_feedback(form, left.columns, *names)  # messages and objects
-            if problem := within or unread_meaning(form, left, *names):
-                raise UftError(problem)
+        try:
+            _parse_table(name, source, records, good, omitted, settled)
+        except UftError as error:  # about the file: the rows after that are not known
+            if error.code != BAD_REQUEST:  # about the disk that rows are kept on
+                raise
+            omitted.refused += error.problems
+    if omitted.refused:
+        return (), omitted
     return good.rows({"bad": omitted.bad, "unread": omitted.unread, "odd": omitted.oddities}), omitted
+
+
+def _parse_table(
+    name: str, source: Source, records: RecordTable, good: RowCollector, omitted: Omissions, settled: bool
+) -> None:
+    """Add the rows of one file to `good`; all else, and why the file is refused, to `omitted`. Raises UftError where
+    the file cannot be read to its end."""
+    scan, form, problem = records.scan, None, None
+    if scan.count and settled:
+        try:
+            form, problem = _recognise(name, source, scan)
+        except UftError as error:
+            omitted.refused += error.problems
+    score_range = (source.score_range[0], source.score_range[1]) if settled and source.score_range else None
+    left, facts = Unread(), source.facts
+    for number, record in records:
+        beat()
+        if form is None and not isinstance(record, str):
+            continue
+        try:
+            if form is None or isinstance(record, str):
+                raise Unreadable(str(record))
+            fields = formats.rename(record, source.columns)
+            fields = formats.from_text(fields) if records.textual else fields
+            row = form.read(fields, score_range)
+        except Unreadable as error:
+            advice = [line.replace("{source}", f"data.sources.{name}") for line in error.advice]
+            omitted.bad.append(BadRow(f"{records.name}:{number}", str(error), advice))
+            continue
+        good.add(replace(row, facts=facts_of(fields, facts)) if facts else row)
+        left.add(form, {name: value for name, value in fields.items() if name not in facts}, row)
+        omitted.oddities.update(oddities(row, fields.get("sampling")))
+    omitted.unread += left.columns
+    if form is not None:
+        names = name, source.columns, scan.columns
+        within = None if source.kind else unread_feedback(form, left.columns, *names)  # messages and objects
+        found = (problem or within, unread_meaning(form, left, *names))
+        omitted.refused += [one for one in found if one is not None]
 
 
 def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
@@ -241,8 +267,10 @@ def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _recognise(name: str, source: Source, table: Scan) -> Format:
-    """The format by the columns that at least half of the records have: one stray or missing key is a row's fault."""
+def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem | None]:
+    """The format, and the problem of feedback that it leaves unread. The format is found by the columns that
+    at least half of the records have: one stray or missing key is a row's fault. Raises UftError where there is none.
+    """
     why, listed = "no such column in the data", f"columns: {_listing(table.columns)}"
     missing = {  # an empty name: the field is left unread
         f"{ours}={theirs}": (*formats.nearest("{}", theirs, table.columns), listed)
@@ -266,10 +294,7 @@ def _recognise(name: str, source: Source, table: Scan) -> Format:
     columns = {column for column in usual if told.get(column) or column not in FEEDBACK}
     mapped = [ours for ours, theirs in source.columns.items() if theirs and ours not in source.facts]
     form = formats.recognise(columns, source.kind, mapped, name)
-    feedback = None if source.kind else unread_feedback(form, told, name, source.columns, table.columns)
-    if feedback is not None:
-        raise UftError(feedback)
-    return form
+    return form, None if source.kind else unread_feedback(form, told, name, source.columns, table.columns)
 
 
 # --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.
