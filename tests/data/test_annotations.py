@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 
 from uft.config.schema import data_settings
-from uft.data.formats import FIELDS, RULES, recognise, rename
+from uft.data.formats import FIELDS, recognise, rename
 from uft.data.messages import Unreadable
+from uft.data.records import RULES
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest
 from uft.data.sources import load_sources
 from uft.errors import UftError

@@ -1,6 +1,7 @@
 """What a template does to a conversation that its row does not say: told with a count, refused where text is lost."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,76 @@ def test_reasoning_of_every_turn_is_learned_under_templates_that_drop_it(tokeniz
     assert expected.format("why so", "yes") in text(tokenizer, done.encoded[0][0])
 
 
+SYSTEM_LAST = (  # as Mistral v0.3 and Nemo, apart from spaces
+    "{{ bos_token }}{% set system = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]SPACE' + (system if loop.last else '') }}"
+    "{{ m['content'] + '[/INST]' }}{% elif m['role'] == 'assistant' %}{{ 'SPACE' + m['content'] + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+FORMS = {  # the family's own template in TRL or here, its end token, others
+    "qwen3": ("qwen3", "<|im_end|>", ()),
+    "deepseek_r1": (
+        "deepseek_r1_distill",
+        "<｜end▁of▁sentence｜>",
+        ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
+    ),
+    "mistral_v3": (SYSTEM_LAST.replace("SPACE", " "), "</s>", ("[INST]", "[/INST]")),
+    "mistral_nemo": (SYSTEM_LAST.replace("SPACE", ""), "</s>", ("[INST]", "[/INST]")),
+    "gpt_oss": ("gptoss", "<|return|>", ("<|start|>", "<|end|>", "<|channel|>", "<|message|>")),
+}
+WHY = '{"reasoning_content": "why so"}'
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_training_form_is_what_the_family_s_own_template_generates(tokenizer, form):
+    """Text, mask and the start of generation; a reply that the family's own refuses stands behind that start too."""
+    own, end, more = FORMS[form]
+    if "{" not in own:
+        own = (Path(pytest.importorskip("trl").__file__).parent / "chat_templates" / f"{own}.jinja").read_text()
+    tokenizer.add_special_tokens({"additional_special_tokens": [end, *more]})
+    tokenizer.eos_token = end
+    generated, trained = with_template(tokenizer, own, rendering="generated"), Renderer(tokenizer, form)
+    single, several = (("u", "q"),), (("a", "yes"), ("u", "r"), ("a", "no"))
+    thinks = {"qwen3", "deepseek_r1", "gpt_oss"} & {form}
+    rows = [row(0, single, several), row(1, (("s", "Be brief."), *single), several[:1])]
+    thought = [replace(turn, extra=WHY) if turn.role == "assistant" else turn for turn in turns(*several)]
+    rows += [Row("mine", 2, turns(*single), (Completion(tuple(thought)),))] if thinks else []
+    for which in rows:
+        done = tokenize("mine", [which], trained, 2000)
+        (encoded,) = done.encoded[0]
+        assert (done.report.notes, encoded.ids[encoded.supervised][-1]) == ((), tokenizer.eos_token_id)
+        start = encoded.ids[: encoded.prompt_length].tolist()
+        assert (
+            start == trained.prompt_ids(which.prompt) == generated.prompt_ids(which.prompt) == trained.start_ids(which)
+        )
+        if form == "deepseek_r1":  # which drops every thought; a reply begins within one
+            opened = "<think>\n[why so\n</think>\n\nyes" if which.index == 2 else "<think>\n[\n</think>\n\nyes"
+            assert opened + end in text(tokenizer, encoded)
+        else:
+            assert text(tokenizer, encoded) == text(tokenizer, tokenize("mine", [which], generated, 2000).encoded[0][0])
+    with pytest.raises(UftError, match="the training form takes no tools"):
+        trained.encode(turns(("u", "q")), turns(("a", "look"), ("t", "sun"), ("a", "sunny")))
+
+
+def test_a_training_form_is_offered_to_its_family_alone(tokenizer, base_tokenizer):
+    qwen = (
+        HEAD
+        + "{% set said = m['content'] if loop.last else m['content'].split('</think>')[-1] %}"
+        + TURN.replace("m['content']", "said")
+    )
+    with pytest.raises(UftError, match=r"data\.template=qwen3"):
+        tokenize("mine", [TWICE], with_template(tokenizer, qwen + FOOT), 200)
+    with pytest.raises(UftError, match=r"data\.template=gpt_oss +writes <\|start\|>, .* is for another family"):
+        Renderer(base_tokenizer, "gpt_oss")
+    with pytest.raises(UftError, match="choices: auto, plain, qwen3, deepseek_r1, mistral_v3, mistral_nemo, gpt_oss"):
+        Renderer(tokenizer, "qwen4")
+    quick = Renderer(tokenizer, "qwen3", arguments={"enable_thinking": False})
+    (encoded,) = tokenize("mine", [PLAIN], quick, 200).encoded[0]
+    assert text(tokenizer, encoded).endswith("assistant\n<think>\n\n</think>\n\n[yes<|im_end|>]")
+    with pytest.raises(UftError, match="enable_thinking is false, and a reply has reasoning"):
+        quick.encode(PLAIN.prompt, THOUGHT.completions[0].turns)
+
+
 def test_a_reply_that_generation_would_not_begin_like_that_is_refused(tokenizer):
     thinks = HEAD + TURN + FOOT.replace("assistant\n", "assistant\n<think>\n")  # as R1
     with pytest.raises(UftError, match="changes this reply"):
@@ -230,7 +301,10 @@ def test_special_tokens_of_messages_are_tokens_where_that_is_asked_for(tokenizer
         counts[how] = encoded.ids.tolist().count(stop), tokenizer.decode(encoded.ids[encoded.supervised].tolist())
     assert counts == {"text": (2, "yes<|im_end|><|im_end|>"), "tokens": (3, "yes<|im_end|>")}
     assert renderer.digest != with_template(tokenizer, HEAD + TURN + FOOT).digest
-    ready = row(0, [("u", "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")], [("a", "yes<|endoftext|>")])
+    spaced = row(0, [ASKED], [("a", "yes<|im_end|>\n")])
+    (encoded,) = tokenize("mine", [spaced], renderer, 200).encoded[0]
+    assert tokenizer.decode(encoded.ids[encoded.supervised].tolist()) == "yes<|im_end|>"
+    ready = row(0, [("u", "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")], [("a", "yes<|endoftext|>\n")])
     plain = Renderer(base_tokenizer, special_text="tokens")
     (encoded,) = tokenize("mine", [ready], plain, 200).encoded[0]
     assert text(base_tokenizer, encoded) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[yes<|endoftext|>]"

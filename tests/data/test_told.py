@@ -140,7 +140,9 @@ def test_the_other_side_of_a_pair_is_no_bookkeeping(tmp_path):
         pair = load(tmp_path, records, columns={"chosen": name}).rows[0]
         assert [(c.text, c.preferred) for c in pair.completions] == [("42", True), ("13", False)]
     said = refused(tmp_path, [DIALOGUES["messages"] | {"rejected": "13"}])
-    assert ("rejected (1 row) is a side of a pair" in said, "columns." in said) == (True, False)
+    assert "read both as a pair:  data.sources.mine.columns.chosen=messages" in said
+    pair = load(tmp_path, [DIALOGUES["messages"] | {"rejected": "13"}], columns={"chosen": "messages"}).rows[0]
+    assert (turns(pair), [c.text for c in pair.completions]) == ([("user", "7*6?")], ["42", "13"])
 
 
 def test_a_word_about_which_side_is_better_is_not_dropped(tmp_path):
@@ -204,6 +206,127 @@ def test_generations_with_ratings_are_scored_and_those_behind_a_pair_are_told(tm
         {Kind.PREFERENCE: 1},
         ["generation_models", "generations", "ratings"],
     )
+
+
+CALL = {"type": "function", "function": {"name": "w", "arguments": {"a": 1}}}
+PLAIN, PAIR = {"prompt": "7*6?", "completion": "42"}, {"prompt": "7*6?", "chosen": "42", "rejected": "13"}
+RATED, LABELLED = {"generations": ["42", "13"], "ratings": [5, 1]}, PLAIN | {"label": 1}
+READ = [  # records of a file, and the numbers, marks or roles that are read of them
+    (
+        [PLAIN | {"label": label} for label in ("-1", " +1", "1.0", "Yes", "no", "👍")],
+        [False, True, True, True, False, True],
+    ),
+    ([RATED | {"prompt": "7*6?"}], [1.0]),
+    ([{"instruction": "7*6?", "generations": '["42", "13"]', "ratings": "[5, 1]"}], [1.0]),
+    ([{"instruction": "7*6?", "generation": "42"}], [None]),
+    ([PLAIN, {"prompt": "7*6?", "completion": None, "response": "42"}], [None, None]),
+    (
+        [
+            {"messages": [USER, REPLY | {name: mark}]}
+            for name, mark in (("loss", False), ("train", "false"), ("weight", "1"))
+        ],
+        ["learned False", "learned False", "learned True"],
+    ),
+    ([{"messages": [{"role": " User", "content": "7*6?"}, {"role": "ASSISTANT", "content": "42"}]}], [None]),
+    ([PLAIN | {"reasoning_content": "six sevens", "train": "true"}], ["thought six sevens"]),
+    ([PLAIN | {"image": {"bytes": None, "path": None}}], [None]),
+    (
+        [{"messages": [USER | {"tool_calls": [], "function_call": None}, REPLY | {"tool_calls": None}], "tools": "[]"}],
+        [None],
+    ),
+    ([PLAIN | {"score": n / 4, "answer": str(n)} for n in (1, 2)], [0.25, 0.5]),
+    ([PAIR | {"score_chosen": "9", "score_rejected": "1"}], [9.0]),
+    (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": "7*6?"},
+                    {"from": "function_call", "value": json.dumps(CALL["function"])},
+                    {"from": "observation", "value": "42"},
+                    {"from": "gpt", "value": "42"},
+                ],
+                "tools": [json.dumps(CALL)],
+            }
+        ],
+        [CALL],
+    ),
+]
+REFUSED = [  # a record, and what is said of it
+    ({"messages": [USER | {"tool_calls": [CALL]}, REPLY]}, "messages[0] (user) has tool_calls"),
+    ({"messages": [USER | {"function_call": CALL["function"]}, REPLY]}, "messages[0] (user) has function_call"),
+    (PLAIN | {"sample_weight": 0.5}, "read it:  data.sources.mine.columns.weight=sample_weight"),
+    (
+        {"messages": [USER, REPLY | {"train_detail": [{"train": False}]}]},
+        "messages.train_detail (1 row) may say how much",
+    ),
+    (PLAIN | {"loss_mask": [0, 1]}, "loss_mask is [0, 1]: not 0 or 1"),
+    (PLAIN | {"thinking": "hm"}, "read it:  data.sources.mine.columns.reasoning_content=thinking"),
+    (PLAIN | {"tool_calls": [CALL]}, "tool_calls (1 row) may be a part of the reply"),
+    (PAIR | {"reasoning_content": "hm"}, "reasoning_content is of one reply"),
+    (
+        {"messages": [USER, REPLY], "rejected_messages": [USER, WORSE]},
+        "columns.chosen=messages data.sources.mine.columns.rejected=rejected_messages",
+    ),
+    ({"messages": [USER, REPLY], "prompt": "another"}, "prompt (1 row) holds text that the conversation lacks"),
+    (
+        {"question": "7*6?", "answer": "42", "instruction": "Count."},
+        "leave it unread:  data.sources.mine.columns.instruction=''",
+    ),
+    (LABELLED | {"kto_tag": 0}, "kto_tag (1 row) says something else than label"),
+    (PLAIN | {"response": "13"}, "read it:  data.sources.mine.columns.completion=response"),
+    (PLAIN | {"system": "a", "system_prompt": "b"}, "system_prompt (1 row) says something else than system"),
+    (PLAIN | {"label": 3}, "data.sources.mine.columns.score=label data.sources.mine.score_range=[LOWEST,HIGHEST]"),
+    (RATED | {"prompt": "7*6?", "ratings": [5]}, "ratings is not a list of 2 numbers"),
+    (RATED | {"prompt": "7*6?", "ratings": [5, None]}, "ratings[1] is missing"),
+    (
+        {"prompt": "7*6?", "response": "42", "helpfulness": None, "correctness": 4, "coherence": 4},
+        "correctness (1 row) may say",
+    ),
+    ({"problem": "7*6?", "solution": "42"}, "columns.completion=solution data.sources.mine.columns.prompt=problem"),
+    (PLAIN | {"instruction": "7*6?"}, "alpaca:  data.sources.mine.columns.prompt=''"),
+    ({"messages": [{"speaker": "user", "text": "7*6?"}]}, "messages[0] has no role"),
+    ({"messages": [{"role": "user", "text": "7*6?"}]}, "has neither content nor value (fields: role, text)"),
+    ({"messages": [USER, REPLY], "tools": CALL}, "tools is an object, not a list of objects"),
+]
+
+
+def test_variants_are_read_as_what_they_say(tmp_path):
+    for records, expected in READ:
+        found = []
+        for row in load(tmp_path, records).rows:
+            first = row.completions[0]
+            extra, mark = json.loads(first.turns[0].extra or "{}"), first.turns[0].learned
+            thought = extra.get("reasoning_content")
+            values = [first.label, first.score, first.annotations.get("score"), extra.get("tool_calls", [None])[0]]
+            values += [thought and f"thought {thought}", mark if mark is None else f"learned {mark}"]
+            found.append(next((value for value in values if value is not None), None))
+            assert (turns(row), first.text) == ([("user", "7*6?")], "42")
+        assert found == expected, records
+
+
+def test_variants_that_say_more_than_is_read_are_refused_with_the_line_to_type(tmp_path):
+    for record, words in REFUSED:
+        assert words in refused(tmp_path, [record]), record
+
+
+def test_what_a_pair_says_besides_its_sides_is_told(tmp_path):
+    whole = PAIR | {"chosen": [USER, REPLY], "rejected": [USER, WORSE]}
+    assert load(tmp_path, [whole | {"messages": [USER, REPLY]}]).omitted.unread == {}
+    odd = whole | {"messages": [USER, WORSE], "score_chosen": "best"}
+    assert load(tmp_path, [odd]).omitted.unread == {"messages": 1, "score_chosen": 1}
+
+
+def test_prompts_that_were_rendered_before_are_told(tmp_path):
+    headers = "<|im_start|>assistant\n,<|start_header_id|>assistant<|end_header_id|>\n,[/INST],<start_of_turn>model\n"
+    ends = [*headers.split(","), " ASSISTANT:", "<｜Assistant｜>", "<|assistant|>\n", "\n### Response:\n"]
+    records = [PLAIN | {"prompt": f"7*6?{end}"} for end in ends]
+    assert load(tmp_path, records).omitted.oddities["rendered_prompts"] == len(records)
+    assert load(tmp_path, [PLAIN, PLAIN | {"prompt": "Who is an assistant: you?"}]).omitted.oddities == {}
+    marked = [
+        PLAIN | {"completion": f"42{mark}"}
+        for mark in ("<|im_end|>", "<｜end▁of▁sentence｜>", "[TOOL_CALLS]", "<image>")
+    ]
+    assert load(tmp_path, marked).omitted.oddities == {"template_marks": 4}
 
 
 def test_advice_about_a_row_names_its_source(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from uft.config.compose import examine, require
 from uft.config.files import Request
 from uft.config.schema import Config, data_settings
-from uft.data.formats import write_rows
+from uft.data.records import write_rows
 from uft.data.sources import load_sources
 from uft.errors import UftError
 from uft.evaluation.evaluate import judged

@@ -149,7 +149,7 @@ def questions(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def gathered(asked: Sequence[str], folder: Path) -> Path:
     """One file in `folder` with the prompts of questions, files and standard input. UftError about what is none."""
-    from uft.data.formats import turns_column
+    from uft.data.records import turns_column
     from uft.sampling.answers import read_prompts
 
     columns = list[Any]()
@@ -288,13 +288,15 @@ def print_config(compared: Run | None, examined: Examined, words: Sequence[str])
 def as_found(source: WeightsSource, words: Sequence[str]) -> dict[str, Any]:
     """The configuration of a run with these weights of it as its model, its files found from here. UftError where it
     runs a model's code and was not begun here, unless the command's `words` allow it."""
+    from uft.data.template import NAMES
+
     run = source.run
     assert run is not None
     refuse_untrusted(run.path, run.runs_code, words)
     settings: dict[str, Any] = copy.deepcopy(without_stages(source.config))
     for node in (settings["data"], *settings["data"]["sources"].values()):
         # template names are no files, even where a file is called so
-        named = {key: node[key] for key in FILES & node.keys() if node[key] not in (None, "auto", "plain")}
+        named = {key: node[key] for key in FILES & node.keys() if node[key] not in (None, *NAMES)}
         node |= {key: run.found(path) for key, path in named.items()}
     for name, one in settings["data"]["sources"].items():
         one["path"] = str(rows_of(run.path, one["path"], name)) if made(one["path"]) else one["path"]

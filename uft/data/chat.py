@@ -32,7 +32,6 @@ from dataclasses import replace
 from difflib import get_close_matches
 from itertools import accumulate
 from operator import itemgetter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -41,6 +40,7 @@ from uft.data.plain import Conversation, Note, Plain, Tokens, finish, learned_tu
 from uft.data.rows import Message, Row, Turns
 from uft.data.template import (
     END,
+    NAMES,
     RESERVED,
     TEMPLATE_ERRORS,
     CharSpan,
@@ -51,7 +51,10 @@ from uft.data.template import (
     Template,
     as_generated,
     dated,
+    forms_for,
     missing_text,
+    template_file,
+    unknown_marks,
 )
 from uft.errors import Problem, UftError
 
@@ -61,14 +64,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 OTHER_START = "begins replies in training after other text than generation starts from"
-GENERATED = "learn every reply as it is generated:  data.rendering=generated"
-"""Advice about a template that changes replies unless they are the last turn."""
+
+
+def advice_about(renderer: Renderer | ChatTemplate) -> tuple[str, ...]:
+    """Advice about a template that changes replies unless they are the last turn."""
+    if renderer.rendering == "generated":
+        return ()
+    forms = (f"or a training form of the family:  data.template={name}" for name in forms_for(renderer.text))
+    return ("learn every reply as it is generated:  data.rendering=generated", *forms)
 
 
 class Renderer:
     """Renders with the tokenizer's chat template, a template file, or plainly.
 
-    `template`: auto (the tokenizer's chat template, else plain), plain, or the path of a Jinja file. `lost_text`: error
+    `template`: auto (the tokenizer's chat template, else plain), plain, a training form (`uft.data.template.FORMS`), or
+    the path of a Jinja file. `lost_text`: error
     or keep rows whose supervised text the template leaves out or changes. `date`: the day, as YYYY-MM-DD, for templates
     that ask for it, so that two days give the same tokens. `arguments`: further variables of the template.
     `train_on`: all, last or marked assistant turns. `special_text`: special tokens that a message spells are read as
@@ -93,12 +103,15 @@ class Renderer:
             self._strategy = Plain(tokenizer, train_on, special_text)
             _check_arguments(arguments or {}, "", "plain")
         else:
+            if missing := unknown_marks(template, tokenizer.get_vocab()):
+                why = f"writes {', '.join(missing)}, which this tokenizer does not have: it is for another family"
+                raise UftError(Problem(f"data.template={template}", why))
             text = tokenizer.get_chat_template() if template == "auto" else _read_template(template)
             name = "the tokenizer's chat template" if template == "auto" else template
             _check_arguments(arguments or {}, text, name)
             how = (train_on, special_text, rendering)
             self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name, dict(arguments or {}), *how)
-        self.name = self._strategy.name
+        self.name, self.text = self._strategy.name, self._strategy.text
         self.stop_ids = self._strategy.stop_ids
         settings = [self._strategy.arguments, train_on]
         settings += [one for one in (special_text, rendering) if one not in ("text", "whole")]
@@ -145,9 +158,9 @@ def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None
 
 
 def _read_template(path: str) -> str:
-    file = Path(path).expanduser()
+    file = template_file(path)
     if not os.path.isfile(file):
-        advice = ("choices: auto, plain, or a Jinja file",)
+        advice = (f"choices: {', '.join(NAMES)}, or a Jinja file",)
         raise UftError(Problem(f"data.template={path}", "no such file", advice=advice))
     try:
         return file.read_text(encoding="utf-8")
@@ -397,7 +410,7 @@ class ChatTemplate:
                 where="data.template",
                 advice=(
                     f"reply: {self._excerpt(reply.content)}",
-                    *([GENERATED] if self.rendering == "whole" else []),
+                    *advice_about(self),
                     "mark what is learned in the template with {% generation %}, or use another data.template",
                 ),
             )

@@ -1,32 +1,32 @@
-"""Row formats: from the columns of a data set to rows, and back.
+"""Row formats: from the columns of a data set to rows.
 
 A file's format is recognised by its columns; `columns` in the configuration maps other names to these first. A format
 that explains all the columns of another, and more, wins over it; two that do not are ambiguous, and that is an error.
 Every way of writing a prompt and its reply goes with every kind of feedback.
-From top to bottom: recognising a format, the formats, annotations, and writing rows. What a format leaves unread is
-judged in :mod:`uft.data.unread`.
+From top to bottom: recognising a format, and the formats. Numbers beside completions and rows as records again are in
+:mod:`uft.data.records`; what a format leaves unread is judged in :mod:`uft.data.unread`.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from uft.data.messages import (
     LEARNED,
     Record,
     Unreadable,
+    check_prompt,
+    check_reply,
     excerpt,
+    flag,
     is_blank,
     is_number,
+    listed,
     optional_text,
     read_conversation,
     read_dialogue,
@@ -40,21 +40,23 @@ from uft.data.messages import (
     unpacked,
     whole_prompt,
     with_context,
+    with_reasoning,
 )
-from uft.data.rows import ANNOTATIONS, BASELINE, SCORE, SOFT_LABEL, Completion, Kind, Message, Row, Turns
+from uft.data.records import LARGEST, SIDES, annotated
+from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row, Turns
 from uft.errors import Problem, UftError
-from uft.runs import writing
 
 Range = tuple[float, float] | None  # of scores; None: the format's own
 Parsed = tuple[Turns, tuple[Completion, ...]]  # a prompt and its completions
-SIDES = ("score_chosen", "score_rejected")
-COMMON = frozenset({"answer", "task", "system", "history", "tools", "functions", *LEARNED, *ANNOTATIONS})
+_COMMON = ("answer", "task", "system", "history", "tools", "functions", "reasoning_content")
+COMMON = frozenset({*_COMMON, *LEARNED, *ANNOTATIONS})
 """Columns of any format: the gold answer for a checker, the family of the prompt, a system prompt, earlier turns, the
-tools of the conversation (`functions`: in OpenAI's older form), the mark of a row that is not to be learned, and the
-numbers that `uft annotate` writes."""
+tools of the conversation (`functions`: in OpenAI's older form), the reasoning of the reply, the mark of a row that is
+not to be learned, and the numbers that `uft annotate` writes."""
 ALIASES = (
     ("response", "completion", ()),
     ("output", "completion", ()),
+    ("generation", "completion", ()),
     ("chosen_response", "chosen", ()),
     ("rejected_response", "rejected", ()),
     ("system_prompt", "system", ()),
@@ -62,6 +64,7 @@ ALIASES = (
     *((f"{side}_{grade}", f"score_{side}", ()) for grade in ("score", "rating") for side in ("chosen", "rejected")),
     ("question", "prompt", ("completion", "chosen")),
     ("input", "prompt", ("chosen",)),
+    ("prompt", "instruction", ("generations", "completions")),
 )
 """Other names of our fields, used where the field itself is absent and, if such are named, one of some others is there.
 An `instruction` takes the place of a prompt."""
@@ -96,6 +99,9 @@ class Format:
         if answer is not None and "answer" in self.required:  # GSM8K: a worked answer, the gold one after ####
             answer = answer.rpartition("####")[2].strip() or answer
         prompt = with_context(prompt, record)
+        if not is_blank(reasoning := record.get("reasoning_content")):
+            turns = tuple(turn for one in completions for turn in one.turns)
+            completions = (replace(completions[0], turns=with_reasoning(turns, reasoning)), *completions[1:])
         task = optional_text(record.get("task"), "task")
         return Row("", 0, prompt, annotated(record, completions), answer, task)
 
@@ -124,26 +130,46 @@ def recognise(
     key = f"data.sources.{source}"
     if best:
         kinds = "|".join(sorted({f.kind.value for f in best}))
-        one = f"kind={kinds}" if "|" in kinds else f"columns.{min(best[0].required)}=COLUMN"
+        lines = [f"say which:  {key}.kind={kinds}"]
+        if "|" not in kinds:
+            others = {f.name: sorted(frozenset().union(*(o.required for o in best)) - f.required) for f in best}
+            lines = [f"{f.name}:  " + " ".join(f"{key}.columns.{one}=''" for one in others[f.name]) for f in best]
         names = " and ".join(f"{f.name} ({', '.join(sorted(f.required))})" for f in best)
-        raise UftError(Problem(key, f"its columns fit {names}", advice=(f"say which:  {key}.{one}",)))
+        raise UftError(Problem(key, f"its columns fit {names}", advice=tuple(lines)))
     near = sorted(allowed, key=lambda f: (len(f.required - known), -len(f.required & known)))[:3]
     lacks = [f"{f.name} lacks {', '.join(sorted(f.required - known))}" for f in near]
-    first = min(near[0].required - known) if near else "prompt"
-    theirs = "answer" if first == "completion" and "answer" in known else "THEIR_COLUMN"
+    guesses = [{ours: _guess(ours, columns) for ours in sorted(f.required - known)} for f in allowed]
+    guesses = [found for found in guesses if all(found.values())] or [{min(near[0].required - known): "THEIR_COLUMN"}]
+    line = " ".join(f"{key}.columns.{ours}={theirs}" for ours, theirs in min(guesses, key=len).items())
     why = f"no known {'row' if kind is None else kind} format has the columns {', '.join(sorted(columns)) or '(none)'}"
-    raise UftError(Problem(key, why, advice=(*lacks, f"map them:  {key}.columns.{first}={theirs}")))
+    raise UftError(Problem(key, why, advice=(*lacks, f"map them:  {line}")))
+
+
+_USUAL = {
+    "prompt": "prompt query inputs input problem question user human source instruction",
+    "completion": "completion response output targets target solution generated_solution answer assistant reply text",
+    "messages": "conversation dialog dialogue chat turns message",
+    "chosen": "chosen_messages chosen_conversations preferred better_response positive",
+    "rejected": "rejected_messages rejected_conversations dispreferred worse_response negative",
+}
+"""Names that data sets give to our fields: the advice about columns that no format has."""
+
+
+def _guess(ours: str, columns: Collection[str]) -> str:
+    """The column that may be meant by a field of ours, or ""."""
+    names = {column.strip().lower(): column for column in columns}
+    return next((names[usual] for usual in _USUAL.get(ours, "").split() if usual in names), "")
 
 
 def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     """The record under our field names: mapped columns first, then aliases; what was mapped away is gone.
 
-    A field that is mapped to no name ('') is missing.
+    A field that is mapped to no name ('') is missing; one that is null gives way to its other names.
     """
     taken = set(columns.values())
     fields = {name: value for name, value in record.items() if name not in taken and columns.get(name) != ""}
     fields.update({ours: record.get(theirs) for ours, theirs in columns.items() if theirs})
-    for theirs, ours in aliases(fields).items():
+    for theirs, ours in aliases([name for name, value in fields.items() if value is not None]).items():
         fields[ours] = fields.pop(theirs)
     return fields
 
@@ -207,7 +233,10 @@ def _number(cell: Any) -> Any:
 
 HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 """Weights of the attributes, each 0 to 4: the aggregate of the Nemotron reward models without length and complexity."""
-_LABEL_WORDS = ("true false", "1 0", "good bad", "positive negative", "desirable undesirable", "chosen rejected")
+_LABEL_WORDS = (
+    *("true false", "yes no", "good bad", "positive negative", "desirable undesirable", "chosen rejected"),
+    *("accepted rejected", "correct incorrect", "like dislike", "upvote downvote", "thumbs_up thumbs_down", "👍 👎"),
+)
 LABELS: dict[object, bool] = {1: True, 0: False, -1: False}
 LABELS |= {word: place == 0 for words in _LABEL_WORDS for place, word in enumerate(words.split())}
 Dialogue = Callable[[Record], tuple[Turns, Turns]]
@@ -245,10 +274,9 @@ def _demonstration(dialogue: Dialogue, record: Record, score_range: Range) -> Pa
 def refuse_unlearned(record: Record) -> None:
     """Raise :class:`Unreadable` for a row that is marked as not to be learned, or whose mark is neither 0 nor 1."""
     for name in LEARNED:
-        if not is_blank(mark := record.get(name)) and mark != 1:
-            why = (
-                "this row is not to be learned" if mark == 0 else "not 0 or 1, and rows are learned whole or not at all"
-            )
+        if not is_blank(mark := record.get(name)) and not flag(mark):
+            whole = flag(mark) is None
+            why = "not 0 or 1, and rows are learned whole or not at all" if whole else "this row is not to be learned"
             raise Unreadable(f"{name} is {excerpt(mark)}: {why}", f"leave it unread:  {{source}}.columns.{name}=''")
 
 
@@ -256,12 +284,25 @@ def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     label = record.get("label")
     if label is None:
         raise Unreadable("label is missing")
-    word = label.strip().lower() if isinstance(label, str) else label
-    if not isinstance(word, (str, bool, int, float)) or word not in LABELS:
-        advice = "leave it unread:  {source}.kind=demonstration"
-        raise Unreadable(f"label is {excerpt(label)}, not true/false, 0/1 or 1/-1", advice)
+    word = label_value(label)
+    if word not in LABELS:
+        advice = ["leave it unread:  {source}.kind=demonstration"]
+        if is_number(word):
+            advice.insert(0, "read it as a score:  {source}.columns.score=label {source}.score_range=[LOWEST,HIGHEST]")
+        raise Unreadable(f"label is {excerpt(label)}, not true/false, 0/1 or 1/-1", *advice)
     prompt, reply = dialogue(record)
     return prompt, (Completion(reply, label=LABELS[word]),)
+
+
+def label_value(label: Any) -> bool | float | str:
+    """A label as a truth value, a number or a word in lower case, also of a text; "" for what can be none."""
+    if not isinstance(label, str):
+        return label if isinstance(label, (bool, int, float)) else ""
+    word = label.strip().lower()
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def _scored(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
@@ -275,7 +316,7 @@ def _bound(record: Record, field: str, default: float) -> float:
     value = record.get(field)
     if value is None:
         return default
-    if not is_number(value) or not abs(value) <= _LARGEST:
+    if not is_number(value) or not abs(value) <= LARGEST:
         raise Unreadable(f"{field} is {excerpt(value)}, not a number")
     return float(value)
 
@@ -291,16 +332,18 @@ def _helpsteer2(record: Record, score_range: Range) -> Parsed:
 def _rated(column: str, best: float, record: Record, score_range: Range) -> Parsed:
     """Several completions, each with its score, or with `ratings` in a column beside, from 1 to `best`."""
     low, high = score_range or (1.0, best)
-    found, ratings = record.get(column), record.get("ratings")
+    found, ratings = listed(record.get(column)), listed(record.get("ratings"))
     if not isinstance(found, list) or not found:
         raise Unreadable(f"{column} is missing or not a list")
+    if ratings is not None and (not isinstance(ratings, list) or len(ratings) != len(found)):
+        raise Unreadable(f"ratings is not a list of {len(found)} numbers, one for each of {column}")
     completions = []
     for number, item in enumerate(found):
         field = f"{column}[{number}]"
         known = item if isinstance(item, dict) else {"response": item}
-        rating = ratings[number] if isinstance(ratings, list) and number < len(ratings) else None
-        rating = rating if known.get("overall_score") is None else known["overall_score"]
-        score = scale(rating, low, high, f"{field}.overall_score")
+        own = known.get("overall_score")
+        rating, name = (own, f"{field}.overall_score") if own is not None or not ratings else (ratings[number], "")
+        score = scale(rating, low, high, name or f"ratings[{number}]")
         completions.append(Completion(read_reply(known.get("response"), f"{field}.response"), score=score))
     return read_prompt(record.get("instruction"), "instruction"), tuple(completions)
 
@@ -327,19 +370,26 @@ def _preference(column: str, record: Record, score_range: Range) -> Parsed:
     asked: Turns = ()
     if record.get(column) is not None:
         asked = read_instruction(record) if column == "instruction" else read_prompt(record.get(column), column)
-    if asked and not any(map(starts_before_reply, sides.values())):
+    whole = [name for name, value in sides.items() if starts_before_reply(value)]
+    if len(whole) == 1:  # the other side is another last reply of this conversation
+        *shared, last = read_dialogue(sides[whole[0]], whole[0])
+        replies = {name: (last,) if name in whole else read_reply(value, name) for name, value in sides.items()}
+        prompt, left, right = check_prompt(tuple(shared), whole[0]), *map(check_reply, replies.values(), replies)
+    elif asked and not whole:
         prompt, left, right = asked, *(read_reply(value, name) for name, value in sides.items())
     else:
         turns = [read_dialogue(value, name) for name, value in sides.items()]
         if turns[0] == turns[1] and not asked:
             raise Unreadable("chosen and rejected are the same, so nothing tells where the prompt ends")
         prompt, left, right = split_pair(turns[0], turns[1])
+    if whole or not asked:
         prompt = whole_prompt(asked, prompt, column)
     return prompt, (Completion(left, preferred=True), Completion(right, preferred=False))
 
 
 def _negatives(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
-    found, by, log_probs = record.get("negatives"), record.get("sampled_by"), record.get("negative_log_probs")
+    found, by = listed(record.get("negatives")), listed(record.get("sampled_by"))
+    log_probs = listed(record.get("negative_log_probs"))
     if not isinstance(found, list) or not found:
         raise Unreadable("negatives is missing, empty or not a list")
     count = len(found)
@@ -358,7 +408,7 @@ def _negatives(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed
 
 def _scored_samples(record: Record, score_range: Range) -> Parsed:
     """Samples of a model with their scores, as `uft generate` writes them beside each other."""
-    scores, ends = record.get("score"), score_range or (0.0, 1.0)
+    scores, ends = listed(record.get("score")), score_range or (0.0, 1.0)
     prompt, (_, *sampled) = _negatives(lambda one: (read_prompt(one.get("prompt")), ()), record, None)
     if not isinstance(scores, list) or len(scores) != len(sampled):
         raise Unreadable(f"score is not a list of {len(sampled)} numbers, one per sample")
@@ -411,158 +461,3 @@ def _formats() -> Iterator[Format]:
 FORMATS = tuple(_formats())
 FIELDS = frozenset().union(*(f.columns for f in FORMATS), COMMON, (theirs for theirs, *_ in ALIASES))
 """Every name that `columns` can map to."""
-
-
-# --- Annotations: numbers written beside completions, as columns of a record and back.
-#
-# `baseline_logp` is a number where a row has one completion, else a list with one for each: [chosen, rejected] of a
-# pair. `soft_label` is likewise, but a pair has one number, the probability that the chosen one is better; the rejected
-# one has the rest. null, also within a list, is an absent number. Ratings of both sides of a pair (`score_chosen` and
-# `score_rejected`, as binarized UltraFeedback has them) are kept as `score`, on their own scale.
-
-
-Numbers = Sequence[float | None]  # one per completion
-_LARGEST = sys.float_info.max
-
-
-class Rule(NamedTuple):
-    """The values that a column may hold. `shared`: one number says both sides of a pair."""
-
-    low: float
-    high: float
-    meaning: str
-    shared: bool = False
-
-
-RULES = {
-    BASELINE: Rule(-_LARGEST, 0.0, "a mean log-probability, at most 0"),
-    SOFT_LABEL: Rule(0.0, 1.0, "a probability from 0 to 1", shared=True),
-}
-
-
-def annotated(record: Record, completions: tuple[Completion, ...]) -> tuple[Completion, ...]:
-    """The completions with the numbers of the record's columns. Raises :class:`Unreadable` with the reason."""
-    columns = {name: _per_completion(record[name], name, completions) for name in RULES if record.get(name) is not None}
-    if _is_pair(completions):
-        columns[SCORE] = [_rating(record.get(side)) for side in SIDES]
-    return tuple(
-        with_numbers(c, {name: column[n] for name, column in columns.items()}) for n, c in enumerate(completions)
-    )
-
-
-def with_numbers(completion: Completion, numbers: Mapping[str, float | None]) -> Completion:
-    """The completion with these numbers in the place of its own of those names; None: without."""
-    known = {name: value for name, value in completion.annotations.items() if name not in numbers}
-    known |= {name: value for name, value in numbers.items() if value is not None}
-    return completion if known == completion.annotations else replace(completion, annotations=known)
-
-
-def _per_completion(value: Any, name: str, completions: Sequence[Completion]) -> Numbers:
-    rule = RULES[name]
-    if rule.shared and _is_pair(completions):
-        likely = _bounded_number(value, name, rule)
-        return [likely, 1 - likely]
-    if len(completions) == 1:
-        return [_bounded_number(value, name, rule)]
-    if not isinstance(value, list) or len(value) != len(completions):
-        found = f"{len(value)} of them" if isinstance(value, list) else type_name(value)
-        raise Unreadable(f"{name} is {found}, not a list of {len(completions)} numbers, one per completion")
-    return [None if one is None else _bounded_number(one, f"{name}[{n}]", rule) for n, one in enumerate(value)]
-
-
-def _bounded_number(value: Any, field: str, rule: Rule) -> float:
-    if not is_number(value):
-        raise Unreadable(f"{field} is {type_name(value)}, not a number")
-    if not rule.low <= value <= rule.high:  # NaN is in no range
-        raise Unreadable(f"{field} is {str(value)[:24]}, not {rule.meaning}")
-    return float(value)
-
-
-def _rating(value: Any) -> float | None:
-    """Few objectives use ratings: a rating that is no number counts as absent."""
-    return float(value) if is_number(value) and -_LARGEST <= value <= _LARGEST else None
-
-
-def _is_pair(completions: Sequence[Completion]) -> bool:
-    return len(completions) == 2 and completions[0].preferred is not None
-
-
-# --- Rows as JSON Lines that :mod:`uft.data.sources` reads back, equal to the last digit.
-#
-# Every kind has the plainest of the formats that hold it, one line per row; scored completions have one line each and
-# meet again in one row. All lines of a file must have one format, so all its rows must be of one kind.
-
-
-START = '{"row": "'
-"""The beginning of every line: the name of the row it was made from."""
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write these rows to `path`, replacing it whole by rename. Raises UftError where the disk refuses it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "w", encoding="utf-8") as handle:
-                for row in rows:
-                    handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in to_records(row))
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def is_rows_file(path: Path) -> bool:
-    """Whether a file begins as those of :func:`write_rows` do."""
-    with open(path, "rb") as handle:
-        return handle.read(len(START)) == START.encode()
-
-
-def turns_column(turns: Sequence[Message], role: str) -> str | list[dict[str, Any]]:
-    """A prompt or a reply as a column: text where it is a single turn of `role` and nothing else, else messages."""
-    if len(turns) == 1 and turns[0] == Message(role, turns[0].content):
-        return turns[0].content
-    return [
-        {"role": turn.role, "content": turn.content}
-        | (json.loads(turn.extra) if turn.extra else {})
-        | ({} if turn.learned is None else {"weight": int(turn.learned)})
-        for turn in turns
-    ]
-
-
-def to_records(row: Row) -> list[dict[str, Any]]:
-    """The records (lines) of one row: one, or one per scored completion."""
-    replies = [turns_column(c.turns, "assistant") for c in row.completions]
-    first, kind = row.completions[0], row.kind
-    columns: dict[str, Any] = {"completion": replies[0]}
-    if kind is Kind.BINARY:
-        columns["label"] = first.label
-    elif kind is Kind.PREFERENCE:
-        assert first.preferred, "a pair is (chosen, rejected)"
-        columns = {"chosen": replies[0], "rejected": replies[1]}
-    elif kind is Kind.NEGATIVES:
-        sampled = row.completions[1:]
-        columns = {"response": replies[0], "negatives": replies[1:], "sampled_by": [c.sampled_by for c in sampled]}
-        if any(c.log_prob is not None for c in sampled):
-            columns["negative_log_probs"] = [c.log_prob for c in sampled]
-    lines: list[tuple[dict[str, Any], Sequence[Completion]]] = [(columns, row.completions)]
-    if kind is Kind.SCORED:
-        lines = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
-    start = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
-    end = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
-    return [
-        {**start, **columns, **_annotation_columns(completions), **end, **row.facts} for columns, completions in lines
-    ]
-
-
-def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:
-    """The columns from which :func:`annotated` reads the same numbers."""
-    found: dict[str, Any] = {}
-    for name, rule in RULES.items():
-        values = [completion.annotations.get(name) for completion in completions]
-        if any(value is not None for value in values):
-            alone = len(values) == 1 or (rule.shared and _is_pair(completions))
-            found[name] = values[0] if alone else values
-    ratings = zip(SIDES, completions, strict=False) if _is_pair(completions) else ()
-    return found | {side: c.annotations[SCORE] for side, c in ratings if SCORE in c.annotations}

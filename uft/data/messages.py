@@ -25,7 +25,7 @@ _ROLE_NAMES = {
     "system": "system developer",
     "user": "user human prompter",
     "assistant": "assistant gpt chatgpt bot model",
-    "tool": "tool function observation",
+    "tool": "tool function observation ipython",
 }
 ROLES = {theirs: ours for ours, names in _ROLE_NAMES.items() for theirs in names.split()}
 """Their name of a role: ours."""
@@ -33,9 +33,12 @@ ROLES = {theirs: ours for ours, names in _ROLE_NAMES.items() for theirs in names
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of the reasoning of an assistant turn."""
 LEARNED = ("weight", "train", "training", "loss_mask")
-"""Names of the mark, 0 or 1, that tells whether an assistant turn is learned."""
+"""Names of the mark, 0 or 1, that tells whether a row or an assistant turn is learned."""
+MARKS = (*LEARNED, "loss")
+"""Those of a turn."""
+_FLAGS = {"true": True, "false": False, "1": True, "0": False}
 _TEXTS = ("role", "from", "content", "value", "function_call")
-MESSAGE_KEYS = frozenset({*_TEXTS, *MESSAGE_FIELDS, *REASONING, *LEARNED}) - {"name"}
+MESSAGE_KEYS = frozenset({*_TEXTS, *MESSAGE_FIELDS, *REASONING, *MARKS}) - {"name"}
 """All that is read of a message."""
 
 _TYPES = {"str": "text", "NoneType": "null", "dict": "an object", "list": "a list", "bool": "true/false"}
@@ -89,7 +92,9 @@ def optional_text(value: Any, field: str) -> str | None:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a field says nothing: it is missing, an empty list, or white space."""
+    """Whether a field says nothing: it is missing, an empty list, white space, or an object of nothing else."""
+    if isinstance(value, dict) and value:
+        return all(map(is_blank, value.values()))
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
@@ -112,15 +117,15 @@ def unpacked(value: Any) -> Any:
     if isinstance(value, dict) and role_of(value) is not None:
         return [value]
     if isinstance(value, str) and _MESSAGES_TEXT.match(value):
-        found = _list_of_text(value)
+        found = listed(value)
         if isinstance(found, list) and all(isinstance(one, dict) and role_of(one) for one in found):
             return found
     return value
 
 
-def _list_of_text(value: str) -> Any:
-    """The list that a text cell holds as JSON or Python text; else the text."""
-    for parse in (json.loads, ast.literal_eval) if value.lstrip().startswith("[") else ():
+def listed(value: Any) -> Any:
+    """The list that a text cell holds as JSON or Python text; else the value."""
+    for parse in (json.loads, ast.literal_eval) if isinstance(value, str) and value.lstrip()[:1] == "[" else ():
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(value)
     return value
@@ -133,7 +138,7 @@ def read_prompt(value: Any, field: str = "prompt") -> Turns:
         return read_dialogue(value.rstrip().removesuffix("Assistant:").rstrip(), field)
     if not isinstance(value, (list, tuple)):
         return (Message("user", read_text(value, field)),)
-    return _check_prompt(read_conversation(value, field), field)
+    return check_prompt(read_conversation(value, field), field)
 
 
 def read_reply(value: Any, field: str = "completion") -> Turns:
@@ -141,7 +146,7 @@ def read_reply(value: Any, field: str = "completion") -> Turns:
     value = unpacked(value)
     if not isinstance(value, (list, tuple)):
         return (Message("assistant", read_text(value, field)),)
-    return _check_reply(read_conversation(value, field), field)
+    return check_reply(read_conversation(value, field), field)
 
 
 def with_context(prompt: Turns, record: Record) -> Turns:
@@ -151,8 +156,19 @@ def with_context(prompt: Turns, record: Record) -> Turns:
     tools = {name: record[name] for name in ("tools", "functions") if not is_blank(record.get(name))}
     if not tools:
         return prompt
-    extra = read_extra({**json.loads(prompt[0].extra or "{}"), **tools}, "the row")
+    extra = read_extra({**json.loads(prompt[0].extra or "{}"), **tools}, "")
     return (replace(prompt[0], extra=extra), *prompt[1:])
+
+
+def with_reasoning(reply: Turns, reasoning: Any) -> Turns:
+    """The reply with the reasoning that stands in a column of its own."""
+    if is_blank(reasoning):
+        return reply
+    said = json.loads(reply[0].extra or "{}")
+    if len(reply) > 1 or said.setdefault("reasoning_content", reasoning) != reasoning:
+        why = "differs from the message's" if len(reply) == 1 else "is of one reply, and the row has several turns"
+        raise Unreadable(f"reasoning_content {why}", "leave it unread:  {source}.columns.reasoning_content=''")
+    return (replace(reply[0], extra=read_extra(said, "")),)
 
 
 def with_system(turns: Turns, system: Any) -> Turns:
@@ -169,7 +185,7 @@ def with_system(turns: Turns, system: Any) -> Turns:
 
 def with_history(turns: Turns, history: Any) -> Turns:
     """The prompt after earlier turns, which are messages or pairs of a question and its answer."""
-    history = _list_of_text(history) if isinstance(history, str) else history
+    history = listed(history)
     if is_blank(history):
         return turns
     if not isinstance(history, list):
@@ -187,7 +203,10 @@ def with_history(turns: Turns, history: Any) -> Turns:
     return _check_turns((*system, *earlier, *turns[len(system) :]), "history")
 
 
-def _check_prompt(turns: Turns, field: str) -> Turns:
+def check_prompt(turns: Turns, field: str) -> Turns:
+    """The turns, if a reply can follow them."""
+    if not turns:
+        raise Unreadable(f"{field} has no prompt")
     if turns[-1].role == "assistant":
         raise Unreadable(f"{field} ends with an assistant turn")
     if all(turn.role == "system" for turn in turns):
@@ -195,7 +214,8 @@ def _check_prompt(turns: Turns, field: str) -> Turns:
     return turns
 
 
-def _check_reply(turns: Turns, field: str) -> Turns:
+def check_reply(turns: Turns, field: str) -> Turns:
+    """The turns, if they begin and end with the assistant."""
     for turn, place in ((turns[0], "start"), (turns[-1], "end")):
         if turn.role != "assistant":
             raise Unreadable(f"{field} must {place} with an assistant turn, not {turn.role}")
@@ -208,7 +228,8 @@ def read_conversation(value: Any, field: str) -> Turns:
     if value is None:
         raise Unreadable(f"{field} is missing")
     if not isinstance(value, (list, tuple)):
-        raise Unreadable(f"{field} is {type_name(value)}, not text or a list of messages")
+        text = "" if isinstance(value, str) else "text or "
+        raise Unreadable(f"{field} is {type_name(value)}, not {text}a list of messages")
     read = [_read_message(item, f"{field}[{number}]") for number, item in enumerate(value)]
     return _check_turns(tuple(turn for turn in read if turn is not None), field)
 
@@ -228,11 +249,16 @@ def _read_message(item: Any, field: str) -> Message | None:
     """One turn; None for a blank system turn, which many data sets have."""
     if not isinstance(item, dict):
         raise Unreadable(f"{field} is {type_name(item)}, not a message")
+    if _one_of(item, "role", "from") == "function_call":  # a turn of its own for a call, in ShareGPT's form
+        item = {**item, "role": "assistant", "from": None, "content": None, "value": None} | {
+            "function_call": _one_of(item, "content", "value")
+        }
     role, content = role_of(item), _one_of(item, "content", "value")
     if role is None:
         name = excerpt(_one_of(item, "role", "from"))
-        raise Unreadable(f"{field} has the unknown role {name} (known: {', '.join(ROLES)})")
-    named = [ROLES[item[key]] for key in ("role", "from") if isinstance(item.get(key), str) and item[key] in ROLES]
+        why = "has no role" if name == "None" else f"has the unknown role {name}"
+        raise Unreadable(f"{field} {why} (known: {', '.join(ROLES)}; fields: {', '.join(map(str, item))[:80]})")
+    named = [_role(item[key]) for key in ("role", "from") if _role(item.get(key))]
     texts = [item[key] for key in ("content", "value") if not is_blank(item.get(key))]
     thoughts = [item[key] for key in REASONING if not is_blank(item.get(key))]
     for keys, values in (("role, from", named), ("content, value", texts), (", ".join(REASONING), thoughts)):
@@ -255,6 +281,8 @@ def _read_message(item: Any, field: str) -> Message | None:
     learned = _read_learned(item, field) if role == "assistant" else None
     if is_blank(content) and {"tool_calls", "function_call"} & set(said):
         return Message(role, "", extra, learned)
+    if content is None and not {"content", "value"} & item.keys():
+        raise Unreadable(f"{field} ({role}) has neither content nor value (fields: {', '.join(map(str, item))[:80]})")
     return Message(role, read_text(content, f"{field} ({role})"), extra, learned)
 
 
@@ -267,22 +295,28 @@ def refuse_media(fields: Record, where: str) -> None:
 
 def read_extra(item: Record, field: str) -> str:
     """JSON of the fields of a message, besides its text, that a template may render; "" where it has none."""
+    field = f"{field}." if field else ""
     item = _renewed(item, field)
     found = {name: item[name] for name in MESSAGE_FIELDS if not is_blank(item.get(name))}
     if role_of(item) != "tool":  # the name of a speaker is no name of a tool
         found.pop("name", None)
     reasoning = next((item[name] for name in REASONING if not is_blank(item.get(name))), None)
     if reasoning is not None:
-        found["reasoning_content"] = read_text(reasoning, f"{field}.reasoning_content")
-    for name in {"tools", "tool_calls"} & found.keys():
-        value = _list_of_text(found[name]) if isinstance(found[name], str) else found[name]
+        found["reasoning_content"] = read_text(reasoning, f"{field}reasoning_content")
+    for name in ("tools", "tool_calls"):
+        if is_blank(value := listed(found.get(name))):  # also "[]"
+            found.pop(name, None)
+            continue
+        value = [_parsed(one) for one in value] if isinstance(value, list) else value
         if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
-            raise Unreadable(f"{field}.{name} is {type_name(value)}, not a list of objects")
+            items = value if isinstance(value, list) else []
+            odd = next((f" with {type_name(one)}" for one in items if not isinstance(one, dict)), "")
+            raise Unreadable(f"{field}{name} is {type_name(value)}{odd}, not a list of objects")
         found[name] = [_with_arguments(one) for one in value] if name == "tool_calls" else value
     try:
-        return read_text(json.dumps(found, ensure_ascii=False), f"{field}.{', '.join(found)}") if found else ""
+        return read_text(json.dumps(found, ensure_ascii=False), f"{field}{', '.join(found)}") if found else ""
     except (TypeError, ValueError) as error:
-        raise Unreadable(f"{field}.{', '.join(found)} cannot be written as JSON: {error}") from None
+        raise Unreadable(f"{field}{', '.join(found)} cannot be written as JSON: {error}") from None
 
 
 def _renewed(item: Record, field: str) -> Record:
@@ -291,14 +325,20 @@ def _renewed(item: Record, field: str) -> Record:
         if is_blank(value := item.get(old)):
             continue
         if not is_blank(item.get(new)):
-            raise Unreadable(f"{field} has both {old} and {new}")
-        with suppress(ValueError, RecursionError):
-            value = json.loads(value) if isinstance(value, str) else value
+            raise Unreadable(f"{field}{new} and {old} are both there")
+        value = _parsed(value)
         functions = value if isinstance(value, list) else [value]
         if not all(isinstance(one, dict) for one in functions):
-            raise Unreadable(f"{field}.{old} is no function")
+            raise Unreadable(f"{field}{old} is no function")
         item = {**item, new: [{"type": "function", "function": one} for one in functions]}
     return item
+
+
+def _parsed(value: Any) -> Any:
+    """The value that a text holds as JSON; else the value."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(value) if isinstance(value, str) else value
+    return value
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
@@ -314,19 +354,29 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 def _read_learned(item: Record, field: str) -> bool | None:
     """The mark of an assistant turn: learned, context, or none."""
-    marks = {name: item[name] for name in LEARNED if item.get(name) is not None}
+    marks = {name: item[name] for name in MARKS if not is_blank(item.get(name))}
     for name, value in marks.items():
-        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        if flag(value) is None:
             raise Unreadable(f"{field}.{name} is {excerpt(value)}, not 0 or 1")
-    if len({bool(value) for value in marks.values()}) > 1:
+    if len(set(map(flag, marks.values()))) > 1:
         raise Unreadable(f"{field} has marks that contradict each other: {', '.join(marks)}")
-    return next((bool(value) for value in marks.values()), None)
+    return next(map(flag, marks.values()), None)
+
+
+def flag(value: Any) -> bool | None:
+    """A truth value, also as 0 or 1 or as text; None for all else."""
+    if isinstance(value, str):
+        return _FLAGS.get(value.strip().lower())
+    return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
 def role_of(item: Mapping[str, Any]) -> str | None:
     """The role of a message under our name, None where it is none that is known."""
-    name = _one_of(item, "role", "from")
-    return ROLES.get(name) if isinstance(name, str) else None
+    return _role(_one_of(item, "role", "from"))
+
+
+def _role(name: Any) -> str | None:
+    return ROLES.get(name.strip().lower()) if isinstance(name, str) else None
 
 
 def _one_of(item: Mapping[str, Any], ours: str, theirs: str) -> Any:
@@ -358,7 +408,7 @@ def split_conversation(turns: Turns, field: str) -> tuple[Turns, Turns]:
         raise Unreadable(f"{field} has no assistant turn")
     if first == 0:
         raise Unreadable(f"{field} starts with the assistant: there is no prompt")
-    return _check_prompt(turns[:first], field), _check_reply(turns[first:], field)
+    return check_prompt(turns[:first], field), check_reply(turns[first:], field)
 
 
 def split_pair(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
@@ -374,8 +424,8 @@ def split_pair(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
             break
     if shared == 0:
         raise Unreadable("chosen and rejected share no prompt")
-    prompt = _check_prompt(chosen[:shared], "chosen")
-    return prompt, _check_reply(chosen[shared:], "chosen"), _check_reply(rejected[shared:], "rejected")
+    prompt = check_prompt(chosen[:shared], "chosen")
+    return prompt, check_reply(chosen[shared:], "chosen"), check_reply(rejected[shared:], "rejected")
 
 
 def starts_before_reply(value: Any) -> bool:

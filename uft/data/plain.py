@@ -86,7 +86,9 @@ class Plain:
         for (prompt, turns), name in zip(conversations, names, strict=True):
             refuse_fields((*prompt, *turns), name)
             texts.append(_joined(prompt))
-            texts += [turn.content if turn.role == "assistant" else f"\n\n{turn.content}\n\n" for turn in turns]
+            texts += [
+                self._reply(turn.content) if turn.role == "assistant" else f"\n\n{turn.content}\n\n" for turn in turns
+            ]
         pieces = iter(self._tokenize(texts))
         encoded = []
         for _, turns in conversations:
@@ -95,8 +97,7 @@ class Plain:
             learned = learned_turns(turns, 0, self.train_on)
             for number, turn in enumerate(turns):
                 piece = next(pieces)
-                if turn.role == "assistant" and not self.stop_ids.issuperset(piece[-1:] or [-1]):
-                    piece = [*piece, *self.stop_ids]
+                piece = [*piece, *self.stop_ids] if turn.role == "assistant" else piece
                 ids += piece
                 supervised += [number in learned] * len(piece)
             encoded.append(finish(np.asarray(ids, np.int32), np.asarray(supervised, bool)))
@@ -106,6 +107,10 @@ class Plain:
         refuse_fields(prompt, "prompt")
         return self._begin(self._tokenize([_joined(prompt)])[0])
 
+    def _reply(self, content: str) -> str:
+        """A reply without the end-of-text token, should it spell that as a token."""
+        return content if self._spelled else without_end(content, [str(self.tokenizer.eos_token)])
+
     def _begin(self, ids: list[int]) -> list[int]:
         return list(ids) if ids[: len(self._first)] == self._first else self._first + list(ids)
 
@@ -113,6 +118,13 @@ class Plain:
         """Ids of each text; special tokens spelled in it are text, unless `special_text` is tokens."""
         options = {"add_special_tokens": False, "split_special_tokens": self._spelled, "verbose": False}
         return self.tokenizer(texts, **options)["input_ids"] if texts else []
+
+
+def without_end(content: str, ends: Sequence[str]) -> str:
+    """A reply without the token that ends it, and the white space after that, where it spells one of `ends`."""
+    said = content.rstrip()
+    end = next(filter(said.endswith, ends), "")
+    return said.removesuffix(end) if end else content
 
 
 def refuse_fields(turns: Turns, name: str) -> None:

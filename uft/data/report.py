@@ -25,6 +25,8 @@ ODDITIES = {
     "equal_pairs": "both sides of the pair are the same: they teach nothing",
     "contrary_scores": "the rejected side has the better score",
     "repeated_prompts": "completions begin with their prompt: it is learned as a part of the reply",
+    "rendered_prompts": "the prompt ends with the header of a reply, so it was rendered before: it is rendered twice, "
+    "unless data.template=plain data.special_text=tokens",
     "template_marks": "a text spells marks of chat templates (<|im_start|>): letters, unless data.special_text=tokens",
 }
 """The sentence of each of :func:`uft.data.rows.oddities`, after the number of its rows."""

@@ -198,7 +198,15 @@ def _turn_lists(turns: Sequence[Message]) -> list[list[Any]]:
 # --- Rows that may not be meant as they are.
 
 _REPEATED = 16  # characters of a prompt that stand at the start of a reply by chance no more
-_MARKS = re.compile(r"<\|[a-z_]{2,24}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|### (?:Instruction|Response|Input):")
+_MARKS = re.compile(
+    r"<\|[A-Za-z_]{2,24}\|>|<｜[^｜<>]{2,24}｜>|\[/?(?:INST|SYSTEM_PROMPT|TOOL_CALLS)\]|</?s>|<(?:start|end)_of_turn>"
+    r"|### (?:Instruction|Response|Input):|<(?:image|audio|video)>"
+)
+_HEADER = re.compile(
+    r"(?:<\|im_start\|>\s*assistant|<\|start_header_id\|>\s*assistant\s*<\|end_header_id\|>|<\|(?i:assistant)\|>|<｜Assistant｜>"
+    r"|\[/INST\]|<start_of_turn>model|<\|CHATBOT_TOKEN\|>|### (?:Response|Assistant):|\b(?:ASSISTANT|Assistant):)\s*\Z"
+)
+"""The end of a prompt that was rendered before: what a template writes before a reply."""
 
 FLAT = "flat_log_probs"
 """Log-probs of negatives at temperature 1 and without filters, which is not how they were sampled."""
@@ -225,5 +233,7 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
     asked = row.prompt[-1].content.strip()
     if len(asked) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(asked) for c in row.completions):
         found.append("repeated_prompts")
+    if _HEADER.search(row.prompt[-1].content):
+        found.append("rendered_prompts")
     said = (*row.prompt, *(turn for one in row.completions for turn in one.turns))
     return [*found, *(["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else [])]

@@ -414,7 +414,8 @@ class RowCollector:
     def add(self, record: Row) -> None:
         """The next record, as a row by itself."""
         if record.completions[0].score is not None:
-            prompt = json.dumps([[turn.role, turn.content, turn.extra] for turn in record.prompt])
+            said = [[turn.role, turn.content, turn.extra] for turn in record.prompt]
+            prompt = json.dumps([said, record.answer, record.task, *([record.facts] if record.facts else [])])
             self._scored.append(self._count)
             self._prompts += hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()
         elif self.limit is not None and self._alone >= self.limit:

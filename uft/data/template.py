@@ -8,7 +8,7 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
-from uft.data.plain import Note
+from uft.data.plain import Note, without_end
 from uft.data.rows import Message, Turns
 from uft.errors import Problem, UftError
 
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 CharSpan = tuple[int, int]  # characters [start, end)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
+"""The tags that say what is learned."""
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 """Variables of a template that the rendering itself sets."""
 
@@ -78,6 +80,38 @@ class Template:
             if len(one.text) > ROOM + ROOM_PER_CHARACTER * size:
                 raise LimitExceeded(f"it writes {len(one.text):,} characters where the conversation has {size:,}")
         return rendered
+
+
+FORMS = {
+    "qwen3": "<|im_start|> <|im_end|>",
+    "deepseek_r1": "<｜User｜> <｜Assistant｜> <｜end▁of▁sentence｜>",
+    "mistral_v3": "[INST] [/INST]",
+    "mistral_nemo": "[INST] [/INST]",
+    "gpt_oss": "<|start|> <|message|> <|end|> <|channel|> <|return|>",
+}
+"""Training forms of chat templates, for families whose own one loses text or begins replies in training after other
+text than generation starts from, by name: the tokens that mark turns, in the family's own template as well."""
+_SIGNS = {"qwen3": "</think>", "mistral_v3": "[INST] "}
+"""What tells a family's own template from others with the same tokens."""
+NAMES = ("auto", "plain", *FORMS)
+"""Values of `data.template` that are no files."""
+
+
+def template_file(template: str) -> Path:
+    """The Jinja file of a form's name or of a path."""
+    named = Path(__file__).parent / "templates" / f"{template}.jinja"
+    return named if template in FORMS else Path(template).expanduser()
+
+
+def unknown_marks(form: str, vocabulary: Collection[str]) -> list[str]:
+    """Tokens that a form writes and a vocabulary lacks: they would be learned letter by letter."""
+    return [mark for mark in FORMS.get(form, "").split() if mark not in vocabulary]
+
+
+def forms_for(template: str) -> list[str]:
+    """The form that a family's own template, as Jinja, may be replaced by, if there is one."""
+    found = (name for name, marks in FORMS.items() if all(mark in template for mark in marks.split()))
+    return [name for name in found if _SIGNS.get(name, "") in template][:1]
 
 
 def _fields(turn: Message) -> dict[str, Any]:
@@ -227,11 +261,8 @@ class LiteralSpecials:
     def hide(self, turns: Turns) -> Turns:
         """The turns with stand-ins for the special tokens that their contents spell."""
         if self._stops is not None:
-            ends = tuple(self._stops)
             return tuple(
-                replace(turn, content=turn.content[: -len(end)])
-                if turn.role == "assistant" and (end := next(filter(turn.content.endswith, ends), ""))
-                else turn
+                replace(turn, content=without_end(turn.content, self._stops)) if turn.role == "assistant" else turn
                 for turn in turns
             )
         texts = [turn.content + turn.extra for turn in turns]

@@ -20,7 +20,7 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
-from uft.data.chat import GENERATED, Renderer, Tokens, finish
+from uft.data.chat import Renderer, Tokens, advice_about, finish
 from uft.data.rows import Row, content_digest
 from uft.data.table import Corrupt, TableFile, TableWriter, open_table, pick
 from uft.errors import Problem, UftError
@@ -316,7 +316,7 @@ def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | 
         f"{renderer.name} {lost.what}: turn {lost.turn + 1} would not be learned as the row has it",
         where="data.template",
         advice=(
-            *([GENERATED] if renderer.rendering == "whole" else []),
+            *advice_about(renderer),
             "use another data.template, or learn what it writes:  data.lost_text=keep",
         ),
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from uft.data.template import MARK
 from uft.errors import Problem, UftError
 from uft.runs import shown, writing
 
@@ -152,7 +153,8 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, backend: dict
             getattr(writer, f"add_{name}_token_id")(number)
     writer.add_add_bos_token(False)  # the chat template writes it
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        # marks of what is learned, which other programs do not know, as comments
+        writer.add_chat_template(MARK.sub(r"{#\1 \2#}", str(tokenizer.chat_template)))
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import nn
 
 from uft.config.frozen import typed
 from uft.config.schema import Config, Model
+from uft.data.template import NAMES, template_file
 from uft.distributed import ranks
 from uft.environment import PeerLost
 from uft.errors import FAILED, Problem, UftError
@@ -70,7 +71,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template of `data.template`; `plain` is none at all."""
     if template != "auto":
-        text = None if template == "plain" else Path(template).expanduser().read_text(encoding="utf-8")
+        text = None if template == "plain" else template_file(template).read_text(encoding="utf-8")
         tokenizer.chat_template = text
     return tokenizer
 
@@ -248,7 +249,7 @@ def beneath(place: Location, model: Model) -> Config:
     own = typed({key: value for key, value in source.config.items() if key != "stages"}, str(source.run.config_file))
     trusted = own.model.trust_remote_code and model.trust_remote_code
     path, template = (source.run.found(word) for word in (own.model.path, own.data.template))
-    template = template if own.data.template not in ("auto", "plain") else own.data.template
+    template = own.data.template if own.data.template in NAMES else template
     return replace(
         own,
         model=replace(own.model, path=path, trust_remote_code=trusted, gradient_checkpointing=False),

@@ -14,9 +14,10 @@ from typing import Any
 
 from uft.config.schema import Generate
 from uft.data.chat import Renderer
-from uft.data.formats import read_instruction, turns_column
+from uft.data.formats import read_instruction
 from uft.data.messages import Unreadable, is_blank, read_conversation, read_prompt, with_context
 from uft.data.readers import reader_of
+from uft.data.records import turns_column
 from uft.data.rows import Turns
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity

@@ -27,7 +27,7 @@ from typing import Any
 
 from uft.config.schema import Generate
 from uft.data.chat import Renderer
-from uft.data.formats import turns_column
+from uft.data.records import turns_column
 from uft.data.rows import Message, Row
 from uft.data.sources import LoadedSource
 from uft.distributed import ranks

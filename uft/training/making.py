@@ -21,7 +21,7 @@ from uft.config.frozen import adds
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS
 from uft.data.chat import Renderer
-from uft.data.formats import is_rows_file, write_rows
+from uft.data.records import is_rows_file, write_rows
 from uft.data.report import data_omissions
 from uft.data.rows import Row, Turns
 from uft.data.sources import LoadedSource, load_sources
