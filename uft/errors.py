@@ -105,8 +105,9 @@ def problem_lines(text: str) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an exception's message, with the next after a colon; the name of its class where it has none."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
 
 
 def tell(error: UftError) -> int:

@@ -473,7 +473,7 @@ def read_json(path: Path, footer: str = "") -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("it holds no object")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(Problem(str(path), f"is damaged: {error}"), footer=footer, code=FAILED) from error
     return found
 

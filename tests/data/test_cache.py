@@ -20,7 +20,7 @@ def save(folder, notes=None):
 
 def test_a_table_comes_back_as_it_went(tmp_path):
     written = save(tmp_path / "deep" / "key", {"note": 1})
-    table, notes = open_table(tmp_path / "deep" / "key")
+    table, notes = open_table(tmp_path / "deep" / "key", SCHEMA)
     assert notes == {"note": 1}
     assert table.memory is not None
     assert table.column("n").tolist() == written.column("n").tolist() == [1, 2, 3]
@@ -35,13 +35,13 @@ def test_two_writers_of_one_key_agree(tmp_path):
         slow.write(pa.record_batch([pa.array([1, 2, 3])], schema=SCHEMA))
         save(tmp_path / "key")
         assert slow.publish({}).column("n").tolist() == [1, 2, 3]
-    assert open_table(tmp_path / "key")[0].column("n").tolist() == [1, 2, 3]
+    assert open_table(tmp_path / "key", SCHEMA)[0].column("n").tolist() == [1, 2, 3]
     assert [path.name for path in tmp_path.iterdir()] == ["key"]
 
 
 def test_a_missing_table_is_not_a_corrupt_one(tmp_path):
     with pytest.raises(FileNotFoundError):
-        open_table(tmp_path / "none")
+        open_table(tmp_path / "none", SCHEMA)
 
 
 def test_files_of_a_killed_process_are_removed_after_a_day(tmp_path):

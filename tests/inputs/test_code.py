@@ -129,20 +129,41 @@ def test_rows_in_a_pickle_are_not_read(planted, tmp_path, monkeypatch, name, car
     assert not trace.exists()
 
 
-def test_a_cache_that_is_a_pickle_is_made_again(planted, tmp_path):
+def test_a_cache_that_is_a_pickle_or_another_table_is_made_again(planted, tmp_path):
     import pickle
     import zlib
+
+    import pyarrow as pa
 
     from uft.data.table import Corrupt, open_table
 
     _content, trace = planted
     folder = tmp_path / "tokens"
     folder.mkdir()
-    content = pickle.dumps(Planted(trace))
-    (folder / "table.arrow").write_bytes(content)
-    (folder / "about.json").write_text(json.dumps({"checksum": zlib.crc32(content), "notes": {}}))
-    with pytest.raises(Corrupt):
-        open_table(folder)
+    wanted = pa.schema([("row", pa.large_binary())])
+    offsets = pa.py_buffer(b"".join(number.to_bytes(8, "little") for number in (0, 1 << 40, 1)))
+    beyond = pa.LargeBinaryArray.from_buffers(pa.large_binary(), 2, [None, offsets, pa.py_buffer(b"x")])
+    plant = {
+        "ARROW:extension:name": "arrow.py_extension_type",
+        "ARROW:extension:metadata": pickle.dumps(Planted(trace)),
+    }
+    named = pa.schema([pa.field("row", pa.binary(), metadata=plant)])
+    tables = [
+        pa.record_batch({"row": beyond}),
+        pa.record_batch({"rows": pa.array([b"x"], pa.large_binary())}),
+        pa.record_batch([pa.array([b"x"])], schema=named),
+    ]
+    contents = [pickle.dumps(Planted(trace))]
+    for batch in tables:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        contents.append(sink.getvalue().to_pybytes())
+    for content in contents:
+        (folder / "table.arrow").write_bytes(content)
+        (folder / "about.json").write_text(json.dumps({"checksum": zlib.crc32(content), "notes": {}}))
+        with pytest.raises(Corrupt):
+            open_table(folder, wanted)
     assert not trace.exists()
 
 

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import pytest
 import torch
 from mutations import Planted
 
+from uft.cli import main
 from uft.config.compose import compose
 from uft.config.frozen import frozen
-from uft.config.schema import Model
+from uft.config.schema import Data, Model, Source
+from uft.data.sources import load_sources
 from uft.errors import UftError
 from uft.model.load import load_model, load_tokenizer, positions
 from uft.runs import create_run, write_json
@@ -216,6 +219,37 @@ def test_names_in_a_received_folder_move_no_cursor_and_lead_nowhere(tmp_path, uf
     own = {path for path in tmp_path.rglob("*") if path.is_relative_to(sweep) or "cache" in path.parts}
     assert [path for path in set(tmp_path.rglob("*")) - own if path not in before] == []
     assert not Path("/x").exists()
+
+
+ENDLESS = ("[" * 100_000, "[" * 50_000 + "]" * 50_000, "9" * 100_000)
+
+
+def test_brackets_and_digits_without_end_are_refused_at_once(playground, tmp_path, monkeypatch, capsys):
+    """As a word, in the commands of a sweep, in the files of a run, of rows and of a model."""
+    monkeypatch.chdir(tmp_path)
+    began = time.process_time()
+    sweep, run, model = tmp_path / "sweep", tmp_path / "run", tmp_path / "evil"
+    for folder in (sweep, run):
+        folder.mkdir()
+    shutil.copytree(playground, model)
+    (run / "config.yaml").write_text("seed: 0\n")
+    for text in ENDLESS:
+        commands = [{"words": ["-m", "seed=1,2", f"optim.lr={text}"], "cwd": str(tmp_path)}]
+        (sweep / "sweep.json").write_text(json.dumps({"commands": commands}))
+        for words in (["train", f"optim.lr={text}"], ["resume", "sweep"]):
+            assert main(words) == 2
+            assert "is nested too deeply, or has a number of more than 4,300 digits" in capsys.readouterr().err
+        for file in (run / "run.json", sweep / "sweep.json"):
+            file.write_text('{"id": ' + text + "}")
+            assert main(["resume", str(file.parent)]) == 1
+            assert "is damaged" in capsys.readouterr().err
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "q", "completion": "a", "score": ' + text + "}\n")
+        with pytest.raises(UftError, match="broken JSON"):
+            load_sources(Data(name="d", sources={"mine": Source(path=str(tmp_path / "rows.jsonl"))}))
+        (model / "config.json").write_text('{"model_type": ' + text + "}")
+        with pytest.raises(UftError, match=r"config\.json is damaged"):
+            load_tokenizer(Model(name="m", path=str(model)))
+    assert time.process_time() - began < 60
 
 
 SITE = """

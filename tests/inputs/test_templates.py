@@ -27,6 +27,10 @@ GROWS = {
     "replacing": "{{ ('a' * 99999).replace('a', 'a' * 99999) }}",
     "a list": "{{ [0] * 10**9 }}",
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "a billion laughs": "".join(
+        f"{{% macro m{n}() %}}{f'{{{{ m{n - 1}() }}}}' * 10 if n else 'ha'}{{% endmacro %}}" for n in range(10)
+    )
+    + "{{ m9() }}",
     "long, not too large": "{{ 'a' * 5000000 }}",
 }
 ESCAPES = {

@@ -27,7 +27,18 @@ from uft.config.checks import (
     leaves,
     path_of,
 )
-from uft.config.files import BROKEN, NAMES_CODE, Composed, Files, Request, Words, files_of, read_words, translate
+from uft.config.files import (
+    BROKEN,
+    ENDLESS,
+    NAMES_CODE,
+    Composed,
+    Files,
+    Request,
+    Words,
+    files_of,
+    read_words,
+    translate,
+)
 from uft.config.frozen import plain
 from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
 from uft.config.models import complete, gives_choice
@@ -153,7 +164,7 @@ def refuse_named_code(request: Request) -> None:
     Words that stand for several values are looked at job by job.
     """
     words = read_words(request.overrides, files_of(request))
-    problems = [problem for problem in words.problems if problem.why == NAMES_CODE]
+    problems = [problem for problem in words.problems if problem.why in (NAMES_CODE, ENDLESS)]
     if not problems and (composed := composed_of(request)):
         problems = [problem for problem in composed.problems if problem.why == NAMES_CODE]
     if problems:

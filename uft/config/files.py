@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -388,6 +388,10 @@ def _is_entry(item: Any) -> bool:
 # --- The words of a command line, each looked at by itself: can it be read, does the file that it chooses exist.
 
 
+ENDLESS = "is nested too deeply, or has a number of more than 4,300 digits"
+DEEPEST = 100  # brackets within brackets of a word
+
+
 @dataclass
 class Words:
     """Overrides by what they do, and what is wrong with some of them."""
@@ -410,6 +414,9 @@ def read_words(lines: Iterable[str], files: Files) -> Words:
         if names_code(line):
             words.problems.append(Problem(line, NAMES_CODE, COMMAND_LINE, PLUGINS))
             continue
+        if endless(line):
+            words.problems.append(Problem(f"{line[:60]} ...", ENDLESS, COMMAND_LINE))
+            continue
         try:
             override = parser().parse_override(line)
         except HydraException as error:
@@ -424,6 +431,13 @@ def read_words(lines: Iterable[str], files: Files) -> Words:
         else:
             _choose(override, files, words)
     return words
+
+
+def endless(word: str) -> bool:
+    """Whether Hydra's parser would take minutes over a word, or fail: brackets are nested too deeply, or a number has
+    more digits than Python reads."""
+    depth = accumulate((letter in "[{(") - (letter in ")}]") for letter in word)
+    return max(depth, default=0) > DEEPEST or re.search(r"\d{4301}", word) is not None
 
 
 def _unreadable(line: str, error: HydraException) -> Problem:

@@ -29,7 +29,7 @@ from uft.data.formats import Format
 from uft.data.messages import Unreadable, facts_of, is_blank
 from uft.data.readers import READERS, Found, reader_of, suffix_of, with_names
 from uft.data.rows import Kind, Row, content_digest, oddities, part_of
-from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table
+from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table, row_schema
 from uft.data.unread import FEEDBACK, Unread, unread_feedback, unread_meaning
 from uft.errors import BAD_REQUEST, Problem, UftError, first_line, tame
 from uft.heartbeat import activity, beat
@@ -196,7 +196,7 @@ def _parse(
     if settled and files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
         key = _cache_key(source, limit, files)
         try:
-            table, notes = open_table(folder / key)
+            table, notes = open_table(folder / key, row_schema())
             bad = [BadRow(*row) for row in notes["bad"]]
             omitted = Omissions([], bad, Counter(notes["unread"]), left_out, Counter(notes["odd"]))
             return RowTable(name, table)[:limit], omitted

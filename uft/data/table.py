@@ -216,8 +216,8 @@ class TableFile:
             self.memory.madvise(mmap.MADV_DONTNEED)
 
 
-def open_table(folder: Path) -> tuple[TableFile, dict[str, Any]]:
-    """A published table, memory-mapped, and its notes.
+def open_table(folder: Path, schema: pa.Schema) -> tuple[TableFile, dict[str, Any]]:
+    """A published table of this schema, memory-mapped, and its notes.
 
     Raises FileNotFoundError where there is none, :class:`Corrupt` where it is not what was written.
     """
@@ -227,7 +227,13 @@ def open_table(folder: Path) -> tuple[TableFile, dict[str, Any]]:
         about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         if _checksum(folder / _TABLE) != about["checksum"]:
             raise Corrupt(f"{_TABLE} is not what was written")
-        return TableFile.mapped(folder / _TABLE), dict(about["notes"])
+        table = TableFile.mapped(folder / _TABLE)
+        for batch in table.batches:
+            if batch.schema != schema:
+                raise Corrupt(f"{_TABLE} has other columns")
+            batch.validate(full=True)  # its offsets point into it
+            table.release()
+        return table, dict(about["notes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Corrupt(f"{type(error).__name__}: {error}") from error
 
@@ -351,14 +357,19 @@ BATCH_ROWS, BATCH_BYTES = 1024, 1 << 22  # of one record batch, whichever comes 
 FEEDBACKS = 1000  # of a table that are numbered; a row with any further one counts as unlike all others
 
 
+def row_schema() -> pa.Schema:
+    """The columns of a table of rows."""
+    import pyarrow as pa
+
+    types = {"row": pa.large_binary(), "kind": pa.int8(), "prompt": pa.uint64(), "feedback": pa.int16()}
+    return pa.schema(list(types.items()))
+
+
 class RowWriter(TableWriter):
     """Writes rows to a table, one after the other. Raises UftError where the disk refuses them and they are many."""
 
     def __init__(self, folder: Path) -> None:
-        import pyarrow as pa
-
-        types = {"row": pa.large_binary(), "kind": pa.int8(), "prompt": pa.uint64(), "feedback": pa.int16()}
-        super().__init__(folder, pa.schema(list(types.items())))
+        super().__init__(folder, row_schema())
         self.place = folder.parent
         self.rows = self._waiting_bytes = 0
         self._waiting: list[tuple[bytes, int, int, int]] = []  # in the order of the columns

@@ -92,7 +92,7 @@ def _tokenize(
         folder, state = cache_dir / "tokens" / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32], "miss"
         try:
             with activity("tokens were read", moving=True):
-                table, notes = open_table(folder)
+                table, notes = open_table(folder, SCHEMA)
             pairs = {key: tuple(map(tuple, notes["report"][key])) for key in ("lengths", "notes")}
             report = LengthReport(**{**notes["report"], **pairs})
             encoded = EncodedRows(table)

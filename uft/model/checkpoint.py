@@ -222,7 +222,10 @@ def _load(folder: Path, parameters: Mapping[str, Tensor], prefix: str = "") -> d
 def read_state(folder: Path) -> dict[str, Any]:
     """The counters and cursors of a checkpoint, without its tensors. Raises Damaged."""
     _verify(folder, STATE)
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{STATE}: {error}") from error
 
 
 def _load_shards(folder: Path, parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

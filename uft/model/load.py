@@ -366,7 +366,7 @@ def broken_file(folder: Path) -> str | None:
                 with safe_open(file, framework="np"):
                     pass
             content = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else {}
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, RecursionError) as error:
             return f"{file.name} is damaged or cut off ({error})"
         parts = content.get("weight_map", {}) if file.name.endswith(".index.json") else {}
         if missing := sorted({name for name in parts.values() if not (folder / name).is_file()}):
