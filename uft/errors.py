@@ -105,7 +105,7 @@ def problem_lines(text: str) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, with the next after a colon; the name of its class where it has none."""
+    """The first line of a message, with the next where it ends with a colon; the class where there is none."""
     first, *others = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {others[0].strip()}" if others and first.endswith(":") else first
 

@@ -24,7 +24,7 @@ from uft.config.schema import Config, Model
 from uft.data.template import NAMES, template_file
 from uft.distributed import ranks
 from uft.environment import PeerLost
-from uft.errors import FAILED, Problem, UftError
+from uft.errors import FAILED, Problem, UftError, first_line
 from uft.heartbeat import activity
 from uft.model import checkpoint
 from uft.model.export import plain_model
@@ -337,9 +337,8 @@ def _humane(what: str, why: str, model: Model, place: Location | None = None) ->
         if model.trust_remote_code and not isinstance(error, OSError | ValueError | ImportError | KeyError):
             raise
         folder = place and folder_of(place)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         advice = tuple(line for word, line in ADVICE.items() if word in str(error))
-        first = (folder and broken_file(folder)) or (lines[0] if lines else type(error).__name__)
+        first = (folder and broken_file(folder)) or first_line(error)
         raise UftError(Problem(what, f"{why}: {first}", advice=advice)) from error
 
 
