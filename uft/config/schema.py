@@ -32,7 +32,7 @@ REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 """A value that is that of another key."""
 
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-Kind = Literal["demonstration", "preference", "binary", "scored", "negatives"]
+Kind = Literal["demonstration", "preference", "binary", "scored", "negatives", "prompt"]
 Column = Literal["baseline_logp", "soft_label"]
 COLUMNS = typing.get_args(Column)
 

@@ -103,12 +103,12 @@ class Format:
 def recognise(
     columns: Collection[str], kind: str | None = None, mapped: Collection[str] = (), source: str = "NAME"
 ) -> Format:
-    """The format of a data set with these columns (after mapping).
+    """The format of a data set with these columns (after mapping); a prompt alone only where no other fits.
 
     `kind` keeps to formats of that kind, `mapped` (fields that the user named himself) to formats that use them.
     Raises :class:`UftError` naming the columns, the formats near to them and how to map.
     """
-    ours, other_names = aliases(columns), {theirs: ours for theirs, ours, _ in ALIASES}
+    ours, other_names = aliases(columns, kind), {theirs: ours for theirs, ours, _ in ALIASES}
     known = {ours.get(name, name) for name in columns}
     known -= {"generations"} if "chosen" in known else set()  # the pair was made of them
     named = [{name, other_names.get(name, name)} for name in mapped]
@@ -118,6 +118,7 @@ def recognise(
         if (kind is None or f.kind.value == kind) and all(names & (f.columns | COMMON) for names in named)
     ]
     fitting = [f for f in allowed if f.required <= known]
+    fitting = [f for f in fitting if f.kind is not Kind.PROMPT] or fitting
     best = [f for f in fitting if not any(other.beats(f) for other in fitting)]
     if len(best) == 1:
         return best[0]
@@ -127,7 +128,8 @@ def recognise(
         one = f"kind={kinds}" if "|" in kinds else f"columns.{min(best[0].required)}=COLUMN"
         names = " and ".join(f"{f.name} ({', '.join(sorted(f.required))})" for f in best)
         raise UftError(Problem(key, f"its columns fit {names}", advice=(f"say which:  {key}.{one}",)))
-    near = sorted(allowed, key=lambda f: (len(f.required - known), -len(f.required & known)))[:3]
+    asked = [f for f in allowed if kind is not None or f.kind is not Kind.PROMPT]
+    near = sorted(asked, key=lambda f: (len(f.required - known), -len(f.required & known)))[:3]
     lacks = [f"{f.name} lacks {', '.join(sorted(f.required - known))}" for f in near]
     first = min(near[0].required - known) if near else "prompt"
     theirs = "answer" if first == "completion" and "answer" in known else "THEIR_COLUMN"
@@ -135,7 +137,7 @@ def recognise(
     raise UftError(Problem(key, why, advice=(*lacks, f"map them:  {key}.columns.{first}={theirs}")))
 
 
-def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
+def rename(record: Record, columns: Mapping[str, str], kind: str | None = None) -> dict[str, Any]:
     """The record under our field names: mapped columns first, then aliases; what was mapped away is gone.
 
     A field that is mapped to no name ('') is missing.
@@ -143,7 +145,7 @@ def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     taken = set(columns.values())
     fields = {name: value for name, value in record.items() if name not in taken and columns.get(name) != ""}
     fields.update({ours: record.get(theirs) for ours, theirs in columns.items() if theirs})
-    for theirs, ours in aliases(fields).items():
+    for theirs, ours in aliases(fields, kind).items():
         fields[ours] = fields.pop(theirs)
     return fields
 
@@ -154,8 +156,8 @@ REPLIES = frozenset(
 """Columns that hold what an assistant said."""
 
 
-def aliases(columns: Collection[str]) -> dict[str, str]:
-    """Those of these columns that have another of our names: that name."""
+def aliases(columns: Collection[str], kind: str | None = None) -> dict[str, str]:
+    """Those of these columns that have another of our names: that name. `kind`: that of the rows, if it is said."""
     found: dict[str, str] = {}
     known = set(columns)
     for theirs, ours, beside in ALIASES:
@@ -163,7 +165,10 @@ def aliases(columns: Collection[str]) -> dict[str, str]:
         if theirs in known and not taken and (not beside or not known.isdisjoint(beside)):
             found[theirs] = ours
             known = known - {theirs} | {ours}
-    if known >= {"prompt", "answer"} and known.isdisjoint(REPLIES):  # beside a reply it is what a checker compares with
+    alone = kind == Kind.PROMPT.value
+    if (
+        known >= {"prompt", "answer"} and known.isdisjoint(REPLIES) and not alone
+    ):  # beside a reply it is what a checker compares with
         found["answer"] = "completion"
     return found
 
@@ -240,6 +245,19 @@ def _conversation(column: str, record: Record) -> tuple[Turns, Turns]:
 def _demonstration(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     prompt, reply = dialogue(record)
     return prompt, (Completion(reply),)
+
+
+def _shown_conversation(column: str, record: Record, score_range: Range) -> Parsed:
+    """A demonstration, or a prompt alone: what ends before a reply, and marks none to be learned."""
+    turns = read_conversation(record.get(column), column)
+    if turns[-1].role != "assistant" and all(turn.learned is None for turn in turns):
+        return read_prompt(record.get(column), column), ()
+    prompt, reply = split_conversation(turns, column)
+    return prompt, (Completion(reply),)
+
+
+def _prompt_alone(column: str, record: Record, score_range: Range) -> Parsed:
+    return read_instruction(record) if column == "instruction" else read_prompt(record.get(column), column), ()
 
 
 def refuse_unlearned(record: Record) -> None:
@@ -393,7 +411,13 @@ def _formats() -> Iterator[Format]:
         for dialogue, (read, columns, also) in _DIALOGUES.items():
             name = kind.value if dialogue == _PLAIN else f"{dialogue}, {kind.value}"
             name = dialogue if kind is Kind.DEMONSTRATION else name
-            yield form(name, kind, partial(parse, read), f"{columns} {grades}", f"{also} {more}")
+            how = partial(parse, read)
+            if kind is Kind.DEMONSTRATION and dialogue in ("messages", "sharegpt"):
+                how = partial(_shown_conversation, columns)
+            yield form(name, kind, how, f"{columns} {grades}", f"{also} {more}")
+    for column in ("prompt", "question", "instruction"):
+        more = "input context" if column == "instruction" else ""
+        yield form(f"{column} alone", Kind.PROMPT, partial(_prompt_alone, column), column, more)
     for column, more in _PAIRS.items():
         name = "preference" if column == "prompt" else f"preference, {column}"
         parse_pair = partial(_preference, column)
@@ -533,13 +557,15 @@ def turns_column(turns: Sequence[Message], role: str) -> str | list[dict[str, An
 
 def to_records(row: Row) -> list[dict[str, Any]]:
     """The records (lines) of one row: one, or one per scored completion."""
-    replies = [turns_column(c.turns, "assistant") for c in row.completions]
-    first, kind = row.completions[0], row.kind
-    columns: dict[str, Any] = {"completion": replies[0]}
-    if kind is Kind.BINARY:
-        columns["label"] = first.label
+    replies, kind = [turns_column(c.turns, "assistant") for c in row.completions], row.kind
+    start = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
+    columns: dict[str, Any] = {"completion": replies[0]} if replies else {}
+    if kind is Kind.PROMPT:  # as messages: beside a prompt an answer would be read as its reply
+        start = {"row": row.id, "messages": turns_column(row.prompt, "")}
+    elif kind is Kind.BINARY:
+        columns["label"] = row.completions[0].label
     elif kind is Kind.PREFERENCE:
-        assert first.preferred, "a pair is (chosen, rejected)"
+        assert row.completions[0].preferred, "a pair is (chosen, rejected)"
         columns = {"chosen": replies[0], "rejected": replies[1]}
     elif kind is Kind.NEGATIVES:
         sampled = row.completions[1:]
@@ -549,7 +575,6 @@ def to_records(row: Row) -> list[dict[str, Any]]:
     lines: list[tuple[dict[str, Any], Sequence[Completion]]] = [(columns, row.completions)]
     if kind is Kind.SCORED:
         lines = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
-    start = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
     end = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
     return [
         {**start, **columns, **_annotation_columns(completions), **end, **row.facts} for columns, completions in lines

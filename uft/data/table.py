@@ -413,7 +413,7 @@ class RowCollector:
 
     def add(self, record: Row) -> None:
         """The next record, as a row by itself."""
-        if record.completions[0].score is not None:
+        if record.completions and record.completions[0].score is not None:
             prompt = json.dumps([[turn.role, turn.content, turn.extra] for turn in record.prompt])
             self._scored.append(self._count)
             self._prompts += hashlib.blake2b(prompt.encode("utf-8"), digest_size=16).digest()

@@ -142,10 +142,11 @@ def unread_meaning(
     if not lacking:
         return None
     advice = ["leave it unread:  " + " ".join(f"{key}.columns.{name}=''" for name in lacking)]
-    if form.required >= {"prompt", "completion"} or form.required >= {"prompt", "chosen"}:
+    if "prompt" in form.required:
         advice.insert(0, f"read it with the prompt:  {key}.columns.instruction={_original('prompt', mapped, theirs)}")
-    elif form.required >= {"question", "answer"}:
-        asked = f"{key}.columns.instruction=question {key}.columns.completion=answer"
+    elif "question" in form.required:
+        asked = f"{key}.columns.instruction=question"
+        asked += f" {key}.columns.completion=answer" if "answer" in form.required else ""
         advice.insert(0, f"read it with the prompt:  {asked}")
     return Problem(key, f"{_counted(lacking, found.lacking)} holds text that the prompt lacks", advice=tuple(advice))
 

@@ -31,6 +31,7 @@ from uft.model.layout import settle_layout
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.model.reference import make_reference
+from uft.rewards import spec_of
 from uft.runs import cache_root, shown, write_atomically, write_json
 from uft.sampling.generate import Interrupted
 from uft.tracking.console import kl_note, printable, table_console
@@ -126,7 +127,7 @@ def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
         say(f"not read: {line}")
     whole = {source.name for source in loaded if not source.held_out}
     measured = [replace(source, held_out=source.held_out or source.rows) for source in loaded]
-    checkers = {source.name: source.checker for source in loaded}
+    checkers = {source.name: spec_of(config.reward, source.checker) for source in loaded}
     tokenized = tokenize_held_out(config, renderer, measured)
     if not tokenized:
         raise UftError(Problem("data", "no source has a row to measure", advice=("rows of yours:  data=FILE",)))
