@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from uft.config.messages import listing
@@ -199,6 +200,8 @@ def rollouts(settings: Settings) -> Iterator[Broken]:
         yield broken("objective.sampler_cap", why, "rollout.temperature=1 rollout.top_k=0 rollout.top_p=1")
     if settings["hardware"]["sharding"] == "full":
         yield broken("rollout.completions", "cannot be sampled from a sharded model", "hardware.sharding=none")
+    if rollout["engine"] == "vllm" and find_spec("vllm") is None:
+        yield broken("rollout.engine", "needs vLLM, which is not installed", "pip install 'uft[vllm]'")
     if rollout["truncated"] == "mask" and hasattr(made, "own"):
         why = f"leaves one side of a pair empty, and objective={name} learns from pairs"
         yield broken("rollout.truncated", why, "rollout.truncated=keep")

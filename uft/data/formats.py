@@ -103,7 +103,7 @@ class Format:
 def recognise(
     columns: Collection[str], kind: str | None = None, mapped: Collection[str] = (), source: str = "NAME"
 ) -> Format:
-    """The format of a data set with these columns (after mapping); a prompt alone only where no other fits.
+    """The format of a data set with these columns (after mapping); a prompt alone where no column could hold a reply.
 
     `kind` keeps to formats of that kind, `mapped` (fields that the user named himself) to formats that use them.
     Raises :class:`UftError` naming the columns, the formats near to them and how to map.
@@ -118,7 +118,8 @@ def recognise(
         if (kind is None or f.kind.value == kind) and all(names & (f.columns | COMMON) for names in named)
     ]
     fitting = [f for f in allowed if f.required <= known]
-    fitting = [f for f in fitting if f.kind is not Kind.PROMPT] or fitting
+    answered = [f for f in fitting if f.kind is not Kind.PROMPT]
+    fitting = answered if kind is None and (answered or not known.isdisjoint(REPLIES)) else fitting
     best = [f for f in fitting if not any(other.beats(f) for other in fitting)]
     if len(best) == 1:
         return best[0]

@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -36,7 +36,8 @@ from uft.model.policy import Policy, evaluating
 from uft.objectives.policy_gradient import SPREAD
 from uft.objectives.views import GOOD_ENOUGH, demonstrations
 from uft.rewards import Spec, judge, make, parts
-from uft.sampling.generate import Reply, Sampling, complete, uniforms
+from uft.sampling.engines import Engine
+from uft.sampling.generate import Reply, uniforms
 
 log = logging.getLogger(__name__)
 Figures = Mapping[str, float]
@@ -83,6 +84,7 @@ class RolloutSampler:
         sampler: RowSampler,
         settings: Rollout,
         *,
+        engine: Engine,
         policy: Policy,
         renderer: Renderer,
         views: Mapping[Kind, View],
@@ -93,15 +95,19 @@ class RolloutSampler:
         total_rows: int,
         tokens_per_pass: int,
         keeps_old: bool,
-        should_stop: Callable[[], bool],
     ) -> None:
         """`views` are the objective's own; `sampled`: the sources that are sampled, with their checkers; `keeps_old`:
         whether updates after the first of a rollout need the log-probs that its tokens had."""
-        self.sampler, self.settings, self.policy, self.renderer = sampler, settings, policy, renderer
+        self.sampler, self.settings, self.engine, self.policy, self.renderer = (
+            sampler,
+            settings,
+            engine,
+            policy,
+            renderer,
+        )
         self.views, self.sampled, self.seed, self.pad_id = views, sampled, seed, pad_id
         self.batch_size, self.total_rows, self.tokens_per_pass = batch_size, total_rows, tokens_per_pass
         self.keeps_old = keeps_old and (settings.prompts or batch_size) > batch_size
-        self.should_stop = should_stop
         self.prompts = settings.prompts or batch_size
         self.drawn = self.wanted = self.rollouts = 0  # rows drawn, rows of all steps without refills, rollouts
         self.steps: list[list[Group]] = []  # sampled and not yet trained on, by optimiser step
@@ -194,18 +200,8 @@ class RolloutSampler:
         return found
 
     def _complete(self, asked: Sequence[tuple[RowIndex, int, int]]) -> list[Reply]:
-        settings = self.settings
-        return complete(
-            self.policy,
-            [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in asked)],
-            Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens),
-            seed=self.seed,
-            stop_ids=self.renderer.stop_ids,
-            pad_id=self.pad_id,
-            batch_size=settings.batch_size,
-            should_stop=self.should_stop,
-            numbers=[number for _, _, number in asked],
-        )
+        prompts = [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in asked)]
+        return self.engine.complete(prompts, [number for _, _, number in asked]) if prompts else []
 
     def _text(self, ids: list[int]) -> str:
         return str(self.renderer.tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -32,14 +32,18 @@ from uft.data.table import grouped, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
 from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
 from uft.evaluation.evaluate import HeldOut
-from uft.model.load import load_tokenizer
+from uft.model.load import load_tokenizer, pad_id
+from uft.model.policy import Policy
 from uft.objectives import make
 from uft.objectives.base import Objective
 from uft.objectives.dft import SAMPLING
 from uft.objectives.views import kind_table
 from uft.rewards import Spec, spec_of
 from uft.runs import Run, cache_root, read_json
-from uft.sampling.rollouts import expected_views, refuse_unscored
+from uft.sampling.engines import Setting, make_engine
+from uft.sampling.rollouts import RolloutSampler, expected_views, refuse_unscored
+from uft.training.liveness import Stop
+from uft.training.trainer import tokens_per_pass
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,25 @@ class StageData:
         objective = make(config.objective)
         sampler = make_sampler(config, dataset, objective, refuse=refuse)
         return cls(dataset, objective, sampler, make_horizon(config, dataset))
+
+    def rollouts(self, policy: Policy, config: Config, stop: Stop) -> RolloutSampler:
+        """What samples completions of the rows of each step, from the policy as it is then."""
+        renderer, longest = self.dataset.renderer, longest_rollout(self.dataset, config)
+        return RolloutSampler(
+            self.sampler,
+            config.rollout,
+            engine=make_engine(Setting(policy, renderer, config.rollout, config.seeds.sampling, longest, stop)),
+            policy=policy,
+            renderer=renderer,
+            views=self.objective.views,
+            sampled=sampled_sources(config, self.dataset),
+            seed=config.seeds.sampling,
+            pad_id=pad_id(renderer.tokenizer),
+            batch_size=config.train.batch_size,
+            total_rows=self.horizon.total_rows,
+            tokens_per_pass=tokens_per_pass(config),
+            keeps_old=self.objective.needs.rollouts > 0,
+        )
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -297,6 +320,18 @@ def sampled_sources(config: Config, dataset: TrainData) -> dict[str, Spec | None
     """The sources of whose prompts the policy samples completions while it trains, with their checkers."""
     chosen = [source for source in dataset.loaded if config.data.sources[source.name].rollout]
     return {source.name: spec_of(config.reward, source.checker) for source in chosen}
+
+
+def longest_rollout(dataset: TrainData, config: Config) -> int:
+    """Tokens of the longest prompt that is sampled, with its longest hint, and of the longest completion; 0: nothing is
+    sampled."""
+    sampled = sampled_sources(config, dataset) if config.rollout.completions else {}
+    encoded = [source.encoded for source in dataset.train if source.source in sampled]
+    if config.rollout.hint.schedule == "none":
+        longest = max((rows.longest_sides[0] for rows in encoded), default=0)
+    else:
+        longest = max((int(rows.longest.max(initial=0)) for rows in encoded), default=0)
+    return longest + config.rollout.max_new_tokens if longest else 0
 
 
 def lacks(objective: Objective, row: Row) -> frozenset[str]:
