@@ -42,6 +42,9 @@ def test_a_run_and_other_rows(uft, tmp_path):
     refused = uft("export", run, "--gguf", "--to", "whole", code=2).stderr
     assert "--gguf" in refused
     assert not (tmp_path / "whole").exists(), "a tokenizer that GGUF does not describe is known before"
+    again = uft("eval", run, f"data={file}").stdout  # without the checker: its figure is not lost
+    assert "figures from before are kept: eval/exact_match, eval/mine/exact_match" in again
+    assert read(run / "evals" / "mine.json")["figures"]["eval/exact_match"]["n"] == 2
     uft("compare", run)
     shown = read(tmp_path / "compare.json")["runs"][0]["final"]["evals/mine/nll"]
     assert shown == pytest.approx(read(run / "evals" / "mine.json")["figures"]["eval/nll"]["value"], rel=1e-5)

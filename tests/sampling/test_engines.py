@@ -119,7 +119,7 @@ class LLM:
 '''
 
 
-@pytest.fixture(params=["transformers", "vllm"])
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
 def engine(request, setting, tmp_path, monkeypatch):
     """engine(**keys of the rollout, should_stop=): an engine that is closed at the end."""
     if request.param == "vllm":
