@@ -139,7 +139,9 @@ class StageData:
         return RolloutSampler(
             self.sampler,
             config.rollout,
-            engine=make_engine(Setting(policy, renderer, config.rollout, config.seeds.sampling, longest, stop)),
+            engine=make_engine(
+                Setting(policy, renderer, config.rollout, config.seeds.sampling, longest, stop.between_passes)
+            ),
             policy=policy,
             renderer=renderer,
             views=self.objective.views,

@@ -87,8 +87,8 @@ def measure(config: Config) -> int:
 
 
 def with_earlier(found: Measured, file: Path, model: Mapping[str, Any]) -> tuple[Measured, list[str]]:
-    """What was measured, with figures of an earlier measurement in the same file that this one did not ask for (those of
-    a checker), and lines about them.
+    """What was measured, with figures (of a checker, say) that an earlier measurement left in the same file and that
+    this one did not ask for, and lines about them.
 
     They stay where they are of the same rows, settings and weights: both agree in all that both measured of a row.
     """
