@@ -36,7 +36,7 @@ def test_a_run_and_other_rows(uft, tmp_path):
 
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    told = uft("eval", run, f"data={file}", "+data.sources.mine.checker=exact").stdout
+    told = uft("eval", run, f"data={file}", "reward=exact").stdout
     assert "mine: 4 of 4 rows, none of which is held out (eval.rows=6)" in told
     assert read(run / "evals" / "mine.json")["figures"]["eval/exact_match"]["n"] == 2, "a prompt has one answer"
     refused = uft("export", run, "--gguf", "--to", "whole", code=2).stderr
