@@ -69,7 +69,7 @@ class Rows:
         return [self.completion(), *sampled]
 
     def row(self, kind, index):
-        completions = tuple(getattr(self, kind.value)())
+        completions = () if kind is Kind.PROMPT else tuple(getattr(self, kind.value)())
         prompt = (*self.prompt(), Message("user", f"{index}"))  # scored completions of one prompt are one row
         return Row("mine", index, prompt, completions, self.maybe(self.text), self.maybe(self.text))
 

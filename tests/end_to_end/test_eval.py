@@ -36,12 +36,15 @@ def test_a_run_and_other_rows(uft, tmp_path):
 
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    told = uft("eval", run, f"data={file}", "+data.sources.mine.checker=exact").stdout
+    told = uft("eval", run, f"data={file}", "reward=exact").stdout
     assert "mine: 4 of 4 rows, none of which is held out (eval.rows=6)" in told
     assert read(run / "evals" / "mine.json")["figures"]["eval/exact_match"]["n"] == 2, "a prompt has one answer"
     refused = uft("export", run, "--gguf", "--to", "whole", code=2).stderr
     assert "--gguf" in refused
     assert not (tmp_path / "whole").exists(), "a tokenizer that GGUF does not describe is known before"
+    again = uft("eval", run, f"data={file}").stdout  # without the checker: its figure is not lost
+    assert "figures from before are kept: eval/exact_match, eval/mine/exact_match" in again
+    assert read(run / "evals" / "mine.json")["figures"]["eval/exact_match"]["n"] == 2
     uft("compare", run)
     shown = read(tmp_path / "compare.json")["runs"][0]["final"]["evals/mine/nll"]
     assert shown == pytest.approx(read(run / "evals" / "mine.json")["figures"]["eval/nll"]["value"], rel=1e-5)

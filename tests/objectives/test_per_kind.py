@@ -9,7 +9,7 @@ import torch
 import toys as kit
 from toys import settings
 
-from uft.data.rows import Kind
+from uft.data.rows import ANSWERED, Kind
 from uft.objectives.base import StepContext
 
 SHIPPED = {"demonstration": "sft", "preference": "dpo", "binary": "kto", "scored": "uft", "negatives": "dft"}
@@ -53,7 +53,7 @@ def test_the_shipped_objective_of_every_kind_is_its_own_file():
     found = kit.settings("per_kind")
     assert {kind: found[kind]["name"] for kind in SHIPPED} == SHIPPED
     assert all(found[kind] == settings(name) for kind, name in SHIPPED.items())
-    assert {kind.value for kind in Kind} == {*SHIPPED, "rollout"}
+    assert {kind.value for kind in ANSWERED} == {*SHIPPED, "rollout"}
     assert found["rollout"] is None
     assert found["weights"] == {}
 
@@ -173,5 +173,5 @@ def test_problems_and_cautions_name_the_kind():
 
 def test_a_kind_without_an_objective_is_a_kind_it_cannot_use():
     objective = kit.preset("per_kind", binary=None)
-    assert set(objective.views) == set(Kind) - {Kind.BINARY, Kind.ROLLOUT}
+    assert set(objective.views) == set(ANSWERED) - {Kind.BINARY, Kind.ROLLOUT}
     assert objective.annotations(Kind.BINARY) == frozenset()

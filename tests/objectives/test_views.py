@@ -6,7 +6,7 @@ import math
 
 from toys import PRESETS, completion, preset, row_of, settings
 
-from uft.data.rows import Kind, Role
+from uft.data.rows import ANSWERED, Role
 from uft.objectives.views import kind_table
 
 LIKELIHOOD = ["sft", "ift", "dynamic_ft", "anchored_sft", "f_sft", "poft", "distill"]
@@ -114,7 +114,7 @@ def test_dft_takes_fresh_negatives_at_every_visit():
 
 def test_the_printed_table_is_asked_of_the_views():
     header, *lines = kind_table({name: preset(name) for name in PRESETS})
-    assert header == ["objective", *(kind.value for kind in Kind)]
+    assert header == ["objective", *(kind.value for kind in ANSWERED)]
     assert [line[0] for line in lines] == PRESETS
     cells = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
     assert cells["dpo"]["demonstration"] == "stops"

@@ -16,11 +16,24 @@ from cases import CASES, write_files, write_untied
 from outside import environment
 
 PROGRAM = Path(__file__).with_name("cases.py")
-SHARDED = ("sft", "sft_one_row", "sft_packed", "sft_lora", "dpo_lora", "dpo_untied", "uft", "ift", "dft", "kto")
+SHARDED = (
+    "sft",
+    "sft_one_row",
+    "sft_packed",
+    "sft_lora",
+    "dpo_lora",
+    "dpo_untied",
+    "uft",
+    "ift",
+    "dft",
+    "kto",
+    "irft_own",
+)
 EVERY = [*(("two", name) for name in CASES if name != "long"), *(("sharded", name) for name in SHARDED)]
 EVERY = [*EVERY, ("offloaded", "sft")]
 FAST = [("two", n) for n in ("sft_short_last", "sft_one_row", "sft_dry", "uft", "dft", "irft_own")] + [
-    ("sharded", "dft")
+    ("sharded", "dft"),
+    ("sharded", "irft_own"),
 ]
 PAIRS = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in EVERY]
 CLOCKS = {"seconds", "rollout/seconds", "tokens_per_second"}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from fractions import Fraction
+from threading import Timer
 
 import pytest
 from hypothesis import given, settings
@@ -272,12 +273,22 @@ def test_a_child_that_is_killed_is_replaced_and_one_that_cannot_start_is_told(mo
     job = ("countdown", row(numbers=[3, 4], target=7), "3+4")
     assert check(*job) == RIGHT
     child = isolation._child
-    child.process.kill()
-    child.process.wait()
-    lost, next_one = judge([job, job])
-    assert lost.reason is not None
-    assert next_one.figures == RIGHT
+    os.kill(child.process.pid, signal.SIGSTOP)  # so that it is killed within an answer, which another child judges
+    Timer(0.3, child.process.kill).start()
+    assert [verdict.figures for verdict in judge([job, job])] == [RIGHT, RIGHT]
     assert isolation._child.process.pid != child.process.pid
+    start, started = isolation.Child.start, []
+
+    def killed():
+        started.append(start())
+        started[-1].process.kill()
+        return started[-1]
+
+    monkeypatch.setattr(isolation, "_child", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(isolation.Child, "start", killed)
+        assert "the system ended the process" in str(judge([job])[0].reason)
+    assert len(started) == 2
     monkeypatch.setattr(isolation, "_child", None)
     monkeypatch.setattr(sys, "executable", os.devnull)
     with pytest.raises(UftError, match="process in which answers are judged"):

@@ -4,6 +4,7 @@ and number decides what they are."""
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -268,6 +269,9 @@ def test_what_cannot_be_sampled_is_told_before_the_first_step(built):
     assert "exact_match, long" in text
     text = told("grpo", "train.max_length=20", "rollout.max_new_tokens=18")
     assert "train.max_length=" in text
+    text = told("grpo", "train.max_length=200", "rollout.max_new_tokens=60")
+    assert "the model has 64 positions" in text
+    assert re.search(r"rollout\.max_new_tokens=5\d", text.partition("positions")[2])
     text = told("uft_rl", "rollout.hint.schedule=cosine", "rollout.hint.cut=line")
     assert "rollout.hint.cut=token" in text
     assert "no cache" in told("grpo", "objective.kl=0.1", "reference.mode=cached")

@@ -216,11 +216,15 @@ class Draft:
     def is_open(self, path: KeyPath) -> bool:
         return is_open(kind_at(path, self.schema))
 
-    def complete_sources(self) -> None:
-        """Lay the run's reward as the checker of every source that says nothing of one."""
-        method, said = self.get((REWARD, "method")), {setting.path for setting in self.settings}
+    def complete_sources(self, frozen: bool = False) -> None:
+        """Lay the run's reward as the checker of every source that says nothing of one. `frozen`: the settings are a
+        run's, where null says nothing unless it was typed.
+        """
+        method = self.get((REWARD, "method"))
+        said = {setting.path for setting in self.settings if not frozen or setting.where == COMMAND_LINE}
         for name in (self.get(("data", "sources")) or ()) if isinstance(method, str) else ():
-            if (path := ("data", "sources", name, "checker")) not in said:
+            path = ("data", "sources", name, "checker")
+            if path not in said and (not frozen or self.get(path) is None):
                 self.put(Setting(path, method, "after reward", f"{REWARD}={self.get((REWARD, 'name'))}"))
 
     # what is wrong

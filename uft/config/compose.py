@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from uft.config.checks import (
     NOT_TYPED,
     OBJECTIVE,
+    REWARD,
     Absent,
     Draft,
     Setting,
@@ -224,6 +225,8 @@ def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any],
         draft.put(setting)
     for override in words.values:
         draft.apply(override)
+    if any(line.startswith(f"{REWARD}=") for line in words.choices):
+        draft.complete_sources(frozen=True)
     return plain(draft.judge()), [*problems, *draft.problems]
 
 

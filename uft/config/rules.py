@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from uft.config.messages import listing
@@ -197,8 +198,10 @@ def rollouts(settings: Settings) -> Iterator[Broken]:
     if objective.get("sampler_cap") is not None and not plain:
         why = "log-probs of the sampler are those of the policy at temperature 1 without filters only"
         yield broken("objective.sampler_cap", why, "rollout.temperature=1 rollout.top_k=0 rollout.top_p=1")
-    if settings["hardware"]["sharding"] == "full":
-        yield broken("rollout.completions", "cannot be sampled from a sharded model", "hardware.sharding=none")
+    if settings["hardware"]["sharding"] == "full" and rollout["engine"] != "own":
+        yield broken("rollout.engine", "cannot sample from a sharded model", "rollout.engine=own")
+    if rollout["engine"] == "vllm" and find_spec("vllm") is None:
+        yield broken("rollout.engine", "needs vLLM, which is not installed", "pip install 'uft[vllm]'")
     if rollout["truncated"] == "mask" and hasattr(made, "own"):
         why = f"leaves one side of a pair empty, and objective={name} learns from pairs"
         yield broken("rollout.truncated", why, "rollout.truncated=keep")

@@ -162,9 +162,10 @@ class Example:
 
 
 def make_example(row: Row, encoded: Sequence[Tokens], example: int, visit: int, view: View) -> Example | None:
-    """The selection of `view` from a row; None when it is empty. `encoded` has one entry per completion of the row."""
+    """The selection of `view` from a row; None when it is empty, or is of completions that are yet to be sampled.
+    `encoded` has one entry per completion of the row."""
     parts = view(row, visit)
-    if not parts:
+    if not parts or not row.completions:
         return None
     return Example(example, row, parts, tuple(encoded[part.completion] for part in parts))
 

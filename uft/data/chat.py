@@ -125,6 +125,10 @@ class Renderer:
         """Many at once, which is much faster. A row that the template refuses raises :class:`UftError` naming both."""
         return self._strategy.encode_many(conversations, names)
 
+    def encode_prompts(self, prompts: Sequence[Turns], names: Sequence[str]) -> list[Tokens]:
+        """Prompts alone, as :meth:`prompt_ids` has them; nothing is supervised."""
+        return self._strategy.encode_prompts(prompts, names)
+
     def prompt_ids(self, prompt: Turns, system: str | None = None) -> list[int]:
         """The prompt as the model sees it when it is to answer. `system` replaces the prompt's own system turn."""
         if system is not None:
@@ -138,7 +142,7 @@ class Renderer:
         That is :meth:`prompt_ids` unless the template begins replies in training otherwise. It is so also under another
         `system` prompt, and where the first reply is not learned.
         """
-        turns = row.completions[0].turns
+        turns = row.completions[0].turns if row.completions else ()
         if system is not None or learned_turns(turns, 0, self.train_on)[:1] != [0]:
             return self.prompt_ids(row.prompt, system)
         encoded = self.encode(row.prompt, turns, row.id)
@@ -241,6 +245,15 @@ class ChatTemplate:
                 conversations, whole, names, rendered, encodings, strict=True
             )
         ]
+
+    def encode_prompts(self, prompts: Sequence[Turns], names: Sequence[str]) -> list[Tokens]:
+        texts, notes = [], []
+        for turns, name in zip(map(self._specials.hide, prompts), names, strict=True):
+            with self._explained(turns, name):
+                texts.append(self._render([turns], add_generation_prompt=True)[0].text)
+                notes.append(tuple(missing_text(turns, texts[-1], ())))
+        ids = [np.asarray(one.ids, np.int32) for one in self._specials.encode(texts)]
+        return [Tokens(one, np.zeros(len(one), bool), len(one), found) for one, found in zip(ids, notes, strict=True)]
 
     def prompt_ids(self, prompt: Turns) -> list[int]:
         turns = self._specials.hide(prompt)

@@ -109,12 +109,12 @@ class Format:
 def recognise(
     columns: Collection[str], kind: str | None = None, mapped: Collection[str] = (), source: str = "NAME"
 ) -> Format:
-    """The format of a data set with these columns (after mapping).
+    """The format of a data set with these columns (after mapping); a prompt alone where no column could hold a reply.
 
     `kind` keeps to formats of that kind, `mapped` (fields that the user named himself) to formats that use them.
     Raises :class:`UftError` naming the columns, the formats near to them and how to map.
     """
-    ours, other_names = aliases(columns), {theirs: ours for theirs, ours, _ in ALIASES}
+    ours, other_names = aliases(columns, kind), {theirs: ours for theirs, ours, _ in ALIASES}
     known = {ours.get(name, name) for name in columns}
     known -= {"generations"} if "chosen" in known else set()  # the pair was made of them
     named = [{name, other_names.get(name, name)} for name in mapped]
@@ -124,6 +124,8 @@ def recognise(
         if (kind is None or f.kind.value == kind) and all(names & (f.columns | COMMON) for names in named)
     ]
     fitting = [f for f in allowed if f.required <= known]
+    answered = [f for f in fitting if f.kind is not Kind.PROMPT]
+    fitting = answered if kind is None and (answered or not known.isdisjoint(REPLIES)) else fitting
     best = [f for f in fitting if not any(other.beats(f) for other in fitting)]
     if len(best) == 1:
         return best[0]
@@ -136,9 +138,10 @@ def recognise(
             lines = [f"{f.name}:  " + " ".join(f"{key}.columns.{one}=''" for one in others[f.name]) for f in best]
         names = " and ".join(f"{f.name} ({', '.join(sorted(f.required))})" for f in best)
         raise UftError(Problem(key, f"its columns fit {names}", advice=tuple(lines)))
-    near = sorted(allowed, key=lambda f: (len(f.required - known), -len(f.required & known)))[:3]
+    asked = [f for f in allowed if kind is not None or f.kind is not Kind.PROMPT]
+    near = sorted(asked, key=lambda f: (len(f.required - known), -len(f.required & known)))[:3]
     lacks = [f"{f.name} lacks {', '.join(sorted(f.required - known))}" for f in near]
-    guesses = [{ours: _guess(ours, columns) for ours in sorted(f.required - known)} for f in allowed]
+    guesses = [{ours: _guess(ours, columns) for ours in sorted(f.required - known)} for f in asked]
     guesses = [found for found in guesses if all(found.values())] or [{min(near[0].required - known): "THEIR_COLUMN"}]
     line = " ".join(f"{key}.columns.{ours}={theirs}" for ours, theirs in min(guesses, key=len).items())
     why = f"no known {'row' if kind is None else kind} format has the columns {', '.join(sorted(columns)) or '(none)'}"
@@ -161,7 +164,7 @@ def _guess(ours: str, columns: Collection[str]) -> str:
     return next((names[usual] for usual in _USUAL.get(ours, "").split() if usual in names), "")
 
 
-def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
+def rename(record: Record, columns: Mapping[str, str], kind: str | None = None) -> dict[str, Any]:
     """The record under our field names: mapped columns first, then aliases; what was mapped away is gone.
 
     A field that is mapped to no name ('') is missing; one that is null gives way to its other names.
@@ -169,7 +172,7 @@ def rename(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     taken = set(columns.values())
     fields = {name: value for name, value in record.items() if name not in taken and columns.get(name) != ""}
     fields.update({ours: record.get(theirs) for ours, theirs in columns.items() if theirs})
-    for theirs, ours in aliases([name for name, value in fields.items() if value is not None]).items():
+    for theirs, ours in aliases([name for name, value in fields.items() if value is not None], kind).items():
         fields[ours] = fields.pop(theirs)
     return fields
 
@@ -180,8 +183,8 @@ REPLIES = frozenset(
 """Columns that hold what an assistant said."""
 
 
-def aliases(columns: Collection[str]) -> dict[str, str]:
-    """Those of these columns that have another of our names: that name."""
+def aliases(columns: Collection[str], kind: str | None = None) -> dict[str, str]:
+    """Those of these columns that have another of our names: that name. `kind`: that of the rows, if it is said."""
     found: dict[str, str] = {}
     known = set(columns)
     for theirs, ours, beside in ALIASES:
@@ -189,7 +192,10 @@ def aliases(columns: Collection[str]) -> dict[str, str]:
         if theirs in known and not taken and (not beside or not known.isdisjoint(beside)):
             found[theirs] = ours
             known = known - {theirs} | {ours}
-    if known >= {"prompt", "answer"} and known.isdisjoint(REPLIES):  # beside a reply it is what a checker compares with
+    alone = kind == Kind.PROMPT.value
+    if (
+        known >= {"prompt", "answer"} and known.isdisjoint(REPLIES) and not alone
+    ):  # beside a reply it is what a checker compares with
         found["answer"] = "completion"
     return found
 
@@ -269,6 +275,19 @@ def _conversation(column: str, record: Record) -> tuple[Turns, Turns]:
 def _demonstration(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     prompt, reply = dialogue(record)
     return prompt, (Completion(reply),)
+
+
+def _shown_conversation(column: str, record: Record, score_range: Range) -> Parsed:
+    """A demonstration, or a prompt alone: what ends before a reply, and marks none to be learned."""
+    turns = read_conversation(record.get(column), column)
+    if turns[-1].role != "assistant" and all(turn.learned is None for turn in turns):
+        return read_prompt(record.get(column), column), ()
+    prompt, reply = split_conversation(turns, column)
+    return prompt, (Completion(reply),)
+
+
+def _prompt_alone(column: str, record: Record, score_range: Range) -> Parsed:
+    return read_instruction(record) if column == "instruction" else read_prompt(record.get(column), column), ()
 
 
 def refuse_unlearned(record: Record) -> None:
@@ -443,7 +462,13 @@ def _formats() -> Iterator[Format]:
         for dialogue, (read, columns, also) in _DIALOGUES.items():
             name = kind.value if dialogue == _PLAIN else f"{dialogue}, {kind.value}"
             name = dialogue if kind is Kind.DEMONSTRATION else name
-            yield form(name, kind, partial(parse, read), f"{columns} {grades}", f"{also} {more}")
+            how = partial(parse, read)
+            if kind is Kind.DEMONSTRATION and dialogue in ("messages", "sharegpt"):
+                how = partial(_shown_conversation, columns)
+            yield form(name, kind, how, f"{columns} {grades}", f"{also} {more}")
+    for column in ("prompt", "question", "instruction"):
+        more = "input context" if column == "instruction" else ""
+        yield form(f"{column} alone", Kind.PROMPT, partial(_prompt_alone, column), column, more)
     for column, more in _PAIRS.items():
         name = "preference" if column == "prompt" else f"preference, {column}"
         parse_pair = partial(_preference, column)

@@ -84,6 +84,10 @@ class RowSampler:
                 (heappush if len(heap) < count else heapreplace)(heap, (item.length, -order, item))
         return [item for _, _, item in sorted(heap, key=lambda one: one[:2], reverse=True)]
 
+    def is_usable(self, draw: RowIndex) -> bool:
+        """Whether the objective can use the row, though it may take nothing of it."""
+        return self._view(self.sources[draw.source].rows[draw.index], draw.visit) is not None
+
     def mismatched(self, items: Sequence[Example]) -> list[Example]:
         """The completions of a step under other rows' prompts (for `Objective.baseline_terms`)."""
         others = mismatched(items, self.max_length)

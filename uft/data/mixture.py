@@ -140,7 +140,7 @@ def mixture_weights(portions: Sequence[Portion], ratio: float | None = None) -> 
     demonstrations = sum(value for value, p in zip(raw, portions, strict=True) if p.demonstration)
     sides = {True: demonstrations, False: total - demonstrations}
     asked = {True: ratio, False: 1 - ratio}
-    names = {True: "demonstrations", False: "rows with feedback (pairs, labels, scores)"}
+    names = {True: "demonstrations", False: "rows with feedback (pairs, labels, scores), or prompts alone"}
     lacking = [names[side] for side in (True, False) if asked[side] > 0 and sides[side] == 0]
     if lacking:
         found = ", ".join(f"{p.name}: {'demonstrations' if p.demonstration else 'feedback'}" for p in portions)

@@ -28,10 +28,10 @@ class Note(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """One prompt with one completion, ready for the model."""
+    """One prompt with one completion, ready for the model; of a row without any the prompt alone."""
 
     ids: np.ndarray  # (L,) int32
-    supervised: np.ndarray  # (L,) bool; the last is True
+    supervised: np.ndarray  # (L,) bool; the last is True, of a prompt alone none
     prompt_length: int  # tokens before the first supervised one
     notes: tuple[Note, ...] = ()  # not kept in a cache
 
@@ -102,6 +102,9 @@ class Plain:
                 supervised += [number in learned] * len(piece)
             encoded.append(finish(np.asarray(ids, np.int32), np.asarray(supervised, bool)))
         return encoded
+
+    def encode_prompts(self, prompts: Sequence[Turns], names: Sequence[str]) -> list[Tokens]:
+        return self.encode_many([(prompt, ()) for prompt in prompts], names)
 
     def prompt_ids(self, prompt: Turns) -> list[int]:
         refuse_fields(prompt, "prompt")

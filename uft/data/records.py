@@ -141,13 +141,15 @@ def turns_column(turns: Sequence[Message], role: str) -> str | list[dict[str, An
 
 def to_records(row: Row) -> list[dict[str, Any]]:
     """The records (lines) of one row: one, or one per scored completion."""
-    replies = [turns_column(c.turns, "assistant") for c in row.completions]
-    first, kind = row.completions[0], row.kind
-    columns: dict[str, Any] = {"completion": replies[0]}
-    if kind is Kind.BINARY:
-        columns["label"] = first.label
+    replies, kind = [turns_column(c.turns, "assistant") for c in row.completions], row.kind
+    start = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
+    columns: dict[str, Any] = {"completion": replies[0]} if replies else {}
+    if kind is Kind.PROMPT:  # as messages: beside a prompt an answer would be read as its reply
+        start = {"row": row.id, "messages": turns_column(row.prompt, "")}
+    elif kind is Kind.BINARY:
+        columns["label"] = row.completions[0].label
     elif kind is Kind.PREFERENCE:
-        assert first.preferred, "a pair is (chosen, rejected)"
+        assert row.completions[0].preferred, "a pair is (chosen, rejected)"
         columns = {"chosen": replies[0], "rejected": replies[1]}
     elif kind is Kind.NEGATIVES:
         sampled = row.completions[1:]
@@ -157,7 +159,6 @@ def to_records(row: Row) -> list[dict[str, Any]]:
     lines: list[tuple[dict[str, Any], Sequence[Completion]]] = [(columns, row.completions)]
     if kind is Kind.SCORED:
         lines = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
-    start = {"row": row.id, "prompt": turns_column(row.prompt, "user")}
     end = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
     return [
         {**start, **columns, **_annotation_columns(completions), **end, **row.facts} for columns, completions in lines

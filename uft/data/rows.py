@@ -1,4 +1,4 @@
-"""Row: one prompt, one or more completions, and whatever feedback they carry.
+"""Row: one prompt, its completions, and whatever feedback they carry.
 
 One frozen record serves every kind of feedback; its kind is derived from what the completions carry, never stored.
 """
@@ -31,6 +31,11 @@ class Kind(Enum):
     SCORED = "scored"  # completions with scores in [0, 1]
     NEGATIVES = "negatives"  # a demonstration and completions that some model sampled
     ROLLOUT = "rollout"  # completions that the policy sampled, each with its score, maybe beside a demonstration
+    PROMPT = "prompt"  # no completion: the policy samples them while it trains
+
+
+ANSWERED = tuple(kind for kind in Kind if kind is not Kind.PROMPT)
+"""Kinds of which there is something to learn; views of objectives are of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,7 @@ class Row:
     source: str
     index: int  # 0-based among the rows of the source
     prompt: Turns
-    completions: tuple[Completion, ...]
+    completions: tuple[Completion, ...]  # none of a prompt alone
     answer: str | None = None  # the gold answer that a checker compares with
     task: str | None = None  # the family of the prompt, for reports
     facts: Mapping[str, Any] = field(default_factory=dict)  # other columns that its checker reads, as JSON
@@ -87,6 +92,8 @@ class Row:
     @property
     def kind(self) -> Kind:
         """The kind that the feedback of the completions makes it."""
+        if not self.completions:
+            return Kind.PROMPT
         sampled = [c for c in self.completions if c.sampled_by is not None]
         if sampled:
             return Kind.NEGATIVES if any(c.score is None for c in sampled) else Kind.ROLLOUT
@@ -224,8 +231,14 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
 
     `sampling`: the settings that `uft generate` wrote beside the row's negatives.
     """
+    said = (*row.prompt, *(turn for one in row.completions for turn in one.turns))
+    found = ["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else []
+    if _HEADER.search(row.prompt[-1].content):
+        found.append("rendered_prompts")
+    if not row.completions:
+        return found
     first, last = row.completions[0], row.completions[-1]
-    found = [FLAT] if last.log_prob is not None and _flat(sampling) else []
+    found += [FLAT] if last.log_prob is not None and _flat(sampling) else []
     if first.preferred is not None:
         scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
         found += ["equal_pairs"] if first.turns == last.turns else []
@@ -233,7 +246,4 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
     asked = row.prompt[-1].content.strip()
     if len(asked) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(asked) for c in row.completions):
         found.append("repeated_prompts")
-    if _HEADER.search(row.prompt[-1].content):
-        found.append("rendered_prompts")
-    said = (*row.prompt, *(turn for one in row.completions for turn in one.turns))
-    return [*found, *(["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else [])]
+    return found

@@ -238,7 +238,7 @@ def _parse_table(
         try:
             if form is None or isinstance(record, str):
                 raise Unreadable(str(record))
-            fields = formats.rename(record, source.columns)
+            fields = formats.rename(record, source.columns, source.kind)
             fields = formats.from_text(fields) if records.textual else fields
             row = form.read(fields, score_range)
         except Unreadable as error:
@@ -279,7 +279,7 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
     }
     if missing:
         raise UftError(*(Problem(f"data.sources.{name}.columns.{what}", why, advice=a) for what, a in missing.items()))
-    told = formats.rename(table.told, source.columns)
+    told = formats.rename(table.told, source.columns, source.kind)
     if source.facts and not any(map(told.get, source.facts)):
         why = f"reads {', '.join(source.facts)}, and the data has no such column"
         key = f"data.sources.{name}"
@@ -290,7 +290,8 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
         )
         raise UftError(Problem(f"{key}.checker={source.checker}", why, advice=advice))
     told = {column: count for column, count in told.items() if column not in source.facts}
-    usual = formats.rename({c: c for c, count in table.columns.items() if 2 * count >= table.count}, source.columns)
+    common = {c: c for c, count in table.columns.items() if 2 * count >= table.count}
+    usual = formats.rename(common, source.columns, source.kind)
     columns = {column for column in usual if told.get(column) or column not in FEEDBACK}
     mapped = [ours for ours, theirs in source.columns.items() if theirs and ours not in source.facts]
     form = formats.recognise(columns, source.kind, mapped, name)

@@ -424,7 +424,7 @@ class RowCollector:
 
     def add(self, record: Row) -> None:
         """The next record, as a row by itself."""
-        if record.completions[0].score is not None:
+        if record.completions and record.completions[0].score is not None:
             said = [[turn.role, turn.content, turn.extra] for turn in record.prompt]
             prompt = json.dumps([said, record.answer, record.task, *([record.facts] if record.facts else [])])
             self._scored.append(self._count)

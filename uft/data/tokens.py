@@ -51,7 +51,8 @@ class LengthReport:
 
 @dataclass(frozen=True)
 class TokenizedSource:
-    """A source's rows with their tokens: `encoded[i]` holds one :class:`Tokens` per completion of `rows[i]`."""
+    """A source's rows with their tokens: `encoded[i]` holds one :class:`Tokens` per completion of `rows[i]`, or that of
+    its prompt alone."""
 
     source: str
     rows: Sequence[Row]
@@ -144,6 +145,7 @@ def _encode(
     for chunk in _chunks(rows):
         beat()
         encoded = _encode_chunk(chunk, renderer)
+        marked = marked or not all(row.completions for row in chunk)
         marked = marked or any(turn.learned for row in chunk for one in row.completions for turn in one.turns)
         fitted = [POLICIES[too_long](row, max_length) for row in encoded]
         for row, tokens in zip(chunk, encoded, strict=True):
@@ -196,7 +198,7 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
     conversations = 0
     for row in rows:
         chunk.append(row)
-        conversations += len(row.completions)
+        conversations += len(row.completions) or 1
         if conversations >= CHUNK:
             yield chunk
             chunk, conversations = [], 0
@@ -208,8 +210,10 @@ def _encode_chunk(rows: Sequence[Row], renderer: Renderer) -> list[tuple[Tokens,
     """All at once through the tokenizer, which is fastest so."""
     conversations = [(row.prompt, completion.turns) for row in rows for completion in row.completions]
     names = [row.id for row in rows for _ in row.completions]
-    following = iter(renderer.encode_many(conversations, names))
-    return [tuple(islice(following, len(row.completions))) for row in rows]
+    following = iter(renderer.encode_many(conversations, names) if names else ())
+    alone = [row for row in rows if not row.completions]
+    prompts = iter(renderer.encode_prompts([row.prompt for row in alone], [row.id for row in alone]) if alone else ())
+    return [tuple(islice(following, len(row.completions))) or (next(prompts),) for row in rows]
 
 
 # --- Tokens as an Arrow table, one row per completion.
@@ -306,7 +310,7 @@ class EncodedRows(Sequence[tuple[Tokens, ...]]):
 
 def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | None:
     """The reason to refuse a row: a mask that makes no sense, or supervised text that the template changes."""
-    if why := _mask_fault(tokens, renderer):
+    if why := _mask_fault(tokens, renderer) if row.completions else None:
         return Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template")
     lost = next((note for one in tokens for note in one.notes if note.lost), None)
     if lost is None or renderer.lost_text == "keep":
@@ -349,7 +353,8 @@ def _drop(row: tuple[Tokens, ...], max_length: int) -> Fitted:
 
 
 def _truncate(row: tuple[Tokens, ...], max_length: int) -> Fitted:
-    """Each completion's first `max_length` tokens, ending at a supervised one; None where one has none left."""
+    """Each completion's first `max_length` tokens, ending at a supervised one; None where one has none left. A prompt
+    alone is never cut."""
     cut = tuple(
         one if one.length <= max_length else finish(one.ids[:max_length], one.supervised[:max_length]) for one in row
     )
@@ -371,7 +376,7 @@ def _policy_counts(before: Sequence[tuple[Tokens, ...]], after: Sequence[Fitted]
     )
     return {
         "rows": len(kept),
-        "completions": sum(map(len, kept)),
+        "completions": sum(bool(one.supervised.any()) for row in kept for one in row),
         "tokens": sum(map(_token_count, kept)),
         "supervised": supervised,
         "touched": sum(

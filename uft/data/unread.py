@@ -184,10 +184,11 @@ def unread_meaning(
     advice = ["leave it unread:  " + " ".join(f"{key}.columns.{name}=''" for name in lacking)]
     if not set(lacking) <= set(CONTEXT):
         pass  # a second prompt
-    elif form.required >= {"prompt", "completion"} or form.required >= {"prompt", "chosen"}:
+    elif "prompt" in form.required:
         advice.insert(0, f"read it with the prompt:  {key}.columns.instruction={_original('prompt', mapped, theirs)}")
-    elif form.required >= {"question", "answer"}:
-        asked = f"{key}.columns.instruction=question {key}.columns.completion=answer"
+    elif "question" in form.required:
+        asked = f"{key}.columns.instruction=question"
+        asked += f" {key}.columns.completion=answer" if "answer" in form.required else ""
         advice.insert(0, f"read it with the prompt:  {asked}")
     where = "prompt" if set(lacking) <= set(CONTEXT) else "conversation"
     return Problem(key, f"{_counted(lacking, found.lacking)} holds text that the {where} lacks", advice=tuple(advice))

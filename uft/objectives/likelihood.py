@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import softplus
 
 from uft.data.batch import Batch
-from uft.data.rows import BASELINE, Kind, View
+from uft.data.rows import ANSWERED, BASELINE, Kind, View
 from uft.objectives import terms, views
 from uft.objectives.base import PLAIN, Forward, ForwardRequest, Loss, Needs, Objective, StepContext, key
 
@@ -68,7 +68,7 @@ class WeightedNLL(Objective):
     def views(self) -> Mapping[Kind, View]:
         if self.weight != "score":
             return views.likelihood(self.min_score)
-        return {**dict.fromkeys(Kind, views.pointwise), Kind.ROLLOUT: views.of_own(views.pointwise)}
+        return {**dict.fromkeys(ANSWERED, views.pointwise), Kind.ROLLOUT: views.of_own(views.pointwise)}
 
     @property
     def length_convention(self) -> str:
@@ -252,7 +252,7 @@ class Distill(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        return dict.fromkeys(Kind, partial(views.positives, min_score=self.min_score))
+        return dict.fromkeys(ANSWERED, partial(views.positives, min_score=self.min_score))
 
     @property
     def length_convention(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind, View
+from uft.data.rows import ANSWERED, Kind, View
 from uft.objectives import terms
 from uft.objectives.base import (
     PLAIN,
@@ -53,7 +53,7 @@ class PerKind(Objective):
     @cached_property
     def parts(self) -> dict[Kind, Objective]:
         """The objective of every kind that has one; what state they carry is kept in ours."""
-        given = {kind: getattr(self, kind.value) for kind in Kind}
+        given = {kind: getattr(self, kind.value) for kind in ANSWERED}
         return {k: replace(o, state=_Below(self.state, f"{k.value}.")) for k, o in given.items() if o is not None}
 
     @property
@@ -85,7 +85,7 @@ class PerKind(Objective):
         return "; ".join(f"{kind.value}: {part.length_convention}" for kind, part in self.parts.items())
 
     def problems(self) -> list[tuple[str, str]]:
-        kinds = [kind.value for kind in Kind]
+        kinds = [kind.value for kind in ANSWERED]
         found = [
             ("weights", f"{n} is no kind of row; kinds: {', '.join(kinds)}") for n in self.weights if n not in kinds
         ]

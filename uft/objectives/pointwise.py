@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import softplus
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind, Role, View
+from uft.data.rows import ANSWERED, Kind, Role, View
 from uft.objectives import terms, views
 from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, Term, key
 
@@ -67,7 +67,7 @@ class UFT(Objective):
         scored: View = partial(views.pointwise, demonstration_score=self.demonstration_score)
         pairs: dict[str, View] = {"pairwise": views.against_each, "scores": scored}
         taken = {Kind.PREFERENCE: pairs[self.pairs], Kind.ROLLOUT: views.of_own(views.pointwise)}
-        return {**dict.fromkeys(Kind, scored), **taken}
+        return {**dict.fromkeys(ANSWERED, scored), **taken}
 
     @property
     def length_convention(self) -> str:
@@ -159,7 +159,7 @@ class KTO(Objective):
     @property
     def views(self) -> Mapping[Kind, View]:
         judged: View = partial(views.judged, min_score=self.min_score)
-        return {**dict.fromkeys(Kind, judged), Kind.ROLLOUT: views.of_own(judged)}
+        return {**dict.fromkeys(ANSWERED, judged), Kind.ROLLOUT: views.of_own(judged)}
 
     @property
     def length_convention(self) -> str:

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 from uft.data.batch import Batch
-from uft.data.rows import Kind, Role, Row, Selected, Selection, View
+from uft.data.rows import ANSWERED, Kind, Role, Row, Selected, Selection, View
 from uft.objectives import terms, views
 from uft.objectives.base import Forward, ForwardRequest, Loss, Needs, Objective, StepContext, key
 
@@ -143,7 +143,7 @@ class PolicyGradient(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        taken: dict[Kind, View] = dict.fromkeys(Kind, views.positives) if self.shown != "none" else {}
+        taken: dict[Kind, View] = dict.fromkeys(ANSWERED, views.positives) if self.shown != "none" else {}
         return {**taken, Kind.ROLLOUT: partial(selected, shown=self.shown, gate=self.gate)}
 
     @property
@@ -324,7 +324,7 @@ class SRFT(Objective):
 
     @property
     def views(self) -> Mapping[Kind, View]:
-        return {**dict.fromkeys(Kind, views.positives), Kind.ROLLOUT: partial(selected, shown="group", gate=0)}
+        return {**dict.fromkeys(ANSWERED, views.positives), Kind.ROLLOUT: partial(selected, shown="group", gate=0)}
 
     @property
     def length_convention(self) -> str:

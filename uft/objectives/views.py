@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
-from uft.data.rows import Completion, Kind, Message, Role, Row, Selected, Selection, View
+from uft.data.rows import ANSWERED, Completion, Kind, Message, Role, Row, Selected, Selection, View
 from uft.objectives.base import Objective
 
 GOOD_ENOUGH = 0.5
@@ -32,9 +32,9 @@ def reward(completion: Completion) -> float:
 
 
 def good_completion(row: Row) -> Completion | None:
-    """The best completion by its feedback, the first of equals; None where even that is not good."""
-    best = max(row.completions, key=reward)
-    return best if reward(best) >= GOOD_ENOUGH else None
+    """The best completion by its feedback, the first of equals; None where even that is not good, or none is there."""
+    best = max(row.completions, key=reward, default=None)
+    return best if best is not None and reward(best) >= GOOD_ENOUGH else None
 
 
 def positives(row: Row, visit: int, *, min_score: float = GOOD_ENOUGH) -> Selection:
@@ -117,7 +117,7 @@ def best(row: Row, visit: int) -> Selection:
 
 def likelihood(min_score: float) -> dict[Kind, View]:
     """The good completions of every kind of row, of rollouts the best of n."""
-    return {**dict.fromkeys(Kind, partial(positives, min_score=min_score)), Kind.ROLLOUT: of_own(best)}
+    return {**dict.fromkeys(ANSWERED, partial(positives, min_score=min_score)), Kind.ROLLOUT: of_own(best)}
 
 
 def advantaged(row: Row, visit: int) -> Selection:
@@ -140,10 +140,10 @@ def kind_table(objectives: Mapping[str, Objective]) -> list[list[str]]:
 
     A cell is a list of phrases such as "chosen positive" or "2 of 4 sampled negative", `stops` or `nothing`.
     """
-    lines = [["objective", *(kind.value for kind in Kind)]]
+    lines = [["objective", *(kind.value for kind in SAMPLES)]]
     for name, objective in objectives.items():
         cells = []
-        for kind in Kind:
+        for kind in SAMPLES:
             phrases: list[str] = []
             for row, names in SAMPLES[kind]:
                 view = objective.views.get(kind)

@@ -1,9 +1,10 @@
 """The child process that parses what models wrote, seen from the training process: one for each process that judges.
 
 Jobs go in as lines of JSON and verdicts come out as lines of JSON, in the same order (:mod:`uft.rewards.child`). The
-child is started when it is first needed, ends when its input does, and is replaced when it dies: the answer that it
-died of gets the reason, the others of the batch go to the next one. Only data crosses: whatever takes over the child
-could at most write numbers from 0 to 1.
+child is started when it is first needed, ends when its input does, and is replaced when it dies. The answer that it
+died of gets the reason, the others of the batch go to the next one; where somebody else killed it (the system, short of
+memory), the answer goes there too, once. Only data crosses: whatever takes over the child could at most write numbers
+from 0 to 1.
 """
 
 from __future__ import annotations
@@ -101,6 +102,12 @@ class Child:
             if pipe is not None:
                 pipe.close()
 
+    def was_killed(self) -> bool:
+        """Whether somebody else killed the child, whose output ended: an answer may be judged again."""
+        with suppress(subprocess.TimeoutExpired):  # its output ends a moment before it does
+            self.process.wait(1.0)
+        return self.process.returncode == -signal.SIGKILL
+
     def cause(self) -> str:
         """Why an ended child ended, in words."""
         code = self.process.returncode
@@ -130,7 +137,7 @@ def judge_apart(jobs: Sequence[tuple[Checker, Row, str]]) -> list[Verdict]:
             verdicts[number] = checker.failed(f"is longer than {LONGEST:,} characters")
         else:
             lines[number] = _job(checker, row, reply)
-    waiting = list(lines)
+    waiting, tried = list(lines), set[int]()  # numbers; those whose child was killed
     with _lock:
         while waiting:
             if _child is None or _child.owner != os.getpid():
@@ -146,11 +153,14 @@ def judge_apart(jobs: Sequence[tuple[Checker, Row, str]]) -> list[Verdict]:
                 checker, line = jobs[number][0], _child.read_line()
                 verdict = None if line is None else _verdict(checker, line)
                 if verdict is None:
+                    again = line is None and number not in tried and _child.was_killed()
                     _child.close()
-                    verdict, _child = checker.failed(_child.cause()), None
-                verdicts[number] = verdict
-                if _child is None:
+                    if not again:
+                        verdicts[number] = checker.failed(_child.cause())
+                    tried.add(number)
+                    _child = None
                     break
+                verdicts[number] = verdict
             waiting = [number for number in waiting if number not in verdicts]
     return [verdicts[number] for number in range(len(jobs))]
 

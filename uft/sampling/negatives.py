@@ -10,6 +10,9 @@ A line: `row` (id of the row it was made from), `prompt`, `response` (the row's 
 with), `sampled_by`, `sampling` (the settings), and `answer` and `task` where the row has them. A sample that was cut at
 `max_new_tokens` is left out: it would be trained with an end token that it never said.
 
+Prompts that have no reply at all get theirs: where no row has a completion, a line is `row`, `prompt`, `response` (a
+sample) and the rest, one for every sample, and reads back as a demonstration.
+
 Two settings are for methods that learn from a model's own samples in pairs. `repeats: drop` leaves out samples with the
 tokens of the row's own completion, from which a pair learns nothing; DFT wants them as they come. `score: true` writes
 `score`, that of each sample by the source's checker and `rollout.reward`, and no `response`: a row of scored samples.
@@ -77,25 +80,26 @@ def generate_rows(
     not an earlier part of this very job.
     """
     rows = [row for source in sources for row in source.rows[: settings.limit]]
-    usable = [row for row in rows if score or good_completion(row) is not None]
+    replies = are_prompts(rows) and not score
+    usable = [row for row in rows if score or replies or good_completion(row) is not None]
     sampling = {name: getattr(settings, name) for name in SAMPLED_UNDER}
     sampling |= {"seeds": list(settings.seeds), "template": renderer.digest}
     sampling["log_probs"] = "as sampled"  # earlier versions wrote those at temperature 1 without filters
     sampling |= {"repeats": "drop"} if settings.repeats == "drop" else {}
-    sampling |= {"score": True} if score else {}
+    sampling |= {"score": True} if score else {"replies": True} if replies else {}
     recipe, group = {"sampled_by": sampled_by, "sampling": sampling}, ranks()
     lines = group.on_rank0(lambda: _earlier_lines(out, usable, recipe))
-    resumed = handled = len(lines)
     done = {line["row"] for line in lines}
+    resumed = handled = len(done)
     if group.is_rank0:
         _append(out, [])
 
-    def sample(share: Sequence[Row]) -> list[Line]:
+    def sample(share: Sequence[Row]) -> list[list[Line]]:
         return _sample(policy, renderer, share, settings, recipe, score, should_stop)
 
     for batch in _batches(usable, done, group.size * settings.batch_size):
         sampled = group.map_shards(batch, sample)
-        kept = [line for line in sampled if line["negatives"] and line["row"] not in done]
+        kept = [line for of_row in sampled for line in of_row if line["row"] not in done]
         if group.is_rank0:
             _append(out, kept)
         lines += kept
@@ -113,11 +117,17 @@ def summary_of(out: Path, sources: Sequence[LoadedSource], settings: Generate) -
 
 
 def _summary(out: Path, rows: Sequence[Row], lines: Sequence[Line], settings: Generate, resumed: int) -> Summary:
-    without_good = 0 if settings.score else sum(good_completion(row) is None for row in rows)
-    count = sum(len(line["negatives"]) for line in lines)
+    unneeded = settings.score or are_prompts(rows)
+    without_good = 0 if unneeded else sum(good_completion(row) is None for row in rows)
+    count = sum(len(line.get("negatives", "1")) for line in lines)
     left_out = len(settings.seeds) * (len(rows) - without_good) - count
-    repeats = sum(negative == line.get("response") for line in lines for negative in line["negatives"])
-    return Summary(out, len(lines), count, left_out, repeats, resumed, without_good)
+    repeats = sum(negative == line.get("response") for line in lines for negative in line.get("negatives", ()))
+    return Summary(out, len({line["row"] for line in lines}), count, left_out, repeats, resumed, without_good)
+
+
+def are_prompts(rows: Sequence[Row]) -> bool:
+    """Whether no row has any completion, so that samples become the replies."""
+    return not any(row.completions for row in rows)
 
 
 def _batches(rows: Sequence[Row], done: Set[str], size: int) -> Iterator[Sequence[Row]]:
@@ -156,8 +166,8 @@ def _sample(
     recipe: Mapping[str, Any],
     score: Score | None,
     should_stop: Callable[[], bool],
-) -> list[Line]:
-    """A line for each row of one batch, every seed; what is not to be written is already left out."""
+) -> list[list[Line]]:
+    """The lines of each row of one batch, every seed; what is not to be written is already left out."""
     prompts = [renderer.start_ids(row, settings.system) for row in rows]
     sampled = complete_for_seeds(policy, renderer, prompts, settings, list(map(number_of, rows)), should_stop)
     lines = []
@@ -166,17 +176,17 @@ def _sample(
         kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text and reply.stopped]
         if settings.repeats == "drop":
             kept = [(text, reply) for text, reply in kept if not _repeats(row, text, renderer)]
-        line = {
-            **_own_fields(row, shown=score is None),
-            "negatives": [text for text, _ in kept],
-            "negative_log_probs": [round(reply.log_prob, 4) for _, reply in kept],
-            **({} if score is None else {"score": [score(row, text) for text, _ in kept]}),
-            **({} if row.answer is None else {"answer": row.answer}),
-            **({} if row.task is None else {"task": row.task}),
-            **row.facts,
-            **recipe,
-        }
-        lines.append(line)
+        samples: list[Line] = [{"response": text} for text, _ in kept]
+        if "replies" not in recipe["sampling"]:
+            all_of_them = {
+                "negatives": [text for text, _ in kept],
+                "negative_log_probs": [round(reply.log_prob, 4) for _, reply in kept],
+                **({} if score is None else {"score": [score(row, text) for text, _ in kept]}),
+            }
+            samples = [all_of_them] if kept else []
+        more = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
+        own = _own_fields(row, shown=score is None and bool(row.completions))
+        lines.append([{**own, **one, **more, **row.facts, **recipe} for one in samples])
     return lines
 
 
@@ -220,15 +230,20 @@ def _earlier_lines(out: Path, rows: Sequence[Row], recipe: Mapping[str, Any]) ->
             line = json.loads(raw)
         except ValueError:  # broken JSON, or not UTF-8
             raise _foreign(out, number) from None
-        if not isinstance(line, dict) or not {"row", "prompt", "negatives", "sampling"} <= line.keys():
+        columns = {"row", "prompt", "sampling", "response" if "replies" in recipe["sampling"] else "negatives"}
+        if not isinstance(line, dict) or not columns <= line.keys():
             raise _foreign(out, number)
         lines.append(line)
     if torn and torn[: len(START)] != START[: len(torn)]:
         raise _foreign(out, len(lines) + 1)
     if problems := _differences(out, lines, rows, recipe):
         raise UftError(*problems, footer="Write to another file:  generate.out=FILE   or remove this one.")
-    if torn:
-        os.truncate(out, len(content) - len(torn))
+    if "replies" in recipe["sampling"] and len(recipe["sampling"]["seeds"]) > 1:
+        last = lines[-1]["row"] if lines else None  # of which samples may be missing: it is sampled again
+        lines = [line for line in lines if line["row"] != last]
+    whole = sum(len(raw) + 1 for raw in raws[: len(lines)])
+    if whole < len(content):
+        os.truncate(out, whole)
     return lines
 
 
@@ -257,7 +272,8 @@ def _differences(out: Path, lines: Sequence[Line], rows: Sequence[Row], recipe: 
     by_id = {row.id: row for row in rows}
     for number, line in enumerate(lines, 1):
         row = by_id.get(line["row"])
-        if row is not None and not _own_fields(row, shown="score" not in line).items() <= line.items():
+        shown = "score" not in line and "replies" not in line["sampling"]
+        if row is not None and not _own_fields(row, shown).items() <= line.items():
             why = f"row {line['row']} is another one in the data now"
             found.append(Problem(str(out), why, f"{out.name}:{number}"))
             break

@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,15 +27,17 @@ from uft.data.chat import Renderer, Tokens
 from uft.data.loader import RowSampler
 from uft.data.mixture import RowIndex
 from uft.data.rows import Completion, Kind, Message, Row, Selected, Selection, View
+from uft.data.table import kinds
 from uft.data.tokens import TokenizedSource
 from uft.distributed import ranks
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy, evaluating
 from uft.objectives.policy_gradient import SPREAD
-from uft.objectives.views import GOOD_ENOUGH, demonstrations, reward
+from uft.objectives.views import GOOD_ENOUGH, demonstrations
 from uft.rewards import Spec, judge, make, parts
-from uft.sampling.generate import Reply, Sampling, complete, uniforms
+from uft.sampling.engines import Engine
+from uft.sampling.generate import Reply, uniforms
 
 log = logging.getLogger(__name__)
 Figures = Mapping[str, float]
@@ -82,6 +84,7 @@ class RolloutSampler:
         sampler: RowSampler,
         settings: Rollout,
         *,
+        engine: Engine,
         policy: Policy,
         renderer: Renderer,
         views: Mapping[Kind, View],
@@ -92,15 +95,19 @@ class RolloutSampler:
         total_rows: int,
         tokens_per_pass: int,
         keeps_old: bool,
-        should_stop: Callable[[], bool],
     ) -> None:
         """`views` are the objective's own; `sampled`: the sources that are sampled, with their checkers; `keeps_old`:
         whether updates after the first of a rollout need the log-probs that its tokens had."""
-        self.sampler, self.settings, self.policy, self.renderer = sampler, settings, policy, renderer
+        self.sampler, self.settings, self.engine, self.policy, self.renderer = (
+            sampler,
+            settings,
+            engine,
+            policy,
+            renderer,
+        )
         self.views, self.sampled, self.seed, self.pad_id = views, sampled, seed, pad_id
         self.batch_size, self.total_rows, self.tokens_per_pass = batch_size, total_rows, tokens_per_pass
         self.keeps_old = keeps_old and (settings.prompts or batch_size) > batch_size
-        self.should_stop = should_stop
         self.prompts = settings.prompts or batch_size
         self.drawn = self.wanted = self.rollouts = 0  # rows drawn, rows of all steps without refills, rollouts
         self.steps: list[list[Group]] = []  # sampled and not yet trained on, by optimiser step
@@ -161,16 +168,13 @@ class RolloutSampler:
         asked = [
             (draw, hint, (first + number) * each + one)
             for number, (draw, hint) in enumerate(zip(draws, hints, strict=True))
-            for one in range(each if self._source(draw).source in self.sampled else 0)
+            for one in range(each if self._is_sampled(draw) else 0)
         ]
         replies = iter(ranks().map_shards(asked, self._complete))
         groups = []
         for draw, hint in zip(draws, hints, strict=True):
-            source = self._source(draw)
-            if source.source not in self.sampled:
-                groups.append(Group(draw))
-                continue
-            groups.append(Group(draw, hint, tuple(next(replies) for _ in range(each))))
+            own = tuple(next(replies) for _ in range(each)) if self._is_sampled(draw) else ()
+            groups.append(Group(draw, hint, own) if own else Group(draw))
         return self._judged(groups)
 
     def _judged(self, groups: Sequence[Group]) -> list[Group]:
@@ -196,18 +200,8 @@ class RolloutSampler:
         return found
 
     def _complete(self, asked: Sequence[tuple[RowIndex, int, int]]) -> list[Reply]:
-        settings = self.settings
-        return complete(
-            self.policy,
-            [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in asked)],
-            Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens),
-            seed=self.seed,
-            stop_ids=self.renderer.stop_ids,
-            pad_id=self.pad_id,
-            batch_size=settings.batch_size,
-            should_stop=self.should_stop,
-            numbers=[number for _, _, number in asked],
-        )
+        prompts = [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in asked)]
+        return self.engine.complete(prompts, [number for _, _, number in asked]) if prompts else []
 
     def _text(self, ids: list[int]) -> str:
         return str(self.renderer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
@@ -239,13 +233,16 @@ class RolloutSampler:
 
     # --- rows and examples
 
+    def _is_sampled(self, draw: RowIndex) -> bool:
+        """Whether its source is sampled, and the objective can use what the row becomes."""
+        return self._source(draw).source in self.sampled and self.sampler.is_usable(draw)
+
     def _source(self, draw: RowIndex) -> TokenizedSource:
         return self.sampler.sources[draw.source]
 
     def _prompt(self, draw: RowIndex, hint: int) -> tuple[list[int], list[int]]:
         """Token ids of a row's prompt, as they are trained, and of the piece of its demonstration that follows it."""
-        source = self._source(draw)
-        tokens = source.encoded[draw.index][shown_places(source.rows[draw.index])[0]]
+        tokens = shown_tokens(self._source(draw), draw.index)
         end = tokens.prompt_length
         return tokens.ids[:end].tolist(), tokens.ids[end : end + hint].tolist()
 
@@ -256,8 +253,7 @@ class RolloutSampler:
         prompt, hint = self._prompt(draw, group.hint)
         beside: list[tuple[Completion, Tokens]] = []  # demonstrations, or the hint
         if shown and self.settings.hint.schedule == "none":
-            beside = [(Completion(row.completions[i].turns), encoded[i]) for i in shown_places(row)]
-            beside = beside if reward(row.completions[shown_places(row)[0]]) >= GOOD_ENOUGH else []
+            beside = [(Completion(row.completions[i].turns), encoded[i]) for i in demonstrations(row)]
         elif shown and hint:
             turn = Message("assistant", self._text(hint))
             beside = [(Completion((turn,)), _tokens(prompt, hint))]
@@ -307,7 +303,7 @@ class RolloutSampler:
         settings, source = self.settings.hint, self._source(draw)
         if settings.schedule == "none" or source.source not in self.sampled:
             return 0
-        ends = pieces(source.encoded[draw.index][shown_places(source.rows[draw.index])[0]], settings, self.renderer)
+        ends = pieces(shown_tokens(source, draw.index), settings, self.renderer)
         cuts = cut_points(len(ends), settings.chunks)
         last = max(1, round(settings.until * math.ceil(self.total_rows / self.prompts)))
         draw_of_hint = float(uniforms(self.seed, HINTS + number, 1)[0])
@@ -368,8 +364,18 @@ def _tokens(prompt: Sequence[int], ids: Sequence[int], learned: bool = True) -> 
 
 
 def shown_places(row: Row) -> list[int]:
-    """The completions that stand as demonstrations of a row that is sampled: the good ones, else its first."""
-    return demonstrations(row) or [0]
+    """The completions that stand as demonstrations of a row that is sampled: the good ones, else its first, if any."""
+    return demonstrations(row) or [*range(len(row.completions))][:1]
+
+
+def shows_hints(source: TokenizedSource, settings: Hint, renderer: Renderer) -> bool:
+    """Whether any of its demonstrations has a piece to show."""
+    return any(pieces(shown_tokens(source, index), settings, renderer) for index in range(len(source.rows)))
+
+
+def shown_tokens(source: TokenizedSource, index: int) -> Tokens:
+    """The tokens of a row's first demonstration, or of its prompt alone."""
+    return source.encoded[index][(shown_places(source.rows[index]) or [0])[0]]
 
 
 # --- Hints: how much of a demonstration is shown (UFT, arXiv 2505.16984).
@@ -417,21 +423,22 @@ def chunks_shown(settings: Hint, chunks: int, rollout: int, last: int, uniform: 
 
 def expected_views(views: Mapping[Kind, View], settings: Rollout, sampled: Mapping[str, Any]) -> dict[Kind, View]:
     """Views of the rows as they are: what `views` take of the rows that they become, a demonstration standing for each
-    own completion. Scores alternate between 1 and 0. `sampled`: sources that are sampled, with a checker or None."""
+    own completion. Scores alternate between 1 and 0. `sampled`: sources that are sampled, with a checker or None.
+    None for a prompt alone, of whose own completions `views` take nothing."""
 
     def expected(row: Row, visit: int) -> Selection | None:
         if row.source not in sampled:
             view = views.get(row.kind)
             return view(row, visit) if view else None
-        shown, turns = shown_places(row), row.completions[0].turns
+        shown, turns = shown_places(row), row.completions[0].turns if row.completions else (Message("assistant", ""),)
         scores = (float(i % 2 == 0) if sampled[row.source] is not None else None for i in range(settings.completions))
         own = [Completion(turns, sampled_by=OWN, score=score, log_prob=-1.0) for score in scores]
         made = replace(row, completions=(*(Completion(row.completions[i].turns) for i in shown), *own))
         view = views.get(made.kind)
         parts = view(made, visit) if view else None
-        if parts is None:
+        if parts is None or (not row.completions and (not parts or sampled[row.source] is None)):
             return None
-        places = [*shown, *[shown[0]] * len(own)]
+        places = [*shown, *(shown[:1] or [0]) * len(own)]
         return tuple(replace(part, completion=places[part.completion]) for part in parts)
 
     return dict.fromkeys(Kind, expected)
@@ -451,7 +458,8 @@ def refuse_unscored(
     That is: no checker, or one without the figures that the reward asks for or without a verdict on a row; prompts with
     no room for a completion; demonstrations of which no hint can be shown.
     """
-    problems = []
+    problems, hints = list[Problem](), settings.hint.schedule != "none"
+    showing = {source.source for source in sources if hints and shows_hints(source, settings.hint, renderer)}
     for source in sources:
         if source.source not in sampled or not len(source.rows):
             continue
@@ -466,10 +474,8 @@ def refuse_unscored(
         if room > max_length:
             why = f"a prompt with rollout.max_new_tokens={settings.max_new_tokens} has up to {room} tokens"
             problems.append(Problem(key, why, advice=(f"train.max_length={room}",)))
-        if settings.hint.schedule != "none" and not any(
-            pieces(encoded[shown_places(row)[0]], settings.hint, renderer)
-            for row, encoded in zip(source.rows, source.encoded, strict=True)
-        ):
+        prompts = set(kinds(source.rows)) == {Kind.PROMPT}
+        if hints and source.source not in showing and not (prompts and showing):
             why = f"no demonstration has a piece to show: {settings.hint.keep_last} of its last are kept back"
             advice = ("rollout.hint.cut=token", "rollout.hint.schedule=none")
             problems.append(Problem(key, why, advice=advice))

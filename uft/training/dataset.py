@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from uft.config.frozen import adds
-from uft.config.schema import Config, Data
+from uft.config.schema import Config, Data, Source
 from uft.config.stages import Stage, made, rows_of
 from uft.data.chat import Renderer
 from uft.data.loader import RowSampler
@@ -32,14 +32,18 @@ from uft.data.table import grouped, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
 from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
 from uft.evaluation.evaluate import HeldOut
-from uft.model.load import load_tokenizer
+from uft.model.load import load_tokenizer, pad_id
+from uft.model.policy import Policy
 from uft.objectives import make
 from uft.objectives.base import Objective
 from uft.objectives.dft import SAMPLING
 from uft.objectives.views import kind_table
 from uft.rewards import Spec, spec_of
 from uft.runs import Run, cache_root, read_json
-from uft.sampling.rollouts import expected_views, refuse_unscored
+from uft.sampling.engines import Setting, make_engine
+from uft.sampling.rollouts import RolloutSampler, expected_views, refuse_unscored
+from uft.training.liveness import Stop
+from uft.training.trainer import tokens_per_pass
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,27 @@ class StageData:
         sampler = make_sampler(config, dataset, objective, refuse=refuse)
         return cls(dataset, objective, sampler, make_horizon(config, dataset))
 
+    def rollouts(self, policy: Policy, config: Config, stop: Stop) -> RolloutSampler:
+        """What samples completions of the rows of each step, from the policy as it is then."""
+        renderer, longest = self.dataset.renderer, longest_rollout(self.dataset, config)
+        return RolloutSampler(
+            self.sampler,
+            config.rollout,
+            engine=make_engine(
+                Setting(policy, renderer, config.rollout, config.seeds.sampling, longest, stop.between_passes)
+            ),
+            policy=policy,
+            renderer=renderer,
+            views=self.objective.views,
+            sampled=sampled_sources(config, self.dataset),
+            seed=config.seeds.sampling,
+            pad_id=pad_id(renderer.tokenizer),
+            batch_size=config.train.batch_size,
+            total_rows=self.horizon.total_rows,
+            tokens_per_pass=tokens_per_pass(config),
+            keeps_old=self.objective.needs.rollouts > 0,
+        )
+
     @cached_property
     def record(self) -> dict[str, Any]:
         """`data.json`: what was asked of the data, and what all steps draw of it under the objective's own views."""
@@ -173,7 +198,7 @@ def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, re
     if refuse:
         refuse_unknown_words(dataset, config.model.path)
     if refuse and not dropping:
-        refuse_unusable(sampler, objective, config.data)
+        refuse_unusable(sampler, objective, config.data, dataset.loaded)
     else:
         sampler.views = complete_views(objective, sampler.views)
     if refuse and not sampler.takes_anything():
@@ -214,19 +239,19 @@ def refuse_unknown_words(dataset: TrainData, model: str) -> None:
 # --- Rows that an objective cannot use, for example since they lack annotations that it requires of completions.
 
 
-def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data) -> None:
+def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loaded: Sequence[LoadedSource]) -> None:
     """Raise UftError with all unusable rows, the objective's line of the table of kinds, and the commands that help."""
-    problems = [
-        Problem(
-            f"data.sources.{source}",
-            f"objective={objective.name} cannot use {unusable.rows} {kind.value} row{'s' * (unusable.rows != 1)}",
-            where=unusable.first,
-        )
-        for source, kinds in sampler.unusable().items()
-        for kind, unusable in kinds.items()
-    ]
-    footer = []
-    if problems:
+    found = {(source, kind): one for source, kinds in sampler.unusable().items() for kind, one in kinds.items()}
+    unread = {source.name: [column for column, _ in source.omitted.unread.most_common()] for source in loaded}
+    problems, footer = list[Problem](), list[str]()
+    for (name, kind), unusable in found.items():
+        why = f"objective={objective.name} cannot use {unusable.rows} {kind.value} row{'s' * (unusable.rows != 1)}"
+        advice = tuple[str, ...]()
+        if kind is Kind.PROMPT:
+            reason, advice = without_reply(name, data.sources[name], kind in sampler.views, unread[name])
+            why = f"{why}: {reason}"
+        problems.append(Problem(f"data.sources.{name}", why, unusable.first, advice))
+    if any(kind is not Kind.PROMPT for _, kind in found):
         names, uses = kind_table({objective.name: objective})
         footer += [f"What {uses[0]} takes of each kind of row:"]
         footer += [f"  {kind:<14} {use}" for kind, use in zip(names[1:], uses[1:], strict=True)]
@@ -251,6 +276,24 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data) -> No
         footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")
     if problems:
         raise UftError(*problems, footer="\n".join([*footer, "Leave these rows out:  data.unusable=drop"]))
+
+
+def without_reply(name: str, source: Source, samples: bool, unread: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Why prompts alone teach an objective nothing, and what to type; `samples`: whether the policy samples replies,
+    `unread`: the columns that are not read, the fullest first."""
+    key = f"data.sources.{name}"
+    if samples and source.rollout:
+        return "it sets own completions beside a demonstration, and they have none", ("objective=grpo",)
+    if samples:
+        return "they have no reply, and are not sampled", (f"{key}.rollout=true",)
+    named = [
+        f"a reply under another name:  {key}.columns.completion={column}" for column in unread if "." not in column
+    ]
+    return "they have no reply to learn from", (
+        *named[:3],
+        "learn from the policy's own replies:  objective=grpo rollout.completions=8 reward=NAME",
+        f"have a model answer them first:  uft generate model=NAME {' '.join(['data=files', *adds(name, source)])}",
+    )
 
 
 def refuse_flat(loaded: Sequence[LoadedSource], objective: Objective) -> None:
@@ -279,6 +322,18 @@ def sampled_sources(config: Config, dataset: TrainData) -> dict[str, Spec | None
     """The sources of whose prompts the policy samples completions while it trains, with their checkers."""
     chosen = [source for source in dataset.loaded if config.data.sources[source.name].rollout]
     return {source.name: spec_of(config.reward, source.checker) for source in chosen}
+
+
+def longest_rollout(dataset: TrainData, config: Config) -> int:
+    """Tokens of the longest prompt that is sampled, with its longest hint, and of the longest completion; 0: nothing is
+    sampled."""
+    sampled = sampled_sources(config, dataset) if config.rollout.completions else {}
+    encoded = [source.encoded for source in dataset.train if source.source in sampled]
+    if config.rollout.hint.schedule == "none":
+        longest = max((rows.longest_sides[0] for rows in encoded), default=0)
+    else:
+        longest = max((int(rows.longest.max(initial=0)) for rows in encoded), default=0)
+    return longest + config.rollout.max_new_tokens if longest else 0
 
 
 def lacks(objective: Objective, row: Row) -> frozenset[str]:

@@ -23,6 +23,7 @@ from uft.data.report import (
     merged_lengths,
     report_table,
 )
+from uft.data.rows import Kind
 from uft.errors import GOOD
 from uft.heartbeat import activity
 from uft.model.load import empty_policy
@@ -122,6 +123,11 @@ def show_data(config: Config) -> int:
 def show_stage_data(name: str, data: StageData, console: Console) -> None:
     drawn = f"{data.horizon.total_rows:,} rows drawn in {data.horizon.steps:,} steps"
     uses = [[*cells] for cells in zip(*kind_table({data.objective.name: data.objective}), strict=True)]  # a kind a line
+    if any(Kind.PROMPT in source.kinds for source in data.dataset.loaded):
+        samples = Kind.PROMPT in data.sampler.views
+        uses.append(
+            [Kind.PROMPT.value, "completions that the policy samples" if samples else "stops: there is no reply"]
+        )
     for title, lines in {f"data={name}: {drawn}": report_table(data.record), "what the objective takes": uses}.items():
         table = Table(title=title, title_justify="left", title_style="bold", box=None)
         table.pad_edge, table.padding = False, (0, 1, 0, 0)

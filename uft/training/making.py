@@ -81,15 +81,17 @@ def generate(config: Config) -> int:
             say(f"stopped; what is done is in {out}. Run the same command to continue.")
             return stop.exit_code
     repeats = ", or equal to the row's own" if config.generate.repeats == "drop" else ""
+    shown = [json.loads(line) for line in first_lines(summary.path, ANSWERS_SHOWN)]
     use = "objective=dpo data.unusable=drop" if config.generate.score else "objective=dft"
+    use = "objective=sft" if shown and "negatives" not in shown[0] else use  # prompts got their replies
     say(
         f"{summary.rows} rows with {summary.negatives} completions in {summary.path}"
         f" ({summary.left_out} left out: without text, cut at generate.max_new_tokens before their end{repeats};"
         f" {summary.repeats} equal to the row's own,"
         f" {summary.without_good} rows without a good completion left out)"
     )
-    for line in map(json.loads, first_lines(summary.path, ANSWERS_SHOWN)):
-        say("\n" + shown_answer(said(line["prompt"]), line["negatives"]))
+    for line in shown:
+        say("\n" + shown_answer(said(line["prompt"]), line.get("negatives") or [line["response"]]))
     say(
         f"\nyour own questions:  uft generate RUN 'a question'\n"
         f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"

@@ -7,6 +7,7 @@ every row. `uft compare` reads both.
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from uft.model.layout import settle_layout
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.model.reference import make_reference
+from uft.rewards import spec_of
 from uft.runs import cache_root, shown, write_atomically, write_json
 from uft.sampling.generate import Interrupted
 from uft.tracking.console import kl_note, printable, table_console
@@ -73,12 +75,57 @@ def measure(config: Config) -> int:
     made = datetime.now().astimezone().isoformat(timespec="seconds")
     about = {"format": FORMAT, "uft": __version__, "made": made, "seconds": time.perf_counter() - started}
     model = {"model": config.model.path, "dtype": config.model.dtype}
+    found, told = with_earlier(found, file, model)
+    for line in told:
+        say(line)
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(item, ensure_ascii=False) for item in found.items)
     write_atomically(file.with_suffix(".items.jsonl"), "".join(f"{line}\n" for line in lines))
     write_json(file, about | model | found.about | {"figures": found.figures})
     say(f"\n  {shown(file.resolve())}  {shown(file.with_suffix('.items.jsonl').resolve())}")
     return GOOD
+
+
+def with_earlier(found: Measured, file: Path, model: Mapping[str, Any]) -> tuple[Measured, list[str]]:
+    """What was measured, with figures (of a checker, say) that an earlier measurement left in the same file and that
+    this one did not ask for, and lines about them.
+
+    They stay where they are of the same rows, settings and weights: both agree in all that both measured of a row.
+    """
+    beside = file.with_suffix(".items.jsonl")
+    if not (file.is_file() and beside.is_file()):
+        return found, []
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        items = [json.loads(line) for line in beside.read_text(encoding="utf-8").splitlines()]
+        lost = before["figures"].keys() - found.figures.keys()
+        same = all(before.get(key) == value for key, value in {**model, **found.about}.items())
+        known = {(item["source"], item["row"]): item for item in items} if "harness" not in found.about else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return found, [f"{shown(file)} was no measurement, and is replaced"]
+    if not lost:
+        return found, []
+    both = [(known[key], item) for item in found.items if (key := (item.get("source"), item.get("row"))) in known]
+    names = ", ".join(sorted(lost))
+    if not (same and both and all(agree(*pair) for pair in both)):
+        return found, [f"{shown(file)} had other figures too, of other rows, settings or weights; gone are {names}"]
+    figures = {**before["figures"], **found.figures}
+    for name, one in before["figures"].items():
+        if one["n"] > figures[name]["n"]:  # lengths of the answers that a checker asked for
+            figures[name] = one
+    whole = {(item["source"], item["row"]): item for item in found.items}
+    for key, item in known.items():
+        now = whole.get(key, item)
+        whole[key] = {**now, "measures": item["measures"] | now["measures"], "reply": now["reply"] or item["reply"]}
+    return replace(found, figures=figures, items=[*whole.values()]), [f"figures from before are kept: {names}"]
+
+
+def agree(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two measurements of a row are of the same weights, as far as both measured the same."""
+    replies = {before["reply"], now["reply"]} - {None}
+    shared = before["measures"].keys() & now["measures"].keys()
+    sums = [(before["measures"][name][0], now["measures"][name][0]) for name in shared]
+    return len(replies) < 2 and all(math.isclose(ours, theirs, rel_tol=1e-4, abs_tol=1e-4) for ours, theirs in sums)
 
 
 def now_and_then(say: Say) -> Say:
@@ -126,7 +173,7 @@ def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
         say(f"not read: {line}")
     whole = {source.name for source in loaded if not source.held_out}
     measured = [replace(source, held_out=source.held_out or source.rows) for source in loaded]
-    checkers = {source.name: source.checker for source in loaded}
+    checkers = {source.name: spec_of(config.reward, source.checker) for source in loaded}
     tokenized = tokenize_held_out(config, renderer, measured)
     if not tokenized:
         raise UftError(Problem("data", "no source has a row to measure", advice=("rows of yours:  data=FILE",)))

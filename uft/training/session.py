@@ -163,8 +163,9 @@ class Session:
         say, model = self.console.message, self.start_model(stage)
         prepared = prepare_stage(self.run, self.config, stage, model, self.data, self.device, self.stop, say)
         trainer, renderer = prepared.trainer, prepared.data.dataset.renderer
-        for other in self.data.stages.values():  # rows of later stages that do not fit are told before the first step
-            check_positions(trainer.policy, other)
+        for other in self.stages:  # rows of later stages that do not fit are told before the first step
+            if other.name in self.data.stages:
+                check_positions(trainer.policy, self.data.stages[other.name], other.config)
         checks = check_record(prepared, check_start(trainer, prepared.reference))
         step = resume(trainer, say)
         if step < 0 and ranks().is_rank0:

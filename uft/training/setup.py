@@ -36,9 +36,8 @@ from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Needs, Objective, StepContext
 from uft.runs import Run, cache_root, shown
-from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import Card, count
-from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, read_train_data, sampled_sources
+from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, longest_rollout, read_train_data
 from uft.training.liveness import Stop
 from uft.training.step import make_optimiser, warmup_steps
 from uft.training.trainer import Progress, Trainer, available_devices, tokens_per_pass
@@ -54,13 +53,12 @@ RANK_SEEDS = 1_000_003
 
 ONE_ROW = "a step has one row: its baseline is measured under the prompts of a step's other rows, and is always 0"
 REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs with all rights of this user"
-
+UNREPEATABLE = "a resumed run samples other completions than one that was never stopped"
 IDLE = "{} adapters never act, since the model does not call their layers: {}"
+IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weights=true"
 
 UNMOVED = 0.5
 """Share of weights that a step of the learning rate's size does not move, from which that is told."""
-
-IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weights=true"
 
 STAYS: dict[str, Any] = {"mode": "auto", "sync_every": None}
 """Of the reference that the evaluation compares with: the same throughout a run."""
@@ -99,6 +97,8 @@ class Prepared:
             told.append(f"teacher.path={trainer.config.teacher.path} has no part in objective={objective.name}")
         if trainer.config.reference.sync_every and not trainer.moving:
             told.append(f"reference.sync_every has no part in objective={objective.name}")
+        if trainer.rollouts and trainer.config.rollout.engine != "own":
+            told.append(f"rollout.engine={trainer.config.rollout.engine}: {UNREPEATABLE}")
         told += [ONE_ROW] if objective.needs.mismatched and trainer.config.train.batch_size == 1 else []
         certain = counted_as_certain(self.data.sampler, objective)
         return [*remote, *told, *objective.cautions(), *certain, *data_cautions(self.data.record)]
@@ -106,12 +106,9 @@ class Prepared:
     @cached_property
     def memory(self) -> dict[str, int]:
         """Bytes by part that each process of the run is expected to need."""
-        tokens = tokens_per_pass(self.trainer.config)
-        if self.trainer.rollouts:  # the completions of a prompt are never divided
-            longest = max(source.encoded.longest_sides[0] for source in self.data.dataset.train)
-            own = self.trainer.config.rollout
-            tokens = max(tokens, own.completions * (longest + own.max_new_tokens))
-        return self.planned(tokens)
+        config = self.trainer.config  # the completions of a prompt are never divided
+        own = config.rollout.completions * longest_rollout(self.data.dataset, config)
+        return self.planned(max(tokens_per_pass(config), own))
 
     def planned(self, tokens: int) -> dict[str, int]:
         """As `memory`; `tokens` of the largest micro-batch."""
@@ -163,7 +160,7 @@ def prepare(
     say("loading the model")
     policy = loaded_policy(config, device, tokenizer)
     check_use(policy, config, objective)
-    check_positions(policy, data)
+    check_positions(policy, data, config)
     longest = longest_row(dataset, config, objective)
     settle_layout(policy, config.train.packing, longest)
     if config.model.compile:
@@ -206,7 +203,7 @@ def prepare(
         policy=policy,
         reference=reference.forward if reference else None,
         sampler=sampler,
-        rollouts=make_rollouts(policy, config, data, stop) if config.rollout.completions else None,
+        rollouts=data.rollouts(policy, config, stop) if config.rollout.completions else None,
         optimiser=make_optimiser(policy.trainable(), config.optim),
         collator=Collator(tokens_per_pass(config), pad_id(tokenizer), policy.layout, pinned=device.type == "cuda"),
         steps=horizon.steps,
@@ -215,25 +212,6 @@ def prepare(
         stop=stop,
     )
     return Prepared(trainer, data, reference, eval_reference)
-
-
-def make_rollouts(policy: Policy, config: Config, data: StageData, stop: Stop) -> RolloutSampler:
-    """What samples completions of the rows of each step, from the policy as it is then."""
-    return RolloutSampler(
-        data.sampler,
-        config.rollout,
-        policy=policy,
-        renderer=data.dataset.renderer,
-        views=data.objective.views,
-        sampled=sampled_sources(config, data.dataset),
-        seed=config.seeds.sampling,
-        pad_id=pad_id(data.dataset.renderer.tokenizer),
-        batch_size=config.train.batch_size,
-        total_rows=data.horizon.total_rows,
-        tokens_per_pass=tokens_per_pass(config),
-        keeps_old=data.objective.needs.rollouts > 0,
-        should_stop=stop,
-    )
 
 
 def compared_with(config: Config, needs: Needs) -> tuple[ReferenceModel, str]:
@@ -253,6 +231,7 @@ def longest_row(dataset: TrainData, config: Config, objective: Objective) -> int
     """Tokens of the longest sequence that the model will meet."""
     sources = (*dataset.train, *dataset.held_out)
     longest = max((int(source.encoded.longest.max(initial=0)) for source in sources), default=0)
+    longest = max(longest, longest_rollout(dataset, config))
     return max(longest, longest_mismatched(dataset, config.train.max_length)) if objective.needs.mismatched else longest
 
 
@@ -366,9 +345,9 @@ def check_use(policy: Policy, config: Config, objective: Objective) -> None:
         raise UftError(Problem(f"model.path={config.model.path}", why, advice=advice))
 
 
-def check_positions(policy: Policy, data: StageData) -> None:
-    """Raise UftError for sources with rows longer than the model's learned position embeddings, and for an objective
-    that scores completions under other rows' prompts where a pair of them may be."""
+def check_positions(policy: Policy, data: StageData, config: Config) -> None:
+    """Raise UftError for what may be longer than the model's learned position embeddings: rows, own completions behind
+    their prompts, and for an objective that scores them completions under other rows' prompts."""
     dataset, positions = data.dataset, policy.positions
     problems = [
         Problem(
@@ -379,6 +358,11 @@ def check_positions(policy: Policy, data: StageData) -> None:
         for source in (*dataset.train, *dataset.held_out)
         if positions and (longest := int(source.encoded.longest.max(initial=0))) > positions
     ]
+    if positions and (rollout := longest_rollout(dataset, config)) > positions:
+        key, room = "rollout.max_new_tokens", positions - rollout + config.rollout.max_new_tokens
+        why = f"a prompt with its completion has up to {rollout} tokens, the model has {positions} positions"
+        advice = (f"{key}={room}",) if room > 0 else ()
+        problems.append(Problem(f"{key}={config.rollout.max_new_tokens}", why, advice=advice))
     if positions and not problems and data.objective.needs.mismatched:
         joined = longest_mismatched(dataset, data.sampler.max_length)
         if joined > positions:

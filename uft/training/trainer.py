@@ -158,6 +158,8 @@ class Trainer:
             gc.unfreeze()
             self.prefetcher.close()
             self.prefetcher = None
+            if self.rollouts:
+                self.rollouts.engine.close()
 
     @property
     def feed(self) -> RowSampler | RolloutSampler:

@@ -1,0 +1,331 @@
+"""Engines: what samples the completions of a rollout (`rollout.engine`).
+
+`own` is :mod:`uft.sampling.generate`, the default and the one that the others are measured by: only its completions
+are a function of weights, prompt and number. `transformers` is its continuous batching, in this process. `vllm` is vLLM
+in a child process, which gets the weights as a safetensors file before every rollout; this file is that child's program
+too: `python -m uft.sampling.engines SETTINGS`.
+
+No engine's log-probs stand in a loss: the trainer computes its own (`old`), and their distance from those recorded here
+is logged as `objective/sampler_gap`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from uft.config.schema import Rollout
+from uft.data.chat import Renderer
+from uft.errors import FAILED, Problem, UftError, first_line
+from uft.heartbeat import beat
+from uft.model.load import pad_id
+from uft.model.policy import DTYPES, Policy, evaluating
+from uft.sampling.generate import Interrupted, Reply, Sampling, complete
+
+MEMORY_SHARE = 0.3
+"""Of a GPU's memory, that vLLM may have: the trainer is on the same one."""
+PAGE, BATCH_TOKENS = 64, 2048
+"""Of transformers: tokens of a page of its cache, and of a forward pass."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every engine is made of."""
+
+    policy: Policy
+    renderer: Renderer
+    rollout: Rollout
+    seed: int
+    longest: int  # tokens of the longest prompt with its completion
+    should_stop: Callable[[], bool]
+
+    @property
+    def sampling(self) -> Sampling:
+        own = self.rollout
+        return Sampling(own.temperature, own.top_k, own.top_p, own.max_new_tokens)
+
+    def seed_of(self, number: int) -> int:
+        """For generators of 32 bits. Another one for every completion, as `numbers` are."""
+        return (self.seed * 1_000_003 + number) % 2**32
+
+
+class Engine(Protocol):
+    def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
+        """One completion of each prompt by the policy as it is now; `numbers` name them for the randomness.
+
+        Raises Interrupted when told to stop, UftError where the engine fails.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_engine(setting: Setting) -> Engine:
+    return ENGINES[setting.rollout.engine](setting)
+
+
+@dataclass(frozen=True)
+class Own:
+    setting: Setting
+
+    def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
+        own = self.setting
+        return complete(
+            own.policy,
+            prompts,
+            own.sampling,
+            seed=own.seed,
+            stop_ids=own.renderer.stop_ids,
+            pad_id=pad_id(own.renderer.tokenizer),
+            batch_size=own.rollout.batch_size,
+            should_stop=own.should_stop,
+            numbers=numbers,
+        )
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """Continuous batching of transformers. It draws from torch's global generator, which is seeded for each rollout and
+    put back afterwards."""
+
+    setting: Setting
+
+    def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        own, sampling = self.setting, self.setting.sampling
+        policy, requests = own.policy, min(own.rollout.batch_size, len(prompts))
+        settings = GenerationConfig(
+            do_sample=True,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(own.renderer.stop_ids),
+            pad_token_id=pad_id(own.renderer.tokenizer),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
+        batching = ContinuousBatchingConfig(
+            return_logprobs=True,
+            seed=own.seed_of(numbers[0]),
+            max_requests_per_batch=requests,
+            page_size=PAGE,  # with the number of blocks: else it takes most of the memory, which the trainer needs
+            num_blocks=requests * (own.longest // PAGE + 1) + 1,
+            max_batch_tokens=max(BATCH_TOKENS, requests),
+            drop_unsupported_processors=False,
+            # kernels of flash attention take no float32
+            auto_switch_to_flash=next(policy.module.parameters()).dtype != torch.float32,
+        )
+        kernel, devices = policy.attention_kernel, [policy.device] if policy.device.type == "cuda" else []
+        waiting, found = dict[str, int](), dict[int, Reply]()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluating(policy.module):
+            policy.base.set_attn_implementation(policy.attention)  # of packed batches, which only the trainer has
+            try:
+                with policy.base.continuous_batching_context_manager(
+                    generation_config=settings, continuous_batching_config=batching, warmup=policy.device.type == "cuda"
+                ) as manager:
+                    for place, prompt in enumerate(prompts):
+                        waiting[manager.add_request(list(prompt), max_new_tokens=sampling.max_new_tokens)] = place
+                    while len(found) < len(prompts):
+                        beat()
+                        if own.should_stop():
+                            manager.stop(block=True, hard_stop=True)
+                            raise Interrupted
+                        output = manager.get_result(timeout=1)
+                        if output is None and not manager.is_running():
+                            raise RuntimeError("its thread ended")
+                        if output is not None and output.error is not None:
+                            raise RuntimeError(output.error)
+                        if output is not None and output.is_finished():
+                            reply = _reply(output.generated_tokens, output.logprobs, own.renderer.stop_ids)
+                            found[waiting[output.request_id]] = reply
+            except (Interrupted, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of a model or a cache that its paged attention does not know
+                raise _failed("transformers", first_line(error)) from error
+            finally:
+                policy.base.set_attn_implementation(kernel)
+        return [found[place] for place in range(len(prompts))]
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Vllm:
+    """vLLM in a child process. Lines of JSON go in and come out; the child ends when its input does."""
+
+    setting: Setting
+    folder: tempfile.TemporaryDirectory[str] = field(
+        default_factory=lambda: tempfile.TemporaryDirectory(prefix="uft-vllm-")
+    )
+    child: subprocess.Popen[bytes] | None = None
+    unread: bytes = b""
+
+    def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
+        from uft.model.export import plain_model
+
+        own, policy = self.setting, self.setting.policy
+        plain_model(policy, DTYPES[policy.dtype], policy.base.state_dict()).save_pretrained(self.folder.name)
+        started = self.child is not None
+        if self.child is None:
+            self._start()
+        request = {
+            "reload": started,  # the file is read anew
+            "prompts": [list(map(int, prompt)) for prompt in prompts],
+            "seeds": [own.seed_of(number) for number in numbers],
+            "stop": sorted(own.renderer.stop_ids),
+            **asdict(own.sampling),
+        }
+        return [_reply(ids, log_probs, own.renderer.stop_ids) for ids, log_probs in self._ask(request)]
+
+    def close(self) -> None:
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
+            self.child = None
+        self.folder.cleanup()
+
+    def _start(self) -> None:
+        policy = self.setting.policy
+        settings = {
+            "model": self.folder.name,
+            "skip_tokenizer_init": True,
+            "dtype": policy.dtype,
+            "max_model_len": self.setting.longest,
+            "max_num_seqs": self.setting.rollout.batch_size,
+            "gpu_memory_utilization": MEMORY_SHARE,
+            "logprobs_mode": "processed_logprobs",  # under temperature and filters, as ours
+            "generation_config": "vllm",  # nothing of the model's own
+            "seed": self.setting.seed_of(0),
+        }
+        search = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
+        env = {**os.environ, "PYTHONPATH": search, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        if policy.device.type == "cuda":
+            shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+            number = policy.device.index or 0
+            env["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number] if shown else str(number)
+        words = [sys.executable, "-m", "uft.sampling.engines", json.dumps(settings)]
+        pipe = subprocess.PIPE
+        self.child = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=env, bufsize=0, start_new_session=True)
+
+    def _ask(self, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
+        """The child's answer; UftError with its words where it fails."""
+        assert self.child is not None
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
+        try:
+            view = memoryview(json.dumps(request).encode() + b"\n")
+            while view:
+                view = view[self.child.stdin.write(view) or 0 :]
+        except BrokenPipeError:
+            pass  # told below
+        while b"\n" not in self.unread:
+            beat()
+            if self.setting.should_stop():
+                self.close_child()
+                raise Interrupted
+            ready = select.select([self.child.stdout], [], [], 1.0)[0]
+            more = self.child.stdout.read(1 << 20) if ready else b""
+            if ready and not more:
+                status = self.child.wait()
+                self.child = None
+                raise _failed("vllm", f"its process ended with status {status}; what it said is above")
+            self.unread += more or b""
+        line, _, self.unread = self.unread.partition(b"\n")
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            self.close_child()
+            raise _failed("vllm", answer)
+        return [(ids, log_probs) for ids, log_probs in answer]
+
+    def close_child(self) -> None:
+        """End the child with what it works on; the next rollout starts another."""
+        assert self.child is not None
+        self.child.kill()
+        self.child.wait()
+        self.child, self.unread = None, b""
+
+
+ENGINES: dict[str, Callable[[Setting], Engine]] = {"own": Own, "transformers": Continuous, "vllm": Vllm}
+
+
+def _reply(ids: Sequence[int], log_probs: Sequence[float], stop_ids: frozenset[int]) -> Reply:
+    reply = Reply()
+    for token, log_prob in zip(ids, log_probs, strict=True):
+        reply.add(int(token), float(log_prob), stop_ids)
+    return reply
+
+
+def _failed(engine: str, why: str) -> UftError:
+    return UftError(Problem(f"rollout.engine={engine}", f"failed: {why}", advice=("rollout.engine=own",)), code=FAILED)
+
+
+# --- The child of vLLM: everything here is its interface.
+
+
+def answer(llm: Any, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
+    """(ids with the token that ended them, log-prob of each) for every prompt of a request."""
+    from vllm import SamplingParams
+
+    if request["reload"]:
+        llm.collective_rpc("reload_weights")
+        llm.reset_prefix_cache()  # of the weights before
+    each = [
+        SamplingParams(
+            temperature=request["temperature"],
+            top_k=request["top_k"],
+            top_p=request["top_p"],
+            max_tokens=request["max_new_tokens"],
+            stop_token_ids=request["stop"],
+            ignore_eos=True,  # of the model's own settings: the template's tokens end a reply
+            seed=seed,
+            logprobs=0,  # that of the token alone
+            detokenize=False,
+        )
+        for seed in request["seeds"]
+    ]
+    prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
+    found = []
+    for output in llm.generate(prompts, each, use_tqdm=False):
+        (one,) = output.outputs
+        ids = list(one.token_ids)
+        log_probs = [place[token].logprob for token, place in zip(ids, one.logprobs, strict=True)]
+        if one.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"a completion ended by {one.finish_reason}")
+        if (one.finish_reason == "stop") != (ids[-1] in request["stop"]):
+            raise RuntimeError("a completion lacks the token that ended it")
+        found.append((ids, log_probs))
+    return found
+
+
+def main(settings: dict[str, Any]) -> None:
+    said = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print goes where their warnings go
+    llm: Any = None
+    for line in sys.stdin.buffer:
+        try:
+            if llm is None:
+                from vllm import LLM
+
+                llm = LLM(**settings)
+            found: Any = answer(llm, json.loads(line))
+        except Exception as error:
+            found = f"{type(error).__name__}: {first_line(error)}"
+        said.write(json.dumps(found).encode() + b"\n")
+        said.flush()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
