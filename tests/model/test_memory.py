@@ -44,6 +44,10 @@ def test_exact_parts():
     kept = {("adamw", False): 2, ("rmsprop", False): 1, ("rmsprop", True): 2, ("sgd", False): 0, ("sgd", True): 1}
     for (optimiser, momentum), numbers in kept.items():
         assert parts(optimiser=optimiser, momentum=momentum)["optimiser"] == 4 * 100 * numbers
+    shape = replace(SHAPE, hidden_trained=60, factors=30)
+    bytes_kept = {"muon": 4 * 60 + 8 * 40, "adafactor": 4 * 30, "adamw8bit": 2 * 100 + 3}
+    for optimiser, size in bytes_kept.items():
+        assert parts(shape, optimiser=optimiser)["optimiser"] == size
     modes = ("copy", "cached", "adapter_off", None)
     assert [parts(reference_mode=mode)["reference"] for mode in modes] == [400, 0, 0, 0]
 
@@ -64,6 +68,10 @@ def test_the_numbers_of_a_model(build: Callable[..., Any]):
     lora = shape_of(Policy(add_lora(build("llama"), Lora(rank=2), 0, float32=True), "bfloat16"))
     assert lora.trained_bytes == 4 * lora.trained < lora.weight_bytes
     assert lora.activation_bytes == 2
+    assert lora.hidden_trained == lora.trained
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert shape.hidden_trained == count - vectors - 61 * 16
+    assert shape.factors == vectors + sum(sum(p.shape) for p in model.parameters() if p.ndim == 2)
     assert shape_of(Policy(build("gpt2"))).intermediate == 64
 
 

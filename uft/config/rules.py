@@ -77,6 +77,16 @@ def adapters(settings: Settings) -> Iterator[Broken]:
             yield broken("reference.sync_every", "needs whole weights on every device", "hardware.sharding=none")
         if settings["reference"]["mode"] == "cached":
             yield broken("reference.mode", "keeps the log-probs of a reference that stays", "reference.mode=auto")
+    whole, kept = settings["hardware"]["sharding"] != "full", settings["model"]["lora"]["modules_to_save"]
+    if settings["model"]["quantize"] != "none":
+        if adapter == "none":
+            yield broken("model.quantize", "is for frozen weights, and all are trained", "model.adapter=lora")
+        elif not whole:
+            yield broken("model.quantize", "needs whole weights on every device", "hardware.sharding=none")
+    if settings["optim"]["name"] in ("muon", "adafactor", "adamw8bit") and not whole:
+        yield broken("optim.name", "needs whole weights on every device: hardware.sharding=none", "optim.name=adamw")
+    if adapter == "lora" and kept and not whole:
+        yield broken("model.lora.modules_to_save", "needs whole weights on every device", "hardware.sharding=none")
     if adapter == "lora" and settings["model"]["lora"]["targets"] == []:
         yield broken("model.lora.targets", "names no layer to adapt", "for all linear layers:  [all-linear]")
 

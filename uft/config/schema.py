@@ -125,6 +125,10 @@ class Lora:
     alpha: Float = _key(16.0, "scale numerator: updates are multiplied by alpha / rank", gt=0)
     dropout: Float = _key(0.0, "dropout on the adapter's input", ge=0, lt=1)
     targets: list[str] = _key(["all-linear"], "names of linear layers, or all-linear")
+    rslora: bool = _key(False, "updates are multiplied by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    dora: bool = _key(False, "direction by the adapter, length of every row by a vector of its own (arXiv 2402.09353)")
+    lr_ratio: Float = _key(1.0, "rate of B over that of A (LoRA+, arXiv 2402.12354); 16 there", gt=0)
+    modules_to_save: list[str] = _key([], "modules trained whole beside the adapter, e.g. [embed_tokens, lm_head]")
 
 
 @dataclass(config=STRICT)
@@ -135,6 +139,7 @@ class Model:
     adapter: Literal["none", "lora"] = _key("none", "train all weights or a low-rank adapter")
     lora: Lora = Field(default_factory=Lora)
     dtype: Literal["float32", "bfloat16"] = _key("float32", "precision of the forward pass")
+    quantize: Literal["none", "nf4"] = _key("none", "store frozen weights of linear layers in 4 bits (QLoRA)")
     master_weights: bool = _key(True, "keep trained weights in float32 whatever the dtype")
     dropout: bool = _key(False, "train with the dropout of the model's own configuration; never beside a reference")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = _key("auto", "attention kernel")
@@ -160,16 +165,17 @@ class Teacher:
 
 @dataclass(config=STRICT)
 class Optim:
-    name: Literal["adamw", "rmsprop", "sgd"] = _key("adamw", "optimiser")
+    name: Literal["adamw", "adamw8bit", "adafactor", "muon", "rmsprop", "sgd"] = _key("adamw", "optimiser")
     lr: Float = _key("${model.lr}", "peak learning rate", ge=0)
     lr_scale: Float = _key(1.0, "multiplies the whole schedule: the first remedy of arXiv 2507.00018 is 0.25", gt=0)
-    betas: list[float] = _key([0.9, 0.999], "AdamW: decay of the two moments")
+    betas: list[float] = _key([0.9, 0.999], "AdamW, beside Muon and in 8 bits too: decay of the two moments")
     eps: Float = _key(1e-8, "added to the denominator", gt=0)
     fused: bool = _key(True, "AdamW and SGD: the whole update in one kernel")
-    weight_decay: Float = _key(0.0, "decoupled (AdamW) or L2 (others)", ge=0)
-    momentum: Float = _key(0.0, "SGD and RMSprop: momentum", ge=0, lt=1)
+    weight_decay: Float = _key(0.0, "decoupled, or L2 (RMSprop and SGD)", ge=0)
+    momentum: Float = _key(0.0, "SGD, RMSprop and Muon: momentum", ge=0, lt=1)
     alpha: Float = _key(0.99, "RMSprop: decay of the squared gradient", ge=0, lt=1)
-    schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "shape after warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = _key("cosine", "shape after warm-up")
+    decay: Float = _key(0.2, "schedule=wsd: last share of the steps after warm-up, in which the rate falls", gt=0, le=1)
     warmup: Float = _key(0.1, "steps of linear warm-up: a share below 1 or a count", ge=0)
 
 

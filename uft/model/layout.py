@@ -32,9 +32,8 @@ def settle_layout(policy: Policy, packing: str, longest: int) -> None:
     check_longest(policy, longest)
     if packing == "padded":
         return
-    size = sum(parameter.numel() for parameter in policy.module.parameters())
     why = None
-    if packing != "packed" and policy.device.type == "cpu" and size < SMALL_MODEL:
+    if packing != "packed" and policy.device.type == "cpu" and policy.size < SMALL_MODEL:
         why = "faster for so small a model on a CPU"
     why = why or packing_obstacle(policy, longest) or _switch_to_packed(policy)
     if why is None:

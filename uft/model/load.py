@@ -38,6 +38,7 @@ from uft.model.policy import (
     position_limit,
     switch_off_dropout,
 )
+from uft.model.quantise import plain_state, quantise
 from uft.model.sharded import load_sharded
 from uft.runs import cache_root, clear_left, is_checkpoint, weights
 
@@ -170,6 +171,7 @@ def empty_policy(model: Model, reference: str | None = None, key: str = REFERENC
     config, dtype = _config(model, reference, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        base = quantised(base, model)
         return Policy(base if reference else adapted(base, model, init_seed=0), model.dtype)
 
 
@@ -202,6 +204,17 @@ def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
 
 def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
     """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
+    return quantised(_read_base(model, reference, key), model)
+
+
+def quantised(base: Any, model: Model) -> Any:
+    """`base` with the linear layers of its blocks quantised, where `model.quantize` asks for it."""
+    for block in blocks(base) if model.quantize != "none" else ():
+        quantise(block, DTYPES[model.dtype])
+    return base
+
+
+def _read_base(model: Model, reference: str | None, key: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
@@ -209,7 +222,7 @@ def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_P
     what = setting(model, reference, key)
     if place.is_checkpoint:
         trained = checkpoint_policy(beneath(place, model).model, Path(place.path), torch.device("cpu"))
-        return plain_model(trained, DTYPES[storage_dtype(model)], trained.base.state_dict())
+        return plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
     with _humane(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
         loaded: Any = auto_model().from_pretrained(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,7 @@ import torch
 
 from uft.model.head import CHUNK_ELEMENTS
 from uft.model.policy import Policy, blocks
-
-MOMENTS = {"adamw": 2, "rmsprop": 1, "sgd": 0}
-"""Float32 moments of an optimiser per trained weight (momentum adds one to RMSprop and SGD)."""
+from uft.model.quantise import bytes_of, weights_in
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HUGE = 2**31 - 1
@@ -38,7 +37,9 @@ class Shape:
     recomputed: int = 0  # layers whose activations are recomputed in the backward pass
     shared_bytes: int = 0  # of weights outside the blocks: embeddings and head, as they are stored
     block_bytes: int = 0  # of the largest block
-    stored_bytes: int = 4  # per weight
+    stored_bytes: float = 4  # per weight of a block
+    hidden_trained: int = 0  # trained weights in matrices of blocks
+    factors: int = 0  # rows and columns of trained matrices, and trained weights outside of matrices
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,51 @@ class Spread:
 
 ONE = Spread()
 
+MOMENTS: dict[str, Callable[[Shape], int]] = {
+    "adamw": lambda shape: 8 * shape.trained,
+    "adamw8bit": lambda shape: 2 * shape.trained + 8 * shape.trained // 256,  # two in a byte each, with their scales
+    "adafactor": lambda shape: 4 * shape.factors,
+    "muon": lambda shape: 8 * shape.trained - 4 * shape.hidden_trained,
+    "rmsprop": lambda shape: 4 * shape.trained,
+    "sgd": lambda shape: 0,
+}
+"""Bytes of an optimiser's moments (momentum adds one in float32 to RMSprop and SGD)."""
+
 
 def shape_of(policy: Policy) -> Shape:
     def size(parameters: Iterable[torch.Tensor]) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return sum(map(bytes_of, parameters))
 
     config: Any = policy.base.config.get_text_config()
-    trained, found = policy.trainable().values(), blocks(policy.base)
+    found = blocks(policy.base)
     widths = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # Gemma 3n: one a layer
     weights, layers = size(policy.module.parameters()), [size(block.parameters()) for block in found]
+    names, trainable = hidden_matrices(policy), policy.trainable()
+    numbers = sum(weights_in(parameter) for block in found for parameter in block.parameters())
     return Shape(
         weight_bytes=weights,
-        trained_bytes=size(trained),
-        trained=sum(p.numel() for p in trained),
+        trained_bytes=size(trainable.values()),
+        trained=sum(p.numel() for p in trainable.values()),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=widths if isinstance(widths, int) else max(widths),
         vocabulary=policy.embedding_rows,
         activation_bytes=4 if policy.dtype == "float32" else 2,
         recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in found),
-        stored_bytes=next(iter(policy.base.parameters())).element_size(),
+        stored_bytes=sum(layers) / numbers if numbers else next(iter(policy.base.parameters())).element_size(),
+        hidden_trained=sum(trainable[name].numel() for name in names),
+        factors=sum(
+            sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.ndim > 1 else p.numel() for p in trainable.values()
+        ),
         shared_bytes=weights - sum(layers),
         block_bytes=max(layers, default=0),
     )
+
+
+def hidden_matrices(policy: Policy) -> set[str]:
+    """Names of the trained matrices within blocks: what Muon updates."""
+    inside = {id(p) for block in blocks(policy.base) for p in block.parameters() if p.ndim == 2}
+    return {name for name, parameter in policy.trainable().items() if id(parameter) in inside}
 
 
 def estimate(
@@ -102,15 +125,15 @@ def estimate(
     again = shape.recomputed
     per_token = again * hidden + (shape.layers - again + bool(again)) * layer
     head_rows = min(micro_batch_tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
-    moments = MOMENTS[optimiser] + (momentum and optimiser != "adamw")
+    moments = MOMENTS[optimiser](shape) + 4 * shape.trained * (momentum and optimiser in ("rmsprop", "sgd"))
     share = spread.processes if spread.sharded else 1
     kept = 0 if spread.sharded and spread.offload else 1
-    travelling = 2 * shape.block_bytes * shape.activation_bytes // shape.stored_bytes
+    travelling = int(2 * shape.block_bytes * shape.activation_bytes / shape.stored_bytes)
     gathered = (2 if shape.trained_bytes else 1) * (shape.shared_bytes + travelling)
     return {
         "weights": kept * shape.weight_bytes // share,
         "gradients": kept * shape.trained_bytes // share,
-        "optimiser": kept * 4 * shape.trained * moments // share,
+        "optimiser": kept * moments // share,
         "activations": micro_batch_tokens * per_token,
         "head": 2 * 4 * head_rows * shape.vocabulary,  # a chunk of logits and its gradient
         "reference": kept * (other or shape).weight_bytes // share if reference_mode == "copy" else 0,

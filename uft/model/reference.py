@@ -409,7 +409,8 @@ BLOB = re.compile(r"[0-9a-f]{64}")
 def model_identity(model: Model, device: torch.device, reference: str | None = None) -> dict[str, str]:
     """What decides the log-probs of a model (or of that at the path `reference`): its weights, and how they are run."""
     digest = weights_digest(locate(model, reference), lambda: load_base(model, reference))
-    return {"weights": digest, "dtype": model.dtype, "attention": model.attention, "device": device.type}
+    stored = {} if model.quantize == "none" else {"quantize": model.quantize}
+    return {"weights": digest, "dtype": model.dtype, "attention": model.attention, "device": device.type, **stored}
 
 
 @activity("the weights of a model were read", moving=True)

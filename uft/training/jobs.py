@@ -205,7 +205,7 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     padded = max((batch.input_ids.numel() for batch in batches.batches), default=0)
     expected = sum(prepared.planned(padded).values())
     memory = f"  the model took {count(peak - memory_before)}B of it; planned for this step: {count(expected)}B"
-    share = shape.trained / max(1, sum(p.numel() for p in trainer.policy.module.parameters()))
+    share = shape.trained / max(1, trainer.policy.size)
     work = step_flops(shape, tokens, supervised, trained_share=share)
     rate = config.hardware.processes * config.hardware.nodes * matrix_rate(device, DTYPES[config.model.dtype])
     pace = f"  {count(work)}FLOP at {count(rate)}FLOP/s, as large matrices are multiplied here"

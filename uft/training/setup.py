@@ -31,7 +31,7 @@ from uft.heartbeat import activity
 from uft.model import checkpoint
 from uft.model.layout import compile_blocks, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
-from uft.model.memory import Shape, Spread, estimate, keep_freed_memory, shape_of
+from uft.model.memory import Shape, Spread, estimate, hidden_matrices, keep_freed_memory, shape_of
 from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Needs, Objective, StepContext
@@ -207,7 +207,9 @@ def prepare(
         reference=reference.forward if reference else None,
         sampler=sampler,
         rollouts=make_rollouts(policy, config, data, stop) if config.rollout.completions else None,
-        optimiser=make_optimiser(policy.trainable(), config.optim),
+        optimiser=make_optimiser(
+            policy.trainable(), config.optim, hidden=hidden_matrices(policy), lr_ratio=config.model.lora.lr_ratio
+        ),
         collator=Collator(tokens_per_pass(config), pad_id(tokenizer), policy.layout, pinned=device.type == "cuda"),
         steps=horizon.steps,
         total_rows=horizon.total_rows,
@@ -336,8 +338,7 @@ def loaded_policy(config: Config, device: torch.device, tokenizer: PreTrainedTok
     """The policy of a configuration; UftError where its vocabulary is too small for the tokenizer. Sets one CPU thread
     for a small model unless asked otherwise: more threads would wait for each other."""
     policy = load_policy(config.model, device, config.seeds.init)
-    size = sum(parameter.numel() for parameter in policy.module.parameters())
-    if config.hardware.threads is None and device.type == "cpu" and size < SMALL_MODEL:
+    if config.hardware.threads is None and device.type == "cpu" and policy.size < SMALL_MODEL:
         torch.set_num_threads(1)
     check_vocabulary(policy.module, tokenizer)
     return policy
