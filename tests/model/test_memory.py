@@ -56,6 +56,7 @@ def test_activations_grow_with_tokens_and_shrink_with_recomputing_and_the_head_i
     assert parts(micro_batch_tokens=20)["activations"] == 2 * parts()["activations"]
     none, some, every = (parts(replace(SHAPE, layers=8, recomputed=blocks))["activations"] for blocks in (0, 4, 8))
     assert every < some < none
+    assert parts(replace(SHAPE, offloaded=True))["activations"] == parts(replace(SHAPE, layers=1))["activations"]
     assert parts(replace(SHAPE, vocabulary=50_000), micro_batch_tokens=10**6)["head"] <= 2 * 4 * 2**24
 
 

@@ -146,6 +146,7 @@ class Model:
     compile: bool = _key(False, "torch.compile of every block: half a minute to begin with, then faster if it is deep")
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass to save memory")
     recompute_every: Int = _key(1, "with gradient_checkpointing: only every n-th block; more memory, less time", ge=1)
+    activation_offload: bool = _key(False, "keep activations in the CPU's memory from the forward to the backward pass")
     trust_remote_code: bool = _key(False, "run code that comes with the model; off unless you read it")
     lr: Float = _key(1e-5, "a good first learning rate for this model; optim.lr takes it", gt=0)
 
@@ -194,6 +195,12 @@ class Train:
     )
     max_length: Int = _key(1024, "longest prompt + completion in tokens", ge=2)
     max_grad_norm: Float = _key(1.0, "clip the gradient's norm here; 0: never", ge=0)
+    neftune_alpha: Float = _key(
+        0.0, "noise on the input embeddings in training (arXiv 2310.05914); 0: none, 5 there", ge=0
+    )
+    early_stop: Int | None = _key(
+        None, "evaluations in a row without a better eval.best after which training ends; null: never", ge=1
+    )
     log_every: Int = _key(10, "steps between metric lines", ge=1)
     checkpoint_every: Int = _key(100, "steps between checkpoints; 0: only at the end and when stopped", ge=0)
     keep_last: Int = _key(2, "newest checkpoints kept; the best is kept besides", ge=1)

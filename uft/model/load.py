@@ -122,6 +122,7 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, tried on a few small rows. Raises UftError about a model that cannot be loaded or used."""
     adapt = partial(adapted, model=model, init_seed=init_seed)
     policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, setting(model, None))
+    policy.offloads = model.activation_offload
     if rates := own_dropout(policy.base.config):
         state = "acts in training" if model.dropout else "is off (on, where nothing is compared: model.dropout=true)"
         named = ", ".join(f"{key} {rate:g}" for key, rate in rates.items())
@@ -172,7 +173,9 @@ def empty_policy(model: Model, reference: str | None = None, key: str = REFERENC
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         base = quantised(base, model)
-        return Policy(base if reference else adapted(base, model, init_seed=0), model.dtype)
+        policy = Policy(base if reference else adapted(base, model, init_seed=0), model.dtype)
+    policy.offloads = model.activation_offload
+    return policy
 
 
 def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:

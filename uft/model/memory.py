@@ -38,6 +38,7 @@ class Shape:
     shared_bytes: int = 0  # of weights outside the blocks: embeddings and head, as they are stored
     block_bytes: int = 0  # of the largest block
     stored_bytes: float = 4  # per weight of a block
+    offloaded: bool = False  # activations are in the CPU's memory, but for the layer at work
     hidden_trained: int = 0  # trained weights in matrices of blocks
     factors: int = 0  # rows and columns of trained matrices, and trained weights outside of matrices
 
@@ -85,6 +86,7 @@ def shape_of(policy: Policy) -> Shape:
         activation_bytes=4 if policy.dtype == "float32" else 2,
         recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in found),
         stored_bytes=sum(layers) / numbers if numbers else next(iter(policy.base.parameters())).element_size(),
+        offloaded=policy.offloads,
         hidden_trained=sum(trainable[name].numel() for name in names),
         factors=sum(
             sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.ndim > 1 else p.numel() for p in trainable.values()
@@ -115,7 +117,7 @@ def estimate(
 
     Per token and layer a gated transformer keeps about 10 vectors of the hidden size (norms, queries, keys, values,
     attention output, residuals) and 4 of the intermediate one; recomputing keeps one hidden vector per layer, and one
-    layer in full. Attention weights are not kept (SDPA and FlashAttention).
+    layer in full, and so does keeping activations elsewhere. Attention weights are not kept (SDPA and FlashAttention).
 
     Of a sharded model, a device holds besides its shard the gathered weights: embeddings and head with their gradient,
     and two blocks, one computing and one in transfer.
@@ -123,6 +125,8 @@ def estimate(
     hidden = shape.hidden * shape.activation_bytes
     layer = 10 * hidden + 4 * shape.intermediate * shape.activation_bytes
     again = shape.recomputed
+    if shape.offloaded:
+        again, hidden = shape.layers, 0
     per_token = again * hidden + (shape.layers - again + bool(again)) * layer
     head_rows = min(micro_batch_tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
     moments = MOMENTS[optimiser](shape) + 4 * shape.trained * (momentum and optimiser in ("rmsprop", "sgd"))

@@ -31,6 +31,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAK = 0.1
 """Share of the tolerance by which a row may move when others change: the same kernels on the same shapes."""
 
+SMALL_TENSOR = 1024
+"""Numbers below which a tensor is not worth a copy to another memory."""
+
 HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference between our head's log-probs and the model's own, per unit of the largest log-prob."""
 
@@ -64,6 +67,8 @@ class Policy:
         self.takes_embeddings = True  # in place of tokens; not where layers look tokens up by themselves (Gemma 3n)
         self.keeps_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
         self.first_position = 0  # RoBERTa and its kin begin behind the padding token's number: see `check_rows`
+        self.noise: EmbeddingNoise | None = None  # in training, of the current step
+        self.offloads = False  # activations wait for the backward pass in the CPU's memory
         self.caches: bool | None = None  # whether it generates right with its cache: `sampling.generate` tries it
 
     @property
@@ -157,14 +162,18 @@ class Policy:
         if self.takes_positions:
             inputs["position_ids"] = batch.position_ids + self.first_position
         mixing = request.replace is not None and request.mix != 0
-        if request.embed_grad and not mixing:
+        learning = torch.is_grad_enabled()
+        noise = self.noise if learning and self.module.training else None
+        if request.embed_grad and not mixing and noise is None:
             inputs["input_ids"] = batch.input_ids
         else:  # always through the model's own module: Gemma scales there
             self.require_embeddings("objective")
             with nullcontext() if request.embed_grad else torch.no_grad():
                 embedded = self.embeddings(batch.input_ids)
-                inputs["inputs_embeds"] = self._mixed(embedded, batch.place, request) if mixing else embedded
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                embedded = self._mixed(embedded, batch.place, request) if mixing else embedded
+                inputs["inputs_embeds"] = embedded if noise is None else embedded + noise.like(embedded, batch)
+        offload = offloading(self.module) if self.offloads and learning else nullcontext()
+        with offload, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
             if self.head:
                 return self.body(**inputs, use_cache=False)[0]
             # `forward`, not the module's call: hooks of `base` stand around `sharded_states`
@@ -323,6 +332,7 @@ class Policy:
         stored = sorted({kind.removeprefix("torch.") for kind in kinds})
         share = "all trained" if trained == count else f"{trained:,} trained ({trained / count:.2%})"
         checkpointing = ", gradient checkpointing" if self.recomputes else ""
+        checkpointing += ", activations kept in the CPU's memory" if self.offloads else ""
         lines = [
             f"{type(self.base).__name__}, {count:,} parameters, {share}",
             f"weights in {' and '.join(stored)}, forward in {self.dtype}, attention {self.attention}{checkpointing}",
@@ -332,6 +342,44 @@ class Policy:
         if getattr(self.base.config.get_text_config(), "router_aux_loss_coef", None):
             lines.append("experts: the router's load-balancing loss is no part of the objective")
         return lines + self.notes
+
+
+@dataclass
+class EmbeddingNoise:
+    """Noise of NEFTune (arXiv 2310.05914): uniform in [-1, 1], times alpha / sqrt(its tokens x hidden size).
+
+    A function of `key` and the number of the pass, so that a resumed step draws what it would have drawn.
+    """
+
+    alpha: float
+    key: tuple[int, ...]
+    passes: int = 0
+
+    def like(self, embedded: Tensor, batch: Batch) -> Tensor:
+        """(B, L, H) in the precision of `embedded`."""
+        seed = int(np.random.SeedSequence((*self.key, self.passes)).generate_state(1)[0])
+        self.passes += 1
+        generator = torch.Generator(embedded.device).manual_seed(seed)
+        uniform = torch.rand(embedded.shape, generator=generator, device=embedded.device).mul_(2).sub_(1)
+        scale = self.alpha / (batch.company * embedded.shape[-1]).sqrt()
+        return (uniform * scale[..., None]).to(embedded.dtype)
+
+
+def offloading(module: nn.Module) -> torch.autograd.graph.saved_tensors_hooks:
+    """Within, what the backward pass will need is copied to the CPU's memory, weights and small tensors left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def pack(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
+        if tensor.numel() < SMALL_TENSOR or tensor.untyped_storage().data_ptr() in weights:
+            return None, tensor
+        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return tensor.device, kept.copy_(tensor, non_blocking=tensor.is_cuda)
+
+    def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor if device is None else tensor.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,7 @@ class Session:
                 return False
             assert self.trainer is not None
             lines = (line for line in read_metrics(self.run) if line.get("stage", "") == stage.name)
+            self.data.steps[stage.name] = self.trainer.progress.step  # fewer, where it ended early
             best = best_record(self.trainer.progress, stage.config.eval.best)
             record = result_record(self.trainer.progress, best, self.device, started, lines)
         else:
@@ -201,7 +202,11 @@ class Session:
         dtype = config.train.save_dtype if folder == self.run.model_dir else "float32"
         sources = [*(held.encoded for held in self.data.held_out), *(source.encoded for source in dataset.train)]
         rows = [row[0] for source in sources for row in source[:2]]
-        policy, renderer, steps = prepared.trainer.policy, dataset.renderer, self.before.step + prepared.trainer.steps
+        policy, renderer, steps = (
+            prepared.trainer.policy,
+            dataset.renderer,
+            self.before.step + prepared.trainer.progress.step,
+        )
         card = ModelCard(self.run, config, steps, renderer.name != "plain")
         export_checked(policy, renderer, config, rows, folder, DTYPES[dtype], card, self.console.message)
 
@@ -214,7 +219,7 @@ class Session:
         past = str(self.folder(by_name[maker(past)]).path) if past and made(past) else past
         config = replace(
             located(stage.config, self.run),
-            model=model if stage.do == "select" else replace(model, adapter="none"),
+            model=model if stage.do == "select" else replace(model, adapter="none", quantize="none"),
             annotate=replace(stage.config.annotate, models=models),
             select=replace(stage.config.select, past=past),
         )
@@ -389,8 +394,8 @@ class Recorder:
             self.save(trainer)  # the evaluation that the last session owed is now part of the checkpoint
         trainer.fit()
         # asked to stop within the last evaluation, a run has its steps but not its result
-        owes_evaluation = trainer.stop.agreed() and trainer.progress.evaluated < trainer.steps
-        complete = trainer.progress.step >= trainer.steps and not owes_evaluation
+        owes_evaluation = trainer.stop.agreed() and trainer.progress.evaluated < trainer.progress.step
+        complete = trainer.complete and not owes_evaluation
         if not complete and self.saved != trainer.progress.step:
             self.save(trainer)
         trainer.publish_pending_checkpoint()
@@ -403,7 +408,7 @@ class Recorder:
             self.write_line(trainer)
         self.evaluate_if_due(trainer)
         trainer.publish_pending_checkpoint(wait=False)
-        due = number == trainer.steps or bool(cfg.checkpoint_every and number % cfg.checkpoint_every == 0)
+        due = trainer.complete or bool(cfg.checkpoint_every and number % cfg.checkpoint_every == 0)
         if due or trainer.progress.best_step == number:
             self.save(trainer)
 
@@ -448,14 +453,15 @@ class Recorder:
             return  # `evaluated` stays behind: the resumed run evaluates this step first
         progress.evaluated = step
         self._note_best(progress, evaluation.metrics, trainer.config.eval)
+        self._note_end(trainer)
         if evaluation.metrics:
             axes = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
             self.log(step, axes | evaluation.metrics)
         if evaluation.samples:
             self.tracker.samples(self.before.step + step, evaluation.samples, self.stage or None)
-        ends, evaluations = step in (0, trainer.steps), 2 + (trainer.steps // every if every else 0)
+        ends, evaluations = step == 0 or trainer.complete, 2 + (trainer.steps // every if every else 0)
         if ends or evaluations * len(evaluation.items) <= MOST_ITEMS:
-            last = step == trainer.steps
+            last = trainer.complete
             self.tracker.items(self.before.step + step, evaluation.items, self.stage or None, answers=last)
         self.console.evaluation(self.before.step + step, evaluation)
 
@@ -469,6 +475,16 @@ class Recorder:
         sign = 1 if cfg.best_mode == "max" else -1
         if progress.best_value is None or sign * value > sign * progress.best_value:
             progress.best_step, progress.best_value = progress.step, value
+
+    def _note_end(self, trainer: Trainer) -> None:
+        """Whether the last evaluations had none better than the best (`train.early_stop`)."""
+        progress, cfg, patience = trainer.progress, trainer.config.train, trainer.config.train.early_stop
+        if patience is None or progress.best_step is None or trainer.complete:
+            return
+        if progress.step - progress.best_step >= patience * cfg.eval_every:
+            best = f"{trainer.config.eval.best}={progress.best_value:.6g}"
+            progress.ended = f"train.early_stop={patience}: {best} at step {progress.best_step} is still the best"
+            self.console.message(f"training ends at step {self.before.step + progress.step}: {progress.ended}")
 
     def save(self, trainer: Trainer) -> None:
         self.tracker.secure()
@@ -525,6 +541,7 @@ def result_record(
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
         "peak_memory_bytes": peak_memory(device),
         "final": final,
+        **({"ended": progress.ended} if progress.ended else {}),
         **best,
     }
 

@@ -358,6 +358,8 @@ def check_use(policy: Policy, config: Config, objective: Objective) -> None:
     if config.model.dropout and needs.reference and not needs.teacher and own_dropout(policy.base.config):
         why = f"objective={objective.name} compares the policy with its reference, which dropout would make unequal"
         raise UftError(Problem("model.dropout=true", why, advice=("model.dropout=false",)))
+    if config.train.neftune_alpha:
+        policy.require_embeddings("train.neftune_alpha")
     if objective.needs.embeddings:
         policy.require_embeddings(f"objective={objective.name}")
     if policy.first_position and config.train.save_model and config.train.check_model:
