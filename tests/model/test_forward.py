@@ -11,8 +11,9 @@ from torch import nn
 from uft.config.schema import Lora
 from uft.data.batch import Batch, Layout, sequence_batch
 from uft.errors import UftError
-from uft.model import policy as policy_module
-from uft.model.policy import EmbeddingNoise, Policy, add_lora, offloading
+from uft.model import passes
+from uft.model.passes import EmbeddingNoise, offloading
+from uft.model.policy import Policy, add_lora
 from uft.model.reference import FromColumn, Frozen
 from uft.objectives.base import ForwardRequest
 
@@ -84,7 +85,7 @@ def test_activations_that_wait_elsewhere_change_no_gradient(
     build: Build, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ):
     """They are copied, and weights are not."""
-    monkeypatch.setattr(policy_module, "SMALL_TENSOR", 64)
+    monkeypatch.setattr(passes, "SMALL_TENSOR", 64)
     found = []
     for offloads in (False, True):
         policy = Policy(build("llama_tied"))

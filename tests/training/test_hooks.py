@@ -11,6 +11,7 @@ import torch
 
 from uft.config.schema import Eval, Optim, Train
 from uft.evaluation.evaluate import Evaluation, Item, Sample
+from uft.model.memory import Shape, Utilisation, peak_rate
 from uft.objectives.base import Term
 from uft.sampling.generate import Interrupted
 from uft.training.session import Recorder
@@ -174,6 +175,22 @@ def test_a_line_says_what_happened_since_the_last_one():
     assert (middle["loss"], middle["grad_norm"], middle["nll"]) == (2.5, 5.0, 5.0)  # of steps 2 and 3
     assert (last["loss"], last["objective/sft"]) == (4.0, 4.0)
     assert [line["tokens_per_second"] for line in (first, middle, last)] == [10 / 2, 20 / 10, 10 / 10]
+
+
+def test_utilisation_is_the_models_work_over_the_peak():
+    """600 weights in blocks and a head of 400: 6 operations a weight, on 20 tokens and 10 supervised ones in 10 s."""
+    shape = Shape(4000, 4000, 1000, 4, 8, 16, vocabulary=50, activation_bytes=4, shared_bytes=1600, block_bytes=600)
+    trainer = FakeTrainer(3, log=2, utilisation=Utilisation(shape, trained_share=1.0, peak=48_000.0))
+    for step, seconds in enumerate((2.0, 7.0, 12.0), 1):
+        trainer.progress.seconds = seconds
+        trainer.run(until=step)
+    work = [6 * (600 * tokens + 400 * supervised) for tokens, supervised in ((10, 5), (10, 5), (10, 5))]
+    spent = [2, 5, 5]
+    assert [line["mfu"] for _, line in trainer.notes.lines] == [
+        w / (48_000 * s) for w, s in zip(work, spent, strict=True)
+    ]
+    assert trainer.notes.lines[0][1]["mfu"] == 0.5
+    assert 0 < peak_rate(torch.device("cpu"), torch.float32) < 1e14
 
 
 def test_a_line_about_nothing_has_no_loss():

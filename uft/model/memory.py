@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from uft.model.head import CHUNK_ELEMENTS
-from uft.model.policy import Policy, blocks
+from uft.model.head import chunk_rows
+from uft.model.policy import DTYPES, Policy, blocks
 from uft.model.quantise import bytes_of, weights_in
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -37,6 +37,8 @@ class Shape:
     recomputed: int = 0  # layers whose activations are recomputed in the backward pass
     shared_bytes: int = 0  # of weights outside the blocks: embeddings and head, as they are stored
     block_bytes: int = 0  # of the largest block
+    head_rows: int = 0  # of a chunk of logits; 0: as on a CPU
+    cast_bytes: int = 0  # of bfloat16 copies of float32 weights
     stored_bytes: float = 4  # per weight of a block
     offloaded: bool = False  # activations are in the CPU's memory, but for the layer at work
     hidden_trained: int = 0  # trained weights in matrices of blocks
@@ -86,6 +88,8 @@ def shape_of(policy: Policy) -> Shape:
         activation_bytes=4 if policy.dtype == "float32" else 2,
         recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in found),
         stored_bytes=sum(layers) / numbers if numbers else next(iter(policy.base.parameters())).element_size(),
+        head_rows=chunk_rows(policy.embedding_rows, policy.device),
+        cast_bytes=sum(2 * copy.layer.weight.numel() for copy in policy.narrow),
         offloaded=policy.offloads,
         hidden_trained=sum(trainable[name].numel() for name in names),
         factors=sum(
@@ -128,7 +132,7 @@ def estimate(
     if shape.offloaded:
         again, hidden = shape.layers, 0
     per_token = again * hidden + (shape.layers - again + bool(again)) * layer
-    head_rows = min(micro_batch_tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
+    head_rows = min(micro_batch_tokens, shape.head_rows or chunk_rows(shape.vocabulary, torch.device("cpu")))
     moments = MOMENTS[optimiser](shape) + 4 * shape.trained * (momentum and optimiser in ("rmsprop", "sgd"))
     share = spread.processes if spread.sharded else 1
     kept = 0 if spread.sharded and spread.offload else 1
@@ -138,6 +142,7 @@ def estimate(
         "weights": kept * shape.weight_bytes // share,
         "gradients": kept * shape.trained_bytes // share,
         "optimiser": kept * moments // share,
+        "copies in bfloat16": shape.cast_bytes,
         "activations": micro_batch_tokens * per_token,
         "head": 2 * 4 * head_rows * shape.vocabulary,  # a chunk of logits and its gradient
         "reference": kept * (other or shape).weight_bytes // share if reference_mode == "copy" else 0,
@@ -164,6 +169,39 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seco
         done, passed = done + 1, time.perf_counter() - started
         if passed > seconds:
             return 2 * size**3 * done / passed
+
+
+PEAKS = {
+    **{"B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12},
+    **{"L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "4090": 165e12, "3090": 71e12},
+}
+"""Floating-point operations a second of dense products in bfloat16, by a part of the name (NVIDIA's data sheets)."""
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """What a device can do at best: a GPU's known peak, else the rate of a product that is timed now (0.1 s)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((rate for part, rate in PEAKS.items() if part in name), None) if dtype == torch.bfloat16 else None
+    return known or matrix_rate(device, dtype, 512 if device.type == "cpu" else 4096, 0.1)
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """MFU: the share of what devices can do at best that goes into a policy's own products (PaLM, arXiv 2204.02311,
+    appendix B), without attention; neither recomputing nor further passes of an objective or a reference count."""
+
+    shape: Shape
+    trained_share: float
+    peak: float  # of all processes together
+
+    @classmethod
+    def of(cls, policy: Policy, processes: int) -> Utilisation:
+        shape, rate = shape_of(policy), peak_rate(policy.device, DTYPES[policy.dtype])
+        return cls(shape, shape.trained / max(1, policy.size), processes * rate)
+
+    def __call__(self, tokens: int, supervised: int, seconds: float) -> float:
+        work = step_flops(self.shape, tokens, supervised, trained_share=self.trained_share)
+        return work / (self.peak * max(seconds, 1e-9))
 
 
 def peak_memory(device: torch.device) -> int:

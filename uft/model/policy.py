@@ -22,6 +22,7 @@ from uft.distributed import shard_like
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
 from uft.model.head import Head, LossGrad, Predictions, embedding_in_place, transform_of
+from uft.model.passes import EmbeddingNoise, NarrowCopy, narrow_linears, offloading
 from uft.model.quantise import is_quantised, weights_in
 from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest
 
@@ -30,9 +31,6 @@ Tensor = torch.Tensor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LEAK = 0.1
 """Share of the tolerance by which a row may move when others change: the same kernels on the same shapes."""
-
-SMALL_TENSOR = 1024
-"""Numbers below which a tensor is not worth a copy to another memory."""
 
 HEAD_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 """Largest difference between our head's log-probs and the model's own, per unit of the largest log-prob."""
@@ -68,6 +66,8 @@ class Policy:
         self.keeps_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
         self.first_position = 0  # RoBERTa and its kin begin behind the padding token's number: see `check_rows`
         self.noise: EmbeddingNoise | None = None  # in training, of the current step
+        self.narrow: list[NarrowCopy] = []  # of weights that are multiplied in bfloat16: see `cast_once`
+        self.compiled = False  # its blocks: `layout.compile_blocks`
         self.offloads = False  # activations wait for the backward pass in the CPU's memory
         self.caches: bool | None = None  # whether it generates right with its cache: `sampling.generate` tries it
 
@@ -117,6 +117,15 @@ class Policy:
 
     def eval(self) -> Policy:
         return self.train(False)
+
+    def cast_once(self) -> None:
+        """From here on cast trained weights of linear layers to bfloat16 when they have changed, not in every pass."""
+        self.narrow = narrow_linears(self.module) if self.dtype == "bfloat16" else []
+
+    def weights_changed(self) -> None:
+        """To be called after every update."""
+        for copy in self.narrow:
+            copy.version = -1
 
     # --- forward and backward
 
@@ -172,6 +181,8 @@ class Policy:
                 embedded = self.embeddings(batch.input_ids)
                 embedded = self._mixed(embedded, batch.place, request) if mixing else embedded
                 inputs["inputs_embeds"] = embedded if noise is None else embedded + noise.like(embedded, batch)
+        for copy in self.narrow:
+            copy.refresh()
         offload = offloading(self.module) if self.offloads and learning else nullcontext()
         with offload, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
             if self.head:
@@ -342,44 +353,6 @@ class Policy:
         if getattr(self.base.config.get_text_config(), "router_aux_loss_coef", None):
             lines.append("experts: the router's load-balancing loss is no part of the objective")
         return lines + self.notes
-
-
-@dataclass
-class EmbeddingNoise:
-    """Noise of NEFTune (arXiv 2310.05914): uniform in [-1, 1], times alpha / sqrt(its tokens x hidden size).
-
-    A function of `key` and the number of the pass, so that a resumed step draws what it would have drawn.
-    """
-
-    alpha: float
-    key: tuple[int, ...]
-    passes: int = 0
-
-    def like(self, embedded: Tensor, batch: Batch) -> Tensor:
-        """(B, L, H) in the precision of `embedded`."""
-        seed = int(np.random.SeedSequence((*self.key, self.passes)).generate_state(1)[0])
-        self.passes += 1
-        generator = torch.Generator(embedded.device).manual_seed(seed)
-        uniform = torch.rand(embedded.shape, generator=generator, device=embedded.device).mul_(2).sub_(1)
-        scale = self.alpha / (batch.company * embedded.shape[-1]).sqrt()
-        return (uniform * scale[..., None]).to(embedded.dtype)
-
-
-def offloading(module: nn.Module) -> torch.autograd.graph.saved_tensors_hooks:
-    """Within, what the backward pass will need is copied to the CPU's memory, weights and small tensors left out."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-
-    def pack(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
-        if tensor.numel() < SMALL_TENSOR or tensor.untyped_storage().data_ptr() in weights:
-            return None, tensor
-        kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return tensor.device, kept.copy_(tensor, non_blocking=tensor.is_cuda)
-
-    def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
-        device, tensor = packed
-        return tensor if device is None else tensor.to(device, non_blocking=True)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 @dataclass(frozen=True)

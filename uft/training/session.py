@@ -34,7 +34,7 @@ from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
 from uft.evaluation.evaluate import Evaluation, evaluate
 from uft.heartbeat import activity
 from uft.model import checkpoint
-from uft.model.memory import device_memory, peak_memory
+from uft.model.memory import Utilisation, device_memory, peak_memory
 from uft.model.policy import DTYPES
 from uft.runs import FULL, Run, problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
@@ -189,7 +189,8 @@ class Session:
             micro_batch_tokens=tokens_per_pass(trainer.config),
         )
         at_start = stage.config.eval.before and not self.trained_before(stage)
-        if not Recorder(self.tracker, self.console, measure, at_start, stage.name, self.before).fit(trainer):
+        named = (stage.name, self.before, Utilisation.of(trainer.policy, ranks().size))
+        if not Recorder(self.tracker, self.console, measure, at_start, *named).fit(trainer):
             return False
         later = any(other.do in ("generate", "select") for other in self.stages[stage.number :])
         if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
@@ -202,11 +203,8 @@ class Session:
         dtype = config.train.save_dtype if folder == self.run.model_dir else "float32"
         sources = [*(held.encoded for held in self.data.held_out), *(source.encoded for source in dataset.train)]
         rows = [row[0] for source in sources for row in source[:2]]
-        policy, renderer, steps = (
-            prepared.trainer.policy,
-            dataset.renderer,
-            self.before.step + prepared.trainer.progress.step,
-        )
+        trainer, renderer = prepared.trainer, dataset.renderer
+        policy, steps = trainer.policy, self.before.step + trainer.progress.step
         card = ModelCard(self.run, config, steps, renderer.name != "plain")
         export_checked(policy, renderer, config, rows, folder, DTYPES[dtype], card, self.console.message)
 
@@ -377,8 +375,10 @@ class Recorder:
     at_start: bool = True  # evaluate before the first step
     stage: str = ""  # the name that every line has; "": none
     before: Progress = field(default_factory=Progress)
+    utilisation: Utilisation | None = None
     seconds: float = 0.0  # of training at the last line: evaluations and checkpoints between two do not count
     tokens: int = 0  # since the last line
+    supervised: int = 0  # likewise
     sampling: float = 0.0  # seconds of rollouts at the last line
     saved: int = -1  # the step of the last checkpoint of this session
     warned: bool = False  # that eval.best names no metric
@@ -403,6 +403,7 @@ class Recorder:
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
         self.tokens += step.tokens
+        self.supervised += step.supervised_tokens
         number, cfg = trainer.progress.step, trainer.config.train
         if number == 1 or number % cfg.log_every == 0 or number == trainer.steps:
             self.write_line(trainer)
@@ -422,8 +423,8 @@ class Recorder:
         """What was measured since the last line: meters stay on the device till then."""
         trainer.await_finite_check()
         progress, means = trainer.progress, trainer.meter.means()  # without names that no row gave anything for
-        seconds, tokens = progress.seconds - self.seconds, self.tokens
-        self.seconds, self.tokens = progress.seconds, 0
+        seconds, tokens, supervised = progress.seconds - self.seconds, self.tokens, self.supervised
+        self.seconds, self.tokens, self.supervised = progress.seconds, 0, 0
         metrics = {
             **{name: getattr(progress, name) for name in COUNTERS},
             "epoch": progress.rows / trainer.epoch_rows,
@@ -431,6 +432,7 @@ class Recorder:
             "lr": learning_rate(progress.step - 1, trainer.steps, trainer.config.optim),
             **{name: means.pop(name) for name in ("grad_norm",) if name in means},
             "tokens_per_second": tokens / max(seconds, 1e-9),
+            **({"mfu": self.utilisation(tokens, supervised, seconds)} if self.utilisation else {}),
             **device_memory(trainer.device),
             **{name if name.startswith("rollout/") else f"objective/{name}": value for name, value in means.items()},
         }

@@ -135,6 +135,7 @@ def optimiser_step(
         for group in optimiser.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         optimiser.step()
+        trainer.policy.weights_changed()
     elif update:
         optimiser.zero_grad(set_to_none=True)
 
@@ -323,7 +324,7 @@ def sync_state(objective: Objective, items: Sequence[Example]) -> None:
 
 
 def make_optimiser(
-    parameters: Parameters, cfg: Optim, *, hidden: Collection[str] | None = None, lr_ratio: float = 1.0
+    parameters: Parameters, cfg: Optim, hidden: Collection[str] | None = None, lr_ratio: float = 1.0
 ) -> torch.optim.Optimizer:
     """Weight decay acts on matrices only: gains and biases are scales, and those are not to shrink.
 

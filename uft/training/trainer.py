@@ -24,7 +24,8 @@ from uft.errors import FAILED, Problem, UftError, first_line
 from uft.evaluation.evaluate import Sample, prompt_text
 from uft.heartbeat import activity
 from uft.model import checkpoint
-from uft.model.policy import EmbeddingNoise, Frozen, Policy
+from uft.model.passes import EmbeddingNoise
+from uft.model.policy import Frozen, Policy
 from uft.objectives.base import Forward, Loss, Objective, StepContext
 from uft.runs import Run
 from uft.sampling.generate import Interrupted
