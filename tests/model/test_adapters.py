@@ -120,7 +120,7 @@ def test_an_absent_module_to_save_is_named(build: Build):
 
 def test_bitsandbytes_is_asked_for_where_it_is_missing(build: Build, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(UftError, match=r"uft\[bitsandbytes\]"):
+    with pytest.raises(UftError, match=r"uft-lm\[bitsandbytes\]"):
         adapted(build, "llama", "nf4")
 
 

@@ -23,7 +23,7 @@ def bitsandbytes(key: str) -> Any:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
         problem = Problem(key, f"needs bitsandbytes ({error})")
-        raise UftError(problem, footer="Install it:  pip install 'uft[bitsandbytes]'") from error
+        raise UftError(problem, footer="Install it:  pip install 'uft-lm[bitsandbytes]'") from error
 
 
 def quantise(block: nn.Module, dtype: torch.dtype) -> None:
