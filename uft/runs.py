@@ -297,7 +297,13 @@ class WeightsSource:
     @property
     def model(self) -> dict[str, Any]:
         """The keys of the group `model` that load them, as a whole model without an adapter."""
-        return {**self.config.get("model", {}), "path": self.path, "revision": None, "adapter": "none"}
+        return {
+            **self.config.get("model", {}),
+            "path": self.path,
+            "revision": None,
+            "adapter": "none",
+            "quantize": "none",
+        }
 
     @property
     def name(self) -> str:

@@ -41,6 +41,7 @@ Off = tuple[str, ...] | Callable[[Any], None]
 WAYS: dict[str, Off] = {
     "uft": (),
     "uft-compiled": ("model.compile=true",),
+    "uft-bf16": (),
 }
 """How uft is measured: what is typed besides."""
 
@@ -59,7 +60,7 @@ LADDER: dict[str, Off] = {
 """The same with one lever the other way round; by hand where nobody would want a key for it."""
 
 
-def words(objective: str, place: Place, own: Path, threads: int) -> list[str]:
+def words(objective: str, place: Place, own: Path, threads: int, dtype: str = "float32") -> list[str]:
     """What one would type."""
     return [
         f"objective={objective}",
@@ -70,6 +71,7 @@ def words(objective: str, place: Place, own: Path, threads: int) -> list[str]:
         "model=custom",
         "model.name=random",
         f"model.path={place.model}",
+        f"model.dtype={dtype}",
         f"optim.lr={LEARNING_RATE}",
         "optim.schedule=constant",
         "optim.warmup=0",
@@ -93,7 +95,8 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
     from uft.training.setup import choose_device, prepare
 
     off = {**WAYS, **LADDER}[way]
-    typed_words = words(objective, place, own, threads) + ([] if callable(off) else list(off))
+    dtype = "bfloat16" if way == "uft-bf16" else "float32"
+    typed_words = words(objective, place, own, threads, dtype) + ([] if callable(off) else list(off))
     text = frozen(compose(typed_words))
     run = create_run(own / "run", text, typed_words)
     config = typed(yaml.safe_load(text))

@@ -50,6 +50,27 @@ THIRTY = Size(
     {"demonstrations": 8, "pairs": 4, "negatives": 4},
 )
 SIZES = {
+    "toy": Size(
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        {"demonstrations": 2, "pairs": 2},
+        LONG_PROMPTS,
+    ),
+    "1b": Size(  # of Llama-3.2-1B's layers
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+        {"demonstrations": 64, "pairs": 32},
+    ),
     "30m": THIRTY,
     "30m-history": replace(THIRTY, demonstrations=HISTORY),
     "135m": Size(  # SmolLM2-135M: what its weights say makes no difference here

@@ -29,6 +29,7 @@ NEEDS = {  # what an option leaves for the user to say
     "reward=likelihood": ("reward.path=some/model",),
     "reward=classifier": ("reward.path=some/model",),
     "model=custom": ("model.path=some/model", "model.name=mine"),
+    **{f"optim={name}": ("hardware.sharding=none",) for name in ("adafactor", "adamw8bit", "muon")},
     "objective=distill": ("teacher.path=some/model",),
 }
 OWN = {  # completions that an objective learns from, of a model that is not sharded and of scored or plain rows

@@ -12,7 +12,7 @@ import torch
 
 from uft.data.batch import Layout, TokenSequence, sequence_batch
 from uft.errors import UftError
-from uft.model.layout import compile_blocks, settle_layout
+from uft.model.layout import compile_blocks, compiles, settle_layout
 from uft.model.policy import Policy, blocks
 from uft.objectives.base import ForwardRequest
 
@@ -89,6 +89,23 @@ def test_what_cannot_be_compiled_stops_the_request(build: Callable[..., Any], mo
         with pytest.raises(UftError, match=why) as error:
             compile_blocks(Policy(build("llama")))
         assert error.value.problems[0].what == "model.compile=true"
+
+
+def test_what_nobody_asked_for_is_left_out_with_a_note(
+    build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU compiles by default, a CPU when it is told to."""
+    on, off = torch.device("cuda"), torch.device("cpu")
+    assert [compiles(wanted, device) for wanted in (None, True, False) for device in (on, off)] == [
+        *(True, False, True, True, False, False)
+    ]
+    monkeypatch.setattr(torch, "compile", failing)
+    policy = packing(build("llama"))
+    before = policy(policy.trial_batch(policy.layout)).log_probs
+    compile_blocks(policy, asked=False)
+    assert any("not compiled: this model cannot be compiled here" in note for note in policy.notes)
+    assert torch.equal(policy(policy.trial_batch(policy.layout)).log_probs, before)
+    assert not policy.compiled
 
 
 def test_saved_weights_keep_their_names(

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from uft.config.schema import Lora
-from uft.data.batch import Batch
+from uft.data.batch import Batch, Layout, sequence_batch
 from uft.errors import UftError
+from uft.model import passes
+from uft.model.passes import EmbeddingNoise, offloading
 from uft.model.policy import Policy, add_lora
 from uft.model.reference import FromColumn, Frozen
 from uft.objectives.base import ForwardRequest
@@ -55,6 +58,47 @@ def test_log_probs_and_gradients_are_those_of_plain_transformers(build: Build, b
     assert gradients(policy).keys() == expected_gradients.keys()
     for name, gradient in gradients(policy).items():
         torch.testing.assert_close(gradient, expected_gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_noise_on_the_embeddings_is_neftunes(build: Build, batch: Batch, sequences: Any):
+    """Uniform on [-s, s] with s = alpha / sqrt(L H), in training alone; a function of its key and the pass."""
+    for one in (batch, *(sequence_batch(sequences, 0, layout) for layout in (Layout.PACKED, Layout.SHARED))):
+        embedded = torch.zeros(*one.input_ids.shape, 4096)
+        first, second = (EmbeddingNoise(5.0, (1, 2)) for _ in range(2))
+        noise = first.like(embedded, one)
+        assert torch.equal(noise, second.like(embedded, one))
+        assert not torch.equal(noise, first.like(embedded, one)), "of another pass"
+        bound = 5 / (one.company * 4096).sqrt()
+        torch.testing.assert_close(noise.abs().amax(-1), bound, rtol=0.01, atol=0)
+        torch.testing.assert_close(noise.std(-1), bound / 3**0.5, rtol=0.1, atol=0)
+    assert batch.company[:, 0].tolist() == batch.attention_mask.sum(1).tolist()
+    policy = Policy(build("llama")).train()
+    before = policy(batch).log_probs
+    policy.noise = EmbeddingNoise(5.0, (0,))
+    assert not torch.allclose(policy(batch).log_probs, before, atol=1e-3)
+    with torch.no_grad():
+        assert torch.equal(policy(batch).log_probs, before)
+    assert torch.equal(policy.eval()(batch).log_probs, before)
+
+
+def test_activations_that_wait_elsewhere_change_no_gradient(
+    build: Build, batch: Batch, monkeypatch: pytest.MonkeyPatch
+):
+    """They are copied, and weights are not."""
+    monkeypatch.setattr(passes, "SMALL_TENSOR", 64)
+    found = []
+    for offloads in (False, True):
+        policy = Policy(build("llama_tied"))
+        policy.offloads = offloads
+        policy(batch).log_probs.sum().backward()
+        found.append(gradients(policy))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    weight, other = nn.Parameter(torch.ones(8, 16)), torch.ones(8, 16, requires_grad=True)
+    with offloading(nn.ParameterList([weight])):
+        product = weight * other
+    saved = {name: getattr(product.grad_fn, name) for name in ("_saved_self", "_saved_other")}
+    assert saved["_saved_self"].data_ptr() == weight.data_ptr()
+    assert saved["_saved_other"].data_ptr() != other.data_ptr()
 
 
 def test_a_head_that_disagrees_is_replaced_by_the_models_own_and_reported(

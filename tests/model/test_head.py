@@ -16,10 +16,13 @@ from uft.model.head import (
     Head,
     Predictions,
     Transform,
+    chunk_rows,
     embedding_in_place,
+    gpu_rows,
     log_probs_of,
     own_gradient,
     transform_of,
+    widens,
 )
 from uft.model.policy import Policy
 from uft.objectives.base import PLAIN as PLAIN_REQUEST
@@ -158,6 +161,55 @@ def test_log_probs_and_weight_gradients_are_float32_under_bfloat16(chunk: int):
     assert log_probs.dtype == head.projection.weight.grad.dtype == torch.float32
     expected = plain(make(dtype=torch.float32), hidden.detach(), target_ids)
     torch.testing.assert_close(log_probs, expected, atol=0.05, rtol=0)
+
+
+def test_a_gpus_chunk_goes_by_its_memory():
+    """A 32nd of it for 8 bytes a logit: 80 GiB hold 2,616 rows of Llama-3's vocabulary."""
+    assert gpu_rows(128_256, 80 * 2**30) == 2560
+    assert gpu_rows(128_256, 24 * 2**30) == 1024
+    assert gpu_rows(32_000, 80 * 2**30) == 4096
+    assert chunk_rows(49_152, torch.device("cpu")) == 341
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_float32_where_a_device_has_them(chunk: int, bias: bool, monkeypatch: pytest.MonkeyPatch):
+    """Emulated here: a CPU has none. Logits are then not rounded, nor sums of the weight's gradient."""
+    assert not widens(torch.device("cpu"))
+    plain_mm, calls = torch.mm, []
+
+    def mm(left, right, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return plain_mm(left, right, out=out)
+        calls.append("mm")
+        assert (left.dtype, right.dtype, out.dtype) == (torch.bfloat16, torch.bfloat16, out_dtype)
+        return out.copy_(plain_mm(left.float(), right.float()))
+
+    def addmm(total, left, right, *, out_dtype, out):
+        calls.append("addmm")
+        assert out is total
+        assert total.dtype == out_dtype
+        return out.add_(plain_mm(left.float(), right.float()))
+
+    narrow, exact = (make(bias, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    with torch.no_grad():
+        exact.projection.weight.copy_(exact.projection.weight.bfloat16())
+    hidden, target_ids = inputs(7, torch.float32)
+    hidden = hidden.detach().bfloat16().float()
+    expected = exact(hidden, target_ids)[0]
+    expected.sum().backward()
+    monkeypatch.setattr(head_module, "widens", lambda device: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    found = narrow(hidden, target_ids)[0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    found.sum().backward()
+    own = narrow.projection.weight.grad
+    torch.testing.assert_close(own, exact.projection.weight.grad, atol=0.02, rtol=0.01)
+    first = own.clone()
+    parts = [slice(0, 4), slice(4, 7)]
+    narrow.chunked_backward(hidden, target_ids, parts, lambda part, log_probs, argmax: torch.ones_like(log_probs))
+    torch.testing.assert_close(own, 2 * first, atol=1e-5, rtol=1e-5)
+    assert set(calls) == {"mm", "addmm"}
 
 
 def test_transforms_are_read_from_configurations():

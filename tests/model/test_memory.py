@@ -44,6 +44,10 @@ def test_exact_parts():
     kept = {("adamw", False): 2, ("rmsprop", False): 1, ("rmsprop", True): 2, ("sgd", False): 0, ("sgd", True): 1}
     for (optimiser, momentum), numbers in kept.items():
         assert parts(optimiser=optimiser, momentum=momentum)["optimiser"] == 4 * 100 * numbers
+    shape = replace(SHAPE, hidden_trained=60, factors=30)
+    bytes_kept = {"muon": 4 * 60 + 8 * 40, "adafactor": 4 * 30, "adamw8bit": 2 * 100 + 3}
+    for optimiser, size in bytes_kept.items():
+        assert parts(shape, optimiser=optimiser)["optimiser"] == size
     modes = ("copy", "cached", "adapter_off", None)
     assert [parts(reference_mode=mode)["reference"] for mode in modes] == [400, 0, 0, 0]
 
@@ -52,6 +56,7 @@ def test_activations_grow_with_tokens_and_shrink_with_recomputing_and_the_head_i
     assert parts(micro_batch_tokens=20)["activations"] == 2 * parts()["activations"]
     none, some, every = (parts(replace(SHAPE, layers=8, recomputed=blocks))["activations"] for blocks in (0, 4, 8))
     assert every < some < none
+    assert parts(replace(SHAPE, offloaded=True))["activations"] == parts(replace(SHAPE, layers=1))["activations"]
     assert parts(replace(SHAPE, vocabulary=50_000), micro_batch_tokens=10**6)["head"] <= 2 * 4 * 2**24
 
 
@@ -64,6 +69,10 @@ def test_the_numbers_of_a_model(build: Callable[..., Any]):
     lora = shape_of(Policy(add_lora(build("llama"), Lora(rank=2), 0, float32=True), "bfloat16"))
     assert lora.trained_bytes == 4 * lora.trained < lora.weight_bytes
     assert lora.activation_bytes == 2
+    assert lora.hidden_trained == lora.trained
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert shape.hidden_trained == count - vectors - 61 * 16
+    assert shape.factors == vectors + sum(sum(p.shape) for p in model.parameters() if p.ndim == 2)
     assert shape_of(Policy(build("gpt2"))).intermediate == 64
 
 

@@ -21,7 +21,7 @@ from cases import overrides, write_files
 from outside import environment
 
 STEPS = 30
-CLOCKS = {"seconds", "tokens_per_second"}
+CLOCKS = {"seconds", "tokens_per_second", "mfu"}
 MORE = (f"train.steps={STEPS}", "train.checkpoint_every=5", "train.batch_size=5")
 Start = Callable[..., "subprocess.Popen[str]"]
 

@@ -36,7 +36,7 @@ FAST = [("two", n) for n in ("sft_short_last", "sft_one_row", "sft_dry", "uft", 
     ("sharded", "irft_own"),
 ]
 PAIRS = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in EVERY]
-CLOCKS = {"seconds", "rollout/seconds", "tokens_per_second"}
+CLOCKS = {"seconds", "rollout/seconds", "tokens_per_second", "mfu"}
 EXACT = {"step", "rows", "tokens", "supervised_tokens", "epoch"}
 Said = Callable[[str, str], list[dict[str, Any]]]
 

@@ -153,6 +153,7 @@ STEP = {
     "lr": 9.6e-6,
     "grad_norm": 0.8,
     "tokens_per_second": 41_200.0,
+    "mfu": 0.38,
     "memory_gb": 61.0,
     "memory_total_gb": 80.0,
 }
@@ -161,7 +162,7 @@ STEP = {
 def test_the_step_line_leaves_out_what_is_unknown_or_has_no_room():
     assert step_line(120, 800, STEP, ("uft",), eta=432) == (
         "step 120/800  15% | loss  1.873 | uft  0.21 nll  1.80 | lr 9.6e-06 | grad  0.80 |  41.2k tok/s"
-        " | 61.0/80 GB | eta 07:12"
+        " | mfu 38% | 61.0/80 GB | eta 07:12"
     )
     assert step_line(1, 800, {"loss": 2.0, "lr": 0.0}) == "step   1/800   0% | loss  2.000 | lr 0.0e+00"
     assert step_line(1, 800, {"memory_gb": 1.25}) == "step   1/800   0% | 1.2 GB"

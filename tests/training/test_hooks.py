@@ -11,6 +11,7 @@ import torch
 
 from uft.config.schema import Eval, Optim, Train
 from uft.evaluation.evaluate import Evaluation, Item, Sample
+from uft.model.memory import Shape, Utilisation, peak_rate
 from uft.objectives.base import Term
 from uft.sampling.generate import Interrupted
 from uft.training.session import Recorder
@@ -65,18 +66,23 @@ class FakeTrainer:
         save: int = 0,
         best: str = "eval/nll",
         mode: str = "min",
+        patience: int | None = None,
         **recorder: Any,
     ) -> None:
         self.steps, self.epoch_rows, self.device = steps, 40, torch.device("cpu")
         self.progress, self.meter = Progress(), Meter()
         self.optim, self.eval = Optim(lr=0.5, schedule="constant", warmup=0), Eval(best=best, best_mode=mode)
-        self.train = Train(log_every=log, eval_every=evaluate, checkpoint_every=save)
+        self.train = Train(log_every=log, eval_every=evaluate, checkpoint_every=save, early_stop=patience)
         self.config, self.saves = self, list[tuple[int, int, int | None]]()
         self.notes, self.rollouts = Notes(), None
         self.recorder = Recorder(self.notes, self.notes, measure, **recorder)
 
     def publish_pending_checkpoint(self, wait: bool = True) -> None:
         """Nothing is written in the background here."""
+
+    @property
+    def complete(self) -> bool:
+        return self.progress.step >= self.steps or bool(self.progress.ended)
 
     def await_finite_check(self) -> None:
         """Every step happened."""
@@ -90,7 +96,7 @@ class FakeTrainer:
 
     def run(self, until: int | None = None) -> FakeTrainer:
         """Steps of 4 rows and 10 tokens with loss = step number."""
-        while self.progress.step < (until or self.steps):
+        while self.progress.step < (until or self.steps) and not self.progress.ended:
             self.progress.step += 1
             self.progress.rows += 4
             self.progress.tokens += 10
@@ -113,6 +119,24 @@ def values(*numbers: float | None) -> Callable[[], Evaluation]:
         return Evaluation({"eval/nll": value}, [SAMPLE])
 
     return measure
+
+
+@pytest.mark.parametrize(
+    ("patience", "losses", "ends"),
+    [
+        (2, (9.0, 4.0, 3.0, 3.5, 3.0, 1.0), 8),  # equal is no better; what came before the first step does not count
+        (2, (0.0, 4.0, 4.5, 3.0, 3.5, 3.2), 10),
+        (1, (9.0, 5.0, 4.0, 3.0, 2.0, 1.0), 10),
+        (None, (9.0, 4.0, 5.0, 6.0, 7.0, 8.0), 10),
+    ],
+)
+def test_training_ends_after_evaluations_that_are_no_better(patience, losses, ends):
+    trainer = FakeTrainer(10, values(*losses), evaluate=2, patience=patience)
+    trainer.owed()
+    trainer.run()
+    assert trainer.progress.step == trainer.saves[-1][0] == ends
+    early = f"train.early_stop=2: eval/nll={min(losses[1:4]):g} at step 4 is still the best"
+    assert trainer.progress.ended == (early if ends < 10 else "")
 
 
 # --- lines
@@ -151,6 +175,22 @@ def test_a_line_says_what_happened_since_the_last_one():
     assert (middle["loss"], middle["grad_norm"], middle["nll"]) == (2.5, 5.0, 5.0)  # of steps 2 and 3
     assert (last["loss"], last["objective/sft"]) == (4.0, 4.0)
     assert [line["tokens_per_second"] for line in (first, middle, last)] == [10 / 2, 20 / 10, 10 / 10]
+
+
+def test_utilisation_is_the_models_work_over_the_peak():
+    """600 weights in blocks and a head of 400: 6 operations a weight, on 20 tokens and 10 supervised ones in 10 s."""
+    shape = Shape(4000, 4000, 1000, 4, 8, 16, vocabulary=50, activation_bytes=4, shared_bytes=1600, block_bytes=600)
+    trainer = FakeTrainer(3, log=2, utilisation=Utilisation(shape, trained_share=1.0, peak=48_000.0))
+    for step, seconds in enumerate((2.0, 7.0, 12.0), 1):
+        trainer.progress.seconds = seconds
+        trainer.run(until=step)
+    work = [6 * (600 * tokens + 400 * supervised) for tokens, supervised in ((10, 5), (10, 5), (10, 5))]
+    spent = [2, 5, 5]
+    assert [line["mfu"] for _, line in trainer.notes.lines] == [
+        w / (48_000 * s) for w, s in zip(work, spent, strict=True)
+    ]
+    assert trainer.notes.lines[0][1]["mfu"] == 0.5
+    assert 0 < peak_rate(torch.device("cpu"), torch.float32) < 1e14
 
 
 def test_a_line_about_nothing_has_no_loss():

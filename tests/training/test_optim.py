@@ -19,6 +19,9 @@ MOMENTS = {
     "rmsprop": {"momentum": 0.9, "alpha": 0.9, "weight_decay": 0.1},
     "sgd": {"momentum": 0.9, "weight_decay": 0.1},
     "sgd-plain": {},
+    "adamw8bit": {"betas": [0.8, 0.95], "weight_decay": 0.1},
+    "adafactor": {"weight_decay": 0.1},
+    "muon": {"betas": [0.8, 0.95], "momentum": 0.9, "weight_decay": 0.1},
 }
 
 
@@ -50,6 +53,8 @@ def test_shapes_after_the_warmup():
     assert rates(8, schedule="constant", warmup=0) == [0.01] * 8
     assert rates(4, schedule="linear", warmup=0) == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
     assert rates(4, schedule="cosine", warmup=0) == pytest.approx([0.01, 0.0085355, 0.005, 0.0014645], abs=1e-7)
+    wsd = [0.01, 0.01, 0.01, 0.01, 0.0042265, 0.0018350]  # 1 - sqrt(1/3), 1 - sqrt(2/3)
+    assert rates(6, schedule="wsd", warmup=0, decay=0.5) == pytest.approx(wsd, abs=1e-7)
     assert rates(3, warmup=6) == pytest.approx([0.01 / 6, 0.02 / 6, 0.03 / 6]), "the run ends before the peak"
     assert rates(5, lr=0.0, warmup=2) == [0.0] * 5
 
@@ -69,8 +74,8 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(3, 2)
-        self.gain = nn.Parameter(torch.ones(2))
+        self.linear = nn.Linear(64, 64)  # the least that has moments in 8 bits
+        self.gain = nn.Parameter(torch.ones(64))
         self.idle = nn.Parameter(torch.ones(2, 2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,8 +94,14 @@ def advance(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimize
         setattr(module.get_submodule(owner), leaf, parameter)
     for step in steps:
         optimiser.zero_grad(set_to_none=True)
-        module(torch.randn(5, 3, generator=torch.Generator().manual_seed(step))).backward()
+        module(torch.randn(5, 64, generator=torch.Generator().manual_seed(step))).backward()
         optimiser.step()
+
+
+@pytest.fixture(autouse=True)
+def _bitsandbytes(request):
+    if "adamw8bit" in request.node.name:
+        pytest.importorskip("bitsandbytes")
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
@@ -139,6 +150,41 @@ def test_saved_and_loaded_equals_never_stopped(case, tmp_path):
         assert optimiser.state[parameter].keys() >= again.state[twin].keys()
         for key, value in again.state[twin].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(optimiser.state[parameter][key])), key
+
+
+def test_muon_updates_the_hidden_matrices_and_adamw_all_else():
+    """Muon's update: its momentum with all singular values near 1, times 0.2 sqrt(rows) (2502.16982, eq. 4)."""
+    mixed, plain = small(), small()
+    advance(mixed, make_optimiser(mixed, optim("muon", momentum=0.0), hidden={"linear.weight"}), range(1))
+    advance(plain, make_optimiser(plain, optim("adamw", fused=False)), range(1))
+    moved = (small()["linear.weight"] - mixed["linear.weight"]).detach() / (0.01 * 0.2 * 8)
+    values = torch.linalg.svdvals(moved)
+    assert values[:5].tolist() == pytest.approx([1] * 5, abs=0.4), "five rows make five directions"
+    assert all(torch.equal(mixed[name], plain[name]) for name in mixed if name != "linear.weight")
+    assert len(make_optimiser(small(), optim("muon"), hidden=set()).param_groups) == 2, "AdamW alone"
+
+
+def test_moments_of_adamw8bit_are_nearly_those_in_32():
+    narrow, plain = small(), small()
+    advance(narrow, make_optimiser(narrow, optim("adamw8bit")), range(20))
+    advance(plain, make_optimiser(plain, optim("adamw")), range(20))
+    start = small()["linear.weight"]
+    moved, expected = (one["linear.weight"] - start for one in (narrow, plain))
+    assert 0 < (moved - expected).norm() < 0.1 * expected.norm()
+
+
+def test_the_rate_of_b_over_that_of_a():
+    """LoRA+: under plain SGD an update is the rate times the gradient."""
+    parameters = {f"q.lora_{side}.default.weight": nn.Parameter(torch.zeros(2, 2)) for side in "AB"}
+    optimiser = make_optimiser(parameters, optim("sgd"), lr_ratio=16.0)
+    assert sorted(group["lr_ratio"] for group in optimiser.param_groups) == [1.0, 16.0]
+    for group in optimiser.param_groups:
+        group["lr"] = 0.01 * group["lr_ratio"]
+        group["params"][0].grad = torch.ones(2, 2)
+    optimiser.step()
+    a, b = parameters.values()
+    torch.testing.assert_close(b.detach(), 16 * a.detach())
+    assert a[0, 0].item() == pytest.approx(-0.01)
 
 
 # --- one kernel

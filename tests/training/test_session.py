@@ -23,6 +23,7 @@ from uft.runs import Run
 
 UNEVEN = ("train.steps=7", *dying.UNEVEN)
 CACHED = "reference.mode=cached"
+EARLY = "train.early_stop=1"
 RMSPROP = ("optim.name=rmsprop", "optim.momentum=0.9")
 
 
@@ -62,6 +63,13 @@ TUNINGS = (LORA, (*LORA, "reference.mode=adapter_off"), ("optim.name=sgd", "opti
         ("ift", ("objective.lam_noise=0.5", "objective.lam_start=0.0")),
         ("dft", ()),
         ("dpo", ("optim.weight_decay=0.1",)),
+        (
+            "dpo",
+            (*LORA, "model.lora.dora=true", "model.lora.lr_ratio=4", "train.neftune_alpha=5", "optim.schedule=wsd"),
+        ),
+        pytest.param("sft", ("optim.name=muon", "optim.momentum=0.9", EARLY), marks=pytest.mark.slow),
+        pytest.param("dpo", ("optim.name=adafactor",), marks=pytest.mark.slow),
+        pytest.param("dpo", (*LORA, "model.quantize=nf4", "optim.name=adamw8bit"), marks=pytest.mark.slow),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in product(ALL, TUNINGS)),
     ],
 )

@@ -54,6 +54,8 @@ def numbers(settings: Settings) -> Iterator[Broken]:
             yield broken("optim.warmup", "must be a share below 1 or a whole number of steps")
         elif steps is not None and warmup >= steps:
             yield broken("optim.warmup", f"leaves no step after the warm-up: train.steps={steps}")
+    if settings["train"]["early_stop"] is not None and settings["train"]["eval_every"] == 0:
+        yield broken("train.early_stop", "counts evaluations, and there are none on the way", "train.eval_every=100")
     betas, seeds = settings["optim"]["betas"], settings["generate"]["seeds"]
     if betas is not None and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         yield broken("optim.betas", "must be two numbers, at least 0 and below 1")
@@ -78,6 +80,18 @@ def adapters(settings: Settings) -> Iterator[Broken]:
             yield broken("reference.sync_every", "needs whole weights on every device", "hardware.sharding=none")
         if settings["reference"]["mode"] == "cached":
             yield broken("reference.mode", "keeps the log-probs of a reference that stays", "reference.mode=auto")
+    whole, kept = settings["hardware"]["sharding"] != "full", settings["model"]["lora"]["modules_to_save"]
+    if settings["model"]["quantize"] != "none":
+        if adapter == "none":
+            yield broken("model.quantize", "is for frozen weights, and all are trained", "model.adapter=lora")
+        elif not whole:
+            yield broken("model.quantize", "needs whole weights on every device", "hardware.sharding=none")
+    if settings["model"]["activation_offload"] and not whole:
+        yield broken("model.activation_offload", "needs whole weights on every device", "hardware.sharding=none")
+    if settings["optim"]["name"] in ("muon", "adafactor", "adamw8bit") and not whole:
+        yield broken("optim.name", "needs whole weights on every device: hardware.sharding=none", "optim.name=adamw")
+    if adapter == "lora" and kept and not whole:
+        yield broken("model.lora.modules_to_save", "needs whole weights on every device", "hardware.sharding=none")
     if adapter == "lora" and settings["model"]["lora"]["targets"] == []:
         yield broken("model.lora.targets", "names no layer to adapt", "for all linear layers:  [all-linear]")
 

@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import entry_points
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model
@@ -23,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from uft.config.messages import bare
+from uft.config.standin import without_torch
 from uft.errors import Problem, UftError
 
 MISSING = "???"
@@ -127,6 +124,10 @@ class Lora:
     alpha: Float = _key(16.0, "scale numerator: updates are multiplied by alpha / rank", gt=0)
     dropout: Float = _key(0.0, "dropout on the adapter's input", ge=0, lt=1)
     targets: list[str] = _key(["all-linear"], "names of linear layers, or all-linear")
+    rslora: bool = _key(False, "updates are multiplied by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    dora: bool = _key(False, "direction by the adapter, length of every row by a vector of its own (arXiv 2402.09353)")
+    lr_ratio: Float = _key(1.0, "rate of B over that of A (LoRA+, arXiv 2402.12354); 16 there", gt=0)
+    modules_to_save: list[str] = _key([], "modules trained whole beside the adapter, e.g. [embed_tokens, lm_head]")
 
 
 @dataclass(config=STRICT)
@@ -136,13 +137,19 @@ class Model:
     revision: str | None = _key(None, "commit or tag of a hub model")
     adapter: Literal["none", "lora"] = _key("none", "train all weights or a low-rank adapter")
     lora: Lora = Field(default_factory=Lora)
-    dtype: Literal["float32", "bfloat16"] = _key("float32", "precision of the forward pass")
+    dtype: Literal["auto", "float32", "bfloat16"] = _key(
+        "float32", "precision of the forward pass; auto: bfloat16 where the device multiplies it natively"
+    )
+    quantize: Literal["none", "nf4"] = _key("none", "store frozen weights of linear layers in 4 bits (QLoRA)")
     master_weights: bool = _key(True, "keep trained weights in float32 whatever the dtype")
     dropout: bool = _key(False, "train with the dropout of the model's own configuration; never beside a reference")
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = _key("auto", "attention kernel")
-    compile: bool = _key(False, "torch.compile of every block: half a minute to begin with, then faster if it is deep")
+    compile: bool | None = _key(
+        None, "torch.compile of every block: half a minute to begin with, then faster if it is deep; null: on a GPU"
+    )
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass to save memory")
     recompute_every: Int = _key(1, "with gradient_checkpointing: only every n-th block; more memory, less time", ge=1)
+    activation_offload: bool = _key(False, "keep activations in the CPU's memory from the forward to the backward pass")
     trust_remote_code: bool = _key(False, "run code that comes with the model; off unless you read it")
     lr: Float = _key(1e-5, "a good first learning rate for this model; optim.lr takes it", gt=0)
 
@@ -162,16 +169,17 @@ class Teacher:
 
 @dataclass(config=STRICT)
 class Optim:
-    name: Literal["adamw", "rmsprop", "sgd"] = _key("adamw", "optimiser")
+    name: Literal["adamw", "adamw8bit", "adafactor", "muon", "rmsprop", "sgd"] = _key("adamw", "optimiser")
     lr: Float = _key("${model.lr}", "peak learning rate", ge=0)
     lr_scale: Float = _key(1.0, "multiplies the whole schedule: the first remedy of arXiv 2507.00018 is 0.25", gt=0)
-    betas: list[float] = _key([0.9, 0.999], "AdamW: decay of the two moments")
+    betas: list[float] = _key([0.9, 0.999], "AdamW, beside Muon and in 8 bits too: decay of the two moments")
     eps: Float = _key(1e-8, "added to the denominator", gt=0)
     fused: bool = _key(True, "AdamW and SGD: the whole update in one kernel")
-    weight_decay: Float = _key(0.0, "decoupled (AdamW) or L2 (others)", ge=0)
-    momentum: Float = _key(0.0, "SGD and RMSprop: momentum", ge=0, lt=1)
+    weight_decay: Float = _key(0.0, "decoupled, or L2 (RMSprop and SGD)", ge=0)
+    momentum: Float = _key(0.0, "SGD, RMSprop and Muon: momentum", ge=0, lt=1)
     alpha: Float = _key(0.99, "RMSprop: decay of the squared gradient", ge=0, lt=1)
-    schedule: Literal["cosine", "linear", "constant"] = _key("cosine", "shape after warm-up")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = _key("cosine", "shape after warm-up")
+    decay: Float = _key(0.2, "schedule=wsd: last share of the steps after warm-up, in which the rate falls", gt=0, le=1)
     warmup: Float = _key(0.1, "steps of linear warm-up: a share below 1 or a count", ge=0)
 
 
@@ -190,6 +198,12 @@ class Train:
     )
     max_length: Int = _key(1024, "longest prompt + completion in tokens", ge=2)
     max_grad_norm: Float = _key(1.0, "clip the gradient's norm here; 0: never", ge=0)
+    neftune_alpha: Float = _key(
+        0.0, "noise on the input embeddings in training (arXiv 2310.05914); 0: none, 5 there", ge=0
+    )
+    early_stop: Int | None = _key(
+        None, "evaluations in a row without a better eval.best after which training ends; null: never", ge=1
+    )
     log_every: Int = _key(10, "steps between metric lines", ge=1)
     checkpoint_every: Int = _key(100, "steps between checkpoints; 0: only at the end and when stopped", ge=0)
     keep_last: Int = _key(2, "newest checkpoints kept; the best is kept besides", ge=1)
@@ -483,12 +497,11 @@ def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[KeyPath]]
 
 # --- The hyper-parameters of every objective, read from the dataclasses of uft.objectives without torch.
 #
-# The file of an objective imports torch, which takes seconds. `importlib.util.LazyLoader` does not help: the import
-# statement itself wakes it. So the objectives are imported once beside a stand-in that answers every attribute with
-# :class:`Anything`, their fields are read, and the modules are forgotten again: a later import gets them with torch.
+# The file of an objective imports torch, which takes seconds. So the objectives are imported once beside a stand-in
+# (:mod:`uft.config.standin`), their fields are read, and the modules are forgotten again: a later import gets them with
+# torch.
 
 
-MODULES = ("torch", "torch.nn", "torch.nn.functional")
 EXACT = {int: Int, float: Float, float | None: Float | None}
 
 
@@ -558,47 +571,3 @@ def _model(method: str, cls: Any) -> type:
         help = rules.pop("help", "")
         fields[field.name] = (Literal[choices] if choices else EXACT.get(kind, kind), Field(description=help, **rules))
     return create_model(method, __config__=STRICT, **fields)
-
-
-class _Anything(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything
-
-
-class Anything(metaclass=_Anything):
-    """A type, a base class, a decorator, a constant: whatever is taken from the stand-in when a module is imported."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return Anything
-
-
-class StandIn(ModuleType):
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything
-
-
-@contextmanager
-def without_torch() -> Iterator[None]:
-    """Imports of `uft` inside this block see a stand-in for torch, and are undone at its end.
-
-    Does nothing when torch is there already.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    before, added = set(sys.modules), {point.module.partition(".")[0] for point in entry_points(group="uft.objectives")}
-    sys.modules.update({name: StandIn(name) for name in MODULES})
-    try:
-        yield
-    finally:
-        for name in set(sys.modules) - before:
-            values = vars(sys.modules[name]).values()
-            holds = any(isinstance(value, StandIn) or value is Anything for value in values)
-            if name in MODULES or name.startswith("uft.objectives") or name.partition(".")[0] in added or holds:
-                del sys.modules[name]

@@ -90,6 +90,14 @@ class Batch:
         return self.segments.tokens if self.segments else int(self.attention_mask.sum())
 
     @property
+    def company(self) -> Tensor:
+        """(B, L) int64: tokens of the sequence that each input stands in; a shared prompt is in the first of them."""
+        if self.segments is None:
+            return self.attention_mask.sum(1, keepdim=True).expand_as(self.input_ids)
+        spans = torch.tensor([(span.length + span.prefix + 1, span.length) for span in self.segments.spans])
+        return spans[:, 0].repeat_interleave(spans[:, 1]).to(self.input_ids.device)[None]
+
+    @property
     def lengths(self) -> Tensor:
         """(S,) int64: supervised targets of each sequence."""
         # not `bincount`, for which a GPU stops to tell how long its result is

@@ -287,6 +287,9 @@ def load_optimiser(
     for path, tensor in tensors.items():
         name, _, key = path.rpartition("/")
         parameter = parameters[name]
+        if key == "step" and not tensor.is_floating_point():  # bitsandbytes counts by a plain number
+            optimiser.state[parameter][key] = int(tensor)
+            continue
         if key != "step":
             tensor = shard_like(tensor, parameter)
         elif optimiser.defaults.get("fused"):  # else torch keeps the step counter on the CPU

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from uft.environment import PeerLost
 from uft.errors import FAILED, Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy, own_dropout, set_dropout
+from uft.model.quantise import plain_state
 from uft.runs import as_umask_leaves, flush, shown, writing
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ def export(
     """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.tmp")
-    bytes_needed = sum(p.numel() for p in policy.module.parameters()) * dtype.itemsize
+    bytes_needed = policy.size * dtype.itemsize
     state: Mapping[str, Any] = {}
     if ranks().sharded:
         policy.reshard()
@@ -62,9 +64,10 @@ def export(
         shutil.rmtree(beside, ignore_errors=True)
         with writing(folder, bytes_needed):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            weights = state or policy.base.state_dict()
+            weights = state or plain_state(policy.base)
             if policy.has_adapter:  # first: it is kept whatever becomes of the rest
-                adapter = {f"base_model.model.{name}": t for name, t in weights.items() if ".lora_" in name}
+                own = (".lora_", ".modules_to_save.")
+                adapter = {f"base_model.model.{n}": t for n, t in weights.items() if any(part in n for part in own)}
                 peft_model: Any = policy.module
                 # False: the embeddings are not part of it, and to find that out PEFT would ask the hub
                 peft_model.save_pretrained(beside / "adapter", state_dict=adapter, save_embedding_layers=False)
@@ -119,12 +122,15 @@ def _keep_adapter(beside: Path, folder: Path) -> Path | None:
 def plain_model(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> Any:
     """A model of the policy's own class on the CPU with `weights`, the adapter merged in; ties stay ties."""
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     base = policy.base
     config = copy.deepcopy(base.config)
     set_dropout(config, own_dropout(config))
     config.dtype = dtype
-    if isinstance(base.get_output_embeddings(), BaseTunerLayer):  # merged, the head is not the embedding any more
+    ends = (base.get_output_embeddings(), base.get_input_embeddings())
+    if isinstance(ends[0], BaseTunerLayer) or any(isinstance(end, ModulesToSaveWrapper) for end in ends):
+        # merged, the head is not the embedding any more
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):  # no memory for weights that are replaced at once
         model = type(base)(config)
@@ -134,7 +140,9 @@ def plain_model(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not left, f"weights that the policy does not have: {left[:5]} {missing[:5]}"
     for name, buffer in base.named_buffers():  # those that no state holds: rotary frequencies
-        owner, _, last = name.replace(".base_layer", "").rpartition(".")
+        if ".original_module." in name:
+            continue
+        owner, _, last = _plain_name(name).rpartition(".")
         setattr(model.get_submodule(owner), last, buffer.detach().cpu().clone())
     model.generation_config = copy.deepcopy(base.generation_config)
     return model
@@ -142,18 +150,29 @@ def plain_model(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor
 
 @torch.no_grad()
 def merged_state(base: nn.Module, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights`, the state of `base`, without the adapter: `weight + scale * B A` in float32, then cast to `dtype`."""
+    """`weights`, the state of `base`, without the adapter: `weight + scale * B A` in float32, then cast to `dtype`;
+    with DoRA every row of that at the length that was learned (arXiv 2402.09353, eq. 5)."""
     adapters = adapted_weights(base)
     state: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if ".lora_" in name:
+        if ".lora_" in name or ".original_module." in name:  # of modules that were trained whole
             continue
         for owner, layer in adapters.get(name, ()):
             for active in layer.active_adapters:
                 tensor = tensor.float() + _delta(owner, layer, active, weights)
-        plain = name.replace(".base_layer", "") if name in adapters or ".base_layer." in name else name
+                length = weights.get(f"{owner}.lora_magnitude_vector.{active}.weight")
+                if length is not None:
+                    rows = 0 if layer.fan_in_fan_out else 1
+                    tensor = tensor * (length.float().flatten() / tensor.norm(dim=rows)).unsqueeze(rows)
+        plain = _plain_name(name)
         state[plain] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
     return state
+
+
+def _plain_name(name: str) -> str:
+    """The name in a plain model of a weight or buffer of one with an adapter."""
+    name = re.sub(r"\.modules_to_save\.[^.]+", "", name)
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
 
 
 def adapted_weights(base: nn.Module) -> dict[str, list[tuple[str, Any]]]:

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,7 +29,11 @@ LossGrad = Callable[[slice, Tensor, Tensor | None], Tensor]
 """(targets, their log-probs (n,), their argmax tokens if asked for) -> (n,) gradient of the loss."""
 
 CHUNK_ELEMENTS = 2**24
-"""Logits in one chunk, at most: 64 MiB in float32, about 340 rows of a vocabulary of 49,152."""
+"""Logits in one chunk on a CPU, at most: 64 MiB in float32, about 340 rows of a vocabulary of 49,152."""
+
+GPU_ROWS, GPU_STEP, GPU_SHARE = (1024, 4096), 64, 32
+"""Rows of a chunk on a GPU, which wants more of them at a time: least and most, a multiple of 64, so many that logits
+in float32 and their gradient take a 32nd of its memory."""
 
 STRETCH = 2
 """A part of up to so many chunks is taken as one: the memory costs less than computing its logits twice would."""
@@ -50,7 +54,12 @@ class Head:
     @property
     def rows(self) -> int:
         """Rows in one chunk."""
-        return max(1, CHUNK_ELEMENTS // self.vocabulary)
+        return chunk_rows(self.vocabulary, self.projection.weight.device)
+
+    def matrix(self) -> Tensor:
+        """(V, H) the weight in `dtype`, without a graph."""
+        copy = getattr(self.projection, "narrow", None)  # see `passes.narrow_linears`
+        return self.projection.weight.detach().to(self.dtype) if copy is None else copy.refresh()
 
     def __call__(self, hidden: Tensor, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:
         """(N, H) and (N,) -> log-probs of the targets, (N,) float32, and the argmax tokens (N,) if asked for."""
@@ -61,9 +70,13 @@ class Head:
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """(n, V) transformed logits in at least float32, newly allocated, or in `out` if that has their dtype.
 
-        `hidden` (n, H) and `weight` (V, H) are in `dtype`.
+        `hidden` (n, H) and `weight` (V, H) are in `dtype`; `out` (n, V) in `dtype`, or in float32 where products have
+        it (`widens`).
         """
-        logits = _at_least_float32(torch.mm(hidden, weight.T, out=out))
+        if out is not None and out.dtype != hidden.dtype:
+            logits = torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+        else:
+            logits = _at_least_float32(torch.mm(hidden, weight.T, out=out))
         if bias is not None:
             logits += bias
         return self.transform.apply_(logits)
@@ -83,6 +96,11 @@ class Head:
         self._add_parts(sums, hidden, target_ids, parts, loss_grad, with_argmax)
         sums.backward(states, projection.weight, projection.bias)
 
+    def buffer(self, hidden: Tensor, rows: int) -> Tensor:
+        """(rows, V) room for logits."""
+        wide = self.dtype == torch.bfloat16 and widens(hidden.device)
+        return hidden.new_empty(rows, self.vocabulary, dtype=torch.float32 if wide else self.dtype)
+
     def _add_parts(
         self,
         sums: _Gradients,
@@ -93,9 +111,9 @@ class Head:
         with_argmax: bool,
     ) -> None:
         """Add the gradients of every part to `sums`; a part of more than STRETCH chunks goes the two-stage way."""
-        projection, buffer = self.projection, hidden.new_empty(0, dtype=self.dtype)
+        projection, buffer = self.projection, self.buffer(hidden, 0)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            inputs, matrix = hidden.to(self.dtype), projection.weight.to(self.dtype)
+            inputs, matrix = hidden.to(self.dtype), self.matrix()
             for part in parts:
                 count, wanted = part.stop - part.start, target_ids[part]
                 if count > STRETCH * self.rows:
@@ -107,8 +125,8 @@ class Head:
                         sums.hidden[part] = leaf.grad
                     continue
                 if len(buffer) < count:
-                    buffer = hidden.new_empty(0, dtype=self.dtype)  # free it before another is allocated
-                    buffer = inputs.new_empty(max(count, self.rows), self.vocabulary)
+                    buffer = self.buffer(hidden, 0)  # free it before another is allocated
+                    buffer = self.buffer(hidden, max(count, self.rows))
                 logits = self.logits(inputs[part], matrix, projection.bias, out=buffer[:count])
                 sums.add(part, self._logits_grad(logits, wanted, part, loss_grad, with_argmax), inputs, matrix)
 
@@ -151,6 +169,8 @@ class _Gradients:
             return
         if self.weight.dtype == gradient.dtype:
             self.weight.addmm_(gradient.T, inputs[part])
+        elif widens(self.weight.device):
+            torch.addmm(self.weight, gradient.T, inputs[part], out_dtype=self.weight.dtype, out=self.weight)
         else:
             self.weight += gradient.T @ inputs[part]
 
@@ -207,7 +227,7 @@ class Predictions:
 
     def _parts(self) -> Iterator[slice]:
         vocabulary = self.head.vocabulary if self.head else self.states.shape[1]
-        return _chunks(len(self.states), max(1, CHUNK_ELEMENTS // vocabulary))
+        return _chunks(len(self.states), chunk_rows(vocabulary, self.states.device))
 
     def log_softmax(self, states: Tensor) -> Tensor:
         """(n, H or V) -> (n, V) in at least float32."""
@@ -217,6 +237,31 @@ class Predictions:
         with torch.autocast(states.device.type, enabled=False):
             logits = self.head.logits(states.to(dtype), projection.weight.to(dtype), projection.bias)
             return logits.log_softmax(1)
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Rows of a chunk of logits on a device."""
+    if device.type != "cuda":
+        return max(1, CHUNK_ELEMENTS // vocabulary)
+    return gpu_rows(vocabulary, torch.cuda.get_device_properties(device).total_memory)
+
+
+def gpu_rows(vocabulary: int, memory: int) -> int:
+    """Rows of a chunk of logits on a GPU with so many bytes of memory."""
+    rows = memory // GPU_SHARE // (8 * vocabulary)
+    return min(max(rows - rows % GPU_STEP, GPU_ROWS[0]), GPU_ROWS[1])
+
+
+@cache
+def widens(device: torch.device) -> bool:
+    """Whether products of bfloat16 matrices can be had in float32 on this device, by this torch: they are tried."""
+    try:
+        ones, total = torch.ones(16, 16, device=device, dtype=torch.bfloat16), torch.ones(16, 16, device=device)
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+        product = torch.mm(ones, ones, out_dtype=torch.float32, out=torch.empty_like(total))
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 17).all() and (product == 16).all())
 
 
 def divergence(theirs: Tensor, ours: Tensor, beta: float) -> Tensor:
@@ -269,9 +314,9 @@ class _SelectedLogProbs(torch.autograd.Function):
         normaliser = torch.empty_like(log_probs)
         argmax = torch.empty_like(target_ids if with_argmax else target_ids[:0])
         keep = count <= rows and any(ctx.needs_input_grad)
-        logits = buffer = hidden.new_empty(min(count, rows), weight.shape[0], dtype=dtype)
+        logits = buffer = head.buffer(hidden, min(count, rows))
         with torch.autocast(hidden.device.type, enabled=False):
-            inputs, matrix = hidden.to(dtype), weight.to(dtype)
+            inputs, matrix = hidden.to(dtype), head.matrix()
             for part in _chunks(count, rows):
                 logits = head.logits(inputs[part], matrix, bias, out=buffer[: part.stop - part.start])
                 picked = logits.gather(1, target_ids[part, None]).squeeze(1)
@@ -290,9 +335,10 @@ class _SelectedLogProbs(torch.autograd.Function):
         hidden, weight, bias, target_ids, normaliser, kept = ctx.saved_tensors
         head, sums = ctx.head, _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            inputs, matrix = hidden.to(head.dtype), weight.to(head.dtype)
+            inputs, matrix = hidden.to(head.dtype), head.matrix()
             for part in _chunks(hidden.shape[0], ctx.rows):
-                logits = kept if kept is not None else head.logits(inputs[part], matrix, bias)
+                room = None if kept is not None else head.buffer(hidden, part.stop - part.start)
+                logits = kept if kept is not None else head.logits(inputs[part], matrix, bias, room)
                 apart = kept is not None or head.transform.softcap is not None  # the logits themselves are needed
                 shifted = logits - normaliser[part, None] if apart else logits.sub_(normaliser[part, None])
                 gradient = shifted.exp_().neg_()  # onehot - softmax, times the incoming gradient

@@ -32,9 +32,8 @@ def settle_layout(policy: Policy, packing: str, longest: int) -> None:
     check_longest(policy, longest)
     if packing == "padded":
         return
-    size = sum(parameter.numel() for parameter in policy.module.parameters())
     why = None
-    if packing != "packed" and policy.device.type == "cpu" and size < SMALL_MODEL:
+    if packing != "packed" and policy.device.type == "cpu" and policy.size < SMALL_MODEL:
         why = "faster for so small a model on a CPU"
     why = why or packing_obstacle(policy, longest) or _switch_to_packed(policy)
     if why is None:
@@ -134,13 +133,32 @@ def _packing_error(policy: Policy) -> str | None:
 # --- torch.compile
 
 
-def compile_blocks(policy: Policy) -> None:
-    """Compile every block of the body and compare log-probs on a few small rows. Raises UftError where they differ.
+def compiles(wanted: bool | None, device: torch.device) -> bool:
+    """Whether blocks are compiled (`model.compile`): by default on a GPU, where elementwise work waits for memory."""
+    return device.type == "cuda" if wanted is None else wanted
+
+
+def compile_blocks(policy: Policy, asked: bool = True) -> None:
+    """Compile every block of the body and compare log-probs on a few small rows.
+
+    Raises UftError where they differ or compilation fails; unless it was `asked` for, a note says so instead.
 
     Block by block, so that the same code is compiled once for all of them, and only for forward passes with gradients:
     sampling, evaluation and the reference need no compilation of their shapes. Attention is excluded: its kernels are
     fused already, and spans differ in every pack.
     """
+    own = {block: block.forward for block in blocks(policy.base)}
+    try:
+        _compile_blocks(policy)
+    except UftError as error:
+        if asked:
+            raise
+        for block, forward in own.items():
+            block.forward = forward
+        policy.notes.append(f"blocks are not compiled: {error.problems[0].why}")
+
+
+def _compile_blocks(policy: Policy) -> None:
     key, advice = "model.compile=true", ("model.compile=false",)
     found = blocks(policy.base)
     if not found:
@@ -168,6 +186,7 @@ def compile_blocks(policy: Policy) -> None:
     difference = float((after - before).abs().max())
     if not difference <= policy.tolerance(before):
         raise UftError(Problem(key, f"log-probs of the compiled model differ by {difference:.1e}", advice=advice))
+    policy.compiled = True
     policy.notes.append(f"{len(found)} blocks compiled")
 
 

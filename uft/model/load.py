@@ -39,6 +39,8 @@ from uft.model.policy import (
     position_limit,
     switch_off_dropout,
 )
+from uft.model.precision import settled, storage_dtype, why_precision
+from uft.model.quantise import plain_state, quantise
 from uft.model.sharded import load_sharded
 from uft.runs import cache_root, clear_left, is_checkpoint, weights
 
@@ -120,8 +122,12 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
 @activity("a model was loaded", moving=True)
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, tried on a few small rows. Raises UftError about a model that cannot be loaded or used."""
+    chosen, model = model.dtype == "auto", settled(model, device)
     adapt = partial(adapted, model=model, init_seed=init_seed)
     policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, setting(model, None))
+    policy.offloads = model.activation_offload
+    if chosen:
+        policy.notes.append(why_precision(model, device))
     if rates := own_dropout(policy.base.config):
         state = "acts in training" if model.dropout else "is off (on, where nothing is compared: model.dropout=true)"
         named = ", ".join(f"{key} {rate:g}" for key, rate in rates.items())
@@ -132,6 +138,7 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
 @activity("a model was loaded", moving=True)
 def load_frozen(model: Model, device: torch.device, path: str | None, key: str = REFERENCE_PATH) -> Policy:
     """The model of `model` or of `path`, which `key` names, not to be trained: a reference or a teacher."""
+    model = settled(model, device)
 
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
@@ -171,7 +178,10 @@ def empty_policy(model: Model, reference: str | None = None, key: str = REFERENC
     config, dtype = _config(model, reference, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
-        return Policy(base if reference else adapted(base, model, init_seed=0), model.dtype)
+        base = quantised(base, model)
+        policy = Policy(base if reference else adapted(base, model, init_seed=0), model.dtype)
+    policy.offloads = model.activation_offload
+    return policy
 
 
 def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
@@ -203,6 +213,17 @@ def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
 
 def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
     """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
+    return quantised(_read_base(model, reference, key), model)
+
+
+def quantised(base: Any, model: Model) -> Any:
+    """`base` with the linear layers of its blocks quantised, where `model.quantize` asks for it."""
+    for block in blocks(base) if model.quantize != "none" else ():
+        quantise(block, DTYPES[model.dtype])
+    return base
+
+
+def _read_base(model: Model, reference: str | None, key: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
@@ -210,7 +231,7 @@ def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_P
     what = setting(model, reference, key)
     if place.is_checkpoint:
         trained = checkpoint_policy(beneath(place, model).model, Path(place.path), torch.device("cpu"))
-        return plain_model(trained, DTYPES[storage_dtype(model)], trained.base.state_dict())
+        return plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
     with _humane(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
         loaded: Any = auto_model().from_pretrained(
@@ -262,6 +283,7 @@ def checkpoint_policy(model: Model, folder: Path, device: torch.device) -> Polic
 
     Raises UftError where the checkpoint is damaged, or of another model.
     """
+    model = settled(model, device)
     policy = Policy(load_model(model, device, 0), model.dtype)
     try:
         policy.load_trainable(checkpoint.weights(folder))
@@ -283,11 +305,6 @@ SCALES_OF_QUANTISED = (
 def setting(model: Model, reference: str | None, key: str = REFERENCE_PATH) -> str:
     """The setting that names a model, for errors."""
     return f"model.path={model.path}" if reference is None else f"{key}={reference}"
-
-
-def storage_dtype(model: Model) -> str:
-    """Stored precision: the forward's where weights are frozen or `master_weights` is off, else float32."""
-    return model.dtype if model.adapter == "lora" or not model.master_weights else "float32"
 
 
 def _access(place: Location, model: Model) -> dict[str, Any]:

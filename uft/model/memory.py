@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from uft.model.head import CHUNK_ELEMENTS
-from uft.model.policy import Policy, blocks
-
-MOMENTS = {"adamw": 2, "rmsprop": 1, "sgd": 0}
-"""Float32 moments of an optimiser per trained weight (momentum adds one to RMSprop and SGD)."""
+from uft.model.head import chunk_rows
+from uft.model.policy import DTYPES, Policy, blocks
+from uft.model.quantise import bytes_of, weights_in
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HUGE = 2**31 - 1
@@ -38,7 +37,12 @@ class Shape:
     recomputed: int = 0  # layers whose activations are recomputed in the backward pass
     shared_bytes: int = 0  # of weights outside the blocks: embeddings and head, as they are stored
     block_bytes: int = 0  # of the largest block
-    stored_bytes: int = 4  # per weight
+    head_rows: int = 0  # of a chunk of logits; 0: as on a CPU
+    cast_bytes: int = 0  # of bfloat16 copies of float32 weights
+    stored_bytes: float = 4  # per weight of a block
+    offloaded: bool = False  # activations are in the CPU's memory, but for the layer at work
+    hidden_trained: int = 0  # trained weights in matrices of blocks
+    factors: int = 0  # rows and columns of trained matrices, and trained weights outside of matrices
 
 
 @dataclass(frozen=True)
@@ -52,29 +56,54 @@ class Spread:
 
 ONE = Spread()
 
+MOMENTS: dict[str, Callable[[Shape], int]] = {
+    "adamw": lambda shape: 8 * shape.trained,
+    "adamw8bit": lambda shape: 2 * shape.trained + 8 * shape.trained // 256,  # two in a byte each, with their scales
+    "adafactor": lambda shape: 4 * shape.factors,
+    "muon": lambda shape: 8 * shape.trained - 4 * shape.hidden_trained,
+    "rmsprop": lambda shape: 4 * shape.trained,
+    "sgd": lambda shape: 0,
+}
+"""Bytes of an optimiser's moments (momentum adds one in float32 to RMSprop and SGD)."""
+
 
 def shape_of(policy: Policy) -> Shape:
     def size(parameters: Iterable[torch.Tensor]) -> int:
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return sum(map(bytes_of, parameters))
 
     config: Any = policy.base.config.get_text_config()
-    trained, found = policy.trainable().values(), blocks(policy.base)
+    found = blocks(policy.base)
     widths = getattr(config, "intermediate_size", None) or 4 * config.hidden_size  # Gemma 3n: one a layer
     weights, layers = size(policy.module.parameters()), [size(block.parameters()) for block in found]
+    names, trainable = hidden_matrices(policy), policy.trainable()
+    numbers = sum(weights_in(parameter) for block in found for parameter in block.parameters())
     return Shape(
         weight_bytes=weights,
-        trained_bytes=size(trained),
-        trained=sum(p.numel() for p in trained),
+        trained_bytes=size(trainable.values()),
+        trained=sum(p.numel() for p in trainable.values()),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=widths if isinstance(widths, int) else max(widths),
         vocabulary=policy.embedding_rows,
         activation_bytes=4 if policy.dtype == "float32" else 2,
         recomputed=sum(getattr(block, "gradient_checkpointing", False) for block in found),
-        stored_bytes=next(iter(policy.base.parameters())).element_size(),
+        stored_bytes=sum(layers) / numbers if numbers else next(iter(policy.base.parameters())).element_size(),
+        head_rows=chunk_rows(policy.embedding_rows, policy.device),
+        cast_bytes=sum(2 * copy.layer.weight.numel() for copy in policy.narrow),
+        offloaded=policy.offloads,
+        hidden_trained=sum(trainable[name].numel() for name in names),
+        factors=sum(
+            sum(p.shape[-2:]) * math.prod(p.shape[:-2]) if p.ndim > 1 else p.numel() for p in trainable.values()
+        ),
         shared_bytes=weights - sum(layers),
         block_bytes=max(layers, default=0),
     )
+
+
+def hidden_matrices(policy: Policy) -> set[str]:
+    """Names of the trained matrices within blocks: what Muon updates."""
+    inside = {id(p) for block in blocks(policy.base) for p in block.parameters() if p.ndim == 2}
+    return {name for name, parameter in policy.trainable().items() if id(parameter) in inside}
 
 
 def estimate(
@@ -92,7 +121,7 @@ def estimate(
 
     Per token and layer a gated transformer keeps about 10 vectors of the hidden size (norms, queries, keys, values,
     attention output, residuals) and 4 of the intermediate one; recomputing keeps one hidden vector per layer, and one
-    layer in full. Attention weights are not kept (SDPA and FlashAttention).
+    layer in full, and so does keeping activations elsewhere. Attention weights are not kept (SDPA and FlashAttention).
 
     Of a sharded model, a device holds besides its shard the gathered weights: embeddings and head with their gradient,
     and two blocks, one computing and one in transfer.
@@ -100,17 +129,20 @@ def estimate(
     hidden = shape.hidden * shape.activation_bytes
     layer = 10 * hidden + 4 * shape.intermediate * shape.activation_bytes
     again = shape.recomputed
+    if shape.offloaded:
+        again, hidden = shape.layers, 0
     per_token = again * hidden + (shape.layers - again + bool(again)) * layer
-    head_rows = min(micro_batch_tokens, max(1, CHUNK_ELEMENTS // shape.vocabulary))
-    moments = MOMENTS[optimiser] + (momentum and optimiser != "adamw")
+    head_rows = min(micro_batch_tokens, shape.head_rows or chunk_rows(shape.vocabulary, torch.device("cpu")))
+    moments = MOMENTS[optimiser](shape) + 4 * shape.trained * (momentum and optimiser in ("rmsprop", "sgd"))
     share = spread.processes if spread.sharded else 1
     kept = 0 if spread.sharded and spread.offload else 1
-    travelling = 2 * shape.block_bytes * shape.activation_bytes // shape.stored_bytes
+    travelling = int(2 * shape.block_bytes * shape.activation_bytes / shape.stored_bytes)
     gathered = (2 if shape.trained_bytes else 1) * (shape.shared_bytes + travelling)
     return {
         "weights": kept * shape.weight_bytes // share,
         "gradients": kept * shape.trained_bytes // share,
-        "optimiser": kept * 4 * shape.trained * moments // share,
+        "optimiser": kept * moments // share,
+        "copies in bfloat16": shape.cast_bytes,
         "activations": micro_batch_tokens * per_token,
         "head": 2 * 4 * head_rows * shape.vocabulary,  # a chunk of logits and its gradient
         "reference": kept * (other or shape).weight_bytes // share if reference_mode == "copy" else 0,
@@ -137,6 +169,39 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seco
         done, passed = done + 1, time.perf_counter() - started
         if passed > seconds:
             return 2 * size**3 * done / passed
+
+
+PEAKS = {
+    **{"B200": 2250e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12},
+    **{"L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "4090": 165e12, "3090": 71e12},
+}
+"""Floating-point operations a second of dense products in bfloat16, by a part of the name (NVIDIA's data sheets)."""
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """What a device can do at best: a GPU's known peak, else the rate of a product that is timed now (0.1 s)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = next((rate for part, rate in PEAKS.items() if part in name), None) if dtype == torch.bfloat16 else None
+    return known or matrix_rate(device, dtype, 512 if device.type == "cpu" else 4096, 0.1)
+
+
+@dataclass(frozen=True)
+class Utilisation:
+    """MFU: the share of what devices can do at best that goes into a policy's own products (PaLM, arXiv 2204.02311,
+    appendix B), without attention; neither recomputing nor further passes of an objective or a reference count."""
+
+    shape: Shape
+    trained_share: float
+    peak: float  # of all processes together
+
+    @classmethod
+    def of(cls, policy: Policy, processes: int) -> Utilisation:
+        shape, rate = shape_of(policy), peak_rate(policy.device, DTYPES[policy.dtype])
+        return cls(shape, shape.trained / max(1, policy.size), processes * rate)
+
+    def __call__(self, tokens: int, supervised: int, seconds: float) -> float:
+        work = step_flops(self.shape, tokens, supervised, trained_share=self.trained_share)
+        return work / (self.peak * max(seconds, 1e-9))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -22,6 +22,8 @@ from uft.distributed import shard_like
 from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
 from uft.model.head import Head, LossGrad, Predictions, embedding_in_place, transform_of
+from uft.model.passes import EmbeddingNoise, NarrowCopy, narrow_linears, offloading
+from uft.model.quantise import is_quantised, weights_in
 from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest
 
 Tensor = torch.Tensor
@@ -52,7 +54,8 @@ class Policy:
         self.embeddings: nn.Module = self.base.get_input_embeddings()
         self.head: Head | None = None  # where the head is not one plain matrix (an adapter on it): the model's own path
         projection = self.base.get_output_embeddings()
-        if type(projection) is nn.Linear:
+        # beside one that is trained whole there is the original: attributes are those of the one in effect
+        if type(getattr(projection, "original_module", projection)) is nn.Linear:
             self.head = Head(projection, transform_of(self.base.config.get_text_config()), DTYPES[dtype])
         self.notes: list[str] = list(getattr(self.base, "uft_notes", ()))  # of `load.load_base`
         self.sharded_states = self.states  # a sharded model wraps it: the root's weights are gathered around it
@@ -62,11 +65,20 @@ class Policy:
         self.takes_embeddings = True  # in place of tokens; not where layers look tokens up by themselves (Gemma 3n)
         self.keeps_logits = "logits_to_keep" in inspect.signature(self.base.forward).parameters
         self.first_position = 0  # RoBERTa and its kin begin behind the padding token's number: see `check_rows`
+        self.noise: EmbeddingNoise | None = None  # in training, of the current step
+        self.narrow: list[NarrowCopy] = []  # of weights that are multiplied in bfloat16: see `cast_once`
+        self.compiled = False  # its blocks: `layout.compile_blocks`
+        self.offloads = False  # activations wait for the backward pass in the CPU's memory
         self.caches: bool | None = None  # whether it generates right with its cache: `sampling.generate` tries it
 
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    @property
+    def size(self) -> int:
+        """Weights in all."""
+        return sum(map(weights_in, self.module.parameters()))
 
     @property
     def attention_kernel(self) -> str:
@@ -105,6 +117,15 @@ class Policy:
 
     def eval(self) -> Policy:
         return self.train(False)
+
+    def cast_once(self) -> None:
+        """From here on cast trained weights of linear layers to bfloat16 when they have changed, not in every pass."""
+        self.narrow = narrow_linears(self.module) if self.dtype == "bfloat16" else []
+
+    def weights_changed(self) -> None:
+        """To be called after every update."""
+        for copy in self.narrow:
+            copy.version = -1
 
     # --- forward and backward
 
@@ -150,14 +171,20 @@ class Policy:
         if self.takes_positions:
             inputs["position_ids"] = batch.position_ids + self.first_position
         mixing = request.replace is not None and request.mix != 0
-        if request.embed_grad and not mixing:
+        learning = torch.is_grad_enabled()
+        noise = self.noise if learning and self.module.training else None
+        if request.embed_grad and not mixing and noise is None:
             inputs["input_ids"] = batch.input_ids
         else:  # always through the model's own module: Gemma scales there
             self.require_embeddings("objective")
             with nullcontext() if request.embed_grad else torch.no_grad():
                 embedded = self.embeddings(batch.input_ids)
-                inputs["inputs_embeds"] = self._mixed(embedded, batch.place, request) if mixing else embedded
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                embedded = self._mixed(embedded, batch.place, request) if mixing else embedded
+                inputs["inputs_embeds"] = embedded if noise is None else embedded + noise.like(embedded, batch)
+        for copy in self.narrow:
+            copy.refresh()
+        offload = offloading(self.module) if self.offloads and learning else nullcontext()
+        with offload, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
             if self.head:
                 return self.body(**inputs, use_cache=False)[0]
             # `forward`, not the module's call: hooks of `base` stand around `sharded_states`
@@ -310,11 +337,13 @@ class Policy:
 
     def describe(self) -> list[str]:
         """Lines for the start card."""
-        count = sum(p.numel() for p in self.module.parameters())
+        count = self.size
         trained = sum(p.numel() for p in self.trainable().values())
-        stored = sorted({str(p.dtype).removeprefix("torch.") for p in self.module.parameters()})
+        kinds = (str(getattr(p, "quant_type", p.dtype)) for p in self.module.parameters())
+        stored = sorted({kind.removeprefix("torch.") for kind in kinds})
         share = "all trained" if trained == count else f"{trained:,} trained ({trained / count:.2%})"
         checkpointing = ", gradient checkpointing" if self.recomputes else ""
+        checkpointing += ", activations kept in the CPU's memory" if self.offloads else ""
         lines = [
             f"{type(self.base).__name__}, {count:,} parameters, {share}",
             f"weights in {' and '.join(stored)}, forward in {self.dtype}, attention {self.attention}{checkpointing}",
@@ -492,18 +521,22 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
     """The model with frozen weights and a trainable LoRA adapter that starts as no change (B = 0).
 
     `init_seed` draws A and touches no other generator. `float32`: keep the adapter in float32 over a bfloat16 base.
-    Raises UftError for every target that names no linear layer.
+    Raises UftError for every target that names no linear layer, and every module to save that there is not.
     """
     from peft import LoraConfig, get_peft_model
 
     targets = list(lora.targets)
     check_targets(model, targets)
+    check_saved(model, lora.modules_to_save)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, any number does
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
         exclude_modules=not_adaptable(model) if ALL_LINEAR in targets else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        modules_to_save=list(lora.modules_to_save) or None,
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -513,16 +546,22 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
         warnings.filterwarnings("ignore", ".*_pattern keys did not match any targeted module", RuntimeWarning)
         torch.manual_seed(init_seed)
         try:
-            return get_peft_model(model, config, autocast_adapter_dtype=float32)
+            module = get_peft_model(model, config, autocast_adapter_dtype=float32)
         except ValueError as error:
             raise UftError(Problem(f"model.lora.targets={targets}", f"PEFT cannot adapt them: {error}")) from error
+    for parameter in (
+        module.parameters() if float32 else ()
+    ):  # PEFT leaves modules to save and lengths of rows as they are
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return module
 
 
 def not_adaptable(model: Any) -> list[str] | None:
     """Names of the linear layers that all-linear leaves out: those that PEFT refuses, and routers of experts, which are
     linear layers by their class alone: they return more than one tensor."""
     refused = {"out_proj"} if model.config.model_type in MAMBA_LIKE else set()
-    linear = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear))
+    linear = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and not is_quantised(m.weight))
     refused |= {name.rpartition(".")[2] for name, m in linear if type(m).forward is not nn.Linear.forward}
     return sorted(refused) or None
 
@@ -544,5 +583,17 @@ def check_targets(model: Any, targets: list[str]) -> None:
         near = [f"did you mean  {name} ?" for name in difflib.get_close_matches(target, choices, n=1)]
         advice = (*near, "linear layers: " + ", ".join(choices))
         problems.append(Problem(f"model.lora.targets={target}", "no linear layer of this name", "", advice))
+    if problems:
+        raise UftError(*problems)
+
+
+def check_saved(model: Any, names: list[str]) -> None:
+    """Raises UftError for every module to save that the model does not have, by its last name."""
+    found = {name.rpartition(".")[2] for name, _ in model.named_modules()} - {""}
+    problems = []
+    for name in names:
+        if name not in found:
+            near = [f"did you mean  {other} ?" for other in difflib.get_close_matches(name, found, n=1)]
+            problems.append(Problem(f"model.lora.modules_to_save={name}", "no module of this name", "", tuple(near)))
     if problems:
         raise UftError(*problems)

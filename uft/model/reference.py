@@ -38,9 +38,9 @@ from uft.model.load import (
     load_tokenizer,
     locate,
     pad_id,
-    storage_dtype,
 )
 from uft.model.policy import Frozen, Policy
+from uft.model.precision import settled, storage_dtype
 from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest
 from uft.runs import clear_left, write_json
 
@@ -108,7 +108,7 @@ def make_reference(
     if mode != "cached":
         return Reference(mode, why, frozen())
     identity = model_identity(model, device, reference.path) | {
-        "dtype": f"{model.dtype} of {storage_dtype(model)}",
+        "dtype": f"{policy.dtype} of {storage_dtype(settled(model, device))}",
         "attention": f"{model.attention} {policy.attention}",
         **({} if policy.layout is Layout.PADDED else {"layout": policy.layout.value}),
     }
@@ -408,8 +408,10 @@ BLOB = re.compile(r"[0-9a-f]{64}")
 
 def model_identity(model: Model, device: torch.device, reference: str | None = None) -> dict[str, str]:
     """What decides the log-probs of a model (or of that at the path `reference`): its weights, and how they are run."""
+    model = settled(model, device)
     digest = weights_digest(locate(model, reference), lambda: load_base(model, reference))
-    return {"weights": digest, "dtype": model.dtype, "attention": model.attention, "device": device.type}
+    stored = {} if model.quantize == "none" else {"quantize": model.quantize}
+    return {"weights": digest, "dtype": model.dtype, "attention": model.attention, "device": device.type, **stored}
 
 
 @activity("the weights of a model were read", moving=True)

@@ -93,7 +93,7 @@ def compare(
         "trust_remote_code": trust_remote_code,
     }
     parameters = list(policy.module.parameters())
-    alone = sum(parameter.numel() for parameter in parameters) >= OWN_PROCESS
+    alone = policy.size >= OWN_PROCESS
     found = ranks().on_rank0(lambda: _answered(folder, request, alone))
     if found.get("broken"):
         return f"transformers cannot load it: {found['broken']}", ""

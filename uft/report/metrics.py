@@ -69,13 +69,14 @@ CAPTIONS = {
     "grad_norm": "Norm of the gradient before clipping; its scale follows the loss.",
     "lr": "Learning rate of the step.",
     "tokens_per_second": "Speed between two lines; only runs on the same machine can be compared.",
+    "mfu": "Share of what the device multiplies at best that went into the model's own products, attention left out.",
 }
 OBJECTIVE_TERM = "A term of the objective's own loss, named by the objective. Not comparable with another one's."
 
 
 def kind(name: str) -> str:
     """eval, cost or train."""
-    return "eval" if name.startswith(("eval/", EVALS)) else "cost" if name in COSTS else "train"
+    return "eval" if name.startswith(("eval/", EVALS)) else "cost" if name in (*COSTS, "mfu") else "train"
 
 
 def direction(name: str) -> str | None:

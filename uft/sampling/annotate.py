@@ -143,7 +143,8 @@ ANNOTATORS: dict[str, Annotator] = {
 
 def frozen(model: Model, path: str) -> Model:
     """Another model, loaded in the precision and with the kernels of `model`; nothing of it is trained."""
-    return replace(model, path=path, revision=None, adapter="none", master_weights=False, gradient_checkpointing=False)
+    whole = replace(model, path=path, revision=None, adapter="none", quantize="none")
+    return replace(whole, master_weights=False, gradient_checkpointing=False)
 
 
 def mean_log_probs(model: Model, rows: Sequence[Row], recipe: Recipe) -> list[float | None]:

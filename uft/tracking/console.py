@@ -313,7 +313,7 @@ def ending_rows(
 
 
 SEPARATOR = " | "
-FIRST_TO_GO = ("lr", "grad", "memory", "terms", "speed", "percent")  # when a terminal is too narrow
+FIRST_TO_GO = ("mfu", "lr", "grad", "memory", "terms", "speed", "percent")  # when a terminal is too narrow
 JOINERS = "\u200c\u200d"  # Persian, Hindi and emoji need them; they move nothing
 HEADLINE_TERMS = 1  # what is differentiated; metrics.jsonl has all terms
 
@@ -398,6 +398,7 @@ def step_line(
         "lr": f"lr {metrics['lr']:.1e}" if "lr" in metrics else "",
         "grad": field("grad {:>5}", "grad_norm", 2),
         "speed": f"{count(metrics['tokens_per_second']):>6} tok/s" if "tokens_per_second" in metrics else "",
+        "mfu": f"mfu {100 * metrics['mfu']:>2.0f}%" if "mfu" in metrics else "",
         "memory": memory and f"{memory} GB",
         "eta": f"eta {duration(eta)}" if eta is not None else "",
     }

@@ -6,6 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from uft.heartbeat import activity
 from uft.model.load import empty_policy
 from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops, used_memory
 from uft.model.policy import DTYPES
+from uft.model.precision import settled
 from uft.model.reference import choose_mode
 from uft.objectives import make
 from uft.objectives.views import kind_table
@@ -65,13 +67,12 @@ def check(config: Config) -> int:
 
     Every stage starts from the run's first model here: the models that stages leave have the same shape.
     """
-    console, stages = job_console(), stages_of(config)
+    console, stages, device = job_console(), stages_of(config), choose_device(config.hardware)
     say = say_on(console)
     for stage in stages:
         if stage.do == "fit":
-            say(f"{stage.name} {paper_plan(stage.config)}".lstrip())
+            say(f"{stage.name} {paper_plan(stage.config, device)}".lstrip())
     say("")
-    device = choose_device(config.hardware)
     before = used_memory(device) if len(stages) == 1 else None
     with tempfile.TemporaryDirectory(prefix="uft-check-") as folder, listening() as stop:
         run = Run(Path(folder))
@@ -162,9 +163,10 @@ def rows_there(config: Config) -> str:
 # --- The cost of a run: memory by its configuration alone, and memory and time of the largest step that it can have.
 
 
-def paper_plan(config: Config) -> str:
+def paper_plan(config: Config, device: torch.device) -> str:
     """Expected memory of each device in a line, before anything but the model's configuration was read."""
     needs, mode, other = make(config.objective).needs, None, None
+    config = replace(config, model=settled(config.model, device))
     if needs.reference:
         compared, key = compared_with(config, needs)
         visits = config.train.epochs if config.train.steps is None else math.inf
@@ -211,9 +213,9 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     padded = max((batch.input_ids.numel() for batch in batches.batches), default=0)
     expected = sum(prepared.planned(padded).values())
     memory = f"  the model took {count(peak - memory_before)}B of it; planned for this step: {count(expected)}B"
-    share = shape.trained / max(1, sum(p.numel() for p in trainer.policy.module.parameters()))
+    share = shape.trained / max(1, trainer.policy.size)
     work = step_flops(shape, tokens, supervised, trained_share=share)
-    rate = config.hardware.processes * config.hardware.nodes * matrix_rate(device, DTYPES[config.model.dtype])
+    rate = config.hardware.processes * config.hardware.nodes * matrix_rate(device, DTYPES[trainer.policy.dtype])
     pace = f"  {count(work)}FLOP at {count(rate)}FLOP/s, as large matrices are multiplied here"
     return "\n".join([line, memory, f"{pace}: {work / rate:.1f} s at best"])
 

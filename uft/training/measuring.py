@@ -31,6 +31,7 @@ from uft.evaluation.measures import mean_stderr
 from uft.model.layout import settle_layout
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
+from uft.model.precision import settled
 from uft.model.reference import make_reference
 from uft.rewards import spec_of
 from uft.runs import cache_root, shown, write_atomically, write_json
@@ -74,7 +75,7 @@ def measure(config: Config) -> int:
     file = place(config)
     made = datetime.now().astimezone().isoformat(timespec="seconds")
     about = {"format": FORMAT, "uft": __version__, "made": made, "seconds": time.perf_counter() - started}
-    model = {"model": config.model.path, "dtype": config.model.dtype}
+    model = {"model": config.model.path, "dtype": settled(config.model, choose_device(config.hardware)).dtype}
     found, told = with_earlier(found, file, model)
     for line in told:
         say(line)

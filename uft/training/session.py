@@ -34,7 +34,7 @@ from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
 from uft.evaluation.evaluate import Evaluation, evaluate
 from uft.heartbeat import activity
 from uft.model import checkpoint
-from uft.model.memory import device_memory, peak_memory
+from uft.model.memory import Utilisation, device_memory, peak_memory
 from uft.model.policy import DTYPES
 from uft.runs import FULL, Run, problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
@@ -135,6 +135,7 @@ class Session:
                 return False
             assert self.trainer is not None
             lines = (line for line in read_metrics(self.run) if line.get("stage", "") == stage.name)
+            self.data.steps[stage.name] = self.trainer.progress.step  # fewer, where it ended early
             best = best_record(self.trainer.progress, stage.config.eval.best)
             record = result_record(self.trainer.progress, best, self.device, started, lines)
         else:
@@ -189,7 +190,8 @@ class Session:
             micro_batch_tokens=tokens_per_pass(trainer.config),
         )
         at_start = stage.config.eval.before and not self.trained_before(stage)
-        if not Recorder(self.tracker, self.console, measure, at_start, stage.name, self.before).fit(trainer):
+        named = (stage.name, self.before, Utilisation.of(trainer.policy, ranks().size))
+        if not Recorder(self.tracker, self.console, measure, at_start, *named).fit(trainer):
             return False
         later = any(other.do in ("generate", "select") for other in self.stages[stage.number :])
         if stage.config.train.save_model or later or self.model_dir(stage) != self.run.model_dir:
@@ -202,7 +204,8 @@ class Session:
         dtype = config.train.save_dtype if folder == self.run.model_dir else "float32"
         sources = [*(held.encoded for held in self.data.held_out), *(source.encoded for source in dataset.train)]
         rows = [row[0] for source in sources for row in source[:2]]
-        policy, renderer, steps = prepared.trainer.policy, dataset.renderer, self.before.step + prepared.trainer.steps
+        trainer, renderer = prepared.trainer, dataset.renderer
+        policy, steps = trainer.policy, self.before.step + trainer.progress.step
         card = ModelCard(self.run, config, steps, renderer.name != "plain")
         export_checked(policy, renderer, config, rows, folder, DTYPES[dtype], card, self.console.message)
 
@@ -215,7 +218,7 @@ class Session:
         past = str(self.folder(by_name[maker(past)]).path) if past and made(past) else past
         config = replace(
             located(stage.config, self.run),
-            model=model if stage.do == "select" else replace(model, adapter="none"),
+            model=model if stage.do == "select" else replace(model, adapter="none", quantize="none"),
             annotate=replace(stage.config.annotate, models=models),
             select=replace(stage.config.select, past=past),
         )
@@ -373,8 +376,10 @@ class Recorder:
     at_start: bool = True  # evaluate before the first step
     stage: str = ""  # the name that every line has; "": none
     before: Progress = field(default_factory=Progress)
+    utilisation: Utilisation | None = None
     seconds: float = 0.0  # of training at the last line: evaluations and checkpoints between two do not count
     tokens: int = 0  # since the last line
+    supervised: int = 0  # likewise
     sampling: float = 0.0  # seconds of rollouts at the last line
     saved: int = -1  # the step of the last checkpoint of this session
     warned: bool = False  # that eval.best names no metric
@@ -390,8 +395,8 @@ class Recorder:
             self.save(trainer)  # the evaluation that the last session owed is now part of the checkpoint
         trainer.fit()
         # asked to stop within the last evaluation, a run has its steps but not its result
-        owes_evaluation = trainer.stop.agreed() and trainer.progress.evaluated < trainer.steps
-        complete = trainer.progress.step >= trainer.steps and not owes_evaluation
+        owes_evaluation = trainer.stop.agreed() and trainer.progress.evaluated < trainer.progress.step
+        complete = trainer.complete and not owes_evaluation
         if not complete and self.saved != trainer.progress.step:
             self.save(trainer)
         trainer.publish_pending_checkpoint()
@@ -399,12 +404,13 @@ class Recorder:
 
     def after_step(self, trainer: Trainer, step: Step) -> None:
         self.tokens += step.tokens
+        self.supervised += step.supervised_tokens
         number, cfg = trainer.progress.step, trainer.config.train
         if number == 1 or number % cfg.log_every == 0 or number == trainer.steps:
             self.write_line(trainer)
         self.evaluate_if_due(trainer)
         trainer.publish_pending_checkpoint(wait=False)
-        due = number == trainer.steps or bool(cfg.checkpoint_every and number % cfg.checkpoint_every == 0)
+        due = trainer.complete or bool(cfg.checkpoint_every and number % cfg.checkpoint_every == 0)
         if due or trainer.progress.best_step == number:
             self.save(trainer)
 
@@ -418,8 +424,8 @@ class Recorder:
         """What was measured since the last line: meters stay on the device till then."""
         trainer.await_finite_check()
         progress, means = trainer.progress, trainer.meter.means()  # without names that no row gave anything for
-        seconds, tokens = progress.seconds - self.seconds, self.tokens
-        self.seconds, self.tokens = progress.seconds, 0
+        seconds, tokens, supervised = progress.seconds - self.seconds, self.tokens, self.supervised
+        self.seconds, self.tokens, self.supervised = progress.seconds, 0, 0
         metrics = {
             **{name: getattr(progress, name) for name in COUNTERS},
             "epoch": progress.rows / trainer.epoch_rows,
@@ -427,6 +433,7 @@ class Recorder:
             "lr": learning_rate(progress.step - 1, trainer.steps, trainer.config.optim),
             **{name: means.pop(name) for name in ("grad_norm",) if name in means},
             "tokens_per_second": tokens / max(seconds, 1e-9),
+            **({"mfu": self.utilisation(tokens, supervised, seconds)} if self.utilisation else {}),
             **device_memory(trainer.device),
             **{name if name.startswith("rollout/") else f"objective/{name}": value for name, value in means.items()},
         }
@@ -449,14 +456,15 @@ class Recorder:
             return  # `evaluated` stays behind: the resumed run evaluates this step first
         progress.evaluated = step
         self._note_best(progress, evaluation.metrics, trainer.config.eval)
+        self._note_end(trainer)
         if evaluation.metrics:
             axes = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
             self.log(step, axes | evaluation.metrics)
         if evaluation.samples:
             self.tracker.samples(self.before.step + step, evaluation.samples, self.stage or None)
-        ends, evaluations = step in (0, trainer.steps), 2 + (trainer.steps // every if every else 0)
+        ends, evaluations = step == 0 or trainer.complete, 2 + (trainer.steps // every if every else 0)
         if ends or evaluations * len(evaluation.items) <= MOST_ITEMS:
-            last = step == trainer.steps
+            last = trainer.complete
             self.tracker.items(self.before.step + step, evaluation.items, self.stage or None, answers=last)
         self.console.evaluation(self.before.step + step, evaluation)
 
@@ -470,6 +478,16 @@ class Recorder:
         sign = 1 if cfg.best_mode == "max" else -1
         if progress.best_value is None or sign * value > sign * progress.best_value:
             progress.best_step, progress.best_value = progress.step, value
+
+    def _note_end(self, trainer: Trainer) -> None:
+        """Whether the last evaluations had none better than the best (`train.early_stop`)."""
+        progress, cfg, patience = trainer.progress, trainer.config.train, trainer.config.train.early_stop
+        if patience is None or progress.best_step is None or trainer.complete:
+            return
+        if progress.step - progress.best_step >= patience * cfg.eval_every:
+            best = f"{trainer.config.eval.best}={progress.best_value:.6g}"
+            progress.ended = f"train.early_stop={patience}: {best} at step {progress.best_step} is still the best"
+            self.console.message(f"training ends at step {self.before.step + progress.step}: {progress.ended}")
 
     def save(self, trainer: Trainer) -> None:
         self.tracker.secure()
@@ -526,6 +544,7 @@ def result_record(
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
         "peak_memory_bytes": peak_memory(device),
         "final": final,
+        **({"ended": progress.ended} if progress.ended else {}),
         **best,
     }
 

@@ -29,9 +29,9 @@ from uft.errors import FAILED, Problem, UftError
 from uft.evaluation.evaluate import check_step_zero
 from uft.heartbeat import activity
 from uft.model import checkpoint
-from uft.model.layout import compile_blocks, settle_layout
+from uft.model.layout import compile_blocks, compiles, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
-from uft.model.memory import Shape, Spread, estimate, keep_freed_memory, shape_of
+from uft.model.memory import Shape, Spread, estimate, hidden_matrices, keep_freed_memory, shape_of
 from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Needs, Objective, StepContext
@@ -45,11 +45,8 @@ from uft.training.trainer import Progress, Trainer, available_devices, tokens_pe
 STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a token's log-prob between policy and reference before the first step: rounding, no more."""
 
-SMALL_MODEL = 3_000_000
-"""Parameters below which a second CPU thread made no run faster: at 0.3 million it cost a tenth of the speed."""
-
-RANK_SEEDS = 1_000_003
-"""Distance between the sampling seeds of two processes."""
+SMALL_MODEL = 3_000_000  # parameters below which a second CPU thread made no run faster
+RANK_SEEDS = 1_000_003  # distance between the sampling seeds of two processes
 
 ONE_ROW = "a step has one row: its baseline is measured under the prompts of a step's other rows, and is always 0"
 REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs with all rights of this user"
@@ -57,8 +54,7 @@ UNREPEATABLE = "a resumed run samples other completions than one that was never 
 IDLE = "{} adapters never act, since the model does not call their layers: {}"
 IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weights=true"
 
-UNMOVED = 0.5
-"""Share of weights that a step of the learning rate's size does not move, from which that is told."""
+UNMOVED = 0.5  # share of weights that a step of the learning rate's size does not move, from which that is told
 
 STAYS: dict[str, Any] = {"mode": "auto", "sync_every": None}
 """Of the reference that the evaluation compares with: the same throughout a run."""
@@ -84,7 +80,7 @@ class Prepared:
         """Warnings about the run that its card and `check.json` repeat."""
         trainer, objective = self.trainer, self.data.objective
         remote = [REMOTE_CODE] if trainer.config.model.trust_remote_code else []
-        looks = trainer.policy.has_adapter and not trainer.config.model.compile  # its hooks would compile all again
+        looks = trainer.policy.has_adapter and not trainer.policy.compiled  # its hooks would compile all again
         items = trainer.sampler.items(trainer.sampler.preview(8))[:1] if looks else []
         batches = micro_batches(items, 1, trainer.collator.pad_id, trainer.policy.layout)
         with same_generators(trainer.device):
@@ -163,9 +159,11 @@ def prepare(
     check_positions(policy, data, config)
     longest = longest_row(dataset, config, objective)
     settle_layout(policy, config.train.packing, longest)
-    if config.model.compile:
+    if not ranks().sharded:
+        policy.cast_once()
+    if compiles(config.model.compile, device):
         say("compiling the model")
-        compile_blocks(policy)
+        compile_blocks(policy, asked=config.model.compile is not None)
     pause(stop)
     objective.start(sampler.examples)
     reference_of = partial(
@@ -204,7 +202,7 @@ def prepare(
         reference=reference.forward if reference else None,
         sampler=sampler,
         rollouts=data.rollouts(policy, config, stop) if config.rollout.completions else None,
-        optimiser=make_optimiser(policy.trainable(), config.optim),
+        optimiser=make_optimiser(policy.trainable(), config.optim, hidden_matrices(policy), config.model.lora.lr_ratio),
         collator=Collator(tokens_per_pass(config), pad_id(tokenizer), policy.layout, pinned=device.type == "cuda"),
         steps=horizon.steps,
         total_rows=horizon.total_rows,
@@ -315,8 +313,7 @@ def loaded_policy(config: Config, device: torch.device, tokenizer: PreTrainedTok
     """The policy of a configuration; UftError where its vocabulary is too small for the tokenizer. Sets one CPU thread
     for a small model unless asked otherwise: more threads would wait for each other."""
     policy = load_policy(config.model, device, config.seeds.init)
-    size = sum(parameter.numel() for parameter in policy.module.parameters())
-    if config.hardware.threads is None and device.type == "cpu" and size < SMALL_MODEL:
+    if config.hardware.threads is None and device.type == "cpu" and policy.size < SMALL_MODEL:
         torch.set_num_threads(1)
     check_vocabulary(policy.module, tokenizer)
     return policy
@@ -336,7 +333,9 @@ def check_use(policy: Policy, config: Config, objective: Objective) -> None:
     if config.model.dropout and needs.reference and not needs.teacher and own_dropout(policy.base.config):
         why = f"objective={objective.name} compares the policy with its reference, which dropout would make unequal"
         raise UftError(Problem("model.dropout=true", why, advice=("model.dropout=false",)))
-    if objective.needs.embeddings:
+    if config.train.neftune_alpha:
+        policy.require_embeddings("train.neftune_alpha")
+    if needs.embeddings:
         policy.require_embeddings(f"objective={objective.name}")
     if policy.first_position and config.train.save_model and config.train.check_model:
         why = f"transformers numbers positions from {policy.first_position} in a forward pass, but from 0 when it "
@@ -395,7 +394,7 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
     items = trainer.sampler.items(trainer.sampler.preview(min(trainer.config.train.batch_size, 8)))
     if not items:
         return {}
-    dtype = trainer.config.model.dtype
+    dtype = trainer.policy.dtype
     batch = micro_batches(items[:2], 1, trainer.collator.pad_id, trainer.policy.layout)[0].to(trainer.device)
     with same_generators(trainer.device):  # as in training, where dropout acts
         trainer.policy.train()

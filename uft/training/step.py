@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from uft.data.batch import Batch, Example
 from uft.data.loader import StepBatches, local_shard
 from uft.distributed import all_reduce_gradients, full_tensor, ranks, single_process
 from uft.model.policy import Policy
+from uft.model.quantise import bitsandbytes
 from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, Term
 
 if TYPE_CHECKING:
@@ -132,8 +133,9 @@ def optimiser_step(
         optimiser.found_inf = finite.value.logical_not().float()  # type: ignore[attr-defined]
     if update and (defer_check or finite):
         for group in optimiser.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         optimiser.step()
+        trainer.policy.weights_changed()
     elif update:
         optimiser.zero_grad(set_to_none=True)
 
@@ -321,21 +323,67 @@ def sync_state(objective: Objective, items: Sequence[Example]) -> None:
 # --- Optimisers and learning rates.
 
 
-def make_optimiser(parameters: Parameters, cfg: Optim) -> torch.optim.Optimizer:
-    """Weight decay acts on matrices only: gains and biases are scales, and those are not to shrink."""
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    others = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+def make_optimiser(
+    parameters: Parameters, cfg: Optim, hidden: Collection[str] | None = None, lr_ratio: float = 1.0
+) -> torch.optim.Optimizer:
+    """Weight decay acts on matrices only: gains and biases are scales, and those are not to shrink.
+
+    `hidden`: names of the matrices that Muon updates, those within blocks; None: all. `lr_ratio`: the rate of an
+    adapter's B over that of everything else (LoRA+, arXiv 2402.12354). Raises UftError where a package is missing.
+    """
+    found: dict[tuple[bool, bool, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        is_hidden = parameter.ndim == 2 and (hidden is None or name in hidden)
+        found.setdefault((parameter.ndim < 2, is_hidden, ".lora_B." in name), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": members,
+            "weight_decay": 0.0 if is_vector else cfg.weight_decay,
+            "hidden": is_hidden,
+            "lr_ratio": lr_ratio if is_b else 1.0,
+        }
+        for (is_vector, is_hidden, is_b), members in sorted(found.items(), key=lambda pair: pair[0])
+    ]
     kind, names = OPTIMISERS[cfg.name]
-    return kind([group for group in groups if group["params"]], **{name: getattr(cfg, name) for name in names})
+    return kind(groups, **{name: getattr(cfg, name) for name in names})
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon on the groups that are `hidden`, AdamW on all else, under one rate: Muon's updates have the size of AdamW's
+    (arXiv 2502.16982, eq. 4)."""
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], *, lr: float, betas: Sequence[float], eps: float, momentum: float
+    ) -> None:
+        matrices, others = [g for g in groups if g["hidden"]], [g for g in groups if not g["hidden"]]
+        self.parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            self.parts.append(torch.optim.Muon(matrices, lr, momentum=momentum, adjust_lr_fn="match_rms_adamw"))
+        if others:
+            self.parts.append(torch.optim.AdamW(others, lr, (betas[0], betas[1]), eps))
+        super().__init__([group for part in self.parts for group in part.param_groups], {})  # the same groups
+        for part in self.parts:
+            part.state = self.state
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+def eight_bit_adamw(groups: Sequence[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+    """AdamW with moments in 8 bits, in blocks of 256 (arXiv 2110.02861); those of fewer than 4,096 weights in 32."""
+    return bitsandbytes("optim.name=adamw8bit").optim.AdamW8bit(groups, **settings)
 
 
 OPTIMISERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], tuple[str, ...]]] = {
     "adamw": (torch.optim.AdamW, ("lr", "betas", "eps", "fused")),
+    "adamw8bit": (eight_bit_adamw, ("lr", "betas", "eps")),
+    "adafactor": (torch.optim.Adafactor, ("lr",)),
+    "muon": (MuonWithAdamW, ("lr", "betas", "eps", "momentum")),
     "rmsprop": (torch.optim.RMSprop, ("lr", "alpha", "eps", "momentum")),
     "sgd": (torch.optim.SGD, ("lr", "momentum", "fused")),
 }
-"""Name -> torch's optimiser and the keys of `optim` that it takes."""
+"""Name -> what makes the optimiser of its groups, and the keys of `optim` that it takes."""
 
 
 def defers_finite_check(sync: bool | None, device: torch.device, optimiser: torch.optim.Optimizer) -> bool:
@@ -353,11 +401,14 @@ def warmup_steps(warmup: float, steps: int) -> int:
     return round(warmup * steps) if warmup < 1 else int(warmup)
 
 
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-    "linear": lambda progress: 1 - progress,
-    "constant": lambda progress: 1.0,
+SCHEDULES: dict[str, Callable[[float, float], float]] = {
+    "cosine": lambda progress, decay: 0.5 * (1 + math.cos(math.pi * progress)),
+    "linear": lambda progress, decay: 1 - progress,
+    "constant": lambda progress, decay: 1.0,
+    "wsd": lambda progress, decay: 1 - math.sqrt(max(0.0, progress - (1 - decay)) / decay),
 }
+"""Factor by the share of the steps after warm-up that is over, and `optim.decay`: the share in which `wsd` (warm-up,
+stable, decay: arXiv 2404.06395) falls, by 1 - sqrt (arXiv 2405.18392)."""
 
 
 def learning_rate(step: int, steps: int, cfg: Optim) -> float:
@@ -368,7 +419,7 @@ def learning_rate(step: int, steps: int, cfg: Optim) -> float:
     warmup = warmup_steps(cfg.warmup, steps)
     if step < warmup:
         return cfg.lr_scale * cfg.lr * (step + 1) / warmup
-    return cfg.lr_scale * cfg.lr * SCHEDULES[cfg.schedule]((step - warmup) / max(1, steps - warmup))
+    return cfg.lr_scale * cfg.lr * SCHEDULES[cfg.schedule]((step - warmup) / max(1, steps - warmup), cfg.decay)
 
 
 # --- The rows of a step that was not finite.

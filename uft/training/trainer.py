@@ -24,6 +24,7 @@ from uft.errors import FAILED, Problem, UftError, first_line
 from uft.evaluation.evaluate import Sample, prompt_text
 from uft.heartbeat import activity
 from uft.model import checkpoint
+from uft.model.passes import EmbeddingNoise
 from uft.model.policy import Frozen, Policy
 from uft.objectives.base import Forward, Loss, Objective, StepContext
 from uft.runs import Run
@@ -55,6 +56,7 @@ class Progress:
     evaluated: int = -1  # the step of the last evaluation
     best_step: int | None = None
     best_value: float | None = None
+    ended: str = ""  # why training ended before its horizon
 
 
 class Meter:
@@ -147,7 +149,7 @@ class Trainer:
         gc.collect()
         gc.freeze()  # no later collection looks through the millions of objects that are there now
         try:
-            while self.progress.step < self.steps and not self.stop.agreed():
+            while not self.complete and not self.stop.agreed():
                 step = self._step(self.prefetcher)
                 for hook in self.hooks:
                     hook.after_step(self, step)
@@ -160,6 +162,11 @@ class Trainer:
             self.prefetcher = None
             if self.rollouts:
                 self.rollouts.engine.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is no further step to take."""
+        return self.progress.step >= self.steps or bool(self.progress.ended)
 
     @property
     def feed(self) -> RowSampler | RolloutSampler:
@@ -205,7 +212,9 @@ class Trainer:
             self.await_finite_check()
             nothing = torch.zeros((), device=self.device)
             return Step(nothing, {}, nothing)
-        number = self.progress.step
+        number, alpha = self.progress.step, self.config.train.neftune_alpha
+        if alpha:
+            self.policy.noise = EmbeddingNoise(alpha, (self.config.seeds.sampling, number, ranks().rank))
         return optimiser_step(
             self,
             batches,
