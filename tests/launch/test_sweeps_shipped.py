@@ -22,8 +22,9 @@ def sweep(name):
 
 
 def jobs_of(name, loader):
-    lines = [f"{key}={value}" for key, value in sweep(name)["hydra"]["sweeper"]["params"].items()]
-    return expand([*lines, f"sweep={name}"], loader)
+    sweeper = sweep(name)["hydra"]["sweeper"]
+    lines = [f"{key}={value}" for key, value in sweeper["params"].items()]
+    return expand([*lines, f"sweep={name}"], loader, sweeper.get("arms", {}))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def test_the_jobs_of_a_file_can_be_run(loader):
     """Of several seeds the first; of the playground's arms, which other tests compose, every twelfth."""
     for name in sorted(set(FILES) - {"objectives"}):
         jobs, axes = jobs_of(name, loader)
-        assert set(axes) == set(sweep(name)["hydra"]["sweeper"]["params"])
+        sweeper = sweep(name)["hydra"]["sweeper"]
+        assert set(axes) == {*sweeper["params"], *(["arm"] if "arms" in sweeper else [])}
         first = [job for job in jobs if "seed=1" in job or "seed" not in axes]
         runnable(first[:: 12 if name == "playground" else 1])
 
@@ -48,7 +50,9 @@ def runnable(jobs):
 
 
 def test_a_file_is_a_sweep_without_m_and_says_what_it_asks_and_what_it_costs():
-    assert set(FILES) == {"beta_ratio", "objectives", "playground", "pref_recipe", "seeds"}
+    assert set(FILES) == {
+        *("active_dpo", "beta_ratio", "objectives", "pds", "playground", "pref_recipe", "rounds", "seeds")
+    }
     for name, file in FILES.items():
         assert sweep(name)["hydra"]["mode"] == "MULTIRUN"
         comment = "".join(line for line in file.read_text().splitlines(True) if line.startswith("#"))
