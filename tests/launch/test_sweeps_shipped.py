@@ -1,5 +1,6 @@
 """The shipped sweeps: every job can be run, and the files say what they are."""
 
+import json
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from uft.data.rows import Kind
 from uft.launch.launcher import row_problems
 from uft.launch.sweep import expand
 from uft.objectives import make
+from uft.runs import find_runs
 
 FILES = groups([conf_dir()])["sweep"]
 KINDS_OF_MIX = (Kind.DEMONSTRATION, Kind.PREFERENCE, Kind.BINARY, Kind.SCORED)
@@ -89,3 +91,23 @@ def test_reuse_is_what_the_comment_says():
     ]
     passes = ", ".join(str(rows // limit) for limit in limits[:-1]) + f" or {rows // limits[-1]} passes"
     assert passes in " ".join(FILES["pref_recipe"].read_text().split("\n# "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arms"),
+    [
+        ("active_dpo", ["active_dpo", "random", "random_pairs"]),
+        ("pds", ["pds", "random", "all"]),
+        ("rounds", ["spin", "irft", "sft", "sft_tuned"]),
+    ],
+)
+def test_every_arm_of_a_sweep_over_recipes_runs_and_is_a_configuration_of_its_own(program, tmp_path, name, arms):
+    """Two steps a stage on some rows, under one seed."""
+    short = ["debug=fast", "generate.limit=200", "select.steps=1", "hydra.sweeper.params.seed=1"]
+    done = program("train", f"sweep={name}", f"sweep.name={name}", *short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(run.name for run in find_runs(tmp_path / "outputs")) == sorted(arms)
+    assert {run.status for run in find_runs(tmp_path / "outputs")} == {"finished"}
+    shown = program("compare", name, "--json", cwd=tmp_path)
+    assert sorted(group["name"] for group in json.loads(shown.stdout)["groups"]) == sorted(arms)
