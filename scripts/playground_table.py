@@ -29,9 +29,8 @@ Metrics = dict[str, Any]
 
 
 def arm(run: Run) -> str:
-    """`playground_ift-seed1` -> `ift`: what the runs of a row share; the sweep's name where only seeds were swept."""
-    shared = re.sub(r"-?seed\d+(-\d+)*$", "", run.name) or run.path.resolve().parent.name
-    return shared.removeprefix("playground_")
+    """`ift-seed1` -> `ift`: what the runs of a row share; the sweep's name where only seeds were swept."""
+    return re.sub(r"-?seed\d+(-\d+)*$", "", run.name) or run.path.resolve().parent.name
 
 
 def complete(metrics: Metrics) -> bool:

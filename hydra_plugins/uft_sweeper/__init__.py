@@ -23,6 +23,7 @@ class UftSweeperConf:
     _target_: str = "hydra_plugins.uft_sweeper.UftSweeper"
     max_batch_size: int | None = None  # jobs handed to a parallel launcher at once; null: all of them
     params: dict[str, str] | None = field(default=None)  # axes that a file brings: {objective.beta: "0.05,0.1"}
+    arms: dict[str, str] | None = field(default=None)  # a table of settings: {ift: "objective=ift optim.lr=1e-3"}
 
 
 @dataclass
@@ -60,7 +61,7 @@ class UftSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from uft.launch.sweep import Sweep, expand, run_grid
 
-        lines, axes = expand(self.lines(arguments), self.loader)
+        lines, axes = expand(self.lines(arguments), self.loader, self.settings["arms"] or {})
         one_by_one = self.composed.hydra.runtime.choices["hydra/launcher"] == "basic"
         sweep = Sweep(self.composed, tuple(arguments), axes, self.job_launcher)
         return run_grid(sweep, lines, 1 if one_by_one else self.settings["max_batch_size"])

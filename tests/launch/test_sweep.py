@@ -14,8 +14,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from uft.cli import main
-from uft.config.compose import Examined
+from uft.config.compose import Examined, examine
 from uft.config.files import Request, make_loader
+from uft.errors import UftError
 from uft.launch.launcher import row_problems
 from uft.launch.sweep import Job, Sweep, examine_jobs, expand, job_names, record_sweep, resuming, sweep_dir, sweep_name
 from uft.runs import create_run, find_runs, find_sweeps, planned, waiting, write_json
@@ -229,6 +230,39 @@ def test_a_key_of_a_file_that_is_typed_too_is_one_axis():
     name = sweep_name(list(axes), ["sweep=beta_ratio"])
     assert name.startswith("beta_ratio-")
     assert name == sweep_name(list(axes)[::-1], ["sweep=beta_ratio", "tracking=none", "sweep.name=x"])
+
+
+def test_an_arm_is_a_row_of_settings_which_typed_keys_replace():
+    loader, arms = make_loader(Request()), {"a": "objective=sft optim.lr=0.1", "b": "objective=dpo data=pairs"}
+    jobs, axes = expand(["seed=1,2", "sweep=playground"], loader, arms)
+    assert axes == {"arm": ["a", "b"], "seed": ["1", "2"]}
+    assert jobs[0] == ["objective=sft", "optim.lr=0.1", "arm=a", "seed=1", "sweep=playground"]
+    assert jobs[3] == ["objective=dpo", "data=pairs", "arm=b", "seed=2", "sweep=playground"]
+    assert job_names(jobs, list(axes)) == ["a-seed1", "a-seed2", "b-seed1", "b-seed2"]
+    assert expand(["arm=a", "optim.lr=3,4"], loader, arms) == (
+        [["objective=sft", f"optim.lr={rate}", "arm=a"] for rate in (3, 4)],
+        {"arm": ["a"], "optim.lr": ["3", "4"]},
+    )
+    for words, table, why in ((["arm=a,c"], arms, "no such arm"), (["arm=a"], {}, "no table of arms")):
+        with pytest.raises(UftError, match=why):
+            expand(words, loader, table)
+    assert "no sweep is chosen" in examine(Request(("arm=a",))).problems[0].why
+
+
+def test_a_sweep_of_arms_can_be_begun_with_one_and_completed(worker, capsys):
+    (worker / "conf-user" / "sweep").mkdir(parents=True)
+    (worker / "conf-user" / "sweep" / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "hydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}, arms: {a: objective=sft, b: optim.lr=0.1}}}\n"
+    )
+    for more in (["arm=b"], []):
+        assert main(["train", "tracking=none", "sweep=mine", *more]) == 0
+    (folder,) = (worker / "outputs").glob("*/*")
+    assert sorted(run.name for run in find_runs(folder)) == ["a-seed1", "a-seed2", "b-seed1", "b-seed2"]
+    assert runs(worker)["b-seed1"].config()["optim"]["lr"] == 0.1
+    capsys.readouterr()
+    assert main(["config", "sweep=mine", "arm=c"]) == 2
+    assert "arms: a, b" in capsys.readouterr().err
 
 
 def test_names_of_jobs_are_folders_unique_and_of_the_axes_that_vary():

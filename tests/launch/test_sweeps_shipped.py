@@ -1,5 +1,6 @@
 """The shipped sweeps: every job can be run, and the files say what they are."""
 
+import json
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from uft.data.rows import Kind
 from uft.launch.launcher import row_problems
 from uft.launch.sweep import expand
 from uft.objectives import make
+from uft.runs import find_runs
 
 FILES = groups([conf_dir()])["sweep"]
 KINDS_OF_MIX = (Kind.DEMONSTRATION, Kind.PREFERENCE, Kind.BINARY, Kind.SCORED)
@@ -22,8 +24,9 @@ def sweep(name):
 
 
 def jobs_of(name, loader):
-    lines = [f"{key}={value}" for key, value in sweep(name)["hydra"]["sweeper"]["params"].items()]
-    return expand([*lines, f"sweep={name}"], loader)
+    sweeper = sweep(name)["hydra"]["sweeper"]
+    lines = [f"{key}={value}" for key, value in sweeper["params"].items()]
+    return expand([*lines, f"sweep={name}"], loader, sweeper.get("arms", {}))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,8 @@ def test_the_jobs_of_a_file_can_be_run(loader):
     """Of several seeds the first; of the playground's arms, which other tests compose, every twelfth."""
     for name in sorted(set(FILES) - {"objectives"}):
         jobs, axes = jobs_of(name, loader)
-        assert set(axes) == set(sweep(name)["hydra"]["sweeper"]["params"])
+        sweeper = sweep(name)["hydra"]["sweeper"]
+        assert set(axes) == {*sweeper["params"], *(["arm"] if "arms" in sweeper else [])}
         first = [job for job in jobs if "seed=1" in job or "seed" not in axes]
         runnable(first[:: 12 if name == "playground" else 1])
 
@@ -48,7 +52,9 @@ def runnable(jobs):
 
 
 def test_a_file_is_a_sweep_without_m_and_says_what_it_asks_and_what_it_costs():
-    assert set(FILES) == {"beta_ratio", "objectives", "playground", "pref_recipe", "seeds"}
+    assert set(FILES) == {
+        *("active_dpo", "beta_ratio", "objectives", "pds", "playground", "pref_recipe", "rounds", "seeds")
+    }
     for name, file in FILES.items():
         assert sweep(name)["hydra"]["mode"] == "MULTIRUN"
         comment = "".join(line for line in file.read_text().splitlines(True) if line.startswith("#"))
@@ -85,3 +91,23 @@ def test_reuse_is_what_the_comment_says():
     ]
     passes = ", ".join(str(rows // limit) for limit in limits[:-1]) + f" or {rows // limits[-1]} passes"
     assert passes in " ".join(FILES["pref_recipe"].read_text().split("\n# "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arms"),
+    [
+        ("active_dpo", ["active_dpo", "random", "random_pairs"]),
+        ("pds", ["pds", "random", "all"]),
+        ("rounds", ["spin", "irft", "sft", "sft_tuned"]),
+    ],
+)
+def test_every_arm_of_a_sweep_over_recipes_runs_and_is_a_configuration_of_its_own(program, tmp_path, name, arms):
+    """Two steps a stage on some rows, under one seed."""
+    short = ["debug=fast", "generate.limit=200", "select.steps=1", "hydra.sweeper.params.seed=1"]
+    done = program("train", f"sweep={name}", f"sweep.name={name}", *short, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(run.name for run in find_runs(tmp_path / "outputs")) == sorted(arms)
+    assert {run.status for run in find_runs(tmp_path / "outputs")} == {"finished"}
+    shown = program("compare", name, "--json", cwd=tmp_path)
+    assert sorted(group["name"] for group in json.loads(shown.stdout)["groups"]) == sorted(arms)

@@ -1,15 +1,18 @@
-"""The shipped experiments of the playground compose, and finished runs of them become a table."""
+"""The arms of the playground's study compose, and finished runs of them become a table."""
 
 import importlib
 import json
+import shlex
 import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+import yaml
 
 from uft.config.compose import compose
 from uft.config.messages import conf_dir, groups
+from uft.errors import UftError
 
 ROOT = Path(__file__).parents[2]
 ARMS = {  # arm -> the objective and the mixture that it says it is
@@ -33,27 +36,26 @@ ARMS = {  # arm -> the objective and the mixture that it says it is
         )
     },
 }
-SHIPPED = {name: file for name, file in groups([conf_dir()])["experiment"].items() if name.startswith("playground_")}
+SHIPPED = yaml.safe_load(groups([conf_dir()])["sweep"]["playground"].read_text())["hydra"]["sweeper"]["arms"]
 
 
 @cache
 def settings(arm):
-    return compose([f"experiment=playground_{arm}"])
+    return compose(["sweep=playground", f"arm={arm}", *shlex.split(SHIPPED[arm])])
 
 
-def test_every_arm_has_its_experiment():
-    assert set(SHIPPED) == {f"playground_{arm}" for arm in ARMS}
+def test_the_table_has_every_arm():
+    assert set(SHIPPED) == set(ARMS)
 
 
 @pytest.mark.parametrize(
     "arm", [pytest.param(arm, marks=pytest.mark.slow if n % 4 else ()) for n, arm in enumerate(ARMS)]
 )
-def test_an_experiment_is_the_arm_that_it_is_called(arm):
+def test_a_row_is_the_arm_that_it_is_called(arm):
     cfg = settings(arm)
     objective, mixtures = ARMS[arm]
     assert cfg.objective.name == objective
     assert cfg.data.name in mixtures
-    assert f"uft train experiment=playground_{arm}" in SHIPPED[f"playground_{arm}"].read_text()
 
 
 def test_arms_differ_in_what_the_search_was_over_and_in_nothing_else():
@@ -65,7 +67,12 @@ def test_arms_differ_in_what_the_search_was_over_and_in_nothing_else():
     assert settings("sft").objective.reduction == "token"
     assert settings("sft_sequence").objective.reduction == "sequence"
     assert settings("una").data.ratio == 0, "it draws no demonstrations"
-    assert compose(["experiment=playground_uft", "optim.lr=0.5", "seed=3"]).optim.lr == 0.5, "and can be changed"
+
+
+def test_an_experiment_of_before_is_refused_with_what_replaces_it():
+    with pytest.raises(UftError) as refused:
+        compose(["experiment=playground_uft"])
+    assert "sweep=playground arm=uft" in str(refused.value.problems[0].advice)
 
 
 FIGURES = ("eval/instruct/exact_match", "eval/pairs/exact_match", "eval/pairs/correct")
@@ -105,10 +112,10 @@ def cells(line):
 
 
 def test_runs_that_differ_in_their_seed_are_one_row(tmp_path, table):
-    fake_run(tmp_path / "playground_ift-seed1", (0.8, 0.5, 0.9, 0.2, 1.0), before=(0.0, 0.1, 1.0, 8.0, 0.5))
-    fake_run(tmp_path / "playground_ift-seed2", (0.6, 0.5, 0.9, 0.4, 2.0))
-    fake_run(tmp_path / "playground_sft-seed1", (0.25, 0.5, 0.75, 1.0, 3.0))
-    fake_run(tmp_path / "playground_sft-seed2", (0.0, 0.0, 0.0, 0.0, 0.0), status="failed")
+    fake_run(tmp_path / "ift-seed1", (0.8, 0.5, 0.9, 0.2, 1.0), before=(0.0, 0.1, 1.0, 8.0, 0.5))
+    fake_run(tmp_path / "ift-seed2", (0.6, 0.5, 0.9, 0.4, 2.0))
+    fake_run(tmp_path / "sft-seed1", (0.25, 0.5, 0.75, 1.0, 3.0))
+    fake_run(tmp_path / "sft-seed2", (0.0, 0.0, 0.0, 0.0, 0.0), status="failed")
     code, out, err = table(tmp_path)
     assert code == 0, err
     head, _, *rows = out.splitlines()
@@ -118,7 +125,7 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path, table):
         ["ift", "0.70 ± 0.14", "0.50 ± 0.00", "0.90 ± 0.00", "0.30 ± 0.14", "1.50 ± 0.71", "2"],
         ["sft", "0.25", "0.50", "0.75", "1.00", "3.00", "1"],
     ]
-    assert "playground_sft-seed2 (failed)" in err
+    assert "sft-seed2 (failed)" in err
 
 
 def test_a_sweep_over_seeds_alone_is_called_by_its_name_and_an_empty_folder_an_error(tmp_path, table):

@@ -165,3 +165,17 @@ def test_how_nothing_is_sampled_has_no_effect():
     found = grouping(runs)
     assert names(found) == ["dpo completions=0", "dpo completions=4", "grpo completions=8"]
     assert found.groups[0].runs == (0, 1)
+
+
+def test_what_a_stage_works_by_tells_configurations_apart():
+    """Keys of a verb change nothing of a run, unless one of its stages does what the verb does."""
+    stages = {"stages__pick__do": "select", "stages__fit__do": "fit"}
+    runs = [
+        loaded("sft", seed, stages__pick__config__select={"by": by, "seed": seed}, **stages)
+        for by in ("pds", "random")
+        for seed in (1, 2)
+    ]
+    assert [(group.name, len(group.runs)) for group in grouping(runs).groups] == [("by=pds", 2), ("by=random", 2)]
+    for shared, groups in ((stages, 2), ({}, 1)):
+        runs = [loaded("sft", 1, select__rows=count, **shared) for count in (5, 6)]
+        assert len(grouping(runs).groups) == groups

@@ -38,13 +38,18 @@ VERBS = {
     "export": "the weights of a run or a checkpoint for other programs: a Hugging Face folder, GGUF, Ollama",
     "resume": "continue a run or a sweep that was stopped",
     "compare": "runs side by side: a table, one page, and whether a difference is more than seed noise",
+    "advise": "what finished runs suggest to try next, or that they do not say (experimental)",
+    "lake": "objectives in a toy world, the Frozen Lake of IFT's paper: how far from the optimal policy each ends",
     "sync": "upload what W&B lacks of runs that were offline or cut off, and say what arrived",
     "ls": "runs and sweeps here: state, steps, headline metrics",
     "config": "the composed config and where each value came from; --diff RUN",
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
-MANAGE = ("export", "resume", "compare", "sync", "ls", "doctor")
-"""These verbs are functions of uft.cli.manage, the others of uft.cli.verbs: from arguments to the exit code."""
+MODULES = {
+    **dict.fromkeys(("export", "resume", "compare", "sync", "ls", "doctor"), "uft.cli.manage"),
+    **dict.fromkeys(("advise", "lake"), "uft.cli.studies"),
+}
+"""Verb -> the module whose function of that name takes its arguments to the exit code; the others: uft.cli.verbs."""
 
 USAGE = """\
 uft: unified fine-tuning of language models, any objective on the same rows
@@ -101,7 +106,7 @@ def dispatch(arguments: list[str]) -> int:
     elif first in ("-sc", "--shell-completion"):
         return int(import_module("uft.cli.completion").complete(arguments))
     elif first in VERBS:
-        module = import_module("uft.cli.manage" if first in MANAGE else "uft.cli.verbs")
+        module = import_module(MODULES.get(first, "uft.cli.verbs"))
         return int(getattr(module, first)(arguments[1:]))
     else:
         from difflib import get_close_matches

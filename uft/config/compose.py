@@ -135,6 +135,10 @@ def examine(request: Request) -> Examined:
         if examined.settings["rounds"] is not None and not examined.problems:
             what = f"rounds={examined.settings['rounds']}"
             examined.problems.append(Problem(what, "repeats stages, and this run has none", draft.where(("rounds",))))
+    if examined.settings["arm"] is not None and composed.options.get("sweep") is None:
+        advice = ("a sweep has it:  uft train sweep=NAME arm=...   list them:  uft train --help",)
+        what, where = f"arm={examined.settings['arm']}", draft.where(("arm",))
+        examined.problems.append(Problem(what, "is a row of a sweep's table, and no sweep is chosen", where, advice))
     examined.references = {key: value for key, value in flat(draft.values) if "${" in str(value)}
     wrong = {problem.what for problem in examined.problems if problem not in words.problems}
     keys = set(map(key_of, wrong))
@@ -261,7 +265,7 @@ INSIDE = (("set",), (BY_ROUND,))  # below a stage: groups of its own keys
 OWN = (OBJECTIVE, "data")  # groups that a stage may choose for itself
 UNCLEAR = ""  # a choice that could not even be guessed: which keys the stage has is not known
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,59}")
-SAME = ("hardware", "tracking", "run", "sweep", "rounds", STAGES)
+SAME = ("hardware", "tracking", "run", "sweep", "arm", "rounds", STAGES)
 MODEL = ("path", "name", "revision", "trust_remote_code")
 MEASURED = ("holdout", "eval_path", "eval_split")
 

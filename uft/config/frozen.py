@@ -24,6 +24,7 @@ FREE = (
     "tracking.",
     "run.",
     "sweep.",
+    "arm",
     *WORK,
     "hardware.threads",
     "hardware.processes",

@@ -108,6 +108,9 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Names of objectives that mean several things, or something else elsewhere: explained, not guessed."""
 
+MOVED = "playground_"
+"""Experiments that were called so are rows of conf/sweep/playground.yaml."""
+
 TRL_KEYS = {
     "activation_offloading": "model.activation_offload",
     "adam_beta1": "optim.betas",
@@ -208,6 +211,9 @@ def no_such_option(group: str, option: str, options: list[str], key: str) -> tup
     plugin = not_installed(f"{group}/{option}")
     explained = OTHER_NAMES.get(option.lower().removesuffix("_ft"), ()) if group == "objective" else ()
     explained = explained or ((plugin,) if plugin else ())
+    if group == "experiment" and option.startswith(MOVED):
+        arm = option.removeprefix(MOVED)
+        explained = (f"the arms of the playground's study are rows of a sweep:  sweep=playground arm={arm}",)
     if group == "model" and ("/" in option or Path(option).is_dir()):
         explained = (f"a model of the hub, or a folder:  model.path={option}",)
     near = None if explained else nearest(option, options)

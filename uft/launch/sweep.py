@@ -19,9 +19,10 @@ import hashlib
 import itertools
 import json
 import os
+import shlex
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ from omegaconf import DictConfig
 from uft.config.compose import Examined, examine, footer, quoted
 from uft.config.files import Request, request_of_job
 from uft.config.frozen import ABSENT, free
-from uft.config.messages import written
+from uft.config.messages import COMMAND_LINE, hint, nearest, written
 from uft.errors import FAILED, Problem, UftError, visible
 from uft.launch.forkserver import forkserver
 from uft.launch.launcher import JOB_KEYS, JobFailed, changed_keys, row_problems, slug, today, unusable_rows
@@ -50,6 +51,8 @@ MANY = 20  # jobs that take seconds to check
 LONGEST = 120  # characters of a name; file systems allow 255
 METHODS = ("objective", "experiment")
 """Keys that tell apart the jobs of several commands that write into one named sweep."""
+ARM = "arm"
+"""The key that chooses a row of a sweep's table of settings (`hydra.sweeper.arms`)."""
 LOST = ("UncompletedJobError", "FailedJobError")
 """Errors of submitit where a job's process was killed and left no answer. Other jobs may be at work yet."""
 AGAIN = "To go on, run the same command again: finished jobs are skipped, the others continue."
@@ -111,10 +114,12 @@ class Sweep:
         settings = [one.settings for one in examined]
         sweep, prefix = settings[0]["sweep"]["name"], settings[0]["run"]["name"]
         # commands that share a folder by its name must not share the names of their jobs
-        names = job_names(lines, list(dict.fromkeys([*(METHODS if sweep else ()), *self.axes])), prefix)
+        apart = METHODS if sweep and ARM not in self.axes else ()
+        names = job_names(lines, list(dict.fromkeys([*apart, *self.axes])), prefix)
         folder = Path(str(hydra.sweep.dir))
         if folder == Path("."):
-            fixed = [line for line in lines[0] if key_of(line) not in self.axes]
+            common = self.typed if ARM in self.axes else lines[0]  # the settings of an arm are no part of the name
+            fixed = [line for line in common if key_of(line) not in self.axes]
             folder = sweep_dir(sweep or sweep_name(list(self.axes), fixed))
         jobs = tuple(
             Job(tuple(line), folder / name, one) for line, name, one in zip(lines, names, settings, strict=True)
@@ -231,11 +236,14 @@ def run_grid(sweep: Sweep, lines: Sequence[Sequence[str]], batch_size: int | Non
 # --- the grid and its checks
 
 
-def expand(lines: Sequence[str], loader: ConfigLoader) -> tuple[list[list[str]], dict[str, list[str]]]:
+def expand(
+    lines: Sequence[str], loader: ConfigLoader, arms: Mapping[str, str] | None = None
+) -> tuple[list[list[str]], dict[str, list[str]]]:
     """(the overrides of every job of the grid, the values of every key that varies).
 
-    A later line about a key replaces an earlier one: the command line, what a file sweeps. Raises HydraException for
-    a line that cannot be parsed, UftError for an interval.
+    A later line about a key replaces an earlier one: the command line, what a file sweeps, and both a setting of an
+    arm. `arms`: the table that `arm` chooses from; nothing chosen, all of it. Raises HydraException for a line that
+    cannot be parsed, UftError for an interval and for an arm that is not in the table.
     """
     values: dict[str, list[str]] = {}
     swept: dict[str, None] = {}
@@ -249,8 +257,30 @@ def expand(lines: Sequence[str], loader: ConfigLoader) -> tuple[list[list[str]],
             raise UftError(Problem(str(override.input_line), why, "command line", (advice,)))
         values[key] = list(override.sweep_string_iterator())
         swept[key] = None
-    jobs = [[f"{key}={v}" for key, v in zip(values, job, strict=True)] for job in itertools.product(*values.values())]
+    if arms or (arms is not None and ARM in values):
+        values, swept = {ARM: values.get(ARM, list(arms)), **values}, {ARM: None, **swept}
+    rows = settings_of_arms(values.get(ARM, ()) if arms is not None else (), arms or {})
+    grid = [dict(zip(values, job, strict=True)) for job in itertools.product(*values.values())]
+    jobs = [[f"{key}={v}" for key, v in {**rows.get(job.get(ARM, ""), {}), **job}.items()] for job in grid]
     return jobs, {key: list(dict.fromkeys(values[key])) for key in swept}
+
+
+def settings_of_arms(chosen: Iterable[str], arms: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The chosen rows of a table of arms, each as its values by key. UftError with all that are not there."""
+    problems = []
+    for name in dict.fromkeys(chosen):
+        if name not in arms:
+            near = nearest(name, arms)
+            advice = hint(near and f"{ARM}={near}", "arms", list(arms))
+            why = "no such arm in this sweep" if arms else "this sweep has no table of arms"
+            problems.append(Problem(f"{ARM}={name}", why, COMMAND_LINE, (advice,) if advice else ()))
+    if problems:
+        raise UftError(*problems)
+    parser = OverridesParser.create()
+    parsed = {name: parser.parse_overrides(shlex.split(arms[name])) for name in dict.fromkeys(chosen)}
+    return {
+        name: {one.get_key_element(): one.get_value_element_as_str() for one in row} for name, row in parsed.items()
+    }
 
 
 def examine_jobs(request: Request, loader: ConfigLoader) -> tuple[list[Problem], str]:

@@ -26,6 +26,7 @@ COMPLETIONS = "rollout.completions"
 STAGE, IN_STAGE = re.compile(r"stages\.[^.]+\."), re.compile(r"^stages\.[^.]+\.config\.")
 NO_RESULT = ("data.cache", "eval.best", "eval.best_mode", "eval.before", "eval.samples")
 """Keys, beside those that `free` knows, that change neither the last weights nor the last metrics."""
+SELECT_SEED = "select.seed"  # the run's seed, unless another is given
 OWN = ("run.", "sweep.")  # a run's name and place, which differ by nature
 LONGEST_NAME, LONGEST_VALUE = 100, 40
 
@@ -82,7 +83,8 @@ def grouping(runs: Sequence[LoadedRun], seed_keys: Sequence[str] = ()) -> Groupi
     signatures: dict[int, list[Hashable]] = {number: [] for number in configs}  # of each run, by the keys that vary
     for key in all_keys(configs.values()):
         inner = IN_STAGE.sub("", key)
-        if free(inner) or inner in NO_RESULT or is_seed(key, seed_keys):
+        of_stage = IN_STAGE.sub(lambda found: found[0].removesuffix("config."), key)  # a stage may work by this key
+        if free(of_stage) or inner in NO_RESULT or is_seed(key, seed_keys):
             continue
         column = {number: config[key] for number, config in configs.items() if key in config}
         signature = signature_of(column, configs)
@@ -127,8 +129,17 @@ def with_stages(config: Mapping[str, Any]) -> Flat:
     stages = dict.fromkeys(found[0] for key in config if (found := STAGE.match(key)))
     training = [stage for stage in stages if config.get(f"{stage}do", "fit") == "fit"]
     last = config.get(OBJECTIVE_NAME)
+    works = {stage: config.get(f"{stage}do") for stage in stages if stage not in training}
+    given = {
+        f"{stage}config.{key}": value
+        for stage, does in works.items()
+        for key, value in config.items()
+        if key.startswith(f"{does}.")
+    }  # what is set for all stages, of what this one works by
     joined = "+".join(str(config.get(f"{stage}config.{OBJECTIVE_NAME}", last)) for stage in training)
-    return {**config, OBJECTIVE_NAME: joined} if joined else dict(config)
+    whole = {**given, **config, OBJECTIVE_NAME: joined} if joined else dict(config)
+    same = {key for key in whole if key.endswith(SELECT_SEED) and whole[key] == config.get("seed")}
+    return {key: value for key, value in whole.items() if key not in same}
 
 
 def fill_defaults(configs: Sequence[Flat]) -> None:
