@@ -41,9 +41,10 @@ VERBS = {
     "sync": "upload what W&B lacks of runs that were offline or cut off, and say what arrived",
     "ls": "runs and sweeps here: state, steps, headline metrics",
     "config": "the composed config and where each value came from; --diff RUN",
+    "docs": "the pages of the documentation, or one of them: uft docs start",
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
-MANAGE = ("export", "resume", "compare", "sync", "ls", "doctor")
+MANAGE = ("export", "resume", "compare", "sync", "ls", "docs", "doctor")
 """These verbs are functions of uft.cli.manage, the others of uft.cli.verbs: from arguments to the exit code."""
 
 USAGE = """\
@@ -57,6 +58,7 @@ Start with
   uft train objective=ift data=mix      train the embedded model on the embedded mixture, in about a minute
   uft train --help                      what there is to choose from
   uft ls                                what has been trained here
+  uft docs start                        your data, your model, ten minutes
 """
 
 

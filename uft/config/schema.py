@@ -377,7 +377,7 @@ class Config:
     run: RunConfig = Field(default_factory=RunConfig)
     sweep: Sweep = Field(default_factory=Sweep)
     rounds: Int | None = _key(None, "repeat the stages as often, round after round; null: a run without rounds", ge=1)
-    stages: dict[str, Any] = _key({}, "a run of several stages (`Stage`), in this order: docs/pipelines.md")
+    stages: dict[str, Any] = _key({}, "a run of several stages (`Stage`), in this order: uft docs pipelines")
 
 
 # the schema as a table of keys
