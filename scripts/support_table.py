@@ -26,32 +26,45 @@ from uft.model.layout import settle_layout
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "support.md"
 PACKED, PADDED, REFUSED = "packed", "padded", "refused"
-LINE = re.compile(r"^\| `(\w+)` \| (packed|padded|refused)(?:: (.*?))? \|", re.MULTILINE)
+LINE = re.compile(r"^\| (packed|padded|refused) \| (.*?) \| (.*) \|$", re.MULTILINE)
+TESTED = ("", "yes")
 INTRO = """\
 # What is supported
 
 Made from the tests' own tables by `python scripts/support_table.py`. **tested**: a test holds that log-probs, gradients
-or answers are those of plain transformers. **expected**: the same code path, without a test of its own. **refused**:
-told in a line before the first step. `uft check model.path=...` says it of your model, whatever stands here.
-
-`packed`: rows without padding, the prompt of a row's completions computed once. `padded`: a rectangle; the same losses
-and gradients, slower. Both are tested for every family that is not refused, and so is sampling.
-
-A model of another family is tried on a few small rows before the first step, and refused where it reads other rows or
-later tokens, or cannot be loaded. Multimodal models train by their text part alone; sequence-to-sequence models,
-quantised weights and models without a causal head are refused.
+or answers are those of plain transformers. **expected**: the same code, without a test of its own. **refused**: told in
+a line before the first step. Any model, also of a family that is not here, is tried on a few small rows before the
+first step, and refused where it reads other rows or later tokens; `uft check model.path=...` says it of yours.
 """
+FAMILIES = """\
+## Model families
+
+By `model_type`, a tiny random model of each; sizes and settings of a real one may decide otherwise (an attention window
+that is shorter than the longest row pads). **packed**: rows without padding, the prompt of a row's completions computed
+once. **padded**: a rectangle; the same losses, slower. For both, log-probs and sampled answers are tested against plain
+transformers; LoRA, sharding and export are expected.
+
+| rows | why not packed | families |
+|---|---|---|"""
+OWN = """\
+Besides tested by family: the gradients of every objective in every layout; an adapter on all its linear layers merged,
+exported and read back by PEFT; GGUF, which describes it.
+
+| family | gradients | adapter | GGUF |
+|---|---|---|---|"""
 ENGINES = """\
+## Everything else
+
 | | |
 |---|---|
-| devices | CPU, CUDA: tested. `mps`: expected |
-| precision | float32, bfloat16 over float32 master weights: tested. float16, quantised weights: refused |
+| devices | CPU: tested. CUDA, `mps`: expected |
+| precision | float32, bfloat16 over float32 weights: tested. float16, quantised weights: refused |
 | attention | `sdpa`, `eager`: tested. `flash_attention_2`: expected, where it is installed |
-| adapters | LoRA on any linear layer, experts and tied heads too: tested. Other kinds of PEFT: not there |
+| adapters | LoRA on any linear layer, experts and tied heads too: tested. Other kinds: not there |
 | sharding | {ways}: tested on two processes |
 | sampling | the program's own sampler: tested. vLLM, SGLang: not there |
-| export | transformers 5, PEFT: tested at every export. transformers 4.57: tested, or told that it would read another model |
-| GGUF, Ollama | {gguf}, with a byte-level BPE tokenizer; read back at every export. Others: refused before it writes |
+| export | transformers 5, PEFT: tested at every export. transformers 4.57: told where it would read another model |
+| GGUF, Ollama | {gguf}, with a byte-level BPE tokenizer; read back at every export. Others: refused |
 | trackers | W&B online, offline and synced later: tested against a server's stand-in |
 """
 
@@ -61,7 +74,8 @@ def tests(name: str) -> Any:
     file = ROOT / "tests" / name
     sys.path.insert(0, str(file.parent))
     spec = importlib.util.spec_from_file_location(f"table_of_{file.stem}", file)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -93,7 +107,8 @@ def tried(kind: str, architectures: Any) -> tuple[str, str] | None:
 def shortened(why: str) -> str:
     """A reason without figures and messages of libraries, which differ between machines and versions."""
     why = re.sub(r"\(.*", "", why.splitlines()[0]).strip()
-    return re.sub(r" by \d.*| of \d+ tokens.*", "", why).replace("|", "/")
+    why = re.sub(r" by \d.*| of \d+ tokens.*", "", why).replace("|", "/")
+    return "a tiny model of it does not run" if why == "it cannot be used" else why
 
 
 def kinds(architectures: Any) -> list[str]:
@@ -102,30 +117,26 @@ def kinds(architectures: Any) -> list[str]:
 
 def page(found: Mapping[str, tuple[str, str]]) -> str:
     exported, layouts, cases = map(tests, ("training/test_exporting.py", "model/test_layouts.py", "parallel/cases.py"))
-    adapted = {kind for kind, _ in exported.CASES} | {"llama", "gpt2"}
-    gradients = {name.partition("_")[0] for name in layouts.MODELS}
-    lines = ["| family | layout | gradients of every objective | adapter, merged | GGUF |", "|---|---|---|---|---|"]
-    for kind, (outcome, why) in sorted(found.items()):
-        other = ("tested", "expected") if outcome != REFUSED else ("", "")
-        cells = [
-            f"`{kind}`",
-            f"{outcome}: {why}" if why else outcome,
-            other[kind.removesuffix("_text") not in gradients],
-            other[kind not in adapted],
-            "described" if kind in ARCHITECTURES else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    counts = {outcome: sum(one == outcome for one, _ in found.values()) for outcome in (PACKED, PADDED, REFUSED)}
-    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     asked = (" ".join(word for word in words if word.startswith("hardware.")) for words in cases.WAYS.values())
     ways = ", ".join(f"`{words}`" for words in dict.fromkeys(asked) if words)
-    engines = ENGINES.format(ways=ways, gguf=", ".join(ARCHITECTURES))
-    families = f"## Families\n\nBy `model_type` of transformers' configuration: {told}.\n"
-    return "\n".join([INTRO, "## Everything else\n", engines, families, *lines, ""])
+    gguf = ", ".join(ARCHITECTURES)
+    alike: dict[tuple[str, str], list[str]] = {}
+    for kind, outcome in sorted(found.items()):
+        alike.setdefault(outcome, []).append(f"`{kind}`")
+    groups = sorted(alike.items(), key=lambda one: ((PACKED, PADDED, REFUSED).index(one[0][0]), -len(one[1])))
+    families = [f"| {outcome} | {why} | {', '.join(names)} |" for (outcome, why), names in groups]
+    gradients = {name.partition("_")[0] for name in layouts.MODELS}
+    adapted = {kind for kind, _ in exported.CASES} | {"llama", "gpt2"}
+    own = [
+        f"| `{kind}` | {TESTED[kind in gradients]} | {TESTED[kind in adapted]} | {TESTED[kind in ARCHITECTURES]} |"
+        for kind in sorted(gradients | adapted | ARCHITECTURES.keys())
+    ]
+    return "\n".join([INTRO, FAMILIES, *families, "", OWN, *own, "", ENGINES.format(ways=ways, gguf=gguf)])
 
 
 def known(text: str) -> dict[str, tuple[str, str]]:
-    return {kind: (outcome, why) for kind, outcome, why in LINE.findall(text)}
+    found = LINE.findall(text)
+    return {kind: (outcome, why) for outcome, why, names in found for kind in re.findall(r"`([\w-]+)`", names)}
 
 
 def attempts(names: Iterable[str], architectures: Any) -> dict[str, tuple[str, str]]:
