@@ -46,6 +46,7 @@ ORDER = [
     "training",
     "launch",
     "cli",
+    "api",
 ]
 HEAVY = {"torch", "transformers", "datasets", "wandb", "hydra", "pyarrow", "peft"}
 LIGHT = [

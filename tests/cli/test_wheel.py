@@ -31,6 +31,8 @@ def test_every_yaml_file_is_in_the_wheel(wheel):
     assert not any("test" in name for name in names)
     parts = {f"uft/report/page/{file.name}" for file in (ROOT / "uft" / "report" / "page").iterdir()}
     assert parts <= set(names), "the comparison page's template, style and scripts"
+    pages = {f"uft/docs/{file.name}" for file in (ROOT / "docs").glob("*.md")}
+    assert {"uft/py.typed", *pages} <= set(names), "what `uft docs` shows"
 
 
 def test_messages_and_pages_name_the_distribution_that_is_ours():

@@ -8,8 +8,11 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from uft import load
 
 QUESTIONS = ("What is the capital of France?", "one two three")
 LEARNING = ("train.steps=4", "optim.lr=1e-2", "train.batch_size=4", "train.checkpoint_every=2", "train.keep_last=3")
@@ -85,6 +88,10 @@ def test_a_checkpoint_is_exported_and_every_form_of_it_is_the_same_model(uft, tr
     uft("export", run, "--to", adapter, "--adapter", "--checkpoint", "4")
     uft("export", f"{run}@2", "--to", half, "--dtype", "bfloat16")
     expected = log_probs(whole)
+    loaded = load(run)  # in Python: stopped, so its newest checkpoint
+    assert log_probs(whole, loaded.model()) == pytest.approx(expected, abs=1e-4)
+    assert log_probs(half, loaded.model(2)) == pytest.approx(log_probs(half), abs=0.1)
+    assert loaded.tokenizer().chat_template == loaded.tokenizer(2).chat_template is not None
     assert log_probs(adapter, base=tiny_model) == pytest.approx(expected, abs=1e-4)
     assert log_probs(whole, gguf_file="whole.gguf") == pytest.approx(expected, abs=1e-4)
     assert log_probs(half) != pytest.approx(expected, abs=1e-2)
@@ -104,12 +111,12 @@ def test_a_checkpoint_is_exported_and_every_form_of_it_is_the_same_model(uft, tr
     assert "is there already" in told
 
 
-def log_probs(folder: Path, base: Path | None = None, **options) -> list[float]:
-    """Plain transformers' log-probs of the second token and on, of a few tokens."""
+def log_probs(folder: Path, model: Any = None, base: Path | None = None, **options) -> list[float]:
+    """Plain transformers' log-probs of the second token and on, of a few tokens; of a folder, or of `model`."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base or folder, dtype=torch.float32, **options)
+    model = model or AutoModelForCausalLM.from_pretrained(base or folder, dtype=torch.float32, **options)
     if base:
         from peft import PeftModel
 

@@ -43,10 +43,11 @@ VERBS = {
     "sync": "upload what W&B lacks of runs that were offline or cut off, and say what arrived",
     "ls": "runs and sweeps here: state, steps, headline metrics",
     "config": "the composed config and where each value came from; --diff RUN",
+    "docs": "the pages of the documentation, or one of them: uft docs start",
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
 MODULES = {
-    **dict.fromkeys(("export", "resume", "compare", "sync", "ls", "doctor"), "uft.cli.manage"),
+    **dict.fromkeys(("export", "resume", "compare", "sync", "ls", "docs", "doctor"), "uft.cli.manage"),
     **dict.fromkeys(("advise", "lake"), "uft.cli.studies"),
 }
 """Verb -> the module whose function of that name takes its arguments to the exit code; the others: uft.cli.verbs."""
@@ -62,6 +63,7 @@ Start with
   uft train objective=ift data=mix      train the embedded model on the embedded mixture, in about a minute
   uft train --help                      what there is to choose from
   uft ls                                what has been trained here
+  uft docs start                        your data, your model, ten minutes
 """
 
 

@@ -12,7 +12,7 @@ from uft.config.schema import COLUMNS, MISSING, Config, default_of, fields_of, k
 FIRST = ("objective", "data", "model", "optim", "hardware", "eval", "tracking", "experiment", "sweep", "debug")
 HYDRA = """\
 Options are Hydra's: -m (several values), --cfg job (print, do nothing), --info, --config-dir DIR, -cn NAME; see
---hydra-help. Your own files: ./conf-user or $UFT_CONF (they win over the shipped ones)."""
+--hydra-help. Your own files: ./conf-user or $UFT_CONF (they win over the shipped ones). docs/*.md:  uft docs"""
 
 
 @dataclass(frozen=True)

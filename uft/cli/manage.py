@@ -1,4 +1,4 @@
-"""The verbs over runs that are there: ls, resume, export, sync, compare; and doctor."""
+"""The verbs over runs that are there: ls, resume, export, sync, compare; docs and doctor."""
 
 from __future__ import annotations
 
@@ -349,7 +349,7 @@ def sync(arguments: list[str]) -> int:
 COMPARE = """\
 Runs that differ in their seed alone are one configuration: its figures are means over seeds. Only finished runs count;
 all others are shown with what went wrong. compare.html is one file that opens without a network, compare.md one to
-paste into a report, compare.json holds the same for programs. What the statistics mean: docs/compare.md.
+paste into a report, compare.json holds the same for programs. What the statistics mean: uft docs compare.
 
   uft compare                                   the newest sweep
   uft compare outputs/2026-11-21/beta-sweep     that sweep
@@ -412,6 +412,32 @@ def compare(arguments: list[str]) -> int:
         import webbrowser
 
         webbrowser.open(next(path for path in files if path.suffix == ".html").resolve().as_uri())
+    return GOOD
+
+
+# docs
+
+
+def docs(arguments: list[str]) -> int:
+    """`uft docs [PAGE]`: the pages of the documentation that came with this installation, or one of them."""
+    from uft.config.messages import conf_dir, hint, nearest
+
+    parser = parser_of("docs", "The documentation that is installed: its pages, or one of them.")
+    parser.add_argument("page", nargs="?", metavar="PAGE", help="runs, or docs/runs.md as messages write it")
+    asked = parser.parse_args(arguments).page
+    files = sorted(conf_dir().with_name("docs").glob("*.md"), key=lambda file: (file.stem != "start", file.stem))
+    pages = {file.stem: file for file in files}
+    if asked is None:
+        for name, file in pages.items():
+            title = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+            print(f"  uft docs {name:<14}{title}")
+        print(f"\n{conf_dir().with_name('docs')}{os.sep}")
+    elif (name := Path(asked).stem) in pages:
+        print(pages[name].read_text(encoding="utf-8"), end="")
+    else:
+        near = nearest(name, pages)
+        advice = hint(near and f"uft docs {near}", "pages", pages)
+        raise UftError(Problem(asked, "no such page", "command line", (advice,)))
     return GOOD
 
 

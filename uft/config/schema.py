@@ -397,7 +397,7 @@ class Config:
     sweep: Sweep = Field(default_factory=Sweep)
     arm: str | None = _key(None, "row of a sweep's table of arms (hydra.sweeper.arms): which settings a run has")
     rounds: Int | None = _key(None, "repeat the stages as often, round after round; null: a run without rounds", ge=1)
-    stages: dict[str, Any] = _key({}, "a run of several stages (`Stage`), in this order: docs/pipelines.md")
+    stages: dict[str, Any] = _key({}, "a run of several stages (`Stage`), in this order: uft docs pipelines")
 
 
 # the schema as a table of keys

@@ -200,7 +200,7 @@ def run_grid(sweep: Sweep, lines: Sequence[Sequence[str]], batch_size: int | Non
         print(f"uft: checking {len(lines)} jobs", flush=True)
     trains = sweep.verb == "train"
     if len(lines) > 1 and trains and os.environ.get("WANDB_SWEEP_ID"):
-        advice = ("leave out -m, or let W&B vary the keys: docs/sweeps.md",)
+        advice = ("leave out -m, or let W&B vary the keys: uft docs sweeps",)
         raise UftError(Problem(f"{len(lines)} jobs", "a W&B agent asks for one run at a time", "command line", advice))
     jobs = sweep.jobs(lines)
     if sweep.verb == "config":  # the whole configuration of the first job will do for all of them
