@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import entry_points
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, create_model
@@ -23,6 +19,7 @@ from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from uft.config.messages import bare
+from uft.environment import without_torch
 from uft.errors import Problem, UftError
 
 MISSING = "???"
@@ -484,11 +481,10 @@ def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[KeyPath]]
 # --- The hyper-parameters of every objective, read from the dataclasses of uft.objectives without torch.
 #
 # The file of an objective imports torch, which takes seconds. `importlib.util.LazyLoader` does not help: the import
-# statement itself wakes it. So the objectives are imported once beside a stand-in that answers every attribute with
-# :class:`Anything`, their fields are read, and the modules are forgotten again: a later import gets them with torch.
+# statement itself wakes it. So the objectives are imported once beside a stand-in (`without_torch`), their fields are
+# read, and the modules are forgotten again: a later import gets them with torch.
 
 
-MODULES = ("torch", "torch.nn", "torch.nn.functional")
 EXACT = {int: Int, float: Float, float | None: Float | None}
 
 
@@ -558,47 +554,3 @@ def _model(method: str, cls: Any) -> type:
         help = rules.pop("help", "")
         fields[field.name] = (Literal[choices] if choices else EXACT.get(kind, kind), Field(description=help, **rules))
     return create_model(method, __config__=STRICT, **fields)
-
-
-class _Anything(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything
-
-
-class Anything(metaclass=_Anything):
-    """A type, a base class, a decorator, a constant: whatever is taken from the stand-in when a module is imported."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return Anything
-
-
-class StandIn(ModuleType):
-    __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything
-
-
-@contextmanager
-def without_torch() -> Iterator[None]:
-    """Imports of `uft` inside this block see a stand-in for torch, and are undone at its end.
-
-    Does nothing when torch is there already.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    before, added = set(sys.modules), {point.module.partition(".")[0] for point in entry_points(group="uft.objectives")}
-    sys.modules.update({name: StandIn(name) for name in MODULES})
-    try:
-        yield
-    finally:
-        for name in set(sys.modules) - before:
-            values = vars(sys.modules[name]).values()
-            holds = any(isinstance(value, StandIn) or value is Anything for value in values)
-            if name in MODULES or name.startswith("uft.objectives") or name.partition(".")[0] in added or holds:
-                del sys.modules[name]
