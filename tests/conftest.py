@@ -75,3 +75,15 @@ def uft(tmp_path: Path, environment: dict[str, str]) -> Uft:
 def program(uft: Uft) -> Uft:
     """program("train", ..., cwd=..., env=...): as `uft`, whatever the exit code."""
     return lambda *words, **options: uft(*words, code=None, **options)
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The launcher with a worker that takes milliseconds (launch/fake_worker.py), in an empty folder; the folder."""
+    from uft.launch import process
+
+    fake = Path(__file__).parent / "launch" / "fake_worker.py"
+    monkeypatch.setattr(process, "COMMAND", (sys.executable, str(fake)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("UFT_CONF", raising=False)
+    return tmp_path

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -402,37 +401,6 @@ def shown(path: Path) -> str:
 def typed_path(path: Path) -> str:
     """A path as a word of a command line."""
     return shlex.quote(shown(path))
-
-
-# --- Trust in the code of models: which run and sweep folders this user began on this machine.
-#
-# A run folder from another machine may set `model.trust_remote_code: true`, and resuming it would run code that its
-# sender chose. Folders begun here are recorded outside of run folders, by path and id.
-
-TRUSTING = "model.trust_remote_code=true"
-
-
-def remember(folder: Path) -> None:
-    """Note that the user began what is in this folder, or typed that its code may run."""
-    with suppress(OSError):  # where no note can be written, it has to be typed again
-        _note(folder).parent.mkdir(parents=True, exist_ok=True)
-        _note(folder).touch()
-
-
-def refuse_untrusted(folder: Path, runs_code: bool, words: Iterable[str]) -> None:
-    """Raise UftError about a folder that was not begun here and runs a model's code, unless `words` say that it may."""
-    if not runs_code or _note(folder).is_file():
-        return
-    if TRUSTING not in words:
-        why = "runs code that comes with its model, and was begun elsewhere, or by another user, or moved"
-        raise UftError(Problem(shown(folder), why, advice=(f"read that code, then give the command with  {TRUSTING}",)))
-    remember(folder)
-
-
-def _note(folder: Path) -> Path:
-    began = read_json(folder / "run.json").get("id") or read_json(folder / SWEEP_FILE).get("made")
-    name = hashlib.sha256(f"{folder.resolve()}\n{began}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    return cache_root() / "trusted" / name
 
 
 # --- Reading and writing files

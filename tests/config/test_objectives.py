@@ -40,9 +40,8 @@ def test_composition_needs_no_torch_and_the_real_modules_come_afterwards():
 def test_an_objective_that_needs_torch_as_it_is_imported_still_has_a_schema():
     run(
         "import sys\n"
-        "import uft.config.schema as lazy\n"
-        "lazy.MODULES = ('torch',)  # torch.nn.functional is now missing beside the stand-in\n"
-        + SCHEMA.split("heavy")[0]
+        "import uft.environment as lazy\n"
+        "lazy.TORCH = ('torch',)  # torch.nn.functional is now missing beside the stand-in\n" + SCHEMA.split("heavy")[0]
     )
 
 

@@ -128,8 +128,8 @@ def other_model(make_model: Callable[..., Path]) -> Path:
 def request_of(tiny_model: Path, rows: Callable[[str], Path]) -> Callable[..., list[str]]:
     """request_of("sft", ["pairs"], "train.steps=3"): the overrides of a small quiet run on these files.
 
-    One step on a batch of all rows, every step logged, no learning and no battery, unless overridden. `sources`: names
-    in ROWS, or a dict from name to JSONL file.
+    One step on a batch of all rows, every step logged, no learning and no evaluation, unless overridden. `sources`:
+    names in ROWS, or a dict from name to JSONL file.
     """
 
     def make(objective: str, sources: Sequence[str] | Mapping[str, Path], *more: str) -> list[str]:

@@ -14,14 +14,9 @@ from typing import Any
 
 import evidence
 
-KINDS = ("demonstrations", "pairs", "labels", "scores", "negatives")
 USES = {
-    "sft": KINDS,
-    "ift": KINDS,
-    "uft": KINDS,
-    "una": ("pairs", "labels", "scores"),
-    "dft": ("demonstrations", "pairs", "negatives"),
-    "dft2": ("demonstrations", "pairs", "negatives"),
+    "sft": ("demonstrations", "pairs", "labels", "scores", "negatives"),
+    "uft": ("demonstrations", "pairs", "labels", "scores", "negatives"),
     "dpo": ("pairs", "negatives"),
 }
 """Kinds of rows that each objective is trained on here."""
@@ -39,7 +34,7 @@ UNEVEN = (
     "eval.max_new_tokens=12",
     "optim.lr=0.01",
 )
-"""Lines, batteries, checkpoints and the end all fall on different steps."""
+"""Lines, evaluations, checkpoints and the end all fall on different steps."""
 LORA = ("model.adapter=lora", "model.lora.rank=4", "model.lora.dropout=0.2")
 WORDS = ("one", "two", "three", "four", "Paris", "France", "the", "of", "is", "and", "not", "a", "city", "sea", "red")
 
@@ -94,8 +89,8 @@ def at_step(run: Path, step: int) -> Callable[[], bool]:
     return lambda: last_step(run) >= step
 
 
-def in_first_battery(run: Path) -> Callable[[], bool]:
-    """The card is shown, and the battery before the first step not written yet."""
+def in_first_evaluation(run: Path) -> Callable[[], bool]:
+    """The card is shown, and the evaluation before the first step not written yet."""
     log = run / "console.log"
     return lambda: log.is_file() and "tracking" in log.read_text(encoding="utf-8") and last_step(run) < 0
 

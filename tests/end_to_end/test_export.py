@@ -77,14 +77,16 @@ def asked(request_of, held_out: Path) -> Callable[..., list[str]]:
     return lambda objective, *more: request_of(objective, names, *apart, *LEARNING, *more)
 
 
-def batteries(lines: list[dict]) -> list[float]:
+def evaluations(lines: list[dict]) -> list[float]:
     return [line["eval/nll"] for line in lines if "eval/nll" in line]
 
 
-def test_plain_transformers_reproduce_the_last_battery(uft, asked, held_out, plain_nll, metrics, make_model, tmp_path):
+def test_plain_transformers_reproduce_the_last_evaluation(
+    uft, asked, held_out, plain_nll, metrics, make_model, tmp_path
+):
     run, initial = tmp_path / "run", make_model(seed=2, tied=True)
     uft("train", *asked("ift", f"model.path={initial}", f"run.dir={run}"))
-    before, last = batteries(metrics(run))
+    before, last = evaluations(metrics(run))
     assert abs(last - before) > 0.01  # it did learn, so these are not the initial weights
     assert plain_nll(held_out, initial, run / "model") == pytest.approx([before, last], abs=1e-4)
 
@@ -94,7 +96,7 @@ def test_an_adapter_is_merged_and_loads_with_peft(uft, asked, held_out, plain_nl
     run = tmp_path / "run"
     lora = ("model.adapter=lora", "model.lora.rank=4", "model.lora.alpha=12", "optim.lr=0.05")
     uft("train", *asked("sft", *lora, f"run.dir={run}"))
-    before, last = batteries(metrics(run))
+    before, last = evaluations(metrics(run))
     assert abs(last - before) > 0.01
     assert plain_nll(held_out, run / "model", run / "model" / "adapter") == pytest.approx([last, last], abs=1e-4)
 
@@ -103,4 +105,4 @@ def test_an_exported_model_is_where_the_next_run_starts(here, asked, metrics):
     """Sequential training: the second run measures, before its first step, what the first measured at its end."""
     first = here(asked("sft"), name="first")
     second = here(asked("dpo", f"model.path={first / 'model'}", "data.unusable=drop"), name="second")
-    assert batteries(metrics(second))[0] == pytest.approx(batteries(metrics(first))[-1], abs=1e-6)
+    assert evaluations(metrics(second))[0] == pytest.approx(evaluations(metrics(first))[-1], abs=1e-6)

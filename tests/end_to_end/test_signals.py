@@ -1,11 +1,10 @@
-"""Signals: to the program or to its worker, in any phase; a checkpoint, a true result, and the same end after all."""
+"""Signals and kills, of the program or of its worker, in any phase: a checkpoint, a true result, and the same end."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,17 @@ from typing import Any
 
 import pytest
 from lifecycle import (
+    LORA,
     STEPS,
     UNEVEN,
-    alive,
     at_step,
     begun,
     checkpoints_of,
     child_of,
     end,
     files_for,
-    in_first_battery,
+    in_first_evaluation,
+    kill_worker,
     last_step,
     result_of,
     same,
@@ -31,11 +31,11 @@ from lifecycle import (
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Uft = Callable[..., "subprocess.CompletedProcess[str]"]
-SLOW_BATTERY = ("eval.max_new_tokens=200", "eval.rows=64")
+SLOW_EVALUATION = ("eval.max_new_tokens=200", "eval.rows=64")
 CODES = {signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGINT: 130}
 PHASES: dict[str, Callable[[Path], Callable[[], bool]]] = {
     "preparation": begun,
-    "battery": in_first_battery,
+    "evaluation": in_first_evaluation,
     "steps": lambda run: at_step(run, 4),
 }
 
@@ -65,7 +65,7 @@ def stopped(run: Path, steps: int | None = None) -> None:
     assert result["steps"] < STEPS
 
 
-FAST = [("steps", signal.SIGTERM, "parent"), ("battery", signal.SIGINT, "worker")]
+FAST = [("steps", signal.SIGTERM, "parent"), ("evaluation", signal.SIGINT, "worker")]
 EVERY = [(phase, number, to) for phase in PHASES for number in CODES for to in ("parent", "worker")]
 
 
@@ -83,7 +83,7 @@ def test_a_signal_stops_the_run_with_its_work_saved(
     start: Start, request_for: Any, tmp_path: Path, phase: str, number: signal.Signals, to: str
 ) -> None:
     run = tmp_path / "run"
-    process = start("train", *request_for("sft", *SLOW_BATTERY), f"run.dir={run}")
+    process = start("train", *request_for("sft", *SLOW_EVALUATION), f"run.dir={run}")
     wait_for(PHASES[phase](run), process)
     asked = time.monotonic()
     send(process, number, to)
@@ -93,7 +93,7 @@ def test_a_signal_stops_the_run_with_its_work_saved(
     assert "Traceback" not in said
     stopped(run, 4 if phase == "steps" else 0)
     assert f"uft resume {run.name}" in said  # from where it was started
-    if phase == "battery":
+    if phase == "evaluation":
         assert last_step(run) == -1  # nothing half measured is written
 
 
@@ -101,13 +101,15 @@ def test_a_signal_stops_the_run_with_its_work_saved(
 def test_stopped_in_every_phase_the_run_ends_like_one_that_was_not(
     start: Start, uft: Uft, request_for: Any, tmp_path: Path
 ) -> None:
-    request = request_for("dpo", *SLOW_BATTERY, "reference.mode=cached", "model.adapter=lora", "model.lora.dropout=0.2")
+    request = request_for(
+        "dpo", *SLOW_EVALUATION, "reference.mode=cached", "model.adapter=lora", "model.lora.dropout=0.2"
+    )
     whole, run = tmp_path / "whole", tmp_path / "run"
     uft("train", *request, f"run.dir={whole}", env={"UFT_CACHE": str(tmp_path / "other-cache")})
     command = ["train", *request, f"run.dir={run}"]
     for phase, number, to in (
         ("preparation", signal.SIGTERM, "worker"),
-        ("battery", signal.SIGINT, "parent"),
+        ("evaluation", signal.SIGINT, "parent"),
         ("steps", signal.SIGUSR1, "parent"),
     ):
         process = start(*command)
@@ -121,37 +123,35 @@ def test_stopped_in_every_phase_the_run_ends_like_one_that_was_not(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
-def test_the_worker_does_not_outlive_a_killed_parent(start: Start, request_for: Any, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start("train", *request_for("sft"), "train.steps=100000", f"run.dir={run}")
-    wait_for(at_step(run, 4), process)
-    worker = child_of(process.pid)
-    assert worker is not None
-    process.kill()
-    deadline = time.monotonic() + 60
-    while alive(worker):
-        assert time.monotonic() < deadline, "the worker goes on without its parent"
-        time.sleep(0.05)
-    result = result_of(run)
-    assert result["status"] == "stopped"
-    assert result["steps"] == max(checkpoints_of(run)) >= 4
+def test_killed_moved_and_resumed_twice(start: Start, uft: Uft, request_for: Any, tmp_path: Path) -> None:
+    """One story: every command a person would type around a run that dies, and what each of them says."""
+    request = request_for("uft", *LORA, "optim=rmsprop", "optim.momentum=0.9", "reference.mode=cached")
+    whole, died, moved = tmp_path / "whole", tmp_path / "died", tmp_path / "elsewhere" / "run"
+    uft("train", *request, f"run.dir={whole}", env={"UFT_CACHE": str(tmp_path / "other-cache")})
 
+    process = start("train", *request, f"run.dir={died}")
+    wait_for(at_step(died, 8), process)
+    code, said = kill_worker(process)
+    assert code == 1
+    assert "killed by SIGKILL" in said
+    assert not (died / "result.json").exists()
 
-@pytest.mark.slow
-def test_generation_stops_and_goes_on(start: Start, uft: Uft, request_for: Any, tmp_path: Path) -> None:
-    """Stopped in the middle, `uft generate` keeps whole lines, and the finished file is that of an unbroken job."""
-    generating = ("generate.batch_size=2", "generate.limit=4", "generate.temperature=3", "generate.top_k=0")
-    request = request_for("sft", *generating)
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    uft("generate", *request, f"generate.out={whole}")
-    process = start("generate", *request, f"generate.out={out}")
-    wait_for(lambda: out.is_file() and out.stat().st_size > 0, process)
-    process.send_signal(signal.SIGTERM)
-    code, said = end(process)
-    assert code == 75
-    assert "Run the same command to continue" in said
-    lines = out.read_text(encoding="utf-8").splitlines()
-    assert 0 < len(lines) < len(whole.read_text(encoding="utf-8").splitlines())
-    uft("generate", *request, f"generate.out={out}")
-    assert out.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")
+    moved.parent.mkdir()
+    died.rename(moved)
+    refused = uft("resume", str(moved), "optim.lr=0.5", "train.batch_size=7", code=2)
+    assert "optim.lr" in refused.stderr
+    assert "0.01 -> 0.5" in refused.stderr
+    assert "6 -> 7" in refused.stderr
+
+    process = start("resume", str(moved))
+    wait_for(begun(moved), process)
+    wait_for(at_step(moved, 16), process)
+    second = uft("resume", str(moved), code=2)
+    assert "another process is working in this run folder" in second.stderr
+    assert kill_worker(process)[0] == 1
+
+    uft("resume", str(moved), "train.log_every=2")
+    same(moved, whole)
+    again = uft("resume", str(moved))
+    assert "finished already" in again.stdout
+    same(moved, whole)

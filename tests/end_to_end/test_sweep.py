@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from lifecycle import same
 from program import isolated
 
@@ -43,15 +42,3 @@ def test_what_an_objective_of_a_sweep_cannot_use_is_told_before_any_job(
     assert "first in  objective=dpo" in done.stderr
     assert "data.unusable=drop" in done.stderr
     assert not folder.exists()
-
-
-@pytest.mark.slow
-def test_the_same_of_workers_that_are_started(
-    request_of: Callable[..., list[str]], uft: Callable[..., object], tmp_path: Path
-) -> None:
-    words = request_of("uft", ["demonstrations", "pairs"], *LEARNING, "model.adapter=lora", "train.batch_size=4")
-    for switch in ("on", "off"):
-        place = {"env": {"UFT_FORKSERVER": switch, "UFT_CACHE": str(tmp_path / switch)}}
-        uft("train", "-m", *words, "seed=1,2", f"hydra.sweep.dir={tmp_path / switch}", **place)
-    for name in ("seed1", "seed2"):
-        same(tmp_path / "on" / name, tmp_path / "off" / name)

@@ -15,7 +15,7 @@ from uft.cli import main
 from uft.config.schema import Data, Source
 from uft.data.sources import load_sources
 from uft.errors import UftError
-from uft.runs import refuse_untrusted
+from uft.launch.launcher import refuse_untrusted
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = sorted([*(ROOT / "uft").rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")])

@@ -144,6 +144,13 @@ def test_without_its_server_a_sweep_goes_on(server):
     assert forkserver.Current.server is None
 
 
+def test_it_can_be_done_without(monkeypatch):
+    monkeypatch.setenv(forkserver.SWITCH, "off")
+    with forkserver.forkserver():
+        assert process.run_worker(["exit", "3"]) == 3
+        assert forkserver.Current.server is None
+
+
 LAUNCHER = """\
 import sys
 from uft.launch import forkserver, process

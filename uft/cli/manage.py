@@ -170,8 +170,7 @@ def unfinished_run(overrides: list[str]) -> Problem:
 def resume_run(run: Run, overrides: list[str]) -> int:
     """Continue one run, its relative data paths read from where it was started."""
     from uft.config.compose import changed
-    from uft.launch.launcher import continue_run
-    from uft.runs import refuse_untrusted
+    from uft.launch.launcher import continue_run, refuse_untrusted
 
     started = str(run.info().get("cwd", "."))
     refuse_untrusted(run.path, run.runs_code, overrides)
@@ -205,15 +204,15 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
     """Give the commands of every sweep again, then continue the runs that belong to none of them."""
     from uft.cli.verbs import train
     from uft.config.frozen import free
+    from uft.launch.launcher import TYPED, refuse_untrusted
     from uft.launch.sweep import quote, resuming, swept_keys
-    from uft.runs import TRUSTING, refuse_untrusted
 
     given = overrides
     for sweep in sweeps:
         with resuming(sweep) as commands:
             runs_code = any("trust_remote_code" in word for words, _ in commands for word in words)
         refuse_untrusted(sweep, runs_code, given)
-        overrides = [word for word in overrides if not (runs_code and word == TRUSTING)]  # the commands say it
+        overrides = [word for word in overrides if not (runs_code and word == TYPED)]  # the commands say it
     # only keys that change no result and are not swept may be given anew
     swept = {key.lstrip("+") for sweep in sweeps for key in swept_keys(sweep)}
     keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
@@ -268,8 +267,8 @@ def export(arguments: list[str]) -> int:
     source = weights(f"{parsed.run}@{parsed.checkpoint}" if parsed.checkpoint else parsed.run)
     if source.run is None:
         raise UftError(Problem(parsed.run, "is a model already, and no run", "command line"), footer="See:  uft ls")
+    from uft.launch.launcher import refuse_untrusted
     from uft.launch.worker import silence_libraries
-    from uft.runs import refuse_untrusted
 
     refuse_untrusted(source.run.path, source.run.runs_code, parsed.words)
     silence_libraries()

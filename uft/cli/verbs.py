@@ -41,11 +41,12 @@ from uft.launch.launcher import (
     is_sweep_job,
     launch_job,
     launch_train,
+    refuse_untrusted,
     row_problems,
     typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
-from uft.runs import Damaged, Run, WeightsSource, open_run, refuse_untrusted, weights
+from uft.runs import Damaged, Run, WeightsSource, open_run, weights
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""

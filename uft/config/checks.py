@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
@@ -44,6 +44,7 @@ from uft.config.schema import (
     fields_of,
     is_open,
     kind_at,
+    leaves,
     parameters,
     resolved,
     schema_with,
@@ -90,15 +91,6 @@ class Fault:
     type: str
     value: Any
     bound: Any = None
-
-
-def leaves(value: Mapping[Any, Any], prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """(path, value) of everything in a nested dict that is not itself a filled dict."""
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            yield from leaves(item, (*prefix, str(key)))
-        else:
-            yield (*prefix, str(key)), item
 
 
 def path_of(override: Override) -> KeyPath:
@@ -202,8 +194,7 @@ class Draft:
             kind, why = Absent, f"nothing of that name in {'.'.join(path[:-1])}"
             advice = (f"to add it:  +{line}",)
         else:
-            value: Any = override.value()
-            for more, item in leaves(value) if isinstance(value, dict) and value else [((), value)]:
+            for more, item in leaves(override.value()):
                 self.put(Setting((*path, *more), item, COMMAND_LINE, line))
             return
         self.problems.append(kind(line, why, COMMAND_LINE, advice))

@@ -25,7 +25,6 @@ from uft.config.checks import (
     Setting,
     adapter,
     faults,
-    leaves,
     path_of,
 )
 from uft.config.files import (
@@ -43,7 +42,7 @@ from uft.config.files import (
 from uft.config.frozen import plain
 from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
 from uft.config.models import complete, gives_choice
-from uft.config.schema import Config, KeyPath, Stage, flat
+from uft.config.schema import Config, KeyPath, Stage, flat, leaves
 from uft.config.stages import (
     FILE,
     MADE_BY,
@@ -378,7 +377,7 @@ def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
 
 def own_keys(path: KeyPath, value: object, where: str, text: str) -> Iterator[Setting]:
     """The keys below `path`, whether they were written `objective.beta: 0.3` or as a tree; () where there are none."""
-    for more, item in leaves(value) if isinstance(value, dict) and value else [((), value)]:
+    for more, item in leaves(value):
         key = tuple(part for part in ".".join((*path, *more)).split(".") if part)
         if key or item not in (None, {}):
             yield Setting(key, item, where, text)

@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from uft.config.checks import Draft, Setting, leaves
+from uft.config.checks import Draft, Setting
 from uft.config.messages import (
     COMMAND_LINE,
     conf_dir,
@@ -41,7 +41,7 @@ from uft.config.messages import (
     not_installed,
     shown,
 )
-from uft.config.schema import Config, KeyPath
+from uft.config.schema import Config, KeyPath, leaves
 from uft.errors import Problem, UftError
 from uft.runs import bounded, yaml_text
 
@@ -220,7 +220,7 @@ def leaves_in(file: Path, modified: int) -> list[tuple[KeyPath, Any, int | None]
     content = OmegaConf.to_container(OmegaConf.load(file))
     assert isinstance(content, dict)
     lines = line_numbers(file.read_text(encoding="utf-8"))
-    return [(path, value, lines.get(path)) for path, value in leaves(content) if path[0] != "defaults"]
+    return [(path, value, lines.get(path)) for path, value in leaves(content) if path[:1] not in ((), ("defaults",))]
 
 
 def line_numbers(text: str) -> dict[tuple[str, ...], int]:

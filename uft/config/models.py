@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from uft.config.checks import Draft, Setting, leaves
+from uft.config.checks import Draft, Setting
 from uft.config.files import Files, Words
 from uft.config.messages import conf_dir
+from uft.config.schema import leaves
 from uft.errors import Problem, UftError
 from uft.runs import weights
 

@@ -455,13 +455,18 @@ def schema_with(objectives: tuple[tuple[KeyPath, str, tuple[str, ...]], ...]) ->
     return create_model("Config", __config__=STRICT, **groups)
 
 
-def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """(path, value) of everything in nested dicts that is not itself a filled dict; (), and the value, of no dict."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from leaves(item, (*prefix, str(key)))
+    else:
+        yield prefix, value
+
+
+def flat(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """(dotted key, leaf) of a nested dict; an empty dict is a leaf."""
-    for key, item in value.items():
-        if isinstance(item, Mapping) and item:
-            yield from flat(item, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", item
+    return ((".".join(path), item) for path, item in leaves(value) if path)
 
 
 def value_at(settings: Any, path: KeyPath) -> Any:

@@ -32,9 +32,11 @@ from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem,
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments
 from uft.runs import (
     OUTPUTS,
+    SWEEP_FILE,
     Run,
+    cache_root,
     create_run,
-    remember,
+    read_json,
     shown,
     typed_path,
     unwritable,
@@ -418,3 +420,34 @@ def git(folder: Path, *arguments: str) -> str:
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10, check=True).stdout
     return ""
+
+
+# --- Trust in the code of models: which run and sweep folders this user began on this machine.
+#
+# A run folder from another machine may set `model.trust_remote_code: true`, and resuming it would run code that its
+# sender chose. Folders begun here are recorded outside of run folders, by path and id.
+
+TYPED = "model.trust_remote_code=true"
+
+
+def remember(folder: Path) -> None:
+    """Note that the user began what is in this folder, or typed that its code may run."""
+    with suppress(OSError):  # where no note can be written, it has to be typed again
+        _note(folder).parent.mkdir(parents=True, exist_ok=True)
+        _note(folder).touch()
+
+
+def refuse_untrusted(folder: Path, runs_code: bool, words: Iterable[str]) -> None:
+    """Raise UftError about a folder that was not begun here and runs a model's code, unless `words` say that it may."""
+    if not runs_code or _note(folder).is_file():
+        return
+    if TYPED not in words:
+        why = "runs code that comes with its model, and was begun elsewhere, or by another user, or moved"
+        raise UftError(Problem(shown(folder), why, advice=(f"read that code, then give the command with  {TYPED}",)))
+    remember(folder)
+
+
+def _note(folder: Path) -> Path:
+    began = read_json(folder / "run.json").get("id") or read_json(folder / SWEEP_FILE).get("made")
+    name = hashlib.sha256(f"{folder.resolve()}\n{began}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return cache_root() / "trusted" / name

@@ -42,9 +42,9 @@ from uft.config.frozen import ABSENT, free
 from uft.config.messages import COMMAND_LINE, hint, nearest, written
 from uft.errors import FAILED, Problem, UftError, visible
 from uft.launch.forkserver import forkserver
-from uft.launch.launcher import JOB_KEYS, JobFailed, changed_keys, row_problems, slug, today, unusable_rows
+from uft.launch.launcher import JOB_KEYS, JobFailed, changed_keys, remember, row_problems, slug, today, unusable_rows
 from uft.launch.sweep_table import SweepTable
-from uft.runs import OUTPUTS, SWEEP_FILE, Damaged, Run, read_json, remember, shown, typed_path, write_json
+from uft.runs import OUTPUTS, SWEEP_FILE, Damaged, Run, read_json, shown, typed_path, write_json
 from uft.tracking.console import shorten
 
 MANY = 20  # jobs that take seconds to check
