@@ -40,7 +40,7 @@ from uft.runs import FULL, Run, problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
-from uft.tracking.wandb import Trackers, make_tracker
+from uft.tracking.trackers import Trackers, make_tracker
 from uft.training.card import ModelCard
 from uft.training.dataset import RunData, located, read_run_data
 from uft.training.exporting import export_checked
