@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -347,6 +348,22 @@ def test_the_program_while_the_sweep_runs_and_runs_vanish(sweep, here):
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "uft" in imported
     assert not imported & {"torch", "transformers", "datasets", "wandb", "hydra", "peft"}
+
+
+def test_watch_ends_with_the_last_run_or_with_ctrl_c(sweep, here, typed):
+    assert "trial: 6 runs, 2 configurations" in typed("--watch")[1], "nothing is at work"
+    command = [sys.executable, "-m", "uft", "compare", "--watch", str(sweep)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "TERM": "xterm", "FORCE_COLOR": "1"}
+    with held(sweep / "uft-seed2"):
+        program = subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.PIPE)
+        seen = b""
+        while b"uft-seed2 step 200/200" not in seen:
+            seen += os.read(program.stdout.fileno(), 10_000)
+        assert b"5 finished" in seen
+        program.send_signal(signal.SIGINT)
+        rest, _ = program.communicate(timeout=120)
+    assert program.returncode == 0
+    assert b"compare.html" in rest, "and leaves the report"
 
 
 @pytest.mark.slow

@@ -7,12 +7,13 @@ the cursor, and are neither Markdown nor LaTeX.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -33,8 +34,8 @@ def show(comparison: Mapping[str, Any]) -> None:
     runs, groups = comparison["runs"], comparison["groups"]
     head = f"{comparison['title']}: {plural(len(runs), 'run')}, {plural(len(groups), 'configuration')}"
     console.print(Text(f"\n{one_line(head)}\n", style="bold"))
-    if groups:
-        print_table(comparison, console)
+    for part in parts_of_table(comparison, console.width):
+        console.print(part)
 
     incomplete = [run for run in runs if run["status"] != "finished" or run["error"]]
     for run in incomplete[:OTHERS]:
@@ -87,11 +88,24 @@ def flips(comparison: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, A
                 )
 
 
-def print_table(comparison: Mapping[str, Any], console: Console) -> None:
+def standing(comparison: Mapping[str, Any], waiting: int, width: int) -> Group:
+    """The table alone, how many runs are in which state, and how far those at work are: for `uft compare --watch`."""
+    runs = comparison["runs"]
+    states = Counter(run["status"] for run in runs) + Counter(waiting=waiting)
+    said = ", ".join(f"{count} {one_line(state)}" for state, count in states.items())
+    work = [run for run in runs if run["status"] == "running"]
+    steps = [f"  {one_line(run['name'])} step {run['steps'] or 0}/{run['total_steps'] or '?'}" for run in work[:OTHERS]]
+    head = Text(f"{one_line(comparison['title'])}: {said}\n", style="bold")
+    return Group(head, *parts_of_table(comparison, width), Text("\n" + "\n".join(steps)))
+
+
+def parts_of_table(comparison: Mapping[str, Any], width: int) -> list[Table | Text]:
     """A row per configuration, best first: its runs, and mean ± standard deviation of as many headline metrics as fit.
 
     Names are never cut away: they get up to half the width, and are folded there.
     """
+    if not comparison["groups"]:
+        return []
     alone = len(comparison["groups"]) == 1
     leading = {one["metric"]: [] if alone else one["leading"] for one in comparison["summary"]}
     finished = {run["id"] for run in comparison["runs"] if run["status"] == "finished"}
@@ -101,12 +115,12 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
         names.append("  " + one_line(group["name"]) + (" (baseline)" if group["baseline"] else ""))
         count, done = len(group["runs"]), len(finished.intersection(group["runs"]))
         runs.append(str(count) if done == count else f"{done} of {count}")
-    name_width = max(min(max(map(len, names)), console.width // 2), len("  configuration"))
+    name_width = max(min(max(map(len, names)), width // 2), len("  configuration"))
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     shown.add_column("  configuration", overflow="fold", min_width=name_width)
     shown.add_column("runs", justify="right", no_wrap=True)
     columns: list[list[Text]] = [[Text(name) for name in names], [Text(text) for text in runs]]
-    room = console.width - name_width - max(map(len, ["runs", *runs])) - 4
+    room = width - name_width - max(map(len, ["runs", *runs])) - 4
     for head in comparison["headline"][:COLUMNS]:
         metric = head["metric"]
         title = f"{one_line(metric.removeprefix('eval/'))} {ARROWS[head['direction']]}"
@@ -120,7 +134,6 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
         columns.append(cells)
     for row in zip(*columns, strict=True):
         shown.add_row(*row)
-    console.print(shown)
     notes = ["mean ± standard deviation over seeds; ↑ more is better, ↓ less is better"]
     if not alone:
         notes.append("* the best mean, and all that are not worse beyond seed noise")
@@ -128,8 +141,7 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
         notes.append(f"{plural(left, 'more metric')} in a wider terminal")
     if len(comparison["groups"]) > ROWS:
         notes.append(f"and {len(comparison['groups']) - ROWS} more in compare.html")
-    for note in notes:
-        console.print(Text(f"  {note}", style="dim"))
+    return [shown, *(Text(f"  {note}", style="dim") for note in notes)]
 
 
 def ranked(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
