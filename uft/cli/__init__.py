@@ -43,6 +43,8 @@ VERBS = {
     "config": "the composed config and where each value came from; --diff RUN",
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
+STARTING = ("train", "check", "data", "generate", "chat", "eval", "annotate", "select")
+ANSWERED_AT_ONCE = frozenset(("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help"))
 MANAGE = ("export", "resume", "compare", "sync", "ls", "doctor")
 """These verbs are functions of uft.cli.manage, the others of uft.cli.verbs: from arguments to the exit code."""
 
@@ -101,6 +103,8 @@ def dispatch(arguments: list[str]) -> int:
     elif first in ("-sc", "--shell-completion"):
         return int(import_module("uft.cli.completion").complete(arguments))
     elif first in VERBS:
+        if first in STARTING and sys.stdout.isatty() and not ANSWERED_AT_ONCE.intersection(arguments):
+            print(f"uft {first}: starting", flush=True)  # imports take seconds on a busy machine
         module = import_module("uft.cli.manage" if first in MANAGE else "uft.cli.verbs")
         return int(getattr(module, first)(arguments[1:]))
     else:

@@ -308,10 +308,15 @@ class Policy:
         for name, parameter in parameters.items():
             parameter.copy_(shard_like(tensors[name], parameter))
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Numbers of parameters: all, and those that are trained."""
+        found = {"all": self.module.parameters(), "trained": self.trainable().values()}
+        return {name: sum(p.numel() for p in parameters) for name, parameters in found.items()}
+
     def describe(self) -> list[str]:
         """Lines for the start card."""
-        count = sum(p.numel() for p in self.module.parameters())
-        trained = sum(p.numel() for p in self.trainable().values())
+        count, trained = self.sizes.values()
         stored = sorted({str(p.dtype).removeprefix("torch.") for p in self.module.parameters()})
         share = "all trained" if trained == count else f"{trained:,} trained ({trained / count:.2%})"
         checkpointing = ", gradient checkpointing" if self.recomputes else ""

@@ -11,7 +11,7 @@ import math
 import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -181,7 +181,7 @@ def write(comparison: Object, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     page = partial(render, folder=folder)
-    texts = {"compare.json": as_json, "compare.html": page, "compare.md": as_report}
+    texts: dict[str, Callable[[Object], str]] = {"compare.json": as_json, "compare.html": page, "compare.md": as_report}
     for name, make in texts.items():
         write_atomically(folder / name, make(comparison))
     return [folder / name for name in texts]

@@ -32,7 +32,7 @@ from uft.distributed import ranks
 from uft.environment import PeerLost, note
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
 from uft.evaluation.evaluate import Evaluation, evaluate
-from uft.heartbeat import activity
+from uft.heartbeat import activity, come
 from uft.model import checkpoint
 from uft.model.memory import device_memory, peak_memory
 from uft.model.policy import DTYPES
@@ -399,6 +399,7 @@ class Recorder:
     def after_step(self, trainer: Trainer, step: Step) -> None:
         self.tokens += step.tokens
         number, cfg = trainer.progress.step, trainer.config.train
+        come(f"step {number} of {trainer.steps} is done")
         if number == 1 or number % cfg.log_every == 0 or number == trainer.steps:
             self.write_line(trainer)
         self.evaluate_if_due(trainer)

@@ -437,10 +437,7 @@ def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, A
     return {
         "template": prepared.data.dataset.renderer.name,
         "model": prepared.trainer.policy.describe(),
-        "parameters": {
-            "all": sum(p.numel() for p in prepared.trainer.policy.module.parameters()),
-            "trained": sum(p.numel() for p in prepared.trainer.parameters.values()),
-        },
+        "parameters": prepared.trainer.policy.sizes,
         "cautions": prepared.cautions,
         "reference": {"mode": reference.mode, "why": reference.why} if reference else None,
         "policy_against_reference": step_zero,
