@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import TracebackType
@@ -22,6 +22,7 @@ from urllib.parse import quote
 LONGEST = 4000  # characters of one text
 UNRULY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+ROW = re.compile(r":\d+$")
 COUNT = re.compile(r"\Auft: \d+ problems? in this request\s*")
 """The first line of a message with problems."""
 
@@ -89,14 +90,30 @@ def render(error: UftError) -> str:
     what = min(max((len(problem.what) for problem in error.problems), default=0), 40)
     why = min(max((len(problem.why) for problem in error.problems if problem.where), default=0), 40)
     lines = [f"uft: {count} problem{'s' if count != 1 else ''} in this request", ""]
-    for problem in error.problems:
+    for problem, more in once(error.problems):
         where = f"      ({problem.where})" if problem.where else ""
         lines.append(f"  {problem.what:<{what}}  {problem.why:<{why}}{where}".rstrip())
+        lines += (
+            [f"      and the same of {len(more)} more: {', '.join(more[:4])}{' ...' * (len(more) > 4)}"] if more else []
+        )
         lines += [f"      {line}" for line in problem.advice]
         lines.append("")
     if error.footer:
         lines.append(error.footer)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def once(problems: Sequence[Problem]) -> list[tuple[Problem, list[str]]]:
+    """Problems of rows (`rows.jsonl:17`) that differ in their line alone told once, with the places of the others."""
+    found: dict[tuple[object, ...], tuple[Problem, list[str]]] = {}
+    for place, problem in enumerate(problems):
+        of_row = ROW.search(problem.what)
+        key = (problem.what[: of_row.start()], problem.why, problem.where, problem.advice) if of_row else (place,)
+        if key in found:
+            found[key][1].append(problem.what)
+        else:
+            found[key] = problem, []
+    return list(found.values())
 
 
 def problem_lines(text: str) -> list[str]:

@@ -272,3 +272,12 @@ def test_a_rate_for_all_weights_is_not_kept_for_an_adapter():
     ):
         assert compose([f"model={model}", f"model.adapter={adapter}"]).optim.lr == rate
     assert compose(["model=smollm2_135m", "model.adapter=lora", "optim.lr=1e-6"]).optim.lr == 1e-6
+
+
+def test_the_same_fault_of_many_rows_is_told_once_with_their_places():
+    same = [Problem(f"rows.jsonl:{line}", "label is 'up'", "", ("map it",)) for line in range(1, 8)]
+    said = str(UftError(*same, Problem("rows.jsonl:9", "prompt is missing")))
+    assert said.count("label is 'up'") == said.count("map it") == 1
+    assert "8 problems" in said
+    assert "and the same of 6 more: rows.jsonl:2, rows.jsonl:3, rows.jsonl:4, rows.jsonl:5 ..." in said
+    assert "rows.jsonl:9  prompt is missing" in said

@@ -30,16 +30,16 @@ class Browser:
         self.written: dict[str, Path] = {}
         self.here = ""  # the page that is open, as `reset` may use it
 
-    def open(self, name: str, comparison=None, hash: str = "", width: int = 1280) -> None:
+    def open(self, name: str, comparison=None, hash: str = "", width: int = 1280, height: int = 900) -> None:
         if name not in self.written:
             self.written[name] = self.folder / f"{name}.html"
             self.written[name].write_text(render(comparison), encoding="utf-8")
-        screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         self.driver.get("about:blank")
         self.clear_logs()
         self.driver.get(self.written[name].as_uri() + hash)
-        self.here = name if width == 1280 and not hash else ""
+        self.here = name if (width, height) == (1280, 900) and not hash else ""
 
     def reset(self, name: str, comparison) -> None:
         if self.here != name:
@@ -153,10 +153,6 @@ def page(browser, mixed):
 
 def card(metric: str) -> str:
     return f'.card[data-metric="{metric}"] .chart'
-
-
-def figure(value: float) -> str:
-    return f"{value:#.4g}"
 
 
 def finished(comparison, group: str):

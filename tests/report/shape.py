@@ -16,7 +16,7 @@ def shape(*groups: tuple[str, Any]) -> dict[str, Any]:
 
 RUN = shape(
     ("id name path status", str),
-    ("group error command", (str, NONE)),
+    ("group error command wandb", (str, NONE)),
     ("color", int),
     ("seed", (int, float, str, NONE)),
     ("config final best facts", dict),
@@ -25,9 +25,24 @@ RUN = shape(
 )
 GROUP = shape(("id name", str), ("config metrics", dict), ("runs", list), ("baseline", bool))
 SPREAD = shape(("n", int), ("mean", NUMBER), ("sd low high", (*NUMBER, NONE)))
-METRIC = shape(("name kind", str), ("direction caption", (str, NONE)), ("curve comparable", bool))
+METRIC = shape(
+    ("name kind", str), ("direction caption", (str, NONE)), ("curve comparable", bool), ("possible", (list, tuple))
+)
 AXIS = shape(("key", str), ("values", list), ("numeric", bool))
-SUMMARY = shape(("metric direction best", str), ("runner_up baseline", (str, NONE)), ("words comparisons", list))
+SUMMARY = shape(
+    ("metric direction best", str),
+    ("runner_up baseline", (str, NONE)),
+    ("words comparisons leading against_baseline", list),
+    ("beyond_noise", bool),
+)
+AGAINST = shape(
+    ("group method", str),
+    ("n", int),
+    ("paired", bool),
+    ("inside_noise", (bool, NONE)),
+    ("difference", NUMBER),
+    ("low high p p_adjusted", (*NUMBER, NONE)),
+)
 COMPARISON = shape(
     ("a b method", str),
     ("n", int),
@@ -83,6 +98,10 @@ def check(made: dict[str, Any]) -> None:
         for comparison in each["comparisons"]:
             fits(comparison, COMPARISON)
             assert comparison["a"] == each["best"]
+        assert each["leading"][0] == each["best"]
+        for difference in each["against_baseline"]:
+            fits(difference, AGAINST)
+            assert difference["group"] in groups - {each["baseline"]}
     for each in made["differences"]:
         fits(each, DIFFERENCE)
         assert len(each["values"]) > 1

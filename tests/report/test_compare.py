@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_the_table_has_means_deviations_the_answer_and_the_warnings(sweep, typed
     groups = {group["name"]: group["metrics"]["eval/exact_match"] for group in made["groups"]}
     for name, found in groups.items():
         (row,) = [line for line in out.splitlines() if re.match(rf"  {name}\b.*±", line)]
-        assert f"{found['mean']:.4g} ± {found['sd']:.2g}" in row
+        assert f"{found['mean']:.3f} ± {found['sd']:.3f}" in row
     assert re.search(r"^  uft +3 of 4 ", out, re.MULTILINE)
     assert re.search(r"^  sft \(baseline\) +3 ", out, re.MULTILINE)
     assert out.index("  uft  ") < out.index("  sft (baseline)"), "best first"
@@ -131,7 +132,7 @@ def test_compare_json_of_a_grid(grid):
     assert run["command"] == "uft train objective=sft seed=1 data.ratio=0.25"
     assert run["facts"]["torch"] == "2.13.0+cpu"
     assert run["final"]["eval/nll"] == pytest.approx(run["best"]["eval/nll"])
-    assert [head["metric"] for head in made["headline"]][:2] == ["eval/nll", "eval/exact_match"]
+    assert [head["metric"] for head in made["headline"]][:2] == ["eval/exact_match", "eval/correct"]
     kinds = {metric["name"]: (metric["kind"], metric["direction"], metric["comparable"]) for metric in made["metrics"]}
     assert kinds["eval/instruct/exact_match"] == ("eval", "max", True)
     assert kinds["eval/margin"] == ("eval", None, True)
@@ -180,7 +181,7 @@ def test_what_is_asked_for_comes_first(sweep, typed):
     code, out, _ = typed("--metric", "correct", "--metric=eval/margin:max", "--baseline", "uft")
     assert code == 0
     made = written(sweep)
-    assert [head["metric"] for head in made["headline"]][:3] == ["eval/correct", "eval/margin", "eval/nll"]
+    assert [head["metric"] for head in made["headline"]][:3] == ["eval/correct", "eval/margin", "eval/exact_match"]
     assert [group["name"] for group in made["groups"] if group["baseline"]] == ["uft"]
     assert "uft (baseline)" in out
     assert typed("--seed-key", "optim.lr")[0] == 0
@@ -207,7 +208,7 @@ MISTAKES = [
     (["nowhere", "trial", "void-*"], "2 problems"),
     (["--metric", "los"], "no run has this figure"),
     (["--metric", "loss"], "the runs minimise different quantities"),
-    (["--baseline", "dpo"], "no configuration is called so"),
+    (["--baseline", "dpo"], "no configuration has that name"),
     (["--out", "file.txt"], "cannot write there"),
 ]
 
@@ -305,7 +306,7 @@ def test_names_and_errors_cannot_move_the_cursor(here, typed):
     _, out, _ = typed("s", "--metric", "eval/\x1b[5mz:max")
     assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", out)
     assert "[bold red]x[/]" in out, "nor are they markup"
-    assert "[bold red]x[/] is best with 1 (one seed)." in out, "escapes do not cost a sentence its end"
+    assert "[bold red]x[/] has 1 (one seed)." in out, "escapes do not cost a sentence its end"
 
 
 def test_at_80_columns_names_are_whole_and_metrics_left_out_are_counted(sweep, typed, monkeypatch):
@@ -316,7 +317,8 @@ def test_at_80_columns_names_are_whole_and_metrics_left_out_are_counted(sweep, t
     metrics = head.split()[2::2]
     assert 0 < len(metrics) < 5
     assert f"  {5 - len(metrics)} more metrics in a wider terminal\n" in out
-    assert "  mean ± standard deviation over seeds; * best; ↑ more, ↓ less is better\n" in out
+    assert "  mean ± standard deviation over seeds; ↑ more is better, ↓ less is better\n" in out
+    assert "  * the best mean, and all that are not worse beyond seed noise\n" in out
     rows = out[out.index(head) : out.index("  mean ±")]
     assert "…" not in rows
     assert rows.count("n" * 20) >= 2, "a long name is folded"
@@ -346,6 +348,22 @@ def test_the_program_while_the_sweep_runs_and_runs_vanish(sweep, here):
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "uft" in imported
     assert not imported & {"torch", "transformers", "datasets", "wandb", "hydra", "peft"}
+
+
+def test_watch_ends_with_the_last_run_or_with_ctrl_c(sweep, here, typed):
+    assert "trial: 6 runs, 2 configurations" in typed("--watch")[1], "nothing is at work"
+    command = [sys.executable, "-m", "uft", "compare", "--watch", str(sweep)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "TERM": "xterm", "FORCE_COLOR": "1"}
+    with held(sweep / "uft-seed2"):
+        program = subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.PIPE)
+        seen = b""
+        while b"uft-seed2 step 200/200" not in seen:
+            seen += os.read(program.stdout.fileno(), 10_000)
+        assert b"5 finished" in seen
+        program.send_signal(signal.SIGINT)
+        rest, _ = program.communicate(timeout=120)
+    assert program.returncode == 0
+    assert b"compare.html" in rest, "and leaves the report"
 
 
 @pytest.mark.slow

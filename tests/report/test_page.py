@@ -16,6 +16,7 @@ from hostile import MILLION, SCRIPT, hostile
 from shape import check
 
 from uft.report import page
+from uft.report.table import FORMS, as_text
 
 FOLDER = Path(page.__file__).parent / "page"
 SOURCES = sorted(FOLDER.iterdir())
@@ -107,6 +108,8 @@ def test_the_answer_and_the_warnings_are_there_without_any_script(elements, mixe
 
 def test_the_page_holds_the_comparison(elements, mixed):
     data, given = embedded(elements), json.loads(json.dumps(mixed))
+    assert data.pop("tables") == {form: as_text(mixed, form) for form in FORMS}
+    assert data.pop("folders") == {}, "it lies nowhere yet"
     assert {**data, "curves": None} == {**given, "curves": None}
     assert {name: runs.keys() for name, runs in data["curves"]["runs"].items()} == {
         name: runs.keys() for name, runs in given["curves"].items()
@@ -125,6 +128,12 @@ def test_what_means_harm_stays_text(harm):
     data = embedded(harm)
     assert data["runs"][2]["name"] == SCRIPT
     assert set(data["curves"]["runs"]) >= {"__proto__", "constructor"}
+
+
+def test_links_lead_from_the_page_to_the_runs_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert page.link(Path("outputs/day/sweep"), "outputs/day/sweep/a b") == "./a%20b/"
+    assert page.link(Path("elsewhere"), "outputs/day/javascript:x") == "./../outputs/day/javascript%3Ax/"
 
 
 def test_data_cannot_leave_its_script():

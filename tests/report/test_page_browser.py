@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import statistics
+import time
 
 import pytest
-from chromium import FIRST, card, figure, finished
+from chromium import FIRST, SECOND, card, finished
 from hostile import hostile
 from pages import all_failed, no_curves, nothing, one_group, one_run
 from scipy.stats import t as student
 from synthetic import compared, loaded
+
+from uft.report.page import render
+from uft.report.table import FORMS, as_text
 
 
 def test_it_opens_from_disk_and_asks_for_nothing_else(page, mixed):
@@ -26,30 +30,176 @@ def test_it_opens_from_disk_and_asks_for_nothing_else(page, mixed):
 
 def test_headline_figures_and_comparisons_are_those_of_the_comparison(page, mixed):
     groups = {group["id"]: group for group in mixed["groups"]}
+    page.click("#headline .tools button")  # all groups
+    texts = """[...r.querySelectorAll(`[data-${kind}]`)].map(c => [c.dataset[kind],
+        ...['.mean, .difference', '.interval'].map(name => c.querySelector(name)?.innerText ?? c.innerText)])"""
     rows = page.js(
-        """return [...document.querySelectorAll('#headline tbody tr')].map(r => [r.dataset.group,
-            [...r.querySelectorAll('[data-metric]')].map(c =>
-                [c.dataset.metric, ...['.mean', '.interval'].map(name => c.querySelector(name).innerText)])])"""
+        f"return [...document.querySelectorAll('#headline tbody tr')].map(r => "
+        f"[r.dataset.group, ...['metric', 'difference'].map(kind => {texts})])"
     )
-    assert [name for name, _ in rows] == sorted(groups, key=lambda name: -groups[name]["metrics"][FIRST]["mean"])
-    for name, cells in rows:
+    assert [name for name, *_ in rows] == sorted(groups, key=lambda name: -groups[name]["metrics"][FIRST]["mean"])
+    against = {(one["metric"], each["group"]): each for one in mixed["summary"] for each in one["against_baseline"]}
+    baseline = {one["metric"]: one["baseline"] for one in mixed["summary"]}
+    for name, cells, differences in rows:
         for metric, mean, interval in cells:
             stat = groups[name]["metrics"][metric]
-            assert mean == figure(stat["mean"])
-            assert interval == ("one seed" if stat["n"] == 1 else f"[{figure(stat['low'])}, {figure(stat['high'])}]")
-    page.click(".finding details summary")
+            assert mean == f"{stat['mean']:.3f}"
+            assert interval == ("one seed" if stat["n"] == 1 else f"[{stat['low']:.3f}, {stat['high']:.3f}]")
+        for metric, text, interval in differences:
+            if name == baseline[metric]:
+                assert text == "baseline"
+                continue
+            found = against[metric, name]
+            assert text == f"{found['difference']:+.3f}"
+            assert interval == ("" if found["low"] is None else f"[{found['low']:.3f}, {found['high']:.3f}]")
+    page.js("document.querySelector('.finding details').open = true")
     rows = page.until("document.querySelectorAll('.finding tbody tr').length")
     assert rows == len(mixed["summary"][0]["comparisons"])
     assert page.texts(".finding tbody tr:first-child td:last-child") == ["inside noise"]
 
 
-def test_groups_with_one_mean_are_both_best(page):
-    even = [loaded(name, final={"eval/nll": value}) for name, value in (("sft", 0.5), ("uft", 0.5), ("dpo", 0.75))]
-    page.open("even", compared(even))
-    marked = page.js(
-        "return [...document.querySelectorAll('#headline tbody tr')].map(r => !!r.querySelector('.mean.best'))"
+def test_the_first_screen_is_the_answer(browser, mixed):
+    browser.open("mixed", mixed, height=800)
+    browser.settle()
+    browser.until("document.getElementById('scatter').data")
+    bottom = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom"
+    for part in ("#answer > .lead", "#headline table", "#scatter"):
+        assert browser.js(bottom, part) <= 800, part
+    assert browser.js("return document.querySelector('#headline .wide').scrollWidth") <= 1264, "no column is cut"
+    assert browser.texts("#warnings summary") == [f"{len(mixed['warnings'])} warnings"]
+    assert not browser.js("return document.getElementById('warnings').open")
+
+
+def marked(page):
+    return page.js(
+        """return [...document.querySelectorAll('#headline tbody tr')].map(r =>
+            r.querySelector('.tag.accent')?.innerText ?? '')"""
     )
-    assert marked == [True, True, False]
+
+
+def test_best_stands_only_where_it_is_and_all_that_is_not_worse_is_marked_alike(page):
+    def of(table):
+        return compared(
+            [loaded(o, s, final={"eval/exact_match": v}) for o, values in table.items() for s, v in enumerate(values)]
+        )
+
+    clear, close = {"uft": [0.90, 0.91, 0.92], "sft": [0.50, 0.51, 0.53]}, {"ift": [0.88, 0.93, 0.90]}
+    page.open("clear", of(clear))
+    assert marked(page) == ["best", ""]
+    page.open("close", of({**clear, **close}))
+    assert marked(page) == ["≈ best", "≈ best", ""]
+    page.open("unknown", of({"uft": [0.9], "sft": [0.5]}))
+    assert marked(page) == ["highest", ""], "one seed: that it is best is not known"
+    page.open("even", of({"sft": [0.75], "uft": [0.75], "dpo": [0.5]}))
+    assert marked(page) == ["≈ best", "≈ best", ""]
+
+
+def test_one_bad_arm_flattens_nothing(page):
+    """Limits follow the others, arrows stand for what is outside, and hiding an arm sets new ones."""
+    table = {"sft": 0.50, "ift": 0.56, "dft": 0.53, "uft": 9.0}
+    curve = [{"step": step, "eval/nll": 1.0} for step in (0, 1)]
+    runs = [
+        loaded(o, s, final={"eval/exact_match": 0.3 + nll / 30 + s / 99, "eval/nll": nll + s / 50},
+               lines=(*curve, {"step": 2, "eval/nll": nll}), data__ratio=ratio)
+        for o, nll in table.items() for ratio in (0.3, 0.7) for s in (0, 1)
+    ]  # fmt: skip
+    page.open("flat", compared(runs))
+    traces = page.chart(
+        "#scatter", "{uft: trace.uft, outside: trace.outside, symbol: trace.marker?.symbol, y: trace.y}"
+    )
+    beyond = [trace for trace in traces if trace.get("outside")]
+    assert [trace["symbol"] for trace in beyond] == ["triangle-up"] * 2
+    limits = page.js("return document.getElementById('scatter').layout.yaxis.range")
+    assert 0 < limits[0] < 0.5
+    assert 0.6 < limits[1] < 0.9
+    assert all(limits[0] < trace["y"][0] < limits[1] for trace in traces if trace["uft"] == "group")
+    assert page.chart(card("eval/nll"), "trace.uft").count("outside") == 2
+    assert page.js("return document.querySelector(arguments[0]).layout.yaxis.range[1]", card("eval/nll")) < 2
+    page.choose("#heatmap-controls [name=metric]", "eval/nll")
+    page.js("document.getElementById('heatmaps').scrollIntoView()")
+    page.until("document.querySelector('#heatmaps .chart')?.data")
+    [cells] = page.chart("#heatmaps .chart", "{text: trace.text, most: trace.zmax}")
+    assert sum("▲" in text for row in cells["text"] for text in row) == 2
+    assert cells["most"] < 0.7
+    assert (
+        page.js(
+            "return document.querySelectorAll('#headline tr [data-metric=\"eval/nll\"] [data-outside=mean]').length"
+        )
+        == 2
+    )
+    page.click("#scatter-controls [name=whole]")
+    page.chart("#scatter", "trace.uft")
+    assert page.js("return document.getElementById('scatter').layout.yaxis.range[1]") > 9
+    page.click("#scatter-controls [name=whole]")
+    for group in ("sft", "ift", "dft"):
+        for chip in page.driver.find_elements("css selector", ".chip[data-group]"):
+            if chip.text.startswith(group):
+                page.js("arguments[0].click()", chip)
+    page.chart("#scatter", "trace.uft")
+    limits = page.js("return document.getElementById('scatter').layout.yaxis.range")
+    assert 8 < limits[0] < 9 < limits[1] < 10, "of what is shown"
+
+
+def test_a_plot_for_every_objective(page, mixed):
+    page.choose("#scatter-controls [name=per]", "objective.name")
+    traces = page.chart("#scatter", "{uft: trace.uft, group: trace.group, axis: trace.xaxis}")
+    axes = {"ift": "x", "sft": "x2", "uft": "x3"}
+    names = {group["id"]: group["name"].split()[0] for group in mixed["groups"]}
+    assert {t["group"]: t["axis"] for t in traces if t["uft"] == "group"} == {g: axes[n] for g, n in names.items()}
+    layout = page.js("return document.getElementById('scatter').layout")
+    assert layout["xaxis"]["range"] == layout["xaxis3"]["range"]
+    assert [each["text"] for each in layout["annotations"]] == [f"<b>{name}</b>" for name in axes]
+
+
+def test_the_front_has_what_no_other_beats(page, mixed):
+    [front] = [t for t in page.chart("#scatter", "{uft: trace.uft, x: trace.x, y: trace.y}") if t["uft"] == "front"]
+    points = [tuple(group["metrics"][name]["mean"] for name in (FIRST, SECOND)) for group in mixed["groups"]]
+    kept = [p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points)]
+    assert [*zip(front["x"], front["y"], strict=True)] == sorted(kept)
+
+
+def test_tables_commands_and_pictures_can_be_taken(page, mixed, tmp_path):
+    permissions = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    page.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, error => done(String(error)))"
+    for form in FORMS:
+        page.click(f"[data-take={form}]")
+        page.until("document.querySelector(arguments[0]).innerText === 'Copied'", f"[data-take={form}]")
+        assert page.driver.execute_async_script(read) == as_text(mixed, form)
+    page.click('tr[data-run="r7"] .command button')
+    page.until("document.querySelector('tr[data-run=\"r7\"] .command button').innerText === 'Copied'")
+    assert page.driver.execute_async_script(read) == mixed["runs"][7]["command"]
+    page.click("#run-controls [name=commands]")
+    page.until("document.querySelector('#run-controls [name=commands]').innerText === 'Copied'")
+    commands = [run["command"] for run in mixed["runs"] if run["command"]]
+    assert page.driver.execute_async_script(read).splitlines() == commands
+    where = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.driver.execute_cdp_cmd("Browser.setDownloadBehavior", where)
+    page.click("[data-take=file]")
+    page.chart("#scatter", "trace.uft")
+    for kind in ("PNG", "SVG"):
+        page.click(f"#scatter [data-title='Save as {kind}']")
+    ends = time.monotonic() + 60
+    while {path.name for path in tmp_path.iterdir()} < {"compare.csv", "uft.png", "uft.svg"}:
+        assert time.monotonic() < ends, [*tmp_path.iterdir()]
+        time.sleep(0.05)
+    assert (tmp_path / "compare.csv").read_text(encoding="utf-8") == as_text(mixed, "csv")
+    assert (tmp_path / "uft.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert (tmp_path / "uft.png").read_bytes().startswith(b"\x89PNG")
+    bars = [".js-plotly-plot", "[data-title='Save as SVG']"]
+    counts = page.js("return arguments[0].map(each => document.querySelectorAll(each).length)", bars)
+    assert counts[0] == counts[1], "every plot"
+
+
+def test_a_run_has_links_to_its_folder_and_to_wandb(page, tmp_path):
+    run = loaded("uft", path=tmp_path / "a b", info={"wandb": {"url": "https://wandb.example/x"}}, final={FIRST: 0.5})
+    evil = loaded("sft", info={"wandb": {"url": "javascript:alert(1)"}}, final={FIRST: 0.5})
+    page.written["links"] = page.folder / "links.html"
+    page.written["links"].write_text(render(compared([run, evil]), page.folder), encoding="utf-8")
+    page.open("links")
+    links = page.js("return [...document.querySelectorAll('#run-table a')].map(a => [a.innerText, a.href])")
+    assert ["folder", f"{(tmp_path / 'a b').as_uri()}/"] in links
+    assert [link for link in links if link[0] == "W&B"] == [["W&B", "https://wandb.example/x"]]
 
 
 def test_sorting_both_ways_keeps_what_is_missing_last(page, mixed):
@@ -94,16 +244,14 @@ def test_a_selection_in_the_table_is_followed_everywhere(page, mixed):
     ]
     assert [trace["group"] for trace in means] == ["g3"]
     mean = statistics.fmean(run["final"][FIRST] for run in chosen)
-    assert page.texts(f'#headline [data-metric="{FIRST}"] .mean') == [figure(mean)]
+    assert page.texts(f'#headline [data-metric="{FIRST}"] .mean') == [f"{mean:.3f}"]
     half = student.ppf(0.975, 1) * statistics.stdev(run["final"][FIRST] for run in chosen) / 2**0.5
-    assert page.texts(f'#headline [data-metric="{FIRST}"] .interval') == [
-        f"[{figure(mean - half)}, {figure(mean + half)}]"
-    ]
+    assert page.texts(f'#headline [data-metric="{FIRST}"] .interval') == [f"[{mean - half:.3f}, {mean + half:.3f}]"]
     assert page.texts("#difference-table .notice") == ["Nothing differs between the selected runs."]
     assert page.texts("#sample-table thead th")[1:] == [run["name"] for run in chosen]
     page.click("#all-runs")
     assert page.hash() == ""
-    assert len(page.texts("#headline tbody tr")) == len(mixed["groups"])
+    assert len(page.texts("#headline tbody tr")) == 5, "the first ones; all of them at a click"
 
 
 def test_a_link_keeps_the_selection(browser, mixed):
@@ -128,9 +276,12 @@ def test_the_legend_hides_a_group_and_shows_one_alone(page, mixed):
 
 
 def test_differences_count_and_select(page, mixed):
-    assert page.texts("#difference-table tbody th") == [each["key"] for each in mixed["differences"]]
-    assert page.texts("#difference-table tbody tr:last-child .chip") == ["00aa11bb\n1 run", "9f2c41d0\n25 runs"]
-    page.click("#difference-table tbody tr:last-child li:first-child .chip")
+    implied = ["objective.beta"]  # sft has none, and the others the same one
+    shown = page.js("return [...document.querySelectorAll('#difference-table tbody th')].map(n => n.textContent)")
+    assert sorted(shown) == sorted(each["key"] for each in mixed["differences"])
+    assert page.texts("#difference-table > table tbody th") == [name for name in shown if name not in implied]
+    assert page.texts("#difference-table > table tbody tr:last-child .chip") == ["00aa11bb\n1 run", "9f2c41d0\n25 runs"]
+    page.click("#difference-table > table tbody tr:last-child li:first-child .chip")
     assert page.shown_runs() == ["r3"]
 
 
@@ -147,16 +298,6 @@ def test_samples_stand_side_by_side(page, mixed):
     assert "step 0" in page.js("return document.querySelector('#sample-table tbody td').innerText")
     page.choose("#sample-controls [name=find]", sample["prompt"])
     assert page.texts("#sample-count") == ["1 of 10 prompts"]
-
-
-def test_the_command_is_copied(page, mixed):
-    page.driver.execute_cdp_cmd(
-        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
-    )
-    page.click('tr[data-run="r7"] .command button')
-    page.until("document.querySelector('tr[data-run=\"r7\"] .command button').innerText === 'Copied'")
-    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, error => done(String(error)))"
-    assert page.driver.execute_async_script(read) == mixed["runs"][7]["command"]
 
 
 def test_colours_follow_the_system_and_the_button(page):
@@ -176,7 +317,8 @@ def test_colours_follow_the_system_and_the_button(page):
 
 def test_everything_pressed_has_a_name_and_a_place_in_the_order(page):
     nameless = """return [...document.querySelectorAll('button, input, select, summary, a')].filter(n =>
-        !(n.innerText.trim() || n.getAttribute('aria-label') || (n.labels && n.labels.length))).map(n => n.outerHTML)"""
+        !(n.textContent.trim() || n.getAttribute('aria-label') || (n.labels && n.labels.length)))
+        .map(n => n.outerHTML)"""
     assert page.js(nameless) == []
     assert (
         page.js('return document.querySelectorAll(\'[tabindex]:not([tabindex="0"]):not([tabindex="-1"])\').length') == 0
@@ -190,6 +332,10 @@ def test_it_fits_a_narrow_screen(browser, mixed):
     browser.open("mixed", mixed, width=480)
     browser.chart(card(FIRST), "trace.uft")
     assert browser.js("return document.documentElement.scrollWidth") <= 480
+    cut = """return [...document.querySelectorAll('#legend, #sections, .chip, .chip bdi')].filter(n =>
+        n.scrollWidth > n.clientWidth + 1 || n.scrollHeight > n.clientHeight + 1).map(n => n.innerText)"""
+    assert browser.js(cut) == [], "the legend is whole"
+    assert browser.js("return document.querySelectorAll('.chip[data-group]').length") == len(mixed["groups"])
 
 
 def test_what_means_harm_is_text(browser):

@@ -50,26 +50,29 @@ def test_csv_has_a_line_per_configuration_and_metric_with_the_axes():
         assert row["seeds"].split() == [seeds[run] for run in group["runs"] if run in seeds]
         assert (row["objective.name"], float(row["data.ratio"])) == tuple(group["config"].values())
         assert row["baseline"] == str(group["baseline"])
+        finding = next(one for one in made["summary"] if one["metric"] == row["metric"])
+        against = [one["difference"] for one in finding["against_baseline"] if one["group"] == group["id"]]
+        assert row["baseline_difference"] == (str(against[0]) if against else "")
     best = {row["metric"]: row["configuration"] for row in rows if row["best"] == "True"}
     assert {groups[name]["id"] for name in best.values()} == {finding["best"] for finding in made["summary"]}
 
 
 def test_the_best_is_bold_where_its_lead_is_more_than_noise():
     head, _, *rows = markdown_rows(as_text(comparison(), "markdown"))
-    assert head == ["configuration", "seeds", r"eval/nll ↓", r"eval/exact\_match ↑"]
+    assert head == ["configuration", "seeds", r"eval/exact\_match ↑", r"eval/nll ↓"]
     assert rows[0][:2] == ["uft", "3"], "best first"
-    assert rows[0][3] == r"0.8367 \[0.765, 0.8897\]", "the runner-up has one seed: nothing is known of its noise"
-    assert rows[1][:2] + rows[1][3:] == [r"dpo\_x", "1", "0.7"]
-    assert rows[2][:2] + rows[2][3:] == ["sft", "3", r"0.6267 \[0.5625, 0.6866\]"]
+    assert rows[0][2] == r"0.837 \[0.765, 0.890\]", "the runner-up has one seed: nothing is known of its noise"
+    assert rows[1][:3] == [r"dpo\_x", "1", "0.700"]
+    assert rows[2][:3] == ["sft", "3", r"0.627 \[0.563, 0.687\]"]
     two = {name: values for name, values in FIGURES.items() if name != "dpo_x"}
     _, _, first, second = markdown_rows(as_text(comparison(two), "markdown"))
-    assert first[3] == r"**0.8367 \[0.765, 0.8897\]**"
-    assert not second[3].startswith("**")
+    assert first[2] == r"**0.837 \[0.765, 0.890\]**"
+    assert not second[2].startswith("**")
     close = {"sft": [0.5, 0.6, 0.7], "uft": [0.56, 0.58, 0.72]}
     assert "**" not in as_text(comparison(close), "markdown")
     text = as_text(comparison(two), "latex")
-    assert r"uft & 3 & \textbf{0.1633 [0.1008, 0.2258]} & \textbf{0.8367 [0.765, 0.8897]} \\" in text
-    assert r"configuration & seeds & eval/nll $\downarrow$ & eval/exact\_match $\uparrow$ \\" in text
+    assert r"uft & 3 & \textbf{0.837 [0.765, 0.890]} & \textbf{0.163 [0.101, 0.226]} \\" in text
+    assert r"configuration & seeds & eval/exact\_match $\uparrow$ & eval/nll $\downarrow$ \\" in text
     assert all(rf"\{rule}" in text for rule in ("toprule", "midrule", "bottomrule"))
     assert r"\caption{Mean [95 \% t interval] over seeds" in text
 
@@ -98,7 +101,7 @@ def test_the_report_has_answer_table_warnings_and_commands():
     made = mixed()
     text = as_report(made)
     assert text.startswith("# beta-sweep: 27 runs, 9 configurations\n")
-    assert "sft ratio=0.75 is best with 0.8545 (95 % interval 0.7959 to 0.8985, 3 seeds)." in text
+    assert "sft ratio=0.75 has the best mean, 0.8545 (95 % interval 0.7959 to 0.8985, 3 seeds)." in text
     assert as_text(made, "markdown") in text
     for warning in made["warnings"]:
         assert f"* {warning['what']}. {warning['why']}" in text

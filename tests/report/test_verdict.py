@@ -51,9 +51,9 @@ def test_best_runner_up_and_baseline_with_paired_intervals():
         "0.006 after Holm's adjustment for 2 comparisons): more than seed noise.",
         "It is 0.21 ahead of the baseline, sft (95 % interval 0.1603 to 0.2597, paired t, 3 seeds, p = 0.003, "
         "0.006 after Holm's adjustment for 2 comparisons): more than seed noise.",
-        "The best of 3 was chosen on these same numbers, so its lead is flattered; seeds that took no part in the "
-        "choice would tell.",
+        "The best of 3 was chosen on these same numbers, so the lead is optimistic: confirm it on new seeds.",
     ]
+    assert (found["leading"], found["beyond_noise"]) == ([found["best"]], True)
 
 
 def test_less_is_better_where_it_is():
@@ -69,7 +69,23 @@ def test_less_is_better_where_it_is():
 def test_a_difference_inside_noise_is_said():
     found = judge({"sft": [0.5, 0.6, 0.7], "uft": [0.56, 0.58, 0.72]})
     assert found["comparisons"][0]["inside_noise"] is True
+    assert found["words"][0].startswith("uft has the best mean, 0.62 ")
     assert found["words"][1].endswith("inside seed noise.")
+    assert (set(found["leading"]), found["beyond_noise"]) == ({found["best"], found["baseline"]}, False)
+
+
+def test_every_configuration_is_compared_with_the_baseline():
+    found = judge({"sft": C, "uft": A, "ift": B, "dpo": [0.9]})
+    names = {"dpo": [0.9], "uft": A, "ift": B}
+    against = found["against_baseline"]
+    differences = [sum(v) / len(v) - sum(C) / 3 for v in names.values()]
+    assert [one["difference"] for one in against] == pytest.approx(differences, rel=1e-5)
+    assert (against[0]["method"], against[0]["inside_noise"]) == ("one seed", None)
+    for one, values in zip(against[1:], (A, B), strict=True):
+        known = reference.ttest_rel(values, C)
+        assert one["p"] == pytest.approx(known.pvalue, rel=1e-4)
+        assert (one["low"], one["high"]) == pytest.approx(tuple(known.confidence_interval()), rel=1e-4)
+    assert against[2]["p_adjusted"] == pytest.approx(max(2 * against[1]["p"], against[2]["p"]), rel=1e-4), "Holm"
 
 
 def test_the_verdict_follows_the_adjusted_p():
@@ -86,7 +102,8 @@ def test_the_verdict_follows_the_adjusted_p():
 
 def test_one_seed_says_nothing_about_noise():
     found = judge({"sft": [0.5], "uft": [0.9]})
-    assert found["words"][0] == "uft is best with 0.9 (one seed)."
+    assert found["words"][0] == "uft has the best mean, 0.9 (one seed)."
+    assert (found["leading"], found["beyond_noise"]) == ([found["best"]], False)
     assert found["words"][1].endswith("sft: one seed: nothing can be said about noise.")
     (comparison,) = found["comparisons"]
     known = {"difference": 0.4, "n": 1, "paired": False, "method": "one seed"}
@@ -114,9 +131,11 @@ def test_all_the_same():
 def test_a_baseline_that_wins_and_one_configuration():
     found = judge({"sft": A, "uft": B})
     assert found["baseline"] == found["best"]
-    assert found["words"][-1] == "It is the baseline itself."
+    assert found["words"][-1] == "This is the baseline."
     alone = judge({"uft": A})
     assert (alone["runner_up"], alone["comparisons"]) == (None, [])
+    assert alone["words"][0].startswith("uft has 0.8367 ")
+    assert not alone["beyond_noise"]
     assert alone["words"][-1] == "There is only one configuration, so there is nothing to compare it with."
 
 
@@ -203,7 +222,7 @@ def test_a_baseline_by_name_or_by_keys():
     assert found == BASELINES
     assert names_of_baselines(runs_of({"uft": A, "ift": B})) == ["ift"], "without sft the first"
     for wanted in ("dpo", "ratio=0.75", "", "ratio", "objective=uft ratio"):
-        with pytest.raises(UftError, match="no configuration is called so") as error:
+        with pytest.raises(UftError, match="no configuration has that name") as error:
             compared(grid(GRID), baseline=wanted)
         assert "sft ratio=0.25, sft ratio=0.5" in error.value.footer
 
@@ -218,17 +237,17 @@ def heads(*wanted, objectives=("sft", "uft"), **more):
     return [(head["metric"], head["direction"]) for head in found]
 
 
-USUAL = [("eval/nll", "min"), (METRIC, "max")]
+USUAL = [(METRIC, "max"), ("eval/nll", "min")]
 
 
 def test_headlines_are_those_asked_for_then_what_the_runs_chose_by_then_the_usual():
-    assert heads() == USUAL
+    assert heads() == USUAL, "the likelihood does not rank what people want"
     chosen = {"eval__best": "eval/new/exact_match", "eval__best_mode": "max"}
-    assert heads(**chosen) == [("eval/new/exact_match", "max"), *USUAL[::-1]]
-    assert heads(eval__best="eval/nonsense") == heads(eval__best=["odd"]) == USUAL[::-1]
+    assert heads(**chosen) == [("eval/new/exact_match", "max"), *USUAL]
+    assert heads(eval__best="eval/nonsense") == heads(eval__best=["odd"]) == USUAL
     assert heads("kl", "new/exact_match") == [("eval/kl", "min"), ("eval/new/exact_match", "max"), *USUAL]
     assert heads("eval/margin:max")[0] == ("eval/margin", "max")
-    assert heads("nll") == USUAL, "the evaluation's, not training's"
+    assert heads("nll") == USUAL[::-1], "the evaluation's, not training's"
 
 
 def test_training_losses_are_compared_under_one_objective_alone_and_every_wrong_metric_is_told():
@@ -236,7 +255,7 @@ def test_training_losses_are_compared_under_one_objective_alone_and_every_wrong_
         with pytest.raises(UftError, match="the runs minimise different quantities"):
             heads(metric)
     assert heads("loss", objectives=("uft",))[0] == ("loss", "min")
-    assert heads(eval__best="loss")[0] == USUAL[1]
+    assert heads(eval__best="loss")[0] == USUAL[0]
     assert heads(eval__best="loss", objectives=("uft",))[0] == ("loss", "min")
     with pytest.raises(UftError) as error:
         heads("eval/margin", "exact", "loss")

@@ -109,8 +109,10 @@ def test_the_workspace_that_is_saved(sweep, server, capsys):
     ]
     columns = [column["accessor"] for column in panels["Sweep"][0]["config"]["columns"]]
     assert columns[:2] == ["config:objective.value.name", "config:objective.value.beta"]
-    assert columns[2] == "summary:eval/nll"
-    assert [panel["config"]["metrics"] for panel in panels["Training"]] == [["loss"], ["nll"], ["lr"], ["grad_norm"]]
+    assert columns[2] == "summary:eval/exact_match"
+    assert [panel["config"]["metrics"] for panel in panels["Training"]] == [
+        [f"train/{name}"] for name in ("loss", "nll", "lr", "grad_norm")
+    ]
     assert [panel["viewType"] for panel in panels["Runs"]] == ["Run Comparer"]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from uft.evaluation.evaluate import Sample
+from uft.tracking.wandb import panel
 
 SAMPLES = [
     Sample("sums", "sums.jsonl:1", "3+4?", "7", "7", {"accuracy": 1.0}),
@@ -14,4 +15,5 @@ SAMPLES = [
 
 
 def curve(history: Iterable[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    return [(row["step"], row[name]) for row in history if name in row]
+    """By the name that metrics.jsonl has."""
+    return [(row["step"], row[panel(name)]) for row in history if panel(name) in row]

@@ -315,10 +315,57 @@ def test_the_end_card_of_a_run_that_failed_at_once(stream):
     lines = stream.getvalue().splitlines()[2:]
     assert lines[:2] == ["  status  failed at step 0/800", "  error   RuntimeError: out of memory"]
     assert lines[2] == "          at layer \\x1b[5m3"
-    first = "  final   loss 3.000, eval/nll 2.000, eval/exact_match 0.500, eval/measure0 1.000, eval/measure1 1.000"
+    first = "  final   loss 3.000, eval/exact_match 0.500, eval/nll 2.000, eval/measure0 1.000, eval/measure1 1.000,"
     assert lines[3] == first, "the headlines come first where not all metrics fit"
-    assert lines[5:] == ["  next    uft resume runs/a"]
+    assert lines[5:] == ["          1.000", "  next    uft resume runs/a"]
     assert card([("mixture", "a  1\nb  2\n")]) == "  mixture  a  1\n           b  2\n"
+
+
+def test_good_answers_that_become_unlikely_are_told_while_it_trains_and_at_its_end(stream):
+    console = Console(stream)
+    for step, nll in ((0, 1.0), (5, 1.2), (10, 2.5)):
+        console.evaluation(step, Evaluation({"eval/nll": nll, "eval/pairs/nll": nll / 2, "eval/sft/nll": 1.0}))
+        told = "good answers have become less likely: eval/nll 1.00 to 2.50 since step 0 (pairs 0.50 to" in " ".join(
+            stream.getvalue().split()
+        )
+        assert told == (step == 10)
+    console.end("ift-mix", result("finished", 10, 1.0, 10), 10)
+    assert "  caution  good answers have become less likely" in stream.getvalue()
+
+
+def test_answers_that_are_long_are_two_whole_ones(stream):
+    prompts = {name: f"{name} asks " + "why " * 60 for name in ("a", "b", "c")}
+    samples = [Sample(name, "row", prompt, "because\nof this", "x", {}) for name, prompt in prompts.items()]
+    Console(stream).evaluation(1, Evaluation({}, samples))
+    said = " ".join(stream.getvalue().split())
+    assert [" ".join(prompt.split()) in said for prompt in prompts.values()] == [True, True, False]
+    assert "reply because of this answer x" in said
+    assert max(map(len, stream.getvalue().splitlines())) <= 110
+
+
+QUIET_PROGRAM = """
+import sys, time
+from uft.heartbeat import activity, come
+from uft.tracking import console
+console.QUIET = 0.2
+with console.saying_what_takes_long(), activity("the model was evaluated"):
+    come("12 of 30 rows")
+    time.sleep(2.5)
+    print("done", flush=True)
+"""
+
+
+def test_a_terminal_is_told_what_takes_long_and_a_pipe_is_not():
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", QUIET_PROGRAM], stdout=side, env=environment, check=True, timeout=60)
+    os.close(side)
+    seen = os.read(main, 10_000).decode()
+    assert "the model is being evaluated: 12 of 30 rows, 00:0" in seen
+    assert seen.endswith("\r\x1b[2Kdone\r\n"), "output replaces the line"
+    done = subprocess.run([sys.executable, "-c", QUIET_PROGRAM], capture_output=True, env=environment, timeout=60)
+    assert done.stdout == b"done\n"
 
 
 # --- Odd text and broken streams

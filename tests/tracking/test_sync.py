@@ -19,7 +19,8 @@ from uft.cli import main
 from uft.config.compose import compose
 from uft.config.frozen import plain
 from uft.runs import Run, create_run, write_json
-from uft.tracking.wandb import extent, make_tracker, upload_state
+from uft.tracking.trackers import make_tracker
+from uft.tracking.wandb import extent, upload_state
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,9 @@ import pytest
 from records import SAMPLES, curve
 
 from uft.errors import UftError
-from uft.tracking.wandb import Wandb, make_tracker
+from uft.runs import write_json
+from uft.tracking.trackers import make_tracker
+from uft.tracking.wandb import Wandb
 
 
 def test_an_online_run_as_the_server_sees_it(open_wandb, new_run, server, capfd, home):
@@ -51,7 +53,7 @@ def test_an_online_run_as_the_server_sees_it(open_wandb, new_run, server, capfd,
     assert config["objective"]["value"] == {"name": "ift", "beta": 0.1}
     assert config["data"]["value"]["sources"]["a"]["share"] is None
     summary = json.loads(server.uploads["wandb-summary.json"])
-    assert (summary["status"], summary["best/eval/nll"], summary["loss"]) == ("failed", 0.5, 1 / 3)
+    assert (summary["status"], summary["best/eval/nll"], summary["train/loss"]) == ("failed", 0.5, 1 / 3)
     info = run.info()["wandb"]
     assert (info["id"], info["mode"]) == (run_id, "online")
     assert info["url"].endswith(run_id)
@@ -72,6 +74,31 @@ def test_two_runs_in_a_row_do_not_mix_and_the_group_is_the_sweep(new_run, config
         run_id = tracker.run.info()["id"]
         assert curve(server.history[run_id], "loss") == [(1, loss)]
         assert server.runs[run_id]["groupName"] == group
+
+
+def test_what_a_run_was_made_of_and_how_well_it_did_stand_in_its_table(open_wandb, new_run, server):
+    code = {"commit": "a" * 40, "dirty": None}
+    run = new_run(sweep="first", command=["uft train", "objective=ift", "data.name='a b'"], code=code, data_digest="d1")
+    write_json(run.path.parent / "sweep.json", {"made": "2026-11-30T11:59:20+00:00"})
+    write_json(run.path / "data.json", {"sources": {"pairs": {"rows": 1000}}})
+    write_json(run.path / "check.json", {"model": ["Llama"], "parameters": {"all": 10, "trained": 5}})
+    lines = [{"step": step, "eval/nll": nll, "eval/pairs/nll": 1.0} for step, nll in ((0, 3.0), (5, 1.0), (9, 2.0))]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json(run.path / "result.json", {"best": {"eval/nll": 1.0}, "best_step": 5})
+    tracker = open_wandb(run=run)
+    tracker.log(10, {"loss": 0.5, "tokens": 7})
+    tracker.finish("finished", 0, {"eval/nll": 2.0, "eval/pairs/nll": 1.0})
+    run_id = run.info()["id"]
+    sent = server.runs[run_id]
+    about = json.loads(sent["config"])["run_info"]["value"]
+    assert about["command"] == sent["notes"] == "uft train objective=ift 'data.name='\"'\"'a b'\"'\"''"
+    assert (about["commit"], about["data_digest"], about["rows"]) == ("a" * 40, "d1", {"pairs": 1000})
+    assert about["parameters"] == {"all": 10, "trained": 5}
+    assert sent["groupName"] == "first 2026-11-30 11.59", "another day's sweep of that name is another group"
+    summary = json.loads(server.uploads["wandb-summary.json"])
+    known = {"min/eval/nll": 1.0, "max/eval/nll": 3.0, "best/eval/nll": 1.0, "best/step": 5, "eval/nll": 2.0}
+    assert known.items() <= summary.items()
+    assert (summary["train/loss"], summary["tokens"], summary["eval_pairs/nll"]) == (0.5, 7, 1.0), "sections"
 
 
 def test_a_resumed_run_has_every_step_and_every_evaluation_once(open_wandb, server):
@@ -160,8 +187,7 @@ def test_variables_of_w_and_b_are_followed_or_it_is_said(open_wandb, new_run, se
 @pytest.mark.parametrize("mode", ["disabled", "offline"])
 def test_without_w_and_b_it_is_not_even_imported(new_run, config, mode):
     program = (
-        "import json, sys; from pathlib import Path; from uft.runs import Run\n"
-        "from uft.tracking.wandb import make_tracker\n"
+        "import json, sys; from pathlib import Path; from uft.runs import Run; from uft.tracking.trackers import make_tracker\n"
         "t = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2]))\n"
         "t.start(); t.log(1, {'loss': 1.0}); t.samples(1, []); print(t.description); t.finish('finished', 0, {})\n"
         "assert 'wandb' not in sys.modules and 'torch' not in sys.modules"
@@ -175,6 +201,16 @@ def test_without_w_and_b_it_is_not_even_imported(new_run, config, mode):
     assert run.info()["wandb"] == ({"mode": "disabled"} if mode == "disabled" else noted)
 
 
+def test_only_the_first_rank_tracks(new_run, config):
+    run = new_run()
+    tracker = make_tracker(run, config("online"), rank=1)  # online without a key: refused, if it were the first rank
+    tracker.start()
+    tracker.log(1, {"loss": 1.0})
+    tracker.samples(1, SAMPLES)
+    tracker.finish("finished", 0, {})
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "overrides.yaml", "run.json"]
+
+
 # --- Without a key, without a network
 
 
@@ -184,7 +220,7 @@ def test_auto_without_a_key_goes_on_at_once_on_a_terminal(new_run, config):
 
     program = (
         "import json, sys, time; from pathlib import Path; from uft.runs import Run\n"
-        "from uft.tracking.wandb import make_tracker; import wandb as imported; assert sys.stdin.isatty()\n"
+        "from uft.tracking.trackers import make_tracker; import wandb as imported; assert sys.stdin.isatty()\n"
         "began = time.monotonic()\n"
         "t = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2])); t.start(); t.log(1, {'loss': 1.0})\n"
         "t.finish('finished', 0, {}); print('seconds', time.monotonic() - began)"

@@ -17,7 +17,8 @@ from records import SAMPLES, curve
 
 from uft.runs import write_json
 from uft.tracking.metrics import Files
-from uft.tracking.wandb import WAITING, Trackers, Wandb, make_tracker, unsent, upload, upload_state
+from uft.tracking.trackers import Trackers, make_tracker
+from uft.tracking.wandb import WAITING, Wandb, unsent, upload, upload_state
 
 
 def test_a_server_that_never_answers_costs_bounded_time(open_wandb, server):
@@ -129,7 +130,7 @@ def test_a_fork_that_ends_takes_no_files_away(new_run, config, server):
 import json, os, sys, wandb
 from pathlib import Path
 from uft.runs import Run
-from uft.tracking.wandb import make_tracker
+from uft.tracking.trackers import make_tracker
 from uft.evaluation.evaluate import Sample
 if os.fork() == 0:
     sys.exit()
@@ -149,7 +150,7 @@ PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
 from uft.runs import Run
-from uft.tracking.wandb import make_tracker
+from uft.tracking.trackers import make_tracker
 tracker = make_tracker(Run(Path(sys.argv[1])), json.loads(sys.argv[2]))
 tracker.start()
 for step in range(1, 61):
@@ -190,7 +191,7 @@ def test_what_a_kill_takes_from_wandbs_memory_arrives_once(new_run, config, serv
     tracker.finish("failed", 1, {})
     run_id = run.info()["id"]
     rows = server.history[run_id]
-    rows[39:] = [{name: rows[39][name] for name in ("step", "_step", "loss")}]
+    rows[39:] = [{name: rows[39][name] for name in ("step", "_step", "train/loss")}]
     run.update_info(wandb={**run.info()["wandb"], "sent": None})
     if resumed:
         tracker = make_tracker(run, config(), resumed_step=58)

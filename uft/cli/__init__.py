@@ -46,6 +46,8 @@ VERBS = {
     "docs": "the pages of the documentation, or one of them: uft docs start",
     "doctor": "versions, devices, disk, W&B and hub; no secrets",
 }
+STARTING = ("train", "check", "data", "generate", "chat", "eval", "annotate", "select")
+ANSWERED_AT_ONCE = frozenset(("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help"))
 MODULES = {
     **dict.fromkeys(("export", "resume", "compare", "sync", "ls", "docs", "doctor"), "uft.cli.manage"),
     **dict.fromkeys(("advise", "lake"), "uft.cli.studies"),
@@ -108,6 +110,8 @@ def dispatch(arguments: list[str]) -> int:
     elif first in ("-sc", "--shell-completion"):
         return int(import_module("uft.cli.completion").complete(arguments))
     elif first in VERBS:
+        if first in STARTING and sys.stdout.isatty() and not ANSWERED_AT_ONCE.intersection(arguments):
+            print(f"uft {first}: starting", flush=True)  # imports take seconds on a busy machine
         module = import_module(MODULES.get(first, "uft.cli.verbs"))
         return int(getattr(module, first)(arguments[1:]))
     else:

@@ -9,8 +9,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir
+from contextlib import chdir, suppress
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -35,7 +36,10 @@ from uft.tracking.console import HEADLINES, printable, printable_lines, table_co
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from uft.report.compare import Options
+
 METRICS = 4  # metrics shown at most
+PAUSE = 3.0  # seconds between two tables of `uft compare --watch`
 COLOURS = {
     "finished": "green",
     "running": "cyan",
@@ -355,6 +359,7 @@ paste into a report, compare.json holds the same for programs. What the statisti
   uft compare beta-sweep 'outputs/*/ift-*'      by name, by pattern, together
   uft compare --metric instruct/exact_match     judged by this first
   uft compare --baseline 'dpo beta=0.1'         the margin over this one
+  uft compare --watch                           the table, renewed while the sweep runs
   uft compare --latex > table.tex               means and intervals for a paper; --markdown, --csv"""
 
 
@@ -379,6 +384,7 @@ def compare(arguments: list[str]) -> int:
     ):
         told = f"print means, intervals and seeds: {what}"
         instead.add_argument(f"--{form}", dest="form", action="store_const", const=form, help=told)
+    instead.add_argument("--watch", action="store_true", help="renew the table while runs go on; Ctrl-C ends it")
     add("--open", action="store_true", help="open the page in a browser")
     add("--wandb", action="store_true", help="save a W&B workspace with the same panels")
     parsed = parser.parse_args(arguments)
@@ -392,6 +398,9 @@ def compare(arguments: list[str]) -> int:
         require()
     selection = select(parsed.runs)
     options = Options(tuple(parsed.metric), parsed.baseline, tuple(parsed.seed_key))
+    if parsed.watch:
+        watch(parsed.runs or [str(selection.folder)], options)
+        selection = select(parsed.runs or [str(selection.folder)])
     comparison = compare_runs(selection, options)
     if parsed.json or parsed.form:
         print(as_json(comparison) if parsed.json else as_text(comparison, parsed.form), end="")
@@ -412,6 +421,25 @@ def compare(arguments: list[str]) -> int:
 
         webbrowser.open(next(path for path in files if path.suffix == ".html").resolve().as_uri())
     return GOOD
+
+
+def watch(words: list[str], options: Options) -> None:
+    """Show the table of these runs, anew every few seconds, until none is running or waiting, or Ctrl-C."""
+    from rich.live import Live
+
+    from uft.report.compare import compare as compare_runs
+    from uft.report.runs import select
+    from uft.report.table import standing
+
+    console = table_console()
+    with Live(console=console, auto_refresh=False, transient=True) as live, suppress(KeyboardInterrupt):
+        while True:
+            started, selection = time.monotonic(), select(words)
+            comparison, jobs = compare_runs(selection, options), len(waiting(selection.folder))
+            live.update(standing(comparison, jobs, console.width), refresh=True)
+            if not jobs and not any(run["status"] == "running" for run in comparison["runs"]):
+                return
+            time.sleep(max(PAUSE, 2 * (time.monotonic() - started)))
 
 
 # docs

@@ -250,6 +250,12 @@ def rewards(settings: Settings) -> Iterator[Broken]:
     yield from problems_with(settings["reward"], named)
 
 
+def tracking(settings: Settings) -> Iterator[Broken]:
+    tracker = settings["tracking"]["tracker"]
+    if tracker in ("tensorboard", "trackio") and find_spec(tracker) is None:
+        yield broken("tracking.tracker", f"{tracker} is not installed", f"pip install 'uft-lm[{tracker}]'")
+
+
 RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
     numbers,
     adapters,
@@ -258,6 +264,7 @@ RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
     names,
     no_secret,
     machines,
+    tracking,
     rollouts,
     objective,
     rewards,

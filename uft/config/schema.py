@@ -342,10 +342,11 @@ class Hardware:
 
 @dataclass(config=STRICT)
 class Tracking:
+    tracker: Literal["wandb", "tensorboard", "trackio"] = _key("wandb", "what mirrors metrics.jsonl")
     mode: Literal["auto", "online", "offline", "disabled"] = _key("auto", "W&B: auto is online with key and network")
-    project: str = _key("uft", "W&B project")
+    project: str = _key("uft", "W&B project; Trackio's too")
     entity: str | None = _key(None, "W&B user or team; null: your default")
-    group: str | None = _key(None, "W&B group; null: the sweep's name")
+    group: str | None = _key(None, "W&B group; null: the sweep's name and the minute it was made")
     tags: list[str] = _key([], "more W&B tags; objective, data and model are always there")
     job_type: str = _key("train", "W&B job type")
 

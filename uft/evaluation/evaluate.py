@@ -23,7 +23,7 @@ from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message, Row
 from uft.distributed import ranks
 from uft.evaluation.measures import Scored, ScoredRow, Sum, Tally, measured, pair_of
-from uft.heartbeat import activity
+from uft.heartbeat import activity, come
 from uft.model.load import pad_id
 from uft.model.policy import Policy, evaluating
 from uft.model.reference import Reference
@@ -171,6 +171,7 @@ class _Evaluator:
                 raise Interrupted
             for number, scored in score_batch(self.policy, forward, batch.to(self.policy.device)):
                 scores[number].append(scored)
+            come(f"{sum(map(bool, scores.values()))} of {len(examples)} rows scored")
         rows = []
         for example in examples:
             # a completion that was cut to nothing is left out, and its pair with it
@@ -187,6 +188,7 @@ class _Evaluator:
         checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
         prompts = [self.renderer.start_ids(row) for row in rows]
+        come(f"{held.name}: {len(prompts)} prompts to be answered")
         replies = ranks().map_shards([(ids, 0) for ids in prompts], partial(self._complete, 0.0))
         texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
         verdicts = [Verdict({})] * len(rows)

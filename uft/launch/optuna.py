@@ -47,7 +47,7 @@ SAMPLERS = ("tpe", "random", "qmc")
 BEST = 5  # trials in the last table
 DIGITS = 6  # of a number that was drawn: enough for any search, and it stands in folder names
 RESUME = """\
-Failed trials count among the trials, and Optuna has been told. One that was stopped is gone on with by the same
+Failed trials count among the trials, and Optuna has been told. One that was stopped is continued by the same
 command, or by  uft resume {}"""
 
 

@@ -17,13 +17,14 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 from uft.environment import FOLDER, PeerLost, launched, note, note_code, noted_code, rank, reasons
 from uft.errors import FAILED, GOOD, UftError, render, stop_code, tell_redacted
 from uft.launch.process import PARENT, cause, die_with_parent, oom_kills
 from uft.runs import Run, keep_others_out, open_run, write_json
+from uft.tracking.console import saying_what_takes_long
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     faulthandler.enable()  # a crash in a library says where it was
     silence_libraries()
     try:
-        code = run_job(*arguments[1:]) if arguments[0] == "--job" else train(arguments[0])
+        with saying_what_takes_long() if rank() == 0 else nullcontext():
+            code = run_job(*arguments[1:]) if arguments[0] == "--job" else train(arguments[0])
     except UftError as error:
         if os.environ.get("UFT_TRACE"):
             raise

@@ -154,11 +154,32 @@ def kind_table(objectives: Mapping[str, Objective]) -> list[list[str]]:
     return lines
 
 
+def uses_of(row: Row, objective: Objective) -> list[str]:
+    """Of every completion its feedback and what the objective makes of it: `chosen: positive`, `score 0.75: r=0.75`."""
+    view = objective.views.get(row.kind)
+    taken = {one.completion: _use(one) for one in (view(row, 0) if view else None) or ()}
+    return [f"{feedback(one)}: {taken.get(place, 'not used')}" for place, one in enumerate(row.completions)]
+
+
+def feedback(completion: Completion) -> str:
+    """What the row says of a completion."""
+    if completion.preferred is not None:
+        return "chosen" if completion.preferred else "rejected"
+    if completion.label is not None:
+        return "good" if completion.label else "bad"
+    if completion.score is not None:
+        return f"score {completion.score:g}"
+    return "shown" if completion.sampled_by is None else "sampled"
+
+
+def _use(one: Selected) -> str:
+    return one.role.name.lower() if math.isnan(one.target) else f"r={one.target:g}"
+
+
 def _phrases(taken: Selection, names: tuple[str, ...]) -> list[str]:
     uses: Counter[tuple[str, str]] = Counter()
     for one in taken:
-        use = one.role.name.lower() if math.isnan(one.target) else f"r={one.target:g}"
-        uses[names[one.completion], use] += 1
+        uses[names[one.completion], _use(one)] += 1
     phrases = []
     for (name, use), count in uses.items():
         of = names.count(name)

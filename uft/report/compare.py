@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -41,15 +42,15 @@ PROMPTS, FEWEST_PROMPTS = 24, 4  # sample prompts: at most, and however many run
 LONGEST_SAMPLE, SHORTEST_SAMPLE = 4000, 300  # characters of one text
 SAMPLE_BUDGET = 2_000_000  # characters of all answers together
 
+WEB = re.compile(r"https?://")
 CAPTIONS = {
     "summary": (
         "Means are over seeds, intervals are 95 % t intervals, of shares within 0 and 1. Configurations that share "
         "seeds are compared seed by seed (a paired t test: the luck of a seed cancels out), others by Welch's t "
-        "test. p-values are adjusted by Holm's method for all comparisons of a metric; a difference counts as more "
-        "than seed noise when the adjusted p is below 0.05. The intervals themselves are not adjusted. The best of "
-        "several configurations was chosen on these same numbers, so its lead is flattered; seeds that took no part "
-        "in the choice would tell. "
-        "Only finished runs count."
+        "test. p-values are adjusted by Holm's method for all comparisons of a metric with the best, and for those "
+        "with the baseline; a difference counts as more than seed noise when the adjusted p is below 0.05. The "
+        "intervals themselves are not adjusted. The best of several configurations was chosen on these same numbers, "
+        "so the lead is optimistic: confirm it on new seeds. Only finished runs count."
     ),
     "curves": (
         "Training losses of different objectives are different quantities on different scales: a lower one is not a "
@@ -59,11 +60,11 @@ CAPTIONS = {
     ),
     "scatter": (
         "One point per configuration with its 95 % intervals, or per run: any figure against any other. A new skill "
-        "against a kept style shows what each objective trades away; what is better in both lies beyond the others."
+        "against a kept style shows what each objective trades away. Limits follow what is possible and common; "
+        "triangles stand for what lies outside."
     ),
     "heatmap": (
-        "Mean over seeds for two swept settings. Neighbours that differ by less than the spread of a cell's seeds "
-        "tell of noise, not of a trend."
+        "Mean over seeds for two swept settings. Smaller differences between neighbours than within a cell are noise."
     ),
     "parallel": (
         "One line per run through what was swept and what came of it. Many settings and few runs always show some "
@@ -74,8 +75,8 @@ CAPTIONS = {
         "each run, not its best: choosing the best step on the same held-out rows would flatter it."
     ),
     "differences": (
-        "Configuration keys and circumstances that are not the same in all runs, seeds apart. What stands here and "
-        "is not meant to vary makes a comparison doubtful."
+        "Configuration keys and circumstances that are not the same in all runs, seeds apart. Anything "
+        "here that you did not mean to vary weakens the comparison."
     ),
     "samples": (
         "Greedy answers to the same held-out prompts, at each run's last evaluation, with what the checker says."
@@ -125,6 +126,7 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
                 "direction": asked.get(name) or metrics.direction(name),
                 "kind": metrics.kind(name),
                 "curve": name in drawn,
+                "possible": metrics.possible(name),
                 "caption": metrics.caption(name),
                 "comparable": comparable or not metrics.of_objective(name),
             }
@@ -178,7 +180,8 @@ def write(comparison: Object, folder: Path) -> list[Path]:
     from uft.report.table import as_report
 
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {"compare.json": as_json, "compare.html": render, "compare.md": as_report}
+    page = partial(render, folder=folder)
+    texts: dict[str, Callable[[Object], str]] = {"compare.json": as_json, "compare.html": page, "compare.md": as_report}
     for name, make in texts.items():
         write_atomically(folder / name, make(comparison))
     return [folder / name for name in texts]
@@ -194,7 +197,9 @@ def run_record(n: int, run: LoadedRun, grouped: Grouping) -> Object:
 
     group = next((place for place, group in enumerate(grouped.groups) if n in group.runs), None)
     figures, best = run.figures, run.result.get("best")
-    words = [word for word in run.overrides if not word.lstrip("+").startswith("run.")]  # its own name and folder
+    address = noted.get("url") if isinstance(noted := run.info.get("wandb"), dict) else None
+    own = ("run.", "sweep.name=")  # its name and folder, which another run of the same configuration has not
+    words = [word for word in run.overrides if not word.lstrip("+").startswith(own)]
     return {
         "id": f"r{n}",
         "name": jsonable(run.name),
@@ -215,6 +220,7 @@ def run_record(n: int, run: LoadedRun, grouped: Grouping) -> Object:
         "tokens_per_second": jsonable(figures.get("tokens_per_second")),
         "peak_memory_bytes": integer(figures.get("peak_memory_bytes")),
         "command": jsonable(shlex.join(["uft", "train", *words])) if run.overrides else None,
+        "wandb": jsonable(address) if isinstance(address, str) and WEB.match(address) else None,
         "facts": jsonable(run.facts),
     }
 

@@ -316,5 +316,5 @@ def baselines(groups: Sequence[Group], wanted: str | None) -> list[int]:
     ]
     if not found:
         footer = f"There are:  {listed([group.name for group in groups], 30)}"
-        raise UftError(Problem(f"--baseline {wanted}", "no configuration is called so"), footer=footer)
+        raise UftError(Problem(f"--baseline {wanted}", "no configuration has that name"), footer=footer)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ DIRECTIONS = {
 SHARES = {name for name, better in DIRECTIONS.items() if better == "max"} | {"plain", "answered"}
 """Metrics between 0 and 1."""
 
-HEADLINES = ("eval/exact_match", "eval/correct", "eval/nll", "eval/pair_accuracy", "eval/reward_accuracy")
-"""Judged by default, in this order, after the metric of eval.best and before figures of `uft eval` that several runs
-have. Not `kl`: less of it is not better."""
+LIKELIHOOD = "eval/nll"
+HEADLINES = ("eval/exact_match", "eval/correct", "eval/pair_accuracy", "eval/reward_accuracy", LIKELIHOOD)
+"""Judged by default, in this order: what a checker says, which of two answers is preferred, likelihood, which does not
+rank what people want. A metric of `eval.best` that is not the likelihood comes first, figures of `uft eval` that
+several runs have come last. Not `kl`: less of it is not better."""
 
 CAPTIONS = {
     "eval/nll": (
@@ -93,6 +96,13 @@ def is_share(name: str) -> bool:
     return kind(name) == "eval" and last_part(name) in SHARES
 
 
+def possible(name: str) -> tuple[float | None, float | None]:
+    """The least and the most that a metric can be; None where there is no such bound."""
+    if is_share(name):
+        return 0.0, 1.0
+    return (0.0 if last_part(name) in ("nll", "kl", "grad_norm", "lr", "completion_length") else None), None
+
+
 def caption(name: str) -> str | None:
     """A line for people; a source's own metric has the caption of the metric over all rows."""
     if name.startswith("objective/"):
@@ -155,6 +165,7 @@ def headlines(
     if problems:
         raise UftError(*problems, footer="Figures there are:  " + listed([*known], 40))
     chosen = Counter((str(run.config.get("eval.best")), str(run.config.get("eval.best_mode"))) for run in runs)
+    chosen.pop((LIKELIHOOD, "min"), None)  # the default, which has its place among HEADLINES
     order += [Headline(*pair) for pair, _ in chosen.most_common() if comparable or not of_objective(pair[0])]
     order += [Headline(name, DIRECTIONS[name.removeprefix("eval/")]) for name in HEADLINES]
     of_evals = [name for name in known if name.startswith(EVALS) and name.count("/") == 2 and last_part(name) != "kl"]
@@ -191,6 +202,20 @@ def truncated(text: str, most: int) -> str:
 def encodable(text: str) -> str:
     """Without lone surrogates (half an emoji), which UTF-8 does not encode."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def places(values: Iterable[Any]) -> int:
+    """Decimals for a column of figures: as many as give the usual one three or four digits."""
+    sizes = [abs(value) for value in values if isinstance(value, (int, float)) and value and math.isfinite(value)]
+    power = math.floor(math.log10(statistics.median(sizes))) if sizes else 0
+    return min(8, max(0, 2 - power if power < -1 else 3 - max(0, power)))
+
+
+def fixed(value: float | str, decimals: int) -> str:
+    """`value` with these decimals; what would be too long has powers of ten, text stays."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.{decimals}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
 def rounded(value: float) -> float | str:

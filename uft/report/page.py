@@ -11,21 +11,25 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 from plotly.offline import get_plotlyjs
 
+from uft.report.table import FORMS, as_text
 from uft.tracking.console import printable_lines, shorten
 
 FOLDER = files("uft.report") / "page"
 ORDER = (
-    *("data", "text", "state", "look", "numbers", "legend", "headline", "lines", "curves"),
-    *("scatter", "heatmap", "parallel", "runs", "filter", "differences", "samples", "main"),
+    *("data", "text", "state", "look", "numbers", "limits", "take", "legend", "headline", "lines", "curves"),
+    *("plots", "scatter", "heatmap", "parallel", "runs", "filter", "differences", "samples", "main"),
 )
 SCRIPTS = tuple(f"{name}.js" for name in ORDER)
 LONGEST = 20_000  # characters of one text; compare.json has the rest
@@ -34,8 +38,11 @@ UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # what could end a script
 AXES = ("step", "tokens", "seconds", "value")
 
 
-def render(comparison: Mapping[str, Any]) -> str:
-    """The page of a comparison (compare.json, format 1), as text that UTF-8 can hold."""
+def render(comparison: Mapping[str, Any], folder: Path | None = None) -> str:
+    """The page of a comparison (compare.json, format 1), as text that UTF-8 can hold.
+
+    `folder`: where the page will lie, so that its runs have links to their folders.
+    """
     parts = {name: (FOLDER / name).read_text(encoding="utf-8") for name in (*SCRIPTS, "page.html", "page.css")}
     body = "\n".join(f"// {name}\n{parts[name]}" for name in SCRIPTS)
     scripts = [get_plotlyjs(), f'(() => {{\n"use strict";\n{body}\n}})();\n']
@@ -55,11 +62,24 @@ def render(comparison: Mapping[str, Any]) -> str:
         policy=policy,
         style=parts["page.css"],
         scripts=scripts,
-        data=script_json({**plain(rest), "curves": curves}),
+        data=script_json(
+            {
+                **plain(rest),
+                "curves": curves,
+                "folders": {} if folder is None else {run["id"]: link(folder, run["path"]) for run in rest["runs"]},
+                "tables": {form: as_text(comparison, form) for form in FORMS},
+            }
+        ),
         captions=comparison["captions"],
         thinned=curves["every"],
     )
     return html.encode("utf-8", "replace").decode("utf-8")
+
+
+def link(folder: Path, run: str) -> str:
+    """The relative address of a run's folder on a page in `folder`. It begins with a dot: no name can be a scheme."""
+    place = os.path.relpath(os.path.abspath(run), os.path.realpath(folder))
+    return f"./{quote(Path(place).as_posix())}/"
 
 
 def script_json(value: Any) -> str:

@@ -7,16 +7,17 @@ the cursor, and are neither Markdown nor LaTeX.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from uft.report.metrics import plural
+from uft.report.metrics import fixed, places, plural
 from uft.report.verdict import ALONE, BETTER, SELECTED
 from uft.tracking.console import printable, shorten, table_console
 
@@ -33,8 +34,8 @@ def show(comparison: Mapping[str, Any]) -> None:
     runs, groups = comparison["runs"], comparison["groups"]
     head = f"{comparison['title']}: {plural(len(runs), 'run')}, {plural(len(groups), 'configuration')}"
     console.print(Text(f"\n{one_line(head)}\n", style="bold"))
-    if groups:
-        print_table(comparison, console)
+    for part in parts_of_table(comparison, console.width):
+        console.print(part)
 
     incomplete = [run for run in runs if run["status"] != "finished" or run["error"]]
     for run in incomplete[:OTHERS]:
@@ -87,13 +88,26 @@ def flips(comparison: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, A
                 )
 
 
-def print_table(comparison: Mapping[str, Any], console: Console) -> None:
+def standing(comparison: Mapping[str, Any], waiting: int, width: int) -> Group:
+    """The table alone, how many runs are in which state, and how far those at work are: for `uft compare --watch`."""
+    runs = comparison["runs"]
+    states = Counter(run["status"] for run in runs) + Counter(waiting=waiting)
+    said = ", ".join(f"{count} {one_line(state)}" for state, count in states.items())
+    work = [run for run in runs if run["status"] == "running"]
+    steps = [f"  {one_line(run['name'])} step {run['steps'] or 0}/{run['total_steps'] or '?'}" for run in work[:OTHERS]]
+    head = Text(f"{one_line(comparison['title'])}: {said}\n", style="bold")
+    return Group(head, *parts_of_table(comparison, width), Text("\n" + "\n".join(steps)))
+
+
+def parts_of_table(comparison: Mapping[str, Any], width: int) -> list[Table | Text]:
     """A row per configuration, best first: its runs, and mean ± standard deviation of as many headline metrics as fit.
 
     Names are never cut away: they get up to half the width, and are folded there.
     """
-    figures = {group["id"]: group["metrics"] for group in comparison["groups"]}
-    best = {one["metric"]: figures[one["best"]][one["metric"]]["mean"] for one in comparison["summary"]}
+    if not comparison["groups"]:
+        return []
+    alone = len(comparison["groups"]) == 1
+    leading = {one["metric"]: [] if alone else one["leading"] for one in comparison["summary"]}
     finished = {run["id"] for run in comparison["runs"] if run["status"] == "finished"}
     groups = ranked(comparison)[:ROWS]
     names, runs = [], []
@@ -101,17 +115,18 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
         names.append("  " + one_line(group["name"]) + (" (baseline)" if group["baseline"] else ""))
         count, done = len(group["runs"]), len(finished.intersection(group["runs"]))
         runs.append(str(count) if done == count else f"{done} of {count}")
-    name_width = max(min(max(map(len, names)), console.width // 2), len("  configuration"))
+    name_width = max(min(max(map(len, names)), width // 2), len("  configuration"))
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     shown.add_column("  configuration", overflow="fold", min_width=name_width)
     shown.add_column("runs", justify="right", no_wrap=True)
     columns: list[list[Text]] = [[Text(name) for name in names], [Text(text) for text in runs]]
-    room = console.width - name_width - max(map(len, ["runs", *runs])) - 4
+    room = width - name_width - max(map(len, ["runs", *runs])) - 4
     for head in comparison["headline"][:COLUMNS]:
         metric = head["metric"]
         title = f"{one_line(metric.removeprefix('eval/'))} {ARROWS[head['direction']]}"
-        of = [group["metrics"].get(metric) for group in groups]
-        cells = [cell(found, found is not None and found["mean"] == best.get(metric)) for found in of]
+        of = {group["id"]: group["metrics"].get(metric) for group in groups}
+        digits = places(found["mean"] for found in of.values() if found)
+        cells = [cell(found, digits, name in leading.get(metric, ())) for name, found in of.items()]
         room -= max(len(title), *map(len, cells)) + 2
         if room < 0 and len(columns) > 2:
             break
@@ -119,14 +134,14 @@ def print_table(comparison: Mapping[str, Any], console: Console) -> None:
         columns.append(cells)
     for row in zip(*columns, strict=True):
         shown.add_row(*row)
-    console.print(shown)
-    notes = ["mean ± standard deviation over seeds; * best; ↑ more, ↓ less is better"]
+    notes = ["mean ± standard deviation over seeds; ↑ more is better, ↓ less is better"]
+    if not alone:
+        notes.append("* the best mean, and all that are not worse beyond seed noise")
     if left := min(len(comparison["headline"]), COLUMNS) - (len(columns) - 2):
         notes.append(f"{plural(left, 'more metric')} in a wider terminal")
     if len(comparison["groups"]) > ROWS:
         notes.append(f"and {len(comparison['groups']) - ROWS} more in compare.html")
-    for note in notes:
-        console.print(Text(f"  {note}", style="dim"))
+    return [shown, *(Text(f"  {note}", style="dim") for note in notes)]
 
 
 def ranked(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -143,13 +158,12 @@ def ranked(comparison: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return sorted(comparison["groups"], key=place)
 
 
-def cell(found: Mapping[str, Any] | None, best: bool) -> Text:
+def cell(found: Mapping[str, Any] | None, digits: int, leads: bool) -> Text:
     if found is None:
         return Text("")
-    mean, sd = found["mean"], found["sd"]
-    text = mean if isinstance(mean, str) else f"{mean:.4g}"
-    text += f" ± {sd:.2g}" if isinstance(sd, (int, float)) else ""
-    return Text(f"{text} *" if best else f"{text}  ", style="bold green" if best else "")
+    text = fixed(found["mean"], digits)
+    text += f" ± {fixed(found['sd'], digits)}" if isinstance(found["sd"], (int, float)) else ""
+    return Text(f"{text} *" if leads else f"{text}  ", style="bold green" if leads else "")
 
 
 def one_line(text: str) -> str:
@@ -165,6 +179,8 @@ CAPTION = (
     " more than seed noise (p < 0.05 after Holm's adjustment)."
 )
 OF_CSV = ("configuration", "metric", "direction", "n", "seeds", "mean", "sd", "low", "high", "baseline", "best")
+OF_DIFFERENCE = {f"baseline_{key}": key for key in ("difference", "low", "high", "p_adjusted")}
+"""Columns of CSV on the difference from the baseline, and where compare.json has them."""
 ARROWS = {"max": "↑", "min": "↓"}
 SPECIAL = re.compile(r"([\\`*_\[\]|#])")  # in Markdown
 
@@ -177,7 +193,7 @@ def as_text(comparison: Mapping[str, Any], form: str) -> str:
     axes, groups = [axis["key"] for axis in comparison["axes"]], ranked(comparison)
     lines = measured(comparison, groups)
     if form == CSV:
-        return str(lines.reindex(columns=[*OF_CSV, *axes]).to_csv(index=False))
+        return str(lines.reindex(columns=[*OF_CSV, *OF_DIFFERENCE, *axes]).to_csv(index=False))
     metrics = {head["metric"]: head for head in comparison["headline"] if head["metric"] in set(lines["metric"])}
     heads = [f"{one_line(metric)} {ARROWS[head['direction']]}" for metric, head in metrics.items()]
     cells, bold = (
@@ -211,6 +227,10 @@ def measured(comparison: Mapping[str, Any], groups: Sequence[Mapping[str, Any]])
     seeds = {run["id"]: str(run["seed"]) for run in comparison["runs"] if run["status"] == "finished"}
     findings = {finding["metric"]: finding for finding in comparison["summary"]}
     lines = []
+    digits = {
+        head["metric"]: places(group["metrics"].get(head["metric"], {}).get("mean") for group in groups)
+        for head in comparison["headline"]
+    }
     for group, head in product(groups, comparison["headline"]):
         finding, found = findings.get(head["metric"]), group["metrics"].get(head["metric"])
         if finding is None or found is None:
@@ -219,13 +239,17 @@ def measured(comparison: Mapping[str, Any], groups: Sequence[Mapping[str, Any]])
         inside_noise = {one["b"]: one["inside_noise"] for one in finding["comparisons"]}.get(finding["runner_up"])
         own = [seeds[run] for run in group["runs"] if run in seeds]
         mean, low, high = (
-            f"{value:.4g}" if isinstance(value, (int, float)) else value
-            for value in (found["mean"], found["low"], found["high"])
+            None if found[name] is None else fixed(found[name], digits[head["metric"]])
+            for name in ("mean", "low", "high")
+        )
+        against: Mapping[str, Any] = next(
+            (one for one in finding["against_baseline"] if one["group"] == group["id"]), {}
         )
         lines.append(
             {
                 **{"configuration": one_line(group["name"]), **head, **found, "seeds": " ".join(own)},
                 **{"baseline": group["baseline"], "best": best, **group["config"], "id": group["id"]},
+                **{name: against.get(key) for name, key in OF_DIFFERENCE.items()},
                 "cell": mean if low is None else f"{mean} [{low}, {high}]",
                 "bold": best and inside_noise is False,
             }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -64,6 +64,7 @@ def judge(
 
     `names` are those of the groups, `baselines` the groups that count as one: each objective is taken at the best it
     can do. Compared is the best with the runner-up, the baseline, then the others; `words` begin with the answer.
+    `leading` are the best and those that are not worse beyond seed noise; `beyond_noise`: the best is ahead of all.
     `by_row`: what the rows say of two groups, asked for the runner-up and the baseline.
     """
     metric, sign = headline.metric, headline.sign
@@ -97,39 +98,61 @@ def judge(
         for other, difference, p in zip(others, compared, holm([each.p for each in compared]), strict=True)
     }
 
-    equal = listed([names[group] for group in behind if spreads[group].mean == spreads[best].mean])
-    stands = (
-        f"None is best alone: {names[best]} has the same mean as {equal}," if equal else f"{names[best]} is best with"
-    )
-    words = [f"{stands} {with_interval(spreads[best])}."]
+    equal = [group for group in behind if spreads[group].mean == spreads[best].mean]
+    beyond_noise = bool(behind) and all(each.inside_noise is False for each in found.values())
+    verb = "is best with" if beyond_noise else "has the best mean," if behind else "has"
+    if equal:
+        verb = f"has the same mean as {listed([names[group] for group in equal])},"
+    words = [f"{'None is best alone: ' if equal else ''}{names[best]} {verb} {with_interval(spreads[best])}."]
     tests = sum(difference.p is not None for difference in compared)
     for b in (b for b in others if b in roles):
         words.append(lead(found[b], sign, f"{' and '.join(roles[b])}, {names[b]}", tests))
         words += [*of_power(found[b]), *of_rows(found[b].rows, sign, names[b])]
     if baseline == best and len(names) > 1:
-        words.append(f"It is {the_baseline} itself.")
+        words.append(f"This is {the_baseline}.")
     if len(others) > 1:
-        words.append(
-            f"The best of {len(ranked)} {SELECTED}, so its lead is flattered; "
-            "seeds that took no part in the choice would tell."
-        )
-    if len(names) == 1:
-        words.append(ALONE)
-    for why, left_out in (
-        ("a seed ended at a figure that is not finite", [group for group in spreads if group not in ranked]),
-        ("no finished run has this figure", [group for group in range(len(names)) if group not in spreads]),
-    ):
-        if left_out:
-            words.append(f"Not ranked, because {why}: {listed([names[group] for group in left_out])}.")
+        words.append(f"The best of {len(ranked)} {SELECTED}, so the lead is optimistic: confirm it on new seeds.")
+    words += [ALONE] if len(names) == 1 else []
+    words += left_out(names, spreads, ranked)
     places = {"best": best, "runner_up": runner_up, "baseline": baseline}
+    level = [b for b in behind if found[b].inside_noise or b in equal]
     record = {
         "metric": metric,
         "direction": headline.direction,
         "words": words,
         **{role: None if group is None else f"g{group}" for role, group in places.items()},
+        "leading": [f"g{group}" for group in (best, *level)],
+        "beyond_noise": beyond_noise,
         "comparisons": [{"a": f"g{best}", "b": f"g{other}", **asdict(each)} for other, each in found.items()],
+        "against_baseline": [] if baseline is None else against(baseline, values),
     }
     return jsonable(record)
+
+
+def left_out(names: Sequence[str], measured: Collection[int], ranked: Collection[int]) -> Iterator[str]:
+    """Sentences on the groups that have no rank."""
+    for why, without in (
+        ("a seed ended at a figure that is not finite", [group for group in measured if group not in ranked]),
+        ("no finished run has this figure", [group for group in range(len(names)) if group not in measured]),
+    ):
+        if without:
+            yield f"Not ranked, because {why}: {listed([names[group] for group in without])}."
+
+
+def against(baseline: int, values: Mapping[int, Mapping[Hashable, float]]) -> list[dict[str, Any]]:
+    """Every other group minus the baseline, the p-values adjusted for these comparisons."""
+    others = [group for group in values if group != baseline]
+    differences = [difference_of(values[group], values[baseline]) for group in others]
+    adjusted = holm([difference.p for difference in differences])
+    return [
+        {
+            "group": f"g{group}",
+            **{name: getattr(difference, name) for name in ("difference", "low", "high", "p", "n", "paired", "method")},
+            "p_adjusted": p,
+            "inside_noise": None if p is None else p >= ALPHA,
+        }
+        for group, difference, p in zip(others, differences, adjusted, strict=True)
+    ]
 
 
 def with_interval(found: Spread) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from uft.errors import FAILED, Problem, UftError, first_line
 from uft.report.runs import BROKEN, read_config, read_object
 from uft.runs import Run, shown
-from uft.tracking.wandb import obstacle, unsent, wandb_server
+from uft.tracking.wandb import obstacle, panel, unsent, wandb_server
 
 HEADLINES = 3  # metrics in the parallel coordinates
 CURVES = ("loss", "nll", "grad_norm", "lr")
@@ -95,12 +95,13 @@ def logged_run(path: Path) -> LoggedRun | None:
             return None
         url = URL.match(logged["url"]) if isinstance(logged.get("url"), str) else None
         entity, project = url.groups() if url else (config.get("tracking.entity"), None)
+        sweep = config.get("sweep.name") or info.get("sweep")
         return LoggedRun(
             path=path,
             id=str(logged["id"]),
             project=str(project or config.get("tracking.project") or "uft"),
             entity=None if entity is None else str(entity),
-            group=str(config.get("tracking.group") or config.get("sweep.name") or info.get("sweep") or ""),
+            group=str(logged.get("group") or config.get("tracking.group") or sweep or ""),
             offline=unsent(Run(path)),
         )
     except BROKEN:
@@ -134,7 +135,7 @@ def workspace(comparison: Object, runs: Sequence[LoggedRun], entity: str, projec
         runset_settings=ws.RunsetSettings(
             filters=filters,
             groupby=[ws.Config(key) for key in config_axes(comparison)],
-            pinned_columns=[f"summary:{head['metric']}" for head in comparison["headline"][:HEADLINES]],
+            pinned_columns=[f"summary:{panel(head['metric'])}" for head in comparison["headline"][:HEADLINES]],
         ),
     )
 
@@ -147,18 +148,20 @@ def sections_of(comparison: Object) -> list[Any]:
     curves = [metric["name"] for metric in comparison["metrics"] if metric["curve"] and metric["name"] in CURVES]
 
     def line(metric: str) -> Any:
-        return wr.LinePlot(title=metric, x="step", y=[metric], groupby_aggfunc="mean", groupby_rangefunc="stddev")
+        return wr.LinePlot(
+            title=metric, x="step", y=[panel(metric)], groupby_aggfunc="mean", groupby_rangefunc="stddev"
+        )
 
     sweep: list[Any] = []
     if axes:
         columns = [wr.ParallelCoordinatesPlotColumn(wr.Config(key)) for key in axes]
-        columns += [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(metric)) for metric in heads[:HEADLINES]]
+        columns += [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(panel(metric))) for metric in heads[:HEADLINES]]
         sweep.append(wr.ParallelCoordinatesPlot(title="what was swept", columns=columns))
     if len(heads) > 1:
-        x, y = (wr.SummaryMetric(metric) for metric in heads[:2])
+        x, y = (wr.SummaryMetric(panel(metric)) for metric in heads[:2])
         sweep.append(wr.ScatterPlot(title=f"{heads[1]} against {heads[0]}", x=x, y=y))
     if axes and heads:
-        sweep.append(wr.ParameterImportancePlot(with_respect_to=heads[0]))
+        sweep.append(wr.ParameterImportancePlot(with_respect_to=panel(heads[0])))
     sections = {
         "Evaluation": [line(metric) for metric in heads],
         "Sweep": sweep,

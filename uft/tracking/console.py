@@ -10,6 +10,9 @@ import logging
 import math
 import os
 import sys
+import textwrap
+import threading
+import time
 import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from uft.errors import redact
+from uft.heartbeat import heartbeat
 from uft.runs import shown
 
 if TYPE_CHECKING:
@@ -37,8 +41,11 @@ TABLE_WIDTH = 160  # likewise, of all others
 PACE_WINDOW = 20  # metric lines that the remaining time is estimated from
 PREFIX = "eval/"
 SHOWN_METRICS = 10  # in the end card
-HEADLINES = ("nll", "exact_match", "pair_accuracy", "kl", "margin")
+WHOLE, LONGEST_TEXT = 2, 2000  # samples that are shown whole, up to so many characters of each text
+NOISE = 1e-6  # differences of log-probs below it are rounding
+HEADLINES = ("exact_match", "pair_accuracy", "nll", "kl", "margin")
 """Metrics of an evaluation that come first, in this order, where there is no room for all."""
+RISE, LEAST_RISE = 1.25, 0.25  # of eval/nll since before training, as a factor and in nats: more is told
 LARGEST_KL = 100.0  # nats per token; a larger estimate is none
 STYLES = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}
 
@@ -48,6 +55,78 @@ def table_console(quiet: bool = False) -> RichConsole:
     from rich.console import Console as RichConsole
 
     return RichConsole(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False, quiet=quiet)
+
+
+QUIET = 4.0  # seconds without output after which a terminal is told what goes on
+
+
+class Heard:
+    """A terminal's stream that knows when it was written to last, with a line of its own that any output replaces."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.last, self.shown = stream, time.monotonic(), False
+        self.lock = threading.RLock()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self.lock:
+            self.clear()
+            self.last = time.monotonic()
+            return self.stream.write(text)
+
+    def clear(self) -> None:
+        with self.lock:
+            if self.shown:
+                self.stream.write(CLEAR_LINE)
+                self.shown = False
+
+    def tick(self) -> None:
+        """Say what goes on where nothing was written for a while."""
+        with self.lock, suppress(OSError, ValueError):
+            if time.monotonic() - self.last < QUIET:
+                return
+            width = os.get_terminal_size(self.stream.fileno()).columns
+            self.stream.write(CLEAR_LINE + shorten(phase_line(), width - 1))
+            self.stream.flush()
+            self.shown = True
+
+
+def phase_line() -> str:
+    """`the model is being evaluated: 12 of 30 rows, 00:15`"""
+    now = (
+        heartbeat.doing.replace(" was ", " is being ")
+        .replace(" were ", " are being ")
+        .replace("it trained", "training")
+    )
+    far = f": {heartbeat.far}" if heartbeat.far else ""
+    return f"{now}{far}, {duration(time.monotonic() - heartbeat.since)}"
+
+
+@contextmanager
+def saying_what_takes_long() -> Iterator[None]:
+    """Within, a terminal is told what goes on, how far and for how long, whenever nothing else was said for a while."""
+    stream = sys.stdout
+    if not stream.isatty() or os.environ.get("TERM", "") in ("", "dumb"):
+        yield
+        return
+    heard, over = Heard(stream), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1.0):
+            heard.tick()
+
+    thread = threading.Thread(target=watch, daemon=True, name="uft-phase")
+    sys.stdout = heard
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(2.0)
+        heard.clear()
+        sys.stdout = stream
 
 
 class Console:
@@ -81,7 +160,7 @@ class Console:
         """The card before the first step of a run or of a stage: what runs, on what, and where it goes."""
         self._terms = {}  # the next steps may be another objective's
         self._heading(title)
-        self._print(card(rows) + "\n")
+        self._print(card(rows, self._width()) + "\n")
 
     def end(
         self,
@@ -95,7 +174,10 @@ class Console:
         self._finish_line()
         self._print("")
         self._heading(title, STYLES.get(result["status"], "bold"))
-        self._print(card(ending_rows(result, total_steps, commands, run)))
+        rows = ending_rows(result, total_steps, commands, run)
+        if note := collapse_note(self._evaluations):
+            rows.insert(min(len(rows), 3), ("caution", note))
+        self._print(card(rows, self._width()))
 
     def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Evaluations of an earlier session of this run, from its metric lines, for the column "before"."""
@@ -120,7 +202,8 @@ class Console:
         if evaluation.metrics:
             self._evaluations[step] = dict(evaluation.metrics)
             self._rich(evaluation_table(step, self._evaluations, self.marks))
-            self._print(f"\n{note}\n" if (note := kl_note(evaluation.metrics)) else "")
+            notes = [note for note in (kl_note(evaluation.metrics), collapse_note(self._evaluations)) if note]
+            self._print("\n" + "".join(f"{fold(note, self._width())}\n" for note in notes))
         if evaluation.samples:
             self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
 
@@ -213,6 +296,10 @@ def rendered(renderable: Any, width: int, color: bool) -> str:
 # --- The table of an evaluation, samples, and the end card.
 
 
+def fold(text: str, width: int) -> str:
+    return textwrap.fill(text, max(width, 20), break_long_words=False, break_on_hyphens=False)
+
+
 def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """The metrics of an evaluation by source; "" is all sources together."""
     found: dict[str, dict[str, float]] = {"": {}}
@@ -244,7 +331,7 @@ def evaluation_table(
     for name in ("metric", *columns):
         table.add_column(printable(name), justify="left" if name == "metric" else "right", overflow="fold")
     for metric in dict.fromkeys(name for column in columns.values() for name in column):
-        table.add_row(printable(metric), *(number(column.get(metric), 3) for column in columns.values()))
+        table.add_row(printable(metric), *(measure(column.get(metric)) for column in columns.values()))
     return table
 
 
@@ -256,20 +343,57 @@ def kl_note(metrics: Mapping[str, float]) -> str:
     return printable(f"{', '.join(names)}: {why}") if names else ""
 
 
-def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
-    """The first sample of every source, a line each."""
+def collapse_note(history: Mapping[int, Mapping[str, float]]) -> str:
+    """A line about good answers that have become much less likely since before training; "" where they have not.
 
-    def quote(text: str, width: int) -> str:
-        return f'"{shorten(printable(text), width)}"'
+    `history` holds the evaluations of a run by step.
+    """
+    if 0 not in history or (last := max(history)) == 0:
+        return ""
+    before, now = (by_source(history[step]) for step in (0, last))
+    rises = {
+        source: (before[source]["nll"], metrics["nll"])
+        for source, metrics in now.items()
+        if "nll" in metrics and "nll" in before.get(source, {})
+    }
+    sunk = {source: (old, new) for source, (old, new) in rises.items() if not new <= max(RISE * old, old + LEAST_RISE)}
+    if "" not in sunk:
+        return ""
+    parts = ", ".join(f"{printable(name)} {old:.2f} to {new:.2f}" for name, (old, new) in sunk.items() if name)
+    old, new = sunk[""]
+    return (
+        f"good answers have become less likely: eval/nll {old:.2f} to {new:.2f} since step 0"
+        f"{f' ({parts})' if parts else ''}. A lower learning rate, or a likelihood term (sft_weight, demonstrations in "
+        "the mixture), holds them"
+    )
+
+
+def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
+    """The first sample of every source, a line each; where these do not fit, two whole ones."""
+
+    def quote(text: str) -> str:
+        return f'"{printable(text)}"'
 
     first: dict[str, Sample] = {}
     for sample in samples:
         first.setdefault(sample.source, sample)
     lines = []
-    for sample in first.values():
-        part = max((width - len(sample.source) - 12) // 2, 16)
-        answer = f"  (answer {quote(sample.answer, 16)})" if sample.answer is not None else ""
-        lines.append(f"  {sample.source}: {quote(sample.prompt, part)} -> {quote(sample.reply, part)}{answer}")
+    for one in first.values():
+        answer = f"  (answer {quote(one.answer)})" if one.answer is not None else ""
+        lines.append(f"  {one.source}: {quote(one.prompt)} -> {quote(one.reply)}{answer}")
+    if max(map(len, lines)) < width:
+        return lines
+    lines = []
+    for one in [*first.values()][:WHOLE]:
+        texts = {"prompt": one.prompt, "reply": one.reply, "answer": one.answer}
+        lines += [f"  {one.source}"]
+        for name, text in texts.items():
+            if text is not None:
+                shown = printable_lines(shorten(text, LONGEST_TEXT))
+                folded = [
+                    part for line in shown.split("\n") for part in textwrap.wrap(line, max(width - 12, 20)) or [""]
+                ]
+                lines += [f"    {name if not number else '':<6}  {part}".rstrip() for number, part in enumerate(folded)]
     return lines
 
 
@@ -279,8 +403,7 @@ def ending_rows(
     """The end card, line by line; with a `run`, its files as they are found from here."""
 
     def text(metrics: Mapping[str, float]) -> str:
-        pairs = [f"{name} {number(value, 3)}" for name, value in metrics.items()][:SHOWN_METRICS]
-        return "\n".join(", ".join(pairs[start : start + 5]) for start in range(0, len(pairs), 5))
+        return ", ".join([f"{name} {measure(value)}" for name, value in metrics.items()][:SHOWN_METRICS])
 
     def place(name: str) -> str:
         return shown(run.path / name) if run else name
@@ -328,6 +451,11 @@ def number(value: float | None, decimals: int = 2) -> str:
     if value == 0 or 10.0**-decimals <= size < 1000:
         return f"{value:.{decimals}f}"
     return f"{value:.1f}" if 1000 <= size < 100_000 else f"{value:.1e}"
+
+
+def measure(value: float | None) -> str:
+    """A figure of an evaluation; what is no more than rounding is zero."""
+    return number(0.0 if value is not None and abs(value) < NOISE else value, 3)
 
 
 def count(value: float) -> str:
@@ -409,12 +537,20 @@ def step_line(
     return join()
 
 
-def card(rows: Card) -> str:
-    """Labels and values in two columns; a value of several lines stays in its column."""
-    width = max((len(label) for label, _ in rows), default=0)
+def card(rows: Card, width: int = 0) -> str:
+    """Labels and values in two columns; a value of several lines stays in its column.
+
+    Prose is folded to `width`; commands and tables, whose columns stand apart by spaces, are not.
+    """
+    label_width = max((len(label) for label, _ in rows), default=0)
     lines = []
     for label, value in rows:
-        first, *more = printable_lines(value).split("\n")
-        lines.append(f"  {label:<{width}}  {first}".rstrip())
-        lines += [f"  {'':<{width}}  {line}".rstrip() for line in more]
+        folded = list[str]()
+        for line in printable_lines(value).split("\n"):
+            room = width - label_width - 4
+            prose = width > label_width + 30 and len(line) > room and "  " not in line.strip() and label != "next"
+            folded += textwrap.wrap(line, room, break_long_words=False, break_on_hyphens=False) if prose else [line]
+        first, *more = folded
+        lines.append(f"  {label:<{label_width}}  {first}".rstrip())
+        lines += [f"  {'':<{label_width}}  {line}".rstrip() for line in more]
     return "\n".join(lines)

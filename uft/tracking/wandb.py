@@ -9,8 +9,10 @@ W&B run. In one process one W&B run is open at a time: a second first finishes t
 from __future__ import annotations
 
 import atexit
+import math
 import netrc
 import os
+import shlex
 import socket
 import tempfile
 import threading
@@ -27,16 +29,17 @@ from urllib.parse import urlsplit
 
 from uft.config.schema import Tracking
 from uft.errors import FAILED, GOOD, STOPPED, Problem, UftError, first_line
-from uft.runs import Run, typed_path
-from uft.tracking.metrics import Files, read_metrics, read_samples
+from uft.runs import SWEEP_FILE, Run, read_json, typed_path
+from uft.tracking.metrics import read_metrics, read_samples
 
 if TYPE_CHECKING:
-    from uft.evaluation.evaluate import Item, Sample
+    from uft.evaluation.evaluate import Sample
 
 Row = tuple[int, Mapping[str, Any]]  # step and values, "samples" being rows of samples.jsonl
 LONGEST_TAG = 64  # characters; W&B refuses more
 WAITING = 10_000  # rows that may wait to be sent; one more and W&B is left behind
 AXES = ("step", "tokens", "rows")
+TRAINING = ("loss", "nll", "lr", "grad_norm", "epoch", "seconds", "supervised_tokens", "tokens_per_second", "mfu")
 
 
 @dataclass
@@ -94,6 +97,7 @@ class Wandb:
         own_media_folder(os.getpid())
         identity, tracking = self._identity(), self.config["tracking"]
         names = [self.config[group]["name"] for group in ("objective", "data", "model")]
+        typed = command(self.run)
         nothing_of_here: dict[str, Any] = {"x_disable_stats": True, "x_disable_meta": True, "disable_git": True}
         handle = wandb.init(
             mode="online",
@@ -103,10 +107,11 @@ class Wandb:
             name=self.run.name,
             project=identity.get("project") or tracking["project"],
             entity=identity.get("entity") or tracking["entity"],
-            group=tracking["group"] or self.config["sweep"]["name"] or self.run.info().get("sweep"),
+            group=identity.get("group"),
+            notes=typed or None,
             job_type=tracking["job_type"],
             tags=list(dict.fromkeys(str(tag)[:LONGEST_TAG] for tag in (*names, *tracking["tags"]) if tag)),
-            config=dict(self.config),
+            config={**self.config, "run_info": about(self.run)},
             dir=str(self.folder or self.run.path),
             settings=wandb.Settings(
                 console="off",
@@ -148,7 +153,8 @@ class Wandb:
         atexit.unregister(self._await_sender)
         if self._await_sender():
             try:
-                handle.summary.update({**summary, "status": status})
+                found = {**summary, **extremes(self.run), **best(self.run.result()), "status": status}
+                handle.summary.update({panel(name): value for name, value in found.items()})
                 if exit_code == STOPPED:
                     handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
                 handle.finish(exit_code=exit_code)
@@ -188,7 +194,7 @@ class Wandb:
         return why
 
     def _identity(self) -> dict[str, str]:
-        """Id of the W&B run, and the project and entity that the environment names; noted by the first session.
+        """Id and group of the W&B run, project and entity that the environment names; noted by the first session.
 
         WANDB_PROJECT and WANDB_ENTITY count where the configuration leaves the default, or where a W&B sweep's agent
         set them. The id is an agent's alone: else every job of a sweep would have the same one.
@@ -201,6 +207,7 @@ class Wandb:
         for key in ("project", "entity"):
             counts = agent or tracking[key] == getattr(Tracking(), key)
             found[key] = noted.get(key) or (environment.get(f"WANDB_{key.upper()}") if counts else None)
+        found["group"] = noted.get("group") or group_of(self.run, self.config)
         return {name: value for name, value in found.items() if value}
 
     def _note(self, **values: Any) -> None:
@@ -246,6 +253,7 @@ class Wandb:
                         continue
                     if "samples" in values:
                         values = sample_columns(values["samples"])
+                    values = {panel(name): value for name, value in values.items()}
                     if step == self._known:
                         values = {name: value for name, value in values.items() if not _has(handle, name, value)}
                     if values:
@@ -253,6 +261,64 @@ class Wandb:
                         self.sent.add(step)
         except Exception as error:
             self.failure = first_line(error).rstrip(".")
+
+
+def panel(name: str) -> str:
+    """A metric's name in W&B, which makes a section of what stands before the first slash: `train/loss` for `loss`,
+    `eval_pairs/nll` for `eval/pairs/nll`. metrics.jsonl keeps its names."""
+    if name in TRAINING or name.startswith("memory_"):
+        return f"train/{name}"
+    source, slash, metric = name.removeprefix("eval/").rpartition("/")
+    return f"eval_{source}/{metric}" if slash and name.startswith("eval/") else name
+
+
+def group_of(run: Run, config: Mapping[str, Any]) -> str | None:
+    """The W&B group: the configured one, else the sweep with the minute it was made, since others have its name."""
+    tracking, sweep = config["tracking"], config["sweep"]["name"] or run.info().get("sweep")
+    file = run.path.parent / SWEEP_FILE
+    made = read_json(file).get("made") if sweep and not tracking["group"] and file.is_file() else None
+    minute = str(made)[:16].replace("T", " ").replace(":", ".")  # W&B's filters know no colon
+    return tracking["group"] or (f"{sweep} {minute}" if made else sweep)
+
+
+def command(run: Run) -> str:
+    """What was typed; "" where it is not known."""
+    first, *words = run.info().get("command") or [""]
+    return f"{first} {shlex.join(words)}".strip()
+
+
+def about(run: Run) -> dict[str, Any]:
+    """What the configuration does not say of a run: command, code, data, size of the model."""
+    info, files = run.info(), [run.path / name for name in ("data.json", "check.json")]
+    data, checks = (read_json(file) if file.is_file() else {} for file in files)
+    code = info.get("code") or {}
+    return {
+        "command": command(run),
+        "commit": code.get("commit"),
+        "uncommitted_changes": code.get("dirty"),
+        "data_digest": info.get("data_digest"),
+        "model": next(iter(checks.get("model", [])), None),
+        "parameters": checks.get("parameters"),
+        "rows": {name: source.get("rows") for name, source in data.get("sources", {}).items()},
+    }
+
+
+def extremes(run: Run) -> dict[str, float]:
+    """`min/NAME` and `max/NAME` of every metric of the evaluation over all sources."""
+    found: dict[str, list[float]] = {}
+    for row in read_metrics(run):
+        for name, value in row.items():
+            if name.startswith("eval/") and name.count("/") == 1 and math.isfinite(value):
+                found.setdefault(name, []).append(value)
+    ends = {"min": min, "max": max}
+    return {f"{end}/{name}": of(values) for name, values in found.items() for end, of in ends.items()}
+
+
+def best(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The metric that chose the best checkpoint, its step, and what the run took."""
+    found = {f"best/{name}": value for name, value in (result.get("best") or {}).items()}
+    names = {"best/step": "best_step", "peak_memory_bytes": "peak_memory_bytes", "seconds": "seconds"}
+    return found | {name: result[key] for name, key in names.items() if result.get(key) is not None}
 
 
 def _has(handle: Any, name: str, value: Any) -> bool:
@@ -447,67 +513,3 @@ def upload(run: Run, patience: float = PATIENCE) -> tuple[int, str]:
         except Exception as error:
             shut_down()
             return 0, first_line(error).rstrip(".")
-
-
-# --- Both trackers of a run.
-
-
-@dataclass
-class Trackers:
-    """Take what a run measures; without trackers, on every rank but the first, nothing. Calls: start, then log, samples
-    and items, then finish."""
-
-    files: Files | None = None
-    wandb: Wandb | None = None
-
-    @property
-    def trackers(self) -> list[Files | Wandb]:
-        return [tracker for tracker in (self.files, self.wandb) if tracker]
-
-    def start(self) -> None:
-        """Open. Raises UftError if what was asked for cannot be had."""
-        for tracker in self.trackers:
-            tracker.start()
-
-    def log(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        """Metrics after optimiser step `step` (0: before the first). The same step may come twice, with other names.
-
-        The one text among them is `stage`, in a run that has stages.
-        """
-        for tracker in self.trackers:
-            tracker.log(step, metrics)
-
-    def samples(self, step: int, samples: Sequence[Sample], stage: str | None = None) -> None:
-        for tracker in self.trackers:
-            tracker.samples(step, samples, stage)
-
-    def items(self, step: int, items: Sequence[Item], stage: str | None = None, answers: bool = False) -> None:
-        """What was measured of every held-out row, with its answer if asked for. They stay in the run folder."""
-        if self.files:
-            self.files.items(step, items, stage, answers)
-
-    def secure(self) -> None:
-        """Bring everything so far to the disk: a checkpoint that stands after it is about to be published."""
-        if self.files:
-            self.files.secure()
-
-    def finish(self, status: str, exit_code: int, summary: Mapping[str, Any]) -> None:
-        """Close as `status` (finished, failed, stopped), with the process's exit code. A second call does nothing."""
-        for tracker in self.trackers:
-            tracker.finish(status, exit_code, summary)
-
-    @property
-    def description(self) -> str:
-        """One line for the start card, once started."""
-        return self.wandb.description if self.wandb else ""
-
-
-def make_tracker(
-    run: Run, config: Mapping[str, Any], *, resumed_step: int | None = None, say: Callable[[str], None] = print
-) -> Trackers:
-    """The trackers of a run with this resolved configuration, not yet started.
-
-    `resumed_step`: of the checkpoint that training continues from (None: a fresh start). `say` prints the few lines
-    that W&B's state may need.
-    """
-    return Trackers(Files(run, resumed_step, say), Wandb(run, config, say))

@@ -33,7 +33,7 @@ from uft.model.policy import DTYPES
 from uft.model.precision import settled
 from uft.model.reference import choose_mode
 from uft.objectives import make
-from uft.objectives.views import kind_table
+from uft.objectives.views import kind_table, uses_of
 from uft.runs import Run
 from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import card, count
@@ -149,7 +149,8 @@ def show_stage_data(name: str, data: StageData, console: Console) -> None:
     for source in data.dataset.train:
         for row, encoded in islice(zip(source.rows, source.encoded, strict=True), ROWS_SHOWN):
             console.print(f"\n  {row.id}  {row.kind.value}", style="dim", highlight=False)
-            for one in encoded:
+            for one, use in zip(encoded, uses_of(row, data.objective), strict=True):
+                console.print(f"  {use}", style="dim", markup=False, highlight=False)
                 console.print(coloured(one, data.dataset.renderer.tokenizer, marks), soft_wrap=True)
 
 

@@ -32,7 +32,7 @@ from uft.distributed import ranks
 from uft.environment import PeerLost, note
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
 from uft.evaluation.evaluate import Evaluation, evaluate
-from uft.heartbeat import activity
+from uft.heartbeat import activity, come
 from uft.model import checkpoint
 from uft.model.memory import Utilisation, device_memory, peak_memory
 from uft.model.policy import DTYPES
@@ -40,7 +40,7 @@ from uft.runs import FULL, Run, problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
-from uft.tracking.wandb import Trackers, make_tracker
+from uft.tracking.trackers import Trackers, make_tracker
 from uft.training.card import ModelCard
 from uft.training.dataset import RunData, located, read_run_data
 from uft.training.exporting import export_checked
@@ -406,6 +406,7 @@ class Recorder:
         self.tokens += step.tokens
         self.supervised += step.supervised_tokens
         number, cfg = trainer.progress.step, trainer.config.train
+        come(f"step {number} of {trainer.steps} is done")
         if number == 1 or number % cfg.log_every == 0 or number == trainer.steps:
             self.write_line(trainer)
         self.evaluate_if_due(trainer)

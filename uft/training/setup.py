@@ -420,6 +420,7 @@ def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, A
     return {
         "template": prepared.data.dataset.renderer.name,
         "model": prepared.trainer.policy.describe(),
+        "parameters": prepared.trainer.policy.sizes,
         "cautions": prepared.cautions,
         "reference": {"mode": reference.mode, "why": reference.why} if reference else None,
         "policy_against_reference": step_zero,

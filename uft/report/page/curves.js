@@ -30,6 +30,7 @@ function curveView() {
     smoothing: Number(form.smoothing.value),
     seeds: form.seeds.checked,
     log: form.log.checked,
+    whole: form.whole.checked,
   };
 }
 

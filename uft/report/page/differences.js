@@ -35,24 +35,28 @@ function differenceRow({ key, values }) {
   );
 }
 
+// A key of an objective that others lack, with one value: it follows from the choice of the objective.
+function isOwnOfSome({ key, values }) {
+  return key.startsWith("objective.") && values.length === 2 && values.some(({ value }) => value === "(absent)");
+}
+
+function differenceTable(rows) {
+  const head = el("tr", {}, el("th", { scope: "col" }, "Key"), el("th", { scope: "col" }, "Values"));
+  return el("table", { class: "differences" }, el("thead", {}, head), el("tbody", {}, ...rows.map(differenceRow)));
+}
+
 function drawDifferences() {
   const here = (entry) => entry.runs.some((id) => runById.has(id) && isSelected(runById.get(id)));
   const left = data.differences
     .map(({ key, values }) => ({ key, values: values.filter(here) }))
     .filter(({ values }) => values.length > 1);
+  const implied = left.filter(isOwnOfSome);
+  const rest = left.filter((each) => !isOwnOfSome(each));
+  const nothing = selected === null ? "Nothing differs." : "Nothing differs between the selected runs.";
+  const title = `${plural(implied.length, "key")} that only some objectives have`;
   byId("difference-table").replaceChildren(
-    left.length === 0
-      ? el(
-          "p",
-          { class: "notice" },
-          selected === null ? "Nothing differs." : "Nothing differs between the selected runs.",
-        )
-      : el(
-          "table",
-          { class: "differences" },
-          el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Key"), el("th", { scope: "col" }, "Values"))),
-          el("tbody", {}, ...left.map(differenceRow)),
-        ),
+    rest.length ? differenceTable(rest) : el("p", { class: "notice" }, nothing),
+    ...(implied.length ? [el("details", {}, el("summary", {}, title), differenceTable(implied))] : []),
   );
 }
 

@@ -54,6 +54,10 @@ function startTable() {
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("input", listRuns);
   form.elements.take.addEventListener("click", () => select(ids(runs.filter(isListed)), "table"));
+  form.elements.commands.addEventListener("click", (event) => {
+    const commands = runs.filter(isListed).flatMap((run) => run.command ?? []);
+    copyAndSay(event.target, commands.map((command) => `${command}\n`).join(""));
+  });
   onSelection((origin) => {
     if (origin !== "table") form.elements.only.checked = selected !== null;
     else if (selected === null) form.elements.only.checked = false;

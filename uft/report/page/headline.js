@@ -1,24 +1,32 @@
-// The headline table, a row a group with the interval drawn beside the figures, and the comparisons behind the words.
+// The answer: a row a group, with the mean, its interval and the difference from the baseline in every headline metric.
 
-const FIRST_ROWS = 12;
-const WIDE = 4; // metrics up to which mean and interval stand side by side
-const ABOUT_ALL = "These are the groups of the selected runs. The words above are about all finished runs.";
+const ROWS_AT_ONCE = 8;
+const FIRST_ROWS = 5; // where there are more
+const FIRST_METRICS = 4;
+const INLINE = 2; // metrics up to which an interval stands beside its mean
+const ABOUT_ALL = "These are the groups of the selected runs. The words and the copied tables cover all finished runs.";
 let allRows = false;
+let allMetrics = false;
+let rankedBy = headline[0] ?? null;
 
-// By metric the best mean of all finished runs; several groups may have it.
-const meanOf = (group, metric) => toNumber(own(own(group?.metrics, metric), "mean"));
+const summaryOf = new Map(data.summary.map((finding) => [finding.metric, finding]));
 
-function bestMeans() {
-  const byGroup = new Map(groups.map((group) => [group.id, group]));
-  return new Map(data.summary.map(({ metric, best }) => [metric, meanOf(byGroup.get(best), metric)]));
+// What may be said of a group's mean: the best, not worse than it, or of the best alone where noise is unknown.
+function standing(group, metric) {
+  const finding = summaryOf.get(metric);
+  if (groups.length < 2 || !finding?.leading.includes(group.id)) return null;
+  const level = finding.leading.length > 1;
+  if (level) return ["≈ best", "not worse than the best beyond seed noise"];
+  if (finding.beyond_noise) return ["best", "ahead of all others by more than seed noise"];
+  const word = finding.direction === "min" ? "lowest" : "highest";
+  return [word, "whether it is the best cannot be said: the noise of a difference is not known"];
 }
 
-// Best first by the most important metric; what has no figure last.
+// Best first by one metric; what has no figure last.
 function ranked() {
-  const [first] = headline;
-  const sign = directionOf(first) === "max" || data.headline[0]?.direction === "max" ? -1 : 1;
+  const sign = data.headline.find((entry) => entry.metric === rankedBy)?.direction === "max" ? -1 : 1;
   const place = (group) => {
-    const mean = first === undefined ? null : (groupStat(group, first)?.mean ?? null);
+    const mean = rankedBy === null ? null : (groupStat(group, rankedBy)?.mean ?? null);
     return mean === null || Number.isNaN(mean) ? Infinity : sign * mean;
   };
   const key = new Map(groups.map((group) => [group.id, place(group)]));
@@ -28,17 +36,9 @@ function ranked() {
     .sort(order);
 }
 
-function rangeOf(metric) {
-  const stats = groups.map((group) => groupStat(group, metric)).filter((stat) => stat !== null);
-  const ends = stats
-    .flatMap((stat) => [stat.mean, stat.low, stat.high])
-    .filter((x) => x !== null && Number.isFinite(x));
-  return [Math.min(...ends), Math.max(...ends)];
-}
-
-// A dot for the mean and a line for its interval, on one scale per column.
-function whisker(stat, [low, high], variable) {
-  const at = (x) => (high > low ? 4 + (92 * (x - low)) / (high - low) : 50);
+// A dot for the mean and a line for its interval, on one scale per column; an arrow where the mean is beyond it.
+function whisker(stat, range, variable) {
+  const at = (x) => 4 + (92 * (within(x, range) - range[0])) / (range[1] - range[0]);
   const box = svg("svg", {
     class: "whisker",
     viewBox: "0 0 100 12",
@@ -46,94 +46,154 @@ function whisker(stat, [low, high], variable) {
     "aria-hidden": "true",
   });
   if (stat === null || !Number.isFinite(stat.mean)) return box;
-  const parts = [svg("path", { d: `M${at(stat.mean)} 2v8`, "stroke-width": 5 })];
-  if (stat.low !== null) parts.push(svg("path", { d: `M${at(stat.low)} 6H${at(stat.high)}`, "stroke-width": 2 }));
+  const parts = [];
+  const arrow = (way, what) => {
+    const [tip, tail] = way > 0 ? [99, 94] : [1, 6];
+    return svg("path", { d: `M${tail} 2L${tip} 6L${tail} 10`, "stroke-width": 2, "data-outside": what });
+  };
+  const beyond = outside(stat.mean, range);
+  if (beyond) parts.push(arrow(beyond, "mean"));
+  else {
+    parts.push(svg("path", { d: `M${at(stat.mean)} 2v8`, "stroke-width": 5 }));
+    if (stat.low !== null) {
+      parts.push(svg("path", { d: `M${at(stat.low)} 6H${at(stat.high)}`, "stroke-width": 2 }));
+      for (const end of [stat.low, stat.high]) if (outside(end, range)) parts.push(arrow(outside(end, range), "end"));
+    }
+  }
   for (const part of parts) {
     part.setAttribute("vector-effect", "non-scaling-stroke");
+    part.setAttribute("fill", "none");
     part.style.stroke = `var(${variable})`;
   }
   box.append(...parts);
   return box;
 }
 
-function headlineCell(group, metric, range, best) {
+// The stats of a column and what they have in common: limits, and decimals that say something of most of them.
+function columnOf(metric) {
+  const stats = shownGroups()
+    .map((group) => groupStat(group, metric))
+    .filter((stat) => stat !== null);
+  const sizes = stats.map((stat) => Math.abs(stat.mean)).filter((size) => size > 0 && Number.isFinite(size));
+  return { range: limitsOf(stats, metric), decimals: decimalsFor(medianOf(sizes.toSorted((a, b) => a - b))) };
+}
+
+function bounds(stat, decimals) {
+  return stat.low === null ? "" : `[${fixed(stat.low, decimals)}, ${fixed(stat.high, decimals)}]`;
+}
+
+function meanCell(group, metric, { range, decimals }) {
   const stat = groupStat(group, metric);
-  if (stat === null) return el("td", { class: "number" }, "–");
-  const isBest = best.has(metric) && best.get(metric) === meanOf(group, metric);
+  if (stat === null) return el("td", { class: "number first" }, "–");
+  const said = standing(group, metric);
   return el(
     "td",
-    { class: "number", "data-metric": metric },
-    isBest ? el("span", { class: "tag accent" }, "best") : null,
-    el("span", { class: isBest ? "mean best" : "mean" }, figure(stat.mean)),
-    el("span", { class: "interval" }, stat.low === null ? (stat.n === 1 ? "one seed" : "") : interval(stat)),
+    { class: "number first", "data-metric": metric },
+    said ? el("span", { class: "tag accent", title: said[1] }, said[0]) : null,
+    el("span", { class: said ? "mean best" : "mean" }, fixed(stat.mean, decimals)),
+    el("span", { class: "interval" }, stat.n === 1 ? "one seed" : bounds(stat, decimals)),
     whisker(stat, range, lookOfGroup(group).variable),
   );
 }
 
-function headlineRow(group, ranges, best) {
+// Of whole groups, as compare.json has it: a selection within a group or its baseline has no difference here.
+function differenceCell(group, metric, { decimals }) {
+  const finding = summaryOf.get(metric);
+  const cell = (text) => el("td", { class: "number quiet", "data-difference": metric }, text);
+  if (finding?.baseline === group.id) return cell("baseline");
+  const found = finding?.against_baseline.find((each) => each.group === group.id);
+  const whole = (id) => membersOf(groupById.get(id)).filter(isFinished).every(isSelected);
+  if (!found || !whole(group.id)) return cell("–");
+  const difference = toNumber(found.difference);
+  const gain = (finding.direction === "max" ? 1 : -1) * difference > 0;
+  const kind = found.inside_noise === false ? (gain ? "good" : "bad") : "quiet";
+  const words = { null: "its noise is not known", true: "inside seed noise", false: "more than seed noise" };
+  const ends = { low: toNumber(found.low), high: toNumber(found.high) };
+  return el(
+    "td",
+    { class: "number", "data-difference": metric, title: `${found.method}: ${words[found.inside_noise]}` },
+    el("span", { class: `difference ${kind}` }, `${difference > 0 ? "+" : ""}${fixed(difference, decimals)}`),
+    el("span", { class: "interval" }, bounds(ends, decimals)),
+  );
+}
+
+function groupRow(group, shownMetrics) {
   const members = membersOf(group);
   const finished = members.filter(isFinished).filter(isSelected).length;
-  const of = members.length === finished ? String(finished) : `${finished} of ${members.length}`;
+  const of = members.length === finished ? plural(finished, "run") : `${finished} of ${members.length} runs finished`;
   const baseline = group.baseline ? el("span", { class: "tag" }, "baseline") : null;
   const name = el("div", { class: "run-name" }, swatch(groupIndex.get(group.id)), breakable(group.name), baseline);
+  const cells = [...shownMetrics].flatMap(([metric, column]) => [
+    meanCell(group, metric, column),
+    groups.length > 1 ? differenceCell(group, metric, column) : null,
+  ]);
   return el(
     "tr",
     { "data-group": group.id },
-    el("th", { scope: "row" }, name),
-    el("td", { class: "number" }, of),
-    ...headline.map((metric) => headlineCell(group, metric, ranges.get(metric), best)),
+    el("th", { scope: "row" }, name, el("span", { class: "quiet small" }, of)),
+    ...cells,
   );
+}
+
+function metricHeads(metric) {
+  const order = el(
+    "button",
+    {
+      type: "button",
+      title: `${shown(metric, 200)}: best first`,
+      onclick: () => {
+        rankedBy = metric;
+        drawHeadline();
+      },
+    },
+    breakable(metric.replace(/^eval\//, ""), 60),
+    rankedBy === metric ? " ↓" : "",
+  );
+  const direction = better(metric) || (data.headline.find((e) => e.metric === metric).direction === "min" ? LESS : MORE);
+  return [
+    el("th", { scope: "col", class: "number first" }, order, el("span", { class: "quiet small" }, direction)),
+    groups.length > 1 ? el("th", { scope: "col", class: "number" }, "− baseline") : null,
+  ];
 }
 
 function drawHeadline() {
   const place = byId("headline");
   if (headline.length === 0 || groups.length === 0) return place.replaceChildren();
-  const ranges = new Map(headline.map((metric) => [metric, rangeOf(metric)]));
-  const best = bestMeans();
+  const metrics = allMetrics || printing ? headline : headline.slice(0, FIRST_METRICS);
+  const columns = new Map(metrics.map((metric) => [metric, columnOf(metric)]));
   const rows = ranked();
-  const titles = headline.map((metric) =>
-    el(
-      "th",
-      { scope: "col", class: "number" },
-      breakable(metric, 60),
-      el("span", { class: "quiet small" }, better(metric)),
-    ),
-  );
+  const few = !allRows && !printing && rows.length > ROWS_AT_ONCE;
+  const isFirst = (group, i) => i < FIRST_ROWS || group.id === summaryOf.get(rankedBy)?.baseline;
+  const listed = few ? rows.filter(isFirst) : rows;
+  const heads = [el("th", { scope: "col" }, "Group"), ...metrics.flatMap(metricHeads)];
   const table = el(
     "table",
-    { class: headline.length > WIDE ? "headline many" : "headline" },
-    el(
-      "thead",
-      {},
-      el(
-        "tr",
-        {},
-        el("th", { scope: "col" }, "Group"),
-        el("th", { scope: "col", class: "number" }, "Finished"),
-        ...titles,
-      ),
-    ),
-    el(
-      "tbody",
-      {},
-      ...rows.slice(0, allRows || printing ? rows.length : FIRST_ROWS).map((group) => headlineRow(group, ranges, best)),
-    ),
+    { class: metrics.length > INLINE ? "headline many" : "headline" },
+    el("thead", {}, el("tr", {}, ...heads)),
+    el("tbody", {}, ...listed.map((group) => groupRow(group, columns))),
   );
-  const more = el(
-    "button",
-    {
-      type: "button",
-      class: "link screen",
-      onclick: () => {
-        allRows = true;
-        drawHeadline();
+  const more = (text, open) =>
+    el(
+      "button",
+      {
+        type: "button",
+        class: "link screen",
+        onclick: () => {
+          open();
+          drawHeadline();
+          redraw();
+        },
       },
-    },
-    `All ${rows.length} groups`,
-  );
+      text,
+    );
+  const tools = [
+    few ? more(`All ${rows.length} groups`, () => (allRows = true)) : null,
+    metrics.length < headline.length ? more(`All ${headline.length} metrics`, () => (allMetrics = true)) : null,
+    ...tableButtons(),
+  ];
   return place.replaceChildren(
     el("div", { class: "wide", tabindex: 0, role: "region", "aria-label": "Headline metrics" }, table),
-    ...(rows.length > FIRST_ROWS && !allRows ? [more] : []),
+    el("div", { class: "controls screen tools" }, ...tools),
     ...(selected === null ? [] : [el("p", { class: "caption" }, ABOUT_ALL)]),
   );
 }

@@ -125,7 +125,12 @@ function drawHeatmaps() {
   const [x, y, per] = [form.x, form.y, form.per].map((field) => data.axes.find((axis) => axis.key === field.value));
   const maps = facets(per === x || per === y ? undefined : per, metric, x, y);
   const values = maps.flatMap(({ map }) => map.z.flat()).filter((z) => z !== null);
-  const range = [Math.min(...values), Math.max(...values)];
+  const range = limitsOf(
+    values.map((mean) => ({ mean, low: null, high: null })),
+    metric,
+  );
+  const arrow = (z) => ["▼", "", "▲"][outside(z, range) + 1];
+  for (const { map } of maps) map.text = map.text.map((row, i) => row.map((text, j) => text && `${text} ${arrow(map.z[i][j])}`.trim()));
   const place = byId("heatmaps");
   for (const node of place.querySelectorAll(".chart")) Plotly.purge(node);
   place.replaceChildren(
@@ -136,7 +141,7 @@ function drawHeatmaps() {
   maps.forEach(({ map }, i) => {
     const node = place.children[i].querySelector(".chart");
     node.style.height = `${Math.min(640, Math.max(180, 90 + 44 * y.values.length))}px`;
-    draw(node, [heatmapTrace(map, metric, range, i === maps.length - 1)], mapLayout(x, y), { displayModeBar: false });
+    draw(node, [heatmapTrace(map, metric, range, i === maps.length - 1)], mapLayout(x, y), PICTURES_ALONE);
     node.on("plotly_click", (event) => selectOnly(event.points[0].customdata, "heatmap"));
   });
   if (values.length === 0)

@@ -42,8 +42,9 @@ function showSelection() {
 
 const SECTIONS = [
   ["answer", "Answer"],
-  ["curves", "Curves"],
   ["tradeoff", "Trade-off"],
+  ["words", "In words"],
+  ["curves", "Curves"],
   ["settings", "Settings"],
   ["runs", "Runs"],
   ["differences", "Differences"],

@@ -130,7 +130,28 @@ function singleTrace(members, look, scale, dash) {
   };
 }
 
-function curveNotes(metric, found) {
+// Arrows where a group's mean leaves the limits, and how many do; no limits where all fit well enough.
+function curveLimits(traces, metric) {
+  const means = traces.filter((trace) => trace.uft === "mean" && trace.y.some((y) => y !== null));
+  const [low, high] = [Math.min, Math.max].map((end) => (trace) => end(...trace.y.filter((y) => y !== null)));
+  const ends = means.map((trace) => [low(trace), high(trace)]);
+  if (ends.length < 2) return { arrows: [] };
+  const range = commonRange(ends, directionOf(metric));
+  if (range[0] === Math.min(...ends.flat()) && range[1] === Math.max(...ends.flat())) return { arrows: [] };
+  const margin = MARGIN * (range[1] - range[0]);
+  const limits = [range[0] - margin, range[1] + margin];
+  const arrows = means.flatMap((trace) => {
+    const i = trace.y.findIndex((y) => y !== null && outside(y, limits) !== 0);
+    if (i < 0) return [];
+    const beyond = outside(trace.y[i], limits);
+    const marker = { symbol: outwards(0, beyond), size: 12, color: trace.line.color };
+    const place = { x: [trace.x[i]], y: [range[beyond > 0 ? 1 : 0]], mode: "markers" };
+    return [{ ...place, marker, hovertemplate: `${trace.customdata[i]}<extra></extra>`, uft: "outside" }];
+  });
+  return { limits, arrows };
+}
+
+function curveNotes(metric, found, beyond) {
   const members = found.flatMap((entry) => entry.members);
   const broken = members.filter((member) => member.broken).length;
   const missing =
@@ -139,12 +160,13 @@ function curveNotes(metric, found) {
     members.length === 0 ? "No selected run has this curve." : "",
     broken ? `${plural(broken, "run")} with values that are not numbers: the lines have gaps there.` : "",
     missing ? `${plural(missing, "run")} without this axis.` : "",
+    beyond ? `${plural(beyond, "group")} outside, from the triangles on: "whole range" shows all.` : "",
   ]
     .filter(Boolean)
     .join(" ");
 }
 
-// {traces, layout, note} of one metric under the view {x, band, smoothing, seeds, log}.
+// {traces, layout, note} of one metric under the view {x, band, smoothing, seeds, log, whole}.
 function curveChart(metric, view) {
   const found = curveGroups(metric, view);
   const ends = found
@@ -153,8 +175,10 @@ function curveChart(metric, view) {
   const longest = Math.max(0, ...ends);
   const unit = view.x === "seconds" ? timeUnit(longest) : { scale: 1, name: UNITS[view.x] };
   const traces = found.flatMap((entry) => groupTraces(entry, view, unit.scale));
+  const { limits, arrows } = view.whole || view.log ? { arrows: [] } : curveLimits(traces, metric);
+  traces.push(...arrows);
   // Bands below, single runs above them, means on top.
-  const depth = ["band", "single", "mean"];
+  const depth = ["band", "single", "mean", "outside"];
   traces.sort((a, b) => depth.indexOf(a.uft) - depth.indexOf(b.uft));
   const layout = chartLayout({
     hovermode: view.seeds || found.length > FEW ? "closest" : "x unified",
@@ -166,8 +190,8 @@ function curveChart(metric, view) {
       rangemode: "tozero",
       hoverformat: view.x === "seconds" ? ".4~g" : ",.0f",
     }),
-    yaxis: chartAxis("", { type: view.log ? "log" : "linear", automargin: false, tickformat: ".4~g" }),
-    uirevision: `${view.x} ${view.log}`,
+    yaxis: chartAxis("", { type: view.log ? "log" : "linear", automargin: false, tickformat: ".4~g", range: limits }),
+    uirevision: `${view.x} ${view.log} ${limits}`,
   });
-  return { traces, layout, note: curveNotes(metric, found) };
+  return { traces, layout, note: curveNotes(metric, found, arrows.length) };
 }

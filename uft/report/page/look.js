@@ -85,6 +85,19 @@ function chartLayout(more = {}) {
   };
 }
 
+// Plotly's own button saves points; a paper wants lines too.
+const PICTURES = [
+  ["png", "camera"],
+  ["svg", "disk"],
+].map(([format, icon]) => ({
+  name: `uft-${format}`,
+  title: `Save as ${format.toUpperCase()}`,
+  icon: Plotly.Icons[icon],
+  click: (node) => Plotly.downloadImage(node, { format, filename: "uft", scale: format === "png" ? 2 : 1 }),
+}));
+const REMOVED = ["toImage", "lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "autoScale2d"];
+const PICTURES_ALONE = { modeBarButtons: [PICTURES] };
+
 const CONFIG = {
   displaylogo: false,
   responsive: true,
@@ -92,8 +105,8 @@ const CONFIG = {
   displayModeBar: "hover",
   showSendToCloud: false,
   plotlyServerURL: "",
-  modeBarButtonsToRemove: ["lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
-  toImageButtonOptions: { format: "svg", filename: "uft" },
+  modeBarButtonsToRemove: REMOVED,
+  modeBarButtonsToAdd: PICTURES,
 };
 
 function draw(node, traces, layout, config = {}) {

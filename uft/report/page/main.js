@@ -16,6 +16,7 @@ function startPrinting() {
     printing = true;
     document.documentElement.classList.add("paper");
     document.documentElement.dataset.theme = "light";
+    for (const warnings of document.querySelectorAll(".warnings")) warnings.open = true;
     drawHeadline();
     drawSamples();
     for (const panel of panels.filter((candidate) => candidate.node.offsetParent !== null)) drawNow(panel);

@@ -24,7 +24,10 @@ function settingAxis(axis) {
   const missing = runs.some((run) => isKnown(run) && settingOf(run, axis.key) === null) && !axis.values.includes(null);
   const values = missing ? [null, ...axis.values] : axis.values;
   const name = axis.key;
-  if (values.length > MOST_TICKS && axis.numeric) return scaled(name, (run) => toNumber(settingOf(run, name)));
+  if (values.length > MOST_TICKS && axis.numeric) {
+    const known = axis.values.filter((value) => value !== null);
+    return scaled(name, (run) => toNumber(settingOf(run, name)), [Math.min(...known), Math.max(...known)]);
+  }
   const places = new Map(values.map((value, i) => [sameKey(value), stand(i, values.length)]));
   const every = Math.ceil(values.length / MOST_TICKS);
   return {
@@ -35,15 +38,18 @@ function settingAxis(axis) {
   };
 }
 
-// Finished runs alone: one that broke would stretch the axis, and its line ends where its figures would begin.
+// Finished runs alone: the line of another ends where its figures would begin. What lies outside stands at the ends.
 function metricAxis(name) {
-  return scaled(name, (run) => (isFinished(run) ? finalOf(run, name) : null));
+  const valueOf = (run) => (isFinished(run) ? finalOf(run, name) : null);
+  const values = shownRuns()
+    .map(valueOf)
+    .filter((value) => value !== null && Number.isFinite(value));
+  const [least, most] = commonRange(values.length ? values.map((value) => [value, value]) : [[0, 0]], directionOf(name));
+  return scaled(name, valueOf, [least, most]);
 }
 
-function scaled(name, valueOf) {
-  const values = runs.map(valueOf).filter((value) => value !== null && Number.isFinite(value));
-  const [low, high] = [Math.min(...values), Math.max(...values)];
-  const at = (value) => (high > low ? (value - low) / (high - low) : 0.5);
+function scaled(name, valueOf, [low, high]) {
+  const at = (value) => (high > low ? within((value - low) / (high - low), [0, 1]) : 0.5);
   const marks = high > low ? [0, 0.25, 0.5, 0.75, 1] : [0.5];
   return {
     name,
@@ -131,7 +137,7 @@ function axisShapes(axes) {
 }
 
 // A run that cannot be read has no settings, and no line.
-function drawParallel(axes) {
+function drawParallel(axes, current) {
   const node = byId("parallel");
   node.style.minWidth = `${axes.length * 112}px`;
   const faint = runs.filter((run) => !isSelected(run) && isKnown(run));
@@ -160,11 +166,11 @@ function drawParallel(axes) {
       shapes: axisShapes(axes),
       newselection: { line: { color: colour("--accent") } },
     }),
-    { displayModeBar: false },
+    PICTURES_ALONE,
   );
   if (node.dataset.listens) return;
   node.dataset.listens = "yes";
-  node.on("plotly_selected", (event) => event?.range && brushed(axes, Object.values(event.range)));
+  node.on("plotly_selected", (event) => event?.range && brushed(current(), Object.values(event.range)));
   node.on("plotly_deselect", () => select(null, "reset"));
 }
 
@@ -185,11 +191,15 @@ function brushed(axes, [across, up]) {
 }
 
 function startParallel() {
-  const axes = data.axes.length >= 2 ? parallelAxes() : [];
+  let axes = data.axes.length >= 2 ? parallelAxes() : [];
   if (axes.length < 3) {
     byId("parallel-part").hidden = true;
     return;
   }
-  onSelection((origin) => origin === "parallel" || brushes.clear());
-  addPanel(byId("parallel"), () => drawParallel(axes));
+  onSelection((origin) => {
+    if (origin === "parallel") return;
+    brushes.clear();
+    axes = parallelAxes();
+  });
+  addPanel(byId("parallel"), () => drawParallel(axes, () => axes));
 }

@@ -76,6 +76,9 @@ function stepsOf(run) {
 
 function nameCell(run) {
   const parts = [swatch(groupIndex.get(run.group)), breakable(run.name)];
+  const link = (href, text) => el("a", { href, class: "small", rel: "noreferrer", target: "_blank" }, text);
+  if (own(data.folders, run.id)) parts.push(link(data.folders[run.id], "folder"));
+  if (run.wandb) parts.push(link(run.wandb, "W&B"));
   if (run.error) parts.push(errorNode(String(run.error)));
   return el("div", { class: "run-name" }, ...parts);
 }
@@ -96,40 +99,13 @@ function statusCell(run) {
 
 function commandCell(run) {
   if (!run.command) return el("span", {}, "–");
-  const button = el(
-    "button",
-    { type: "button", class: "screen", "aria-label": `Copy the command of ${shown(run.name, 80)}` },
-    "Copy",
-  );
-  button.addEventListener("click", async () => {
-    button.textContent = (await copied(run.command)) ? "Copied" : "Not copied";
-    setTimeout(() => {
-      button.textContent = "Copy";
-    }, 1500);
-  });
+  const button = copyButton("Copy", run.command, { "aria-label": `Copy the command of ${shown(run.name, 80)}` });
   return el(
     "div",
     { class: "command" },
     button,
     el("code", { title: shown(run.command, 2000) }, shown(run.command, 4000)),
   );
-}
-
-// From a file the clipboard may be closed; the older way works there.
-async function copied(text) {
-  if (navigator.clipboard) {
-    const done = await navigator.clipboard.writeText(text).then(
-      () => true,
-      () => false,
-    );
-    if (done) return true;
-  }
-  const area = document.body.appendChild(el("textarea", { class: "probe", "aria-hidden": "true" }));
-  area.value = text;
-  area.select();
-  const done = document.execCommand("copy");
-  area.remove();
-  return done;
 }
 
 function rowFor(run) {

@@ -70,6 +70,16 @@ function figure(value) {
   return size >= 1000 ? value.toFixed(0) : value.toPrecision(4);
 }
 
+// Decimals for a column whose usual size this is: four digits of 12.34, three of 0.123.
+function decimalsFor(size) {
+  const power = Number.isFinite(size) && size > 0 ? Math.floor(Math.log10(size)) : 0;
+  return Math.min(8, Math.max(0, power < -1 ? 2 - power : 3 - Math.max(0, power)));
+}
+
+function fixed(value, decimals) {
+  return Number.isFinite(value) && Math.abs(value) < 1e5 ? value.toFixed(decimals) : figure(value);
+}
+
 function interval(stat) {
   return stat.low === null ? "" : `[${figure(stat.low)}, ${figure(stat.high)}]`;
 }
