@@ -335,14 +335,9 @@ class Policy:
         for name, parameter in parameters.items():
             parameter.copy_(shard_like(tensors[name], parameter))
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Numbers of parameters: all, and those that are trained."""
-        return {"all": self.size, "trained": sum(p.numel() for p in self.trainable().values())}
-
     def describe(self) -> list[str]:
         """Lines for the start card."""
-        count, trained = self.sizes.values()
+        count, trained = self.size, sum(p.numel() for p in self.trainable().values())
         kinds = (str(getattr(p, "quant_type", p.dtype)) for p in self.module.parameters())
         stored = sorted({kind.removeprefix("torch.") for kind in kinds})
         share = "all trained" if trained == count else f"{trained:,} trained ({trained / count:.2%})"

@@ -465,8 +465,7 @@ class Recorder:
             self.tracker.samples(self.before.step + step, evaluation.samples, self.stage or None)
         ends, evaluations = step == 0 or trainer.complete, 2 + (trainer.steps // every if every else 0)
         if ends or evaluations * len(evaluation.items) <= MOST_ITEMS:
-            last = trainer.complete
-            self.tracker.items(self.before.step + step, evaluation.items, self.stage or None, answers=last)
+            self.tracker.items(self.before.step + step, evaluation.items, self.stage or None, answers=trainer.complete)
         self.console.evaluation(self.before.step + step, evaluation)
 
     def _note_best(self, progress: Progress, metrics: Mapping[str, float], cfg: Eval) -> None:

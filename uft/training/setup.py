@@ -416,11 +416,11 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
 
 def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, Any]:
     """`check.json`: everything that was found out before the first step."""
-    reference = prepared.reference
+    reference, policy = prepared.reference, prepared.trainer.policy
     return {
         "template": prepared.data.dataset.renderer.name,
-        "model": prepared.trainer.policy.describe(),
-        "parameters": prepared.trainer.policy.sizes,
+        "model": policy.describe(),
+        "parameters": {"all": policy.size, "trained": sum(p.numel() for p in policy.trainable().values())},
         "cautions": prepared.cautions,
         "reference": {"mode": reference.mode, "why": reference.why} if reference else None,
         "policy_against_reference": step_zero,
