@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from types import TracebackType
@@ -114,6 +114,21 @@ def once(problems: Sequence[Problem]) -> list[tuple[Problem, list[str]]]:
         else:
             found[key] = problem, []
     return list(found.values())
+
+
+def run_all(checks: Iterable[Callable[[], None]]) -> None:
+    """Run all of these, and raise what they raise as one UftError, each problem and footer once."""
+    errors: list[UftError] = []
+    for check in checks:
+        try:
+            check()
+        except UftError as error:
+            errors.append(error)
+    if errors:
+        problems = dict.fromkeys(problem for error in errors for problem in error.problems)
+        footers = dict.fromkeys(error.footer for error in errors if error.footer)
+        code = FAILED if any(error.code == FAILED for error in errors) else BAD_REQUEST
+        raise UftError(*problems, footer="\n".join(footers), code=code)
 
 
 def problem_lines(text: str) -> list[str]:

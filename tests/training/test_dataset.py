@@ -328,6 +328,12 @@ def test_rows_of_words_that_the_tokenizer_does_not_know_are_refused(corpus, file
     assert problem.what == "data.sources.foreign"
     assert "% of its tokens are <unk>: model.path=" in problem.why
     assert "model=smollm2_135m" in problem.advice[0]
+    with pytest.raises(UftError) as error:  # what else is wrong is told with it
+        make_sampler(config, found, make({"name": "poft", "method": "poft"}))
+    whys = [problem.why for problem in error.value.problems]
+    assert "of its tokens are <unk>" in whys[0]
+    assert all(why.startswith("objective=poft needs baseline_logp") for why in whys[1:])
+    assert len(whys) == 3
     make_sampler(config, found, make(config.objective), refuse=False)  # uft data shows them
     found.renderer.tokenizer.eos_token = "<unk>"  # then it is no sign of a word that is not known
     make_sampler(config, found, make(config.objective))

@@ -10,9 +10,9 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -30,7 +30,7 @@ from uft.data.rows import FLAT, Kind, Row, Selection, View, content_digest
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import grouped, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
-from uft.errors import BAD_REQUEST, FAILED, Problem, UftError
+from uft.errors import Problem, UftError, run_all
 from uft.evaluation.evaluate import HeldOut
 from uft.model.load import load_tokenizer, pad_id
 from uft.model.policy import Policy
@@ -186,20 +186,19 @@ def make_sampler(config: Config, dataset: TrainData, objective: Objective, *, re
     names = [source.source for source in dataset.train]
     mixture = Mixture(names, dataset.sizes, dataset.weights, config.seeds.data)
     sampler = RowSampler(dataset.train, mixture, objective.views, config.train.max_length)
-    if config.rollout.completions:
-        sampled = sampled_sources(config, dataset)
-        sampler.views = expected_views(objective.views, config.rollout, sampled)
-        if refuse:
-            limits = (config.train.max_length, dataset.renderer, objective.name)
-            refuse_unscored(sampler.drawn, objective.views, config.rollout, sampled, *limits)
-    if refuse and SAMPLING in objective.needs.columns:
-        refuse_flat(dataset.loaded, objective)
     dropping = config.data.unusable == "drop"
+    checks: list[Callable[[], None]] = [partial(refuse_unknown_words, dataset, config.model.path)]
+    if config.rollout.completions:
+        sampled, limits = sampled_sources(config, dataset), (config.train.max_length, dataset.renderer, objective.name)
+        sampler.views = expected_views(objective.views, config.rollout, sampled)
+        checks.append(partial(refuse_unscored, sampler.drawn, objective.views, config.rollout, sampled, *limits))
+    if SAMPLING in objective.needs.columns:
+        checks.append(partial(refuse_flat, dataset.loaded, objective))
+    if not dropping:
+        checks.append(partial(refuse_unusable, sampler, objective, config.data, dataset.loaded))
     if refuse:
-        refuse_unknown_words(dataset, config.model.path)
-    if refuse and not dropping:
-        refuse_unusable(sampler, objective, config.data, dataset.loaded)
-    else:
+        run_all(checks)
+    if dropping or not refuse:
         sampler.views = complete_views(objective, sampler.views)
     if refuse and not sampler.takes_anything():
         drawn, name = sum(len(source.rows) for source in sampler.drawn), objective.name
@@ -393,6 +392,12 @@ class RunData:
         return int(np.isin(_prompts(held.rows for held in self.held_out), trained).sum())
 
     def read(self, stage: Stage) -> None:
+        """Read the rows of a stage that are there. Raises UftError with everything that is wrong with them."""
+        if stage.do == "fit" and not has_made_rows(stage.config.data):
+            self.read_training(stage)
+        self.hold_out(stage)
+
+    def read_training(self, stage: Stage) -> None:
         """Read the rows of a stage that trains. Raises UftError with everything that is wrong with them."""
         config, loaded = located(stage.config, self.run), None
         if config is not stage.config:
@@ -432,20 +437,7 @@ def read_run_data(run: Run, config: Config, stages: Sequence[Stage], *, refuse: 
     """Read the rows of all stages that are there. Raises UftError with everything that is wrong with any of them."""
     keep_pandas_out()
     data = RunData(run, load_tokenizer(config.model), refuse)
-    errors: list[UftError] = []
-    for stage in stages:
-        try:
-            if stage.do == "fit" and not has_made_rows(stage.config.data):
-                data.read(stage)
-            data.hold_out(stage)
-        except UftError as error:
-            errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
-    if errors:
-        problems = dict.fromkeys(problem for error in errors for problem in error.problems)
-        code = FAILED if any(error.code == FAILED for error in errors) else BAD_REQUEST
-        raise UftError(*problems, footer=errors[-1].footer, code=code)
+    run_all(partial(data.read, stage) for stage in stages)
     data.held_out.sort(key=lambda held: held.name)
     digests = {name: stage.dataset.digest for name, stage in data.stages.items()}
     data.digest = digests.get("") or hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]

@@ -158,7 +158,7 @@ class Session:
     def _fit(self, stage: Stage, folder: Run) -> bool:
         """Train a stage and leave its model; False when asked to stop before its end."""
         if stage.name not in self.data.stages:  # an earlier stage made its rows
-            self.data.read(stage)
+            self.data.read_training(stage)
             self.data.stages[stage.name].refuse_other_data(folder)
             ranks().on_rank0(lambda: self._write_data(stage))
         say, model = self.console.message, self.start_model(stage)
