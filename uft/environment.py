@@ -1,4 +1,4 @@
-"""This process among those that torch's launcher started, and the notes that it leaves for its launcher.
+"""This process: its umask, its place among those that torch's launcher started, its notes for that launcher.
 
 Without torch: launchers read this, and workers before they have imported anything.
 """
@@ -51,3 +51,8 @@ def reasons(folder: Path) -> dict[int, str]:
 def noted_code(folder: Path) -> int | None:
     file = folder / "code"
     return int(file.read_text()) if file.is_file() else None
+
+
+def keep_others_out() -> None:
+    """Tighten the umask: files of this process and its children are never writable by everybody."""
+    os.umask(os.umask(0o022) | 0o002)

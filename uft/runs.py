@@ -228,15 +228,12 @@ def named_folder(word: str | Path) -> Path:
 
 def no_runs(folder: Path, why: str = "no run in this folder") -> UftError:
     """What is wrong with a folder, or a name, that is no run: `why` if there is such a folder, else what was meant."""
-    if os.path.isdir(folder):
-        return UftError(Problem(str(folder), why), footer="See the runs here:  uft ls")
-    runs = find_runs(OUTPUTS)
-    names = dict.fromkeys(["last", *(path.name for path in (*(run.path for run in runs), *find_sweeps(OUTPUTS)))])
-    near = get_close_matches(str(folder), names, 3) if runs else []
-    advice = (f"did you mean  {'  or  '.join(near)} ?",) if near else ()
-    return UftError(
-        Problem(str(folder), "no such folder, run or sweep", advice=advice), footer="See the runs here:  uft ls"
-    )
+    there = os.path.isdir(folder)
+    found = [] if there else [*(run.path for run in find_runs(OUTPUTS)), *find_sweeps(OUTPUTS)]
+    names = dict.fromkeys([*(path.name for path in found), *(["last"] if found else [])])
+    near = tuple(f"did you mean  {name} ?" for name in get_close_matches(str(folder), names, 3))
+    problem = Problem(str(folder), why if there else "no such folder, run or sweep", advice=near)
+    return UftError(problem, footer="See the runs here:  uft ls")
 
 
 def find_runs(root: Path) -> list[Run]:
@@ -557,11 +554,6 @@ def clear_left(folder: Path, pattern: str) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-def keep_others_out() -> None:
-    """Tighten the umask: files of this process and its children are never writable by everybody."""
-    os.umask(os.umask(0o022) | 0o002)
 
 
 def as_umask_leaves(folder: Path) -> None:

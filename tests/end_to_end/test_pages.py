@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from uft import compose
 from uft.cli import main
 from uft.config.schema import Config, flat
 
@@ -81,6 +82,15 @@ def test_pages_are_found_by_their_name_and_messages_name_pages_that_are_there(ca
     }
     links = {name for text in texts[-len(pages) :] for name in re.findall(r"\]\((\w+)\.md[)#]", text)}
     assert (named | links) - pages == set()
+
+
+def test_a_mixture_of_ones_own_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf-user" / "data").mkdir(parents=True)
+    (recipe,) = blocks("data", "yaml")
+    (tmp_path / "conf-user/data/mine.yaml").write_text(recipe)
+    sources = compose(["objective=uft", "data=mine"])["data"]["sources"]
+    assert (sources["chats"]["limit"], sources["pairs"]["columns"]) == (5000, {"prompt": "query"})
 
 
 PAIRS = [

@@ -13,9 +13,10 @@ from uft.cli import main
 from uft.config.schema import Data, Source
 from uft.data import sources
 from uft.data.sources import load_sources
+from uft.environment import keep_others_out
 from uft.errors import UftError
 from uft.model import checkpoint
-from uft.runs import Run, create_run, keep_others_out, planned
+from uft.runs import Run, create_run, planned
 
 ROW = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
 NAMES = [

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from uft.environment import keep_others_out
 from uft.errors import (
     BAD_REQUEST,
     CLOSED_PIPE,
@@ -24,7 +25,6 @@ from uft.errors import (
     tell_redacted,
     tracing,
 )
-from uft.runs import keep_others_out
 
 VERBS = {
     "train": "compose, check and train one run; -m trains a run for every combination",
