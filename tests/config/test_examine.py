@@ -238,17 +238,17 @@ def test_a_model_given_by_its_path_alone_has_its_own_name_and_learning_rate(tmp_
 
 def test_the_rate_of_an_experiment_is_for_its_own_model_and_adapter():
     for words, rate in (
-        (["experiment=sft_with_dpo"], 1e-4),
-        (["experiment=sft_with_dpo", "model=playground"], 1e-4),
-        (["experiment=sft_with_dpo", "model=smollm2_135m"], 2e-5),
-        (["experiment=sft_with_dpo", "model.path=org/name"], 1e-5),
-        (["experiment=sft_with_dpo", "model.path=org/name", "model.adapter=lora"], 1e-4),
-        (["experiment=sft_with_dpo", "model.path=org/name", "optim.lr=3e-4"], 3e-4),
-        (["experiment=sft_with_dpo", "model.adapter=lora"], 1e-3),
+        (["experiment=poft"], 3e-4),
+        (["experiment=poft", "model=playground"], 3e-4),
+        (["experiment=poft", "model=smollm2_135m"], 2e-5),
+        (["experiment=poft", "model.path=org/name"], 1e-5),
+        (["experiment=poft", "model.path=org/name", "model.adapter=lora"], 1e-4),
+        (["experiment=poft", "model.path=org/name", "optim.lr=5e-4"], 5e-4),
+        (["experiment=poft", "model.adapter=lora"], 1e-3),
     ):
         assert examine(Request(tuple(words))).settings["optim"]["lr"] == rate, words
-    examined = examine(Request(("experiment=sft_with_dpo", "model.path=org/name")))
-    assert examined.origins["optim.lr"].startswith("model.lr: the one in conf/experiment/sft_with_dpo.yaml:")
+    examined = examine(Request(("experiment=poft", "model.path=org/name")))
+    assert examined.origins["optim.lr"].startswith("model.lr: the one in conf/experiment/poft.yaml:")
     stages = examine(Request(("experiment=sft_then_dpo", "model.path=org/name"))).settings["stages"]
     assert {stage["config"].get("optim", {}).get("lr", 1e-5) for stage in stages.values()} == {1e-5}
 

@@ -98,7 +98,7 @@ def test_reuse_is_what_the_comment_says():
     ("name", "arms"),
     [
         ("active_dpo", ["active_dpo", "random", "random_pairs"]),
-        ("pds", ["pds", "random", "all"]),
+        ("pds", ["pds", "random", "all", "trusted"]),
         ("rounds", ["spin", "irft", "sft", "sft_tuned"]),
     ],
 )
