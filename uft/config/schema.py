@@ -282,9 +282,7 @@ class Rollout:
     top_p: Float = _key(1.0, "sample among the likeliest that hold this much probability", gt=0, le=1)
     max_new_tokens: Int = _key(128, "longest completion", ge=1)
     batch_size: Int = _key(64, "completions sampled side by side", ge=1)
-    engine: Literal["own", "transformers", "vllm"] = _key(
-        "own", "what samples; only what own samples is the same in a resumed run"
-    )
+    engine: Literal["own", "transformers", "vllm"] = _key("own", "what samples; own alone repeats in a resumed run")
     reward: dict[str, Float] = _key({}, "figures of the source's checker: weights in the score; {}: the first")
     truncated: Literal["keep", "mask"] = _key("keep", "completions without their end: trained on, or scored alone")
     refill: Int = _key(0, "further draws that replace groups of equal scores, at most", ge=0)
