@@ -93,9 +93,7 @@ class Data:
     sources: dict[str, Source] = _key({}, "the named sources of the mixture")
     ratio: Float | None = _key(None, "share of demonstrations; the rest keeps its proportions", ge=0, le=1)
     exhaustion: Literal["repeat", "first", "all"] = _key("repeat", "what one epoch is when shares do not fit the sizes")
-    template: str = _key(
-        "auto", "chat template: auto (the tokenizer's, else plain), plain, a training form, or a Jinja file"
-    )
+    template: str = _key("auto", "chat template: auto (the tokenizer's or plain), plain, a training form, a Jinja file")
     template_args: dict[str, Any] = _key({}, "variables for the chat template, e.g. {enable_thinking: false}")
     train_on: Literal["all", "last", "marked"] = _key("all", "assistant turns that are learned")
     rendering: Literal["whole", "generated"] = _key("whole", "conversations: at once, or each reply as it is generated")

@@ -103,7 +103,7 @@ class Renderer:
             self._strategy = Plain(tokenizer, train_on, special_text)
             _check_arguments(arguments or {}, "", "plain")
         else:
-            if missing := unknown_marks(template, tokenizer.get_vocab()):
+            if missing := unknown_marks(template, tokenizer):
                 why = f"writes {', '.join(missing)}, which this tokenizer does not have: it is for another family"
                 raise UftError(Problem(f"data.template={template}", why))
             text = tokenizer.get_chat_template() if template == "auto" else _read_template(template)

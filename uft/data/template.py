@@ -8,7 +8,7 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -103,8 +103,9 @@ def template_file(template: str) -> Path:
     return named if template in FORMS else Path(template).expanduser()
 
 
-def unknown_marks(form: str, vocabulary: Collection[str]) -> list[str]:
-    """Tokens that a form writes and a vocabulary lacks: they would be learned letter by letter."""
+def unknown_marks(form: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that a form writes and a tokenizer lacks: they would be learned letter by letter."""
+    vocabulary = tokenizer.get_vocab() if form in FORMS else {}
     return [mark for mark in FORMS.get(form, "").split() if mark not in vocabulary]
 
 
