@@ -9,7 +9,7 @@ from uft.config.compose import compose, examine, footer
 from uft.config.files import Request
 from uft.config.messages import TRL_KEYS
 from uft.config.schema import Config, kind_at
-from uft.errors import UftError, render
+from uft.errors import Problem, UftError, render
 
 
 def problems(*overrides):

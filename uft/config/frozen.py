@@ -54,7 +54,7 @@ FREE = (
     "eval.task_tokens",
     "eval.out",
 )
-"""What may change between the sittings of one run: nothing here touches the weights it arrives at, but for rounding
+"""What may change between the sessions of one run: nothing here touches the weights it arrives at, but for rounding
 (threads, processes, micro-batches and recomputation add up in another order)."""
 
 ABSENT = "(absent)"

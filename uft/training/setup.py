@@ -433,13 +433,12 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
 
 def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, Any]:
     """`check.json`: everything that was found out before the first step."""
-    reference = prepared.reference
     return {
         "template": prepared.data.dataset.renderer.name,
         "model": prepared.trainer.policy.describe(),
         "parameters": prepared.trainer.policy.sizes,
         "cautions": prepared.cautions,
-        "reference": {"mode": reference.mode, "why": reference.why} if reference else None,
+        "reference": {"mode": used.mode, "why": used.why} if (used := prepared.reference) else None,
         "policy_against_reference": step_zero,
         "memory_bytes": prepared.memory,
     }
