@@ -202,16 +202,6 @@ def test_without_w_and_b_it_is_not_even_imported(new_run, config, mode):
     assert run.info()["wandb"] == ({"mode": "disabled"} if mode == "disabled" else noted)
 
 
-def test_only_the_first_rank_tracks(new_run, config):
-    run = new_run()
-    tracker = make_tracker(run, config("online"), rank=1)  # online without a key: refused, if it were the first rank
-    tracker.start()
-    tracker.log(1, {"loss": 1.0})
-    tracker.samples(1, SAMPLES)
-    tracker.finish("finished", 0, {})
-    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "overrides.yaml", "run.json"]
-
-
 # --- Without a key, without a network
 
 

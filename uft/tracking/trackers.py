@@ -161,11 +161,11 @@ class Trackers:
     and items, then finish."""
 
     files: Files | None = None
-    wandb: Wandb | None = None
+    other: Wandb | Mirror | None = None
 
     @property
-    def trackers(self) -> list[Files | Wandb]:
-        return [tracker for tracker in (self.files, self.wandb) if tracker]
+    def trackers(self) -> list[Files | Wandb | Mirror]:
+        return [tracker for tracker in (self.files, self.other) if tracker]
 
     def start(self) -> None:
         """Open. Raises UftError if what was asked for cannot be had."""
@@ -202,7 +202,7 @@ class Trackers:
     @property
     def description(self) -> str:
         """One line for the start card, once started."""
-        return self.wandb.description if self.wandb else ""
+        return self.other.description if self.other else ""
 
 
 def make_tracker(

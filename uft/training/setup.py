@@ -416,13 +416,13 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
 
 def check_record(prepared: Prepared, step_zero: dict[str, float]) -> dict[str, Any]:
     """`check.json`: everything that was found out before the first step."""
-    reference, policy = prepared.reference, prepared.trainer.policy
+    policy, used = prepared.trainer.policy, prepared.reference
     return {
         "template": prepared.data.dataset.renderer.name,
         "model": policy.describe(),
         "parameters": {"all": policy.size, "trained": sum(p.numel() for p in policy.trainable().values())},
         "cautions": prepared.cautions,
-        "reference": {"mode": reference.mode, "why": reference.why} if reference else None,
+        "reference": {"mode": used.mode, "why": used.why} if used else None,
         "policy_against_reference": step_zero,
         "memory_bytes": prepared.memory,
     }
