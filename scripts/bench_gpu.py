@@ -149,8 +149,8 @@ def steps(bench: Bench) -> Figures:
 
         trainer.hooks = [Marks()]
         trainer.fit()
-        seconds = marks[-1][0] - marks[0][0]
-        tokens, supervised = sum(mark[1] for mark in marks[1:]), sum(mark[2] for mark in marks[1:])
+        seconds, measured = marks[-1][0] - marks[0][0], marks[1:]
+        tokens, supervised = sum(mark[1] for mark in measured), sum(mark[2] for mark in measured)
         figures[name] = {
             "first step": marks[0][0] - started,
             "tokens/s": tokens / seconds,
@@ -207,8 +207,7 @@ def attention(bench: Bench) -> Figures:
         qkv = [torch.randn(1, n, total, width, device=DEVICE, dtype=dtype, requires_grad=True) for n in sizes]
 
         def both(spans: Any = spans, qkv: Any = qkv) -> None:
-            query, key, value = qkv
-            attend_spans(query, key, value, spans).sum().backward()
+            attend_spans(qkv[0], qkv[1], qkv[2], spans).sum().backward()
 
         work = 12 * heads * width * total * length / 2  # two products forward, four backward and one made again
         figures[f"rows of {length:,}"] = work / seconds_of(both) / 1e12

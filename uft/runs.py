@@ -293,13 +293,8 @@ class WeightsSource:
     @property
     def model(self) -> dict[str, Any]:
         """The keys of the group `model` that load them, as a whole model without an adapter."""
-        return {
-            **self.config.get("model", {}),
-            "path": self.path,
-            "revision": None,
-            "adapter": "none",
-            "quantize": "none",
-        }
+        whole = {"path": self.path, "revision": None, "adapter": "none", "quantize": "none"}
+        return {**self.config.get("model", {}), **whole}
 
     @property
     def name(self) -> str:

@@ -70,13 +70,13 @@ class NarrowCopy:
 
     def refresh(self) -> Tensor:
         """The values, (out, in) bfloat16."""
-        weight = self.layer.weight
+        weight, version = self.layer.weight, self.layer.weight._version
         if self.values.shape != weight.shape or self.values.device != weight.device:
             self.values = torch.empty_like(weight, dtype=torch.bfloat16, requires_grad=False)
             self.version = -1
-        if self.version != weight._version:
+        if self.version != version:
             self.values.copy_(weight.detach())
-            self.version = weight._version
+            self.version = version
         return self.values
 
 
