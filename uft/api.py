@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uft.runs import TRUSTING, Run, WeightsSource, open_run, refuse_untrusted, weights
+from uft.runs import Run, WeightsSource, open_run, weights
 from uft.tracking.metrics import NOT_NUMBERS, read_metrics, read_samples
 
 if TYPE_CHECKING:
@@ -79,10 +79,11 @@ class RunRecord:
         `checkpoint`: "best" or a step. Without it: the final model, of a run that was stopped its newest checkpoint.
         Code that comes with the model runs where the run was begun here, or with `trust_remote_code`.
         """
+        from uft.launch.launcher import TYPED, refuse_untrusted
         from uft.model.load import load_base
 
         run = Run(self.path)
-        refuse_untrusted(self.path, run.runs_code, [TRUSTING] if trust_remote_code else [])
+        refuse_untrusted(self.path, run.runs_code, [TYPED] if trust_remote_code else [])
         found: PreTrainedModel = load_base(self._settings(checkpoint)).eval()
         return found
 
