@@ -15,14 +15,17 @@ from typing import Any
 MODULES = ("torch", "torch.nn", "torch.nn.functional")
 
 
-class _Anything(type):
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything
+def _anything(owner: object, name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return Anything
 
 
-class Anything(metaclass=_Anything):
+class _Meta(type):
+    __getattr__ = _anything
+
+
+class Anything(metaclass=_Meta):
     """A type, a base class, a decorator, a constant: whatever is taken from the stand-in when a module is imported."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -31,11 +34,7 @@ class Anything(metaclass=_Anything):
 
 class StandIn(ModuleType):
     __path__: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return Anything
+    __getattr__ = _anything
 
 
 @contextmanager
