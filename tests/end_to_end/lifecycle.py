@@ -14,9 +14,14 @@ from typing import Any
 
 import evidence
 
+KINDS = ("demonstrations", "pairs", "labels", "scores", "negatives")
 USES = {
-    "sft": ("demonstrations", "pairs", "labels", "scores", "negatives"),
-    "uft": ("demonstrations", "pairs", "labels", "scores", "negatives"),
+    "sft": KINDS,
+    "ift": KINDS,
+    "uft": KINDS,
+    "una": ("pairs", "labels", "scores"),
+    "dft": ("demonstrations", "pairs", "negatives"),
+    "dft2": ("demonstrations", "pairs", "negatives"),
     "dpo": ("pairs", "negatives"),
 }
 """Kinds of rows that each objective is trained on here."""
