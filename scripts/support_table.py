@@ -58,11 +58,11 @@ ENGINES = """\
 | | |
 |---|---|
 | devices | CPU: tested. CUDA, `mps`: expected |
-| precision | float32, bfloat16 over float32 weights: tested. float16, quantised weights: refused |
+| precision | float32, bfloat16 over float32, frozen weights in 4 bits: tested. float16, quantised files: refused |
 | attention | `sdpa`, `eager`: tested. `flash_attention_2`: expected, where it is installed |
-| adapters | LoRA on any linear layer, experts and tied heads too: tested. Other kinds: not there |
+| adapters | LoRA on any linear layer, experts and tied heads too; {adapters}: tested. Other kinds: not there |
 | sharding | {ways}: tested on two processes |
-| sampling | the program's own sampler: tested. vLLM, SGLang: not there |
+| sampling | `rollout.engine=` `own`, `transformers`: tested. `vllm`: tested against a stand-in. SGLang: not there |
 | export | transformers 5, PEFT: tested at every export. transformers 4.57: told where it would read another model |
 | GGUF, Ollama | {gguf}, with a byte-level BPE tokenizer; read back at every export. Others: refused |
 | trackers | W&B online, offline and synced later: tested against a server's stand-in |
@@ -119,6 +119,12 @@ def page(found: Mapping[str, tuple[str, str]]) -> str:
     exported, layouts, cases = map(tests, ("training/test_exporting.py", "model/test_layouts.py", "parallel/cases.py"))
     asked = (" ".join(word for word in words if word.startswith("hardware.")) for words in cases.WAYS.values())
     ways = ", ".join(f"`{words}`" for words in dict.fromkeys(asked) if words)
+    settings = {
+        f"`{key}`": None
+        for _, stored, keys in tests("model/test_adapters.py").KINDS.values()
+        for key in (*keys, stored)
+    }
+    adapters = ", ".join(key for key in settings if key not in ("`none`", "`targets`"))
     gguf = ", ".join(ARCHITECTURES)
     alike: dict[tuple[str, str], list[str]] = {}
     for kind, outcome in sorted(found.items()):
@@ -131,7 +137,9 @@ def page(found: Mapping[str, tuple[str, str]]) -> str:
         f"| `{kind}` | {TESTED[kind in gradients]} | {TESTED[kind in adapted]} | {TESTED[kind in ARCHITECTURES]} |"
         for kind in sorted(gradients | adapted | ARCHITECTURES.keys())
     ]
-    return "\n".join([INTRO, FAMILIES, *families, "", OWN, *own, "", ENGINES.format(ways=ways, gguf=gguf)])
+    return "\n".join(
+        [INTRO, FAMILIES, *families, "", OWN, *own, "", ENGINES.format(ways=ways, adapters=adapters, gguf=gguf)]
+    )
 
 
 def known(text: str) -> dict[str, tuple[str, str]]:
