@@ -43,10 +43,15 @@ def test_help_of_every_verb(worker, capsys):
 def test_help_lists_the_choices_on_disk(worker, capsys):
     (worker / "conf-user" / "objective").mkdir(parents=True)
     (worker / "conf-user" / "objective" / "mine.yaml").write_text("# My own method. Second sentence.\nname: mine\n")
-    assert main(["train", "--help"]) == 0
+    assert main(["train", "--help", "objective"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"\n  mine +My own method\n", out)
     assert re.search(r"\n  dft +Discriminative Fine-Tuning", out)
+    assert main(["train", "--help", "objectiv"]) == 2
+    assert "did you mean  uft train --help objective ?" in capsys.readouterr().err
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r", kto, ld_dpo, .*\bmine\b", out, re.DOTALL)
     assert re.search(r"model.adapter +train all weights or a low-rank adapter \(none, lora\)  \[none\]", out)
     assert "\nschema=" not in out
     first, settings, choices = (

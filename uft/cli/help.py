@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from uft.cli import VERBS
-from uft.config.messages import choices, config_dirs, groups, headline, listing, written
+from uft.config.messages import choices, config_dirs, groups, headline, hint, listing, nearest, written
 from uft.config.schema import COLUMNS, MISSING, Config, default_of, fields_of, kind_at
+from uft.errors import Problem, UftError
+
+MOST_LINES = 16
+"""A group of more choices is listed by their names alone, until it is asked for."""
 
 FIRST = ("objective", "data", "model", "optim", "hardware", "eval", "tracking", "experiment", "sweep", "debug")
 HYDRA = """\
@@ -55,6 +61,7 @@ PAGES = {
   uft data data=mix                                 the mixture table, lengths, rows with the trained tokens coloured
   uft data data=mix data.ratio=0.25                 what a ratio does to it
   uft data rows.jsonl                               how your rows are understood""",
+        groups=("data", "objective", "model"),
     ),
     "generate": Page(
         keys="""
@@ -132,9 +139,15 @@ PAGES = {
 }
 
 
-def help_text(verb: str, config_dir: str | None = None) -> str:
-    """The page of a verb; `config_dir` adds its choices."""
+def help_text(verb: str, config_dir: str | None = None, asked: Collection[str] = ()) -> str:
+    """The page of a verb, or a line on every choice of the groups `asked` for; `config_dir` adds its choices."""
     page, found = PAGES[verb], groups(config_dirs(config_dir))
+    if unknown := [group for group in asked if group not in found]:
+        meant = nearest(unknown[0], found)
+        advice = hint(meant and f"uft {verb} --help {meant}", "groups", [group for group in FIRST if group in found])
+        raise UftError(Problem(unknown[0], "no such group", "command line", (advice,)))
+    if asked:
+        return "\n".join(line for group in asked for line in listed_choices(group, found[group]))
     usage = f"usage: uft {verb} {page.words}[options] [key=value ...]"
     lines = [f"uft {verb}: {VERBS[verb]}", "", usage, "", page.examples, ""]
     lines += [
@@ -144,8 +157,16 @@ def help_text(verb: str, config_dir: str | None = None) -> str:
     lines += ["", page.note + HYDRA]
     listed = page.groups or (*FIRST, *(group for group in found if group not in FIRST))
     for group in (group for group in listed if group in found):
-        lines += ["", f"{group}=", *columns({name: headline(file) for name, file in found[group].items()})]
+        if len(found[group]) > MOST_LINES:
+            names = textwrap.fill(", ".join(found[group]), 110, initial_indent="  ", subsequent_indent="  ")
+            lines += ["", f"{group}=   (a line on each:  uft {verb} --help {group})", names]
+        else:
+            lines += ["", *listed_choices(group, found[group])]
     return "\n".join(lines)
+
+
+def listed_choices(group: str, options: Mapping[str, Path]) -> list[str]:
+    return [f"{group}=", *columns({name: headline(file) for name, file in options.items()})]
 
 
 def columns(table: Mapping[str, str]) -> list[str]:

@@ -312,9 +312,11 @@ def as_found(source: WeightsSource, words: Sequence[str]) -> dict[str, Any]:
 def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
     """Carry out a verb with these arguments, or print its help; the exit code. Every mistake is told by us."""
     if set(FLAGS) & set(arguments):
-        folder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        folder.add_argument("--config-dir", "-cd", nargs="?")
-        print(help_text(verb, folder.parse_known_args(arguments)[0].config_dir))
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--config-dir", "-cd", nargs="?")
+        parser.add_argument(*FLAGS, nargs="*", dest="groups")
+        asked = parser.parse_known_args(arguments)[0]
+        print(help_text(verb, asked.config_dir, [word for word in asked.groups if "=" not in word]))
         return GOOD
     parsed = parse(arguments)
     name, overrides = parsed.config_name or "config", with_sources(parsed.overrides, parsed.config_dir)

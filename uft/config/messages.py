@@ -76,7 +76,7 @@ def headline(file: Path, longest: int = 104) -> str:
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     comment = takewhile(lambda line: line.startswith("#"), lines)
     text = " ".join(line.strip("# ") for line in comment if "@package" not in line)
-    return shorten(text.partition(". ")[0], longest, placeholder=" ...")
+    return shorten(text.partition(". ")[0], longest, placeholder=" ...", break_on_hyphens=False)
 
 
 def shown(path: Path) -> str:
