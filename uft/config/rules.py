@@ -215,7 +215,7 @@ def rollouts(settings: Settings) -> Iterator[Broken]:
     if settings["hardware"]["sharding"] == "full" and rollout["engine"] != "own":
         yield broken("rollout.engine", "cannot sample from a sharded model", "rollout.engine=own")
     if rollout["engine"] == "vllm" and find_spec("vllm") is None:
-        yield broken("rollout.engine", "needs vLLM, which is not installed", "pip install 'uft[vllm]'")
+        yield broken("rollout.engine", "needs vLLM, which is not installed", "pip install 'uft-lm[vllm]'")
     if rollout["truncated"] == "mask" and hasattr(made, "own"):
         why = f"leaves one side of a pair empty, and objective={name} learns from pairs"
         yield broken("rollout.truncated", why, "rollout.truncated=keep")
