@@ -132,15 +132,15 @@ class RolloutSampler:
     @activity("completions were sampled")
     def _sample(self, rows: int) -> None:
         """Draw and sample `rows` rows, and replace flat groups by further draws as far as that is allowed."""
-        started, wanted, groups = time.perf_counter(), rows, list[Group]()
+        started, groups = time.perf_counter(), list[Group]()
         self.rollouts += 1
         self.wanted += rows
         for attempt in range(1 + self.settings.refill):
             self._add("refills", float(attempt > 0), count=attempt == 0)
-            more = self._groups(wanted - len(groups))
+            more = self._groups(rows - len(groups))
             self._measure(more)
             groups += [group for group in more if not (group.flat and self.settings.refill)]
-            if len(groups) == wanted:
+            if len(groups) == rows:
                 break
         if self.keeps_old:
             groups = self._with_old_log_probs(groups)
