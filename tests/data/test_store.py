@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import os
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
@@ -406,3 +408,17 @@ def test_memory_does_not_grow_with_the_rows(tokenizer, tmp_path, monkeypatch):
 
     read(file_of(tmp_path, "demonstration", 120), 100)  # what is imported and made once does not count
     assert grown(100) < 200 < 500 < grown(math.inf)  # about 30, and 610
+
+
+def test_reading_rows_imports_no_pandas():
+    """Pyarrow does with its first array, where it is installed; and works on without it."""
+    program = (
+        "import sys\n"
+        "from uft.data.table import keep_pandas_out\n"
+        "keep_pandas_out()\n"
+        "import numpy, pyarrow\n"
+        "assert pyarrow.array(numpy.arange(3)).to_numpy().tolist() == [0, 1, 2]\n"
+        "assert 'pandas' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

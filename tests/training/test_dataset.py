@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -298,20 +296,6 @@ def test_per_kind_asks_each_kind_for_what_its_own_objective_needs(configure):
     pair = Row("s", 1, prompt, (Completion(turns, preferred=True), Completion(turns, preferred=False)))
     assert lacks(objective, shown) == {"baseline_logp"}
     assert lacks(objective, pair) == frozenset()
-
-
-def test_reading_rows_imports_no_pandas():
-    """Pyarrow does with its first array, where it is installed; and works on without it."""
-    program = (
-        "import sys\n"
-        "from uft.training.dataset import keep_pandas_out\n"
-        "keep_pandas_out()\n"
-        "import numpy, pyarrow\n"
-        "assert pyarrow.array(numpy.arange(3)).to_numpy().tolist() == [0, 1, 2]\n"
-        "assert 'pandas' not in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 # --- words that the model does not know

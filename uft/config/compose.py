@@ -16,17 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from uft.config.checks import (
-    NOT_TYPED,
-    OBJECTIVE,
-    REWARD,
-    Absent,
-    Draft,
-    Setting,
-    adapter,
-    faults,
-    path_of,
-)
+from uft.config.checks import NOT_TYPED, OBJECTIVE, REWARD, Absent, Draft, Setting, adapter, faults, path_of
 from uft.config.files import (
     BROKEN,
     ENDLESS,

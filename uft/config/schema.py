@@ -219,9 +219,8 @@ class Task:
     template: bool = _key(False, "render prompts with the model's chat template, examples as turns")
 
 
-def _named_task(value: Any) -> Any:
-    """A task by its name alone."""
-    return {"task": value} if isinstance(value, str) else value
+NAMED_TASK = BeforeValidator(lambda value: {"task": value} if isinstance(value, str) else value)
+"""A task may be given by its name alone."""
 
 
 @dataclass(config=STRICT)
@@ -234,7 +233,7 @@ class Eval:
     best: str = _key("eval/nll", "metric that picks the best checkpoint")
     best_mode: Literal["min", "max"] = _key("min", "whether less or more of it is better")
     before: bool = _key(True, "evaluate before the first step too")
-    tasks: list[Annotated[Task, BeforeValidator(_named_task)]] = _key([], "uft eval: tasks of lm-evaluation-harness")
+    tasks: list[Annotated[Task, NAMED_TASK]] = _key([], "uft eval: tasks of lm-evaluation-harness")
     task_files: dict[str, str] = _key({}, "task: file of its rows, instead of its data set")
     shot_files: dict[str, str] = _key({}, "task: file of the rows that examples are drawn from")
     task_rows: Int | None = _key(None, "rows of each task, at most; null: all", ge=1)

@@ -52,11 +52,7 @@ def stages_of(config: Config) -> list[Stage]:
     whole = expanded(plain(asdict(config)))
     return [
         Stage(
-            name=name,
-            number=number,
-            do=node["do"],
-            reference=node.get("reference", "start"),
-            config=typed(whole[name]),
+            name=name, number=number, do=node["do"], reference=node.get("reference", "start"), config=typed(whole[name])
         )
         for number, (name, node) in enumerate(config.stages.items(), 1)
     ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import sys
 import tempfile
 import zlib
 from array import array
@@ -22,7 +23,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, overload
 
@@ -473,3 +475,29 @@ class RowCollector:
             first_record, *others = (records[number] for number in order[start : end + 1].tolist())
             completions = (*first_record.completions, *(c for one in others for c in one.completions))
             yield replace(first_record, completions=completions)
+
+
+# --- The import of pyarrow.
+
+
+class _NoPandas(MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("hidden from pyarrow", name=name)
+
+
+@cache
+def keep_pandas_out() -> None:
+    """Make pyarrow look for pandas now, in vain, where nothing has imported it.
+
+    Its first array imports pandas where that is installed, which costs every start a quarter of a second and 50 MB. No
+    table of rows is ever a data frame.
+    """
+    import pyarrow as pa
+
+    finder = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        pa.array([0])
+    finally:
+        sys.meta_path.remove(finder)

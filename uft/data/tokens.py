@@ -260,11 +260,7 @@ class EncodedRows(Sequence[tuple[Tokens, ...]]):
         self.numbers: np.ndarray = of_row[starts]  # (R,) int64: each row's place among those that were tokenised
         self._first = np.append(starts, len(of_row))  # (R + 1,): row r has completions [_first[r], _first[r + 1])
         self._parts = [
-            (
-                ids.values.to_numpy(),
-                batch.column("supervised").values.to_numpy().view(bool),
-                ids.offsets.to_numpy(),
-            )
+            (ids.values.to_numpy(), batch.column("supervised").values.to_numpy().view(bool), ids.offsets.to_numpy())
             for batch in table.batches
             for ids in [batch.column("ids")]
         ]
@@ -319,10 +315,7 @@ def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | 
         f"row {row.id}",
         f"{renderer.name} {lost.what}: turn {lost.turn + 1} would not be learned as the row has it",
         where="data.template",
-        advice=(
-            *advice_about(renderer),
-            "use another data.template, or learn what it writes:  data.lost_text=keep",
-        ),
+        advice=(*advice_about(renderer), "use another data.template, or learn what it writes:  data.lost_text=keep"),
     )
 
 
@@ -348,10 +341,6 @@ Fitted = tuple[Tokens, ...] | None  # a row within the length, or None: dropped
 EDGES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 16384, 32768)
 
 
-def _drop(row: tuple[Tokens, ...], max_length: int) -> Fitted:
-    return row if all(one.length <= max_length for one in row) else None
-
-
 def _truncate(row: tuple[Tokens, ...], max_length: int) -> Fitted:
     """Each completion's first `max_length` tokens, ending at a supervised one; None where one has none left. A prompt
     alone is never cut."""
@@ -363,7 +352,7 @@ def _truncate(row: tuple[Tokens, ...], max_length: int) -> Fitted:
 
 POLICIES: dict[str, Callable[[tuple[Tokens, ...], int], Fitted]] = {
     "error": lambda row, max_length: row,
-    "drop": _drop,
+    "drop": lambda row, max_length: row if all(one.length <= max_length for one in row) else None,
     "truncate": _truncate,
 }
 

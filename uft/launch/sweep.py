@@ -291,10 +291,7 @@ def examine_jobs(request: Request, loader: ConfigLoader) -> tuple[list[Problem],
 
 
 def refusal(
-    examined: Sequence[Examined],
-    jobs: Sequence[Sequence[str]],
-    axes: Mapping[str, Sequence[str]],
-    typed: Sequence[str],
+    examined: Sequence[Examined], jobs: Sequence[Sequence[str]], axes: Mapping[str, Sequence[str]], typed: Sequence[str]
 ) -> tuple[list[Problem], str]:
     """(problems, footer): one problem per key and reason, with the number of jobs that have it; with them bad rows."""
     found: dict[tuple[str, str], dict[int, Problem]] = {}
@@ -324,10 +321,7 @@ def key_of(line: str) -> str:
 
 
 def commands_apart(
-    examined: Sequence[Examined],
-    jobs: Sequence[Sequence[str]],
-    axes: Mapping[str, Sequence[str]],
-    typed: Sequence[str],
+    examined: Sequence[Examined], jobs: Sequence[Sequence[str]], axes: Mapping[str, Sequence[str]], typed: Sequence[str]
 ) -> list[str]:
     """Where the command line (`typed`) sweeps objectives and keys that only some of them have: the commands that do
     it, one per set of objectives with the same keys. Else nothing."""

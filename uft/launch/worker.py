@@ -20,17 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
-from uft.environment import (
-    FOLDER,
-    PeerLost,
-    keep_others_out,
-    launched,
-    note,
-    note_code,
-    noted_code,
-    rank,
-    reasons,
-)
+from uft.environment import FOLDER, PeerLost, keep_others_out, launched, note, note_code, noted_code, rank, reasons
 from uft.errors import FAILED, GOOD, UftError, render, stop_code, tell_redacted
 from uft.launch.process import PARENT, cause, die_with_parent, oom_kills
 from uft.runs import Run, open_run, write_json

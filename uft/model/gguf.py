@@ -198,17 +198,15 @@ def modelfile(file: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str
     lines, missing = [f"FROM ./{file}"], ""
     if tokenizer.chat_template is None:
         lines.append("TEMPLATE {{ .Prompt }}")
-    elif found := turn_pieces(lambda turns, more: _rendered(tokenizer, turns, more)):
+    elif found := turn_pieces(
+        lambda turns, more: str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=more))
+    ):
         template, system = found
         lines.append(f'TEMPLATE """{template}"""')
         lines += [f'SYSTEM """{system}"""'] if system else []
     else:
         missing = "its chat template is more than turns one after another: write TEMPLATE by hand"
     return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops)]) + "\n", missing
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], more: bool) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=more))
 
 
 MARKS = {"system": "System Text 1", "user": "User Text 2", "assistant": "Assistant Text 3"}

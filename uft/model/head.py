@@ -301,13 +301,7 @@ class _SelectedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        head: Head,
-        target_ids: Tensor,
-        with_argmax: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, target_ids: Tensor, with_argmax: bool
     ) -> tuple[Tensor, Tensor]:
         count, dtype, rows = hidden.shape[0], head.dtype, head.rows
         log_probs = _at_least_float32(hidden.new_empty(count, dtype=dtype))

@@ -149,11 +149,7 @@ def check_tokens(other: Model, tokenizer: PreTrainedTokenizerBase, what: str) ->
 
 
 def choose_mode(
-    model: Model,
-    reference: ReferenceModel,
-    visits_per_row: float,
-    distributions: bool = False,
-    rollouts: bool = False,
+    model: Model, reference: ReferenceModel, visits_per_row: float, distributions: bool = False, rollouts: bool = False
 ) -> tuple[str, str]:
     """(mode, one line why). Raises UftError for a mode that is impossible."""
     adapter_possible = model.adapter == "lora" and reference.path is None
@@ -287,11 +283,7 @@ class ReferenceColumn:
         return True
 
     def _compute(
-        self,
-        forward: Forward,
-        part: Mapping[bytes, TokenSequence],
-        batch_tokens: int,
-        should_stop: Callable[[], bool],
+        self, forward: Forward, part: Mapping[bytes, TokenSequence], batch_tokens: int, should_stop: Callable[[], bool]
     ) -> dict[bytes, np.ndarray] | None:
         """The values of each sequence of a file; None when asked to stop."""
         keys, sequences = list(part), list(part.values())

@@ -290,10 +290,7 @@ class Pairwise(PairLoss):
         rewards = self.strength * (batch.mean if self.length == "mean" else batch.sum)(ratios)
         losses = self.losses(batch, ratios)
         weight = self.weight(batch, log_probs, scores.collision)
-        totals = {
-            "pair": (weight * losses).sum(),
-            **self.shared_totals(batch, log_probs, rewards, self.strength),
-        }
+        totals = {"pair": (weight * losses).sum(), **self.shared_totals(batch, log_probs, rewards, self.strength)}
         if self.wpo:
             totals["weight"] = weight.sum()
         if self.eta > 0:

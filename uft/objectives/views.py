@@ -197,9 +197,7 @@ def _sample(**completions: Completion) -> tuple[Row, tuple[str, ...]]:
 _TURN = (Message("assistant", "a reply"),)
 SAMPLES: dict[Kind, list[tuple[Row, tuple[str, ...]]]] = {
     Kind.DEMONSTRATION: [_sample(shown=Completion(_TURN))],
-    Kind.PREFERENCE: [
-        _sample(chosen=Completion(_TURN, preferred=True), rejected=Completion(_TURN, preferred=False)),
-    ],
+    Kind.PREFERENCE: [_sample(chosen=Completion(_TURN, preferred=True), rejected=Completion(_TURN, preferred=False))],
     Kind.BINARY: [_sample(good=Completion(_TURN, label=True)), _sample(bad=Completion(_TURN, label=False))],
     Kind.SCORED: [
         _sample(

@@ -62,7 +62,9 @@ def select(words: Sequence[str]) -> Selection:
     problems: list[Problem] = []
     found: dict[Path, Path] = {}
     for word in words:
-        runs = [run for folder in folders_named(word) for run in runs_below(folder)]
+        folder = named_folder(word)
+        matches = [folder] if folder.is_dir() else [Path(path) for path in sorted(glob.glob(word, recursive=True))]
+        runs = [run for match in matches if match.is_dir() for run in runs_below(match)]
         if not runs:
             problems += no_runs(Path(word)).problems
         for run in runs:
@@ -76,13 +78,6 @@ def as_selection(runs: Iterable[Path]) -> Selection:
     paths = tuple(sorted(runs))
     folder = Path(os.path.commonpath([path.resolve().parent for path in paths]))
     return Selection(paths, folder.name or str(folder), Path(shown(folder)))
-
-
-def folders_named(word: str) -> list[Path]:
-    """The folders of a pattern, else the one that this word means to every verb."""
-    folder = named_folder(word)
-    found = [] if folder.is_dir() else [Path(path) for path in sorted(glob.glob(word, recursive=True))]
-    return [folder] if folder.is_dir() else [path for path in found if path.is_dir()]
 
 
 def runs_below(root: Path) -> list[Path]:

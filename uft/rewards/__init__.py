@@ -23,17 +23,7 @@ from uft.rewards.ifeval import IFEval
 from uft.rewards.isolation import judge_apart
 from uft.rewards.models import Classifier, Likelihood
 from uft.rewards.parsed import Countdown, JsonSchema, Math
-from uft.rewards.text import (
-    Choice,
-    Contains,
-    Exact,
-    FinalNumber,
-    Format,
-    KnightsKnaves,
-    Length,
-    Playground,
-    Repetition,
-)
+from uft.rewards.text import Choice, Contains, Exact, FinalNumber, Format, KnightsKnaves, Length, Playground, Repetition
 
 if TYPE_CHECKING:
     import torch

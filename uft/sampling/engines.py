@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -58,24 +58,29 @@ class Setting:
         return (self.seed * 1_000_003 + number) % 2**32
 
 
-class Engine(Protocol):
+@dataclass
+class Engine:
+    """What samples completions."""
+
+    setting: Setting
+
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         """One completion of each prompt by the policy as it is now; `numbers` name them for the randomness.
 
         Raises Interrupted when told to stop, UftError where the engine fails.
         """
-        ...
+        raise NotImplementedError
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End what runs beside this process."""
 
 
 def make_engine(setting: Setting) -> Engine:
     return ENGINES[setting.rollout.engine](setting)
 
 
-@dataclass(frozen=True)
-class Own:
-    setting: Setting
+class Own(Engine):
+    """The program's own sampler (:func:`uft.sampling.generate.complete`)."""
 
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         own = self.setting
@@ -91,16 +96,10 @@ class Own:
             numbers=numbers,
         )
 
-    def close(self) -> None:
-        pass
 
-
-@dataclass(frozen=True)
-class Continuous:
+class Continuous(Engine):
     """Continuous batching of transformers. It draws from torch's global generator, which is seeded for each rollout and
     put back afterwards."""
-
-    setting: Setting
 
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -158,15 +157,11 @@ class Continuous:
                 policy.base.set_attn_implementation(kernel)
         return [found[place] for place in range(len(prompts))]
 
-    def close(self) -> None:
-        pass
-
 
 @dataclass
-class Vllm:
+class Vllm(Engine):
     """vLLM in a child process. Lines of JSON go in and come out; the child ends when its input does."""
 
-    setting: Setting
     folder: tempfile.TemporaryDirectory[str] = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="uft-vllm-")
     )
@@ -191,10 +186,7 @@ class Vllm:
         return [_reply(ids, log_probs, own.renderer.stop_ids) for ids, log_probs in self._ask(request)]
 
     def close(self) -> None:
-        if self.child is not None:
-            self.child.kill()
-            self.child.wait()
-            self.child = None
+        self._end_child()
         self.folder.cleanup()
 
     def _start(self) -> None:
@@ -234,7 +226,7 @@ class Vllm:
         while b"\n" not in self.unread:
             beat()
             if self.setting.should_stop():
-                self.close_child()
+                self._end_child()
                 raise Interrupted
             ready = select.select([self.child.stdout], [], [], 1.0)[0]
             more = self.child.stdout.read(1 << 20) if ready else b""
@@ -246,19 +238,19 @@ class Vllm:
         line, _, self.unread = self.unread.partition(b"\n")
         answer = json.loads(line)
         if isinstance(answer, str):
-            self.close_child()
+            self._end_child()
             raise _failed("vllm", answer)
         return [(ids, log_probs) for ids, log_probs in answer]
 
-    def close_child(self) -> None:
-        """End the child with what it works on; the next rollout starts another."""
-        assert self.child is not None
-        self.child.kill()
-        self.child.wait()
-        self.child, self.unread = None, b""
+    def _end_child(self) -> None:
+        """End the child, if any, with what it works on; the next rollout starts another."""
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
+            self.child, self.unread = None, b""
 
 
-ENGINES: dict[str, Callable[[Setting], Engine]] = {"own": Own, "transformers": Continuous, "vllm": Vllm}
+ENGINES: dict[str, type[Engine]] = {"own": Own, "transformers": Continuous, "vllm": Vllm}
 
 
 def _reply(ids: Sequence[int], log_probs: Sequence[float], stop_ids: frozenset[int]) -> Reply:

@@ -15,7 +15,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -73,48 +73,36 @@ class Group:
         return cls(RowIndex(**state["draw"]), state["hint"], replies, old=old, spread=state["spread"], **lists)
 
 
+@dataclass(eq=False)
 class RolloutSampler:
-    """Draws rows and samples the policy's completions of their prompts, `settings.prompts` rows at a time.
+    """Draws rows and samples the policy's completions of their prompts, `settings.prompts` rows at a time."""
 
-    `metrics` are sums and counts of what was sampled since they were last taken; `seconds`, all the time it took.
-    """
+    sampler: RowSampler
+    settings: Rollout
+    _: KW_ONLY
+    engine: Engine
+    policy: Policy
+    renderer: Renderer
+    views: Mapping[Kind, View]  # the objective's own
+    sampled: Mapping[str, Spec | None]  # the sources that are sampled, with their checkers
+    seed: int
+    pad_id: int
+    batch_size: int
+    total_rows: int
+    tokens_per_pass: int
+    keeps_old: bool  # whether updates after the first of a rollout need the log-probs that its tokens had
+    drawn: int = 0
+    wanted: int = 0  # rows of all steps, without refills
+    rollouts: int = 0
+    steps: list[list[Group]] = field(default_factory=list)  # sampled and not yet trained on, by optimiser step
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # sum and count since they were last taken
+    seconds: float = 0.0  # all the time that sampling took
+    latest: list[Group] = field(default_factory=list)  # of the step that was taken last
+    reasons: set[str] = field(default_factory=set)  # why completions could not be judged, as far as it was told
 
-    def __init__(
-        self,
-        sampler: RowSampler,
-        settings: Rollout,
-        *,
-        engine: Engine,
-        policy: Policy,
-        renderer: Renderer,
-        views: Mapping[Kind, View],
-        sampled: Mapping[str, Spec | None],
-        seed: int,
-        pad_id: int,
-        batch_size: int,
-        total_rows: int,
-        tokens_per_pass: int,
-        keeps_old: bool,
-    ) -> None:
-        """`views` are the objective's own; `sampled`: the sources that are sampled, with their checkers; `keeps_old`:
-        whether updates after the first of a rollout need the log-probs that its tokens had."""
-        self.sampler, self.settings, self.engine, self.policy, self.renderer = (
-            sampler,
-            settings,
-            engine,
-            policy,
-            renderer,
-        )
-        self.views, self.sampled, self.seed, self.pad_id = views, sampled, seed, pad_id
-        self.batch_size, self.total_rows, self.tokens_per_pass = batch_size, total_rows, tokens_per_pass
-        self.keeps_old = keeps_old and (settings.prompts or batch_size) > batch_size
-        self.prompts = settings.prompts or batch_size
-        self.drawn = self.wanted = self.rollouts = 0  # rows drawn, rows of all steps without refills, rollouts
-        self.steps: list[list[Group]] = []  # sampled and not yet trained on, by optimiser step
-        self.metrics: dict[str, tuple[float, float]] = {}  # name -> sum, count
-        self.seconds = 0.0
-        self.latest: list[Group] = []
-        self.reasons: set[str] = set()  # why completions could not be judged, as far as it was told
+    def __post_init__(self) -> None:
+        self.prompts = self.settings.prompts or self.batch_size
+        self.keeps_old = self.keeps_old and self.prompts > self.batch_size
 
     # --- in the place of a RowSampler
 
@@ -144,15 +132,15 @@ class RolloutSampler:
     @activity("completions were sampled")
     def _sample(self, rows: int) -> None:
         """Draw and sample `rows` rows, and replace flat groups by further draws as far as that is allowed."""
-        started, wanted, groups = time.perf_counter(), rows, list[Group]()
+        started, groups = time.perf_counter(), list[Group]()
         self.rollouts += 1
         self.wanted += rows
         for attempt in range(1 + self.settings.refill):
             self._add("refills", float(attempt > 0), count=attempt == 0)
-            more = self._groups(wanted - len(groups))
+            more = self._groups(rows - len(groups))
             self._measure(more)
             groups += [group for group in more if not (group.flat and self.settings.refill)]
-            if len(groups) == wanted:
+            if len(groups) == rows:
                 break
         if self.keeps_old:
             groups = self._with_old_log_probs(groups)

@@ -133,11 +133,7 @@ class Console:
     """Writes to `stream` and to `log_file`. `interactive` None: whether the stream is a terminal that can go back."""
 
     def __init__(
-        self,
-        stream: TextIO,
-        log_file: Path | None = None,
-        total_steps: int = 0,
-        interactive: bool | None = None,
+        self, stream: TextIO, log_file: Path | None = None, total_steps: int = 0, interactive: bool | None = None
     ) -> None:
         self.stream: TextIO | None = stream
         self.total_steps = total_steps
@@ -203,7 +199,9 @@ class Console:
             self._evaluations[step] = dict(evaluation.metrics)
             self._rich(evaluation_table(step, self._evaluations, self.marks))
             notes = [note for note in (kl_note(evaluation.metrics), collapse_note(self._evaluations)) if note]
-            self._print("\n" + "".join(f"{fold(note, self._width())}\n" for note in notes))
+            unbroken: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+            folded = [textwrap.fill(note, max(self._width(), 20), **unbroken) for note in notes]
+            self._print("\n" + "".join(f"{note}\n" for note in folded))
         if evaluation.samples:
             self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
 
@@ -294,10 +292,6 @@ def rendered(renderable: Any, width: int, color: bool) -> str:
 
 
 # --- The table of an evaluation, samples, and the end card.
-
-
-def fold(text: str, width: int) -> str:
-    return textwrap.fill(text, max(width, 20), break_long_words=False, break_on_hyphens=False)
 
 
 def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -35,7 +35,8 @@ class Mirror:
     def start(self) -> None:
         """Open. Raises UftError where the package is not installed."""
         try:
-            self._handle = self._open()
+            with redirect_stdout(StringIO()):  # the console is the run's
+                self._handle = self._open()
         except ImportError as error:
             advice = (f"pip install 'uft-lm[{self.package}]'",)
             what = f"tracking.tracker={self.package}"
@@ -56,7 +57,8 @@ class Mirror:
         if self._handle is None:
             return
         try:
-            call(*arguments)
+            with redirect_stdout(StringIO()):
+                call(*arguments)
         except Exception as error:
             self._handle = None
             self.say(f"{self.package} stopped taking metrics ({first_line(error)}); metrics.jsonl has everything.")
@@ -120,36 +122,32 @@ class Trackio(Mirror):
         return f"metrics.jsonl, Trackio: trackio show --project {self.config['tracking']['project']}"
 
     def _open(self) -> Any:
-        with redirect_stdout(StringIO()):  # the console is the run's
-            import trackio
+        import trackio
 
-            return trackio.init(
-                project=self.config["tracking"]["project"],
-                name=f"{self.run.name}-{self.run.info()['id']}",
-                group=group_of(self.run, self.config),
-                config={**self.config, "run_info": about(self.run)},
-                resume="allow",
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
+        return trackio.init(
+            project=self.config["tracking"]["project"],
+            name=f"{self.run.name}-{self.run.info()['id']}",
+            group=group_of(self.run, self.config),
+            config={**self.config, "run_info": about(self.run)},
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
 
     def _log(self, step: int, numbers: Mapping[str, float]) -> None:
-        with redirect_stdout(StringIO()):
-            self._handle.log({name: value for name, value in numbers.items() if math.isfinite(value)}, step=step)
+        self._handle.log({name: value for name, value in numbers.items() if math.isfinite(value)}, step=step)
 
     def _samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         from pandas import DataFrame
         from trackio import Table
 
-        with redirect_stdout(StringIO()):
-            self._handle.log({"samples": Table(dataframe=DataFrame(list(samples)).astype(str))}, step=step)
+        self._handle.log({"samples": Table(dataframe=DataFrame(list(samples)).astype(str))}, step=step)
 
     def _close(self, status: str) -> None:
-        with redirect_stdout(StringIO()):
-            import trackio
+        import trackio
 
-            trackio.finish()
+        trackio.finish()
 
 
 MIRRORS: dict[str, type[Mirror]] = {mirror.package: mirror for mirror in (TensorBoard, Trackio)}

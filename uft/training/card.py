@@ -82,7 +82,7 @@ class ModelCard:
         config = self.config
         keys = {key: value for key, value in config.objective.items() if key not in ("name", "method")}
         file = groups(config_dirs()).get("objective", {}).get(config.objective["name"])
-        lines = ["## Objective"] + ([linked(opening_comment(file))] if file else [])
+        lines = ["## Objective"] + ([opening_comment(file)] if file else [])
         optim = config.optim
         rate = (
             f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule} schedule, batch of {config.train.batch_size}"
@@ -130,13 +130,9 @@ def is_hub_id(path: str) -> bool:
 
 
 def opening_comment(file: Path) -> str:
-    """The sentences in front of a file of conf/objective: the method, its paper and its loss."""
+    """The sentences in front of a file of conf/objective: the method, its paper as a link to arXiv, and its loss."""
     lines = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
-    return " ".join(line.strip("# ") for line in lines)
-
-
-def linked(text: str) -> str:
-    """Papers as links to arXiv."""
+    text = " ".join(line.strip("# ") for line in lines)
     return PAPER.sub(lambda found: f"[arXiv {found[1]}](https://arxiv.org/abs/{found[1]})", text)
 
 

@@ -27,17 +27,7 @@ from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.load import load_tokenizer
 from uft.runs import write_atomically
-from uft.sampling.select import (
-    TAKES,
-    Picked,
-    active_dpo,
-    best,
-    count_of,
-    pair_features,
-    pds,
-    random_scores,
-    top_scores,
-)
+from uft.sampling.select import TAKES, Picked, active_dpo, best, count_of, pair_features, pds, random_scores, top_scores
 from uft.training.dataset import make_renderer
 from uft.training.setup import Say, loaded_policy
 from uft.training.trainer import tokens_per_pass

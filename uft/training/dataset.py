@@ -8,12 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, partial
-from importlib.abc import MetaPathFinder
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ from uft.data.mixture import Mixture, epoch_rows, mixture_weights, portion
 from uft.data.report import data_report
 from uft.data.rows import FLAT, Kind, Row, Selection, View, content_digest
 from uft.data.sources import LoadedSource, load_sources
-from uft.data.table import grouped, kinds, pick, prompt_words
+from uft.data.table import grouped, keep_pandas_out, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
 from uft.errors import Problem, UftError, run_all
 from uft.evaluation.evaluate import HeldOut
@@ -442,29 +440,6 @@ def read_run_data(run: Run, config: Config, stages: Sequence[Stage], *, refuse: 
     digests = {name: stage.dataset.digest for name, stage in data.stages.items()}
     data.digest = digests.get("") or hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:16]
     return data
-
-
-class _NoPandas(MetaPathFinder):
-    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
-        if name == "pandas":
-            raise ModuleNotFoundError("hidden from pyarrow", name=name)
-
-
-@cache
-def keep_pandas_out() -> None:
-    """Make pyarrow look for pandas now, in vain, where nothing has imported it.
-
-    Its first array imports pandas where that is installed, which costs every start a quarter of a second and 50 MB. No
-    table of rows is ever a data frame.
-    """
-    import pyarrow as pa
-
-    finder = _NoPandas()
-    sys.meta_path.insert(0, finder)
-    try:
-        pa.array([0])
-    finally:
-        sys.meta_path.remove(finder)
 
 
 def _prompts(sides: Iterable[Sequence[Row]]) -> np.ndarray:

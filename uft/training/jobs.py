@@ -16,14 +16,7 @@ from rich.table import Table
 
 from uft.config.schema import Config
 from uft.config.stages import stages_of
-from uft.data.report import (
-    coloured,
-    data_cautions,
-    data_omissions,
-    length_histogram,
-    merged_lengths,
-    report_table,
-)
+from uft.data.report import coloured, data_cautions, data_omissions, length_histogram, merged_lengths, report_table
 from uft.data.rows import Kind
 from uft.errors import GOOD
 from uft.heartbeat import activity

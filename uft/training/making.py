@@ -25,7 +25,7 @@ from uft.data.records import is_rows_file, write_rows
 from uft.data.report import data_omissions
 from uft.data.rows import Row, Turns
 from uft.data.sources import LoadedSource, load_sources
-from uft.data.table import kinds
+from uft.data.table import keep_pandas_out, kinds
 from uft.distributed import ranks
 from uft.errors import FAILED, GOOD, Problem, UftError
 from uft.heartbeat import activity
@@ -40,7 +40,7 @@ from uft.sampling.negatives import Summary, generate_rows, summary_of
 from uft.sampling.rollouts import score_of, unjudged, weights_of
 from uft.tracking.console import printable_lines, table_console
 from uft.training.choosing import choose_rows
-from uft.training.dataset import keep_pandas_out, make_renderer
+from uft.training.dataset import make_renderer
 from uft.training.liveness import Stop, listening
 from uft.training.setup import Say, choose_device, loaded_policy
 
@@ -81,7 +81,8 @@ def generate(config: Config) -> int:
             say(f"stopped; what is done is in {out}. Run the same command to continue.")
             return stop.exit_code
     repeats = ", or equal to the row's own" if config.generate.repeats == "drop" else ""
-    shown = [json.loads(line) for line in first_lines(summary.path, ANSWERS_SHOWN)]
+    with open(summary.path, encoding="utf-8") as handle:
+        shown = [json.loads(line) for line in islice(handle, ANSWERS_SHOWN)]
     use = "objective=dpo data.unusable=drop" if config.generate.score else "objective=dft"
     use = "objective=sft" if shown and "negatives" not in shown[0] else use  # prompts got their replies
     say(
@@ -142,11 +143,6 @@ def shown_answer(prompt: str, answers: Sequence[str]) -> str:
 def said(prompt: str | list[dict[str, Any]]) -> str:
     """The last turn of a prompt as rows hold it."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
-def first_lines(file: Path, count: int) -> list[str]:
-    with open(file, encoding="utf-8") as handle:
-        return list(islice(handle, count))
 
 
 def generate_stage(
@@ -260,7 +256,9 @@ def annotate(config: Config) -> int:
     for name, one in written.items():
         number = f"{one.completions - one.without:,} of {one.completions:,} completions have {column}"
         say(f"{name}: {number}; in {one.rows}")
-    say(f"train on them:  {train_command(config.data, column, written)}")
+    sources = [word for name, s in annotated_data(config.data, written).sources.items() for word in adds(name, s)]
+    command = ["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources]
+    say(f"train on them:  {' '.join(command)}")
     return GOOD
 
 
@@ -311,7 +309,10 @@ def write_column(
         should_stop=should_stop,
         say=say,
     )
-    given = {source.name: own_rows(source) for source in sources}
+    given = {}
+    for source in sources:  # rows that data.holdout sets apart stay in their order in the file
+        rows = source.rows if source.apart else (*source.rows, *source.held_out)
+        given[source.name] = sorted(rows, key=lambda row: row.index)
     made = iter(annotate_rows([row for rows in given.values() for row in rows], column, recipe))
     annotated = {name: tuple(islice(made, len(rows))) for name, rows in given.items()}
     if not any(column in c.annotations for rows in annotated.values() for row in rows for c in row.completions):
@@ -326,12 +327,6 @@ def write_column(
         without = sum(column not in completion.annotations for completion in completions)
         written[name] = AnnotatedSource(files[name], apart[name] if source.apart else None, len(completions), without)
     return written
-
-
-def own_rows(source: LoadedSource) -> list[Row]:
-    """The rows of a source's own place in their order there, those that data.holdout sets apart among them."""
-    rows = source.rows if source.apart else (*source.rows, *source.held_out)
-    return sorted(rows, key=lambda row: row.index)
 
 
 def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Data, job: str) -> None:
@@ -379,12 +374,6 @@ def annotated_data(data: Data, written: Mapping[str, AnnotatedSource]) -> Data:
             checker=source.checker,
         )
     return replace(data, sources=sources)
-
-
-def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource]) -> str:
-    """The command that trains on the annotated files, by an objective that reads the column."""
-    sources = [word for name, s in annotated_data(data, written).sources.items() for word in adds(name, s)]
-    return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources])
 
 
 # --- Choosing rows of a mixture: the job `select`, and stages that do it.

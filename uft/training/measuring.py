@@ -25,6 +25,7 @@ from uft import __version__
 from uft.config.schema import Config
 from uft.data.report import data_omissions
 from uft.data.sources import load_sources
+from uft.data.table import keep_pandas_out
 from uft.errors import GOOD, Problem, UftError
 from uft.evaluation.evaluate import Evaluation, HeldOut, Item, evaluate
 from uft.evaluation.measures import mean_stderr
@@ -37,7 +38,7 @@ from uft.rewards import spec_of
 from uft.runs import cache_root, shown, write_atomically, write_json
 from uft.sampling.generate import Interrupted
 from uft.tracking.console import kl_note, printable, table_console
-from uft.training.dataset import keep_pandas_out, make_renderer, tokenize_held_out
+from uft.training.dataset import make_renderer, tokenize_held_out
 from uft.training.liveness import Stop, listening
 from uft.training.making import say_on
 from uft.training.setup import Say, choose_device, loaded_policy

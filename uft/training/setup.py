@@ -45,7 +45,7 @@ from uft.training.trainer import Progress, Trainer, available_devices, tokens_pe
 STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
 """Largest difference of a token's log-prob between policy and reference before the first step: rounding, no more."""
 
-SMALL_MODEL = 3_000_000  # parameters below which a second CPU thread made no run faster
+SINGLE_THREADED = 3_000_000  # parameters below which a second CPU thread made no run faster
 RANK_SEEDS = 1_000_003  # distance between the sampling seeds of two processes
 
 ONE_ROW = "a step has one row: its baseline is measured under the prompts of a step's other rows, and is always 0"
@@ -313,7 +313,7 @@ def loaded_policy(config: Config, device: torch.device, tokenizer: PreTrainedTok
     """The policy of a configuration; UftError where its vocabulary is too small for the tokenizer. Sets one CPU thread
     for a small model unless asked otherwise: more threads would wait for each other."""
     policy = load_policy(config.model, device, config.seeds.init)
-    if config.hardware.threads is None and device.type == "cpu" and policy.size < SMALL_MODEL:
+    if config.hardware.threads is None and device.type == "cpu" and policy.size < SINGLE_THREADED:
         torch.set_num_threads(1)
     check_vocabulary(policy.module, tokenizer)
     return policy

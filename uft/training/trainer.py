@@ -31,14 +31,7 @@ from uft.runs import Run
 from uft.sampling.generate import Interrupted
 from uft.sampling.rollouts import RolloutSampler
 from uft.training.liveness import Stop
-from uft.training.step import (
-    Step,
-    defers_finite_check,
-    learning_rate,
-    nonfinite_rows,
-    optimiser_step,
-    warmup_steps,
-)
+from uft.training.step import Step, defers_finite_check, learning_rate, nonfinite_rows, optimiser_step, warmup_steps
 
 Tensor = torch.Tensor
 State = tuple[dict[str, Tensor], dict[str, Any]]
