@@ -18,7 +18,7 @@ from uft.cli.help import PAGES
 from uft.errors import GOOD
 from uft.runs import OUTPUTS, find_runs, find_sweeps
 
-OF_RUNS = ("resume", "compare", "sync", "ls", "generate", "eval", "export", "chat")
+OF_RUNS = ("advise", "resume", "compare", "sync", "ls", "generate", "eval", "export", "chat")
 """Verbs whose words, or first word, name runs. Where no name fits, the shell offers its files."""
 OUR_OPTIONS = ("--trace",)  # words that Hydra's parser does not know
 HIDDEN = ("schema", "+schema", "~schema")
