@@ -179,3 +179,17 @@ def test_what_a_stage_works_by_tells_configurations_apart():
     for shared, groups in ((stages, 2), ({}, 1)):
         runs = [loaded("sft", 1, select__rows=count, **shared) for count in (5, 6)]
         assert len(grouping(runs).groups) == groups
+
+
+def test_settings_of_an_arm_are_no_axes_and_what_is_swept_beside_it_is():
+    runs = [
+        loaded(name, seed, optim__lr=rate, objective__beta=beta, overrides=words)
+        for name, rate in (("dpo", 0.1), ("uft", 0.2))
+        for beta in (0.01, 0.3)
+        for seed in (1, 2)
+        for words in [
+            (f"objective={name}", f"optim.lr={rate}", f"arm={name}", f"objective.beta={beta}", f"seed={seed}")
+        ]
+    ]
+    assert names(grouping(runs[:2] + runs[4:6])) == ["dpo", "uft"]
+    assert names(grouping(runs)) == [f"{name} beta={beta}" for name in ("dpo", "uft") for beta in (0.01, 0.3)]

@@ -222,7 +222,11 @@ def swept(
             found[name] = varying[name]
         elif everywhere and all(len({values[number] for number in group}) == 1 for group in members):
             found[key] = values
-    return found
+    if (arm := found.get("arm")) is None:
+        return found
+    arms = set(arm.values())  # what is the same in all runs of an arm is a setting of it
+    pairs = {key: {(arm[n], hashable(column.get(n, ABSENT))) for n in arm} for key, column in found.items()}
+    return {"arm": arm} | {key: column for key, column in found.items() if len(pairs[key]) > len(arms)}
 
 
 def choose_axes(typed: Mapping[str, Column], varying: Mapping[str, Column], numbers: Sequence[int]) -> list[Axis]:
