@@ -170,6 +170,13 @@ def test_text_that_the_prompt_lacks_is_read_or_refused(tmp_path):
     assert load(tmp_path, [within]).omitted.unread == {"input": 1}
 
 
+def test_prompts_alone_are_read_and_what_else_they_ask_is_told(tmp_path):
+    for record in ({"prompt": "7*6?"}, {"instruction": "7*6?"}, {"messages": [USER]}, {"conversations": [USER]}):
+        (row,) = load(tmp_path, [record]).rows
+        assert (row.kind, turns(row)) == (Kind.PROMPT, [("user", "7*6?")]), record
+        assert "question" in refused(tmp_path, [record | {"question": "7*8?"}])
+
+
 def test_a_row_of_weight_0_is_not_learned(tmp_path):
     for name, on, off in (("weight", 1.0, 0), ("train", True, False), ("training", 1, 0), ("loss_mask", 1, 0)):
         records = [record | {name: on} for record in DIALOGUES.values() if "prompt" in record]

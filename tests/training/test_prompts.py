@@ -12,7 +12,7 @@ from dying import StopAt, lines
 from stage_runs import sit
 
 from uft import rewards
-from uft.data.formats import write_rows as write
+from uft.data.records import write_rows as write
 from uft.data.rows import Kind, Message, Role
 from uft.data.sources import load_sources
 from uft.errors import GOOD, UftError

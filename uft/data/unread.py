@@ -73,7 +73,8 @@ def _within(value: Any, row: Row) -> bool:
     """Whether the texts of a column stand in the row's turns that are not replies."""
     items = value if isinstance(value := unpacked(value), list) else [value]
     texts = [item.get("content", item.get("value")) if isinstance(item, dict) else item for item in items]
-    asked = [turn.content for turn in (*row.prompt, *row.completions[0].turns) if turn.role != "assistant"]
+    shown = (turn for one in row.completions[:1] for turn in one.turns)  # none of a prompt alone
+    asked = [turn.content for turn in (*row.prompt, *shown) if turn.role != "assistant"]
     found = (text.strip() for text in texts if isinstance(text, str))
     return all(any(text in turn for turn in asked) for text in found)
 
