@@ -174,7 +174,7 @@ def gap(ours: Outcome, theirs: Outcome) -> tuple[float, float]:
 
 def assert_equal(ours: Outcome, theirs: Outcome) -> None:
     loss, gradient = gap(ours, theirs)
-    assert loss < 1e-5, f"ours {ours.loss}, theirs {theirs.loss}"
+    assert loss < 1e-5 * max(1.0, abs(theirs.loss)), f"ours {ours.loss}, theirs {theirs.loss}"
     assert gradient < 1e-5, f"gradients differ by {gradient} of the largest"
 
 
