@@ -226,6 +226,8 @@ def test_a_file_of_rows_is_short_for_a_source(worker, capfd):
     assert "gone.jsonl  no such file" in capfd.readouterr().err
     assert main(["train", "nonsense"]) == 2
     assert "cannot be read as key=value" in capfd.readouterr().err
+    assert main(["train", "mine.yaml"]) == 2
+    assert "conf-user/experiment/mine.yaml" in capfd.readouterr().err
 
 
 def test_resume_goes_on_with_a_run_also_from_another_folder_after_a_move(worker, monkeypatch, capfd):

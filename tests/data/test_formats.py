@@ -35,6 +35,8 @@ def test_unknown_columns_name_what_was_found_what_is_near_and_how_to_map():
     with pytest.raises(UftError, match="no known binary format") as error:
         recognise(["prompt", "completion"], kind="binary", source="mine")
     assert "binary lacks label" in str(error.value)
+    with pytest.raises(UftError, match="divided by commas here, not by ';'"):
+        recognise(["prompt;response"], source="mine")
 
 
 def test_two_formats_at_once_are_ambiguous_until_a_kind_is_given():

@@ -121,8 +121,14 @@ def test_every_bad_row_of_every_source_is_told_at_once_with_its_place(tmp_path):
     assert "outside 0 to 1" in said
     assert "data.bad_rows=drop" in said
     many = refused({"a": {"path": write(tmp_path / "x.jsonl", [{"prompt": "q", "completion": ""}] * 50)}})
-    assert many.count("completion is empty") == 20
+    assert many.count("completion is empty") == 1
+    assert "and the same of 19 more" in many
     assert "and 30 more" in many
+    rated = [{"prompt": "q", "completion": "a", "score": score} for score in range(2, 7)]
+    scores = refused({"a": {"path": write(tmp_path / "s.jsonl", rated)}})
+    assert (scores.count("outside 0 to 1"), scores.count("on another scale")) == (5, 1)
+    kinds = [{"prompt": "q", "completion": "a"}] * 3 + [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    assert "it has the columns of preference" in refused({"a": {"path": write(tmp_path / "k.jsonl", kinds)}})
 
 
 def test_a_refused_file_hides_no_bad_row_of_its_own_or_of_others(tmp_path):

@@ -309,7 +309,8 @@ class Draft:
         shown = [key for key in siblings if prefix[:1] not in ((OBJECTIVE,), (REWARD,)) or key not in NOT_TYPED]
         advice = hint(of_trl or meant, "keys" if prefix else "groups and keys", [] if of_trl else shown)
         advice = f"{of_trl}: {note}" if note else advice
-        more = belongs_to(path[-1]) if prefix[:1] == (OBJECTIVE,) else ()
+        unknown = not prefix and meant is None and not of_trl  # beta, of an objective that has none
+        more = belongs_to(path[-1]) if prefix[:1] == (OBJECTIVE,) or unknown else ()
         place = f" in {'.'.join(prefix)}" if prefix else ""
         is_objective = prefix[:1] == (OBJECTIVE,) and "method" in siblings
         if "method" in siblings:

@@ -446,6 +446,8 @@ def _unreadable(line: str, error: HydraException) -> Problem:
     if not equals:  # sft is objective=sft
         options = [f"{group}={key}" for group, files in groups(config_dirs()).items() if key in files]
         advice = f"did you mean  {' or '.join(options)} ?" if options else f"write  {key}=VALUE"
+        if Path(key).suffix in (".yaml", ".yml"):
+            advice = f"a file of settings is  conf-user/experiment/{Path(key).name}  and  experiment={Path(key).stem}"
     elif not set(value) & set("'\""):
         advice = f"quote a value with special characters:  '{key}=\"{value}\"'"
     return Problem(line, "cannot be read as key=value", COMMAND_LINE, (advice,))

@@ -10,6 +10,7 @@ From top to bottom: recognising a format, and the formats. Numbers beside comple
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -145,7 +146,17 @@ def recognise(
     guesses = [found for found in guesses if all(found.values())] or [{min(near[0].required - known): "THEIR_COLUMN"}]
     line = " ".join(f"{key}.columns.{ours}={theirs}" for ours, theirs in min(guesses, key=len).items())
     why = f"no known {'row' if kind is None else kind} format has the columns {', '.join(sorted(columns)) or '(none)'}"
+    if len(columns) == 1 and (mark := re.search(r"[;|\t]", next(iter(columns)))):
+        lacks.append(f"columns of a CSV file are divided by commas here, not by {mark[0]!r}")
     raise UftError(Problem(key, why, advice=(*lacks, f"map them:  {line}")))
+
+
+def of_another_kind(form: Format, record: Mapping[str, Any]) -> str:
+    """The format whose columns a record (after mapping) has instead of those of its file's `form`, or ""."""
+    held = {name for name, value in record.items() if not is_blank(value)}
+    fitting = [f for f in FORMATS if f.kind not in (form.kind, Kind.PROMPT) and f.required <= held]
+    best = [f for f in fitting if not any(other.beats(f) for other in fitting)]
+    return best[0].name if best and not form.required <= held else ""
 
 
 _USUAL = {

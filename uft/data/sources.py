@@ -243,6 +243,8 @@ def _parse_table(
             row = form.read(fields, score_range)
         except Unreadable as error:
             advice = [line.replace("{source}", f"data.sources.{name}") for line in error.advice]
+            if form is not None and isinstance(record, dict) and (other := formats.of_another_kind(form, fields)):
+                advice.append(f"it has the columns of {other}: a file holds one kind of rows, so give those their own")
             omitted.bad.append(BadRow(f"{records.name}:{number}", str(error), advice))
             continue
         good.add(replace(row, facts=facts_of(fields, facts)) if facts else row)
