@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
 
 MOST = {
-    "product lines": 31_133,
-    "modules": 121,
-    "functions named once": 419,
+    "product lines": 34_116,
+    "modules": 124,
+    "functions named once": 449,
     "circles of files": 0,
     "circles of packages": 0,
-    "uses of private names": 3,
-    "test lines": 35_081,
+    "uses of private names": 4,
+    "test lines": 37_052,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
 LONGER = 0
