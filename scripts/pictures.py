@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import termios
 from io import StringIO
 from pathlib import Path
 
@@ -21,14 +22,15 @@ from rich.console import Console
 from rich.text import Text
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-COLUMNS = 100
-SHOWN_STEPS = 3  # the first lines of steps, and the last ones
+COLUMNS = 112
+SHOWN = 42  # lines of an answer, of which a reader needs the first
 
 
 def terminal(folder: Path, words: list[str]) -> list[str]:
     """The lines that a terminal shows in the end when `uft` has run with these words, with their colours."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "COLUMNS": str(COLUMNS), "LINES": "50", "TERM": "xterm-256color"}
+    termios.tcsetwinsize(theirs, (50, COLUMNS))
+    environment = {**os.environ, "TERM": "xterm-256color"}
     command = [sys.executable, "-m", "uft", *words]
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=theirs, stderr=theirs, text=True)
     os.close(theirs)
@@ -49,16 +51,11 @@ def terminal(folder: Path, words: list[str]) -> list[str]:
 
 
 def draw(words: list[str], lines: list[str], file: Path) -> None:
-    """An SVG of the command and its lines; of many steps the first and the last."""
-    steps = [number for number, line in enumerate(lines) if re.match(r"(\x1b\[[\d;]*m)*step +\d", line)]
-    left_out = set(steps[SHOWN_STEPS:-SHOWN_STEPS])
+    """An SVG of the command and its lines."""
     console = Console(record=True, width=COLUMNS, file=StringIO(), force_terminal=True, color_system="truecolor")
     console.print(Text(f"$ uft {' '.join(words)}", style="bold"))
-    for number, line in enumerate(lines):
-        if number in left_out and number - 1 not in left_out:
-            console.print("...")
-        if number not in left_out:
-            console.print(Text.from_ansi(line), soft_wrap=True)
+    for line in lines:
+        console.print(Text.from_ansi(line), no_wrap=True, overflow="ellipsis")
     console.save_svg(str(file), title="uft")
 
 
@@ -74,8 +71,12 @@ def photograph(page: Path, file: Path) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1]).resolve()
-    for name, words in {"train": ["train", "objective=ift", "data=mix"], "compare": ["compare", "ratios"]}.items():
-        draw(words, terminal(folder, words), IMAGES / f"{name}.svg")
+    train, compare = ["train", "objective=ift", "data=mix", "tracking=none"], ["compare", "ratios"]
+    said = terminal(folder, train)
+    middle = next(n for n, line in enumerate(said) if "evaluation at step 100" in line)
+    end = next(n for n, line in enumerate(said) if "evaluation at step 329" in line)
+    draw(train, [*said[:middle], "...", *said[end:]], IMAGES / "train.svg")
+    draw(compare, [*terminal(folder, compare)[:SHOWN], "..."], IMAGES / "compare.svg")
     (page,) = folder.glob("outputs/*/ratios/compare.html")
     photograph(page, IMAGES / "compare.png")
 
