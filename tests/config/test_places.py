@@ -39,7 +39,7 @@ def test_help_sees_the_same_folders(tmp_path, monkeypatch):
     write(tmp_path / "conf-user", "# my Adam\nname: adamw\n")
     optims = groups(config_dirs())["optim"]
     assert headline(optims["adamw"]) == "my Adam"
-    assert list(optims) == ["adamw", "mine", "rmsprop", "sgd"]
+    assert list(optims) == ["adafactor", "adamw", "adamw8bit", "mine", "muon", "rmsprop", "sgd"]
     assert shown(optims["mine"]) == "conf-user/optim/mine.yaml"
     assert shown(optims["sgd"]) == "conf/optim/sgd.yaml"
 

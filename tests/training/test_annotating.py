@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from uft.config.compose import compose
 from uft.config.frozen import typed
 from uft.config.schema import Annotate, Config, Source
-from uft.data.rows import Kind, Row
+from uft.data.rows import Row
 from uft.data.sources import load_sources
 from uft.errors import GOOD, INTERRUPTED, STOPPED, UftError
 from uft.model import reference
@@ -55,7 +55,7 @@ def test_every_kind_of_row_reads_on_as_the_same_mixture(job, configure, tmp_path
         config.data.sources[name].share = 1.0
     written = job(config, tmp_path / "rows")
     assert {name: one.rows for name, one in written.items()} == {
-        kind.value: tmp_path / "rows" / f"{kind.value}.jsonl" for kind in Kind if kind is not Kind.ROLLOUT
+        name: tmp_path / "rows" / f"{name}.jsonl" for name in config.data.sources
     }
     assert all(one.without == 0 and one.evaluation is None for one in written.values())
     data = annotated_data(config.data, written)

@@ -7,8 +7,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from conftest import Rows, write_rows
 from dying import StopAt, lines
+from small_rows import Rows, write_rows
 from stage_runs import sit
 
 from uft import rewards

@@ -256,9 +256,7 @@ def annotate(config: Config) -> int:
     for name, one in written.items():
         number = f"{one.completions - one.without:,} of {one.completions:,} completions have {column}"
         say(f"{name}: {number}; in {one.rows}")
-    sources = [word for name, s in annotated_data(config.data, written).sources.items() for word in adds(name, s)]
-    command = ["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources]
-    say(f"train on them:  {' '.join(command)}")
+    say(f"train on them:  {train_command(config.data, column, written)}")
     return GOOD
 
 
@@ -374,6 +372,12 @@ def annotated_data(data: Data, written: Mapping[str, AnnotatedSource]) -> Data:
             checker=source.checker,
         )
     return replace(data, sources=sources)
+
+
+def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource]) -> str:
+    """The command that trains on the annotated files, by an objective that reads the column."""
+    sources = [word for name, s in annotated_data(data, written).sources.items() for word in adds(name, s)]
+    return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources])
 
 
 # --- Choosing rows of a mixture: the job `select`, and stages that do it.
