@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -355,7 +356,8 @@ def test_watch_ends_with_the_last_run_or_with_ctrl_c(sweep, here, typed):
     command = [sys.executable, "-m", "uft", "compare", "--watch", str(sweep)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "TERM": "xterm", "FORCE_COLOR": "1"}
     with held(sweep / "uft-seed2"):
-        program = subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.PIPE)
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
+        program = subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.PIPE, preexec_fn=heard)
         seen = b""
         while b"uft-seed2 step 200/200" not in seen:
             seen += os.read(program.stdout.fileno(), 10_000)
