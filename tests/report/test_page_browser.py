@@ -71,6 +71,7 @@ def test_the_first_screen_is_the_answer(browser, mixed):
 
 
 def marked(page):
+    page.until("document.querySelectorAll('#headline tbody tr').length")  # drawn in the next frame
     return page.js(
         """return [...document.querySelectorAll('#headline tbody tr')].map(r =>
             r.querySelector('.tag.accent')?.innerText ?? '')"""
