@@ -48,7 +48,6 @@ def every_extra(monkeypatch):
     monkeypatch.setattr("uft.config.rules.find_spec", lambda name: True)
 
 
-
 def keys_without_comment(file: Path) -> list[str]:
     lines = file.read_text(encoding="utf-8").splitlines()
     found = []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lifecycle import rows_of
+from lifecycle import kill_worker, rows_of, wait_for
 from plain_model import Model, between, chatml, read
 
 Uft = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -100,6 +100,41 @@ def test_two_models_of_different_tongues_agree_with_plain_transformers(
     uft(*words[1:], "eval=none", "tracking=none", "hardware=cpu", "run.dir=run")
     steps = lines(tmp_path / "run" / "metrics.jsonl")
     assert steps[0]["objective/poft"] > 0
+
+
+@pytest.mark.slow
+def test_a_killed_job_goes_on_where_it_was(
+    start: Callable[..., subprocess.Popen[str]], uft: Uft, tmp_path: Path, write: Callable[..., Path], playground: Model
+) -> None:
+    """The file appears whole or not at all, and nothing that is known is asked again."""
+    given = rows_of("demonstrations", 800)
+    file = write(tmp_path / "rows" / "demonstrations.jsonl", given)
+    request = ["baseline_logp", *quiet(("mine", file)), f"annotate.models=[{PLAYGROUND}]", "hardware=cpu"]
+    request += ["annotate.out=out.jsonl", "annotate.batch_tokens=60"]
+    process = start("annotate", *request)
+    kept = tmp_path / "cache" / "annotations"
+    wait_for(lambda: list(kept.glob("*/*.safetensors")), process)
+    assert kill_worker(process)[0] == 1
+    assert not (tmp_path / "out.jsonl").exists()
+    before = {path: path.stat().st_mtime_ns for path in kept.glob("*/*.safetensors")}
+
+    again = uft("annotate", *request)
+    known = int(again.stdout.partition(" of ")[0].rpartition(" ")[2].replace(",", ""))
+    assert known == 256 * len(before)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    found = [line["baseline_logp"] for line in lines(tmp_path / "out.jsonl")]
+    assert len(found) == 800
+    sample = write(tmp_path / "sample" / "demonstrations.jsonl", given[::50])
+    assert found[::50] == pytest.approx(expected(sample, [playground]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_without_the_column_names_the_command(uft: Uft, tmp_path: Path, rows: Callable[[str], Path]) -> None:
+    request = quiet(("mine", rows("demonstrations")))
+    refused = uft("train", "objective=poft", *request, "data.holdout=0", "tracking=none", "eval=none", code=2)
+    assert "objective=poft needs baseline_logp, which 5 of 5 rows lack" in refused.stderr
+    assert f"uft annotate baseline_logp data=files +data.sources.mine.path={rows('demonstrations')}" in refused.stderr
+    assert not list(tmp_path.glob("outputs/*"))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,3 +79,22 @@ def test_a_planted_nan_names_its_row(
     again = uft("resume", str(run), code=1)  # the same rows under the same weights: the same end, and no Traceback
     assert result_of(run)["error"] == result["error"]
     assert "Traceback" not in failed.stdout + failed.stderr + again.stdout + again.stderr
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_blows_up(
+    uft: Uft, request_of: Callable[..., list[str]], write: Callable[..., Path], tmp_path: Path
+) -> None:
+    files: dict[str, Any] = {"mine": write(tmp_path / "mine.jsonl", rows_of("demonstrations", 20))}
+    huge = ("optim=sgd", "optim.lr=1e38", "optim.warmup=0", "train.checkpoint_every=1", "train.max_grad_norm=0")
+    run = tmp_path / "run"
+    failed = uft("train", *request_of("sft", files, *UNEVEN, *huge, "eval=none"), f"run.dir={run}", code=1)
+    result = result_of(run)
+    assert result["status"] == "failed"
+    assert "not finite" in result["error"]
+    assert "lower optim.lr" in result["error"].lower()
+    assert "Traceback" not in failed.stdout + failed.stderr
+    for step in checkpoints_of(run):
+        finite(run / "checkpoints" / f"step-{step:06d}", poisoned_rows=0)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(math.isfinite(line["loss"]) for line in lines)

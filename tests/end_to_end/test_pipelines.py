@@ -41,6 +41,42 @@ stages:
     data: files
     set: {{data.sources.pairs.path: pairs.jsonl, train.steps: {DPO}, optim.lr: 0.005, objective.beta: 0.3}}
 """
+LOOP = """\
+# @package _global_
+# negatives of the model so far, and training on them
+stages:
+  sft:
+    objective: sft
+    data: files
+    set: {data.sources.shown.path: shown.jsonl, train.steps: 3}
+  sample:
+    do: generate
+    data: files
+    set:
+      data.sources.shown.path: shown.jsonl
+      generate: {max_new_tokens: 140, temperature: 1.0, top_k: 0, seeds: [0, 1, 2, 3, 4, 5, 6, 7], batch_size: 2}
+  dft:
+    objective: dft
+    data: files
+    set: {data.sources.sampled.path: stage:sample, train.steps: 3, objective.negatives: 1}
+"""
+
+ROUNDS = """\
+# @package _global_
+# sample and train, twice
+rounds: 2
+stages:
+  sample:
+    do: generate
+    data: files
+    set:
+      data.sources.shown: {path: shown.jsonl, part: round}
+      generate: {max_new_tokens: 100, temperature: 1.0, top_k: 0, seeds: [0, 1, 2, 3], repeats: drop}
+  fit:
+    objective: spin
+    data: files
+    set: {data.sources.own.path: stage:sample, train.steps: 6, optim.lr: 0.0001}
+"""
 
 
 @pytest.fixture
@@ -49,6 +85,8 @@ def request_for(tmp_path: Path, tiny_model: Path, write: Callable[..., Path]) ->
     folder = tmp_path / "conf-user" / "experiment"
     folder.mkdir(parents=True)
     (folder / "pipe.yaml").write_text(PIPE)
+    (folder / "loop.yaml").write_text(LOOP)
+    (folder / "rounds.yaml").write_text(ROUNDS)
     write(tmp_path / "shown.jsonl", rows_of("demonstrations"))
     write(tmp_path / "pairs.jsonl", rows_of("pairs"))
     return lambda name, *more: [f"experiment={name}", *SMALL, f"model.path={tiny_model}", *more]
@@ -96,6 +134,46 @@ def test_killed_in_and_between_its_stages_moved_and_stopped(
     same(moved, whole)
     assert "finished already" in uft("resume", str(moved)).stdout
     same(moved, whole)
+
+
+@pytest.mark.slow
+def test_rows_that_a_stage_samples_are_sampled_once(
+    start: Start, uft: Uft, request_for: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Stopped while it samples, the stage goes on by whole lines."""
+    request = request_for("loop")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    uft("train", *request, f"run.dir={whole}", env={"UFT_CACHE": str(tmp_path / "other-cache")})
+    rows = (whole / "stages/2-sample/rows.jsonl").read_text().splitlines()
+    assert 4 < len({json.loads(row)["prompt"] for row in rows}) == len(rows) <= 8  # of ten, two are held out
+
+    process = start("train", *request, f"run.dir={stopped}")
+    part = stopped / "stages/2-sample/.rows.part.jsonl"
+    wait_for(lambda: part.is_file() and part.stat().st_size > 0, process)
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 75
+    assert not (stopped / "stages/2-sample/rows.jsonl").exists()
+    begun = part.read_text()
+    uft("resume", str(stopped))
+    assert (stopped / "stages/2-sample/rows.jsonl").read_text().startswith(begun)
+    same(stopped, whole)
+
+
+@pytest.mark.slow
+def test_rounds_killed_in_the_second_end_as_if_nothing_had_happened(
+    start: Start, uft: Uft, request_for: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    request = request_for("rounds")
+    whole, died = tmp_path / "whole", tmp_path / "died"
+    uft("train", *request, f"run.dir={whole}", env={"UFT_CACHE": str(tmp_path / "other-cache")})
+    assert list(json.loads((whole / "result.json").read_text())["stages"]) == ["sample-1", "fit-1", "sample-2", "fit-2"]
+    process = start("train", *request, f"run.dir={died}")
+    wait_for(at_step(died, 8), process)
+    assert kill_worker(process)[0] == 1
+    uft("resume", str(died))
+    same(died, whole)
+    refused = uft("resume", str(died), "rounds=3", code=2).stderr
+    assert "rounds" in refused
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +99,17 @@ def test_a_second_worker_is_refused_by_the_lock(tmp_path: Path, environment: dic
     assert "another process is working in this run folder" in second.stderr
 
 
-CASES = list(zip(USES, cycle(TUNINGS), cycle(OPTIMISERS)))  # every objective; each tuning under each optimiser
+CASES = [
+    pytest.param(objective, tuning, optimiser, id=f"{objective}-{tuning}-{optimiser}")
+    for objective in USES
+    for tuning in TUNINGS
+    for optimiser in OPTIMISERS
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("objective", "tuning", "optimiser"), CASES)
-def test_every_objective_survives_random_kills(
+def test_every_combination_survives_random_kills(
     start: Start, uft: Uft, request_for: Any, tmp_path: Path, objective: str, tuning: str, optimiser: str
 ) -> None:
     """Two kills each, one at a step and one after a random time, wherever that may fall."""

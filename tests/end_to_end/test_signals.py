@@ -1,10 +1,11 @@
-"""Signals and kills, of the program or of its worker, in any phase: a checkpoint, a true result, and the same end."""
+"""Signals: to the program or to its worker, in any phase; a checkpoint, a true result, and the same end after all."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ from typing import Any
 
 import pytest
 from lifecycle import (
-    LORA,
     STEPS,
     UNEVEN,
+    alive,
     at_step,
     begun,
     checkpoints_of,
@@ -22,7 +23,6 @@ from lifecycle import (
     end,
     files_for,
     in_first_evaluation,
-    kill_worker,
     last_step,
     result_of,
     same,
@@ -123,35 +123,37 @@ def test_stopped_in_every_phase_the_run_ends_like_one_that_was_not(
 
 
 @pytest.mark.slow
-def test_killed_moved_and_resumed_twice(start: Start, uft: Uft, request_for: Any, tmp_path: Path) -> None:
-    """One story: every command a person would type around a run that dies, and what each of them says."""
-    request = request_for("uft", *LORA, "optim=rmsprop", "optim.momentum=0.9", "reference.mode=cached")
-    whole, died, moved = tmp_path / "whole", tmp_path / "died", tmp_path / "elsewhere" / "run"
-    uft("train", *request, f"run.dir={whole}", env={"UFT_CACHE": str(tmp_path / "other-cache")})
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_the_worker_does_not_outlive_a_killed_parent(start: Start, request_for: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train", *request_for("sft"), "train.steps=100000", f"run.dir={run}")
+    wait_for(at_step(run, 4), process)
+    worker = child_of(process.pid)
+    assert worker is not None
+    process.kill()
+    deadline = time.monotonic() + 60
+    while alive(worker):
+        assert time.monotonic() < deadline, "the worker goes on without its parent"
+        time.sleep(0.05)
+    result = result_of(run)
+    assert result["status"] == "stopped"
+    assert result["steps"] == max(checkpoints_of(run)) >= 4
 
-    process = start("train", *request, f"run.dir={died}")
-    wait_for(at_step(died, 8), process)
-    code, said = kill_worker(process)
-    assert code == 1
-    assert "killed by SIGKILL" in said
-    assert not (died / "result.json").exists()
 
-    moved.parent.mkdir()
-    died.rename(moved)
-    refused = uft("resume", str(moved), "optim.lr=0.5", "train.batch_size=7", code=2)
-    assert "optim.lr" in refused.stderr
-    assert "0.01 -> 0.5" in refused.stderr
-    assert "6 -> 7" in refused.stderr
-
-    process = start("resume", str(moved))
-    wait_for(begun(moved), process)
-    wait_for(at_step(moved, 16), process)
-    second = uft("resume", str(moved), code=2)
-    assert "another process is working in this run folder" in second.stderr
-    assert kill_worker(process)[0] == 1
-
-    uft("resume", str(moved), "train.log_every=2")
-    same(moved, whole)
-    again = uft("resume", str(moved))
-    assert "finished already" in again.stdout
-    same(moved, whole)
+@pytest.mark.slow
+def test_generation_stops_and_goes_on(start: Start, uft: Uft, request_for: Any, tmp_path: Path) -> None:
+    """Stopped in the middle, `uft generate` keeps whole lines, and the finished file is that of an unbroken job."""
+    generating = ("generate.batch_size=2", "generate.limit=4", "generate.temperature=3", "generate.top_k=0")
+    request = request_for("sft", *generating)
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
+    uft("generate", *request, f"generate.out={whole}")
+    process = start("generate", *request, f"generate.out={out}")
+    wait_for(lambda: out.is_file() and out.stat().st_size > 0, process)
+    process.send_signal(signal.SIGTERM)
+    code, said = end(process)
+    assert code == 75
+    assert "Run the same command to continue" in said
+    lines = out.read_text(encoding="utf-8").splitlines()
+    assert 0 < len(lines) < len(whole.read_text(encoding="utf-8").splitlines())
+    uft("generate", *request, f"generate.out={out}")
+    assert out.read_text(encoding="utf-8") == whole.read_text(encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import toys as kit
@@ -103,6 +105,16 @@ def test_the_policy_runs_once_for_all_parts_that_ask_for_no_more(policy, referen
         objective(kit.batch_for(objective, kit.one_of_each()), counted, frozen, StepContext())
         assert (len(counted.asked), len(frozen.asked)) == (1 + more, 1), name
         assert objective.needs.distributions == (name == "passes of their own")
+
+
+def test_a_cached_column_stands_for_the_reference(policy, reference):
+    objective, cached = together(SHIPPED), together(SHIPPED)
+    batch = kit.batch_for(objective, kit.one_of_each())
+    column = replace(batch, columns={"reference": reference(batch).log_probs.detach()})
+    direct, found = objective(batch, policy, reference, StepContext()), cached(column, policy, None, StepContext())
+    assert {n: float(t.total.detach()) for n, t in found.items()} == {
+        n: float(t.total.detach()) for n, t in direct.items()
+    }
 
 
 # --- state -----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,17 @@ def schema(method):
     return {f.name: f for f in fields(OBJECTIVES[method]) if not f.metadata.get("internal")}
 
 
+NAMES = """
+    sft ift uft una dft dft2 dynamic_ft anchored_sft f_sft poft asft gdpo_soft gipo_soft gropo_soft rpo dpop dpo cdpo
+    robust_dpo hinge ipo simpo cpo orpo nca rdpo_length ld_dpo kto irft spin per_kind apo_zero apo_down sppo_hard
+    exo_pair bco_pair discopop wpo distill
+"""
+
+
+def test_the_names_of_the_design_are_there():
+    assert set(PRESETS) >= set(NAMES.split())
+
+
 def test_every_method_has_a_file_and_every_file_a_method():
     assert {settings(name)["method"] for name in PRESETS} == OBJECTIVES.keys()
 
@@ -125,7 +136,7 @@ def test_problems_name_keys():
 
 
 def test_needs():
-    needs = {name: make(settings(name)).needs for name in {"per_kind", *(name for name, _ in PAPERS)}}
+    needs = {name: make(settings(name)).needs for name in NAMES.split()}
     without = "sft ift dft2 dynamic_ft poft asft simpo cpo orpo"
     assert {n for n, need in needs.items() if not need.reference} == set(without.split())
     assert {n for n, need in needs.items() if need.distributions} == {"anchored_sft", "distill"}

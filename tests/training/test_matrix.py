@@ -188,6 +188,14 @@ def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(configure, pr
         train_and_resume(prepared, dropping, again)
 
 
+def test_the_matrix_is_whole_and_has_both_ends():
+    """Thirty objectives; DPO cannot use what SFT can, and a missing column stops PoFT everywhere."""
+    assert len(OBJECTIVES) >= 30
+    assert {"binary", "chain", "instruct", "mix", "negatives", "pairs", "scored"} == set(DATA)
+    assert Kind.DEMONSTRATION not in make(settings("dpo")).views
+    assert make(settings("poft")).annotations(Kind.BINARY) == {"baseline_logp"}
+
+
 # --- what annotations make possible ----------------------------------------------------------------------------------
 
 ANNOTATED = [name for name in OBJECTIVES if name == "poft" or name.endswith("_soft")]

@@ -97,6 +97,15 @@ def test_a_round_without_a_sample_to_train_on_says_why(compose, tmp_path):
     assert "all 40 samples are without text, cut before their end or equal" in Run(tmp_path / "run").result()["error"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("link", "start"), [("linear", 0.0), ("hinge", 1.0)])
+def test_other_links_begin_at_their_own_value(link, start, compose, tmp_path):
+    config = compose(f"objective.link={link}", "stages.fit.set.train.steps=1", "rounds=1", "eval=none")
+    assert sit(tmp_path / "run", config) == GOOD
+    (line,) = (line for line in lines(tmp_path / "run/metrics.jsonl") if "loss" in line)
+    assert line["loss"] == pytest.approx(start, abs=1e-6)
+
+
 @pytest.mark.parametrize("deaths", [1, pytest.param(60, marks=pytest.mark.slow)])
 def test_death_in_any_stage_of_any_round_changes_nothing(deaths, compose, death, tmp_path):
     config, whole = compose("eval=none"), tmp_path / "whole"

@@ -26,6 +26,7 @@ from uft.training.step import Step, kl_baseline, nonfinite_rows, optimiser_step
 
 Gradients = dict[str, torch.Tensor]
 OBJECTIVES = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto", "anchored_sft", "orpo", "per_kind")
+ONE_TERM = ("sft", "ift", "uft", "una", "dft", "dft2", "dpo", "kto")
 CONTEXT = StepContext(step=3, steps=10, warmup=1, noise=0.7)
 ONE_BATCH = 100_000
 CHUNK = 20  # rows of the head's logits, where a test sets them
@@ -134,6 +135,25 @@ def test_one_batch_of_eight_is_eight_of_one(bench, objective, settings):
             assert float(term.count) == float(whole[1][name].count), name
             assert float(term.total) == pytest.approx(float(whole[1][name].total), rel=1e-4, abs=1e-5), name
         close(parts[2], whole[2])
+
+
+@pytest.mark.parametrize("objective", ONE_TERM)
+def test_a_mixture_is_the_weighted_sum_of_its_parts(bench, objective):
+    """Gradient of the union = (n_a g_a + n_b g_b) / (n_a + n_b), n the units of the one term with a weight."""
+    rig = bench(objective)
+    items = rig.items(10)
+    kinds = sorted({item.row.kind.value for item in items})
+    ours = [item for item in items if item.row.kind.value == kinds[0]]
+    theirs = [item for item in items if item.row.kind.value != kinds[0]]
+    assert ours
+    assert theirs
+    both, one, other = (rig.measure(part, ONE_BATCH, whole=items) for part in (items, ours, theirs))
+    (name,) = [name for name, term in both[1].items() if term.weight]
+    n_one, n_other = float(one[1][name].count), float(other[1][name].count)
+    expected = {
+        key: (n_one * one[2].get(key, 0.0) + n_other * other[2].get(key, 0.0)) / (n_one + n_other) for key in both[2]
+    }
+    close(both[2], expected)
 
 
 # --- the KL baseline

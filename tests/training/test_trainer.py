@@ -387,6 +387,22 @@ def test_counters_and_a_short_last_batch(build):
     assert progress.seconds > 0
 
 
+def test_the_same_seed_repeats_every_bit_and_another_seed_does_not(build):
+    settings = ("model.adapter=lora", "model.lora.dropout=0.3")
+
+    def trained(run: str, *more: str) -> dict[str, torch.Tensor]:
+        trainer = build("sft", *settings, *more, run=run).trainer
+        trainer.fit()
+        return {name: p.detach() for name, p in trainer.parameters.items()}
+
+    one = trained("one")
+    torch.rand(3)
+    assert equal(trained("two"), one)
+    assert not equal(trained("three", "seeds.sampling=1"), one)  # dropout
+    assert not equal(trained("four", "seeds.data=1"), one)
+    assert not equal(trained("five", "seeds.init=1"), one)
+
+
 def test_what_a_checkpoint_holds_and_that_its_horizon_wins(build):
     trainer = build("dft", "train.steps=2").trainer
     trainer.fit()
