@@ -12,7 +12,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from uft.config.messages import bare, choices, expected, item_of, written
-from uft.config.schema import MISSING, Config, Stage, default_of, fields_of, is_open, parameters
+from uft.config.parameters import parameters
+from uft.config.schema import MISSING, Config, Stage, default_of, fields_of, is_open
 
 PAGE = Path(__file__).parents[1] / "docs" / "keys.md"
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

@@ -126,6 +126,7 @@ def preload() -> None:
 
     import uft.cli.completion
     import uft.cli.manage
+    import uft.cli.tools
     import uft.cli.verbs  # noqa: F401
     from uft.launch import worker
 

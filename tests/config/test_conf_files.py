@@ -13,7 +13,8 @@ from uft.config.compose import examine, require
 from uft.config.files import Request, application
 from uft.config.frozen import frozen, plain, typed
 from uft.config.messages import conf_dir, groups, headline
-from uft.config.schema import fields_of, parameters
+from uft.config.parameters import parameters
+from uft.config.schema import fields_of
 from uft.config.stages import completed
 
 GROUPS = groups([conf_dir()])

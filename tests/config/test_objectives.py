@@ -4,7 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from uft.config.schema import fields_of, parameters
+from uft.config.parameters import parameters
+from uft.config.schema import fields_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

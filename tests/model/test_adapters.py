@@ -18,7 +18,7 @@ from uft.model.export import export, merged_state
 from uft.model.load import load_model, quantised
 from uft.model.memory import shape_of
 from uft.model.policy import Frozen, Policy, add_lora
-from uft.model.quantise import plain_state
+from uft.model.precision import plain_state
 
 Build = Callable[..., Any]
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {

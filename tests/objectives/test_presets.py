@@ -8,7 +8,7 @@ from dataclasses import fields
 from pydantic import TypeAdapter
 from toys import PRESETS, settings
 
-from uft.config.schema import parameters
+from uft.config.parameters import parameters
 from uft.data.rows import Kind
 from uft.objectives import OBJECTIVES, make
 

@@ -49,8 +49,8 @@ VERBS = {
 STARTING = ("train", "check", "data", "generate", "chat", "eval", "annotate", "select")
 ANSWERED_AT_ONCE = frozenset(("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help"))
 MODULES = {
-    **dict.fromkeys(("export", "resume", "compare", "sync", "ls", "docs", "doctor"), "uft.cli.manage"),
-    **dict.fromkeys(("advise", "lake"), "uft.cli.studies"),
+    **dict.fromkeys(("export", "resume", "compare", "sync", "ls"), "uft.cli.manage"),
+    **dict.fromkeys(("docs", "doctor", "advise", "lake"), "uft.cli.tools"),
 }
 """Verb -> the module whose function of that name takes its arguments to the exit code; the others: uft.cli.verbs."""
 

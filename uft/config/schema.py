@@ -1,8 +1,8 @@
 """The schema of a configuration: every key with its type, default, range and one line of help.
 
 The groups are dataclasses of pydantic's, which judges types, ranges and choices; the program works with
-`config.train.steps`. `objective` has no class here: its keys are those of the objective's own class, read without
-torch. Nothing here imports torch, Hydra or OmegaConf.
+`config.train.steps`. `objective` and `reward` have no class here: `config/parameters.py` has their keys. Nothing here
+imports torch, Hydra or OmegaConf.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, create_model
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
 
 from uft.config.messages import bare
-from uft.config.standin import without_torch
-from uft.errors import Problem, UftError
 
 MISSING = "???"
 """A value that has to be given, as OmegaConf writes it."""
@@ -432,25 +429,6 @@ def kind_at(path: KeyPath, schema: Any) -> Any:
     return kind
 
 
-@cache
-def schema_with(objectives: tuple[tuple[KeyPath, str, tuple[str, ...]], ...]) -> Any:
-    """`Config` with the keys of its objective and of those within it: place, method and keys of each, deepest first."""
-    models: dict[KeyPath, Any] = {}
-    for place, method, names in objectives:
-        classes = parameters(place[0])
-        known, fields, config = fields_of(classes.get(method)), dict[str, Any](), STRICT
-        for name in (name for name in names if name in known):
-            fields[name] = (models.get((*place, name), known[name].annotation), known[name])
-        if not known:  # which keys it has is not known
-            fields["method"], config = (Literal[tuple(classes)] | None, Field(None)), ConfigDict(extra="allow")
-        model = create_model("Objective", __config__=config, **fields)
-        models[place] = model | None if place[1:] else model
-    groups: dict[str, Any] = {
-        name: (models.get((name,), field.annotation), field) for name, field in fields_of(Config).items()
-    }
-    return create_model("Config", __config__=STRICT, **groups)
-
-
 def leaves(value: Any, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """(path, value) of everything in nested dicts that is not itself a filled dict; (), and the value, of no dict."""
     if isinstance(value, Mapping) and value:
@@ -495,81 +473,3 @@ def resolved(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[KeyPath]]
         return list(value) if isinstance(value, (list, tuple)) else value
 
     return resolve(settings, ()), broken
-
-
-# --- The hyper-parameters of every objective, read from the dataclasses of uft.objectives without torch.
-#
-# The file of an objective imports torch, which takes seconds. So the objectives are imported once beside a stand-in
-# (:mod:`uft.config.standin`), their fields are read, and the modules are forgotten again: a later import gets them with
-# torch.
-
-
-EXACT = {int: Int, float: Float, float | None: Float | None}
-
-
-def parameters(group: str = "objective") -> Mapping[str, type]:
-    """By method: a model of pydantic's with the public keys of that objective, or reward."""
-    return _objectives()[0] if group == "objective" else _rewards()
-
-
-@cache
-def _rewards() -> Mapping[str, type]:
-    from uft.rewards import checkers
-
-    return {method: _model(method, cls) for method, cls in checkers().items()}
-
-
-def objective_of(settings: Settings) -> Any:
-    """The objective that an `objective` node describes, for its kinds of rows, its needs and its problems."""
-    return _objectives()[1](settings)
-
-
-def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:
-    """Those of `keys` that the method has a plain default for."""
-    known = fields_of(parameters()[method])
-    return {key: default for key in keys if key in known and (default := default_of(known[key])) != {}}
-
-
-def whole_number(key: str, settings: Settings) -> bool:
-    """Whether a dotted key takes whole numbers, in settings that say which objective there is."""
-    method = settings["objective"]["method"]
-    schema = schema_with(((("objective",), method, tuple(fields_of(parameters()[method]))),))
-    return bare(kind_at(tuple(key.split(".")), schema)) is int
-
-
-@cache
-def _objectives() -> tuple[dict[str, type], Callable[[Settings], Any]]:
-    """(hyper-parameters by method, `make`) of uft.objectives, read without torch where that can be done."""
-    try:
-        with without_torch():
-            return _read()
-    except Exception:  # an objective that works with torch's values as it is imported: slow to read, but as right
-        try:
-            return _read()
-        except ImportError as error:
-            why, advice = str(error), ("uninstall the package, or mend it",)
-            raise UftError(Problem("installed objectives", why, advice=advice)) from error
-
-
-def _read() -> tuple[dict[str, type], Callable[[Settings], Any]]:
-    from uft.objectives import OBJECTIVES, make
-
-    classes: Mapping[str, Any] = OBJECTIVES
-    return {method: _model(method, cls) for method, cls in classes.items()}, make
-
-
-def _model(method: str, cls: Any) -> type:
-    """The public fields of an objective's dataclass, with their rules."""
-    hints, fields = typing.get_type_hints(cls), dict[str, Any]()
-    for field in dataclasses.fields(cls):
-        rules = dict(field.metadata)
-        if rules.pop("internal", False):
-            continue
-        kind, choices = hints[field.name], rules.pop("choices", ())
-        if field.default is dataclasses.MISSING:
-            rules["default_factory"] = field.default_factory
-        else:
-            rules["default"] = field.default
-        help = rules.pop("help", "")
-        fields[field.name] = (Literal[choices] if choices else EXACT.get(kind, kind), Field(description=help, **rules))
-    return create_model(method, __config__=STRICT, **fields)

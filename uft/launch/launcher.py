@@ -26,7 +26,7 @@ from uft import __version__
 from uft.config.compose import Examined
 from uft.config.frozen import free, frozen, plain, to_yaml
 from uft.config.messages import written
-from uft.config.schema import defaults_of, objective_of
+from uft.config.parameters import defaults_of, objective_of
 from uft.config.stages import completed, data_nodes, differences
 from uft.errors import BAD_REQUEST, FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, visible
 from uft.launch.process import gpu_pool, node_rank, run_worker, torchrun_arguments

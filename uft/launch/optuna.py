@@ -27,7 +27,7 @@ from hydra.core.override_parser.types import IntervalSweep, RangeSweep
 from hydra.core.utils import JobReturn
 
 from uft.config.compose import quoted
-from uft.config.schema import whole_number
+from uft.config.parameters import whole_number
 from uft.errors import Problem, UftError
 from uft.launch.forkserver import forkserver
 from uft.launch.sweep import Job, Sweep, record_sweep

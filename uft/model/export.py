@@ -22,7 +22,7 @@ from uft.environment import PeerLost
 from uft.errors import FAILED, Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy, own_dropout, set_dropout
-from uft.model.quantise import plain_state
+from uft.model.precision import plain_state
 from uft.runs import as_umask_leaves, flush, shown, writing
 
 if TYPE_CHECKING:

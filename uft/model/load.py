@@ -39,8 +39,7 @@ from uft.model.policy import (
     position_limit,
     switch_off_dropout,
 )
-from uft.model.precision import settled, storage_dtype, why_precision
-from uft.model.quantise import plain_state, quantise
+from uft.model.precision import plain_state, quantise, settled, storage_dtype, why_precision
 from uft.model.sharded import load_sharded
 from uft.runs import cache_root, clear_left, is_checkpoint, weights
 

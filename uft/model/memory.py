@@ -16,7 +16,7 @@ import torch
 
 from uft.model.head import chunk_rows
 from uft.model.policy import DTYPES, Policy, blocks
-from uft.model.quantise import bytes_of, weights_in
+from uft.model.precision import bytes_of, weights_in
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 HUGE = 2**31 - 1

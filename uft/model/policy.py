@@ -23,7 +23,7 @@ from uft.errors import Problem, UftError
 from uft.model.attention import PACKED, no_mask
 from uft.model.head import Head, LossGrad, Predictions, embedding_in_place, transform_of
 from uft.model.passes import EmbeddingNoise, NarrowCopy, narrow_linears, offloading
-from uft.model.quantise import is_quantised, weights_in
+from uft.model.precision import is_quantised, weights_in
 from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest
 
 Tensor = torch.Tensor
@@ -548,10 +548,8 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
             module = get_peft_model(model, config, autocast_adapter_dtype=float32)
         except ValueError as error:
             raise UftError(Problem(f"model.lora.targets={targets}", f"PEFT cannot adapt them: {error}")) from error
-    for parameter in (
-        module.parameters() if float32 else ()
-    ):  # PEFT leaves modules to save and lengths of rows as they are
-        if parameter.requires_grad:
+    for parameter in module.parameters():
+        if float32 and parameter.requires_grad:  # PEFT leaves modules to save and lengths of rows as they are
             parameter.data = parameter.data.float()
     return module
 

@@ -20,7 +20,7 @@ from uft.data.batch import Batch, Example
 from uft.data.loader import StepBatches, local_shard
 from uft.distributed import all_reduce_gradients, full_tensor, ranks, single_process
 from uft.model.policy import Policy
-from uft.model.quantise import bitsandbytes
+from uft.model.precision import bitsandbytes
 from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, Term
 
 if TYPE_CHECKING:
