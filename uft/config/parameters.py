@@ -26,9 +26,14 @@ from uft.errors import Problem, UftError
 EXACT = {int: Int, float: Float, float | None: Float | None}
 
 
+@cache
 def parameters(group: str = "objective") -> Mapping[str, type]:
     """By method: a model of pydantic's with the public keys of that objective, or reward."""
-    return _objectives()[0] if group == "objective" else _rewards()
+    if group == "objective":
+        return _objectives()[0]
+    from uft.rewards import checkers
+
+    return {method: _model(method, cls) for method, cls in checkers().items()}
 
 
 @cache
@@ -48,13 +53,6 @@ def schema_with(objectives: tuple[tuple[KeyPath, str, tuple[str, ...]], ...]) ->
         name: (models.get((name,), field.annotation), field) for name, field in fields_of(Config).items()
     }
     return create_model("Config", __config__=STRICT, **groups)
-
-
-@cache
-def _rewards() -> Mapping[str, type]:
-    from uft.rewards import checkers
-
-    return {method: _model(method, cls) for method, cls in checkers().items()}
 
 
 def objective_of(settings: Settings) -> Any:

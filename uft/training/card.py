@@ -60,7 +60,9 @@ class ModelCard:
     def text(self, adapter: bool = False) -> str:
         """The card of the whole model, or of the adapter alone."""
         config, name = self.config, self.config.objective["name"]
-        base = config.model.path if is_hub_id(config.model.path) else None
+        path = config.model.path
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".") and not Path(path).exists()
+        base = path if is_hub_id else None
         head = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
         head |= {"base_model": base} if base else {}
         front = [*(f"{key}: {value}" for key, value in head.items()), "tags:", *(f"- {t}" for t in ("uft", name))]
@@ -123,10 +125,6 @@ class ModelCard:
         )
         started = f" Started from: {before}." if (before := lineage(info)) else ""
         return f"uft {versions.get('uft', '')}{commit}{changed}, {packages}, seed {self.config.seed}.{started}"
-
-
-def is_hub_id(path: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists() and not path.startswith(".")
 
 
 def opening_comment(file: Path) -> str:
