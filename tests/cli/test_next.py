@@ -57,6 +57,7 @@ def test_the_next_lines_of_a_run(here, capfd, request_):
     assert len(find_runs(here / "outputs")) == len(trains)
 
 
+@pytest.mark.slow
 def test_a_job_of_a_sweep_that_is_written_down_offers_no_sweep(here):
     assert main(["train", "sweep=seeds", "tracking=none"]) == 0
     run = find_runs(here / "outputs")[0]

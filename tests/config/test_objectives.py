@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from uft.config.parameters import parameters
 from uft.config.schema import fields_of
 
@@ -38,6 +40,7 @@ def test_composition_needs_no_torch_and_the_real_modules_come_afterwards():
     run(SCHEMA + AFTERWARDS)
 
 
+@pytest.mark.slow
 def test_an_objective_that_needs_torch_as_it_is_imported_still_has_a_schema():
     run(
         "import sys\n"

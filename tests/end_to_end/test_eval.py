@@ -16,6 +16,7 @@ def read(file):
     return json.loads(file.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_run_and_other_rows(uft, tmp_path):
     """A run's own rows give the figures of its last evaluation, rewards against its first model included."""
     run = tmp_path / "run"

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from lifecycle import same
 from program import isolated
 
 LEARNING = ("train.steps=3", "optim.lr=0.01", "data.holdout=2", "eval=quick", "train.checkpoint_every=2")
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_leave_the_bits_of_a_run_alone(
     request_of: Callable[..., list[str]], here: Callable[..., Path], tmp_path: Path
 ) -> None:

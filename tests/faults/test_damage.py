@@ -90,6 +90,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_begun_again(run, undisturbed, b
     same(run.path, undisturbed(*OFTEN))
 
 
+@pytest.mark.slow
 def test_caches_are_made_again(bench, new_run, tmp_path):
     whole, again = new_run("whole", *SINGLE), new_run("again", *SINGLE)
     bench.sit(whole.path, code=0)

@@ -61,6 +61,7 @@ def things(run: Run) -> dict[str, Any]:
     return {"init": weights.hexdigest(), "data": rows, "sampling": (noise, torch.rand(8).tolist())}
 
 
+@pytest.mark.slow
 def test_every_seed_changes_its_own_thing_alone(new_run):
     before = things(new_run("zero", *SINGLE))
     assert things(new_run("again", *SINGLE)) == before

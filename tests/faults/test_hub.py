@@ -91,7 +91,8 @@ print("there")
 """
 
 
-@pytest.mark.parametrize("trouble", ["cut", pytest.param("500", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", ["cut", "500"])
 def test_a_download_that_breaks_off(hub, environment, trouble):
     """A process of its own: the library reads its environment once."""
     hub.ill["model.safetensors"] = [trouble] * 50

@@ -48,6 +48,7 @@ def test_killed_in_one_phase_after_the_other(bench, new_run, undisturbed, tmp_pa
     same(died.path, undisturbed(*SINGLE))
 
 
+@pytest.mark.slow
 def test_asked_to_stop_in_one_phase_after_the_other(bench, new_run, undisturbed, tmp_path):
     """SIGTERM and SIGUSR1: exit code 75, and nothing is done that the next session would have to undo."""
     stopped = new_run("stopped", *SINGLE)

@@ -188,6 +188,7 @@ def test_pickles_in_a_run_folder_and_in_the_caches_are_not_loaded(tmp_path, trac
 ODD = ("/x", "../x", "con", "n" * 300, "a\nb", "\x1b[2J\x1b]0;owned\x07", "\u202egnp")
 
 
+@pytest.mark.slow
 def test_names_in_a_received_folder_move_no_cursor_and_lead_nowhere(tmp_path, uft):
     """Of runs, metrics, folders to start from, errors, states and swept keys: shown as text, and nothing else."""
     config, sweep = frozen(compose(list(SMALL))), tmp_path / "outputs" / "day" / "sweep"

@@ -55,6 +55,7 @@ def test_a_run_folder_holds_what_was_asked(worker, capsys):
     assert (named.name, sittings(named)) == ("mine", ["ok"])
 
 
+@pytest.mark.slow
 def test_every_field_of_run_json_that_something_reads_is_written(tmp_path, uft):
     uft("train", "debug=fast", "objective=sft", "tracking.mode=offline", "run.dir=run")
     info = Run(tmp_path / "run").info()
@@ -63,6 +64,7 @@ def test_every_field_of_run_json_that_something_reads_is_written(tmp_path, uft):
     assert info["code"].get("commit") == commit_of(Path(launcher.__file__).parent).get("commit")
 
 
+@pytest.mark.slow
 def test_a_fork_takes_no_folder_of_w_and_b_from_the_next_one(tmp_path, uft):
     """wandb's temporary folders are those of the process that imported it, and go with it."""
     server = Standin()

@@ -190,12 +190,14 @@ def test_a_shipped_sweep_its_name_and_values_of_ones_own(worker, capsys):
     assert "did you mean  train.steps ?" in err
 
 
+@pytest.mark.slow
 def test_hydras_own_sweeper_works_too(worker, capfd):
     assert sweep("hydra/sweeper=basic", "generate.system=ok,fail") == 1
     assert "exit code 1" in capfd.readouterr().err
     assert sorted(run.status for run in runs(worker).values()) == ["failed", "finished"]
 
 
+@pytest.mark.slow
 def test_other_verbs_can_be_swept_by_a_file_too(worker, capfd):
     """`config` lists the jobs and shows the first."""
     folder = worker / "conf-user" / "experiment"
@@ -249,6 +251,7 @@ def test_an_arm_is_a_row_of_settings_which_typed_keys_replace():
     assert "no sweep is chosen" in examine(Request(("arm=a",))).problems[0].why
 
 
+@pytest.mark.slow
 def test_a_sweep_of_arms_can_be_begun_with_one_and_completed(worker, capsys):
     (worker / "conf-user" / "sweep").mkdir(parents=True)
     (worker / "conf-user" / "sweep" / "mine.yaml").write_text(

@@ -211,6 +211,7 @@ print(there, "scipy" in sys.modules, utils.is_scipy_available())
 """
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_without_scipy_which_stays_there_for_others():
     done = subprocess.run([sys.executable, "-c", LOADS], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False", "True"]

@@ -119,7 +119,8 @@ def at_step(run: Path, step: int, program: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("then", [1, 2])
 def test_one_of_two_is_killed(start: Start, folder: Path, whole: list[dict[str, Any]], then: int) -> None:
     """The run ends soon, says which process died of what, goes on, on one process or two, and has the curve of one."""
     run = folder / f"killed-{then}"

@@ -31,10 +31,7 @@ SHARDED = (
 )
 EVERY = [*(("two", name) for name in CASES if name != "long"), *(("sharded", name) for name in SHARDED)]
 EVERY = [*EVERY, ("offloaded", "sft")]
-FAST = [("two", n) for n in ("sft_short_last", "sft_one_row", "sft_dry", "uft", "dft", "irft_own")] + [
-    ("sharded", "dft"),
-    ("sharded", "irft_own"),
-]
+FAST = [*(("two", name) for name in ("sft_short_last", "sft_one_row", "sft_dry", "dft")), ("sharded", "sft_lora")]
 PAIRS = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in EVERY]
 CLOCKS = {"seconds", "rollout/seconds", "tokens_per_second", "mfu"}
 EXACT = {"step", "rows", "tokens", "supervised_tokens", "epoch"}

@@ -29,6 +29,7 @@ def load(name, *overrides):
     return loaded, dict(zip([source.name for source in loaded], weights, strict=True))
 
 
+@pytest.mark.slow
 def test_what_is_drawn_and_what_is_measured():
     for name, drawn in DRAWN.items():
         loaded, weights = load(name)

@@ -65,6 +65,7 @@ def test_one_stage_has_the_budget_of_the_two(second: str, tmp_path: Path) -> Non
     assert len(ours["rows_drawn"]) >= 2
 
 
+@pytest.mark.slow
 def test_the_rows_themselves_are_the_same_each_as_often(tmp_path: Path) -> None:
     """The k-th row of a source is the same in every mixture, so equal counts are equal rows."""
     drawn = []

@@ -140,6 +140,7 @@ def test_paper_is_light_and_has_every_chart(page, mixed):
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_200_runs_of_500_points_open_and_respond(browser):
     browser.open("wide", wide())
     assert browser.written["wide"].stat().st_size < 15_000_000

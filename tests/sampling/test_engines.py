@@ -141,6 +141,7 @@ def own(setting, **keys):
     return make_engine(replace(setting, rollout=replace(setting.rollout, **keys)))
 
 
+@pytest.mark.slow
 def test_greedy_completions_are_those_of_the_own_sampler_under_weights_that_move(engine, setting):
     kernel, state = setting.policy.attention_kernel, torch.get_rng_state()
     other, numbers = engine(top_k=1), range(len(PROMPTS))

@@ -124,6 +124,7 @@ def test_a_wandb_that_cannot_start_never_stops_training(open_wandb, server, monk
     assert absent or "no/such name" in said[0]
 
 
+@pytest.mark.slow
 def test_a_fork_that_ends_takes_no_files_away(new_run, config, server):
     """Jobs of a sweep are forks of one process that has imported wandb, and with it made a folder for tables."""
     program = """

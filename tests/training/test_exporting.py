@@ -120,6 +120,7 @@ def test_a_folder_that_is_another_model_is_not_kept_but_its_adapter_is(tokenizer
     assert (tmp_path / "model-adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_says_the_same_or_why_it_cannot(tokenizer, tmp_path, monkeypatch):
     policy = adapted("llama", tmp_path / "base", ["q_proj"])
     monkeypatch.setattr(reload, "OWN_PROCESS", 0)

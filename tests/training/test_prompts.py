@@ -186,6 +186,7 @@ def _tokenizer(config):
     return AutoTokenizer.from_pretrained(config.model.path)
 
 
+@pytest.mark.slow
 def test_a_model_answers_prompts_and_a_stopped_job_goes_on(prompts, tmp_path):
     """The samples are the replies: one line each, that reads back as a demonstration."""
     import torch

@@ -106,7 +106,8 @@ def test_other_links_begin_at_their_own_value(link, start, compose, tmp_path):
     assert line["loss"] == pytest.approx(start, abs=1e-6)
 
 
-@pytest.mark.parametrize("deaths", [1, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("deaths", [1, 60])
 def test_death_in_any_stage_of_any_round_changes_nothing(deaths, compose, death, tmp_path):
     config, whole = compose("eval=none"), tmp_path / "whole"
     survive(whole, config, death)

@@ -63,9 +63,10 @@ TUNINGS = (LORA, (*LORA, "reference.mode=adapter_off"), ("optim.name=sgd", "opti
         ("ift", ("objective.lam_noise=0.5", "objective.lam_start=0.0")),
         ("dft", ()),
         ("dpo", ("optim.weight_decay=0.1",)),
-        (
+        pytest.param(
             "dpo",
             (*LORA, "model.lora.dora=true", "model.lora.lr_ratio=4", "train.neftune_alpha=5", "optim.schedule=wsd"),
+            marks=pytest.mark.slow,
         ),
         pytest.param("sft", ("optim.name=muon", "optim.momentum=0.9", EARLY), marks=pytest.mark.slow),
         pytest.param("dpo", ("optim.name=adafactor",), marks=pytest.mark.slow),

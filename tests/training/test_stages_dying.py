@@ -35,7 +35,8 @@ def test_death_at_any_moment_changes_nothing(tuning, stride, two, death, tmp_pat
         assert written(tmp_path / f"died-{moment}") == expected, (moment, moments[moment])
 
 
-@pytest.mark.parametrize("stride", [46, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stride", [46, 1])
 def test_a_stop_at_any_safe_point_changes_nothing(stride, finished, two, tmp_path):
     (whole, looks), config = finished, two()
     expected = written(whole)

@@ -529,7 +529,7 @@ def add_lora(model: Any, lora: Lora, init_seed: int, float32: bool) -> nn.Module
     check_saved(model, lora.modules_to_save)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # annotated int, any number does
+        lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=ALL_LINEAR if ALL_LINEAR in targets else targets,
         exclude_modules=not_adaptable(model) if ALL_LINEAR in targets else None,
