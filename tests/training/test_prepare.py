@@ -137,6 +137,18 @@ def test_a_reference_moves_every_so_many_steps_and_the_evaluation_s_stays(build)
     assert any("reference.sync_every has no part" in caution for caution in idle.cautions)
 
 
+def test_a_key_that_does_nothing_beside_another_is_told(build):
+    words = ("model.lora.rank=8", "optim.decay=0.5", "optim.alpha=0.9", "rollout.engine=transformers")
+    assert build("sft", *words).cautions == [
+        "model.lora.rank=8 does nothing: model.adapter=none",
+        "optim.decay=0.5 does nothing: optim.schedule=cosine",
+        "rollout.engine=transformers does nothing: rollout.completions=0",
+        "optim.alpha=0.9 does nothing: optim.name=adamw",
+    ]
+    heeded = ("model.adapter=lora", "model.lora.rank=8", "optim.schedule=wsd", "optim.decay=0.5")
+    assert build("sft", *heeded, run="heeded").cautions == []
+
+
 def test_rows_longer_than_the_models_positions_are_refused(build, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text('{"prompt": "w3", "completion": "' + "w4 " * 80 + '"}\n')

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from uft import __version__
+from uft.config.messages import written
 from uft.config.models import first_rate, size_of_model
-from uft.config.schema import Config, Eval, Hardware, Model, Optim, ReferenceModel
+from uft.config.schema import Config, Eval, Hardware, Model, Optim, ReferenceModel, flat, value_at
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
 from uft.data.loader import Collator
@@ -39,7 +40,7 @@ from uft.runs import Run, cache_root, shown
 from uft.tracking.console import Card, count
 from uft.training.dataset import RunData, StageData, TrainData, counted_as_certain, longest_rollout, read_train_data
 from uft.training.liveness import Stop
-from uft.training.step import make_optimiser, warmup_steps
+from uft.training.step import OPTIMISERS, SCHEDULES, make_optimiser, warmup_steps
 from uft.training.trainer import Progress, Trainer, available_devices, tokens_per_pass
 
 STEP_ZERO_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}
@@ -53,6 +54,21 @@ REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs
 UNREPEATABLE = "a resumed run samples other completions than one that was never stopped"
 IDLE = "{} adapters never act, since the model does not call their layers: {}"
 IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weights=true"
+
+WITHOUT_PART: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "model.lora": ("model.adapter", ("none",)),
+    "model.recompute_every": ("model.gradient_checkpointing", (False,)),
+    "optim.decay": ("optim.schedule", tuple(SCHEDULES.keys() - {"wsd"})),
+    "reference.sync_mix": ("reference.sync_every", (None,)),
+    "rollout": ("rollout.completions", (0,)),
+    "train.save_dtype": ("train.save_model", (False,)),
+    "train.check_model": ("train.save_model", (False,)),
+    **{
+        f"optim.{key}": ("optim.name", tuple(name for name, (_, keys) in OPTIMISERS.items() if key not in keys))
+        for key in ("betas", "eps", "fused", "momentum", "alpha")
+    },
+}
+"""A key, or a group of keys: the key beside whose values it does nothing."""
 
 UNMOVED = 0.5  # share of weights that a step of the learning rate's size does not move, from which that is told
 
@@ -95,6 +111,7 @@ class Prepared:
             told.append(f"reference.sync_every has no part in objective={objective.name}")
         if trainer.rollouts and trainer.config.rollout.engine != "own":
             told.append(f"rollout.engine={trainer.config.rollout.engine}: {UNREPEATABLE}")
+        told += idle_keys(trainer.config)
         told += [ONE_ROW] if objective.needs.mismatched and trainer.config.train.batch_size == 1 else []
         certain = counted_as_certain(self.data.sampler, objective)
         return [*remote, *told, *objective.cautions(), *certain, *data_cautions(self.data.record)]
@@ -111,6 +128,18 @@ class Prepared:
         mode, forward = (self.reference.mode, self.reference.forward) if self.reference else (None, None)
         other = shape_of(forward.policy) if isinstance(forward, Frozen) else None
         return planned_memory(self.trainer.config, shape_of(self.trainer.policy), mode, tokens, other)
+
+
+def idle_keys(config: Config) -> list[str]:
+    """A caution for each key that is not at its default and does nothing beside another one."""
+    settings, cautions = asdict(config), []
+    plain = asdict(Config())
+    for group, (switch, values) in WITHOUT_PART.items():
+        state = value_at(settings, tuple(switch.split(".")))
+        for key, value in flat({group: value_at(settings, tuple(group.split(".")))}):
+            if state in values and key != switch and value != value_at(plain, tuple(key.split("."))):
+                cautions.append(f"{key}={written(value)} does nothing: {switch}={written(state)}")
+    return cautions
 
 
 def prepare_stage(
