@@ -242,7 +242,13 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize(("name", "content"), FILES.values(), ids=FILES)
+FAST = ("a launcher", "an object of a setting", "text that becomes an object", "jobs of a sweep")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [pytest.param(*file, id=what, marks=() if what in FAST else pytest.mark.slow) for what, file in FILES.items()],
+)
 def test_files_that_name_code_are_refused(here, capsys, name, content):
     file = here / "conf-user" / name
     file.parent.mkdir(parents=True)

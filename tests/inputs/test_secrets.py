@@ -149,7 +149,13 @@ def test_a_folder_that_names_a_run_by_a_short_secret_is_refused(alone, capsys, m
     assert list(alone.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", WRONG.values(), ids=WRONG)
+FAST = ("a value", "a list", "a stage", "a key that is not there")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [pytest.param(words, id=what, marks=() if what in FAST else pytest.mark.slow) for what, words in WRONG.items()],
+)
 @pytest.mark.parametrize("mode", [[], pytest.param(["--cfg", "job"], marks=pytest.mark.slow)])
 def test_a_setting_that_holds_a_secret_is_refused_without_saying_it(alone, capsys, words, mode):
     from uft.cli import main

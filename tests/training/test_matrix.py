@@ -164,9 +164,11 @@ def kinds_of(config: Config) -> set[Kind]:
 
 
 @pytest.mark.parametrize("data", ["mix", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective", [pytest.param(name, marks=() if name in UNLIKE else pytest.mark.slow) for name in OBJECTIVES]
+)
 def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(configure, prepared, objective, data):
-    """On the mixture all train; those that are unlike each other resume, and on other data all do."""
+    """On the mixture all train; those that are unlike each other resume (the fast ones), and on other data all do."""
     config, again = configure(objective, data), objective in UNLIKE or data != "mix"
     made, kinds = make(config.objective), kinds_of(config)
     unusable, lacking = kinds - made.views.keys(), {n for k in kinds & made.views.keys() for n in made.annotations(k)}
