@@ -4,6 +4,7 @@ import pickle
 import re
 import shlex
 
+import pytest
 import yaml
 
 from uft.cli import main
@@ -22,6 +23,7 @@ def test_cfg_job_prints_and_does_nothing(worker, capsys):
     assert list(worker.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_info_and_hydras_help(program, tmp_path):
     (tmp_path / "conf-user").mkdir()
     asked = {"searchpath": "uft-user", "defaults": "objective/ift", "plugins": "UftSweeper"}

@@ -93,6 +93,7 @@ def test_lines_of_runs_that_did_not_finish(here, capfd):
     assert Wandb(run, {}).sync_command == "uft sync 'my runs/a'"
 
 
+@pytest.mark.slow
 def test_the_lines_that_say_what_a_grade_is(program, tmp_path):
     """Each of them, typed behind the command that was refused, makes it run: with a file or with the long form."""
     (tmp_path / "rows.jsonl").write_text(

@@ -381,6 +381,7 @@ def test_a_disk_that_fills_while_tokens_are_written_costs_only_the_cache(
     assert list((tmp_path / "full" / "tokens").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(tokenizer, tmp_path, monkeypatch):
     """Bytes that Python holds at the peak, for 300 rows and for 1,000, of which a hundred may be in memory."""
     monkeypatch.setattr(table, "BATCH_ROWS", 64)

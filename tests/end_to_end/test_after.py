@@ -155,6 +155,7 @@ def weights_of(checkpoint: Path) -> dict:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(("model/", "optimiser/"))}
 
 
+@pytest.mark.slow
 def test_an_extended_run_is_the_run_that_was_longer_from_the_start(uft, trained):
     constant = ("optim.schedule=constant", "optim.warmup=0.25")
     run = trained(*constant)
@@ -177,6 +178,7 @@ def test_a_run_whose_last_rollout_was_cut_short_is_not_extended(uft, trained):
     assert "the last rollout before step 4 was of fewer than rollout.prompts=12 prompts" in refused
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_another(uft, trained, metrics, tmp_path):
     first = trained("model.adapter=lora", "model.lora.rank=4", "optim.lr=5e-2", "eval=quick", "train.eval_every=2")
     refused = uft("resume", first, "train.steps=8", code=2).stderr

@@ -177,7 +177,8 @@ def test_a_run_has_one_worker_at_a_time(bench, new_run, tmp_path):
     bench.sit(run.path, code=0)
 
 
-@pytest.mark.parametrize("way", ["clock_back", pytest.param("clock_forward", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["clock_back", "clock_forward"])
 def test_a_clock_that_jumps_changes_nothing(bench, new_run, undisturbed, way):
     run = new_run("run", *SINGLE)
     said = bench.sit(run.path, fault=Fault(do=way, name=STEP, at=3), code=0).said

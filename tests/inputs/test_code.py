@@ -361,6 +361,7 @@ def test_commands_of_a_received_sweep_name_no_code(here, capsys):
     assert not (here / "this-was-run").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_from_elsewhere_runs_its_model_s_code_only_when_that_is_typed(tmp_path, uft, monkeypatch, capsys):
     """Of runs and sweeps with `model.trust_remote_code` on: one's own go on, copies ask for the key once."""
     monkeypatch.setenv("UFT_CACHE", str(tmp_path / "cache"))

@@ -112,7 +112,13 @@ def refusal(model: Model) -> str:
     return ""
 
 
-@pytest.mark.parametrize("place", ["model.path", "reference.path", "annotate.models", "a run"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "model.path",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("reference.path", "annotate.models", "a run")),
+    ],
+)
 def test_a_model_folder_runs_nothing_wherever_it_is_named(evil, tmp_path, uft, place):
     code = {"auto_map": MAPS, "trust_remote_code": True, "_attn_implementation": "someone/repo"}
     folder = evil("config.json", **code)
@@ -131,6 +137,7 @@ def test_a_model_folder_runs_nothing_wherever_it_is_named(evil, tmp_path, uft, p
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_templates_are_not_written_outside_of_the_model_s_folder(evil, tmp_path, uft):
     template = (evil("config.json") / "chat_template.jinja").read_text()
     for name in ("../../x", "..", "/tmp/x", "a/b"):

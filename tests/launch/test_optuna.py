@@ -155,6 +155,7 @@ def test_wrong_settings_are_told_together_and_how_to_get_optuna(look_for, monkey
 # the search
 
 
+@pytest.mark.slow
 def test_trials_are_told_and_the_best_one_has_its_command(look_for, capsys):
     launcher, found = look_for(bowl, BETA, "sweep.name=mine", n_trials=4, batch=2)
     assert [len(batch) for batch in launcher.batches] == [2, 2]
@@ -171,6 +172,7 @@ def test_trials_are_told_and_the_best_one_has_its_command(look_for, capsys):
     assert len(sweep["jobs"]) == 4
 
 
+@pytest.mark.slow
 def test_metric_direction_and_database_can_be_others(look_for, tmp_path):
     def rising(job):
         return {"final": {"eval/instruct/exact_match": float(job["objective.beta"]), "eval/nll": 1.0}}
@@ -193,6 +195,7 @@ def test_the_same_command_again_adds_trials_and_draws_new_values(look_for, capsy
     assert "2 are there" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_failed_trials_are_told_as_failed_and_the_search_goes_on(look_for, capsys):
     number_of = iter(range(10))
     answers = {
@@ -226,6 +229,7 @@ def test_a_stopped_trial_is_gone_on_with_first(look_for):
     assert [trial.state for trial in found.trials] == [TrialState.COMPLETE] * 3
 
 
+@pytest.mark.slow
 def test_values_that_do_not_go_together_fail_as_a_trial(look_for, capsys):
     """Each is right with the other's first: 3 steps with a warm-up of 4 are not."""
     words = ("train.steps=9,3", "optim.warmup=0.1,4.0", BETA)

@@ -96,6 +96,7 @@ def test_a_job_that_the_launcher_lost_is_told_and_the_others_count(tmp_path, err
     }
 
 
+@pytest.mark.slow
 def test_the_reason_of_a_failed_job_stands_wherever_jobs_are_listed(worker, capsys):
     """Not the line that only counts its problems: in the table, the report, `uft ls` and `uft compare`."""
     assert sweep("generate.system=ok,late_refusal", "sweep.name=A") == 1
@@ -135,6 +136,7 @@ def test_all_jobs_are_checked_before_the_first_starts(worker, capsys):
     assert not (worker / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_keys_of_some_objectives_come_with_the_commands_that_sweep_them(worker):
     words = ("objective=sft,dpo,ift,uft", "objective.beta=0.1,0.2", "objective.gamma=0.9", "generate.system=ok")
     _, footer = examine_jobs(Request(words), make_loader(Request()))
@@ -172,11 +174,13 @@ def test_the_rows_of_a_mixture_are_read_once(tmp_path, monkeypatch):
     assert read == ["x.jsonl", "y.jsonl"]
 
 
+@pytest.mark.slow
 def test_hydras_own_folder_and_a_name_for_all_runs_stands_before_their_own(worker):
     assert sweep("seed=1,2", "hydra.sweep.dir=here/it/is", "run.name=mine") == 0
     assert sorted(path.name for path in (worker / "here/it/is").iterdir()) == ["mine-seed1", "mine-seed2", "sweep.json"]
 
 
+@pytest.mark.slow
 def test_a_shipped_sweep_its_name_and_values_of_ones_own(worker, capsys):
     """The group `sweep` and the key `sweep.name` are two things; what is typed replaces an axis of the file."""
     words = ("train", "tracking=none", "sweep=beta_ratio", "objective=dpo", "data.unusable=drop")

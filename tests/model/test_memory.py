@@ -96,6 +96,7 @@ print(faults() < given_back / 10)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told")
 def test_kept_memory_is_not_asked_of_the_kernel_again():
     done = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True)

@@ -58,6 +58,7 @@ def test_a_row_is_the_arm_that_it_is_called(arm):
     assert cfg.data.name in mixtures
 
 
+@pytest.mark.slow
 def test_arms_differ_in_what_the_search_was_over_and_in_nothing_else():
     """The same steps, rows per step, schedule, model and battery for all; a third of them is looked at."""
     shared = ("train", "eval", "model", "hardware")

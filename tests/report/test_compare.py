@@ -333,6 +333,7 @@ def test_a_long_table_ends(here, typed):
     assert len([line for line in out.splitlines() if re.match(r"  (uft )?beta=", line)]) == 30
 
 
+@pytest.mark.slow
 def test_the_program_while_the_sweep_runs_and_runs_vanish(sweep, here):
     """Beside a process that holds a run, on folders that go away under it; it needs neither torch nor wandb."""
     shutil.rmtree(sweep / "uft-seed3")
@@ -351,6 +352,7 @@ def test_the_program_while_the_sweep_runs_and_runs_vanish(sweep, here):
     assert not imported & {"torch", "transformers", "datasets", "wandb", "hydra", "peft"}
 
 
+@pytest.mark.slow
 def test_watch_ends_with_the_last_run_or_with_ctrl_c(sweep, here, typed):
     assert "trial: 6 runs, 2 configurations" in typed("--watch")[1], "nothing is at work"
     command = [sys.executable, "-m", "uft", "compare", "--watch", str(sweep)]

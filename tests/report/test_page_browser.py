@@ -339,6 +339,7 @@ def test_it_fits_a_narrow_screen(browser, mixed):
     assert browser.js("return document.querySelectorAll('.chip[data-group]').length") == len(mixed["groups"])
 
 
+@pytest.mark.slow
 def test_what_means_harm_is_text(browser):
     browser.open("hostile", hostile())
     for metric in browser.js(

@@ -119,6 +119,7 @@ def test_a_brush_on_an_axis_selects_the_runs_that_pass(page, mixed):
     assert page.hash() == ""
 
 
+@pytest.mark.slow
 def test_paper_is_light_and_has_every_chart(page, mixed):
     page.open("mixed", mixed)
     page.js("document.documentElement.dataset.theme = 'dark'")

@@ -159,6 +159,7 @@ for step in range(1, 61):
 """
 
 
+@pytest.mark.slow
 def test_a_crash_is_recorded_and_control_c_does_no_harm(new_run, config, server):
     """The kernel sends Ctrl-C to every process of the terminal's group: to wandb's service too."""
     interrupted = """

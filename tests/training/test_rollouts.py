@@ -116,6 +116,7 @@ def test_completions_do_not_depend_on_their_batch_and_differ_by_seed(rollouts, t
     assert found["together"] != found["another seed"]
 
 
+@pytest.mark.slow
 def test_a_rewarded_habit_is_learned(rollouts, tmp_path):
     config = rollouts("grpo", "train.steps=60", "optim.lr=0.02", "train.log_every=20", own=("rollout.completions=8",))
     config = replace(config, rollout=replace(config.rollout, max_new_tokens=4))
@@ -146,6 +147,7 @@ def test_death_at_any_moment_changes_nothing(objective, settings, stride, rollou
         assert written(survive(tmp_path / f"died-{moment}", config, death, moment)) == expected, moment
 
 
+@pytest.mark.slow
 def test_a_stop_at_any_token_changes_nothing(rollouts, tmp_path):
     config = rollouts("dapo", "train.steps=5", *UNEVEN, *BUFFERED, "rollout.refill=1", "eval.samples=0")
     watch = StopAt()
