@@ -68,6 +68,8 @@ def test_calls_and_reasoning_are_learned_and_results_and_tools_are_context(token
     for name in ("reasoning_content", "thinking", "reasoning"):
         assert learned(tokenizer, said(ASKED, assistant("4", **{name: "two"}))) == f"<think>two</think>4{end}"
     renderer = Renderer(tokenizer)
+    in_blank_system = said({"role": "system", "content": "", "tools": [WEATHER]}, ASKED, SUNNY)
+    assert '"name": "w"' in tokenizer.decode(renderer.prompt_ids(in_blank_system.prompt))
     with_tools = said(ASKED, SUNNY, tools=json.dumps([WEATHER]))
     prompt = tokenizer.decode(renderer.prompt_ids(with_tools.prompt))
     assert prompt.startswith('<|im_start|>system\n[{"type": "function"')

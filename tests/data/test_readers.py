@@ -91,6 +91,11 @@ def test_csv_counts_lines_through_quoted_newlines(tmp_path):
 def test_parquet(tmp_path):
     nested = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
     assert fields(tables(place(write_parquet(tmp_path / "x.parquet", nested)))) == nested
+    import pyarrow
+
+    twice = pyarrow.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
+    assert fields(tables(place(tmp_path / "x.parquet"))) == ["names a column twice: 'completion'"]
     (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
     assert "cannot be read" in refused(tmp_path / "x.parquet")
 

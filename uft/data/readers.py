@@ -147,6 +147,9 @@ def _parquet(path: Path) -> Iterator[Found]:
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     with pyarrow.parquet.ParquetFile(opened(path)) as file:  # read_table would make columns of the names of folders
+        if repeated := _repeated(file.schema_arrow.names):
+            yield 1, f"names a column twice: {repeated[:200]}"
+            return
         names = _class_names(file.schema_arrow.metadata)
         rows = (row for batch in file.iter_batches(1024) for row in rows_of(batch))
         yield from enumerate((row if isinstance(row, str) else with_names(row, names) for row in rows), start=1)
