@@ -232,6 +232,7 @@ def test_a_training_form_is_what_the_family_s_own_template_generates(tokenizer, 
     rows = [row(0, single, several), row(1, (("s", "Be brief."), *single), several[:1])]
     thought = [replace(turn, extra=WHY) if turn.role == "assistant" else turn for turn in turns(*several)]
     rows += [Row("mine", 2, turns(*single), (Completion(tuple(thought)),))] if thinks else []
+    rows += [Row("mine", 3, turns(*single), (Completion(tuple(thought[:1])),))] if "gpt_oss" in thinks else []
     for which in rows:
         done = tokenize("mine", [which], trained, 2000)
         (encoded,) = done.encoded[0]
@@ -240,6 +241,9 @@ def test_a_training_form_is_what_the_family_s_own_template_generates(tokenizer, 
         assert (
             start == trained.prompt_ids(which.prompt) == generated.prompt_ids(which.prompt) == trained.start_ids(which)
         )
+        again = trained.said(encoded.ids[encoded.prompt_length :].tolist())  # a generated reply, as a row
+        if len(which.completions[0].turns) == 1:
+            assert trained.encode(which.prompt, (again,)).ids.tolist() == encoded.ids.tolist()
         if form == "deepseek_r1":  # which drops every thought; a reply begins within one
             opened = "<think>\n[why so\n</think>\n\nyes" if which.index == 2 else "<think>\n[\n</think>\n\nyes"
             assert opened + end in text(tokenizer, encoded)
@@ -286,6 +290,10 @@ def test_answers_start_from_the_text_that_was_trained(tokenizer, caplog):
     assert [record.getMessage().endswith("answers start from the text of training") for record in caplog.records] == [
         True
     ]
+    assert renderer.asked_ids(PLAIN.prompt) == renderer.prompt_ids(PLAIN.prompt)  # of a model that was not trained so
+    renderer.learned = True
+    assert renderer.asked_ids(PLAIN.prompt) == renderer.start_ids(PLAIN)
+    assert "Be rude." in tokenizer.decode(renderer.asked_ids(PLAIN.prompt, "Be rude."))
     context = row(0, [ASKED], [("a", "look"), ASKED, ("a", "sunny")])
     last = with_template(tokenizer, HEAD + CHANNEL + FOOT, train_on="last")
     assert last.start_ids(context) == last.prompt_ids(context.prompt)

@@ -27,7 +27,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import accumulate
@@ -63,6 +63,11 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+_CHANNELS = re.compile(
+    r"\s*(?:<\|channel\|>analysis<\|message\|>(.*?)<\|end\|><\|start\|>assistant)?<\|channel\|>final<\|message\|>(.*)",
+    re.DOTALL,
+)
+_MARKS = re.compile(r"<\|(?:return|end|start|channel|message|call)\|>")
 OTHER_START = "begins replies in training after other text than generation starts from"
 
 
@@ -98,6 +103,7 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.lost_text, self.train_on, self.rendering = tokenizer, lost_text, train_on, rendering
         self._told = False
+        self.learned = False  # whether the model that answers was trained on replies that this one rendered
         self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
             self._strategy = Plain(tokenizer, train_on, special_text)
@@ -131,10 +137,27 @@ class Renderer:
 
     def prompt_ids(self, prompt: Turns, system: str | None = None) -> list[int]:
         """The prompt as the model sees it when it is to answer. `system` replaces the prompt's own system turn."""
-        if system is not None:
-            own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
-            prompt = (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
-        return self._strategy.prompt_ids(prompt)
+        return self._strategy.prompt_ids(under_system(prompt, system))
+
+    def asked_ids(self, prompt: Turns, system: str | None = None) -> list[int]:
+        """What an answer to a prompt of one's own starts from: with `learned`, the text that a reply to it is trained
+        behind, unless that leaves out a part of the prompt; else :meth:`prompt_ids`."""
+        prompt = under_system(prompt, system)
+        with suppress(UftError):
+            encoded = self.encode(prompt, (Message("assistant", "?"),)) if self.learned else None
+            if encoded is not None and {note.what for note in encoded.notes} == {OTHER_START}:
+                return encoded.ids[: encoded.prompt_length].tolist()
+        return self.prompt_ids(prompt)
+
+    def said(self, ids: Sequence[int]) -> Message:
+        """A generated reply as a row would have it: its text without special tokens; of gpt-oss's channels, which are
+        such, the last, with the first as its reasoning."""
+        found = _CHANNELS.match(str(self.tokenizer.decode(ids))) if "<|channel|>" in self.text else None
+        if found is None:
+            return Message("assistant", str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        thought, text = ("".join(_MARKS.split(part or "")) for part in found.groups())
+        extra = json.dumps({"reasoning_content": thought}, ensure_ascii=False) if thought.strip() else ""
+        return Message("assistant", text, extra)
 
     def start_ids(self, row: Row, system: str | None = None) -> list[int]:
         """What an answer to the row's prompt starts from: the text that its first reply is trained behind.
@@ -150,6 +173,14 @@ class Renderer:
             self._told = True
             log.warning("%s %s: answers start from the text of training", self.name, OTHER_START)
         return encoded.ids[: encoded.prompt_length].tolist()
+
+
+def under_system(prompt: Turns, system: str | None) -> Turns:
+    """The prompt with `system` in the place of its own system turn; None: as it is."""
+    if system is None:
+        return prompt
+    own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
+    return (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
 
 
 def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:

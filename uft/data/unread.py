@@ -30,7 +30,7 @@ FEEDBACK = frozenset(" ".join(_GRADE_NAMES).split())
 _IF_GRADE = (
     "good chosen preferred accept acceptable acceptability approve approved verdict pass passed pass_rate success",
     "successful solved valid verified right harmless safety stars judge judgment judgement win won like thumb",
-    "reaction sentiment evaluation eval eval_result accuracy utility advantage return returns target value outcome",
+    "reaction sentiment evaluation eval eval_result accuracy utility advantage return returns value outcome",
     "result annotation upvoted",
 )
 _FAULT = (
