@@ -1,5 +1,6 @@
 """What a template does to a conversation that its row does not say: told with a count, refused where text is lost."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -249,8 +250,21 @@ def test_a_training_form_is_what_the_family_s_own_template_generates(tokenizer, 
             assert opened + end in text(tokenizer, encoded)
         else:
             assert text(tokenizer, encoded) == text(tokenizer, tokenize("mine", [which], generated, 2000).encoded[0][0])
-    with pytest.raises(UftError, match="the training form takes no tools"):
-        trained.encode(turns(("u", "q")), turns(("a", "look"), ("t", "sun"), ("a", "sunny")))
+    tools = [{"function": {"name": "w", "parameters": {"type": "object"}}}]
+    calls = [{"function": {"name": "w", "arguments": {"city": city}}} for city in ("Oslo", "Rome")]
+    fields = ({"tool_calls": calls[:1]}, {"tool_calls": calls, "reasoning_content": "why so"})
+    asked = (replace(turns(ASKED)[0], extra=json.dumps({"tools": tools})),)
+    for number, (field, text_beside) in enumerate((one, content) for one in fields for content in ("", "look")):
+        said = replace(turns(("a", text_beside))[0], extra=json.dumps(field))
+        which = Row("mine", number, asked, (Completion((said, *turns(("t", "sun"), ("t", "rain"), ("a", "so")))),))
+        if form == "qwen3":
+            written = [
+                text(tokenizer, tokenize("mine", [which], one, 2000).encoded[0][0]) for one in (trained, generated)
+            ]
+            assert (written[0], written[0].count("Rome")) == (written[1], number // 2)
+            continue
+        with pytest.raises(UftError, match=r"the training form takes no tools.*data\.template="):
+            trained.encode(which.prompt, which.completions[0].turns)
 
 
 def test_a_training_form_is_offered_to_its_family_alone(tokenizer, base_tokenizer):

@@ -52,6 +52,7 @@ from uft.data.template import (
     as_generated,
     dated,
     forms_for,
+    marked_parts,
     missing_text,
     template_file,
     unknown_marks,
@@ -498,10 +499,15 @@ class ChatTemplate:
         for number, turn in enumerate(turns):
             fields = json.loads(turn.extra) if turn.extra else {}
             for field in [name for name in ("reasoning_content", "tool_calls", "tools") if name in fields]:
-                is_text = field == "reasoning_content"
-                changed = fields | {field: fields[field] + END if is_text else []}
-                other = self._text_with(turns, number, replace(turn, extra=json.dumps(changed, ensure_ascii=False)))
-                if other is not None and (END not in other if is_text else other == text):
+                is_text, known = field == "reasoning_content", fields[field]
+                changed, marks = (known + END, [END]) if is_text else marked_parts(field, known)
+                changed = json.dumps(fields | {field: changed}, ensure_ascii=False)
+                other = self._text_with(turns, number, replace(turn, extra=changed))
+                if other is None and not is_text:  # it refuses the marks: then it is to differ without the whole of it
+                    marks, changed = [], json.dumps(fields | {field: []}, ensure_ascii=False)
+                    other = self._text_with(turns, number, replace(turn, extra=changed))
+                seen = [any(one in (other or "") for one in (mark, repr(mark)[1:-1])) for mark in marks]  # also escaped
+                if other is not None and (not all(seen) if marks else other == text):
                     yield Note(f"does not render {field}", number, number in wanted or not is_text)
 
     def _text_with(self, turns: Turns, number: int, turn: Message) -> str | None:

@@ -11,7 +11,7 @@ import ast
 import json
 import re
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -96,6 +96,15 @@ def is_blank(value: Any) -> bool:
     if isinstance(value, dict) and value:
         return all(map(is_blank, value.values()))
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts within a value; names of fields are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(one)
 
 
 def facts_of(fields: Record, columns: Collection[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
+from uft.data.messages import texts_of
 from uft.data.plain import Note, without_end
 from uft.data.rows import Message, Turns
 from uft.errors import Problem, UftError
@@ -209,16 +210,46 @@ def missing_text(turns: Turns, text: str, wanted: Sequence[int]) -> Iterator[Not
     squeezed = "".join(text.split())
     for number, turn in enumerate(turns):
         fields = json.loads(turn.extra) if turn.extra else {}
-        calls = {name: fields[name] for name in ("tools", "tool_calls") if name in fields}
+        found = {name: fields[name] for name in ("tools", "tool_calls") if name in fields}
+        parts = {name: [one.get("function", one) for one in ones] for name, ones in found.items()}
         said = {
-            f"does not render {name}": [one.get("function", one).get("name", "") for one in found]
-            for name, found in calls.items()
+            f"does not render {name}": [*texts_of([[one.get("name"), one.get("arguments")] for one in ones])]
+            for name, ones in parts.items()
         }
         said["does not render reasoning_content"] = [fields.get("reasoning_content", "")]
         said[f"leaves out, or changes the text of, {turn.role} turns"] = [turn.content]
         for what, words in said.items():
-            if not all("".join(word.split()) in squeezed for word in words):
+            if not all(any("".join(form.split()) in squeezed for form in _written(word)) for word in words):
                 yield Note(what, number, number in wanted or "tool" in what)
+
+
+def _written(text: str) -> tuple[str, ...]:
+    """The forms that a text may have in another: as it is, or within JSON."""
+    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+
+
+def marked_parts(field: str, value: Any) -> tuple[Any, list[str]]:
+    """Tools, or calls of them, with a mark of its own at every name and behind the texts of every call's arguments, and
+    the marks."""
+    marks, changed = list[str](), []
+    for number, one in enumerate(value):
+        function = dict(one.get("function", one))
+        function["name"] = f"{function.get('name', '')}{END}{number}N"
+        marks.append(f"{END}{number}N")
+        if field == "tool_calls" and any(texts_of(function.get("arguments"))):
+            function["arguments"] = _with_mark(function["arguments"], f"{END}{number}A")
+            marks.append(f"{END}{number}A")
+        changed.append(one | {"function": function} if "function" in one else function)
+    return changed, marks
+
+
+def _with_mark(value: Any, mark: str) -> Any:
+    """A value with a mark behind every text in it."""
+    if isinstance(value, dict):
+        return {name: _with_mark(one, mark) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_mark(one, mark) for one in value]
+    return value + mark if isinstance(value, str) else value
 
 
 # --- Special tokens spelled in contents: `<|im_end|>` inside a message is text, and must not end a turn.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from uft.data.formats import ALIASES, COMMON, LABELS, Format, aliases, label_value
-from uft.data.messages import MARKS, MESSAGE_KEYS, Record, is_blank, is_number, role_of, unpacked
+from uft.data.messages import MARKS, MESSAGE_KEYS, Record, is_blank, is_number, role_of, texts_of, unpacked
 from uft.data.records import SIDES, rating
 from uft.data.rows import Kind, Row
 from uft.errors import Problem
@@ -121,18 +121,9 @@ def _within(value: Any, row: Row) -> bool:
     """Whether the texts of a column stand in the row's turns that are not replies."""
     shown = (turn for one in row.completions[:1] for turn in one.turns)  # none of a prompt alone
     asked = [turn.content for turn in (*row.prompt, *shown) if turn.role != "assistant"]
-    return all(any(text.strip() in turn for turn in asked) for text in _texts(unpacked(value)))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """The texts of a value; of messages their contents, of other objects all."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict) and role_of(value):
-        yield from _texts(value.get("content", value.get("value")))
-    elif isinstance(value, (list, dict)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _texts(one)
+    items = value if isinstance(value := unpacked(value), list) else [value]
+    said = [one.get("content", one.get("value")) if isinstance(one, dict) and role_of(one) else one for one in items]
+    return all(any(text.strip() in turn for turn in asked) for text in texts_of(said))
 
 
 def unread(form: Format, fields: Record) -> Iterator[tuple[str, Any]]:
