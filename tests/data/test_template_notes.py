@@ -275,6 +275,10 @@ def test_a_training_form_is_offered_to_its_family_alone(tokenizer, base_tokenize
     )
     with pytest.raises(UftError, match=r"data\.template=qwen3"):
         tokenize("mine", [TWICE], with_template(tokenizer, qwen + FOOT), 200)
+    other = qwen + FOOT.replace("assistant\n", "assistant\n<think>\n")  # as of Qwen 3.5: generation starts otherwise
+    with pytest.raises(UftError) as error:
+        tokenize("mine", [TWICE], with_template(tokenizer, other), 200)
+    assert "data.template=qwen3" not in str(error.value)
     with pytest.raises(UftError, match=r"data\.template=gpt_oss +writes <\|start\|>, .* is for another family"):
         Renderer(base_tokenizer, "gpt_oss")
     with pytest.raises(UftError, match="choices: auto, plain, qwen3, deepseek_r1, mistral_v3, mistral_nemo, gpt_oss"):

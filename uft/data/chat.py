@@ -76,7 +76,9 @@ def advice_about(renderer: Renderer | ChatTemplate) -> tuple[str, ...]:
     """Advice about a template that changes replies unless they are the last turn."""
     if renderer.rendering == "generated":
         return ()
-    forms = (f"or a training form of the family:  data.template={name}" for name in forms_for(renderer.text))
+    own = renderer.tokenizer.chat_template  # with its date as it is, as the forms have it
+    names = forms_for(own if isinstance(own, str) else renderer.text, renderer.tokenizer.special_tokens_map)
+    forms = (f"or a training form of the family:  data.template={name}" for name in names)
     return ("learn every reply as it is generated:  data.rendering=generated", *forms)
 
 
@@ -150,7 +152,7 @@ class Renderer:
                 return encoded.ids[: encoded.prompt_length].tolist()
         return self.prompt_ids(prompt)
 
-    def said(self, ids: Sequence[int]) -> Message:
+    def said(self, ids: list[int]) -> Message:
         """A generated reply as a row would have it: its text without special tokens; of gpt-oss's channels, which are
         such, the last, with the first as its reasoning."""
         found = _CHANNELS.match(str(self.tokenizer.decode(ids))) if "<|channel|>" in self.text else None

@@ -9,7 +9,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
@@ -110,10 +110,19 @@ def unknown_marks(form: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [mark for mark in FORMS.get(form, "").split() if mark not in vocabulary]
 
 
-def forms_for(template: str) -> list[str]:
-    """The form that a family's own template, as Jinja, may be replaced by, if there is one."""
+def forms_for(template: str, variables: Mapping[str, Any]) -> list[str]:
+    """The form that a family's own template, as Jinja, may be replaced by, if there is one: it writes the family's
+    marks, and generation starts from the same text."""
     found = (name for name, marks in FORMS.items() if all(mark in template for mark in marks.split()))
-    return [name for name in found if _SIGNS.get(name, "") in template][:1]
+    likely = [name for name in found if _SIGNS.get(name, "") in template]
+
+    def start(text: str) -> str:
+        with suppress(*TEMPLATE_ERRORS):
+            return _start(Template(text, variables).render, (Message("user", "?"),))
+        return ""
+
+    own = start(template) if likely else ""
+    return [name for name in likely if own and own == start(template_file(name).read_text(encoding="utf-8"))][:1]
 
 
 def _fields(turn: Message) -> dict[str, Any]:

@@ -195,10 +195,10 @@ def unread_feedback(
             line = f"read it:  {key}.columns.{ours}={names[0]}"
             return Problem(key, why, advice=(line, leave) if readable else (leave,))
     if form.kind is Kind.PROMPT and (replies := [n for n in told if n in full and _REPLIES.fullmatch(words[n])]):
-        ours = ("chosen", "rejected") if len(replies) == 2 else ("completion",)
-        lines = " ".join(f"{key}.columns.{one}={name}" for one, name in zip(ours, replies, strict=False))
+        both = ("chosen", "rejected") if len(replies) == 2 else ("completion",)
+        pair = " ".join(f"{key}.columns.{one}={name}" for one, name in zip(both, replies, strict=False))
         why = f"{_counted(replies, columns)} may hold replies, but the format {form.name} has none"
-        return Problem(key, why, advice=(f"read them:  {lines}", leave))
+        return Problem(key, why, advice=(f"read them:  {pair}", leave))
     if form.kind is Kind.PREFERENCE and (
         chosen := [name for name in told if name in CHOICES or not {*_CHOICE.split()}.isdisjoint(_words(name))]
     ):
@@ -220,7 +220,7 @@ def unread_feedback(
     if not graded:
         return None
     first = min(graded, key=lambda name: "." in name)
-    lines = (
+    lines: tuple[str, ...] = (
         f"read it as a score:  {key}.columns.score={first} {key}.score_range=[LOWEST,HIGHEST]",
         f"read it as good or bad:  {key}.columns.label={first}",
     )
