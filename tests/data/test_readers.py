@@ -100,6 +100,14 @@ def test_parquet(tmp_path):
     assert "cannot be read" in refused(tmp_path / "x.parquet")
 
 
+def test_the_end_of_a_packed_file_s_name_has_any_case(tmp_path):
+    import gzip
+
+    for name in ("x.jsonl.gz", "X.JSONL.GZ"):
+        (tmp_path / name).write_bytes(gzip.compress(b'{"prompt": "q"}\n'))
+        assert fields(tables(place(tmp_path / name))) == [{"prompt": "q"}]
+
+
 def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", ROWS[1:])
     write_parquet(tmp_path / "a.parquet", ROWS[:1])

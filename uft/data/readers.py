@@ -17,7 +17,7 @@ from uft.errors import first_line
 
 Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
 Reader = Callable[[Path], Iterator[Found]]
-COMPRESSED = (".gz", ".zst", ".bz2")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
 def reader_of(path: Path) -> Reader | None:
@@ -34,11 +34,11 @@ def suffix_of(path: Path) -> str:
 
 def opened(path: Path) -> BinaryIO:
     """The content of a file as bytes, unpacked."""
-    if path.suffix.lower() not in COMPRESSED:
+    if (packed := COMPRESSED.get(path.suffix.lower())) is None:
         return open(path, "rb")
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"))
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=packed))
 
 
 def with_names(record: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:

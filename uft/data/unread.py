@@ -70,6 +70,8 @@ _PARTS = {  # the field that reads a part of a conversation, "" for none: names 
     "": "(?:tool|function)_calls?|chat_template_kwargs|"
     f"(?:.*_)?(?:{_MEDIA})(?:_(?:urls?|paths?|files?|bytes|data|base64))?",
 }
+_ADDRESSED = {f"{turns}.{name}" for turns in ("messages", "conversations") for name in ("channel", "recipient")}
+"""Fields of messages of gpt-oss that say that a turn is a thought or a call."""
 _REPLIES = re.compile(
     "(?:model_|assistant_|bot_)?(?:responses?|completions?|outputs?|reply|replies|generations?)(?:_?[a-z0-9])?"
 )
@@ -79,8 +81,12 @@ _WEIGHS = re.compile(
 )
 _UNLEARNED = re.compile("(?:do_not|no|not)_train|(?:is_)?(?:ignored?|skip(?:ped)?|excluded?|deleted|masked)")
 """Names of a weight or mark that tells how much is learned; those of the second are not read as one."""
-_SIDES = {"chosen": "chosen preferred", "rejected": "rejected dispreferred loser losing worse"}
-_SIDE_TEXTS = {*"message messages response answer completion conversation conversations output text".split()}  # noqa: SIM905
+_SIDES = {
+    "chosen": "chosen preferred positive better best good",
+    "rejected": "rejected dispreferred loser losing worse worst negative bad",
+}
+_SIDE_WORDS = "message response answer completion conversation output reply text".split()  # noqa: SIM905
+_SIDE_TEXTS = {*_SIDE_WORDS, *(f"{word}s" for word in _SIDE_WORDS)}
 _SIDE = {word: ours for ours, words in _SIDES.items() for word in words.split()}
 """Words for a side of a pair."""
 
@@ -188,12 +194,13 @@ def unread_feedback(
         line = f"read it:  {key}.columns.weight={names[0]}"
         return Problem(key, why, advice=(line, leave) if weights and "." not in names[0] else (leave,))
     for ours, pattern in _PARTS.items():
-        if names := [name for name in told if name in full and re.fullmatch(pattern, words[name])]:
+        found = (name for name in told if name in full)
+        if names := [name for name in found if re.fullmatch(pattern, words[name]) or (not ours and name in _ADDRESSED)]:
             part = "reply" if ours == "reasoning_content" or "call" in words[names[0]] else "conversation"
             why = f"{_counted(names, columns)} may be a part of the {part}"
+            read = f"read it:  {key}.columns.{ours}={names[0]}"
             readable = ours and "." not in names[0] and not _side(names[0].partition("_")[0])
-            line = f"read it:  {key}.columns.{ours}={names[0]}"
-            return Problem(key, why, advice=(line, leave) if readable else (leave,))
+            return Problem(key, why, advice=(read, leave) if readable else (leave,))
     if form.kind is Kind.PROMPT and (replies := [n for n in told if n in full and _REPLIES.fullmatch(words[n])]):
         both = ("chosen", "rejected") if len(replies) == 2 else ("completion",)
         pair = " ".join(f"{key}.columns.{one}={name}" for one, name in zip(both, replies, strict=False))
