@@ -115,7 +115,7 @@ class Renderer:
             if missing := unknown_marks(template, tokenizer):
                 why = f"writes {', '.join(missing)}, which this tokenizer does not have: it is for another family"
                 raise UftError(Problem(f"data.template={template}", why))
-            text = _own_template(tokenizer) if template == "auto" else _read_template(template)
+            text = _read_template(template, tokenizer)
             name = "the tokenizer's chat template" if template == "auto" else template
             _check_arguments(arguments or {}, text, name)
             how = (train_on, special_text, rendering)
@@ -195,17 +195,15 @@ def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None
         raise UftError(Problem(f"data.template_args.{unknown}", f"{name} reads no such variable", advice=advice))
 
 
-def _own_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError:
-        names = ", ".join(sorted(map(str, tokenizer.chat_template)))  # a dictionary
-        why = f"the tokenizer has templates of the names {names}, and no default"
-        advice = ("write the one to be used into a file:  data.template=FILE.jinja",)
-        raise UftError(Problem("data.template=auto", why, advice=advice)) from None
-
-
-def _read_template(path: str) -> str:
+def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if path == "auto":
+        try:
+            return str(tokenizer.get_chat_template())
+        except ValueError:
+            names = ", ".join(sorted(map(str, tokenizer.chat_template)))  # a dictionary
+            why = f"the tokenizer has templates of the names {names}, and no default"
+            advice = ("write the one to be used into a file:  data.template=FILE.jinja",)
+            raise UftError(Problem("data.template=auto", why, advice=advice)) from None
     file = template_file(path)
     if not os.path.isfile(file):
         advice = (f"choices: {', '.join(NAMES)}, or a Jinja file",)

@@ -228,13 +228,9 @@ def missing_text(turns: Turns, text: str, wanted: Sequence[int]) -> Iterator[Not
         said["does not render reasoning_content"] = [fields.get("reasoning_content", "")]
         said[f"leaves out, or changes the text of, {turn.role} turns"] = [turn.content]
         for what, words in said.items():
-            if not all(any("".join(form.split()) in squeezed for form in _written(word)) for word in words):
+            forms = ((word, json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1]) for word in words)
+            if not all(any("".join(one.split()) in squeezed for one in ones) for ones in forms):  # also within JSON
                 yield Note(what, number, number in wanted or "tool" in what)
-
-
-def _written(text: str) -> tuple[str, ...]:
-    """The forms that a text may have in another: as it is, or within JSON."""
-    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
 
 
 def marked_parts(field: str, value: Any) -> tuple[Any, list[str]]:

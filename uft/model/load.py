@@ -262,7 +262,7 @@ def _read_base(model: Model, reference: str | None, key: str) -> Any:
         module.get_output_embeddings(),
         module.get_input_embeddings(),
     )
-    tied = own.tie_word_embeddings and module._tied_weights_keys and head is not None
+    tied = own.tie_word_embeddings and module.get_expanded_tied_weights_keys(all_submodels=False) and head is not None
     if tied and head.weight is not embeddings.weight:  # transformers leaves two weights that differ as they are
         module.config.tie_word_embeddings = own.tie_word_embeddings = False
         module.uft_notes.append(
