@@ -68,6 +68,8 @@ def test_calls_and_reasoning_are_learned_and_results_and_tools_are_context(token
     for name in ("reasoning_content", "thinking", "reasoning"):
         assert learned(tokenizer, said(ASKED, assistant("4", **{name: "two"}))) == f"<think>two</think>4{end}"
     renderer = Renderer(tokenizer)
+    in_blank_system = said({"role": "system", "content": "", "tools": [WEATHER]}, ASKED, SUNNY)
+    assert '"name": "w"' in tokenizer.decode(renderer.prompt_ids(in_blank_system.prompt))
     with_tools = said(ASKED, SUNNY, tools=json.dumps([WEATHER]))
     prompt = tokenizer.decode(renderer.prompt_ids(with_tools.prompt))
     assert prompt.startswith('<|im_start|>system\n[{"type": "function"')
@@ -90,7 +92,8 @@ def test_a_call_in_the_middle_ends_at_its_own_stop_token(tokenizer):
 
 
 def test_marks_of_which_one_reply_has_more_than_another_find_their_replies(tokenizer):
-    parts = "{% if m['tool_calls'] %}{% generation %}{{ 'CALL' }}{% endgeneration %}{{ '-' }}{% endif %}"
+    called = "{% generation %}{{ m['tool_calls'][0]['function'].values() | map('string') | join }}{% endgeneration %}"
+    parts = "{% if m['tool_calls'] %}" + called + "{{ '-' }}{% endif %}"
     template = (
         "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
         + parts
@@ -98,7 +101,8 @@ def test_marks_of_which_one_reply_has_more_than_another_find_their_replies(token
         "{{ '\n' }}{% endfor %}"
     )
     turns = [ASKED, assistant("a", tool_calls=[CALL]), ASKED, assistant("b"), ASKED, assistant("c", tool_calls=[CALL])]
-    wanted = ["CALLa<|im_end|>", "b<|im_end|>", "CALLc<|im_end|>"]
+    call = "w{'city': 'Oslo'}"
+    wanted = [f"{call}a<|im_end|>", "b<|im_end|>", f"{call}c<|im_end|>"]
     for weights in ([1, 1, 1], [0, 1, 1], [1, 0, 1], [0, 0, 1], [1, 1, 0]):
         marked = [turn | {"weight": weights[number // 2]} if number % 2 else turn for number, turn in enumerate(turns)]
         expected = "".join(text for text, weight in zip(wanted, weights, strict=True) if weight)
@@ -157,6 +161,24 @@ def test_what_no_template_renders_is_refused_by_name(tokenizer, base_tokenizer, 
         learned(tokenizer, row, chatml_template)
     with pytest.raises(UftError, match=f"has {field}, which only a chat template can render"):
         tokenize("mine", [row], Renderer(base_tokenizer), 100)
+
+
+def test_a_call_or_a_tool_of_several_that_a_template_drops_is_refused(tokenizer):
+    rome, two = {"function": {"name": "w", "arguments": {"city": "Rome"}}}, [WEATHER, {"function": {"name": "v"}}]
+    first = AGENT.replace("in m['tool_calls']", "in (m['tool_calls'] or [])[:1]").replace(
+        "tools | tojson", "tools[0] | tojson"
+    )
+    names = AGENT.replace("call['function'] | tojson", "call['function']['name']")
+    called = said(ASKED, assistant("", tool_calls=[CALL, rome]), SUN, SUNNY)
+    assert learned(tokenizer, called).count("Rome") == 1
+    for template, row, field in (
+        (first, called, "tool_calls"),
+        (first, said(ASKED, SUNNY, tools=two), "tools"),
+        (names, said(ASKED, assistant("", tool_calls=[CALL]), SUN, SUNNY), "tool_calls"),
+    ):
+        for rendering in ("whole", "generated"):
+            with pytest.raises(UftError, match=f"does not render {field}"):
+                learned(tokenizer, row, template, rendering=rendering)
 
 
 def test_reasoning_of_context_that_a_template_drops_is_told(tokenizer, chatml_template):

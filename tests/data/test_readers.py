@@ -91,8 +91,21 @@ def test_csv_counts_lines_through_quoted_newlines(tmp_path):
 def test_parquet(tmp_path):
     nested = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
     assert fields(tables(place(write_parquet(tmp_path / "x.parquet", nested)))) == nested
+    import pyarrow
+
+    twice = pyarrow.table([["q"], ["a"], ["b"]], names=["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
+    assert fields(tables(place(tmp_path / "x.parquet"))) == ["names a column twice: 'completion'"]
     (tmp_path / "x.parquet").write_bytes(b"nothing of the kind")
     assert "cannot be read" in refused(tmp_path / "x.parquet")
+
+
+def test_the_end_of_a_packed_file_s_name_has_any_case(tmp_path):
+    import gzip
+
+    for name in ("x.jsonl.gz", "X.JSONL.GZ"):
+        (tmp_path / name).write_bytes(gzip.compress(b'{"prompt": "q"}\n'))
+        assert fields(tables(place(tmp_path / name))) == [{"prompt": "q"}]
 
 
 def test_a_folder_of_files_is_read_in_the_order_of_names(tmp_path):

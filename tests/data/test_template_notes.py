@@ -1,5 +1,6 @@
 """What a template does to a conversation that its row does not say: told with a count, refused where text is lost."""
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,7 @@ def test_a_training_form_is_what_the_family_s_own_template_generates(tokenizer, 
     rows = [row(0, single, several), row(1, (("s", "Be brief."), *single), several[:1])]
     thought = [replace(turn, extra=WHY) if turn.role == "assistant" else turn for turn in turns(*several)]
     rows += [Row("mine", 2, turns(*single), (Completion(tuple(thought)),))] if thinks else []
+    rows += [Row("mine", 3, turns(*single), (Completion(tuple(thought[:1])),))] if "gpt_oss" in thinks else []
     for which in rows:
         done = tokenize("mine", [which], trained, 2000)
         (encoded,) = done.encoded[0]
@@ -240,13 +242,29 @@ def test_a_training_form_is_what_the_family_s_own_template_generates(tokenizer, 
         assert (
             start == trained.prompt_ids(which.prompt) == generated.prompt_ids(which.prompt) == trained.start_ids(which)
         )
+        again = trained.said(encoded.ids[encoded.prompt_length :].tolist())  # a generated reply, as a row
+        if len(which.completions[0].turns) == 1:
+            assert trained.encode(which.prompt, (again,)).ids.tolist() == encoded.ids.tolist()
         if form == "deepseek_r1":  # which drops every thought; a reply begins within one
             opened = "<think>\n[why so\n</think>\n\nyes" if which.index == 2 else "<think>\n[\n</think>\n\nyes"
             assert opened + end in text(tokenizer, encoded)
         else:
             assert text(tokenizer, encoded) == text(tokenizer, tokenize("mine", [which], generated, 2000).encoded[0][0])
-    with pytest.raises(UftError, match="the training form takes no tools"):
-        trained.encode(turns(("u", "q")), turns(("a", "look"), ("t", "sun"), ("a", "sunny")))
+    tools = [{"function": {"name": "w", "parameters": {"type": "object"}}}]
+    calls = [{"function": {"name": "w", "arguments": {"city": city}}} for city in ("Oslo", "Rome")]
+    fields = ({"tool_calls": calls[:1]}, {"tool_calls": calls, "reasoning_content": "why so"})
+    asked = (replace(turns(ASKED)[0], extra=json.dumps({"tools": tools})),)
+    for number, (field, text_beside) in enumerate((one, content) for one in fields for content in ("", "look")):
+        said = replace(turns(("a", text_beside))[0], extra=json.dumps(field))
+        which = Row("mine", number, asked, (Completion((said, *turns(("t", "sun"), ("t", "rain"), ("a", "so")))),))
+        if form == "qwen3":
+            written = [
+                text(tokenizer, tokenize("mine", [which], one, 2000).encoded[0][0]) for one in (trained, generated)
+            ]
+            assert (written[0], written[0].count("Rome")) == (written[1], number // 2)
+            continue
+        with pytest.raises(UftError, match=r"the training form takes no tools.*data\.template="):
+            trained.encode(which.prompt, which.completions[0].turns)
 
 
 def test_a_training_form_is_offered_to_its_family_alone(tokenizer, base_tokenizer):
@@ -257,6 +275,10 @@ def test_a_training_form_is_offered_to_its_family_alone(tokenizer, base_tokenize
     )
     with pytest.raises(UftError, match=r"data\.template=qwen3"):
         tokenize("mine", [TWICE], with_template(tokenizer, qwen + FOOT), 200)
+    other = qwen + FOOT.replace("assistant\n", "assistant\n<think>\n")  # as of Qwen 3.5: generation starts otherwise
+    with pytest.raises(UftError) as error:
+        tokenize("mine", [TWICE], with_template(tokenizer, other), 200)
+    assert "data.template=qwen3" not in str(error.value)
     with pytest.raises(UftError, match=r"data\.template=gpt_oss +writes <\|start\|>, .* is for another family"):
         Renderer(base_tokenizer, "gpt_oss")
     with pytest.raises(UftError, match="choices: auto, plain, qwen3, deepseek_r1, mistral_v3, mistral_nemo, gpt_oss"):
@@ -286,6 +308,10 @@ def test_answers_start_from_the_text_that_was_trained(tokenizer, caplog):
     assert [record.getMessage().endswith("answers start from the text of training") for record in caplog.records] == [
         True
     ]
+    assert renderer.asked_ids(PLAIN.prompt) == renderer.prompt_ids(PLAIN.prompt)  # of a model that was not trained so
+    renderer.learned = True
+    assert renderer.asked_ids(PLAIN.prompt) == renderer.start_ids(PLAIN)
+    assert "Be rude." in tokenizer.decode(renderer.asked_ids(PLAIN.prompt, "Be rude."))
     context = row(0, [ASKED], [("a", "look"), ASKED, ("a", "sunny")])
     last = with_template(tokenizer, HEAD + CHANNEL + FOOT, train_on="last")
     assert last.start_ids(context) == last.prompt_ids(context.prompt)

@@ -23,6 +23,9 @@ def test_the_tokenizer_s_template_or_plain_or_one_s_own(tokenizer, base_tokenize
     assert Renderer(base_tokenizer, str(file)).name == str(file)
     own = Renderer(tokenizer, str(file)).encode(QUESTION, ANSWER)
     assert own.ids.tolist() == Renderer(tokenizer).encode(QUESTION, ANSWER).ids.tolist()
+    tokenizer.chat_template = {"tool_use": chatml_template, "rag": chatml_template}
+    with pytest.raises(UftError, match="has templates of the names rag, tool_use, and no default"):
+        Renderer(tokenizer)
     with pytest.raises(UftError, match="no such file"):
         Renderer(tokenizer, str(tmp_path / "none.jinja"))
 

@@ -68,7 +68,8 @@ def test_feedback_is_read_beside_every_way_of_writing_a_dialogue(dialogue):
 
 
 def test_grades_under_other_names_are_refused_with_the_lines_that_read_them(tmp_path):
-    names = "rating,reward, Label,upvotes,is_correct,isCorrect,userRating,gpt4_score,thumbs-up,is_helpful,kto_label"
+    names = "rating,reward, Label,upvotes,is_correct,isCorrect,userRating,gpt4_score,thumbs-up,is_helpful,kto_label,"
+    names += "passed,stars,is_chosen,preferred,verdict,human_label,is_response_safe,accept,win,value,advantage"
     for name in names.split(","):
         records = [record | {name: 1} for record in list(DIALOGUES.values())[:1]]
         said = refused(tmp_path, records)
@@ -78,6 +79,12 @@ def test_grades_under_other_names_are_refused_with_the_lines_that_read_them(tmp_
         source = load(tmp_path, records, kind="demonstration")
         assert (source.kinds, source.omitted.unread) == ({Kind.DEMONSTRATION: 1}, {name: 1})
         assert load(tmp_path, records, columns={"score": name}).rows[0].completions[0].score == 1.0
+    for name in ("rejected", "toxic", "is_rejected", "harmful", "model_rank", "downvoted"):  # true of a bad one
+        said = refused(tmp_path, [PLAIN | {name: True}])
+        assert f"{name} (1 row) may say how good a completion is" in said
+        assert "make a column label of it, which is true where the completion is good" in said
+    told = dict.fromkeys(("verdict", "evaluation", "outcome", "target", "result"), "It was read by two people.")
+    assert load(tmp_path, [PLAIN | told]).omitted.unread == dict.fromkeys(told, 1)
 
 
 def test_a_grade_of_few_rows_is_not_dropped_for_the_others(tmp_path):
@@ -127,7 +134,12 @@ def test_bookkeeping_of_common_data_sets_is_told_only(tmp_path):
 
 
 def test_grades_within_objects_are_refused(tmp_path):
-    for meta, name in (({"rating": 1}, "metadata.rating"), ({"human": {"is_good": False}}, "metadata.human.is_good")):
+    for meta, name in (
+        ({"rating": 1}, "metadata.rating"),
+        ({"human": {"is_good": False}}, "metadata.human.is_good"),
+        ({"passed": False}, "metadata.passed"),
+        ({"verdict": "bad"}, "metadata.verdict"),
+    ):
         records = [DIALOGUES["messages"] | {"metadata": meta}]
         assert f"{name} (1 row) may say how good a completion is" in refused(tmp_path, records)
         assert load(tmp_path, records, kind="demonstration").omitted.unread == {"metadata": 1, name: 1}
@@ -146,7 +158,16 @@ def test_the_other_side_of_a_pair_is_no_bookkeeping(tmp_path):
 
 
 def test_a_word_about_which_side_is_better_is_not_dropped(tmp_path):
-    for name in ("label", "preference", "winner", "kto_tag"):
+    for name in (
+        "label",
+        "preference",
+        "winner",
+        "kto_tag",
+        "preferred_side",
+        "better_response_id",
+        "is_tie",
+        "flipped",
+    ):
         records = [{"prompt": "7*6?", "chosen": "42", "rejected": "13", name: 1}]
         assert "may say which side is better" in refused(tmp_path, records)
         assert load(tmp_path, records, kind="preference").kinds == {Kind.PREFERENCE: 1}
@@ -166,6 +187,16 @@ def test_text_that_the_prompt_lacks_is_read_or_refused(tmp_path):
         assert " ".join(f"data.sources.mine.columns.{ours}={theirs}" for ours, theirs in lines.items()) in said
         assert turns(load(tmp_path, records, columns=lines).rows[0]) == [("user", "Who?\n\nAnn ate it.")]
         assert turns(load(tmp_path, records, columns={"context": ""}).rows[0]) == [("user", "Who?")]
+    for name in ("passage", "documents", "background_knowledge"):
+        for text in ("Ann ate it.", ["Ann ate it."], [{"title": "Ann", "text": "Ann ate it."}]):
+            said = refused(tmp_path, [PLAIN | {name: text}])
+            assert f"{name} (1 row) holds text that the conversation lacks" in said
+            assert f"data.sources.mine.columns.instruction=prompt data.sources.mine.columns.context={name}" in said
+        assert load(tmp_path, [PLAIN | {name: text}], kind="demonstration").omitted.unread == {name: 1}
+        assert load(tmp_path, [PLAIN | {name: "7*6"}]).omitted.unread == {name: 1}
+    lines = {"instruction": "prompt", "context": "passage"}
+    read_with = load(tmp_path, [PLAIN | {"passage": "Ann ate it."}], columns=lines)
+    assert turns(read_with.rows[0]) == [("user", "7*6?\n\nAnn ate it.")]
     within = {"messages": [USER | {"content": "Ann ate it. Who?"}, REPLY], "input": " Ann ate it.\n", "context": []}
     assert load(tmp_path, [within]).omitted.unread == {"input": 1}
 
@@ -220,8 +251,11 @@ PLAIN, PAIR = {"prompt": "7*6?", "completion": "42"}, {"prompt": "7*6?", "chosen
 RATED, LABELLED = {"generations": ["42", "13"], "ratings": [5, 1]}, PLAIN | {"label": 1}
 READ = [  # records of a file, and the numbers, marks or roles that are read of them
     (
-        [PLAIN | {"label": label} for label in ("-1", " +1", "1.0", "Yes", "no", "👍")],
-        [False, True, True, True, False, True],
+        [
+            PLAIN | {"label": label}
+            for label in ("-1", " +1", "1.0", "Yes", "no", "👍", "thumbs up", "Thumbs-Down", "neg")
+        ],
+        [False, True, True, True, False, True, True, False, False],
     ),
     ([RATED | {"prompt": "7*6?"}], [1.0]),
     ([{"instruction": "7*6?", "generations": '["42", "13"]', "ratings": "[5, 1]"}], [1.0]),
@@ -243,6 +277,7 @@ READ = [  # records of a file, and the numbers, marks or roles that are read of 
     ),
     ([PLAIN | {"score": n / 4, "answer": str(n)} for n in (1, 2)], [0.25, 0.5]),
     ([PAIR | {"score_chosen": "9", "score_rejected": "1"}], [9.0]),
+    ([PAIR | {"reward_chosen": 9, "rejected_reward": 1}], [9.0]),
     (
         [
             {
@@ -294,6 +329,37 @@ REFUSED = [  # a record, and what is said of it
     ({"messages": [{"speaker": "user", "text": "7*6?"}]}, "messages[0] has no role"),
     ({"messages": [{"role": "user", "text": "7*6?"}]}, "has neither content nor value (fields: role, text)"),
     ({"messages": [USER, REPLY], "tools": CALL}, "tools is an object, not a list of objects"),
+    (
+        {"messages": [SYSTEM | {"tools": [CALL]}, USER, REPLY], "tools": [{"name": "v"}]},
+        "tools differs from the tools of a message",
+    ),
+    ({"messages": [USER, REPLY | {"tool_calls": [{"id": "1"}]}]}, "tool_calls has a call without a name"),
+    (PLAIN | {"available_tools": [CALL]}, "read it:  data.sources.mine.columns.tools=available_tools"),
+    (PLAIN | {"persona": "A pirate."}, "read it:  data.sources.mine.columns.system=persona"),
+    (PLAIN | {"previous_turns": [USER, REPLY]}, "read it:  data.sources.mine.columns.history=previous_turns"),
+    (PLAIN | {"thought": "hm"}, "read it:  data.sources.mine.columns.reasoning_content=thought"),
+    (PLAIN | {"chain_of_thought": "hm"}, "data.sources.mine.columns.reasoning_content=chain_of_thought"),
+    (PAIR | {"chosen_reasoning": "hm", "rejected_reasoning": "so"}, "chosen_reasoning (1 row), rejected_reasoning (1"),
+    (
+        {"messages": [USER, REPLY | {"reasoning_details": [{"text": "hm"}]}]},
+        "messages.reasoning_details (1 row) may be",
+    ),
+    (PLAIN | {"image_path": "a.png"}, "image_path (1 row) may be a part of the conversation"),
+    ({"messages": [USER | {"image_url": "a.png"}, REPLY]}, "messages.image_url (1 row) may be a part"),
+    ({"messages": [USER, REPLY | {"channel": "analysis"}]}, "messages.channel (1 row) may be a part"),
+    (PLAIN | {"bad_response": "13"}, "data.sources.mine.columns.rejected=bad_response"),
+    (PLAIN | {"negative": "13"}, "data.sources.mine.columns.rejected=negative"),
+    (PLAIN | {"better_answers": ["13"]}, "data.sources.mine.columns.rejected=completion"),
+    (PLAIN | {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs (1 row) may be a part"),
+    (PLAIN | {"do_not_train": True}, "do_not_train (1 row) may say how much is learned of the reply"),
+    (PLAIN | {"is_train": False}, "read it:  data.sources.mine.columns.weight=is_train"),
+    ({"messages": [USER, REPLY | {"trainable": False}]}, "messages.trainable (1 row) may say how much is learned"),
+    ({"messages": [USER, REPLY | {"ignored": True}]}, "messages.ignored (1 row) may say how much is learned"),
+    (
+        {"prompt": "7*6?", "response_a": "42", "response_b": "13", "winner": "b"},
+        "read them:  data.sources.mine.columns.chosen=response_a data.sources.mine.columns.rejected=response_b",
+    ),
+    ({"prompt": "7*6?", "responses": ["42", "13"], "scores": [1, 0]}, "responses (1 row) may hold replies"),
 ]
 
 
@@ -427,7 +493,13 @@ def test_texts_that_may_be_meant_otherwise_are_counted(tmp_path):
         {"prompt": "hi", "chosen": "hi there", "rejected": "hi!", "score_chosen": 3, "score_rejected": 3},
         {"prompt": "hi", "chosen": "hi there", "rejected": "hi!", "chosen_rating": -1},
     ]
-    expected = {"repeated_prompts": 1, "template_marks": 2, "contrary_scores": 1}
+    joined = {"function": {"name": "w", "arguments": {"city": "Oslo", "day": None}}}
+    records += [
+        PAIR | {"chosen": "None"},
+        PAIR | {"rejected": "nan"},
+        PAIR | {"tools": [joined], "chosen": "none of it"},
+    ]
+    expected = {"repeated_prompts": 1, "template_marks": 2, "contrary_scores": 1, "void_replies": 2, "null_fields": 1}
     source = load(tmp_path, records)
     assert (source.omitted.oddities, source.omitted.unread) == (expected, {})
 
@@ -458,8 +530,9 @@ def test_a_prompt_keeps_the_turns_that_a_pair_does_not_repeat(tmp_path):
 
 def test_systems_and_histories_of_any_format_stand_before_the_prompt():
     for record in DIALOGUES.values():
-        row = read(record | {"system_prompt": "Count well.", "history": '[["7*5?", "35"]]'})
-        assert turns(row) == [("system", "Count well."), ("user", "7*5?"), ("assistant", "35"), ("user", "7*6?")]
+        for system, history in (("system_prompt", "history"), ("system_message", "chat_history")):
+            row = read(record | {system: "Count well.", history: '[["7*5?", "35"]]'})
+            assert turns(row) == [("system", "Count well."), ("user", "7*5?"), ("assistant", "35"), ("user", "7*6?")]
         for empty in ([], "[]", None, " "):
             assert turns(read(record | {"system": "", "history": empty})) == [("user", "7*6?")]
     assert len(read(DIALOGUES["alpaca"] | {"history": [["7*5?", "35"], ["7*4?", "28"]]}).prompt) == 5

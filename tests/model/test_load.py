@@ -163,6 +163,21 @@ def test_weights_that_the_model_does_not_use_are_told(model_folder: Path, tmp_pa
     assert note in load_policy(settings(folder), CPU, 0).describe()
 
 
+def test_a_head_of_its_own_stays_one_where_the_configuration_ties_it(build: Any, tokenizer: Any, tmp_path: Path):
+    from uft.model.export import plain_model
+
+    folder = tmp_path / "model"
+    build("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": True}))
+    policy = load_policy(Model(path=str(folder)), CPU, 0)
+    assert any("its files have two" in note for note in policy.notes)
+    plain = plain_model(policy, torch.float32, dict(policy.base.state_dict()))
+    assert torch.equal(plain.lm_head.weight, policy.base.lm_head.weight)
+    assert not plain.config.tie_word_embeddings
+
+
 def test_code_of_a_model_runs_only_when_allowed(model_folder: Path, tmp_path: Path):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

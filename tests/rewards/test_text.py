@@ -55,6 +55,8 @@ def test_final_number_compares_values():
 def test_exact_ignores_spacing_only():
     assert check("exact", row("cat  owl"), " cat owl\n") == {"exact_match": 1.0}
     assert check("exact", row("cat owl"), "Cat owl") == {"exact_match": 0.0}
+    assert check("exact", row("cat owl"), "<think>\nfox\n</think>\n\ncat owl") == {"exact_match": 1.0}
+    assert check("contains", row("cat owl"), "<think>\ncat owl\n</think>\n\nfox") == {"contains": 0.0}
     assert check("exact", row(None, said("bad", label=False)), "bad") == {}
 
 

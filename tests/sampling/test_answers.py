@@ -20,6 +20,16 @@ def test_what_stands_beside_an_instruction_is_asked_too(tmp_path):
     assert len(read_prompts(file)) == 1
 
 
+def test_messages_are_asked_with_all_that_they_carry(tmp_path):
+    file, call = tmp_path / "rows.jsonl", {"type": "function", "function": {"name": "w", "arguments": {}}}
+    said = [{"role": "user", "content": "weather?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    said += [{"role": "tool", "content": "sun"}, {"role": "assistant", "content": "sunny"}]
+    file.write_text(json.dumps({"messages": said, "tools": [call], "system_prompt": "Be brief."}) + "\n")
+    (prompt,) = read_prompts(file)
+    assert [turn.role for turn in prompt] == ["system", "user", "assistant", "tool"]
+    assert (json.loads(prompt[0].extra), json.loads(prompt[2].extra)) == ({"tools": [call]}, {"tool_calls": [call]})
+
+
 def test_a_line_of_a_text_file_is_one_prompt(tmp_path):
     file = tmp_path / "asked.txt"
     file.write_bytes("one\u2028still one\r\n\ntwo\x85still two\n".encode())

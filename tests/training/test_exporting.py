@@ -126,6 +126,15 @@ def test_a_process_of_its_own_says_the_same_or_why_it_cannot(tokenizer, tmp_path
     monkeypatch.setattr(reload, "OWN_PROCESS", 0)
     folder = export(policy, tokenizer, tmp_path / "model")
     assert reload.compare(policy, folder, ROWS, 0) == ("", "")
+    policy.base.generation_config.update(
+        repetition_penalty=1.8, no_repeat_ngram_size=1, suppress_tokens=[*range(3, 60)]
+    )
+    folder = export(policy, tokenizer, tmp_path / "model")
+    assert json.loads((folder / "generation_config.json").read_text())["repetition_penalty"] == 1.8
+    assert reload.compare(policy, folder, ROWS, 0) == ("", "")
+    policy.base.generation_config.num_return_sequences = 3  # which transformers does not write
+    written = json.loads((export(policy, tokenizer, folder) / "generation_config.json").read_text())
+    assert (written["eos_token_id"], "num_return_sequences" in written) == (2, False)
     (folder / "config.json").write_text("{}")
     assert "transformers cannot load it: " in reload.compare(policy, folder, ROWS, 0)[0]
 

@@ -38,11 +38,15 @@ def test_check_stops_when_asked(configure, monkeypatch, number, code):
     assert jobs.check(configure("sft")) == code
 
 
-def test_data_shows_the_mixture_and_the_rows(configure, capsys):
+def test_data_shows_the_mixture_and_the_rows(configure, capsys, tmp_path):
     assert jobs.show_data(configure("dpo")) == GOOD
     said = capsys.readouterr().out
     for expected in ("preference", "scored", "negatives", "tokens per completion", "preference:0"):
         assert expected in said
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "double : 1"}\n' * 9)
+    assert jobs.show_data(configure("sft", sources={"mine": str(asked)})) == GOOD
+    assert "asked: no reply" in capsys.readouterr().out
 
 
 def test_generate_stops_between_batches_and_goes_on(configure, files, tmp_path, monkeypatch):

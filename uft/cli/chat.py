@@ -48,7 +48,7 @@ class Speaker:
 
         settings = replace(self.config.generate, system=system, seeds=[seed])
         ((answer,),) = sample(self.policy, self.renderer, [tuple(self.turns)], settings)
-        self.turns.append(Message("assistant", answer.text or " "))
+        self.turns.append(answer.said if answer.said.content else Message("assistant", " "))
         return answer.told(settings)
 
 

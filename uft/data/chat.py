@@ -27,7 +27,7 @@ import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import accumulate
@@ -52,6 +52,7 @@ from uft.data.template import (
     as_generated,
     dated,
     forms_for,
+    marked_parts,
     missing_text,
     template_file,
     unknown_marks,
@@ -63,6 +64,11 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
+_CHANNELS = re.compile(
+    r"\s*(?:<\|channel\|>analysis<\|message\|>(.*?)<\|end\|><\|start\|>assistant)?<\|channel\|>final<\|message\|>(.*)",
+    re.DOTALL,
+)
+_MARKS = re.compile(r"<\|(?:return|end|start|channel|message|call)\|>")
 OTHER_START = "begins replies in training after other text than generation starts from"
 
 
@@ -70,7 +76,9 @@ def advice_about(renderer: Renderer | ChatTemplate) -> tuple[str, ...]:
     """Advice about a template that changes replies unless they are the last turn."""
     if renderer.rendering == "generated":
         return ()
-    forms = (f"or a training form of the family:  data.template={name}" for name in forms_for(renderer.text))
+    own = renderer.tokenizer.chat_template  # with its date as it is, as the forms have it
+    names = forms_for(own if isinstance(own, str) else renderer.text, renderer.tokenizer.special_tokens_map)
+    forms = (f"or a training form of the family:  data.template={name}" for name in names)
     return ("learn every reply as it is generated:  data.rendering=generated", *forms)
 
 
@@ -98,6 +106,7 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.lost_text, self.train_on, self.rendering = tokenizer, lost_text, train_on, rendering
         self._told = False
+        self.learned = False  # whether the model that answers was trained on replies that this one rendered
         self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
             self._strategy = Plain(tokenizer, train_on, special_text)
@@ -106,7 +115,7 @@ class Renderer:
             if missing := unknown_marks(template, tokenizer):
                 why = f"writes {', '.join(missing)}, which this tokenizer does not have: it is for another family"
                 raise UftError(Problem(f"data.template={template}", why))
-            text = tokenizer.get_chat_template() if template == "auto" else _read_template(template)
+            text = _read_template(template, tokenizer)
             name = "the tokenizer's chat template" if template == "auto" else template
             _check_arguments(arguments or {}, text, name)
             how = (train_on, special_text, rendering)
@@ -131,10 +140,27 @@ class Renderer:
 
     def prompt_ids(self, prompt: Turns, system: str | None = None) -> list[int]:
         """The prompt as the model sees it when it is to answer. `system` replaces the prompt's own system turn."""
-        if system is not None:
-            own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
-            prompt = (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
-        return self._strategy.prompt_ids(prompt)
+        return self._strategy.prompt_ids(under_system(prompt, system))
+
+    def asked_ids(self, prompt: Turns, system: str | None = None) -> list[int]:
+        """What an answer to a prompt of one's own starts from: with `learned`, the text that a reply to it is trained
+        behind, unless that leaves out a part of the prompt; else :meth:`prompt_ids`."""
+        prompt = under_system(prompt, system)
+        with suppress(UftError):
+            encoded = self.encode(prompt, (Message("assistant", "?"),)) if self.learned else None
+            if encoded is not None and {note.what for note in encoded.notes} == {OTHER_START}:
+                return encoded.ids[: encoded.prompt_length].tolist()
+        return self.prompt_ids(prompt)
+
+    def said(self, ids: list[int]) -> Message:
+        """A generated reply as a row would have it: its text without special tokens; of gpt-oss's channels, which are
+        such, the last, with the first as its reasoning."""
+        found = _CHANNELS.match(str(self.tokenizer.decode(ids))) if "<|channel|>" in self.text else None
+        if found is None:
+            return Message("assistant", str(self.tokenizer.decode(ids, skip_special_tokens=True)))
+        thought, text = ("".join(_MARKS.split(part or "")) for part in found.groups())
+        extra = json.dumps({"reasoning_content": thought}, ensure_ascii=False) if thought.strip() else ""
+        return Message("assistant", text, extra)
 
     def start_ids(self, row: Row, system: str | None = None) -> list[int]:
         """What an answer to the row's prompt starts from: the text that its first reply is trained behind.
@@ -152,6 +178,14 @@ class Renderer:
         return encoded.ids[: encoded.prompt_length].tolist()
 
 
+def under_system(prompt: Turns, system: str | None) -> Turns:
+    """The prompt with `system` in the place of its own system turn; None: as it is."""
+    if system is None:
+        return prompt
+    own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
+    return (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
+
+
 def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:
     """Raise UftError for the variables that the template's text never names: a slip, or meant for another template."""
     words = set(re.findall(r"\w+", text))
@@ -161,7 +195,15 @@ def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None
         raise UftError(Problem(f"data.template_args.{unknown}", f"{name} reads no such variable", advice=advice))
 
 
-def _read_template(path: str) -> str:
+def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if path == "auto":
+        try:
+            return str(tokenizer.get_chat_template())
+        except ValueError:
+            names = ", ".join(sorted(map(str, tokenizer.chat_template)))  # a dictionary
+            why = f"the tokenizer has templates of the names {names}, and no default"
+            advice = ("write the one to be used into a file:  data.template=FILE.jinja",)
+            raise UftError(Problem("data.template=auto", why, advice=advice)) from None
     file = template_file(path)
     if not os.path.isfile(file):
         advice = (f"choices: {', '.join(NAMES)}, or a Jinja file",)
@@ -467,10 +509,15 @@ class ChatTemplate:
         for number, turn in enumerate(turns):
             fields = json.loads(turn.extra) if turn.extra else {}
             for field in [name for name in ("reasoning_content", "tool_calls", "tools") if name in fields]:
-                is_text = field == "reasoning_content"
-                changed = fields | {field: fields[field] + END if is_text else []}
-                other = self._text_with(turns, number, replace(turn, extra=json.dumps(changed, ensure_ascii=False)))
-                if other is not None and (END not in other if is_text else other == text):
+                is_text, known = field == "reasoning_content", fields[field]
+                changed, marks = (known + END, [END]) if is_text else marked_parts(field, known)
+                changed = json.dumps(fields | {field: changed}, ensure_ascii=False)
+                other = self._text_with(turns, number, replace(turn, extra=changed))
+                if other is None and not is_text:  # it refuses the marks: then it is to differ without the whole of it
+                    marks, changed = [], json.dumps(fields | {field: []}, ensure_ascii=False)
+                    other = self._text_with(turns, number, replace(turn, extra=changed))
+                seen = [any(one in (other or "") for one in (mark, repr(mark)[1:-1])) for mark in marks]  # also escaped
+                if other is not None and (not all(seen) if marks else other == text):
                     yield Note(f"does not render {field}", number, number in wanted or not is_text)
 
     def _text_with(self, turns: Turns, number: int, turn: Message) -> str | None:

@@ -54,15 +54,19 @@ COMMON = frozenset({*_COMMON, *LEARNED, *ANNOTATIONS})
 """Columns of any format: the gold answer for a checker, the family of the prompt, a system prompt, earlier turns, the
 tools of the conversation (`functions`: in OpenAI's older form), the reasoning of the reply, the mark of a row that is
 not to be learned, and the numbers that `uft annotate` writes."""
+_RATINGS = ("score", "rating", "reward")
 ALIASES = (
     ("response", "completion", ()),
     ("output", "completion", ()),
     ("generation", "completion", ()),
     ("chosen_response", "chosen", ()),
     ("rejected_response", "rejected", ()),
-    ("system_prompt", "system", ()),
+    *((f"system_{word}", "system", ()) for word in ("prompt", "message", "instruction", "instructions")),
+    ("chat_history", "history", ()),
+    ("conversation_history", "history", ()),
     ("kto_tag", "label", ()),
-    *((f"{side}_{grade}", f"score_{side}", ()) for grade in ("score", "rating") for side in ("chosen", "rejected")),
+    *((f"{side}_{grade}", f"score_{side}", ()) for grade in _RATINGS for side in ("chosen", "rejected")),
+    *((f"{grade}_{side}", f"score_{side}", ()) for grade in _RATINGS[1:] for side in ("chosen", "rejected")),
     ("question", "prompt", ("completion", "chosen")),
     ("input", "prompt", ("chosen",)),
     ("prompt", "instruction", ("generations", "completions")),
@@ -253,6 +257,17 @@ HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 _LABEL_WORDS = (
     *("true false", "yes no", "good bad", "positive negative", "desirable undesirable", "chosen rejected"),
     *("accepted rejected", "correct incorrect", "like dislike", "upvote downvote", "thumbs_up thumbs_down", "👍 👎"),
+    *(
+        "up down",
+        "pos neg",
+        "pass fail",
+        "passed failed",
+        "right wrong",
+        "accept reject",
+        "approved disapproved",
+        "y n",
+    ),
+    *("valid invalid", "safe unsafe", "helpful unhelpful", "preferred dispreferred", "win loss", "won lost", "t f"),
 )
 LABELS: dict[object, bool] = {1: True, 0: False, -1: False}
 LABELS |= {word: place == 0 for words in _LABEL_WORDS for place, word in enumerate(words.split())}
@@ -332,7 +347,7 @@ def label_value(label: Any) -> bool | float | str:
     try:
         return float(word)
     except ValueError:
-        return word
+        return re.sub("[ -]+", "_", word)
 
 
 def _scored(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:

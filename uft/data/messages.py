@@ -11,7 +11,7 @@ import ast
 import json
 import re
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -98,6 +98,15 @@ def is_blank(value: Any) -> bool:
     return value is None or value == [] or (isinstance(value, str) and not value.strip())
 
 
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts within a value; names of fields are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(one)
+
+
 def facts_of(fields: Record, columns: Collection[str]) -> dict[str, Any]:
     """What a record says in the columns of its source's checker, as JSON would give it back; JSON in a text as well."""
     found = {column: fields[column] for column in columns if not is_blank(fields.get(column))}
@@ -153,11 +162,14 @@ def with_context(prompt: Turns, record: Record) -> Turns:
     """The prompt with the system text, the earlier turns and the tools that stand in columns of their own."""
     refuse_media(record, "the row")
     prompt = with_system(with_history(prompt, record.get("history")), record.get("system"))
-    tools = {name: record[name] for name in ("tools", "functions") if not is_blank(record.get(name))}
-    if not tools:
+    given = {name: record[name] for name in ("tools", "functions") if not is_blank(record.get(name))}
+    if not given or not (extra := read_extra(given, "")):
         return prompt
-    extra = read_extra({**json.loads(prompt[0].extra or "{}"), **tools}, "")
-    return (replace(prompt[0], extra=extra), *prompt[1:])
+    said = [json.loads(turn.extra or "{}") for turn in prompt]
+    tools = json.loads(extra)
+    if any(fields.get("tools", tools["tools"]) != tools["tools"] for fields in said):
+        raise Unreadable("tools differs from the tools of a message", "leave it unread:  {source}.columns.tools=''")
+    return (replace(prompt[0], extra=json.dumps(said[0] | tools, ensure_ascii=False)), *prompt[1:])
 
 
 def with_reasoning(reply: Turns, reasoning: Any) -> Turns:
@@ -271,13 +283,13 @@ def _read_message(item: Any, field: str) -> Message | None:
             if not is_text or kind not in (None, "text", "input_text", "output_text"):
                 raise Unreadable(f"{field} has a part that is not text" + (f": {excerpt(kind)}" if kind else ""))
         content = "".join(part["text"] for part in content)
-    if role == "system" and is_blank(content):
-        return None
     refuse_media(item, field)
     said = [name for name in (*REASONING, "tool_calls", "function_call") if not is_blank(item.get(name))]
     if said and role != "assistant":
         raise Unreadable(f"{field} ({role}) has {', '.join(said)}, which only an assistant turn can have")
     extra = read_extra(item, field)
+    if role == "system" and is_blank(content):
+        return Message(role, "", extra) if extra else None
     learned = _read_learned(item, field) if role == "assistant" else None
     if is_blank(content) and {"tool_calls", "function_call"} & set(said):
         return Message(role, "", extra, learned)
@@ -312,6 +324,8 @@ def read_extra(item: Record, field: str) -> str:
             items = value if isinstance(value, list) else []
             odd = next((f" with {type_name(one)}" for one in items if not isinstance(one, dict)), "")
             raise Unreadable(f"{field}{name} is {type_name(value)}{odd}, not a list of objects")
+        if name == "tool_calls" and not all(one.get("name", (one.get("function") or one).get("name")) for one in value):
+            raise Unreadable(f"{field}tool_calls has a call without a name")
         found[name] = [_with_arguments(one) for one in value] if name == "tool_calls" else value
     try:
         return read_text(json.dumps(found, ensure_ascii=False), f"{field}{', '.join(found)}") if found else ""

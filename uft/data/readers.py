@@ -17,7 +17,7 @@ from uft.errors import first_line
 
 Found = tuple[int, dict[str, Any] | str]  # a line or item's number with its record, or with why it cannot be read
 Reader = Callable[[Path], Iterator[Found]]
-COMPRESSED = (".gz", ".zst", ".bz2")
+COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 
 def reader_of(path: Path) -> Reader | None:
@@ -34,11 +34,11 @@ def suffix_of(path: Path) -> str:
 
 def opened(path: Path) -> BinaryIO:
     """The content of a file as bytes, unpacked."""
-    if path.suffix.lower() not in COMPRESSED:
+    if (packed := COMPRESSED.get(path.suffix.lower())) is None:
         return open(path, "rb")
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"))
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=packed))
 
 
 def with_names(record: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -147,6 +147,9 @@ def _parquet(path: Path) -> Iterator[Found]:
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # the usual one keeps what a large file once needed
     with pyarrow.parquet.ParquetFile(opened(path)) as file:  # read_table would make columns of the names of folders
+        if repeated := _repeated(file.schema_arrow.names):
+            yield 1, f"names a column twice: {repeated[:200]}"
+            return
         names = _class_names(file.schema_arrow.metadata)
         rows = (row for batch in file.iter_batches(1024) for row in rows_of(batch))
         yield from enumerate((row if isinstance(row, str) else with_names(row, names) for row in rows), start=1)

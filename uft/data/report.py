@@ -27,6 +27,9 @@ ODDITIES = {
     "repeated_prompts": "completions begin with their prompt: it is learned as a part of the reply",
     "rendered_prompts": "the prompt ends with the header of a reply, so it was rendered before: it is rendered twice, "
     "unless data.template=plain data.special_text=tokens",
+    "null_fields": "a tool or a call of one has fields that are null, as tables leave them that were joined: the "
+    "template writes them as null",
+    "void_replies": "a reply is nothing but None, null or NaN, as a program writes an empty cell",
     "template_marks": "a text spells marks of chat templates (<|im_start|>): letters, unless data.special_text=tokens",
 }
 """The sentence of each of :func:`uft.data.rows.oddities`, after the number of its rows."""

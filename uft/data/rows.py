@@ -215,6 +215,8 @@ _HEADER = re.compile(
 )
 """The end of a prompt that was rendered before: what a template writes before a reply."""
 
+_VOID = {"nan", "none", "null", "n/a", "<na>"}  # what programs write for a cell that was empty
+
 FLAT = "flat_log_probs"
 """Log-probs of negatives at temperature 1 and without filters, which is not how they were sampled."""
 
@@ -235,6 +237,8 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
     found = ["template_marks"] if any(_MARKS.search(turn.content) for turn in said) else []
     if _HEADER.search(row.prompt[-1].content):
         found.append("rendered_prompts")
+    found += ["null_fields"] if any(": null" in turn.extra for turn in said) else []
+    found += ["void_replies"] if any(one.text.strip().lower() in _VOID for one in row.completions) else []
     if not row.completions:
         return found
     first, last = row.completions[0], row.completions[-1]

@@ -30,7 +30,7 @@ from uft.data.messages import Unreadable, facts_of, is_blank
 from uft.data.readers import READERS, Found, reader_of, suffix_of, with_names
 from uft.data.rows import Kind, Row, content_digest, oddities, part_of
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table, row_schema
-from uft.data.unread import FEEDBACK, Unread, unread_feedback, unread_meaning
+from uft.data.unread import FEEDBACK, Unread, says_more, unread_feedback, unread_meaning
 from uft.errors import BAD_REQUEST, Problem, UftError, first_line, tame
 from uft.heartbeat import activity, beat
 from uft.runs import cache_root
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
-CODE_VERSION = 7  # raise it when this code makes other rows of the same files, or lays them out otherwise
+CODE_VERSION = 8  # raise it when this code makes other rows of the same files, or lays them out otherwise
 CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
@@ -248,12 +248,13 @@ def _parse_table(
             omitted.bad.append(BadRow(f"{records.name}:{number}", str(error), advice))
             continue
         good.add(replace(row, facts=facts_of(fields, facts)) if facts else row)
-        left.add(form, {name: value for name, value in fields.items() if name not in facts}, row)
+        left.add(form, {n: value for n, value in fields.items() if n not in facts}, row, source.kind is not None)
         omitted.oddities.update(oddities(row, fields.get("sampling")))
     omitted.unread += left.columns
     if form is not None:
         names = name, source.columns, scan.columns
-        within = None if source.kind else unread_feedback(form, left.columns, *names)  # messages and objects
+        texts = left.texts | formats.rename(scan.texts, source.columns, source.kind)
+        within = None if source.kind else unread_feedback(form, left.columns, *names, texts)  # messages and objects
         found = (problem or within, unread_meaning(form, left, *names))
         omitted.refused += [one for one in found if one is not None]
 
@@ -297,7 +298,8 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
     columns = {column for column in usual if told.get(column) or column not in FEEDBACK}
     mapped = [ours for ours, theirs in source.columns.items() if theirs and ours not in source.facts]
     form = formats.recognise(columns, source.kind, mapped, name)
-    return form, None if source.kind else unread_feedback(form, told, name, source.columns, table.columns)
+    texts = formats.rename(table.texts, source.columns, source.kind)
+    return form, None if source.kind else unread_feedback(form, told, name, source.columns, table.columns, texts)
 
 
 # --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.
@@ -309,6 +311,7 @@ class Scan:
 
     columns: Counter[str] = field(default_factory=Counter)  # column -> records that have it
     told: Counter[str] = field(default_factory=Counter)  # column -> records in which it says something
+    texts: Counter[str] = field(default_factory=Counter)  # column -> records in which it says more than a grade
     count: int = 0  # records that could be read
     kept: list[Found] = field(default_factory=list)  # all of them, of a small file
 
@@ -338,6 +341,7 @@ class RecordTable:
             if isinstance(record, dict):
                 found.columns.update(record.keys())
                 found.told.update({column: int(not is_blank(value)) for column, value in record.items()})
+                found.texts.update({column: int(says_more(value, self.textual)) for column, value in record.items()})
                 found.count += 1
             if self.small:
                 found.kept.append((number, record))

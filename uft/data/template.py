@@ -9,7 +9,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
+from uft.data.messages import texts_of
 from uft.data.plain import Note, without_end
 from uft.data.rows import Message, Turns
 from uft.errors import Problem, UftError
@@ -109,10 +110,19 @@ def unknown_marks(form: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [mark for mark in FORMS.get(form, "").split() if mark not in vocabulary]
 
 
-def forms_for(template: str) -> list[str]:
-    """The form that a family's own template, as Jinja, may be replaced by, if there is one."""
+def forms_for(template: str, variables: Mapping[str, Any]) -> list[str]:
+    """The form that a family's own template, as Jinja, may be replaced by, if there is one: it writes the family's
+    marks, and generation starts from the same text."""
     found = (name for name, marks in FORMS.items() if all(mark in template for mark in marks.split()))
-    return [name for name in found if _SIGNS.get(name, "") in template][:1]
+    likely = [name for name in found if _SIGNS.get(name, "") in template]
+
+    def start(text: str) -> str:
+        with suppress(*TEMPLATE_ERRORS):
+            return _start(Template(text, variables).render, (Message("user", "?"),))
+        return ""
+
+    own = start(template) if likely else ""
+    return [name for name in likely if own and own == start(template_file(name).read_text(encoding="utf-8"))][:1]
 
 
 def _fields(turn: Message) -> dict[str, Any]:
@@ -209,16 +219,42 @@ def missing_text(turns: Turns, text: str, wanted: Sequence[int]) -> Iterator[Not
     squeezed = "".join(text.split())
     for number, turn in enumerate(turns):
         fields = json.loads(turn.extra) if turn.extra else {}
-        calls = {name: fields[name] for name in ("tools", "tool_calls") if name in fields}
+        found = {name: fields[name] for name in ("tools", "tool_calls") if name in fields}
+        parts = {name: [one.get("function", one) for one in ones] for name, ones in found.items()}
         said = {
-            f"does not render {name}": [one.get("function", one).get("name", "") for one in found]
-            for name, found in calls.items()
+            f"does not render {name}": [*texts_of([[one.get("name"), one.get("arguments")] for one in ones])]
+            for name, ones in parts.items()
         }
         said["does not render reasoning_content"] = [fields.get("reasoning_content", "")]
         said[f"leaves out, or changes the text of, {turn.role} turns"] = [turn.content]
         for what, words in said.items():
-            if not all("".join(word.split()) in squeezed for word in words):
+            forms = ((word, json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1]) for word in words)
+            if not all(any("".join(one.split()) in squeezed for one in ones) for ones in forms):  # also within JSON
                 yield Note(what, number, number in wanted or "tool" in what)
+
+
+def marked_parts(field: str, value: Any) -> tuple[Any, list[str]]:
+    """Tools, or calls of them, with a mark of its own at every name and behind the texts of every call's arguments, and
+    the marks."""
+    marks, changed = list[str](), []
+    for number, one in enumerate(value):
+        function = dict(one.get("function", one))
+        function["name"] = f"{function.get('name', '')}{END}{number}N"
+        marks.append(f"{END}{number}N")
+        if field == "tool_calls" and any(texts_of(function.get("arguments"))):
+            function["arguments"] = _with_mark(function["arguments"], f"{END}{number}A")
+            marks.append(f"{END}{number}A")
+        changed.append(one | {"function": function} if "function" in one else function)
+    return changed, marks
+
+
+def _with_mark(value: Any, mark: str) -> Any:
+    """A value with a mark behind every text in it."""
+    if isinstance(value, dict):
+        return {name: _with_mark(one, mark) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_mark(one, mark) for one in value]
+    return value + mark if isinstance(value, str) else value
 
 
 # --- Special tokens spelled in contents: `<|im_end|>` inside a message is text, and must not end a turn.

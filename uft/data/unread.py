@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from uft.data.formats import ALIASES, COMMON, Format, aliases, label_value
-from uft.data.messages import MARKS, MESSAGE_KEYS, REASONING, Record, is_blank, is_number, role_of, unpacked
+from uft.data.formats import ALIASES, COMMON, LABELS, Format, aliases, label_value
+from uft.data.messages import MARKS, MESSAGE_KEYS, Record, is_blank, is_number, role_of, texts_of, unpacked
 from uft.data.records import SIDES, rating
 from uft.data.rows import Kind, Row
 from uft.errors import Problem
@@ -27,6 +27,23 @@ _GRADE_NAMES = (
 )
 FEEDBACK = frozenset(" ".join(_GRADE_NAMES).split())
 """Columns that say how good a completion is, by their usual names."""
+_IF_GRADE = (
+    "good chosen preferred accept acceptable acceptability approve approved verdict pass passed pass_rate success",
+    "successful solved valid verified right harmless safety stars judge judgment judgement win won like thumb",
+    "reaction sentiment evaluation eval eval_result accuracy utility advantage return returns value outcome",
+    "result annotation upvoted",
+)
+_FAULT = (
+    "bad rejected incorrect wrong toxic toxicity harmful unsafe hallucination hallucinated dislike flagged downvoted",
+    "error edited needs_edit rank ranking",
+)
+_FAULTS = frozenset(" ".join(_FAULT).split())
+_IF_GRADES = frozenset(" ".join(_IF_GRADE).split()) | _FAULTS
+"""Further names, of columns that hold nothing but truth values, numbers or words for good and bad; of a fault: those
+that are true of a bad completion."""
+_WHOSE = "is was has kto human user annotator rater expert response answer completion reply output assistant model llm"
+_OF_WHOM = frozenset({*_WHOSE.split(), "final", "overall"})
+"""First words of a grade's name that say whose or of what it is."""
 _GRADE_ENDS = re.compile("(?:score|rating|reward|vote)s?|feedback|grade|helpful|correct")
 _OTHERS = (
     "language lang lid langid fasttext similarity embedding retrieval rerank bm25 dedup overlap url domain source",
@@ -35,15 +52,41 @@ _OTHERS = (
 _OF_OTHERS = frozenset(" ".join(_OTHERS).split())
 """First words of a score or rating that is no grade of the completion: language_score, prompt_rating."""
 _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
-CHOICES = frozenset({"label", "labels", "preference", "preferences", "preferred", "winner", "better", "choice"})
-"""Columns that say which of two completions is the better one."""
+_CHOICE = "preference preferences preferred winner better safer choice flipped swapped tie"
+CHOICES = frozenset(["label", "labels", *_CHOICE.split()])
+"""Words of columns that say which of two completions is the better one."""
 CONTEXT = ("input", "context")
 INPUTS = (*CONTEXT, "prompt", "question", "instruction")
 """Columns whose text belongs to the prompt."""
-REPLY_PARTS = (*REASONING, "tool_calls", "function_call")
-"""Columns that are a part of the reply."""
-_SIDES = {"chosen": "chosen preferred", "rejected": "rejected dispreferred loser losing worse"}
-_SIDE_TEXTS = {*"message messages response answer completion conversation conversations output text".split()}  # noqa: SIM905
+_TEXTS = re.compile("(?:.*_)?(?:passages?|documents?|docs|background|knowledge|evidence|paragraphs?|articles?)")
+"""Other names of a context."""
+_MEDIA = "images? imgs? pictures? photos? audios? videos? screenshots? pixel_values attachments?".replace(" ", "|")
+_THOUGHT = "reasoning thinking think thoughts? cot rationales? scratchpad chain_of_thought".replace(" ", "|")
+_PARTS = {  # the field that reads a part of a conversation, "" for none: names of columns that hold one
+    "system": "(?:system|sys|developer)(?:_(?:prompt|message|msg|instructions?|text|content))?|preamble|persona",
+    "history": "(?:.*_)?history|(?:previous|earlier|past|prior)_(?:turns|messages|conversations?|dialogue?s?|context)",
+    "tools": "(?:.*_)?(?:tools|functions|apis)|(?:tool|function|api)_(?:schemas?|def(?:inition)?s?|description|specs?)",
+    "reasoning_content": f"(?:.*_)?(?:{_THOUGHT})(?:_(?:content|text|traces?|details|blocks|steps))?",
+    "": "(?:tool|function)_calls?|chat_template_kwargs|"
+    f"(?:.*_)?(?:{_MEDIA})(?:_(?:urls?|paths?|files?|bytes|data|base64))?",
+}
+_ADDRESSED = {f"{turns}.{name}" for turns in ("messages", "conversations") for name in ("channel", "recipient")}
+"""Fields of messages of gpt-oss that say that a turn is a thought or a call."""
+_REPLIES = re.compile(
+    "(?:model_|assistant_|bot_)?(?:responses?|completions?|outputs?|reply|replies|generations?)(?:_?[a-z0-9])?"
+)
+"""Columns of replies beside a prompt."""
+_WEIGHS = re.compile(
+    "(?:.*_)?(?:masks?|weights?)|is_(?:train|target)|train(?:able|_on|_detail)|training_detail|learn|supervised?"
+)
+_UNLEARNED = re.compile("(?:do_not|no|not)_train|(?:is_)?(?:ignored?|skip(?:ped)?|excluded?|deleted|masked)")
+"""Names of a weight or mark that tells how much is learned; those of the second are not read as one."""
+_SIDES = {
+    "chosen": "chosen preferred positive better best good",
+    "rejected": "rejected dispreferred loser losing worse worst negative bad",
+}
+_SIDE_WORDS = "message response answer completion conversation output reply text".split()  # noqa: SIM905
+_SIDE_TEXTS = {*_SIDE_WORDS, *(f"{word}s" for word in _SIDE_WORDS)}
 _SIDE = {word: ours for ours, words in _SIDES.items() for word in words.split()}
 """Words for a side of a pair."""
 
@@ -53,14 +96,18 @@ class Unread:
     """Counts over the records of a file that one format reads."""
 
     columns: Counter[str] = field(default_factory=Counter)  # column or column.field -> rows in which it says something
+    texts: Counter[str] = field(default_factory=Counter)  # column.field -> rows in which it is more than a grade
     lacking: Counter[str] = field(default_factory=Counter)  # column -> rows whose prompt lacks its text
     contrary: Counter[tuple[str, str]] = field(default_factory=Counter)  # a field's other name, and the field
     labels: set[float] = field(default_factory=set)  # that are numbers
 
-    def add(self, form: Format, fields: Record, row: Row) -> None:
-        """Count a record, of which `row` was made."""
-        self.columns.update(unread(form, fields))
-        for name in INPUTS:
+    def add(self, form: Format, fields: Record, row: Row, settled: bool = False) -> None:
+        """Count a record, of which `row` was made; `settled`: its kind is, and so what other columns may be."""
+        told = dict(unread(form, fields))
+        self.columns.update(told.keys())
+        self.texts.update(name for name, value in told.items() if "." in name and says_more(value, True))
+        contexts = [] if settled else [name for name in told if _TEXTS.fullmatch("_".join(_words(name)))]
+        for name in (*INPUTS, *contexts):
             self.lacking[name] += not (name in form.columns or _within(fields.get(name), row))
         for name, ours, _ in ALIASES:
             if name not in INPUTS and not (is_blank(fields.get(name)) or is_blank(fields.get(ours))):
@@ -69,34 +116,43 @@ class Unread:
             self.labels.add(float(value))
 
 
+def says_more(value: Any, cell: bool) -> bool:
+    """Whether a value is more than a truth value, a number (as text too in a `cell`), or a word for good or bad."""
+    word = label_value(value)
+    number = isinstance(word, (bool, int, float)) and (cell or not isinstance(value, str))
+    return not (is_blank(value) or number or word in LABELS)
+
+
 def _within(value: Any, row: Row) -> bool:
     """Whether the texts of a column stand in the row's turns that are not replies."""
-    items = value if isinstance(value := unpacked(value), list) else [value]
-    texts = [item.get("content", item.get("value")) if isinstance(item, dict) else item for item in items]
     shown = (turn for one in row.completions[:1] for turn in one.turns)  # none of a prompt alone
     asked = [turn.content for turn in (*row.prompt, *shown) if turn.role != "assistant"]
-    found = (text.strip() for text in texts if isinstance(text, str))
-    return all(any(text in turn for turn in asked) for text in found)
+    items = value if isinstance(value := unpacked(value), list) else [value]
+    said = [one.get("content", one.get("value")) if isinstance(one, dict) and role_of(one) else one for one in items]
+    return all(any(text.strip() in turn for turn in asked) for text in texts_of(said))
 
 
-def unread(form: Format, fields: Record) -> Iterator[str]:
-    """Fields that say something and are not read: columns, and as `column.key` those of messages and completions, and
-    grades within other objects."""
+def unread(form: Format, fields: Record) -> Iterator[tuple[str, Any]]:
+    """Fields that say something and are not read, with their values: columns, and as `column.key` those of messages and
+    completions, and grades within other objects."""
     known = form.columns | COMMON | {"row"}  # row: a name, in the files of `write_rows`
     for column in fields.keys() - known:
         if not is_blank(fields[column]):
-            yield from (column, *_grades_within(column, fields[column]))
+            yield from ((column, fields[column]), *_grades_within(column, fields[column]))
     whole = fields.get("messages") if "messages" in form.optional else None
     if not is_blank(whole) and whole != fields["chosen"]:  # the pair's prompt with its chosen reply, once more
-        yield "messages"
-    yield from (side for side in SIDES if side in form.columns and rating(value := fields.get(side)) is None and value)
+        yield "messages", whole
+    sides = ((side, fields.get(side)) for side in SIDES if side in form.columns)
+    yield from ((side, value) for side, value in sides if value and rating(value) is None)
     for column in form.columns & fields.keys():
         keys = COMPLETION_KEYS if column == "completions" else MESSAGE_KEYS
         items = fields[column] if isinstance(fields[column], list) else [fields[column]]
         named = ((key, value, item) for item in items if isinstance(item, dict) for key, value in item.items())
-        yield from {
-            f"{column}.{key}" for key, value, item in named if not is_blank(value) and _ignored(key, keys, item)
-        }
+        yield from (
+            (f"{column}.{key}", value)
+            for key, value, item in named
+            if not is_blank(value) and _ignored(key, keys, item)
+        )
 
 
 def _ignored(key: str, keys: frozenset[str], item: Mapping[str, Any]) -> bool:
@@ -106,44 +162,60 @@ def _ignored(key: str, keys: frozenset[str], item: Mapping[str, Any]) -> bool:
     return key not in keys and not (key == "name" and role_of(item) == "tool")
 
 
-def _grades_within(path: str, value: Any) -> Iterator[str]:
+def _grades_within(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     for key, inner in value.items() if isinstance(value, dict) else ():
         if isinstance(inner, dict):
             yield from _grades_within(f"{path}.{key}", inner)
-        elif not is_blank(inner) and _grades(key):
-            yield f"{path}.{key}"
+        elif not is_blank(inner) and (_grades(key) or _grade_word(key) in _IF_GRADES):
+            yield f"{path}.{key}", inner
 
 
 def unread_feedback(
-    form: Format, columns: Mapping[str, int], source: str, mapped: Mapping[str, str], theirs: Mapping[str, int]
+    form: Format,
+    columns: Mapping[str, int],
+    source: str,
+    mapped: Mapping[str, str],
+    theirs: Mapping[str, int],
+    texts: Mapping[str, int],
 ) -> Problem | None:
-    """The problem of columns that say how good completions are, or hold others, beside a format that takes them as
-    right, or as a pair.
+    """The problem of columns that say how good completions are, or hold others, or parts of the conversation, beside a
+    format that takes them as right, or as a pair, and knows no such parts.
 
-    `columns`: rows that have each under our names; `theirs`: all columns of the file; `mapped`: ours -> theirs.
+    `columns`: rows that have each under our names; `texts`: those in which it is more than a grade; `theirs`: all
+    columns of the file; `mapped`: ours -> theirs.
     """
     told = [name for name, count in sorted(columns.items()) if count and name not in form.columns | COMMON]
-    key = f"data.sources.{source}"
+    words, key = {name: "_".join(_words(name)) for name in told}, f"data.sources.{source}"
+    full = {name for name in told if texts.get(name)}
     leave = f"leave it unread:  {key}.kind={form.kind.value}"
-    weights, parts = ([name for name in told if test(name)] for test in (_weighs, REPLY_PARTS.__contains__))
-    if names := weights or parts:
-        why = (
-            f"{_counted(names, columns)} may "
-            + ("say how much is learned" if weights else "be a part")
-            + " of the reply"
-        )
-        ours = "weight" if weights else "reasoning_content"
-        readable = "." not in names[0] and (weights or names[0] in REASONING)
-        line = (f"read it:  {key}.columns.{ours}={names[0]}",) if readable else ()
-        return Problem(key, why, advice=(*line, leave))
-    if form.kind is Kind.PREFERENCE and (chosen := [name for name in told if name in CHOICES]):
+    weights, unlearned = ([n for n in told if names.fullmatch(words[n])] for names in (_WEIGHS, _UNLEARNED))
+    if names := weights or unlearned:
+        why = f"{_counted(names, columns)} may say how much is learned of the reply"
+        line = f"read it:  {key}.columns.weight={names[0]}"
+        return Problem(key, why, advice=(line, leave) if weights and "." not in names[0] else (leave,))
+    for ours, pattern in _PARTS.items():
+        found = (name for name in told if name in full)
+        if names := [name for name in found if re.fullmatch(pattern, words[name]) or (not ours and name in _ADDRESSED)]:
+            part = "reply" if ours == "reasoning_content" or "call" in words[names[0]] else "conversation"
+            why = f"{_counted(names, columns)} may be a part of the {part}"
+            read = f"read it:  {key}.columns.{ours}={names[0]}"
+            readable = ours and "." not in names[0] and not _side(names[0].partition("_")[0])
+            return Problem(key, why, advice=(read, leave) if readable else (leave,))
+    if form.kind is Kind.PROMPT and (replies := [n for n in told if n in full and _REPLIES.fullmatch(words[n])]):
+        both = ("chosen", "rejected") if len(replies) == 2 else ("completion",)
+        pair = " ".join(f"{key}.columns.{one}={name}" for one, name in zip(both, replies, strict=False))
+        why = f"{_counted(replies, columns)} may hold replies, but the format {form.name} has none"
+        return Problem(key, why, advice=(f"read them:  {pair}", leave))
+    if form.kind is Kind.PREFERENCE and (
+        chosen := [name for name in told if name in CHOICES or not {*_CHOICE.split()}.isdisjoint(_words(name))]
+    ):
         why = (
             f"{_counted(chosen, columns)} may say which side is better, but the format {form.name} takes chosen for it"
         )
         return Problem(key, why, advice=("make chosen the better side of every pair, or", leave))
     if form.kind not in (Kind.DEMONSTRATION, Kind.NEGATIVES):
         return None
-    sides = {side: name for name in told if (side := _side(name))}
+    sides = {side: name for name in told if name in full and (side := _side(name))}
     if len(sides) == 1:  # both: a row of another format, which is told with its line
         other = "rejected" if "chosen" in sides else "chosen"
         reply = next((one for one in ("completion", "messages", "conversations") if one in form.required), "answer")
@@ -151,18 +223,21 @@ def unread_feedback(
         pair = " ".join(f"{key}.columns.{ours}={name}" for ours, name in sorted(named.items()) if ours != name)
         why = f"{_counted([*sides.values()], columns)} is a side of a pair, but the format {form.name} takes one reply"
         return Problem(key, why, advice=(f"read both as a pair:  {pair}", leave))
-    graded = [name for name in told if _grades(name)]
+    graded = [name for name in told if _grades(name) or (name not in full and _grade_word(name) in _IF_GRADES)]
     if not graded:
         return None
     first = min(graded, key=lambda name: "." in name)
-    lines = (
+    lines: tuple[str, ...] = (
         f"read it as a score:  {key}.columns.score={first} {key}.score_range=[LOWEST,HIGHEST]",
         f"read it as good or bad:  {key}.columns.label={first}",
     )
-    inside = ("make a column of it, or a weight of 0 or 1 in each message",)
+    if "." in first:
+        lines = ("make a column of it, or a weight of 0 or 1 in each message",)
+    elif _grade_word(first) in _FAULTS:  # the lower, the better
+        lines = ("make a column label of it, which is true where the completion is good, or",)
     why = f"{_counted(graded, columns)} may say how good a completion is"
     why += f", but the format {form.name} takes every completion as right"
-    return Problem(key, why, advice=(*(inside if "." in first else lines), leave))
+    return Problem(key, why, advice=(*lines, leave))
 
 
 def unread_meaning(
@@ -183,7 +258,13 @@ def unread_meaning(
     if not lacking:
         return None
     advice = ["leave it unread:  " + " ".join(f"{key}.columns.{name}=''" for name in lacking)]
-    if not set(lacking) <= set(CONTEXT):
+    if others := [name for name in lacking if name not in INPUTS]:
+        named = [name for name in ("prompt", "question") if name in form.required and "." not in others[0]]
+        line = [f"{key}.columns.instruction={_original(one, mapped, theirs)} " for one in named]
+        readable = "." not in others[0] and (line or "instruction" in form.required)
+        line = [f"read it with the prompt:  {''.join(line)}{key}.columns.context={others[0]}"] if readable else []
+        advice = [*line, f"leave it unread:  {key}.kind={form.kind.value}"]
+    elif not set(lacking) <= set(CONTEXT):
         pass  # a second prompt
     elif "prompt" in form.required:
         advice.insert(0, f"read it with the prompt:  {key}.columns.instruction={_original('prompt', mapped, theirs)}")
@@ -209,26 +290,24 @@ def _words(name: str) -> list[str]:
     return [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
 
 
-def _weighs(name: str) -> bool:
-    """Whether a column, or a field of messages, says by its name how much is learned: sample_weight, train_detail."""
-    words = _words(name)
-    return words[-1:] in (["mask"], ["masks"], ["weight"], ["weights"]) or words in (
-        ["train", "detail"],
-        ["training", "detail"],
-    )
-
-
 def _side(name: str) -> str:
     """The side of a pair that a column holds by its name, or ""."""
     words = [word for word in _words(name) if word not in _SIDE_TEXTS] if "." not in name else []
     return _SIDE.get(words[0], "") if len(words) == 1 else ""
 
 
+def _grade_word(name: str) -> str:
+    """The name of a column or field without the words that say whose grade it is."""
+    words = _words(name)
+    while words[1:] and words[0] in _OF_WHOM:
+        words = words[1:]
+    return "_".join(words)
+
+
 def _grades(name: str) -> bool:
     """Whether a column, or a field of messages (`messages.rating`), grades completions by its name, however it is
     written: userRating, gpt4_score, thumbs-up."""
     words = _words(name)
-    asked = words[1:] if words[:1] in (["is"], ["was"], ["kto"]) else words
-    if not FEEDBACK.isdisjoint({"_".join(words), "_".join(asked)}):
+    if not FEEDBACK.isdisjoint({"_".join(words), _grade_word(name)}):
         return True
     return bool(words) and _GRADE_ENDS.fullmatch(words[-1]) is not None and words[0] not in _OF_OTHERS

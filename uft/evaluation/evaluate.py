@@ -190,7 +190,7 @@ class _Evaluator:
         prompts = [self.renderer.start_ids(row) for row in rows]
         come(f"{held.name}: {len(prompts)} prompts to be answered")
         replies = ranks().map_shards([(ids, 0) for ids in prompts], partial(self._complete, 0.0))
-        texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
+        texts = [self.renderer.said(reply.ids).content.strip() for reply in replies]
         verdicts = [Verdict({})] * len(rows)
         if held.checker:
             jobs = [(held.checker, row, text) for row, text in zip(rows, texts, strict=True)]
@@ -218,7 +218,7 @@ class _Evaluator:
         n = self.settings.draws
         asked = [(ids, number * n + one) for number, ids in enumerate(prompts[: len(rows)]) for one in range(n)]
         replies = ranks().map_shards(asked, partial(self._complete, 1.0))
-        texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
+        texts = [self.renderer.said(reply.ids).content.strip() for reply in replies]
         jobs = [(held.checker or "", rows[place // n], text) for place, text in enumerate(texts)]
         verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
         found = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 import re
 import shutil
@@ -26,7 +27,9 @@ from uft.model.precision import plain_state
 from uft.runs import as_umask_leaves, flush, shown, writing
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 Tensor = torch.Tensor
 
@@ -72,7 +75,7 @@ def export(
                 # False: the embeddings are not part of it, and to find that out PEFT would ask the hub
                 peft_model.save_pretrained(beside / "adapter", state_dict=adapter, save_embedding_layers=False)
             model = plain_model(policy, dtype, weights)
-            settings = model.generation_config
+            settings = model.generation_config = valid(model.generation_config)
             ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
             if missing := sorted(set(stop_ids) - set(ends)):
                 settings.eos_token_id = [token for token in ends if token is not None] + missing
@@ -167,6 +170,17 @@ def merged_state(base: nn.Module, dtype: torch.dtype, weights: Mapping[str, Tens
         plain = _plain_name(name)
         state[plain] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu()
     return state
+
+
+def valid(settings: GenerationConfig) -> GenerationConfig:
+    """Settings of generation that transformers can write: of others, the tokens alone."""
+    try:
+        settings.validate()
+        return settings
+    except ValueError as error:
+        log.warning("generation_config.json: its token ids alone are exported, for it is not valid: %s", error)
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return type(settings)(**{name: getattr(settings, name) for name in ids})
 
 
 def _plain_name(name: str) -> str:

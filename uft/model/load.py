@@ -253,9 +253,21 @@ def _read_base(model: Model, reference: str | None, key: str) -> Any:
     if quantised := sorted(dtypes - {"float64", "float32", "bfloat16", "float16"}):
         why = f"its weights are quantised ({', '.join(quantised)}), and can neither be trained nor exported"
         raise UftError(Problem(what, why, advice=("give the folder of a model that is not quantised",)))
+    module.uft_notes = []
     if unused:
         shown = ", ".join([*unused[:3], *(["..."] if unused[3:] else [])])
-        module.uft_notes = [f"{len(unused)} weights of its files are not used, and not exported: {shown}"]
+        module.uft_notes.append(f"{len(unused)} weights of its files are not used, and not exported: {shown}")
+    own, head, embeddings = (
+        module.config.get_text_config(),
+        module.get_output_embeddings(),
+        module.get_input_embeddings(),
+    )
+    tied = own.tie_word_embeddings and module.get_expanded_tied_weights_keys(all_submodels=False) and head is not None
+    if tied and head.weight is not embeddings.weight:  # transformers leaves two weights that differ as they are
+        module.config.tie_word_embeddings = own.tie_word_embeddings = False
+        module.uft_notes.append(
+            "its configuration says that head and embeddings are one weight, its files have two: two"
+        )
     return module
 
 

@@ -54,6 +54,7 @@ def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
             log_probs = model(input_ids=ids).logits[0].float().log_softmax(-1)
             found["log_probs"].append(log_probs[targets - 1, ids[0, targets]].tolist())
         eos = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig()  # its own, as a penalty of repetitions, would be laid under ours
         greedy = GenerationConfig(
             do_sample=False, max_new_tokens=request["new_tokens"], eos_token_id=eos, pad_token_id=request["pad_id"]
         )

@@ -130,8 +130,13 @@ def fact(row: Row, *columns: str) -> Any:
     raise Unjudged(f"the row has no column {' or '.join(columns)}")
 
 
+def answered(reply: str) -> str:
+    """The reply after its thought, if it has one."""
+    return reply.rpartition("</think>")[2]
+
+
 def stated(reply: str) -> str:
-    """The text between the last pair of answer tags; of a reply without them all of it."""
+    """The text between the last pair of answer tags; of a reply without them all that follows its thought."""
     end = reply.rfind("</answer>")
     start = reply.rfind("<answer>", 0, max(end, 0))
-    return (reply[start + len("<answer>") : end] if start >= 0 else reply).strip()
+    return (reply[start + len("<answer>") : end] if start >= 0 else answered(reply)).strip()

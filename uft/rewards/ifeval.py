@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from uft.data.rows import Row
-from uft.rewards.base import Checker, Figures, Unjudged, fact
+from uft.rewards.base import Checker, Figures, Unjudged, answered, fact
 
 Arguments = Mapping[str, Any]
 Check = Callable[[str, Arguments], bool]
@@ -235,7 +235,7 @@ class IFEval(Checker):
             raise Unjudged("the row's instruction_id_list and kwargs are no lists of one length")
         if unknown := [name for name in names if str(name) not in INSTRUCTIONS]:
             raise Unjudged(f"IFEval has no instruction {unknown[0]}")
-        strict = loose = 0
+        strict, loose, reply = 0, 0, answered(reply)
         for name, arguments in zip(names, given, strict=True):
 
             def follows(text: str, check: Check = INSTRUCTIONS[name], arguments: Arguments = arguments) -> bool:

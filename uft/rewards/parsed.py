@@ -19,7 +19,7 @@ from itertools import accumulate
 from typing import Any, ClassVar
 
 from uft.data.rows import Row
-from uft.rewards.base import Checker, Figures, Unjudged, answer_of, fact, stated
+from uft.rewards.base import Checker, Figures, Unjudged, answer_of, answered, fact, stated
 from uft.rewards.text import last_number
 
 LONGEST = 1_000
@@ -210,6 +210,7 @@ class JsonSchema(Checker):
             validator.check_schema(schema)
         except SchemaError as error:
             raise Unjudged(f"the row's schema is none: {error.message}") from error
+        reply = answered(reply)
         fenced = _FENCE.findall(reply)
         try:
             value = json.loads(fenced[-1] if fenced else reply)

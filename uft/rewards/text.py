@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from uft.data.rows import Row
 from uft.playground import world
-from uft.rewards.base import Checker, Figures, Unjudged, answer_of, gold, key, stated
+from uft.rewards.base import Checker, Figures, Unjudged, answer_of, answered, gold, key, stated
 
 NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 """A number as people write it. A minus right after a word or bracket is subtraction."""
@@ -58,7 +58,7 @@ class Exact(Checker):
     figures: ClassVar[tuple[str, ...]] = ("exact_match",)
 
     def judge(self, row: Row, reply: str) -> Figures:
-        return {"exact_match": float(reply.split() == answer_of(row).split())}
+        return {"exact_match": float(answered(reply).split() == answer_of(row).split())}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Contains(Checker):
     case: bool = key(False, "upper and lower case differ")
 
     def judge(self, row: Row, reply: str) -> Figures:
-        words, said = (" ".join(text.split()) for text in (answer_of(row), reply))
+        words, said = (" ".join(text.split()) for text in (answer_of(row), answered(reply)))
         if not words:
             raise Unjudged("the row's answer is empty")
         if not self.case:

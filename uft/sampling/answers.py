@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from uft.config.schema import Generate
 from uft.data.chat import Renderer
-from uft.data.formats import read_instruction
-from uft.data.messages import Unreadable, is_blank, read_conversation, read_prompt, with_context
+from uft.data.formats import read_instruction, rename
+from uft.data.messages import Unreadable, check_prompt, is_blank, read_conversation, read_prompt, with_context
 from uft.data.readers import reader_of
 from uft.data.records import turns_column
-from uft.data.rows import Turns
+from uft.data.rows import Kind, Message, Turns
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy
 from uft.runs import writing
-from uft.sampling.generate import SAMPLED_UNDER, complete_for_seeds
+from uft.sampling.generate import SAMPLED_UNDER, Reply, complete_for_seeds
 
 ASKED = ("prompt", "question", "instruction", "messages", "conversations", "text")
 """Columns that hold a prompt, the first of them that a record has."""
@@ -33,13 +33,15 @@ ASKED = ("prompt", "question", "instruction", "messages", "conversations", "text
 class Answer:
     """A sampled reply."""
 
-    text: str
+    said: Message
     stopped: bool  # ended by the model itself; False: cut at generate.max_new_tokens
     seed: int
 
     def told(self, settings: Generate) -> str:
         """The text, and whether it was cut."""
-        return self.text + ("" if self.stopped else f"  (cut at generate.max_new_tokens={settings.max_new_tokens})")
+        return self.said.content + (
+            "" if self.stopped else f"  (cut at generate.max_new_tokens={settings.max_new_tokens})"
+        )
 
 
 def read_prompts(file: Path) -> list[Turns]:
@@ -71,6 +73,7 @@ def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 def _prompt(record: Mapping[str, Any] | str) -> Turns:
     if isinstance(record, str):
         raise Unreadable(record)
+    record = rename(record, {}, Kind.PROMPT.value)
     column = next((name for name in ASKED if record.get(name) is not None), None)
     if column is None:
         raise Unreadable(f"has none of the columns {', '.join(ASKED)} (there are: {', '.join(map(str, record))})")
@@ -84,7 +87,7 @@ def _prompt(record: Mapping[str, Any] | str) -> Turns:
     turns = read_conversation(record[column], column)
     while turns and turns[-1].role == "assistant":
         turns = turns[:-1]
-    return with_context(read_prompt([{"role": t.role, "content": t.content} for t in turns], column), record)
+    return with_context(check_prompt(turns, column), record)
 
 
 @activity("prompts were answered")
@@ -122,18 +125,19 @@ def sample(
     first: int = 0,
 ) -> list[list[Answer]]:
     """The answers to each prompt, one for each seed; `first` is the number of the first prompt for the randomness."""
-    ids = [renderer.prompt_ids(prompt, settings.system) for prompt in prompts]
+    ids = [renderer.asked_ids(prompt, settings.system) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         if policy.positions and len(tokens) >= policy.positions:
             why = f"has {len(tokens)} tokens, the model has {policy.positions} positions"
             raise UftError(Problem(f"the prompt {prompt[-1].content[:40]!r}", why))
     numbers = range(first, first + len(ids))
 
-    def text(ids: list[int]) -> str:
-        return str(renderer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    def answer(seed: int, reply: Reply) -> Answer:
+        said = renderer.said(reply.ids)
+        return Answer(replace(said, content=said.content.strip()), reply.stopped, seed)
 
     return [
-        [Answer(text(reply.ids), reply.stopped, seed) for seed, reply in zip(settings.seeds, replies, strict=True)]
+        list(map(answer, settings.seeds, replies))
         for replies in complete_for_seeds(policy, renderer, ids, settings, numbers, should_stop)
     ]
 
@@ -143,7 +147,12 @@ def _keep(
 ) -> None:
     recipe = {"sampled_by": sampled_by, "sampling": {name: getattr(settings, name) for name in SAMPLED_UNDER}}
     lines = [
-        {"prompt": turns_column(prompt, "user"), "response": answer.text, "seed": answer.seed, **recipe}
+        {
+            "prompt": turns_column(prompt, "user"),
+            "response": turns_column((answer.said,), "assistant"),
+            "seed": answer.seed,
+            **recipe,
+        }
         for prompt, given in zip(prompts, answers, strict=True)
         for answer in given
     ]

@@ -24,7 +24,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -172,16 +172,17 @@ def _sample(
     sampled = complete_for_seeds(policy, renderer, prompts, settings, list(map(number_of, rows)), should_stop)
     lines = []
     for row, replies in zip(rows, sampled, strict=True):
-        texts = [str(renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).lstrip() for reply in replies]
-        kept = [(text, reply) for text, reply in zip(texts, replies, strict=True) if text and reply.stopped]
+        said = [renderer.said(reply.ids) for reply in replies]
+        said = [replace(one, content=one.content.lstrip()) for one in said]
+        kept = [(one, reply) for one, reply in zip(said, replies, strict=True) if one.content and reply.stopped]
         if settings.repeats == "drop":
-            kept = [(text, reply) for text, reply in kept if not _repeats(row, text, renderer)]
-        samples: list[Line] = [{"response": text} for text, _ in kept]
+            kept = [(one, reply) for one, reply in kept if not _repeats(row, one, renderer)]
+        samples: list[Line] = [{"response": turns_column((one,), "assistant")} for one, _ in kept]
         if "replies" not in recipe["sampling"]:
             all_of_them = {
-                "negatives": [text for text, _ in kept],
+                "negatives": [turns_column((one,), "assistant") for one, _ in kept],
                 "negative_log_probs": [round(reply.log_prob, 4) for _, reply in kept],
-                **({} if score is None else {"score": [score(row, text) for text, _ in kept]}),
+                **({} if score is None else {"score": [score(row, one.content) for one, _ in kept]}),
             }
             samples = [all_of_them] if kept else []
         more = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
@@ -190,12 +191,12 @@ def _sample(
     return lines
 
 
-def _repeats(row: Row, text: str, renderer: Renderer) -> bool:
+def _repeats(row: Row, sample: Message, renderer: Renderer) -> bool:
     """Whether a sample has the tokens of the row's own good completion."""
     good = good_completion(row)
     if good is None:
         return False
-    replies = [(row.prompt, good.turns), (row.prompt, (Message("assistant", text),))]
+    replies = [(row.prompt, good.turns), (row.prompt, (sample,))]
     own, sampled = renderer.encode_many(replies, [row.id, row.id])
     return own.ids.tolist() == sampled.ids.tolist()
 

@@ -172,7 +172,7 @@ class RolloutSampler:
             source = self._source(group.draw)
             if group.replies and (spec := self.sampled[source.source]) is not None:
                 row, hint = source.rows[group.draw.index], self._prompt(group.draw, group.hint)[1]
-                jobs += [(spec, row, self._text(hint + reply.ids)) for reply in group.replies]
+                jobs += [(spec, row, self._said(hint + reply.ids).content) for reply in group.replies]
         judged = ranks().on_rank0(lambda: judge(jobs, self.policy.device))
         self._add("unjudged", *(verdict.reason is not None for verdict in judged))
         for reason in {verdict.reason for verdict in judged if verdict.reason} - self.reasons:
@@ -191,8 +191,9 @@ class RolloutSampler:
         prompts = [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in asked)]
         return self.engine.complete(prompts, [number for _, _, number in asked]) if prompts else []
 
-    def _text(self, ids: list[int]) -> str:
-        return str(self.renderer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    def _said(self, ids: list[int]) -> Message:
+        reply = self.renderer.said(ids)
+        return replace(reply, content=reply.content.strip())
 
     def _with_spread(self, groups: Sequence[Group]) -> list[Group]:
         scores = [score for group in groups for score in group.scores]
@@ -243,14 +244,13 @@ class RolloutSampler:
         if shown and self.settings.hint.schedule == "none":
             beside = [(Completion(row.completions[i].turns), encoded[i]) for i in demonstrations(row)]
         elif shown and hint:
-            turn = Message("assistant", self._text(hint))
-            beside = [(Completion((turn,)), _tokens(prompt, hint))]
+            beside = [(Completion((self._said(hint),)), _tokens(prompt, hint))]
         own = []
         for number, reply in enumerate(group.replies):
             ids = reply.ids if reply.end is None else [*reply.ids, reply.end]
             learned = reply.stopped or self.settings.truncated == "keep"
             said = Completion(
-                (Message("assistant", self._text([*hint, *reply.ids])),),
+                (self._said([*hint, *reply.ids]),),
                 sampled_by=OWN,
                 score=group.scores[number] if group.scores else None,
                 log_prob=reply.log_prob,

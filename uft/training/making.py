@@ -32,7 +32,7 @@ from uft.heartbeat import activity
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.rewards import judge, spec_of
-from uft.runs import cache_root, shown, typed_path
+from uft.runs import Run, cache_root, shown, typed_path
 from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
 from uft.sampling.answers import Answer, answer_prompts, read_prompts
 from uft.sampling.generate import Interrupted
@@ -196,6 +196,8 @@ def sampler(config: Config, device: torch.device) -> tuple[Renderer, Policy]:
     """What samples from the model of a configuration."""
     tokenizer = load_tokenizer(config.model)
     renderer = make_renderer(tokenizer, config.data)
+    within = any(Run(place).exists for place in Path(config.model.path).resolve().parents)
+    renderer.learned = within and not config.rollout.completions
     return renderer, loaded_policy(config, device, tokenizer)
 
 
