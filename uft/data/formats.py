@@ -257,17 +257,9 @@ HELPSTEER2 = {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45}
 _LABEL_WORDS = (
     *("true false", "yes no", "good bad", "positive negative", "desirable undesirable", "chosen rejected"),
     *("accepted rejected", "correct incorrect", "like dislike", "upvote downvote", "thumbs_up thumbs_down", "👍 👎"),
-    *(
-        "up down",
-        "pos neg",
-        "pass fail",
-        "passed failed",
-        "right wrong",
-        "accept reject",
-        "approved disapproved",
-        "y n",
-    ),
-    *("valid invalid", "safe unsafe", "helpful unhelpful", "preferred dispreferred", "win loss", "won lost", "t f"),
+    *("up down", "pos neg", "pass fail", "passed failed", "right wrong", "accept reject", "y n", "t f"),
+    *("approved disapproved", "valid invalid", "safe unsafe", "helpful unhelpful", "preferred dispreferred"),
+    *("win loss", "won lost"),
 )
 LABELS: dict[object, bool] = {1: True, 0: False, -1: False}
 LABELS |= {word: place == 0 for words in _LABEL_WORDS for place, word in enumerate(words.split())}
