@@ -129,13 +129,13 @@ def test_the_list_of_runs_leaves_metrics_out_before_it_breaks_names(monkeypatch,
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")  # no escapes
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    figures = {f"eval/{name}": 0.123456 for name in ("nll", "exact_match", "pair_accuracy", "kl")}
+    figures = {f"eval/{name}": 0.123456 for name in ("nll", "exact_match", "pair_accuracy", "log_ratio")}
     name = "grpo-files-playground-seed0-071756"
     row = {"name": name, "path": f"outputs/a/{name}", "status": "finished", "steps": 2, **figures}
     manage.print_tables([row, {**row, "path": "outputs/b/short", "name": "short"}])
     long, short = (part.splitlines() for part in capsys.readouterr().out.split("outputs/b/"))
     assert any(name in line for line in long)
     assert "exact_match" in "".join(long)
-    assert "kl" not in "".join(long)
-    assert "kl" in "".join(short)
+    assert "log_ratio" not in "".join(long)
+    assert "log_ratio" in "".join(short)
     assert max(map(len, (*long, *short))) <= 80

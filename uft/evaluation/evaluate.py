@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 Tensor = torch.Tensor
 
 PROMPTS_PER_BATCH = 64
-LARGEST_RATIO = 20.0
-"""log(ref / pi) of one token is clamped to this in `kl`, whose exponential would otherwise overflow float64."""
 
 
 @dataclass(frozen=True)
@@ -263,9 +261,7 @@ def score_batch(policy: Forward, reference: Forward | None, batch: Batch) -> Ite
     for example, good, ours, theirs in sequences:
         scored = Scored(good, len(ours), float(ours.sum()))
         if theirs is not None:
-            log_ratio = (theirs - ours).clamp(max=LARGEST_RATIO)
-            divergence = float((log_ratio.expm1() - log_ratio).sum())
-            scored = replace(scored, reward=float((ours - theirs).sum()), divergence=divergence)
+            scored = replace(scored, reward=float((ours - theirs).sum()))
         yield example, scored
 
 

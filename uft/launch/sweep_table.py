@@ -23,7 +23,8 @@ from yaml import YAMLError
 
 from uft.errors import problem_lines
 from uft.runs import Run
-from uft.tracking.console import PREFIX, duration, number, printable, shorten
+from uft.tracking.console import duration, number, printable, shorten
+from uft.tracking.metrics import PREFIX
 
 if TYPE_CHECKING:
     from rich.console import Console, Group

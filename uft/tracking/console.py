@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from uft.errors import redact
 from uft.heartbeat import heartbeat
 from uft.runs import shown
+from uft.tracking.metrics import FEW, PREFIX, by_source, collapses
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -39,14 +40,11 @@ CLEAR_LINE = "\r\x1b[2K"
 PLAIN_WIDTH = 110  # of a run's tables where there is no terminal
 TABLE_WIDTH = 160  # likewise, of all others
 PACE_WINDOW = 20  # metric lines that the remaining time is estimated from
-PREFIX = "eval/"
 SHOWN_METRICS = 10  # in the end card
 WHOLE, LONGEST_TEXT = 2, 2000  # samples that are shown whole, up to so many characters of each text
 NOISE = 1e-6  # differences of log-probs below it are rounding
-HEADLINES = ("exact_match", "pair_accuracy", "nll", "kl", "margin")
+HEADLINES = ("exact_match", "pair_accuracy", "nll", "log_ratio", "margin")
 """Metrics of an evaluation that come first, in this order, where there is no room for all."""
-RISE, LEAST_RISE = 1.25, 0.25  # of eval/nll since before training, as a factor and in nats: more is told
-LARGEST_KL = 100.0  # nats per token; a larger estimate is none
 STYLES = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}
 
 
@@ -146,6 +144,9 @@ class Console:
         self._terms: dict[str, None] = {}
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_WINDOW)
         self._evaluations: dict[int, Mapping[str, float]] = {}
+        self._first: list[Mapping[str, float]] = []  # training lines of the stage, and its latest
+        self._latest: deque[Mapping[str, float]] = deque(maxlen=FEW)
+        self._told: set[str] = set()  # what was said of a collapse between evaluations
         self.marks: dict[str, int] = {}  # evaluations that stay in the table, by name: the ends of stages
 
     def message(self, text: str) -> None:
@@ -155,6 +156,9 @@ class Console:
     def start(self, title: str, rows: Card) -> None:
         """The card before the first step of a run or of a stage: what runs, on what, and where it goes."""
         self._terms = {}  # the next steps may be another objective's
+        self._first.clear()
+        self._latest.clear()
+        self._told.clear()
         self._heading(title)
         self._print(card(rows, self._width()) + "\n")
 
@@ -171,9 +175,15 @@ class Console:
         self._print("")
         self._heading(title, STYLES.get(result["status"], "bold"))
         rows = ending_rows(result, total_steps, commands, run)
-        if note := collapse_note(self._evaluations):
-            rows.insert(min(len(rows), 3), ("caution", note))
+        cautions = [("caution", note) for note in self._collapses(result["final"]).values()]
+        at = next((place for place, (label, _) in enumerate(rows) if label in ("time", "tokens")), len(rows) - 1)
+        rows[at:at] = cautions
         self._print(card(rows, self._width()))
+
+    def _collapses(self, last: Mapping[str, float]) -> dict[str, str]:
+        evaluated = ({**metrics, "step": step} for step, metrics in self._evaluations.items())
+        found = collapses([*evaluated, *self._first, *self._latest, last])
+        return {what: printable(note) for what, note in found.items()}
 
     def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Evaluations of an earlier session of this run, from its metric lines, for the column "before"."""
@@ -184,6 +194,11 @@ class Console:
         """The line of a step."""
         names = (name.removeprefix("objective/") for name in metrics if name.startswith("objective/"))
         self._terms.update(dict.fromkeys(names))
+        (self._first if len(self._first) < FEW else self._latest).append({**metrics, "step": step})
+        notes = self._collapses(metrics)
+        for what in [what for what in notes if what not in self._told]:
+            self._told.add(what)
+            self.message(f"caution: {notes[what]}")
         line = partial(step_line, step, self.total_steps, metrics, tuple(self._terms), self._eta(step, metrics))
         if not self.interactive:
             self._print(line())
@@ -198,9 +213,10 @@ class Console:
         if evaluation.metrics:
             self._evaluations[step] = dict(evaluation.metrics)
             self._rich(evaluation_table(step, self._evaluations, self.marks))
-            notes = [note for note in (kl_note(evaluation.metrics), collapse_note(self._evaluations)) if note]
+            notes = self._collapses({})
+            self._told |= notes.keys()
             unbroken: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-            folded = [textwrap.fill(note, max(self._width(), 20), **unbroken) for note in notes]
+            folded = [textwrap.fill(note, max(self._width(), 20), **unbroken) for note in notes.values()]
             self._print("\n" + "".join(f"{note}\n" for note in folded))
         if evaluation.samples:
             self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
@@ -294,16 +310,6 @@ def rendered(renderable: Any, width: int, color: bool) -> str:
 # --- The table of an evaluation, samples, and the end card.
 
 
-def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """The metrics of an evaluation by source; "" is all sources together."""
-    found: dict[str, dict[str, float]] = {"": {}}
-    for name, value in metrics.items():
-        source, _, metric = name.removeprefix(PREFIX).rpartition("/")
-        if name.startswith(PREFIX):
-            found.setdefault(source, {})[metric] = value
-    return found
-
-
 def evaluation_table(
     step: int, history: Mapping[int, Mapping[str, float]], marks: Mapping[str, int] | None = None
 ) -> Table:
@@ -327,39 +333,6 @@ def evaluation_table(
     for metric in dict.fromkeys(name for column in columns.values() for name in column):
         table.add_row(printable(metric), *(measure(column.get(metric)) for column in columns.values()))
     return table
-
-
-def kl_note(metrics: Mapping[str, float]) -> str:
-    """A line about estimates of `kl` that are no estimates; "" where there are none."""
-    found = (name.removeprefix(PREFIX) for name, value in metrics.items() if not value <= LARGEST_KL)  # NaN too
-    names = [name for name in found if name.rpartition("/")[2] == "kl"]
-    why = "no estimate. Tokens that the model has made all but impossible outweigh all others; read nll instead"
-    return printable(f"{', '.join(names)}: {why}") if names else ""
-
-
-def collapse_note(history: Mapping[int, Mapping[str, float]]) -> str:
-    """A line about good answers that have become much less likely since before training; "" where they have not.
-
-    `history` holds the evaluations of a run by step.
-    """
-    if 0 not in history or (last := max(history)) == 0:
-        return ""
-    before, now = (by_source(history[step]) for step in (0, last))
-    rises = {
-        source: (before[source]["nll"], metrics["nll"])
-        for source, metrics in now.items()
-        if "nll" in metrics and "nll" in before.get(source, {})
-    }
-    sunk = {source: (old, new) for source, (old, new) in rises.items() if not new <= max(RISE * old, old + LEAST_RISE)}
-    if "" not in sunk:
-        return ""
-    parts = ", ".join(f"{printable(name)} {old:.2f} to {new:.2f}" for name, (old, new) in sunk.items() if name)
-    old, new = sunk[""]
-    return (
-        f"good answers have become less likely: eval/nll {old:.2f} to {new:.2f} since step 0"
-        f"{f' ({parts})' if parts else ''}. A lower learning rate, or a likelihood term (sft_weight, demonstrations in "
-        "the mixture), holds them"
-    )
 
 
 def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
@@ -415,7 +388,6 @@ def ending_rows(
         ("error", result["error"] or ""),
         ("final", text(overall)),
         ("best", f"{best} at step {result['best_step']}" if best and result["best_step"] is not None else best),
-        ("caution", kl_note(overall)),
         ("time", f"{duration(seconds)} of training" if seconds else ""),
         ("tokens", count(tokens) + speed if tokens else ""),
         ("peak memory", f"{memory / 1e9:.1f} GB" if memory is not None else ""),
