@@ -106,7 +106,7 @@ def test_the_evaluation_is_one_for_all_stages(finished):
     names = [{name for name in line if name.startswith("eval/")} for line in measured]
     assert all(own == names[0] for own in names)
     assert {"eval/demonstration/nll", "eval/preference/margin"} <= names[0]
-    assert measured[0]["eval/log_ratio"] == pytest.approx(0, abs=1e-9)
+    assert measured[0]["eval/log_ratio"] == pytest.approx(0, abs=1e-6)
     # at the boundary the distance from the start of the run goes on, where one from the stage's start would be 0
     assert abs(measured[1]["eval/log_ratio"]) > 1e-4
     assert abs(measured[2]["eval/log_ratio"]) > 1e-4

@@ -169,7 +169,7 @@ class _Evaluator:
                 raise Interrupted
             for number, scored in score_batch(self.policy, forward, batch.to(self.policy.device)):
                 scores[number].append(scored)
-            come(f"{sum(map(bool, scores.values()))} of {len(examples)} rows scored")
+            come(sum(map(bool, scores.values())), len(examples), "rows scored")
         rows = []
         for example in examples:
             # a completion that was cut to nothing is left out, and its pair with it
@@ -186,7 +186,7 @@ class _Evaluator:
         checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
         prompts = [self.renderer.start_ids(row) for row in rows]
-        come(f"{held.name}: {len(prompts)} prompts to be answered")
+        come(0, len(prompts), f"prompts of {held.name} answered")
         replies = ranks().map_shards([(ids, 0) for ids in prompts], partial(self._complete, 0.0))
         texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
         verdicts = [Verdict({})] * len(rows)

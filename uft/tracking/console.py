@@ -6,6 +6,7 @@ On a terminal the step line is rewritten in place; anywhere else, as under a sch
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import os
@@ -21,9 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from uft.errors import redact
+from uft.errors import UftError, redact
 from uft.heartbeat import heartbeat
-from uft.runs import shown
+from uft.runs import cache_root, shown, write_atomically
 from uft.tracking.metrics import FEW, PREFIX, by_source, collapses
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def table_console(quiet: bool = False) -> RichConsole:
 
 
 QUIET = 4.0  # seconds without output after which a terminal is told what goes on
+PHASES, MOST_PHASES = "phases.json", 100  # the file of their durations in the cache folder, and of how many jobs
 
 
 class Heard:
@@ -92,19 +94,21 @@ class Heard:
 
 
 def phase_line() -> str:
-    """`the model is being evaluated: 12 of 30 rows, 00:15`"""
+    """`the model is being evaluated: 12 of 30 rows scored, 00:15, about 00:22 left`"""
     now = (
-        heartbeat.doing.replace(" was ", " is being ")
+        heartbeat.phase.doing.replace(" was ", " is being ")
         .replace(" were ", " are being ")
         .replace("it trained", "training")
     )
     far = f": {heartbeat.far}" if heartbeat.far else ""
-    return f"{now}{far}, {duration(time.monotonic() - heartbeat.since)}"
+    left = heartbeat.left()
+    rest = "" if left is None else f", about {duration(left)} left"
+    return f"{now}{far}, {duration(time.monotonic() - heartbeat.phase.since)}{rest}"
 
 
 @contextmanager
 def saying_what_takes_long() -> Iterator[None]:
-    """Within, a terminal is told what goes on, how far and for how long, whenever nothing else was said for a while."""
+    """Within, a terminal is told what goes on, how far and how long still, when nothing else was said for a while."""
     stream = sys.stdout
     if not stream.isatty() or os.environ.get("TERM", "") in ("", "dumb"):
         yield
@@ -125,6 +129,28 @@ def saying_what_takes_long() -> Iterator[None]:
         thread.join(2.0)
         heard.clear()
         sys.stdout = stream
+        remember(heartbeat.subject)
+
+
+def expect(subject: str) -> None:
+    """Learn what the phases of the last job of this kind, on this model, took here."""
+    heartbeat.subject = subject
+    heartbeat.took |= known_phases().get(subject, {})
+
+
+def known_phases() -> dict[str, dict[str, float]]:
+    with suppress(OSError, ValueError):
+        return dict(json.loads((cache_root() / PHASES).read_text(encoding="utf-8")))
+    return {}
+
+
+def remember(subject: str) -> None:
+    """Keep what long phases took, for the newest hundred subjects."""
+    known = known_phases()
+    took = known.pop(subject, {}) | {name: round(took, 1) for name, took in heartbeat.took.items() if took >= QUIET}
+    with suppress(OSError, UftError):
+        cache_root().mkdir(parents=True, exist_ok=True)
+        write_atomically(cache_root() / PHASES, json.dumps(dict([*known.items()][1 - MOST_PHASES :]) | {subject: took}))
 
 
 class Console:

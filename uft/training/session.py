@@ -406,7 +406,7 @@ class Recorder:
         self.tokens += step.tokens
         self.supervised += step.supervised_tokens
         number, cfg = trainer.progress.step, trainer.config.train
-        come(f"step {number} of {trainer.steps} is done")
+        come(number, trainer.steps, "steps done")
         if number == 1 or number % cfg.log_every == 0 or number == trainer.steps:
             self.write_line(trainer)
         self.evaluate_if_due(trainer)
