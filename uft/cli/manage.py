@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uft.cli import folded
 from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, tell
 from uft.runs import (
     OUTPUTS,
@@ -50,7 +51,9 @@ SIGNALLED = (STOPPED, INTERRUPTED)
 
 def parser_of(verb: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(f"uft {verb}", None, description, epilog, formatter_class=style, allow_abbrev=False)
+    return argparse.ArgumentParser(
+        f"uft {verb}", None, folded(description), folded(epilog), formatter_class=style, allow_abbrev=False
+    )
 
 
 # ls
