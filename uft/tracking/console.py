@@ -56,7 +56,7 @@ def table_console(quiet: bool = False) -> RichConsole:
     return RichConsole(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False, quiet=quiet)
 
 
-QUIET = 4.0  # seconds without output after which a terminal is told what goes on
+QUIET = 2.0  # seconds without output after which a terminal is told what goes on
 PHASES, MOST_PHASES = "phases.json", 100  # the file of their durations in the cache folder, and of how many jobs
 
 
@@ -409,12 +409,13 @@ def ending_rows(
     overall = {name: final[name] for name in dict.fromkeys([*training, *measured])}
     speed = f", {count(tokens / seconds)} tok/s" if seconds > 0 else ""
     memory = result["peak_memory_bytes"]
+    times = {"training": seconds, "stages that make rows": result.get("making_seconds")}
     rows = [
         ("status", f"{result['status']} at step {result['steps']}/{total_steps}"),
         ("error", result["error"] or ""),
         ("final", text(overall)),
         ("best", f"{best} at step {result['best_step']}" if best and result["best_step"] is not None else best),
-        ("time", f"{duration(seconds)} of training" if seconds else ""),
+        ("time", ", ".join(f"{duration(spent)} of {what}" for what, spent in times.items() if spent)),
         ("tokens", count(tokens) + speed if tokens else ""),
         ("peak memory", f"{memory / 1e9:.1f} GB" if memory is not None else ""),
         ("checkpoint", place(result["best_checkpoint"]) if result["best_checkpoint"] else ""),

@@ -356,8 +356,10 @@ class Session:
             steps += record.get("steps", 0)
         total = total_progress(records.values())
         record = result_record(total, best, self.device, self.started, read_metrics(self.run))
-        stages = {"stages": self.results} if self.config.stages else {}
-        return {"status": status, "error": error, **record, **stages}
+        if not self.config.stages:
+            return {"status": status, "error": error, **record}
+        making = sum(one["wall_seconds"] for one in self.results.values() if one.get("do", "fit") != "fit")
+        return {"status": status, "error": error, **record, "making_seconds": making, "stages": self.results}
 
 
 # --- Training one stage: the loop is the trainer's; metric lines, evaluations and checkpoints happen around its steps.
