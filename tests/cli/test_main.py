@@ -1,6 +1,7 @@
 """The shim: verbs, help, version, exit codes, and that it answers at once."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -160,3 +161,9 @@ def test_the_list_of_runs_leaves_metrics_out_before_it_breaks_names(monkeypatch,
     assert "log_ratio" not in "".join(long)
     assert "log_ratio" in "".join(short)
     assert max(map(len, (*long, *short))) <= 80
+    figured = {**row, **dict(zip(manage.LONG, ("2026-11-30 18:09", "00:12", "dpo", "0.001"), strict=True))}
+    monkeypatch.setenv("COLUMNS", "160")
+    manage.print_tables([figured])
+    assert "dpo" not in capsys.readouterr().out
+    manage.print_tables([figured], manage.LONG)
+    assert re.search(r"2 +2026-11-30 18:09 +00:12 +dpo +0.001", capsys.readouterr().out)

@@ -229,8 +229,8 @@ def several_rows(word: str, config_dir: str | None, sweeps: bool) -> list[str]:
         why, advice = f"{name} is not a file of rows, and a sweep takes mixtures or files", "one command for each"
         raise UftError(Problem(word, why, "command line", (advice,)))
     if all(rows) and not sweeps:
-        advice = (f"their rows together:  data=[{value}]", f"a run for each:  -m {word}")
-        raise UftError(Problem(word, "several values need -m", "command line", advice))
+        ways = (f"their rows together:  data=[{value}]", f"a run for each:  -m {word}")
+        raise UftError(Problem(word, "several values need -m", "command line", ways))
     return ["data=files", f"+data.sources.rows.path={value}"] if all(rows) else []
 
 

@@ -474,8 +474,8 @@ def _on_hub(name: str, revision: str | None, key: str) -> bool:
     if constants.HF_HUB_OFFLINE:
         if cached:
             return False
-        advice = _elsewhere(name, key)
-        raise UftError(Problem(what, "HF_HUB_OFFLINE is set and the model is not in the local cache", advice=advice))
+        why = "HF_HUB_OFFLINE is set and the model is not in the local cache"
+        raise UftError(Problem(what, why, advice=_elsewhere(name, key)))
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT)
     except GatedRepoError:

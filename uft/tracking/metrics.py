@@ -293,10 +293,10 @@ def collapses(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             f"good answers have become less likely: {found['likelihood']}. A lower learning rate, or a likelihood term "
             "(sft_weight, demonstrations in the mixture), holds them"
         )
-    before, now = change("objective/entropy")
-    if now < GONE * before:
+    was, entropy = change("objective/entropy")
+    if entropy < GONE * was:
         found["entropy"] = (
-            f"own samples are all alike: objective/entropy {before:.3g} to {now:.3g} nats a token. A lower learning "
+            f"own samples are all alike: objective/entropy {was:.3g} to {entropy:.3g} nats a token. A lower learning "
             "rate, an entropy term (objective.entropy) or a divergence term (objective.kl) keeps them apart"
         )
     newest = {name: value for line in (*evaluated[-1:], *lines[-1:]) for name, value in line.items()}
