@@ -132,8 +132,8 @@ def load_sources(settings: Data) -> list[LoadedSource]:
             advice = tuple(unusable[0].advice) if unusable else ()
             problems.append(Problem(f"data.sources.{name}.path={found.path}", why, advice=advice))
     if problems:
-        footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and strict else ""
-        raise UftError(*problems, footer=footer)
+        good = bad and strict and any(found.rows or found.held_out for found in loaded)  # else it would leave none
+        raise UftError(*problems, footer="Train on the good rows alone:  data.bad_rows=drop" if good else "")
     return loaded
 
 
