@@ -46,7 +46,7 @@ class Life:
         if phase.share > share:
             return max(0.0, (phase.last - then) * (1 - phase.share) / (phase.share - share) - (now - phase.last))
         rest = self.took.get(phase.doing, 0.0) - (now - phase.since)
-        return rest if rest > 0 else None
+        return rest if rest > 0 and not phase.counted else None
 
 
 heartbeat = Life()
