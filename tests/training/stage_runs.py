@@ -17,7 +17,15 @@ from uft.runs import Run, create_run
 from uft.training import session
 from uft.training.liveness import Stop
 
-CLOCKS = ("seconds", "rollout/seconds", "tokens_per_second", "mfu", "wall_seconds", "peak_memory_bytes")
+CLOCKS = (
+    "seconds",
+    "rollout/seconds",
+    "tokens_per_second",
+    "mfu",
+    "wall_seconds",
+    "making_seconds",
+    "peak_memory_bytes",
+)
 SFT, DPO = 4, 5  # steps of the two stages
 Nodes = Mapping[str, Any]
 

@@ -134,13 +134,13 @@ def test_a_watchdog_that_is_off_watches_nothing(tmp_path):
 def test_a_phase_is_over_also_by_an_error():
     @activity("it was tried", moving=False)
     def attempt() -> None:
-        assert (heartbeat.doing, heartbeat.moving) == ("it was tried", False)
+        assert (heartbeat.phase.doing, heartbeat.phase.moving) == ("it was tried", False)
         raise ZeroDivisionError
 
-    before, signs = (heartbeat.doing, heartbeat.moving), heartbeat.signs
+    before, signs = (heartbeat.phase.doing, heartbeat.phase.moving), heartbeat.signs
     with pytest.raises(ZeroDivisionError):
         attempt()
-    assert (heartbeat.doing, heartbeat.moving) == before
+    assert (heartbeat.phase.doing, heartbeat.phase.moving) == before
     assert heartbeat.signs == signs + 2
     beat()
     assert heartbeat.signs == signs + 3

@@ -8,9 +8,13 @@ once.
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from uft.environment import keep_others_out
 from uft.errors import (
@@ -69,6 +73,43 @@ Start with
 """
 
 
+WIDEST, NARROWEST = 120, 30  # of help, and of a text beside its key
+ROW = re.compile(r"( +\S.*?  +)(\S.*)")
+"""A key or a command, and what it is, two blanks or more between them."""
+
+
+def folded(text: str) -> str:
+    """Help without a line that is wider than the terminal: paragraphs are filled anew, a text stays beside its key, or
+    below it where there is no room."""
+    room = min(shutil.get_terminal_size((WIDEST, 24)).columns, WIDEST)
+    paragraphs = list[str]()
+    before = ""
+    for line in text.split("\n"):
+        prose = bool(line.strip()) and not ROW.match(line) and not ROW.match(before)
+        if prose and len(before) >= 80 and line[:2].isspace() == before[:2].isspace():  # a line of a paragraph
+            paragraphs[-1] += f" {line.strip()}"
+        else:
+            paragraphs.append(line)
+        before = line
+    lines = list[str]()
+    for line in paragraphs:
+        row, margin = ROW.match(line), line[: len(line) - len(line.lstrip())]
+        if len(line) <= room:
+            lines.append(line)
+        elif row and len(row[1]) <= room - NARROWEST:
+            lines += filled(row[2], row[1], " " * len(row[1]), room)
+        elif row:
+            lines += [row[1].rstrip(), *filled(row[2], f"{margin}    ", f"{margin}    ", room)]
+        else:
+            lines += filled(line.strip(), margin, margin, room)
+    return "\n".join(lines)
+
+
+def filled(text: str, first: str, others: str, room: int) -> list[str]:
+    options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, room, initial_indent=first, subsequent_indent=others, **options)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; the exit code (0 good, 1 a run failed, 2 bad request, 75 stopped, 130 interrupted)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -102,7 +143,7 @@ def dispatch(arguments: list[str]) -> int:
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help", "help"):
         verbs = "\n".join(f"  {verb:<10}{does}" for verb, does in VERBS.items())
-        print(USAGE.format(verbs=verbs))
+        print(folded(USAGE.format(verbs=verbs)))
     elif first in ("-V", "--version", "version"):
         from uft import __version__
 

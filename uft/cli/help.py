@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from uft.cli import VERBS
+from uft.cli import VERBS, folded
 from uft.config.messages import choices, config_dirs, groups, headline, hint, listing, nearest, written
 from uft.config.schema import COLUMNS, MISSING, Config, default_of, fields_of, kind_at
 from uft.errors import Problem, UftError
@@ -147,7 +146,7 @@ def help_text(verb: str, config_dir: str | None = None, asked: Collection[str] =
         advice = hint(meant and f"uft {verb} --help {meant}", "groups", [group for group in FIRST if group in found])
         raise UftError(Problem(unknown[0], "no such group", "command line", (advice,)))
     if asked:
-        return "\n".join(line for group in asked for line in listed_choices(group, found[group]))
+        return folded("\n".join(line for group in asked for line in listed_choices(group, found[group])))
     usage = f"usage: uft {verb} {page.words}[options] [key=value ...]"
     lines = [f"uft {verb}: {VERBS[verb]}", "", usage, "", page.examples, ""]
     lines += [
@@ -158,11 +157,11 @@ def help_text(verb: str, config_dir: str | None = None, asked: Collection[str] =
     listed = page.groups or (*FIRST, *(group for group in found if group not in FIRST))
     for group in (group for group in listed if group in found):
         if len(found[group]) > MOST_LINES:
-            names = textwrap.fill(", ".join(found[group]), 110, initial_indent="  ", subsequent_indent="  ")
-            lines += ["", f"{group}=   (a line on each:  uft {verb} --help {group})", names]
+            names = ", ".join(found[group])
+            lines += ["", f"{group}=   (a line on each:  uft {verb} --help {group})", f"  {names}"]
         else:
             lines += ["", *listed_choices(group, found[group])]
-    return "\n".join(lines)
+    return folded("\n".join(lines))
 
 
 def listed_choices(group: str, options: Mapping[str, Path]) -> list[str]:

@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, suppress
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uft.cli import folded
 from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, tell
 from uft.runs import (
     OUTPUTS,
@@ -28,7 +30,7 @@ from uft.runs import (
     waiting,
     weights,
 )
-from uft.tracking.console import HEADLINES, printable, printable_lines, table_console
+from uft.tracking.console import HEADLINES, duration, printable, printable_lines, table_console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,7 +52,9 @@ SIGNALLED = (STOPPED, INTERRUPTED)
 
 def parser_of(verb: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     style = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(f"uft {verb}", None, description, epilog, formatter_class=style, allow_abbrev=False)
+    return argparse.ArgumentParser(
+        f"uft {verb}", None, folded(description), folded(epilog), formatter_class=style, allow_abbrev=False
+    )
 
 
 # ls
@@ -61,6 +65,7 @@ def ls(arguments: list[str]) -> int:
     parser = parser_of("ls", "The runs here, by folder and name.")
     parser.add_argument("folder", nargs="?", type=named_folder, default=OUTPUTS, help="where to look; outputs")
     parser.add_argument("--json", action="store_true", help="one JSON list, all metrics")
+    parser.add_argument("-l", "--long", action="store_true", help="when, how long it trained, objective, learning rate")
     parsed = parser.parse_args(arguments)
     if not parsed.folder.is_dir() and parsed.folder != OUTPUTS:
         raise no_runs(parsed.folder)
@@ -71,7 +76,7 @@ def ls(arguments: list[str]) -> int:
     if parsed.json:
         print(json.dumps(rows, indent=2, default=str))
     elif rows:
-        print_tables(rows)
+        print_tables(rows, LONG if parsed.long else ())
     else:
         print(f"No runs in {parsed.folder}{os.sep}  Make one:  uft train objective=ift data=mix")
     return GOOD
@@ -81,13 +86,27 @@ def describe(run: Run) -> dict[str, Any]:
     """A run as a flat record; `total_steps` is None where only the worker knows it."""
     try:
         total = run.info().get("total_steps") or run.config().get("train", {}).get("steps")
-        return {**summary(run), "total_steps": total, "error": run.result().get("error")}
+        config, seconds = run.config(), run.result().get("seconds")
+        long = (
+            datetime.fromtimestamp(run.config_file.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
+            duration(seconds) if seconds else "",
+            str(config.get("objective", {}).get("name", "")),
+            str(config.get("optim", {}).get("lr", "")),
+        )
+        more = {"total_steps": total, "error": run.result().get("error")}
+        return {**summary(run), **more, **dict(zip(LONG, long, strict=True))}
     except Exception as error:  # a file that cannot be read is shown, not a reason to hide the other runs
         return {"name": run.name, "path": str(run.path), "status": f"unreadable ({type(error).__name__})", "steps": 0}
 
 
-def print_tables(found: list[dict[str, Any]]) -> None:
-    """A table per folder: a sweep, or the runs of a day. Metrics for which the terminal has no room are left out."""
+LONG = ("began", "trained", "objective", "lr")
+
+
+def print_tables(found: list[dict[str, Any]], long: Sequence[str] = ()) -> None:
+    """A table per folder: a sweep, or the runs of a day. Metrics for which the terminal has no room are left out.
+
+    `long`: keys of the runs that stand before their metrics.
+    """
     from rich.text import Text
 
     console = table_console()
@@ -95,15 +114,15 @@ def print_tables(found: list[dict[str, Any]]) -> None:
     unbounded = console.options.update(width=10_000)
     for folder, inside in groupby(found, key=lambda row: Path(row["path"]).parent):
         rows = list(inside)
-        tables = (table_of(rows, metrics[:most]) for most in range(len(metrics), 0, -1))
+        tables = (table_of(rows, metrics[:most], long) for most in range(len(metrics), 0, -1))
         fits = (table for table in tables if console.measure(table, options=unbounded).maximum <= console.width)
         problems = ((row["name"], problem_lines(str(row.get("error") or ""))) for row in rows)
         errors = [Text(printable(f"  {name}: {error[0]}"), style="red") for name, error in problems if error]
         console.print(Text(f"\n{printable(str(folder))}/", style="bold"))
-        console.print(next(fits, None) or table_of(rows, []), *errors, sep="\n", highlight=False)
+        console.print(next(fits, None) or table_of(rows, [], long), *errors, sep="\n", highlight=False)
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
+def table_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], long: Sequence[str] = ()) -> Table:
     """Runs of one folder with their state, steps and these metrics of the evaluation."""
     from rich.table import Table
     from rich.text import Text
@@ -111,14 +130,21 @@ def table_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("  run", overflow="fold")
     texts = ["started from"] if any("started_from" in row for row in rows) else []
-    for name in ("state", "steps", *metrics, *texts):
+    for name in ("state", "steps", *long, *metrics, *texts):
         table.add_column(name, justify="left" if name in ("state", *texts) else "right", no_wrap=True)
     for row in rows:
         state = Text(printable(row["status"]), style=COLOURS.get(row["status"], "red"))
         values = [row.get(f"eval/{name}") for name in metrics]
         numbers = [f"{value:.4g}" if isinstance(value, (int, float)) else "" for value in values]
         start = [Text(printable(row.get("started_from", "")), style="dim") for _ in texts]
-        table.add_row(Text(f"  {printable(row['name'])}"), state, step_of(row), *numbers, *start)
+        table.add_row(
+            Text(f"  {printable(row['name'])}"),
+            state,
+            step_of(row),
+            *(printable(row.get(key, "")) for key in long),
+            *numbers,
+            *start,
+        )
     return table
 
 

@@ -213,8 +213,12 @@ def names_rows(word: str, config_dir: str | None = None) -> bool:
     return there or reader_of(Path(path)) is not None
 
 
-def several_rows(word: str, config_dir: str | None = None) -> list[str]:
-    """`data=a.jsonl,b.jsonl` as a source with two paths to run; [] for anything else."""
+def several_rows(word: str, config_dir: str | None, sweeps: bool) -> list[str]:
+    """`data=a.jsonl,b.jsonl` as a source with two paths to run, `data=[a.jsonl,b.jsonl]` as two words; [] for anything
+    else. `sweeps`: whether there may be several values."""
+    if listed := re.fullmatch(r"data=\[(.+)\]", word):
+        both = [f"data={path.strip()}" for path in listed[1].split(",")]
+        return both if all(names_rows(path, config_dir) for path in both) else []
     key, _, value = word.partition("=")
     paths = value.split(",")
     if key != "data" or len(paths) < 2 or os.path.exists(value):
@@ -224,10 +228,13 @@ def several_rows(word: str, config_dir: str | None = None) -> list[str]:
         name = paths[rows.index(False)] or "data"
         why, advice = f"{name} is not a file of rows, and a sweep takes mixtures or files", "one command for each"
         raise UftError(Problem(word, why, "command line", (advice,)))
+    if all(rows) and not sweeps:
+        ways = (f"their rows together:  data=[{value}]", f"a run for each:  -m {word}")
+        raise UftError(Problem(word, "several values need -m", "command line", ways))
     return ["data=files", f"+data.sources.rows.path={value}"] if all(rows) else []
 
 
-def with_sources(words: Sequence[str], config_dir: str | None = None) -> list[str]:
+def with_sources(words: Sequence[str], config_dir: str | None = None, sweeps: bool = False) -> list[str]:
     """The words with files of rows written out: data=files, and for each a source that is named after it.
 
     Free keys of the data are added where they are new.
@@ -235,7 +242,7 @@ def with_sources(words: Sequence[str], config_dir: str | None = None) -> list[st
     Beside a mixture that is chosen (data=mix rows.jsonl) a file is one more source of it. Several at once
     (-m data=a.jsonl,b.jsonl) are values of one source, for a run each.
     """
-    words = [word for line in words for word in (several_rows(line, config_dir) or [line])]
+    words = [word for line in words for word in (several_rows(line, config_dir, sweeps) or [line])]
     words = [f"++{word}" if FREE_KEY.match(word) else word for word in words]
     files = [word for word in words if names_rows(word, config_dir)]
     if not files:
@@ -254,6 +261,8 @@ def with_sources(words: Sequence[str], config_dir: str | None = None) -> list[st
 
 
 def train_run(examined: Examined, words: Sequence[str]) -> int:
+    if not is_sweep_job(words) and any(word.startswith("sweep.name=") for word in words):
+        print("uft: sweep.name does nothing without -m; run.name names a run")
     return launch_train(examined.settings, typed_overrides(words), quiet=is_sweep_job(words))
 
 
@@ -319,7 +328,7 @@ def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
         print(help_text(verb, asked.config_dir, [word for word in asked.groups if "=" not in word]))
         return GOOD
     parsed = parse(arguments)
-    name, overrides = parsed.config_name or "config", with_sources(parsed.overrides, parsed.config_dir)
+    name, overrides = parsed.config_name or "config", with_sources(parsed.overrides, parsed.config_dir, parsed.multirun)
     request = Request(tuple(overrides), name, parsed.config_dir, parsed.config_path)
     options = options_in(arguments, parsed.overrides)
     try:

@@ -299,7 +299,7 @@ class Draft:
     def unknown(self, setting: Setting, path: KeyPath) -> Problem:
         """The problem of a key, at `path` or above the setting, that the schema does not have."""
         prefix, siblings = path[:-1], self.keys_at(path[:-1])
-        of_trl, _, note = TRL_KEYS.get(path[-1], "").partition(": ")
+        of_trl, _, note = TRL_KEYS.get(".".join(path), TRL_KEYS.get(path[-1], "")).partition(": ")
         known_elsewhere = of_trl or (elsewhere(path[0], self) if not prefix else None)  # steps is train.steps
         near = None if known_elsewhere else nearest(path[-1], siblings)
         meant = ".".join((*prefix, near, *setting.path[len(path) :])) if near else elsewhere(setting.path[-1], self)
@@ -327,6 +327,8 @@ class Draft:
 
 def elsewhere(leaf: str, draft: Draft) -> str | None:
     """The same last name somewhere else among the keys, or the key that TRL calls so: `lr` is optim.lr."""
+    if leaf in fields_of(Config):
+        return leaf
     matches = [f"{group}.{leaf}" for group in fields_of(Config) if leaf in draft.keys_at((group,))]
     matches.sort(key=lambda match: match.split(".")[0] in ("model", "generate", "seeds"))
     return matches[0] if matches else TRL_KEYS.get(leaf, "").partition(": ")[0] or None

@@ -480,6 +480,9 @@ def _choose(override: Override, files: Files, words: Words) -> None:
         return
     place = f"{group}@{override.package}" if override.package else group
     advice, near = no_such_option(group, lost, list(files.groups[group]), place)
+    if isinstance(value, list):
+        each = f"a run for each of them:  -m {group}={','.join(options)}"
+        advice = (*(("rows of several files:  data=[a.jsonl,b.jsonl]",) if group == "data" else ()), each, *advice)
     words.problems.append(Problem(line, f"no such file in conf/{group}", COMMAND_LINE, advice))
     words.mended += [near] if near else []
     words.unclear |= set() if near else {group}

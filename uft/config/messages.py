@@ -118,64 +118,102 @@ TRL_KEYS = {
     "adam_epsilon": "optim.eps",
     "assistant_only_loss": "data.train_on: replies alone are learned; all, the last or marked ones",
     "attn_implementation": "model.attention",
+    "batch": "train.batch_size",
     "bf16": "model.dtype: bfloat16, with float32 master weights",
+    "bs": "train.batch_size",
     "chat_template_path": "data.template",
+    "checkpoint": "init_from: RUN@best or RUN@STEP; a stopped run goes on with  uft resume RUN",
+    "clip": "train.max_grad_norm",
     "completion_only_loss": "data.train_on: replies alone are learned; all, the last or marked ones",
+    "data.file": "data: a file, a folder or a hub id, as data=PATH",
+    "data.mix": "data.ratio",
+    "data.path": "data: a file, a folder or a hub id, as data=PATH",
+    "data.split": "data.holdout: a share of the rows",
     "data_seed": "seeds.data",
     "dataset_name": "data: a file, a folder or a hub id, as data=PATH",
     "deepspeed": "hardware.sharding: full is FSDP2",
     "early_stopping_patience": "train.early_stop: evaluations without a better eval.best",
+    "eval.interval": "train.eval_every",
+    "eval.steps": "train.eval_every",
     "eval_steps": "train.eval_every",
     "eval_strategy": "train.eval_every",
+    "every": "train.eval_every",
     "fp16": "model.dtype: bfloat16 or float32; there is no float16",
     "fsdp": "hardware.sharding: full is FSDP2",
+    "gpus": "hardware.processes: one for each, or a file such as hardware=gpu8",
+    "grad_clip": "train.max_grad_norm",
     "gradient_accumulation_steps": "train.micro_batch_tokens: a step is train.batch_size rows, accumulated as they fit",
+    "init": "init_from",
     "learning_rate": "optim.lr",
     "load_best_model_at_end": "eval.best: the best checkpoint is kept, as RUN@best",
     "load_in_4bit": "model.quantize: nf4",
+    "log": "train.log_every",
     "logging_steps": "train.log_every",
+    "lora": "model.adapter: lora, with model.lora.*",
     "lora_alpha": "model.lora.alpha",
     "lora_dropout": "model.lora.dropout",
     "lora_modules_to_save": "model.lora.modules_to_save",
     "lora_r": "model.lora.rank",
     "lora_target_modules": "model.lora.targets",
     "loraplus_lr_ratio": "model.lora.lr_ratio",
+    "lr_scheduler": "optim.schedule",
     "lr_scheduler_type": "optim.schedule",
     "max_completion_length": "rollout.max_new_tokens",
     "max_prompt_length": "train.max_length: of prompt and completion together; longer rows: data.too_long",
     "max_seq_length": "train.max_length",
     "max_steps": "train.steps",
+    "max_tokens": "generate.max_new_tokens: of an answer; of rows train.max_length",
     "metric_for_best_model": "eval.best",
     "model_name_or_path": "model.path",
+    "name": "run.name",
     "neftune_noise_alpha": "train.neftune_alpha",
+    "num_epochs": "train.epochs",
     "num_generations": "rollout.completions",
     "num_train_epochs": "train.epochs",
     "optimizer": "optim.name",
+    "out": "run.dir",
+    "output": "run.dir",
     "output_dir": "run.dir",
     "peft_config": "model.adapter: lora, with model.lora.*",
     "per_device_eval_batch_size": "train.micro_batch_tokens: tokens of a forward pass, in evaluation too",
     "per_device_train_batch_size": "train.batch_size: rows per optimiser step, over all devices",
+    "precision": "model.dtype",
     "precompute_ref_log_probs": "reference.mode: cached",
+    "r": "model.lora.rank",
     "ref_model": "reference.path",
     "ref_model_mixup_alpha": "reference.sync_mix",
     "ref_model_sync_steps": "reference.sync_every",
     "report_to": "tracking.mode: disabled for none",
+    "resume": "init_from: other weights to start with; a stopped run goes on with  uft resume RUN",
     "resume_from_checkpoint": "init_from: other weights to start with; a stopped run goes on with  uft resume RUN",
     "run_name": "run.name",
+    "save_every": "train.checkpoint_every",
     "save_steps": "train.checkpoint_every",
     "save_strategy": "train.checkpoint_every",
     "save_total_limit": "train.keep_last",
-    "train_file": "data: a file, a folder or a hub id, as data=PATH",
+    "shuffle": "seeds.data: rows are drawn in an order of this seed",
     "steps_per_generation": "rollout.prompts: as a multiple of train.batch_size",
+    "temperature": "generate.temperature: of answers; of own samples in training rollout.temperature",
+    "test_size": "data.holdout: a share of the rows",
     "torch_compile": "model.compile",
+    "train.seed": "seed",
+    "train_file": "data: a file, a folder or a hub id, as data=PATH",
     "use_dora": "model.lora.dora",
     "use_lora": "model.adapter: lora",
     "use_peft": "model.adapter: lora",
     "use_rslora": "model.lora.rslora",
+    "val": "data.holdout: a share of the rows",
+    "wandb": "tracking: none, offline or wandb",
     "warmup_ratio": "optim.warmup: below 1 a share of the steps",
     "warmup_steps": "optim.warmup: from 1 on a count of steps",
+    "wd": "optim.weight_decay",
 }
-"""Keys of Transformers and TRL: ours of the same meaning, and what is to be said of it after a colon."""
+"""Keys of Transformers and TRL, and what people type for a key: ours of the same meaning, and what is to be said of it
+after a colon. A name with a dot is that key alone."""
+
+OFF = {"off", "false", "no", "disabled"}
+SAID = {("hardware", "cuda"): "gpu", ("debug", "true"): "fast", ("optim", "adam"): "adamw"}
+"""Choices by the words that people have for them, beside OFF, which is none."""
 
 EXTRAS = {
     "hydra/launcher/joblib": "joblib",
@@ -187,9 +225,10 @@ EXTRAS = {
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """The option that `word` was probably meant to be: by spelling, else the only one that begins with it."""
+    """The option that `word` probably means: of its letters, by spelling, or the only one that begins so."""
     known = {option.lower(): option for option in options}
-    close = get_close_matches(word.lower(), known, 1, 0.6)
+    close = [key for key in known if sorted(key) == sorted(word.lower())]  # dop is dpo before it is dpop
+    close = close or get_close_matches(word.lower(), known, 1, 0.6)
     starts = [key for key in known if word and key.startswith(word.lower())]
     found = close or (starts if len(starts) == 1 else [])
     return known[found[0]] if found else None
@@ -216,7 +255,12 @@ def no_such_option(group: str, option: str, options: list[str], key: str) -> tup
         explained = (f"the arms of the playground's study are rows of a sweep:  sweep=playground arm={arm}",)
     if group == "model" and ("/" in option or Path(option).is_dir()):
         explained = (f"a model of the hub, or a folder:  model.path={option}",)
-    near = None if explained else nearest(option, options)
+    said = "none" if option.lower() in OFF and "none" in options else SAID.get((group, option.lower()))
+    near = said or (None if explained else nearest(option, options))
+    if group == "model" and not near and not explained:
+        explained = (f"a model of the hub, or a folder:  model.path={option}",)
+    if group == "data" and not near:
+        explained = ("rows of yours:  data=FILE, data=FOLDER or data=ORG/NAME",)
     meant = f"{key}={near}" if near else None
     return tuple(line for line in (*explained, hint(meant, "choices", options)) if line), meant
 

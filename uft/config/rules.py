@@ -140,6 +140,9 @@ def sources(settings: Settings) -> Iterator[Broken]:
 
 def names(settings: Settings) -> Iterator[Broken]:
     """Names that become folders, and names of sources, which stand in the names of metrics and of files."""
+    model, path = str(settings["model"]["name"]), settings["model"]["path"]
+    if "/" in model:
+        yield broken("model.name", f"is a word for run names, and {path} is what is trained", f"model.path={model}")
     for key, name in (("run.name", settings["run"]["name"]), ("sweep.name", settings["sweep"]["name"])):
         bad = sorted(set(str(name or "")) & set("/\\=,"))
         if bad or name in ("", ".", ".."):

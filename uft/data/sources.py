@@ -32,7 +32,7 @@ from uft.data.rows import Kind, Row, content_digest, oddities, part_of
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table, row_schema
 from uft.data.unread import FEEDBACK, Unread, says_more, unread_feedback, unread_meaning
 from uft.errors import BAD_REQUEST, Problem, UftError, first_line, tame
-from uft.heartbeat import activity, beat
+from uft.heartbeat import activity, beat, come
 from uft.runs import cache_root
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ def load_sources(settings: Data) -> list[LoadedSource]:
             advice = tuple(unusable[0].advice) if unusable else ()
             problems.append(Problem(f"data.sources.{name}.path={found.path}", why, advice=advice))
     if problems:
-        footer = "Train on the good rows alone:  data.bad_rows=drop" if bad and strict else ""
-        raise UftError(*problems, footer=footer)
+        good = bad and strict and any(found.rows or found.held_out for found in loaded)  # else it would leave none
+        raise UftError(*problems, footer="Train on the good rows alone:  data.bad_rows=drop" if good else "")
     return loaded
 
 
@@ -232,7 +232,7 @@ def _parse_table(
     score_range = (source.score_range[0], source.score_range[1]) if settled and source.score_range else None
     left, facts = Unread(), source.facts
     for number, record in records:
-        beat()
+        come(number, scan.count, f"rows of {name}")
         if form is None and not isinstance(record, str):
             continue
         try:

@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 Tensor = torch.Tensor
 
 PROMPTS_PER_BATCH = 64
-LARGEST_RATIO = 20.0
-"""log(ref / pi) of one token is clamped to this in `kl`, whose exponential would otherwise overflow float64."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class _Evaluator:
                 raise Interrupted
             for number, scored in score_batch(self.policy, forward, batch.to(self.policy.device)):
                 scores[number].append(scored)
-            come(f"{sum(map(bool, scores.values()))} of {len(examples)} rows scored")
+            come(sum(map(bool, scores.values())), len(examples), "rows scored")
         rows = []
         for example in examples:
             # a completion that was cut to nothing is left out, and its pair with it
@@ -188,7 +186,7 @@ class _Evaluator:
         checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
         prompts = [self.renderer.start_ids(row) for row in rows]
-        come(f"{held.name}: {len(prompts)} prompts to be answered")
+        come(0, len(prompts), f"prompts of {held.name} answered")
         replies = ranks().map_shards([(ids, 0) for ids in prompts], partial(self._complete, 0.0))
         texts = [self.renderer.said(reply.ids).content.strip() for reply in replies]
         verdicts = [Verdict({})] * len(rows)
@@ -263,9 +261,7 @@ def score_batch(policy: Forward, reference: Forward | None, batch: Batch) -> Ite
     for example, good, ours, theirs in sequences:
         scored = Scored(good, len(ours), float(ours.sum()))
         if theirs is not None:
-            log_ratio = (theirs - ours).clamp(max=LARGEST_RATIO)
-            divergence = float((log_ratio.expm1() - log_ratio).sum())
-            scored = replace(scored, reward=float((ours - theirs).sum()), divergence=divergence)
+            scored = replace(scored, reward=float((ours - theirs).sum()))
         yield example, scored
 
 

@@ -27,7 +27,6 @@ class Scored:
     tokens: int
     log_prob: float
     reward: float | None = None  # log pi - log ref
-    divergence: float | None = None  # see `kl`
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,14 @@ def log_prob(row: ScoredRow) -> Sum:
     return sum(good), len(good)
 
 
-def kl(row: ScoredRow) -> Sum:
-    """Divergence of the policy from the reference on the data, per token of good completions.
+def log_ratio(row: ScoredRow) -> Sum:
+    """log pi - log ref per token of good completions: how much likelier they have become, or with a minus less likely.
 
-    Mean of r - 1 - log r with r = ref / pi of the data's token: J. Schulman's non-negative estimator ("k3") of
-    KL(pi || ref), but at tokens of the data instead of the policy's own. So it is no unbiased estimate; it is 0 where
-    both agree, grows with every deviation in either direction, and needs only log-probs that are there anyway.
-    The mean of log pi - log ref is no substitute: it is the gain in `nll`, of any sign. The other direction,
-    r = pi / ref, would explode on whatever the policy has learnt.
+    The other estimators of a divergence (r - 1 - log r with r = ref / pi) hold for samples of the policy. On rows that
+    neither model has sampled a few tokens, which the policy made all but impossible, are all that such a mean shows.
     """
-    found = [c for c in row.completions if c.good and c.divergence is not None]
-    return sum(c.divergence or 0.0 for c in found), sum(c.tokens for c in found)
+    found = [c for c in row.completions if c.good and c.reward is not None]
+    return sum(c.reward or 0.0 for c in found), sum(c.tokens for c in found)
 
 
 def _rewards(row: ScoredRow, good: bool) -> Sum:
@@ -116,7 +112,7 @@ def margin(row: ScoredRow) -> Sum:
 
 MEASURES: dict[str, Callable[[ScoredRow], Sum]] = {
     function.__name__: function
-    for function in (nll, log_prob, kl, pair_accuracy, reward_accuracy, margin, chosen_reward, rejected_reward)
+    for function in (nll, log_prob, log_ratio, pair_accuracy, reward_accuracy, margin, chosen_reward, rejected_reward)
 }
 
 

@@ -22,8 +22,11 @@ from typing import TYPE_CHECKING, Any
 from yaml import YAMLError
 
 from uft.errors import problem_lines
+from uft.report.metrics import HEADLINES as CRITERIA
+from uft.report.metrics import LIKELIHOOD, direction
 from uft.runs import Run
-from uft.tracking.console import PREFIX, duration, number, printable, shorten
+from uft.tracking.console import duration, number, printable, shorten
+from uft.tracking.metrics import PREFIX
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -48,8 +51,8 @@ class JobState:
     status: str = "waiting"  # then running, finished, failed, stopped or interrupted
     step: int = 0
     steps: int | None = None  # None: not known before the worker has counted its rows
-    metric: str = ""  # its eval.best
-    mode: str = "min"  # its eval.best_mode
+    metric: str = ""  # its eval.best; where that is the likelihood, what a checker says or a preference if measured
+    mode: str = "min"  # whether less or more of it is better
     best: float | None = None
     error: str = ""
     begun: bool = False  # during this session of the sweep
@@ -101,6 +104,10 @@ class JobState:
                 self.offset += len(line)
                 metrics = json.loads(line)
                 self.step = max(self.step, int(metrics["step"]))
+                if self.metric == LIKELIHOOD:  # the default, which does not rank what people want
+                    first = next((name for name in CRITERIA if name in metrics), LIKELIHOOD)
+                    self.mode = self.mode if first == LIKELIHOOD else str(direction(first))
+                    self.metric = first
                 value = metrics.get(self.metric)
                 # step 0 is the model before training
                 if isinstance(value, (int, float)) and math.isfinite(value) and metrics["step"] > 0:
@@ -237,7 +244,8 @@ class SweepTable:
             jobs = self.refresh()
             done, left = sum(job.status == "finished" for job in jobs), self.seconds_left()
             for job in jobs:
-                if job.status in ENDED and job.folder not in self._told:
+                gone = job.status == "interrupted" and not (job.returned or self._over.is_set())
+                if job.status in ENDED and not gone and job.folder not in self._told:
                     self._told.add(job.folder)
                     parts = [f"{job.status} at step {job.steps_text}", job.best_text, job.reason]
                     parts += [f"left {duration(left)}"] if left and done < self.total else []
@@ -281,7 +289,8 @@ def table_of(jobs: list[JobState], room: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    metrics = list(dict.fromkeys(job.metric for job in jobs if job.metric))
+    known = [job.metric for job in jobs if job.best is not None] or [job.metric for job in jobs if job.metric]
+    metrics = list(dict.fromkeys(known))
     best, ranks = best_job(jobs), {"running": 0, "failed": 1, "waiting": 3}
     order = sorted(range(len(jobs)), key=lambda n: (2 if jobs[n] is best else ranks.get(jobs[n].status, 4), n))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")

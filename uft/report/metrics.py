@@ -30,16 +30,19 @@ LIKELIHOOD = "eval/nll"
 HEADLINES = ("eval/exact_match", "eval/correct", "eval/pair_accuracy", "eval/reward_accuracy", LIKELIHOOD)
 """Judged by default, in this order: what a checker says, which of two answers is preferred, likelihood, which does not
 rank what people want. A metric of `eval.best` that is not the likelihood comes first, figures of `uft eval` that
-several runs have come last. Not `kl`: less of it is not better."""
+several runs have come last. Not `log_ratio`: more of it is not better."""
 
 CAPTIONS = {
     "eval/nll": (
         "Mean negative log-likelihood per token of good held-out completions: one definition for all objectives."
     ),
     "eval/log_prob": "Summed log-likelihood of whole good completions; long ones weigh more.",
+    "eval/log_ratio": (
+        "log pi - log pi_ref per token of good completions: 0 before training, below it where they have become less "
+        "likely. Neither more nor less is better by itself."
+    ),
     "eval/kl": (
-        "How far the model went from its reference on the data, per token, never negative. It is 0 before training: "
-        "less is closer to the start, not better by itself. Read it against what was gained."
+        "Of earlier versions: an estimate of the distance from the reference on the data, which a few tokens decide."
     ),
     "eval/pair_accuracy": "How often the better completion of a pair is the likelier one, whole sequences compared.",
     "eval/reward_accuracy": (

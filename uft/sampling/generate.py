@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from uft.config.schema import Generate
 from uft.data.batch import sequence_batch
 from uft.data.chat import Renderer
+from uft.heartbeat import come
 from uft.model.load import pad_id
 from uft.model.policy import Policy, common_length, evaluating, exact_products, trial_sequences
 
@@ -105,8 +107,9 @@ def complete(
     batches = [together[start : start + batch_size] for start in range(0, len(together), batch_size)]
     batches += [[row] for row in by_length if len(row.prompt) + len(row.uniform) > common]
     with evaluating(policy.module):
-        for batch in batches:
-            _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop, ended)
+        for number, batch in enumerate(batches):
+            told = partial(_tell, sum(map(len, batches[:number])), len(rows), number, len(batches))
+            _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop, ended, told)
     return [row.reply for row in rows]
 
 
@@ -192,6 +195,10 @@ class _Row:
         return not self.reply.stopped and len(self.reply.ids) < len(self.uniform)
 
 
+def _tell(before: int, rows: int, number: int, batches: int, done: int, share: float) -> None:
+    come(before + done, rows, "answers", (number + share) / batches)
+
+
 def _decode(
     policy: Policy,
     rows: list[_Row],
@@ -200,9 +207,11 @@ def _decode(
     pad_id: int,
     should_stop: Callable[[], bool],
     ended: Callable[[Sequence[int]], bool] | None,
+    told: Callable[[int, float], None],
 ) -> None:
     """Answer one batch of prompts, in place. A prompt that several rows have is read once; finished rows leave the
-    batch once half of it is finished."""
+    batch once half of it is finished. `told`: how many are, and the share of the time at most."""
+    size, longest = len(rows), max((len(row.uniform) for row in rows), default=0)
     rows, device = [row for row in rows if row.open], policy.device
     places = {prompt: number for number, prompt in enumerate(dict.fromkeys(tuple(row.prompt) for row in rows))}
     ids, mask = left_padded(list(places), pad_id, device)
@@ -236,6 +245,7 @@ def _decode(
         ids = tokens[:, None]
         step += 1
         kept = [i for i, row in enumerate(rows) if row.open]
+        told(size - len(kept), step / longest if kept else 1.0)
         if 0 < len(kept) <= len(rows) // 2:
             index = torch.tensor(kept, device=device)
             if cache is not None:

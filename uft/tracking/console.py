@@ -6,6 +6,7 @@ On a terminal the step line is rewritten in place; anywhere else, as under a sch
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import os
@@ -21,9 +22,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from uft.errors import redact
+from uft.errors import UftError, redact
 from uft.heartbeat import heartbeat
-from uft.runs import shown
+from uft.runs import cache_root, shown, write_atomically
+from uft.tracking.metrics import FEW, PREFIX, by_source, collapses
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -39,14 +41,11 @@ CLEAR_LINE = "\r\x1b[2K"
 PLAIN_WIDTH = 110  # of a run's tables where there is no terminal
 TABLE_WIDTH = 160  # likewise, of all others
 PACE_WINDOW = 20  # metric lines that the remaining time is estimated from
-PREFIX = "eval/"
 SHOWN_METRICS = 10  # in the end card
 WHOLE, LONGEST_TEXT = 2, 2000  # samples that are shown whole, up to so many characters of each text
 NOISE = 1e-6  # differences of log-probs below it are rounding
-HEADLINES = ("exact_match", "pair_accuracy", "nll", "kl", "margin")
+HEADLINES = ("exact_match", "pair_accuracy", "nll", "log_ratio", "margin")
 """Metrics of an evaluation that come first, in this order, where there is no room for all."""
-RISE, LEAST_RISE = 1.25, 0.25  # of eval/nll since before training, as a factor and in nats: more is told
-LARGEST_KL = 100.0  # nats per token; a larger estimate is none
 STYLES = {"finished": "bold green", "failed": "bold red", "stopped": "bold yellow"}
 
 
@@ -57,7 +56,8 @@ def table_console(quiet: bool = False) -> RichConsole:
     return RichConsole(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False, quiet=quiet)
 
 
-QUIET = 4.0  # seconds without output after which a terminal is told what goes on
+QUIET = 2.0  # seconds without output after which a terminal is told what goes on
+PHASES, MOST_PHASES = "phases.json", 100  # the file of their durations in the cache folder, and of how many jobs
 
 
 class Heard:
@@ -94,19 +94,21 @@ class Heard:
 
 
 def phase_line() -> str:
-    """`the model is being evaluated: 12 of 30 rows, 00:15`"""
+    """`the model is being evaluated: 12 of 30 rows scored, 00:15, about 00:22 left`"""
     now = (
-        heartbeat.doing.replace(" was ", " is being ")
+        heartbeat.phase.doing.replace(" was ", " is being ")
         .replace(" were ", " are being ")
         .replace("it trained", "training")
     )
     far = f": {heartbeat.far}" if heartbeat.far else ""
-    return f"{now}{far}, {duration(time.monotonic() - heartbeat.since)}"
+    left = heartbeat.left()
+    rest = "" if left is None else f", about {duration(left)} left"
+    return f"{now}{far}, {duration(time.monotonic() - heartbeat.phase.since)}{rest}"
 
 
 @contextmanager
 def saying_what_takes_long() -> Iterator[None]:
-    """Within, a terminal is told what goes on, how far and for how long, whenever nothing else was said for a while."""
+    """Within, a terminal is told what goes on, how far and how long still, when nothing else was said for a while."""
     stream = sys.stdout
     if not stream.isatty() or os.environ.get("TERM", "") in ("", "dumb"):
         yield
@@ -127,6 +129,28 @@ def saying_what_takes_long() -> Iterator[None]:
         thread.join(2.0)
         heard.clear()
         sys.stdout = stream
+        remember(heartbeat.subject)
+
+
+def expect(subject: str) -> None:
+    """Learn what the phases of the last job of this kind, on this model, took here."""
+    heartbeat.subject = subject
+    heartbeat.took |= known_phases().get(subject, {})
+
+
+def known_phases() -> dict[str, dict[str, float]]:
+    with suppress(OSError, ValueError):
+        return dict(json.loads((cache_root() / PHASES).read_text(encoding="utf-8")))
+    return {}
+
+
+def remember(subject: str) -> None:
+    """Keep what long phases took, for the newest hundred subjects."""
+    known = known_phases()
+    took = known.pop(subject, {}) | {name: round(took, 1) for name, took in heartbeat.took.items() if took >= QUIET}
+    with suppress(OSError, UftError):
+        cache_root().mkdir(parents=True, exist_ok=True)
+        write_atomically(cache_root() / PHASES, json.dumps(dict([*known.items()][1 - MOST_PHASES :]) | {subject: took}))
 
 
 class Console:
@@ -146,6 +170,9 @@ class Console:
         self._terms: dict[str, None] = {}
         self._pace: deque[tuple[int, float]] = deque(maxlen=PACE_WINDOW)
         self._evaluations: dict[int, Mapping[str, float]] = {}
+        self._first: list[Mapping[str, float]] = []  # training lines of the stage, and its latest
+        self._latest: deque[Mapping[str, float]] = deque(maxlen=FEW)
+        self._told: set[str] = set()  # what was said of a collapse between evaluations
         self.marks: dict[str, int] = {}  # evaluations that stay in the table, by name: the ends of stages
 
     def message(self, text: str) -> None:
@@ -155,6 +182,9 @@ class Console:
     def start(self, title: str, rows: Card) -> None:
         """The card before the first step of a run or of a stage: what runs, on what, and where it goes."""
         self._terms = {}  # the next steps may be another objective's
+        self._first.clear()
+        self._latest.clear()
+        self._told.clear()
         self._heading(title)
         self._print(card(rows, self._width()) + "\n")
 
@@ -171,9 +201,15 @@ class Console:
         self._print("")
         self._heading(title, STYLES.get(result["status"], "bold"))
         rows = ending_rows(result, total_steps, commands, run)
-        if note := collapse_note(self._evaluations):
-            rows.insert(min(len(rows), 3), ("caution", note))
+        cautions = [("caution", note) for note in self._collapses(result["final"]).values()]
+        at = next((place for place, (label, _) in enumerate(rows) if label in ("time", "tokens")), len(rows) - 1)
+        rows[at:at] = cautions
         self._print(card(rows, self._width()))
+
+    def _collapses(self, last: Mapping[str, float]) -> dict[str, str]:
+        evaluated = ({**metrics, "step": step} for step, metrics in self._evaluations.items())
+        found = collapses([*evaluated, *self._first, *self._latest, last])
+        return {what: printable(note) for what, note in found.items()}
 
     def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Evaluations of an earlier session of this run, from its metric lines, for the column "before"."""
@@ -184,6 +220,11 @@ class Console:
         """The line of a step."""
         names = (name.removeprefix("objective/") for name in metrics if name.startswith("objective/"))
         self._terms.update(dict.fromkeys(names))
+        (self._first if len(self._first) < FEW else self._latest).append({**metrics, "step": step})
+        notes = self._collapses(metrics)
+        for what in [what for what in notes if what not in self._told]:
+            self._told.add(what)
+            self.message(f"caution: {notes[what]}")
         line = partial(step_line, step, self.total_steps, metrics, tuple(self._terms), self._eta(step, metrics))
         if not self.interactive:
             self._print(line())
@@ -198,9 +239,10 @@ class Console:
         if evaluation.metrics:
             self._evaluations[step] = dict(evaluation.metrics)
             self._rich(evaluation_table(step, self._evaluations, self.marks))
-            notes = [note for note in (kl_note(evaluation.metrics), collapse_note(self._evaluations)) if note]
+            notes = self._collapses({})
+            self._told |= notes.keys()
             unbroken: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-            folded = [textwrap.fill(note, max(self._width(), 20), **unbroken) for note in notes]
+            folded = [textwrap.fill(note, max(self._width(), 20), **unbroken) for note in notes.values()]
             self._print("\n" + "".join(f"{note}\n" for note in folded))
         if evaluation.samples:
             self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
@@ -294,16 +336,6 @@ def rendered(renderable: Any, width: int, color: bool) -> str:
 # --- The table of an evaluation, samples, and the end card.
 
 
-def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """The metrics of an evaluation by source; "" is all sources together."""
-    found: dict[str, dict[str, float]] = {"": {}}
-    for name, value in metrics.items():
-        source, _, metric = name.removeprefix(PREFIX).rpartition("/")
-        if name.startswith(PREFIX):
-            found.setdefault(source, {})[metric] = value
-    return found
-
-
 def evaluation_table(
     step: int, history: Mapping[int, Mapping[str, float]], marks: Mapping[str, int] | None = None
 ) -> Table:
@@ -327,39 +359,6 @@ def evaluation_table(
     for metric in dict.fromkeys(name for column in columns.values() for name in column):
         table.add_row(printable(metric), *(measure(column.get(metric)) for column in columns.values()))
     return table
-
-
-def kl_note(metrics: Mapping[str, float]) -> str:
-    """A line about estimates of `kl` that are no estimates; "" where there are none."""
-    found = (name.removeprefix(PREFIX) for name, value in metrics.items() if not value <= LARGEST_KL)  # NaN too
-    names = [name for name in found if name.rpartition("/")[2] == "kl"]
-    why = "no estimate. Tokens that the model has made all but impossible outweigh all others; read nll instead"
-    return printable(f"{', '.join(names)}: {why}") if names else ""
-
-
-def collapse_note(history: Mapping[int, Mapping[str, float]]) -> str:
-    """A line about good answers that have become much less likely since before training; "" where they have not.
-
-    `history` holds the evaluations of a run by step.
-    """
-    if 0 not in history or (last := max(history)) == 0:
-        return ""
-    before, now = (by_source(history[step]) for step in (0, last))
-    rises = {
-        source: (before[source]["nll"], metrics["nll"])
-        for source, metrics in now.items()
-        if "nll" in metrics and "nll" in before.get(source, {})
-    }
-    sunk = {source: (old, new) for source, (old, new) in rises.items() if not new <= max(RISE * old, old + LEAST_RISE)}
-    if "" not in sunk:
-        return ""
-    parts = ", ".join(f"{printable(name)} {old:.2f} to {new:.2f}" for name, (old, new) in sunk.items() if name)
-    old, new = sunk[""]
-    return (
-        f"good answers have become less likely: eval/nll {old:.2f} to {new:.2f} since step 0"
-        f"{f' ({parts})' if parts else ''}. A lower learning rate, or a likelihood term (sft_weight, demonstrations in "
-        "the mixture), holds them"
-    )
 
 
 def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
@@ -410,13 +409,13 @@ def ending_rows(
     overall = {name: final[name] for name in dict.fromkeys([*training, *measured])}
     speed = f", {count(tokens / seconds)} tok/s" if seconds > 0 else ""
     memory = result["peak_memory_bytes"]
+    times = {"training": seconds, "stages that make rows": result.get("making_seconds")}
     rows = [
         ("status", f"{result['status']} at step {result['steps']}/{total_steps}"),
         ("error", result["error"] or ""),
         ("final", text(overall)),
         ("best", f"{best} at step {result['best_step']}" if best and result["best_step"] is not None else best),
-        ("caution", kl_note(overall)),
-        ("time", f"{duration(seconds)} of training" if seconds else ""),
+        ("time", ", ".join(f"{duration(spent)} of {what}" for what, spent in times.items() if spent)),
         ("tokens", count(tokens) + speed if tokens else ""),
         ("peak memory", f"{memory / 1e9:.1f} GB" if memory is not None else ""),
         ("checkpoint", place(result["best_checkpoint"]) if result["best_checkpoint"] else ""),

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -28,6 +29,12 @@ if TYPE_CHECKING:  # it imports torch, and compare and ls read metrics
     from uft.evaluation.evaluate import Item, Sample
 
 NOT_NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+PREFIX = "eval/"
+RISE, LEAST_RISE = 1.25, 0.25  # of nll since before training, as a factor and in nats: more is told
+FEW = 3  # metric lines whose means are compared
+GONE = 0.05  # of the entropy that there was: less is told
+LARGEST_KL = {True: 20.0, False: 100.0}
+"""Nats: of a token of the data more than a uniform guess over any vocabulary is away from certainty; of own samples."""
 Checksum = tuple[int, int]  # step, CRC-32 of the line without its end
 
 
@@ -236,3 +243,73 @@ def describe_damage(name: str, steps: Iterable[int]) -> str:
 
 def _crc(text: str) -> int:
     return zlib.crc32(text.encode("utf-8", "backslashreplace"))
+
+
+# --- What metric lines say of a run.
+
+
+def by_source(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The metrics of an evaluation by source; "" is all sources together."""
+    found: dict[str, dict[str, float]] = {"": {}}
+    for name, value in metrics.items():
+        source, _, metric = name.removeprefix(PREFIX).rpartition("/")
+        if name.startswith(PREFIX):
+            found.setdefault(source, {})[metric] = value
+    return found
+
+
+def collapses(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What says that a run has collapsed, in words and with what helps, by kind; empty of a sound run.
+
+    Likelihood: good answers are much less likely than before the first step; without an evaluation then and later, than
+    in the first lines, while the loss fell. Entropy: that of own samples is gone. kl: an estimate beyond any bound.
+    """
+    steps = sorted((line for line in lines if "step" in line), key=itemgetter("step"))
+    evaluated = [line for line in steps if f"{PREFIX}nll" in line]
+    trained = [line for line in steps if "loss" in line]
+    trained = [line for line in trained if line.get("stage") == trained[-1].get("stage")]
+    first, last = trained[:FEW], trained[FEW:][-FEW:]
+
+    def change(name: str) -> tuple[float, float]:
+        """Means over the first lines and the last ones; infinite where there are too few."""
+        ends = ([line[name] for line in end if name in line] for end in (first, last))
+        before, now = (sum(end) / FEW if len(end) == FEW else math.inf for end in ends)
+        return before, now
+
+    found = {}
+    if len(evaluated) > 1 and evaluated[0]["step"] == 0:
+        before, now = (by_source(line) for line in (evaluated[0], evaluated[-1]))
+        there = [name for name, metrics in now.items() if "nll" in metrics and "nll" in before.get(name, {})]
+        rises = {name: (before[name]["nll"], now[name]["nll"]) for name in there}
+        sunk = {name: f"{old:.2f} to {new:.2f}" for name, (old, new) in rises.items() if risen(old, new)}
+        parts = ", ".join(f"{name} {figures}" for name, figures in sunk.items() if name)
+        if "" in sunk:
+            found["likelihood"] = f"eval/nll {sunk['']} since step 0{f' ({parts})' if parts else ''}"
+    elif risen(*change("nll")) and change("loss")[1] < change("loss")[0]:
+        figures = ("{} {:.2f} to {:.2f}".format(name, *change(name)) for name in ("nll", "loss"))
+        found["likelihood"] = f"{', '.join(figures)} of the training rows, from the first lines to the last"
+    if "likelihood" in found:
+        found["likelihood"] = (
+            f"good answers have become less likely: {found['likelihood']}. A lower learning rate, or a likelihood term "
+            "(sft_weight, demonstrations in the mixture), holds them"
+        )
+    was, entropy = change("objective/entropy")
+    if entropy < GONE * was:
+        found["entropy"] = (
+            f"own samples are all alike: objective/entropy {was:.3g} to {entropy:.3g} nats a token. A lower learning "
+            "rate, an entropy term (objective.entropy) or a divergence term (objective.kl) keeps them apart"
+        )
+    newest = {name: value for line in (*evaluated[-1:], *lines[-1:]) for name, value in line.items()}
+    estimates = {name: value for name, value in newest.items() if name.rpartition("/")[2] == "kl"}
+    bounds = {name: LARGEST_KL[name.startswith(PREFIX)] for name in estimates}
+    if names := [name for name, value in estimates.items() if not value <= bounds[name]]:
+        found["kl"] = (
+            f"{', '.join(name.removeprefix(PREFIX) for name in names)}: no estimate. Tokens that the model has made "
+            "all but impossible outweigh all others; read nll instead"
+        )
+    return found
+
+
+def risen(old: float, new: float) -> bool:
+    """Whether a negative log-likelihood is much larger than it was, or nan."""
+    return not new <= max(RISE * old, old + LEAST_RISE)

@@ -81,7 +81,7 @@ class Watchdog:
         while quiet < self.ticks and not self.over.wait(self.seconds / self.ticks):
             self.python_runs()
             now = moved_bytes()
-            if not heartbeat.moving:
+            if not heartbeat.phase.moving:
                 moved = now
             elif now - moved >= MOVED:
                 moves, moved = moves + 1, now
@@ -108,7 +108,7 @@ class Watchdog:
             with suppress(OSError), open(trace, "w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         self.last_words(
-            f"hung: no sign of life for {minutes:02}:{rest:02} while {heartbeat.doing} "
+            f"hung: no sign of life for {minutes:02}:{rest:02} while {heartbeat.phase.doing} "
             f"(hardware.watchdog={self.seconds:g}). Where it stood{where}"
         )
         if launched() == 1:

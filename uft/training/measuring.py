@@ -37,7 +37,8 @@ from uft.model.reference import make_reference
 from uft.rewards import spec_of
 from uft.runs import cache_root, shown, write_atomically, write_json
 from uft.sampling.generate import Interrupted
-from uft.tracking.console import kl_note, printable, table_console
+from uft.tracking.console import printable, table_console
+from uft.tracking.metrics import collapses
 from uft.training.dataset import make_renderer, tokenize_held_out
 from uft.training.liveness import Stop, listening
 from uft.training.making import say_on
@@ -260,8 +261,8 @@ def tables(found: Measured) -> list[Table | Text]:
     for metric in metrics:
         found_in = (found.figures.get(f"eval/{column}{metric}") for column in columns)
         table.add_row(f"  {printable(metric)}", *map(with_error, found_in))
-    note = kl_note({name: figure["value"] for name, figure in found.figures.items()})
-    last = [Text(f"\n  {note}")] if note else []
+    notes = collapses([{name: figure["value"] for name, figure in found.figures.items()}]).values()
+    last = [Text(f"\n  {printable(note)}") for note in notes]
     return [Text(""), table, Text("  mean ± standard error over rows", style="dim"), *last]
 
 

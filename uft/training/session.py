@@ -356,7 +356,8 @@ class Session:
             steps += record.get("steps", 0)
         total = total_progress(records.values())
         record = result_record(total, best, self.device, self.started, read_metrics(self.run))
-        stages = {"stages": self.results} if self.config.stages else {}
+        making = sum(one["wall_seconds"] for one in self.results.values() if one.get("do", "fit") != "fit")
+        stages = {"making_seconds": making, "stages": self.results} if self.config.stages else {}
         return {"status": status, "error": error, **record, **stages}
 
 
@@ -406,7 +407,7 @@ class Recorder:
         self.tokens += step.tokens
         self.supervised += step.supervised_tokens
         number, cfg = trainer.progress.step, trainer.config.train
-        come(f"step {number} of {trainer.steps} is done")
+        come(number, trainer.steps, "steps done")
         if number == 1 or number % cfg.log_every == 0 or number == trainer.steps:
             self.write_line(trainer)
         self.evaluate_if_due(trainer)
@@ -576,14 +577,13 @@ def next_commands(run: Run, config: Config, status: str) -> list[str]:
         return [f"uft resume {typed_path(run.path)}"]
     path, to = typed_path(run.path), shlex.quote(f"{run.name}-model")
     lines = [f"uft chat {path}      # a conversation with it", f"uft export {path} --to {to}      # for other programs"]
+    lines += [f"uft eval {path}      # the tasks of eval.tasks"] if config.eval.tasks else []
     lines = lines if run.model_dir.is_dir() else []
-    if lines and config.eval.tasks:
-        lines.append(f"uft eval {path}      # the tasks of eval.tasks")
     other = "sft" if config.objective["name"] != "sft" else "ift"
-    kept = [word for word in run.overrides() if not word.lstrip("+~").startswith(OWN_KEYS)]
-    words = [f"objective={other}", *kept]
-    files = any(word.lstrip("+").startswith(("experiment", "--")) for word in kept)  # which may set anything
-    swept = any(word.lstrip("+").startswith("sweep=") for word in kept)  # the command would be the whole sweep
+    words = [f"objective={other}", *(w for w in run.overrides() if not w.lstrip("+~").startswith(OWN_KEYS))]
+    words = [f"train.steps={config.train.steps or 'null'}" if w.startswith("train.steps=") else w for w in words]
+    files = any(word.lstrip("+").startswith(("experiment", "--")) for word in words)  # which may set anything
+    swept = any(word.lstrip("+").startswith("sweep=") for word in words)  # the command would be the whole sweep
     if not config.stages and not swept and (not files or can_be_composed(words)):
         lines.insert(0, f"{shlex.join(['uft', 'train', *words])}      # the same rows under another objective")
     return lines

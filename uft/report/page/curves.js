@@ -27,6 +27,7 @@ function curveView() {
   return {
     x: form.x.value,
     band: form.band.value,
+    per: form.per.value,
     smoothing: Number(form.smoothing.value),
     seeds: form.seeds.checked,
     log: form.log.checked,
@@ -53,12 +54,18 @@ function addCard(metric) {
     note,
   );
   byId("curve-grid").append(card);
+  const fit = () => {
+    const facets = curveFacets(metric.name, curveView());
+    card.classList.toggle("across", facets.length > 1);
+    fitPlots(chart, facets);
+    return facets;
+  };
   const panel = addPanel(chart, () => {
-    const { traces, layout, note: text } = curveChart(metric.name, curveView());
+    const { traces, layout, note: text } = curveChart(metric.name, curveView(), fit(), chart);
     draw(chart, traces, layout);
     note.textContent = text;
   });
-  cards.set(metric.name, { panel, card });
+  cards.set(metric.name, { panel, card, fit });
 }
 
 function removeCard(metric) {
@@ -119,6 +126,8 @@ function startCurves() {
     return;
   }
   const form = byId("curve-controls");
+  fill(form.elements.per, facetOptions(), "");
+  form.elements.per.parentElement.hidden = facetOptions().length === 1;
   if (groups.length > BANDS_UP_TO) form.elements.band.value = "none";
   firstMetrics().forEach((name) => addCard(metricByName.get(name)));
   listMetrics();
@@ -129,6 +138,7 @@ function startCurves() {
   form.addEventListener("input", (event) => {
     if (event.target.name === "find") return findMetrics(event.target.value);
     form.elements.amount.value = form.elements.smoothing.value;
+    for (const { fit } of cards.values()) fit(); // all at once: what is in view must not move while they are drawn
     return event.target.closest(".chooser") || redraw([...cards.values()].map((entry) => entry.panel));
   });
 }

@@ -145,7 +145,8 @@ function curveLimits(traces, metric) {
     if (i < 0) return [];
     const beyond = outside(trace.y[i], limits);
     const marker = { symbol: outwards(0, beyond), size: 12, color: trace.line.color };
-    const place = { x: [trace.x[i]], y: [range[beyond > 0 ? 1 : 0]], mode: "markers" };
+    const axes = { xaxis: trace.xaxis, yaxis: trace.yaxis };
+    const place = { x: [trace.x[i]], y: [range[beyond > 0 ? 1 : 0]], mode: "markers", ...axes };
     return [{ ...place, marker, hovertemplate: `${trace.customdata[i]}<extra></extra>`, uft: "outside" }];
   });
   return { limits, arrows };
@@ -166,32 +167,49 @@ function curveNotes(metric, found, beyond) {
     .join(" ");
 }
 
-// {traces, layout, note} of one metric under the view {x, band, smoothing, seeds, log, whole}.
-function curveChart(metric, view) {
+// The plots of a metric: one, or one for each value of the setting `view.per` that has a curve.
+function curveFacets(metric, view) {
+  const found = curveGroups(metric, view);
+  const facets = plotsPer(view.per).filter(({ has }) => found.some(({ group }) => has(group)));
+  return facets.length ? facets : plotsPer("");
+}
+
+// {traces, layout, note} of one metric under the view {x, band, per, smoothing, seeds, log, whole}, in plots at `node`.
+function curveChart(metric, view, facets, node) {
   const found = curveGroups(metric, view);
   const ends = found
     .flatMap((entry) => entry.members.map((member) => member.x[member.x.length - 1]))
     .filter(Number.isFinite);
   const longest = Math.max(0, ...ends);
   const unit = view.x === "seconds" ? timeUnit(longest) : { scale: 1, name: UNITS[view.x] };
-  const traces = found.flatMap((entry) => groupTraces(entry, view, unit.scale));
+  const traces = facets.flatMap(({ has }, i) => {
+    const axes = i === 0 ? {} : { xaxis: `x${i + 1}`, yaxis: `y${i + 1}` };
+    const mine = found.filter(({ group }) => has(group)).flatMap((entry) => groupTraces(entry, view, unit.scale));
+    return mine.map((trace) => ({ ...trace, ...axes }));
+  });
   const { limits, arrows } = view.whole || view.log ? { arrows: [] } : curveLimits(traces, metric);
   traces.push(...arrows);
   // Bands below, single runs above them, means on top.
   const depth = ["band", "single", "mean", "outside"];
   traces.sort((a, b) => depth.indexOf(a.uft) - depth.indexOf(b.uft));
+  const across = {
+    type: "linear",
+    automargin: false, // measuring all labels twice is slow, and these are short
+    tickformat: longest / unit.scale >= 1e4 ? "~s" : "",
+    rangemode: "tozero",
+    hoverformat: view.x === "seconds" ? ".4~g" : ",.0f",
+  };
+  const up = { type: view.log ? "log" : "linear", automargin: false, tickformat: ".4~g", range: limits };
+  const { layout: axes } = plotAxes(node, facets, [unit.name, ""], [across, up]);
+  facets.slice(1).forEach((_, i) => { // the same limits, also when one of them is zoomed
+    axes[`xaxis${i + 2}`].matches = "x";
+    axes[`yaxis${i + 2}`].matches = "y";
+  });
   const layout = chartLayout({
+    ...axes,
     hovermode: view.seeds || found.length > FEW ? "closest" : "x unified",
-    margin: { l: 58, r: 14, t: 10, b: 44 },
-    xaxis: chartAxis(unit.name, {
-      type: "linear",
-      automargin: false, // measuring all labels twice is slow, and these are short
-      tickformat: longest / unit.scale >= 1e4 ? "~s" : "",
-      rangemode: "tozero",
-      hoverformat: view.x === "seconds" ? ".4~g" : ",.0f",
-    }),
-    yaxis: chartAxis("", { type: view.log ? "log" : "linear", automargin: false, tickformat: ".4~g", range: limits }),
-    uirevision: `${view.x} ${view.log} ${limits}`,
+    margin: { l: 58, r: 14, t: facets.length > 1 ? 24 : 10, b: 44 },
+    uirevision: `${view.x} ${view.log} ${view.per} ${limits}`,
   });
   return { traces, layout, note: curveNotes(metric, found, arrows.length) };
 }

@@ -1,10 +1,10 @@
-// One metric against another in a plot or several side by side: their axes, and where names stand.
+// A plot, or several side by side, one for each value of a setting: their axes, and where names stand.
 
-const MOST_PLOTS = 6;
+const MOST_PLOTS = 30;
 const COLUMNS_OF_PLOTS = 3;
 
 // [{title, has}]: one plot of all groups, or one for each value of a setting.
-function scatterPlots(key) {
+function plotsPer(key) {
   const axis = data.axes.find((each) => each.key === key);
   if (!axis) return [{ title: "", has: () => true }];
   return axis.values.slice(0, MOST_PLOTS).map((value) => ({
@@ -13,24 +13,40 @@ function scatterPlots(key) {
   }));
 }
 
-// Axes of plots side by side, all with the same limits, and the plots' titles.
-function plotAxes(plots, names, limits) {
-  const columns = Math.min(plots.length, byId("scatter").clientWidth < 640 ? 1 : COLUMNS_OF_PLOTS);
+// What a plot can be drawn per, beside all in one.
+function facetOptions() {
+  const axes = data.axes.filter((axis) => axis.values.length > 1 && axis.values.length <= MOST_PLOTS);
+  return [["", "– (all in one)"], ...axes.map((axis) => [axis.key, shown(axis.key, 40)])];
+}
+
+// Plots side by side are 230 pixels high each; one is as high as its place says.
+function fitPlots(node, plots) {
+  const lines = Math.ceil(plots.length / columnsOf(node, plots));
+  if (plots.length > 1) node.style.height = `${Math.max(290, 230 * lines)}px`;
+  else node.style.removeProperty("height");
+}
+
+function columnsOf(node, plots) {
+  return Math.min(plots.length, node.clientWidth < 640 ? 1 : COLUMNS_OF_PLOTS);
+}
+
+// Axes of plots side by side, with the same options each, and the plots' titles.
+function plotAxes(node, plots, titles, options) {
+  const columns = columnsOf(node, plots);
   const lines = Math.ceil(plots.length / columns);
   const layout = { annotations: [] };
   plots.forEach(({ title }, i) => {
     const [column, line] = [i % columns, Math.floor(i / columns)];
     const [end, gap] = [i === 0 ? "" : i + 1, plots.length > 1 ? [0.03, 0.13] : [0, 0]];
     const place = (at, count, space) => [at / count + (at ? space / 2 : 0), (at + 1) / count - (at + 1 < count ? space / 2 : 0)];
-    const fixed = { type: "linear", tickformat: ".4~g", autorange: false };
     const x = column === 0 && line === lines - 1;
     layout[`xaxis${end}`] = {
-      ...chartAxis(plots.length === 1 || line === lines - 1 ? metricTitle(names[0]) : "", { ...fixed, range: limits[0] }),
+      ...chartAxis(plots.length === 1 || line === lines - 1 ? titles[0] : "", options[0]),
       domain: place(column, columns, gap[0]),
       anchor: `y${end}`,
     };
     layout[`yaxis${end}`] = {
-      ...chartAxis(column === 0 ? metricTitle(names[1]) : "", { ...fixed, range: limits[1] }),
+      ...chartAxis(column === 0 ? titles[1] : "", options[1]),
       domain: place(lines - 1 - line, lines, gap[1]),
       anchor: `x${end}`,
       showticklabels: column === 0 || x,

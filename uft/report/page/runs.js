@@ -29,7 +29,7 @@ function allColumns() {
       .map((metric) => numberColumn(`final ${metric.name}`, metric.name, (run) => finalOf(run, metric.name))),
     ...headline.map((name) => numberColumn(`best ${name}`, `best ${name}`, (run) => toNumber(own(run.best, name)))),
     { key: "steps", title: "steps", value: (run) => run.steps, show: stepsOf, number: true },
-    numberColumn("seconds", "time", fact("seconds"), duration),
+    numberColumn("seconds", "training time", fact("seconds"), duration),
     numberColumn("tokens", "tokens", fact("tokens"), count),
     numberColumn("supervised", "supervised tokens", fact("supervised_tokens"), count),
     numberColumn("speed", "tokens/s", fact("tokens_per_second"), count),

@@ -158,11 +158,12 @@ function drawScatter() {
     const single = form.seeds.checked ? shownRuns().map((run) => statOf([finalOf(run, name) ?? NaN])) : [];
     return limitsOf([...inView.map(({ stats }) => stats[i]), ...single], name, form.whole.checked);
   });
-  const plots = scatterPlots(form.per.value);
-  if (plots.length > COLUMNS_OF_PLOTS || (plots.length > 1 && node.clientWidth < 640))
-    node.style.height = `${230 * Math.ceil(plots.length / (node.clientWidth < 640 ? 1 : COLUMNS_OF_PLOTS))}px`;
+  const plots = plotsPer(form.per.value);
+  if (plots.length > columnsOf(node, plots)) fitPlots(node, plots);
   else fitFirstScreen(node);
-  const { layout, size } = plotAxes(plots, names, limits);
+  const fixed = { type: "linear", tickformat: ".4~g", autorange: false };
+  const options = limits.map((range) => ({ ...fixed, range }));
+  const { layout, size } = plotAxes(node, plots, names.map(metricTitle), options);
   const traces = plots.flatMap(({ has }, i) => {
     const end = i === 0 ? "" : i + 1;
     const mine = points.filter(({ group }) => has(group));
@@ -226,13 +227,11 @@ function startScatter() {
   }
   const form = byId("scatter-controls");
   const [x, y] = firstPair(metrics.map((metric) => metric.name));
-  const axes = data.axes.filter((axis) => axis.values.length > 1 && axis.values.length <= MOST_PLOTS);
-  const many = groups.length > NAMED && axes.some((axis) => axis.key === "objective.name");
+  const few = data.axes.some((axis) => axis.key === "objective.name" && axis.values.length <= 2 * COLUMNS_OF_PLOTS);
   fill(form.elements.x, metricOptions(metrics), x);
   fill(form.elements.y, metricOptions(metrics), y);
-  const options = axes.map((axis) => [axis.key, shown(axis.key, 40)]);
-  fill(form.elements.per, [["", "– (all in one)"], ...options], many ? "objective.name" : "");
-  form.elements.per.parentElement.hidden = axes.length === 0;
+  fill(form.elements.per, facetOptions(), few && groups.length > NAMED ? "objective.name" : "");
+  form.elements.per.parentElement.hidden = facetOptions().length === 1;
   form.elements.seeds.checked = !groups.some((group) => Object.keys(group.metrics).length > 0);
   const panel = addPanel(byId("scatter"), drawScatter);
   form.addEventListener("submit", (event) => event.preventDefault());
