@@ -136,6 +136,7 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
         ("data=alpaca", "rows of yours:  data=FILE, data=FOLDER or data=ORG/NAME"),
         ("data=[a,b]", "rows of several files:  data=[a.jsonl,b.jsonl]"),
         ("data=[a,b]", "a run for each of them:  -m data=a,b"),
+        ("objective=[sft,dpo]", "a run for each of them:  -m objective=sft,dpo"),
         ("data=a.jsonl,b.jsonl", "their rows together:  data=[a.jsonl,b.jsonl]"),
         ("data=a.jsonl,b.jsonl", "a run for each:  -m data=a.jsonl,b.jsonl"),
         ("model=Qwen/Qwen2.5-0.5B", ":  model.path=Qwen/Qwen2.5-0.5B\n      choices: custom, "),

@@ -50,6 +50,7 @@ VERSION_BASE = "1.3"
 HEADER = 512  # characters that Hydra looks through for a header
 OPEN = ("objective", "reward", "data.sources", "stages")
 """Where Hydra takes any key of a command line: which keys there are depends on choices, and is checked by us."""
+SINGLE = ("objective", "reward", "data", "model", "optim")  # of these a run has one, named by `name`
 
 
 @dataclass(frozen=True)
@@ -475,13 +476,17 @@ def _choose(override: Override, files: Files, words: Words) -> None:
     asked = [] if override.is_delete() else value if isinstance(value, list) else [value]
     options = [str(option) for option in asked if option is not None]
     lost = next((option for option in options if not files.has(group, option)), None)
+    each = f"a run for each of them:  -m {group}={','.join(options)}"
+    if lost is None and len(options) > 1 and group in SINGLE:
+        words.problems.append(Problem(line, "the second file would change keys of the first", COMMAND_LINE, (each,)))
+        words.mended.append(f"{group}={options[0]}")
+        return
     if lost is None:
         words.choices.append(line)
         return
     place = f"{group}@{override.package}" if override.package else group
     advice, near = no_such_option(group, lost, list(files.groups[group]), place)
     if isinstance(value, list):
-        each = f"a run for each of them:  -m {group}={','.join(options)}"
         advice = (*(("rows of several files:  data=[a.jsonl,b.jsonl]",) if group == "data" else ()), each, *advice)
     words.problems.append(Problem(line, f"no such file in conf/{group}", COMMAND_LINE, advice))
     words.mended += [near] if near else []
