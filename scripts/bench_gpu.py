@@ -168,7 +168,7 @@ def memory(bench: Bench) -> Figures:
         prepared = bench.prepared("sft", f"train.micro_batch_tokens={tokens}", "model.compile=false")
         trainer = prepared.trainer
         trainer.update(
-            trainer.collator(trainer.sampler.items(trainer.sampler.preview(trainer.config.train.batch_size)))
+            trainer.collator(trainer.sampler.examples_of(trainer.sampler.preview(trainer.config.train.batch_size)))
         )
         synchronise()
         planned = sum(prepared.planned(tokens).values())
@@ -217,7 +217,7 @@ def attention(bench: Bench) -> Figures:
 def profile(bench: Bench) -> Figures:
     """Milliseconds of the longest operations in one step of SFT, after one that warms up."""
     trainer = bench.prepared("sft").trainer
-    batches = trainer.collator(trainer.sampler.items(trainer.sampler.preview(trainer.config.train.batch_size)))
+    batches = trainer.collator(trainer.sampler.examples_of(trainer.sampler.preview(trainer.config.train.batch_size)))
     trainer.update(batches)
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * ON_GPU
     with torch.profiler.profile(activities=kinds) as found:

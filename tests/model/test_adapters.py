@@ -1,4 +1,4 @@
-"""Kinds of adapters, modules trained whole beside them, and quantised weights beneath."""
+"""Kinds of adapters, modules trained whole beside them, and quantised weights checkpoint_config."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         }
         config = typed(settings)
         trainer = prepare(Run(tmp_path / "run"), config, choose_device(config.hardware), Stop()).trainer
-        items = trainer.sampler.items(trainer.sampler.preview(len(records)))
+        items = trainer.sampler.examples_of(trainer.sampler.preview(len(records)))
         trainer.hooks = [keep := Keep()]
         trainer.fit()
         return Outcome(

@@ -32,7 +32,7 @@ from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, registe
 from uft.config.frozen import annotated, free
 from uft.config.messages import conf_dir, config_dirs, groups, nearest, written
 from uft.config.schema import COLUMNS, Config, fields_of
-from uft.config.stages import differences, made, rows_of, unready, without_stages
+from uft.config.stages import differences, is_made, rows_of, unready, without_stages
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import (
     JobFailed,
@@ -300,7 +300,7 @@ def as_found(source: WeightsSource, words: Sequence[str]) -> dict[str, Any]:
         named = {key: node[key] for key in FILES & node.keys() if node[key] not in (None, *NAMES)}
         node |= {key: run.found(path) for key, path in named.items()}
     for name, one in settings["data"]["sources"].items():
-        one["path"] = str(rows_of(run.path, one["path"], name)) if made(one["path"]) else one["path"]
+        one["path"] = str(rows_of(run.path, one["path"], name)) if is_made(one["path"]) else one["path"]
     settings["model"] |= source.model | {"path": str(Path(source.path).resolve())}
     settings["generate"]["out"] = settings["generate"]["out"] or str(Path(run.path, "generated.jsonl"))
     return settings

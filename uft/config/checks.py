@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 OBJECTIVE, REWARD = "objective", "reward"
 NOT_TYPED = ("name", "method")  # keys of an objective that its file sets; they cannot be overridden
-UNKNOWN = "unexpected_keyword_argument"  # pydantic's type of the error of a key that there is not
+UNKNOWN_KEY = "unexpected_keyword_argument"  # pydantic's type of the error of a key that there is not
 BOUNDS = {"greater_than_equal": "at least", "greater_than": "above", "less_than_equal": "at most", "less_than": "below"}
 
 
@@ -233,7 +233,7 @@ class Draft:
         """(the settings as `judge` has them; what is wrong with each by itself, by dotted key)."""
         values, lost = resolved(self.values)
         found = faults(self.schema, values)
-        unknown = {path for path, fault in found.items() if fault.type == UNKNOWN}
+        unknown = {path for path, fault in found.items() if fault.type == UNKNOWN_KEY}
         lost = {path for path in lost if not unknown & {path[:depth] for depth in range(1, len(path) + 1)}}
         found |= {path: Fault("lost", self.get(path)) for path in lost}
         given = {path: self.get(path) for path in found}
@@ -262,7 +262,7 @@ class Draft:
             return Problem(setting.key, "has no value", setting.where, (f"give it:  {setting.key}=...",))
         if fault.type == "lost":
             return self._against_rule(path, None, f"refers to something that has no value: {fault.value}", ())
-        if fault.type == UNKNOWN:
+        if fault.type == UNKNOWN_KEY:
             return self.unknown(setting, path)
         if len(setting.path) > len(path):
             return Problem(setting.text, f"{'.'.join(path)} is a value and has no keys of its own", setting.where)
@@ -363,7 +363,7 @@ def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
                 map(str, takewhile(lambda part: isinstance(part, str), one["loc"]))
             )  # a number: a place in a list
             bound = next(iter(one.get("ctx", {}).values()), None)
-            kind_of_error = UNKNOWN if one["type"] == "extra_forbidden" else one["type"]
+            kind_of_error = UNKNOWN_KEY if one["type"] == "extra_forbidden" else one["type"]
             if isinstance(one["loc"][-1], str) and path != one["loc"]:  # a key of a group in a list
                 kind_of_error = "list_item"
             found.setdefault((*place, *path), Fault(kind_of_error, value_at(values, path), bound))

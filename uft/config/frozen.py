@@ -20,41 +20,17 @@ from uft.runs import bounded, yaml_text
 WORK = ("generate.", "annotate.", "select.")
 """Keys of the verbs that make rows, which mean something to stages that do that: to those they are not free."""
 
-FREE = (
-    "tracking.",
-    "run.",
-    "sweep.",
-    "arm",
-    *WORK,
-    "hardware.threads",
-    "hardware.processes",
-    "hardware.nodes",
-    "hardware.node_rank",
-    "hardware.rendezvous",
-    "hardware.pool",
-    "hardware.sharding",
-    "hardware.reshard",
-    "hardware.offload",
-    "hardware.keep_memory",
-    "train.prefetch",
-    "train.sync_every_step",
-    "hardware.watchdog",
-    "model.gradient_checkpointing",
-    "train.micro_batch_tokens",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.eval_every",
-    "train.save_model",
-    "train.save_dtype",
-    "train.check_model",
-    "eval.tasks",
-    "eval.task_files.",
-    "eval.shot_files.",
-    "eval.task_rows",
-    "eval.task_tokens",
-    "eval.out",
-)
+_FREE = {  # group -> its keys, or their beginnings
+    "tracking": "",
+    "run": "",
+    "sweep": "",
+    "hardware": "threads processes nodes node_rank rendezvous pool sharding reshard offload keep_memory watchdog",
+    "model": "gradient_checkpointing",
+    "train": "prefetch sync_every_step micro_batch_tokens log_every checkpoint_every keep_last eval_every save_model"
+    " save_dtype check_model",
+    "eval": "tasks task_files. shot_files. task_rows task_tokens out",
+}
+FREE = ("arm", *WORK, *(f"{group}.{key}" for group, keys in _FREE.items() for key in keys.split(" ")))
 """What may change between the sessions of one run: nothing here touches the weights it arrives at, but for rounding
 (threads, processes, micro-batches and recomputation add up in another order)."""
 

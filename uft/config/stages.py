@@ -60,7 +60,7 @@ def stages_of(config: Config) -> list[Stage]:
 
 def expanded(settings: Settings) -> dict[str, dict[str, Any]]:
     """Stage -> its whole configuration, from the resolved one of the run."""
-    own = {key: value for key, value in settings.items() if key != STAGES}
+    own = without_stages(settings)
     return {name: {**own, **node["config"]} for name, node in settings.get(STAGES, {}).items()}
 
 
@@ -113,12 +113,12 @@ def head(settings: Settings, name: str) -> dict[str, Any]:
 def data_nodes(settings: Settings) -> Iterator[dict[str, Any]]:
     """The `data` of the run, or of each of its stages; without the sources whose rows an earlier stage makes."""
     for stage in expanded(settings).values() or [settings]:
-        sources = {name: source for name, source in stage["data"]["sources"].items() if not made(source["path"])}
+        sources = {name: source for name, source in stage["data"]["sources"].items() if not is_made(source["path"])}
         if sources:
             yield {**stage["data"], "sources": sources}
 
 
-def made(path: str | None) -> bool:
+def is_made(path: str | None) -> bool:
     """Whether a path names what an earlier stage makes."""
     return str(path or "").startswith(MADE_BY)
 
@@ -210,7 +210,7 @@ class Round:
     def meant(self, path: str) -> list[tuple[str, str]]:
         """(ending of a name, path) of what `path` means in this round; the path itself where it is no stage's."""
         name, _, which = maker(path).partition("@")
-        if not made(path) or name not in self.stages or self.count is None or which not in ("", BEFORE, ALL):
+        if not is_made(path) or name not in self.stages or self.count is None or which not in ("", BEFORE, ALL):
             return [("", path)]
         if which == ALL:
             numbers = range(1, self.number + 1)

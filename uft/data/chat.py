@@ -29,7 +29,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import accumulate
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -56,7 +55,7 @@ from uft.data.template import (
     template_file,
     unknown_marks,
 )
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,6 +135,10 @@ class Renderer:
             prompt = (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
         return self._strategy.prompt_ids(prompt)
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of a reply's tokens, without special tokens and white space at its ends."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
     def start_ids(self, row: Row, system: str | None = None) -> list[int]:
         """What an answer to the row's prompt starts from: the text that its first reply is trained behind.
 
@@ -156,8 +159,7 @@ def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None
     """Raise UftError for the variables that the template's text never names: a slip, or meant for another template."""
     words = set(re.findall(r"\w+", text))
     for unknown in sorted(arguments.keys() - words):
-        near = get_close_matches(unknown, sorted(words), n=1, cutoff=0.8)
-        advice = tuple(f"did you mean  data.template_args.{word} ?" for word in near)
+        advice = did_you_mean(unknown, sorted(words), cutoff=0.8, shown="data.template_args.{}".format)
         raise UftError(Problem(f"data.template_args.{unknown}", f"{name} reads no such variable", advice=advice))
 
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from uft.data.messages import Record, Unreadable, is_number, type_name
 from uft.data.rows import BASELINE, SCORE, SOFT_LABEL, Completion, Kind, Message, Row
-from uft.runs import writing
+from uft.runs import write_atomically, writing
 
 SIDES = ("score_chosen", "score_rejected")
 
@@ -107,18 +106,10 @@ START = '{"row": "'
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write these rows to `path`, replacing it whole by rename. Raises UftError where the disk refuses it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "w", encoding="utf-8") as handle:
-                for row in rows:
-                    handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in to_records(row))
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for row in rows for record in to_records(row))
+    write_atomically(path, (line.encode("utf-8") for line in lines))
 
 
 def is_rows_file(path: Path) -> bool:

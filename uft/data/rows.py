@@ -105,7 +105,7 @@ class Row:
         return Kind.DEMONSTRATION if first.score is None else Kind.SCORED
 
 
-def part_of(part: str, rows: int) -> tuple[int, int, int] | None:
+def slice_bounds(part: str, rows: int) -> tuple[int, int, int] | None:
     """(first, end, left) by `part` "r/n": the r-th of n contiguous slices of `rows` rows, and the last rows that are in
     none of them; None where it is no such part.
 

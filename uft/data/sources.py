@@ -17,7 +17,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,12 +27,12 @@ from uft.data import formats
 from uft.data.formats import Format
 from uft.data.messages import Unreadable, facts_of, is_blank
 from uft.data.readers import READERS, Found, reader_of, suffix_of, with_names
-from uft.data.rows import Kind, Row, content_digest, oddities, part_of
+from uft.data.rows import Kind, Row, content_digest, oddities, slice_bounds
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table, row_schema
 from uft.data.unread import FEEDBACK, Unread, unread_feedback, unread_meaning
-from uft.errors import BAD_REQUEST, Problem, UftError, first_line, tame
+from uft.errors import BAD_REQUEST, Problem, UftError, did_you_mean, first_line, tame
 from uft.heartbeat import activity, beat
-from uft.runs import cache_root
+from uft.runs import cache_root, file_digest
 
 if TYPE_CHECKING:
     from uft.config.schema import Data, Source
@@ -166,7 +165,7 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
     if apart is None:
         rows, held_out = hold_out(rows, amount)
     if source.part:  # of what is not held out, so that all parts hold out the same rows
-        span = part_of(source.part, len(rows))
+        span = slice_bounds(source.part, len(rows))
         if span is None or span[0] == span[1]:
             why = f"is no slice r/n of its {len(rows):,} training rows"
             omitted.refused.append(Problem(f"data.sources.{name}.part={source.part}", why))
@@ -260,10 +259,7 @@ def _parse_table(
 
 def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
     """Everything that the rows of these files depend on; the files themselves by their content."""
-    digests = []
-    for file in files:
-        with open(file, "rb") as handle:
-            digests.append([str(file), hashlib.file_digest(handle, "sha256").hexdigest()])
+    digests = [[str(file), file_digest(file)] for file in files]
     settings = [dict(source.columns), source.kind, source.score_range and list(source.score_range), limit, source.facts]
     key = json.dumps([uft.__version__, CODE_VERSION, settings, digests], sort_keys=True)
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -275,7 +271,7 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
     """
     why, listed = "no such column in the data", f"columns: {_listing(table.columns)}"
     missing = {  # an empty name: the field is left unread
-        f"{ours}={theirs}": (*formats.nearest("{}", theirs, table.columns), listed)
+        f"{ours}={theirs}": (*did_you_mean(theirs, sorted(table.columns)), listed)
         for ours, theirs in source.columns.items()
         if theirs and theirs not in table.columns
     }
@@ -395,7 +391,7 @@ def open_place(place: Place) -> tuple[list[RecordTable], list[str]]:
     advice = [f"the folder {path.parent} does not exist either"]
     if os.path.isdir(path.parent):
         beside = sorted(os.listdir(path.parent)) if os.access(path.parent, os.R_OK) else []
-        advice = [f"did you mean  {path.parent / name} ?" for name in get_close_matches(path.name, beside, n=1)]
+        advice = list(did_you_mean(path.name, beside, shown=lambda name: path.parent / name))
     raise place.problem("no such file or folder", *advice)
 
 

@@ -25,6 +25,7 @@ from uft.distributed import ranks
 from uft.evaluation.measures import Scored, ScoredRow, Sum, Tally, measured, pair_of
 from uft.heartbeat import activity, come
 from uft.model.load import pad_id
+from uft.model.passes import preserved_rng
 from uft.model.policy import Policy, evaluating
 from uft.model.reference import Reference
 from uft.objectives.base import Forward
@@ -114,8 +115,7 @@ def evaluate(
     stop = should_stop or (lambda: False)
     evaluator = _Evaluator(policy, reference, renderer, settings, micro_batch_tokens, stop)
     overall, metrics, samples, items = Tally(), dict[str, float](), list[Sample](), list[Item]()
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.no_grad(), evaluating(policy.module), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), evaluating(policy.module), preserved_rng(policy.device):
         evaluator.fill_reference_cache(sources)
         for held in sources:
             tally, found = Tally(), dict[str, Item]()
@@ -190,7 +190,7 @@ class _Evaluator:
         prompts = [self.renderer.start_ids(row) for row in rows]
         come(f"{held.name}: {len(prompts)} prompts to be answered")
         replies = ranks().map_shards([(ids, 0) for ids in prompts], partial(self._complete, 0.0))
-        texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
+        texts = [self.renderer.text_of(reply.ids) for reply in replies]
         verdicts = [Verdict({})] * len(rows)
         if held.checker:
             jobs = [(held.checker, row, text) for row, text in zip(rows, texts, strict=True)]
@@ -218,7 +218,7 @@ class _Evaluator:
         n = self.settings.draws
         asked = [(ids, number * n + one) for number, ids in enumerate(prompts[: len(rows)]) for one in range(n)]
         replies = ranks().map_shards(asked, partial(self._complete, 1.0))
-        texts = [str(self.renderer.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip() for reply in replies]
+        texts = [self.renderer.text_of(reply.ids) for reply in replies]
         jobs = [(held.checker or "", rows[place // n], text) for place, text in enumerate(texts)]
         verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
         found = []

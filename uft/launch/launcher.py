@@ -47,7 +47,7 @@ from uft.runs import (
 
 PARALLEL_JOBS = ("check", "generate")
 """Jobs that several processes do better than one; the others read and write."""
-PATIENCE = 600.0
+JOIN_TIMEOUT = 600.0
 """Seconds that a machine waits for the first one to make the run."""
 DEMONSTRATIONS = ("demonstration", "negatives")
 UNFINISHED_CREATION = {".lock", "overrides.yaml", "run.json"}
@@ -108,10 +108,10 @@ def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
 
 def join_run(run: Run, hardware: Mapping[str, Any], quiet: bool) -> int:
     """On every machine but the first: join the run that the first one makes, in a folder that both see."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + JOIN_TIMEOUT
     while not run.exists:
         if time.monotonic() > deadline:
-            why = f"the first machine made no run here within {PATIENCE / 60:.0f} minutes"
+            why = f"the first machine made no run here within {JOIN_TIMEOUT / 60:.0f} minutes"
             raise UftError(Problem(str(run.path), why, advice=("do both machines see this folder?",)))
         time.sleep(0.5)
     log = run.path.resolve() / f"console-{node_rank(hardware)}.log" if quiet else None

@@ -28,7 +28,7 @@ from hydra.core.utils import JobReturn
 
 from uft.config.compose import quoted
 from uft.config.parameters import whole_number
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, raise_problems
 from uft.launch.forkserver import forkserver
 from uft.launch.sweep import Job, Sweep, record_sweep
 from uft.launch.sweep_table import SweepTable
@@ -97,8 +97,7 @@ def refuse_settings(settings: Mapping[str, Any], verb: str) -> None:
     if find_spec("optuna") is None:
         advice = ("pip install 'uft-lm[optuna]'",)
         problems.append(Problem("hydra/sweeper=uft_optuna", "Optuna is not installed", "", advice))
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
 
 
 # --- the space

@@ -35,7 +35,7 @@ INTERVAL = 60.0  # seconds between two lines about the sweep where there is no t
 PLAIN_WIDTH = 160  # of the last table where there is no terminal
 MOST_ROWS = 60  # of the last table
 MARGIN = 6  # lines of a terminal that the table leaves free
-LONGEST_ERROR = 60  # characters
+LONGEST_NOTE = 60  # characters
 ENDED = ("finished", "failed", "stopped", "interrupted")
 STYLES = {"finished": "green", "running": "cyan", "failed": "red", "waiting": "dim"}
 
@@ -300,7 +300,7 @@ def table_of(jobs: list[JobState], room: int) -> Table:
             Text(job.status, style=style),
             job.steps_text if job.status != "waiting" or job.step else "",
             printable(value) if job.best is not None else "",
-            Text(shorten(printable(note), LONGEST_ERROR), style=style),
+            Text(shorten(printable(note), LONGEST_NOTE), style=style),
         )
     if len(jobs) > room:
         table.add_row(Text(f"and {len(jobs) - room} more", style="dim"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import re
@@ -24,7 +23,7 @@ from uft.config.schema import Config, Model
 from uft.data.template import NAMES, template_file
 from uft.distributed import ranks
 from uft.environment import PeerLost
-from uft.errors import FAILED, Problem, UftError, first_line
+from uft.errors import FAILED, Problem, UftError, did_you_mean, first_line
 from uft.heartbeat import activity
 from uft.model import checkpoint
 from uft.model.export import plain_model
@@ -39,7 +38,7 @@ from uft.model.policy import (
     position_limit,
     switch_off_dropout,
 )
-from uft.model.precision import plain_state, quantise, settled, storage_dtype, why_precision
+from uft.model.precision import plain_state, quantise, resolve_dtype, storage_dtype, why_precision
 from uft.model.sharded import load_sharded
 from uft.runs import cache_root, clear_left, is_checkpoint, weights
 
@@ -57,7 +56,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     place = locate(model)
     if place.is_checkpoint:
-        own = beneath(place, model)
+        own = checkpoint_config(place, model)
         return with_template(load_tokenizer(own.model), own.data.template)
     with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
@@ -103,8 +102,8 @@ def _config(model: Model, reference: str | None = None, key: str = REFERENCE_PAT
 
     place = locate(model, reference, key)
     if place.is_checkpoint:
-        return _config(beneath(place, model).model)
-    with _humane(setting(model, reference, key), "its configuration cannot be loaded", model, place):
+        return _config(checkpoint_config(place, model).model)
+    with _humane(path_setting(model, reference, key), "its configuration cannot be loaded", model, place):
         _refuse_kernels(place, model)
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
@@ -121,9 +120,9 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
 @activity("a model was loaded", moving=True)
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, tried on a few small rows. Raises UftError about a model that cannot be loaded or used."""
-    chosen, model = model.dtype == "auto", settled(model, device)
+    chosen, model = model.dtype == "auto", resolve_dtype(model, device)
     adapt = partial(adapted, model=model, init_seed=init_seed)
-    policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, setting(model, None))
+    policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, path_setting(model, None))
     policy.offloads = model.activation_offload
     if chosen:
         policy.notes.append(why_precision(model, device))
@@ -137,12 +136,12 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
 @activity("a model was loaded", moving=True)
 def load_frozen(model: Model, device: torch.device, path: str | None, key: str = REFERENCE_PATH) -> Policy:
     """The model of `model` or of `path`, which `key` names, not to be trained: a reference or a teacher."""
-    model = settled(model, device)
+    model = resolve_dtype(model, device)
 
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
 
-    own = setting(model, path, key)
+    own = path_setting(model, path, key)
     return _policy(lambda place: frozen(load_base(model, path, key)).to(place), frozen, model, device, own)
 
 
@@ -177,7 +176,7 @@ def empty_policy(model: Model, reference: str | None = None, key: str = REFERENC
     config, dtype = _config(model, reference, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
-        base = quantised(base, model)
+        base = quantise_blocks(base, model)
         policy = Policy(base if reference else adapted(base, model, init_seed=0), model.dtype)
     policy.offloads = model.activation_offload
     return policy
@@ -212,10 +211,10 @@ def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
 
 def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
     """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
-    return quantised(_read_base(model, reference, key), model)
+    return quantise_blocks(_read_base(model, reference, key), model)
 
 
-def quantised(base: Any, model: Model) -> Any:
+def quantise_blocks(base: Any, model: Model) -> Any:
     """`base` with the linear layers of its blocks quantised, where `model.quantize` asks for it."""
     for block in blocks(base) if model.quantize != "none" else ():
         quantise(block, DTYPES[model.dtype])
@@ -227,9 +226,9 @@ def _read_base(model: Model, reference: str | None, key: str) -> Any:
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
     place = locate(model, reference, key)
-    what = setting(model, reference, key)
+    what = path_setting(model, reference, key)
     if place.is_checkpoint:
-        trained = checkpoint_policy(beneath(place, model).model, Path(place.path), torch.device("cpu"))
+        trained = checkpoint_policy(checkpoint_config(place, model).model, Path(place.path), torch.device("cpu"))
         return plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
     with _humane(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
@@ -259,7 +258,7 @@ def _read_base(model: Model, reference: str | None, key: str) -> Any:
     return module
 
 
-def beneath(place: Location, model: Model) -> Config:
+def checkpoint_config(place: Location, model: Model) -> Config:
     """The configuration of the run, or stage, whose checkpoint `place` is: its model is what the weights are laid over.
 
     Code of the model is run only where `model` allows it too.
@@ -282,7 +281,7 @@ def checkpoint_policy(model: Model, folder: Path, device: torch.device) -> Polic
 
     Raises UftError where the checkpoint is damaged, or of another model.
     """
-    model = settled(model, device)
+    model = resolve_dtype(model, device)
     policy = Policy(load_model(model, device, 0), model.dtype)
     try:
         policy.load_trainable(checkpoint.weights(folder))
@@ -301,7 +300,7 @@ SCALES_OF_QUANTISED = (
 """Endings of tensors that only a quantised layer has."""
 
 
-def setting(model: Model, reference: str | None, key: str = REFERENCE_PATH) -> str:
+def path_setting(model: Model, reference: str | None, key: str = REFERENCE_PATH) -> str:
     """The setting that names a model, for errors."""
     return f"model.path={model.path}" if reference is None else f"{key}={reference}"
 
@@ -418,9 +417,9 @@ def locate(model: Model, reference: str | None = None, named: str = REFERENCE_PA
     what, (scheme, _, rest) = f"{key}={path}", path.partition(":")
     if path in SHIPPED:
         path = str(SHIPPED[path]())
-    elif scheme in UNKNOWN and rest:
+    elif scheme in UNKNOWN_SCHEMES and rest:
         known = next(name for name in SHIPPED if name.startswith(scheme))
-        raise UftError(Problem(what, UNKNOWN[scheme], advice=(known,)))
+        raise UftError(Problem(what, UNKNOWN_SCHEMES[scheme], advice=(known,)))
     folder = Path(path).expanduser()
     if is_checkpoint(folder):
         return Location(str(folder), is_checkpoint=True)
@@ -438,7 +437,7 @@ def _playground() -> Path:
     return model_dir()
 
 
-UNKNOWN = {"builtin": "no such built-in model", "package": "no model is known in this package"}
+UNKNOWN_SCHEMES = {"builtin": "no such built-in model", "package": "no model is known in this package"}
 
 
 def _model_folder(what: str, folder: Path) -> Path:
@@ -461,7 +460,7 @@ def _similar(folder: Path) -> tuple[str, ...]:
     if not parent.is_dir():
         return (f"{parent} is not there either",)
     beside = [p.name for p in parent.iterdir() if p.is_dir()]
-    return tuple(f"did you mean  {parent / name} ?" for name in difflib.get_close_matches(folder.name, beside, n=3))
+    return did_you_mean(folder.name, beside, 3, shown=lambda name: parent / name)
 
 
 def _on_hub(name: str, revision: str | None, key: str) -> bool:
@@ -514,7 +513,7 @@ def gguf_file() -> Path | None:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-def prepare() -> str:
+def smollm2_folder() -> str:
     """A folder in the cache with the converted model, made if need be; the hub id where the package is absent."""
     models, source = cache_root() / "models", gguf_file()
     if source is None:
@@ -533,7 +532,7 @@ def prepare() -> str:
     clear_left(models, ".smollm2-*")
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=models))
     try:
-        convert(source, beside)
+        convert_smollm2(source, beside)
         beside.chmod(0o755)
         beside.replace(folder)
     except OSError:
@@ -544,7 +543,7 @@ def prepare() -> str:
     return str(folder)
 
 
-def convert(source: Path, folder: Path) -> None:
+def convert_smollm2(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Hugging Face folder, float32."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -584,5 +583,5 @@ def plain_copy(model: Any) -> Any:
     return plain
 
 
-SHIPPED: dict[str, Callable[[], Path | str]] = {"builtin:playground": _playground, f"package:{PACKAGE}": prepare}
+SHIPPED: dict[str, Callable[[], Path | str]] = {"builtin:playground": _playground, f"package:{PACKAGE}": smollm2_folder}
 """Models that come with the program or a package."""

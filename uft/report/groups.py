@@ -27,7 +27,7 @@ STAGE, IN_STAGE = re.compile(r"stages\.[^.]+\."), re.compile(r"^stages\.[^.]+\.c
 NO_RESULT = ("data.cache", "eval.best", "eval.best_mode", "eval.before", "eval.samples")
 """Keys, beside those that `free` knows, that change neither the last weights nor the last metrics."""
 SELECT_SEED = "select.seed"  # the run's seed, unless another is given
-OWN = ("run.", "sweep.")  # a run's name and place, which differ by nature
+RUN_KEYS = ("run.", "sweep.")  # a run's name and place, which differ by nature
 LONGEST_NAME, LONGEST_VALUE = 100, 40
 
 Flat = dict[str, Any]  # by dotted key
@@ -283,7 +283,7 @@ def differences(runs: Sequence[LoadedRun], seed_keys: Sequence[str]) -> list[tup
     """
     configs = {number: run.config for number, run in enumerate(runs) if run.config}
     facts = {number: run.facts for number, run in enumerate(runs) if run.info}
-    keys = [key for key in all_keys(configs.values()) if not key.startswith(OWN) and not is_seed(key, seed_keys)]
+    keys = [key for key in all_keys(configs.values()) if not key.startswith(RUN_KEYS) and not is_seed(key, seed_keys)]
     columns = [(key, {number: config.get(key, ABSENT) for number, config in configs.items()}) for key in keys]
     columns += [(key, {n: of.get(key, ABSENT) for n, of in facts.items()}) for key in all_keys(facts.values())]
     found = []

@@ -31,7 +31,7 @@ SECONDS = 2.0
 """CPU time of one answer. Time on the wall would depend on what else the machine does, and the reward with it."""
 MEMORY = 2 << 30
 """Bytes of address space of the child."""
-LONGEST = 400_000
+LONGEST_REPLY = 400_000
 """Characters of a reply that is looked at."""
 WALL = 120.0
 """Seconds without a verdict after which the child is taken for lost: it sleeps, or the machine does."""
@@ -133,8 +133,8 @@ def judge_apart(jobs: Sequence[tuple[Checker, Row, str]]) -> list[Verdict]:
     verdicts: dict[int, Verdict] = {}
     lines: dict[int, bytes] = {}
     for number, (checker, row, reply) in enumerate(jobs):
-        if len(reply) > LONGEST:
-            verdicts[number] = checker.failed(f"is longer than {LONGEST:,} characters")
+        if len(reply) > LONGEST_REPLY:
+            verdicts[number] = checker.failed(f"is longer than {LONGEST_REPLY:,} characters")
         else:
             lines[number] = _job(checker, row, reply)
     waiting, tried = list(lines), set[int]()  # numbers; those whose child was killed

@@ -22,7 +22,7 @@ from uft.data.rows import Row
 from uft.rewards.base import Checker, Figures, Unjudged, answer_of, fact, stated
 from uft.rewards.text import last_number
 
-LONGEST = 1_000
+LONGEST_EXPRESSION = 1_000
 """Characters of an expression that are looked at; no answer needs more."""
 DEEPEST = 40
 """Brackets within each other in an expression; a grammar needs very long for many."""
@@ -50,7 +50,7 @@ def expression(text: str) -> str:
         found = last_line(text)
         if _WORDS.search(found) and (number := last_number(found)) is not None:
             found = f"{number:f}"
-    return found.strip().removesuffix("%").removesuffix("\\")[:LONGEST]
+    return found.strip().removesuffix("%").removesuffix("\\")[:LONGEST_EXPRESSION]
 
 
 def last_line(text: str) -> str:
@@ -175,7 +175,7 @@ class Countdown(Checker):
             target = Fraction(fact(row, "target"))
         except (TypeError, ValueError, ArithmeticError) as error:
             raise Unjudged("the row's numbers or its target are no numbers") from error
-        text = last_line(reply)[:LONGEST].partition("=")[0].translate(_SIGNS)
+        text = last_line(reply)[:LONGEST_EXPRESSION].partition("=")[0].translate(_SIGNS)
         try:
             value, used = arithmetic(text)
         except ValueError:

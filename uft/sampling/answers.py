@@ -128,13 +128,10 @@ def sample(
             why = f"has {len(tokens)} tokens, the model has {policy.positions} positions"
             raise UftError(Problem(f"the prompt {prompt[-1].content[:40]!r}", why))
     numbers = range(first, first + len(ids))
-
-    def text(ids: list[int]) -> str:
-        return str(renderer.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
+    sampled = complete_for_seeds(policy, renderer, ids, settings, numbers, should_stop)
     return [
-        [Answer(text(reply.ids), reply.stopped, seed) for seed, reply in zip(settings.seeds, replies, strict=True)]
-        for replies in complete_for_seeds(policy, renderer, ids, settings, numbers, should_stop)
+        [Answer(renderer.text_of(r.ids), r.stopped, seed) for seed, r in zip(settings.seeds, replies, strict=True)]
+        for replies in sampled
     ]
 
 

@@ -28,6 +28,7 @@ from uft.data.chat import Renderer
 from uft.errors import FAILED, Problem, UftError, first_line
 from uft.heartbeat import beat
 from uft.model.load import pad_id
+from uft.model.passes import preserved_rng
 from uft.model.policy import DTYPES, Policy, evaluating
 from uft.sampling.generate import Interrupted, Reply, Sampling, complete
 
@@ -38,8 +39,8 @@ PAGE, BATCH_TOKENS = 64, 2048
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What every engine is made of."""
+class EngineContext:
+    """The model, the settings and the stop condition of an engine."""
 
     policy: Policy
     renderer: Renderer
@@ -50,8 +51,8 @@ class Setting:
 
     @property
     def sampling(self) -> Sampling:
-        own = self.rollout
-        return Sampling(own.temperature, own.top_k, own.top_p, own.max_new_tokens)
+        settings = self.rollout
+        return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
 
     def seed_of(self, number: int) -> int:
         """For generators of 32 bits. Another one for every completion, as `numbers` are."""
@@ -60,9 +61,9 @@ class Setting:
 
 @dataclass
 class Engine:
-    """What samples completions."""
+    """Samples the completions of rollouts."""
 
-    setting: Setting
+    context: EngineContext
 
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         """One completion of each prompt by the policy as it is now; `numbers` name them for the randomness.
@@ -75,24 +76,24 @@ class Engine:
         """End what runs beside this process."""
 
 
-def make_engine(setting: Setting) -> Engine:
-    return ENGINES[setting.rollout.engine](setting)
+def make_engine(context: EngineContext) -> Engine:
+    return ENGINES[context.rollout.engine](context)
 
 
 class Own(Engine):
     """The program's own sampler (:func:`uft.sampling.generate.complete`)."""
 
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
-        own = self.setting
+        context = self.context
         return complete(
-            own.policy,
+            context.policy,
             prompts,
-            own.sampling,
-            seed=own.seed,
-            stop_ids=own.renderer.stop_ids,
-            pad_id=pad_id(own.renderer.tokenizer),
-            batch_size=own.rollout.batch_size,
-            should_stop=own.should_stop,
+            context.sampling,
+            seed=context.seed,
+            stop_ids=context.renderer.stop_ids,
+            pad_id=pad_id(context.renderer.tokenizer),
+            batch_size=context.rollout.batch_size,
+            should_stop=context.should_stop,
             numbers=numbers,
         )
 
@@ -104,57 +105,61 @@ class Continuous(Engine):
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        own, sampling = self.setting, self.setting.sampling
-        policy, requests = own.policy, min(own.rollout.batch_size, len(prompts))
+        context, sampling = self.context, self.context.sampling
+        policy, requests = context.policy, min(context.rollout.batch_size, len(prompts))
         settings = GenerationConfig(
             do_sample=True,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(own.renderer.stop_ids),
-            pad_token_id=pad_id(own.renderer.tokenizer),
+            eos_token_id=sorted(context.renderer.stop_ids),
+            pad_token_id=pad_id(context.renderer.tokenizer),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
         )
         batching = ContinuousBatchingConfig(
             return_logprobs=True,
-            seed=own.seed_of(numbers[0]),
+            seed=context.seed_of(numbers[0]),
             max_requests_per_batch=requests,
             page_size=PAGE,  # with the number of blocks: else it takes most of the memory, which the trainer needs
-            num_blocks=requests * (own.longest // PAGE + 1) + 1,
+            num_blocks=requests * (context.longest // PAGE + 1) + 1,
             max_batch_tokens=max(BATCH_TOKENS, requests),
             drop_unsupported_processors=False,
             # kernels of flash attention take no float32
             auto_switch_to_flash=next(policy.module.parameters()).dtype != torch.float32,
         )
-        kernel, devices = policy.attention_kernel, [policy.device] if policy.device.type == "cuda" else []
-        waiting, found = dict[str, int](), dict[int, Reply]()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluating(policy.module):
+        kernel = policy.attention_kernel
+        with torch.no_grad(), preserved_rng(policy.device), evaluating(policy.module):
             policy.base.set_attn_implementation(policy.attention)  # of packed batches, which only the trainer has
             try:
                 with policy.base.continuous_batching_context_manager(
                     generation_config=settings, continuous_batching_config=batching, warmup=policy.device.type == "cuda"
                 ) as manager:
-                    for place, prompt in enumerate(prompts):
-                        waiting[manager.add_request(list(prompt), max_new_tokens=sampling.max_new_tokens)] = place
-                    while len(found) < len(prompts):
-                        beat()
-                        if own.should_stop():
-                            manager.stop(block=True, hard_stop=True)
-                            raise Interrupted
-                        output = manager.get_result(timeout=1)
-                        if output is None and not manager.is_running():
-                            raise RuntimeError("its thread ended")
-                        if output is not None and output.error is not None:
-                            raise RuntimeError(output.error)
-                        if output is not None and output.is_finished():
-                            reply = _reply(output.generated_tokens, output.logprobs, own.renderer.stop_ids)
-                            found[waiting[output.request_id]] = reply
+                    return self._replies(manager, prompts)
             except (Interrupted, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # of a model or a cache that its paged attention does not know
                 raise _failed("transformers", first_line(error)) from error
             finally:
                 policy.base.set_attn_implementation(kernel)
+
+    def _replies(self, manager: Any, prompts: Sequence[Sequence[int]]) -> list[Reply]:
+        """Hand all prompts to transformers' manager and wait for the replies."""
+        waiting, found, most = dict[str, int](), dict[int, Reply](), self.context.sampling.max_new_tokens
+        for place, prompt in enumerate(prompts):
+            waiting[manager.add_request(list(prompt), max_new_tokens=most)] = place
+        while len(found) < len(prompts):
+            beat()
+            if self.context.should_stop():
+                manager.stop(block=True, hard_stop=True)
+                raise Interrupted
+            output = manager.get_result(timeout=1)
+            if output is None and not manager.is_running():
+                raise RuntimeError("its thread ended")
+            if output is not None and output.error is not None:
+                raise RuntimeError(output.error)
+            if output is not None and output.is_finished():
+                reply = _reply(output.generated_tokens, output.logprobs, self.context.renderer.stop_ids)
+                found[waiting[output.request_id]] = reply
         return [found[place] for place in range(len(prompts))]
 
 
@@ -171,7 +176,7 @@ class Vllm(Engine):
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         from uft.model.export import plain_model
 
-        own, policy = self.setting, self.setting.policy
+        context, policy = self.context, self.context.policy
         plain_model(policy, DTYPES[policy.dtype], policy.base.state_dict()).save_pretrained(self.folder.name)
         started = self.child is not None
         if self.child is None:
@@ -179,28 +184,28 @@ class Vllm(Engine):
         request = {
             "reload": started,  # the file is read anew
             "prompts": [list(map(int, prompt)) for prompt in prompts],
-            "seeds": [own.seed_of(number) for number in numbers],
-            "stop": sorted(own.renderer.stop_ids),
-            **asdict(own.sampling),
+            "seeds": [context.seed_of(number) for number in numbers],
+            "stop": sorted(context.renderer.stop_ids),
+            **asdict(context.sampling),
         }
-        return [_reply(ids, log_probs, own.renderer.stop_ids) for ids, log_probs in self._ask(request)]
+        return [_reply(ids, log_probs, context.renderer.stop_ids) for ids, log_probs in self._ask(request)]
 
     def close(self) -> None:
         self._end_child()
         self.folder.cleanup()
 
     def _start(self) -> None:
-        policy = self.setting.policy
+        policy = self.context.policy
         settings = {
             "model": self.folder.name,
             "skip_tokenizer_init": True,
             "dtype": policy.dtype,
-            "max_model_len": self.setting.longest,
-            "max_num_seqs": self.setting.rollout.batch_size,
+            "max_model_len": self.context.longest,
+            "max_num_seqs": self.context.rollout.batch_size,
             "gpu_memory_utilization": MEMORY_SHARE,
             "logprobs_mode": "processed_logprobs",  # under temperature and filters, as ours
             "generation_config": "vllm",  # nothing of the model's own
-            "seed": self.setting.seed_of(0),
+            "seed": self.context.seed_of(0),
         }
         search = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
         env = {**os.environ, "PYTHONPATH": search, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -225,7 +230,7 @@ class Vllm(Engine):
             pass  # told below
         while b"\n" not in self.unread:
             beat()
-            if self.setting.should_stop():
+            if self.context.should_stop():
                 self._end_child()
                 raise Interrupted
             ready = select.select([self.child.stdout], [], [], 1.0)[0]

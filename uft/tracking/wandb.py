@@ -485,7 +485,7 @@ def reachable(url: str, timeout: float = 2.0) -> bool:
 # second call has nothing to do; an upload that broke off goes on where the server's rows end.
 
 
-PATIENCE = 900.0  # seconds after which the upload of a run is given up
+UPLOAD_TIMEOUT = 900.0  # seconds after which the upload of a run is given up
 EXIT_CODES = {"finished": GOOD, "stopped": STOPPED}
 
 
@@ -498,7 +498,7 @@ def upload_state(run: Run) -> str:
     return "due" if unsent(run) else "arrived"
 
 
-def upload(run: Run, patience: float = PATIENCE) -> tuple[int, str]:
+def upload(run: Run, patience: float = UPLOAD_TIMEOUT) -> tuple[int, str]:
     """Upload a run: (how many steps the server lacked, why not everything arrived or "")."""
     with tempfile.TemporaryDirectory(prefix="uft-sync-", ignore_cleanup_errors=True) as folder:
         try:

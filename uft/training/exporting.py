@@ -21,7 +21,7 @@ from uft.errors import Problem, UftError
 from uft.model.export import export, older_reader
 from uft.model.gguf import modelfile, require_described, require_package, write_gguf
 from uft.model.load import (
-    beneath,
+    checkpoint_config,
     checkpoint_policy,
     load_policy,
     load_tokenizer,
@@ -148,7 +148,9 @@ def trained_policy(source: WeightsSource) -> tuple[Config, Policy]:
     place = next((c for c in reversed(checkpoints_of(source.run)) if c.step == source.step), source)
     device = torch.device("cpu")
     if place.is_checkpoint:
-        config = beneath(locate(Model(path=place.path, trust_remote_code=True)), Model(trust_remote_code=True))
+        config = checkpoint_config(
+            locate(Model(path=place.path, trust_remote_code=True)), Model(trust_remote_code=True)
+        )
         return config, checkpoint_policy(config.model, Path(place.path), device)
     config = typed({k: v for k, v in source.config.items() if k != "stages"} | {"model": source.model})
     return config, load_policy(config.model, device, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ from uft.data.rows import Row, Turns
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import keep_pandas_out, kinds
 from uft.distributed import ranks
-from uft.errors import FAILED, GOOD, Problem, UftError
+from uft.errors import FAILED, GOOD, Problem, UftError, raise_problems
 from uft.heartbeat import activity
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
@@ -210,8 +210,7 @@ def scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, st
             problems.append(Problem(f"{key}.checker", "is not set, and generate.score asks it"))
         else:
             problems += unjudged(key, source.rows, spec, weights_of(config.rollout, spec))
-    if problems:
-        raise UftError(*problems, footer="Sample without a score:  generate.score=false")
+    raise_problems(problems, footer="Sample without a score:  generate.score=false")
 
     told: set[str] = set()
 
@@ -339,23 +338,22 @@ def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Da
             advice = ("make a source of each of its files",)
             problems.append(Problem(f"data.sources.{source.name}", why, advice=advice))
     read = {Path(p).expanduser().resolve() for s in data.sources.values() for p in (s.path, s.eval_path) if p}
-    for file in files:
-        place, why = file.resolve(), ""
-        if place in read or place.parent in read:
-            why = "would stand among the rows it is made from"
-        else:
-            try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if place.exists() and not is_rows_file(place):
-                    why = f"was not written by uft {job}; it is left as it is"
-                elif not os.access(place.parent, os.W_OK):
-                    why = "cannot be written: no permission"
-            except OSError as error:
-                why = f"cannot be written: {error.strerror}"
-        if why:
-            problems.append(Problem(f"{job}.out: {file}", why))
-    if problems:
-        raise UftError(*problems)
+    problems += [Problem(f"{job}.out: {file}", why) for file in files if (why := unusable_file(file, read, job))]
+    raise_problems(problems)
+
+
+def unusable_file(file: Path, read: Collection[Path], job: str) -> str:
+    """Why a job cannot write its rows to `file`, whose folder is made; "" where it can. `read`: the rows it reads."""
+    place = file.resolve()
+    if place in read or place.parent in read:
+        return "would stand among the rows it is made from"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not is_rows_file(place):
+            return f"was not written by uft {job}; it is left as it is"
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    return "" if os.access(place.parent, os.W_OK) else "cannot be written: no permission"
 
 
 def annotated_data(data: Data, written: Mapping[str, AnnotatedSource]) -> Data:

@@ -32,7 +32,7 @@ from uft.evaluation.measures import mean_stderr
 from uft.model.layout import settle_layout
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
-from uft.model.precision import settled
+from uft.model.precision import resolve_dtype
 from uft.model.reference import make_reference
 from uft.rewards import spec_of
 from uft.runs import cache_root, shown, write_atomically, write_json
@@ -46,7 +46,7 @@ from uft.training.trainer import tokens_per_pass
 
 FORMAT = 1
 PAUSE = 5.0  # seconds between two lines of progress
-LONGEST_NAME = 60
+LONGEST_TASK_NAMES = 60
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def measure(config: Config) -> int:
     file = place(config)
     made = datetime.now().astimezone().isoformat(timespec="seconds")
     about = {"format": FORMAT, "uft": __version__, "made": made, "seconds": time.perf_counter() - started}
-    model = {"model": config.model.path, "dtype": settled(config.model, choose_device(config.hardware)).dtype}
+    model = {"model": config.model.path, "dtype": resolve_dtype(config.model, choose_device(config.hardware)).dtype}
     found, told = with_earlier(found, file, model)
     for line in told:
         say(line)
@@ -150,7 +150,7 @@ def place(config: Config) -> Path:
     if out.suffix == ".json":
         return out
     sources = [*config.data.sources] if config.data.name == "files" else [config.data.name]
-    names = "+".join([task.task for task in config.eval.tasks] or sources)[:LONGEST_NAME]
+    names = "+".join([task.task for task in config.eval.tasks] or sources)[:LONGEST_TASK_NAMES]
     model = "" if config.eval.out else f"{re.split('[/:]', config.model.path.rstrip('/'))[-1]}-"
     return out / f"{re.sub(r'[^A-Za-z0-9_.+-]', '_', model + names)}.json"
 

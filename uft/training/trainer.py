@@ -172,9 +172,9 @@ class Trainer:
         left = self.total_rows - self.progress.rows
         rows = min(self.config.train.batch_size, left)
         batches = prefetcher.take(rows, then=min(self.config.train.batch_size, left - rows))
-        with oom_advice(f"step {self.progress.step + 1}", self.config, batches.items):
+        with oom_advice(f"step {self.progress.step + 1}", self.config, batches.examples):
             step = self.update(batches)
-        self.unchecked = (batches.items, before, step)
+        self.unchecked = (batches.examples, before, step)
         if not self.defer_check:
             self.await_finite_check()
         self.progress.step += 1
@@ -182,11 +182,11 @@ class Trainer:
         self.progress.tokens += step.tokens
         self.progress.supervised_tokens += step.supervised_tokens
         self.progress.seconds = seconds + time.perf_counter() - started  # includes waiting for the step before
-        measured = float(bool(batches.items))
+        measured = float(bool(batches.examples))
         self.meter.add("loss", step.loss, measured)
         self.meter.add("grad_norm", step.grad_norm, measured)
         self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
-        for name, (total, number) in (self.rollouts.taken_metrics() if self.rollouts else {}).items():
+        for name, (total, number) in (self.rollouts.pop_metrics() if self.rollouts else {}).items():
             self.meter.add(name, total, number)
         if self.moving and self.progress.step % (self.config.reference.sync_every or 1) == 0:
             self.move_reference()
@@ -201,7 +201,7 @@ class Trainer:
 
     def update(self, batches: StepBatches) -> Step:
         """One optimiser step on `batches`, after the check of the step before; no rows, no update."""
-        if not batches.items:  # the objective takes nothing of any row of the step
+        if not batches.examples:  # the objective takes nothing of any row of the step
             self.await_finite_check()
             nothing = torch.zeros((), device=self.device)
             return Step(nothing, {}, nothing)
@@ -377,15 +377,15 @@ def _random(rank: int) -> str:
 # rest of what a step changes is kept until the check has arrived.
 
 
-def rollback(trainer: Trainer, items: Sequence[Example], before: State, step: Step) -> NoReturn:
+def rollback(trainer: Trainer, examples: Sequence[Example], before: State, step: Step) -> NoReturn:
     """Undo a step that was not finite, save a checkpoint, and raise a UftError (code 1) that names its rows."""
     trainer.load_state(*before)
     context = trainer.step_context(trainer.progress.step)
-    rows = nonfinite_rows(trainer, items, context)
+    rows = nonfinite_rows(trainer, examples, context)
     trainer.load_state(*before)  # the search drew random numbers
     named = ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     if not named:
-        named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in items[:10])
+        named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in examples[:10])
     numbers = f"loss {float(step.loss)}, gradient norm {float(step.grad_norm)}"
     folder = trainer.save_checkpoint()
     trainer.publish_pending_checkpoint()
@@ -441,23 +441,23 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def oom_advice(what: str, config: Config, items: Sequence[Example] = ()) -> Iterator[None]:
-    """Inside, running out of memory becomes a UftError (code 1) about `what`, which worked on `items`."""
+def oom_advice(what: str, config: Config, examples: Sequence[Example] = ()) -> Iterator[None]:
+    """Inside, running out of memory becomes a UftError (code 1) about `what`, which worked on `examples`."""
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise explain_oom(error, what, config, items) from error
+        raise explain_oom(error, what, config, examples) from error
 
 
-def explain_oom(error: BaseException, what: str, config: Config, items: Sequence[Example] = ()) -> UftError:
+def explain_oom(error: BaseException, what: str, config: Config, examples: Sequence[Example] = ()) -> UftError:
     """The error's own words, the size of the step if there was one, and the cheapest keys that help."""
     advice = []
-    if lengths := [encoded.length for item in items for encoded in item.encoded]:
+    if lengths := [encoded.length for item in examples for encoded in item.encoded]:
         advice.append(
-            f"the step has {len(items)} rows, {len(lengths)} sequences, {sum(lengths):,} tokens; the longest sequence "
-            f"has {max(lengths):,}; passes of up to {tokens_per_pass(config):,} tokens"
+            f"the step has {len(examples)} rows, {len(lengths)} sequences, {sum(lengths):,} tokens; the longest "
+            f"sequence has {max(lengths):,}; passes of up to {tokens_per_pass(config):,} tokens"
         )
     remedies = [f"shorter passes:  train.micro_batch_tokens={max(1, tokens_per_pass(config) // 2)}"]
     if not config.model.gradient_checkpointing:
