@@ -25,7 +25,7 @@ from bench.ours import words
 from bench.setting import KINDS, SIZES, Place, furnish
 
 from uft.config.compose import compose
-from uft.config.frozen import frozen, typed
+from uft.config.frozen import frozen, to_config
 from uft.data.batch import Span
 from uft.model.attention import attend_spans
 from uft.model.head import Head, Transform, widens
@@ -67,7 +67,7 @@ class Bench:
         keys = {word.partition("=")[0] for word in typed_besides}
         given = [word for word in typed_words if word != "hardware=cpu" and word.partition("=")[0] not in keys]
         text = frozen(compose([*given, *typed_besides]))
-        config = typed(yaml.safe_load(text))
+        config = to_config(yaml.safe_load(text))
         return prepare(create_run(own / "run", text, []), config, choose_device(config.hardware), Stop())
 
 

@@ -64,7 +64,7 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """Whether this is a run: a `config.yaml` alone may be anybody's (conf/ has one too)."""
+        """Whether this is a run: a `config.yaml` alone may be another program's (conf/ has one too)."""
         return os.path.isfile(self.config_file) and os.path.isfile(self.path / "run.json")  # no path raises these
 
     def config(self) -> dict[str, Any]:
@@ -303,7 +303,7 @@ class WeightsSource:
         return f"{named}@{self.step}" if self.is_checkpoint else named
 
 
-def weights(word: str) -> WeightsSource:
+def find_weights(word: str) -> WeightsSource:
     """The weights of RUN, RUN@best, RUN@STEP, a checkpoint's folder, or a model (folder, hub id, builtin:NAME).
 
     RUN is a folder, a name or `last`. Of a finished run it means the final model, of any other the newest checkpoint.
@@ -504,10 +504,10 @@ def writing(path: Path, needs: int | None = None, code: int = FAILED) -> Iterato
             number = int(told[1])
         if number is None:
             raise
-        raise UftError(problem(path, number, needs), code=FAILED if number in FULL else code) from error
+        raise UftError(disk_problem(path, number, needs), code=FAILED if number in FULL else code) from error
 
 
-def problem(path: Path, number: int, needs: int | None = None) -> Problem:
+def disk_problem(path: Path, number: int, needs: int | None = None) -> Problem:
     """The problem of a file that could not be written, by the system's error number."""
     if number not in FULL:
         return Problem(str(path), f"cannot be written: {os.strerror(number)}")

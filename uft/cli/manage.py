@@ -20,13 +20,13 @@ from uft.runs import (
     Run,
     find_runs,
     find_sweeps,
+    find_weights,
     named_folder,
     no_runs,
     planned,
     shown,
     summary,
     waiting,
-    weights,
 )
 from uft.tracking.console import HEADLINES, printable, printable_lines, table_console
 
@@ -204,7 +204,7 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
 def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> int:
     """Give the commands of every sweep again, then continue the runs that belong to none of them."""
     from uft.cli.verbs import train
-    from uft.config.frozen import free
+    from uft.config.frozen import may_change
     from uft.launch.launcher import TYPED, refuse_untrusted
     from uft.launch.sweep import quote, resuming, swept_keys
 
@@ -217,7 +217,7 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
     # only keys that change no result and are not swept may be given anew
     swept = {key.lstrip("+") for sweep in sweeps for key in swept_keys(sweep)}
     keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
-    if wrong := [word for word, key in keys.items() if key in swept or not free(key)]:
+    if wrong := [word for word, key in keys.items() if key in swept or not may_change(key)]:
         raise UftError(*(Problem(word, "would make other runs of this sweep's jobs", "command line") for word in wrong))
     codes = list[int]()
     for sweep in sweeps:
@@ -265,7 +265,7 @@ def export(arguments: list[str]) -> int:
     add("--ollama", action="store_true", help="also a GGUF file and a Modelfile, for Ollama")
     add("words", nargs="*", metavar="key=value", help="model.trust_remote_code=true")
     parsed = parser.parse_intermixed_args(arguments)
-    source = weights(f"{parsed.run}@{parsed.checkpoint}" if parsed.checkpoint else parsed.run)
+    source = find_weights(f"{parsed.run}@{parsed.checkpoint}" if parsed.checkpoint else parsed.run)
     if source.run is None:
         raise UftError(Problem(parsed.run, "is a model already, and no run", "command line"), footer="See:  uft ls")
     from uft.launch.launcher import refuse_untrusted

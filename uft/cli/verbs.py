@@ -29,7 +29,7 @@ from uft.cli.help import help_text
 from uft.config.checks import Draft, elsewhere
 from uft.config.compose import Examined, changed, examine, footer, needs_hydra, quoted, refuse_named_code, require
 from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, register, request_of_job, translate
-from uft.config.frozen import annotated, free
+from uft.config.frozen import may_change, with_origins
 from uft.config.messages import conf_dir, config_dirs, groups, nearest, written
 from uft.config.schema import COLUMNS, Config, fields_of
 from uft.config.stages import differences, is_made, rows_of, unready, without_stages
@@ -46,7 +46,7 @@ from uft.launch.launcher import (
     typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
-from uft.runs import Damaged, Run, WeightsSource, open_run, weights
+from uft.runs import Damaged, Run, WeightsSource, find_weights, open_run
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""
@@ -90,7 +90,7 @@ def generate(arguments: list[str]) -> int:
     if re.search(r"\s", named) and not os.path.exists(named):
         advice = f"uft generate last {shlex.quote(named)}"
         raise UftError(Problem(named, "which model answers is not said", "command line", (advice,)))
-    source = weights(named)
+    source = find_weights(named)
     asked, words = questions(arguments[1:])
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         prompts = gathered(asked, Path(folder)) if asked else None
@@ -113,7 +113,7 @@ def eval(arguments: list[str]) -> int:
     if others:
         each = tuple(f"uft eval {word}" for word in (named, *others))
         raise UftError(Problem(" ".join((named, *others)), "one model is measured at a time", "command line", each))
-    source = weights(named)
+    source = find_weights(named)
     if source.run is None:
         return run_verb("eval", partial(run_job, "eval"), [f"model.path={quote(named)}", *arguments[1:]])
     settings, begun = as_found(source, arguments), source.config
@@ -134,7 +134,7 @@ def chat(arguments: list[str]) -> int:
         raise UftError(Problem(" ".join(named), "one model, or two side by side", "command line"))
     from uft.cli.chat import talk
 
-    sources = [weights(name) for name in named or ["last"]]
+    sources = [find_weights(name) for name in named or ["last"]]
     talk([(source.name, settings_of(source, words)) for source in sources])
     return GOOD
 
@@ -269,7 +269,7 @@ def run_job(job: str, examined: Examined, words: Sequence[str]) -> int:
 def print_config(compared: Run | None, examined: Examined, words: Sequence[str]) -> int:
     """Print every value with its origin, or the differences from the run that it is compared with."""
     if compared is None:
-        print(annotated(examined.settings, examined.origins, examined.references))
+        print(with_origins(examined.settings, examined.origins, examined.references))
         return GOOD
     try:
         changes = changed_keys(compared, examined.settings)
@@ -279,7 +279,7 @@ def print_config(compared: Run | None, examined: Examined, words: Sequence[str])
         changes = differences(compared.config(), examined.settings)
     width = max((len(key) for key, _, _ in changes), default=0)
     for key, old, new in changes:
-        note = "   (may change within a run)" if free(key) else ""
+        note = "   (may change within a run)" if may_change(key) else ""
         print(f"{key:<{width}}  {written(old)} -> {written(new)}{note}")
     if not changes:
         print(f"the same as {compared.path}")

@@ -79,7 +79,7 @@ class Setting:
         return self.where.rpartition(":")[0] or self.where
 
 
-class Absent(Problem):
+class AbsentKey(Problem):
     """A key of an objective, or a source, that is not there; in a run of several stages another one may have it."""
 
 
@@ -183,14 +183,14 @@ class Draft:
                 del named[path[-1]]
                 self.settings = [setting for setting in self.settings if setting.path[: len(path)] != path]
                 return
-            kind = Absent if self.is_open(path[:-1]) else Problem
+            kind = AbsentKey if self.is_open(path[:-1]) else Problem
             why = "only named sources, stages and free keys can be removed"
         elif path[0] in BY_METHOD and path[-1] == "method":
             why, advice = f"comes with the {path[0]}'s file", (f"choose another:  {path[0]}=NAME",)
         elif override.is_add() and self.get(path) is not None and not isinstance(override.value(), (dict, list)):
             why, advice = "has a value already", (f"without the +:  {line[1:]}",)
         elif is_new and not added:
-            kind, why = Absent, f"nothing of that name in {'.'.join(path[:-1])}"
+            kind, why = AbsentKey, f"nothing of that name in {'.'.join(path[:-1])}"
             advice = (f"to add it:  +{line}",)
         else:
             for more, item in leaves(override.value()):
@@ -314,7 +314,7 @@ class Draft:
         is_objective = prefix[:1] == (OBJECTIVE,) and "method" in siblings
         if "method" in siblings:
             place += f"={self.get((*prefix, 'name')) or self.get((*prefix, 'method'))}"
-        kind = Absent if is_objective else Problem
+        kind = AbsentKey if is_objective else Problem
         return kind(setting.text, f"no such key{place}", setting.where, (advice, *more))
 
     def keys_at(self, path: KeyPath) -> list[str]:
@@ -353,7 +353,7 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
-    """What pydantic finds wrong with values, by path below `place`; the first thing of each key."""
+    """pydantic's errors by path below `place`, the first of each key."""
     try:
         adapter(kind).validate_python(values)
     except ValidationError as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from uft.config.checks import NOT_TYPED, OBJECTIVE, REWARD, Absent, Draft, Setting, adapter, faults, path_of
+from uft.config.checks import NOT_TYPED, OBJECTIVE, REWARD, AbsentKey, Draft, Setting, adapter, faults, path_of
 from uft.config.files import (
     BROKEN,
     ENDLESS,
@@ -29,7 +29,7 @@ from uft.config.files import (
     read_words,
     translate,
 )
-from uft.config.frozen import plain
+from uft.config.frozen import to_builtins
 from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
 from uft.config.models import complete, gives_choice
 from uft.config.schema import Config, KeyPath, Stage, flat, leaves
@@ -53,7 +53,7 @@ from uft.errors import Problem, UftError, raise_problems
 
 @dataclass
 class Examined:
-    """A request as it was understood."""
+    """A request after composition and validation."""
 
     settings: dict[str, Any]  # resolved; where there are problems, defaults stand in for what is wrong
     origins: dict[str, str] = field(default_factory=dict)  # dotted key -> where it was set; absent: the default
@@ -119,7 +119,7 @@ def examine(request: Request) -> Examined:
                 draft.apply(override)
         complete(draft, words, files)
         draft.complete_sources()
-        examined.settings, examined.origins = plain(draft.judge()), draft.origins()
+        examined.settings, examined.origins = to_builtins(draft.judge()), draft.origins()
         examined.problems += draft.problems
         if examined.settings["rounds"] is not None and not examined.problems:
             what = f"rounds={examined.settings['rounds']}"
@@ -218,11 +218,11 @@ def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any],
         draft.apply(override)
     if any(line.startswith(f"{REWARD}=") for line in words.choices):
         draft.complete_sources(frozen=True)
-    return plain(draft.judge()), [*problems, *draft.problems]
+    return to_builtins(draft.judge()), [*problems, *draft.problems]
 
 
 def values_of(line: str) -> list[Setting]:
-    """What the file of a choice (`debug=fast`) sets, if that is values alone; [] if it chooses other files too."""
+    """The settings in the file of a choice (`debug=fast`), if it sets values alone; [] if it chooses files too."""
     files = files_of(Request())
     usual, chosen = files.composed(()), files.composed((line,))
     group, _, name = line.partition("=")
@@ -457,7 +457,7 @@ def merge_problems(stages: Sequence[Planned]) -> Iterator[Problem]:
     absent: dict[tuple[str, str], dict[str, Problem]] = {}
     for stage in stages:
         for problem in dict.fromkeys(stage.draft.problems):
-            if isinstance(problem, Absent) and not problem.what.startswith(f"{STAGES}."):
+            if isinstance(problem, AbsentKey) and not problem.what.startswith(f"{STAGES}."):
                 absent.setdefault((problem.what, problem.where), {})[stage.name] = problem
             else:
                 found.setdefault(problem, []).append(stage.name)
@@ -496,7 +496,7 @@ def absent_key(problem: Problem, stages: Sequence[Planned]) -> Problem:
 
 
 def stage_rules(stage: Planned, outline: Draft) -> Iterator[Problem]:
-    """What is wrong with a stage by itself: its name, its kind, its reference."""
+    """Problems of a stage by itself: its name, its kind, its reference."""
     where = next((place for own, place in outline.origins().items() if own.startswith(f"{stage.key}.")), "")
     reference = stage.request["reference"]
     if not NAME.fullmatch(stage.written):
@@ -512,7 +512,7 @@ def stage_rules(stage: Planned, outline: Draft) -> Iterator[Problem]:
 
 
 def source_rules(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
-    """What is wrong with what a stage takes from earlier ones: rows of its sources, models that annotate."""
+    """Problems of what a stage takes from earlier ones: rows of its sources, models that annotate."""
     earlier = {other.name: other for other in stages[: stages.index(stage)]}
     trained = [name for name, other in earlier.items() if other.does == "fit"]
     makers = [name for name, other in earlier.items() if other.does != "fit"]
@@ -556,7 +556,7 @@ def assemble_run(
     run: Planned, last: Planned | None, stages: Sequence[Planned], outline: Draft
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(the run's settings with its resolved stages, and the objective and data of its last fit stage; origins)."""
-    settings, origins = plain(run.settings), run.draft.origins()
+    settings, origins = to_builtins(run.settings), run.draft.origins()
     for group in STAGE_GROUPS if last is not None else ():
         assert last is not None
         settings[group] = last.settings[group]
@@ -565,7 +565,7 @@ def assemble_run(
     nodes: dict[str, Any] = {}
     for stage in stages:
         head = {key: stage.request[key] for key in (("do", "reference") if stage.does == "fit" else ("do",))}
-        nodes[stage.name] = {**head, "config": differing(plain(stage.settings), settings)}
+        nodes[stage.name] = {**head, "config": differing(to_builtins(stage.settings), settings)}
         node = f"{STAGES}.{stage.name}."
         origins |= {f"{node}config.{key}": where for key, where in stage.draft.origins().items()}
         heads = ((key.removeprefix(f"{stage.key}."), key, where) for key, where in outline.origins().items())

@@ -54,7 +54,7 @@ OPEN = ("objective", "reward", "data.sources", "stages")
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for: the overrides, and the rare options that decide where files are looked for."""
+    """A request: the overrides, and the rare options that decide where files are looked for."""
 
     overrides: tuple[str, ...] = ()
     config_name: str = "config"
@@ -339,7 +339,7 @@ def readable(config_dir: str | None, read: Callable[[], T]) -> T:
 
 
 def overgrown(file: Path) -> str | None:
-    """Why reading a file would take minutes: its size, or aliases that stand for more than anybody wrote.
+    """Why reading a file would take minutes: its size, or aliases that expand without bound.
 
     None where it would not. Other faults are told elsewhere.
     """
@@ -357,7 +357,7 @@ def overgrown(file: Path) -> str | None:
 
 
 def stumbling(file: Path) -> str | None:
-    """What YAML, or Hydra reading the header and the defaults list, stumbles over in a file."""
+    """The fault that YAML, or Hydra reading the header and the defaults list, finds in a file; None: none."""
     try:
         text = file.read_text(encoding="utf-8")
         content = yaml.safe_load(text)

@@ -114,7 +114,7 @@ def mixture(settings: Settings) -> Iterator[Broken]:
 
 
 def sources(settings: Settings) -> Iterator[Broken]:
-    """What a source says of its rows (which are held out, which part is read, their scores), and amounts of rows."""
+    """Keys of a source about its rows (which are held out, which part is read, their scores), and amounts of rows."""
     for name, source in settings["data"]["sources"].items():
         key = f"data.sources.{name}"
         ways = [way for way in ("holdout", "eval_path", "eval_split") if source.get(way) is not None]

@@ -49,11 +49,11 @@ from uft.data.template import (
     Rendered,
     Template,
     as_generated,
-    dated,
     forms_for,
     missing_text,
     template_file,
     unknown_marks,
+    with_date,
 )
 from uft.errors import Problem, UftError, did_you_mean
 
@@ -109,7 +109,7 @@ class Renderer:
             name = "the tokenizer's chat template" if template == "auto" else template
             _check_arguments(arguments or {}, text, name)
             how = (train_on, special_text, rendering)
-            self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name, dict(arguments or {}), *how)
+            self._strategy = ChatTemplate(tokenizer, with_date(text, date, name), name, dict(arguments or {}), *how)
         self.name, self.text = self._strategy.name, self._strategy.text
         self.stop_ids = self._strategy.stop_ids
         settings = [self._strategy.arguments, train_on]

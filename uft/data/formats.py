@@ -42,7 +42,7 @@ from uft.data.messages import (
     with_context,
     with_reasoning,
 )
-from uft.data.records import LARGEST, SIDES, annotated
+from uft.data.records import LARGEST, SIDES, with_annotations
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row, Turns
 from uft.errors import Problem, UftError, did_you_mean
 
@@ -103,7 +103,7 @@ class Format:
             turns = tuple(turn for one in completions for turn in one.turns)
             completions = (replace(completions[0], turns=with_reasoning(turns, reasoning)), *completions[1:])
         task = optional_text(record.get("task"), "task")
-        return Row("", 0, prompt, annotated(record, completions), answer, task)
+        return Row("", 0, prompt, with_annotations(record, completions), answer, task)
 
 
 def recognise(

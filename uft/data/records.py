@@ -45,7 +45,7 @@ RULES = {
 }
 
 
-def annotated(record: Record, completions: tuple[Completion, ...]) -> tuple[Completion, ...]:
+def with_annotations(record: Record, completions: tuple[Completion, ...]) -> tuple[Completion, ...]:
     """The completions with the numbers of the record's columns. Raises :class:`Unreadable` with the reason."""
     columns = {name: _per_completion(record[name], name, completions) for name in RULES if record.get(name) is not None}
     if _is_pair(completions):
@@ -157,7 +157,7 @@ def to_records(row: Row) -> list[dict[str, Any]]:
 
 
 def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:
-    """The columns from which :func:`annotated` reads the same numbers."""
+    """The columns from which :func:`with_annotations` reads the same numbers."""
     found: dict[str, Any] = {}
     for name, rule in RULES.items():
         values = [completion.annotations.get(name) for completion in completions]

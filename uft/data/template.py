@@ -133,7 +133,7 @@ def _tools(turns: Turns) -> str:
 _NOW = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 
 
-def dated(template: str, day: str, name: str) -> str:
+def with_date(template: str, day: str, name: str) -> str:
     """The template with a fixed day in the place of its calls of `strftime_now`: its text alone decides the tokens."""
     try:
         begins = datetime.fromisoformat(day)

@@ -194,7 +194,7 @@ class _Evaluator:
         verdicts = [Verdict({})] * len(rows)
         if held.checker:
             jobs = [(held.checker, row, text) for row, text in zip(rows, texts, strict=True)]
-            verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
+            verdicts = ranks().on_rank0(partial(judge_logged, held.name, jobs, self.policy.device))
         passed = self.passes(held, rows[:checked], prompts) if self.settings.draws else []
         samples = []
         for number, (row, reply, text, verdict) in enumerate(zip(rows, replies, texts, verdicts, strict=True)):
@@ -220,7 +220,7 @@ class _Evaluator:
         replies = ranks().map_shards(asked, partial(self._complete, 1.0))
         texts = [self.renderer.text_of(reply.ids) for reply in replies]
         jobs = [(held.checker or "", rows[place // n], text) for place, text in enumerate(texts)]
-        verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
+        verdicts = ranks().on_rank0(partial(judge_logged, held.name, jobs, self.policy.device))
         found = []
         for place in range(0, len(verdicts), n):
             firsts = [next(iter(v.figures.values())) for v in verdicts[place : place + n] if v.figures]
@@ -244,7 +244,7 @@ class _Evaluator:
         )
 
 
-def judged(source: str, jobs: Sequence[tuple[Spec, Row, str]], device: torch.device) -> list[Verdict]:
+def judge_logged(source: str, jobs: Sequence[tuple[Spec, Row, str]], device: torch.device) -> list[Verdict]:
     """The verdicts of a source's checker. How many answers it cannot judge, and why, is logged: they count as wrong, or
     not at all where the row lacks what they are judged by."""
     verdicts = judge(jobs, device)

@@ -38,7 +38,7 @@ from omegaconf import DictConfig
 
 from uft.config.compose import Examined, examine, footer, quoted
 from uft.config.files import Request, request_of_job
-from uft.config.frozen import ABSENT, free
+from uft.config.frozen import ABSENT, may_change
 from uft.config.messages import COMMAND_LINE, hint, nearest, written
 from uft.errors import FAILED, Problem, UftError, raise_problems, visible
 from uft.launch.forkserver import forkserver
@@ -354,7 +354,7 @@ def as_begun(jobs: Sequence[Job], axes: Collection[str]) -> list[str]:
     for run, job in runs:
         with suppress(UftError):  # a damaged folder, or one of another version, is told of where it is checked
             for key, old, new in changed_keys(run, job.settings):
-                if ABSENT not in (old, new) and isinstance(old, (str, int, float, type(None))) and not free(key):
+                if ABSENT not in (old, new) and isinstance(old, (str, int, float, type(None))) and not may_change(key):
                     began.setdefault(key, []).append(old)
     agreed = {key: old[0] for key, old in began.items() if old == [old[0]] * len(runs) and key not in axes}
     return [f"{key}={quote(old) if isinstance(old, str) else json.dumps(old)}" for key, old in agreed.items()]
@@ -372,7 +372,7 @@ def refuse_other_runs(jobs: Sequence[Job]) -> None:
         except UftError:  # another version wrote it: its job will tell of it, and the others can do without
             continue
         for key, old, new in changes:
-            if not free(key):
+            if not may_change(key):
                 found.setdefault((key, f"{written(old)} -> {written(new)}"), []).append(job)
     if found:
         problems = [
@@ -425,7 +425,7 @@ def sweep_name(axes: Sequence[str], fixed: Sequence[str]) -> str:
     """A sweep by its file (`sweep=NAME`), else by its swept keys, and a hash of the overrides that are the same in all
     jobs, but for keys that change no result."""
     typed = {line: key_of(line).lstrip("+~") for line in fixed}
-    that_matter = sorted(line for line, key in typed.items() if not (free(key) or free(f"{key}.")))
+    that_matter = sorted(line for line, key in typed.items() if not (may_change(key) or may_change(f"{key}.")))
     file = next((line.partition("=")[2] for line in fixed if line.startswith("sweep=")), "")
     keys = slug(file) if file else "-".join(slug(axis.lstrip("+~").rpartition(".")[2]) for axis in axes) or "sweep"
     return f"{keys[:LONGEST_JOB_NAME]}-{short_hash(repr((sorted(axes), that_matter)))}"

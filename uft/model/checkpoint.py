@@ -197,7 +197,7 @@ def load(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> tuple[
     return _load(folder, parameters or {}), read_state(folder)
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
+def load_weights(folder: Path) -> dict[str, Tensor]:
     """The trained weights of a checkpoint by their names in the policy, whole, without the moments. Raises Damaged."""
     return {name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in _load(folder, {}, WEIGHTS_PREFIX).items()}
 

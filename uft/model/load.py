@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from uft.config.frozen import typed
+from uft.config.frozen import to_config
 from uft.config.schema import Config, Model
+from uft.config.stages import without_stages
 from uft.data.template import NAMES, template_file
 from uft.distributed import ranks
 from uft.environment import PeerLost
@@ -40,7 +41,7 @@ from uft.model.policy import (
 )
 from uft.model.precision import plain_state, quantise, resolve_dtype, storage_dtype, why_precision
 from uft.model.sharded import load_sharded
-from uft.runs import cache_root, clear_left, is_checkpoint, weights
+from uft.runs import cache_root, clear_left, find_weights, is_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,7 +122,7 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, tried on a few small rows. Raises UftError about a model that cannot be loaded or used."""
     chosen, model = model.dtype == "auto", resolve_dtype(model, device)
-    adapt = partial(adapted, model=model, init_seed=init_seed)
+    adapt = partial(adapt_module, model=model, init_seed=init_seed)
     policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, path_setting(model, None))
     policy.offloads = model.activation_offload
     if chosen:
@@ -177,7 +178,7 @@ def empty_policy(model: Model, reference: str | None = None, key: str = REFERENC
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         base = quantise_blocks(base, model)
-        policy = Policy(base if reference else adapted(base, model, init_seed=0), model.dtype)
+        policy = Policy(base if reference else adapt_module(base, model, init_seed=0), model.dtype)
     policy.offloads = model.activation_offload
     return policy
 
@@ -188,10 +189,10 @@ def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
     Weights that are trained are float32 under `master_weights`; frozen ones under an adapter are stored in `dtype`.
     Everything random happens on the CPU from `init_seed`, so that the start is the same on every device.
     """
-    return adapted(load_base(model), model, init_seed).to(device).train()
+    return adapt_module(load_base(model), model, init_seed).to(device).train()
 
 
-def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
+def adapt_module(base: Any, model: Model, init_seed: int) -> nn.Module:
     """`base` with its LoRA adapter and its gradient checkpointing, and without the dropout of its own configuration
     unless `model.dropout`."""
     if not model.dropout:
@@ -263,9 +264,9 @@ def checkpoint_config(place: Location, model: Model) -> Config:
 
     Code of the model is run only where `model` allows it too.
     """
-    source = weights(place.path)
+    source = find_weights(place.path)
     assert source.run is not None
-    own = typed({key: value for key, value in source.config.items() if key != "stages"}, str(source.run.config_file))
+    own = to_config(without_stages(source.config), str(source.run.config_file))
     trusted = own.model.trust_remote_code and model.trust_remote_code
     path, template = (source.run.found(word) for word in (own.model.path, own.data.template))
     template = own.data.template if own.data.template in NAMES else template
@@ -284,7 +285,7 @@ def checkpoint_policy(model: Model, folder: Path, device: torch.device) -> Polic
     model = resolve_dtype(model, device)
     policy = Policy(load_model(model, device, 0), model.dtype)
     try:
-        policy.load_trainable(checkpoint.weights(folder))
+        policy.load_trainable(checkpoint.load_weights(folder))
     except checkpoint.Damaged as error:
         raise UftError(Problem(str(folder), f"is damaged: {error}"), code=FAILED) from error
     return policy
@@ -335,12 +336,12 @@ ADVICE = {
     "safetensors": "weights are read from safetensors alone: loading a pickle (.bin, .pt) can run code",
     "untagged enum": "tokenizer.json is of a newer version:  pip install -U tokenizers transformers",
 }
-"""By a word of transformers' error."""
+"""Advice by a word of transformers' error."""
 
 
 @contextmanager
 def _humane(what: str, why: str, model: Model, place: Location | None = None) -> Iterator[None]:
-    """Turn an exception of transformers about a model into one line about the key that named it.
+    """Turn an exception of transformers about a model into a UftError about the key that named it.
 
     A file of the model that is not what it is called is named. What a model's own code raises stays as it is.
     """

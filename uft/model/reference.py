@@ -57,8 +57,8 @@ VISITS_WORTH_A_CACHE = 1.5
 
 @dataclass(frozen=True)
 class Reference:
-    """`forward` is what objectives get. In mode `cached`, `column` must be filled first and its values put into the
-    batches: `column.fill(encoded)`, `sampler.reference = column`."""
+    """The reference in its mode; objectives get `forward`. In mode `cached`, `column` must be filled first and its
+    values put into the batches: `column.fill(encoded)`, `sampler.reference = column`."""
 
     mode: str
     why: str
@@ -381,7 +381,7 @@ BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def model_identity(model: Model, device: torch.device, reference: str | None = None) -> dict[str, str]:
-    """What decides the log-probs of a model (or of that at the path `reference`): its weights, and how they are run."""
+    """Key of the log-prob cache: weights, precision, attention and device of a model, or of that at `reference`."""
     model = resolve_dtype(model, device)
     digest = weights_digest(locate(model, reference), lambda: load_base(model, reference))
     stored = {} if model.quantize == "none" else {"quantize": model.quantize}

@@ -22,11 +22,10 @@ import yaml
 
 from uft.config.frozen import flat
 from uft.errors import Problem, UftError, first_line, problem_lines, raise_problems
-from uft.runs import Run, bounded, lineage, named_folder, no_runs, shown, yaml_text
+from uft.runs import OUTPUTS, Run, bounded, lineage, named_folder, no_runs, shown, yaml_text
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
 
-OUTPUTS = Path("outputs")
 RUN_FILES = frozenset(("config.yaml", "run.json", "metrics.jsonl", "result.json"))
 FINISHED, UNREADABLE = "finished", "unreadable"
 COSTS = ("seconds", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")

@@ -62,7 +62,7 @@ CHECKERS: dict[str, type[Checker]] = {
     "likelihood": Likelihood,
     "classifier": Classifier,
 }
-"""By `method`, those of this package."""
+"""Method -> checker, those of this package."""
 
 
 @cache

@@ -2,9 +2,9 @@
 
 Jobs go in as lines of JSON and verdicts come out as lines of JSON, in the same order (:mod:`uft.rewards.child`). The
 child is started when it is first needed, ends when its input does, and is replaced when it dies. The answer that it
-died of gets the reason, the others of the batch go to the next one; where somebody else killed it (the system, short of
-memory), the answer goes there too, once. Only data crosses: whatever takes over the child could at most write numbers
-from 0 to 1.
+died of gets the reason, the others of the batch go to the next one. Where another process killed it (the system, short
+of memory), the answer goes there too, once. Only data crosses: whatever takes over the child could at most write
+numbers from 0 to 1.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Child:
                 pipe.close()
 
     def was_killed(self) -> bool:
-        """Whether somebody else killed the child, whose output ended: an answer may be judged again."""
+        """Whether another process killed the child, whose output ended: an answer may be judged again."""
         with suppress(subprocess.TimeoutExpired):  # its output ends a moment before it does
             self.process.wait(1.0)
         return self.process.returncode == -signal.SIGKILL

@@ -37,8 +37,8 @@ _PLAIN = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
 
 
 def expression(text: str) -> str:
-    """What a text states: its last box, what follows `####`, the last formula, or :func:`last_line`, of a sentence the
-    last number."""
+    """The final answer of a text: its last box, what follows `####`, the last formula, or :func:`last_line`, of a
+    sentence the last number."""
     _, marked, after = text.rpartition("####")
     if (start := text.rfind("\\boxed{")) >= 0:
         found = _braced(text[start + len("\\boxed{") :])
@@ -54,7 +54,7 @@ def expression(text: str) -> str:
 
 
 def last_line(text: str) -> str:
-    """What the last line of a text says after "answer", or all of it, without a full stop."""
+    """The last line of a text from "answer" on, or all of it, without a full stop."""
     last = (stated(text).splitlines() or [""])[-1]
     return str((_SAYS.findall(last) or [last])[-1]).strip().rstrip(".")
 
@@ -80,7 +80,7 @@ def _number(text: str, **ignored: object) -> Any:
 
 @lru_cache(maxsize=256)
 def _parsed(text: str) -> list[Any]:
-    """What math-verify reads in an expression of LaTeX; nothing where it is none."""
+    """The parsed forms of a LaTeX expression by math-verify; none where it is no expression."""
     from math_verify import LatexExtractionConfig, parse
 
     found: list[Any] = parse(

@@ -184,7 +184,7 @@ class RolloutSampler:
         settings, source = self.settings.hint, self._source(draw)
         if settings.schedule == "none" or source.source not in self.sampled:
             return 0
-        ends = pieces(shown_tokens(source, draw.index), settings, self.renderer)
+        ends = piece_ends(demonstration_tokens(source, draw.index), settings, self.renderer)
         cuts = cut_points(len(ends), settings.chunks)
         last = max(1, round(settings.until * math.ceil(self.total_rows / self.prompts)))
         draw_of_hint = float(uniforms(self.seed, HINTS + number, 1)[0])
@@ -198,7 +198,7 @@ class RolloutSampler:
 
     def _prompt(self, draw: RowIndex, hint: int) -> tuple[list[int], list[int]]:
         """Token ids of a row's prompt, as they are trained, and of the first `hint` tokens of its demonstration."""
-        tokens = shown_tokens(self._source(draw), draw.index)
+        tokens = demonstration_tokens(self._source(draw), draw.index)
         end = tokens.prompt_length
         return tokens.ids[:end].tolist(), tokens.ids[end : end + hint].tolist()
 
@@ -351,14 +351,14 @@ def _tokens(prompt: Sequence[int], ids: Sequence[int], learned: bool = True) -> 
     return Tokens(np.array([*prompt, *ids], np.int32), supervised & learned, len(prompt))
 
 
-def shown_places(row: Row) -> list[int]:
+def demonstration_places(row: Row) -> list[int]:
     """The completions that stand as demonstrations of a row that is sampled: the good ones, else its first, if any."""
     return demonstrations(row) or [*range(len(row.completions))][:1]
 
 
-def shown_tokens(source: TokenizedSource, index: int) -> Tokens:
+def demonstration_tokens(source: TokenizedSource, index: int) -> Tokens:
     """The tokens of a row's first demonstration, or of its prompt alone."""
-    return source.encoded[index][(shown_places(source.rows[index]) or [0])[0]]
+    return source.encoded[index][(demonstration_places(source.rows[index]) or [0])[0]]
 
 
 # --- Hints: how much of a demonstration is shown (UFT, arXiv 2505.16984).
@@ -367,7 +367,7 @@ def shown_tokens(source: TokenizedSource, index: int) -> Tokens:
 ENDS = {"line": re.compile(r"\n"), "sentence": re.compile(r"[.!?]['\")\]]*\s*$|\n"), "token": re.compile("")}
 
 
-def pieces(tokens: Tokens, settings: Hint, renderer: Renderer) -> list[int]:
+def piece_ends(tokens: Tokens, settings: Hint, renderer: Renderer) -> list[int]:
     """Ends of the pieces of a demonstration that may be shown, in tokens after the prompt."""
     ids = tokens.ids[tokens.prompt_length :].tolist()
     while ids and ids[-1] in renderer.stop_ids:
@@ -413,7 +413,8 @@ def expected_views(views: Mapping[Kind, View], settings: Rollout, sampled: Mappi
         if row.source not in sampled:
             view = views.get(row.kind)
             return view(row, visit) if view else None
-        shown, turns = shown_places(row), row.completions[0].turns if row.completions else (Message("assistant", ""),)
+        shown = demonstration_places(row)
+        turns = row.completions[0].turns if row.completions else (Message("assistant", ""),)
         scores = (float(i % 2 == 0) if sampled[row.source] is not None else None for i in range(settings.completions))
         own = [Completion(turns, sampled_by=SAMPLED_BY_POLICY, score=score, log_prob=-1.0) for score in scores]
         made = replace(row, completions=(*(Completion(row.completions[i].turns) for i in shown), *own))
@@ -442,12 +443,12 @@ def refuse_unscored(
     no room for a completion; demonstrations of which no hint can be shown.
     """
     problems, hints = list[Problem](), settings.hint.schedule != "none"
-    showing = {  # sources with a demonstration that has a piece to show
-        source.source
-        for source in sources
-        if hints
-        and any(pieces(shown_tokens(source, place), settings.hint, renderer) for place in range(len(source.rows)))
-    }
+
+    def has_hint(source: TokenizedSource) -> bool:
+        shown = (demonstration_tokens(source, place) for place in range(len(source.rows)))
+        return any(piece_ends(tokens, settings.hint, renderer) for tokens in shown)
+
+    showing = {source.source for source in sources if hints and has_hint(source)}
     for source in sources:
         if source.source not in sampled or not len(source.rows):
             continue

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from uft.config.frozen import adds
+from uft.config.frozen import source_overrides
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import Stage, is_made, rows_of
 from uft.data.chat import Renderer
@@ -132,7 +132,7 @@ class StageData:
         return cls(dataset, objective, sampler, make_horizon(config, dataset))
 
     def rollouts(self, policy: Policy, config: Config, stop: Stop) -> RolloutSampler:
-        """What samples completions of the rows of each step, from the policy as it is then."""
+        """The sampler that takes completions of the rows of each step from the policy as it is then."""
         renderer, longest = self.dataset.renderer, longest_rollout(self.dataset, config)
         return RolloutSampler(
             self.sampler,
@@ -264,7 +264,7 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loade
         for name, many in sorted(without.items()):
             why = f"objective={objective.name} needs {name}, which {many:,} of {len(source.rows):,} rows lack"
             problems.append(Problem(f"data.sources.{source.source}", why, where=first[name]))
-            lacking.setdefault(name, []).extend(adds(source.source, data.sources[source.source]))
+            lacking.setdefault(name, []).extend(source_overrides(source.source, data.sources[source.source]))
     if lacking:
         from uft.sampling.annotate import ANNOTATORS  # here: a request that lacks nothing starts without it
     for name, words in lacking.items():
@@ -284,10 +284,11 @@ def without_reply(name: str, source: Source, samples: bool, unread: Sequence[str
     named = [
         f"a reply under another name:  {key}.columns.completion={column}" for column in unread if "." not in column
     ]
+    words = " ".join(["data=files", *source_overrides(name, source)])
     return "they have no reply to learn from", (
         *named[:3],
         "learn from the policy's own replies:  objective=grpo rollout.completions=8 reward=NAME",
-        f"have a model answer them first:  uft generate model=NAME {' '.join(['data=files', *adds(name, source)])}",
+        f"have a model answer them first:  uft generate model=NAME {words}",
     )
 
 
@@ -377,7 +378,7 @@ class RunData:
 
     @property
     def total_steps(self) -> int:
-        """Of all stages whose rows are there."""
+        """Optimiser steps of all stages whose rows are there."""
         return sum(self.steps.values())
 
     @property
@@ -394,7 +395,7 @@ class RunData:
 
     def read_training(self, stage: Stage) -> None:
         """Read the rows of a stage that trains. Raises UftError with everything that is wrong with them."""
-        config, loaded = located(stage.config, self.run), None
+        config, loaded = resolve_made_paths(stage.config, self.run), None
         if config is not stage.config:
             held_out = _prompts(held.rows for held in self.held_out)
             loaded = load_sources(config.data)
@@ -449,7 +450,7 @@ def has_made_rows(data: Data) -> bool:
     return any(is_made(source.path) for source in data.sources.values())
 
 
-def located(config: Config, run: Run) -> Config:
+def resolve_made_paths(config: Config, run: Run) -> Config:
     """`config` with the files that earlier stages made in place of their names."""
     sources = dict(config.data.sources)
     for name, source in sources.items():

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from uft.config.frozen import typed
+from uft.config.frozen import to_config
 from uft.config.schema import Config, Model
+from uft.config.stages import without_stages
 from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message
 from uft.errors import Problem, UftError
@@ -81,7 +82,7 @@ def short(tokens: Tokens) -> Tokens:
 
 @dataclass(frozen=True)
 class Export:
-    """What `uft export` was asked for."""
+    """Options of `uft export`."""
 
     to: Path
     dtype: str = "float32"  # float32, bfloat16, or model: that of the model it was trained from
@@ -152,12 +153,12 @@ def trained_policy(source: WeightsSource) -> tuple[Config, Policy]:
             locate(Model(path=place.path, trust_remote_code=True)), Model(trust_remote_code=True)
         )
         return config, checkpoint_policy(config.model, Path(place.path), device)
-    config = typed({k: v for k, v in source.config.items() if k != "stages"} | {"model": source.model})
+    config = to_config(without_stages(source.config) | {"model": source.model})
     return config, load_policy(config.model, device, 0)
 
 
 def conversations(run: Run, renderer: Renderer) -> list[Tokens]:
-    """What the export is tried on: answers of the run to held-out prompts, and two questions."""
+    """Conversations that the export is tried on: answers of the run to held-out prompts, and two questions."""
     last = list(read_samples(run).values())[-1:]
     pairs = {
         one["prompt"]: one["reply"] for samples in last for one in samples if one["prompt"] and one["reply"].strip()

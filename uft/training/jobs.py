@@ -39,10 +39,10 @@ from uft.training.setup import (
     Stopped,
     check_start,
     choose_device,
-    compared_with,
     pause,
     planned_memory,
     prepare_stage,
+    reference_settings,
     stage_card,
     start_card,
 )
@@ -162,7 +162,7 @@ def paper_plan(config: Config, device: torch.device) -> str:
     needs, mode, other = make(config.objective).needs, None, None
     config = replace(config, model=resolve_dtype(config.model, device))
     if needs.reference:
-        compared, key = compared_with(config, needs)
+        compared, key = reference_settings(config, needs)
         visits = config.train.epochs if config.train.steps is None else math.inf
         mode = choose_mode(config.model, compared, visits, needs.distributions)[0]
         if compared.path is not None and mode == "copy":

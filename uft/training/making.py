@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from uft.config.frozen import adds
+from uft.config.frozen import source_overrides
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS
 from uft.data.chat import Renderer
@@ -33,7 +33,7 @@ from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.rewards import judge, spec_of
 from uft.runs import cache_root, shown, typed_path
-from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
+from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen_settings
 from uft.sampling.answers import Answer, answer_prompts, read_prompts
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
@@ -92,7 +92,7 @@ def generate(config: Config) -> int:
         f" {summary.without_good} rows without a good completion left out)"
     )
     for line in shown:
-        say("\n" + shown_answer(said(line["prompt"]), line.get("negatives") or [line["response"]]))
+        say("\n" + shown_answer(last_turn(line["prompt"]), line.get("negatives") or [line["response"]]))
     say(
         f"\nyour own questions:  uft generate RUN 'a question'\n"
         f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"
@@ -106,7 +106,7 @@ def answer(config: Config, device: torch.device, say: Say) -> int:
     settings = config.generate
     prompts = read_prompts(Path(str(settings.prompts)))[: settings.limit]
     out = Path(settings.out) if settings.out else None
-    renderer, policy = sampler(config, device)
+    renderer, policy = load_sampler(config, device)
 
     def show(prompt: Turns, answers: Sequence[Answer]) -> None:
         say(shown_answer(prompt[-1].content, [one.told(settings) for one in answers]) + "\n")
@@ -140,7 +140,7 @@ def shown_answer(prompt: str, answers: Sequence[str]) -> str:
     return "\n".join([*lines, *("  " + printable_lines(text).replace("\n", "\n  ") for text in answers)])
 
 
-def said(prompt: str | list[dict[str, Any]]) -> str:
+def last_turn(prompt: str | list[dict[str, Any]]) -> str:
     """The last turn of a prompt as rows hold it."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
@@ -177,8 +177,8 @@ def sample_rows(
     say: Say,
 ) -> Summary:
     """Append samples of the rows to `out`. Raises Interrupted when asked to stop, and what `generate_rows` raises."""
-    score = scorer(config, sources) if config.generate.score else None
-    renderer, policy = sampler(config, device)
+    score = make_scorer(config, sources) if config.generate.score else None
+    renderer, policy = load_sampler(config, device)
     return generate_rows(
         policy,
         renderer,
@@ -192,14 +192,14 @@ def sample_rows(
     )
 
 
-def sampler(config: Config, device: torch.device) -> tuple[Renderer, Policy]:
-    """What samples from the model of a configuration."""
+def load_sampler(config: Config, device: torch.device) -> tuple[Renderer, Policy]:
+    """The renderer and the policy of a configuration, to sample with."""
     tokenizer = load_tokenizer(config.model)
     renderer = make_renderer(tokenizer, config.data)
     return renderer, loaded_policy(config, device, tokenizer)
 
 
-def scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, str], float]:
+def make_scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, str], float]:
     """The score of a reply to a row, as of a rollout: `rollout.reward` of its source's checker. UftError about sources
     without one, and rows whose replies it cannot judge."""
     specs = {source.name: spec_of(config.reward, source.checker) for source in sources}
@@ -299,7 +299,7 @@ def write_column(
     recipe = Recipe(
         device=device,
         cache=cache_root(config.data.cache),
-        models=[frozen(config.model, path) for path in config.annotate.models],
+        models=[frozen_settings(config.model, path) for path in config.annotate.models],
         temperature=config.annotate.temperature,
         batch_tokens=config.annotate.batch_tokens,
         too_long=config.data.too_long,
@@ -374,7 +374,7 @@ def annotated_data(data: Data, written: Mapping[str, AnnotatedSource]) -> Data:
 
 def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource]) -> str:
     """The command that trains on the annotated files, by an objective that reads the column."""
-    sources = [word for name, s in annotated_data(data, written).sources.items() for word in adds(name, s)]
+    sources = [word for name, s in annotated_data(data, written).sources.items() for word in source_overrides(name, s)]
     return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources])
 
 

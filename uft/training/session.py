@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from uft.config.frozen import plain
+from uft.config.frozen import to_builtins
 from uft.config.schema import Config, Eval, Model
 from uft.config.stages import Stage, is_made, maker, stages_of
 from uft.distributed import ranks
@@ -36,13 +36,13 @@ from uft.heartbeat import activity, come
 from uft.model import checkpoint
 from uft.model.memory import Utilisation, device_memory, peak_memory
 from uft.model.policy import DTYPES
-from uft.runs import FULL, Run, problem, typed_path, write_json, writing
+from uft.runs import FULL, Run, disk_problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
 from uft.tracking.trackers import Trackers, make_tracker
 from uft.training.card import ModelCard
-from uft.training.dataset import RunData, located, read_run_data
+from uft.training.dataset import RunData, read_run_data, resolve_made_paths
 from uft.training.exporting import export_checked
 from uft.training.liveness import Stop, watching
 from uft.training.setup import (
@@ -217,7 +217,7 @@ class Session:
         model, past = self.start_model(stage), stage.config.select.past
         past = str(self.folder(by_name[maker(past)]).path) if past and is_made(past) else past
         config = replace(
-            located(stage.config, self.run),
+            resolve_made_paths(stage.config, self.run),
             model=model if stage.do == "select" else replace(model, adapter="none", quantize="none"),
             annotate=replace(stage.config.annotate, models=models),
             select=replace(stage.config.select, past=past),
@@ -243,7 +243,7 @@ class Session:
             (self.run.path / "result.json").unlink(missing_ok=True)
             info = {"data_digest": self.data.digest, "total_steps": self.data.total_steps}
             self.run.update_info(**info, device=str(self.device), torch=torch.__version__)
-            settings = plain(asdict(self.config))
+            settings = to_builtins(asdict(self.config))
             self.tracker = make_tracker(self.run, settings, resumed_step=resumed_step, say=self.console.message)
             self.tracker.start()
             self.console.total_steps = self.data.total_steps
@@ -292,7 +292,7 @@ class Session:
         return Run(self.run.path / stage.folder)
 
     def model_dir(self, stage: Stage) -> Path:
-        """Where a stage leaves its model: the last one's is the run's."""
+        """The folder of a stage's model; that of the last stage is the run's."""
         last = [other for other in self.stages if other.do == "fit"][-1]
         return self.run.model_dir if stage.name == last.name else self.folder(stage).model_dir
 
@@ -422,7 +422,7 @@ class Recorder:
         return ours
 
     def write_line(self, trainer: Trainer) -> None:
-        """What was measured since the last line: meters stay on the device till then."""
+        """Write the means since the last metric line; meters stay on the device till then."""
         trainer.await_finite_check()
         progress, means = trainer.progress, trainer.meter.means()  # without names that no row gave anything for
         seconds, tokens, supervised = progress.seconds - self.seconds, self.tokens, self.supervised
@@ -558,7 +558,7 @@ def error_text(error: Exception, config: Config) -> str:
     elif out_of_memory(error):
         text = str(explain_oom(error, "memory", config))
     elif isinstance(error, OSError) and error.errno in FULL and error.filename:
-        text = str(UftError(problem(Path(error.filename), error.errno)))
+        text = str(UftError(disk_problem(Path(error.filename), error.errno)))
     else:
         tell_redacted(type(error), error, error.__traceback__)
         text = f"{type(error).__name__}: {error}"

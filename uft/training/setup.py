@@ -57,7 +57,7 @@ IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weight
 UNMOVED = 0.5  # share of weights that a step of the learning rate's size does not move, from which that is told
 
 STAYS: dict[str, Any] = {"mode": "auto", "sync_every": None}
-"""Of the reference that the evaluation compares with: the same throughout a run."""
+"""Settings of the evaluation's reference, which is the same throughout a run."""
 
 Say = Callable[[str], None]
 
@@ -111,7 +111,7 @@ class Prepared:
         return self.planned(max(tokens_per_pass(config), own))
 
     def planned(self, tokens: int) -> dict[str, int]:
-        """As `memory`; `tokens` of the largest micro-batch."""
+        """As `memory`, for a largest micro-batch of `tokens`."""
         mode, forward = (self.reference.mode, self.reference.forward) if self.reference else (None, None)
         other = shape_of(forward.policy) if isinstance(forward, Frozen) else None
         return planned_memory(self.trainer.config, shape_of(self.trainer.policy), mode, tokens, other)
@@ -180,7 +180,7 @@ def prepare(
     )
     reference = None
     if needs.reference:
-        compared, key = compared_with(config, needs)
+        compared, key = reference_settings(config, needs)
         reference = reference_of(
             *(reference_model or (config.model, compared)),
             visits_per_row=horizon.total_rows / max(1, sampler.row_count),
@@ -216,8 +216,8 @@ def prepare(
     return Prepared(trainer, data, reference, eval_reference)
 
 
-def compared_with(config: Config, needs: Needs) -> tuple[ReferenceModel, str]:
-    """What an objective compares the policy with, its reference or its teacher, and the setting that names it."""
+def reference_settings(config: Config, needs: Needs) -> tuple[ReferenceModel, str]:
+    """Settings of the model that an objective compares with, reference or teacher, and the key that names it."""
     if needs.teacher:
         return ReferenceModel(path=config.teacher.path), "teacher.path"
     return config.reference, "reference.path"
@@ -520,7 +520,7 @@ def origin_of_rate(config: Config) -> str:
 
 
 def rollout_line(config: Config) -> str:
-    """What is sampled in every step, and of what the score consists."""
+    """A line about the rollouts: completions, updates for each of them, and the score."""
     rollout = config.rollout
     updates = (rollout.prompts or config.train.batch_size) // config.train.batch_size
     weights = " + ".join(f"{weight:g} {name}" for name, weight in rollout.reward.items() if weight)
@@ -539,7 +539,7 @@ def measured_rows(dataset: TrainData, settings: Eval) -> str:
 
 
 def stage_card(prepared: Prepared) -> Card:
-    """What a stage trains and on what: model, objective, data, horizon and machine."""
+    """(label, value) lines about a stage: model, objective, data, horizon and machine."""
     trainer, config, data = prepared.trainer, prepared.trainer.config, prepared.data
     optim = config.optim
     objective, reference, device = trainer.objective, prepared.reference, trainer.device

@@ -101,7 +101,7 @@ class Hook(Protocol):
 
 @dataclass
 class Trainer:
-    """Everything a training run consists of, as `setup.prepare` puts it together before the first step."""
+    """State and loop of training, put together by `setup.prepare` before the first step."""
 
     run: Run
     config: Config
@@ -158,7 +158,7 @@ class Trainer:
 
     @property
     def complete(self) -> bool:
-        """Whether there is no further step to take."""
+        """Whether the horizon is reached, or training ended before it."""
         return self.progress.step >= self.steps or bool(self.progress.ended)
 
     @property
@@ -245,19 +245,19 @@ class Trainer:
         return self.prefetcher.cursor if self.prefetcher else self.feed.state_dict()
 
     def state(self) -> State:
-        """What a step changes besides weights and moments, as a checkpoint holds it."""
+        """State besides weights and moments that a step changes, as a checkpoint holds it."""
         tensors = {
-            **nested("objective", {name: tensor.clone() for name, tensor in self.objective.state.items()}),
-            **nested("meter", self.meter.state_dict()),
-            **nested(_random(ranks().rank), random_state(self.device)),
+            **add_prefix("objective", {name: tensor.clone() for name, tensor in self.objective.state.items()}),
+            **add_prefix("meter", self.meter.state_dict()),
+            **add_prefix(_random(ranks().rank), random_state(self.device)),
         }
         return tensors, {"progress": asdict(self.progress), "feed": self.cursor(), "steps": self.steps}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        for name, tensor in below("objective", tensors).items():
+        for name, tensor in strip_prefix("objective", tensors).items():
             self.objective.state[name].copy_(tensor)
-        self.meter.load_state_dict(below("meter", tensors), self.device)
-        if generators := below(_random(ranks().rank), tensors):
+        self.meter.load_state_dict(strip_prefix("meter", tensors), self.device)
+        if generators := strip_prefix(_random(ranks().rank), tensors):
             # else there are more ranks now: this one keeps its seed
             torch.set_rng_state(generators["cpu"])
             if self.device.type == "cuda" and "cuda" in generators:
@@ -291,11 +291,11 @@ class Trainer:
             problem = Problem(f"step {self.progress.step}", why, advice=(good,))
             raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
         moments = checkpoint.optimiser_tensors(self.optimiser, self.parameters)
-        learned = {**nested("model", self.parameters), **nested("optimiser", moments)}
-        learned |= nested("reference", self.moving)
+        learned = {**add_prefix("model", self.parameters), **add_prefix("optimiser", moments)}
+        learned |= add_prefix("reference", self.moving)
         others, values = self.state()
         for rank, generators in enumerate(ranks().gather_objects(random_state(self.device))):
-            others |= nested(_random(rank), generators)
+            others |= add_prefix(_random(rank), generators)
         step = self.progress.step
         if not ranks().sharded:
             return ranks().on_rank0(
@@ -328,10 +328,10 @@ class Trainer:
     def load_checkpoint(self, folder: Path) -> None:
         """Raises checkpoint.Damaged, or UftError where the checkpoint is of another model or adapter."""
         tensors, values = checkpoint.load(folder, self.parameters)
-        self.policy.load_trainable(below("model", tensors))
-        checkpoint.load_optimiser(self.optimiser, self.parameters, below("optimiser", tensors))
+        self.policy.load_trainable(strip_prefix("model", tensors))
+        checkpoint.load_optimiser(self.optimiser, self.parameters, strip_prefix("optimiser", tensors))
         with torch.no_grad():
-            for name, tensor in below("reference", tensors).items():
+            for name, tensor in strip_prefix("reference", tensors).items():
                 self.moving[name].copy_(tensor)
         self.load_state(tensors, values)
 
@@ -358,11 +358,11 @@ def own_samples(trainer: Trainer) -> list[Sample]:
     return [Sample(source, row.id, prompt, one.text, row.answer, verdict) for one, verdict in own]
 
 
-def nested(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under `prefix/`, without it."""
     return {n.removeprefix(f"{prefix}/"): tensor for n, tensor in tensors.items() if n.startswith(f"{prefix}/")}
 
