@@ -1,5 +1,5 @@
-"""Rows as records: the numbers beside completions as columns and back, and rows as JSON Lines that
-:mod:`uft.data.sources` reads again, equal to the last digit.
+"""Rows as records: annotations of completions as columns and back, and rows as JSON Lines that
+:mod:`uft.data.sources` reads back without loss.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _is_pair(completions: Sequence[Completion]) -> bool:
     return len(completions) == 2 and completions[0].preferred is not None
 
 
-# --- Rows as JSON Lines that :mod:`uft.data.sources` reads back, equal to the last digit.
+# --- Rows as JSON Lines.
 #
 # Every kind has the plainest of the formats that hold it, one line per row; scored completions have one line each and
 # meet again in one row. All lines of a file must have one format, so all its rows must be of one kind.

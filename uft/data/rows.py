@@ -165,7 +165,7 @@ def encode_row(row: Row) -> bytes:
 
 
 def decode_row(encoded: bytes, source: str, index: int) -> Row:
-    """The row of :func:`encode_row` under a name and number, equal to the last digit."""
+    """The row of :func:`encode_row` under a name and number, without loss."""
     prompt, completions, answer, task, *facts = json.loads(encoded)
     made = (
         Completion(_turns(turns), preferred, label, score, sampled_by, log_prob, dict(*numbers))

@@ -153,11 +153,11 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         apart = replace(place, split=source.eval_split)
     elif source.path.startswith(_BUILTIN) and source.holdout is None:
         apart = replace(place, split="test")
-    settled = not problems  # else only rows that are bad whatever their columns mean can be told
-    rows, omitted = _parse(name, source, place, None if source.part else source.limit, data.cache, settled)
+    is_valid = not problems  # else only rows that are bad whatever their columns mean can be told
+    rows, omitted = _parse(name, source, place, None if source.part else source.limit, data.cache, is_valid)
     held_out: Sequence[Row] = ()
     if apart is not None:
-        held_out, more = _parse(name, source, apart, None, data.cache, settled)
+        held_out, more = _parse(name, source, apart, None, data.cache, is_valid)
         omitted.add(more, same_folder=apart.path == place.path)
     omitted.refused = list(dict.fromkeys([*problems, *omitted.refused]))
     if omitted.refused:
@@ -182,9 +182,9 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
 
 
 def _parse(
-    name: str, source: Source, place: Place, limit: int | None, cache: str | None, settled: bool
+    name: str, source: Source, place: Place, limit: int | None, cache: str | None, is_valid: bool
 ) -> tuple[Sequence[Row], Omissions]:
-    """The rows of a place, and what it has beside them; `settled`: whether its settings say how to read them."""
+    """The rows of a place, and what it has beside them; `is_valid`: whether the settings say how to read them."""
     folder = cache_root(cache) / "rows"
     try:
         tables, left_out = open_place(place)
@@ -192,7 +192,7 @@ def _parse(
         return (), Omissions(list(error.problems))
     files = [table.file for table in tables if table.file is not None]
     key = None
-    if settled and files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
+    if is_valid and files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
         key = _cache_key(source, limit, files)
         try:
             table, notes = open_table(folder / key, row_schema())
@@ -207,7 +207,7 @@ def _parse(
     good, omitted = RowCollector(name, limit, folder, key), Omissions(files=left_out)
     for records in tables:
         try:
-            _parse_table(name, source, records, good, omitted, settled)
+            _parse_table(name, source, records, good, omitted, is_valid)
         except UftError as error:  # about the file: the rows after that are not known
             if error.code != BAD_REQUEST:  # about the disk that rows are kept on
                 raise
@@ -218,17 +218,17 @@ def _parse(
 
 
 def _parse_table(
-    name: str, source: Source, records: RecordTable, good: RowCollector, omitted: Omissions, settled: bool
+    name: str, source: Source, records: RecordTable, good: RowCollector, omitted: Omissions, is_valid: bool
 ) -> None:
     """Add the rows of one file to `good`; all else, and why the file is refused, to `omitted`. Raises UftError where
     the file cannot be read to its end."""
     scan, form, problem = records.scan, None, None
-    if scan.count and settled:
+    if scan.count and is_valid:
         try:
             form, problem = _recognise(name, source, scan)
         except UftError as error:
             omitted.refused += error.problems
-    score_range = (source.score_range[0], source.score_range[1]) if settled and source.score_range else None
+    score_range = (source.score_range[0], source.score_range[1]) if is_valid and source.score_range else None
     left, facts = Unread(), source.facts
     for number, record in records:
         beat()

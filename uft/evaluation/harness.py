@@ -258,8 +258,8 @@ class Loaded:
             say("reading the harness's list of tasks")
         manager = TaskManager(include_path=str(near) if near else None, include_defaults=near is None)
         if name not in manager.all_tasks:
-            near = did_you_mean(name, manager.all_tasks, 3)
-            raise UftError(Problem(f"eval.tasks: {name}", "the harness has no such task", advice=near))
+            close = did_you_mean(name, manager.all_tasks, 3)
+            raise UftError(Problem(f"eval.tasks: {name}", "the harness has no such task", advice=close))
         rows = Rows.read(name, file, settings.shot_files.get(name)) if file else None
         if rows and rows.left_out:
             say(f"{name}: {rows.left_out:,} rows left out: {NO_PUNKT}")

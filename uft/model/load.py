@@ -41,6 +41,7 @@ from uft.model.policy import (
 )
 from uft.model.precision import plain_state, quantise, resolve_dtype, storage_dtype, why_precision
 from uft.model.sharded import load_sharded
+from uft.playground import world
 from uft.runs import cache_root, clear_left, find_weights, is_checkpoint
 
 if TYPE_CHECKING:
@@ -432,12 +433,6 @@ def locate(model: Model, reference: str | None = None, named: str = REFERENCE_PA
     return Location(path, revision, offline=not _on_hub(path, revision, key))
 
 
-def _playground() -> Path:
-    from uft.playground.world import model_dir
-
-    return model_dir()
-
-
 UNKNOWN_SCHEMES = {"builtin": "no such built-in model", "package": "no model is known in this package"}
 
 
@@ -584,5 +579,8 @@ def plain_copy(model: Any) -> Any:
     return plain
 
 
-SHIPPED: dict[str, Callable[[], Path | str]] = {"builtin:playground": _playground, f"package:{PACKAGE}": smollm2_folder}
+SHIPPED: dict[str, Callable[[], Path | str]] = {
+    "builtin:playground": world.model_dir,
+    f"package:{PACKAGE}": smollm2_folder,
+}
 """Models that come with the program or a package."""

@@ -127,7 +127,7 @@ def problems_with(
         if method is None:
             continue
         if method not in known:
-            near = did_you_mean(method, known, shown=lambda name, key=key: f"{key}={name}")
+            near = did_you_mean(method, known, shown=f"{key}={{}}".format)
             yield key, f"no such choice: {method}", (*near, f"choices: {', '.join(known)}")
         elif missing := [name for name in known[method].packages if find_spec(name) is None]:
             why = f"{method} needs {', '.join(missing)}, which is not installed"

@@ -60,7 +60,8 @@ def export_checked(
     """
     template = "plain" if renderer.name == "plain" else config.data.template  # as it was trained, plain has none
     tokenizer = with_template(copy.deepcopy(renderer.tokenizer), template)
-    tried = [short(row) for row in rows if row.prompt_length < CHECKED_TOKENS][:CHECKED]
+    tried = [row for row in rows if row.prompt_length < CHECKED_TOKENS][:CHECKED]
+    tried = [replace(r, ids=r.ids[:CHECKED_TOKENS], supervised=r.supervised[:CHECKED_TOKENS]) for r in tried]
 
     def problem(beside: Path) -> str:
         if not config.train.check_model:
@@ -74,10 +75,6 @@ def export_checked(
     export(
         policy, tokenizer, folder, dtype, stop_ids=renderer.stop_ids, problem=problem, card=card.text if card else None
     )
-
-
-def short(tokens: Tokens) -> Tokens:
-    return replace(tokens, ids=tokens.ids[:CHECKED_TOKENS], supervised=tokens.supervised[:CHECKED_TOKENS])
 
 
 @dataclass(frozen=True)

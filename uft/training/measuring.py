@@ -27,7 +27,7 @@ from uft.data.report import data_omissions
 from uft.data.sources import load_sources
 from uft.data.table import keep_pandas_out
 from uft.errors import GOOD, Problem, UftError
-from uft.evaluation.evaluate import Evaluation, HeldOut, Item, evaluate
+from uft.evaluation.evaluate import Evaluation, HeldOut, evaluate
 from uft.evaluation.measures import mean_stderr
 from uft.model.layout import settle_layout
 from uft.model.load import load_tokenizer
@@ -211,13 +211,10 @@ def row_figures(found: Evaluation) -> dict[str, dict[str, Any]]:
     figures = {}
     for name, value in found.metrics.items():
         source, _, metric = name.removeprefix("eval/").rpartition("/")
-        column = [item.measures[metric] for item in found.items if has_metric(item, source, metric)]
+        items = [item.measures for item in found.items if source in ("", item.source)]
+        column = [measures[metric] for measures in items if measures.get(metric, (0.0, 0.0))[1] > 0]
         figures[name] = {"value": value, "stderr": mean_stderr([column], [value]), "n": len(column)}
     return figures
-
-
-def has_metric(item: Item, source: str, metric: str) -> bool:
-    return source in ("", item.source) and item.measures.get(metric, (0.0, 0.0))[1] > 0
 
 
 # --- On tasks

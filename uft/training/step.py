@@ -82,9 +82,9 @@ def optimiser_step(
 
     The counts are those of all micro-batches of all ranks, so neither accumulation nor the number of ranks changes the
     gradient. Nothing is updated where the loss or the gradient norm is not finite: the host waits for that check, or
-    with `defer_check` a fused optimiser skips the update on the device and `Step.finite` tells later. `update` false:
-    leave the gradients and change nothing. `max_grad_norm` 0: do not clip. `await_previous` is called just before the
-    update, while the device still works: it raises if the step before this one has to be rolled back.
+    with `defer_check` a fused optimiser skips the update on the device and `Step.finite` is known later. `update`
+    false: leave the gradients and change nothing. `max_grad_norm` 0: do not clip. `await_previous` is called just
+    before the update, while the device still works: it raises if the step before this one has to be rolled back.
     """
     objective, optimiser, device = trainer.objective, trainer.optimiser, trainer.device
     optimiser.zero_grad(set_to_none=True)
@@ -176,13 +176,13 @@ def reported_loss(objective: Objective, terms: Loss) -> Tensor:
 def chunked_backward(
     trainer: Trainer, batch: Batch, context: StepContext, scale: Callable[[Loss], Tensor | None]
 ) -> list[Loss]:
-    """Add the gradients of a packed micro-batch; the losses of its groups of rows, [] where that cannot be done.
+    """Fused backward pass of a packed micro-batch; the losses of its groups of rows, [] where it is not applicable.
 
-    Every loss is a sum over rows and its counts are known beforehand, so a few rows can be evaluated like a micro-batch
-    of their own as soon as the head has their log-probs; the gradient of the log-probs goes straight into the head. It
-    takes an objective with one forward pass that has gradients (passes without are made for the whole micro-batch), and
-    that wants log-probs, and nothing else of the distributions. `scale`: a loss -> the () tensor to differentiate, None
-    for nothing.
+    Every loss is a sum over rows and its counts are known beforehand. So a few rows are evaluated like a micro-batch of
+    their own as soon as the head has their log-probs, and the gradient of the log-probs goes straight into the head.
+    Applicable to an objective that makes one forward pass with gradients and asks it for log-probs alone; passes
+    without gradients are made for the whole micro-batch. `scale`: a loss -> the () tensor to differentiate, None for
+    nothing.
     """
     objective, policy, reference = trainer.objective, trainer.policy, trainer.reference
     if batch.segments is None or policy.head is None:
