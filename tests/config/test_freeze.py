@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from uft.config.compose import changed, compose
+from uft.config.compose import change, compose
 from uft.config.frozen import difference, frozen, load_config, may_change, to_builtins
 from uft.errors import UftError
 from uft.report.runs import load
@@ -83,14 +83,14 @@ def test_keys_that_change_no_result_are_free():
 
 def test_changing_a_frozen_config():
     settings = to_builtins(compose(["objective=dpo"]))
-    new = to_builtins(changed(settings, ["tracking=offline", "objective.beta=0.3", "data=pairs"]))
+    new = to_builtins(change(settings, ["tracking=offline", "objective.beta=0.3", "data=pairs"]))
     assert new["tracking"]["mode"] == "offline"
     assert new["objective"] == settings["objective"] | {"beta": 0.3}
     assert new["data"] == to_builtins(compose(["data=pairs"]))["data"] != settings["data"]
-    assert to_builtins(changed(settings, [])) == settings
+    assert to_builtins(change(settings, [])) == settings
 
 
 def test_mistakes_in_a_change_are_found_together():
     with pytest.raises(UftError) as caught:
-        changed(to_builtins(compose()), ["objective.bta=1", "train.batch_size=0", "experiment=poft"])
+        change(to_builtins(compose()), ["objective.bta=1", "train.batch_size=0", "experiment=poft"])
     assert {p.what for p in caught.value.problems} == {"objective.bta=1", "train.batch_size=0", "experiment=poft"}

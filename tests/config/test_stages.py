@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from uft.config.compose import changed, examine, footer
+from uft.config.compose import change, examine, footer
 from uft.config.files import Request
 from uft.config.frozen import may_change, to_builtins, to_config, to_yaml
 from uft.config.stages import completed, differences, expanded, stages_of
@@ -351,12 +351,12 @@ def test_what_may_change_between_sittings_may_in_every_stage():
     assert may_change("stages.sft.train.log_every")
     assert not may_change("stages.sft.optim.lr")
     old = settings("experiment=two")
-    new = to_builtins(changed(old, ["train.log_every=3", "tracking.mode=offline"]))
+    new = to_builtins(change(old, ["train.log_every=3", "tracking.mode=offline"]))
     assert {key for key, _, _ in differences(old, new)} == {"train.log_every", "tracking.mode"}
     assert expanded(new)["dpo"]["train"]["log_every"] == 3
     assert expanded(new)["dpo"]["train"]["steps"] == 5
-    assert to_builtins(changed(old, [])) == old
-    assert {key for key, _, _ in differences(old, to_builtins(changed(old, ["optim.lr=0.5"])))} == {
+    assert to_builtins(change(old, [])) == old
+    assert {key for key, _, _ in differences(old, to_builtins(change(old, ["optim.lr=0.5"])))} == {
         "optim.lr",
         "stages.sft.optim.lr",
     }

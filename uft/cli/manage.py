@@ -95,15 +95,15 @@ def print_tables(found: list[dict[str, Any]]) -> None:
     unbounded = console.options.update(width=10_000)
     for folder, inside in groupby(found, key=lambda row: Path(row["path"]).parent):
         rows = list(inside)
-        tables = (table_of(rows, metrics[:most]) for most in range(len(metrics), 0, -1))
+        tables = (runs_table(rows, metrics[:most]) for most in range(len(metrics), 0, -1))
         fits = (table for table in tables if console.measure(table, options=unbounded).maximum <= console.width)
         problems = ((row["name"], problem_lines(str(row.get("error") or ""))) for row in rows)
         errors = [Text(printable(f"  {name}: {error[0]}"), style="red") for name, error in problems if error]
         console.print(Text(f"\n{printable(str(folder))}/", style="bold"))
-        console.print(next(fits, None) or table_of(rows, []), *errors, sep="\n", highlight=False)
+        console.print(next(fits, None) or runs_table(rows, []), *errors, sep="\n", highlight=False)
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
+def runs_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
     """Runs of one folder with their state, steps and these metrics of the evaluation."""
     from rich.table import Table
     from rich.text import Text
@@ -170,12 +170,12 @@ def unfinished_run(overrides: list[str]) -> Problem:
 
 def resume_run(run: Run, overrides: list[str]) -> int:
     """Continue one run, its relative data paths read from where it was started."""
-    from uft.config.compose import changed
+    from uft.config.compose import change
     from uft.launch.launcher import continue_run, refuse_untrusted
 
     started = str(run.info().get("cwd", "."))
     refuse_untrusted(run.path, run.runs_code, overrides)
-    settings = changed(run.config(), overrides) if overrides else None
+    settings = change(run.config(), overrides) if overrides else None
     return continue_run(run, settings, extend=True, cwd=Path(started) if os.path.isdir(started) else None)
 
 

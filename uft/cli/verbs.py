@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from uft.cli.help import help_text
 from uft.config.checks import Draft, elsewhere
-from uft.config.compose import Examined, changed, examine, footer, needs_hydra, quoted, refuse_named_code, require
+from uft.config.compose import Examined, change, examine, footer, needs_hydra, quoted, refuse_named_code, require
 from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, register, request_of_job, translate
 from uft.config.frozen import may_change, with_origins
 from uft.config.messages import conf_dir, config_dirs, groups, nearest, written
@@ -118,7 +118,7 @@ def eval(arguments: list[str]) -> int:
         return run_verb("eval", partial(run_job, "eval"), [f"model.path={quote(named)}", *arguments[1:]])
     settings, begun = as_found(source, arguments), source.config
     settings["reference"]["path"] = source.run.found(begun["reference"]["path"] or begun["model"]["path"])
-    settings = changed(settings, measured)
+    settings = change(settings, measured)
     settings["eval"]["out"] = settings["eval"]["out"] or str(source.run.path / "evals")
     if rows:  # tasks that the run was trained beside are not meant
         settings["eval"]["tasks"] = []
@@ -179,7 +179,7 @@ def settings_of(source: WeightsSource, words: Sequence[str], prompts: Path | Non
     if prompts is not None:
         settings["generate"] |= {"prompts": str(prompts), "out": str(Path(source.run.path, "answers.jsonl"))}
         settings["hardware"] |= {"processes": 1, "nodes": 1, "sharding": "none"}
-    return changed(settings, with_sources(words))
+    return change(settings, with_sources(words))
 
 
 def config(arguments: list[str]) -> int:

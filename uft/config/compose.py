@@ -182,7 +182,7 @@ def composed_of(request: Request) -> Composed | None:
         return None
 
 
-def changed(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def change(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Frozen `settings` with `overrides`, under the checks of a fresh request. UftError with every problem.
 
     A choice of a group (`data=pairs`) replaces that group's keys. In a run with stages an override counts for every

@@ -39,7 +39,7 @@ class Rule(NamedTuple):
     shared: bool = False
 
 
-RULES = {
+ANNOTATION_RULES = {
     BASELINE: Rule(-LARGEST, 0.0, "a mean log-probability, at most 0"),
     SOFT_LABEL: Rule(0.0, 1.0, "a probability from 0 to 1", shared=True),
 }
@@ -47,7 +47,8 @@ RULES = {
 
 def with_annotations(record: Record, completions: tuple[Completion, ...]) -> tuple[Completion, ...]:
     """The completions with the numbers of the record's columns. Raises :class:`Unreadable` with the reason."""
-    columns = {name: _per_completion(record[name], name, completions) for name in RULES if record.get(name) is not None}
+    given = [name for name in ANNOTATION_RULES if record.get(name) is not None]
+    columns = {name: _per_completion(record[name], name, completions) for name in given}
     if _is_pair(completions):
         columns[SCORE] = [rating(record.get(side)) for side in SIDES]
     return tuple(
@@ -63,7 +64,7 @@ def with_numbers(completion: Completion, numbers: Mapping[str, float | None]) ->
 
 
 def _per_completion(value: Any, name: str, completions: Sequence[Completion]) -> Numbers:
-    rule = RULES[name]
+    rule = ANNOTATION_RULES[name]
     if rule.shared and _is_pair(completions):
         likely = _bounded_number(value, name, rule)
         return [likely, 1 - likely]
@@ -159,7 +160,7 @@ def to_records(row: Row) -> list[dict[str, Any]]:
 def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:
     """The columns from which :func:`with_annotations` reads the same numbers."""
     found: dict[str, Any] = {}
-    for name, rule in RULES.items():
+    for name, rule in ANNOTATION_RULES.items():
         values = [completion.annotations.get(name) for completion in completions]
         if any(value is not None for value in values):
             alone = len(values) == 1 or (rule.shared and _is_pair(completions))

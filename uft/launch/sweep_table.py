@@ -209,7 +209,7 @@ class SweepTable:
         if jobs := self.refresh():
             console = plain_console(None if self.interactive else PLAIN_WIDTH)
             with console.capture() as text:
-                console.print(table_of(jobs, MOST_ROWS))
+                console.print(jobs_table(jobs, MOST_ROWS))
             print("\n".join(line.rstrip() for line in text.get().splitlines()), flush=True)
 
     def _page(self, console: Console) -> Group:
@@ -219,7 +219,7 @@ class SweepTable:
         with self._lock:
             jobs = self.refresh()
             line = shorten(f"sweep {self.name}: {self.summary()}", console.width - 1)
-            return Group("", table_of(jobs, max(console.height - MARGIN, 3)), Text(line, style="bold"))
+            return Group("", jobs_table(jobs, max(console.height - MARGIN, 3)), Text(line, style="bold"))
 
     def _print_lines(self) -> None:
         with suppress(OSError):  # the reader of the output has left: no reason to end a sweep
@@ -275,7 +275,7 @@ def best_job(jobs: Iterable[JobState]) -> JobState | None:
     return best
 
 
-def table_of(jobs: list[JobState], room: int) -> Table:
+def jobs_table(jobs: list[JobState], room: int) -> Table:
     """The jobs in their order. Where there are more than `room`, the running and failed ones, the best one, and those
     that come next are shown."""
     from rich.table import Table

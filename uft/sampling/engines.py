@@ -272,7 +272,7 @@ def _failed(engine: str, why: str) -> UftError:
 # --- The child of vLLM: everything here is its interface.
 
 
-def answer(llm: Any, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
+def answer_request(llm: Any, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
     """(ids with the token that ended them, log-prob of each) for every prompt of a request."""
     from vllm import SamplingParams
 
@@ -317,7 +317,7 @@ def main(settings: dict[str, Any]) -> None:
                 from vllm import LLM
 
                 llm = LLM(**settings)
-            found: Any = answer(llm, json.loads(line))
+            found: Any = answer_request(llm, json.loads(line))
         except Exception as error:
             found = f"{type(error).__name__}: {first_line(error)}"
         said.write(json.dumps(found).encode() + b"\n")

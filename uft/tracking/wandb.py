@@ -153,7 +153,7 @@ class Wandb:
         atexit.unregister(self._await_sender)
         if self._await_sender():
             try:
-                found = {**summary, **extremes(self.run), **best(self.run.result()), "status": status}
+                found = {**summary, **extremes(self.run), **best_summary(self.run.result()), "status": status}
                 handle.summary.update({panel(name): value for name, value in found.items()})
                 if exit_code == STOPPED:
                     handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
@@ -314,7 +314,7 @@ def extremes(run: Run) -> dict[str, float]:
     return {f"{end}/{name}": of(values) for name, values in found.items() for end, of in ends.items()}
 
 
-def best(result: Mapping[str, Any]) -> dict[str, Any]:
+def best_summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """The metric that chose the best checkpoint, its step, and what the run took."""
     found = {f"best/{name}": value for name, value in (result.get("best") or {}).items()}
     names = {"best/step": "best_step", "peak_memory_bytes": "peak_memory_bytes", "seconds": "seconds"}
