@@ -53,11 +53,6 @@ def _filled(parts: list[str]) -> int | None:
     return sum(bool(part.strip()) for part in parts)
 
 
-def _has_forbidden(reply: str, arguments: Arguments) -> bool:
-    words = (rf"\b{re.escape(word)}\b" for word in arguments["forbidden_words"])
-    return any(re.search(word, reply, re.IGNORECASE) for word in words)
-
-
 def _nth_paragraph_first_word(reply: str, arguments: Arguments) -> bool:
     paragraphs, nth = reply.split("\n\n"), int(arguments["nth_paragraph"])
     filled = sum(bool(one.strip()) for one in paragraphs)
@@ -72,11 +67,6 @@ def _postscript(reply: str, arguments: Arguments) -> bool:
     marker = str(arguments["postscript_marker"]).lower()
     spaced = {"p.s.": r"p\.\s?s\.", "p.p.s": r"p\.\s?p\.\s?s"}  # as people write them
     return re.search(spaced.get(marker, re.escape(marker)), reply.lower()) is not None
-
-
-def _highlighted_sections(text: str) -> int:
-    marked = re.findall(r"\*([^\n*]*)\*", text) + re.findall(r"\*\*([^\n*]*)\*\*", text)
-    return sum(bool(one.strip()) for one in marked)
 
 
 def _is_json(reply: str, arguments: Arguments) -> bool:
@@ -97,7 +87,9 @@ def _two_responses(reply: str, arguments: Arguments) -> bool:
 INSTRUCTIONS: dict[str, Check] = {
     "keywords:existence": lambda reply, a: all(_occurrences(reply, keyword) for keyword in a["keywords"]),
     "keywords:frequency": lambda reply, a: _as_many(_occurrences(reply, a["keyword"].strip()), a, "frequency"),
-    "keywords:forbidden_words": lambda reply, a: not _has_forbidden(reply, a),
+    "keywords:forbidden_words": lambda reply, a: (
+        not any(re.search(rf"\b{re.escape(word)}\b", reply, re.IGNORECASE) for word in a["forbidden_words"])
+    ),
     "keywords:letter_frequency": lambda reply, a: _as_many(
         _occurrences(reply, a["letter"]), a, "let_frequency", "let_relation"
     ),
@@ -119,7 +111,8 @@ INSTRUCTIONS: dict[str, Check] = {
         f"My answer is {word}." in reply for word in ("yes", "no", "maybe")
     ),
     "detectable_format:number_highlighted_sections": lambda reply, a: (
-        _highlighted_sections(reply) >= int(a["num_highlights"])
+        sum(bool(text.strip()) for mark in (r"\*", r"\*\*") for text in re.findall(rf"{mark}([^\n*]*){mark}", reply))
+        >= int(a["num_highlights"])
     ),
     "detectable_format:multiple_sections": lambda reply, a: (
         len(re.findall(rf"{re.escape(a['section_spliter'].strip())}\s?\d+", reply)) >= int(a["num_sections"])

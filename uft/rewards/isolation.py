@@ -43,7 +43,7 @@ LINE = 10_000
 
 @dataclass
 class Child:
-    """A running child, and what of its output was not looked at yet."""
+    """A running child that takes and gives lines, and the part of its output that was not looked at yet."""
 
     process: subprocess.Popen[bytes]
     owner: int = field(default_factory=os.getpid)  # a process forked from this one must not talk to its child
@@ -80,19 +80,22 @@ class Child:
 
     def read_line(self) -> bytes | None:
         """The next line; None where the child ended, said too much or nothing for too long."""
-        assert self.process.stdout is not None
         deadline = time.monotonic() + WALL
         while b"\n" not in self.unread:
-            beat()
-            ready = select.select([self.process.stdout], [], [], min(1.0, max(0.0, deadline - time.monotonic())))[0]
-            more = self.process.stdout.read(65_536) if ready else b""
-            self.unread += more or b""
-            if (ready and not more) or time.monotonic() > deadline:
-                return None
-            if len(self.unread) > LINE and b"\n" not in self.unread:
+            ended = not self.receive(min(1.0, max(0.0, deadline - time.monotonic())))
+            if ended or time.monotonic() > deadline or (len(self.unread) > LINE and b"\n" not in self.unread):
                 return None
         line, _, self.unread = self.unread.partition(b"\n")
         return line
+
+    def receive(self, seconds: float) -> bool:
+        """Add output to `unread`, for which it waits so long at most; False where the output has ended."""
+        assert self.process.stdout is not None
+        beat()
+        ready = select.select([self.process.stdout], [], [], seconds)[0]
+        more = self.process.stdout.read(65_536) if ready else b""
+        self.unread += more or b""
+        return bool(more) or not ready
 
     def close(self) -> None:
         """End the child, whatever it does."""

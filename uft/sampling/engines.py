@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from uft.heartbeat import beat
 from uft.model.load import pad_id
 from uft.model.passes import preserved_rng
 from uft.model.policy import DTYPES, Policy, evaluating
+from uft.rewards.isolation import Child
 from uft.sampling.generate import Interrupted, Reply, Sampling, complete
 
 MEMORY_SHARE = 0.3
@@ -170,8 +170,7 @@ class Vllm(Engine):
     folder: tempfile.TemporaryDirectory[str] = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="uft-vllm-")
     )
-    child: subprocess.Popen[bytes] | None = None
-    unread: bytes = b""
+    child: Child | None = None
 
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         from uft.model.export import plain_model
@@ -215,32 +214,22 @@ class Vllm(Engine):
             env["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number] if shown else str(number)
         words = [sys.executable, "-m", "uft.sampling.engines", json.dumps(settings)]
         pipe = subprocess.PIPE
-        self.child = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=env, bufsize=0, start_new_session=True)
+        process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=env, bufsize=0, start_new_session=True)
+        self.child = Child(process)
 
     def _ask(self, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
         """The child's answer; UftError with its words where it fails."""
-        assert self.child is not None
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        try:
-            view = memoryview(json.dumps(request).encode() + b"\n")
-            while view:
-                view = view[self.child.stdin.write(view) or 0 :]
-        except BrokenPipeError:
-            pass  # told below
-        while b"\n" not in self.unread:
-            beat()
+        child = self.child
+        assert child is not None
+        child.send(json.dumps(request).encode() + b"\n")
+        while b"\n" not in child.unread:
             if self.context.should_stop():
                 self._end_child()
                 raise Interrupted
-            ready = select.select([self.child.stdout], [], [], 1.0)[0]
-            more = self.child.stdout.read(1 << 20) if ready else b""
-            if ready and not more:
-                status = self.child.wait()
-                self.child = None
+            if not child.receive(1.0):
+                self.child, status = None, child.process.wait()
                 raise _failed("vllm", f"its process ended with status {status}; what it said is above")
-            self.unread += more or b""
-        line, _, self.unread = self.unread.partition(b"\n")
+        line, _, child.unread = child.unread.partition(b"\n")
         answer = json.loads(line)
         if isinstance(answer, str):
             self._end_child()
@@ -250,9 +239,8 @@ class Vllm(Engine):
     def _end_child(self) -> None:
         """End the child, if any, with what it works on; the next rollout starts another."""
         if self.child is not None:
-            self.child.kill()
-            self.child.wait()
-            self.child, self.unread = None, b""
+            self.child.close()
+            self.child = None
 
 
 ENGINES: dict[str, type[Engine]] = {"own": Own, "transformers": Continuous, "vllm": Vllm}

@@ -92,7 +92,8 @@ def generate(config: Config) -> int:
         f" {summary.without_good} rows without a good completion left out)"
     )
     for line in shown:
-        say("\n" + shown_answer(last_turn(line["prompt"]), line.get("negatives") or [line["response"]]))
+        prompt = line["prompt"] if isinstance(line["prompt"], str) else str(line["prompt"][-1]["content"])
+        say("\n" + shown_answer(prompt, line.get("negatives") or [line["response"]]))
     say(
         f"\nyour own questions:  uft generate RUN 'a question'\n"
         f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"
@@ -138,11 +139,6 @@ def shown_answer(prompt: str, answers: Sequence[str]) -> str:
     """A prompt and the whole answers to it, which cannot move the cursor."""
     lines = ["> " + printable_lines(prompt).replace("\n", "\n> ")]
     return "\n".join([*lines, *("  " + printable_lines(text).replace("\n", "\n  ") for text in answers)])
-
-
-def last_turn(prompt: str | list[dict[str, Any]]) -> str:
-    """The last turn of a prompt as rows hold it."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def generate_stage(
