@@ -95,10 +95,10 @@ class RunRecord:
 
     def _settings(self, checkpoint: str | int | None) -> Model:
         from uft.config.frozen import to_config
+        from uft.config.stages import without_stages
 
         source: WeightsSource = find_weights(f"{self.path}@{checkpoint}" if checkpoint is not None else str(self.path))
-        whole = {key: value for key, value in source.config.items() if key != "stages"}
-        return to_config(whole | {"model": source.model}).model
+        return to_config(without_stages(source.config) | {"model": source.model}).model
 
 
 def with_floats(value: Any) -> Any:

@@ -341,16 +341,12 @@ def carry_out(verb: str, work: Work, options: list[str], parsed: argparse.Namesp
         checked(request)
     try:
         with hydra_application(verb, [*options, *request.overrides]):
-            run = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)
-            run(partial(hydra_task, work))()
+            return run_hydra(work)
     except BROKEN as error:
         raise explained(error, request, parsed.multirun) from error
     except JobFailed as failure:  # under a sweeper that is not ours
         print(f"uft: {failure.message}", file=sys.stderr)
         return failure.code
-    except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else GOOD
-    return GOOD
 
 
 def options_of(request: Request) -> list[str]:
@@ -393,6 +389,16 @@ def hydra_task(work: Work, cfg: DictConfig) -> None:
     except BrokenPipeError:  # Hydra would call it an error of the job
         code = CLOSED_PIPE
     raise SystemExit(code)
+
+
+def run_hydra(work: Work) -> int:
+    """Run Hydra's application over conf/config.yaml with `sys.argv`; the exit code."""
+    application = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)
+    try:
+        application(partial(hydra_task, work))()
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else GOOD
+    return GOOD
 
 
 @contextmanager

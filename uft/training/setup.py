@@ -22,7 +22,7 @@ from uft.config.schema import Config, Eval, Hardware, Model, Optim, ReferenceMod
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
 from uft.data.loader import Collator
-from uft.data.report import data_cautions, data_omissions, report_table
+from uft.data.report import data_cautions, data_omissions, mixture_table
 from uft.distributed import Sharding, ranks, set_sharding
 from uft.environment import launched, local_rank
 from uft.errors import FAILED, Problem, UftError, raise_problems
@@ -458,7 +458,6 @@ def planned_memory(
 
 
 NO_MOMENTS = "; the state of its optimiser does not come along"
-MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
 
 
 def start_card(
@@ -549,10 +548,8 @@ def stage_card(prepared: Prepared) -> Card:
     values = {name: getattr(objective, name) for name in names}
     changed = [f"{n}={getattr(v, 'name', v)}" for n, v in values.items() if v != getattr(defaults, n)]
 
-    header, *rows = report_table(data.record)
-    kept = [header.index(name) for name in MIXTURE_COLUMNS if name in header]
-    table = [[line[i] for i in kept] for line in (header, *rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(kept))]
+    table = mixture_table(data.record)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     mixture = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
 
     passes = data.horizon.total_rows / data.horizon.epoch_rows
