@@ -113,6 +113,15 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     write_atomically(path, (line.encode("utf-8") for line in lines))
 
 
+def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Append records as JSON Lines to `path`, whose folder is made. Raises UftError where the disk refuses it."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    with writing(path, sum(map(len, lines))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as handle:
+            handle.writelines(lines)
+
+
 def is_rows_file(path: Path) -> bool:
     """Whether a file begins as those of :func:`write_rows` do."""
     with open(path, "rb") as handle:

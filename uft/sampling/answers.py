@@ -6,7 +6,6 @@ as demonstrations.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ from uft.data.chat import Renderer
 from uft.data.formats import read_instruction
 from uft.data.messages import Unreadable, is_blank, read_conversation, read_prompt, with_context
 from uft.data.readers import reader_of
-from uft.data.records import turns_column
+from uft.data.records import append_records, turns_column
 from uft.data.rows import Turns
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy
-from uft.runs import writing
 from uft.sampling.generate import SAMPLED_UNDER, complete_for_seeds
 
 ASKED = ("prompt", "question", "instruction", "messages", "conversations", "text")
@@ -144,7 +142,4 @@ def _keep(
         for prompt, given in zip(prompts, answers, strict=True)
         for answer in given
     ]
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    append_records(out, lines)
