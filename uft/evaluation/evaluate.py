@@ -25,8 +25,7 @@ from uft.distributed import ranks
 from uft.evaluation.measures import Scored, ScoredRow, Sum, Tally, measured, pair_of
 from uft.heartbeat import activity, come
 from uft.model.load import pad_id
-from uft.model.passes import preserved_rng
-from uft.model.policy import Policy, evaluating
+from uft.model.policy import Policy, evaluating, preserved_rng
 from uft.model.reference import Reference
 from uft.objectives.base import Forward
 from uft.objectives.views import pointwise

@@ -1,8 +1,7 @@
-"""Around a pass of a model: embedding noise, offloaded activations, weights cast once, preserved generators."""
+"""Around a pass of a model: embedding noise, offloaded activations, weights cast once."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,11 +38,6 @@ class EmbeddingNoise:
         uniform = torch.rand(embedded.shape, generator=generator, device=embedded.device).mul_(2).sub_(1)
         scale = self.alpha / (batch.company * embedded.shape[-1]).sqrt()
         return (uniform * scale[..., None]).to(embedded.dtype)
-
-
-def preserved_rng(device: torch.device) -> AbstractContextManager[None]:
-    """Restore torch's random generators of the CPU and of `device` at the end of the block."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def offloading(module: nn.Module) -> torch.autograd.graph.saved_tensors_hooks:

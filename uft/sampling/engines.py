@@ -27,8 +27,7 @@ from uft.data.chat import Renderer
 from uft.errors import FAILED, Problem, UftError, first_line
 from uft.heartbeat import beat
 from uft.model.load import pad_id
-from uft.model.passes import preserved_rng
-from uft.model.policy import DTYPES, Policy, evaluating
+from uft.model.policy import DTYPES, Policy, evaluating, preserved_rng
 from uft.rewards.isolation import Child
 from uft.sampling.generate import Interrupted, Reply, Sampling, complete
 

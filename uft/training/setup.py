@@ -32,8 +32,7 @@ from uft.model import checkpoint
 from uft.model.layout import compile_blocks, compiles, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.memory import Shape, Spread, estimate, hidden_matrices, keep_freed_memory, shape_of
-from uft.model.passes import preserved_rng
-from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout
+from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout, preserved_rng
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Needs, Objective, StepContext
 from uft.runs import Run, cache_root, shown
