@@ -29,7 +29,7 @@ HANGS = {
     "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "model/checkpoint.py"),
     "export": (SINGLE, EXPORT, 0, "the model was exported", "model/export.py"),
     "stage": (LOOP, STEP, 4, "it trained", "training/session.py"),
-    "sampling": (LOOP, "before negatives._append", 1, "completions were sampled", "sampling/negatives.py"),
+    "sampling": (LOOP, "before negatives.append_records", 1, "completions were sampled", "sampling/negatives.py"),
     "annotating": (COLUMN, "after annotate._mean", 3, "rows were annotated", "sampling/annotate.py"),
     "stage's export": (LOOP, EXPORT, 0, "the model was exported", "model/export.py"),
 }
@@ -56,7 +56,7 @@ def test_a_run_that_hangs_is_ended_and_can_be_resumed(bench, new_run, undisturbe
 GENERATE = ("generate.max_new_tokens=8", "generate.batch_size=4")
 ANNOTATE = ("annotate.column=baseline_logp", "annotate.models=[builtin:playground]", "annotate.batch_tokens=200")
 JOBS = {
-    "generate": (GENERATE, "before negatives._append", "completions were sampled"),
+    "generate": (GENERATE, "before negatives.append_records", "completions were sampled"),
     "annotate": (ANNOTATE, "after annotate._mean", "rows were annotated"),
 }
 
