@@ -25,7 +25,7 @@ from bench.ours import words
 from bench.setting import KINDS, SIZES, Place, furnish
 
 from uft.config.compose import compose
-from uft.config.frozen import frozen, typed
+from uft.config.frozen import frozen, to_config
 from uft.data.batch import Span
 from uft.model.attention import attend_spans
 from uft.model.head import Head, Transform, widens
@@ -67,7 +67,7 @@ class Bench:
         keys = {word.partition("=")[0] for word in typed_besides}
         given = [word for word in typed_words if word != "hardware=cpu" and word.partition("=")[0] not in keys]
         text = frozen(compose([*given, *typed_besides]))
-        config = typed(yaml.safe_load(text))
+        config = to_config(yaml.safe_load(text))
         return prepare(create_run(own / "run", text, []), config, choose_device(config.hardware), Stop())
 
 
@@ -168,7 +168,7 @@ def memory(bench: Bench) -> Figures:
         prepared = bench.prepared("sft", f"train.micro_batch_tokens={tokens}", "model.compile=false")
         trainer = prepared.trainer
         trainer.update(
-            trainer.collator(trainer.sampler.items(trainer.sampler.preview(trainer.config.train.batch_size)))
+            trainer.collator(trainer.sampler.examples_of(trainer.sampler.preview(trainer.config.train.batch_size)))
         )
         synchronise()
         planned = sum(prepared.planned(tokens).values())
@@ -217,7 +217,7 @@ def attention(bench: Bench) -> Figures:
 def profile(bench: Bench) -> Figures:
     """Milliseconds of the longest operations in one step of SFT, after one that warms up."""
     trainer = bench.prepared("sft").trainer
-    batches = trainer.collator(trainer.sampler.items(trainer.sampler.preview(trainer.config.train.batch_size)))
+    batches = trainer.collator(trainer.sampler.examples_of(trainer.sampler.preview(trainer.config.train.batch_size)))
     trainer.update(batches)
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * ON_GPU
     with torch.profiler.profile(activities=kinds) as found:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from uft.runs import Run, WeightsSource, open_run, weights
+from uft.runs import Run, WeightsSource, find_weights, open_run
 from uft.tracking.metrics import NOT_NUMBERS, read_metrics, read_samples
 
 if TYPE_CHECKING:
@@ -94,11 +94,11 @@ class RunRecord:
         return load_tokenizer(self._settings(checkpoint))
 
     def _settings(self, checkpoint: str | int | None) -> Model:
-        from uft.config.frozen import typed
+        from uft.config.frozen import to_config
+        from uft.config.stages import without_stages
 
-        source: WeightsSource = weights(f"{self.path}@{checkpoint}" if checkpoint is not None else str(self.path))
-        whole = {key: value for key, value in source.config.items() if key != "stages"}
-        return typed(whole | {"model": source.model}).model
+        source: WeightsSource = find_weights(f"{self.path}@{checkpoint}" if checkpoint is not None else str(self.path))
+        return to_config(without_stages(source.config) | {"model": source.model}).model
 
 
 def with_floats(value: Any) -> Any:

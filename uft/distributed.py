@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 T = TypeVar("T")
 R = TypeVar("R")
 
-PATIENCE = timedelta(hours=2)
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a rank waits for the others: as long as rank 0 may need to write a large model."""
 
 
@@ -147,7 +147,7 @@ def process_group() -> Iterator[Ranks]:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     with _lost_peers():
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     _now = Ranks(dist.get_rank(), dist.get_world_size())
     try:
         yield _now

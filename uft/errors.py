@@ -12,14 +12,15 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache, partial
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
-LONGEST = 4000  # characters of one text
+LONGEST_TEXT = 4000  # characters of one text
 UNRULY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 ROW = re.compile(r":\d+$")
@@ -40,7 +41,7 @@ class Problem:
     """One thing that is wrong: what, why, where it was set, and what would be right.
 
     The texts may come from data, models and configurations: secrets are hidden, characters that would move a
-    terminal's cursor or turn its text become escapes, and texts are cut after `LONGEST` characters.
+    terminal's cursor or turn its text become escapes, and texts are cut after `LONGEST_TEXT` characters.
     """
 
     what: str  # as the user wrote it: "objective.bta=0.2"
@@ -74,8 +75,8 @@ class UftError(Exception):
 def tame(text: str) -> str:
     """`text` without secrets and control characters, cut to a length that can be shown."""
     text = redact(text)
-    whole = text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text) - LONGEST:,} more characters)"
-    return visible(whole)
+    left = len(text) - LONGEST_TEXT
+    return visible(text if left <= 0 else f"{text[:LONGEST_TEXT]} ... ({left:,} more characters)")
 
 
 def visible(text: str) -> str:
@@ -117,6 +118,20 @@ def once(problems: Sequence[Problem]) -> list[tuple[Problem, list[str]]]:
         else:
             found[key] = problem, []
     return list(found.values())
+
+
+def raise_problems(problems: Collection[Problem], footer: str = "") -> None:
+    """Raise these problems as one UftError, if there are any."""
+    if problems:
+        raise UftError(*problems, footer=footer)
+
+
+def did_you_mean(
+    word: str, options: Iterable[str], most: int = 1, cutoff: float = 0.6, shown: Callable[[str], object] = str
+) -> tuple[str, ...]:
+    """Lines of advice with the options that are spelled most like `word`, the nearest first, each as `shown`."""
+    near = get_close_matches(word, list(options), most, cutoff)
+    return tuple(f"did you mean  {shown(option)} ?" for option in near)
 
 
 def run_all(checks: Iterable[Callable[[], None]]) -> None:
@@ -166,7 +181,7 @@ def tracing() -> bool:
 # URL or of a key in its query.
 
 
-HIDDEN = "***"
+REDACTED = "***"
 SHORTEST = 8  # characters of a value that is hidden; a shorter one would black out ordinary words
 CERTAIN = 16  # characters from which a value inside another text is no coincidence
 
@@ -203,7 +218,7 @@ def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
 def redact(text: str) -> str:
     """`text` with every secret in it hidden."""
     pattern = _pattern(tuple(secrets()))
-    return FORMS.sub(HIDDEN, pattern.sub(HIDDEN, text) if pattern else text)
+    return FORMS.sub(REDACTED, pattern.sub(REDACTED, text) if pattern else text)
 
 
 def redacted(value: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import re
@@ -18,16 +19,15 @@ import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, redact, redacted, visible
+from uft.errors import BAD_REQUEST, FAILED, Problem, UftError, did_you_mean, redact, redacted, visible
 
 OUTPUTS = Path("outputs")
 SWEEP_FILE = "sweep.json"  # the request of a sweep; `uft.launch.sweep` writes it
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """Whether this is a run: a `config.yaml` alone may be anybody's (conf/ has one too)."""
+        """Whether this is a run: a `config.yaml` alone may be another program's (conf/ has one too)."""
         return os.path.isfile(self.config_file) and os.path.isfile(self.path / "run.json")  # no path raises these
 
     def config(self) -> dict[str, Any]:
@@ -231,8 +231,8 @@ def no_runs(folder: Path, why: str = "no run in this folder") -> UftError:
     there = os.path.isdir(folder)
     found = [] if there else [*(run.path for run in find_runs(OUTPUTS)), *find_sweeps(OUTPUTS)]
     names = dict.fromkeys([*(path.name for path in found), *(["last"] if found else [])])
-    near = tuple(f"did you mean  {name} ?" for name in get_close_matches(str(folder), names, 3))
-    problem = Problem(str(folder), why if there else "no such folder, run or sweep", advice=near)
+    why = why if there else "no such folder, run or sweep"
+    problem = Problem(str(folder), why, advice=did_you_mean(str(folder), names, 3))
     return UftError(problem, footer="See the runs here:  uft ls")
 
 
@@ -303,7 +303,7 @@ class WeightsSource:
         return f"{named}@{self.step}" if self.is_checkpoint else named
 
 
-def weights(word: str) -> WeightsSource:
+def find_weights(word: str) -> WeightsSource:
     """The weights of RUN, RUN@best, RUN@STEP, a checkpoint's folder, or a model (folder, hub id, builtin:NAME).
 
     RUN is a folder, a name or `last`. Of a finished run it means the final model, of any other the newest checkpoint.
@@ -398,23 +398,30 @@ def typed_path(path: Path) -> str:
 # --- Reading and writing files
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """Write beside, flush to disk, rename: `path` is either the old content or the new, never half.
 
     Raises UftError (code 1) where the disk refuses it.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    content = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+    needs = len(content) if isinstance(content, bytes) else None
     try:
-        data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
-        with writing(path, len(data)):
+        with writing(path, needs):
             with open(beside, "wb") as handle:
-                handle.write(data)
+                handle.writelines([content] if isinstance(content, bytes) else content)
                 handle.flush()
                 os.fsync(handle.fileno())
             os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:
@@ -497,10 +504,10 @@ def writing(path: Path, needs: int | None = None, code: int = FAILED) -> Iterato
             number = int(told[1])
         if number is None:
             raise
-        raise UftError(problem(path, number, needs), code=FAILED if number in FULL else code) from error
+        raise UftError(disk_problem(path, number, needs), code=FAILED if number in FULL else code) from error
 
 
-def problem(path: Path, number: int, needs: int | None = None) -> Problem:
+def disk_problem(path: Path, number: int, needs: int | None = None) -> Problem:
     """The problem of a file that could not be written, by the system's error number."""
     if number not in FULL:
         return Problem(str(path), f"cannot be written: {os.strerror(number)}")

@@ -89,7 +89,7 @@ def words(objective: str, place: Place, own: Path, threads: int, dtype: str = "f
 def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, threads: int) -> Figures:
     """Train through all rows of `place`; `own` is a folder for the run and its caches."""
     from uft.config.compose import compose
-    from uft.config.frozen import frozen, typed
+    from uft.config.frozen import frozen, to_config
     from uft.runs import create_run
     from uft.training.liveness import Stop
     from uft.training.setup import choose_device, prepare
@@ -99,7 +99,7 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
     typed_words = words(objective, place, own, threads, dtype) + ([] if callable(off) else list(off))
     text = frozen(compose(typed_words))
     run = create_run(own / "run", text, typed_words)
-    config = typed(yaml.safe_load(text))
+    config = to_config(yaml.safe_load(text))
     trainer = prepare(run, config, choose_device(config.hardware), Stop()).trainer
     if callable(off):
         off(trainer)

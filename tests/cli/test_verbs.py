@@ -12,7 +12,7 @@ from uft.cli.help import PAGES, describe
 from uft.cli.verbs import as_found, with_sources
 from uft.config.compose import compose
 from uft.config.frozen import frozen
-from uft.runs import Run, create_run, find_runs, weights, write_json
+from uft.runs import Run, create_run, find_runs, find_weights, write_json
 
 
 def only_run(folder):
@@ -155,7 +155,7 @@ def test_generate_finds_the_files_of_a_run_from_another_folder(worker, monkeypat
     (worker / "elsewhere").mkdir()
     monkeypatch.chdir(worker / "elsewhere")
     run.model_dir.mkdir()
-    data = as_found(weights(str(run.path)), ())["data"]
+    data = as_found(find_weights(str(run.path)), ())["data"]
     assert data["sources"]["mine"]["path"] == str(worker / "rows.jsonl")
     assert data["sources"]["other"]["path"] == "builtin:playground/pairs"
     assert data["template"] == "auto"
@@ -314,7 +314,7 @@ def test_a_run_of_several_stages(tmp_path):
     assert [stage.name for stage in run.stages] == ["1-baseline", "2-poft"]
     run.model_dir.mkdir()
     write_json(run.path / "result.json", {"status": "finished"})
-    settings = as_found(weights(str(run.path)), ())
+    settings = as_found(find_weights(str(run.path)), ())
     assert "stages" not in settings
     sources = settings["data"]["sources"]
     assert sources["instruct"]["path"] == str(tmp_path / "run/stages/1-baseline/rows.jsonl"), "rows that a stage made"

@@ -11,7 +11,7 @@ from hydra import compose
 
 from uft.config.compose import examine, require
 from uft.config.files import Request, application
-from uft.config.frozen import frozen, plain, typed
+from uft.config.frozen import frozen, to_builtins, to_config
 from uft.config.messages import conf_dir, groups, headline
 from uft.config.parameters import parameters
 from uft.config.schema import fields_of
@@ -123,8 +123,8 @@ def test_what_is_checked_is_what_hydra_composes():
         settings = require(request).settings
         with application(request):
             cfg = compose("config", words)
-        assert completed(plain(cfg)) == settings
-        assert plain(asdict(typed(yaml.safe_load(frozen(settings))))) == settings
+        assert completed(to_builtins(cfg)) == settings
+        assert to_builtins(asdict(to_config(yaml.safe_load(frozen(settings))))) == settings
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_an_objective_of_per_kind_is_exchanged_with_the_keys_it_has():
     assert (found["name"], found["gamma"]) == ("simpo", 0.5)
     assert set(found) == written(GROUPS["objective"]["simpo"]).keys()
     with application(Request()):
-        assert plain(compose("config", list(words)))["objective"] == examined.settings["objective"]
+        assert to_builtins(compose("config", list(words)))["objective"] == examined.settings["objective"]
     [problem] = examine(Request((*words[:2], "objective.preference.lam=1"))).problems
     assert "lam" in problem.what
 

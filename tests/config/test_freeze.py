@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 import yaml
 
-from uft.config.compose import changed, compose
-from uft.config.frozen import difference, free, frozen, load_config, plain
+from uft.config.compose import change, compose
+from uft.config.frozen import difference, frozen, load_config, may_change, to_builtins
 from uft.errors import UftError
 from uft.report.runs import load
 from uft.runs import Run
@@ -23,7 +23,7 @@ def test_frozen_is_resolved_and_reads_back(tmp_path):
     assert type(config.objective) is dict
     assert config.data.sources["pairs"].columns == {"prompt": "q"}
     assert config.data.sources["pairs"].path == "builtin:playground/pairs"
-    assert yaml.safe_load(file.read_text()) == plain(cfg)
+    assert yaml.safe_load(file.read_text()) == to_builtins(cfg)
 
 
 def test_a_config_of_another_version_is_told_of(tmp_path):
@@ -76,21 +76,21 @@ def test_difference():
 
 def test_keys_that_change_no_result_are_free():
     for key in ("tracking.mode", "run.name", "sweep.name", "hardware.threads", "train.log_every"):
-        assert free(key)
+        assert may_change(key)
     for key in ("seed", "optim.lr", "train.steps", "train.batch_size", "model.dtype"):
-        assert not free(key)
+        assert not may_change(key)
 
 
 def test_changing_a_frozen_config():
-    settings = plain(compose(["objective=dpo"]))
-    new = plain(changed(settings, ["tracking=offline", "objective.beta=0.3", "data=pairs"]))
+    settings = to_builtins(compose(["objective=dpo"]))
+    new = to_builtins(change(settings, ["tracking=offline", "objective.beta=0.3", "data=pairs"]))
     assert new["tracking"]["mode"] == "offline"
     assert new["objective"] == settings["objective"] | {"beta": 0.3}
-    assert new["data"] == plain(compose(["data=pairs"]))["data"] != settings["data"]
-    assert plain(changed(settings, [])) == settings
+    assert new["data"] == to_builtins(compose(["data=pairs"]))["data"] != settings["data"]
+    assert to_builtins(change(settings, [])) == settings
 
 
 def test_mistakes_in_a_change_are_found_together():
     with pytest.raises(UftError) as caught:
-        changed(plain(compose()), ["objective.bta=1", "train.batch_size=0", "experiment=poft"])
+        change(to_builtins(compose()), ["objective.bta=1", "train.batch_size=0", "experiment=poft"])
     assert {p.what for p in caught.value.problems} == {"objective.bta=1", "train.batch_size=0", "experiment=poft"}

@@ -2,7 +2,7 @@
 
 from uft.config.compose import require
 from uft.config.files import Request
-from uft.config.messages import config_dirs, groups, headline, shown
+from uft.config.messages import conf_name, config_dirs, groups, headline
 
 
 def write(folder, text):
@@ -40,8 +40,8 @@ def test_help_sees_the_same_folders(tmp_path, monkeypatch):
     optims = groups(config_dirs())["optim"]
     assert headline(optims["adamw"]) == "my Adam"
     assert list(optims) == ["adafactor", "adamw", "adamw8bit", "mine", "muon", "rmsprop", "sgd"]
-    assert shown(optims["mine"]) == "conf-user/optim/mine.yaml"
-    assert shown(optims["sgd"]) == "conf/optim/sgd.yaml"
+    assert conf_name(optims["mine"]) == "conf-user/optim/mine.yaml"
+    assert conf_name(optims["sgd"]) == "conf/optim/sgd.yaml"
 
 
 def test_headline_is_the_first_sentence(tmp_path):

@@ -4,12 +4,12 @@ import yaml
 
 from uft.config.compose import require
 from uft.config.files import Request
-from uft.config.frozen import annotated
+from uft.config.frozen import with_origins
 
 
 def test_annotated_is_the_config_as_yaml():
     examined = require(Request(("seed=4", "+data.sources.pairs.columns={prompt: the question}")))
-    text = annotated(examined.settings, examined.origins, examined.references)
+    text = with_origins(examined.settings, examined.origins, examined.references)
     assert yaml.safe_load(text) == examined.settings
     lines = {line.split(":")[0].strip(): line for line in text.splitlines()}
     assert text.splitlines()[0].endswith("# command line"), "seed"

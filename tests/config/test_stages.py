@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from uft.config.compose import changed, examine, footer
+from uft.config.compose import change, examine, footer
 from uft.config.files import Request
-from uft.config.frozen import free, plain, to_yaml, typed
+from uft.config.frozen import may_change, to_builtins, to_config, to_yaml
 from uft.config.stages import completed, differences, expanded, stages_of
 
 TWO = """\
@@ -118,7 +118,7 @@ def settings(*overrides):
 
 def stages(*overrides):
     """The stages' typed configurations by name, as a worker reads them from the frozen file."""
-    return {stage.name: stage.config for stage in stages_of(typed(yaml.safe_load(to_yaml(settings(*overrides)))))}
+    return {stage.name: stage.config for stage in stages_of(to_config(yaml.safe_load(to_yaml(settings(*overrides)))))}
 
 
 def problems(*overrides):
@@ -147,10 +147,10 @@ def test_the_frozen_form_says_of_a_stage_where_it_differs_from_its_run():
         "do": "fit",
         "reference": "start",
     }
-    assert plain(asdict(typed(found))) == found == completed(found)
+    assert to_builtins(asdict(to_config(found))) == found == completed(found)
     alone = settings("objective=dpo")
     assert "stages" not in alone, "a run of one piece says nothing of stages"
-    assert [(s.name, s.do, s.folder) for s in stages_of(typed(alone))] == [("", "fit", ".")]
+    assert [(s.name, s.do, s.folder) for s in stages_of(to_config(alone))] == [("", "fit", ".")]
     assert expanded(alone) == {}
 
 
@@ -343,20 +343,20 @@ def test_what_a_stage_works_by_is_not_free():
         ("generate.temperature", 0.7, 0.25),
         ("stages.gen.generate.temperature", 0.7, 0.25),
     ]
-    assert free("generate.temperature")
-    assert not free("stages.gen.generate.temperature")
+    assert may_change("generate.temperature")
+    assert not may_change("stages.gen.generate.temperature")
 
 
 def test_what_may_change_between_sittings_may_in_every_stage():
-    assert free("stages.sft.train.log_every")
-    assert not free("stages.sft.optim.lr")
+    assert may_change("stages.sft.train.log_every")
+    assert not may_change("stages.sft.optim.lr")
     old = settings("experiment=two")
-    new = plain(changed(old, ["train.log_every=3", "tracking.mode=offline"]))
+    new = to_builtins(change(old, ["train.log_every=3", "tracking.mode=offline"]))
     assert {key for key, _, _ in differences(old, new)} == {"train.log_every", "tracking.mode"}
     assert expanded(new)["dpo"]["train"]["log_every"] == 3
     assert expanded(new)["dpo"]["train"]["steps"] == 5
-    assert plain(changed(old, [])) == old
-    assert {key for key, _, _ in differences(old, plain(changed(old, ["optim.lr=0.5"])))} == {
+    assert to_builtins(change(old, [])) == old
+    assert {key for key, _, _ in differences(old, to_builtins(change(old, ["optim.lr=0.5"])))} == {
         "optim.lr",
         "stages.sft.optim.lr",
     }
@@ -380,7 +380,7 @@ def rounds_of(*overrides):
     found = looped(*overrides)
     assert found.problems == []
     assert completed(found.settings) == found.settings, "what is frozen is read back as it is"
-    return {stage.name: stage for stage in stages_of(typed(yaml.safe_load(to_yaml(found.settings))))}
+    return {stage.name: stage for stage in stages_of(to_config(yaml.safe_load(to_yaml(found.settings))))}
 
 
 def sources(stage):

@@ -8,7 +8,7 @@ import pytest
 from uft.config.schema import data_settings
 from uft.data.formats import FIELDS, recognise, rename
 from uft.data.messages import Unreadable
-from uft.data.records import RULES
+from uft.data.records import ANNOTATION_RULES
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row, content_digest
 from uft.data.sources import load_sources
 from uft.errors import UftError
@@ -145,4 +145,4 @@ def test_a_row_without_any_hashes_to_what_it_always_did():
 
 
 def test_every_known_column_has_its_rule_and_can_be_mapped():
-    assert set(RULES) == set(ANNOTATIONS) < FIELDS
+    assert set(ANNOTATION_RULES) == set(ANNOTATIONS) < FIELDS

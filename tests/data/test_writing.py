@@ -6,7 +6,6 @@ import random
 import pytest
 
 from uft.config.schema import data_settings
-from uft.data import records
 from uft.data.records import is_rows_file, to_records, write_rows
 from uft.data.rows import Completion, Kind, Message, Row, content_digest
 from uft.data.sources import load_sources
@@ -129,7 +128,7 @@ def test_a_file_is_whole_or_what_it_was(tmp_path, monkeypatch):
         write_rows(path, dying())
     assert path.read_bytes() == before
     assert [file.name for file in path.parent.iterdir()] == ["rows.jsonl"]
-    monkeypatch.setattr(records.os, "replace", lambda *names: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("os.replace", lambda *names: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         write_rows(path, [row, row])
     assert path.read_bytes() == before

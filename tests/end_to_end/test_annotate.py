@@ -52,12 +52,12 @@ def job_here(*overrides: str) -> None:
     from omegaconf import OmegaConf
 
     from uft.config.compose import compose
-    from uft.config.frozen import typed
+    from uft.config.frozen import to_config
     from uft.training.making import annotate
 
     settings = OmegaConf.to_container(compose(list(overrides)), resolve=True)
     assert isinstance(settings, dict)
-    assert annotate(typed({str(key): value for key, value in settings.items()})) == 0
+    assert annotate(to_config({str(key): value for key, value in settings.items()})) == 0
 
 
 def quiet(*sources: tuple[str, Path]) -> list[str]:

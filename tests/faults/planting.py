@@ -39,7 +39,7 @@ PHASES = (
     "uft.training.trainer:Trainer.save_checkpoint",
     "uft.evaluation.evaluate:evaluate",
     "uft.sampling.generate:complete",
-    "uft.sampling.negatives:_append",
+    "uft.sampling.negatives:append_records",
     "uft.model.export:export",
     "uft.model.export:plain_model",
     "uft.model.load:load_base",

@@ -12,7 +12,7 @@ from evidence import same
 from planting import Fault
 from sessions import COLUMN, LOOP, SINGLE
 
-from uft.config.frozen import free
+from uft.config.frozen import may_change
 from uft.launch.process import cause, oom_kills
 
 PATIENCE = 4.0  # seconds of the watchdog here
@@ -29,7 +29,7 @@ HANGS = {
     "checkpoint": (SINGLE, "before os.replace", 0, "a checkpoint was written", "model/checkpoint.py"),
     "export": (SINGLE, EXPORT, 0, "the model was exported", "model/export.py"),
     "stage": (LOOP, STEP, 4, "it trained", "training/session.py"),
-    "sampling": (LOOP, "before negatives._append", 1, "completions were sampled", "sampling/negatives.py"),
+    "sampling": (LOOP, "before negatives.append_records", 1, "completions were sampled", "sampling/negatives.py"),
     "annotating": (COLUMN, "after annotate._mean", 3, "rows were annotated", "sampling/annotate.py"),
     "stage's export": (LOOP, EXPORT, 0, "the model was exported", "model/export.py"),
 }
@@ -56,7 +56,7 @@ def test_a_run_that_hangs_is_ended_and_can_be_resumed(bench, new_run, undisturbe
 GENERATE = ("generate.max_new_tokens=8", "generate.batch_size=4")
 ANNOTATE = ("annotate.column=baseline_logp", "annotate.models=[builtin:playground]", "annotate.batch_tokens=200")
 JOBS = {
-    "generate": (GENERATE, "before negatives._append", "completions were sampled"),
+    "generate": (GENERATE, "before negatives.append_records", "completions were sampled"),
     "annotate": (ANNOTATE, "after annotate._mean", "rows were annotated"),
 }
 
@@ -139,7 +139,7 @@ def test_out_of_memory_in_a_step(bench, new_run, kind):
     keys = [line.split(":  ")[1].split("=")[0] for line in error.splitlines() if ":  " in line]
     assert keys[:2] == ["train.micro_batch_tokens", "model.gradient_checkpointing"]
     assert len(keys) == 3
-    assert all(free(key) for key in keys[:2])  # a run that ran out goes on with them
+    assert all(may_change(key) for key in keys[:2])  # a run that ran out goes on with them
     assert run.steps == 4  # its last checkpoint
     bench.sit(run.path, code=0)
 

@@ -332,7 +332,7 @@ OBJECTS = {
 
 @pytest.mark.parametrize(("old", "new"), OBJECTS.values(), ids=OBJECTS)
 def test_a_received_run_names_no_code(here, capsys, old, new):
-    from uft.config.compose import changed, compose
+    from uft.config.compose import change, compose
     from uft.config.frozen import frozen, load_config
     from uft.runs import Run
 
@@ -341,7 +341,7 @@ def test_a_received_run_names_no_code(here, capsys, old, new):
     text, old = frozen(compose()), old.format()
     assert old in text
     run.config_file.write_text(text.replace(old, new.format(call=CALL), 1))
-    for read in (lambda: load_config(run.config_file), lambda: changed(run.config(), ["train.log_every=3"])):
+    for read in (lambda: load_config(run.config_file), lambda: change(run.config(), ["train.log_every=3"])):
         with suppress(UftError):
             read()
     assert main(["config", "--diff", str(run.path)]) in (0, 2)

@@ -210,7 +210,7 @@ def test_a_fault_in_uft_itself_tells_none(trace):
 
 def test_a_crash_in_the_middle_of_a_run_is_recorded_without_it(alone, monkeypatch, capfd):
     from uft.config.compose import compose
-    from uft.config.frozen import plain, typed
+    from uft.config.frozen import to_builtins, to_config
     from uft.runs import create_run
     from uft.training import session
     from uft.training.liveness import Stop
@@ -219,9 +219,9 @@ def test_a_crash_in_the_middle_of_a_run_is_recorded_without_it(alone, monkeypatc
         raise RuntimeError(f"no way to https://me:pw-of-mine@host with {SECRETS['OTHER_SECRET']}")
 
     monkeypatch.setattr(session, "prepare_stage", crash)
-    settings = plain(compose(["debug=fast", "tracking=none"]))
+    settings = to_builtins(compose(["debug=fast", "tracking=none"]))
     run = create_run(alone / "run", "x: 1\n", [])
-    assert session.train(run, typed(settings), Stop()) == 1
+    assert session.train(run, to_config(settings), Stop()) == 1
     printed = capfd.readouterr()
     written = "".join(path.read_text(encoding="utf-8") for path in all_files(run.path))
     assert "no way to" in run.result()["error"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from uft.launch.sweep_table import JobState, SweepTable, best_job, table_of
+from uft.launch.sweep_table import JobState, SweepTable, best_job, jobs_table
 from uft.runs import Run, create_run, write_json
 
 CONFIG = "train: {steps: null}\neval: {best: eval/nll, best_mode: min}\n"
@@ -147,7 +147,7 @@ JOBS = [
 
 def text(jobs, room=60):
     with (console := Console(width=100, markup=False)).capture() as captured:
-        console.print(table_of(jobs, room))
+        console.print(jobs_table(jobs, room))
     return [line.split() for line in captured.get().splitlines()]
 
 

@@ -12,7 +12,7 @@ import torch
 from uft.config.schema import Lora, Model
 from uft.data.batch import Batch
 from uft.model.policy import Policy, add_lora
-from uft.model.precision import settled, why_precision
+from uft.model.precision import resolve_dtype, why_precision
 
 CPU = torch.device("cpu")
 
@@ -64,9 +64,9 @@ def test_auto_is_bfloat16_where_the_device_multiplies_it(monkeypatch: pytest.Mon
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags)
         model = Model(name="m", path=path, dtype=auto)
-        assert settled(model, CPU).dtype == expected
-        told = why_precision(settled(model, CPU), CPU)
+        assert resolve_dtype(model, CPU).dtype == expected
+        told = why_precision(resolve_dtype(model, CPU), CPU)
         assert told.startswith(f"model.dtype=auto is {expected}: this cpu ")
         assert ("does not multiply" in told) != any(flags.get(name) for name in ("avx512_bf16", "amx_bf16"))
         for said in ("float32", "bfloat16"):
-            assert settled(replace(model, dtype=said), CPU).dtype == said
+            assert resolve_dtype(replace(model, dtype=said), CPU).dtype == said

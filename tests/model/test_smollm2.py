@@ -10,7 +10,7 @@ import torch
 
 from uft.errors import UftError
 from uft.model import load
-from uft.model.load import HUB, gguf_file, plain_copy, prepare, restore_digits
+from uft.model.load import HUB, gguf_file, plain_copy, restore_digits, smollm2_folder
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_without_the_package_it_is_the_hub_id(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(load, "gguf_file", lambda: None)
-    assert prepare() == HUB
+    assert smollm2_folder() == HUB
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,9 +48,9 @@ def test_it_is_converted_once(installed: Path, monkeypatch: pytest.MonkeyPatch, 
         made.append(source)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(load, "convert", convert)
-    first = prepare()
-    assert prepare() == first
+    monkeypatch.setattr(load, "convert_smollm2", convert)
+    first = smollm2_folder()
+    assert smollm2_folder() == first
     assert made == [installed]
     assert [path.name for path in (tmp_path / "models").iterdir()] == [Path(first).name]
 
@@ -60,9 +60,9 @@ def test_a_failed_conversion_leaves_nothing(installed: Path, monkeypatch: pytest
         (folder / "half").write_text("")
         raise RuntimeError("full disk")
 
-    monkeypatch.setattr(load, "convert", convert)
+    monkeypatch.setattr(load, "convert_smollm2", convert)
     with pytest.raises(RuntimeError):
-        prepare()
+        smollm2_folder()
     assert list((tmp_path / "models").iterdir()) == []
 
 
@@ -72,8 +72,8 @@ def test_two_processes_may_convert_at_once(installed: Path, monkeypatch: pytest.
         rival = folder.parent / folder.name.rpartition(".")[0].removeprefix(".")
         shutil.copytree(folder, rival, dirs_exist_ok=True)
 
-    monkeypatch.setattr(load, "convert", convert)
-    folder = Path(prepare())
+    monkeypatch.setattr(load, "convert_smollm2", convert)
+    folder = Path(smollm2_folder())
     assert (folder / "config.json").is_file()
     assert list((tmp_path / "models").iterdir()) == [folder]
 
@@ -82,7 +82,7 @@ def test_missing_readers_name_the_extra(installed: Path, monkeypatch: pytest.Mon
     find = load.importlib.util.find_spec
     monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None if name == "gguf" else find(name))
     with pytest.raises(UftError, match="uft-lm\\[smollm2\\]"):
-        prepare()
+        smollm2_folder()
 
 
 def test_a_quantized_model_becomes_a_plain_one(build: Any, tmp_path: Path):
@@ -112,7 +112,7 @@ def test_numbers_are_split_into_digits_again():
 def test_the_real_model(tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = prepare()
+    folder = smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}

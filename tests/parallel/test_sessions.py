@@ -149,7 +149,7 @@ def test_shards_are_safetensors_and_hold_everything(resumed: Path) -> None:
     assert not (resumed / "grown" / "checkpoints" / "step-000008" / "shards").exists()
     tensors, _ = checkpoint.load(step)
     assert {"model", "optimiser"} < {name.partition("/")[0] for name in tensors}
-    assert {f"model/{name}" for name in checkpoint.weights(step)} == {n for n in tensors if n.startswith("model/")}
+    assert {f"model/{name}" for name in checkpoint.load_weights(step)} == {n for n in tensors if n.startswith("model/")}
     assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from uft.config.compose import compose
-from uft.config.frozen import plain, to_yaml, typed
+from uft.config.frozen import to_builtins, to_config, to_yaml
 from uft.config.schema import Config
 from uft.config.stages import stages_of
 from uft.launch.worker import train
@@ -35,7 +35,7 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @cache
 def config_of(*words: str) -> Config:
-    return typed(plain(compose(list(words))))
+    return to_config(to_builtins(compose(list(words))))
 
 
 def records(config: Config, folder: Path) -> list[Mapping[str, Any]]:
@@ -90,7 +90,7 @@ def test_training_spends_what_was_planned(tmp_path: Path) -> None:
     one = config_of("experiment=sft_with_dpo", *SMALL, *shares)
     ends = []
     for name, config in (("two", two), ("one", one)):
-        run = create_run(tmp_path / name, to_yaml(plain(asdict(config))), [])
+        run = create_run(tmp_path / name, to_yaml(to_builtins(asdict(config))), [])
         assert train(str(run.path)) == 0
         last = json.loads(run.metrics_file.read_text().splitlines()[-1])
         result = run.result()

@@ -144,8 +144,8 @@ def test_data_cannot_leave_its_script():
 
 def test_a_text_without_end_is_cut_with_a_note(harm):
     answer = next(a["text"] for a in embedded(harm)["samples"][0]["answers"] if a["text"].startswith("xxx"))
-    assert len(answer) < page.LONGEST + 100
-    assert answer.endswith(f"({len(MILLION) - page.LONGEST} more characters are in compare.json)")
+    assert len(answer) < page.PAGE_TEXT + 100
+    assert answer.endswith(f"({len(MILLION) - page.PAGE_TEXT} more characters are in compare.json)")
 
 
 def test_numbers_that_are_not_finite_come_through(harm):

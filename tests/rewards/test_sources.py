@@ -13,7 +13,7 @@ from uft.config.schema import Config, data_settings
 from uft.data.records import write_rows
 from uft.data.sources import load_sources
 from uft.errors import UftError
-from uft.evaluation.evaluate import judged
+from uft.evaluation.evaluate import judge_logged
 from uft.rewards import check, spec_of
 
 COUNTDOWN = [
@@ -112,7 +112,7 @@ def test_a_source_without_the_columns_of_its_checker_is_refused(tmp_path):
 def test_the_evaluation_tells_how_many_answers_could_not_be_judged(tmp_path, caplog):
     rows = load(tmp_path, [*COUNTDOWN, {"prompt": "p", "response": "q"}], checker="countdown").rows
     jobs = [("countdown", row, text) for row, text in zip(rows, ["1+2", "(" * 500_000, "5+6", "?"], strict=True)]
-    verdicts = judged("a", jobs, torch.device("cpu"))
+    verdicts = judge_logged("a", jobs, torch.device("cpu"))
     assert [verdict.figures.get("exact_match") for verdict in verdicts] == [1.0, 0.0, 1.0, None]
     told = [record.getMessage() for record in caplog.records]
     assert told == [

@@ -13,7 +13,7 @@ from uft.config.schema import COLUMNS, Model
 from uft.data.rows import ANNOTATIONS, Completion, Message, Row
 from uft.errors import UftError
 from uft.sampling import annotate as annotation
-from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
+from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen_settings
 from uft.sampling.generate import Interrupted
 
 PLAYGROUND = "builtin:playground"
@@ -90,7 +90,7 @@ def annotate(recipe):
     """annotate(rows, [path, ...]) -> the baselines of every row."""
 
     def run(rows, paths, **changes):
-        models = [frozen(BASE, path) for path in paths]
+        models = [frozen_settings(BASE, path) for path in paths]
         made = annotate_rows(rows, "baseline_logp", replace(recipe, models=models, **changes))
         assert [replace(c, annotations={}) for r in made for c in r.completions] == [
             replace(c, annotations={}) for r in rows for c in r.completions
@@ -268,7 +268,7 @@ def test_models_that_make_no_sense(recipe):
     }
     for why, (column, paths) in cases.items():
         with pytest.raises(UftError, match=why):
-            annotate_rows(ROWS, column, replace(recipe, models=[frozen(BASE, path) for path in paths]))
+            annotate_rows(ROWS, column, replace(recipe, models=[frozen_settings(BASE, path) for path in paths]))
 
 
 # --- soft labels

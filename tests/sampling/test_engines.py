@@ -17,7 +17,7 @@ from uft.config.schema import Rollout
 from uft.errors import UftError
 from uft.model.layout import settle_layout
 from uft.model.policy import Policy
-from uft.sampling.engines import Setting, make_engine
+from uft.sampling.engines import EngineContext, make_engine
 from uft.sampling.generate import Interrupted
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [5, 6, 7]]
@@ -34,7 +34,7 @@ class Chat:
 
 
 @pytest.fixture
-def setting():
+def context():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -48,7 +48,7 @@ def setting():
     policy = Policy(model)
     settle_layout(policy, "packed", 64)
     rollout = Rollout(completions=2, max_new_tokens=12, batch_size=3)
-    return Setting(policy, Chat(), rollout, seed=3, longest=32, should_stop=lambda: False)
+    return EngineContext(policy, Chat(), rollout, seed=3, longest=32, should_stop=lambda: False)
 
 
 STAND_IN = '''
@@ -120,7 +120,7 @@ class LLM:
 
 
 @pytest.fixture(params=["transformers", pytest.param("vllm", marks=pytest.mark.slow)])
-def engine(request, setting, tmp_path, monkeypatch):
+def engine(request, context, tmp_path, monkeypatch):
     """engine(**keys of the rollout, should_stop=): an engine that is closed at the end."""
     if request.param == "vllm":
         (tmp_path / "vllm.py").write_text(STAND_IN)
@@ -128,8 +128,8 @@ def engine(request, setting, tmp_path, monkeypatch):
     made = []
 
     def make(should_stop=lambda: False, **keys):
-        rollout = replace(setting.rollout, engine=request.param, **keys)
-        made.append(make_engine(replace(setting, rollout=rollout, should_stop=should_stop)))
+        rollout = replace(context.rollout, engine=request.param, **keys)
+        made.append(make_engine(replace(context, rollout=rollout, should_stop=should_stop)))
         return made[-1]
 
     yield make
@@ -137,32 +137,32 @@ def engine(request, setting, tmp_path, monkeypatch):
         one.close()
 
 
-def own(setting, **keys):
-    return make_engine(replace(setting, rollout=replace(setting.rollout, **keys)))
+def own(context, **keys):
+    return make_engine(replace(context, rollout=replace(context.rollout, **keys)))
 
 
 @pytest.mark.slow
-def test_greedy_completions_are_those_of_the_own_sampler_under_weights_that_move(engine, setting):
-    kernel, state = setting.policy.attention_kernel, torch.get_rng_state()
+def test_greedy_completions_are_those_of_the_own_sampler_under_weights_that_move(engine, context):
+    kernel, state = context.policy.attention_kernel, torch.get_rng_state()
     other, numbers = engine(top_k=1), range(len(PROMPTS))
     ends = set()
     for _ in range(3):
-        expected = own(setting, top_k=1).complete(PROMPTS, numbers)
+        expected = own(context, top_k=1).complete(PROMPTS, numbers)
         assert other.complete(PROMPTS, numbers) == expected
         ends |= {reply.end for reply in expected}
         with torch.no_grad():
-            for parameter in setting.policy.module.parameters():
+            for parameter in context.policy.module.parameters():
                 parameter.mul_(-0.9)
     assert ends > {None}, "some were cut, and some ended"
     assert ends - {None} <= STOPS
-    assert setting.policy.attention_kernel == kernel
+    assert context.policy.attention_kernel == kernel
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_sampled_completions_have_the_log_probs_and_the_distribution_of_the_own_sampler(engine, setting):
+def test_sampled_completions_have_the_log_probs_and_the_distribution_of_the_own_sampler(engine, context):
     prompts = [PROMPTS[0]] * 200
     found = engine(temperature=0.7, max_new_tokens=3).complete(prompts, range(200))
-    expected = own(setting, temperature=0.7, max_new_tokens=3).complete(prompts, range(200))
+    expected = own(context, temperature=0.7, max_new_tokens=3).complete(prompts, range(200))
     log_probs = {(*reply.ids, reply.end): reply.log_prob for reply in expected}
     same = [reply for reply in found if (*reply.ids, reply.end) in log_probs]
     assert len(same) > 20
@@ -178,7 +178,7 @@ def test_sampled_completions_have_the_log_probs_and_the_distribution_of_the_own_
     assert len(theirs) > 3
 
 
-def test_a_stop_is_heeded_and_what_fails_is_told(engine, setting, monkeypatch):
+def test_a_stop_is_heeded_and_what_fails_is_told(engine, context, monkeypatch):
     stopped = engine(should_stop=lambda: True)
     with pytest.raises(Interrupted):
         stopped.complete(PROMPTS, range(4))
@@ -186,10 +186,10 @@ def test_a_stop_is_heeded_and_what_fails_is_told(engine, setting, monkeypatch):
         other = engine(top_p=0.5)  # which the one that stands in does not know
     else:
         other = engine()
-        monkeypatch.setattr(setting.policy.base, "_get_logits_processor", None)
+        monkeypatch.setattr(context.policy.base, "_get_logits_processor", None)
     with pytest.raises(UftError, match=r"rollout\.engine=own"):
         other.complete(PROMPTS, range(4))
-    assert setting.policy.attention_kernel == "packed_sdpa"
+    assert context.policy.attention_kernel == "packed_sdpa"
 
 
 def test_vllm_is_refused_where_it_is_not_installed(monkeypatch):

@@ -18,13 +18,13 @@ from uft.model.policy import Policy
 from uft.sampling.select import (
     CountSketch,
     active_dpo,
-    best,
     count_of,
     most_uncertain,
     pair_features,
     pair_of,
     pds,
     pds_scores,
+    pick,
     random_scores,
     shown_of,
     top_scores,
@@ -47,7 +47,7 @@ def test_random_choices_are_keyed_by_row():
     assert np.array_equal(random_scores(rows[10:20], 3), whole[10:20]), "other rows reshuffle nothing"
     assert not np.array_equal(random_scores(rows, 4), whole)
     assert len(set(whole)) == 50
-    assert best(whole, 5).places == sorted(range(50), key=lambda n: -whole[n])[:5]
+    assert pick(whole, 5).places == sorted(range(50), key=lambda n: -whole[n])[:5]
 
 
 def test_top_scores_are_means_of_scores_and_margins_of_pairs():
@@ -55,7 +55,7 @@ def test_top_scores_are_means_of_scores_and_margins_of_pairs():
     sides = ((True, 4.0), (False, 1.0))
     pair = row(1, *(Completion(SAID, preferred=chosen, annotations={"score": s}) for chosen, s in sides))
     assert top_scores([scored, pair, row(2, Completion(SAID, label=False))]).tolist() == [0.5, 3.0, 0.0]
-    assert best(np.array([1.0, 2.0, 2.0, 0.0]), 3).places == [1, 2, 0], "of equals the first"
+    assert pick(np.array([1.0, 2.0, 2.0, 0.0]), 3).places == [1, 2, 0], "of equals the first"
     with pytest.raises(UftError, match="1 rows have none") as caught:
         top_scores([scored, row(7)])
     assert caught.value.problems[0].where == "made:7"
@@ -203,7 +203,7 @@ def softmax_regression(dtype=torch.float64, noise=0.0, **changes):
 def test_scores_of_the_worked_example():
     assert softmax_regression() == pytest.approx(EXACT, abs=5e-6)
     assert softmax_regression(torch.float32) == pytest.approx(EXACT, abs=3e-5)
-    assert best(softmax_regression(), 2).places == [0, 2]
+    assert pick(softmax_regression(), 2).places == [0, 2]
     assert softmax_regression(steps=1) == pytest.approx([0.215297, 0.047730, 0.090799, -0.065016], abs=2e-6)
 
 

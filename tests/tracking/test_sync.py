@@ -17,7 +17,7 @@ from standin import Standin
 
 from uft.cli import main
 from uft.config.compose import compose
-from uft.config.frozen import plain
+from uft.config.frozen import to_builtins
 from uft.runs import Run, create_run, write_json
 from uft.tracking.trackers import make_tracker
 from uft.tracking.wandb import extent, upload_state
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def settings() -> dict:
-    return plain(compose(["tracking.mode=offline"]))
+    return to_builtins(compose(["tracking.mode=offline"]))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from uft.config.frozen import plain, typed
+from uft.config.frozen import to_builtins, to_config
 from uft.config.messages import conf_dir
 from uft.config.schema import Config
 from uft.config.stages import differing
@@ -140,7 +140,7 @@ def configure(model_folder, files, tmp_path_factory):
             "tracking": {"mode": "disabled"},
         }
         merged = OmegaConf.merge(OmegaConf.create(base), OmegaConf.from_dotlist(list(settings)))
-        return typed(OmegaConf.to_container(merged))
+        return to_config(OmegaConf.to_container(merged))
 
     return make
 
@@ -172,11 +172,11 @@ def chain(configure, files):
             source = {kind: files[kind]} if kind in files else {"made": Path(kind)}
             whole[name] = configure(objective, *UNEVEN, "optim.lr=0.02", *settings, *own, sources=source)
         run = whole[[name for name, part in parts.items() if part[0] not in making.ROW_STAGES][-1]]
-        top = plain(asdict(run))
+        top = to_builtins(asdict(run))
         nodes: dict[str, Any] = {}
         for name, (does, *_) in parts.items():
             what = {"do": does} if does in making.ROW_STAGES else {"do": "fit", "reference": reference}
-            nodes[name] = {**what, "config": differing(plain(asdict(whole[name])), top)}
+            nodes[name] = {**what, "config": differing(to_builtins(asdict(whole[name])), top)}
         return replace(run, stages=nodes)
 
     return make

@@ -129,16 +129,16 @@ def test_a_checker_without_a_verdict_is_told_before_the_first_sample(configure):
     numbered = LoadedSource("mine", "here", rows, (), "", checker="final_number")
     config = configure("sft")
     with pytest.raises(UftError, match=r"1 of 2 rows cannot be judged") as caught:
-        making.scorer(config, [numbered])
+        making.make_scorer(config, [numbered])
     (problem,) = caught.value.problems
     assert (problem.where, problem.advice) == ("mine:1", ()), "rollout=false would change nothing here"
-    score = making.scorer(config, [replace(numbered, rows=rows[:1])])
+    score = making.make_scorer(config, [replace(numbered, rows=rows[:1])])
     assert [score(rows[0], reply) for reply in ("so 7", "so 8", "")] == [1.0, 0.0, 0.0]
 
 
 def test_samples_that_cannot_be_judged_are_told_once_per_reason(configure, caplog):
     asked, given = (Message("user", "list"),), (Completion((Message("assistant", "{}"),)),)
     row = Row("mine", 0, asked, given, facts={"schema": {"$ref": "https://nowhere.example/schema"}})
-    score = making.scorer(configure("sft"), [LoadedSource("mine", "here", (row,), (), "", checker="json_schema")])
+    score = making.make_scorer(configure("sft"), [LoadedSource("mine", "here", (row,), (), "", checker="json_schema")])
     assert [score(row, reply) for reply in ("{}", "[]", "no JSON")] == [0.0, 0.0, 0.0]
     assert caplog.text.count("samples that cannot be judged are scored 0") == 1

@@ -81,9 +81,9 @@ def test_all_objectives_draw_the_same_rows(feed):
 
 def test_examples_number_the_rows_of_the_mixture(feed):
     stream = feed("uft")
-    assert stream.examples == sum(SIZES.values())
-    items = stream.take(stream.examples)
-    assert sorted(item.example for item in items) == list(range(stream.examples))
+    assert stream.row_count == sum(SIZES.values())
+    items = stream.take(stream.row_count)
+    assert sorted(item.example for item in items) == list(range(stream.row_count))
     offsets = dict(zip(SIZES, stream.first_example, strict=False))
     assert all(item.example == offsets[item.row.source] + item.row.index for item in items)
 
@@ -92,7 +92,7 @@ def test_later_visits_take_other_negatives(feed):
     stream = feed("dft")
     taken = [
         tuple(part.completion for part in item.parts)
-        for item in stream.take(3 * stream.examples)
+        for item in stream.take(3 * stream.row_count)
         if item.row.id == "negatives:0"
     ]
     assert taken == [(0, 1, 2), (0, 3, 1), (0, 2, 3)]
@@ -138,10 +138,10 @@ def test_a_prefetcher_rewinds_and_leaves_the_sampler_after_the_last_step(feed, t
     stream = feed("sft")
     prefetcher = Prefetcher(stream, Collator(64, 0), mismatched=False, threaded=threaded)
     start = prefetcher.cursor
-    first, second = ([item.row.id for item in prefetcher.take(9, then=9).items] for _ in range(2))
+    first, second = ([item.row.id for item in prefetcher.take(9, then=9).examples] for _ in range(2))
     assert first != second
     prefetcher.rewind(start)
-    assert [item.row.id for item in prefetcher.take(9, then=9).items] == first
+    assert [item.row.id for item in prefetcher.take(9, then=9).examples] == first
     prefetcher.close()
     assert [item.row.id for item in stream.take(9)] == second
 
@@ -156,13 +156,13 @@ def test_only_a_gpu_has_a_prefetch_thread_unasked():
 def test_the_longest_items_are_found_without_making_all(feed, objective):
     stream = feed(objective)
     draws = list(stream.preview(60))
-    items = sorted(stream.items(draws), key=lambda item: -item.length)
+    items = sorted(stream.examples_of(draws), key=lambda item: -item.length)
     assert len({item.length for item in items}) > 2
     for count in (1, 4, 9, 100):
         assert [item.row.id for item in stream.longest(draws, count)] == [item.row.id for item in items[:count]]
     made: list[RowIndex] = []
-    make_one = stream._item
-    stream._item = lambda draw: made.append(draw) or make_one(draw)
+    make_one = stream._example
+    stream._example = lambda draw: made.append(draw) or make_one(draw)
     stream.longest(draws, 1)
     assert len(made) < len(draws) / 2
 
@@ -170,7 +170,7 @@ def test_the_longest_items_are_found_without_making_all(feed, objective):
 def test_every_row_that_is_met_is_met_once(feed):
     stream = feed("uft")
     draws = list(stream.preview(40))
-    met = [row[0].ids.tolist() for row in stream.met(iter(draws))]
+    met = [row[0].ids.tolist() for row in stream.distinct_tokens(iter(draws))]
     rows = sorted({(draw.source, draw.index) for draw in draws})
     assert met == [stream.sources[source].encoded[index][0].ids.tolist() for source, index in rows]
 

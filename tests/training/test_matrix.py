@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from uft.config.compose import compose
-from uft.config.frozen import typed
+from uft.config.frozen import to_config
 from uft.config.messages import conf_dir, groups
 from uft.config.schema import Config, Lora, ReferenceModel, Rollout, Source, Teacher
 from uft.data.rows import Kind
@@ -51,7 +51,7 @@ def short(data: str) -> Config:
     sources = {
         name: {**source, "limit": ROWS, "checker": "playground"} for name, source in content["data"]["sources"].items()
     }
-    return typed({**content, "data": {**content["data"], "sources": sources}})
+    return to_config({**content, "data": {**content["data"], "sources": sources}})
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from uft.config.schema import Optim
 from uft.model import checkpoint
 from uft.runs import create_run
 from uft.training.step import OPTIMISERS, SCHEDULES, learning_rate, make_optimiser, warmup_steps
-from uft.training.trainer import below, nested
+from uft.training.trainer import add_prefix, strip_prefix
 
 MOMENTS = {
     "adamw": {"betas": [0.8, 0.95], "weight_decay": 0.1},
@@ -131,8 +131,8 @@ def test_saved_and_loaded_equals_never_stopped(case, tmp_path):
     advance(straight, optimiser, range(3))
     run = create_run(tmp_path / "run", "{}\n", [])
     tensors = {
-        **nested("model", straight),
-        **nested("optimiser", checkpoint.optimiser_tensors(optimiser, straight)),
+        **add_prefix("model", straight),
+        **add_prefix("optimiser", checkpoint.optimiser_tensors(optimiser, straight)),
     }
     found, _ = checkpoint.load(checkpoint.save(run, 3, tensors, {}))
     advance(straight, optimiser, range(3, 6))
@@ -140,9 +140,9 @@ def test_saved_and_loaded_equals_never_stopped(case, tmp_path):
     resumed = small()
     again = make_optimiser(resumed, cfg)
     with torch.no_grad():
-        for name, tensor in below("model", found).items():
+        for name, tensor in strip_prefix("model", found).items():
             resumed[name].copy_(tensor)
-    checkpoint.load_optimiser(again, resumed, below("optimiser", found))
+    checkpoint.load_optimiser(again, resumed, strip_prefix("optimiser", found))
     advance(resumed, again, range(3, 6))
     for name, parameter in straight.items():
         assert torch.equal(parameter, resumed[name]), name

@@ -271,7 +271,7 @@ def test_a_models_own_dropout_is_off_unless_asked_for_and_never_beside_a_referen
     for asked in ("true", "false"):
         prepared = build("sft", path, f"model.dropout={asked}", run=asked)
         trainer = prepared.trainer
-        batch = trainer.collator(trainer.sampler.take(2)).batches[0]
+        batch = trainer.collator(trainer.sampler.take(2)).micro_batches[0]
         trainer.policy.train()
         with torch.no_grad():
             policies[asked] = [trainer.policy(batch).log_probs for _ in range(2)]

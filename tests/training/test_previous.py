@@ -12,9 +12,9 @@ from dying import lines
 
 from uft import cli
 from uft.cli.verbs import as_found
-from uft.config.frozen import load_config, typed
+from uft.config.frozen import load_config, to_config
 from uft.errors import GOOD
-from uft.runs import Run, weights
+from uft.runs import Run, find_weights
 from uft.training import making, session
 from uft.training.liveness import Stop
 
@@ -49,9 +49,9 @@ def test_a_stopped_run_goes_on_and_its_model_answers(name, previous):
     assert result["final"] == pytest.approx(whole["final"], rel=1e-3, abs=1e-4)
     assert list(result.get("stages", {})) == list(whole.get("stages", {}))
 
-    settings = as_found(weights(str(run.path)), ())
+    settings = as_found(find_weights(str(run.path)), ())
     settings["generate"] |= {"limit": 8, "max_new_tokens": 60, "temperature": 2.0, "top_k": 0}
-    assert making.generate(typed(settings)) == GOOD
+    assert making.generate(to_config(settings)) == GOOD
     assert {line["sampled_by"] for line in lines(run.path / "generated.jsonl")} == {str(run.model_dir)}
 
 

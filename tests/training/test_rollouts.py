@@ -17,7 +17,7 @@ from uft import rewards
 from uft.data.rows import Role
 from uft.errors import GOOD, STOPPED, UftError
 from uft.runs import Run
-from uft.sampling.rollouts import chunks_shown, cut_points, pieces
+from uft.sampling.rollouts import chunks_shown, cut_points, piece_ends
 
 STEPS = ("train.steps=6", "optim.lr=0.01")
 OWN = ("rollout.completions=3", "rollout.max_new_tokens=5")
@@ -313,8 +313,8 @@ def test_hints_are_cut_and_drawn_as_specified(built):
     source = prepared.trainer.sampler.sources[0]
     tokens, renderer = source.encoded[0][0], prepared.data.dataset.renderer
     words = len(source.rows[0].completions[0].text.split())
-    assert pieces(tokens, hint, renderer) == list(range(1, words))  # the last is never shown
-    assert pieces(tokens, replace(hint, keep_last=0), renderer) == list(range(1, words + 1))
+    assert piece_ends(tokens, hint, renderer) == list(range(1, words))  # the last is never shown
+    assert piece_ends(tokens, replace(hint, keep_last=0), renderer) == list(range(1, words + 1))
 
 
 def test_a_hint_is_the_same_for_a_row_and_learned_once(built):

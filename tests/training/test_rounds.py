@@ -12,7 +12,7 @@ from stage_runs import sit, survive, written
 
 from uft.config.compose import examine
 from uft.config.files import Request
-from uft.config.frozen import typed
+from uft.config.frozen import to_config
 from uft.config.schema import Config
 from uft.errors import FAILED, GOOD
 from uft.runs import Run
@@ -53,7 +53,7 @@ def compose(files, model_folder, tmp_path, monkeypatch):
         words = ("experiment=loop", *machine, *UNEVEN, *GENERATE, "train.check_model=false", *overrides)
         found = examine(Request(words))
         assert found.problems == []
-        return typed(found.settings)
+        return to_config(found.settings)
 
     return make
 

@@ -41,9 +41,9 @@ class Bench:
 
     def objective(self) -> Objective:
         made = make(self.trainer.config.objective)
-        made.start(self.trainer.sampler.examples)
+        made.start(self.trainer.sampler.row_count)
         if "log_u" in made.state:  # as if every example had been visited before
-            made.state["log_u"].copy_(torch.linspace(-3, 3, self.trainer.sampler.examples))
+            made.state["log_u"].copy_(torch.linspace(-3, 3, self.trainer.sampler.row_count))
         return made
 
     def items(self, count: int) -> list[Example]:
@@ -76,7 +76,7 @@ class Bench:
         batches = self.batches(items, budget, **how)
         step = self.step(batches, max_grad_norm=0.0, update=False)
         gradients = {name: p.grad.clone() for name, p in self.trainer.parameters.items() if p.grad is not None}
-        return float(step.loss), step.terms, gradients, len(batches.batches)
+        return float(step.loss), step.terms, gradients, len(batches.micro_batches)
 
     def weights(self) -> Gradients:
         return {name: p.detach().clone() for name, p in self.trainer.parameters.items()}
@@ -166,7 +166,7 @@ def test_the_kl_baseline_is_a_mean_over_all_mismatched_completions_of_the_step(b
     assert len(unrelated) == sum(len(item.parts) for item in items)
     batches = [rig.batches(items, budget) for budget in (ONE_BATCH, 60, 1)]
     found = [kl_baseline(rig.trainer, one)["z"] for one in batches]
-    alone = (rig.batches([item], 1).batches[0] for item in unrelated)
+    alone = (rig.batches([item], 1).micro_batches[0] for item in unrelated)
     ratios = [float((policy(batch).log_probs - reference(batch).log_probs).sum().detach()) for batch in alone]
     assert [float(z) for z in found] == pytest.approx([sum(ratios) / len(ratios)] * 3, rel=1e-5)
     assert not any(z.requires_grad for z in found)

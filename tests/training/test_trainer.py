@@ -409,7 +409,7 @@ def test_what_a_checkpoint_holds_and_that_its_horizon_wins(build):
     folder = trainer.save_checkpoint()
     tensors, state = checkpoint.load(folder)
     assert {name.split("/")[0] for name in tensors} == {"model", "optimiser", "objective", "meter", "random"}
-    assert tensors["objective/log_u"].shape == (trainer.sampler.examples,)
+    assert tensors["objective/log_u"].shape == (trainer.sampler.row_count,)
     assert state["progress"]["step"] == 2
     assert state["steps"] == 2
     assert sum(state["feed"]["counts"].values()) == 16

@@ -199,7 +199,7 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def run(objective: str, records: Sequence[Record], **keys: Any) -> Outcome:
         import yaml
 
-        from uft.config.frozen import typed
+        from uft.config.frozen import to_config
         from uft.config.messages import conf_dir
         from uft.runs import Run
         from uft.training.liveness import Stop
@@ -218,9 +218,9 @@ def ours(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "train": {"steps": 1, "batch_size": len(records), "micro_batch_tokens": 48, "max_grad_norm": 0},
             "hardware": {"device": "cpu"},
         }
-        config = typed(settings)
+        config = to_config(settings)
         trainer = prepare(Run(tmp_path / "run"), config, choose_device(config.hardware), Stop()).trainer
-        items = trainer.sampler.items(trainer.sampler.preview(len(records)))
+        items = trainer.sampler.examples_of(trainer.sampler.preview(len(records)))
         trainer.hooks = [keep := Keep()]
         trainer.fit()
         return Outcome(

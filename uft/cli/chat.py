@@ -57,15 +57,15 @@ def talk(named: Sequence[tuple[str, dict[str, Any]]]) -> None:
     from uft.launch.worker import silence_libraries
 
     silence_libraries()
-    from uft.config.frozen import typed
-    from uft.training.making import sampler
+    from uft.config.frozen import to_config
+    from uft.training.making import load_sampler
     from uft.training.setup import choose_device
 
     console, speakers = Console(highlight=False, markup=False, emoji=False), list[Speaker]()
     for name, settings in named:
         console.print(f"loading {printable_lines(name)}")
-        config = typed(settings)
-        speakers.append(Speaker(name, config, *sampler(config, choose_device(config.hardware))))
+        config = to_config(settings)
+        speakers.append(Speaker(name, config, *load_sampler(config, choose_device(config.hardware))))
     console.print(f"{COMMANDS}\n")
     seed = first = speakers[0].config.generate.seeds[0]
     system = speakers[0].config.generate.system

@@ -11,7 +11,6 @@ import io
 import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 
 from uft.cli import VERBS
 from uft.cli.help import PAGES
@@ -57,17 +56,9 @@ def complete(arguments: list[str]) -> int:
 
 def hydra_completion(arguments: list[str]) -> int:
     """Let Hydra answer. It takes the program's name from argv."""
-    import hydra
-
-    from uft.cli.verbs import hydra_task, train_run
-    from uft.config.files import VERSION_BASE, register
-    from uft.config.messages import conf_dir
+    from uft.cli.verbs import run_hydra, train_run
+    from uft.config.files import register
 
     register()
     sys.argv = ["uft", *arguments]
-    application = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)
-    try:
-        application(partial(hydra_task, train_run))()
-    except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else GOOD
-    return GOOD
+    return run_hydra(train_run)

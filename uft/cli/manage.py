@@ -22,13 +22,13 @@ from uft.runs import (
     Run,
     find_runs,
     find_sweeps,
+    find_weights,
     named_folder,
     no_runs,
     planned,
     shown,
     summary,
     waiting,
-    weights,
 )
 from uft.tracking.console import HEADLINES, duration, printable, printable_lines, table_console
 
@@ -114,15 +114,15 @@ def print_tables(found: list[dict[str, Any]], long: Sequence[str] = ()) -> None:
     unbounded = console.options.update(width=10_000)
     for folder, inside in groupby(found, key=lambda row: Path(row["path"]).parent):
         rows = list(inside)
-        tables = (table_of(rows, metrics[:most], long) for most in range(len(metrics), 0, -1))
+        tables = (runs_table(rows, metrics[:most], long) for most in range(len(metrics), 0, -1))
         fits = (table for table in tables if console.measure(table, options=unbounded).maximum <= console.width)
         problems = ((row["name"], problem_lines(str(row.get("error") or ""))) for row in rows)
         errors = [Text(printable(f"  {name}: {error[0]}"), style="red") for name, error in problems if error]
         console.print(Text(f"\n{printable(str(folder))}/", style="bold"))
-        console.print(next(fits, None) or table_of(rows, [], long), *errors, sep="\n", highlight=False)
+        console.print(next(fits, None) or runs_table(rows, [], long), *errors, sep="\n", highlight=False)
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], long: Sequence[str] = ()) -> Table:
+def runs_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], long: Sequence[str] = ()) -> Table:
     """Runs of one folder with their state, steps and these metrics of the evaluation."""
     from rich.table import Table
     from rich.text import Text
@@ -196,12 +196,12 @@ def unfinished_run(overrides: list[str]) -> Problem:
 
 def resume_run(run: Run, overrides: list[str]) -> int:
     """Continue one run, its relative data paths read from where it was started."""
-    from uft.config.compose import changed
+    from uft.config.compose import change
     from uft.launch.launcher import continue_run, refuse_untrusted
 
     started = str(run.info().get("cwd", "."))
     refuse_untrusted(run.path, run.runs_code, overrides)
-    settings = changed(run.config(), overrides) if overrides else None
+    settings = change(run.config(), overrides) if overrides else None
     return continue_run(run, settings, extend=True, cwd=Path(started) if os.path.isdir(started) else None)
 
 
@@ -230,7 +230,7 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
 def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> int:
     """Give the commands of every sweep again, then continue the runs that belong to none of them."""
     from uft.cli.verbs import train
-    from uft.config.frozen import free
+    from uft.config.frozen import may_change
     from uft.launch.launcher import TYPED, refuse_untrusted
     from uft.launch.sweep import quote, resuming, swept_keys
 
@@ -243,7 +243,7 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
     # only keys that change no result and are not swept may be given anew
     swept = {key.lstrip("+") for sweep in sweeps for key in swept_keys(sweep)}
     keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
-    if wrong := [word for word, key in keys.items() if key in swept or not free(key)]:
+    if wrong := [word for word, key in keys.items() if key in swept or not may_change(key)]:
         raise UftError(*(Problem(word, "would make other runs of this sweep's jobs", "command line") for word in wrong))
     codes = list[int]()
     for sweep in sweeps:
@@ -291,7 +291,7 @@ def export(arguments: list[str]) -> int:
     add("--ollama", action="store_true", help="also a GGUF file and a Modelfile, for Ollama")
     add("words", nargs="*", metavar="key=value", help="model.trust_remote_code=true")
     parsed = parser.parse_intermixed_args(arguments)
-    source = weights(f"{parsed.run}@{parsed.checkpoint}" if parsed.checkpoint else parsed.run)
+    source = find_weights(f"{parsed.run}@{parsed.checkpoint}" if parsed.checkpoint else parsed.run)
     if source.run is None:
         raise UftError(Problem(parsed.run, "is a model already, and no run", "command line"), footer="See:  uft ls")
     from uft.launch.launcher import refuse_untrusted

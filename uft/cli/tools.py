@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from uft.cli.manage import parser_of
 from uft.config.messages import conf_dir, hint, nearest, user_dir, written
-from uft.errors import GOOD, Problem, UftError
+from uft.errors import GOOD, Problem, UftError, raise_problems
 
 T = TypeVar("T")
 
@@ -192,6 +192,5 @@ def asked(
     except ValidationError as error:
         wrong = {str(one["loc"][0]): one["msg"].removeprefix("Value error, ") for one in error.errors()}
         problems += [Problem(f"{key}={given[key]}", why, "command line") for key, why in wrong.items()]
-    if problems:
-        raise UftError(*problems, footer=f"Nothing was started.  All settings:  uft {verb} --help")
+    raise_problems(problems, footer=f"Nothing was started.  All settings:  uft {verb} --help")
     return [word for word in words if "=" not in word], settings

@@ -27,12 +27,12 @@ from omegaconf import DictConfig
 
 from uft.cli.help import help_text
 from uft.config.checks import Draft, elsewhere
-from uft.config.compose import Examined, changed, examine, footer, needs_hydra, quoted, refuse_named_code, require
+from uft.config.compose import Examined, change, examine, footer, needs_hydra, quoted, refuse_named_code, require
 from uft.config.files import BROKEN, VERSION_BASE, Request, make_loader, register, request_of_job, translate
-from uft.config.frozen import annotated, free
+from uft.config.frozen import may_change, with_origins
 from uft.config.messages import conf_dir, config_dirs, groups, nearest, written
 from uft.config.schema import COLUMNS, Config, fields_of
-from uft.config.stages import differences, made, rows_of, unready, without_stages
+from uft.config.stages import differences, is_made, rows_of, unready, without_stages
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import (
     JobFailed,
@@ -46,7 +46,7 @@ from uft.launch.launcher import (
     typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
-from uft.runs import Damaged, Run, WeightsSource, open_run, weights
+from uft.runs import Damaged, Run, WeightsSource, find_weights, open_run
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""
@@ -90,7 +90,7 @@ def generate(arguments: list[str]) -> int:
     if re.search(r"\s", named) and not os.path.exists(named):
         advice = f"uft generate last {shlex.quote(named)}"
         raise UftError(Problem(named, "which model answers is not said", "command line", (advice,)))
-    source = weights(named)
+    source = find_weights(named)
     asked, words = questions(arguments[1:])
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         prompts = gathered(asked, Path(folder)) if asked else None
@@ -113,12 +113,12 @@ def eval(arguments: list[str]) -> int:
     if others:
         each = tuple(f"uft eval {word}" for word in (named, *others))
         raise UftError(Problem(" ".join((named, *others)), "one model is measured at a time", "command line", each))
-    source = weights(named)
+    source = find_weights(named)
     if source.run is None:
         return run_verb("eval", partial(run_job, "eval"), [f"model.path={quote(named)}", *arguments[1:]])
     settings, begun = as_found(source, arguments), source.config
     settings["reference"]["path"] = source.run.found(begun["reference"]["path"] or begun["model"]["path"])
-    settings = changed(settings, measured)
+    settings = change(settings, measured)
     settings["eval"]["out"] = settings["eval"]["out"] or str(source.run.path / "evals")
     if rows:  # tasks that the run was trained beside are not meant
         settings["eval"]["tasks"] = []
@@ -134,7 +134,7 @@ def chat(arguments: list[str]) -> int:
         raise UftError(Problem(" ".join(named), "one model, or two side by side", "command line"))
     from uft.cli.chat import talk
 
-    sources = [weights(name) for name in named or ["last"]]
+    sources = [find_weights(name) for name in named or ["last"]]
     talk([(source.name, settings_of(source, words)) for source in sources])
     return GOOD
 
@@ -179,7 +179,7 @@ def settings_of(source: WeightsSource, words: Sequence[str], prompts: Path | Non
     if prompts is not None:
         settings["generate"] |= {"prompts": str(prompts), "out": str(Path(source.run.path, "answers.jsonl"))}
         settings["hardware"] |= {"processes": 1, "nodes": 1, "sharding": "none"}
-    return changed(settings, with_sources(words))
+    return change(settings, with_sources(words))
 
 
 def config(arguments: list[str]) -> int:
@@ -278,7 +278,7 @@ def run_job(job: str, examined: Examined, words: Sequence[str]) -> int:
 def print_config(compared: Run | None, examined: Examined, words: Sequence[str]) -> int:
     """Print every value with its origin, or the differences from the run that it is compared with."""
     if compared is None:
-        print(annotated(examined.settings, examined.origins, examined.references))
+        print(with_origins(examined.settings, examined.origins, examined.references))
         return GOOD
     try:
         changes = changed_keys(compared, examined.settings)
@@ -288,7 +288,7 @@ def print_config(compared: Run | None, examined: Examined, words: Sequence[str])
         changes = differences(compared.config(), examined.settings)
     width = max((len(key) for key, _, _ in changes), default=0)
     for key, old, new in changes:
-        note = "   (may change within a run)" if free(key) else ""
+        note = "   (may change within a run)" if may_change(key) else ""
         print(f"{key:<{width}}  {written(old)} -> {written(new)}{note}")
     if not changes:
         print(f"the same as {compared.path}")
@@ -309,7 +309,7 @@ def as_found(source: WeightsSource, words: Sequence[str]) -> dict[str, Any]:
         named = {key: node[key] for key in FILES & node.keys() if node[key] not in (None, *NAMES)}
         node |= {key: run.found(path) for key, path in named.items()}
     for name, one in settings["data"]["sources"].items():
-        one["path"] = str(rows_of(run.path, one["path"], name)) if made(one["path"]) else one["path"]
+        one["path"] = str(rows_of(run.path, one["path"], name)) if is_made(one["path"]) else one["path"]
     settings["model"] |= source.model | {"path": str(Path(source.path).resolve())}
     settings["generate"]["out"] = settings["generate"]["out"] or str(Path(run.path, "generated.jsonl"))
     return settings
@@ -350,16 +350,12 @@ def carry_out(verb: str, work: Work, options: list[str], parsed: argparse.Namesp
         checked(request)
     try:
         with hydra_application(verb, [*options, *request.overrides]):
-            run = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)
-            run(partial(hydra_task, work))()
+            return run_hydra(work)
     except BROKEN as error:
         raise explained(error, request, parsed.multirun) from error
     except JobFailed as failure:  # under a sweeper that is not ours
         print(f"uft: {failure.message}", file=sys.stderr)
         return failure.code
-    except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else GOOD
-    return GOOD
 
 
 def options_of(request: Request) -> list[str]:
@@ -402,6 +398,16 @@ def hydra_task(work: Work, cfg: DictConfig) -> None:
     except BrokenPipeError:  # Hydra would call it an error of the job
         code = CLOSED_PIPE
     raise SystemExit(code)
+
+
+def run_hydra(work: Work) -> int:
+    """Run Hydra's application over conf/config.yaml with `sys.argv`; the exit code."""
+    application = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=VERSION_BASE)
+    try:
+        application(partial(hydra_task, work))()
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else GOOD
+    return GOOD
 
 
 @contextmanager

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 OBJECTIVE, REWARD = "objective", "reward"
 NOT_TYPED = ("name", "method")  # keys of an objective that its file sets; they cannot be overridden
-UNKNOWN = "unexpected_keyword_argument"  # pydantic's type of the error of a key that there is not
+UNKNOWN_KEY = "unexpected_keyword_argument"  # pydantic's type of the error of a key that there is not
 BOUNDS = {"greater_than_equal": "at least", "greater_than": "above", "less_than_equal": "at most", "less_than": "below"}
 
 
@@ -79,7 +79,7 @@ class Setting:
         return self.where.rpartition(":")[0] or self.where
 
 
-class Absent(Problem):
+class AbsentKey(Problem):
     """A key of an objective, or a source, that is not there; in a run of several stages another one may have it."""
 
 
@@ -183,14 +183,14 @@ class Draft:
                 del named[path[-1]]
                 self.settings = [setting for setting in self.settings if setting.path[: len(path)] != path]
                 return
-            kind = Absent if self.is_open(path[:-1]) else Problem
+            kind = AbsentKey if self.is_open(path[:-1]) else Problem
             why = "only named sources, stages and free keys can be removed"
         elif path[0] in BY_METHOD and path[-1] == "method":
             why, advice = f"comes with the {path[0]}'s file", (f"choose another:  {path[0]}=NAME",)
         elif override.is_add() and self.get(path) is not None and not isinstance(override.value(), (dict, list)):
             why, advice = "has a value already", (f"without the +:  {line[1:]}",)
         elif is_new and not added:
-            kind, why = Absent, f"nothing of that name in {'.'.join(path[:-1])}"
+            kind, why = AbsentKey, f"nothing of that name in {'.'.join(path[:-1])}"
             advice = (f"to add it:  +{line}",)
         else:
             for more, item in leaves(override.value()):
@@ -233,7 +233,7 @@ class Draft:
         """(the settings as `judge` has them; what is wrong with each by itself, by dotted key)."""
         values, lost = resolved(self.values)
         found = faults(self.schema, values)
-        unknown = {path for path, fault in found.items() if fault.type == UNKNOWN}
+        unknown = {path for path, fault in found.items() if fault.type == UNKNOWN_KEY}
         lost = {path for path in lost if not unknown & {path[:depth] for depth in range(1, len(path) + 1)}}
         found |= {path: Fault("lost", self.get(path)) for path in lost}
         given = {path: self.get(path) for path in found}
@@ -262,7 +262,7 @@ class Draft:
             return Problem(setting.key, "has no value", setting.where, (f"give it:  {setting.key}=...",))
         if fault.type == "lost":
             return self._against_rule(path, None, f"refers to something that has no value: {fault.value}", ())
-        if fault.type == UNKNOWN:
+        if fault.type == UNKNOWN_KEY:
             return self.unknown(setting, path)
         if len(setting.path) > len(path):
             return Problem(setting.text, f"{'.'.join(path)} is a value and has no keys of its own", setting.where)
@@ -314,7 +314,7 @@ class Draft:
         is_objective = prefix[:1] == (OBJECTIVE,) and "method" in siblings
         if "method" in siblings:
             place += f"={self.get((*prefix, 'name')) or self.get((*prefix, 'method'))}"
-        kind = Absent if is_objective else Problem
+        kind = AbsentKey if is_objective else Problem
         return kind(setting.text, f"no such key{place}", setting.where, (advice, *more))
 
     def keys_at(self, path: KeyPath) -> list[str]:
@@ -355,7 +355,7 @@ def adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
-    """What pydantic finds wrong with values, by path below `place`; the first thing of each key."""
+    """pydantic's errors by path below `place`, the first of each key."""
     try:
         adapter(kind).validate_python(values)
     except ValidationError as error:
@@ -365,7 +365,7 @@ def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
                 map(str, takewhile(lambda part: isinstance(part, str), one["loc"]))
             )  # a number: a place in a list
             bound = next(iter(one.get("ctx", {}).values()), None)
-            kind_of_error = UNKNOWN if one["type"] == "extra_forbidden" else one["type"]
+            kind_of_error = UNKNOWN_KEY if one["type"] == "extra_forbidden" else one["type"]
             if isinstance(one["loc"][-1], str) and path != one["loc"]:  # a key of a group in a list
                 kind_of_error = "list_item"
             found.setdefault((*place, *path), Fault(kind_of_error, value_at(values, path), bound))

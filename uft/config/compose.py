@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from uft.config.checks import NOT_TYPED, OBJECTIVE, REWARD, Absent, Draft, Setting, adapter, faults, path_of
+from uft.config.checks import NOT_TYPED, OBJECTIVE, REWARD, AbsentKey, Draft, Setting, adapter, faults, path_of
 from uft.config.files import (
     BROKEN,
     ENDLESS,
@@ -29,7 +29,7 @@ from uft.config.files import (
     read_words,
     translate,
 )
-from uft.config.frozen import plain
+from uft.config.frozen import to_builtins
 from uft.config.messages import COMMAND_LINE, hint, nearest, no_such_option, written
 from uft.config.models import complete, gives_choice
 from uft.config.schema import Config, KeyPath, Stage, flat, leaves
@@ -42,18 +42,18 @@ from uft.config.stages import (
     Round,
     differing,
     expanded,
-    made,
+    is_made,
     maker,
     rounds_of,
     unready,
     without_stages,
 )
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, raise_problems
 
 
 @dataclass
 class Examined:
-    """A request as it was understood."""
+    """A request after composition and validation."""
 
     settings: dict[str, Any]  # resolved; where there are problems, defaults stand in for what is wrong
     origins: dict[str, str] = field(default_factory=dict)  # dotted key -> where it was set; absent: the default
@@ -119,7 +119,7 @@ def examine(request: Request) -> Examined:
                 draft.apply(override)
         complete(draft, words, files)
         draft.complete_sources()
-        examined.settings, examined.origins = plain(draft.judge()), draft.origins()
+        examined.settings, examined.origins = to_builtins(draft.judge()), draft.origins()
         examined.problems += draft.problems
         if examined.settings["rounds"] is not None and not examined.problems:
             what = f"rounds={examined.settings['rounds']}"
@@ -161,8 +161,7 @@ def refuse_named_code(request: Request) -> None:
     problems = [problem for problem in words.problems if problem.why in (NAMES_CODE, ENDLESS)]
     if not problems and (composed := composed_of(request)):
         problems = [problem for problem in composed.problems if problem.why == NAMES_CODE]
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
 
 
 def needs_hydra(request: Request) -> bool:
@@ -183,7 +182,7 @@ def composed_of(request: Request) -> Composed | None:
         return None
 
 
-def changed(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def change(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Frozen `settings` with `overrides`, under the checks of a fresh request. UftError with every problem.
 
     A choice of a group (`data=pairs`) replaces that group's keys. In a run with stages an override counts for every
@@ -191,8 +190,7 @@ def changed(settings: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
     """
     words = read_words(overrides, files_of(Request()))
     run, problems = _changed(without_stages(settings), words)
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
     stages: dict[str, Any] = {}
     for name, whole in expanded(settings).items():
         stage, _ = _changed(whole, words)  # wrong here alone is a key that another stage's objective has
@@ -220,11 +218,11 @@ def _changed(settings: Mapping[str, Any], words: Words) -> tuple[dict[str, Any],
         draft.apply(override)
     if any(line.startswith(f"{REWARD}=") for line in words.choices):
         draft.complete_sources(frozen=True)
-    return plain(draft.judge()), [*problems, *draft.problems]
+    return to_builtins(draft.judge()), [*problems, *draft.problems]
 
 
 def values_of(line: str) -> list[Setting]:
-    """What the file of a choice (`debug=fast`) sets, if that is values alone; [] if it chooses other files too."""
+    """The settings in the file of a choice (`debug=fast`), if it sets values alone; [] if it chooses files too."""
     files = files_of(Request())
     usual, chosen = files.composed(()), files.composed((line,))
     group, _, name = line.partition("=")
@@ -251,8 +249,8 @@ def values_of(line: str) -> list[Setting]:
 
 BY_ROUND = "by_round"
 INSIDE = (("set",), (BY_ROUND,))  # below a stage: groups of its own keys
-OWN = (OBJECTIVE, "data")  # groups that a stage may choose for itself
-UNCLEAR = ""  # a choice that could not even be guessed: which keys the stage has is not known
+STAGE_GROUPS = (OBJECTIVE, "data")  # groups that a stage may choose for itself
+UNCLEAR_CHOICE = ""  # a choice that could not even be guessed: which keys the stage has is not known
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,59}")
 SAME = ("hardware", "tracking", "run", "sweep", "arm", "rounds", STAGES)
 MODEL = ("path", "name", "revision", "trust_remote_code")
@@ -292,12 +290,12 @@ def compose_stages(
 
     `composed` is that of the request's own choices.
     """
-    outline, stages = outlined(composed, words)
+    outline, stages = outline_stages(composed, words)
     typed = [override.value() for override in words.values if path_of(override) == ("rounds",)]
     count, names = rounds_of([composed.values.get("rounds"), *typed]), tuple(stage.name for stage in stages)
     problems = [*outline.problems, *refused_choices(stages, words), *unknown_choices(stages, outline, files)]
-    if any(stage.request[group] == UNCLEAR for stage in stages for group in OWN):
-        problems += [problem for stage in stages for problem in rules(stage, outline)]
+    if any(stage.request[group] == UNCLEAR_CHOICE for stage in stages for group in STAGE_GROUPS):
+        problems += [problem for stage in stages for problem in stage_rules(stage, outline)]
         return asdict(Config()), outline, outline.origins(), problems
     of_rounds = zip(*(stage.rounds(count, names) for stage in stages), strict=True)
     stages = [stage for of_round in of_rounds for stage in of_round]
@@ -305,19 +303,19 @@ def compose_stages(
     run = Planned("", {"do": "", OBJECTIVE: None, "data": last and last.request["data"]})
     for stage in (run, *stages):
         objective = stage.request[OBJECTIVE] if stage.does == "fit" or last is None else last.request[OBJECTIVE]
-        unread = lay_files(stage, {OBJECTIVE: objective, "data": stage.request["data"]}, words, files)
+        unread = start_draft(stage, {OBJECTIVE: objective, "data": stage.request["data"]}, words, files)
         for override in words.values:
             if path_of(override)[0] not in (STAGES, *words.unclear):
                 stage.draft.apply(override)
         for setting in stage.typed:
-            put_own(setting, stage)
+            put_stage_key(setting, stage)
         complete(stage.draft, words, files)
         stage.round.settle(stage.draft)
         stage.draft.complete_sources()
         stage.settings = stage.draft.judge()
         stage.draft.problems = unread or stage.draft.problems
-    problems += together(stages)
-    told = [problem for stage in stages for problem in (*rules(stage, outline), *handed_on(stage, stages))]
+    problems += merge_problems(stages)
+    told = [problem for stage in stages for problem in (*stage_rules(stage, outline), *source_rules(stage, stages))]
     problems += dict.fromkeys(told)
     if stages and last is None:
         problems.append(Problem(STAGES, "none of them trains anything", advice=("one of them must be  do: fit",)))
@@ -326,11 +324,11 @@ def compose_stages(
         each = ", ".join(f"{name}: {template}" for name, template in templates.items())
         why = "is one for all stages, which are measured alike"
         problems.append(Problem("data.template", why, advice=(each,)))
-    settings, origins = put_together(run, last, stages, outline)
+    settings, origins = assemble_run(run, last, stages, outline)
     return settings, run.draft, origins, problems
 
 
-def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
+def outline_stages(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
     """The stages as the request names them, and the draft of `stages` with what is wrong in it."""
     outline, typed = Draft({STAGES: {}}), dict[str, list[Setting]]()
 
@@ -352,7 +350,7 @@ def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
             advice = hint(near and f"{STAGES}.{near}", STAGES, names)
             outline.problems.append(Problem(line, "no such stage", COMMAND_LINE, (advice,)))
         else:
-            for setting in own_keys(path, override.value(), COMMAND_LINE, line):
+            for setting in keys_below(path, override.value(), COMMAND_LINE, line):
                 put_in(setting)
                 if setting.path[2:3] in INSIDE and (setting.path[3:] or setting.value not in (None, {})):
                     typed.setdefault(path[1], []).append(setting)
@@ -365,7 +363,7 @@ def outlined(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
     return outline, stages
 
 
-def own_keys(path: KeyPath, value: object, where: str, text: str) -> Iterator[Setting]:
+def keys_below(path: KeyPath, value: object, where: str, text: str) -> Iterator[Setting]:
     """The keys below `path`, whether they were written `objective.beta: 0.3` or as a tree; () where there are none."""
     for more, item in leaves(value):
         key = tuple(part for part in ".".join((*path, *more)).split(".") if part)
@@ -375,7 +373,7 @@ def own_keys(path: KeyPath, value: object, where: str, text: str) -> Iterator[Se
 
 def refused_choices(stages: Sequence[Planned], words: Words) -> Iterator[Problem]:
     """`objective=kto` where every stage names its own."""
-    for group in OWN:
+    for group in STAGE_GROUPS:
         naming = [stage for stage in stages if group == "data" or stage.does == "fit"]
         if not naming or any(stage.request[group] is None for stage in naming):
             continue
@@ -390,19 +388,19 @@ def refused_choices(stages: Sequence[Planned], words: Words) -> Iterator[Problem
 def unknown_choices(stages: Sequence[Planned], outline: Draft, files: Files) -> Iterator[Problem]:
     """Objectives and data that have no file. The stage then has the one that was probably meant."""
     for stage in stages:
-        for group in OWN:
+        for group in STAGE_GROUPS:
             option, key = stage.request[group], f"{stage.key}.{group}"
             if option is not None and not files.has(group, option):
                 advice, meant = no_such_option(group, option, list(files.groups[group]), key)
                 where = outline.where((STAGES, stage.name, group))
                 yield Problem(f"{key}={option}", f"no such file in conf/{group}", where, advice)
-                stage.request[group] = meant.partition("=")[2] if meant else UNCLEAR
+                stage.request[group] = meant.partition("=")[2] if meant else UNCLEAR_CHOICE
 
 
 # every stage
 
 
-def lay_files(stage: Planned, own: Mapping[str, str | None], words: Words, files: Files) -> list[Problem]:
+def start_draft(stage: Planned, own: Mapping[str, str | None], words: Words, files: Files) -> list[Problem]:
     """Begin the draft of a stage with the files, its own objective and data among them; why they cannot be read."""
     replaced = {group: option for group, option in own.items() if option is not None}
     others = [line for line in words.chosen if line.lstrip("+").partition("=")[0] not in replaced]
@@ -417,24 +415,24 @@ def lay_files(stage: Planned, own: Mapping[str, str | None], words: Words, files
         later = {setting.path for other in composed.files[number:] for setting in other}
         for setting in file:
             if setting.path[:2] == (STAGES, stage.written) and setting.path[2:3] in INSIDE:
-                for one in own_keys(setting.path, setting.value, setting.where, setting.text):
+                for one in keys_below(setting.path, setting.value, setting.where, setting.text):
                     if one.path[3:] not in later:
-                        put_own(one, stage)
+                        put_stage_key(one, stage)
     return []
 
 
-def put_own(setting: Setting, stage: Planned) -> None:
+def put_stage_key(setting: Setting, stage: Planned) -> None:
     """Lay a key that a stage sets for itself, at `stages.NAME.set` or `by_round`, unless no stage can have it so."""
     own, problem = replace(setting, path=setting.path[3:]), None
     if setting.path[2] == BY_ROUND and own.path:
         own, problem = stage.round.value(own)
-    if problem := problem or fixed(own):
+    if problem := problem or refused_key(own):
         stage.draft.problems.append(problem)
     else:
         stage.draft.put(own)
 
 
-def fixed(setting: Setting) -> Problem | None:
+def refused_key(setting: Setting) -> Problem | None:
     """A key that no stage can have for itself, or None."""
     why, advice, path = "", tuple[str, ...](), setting.path
     if not path:
@@ -450,7 +448,7 @@ def fixed(setting: Setting) -> Problem | None:
     return Problem(setting.text, why, setting.where, advice) if why else None
 
 
-def together(stages: Sequence[Planned]) -> Iterator[Problem]:
+def merge_problems(stages: Sequence[Planned]) -> Iterator[Problem]:
     """The problems of all stages, each once, with the stages that have it where not all do.
 
     A key that was set for all of them and that some do not have is no problem.
@@ -459,13 +457,13 @@ def together(stages: Sequence[Planned]) -> Iterator[Problem]:
     absent: dict[tuple[str, str], dict[str, Problem]] = {}
     for stage in stages:
         for problem in dict.fromkeys(stage.draft.problems):
-            if isinstance(problem, Absent) and not problem.what.startswith(f"{STAGES}."):
+            if isinstance(problem, AbsentKey) and not problem.what.startswith(f"{STAGES}."):
                 absent.setdefault((problem.what, problem.where), {})[stage.name] = problem
             else:
                 found.setdefault(problem, []).append(stage.name)
     for problems in absent.values():
         if len(problems) == len(stages):
-            yield missing(problems[stages[-1].name], stages)
+            yield absent_key(problems[stages[-1].name], stages)
     for problem, names in found.items():
         if len(names) == len(stages) or problem.what.startswith(f"{STAGES}."):
             yield problem
@@ -474,7 +472,7 @@ def together(stages: Sequence[Planned]) -> Iterator[Problem]:
             yield replace(problem, advice=(*problem.advice, where))
 
 
-def missing(problem: Problem, stages: Sequence[Planned]) -> Problem:
+def absent_key(problem: Problem, stages: Sequence[Planned]) -> Problem:
     """A key that no stage has, with the keys of each. `problem`: that of one of them."""
     path = tuple(key_of(problem.what).split("."))
     group = path[0]
@@ -497,8 +495,8 @@ def missing(problem: Problem, stages: Sequence[Planned]) -> Problem:
 # rules about stages
 
 
-def rules(stage: Planned, outline: Draft) -> Iterator[Problem]:
-    """What is wrong with a stage by itself: its name, its kind, its reference."""
+def stage_rules(stage: Planned, outline: Draft) -> Iterator[Problem]:
+    """Problems of a stage by itself: its name, its kind, its reference."""
     where = next((place for own, place in outline.origins().items() if own.startswith(f"{stage.key}.")), "")
     reference = stage.request["reference"]
     if not NAME.fullmatch(stage.written):
@@ -513,24 +511,24 @@ def rules(stage: Planned, outline: Draft) -> Iterator[Problem]:
         yield Problem(f"{stage.key}.reference=initial", "and reference.path both name the reference", where)
 
 
-def handed_on(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
-    """What is wrong with what a stage takes from earlier ones: rows of its sources, models that annotate."""
+def source_rules(stage: Planned, stages: Sequence[Planned]) -> Iterator[Problem]:
+    """Problems of what a stage takes from earlier ones: rows of its sources, models that annotate."""
     earlier = {other.name: other for other in stages[: stages.index(stage)]}
     trained = [name for name, other in earlier.items() if other.does == "fit"]
     makers = [name for name, other in earlier.items() if other.does != "fit"]
     of_round = [other for other in earlier.values() if other.round == stage.round]
     past = stage.settings["select"]["past"] if stage.does == "select" else None
-    if past and made(past) and (maker(past) not in makers or earlier[maker(past)].does != "select"):
+    if past and is_made(past) and (maker(past) not in makers or earlier[maker(past)].does != "select"):
         why = "no stage before this one selects under that name"
         yield Problem(f"select.past={past}", why, stage.draft.where(PAST))
     for path in stage.settings["annotate"]["models"] if stage.does == "annotate" else ():
-        if made(path) and maker(path) not in trained:
+        if is_made(path) and maker(path) not in trained:
             near = [other.written for other in of_round if other.does == "fit"]
             advices = no_such_stage(path, "stages before this one that train", near)
             place = stage.draft.where(("annotate", "models"))
             yield Problem(f"annotate.models=[{path}]", "no such stage before this one", place, advices)
     for source, node in stage.settings["data"]["sources"].items():
-        if not made(node["path"]):
+        if not is_made(node["path"]):
             continue
         key, path = f"data.sources.{source}", node["path"]
         what, where = f"{key}.path={path}", stage.draft.where((*SOURCES, source, "path"))
@@ -554,12 +552,12 @@ def no_such_stage(path: str, label: str, stages: Sequence[str]) -> tuple[str, ..
     return (advice,) if advice else ()
 
 
-def put_together(
+def assemble_run(
     run: Planned, last: Planned | None, stages: Sequence[Planned], outline: Draft
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """(the run's settings with its resolved stages, and the objective and data of its last fit stage; origins)."""
-    settings, origins = plain(run.settings), run.draft.origins()
-    for group in OWN if last is not None else ():
+    settings, origins = to_builtins(run.settings), run.draft.origins()
+    for group in STAGE_GROUPS if last is not None else ():
         assert last is not None
         settings[group] = last.settings[group]
         origins = {key: where for key, where in origins.items() if not key.startswith(f"{group}.")}
@@ -567,7 +565,7 @@ def put_together(
     nodes: dict[str, Any] = {}
     for stage in stages:
         head = {key: stage.request[key] for key in (("do", "reference") if stage.does == "fit" else ("do",))}
-        nodes[stage.name] = {**head, "config": differing(plain(stage.settings), settings)}
+        nodes[stage.name] = {**head, "config": differing(to_builtins(stage.settings), settings)}
         node = f"{STAGES}.{stage.name}."
         origins |= {f"{node}config.{key}": where for key, where in stage.draft.origins().items()}
         heads = ((key.removeprefix(f"{stage.key}."), key, where) for key, where in outline.origins().items())

@@ -33,16 +33,16 @@ from uft.config.checks import Draft, Setting
 from uft.config.messages import (
     COMMAND_LINE,
     conf_dir,
+    conf_name,
     config_dirs,
     groups,
     hint,
     nearest,
     no_such_option,
     not_installed,
-    shown,
 )
 from uft.config.schema import Config, KeyPath, leaves
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, raise_problems
 from uft.runs import bounded, yaml_text
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ SINGLE = ("objective", "reward", "data", "model", "optim")  # of these a run has
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for: the overrides, and the rare options that decide where files are looked for."""
+    """A request: the overrides, and the rare options that decide where files are looked for."""
 
     overrides: tuple[str, ...] = ()
     config_name: str = "config"
@@ -188,7 +188,7 @@ class Files:
             settings = []
             for inner, value, line in leaves_in(file, file.stat().st_mtime_ns):
                 path = (*filter(None, (default.package or "").split(".")), *inner)
-                where = f"{shown(file)}:{line}" if line else shown(file)
+                where = f"{conf_name(file)}:{line}" if line else conf_name(file)
                 settings.append(Setting(path, value, where, ".".join(path)))
             own = [setting for setting in settings if setting.path[0] != "hydra"]
             needs_hydra |= len(own) < len(settings) and file != conf_dir() / "config.yaml"
@@ -289,7 +289,7 @@ def translate(error: BaseException) -> Problem:
     text = "\n".join(map(str, causes))
     first = innermost_line(error)
     if broken := YAML_AT.search(text):
-        return Problem(f"{shown(Path(broken[1]))}:{broken[2]}", f"cannot be read as YAML: {first}")
+        return no_yaml(f"{conf_name(Path(broken[1]))}:{broken[2]}", first)
     if missing := NO_CONFIG.search(text):
         return Problem(missing[1], "no such primary config", COMMAND_LINE)
     parent = PARENT.search(text)
@@ -305,6 +305,10 @@ def translate(error: BaseException) -> Problem:
     if unused := NO_MATCH.search(text):
         return Problem(unused[1], "is not in the defaults list, so there is nothing to override", where)
     return Problem(first, "", where)
+
+
+def no_yaml(where: str, why: str) -> Problem:
+    return Problem(where, f"cannot be read as YAML: {why}")
 
 
 def innermost_line(error: BaseException | None) -> str:
@@ -325,22 +329,21 @@ def readable(config_dir: str | None, read: Callable[[], T]) -> T:
     """
     own = [folder for folder in config_dirs(config_dir) if folder != conf_dir()]
     grown = [(file, overgrown(file)) for folder in own for file in sorted(folder.rglob("*.yaml"))]
-    if problems := [Problem(shown(file), f"cannot be read as YAML: {why}") for file, why in grown if why]:
-        raise UftError(*problems)
+    raise_problems([no_yaml(conf_name(file), why) for file, why in grown if why])
     try:
         return read()
     except (*BROKEN, UftError):
         raise
     except Exception as error:
         files = [file for folder in config_dirs(config_dir) for file in sorted(folder.rglob("*.yaml"))]
-        found = [Problem(shown(file), f"cannot be read as YAML: {why}") for file in files if (why := stumbling(file))]
+        found = [no_yaml(conf_name(file), why) for file in files if (why := stumbling(file))]
         if not found:
             raise
         raise UftError(*found) from error
 
 
 def overgrown(file: Path) -> str | None:
-    """Why reading a file would take minutes: its size, or aliases that stand for more than anybody wrote.
+    """Why reading a file would take minutes: its size, or aliases that expand without bound.
 
     None where it would not. Other faults are told elsewhere.
     """
@@ -358,7 +361,7 @@ def overgrown(file: Path) -> str | None:
 
 
 def stumbling(file: Path) -> str | None:
-    """What YAML, or Hydra reading the header and the defaults list, stumbles over in a file."""
+    """The fault that YAML, or Hydra reading the header and the defaults list, finds in a file; None: none."""
     try:
         text = file.read_text(encoding="utf-8")
         content = yaml.safe_load(text)

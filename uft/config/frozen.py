@@ -20,49 +20,25 @@ from uft.runs import bounded, yaml_text
 WORK = ("generate.", "annotate.", "select.")
 """Keys of the verbs that make rows, which mean something to stages that do that: to those they are not free."""
 
-FREE = (
-    "tracking.",
-    "run.",
-    "sweep.",
-    "arm",
-    *WORK,
-    "hardware.threads",
-    "hardware.processes",
-    "hardware.nodes",
-    "hardware.node_rank",
-    "hardware.rendezvous",
-    "hardware.pool",
-    "hardware.sharding",
-    "hardware.reshard",
-    "hardware.offload",
-    "hardware.keep_memory",
-    "train.prefetch",
-    "train.sync_every_step",
-    "hardware.watchdog",
-    "model.gradient_checkpointing",
-    "train.micro_batch_tokens",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.keep_last",
-    "train.eval_every",
-    "train.save_model",
-    "train.save_dtype",
-    "train.check_model",
-    "eval.tasks",
-    "eval.task_files.",
-    "eval.shot_files.",
-    "eval.task_rows",
-    "eval.task_tokens",
-    "eval.out",
-)
-"""What may change between the sessions of one run: nothing here touches the weights it arrives at, but for rounding
+_FREE = {  # group -> its keys, or their beginnings
+    "tracking": "",
+    "run": "",
+    "sweep": "",
+    "hardware": "threads processes nodes node_rank rendezvous pool sharding reshard offload keep_memory watchdog",
+    "model": "gradient_checkpointing",
+    "train": "prefetch sync_every_step micro_batch_tokens log_every checkpoint_every keep_last eval_every save_model"
+    " save_dtype check_model",
+    "eval": "tasks task_files. shot_files. task_rows task_tokens out",
+}
+FREE = ("arm", *WORK, *(f"{group}.{key}" for group, keys in _FREE.items() for key in keys.split(" ")))
+"""Keys that may change when a run is resumed. None of them changes the weights it arrives at, but for rounding
 (threads, processes, micro-batches and recomputation add up in another order)."""
 
 ABSENT = "(absent)"
 STAGE = re.compile(r"^stages\.[^.]+\.")
 
 
-def plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
+def to_builtins(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration as builtins (of a DictConfig too), references replaced by what they refer to."""
     if not isinstance(cfg, dict):
         from omegaconf import DictConfig, OmegaConf
@@ -78,7 +54,7 @@ def plain(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def frozen(cfg: Mapping[str, Any]) -> str:
     """The configuration as YAML text, resolved: reading it back gives the same run on another day."""
-    return to_yaml(plain(cfg))
+    return to_yaml(to_builtins(cfg))
 
 
 def to_yaml(value: Mapping[str, Any]) -> str:
@@ -91,7 +67,7 @@ def to_yaml(value: Mapping[str, Any]) -> str:
     return yaml.dump(dict(value), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def free(key: str) -> bool:
+def may_change(key: str) -> bool:
     """Whether this key may change when a run is continued; so may it in a stage (`stages.NAME.KEY`), but for what a
     stage works by."""
     inner = STAGE.sub("", key)
@@ -127,10 +103,10 @@ def load_config(path: str | Path) -> Config:
         ) from error
     if not isinstance(settings, Mapping):
         raise UftError(Problem(str(file), "holds no configuration"))
-    return typed(settings, str(file))
+    return to_config(settings, str(file))
 
 
-def typed(settings: Mapping[str, Any], file: str = "the configuration") -> Config:
+def to_config(settings: Mapping[str, Any], file: str = "the configuration") -> Config:
     """Resolved settings as dataclasses; keys that came since they were written have their defaults.
 
     Raises UftError where no request could have had them: `file` was edited or damaged.
@@ -140,10 +116,10 @@ def typed(settings: Mapping[str, Any], file: str = "the configuration") -> Confi
     if references:
         why = "a run's configuration refers to nothing"
         raise UftError(*(Problem(f"{key}={value}", why) for key, value in references))
-    return Config(**{**current(settings, file), "stages": settings.get("stages") or {}})
+    return Config(**{**with_defaults(settings, file), "stages": settings.get("stages") or {}})
 
 
-def current(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
+def with_defaults(settings: Mapping[str, Any], file: str) -> dict[str, Any]:
     """Frozen settings as this version has them, but for their stages. UftError where another version wrote them, or
     they are damaged."""
     draft = Draft.of(settings, file)
@@ -166,7 +142,7 @@ DEFAULT = "default"
 WIDEST = 48  # column of the comments, unless a line is longer
 
 
-def annotated(settings: Mapping[str, Any], origins: Mapping[str, str], references: Mapping[str, str]) -> str:
+def with_origins(settings: Mapping[str, Any], origins: Mapping[str, str], references: Mapping[str, str]) -> str:
     """The configuration as YAML with aligned comments: the command line, a file and its line, or `default`.
 
     A value that follows another key says so: `${model.lr}`.
@@ -195,7 +171,7 @@ SAFE = re.compile(r"[\w/.@:+-]+", re.ASCII)
 BEFORE_QUOTE = re.compile(r'(\\*)("|$)')
 
 
-def adds(name: str, source: Source) -> list[str]:
+def source_overrides(name: str, source: Source) -> list[str]:
     """Overrides that add this source to a mixture: its path, then every key that is not at its default."""
     blank, given = asdict(Source(path="")), asdict(source)
     own = {key: value for key, value in given.items() if value != blank[key]}

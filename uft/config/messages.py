@@ -79,7 +79,7 @@ def headline(file: Path, longest: int = 104) -> str:
     return shorten(text.partition(". ")[0], longest, placeholder=" ...", break_on_hyphens=False)
 
 
-def shown(path: Path) -> str:
+def conf_name(path: Path) -> str:
     """A file as people know it: `conf/data/mix.yaml` for the shipped ones, else relative to here if it is below."""
     path = path.resolve()
     for base, prefix in ((conf_dir(), "conf"), (Path.cwd(), ".")):

@@ -1,5 +1,5 @@
-"""What follows from the choice of a model: its name, a first learning rate by its size and adapter, and the keys of the
-run whose weights it has.
+"""Settings derived from the choice of a model: its name, a first learning rate by its size and adapter, and the keys of
+the run whose weights it has.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from uft.config.files import Files, Words
 from uft.config.messages import conf_dir
 from uft.config.schema import leaves
 from uft.errors import Problem, UftError
-from uft.runs import weights
+from uft.runs import find_weights
 
 
 def complete(draft: Draft, words: Words, files: Files) -> None:
-    """Lay what follows from the choice of a model: keys of the run that it comes from, and learning rates."""
+    """Lay the settings derived from the choice of a model: keys of the run that it comes from, and learning rates."""
     start_from(draft, words.chosen)
     forget_rate(draft, words.chosen, files)
     complete_model(draft)
@@ -38,7 +38,7 @@ def start_from(draft: Draft, chosen: Sequence[str]) -> None:
     own = [s for s in draft.settings if s.path[0] == "model" and Path(s.file).parent.name != "model"]
     others = [s.text for s in own if s.path == ("model", "path")] + [line for line in chosen if gives_choice(line)]
     try:
-        source = weights(word)
+        source = find_weights(word)
     except UftError as error:
         draft.problems += [replace(problem, what=f"init_from={word}") for problem in error.problems]
         return
@@ -79,7 +79,7 @@ def gives_choice(line: str) -> bool:
 
 
 def complete_model(draft: Draft) -> None:
-    """Lay what follows from a model's path and adapter: a learning rate that its file gives was meant for others.
+    """Lay the name and the learning rate that follow from a model's path and adapter.
 
     A model of `model=custom` is called after its path, and its rate goes by its size. Any other file's rate is for
     its own adapter. What was set elsewhere, on the command line or in an experiment, stays.
@@ -112,7 +112,7 @@ SIZE_IN_NAME = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", re
 
 
 def name_of_model(path: str) -> str:
-    """What a model is called: the last part of its path, RUN for RUN/model; "" where that is no name."""
+    """Short name of a model: the last part of its path, RUN for RUN/model; "" where that is no name."""
     parts = [part for part in path.split("/") if re.search(r"\w", part)]
     parts = parts[:-1] if len(parts) > 1 and parts[-1] == "model" else parts
     return re.sub(r"[^\w.+-]", "_", parts[-1].rpartition(":")[2])[:60] if parts else ""

@@ -28,7 +28,7 @@ EXACT = {int: Int, float: Float, float | None: Float | None}
 
 @cache
 def parameters(group: str = "objective") -> Mapping[str, type]:
-    """By method: a model of pydantic's with the public keys of that objective, or reward."""
+    """Method -> pydantic model with the public keys of that objective, or reward."""
     if group == "objective":
         return _objectives()[0]
     from uft.rewards import checkers
@@ -61,7 +61,7 @@ def objective_of(settings: Settings) -> Any:
 
 
 def defaults_of(method: str, keys: Iterable[str]) -> dict[str, Any]:
-    """Those of `keys` that the method has a plain default for."""
+    """Defaults of those of `keys` that the method has one for."""
     known = fields_of(parameters()[method])
     return {key: default for key in keys if key in known and (default := default_of(known[key])) != {}}
 

@@ -12,14 +12,14 @@ from typing import Any
 from uft.config.messages import listing
 from uft.config.parameters import objective_of, parameters
 from uft.config.schema import flat, value_at
-from uft.data.rows import part_of
+from uft.data.rows import slice_bounds
 from uft.errors import secret_in, secrets
 
 BY_METHOD = ("objective", "reward")
 """Groups whose keys are those of the class that their file names."""
 
 Settings = dict[str, Any]
-LONGEST_NAME = 200  # bytes; file systems allow 255, and our temporary files have longer names
+LONGEST_FILE_NAME = 200  # bytes; file systems allow 255, and our temporary files have longer names
 
 
 Broken = tuple[str, str, tuple[str, ...]]
@@ -114,7 +114,7 @@ def mixture(settings: Settings) -> Iterator[Broken]:
 
 
 def sources(settings: Settings) -> Iterator[Broken]:
-    """What a source says of its rows (which are held out, which part is read, their scores), and amounts of rows."""
+    """Keys of a source about its rows (which are held out, which part is read, their scores), and amounts of rows."""
     for name, source in settings["data"]["sources"].items():
         key = f"data.sources.{name}"
         ways = [way for way in ("holdout", "eval_path", "eval_split") if source.get(way) is not None]
@@ -122,7 +122,7 @@ def sources(settings: Settings) -> Iterator[Broken]:
             why = f"and {ways[0]} both say which rows are for evaluation: give one"
             yield broken(f"{key}.{ways[1]}", why)
         part = source.get("part")
-        if part is not None and part_of(part, 0) is None:
+        if part is not None and slice_bounds(part, 0) is None:
             why = "must be r/n, the r-th of n slices; round has a meaning in a run of rounds alone"
             yield broken(f"{key}.part", why, "rounds=3") if part == "round" else broken(f"{key}.part", why)
         ends = source.get("score_range")
@@ -163,8 +163,8 @@ def _plain_name(key: str, name: str) -> Iterator[Broken]:
     if not name.isprintable():
         why = "has a character that cannot be shown"
         yield broken(key, why, "letters, digits and -_.+ are fine")
-    elif len(name.encode()) > LONGEST_NAME:
-        yield broken(key, f"is too long for a file's name: at most {LONGEST_NAME} bytes")
+    elif len(name.encode()) > LONGEST_FILE_NAME:
+        yield broken(key, f"is too long for a file's name: at most {LONGEST_FILE_NAME} bytes")
 
 
 def no_secret(settings: Settings) -> Iterator[Broken]:
@@ -260,16 +260,5 @@ def tracking(settings: Settings) -> Iterator[Broken]:
         yield broken("tracking.tracker", f"{tracker} is not installed", f"pip install 'uft-lm[{tracker}]'")
 
 
-RULES: tuple[Callable[[Settings], Iterator[Broken]], ...] = (
-    numbers,
-    adapters,
-    mixture,
-    sources,
-    names,
-    no_secret,
-    machines,
-    tracking,
-    rollouts,
-    objective,
-    rewards,
-)
+RULES: tuple[Callable[[Settings], Iterator[Broken]], ...]
+RULES = (numbers, adapters, mixture, sources, names, no_secret, machines, tracking, rollouts, objective, rewards)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from uft.config.checks import Draft, Setting
-from uft.config.frozen import ABSENT, WORK, current, difference, plain, typed
+from uft.config.frozen import ABSENT, WORK, difference, to_builtins, to_config, with_defaults
 from uft.config.schema import Config, value_at
 from uft.errors import Problem
 
@@ -48,19 +48,17 @@ class Stage:
 def stages_of(config: Config) -> list[Stage]:
     """The stages of a run in their order; one unnamed fit stage where the request has no `stages`."""
     if not config.stages:
-        return [Stage(name="", number=1, do="fit", reference="start", config=config)]
-    whole = expanded(plain(asdict(config)))
+        return [Stage("", 1, "fit", "start", config)]
+    whole = expanded(to_builtins(asdict(config)))
     return [
-        Stage(
-            name=name, number=number, do=node["do"], reference=node.get("reference", "start"), config=typed(whole[name])
-        )
+        Stage(name, number, node["do"], node.get("reference", "start"), to_config(whole[name]))
         for number, (name, node) in enumerate(config.stages.items(), 1)
     ]
 
 
 def expanded(settings: Settings) -> dict[str, dict[str, Any]]:
     """Stage -> its whole configuration, from the resolved one of the run."""
-    own = {key: value for key, value in settings.items() if key != STAGES}
+    own = without_stages(settings)
     return {name: {**own, **node["config"]} for name, node in settings.get(STAGES, {}).items()}
 
 
@@ -69,10 +67,10 @@ def completed(settings: Settings) -> dict[str, Any]:
 
     Raises UftError for one that another version wrote, with keys that are none here.
     """
-    run = plain(current(settings, FILE))
+    run = to_builtins(with_defaults(settings, FILE))
     stages = {}
     for name, whole in expanded(settings).items():
-        stages[name] = {**settings[STAGES][name], "config": differing(plain(current(whole, FILE)), run)}
+        stages[name] = {**settings[STAGES][name], "config": differing(to_builtins(with_defaults(whole, FILE)), run)}
     return run | ({STAGES: stages} if stages else {})
 
 
@@ -90,8 +88,8 @@ def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
         changes.append((STAGES, list(before), list(after)))
     for name in [*after, *(name for name in before if name not in after)]:
         prefix = f"{STAGES}.{name}."
-        heads = [{STAGES: {name: head(settings, name)}} if head(settings, name) else {} for settings in (old, new)]
-        changes += difference(*heads)
+        heads = (stage_head(settings, name) for settings in (old, new))
+        changes += difference(*({STAGES: {name: one}} if one else {} for one in heads))
         if name in before and name in after:
             for key, was, now in difference(before[name], after[name]):
                 own = key.startswith(f"{new[STAGES][name]['do']}.")  # `generate.` of a stage that generates
@@ -104,8 +102,8 @@ def without_stages(settings: Settings) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != STAGES}
 
 
-def head(settings: Settings, name: str) -> dict[str, Any]:
-    """What a stage is, without its configuration."""
+def stage_head(settings: Settings, name: str) -> dict[str, Any]:
+    """The head of a stage, `do` and `reference`, without its configuration."""
     node = settings.get(STAGES, {}).get(name, {})
     return {key: value for key, value in node.items() if key != "config"}
 
@@ -113,12 +111,12 @@ def head(settings: Settings, name: str) -> dict[str, Any]:
 def data_nodes(settings: Settings) -> Iterator[dict[str, Any]]:
     """The `data` of the run, or of each of its stages; without the sources whose rows an earlier stage makes."""
     for stage in expanded(settings).values() or [settings]:
-        sources = {name: source for name, source in stage["data"]["sources"].items() if not made(source["path"])}
+        sources = {name: source for name, source in stage["data"]["sources"].items() if not is_made(source["path"])}
         if sources:
             yield {**stage["data"], "sources": sources}
 
 
-def made(path: str | None) -> bool:
+def is_made(path: str | None) -> bool:
     """Whether a path names what an earlier stage makes."""
     return str(path or "").startswith(MADE_BY)
 
@@ -210,7 +208,7 @@ class Round:
     def meant(self, path: str) -> list[tuple[str, str]]:
         """(ending of a name, path) of what `path` means in this round; the path itself where it is no stage's."""
         name, _, which = maker(path).partition("@")
-        if not made(path) or name not in self.stages or self.count is None or which not in ("", BEFORE, ALL):
+        if not is_made(path) or name not in self.stages or self.count is None or which not in ("", BEFORE, ALL):
             return [("", path)]
         if which == ALL:
             numbers = range(1, self.number + 1)

@@ -178,13 +178,13 @@ def make_example(row: Row, encoded: Sequence[Tokens], example: int, visit: int, 
     return Example(example, row, parts, tuple(encoded[part.completion] for part in parts))
 
 
-def mismatched(items: Sequence[Example], max_length: int) -> list[Example]:
+def mismatched(examples: Sequence[Example], max_length: int) -> list[Example]:
     """Every completion of a step under the prompt of the next other row of it, for statistics of unrelated answers.
 
     Cut at `max_length` tokens. Nothing for a single row.
     """
-    sides = [(item, part, encoded) for item in items for part, encoded in zip(item.parts, item.encoded, strict=True)]
-    examples = []
+    sides = [(item, part, encoded) for item in examples for part, encoded in zip(item.parts, item.encoded, strict=True)]
+    found = []
     for number, (own, part, completion) in enumerate(sides):
         following = (sides[(number + k) % len(sides)] for k in range(1, len(sides)))
         item, _, prompt = next((side for side in following if side[0].example != own.example), (None, None, None))
@@ -195,8 +195,8 @@ def mismatched(items: Sequence[Example], max_length: int) -> list[Example]:
         supervised[prompt.prompt_length :] = completion.supervised[completion.prompt_length :]
         joined = Tokens(ids[:max_length], supervised[:max_length], prompt.prompt_length)
         if joined.targets:
-            examples.append(Example(item.example, own.row, (part,), (joined,)))
-    return examples
+            found.append(Example(item.example, own.row, (part,), (joined,)))
+    return found
 
 
 def is_good(completion: Completion) -> bool:
@@ -209,8 +209,8 @@ def is_good(completion: Completion) -> bool:
     return verdict is not False
 
 
-def micro_batches(items: Sequence[Example], budget: int, pad_id: int, layout: Layout = Layout.PADDED) -> list[Batch]:
-    """The items in batches of at most `budget` input tokens, padding counted; the longest rows first.
+def micro_batches(examples: Sequence[Example], budget: int, pad_id: int, layout: Layout = Layout.PADDED) -> list[Batch]:
+    """The examples as micro-batches of at most `budget` input tokens, padding counted; the longest rows first.
 
     Rows are never divided: one that exceeds the budget alone is a batch alone. Sorting by length keeps padding low, and
     a step that will not fit in memory fails on its first batch.
@@ -218,16 +218,16 @@ def micro_batches(items: Sequence[Example], budget: int, pad_id: int, layout: La
     padded = layout is Layout.PADDED
     sizes = [
         item.length if padded else forwarded([Line(one.ids, one.supervised) for one in item.encoded], layout)
-        for item in items
+        for item in examples
     ]
-    # Items of one example keep the order in which they were drawn, each counted as large as the largest of them: the
+    # Examples of one row keep the order in which they were drawn, each counted as large as the largest of them: the
     # state that an objective keeps for an example depends on that order, which no layout may change.
     largest: dict[int, int] = {}
-    for size, item in zip(sizes, items, strict=True):
+    for size, item in zip(sizes, examples, strict=True):
         largest[item.example] = max(size, largest.get(item.example, 0))
     groups: list[list[Example]] = []
     width = used = 0  # the longest sequence of the group; its sequences (padded) or tokens
-    for item in sorted(items, key=lambda item: -largest[item.example]):
+    for item in sorted(examples, key=lambda item: -largest[item.example]):
         size = largest[item.example]
         more = len(item.parts) if padded else size
         if not groups or (used + more) * (width if padded else 1) > budget:
@@ -238,11 +238,11 @@ def micro_batches(items: Sequence[Example], budget: int, pad_id: int, layout: La
     return [collate(group, pad_id, layout) for group in groups]
 
 
-def collate(items: Sequence[Example], pad_id: int, layout: Layout = Layout.PADDED) -> Batch:
-    """Items as one batch. An item twice in it is two rows."""
+def collate(examples: Sequence[Example], pad_id: int, layout: Layout = Layout.PADDED) -> Batch:
+    """Examples as one batch. An example twice in it is two rows."""
     sequences = [
         (row, item.row.completions[part.completion], part, encoded)
-        for row, item in enumerate(items)
+        for row, item in enumerate(examples)
         for part, encoded in zip(item.parts, item.encoded, strict=True)
     ]
     completions = [completion for _, completion, _, _ in sequences]
@@ -250,7 +250,7 @@ def collate(items: Sequence[Example], pad_id: int, layout: Layout = Layout.PADDE
     sides: dict[tuple[int, Role], list[int]] = defaultdict(list)  # a row's sequences in either role
     for number, (row, _, part, _) in enumerate(sequences):
         sides[row, part.role].append(number)
-    positives_and_negatives = ((sides[row, Role.POSITIVE], sides[row, Role.NEGATIVE]) for row in range(len(items)))
+    positives_and_negatives = ((sides[row, Role.POSITIVE], sides[row, Role.NEGATIVE]) for row in range(len(examples)))
     kinds = {kind: number for number, kind in enumerate(Kind)}
     return Batch(
         **laid,
@@ -259,23 +259,23 @@ def collate(items: Sequence[Example], pad_id: int, layout: Layout = Layout.PADDE
         target=torch.tensor([part.target for _, _, part, _ in sequences], dtype=torch.float32),
         good=torch.tensor(list(map(is_good, completions)), dtype=torch.bool),
         pairs=_integers(pair for both in positives_and_negatives for pair in product(*both)).reshape(-1, 2),
-        example=_integers(item.example for item in items),
-        kind=_integers(kinds[item.row.kind] for item in items),
-        columns=_columns(items, completions, laid["sequence"].numpy()),
+        example=_integers(item.example for item in examples),
+        kind=_integers(kinds[item.row.kind] for item in examples),
+        columns=_columns(examples, completions, laid["sequence"].numpy()),
         annotations=_annotations(completions),
     )
 
 
-def _columns(items: Sequence[Example], completions: Sequence[Completion], sequence: np.ndarray) -> dict[str, Tensor]:
-    """Per target: the reference's log-probs and those under the samplers, where the items bring them."""
+def _columns(examples: Sequence[Example], completions: Sequence[Completion], sequence: np.ndarray) -> dict[str, Tensor]:
+    """Per target: the reference's log-probs and those under the samplers, where the examples bring them."""
     columns = {}
-    if items and all(item.reference is not None for item in items):
-        values = np.concatenate([column for item in items for column in item.reference or ()])
+    if examples and all(item.reference is not None for item in examples):
+        values = np.concatenate([column for item in examples for column in item.reference or ()])
         assert len(values) == len(sequence), f"{len(values)} reference log-probs for {len(sequence)} targets"
         columns["reference"] = torch.from_numpy(values.astype(np.float32))
-    for name in sorted({name for item in items for name in item.columns}):
+    for name in sorted({name for item in examples for name in item.columns}):
         unknown = lambda item: tuple(np.zeros(one.targets, np.float32) for one in item.encoded)  # noqa: E731
-        values = np.concatenate([column for item in items for column in item.columns.get(name) or unknown(item)])
+        values = np.concatenate([column for item in examples for column in item.columns.get(name) or unknown(item)])
         assert len(values) == len(sequence), f"{len(values)} values of {name} for {len(sequence)} targets"
         columns[name] = torch.from_numpy(values.astype(np.float32))
     if any(one.log_prob is not None for one in completions):

@@ -29,7 +29,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from difflib import get_close_matches
 from itertools import accumulate
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,14 +49,14 @@ from uft.data.template import (
     Rendered,
     Template,
     as_generated,
-    dated,
     forms_for,
     marked_parts,
     missing_text,
     template_file,
     unknown_marks,
+    with_date,
 )
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +118,7 @@ class Renderer:
             name = "the tokenizer's chat template" if template == "auto" else template
             _check_arguments(arguments or {}, text, name)
             how = (train_on, special_text, rendering)
-            self._strategy = ChatTemplate(tokenizer, dated(text, date, name), name, dict(arguments or {}), *how)
+            self._strategy = ChatTemplate(tokenizer, with_date(text, date, name), name, dict(arguments or {}), *how)
         self.name, self.text = self._strategy.name, self._strategy.text
         self.stop_ids = self._strategy.stop_ids
         settings = [self._strategy.arguments, train_on]
@@ -152,15 +151,14 @@ class Renderer:
                 return encoded.ids[: encoded.prompt_length].tolist()
         return self.prompt_ids(prompt)
 
-    def said(self, ids: list[int]) -> Message:
-        """A generated reply as a row would have it: its text without special tokens; of gpt-oss's channels, which are
-        such, the last, with the first as its reasoning."""
+    def said(self, ids: Sequence[int], strip: bool = True) -> Message:
+        """A generated reply as a row would have it: its text without special tokens, and with `strip` without white
+        space at its ends; of gpt-oss's channels, which are such tokens, the last, with the first as its reasoning."""
         found = _CHANNELS.match(str(self.tokenizer.decode(ids))) if "<|channel|>" in self.text else None
-        if found is None:
-            return Message("assistant", str(self.tokenizer.decode(ids, skip_special_tokens=True)))
-        thought, text = ("".join(_MARKS.split(part or "")) for part in found.groups())
+        thought, text = ("".join(_MARKS.split(part or "")) for part in found.groups()) if found else ("", "")
+        text = text if found else str(self.tokenizer.decode(ids, skip_special_tokens=True))
         extra = json.dumps({"reasoning_content": thought}, ensure_ascii=False) if thought.strip() else ""
-        return Message("assistant", text, extra)
+        return Message("assistant", text.strip() if strip else text, extra)
 
     def start_ids(self, row: Row, system: str | None = None) -> list[int]:
         """What an answer to the row's prompt starts from: the text that its first reply is trained behind.
@@ -190,8 +188,7 @@ def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None
     """Raise UftError for the variables that the template's text never names: a slip, or meant for another template."""
     words = set(re.findall(r"\w+", text))
     for unknown in sorted(arguments.keys() - words):
-        near = get_close_matches(unknown, sorted(words), n=1, cutoff=0.8)
-        advice = tuple(f"did you mean  data.template_args.{word} ?" for word in near)
+        advice = did_you_mean(unknown, sorted(words), cutoff=0.8, shown="data.template_args.{}".format)
         raise UftError(Problem(f"data.template_args.{unknown}", f"{name} reads no such variable", advice=advice))
 
 

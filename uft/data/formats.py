@@ -13,7 +13,6 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
@@ -43,9 +42,9 @@ from uft.data.messages import (
     with_context,
     with_reasoning,
 )
-from uft.data.records import LARGEST, SIDES, annotated
+from uft.data.records import LARGEST, SIDES, with_annotations
 from uft.data.rows import ANNOTATIONS, Completion, Kind, Message, Row, Turns
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, did_you_mean
 
 Range = tuple[float, float] | None  # of scores; None: the format's own
 Parsed = tuple[Turns, tuple[Completion, ...]]  # a prompt and its completions
@@ -108,7 +107,7 @@ class Format:
             turns = tuple(turn for one in completions for turn in one.turns)
             completions = (replace(completions[0], turns=with_reasoning(turns, reasoning)), *completions[1:])
         task = optional_text(record.get("task"), "task")
-        return Row("", 0, prompt, annotated(record, completions), answer, task)
+        return Row("", 0, prompt, with_annotations(record, completions), answer, task)
 
 
 def recognise(
@@ -217,19 +216,13 @@ def aliases(columns: Collection[str], kind: str | None = None) -> dict[str, str]
 
 def check_mapping(columns: Mapping[str, str], source: str, facts: Collection[str] = ()) -> list[Problem]:
     """Names in a `columns` mapping that are no field of ours, as problems. `facts`: those that a checker reads."""
-    where, known = f"data.sources.{source}.columns", FIELDS.union(facts)
-    fields = f"fields: {', '.join(sorted(known))}"
+    key, known = f"data.sources.{source}.columns.{{}}".format, sorted(FIELDS.union(facts))
+    fields = f"fields: {', '.join(known)}"
     return [
-        Problem(f"{where}.{name}", "no such field", advice=(*nearest(f"{where}.{{}}", name, known), fields))
+        Problem(key(name), "no such field", advice=(*did_you_mean(name, known, shown=key), fields))
         for name in columns
         if name not in known
     ]
-
-
-def nearest(pattern: str, name: str, known: Collection[str]) -> tuple[str, ...]:
-    """A line of advice with the nearest known name in `pattern`, if there is one."""
-    close = get_close_matches(name, sorted(known), n=1)
-    return (f"did you mean  {pattern.format(close[0])} ?",) if close else ()
 
 
 def from_text(fields: dict[str, Any]) -> dict[str, Any]:

@@ -48,23 +48,23 @@ class RowSampler:
         self.reference: ReferenceColumn | None = None  # cached log-probs, added to every example
 
     @property
-    def examples(self) -> int:
+    def row_count(self) -> int:
         """Rows in the whole mixture."""
         return self.first_example[-1]
 
     def take(self, rows: int) -> list[Example]:
         """The examples of the next `rows` rows, without those of which the objective takes nothing."""
-        return self.items(self.mixture.take(rows))
+        return self.examples_of(self.mixture.take(rows))
 
-    def items(self, draws: Iterable[RowIndex]) -> list[Example]:
+    def examples_of(self, draws: Iterable[RowIndex]) -> list[Example]:
         """The examples of these draws, without those of which the objective takes nothing."""
-        return [item for draw in draws if (item := self._item(draw)) is not None]
+        return [item for draw in draws if (item := self._example(draw)) is not None]
 
     def preview(self, rows: int) -> Iterator[RowIndex]:
         """The next `rows` draws, without drawing them."""
         return self.mixture.fork().draws(rows)
 
-    def met(self, draws: Iterable[RowIndex]) -> Iterator[tuple[Tokens, ...]]:
+    def distinct_tokens(self, draws: Iterable[RowIndex]) -> Iterator[tuple[Tokens, ...]]:
         """The tokens of every row among these draws, each row once, by source and then by index."""
         seen = [bytearray(len(source.rows)) for source in self.sources]
         for draw in draws:
@@ -79,7 +79,7 @@ class RowSampler:
             bound = self.sources[draw.source].encoded.longest[draw.index]
             if len(heap) == count and bound <= heap[0][0]:
                 continue
-            item = self._item(draw)
+            item = self._example(draw)
             if item is not None and (len(heap) < count or item.length > heap[0][0]):
                 (heappush if len(heap) < count else heapreplace)(heap, (item.length, -order, item))
         return [item for _, _, item in sorted(heap, key=lambda one: one[:2], reverse=True)]
@@ -88,9 +88,9 @@ class RowSampler:
         """Whether the objective can use the row, though it may take nothing of it."""
         return self._view(self.sources[draw.source].rows[draw.index], draw.visit) is not None
 
-    def mismatched(self, items: Sequence[Example]) -> list[Example]:
+    def mismatched(self, examples: Sequence[Example]) -> list[Example]:
         """The completions of a step under other rows' prompts (for `Objective.baseline_terms`)."""
-        others = mismatched(items, self.max_length)
+        others = mismatched(examples, self.max_length)
         if self.reference is None:
             return others
         return [replace(item, reference=(self.reference(item.encoded[0]),)) for item in others]
@@ -121,7 +121,7 @@ class RowSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.mixture.load_state_dict(state)
 
-    def _item(self, draw: RowIndex) -> Example | None:
+    def _example(self, draw: RowIndex) -> Example | None:
         source = self.sources[draw.source]
         number = self.first_example[draw.source] + draw.index
         item = make_example(source.rows[draw.index], source.encoded[draw.index], number, draw.visit, self._view)
@@ -134,24 +134,24 @@ class RowSampler:
         return view(row, visit) if view else None
 
 
-def local_shard(items: Sequence[Example]) -> list[Example]:
+def local_shard(examples: Sequence[Example]) -> list[Example]:
     """This rank's part of a step's examples: about as many tokens as every other rank has.
 
     Visits of the same example stay together and in order, since the rank that has them owns its state.
     """
     group = ranks()
     if group.size == 1:
-        return list(items)
-    sizes = [sum(encoded.length for encoded in item.encoded) for item in items]
-    return [items[i] for i in balanced_shards(sizes, [item.example for item in items], group.size)[group.rank]]
+        return list(examples)
+    sizes = [sum(encoded.length for encoded in item.encoded) for item in examples]
+    return [examples[i] for i in balanced_shards(sizes, [item.example for item in examples], group.size)[group.rank]]
 
 
 @dataclass(frozen=True)
 class StepBatches:
     """The examples of a step on all ranks, and this rank's share of them as micro-batches on the CPU."""
 
-    items: Sequence[Example]
-    batches: Sequence[Batch]
+    examples: Sequence[Example]
+    micro_batches: Sequence[Batch]
     mismatched: Sequence[Batch] = ()  # completions under other rows' prompts, for objectives that need them
     padding: Sequence[Batch] = ()  # sharded: one batch to repeat where another rank makes more passes
 
@@ -165,12 +165,14 @@ class Collator:
     layout: Layout = Layout.PADDED
     pinned: bool = False  # in page-locked memory, from which a GPU copies asynchronously
 
-    def __call__(self, items: Sequence[Example], mismatched: Sequence[Example] = ()) -> StepBatches:
-        padding = self._batches(items[:1]) if ranks().sharded else ()
-        return StepBatches(items, self._batches(local_shard(items)), self._batches(local_shard(mismatched)), padding)
+    def __call__(self, examples: Sequence[Example], mismatched: Sequence[Example] = ()) -> StepBatches:
+        padding = self._batches(examples[:1]) if ranks().sharded else ()
+        return StepBatches(
+            examples, self._batches(local_shard(examples)), self._batches(local_shard(mismatched)), padding
+        )
 
-    def _batches(self, items: Sequence[Example]) -> list[Batch]:
-        made = micro_batches(items, self.micro_batch_tokens, self.pad_id, self.layout)
+    def _batches(self, examples: Sequence[Example]) -> list[Batch]:
+        made = micro_batches(examples, self.micro_batch_tokens, self.pad_id, self.layout)
         return [batch.pinned() for batch in made] if self.pinned else made
 
 
@@ -179,7 +181,7 @@ class Feed(Protocol):
 
     def take(self, rows: int) -> list[Example]: ...
 
-    def mismatched(self, items: Sequence[Example]) -> list[Example]: ...
+    def mismatched(self, examples: Sequence[Example]) -> list[Example]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -220,8 +222,8 @@ class Prefetcher:
             self._thread.shutdown()
 
     def _make(self, rows: int) -> tuple[StepBatches, dict[str, Any]]:
-        items = self.sampler.take(rows)
-        batches = self.collator(items, self.sampler.mismatched(items) if self.mismatched else ())
+        examples = self.sampler.take(rows)
+        batches = self.collator(examples, self.sampler.mismatched(examples) if self.mismatched else ())
         return batches, self.sampler.state_dict()
 
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from uft.data.rows import Kind, Row
 from uft.data.table import kinds
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, raise_problems
 
 _SLACK = 1e-9  # shares are floats: a tie must stay a tie
-LONGEST = 2**53  # rows of an epoch; beyond it counts are no longer exact
+LONGEST_EPOCH = 2**53  # rows of an epoch; beyond it counts are no longer exact
 DEMONSTRATION_KINDS = (Kind.DEMONSTRATION, Kind.NEGATIVES)
 """Kinds on the demonstrations' side of `ratio`: negatives beside one must not change how often it is drawn."""
 
@@ -131,8 +131,7 @@ def mixture_weights(portions: Sequence[Portion], ratio: float | None = None) -> 
     is to be drawn has no rows, or when there is nothing on one side of `ratio`.
     """
     problems = _share_problems(portions)
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
     raw = [float(p.rows if p.share is None else p.share) for p in portions]
     total = sum(raw)
     if ratio is None:
@@ -159,7 +158,7 @@ def epoch_rows(sizes: Sequence[int], weights: Sequence[float], exhaustion: str =
     """
     live = [(size, weight) for size, weight in zip(sizes, weights, strict=True) if weight > 0]
     passes = [size / weight for size, weight in live]  # rows of the mixture in one pass over each source
-    if exhaustion == "all" and max(passes) > LONGEST:
+    if exhaustion == "all" and max(passes) > LONGEST_EPOCH:
         why = f"a source has so small a share that an epoch would be of {max(passes):.0e} rows"
         raise UftError(Problem("data.exhaustion=all", why))
     return {

@@ -1,11 +1,10 @@
-"""Rows as records: the numbers beside completions as columns and back, and rows as JSON Lines that
-:mod:`uft.data.sources` reads again, equal to the last digit.
+"""Rows as records: annotations of completions as columns and back, and rows as JSON Lines that
+:mod:`uft.data.sources` reads back without loss.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from uft.data.messages import Record, Unreadable, is_number, type_name
 from uft.data.rows import BASELINE, SCORE, SOFT_LABEL, Completion, Kind, Message, Row
-from uft.runs import writing
+from uft.runs import write_atomically, writing
 
 SIDES = ("score_chosen", "score_rejected")
 
@@ -40,15 +39,16 @@ class Rule(NamedTuple):
     shared: bool = False
 
 
-RULES = {
+ANNOTATION_RULES = {
     BASELINE: Rule(-LARGEST, 0.0, "a mean log-probability, at most 0"),
     SOFT_LABEL: Rule(0.0, 1.0, "a probability from 0 to 1", shared=True),
 }
 
 
-def annotated(record: Record, completions: tuple[Completion, ...]) -> tuple[Completion, ...]:
+def with_annotations(record: Record, completions: tuple[Completion, ...]) -> tuple[Completion, ...]:
     """The completions with the numbers of the record's columns. Raises :class:`Unreadable` with the reason."""
-    columns = {name: _per_completion(record[name], name, completions) for name in RULES if record.get(name) is not None}
+    given = [name for name in ANNOTATION_RULES if record.get(name) is not None]
+    columns = {name: _per_completion(record[name], name, completions) for name in given}
     if _is_pair(completions):
         columns[SCORE] = [rating(record.get(side)) for side in SIDES]
     return tuple(
@@ -64,7 +64,7 @@ def with_numbers(completion: Completion, numbers: Mapping[str, float | None]) ->
 
 
 def _per_completion(value: Any, name: str, completions: Sequence[Completion]) -> Numbers:
-    rule = RULES[name]
+    rule = ANNOTATION_RULES[name]
     if rule.shared and _is_pair(completions):
         likely = _bounded_number(value, name, rule)
         return [likely, 1 - likely]
@@ -95,7 +95,7 @@ def _is_pair(completions: Sequence[Completion]) -> bool:
     return len(completions) == 2 and completions[0].preferred is not None
 
 
-# --- Rows as JSON Lines that :mod:`uft.data.sources` reads back, equal to the last digit.
+# --- Rows as JSON Lines.
 #
 # Every kind has the plainest of the formats that hold it, one line per row; scored completions have one line each and
 # meet again in one row. All lines of a file must have one format, so all its rows must be of one kind.
@@ -107,18 +107,19 @@ START = '{"row": "'
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write these rows to `path`, replacing it whole by rename. Raises UftError where the disk refuses it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "w", encoding="utf-8") as handle:
-                for row in rows:
-                    handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in to_records(row))
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for row in rows for record in to_records(row))
+    write_atomically(path, (line.encode("utf-8") for line in lines))
+
+
+def append_records(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Append records as JSON Lines to `path`, whose folder is made. Raises UftError where the disk refuses it."""
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    with writing(path, sum(map(len, lines))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as handle:
+            handle.writelines(lines)
 
 
 def is_rows_file(path: Path) -> bool:
@@ -166,9 +167,9 @@ def to_records(row: Row) -> list[dict[str, Any]]:
 
 
 def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:
-    """The columns from which :func:`annotated` reads the same numbers."""
+    """The columns from which :func:`with_annotations` reads the same numbers."""
     found: dict[str, Any] = {}
-    for name, rule in RULES.items():
+    for name, rule in ANNOTATION_RULES.items():
         values = [completion.annotations.get(name) for completion in completions]
         if any(value is not None for value in values):
             alone = len(values) == 1 or (rule.shared and _is_pair(completions))

@@ -162,6 +162,16 @@ def report_table(report: Mapping[str, Any]) -> list[list[str]]:
     return [[*HEADER], *([line.get(column, "") for column in HEADER] for line in lines)]
 
 
+MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
+
+
+def mixture_table(record: Mapping[str, Any]) -> list[list[str]]:
+    """The columns of :func:`report_table` that the start card and the model card show."""
+    header, *rows = report_table(record)
+    kept = [header.index(name) for name in MIXTURE_COLUMNS if name in header]
+    return [[line[place] for place in kept] for line in (header, *rows)]
+
+
 def length_histogram(lengths: Sequence[Sequence[int]], width: int = 40) -> list[str]:
     """Text bars of a report's `lengths`: one line per range of lengths, the longest bar `width` wide."""
     if not lengths:

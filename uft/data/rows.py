@@ -105,7 +105,7 @@ class Row:
         return Kind.DEMONSTRATION if first.score is None else Kind.SCORED
 
 
-def part_of(part: str, rows: int) -> tuple[int, int, int] | None:
+def slice_bounds(part: str, rows: int) -> tuple[int, int, int] | None:
     """(first, end, left) by `part` "r/n": the r-th of n contiguous slices of `rows` rows, and the last rows that are in
     none of them; None where it is no such part.
 
@@ -165,7 +165,7 @@ def encode_row(row: Row) -> bytes:
 
 
 def decode_row(encoded: bytes, source: str, index: int) -> Row:
-    """The row of :func:`encode_row` under a name and number, equal to the last digit."""
+    """The row of :func:`encode_row` under a name and number, without loss."""
     prompt, completions, answer, task, *facts = json.loads(encoded)
     made = (
         Completion(_turns(turns), preferred, label, score, sampled_by, log_prob, dict(*numbers))

@@ -17,7 +17,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,12 +27,12 @@ from uft.data import formats
 from uft.data.formats import Format
 from uft.data.messages import Unreadable, facts_of, is_blank
 from uft.data.readers import READERS, Found, reader_of, suffix_of, with_names
-from uft.data.rows import Kind, Row, content_digest, oddities, part_of
+from uft.data.rows import Kind, Row, content_digest, oddities, slice_bounds
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table, row_schema
 from uft.data.unread import FEEDBACK, Unread, says_more, unread_feedback, unread_meaning
-from uft.errors import BAD_REQUEST, Problem, UftError, first_line, tame
+from uft.errors import BAD_REQUEST, Problem, UftError, did_you_mean, first_line, tame
 from uft.heartbeat import activity, beat, come
-from uft.runs import cache_root
+from uft.runs import cache_root, file_digest
 
 if TYPE_CHECKING:
     from uft.config.schema import Data, Source
@@ -154,11 +153,11 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
         apart = replace(place, split=source.eval_split)
     elif source.path.startswith(_BUILTIN) and source.holdout is None:
         apart = replace(place, split="test")
-    settled = not problems  # else only rows that are bad whatever their columns mean can be told
-    rows, omitted = _parse(name, source, place, None if source.part else source.limit, data.cache, settled)
+    is_valid = not problems  # else only rows that are bad whatever their columns mean can be told
+    rows, omitted = _parse(name, source, place, None if source.part else source.limit, data.cache, is_valid)
     held_out: Sequence[Row] = ()
     if apart is not None:
-        held_out, more = _parse(name, source, apart, None, data.cache, settled)
+        held_out, more = _parse(name, source, apart, None, data.cache, is_valid)
         omitted.add(more, same_folder=apart.path == place.path)
     omitted.refused = list(dict.fromkeys([*problems, *omitted.refused]))
     if omitted.refused:
@@ -166,7 +165,7 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
     if apart is None:
         rows, held_out = hold_out(rows, amount)
     if source.part:  # of what is not held out, so that all parts hold out the same rows
-        span = part_of(source.part, len(rows))
+        span = slice_bounds(source.part, len(rows))
         if span is None or span[0] == span[1]:
             why = f"is no slice r/n of its {len(rows):,} training rows"
             omitted.refused.append(Problem(f"data.sources.{name}.part={source.part}", why))
@@ -183,9 +182,9 @@ def _load(name: str, source: Source, data: Data) -> LoadedSource:
 
 
 def _parse(
-    name: str, source: Source, place: Place, limit: int | None, cache: str | None, settled: bool
+    name: str, source: Source, place: Place, limit: int | None, cache: str | None, is_valid: bool
 ) -> tuple[Sequence[Row], Omissions]:
-    """The rows of a place, and what it has beside them; `settled`: whether its settings say how to read them."""
+    """The rows of a place, and what it has beside them; `is_valid`: whether the settings say how to read them."""
     folder = cache_root(cache) / "rows"
     try:
         tables, left_out = open_place(place)
@@ -193,7 +192,7 @@ def _parse(
         return (), Omissions(list(error.problems))
     files = [table.file for table in tables if table.file is not None]
     key = None
-    if settled and files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
+    if is_valid and files and sum(file.stat().st_size for file in files) >= CACHED_BYTES:
         key = _cache_key(source, limit, files)
         try:
             table, notes = open_table(folder / key, row_schema())
@@ -208,7 +207,7 @@ def _parse(
     good, omitted = RowCollector(name, limit, folder, key), Omissions(files=left_out)
     for records in tables:
         try:
-            _parse_table(name, source, records, good, omitted, settled)
+            _parse_table(name, source, records, good, omitted, is_valid)
         except UftError as error:  # about the file: the rows after that are not known
             if error.code != BAD_REQUEST:  # about the disk that rows are kept on
                 raise
@@ -219,17 +218,17 @@ def _parse(
 
 
 def _parse_table(
-    name: str, source: Source, records: RecordTable, good: RowCollector, omitted: Omissions, settled: bool
+    name: str, source: Source, records: RecordTable, good: RowCollector, omitted: Omissions, is_valid: bool
 ) -> None:
     """Add the rows of one file to `good`; all else, and why the file is refused, to `omitted`. Raises UftError where
     the file cannot be read to its end."""
     scan, form, problem = records.scan, None, None
-    if scan.count and settled:
+    if scan.count and is_valid:
         try:
             form, problem = _recognise(name, source, scan)
         except UftError as error:
             omitted.refused += error.problems
-    score_range = (source.score_range[0], source.score_range[1]) if settled and source.score_range else None
+    score_range = (source.score_range[0], source.score_range[1]) if is_valid and source.score_range else None
     left, facts = Unread(), source.facts
     for number, record in records:
         come(number, scan.count, f"rows of {name}")
@@ -261,10 +260,7 @@ def _parse_table(
 
 def _cache_key(source: Source, limit: int | None, files: Sequence[Path]) -> str:
     """Everything that the rows of these files depend on; the files themselves by their content."""
-    digests = []
-    for file in files:
-        with open(file, "rb") as handle:
-            digests.append([str(file), hashlib.file_digest(handle, "sha256").hexdigest()])
+    digests = [[str(file), file_digest(file)] for file in files]
     settings = [dict(source.columns), source.kind, source.score_range and list(source.score_range), limit, source.facts]
     key = json.dumps([uft.__version__, CODE_VERSION, settings, digests], sort_keys=True)
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -276,7 +272,7 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
     """
     why, listed = "no such column in the data", f"columns: {_listing(table.columns)}"
     missing = {  # an empty name: the field is left unread
-        f"{ours}={theirs}": (*formats.nearest("{}", theirs, table.columns), listed)
+        f"{ours}={theirs}": (*did_you_mean(theirs, sorted(table.columns)), listed)
         for ours, theirs in source.columns.items()
         if theirs and theirs not in table.columns
     }
@@ -399,7 +395,7 @@ def open_place(place: Place) -> tuple[list[RecordTable], list[str]]:
     advice = [f"the folder {path.parent} does not exist either"]
     if os.path.isdir(path.parent):
         beside = sorted(os.listdir(path.parent)) if os.access(path.parent, os.R_OK) else []
-        advice = [f"did you mean  {path.parent / name} ?" for name in get_close_matches(path.name, beside, n=1)]
+        advice = list(did_you_mean(path.name, beside, shown=lambda name: path.parent / name))
     raise place.problem("no such file or folder", *advice)
 
 

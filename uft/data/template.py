@@ -1,5 +1,6 @@
-"""A chat template as a program that came with a model: rendered within limits, on a fixed day, from contents whose
-special tokens are text."""
+"""Chat templates: rendered in Jinja's sandbox within limits of time and memory, with a fixed date, and with special
+tokens in contents taken as text. From top to bottom: templates, replies as they are generated, special tokens, limits.
+"""
 
 from __future__ import annotations
 
@@ -90,8 +91,8 @@ FORMS = {
     "mistral_nemo": "[INST] [/INST]",
     "gpt_oss": "<|start|> <|message|> <|end|> <|channel|> <|return|>",
 }
-"""Training forms of chat templates, for families whose own one loses text or begins replies in training after other
-text than generation starts from, by name: the tokens that mark turns, in the family's own template as well."""
+"""Training forms of chat templates by name, each with the tokens that mark turns, in the family's own template as well.
+They are for families whose own template loses text, or begins replies in training otherwise than generation does."""
 _SIGNS = {"qwen3": "</think>", "mistral_v3": "[INST] "}
 """What tells a family's own template from others with the same tokens."""
 NAMES = ("auto", "plain", *FORMS)
@@ -143,7 +144,7 @@ def _tools(turns: Turns) -> str:
 _NOW = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 
 
-def dated(template: str, day: str, name: str) -> str:
+def with_date(template: str, day: str, name: str) -> str:
     """The template with a fixed day in the place of its calls of `strftime_now`: its text alone decides the tokens."""
     try:
         begins = datetime.fromisoformat(day)
@@ -169,8 +170,8 @@ Render = Callable[..., list[Rendered]]  # of a Template
 def as_generated(
     render: Render, turns: Turns, first: int, stops: Sequence[str], ends: Sequence[str]
 ) -> tuple[str, dict[int, CharSpan]] | int:
-    """The text, and the characters of every reply from turn `first` on with its stop token; or the number of a turn
-    whose text cannot be told. Raises one of TEMPLATE_ERRORS.
+    """(the text, the characters of every reply from turn `first` on with its stop token); or the number of a turn
+    whose text cannot be told apart. Raises one of TEMPLATE_ERRORS.
 
     `stops` close the last turn, `ends` that or one before it.
     """

@@ -23,7 +23,7 @@ import pyarrow as pa
 from uft.data.chat import Renderer, Tokens, advice_about, finish
 from uft.data.rows import Row, content_digest
 from uft.data.table import Corrupt, TableFile, TableWriter, open_table, pick
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, raise_problems
 from uft.heartbeat import activity, come
 
 log = logging.getLogger(__name__)
@@ -129,8 +129,7 @@ def tokenize_all(
             done.append(tokenize(name, of_source, renderer, max_length, too_long, cache_dir))
         except UftError as error:
             problems += error.problems
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
     return done
 
 
@@ -169,8 +168,7 @@ def _encode(
         why = f"no assistant turn of data.sources.{name} is marked to be learned"
         advice = ("give turns a weight of 1, or learn all of them:  data.train_on=all",)
         problems = [Problem("data.train_on=marked", why, advice=advice)]
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
     if long and too_long == "error":
         these = f"{long} of {number} rows are longer than train.max_length={max_length}"
         raise UftError(

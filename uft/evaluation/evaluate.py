@@ -25,7 +25,7 @@ from uft.distributed import ranks
 from uft.evaluation.measures import Scored, ScoredRow, Sum, Tally, measured, pair_of
 from uft.heartbeat import activity, come
 from uft.model.load import pad_id
-from uft.model.policy import Policy, evaluating
+from uft.model.policy import Policy, evaluating, preserved_rng
 from uft.model.reference import Reference
 from uft.objectives.base import Forward
 from uft.objectives.views import pointwise
@@ -112,8 +112,7 @@ def evaluate(
     stop = should_stop or (lambda: False)
     evaluator = _Evaluator(policy, reference, renderer, settings, micro_batch_tokens, stop)
     overall, metrics, samples, items = Tally(), dict[str, float](), list[Sample](), list[Item]()
-    devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.no_grad(), evaluating(policy.module), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), evaluating(policy.module), preserved_rng(policy.device):
         evaluator.fill_reference_cache(sources)
         for held in sources:
             tally, found = Tally(), dict[str, Item]()
@@ -188,11 +187,11 @@ class _Evaluator:
         prompts = [self.renderer.start_ids(row) for row in rows]
         come(0, len(prompts), f"prompts of {held.name} answered")
         replies = ranks().map_shards([(ids, 0) for ids in prompts], partial(self._complete, 0.0))
-        texts = [self.renderer.said(reply.ids).content.strip() for reply in replies]
+        texts = [self.renderer.said(reply.ids).content for reply in replies]
         verdicts = [Verdict({})] * len(rows)
         if held.checker:
             jobs = [(held.checker, row, text) for row, text in zip(rows, texts, strict=True)]
-            verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
+            verdicts = ranks().on_rank0(partial(judge_logged, held.name, jobs, self.policy.device))
         passed = self.passes(held, rows[:checked], prompts) if self.settings.draws else []
         samples = []
         for number, (row, reply, text, verdict) in enumerate(zip(rows, replies, texts, verdicts, strict=True)):
@@ -216,9 +215,9 @@ class _Evaluator:
         n = self.settings.draws
         asked = [(ids, number * n + one) for number, ids in enumerate(prompts[: len(rows)]) for one in range(n)]
         replies = ranks().map_shards(asked, partial(self._complete, 1.0))
-        texts = [self.renderer.said(reply.ids).content.strip() for reply in replies]
+        texts = [self.renderer.said(reply.ids).content for reply in replies]
         jobs = [(held.checker or "", rows[place // n], text) for place, text in enumerate(texts)]
-        verdicts = ranks().on_rank0(partial(judged, held.name, jobs, self.policy.device))
+        verdicts = ranks().on_rank0(partial(judge_logged, held.name, jobs, self.policy.device))
         found = []
         for place in range(0, len(verdicts), n):
             firsts = [next(iter(v.figures.values())) for v in verdicts[place : place + n] if v.figures]
@@ -242,7 +241,7 @@ class _Evaluator:
         )
 
 
-def judged(source: str, jobs: Sequence[tuple[Spec, Row, str]], device: torch.device) -> list[Verdict]:
+def judge_logged(source: str, jobs: Sequence[tuple[Spec, Row, str]], device: torch.device) -> list[Verdict]:
     """The verdicts of a source's checker. How many answers it cannot judge, and why, is logged: they count as wrong, or
     not at all where the row lacks what they are judged by."""
     verdicts = judge(jobs, device)

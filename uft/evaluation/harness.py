@@ -11,7 +11,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +30,7 @@ from uft.config.schema import Eval, Task
 from uft.data.batch import Layout, batches_of, packs_of, sequence_batch
 from uft.data.readers import READERS, reader_of
 from uft.data.sources import hub_answers
-from uft.errors import Problem, UftError, first_line
+from uft.errors import Problem, UftError, did_you_mean, first_line
 from uft.evaluation.measures import Sum, mean_stderr
 from uft.heartbeat import activity
 from uft.model.load import pad_id
@@ -259,7 +258,7 @@ class Loaded:
             say("reading the harness's list of tasks")
         manager = TaskManager(include_path=str(near) if near else None, include_defaults=near is None)
         if name not in manager.all_tasks:
-            close = tuple(f"did you mean  {other} ?" for other in get_close_matches(name, manager.all_tasks, 3))
+            close = did_you_mean(name, manager.all_tasks, 3)
             raise UftError(Problem(f"eval.tasks: {name}", "the harness has no such task", advice=close))
         rows = Rows.read(name, file, settings.shot_files.get(name)) if file else None
         if rows and rows.left_out:

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from uft.data.rows import Row
+from uft.objectives.terms import TIE
 from uft.objectives.views import best_against_worst
-
-TIE = 1e-4
-"""Nats below which two sides of a pair count as equally likely: rounding error, e.g. where policy = reference."""
 
 
 @dataclass(frozen=True)

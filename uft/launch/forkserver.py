@@ -42,7 +42,7 @@ anything else differs (OMP_NUM_THREADS, HF_HOME, ...), the imports would have co
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 NAME, JOB_NAME = "uft-forkserver", "uft-worker"  # in the list of processes: all have the server's command line
 PACKETS = (socket.AF_UNIX, socket.SOCK_SEQPACKET)  # a request is one message
-LONGEST = 1 << 20  # bytes of a request
+LARGEST_REQUEST = 1 << 20  # bytes of a request
 
 
 # --- in the launcher
@@ -198,7 +198,7 @@ def serve(connection: socket.socket, parent: int) -> int:
     gc.disable()
     gc.freeze()  # a collection in a job would write to all these pages, and so copy them
     while True:
-        request, descriptors, _, _ = socket.recv_fds(connection, LONGEST, 4)
+        request, descriptors, _, _ = socket.recv_fds(connection, LARGEST_REQUEST, 4)
         if not request:
             os._exit(0)
         child = os.fork()

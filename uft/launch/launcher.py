@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from uft import __version__
 from uft.config.compose import Examined
-from uft.config.frozen import free, frozen, plain, to_yaml
+from uft.config.frozen import frozen, may_change, to_builtins, to_yaml
 from uft.config.messages import written
 from uft.config.parameters import defaults_of, objective_of
 from uft.config.stages import completed, data_nodes, differences
@@ -36,18 +36,18 @@ from uft.runs import (
     Run,
     cache_root,
     create_run,
+    find_weights,
     read_json,
     shown,
     typed_path,
     unwritable,
-    weights,
     write_atomically,
     write_json,
 )
 
 PARALLEL_JOBS = ("check", "generate")
 """Jobs that several processes do better than one; the others read and write."""
-PATIENCE = 600.0
+JOIN_TIMEOUT = 600.0
 """Seconds that a machine waits for the first one to make the run."""
 DEMONSTRATIONS = ("demonstration", "negatives")
 UNFINISHED_CREATION = {".lock", "overrides.yaml", "run.json"}
@@ -61,7 +61,7 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     Raises UftError where the request cannot be carried out; whether the launcher or the worker refuses it, no folder
     is left.
     """
-    settings = plain(cfg)
+    settings = to_builtins(cfg)
     asked, hardware = dict(settings["run"]), settings["hardware"]
     if hardware["nodes"] > 1 and not asked["dir"]:
         why = "several machines work in one folder, and must be told which"
@@ -102,16 +102,16 @@ def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         spec = Path(folder) / "config.yaml"
         spec.write_text(frozen(cfg), encoding="utf-8")
-        ranks = torchrun_arguments(plain(cfg)["hardware"]) if job in PARALLEL_JOBS else ()
+        ranks = torchrun_arguments(to_builtins(cfg)["hardware"]) if job in PARALLEL_JOBS else ()
         return run_worker(["--job", job, str(spec)], team=ranks)
 
 
 def join_run(run: Run, hardware: Mapping[str, Any], quiet: bool) -> int:
     """On every machine but the first: join the run that the first one makes, in a folder that both see."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + JOIN_TIMEOUT
     while not run.exists:
         if time.monotonic() > deadline:
-            why = f"the first machine made no run here within {PATIENCE / 60:.0f} minutes"
+            why = f"the first machine made no run here within {JOIN_TIMEOUT / 60:.0f} minutes"
             raise UftError(Problem(str(run.path), why, advice=("do both machines see this folder?",)))
         time.sleep(0.5)
     log = run.path.resolve() / f"console-{node_rank(hardware)}.log" if quiet else None
@@ -131,7 +131,7 @@ def continue_run(
     other key raises UftError. `cwd`: the folder that relative paths of its data start from. `extend`: train.steps may
     be more than the run was to have, where its schedule allows that.
     """
-    changes = [change for change in changed_keys(run, settings) if not free(change[0])] if settings else []
+    changes = [change for change in changed_keys(run, settings) if not may_change(change[0])] if settings else []
     extended = None
     if extend and settings and [key for key, _, _ in changes] == ["train.steps"]:
         extended, settings, changes = extension(run, settings), dict(settings), []
@@ -377,7 +377,7 @@ def single_run_dir(cfg: Mapping[str, Any], now: datetime | None = None) -> Path:
 
 def started_from(word: str | None) -> dict[str, Any]:
     """For `run.json`: the run whose weights these are at first. Its optimiser's state does not come along."""
-    source = weights(word) if word else None
+    source = find_weights(word) if word else None
     if source is None or source.run is None:
         return {}
     origin = {"run": source.run.name, "path": str(source.run.path), "id": source.run.info().get("id")}

@@ -28,7 +28,7 @@ from hydra.core.utils import JobReturn
 
 from uft.config.compose import quoted
 from uft.config.parameters import whole_number
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, raise_problems
 from uft.launch.forkserver import forkserver
 from uft.launch.sweep import Job, Sweep, record_sweep
 from uft.launch.sweep_table import SweepTable
@@ -97,8 +97,7 @@ def refuse_settings(settings: Mapping[str, Any], verb: str) -> None:
     if find_spec("optuna") is None:
         advice = ("pip install 'uft-lm[optuna]'",)
         problems.append(Problem("hydra/sweeper=uft_optuna", "Optuna is not installed", "", advice))
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
 
 
 # --- the space
@@ -227,10 +226,10 @@ def run_trials(trials: Sequence[Trial], study: Study, space: Space, sweep: Sweep
         try:
             (job,) = sweep.jobs([line])
         except UftError as error:  # values that are right one by one and not together
-            tell(study, trial, None, "; ".join(f"{problem.what}: {problem.why}" for problem in error.problems))
+            tell_study(study, trial, None, "; ".join(f"{problem.what}: {problem.why}" for problem in error.problems))
             continue
         if job in jobs:
-            tell(study, trial, None, "the same values as another trial of its batch")
+            tell_study(study, trial, None, "the same values as another trial of its batch")
             continue
         trial.set_user_attr("run", str(job.folder))
         jobs[job] = trial
@@ -247,13 +246,13 @@ def run_trials(trials: Sequence[Trial], study: Study, space: Space, sweep: Sweep
             found = {**result.get("final", {}), **result.get("best", {})}.get(metric)
             value = math.nan if found is None else float(found)  # "nan" among others
             why = f"no {metric} in its result.json" if found is None else f"{metric} is {value}"
-            tell(study, trial, value if math.isfinite(value) else None, why)
+            tell_study(study, trial, value if math.isfinite(value) else None, why)
         elif not failure.stopped:
-            tell(study, trial, None, failure.message)
+            tell_study(study, trial, None, failure.message)
     return returned
 
 
-def tell(study: Study, trial: Trial, value: float | None, why: str) -> None:
+def tell_study(study: Study, trial: Trial, value: float | None, why: str) -> None:
     """A value, or (None) a failure and its reason."""
     from optuna.trial import TrialState
 

@@ -38,9 +38,9 @@ from omegaconf import DictConfig
 
 from uft.config.compose import Examined, examine, footer, quoted
 from uft.config.files import Request, request_of_job
-from uft.config.frozen import ABSENT, free
+from uft.config.frozen import ABSENT, may_change
 from uft.config.messages import COMMAND_LINE, hint, nearest, written
-from uft.errors import FAILED, Problem, UftError, visible
+from uft.errors import FAILED, Problem, UftError, raise_problems, visible
 from uft.launch.forkserver import forkserver
 from uft.launch.launcher import JOB_KEYS, JobFailed, changed_keys, remember, row_problems, slug, today, unusable_rows
 from uft.launch.sweep_table import SweepTable
@@ -48,7 +48,7 @@ from uft.runs import OUTPUTS, SWEEP_FILE, Damaged, Run, read_json, shown, typed_
 from uft.tracking.console import shorten
 
 MANY = 20  # jobs that take seconds to check
-LONGEST = 120  # characters of a name; file systems allow 255
+LONGEST_JOB_NAME = 120  # characters of a name; file systems allow 255
 METHODS = ("objective", "experiment")
 """Keys that tell apart the jobs of several commands that write into one named sweep."""
 ARM = "arm"
@@ -109,8 +109,7 @@ class Sweep:
             problems, last = row_problems(examined, refused=False)
         if not problems and self.verb in ("train", "check"):
             problems, last = self.unusable(examined, lines), "Leave these rows out in all of them:  data.unusable=drop"
-        if problems:
-            raise UftError(*problems, footer=last)
+        raise_problems(problems, footer=last)
         settings = [one.settings for one in examined]
         sweep, prefix = settings[0]["sweep"]["name"], settings[0]["run"]["name"]
         # commands that share a folder by its name must not share the names of their jobs
@@ -146,7 +145,7 @@ class Sweep:
             failures = [failure_of(result) for result in results]
         except RuntimeError as error:
             if isinstance(error, BrokenExecutor) or type(error).__name__ in LOST:
-                text = f"the launcher lost a job: {shorten(' '.join(str(error).split()), LONGEST)}"
+                text = f"the launcher lost a job: {shorten(' '.join(str(error).split()), LONGEST_JOB_NAME)}"
                 ended = [Run(job.folder).status == "finished" for job in jobs]
                 results, failures = [], [None if done else JobFailed(FAILED, text) for done in ended]
             elif "slurm" in str(error).lower():
@@ -274,8 +273,7 @@ def settings_of_arms(chosen: Iterable[str], arms: Mapping[str, str]) -> dict[str
             advice = hint(near and f"{ARM}={near}", "arms", list(arms))
             why = "no such arm in this sweep" if arms else "this sweep has no table of arms"
             problems.append(Problem(f"{ARM}={name}", why, COMMAND_LINE, (advice,) if advice else ()))
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
     parser = OverridesParser.create()
     parsed = {name: parser.parse_overrides(shlex.split(arms[name])) for name in dict.fromkeys(chosen)}
     return {
@@ -356,7 +354,7 @@ def as_begun(jobs: Sequence[Job], axes: Collection[str]) -> list[str]:
     for run, job in runs:
         with suppress(UftError):  # a damaged folder, or one of another version, is told of where it is checked
             for key, old, new in changed_keys(run, job.settings):
-                if ABSENT not in (old, new) and isinstance(old, (str, int, float, type(None))) and not free(key):
+                if ABSENT not in (old, new) and isinstance(old, (str, int, float, type(None))) and not may_change(key):
                     began.setdefault(key, []).append(old)
     agreed = {key: old[0] for key, old in began.items() if old == [old[0]] * len(runs) and key not in axes}
     return [f"{key}={quote(old) if isinstance(old, str) else json.dumps(old)}" for key, old in agreed.items()]
@@ -374,7 +372,7 @@ def refuse_other_runs(jobs: Sequence[Job]) -> None:
         except UftError:  # another version wrote it: its job will tell of it, and the others can do without
             continue
         for key, old, new in changes:
-            if not free(key):
+            if not may_change(key):
                 found.setdefault((key, f"{written(old)} -> {written(new)}"), []).append(job)
     if found:
         problems = [
@@ -416,7 +414,7 @@ def job_names(jobs: Sequence[Sequence[str]], axes: Sequence[str], prefix: str | 
                 parts.append(("" if "." not in key and key != "seed" else label) + text)
                 parts += [] if exact else [short_hash(value, 4)]
         name = "-".join(parts) or "run"
-        names.append(name if len(name) <= LONGEST else f"{name[:LONGEST]}-{short_hash(name)}")
+        names.append(name if len(name) <= LONGEST_JOB_NAME else f"{name[:LONGEST_JOB_NAME]}-{short_hash(name)}")
     counts = Counter(names)
     named = zip(names, jobs, strict=True)
     names = [f"{name}-{short_hash(repr(sorted(job)))}" if counts[name] > 1 else name for name, job in named]
@@ -427,10 +425,10 @@ def sweep_name(axes: Sequence[str], fixed: Sequence[str]) -> str:
     """A sweep by its file (`sweep=NAME`), else by its swept keys, and a hash of the overrides that are the same in all
     jobs, but for keys that change no result."""
     typed = {line: key_of(line).lstrip("+~") for line in fixed}
-    that_matter = sorted(line for line, key in typed.items() if not (free(key) or free(f"{key}.")))
+    that_matter = sorted(line for line, key in typed.items() if not (may_change(key) or may_change(f"{key}.")))
     file = next((line.partition("=")[2] for line in fixed if line.startswith("sweep=")), "")
     keys = slug(file) if file else "-".join(slug(axis.lstrip("+~").rpartition(".")[2]) for axis in axes) or "sweep"
-    return f"{keys[:LONGEST]}-{short_hash(repr((sorted(axes), that_matter)))}"
+    return f"{keys[:LONGEST_JOB_NAME]}-{short_hash(repr((sorted(axes), that_matter)))}"
 
 
 def sweep_dir(name: str, now: datetime | None = None) -> Path:

@@ -38,7 +38,7 @@ INTERVAL = 60.0  # seconds between two lines about the sweep where there is no t
 PLAIN_WIDTH = 160  # of the last table where there is no terminal
 MOST_ROWS = 60  # of the last table
 MARGIN = 6  # lines of a terminal that the table leaves free
-LONGEST_ERROR = 60  # characters
+LONGEST_NOTE = 60  # characters
 ENDED = ("finished", "failed", "stopped", "interrupted")
 STYLES = {"finished": "green", "running": "cyan", "failed": "red", "waiting": "dim"}
 
@@ -216,7 +216,7 @@ class SweepTable:
         if jobs := self.refresh():
             console = plain_console(None if self.interactive else PLAIN_WIDTH)
             with console.capture() as text:
-                console.print(table_of(jobs, MOST_ROWS))
+                console.print(jobs_table(jobs, MOST_ROWS))
             print("\n".join(line.rstrip() for line in text.get().splitlines()), flush=True)
 
     def _page(self, console: Console) -> Group:
@@ -226,7 +226,7 @@ class SweepTable:
         with self._lock:
             jobs = self.refresh()
             line = shorten(f"sweep {self.name}: {self.summary()}", console.width - 1)
-            return Group("", table_of(jobs, max(console.height - MARGIN, 3)), Text(line, style="bold"))
+            return Group("", jobs_table(jobs, max(console.height - MARGIN, 3)), Text(line, style="bold"))
 
     def _print_lines(self) -> None:
         with suppress(OSError):  # the reader of the output has left: no reason to end a sweep
@@ -283,7 +283,7 @@ def best_job(jobs: Iterable[JobState]) -> JobState | None:
     return best
 
 
-def table_of(jobs: list[JobState], room: int) -> Table:
+def jobs_table(jobs: list[JobState], room: int) -> Table:
     """The jobs in their order. Where there are more than `room`, the running and failed ones, the best one, and those
     that come next are shown."""
     from rich.table import Table
@@ -309,7 +309,7 @@ def table_of(jobs: list[JobState], room: int) -> Table:
             Text(job.status, style=style),
             job.steps_text if job.status != "waiting" or job.step else "",
             printable(value) if job.best is not None else "",
-            Text(shorten(printable(note), LONGEST_ERROR), style=style),
+            Text(shorten(printable(note), LONGEST_NOTE), style=style),
         )
     if len(jobs) > room:
         table.add_row(Text(f"and {len(jobs) - room} more", style="dim"))

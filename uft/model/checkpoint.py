@@ -8,7 +8,6 @@ A folder with the final name is complete, and an old checkpoint is deleted only 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -30,11 +29,11 @@ from torch.distributed.tensor import DTensor
 
 from uft.distributed import ranks, shard_like
 from uft.errors import FAILED, Problem, UftError
-from uft.runs import Run, as_umask_leaves, flush, shown, writing
+from uft.runs import Run, as_umask_leaves, file_digest, flush, shown, writing
 
 Tensor = torch.Tensor
 TENSORS, STATE, SUMS, SHARDS = "tensors.safetensors", "state.json", "SHA256SUMS", "shards"
-WEIGHTS = "model/"
+WEIGHTS_PREFIX = "model/"
 """Prefix of the names of trained weights."""
 SUM = re.compile(r"([0-9a-f]{64})  (\S+)")
 UNFINISHED, REPLACED, DISCARDED = "tmp", "replaced", "discarded"
@@ -96,7 +95,7 @@ def publish(run: Run, folder: Path) -> Path:
     with _writing(run, folder):
         as_umask_leaves(folder)
         files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        sums = "".join(f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+        sums = "".join(f"{file_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
         (folder / SUMS).write_text(sums, encoding="utf-8")
         for path in (*folder.rglob("*"), folder):
             flush(path)
@@ -161,11 +160,6 @@ def _replace(folder: Path, place: Path) -> None:
     os.replace(folder, place)
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 # --- Reading.
 
 
@@ -203,9 +197,9 @@ def load(folder: Path, parameters: Mapping[str, Tensor] | None = None) -> tuple[
     return _load(folder, parameters or {}), read_state(folder)
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
+def load_weights(folder: Path) -> dict[str, Tensor]:
     """The trained weights of a checkpoint by their names in the policy, whole, without the moments. Raises Damaged."""
-    return {name.removeprefix(WEIGHTS): tensor for name, tensor in _load(folder, {}, WEIGHTS).items()}
+    return {name.removeprefix(WEIGHTS_PREFIX): tensor for name, tensor in _load(folder, {}, WEIGHTS_PREFIX).items()}
 
 
 def _load(folder: Path, parameters: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
@@ -251,7 +245,7 @@ def _load_shards(folder: Path, parameters: Mapping[str, Tensor], prefix: str) ->
 
 def _verify(folder: Path, name: str) -> None:
     try:
-        if _digest(folder / name) != _sums(folder).get(name):
+        if file_digest(folder / name) != _sums(folder).get(name):
             raise Damaged(f"{name} does not have its checksum")
     except OSError as error:
         raise Damaged(f"{Path(error.filename or name).name}: {error.strerror}") from error

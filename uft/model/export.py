@@ -204,7 +204,7 @@ def adapted_weights(base: nn.Module) -> dict[str, list[tuple[str, Any]]]:
 
 
 def _delta(owner: str, layer: Any, active: str, weights: Mapping[str, Tensor]) -> Tensor:
-    """What an adapter adds to its weight. A layer's is made of `weights`; a parameter's (of experts) PEFT makes."""
+    """The delta of an adapter, scale * B A: of a layer by `weights`, of a parameter (experts) by PEFT."""
     if hasattr(layer, "parameter_name"):
         if ranks().sharded:
             advice = ("hardware.sharding=none, or model.lora.targets without its experts",)

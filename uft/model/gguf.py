@@ -87,7 +87,7 @@ def write_gguf(folder: Path, out: Path) -> float:
 
 
 def obstacle(config: Any, backend: dict[str, Any]) -> str:
-    """What GGUF, or this program, cannot say of a model; "" where there is nothing."""
+    """The parts of a model that GGUF, or this program, cannot express; "" where there are none."""
     if config.model_type not in ARCHITECTURES:
         return f"its architecture is {config.model_type}; described are {', '.join(ARCHITECTURES)}"
     rope = config.rope_parameters or {}

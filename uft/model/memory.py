@@ -179,7 +179,7 @@ PEAKS = {
 
 
 def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """What a device can do at best: a GPU's known peak, else the rate of a product that is timed now (0.1 s)."""
+    """Peak FLOP/s of a device: known of a GPU, else that of a product that is timed now (0.1 s)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = next((rate for part, rate in PEAKS.items() if part in name), None) if dtype == torch.bfloat16 else None
     return known or matrix_rate(device, dtype, 512 if device.type == "cpu" else 4096, 0.1)

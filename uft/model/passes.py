@@ -1,4 +1,4 @@
-"""What is done around a pass in training: noise on its embeddings, activations kept elsewhere, weights cast once."""
+"""Around a pass of a model: embedding noise, offloaded activations, weights cast once."""
 
 from __future__ import annotations
 

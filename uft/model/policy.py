@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from torch import nn
 from uft.config.schema import Lora
 from uft.data.batch import NOT_AN_INPUT, Batch, Layout, TokenSequence, sequence_batch
 from uft.distributed import shard_like
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, did_you_mean, raise_problems
 from uft.model.attention import PACKED, no_mask
 from uft.model.head import Head, LossGrad, Predictions, embedding_in_place, transform_of
 from uft.model.passes import EmbeddingNoise, NarrowCopy, narrow_linears, offloading
@@ -330,8 +329,7 @@ class Policy:
             for name, parameter in parameters.items()
             if name in tensors and tensors[name].shape != parameter.shape
         ]
-        if problems:
-            raise UftError(*problems, footer="The checkpoint was written by another model or adapter.")
+        raise_problems(problems, footer="The checkpoint was written by another model or adapter.")
         for name, parameter in parameters.items():
             parameter.copy_(shard_like(tensors[name], parameter))
 
@@ -385,6 +383,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.train(training)
+
+
+def preserved_rng(device: torch.device) -> AbstractContextManager[None]:
+    """Restore torch's random generators of the CPU and of `device` at the end of the block."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextmanager
@@ -577,20 +580,13 @@ def check_targets(model: Any, targets: list[str]) -> None:
     for target in targets:
         if target == ALL_LINEAR or any(name == target or name.endswith(f".{target}") for name in linear):
             continue
-        near = [f"did you mean  {name} ?" for name in difflib.get_close_matches(target, choices, n=1)]
-        advice = (*near, "linear layers: " + ", ".join(choices))
+        advice = (*did_you_mean(target, choices), "linear layers: " + ", ".join(choices))
         problems.append(Problem(f"model.lora.targets={target}", "no linear layer of this name", "", advice))
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
 
 
 def check_saved(model: Any, names: list[str]) -> None:
     """Raises UftError for every module to save that the model does not have, by its last name."""
     found = {name.rpartition(".")[2] for name, _ in model.named_modules()} - {""}
-    problems = []
-    for name in names:
-        if name not in found:
-            near = [f"did you mean  {other} ?" for other in difflib.get_close_matches(name, found, n=1)]
-            problems.append(Problem(f"model.lora.modules_to_save={name}", "no module of this name", "", tuple(near)))
-    if problems:
-        raise UftError(*problems)
+    key, why = "model.lora.modules_to_save", "no module of this name"
+    raise_problems([Problem(f"{key}={n}", why, "", did_you_mean(n, found)) for n in names if n not in found])

@@ -23,7 +23,7 @@ TINY = 10_000_000
 """Parameters below which `model.dtype=auto` is float32: not their products are what takes time."""
 
 
-def settled(model: Model, device: torch.device) -> Model:
+def resolve_dtype(model: Model, device: torch.device) -> Model:
     """`model` with its precision on `device` said, where that is `auto`: bfloat16 where the device multiplies it
     natively, unless the model is small."""
     if model.dtype != "auto":

@@ -10,19 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from uft.config.schema import Model, ReferenceModel
 from uft.data.batch import Batch, Layout, TokenSequence, batches_of, packs_of, prompt_of, sequence_batch
+from uft.data.chat import Tokens
 from uft.distributed import ranks
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity, come
@@ -30,8 +30,8 @@ from uft.model.layout import follow_layout
 from uft.model.load import (
     REFERENCE_PATH,
     Location,
-    beneath,
     check_vocabulary,
+    checkpoint_config,
     folder_of,
     load_base,
     load_frozen,
@@ -40,9 +40,9 @@ from uft.model.load import (
     pad_id,
 )
 from uft.model.policy import Frozen, Policy
-from uft.model.precision import settled, storage_dtype
+from uft.model.precision import resolve_dtype, storage_dtype
 from uft.objectives.base import PLAIN, Forward, ForwardOutput, ForwardRequest
-from uft.runs import clear_left, write_json
+from uft.runs import clear_left, file_digest, write_atomically, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,8 +57,8 @@ VISITS_WORTH_A_CACHE = 1.5
 
 @dataclass(frozen=True)
 class Reference:
-    """`forward` is what objectives get. In mode `cached`, `column` must be filled first and its values put into the
-    batches: `column.fill(encoded)`, `sampler.reference = column`."""
+    """The reference in its mode; objectives get `forward`. In mode `cached`, `column` must be filled first and its
+    values put into the batches: `column.fill(encoded)`, `sampler.reference = column`."""
 
     mode: str
     why: str
@@ -108,7 +108,7 @@ def make_reference(
     if mode != "cached":
         return Reference(mode, why, frozen())
     identity = model_identity(model, device, reference.path) | {
-        "dtype": f"{policy.dtype} of {storage_dtype(settled(model, device))}",
+        "dtype": f"{policy.dtype} of {storage_dtype(resolve_dtype(model, device))}",
         "attention": f"{model.attention} {policy.attention}",
         **({} if policy.layout is Layout.PADDED else {"layout": policy.layout.value}),
     }
@@ -200,16 +200,6 @@ FORMAT = 1  # count up when keys or values change their meaning
 SEQUENCES_PER_FILE = 1024  # also the most that a stopped or killed process loses
 
 
-class Encoded(Protocol):
-    """A completion as token ids with its supervised mask."""
-
-    @property
-    def ids(self) -> np.ndarray: ...
-
-    @property
-    def supervised(self) -> np.ndarray: ...
-
-
 def sequence_key(ids: np.ndarray, supervised: np.ndarray) -> bytes:
     """16 bytes that identify a sequence."""
     hashed = hashlib.blake2b(np.asarray(ids, dtype="<i4").tobytes(), digest_size=16)
@@ -231,17 +221,17 @@ class ReferenceColumn:
     per_file: int | None = None  # sequences; None: SEQUENCES_PER_FILE
     phase: str = "reference log-probs were computed"  # for the watchdog
 
-    def __call__(self, encoded: Encoded) -> np.ndarray:
+    def __call__(self, encoded: Tokens) -> np.ndarray:
         """(supervised tokens,) float32, in reading order. KeyError: `fill` has not seen this sequence."""
         return self.store.values[sequence_key(encoded.ids, encoded.supervised)]
 
-    def missing(self, encoded: Iterable[Encoded]) -> dict[bytes, TokenSequence]:
+    def missing(self, encoded: Iterable[Tokens]) -> dict[bytes, TokenSequence]:
         """The sequences that are not on disk yet, each once."""
         return {key: sequence for key, sequence in _keyed(encoded).items() if key not in self.store.values}
 
     def fill(
         self,
-        encoded: Iterable[Encoded],
+        encoded: Iterable[Tokens],
         *,
         batch_tokens: int = 8192,
         should_stop: Callable[[], bool] = lambda: False,
@@ -300,7 +290,7 @@ class ReferenceColumn:
         return found
 
 
-def _keyed(encoded: Iterable[Encoded]) -> dict[bytes, TokenSequence]:
+def _keyed(encoded: Iterable[Tokens]) -> dict[bytes, TokenSequence]:
     return {sequence_key(one.ids, one.supervised): (one.ids, one.supervised) for one in encoded}
 
 
@@ -345,17 +335,9 @@ class LogProbStore:
             "values": np.concatenate(list(values.values())).astype(np.float32),
         }
         checksum = _checksum(arrays)
-        final = self.folder / f"{checksum[:24]}.safetensors"
-        beside = self.folder / f".{final.name}.{os.getpid()}.tmp"
         with self._writing():
-            try:
-                with open(beside, "wb") as handle:
-                    handle.write(save(arrays, metadata={"checksum": checksum}))
-                    handle.flush()
-                    os.fsync(handle.fileno())
-                os.replace(beside, final)
-            finally:
-                beside.unlink(missing_ok=True)
+            content = save(arrays, metadata={"checksum": checksum})
+            write_atomically(self.folder / f"{checksum[:24]}.safetensors", content)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -400,8 +382,8 @@ BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def model_identity(model: Model, device: torch.device, reference: str | None = None) -> dict[str, str]:
-    """What decides the log-probs of a model (or of that at the path `reference`): its weights, and how they are run."""
-    model = settled(model, device)
+    """Key of the log-prob cache: weights, precision, attention and device of a model, or of that at `reference`."""
+    model = resolve_dtype(model, device)
     digest = weights_digest(locate(model, reference), lambda: load_base(model, reference))
     stored = {} if model.quantize == "none" else {"quantize": model.quantize}
     return {"weights": digest, "dtype": model.dtype, "attention": model.attention, "device": device.type, **stored}
@@ -418,9 +400,7 @@ def weights_digest(place: Location, fetch: Callable[[], Any]) -> str:
     for file in files:
         real = file.resolve()
         digest = real.name  # the hub's cache names large files by their sha256
-        if not BLOB.fullmatch(digest):
-            with open(real, "rb") as handle:
-                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = digest if BLOB.fullmatch(digest) else file_digest(real)
         hashed.update(f"{file.name} {digest}\n".encode())
     return hashed.hexdigest()
 
@@ -429,7 +409,7 @@ def _weight_files(place: Location) -> list[Path]:
     """config.json and the weights of a local folder, or of a hub model's snapshot in the local cache; the checksums of
     a checkpoint, and the files of the model that it is laid over."""
     if place.is_checkpoint:
-        own = beneath(place, Model())
+        own = checkpoint_config(place, Model())
         return [Path(place.path, "SHA256SUMS"), *_weight_files(locate(own.model))]
     folder = folder_of(place)
     weights = sorted(folder.glob("*.safetensors")) if folder else []

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 NEW_TOKENS = 16  # of every greedy answer
 OWN_PROCESS = 20_000_000
 """Parameters from which the folder is loaded in a process of its own: of a smaller model, imports would cost more."""
-PATIENCE = 3600.0  # seconds, for a large model on the CPU
+RELOAD_TIMEOUT = 3600.0  # seconds, for a large model on the CPU
 
 TOLERANCE = {"float32": (5e-4, 2e-4), "bfloat16": (5e-2, 3e-2)}
 """Largest and mean difference of log-probs, each by unit of their own largest and mean size; by the narrowest precision
@@ -188,7 +188,7 @@ def _of_own_process(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     own |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-    deadline, pipe = time.monotonic() + PATIENCE, subprocess.PIPE
+    deadline, pipe = time.monotonic() + RELOAD_TIMEOUT, subprocess.PIPE
     text: str | None = json.dumps(request)
     with subprocess.Popen(command, env=own, text=True, stdin=pipe, stdout=pipe, stderr=pipe) as process:
         while True:
@@ -200,7 +200,7 @@ def _of_own_process(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
                 beat()
                 if time.monotonic() > deadline:
                     process.kill()
-                    return {"error": f"it took more than {PATIENCE:.0f} seconds"}
+                    return {"error": f"it took more than {RELOAD_TIMEOUT:.0f} seconds"}
     if process.returncode < 0:
         return {"error": f"its process was killed by signal {-process.returncode}, perhaps for its memory"}
     if process.returncode:

@@ -38,14 +38,17 @@ def log_mean_exp(values: Tensor, mask: Tensor, group: Tensor, groups: int) -> Te
 
 @dataclass(frozen=True)
 class DFT(Objective):
-    """Per row: -s_pos + (1/B) sum_j w_j s_neg_j, w_j = exp(a_j) / u constant; s the sequence's log-prob.
+    """Discriminative likelihood of a row against sampled negatives (arXiv 2502.18679), by compositional optimisation.
 
-    a_j = s_neg_j / tau - log P(y_j): DFT divides by how likely the negative was, DFT2 (`length_normalize`) takes mean
-    log-probs and P constant, and needs no reference. u <- (1 - gamma) u + gamma mean_j exp(a_j), and w uses the new u,
-    so mean_j w_j <= 1 / gamma. All of it in logs.
+    Per row: -s_pos + (1/B) sum_j w_j s_neg_j, w_j = exp(a_j) / u constant; s (S,) is a sequence's log-prob, u (R,) the
+    moving average of the row.
 
-    `plain` (published code): P is the reference on the training prompt. `sampling` (theory): P is the distribution
-    that sampled the negative, given as a column.
+    a_j = s_neg_j / tau - log P(y_j) (S,). DFT divides by how likely the negative was; DFT2 (`length_normalize`) takes
+    mean log-probs and P constant, and needs no reference. u <- (1 - gamma) u + gamma mean_j exp(a_j), and w uses the
+    new u, so mean_j w_j <= 1 / gamma. All of it in logs.
+
+    `denominator=plain` (published code): P is the reference on the training prompt. `sampling` (theory): P is the
+    distribution that sampled the negative, given as a column.
 
     The differentiated term (`surrogate`) has the gradient of F but not its value, and may be negative; the logged loss
     is `estimate` = -s_pos + tau log u. A row without negatives is -s_pos: SFT. Evaluation computes with u but never

@@ -119,10 +119,10 @@ def coefficients(batch: Batch, nll: Tensor, gamma: float) -> Tensor:
 
 @dataclass(frozen=True)
 class IFT(Objective):
-    """Weighted likelihood over a second forward on mixed embeddings, per sequence (1/N) sum_t w_t l_t.
+    """Intuitive Fine-Tuning (arXiv 2405.11870, eqs. 17-21): weighted NLL on mixed embeddings, (1/N) sum_t w_t l_t.
 
     1. Pass 1, no gradient: the policy's guess for every supervised place.
-    2. Pass 2, with gradient, on (1 - lam) E[target] + lam E[guess]: l_t >= 0, the NLL of the original targets.
+    2. Pass 2, with gradient, on (1 - lam) E[target] + lam E[guess]: l (N,) >= 0, the NLL of the original targets.
     3. Weights w (N,) from l by `propagation`; the gradient flows through them unless `detach_weights`.
 
     `eq21` and `alg1` are sums over a sequence, unnormalised as printed: under `sequence` long completions count more.

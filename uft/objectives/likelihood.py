@@ -40,17 +40,18 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {"one": torch.ones_like, "proba
 
 @dataclass(frozen=True)
 class WeightedNLL(Objective):
-    """-w log pi(y_t | x, y_<t) on demonstrations, chosen, good and well-scored completions, w detached.
+    """Weighted negative log-likelihood, -w log pi(y_t | x, y_<t), of good completions; w (N,) is detached.
+
+    SFT has w = 1, Dynamic Fine-Tuning (arXiv 2508.05629, eq. 8) w = pi(y_t). Good are demonstrations, chosen and
+    well-labelled completions, and those scored from `min_score` on.
 
     `token`: sum over all N targets / N. `sequence`: sum over S sequences of their own mean / S. An empty sequence adds
-    an exact 0 and is not counted.
+    an exact 0 and is not counted. Under `token` TRL's SFT and its `dft` agree in value and gradient.
 
     With w = p a token's gradient is p times that of SFT, which is that of -p; the value is not monotone in p (it rises
     while p goes from 0 to 1/e): watch `nll`.
 
-    Under `token` TRL's SFT and its `dft` agree in value and gradient.
-
-    `alpha` adds alpha KL(reference || policy), the sum over the whole vocabulary at every target.
+    `alpha` adds alpha KL(reference || policy) (N,), summed over the whole vocabulary at every target.
     """
 
     reduction: str = key("token", "what counts once in the mean", choices=("token", "sequence"))
@@ -128,7 +129,7 @@ squared is 1e26, which leaves a factor of 1e12 for the weights; from exp(44) on 
 class FSFT(Objective):
     """f-divergence SFT: demonstrations as the optimum of min D_f(pi || expert) + beta KL(pi || reference).
 
-    -phi(r), r = beta (log pi(y|x) - log pi_ref(y|x)), mean over completions. After "implicit reward as the bridge"
+    -phi(r), r = beta (log pi(y|x) - log pi_ref(y|x)) (S,), mean over completions. After "implicit reward as the bridge"
     (arXiv 2507.00018), in which SFT is the total-variation member of a family; *derived* from that framework
     (variational dual with the closed form of the inner minimum, offset v = 0), not copied from the paper's table, and
     the two may differ.
@@ -186,8 +187,8 @@ class FSFT(Objective):
 class PoFT(Objective):
     """Preference-oriented SFT (arXiv 2412.12865): a Bradley-Terry comparison with M frozen models on a demonstration.
 
-    -log sigmoid(beta (mu - b) + gamma), mu the mean log-prob of the completion's tokens and b the baseline's, one
-    number a completion, written beforehand by `uft annotate baseline_logp`.
+    -log sigmoid(beta (mu - b) + gamma), mu (S,) the mean log-prob of a completion's tokens and b (S,) that of the
+    frozen models, written beforehand by `uft annotate baseline_logp`.
 
     b is the mean over models of their own mean log-probs, each under its own tokenizer and template (eq. 5 and code;
     the paper has beta = 1 and gamma = 0). The gradient is that of per-completion SFT times sigmoid(b - mu): completions
@@ -234,7 +235,7 @@ class PoFT(Objective):
 @dataclass(frozen=True)
 class Distill(Objective):
     """Generalised knowledge distillation (GKD, arXiv 2306.13649, eq. 1) on the completions of the data: Jensen-Shannon
-    divergence JSD(beta) of teacher and policy over the whole vocabulary, at every target of a good completion.
+    divergence JSD(beta) (N,) of teacher and policy over the whole vocabulary, at every target of a good completion.
 
     beta = 0 is the forward divergence KL(teacher || policy), 1 the reverse one, as in TRL's `generalized_jsd_loss`.
     Between them beta KL(teacher || m) + (1 - beta) KL(policy || m), m = beta teacher + (1 - beta) policy: towards its

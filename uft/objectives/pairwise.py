@@ -2,7 +2,8 @@
 
 `Pairwise`, DPO (arXiv 2305.18290, eq. 7) and its kin.
 
-A completion's score is a = log pi(y|x) - log pi_ref(y|x); a pair has a_w, a_l and h = a_w - a_l; n is a length.
+A completion's score is a = log pi(y|x) - log pi_ref(y|x) (S,); a pair has a_w, a_l and h = a_w - a_l (P,); n is a
+length in tokens.
 
 | preset | loss of a pair, m = beta h unless said |
 |---|---|
@@ -55,7 +56,7 @@ from uft.objectives.likelihood import CONVENTION
 Tensor = torch.Tensor
 
 
-OWN: dict[str, View] = {"ranked": views.of_own(views.best_against_worst), "negatives": views.against_own}
+OWN_PAIRS: dict[str, View] = {"ranked": views.of_own(views.best_against_worst), "negatives": views.against_own}
 """The pairs of a row with completions that the policy sampled."""
 
 
@@ -71,7 +72,7 @@ class PairLoss(Objective):
     reduction: str = key("sequence", "what counts once in the sft term", choices=("token", "sequence"))
     sft_weight: float = key(0.0, "weight of the NLL of chosen completions and demonstrations", ge=0)
     own: str = key(
-        "ranked", "own completions: best against worst, or negatives of the demonstration", choices=tuple(OWN)
+        "ranked", "own completions: best against worst, or negatives of the demonstration", choices=tuple(OWN_PAIRS)
     )
 
     @property
@@ -80,7 +81,7 @@ class PairLoss(Objective):
             Kind.PREFERENCE: views.against_each,
             Kind.SCORED: views.best_against_worst,
             Kind.NEGATIVES: views.against_each,
-            Kind.ROLLOUT: OWN[self.own],
+            Kind.ROLLOUT: OWN_PAIRS[self.own],
         }
         return {Kind.DEMONSTRATION: views.positives, **taken} if self.sft_weight > 0 else taken
 
@@ -190,21 +191,8 @@ def discopop(pairs: Pairs, o: Pairwise) -> Tensor:
     return torch.sigmoid(-gate) * softplus(-m) + torch.exp(-softplus(-gate) - m)
 
 
-LINKS: dict[str, Callable[[Pairs, Pairwise], Tensor]] = {
-    "sigmoid": sigmoid,
-    "robust": robust,
-    "hinge": hinge,
-    "linear": linear,
-    "squared": squared,
-    "ropo": ropo,
-    "nca": nca,
-    "apo_zero": apo_zero,
-    "apo_down": apo_down,
-    "sppo": sppo,
-    "exo": exo,
-    "bco": bco,
-    "discopop": discopop,
-}
+_LINKS = (sigmoid, robust, hinge, linear, squared, ropo, nca, apo_zero, apo_down, sppo, exo, bco, discopop)
+LINKS: dict[str, Callable[[Pairs, Pairwise], Tensor]] = {link.__name__: link for link in _LINKS}
 CAUTIONS = {
     "linear": "link=linear has no lower bound: the loss falls for as long as one trains; stop early",
     "apo_down": "link=apo_down makes chosen completions less likely too: for pairs whose chosen side is worse than "
@@ -222,7 +210,8 @@ LENGTHS = {
 
 @dataclass(frozen=True)
 class Pairwise(PairLoss):
-    """`link` of the log-ratios of every pair, plus `eta` times the likelihood of the chosen completion.
+    """Preference loss with a reference (DPO, arXiv 2305.18290, eq. 7, and its kin): `link` of the log-ratios (P,) of
+    every pair, plus `eta` times the likelihood of the chosen completion. The table above has the equations.
 
     The log-ratio is differenced per target and then summed: two sums of a thousand log-probs would lose four digits.
     A file of conf/objective names the keys its method has; the others keep the value at which they do nothing.
@@ -386,7 +375,8 @@ CONTRASTS: dict[str, Callable[[Tensor, Tensor, Contrastive], Tensor]] = {"sigmoi
 
 @dataclass(frozen=True)
 class Contrastive(PairLoss):
-    """alpha (-mu_w) + lam `link`(s_w, s_l), mean over pairs; no reference.
+    """Preference loss without a reference (SimPO, CPO, ORPO, ASFT): alpha (-mu_w) + lam `link`(s_w, s_l) (P,), mean
+    over pairs. The table above has the equations.
 
     Where others differ. TRL's ORPO takes its likelihood over prompt and completion and averages it over the batch's
     tokens, as its CPO does over those of completions; here every pair counts once, as in the papers (TRL's CPO is

@@ -36,8 +36,8 @@ class UFT(Objective):
     """Unified Fine-Tuning (arXiv 2410.21438) and UNA (arXiv 2408.15339): one regression for every kind of feedback.
 
     The optimum of the KL-regularised objective satisfies r(x, y) = beta log(pi/pi_ref) + f(x) + c; both papers set
-    f = c = 0. Training fits the score sigmoid(z), z = beta (log pi(y|x) - log pi_ref(y|x)), to an explicit reward r in
-    [0, 1]. UNA is the same on alignment data alone: a preset.
+    f = c = 0. Training fits the score sigmoid(z), z = beta (log pi(y|x) - log pi_ref(y|x)) (S,), to an explicit reward
+    r (S,) in [0, 1]. UNA is the same on alignment data alone: a preset.
 
     One term over all rows: every scored completion counts once, and so does every pair.
 
@@ -132,8 +132,8 @@ class KTO(Objective):
     """Kahneman-Tversky optimisation (arXiv 2402.01306): good and bad answers, each by itself, against a reference point
     shared by the whole step.
 
-    A prospect-theory value of the implicit reward a = log pi(y|x) - log pi_ref(y|x) around z, an estimate of the
-    divergence KL(pi || pi_ref): the mean of a over completions that stand under another row's prompt.
+    A prospect-theory value of the implicit reward a = log pi(y|x) - log pi_ref(y|x) (S,) around z (), an estimate of
+    KL(pi || pi_ref): the mean of a over completions that stand under another row's prompt.
 
     Desirable: 1 - sigmoid(beta (a - z)); undesirable: 1 - sigmoid(beta (z - a)); mean over completions.
 

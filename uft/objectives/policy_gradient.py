@@ -90,8 +90,10 @@ class Groups(NamedTuple):
 
 @dataclass(frozen=True)
 class PolicyGradient(Objective):
-    """max(-A q, -A clip(q)) over own completions, q = pi / old and A their advantage within the group of a prompt, plus
-    kl x an estimate of the divergence from the reference, minus entropy x the entropy, plus the demonstrations' part.
+    """Clipped policy gradient with advantages within the group of a prompt (GRPO, arXiv 2402.03300, and its kin).
+
+    max(-A q, -A clip(q)) over own completions, q = pi / old (N,) and A (S,) their advantage, plus kl x an estimate of
+    the divergence from the reference, minus entropy x the entropy, plus the demonstrations' part.
 
     Where a rollout serves one update, old is the policy itself: q is 1, the clip is idle and the gradient is that of
     REINFORCE with A. The value is then no measure of progress: with sequences as units it is exactly 0.
@@ -299,14 +301,13 @@ CLIMB = "srft pushes wrong completions down without a bound: watch objective/wro
 
 @dataclass(frozen=True)
 class SRFT(Objective):
-    """Supervised and reinforcement fine-tuning in one step, each part weighed by the policy's entropy.
+    """SRFT (arXiv 2506.19767): supervised and reinforcement fine-tuning in one step, each weighed by the entropy.
 
-    No code of the authors was found: the form is that of a reimplementation and of notes on the paper (arXiv
-    2506.19767). Of two readings of the weight of right completions, the one that grows with the entropy is taken, as
-    its text says.
+    No code of the authors was found: the form is that of a reimplementation and of notes on the paper. Of two readings
+    of the weight of right completions, the one that grows with the entropy is taken, as its text says.
 
     e^-H imitation and a shaped policy gradient of the demonstration, e^H likelihood of right own completions, minus
-    the likelihood of wrong ones; H is the mean entropy of the sequence's tokens, a constant to the gradient.
+    the likelihood of wrong ones; H (S,) is the mean entropy of a sequence's tokens, a constant to the gradient.
 
     Each part is a mean over its own tokens of the step. The shaped part has the demonstration's advantage among the
     group's scores, its own being 1, and no division by the spread (as LUFFY).

@@ -110,8 +110,8 @@ def reward_counts(batch: Batch) -> dict[str, Tensor]:
 
 
 TIE = 1e-4
-"""Nats below which two sides are equally likely, as in the evaluation: two equal completions, or a policy that equals
-its reference, differ by rounding alone, and that differs from one layout to another."""
+"""Nats below which two sides count as equally likely, here and in the evaluation. Equal completions, and a policy that
+equals its reference, differ by rounding, which depends on the layout."""
 
 
 def reward_totals(batch: Batch, z: Tensor, beta: float) -> dict[str, Tensor]:

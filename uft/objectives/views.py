@@ -109,7 +109,7 @@ def of_own(view: View) -> View:
     return selection
 
 
-def best(row: Row, visit: int) -> Selection:
+def best_of_n(row: Row, visit: int) -> Selection:
     """The completion with the highest score, the first of equals (best of n)."""
     rewards = [reward(completion) for completion in row.completions]
     return (Selected(rewards.index(max(rewards))),)
@@ -117,7 +117,7 @@ def best(row: Row, visit: int) -> Selection:
 
 def likelihood(min_score: float) -> dict[Kind, View]:
     """The good completions of every kind of row, of rollouts the best of n."""
-    return {**dict.fromkeys(ANSWERED, partial(positives, min_score=min_score)), Kind.ROLLOUT: of_own(best)}
+    return {**dict.fromkeys(ANSWERED, partial(positives, min_score=min_score)), Kind.ROLLOUT: of_own(best_of_n)}
 
 
 def advantaged(row: Row, visit: int) -> Selection:

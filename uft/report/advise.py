@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 
 from uft.config.compose import quoted
 from uft.config.frozen import ABSENT
-from uft.errors import Problem, UftError
+from uft.errors import Problem, raise_problems
 from uft.report.groups import as_typed, grouping, hashable, rank
 from uft.report.metrics import direction, listed, plural
 from uft.report.runs import LoadedRun
@@ -182,8 +182,7 @@ def evidence(runs: Sequence[LoadedRun], question: Question) -> Evidence:
     if math.prod(map(len, levels)) > MOST:
         why = f"more than {MOST:,} combinations of levels"
         problems.append(Problem(f"{math.prod(map(len, levels)):,}", why, advice=("compare fewer runs",)))
-    if problems:
-        raise UftError(*problems, footer="Nothing is advised.")
+    raise_problems(problems, footer="Nothing is advised.")
     factors = [axis.key for axis in found.axes]
     places = [{hashable(value): n for n, value in enumerate(of)} for of in levels]
     rows = [tuple(of[hashable(v)] for of, v in zip(places, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -207,8 +206,7 @@ def declared(text: str | None, factors: Sequence[str]) -> list[tuple[int, ...]]:
             problems += [] if len(short) == 1 else [Problem(f"cliques: {word}", "is none of what varies")]
             found += short[:1]
         named.append(tuple(sorted(found)))
-    if problems:
-        raise UftError(*problems, footer=f"What varies:  {', '.join(factors)}")
+    raise_problems(problems, footer=f"What varies:  {', '.join(factors)}")
     return [*named, *((n,) for n in range(len(factors)) if not any(n in clique for clique in named))]
 
 

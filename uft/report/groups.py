@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
-from uft.config.frozen import ABSENT, free
+from uft.config.frozen import ABSENT, may_change
 from uft.config.messages import written
 from uft.config.schema import Config, Source, flat
 from uft.data.messages import is_number
@@ -25,9 +25,9 @@ OBJECTIVE, OBJECTIVE_NAME, SOURCES = "objective.", "objective.name", "data.sourc
 COMPLETIONS = "rollout.completions"
 STAGE, IN_STAGE = re.compile(r"stages\.[^.]+\."), re.compile(r"^stages\.[^.]+\.config\.")
 NO_RESULT = ("data.cache", "eval.best", "eval.best_mode", "eval.before", "eval.samples")
-"""Keys, beside those that `free` knows, that change neither the last weights nor the last metrics."""
+"""Keys, beside those that `may_change` knows, that change neither the last weights nor the last metrics."""
 SELECT_SEED = "select.seed"  # the run's seed, unless another is given
-OWN = ("run.", "sweep.")  # a run's name and place, which differ by nature
+RUN_KEYS = ("run.", "sweep.")  # a run's name and place, which differ by nature
 LONGEST_NAME, LONGEST_VALUE = 100, 40
 
 Flat = dict[str, Any]  # by dotted key
@@ -84,7 +84,7 @@ def grouping(runs: Sequence[LoadedRun], seed_keys: Sequence[str] = ()) -> Groupi
     for key in all_keys(configs.values()):
         inner = IN_STAGE.sub("", key)
         of_stage = IN_STAGE.sub(lambda found: found[0].removesuffix("config."), key)  # a stage may work by this key
-        if free(of_stage) or inner in NO_RESULT or is_seed(key, seed_keys):
+        if may_change(of_stage) or inner in NO_RESULT or is_seed(key, seed_keys):
             continue
         column = {number: config[key] for number, config in configs.items() if key in config}
         signature = signature_of(column, configs)
@@ -283,7 +283,7 @@ def differences(runs: Sequence[LoadedRun], seed_keys: Sequence[str]) -> list[tup
     """
     configs = {number: run.config for number, run in enumerate(runs) if run.config}
     facts = {number: run.facts for number, run in enumerate(runs) if run.info}
-    keys = [key for key in all_keys(configs.values()) if not key.startswith(OWN) and not is_seed(key, seed_keys)]
+    keys = [key for key in all_keys(configs.values()) if not key.startswith(RUN_KEYS) and not is_seed(key, seed_keys)]
     columns = [(key, {number: config.get(key, ABSENT) for number, config in configs.items()}) for key in keys]
     columns += [(key, {n: of.get(key, ABSENT) for n, of in facts.items()}) for key in all_keys(facts.values())]
     found = []

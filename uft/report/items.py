@@ -19,7 +19,7 @@ from uft.report.runs import LoadedRun
 
 LEVEL = 0.95
 FLIPPED = 40  # prompts that are listed, at most
-LONGEST = 400  # characters of a prompt or an answer
+LONGEST_EXCERPT = 400  # characters of a prompt or an answer
 
 RowKey = tuple[str, str]  # source, row
 Column = Mapping[RowKey, tuple[float, float]]  # (sum, count) of a metric
@@ -104,7 +104,7 @@ def same_count(key: RowKey, columns: Sequence[Column]) -> bool:
 def flip(key: RowKey, right: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A prompt that flipped, with the answers of both sides at one seed."""
     prompt, *replies = (
-        truncated(encodable(str(text or "")), LONGEST)
+        truncated(encodable(str(text or "")), LONGEST_EXCERPT)
         for text in (items[0].get("prompt"), *(i.get("reply") for i in items))
     )
     return {"row": encodable(key[1]), "right": right, "prompt": prompt, "a": replies[0], "b": replies[1]}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uft.config.messages import written
-from uft.errors import Problem, UftError
+from uft.errors import Problem, raise_problems
 from uft.report.runs import COSTS, EVALS, LoadedRun
 
 DIRECTIONS = {
@@ -165,8 +165,7 @@ def headlines(
             order.append(Headline(metric, better))
             continue
         problems.append(Problem(f"--metric {word}", why, advice=(advice,) if advice else ()))
-    if problems:
-        raise UftError(*problems, footer="Figures there are:  " + listed([*known], 40))
+    raise_problems(problems, footer="Figures there are:  " + listed([*known], 40))
     chosen = Counter((str(run.config.get("eval.best")), str(run.config.get("eval.best_mode"))) for run in runs)
     chosen.pop((LIKELIHOOD, "min"), None)  # the default, which has its place among HEADLINES
     order += [Headline(*pair) for pair, _ in chosen.most_common() if comparable or not of_objective(pair[0])]

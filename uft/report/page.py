@@ -32,7 +32,7 @@ ORDER = (
     *("plots", "scatter", "heatmap", "parallel", "runs", "filter", "differences", "samples", "main"),
 )
 SCRIPTS = tuple(f"{name}.js" for name in ORDER)
-LONGEST = 20_000  # characters of one text; compare.json has the rest
+PAGE_TEXT = 20_000  # characters of one text; compare.json has the rest
 CURVES = 9_000_000  # characters of encoded curves; with Plotly's 4.8 MB the page stays under 15 MB
 UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")  # what could end a script element, a JS line or the encoding
 AXES = ("step", "tokens", "seconds", "value")
@@ -91,9 +91,9 @@ def script_json(value: Any) -> str:
 def plain(value: Any) -> Any:
     """`value` with overlong texts cut and numbers that JSON lacks as strings."""
     if isinstance(value, str):
-        if len(value) <= LONGEST:
+        if len(value) <= PAGE_TEXT:
             return value
-        return f"{value[:LONGEST]} ... ({len(value) - LONGEST} more characters are in compare.json)"
+        return f"{value[:PAGE_TEXT]} ... ({len(value) - PAGE_TEXT} more characters are in compare.json)"
     if isinstance(value, Mapping):
         return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -21,12 +21,11 @@ from typing import Any
 import yaml
 
 from uft.config.frozen import flat
-from uft.errors import Problem, UftError, first_line, problem_lines
-from uft.runs import Run, bounded, lineage, named_folder, no_runs, shown, yaml_text
+from uft.errors import Problem, UftError, first_line, problem_lines, raise_problems
+from uft.runs import OUTPUTS, Run, bounded, lineage, named_folder, no_runs, shown, yaml_text
 from uft.tracking import metrics
 from uft.tracking.metrics import NOT_NUMBERS
 
-OUTPUTS = Path("outputs")
 RUN_FILES = frozenset(("config.yaml", "run.json", "metrics.jsonl", "result.json"))
 FINISHED, UNREADABLE = "finished", "unreadable"
 COSTS = ("seconds", "tokens", "supervised_tokens", "tokens_per_second", "peak_memory_bytes")
@@ -69,8 +68,7 @@ def select(words: Sequence[str]) -> Selection:
             problems += no_runs(Path(word)).problems
         for run in runs:
             found.setdefault(run.resolve(), run)
-    if problems:
-        raise UftError(*problems, footer="See the runs here:  uft ls")
+    raise_problems(problems, footer="See the runs here:  uft ls")
     return as_selection(found.values())
 
 

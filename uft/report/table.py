@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 COLUMNS, ROWS, OTHERS = 5, 30, 10  # shown at most: metrics, configurations, incomplete runs
-LONGEST = 200  # characters of a name or an error
+LONGEST_CELL = 200  # characters of a name or an error
 FLIPS, ANSWER = 3, 60  # prompts that flipped in the terminal, and characters of a prompt or answer
 
 
@@ -167,7 +167,7 @@ def cell(found: Mapping[str, Any] | None, digits: int, leads: bool) -> Text:
 
 
 def one_line(text: str) -> str:
-    return shorten(printable(text), LONGEST)
+    return shorten(printable(text), LONGEST_CELL)
 
 
 # --- For a paper

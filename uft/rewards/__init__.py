@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache, lru_cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from uft.data.rows import Row
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, did_you_mean
 from uft.rewards.base import Checker, Unjudged, Verdict, gold
 from uft.rewards.ifeval import IFEval
 from uft.rewards.isolation import judge_apart
@@ -63,7 +62,7 @@ CHECKERS: dict[str, type[Checker]] = {
     "likelihood": Likelihood,
     "classifier": Classifier,
 }
-"""By `method`, those of this package."""
+"""Method -> checker, those of this package."""
 
 
 @cache
@@ -128,7 +127,7 @@ def problems_with(
         if method is None:
             continue
         if method not in known:
-            near = (f"did you mean  {key}={close} ?" for close in get_close_matches(method, known, 1))
+            near = did_you_mean(method, known, shown=f"{key}={{}}".format)
             yield key, f"no such choice: {method}", (*near, f"choices: {', '.join(known)}")
         elif missing := [name for name in known[method].packages if find_spec(name) is None]:
             why = f"{method} needs {', '.join(missing)}, which is not installed"

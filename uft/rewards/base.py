@@ -22,7 +22,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a checker says of one reply.
+    """The verdict of a checker on one reply.
 
     A reply that cannot be judged (it took too long, or too much memory) has every figure 0 and the reason. A row that
     cannot be judged (it lacks an answer) has no figures and the reason.
@@ -115,7 +115,7 @@ def gold(row: Row) -> str | None:
 
 
 def answer_of(row: Row) -> str:
-    """As :func:`gold`, demanded."""
+    """As :func:`gold`; Unjudged where there is none."""
     right = gold(row)
     if right is None:
         raise Unjudged("the row has no answer")
@@ -123,7 +123,7 @@ def answer_of(row: Row) -> str:
 
 
 def fact(row: Row, *columns: str) -> Any:
-    """What the row says in the first of these columns that it has, demanded."""
+    """The row's value in the first of these columns that it has; Unjudged where it has none."""
     for column in columns:
         if column in row.facts:
             return row.facts[column]

@@ -1,8 +1,9 @@
 """IFEval: the 25 verifiable instructions of arXiv 2311.07911, strict and loose.
 
-One function each, from a reply and the instruction's arguments to whether it is followed. Two differ from the
-published code, which asks NLTK: sentences end at `.`, `!` or `?` before white space, and words are runs of letters and
-digits with hyphens and full stops inside. The language is langdetect's guess, with its seed fixed.
+A table from an instruction's identifier to its check, which maps a reply and the instruction's arguments to whether it
+is followed. Two differ from the published code, which asks NLTK: sentences end at `.`, `!` or `?` before white space,
+and words are runs of letters and digits with hyphens and full stops inside. The language is langdetect's guess, with
+its seed fixed.
 """
 
 from __future__ import annotations
@@ -30,29 +31,6 @@ def _occurrences(text: str, keyword: str) -> int:
     return text.lower().count(keyword.lower())
 
 
-# keywords
-
-
-def existence(reply: str, arguments: Arguments) -> bool:
-    return all(_occurrences(reply, keyword) for keyword in arguments["keywords"])
-
-
-def frequency(reply: str, arguments: Arguments) -> bool:
-    return _as_many(_occurrences(reply, arguments["keyword"].strip()), arguments, "frequency")
-
-
-def forbidden_words(reply: str, arguments: Arguments) -> bool:
-    words = (rf"\b{re.escape(word)}\b" for word in arguments["forbidden_words"])
-    return not any(re.search(word, reply, re.IGNORECASE) for word in words)
-
-
-def letter_frequency(reply: str, arguments: Arguments) -> bool:
-    return _as_many(_occurrences(reply, arguments["letter"]), arguments, "let_frequency", "let_relation")
-
-
-# language and case
-
-
 def _language(text: str) -> str | None:
     """The language's code; None where the text says nothing of it, e.g. has no letters."""
     from langdetect import DetectorFactory, LangDetectException, detect
@@ -64,33 +42,8 @@ def _language(text: str) -> str | None:
         return None
 
 
-def response_language(reply: str, arguments: Arguments) -> bool:
-    return _language(reply) in (arguments["language"], None)
-
-
-def english_capital(reply: str, arguments: Arguments) -> bool:
-    return reply.isupper() and _language(reply) in ("en", None)
-
-
-def english_lowercase(reply: str, arguments: Arguments) -> bool:
-    return reply.islower() and _language(reply) in ("en", None)
-
-
-def capital_word_frequency(reply: str, arguments: Arguments) -> bool:
-    capitals = sum(word.isupper() for word in re.findall(r"\w+(?:[-.]\w+)*", reply))
-    return _as_many(capitals, arguments, "capital_frequency", "capital_relation")
-
-
-# lengths
-
-
-def number_sentences(reply: str, arguments: Arguments) -> bool:
-    sentences = [one for one in re.split(r"(?<=[.!?])[\"')\]]*\s+", reply.strip()) if re.search(r"\w", one)]
-    return _as_many(len(sentences), arguments, "num_sentences")
-
-
-def number_words(reply: str, arguments: Arguments) -> bool:
-    return _as_many(len(re.findall(r"\w+", reply)), arguments, "num_words")
+def _sentences(text: str) -> int:
+    return sum(re.search(r"\w", one) is not None for one in re.split(r"(?<=[.!?])[\"')\]]*\s+", text.strip()))
 
 
 def _filled(parts: list[str]) -> int | None:
@@ -100,11 +53,7 @@ def _filled(parts: list[str]) -> int | None:
     return sum(bool(part.strip()) for part in parts)
 
 
-def number_paragraphs(reply: str, arguments: Arguments) -> bool:
-    return _filled(re.split(r"\s?\*\*\*\s?", reply)) == int(arguments["num_paragraphs"])
-
-
-def nth_paragraph_first_word(reply: str, arguments: Arguments) -> bool:
+def _nth_paragraph_first_word(reply: str, arguments: Arguments) -> bool:
     paragraphs, nth = reply.split("\n\n"), int(arguments["nth_paragraph"])
     filled = sum(bool(one.strip()) for one in paragraphs)
     if filled != int(arguments["num_paragraphs"]) or nth > len(paragraphs) or not paragraphs[nth - 1].strip():
@@ -114,38 +63,13 @@ def nth_paragraph_first_word(reply: str, arguments: Arguments) -> bool:
     return word is not None and word[0] == arguments["first_word"].lower()
 
 
-# detectable content and format
-
-
-def number_placeholders(reply: str, arguments: Arguments) -> bool:
-    return len(re.findall(r"\[[^\n\]]*\]", reply)) >= int(arguments["num_placeholders"])
-
-
-def postscript(reply: str, arguments: Arguments) -> bool:
+def _postscript(reply: str, arguments: Arguments) -> bool:
     marker = str(arguments["postscript_marker"]).lower()
     spaced = {"p.s.": r"p\.\s?s\.", "p.p.s": r"p\.\s?p\.\s?s"}  # as people write them
     return re.search(spaced.get(marker, re.escape(marker)), reply.lower()) is not None
 
 
-def number_bullet_lists(reply: str, arguments: Arguments) -> bool:
-    return len(re.findall(r"^[^\S\n]*(?:\*[^*\n]|-).*$", reply, re.MULTILINE)) == int(arguments["num_bullets"])
-
-
-def constrained_response(reply: str, arguments: Arguments) -> bool:
-    return any(f"My answer is {word}." in reply for word in ("yes", "no", "maybe"))
-
-
-def number_highlighted_sections(reply: str, arguments: Arguments) -> bool:
-    marked = re.findall(r"\*([^\n*]*)\*", reply) + re.findall(r"\*\*([^\n*]*)\*\*", reply)
-    return sum(bool(text.strip()) for text in marked) >= int(arguments["num_highlights"])
-
-
-def multiple_sections(reply: str, arguments: Arguments) -> bool:
-    sections = re.findall(rf"{re.escape(arguments['section_spliter'].strip())}\s?\d+", reply)
-    return len(sections) >= int(arguments["num_sections"])
-
-
-def json_format(reply: str, arguments: Arguments) -> bool:
+def _is_json(reply: str, arguments: Arguments) -> bool:
     text = re.sub(r"\A```(?:json)?", "", reply.strip(), flags=re.IGNORECASE).removesuffix("```")
     try:
         json.loads(text)
@@ -154,58 +78,63 @@ def json_format(reply: str, arguments: Arguments) -> bool:
     return True
 
 
-def title(reply: str, arguments: Arguments) -> bool:
-    return any(one.lstrip("<").rstrip(">").strip() for one in re.findall(r"<<[^\n]+>>", reply))
-
-
-# combinations, beginning and end, punctuation
-
-
-def two_responses(reply: str, arguments: Arguments) -> bool:
+def _two_responses(reply: str, arguments: Arguments) -> bool:
     parts = reply.split("******")
     said = [part.strip() for part in parts if part.strip()]
     return _filled(parts) == 2 and said[0] != said[1]
 
 
-def repeat_prompt(reply: str, arguments: Arguments) -> bool:
-    return reply.strip().lower().startswith(arguments["prompt_to_repeat"].strip().lower())
-
-
-def end_checker(reply: str, arguments: Arguments) -> bool:
-    return reply.strip().strip('"').lower().endswith(arguments["end_phrase"].strip().lower())
-
-
-def quotation(reply: str, arguments: Arguments) -> bool:
-    text = reply.strip()
-    return len(text) > 1 and text[0] == text[-1] == '"'
-
-
-def no_comma(reply: str, arguments: Arguments) -> bool:
-    return "," not in reply
-
-
 INSTRUCTIONS: dict[str, Check] = {
-    f"{group}:{check.__name__}": check
-    for group, checks in {
-        "keywords": (existence, frequency, forbidden_words, letter_frequency),
-        "language": (response_language,),
-        "length_constraints": (number_sentences, number_paragraphs, number_words, nth_paragraph_first_word),
-        "detectable_content": (number_placeholders, postscript),
-        "detectable_format": (
-            number_bullet_lists,
-            constrained_response,
-            number_highlighted_sections,
-            multiple_sections,
-            json_format,
-            title,
-        ),
-        "combination": (two_responses, repeat_prompt),
-        "startend": (end_checker, quotation),
-        "change_case": (capital_word_frequency, english_capital, english_lowercase),
-        "punctuation": (no_comma,),
-    }.items()
-    for check in checks
+    "keywords:existence": lambda reply, a: all(_occurrences(reply, keyword) for keyword in a["keywords"]),
+    "keywords:frequency": lambda reply, a: _as_many(_occurrences(reply, a["keyword"].strip()), a, "frequency"),
+    "keywords:forbidden_words": lambda reply, a: (
+        not any(re.search(rf"\b{re.escape(word)}\b", reply, re.IGNORECASE) for word in a["forbidden_words"])
+    ),
+    "keywords:letter_frequency": lambda reply, a: _as_many(
+        _occurrences(reply, a["letter"]), a, "let_frequency", "let_relation"
+    ),
+    "language:response_language": lambda reply, a: _language(reply) in (a["language"], None),
+    "length_constraints:number_sentences": lambda reply, a: _as_many(_sentences(reply), a, "num_sentences"),
+    "length_constraints:number_paragraphs": lambda reply, a: (
+        _filled(re.split(r"\s?\*\*\*\s?", reply)) == int(a["num_paragraphs"])
+    ),
+    "length_constraints:number_words": lambda reply, a: _as_many(len(re.findall(r"\w+", reply)), a, "num_words"),
+    "length_constraints:nth_paragraph_first_word": _nth_paragraph_first_word,
+    "detectable_content:number_placeholders": lambda reply, a: (
+        len(re.findall(r"\[[^\n\]]*\]", reply)) >= int(a["num_placeholders"])
+    ),
+    "detectable_content:postscript": _postscript,
+    "detectable_format:number_bullet_lists": lambda reply, a: (
+        len(re.findall(r"^[^\S\n]*(?:\*[^*\n]|-).*$", reply, re.MULTILINE)) == int(a["num_bullets"])
+    ),
+    "detectable_format:constrained_response": lambda reply, a: any(
+        f"My answer is {word}." in reply for word in ("yes", "no", "maybe")
+    ),
+    "detectable_format:number_highlighted_sections": lambda reply, a: (
+        sum(bool(text.strip()) for mark in (r"\*", r"\*\*") for text in re.findall(rf"{mark}([^\n*]*){mark}", reply))
+        >= int(a["num_highlights"])
+    ),
+    "detectable_format:multiple_sections": lambda reply, a: (
+        len(re.findall(rf"{re.escape(a['section_spliter'].strip())}\s?\d+", reply)) >= int(a["num_sections"])
+    ),
+    "detectable_format:json_format": _is_json,
+    "detectable_format:title": lambda reply, a: any(
+        one.lstrip("<").rstrip(">").strip() for one in re.findall(r"<<[^\n]+>>", reply)
+    ),
+    "combination:two_responses": _two_responses,
+    "combination:repeat_prompt": lambda reply, a: (
+        reply.strip().lower().startswith(a["prompt_to_repeat"].strip().lower())
+    ),
+    "startend:end_checker": lambda reply, a: reply.strip().strip('"').lower().endswith(a["end_phrase"].strip().lower()),
+    "startend:quotation": lambda reply, a: re.fullmatch(r'".*"', reply.strip(), re.DOTALL) is not None,
+    "change_case:capital_word_frequency": lambda reply, a: _as_many(
+        sum(map(str.isupper, re.findall(r"\w+(?:[-.]\w+)*", reply))), a, "capital_frequency", "capital_relation"
+    ),
+    "change_case:english_capital": lambda reply, a: reply.isupper() and _language(reply) in ("en", None),
+    "change_case:english_lowercase": lambda reply, a: reply.islower() and _language(reply) in ("en", None),
+    "punctuation:no_comma": lambda reply, a: "," not in reply,
 }
+"""By the identifier that rows give an instruction."""
 
 
 def loosened(reply: str) -> Iterator[str]:

@@ -2,9 +2,9 @@
 
 Jobs go in as lines of JSON and verdicts come out as lines of JSON, in the same order (:mod:`uft.rewards.child`). The
 child is started when it is first needed, ends when its input does, and is replaced when it dies. The answer that it
-died of gets the reason, the others of the batch go to the next one; where somebody else killed it (the system, short of
-memory), the answer goes there too, once. Only data crosses: whatever takes over the child could at most write numbers
-from 0 to 1.
+died of gets the reason, the others of the batch go to the next one. Where another process killed it (the system, short
+of memory), the answer goes there too, once. Only data crosses: whatever takes over the child could at most write
+numbers from 0 to 1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SECONDS = 2.0
 """CPU time of one answer. Time on the wall would depend on what else the machine does, and the reward with it."""
 MEMORY = 2 << 30
 """Bytes of address space of the child."""
-LONGEST = 400_000
+LONGEST_REPLY = 400_000
 """Characters of a reply that is looked at."""
 WALL = 120.0
 """Seconds without a verdict after which the child is taken for lost: it sleeps, or the machine does."""
@@ -43,7 +43,7 @@ LINE = 10_000
 
 @dataclass
 class Child:
-    """A running child, and what of its output was not looked at yet."""
+    """A running child that takes and gives lines, and the part of its output that was not looked at yet."""
 
     process: subprocess.Popen[bytes]
     owner: int = field(default_factory=os.getpid)  # a process forked from this one must not talk to its child
@@ -80,19 +80,22 @@ class Child:
 
     def read_line(self) -> bytes | None:
         """The next line; None where the child ended, said too much or nothing for too long."""
-        assert self.process.stdout is not None
         deadline = time.monotonic() + WALL
         while b"\n" not in self.unread:
-            beat()
-            ready = select.select([self.process.stdout], [], [], min(1.0, max(0.0, deadline - time.monotonic())))[0]
-            more = self.process.stdout.read(65_536) if ready else b""
-            self.unread += more or b""
-            if (ready and not more) or time.monotonic() > deadline:
-                return None
-            if len(self.unread) > LINE and b"\n" not in self.unread:
+            ended = not self.receive(min(1.0, max(0.0, deadline - time.monotonic())))
+            if ended or time.monotonic() > deadline or (len(self.unread) > LINE and b"\n" not in self.unread):
                 return None
         line, _, self.unread = self.unread.partition(b"\n")
         return line
+
+    def receive(self, seconds: float) -> bool:
+        """Add output to `unread`, for which it waits so long at most; False where the output has ended."""
+        assert self.process.stdout is not None
+        beat()
+        ready = select.select([self.process.stdout], [], [], seconds)[0]
+        more = self.process.stdout.read(65_536) if ready else b""
+        self.unread += more or b""
+        return bool(more) or not ready
 
     def close(self) -> None:
         """End the child, whatever it does."""
@@ -103,7 +106,7 @@ class Child:
                 pipe.close()
 
     def was_killed(self) -> bool:
-        """Whether somebody else killed the child, whose output ended: an answer may be judged again."""
+        """Whether another process killed the child, whose output ended: an answer may be judged again."""
         with suppress(subprocess.TimeoutExpired):  # its output ends a moment before it does
             self.process.wait(1.0)
         return self.process.returncode == -signal.SIGKILL
@@ -133,8 +136,8 @@ def judge_apart(jobs: Sequence[tuple[Checker, Row, str]]) -> list[Verdict]:
     verdicts: dict[int, Verdict] = {}
     lines: dict[int, bytes] = {}
     for number, (checker, row, reply) in enumerate(jobs):
-        if len(reply) > LONGEST:
-            verdicts[number] = checker.failed(f"is longer than {LONGEST:,} characters")
+        if len(reply) > LONGEST_REPLY:
+            verdicts[number] = checker.failed(f"is longer than {LONGEST_REPLY:,} characters")
         else:
             lines[number] = _job(checker, row, reply)
     waiting, tried = list(lines), set[int]()  # numbers; those whose child was killed

@@ -27,7 +27,7 @@ MISSING = "???"  # a value that has to be given, as OmegaConf writes it
 
 @dataclass(frozen=True)
 class _Asked(Checker):
-    """What both have: the model, and how replies get to it, a batch of similar lengths at a time."""
+    """Base of both: the model, and batches of replies of similar lengths."""
 
     path: str = key(MISSING, "the model: hub id, folder, or builtin:playground")
     revision: str | None = key(None, "commit or tag of a hub model")
@@ -39,7 +39,7 @@ class _Asked(Checker):
         return [("path", "has no value")] if self.path == MISSING else []
 
     def encode(self, tokenizer: Any, row: Row, reply: str) -> Encoded:
-        """What the model reads. Raises UftError where its template refuses the reply."""
+        """The input of the model. Raises UftError where its template refuses the reply."""
         raise NotImplementedError
 
     def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> list[float]:

@@ -22,7 +22,7 @@ from uft.data.rows import Row
 from uft.rewards.base import Checker, Figures, Unjudged, answer_of, answered, fact, stated
 from uft.rewards.text import last_number
 
-LONGEST = 1_000
+LONGEST_EXPRESSION = 1_000
 """Characters of an expression that are looked at; no answer needs more."""
 DEEPEST = 40
 """Brackets within each other in an expression; a grammar needs very long for many."""
@@ -37,8 +37,8 @@ _PLAIN = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?")
 
 
 def expression(text: str) -> str:
-    """What a text states: its last box, what follows `####`, the last formula, or :func:`last_line`, of a sentence the
-    last number."""
+    """The final answer of a text: its last box, what follows `####`, the last formula, or :func:`last_line`, of a
+    sentence the last number."""
     _, marked, after = text.rpartition("####")
     if (start := text.rfind("\\boxed{")) >= 0:
         found = _braced(text[start + len("\\boxed{") :])
@@ -50,11 +50,11 @@ def expression(text: str) -> str:
         found = last_line(text)
         if _WORDS.search(found) and (number := last_number(found)) is not None:
             found = f"{number:f}"
-    return found.strip().removesuffix("%").removesuffix("\\")[:LONGEST]
+    return found.strip().removesuffix("%").removesuffix("\\")[:LONGEST_EXPRESSION]
 
 
 def last_line(text: str) -> str:
-    """What the last line of a text says after "answer", or all of it, without a full stop."""
+    """The last line of a text from "answer" on, or all of it, without a full stop."""
     last = (stated(text).splitlines() or [""])[-1]
     return str((_SAYS.findall(last) or [last])[-1]).strip().rstrip(".")
 
@@ -80,7 +80,7 @@ def _number(text: str, **ignored: object) -> Any:
 
 @lru_cache(maxsize=256)
 def _parsed(text: str) -> list[Any]:
-    """What math-verify reads in an expression of LaTeX; nothing where it is none."""
+    """The parsed forms of a LaTeX expression by math-verify; none where it is no expression."""
     from math_verify import LatexExtractionConfig, parse
 
     found: list[Any] = parse(
@@ -175,7 +175,7 @@ class Countdown(Checker):
             target = Fraction(fact(row, "target"))
         except (TypeError, ValueError, ArithmeticError) as error:
             raise Unjudged("the row's numbers or its target are no numbers") from error
-        text = last_line(reply)[:LONGEST].partition("=")[0].translate(_SIGNS)
+        text = last_line(reply)[:LONGEST_EXPRESSION].partition("=")[0].translate(_SIGNS)
         try:
             value, used = arithmetic(text)
         except ValueError:

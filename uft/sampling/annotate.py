@@ -45,7 +45,7 @@ class Recipe:
 
     device: torch.device
     cache: Path  # root of the caches on disk
-    models: Sequence[Model] = ()  # see :func:`frozen`
+    models: Sequence[Model] = ()  # see :func:`frozen_settings`
     temperature: float = 1.0  # of soft labels
     batch_tokens: int = 8192  # per forward pass, padding counted
     too_long: str = "error"  # a completion beyond the model's positions: error, drop (no number), truncate
@@ -141,7 +141,7 @@ ANNOTATORS: dict[str, Annotator] = {
 # that was killed continues, and a further model, or further rows, cost no more than themselves.
 
 
-def frozen(model: Model, path: str) -> Model:
+def frozen_settings(model: Model, path: str) -> Model:
     """Another model, loaded in the precision and with the kernels of `model`; nothing of it is trained."""
     whole = replace(model, path=path, revision=None, adapter="none", quantize="none")
     return replace(whole, master_weights=False, gradient_checkpointing=False)

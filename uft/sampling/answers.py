@@ -6,9 +6,8 @@ as demonstrations.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from uft.data.chat import Renderer
 from uft.data.formats import read_instruction, rename
 from uft.data.messages import Unreadable, check_prompt, is_blank, read_conversation, read_prompt, with_context
 from uft.data.readers import reader_of
-from uft.data.records import turns_column
+from uft.data.records import append_records, turns_column
 from uft.data.rows import Kind, Message, Turns
 from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy
-from uft.runs import writing
-from uft.sampling.generate import SAMPLED_UNDER, Reply, complete_for_seeds
+from uft.sampling.generate import SAMPLED_UNDER, complete_for_seeds
 
 ASKED = ("prompt", "question", "instruction", "messages", "conversations", "text")
 """Columns that hold a prompt, the first of them that a record has."""
@@ -131,14 +129,10 @@ def sample(
             why = f"has {len(tokens)} tokens, the model has {policy.positions} positions"
             raise UftError(Problem(f"the prompt {prompt[-1].content[:40]!r}", why))
     numbers = range(first, first + len(ids))
-
-    def answer(seed: int, reply: Reply) -> Answer:
-        said = renderer.said(reply.ids)
-        return Answer(replace(said, content=said.content.strip()), reply.stopped, seed)
-
+    sampled = complete_for_seeds(policy, renderer, ids, settings, numbers, should_stop)
     return [
-        list(map(answer, settings.seeds, replies))
-        for replies in complete_for_seeds(policy, renderer, ids, settings, numbers, should_stop)
+        [Answer(renderer.said(r.ids), r.stopped, seed) for seed, r in zip(settings.seeds, replies, strict=True)]
+        for replies in sampled
     ]
 
 
@@ -156,7 +150,4 @@ def _keep(
         for prompt, given in zip(prompts, answers, strict=True)
         for answer in given
     ]
-    with writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    append_records(out, lines)

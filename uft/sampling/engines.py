@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,8 @@ from uft.data.chat import Renderer
 from uft.errors import FAILED, Problem, UftError, first_line
 from uft.heartbeat import beat
 from uft.model.load import pad_id
-from uft.model.policy import DTYPES, Policy, evaluating
+from uft.model.policy import DTYPES, Policy, evaluating, preserved_rng
+from uft.rewards.isolation import Child
 from uft.sampling.generate import Interrupted, Reply, Sampling, complete
 
 MEMORY_SHARE = 0.3
@@ -38,8 +38,8 @@ PAGE, BATCH_TOKENS = 64, 2048
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What every engine is made of."""
+class EngineContext:
+    """The model, the settings and the stop condition of an engine."""
 
     policy: Policy
     renderer: Renderer
@@ -50,8 +50,8 @@ class Setting:
 
     @property
     def sampling(self) -> Sampling:
-        own = self.rollout
-        return Sampling(own.temperature, own.top_k, own.top_p, own.max_new_tokens)
+        settings = self.rollout
+        return Sampling(settings.temperature, settings.top_k, settings.top_p, settings.max_new_tokens)
 
     def seed_of(self, number: int) -> int:
         """For generators of 32 bits. Another one for every completion, as `numbers` are."""
@@ -60,9 +60,9 @@ class Setting:
 
 @dataclass
 class Engine:
-    """What samples completions."""
+    """Samples the completions of rollouts."""
 
-    setting: Setting
+    context: EngineContext
 
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         """One completion of each prompt by the policy as it is now; `numbers` name them for the randomness.
@@ -75,24 +75,24 @@ class Engine:
         """End what runs beside this process."""
 
 
-def make_engine(setting: Setting) -> Engine:
-    return ENGINES[setting.rollout.engine](setting)
+def make_engine(context: EngineContext) -> Engine:
+    return ENGINES[context.rollout.engine](context)
 
 
 class Own(Engine):
     """The program's own sampler (:func:`uft.sampling.generate.complete`)."""
 
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
-        own = self.setting
+        context = self.context
         return complete(
-            own.policy,
+            context.policy,
             prompts,
-            own.sampling,
-            seed=own.seed,
-            stop_ids=own.renderer.stop_ids,
-            pad_id=pad_id(own.renderer.tokenizer),
-            batch_size=own.rollout.batch_size,
-            should_stop=own.should_stop,
+            context.sampling,
+            seed=context.seed,
+            stop_ids=context.renderer.stop_ids,
+            pad_id=pad_id(context.renderer.tokenizer),
+            batch_size=context.rollout.batch_size,
+            should_stop=context.should_stop,
             numbers=numbers,
         )
 
@@ -104,57 +104,61 @@ class Continuous(Engine):
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        own, sampling = self.setting, self.setting.sampling
-        policy, requests = own.policy, min(own.rollout.batch_size, len(prompts))
+        context, sampling = self.context, self.context.sampling
+        policy, requests = context.policy, min(context.rollout.batch_size, len(prompts))
         settings = GenerationConfig(
             do_sample=True,
             max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(own.renderer.stop_ids),
-            pad_token_id=pad_id(own.renderer.tokenizer),
+            eos_token_id=sorted(context.renderer.stop_ids),
+            pad_token_id=pad_id(context.renderer.tokenizer),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
         )
         batching = ContinuousBatchingConfig(
             return_logprobs=True,
-            seed=own.seed_of(numbers[0]),
+            seed=context.seed_of(numbers[0]),
             max_requests_per_batch=requests,
             page_size=PAGE,  # with the number of blocks: else it takes most of the memory, which the trainer needs
-            num_blocks=requests * (own.longest // PAGE + 1) + 1,
+            num_blocks=requests * (context.longest // PAGE + 1) + 1,
             max_batch_tokens=max(BATCH_TOKENS, requests),
             drop_unsupported_processors=False,
             # kernels of flash attention take no float32
             auto_switch_to_flash=next(policy.module.parameters()).dtype != torch.float32,
         )
-        kernel, devices = policy.attention_kernel, [policy.device] if policy.device.type == "cuda" else []
-        waiting, found = dict[str, int](), dict[int, Reply]()
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), evaluating(policy.module):
+        kernel = policy.attention_kernel
+        with torch.no_grad(), preserved_rng(policy.device), evaluating(policy.module):
             policy.base.set_attn_implementation(policy.attention)  # of packed batches, which only the trainer has
             try:
                 with policy.base.continuous_batching_context_manager(
                     generation_config=settings, continuous_batching_config=batching, warmup=policy.device.type == "cuda"
                 ) as manager:
-                    for place, prompt in enumerate(prompts):
-                        waiting[manager.add_request(list(prompt), max_new_tokens=sampling.max_new_tokens)] = place
-                    while len(found) < len(prompts):
-                        beat()
-                        if own.should_stop():
-                            manager.stop(block=True, hard_stop=True)
-                            raise Interrupted
-                        output = manager.get_result(timeout=1)
-                        if output is None and not manager.is_running():
-                            raise RuntimeError("its thread ended")
-                        if output is not None and output.error is not None:
-                            raise RuntimeError(output.error)
-                        if output is not None and output.is_finished():
-                            reply = _reply(output.generated_tokens, output.logprobs, own.renderer.stop_ids)
-                            found[waiting[output.request_id]] = reply
+                    return self._replies(manager, prompts)
             except (Interrupted, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # of a model or a cache that its paged attention does not know
                 raise _failed("transformers", first_line(error)) from error
             finally:
                 policy.base.set_attn_implementation(kernel)
+
+    def _replies(self, manager: Any, prompts: Sequence[Sequence[int]]) -> list[Reply]:
+        """Hand all prompts to transformers' manager and wait for the replies."""
+        waiting, found, most = dict[str, int](), dict[int, Reply](), self.context.sampling.max_new_tokens
+        for place, prompt in enumerate(prompts):
+            waiting[manager.add_request(list(prompt), max_new_tokens=most)] = place
+        while len(found) < len(prompts):
+            beat()
+            if self.context.should_stop():
+                manager.stop(block=True, hard_stop=True)
+                raise Interrupted
+            output = manager.get_result(timeout=1)
+            if output is None and not manager.is_running():
+                raise RuntimeError("its thread ended")
+            if output is not None and output.error is not None:
+                raise RuntimeError(output.error)
+            if output is not None and output.is_finished():
+                reply = _reply(output.generated_tokens, output.logprobs, self.context.renderer.stop_ids)
+                found[waiting[output.request_id]] = reply
         return [found[place] for place in range(len(prompts))]
 
 
@@ -165,13 +169,12 @@ class Vllm(Engine):
     folder: tempfile.TemporaryDirectory[str] = field(
         default_factory=lambda: tempfile.TemporaryDirectory(prefix="uft-vllm-")
     )
-    child: subprocess.Popen[bytes] | None = None
-    unread: bytes = b""
+    child: Child | None = None
 
     def complete(self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]) -> list[Reply]:
         from uft.model.export import plain_model
 
-        own, policy = self.setting, self.setting.policy
+        context, policy = self.context, self.context.policy
         plain_model(policy, DTYPES[policy.dtype], policy.base.state_dict()).save_pretrained(self.folder.name)
         started = self.child is not None
         if self.child is None:
@@ -179,28 +182,28 @@ class Vllm(Engine):
         request = {
             "reload": started,  # the file is read anew
             "prompts": [list(map(int, prompt)) for prompt in prompts],
-            "seeds": [own.seed_of(number) for number in numbers],
-            "stop": sorted(own.renderer.stop_ids),
-            **asdict(own.sampling),
+            "seeds": [context.seed_of(number) for number in numbers],
+            "stop": sorted(context.renderer.stop_ids),
+            **asdict(context.sampling),
         }
-        return [_reply(ids, log_probs, own.renderer.stop_ids) for ids, log_probs in self._ask(request)]
+        return [_reply(ids, log_probs, context.renderer.stop_ids) for ids, log_probs in self._ask(request)]
 
     def close(self) -> None:
         self._end_child()
         self.folder.cleanup()
 
     def _start(self) -> None:
-        policy = self.setting.policy
+        policy = self.context.policy
         settings = {
             "model": self.folder.name,
             "skip_tokenizer_init": True,
             "dtype": policy.dtype,
-            "max_model_len": self.setting.longest,
-            "max_num_seqs": self.setting.rollout.batch_size,
+            "max_model_len": self.context.longest,
+            "max_num_seqs": self.context.rollout.batch_size,
             "gpu_memory_utilization": MEMORY_SHARE,
             "logprobs_mode": "processed_logprobs",  # under temperature and filters, as ours
             "generation_config": "vllm",  # nothing of the model's own
-            "seed": self.setting.seed_of(0),
+            "seed": self.context.seed_of(0),
         }
         search = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
         env = {**os.environ, "PYTHONPATH": search, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -210,32 +213,22 @@ class Vllm(Engine):
             env["CUDA_VISIBLE_DEVICES"] = shown.split(",")[number] if shown else str(number)
         words = [sys.executable, "-m", "uft.sampling.engines", json.dumps(settings)]
         pipe = subprocess.PIPE
-        self.child = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=env, bufsize=0, start_new_session=True)
+        process = subprocess.Popen(words, stdin=pipe, stdout=pipe, env=env, bufsize=0, start_new_session=True)
+        self.child = Child(process)
 
     def _ask(self, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
         """The child's answer; UftError with its words where it fails."""
-        assert self.child is not None
-        assert self.child.stdin is not None
-        assert self.child.stdout is not None
-        try:
-            view = memoryview(json.dumps(request).encode() + b"\n")
-            while view:
-                view = view[self.child.stdin.write(view) or 0 :]
-        except BrokenPipeError:
-            pass  # told below
-        while b"\n" not in self.unread:
-            beat()
-            if self.setting.should_stop():
+        child = self.child
+        assert child is not None
+        child.send(json.dumps(request).encode() + b"\n")
+        while b"\n" not in child.unread:
+            if self.context.should_stop():
                 self._end_child()
                 raise Interrupted
-            ready = select.select([self.child.stdout], [], [], 1.0)[0]
-            more = self.child.stdout.read(1 << 20) if ready else b""
-            if ready and not more:
-                status = self.child.wait()
-                self.child = None
+            if not child.receive(1.0):
+                self.child, status = None, child.process.wait()
                 raise _failed("vllm", f"its process ended with status {status}; what it said is above")
-            self.unread += more or b""
-        line, _, self.unread = self.unread.partition(b"\n")
+        line, _, child.unread = child.unread.partition(b"\n")
         answer = json.loads(line)
         if isinstance(answer, str):
             self._end_child()
@@ -245,9 +238,8 @@ class Vllm(Engine):
     def _end_child(self) -> None:
         """End the child, if any, with what it works on; the next rollout starts another."""
         if self.child is not None:
-            self.child.kill()
-            self.child.wait()
-            self.child, self.unread = None, b""
+            self.child.close()
+            self.child = None
 
 
 ENGINES: dict[str, type[Engine]] = {"own": Own, "transformers": Continuous, "vllm": Vllm}
@@ -267,7 +259,7 @@ def _failed(engine: str, why: str) -> UftError:
 # --- The child of vLLM: everything here is its interface.
 
 
-def answer(llm: Any, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
+def answer_request(llm: Any, request: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
     """(ids with the token that ended them, log-prob of each) for every prompt of a request."""
     from vllm import SamplingParams
 
@@ -312,7 +304,7 @@ def main(settings: dict[str, Any]) -> None:
                 from vllm import LLM
 
                 llm = LLM(**settings)
-            found: Any = answer(llm, json.loads(line))
+            found: Any = answer_request(llm, json.loads(line))
         except Exception as error:
             found = f"{type(error).__name__}: {first_line(error)}"
         said.write(json.dumps(found).encode() + b"\n")

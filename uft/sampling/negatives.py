@@ -30,7 +30,7 @@ from typing import Any
 
 from uft.config.schema import Generate
 from uft.data.chat import Renderer
-from uft.data.records import turns_column
+from uft.data.records import append_records, turns_column
 from uft.data.rows import Message, Row
 from uft.data.sources import LoadedSource
 from uft.distributed import ranks
@@ -38,7 +38,6 @@ from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.policy import Policy
 from uft.objectives.views import good_completion
-from uft.runs import writing
 from uft.sampling.generate import SAMPLED_UNDER, complete_for_seeds
 
 Line = dict[str, Any]
@@ -92,7 +91,7 @@ def generate_rows(
     done = {line["row"] for line in lines}
     resumed = handled = len(done)
     if group.is_rank0:
-        _append(out, [])
+        append_records(out, [])
 
     def sample(share: Sequence[Row]) -> list[list[Line]]:
         return _sample(policy, renderer, share, settings, recipe, score, should_stop)
@@ -101,7 +100,7 @@ def generate_rows(
         sampled = group.map_shards(batch, sample)
         kept = [line for of_row in sampled for line in of_row if line["row"] not in done]
         if group.is_rank0:
-            _append(out, kept)
+            append_records(out, kept)
         lines += kept
         handled += sum(row.id not in done for row in batch)
         progress(handled, len(usable))
@@ -145,14 +144,6 @@ def _batches(rows: Sequence[Row], done: Set[str], size: int) -> Iterator[Sequenc
     yield from (rows[start : start + size] for start in range(after, len(rows), size))
 
 
-def _append(out: Path, lines: Sequence[Line]) -> None:
-    texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-    with writing(out, sum(map(len, texts))):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "a", encoding="utf-8") as handle:
-            handle.writelines(texts)
-
-
 def number_of(row: Row) -> int:
     """The row's number for the randomness: its id alone, so that other sources and limits change nothing."""
     return int.from_bytes(hashlib.sha256(row.id.encode()).digest()[:8], "big")
@@ -172,7 +163,7 @@ def _sample(
     sampled = complete_for_seeds(policy, renderer, prompts, settings, list(map(number_of, rows)), should_stop)
     lines = []
     for row, replies in zip(rows, sampled, strict=True):
-        said = [renderer.said(reply.ids) for reply in replies]
+        said = [renderer.said(reply.ids, strip=False) for reply in replies]
         said = [replace(one, content=one.content.lstrip()) for one in said]
         kept = [(one, reply) for one, reply in zip(said, replies, strict=True) if one.content and reply.stopped]
         if settings.repeats == "drop":

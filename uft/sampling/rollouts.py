@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from uft.data.rows import Completion, Kind, Message, Row, Selected, Selection, V
 from uft.data.table import kinds
 from uft.data.tokens import TokenizedSource
 from uft.distributed import ranks
-from uft.errors import Problem, UftError
+from uft.errors import Problem, raise_problems
 from uft.heartbeat import activity
 from uft.model.policy import Policy, evaluating
 from uft.objectives.policy_gradient import SPREAD
@@ -42,7 +43,7 @@ from uft.sampling.generate import Reply, uniforms
 log = logging.getLogger(__name__)
 Figures = Mapping[str, float]
 
-OWN = "policy"
+SAMPLED_BY_POLICY = "policy"
 """`Completion.sampled_by` of own completions."""
 HINTS = 2**63
 """Added to a row's number for the draw of its hint, which must not be that of a completion."""
@@ -62,7 +63,7 @@ class Group:
 
     @property
     def flat(self) -> bool:
-        """Whether nothing tells its completions apart."""
+        """Whether all scores are equal, so that every advantage is 0."""
         return len(set(self.scores)) == 1
 
     @classmethod
@@ -75,7 +76,11 @@ class Group:
 
 @dataclass(eq=False)
 class RolloutSampler:
-    """Draws rows and samples the policy's completions of their prompts, `settings.prompts` rows at a time."""
+    """Draws rows and samples the policy's completions of their prompts, `settings.prompts` rows at a time.
+
+    `take` gives the examples of a step; `_sample` fills `waiting` with the groups of the next steps: it draws rows
+    (`_draw`), scores completions (`_score`) and keeps old log-probs. `example` turns a group into what is trained on.
+    """
 
     sampler: RowSampler
     settings: Rollout
@@ -91,114 +96,132 @@ class RolloutSampler:
     total_rows: int
     tokens_per_pass: int
     keeps_old: bool  # whether updates after the first of a rollout need the log-probs that its tokens had
-    drawn: int = 0
+    drawn: int = 0  # rows, refills among them
     wanted: int = 0  # rows of all steps, without refills
     rollouts: int = 0
-    steps: list[list[Group]] = field(default_factory=list)  # sampled and not yet trained on, by optimiser step
+    waiting: list[list[Group]] = field(default_factory=list)  # sampled and not yet trained on, by optimiser step
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)  # sum and count since they were last taken
     seconds: float = 0.0  # all the time that sampling took
     latest: list[Group] = field(default_factory=list)  # of the step that was taken last
-    reasons: set[str] = field(default_factory=set)  # why completions could not be judged, as far as it was told
+    reasons: set[str] = field(default_factory=set)  # why completions could not be judged, as far as it was logged
 
     def __post_init__(self) -> None:
         self.prompts = self.settings.prompts or self.batch_size
         self.keeps_old = self.keeps_old and self.prompts > self.batch_size
 
-    # --- in the place of a RowSampler
+    # --- the interface of a RowSampler
 
     def take(self, rows: int) -> list[Example]:
-        """The examples of the next step; of `rows` rows, or fewer where too many groups had nothing to say."""
-        if not self.steps:
+        """The examples of the next step of `rows` rows; fewer where groups of equal scores could not be replaced."""
+        if not self.waiting:
             self._sample(max(rows, min(self.prompts, self.total_rows - self.wanted)))
-        groups, *self.steps = self.steps
+        groups, *self.waiting = self.waiting
         self.latest = [group for group in groups if group.replies]
         return [example for group in groups if (example := self.example(group)) is not None]
 
-    def mismatched(self, items: Sequence[Example]) -> list[Example]:
-        return self.sampler.mismatched(items)
+    def mismatched(self, examples: Sequence[Example]) -> list[Example]:
+        return self.sampler.mismatched(examples)
 
     def state_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in ("drawn", "wanted", "rollouts")}
-        waiting = [[asdict(group) for group in step] for step in self.steps]
+        waiting = [[asdict(group) for group in step] for step in self.waiting]
         return {"rows": self.sampler.state_dict(), **counts, "waiting": waiting}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sampler.load_state_dict(state["rows"])
         self.drawn, self.wanted, self.rollouts = state["drawn"], state["wanted"], state["rollouts"]
-        self.steps = [[Group.read(group) for group in step] for step in state["waiting"]]
+        self.waiting = [[Group.read(group) for group in step] for step in state["waiting"]]
 
-    # --- sampling
+    # --- one rollout: draw rows, sample, score, replace groups of equal scores, keep old log-probs
 
     @activity("completions were sampled")
     def _sample(self, rows: int) -> None:
-        """Draw and sample `rows` rows, and replace flat groups by further draws as far as that is allowed."""
+        """Sample the groups of the next `rows` rows. Further draws replace groups of equal scores (`refill`)."""
         started, groups = time.perf_counter(), list[Group]()
         self.rollouts += 1
         self.wanted += rows
         for attempt in range(1 + self.settings.refill):
             self._add("refills", float(attempt > 0), count=attempt == 0)
-            more = self._groups(rows - len(groups))
-            self._measure(more)
-            groups += [group for group in more if not (group.flat and self.settings.refill)]
+            drawn = self._score(self._draw(rows - len(groups)))
+            self._measure(drawn)
+            groups += [group for group in drawn if not (group.flat and self.settings.refill)]
             if len(groups) == rows:
                 break
         if self.keeps_old:
             groups = self._with_old_log_probs(groups)
-        self.steps = [self._with_spread(groups[i : i + self.batch_size]) for i in range(0, rows, self.batch_size)]
+        for start in range(0, rows, self.batch_size):
+            step = groups[start : start + self.batch_size]
+            scores = [score for group in step for score in group.scores]
+            spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+            self.waiting.append([replace(group, spread=spread) for group in step])
         self.seconds += time.perf_counter() - started
 
-    def _groups(self, rows: int) -> list[Group]:
-        """The next `rows` rows with their own completions and scores."""
-        each, first = self.settings.completions, self.drawn
-        draws = self.sampler.mixture.take(rows)
+    def _draw(self, rows: int) -> list[Group]:
+        """The next `rows` rows with completions of their prompts, shared out over ranks, not scored yet."""
+        each, first, draws = self.settings.completions, self.drawn, self.sampler.mixture.take(rows)
         self.drawn += rows
-        hints = [self._hint(draw, first + number) for number, draw in enumerate(draws)]
+        hinted = [(draw, self._hint(draw, number)) for number, draw in enumerate(draws, first)]
         asked = [
-            (draw, hint, (first + number) * each + one)
-            for number, (draw, hint) in enumerate(zip(draws, hints, strict=True))
+            (draw, hint, number * each + one)
+            for number, (draw, hint) in enumerate(hinted, first)
             for one in range(each if self._is_sampled(draw) else 0)
         ]
         replies = iter(ranks().map_shards(asked, self._complete))
-        groups = []
-        for draw, hint in zip(draws, hints, strict=True):
-            own = tuple(next(replies) for _ in range(each)) if self._is_sampled(draw) else ()
-            groups.append(Group(draw, hint, own) if own else Group(draw))
-        return self._judged(groups)
+        return [
+            Group(draw, hint, tuple(islice(replies, each))) if self._is_sampled(draw) else Group(draw)
+            for draw, hint in hinted
+        ]
 
-    def _judged(self, groups: Sequence[Group]) -> list[Group]:
-        """Groups with figures and scores, where their source has a checker."""
+    def _is_sampled(self, draw: RowIndex) -> bool:
+        """Whether its source is sampled, and the objective can use what the row becomes."""
+        return self._source(draw).source in self.sampled and self.sampler.is_usable(draw)
+
+    def _source(self, draw: RowIndex) -> TokenizedSource:
+        return self.sampler.sources[draw.source]
+
+    def _hint(self, draw: RowIndex, number: int) -> int:
+        """Length in tokens of the hint behind a prompt; `number`: of the drawn row in the run."""
+        settings, source = self.settings.hint, self._source(draw)
+        if settings.schedule == "none" or source.source not in self.sampled:
+            return 0
+        ends = piece_ends(demonstration_tokens(source, draw.index), settings, self.renderer)
+        cuts = cut_points(len(ends), settings.chunks)
+        last = max(1, round(settings.until * math.ceil(self.total_rows / self.prompts)))
+        draw_of_hint = float(uniforms(self.seed, HINTS + number, 1)[0])
+        chunks = chunks_shown(settings, len(cuts) - 1, self.rollouts, last, draw_of_hint)
+        return ends[cuts[chunks] - 1] if cuts[chunks] else 0
+
+    def _complete(self, asked: Sequence[tuple[RowIndex, int, int]]) -> list[Reply]:
+        """The completions of this rank's share of (row, tokens of its hint, number of the completion in the run)."""
+        prompts = [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in asked)]
+        return self.engine.complete(prompts, [number for _, _, number in asked]) if prompts else []
+
+    def _prompt(self, draw: RowIndex, hint: int) -> tuple[list[int], list[int]]:
+        """Token ids of a row's prompt, as they are trained, and of the first `hint` tokens of its demonstration."""
+        tokens = demonstration_tokens(self._source(draw), draw.index)
+        end = tokens.prompt_length
+        return tokens.ids[:end].tolist(), tokens.ids[end : end + hint].tolist()
+
+    def _score(self, groups: Sequence[Group]) -> list[Group]:
+        """Groups with the checker's figures and scores, where their source has a checker."""
+        specs = [self.sampled[self._source(group.draw).source] if group.replies else None for group in groups]
         jobs = []
-        for group in groups:
-            source = self._source(group.draw)
-            if group.replies and (spec := self.sampled[source.source]) is not None:
-                row, hint = source.rows[group.draw.index], self._prompt(group.draw, group.hint)[1]
-                jobs += [(spec, row, self._said(hint + reply.ids).content) for reply in group.replies]
+        for group, spec in zip(groups, specs, strict=True):
+            if spec is not None:
+                row, hint = self._source(group.draw).rows[group.draw.index], self._prompt(group.draw, group.hint)[1]
+                jobs += [(spec, row, self.renderer.said(hint + reply.ids).content) for reply in group.replies]
         judged = ranks().on_rank0(lambda: judge(jobs, self.policy.device))
         self._add("unjudged", *(verdict.reason is not None for verdict in judged))
         for reason in {verdict.reason for verdict in judged if verdict.reason} - self.reasons:
             log.warning("rollouts: completions that cannot be judged are scored 0: %s", reason)
             self.reasons.add(reason)
-        verdicts, found = iter(judged), []
-        for group in groups:
-            spec = self.sampled.get(self._source(group.draw).source) if group.replies else None
+        verdicts, scored = iter(judged), []
+        for group, spec in zip(groups, specs, strict=True):
             if spec is not None:
                 figures, weights = tuple(next(verdicts).figures for _ in group.replies), weights_of(self.settings, spec)
                 group = replace(group, figures=figures, scores=tuple(score_of(one, weights) for one in figures))
-            found.append(group)
-        return found
-
-    def _complete(self, asked: Sequence[tuple[RowIndex, int, int]]) -> list[Reply]:
-        prompts = [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in asked)]
-        return self.engine.complete(prompts, [number for _, _, number in asked]) if prompts else []
-
-    def _said(self, ids: list[int]) -> Message:
-        reply = self.renderer.said(ids)
-        return replace(reply, content=reply.content.strip())
-
-    def _with_spread(self, groups: Sequence[Group]) -> list[Group]:
-        scores = [score for group in groups for score in group.scores]
-        spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
-        return [replace(group, spread=spread) for group in groups]
+            scored.append(group)
+        return scored
 
     def _with_old_log_probs(self, groups: Sequence[Group]) -> list[Group]:
         """Groups with the log-probs of their tokens under the policy as it is: later updates divide by them."""
@@ -220,23 +243,10 @@ class RolloutSampler:
                     found[number].append(tuple(values.tolist()))
         return [tuple(found[number]) for number in range(len(groups))]
 
-    # --- rows and examples
-
-    def _is_sampled(self, draw: RowIndex) -> bool:
-        """Whether its source is sampled, and the objective can use what the row becomes."""
-        return self._source(draw).source in self.sampled and self.sampler.is_usable(draw)
-
-    def _source(self, draw: RowIndex) -> TokenizedSource:
-        return self.sampler.sources[draw.source]
-
-    def _prompt(self, draw: RowIndex, hint: int) -> tuple[list[int], list[int]]:
-        """Token ids of a row's prompt, as they are trained, and of the piece of its demonstration that follows it."""
-        tokens = shown_tokens(self._source(draw), draw.index)
-        end = tokens.prompt_length
-        return tokens.ids[:end].tolist(), tokens.ids[end : end + hint].tolist()
+    # --- from a group to a row, and to what the objective takes of it
 
     def row(self, group: Group, shown: bool = True) -> tuple[Row, tuple[Tokens, ...]]:
-        """The row that a group is, and its completions' tokens: demonstrations or a hint (if `shown`), then own."""
+        """A group as a row, with its completions' tokens: demonstrations or a hint (if `shown`), then own ones."""
         source, draw = self._source(group.draw), group.draw
         row, encoded = source.rows[draw.index], source.encoded[draw.index]
         prompt, hint = self._prompt(draw, group.hint)
@@ -244,27 +254,26 @@ class RolloutSampler:
         if shown and self.settings.hint.schedule == "none":
             beside = [(Completion(row.completions[i].turns), encoded[i]) for i in demonstrations(row)]
         elif shown and hint:
-            beside = [(Completion((self._said(hint),)), _tokens(prompt, hint))]
+            beside = [(Completion((self.renderer.said(hint),)), _tokens(prompt, hint))]
         own = []
         for number, reply in enumerate(group.replies):
             ids = reply.ids if reply.end is None else [*reply.ids, reply.end]
             learned = reply.stopped or self.settings.truncated == "keep"
-            said = Completion(
-                (self._said([*hint, *reply.ids]),),
-                sampled_by=OWN,
+            completion = Completion(
+                (self.renderer.said([*hint, *reply.ids]),),
+                sampled_by=SAMPLED_BY_POLICY,
                 score=group.scores[number] if group.scores else None,
                 log_prob=reply.log_prob,
                 annotations={SPREAD: group.spread} if group.scores else {},
             )
-            own.append((said, _tokens([*prompt, *hint], ids, learned)))
+            own.append((completion, _tokens([*prompt, *hint], ids, learned)))
         completions, tokens = zip(*beside, *own, strict=True)
         return replace(row, completions=completions), tokens
 
     def example(self, group: Group) -> Example | None:
         """What the objective takes of a group; None: nothing."""
-        first = self.sampler.first_example[group.draw.source] + group.draw.index
         if not group.replies:
-            return next(iter(self.sampler.items([group.draw])), None)
+            return next(iter(self.sampler.examples_of([group.draw])), None)
         row, tokens = self.row(group)
         view = self.views.get(row.kind)
         parts = (view(row, group.draw.visit) if view else None) or ()
@@ -282,23 +291,10 @@ class RolloutSampler:
 
         columns = {"sampler": column([reply.log_probs for reply in group.replies])}
         columns |= {"old": column(group.old)} if group.old else {}
-        return Example(first, row, parts, tuple(tokens[part.completion] for part in parts), None, columns)
+        number = self.sampler.first_example[group.draw.source] + group.draw.index
+        return Example(number, row, parts, tuple(tokens[part.completion] for part in parts), None, columns)
 
-    # --- hints
-
-    def _hint(self, draw: RowIndex, number: int) -> int:
-        """Tokens of the demonstration that the prompt of the row with this number in the run is followed by."""
-        settings, source = self.settings.hint, self._source(draw)
-        if settings.schedule == "none" or source.source not in self.sampled:
-            return 0
-        ends = pieces(shown_tokens(source, draw.index), settings, self.renderer)
-        cuts = cut_points(len(ends), settings.chunks)
-        last = max(1, round(settings.until * math.ceil(self.total_rows / self.prompts)))
-        draw_of_hint = float(uniforms(self.seed, HINTS + number, 1)[0])
-        chunks = chunks_shown(settings, len(cuts) - 1, self.rollouts, last, draw_of_hint)
-        return ends[cuts[chunks] - 1] if cuts[chunks] else 0
-
-    # --- what is told of it
+    # --- metrics
 
     def _measure(self, groups: Iterable[Group]) -> None:
         """Add sums and counts of these groups to `metrics`, under the names that the metric lines have."""
@@ -326,10 +322,13 @@ class RolloutSampler:
         total, number = self.metrics.get(f"rollout/{name}", (0.0, 0.0))
         self.metrics[f"rollout/{name}"] = (total + sum(values), number + (len(values) if count is None else count))
 
-    def taken_metrics(self) -> dict[str, tuple[float, float]]:
-        """name -> sum and count of what was sampled since the last call."""
+    def pop_metrics(self) -> dict[str, tuple[float, float]]:
+        """name -> sum and count since the last call."""
         metrics, self.metrics = self.metrics, {}
         return metrics
+
+
+# --- Scores of completions, and tokens of rows.
 
 
 def weights_of(settings: Rollout, spec: Spec) -> Mapping[str, float]:
@@ -351,19 +350,14 @@ def _tokens(prompt: Sequence[int], ids: Sequence[int], learned: bool = True) -> 
     return Tokens(np.array([*prompt, *ids], np.int32), supervised & learned, len(prompt))
 
 
-def shown_places(row: Row) -> list[int]:
+def demonstration_places(row: Row) -> list[int]:
     """The completions that stand as demonstrations of a row that is sampled: the good ones, else its first, if any."""
     return demonstrations(row) or [*range(len(row.completions))][:1]
 
 
-def shows_hints(source: TokenizedSource, settings: Hint, renderer: Renderer) -> bool:
-    """Whether any of its demonstrations has a piece to show."""
-    return any(pieces(shown_tokens(source, index), settings, renderer) for index in range(len(source.rows)))
-
-
-def shown_tokens(source: TokenizedSource, index: int) -> Tokens:
+def demonstration_tokens(source: TokenizedSource, index: int) -> Tokens:
     """The tokens of a row's first demonstration, or of its prompt alone."""
-    return source.encoded[index][(shown_places(source.rows[index]) or [0])[0]]
+    return source.encoded[index][(demonstration_places(source.rows[index]) or [0])[0]]
 
 
 # --- Hints: how much of a demonstration is shown (UFT, arXiv 2505.16984).
@@ -372,7 +366,7 @@ def shown_tokens(source: TokenizedSource, index: int) -> Tokens:
 ENDS = {"line": re.compile(r"\n"), "sentence": re.compile(r"[.!?]['\")\]]*\s*$|\n"), "token": re.compile("")}
 
 
-def pieces(tokens: Tokens, settings: Hint, renderer: Renderer) -> list[int]:
+def piece_ends(tokens: Tokens, settings: Hint, renderer: Renderer) -> list[int]:
     """Ends of the pieces of a demonstration that may be shown, in tokens after the prompt."""
     ids = tokens.ids[tokens.prompt_length :].tolist()
     while ids and ids[-1] in renderer.stop_ids:
@@ -418,9 +412,10 @@ def expected_views(views: Mapping[Kind, View], settings: Rollout, sampled: Mappi
         if row.source not in sampled:
             view = views.get(row.kind)
             return view(row, visit) if view else None
-        shown, turns = shown_places(row), row.completions[0].turns if row.completions else (Message("assistant", ""),)
+        shown = demonstration_places(row)
+        turns = row.completions[0].turns if row.completions else (Message("assistant", ""),)
         scores = (float(i % 2 == 0) if sampled[row.source] is not None else None for i in range(settings.completions))
-        own = [Completion(turns, sampled_by=OWN, score=score, log_prob=-1.0) for score in scores]
+        own = [Completion(turns, sampled_by=SAMPLED_BY_POLICY, score=score, log_prob=-1.0) for score in scores]
         made = replace(row, completions=(*(Completion(row.completions[i].turns) for i in shown), *own))
         view = views.get(made.kind)
         parts = view(made, visit) if view else None
@@ -447,7 +442,12 @@ def refuse_unscored(
     no room for a completion; demonstrations of which no hint can be shown.
     """
     problems, hints = list[Problem](), settings.hint.schedule != "none"
-    showing = {source.source for source in sources if hints and shows_hints(source, settings.hint, renderer)}
+
+    def has_hint(source: TokenizedSource) -> bool:
+        shown = (demonstration_tokens(source, place) for place in range(len(source.rows)))
+        return any(piece_ends(tokens, settings.hint, renderer) for tokens in shown)
+
+    showing = {source.source for source in sources if hints and has_hint(source)}
     for source in sources:
         if source.source not in sampled or not len(source.rows):
             continue
@@ -467,8 +467,7 @@ def refuse_unscored(
             why = f"no demonstration has a piece to show: {settings.hint.keep_last} of its last are kept back"
             advice = ("rollout.hint.cut=token", "rollout.hint.schedule=none")
             problems.append(Problem(key, why, advice=advice))
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
 
 
 PROBE = "1"

@@ -43,7 +43,7 @@ def count_of(rows: float, candidates: int) -> int:
     return min(candidates, max(1, round(rows * candidates)) if rows < 1 else int(rows))
 
 
-def best(scores: Vector, count: int) -> Picked:
+def pick(scores: Vector, count: int) -> Picked:
     """The `count` highest scores; of equal ones the first."""
     return Picked(np.argsort(-scores, kind="stable")[:count].tolist(), scores)
 

@@ -42,7 +42,7 @@ PLAIN_WIDTH = 110  # of a run's tables where there is no terminal
 TABLE_WIDTH = 160  # likewise, of all others
 PACE_WINDOW = 20  # metric lines that the remaining time is estimated from
 SHOWN_METRICS = 10  # in the end card
-WHOLE, LONGEST_TEXT = 2, 2000  # samples that are shown whole, up to so many characters of each text
+WHOLE, SAMPLE_TEXT = 2, 2000  # samples that are shown whole, up to so many characters of each text
 NOISE = 1e-6  # differences of log-probs below it are rounding
 HEADLINES = ("exact_match", "pair_accuracy", "nll", "log_ratio", "margin")
 """Metrics of an evaluation that come first, in this order, where there is no room for all."""
@@ -382,7 +382,7 @@ def sample_lines(samples: Sequence[Sample], width: int) -> list[str]:
         lines += [f"  {one.source}"]
         for name, text in texts.items():
             if text is not None:
-                shown = printable_lines(shorten(text, LONGEST_TEXT))
+                shown = printable_lines(shorten(text, SAMPLE_TEXT))
                 folded = [
                     part for line in shown.split("\n") for part in textwrap.wrap(line, max(width - 12, 20)) or [""]
                 ]

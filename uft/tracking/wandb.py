@@ -153,7 +153,7 @@ class Wandb:
         atexit.unregister(self._await_sender)
         if self._await_sender():
             try:
-                found = {**summary, **extremes(self.run), **best(self.run.result()), "status": status}
+                found = {**summary, **extremes(self.run), **best_summary(self.run.result()), "status": status}
                 handle.summary.update({panel(name): value for name, value in found.items()})
                 if exit_code == STOPPED:
                     handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
@@ -314,7 +314,7 @@ def extremes(run: Run) -> dict[str, float]:
     return {f"{end}/{name}": of(values) for name, values in found.items() for end, of in ends.items()}
 
 
-def best(result: Mapping[str, Any]) -> dict[str, Any]:
+def best_summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """The metric that chose the best checkpoint, its step, and what the run took."""
     found = {f"best/{name}": value for name, value in (result.get("best") or {}).items()}
     names = {"best/step": "best_step", "peak_memory_bytes": "peak_memory_bytes", "seconds": "seconds"}
@@ -485,7 +485,7 @@ def reachable(url: str, timeout: float = 2.0) -> bool:
 # second call has nothing to do; an upload that broke off goes on where the server's rows end.
 
 
-PATIENCE = 900.0  # seconds after which the upload of a run is given up
+UPLOAD_TIMEOUT = 900.0  # seconds after which the upload of a run is given up
 EXIT_CODES = {"finished": GOOD, "stopped": STOPPED}
 
 
@@ -498,7 +498,7 @@ def upload_state(run: Run) -> str:
     return "due" if unsent(run) else "arrived"
 
 
-def upload(run: Run, patience: float = PATIENCE) -> tuple[int, str]:
+def upload(run: Run, patience: float = UPLOAD_TIMEOUT) -> tuple[int, str]:
     """Upload a run: (how many steps the server lacked, why not everything arrived or "")."""
     with tempfile.TemporaryDirectory(prefix="uft-sync-", ignore_cleanup_errors=True) as folder:
         try:

@@ -14,14 +14,13 @@ from pathlib import Path
 
 from uft.config.messages import config_dirs, groups
 from uft.config.schema import Config
-from uft.data.report import report_table
+from uft.data.report import mixture_table
 from uft.errors import redact
 from uft.runs import Run, lineage, read_json
 from uft.tracking.console import HEADLINES, number
 from uft.tracking.metrics import read_metrics
 
 PAPER = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{5})\b")
-COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
 LOAD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -100,10 +99,8 @@ class ModelCard:
         found = [record for part in self.run.stages or [self.run] if (record := read_json(part.path / "data.json"))]
         if not found:
             return []
-        header, *rows = report_table(found[-1])
-        kept = [header.index(name) for name in COLUMNS if name in header]
         digest = f"Digest of the rows and their order: `{self.run.info().get('data_digest', '')}`."
-        return ["## Data", table([[line[at] for at in kept] for line in (header, *rows)]), digest]
+        return ["## Data", table(mixture_table(found[-1])), digest]
 
     def figures(self) -> list[str]:
         """The last evaluation up to this step, all held-out rows together."""

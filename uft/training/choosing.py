@@ -27,7 +27,7 @@ from uft.errors import Problem, UftError
 from uft.heartbeat import activity
 from uft.model.load import load_tokenizer
 from uft.runs import write_atomically
-from uft.sampling.select import TAKES, Picked, active_dpo, best, count_of, pair_features, pds, random_scores, top_scores
+from uft.sampling.select import TAKES, Picked, active_dpo, count_of, pair_features, pds, pick, random_scores, top_scores
 from uft.training.dataset import make_renderer
 from uft.training.setup import Say, loaded_policy
 from uft.training.trainer import tokens_per_pass
@@ -76,7 +76,7 @@ def choose_rows(
     if renderer:
         picked = picked_by_model(config, renderer, tokens, past["phi"], count, device, should_stop, say)
     else:
-        picked = best(random_scores(taken, settings.seed) if by == "random" else top_scores(taken), count)
+        picked = pick(random_scores(taken, settings.seed) if by == "random" else top_scores(taken), count)
     rank = {place: number for number, place in enumerate(picked.places, 1)}
     lines = [
         {"source": row.source, "index": row.index, "score": float(score), "rank": rank.get(n), "picked": n in rank}
@@ -127,7 +127,7 @@ def picked_by_model(
     if not trusted:
         why = f"none of its first {settings.batch} rows has a good completion"
         raise UftError(Problem(f"select.dev={name}", why))
-    return best(pds(policy, rows, trusted, settings, tokens_per_pass(config), should_stop), count)
+    return pick(pds(policy, rows, trusted, settings, tokens_per_pass(config), should_stop), count)
 
 
 def read_past(folder: str | None, dim: int) -> dict[str, np.ndarray]:

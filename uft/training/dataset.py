@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from uft.config.frozen import adds
+from uft.config.frozen import source_overrides
 from uft.config.schema import Config, Data, Source
-from uft.config.stages import Stage, made, rows_of
+from uft.config.stages import Stage, is_made, rows_of
 from uft.data.chat import Renderer
 from uft.data.loader import RowSampler
 from uft.data.mixture import Mixture, epoch_rows, mixture_weights, portion
@@ -28,7 +28,7 @@ from uft.data.rows import FLAT, Kind, Row, Selection, View, content_digest
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import grouped, keep_pandas_out, kinds, pick, prompt_words
 from uft.data.tokens import TokenizedSource, tokenize_all
-from uft.errors import Problem, UftError, run_all
+from uft.errors import Problem, UftError, raise_problems, run_all
 from uft.evaluation.evaluate import HeldOut
 from uft.model.load import load_tokenizer, pad_id
 from uft.model.policy import Policy
@@ -38,7 +38,7 @@ from uft.objectives.dft import SAMPLING
 from uft.objectives.views import kind_table
 from uft.rewards import Spec, spec_of
 from uft.runs import Run, cache_root, read_json
-from uft.sampling.engines import Setting, make_engine
+from uft.sampling.engines import EngineContext, make_engine
 from uft.sampling.rollouts import RolloutSampler, expected_views, refuse_unscored
 from uft.training.liveness import Stop
 from uft.training.trainer import tokens_per_pass
@@ -132,13 +132,13 @@ class StageData:
         return cls(dataset, objective, sampler, make_horizon(config, dataset))
 
     def rollouts(self, policy: Policy, config: Config, stop: Stop) -> RolloutSampler:
-        """What samples completions of the rows of each step, from the policy as it is then."""
+        """The sampler that takes completions of the rows of each step from the policy as it is then."""
         renderer, longest = self.dataset.renderer, longest_rollout(self.dataset, config)
         return RolloutSampler(
             self.sampler,
             config.rollout,
             engine=make_engine(
-                Setting(policy, renderer, config.rollout, config.seeds.sampling, longest, stop.between_passes)
+                EngineContext(policy, renderer, config.rollout, config.seeds.sampling, longest, stop.between_passes)
             ),
             policy=policy,
             renderer=renderer,
@@ -229,8 +229,7 @@ def refuse_unknown_words(dataset: TrainData, model: str) -> None:
             why = f"{share:.0%} of its tokens are {tokenizer.unk_token}: model.path={model} does not know these words"
             advice = ("take a model that does:  model=smollm2_135m   or  model.path=FOLDER or ORG/NAME",)
             problems.append(Problem(f"data.sources.{source.source}", why, advice=advice))
-    if problems:
-        raise UftError(*problems, footer="See the rows as the model reads them:  uft data ...")
+    raise_problems(problems, footer="See the rows as the model reads them:  uft data ...")
 
 
 # --- Rows that an objective cannot use, for example since they lack annotations that it requires of completions.
@@ -265,14 +264,13 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loade
         for name, many in sorted(without.items()):
             why = f"objective={objective.name} needs {name}, which {many:,} of {len(source.rows):,} rows lack"
             problems.append(Problem(f"data.sources.{source.source}", why, where=first[name]))
-            lacking.setdefault(name, []).extend(adds(source.source, data.sources[source.source]))
+            lacking.setdefault(name, []).extend(source_overrides(source.source, data.sources[source.source]))
     if lacking:
         from uft.sampling.annotate import ANNOTATORS  # here: a request that lacks nothing starts without it
     for name, words in lacking.items():
         models = ["annotate.models=[MODEL,...]"] if ANNOTATORS[name].models else []
         footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")
-    if problems:
-        raise UftError(*problems, footer="\n".join([*footer, "Leave these rows out:  data.unusable=drop"]))
+    raise_problems(problems, footer="\n".join([*footer, "Leave these rows out:  data.unusable=drop"]))
 
 
 def without_reply(name: str, source: Source, samples: bool, unread: Sequence[str]) -> tuple[str, tuple[str, ...]]:
@@ -286,10 +284,11 @@ def without_reply(name: str, source: Source, samples: bool, unread: Sequence[str
     named = [
         f"a reply under another name:  {key}.columns.completion={column}" for column in unread if "." not in column
     ]
+    words = " ".join(["data=files", *source_overrides(name, source)])
     return "they have no reply to learn from", (
         *named[:3],
         "learn from the policy's own replies:  objective=grpo rollout.completions=8 reward=NAME",
-        f"have a model answer them first:  uft generate model=NAME {' '.join(['data=files', *adds(name, source)])}",
+        f"have a model answer them first:  uft generate model=NAME {words}",
     )
 
 
@@ -299,8 +298,7 @@ def refuse_flat(loaded: Sequence[LoadedSource], objective: Objective) -> None:
     advice = ("an earlier version wrote them: sample again with uft generate", "or objective.denominator=plain")
     flat = {source.name: source.omitted.oddities[FLAT] for source in loaded}
     problems = [Problem(f"data.sources.{name}", why.format(n), advice=advice) for name, n in flat.items() if n]
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
 
 
 def complete_views(objective: Objective, views: Mapping[Kind, View]) -> Mapping[Kind, View]:
@@ -380,7 +378,7 @@ class RunData:
 
     @property
     def total_steps(self) -> int:
-        """Of all stages whose rows are there."""
+        """Optimiser steps of all stages whose rows are there."""
         return sum(self.steps.values())
 
     @property
@@ -397,12 +395,12 @@ class RunData:
 
     def read_training(self, stage: Stage) -> None:
         """Read the rows of a stage that trains. Raises UftError with everything that is wrong with them."""
-        config, loaded = located(stage.config, self.run), None
+        config, loaded = resolve_made_paths(stage.config, self.run), None
         if config is not stage.config:
             held_out = _prompts(held.rows for held in self.held_out)
             loaded = load_sources(config.data)
             for number, source in enumerate(loaded):
-                if made(stage.config.data.sources[source.name].path):
+                if is_made(stage.config.data.sources[source.name].path):
                     apart = np.isin(prompt_words(source.rows), held_out)
                     rows = pick(source.rows, np.flatnonzero(~apart).tolist())
                     loaded[number] = replace(source, rows=rows, digest=content_digest(rows))
@@ -416,7 +414,7 @@ class RunData:
             loaded, tokenized = self.stages[stage.name].dataset.loaded, self.stages[stage.name].dataset.held_out
         else:
             config = stage.config
-            there = {name: source for name, source in config.data.sources.items() if not made(source.path)}
+            there = {name: source for name, source in config.data.sources.items() if not is_made(source.path)}
             loaded = load_sources(replace(config.data, sources=there)) if there else []
             tokenized = tokenize_held_out(config, make_renderer(self.tokenizer, config.data), loaded)
         checkers = {source.name: source.checker for source in loaded}
@@ -449,13 +447,13 @@ def _prompts(sides: Iterable[Sequence[Row]]) -> np.ndarray:
 
 def has_made_rows(data: Data) -> bool:
     """Whether a stage of the run makes some of the rows."""
-    return any(made(source.path) for source in data.sources.values())
+    return any(is_made(source.path) for source in data.sources.values())
 
 
-def located(config: Config, run: Run) -> Config:
+def resolve_made_paths(config: Config, run: Run) -> Config:
     """`config` with the files that earlier stages made in place of their names."""
     sources = dict(config.data.sources)
     for name, source in sources.items():
-        if made(source.path):
+        if is_made(source.path):
             sources[name] = replace(source, path=str(rows_of(run.path, source.path, name)), holdout=0.0)
     return replace(config, data=replace(config.data, sources=sources)) if has_made_rows(config.data) else config

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 
-from uft.config.frozen import typed
+from uft.config.frozen import to_config
 from uft.config.schema import Config, Model
+from uft.config.stages import without_stages
 from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message
 from uft.errors import Problem, UftError
 from uft.model.export import export, older_reader
 from uft.model.gguf import modelfile, require_described, require_package, write_gguf
 from uft.model.load import (
-    beneath,
+    checkpoint_config,
     checkpoint_policy,
     load_policy,
     load_tokenizer,
@@ -59,7 +60,8 @@ def export_checked(
     """
     template = "plain" if renderer.name == "plain" else config.data.template  # as it was trained, plain has none
     tokenizer = with_template(copy.deepcopy(renderer.tokenizer), template)
-    tried = [short(row) for row in rows if row.prompt_length < CHECKED_TOKENS][:CHECKED]
+    tried = [row for row in rows if row.prompt_length < CHECKED_TOKENS][:CHECKED]
+    tried = [replace(r, ids=r.ids[:CHECKED_TOKENS], supervised=r.supervised[:CHECKED_TOKENS]) for r in tried]
 
     def problem(beside: Path) -> str:
         if not config.train.check_model:
@@ -75,13 +77,9 @@ def export_checked(
     )
 
 
-def short(tokens: Tokens) -> Tokens:
-    return replace(tokens, ids=tokens.ids[:CHECKED_TOKENS], supervised=tokens.supervised[:CHECKED_TOKENS])
-
-
 @dataclass(frozen=True)
 class Export:
-    """What `uft export` was asked for."""
+    """Options of `uft export`."""
 
     to: Path
     dtype: str = "float32"  # float32, bfloat16, or model: that of the model it was trained from
@@ -148,14 +146,16 @@ def trained_policy(source: WeightsSource) -> tuple[Config, Policy]:
     place = next((c for c in reversed(checkpoints_of(source.run)) if c.step == source.step), source)
     device = torch.device("cpu")
     if place.is_checkpoint:
-        config = beneath(locate(Model(path=place.path, trust_remote_code=True)), Model(trust_remote_code=True))
+        config = checkpoint_config(
+            locate(Model(path=place.path, trust_remote_code=True)), Model(trust_remote_code=True)
+        )
         return config, checkpoint_policy(config.model, Path(place.path), device)
-    config = typed({k: v for k, v in source.config.items() if k != "stages"} | {"model": source.model})
+    config = to_config(without_stages(source.config) | {"model": source.model})
     return config, load_policy(config.model, device, 0)
 
 
 def conversations(run: Run, renderer: Renderer) -> list[Tokens]:
-    """What the export is tried on: answers of the run to held-out prompts, and two questions."""
+    """Conversations that the export is tried on: answers of the run to held-out prompts, and two questions."""
     last = list(read_samples(run).values())[-1:]
     pairs = {
         one["prompt"]: one["reply"] for samples in last for one in samples if one["prompt"] and one["reply"].strip()

@@ -23,7 +23,7 @@ from uft.heartbeat import activity
 from uft.model.load import empty_policy
 from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops, used_memory
 from uft.model.policy import DTYPES
-from uft.model.precision import settled
+from uft.model.precision import resolve_dtype
 from uft.model.reference import choose_mode
 from uft.objectives import make
 from uft.objectives.views import kind_table, uses_of
@@ -39,10 +39,10 @@ from uft.training.setup import (
     Stopped,
     check_start,
     choose_device,
-    compared_with,
     pause,
     planned_memory,
     prepare_stage,
+    reference_settings,
     stage_card,
     start_card,
 )
@@ -160,9 +160,9 @@ def rows_there(config: Config) -> str:
 def paper_plan(config: Config, device: torch.device) -> str:
     """Expected memory of each device in a line, before anything but the model's configuration was read."""
     needs, mode, other = make(config.objective).needs, None, None
-    config = replace(config, model=settled(config.model, device))
+    config = replace(config, model=resolve_dtype(config.model, device))
     if needs.reference:
-        compared, key = compared_with(config, needs)
+        compared, key = reference_settings(config, needs)
         visits = config.train.epochs if config.train.steps is None else math.inf
         mode = choose_mode(config.model, compared, visits, needs.distributions)[0]
         if compared.path is not None and mode == "copy":
@@ -204,7 +204,7 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     if memory_before is None or not tokens:
         return line
     shape = shape_of(trainer.policy)
-    padded = max((batch.input_ids.numel() for batch in batches.batches), default=0)
+    padded = max((batch.input_ids.numel() for batch in batches.micro_batches), default=0)
     expected = sum(prepared.planned(padded).values())
     memory = f"  the model took {count(peak - memory_before)}B of it; planned for this step: {count(expected)}B"
     share = shape.trained / max(1, trainer.policy.size)

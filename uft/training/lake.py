@@ -36,7 +36,7 @@ Tensor = torch.Tensor
 
 MOVES = torch.tensor([[move(cell, action) for action in range(ACTIONS)] for cell in range(CELLS)])
 
-HIDDEN = 32
+UNITS = 32
 ARMS: dict[str, dict[str, object]] = {
     "sft": {"method": "nll", "reduction": "sequence"},
     "ift": {"method": "ift", "lam": 0.2, "gamma": 0.95},
@@ -46,7 +46,7 @@ ARMS: dict[str, dict[str, object]] = {
     "grpo": {"method": "policy_gradient", "reduction": "sequence"},  # reward: the gift is reached
 }
 """Settings of each arm. The paper has the first four; it leaves out reinforcement learning."""
-GROUP, LONGEST = 8, 16  # own trajectories of grpo: of each net in each update, and their longest
+GROUP, MAX_MOVES = 8, 16  # own trajectories of grpo: of each net in each update, and their longest
 RATES, MARKS = (3e-4, 1e-3, 3e-3, 1e-2), (25, 50, 100, 200, 400, 800, 1600)
 
 PAPER = (
@@ -91,18 +91,18 @@ class Design:
 class Nets:
     """One-hot cells, a hidden layer of tanh, actions; K of them."""
 
-    weights: tuple[Tensor, ...]  # (K, CELLS, HIDDEN), (K, 1, HIDDEN), (K, HIDDEN, ACTIONS), (K, 1, ACTIONS) float64
+    weights: tuple[Tensor, ...]  # (K, CELLS, UNITS), (K, 1, UNITS), (K, UNITS, ACTIONS), (K, 1, ACTIONS) float64
 
     @classmethod
     def initial(cls, seeds: int, copies: int) -> Nets:
         """`copies` times the same nets, one per seed."""
         rng = np.random.Generator(np.random.Philox(1))
-        shapes = ((CELLS, HIDDEN), CELLS), ((1, HIDDEN), CELLS), ((HIDDEN, ACTIONS), HIDDEN), ((1, ACTIONS), HIDDEN)
+        shapes = ((CELLS, UNITS), CELLS), ((1, UNITS), CELLS), ((UNITS, ACTIONS), UNITS), ((1, ACTIONS), UNITS)
         drawn = (rng.uniform(-1, 1, (seeds, *shape)) / math.sqrt(fan) for shape, fan in shapes)
         return cls(tuple(torch.from_numpy(one).repeat(copies, 1, 1).requires_grad_() for one in drawn))
 
     def hidden(self, net: Tensor, cell: Tensor) -> Tensor:
-        """(N, HIDDEN) before tanh, of cells (N,) in the nets (N,)."""
+        """(N, UNITS) before tanh, of cells (N,) in the nets (N,)."""
         return self.weights[0][net, cell] + self.weights[1][net, 0]
 
     def policy(self) -> Tensor:
@@ -176,7 +176,7 @@ def shown(arm: str, lakes: Sequence[Lake], negative: str) -> Batch:
 
 
 def sampled(nets: Nets, lakes: Sequence[Lake], generator: torch.Generator) -> Batch:
-    """GROUP trajectories of every net's own, until the gift, a hole or LONGEST steps; reward 1 for the gift."""
+    """GROUP trajectories of every net's own, until the gift, a hole or MAX_MOVES steps; reward 1 for the gift."""
     policy, net = nets.policy().detach(), torch.arange(len(lakes)).repeat_interleave(GROUP)
     gifts = torch.tensor([lake.gift for lake in lakes])[net]
     ice = torch.zeros(len(lakes), CELLS, dtype=torch.bool)
@@ -184,7 +184,7 @@ def sampled(nets: Nets, lakes: Sequence[Lake], generator: torch.Generator) -> Ba
         ice[row, list(lake.ice)] = True
     cell, going = torch.zeros_like(net), torch.ones_like(net, dtype=torch.bool)
     lengths, steps = torch.zeros_like(net), []
-    for _ in range(LONGEST):
+    for _ in range(MAX_MOVES):
         action = torch.multinomial(policy[net, cell], 1, generator=generator).squeeze(1)
         steps.append((cell, action))
         lengths = lengths + going

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
 TICKS, TICK = 20, 5.0  # the former at least, of so many seconds at most
-PATIENCE = 60.0  # seconds for the last words of a run whose disk may be what hangs
+LAST_WORDS_TIMEOUT = 60.0  # seconds for the last words of a run whose disk may be what hangs
 MOVED = 1 << 20
 """Bytes that are a sign of life where bytes are: more than an idle process moves."""
 BLOCK = 512  # bytes, of the system's count of disk traffic
@@ -93,7 +93,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         speaker = threading.Thread(target=self.speak, daemon=True, name="uft-last-words")
         speaker.start()
-        speaker.join(PATIENCE)
+        speaker.join(LAST_WORDS_TIMEOUT)
         os._exit(FAILED)
 
     def speak(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from uft.config.frozen import adds
+from uft.config.frozen import source_overrides
 from uft.config.schema import Config, Data, Source
 from uft.config.stages import ROWS
 from uft.data.chat import Renderer
@@ -27,13 +27,13 @@ from uft.data.rows import Row, Turns
 from uft.data.sources import LoadedSource, load_sources
 from uft.data.table import keep_pandas_out, kinds
 from uft.distributed import ranks
-from uft.errors import FAILED, GOOD, Problem, UftError
+from uft.errors import FAILED, GOOD, Problem, UftError, raise_problems
 from uft.heartbeat import activity
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
 from uft.rewards import judge, spec_of
 from uft.runs import Run, cache_root, shown, typed_path
-from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen
+from uft.sampling.annotate import ANNOTATORS, Recipe, annotate_rows, frozen_settings
 from uft.sampling.answers import Answer, answer_prompts, read_prompts
 from uft.sampling.generate import Interrupted
 from uft.sampling.negatives import Summary, generate_rows, summary_of
@@ -92,7 +92,8 @@ def generate(config: Config) -> int:
         f" {summary.without_good} rows without a good completion left out)"
     )
     for line in shown:
-        say("\n" + shown_answer(said(line["prompt"]), line.get("negatives") or [line["response"]]))
+        prompt = line["prompt"] if isinstance(line["prompt"], str) else str(line["prompt"][-1]["content"])
+        say("\n" + shown_answer(prompt, line.get("negatives") or [line["response"]]))
     say(
         f"\nyour own questions:  uft generate RUN 'a question'\n"
         f"train on them:  uft train {use} data=files +data.sources.negatives.path={summary.path}"
@@ -106,7 +107,7 @@ def answer(config: Config, device: torch.device, say: Say) -> int:
     settings = config.generate
     prompts = read_prompts(Path(str(settings.prompts)))[: settings.limit]
     out = Path(settings.out) if settings.out else None
-    renderer, policy = sampler(config, device)
+    renderer, policy = load_sampler(config, device)
 
     def show(prompt: Turns, answers: Sequence[Answer]) -> None:
         say(shown_answer(prompt[-1].content, [one.told(settings) for one in answers]) + "\n")
@@ -138,11 +139,6 @@ def shown_answer(prompt: str, answers: Sequence[str]) -> str:
     """A prompt and the whole answers to it, which cannot move the cursor."""
     lines = ["> " + printable_lines(prompt).replace("\n", "\n> ")]
     return "\n".join([*lines, *("  " + printable_lines(text).replace("\n", "\n  ") for text in answers)])
-
-
-def said(prompt: str | list[dict[str, Any]]) -> str:
-    """The last turn of a prompt as rows hold it."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def generate_stage(
@@ -177,8 +173,8 @@ def sample_rows(
     say: Say,
 ) -> Summary:
     """Append samples of the rows to `out`. Raises Interrupted when asked to stop, and what `generate_rows` raises."""
-    score = scorer(config, sources) if config.generate.score else None
-    renderer, policy = sampler(config, device)
+    score = make_scorer(config, sources) if config.generate.score else None
+    renderer, policy = load_sampler(config, device)
     return generate_rows(
         policy,
         renderer,
@@ -192,8 +188,8 @@ def sample_rows(
     )
 
 
-def sampler(config: Config, device: torch.device) -> tuple[Renderer, Policy]:
-    """What samples from the model of a configuration."""
+def load_sampler(config: Config, device: torch.device) -> tuple[Renderer, Policy]:
+    """The renderer and the policy of a configuration, to sample with."""
     tokenizer = load_tokenizer(config.model)
     renderer = make_renderer(tokenizer, config.data)
     within = any(Run(place).exists for place in Path(config.model.path).resolve().parents)
@@ -201,7 +197,7 @@ def sampler(config: Config, device: torch.device) -> tuple[Renderer, Policy]:
     return renderer, loaded_policy(config, device, tokenizer)
 
 
-def scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, str], float]:
+def make_scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, str], float]:
     """The score of a reply to a row, as of a rollout: `rollout.reward` of its source's checker. UftError about sources
     without one, and rows whose replies it cannot judge."""
     specs = {source.name: spec_of(config.reward, source.checker) for source in sources}
@@ -212,8 +208,7 @@ def scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Row, st
             problems.append(Problem(f"{key}.checker", "is not set, and generate.score asks it"))
         else:
             problems += unjudged(key, source.rows, spec, weights_of(config.rollout, spec))
-    if problems:
-        raise UftError(*problems, footer="Sample without a score:  generate.score=false")
+    raise_problems(problems, footer="Sample without a score:  generate.score=false")
 
     told: set[str] = set()
 
@@ -302,7 +297,7 @@ def write_column(
     recipe = Recipe(
         device=device,
         cache=cache_root(config.data.cache),
-        models=[frozen(config.model, path) for path in config.annotate.models],
+        models=[frozen_settings(config.model, path) for path in config.annotate.models],
         temperature=config.annotate.temperature,
         batch_tokens=config.annotate.batch_tokens,
         too_long=config.data.too_long,
@@ -341,23 +336,22 @@ def check_files(sources: Sequence[LoadedSource], files: Sequence[Path], data: Da
             advice = ("make a source of each of its files",)
             problems.append(Problem(f"data.sources.{source.name}", why, advice=advice))
     read = {Path(p).expanduser().resolve() for s in data.sources.values() for p in (s.path, s.eval_path) if p}
-    for file in files:
-        place, why = file.resolve(), ""
-        if place in read or place.parent in read:
-            why = "would stand among the rows it is made from"
-        else:
-            try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                if place.exists() and not is_rows_file(place):
-                    why = f"was not written by uft {job}; it is left as it is"
-                elif not os.access(place.parent, os.W_OK):
-                    why = "cannot be written: no permission"
-            except OSError as error:
-                why = f"cannot be written: {error.strerror}"
-        if why:
-            problems.append(Problem(f"{job}.out: {file}", why))
-    if problems:
-        raise UftError(*problems)
+    problems += [Problem(f"{job}.out: {file}", why) for file in files if (why := unusable_file(file, read, job))]
+    raise_problems(problems)
+
+
+def unusable_file(file: Path, read: Collection[Path], job: str) -> str:
+    """Why a job cannot write its rows to `file`, whose folder is made; "" where it can. `read`: the rows it reads."""
+    place = file.resolve()
+    if place in read or place.parent in read:
+        return "would stand among the rows it is made from"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.exists() and not is_rows_file(place):
+            return f"was not written by uft {job}; it is left as it is"
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    return "" if os.access(place.parent, os.W_OK) else "cannot be written: no permission"
 
 
 def annotated_data(data: Data, written: Mapping[str, AnnotatedSource]) -> Data:
@@ -378,7 +372,7 @@ def annotated_data(data: Data, written: Mapping[str, AnnotatedSource]) -> Data:
 
 def train_command(data: Data, column: str, written: Mapping[str, AnnotatedSource]) -> str:
     """The command that trains on the annotated files, by an objective that reads the column."""
-    sources = [word for name, s in annotated_data(data, written).sources.items() for word in adds(name, s)]
+    sources = [word for name, s in annotated_data(data, written).sources.items() for word in source_overrides(name, s)]
     return " ".join(["uft train", f"objective={ANNOTATORS[column].objective}", "data=files", *sources])
 
 

@@ -27,12 +27,12 @@ from uft.data.report import data_omissions
 from uft.data.sources import load_sources
 from uft.data.table import keep_pandas_out
 from uft.errors import GOOD, Problem, UftError
-from uft.evaluation.evaluate import Evaluation, HeldOut, Item, evaluate
+from uft.evaluation.evaluate import Evaluation, HeldOut, evaluate
 from uft.evaluation.measures import mean_stderr
 from uft.model.layout import settle_layout
 from uft.model.load import load_tokenizer
 from uft.model.policy import Policy
-from uft.model.precision import settled
+from uft.model.precision import resolve_dtype
 from uft.model.reference import make_reference
 from uft.rewards import spec_of
 from uft.runs import cache_root, shown, write_atomically, write_json
@@ -47,12 +47,12 @@ from uft.training.trainer import tokens_per_pass
 
 FORMAT = 1
 PAUSE = 5.0  # seconds between two lines of progress
-LONGEST_NAME = 60
+LONGEST_TASK_NAMES = 60
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What `evals/NAME.json` says, and the lines of the file beside it."""
+    """Content of `evals/NAME.json`, and the lines of the file beside it."""
 
     figures: dict[str, dict[str, Any]]  # by name: value, stderr, n and what the figure can be compared by
     about: dict[str, Any]
@@ -74,10 +74,10 @@ def measure(config: Config) -> int:
             return stop.exit_code
     for table in tables(found):
         console.print(table)
-    file = place(config)
+    file = output_file(config)
     made = datetime.now().astimezone().isoformat(timespec="seconds")
     about = {"format": FORMAT, "uft": __version__, "made": made, "seconds": time.perf_counter() - started}
-    model = {"model": config.model.path, "dtype": settled(config.model, choose_device(config.hardware)).dtype}
+    model = {"model": config.model.path, "dtype": resolve_dtype(config.model, choose_device(config.hardware)).dtype}
     found, told = with_earlier(found, file, model)
     for line in told:
         say(line)
@@ -90,8 +90,8 @@ def measure(config: Config) -> int:
 
 
 def with_earlier(found: Measured, file: Path, model: Mapping[str, Any]) -> tuple[Measured, list[str]]:
-    """What was measured, with figures (of a checker, say) that an earlier measurement left in the same file and that
-    this one did not ask for, and lines about them.
+    """Merge figures (of a checker, say) of an earlier measurement in the same file that this one did not ask for; the
+    merged measurement, and lines about them.
 
     They stay where they are of the same rows, settings and weights: both agree in all that both measured of a row.
     """
@@ -144,19 +144,19 @@ def now_and_then(say: Say) -> Say:
     return tell
 
 
-def place(config: Config) -> Path:
+def output_file(config: Config) -> Path:
     """`eval.out`, or a file in that folder that is named after the tasks or sources; without it one in evals/, named
     after the model too."""
     out = Path(config.eval.out or "evals")
     if out.suffix == ".json":
         return out
     sources = [*config.data.sources] if config.data.name == "files" else [config.data.name]
-    names = "+".join([task.task for task in config.eval.tasks] or sources)[:LONGEST_NAME]
+    names = "+".join([task.task for task in config.eval.tasks] or sources)[:LONGEST_TASK_NAMES]
     model = "" if config.eval.out else f"{re.split('[/:]', config.model.path.rstrip('/'))[-1]}-"
     return out / f"{re.sub(r'[^A-Za-z0-9_.+-]', '_', model + names)}.json"
 
 
-def load(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int) -> Policy:
+def load_evaluated(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int) -> Policy:
     """The model, in the layout of `train.packing`; `longest`: tokens of the longest sequence."""
     policy = loaded_policy(config, choose_device(config.hardware), tokenizer)
     settle_layout(policy, config.train.packing, min(longest, policy.positions or longest))
@@ -182,7 +182,7 @@ def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
         raise UftError(Problem("data", "no source has a row to measure", advice=("rows of yours:  data=FILE",)))
     held = [HeldOut(one.source, one.rows, one.encoded, checkers[one.source]) for one in tokenized]
     longest = max(int(one.encoded.longest.max(initial=0)) for one in tokenized)
-    policy = load(config, tokenizer, longest)
+    policy = load_evaluated(config, tokenizer, longest)
     reference = None
     if config.reference.path is not None:
         reference = make_reference(
@@ -212,13 +212,10 @@ def row_figures(found: Evaluation) -> dict[str, dict[str, Any]]:
     figures = {}
     for name, value in found.metrics.items():
         source, _, metric = name.removeprefix("eval/").rpartition("/")
-        column = [item.measures[metric] for item in found.items if has(item, source, metric)]
+        items = [item.measures for item in found.items if source in ("", item.source)]
+        column = [measures[metric] for measures in items if measures.get(metric, (0.0, 0.0))[1] > 0]
         figures[name] = {"value": value, "stderr": mean_stderr([column], [value]), "n": len(column)}
     return figures
-
-
-def has(item: Item, source: str, metric: str) -> bool:
-    return source in ("", item.source) and item.measures.get(metric, (0.0, 0.0))[1] > 0
 
 
 # --- On tasks
@@ -230,7 +227,7 @@ def on_tasks(config: Config, stop: Stop, say: Say) -> Measured:
 
     tokenizer = load_tokenizer(config.model)
     tasks = load_tasks(tokenizer, config.eval, say)
-    policy = load(config, tokenizer, config.train.max_length)
+    policy = load_evaluated(config, tokenizer, config.train.max_length)
     lm = PackedLM(policy, tokenizer, tokens_per_pass(config), stop.between_passes, now_and_then(say))
     figures, items = run_tasks(lm, tasks, config.eval, say)
     about = {"harness": f"lm_eval {harness_version()}", "task_rows": config.eval.task_rows}

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from uft.config.frozen import plain
+from uft.config.frozen import to_builtins
 from uft.config.schema import Config, Eval, Model
-from uft.config.stages import Stage, made, maker, stages_of
+from uft.config.stages import Stage, is_made, maker, stages_of
 from uft.distributed import ranks
 from uft.environment import PeerLost, note
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
@@ -36,13 +36,13 @@ from uft.heartbeat import activity, come
 from uft.model import checkpoint
 from uft.model.memory import Utilisation, device_memory, peak_memory
 from uft.model.policy import DTYPES
-from uft.runs import FULL, Run, problem, typed_path, write_json, writing
+from uft.runs import FULL, Run, disk_problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
 from uft.tracking.trackers import Trackers, make_tracker
 from uft.training.card import ModelCard
-from uft.training.dataset import RunData, located, read_run_data
+from uft.training.dataset import RunData, read_run_data, resolve_made_paths
 from uft.training.exporting import export_checked
 from uft.training.liveness import Stop, watching
 from uft.training.setup import (
@@ -117,7 +117,7 @@ class Session:
         """Find out where the run stands, and read and check the data of all stages."""
         self.device = choose_device(self.config.hardware)
         self.data = read_run_data(self.run, self.config, self.stages)
-        self.results, begun = ranks().on_rank0(self._standing)
+        self.results, begun = ranks().on_rank0(self._read_results)
         for stage in self.stages if begun else ():  # a run that never reached a checkpoint may begin with other rows
             if stage.name in self.data.stages:
                 self.data.stages[stage.name].refuse_other_data(self.folder(stage))
@@ -139,7 +139,7 @@ class Session:
             best = best_record(self.trainer.progress, stage.config.eval.best)
             record = result_record(self.trainer.progress, best, self.device, started, lines)
         else:
-            self._open(self.before.step if self.results else -1)
+            self._start_tracking(self.before.step if self.results else -1)
             self.console.message(f"\nstage {stage.number} of {len(self.stages)}, {stage.name}: {stage.do}")
             record = self._make_rows(stage, folder) | {"wall_seconds": time.perf_counter() - started}
         named = {"do": stage.do} if stage.name else {}
@@ -173,7 +173,7 @@ class Session:
             write_json(folder.path / "check.json", checks)
         self.data.steps[stage.name] = trainer.steps  # of the checkpoint, unless it was extended
         lines = stage_card(prepared) if ranks().is_rank0 else ()
-        self._open(self.before.step + max(step, 0) if self.results or step >= 0 else -1, lines)
+        self._start_tracking(self.before.step + max(step, 0) if self.results or step >= 0 else -1, lines)
         if stage.name:
             where = f", resumed at its step {step}" if step >= 0 else ""
             own = [line for line in lines if line[0] != "evaluation"]  # the run's card has that of all stages
@@ -213,11 +213,11 @@ class Session:
         """Sample completions, write a column or choose rows; counts of what was made. Raises Interrupted."""
         by_name = {other.name: other for other in self.stages}
         trained, asked = self.trained_before(stage), stage.config.annotate.models
-        models = [str(self.model_dir(by_name[maker(path)])) if made(path) else path for path in asked]
+        models = [str(self.model_dir(by_name[maker(path)])) if is_made(path) else path for path in asked]
         model, past = self.start_model(stage), stage.config.select.past
-        past = str(self.folder(by_name[maker(past)]).path) if past and made(past) else past
+        past = str(self.folder(by_name[maker(past)]).path) if past and is_made(past) else past
         config = replace(
-            located(stage.config, self.run),
+            resolve_made_paths(stage.config, self.run),
             model=model if stage.do == "select" else replace(model, adapter="none", quantize="none"),
             annotate=replace(stage.config.annotate, models=models),
             select=replace(stage.config.select, past=past),
@@ -227,7 +227,7 @@ class Session:
 
         return ROW_STAGES[stage.do](config, folder.path, sampled_by, self.device, self.stop, self.console.message)
 
-    def _open(self, resumed_step: int, stage_lines: Card = ()) -> None:
+    def _start_tracking(self, resumed_step: int, stage_lines: Card = ()) -> None:
         """Before the first line of this session: record data and machine, start the tracker, show the card.
 
         `resumed_step`: of the whole run; -1: there is no checkpoint, and lines of an earlier session are written again.
@@ -243,7 +243,7 @@ class Session:
             (self.run.path / "result.json").unlink(missing_ok=True)
             info = {"data_digest": self.data.digest, "total_steps": self.data.total_steps}
             self.run.update_info(**info, device=str(self.device), torch=torch.__version__)
-            settings = plain(asdict(self.config))
+            settings = to_builtins(asdict(self.config))
             self.tracker = make_tracker(self.run, settings, resumed_step=resumed_step, say=self.console.message)
             self.tracker.start()
             self.console.total_steps = self.data.total_steps
@@ -263,7 +263,7 @@ class Session:
 
     # --- where the run stands
 
-    def _standing(self) -> tuple[dict[str, dict[str, Any]], bool]:
+    def _read_results(self) -> tuple[dict[str, dict[str, Any]], bool]:
         """(results of the stages that are finished, whether there are any or a checkpoint)."""
         found: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
@@ -292,7 +292,7 @@ class Session:
         return Run(self.run.path / stage.folder)
 
     def model_dir(self, stage: Stage) -> Path:
-        """Where a stage leaves its model: the last one's is the run's."""
+        """The folder of a stage's model; that of the last stage is the run's."""
         last = [other for other in self.stages if other.do == "fit"][-1]
         return self.run.model_dir if stage.name == last.name else self.folder(stage).model_dir
 
@@ -423,7 +423,7 @@ class Recorder:
         return ours
 
     def write_line(self, trainer: Trainer) -> None:
-        """What was measured since the last line: meters stay on the device till then."""
+        """Write the means since the last metric line; meters stay on the device till then."""
         trainer.await_finite_check()
         progress, means = trainer.progress, trainer.meter.means()  # without names that no row gave anything for
         seconds, tokens, supervised = progress.seconds - self.seconds, self.tokens, self.supervised
@@ -457,8 +457,8 @@ class Recorder:
         except Interrupted:
             return  # `evaluated` stays behind: the resumed run evaluates this step first
         progress.evaluated = step
-        self._note_best(progress, evaluation.metrics, trainer.config.eval)
-        self._note_end(trainer)
+        self._update_best(progress, evaluation.metrics, trainer.config.eval)
+        self._check_early_stop(trainer)
         if evaluation.metrics:
             axes = {"rows": progress.rows, "tokens": progress.tokens}  # so that W&B can plot it against either
             self.log(step, axes | evaluation.metrics)
@@ -469,7 +469,7 @@ class Recorder:
             self.tracker.items(self.before.step + step, evaluation.items, self.stage or None, answers=trainer.complete)
         self.console.evaluation(self.before.step + step, evaluation)
 
-    def _note_best(self, progress: Progress, metrics: Mapping[str, float], cfg: Eval) -> None:
+    def _update_best(self, progress: Progress, metrics: Mapping[str, float], cfg: Eval) -> None:
         value = metrics.get(cfg.best)
         if metrics and value is None and not self.warned:
             self.warned = True
@@ -480,7 +480,7 @@ class Recorder:
         if progress.best_value is None or sign * value > sign * progress.best_value:
             progress.best_step, progress.best_value = progress.step, value
 
-    def _note_end(self, trainer: Trainer) -> None:
+    def _check_early_stop(self, trainer: Trainer) -> None:
         """Whether the last evaluations had none better than the best (`train.early_stop`)."""
         progress, cfg, patience = trainer.progress, trainer.config.train, trainer.config.train.early_stop
         if patience is None or progress.best_step is None or trainer.complete:
@@ -559,7 +559,7 @@ def error_text(error: Exception, config: Config) -> str:
     elif out_of_memory(error):
         text = str(explain_oom(error, "memory", config))
     elif isinstance(error, OSError) and error.errno in FULL and error.filename:
-        text = str(UftError(problem(Path(error.filename), error.errno)))
+        text = str(UftError(disk_problem(Path(error.filename), error.errno)))
     else:
         tell_redacted(type(error), error, error.__traceback__)
         text = f"{type(error).__name__}: {error}"

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,17 +23,17 @@ from uft.config.schema import Config, Eval, Hardware, Model, Optim, ReferenceMod
 from uft.config.stages import Stage
 from uft.data.batch import Layout, micro_batches
 from uft.data.loader import Collator
-from uft.data.report import data_cautions, data_omissions, report_table
+from uft.data.report import data_cautions, data_omissions, mixture_table
 from uft.distributed import Sharding, ranks, set_sharding
 from uft.environment import launched, local_rank
-from uft.errors import FAILED, Problem, UftError
+from uft.errors import FAILED, Problem, UftError, raise_problems
 from uft.evaluation.evaluate import check_step_zero
 from uft.heartbeat import activity
 from uft.model import checkpoint
 from uft.model.layout import compile_blocks, compiles, settle_layout
 from uft.model.load import check_vocabulary, load_policy, load_tokenizer, pad_id
 from uft.model.memory import Shape, Spread, estimate, hidden_matrices, keep_freed_memory, shape_of
-from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout
+from uft.model.policy import Frozen, Policy, idle_adapters, own_dropout, preserved_rng
 from uft.model.reference import Reference, make_reference
 from uft.objectives.base import Needs, Objective, StepContext
 from uft.runs import Run, cache_root, shown
@@ -52,7 +52,6 @@ RANK_SEEDS = 1_000_003  # distance between the sampling seeds of two processes
 ONE_ROW = "a step has one row: its baseline is measured under the prompts of a step's other rows, and is always 0"
 REMOTE_CODE = "model.trust_remote_code is on: code that came with the model runs with all rights of this user"
 UNREPEATABLE = "a resumed run samples other completions than one that was never stopped"
-IDLE = "{} adapters never act, since the model does not call their layers: {}"
 IN_BFLOAT16 = "(optim.lr) in bfloat16, and will hardly move: model.master_weights=true"
 
 WITHOUT_PART: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -73,7 +72,7 @@ WITHOUT_PART: dict[str, tuple[str, tuple[Any, ...]]] = {
 UNMOVED = 0.5  # share of weights that a step of the learning rate's size does not move, from which that is told
 
 STAYS: dict[str, Any] = {"mode": "auto", "sync_every": None}
-"""Of the reference that the evaluation compares with: the same throughout a run."""
+"""Settings of the evaluation's reference, which is the same throughout a run."""
 
 Say = Callable[[str], None]
 
@@ -94,27 +93,30 @@ class Prepared:
     @cached_property
     def cautions(self) -> list[str]:
         """Warnings about the run that its card and `check.json` repeat."""
-        trainer, objective = self.trainer, self.data.objective
-        remote = [REMOTE_CODE] if trainer.config.model.trust_remote_code else []
-        looks = trainer.policy.has_adapter and not trainer.policy.compiled  # its hooks would compile all again
-        items = trainer.sampler.items(trainer.sampler.preview(8))[:1] if looks else []
-        batches = micro_batches(items, 1, trainer.collator.pad_id, trainer.policy.layout)
-        with same_generators(trainer.device):
-            idle = [name for batch in batches for name in idle_adapters(trainer.policy, batch.to(trainer.device))]
-        told = [IDLE.format(len(idle), ", ".join(idle[:3]))] if idle else []
-        optim, share = trainer.config.optim, unmoved_share(trainer.parameters, trainer.config.optim)
-        if share > UNMOVED and optim.name != "sgd":
-            told.append(f"{share:.0%} of the trained weights are too large for steps of {optim.lr:g} {IN_BFLOAT16}")
-        if trainer.config.teacher.path and not objective.needs.teacher:
-            told.append(f"teacher.path={trainer.config.teacher.path} has no part in objective={objective.name}")
-        if trainer.config.reference.sync_every and not trainer.moving:
-            told.append(f"reference.sync_every has no part in objective={objective.name}")
-        if trainer.rollouts and trainer.config.rollout.engine != "own":
-            told.append(f"rollout.engine={trainer.config.rollout.engine}: {UNREPEATABLE}")
-        told += idle_keys(trainer.config)
-        told += [ONE_ROW] if objective.needs.mismatched and trainer.config.train.batch_size == 1 else []
+        trainer, objective, config = self.trainer, self.data.objective, self.trainer.config
+        idle, share = unused_adapters(trainer), unmoved_share(trainer.parameters, config.optim)
+        unused = f"has no part in objective={objective.name}"
+        found = [
+            (config.model.trust_remote_code, REMOTE_CODE),
+            (
+                idle,
+                f"{len(idle)} adapters never act, since the model does not call their layers: {', '.join(idle[:3])}",
+            ),
+            (
+                share > UNMOVED and config.optim.name != "sgd",
+                f"{share:.0%} of the trained weights are too large for steps of {config.optim.lr:g} {IN_BFLOAT16}",
+            ),
+            (config.teacher.path and not objective.needs.teacher, f"teacher.path={config.teacher.path} {unused}"),
+            (config.reference.sync_every and not trainer.moving, f"reference.sync_every {unused}"),
+            (
+                trainer.rollouts and config.rollout.engine != "own",
+                f"rollout.engine={config.rollout.engine}: {UNREPEATABLE}",
+            ),
+            (objective.needs.mismatched and config.train.batch_size == 1, ONE_ROW),
+        ]
+        told = [*(text for holds, text in found if holds), *idle_keys(config)]
         certain = counted_as_certain(self.data.sampler, objective)
-        return [*remote, *told, *objective.cautions(), *certain, *data_cautions(self.data.record)]
+        return [*told, *objective.cautions(), *certain, *data_cautions(self.data.record)]
 
     @cached_property
     def memory(self) -> dict[str, int]:
@@ -124,7 +126,7 @@ class Prepared:
         return self.planned(max(tokens_per_pass(config), own))
 
     def planned(self, tokens: int) -> dict[str, int]:
-        """As `memory`; `tokens` of the largest micro-batch."""
+        """As `memory`, for a largest micro-batch of `tokens`."""
         mode, forward = (self.reference.mode, self.reference.forward) if self.reference else (None, None)
         other = shape_of(forward.policy) if isinstance(forward, Frozen) else None
         return planned_memory(self.trainer.config, shape_of(self.trainer.policy), mode, tokens, other)
@@ -194,7 +196,7 @@ def prepare(
         say("compiling the model")
         compile_blocks(policy, asked=config.model.compile is not None)
     pause(stop)
-    objective.start(sampler.examples)
+    objective.start(sampler.row_count)
     reference_of = partial(
         make_reference,
         policy,
@@ -205,10 +207,10 @@ def prepare(
     )
     reference = None
     if needs.reference:
-        compared, key = compared_with(config, needs)
+        compared, key = reference_settings(config, needs)
         reference = reference_of(
             *(reference_model or (config.model, compared)),
-            visits_per_row=horizon.total_rows / max(1, sampler.examples),
+            visits_per_row=horizon.total_rows / max(1, sampler.row_count),
             distributions=needs.distributions,
             rollouts=config.rollout.completions > 0,
             key=key,
@@ -241,8 +243,8 @@ def prepare(
     return Prepared(trainer, data, reference, eval_reference)
 
 
-def compared_with(config: Config, needs: Needs) -> tuple[ReferenceModel, str]:
-    """What an objective compares the policy with, its reference or its teacher, and the setting that names it."""
+def reference_settings(config: Config, needs: Needs) -> tuple[ReferenceModel, str]:
+    """Settings of the model that an objective compares with, reference or teacher, and the key that names it."""
     if needs.teacher:
         return ReferenceModel(path=config.teacher.path), "teacher.path"
     return config.reference, "reference.path"
@@ -275,12 +277,12 @@ def _cache_reference(reference: Reference, data: StageData, config: Config, stop
     sampler, batch_size = data.sampler, config.train.batch_size
     every_step = data.objective.needs.mismatched  # which completions are scored depends on the rows of each step
     drawn = data.horizon.total_rows if every_step else min(data.horizon.total_rows, sampler.mixture.first_pass)
-    encoded = [one for row in sampler.met(sampler.preview(drawn)) for one in row]
+    encoded = [one for row in sampler.distinct_tokens(sampler.preview(drawn)) for one in row]
     if every_step:
         draws = list(sampler.preview(drawn))
         for start in range(0, len(draws), batch_size):
-            items = sampler.items(draws[start : start + batch_size])
-            encoded += [one for item in sampler.mismatched(items) for one in item.encoded]
+            examples = sampler.examples_of(draws[start : start + batch_size])
+            encoded += [one for item in sampler.mismatched(examples) for one in item.encoded]
     complete = reference.column.fill(
         encoded,
         batch_tokens=tokens_per_pass(config),
@@ -351,11 +353,6 @@ def loaded_policy(config: Config, device: torch.device, tokenizer: PreTrainedTok
 # --- Checks before the first step.
 
 
-def same_generators(device: torch.device) -> AbstractContextManager[None]:
-    """Inside, numbers may be drawn that no later one depends on."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
 def check_use(policy: Policy, config: Config, objective: Objective) -> None:
     """Raise UftError where the model is not right for its objective, or not for its export."""
     needs = objective.needs
@@ -397,8 +394,18 @@ def check_positions(policy: Policy, data: StageData, config: Config) -> None:
             why = f"replies under other rows' prompts have up to {joined} tokens, the model has {positions} positions"
             advice = (f"train.max_length={positions}   (such sequences are cut there)",)
             problems.append(Problem(f"objective={data.objective.name}", why, advice=advice))
-    if problems:
-        raise UftError(*problems)
+    raise_problems(problems)
+
+
+def unused_adapters(trainer: Trainer) -> list[str]:
+    """Names of adapted layers that a forward pass on a row of the data does not go through."""
+    policy = trainer.policy
+    if not policy.has_adapter or policy.compiled:  # hooks on its layers would compile all of it again
+        return []
+    examples = trainer.sampler.examples_of(trainer.sampler.preview(8))[:1]
+    batches = micro_batches(examples, 1, trainer.collator.pad_id, policy.layout)
+    with preserved_rng(trainer.device):
+        return [name for batch in batches for name in idle_adapters(policy, batch.to(trainer.device))]
 
 
 @torch.no_grad()
@@ -420,12 +427,12 @@ def check_start(trainer: Trainer, reference: Reference | None) -> dict[str, floa
     another = trainer.config.reference.path is not None or trainer.objective.needs.teacher
     if reference is None or another or trainer.progress.step > 0:
         return {}
-    items = trainer.sampler.items(trainer.sampler.preview(min(trainer.config.train.batch_size, 8)))
-    if not items:
+    examples = trainer.sampler.examples_of(trainer.sampler.preview(min(trainer.config.train.batch_size, 8)))
+    if not examples:
         return {}
     dtype = trainer.policy.dtype
-    batch = micro_batches(items[:2], 1, trainer.collator.pad_id, trainer.policy.layout)[0].to(trainer.device)
-    with same_generators(trainer.device):  # as in training, where dropout acts
+    batch = micro_batches(examples[:2], 1, trainer.collator.pad_id, trainer.policy.layout)[0].to(trainer.device)
+    with preserved_rng(trainer.device):  # as in training, where dropout acts
         trainer.policy.train()
         ours, theirs = trainer.policy(batch).log_probs, reference.forward(batch).log_probs
         problems = check_step_zero(ours, theirs, STEP_ZERO_TOLERANCE[dtype])
@@ -478,7 +485,6 @@ def planned_memory(
 
 
 NO_MOMENTS = "; the state of its optimiser does not come along"
-MIXTURE_COLUMNS = ("source", "kind", "rows", "held out", "asked", "of rows", "of tokens")
 
 
 def start_card(
@@ -540,7 +546,7 @@ def origin_of_rate(config: Config) -> str:
 
 
 def rollout_line(config: Config) -> str:
-    """What is sampled in every step, and of what the score consists."""
+    """A line about the rollouts: completions, updates for each of them, and the score."""
     rollout = config.rollout
     updates = (rollout.prompts or config.train.batch_size) // config.train.batch_size
     weights = " + ".join(f"{weight:g} {name}" for name, weight in rollout.reward.items() if weight)
@@ -559,7 +565,7 @@ def measured_rows(dataset: TrainData, settings: Eval) -> str:
 
 
 def stage_card(prepared: Prepared) -> Card:
-    """What a stage trains and on what: model, objective, data, horizon and machine."""
+    """(label, value) lines about a stage: model, objective, data, horizon and machine."""
     trainer, config, data = prepared.trainer, prepared.trainer.config, prepared.data
     optim = config.optim
     objective, reference, device = trainer.objective, prepared.reference, trainer.device
@@ -569,10 +575,8 @@ def stage_card(prepared: Prepared) -> Card:
     values = {name: getattr(objective, name) for name in names}
     changed = [f"{n}={getattr(v, 'name', v)}" for n, v in values.items() if v != getattr(defaults, n)]
 
-    header, *rows = report_table(data.record)
-    kept = [header.index(name) for name in MIXTURE_COLUMNS if name in header]
-    table = [[line[i] for i in kept] for line in (header, *rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(kept))]
+    table = mixture_table(data.record)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     mixture = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
 
     passes = data.horizon.total_rows / data.horizon.epoch_rows

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +69,7 @@ class Step:
 
 def optimiser_step(
     trainer: Trainer,
-    rows: StepBatches,
+    batches: StepBatches,
     context: StepContext,
     *,
     lr: float = 0.0,
@@ -77,19 +78,19 @@ def optimiser_step(
     defer_check: bool = False,
     await_previous: Callable[[], None] = lambda: None,
 ) -> Step:
-    """Update the parameters with the gradient of `sum over terms of weight * total / count` over `rows`.
+    """Update the parameters with the gradient of `sum over terms of weight * total / count` over `batches`.
 
     The counts are those of all micro-batches of all ranks, so neither accumulation nor the number of ranks changes the
     gradient. Nothing is updated where the loss or the gradient norm is not finite: the host waits for that check, or
-    with `defer_check` a fused optimiser skips the update on the device and `Step.finite` tells later. `update` false:
-    leave the gradients and change nothing. `max_grad_norm` 0: do not clip. `await_previous` is called just before the
-    update, while the device still works: it raises if the step before this one has to be rolled back.
+    with `defer_check` a fused optimiser skips the update on the device and `Step.finite` is known later. `update`
+    false: leave the gradients and change nothing. `max_grad_norm` 0: do not clip. `await_previous` is called just
+    before the update, while the device still works: it raises if the step before this one has to be rolled back.
     """
     objective, optimiser, device = trainer.objective, trainer.optimiser, trainer.device
     optimiser.zero_grad(set_to_none=True)
 
     # Units of every term, counted where the batches are: on the CPU, before any forward pass.
-    counts = global_counts(objective, rows.batches)
+    counts = global_counts(objective, batches.micro_batches)
     divisors = {name: count.to(device).clamp(min=1) for name, count in counts.items()}
     counted = {name for name, count in counts.items() if count > 0}
 
@@ -100,13 +101,13 @@ def optimiser_step(
     def scaled_to_zero(loss: Loss) -> Tensor | None:
         return torch.stack([0.0 * t.total for t in loss.values() if t.weight]).sum()
 
-    context = replace(context, kl_baseline=kl_baseline(trainer, rows))
+    context = replace(context, kl_baseline=kl_baseline(trainer, batches))
 
     # Gradients add up over micro-batches. Sharded, all ranks make the same number of passes: a rank with fewer
     # micro-batches repeats a padding batch whose gradient is zero and whose terms are dropped.
     terms: Loss = {}
-    padding = padding_batches(rows.batches, rows.padding)
-    for batch, is_padding in [*((batch, False) for batch in rows.batches), *((batch, True) for batch in padding)]:
+    padding = padding_batches(batches.micro_batches, batches.padding)
+    for batch, is_padding in [*zip(batches.micro_batches, repeat(False)), *zip(padding, repeat(True))]:
         current = replace(context, learning=False) if is_padding else context
         scale = scaled_to_zero if is_padding else scaled
         losses = chunked_backward(trainer, batch, current, scale)
@@ -121,7 +122,7 @@ def optimiser_step(
     terms |= {name: Term(torch.zeros(()), count, 0.0) for name, count in counts.items() if name not in terms}
 
     terms = all_reduce_terms(terms, device)
-    sync_state(objective, rows.items)
+    sync_state(objective, batches.examples)
     parameters = list(trainer.parameters.values())
     all_reduce_gradients(parameters)
     loss = reported_loss(objective, terms)
@@ -139,21 +140,21 @@ def optimiser_step(
     elif update:
         optimiser.zero_grad(set_to_none=True)
 
-    supervised_tokens = sum(batch.target_ids.numel() for batch in rows.batches)
-    tokens = sum_over_ranks({"all": sum(batch.tokens for batch in rows.batches), "supervised": supervised_tokens})
+    supervised = sum(batch.target_ids.numel() for batch in batches.micro_batches)
+    tokens = sum_over_ranks({"all": sum(one.tokens for one in batches.micro_batches), "supervised": supervised})
     return Step(loss, terms, grad_norm, int(tokens["all"]), int(tokens["supervised"]), finite)
 
 
 @torch.no_grad()
-def kl_baseline(trainer: Trainer, rows: StepBatches) -> dict[str, Tensor]:
+def kl_baseline(trainer: Trainer, batches: StepBatches) -> dict[str, Tensor]:
     """() means of what the objective measures on the step's mismatched completions (KTO), over all ranks."""
     objective, forwards = trainer.objective, (trainer.policy, trainer.reference)
     sums: dict[str, tuple[Tensor, Tensor]] = {}
-    for batch in rows.mismatched:
+    for batch in batches.mismatched:
         for name, term in objective.baseline_terms(batch.to(trainer.device), *forwards).items():
             total, count = sums.get(name, (0.0, 0.0))
             sums[name] = (total + term.total, count + term.count)
-    for batch in padding_batches(rows.mismatched, rows.padding):
+    for batch in padding_batches(batches.mismatched, batches.padding):
         objective.baseline_terms(batch.to(trainer.device), *forwards)
     if ranks().size == 1:
         return {name: total / count.clamp(min=1) for name, (total, count) in sums.items()}
@@ -175,13 +176,13 @@ def reported_loss(objective: Objective, terms: Loss) -> Tensor:
 def chunked_backward(
     trainer: Trainer, batch: Batch, context: StepContext, scale: Callable[[Loss], Tensor | None]
 ) -> list[Loss]:
-    """Add the gradients of a packed micro-batch; the losses of its groups of rows, [] where that cannot be done.
+    """Fused backward pass of a packed micro-batch; the losses of its groups of rows, [] where it is not applicable.
 
-    Every loss is a sum over rows and its counts are known beforehand, so a few rows can be evaluated like a micro-batch
-    of their own as soon as the head has their log-probs; the gradient of the log-probs goes straight into the head. It
-    takes an objective with one forward pass that has gradients (passes without are made for the whole micro-batch), and
-    that wants log-probs, and nothing else of the distributions. `scale`: a loss -> the () tensor to differentiate, None
-    for nothing.
+    Every loss is a sum over rows and its counts are known beforehand. So a few rows are evaluated like a micro-batch of
+    their own as soon as the head has their log-probs, and the gradient of the log-probs goes straight into the head.
+    Applicable to an objective that makes one forward pass with gradients and asks it for log-probs alone; passes
+    without gradients are made for the whole micro-batch. `scale`: a loss -> the () tensor to differentiate, None for
+    nothing.
     """
     objective, policy, reference = trainer.objective, trainer.policy, trainer.reference
     if batch.segments is None or policy.head is None:
@@ -303,15 +304,15 @@ def all_reduce_terms(terms: Loss, device: torch.device) -> Loss:
     return {name: reduced[name] for name in terms}
 
 
-def sync_state(objective: Objective, items: Sequence[Example]) -> None:
+def sync_state(objective: Objective, examples: Sequence[Example]) -> None:
     """Give all ranks the objective's per-example state that the owners of these examples wrote.
 
     Exact: every example has one owner, and all other ranks add zero.
     """
     if ranks().size == 1 or not objective.state:
         return
-    whole = sorted({item.example for item in items})
-    mine = {item.example for item in local_shard(items)}
+    whole = sorted({item.example for item in examples})
+    mine = {item.example for item in local_shard(examples)}
     for name, table in objective.state.items():
         index = torch.tensor(whole, device=table.device)
         is_mine = torch.tensor([example in mine for example in whole], device=table.device)
@@ -425,10 +426,10 @@ def learning_rate(step: int, steps: int, cfg: Optim) -> float:
 # --- The rows of a step that was not finite.
 
 
-def nonfinite_rows(trainer: Trainer, items: Sequence[Example], context: StepContext) -> list[str]:
+def nonfinite_rows(trainer: Trainer, examples: Sequence[Example], context: StepContext) -> list[str]:
     """Ids of the rows whose loss or gradient norm alone is not finite; empty where only their sum overflows."""
     found = []
-    for item in items:
+    for item in examples:
         with single_process():
             step = optimiser_step(trainer, trainer.collator([item]), replace(context, learning=False), update=False)
         if not step.finite:

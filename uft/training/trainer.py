@@ -101,7 +101,7 @@ class Hook(Protocol):
 
 @dataclass
 class Trainer:
-    """Everything a training run consists of, as `setup.prepare` puts it together before the first step."""
+    """State and loop of training, put together by `setup.prepare` before the first step."""
 
     run: Run
     config: Config
@@ -159,7 +159,7 @@ class Trainer:
 
     @property
     def complete(self) -> bool:
-        """Whether there is no further step to take."""
+        """Whether the horizon is reached, or training ended before it."""
         return self.progress.step >= self.steps or bool(self.progress.ended)
 
     @property
@@ -173,9 +173,9 @@ class Trainer:
         left = self.total_rows - self.progress.rows
         rows = min(self.config.train.batch_size, left)
         batches = prefetcher.take(rows, then=min(self.config.train.batch_size, left - rows))
-        with oom_advice(f"step {self.progress.step + 1}", self.config, batches.items):
+        with oom_advice(f"step {self.progress.step + 1}", self.config, batches.examples):
             step = self.update(batches)
-        self.unchecked = (batches.items, before, step)
+        self.unchecked = (batches.examples, before, step)
         if not self.defer_check:
             self.await_finite_check()
         self.progress.step += 1
@@ -183,11 +183,11 @@ class Trainer:
         self.progress.tokens += step.tokens
         self.progress.supervised_tokens += step.supervised_tokens
         self.progress.seconds = seconds + time.perf_counter() - started  # includes waiting for the step before
-        measured = float(bool(batches.items))
+        measured = float(bool(batches.examples))
         self.meter.add("loss", step.loss, measured)
         self.meter.add("grad_norm", step.grad_norm, measured)
         self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
-        for name, (total, number) in (self.rollouts.taken_metrics() if self.rollouts else {}).items():
+        for name, (total, number) in (self.rollouts.pop_metrics() if self.rollouts else {}).items():
             self.meter.add(name, total, number)
         if self.moving and self.progress.step % (self.config.reference.sync_every or 1) == 0:
             self.move_reference()
@@ -202,7 +202,7 @@ class Trainer:
 
     def update(self, batches: StepBatches) -> Step:
         """One optimiser step on `batches`, after the check of the step before; no rows, no update."""
-        if not batches.items:  # the objective takes nothing of any row of the step
+        if not batches.examples:  # the objective takes nothing of any row of the step
             self.await_finite_check()
             nothing = torch.zeros((), device=self.device)
             return Step(nothing, {}, nothing)
@@ -246,19 +246,19 @@ class Trainer:
         return self.prefetcher.cursor if self.prefetcher else self.feed.state_dict()
 
     def state(self) -> State:
-        """What a step changes besides weights and moments, as a checkpoint holds it."""
+        """State besides weights and moments that a step changes, as a checkpoint holds it."""
         tensors = {
-            **nested("objective", {name: tensor.clone() for name, tensor in self.objective.state.items()}),
-            **nested("meter", self.meter.state_dict()),
-            **nested(_random(ranks().rank), random_state(self.device)),
+            **add_prefix("objective", {name: tensor.clone() for name, tensor in self.objective.state.items()}),
+            **add_prefix("meter", self.meter.state_dict()),
+            **add_prefix(_random(ranks().rank), random_state(self.device)),
         }
         return tensors, {"progress": asdict(self.progress), "feed": self.cursor(), "steps": self.steps}
 
     def load_state(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        for name, tensor in below("objective", tensors).items():
+        for name, tensor in strip_prefix("objective", tensors).items():
             self.objective.state[name].copy_(tensor)
-        self.meter.load_state_dict(below("meter", tensors), self.device)
-        if generators := below(_random(ranks().rank), tensors):
+        self.meter.load_state_dict(strip_prefix("meter", tensors), self.device)
+        if generators := strip_prefix(_random(ranks().rank), tensors):
             # else there are more ranks now: this one keeps its seed
             torch.set_rng_state(generators["cpu"])
             if self.device.type == "cuda" and "cuda" in generators:
@@ -292,11 +292,11 @@ class Trainer:
             problem = Problem(f"step {self.progress.step}", why, advice=(good,))
             raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
         moments = checkpoint.optimiser_tensors(self.optimiser, self.parameters)
-        learned = {**nested("model", self.parameters), **nested("optimiser", moments)}
-        learned |= nested("reference", self.moving)
+        learned = {**add_prefix("model", self.parameters), **add_prefix("optimiser", moments)}
+        learned |= add_prefix("reference", self.moving)
         others, values = self.state()
         for rank, generators in enumerate(ranks().gather_objects(random_state(self.device))):
-            others |= nested(_random(rank), generators)
+            others |= add_prefix(_random(rank), generators)
         step = self.progress.step
         if not ranks().sharded:
             return ranks().on_rank0(
@@ -329,10 +329,10 @@ class Trainer:
     def load_checkpoint(self, folder: Path) -> None:
         """Raises checkpoint.Damaged, or UftError where the checkpoint is of another model or adapter."""
         tensors, values = checkpoint.load(folder, self.parameters)
-        self.policy.load_trainable(below("model", tensors))
-        checkpoint.load_optimiser(self.optimiser, self.parameters, below("optimiser", tensors))
+        self.policy.load_trainable(strip_prefix("model", tensors))
+        checkpoint.load_optimiser(self.optimiser, self.parameters, strip_prefix("optimiser", tensors))
         with torch.no_grad():
-            for name, tensor in below("reference", tensors).items():
+            for name, tensor in strip_prefix("reference", tensors).items():
                 self.moving[name].copy_(tensor)
         self.load_state(tensors, values)
 
@@ -359,11 +359,11 @@ def own_samples(trainer: Trainer) -> list[Sample]:
     return [Sample(source, row.id, prompt, one.text, row.answer, verdict) for one, verdict in own]
 
 
-def nested(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 
 
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def strip_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under `prefix/`, without it."""
     return {n.removeprefix(f"{prefix}/"): tensor for n, tensor in tensors.items() if n.startswith(f"{prefix}/")}
 
@@ -378,15 +378,15 @@ def _random(rank: int) -> str:
 # rest of what a step changes is kept until the check has arrived.
 
 
-def rollback(trainer: Trainer, items: Sequence[Example], before: State, step: Step) -> NoReturn:
+def rollback(trainer: Trainer, examples: Sequence[Example], before: State, step: Step) -> NoReturn:
     """Undo a step that was not finite, save a checkpoint, and raise a UftError (code 1) that names its rows."""
     trainer.load_state(*before)
     context = trainer.step_context(trainer.progress.step)
-    rows = nonfinite_rows(trainer, items, context)
+    rows = nonfinite_rows(trainer, examples, context)
     trainer.load_state(*before)  # the search drew random numbers
     named = ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     if not named:
-        named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in items[:10])
+        named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in examples[:10])
     numbers = f"loss {float(step.loss)}, gradient norm {float(step.grad_norm)}"
     folder = trainer.save_checkpoint()
     trainer.publish_pending_checkpoint()
@@ -442,23 +442,23 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def oom_advice(what: str, config: Config, items: Sequence[Example] = ()) -> Iterator[None]:
-    """Inside, running out of memory becomes a UftError (code 1) about `what`, which worked on `items`."""
+def oom_advice(what: str, config: Config, examples: Sequence[Example] = ()) -> Iterator[None]:
+    """Inside, running out of memory becomes a UftError (code 1) about `what`, which worked on `examples`."""
     try:
         yield
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise explain_oom(error, what, config, items) from error
+        raise explain_oom(error, what, config, examples) from error
 
 
-def explain_oom(error: BaseException, what: str, config: Config, items: Sequence[Example] = ()) -> UftError:
+def explain_oom(error: BaseException, what: str, config: Config, examples: Sequence[Example] = ()) -> UftError:
     """The error's own words, the size of the step if there was one, and the cheapest keys that help."""
     advice = []
-    if lengths := [encoded.length for item in items for encoded in item.encoded]:
+    if lengths := [encoded.length for item in examples for encoded in item.encoded]:
         advice.append(
-            f"the step has {len(items)} rows, {len(lengths)} sequences, {sum(lengths):,} tokens; the longest sequence "
-            f"has {max(lengths):,}; passes of up to {tokens_per_pass(config):,} tokens"
+            f"the step has {len(examples)} rows, {len(lengths)} sequences, {sum(lengths):,} tokens; the longest "
+            f"sequence has {max(lengths):,}; passes of up to {tokens_per_pass(config):,} tokens"
         )
     remedies = [f"shorter passes:  train.micro_batch_tokens={max(1, tokens_per_pass(config) // 2)}"]
     if not config.model.gradient_checkpointing:
