@@ -55,8 +55,8 @@ def test_help_lists_the_choices_on_disk(worker, capsys):
     assert "did you mean  uft train --help objective ?" in capsys.readouterr().err
     assert main(["train", "--help"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r", kto, ld_dpo, .*\bmine\b", out, re.DOTALL)
-    assert re.search(r"model.adapter +train all weights or a low-rank adapter \(none, lora\)  \[none\]", out)
+    assert re.search(r", kto, ld_dpo, .*\bmine\b", " ".join(out.split()))  # folded to the width of the terminal
+    assert re.search(r"model.adapter +train all weights or a low-rank adapter \(none, lora\)\s+\[none\]", out)
     assert "\nschema=" not in out
     first, settings, choices = (
         out.index(text) for text in ("uft train objective=ift", "Common settings", "\nobjective=")

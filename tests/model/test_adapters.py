@@ -15,10 +15,10 @@ from uft.config.schema import Lora, Model
 from uft.data.batch import Batch
 from uft.errors import UftError
 from uft.model.export import export, merged_state
-from uft.model.load import load_model, quantise_blocks
+from uft.model.load import load_model
 from uft.model.memory import shape_of
-from uft.model.policy import Frozen, Policy, add_lora
-from uft.model.precision import plain_state
+from uft.model.policy import Frozen, Policy, add_lora, blocks
+from uft.model.precision import plain_state, quantise
 
 Build = Callable[..., Any]
 KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -33,7 +33,8 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def adapted(build: Build, name: str, quantize: str = "none", **kind: Any) -> Policy:
-    base = quantise_blocks(build(name, hidden_size=64, intermediate_size=128), Model("m", "m", quantize=quantize))
+    base = build(name, hidden_size=64, intermediate_size=128)
+    quantise(blocks(base), Model("m", "m", quantize=quantize))
     return Policy(add_lora(base, Lora(rank=4, alpha=6, **kind), init_seed=0, float32=True)).eval()
 
 
@@ -66,7 +67,8 @@ def test_an_adapter_starts_as_no_change_and_is_exported_as_it_is(
     folder = export(policy, tokenizer, tmp_path / "model")
     merged = Policy(AutoModelForCausalLM.from_pretrained(folder).eval())
     torch.testing.assert_close(merged(batch).log_probs, ours, atol=1e-4, rtol=0)
-    base = quantise_blocks(build(name, hidden_size=64, intermediate_size=128), Model("m", "m", quantize=quantize))
+    base = build(name, hidden_size=64, intermediate_size=128)
+    quantise(blocks(base), Model("m", "m", quantize=quantize))
     again = Policy(PeftModel.from_pretrained(base, str(folder / "adapter")).eval())
     torch.testing.assert_close(again(batch).log_probs, ours, atol=1e-5, rtol=0)
 

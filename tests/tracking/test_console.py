@@ -33,7 +33,7 @@ from uft.tracking.console import (
     shorten,
     step_line,
 )
-from uft.training.setup import start_card
+from uft.training.card import start_card
 
 
 def result(status: str, steps: int, seconds: float, tokens: int, **more: Any) -> dict[str, Any]:

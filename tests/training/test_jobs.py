@@ -13,7 +13,8 @@ import pytest
 from uft.config.schema import Config
 from uft.errors import GOOD, INTERRUPTED, STOPPED
 from uft.training import jobs, making
-from uft.training.setup import Prepared, stage_card
+from uft.training.card import stage_card
+from uft.training.setup import Prepared
 
 
 def test_check_prepares_takes_the_largest_step_and_writes_nothing(configure, tmp_path, capsys, monkeypatch):

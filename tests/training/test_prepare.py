@@ -17,6 +17,7 @@ from uft.errors import FAILED, UftError
 from uft.model.export import plain_model
 from uft.model.policy import Policy
 from uft.runs import create_run
+from uft.training.card import stage_card
 from uft.training.setup import (
     ONE_ROW,
     Stopped,
@@ -25,7 +26,6 @@ from uft.training.setup import (
     prepare,
     resume,
     saved_progress,
-    stage_card,
 )
 from uft.training.trainer import CPU_PASS, PASS, Progress, tokens_per_pass
 

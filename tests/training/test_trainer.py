@@ -22,7 +22,8 @@ from uft.errors import FAILED, UftError
 from uft.model import checkpoint, layout
 from uft.objectives.base import Term
 from uft.training import trainer as trainer_module
-from uft.training.setup import Prepared, check_start, longest_row, resume, stage_card
+from uft.training.card import stage_card
+from uft.training.setup import Prepared, check_start, longest_row, resume
 from uft.training.step import FiniteCheck, Step, defers_finite_check, optimiser_step
 from uft.training.trainer import Meter, Trainer
 

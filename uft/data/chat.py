@@ -20,7 +20,6 @@ tokens.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from uft.data.messages import under_system
 from uft.data.plain import Conversation, Note, Plain, Tokens, finish, learned_turns
 from uft.data.rows import Message, Row, Turns
 from uft.data.template import (
@@ -49,14 +49,16 @@ from uft.data.template import (
     Rendered,
     Template,
     as_generated,
+    check_arguments,
     forms_for,
     marked_parts,
     missing_text,
+    rendering_digest,
     template_file,
     unknown_marks,
     with_date,
 )
-from uft.errors import Problem, UftError, did_you_mean
+from uft.errors import Problem, UftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,21 +111,21 @@ class Renderer:
         self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
             self._strategy = Plain(tokenizer, train_on, special_text)
-            _check_arguments(arguments or {}, "", "plain")
+            check_arguments(arguments or {}, "", "plain")
         else:
             if missing := unknown_marks(template, tokenizer):
                 why = f"writes {', '.join(missing)}, which this tokenizer does not have: it is for another family"
                 raise UftError(Problem(f"data.template={template}", why))
             text = _read_template(template, tokenizer)
             name = "the tokenizer's chat template" if template == "auto" else template
-            _check_arguments(arguments or {}, text, name)
+            check_arguments(arguments or {}, text, name)
             how = (train_on, special_text, rendering)
             self._strategy = ChatTemplate(tokenizer, with_date(text, date, name), name, dict(arguments or {}), *how)
         self.name, self.text = self._strategy.name, self._strategy.text
         self.stop_ids = self._strategy.stop_ids
         settings = [self._strategy.arguments, train_on]
         settings += [one for one in (special_text, rendering) if one not in ("text", "whole")]
-        self.digest = _digest(tokenizer, self._strategy.text, settings if settings != [{}, "all"] else None)
+        self.digest = rendering_digest(tokenizer, self._strategy.text, settings if settings != [{}, "all"] else None)
 
     def encode(self, prompt: Turns, turns: Turns, name: str = "") -> Tokens:
         """One conversation; `name` is the row's, for errors."""
@@ -176,22 +178,6 @@ class Renderer:
         return encoded.ids[: encoded.prompt_length].tolist()
 
 
-def under_system(prompt: Turns, system: str | None) -> Turns:
-    """The prompt with `system` in the place of its own system turn; None: as it is."""
-    if system is None:
-        return prompt
-    own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
-    return (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
-
-
-def _check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:
-    """Raise UftError for the variables that the template's text never names: a slip, or meant for another template."""
-    words = set(re.findall(r"\w+", text))
-    for unknown in sorted(arguments.keys() - words):
-        advice = did_you_mean(unknown, sorted(words), cutoff=0.8, shown="data.template_args.{}".format)
-        raise UftError(Problem(f"data.template_args.{unknown}", f"{name} reads no such variable", advice=advice))
-
-
 def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if path == "auto":
         try:
@@ -209,21 +195,6 @@ def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UftError(Problem(f"data.template={path}", f"cannot be read: {error}")) from error
-
-
-def _digest(tokenizer: Any, text: str, more: Any) -> str:
-    """sha256 over the template, its settings, and everything of the tokenizer that decides ids: vocabulary, merges,
-    special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        settings = json.loads(backend.to_str())
-        for transient in ("truncation", "padding"):  # left over from an earlier call
-            settings.pop(transient, None)
-    else:
-        settings = sorted(tokenizer.get_vocab().items())
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    parts = [text, settings, special] if more is None else [text, settings, special, more]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 # --- Chat templates.

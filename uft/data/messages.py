@@ -195,6 +195,14 @@ def with_system(turns: Turns, system: Any) -> Turns:
     return turns
 
 
+def under_system(prompt: Turns, system: str | None) -> Turns:
+    """The prompt with `system` in the place of its own system turn; None: as it is."""
+    if system is None:
+        return prompt
+    own = next((turn for turn in prompt if turn.role == "system"), Message("system", ""))
+    return (replace(own, content=system), *(turn for turn in prompt if turn.role != "system"))
+
+
 def with_history(turns: Turns, history: Any) -> Turns:
     """The prompt after earlier turns, which are messages or pairs of a question and its answer."""
     history = listed(history)

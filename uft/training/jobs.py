@@ -30,6 +30,7 @@ from uft.objectives.views import kind_table, uses_of
 from uft.runs import Run
 from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import card, count
+from uft.training.card import stage_card, start_card
 from uft.training.dataset import StageData, has_made_rows, read_run_data
 from uft.training.liveness import listening
 from uft.training.making import annotate, drawn_sources, generate, job_console, say_on, select
@@ -43,8 +44,6 @@ from uft.training.setup import (
     planned_memory,
     prepare_stage,
     reference_settings,
-    stage_card,
-    start_card,
 )
 from uft.training.trainer import oom_advice
 

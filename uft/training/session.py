@@ -41,7 +41,7 @@ from uft.sampling.generate import Interrupted
 from uft.tracking.console import Card, Console
 from uft.tracking.metrics import read_metrics
 from uft.tracking.trackers import Trackers, make_tracker
-from uft.training.card import ModelCard
+from uft.training.card import ModelCard, stage_card, start_card
 from uft.training.dataset import RunData, read_run_data, resolve_made_paths
 from uft.training.exporting import export_checked
 from uft.training.liveness import Stop, watching
@@ -55,8 +55,6 @@ from uft.training.setup import (
     prepare_stage,
     resume,
     saved_progress,
-    stage_card,
-    start_card,
 )
 from uft.training.step import Step, learning_rate
 from uft.training.trainer import Progress, Trainer, explain_oom, out_of_memory, own_samples, tokens_per_pass
