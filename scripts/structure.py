@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -69,7 +70,13 @@ def sources(root: Path) -> dict[Path, str]:
 
 
 def _is_empty(text: str) -> bool:
-    return all(isinstance(node, ast.Expr) for node in ast.parse(text).body)
+    return all(isinstance(node, ast.Expr) for node in ast.iter_child_nodes(nodes_of(text)[0]))
+
+
+@cache
+def nodes_of(text: str) -> tuple[ast.AST, ...]:
+    """The nodes of a file's tree, the module first."""
+    return tuple(ast.walk(ast.parse(text)))
 
 
 def imports(root: Path) -> dict[str, set[str]]:
@@ -77,15 +84,15 @@ def imports(root: Path) -> dict[str, set[str]]:
     names = {".".join(f.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): f for f in sources(root)}
     found: dict[str, set[str]] = {}
     for name, file in names.items():
-        tree = ast.parse(file.read_text(encoding="utf-8"))
+        nodes = nodes_of(file.read_text(encoding="utf-8"))
         guarded = {
             id(inner)
-            for node in ast.walk(tree)
+            for node in nodes
             if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
             for inner in ast.walk(node)
         }
         targets: set[str] = set()
-        for node in ast.walk(tree):
+        for node in nodes:
             if id(node) not in guarded and isinstance(node, ast.ImportFrom) and node.module:
                 full = {f"{node.module}.{alias.name}" for alias in node.names}
                 targets |= full if full <= names.keys() else full | {node.module}
@@ -137,16 +144,16 @@ def packages(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 def functions_named_once(texts: Iterable[str]) -> tuple[int, int]:
     """(functions that the program names in one place at most besides their definition, all functions)."""
-    trees = [ast.parse(text) for text in texts]
+    nodes = [node for text in texts for node in nodes_of(text)]
     names: Counter[str] = Counter()
-    for node in (node for tree in trees for node in ast.walk(tree)):
+    for node in nodes:
         if isinstance(node, ast.Name):
             names[node.id] += 1
         elif isinstance(node, ast.Attribute):
             names[node.attr] += 1
         elif isinstance(node, ast.alias):
             names[node.name] += 1
-    defined = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    defined = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     plain = [node for node in defined if not node.name.startswith("__")]
     return sum(names[node.name] <= 1 for node in plain), len(defined)
 
@@ -155,9 +162,9 @@ def private_uses(texts: Mapping[Path, str]) -> dict[Path, int]:
     """File -> how often it imports or touches an underscored name that is not the program's own."""
     found: dict[Path, int] = {}
     for file, text in texts.items():
-        tree, own, count = ast.parse(text), set(re.findall(r"(?:def |class |self\.|cls\.)(_\w+)", text)), 0
+        own, count = set(re.findall(r"(?:def |class |self\.|cls\.)(_\w+)", text)), 0
         own |= set(re.findall(r"^\s*(_\w+)\s*[:=]", text, re.MULTILINE)) | {"_exit", "_replace", "_asdict"}
-        for node in ast.walk(tree):
+        for node in nodes_of(text):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LIBRARIES:
                 path = (node.module or "").split(".")
                 count += sum(any(part.startswith("_") for part in [*path, alias.name]) for alias in node.names)

@@ -20,7 +20,7 @@ MOST = {
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 4,
-    "test lines": 37_768,
+    "test lines": 37_802,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
 LONGER = 0
@@ -88,12 +88,12 @@ def test_the_program_does_not_grow(structure):
     assert {name: found[name] for name in MOST if found[name] > MOST[name]} == {}
 
 
-def test_few_files_and_functions_are_long():
+def test_few_files_and_functions_are_long(structure):
     long = []
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
         long += [str(path)] if text.count("\n") > FILE_LINES else []
-        functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
+        functions = (node for node in structure.nodes_of(text) if isinstance(node, ast.FunctionDef))
         long += [f"{path}:{node.name}" for node in functions if node.end_lineno - node.lineno >= FUNCTION_LINES]
     assert len(long) <= LONGER, long
 

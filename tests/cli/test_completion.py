@@ -38,6 +38,7 @@ def test_verbs_groups_and_keys(answer):
     assert not any(word.startswith("schema") for word in answer("uft train s"))
 
 
+@pytest.mark.slow
 def test_a_run_folder_or_a_column_before_the_keys(answer):
     assert answer("uft generate outputs/run generate.te") == ["generate.temperature="]
     assert answer("uft annotate soft") == ["soft_label"]

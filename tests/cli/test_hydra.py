@@ -48,6 +48,7 @@ def test_user_folders_and_a_primary_config_of_ones_own(worker, capsys):
     assert "# conf-user/optim/mine.yaml:3" in out
 
 
+@pytest.mark.slow
 def test_config_dir_adds_options(worker, capsys):
     (worker / "more" / "optim").mkdir(parents=True)
     (worker / "more" / "optim" / "mine.yaml").write_text("# my optimiser\nname: sgd\n")

@@ -66,6 +66,7 @@ def test_a_job_of_a_sweep_that_is_written_down_offers_no_sweep(here):
     assert [words[0] for words in commands(lines)] == ["chat", "export"]
 
 
+@pytest.mark.slow
 def test_lines_of_refusals(here, capfd):
     refused = {
         "experiment=tone --config-dir 'my conf' train.stps=3": r"See what would run:  uft (.*)",

@@ -276,6 +276,7 @@ def test_ls(worker, capsys):
     assert rows["b"]["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_doctor_says_what_there_is_and_no_secrets(program, tmp_path):
     secret = "0123456789abcdef0123456789abcdef01234567"
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HF_ENDPOINT": "http://127.0.0.1:9"}

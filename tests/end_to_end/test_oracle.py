@@ -173,6 +173,7 @@ def test_every_objective_equals_its_formula(name, here, request_of, rows, curve,
     check(case, curve(run), policy, reference, rows_of(case, rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["dft", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sft", "ift", "uft", "una", "dft2", "dpo"))]
 )

@@ -45,6 +45,7 @@ def whole_ones(run: Run) -> list[int]:
     return [step for step, _ in run.checkpoints()]
 
 
+@pytest.mark.slow
 def test_full_at_one_kind_of_write_after_the_other(bench, new_run, undisturbed, tmp_path):
     run, before = new_run("full", *SINGLE), list[int]()
     for name, path, named in FULL:

@@ -123,7 +123,8 @@ def test_the_kernel_s_own_count_tells_want_of_memory(tmp_path):
 # --- out of memory
 
 
-@pytest.mark.parametrize("kind", ["device_memory", pytest.param("memory", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["device_memory", "memory"])
 def test_out_of_memory_in_a_step(bench, new_run, kind):
     """A check tells it before the run, and the run, which goes on with the keys that it is told."""
     run = new_run("run", *SINGLE)

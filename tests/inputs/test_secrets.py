@@ -166,6 +166,7 @@ def test_a_setting_that_holds_a_secret_is_refused_without_saying_it(alone, capsy
     assert list(alone.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_and_a_file_likewise(alone, capsys):
     from uft.cli import main
 
@@ -208,6 +209,7 @@ def test_a_fault_in_uft_itself_tells_none(trace):
     assert ("Traceback" in done.stderr) == bool(trace)
 
 
+@pytest.mark.slow
 def test_a_crash_in_the_middle_of_a_run_is_recorded_without_it(alone, monkeypatch, capfd):
     from uft.config.compose import compose
     from uft.config.frozen import to_builtins, to_config

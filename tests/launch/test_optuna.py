@@ -186,6 +186,7 @@ def test_metric_direction_and_database_can_be_others(look_for, tmp_path):
     assert not Path("S", DATABASE).exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_adds_trials_and_draws_new_values(look_for, capsys):
     look_for(bowl, BETA, n_trials=1, sampler="random")
     for batches in ([1], []):
@@ -216,6 +217,7 @@ def test_failed_trials_are_told_as_failed_and_the_search_goes_on(look_for, capsy
     assert "ValueError: it broke" in err
 
 
+@pytest.mark.slow
 def test_a_stopped_trial_is_gone_on_with_first(look_for):
     stopped = iter([False, True])
     with pytest.raises(SystemExit) as leave:

@@ -32,6 +32,7 @@ def runs(folder):
     return {run.name: run for run in find_runs(folder / "outputs")}
 
 
+@pytest.mark.slow
 def test_each_job_has_its_folder(worker, capsys):
     assert sweep("objective=sft,ift", "seed=choice(2)", "train.log_every=7") == 0
     found = runs(worker)

@@ -206,7 +206,7 @@ def test_every_model_does(build: Build, name: str):
         same_in_every_layout(objective, *pair)
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "all weights"])
+@pytest.mark.parametrize("adapter", [pytest.param(True, marks=pytest.mark.slow), False], ids=["lora", "all weights"])
 def test_also_with_an_adapter_and_with_activations_made_again(build: Build, adapter: bool):
     policy = lora_policy(build("llama")) if adapter else packing(moved(build("llama")))
     reference = Frozen(policy) if adapter else Frozen(packing(build("llama")))

@@ -95,6 +95,7 @@ def test_best_stands_only_where_it_is_and_all_that_is_not_worse_is_marked_alike(
     assert marked(page) == ["≈ best", "≈ best", ""]
 
 
+@pytest.mark.slow
 def test_one_bad_arm_flattens_nothing(page):
     """Limits follow the others, arrows stand for what is outside, and hiding an arm sets new ones."""
     table = {"sft": 0.50, "ift": 0.56, "dft": 0.53, "uft": 9.0}

@@ -30,6 +30,7 @@ def test_curves_are_means_over_finished_seeds_with_their_band(page, mixed):
     assert band["y"][: len(upper)] == pytest.approx(upper, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_axis_smoothing_log_and_single_runs(page, mixed):
     run = finished(mixed, "g0")[0]
     given = mixed["curves"][FIRST][run["id"]]
@@ -70,6 +71,7 @@ def test_a_plot_of_curves_for_every_objective(page, mixed):
     assert {t.get("axis") for t in page.chart(card("loss"), "{axis: trace.xaxis ?? 'x'}")} == {"x"}
 
 
+@pytest.mark.slow
 def test_metrics_are_found_and_chosen(page):
     assert len(page.texts(".card")) == 4, "few at first"
     page.choose("#metric-chooser [name=find]", "grad")
@@ -103,6 +105,7 @@ def test_scatter_has_the_groups_means_and_a_box_selects(page, mixed):
     assert page.chart("#scatter", "trace.y")[1] == pytest.approx([mixed["groups"][0]["metrics"][THIRD]["mean"]])
 
 
+@pytest.mark.slow
 def test_heatmap_cells_are_means_over_runs(page, mixed):
     page.js("document.getElementById('heatmaps').scrollIntoView()")
     page.until("document.querySelector('#heatmaps .chart')")
@@ -120,6 +123,7 @@ def test_heatmap_cells_are_means_over_runs(page, mixed):
     assert page.shown_runs() == mixed["groups"][5]["runs"]
 
 
+@pytest.mark.slow
 def test_a_brush_on_an_axis_selects_the_runs_that_pass(page, mixed):
     page.chart("#parallel", "trace.uft")
     page.drag("#parallel", (0.9, 0.9), (1.1, 1.1))

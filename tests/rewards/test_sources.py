@@ -87,6 +87,7 @@ def test_columns_of_the_checker_are_read_and_others_told(tmp_path):
     assert source.digest != unread.digest
 
 
+@pytest.mark.slow
 def test_facts_survive_text_cells_writing_and_the_cache(tmp_path):
     texts = [{**row, "nums": json.dumps(row["nums"])} for row in COUNTDOWN]
     assert load(tmp_path, texts, checker="countdown").rows == load(tmp_path, checker="countdown").rows

@@ -177,6 +177,7 @@ def test_a_reply_that_says_nothing_has_none(annotate, tiny):
     assert number < 0
 
 
+@pytest.mark.slow
 def test_one_model_is_in_memory_at_a_time(annotate, tiny, monkeypatch, tmp_path):
     living, real = [], annotation.load_policy
 

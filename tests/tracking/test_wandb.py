@@ -140,6 +140,7 @@ def test_a_run_that_was_offline_goes_online_with_all_its_rows(server, new_run, c
     assert table["data"][0][:3] == [5, "sft", "sums"]
 
 
+@pytest.mark.slow
 def test_an_agent_names_the_run_and_a_resume_keeps_it(open_wandb, new_run, server, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "given")
     alone = open_wandb(run=new_run("alone"))
@@ -157,6 +158,7 @@ def test_an_agent_names_the_run_and_a_resume_keeps_it(open_wandb, new_run, serve
     assert server.exits["given"] == 0
 
 
+@pytest.mark.slow
 def test_variables_of_w_and_b_are_followed_or_it_is_said(open_wandb, new_run, server, monkeypatch):
     """Where the configuration leaves the default they are; where it says otherwise it wins. So does a run's first
     session over the environment of a later one."""

@@ -21,6 +21,7 @@ from uft.tracking.trackers import Trackers, make_tracker
 from uft.tracking.wandb import WAITING, Wandb, unsent, upload, upload_state
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_costs_bounded_time(open_wandb, server):
     server.deaf.set()
     said: list[str] = []
@@ -35,6 +36,7 @@ def test_a_server_that_never_answers_costs_bounded_time(open_wandb, server):
     assert unsent(tracker.run)
 
 
+@pytest.mark.slow
 def test_a_network_that_dies_during_training_costs_bounded_time_and_sync_sends_the_rest(new_run, config, server):
     said: list[str] = []
     run = new_run()
@@ -179,7 +181,7 @@ tracker.finish("stopped", 130, {})
     assert {run.name: len(server.history[run.info()["id"]]) for run in (crash, stop)} == {"crash": 60, "stop": 61}
 
 
-@pytest.mark.parametrize("resumed", [True, False], ids=["resumed", "synced"])
+@pytest.mark.parametrize("resumed", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["resumed", "synced"])
 def test_what_a_kill_takes_from_wandbs_memory_arrives_once(new_run, config, server, resumed):
     """Rows of the end, and the evaluation and the table of the last step that arrived."""
     run = new_run()

@@ -102,6 +102,7 @@ def outcomes(tmp_path_factory):
     return {name: Outcome(process.returncode, *texts[name], folder) for name, (process, folder) in started.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALIVE)
 def test_a_process_that_works_on_or_is_suspended_is_not_ended(outcomes, name):
     assert (outcomes[name].code, outcomes[name].said.removeprefix("begun\n")) == (0, "whole\n"), outcomes[name].errors

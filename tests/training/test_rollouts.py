@@ -132,6 +132,7 @@ def test_a_rewarded_habit_is_learned(rollouts, tmp_path):
 BUFFERED = ("rollout.prompts=15", "eval.rows=2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("objective", "settings", "stride"),
     [

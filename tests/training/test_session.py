@@ -60,7 +60,7 @@ TUNINGS = (LORA, (*LORA, "reference.mode=adapter_off"), ("optim.name=sgd", "opti
 @pytest.mark.parametrize(
     ("objective", "settings"),
     [
-        ("ift", ("objective.lam_noise=0.5", "objective.lam_start=0.0")),
+        pytest.param("ift", ("objective.lam_noise=0.5", "objective.lam_start=0.0"), marks=pytest.mark.slow),
         ("dft", ()),
         ("dpo", ("optim.weight_decay=0.1",)),
         pytest.param(
@@ -85,7 +85,8 @@ def test_objectives_with_state_or_a_reference_go_on_where_they_were(objective, s
 # --- being asked to stop
 
 
-@pytest.mark.parametrize(("stride", "objective"), [(40, "dft"), pytest.param(1, "uft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stride", "objective"), [(40, "dft"), (1, "uft")])
 def test_a_stop_at_any_safe_point_changes_nothing(stride, objective, configure, tmp_path):
     config = configure(objective, *UNEVEN, "reference.mode=cached")
     whole, watch = Run(tmp_path / "whole"), StopAt()

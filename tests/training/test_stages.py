@@ -132,6 +132,7 @@ def timeless(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in CLOCKS}
 
 
+@pytest.mark.slow
 def test_rows_are_made_and_trained_on(chain, files, tmp_path):
     parts = {
         "sft": ("sft", "demonstration", "train.steps=2"),
@@ -164,6 +165,7 @@ def test_rows_are_made_and_trained_on(chain, files, tmp_path):
     assert "eval/demonstration/nll" in named
 
 
+@pytest.mark.slow
 def test_what_an_annotating_stage_holds_out_is_measured_and_never_trained_on(chain, model_folder, tmp_path):
     """The file that it leaves has the held-out rows too; stopped again and again, it goes on."""
     asked = ("annotate.column=baseline_logp", f"annotate.models=[{model_folder}]")
