@@ -161,6 +161,7 @@ def test_generate_finds_the_files_of_a_run_from_another_folder(worker, monkeypat
     assert data["template"] == "auto"
 
 
+@pytest.mark.slow
 def test_a_run_is_a_folder_a_name_or_last(worker, capfd):
     def train(*words):
         return main(["train", "objective=sft", "tracking=none", *words])

@@ -114,6 +114,7 @@ def test_every_option_composes_with_every_objective(shift):
         assert all(composed[kind]["name"] in OBJECTIVES for kind in placed)
 
 
+@pytest.mark.slow
 def test_what_is_checked_is_what_hydra_composes():
     for number in (0, 3):
         own = [word for word in rotation(number) if not word.startswith("reward")]  # it is laid on the sources besides
@@ -145,6 +146,7 @@ def test_a_key_of_the_class_that_the_file_does_not_name_is_none_of_the_objective
     assert examine(Request(("objective=dpop", "objective.lam=5"))).problems == []
 
 
+@pytest.mark.slow
 def test_an_objective_of_per_kind_is_exchanged_with_the_keys_it_has():
     words = ("objective=per_kind", "objective@objective.preference=simpo", "objective.preference.gamma=0.5")
     examined = examine(Request(words))

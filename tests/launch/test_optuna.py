@@ -130,6 +130,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 def test_a_space_that_cannot_be_run_is_told_before_anything_starts(look_for, tmp_path):
     for words, says in WRONG.items():
         with pytest.raises(UftError) as caught:

@@ -62,6 +62,7 @@ def test_a_rerun_skips_what_is_finished_does_what_is_new_and_refuses_other_setti
     assert sittings == {"seed1": "ok\n", "seed2": "ok\n"}
 
 
+@pytest.mark.slow
 def test_failures_and_refusals_of_workers_do_not_stop_the_others_and_all_are_listed(worker, capfd):
     assert sweep("generate.system=fail,ok,die,refuse", "sweep.name=A") == 1
     out, err = capfd.readouterr()

@@ -61,6 +61,7 @@ def whole(last: int) -> list[tuple[int, float]]:
     return [(step, 1 / step) for step in range(1, last + 1)]
 
 
+@pytest.mark.slow
 def test_runs_arrive_and_a_second_call_does_nothing_and_a_longer_run_sends_the_rest(offline, server, capsys):
     run, fine = offline("long", 1, 60, "stopped"), offline("fine", 1, 3)
     assert main(["sync", "--dry-run"]) == 0

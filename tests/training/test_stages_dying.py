@@ -18,7 +18,7 @@ from uft.training import session
 @pytest.mark.parametrize(
     ("tuning", "stride"),
     [
-        (("reference.mode=cached",), 122),
+        pytest.param(("reference.mode=cached",), 122, marks=pytest.mark.slow),
         pytest.param(LORA, 61, marks=pytest.mark.slow),
         pytest.param((), 1, marks=pytest.mark.slow),
     ],

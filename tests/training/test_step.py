@@ -227,7 +227,12 @@ class Poisoned:
 
 
 @pytest.mark.parametrize(
-    ("objective", "value"), [*((name, math.nan) for name in OBJECTIVES), ("sft", math.inf), ("dpo", math.inf)]
+    ("objective", "value"),
+    [
+        *(pytest.param(name, math.nan, marks=() if name == "dft" else pytest.mark.slow) for name in OBJECTIVES),
+        ("sft", math.inf),
+        ("dpo", math.inf),
+    ],
 )
 def test_a_row_that_is_not_finite_changes_no_weight_and_is_named(bench, objective, value):
     rig = bench(objective)

@@ -98,7 +98,9 @@ def fit_until_it_fails(trainer: Trainer) -> tuple[UftError, Watch]:
 
 
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-@pytest.mark.parametrize("objective", ["sft", "uft", "dft2"])
+@pytest.mark.parametrize(
+    "objective", ["dft2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "uft"))]
+)
 def test_a_step_that_is_not_finite_is_rolled_back_and_its_row_named(
     build, poisoned_model, poisoned_rows, objective, lora
 ):
@@ -258,7 +260,7 @@ def _times(scores: Any, factor: float) -> Any:
 # --- prefetching and packing
 
 
-@pytest.mark.parametrize("objective", ["sft", "dft", "kto"])
+@pytest.mark.parametrize("objective", ["kto", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "dft"))])
 def test_prefetching_changes_no_bit(build, objective):
     """Nor what checkpoints keep of the data: they stand after the last step, whatever was drawn ahead."""
 
@@ -280,7 +282,7 @@ def test_prefetching_changes_no_bit(build, objective):
     assert equal(found[0][2], found[1][2])
 
 
-@pytest.mark.parametrize("prefetch", ["false", "true"])
+@pytest.mark.parametrize("prefetch", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_a_resumed_packed_run_repeats_every_bit(build, prefetch):
     settings = (*PACKED, "train.steps=4", f"train.prefetch={prefetch}")
     whole, first = (build("dpo", *settings, run=run) for run in ("whole", "parts"))
@@ -324,7 +326,9 @@ def test_the_collector_looks_at_nothing_old_while_it_trains(build, monkeypatch):
     assert gc.get_freeze_count() == 0
 
 
-@pytest.mark.parametrize("objective", ["ift", "uft", "dft", "dpo"])
+@pytest.mark.parametrize(
+    "objective", ["ift", "dft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("uft", "dpo"))]
+)
 def test_a_packed_run_is_the_padded_one(build, objective):
     padded, ours = (
         build(objective, f"train.packing={packing}", "train.micro_batch_tokens=64", run=packing)
