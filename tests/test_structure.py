@@ -16,11 +16,11 @@ SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins")
 MOST = {
     "product lines": 34_492,
     "modules": 123,
-    "functions named once": 447,
+    "functions named once": 446,
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 4,
-    "test lines": 37_817,
+    "test lines": 37_824,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
 LONGER = 0

@@ -34,6 +34,9 @@ def previous(tmp_path, model_folder, files, monkeypatch):
     return tmp_path
 
 
+RENAMED = ("kl", "log_ratio")  # of an evaluation: the one was an estimate that a few tokens decided
+
+
 @pytest.mark.parametrize("name", ["plain", "stages"])
 def test_a_stopped_run_goes_on_and_its_model_answers(name, previous):
     """What was written stays as it is, and the run ends where the old program would have ended it."""
@@ -46,7 +49,11 @@ def test_a_stopped_run_goes_on_and_its_model_answers(name, previous):
     assert [line["step"] for line in lines(run.metrics_file) if "loss" in line][-1] == whole["steps"]
     for key in ("steps", "rows", "tokens", "supervised_tokens", "best_step", "best_checkpoint"):
         assert result[key] == whole[key], key
-    assert result["final"] == pytest.approx(whole["final"], rel=1e-3, abs=1e-4)
+    then, now = (
+        {name: value for name, value in end["final"].items() if name.rpartition("/")[2] not in RENAMED}
+        for end in (whole, result)
+    )
+    assert now == pytest.approx(then, rel=1e-3, abs=1e-4)
     assert list(result.get("stages", {})) == list(whole.get("stages", {}))
 
     settings = as_found(find_weights(str(run.path)), ())

