@@ -62,6 +62,7 @@ def test_config_dir_adds_options(worker, capsys):
     assert "name: sgd" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_options_stand_anywhere(worker, capsys):
     assert main(["train", "objective=dpo", "--cfg", "job", "seed=7", "-p", "objective", "objective.beta=0.3"]) == 0
     assert "beta: 0.3\n" in capsys.readouterr().out

@@ -49,6 +49,7 @@ def test_messages_and_pages_name_the_distribution_that_is_ours():
     assert len(extras) > 5
 
 
+@pytest.mark.slow
 def test_it_works_from_an_unpacked_wheel(wheel, tmp_path):
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)

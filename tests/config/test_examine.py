@@ -213,6 +213,7 @@ def weighing(folder, *shape):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_model_given_by_its_path_alone_has_its_own_name_and_learning_rate(tmp_path):
     small, large = weighing(tmp_path / "tiny" / "model", 600, 500), weighing(tmp_path / "big", 40_000, 10_000)
     lora = "model.adapter=lora"

@@ -74,6 +74,7 @@ def test_answers_of_a_run_and_of_its_checkpoints_are_those_of_their_weights(uft,
     assert f"> {QUESTIONS[0]}" in uft("generate", tiny_model, QUESTIONS[0], *GREEDY).stdout
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_exported_and_every_form_of_it_is_the_same_model(uft, trained, tmp_path, tiny_model):
     run = trained("model.adapter=lora", "model.lora.rank=4", "optim.lr=5e-2")
     for line in re.findall(r"uft ((?:chat|export) .*?)   ", (run / "said").read_text()):

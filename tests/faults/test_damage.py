@@ -75,6 +75,7 @@ def test_every_damage_of_every_file(run, undisturbed, bench, file: str, damage: 
     same(run.path, undisturbed(*OFTEN))
 
 
+@pytest.mark.slow
 def test_where_no_checkpoint_is_whole_nothing_is_begun_again(run, undisturbed, bench):
     lines = run.metrics_file.read_bytes()
     for _, folder in run.checkpoints():

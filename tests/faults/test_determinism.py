@@ -27,13 +27,14 @@ def same_generator(monkeypatch, environment):
 TOKENISED = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "variables"),
     [
+        pytest.param((), {}, id="again"),
         pytest.param(("train.prefetch=true",), {}, id="rows laid out by a thread"),
-        pytest.param((), {}, id="again", marks=pytest.mark.slow),
-        pytest.param((), TOKENISED, id="tokenised by two threads", marks=pytest.mark.slow),
-        pytest.param(("hardware.threads=2",), {"OMP_NUM_THREADS": "2"}, id="two threads", marks=pytest.mark.slow),
+        pytest.param((), TOKENISED, id="tokenised by two threads"),
+        pytest.param(("hardware.threads=2",), {"OMP_NUM_THREADS": "2"}, id="two threads"),
     ],
 )
 def test_the_same_request_gives_the_same_bits(bench, new_run, undisturbed, keys, variables):

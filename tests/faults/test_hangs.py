@@ -159,6 +159,7 @@ def test_out_of_memory_elsewhere(bench, new_run, where):
 # --- two at once, and clocks
 
 
+@pytest.mark.slow
 def test_a_run_has_one_worker_at_a_time(bench, new_run, tmp_path):
     """The second is refused while the first lives, and only then."""
     run, log = new_run("run", *SINGLE), tmp_path / "moments"

@@ -31,7 +31,7 @@ SHARDED = (
 )
 EVERY = [*(("two", name) for name in CASES if name != "long"), *(("sharded", name) for name in SHARDED)]
 EVERY = [*EVERY, ("offloaded", "sft")]
-FAST = [("two", "sft_short_last"), ("two", "dft"), ("sharded", "sft_lora")]
+FAST = [("two", "sft_short_last"), ("sharded", "sft_lora")]
 PAIRS = [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in EVERY]
 CLOCKS = {"seconds", "rollout/seconds", "tokens_per_second", "mfu"}
 EXACT = {"step", "rows", "tokens", "supervised_tokens", "epoch"}

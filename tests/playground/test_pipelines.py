@@ -102,6 +102,7 @@ def test_training_spends_what_was_planned(tmp_path: Path) -> None:
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 def test_what_the_shipped_pipelines_are() -> None:
     for name, stages in {
         "sft_then_dpo": ["sft", "dpo"],

@@ -159,6 +159,7 @@ def test_greedy_completions_are_those_of_the_own_sampler_under_weights_that_move
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_sampled_completions_have_the_log_probs_and_the_distribution_of_the_own_sampler(engine, context):
     prompts = [PROMPTS[0]] * 200
     found = engine(temperature=0.7, max_new_tokens=3).complete(prompts, range(200))

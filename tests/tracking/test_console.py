@@ -357,6 +357,7 @@ with console.saying_what_takes_long(), activity("the model was evaluated"):
 """
 
 
+@pytest.mark.slow
 def test_a_terminal_is_told_what_takes_long_and_a_pipe_is_not():
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))

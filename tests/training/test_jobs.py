@@ -50,6 +50,7 @@ def test_data_shows_the_mixture_and_the_rows(configure, capsys, tmp_path):
     assert "asked: no reply" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_generate_stops_between_batches_and_goes_on(configure, files, tmp_path, monkeypatch):
     config = configure("sft", sources={"mine": files["demonstration"]})
 

@@ -62,7 +62,7 @@ TUNINGS = (LORA, (*LORA, "reference.mode=adapter_off"), ("optim.name=sgd", "opti
     [
         pytest.param("ift", ("objective.lam_noise=0.5", "objective.lam_start=0.0"), marks=pytest.mark.slow),
         ("dft", ()),
-        ("dpo", ("optim.weight_decay=0.1",)),
+        pytest.param("dpo", ("optim.weight_decay=0.1",), marks=pytest.mark.slow),
         pytest.param(
             "dpo",
             (*LORA, "model.lora.dora=true", "model.lora.lr_ratio=4", "train.neftune_alpha=5", "optim.schedule=wsd"),
