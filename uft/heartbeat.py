@@ -8,17 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Phase:
     """What is being done, since when, and how much of it is counted and done."""
 
     doing: str = "it was prepared"  # as it follows "while"
     moving: bool = True  # whether bytes that are read or written, and memory that is filled, are signs as well
     since: float = field(default_factory=time.monotonic)
-    counted: str = ""  # what is counted: `of 30 rows scored`
+    total: int = 0  # of what is counted
+    what: str = ""  # `rows scored`; "": nothing is counted
     done: int = 0
     share: float = 0.0
     started: tuple[float, float] = (0.0, 0.0)  # (time, share) of the first count of it
@@ -37,7 +38,8 @@ class Life:
     @property
     def far(self) -> str:
         """How far the phase has come, for people: `12 of 30 rows scored`."""
-        return f"{self.phase.done:,} {self.phase.counted}" if self.phase.counted else ""
+        phase = self.phase
+        return f"{phase.done:,} of {phase.total:,} {phase.what}" if phase.what else ""
 
     def left(self) -> float | None:
         """Seconds that the phase may take yet: by the pace of what is counted, else as long as the last one took."""
@@ -46,7 +48,7 @@ class Life:
         if phase.share > share:
             return max(0.0, (phase.last - then) * (1 - phase.share) / (phase.share - share) - (now - phase.last))
         rest = self.took.get(phase.doing, 0.0) - (now - phase.since)
-        return rest if rest > 0 and not phase.counted else None
+        return rest if rest > 0 and not phase.what else None
 
 
 heartbeat = Life()
@@ -59,11 +61,11 @@ def beat() -> None:
 
 def come(done: int, total: int, what: str, share: float | None = None) -> None:
     """A sign of life: `done` of `total` of what `what` says; `share`: of the time, where that is another."""
-    phase, counted, now = heartbeat.phase, f"of {total:,} {what}", time.monotonic()
+    phase, now = heartbeat.phase, time.monotonic()
     share = done / max(total, 1) if share is None else share
-    new = counted != phase.counted or share < phase.share
-    started = (now, share) if new else phase.started
-    heartbeat.phase = replace(phase, counted=counted, done=done, share=share, started=started, last=now)
+    if total != phase.total or what != phase.what or share < phase.share:
+        phase.total, phase.what, phase.started = total, what, (now, share)
+    phase.done, phase.share, phase.last = done, share, now
     beat()
 
 
@@ -73,11 +75,12 @@ def activity(what: str, moving: bool = False) -> Iterator[None]:
 
     `moving`: it moves many bytes at once inside libraries, where it cannot count; that they move is a sign as well.
     """
-    before, heartbeat.phase = heartbeat.phase, Phase(what, moving)
+    before, phase = heartbeat.phase, Phase(what, moving)
+    heartbeat.phase = phase
     beat()
     try:
         yield
     finally:
-        heartbeat.took[what] = time.monotonic() - heartbeat.phase.since
+        heartbeat.took[what] = time.monotonic() - phase.since
         heartbeat.phase = before
         beat()

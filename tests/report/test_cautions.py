@@ -159,6 +159,11 @@ def test_a_collapse_is_told_in_the_words_of_the_run_itself():
         while_training = " ".join(stream.getvalue().split())
         final = {**FINAL, **{name: value for name, value in lines[-1].items() if name != "step"}}
         console.end("run", {**RESULT, "final": final}, 60)
+        resumed = Console(later := io.StringIO())
+        resumed.recall(lines[:5])
+        for line in lines[5:]:
+            resumed.step(line["step"], line)
+        resumed.end("run", {**RESULT, "final": final}, 60)
         found = warned([*EQUAL[:3], replace(EQUAL[3], lines=tuple(lines), result={**EQUAL[3].result, "final": final})])
         assert [*found] == [f"{kind} in one run: run" for kind in kinds]
         for what, words in zip(found, kinds.values(), strict=True):
@@ -166,6 +171,7 @@ def test_a_collapse_is_told_in_the_words_of_the_run_itself():
             said = found[what]["why"].removeprefix("run: ").removesuffix(".")
             assert said in " ".join(stream.getvalue()[len(while_training) :].split())
             assert said.split(":")[0] in while_training
+            assert said in " ".join(later.getvalue().split()), "also where the first lines are of an earlier session"
 
 
 def test_nothing_finished():

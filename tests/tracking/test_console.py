@@ -20,6 +20,7 @@ import pytest
 from uft.config.compose import compose
 from uft.config.frozen import frozen, load_config
 from uft.evaluation.evaluate import Evaluation, Sample
+from uft.heartbeat import heartbeat
 from uft.launch.launcher import provenance
 from uft.runs import create_run
 from uft.tracking.console import (
@@ -28,8 +29,11 @@ from uft.tracking.console import (
     count,
     duration,
     evaluation_table,
+    expect,
+    known_phases,
     number,
     printable,
+    remember,
     shorten,
     step_line,
 )
@@ -252,6 +256,17 @@ def test_the_evaluation_before_last_and_now(tmp_path, stream):
     assert '  style: "a\\nb" -> "c"' in text
     assert "5+5" not in text, "one sample per source"
     assert "4.000" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("left", ["", "[1]", '{"train m": 5}', '{"train m": {"a": "x"}}', "\x00"])
+def test_durations_of_phases_are_kept_also_where_the_file_was_damaged(left, tmp_path, monkeypatch):
+    monkeypatch.setenv("UFT_CACHE", str(tmp_path))
+    (tmp_path / "phases.json").write_text(left)
+    monkeypatch.setattr(heartbeat, "took", {"it was tried": 9.0})
+    monkeypatch.setattr(heartbeat, "subject", "")
+    expect("train m")
+    remember(heartbeat.subject)
+    assert known_phases() == {"train m": {"it was tried": 9.0}}
 
 
 def test_the_ends_of_stages_stay_in_the_table():

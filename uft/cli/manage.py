@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from uft.report.compare import Options
 
 METRICS = 4  # metrics shown at most
+LONG = ("began", "trained", "objective", "lr")  # keys of a run that `uft ls -l` shows before its metrics
 PAUSE = 3.0  # seconds between two tables of `uft compare --watch`
 COLOURS = {
     "finished": "green",
@@ -97,9 +98,6 @@ def describe(run: Run) -> dict[str, Any]:
         return {**summary(run), **more, **dict(zip(LONG, long, strict=True))}
     except Exception as error:  # a file that cannot be read is shown, not a reason to hide the other runs
         return {"name": run.name, "path": str(run.path), "status": f"unreadable ({type(error).__name__})", "steps": 0}
-
-
-LONG = ("began", "trained", "objective", "lr")
 
 
 def print_tables(found: list[dict[str, Any]], long: Sequence[str] = ()) -> None:

@@ -208,8 +208,8 @@ TRL_KEYS = {
     "warmup_steps": "optim.warmup: from 1 on a count of steps",
     "wd": "optim.weight_decay",
 }
-"""Keys of Transformers and TRL, and what people type for a key: ours of the same meaning, and what is to be said of it
-after a colon. A name with a dot is that key alone."""
+"""Keys of Transformers and TRL, and other words that people type: our key of the same meaning, with a hint after a
+colon where it needs one. A name with a dot is that key alone."""
 
 OFF = {"off", "false", "no", "disabled"}
 SAID = {("hardware", "cuda"): "gpu", ("debug", "true"): "fast", ("optim", "adam"): "adamw"}

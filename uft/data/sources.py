@@ -229,9 +229,9 @@ def _parse_table(
         except UftError as error:
             omitted.refused += error.problems
     score_range = (source.score_range[0], source.score_range[1]) if is_valid and source.score_range else None
-    left, facts = Unread(), source.facts
+    left, facts, counted = Unread(), source.facts, f"rows of {name}"
     for number, record in records:
-        come(number, scan.count, f"rows of {name}")
+        come(number, scan.count, counted)
         if form is None and not isinstance(record, str):
             continue
         try:

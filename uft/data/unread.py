@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from uft.data.formats import ALIASES, COMMON, LABELS, Format, aliases, label_value
@@ -285,9 +286,10 @@ def _original(ours: str, mapped: Mapping[str, str], theirs: Mapping[str, int]) -
     return mapped.get(ours) or next((name for name, field in aliases(theirs).items() if field == ours), ours)
 
 
-def _words(name: str) -> list[str]:
+@lru_cache(1024)  # every row asks for its columns
+def _words(name: str) -> tuple[str, ...]:
     """The words of a column's name, or of a field's (`messages.userRating`), in lower case."""
-    return [word.lower() for word in _WORD.findall(name.rpartition(".")[2])]
+    return tuple(word.lower() for word in _WORD.findall(name.rpartition(".")[2]))
 
 
 def _side(name: str) -> str:

@@ -139,8 +139,11 @@ def expect(subject: str) -> None:
 
 
 def known_phases() -> dict[str, dict[str, float]]:
+    """Seconds by subject and phase; none where the file is missing or not ours."""
+    from pydantic import TypeAdapter
+
     with suppress(OSError, ValueError):
-        return dict(json.loads((cache_root() / PHASES).read_text(encoding="utf-8")))
+        return TypeAdapter(dict[str, dict[str, float]]).validate_json((cache_root() / PHASES).read_bytes())
     return {}
 
 
@@ -172,7 +175,7 @@ class Console:
         self._evaluations: dict[int, Mapping[str, float]] = {}
         self._first: list[Mapping[str, float]] = []  # training lines of the stage, and its latest
         self._latest: deque[Mapping[str, float]] = deque(maxlen=FEW)
-        self._told: set[str] = set()  # what was said of a collapse between evaluations
+        self._told: set[str] = set()  # kinds of collapse that were reported since the start or the last evaluation
         self.marks: dict[str, int] = {}  # evaluations that stay in the table, by name: the ends of stages
 
     def message(self, text: str) -> None:
@@ -212,15 +215,21 @@ class Console:
         return {what: printable(note) for what, note in found.items()}
 
     def recall(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Evaluations of an earlier session of this run, from its metric lines, for the column "before"."""
-        evaluated = (line for line in lines if any(name.startswith(PREFIX) for name in line))
-        self._evaluations |= {line["step"]: line for line in evaluated}
+        """Take up the metric lines of an earlier session of this run: its evaluations, and its first training lines."""
+        for line in lines:
+            if any(name.startswith(PREFIX) for name in line):
+                self._evaluations[line["step"]] = line
+            if "loss" in line:
+                self._keep(line)
+
+    def _keep(self, line: Mapping[str, float]) -> None:
+        (self._first if len(self._first) < FEW else self._latest).append(line)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """The line of a step."""
         names = (name.removeprefix("objective/") for name in metrics if name.startswith("objective/"))
         self._terms.update(dict.fromkeys(names))
-        (self._first if len(self._first) < FEW else self._latest).append({**metrics, "step": step})
+        self._keep({**metrics, "step": step})
         notes = self._collapses(metrics)
         for what in [what for what in notes if what not in self._told]:
             self._told.add(what)
