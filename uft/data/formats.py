@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from uft.data.messages import (
@@ -87,7 +87,7 @@ class Format:
     optional: frozenset[str]
     parse: Callable[[Record, Range], Parsed]
 
-    @property
+    @cached_property
     def columns(self) -> frozenset[str]:
         return self.required | self.optional
 
@@ -324,11 +324,16 @@ def _binary(dialogue: Dialogue, record: Record, score_range: Range) -> Parsed:
     return prompt, (Completion(reply, label=LABELS[word]),)
 
 
+_LONGEST_LABEL = 64  # characters of a number or word; every text cell of every record is asked
+
+
 def label_value(label: Any) -> bool | float | str:
     """A label as a truth value, a number or a word in lower case, also of a text; "" for what can be none."""
     if not isinstance(label, str):
         return label if isinstance(label, (bool, int, float)) else ""
     word = label.strip().lower()
+    if len(word) > _LONGEST_LABEL:
+        return ""
     try:
         return float(word)
     except ValueError:

@@ -41,6 +41,8 @@ _TEXTS = ("role", "from", "content", "value", "function_call")
 MESSAGE_KEYS = frozenset({*_TEXTS, *MESSAGE_FIELDS, *REASONING, *MARKS}) - {"name"}
 """All that is read of a message."""
 
+_PLAIN = {"role", "content"}
+"""Fields of most messages."""
 _TYPES = {"str": "text", "NoneType": "null", "dict": "an object", "list": "a list", "bool": "true/false"}
 _MESSAGES_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
@@ -93,9 +95,9 @@ def optional_text(value: Any, field: str) -> str | None:
 
 def is_blank(value: Any) -> bool:
     """Whether a field says nothing: it is missing, an empty list, white space, or an object of nothing else."""
-    if isinstance(value, dict) and value:
-        return all(map(is_blank, value.values()))
-    return value is None or value == [] or (isinstance(value, str) and not value.strip())
+    if value is None or isinstance(value, str):  # first: a hundred fields of every row are asked
+        return not value or value.isspace()
+    return all(map(is_blank, value.values())) if isinstance(value, dict) and value else value == []
 
 
 def texts_of(value: Any) -> Iterator[str]:
@@ -274,6 +276,8 @@ def _read_message(item: Any, field: str) -> Message | None:
             "function_call": _one_of(item, "content", "value")
         }
     role, content = role_of(item), _one_of(item, "content", "value")
+    if role is not None and item.keys() == _PLAIN and not is_blank(content) and isinstance(content, str):
+        return Message(role, read_text(content, f"{field} ({role})"))  # as below, in a third of the time
     if role is None:
         name = excerpt(_one_of(item, "role", "from"))
         why = "has no role" if name == "None" else f"has the unknown role {name}"

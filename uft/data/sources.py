@@ -364,9 +364,15 @@ _SPLIT_NAME = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
-def is_local(path: str) -> bool:
-    """Whether a source's path is read from this machine, not from the hub."""
-    return path.startswith(_BUILTIN) or os.path.lexists(os.path.expanduser(path)) or looks_local(path)
+_HOW = ("kind", "columns", "score_range", "holdout", "eval_path", "eval_split", "checker", "part")
+
+
+def can_be_judged(source: Mapping[str, Any]) -> bool:
+    """Whether a source has rows of this machine that may be bad: none of the program's own are, read as shipped."""
+    path = source["path"]
+    if path.startswith(_BUILTIN):
+        return any(source[key] for key in _HOW if source[key] != "playground") or source["split"] != "train"
+    return os.path.lexists(os.path.expanduser(path)) or looks_local(path)
 
 
 def looks_local(path: str) -> bool:

@@ -109,9 +109,10 @@ class Unread:
         self.texts.update(name for name, value in told.items() if "." in name and says_more(value, True))
         contexts = [] if settled else [name for name in told if _TEXTS.fullmatch("_".join(_words(name)))]
         for name in (*INPUTS, *contexts):
-            self.lacking[name] += not (name in form.columns or _within(fields.get(name), row))
+            if name in fields and name not in form.columns:
+                self.lacking[name] += not _within(fields[name], row)
         for name, ours, _ in ALIASES:
-            if name not in INPUTS and not (is_blank(fields.get(name)) or is_blank(fields.get(ours))):
+            if name in fields and name not in INPUTS and not (is_blank(fields[name]) or is_blank(fields.get(ours))):
                 self.contrary[name, ours] += fields[name] != fields[ours]
         if form.kind is Kind.BINARY and is_number(value := label_value(fields["label"])):
             self.labels.add(float(value))

@@ -205,14 +205,14 @@ def row_problems(examined: Iterable[Examined], refused: bool = True) -> tuple[li
     `refused`: the requests are refused for their settings anyway. Nothing is fetched from the hub then, and sources
     whose settings are wrong are left alone.
     """
-    from uft.data.sources import is_local
+    from uft.data.sources import can_be_judged
 
     distinct: dict[str, None] = {}
     for one in examined:
         wrong = {key.split(".")[2] for key in one.wrong if key.startswith("data.sources.")}
         for data in data_nodes(one.settings) if "data" not in one.wrong else ():
             found = {name: {**source, "share": None} for name, source in data["sources"].items() if name not in wrong}
-            sources = {name: source for name, source in found.items() if not refused or is_local(source["path"])}
+            sources = {name: source for name, source in found.items() if not refused or can_be_judged(source)}
             if sources:
                 distinct[_mixture(data, sources)] = None
     problems: dict[Problem, None] = {}
