@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from cases import CASES, write_files, write_untied
 from outside import environment
+from program import run
 
 PROGRAM = Path(__file__).with_name("cases.py")
 SHARDED = (
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one(folder: Path, *words: str) -> None:
     """Sessions on one process."""
     command = [sys.executable, str(PROGRAM), str(folder), *words]
-    subprocess.run(command, env=environment(folder), check=True, timeout=1800, capture_output=True)
+    run(command, env=environment(folder), check=True, timeout=1800, capture_output=True)
 
 
 @pytest.fixture(scope="module")
