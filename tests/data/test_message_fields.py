@@ -231,6 +231,19 @@ def test_media_and_marks_that_say_nothing_are_refused_by_name(record, why):
     assert why in str(error.value)
 
 
+def test_media_of_a_column_are_left_unread_where_that_is_said(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [ASKED, SUNNY], "images": ["x.png"]}) + "\n")
+    source = {"path": str(path)}
+    with pytest.raises(UftError) as error:
+        load_sources(data_settings({"sources": {"mine": source}}))
+    assert len(error.value.problems) == 1
+    assert "data.sources.mine.columns.images=''" in str(error.value)
+    assert load_sources(data_settings({"sources": {"mine": {**source, "columns": {"images": ""}}}}))[0].rows
+    with pytest.raises(UftError, match=r"columns\.images  no such field"):
+        load_sources(data_settings({"sources": {"mine": {**source, "columns": {"images": "prompt"}}}}))
+
+
 def test_fields_survive_tables_and_files(tmp_path):
     row = said(ASKED, assistant("", tool_calls=[CALL], weight=0), SUN, assistant("ß", thinking="é"), tools=[WEATHER])
     assert decode_row(encode_row(row), row.source, row.index) == row

@@ -270,6 +270,15 @@ def test_an_evaluation_split_of_the_same_folder(tmp_path):
     assert (len(source.rows), len(source.held_out)) == (4, 2)
 
 
+@pytest.mark.parametrize("second", ["a.jsonl.gz", "A.parquet"])
+def test_one_name_in_two_formats_may_be_the_same_rows(tmp_path, second):
+    write(tmp_path / "a.jsonl", demonstrations(4))
+    (tmp_path / second).write_bytes(b"not read")
+    said = refused({"a": {"path": str(tmp_path)}})
+    assert f"a.jsonl and {second}" in said or f"{second} and a.jsonl" in said
+    assert f"data.sources.a.path={tmp_path}/" in said
+
+
 def test_builtin_sources_bring_their_test_rows():
     from uft.playground import world
 

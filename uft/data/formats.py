@@ -18,6 +18,7 @@ from typing import Any
 
 from uft.data.messages import (
     LEARNED,
+    MEDIA,
     Record,
     Unreadable,
     check_prompt,
@@ -220,8 +221,8 @@ def check_mapping(columns: Mapping[str, str], source: str, facts: Collection[str
     fields = f"fields: {', '.join(known)}"
     return [
         Problem(key(name), "no such field", advice=(*did_you_mean(name, known, shown=key), fields))
-        for name in columns
-        if name not in known
+        for name, theirs in columns.items()
+        if name not in known or (theirs and name in MEDIA)
     ]
 
 
@@ -500,5 +501,5 @@ def _formats() -> Iterator[Format]:
 
 
 FORMATS = tuple(_formats())
-FIELDS = frozenset().union(*(f.columns for f in FORMATS), COMMON, (theirs for theirs, *_ in ALIASES))
-"""Every name that `columns` can map to."""
+FIELDS = frozenset().union(*(f.columns for f in FORMATS), COMMON, MEDIA, (theirs for theirs, *_ in ALIASES))
+"""Every name that `columns` can map to; those of media to nothing only, which leaves them unread."""

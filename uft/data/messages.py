@@ -19,6 +19,7 @@ from typing import Any
 from uft.data.rows import MESSAGE_FIELDS, Message, Turns
 
 Record = Mapping[str, Any]
+ROW = "the row"
 MEDIA = frozenset({"image", "images", "audio", "audios", "video", "videos"})
 """Columns and fields of messages that hold more than text."""
 _ROLE_NAMES = {
@@ -162,7 +163,7 @@ def read_reply(value: Any, field: str = "completion") -> Turns:
 
 def with_context(prompt: Turns, record: Record) -> Turns:
     """The prompt with the system text, the earlier turns and the tools that stand in columns of their own."""
-    refuse_media(record, "the row")
+    refuse_media(record, ROW)
     prompt = with_system(with_history(prompt, record.get("history")), record.get("system"))
     given = {name: record[name] for name in ("tools", "functions") if not is_blank(record.get(name))}
     if not given or not (extra := read_extra(given, "")):
@@ -314,7 +315,9 @@ def refuse_media(fields: Record, where: str) -> None:
     """Raise :class:`Unreadable` where a row or a message brings more than text, which nothing here can train on."""
     found = sorted(name for name in MEDIA & fields.keys() if not is_blank(fields[name]))
     if found:
-        raise Unreadable(f"{where} has {', '.join(found)}: only text can be trained on")
+        left = [f"{{source}}.columns.{name}=''" for name in found] if where == ROW else []
+        advice = [f"leave it unread:  {' '.join(left)}"] if left else []
+        raise Unreadable(f"{where} has {', '.join(found)}: only text can be trained on", *advice)
 
 
 def read_extra(item: Record, field: str) -> str:

@@ -443,6 +443,14 @@ def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
     if not files:
         splits = f"splits: {_listing(set(named.values()))}"
         raise place.problem(f"no file of split {place.split} in this folder", splits)
+    stems: dict[str, list[str]] = {}
+    for file in files:
+        name = file.name.lower()
+        stems.setdefault(name[: name.rindex(suffix_of(file))], []).append(file.name)
+    if twice := [names for names in stems.values() if names[1:]]:
+        why = "; ".join(f"{' and '.join(names)} may be the same rows in two files" for names in twice)
+        one, both = path / twice[0][0], ",".join(str(path / name) for name in twice[0])
+        raise place.problem(why, f"read one:  {place.key}={one}", f"read both:  data=[{both}]")
     left_out = sorted(p.name for p in path.iterdir() if p not in files and not p.name.startswith("."))
     return [_file(file, place) for file in files], left_out
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 from uft.data.formats import ALIASES, COMMON, LABELS, Format, aliases, label_value
-from uft.data.messages import MARKS, MESSAGE_KEYS, Record, is_blank, is_number, role_of, texts_of, unpacked
+from uft.data.messages import MARKS, MEDIA, MESSAGE_KEYS, Record, is_blank, is_number, role_of, texts_of, unpacked
 from uft.data.records import SIDES, rating
 from uft.data.rows import Kind, Row
 from uft.errors import Problem
@@ -196,7 +196,7 @@ def unread_feedback(
         line = f"read it:  {key}.columns.weight={names[0]}"
         return Problem(key, why, advice=(line, leave) if weights and "." not in names[0] else (leave,))
     for ours, pattern in _PARTS.items():
-        found = (name for name in told if name in full)
+        found = (name for name in told if name in full and name not in MEDIA)  # those are refused row by row
         if names := [name for name in found if re.fullmatch(pattern, words[name]) or (not ours and name in _ADDRESSED)]:
             part = "reply" if ours == "reasoning_content" or "call" in words[names[0]] else "conversation"
             why = f"{_counted(names, columns)} may be a part of the {part}"
