@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -124,17 +125,18 @@ def _keep_adapter(beside: Path, folder: Path) -> Path | None:
 
 def plain_model(policy: Policy, dtype: torch.dtype, weights: Mapping[str, Tensor]) -> Any:
     """A model of the policy's own class on the CPU with `weights`, the adapter merged in; ties stay ties."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
     base = policy.base
     config = copy.deepcopy(base.config)
     set_dropout(config, own_dropout(config))
     config.dtype = dtype
-    ends = (base.get_output_embeddings(), base.get_input_embeddings())
-    if isinstance(ends[0], BaseTunerLayer) or any(isinstance(end, ModulesToSaveWrapper) for end in ends):
-        # merged, the head is not the embedding any more
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    if policy.has_adapter:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        ends = (base.get_output_embeddings(), base.get_input_embeddings())
+        if isinstance(ends[0], BaseTunerLayer) or any(isinstance(end, ModulesToSaveWrapper) for end in ends):
+            # merged, the head is not the embedding any more
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):  # no memory for weights that are replaced at once
         model = type(base)(config)
     missing, unexpected = model.load_state_dict(merged_state(base, dtype, weights), strict=False, assign=True)
@@ -191,6 +193,8 @@ def _plain_name(name: str) -> str:
 
 def adapted_weights(base: nn.Module) -> dict[str, list[tuple[str, Any]]]:
     """Name of an adapted weight in the state of `base` -> the adapters on it: (name of the layer, layer)."""
+    if "peft" not in sys.modules:  # no adapter is on anything, and the import takes a second
+        return {}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     found: dict[str, list[tuple[str, Any]]] = {}
