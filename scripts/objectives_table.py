@@ -102,6 +102,9 @@ def cost(name: str, objective: Objective) -> str:
     if objective.needs.mismatched:
         with torch.no_grad():
             objective.baseline_terms(collate(others, 0), policy, reference)
+    if objective.needs.matched:
+        with torch.no_grad():
+            objective.matched_values(batch, policy, reference)
     sequences = f" for {len(batch.row) // 2} sequences" if len(batch.row) > 2 else ""
     alone, whole = policy.units // 2, (policy.units + reference.units) // 2
     if not objective.needs.reference:

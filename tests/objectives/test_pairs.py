@@ -6,6 +6,7 @@ The pair: a_w = 0.2, a_l = -0.6, h = 0.8; mu_w = -0.266667, mu_l = -0.85.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import torch
 import toys as kit
 from toys import of_length, preset, told
 
+from uft.data.loader import StepBatches
 from uft.objectives.base import StepContext
 from uft.objectives.pairwise import odds
+from uft.training.step import matched_pairs
 
 POLICY, REFERENCE = [-0.2, -0.5, -0.1, -1.0, -0.7], [-0.3, -0.4, -0.3, -0.6, -0.5]
 FALLEN = [-0.2, -0.3, -0.2, -0.6, -0.5]  # a reference under which the chosen side fell: a_w = -0.1, h = 0.5
@@ -96,6 +99,35 @@ def test_equal_sides_are_a_tie_whatever_the_rounding():
         for rounding in (1e-6, 0.0, -1e-6):
             policy, reference = [-0.2, -0.5, -0.2 + rounding, -0.5], [-0.3, -0.4, -0.3, -0.4]
             assert told(preset(name), equal, policy, reference)[2]["accuracy"] == 0.5, (name, rounding)
+
+
+def test_optimal_transport_compares_what_has_the_same_rank_in_the_step():
+    """Two pairs, each in a micro-batch of its own. Margins are 2 and -1, the reference's .5 and 1: -1 - .5, 2 - 1.
+    Log-ratios are .5 and -1 of chosen, -1 and 1 of rejected completions: -1 + 1, .5 - 1."""
+    policy, reference = [[-1.0, -3.0], [-2.0, -1.0]], [[-1.5, -2.0], [-1.0, -2.0]]
+    batches = [
+        kit.batch_of([of_length(1), of_length(1, role=0)], columns={"reference": torch.tensor(one)})
+        for one in reference
+    ]
+    near, far = (1 / (1 + math.exp(m)) for m in (0.1, -0.05))
+    for name, loss, slopes in (
+        ("aot", 0.707677, [-near, near, -1 / (1 + math.exp(-0.15)), 1 / (1 + math.exp(-0.15))]),
+        ("aot_unpaired", 0.705803, [-far, 0.5, -0.5, far]),
+    ):
+        objective, said = preset(name), iter(policy)
+        trainer = SimpleNamespace(
+            objective=objective,
+            policy=lambda batch, said=said: kit.Told(next(said))(batch),
+            reference=None,
+            device="cpu",
+        )
+        matched = matched_pairs(trainer, StepBatches((), batches))
+        found = [told(objective, batch, own) for batch, own in zip(matched, policy, strict=True)]
+        assert sum(one[0] for one in found) / 2 == pytest.approx(loss, abs=1e-6), name
+        assert [slope for one in found for slope in one[1]] == pytest.approx(
+            [0.1 * slope for slope in slopes], abs=1e-6
+        ), name
+        assert told(objective, batches[0], policy[0])[0] == pytest.approx(math.log1p(math.exp(-0.15)), abs=1e-6), name
 
 
 # --- which pairs and which likelihood

@@ -20,7 +20,7 @@ def schema(method):
 NAMES = """
     sft ift uft una dft dft2 dynamic_ft anchored_sft f_sft poft asft gdpo_soft gipo_soft gropo_soft rpo dpop dpo cdpo
     robust_dpo hinge ipo simpo cpo orpo nca rdpo_length ld_dpo kto irft spin per_kind apo_zero apo_down sppo_hard
-    exo_pair bco_pair discopop wpo distill
+    exo_pair bco_pair discopop wpo distill aot aot_unpaired
 """
 
 
@@ -100,6 +100,8 @@ PAPERS = [
     ("bco_pair", {"beta": 0.01}),
     ("discopop", {"beta": 0.05, "temperature": 0.05}),
     ("wpo", {"beta": 0.01, "wpo": True}),
+    ("aot", {"beta": 0.1, "matching": "margins"}),
+    ("aot_unpaired", {"beta": 0.1, "matching": "sides"}),
     ("distill", {"reduction": "token", "beta": 0.5}),
     ("spin", {"beta": 0.1, "link": "sigmoid"}),
 ]

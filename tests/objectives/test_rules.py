@@ -187,7 +187,7 @@ def test_values_at_policy_equals_reference_are_foretold_and_another_policy_is_no
 
 AT_REFERENCE = [
     *((name, {}, Kind.PREFERENCE, "pair", math.log(2)) for name in ("dpo", "cdpo", "robust_dpo", "dpop", "rpo")),
-    *((name, {}, Kind.PREFERENCE, "pair", math.log(2)) for name in ("gdpo_soft", "ld_dpo", "irft")),
+    *((name, {}, Kind.PREFERENCE, "pair", math.log(2)) for name in ("gdpo_soft", "ld_dpo", "irft", "aot")),
     ("cdpo", {"beta": 3.0, "label_smoothing": 0.2}, Kind.PREFERENCE, "pair", math.log(2)),
     ("hinge", {}, Kind.PREFERENCE, "pair", 1.0),
     ("irft", {"link": "linear"}, Kind.PREFERENCE, "pair", 0.0),

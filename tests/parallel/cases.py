@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "sft_dry": ("sft", ("demonstrations", "pairs"), DRY),
     "sft_padded": ("sft", ("demonstrations",), ("train.packing=padded", "train.micro_batch_tokens=60")),
     "dpo": ("dpo", ("pairs", "negatives"), ()),
+    "aot_unpaired": ("aot_unpaired", ("pairs",), ("train.micro_batch_tokens=60",)),
     "dpo_lora": ("dpo", ("pairs",), LORA),
     "dpo_cached": ("dpo", ("pairs",), ("reference.mode=cached",)),
     "uft": ("uft", KINDS, ()),

@@ -21,6 +21,7 @@ SHARDED = (
     "sft_one_row",
     "sft_packed",
     "sft_lora",
+    "aot_unpaired",
     "dpo_lora",
     "dpo_untied",
     "uft",

@@ -50,7 +50,7 @@ USES = {
     "una": ("preference", "binary", "scored"),
     "dft": ("demonstration", "preference", "negatives"),
     "dft2": ("demonstration", "preference", "negatives"),
-    "dpo": ("preference", "scored", "negatives"),
+    **dict.fromkeys(("dpo", "aot", "aot_unpaired"), ("preference", "scored", "negatives")),
     "kto": KINDS,
     "anchored_sft": ("demonstration", "binary", "scored"),
     "distill": ("demonstration", "preference", "binary"),

@@ -118,6 +118,8 @@ def close(ours: Gradients, theirs: Gradients) -> None:
         *((name, ()) for name in OBJECTIVES),
         *((name, (f"objective.reduction={r}",)) for name in ("sft", "ift") for r in ("token", "sequence")),
         ("dpo", ("objective.sft_weight=0.7", "objective.reduction=token")),  # several terms with a weight
+        ("aot", ()),  # pairs are matched over the whole step
+        ("aot_unpaired", ("objective.sft_weight=0.7",)),
     ],
 )
 def test_one_batch_of_eight_is_eight_of_one(bench, objective, settings):

@@ -22,6 +22,8 @@ CASES = [
     ),
     # TRL's own cDPO is this one, which sorts the pairs of a batch against each other: no more than one at a time
     ("cdpo", "pairs", {}, "dpo", {"loss_type": ["aot"], "label_smoothing": 0.1, "batch": 1}),
+    ("aot", "pairs", {"label_smoothing": 0.1}, "dpo", {"loss_type": ["aot"], "label_smoothing": 0.1}),
+    ("aot_unpaired", "pairs", {}, "dpo", {"loss_type": ["aot_unpaired"]}),
     ("robust_dpo", "pairs", {}, "dpo", {"loss_type": ["robust"], "label_smoothing": 0.1}),
     ("hinge", "pairs", {}, "dpo", {"loss_type": ["hinge"]}),
     ("hinge", "pairs", {"beta": 1.0}, "dpo", {"loss_type": ["hinge"], "beta": 1.0}),  # some pairs beyond the hinge

@@ -49,6 +49,8 @@ class ForwardRequest:
 
 
 PLAIN = ForwardRequest()
+MATCHED = ("second_above_matched", "matched_above_first")
+"""Annotations that the step writes for objectives with `needs.matched`; a batch outside a step has none."""
 
 
 class Forward(Protocol):
@@ -90,6 +92,7 @@ class Needs:
     distributions: bool = False  # of the reference over the whole vocabulary: no column of log-probs can stand in
     teacher: bool = False  # what comes as the reference is the model of `teacher.path`
     mismatched: bool = False  # completions under other rows' prompts, for `baseline_terms` (KTO)
+    matched: bool = False  # pairs that are matched by rank over the whole step, by their `matched_values` (AOT)
     rollouts: int = 0  # completions that the policy samples of each prompt while it trains, at least
     embeddings: bool = False  # in place of tokens: mixed ones, or some that are kept from learning
     columns: frozenset[str] = frozenset()  # of Batch.columns, written beforehand
@@ -166,6 +169,15 @@ class Objective:
         The step divides once over all of its micro-batches and passes the means on as `context.kl_baseline`.
         """
         return {}
+
+    def matched_values(self, batch: Batch, policy: Forward, reference: Forward | None) -> Tensor:
+        """(P, 2) two numbers u, v of every pair, without gradient, before any loss.
+
+        The step sorts the u and the v of all its pairs, and the k-th u belongs to the k-th v. Every pair is told as
+        annotations `MATCHED` of its second sequence how far its own v is above that of its u, and how far the u of its
+        v is above its own.
+        """
+        raise NotImplementedError
 
     def __call__(self, batch: Batch, policy: Forward, reference: Forward | None, context: StepContext) -> Loss:
         """Sums and counts per term; the keys and counts equal those of :meth:`counts`."""

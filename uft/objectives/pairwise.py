@@ -24,6 +24,7 @@ length in tokens.
 | `bco_pair` (2404.04656) | -log sigmoid(beta a_w) - log sigmoid(-beta a_l) |
 | `discopop` (2406.08414, eq. 5) | (1 - g)(-log sigmoid(m)) + g exp(-m), g = sigmoid(m / temperature) |
 | `wpo` (2406.11827, eq. 2) | DPO times sg[v_w v_l], v the length-normalised likelihood of a side |
+| `aot`, `aot_unpaired` (2406.05882) | DPO, h the difference of the k-th largest margins, or log-ratios, of the step |
 | `gdpo_soft`, `gipo_soft`, `gropo_soft` (2409.06691) | DPO, IPO, ROPO with h -> (2p - 1) h, p the soft label |
 
 `Contrastive`, a likelihood term and a comparison of the policy's own scores. S and mu are the sum and the mean of a
@@ -50,7 +51,7 @@ from torch.nn.functional import softplus
 from uft.data.batch import Batch
 from uft.data.rows import SOFT_LABEL, Kind, Role, View
 from uft.objectives import terms, views
-from uft.objectives.base import Forward, ForwardRequest, Loss, Needs, Objective, StepContext, key
+from uft.objectives.base import MATCHED, Forward, ForwardRequest, Loss, Needs, Objective, StepContext, key
 from uft.objectives.likelihood import CONVENTION
 
 Tensor = torch.Tensor
@@ -191,6 +192,8 @@ def discopop(pairs: Pairs, o: Pairwise) -> Tensor:
     return torch.sigmoid(-gate) * softplus(-m) + torch.exp(-softplus(-gate) - m)
 
 
+BY_MARGIN = ("sigmoid", "robust", "hinge", "linear", "squared", "ropo", "exo", "discopop")
+"""Links of the difference of both sides alone."""
 _LINKS = (sigmoid, robust, hinge, linear, squared, ropo, nca, apo_zero, apo_down, sppo, exo, bco, discopop)
 LINKS: dict[str, Callable[[Pairs, Pairwise], Tensor]] = {link.__name__: link for link in _LINKS}
 CAUTIONS = {
@@ -221,8 +224,8 @@ class Pairwise(PairLoss):
     `reduction: token`), `eta` one mean per completion or, as the paper, a sum times beta. TRL's `sigmoid` ignores
     `label_smoothing`, so that it has no cDPO but its `aot` on one pair at a time. LLaMA-Factory's LD-DPO leaves the
     reference undiscounted; the paper and TRL discount both. BCO's paper shifts both rewards by their running mean,
-    which TRL's `bco_pair` and this one do not. TRL's `aot` sorts the log-ratios of a batch, so that its loss depends on
-    how a step is cut into micro-batches: there is none here.
+    which TRL's `bco_pair` and this one do not. TRL's `aot` sorts the pairs of a micro-batch on one device, `matching`
+    those of the whole step, so that neither accumulation nor the number of ranks changes the loss.
     """
 
     beta: float = key(0.1, "strength of the anchor to the reference", gt=0)
@@ -239,11 +242,16 @@ class Pairwise(PairLoss):
     temperature: float = key(
         1.0, "of soft labels from scores, p = sigmoid((s_w - s_l) / temperature), or of DiscoPOP's blend", gt=0
     )
+    matching: str = key(
+        "none",
+        "by rank over the step: margins of the policy with the reference's, or log-ratios of chosen with rejected ones",
+        choices=("none", "margins", "sides"),
+    )
     wpo: bool = key(False, "weigh pairs by the policy's length-normalised likelihood of both sides")
 
     @property
     def needs(self) -> Needs:
-        return Needs(reference=True)
+        return Needs(reference=True, matched=self.matching != "none")
 
     @property
     def strength(self) -> float:
@@ -262,6 +270,10 @@ class Pairwise(PairLoss):
             return [("label_smoothing", "must be below 0.5: at a half, labels say nothing")]
         if self.link == "exo" and self.label_smoothing == 0:
             return [("label_smoothing", "must be above 0: the divergence from certain labels is infinite")]
+        if self.matching == "margins" and (self.link not in BY_MARGIN or self.lam):
+            return [("matching", "margins are matched of a loss of the margin alone; sides are matched of any")]
+        if self.matching != "none" and self.wpo:
+            return [("wpo", "weighs pairs, and matched ones are none")]
         return []
 
     def cautions(self) -> list[str]:
@@ -304,7 +316,27 @@ class Pairwise(PairLoss):
         """(P,) from the log-ratios of the targets (N,)."""
         chosen, rejected = self.scores(batch, ratios).unbind(-1)
         n_w, n_l = batch.lengths[batch.pairs].to(ratios.dtype).unbind(-1)
-        return LINKS[self.link](Pairs(chosen, rejected, n_w - n_l, self.certainty(batch).to(ratios.dtype)), self)
+        longer, certainty = n_w - n_l, self.certainty(batch).to(ratios.dtype)
+
+        def link(chosen: Tensor, rejected: Tensor) -> Tensor:
+            return LINKS[self.link](Pairs(chosen, rejected, longer, certainty), self)
+
+        if self.matching == "none" or MATCHED[0] not in batch.annotations:  # evaluated, a pair stands for itself
+            return link(chosen, rejected)
+        below, above = (batch.annotations[name][batch.pairs[:, 1]].to(ratios.dtype) for name in MATCHED)
+        if self.matching == "margins":
+            return link(chosen + below, rejected)
+        # every summand is met twice, by the chosen side in it and by the rejected one: its value counts once
+        twice = link(chosen.detach() + above, rejected)
+        return link(chosen, rejected.detach() - below) + twice - twice.detach()
+
+    def matched_values(self, batch: Batch, policy: Forward, reference: Forward | None) -> Tensor:
+        """Margins of the policy and of the reference; or the log-ratios of both sides."""
+        log_probs, known = terms.promote(policy(batch).log_probs), terms.reference_log_probs(batch, reference)
+        if self.matching == "sides":
+            return self.scores(batch, log_probs - known)
+        margins = (self.scores(batch, one) for one in (log_probs, known))
+        return torch.stack([sides[:, 0] - sides[:, 1] for sides in margins], 1)
 
     def scores(self, batch: Batch, ratios: Tensor) -> Tensor:
         """(P, 2) log-ratio of both sides of every pair."""

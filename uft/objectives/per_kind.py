@@ -95,6 +95,11 @@ class PerKind(Objective):
             for kind, part in self.parts.items()
             if kind not in part.views
         ]
+        found += [
+            (f"{kind.value}", f"{part.name or part.method} matches pairs over the whole step, not those of one kind")
+            for kind, part in self.parts.items()
+            if part.needs.matched
+        ]
         taught = [kind for kind, part in self.parts.items() if part.needs.teacher]
         anchored = [kind for kind, part in self.parts.items() if part.needs.reference and kind not in taught]
         found += [

@@ -1,8 +1,8 @@
 """One optimiser step: count, forward and backward, reduce over ranks, clip, check, update.
 
-`optimiser_step` is the whole step. Below it, in the order in which it calls them: the KL baseline, the backward pass
-through the fused LM head, sums over ranks, optimisers and learning rates; and the search for the rows of a step that
-was not finite.
+`optimiser_step` is the whole step. Below it, in the order in which it calls them: the KL baseline, pairs matched by
+rank, the backward pass through the fused LM head, sums over ranks, optimisers and learning rates; and the search for
+the rows of a step that was not finite.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from uft.data.loader import StepBatches, local_shard
 from uft.distributed import all_reduce_gradients, full_tensor, ranks, single_process
 from uft.model.policy import Policy
 from uft.model.precision import bitsandbytes
-from uft.objectives.base import PLAIN, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, Term
+from uft.objectives.base import MATCHED, PLAIN, ForwardOutput, ForwardRequest, Loss, Objective, StepContext, Term
 
 if TYPE_CHECKING:
     from uft.training.trainer import Trainer
@@ -107,7 +107,7 @@ def optimiser_step(
     # micro-batches repeats a padding batch whose gradient is zero and whose terms are dropped.
     terms: Loss = {}
     padding = padding_batches(batches.micro_batches, batches.padding)
-    for batch, is_padding in [*zip(batches.micro_batches, repeat(False)), *zip(padding, repeat(True))]:
+    for batch, is_padding in [*zip(matched_pairs(trainer, batches), repeat(False)), *zip(padding, repeat(True))]:
         current = replace(context, learning=False) if is_padding else context
         scale = scaled_to_zero if is_padding else scaled
         losses = chunked_backward(trainer, batch, current, scale)
@@ -161,6 +161,33 @@ def kl_baseline(trainer: Trainer, batches: StepBatches) -> dict[str, Tensor]:
     totals = sum_over_ranks({name: float(total) for name, (total, _) in sums.items()})
     counts = sum_over_ranks({name: float(count) for name, (_, count) in sums.items()})
     return {name: torch.tensor(total / max(counts[name], 1.0)) for name, total in totals.items()}
+
+
+@torch.no_grad()
+def matched_pairs(trainer: Trainer, batches: StepBatches) -> Sequence[Batch]:
+    """The micro-batches, with `MATCHED` of every pair where the objective matches pairs over the step and all ranks.
+
+    That is a pass without gradient over all of them.
+    """
+    objective, forwards, device = trainer.objective, (trainer.policy, trainer.reference), trainer.device
+    if not objective.needs.matched:
+        return batches.micro_batches
+    found = [batch.to(device) for batch in batches.micro_batches]
+    values = [objective.matched_values(batch, *forwards).tolist() for batch in found]
+    for batch in padding_batches(batches.micro_batches, batches.padding):
+        objective.matched_values(batch.to(device), *forwards)
+    by_rank = ranks().gather_objects([pair for pairs in values for pair in pairs])
+    u, v = torch.tensor([pair for pairs in by_rank for pair in pairs], dtype=torch.float64).reshape(-1, 2).unbind(1)
+    (sorted_u, by_u), (sorted_v, by_v) = u.sort(stable=True), v.sort(stable=True)
+    shifts = torch.stack([v - sorted_v[by_u.argsort()], sorted_u[by_v.argsort()] - u], 1)
+    start = sum(map(len, by_rank[: ranks().rank]))
+    for number, batch in enumerate(found):
+        told = torch.full((batch.role.shape[0], 2), math.nan, device=device)
+        told[batch.pairs[:, 1]] = shifts[start : start + len(batch.pairs)].to(device, torch.float32)
+        start += len(batch.pairs)
+        annotations = batch.annotations | dict(zip(MATCHED, told.unbind(1), strict=True))
+        found[number] = replace(batch, annotations=annotations)
+    return found
 
 
 def reported_loss(objective: Objective, terms: Loss) -> Tensor:
