@@ -15,6 +15,7 @@ import toys as kit
 from toys import of_length, preset, told
 
 from uft.data.loader import StepBatches
+from uft.objectives import make
 from uft.objectives.base import StepContext
 from uft.objectives.pairwise import odds
 from uft.training.step import matched_pairs
@@ -128,6 +129,12 @@ def test_optimal_transport_compares_what_has_the_same_rank_in_the_step():
             [0.1 * slope for slope in slopes], abs=1e-6
         ), name
         assert told(objective, batches[0], policy[0])[0] == pytest.approx(math.log1p(math.exp(-0.15)), abs=1e-6), name
+
+
+def test_what_cannot_be_matched_is_refused():
+    for matching, key in (("margins", "matching"), ("sides", "wpo")):
+        both = make(kit.settings("aot") | {"link": "nca", "wpo": True, "matching": matching})
+        assert [key for key, _ in both.problems()] == [key], matching
 
 
 # --- which pairs and which likelihood

@@ -163,6 +163,7 @@ def test_problems_and_cautions_name_the_kind():
     taught = together({**SHIPPED, "demonstration": "distill"})
     assert [key for key, _ in taught.problems()] == ["demonstration"], "a teacher beside DPO's reference"
     assert taught.needs.teacher
+    assert [key for key, _ in together({**SHIPPED, "preference": "aot"}).problems()] == ["preference"], "sorts the step"
     assert together({**dict.fromkeys(SHIPPED, "sft"), "demonstration": "distill"}).problems() == []
     inner = kit.preset("per_kind", scored={**settings("uft"), "reduction": "token"})
     assert [key for key, _ in inner.problems()] == ["scored.reduction"]
