@@ -263,6 +263,7 @@ class TableWriter:
         self._batches: list[pa.RecordBatch] = []  # in memory
         self._written = 0  # batches on disk
         self._beside: tempfile.TemporaryDirectory[str] | None = None  # the folder that is written to
+        self._elsewhere: OSError | None = None  # why that is not beside `folder`
         self._handle: BinaryIO | None = None
 
     def __enter__(self) -> Self:
@@ -291,9 +292,10 @@ class TableWriter:
         Of two processes that write the same key one wins; both wrote the same.
         """
         assert self.folder is not None
-        if self.refused is not None:
-            raise self.refused
-        self._file(self.folder).flush()  # of a table without a batch
+        if self.refused is None:
+            self._file(self.folder).flush()  # of a table without a batch
+        if (error := self.refused or self._elsewhere) is not None:
+            raise error
         assert self._beside is not None
         beside = Path(self._beside.name)
         about = {"checksum": _checksum(beside / _TABLE), "notes": notes}
@@ -318,8 +320,8 @@ class TableWriter:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 clear_left(folder.parent, ".*")
                 self._beside = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
-            except OSError:
-                self._beside = tempfile.TemporaryDirectory()
+            except OSError as error:
+                self._elsewhere, self._beside = error, tempfile.TemporaryDirectory()
         if self._handle is None:
             self._handle = open(Path(self._beside.name) / _TABLE, "wb")  # noqa: SIM115
             self._handle.write(memoryview(self.schema.serialize()))
