@@ -257,6 +257,8 @@ def test_resume_goes_on_with_a_run_also_from_another_folder_after_a_move(worker,
 def test_ls(worker, capsys):
     assert main(["ls"]) == 0
     assert "No runs in outputs/  Make one:" in capsys.readouterr().out
+    assert main(["sync"]) == 0
+    assert "No runs in outputs/: nothing to upload." in capsys.readouterr().out
     assert main(["ls", "nowhere"]) == 2
     for name, script in (("a", "ok"), ("b", "fail")):
         main(["train", "train.steps=200", "tracking=none", f"run.name={name}", f"generate.system={script}"])

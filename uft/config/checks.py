@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -305,6 +306,12 @@ class Draft:
         meant = ".".join((*prefix, near, *setting.path[len(path) :])) if near else elsewhere(setting.path[-1], self)
         if len(path) == 1 and near in groups(config_dirs()):
             meant = f"{near}={written(setting.value)}"
+        if prefix in ((), ("data",)) and isinstance(setting.value, str) and not of_trl:
+            from uft.data.readers import reader_of
+
+            if reader_of(Path(setting.value)):  # file=rows.jsonl
+                held_out = re.search("eval|test|val", path[-1])
+                meant = f"{'data.sources.NAME.eval_path' if held_out else 'data'}={setting.value}"
         shown = [key for key in siblings if prefix[:1] not in ((OBJECTIVE,), (REWARD,)) or key not in NOT_TYPED]
         advice = hint(of_trl or meant, "keys" if prefix else "groups and keys", [] if of_trl else shown)
         advice = f"{of_trl}: {note}" if note else advice

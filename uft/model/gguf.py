@@ -16,6 +16,7 @@ import torch
 
 from uft.data.template import MARK
 from uft.errors import Problem, UftError
+from uft.heartbeat import activity
 from uft.runs import shown, writing
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def require_described(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[s
     return backend
 
 
+@activity("the GGUF file was written", moving=True)
 def write_gguf(folder: Path, out: Path) -> float:
     """Write the model in `folder`, as `export` leaves it, to the file `out`; the largest difference of log-probs when
     it is read back. Raises UftError, before anything is written, where GGUF does not describe the model."""
