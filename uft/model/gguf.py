@@ -46,7 +46,7 @@ def require_described(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[s
     fast = getattr(tokenizer, "backend_tokenizer", None)
     backend = {"model": {"type": "slow"}} if fast is None else json.loads(fast.to_str())
     if why := obstacle(config, backend):
-        raise UftError(Problem("--gguf", f"GGUF does not describe this model: {why}", advice=("leave --gguf out",)))
+        raise UftError(Problem("--gguf", f"GGUF does not describe this model: {why}", advice=("leave --gguf and --ollama out",)))
     return backend
 
 
