@@ -93,6 +93,10 @@ def test_precision_tokenizer_template_and_generation_settings_are_there(build: B
     assert {p.dtype for p in load(folder).module.parameters()} == {torch.bfloat16}
 
 
+def raise_interrupt(folder: Path) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_folder_is_the_old_one_until_the_new_one_is_whole(
     build: Build, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -106,6 +110,10 @@ def test_the_folder_is_the_old_one_until_the_new_one_is_whole(
         patch.setattr(export_module, "flush", fail)
         with pytest.raises(OSError, match="disk full"):
             export(Policy(build("llama")), tokenizer, folder)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export_module, "for_older_readers", raise_interrupt)
+        export(Policy(build("llama")), tokenizer, folder)
+    assert list(tmp_path.iterdir()) == [folder]
     assert (folder / "of-the-old-one").exists()
     load(folder)
     export(Policy(build("llama")), tokenizer, folder)

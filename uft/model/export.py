@@ -101,6 +101,9 @@ def export(
         ranks().on_rank0(publish)
     except PeerLost:
         raise
+    except KeyboardInterrupt:
+        shutil.rmtree(beside, ignore_errors=True)  # as large as the model, under a name that is not listed
+        raise
     except Exception as error:
         kept = ranks().on_rank0(lambda: _keep_adapter(beside, folder))
         if kept is None or isinstance(error, OSError):
