@@ -118,6 +118,7 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
         ("path=rows.jsonl", ("did you mean  data=rows.jsonl ?",)),
         ("train_data=a.csv test_file=b.csv", ("  data=a.csv ?", "  data.sources.NAME.eval_path=b.csv ?")),
         ("uft chat", ("outputs/  no run here has a model or a checkpoint", "uft chat builtin:playground")),
+        ("uft export --to x", ("required: RUN      (command line)",)),
         ("uft export x", ("uft export  the following arguments are required: --to", "uft export --help")),
         ("data=[a,b]", ("rows of several files:  data=[a.jsonl,b.jsonl]",)),
         ("data=[a,b]", ("a run for each of them:  -m data=a,b",)),

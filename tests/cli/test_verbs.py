@@ -242,6 +242,11 @@ def test_resume_goes_on_with_a_run_also_from_another_folder_after_a_move(worker,
     run = only_run(worker)
     assert main(["resume", str(run.path), "train.batch_size=3"]) == 2
     assert "32 -> 3" in capfd.readouterr().err
+    assert main(["resume", str(run.path), "data=files", "+data.sources.rows.path=rows.jsonl"]) == 2
+    err = capfd.readouterr().err
+    assert re.search(r"data\.sources\.rows\.path +\(absent\) -> rows\.jsonl", err)
+    assert "rows.kind" not in err, "a source is told once"
+    assert f"or start another run from its weights:  uft train init_from={run.path.relative_to(worker)}\n" in err
     run = Run(run.path.rename(worker / "elsewhere"))
     (worker / "sub").mkdir()
     monkeypatch.chdir(worker / "sub")

@@ -7,7 +7,6 @@ import io
 import re
 from pathlib import Path
 
-import pytest
 from hostile import hostile
 from pages import all_failed, mixed, nothing, one_run
 from synthetic import compared, loaded, make_sweep

@@ -300,7 +300,7 @@ def export(arguments: list[str]) -> int:
     add("--adapter", action="store_true", help="the LoRA adapter alone")
     add("--gguf", action="store_true", help="also a GGUF file, for llama.cpp")
     add("--ollama", action="store_true", help="also a GGUF file and a Modelfile, for Ollama")
-    add("words", nargs="*", metavar="key=value", help="model.trust_remote_code=true")
+    add("words", nargs="*", default=[], metavar="key=value", help="model.trust_remote_code=true")
     parsed = parser.parse_intermixed_args(arguments)
     source = find_weights(f"{parsed.run}@{parsed.checkpoint}" if parsed.checkpoint else parsed.run)
     if source.run is None:
