@@ -115,6 +115,7 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
         ("--no-such-thing", ("without dashes:  KEY=...",)),
         ("model.name=org/name", ("model.path=org/name",)),
         ("data.path=rows.jsonl", ("as data=PATH",)),
+        ("rows.jsonl data.sources.mine.columns.prompt=q", ("did you mean  data.sources.rows.columns.prompt ?",)),
         ("path=rows.jsonl", ("did you mean  data=rows.jsonl ?",)),
         ("train_data=a.csv test_file=b.csv", ("  data=a.csv ?", "  data.sources.NAME.eval_path=b.csv ?")),
         ("uft chat", ("outputs/  no run here has a model or a checkpoint", "uft chat builtin:playground")),

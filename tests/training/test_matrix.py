@@ -182,7 +182,7 @@ def test_it_trains_two_steps_and_resumes_or_stops_before_the_first(configure, pr
     assert all(f"cannot use {ROWS} {kind.value} rows" in said for kind in unusable)
     assert all(f"needs {name}, which " in said for name in lacking)
     some = unusable != kinds or all(kind is Kind.PROMPT for kind in unusable)
-    assert ("data.unusable=drop" if some else "It would have no other row") in refused.value.footer
+    assert ("data.unusable=drop" if some else "No other row is left") in refused.value.footer
     dropping = configure(objective, data, unusable="drop")
     if kinds == unusable or lacking:
         with pytest.raises(UftError, match=f"objective={objective} cannot use any"):

@@ -260,7 +260,13 @@ class Draft:
         setting = next((s for s in reversed(self.settings) if s.path[: len(path)] == path), None)
         setting = setting or Setting(path, fault.value, "", ".".join(path))
         if fault.type == "missing":
-            return Problem(setting.key, "has no value", setting.where, (f"give it:  {setting.key}=...",))
+            inside = [s for s in self.settings if s.path[:2] == ("data", "sources") and len(s.path) > 3]
+            others = [
+                s.path[2] for s in inside if s.path[3:] == ("path",)
+            ]  # a key of a source that is called otherwise
+            keys = [s for s in inside if s.path[:3] == path[:3]] if path[3:] == ("path",) else []
+            meant = [f"did you mean  {'.'.join((*path[:2], other, *s.path[3:]))} ?" for s in keys for other in others]
+            return Problem(setting.key, "has no value", setting.where, (f"give it:  {setting.key}=...", *meant[:3]))
         if fault.type == "lost":
             return self._against_rule(path, None, f"refers to something that has no value: {fault.value}", ())
         if fault.type == UNKNOWN_KEY:

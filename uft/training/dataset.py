@@ -274,7 +274,7 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loade
     out = (
         "Leave these rows out:  data.unusable=drop"
         if some
-        else "It would have no other row. Every kind:  objective=uft"
+        else "No other row is left. What takes every kind of row:  objective=uft"
     )
     raise_problems(problems, footer="\n".join([*footer, out]))
 
