@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from uft.errors import UftError
-from uft.runs import Run, create_run, find_runs, no_runs, open_run, read_json, summary, write_atomically, write_json
+from uft.runs import (
+    Run,
+    create_run,
+    find_runs,
+    newest_weights,
+    no_runs,
+    open_run,
+    read_json,
+    summary,
+    write_atomically,
+    write_json,
+)
 
 ROOT = Path(__file__).parents[1]
 HOLD = "import sys, time; from pathlib import Path; from uft.runs import Run\nwith Run(Path(sys.argv[1])).lock():\n"
@@ -99,6 +110,21 @@ def test_a_name_that_is_none_suggests_those_that_are(tmp_path: Path, monkeypatch
     assert {word: no_runs(Path(word)).problems[0].advice for word in (*meant, "x")} == {
         word: (f"did you mean  {name} ?",) for word, name in meant.items()
     } | {"x": ()}
+
+
+def test_the_newest_weights_are_those_of_the_newest_run_that_has_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for number, (name, files) in enumerate({"old": 1, "new": 2, "waits": 0, "damaged": 3}.items()):
+        run = create_run(tmp_path / "outputs" / "day" / name, "model: {}\n", [])
+        for step in range(files):
+            (run.checkpoints_dir / f"step-00000{step}").mkdir(parents=True)
+        for file in run.path.iterdir():
+            os.utime(file, (number, number))
+    (run.path / "result.json").write_text("{")
+    assert newest_weights().name == "new@1"
+    monkeypatch.chdir(tmp_path / "outputs" / "day")
+    with pytest.raises(UftError, match="no run here has a model or a checkpoint"):
+        newest_weights()
 
 
 def test_status_follows_the_result_and_the_lock(run: Run):

@@ -338,6 +338,15 @@ def find_weights(word: str) -> WeightsSource:
     raise UftError(Problem(shown(run.path), why, advice=(done if run.status == "finished" and not there else advice,)))
 
 
+def newest_weights() -> WeightsSource:
+    """Those of the run that was written to last, of the runs below outputs/ that have a model or a checkpoint."""
+    for run in sorted(find_runs(OUTPUTS), key=lambda run: (run.modified, run.path), reverse=True):
+        with suppress(UftError):  # it waits, has taken no checkpoint yet, or is damaged
+            return find_weights(str(run.path))
+    problem = Problem(f"{OUTPUTS}{os.sep}", "no run here has a model or a checkpoint")
+    raise UftError(problem, footer="See the runs here:  uft ls      Any model answers:  uft chat builtin:playground")
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether this is the folder of a checkpoint, by its name and files."""
     return bool(CHECKPOINT.fullmatch(folder.name)) and os.path.isfile(folder / "SHA256SUMS")

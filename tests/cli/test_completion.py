@@ -35,7 +35,13 @@ def test_verbs_groups_and_keys(answer):
     assert "objective.beta=" in answer("uft train objective=dpo objective.")
     assert "objective.beta=" not in answer("uft train objective=sft objective.")
     assert answer("uft train --trace -m train.st") == ["train.steps="]
-    assert not any(word.startswith("schema") for word in answer("uft train s"))
+    assert answer("uft train -m objective=sft,dp") == ["objective=sft,dpo", "objective=sft,dpop"]
+    assert answer("uft train --config-") == ["--config-dir", "--config-name", "--config-path"]
+    for name in ("pears.jsonl", "pears.txt"):
+        Path(name).write_text("")
+    assert answer("uft train data=p") == ["data=pears.jsonl", "data=pairs"]
+    assert "seed=" in (found := answer("uft train s"))
+    assert not any(word.startswith("schema") for word in found)
 
 
 @pytest.mark.slow

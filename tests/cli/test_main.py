@@ -115,6 +115,12 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
         ("--no-such-thing", ("without dashes:  KEY=...",)),
         ("model.name=org/name", ("model.path=org/name",)),
         ("data.path=rows.jsonl", ("as data=PATH",)),
+        ("rows.jsonl data.sources.mine.columns.prompt=q", ("did you mean  data.sources.rows.columns.prompt ?",)),
+        ("path=rows.jsonl", ("did you mean  data=rows.jsonl ?",)),
+        ("train_data=a.csv test_file=b.csv", ("  data=a.csv ?", "  data.sources.NAME.eval_path=b.csv ?")),
+        ("uft chat", ("outputs/  no run here has a model or a checkpoint", "uft chat builtin:playground")),
+        ("uft export --to x", ("required: RUN      (command line)",)),
+        ("uft export x", ("uft export  the following arguments are required: --to", "uft export --help")),
         ("data=[a,b]", ("rows of several files:  data=[a.jsonl,b.jsonl]",)),
         ("data=[a,b]", ("a run for each of them:  -m data=a,b",)),
         ("objective=[sft,dpo]", ("a run for each of them:  -m objective=sft,dpo",)),
@@ -154,7 +160,8 @@ def test_a_fault_of_ours_is_one_line(monkeypatch, capsys):
     ],
 )
 def test_what_people_type_first(worker, capsys, words, says):
-    assert main(["train", *words.split()]) == 2
+    verb, *rest = words.removeprefix("uft ").split() if words.startswith("uft ") else ("train", *words.split())
+    assert main([verb, *rest]) == 2
     printed = capsys.readouterr().err
     for advice in says:
         assert advice in printed

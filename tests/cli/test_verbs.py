@@ -242,6 +242,11 @@ def test_resume_goes_on_with_a_run_also_from_another_folder_after_a_move(worker,
     run = only_run(worker)
     assert main(["resume", str(run.path), "train.batch_size=3"]) == 2
     assert "32 -> 3" in capfd.readouterr().err
+    assert main(["resume", str(run.path), "data=files", "+data.sources.rows.path=rows.jsonl"]) == 2
+    err = capfd.readouterr().err
+    assert re.search(r"data\.sources\.rows\.path +\(absent\) -> rows\.jsonl", err)
+    assert "rows.kind" not in err, "a source is told once"
+    assert f"or start another run from its weights:  uft train init_from={run.path.relative_to(worker)}\n" in err
     run = Run(run.path.rename(worker / "elsewhere"))
     (worker / "sub").mkdir()
     monkeypatch.chdir(worker / "sub")
@@ -257,6 +262,8 @@ def test_resume_goes_on_with_a_run_also_from_another_folder_after_a_move(worker,
 def test_ls(worker, capsys):
     assert main(["ls"]) == 0
     assert "No runs in outputs/  Make one:" in capsys.readouterr().out
+    assert main(["sync"]) == 0
+    assert "No runs in outputs/: nothing to upload." in capsys.readouterr().out
     assert main(["ls", "nowhere"]) == 2
     for name, script in (("a", "ok"), ("b", "fail")):
         main(["train", "train.steps=200", "tracking=none", f"run.name={name}", f"generate.system={script}"])

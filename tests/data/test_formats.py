@@ -35,6 +35,11 @@ def test_unknown_columns_name_what_was_found_what_is_near_and_how_to_map():
     with pytest.raises(UftError, match="no known binary format") as error:
         recognise(["prompt", "completion"], kind="binary", source="mine")
     assert "binary lacks label" in str(error.value)
+    with pytest.raises(UftError) as error:
+        recognise(["frage", "antwort"], source="mine")
+    (advice,) = error.value.problems[0].advice
+    both = "data.sources.mine.columns.prompt=THEIR_COLUMN data.sources.mine.columns.completion=THEIR_COLUMN"
+    assert advice == f"map them:  {both}   or   data.sources.mine.columns.messages=THEIR_COLUMN"
     with pytest.raises(UftError, match="divided by commas here, not by ';'"):
         recognise(["prompt;response"], source="mine")
 

@@ -86,6 +86,7 @@ def test_a_checkpoint_is_exported_and_every_form_of_it_is_the_same_model(uft, tr
     told = uft("export", run, "--to", whole, "--gguf", "--ollama").stdout
     for line in ("run@4: exporting", "are those of the run", "read back with transformers", "ollama create whole"):
         assert line in told
+    assert list(whole.glob(".*")) == [], "nothing half-written is left"
     uft("export", run, "--to", adapter, "--adapter", "--checkpoint", "4")
     uft("export", f"{run}@2", "--to", half, "--dtype", "bfloat16")
     expected = log_probs(whole)

@@ -243,7 +243,8 @@ def test_on_a_terminal_a_table_is_rewritten_and_the_last_one_stays(tmp_path):
     assert process.returncode == 0
     assert b"\x1b[1A" in shown or b"\x1b[2K" in shown, "drawn over"
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
-    assert "sweep mine: 0 of 1 done, 1 running" in plain
+    assert re.search(r"sweep mine, 00:0\d: 0 of 1 done, 1 running", plain)
+    assert re.search(r"a +running +0/8 +00:0\d", plain), "also before its first step"
     assert "said by the way" in plain
     *_, row, after = [line for line in plain.replace("\r", "").splitlines() if line.strip()]
     assert row.split() == ["a", "finished", "8/8"]

@@ -12,6 +12,7 @@ from uft.data.batch import Batch
 from uft.model import export as export_module
 from uft.model.export import export
 from uft.model.policy import Policy, add_lora
+from uft.runs import read_json
 
 Build = Callable[..., Any]
 ALL = ["llama_tied", "mistral", "qwen2", "phi3", "gemma2", "gemma3", "cohere", "granite", "gpt2"]
@@ -85,10 +86,15 @@ def test_precision_tokenizer_template_and_generation_settings_are_there(build: B
     model.generation_config.max_new_tokens = 17
     folder = export(Policy(model), tokenizer, tmp_path / "model", torch.bfloat16)
     again = AutoTokenizer.from_pretrained(folder)
+    assert read_json(folder / "tokenizer_config.json")["model_input_names"] == ["input_ids", "attention_mask"]
     assert again("w5 w7").input_ids == tokenizer("w5 w7").input_ids
     assert again.chat_template == tokenizer.chat_template
     assert GenerationConfig.from_pretrained(folder).max_new_tokens == 17
     assert {p.dtype for p in load(folder).module.parameters()} == {torch.bfloat16}
+
+
+def raise_interrupt(folder: Path) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_folder_is_the_old_one_until_the_new_one_is_whole(
@@ -104,6 +110,11 @@ def test_the_folder_is_the_old_one_until_the_new_one_is_whole(
         patch.setattr(export_module, "flush", fail)
         with pytest.raises(OSError, match="disk full"):
             export(Policy(build("llama")), tokenizer, folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "for_older_readers", raise_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            export(Policy(build("llama")), tokenizer, folder)
+    assert list(tmp_path.iterdir()) == [folder]
     assert (folder / "of-the-old-one").exists()
     load(folder)
     export(Policy(build("llama")), tokenizer, folder)

@@ -66,6 +66,9 @@ def test_the_first_screen_is_the_answer(browser, mixed):
     for part in ("#answer > .lead", "#headline table", "#scatter"):
         assert browser.js(bottom, part) <= 800, part
     assert browser.js("return document.querySelector('#headline .wide').scrollWidth") <= 1264, "no column is cut"
+    boxes = ("#scatter .ytitle", "#scatter .main-svg")
+    title, plot = (browser.js("return document.querySelector(arguments[0]).getBoundingClientRect()", b) for b in boxes)
+    assert plot["top"] <= title["top"] <= title["bottom"] <= plot["bottom"], "the title of the axis is whole"
     assert browser.texts("#warnings summary") == [f"{len(mixed['warnings'])} warnings"]
     assert not browser.js("return document.getElementById('warnings').open")
 

@@ -333,6 +333,8 @@ def test_the_end_card_of_a_run_that_failed_at_once(stream):
     first = "  final   loss 3.000, eval/exact_match 0.500, eval/nll 2.000, eval/measure0 1.000, eval/measure1 1.000,"
     assert lines[3] == first, "the headlines come first where not all metrics fit"
     assert lines[5:] == ["          1.000", "  next    uft resume runs/a"]
+    Console(stream).end("early", result("stopped", 0, 0.0, 0, final={}), 0)
+    assert "  status  stopped at its start\n" in stream.getvalue()
     assert card([("mixture", "a  1\nb  2\n")]) == "  mixture  a  1\n           b  2\n"
 
 
@@ -370,19 +372,39 @@ with console.saying_what_takes_long(), activity("the model was evaluated"):
     time.sleep(1.5)
     print("done", flush=True)
 """
+QUIET_EXPORT = """
+import sys, time, types
+from uft.cli import manage
+from uft.tracking import console
+console.QUIET = 0.2
+run = types.SimpleNamespace(path="a", runs_code=False)
+manage.find_weights = lambda word: types.SimpleNamespace(run=run, config={"model": {"path": "x"}})
+def export_run(source, wanted, say):
+    time.sleep(1.5)
+    say("done")
+sys.modules["uft.training.exporting"] = types.SimpleNamespace(Export=dict, export_run=export_run)
+manage.export(["a", "--to", "b"])
+"""
 
 
 @pytest.mark.slow
-def test_a_terminal_is_told_what_takes_long_and_a_pipe_is_not():
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        (QUIET_PROGRAM, r"the model is being evaluated: 12 of 30 rows scored, 00:0\d, about 00:0\d left"),
+        (QUIET_EXPORT, r"it is being prepared, 00:0\d"),
+    ],
+)
+def test_a_terminal_is_told_what_takes_long_and_a_pipe_is_not(program, told):
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {**os.environ, "TERM": "xterm"}
-    subprocess.run([sys.executable, "-c", QUIET_PROGRAM], stdout=side, env=environment, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], stdout=side, env=environment, check=True, timeout=60)
     os.close(side)
     seen = os.read(main, 10_000).decode()
-    assert re.search(r"the model is being evaluated: 12 of 30 rows scored, 00:0\d, about 00:0\d left", seen)
+    assert re.search(told, seen)
     assert seen.endswith("\r\x1b[2Kdone\r\n"), "output replaces the line"
-    done = subprocess.run([sys.executable, "-c", QUIET_PROGRAM], capture_output=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment, timeout=60)
     assert done.stdout == b"done\n"
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from uft.config.schema import Config
+from uft.config.schema import Config, Eval
 from uft.errors import GOOD, INTERRUPTED, STOPPED
 from uft.training import jobs, making
-from uft.training.card import stage_card
+from uft.training.card import measured_rows, stage_card
 from uft.training.setup import Prepared
 
 
@@ -47,7 +47,9 @@ def test_data_shows_the_mixture_and_the_rows(configure, capsys, tmp_path):
     asked = tmp_path / "asked.jsonl"
     asked.write_text('{"prompt": "double : 1"}\n' * 9)
     assert jobs.show_data(configure("sft", sources={"mine": str(asked)})) == GOOD
-    assert "asked: no reply" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "asked: no reply" in said
+    assert "training stops:  data.sources.mine  objective=sft cannot use" in said, "what `uft train` would say"
 
 
 @pytest.mark.slow
@@ -88,6 +90,7 @@ def test_the_card_says_every_derived_number(build):
     assert "beta=0.7" in card["objective"]
     assert "10 steps of 9 rows" in card["horizon"]
     assert "9 rows held out" in card["evaluation"]
+    assert measured_rows(prepared.data.dataset, Eval(rows=0)) == "none"
     assert "1 steps of warm-up" in card["optimiser"]
     assert [line.split()[0] for line in card["data"].split("\n")] == [
         *("source", "negatives", "preference", "scored", "all"),

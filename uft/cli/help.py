@@ -83,7 +83,7 @@ PAGES = {
             generate.temperature generate.top_k generate.top_p generate.max_new_tokens generate.system generate.seeds
             hardware.device""",
         examples="""\
-  uft chat                                          with the newest run
+  uft chat                                          with the newest run that has a model
   uft chat RUN@best                                 with a checkpoint; RUN@120 is that of a step
   uft chat RUN OTHER generate.temperature=0         two side by side, greedy
   uft chat org/name generate.system='Be brief.'     with any model: a hub id, a folder, builtin:playground""",

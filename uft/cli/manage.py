@@ -13,7 +13,7 @@ from contextlib import chdir, suppress
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from uft.cli import folded
 from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, tell
@@ -30,7 +30,15 @@ from uft.runs import (
     summary,
     waiting,
 )
-from uft.tracking.console import HEADLINES, duration, printable, printable_lines, table_console
+from uft.tracking.console import (
+    HEADLINES,
+    duration,
+    expect,
+    printable,
+    printable_lines,
+    saying_what_takes_long,
+    table_console,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,11 +59,16 @@ COLOURS = {
 SIGNALLED = (STOPPED, INTERRUPTED)
 
 
-def parser_of(verb: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Mistakes are told as those of all verbs are."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UftError(Problem(self.prog, message, "command line"), footer=f"See:  {self.prog} --help")
+
+
+def parser_of(verb: str, description: str, epilog: str = "") -> Parser:
     style = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(
-        f"uft {verb}", None, folded(description), folded(epilog), formatter_class=style, allow_abbrev=False
-    )
+    return Parser(f"uft {verb}", None, folded(description), folded(epilog), formatter_class=style, allow_abbrev=False)
 
 
 # ls
@@ -287,7 +300,7 @@ def export(arguments: list[str]) -> int:
     add("--adapter", action="store_true", help="the LoRA adapter alone")
     add("--gguf", action="store_true", help="also a GGUF file, for llama.cpp")
     add("--ollama", action="store_true", help="also a GGUF file and a Modelfile, for Ollama")
-    add("words", nargs="*", metavar="key=value", help="model.trust_remote_code=true")
+    add("words", nargs="*", default=[], metavar="key=value", help="model.trust_remote_code=true")
     parsed = parser.parse_intermixed_args(arguments)
     source = find_weights(f"{parsed.run}@{parsed.checkpoint}" if parsed.checkpoint else parsed.run)
     if source.run is None:
@@ -297,10 +310,12 @@ def export(arguments: list[str]) -> int:
 
     refuse_untrusted(source.run.path, source.run.runs_code, parsed.words)
     silence_libraries()
-    from uft.training.exporting import Export, export_run
+    expect(f"export {source.config['model']['path']}")
+    with saying_what_takes_long():
+        from uft.training.exporting import Export, export_run
 
-    options = {name: getattr(parsed, name) for name in ("to", "dtype", "adapter", "gguf", "ollama")}
-    export_run(source, Export(**options), lambda text: print(printable_lines(text), flush=True))
+        options = {name: getattr(parsed, name) for name in ("to", "dtype", "adapter", "gguf", "ollama")}
+        export_run(source, Export(**options), lambda text: print(printable_lines(text), flush=True))
     return GOOD
 
 
@@ -342,7 +357,7 @@ def sync(arguments: list[str]) -> int:
     if before := list(states.values()).count("arrived"):
         print(f"  {before} run{'s' if before != 1 else ''} arrived earlier")
     if not due:
-        print("Nothing to upload.")
+        print("Nothing to upload." if states else f"No runs in {OUTPUTS}{os.sep}: nothing to upload.")
         return GOOD
     server = wandb_server()
     key = parsed.dry_run or has_key(server)

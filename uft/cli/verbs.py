@@ -46,7 +46,7 @@ from uft.launch.launcher import (
     typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
-from uft.runs import Damaged, Run, WeightsSource, find_weights, open_run
+from uft.runs import Damaged, Run, WeightsSource, find_weights, newest_weights, open_run
 
 Work = Callable[[Examined, Sequence[str]], int]
 """What a verb does with a checked request and its overrides; the exit code. Parallel launchers pickle it."""
@@ -134,7 +134,7 @@ def chat(arguments: list[str]) -> int:
         raise UftError(Problem(" ".join(named), "one model, or two side by side", "command line"))
     from uft.cli.chat import talk
 
-    sources = [find_weights(name) for name in named or ["last"]]
+    sources = [find_weights(name) for name in named] or [newest_weights()]
     talk([(source.name, settings_of(source, words)) for source in sources])
     return GOOD
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -259,7 +260,13 @@ class Draft:
         setting = next((s for s in reversed(self.settings) if s.path[: len(path)] == path), None)
         setting = setting or Setting(path, fault.value, "", ".".join(path))
         if fault.type == "missing":
-            return Problem(setting.key, "has no value", setting.where, (f"give it:  {setting.key}=...",))
+            inside = [s for s in self.settings if s.path[:2] == ("data", "sources") and len(s.path) > 3]
+            others = [
+                s.path[2] for s in inside if s.path[3:] == ("path",)
+            ]  # a key of a source that is called otherwise
+            keys = [s for s in inside if s.path[:3] == path[:3]] if path[3:] == ("path",) else []
+            meant = [f"did you mean  {'.'.join((*path[:2], other, *s.path[3:]))} ?" for s in keys for other in others]
+            return Problem(setting.key, "has no value", setting.where, (f"give it:  {setting.key}=...", *meant[:3]))
         if fault.type == "lost":
             return self._against_rule(path, None, f"refers to something that has no value: {fault.value}", ())
         if fault.type == UNKNOWN_KEY:
@@ -305,6 +312,12 @@ class Draft:
         meant = ".".join((*prefix, near, *setting.path[len(path) :])) if near else elsewhere(setting.path[-1], self)
         if len(path) == 1 and near in groups(config_dirs()):
             meant = f"{near}={written(setting.value)}"
+        if prefix in ((), ("data",)) and isinstance(setting.value, str) and not of_trl:
+            from uft.data.readers import reader_of
+
+            if reader_of(Path(setting.value)):  # file=rows.jsonl
+                held_out = re.search("eval|test|val", path[-1])
+                meant = f"{'data.sources.NAME.eval_path' if held_out else 'data'}={setting.value}"
         shown = [key for key in siblings if prefix[:1] not in ((OBJECTIVE,), (REWARD,)) or key not in NOT_TYPED]
         advice = hint(of_trl or meant, "keys" if prefix else "groups and keys", [] if of_trl else shown)
         advice = f"{of_trl}: {note}" if note else advice

@@ -147,12 +147,15 @@ def recognise(
     near = sorted(asked, key=lambda f: (len(f.required - known), -len(f.required & known)))[:3]
     lacks = [f"{f.name} lacks {', '.join(sorted(f.required - known))}" for f in near]
     guesses = [{ours: _guess(ours, columns) for ours in sorted(f.required - known)} for f in asked]
-    guesses = [found for found in guesses if all(found.values())] or [{min(near[0].required - known): "THEIR_COLUMN"}]
-    line = " ".join(f"{key}.columns.{ours}={theirs}" for ours, theirs in min(guesses, key=len).items())
+    guesses = sorted((found for found in guesses if all(found.values())), key=len)[:1]
+    if not guesses and kind is None and not any(f.required & known for f in near):  # nothing is ours
+        lacks, guesses = [], [dict.fromkeys(("prompt", "completion"), "THEIR_COLUMN"), {"messages": "THEIR_COLUMN"}]
+    guesses = guesses or [{min(near[0].required - known): "THEIR_COLUMN"}]
+    ways = (" ".join(f"{key}.columns.{ours}={theirs}" for ours, theirs in found.items()) for found in guesses)
     why = f"no known {'row' if kind is None else kind} format has the columns {', '.join(sorted(columns)) or '(none)'}"
     if len(columns) == 1 and (mark := re.search(r"[;|\t]", next(iter(columns)))):
         lacks.append(f"columns of a CSV file are divided by commas here, not by {mark[0]!r}")
-    raise UftError(Problem(key, why, advice=(*lacks, f"map them:  {line}")))
+    raise UftError(Problem(key, why, advice=(*lacks, f"map them:  {'   or   '.join(ways)}")))
 
 
 def of_another_kind(form: Format, record: Mapping[str, Any]) -> str:

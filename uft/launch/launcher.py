@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 
 from uft import __version__
 from uft.config.compose import Examined
-from uft.config.frozen import frozen, may_change, to_builtins, to_yaml
+from uft.config.frozen import ABSENT, frozen, may_change, to_builtins, to_yaml
 from uft.config.messages import written
 from uft.config.parameters import defaults_of, objective_of
 from uft.config.stages import completed, data_nodes, differences
@@ -49,6 +49,7 @@ PARALLEL_JOBS = ("check", "generate")
 """Jobs that several processes do better than one; the others read and write."""
 JOIN_TIMEOUT = 600.0
 """Seconds that a machine waits for the first one to make the run."""
+SOURCE_PATH = re.compile(r"(.+\.)?data\.sources\.\w+\.path$")
 DEMONSTRATIONS = ("demonstration", "negatives")
 UNFINISHED_CREATION = {".lock", "overrides.yaml", "run.json"}
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "peft", "safetensors", "numpy")
@@ -137,10 +138,16 @@ def continue_run(
         extended, settings, changes = extension(run, settings), dict(settings), []
         settings["optim"] = {**settings["optim"], "warmup": float(extended["warmup"])}
     if changes:
+        word = typed_path(run.path)
+        other = f"start another run from its weights:  uft train init_from={word}"
         footer = (
             "A run goes on under the configuration it began with (old -> new above).\n"
-            f"Continue it as it is:  uft resume {typed_path(run.path)}\nor give the new run its own name or folder."
+            f"Continue it as it is:  uft resume {word}\nor "
+            + (other if extend else "give the new run its own name or folder:  run.name=NAME")
         )
+        # a source that one of them lacks is told once, by its path
+        lone = {key.removesuffix("path") for key, *values in changes if SOURCE_PATH.match(key) and ABSENT in values}
+        changes = [one for one in changes if SOURCE_PATH.match(one[0]) or not one[0].startswith(tuple(lone))]
         problems = [Problem(key, f"{written(old)} -> {written(new)}", str(run.path)) for key, old, new in changes]
         raise UftError(*problems, footer=footer)
     if run.status == "finished" and not extended:

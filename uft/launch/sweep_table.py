@@ -56,6 +56,7 @@ class JobState:
     best: float | None = None
     error: str = ""
     begun: bool = False  # during this session of the sweep
+    since: float | None = None  # when it was first seen at work, by the monotonic clock
     returned: bool = False  # by the launcher
     earlier: Mapping[str, Any] = field(default_factory=dict)  # the result that an earlier session left
     inode: int | None = None  # of metrics.jsonl, which a resumed run writes anew
@@ -87,6 +88,7 @@ class JobState:
             status, result = run.status, run.result()
             self.begun = self.begun or status == "running" or result != self.earlier
             self.status = status if self.begun or status == "finished" else "waiting"
+            self.since = self.since or (time.monotonic() if status == "running" else None)
             if run.metrics_file.is_file():
                 self._read_metrics(run.metrics_file)
             if self.status in ENDED:
@@ -142,6 +144,7 @@ class SweepTable:
         self.name, self.expected, self.interval = name, expected, INTERVAL
         self.interactive = terminal if interactive is None else interactive
         self.clock = time.monotonic
+        self._opened = self.clock()
         self._jobs: dict[Path, JobState] = {}
         self._lock = threading.RLock()
         self._began: tuple[float, float] | None = None  # when the first job was seen at work, and the share done then
@@ -225,7 +228,8 @@ class SweepTable:
 
         with self._lock:
             jobs = self.refresh()
-            line = shorten(f"sweep {self.name}: {self.summary()}", console.width - 1)
+            clock = duration(self.clock() - self._opened)  # a first job loads its model, and there is no step to see
+            line = shorten(f"sweep {self.name}, {clock}: {self.summary()}", console.width - 1)
             return Group("", jobs_table(jobs, max(console.height - MARGIN, 3)), Text(line, style="bold"))
 
     def _print_lines(self) -> None:
@@ -302,14 +306,15 @@ def jobs_table(jobs: list[JobState], room: int) -> Table:
     table.add_column("", no_wrap=True, overflow="ellipsis")
     for job in (jobs[place] for place in sorted(order[:room])):
         value = number(job.best, 3) if len(metrics) == 1 else job.best_text
-        note = job.reason if job.status == "failed" else "best so far" if job is best else ""
+        notes = [job.reason] if job.status == "failed" else ["best so far"] if job is best else []
+        notes += [duration(time.monotonic() - job.since)] if job.status == "running" and job.since else []
         style = STYLES.get(job.status, "yellow")
         table.add_row(
             Text(printable(job.folder.name), style="bold" if job is best else ""),
             Text(job.status, style=style),
             job.steps_text if job.status != "waiting" or job.step else "",
             printable(value) if job.best is not None else "",
-            Text(shorten(printable(note), LONGEST_NOTE), style=style),
+            Text(shorten(printable(", ".join(notes)), LONGEST_NOTE), style=style),
         )
     if len(jobs) > room:
         table.add_row(Text(f"and {len(jobs) - room} more", style="dim"))

@@ -102,6 +102,9 @@ def export(
         ranks().on_rank0(publish)
     except PeerLost:
         raise
+    except KeyboardInterrupt:
+        shutil.rmtree(beside, ignore_errors=True)  # as large as the model, under a name that is not listed
+        raise
     except Exception as error:
         kept = ranks().on_rank0(lambda: _keep_adapter(beside, folder))
         if kept is None or isinstance(error, OSError):
@@ -236,6 +239,8 @@ def for_older_readers(folder: Path) -> None:
     with _rewriting(folder / "tokenizer_config.json") as tokenizer:
         if tokenizer.get("tokenizer_class") == "TokenizersBackend":
             tokenizer["tokenizer_class"] = FAST
+            # version 4 adds token_type_ids of its own, which generate() refuses
+            tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])
         if isinstance(tokenizer.get("extra_special_tokens"), list):
             tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
 

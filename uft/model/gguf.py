@@ -16,6 +16,7 @@ import torch
 
 from uft.data.template import MARK
 from uft.errors import Problem, UftError
+from uft.heartbeat import activity
 from uft.runs import shown, writing
 
 if TYPE_CHECKING:
@@ -45,10 +46,13 @@ def require_described(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[s
     fast = getattr(tokenizer, "backend_tokenizer", None)
     backend = {"model": {"type": "slow"}} if fast is None else json.loads(fast.to_str())
     if why := obstacle(config, backend):
-        raise UftError(Problem("--gguf", f"GGUF does not describe this model: {why}", advice=("leave --gguf out",)))
+        raise UftError(
+            Problem("--gguf", f"GGUF does not describe this model: {why}", advice=("leave --gguf and --ollama out",))
+        )
     return backend
 
 
+@activity("the GGUF file was written", moving=True)
 def write_gguf(folder: Path, out: Path) -> float:
     """Write the model in `folder`, as `export` leaves it, to the file `out`; the largest difference of log-probs when
     it is read back. Raises UftError, before anything is written, where GGUF does not describe the model."""
@@ -59,7 +63,8 @@ def write_gguf(folder: Path, out: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     config, backend = model.config, require_described(model.config, tokenizer)
     architecture = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
-    writer: Any = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[architecture])
+    beside = out.with_name(f".{out.name}.tmp")  # what has its name is whole, and was read back
+    writer: Any = gguf.GGUFWriter(beside, gguf.MODEL_ARCH_NAMES[architecture])
     dtype = next(model.parameters()).dtype
     describe(writer, config, gguf.LlamaFileType.ALL_F32 if dtype == torch.float32 else gguf.LlamaFileType.MOSTLY_BF16)
     add_tokenizer(writer, tokenizer, backend, config.vocab_size)
@@ -78,12 +83,17 @@ def write_gguf(folder: Path, out: Path) -> float:
         else:
             data, kind = tensor.float().contiguous().numpy(), None
         writer.add_tensor(f"{names.get_name(stem)}.{ending}", data, raw_dtype=kind)
-    with writing(out, sum(p.numel() * p.element_size() for p in model.parameters())):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    return _difference(model, out)
+    try:
+        with writing(out, sum(p.numel() * p.element_size() for p in model.parameters())):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        difference = _difference(model, beside)
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return difference
 
 
 def obstacle(config: Any, backend: dict[str, Any]) -> str:
@@ -182,8 +192,8 @@ def _difference(model: Any, out: Path) -> float:
     ours, theirs = (one.eval()(ids).logits.log_softmax(-1) for one in (model.float(), read))
     found = float((ours - theirs).abs().max())
     if not found <= TOLERANCE * max(1.0, float(ours.abs().max())):
-        out.unlink()
-        raise UftError(Problem(shown(out), f"read back, its log-probs differ from the folder's by {found:.2g}"), code=1)
+        why = f"the GGUF file was read back, and its log-probs differ from the folder's by {found:.2g}"
+        raise UftError(Problem(shown(out.parent), why), code=1)
     return found
 
 

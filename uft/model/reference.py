@@ -177,7 +177,8 @@ def choose_mode(
         return "copy", "whole distributions are compared, which no cache keeps"
     if rollouts:
         return "copy", "completions that are sampled in training are in no cache"
-    visited = f"each row is visited {visits_per_row:.1f} times on average"
+    often = f"{visits_per_row:.1f} times on average" if visits_per_row >= 1 else "less than once on average"
+    visited = f"each row is visited {often}"
     if visits_per_row > VISITS_WORTH_A_CACHE:
         return "cached", f"{visited}: computed once"
     return "copy", f"{visited}: nothing to save by keeping"

@@ -107,7 +107,8 @@ def parts_of_table(comparison: Mapping[str, Any], width: int) -> list[Table | Te
     if not comparison["groups"]:
         return []
     alone = len(comparison["groups"]) == 1
-    leading = {one["metric"]: [] if alone else one["leading"] for one in comparison["summary"]}
+    having = Counter(metric for group in comparison["groups"] for metric, found in group["metrics"].items() if found)
+    leading = {one["metric"]: one["leading"] if having[one["metric"]] > 1 else [] for one in comparison["summary"]}
     finished = {run["id"] for run in comparison["runs"] if run["status"] == "finished"}
     groups = ranked(comparison)[:ROWS]
     names, runs = [], []
@@ -175,7 +176,7 @@ def one_line(text: str) -> str:
 
 CSV, MARKDOWN, LATEX = FORMS = ("csv", "markdown", "latex")
 CAPTION = (
-    "Mean [95 % t interval] over seeds, of the last evaluation. Bold: the best, where its lead over the runner-up is"
+    "Mean [95 % interval] over seeds, of the last evaluation. Bold: the best, where its lead over the runner-up is"
     " more than seed noise (p < 0.05 after Holm's adjustment)."
 )
 OF_CSV = ("configuration", "metric", "direction", "n", "seeds", "mean", "sd", "low", "high", "baseline", "best")

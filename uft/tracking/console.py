@@ -420,7 +420,10 @@ def ending_rows(
     memory = result["peak_memory_bytes"]
     times = {"training": seconds, "stages that make rows": result.get("making_seconds")}
     rows = [
-        ("status", f"{result['status']} at step {result['steps']}/{total_steps}"),
+        (
+            "status",
+            f"{result['status']} " + (f"at step {result['steps']}/{total_steps}" if total_steps else "at its start"),
+        ),
         ("error", result["error"] or ""),
         ("final", text(overall)),
         ("best", f"{best} at step {result['best_step']}" if best and result["best_step"] is not None else best),

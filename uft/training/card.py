@@ -227,8 +227,10 @@ def rollout_line(config: Config) -> str:
 
 
 def measured_rows(dataset: TrainData, settings: Eval) -> str:
-    """`64 of each source`, or `64 of a, 15 of b` where a source has fewer."""
+    """`64 of each source`, or `64 of a, 15 of b` where a source has fewer; `none`."""
     counts = {source.source: min(len(source.rows), settings.rows) for source in dataset.held_out}
+    if not any(counts.values()):
+        return "none"
     if len(set(counts.values())) == 1 and len(counts) > 1:
         return f"{next(iter(counts.values()))} of each source"
     return ", ".join(f"{count} of {name}" for name, count in counts.items())

@@ -270,7 +270,13 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loade
     for name, words in lacking.items():
         models = ["annotate.models=[MODEL,...]"] if ANNOTATORS[name].models else []
         footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")
-    raise_problems(problems, footer="\n".join([*footer, "Leave these rows out:  data.unusable=drop"]))
+    some = sampler.takes_anything() or all(kind is Kind.PROMPT for _, kind in found)
+    out = (
+        "Leave these rows out:  data.unusable=drop"
+        if some
+        else "No other row is left. What takes every kind of row:  objective=uft"
+    )
+    raise_problems(problems, footer="\n".join([*footer, out]))
 
 
 def without_reply(name: str, source: Source, samples: bool, unread: Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -18,7 +18,7 @@ from uft.config.schema import Config
 from uft.config.stages import stages_of
 from uft.data.report import coloured, data_cautions, data_omissions, length_histogram, merged_lengths, report_table
 from uft.data.rows import Kind
-from uft.errors import GOOD
+from uft.errors import GOOD, UftError
 from uft.heartbeat import activity
 from uft.model.load import empty_policy
 from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops, used_memory
@@ -31,7 +31,7 @@ from uft.runs import Run
 from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import card, count
 from uft.training.card import stage_card, start_card
-from uft.training.dataset import StageData, has_made_rows, read_run_data
+from uft.training.dataset import StageData, has_made_rows, make_sampler, read_run_data
 from uft.training.liveness import listening
 from uft.training.making import annotate, drawn_sources, generate, job_console, say_on, select
 from uft.training.measuring import measure
@@ -105,7 +105,7 @@ def show_data(config: Config) -> int:
             title = f"stage {stage.number} of {len(stages)}: {stage.name} ({stage.do})"
             console.print(f"[bold]{title}[/bold]\n", highlight=False)
         if stage.name in data.stages:
-            show_stage_data(stage.config.data.name, data.stages[stage.name], console)
+            show_stage_data(stage.config, data.stages[stage.name], console)
         else:
             say_on(console)(f"  {rows_there(stage.config)}")
         if stage is not stages[-1]:
@@ -113,7 +113,7 @@ def show_data(config: Config) -> int:
     return GOOD
 
 
-def show_stage_data(name: str, data: StageData, console: Console) -> None:
+def show_stage_data(config: Config, data: StageData, console: Console) -> None:
     drawn = f"{data.horizon.total_rows:,} rows drawn in {data.horizon.steps:,} steps"
     uses = [[*cells] for cells in zip(*kind_table({data.objective.name: data.objective}), strict=True)]  # a kind a line
     if any(Kind.PROMPT in source.kinds for source in data.dataset.loaded):
@@ -121,7 +121,10 @@ def show_stage_data(name: str, data: StageData, console: Console) -> None:
         uses.append(
             [Kind.PROMPT.value, "completions that the policy samples" if samples else "stops: there is no reply"]
         )
-    for title, lines in {f"data={name}: {drawn}": report_table(data.record), "what the objective takes": uses}.items():
+    for title, lines in {
+        f"data={config.data.name}: {drawn}": report_table(data.record),
+        "what the objective takes": uses,
+    }.items():
         table = Table(title=title, title_justify="left", title_style="bold", box=None)
         table.pad_edge, table.padding = False, (0, 1, 0, 0)
         for column in lines[0]:
@@ -131,6 +134,11 @@ def show_stage_data(name: str, data: StageData, console: Console) -> None:
         console.print(table, "")
     told = [f"not read: {line}" for line in data_omissions(data.record["sources"])]
     told += [f"caution: {line}" for line in data_cautions(data.record)]
+    try:
+        make_sampler(config, data.dataset, data.objective)
+    except UftError as refused:
+        for problem in refused.problems:
+            told += [f"training stops:  {problem.what}  {problem.why}", *(f"    {line}" for line in problem.advice)]
     for line in (*told, "") if told else ():
         console.print(line, markup=False, highlight=False)
     console.print("[bold]tokens per completion with its prompt[/bold]")

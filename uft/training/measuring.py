@@ -66,6 +66,7 @@ def measure(config: Config) -> int:
     if config.eval.tasks and find_spec("lm_eval") is None:
         advice = ("pip install 'uft-lm[lmeval]'",)
         raise UftError(Problem("eval.tasks", "needs lm-evaluation-harness, which is not installed", advice=advice))
+    say(f"measuring {config.model.path}")
     with listening() as stop:
         try:
             found = on_tasks(config, stop, say) if config.eval.tasks else on_rows(config, stop, say)

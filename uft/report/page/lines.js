@@ -200,7 +200,7 @@ function curveChart(metric, view, facets, node) {
     hoverformat: view.x === "seconds" ? ".4~g" : ",.0f",
   };
   const up = { type: view.log ? "log" : "linear", automargin: false, tickformat: ".4~g", range: limits };
-  const { layout: axes } = plotAxes(node, facets, [unit.name, ""], [across, up]);
+  const axes = plotAxes(node, facets, [unit.name, ""], [across, up]);
   facets.slice(1).forEach((_, i) => { // the same limits, also when one of them is zoomed
     axes[`xaxis${i + 2}`].matches = "x";
     axes[`yaxis${i + 2}`].matches = "y";

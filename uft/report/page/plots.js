@@ -56,7 +56,7 @@ function plotAxes(node, plots, titles, options) {
       layout.annotations.push({ ...at, text: `<b>${title}</b>`, showarrow: false, font: { color: colour("--ink") } });
     }
   });
-  return { layout, size: [1 / columns, 1 / lines] };
+  return layout;
 }
 
 const POSITIONS = ["top right", "bottom right", "top left", "bottom left", "top center", "bottom center"];

@@ -16,9 +16,12 @@ function metricOptions(metrics) {
   ]);
 }
 
-function metricTitle(metric) {
+// On one line where the axis, `room` pixels long, has space for it.
+function metricTitle(metric, room) {
   const direction = better(metric);
-  return `${label(metric)}${direction ? `  (${direction})` : ""}`;
+  const name = label(metric, Math.max(12, Math.min(48, Math.floor(room / 7))));
+  const between = 7 * (name.length + direction.length + 4) < room ? "  " : "<br>";
+  return `${name}${direction ? `${between}(${direction})` : ""}`;
 }
 
 function pointHover(name, stats, [x, y]) {
@@ -163,17 +166,19 @@ function drawScatter() {
   else fitFirstScreen(node);
   const fixed = { type: "linear", tickformat: ".4~g", autorange: false };
   const options = limits.map((range) => ({ ...fixed, range }));
-  const { layout, size } = plotAxes(node, plots, names.map(metricTitle), options);
+  const columns = columnsOf(node, plots);
+  const axes = [(node.clientWidth - 70) / columns, (node.clientHeight - 60) / Math.ceil(plots.length / columns)];
+  const titles = names.map((name, i) => metricTitle(name, axes[i]));
+  const layout = plotAxes(node, plots, titles, options);
   const traces = plots.flatMap(({ has }, i) => {
     const end = i === 0 ? "" : i + 1;
     const mine = points.filter(({ group }) => has(group));
-    const room = [(node.clientWidth - 70) * size[0], (node.clientHeight - 60) * size[1]];
-    const positions = mine.length <= NAMED ? namePositions(mine, limits, room) : [];
+    const positions = mine.length <= NAMED ? namePositions(mine, limits, axes) : [];
     const single = form.seeds.checked ? allGroups().filter(has).flatMap((group) => runPoints(group, names)) : [];
     return [
       ...frontTrace(points, names, limits),
       ...single,
-      ...mine.map((point, j) => groupPoint(point, names, limits, room, positions[j])),
+      ...mine.map((point, j) => groupPoint(point, names, limits, axes, positions[j])),
     ].map((trace) => ({ ...trace, xaxis: `x${end}`, yaxis: `y${end}` }));
   });
   const more = { dragmode: "select", hovermode: "closest", selections: [], uirevision: `${names} ${limits}` };
