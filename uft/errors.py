@@ -12,7 +12,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache, partial
@@ -169,6 +170,17 @@ def tell(error: UftError) -> int:
 def stop_code(number: int | None) -> int:
     """The exit code of a process that one of SIGNALS asked to stop."""
     return INTERRUPTED if number == signal.SIGINT else STOPPED
+
+
+@contextmanager
+def signals_to(receive: Callable[[int], None], numbers: Iterable[int] = SIGNALS) -> Iterator[None]:
+    """Within, `receive` is called with the number of a signal; at the end the handlers are those from before."""
+    before = {number: signal.signal(number, lambda number, frame: receive(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def tracing() -> bool:
