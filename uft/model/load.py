@@ -60,7 +60,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if place.is_checkpoint:
         own = checkpoint_config(place, model)
         return with_template(load_tokenizer(own.model), own.data.template)
-    with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
+    with _explained(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if outside := [name for name in templates if name in ("", ".", "..") or Path(name).name != name]:
@@ -105,7 +105,7 @@ def _config(model: Model, reference: str | None = None, key: str = REFERENCE_PAT
     place = locate(model, reference, key)
     if place.is_checkpoint:
         return _config(checkpoint_config(place, model).model)
-    with _humane(path_setting(model, reference, key), "its configuration cannot be loaded", model, place):
+    with _explained(path_setting(model, reference, key), "its configuration cannot be loaded", model, place):
         _refuse_kernels(place, model)
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
@@ -201,7 +201,7 @@ def adapt_module(base: Any, model: Model, init_seed: int) -> nn.Module:
     lora = model.adapter == "lora"
     module = add_lora(base, model.lora, init_seed, float32=model.master_weights) if lora else base
     if model.gradient_checkpointing:
-        with _humane(f"model.path={model.path}", "model.gradient_checkpointing=true", model):
+        with _explained(f"model.path={model.path}", "model.gradient_checkpointing=true", model):
             # transformers 5 renamed it on the way; not re-entrant: works with frozen embeddings and with mixed ones
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -227,7 +227,7 @@ def _read_base(model: Model, reference: str | None, key: str) -> Any:
     if place.is_checkpoint:
         trained = checkpoint_policy(checkpoint_config(place, model).model, Path(place.path), torch.device("cpu"))
         return plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
-    with _humane(what, "the model cannot be loaded", model, place):
+    with _explained(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
         loaded: Any = auto_model().from_pretrained(
             place.path,
@@ -348,7 +348,7 @@ ADVICE = {
 
 
 @contextmanager
-def _humane(what: str, why: str, model: Model, place: Location | None = None) -> Iterator[None]:
+def _explained(what: str, why: str, model: Model, place: Location | None = None) -> Iterator[None]:
     """Turn an exception of transformers about a model into a UftError about the key that named it.
 
     A file of the model that is not what it is called is named. What a model's own code raises stays as it is.
