@@ -34,9 +34,7 @@ from uft.model.policy import (
     add_lora,
     auto_model,
     blocks,
-    common_length,
     own_dropout,
-    position_limit,
     switch_off_dropout,
 )
 from uft.model.precision import plain_state, quantise, resolve_dtype, storage_dtype, why_precision
@@ -84,27 +82,13 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(next(token for token in found if token is not None))
 
 
-def positions(model: Model) -> int | None:
-    """Tokens in the longest sequence the model has positions for, by its configuration alone; None: no limit."""
-    return position_limit(_config(model))
-
-
-def common_positions(model: Model) -> int | None:
-    """:func:`uft.model.policy.common_length` of a model, by its configuration alone."""
-    return common_length(_config(model))
-
-
-def own_precision(model: Model) -> torch.dtype:
-    """The precision that a model's files have, as its configuration says; float32 where it does not."""
-    return getattr(_config(model), "dtype", None) or torch.float32
-
-
-def _config(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
+def model_config(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
+    """The transformers configuration of `model`, or of the one at the path `reference`, without its weights."""
     from transformers import AutoConfig
 
     place = locate(model, reference, key)
     if place.is_checkpoint:
-        return _config(checkpoint_config(place, model).model)
+        return model_config(checkpoint_config(place, model).model)
     with _explained(path_setting(model, reference, key), "its configuration cannot be loaded", model, place):
         _refuse_kernels(place, model)
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
@@ -175,7 +159,7 @@ def _policy(
 def empty_policy(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Policy:
     """The policy, or the frozen model at the path `reference`, which `key` names, on the meta device, from its
     configuration alone: for counting weights and bytes."""
-    config, dtype = _config(model, reference, key), DTYPES[storage_dtype(model)]
+    config, dtype = model_config(model, reference, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         quantise(blocks(base), model)
