@@ -215,12 +215,11 @@ FORMS = re.compile(
 """Tokens of the hub, W&B, GitHub, GitLab, OpenAI, AWS and Slack; what stands between :// and @; keys of a query."""
 
 
-def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+def secrets() -> dict[str, str]:
     """Value -> variable of every secret in the environment, the longest first: one may be part of another."""
-    given = os.environ if environment is None else environment
     found = {
         value: name
-        for name, value in given.items()
+        for name, value in os.environ.items()
         if NAMED.search(name) and not ABOUT.search(name) and len(value) >= SHORTEST and not value.isdigit()
     }
     values = (value for value in found if not os.path.exists(value))

@@ -35,6 +35,7 @@ from uft.config.schema import COLUMNS, Config, fields_of
 from uft.config.stages import differences, is_made, rows_of, unready, without_stages
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import (
+    JOB_KEYS,
     JobFailed,
     changed_keys,
     failure_reason,
@@ -43,7 +44,6 @@ from uft.launch.launcher import (
     launch_train,
     refuse_untrusted,
     row_problems,
-    typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
 from uft.runs import Damaged, Run, WeightsSource, find_weights, open_run
@@ -263,7 +263,8 @@ def with_sources(words: Sequence[str], config_dir: str | None = None, sweeps: bo
 def train_run(examined: Examined, words: Sequence[str]) -> int:
     if not is_sweep_job(words) and any(word.startswith("sweep.name=") for word in words):
         print("uft: sweep.name does nothing without -m; run.name names a run")
-    return launch_train(examined.settings, typed_overrides(words), quiet=is_sweep_job(words))
+    typed = [word for word in words if not word.startswith(JOB_KEYS)]
+    return launch_train(examined.settings, typed, quiet=is_sweep_job(words))
 
 
 def run_job(job: str, examined: Examined, words: Sequence[str]) -> int:

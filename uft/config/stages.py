@@ -88,7 +88,8 @@ def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
         changes.append((STAGES, list(before), list(after)))
     for name in [*after, *(name for name in before if name not in after)]:
         prefix = f"{STAGES}.{name}."
-        heads = (stage_head(settings, name) for settings in (old, new))
+        nodes = (settings.get(STAGES, {}).get(name, {}) for settings in (old, new))
+        heads = ({key: value for key, value in node.items() if key != "config"} for node in nodes)
         changes += difference(*({STAGES: {name: one}} if one else {} for one in heads))
         if name in before and name in after:
             for key, was, now in difference(before[name], after[name]):
@@ -100,12 +101,6 @@ def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
 
 def without_stages(settings: Settings) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != STAGES}
-
-
-def stage_head(settings: Settings, name: str) -> dict[str, Any]:
-    """The head of a stage, `do` and `reference`, without its configuration."""
-    node = settings.get(STAGES, {}).get(name, {})
-    return {key: value for key, value in node.items() if key != "config"}
 
 
 def data_nodes(settings: Settings) -> Iterator[dict[str, Any]]:

@@ -327,11 +327,6 @@ def is_sweep_job(overrides: Sequence[str]) -> bool:
     return any(line.startswith(JOB_KEYS[0]) for line in overrides)
 
 
-def typed_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a job without those that the sweep added."""
-    return [line for line in overrides if not line.startswith(JOB_KEYS)]
-
-
 def failure_reason(code: int, folder: Path) -> str:
     """One line about a job that did not finish: its error, else the last line that it or its launcher printed."""
     if code in STOPS:

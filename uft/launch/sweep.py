@@ -468,11 +468,6 @@ def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[
         os.close(handle)
 
 
-def swept_keys(folder: Path) -> list[str]:
-    """The keys that a sweep varies."""
-    return list(read_json(folder / SWEEP_FILE).get("axes", ()))
-
-
 @contextmanager
 def resuming(folder: Path) -> Iterator[list[tuple[list[str], Path]]]:
     """(words, working directory) of every command that the sweep in `folder` was asked for by.

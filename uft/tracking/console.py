@@ -257,15 +257,15 @@ class Console:
             self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
 
     @contextmanager
-    def hearing(self, logger: str = "uft") -> Iterator[None]:
+    def hearing(self) -> Iterator[None]:
         """Within, warnings of this program's modules are messages too."""
-        handler = logging.Handler(logging.WARNING)
+        handler, logger = logging.Handler(logging.WARNING), logging.getLogger("uft")
         handler.emit = lambda record: self.message(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger(logger).addHandler(handler)
+        logger.addHandler(handler)
         try:
             yield
         finally:
-            logging.getLogger(logger).removeHandler(handler)
+            logger.removeHandler(handler)
 
     def close(self) -> None:
         self._finish_line()
