@@ -227,7 +227,7 @@ def named_folder(word: str | Path) -> Path:
 
 
 def no_runs(folder: Path, why: str = "no run in this folder") -> UftError:
-    """What is wrong with a folder, or a name, that is no run: `why` if there is such a folder, else what was meant."""
+    """The error about a word that names no run: `why` where it is a folder, else the names that are spelled like it."""
     there = os.path.isdir(folder)
     found = [] if there else [*(run.path for run in find_runs(OUTPUTS)), *find_sweeps(OUTPUTS)]
     names = dict.fromkeys([*(path.name for path in found), *(["last"] if found else [])])
@@ -256,7 +256,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 def planned(sweep: Path) -> list[Run]:
     """All jobs of a sweep by its `sweep.json`, in their order, whether they have a folder yet or not.
 
-    None where that file is missing or damaged. A name that leads out of the sweep's folder is left out.
+    [] where that file is missing or damaged. A name that leads out of the sweep's folder is left out.
     """
     try:
         names = [job["name"] for job in read_json(sweep / SWEEP_FILE)["jobs"]]

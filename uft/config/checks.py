@@ -99,7 +99,7 @@ def path_of(override: Override) -> KeyPath:
 class Draft:
     """Nested values, references unresolved, the setting behind each, and the problems that were found.
 
-    A setting that cannot stand is told of and left out, so that one mistake does not hide the next.
+    A wrong setting is noted as a problem and left out, so that one mistake does not hide the next.
     """
 
     def __init__(self, values: Mapping[str, Any], files: Sequence[Setting] = ()) -> None:
@@ -132,7 +132,7 @@ class Draft:
         return draft
 
     def misfits(self, setting: Setting) -> bool:
-        """Whether a value stands where a group of keys has to; it is told of and must not hide what is in the group."""
+        """Whether a value stands where a group of keys has to. It is noted, and must not hide the keys of the group."""
         kind = kind_at(setting.path, self.schema)
         is_group = bool(fields_of(kind)) or is_open(kind)
         unsaid = setting.value is None and (kind != bare(kind) or self.is_unsaid(setting))
@@ -143,7 +143,7 @@ class Draft:
 
     @staticmethod
     def is_unsaid(setting: Setting) -> bool:
-        """Whether this is a named source or stage of which nothing is said: `sources: {mine: }`."""
+        """Whether a named source or stage has no keys at all: `sources: {mine: }`."""
         return setting.value is None and setting.path[:-1] in (("data", "sources"), ("stages",))
 
     def put(self, setting: Setting) -> None:
@@ -212,8 +212,9 @@ class Draft:
         return is_open(kind_at(path, self.schema))
 
     def complete_sources(self, frozen: bool = False) -> None:
-        """Lay the run's reward as the checker of every source that says nothing of one. `frozen`: the settings are a
-        run's, where null says nothing unless it was typed.
+        """Set the run's reward as the checker of every source whose checker is not set.
+
+        `frozen`: the settings are those of a run, in which null means "not set" unless the command line gave it.
         """
         method = self.get((REWARD, "method"))
         said = {setting.path for setting in self.settings if not frozen or setting.where == COMMAND_LINE}
@@ -235,7 +236,7 @@ class Draft:
         return settings
 
     def finish(self) -> tuple[dict[str, Any], dict[str, Problem]]:
-        """(the settings as `judge` has them; what is wrong with each by itself, by dotted key)."""
+        """(the settings that `judge` returns, the problems of single keys); the rules between keys are not asked."""
         values, lost = resolved(self.values)
         found = faults(self.schema, values)
         unknown = {path for path, fault in found.items() if fault.type == UNKNOWN_KEY}

@@ -243,7 +243,7 @@ def _parse_rows(data: str, working_directory: str) -> dict[str, dict[str, int]]:
 
 
 def unusable_rows(settings: Mapping[str, Any]) -> list[Problem]:
-    """What the objective of a request cannot use of its rows, by source and kind; they were read (`row_problems`).
+    """Problems of rows that the objective of a request cannot use, by source and kind; `row_problems` has read them.
 
     The worker tells the same at its start, and of single rows too. A request with stages is left to it.
     """

@@ -161,8 +161,8 @@ def forwarding(sent: list[int]) -> Iterator[list[Child]]:
 def gpu_pool(hardware: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Reserve `hardware.processes` GPUs of `hardware.pool`; the environment variables that give them to a run.
 
-    Waits until enough are free at once, and holds none while it waits. {} without a pool, and where a scheduler has
-    chosen already. A GPU is reserved by a lock on a file that all users of this machine share; the kernel frees the
+    Waits until enough are free at once, and holds none while it waits. {} without a pool, and under a scheduler, which
+    has chosen already. A GPU is reserved by a lock on a file that all users of this machine share; the kernel frees the
     lock of a dead holder.
     """
     pool: Sequence[int] | None = hardware.get("pool")
