@@ -146,6 +146,11 @@ class Run:
         except (OSError, ValueError):
             return False
 
+    def in_use(self) -> UftError:
+        """The refusal of a run that another process holds."""
+        problem = Problem(str(self.path), "another process is working in this run folder")
+        return UftError(problem, footer="See what runs:  uft ls")
+
     def found(self, path: str) -> str:
         """A file or folder as the configuration names it, from where the run was started; any other word as it is."""
         there = Path(str(self.info().get("cwd", ".")), path)
@@ -168,8 +173,7 @@ class Run:
                     break
                 except OSError as error:
                     if time.monotonic() > deadline:
-                        problem = Problem(str(self.path), "another process is working in this run folder")
-                        raise UftError(problem, footer="See what runs:  uft ls") from error
+                        raise self.in_use() from error
                     time.sleep(0.01)
             ancestors = [os.getpid(), os.getppid()]
             if "LOCAL_WORLD_SIZE" in os.environ:

@@ -152,8 +152,7 @@ def continue_run(
         while run.locked() and run.orphaned():
             time.sleep(0.1)
     if run.locked():
-        problem = Problem(str(run.path), "another process is working in this run folder")
-        raise UftError(problem, footer="See what runs:  uft ls")
+        raise run.in_use()
     refuse_unwritable(run.path)
     if extended:
         run.update_info(extended=[*(run.info().get("extended") or []), extended])
