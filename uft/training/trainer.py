@@ -22,7 +22,7 @@ from uft.data.loader import Collator, Prefetcher, RowSampler, StepBatches, use_p
 from uft.distributed import all_finite, ranks
 from uft.errors import FAILED, Problem, UftError, first_line
 from uft.evaluation.evaluate import Sample, prompt_text
-from uft.heartbeat import activity, come
+from uft.heartbeat import activity, report_progress
 from uft.model import checkpoint
 from uft.model.passes import EmbeddingNoise
 from uft.model.policy import Frozen, Policy
@@ -134,7 +134,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the horizon or until asked to stop. Raises UftError (code 1) after a step that is not finite."""
-        come(self.progress.step, self.steps, "steps done")
+        report_progress(self.progress.step, self.steps, "steps done")
         self.policy.train()
         # rollouts need the weights of the step before them
         threaded = use_prefetch_thread(self.config.train.prefetch, self.device) and self.rollouts is None
