@@ -12,7 +12,8 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache, partial
@@ -171,6 +172,17 @@ def stop_code(number: int | None) -> int:
     return INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
+@contextmanager
+def signals_to(receive: Callable[[int], None], numbers: Iterable[int] = SIGNALS) -> Iterator[None]:
+    """Within, `receive` is called with the number of a signal; at the end the handlers are those from before."""
+    before = {number: signal.signal(number, lambda number, frame: receive(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def tracing() -> bool:
     """Whether a person asked for tracebacks (--trace); workers inherit the answer."""
     return bool(os.environ.get("UFT_TRACE"))
@@ -203,12 +215,11 @@ FORMS = re.compile(
 """Tokens of the hub, W&B, GitHub, GitLab, OpenAI, AWS and Slack; what stands between :// and @; keys of a query."""
 
 
-def secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+def secrets() -> dict[str, str]:
     """Value -> variable of every secret in the environment, the longest first: one may be part of another."""
-    given = os.environ if environment is None else environment
     found = {
         value: name
-        for name, value in given.items()
+        for name, value in os.environ.items()
         if NAMED.search(name) and not ABOUT.search(name) and len(value) >= SHORTEST and not value.isdigit()
     }
     values = (value for value in found if not os.path.exists(value))

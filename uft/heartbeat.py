@@ -59,7 +59,7 @@ def beat() -> None:
     heartbeat.signs += 1
 
 
-def come(done: int, total: int, what: str, share: float | None = None) -> None:
+def report_progress(done: int, total: int, what: str, share: float | None = None) -> None:
     """A sign of life: `done` of `total` of what `what` says; `share`: of the time, where that is another."""
     phase, now = heartbeat.phase, time.monotonic()
     share = done / max(total, 1) if share is None else share

@@ -146,6 +146,11 @@ class Run:
         except (OSError, ValueError):
             return False
 
+    def in_use(self) -> UftError:
+        """The refusal of a run that another process holds."""
+        problem = Problem(str(self.path), "another process is working in this run folder")
+        return UftError(problem, footer="See what runs:  uft ls")
+
     def found(self, path: str) -> str:
         """A file or folder as the configuration names it, from where the run was started; any other word as it is."""
         there = Path(str(self.info().get("cwd", ".")), path)
@@ -168,8 +173,7 @@ class Run:
                     break
                 except OSError as error:
                     if time.monotonic() > deadline:
-                        problem = Problem(str(self.path), "another process is working in this run folder")
-                        raise UftError(problem, footer="See what runs:  uft ls") from error
+                        raise self.in_use() from error
                     time.sleep(0.01)
             ancestors = [os.getpid(), os.getppid()]
             if "LOCAL_WORLD_SIZE" in os.environ:
@@ -227,7 +231,7 @@ def named_folder(word: str | Path) -> Path:
 
 
 def no_runs(folder: Path, why: str = "no run in this folder") -> UftError:
-    """What is wrong with a folder, or a name, that is no run: `why` if there is such a folder, else what was meant."""
+    """The error about a word that names no run: `why` where it is a folder, else the names that are spelled like it."""
     there = os.path.isdir(folder)
     found = [] if there else [*(run.path for run in find_runs(OUTPUTS)), *find_sweeps(OUTPUTS)]
     names = dict.fromkeys([*(path.name for path in found), *(["last"] if found else [])])
@@ -256,7 +260,7 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 def planned(sweep: Path) -> list[Run]:
     """All jobs of a sweep by its `sweep.json`, in their order, whether they have a folder yet or not.
 
-    None where that file is missing or damaged. A name that leads out of the sweep's folder is left out.
+    [] where that file is missing or damaged. A name that leads out of the sweep's folder is left out.
     """
     try:
         names = [job["name"] for job in read_json(sweep / SWEEP_FILE)["jobs"]]

@@ -22,7 +22,7 @@ from uft.config.frozen import frozen
 from uft.config.schema import Data, Model, Source
 from uft.data.sources import load_sources
 from uft.errors import UftError
-from uft.model.load import load_model, load_tokenizer, positions
+from uft.model.load import load_model, load_tokenizer, model_config
 from uft.runs import create_run, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +96,7 @@ def test_a_model_folder_runs_nothing(evil, monkeypatch, tmp_path, trace):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     trusted = Model(name="m", path=str(evil("config.json", **PLANTED[1][1])), trust_remote_code=True)
     with suppress(Exception):
-        positions(trusted)
+        model_config(trusted)
     assert trace.exists(), "the plant works"
     trace.unlink()
 
@@ -105,7 +105,7 @@ def refusal(model: Model) -> str:
     """Why a model was not loaded; empty where it was."""
     try:
         load_tokenizer(model)
-        positions(model)
+        model_config(model)
         load_model(model, torch.device("cpu"), 0)
     except UftError as error:
         return str(error)

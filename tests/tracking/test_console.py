@@ -362,13 +362,13 @@ def test_answers_that_are_long_are_two_whole_ones(stream):
 
 QUIET_PROGRAM = """
 import sys, time
-from uft.heartbeat import activity, come
+from uft.heartbeat import activity, report_progress
 from uft.tracking import console
 console.QUIET = 0.2
-with console.saying_what_takes_long(), activity("the model was evaluated"):
-    come(6, 30, "rows scored")
+with console.phase_status(), activity("the model was evaluated"):
+    report_progress(6, 30, "rows scored")
     time.sleep(1.2)
-    come(12, 30, "rows scored")
+    report_progress(12, 30, "rows scored")
     time.sleep(1.5)
     print("done", flush=True)
 """

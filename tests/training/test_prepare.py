@@ -118,7 +118,7 @@ def test_a_reference_moves_every_so_many_steps_and_the_evaluation_s_stays(build)
     prepared = build("dpo", "reference.sync_every=2", "reference.sync_mix=0.25", "data.holdout=2", "train.steps=5")
     trainer = prepared.trainer
     assert prepared.eval_reference.mode == "cached"
-    expected = {name: weight.clone() for name, weight in trainer.moving.items()}
+    expected = {name: weight.clone() for name, weight in trainer.synced_reference.items()}
     assert expected.keys() == trainer.parameters.keys()
 
     class Follow:
@@ -126,13 +126,13 @@ def test_a_reference_moves_every_so_many_steps_and_the_evaluation_s_stays(build)
             if trainer.progress.step % 2 == 0:
                 for name, weight in trainer.parameters.items():
                     expected[name] = 0.25 * weight.detach() + 0.75 * expected[name]
-            for name, weight in trainer.moving.items():
+            for name, weight in trainer.synced_reference.items():
                 torch.testing.assert_close(weight.detach(), expected[name])
 
     before = {name: weight.clone() for name, weight in expected.items()}
     trainer.hooks = (Follow(),)
     trainer.fit()
-    assert any(not torch.equal(before[name], weight) for name, weight in trainer.moving.items())
+    assert any(not torch.equal(before[name], weight) for name, weight in trainer.synced_reference.items())
     idle = build("sft", "reference.sync_every=2", run="idle")
     assert any("reference.sync_every has no part" in caution for caution in idle.cautions)
 

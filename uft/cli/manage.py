@@ -19,6 +19,7 @@ from uft.cli import folded
 from uft.errors import FAILED, GOOD, INTERRUPTED, STOPPED, Problem, UftError, problem_lines, tell
 from uft.runs import (
     OUTPUTS,
+    SWEEP_FILE,
     Run,
     find_runs,
     find_sweeps,
@@ -26,6 +27,7 @@ from uft.runs import (
     named_folder,
     no_runs,
     planned,
+    read_json,
     shown,
     summary,
     waiting,
@@ -243,7 +245,7 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
     from uft.cli.verbs import train
     from uft.config.frozen import may_change
     from uft.launch.launcher import TYPED, refuse_untrusted
-    from uft.launch.sweep import quote, resuming, swept_keys
+    from uft.launch.sweep import quote, resuming
 
     given = overrides
     for sweep in sweeps:
@@ -252,7 +254,7 @@ def resume_sweeps(sweeps: list[Path], runs: list[Run], overrides: list[str]) -> 
         refuse_untrusted(sweep, runs_code, given)
         overrides = [word for word in overrides if not (runs_code and word == TYPED)]  # the commands say it
     # only keys that change no result and are not swept may be given anew
-    swept = {key.lstrip("+") for sweep in sweeps for key in swept_keys(sweep)}
+    swept = {key.lstrip("+") for sweep in sweeps for key in read_json(sweep / SWEEP_FILE).get("axes", ())}
     keys = {word: word.partition("=")[0].lstrip("+") for word in overrides}
     if wrong := [word for word, key in keys.items() if key in swept or not may_change(key)]:
         raise UftError(*(Problem(word, "would make other runs of this sweep's jobs", "command line") for word in wrong))

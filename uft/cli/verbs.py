@@ -35,6 +35,7 @@ from uft.config.schema import COLUMNS, Config, fields_of
 from uft.config.stages import differences, is_made, rows_of, unready, without_stages
 from uft.errors import CLOSED_PIPE, GOOD, Problem, UftError, tell, tracing
 from uft.launch.launcher import (
+    JOB_KEYS,
     JobFailed,
     changed_keys,
     failure_reason,
@@ -43,7 +44,6 @@ from uft.launch.launcher import (
     launch_train,
     refuse_untrusted,
     row_problems,
-    typed_overrides,
 )
 from uft.launch.sweep import examine_jobs, quote
 from uft.runs import Damaged, Run, WeightsSource, find_weights, newest_weights, open_run
@@ -57,26 +57,26 @@ FILES = {"path", "eval_path", "template"}  # keys of the data that may name file
 
 
 def train(arguments: list[str]) -> int:
-    return run_verb("train", train_run, arguments)
+    return run_verb("train", arguments, train_run)
 
 
 def check(arguments: list[str]) -> int:
-    return run_verb("check", partial(run_job, "check"), arguments)
+    return run_verb("check", arguments)
 
 
 def data(arguments: list[str]) -> int:
-    return run_verb("data", partial(run_job, "data"), arguments)
+    return run_verb("data", arguments)
 
 
 def annotate(arguments: list[str]) -> int:
     """The column, if there is one, is the first word; to Hydra it is one of our keys."""
     named = first_word(arguments)
     words = [f"annotate.column={named}", *arguments[1:]] if named and not names_rows(named) else arguments
-    return run_verb("annotate", partial(run_job, "annotate"), words)
+    return run_verb("annotate", words)
 
 
 def select(arguments: list[str]) -> int:
-    return run_verb("select", partial(run_job, "select"), arguments)
+    return run_verb("select", arguments)
 
 
 def generate(arguments: list[str]) -> int:
@@ -86,7 +86,7 @@ def generate(arguments: list[str]) -> int:
     """
     named = first_word(arguments)
     if named is None or names_rows(named):
-        return run_verb("generate", partial(run_job, "generate"), arguments)
+        return run_verb("generate", arguments)
     if re.search(r"\s", named) and not os.path.exists(named):
         advice = f"uft generate last {shlex.quote(named)}"
         raise UftError(Problem(named, "which model answers is not said", "command line", (advice,)))
@@ -108,14 +108,14 @@ def eval(arguments: list[str]) -> int:
         why, advice = "rows and tasks are measured one after the other", ("a command for each",)
         raise UftError(Problem(f"{rows[0]} {tasks[0]}", why, "command line", advice))
     if named is None or names_rows(named):
-        return run_verb("eval", partial(run_job, "eval"), arguments)
+        return run_verb("eval", arguments)
     others = [word for word in arguments[1:] if not word.startswith("-") and "=" not in word and not names_rows(word)]
     if others:
         each = tuple(f"uft eval {word}" for word in (named, *others))
         raise UftError(Problem(" ".join((named, *others)), "one model is measured at a time", "command line", each))
     source = find_weights(named)
     if source.run is None:
-        return run_verb("eval", partial(run_job, "eval"), [f"model.path={quote(named)}", *arguments[1:]])
+        return run_verb("eval", [f"model.path={quote(named)}", *arguments[1:]])
     settings, begun = as_found(source, arguments), source.config
     settings["reference"]["path"] = source.run.found(begun["reference"]["path"] or begun["model"]["path"])
     settings = change(settings, measured)
@@ -128,7 +128,7 @@ def eval(arguments: list[str]) -> int:
 def chat(arguments: list[str]) -> int:
     """`uft chat [RUN | MODEL] [another]`: a conversation with the newest run, or with what is named."""
     if set(FLAGS) & set(arguments):
-        return run_verb("chat", partial(run_job, "chat"), arguments)
+        return run_verb("chat", arguments)
     named, words = questions(arguments)
     if len(named) > 2:
         raise UftError(Problem(" ".join(named), "one model, or two side by side", "command line"))
@@ -186,7 +186,7 @@ def config(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--diff")
     ours, rest = parser.parse_known_args(arguments)
-    return run_verb("config", partial(print_config, open_run(ours.diff) if ours.diff else None), rest)
+    return run_verb("config", rest, partial(print_config, open_run(ours.diff) if ours.diff else None))
 
 
 def first_word(arguments: list[str]) -> str | None:
@@ -263,7 +263,8 @@ def with_sources(words: Sequence[str], config_dir: str | None = None, sweeps: bo
 def train_run(examined: Examined, words: Sequence[str]) -> int:
     if not is_sweep_job(words) and any(word.startswith("sweep.name=") for word in words):
         print("uft: sweep.name does nothing without -m; run.name names a run")
-    return launch_train(examined.settings, typed_overrides(words), quiet=is_sweep_job(words))
+    typed = [word for word in words if not word.startswith(JOB_KEYS)]
+    return launch_train(examined.settings, typed, quiet=is_sweep_job(words))
 
 
 def run_job(job: str, examined: Examined, words: Sequence[str]) -> int:
@@ -318,8 +319,11 @@ def as_found(source: WeightsSource, words: Sequence[str]) -> dict[str, Any]:
 # --- One request, by ourselves or as a Hydra application
 
 
-def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
-    """Carry out a verb with these arguments, or print its help; the exit code. Every mistake is told by us."""
+def run_verb(verb: str, arguments: list[str], work: Work | None = None) -> int:
+    """Carry out a verb with these arguments, or print its help; the exit code. Every mistake is told by us.
+
+    `work`: by default the job of that name.
+    """
     if set(FLAGS) & set(arguments):
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         parser.add_argument("--config-dir", "-cd", nargs="?")
@@ -332,7 +336,7 @@ def run_verb(verb: str, work: Work, arguments: list[str]) -> int:
     request = Request(tuple(overrides), name, parsed.config_dir, parsed.config_path)
     options = options_in(arguments, parsed.overrides)
     try:
-        return carry_out(verb, work, options, parsed, request)
+        return carry_out(verb, work or partial(run_job, verb), options, parsed, request)
     except UftError as error:  # commands that are advised draw in the same files
         files = [quoted(word) for word in options_of(request)]
         error.footer = re.sub(r"\buft (config|train)\b", lambda found: " ".join([found[0], *files]), error.footer)

@@ -100,7 +100,7 @@ def path_of(override: Override) -> KeyPath:
 class Draft:
     """Nested values, references unresolved, the setting behind each, and the problems that were found.
 
-    A setting that cannot stand is told of and left out, so that one mistake does not hide the next.
+    A wrong setting is noted as a problem and left out, so that one mistake does not hide the next.
     """
 
     def __init__(self, values: Mapping[str, Any], files: Sequence[Setting] = ()) -> None:
@@ -133,7 +133,7 @@ class Draft:
         return draft
 
     def misfits(self, setting: Setting) -> bool:
-        """Whether a value stands where a group of keys has to; it is told of and must not hide what is in the group."""
+        """Whether a value stands where a group of keys has to. It is noted, and must not hide the keys of the group."""
         kind = kind_at(setting.path, self.schema)
         is_group = bool(fields_of(kind)) or is_open(kind)
         unsaid = setting.value is None and (kind != bare(kind) or self.is_unsaid(setting))
@@ -144,7 +144,7 @@ class Draft:
 
     @staticmethod
     def is_unsaid(setting: Setting) -> bool:
-        """Whether this is a named source or stage of which nothing is said: `sources: {mine: }`."""
+        """Whether a named source or stage has no keys at all: `sources: {mine: }`."""
         return setting.value is None and setting.path[:-1] in (("data", "sources"), ("stages",))
 
     def put(self, setting: Setting) -> None:
@@ -172,32 +172,37 @@ class Draft:
     def apply(self, override: Override) -> None:
         """Lay one override of the command line, or note what is wrong with it."""
         line, path = str(override.input_line), path_of(override)
-        added = override.is_add() or override.is_force_add()
-        why, advice, kind = "", tuple[str, ...](), Problem
-        places = ((path[:depth], path[depth]) for depth in range(2, len(path)))  # a new name is where + is right
-        is_new = any(self.is_open(place) and name not in (self.get(place) or {}) for place, name in places)
-        if override.package is not None:
-            why = f"{override.key_or_group} is not a group"
+        if problem := self.refusal(override, line, path):
+            self.problems.append(problem)
         elif override.is_delete():
-            named = self.get(path[:-1]) or {}
-            if self.is_open(path[:-1]) and path[-1] in named:
-                del named[path[-1]]
-                self.settings = [setting for setting in self.settings if setting.path[: len(path)] != path]
-                return
-            kind = AbsentKey if self.is_open(path[:-1]) else Problem
-            why = "only named sources, stages and free keys can be removed"
-        elif path[0] in BY_METHOD and path[-1] == "method":
-            why, advice = f"comes with the {path[0]}'s file", (f"choose another:  {path[0]}=NAME",)
-        elif override.is_add() and self.get(path) is not None and not isinstance(override.value(), (dict, list)):
-            why, advice = "has a value already", (f"without the +:  {line[1:]}",)
-        elif is_new and not added:
-            kind, why = AbsentKey, f"nothing of that name in {'.'.join(path[:-1])}"
-            advice = (f"to add it:  +{line}",)
+            del self.get(path[:-1])[path[-1]]
+            self.settings = [setting for setting in self.settings if setting.path[: len(path)] != path]
         else:
             for more, item in leaves(override.value()):
                 self.put(Setting((*path, *more), item, COMMAND_LINE, line))
-            return
-        self.problems.append(kind(line, why, COMMAND_LINE, advice))
+
+    def refusal(self, override: Override, line: str, path: KeyPath) -> Problem | None:
+        """The problem of an override that cannot be laid; None where it can."""
+        if override.package is not None:
+            return Problem(line, f"{override.key_or_group} is not a group", COMMAND_LINE)
+        if override.is_delete():
+            is_open = self.is_open(path[:-1])
+            if is_open and path[-1] in (self.get(path[:-1]) or {}):
+                return None
+            why = "only named sources, stages and free keys can be removed"
+            return (AbsentKey if is_open else Problem)(line, why, COMMAND_LINE)
+        if path[0] in BY_METHOD and path[-1] == "method":
+            advice = (f"choose another:  {path[0]}=NAME",)
+            return Problem(line, f"comes with the {path[0]}'s file", COMMAND_LINE, advice)
+        if override.is_add() and self.get(path) is not None and not isinstance(override.value(), (dict, list)):
+            return Problem(line, "has a value already", COMMAND_LINE, (f"without the +:  {line[1:]}",))
+        if override.is_add() or override.is_force_add():
+            return None
+        places = ((path[:depth], path[depth]) for depth in range(2, len(path)))  # a new name is where + is right
+        if any(self.is_open(place) and name not in (self.get(place) or {}) for place, name in places):
+            why = f"nothing of that name in {'.'.join(path[:-1])}"
+            return AbsentKey(line, why, COMMAND_LINE, (f"to add it:  +{line}",))
+        return None
 
     def get(self, path: KeyPath) -> Any:
         """The value at a path, unresolved; None where there is none."""
@@ -208,8 +213,9 @@ class Draft:
         return is_open(kind_at(path, self.schema))
 
     def complete_sources(self, frozen: bool = False) -> None:
-        """Lay the run's reward as the checker of every source that says nothing of one. `frozen`: the settings are a
-        run's, where null says nothing unless it was typed.
+        """Set the run's reward as the checker of every source whose checker is not set.
+
+        `frozen`: the settings are those of a run, in which null means "not set" unless the command line gave it.
         """
         method = self.get((REWARD, "method"))
         said = {setting.path for setting in self.settings if not frozen or setting.where == COMMAND_LINE}
@@ -231,7 +237,7 @@ class Draft:
         return settings
 
     def finish(self) -> tuple[dict[str, Any], dict[str, Problem]]:
-        """(the settings as `judge` has them; what is wrong with each by itself, by dotted key)."""
+        """(the settings that `judge` returns, the problems of single keys); the rules between keys are not asked."""
         values, lost = resolved(self.values)
         found = faults(self.schema, values)
         unknown = {path for path, fault in found.items() if fault.type == UNKNOWN_KEY}
@@ -374,9 +380,8 @@ def faults(kind: Any, values: Any, place: KeyPath = ()) -> dict[KeyPath, Fault]:
     except ValidationError as error:
         found: dict[KeyPath, Fault] = {}
         for one in error.errors(include_url=False):
-            path = tuple(
-                map(str, takewhile(lambda part: isinstance(part, str), one["loc"]))
-            )  # a number: a place in a list
+            names = takewhile(lambda part: isinstance(part, str), one["loc"])  # a number: a place in a list
+            path = tuple(map(str, names))
             bound = next(iter(one.get("ctx", {}).values()), None)
             kind_of_error = UNKNOWN_KEY if one["type"] == "extra_forbidden" else one["type"]
             if isinstance(one["loc"][-1], str) and path != one["loc"]:  # a key of a group in a list

@@ -140,7 +140,7 @@ DEFAULT_MODEL = "playground"
 
 
 def gives_model(words: Words, composed: Composed) -> bool:
-    """Whether only a path was given: another model than the default, whose other values are not for it."""
+    """Whether a request sets `model.path` and no file of conf/model: the values of the default one are not for it."""
     if any(map(gives_choice, words.chosen)) or "model" in words.unclear:
         return False
     files = [s.value for s in composed.settings if s.key == "model.path" and Path(s.file).parent.name != "model"]

@@ -19,6 +19,8 @@ from uft.errors import Problem, UftError
 
 COMMAND_LINE = "command line"
 HIDDEN_GROUPS = ("hydra", "schema")
+LONGEST_HEADLINE = 104  # characters
+MOST_LISTED = 14  # names in an error
 
 # where files lie
 
@@ -71,12 +73,12 @@ def groups(dirs: list[Path]) -> dict[str, dict[str, Path]]:
     return {group: dict(sorted(options.items())) for group, options in sorted(found.items())}
 
 
-def headline(file: Path, longest: int = 104) -> str:
+def headline(file: Path) -> str:
     """The first sentence of a file's opening comment: what this option is. `# @package` lines do not count."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     comment = takewhile(lambda line: line.startswith("#"), lines)
     text = " ".join(line.strip("# ") for line in comment if "@package" not in line)
-    return shorten(text.partition(". ")[0], longest, placeholder=" ...", break_on_hyphens=False)
+    return shorten(text.partition(". ")[0], LONGEST_HEADLINE, placeholder=" ...", break_on_hyphens=False)
 
 
 def conf_name(path: Path) -> str:
@@ -240,9 +242,8 @@ def hint(meant: str | None, label: str, options: Collection[str]) -> str:
     return f"{f'did you mean  {meant} ?':<30}   {listed}".rstrip() if meant else listed
 
 
-def listing(options: Collection[str], most: int = 14) -> str:
-    names = list(options)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+def listing(options: Collection[str]) -> str:
+    return ", ".join(list(options)[:MOST_LISTED]) + (", ..." if len(options) > MOST_LISTED else "")
 
 
 def no_such_option(group: str, option: str, options: list[str], key: str) -> tuple[tuple[str, ...], str | None]:

@@ -88,7 +88,8 @@ def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
         changes.append((STAGES, list(before), list(after)))
     for name in [*after, *(name for name in before if name not in after)]:
         prefix = f"{STAGES}.{name}."
-        heads = (stage_head(settings, name) for settings in (old, new))
+        nodes = (settings.get(STAGES, {}).get(name, {}) for settings in (old, new))
+        heads = ({key: value for key, value in node.items() if key != "config"} for node in nodes)
         changes += difference(*({STAGES: {name: one}} if one else {} for one in heads))
         if name in before and name in after:
             for key, was, now in difference(before[name], after[name]):
@@ -100,12 +101,6 @@ def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
 
 def without_stages(settings: Settings) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != STAGES}
-
-
-def stage_head(settings: Settings, name: str) -> dict[str, Any]:
-    """The head of a stage, `do` and `reference`, without its configuration."""
-    node = settings.get(STAGES, {}).get(name, {})
-    return {key: value for key, value in node.items() if key != "config"}
 
 
 def data_nodes(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -129,7 +124,6 @@ def maker(path: str) -> str:
 def unready(do: str, settings: Settings) -> Iterator[tuple[str, str]]:
     """(what is not said, what to set) where a stage or verb that makes rows lacks something."""
     sources: Settings = settings["data"]["sources"]
-    by, dev = settings["select"]["by"], settings["select"]["dev"]
     if do == "annotate" and settings["annotate"]["column"] is None:
         yield "which column to write is not said", "annotate.column: baseline_logp"
     if do == "generate" and settings["generate"]["score"]:
@@ -137,16 +131,21 @@ def unready(do: str, settings: Settings) -> Iterator[tuple[str, str]]:
             if source["share"] != 0 and source["checker"] is None:
                 key = f"data.sources.{name}.checker"
                 yield f"generate.score asks the checker of a source, and {key} is not set", f"{key}: exact"
-    if do == "select" and by in ("active_dpo", "pds") and settings["hardware"]["sharding"] == "full":
-        yield f"select.by={by} needs the whole model in one process, and hardware.sharding=full", "select.by: random"
-    if do == "select" and by == "pds" and settings["model"]["dtype"] != "float32":
-        yield "select.by=pds takes differences that bfloat16 loses", "model.dtype: float32"
-    if do == "select" and by is None:
+    if do != "select":
+        return
+    by, dev = settings["select"]["by"], settings["select"]["dev"]
+    if by is None:
         yield "how rows are chosen is not said", "select.by: random"
-    if do == "select" and by == "pds" and dev not in sources:
+    if by in ("active_dpo", "pds") and settings["hardware"]["sharding"] == "full":
+        yield f"select.by={by} needs the whole model in one process, and hardware.sharding=full", "select.by: random"
+    if by != "pds":
+        return
+    if settings["model"]["dtype"] != "float32":
+        yield "select.by=pds takes differences that bfloat16 loses", "model.dtype: float32"
+    if dev not in sources:
         names = ", ".join(name for name, source in sources.items() if source["share"] == 0) or "none of the sources"
         yield f"whose loss the kept rows are to lower is not said: a source with share 0 ({names})", "select.dev: NAME"
-    elif do == "select" and by == "pds" and sources[dev]["share"] != 0:
+    elif sources[dev]["share"] != 0:
         yield f"rows of select.dev={dev} are no candidates", f"data.sources.{dev}.share: 0"
 
 

@@ -240,7 +240,8 @@ class ChatTemplate:
         self._template = Template(text, {**tokenizer.special_tokens_map, **arguments})
         self._render, self._has_marks = self._template.render, self._template.has_marks
         self._skeletons: dict[Any, list[str]] = {}  # by the turns without their contents
-        self.stop_ids = self._end_of_turn()
+        closing = self._closing((Message("user", "?"), Message("assistant", END)))
+        self.stop_ids = frozenset({tokenizer.eos_token_id} - {None}) | closing  # the end of a text, and of a reply
         self._specials = LiteralSpecials(tokenizer, self.stop_ids, special_text == "tokens")
 
     def encode_many(self, conversations: Sequence[Conversation], names: Sequence[str]) -> list[Tokens]:
@@ -559,11 +560,6 @@ class ChatTemplate:
     def _excerpt(self, text: str) -> str:
         shown = self._specials.reveal(text)
         return repr(shown if len(shown) <= _EXCERPT else shown[:_EXCERPT] + " ...")
-
-    def _end_of_turn(self) -> frozenset[int]:
-        """The token that this template closes a reply with, and the tokenizer's end-of-text token."""
-        stops = frozenset({self.tokenizer.eos_token_id} - {None})
-        return stops | self._closing((Message("user", "?"), Message("assistant", END)))
 
     def _closing(self, turns: Turns) -> frozenset[int]:
         """The token that follows the content that is marked by END; none where other text does."""

@@ -31,7 +31,7 @@ from uft.data.rows import Kind, Row, content_digest, oddities, slice_bounds
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table, row_schema
 from uft.data.unread import FEEDBACK, Unread, says_more, unread_feedback, unread_meaning
 from uft.errors import BAD_REQUEST, Problem, UftError, did_you_mean, first_line, tame
-from uft.heartbeat import activity, beat, come
+from uft.heartbeat import activity, beat, report_progress
 from uft.runs import cache_root, file_digest
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _parse_table(
     score_range = (source.score_range[0], source.score_range[1]) if is_valid and source.score_range else None
     left, facts, counted = Unread(), source.facts, f"rows of {name}"
     for number, record in records:
-        come(number, scan.count, counted)
+        report_progress(number, scan.count, counted)
         if form is None and not isinstance(record, str):
             continue
         try:

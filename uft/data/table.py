@@ -138,7 +138,7 @@ def grouped(rows: Sequence[Row]) -> Iterator[tuple[Row, int]]:
 
 
 def like(rows: Sequence[Row], place: int) -> Row:
-    """A row with the feedback of the one at `place`, if not that one; it need not be read each time."""
+    """The row at `place`, or one with the same feedback that was read before: cheaper where feedback alone matters."""
     if not isinstance(rows, RowTable) or (number := int(rows.columns["feedback"][place])) < 0:
         return rows[place]
     if number not in rows.examples:

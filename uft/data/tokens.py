@@ -24,7 +24,7 @@ from uft.data.chat import Renderer, Tokens, advice_about, finish
 from uft.data.rows import Row, content_digest
 from uft.data.table import Corrupt, TableFile, TableWriter, open_table, pick
 from uft.errors import Problem, UftError, raise_problems
-from uft.heartbeat import activity, come
+from uft.heartbeat import activity, report_progress
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _encode(
     number = longest = long = faults = 0
     marked = renderer.train_on != "marked"
     for chunk in _chunks(rows):
-        come(number, len(rows), f"rows of {name}")
+        report_progress(number, len(rows), f"rows of {name}")
         encoded = _encode_chunk(chunk, renderer)
         marked = marked or not all(row.completions for row in chunk)
         marked = marked or any(turn.learned for row in chunk for one in row.completions for turn in one.turns)

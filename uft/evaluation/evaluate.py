@@ -23,7 +23,7 @@ from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message, Row
 from uft.distributed import ranks
 from uft.evaluation.measures import Scored, ScoredRow, Sum, Tally, measured, pair_of
-from uft.heartbeat import activity, come
+from uft.heartbeat import activity, report_progress
 from uft.model.load import pad_id
 from uft.model.policy import Policy, evaluating, preserved_rng
 from uft.model.reference import Reference
@@ -168,7 +168,7 @@ class _Evaluator:
                 raise Interrupted
             for number, scored in score_batch(self.policy, forward, batch.to(self.policy.device)):
                 scores[number].append(scored)
-            come(sum(map(bool, scores.values())), len(examples), "rows scored")
+            report_progress(sum(map(bool, scores.values())), len(examples), "rows scored")
         rows = []
         for example in examples:
             # a completion that was cut to nothing is left out, and its pair with it
@@ -185,7 +185,7 @@ class _Evaluator:
         checked = self.settings.generate_rows if held.checker else 0
         rows = distinct_prompts(held.rows, max(self.settings.samples, checked))
         prompts = [self.renderer.start_ids(row) for row in rows]
-        come(0, len(prompts), f"prompts of {held.name} answered")
+        report_progress(0, len(prompts), f"prompts of {held.name} answered")
         replies = ranks().map_shards([(ids, 0) for ids in prompts], partial(self._complete, 0.0))
         texts = [self.renderer.said(reply.ids).content for reply in replies]
         verdicts = [Verdict({})] * len(rows)

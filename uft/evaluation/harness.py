@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -419,7 +418,3 @@ def has_punkt() -> bool:
     except LookupError:
         return False
     return True
-
-
-def harness_version() -> str:
-    return version("lm_eval")

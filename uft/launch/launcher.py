@@ -159,8 +159,7 @@ def continue_run(
         while run.locked() and run.orphaned():
             time.sleep(0.1)
     if run.locked():
-        problem = Problem(str(run.path), "another process is working in this run folder")
-        raise UftError(problem, footer="See what runs:  uft ls")
+        raise run.in_use()
     refuse_unwritable(run.path)
     if extended:
         run.update_info(extended=[*(run.info().get("extended") or []), extended])
@@ -250,7 +249,7 @@ def _parse_rows(data: str, working_directory: str) -> dict[str, dict[str, int]]:
 
 
 def unusable_rows(settings: Mapping[str, Any]) -> list[Problem]:
-    """What the objective of a request cannot use of its rows, by source and kind; they were read (`row_problems`).
+    """Problems of rows that the objective of a request cannot use, by source and kind; `row_problems` has read them.
 
     The worker tells the same at its start, and of single rows too. A request with stages is left to it.
     """
@@ -332,11 +331,6 @@ class JobFailed(Exception):
 def is_sweep_job(overrides: Sequence[str]) -> bool:
     """Whether these are the overrides of a job of a sweep."""
     return any(line.startswith(JOB_KEYS[0]) for line in overrides)
-
-
-def typed_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides of a job without those that the sweep added."""
-    return [line for line in overrides if not line.startswith(JOB_KEYS)]
 
 
 def failure_reason(code: int, folder: Path) -> str:

@@ -16,10 +16,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from uft.errors import FAILED, SIGNALS, Problem, UftError, stop_code
+from uft.errors import FAILED, SIGNALS, Problem, UftError, signals_to, stop_code
 from uft.launch import forkserver
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
@@ -149,26 +148,21 @@ def forwarding(sent: list[int]) -> Iterator[list[Child]]:
     """
     children: list[Child] = []
 
-    def receive(number: int, frame: FrameType | None) -> None:
+    def receive(number: int) -> None:
         sent.append(number)
         for child in children:
             child.send_signal(number)
 
-    ours = [n for n in SIGNALS if n != signal.SIGUSR2 or signal.getsignal(n) is signal.SIG_DFL]
-    before = {number: signal.signal(number, receive) for number in ours}
-    try:
+    with signals_to(receive, [n for n in SIGNALS if n != signal.SIGUSR2 or signal.getsignal(n) is signal.SIG_DFL]):
         yield children
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def gpu_pool(hardware: Mapping[str, Any]) -> Iterator[dict[str, str]]:
     """Reserve `hardware.processes` GPUs of `hardware.pool`; the environment variables that give them to a run.
 
-    Waits until enough are free at once, and holds none while it waits. {} without a pool, and where a scheduler has
-    chosen already. A GPU is reserved by a lock on a file that all users of this machine share; the kernel frees the
+    Waits until enough are free at once, and holds none while it waits. {} without a pool, and under a scheduler, which
+    has chosen already. A GPU is reserved by a lock on a file that all users of this machine share; the kernel frees the
     lock of a dead holder.
     """
     pool: Sequence[int] | None = hardware.get("pool")

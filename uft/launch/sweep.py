@@ -130,7 +130,7 @@ class Sweep:
         return jobs
 
     def unusable(self, examined: Sequence[Examined], lines: Sequence[Sequence[str]]) -> list[Problem]:
-        """What the objectives of jobs cannot use of their rows, each once, with the first job that it holds for."""
+        """Problems of rows that the objectives of jobs cannot use, each once, with the first job that has it."""
         found: dict[Problem, int] = {}
         for number, one in enumerate(examined):
             for problem in unusable_rows(one.settings):
@@ -347,8 +347,8 @@ def commands_apart(
 
 
 def as_begun(jobs: Sequence[Job], axes: Collection[str]) -> list[str]:
-    """Overrides with the values that all runs of a resumed sweep began with, where its commands give others today: a
-    default has changed since, or a file. Its remaining jobs are trained as the finished ones were."""
+    """Overrides that train the remaining jobs of a resumed sweep as its first ones were: the values that all runs of it
+    began with, where its commands give others today because a default or a file has changed."""
     began: dict[str, list[Any]] = {}
     runs = [(Run(job.folder), job) for job in jobs if Run(job.folder).exists]
     for run, job in runs:
@@ -466,11 +466,6 @@ def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[
             remember(folder)
     finally:
         os.close(handle)
-
-
-def swept_keys(folder: Path) -> list[str]:
-    """The keys that a sweep varies."""
-    return list(read_json(folder / SWEEP_FILE).get("axes", ()))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from uft.environment import FOLDER, PeerLost, keep_others_out, launched, note, n
 from uft.errors import FAILED, GOOD, UftError, render, stop_code, tell_redacted
 from uft.launch.process import PARENT, cause, die_with_parent, oom_kills
 from uft.runs import Run, open_run, write_json
-from uft.tracking.console import expect, saying_what_takes_long
+from uft.tracking.console import expect, phase_status
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     faulthandler.enable()  # a crash in a library says where it was
     silence_libraries()
     try:
-        with saying_what_takes_long() if rank() == 0 else nullcontext():
+        with phase_status() if rank() == 0 else nullcontext():
             code = run_job(*arguments[1:]) if arguments[0] == "--job" else train(arguments[0])
     except UftError as error:
         if os.environ.get("UFT_TRACE"):

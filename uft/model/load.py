@@ -34,9 +34,7 @@ from uft.model.policy import (
     add_lora,
     auto_model,
     blocks,
-    common_length,
     own_dropout,
-    position_limit,
     switch_off_dropout,
 )
 from uft.model.precision import plain_state, quantise, resolve_dtype, storage_dtype, why_precision
@@ -60,7 +58,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if place.is_checkpoint:
         own = checkpoint_config(place, model)
         return with_template(load_tokenizer(own.model), own.data.template)
-    with _humane(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
+    with _explained(f"model.path={model.path}", "its tokenizer cannot be loaded", model, place):
         tokenizer = AutoTokenizer.from_pretrained(place.path, **_access(place, model))
     templates = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if outside := [name for name in templates if name in ("", ".", "..") or Path(name).name != name]:
@@ -84,28 +82,14 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(next(token for token in found if token is not None))
 
 
-def positions(model: Model) -> int | None:
-    """Tokens in the longest sequence the model has positions for, by its configuration alone; None: no limit."""
-    return position_limit(_config(model))
-
-
-def common_positions(model: Model) -> int | None:
-    """:func:`uft.model.policy.common_length` of a model, by its configuration alone."""
-    return common_length(_config(model))
-
-
-def own_precision(model: Model) -> torch.dtype:
-    """The precision that a model's files have, as its configuration says; float32 where it does not."""
-    return getattr(_config(model), "dtype", None) or torch.float32
-
-
-def _config(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
+def model_config(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
+    """The transformers configuration of `model`, or of the one at the path `reference`, without its weights."""
     from transformers import AutoConfig
 
     place = locate(model, reference, key)
     if place.is_checkpoint:
-        return _config(checkpoint_config(place, model).model)
-    with _humane(path_setting(model, reference, key), "its configuration cannot be loaded", model, place):
+        return model_config(checkpoint_config(place, model).model)
+    with _explained(path_setting(model, reference, key), "its configuration cannot be loaded", model, place):
         _refuse_kernels(place, model)
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
@@ -175,7 +159,7 @@ def _policy(
 def empty_policy(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Policy:
     """The policy, or the frozen model at the path `reference`, which `key` names, on the meta device, from its
     configuration alone: for counting weights and bytes."""
-    config, dtype = _config(model, reference, key), DTYPES[storage_dtype(model)]
+    config, dtype = model_config(model, reference, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         quantise(blocks(base), model)
@@ -201,7 +185,7 @@ def adapt_module(base: Any, model: Model, init_seed: int) -> nn.Module:
     lora = model.adapter == "lora"
     module = add_lora(base, model.lora, init_seed, float32=model.master_weights) if lora else base
     if model.gradient_checkpointing:
-        with _humane(f"model.path={model.path}", "model.gradient_checkpointing=true", model):
+        with _explained(f"model.path={model.path}", "model.gradient_checkpointing=true", model):
             # transformers 5 renamed it on the way; not re-entrant: works with frozen embeddings and with mixed ones
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -227,7 +211,7 @@ def _read_base(model: Model, reference: str | None, key: str) -> Any:
     if place.is_checkpoint:
         trained = checkpoint_policy(checkpoint_config(place, model).model, Path(place.path), torch.device("cpu"))
         return plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
-    with _humane(what, "the model cannot be loaded", model, place):
+    with _explained(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
         loaded: Any = auto_model().from_pretrained(
             place.path,
@@ -348,7 +332,7 @@ ADVICE = {
 
 
 @contextmanager
-def _humane(what: str, why: str, model: Model, place: Location | None = None) -> Iterator[None]:
+def _explained(what: str, why: str, model: Model, place: Location | None = None) -> Iterator[None]:
     """Turn an exception of transformers about a model into a UftError about the key that named it.
 
     A file of the model that is not what it is called is named. What a model's own code raises stays as it is.

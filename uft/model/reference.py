@@ -25,7 +25,7 @@ from uft.data.batch import Batch, Layout, TokenSequence, batches_of, packs_of, p
 from uft.data.chat import Tokens
 from uft.distributed import ranks
 from uft.errors import Problem, UftError
-from uft.heartbeat import activity, come
+from uft.heartbeat import activity, report_progress
 from uft.model.layout import follow_layout
 from uft.model.load import (
     REFERENCE_PATH,
@@ -284,7 +284,7 @@ class ReferenceColumn:
         for group in batches_of(lengths, batch_tokens) if padded else packs_of(sequences, batch_tokens):
             if should_stop():
                 return None
-            come(len(found), len(keys), "completions")
+            report_progress(len(found), len(keys), "completions")
             batch = sequence_batch([sequences[at] for at in group], self.pad_id, self.layout).to(self.device)
             pieces = forward(batch).log_probs.float().cpu().split(batch.lengths.tolist())
             found |= {keys[at]: self.value(piece) for at, piece in zip(group, pieces, strict=True)}

@@ -105,7 +105,7 @@ def compare(
     training = policy.module.training
     policy.eval()
     try:
-        return _difference(policy, rows, request["prompts"], found, pad_id, tolerance), found["error"]
+        return _difference(policy, rows, request["prompts"], found, tolerance), found["error"]
     finally:
         policy.train(training)
 
@@ -116,23 +116,20 @@ def _difference(
     rows: Sequence[Tokens],
     prompts: Sequence[list[int]],
     found: Mapping[str, Any],
-    pad_id: int,
     tolerance: tuple[float, float],
 ) -> str:
     for number, (row, theirs) in enumerate(zip(rows, found["log_probs"], strict=True), 1):
-        if why := _other_log_probs(policy, row, theirs, pad_id, tolerance):
+        if why := _other_log_probs(policy, row, theirs, tolerance):
             return f"log-probs of row {number} of {len(rows)} {why}"
     answers_of = zip(prompts, found["greedy"], strict=False)
-    differing = (_other_answer(policy, *pair, pad_id, AS_LIKELY * tolerance[0]) for pair in answers_of)
+    differing = (_other_answer(policy, *pair, AS_LIKELY * tolerance[0]) for pair in answers_of)
     return next(filter(None, differing), "")
 
 
-def _other_log_probs(
-    policy: Policy, row: Tokens, theirs: list[float], pad_id: int, tolerance: tuple[float, float]
-) -> str:
+def _other_log_probs(policy: Policy, row: Tokens, theirs: list[float], tolerance: tuple[float, float]) -> str:
     from uft.model.policy import idle_adapters
 
-    batch = _batch(policy, row.ids, row.supervised, pad_id)
+    batch = _batch(policy, row.ids, row.supervised)
     ours = policy(batch).log_probs.float().cpu()
     difference, size = (ours - torch.tensor(theirs)).abs(), ours.abs()
     largest, mean = float(difference.max()), float(difference.mean())
@@ -144,13 +141,13 @@ def _other_log_probs(
     return f"{why} (the model does not call layers that have an adapter: {idle})" if idle else why
 
 
-def _other_answer(policy: Policy, prompt: list[int], answer: list[int], pad_id: int, as_likely: float) -> str:
+def _other_answer(policy: Policy, prompt: list[int], answer: list[int], as_likely: float) -> str:
     """Why a greedy answer is not the policy's: each of its tokens is its likeliest one, or as likely up to rounding."""
     from uft.objectives.base import ForwardRequest
 
     def output(ids: list[int], argmax: bool) -> ForwardOutput:
         supervised = [place >= len(prompt) for place in range(len(ids))]
-        return policy(_batch(policy, ids, supervised, pad_id), ForwardRequest(argmax=argmax))
+        return policy(_batch(policy, ids, supervised), ForwardRequest(argmax=argmax))
 
     given = output(prompt + answer, argmax=True)
     assert given.argmax is not None
@@ -163,11 +160,11 @@ def _other_answer(policy: Policy, prompt: list[int], answer: list[int], pad_id: 
     return f"a greedy answer differs at its token {place + 1}, by {gap:.2g} in log-prob" if gap > as_likely else ""
 
 
-def _batch(policy: Policy, ids: Any, supervised: Any, pad_id: int) -> Batch:
+def _batch(policy: Policy, ids: Any, supervised: Any) -> Batch:
     from uft.data.batch import sequence_batch
 
     sequence = (np.asarray(ids, np.int32), np.asarray(supervised, bool))
-    return sequence_batch([sequence], pad_id, policy.layout).to(policy.device)
+    return sequence_batch([sequence], 0, policy.layout).to(policy.device)  # one sequence is never padded
 
 
 def _answered(folder: Path, request: dict[str, Any], alone: bool) -> dict[str, Any]:

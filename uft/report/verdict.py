@@ -86,17 +86,8 @@ def judge(
             roles[group].append(role)
     others = dict.fromkeys([*roles, *behind])
     values = {group: figures[group][metric] for group in ranked}
-    compared = [
-        replace(
-            difference_of(values[best], values[other], bootstrap=other in roles),
-            rows=by_row(metric, best, other) if other in roles else None,
-        )
-        for other in others
-    ]
-    found = {
-        other: replace(difference, p_adjusted=p, inside_noise=None if p is None else p >= ALPHA)
-        for other, difference, p in zip(others, compared, holm([each.p for each in compared]), strict=True)
-    }
+    found = adjusted({b: difference_of(values[best], values[b], bootstrap=b in roles) for b in others})
+    found |= {b: replace(found[b], rows=by_row(metric, best, b)) for b in roles}
 
     equal = [group for group in behind if spreads[group].mean == spreads[best].mean]
     beyond_noise = bool(behind) and all(each.inside_noise is False for each in found.values())
@@ -104,7 +95,7 @@ def judge(
     if equal:
         verb = f"has the same mean as {listed([names[group] for group in equal])},"
     words = [f"{'None is best alone: ' if equal else ''}{names[best]} {verb} {with_interval(spreads[best])}."]
-    tests = sum(difference.p is not None for difference in compared)
+    tests = sum(difference.p is not None for difference in found.values())
     for b in (b for b in others if b in roles):
         words.append(lead(found[b], sign, f"{' and '.join(roles[b])}, {names[b]}", tests))
         words += [*of_power(found[b]), *of_rows(found[b].rows, sign, names[b])]
@@ -141,17 +132,11 @@ def left_out(names: Sequence[str], measured: Collection[int], ranked: Collection
 
 def against(baseline: int, values: Mapping[int, Mapping[Hashable, float]]) -> list[dict[str, Any]]:
     """Every other group minus the baseline, the p-values adjusted for these comparisons."""
-    others = [group for group in values if group != baseline]
-    differences = [difference_of(values[group], values[baseline]) for group in others]
-    adjusted = holm([difference.p for difference in differences])
+    others = {group: difference_of(values[group], values[baseline]) for group in values if group != baseline}
+    kept = ("difference", "low", "high", "p", "n", "paired", "method", "p_adjusted", "inside_noise")
     return [
-        {
-            "group": f"g{group}",
-            **{name: getattr(difference, name) for name in ("difference", "low", "high", "p", "n", "paired", "method")},
-            "p_adjusted": p,
-            "inside_noise": None if p is None else p >= ALPHA,
-        }
-        for group, difference, p in zip(others, differences, adjusted, strict=True)
+        {"group": f"g{group}", **{name: getattr(difference, name) for name in kept}}
+        for group, difference in adjusted(others).items()
     ]
 
 
@@ -347,6 +332,15 @@ def power(mean: float, deviations: Sequence[float], counts: Sequence[int], freed
     enough = n[detectable <= abs(mean)]
     found = {"detectable": float(quantiles(freedom)) * error}
     return {**found, "seeds_needed": int(enough[0]) if len(enough) else None}
+
+
+def adjusted(family: Mapping[int, Difference]) -> dict[int, Difference]:
+    """Differences that are tested together, with their adjusted p-values and whether each is inside seed noise."""
+    ps = holm([difference.p for difference in family.values()])
+    return {
+        group: replace(difference, p_adjusted=p, inside_noise=None if p is None else p >= ALPHA)
+        for (group, difference), p in zip(family.items(), ps, strict=True)
+    }
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from uft.data.rows import Message, Row
 from uft.errors import Problem, UftError, first_line
-from uft.heartbeat import come
+from uft.heartbeat import report_progress
 from uft.playground import world
 from uft.rewards.base import Checker, Verdict, key
 
@@ -63,7 +63,7 @@ class _Asked(Checker):
                 found[number] = self.failed(f"is longer than the {room} positions of {self.path}")
         order = sorted(encoded, key=lambda number: len(encoded[number]["input_ids"]))
         for start in range(0, len(order), self.batch_size):
-            come(start, len(order), "answers judged")
+            report_progress(start, len(order), "answers judged")
             numbers = order[start : start + self.batch_size]
             with torch.inference_mode():
                 values = self.score(model, _batch([encoded[number] for number in numbers], model))

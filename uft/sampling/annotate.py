@@ -23,8 +23,8 @@ from uft.data.records import Numbers, with_numbers
 from uft.data.rows import BASELINE, SCORE, SOFT_LABEL, Completion, Row
 from uft.data.tokens import POLICIES, tokenize
 from uft.errors import FAILED, Problem, UftError
-from uft.model.load import check_vocabulary, common_positions, load_policy, load_tokenizer, pad_id, positions
-from uft.model.policy import Frozen
+from uft.model.load import check_vocabulary, load_policy, load_tokenizer, model_config, pad_id
+from uft.model.policy import Frozen, common_length, position_limit
 from uft.model.reference import LogProbStore, ReferenceColumn, model_identity, sequence_key
 from uft.objectives.views import best_against_worst
 from uft.sampling.generate import Interrupted
@@ -191,7 +191,7 @@ def mean_log_probs(model: Model, rows: Sequence[Row], recipe: Recipe) -> list[fl
         missing, all_keys = column.missing(asked), {sequence_key(one.ids, one.supervised) for one in asked}
         if known := len(all_keys) - len(missing):
             say(f"{model.path}: {known:,} of {len(all_keys):,} completions are known from before")
-        alone = max((one.length for one in asked), default=0) > (common_positions(model) or sys.maxsize)
+        alone = max((one.length for one in asked), default=0) > (common_length(model_config(model)) or sys.maxsize)
         batch_tokens = 1 if alone else recipe.batch_tokens  # of embeddings that depend on the longest row of a batch
         if not column.fill(asked, batch_tokens=batch_tokens, should_stop=recipe.should_stop):
             raise Interrupted
@@ -204,7 +204,7 @@ def mean_log_probs(model: Model, rows: Sequence[Row], recipe: Recipe) -> list[fl
 
 def _fitted(encoded: Sequence[Tokens], model: Model, too_long: str) -> list[Tokens | None]:
     """The completions cut to the model's positions. Raises UftError where some are too long and `too_long` is error."""
-    room = positions(model) or sys.maxsize
+    room = position_limit(model_config(model)) or sys.maxsize
     longest = max((one.length for one in encoded), default=0)
     if too_long == "error" and longest > room:
         many = sum(one.length > room for one in encoded)

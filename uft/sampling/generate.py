@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from uft.config.schema import Generate
 from uft.data.batch import sequence_batch
 from uft.data.chat import Renderer
-from uft.heartbeat import come
+from uft.heartbeat import report_progress
 from uft.model.load import pad_id
 from uft.model.policy import Policy, common_length, evaluating, exact_products, trial_sequences
 
@@ -196,7 +196,7 @@ class _Row:
 
 
 def _tell(before: int, rows: int, number: int, batches: int, done: int, share: float) -> None:
-    come(before + done, rows, "answers", (number + share) / batches)
+    report_progress(before + done, rows, "answers", (number + share) / batches)
 
 
 def _decode(

@@ -19,7 +19,7 @@ from uft.data.batch import batches_of, sequence_batch
 from uft.data.chat import Tokens
 from uft.data.rows import SCORE, Kind, Row, Selection
 from uft.errors import FAILED, Problem, UftError
-from uft.heartbeat import beat, come
+from uft.heartbeat import beat, report_progress
 from uft.model.policy import Policy, evaluating
 from uft.objectives.views import against_each, best_against_worst, positives, reward
 from uft.sampling.generate import Interrupted, uniforms
@@ -165,7 +165,7 @@ def pair_features(
     features = np.zeros((len(pairs), settings.dim), np.float32)
     with evaluating(policy.module):
         for number, (one, other) in enumerate(pairs):
-            come(number, len(pairs), "pairs")
+            report_progress(number, len(pairs), "pairs")
             if should_stop():
                 raise Interrupted
             features[number] = (unit(one) - unit(other)).numpy()

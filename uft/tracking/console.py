@@ -60,7 +60,7 @@ QUIET = 2.0  # seconds without output after which a terminal is told what goes o
 PHASES, MOST_PHASES = "phases.json", 100  # the file of their durations in the cache folder, and of how many jobs
 
 
-class Heard:
+class StatusStream:
     """A terminal's stream that knows when it was written to last, with a line of its own that any output replaces."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -107,27 +107,27 @@ def phase_line() -> str:
 
 
 @contextmanager
-def saying_what_takes_long() -> Iterator[None]:
+def phase_status() -> Iterator[None]:
     """Within, a terminal is told what goes on, how far and how long still, when nothing else was said for a while."""
     stream = sys.stdout
     if not stream.isatty() or os.environ.get("TERM", "") in ("", "dumb"):
         yield
         return
-    heard, over = Heard(stream), threading.Event()
+    status, over = StatusStream(stream), threading.Event()
 
     def watch() -> None:
         while not over.wait(1.0):
-            heard.tick()
+            status.tick()
 
     thread = threading.Thread(target=watch, daemon=True, name="uft-phase")
-    sys.stdout = heard
+    sys.stdout = status
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join(2.0)
-        heard.clear()
+        status.clear()
         sys.stdout = stream
         remember(heartbeat.subject)
 
@@ -257,15 +257,15 @@ class Console:
             self._print("\n".join(sample_lines(evaluation.samples, self._width())) + "\n")
 
     @contextmanager
-    def hearing(self, logger: str = "uft") -> Iterator[None]:
+    def hearing(self) -> Iterator[None]:
         """Within, warnings of this program's modules are messages too."""
-        handler = logging.Handler(logging.WARNING)
+        handler, logger = logging.Handler(logging.WARNING), logging.getLogger("uft")
         handler.emit = lambda record: self.message(record.getMessage())  # type: ignore[method-assign]
-        logging.getLogger(logger).addHandler(handler)
+        logger.addHandler(handler)
         try:
             yield
         finally:
-            logging.getLogger(logger).removeHandler(handler)
+            logger.removeHandler(handler)
 
     def close(self) -> None:
         self._finish_line()

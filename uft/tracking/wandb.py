@@ -425,7 +425,7 @@ def wandb_server() -> Server:
     return Server(settings.base_url, settings.api_key)
 
 
-def obstacle(mode: str, server: Server, timeout: float = 2.0) -> str:
+def obstacle(mode: str, server: Server) -> str:
     """Why a run cannot be online, as `tracking.mode` asks (auto or online); "" where it can.
 
     `online` without a key is the user's mistake: a UftError. Whether its server answers, wandb will find out.
@@ -434,7 +434,7 @@ def obstacle(mode: str, server: Server, timeout: float = 2.0) -> str:
         if mode == "online":
             raise UftError(no_key(f"no W&B API key for {server.host}"))
         return "no API key"
-    return f"{server.host} does not answer" if mode == "auto" and not reachable(server.url, timeout) else ""
+    return f"{server.host} does not answer" if mode == "auto" and not reachable(server.url) else ""
 
 
 def no_key(why: str) -> Problem:
@@ -498,12 +498,13 @@ def upload_state(run: Run) -> str:
     return "due" if unsent(run) else "arrived"
 
 
-def upload(run: Run, patience: float = UPLOAD_TIMEOUT) -> tuple[int, str]:
+def upload(run: Run) -> tuple[int, str]:
     """Upload a run: (how many steps the server lacked, why not everything arrived or "")."""
     with tempfile.TemporaryDirectory(prefix="uft-sync-", ignore_cleanup_errors=True) as folder:
         try:
             status = run.status
-            tracker = Wandb(run, run.config(), lambda line: None, finish_timeout=patience, folder=Path(folder))
+            place = Path(folder)
+            tracker = Wandb(run, run.config(), lambda line: None, finish_timeout=UPLOAD_TIMEOUT, folder=place)
             tracker.connect()
             summary = {**run.result().get("final", {}), "steps": run.steps}
             tracker.finish(status, EXIT_CODES.get(status, FAILED), summary)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -35,17 +35,6 @@ from uft.training.trainer import tokens_per_pass
 PAST_FILE = "past.npz"
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """The rows that were chosen, in their sources' order."""
-
-    rows: list[Row]
-    counts: dict[str, int]
-
-    def rows_of(self, source: str) -> list[Row]:
-        return [row for row in self.rows if row.source == source]
-
-
 @activity("rows were chosen", moving=True)
 def choose_rows(
     config: Config,
@@ -54,8 +43,8 @@ def choose_rows(
     device: torch.device,
     should_stop: Callable[[], bool],
     say: Say,
-) -> Chosen:
-    """The rows that `config.select` chooses of the training rows of `sources`.
+) -> tuple[list[Row], dict[str, int]]:
+    """(the rows that `config.select` chooses of the training rows of `sources`, in their order; counts of candidates).
 
     Writes `scores.jsonl` of all candidates and `past.npz` for a later selection into the folder `out`, by rename.
     Raises UftError about the rows and what a method needs, and Interrupted when told to stop.
@@ -89,7 +78,7 @@ def choose_rows(
     prompts, file = np.concatenate([past["prompts"], np.array(prompt_words(chosen), np.uint64)]), io.BytesIO()
     np.savez(file, prompts=prompts, phi=phi)
     write_atomically(out / PAST_FILE, file.getvalue())
-    return Chosen(chosen, counts)
+    return chosen, counts
 
 
 def taken_by(

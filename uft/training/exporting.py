@@ -27,7 +27,7 @@ from uft.model.load import (
     load_policy,
     load_tokenizer,
     locate,
-    own_precision,
+    model_config,
     pad_id,
     with_template,
 )
@@ -110,7 +110,7 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
     renderer = make_renderer(load_tokenizer(config.model), config.data)
     if described:  # before anything is written
         require_described(policy.base.config, renderer.tokenizer)
-    dtype = DTYPES.get(wanted.dtype) or own_precision(config.model)
+    dtype = DTYPES.get(wanted.dtype) or getattr(model_config(config.model), "dtype", None) or torch.float32
     card = ModelCard(run, config, int(source.step or 0), renderer.name != "plain")
     say(f"{source.name}: exporting to {shown(to)}")
     rows = conversations(run, renderer)

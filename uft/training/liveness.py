@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from uft.environment import launched, rank
-from uft.errors import FAILED, INTERRUPTED, SIGNALS, stop_code
+from uft.errors import FAILED, INTERRUPTED, signals_to, stop_code
 from uft.heartbeat import beat, heartbeat
 from uft.runs import shown
 
@@ -233,7 +232,7 @@ def listening() -> Iterator[Stop]:
     """A `Stop` that SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set. A second Ctrl-C ends the process at once."""
     stop = Stop()
 
-    def receive(number: int, frame: FrameType | None) -> None:
+    def receive(number: int) -> None:
         if stop.signal is not None and number == signal.SIGINT:
             os._exit(INTERRUPTED)
         if number == signal.SIGINT and rank() == 0:
@@ -241,9 +240,5 @@ def listening() -> Iterator[Stop]:
                 os.write(2, STOPPING)
         stop.signal = number
 
-    before = {number: signal.signal(number, receive) for number in SIGNALS}
-    try:
+    with signals_to(receive):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -404,11 +404,11 @@ def select_stage(
     files = {source.name: folder / "rows" / f"{source.name}.jsonl" for source in sources}
     files = files if len(files) > 1 else dict.fromkeys(files, folder / ROWS)
     check_files(sources, list(files.values()), config.data, "select")
-    chosen = ranks().on_rank0(lambda: choose_rows(config, sources, folder, device, stop, say))
+    chosen, counts = ranks().on_rank0(lambda: choose_rows(config, sources, folder, device, stop, say))
     for name, file in files.items() if ranks().is_rank0 else ():
-        write_rows(file, chosen.rows_of(name))
+        write_rows(file, [row for row in chosen if row.source == name])
     ranks().barrier()
-    return {"rows": len(chosen.rows), **chosen.counts}
+    return {"rows": len(chosen), **counts}
 
 
 ROW_STAGES: dict[str, Callable[[Config, Path, str, torch.device, Stop, Say], dict[str, Any]]] = {

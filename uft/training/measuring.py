@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -224,14 +225,14 @@ def row_figures(found: Evaluation) -> dict[str, dict[str, Any]]:
 
 def on_tasks(config: Config, stop: Stop, say: Say) -> Measured:
     """The tasks of `eval.tasks` over the model's own tokenizer, and its chat template where a task wants it."""
-    from uft.evaluation.harness import PackedLM, harness_version, load_tasks, run_tasks
+    from uft.evaluation.harness import PackedLM, load_tasks, run_tasks
 
     tokenizer = load_tokenizer(config.model)
     tasks = load_tasks(tokenizer, config.eval, say)
     policy = load_evaluated(config, tokenizer, config.train.max_length)
     lm = PackedLM(policy, tokenizer, tokens_per_pass(config), stop.between_passes, now_and_then(say))
     figures, items = run_tasks(lm, tasks, config.eval, say)
-    about = {"harness": f"lm_eval {harness_version()}", "task_rows": config.eval.task_rows}
+    about = {"harness": f"lm_eval {version('lm_eval')}", "task_rows": config.eval.task_rows}
     return Measured({one.name: asdict(one) for one in figures}, about | {"task_tokens": config.eval.task_tokens}, items)
 
 

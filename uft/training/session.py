@@ -32,7 +32,7 @@ from uft.distributed import ranks
 from uft.environment import PeerLost, note
 from uft.errors import BAD_REQUEST, FAILED, GOOD, UftError, tell_redacted
 from uft.evaluation.evaluate import Evaluation, evaluate
-from uft.heartbeat import activity, come
+from uft.heartbeat import activity, report_progress
 from uft.model import checkpoint
 from uft.model.memory import Utilisation, device_memory, peak_memory
 from uft.model.policy import DTYPES
@@ -405,7 +405,7 @@ class Recorder:
         self.tokens += step.tokens
         self.supervised += step.supervised_tokens
         number, cfg = trainer.progress.step, trainer.config.train
-        come(number, trainer.steps, "steps done")
+        report_progress(number, trainer.steps, "steps done")
         if number == 1 or number % cfg.log_every == 0 or number == trainer.steps:
             self.write_line(trainer)
         self.evaluate_if_due(trainer)

@@ -102,7 +102,7 @@ class Prepared:
                 f"{share:.0%} of the trained weights are too large for steps of {config.optim.lr:g} {IN_BFLOAT16}",
             ),
             (config.teacher.path and not objective.needs.teacher, f"teacher.path={config.teacher.path} {unused}"),
-            (config.reference.sync_every and not trainer.moving, f"reference.sync_every {unused}"),
+            (config.reference.sync_every and not trainer.synced_reference, f"reference.sync_every {unused}"),
             (
                 trainer.rollouts and config.rollout.engine != "own",
                 f"rollout.engine={config.rollout.engine}: {UNREPEATABLE}",
@@ -474,6 +474,3 @@ def planned_memory(
         spread=Spread(hardware.processes * hardware.nodes, hardware.sharding == "full", hardware.offload),
         other=other,
     )
-
-
-# --- The start card: what runs, on what data and machine, and where it goes, with every derived number stated once.

@@ -22,7 +22,7 @@ from uft.data.loader import Collator, Prefetcher, RowSampler, StepBatches, use_p
 from uft.distributed import all_finite, ranks
 from uft.errors import FAILED, Problem, UftError, first_line
 from uft.evaluation.evaluate import Sample, prompt_text
-from uft.heartbeat import activity, come
+from uft.heartbeat import activity, report_progress
 from uft.model import checkpoint
 from uft.model.passes import EmbeddingNoise
 from uft.model.policy import Frozen, Policy
@@ -121,20 +121,20 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
     prefetcher: Prefetcher | None = None  # while it trains
-    unchecked: tuple[Sequence[Example], State, Step] | None = None  # of the last step, until its check was awaited
-    unpublished: tuple[Future[Any], Path] | None = None  # a sharded checkpoint that is being written, and its folder
+    last_step: tuple[Sequence[Example], State, Step] | None = None  # its rows and the state before it, until checked
+    pending_checkpoint: tuple[Future[Any], Path] | None = None  # a sharded one that is being written, and its folder
 
     def __post_init__(self) -> None:
         self.parameters = self.policy.trainable()
         self.defer_check = defers_finite_check(self.config.train.sync_every_step, self.device, self.optimiser)
-        self.never_finite = set(self._nonfinite_weights())  # as they came from their files
-        self.moving: dict[str, torch.nn.Parameter] = {}  # weights of a reference that is drawn to the policy
+        self.nonfinite_at_start = set(self._nonfinite_weights())
+        self.synced_reference: dict[str, torch.nn.Parameter] = {}  # its weights, where `reference.sync_every` is set
         if self.config.reference.sync_every and isinstance(self.reference, Frozen) and not self.objective.needs.teacher:
-            self.moving = dict(self.reference.policy.module.named_parameters())
+            self.synced_reference = dict(self.reference.policy.module.named_parameters())
 
     def fit(self) -> None:
         """Train to the horizon or until asked to stop. Raises UftError (code 1) after a step that is not finite."""
-        come(self.progress.step, self.steps, "steps done")
+        report_progress(self.progress.step, self.steps, "steps done")
         self.policy.train()
         # rollouts need the weights of the step before them
         threaded = use_prefetch_thread(self.config.train.prefetch, self.device) and self.rollouts is None
@@ -175,7 +175,7 @@ class Trainer:
         batches = prefetcher.take(rows, then=min(self.config.train.batch_size, left - rows))
         with oom_advice(f"step {self.progress.step + 1}", self.config, batches.examples):
             step = self.update(batches)
-        self.unchecked = (batches.examples, before, step)
+        self.last_step = (batches.examples, before, step)
         if not self.defer_check:
             self.await_finite_check()
         self.progress.step += 1
@@ -189,7 +189,7 @@ class Trainer:
         self.meter.add_loss({name: term for name, term in step.terms.items() if name != "loss"})
         for name, (total, number) in (self.rollouts.pop_metrics() if self.rollouts else {}).items():
             self.meter.add(name, total, number)
-        if self.moving and self.progress.step % (self.config.reference.sync_every or 1) == 0:
+        if self.synced_reference and self.progress.step % (self.config.reference.sync_every or 1) == 0:
             self.move_reference()
         return step
 
@@ -197,7 +197,7 @@ class Trainer:
     def move_reference(self) -> None:
         """reference <- alpha policy + (1 - alpha) reference, alpha = `sync_mix` (TR-DPO, arXiv 2404.09656)."""
         self.await_finite_check()  # a step that is rolled back must not have moved it
-        for name, weight in self.moving.items():
+        for name, weight in self.synced_reference.items():
             weight.lerp_(self.parameters[name], self.config.reference.sync_mix)
 
     def update(self, batches: StepBatches) -> Step:
@@ -233,10 +233,10 @@ class Trainer:
         To be called before anything shows or keeps what that step led to. Raises UftError (code 1), with everything as
         it was before the step.
         """
-        unchecked, self.unchecked = self.unchecked, None
+        last, self.last_step = self.last_step, None
         started = time.perf_counter()
-        if unchecked is not None and not unchecked[-1].finite:
-            rollback(self, *unchecked)
+        if last is not None and not last[-1].finite:
+            rollback(self, *last)
         self.progress.seconds += time.perf_counter() - started
 
     # --- its state, and checkpoints
@@ -285,7 +285,7 @@ class Trainer:
         an update that is too large only after it.
         """
         self.await_finite_check()
-        if overflown := [name for name in self._nonfinite_weights() if name not in self.never_finite]:
+        if overflown := [name for name in self._nonfinite_weights() if name not in self.nonfinite_at_start]:
             earlier = self.run.checkpoints()
             good = f"the last good state is {earlier[-1][1]}" if earlier else "there is no checkpoint before it"
             why = f"{len(overflown)} of the trained weights are not finite any more, {overflown[0]} among them"
@@ -293,7 +293,7 @@ class Trainer:
             raise UftError(problem, footer="Lower optim.lr, and start again.", code=FAILED)
         moments = checkpoint.optimiser_tensors(self.optimiser, self.parameters)
         learned = {**add_prefix("model", self.parameters), **add_prefix("optimiser", moments)}
-        learned |= add_prefix("reference", self.moving)
+        learned |= add_prefix("reference", self.synced_reference)
         others, values = self.state()
         for rank, generators in enumerate(ranks().gather_objects(random_state(self.device))):
             others |= add_prefix(_random(rank), generators)
@@ -304,18 +304,18 @@ class Trainer:
             )
         self.publish_pending_checkpoint()
         folder = ranks().on_rank0(lambda: checkpoint.begin(self.run, step, others, values))
-        self.unpublished = (checkpoint.begin_shards(folder, learned), folder)
+        self.pending_checkpoint = (checkpoint.begin_shards(folder, learned), folder)
         return checkpoint.final(folder)
 
     @activity("a checkpoint was written", moving=True)
     def publish_pending_checkpoint(self, wait: bool = True) -> None:
         """Publish the checkpoint that is being written in the background; without `wait` only if all ranks are done."""
-        if self.unpublished is None:
+        if self.pending_checkpoint is None:
             return
-        writing, folder = self.unpublished
+        writing, folder = self.pending_checkpoint
         if not wait and ranks().all_reduce_max(not writing.done()):
             return
-        self.unpublished = None
+        self.pending_checkpoint = None
         problem = writing.exception()  # waits
         if ranks().all_reduce_max(problem is not None):
             raise problem or RuntimeError("another process could not write its part of a checkpoint")
@@ -333,7 +333,7 @@ class Trainer:
         checkpoint.load_optimiser(self.optimiser, self.parameters, strip_prefix("optimiser", tensors))
         with torch.no_grad():
             for name, tensor in strip_prefix("reference", tensors).items():
-                self.moving[name].copy_(tensor)
+                self.synced_reference[name].copy_(tensor)
         self.load_state(tensors, values)
 
 
