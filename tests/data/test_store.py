@@ -315,7 +315,9 @@ def same(ours, theirs):
     assert ours.encoded.longest.tolist() == [max(one.length for one in row) for row in theirs.encoded]
 
 
-@pytest.mark.parametrize("too_long", ["drop", "truncate", "error"])
+@pytest.mark.parametrize(
+    "too_long", ["drop", *(pytest.param(do, marks=pytest.mark.slow) for do in ("truncate", "error"))]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_tokens_of_much_are_those_of_little(tokenizer, tmp_path, large, shape, too_long):
     path, renderer = file_of(tmp_path, shape), Renderer(tokenizer)

@@ -109,7 +109,7 @@ def test_long_rows_are_left_out(here, request_of, rows, curve, tiny_model):
     agree(curve(run)[1], oracle.sft(model, kept))
 
 
-@pytest.mark.parametrize("objective", ["sft", "uft"])
+@pytest.mark.parametrize("objective", [pytest.param("sft", marks=pytest.mark.slow), "uft"])
 def test_bfloat16_agrees_loosely(objective, here, request_of, curve, tiny_model, other_model, every_row):
     overrides = ("model.dtype=bfloat16", f"reference.path={other_model}")
     run = here(request_of(objective, EVERY, IN_PIECES, *overrides))

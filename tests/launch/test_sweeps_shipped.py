@@ -34,7 +34,7 @@ def loader():
     return make_loader(Request())
 
 
-@pytest.mark.parametrize("most", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("most", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_jobs_of_a_file_can_be_run(most, loader):
     """Of several seeds the first; of the playground's arms, which other tests compose, every twelfth."""
     for name in sorted(set(FILES) - {"objectives"}):

@@ -38,7 +38,7 @@ from toys import apart, settings
 GROUPS = groups([conf_dir()])
 OBJECTIVES = list(GROUPS["objective"])
 DATA = [name for name in GROUPS["data"] if name != "files"]  # which has no source of its own
-UNLIKE = apart(OBJECTIVES)
+UNLIKE = list(apart(OBJECTIVES))[::2]
 OTHERS = [name for name in DATA if name != "mix"]
 SMALL = ("train.steps=2", "train.batch_size=8", "eval=none", "tracking=none", "hardware=cpu")
 ROWS = 24

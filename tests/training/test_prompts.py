@@ -108,7 +108,12 @@ def test_a_conversation_that_marks_turns_to_be_learned_and_ends_before_a_reply_i
         loaded(prompts, file)
 
 
-@pytest.mark.parametrize("objective", ["grpo", "uft_rl", "dpo", "kto", "rwr", "sft", "chord_mu"])
+ALIKE = ("kto", "rwr", "sft", "chord_mu")
+
+
+@pytest.mark.parametrize(
+    "objective", ["grpo", "uft_rl", "dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE)]
+)
 def test_objectives_that_sample_their_own_completions_train_on_prompts(objective, prompts, tmp_path):
     hints = ("rollout.hint.schedule=uniform", "rollout.hint.cut=token") if objective == "uft_rl" else ()
     more = ("demonstration",) if hints or objective == "chord_mu" else ()

@@ -203,7 +203,12 @@ WAITS = (
 )  # for the width of a grid, for examples that come twice, for which rows are of a kind
 
 
-@pytest.mark.parametrize("objective", [*ASKS_NOTHING, *WAITS])
+FAST = ("sft", "dpo", "kto", "dft")
+
+
+@pytest.mark.parametrize(
+    "objective", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in (*ASKS_NOTHING, *WAITS)]
+)
 def test_what_a_step_asks_its_device_for(build, monkeypatch, objective):
     """On a device that has shapes and no numbers, reading one fails."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uft.errors import UftError
-from uft.tracking.console import printable_lines, saying_what_takes_long
+from uft.tracking.console import phase_status, printable_lines
 
 if TYPE_CHECKING:
     from uft.config.schema import Config
@@ -65,7 +65,7 @@ def talk(named: Sequence[tuple[str, dict[str, Any]]]) -> None:
     for name, settings in named:
         console.print(f"loading {printable_lines(name)}")
         config = to_config(settings)
-        with saying_what_takes_long():
+        with phase_status():
             speakers.append(Speaker(name, config, *load_sampler(config, choose_device(config.hardware))))
     console.print(f"{COMMANDS}\n")
     seed = first = speakers[0].config.generate.seeds[0]

@@ -36,9 +36,9 @@ from uft.tracking.console import (
     HEADLINES,
     duration,
     expect,
+    phase_status,
     printable,
     printable_lines,
-    saying_what_takes_long,
     table_console,
 )
 
@@ -313,7 +313,7 @@ def export(arguments: list[str]) -> int:
     refuse_untrusted(source.run.path, source.run.runs_code, parsed.words)
     silence_libraries()
     expect(f"export {source.config['model']['path']}")
-    with saying_what_takes_long():
+    with phase_status():
         from uft.training.exporting import Export, export_run
 
         options = {name: getattr(parsed, name) for name in ("to", "dtype", "adapter", "gguf", "ollama")}
