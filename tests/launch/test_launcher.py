@@ -234,12 +234,17 @@ def test_a_worker_that_a_signal_ends_at_once_counts_as_stopped(start):
     assert run.status == "interrupted"
 
 
-def test_a_signal_stops_a_sweep_with_the_job(start, capfd):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)]
+)
+def test_a_signal_stops_a_sweep_with_the_job(start, capfd, number, code):
     parent, run = start("train", "-m", *BASE, "generate.system=wait", "seed=1,2", "sweep.name=S")
-    parent.send_signal(signal.SIGTERM)
-    assert parent.wait(20) == 75
+    parent.send_signal(number)
+    assert parent.wait(20) == code
     assert [r.name for r in find_runs(run.path.parent)] == ["sft-seed1"]
-    assert "the sweep was stopped" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "the sweep was stopped" in said
+    assert ("stopping at the next safe point" in said) == (number == signal.SIGINT)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")

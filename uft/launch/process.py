@@ -20,6 +20,7 @@ from typing import Any
 
 from uft.errors import FAILED, SIGNALS, Problem, UftError, signals_to, stop_code
 from uft.launch import forkserver
+from uft.training.liveness import STOPPING
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT)
 COMMAND = forkserver.WORKER
@@ -72,7 +73,7 @@ def run_worker(
     sent, killed_before = list[int](), oom_kills()
     environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(more or {})}
     command = [*AGENT, *team, "-m", "uft.launch.worker", *arguments] if team else [*COMMAND, *arguments]
-    with forwarding(sent) as children, output(log) as (out, err):
+    with forwarding(sent, quiet=log is not None) as children, output(log) as (out, err):
         child: Child | None = None
         if not team and (server := forkserver.server_for(command, environment)):
             children.append(server.process)  # a signal that comes while it still imports ends it
@@ -140,16 +141,25 @@ def python_path() -> str:
     return os.pathsep.join([root, rest]) if rest else root
 
 
+signalled: list[int] = []
+"""Signals that this process forwarded to workers, for the table of a sweep."""
+
+
 @contextmanager
-def forwarding(sent: list[int]) -> Iterator[list[Child]]:
+def forwarding(sent: list[int], quiet: bool) -> Iterator[list[Child]]:
     """Append every signal to `sent` and forward it to the children in the list that is yielded.
 
-    SIGUSR2 is left alone where it has a handler: submitit puts a job back in the queue by it.
+    Where they are `quiet`, the first Ctrl-C is acknowledged here. SIGUSR2 is left alone where it has a handler:
+    submitit puts a job back in the queue by it.
     """
     children: list[Child] = []
 
     def receive(number: int) -> None:
         sent.append(number)
+        signalled.append(number)
+        if quiet and sent == [signal.SIGINT]:
+            with suppress(OSError):
+                os.write(2, STOPPING)
         for child in children:
             child.send_signal(number)
 

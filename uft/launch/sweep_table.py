@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from yaml import YAMLError
 
 from uft.errors import problem_lines
+from uft.launch.process import signalled
 from uft.report.metrics import HEADLINES as CRITERIA
 from uft.report.metrics import LIKELIHOOD, direction
 from uft.runs import Run
@@ -192,6 +193,7 @@ class SweepTable:
         return (self.clock() - since) * ahead / (done - before) if done > before else None
 
     def __enter__(self) -> SweepTable:
+        signalled.clear()
         if not self.interactive:
             self._thread.start()
             return self
@@ -264,7 +266,8 @@ class SweepTable:
         head = [f"{counts['finished']} of {self.total} done"]
         head += [f"{counts[status]} {status}" for status in ("running", "failed", "waiting") if counts[status]]
         at_work = [job for job in jobs if job.status == "running"][:running]
-        parts = [", ".join(head)]
+        parts = ["stopping at the next safe point"] if signalled else []
+        parts += [", ".join(head)]
         parts += [f"{job.folder.name} step {job.steps_text} {job.best_text}".rstrip() for job in at_work]
         parts += [f"best {best.folder.name} {best.best_text}"] if best else []
         parts += [f"left {duration(left)}"] if left is not None and self.total > counts["finished"] else []
