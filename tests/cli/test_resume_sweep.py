@@ -15,6 +15,9 @@ def sweep(worker, capfd):
     words = ["sweep.name=A", "tracking=none", "generate.system=ok,fail,die"]
     assert main(["train", "-m", *words]) == 1
     (there,) = worker.glob("outputs/*/A")
+    assert main(["resume"]) == 2
+    line = f"its sweep, with jobs that never started:  uft resume {there.relative_to(worker)}\n"
+    assert line in capfd.readouterr().err
     folder = worker / "elsewhere"
     there.rename(folder)
     shutil.rmtree(folder / "systemdie")

@@ -204,7 +204,11 @@ def unfinished_run(overrides: list[str]) -> Problem:
         return Problem("uft resume", "no run in outputs is unfinished", "command line")
     command = shlex.join(["uft", "resume", str(newest.path), *overrides])
     state = f"{rows[newest]['status']} at step {step_of(rows[newest])}"
-    return Problem("uft resume", "which run?", "command line", (f"the newest unfinished one:  {command}   ({state})",))
+    lines = [f"the newest unfinished one:  {command}   ({state})"]
+    if newest.path.parent in find_sweeps(OUTPUTS):
+        whole = shlex.join(["uft", "resume", str(newest.path.parent), *overrides])
+        lines.insert(0, f"its sweep, with jobs that never started:  {whole}")
+    return Problem("uft resume", "which run?", "command line", tuple(lines))
 
 
 def resume_run(run: Run, overrides: list[str]) -> int:
