@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
 
 MOST = {
-    "product lines": 34_678,
+    "product lines": 34_697,
     "modules": 123,
-    "functions named once": 443,
+    "functions named once": 444,
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 4,
-    "test lines": 38_037,
+    "test lines": 38_045,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
 LONGER = 0

@@ -29,11 +29,11 @@ from uft.tracking.console import (
     count,
     duration,
     evaluation_table,
-    expect,
-    known_phases,
+    expect_durations,
     number,
     printable,
-    remember,
+    save_durations,
+    saved_durations,
     shorten,
     step_line,
 )
@@ -264,9 +264,9 @@ def test_durations_of_phases_are_kept_also_where_the_file_was_damaged(left, tmp_
     (tmp_path / "phases.json").write_text(left)
     monkeypatch.setattr(heartbeat, "took", {"it was tried": 9.0})
     monkeypatch.setattr(heartbeat, "subject", "")
-    expect("train m")
-    remember(heartbeat.subject)
-    assert known_phases() == {"train m": {"it was tried": 9.0}}
+    expect_durations("train m")
+    save_durations(heartbeat.subject)
+    assert saved_durations() == {"train m": {"it was tried": 9.0}}
 
 
 def test_the_ends_of_stages_stay_in_the_table():

@@ -35,7 +35,7 @@ from uft.runs import (
 from uft.tracking.console import (
     HEADLINES,
     duration,
-    expect,
+    expect_durations,
     phase_status,
     printable,
     printable_lines,
@@ -316,7 +316,7 @@ def export(arguments: list[str]) -> int:
 
     refuse_untrusted(source.run.path, source.run.runs_code, parsed.words)
     silence_libraries()
-    expect(f"export {source.config['model']['path']}")
+    expect_durations(f"export {source.config['model']['path']}")
     with phase_status():
         from uft.training.exporting import Export, export_run
 

@@ -149,6 +149,7 @@ def gives_model(words: Words, composed: Composed) -> bool:
 
 
 def key_of(line: str) -> str:
+    """The key that an override is about, without `+` or `~`."""
     return line.lstrip("+~").partition("=")[0]
 
 

@@ -94,7 +94,7 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
             sweep = settings["sweep"]["name"]
             create_run(run.path, to_yaml(settings), list(overrides), sweep=sweep, **origin, **provenance())
             if run.runs_code:
-                remember(run.path)
+                trust(run.path)
     return run_session(run, created, quiet=quiet) if fresh else continue_run(run, settings, quiet=quiet)
 
 
@@ -431,7 +431,7 @@ def git(folder: Path, *arguments: str) -> str:
 TYPED = "model.trust_remote_code=true"
 
 
-def remember(folder: Path) -> None:
+def trust(folder: Path) -> None:
     """Note that the user began what is in this folder, or typed that its code may run."""
     with suppress(OSError):  # where no note can be written, it has to be typed again
         _note(folder).parent.mkdir(parents=True, exist_ok=True)
@@ -445,7 +445,7 @@ def refuse_untrusted(folder: Path, runs_code: bool, words: Iterable[str]) -> Non
     if TYPED not in words:
         why = "runs code that comes with its model, and was begun elsewhere, or by another user, or moved"
         raise UftError(Problem(shown(folder), why, advice=(f"read that code, then give the command with  {TYPED}",)))
-    remember(folder)
+    trust(folder)
 
 
 def _note(folder: Path) -> Path:

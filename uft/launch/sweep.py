@@ -42,7 +42,7 @@ from uft.config.frozen import ABSENT, may_change
 from uft.config.messages import COMMAND_LINE, hint, nearest, written
 from uft.errors import FAILED, Problem, UftError, raise_problems, visible
 from uft.launch.forkserver import forkserver
-from uft.launch.launcher import JOB_KEYS, JobFailed, changed_keys, remember, row_problems, slug, today, unusable_rows
+from uft.launch.launcher import JOB_KEYS, JobFailed, changed_keys, row_problems, slug, today, trust, unusable_rows
 from uft.launch.sweep_table import SweepTable
 from uft.runs import OUTPUTS, SWEEP_FILE, Damaged, Run, read_json, shown, typed_path, write_json
 from uft.tracking.console import shorten
@@ -118,12 +118,12 @@ class Sweep:
         folder = Path(str(hydra.sweep.dir))
         if folder == Path("."):
             common = self.typed if ARM in self.axes else lines[0]  # the settings of an arm are no part of the name
-            fixed = [line for line in common if key_of(line) not in self.axes]
+            fixed = [line for line in common if word_key(line) not in self.axes]
             folder = sweep_dir(sweep or sweep_name(list(self.axes), fixed))
         jobs = tuple(
             Job(tuple(line), folder / name, one) for line, name, one in zip(lines, names, settings, strict=True)
         )
-        if _resuming and not set(began := as_begun(jobs, self.axes)) <= set(lines[0]):
+        if _resumed_sweeps and not set(began := as_begun(jobs, self.axes)) <= set(lines[0]):
             print(f"uft: as this sweep began, and unlike today's defaults:  {' '.join(began)}", flush=True)
             return self.jobs([[*line, *began] for line in lines])
         refuse_other_runs(jobs)
@@ -135,7 +135,7 @@ class Sweep:
         for number, one in enumerate(examined):
             for problem in unusable_rows(one.settings):
                 found.setdefault(problem, number)
-        varying = {number: " ".join(x for x in lines[number] if key_of(x) in self.axes) for number in found.values()}
+        varying = {number: " ".join(x for x in lines[number] if word_key(x) in self.axes) for number in found.values()}
         return [replace(problem, advice=(f"first in  {varying[number]}",)) for problem, number in found.items()]
 
     def launch(self, jobs: Sequence[Job]) -> Sequence[JobReturn]:
@@ -205,7 +205,7 @@ def run_grid(sweep: Sweep, lines: Sequence[Sequence[str]], batch_size: int | Non
     if sweep.verb == "config":  # the whole configuration of the first job will do for all of them
         print(f"# {len(jobs)} jobs; below is the first one's configuration")
         for job in jobs:
-            print(f"#   {' '.join(word for word in job.overrides if key_of(word) in sweep.axes)}")
+            print(f"#   {' '.join(word for word in job.overrides if word_key(word) in sweep.axes)}")
         jobs = jobs[:1]
     folder, size = jobs[0].folder.parent, batch_size or len(jobs)
     if trains:
@@ -295,17 +295,17 @@ def refusal(
     found: dict[tuple[str, str], dict[int, Problem]] = {}
     for number, one in enumerate(examined):
         for problem in one.problems:
-            found.setdefault((key_of(problem.what), problem.why), {})[number] = problem
+            found.setdefault((word_key(problem.what), problem.why), {})[number] = problem
     problems = []
     for having in found.values():
         number, problem = next(iter(having.items()))
         if len(having) < len(jobs):
-            varying = " ".join(line for line in jobs[number] if key_of(line) in axes)
+            varying = " ".join(line for line in jobs[number] if word_key(line) in axes)
             more = f"in {len(having)} of {len(jobs)} jobs, the first is  {varying}"
             problem = replace(problem, advice=(*problem.advice, more))
         problems.append(problem)
     folder = next((line for line in jobs[0] if line.lstrip("+").startswith("run.dir=")), None)
-    if len(jobs) > 1 and folder and key_of(folder) not in axes:
+    if len(jobs) > 1 and folder and word_key(folder) not in axes:
         advice = ("the folder of a sweep is named by  sweep.name=...",)
         problems.append(Problem(folder, f"one folder for {len(jobs)} jobs", "command line", advice))
     if not problems:
@@ -314,7 +314,8 @@ def refusal(
     return [*problems, *row_problems(examined)[0]], "\n".join(last)
 
 
-def key_of(line: str) -> str:
+def word_key(line: str) -> str:
+    """The key of an override as it was typed, with its `+` or `~`."""
     return line.partition("=")[0]
 
 
@@ -328,12 +329,12 @@ def commands_apart(
     for job, one in zip(jobs, examined, strict=True):
         if method := dict(line.partition("=")[::2] for line in job).get(axis):
             lacking.setdefault(method, set()).update(
-                key_of(problem.what)
+                word_key(problem.what)
                 for problem in one.problems
                 if problem.what.lstrip("+").startswith("objective.") and problem.why.startswith("no such key")
             )
     groups = {frozenset(keys): [method for method, own in lacking.items() if own == keys] for keys in lacking.values()}
-    typed_keys = {key_of(word) for word in typed}
+    typed_keys = {word_key(word) for word in typed}
     if len(groups) < 2 or not frozenset().union(*groups) <= typed_keys or axis not in typed_keys:
         return []
     named = "sweep.name" in typed_keys
@@ -341,7 +342,7 @@ def commands_apart(
     lines = ["Sweep them apart, into one folder; `uft compare` takes it as one sweep:"]
     for without, methods in groups.items():
         own = f"{axis}={','.join(methods)}"
-        words = [own if key_of(word) == axis else word for word in typed if key_of(word) not in without]
+        words = [own if word_key(word) == axis else word for word in typed if word_key(word) not in without]
         lines.append(f"  uft train -m {' '.join(map(quoted, [*words, *name]))}")
     return [*lines, ""]
 
@@ -424,7 +425,7 @@ def job_names(jobs: Sequence[Sequence[str]], axes: Sequence[str], prefix: str | 
 def sweep_name(axes: Sequence[str], fixed: Sequence[str]) -> str:
     """A sweep by its file (`sweep=NAME`), else by its swept keys, and a hash of the overrides that are the same in all
     jobs, but for keys that change no result."""
-    typed = {line: key_of(line).lstrip("+~") for line in fixed}
+    typed = {line: word_key(line).lstrip("+~") for line in fixed}
     that_matter = sorted(line for line, key in typed.items() if not (may_change(key) or may_change(f"{key}.")))
     file = next((line.partition("=")[2] for line in fixed if line.startswith("sweep=")), "")
     keys = slug(file) if file else "-".join(slug(axis.lstrip("+~").rpartition(".")[2]) for axis in axes) or "sweep"
@@ -439,7 +440,7 @@ def sweep_dir(name: str, now: datetime | None = None) -> Path:
 
 # --- sweep.json
 
-_resuming: list[Path] = []  # the sweep that `uft resume` continues: its commands are written down already
+_resumed_sweeps: list[Path] = []  # the one that `uft resume` continues: its commands are written down already
 
 
 def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]) -> None:
@@ -452,7 +453,7 @@ def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[
         empty = {"format": 1, "name": folder.name, "made": now, "changed": now, "commands": [], "axes": {}, "jobs": []}
         sweep = {**empty, **read_json(file), "name": folder.name, "changed": now}
         command = {"words": sys.argv[1:], "cwd": str(Path.cwd())}
-        if not _resuming:
+        if not _resumed_sweeps:
             others = [one for one in sweep["commands"] if {key: one.get(key) for key in command} != command]
             sweep["commands"] = [*others, {**command, "time": now}]
         for key, values in axes.items():
@@ -463,7 +464,7 @@ def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[
         began = not file.exists()
         write_json(file, sweep)
         if began:
-            remember(folder)
+            trust(folder)
     finally:
         os.close(handle)
 
@@ -475,8 +476,8 @@ def resuming(folder: Path) -> Iterator[list[tuple[list[str], Path]]]:
     Commands that are given in this context are part of that sweep and no new requests.
     """
     commands = read_json(folder / SWEEP_FILE).get("commands", ())
-    _resuming.append(folder)
+    _resumed_sweeps.append(folder)
     try:
         yield [(list(command["words"]), Path(command["cwd"])) for command in commands]
     finally:
-        _resuming.pop()
+        _resumed_sweeps.pop()

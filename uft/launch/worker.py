@@ -24,7 +24,7 @@ from uft.environment import FOLDER, PeerLost, keep_others_out, launched, note, n
 from uft.errors import FAILED, GOOD, UftError, render, stop_code, tell_redacted
 from uft.launch.process import PARENT, cause, die_with_parent, oom_kills
 from uft.runs import Run, open_run, write_json
-from uft.tracking.console import expect, phase_status
+from uft.tracking.console import expect_durations, phase_status
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -103,7 +103,7 @@ def train(folder: str) -> int:
 
             auto_model()
         config = load_config(run.config_file)
-        expect(f"train {config.model.path}")
+        expect_durations(f"train {config.model.path}")
         return session.train(run, config, stop)
 
 
@@ -121,7 +121,7 @@ def run_job(job: str, spec: str) -> int:
             print(f"uft: {why}\nRun the same command to continue.", file=sys.stderr, flush=True)
 
     config = load_config(spec)
-    expect(f"{job} {config.model.path}")
+    expect_durations(f"{job} {config.model.path}")
     with process_group(), watching(config.hardware.watchdog, None, tell_hung):
         return jobs.JOBS[job](config)
 

@@ -129,16 +129,16 @@ def phase_status() -> Iterator[None]:
         thread.join(2.0)
         status.clear()
         sys.stdout = stream
-        remember(heartbeat.subject)
+        save_durations(heartbeat.subject)
 
 
-def expect(subject: str) -> None:
+def expect_durations(subject: str) -> None:
     """Learn what the phases of the last job of this kind, on this model, took here."""
     heartbeat.subject = subject
-    heartbeat.took |= known_phases().get(subject, {})
+    heartbeat.took |= saved_durations().get(subject, {})
 
 
-def known_phases() -> dict[str, dict[str, float]]:
+def saved_durations() -> dict[str, dict[str, float]]:
     """Seconds by subject and phase; none where the file is missing or not ours."""
     from pydantic import TypeAdapter
 
@@ -147,9 +147,9 @@ def known_phases() -> dict[str, dict[str, float]]:
     return {}
 
 
-def remember(subject: str) -> None:
+def save_durations(subject: str) -> None:
     """Keep what long phases took, for the newest hundred subjects."""
-    known = known_phases()
+    known = saved_durations()
     took = known.pop(subject, {}) | {name: round(took, 1) for name, took in heartbeat.took.items() if took >= QUIET}
     with suppress(OSError, UftError):
         cache_root().mkdir(parents=True, exist_ok=True)
