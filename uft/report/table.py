@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from itertools import product
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -53,7 +54,7 @@ def show(comparison: Mapping[str, Any]) -> None:
         for word in words:
             general = {text for text in (SELECTED, ALONE) if text in word}
             if not general & once:
-                console.print(Text("  " + printable(word)))
+                console.print(Text(hanging("  ", printable(word), console.width)))
             once |= general
 
     for title, listed in list(flips(comparison))[:1]:
@@ -63,8 +64,16 @@ def show(comparison: Mapping[str, Any]) -> None:
             console.print(Text(f"  {shorten(printable(one['prompt']), ANSWER)}  ->  {'   '.join(said)}"))
 
     for position, warning in enumerate(comparison["warnings"]):
-        text = f"! {printable(warning['what'])}. {printable(warning['why'])}"
+        text = hanging("! ", f"{printable(warning['what'])}. {printable(warning['why'])}", console.width)
         console.print(Text(("" if position else "\n") + text, style="yellow"))
+
+
+def hanging(first: str, text: str, width: int) -> str:
+    """The text behind `first`, its further lines as far in."""
+    rest = " " * len(first)
+    return fill(
+        text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def flips(comparison: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
