@@ -18,6 +18,11 @@ Start = Callable[..., "subprocess.Popen[str]"]
 Uft = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few long tests come first, so that all workers end together."""
+    items.sort(key=lambda item: item.path.parent.name not in ("parallel", "faults", "end_to_end", "report"))
+
+
 @pytest.fixture
 def environment(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of every process: this installation of uft, one thread, no network, folders of its own."""

@@ -45,6 +45,7 @@ def greedy(folder: Path, questions=QUESTIONS) -> list[str]:
     return answers
 
 
+@pytest.mark.slow
 def test_answers_of_a_run_and_of_its_checkpoints_are_those_of_their_weights(uft, trained, tiny_model):
     run = trained("model.adapter=lora", "model.lora.rank=4", "optim.lr=5e-2")
 

@@ -151,6 +151,7 @@ def test_templates_are_not_written_outside_of_the_model_s_folder(evil, tmp_path,
     assert not Path("/tmp/x.jinja").exists()
 
 
+@pytest.mark.slow
 def test_pickles_in_a_run_folder_and_in_the_caches_are_not_loaded(tmp_path, trace, uft):
     """Beside a checkpoint, a model and cached rows, under the names that other programs load."""
     buffer = io.BytesIO()

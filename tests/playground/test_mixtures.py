@@ -43,6 +43,7 @@ def test_what_is_drawn_and_what_is_measured():
         assert weights == pytest.approx({"instruct": 0.8, "pairs": 0.1, "binary": 0.05, "scored": 0.05})
 
 
+@pytest.mark.slow
 def test_negatives_stand_beside_the_very_demonstrations_of_the_mix():
     mix, negatives = ({source.name: source for source in load(name)[0]} for name in ("mix", "negatives"))
     for with_negatives, alone in zip(negatives["instruct"].rows, mix["instruct"].rows, strict=True):

@@ -135,6 +135,7 @@ def test_it_is_the_mean_log_prob_of_the_reply_and_its_end(annotate, tiny):
     assert flat(annotate(ROWS, [tiny])) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_several_models_count_alike_in_any_order(annotate, tiny, tmp_path):
     other = make_model(tmp_path / "other", seed=1)
     alone = [flat(annotate(ROWS, [path])) for path in (tiny, PLAYGROUND, other)]
@@ -214,6 +215,7 @@ def test_a_job_that_was_stopped_goes_on(annotate, tiny, monkeypatch, tmp_path):
     assert found == annotate(ROWS, [tiny], batch_tokens=1, cache=tmp_path / "fresh")
 
 
+@pytest.mark.slow
 def test_longer_than_the_models_positions(annotate, tiny):
     rows = (row(0, reply("owl " * 50)), row(1, reply("owl")))
     with pytest.raises(UftError) as error:

@@ -153,6 +153,7 @@ class SweepTable:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._print_lines, daemon=True, name="uft-sweep")
         self._live: Live | None = None
+        self._signals = len(signalled)  # before this sweep
 
     def add(self, folders: Iterable[Path]) -> None:
         """Jobs by their run folders, in the order that they are shown in."""
@@ -193,7 +194,6 @@ class SweepTable:
         return (self.clock() - since) * ahead / (done - before) if done > before else None
 
     def __enter__(self) -> SweepTable:
-        signalled.clear()
         if not self.interactive:
             self._thread.start()
             return self
@@ -266,7 +266,7 @@ class SweepTable:
         head = [f"{counts['finished']} of {self.total} done"]
         head += [f"{counts[status]} {status}" for status in ("running", "failed", "waiting") if counts[status]]
         at_work = [job for job in jobs if job.status == "running"][:running]
-        parts = ["stopping at the next safe point"] if signalled else []
+        parts = ["stopping at the next safe point"] if len(signalled) > self._signals else []
         parts += [", ".join(head)]
         parts += [f"{job.folder.name} step {job.steps_text} {job.best_text}".rstrip() for job in at_work]
         parts += [f"best {best.folder.name} {best.best_text}"] if best else []
