@@ -107,7 +107,7 @@ def here(tmp_path, monkeypatch):
 
 def test_configurations(here, watched):
     assert not examine_alone(here, SETTINGS), "what the cases are made from is right"
-    found = try_configurations(here, range(30), watched)
+    found = try_configurations(here, range(15), watched)
     assert found["refused"] > 5
 
 

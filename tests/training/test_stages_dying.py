@@ -92,6 +92,7 @@ def test_a_failure_in_a_later_stage_keeps_what_the_earlier_ones_did(two, tmp_pat
     assert sit(folder, config) == GOOD
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_of_a_later_stage_costs_its_steps_and_no_line(two, tmp_path):
     """The stage goes on from the checkpoint before it, and what the run wrote after that is written once."""
     whole, folder, config, watch = tmp_path / "whole", tmp_path / "run", two("train.keep_last=2"), StopAt()
