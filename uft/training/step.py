@@ -169,25 +169,24 @@ def matched_pairs(trainer: Trainer, batches: StepBatches) -> Sequence[Batch]:
 
     That is a pass without gradient over all of them.
     """
-    objective, forwards, device = trainer.objective, (trainer.policy, trainer.reference), trainer.device
+    objective, forwards = trainer.objective, (trainer.policy, trainer.reference)
     if not objective.needs.matched:
         return batches.micro_batches
-    found = [batch.to(device) for batch in batches.micro_batches]
-    values = [objective.matched_values(batch, *forwards).tolist() for batch in found]
-    for batch in padding_batches(batches.micro_batches, batches.padding):
-        objective.matched_values(batch.to(device), *forwards)
+    passes = [*batches.micro_batches, *padding_batches(batches.micro_batches, batches.padding)]
+    values = [objective.matched_values(batch.to(trainer.device), *forwards).tolist() for batch in passes]
+    values = values[: len(batches.micro_batches)]
     by_rank = ranks().gather_objects([pair for pairs in values for pair in pairs])
     u, v = torch.tensor([pair for pairs in by_rank for pair in pairs], dtype=torch.float64).reshape(-1, 2).unbind(1)
     (sorted_u, by_u), (sorted_v, by_v) = u.sort(stable=True), v.sort(stable=True)
     shifts = torch.stack([v - sorted_v[by_u.argsort()], sorted_u[by_v.argsort()] - u], 1)
-    start = sum(map(len, by_rank[: ranks().rank]))
-    for number, batch in enumerate(found):
-        told = torch.full((batch.role.shape[0], 2), math.nan, device=device)
-        told[batch.pairs[:, 1]] = shifts[start : start + len(batch.pairs)].to(device, torch.float32)
+    start, matched = sum(map(len, by_rank[: ranks().rank])), list[Batch]()
+    for batch in batches.micro_batches:
+        of_sequences = torch.full((batch.role.shape[0], 2), math.nan)
+        of_sequences[batch.pairs[:, 1]] = shifts[start : start + len(batch.pairs)].float()
         start += len(batch.pairs)
-        annotations = batch.annotations | dict(zip(MATCHED, told.unbind(1), strict=True))
-        found[number] = replace(batch, annotations=annotations)
-    return found
+        annotations = batch.annotations | dict(zip(MATCHED, of_sequences.unbind(1), strict=True))
+        matched.append(replace(batch, annotations=annotations))
+    return matched
 
 
 def reported_loss(objective: Objective, terms: Loss) -> Tensor:
