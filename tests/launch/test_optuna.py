@@ -272,6 +272,7 @@ def test_a_real_search_and_what_wandb_is_told_of_it(tmp_path, monkeypatch, uft):
     run_id = run.info()["id"]
     sent, history = server.runs[run_id], server.history[run_id]
     server.close()
-    assert (sent["groupName"], sent["displayName"]) == ("real", run.name)
+    assert sent["groupName"].startswith("real 20"), "with the minute it was made, since other sweeps have its name"
+    assert sent["displayName"] == run.name
     assert json.loads(sent["config"])["optim"]["value"]["lr"] == pytest.approx(trial.params["optim.lr"], rel=1e-5)
     assert trial.value in [row.get("eval/nll") for row in history]

@@ -105,8 +105,8 @@ def test_reuse_is_what_the_comment_says():
 )
 def test_every_arm_of_a_sweep_over_recipes_runs_and_is_a_configuration_of_its_own(program, tmp_path, name, arms):
     """Two steps a stage on some rows, under one seed."""
-    short = ["debug=fast", "generate.limit=200", "select.steps=1", "hydra.sweeper.params.seed=1"]
-    done = program("train", f"sweep={name}", f"sweep.name={name}", *short, cwd=tmp_path)
+    short = ["debug=fast", "generate.limit=700", "select.steps=1", "hydra.sweeper.params.seed=1"]
+    done = program("train", f"sweep={name}", f"sweep.name={name}", *short, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     assert sorted(run.name for run in find_runs(tmp_path / "outputs")) == sorted(arms)
     assert {run.status for run in find_runs(tmp_path / "outputs")} == {"finished"}
