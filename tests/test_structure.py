@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins")
 MOST = {
     "product lines": 34_706,
     "modules": 123,
-    "functions named once": 444,
+    "functions named once": 446,
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 4,
