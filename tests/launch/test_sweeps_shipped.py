@@ -71,6 +71,7 @@ def test_every_objective_that_the_mixture_suffices_for_is_compared(loader):
     jobs, axes = jobs_of("objectives", loader)
     left_out = sorted(set(groups([conf_dir()])["objective"]) - set(axes["objective"]))
     assert len(jobs) == 3 * len(axes["objective"])
+    assert f"{len(axes['objective'])} objectives x 3 seeds" in FILES["objectives"].read_text()
     assert all(usable(one) for one in runnable([job for job in jobs if "seed=1" in job]))
     others = [examine(Request(("sweep=objectives", f"objective={name}"))) for name in left_out]
     assert not any(usable(one) for one in others)

@@ -365,6 +365,7 @@ _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 _HOW = ("kind", "columns", "score_range", "holdout", "eval_path", "eval_split", "checker", "part")
+"""Settings of a source that its rows may not suit; the program's own come with none of them but their checker."""
 
 
 def can_be_judged(source: Mapping[str, Any]) -> bool:

@@ -50,7 +50,8 @@ class ForwardRequest:
 
 PLAIN = ForwardRequest()
 MATCHED = ("second_above_matched", "matched_above_first")
-"""Annotations that the step writes for objectives with `needs.matched`; a batch outside a step has none."""
+"""Annotations that the step writes for objectives with `needs.matched`, as their `matched_values` says; a batch outside
+a step has none."""
 
 
 class Forward(Protocol):
@@ -173,9 +174,9 @@ class Objective:
     def matched_values(self, batch: Batch, policy: Forward, reference: Forward | None) -> Tensor:
         """(P, 2) two numbers u, v of every pair, without gradient, before any loss.
 
-        The step sorts the u and the v of all its pairs, and the k-th u belongs to the k-th v. Every pair is told as
-        annotations `MATCHED` of its second sequence how far its own v is above that of its u, and how far the u of its
-        v is above its own.
+        Over all pairs of the step, the k-th smallest u is matched with the k-th smallest v. The step writes two
+        annotations (`MATCHED`) on the second sequence of every pair: its v minus the v that is matched with its u, and
+        the u that is matched with its v minus its u.
         """
         raise NotImplementedError
 

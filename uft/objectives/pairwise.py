@@ -244,7 +244,7 @@ class Pairwise(PairLoss):
     )
     matching: str = key(
         "none",
-        "by rank over the step: margins of the policy with the reference's, or log-ratios of chosen with rejected ones",
+        "by rank over the step: nothing, margins of policy and reference, or log-ratios of chosen and rejected sides",
         choices=("none", "margins", "sides"),
     )
     wpo: bool = key(False, "weigh pairs by the policy's length-normalised likelihood of both sides")
@@ -271,9 +271,9 @@ class Pairwise(PairLoss):
         if self.link == "exo" and self.label_smoothing == 0:
             return [("label_smoothing", "must be above 0: the divergence from certain labels is infinite")]
         if self.matching == "margins" and (self.link not in BY_MARGIN or self.lam):
-            return [("matching", "margins are matched of a loss of the margin alone; sides are matched of any")]
+            return [("matching", "margins needs a link of the margin alone and no lam; sides takes any link")]
         if self.matching != "none" and self.wpo:
-            return [("wpo", "weighs pairs, and matched ones are none")]
+            return [("wpo", "weighs pairs, which matching takes apart")]
         return []
 
     def cautions(self) -> list[str]:
@@ -326,7 +326,7 @@ class Pairwise(PairLoss):
         below, above = (batch.annotations[name][batch.pairs[:, 1]].to(ratios.dtype) for name in MATCHED)
         if self.matching == "margins":
             return link(chosen + below, rejected)
-        # every summand is met twice, by the chosen side in it and by the rejected one: its value counts once
+        # a summand gets its gradient in two pairs, those of its chosen and of its rejected side; its value counts once
         twice = link(chosen.detach() + above, rejected)
         return link(chosen, rejected.detach() - below) + twice - twice.detach()
 

@@ -50,7 +50,7 @@ def show(comparison: Mapping[str, Any]) -> None:
     for finding in comparison["summary"]:
         best, *words = finding["words"]
         best = f"{finding['metric']} ({BETTER[finding['direction']]}): {best}"
-        console.print(Text("\n" + printable(best), style="bold"))
+        console.print(Text("\n" + hanging("", printable(best), console.width), style="bold"))
         for word in words:
             general = {text for text in (SELECTED, ALONE) if text in word}
             if not general & once:
@@ -69,11 +69,8 @@ def show(comparison: Mapping[str, Any]) -> None:
 
 
 def hanging(first: str, text: str, width: int) -> str:
-    """The text behind `first`, its further lines as far in."""
-    rest = " " * len(first)
-    return fill(
-        text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
-    )
+    """The text behind `first`, its further lines indented."""
+    return fill(text, width, initial_indent=first, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def flips(comparison: Mapping[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -173,9 +173,9 @@ def matched_pairs(trainer: Trainer, batches: StepBatches) -> Sequence[Batch]:
     if not objective.needs.matched:
         return batches.micro_batches
     passes = [*batches.micro_batches, *padding_batches(batches.micro_batches, batches.padding)]
-    values = [objective.matched_values(batch.to(trainer.device), *forwards).tolist() for batch in passes]
+    values = [objective.matched_values(batch.to(trainer.device), *forwards) for batch in passes]
     values = values[: len(batches.micro_batches)]
-    by_rank = ranks().gather_objects([pair for pairs in values for pair in pairs])
+    by_rank = ranks().gather_objects(torch.cat(values).tolist() if values else [])
     u, v = torch.tensor([pair for pairs in by_rank for pair in pairs], dtype=torch.float64).reshape(-1, 2).unbind(1)
     (sorted_u, by_u), (sorted_v, by_v) = u.sort(stable=True), v.sort(stable=True)
     shifts = torch.stack([v - sorted_v[by_u.argsort()], sorted_u[by_v.argsort()] - u], 1)
