@@ -261,6 +261,7 @@ def test_a_selection_in_the_table_is_followed_everywhere(page, mixed):
 
 def test_a_link_keeps_the_selection(browser, mixed):
     browser.open("mixed", mixed, hash="#runs=r0,r1,nobody,%zz")
+    browser.until("document.querySelectorAll('#run-table tbody tr:not([hidden])').length")  # drawn with the next frame
     assert browser.shown_runs() == ["r0", "r1"], "chosen elsewhere: the table lists these"
     assert browser.texts("#selection") == ["2 of 27 runs"]
     browser.js("location.hash = '#runs=r5'")
