@@ -77,8 +77,7 @@ class Browser:
     def chart(self, selector: str, fields: str):
         """Fields of the traces of a chart, once it is drawn with what was asked last."""
         self.js("document.querySelector(arguments[0]).scrollIntoView({block: 'center'})", selector)
-        self.settle()
-        self.until("document.querySelector(arguments[0]).data !== undefined", selector)
+        self.until("document.querySelector(arguments[0])?.closest('[aria-busy]').ariaBusy === 'false'", selector)
         picked = f"document.querySelector(arguments[0]).data.map(trace => JSON.parse(JSON.stringify({fields})))"
         return self.js(f"return {picked}", selector)
 

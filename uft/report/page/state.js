@@ -63,9 +63,10 @@ function announce(origin) {
   redraw();
 }
 
-// A chart is drawn when it comes into view, and again when something changed and it is in view.
+// A chart is drawn when it comes into view, and again when something changed and it is in view; till then it is busy.
 function addPanel(node, paint) {
-  const panel = { node, paint, dirty: true, near: false };
+  const panel = { node, paint, near: false };
+  node.ariaBusy = true;
   panels.push(panel);
   watcher.observe(node);
   return panel;
@@ -88,7 +89,7 @@ const watcher = new IntersectionObserver(
 );
 
 function redraw(which = panels) {
-  for (const panel of which) panel.dirty = true;
+  for (const { node } of which) node.ariaBusy = true;
   drawSoon();
 }
 
@@ -98,7 +99,7 @@ function drawSoon() {
   queue.push(
     requestAnimationFrame(() => {
       queue.length = 0;
-      const next = panels.find((panel) => panel.dirty && panel.near);
+      const next = panels.find(({ node, near }) => node.ariaBusy === "true" && near);
       if (!next) return;
       drawNow(next);
       drawSoon();
@@ -107,7 +108,7 @@ function drawSoon() {
 }
 
 function drawNow(panel) {
-  panel.dirty = false;
+  panel.node.ariaBusy = false;
   panel.paint();
   if (performance.getEntriesByName("first-chart").length === 0) performance.mark("first-chart");
 }
