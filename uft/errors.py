@@ -96,9 +96,8 @@ def render(error: UftError) -> str:
     for problem, more in once(error.problems):
         where = f"      ({problem.where})" if problem.where else ""
         lines.append(f"  {problem.what:<{what}}  {problem.why:<{why}}{where}".rstrip())
-        lines += (
-            [f"      and the same of {len(more)} more: {', '.join(more[:4])}{' ...' * (len(more) > 4)}"] if more else []
-        )
+        if more:
+            lines.append(f"      and the same of {len(more)} more: {', '.join(more[:4])}{' ...' * (len(more) > 4)}")
         of_row = ROW.search(problem.what) is not None
         lines += [f"      {line}" for line in problem.advice if not (of_row and line in told)]
         told.update(problem.advice)

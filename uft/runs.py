@@ -318,9 +318,8 @@ def find_weights(word: str) -> WeightsSource:
     if is_checkpoint(folder) and not match:
         owner = next((Run(place) for place in folder.resolve().parents if Run(place).exists), None)
         if owner is None:
-            raise UftError(
-                Problem(shown(folder), "is a checkpoint outside its run, whose config.yaml says of what model")
-            )
+            why = "is a checkpoint outside its run, whose config.yaml says of what model"
+            raise UftError(Problem(shown(folder), why))
         return next(source for source in checkpoints_of(owner) if Path(source.path).resolve() == folder.resolve())
     run = Run(folder)
     if not run.exists:

@@ -471,9 +471,8 @@ def _choose(override: Override, files: Files, words: Words) -> None:
     added = (override.is_add() or override.is_force_add()) and not override.package
     if added and group in groups([conf_dir()]):  # the defaults list has a choice already: Hydra would see two
         meant = line.lstrip("+")
-        words.problems.append(
-            Problem(line, f"{group} has a choice already", COMMAND_LINE, (f"without the +:  {meant}",))
-        )
+        plain = (f"without the +:  {meant}",)
+        words.problems.append(Problem(line, f"{group} has a choice already", COMMAND_LINE, plain))
         words.mended += [meant] if isinstance(value, str) and files.has(group, value) else []
         return
     asked = [] if override.is_delete() else value if isinstance(value, list) else [value]

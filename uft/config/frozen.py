@@ -98,9 +98,8 @@ def load_config(path: str | Path) -> Config:
         settings = yaml.safe_load(yaml_text(file))
         bounded(settings)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UftError(
-            Problem(str(file), "cannot be read as YAML", advice=tuple(str(error).splitlines()[:1]))
-        ) from error
+        advice = tuple(str(error).splitlines()[:1])
+        raise UftError(Problem(str(file), "cannot be read as YAML", advice=advice)) from error
     if not isinstance(settings, Mapping):
         raise UftError(Problem(str(file), "holds no configuration"))
     return to_config(settings, str(file))

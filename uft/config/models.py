@@ -60,12 +60,9 @@ def forget_rate(draft: Draft, chosen: Sequence[str], files: Files) -> None:
     """Put a learning rate that an experiment of ours sets back to the model's own where another model or adapter was
     chosen. What an experiment of the user's own sets is meant for whatever model it is given."""
     lr = next((s for s in reversed(draft.settings) if s.path == ("optim", "lr")), None)
-    file = Path(lr.file) if lr else Path()
-    if (
-        lr is None
-        or file.parts[-3:-1] != ("conf", "experiment")
-        or not (conf_dir() / "experiment" / file.name).is_file()
-    ):
+    if lr is None or Path(lr.file).parts[-3:-1] != ("conf", "experiment"):
+        return
+    if not (conf_dir() / "experiment" / Path(lr.file).name).is_file():
         return
     meant = files.composed(tuple(line for line in chosen if not gives_choice(line))).values["model"]
     if any(draft.get(("model", key)) != meant[key] for key in ("path", "adapter")):

@@ -203,9 +203,8 @@ def rollouts(settings: Settings) -> Iterator[Broken]:
     if not many:
         return
     if "rollout" not in {kind.value for kind in made.views}:
-        yield broken(
-            "rollout.completions", f"objective={name} takes no completions of its own", "rollout.completions=0"
-        )
+        why = f"objective={name} takes no completions of its own"
+        yield broken("rollout.completions", why, "rollout.completions=0")
     rows, prompts = settings["train"]["batch_size"], rollout["prompts"]
     if rows is not None and prompts is not None and prompts % rows:
         yield broken("rollout.prompts", f"must be a multiple of train.batch_size={rows}")

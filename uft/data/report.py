@@ -99,7 +99,9 @@ def data_report(
             **{oddity: source.omitted.oddities[oddity] for oddity in ODDITIES},
             "labels": _labels(source),
         }
-    return {"rows_drawn": sum(drawn), "digest": data_digest(loaded), "seed": mixture.seed, "sources": sources}
+    contents = "\n".join(f"{source.name} {source.digest}" for source in loaded)
+    digest = hashlib.sha256(contents.encode()).hexdigest()
+    return {"rows_drawn": sum(drawn), "digest": digest, "seed": mixture.seed, "sources": sources}
 
 
 def _labels(source: LoadedSource) -> dict[str, int]:
@@ -138,11 +140,6 @@ def data_cautions(report: Mapping[str, Any]) -> list[str]:
     elif max(good, bad) >= UNEVEN * min(good, bad) > 0:
         told.append(f"labels are uneven: {good:,} good, {bad:,} bad")
     return told
-
-
-def data_digest(loaded: Sequence[LoadedSource]) -> str:
-    """One digest over the names and contents of all sources: two runs with the same one saw the same rows."""
-    return hashlib.sha256("\n".join(f"{s.name} {s.digest}" for s in loaded).encode()).hexdigest()
 
 
 def report_table(report: Mapping[str, Any]) -> list[list[str]]:

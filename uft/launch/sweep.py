@@ -120,9 +120,8 @@ class Sweep:
             common = self.typed if ARM in self.axes else lines[0]  # the settings of an arm are no part of the name
             fixed = [line for line in common if word_key(line) not in self.axes]
             folder = sweep_dir(sweep or sweep_name(list(self.axes), fixed))
-        jobs = tuple(
-            Job(tuple(line), folder / name, one) for line, name, one in zip(lines, names, settings, strict=True)
-        )
+        named = zip(lines, names, settings, strict=True)
+        jobs = tuple(Job(tuple(line), folder / name, one) for line, name, one in named)
         if _resumed_sweeps and not set(began := as_begun(jobs, self.axes)) <= set(lines[0]):
             print(f"uft: as this sweep began, and unlike today's defaults:  {' '.join(began)}", flush=True)
             return self.jobs([[*line, *began] for line in lines])

@@ -46,9 +46,8 @@ def require_described(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[s
     fast = getattr(tokenizer, "backend_tokenizer", None)
     backend = {"model": {"type": "slow"}} if fast is None else json.loads(fast.to_str())
     if why := obstacle(config, backend):
-        raise UftError(
-            Problem("--gguf", f"GGUF does not describe this model: {why}", advice=("leave --gguf and --ollama out",))
-        )
+        advice = ("leave --gguf and --ollama out",)
+        raise UftError(Problem("--gguf", f"GGUF does not describe this model: {why}", advice=advice))
     return backend
 
 
@@ -73,9 +72,8 @@ def write_gguf(folder: Path, out: Path) -> float:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         stem, _, ending = name.rpartition(".")
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-            stem.rpartition(".")[2]
-        )
+        rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        heads = rotated.get(stem.rpartition(".")[2])
         if heads and architecture == gguf.MODEL_ARCH.LLAMA:
             tensor = interleaved(tensor, heads)
         if tensor.dtype == torch.bfloat16 and tensor.ndim > 1:
@@ -169,9 +167,8 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, backend: dict
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """A query or key projection with the two halves of every head interleaved, as llama.cpp's rotation wants them."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 @torch.no_grad()

@@ -249,9 +249,8 @@ def measured(comparison: Mapping[str, Any], groups: Sequence[Mapping[str, Any]])
             None if found[name] is None else fixed(found[name], digits[head["metric"]])
             for name in ("mean", "low", "high")
         )
-        against: Mapping[str, Any] = next(
-            (one for one in finding["against_baseline"] if one["group"] == group["id"]), {}
-        )
+        compared = (one for one in finding["against_baseline"] if one["group"] == group["id"])
+        against: Mapping[str, Any] = next(compared, {})
         lines.append(
             {
                 **{"configuration": one_line(group["name"]), **head, **found, "seeds": " ".join(own)},

@@ -81,9 +81,8 @@ def save(comparison: Object, paths: Sequence[Path]) -> list[str]:
         space.save()
         return [f"W&B workspace: {space.url}", *upload]
     except Exception as error:  # the server's answer, in whatever shape its client gives it
-        raise UftError(
-            Problem("--wandb", f"W&B did not take the workspace: {first_line(error)}"), code=FAILED
-        ) from error
+        why = f"W&B did not take the workspace: {first_line(error)}"
+        raise UftError(Problem("--wandb", why), code=FAILED) from error
 
 
 def logged_run(path: Path) -> LoggedRun | None:

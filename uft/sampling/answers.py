@@ -37,9 +37,8 @@ class Answer:
 
     def told(self, settings: Generate) -> str:
         """The text, and whether it was cut."""
-        return self.said.content + (
-            "" if self.stopped else f"  (cut at generate.max_new_tokens={settings.max_new_tokens})"
-        )
+        cut = f"  (cut at generate.max_new_tokens={settings.max_new_tokens})"
+        return self.said.content + ("" if self.stopped else cut)
 
 
 def read_prompts(file: Path) -> list[Turns]:

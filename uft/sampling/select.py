@@ -210,9 +210,8 @@ def pds_scores(
     for step in reversed(range(settings.steps)):
         theta, size = path[step], float(lam.norm())
         if not (math.isfinite(size) and size > 0):
-            raise UftError(
-                Problem("select.dev", "its loss has no gradient here, or one that is not finite"), code=FAILED
-            )
+            why = "its loss has no gradient here, or one that is not finite"
+            raise UftError(Problem("select.dev", why), code=FAILED)
 
         def along(eps: float, rows: slice, theta: Tensor = theta, lam: Tensor = lam, size: float = size) -> Tensor:
             h = eps / size

@@ -134,17 +134,17 @@ class StageData:
     def rollouts(self, policy: Policy, config: Config, stop: Stop) -> RolloutSampler:
         """The sampler that takes completions of the rows of each step from the policy as it is then."""
         renderer, longest = self.dataset.renderer, longest_rollout(self.dataset, config)
+        seed, should_stop = config.seeds.sampling, stop.between_passes
+        context = EngineContext(policy, renderer, config.rollout, seed, longest, should_stop)
         return RolloutSampler(
             self.sampler,
             config.rollout,
-            engine=make_engine(
-                EngineContext(policy, renderer, config.rollout, config.seeds.sampling, longest, stop.between_passes)
-            ),
+            engine=make_engine(context),
             policy=policy,
             renderer=renderer,
             views=self.objective.views,
             sampled=sampled_sources(config, self.dataset),
-            seed=config.seeds.sampling,
+            seed=seed,
             pad_id=pad_id(renderer.tokenizer),
             batch_size=config.train.batch_size,
             total_rows=self.horizon.total_rows,
@@ -271,11 +271,8 @@ def refuse_unusable(sampler: RowSampler, objective: Objective, data: Data, loade
         models = ["annotate.models=[MODEL,...]"] if ANNOTATORS[name].models else []
         footer.append(f"Write it:  {' '.join(['uft annotate', name, 'data=files', *words, *models])}")
     some = sampler.takes_anything() or all(kind is Kind.PROMPT for _, kind in found)
-    out = (
-        "Leave these rows out:  data.unusable=drop"
-        if some
-        else "No other row is left. What takes every kind of row:  objective=uft"
-    )
+    none = "No other row is left. What takes every kind of row:  objective=uft"
+    out = "Leave these rows out:  data.unusable=drop" if some else none
     raise_problems(problems, footer="\n".join([*footer, out]))
 
 

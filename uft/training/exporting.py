@@ -146,9 +146,8 @@ def trained_policy(source: WeightsSource) -> tuple[Config, Policy]:
     place = next((c for c in reversed(checkpoints_of(source.run)) if c.step == source.step), source)
     device = torch.device("cpu")
     if place.is_checkpoint:
-        config = checkpoint_config(
-            locate(Model(path=place.path, trust_remote_code=True)), Model(trust_remote_code=True)
-        )
+        trusted = Model(path=place.path, trust_remote_code=True)
+        config = checkpoint_config(locate(trusted), trusted)
         return config, checkpoint_policy(config.model, Path(place.path), device)
     config = to_config(without_stages(source.config) | {"model": source.model})
     return config, load_policy(config.model, device, 0)
