@@ -143,15 +143,9 @@ class LoadedRun:
 
     @cached_property
     def final(self) -> dict[str, float]:
-        """The last metrics, of result.json; else the last training loss and the last evaluation of metrics.jsonl."""
+        """The last metrics, of result.json; else of metrics.jsonl."""
         final = self.result.get("final")
-        if isinstance(final, Mapping) and final:
-            return numbers(final)
-        training: Line = {name: line[name] for line in self.lines for name in ("loss", "nll") if name in line}
-        for line in reversed(self.lines):
-            if evaluation := {name: value for name, value in line.items() if name.startswith("eval/")}:
-                return numbers({**training, **evaluation})
-        return numbers(training)
+        return numbers(final if isinstance(final, Mapping) and final else metrics.final_metrics(self.lines))
 
     @cached_property
     def figures(self) -> dict[str, float]:
@@ -168,9 +162,8 @@ class LoadedRun:
     @cached_property
     def facts(self) -> dict[str, str]:
         """Versions, code, device and data digests that the run was made with."""
-        versions, code = (
-            found if isinstance(found := self.info.get(key), dict) else {} for key in ("versions", "code")
-        )
+        nodes = (self.info.get(key) for key in ("versions", "code"))
+        versions, code = (node if isinstance(node, dict) else {} for node in nodes)
         facts = {
             "data digest": self.info.get("data_digest"),
             "data contents": self.data.get("digest"),

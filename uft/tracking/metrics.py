@@ -151,6 +151,17 @@ def read_samples(run: Run) -> dict[int, list[dict[str, Any]]]:
     return dict(sorted(found.items()))
 
 
+def final_metrics(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last training loss, likelihood and reward, and the last evaluation."""
+    final: dict[str, Any] = {}
+    for line in lines:
+        evaluated = {name: value for name, value in line.items() if name.startswith("eval/")}
+        if evaluated:
+            final = {name: value for name, value in final.items() if not name.startswith("eval/")}
+        final |= {name: line[name] for name in ("loss", "nll", "rollout/reward") if name in line} | evaluated
+    return final
+
+
 def _parse(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(line, its object) of the lines that are objects with a step."""
     for text in lines:

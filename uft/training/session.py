@@ -39,7 +39,7 @@ from uft.model.policy import DTYPES
 from uft.runs import FULL, Run, disk_problem, typed_path, write_json, writing
 from uft.sampling.generate import Interrupted
 from uft.tracking.console import Card, Console
-from uft.tracking.metrics import read_metrics
+from uft.tracking.metrics import final_metrics, read_metrics
 from uft.tracking.trackers import Trackers, make_tracker
 from uft.training.card import ModelCard, stage_card, start_card
 from uft.training.dataset import RunData, read_run_data, resolve_made_paths
@@ -528,21 +528,14 @@ def result_record(
     started: float,
     lines: Iterable[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Counters, final and best metrics. `lines` of metrics.jsonl, those of earlier sessions too: the last training
-    loss, likelihood and reward, and the last evaluation are final."""
-    final: dict[str, float] = {}
-    for line in lines:
-        evaluated = {name: value for name, value in line.items() if name.startswith("eval/")}
-        if evaluated:
-            final = {name: value for name, value in final.items() if not name.startswith("eval/")}
-        final |= {name: line[name] for name in ("loss", "nll", "rollout/reward") if name in line} | evaluated
+    """Counters, final and best metrics. `lines`: of metrics.jsonl, those of earlier sessions too."""
     return {
         "steps": progress.step,
         **{name: getattr(progress, name) for name in COUNTERS},
         "wall_seconds": time.perf_counter() - started,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
         "peak_memory_bytes": peak_memory(device),
-        "final": final,
+        "final": final_metrics(lines),
         **({"ended": progress.ended} if progress.ended else {}),
         **best,
     }
