@@ -232,19 +232,21 @@ def _parse_table(
     left, facts, counted = Unread(), source.facts, f"rows of {name}"
     for number, record in records:
         report_progress(number, scan.count, counted)
-        if form is None and not isinstance(record, str):
+        where = f"{records.name}:{number}"
+        if isinstance(record, str):  # why the reader could make no record of it
+            omitted.bad.append(BadRow(where, record, []))
             continue
+        if form is None:
+            continue
+        fields = formats.rename(record, source.columns, source.kind)
+        fields = formats.from_text(fields) if records.textual else fields
         try:
-            if form is None or isinstance(record, str):
-                raise Unreadable(str(record))
-            fields = formats.rename(record, source.columns, source.kind)
-            fields = formats.from_text(fields) if records.textual else fields
             row = form.read(fields, score_range)
         except Unreadable as error:
             advice = [line.replace("{source}", f"data.sources.{name}") for line in error.advice]
-            if form is not None and isinstance(record, dict) and (other := formats.of_another_kind(form, fields)):
+            if other := formats.of_another_kind(form, fields):
                 advice.append(f"it has the columns of {other}: a file holds one kind of rows, so give those their own")
-            omitted.bad.append(BadRow(f"{records.name}:{number}", str(error), advice))
+            omitted.bad.append(BadRow(where, str(error), advice))
             continue
         good.add(replace(row, facts=facts_of(fields, facts)) if facts else row)
         left.add(form, {n: value for n, value in fields.items() if n not in facts}, row, source.kind is not None)
@@ -253,8 +255,9 @@ def _parse_table(
     if form is not None:
         names = name, source.columns, scan.columns
         texts = left.texts | formats.rename(scan.texts, source.columns, source.kind)
-        within = None if source.kind else unread_feedback(form, left.columns, *names, texts)  # messages and objects
-        found = (problem or within, unread_meaning(form, left, *names))
+        within = unread_feedback(form, left.columns, *names, texts)  # messages and objects
+        feedback = None if source.kind else problem or next(within, None)
+        found = (feedback, unread_meaning(form, left, *names))
         omitted.refused += [one for one in found if one is not None]
 
 
@@ -295,7 +298,8 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
     mapped = [ours for ours, theirs in source.columns.items() if theirs and ours not in source.facts]
     form = formats.recognise(columns, source.kind, mapped, name)
     texts = formats.rename(table.texts, source.columns, source.kind)
-    return form, None if source.kind else unread_feedback(form, told, name, source.columns, table.columns, texts)
+    feedback = unread_feedback(form, told, name, source.columns, table.columns, texts)
+    return form, None if source.kind else next(feedback, None)
 
 
 # --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.

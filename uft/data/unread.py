@@ -179,9 +179,10 @@ def unread_feedback(
     mapped: Mapping[str, str],
     theirs: Mapping[str, int],
     texts: Mapping[str, int],
-) -> Problem | None:
-    """The problem of columns that say how good completions are, or hold others, or parts of the conversation, beside a
-    format that takes them as right, or as a pair, and knows no such parts.
+) -> Iterator[Problem]:
+    """Problems of columns that say how good completions are, or hold others, or parts of the conversation, beside a
+    format that takes them as right, or as a pair, and knows no such parts. The first is the one to tell: a column may
+    look like several of them, and the more certain look comes first.
 
     `columns`: rows that have each under our names; `texts`: those in which it is more than a grade; `theirs`: all
     columns of the file; `mapped`: ours -> theirs.
@@ -194,7 +195,7 @@ def unread_feedback(
     if names := weights or unlearned:
         why = f"{_counted(names, columns)} may say how much is learned of the reply"
         line = f"read it:  {key}.columns.weight={names[0]}"
-        return Problem(key, why, advice=(line, leave) if weights and "." not in names[0] else (leave,))
+        yield Problem(key, why, advice=(line, leave) if weights and "." not in names[0] else (leave,))
     for ours, pattern in _PARTS.items():
         found = (name for name in told if name in full and name not in MEDIA)  # those are refused row by row
         if names := [name for name in found if re.fullmatch(pattern, words[name]) or (not ours and name in _ADDRESSED)]:
@@ -202,21 +203,21 @@ def unread_feedback(
             why = f"{_counted(names, columns)} may be a part of the {part}"
             read = f"read it:  {key}.columns.{ours}={names[0]}"
             readable = ours and "." not in names[0] and not _side(names[0].partition("_")[0])
-            return Problem(key, why, advice=(read, leave) if readable else (leave,))
+            yield Problem(key, why, advice=(read, leave) if readable else (leave,))
     if form.kind is Kind.PROMPT and (replies := [n for n in told if n in full and _REPLIES.fullmatch(words[n])]):
         both = ("chosen", "rejected") if len(replies) == 2 else ("completion",)
         pair = " ".join(f"{key}.columns.{one}={name}" for one, name in zip(both, replies, strict=False))
         why = f"{_counted(replies, columns)} may hold replies, but the format {form.name} has none"
-        return Problem(key, why, advice=(f"read them:  {pair}", leave))
+        yield Problem(key, why, advice=(f"read them:  {pair}", leave))
     if form.kind is Kind.PREFERENCE and (
         chosen := [name for name in told if name in CHOICES or not {*_CHOICE.split()}.isdisjoint(_words(name))]
     ):
         why = (
             f"{_counted(chosen, columns)} may say which side is better, but the format {form.name} takes chosen for it"
         )
-        return Problem(key, why, advice=("make chosen the better side of every pair, or", leave))
+        yield Problem(key, why, advice=("make chosen the better side of every pair, or", leave))
     if form.kind not in (Kind.DEMONSTRATION, Kind.NEGATIVES):
-        return None
+        return
     sides = {side: name for name in told if name in full and (side := _side(name))}
     if len(sides) == 1:  # both: a row of another format, which is told with its line
         other = "rejected" if "chosen" in sides else "chosen"
@@ -224,10 +225,10 @@ def unread_feedback(
         named = {other: _original(reply, mapped, theirs)} | sides
         pair = " ".join(f"{key}.columns.{ours}={name}" for ours, name in sorted(named.items()) if ours != name)
         why = f"{_counted([*sides.values()], columns)} is a side of a pair, but the format {form.name} takes one reply"
-        return Problem(key, why, advice=(f"read both as a pair:  {pair}", leave))
+        yield Problem(key, why, advice=(f"read both as a pair:  {pair}", leave))
     graded = [name for name in told if _grades(name) or (name not in full and _grade_word(name) in _IF_GRADES)]
     if not graded:
-        return None
+        return
     first = min(graded, key=lambda name: "." in name)
     lines: tuple[str, ...] = (
         f"read it as a score:  {key}.columns.score={first} {key}.score_range=[LOWEST,HIGHEST]",
@@ -239,7 +240,7 @@ def unread_feedback(
         lines = ("make a column label of it, which is true where the completion is good, or",)
     why = f"{_counted(graded, columns)} may say how good a completion is"
     why += f", but the format {form.name} takes every completion as right"
-    return Problem(key, why, advice=(*lines, leave))
+    yield Problem(key, why, advice=(*lines, leave))
 
 
 def unread_meaning(

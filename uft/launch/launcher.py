@@ -225,7 +225,7 @@ def row_problems(examined: Iterable[Examined], refused: bool = True) -> tuple[li
     footer = ""
     for mixture in distinct:
         try:
-            _parse_rows(mixture, os.getcwd())
+            _rows_by_kind(mixture, os.getcwd())
         except UftError as error:
             problems |= dict.fromkeys(error.problems)
             footer = error.footer or footer
@@ -238,8 +238,8 @@ def _mixture(data: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
 
 
 @cache
-def _parse_rows(data: str, working_directory: str) -> dict[str, dict[str, int]]:
-    """Read the rows of all sources; how many there are to train on, by source and kind."""
+def _rows_by_kind(data: str, working_directory: str) -> dict[str, dict[str, int]]:
+    """Source -> kind -> rows to train on. Raises UftError with the rows that cannot be read."""
     from uft.config.schema import data_settings
     from uft.data.sources import load_sources
     from uft.data.table import kinds
@@ -249,23 +249,23 @@ def _parse_rows(data: str, working_directory: str) -> dict[str, dict[str, int]]:
 
 
 def unusable_rows(settings: Mapping[str, Any]) -> list[Problem]:
-    """Problems of rows that the objective of a request cannot use, by source and kind; `row_problems` has read them.
+    """Problems of rows that the objective of a request cannot use, by source and kind.
 
-    The worker tells the same at its start, and of single rows too. A request with stages is left to it.
+    The worker tells the same at its start, and of single rows too. A request with stages is left to it. Raises
+    UftError with the rows that cannot be read.
     """
     data, objective = settings["data"], settings["objective"]
     if settings.get("stages") or data["unusable"] == "drop":
         return []
     usable = {kind.value for kind in objective_of(objective).views}
+    name_of_objective = objective.get("name") or objective["method"]
     sources = {name: {**source, "share": None} for name, source in data["sources"].items()}
     problems = []
-    for name, counts in _parse_rows(_mixture(data, sources), os.getcwd()).items():
+    for name, counts in _rows_by_kind(_mixture(data, sources), os.getcwd()).items():
         shown = 2 * sum(counts[kind] for kind in counts if kind in DEMONSTRATIONS) > sum(counts.values())
         if data["sources"][name]["share"] != 0 and data["ratio"] != (0 if shown else 1):
             for kind in (kind for kind in counts if kind not in usable):
-                why = (
-                    f"objective={objective.get('name') or objective['method']} cannot use {counts[kind]:,} {kind} rows"
-                )
+                why = f"objective={name_of_objective} cannot use {counts[kind]:,} {kind} rows"
                 problems.append(Problem(f"data.sources.{name}", why))
     return problems
 
