@@ -226,13 +226,9 @@ class ChatTemplate:
         rendering: str,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
-            raise UftError(
-                Problem(
-                    f"data.template ({name})",
-                    "this tokenizer does not say which characters a token stands for, so replies cannot be found",
-                    advice=("train without a chat template:  data.template=plain",),
-                )
-            )
+            why = "this tokenizer does not say which characters a token stands for, so replies cannot be found"
+            advice = ("train without a chat template:  data.template=plain",)
+            raise UftError(Problem(f"data.template ({name})", why, advice=advice))
         if taken := RESERVED & arguments.keys():
             raise UftError(Problem(f"data.template_args.{min(taken)}", "is not for the settings to say"))
         self.tokenizer, self.text, self.name = tokenizer, text, name
@@ -250,12 +246,8 @@ class ChatTemplate:
             return self._generated(conversations, whole, names)
         rendered = self._render_rows(whole, names)
         encodings = self._specials.encode([one.text for one in rendered])
-        return [
-            self._tokens(turns, len(prompt), one, encoded, name)
-            for (prompt, _), turns, name, one, encoded in zip(
-                conversations, whole, names, rendered, encodings, strict=True
-            )
-        ]
+        rows = zip(conversations, whole, names, rendered, encodings, strict=True)
+        return [self._tokens(turns, len(prompt), one, ids, name) for (prompt, _), turns, name, one, ids in rows]
 
     def encode_prompts(self, prompts: Sequence[Turns], names: Sequence[str]) -> list[Tokens]:
         texts, notes = [], []
@@ -291,13 +283,10 @@ class ChatTemplate:
             *self._open_ends(tokens, wanted),
         ]
         if tokens.supervised.any():
-            first = wanted[0]
-            start = self._generation_start(turns[:first], found)
-            same = start == rendered.text[: encoded.offsets[tokens.prompt_length][0]] or (
-                start is not None and next(self._specials.encode([start])).ids == encoded.ids[: tokens.prompt_length]
-            )
-            if not same:
-                notes.append(Note(OTHER_START, first))
+            start, length = self._generation_start(turns[: wanted[0]], found), tokens.prompt_length
+            same_text = start == rendered.text[: encoded.offsets[length][0]]
+            if start is None or not (same_text or next(self._specials.encode([start])).ids == encoded.ids[:length]):
+                notes.append(Note(OTHER_START, wanted[0]))
         return replace(tokens, notes=tuple(notes)) if notes else tokens
 
     def _generated(
@@ -306,9 +295,8 @@ class ChatTemplate:
         """Every row with each reply as it is generated, see :func:`uft.data.template.as_generated`."""
         asked, reply = Message("user", "?"), Message("assistant", END)
         closing = self.stop_ids | self._closing((asked, reply, asked))  # which may differ from that of the last turn
-        stops, ends = (
-            list(map(str, self.tokenizer.convert_ids_to_tokens(list(ids)))) for ids in (self.stop_ids, closing)
-        )
+        named = self.tokenizer.convert_ids_to_tokens
+        stops, ends = (list(map(str, named(list(ids)))) for ids in (self.stop_ids, closing))
         written = []
         for (prompt, _), turns, name in zip(conversations, whole, names, strict=True):
             with self._explained(turns, name):
@@ -427,18 +415,13 @@ class ChatTemplate:
         raise self._unclear(turns[number], name)
 
     def _unclear(self, reply: Message, name: str) -> UftError:
-        return UftError(
-            Problem(
-                f"row {name}",
-                f"{self.name} changes this reply so that its tokens cannot be told from the template's",
-                where="data.template",
-                advice=(
-                    f"reply: {self._excerpt(reply.content)}",
-                    *advice_about(self),
-                    "mark what is learned in the template with {% generation %}, or use another data.template",
-                ),
-            )
+        why = f"{self.name} changes this reply so that its tokens cannot be told from the template's"
+        advice = (
+            f"reply: {self._excerpt(reply.content)}",
+            *advice_about(self),
+            "mark what is learned in the template with {% generation %}, or use another data.template",
         )
+        return UftError(Problem(f"row {name}", why, "data.template", advice))
 
     def _supervise(self, text: str, tokens: Encoded, spans: Sequence[tuple[CharSpan, bool]]) -> Tokens:
         """Supervise every token that holds a character of a span, and on to the stop token that closes it.
@@ -449,15 +432,15 @@ class ChatTemplate:
         """
         ids, offsets = tokens
         supervised = np.zeros(len(ids), bool)
+        is_stop = [token in self.stop_ids for token in ids]
         for span, over_end in spans:
             first, last = token_span(offsets, span)
             if over_end:
-                last = max((place + 1 for place in range(first, last) if ids[place] in self.stop_ids), default=last)
+                last = max((place + 1 for place in range(first, last) if is_stop[place]), default=last)
             else:
-                stop = last
-                while stop < len(ids) and ids[stop] not in self.stop_ids and not text[slice(*offsets[stop])].strip():
-                    stop += 1
-                last = stop + 1 if stop < len(ids) and ids[stop] in self.stop_ids else last
+                after = (p for p in range(last, len(ids)) if is_stop[p] or text[slice(*offsets[p])].strip())
+                following = next(after, last)
+                last = following + 1 if following < len(ids) and is_stop[following] else last
             supervised[first:last] = True
         return finish(np.asarray(ids, np.int32), supervised)
 
@@ -548,14 +531,9 @@ class ChatTemplate:
             yield
         except TEMPLATE_ERRORS as error:
             roles = ", ".join(turn.role for turn in turns)
-            raise UftError(
-                Problem(
-                    f"row {name}",
-                    f"{self.name} cannot render it: {error or type(error).__name__}",
-                    where="data.template",
-                    advice=(f"turns: {roles}", f"starts: {self._excerpt(turns[0].content)}"),
-                )
-            ) from error
+            advice = (f"turns: {roles}", f"starts: {self._excerpt(turns[0].content)}")
+            why = f"{self.name} cannot render it: {error or type(error).__name__}"
+            raise UftError(Problem(f"row {name}", why, "data.template", advice)) from error
 
     def _excerpt(self, text: str) -> str:
         shown = self._specials.reveal(text)
