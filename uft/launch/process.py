@@ -75,15 +75,15 @@ def run_worker(
     command = [*AGENT, *team, "-m", "uft.launch.worker", *arguments] if team else [*COMMAND, *arguments]
     with forwarding(sent, quiet=log is not None) as children, output(log) as (out, err):
         child: Child | None = None
-        if not team and (server := forkserver.server_for(command, environment)):
-            children.append(server.process)  # a signal that comes while it still imports ends it
+        if server := None if team else forkserver.server_for(command, environment):
+            children[:] = [server.process]  # a signal that comes while it still imports ends it
             child = None if sent else server.fork(COMMAND[-1], arguments, environment, cwd, (0, out, err))
-            children.pop()
             if child is None:  # it is lost: from here on Popen
                 forkserver.Current.close()
-        if child is None:
-            child = subprocess.Popen(command, start_new_session=True, env=environment, cwd=cwd, stdout=out, stderr=err)
-        children.append(child)
+        child = child or subprocess.Popen(
+            command, start_new_session=True, env=environment, cwd=cwd, stdout=out, stderr=err
+        )
+        children[:] = [child]
         for number in sent:  # one came in before there was a child
             child.send_signal(number)
         try:
