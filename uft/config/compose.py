@@ -105,35 +105,48 @@ def examine(request: Request) -> Examined:
     except (UftError, *BROKEN) as error:
         unread = error.problems if isinstance(error, UftError) else (translate(error),)
         return Examined(asdict(Config()), problems=[*words.problems, *unread], kept=list(words.chosen))
-    examined = Examined({}, choices=composed.options, problems=[*words.problems, *composed.problems])
     paths = [setting.path for setting in composed.settings if setting.path[1:]] + list(map(path_of, words.values))
     if composed.problems:
-        draft, examined.settings = Draft(asdict(Config())), asdict(Config())
+        examined = Examined(asdict(Config()), problems=list(composed.problems))
     elif any(path[0] == STAGES for path in paths):
-        examined.settings, draft, examined.origins, problems = compose_stages(composed, words, files)
-        examined.problems += problems
+        examined = judge_stages(composed, words, files)
     else:
-        draft = Draft(composed.values, composed.settings)
-        for override in words.values:
-            if override.key_or_group.split(".")[0] not in words.unclear:  # else which keys there are is not known
-                draft.apply(override)
-        complete(draft, words, files)
-        draft.complete_sources()
-        examined.settings, examined.origins = to_builtins(draft.judge()), draft.origins()
-        examined.problems += draft.problems
-        if examined.settings["rounds"] is not None and not examined.problems:
-            what = f"rounds={examined.settings['rounds']}"
-            examined.problems.append(Problem(what, "repeats stages, and this run has none", draft.where(("rounds",))))
+        examined = judge_single(composed, words, files)
+    examined.choices = composed.options
     if examined.settings["arm"] is not None and composed.options.get("sweep") is None:
         advice = ("a sweep has it:  uft train sweep=NAME arm=...   list them:  uft train --help",)
-        what, where = f"arm={examined.settings['arm']}", draft.where(("arm",))
+        what, where = f"arm={examined.settings['arm']}", examined.origins.get("arm", "")
         examined.problems.append(Problem(what, "is a row of a sweep's table, and no sweep is chosen", where, advice))
-    examined.references = {key: value for key, value in flat(draft.values) if "${" in str(value)}
-    wrong = {problem.what for problem in examined.problems if problem not in words.problems}
+    wrong = {problem.what for problem in examined.problems}
     keys = set(map(key_of, wrong))
     lines = [str(override.input_line) for override in words.values]
     examined.kept = [line for line in words.chosen if line not in wrong] + [x for x in lines if key_of(x) not in keys]
+    examined.problems = [*words.problems, *examined.problems]
     return examined
+
+
+def judge_single(composed: Composed, words: Words, files: Files) -> Examined:
+    """Judge a request without stages."""
+    draft = Draft(composed.values, composed.settings)
+    apply_words(draft, words)
+    complete(draft, words, files)
+    draft.complete_sources()
+    settings, origins = to_builtins(draft.judge()), draft.origins()
+    if settings["rounds"] is not None and not (words.problems or draft.problems):
+        what = f"rounds={settings['rounds']}"
+        draft.problems.append(Problem(what, "repeats stages, and this run has none", origins.get("rounds", "")))
+    return Examined(settings, origins, references_of(draft), problems=draft.problems)
+
+
+def apply_words(draft: Draft, words: Words) -> None:
+    """Lay what the command line sets for the whole run; of a group whose choice is unclear, no key is known."""
+    for override in words.values:
+        if path_of(override)[0] not in (STAGES, *words.unclear):
+            draft.apply(override)
+
+
+def references_of(draft: Draft) -> dict[str, str]:
+    return {key: value for key, value in flat(draft.values) if "${" in str(value)}
 
 
 DEFAULT_MODEL = "playground"
@@ -284,40 +297,25 @@ class Planned:
         return [Planned(r.name(self.written), self.request, self.typed, self.written, r) for r in each]
 
 
-def compose_stages(
-    composed: Composed, words: Words, files: Files
-) -> tuple[dict[str, Any], Draft, dict[str, str], list[Problem]]:
-    """(the run's settings with its resolved stages, its draft, where each value was set, problems).
-
-    `composed` is that of the request's own choices.
-    """
+def judge_stages(composed: Composed, words: Words, files: Files) -> Examined:
+    """Judge a request with stages. `composed` is that of the request's own choices."""
     outline, stages = outline_stages(composed, words)
     typed = [override.value() for override in words.values if path_of(override) == ("rounds",)]
     count, names = rounds_of([composed.values.get("rounds"), *typed]), tuple(stage.name for stage in stages)
     problems = [*outline.problems, *refused_choices(stages, words), *unknown_choices(stages, outline, files)]
     if any(stage.request[group] == UNCLEAR_CHOICE for stage in stages for group in STAGE_GROUPS):
         problems += [problem for stage in stages for problem in stage_rules(stage, outline)]
-        return asdict(Config()), outline, outline.origins(), problems
+        return Examined(asdict(Config()), outline.origins(), references_of(outline), problems=problems)
     of_rounds = zip(*(stage.rounds(count, names) for stage in stages), strict=True)
     stages = [stage for of_round in of_rounds for stage in of_round]
     last = next((stage for stage in reversed(stages) if stage.does == "fit"), None)
     run = Planned("", {"do": "", OBJECTIVE: None, "data": last and last.request["data"]})
     for stage in (run, *stages):
         objective = stage.request[OBJECTIVE] if stage.does == "fit" or last is None else last.request[OBJECTIVE]
-        unread = start_draft(stage, {OBJECTIVE: objective, "data": stage.request["data"]}, words, files)
-        for override in words.values:
-            if path_of(override)[0] not in (STAGES, *words.unclear):
-                stage.draft.apply(override)
-        for setting in stage.typed:
-            put_stage_key(setting, stage)
-        complete(stage.draft, words, files)
-        stage.round.settle(stage.draft)
-        stage.draft.complete_sources()
-        stage.settings = stage.draft.judge()
-        stage.draft.problems = unread or stage.draft.problems
+        judge_stage(stage, {OBJECTIVE: objective, "data": stage.request["data"]}, words, files)
     problems += merge_problems(stages)
-    told = [problem for stage in stages for problem in (*stage_rules(stage, outline), *source_rules(stage, stages))]
-    problems += dict.fromkeys(told)
+    of_stages = [one for stage in stages for one in (*stage_rules(stage, outline), *source_rules(stage, stages))]
+    problems += dict.fromkeys(of_stages)
     if stages and last is None:
         problems.append(Problem(STAGES, "none of them trains anything", advice=("one of them must be  do: fit",)))
     templates = {stage.name: stage.settings["data"]["template"] for stage in stages}
@@ -326,7 +324,7 @@ def compose_stages(
         why = "is one for all stages, which are measured alike"
         problems.append(Problem("data.template", why, advice=(each,)))
     settings, origins = assemble_run(run, last, stages, outline)
-    return settings, run.draft, origins, problems
+    return Examined(settings, origins, references_of(run.draft), problems=problems)
 
 
 def outline_stages(composed: Composed, words: Words) -> tuple[Draft, list[Planned]]:
@@ -401,16 +399,29 @@ def unknown_choices(stages: Sequence[Planned], outline: Draft, files: Files) -> 
 # every stage
 
 
-def start_draft(stage: Planned, own: Mapping[str, str | None], words: Words, files: Files) -> list[Problem]:
-    """Begin the draft of a stage with the files, its own objective and data among them; why they cannot be read."""
+def judge_stage(stage: Planned, own: Mapping[str, str | None], words: Words, files: Files) -> None:
+    """Compose a stage with its `own` choices of groups, lay over it what is typed, and judge it."""
     replaced = {group: option for group, option in own.items() if option is not None}
     others = [line for line in words.chosen if line.lstrip("+").partition("=")[0] not in replaced]
     try:
         composed = files.composed((*others, *(f"{group}={option}" for group, option in replaced.items())))
+        unread = list(composed.problems)
     except BROKEN as error:
-        return [translate(error)]
-    if composed.problems:
-        return list(composed.problems)
+        unread = [translate(error)]
+    if not unread:
+        start_draft(stage, composed)
+    apply_words(stage.draft, words)
+    for setting in stage.typed:
+        put_stage_key(setting, stage)
+    complete(stage.draft, words, files)
+    stage.round.settle(stage.draft)
+    stage.draft.complete_sources()
+    stage.settings = stage.draft.judge()
+    stage.draft.problems = unread or stage.draft.problems
+
+
+def start_draft(stage: Planned, composed: Composed) -> None:
+    """Begin the draft of a stage with the files, and with the keys that they set for it alone."""
     stage.draft = Draft({**composed.values, STAGES: {}}, [s for s in composed.settings if s.path[0] != STAGES])
     for number, file in enumerate(composed.files, 1):
         later = {setting.path for other in composed.files[number:] for setting in other}
@@ -419,7 +430,6 @@ def start_draft(stage: Planned, own: Mapping[str, str | None], words: Words, fil
                 for one in keys_below(setting.path, setting.value, setting.where, setting.text):
                     if one.path[3:] not in later:
                         put_stage_key(one, stage)
-    return []
 
 
 def put_stage_key(setting: Setting, stage: Planned) -> None:
