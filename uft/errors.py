@@ -92,15 +92,15 @@ def render(error: UftError) -> str:
     what = min(max((len(problem.what) for problem in error.problems), default=0), 40)
     why = min(max((len(problem.why) for problem in error.problems if problem.where), default=0), 40)
     lines = [f"uft: {count} problem{'s' if count != 1 else ''} in this request", ""]
-    told: set[str] = set()  # rows share their advice: it is said at the first of them
+    shown_advice: set[str] = set()  # rows share their advice: it is said at the first of them
     for problem, more in once(error.problems):
         where = f"      ({problem.where})" if problem.where else ""
         lines.append(f"  {problem.what:<{what}}  {problem.why:<{why}}{where}".rstrip())
         if more:
             lines.append(f"      and the same of {len(more)} more: {', '.join(more[:4])}{' ...' * (len(more) > 4)}")
         of_row = ROW.search(problem.what) is not None
-        lines += [f"      {line}" for line in problem.advice if not (of_row and line in told)]
-        told.update(problem.advice)
+        lines += [f"      {line}" for line in problem.advice if not (of_row and line in shown_advice)]
+        shown_advice.update(problem.advice)
         lines.append("")
     if error.footer:
         lines.append(error.footer)

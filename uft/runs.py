@@ -512,8 +512,8 @@ def writing(path: Path, needs: int | None = None, code: int = FAILED) -> Iterato
         raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if type(error).__name__ == "SafetensorError" and (told := re.search(r"\(os error (\d+)\)", str(error))):
-            number = int(told[1])
+        if type(error).__name__ == "SafetensorError" and (match := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(match[1])
         if number is None:
             raise
         raise UftError(disk_problem(path, number, needs), code=FAILED if number in FULL else code) from error

@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if tracing():
             raise
-        said = redact(f"uft: {type(error).__name__}: {error}")
-        print(f"{said}\nThis is a fault in uft. --trace shows where.", file=sys.stderr)
+        message = redact(f"uft: {type(error).__name__}: {error}")
+        print(f"{message}\nThis is a fault in uft. --trace shows where.", file=sys.stderr)
         return FAILED
 
 

@@ -117,8 +117,8 @@ def answered(
     except (KeyboardInterrupt, UftError) as error:
         for speaker, turns in zip(speakers, before, strict=True):
             speaker.turns = turns
-        told = [f"{one.what}: {one.why}" for one in error.problems] if isinstance(error, UftError) else ["stopped"]
-        console.print(printable_lines("\n".join(told)) + "   (/clear forgets the conversation)")
+        lines = [f"{one.what}: {one.why}" for one in error.problems] if isinstance(error, UftError) else ["stopped"]
+        console.print(printable_lines("\n".join(lines)) + "   (/clear forgets the conversation)")
         return
     if len(speakers) == 1:
         console.print(Text(printable_lines(answers[0])), "\n", sep="")

@@ -235,8 +235,8 @@ def resume_runs(runs: list[Run], overrides: list[str]) -> int:
         if code in SIGNALLED:
             return code
         if code != GOOD:
-            said = why.splitlines()[0] if why else f"exit code {code}"
-            failed.append(f"  {printable(str(run.path))}\n      {printable(said)}")
+            reason = why.splitlines()[0] if why else f"exit code {code}"
+            failed.append(f"  {printable(str(run.path))}\n      {printable(reason)}")
     if not unfinished:
         print(f"uft: all {len(runs)} runs are finished; nothing to do")
     if failed:

@@ -218,10 +218,10 @@ class Draft:
         `frozen`: the settings are those of a run, in which null means "not set" unless the command line gave it.
         """
         method = self.get((REWARD, "method"))
-        said = {setting.path for setting in self.settings if not frozen or setting.where == COMMAND_LINE}
+        given = {setting.path for setting in self.settings if not frozen or setting.where == COMMAND_LINE}
         for name in (self.get(("data", "sources")) or ()) if isinstance(method, str) else ():
             path = ("data", "sources", name, "checker")
-            if path not in said and (not frozen or self.get(path) is None):
+            if path not in given and (not frozen or self.get(path) is None):
                 self.put(Setting(path, method, "after reward", f"{REWARD}={self.get((REWARD, 'name'))}"))
 
     # what is wrong

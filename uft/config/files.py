@@ -122,8 +122,8 @@ def files_of(request: Request) -> Files:
 
     Raises UftError where the request, or the primary file, wants to look for them in a package, which would import it.
     """
-    asked = {"--config-path": request.config_path, "--config-dir": request.config_dir, "-cn": request.config_name}
-    if code := [f"{option} {place}" for option, place in asked.items() if PACKAGE in str(place)]:
+    options = {"--config-path": request.config_path, "--config-dir": request.config_dir, "-cn": request.config_name}
+    if code := [f"{option} {place}" for option, place in options.items() if PACKAGE in str(place)]:
         raise UftError(*(Problem(word, NAMES_CODE, COMMAND_LINE) for word in code))
     folders = [*config_dirs(request.config_dir), *([Path(request.config_path)] if request.config_path else ())]
     stats = ((file, file.stat()) for folder in folders for file in sorted(folder.rglob("*.yaml")) if file.is_file())
@@ -313,11 +313,11 @@ def no_yaml(where: str, why: str) -> Problem:
 
 def innermost_line(error: BaseException | None) -> str:
     """The first line of the innermost message that says anything."""
-    said, name = "", type(error).__name__
+    deepest, name = "", type(error).__name__
     while error is not None:
         text, name = str(error).strip(), type(error).__name__
-        said, error = text or said, error.__cause__
-    return said.splitlines()[0] if said else name
+        deepest, error = text or deepest, error.__cause__
+    return deepest.splitlines()[0] if deepest else name
 
 
 def readable(config_dir: str | None, read: Callable[[], T]) -> T:

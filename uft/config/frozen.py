@@ -148,10 +148,10 @@ def with_origins(settings: Mapping[str, Any], origins: Mapping[str, str], refere
     """
     lines = list(_lines(settings, "", 0))
     width = min(max((len(text) for text, key in lines if key), default=0), WIDEST)
-    said = {
+    origin_of = {
         key: f"{origins.get(key, DEFAULT)}{', ' + references[key] if key in references else ''}" for _, key in lines
     }
-    return "\n".join(f"{text:<{width}}  # {said[key]}" if key else text for text, key in lines)
+    return "\n".join(f"{text:<{width}}  # {origin_of[key]}" if key else text for text, key in lines)
 
 
 def _lines(value: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, str]]:

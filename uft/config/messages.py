@@ -256,8 +256,8 @@ def no_such_option(group: str, option: str, options: list[str], key: str) -> tup
         explained = (f"the arms of the playground's study are rows of a sweep:  sweep=playground arm={arm}",)
     if group == "model" and ("/" in option or Path(option).is_dir()):
         explained = (f"a model of the hub, or a folder:  model.path={option}",)
-    said = "none" if option.lower() in OFF and "none" in options else SAID.get((group, option.lower()))
-    near = said or (None if explained else nearest(option, options))
+    usual = "none" if option.lower() in OFF and "none" in options else SAID.get((group, option.lower()))
+    near = usual or (None if explained else nearest(option, options))
     if group == "model" and not near and not explained:
         explained = (f"a model of the hub, or a folder:  model.path={option}",)
     if group == "data" and not near:

@@ -82,7 +82,7 @@ def differing(whole: Settings, run: Settings) -> dict[str, Any]:
 def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
     """`difference` of two resolved configurations. What differs alike in a run and in a stage of it is told once."""
     changes = difference(without_stages(old), without_stages(new))
-    told = set(map(repr, changes))
+    of_run = set(map(repr, changes))
     before, after = expanded(old), expanded(new)
     if list(before) != list(after):
         changes.append((STAGES, list(before), list(after)))
@@ -94,7 +94,7 @@ def differences(old: Settings, new: Settings) -> list[tuple[str, Any, Any]]:
         if name in before and name in after:
             for key, was, now in difference(before[name], after[name]):
                 own = key.startswith(f"{new[STAGES][name]['do']}.")  # `generate.` of a stage that generates
-                if own or (repr((key, was, now)) not in told and not key.startswith(WORK)):
+                if own or (repr((key, was, now)) not in of_run and not key.startswith(WORK)):
                     changes.append((prefix + key, was, now))
     return changes
 

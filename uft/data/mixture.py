@@ -138,14 +138,14 @@ def mixture_weights(portions: Sequence[Portion], ratio: float | None = None) -> 
         return [value / total for value in raw]
     demonstrations = sum(value for value, p in zip(raw, portions, strict=True) if p.demonstration)
     sides = {True: demonstrations, False: total - demonstrations}
-    asked = {True: ratio, False: 1 - ratio}
+    wanted = {True: ratio, False: 1 - ratio}
     names = {True: "demonstrations", False: "rows with feedback (pairs, labels, scores), or prompts alone"}
-    lacking = [names[side] for side in (True, False) if asked[side] > 0 and sides[side] == 0]
+    lacking = [names[side] for side in (True, False) if wanted[side] > 0 and sides[side] == 0]
     if lacking:
         found = ", ".join(f"{p.name}: {'demonstrations' if p.demonstration else 'feedback'}" for p in portions)
         raise UftError(Problem(f"data.ratio={ratio:g}", f"there are no {lacking[0]} in this mixture", advice=(found,)))
     return [
-        value / sides[p.demonstration] * asked[p.demonstration] if sides[p.demonstration] else 0.0
+        value / sides[p.demonstration] * wanted[p.demonstration] if sides[p.demonstration] else 0.0
         for value, p in zip(raw, portions, strict=True)
     ]
 

@@ -125,9 +125,9 @@ class Plain:
 
 def without_end(content: str, ends: Sequence[str]) -> str:
     """A reply without the token that ends it, and the white space after that, where it spells one of `ends`."""
-    said = content.rstrip()
-    end = next(filter(said.endswith, ends), "")
-    return said.removesuffix(end) if end else content
+    stripped = content.rstrip()
+    end = next(filter(stripped.endswith, ends), "")
+    return stripped.removesuffix(end) if end else content
 
 
 def refuse_fields(turns: Turns, name: str) -> None:

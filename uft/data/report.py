@@ -118,17 +118,17 @@ def data_omissions(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
     `sources`: those of a report, or :meth:`uft.data.sources.Omissions.record` of each.
     """
-    told = []
+    lines = []
     for name, entry in sources.items():
         columns = [f"{column} ({count:,} row{'s' * (count != 1)})" for column, count in entry["unread"].items()]
-        told += [f"{name}: {', '.join(columns)}"] if columns else []
-        told += [f"{name}: files {', '.join(entry['left_out'])}"] if entry["left_out"] else []
-    return told
+        lines += [f"{name}: {', '.join(columns)}"] if columns else []
+        lines += [f"{name}: files {', '.join(entry['left_out'])}"] if entry["left_out"] else []
+    return lines
 
 
 def data_cautions(report: Mapping[str, Any]) -> list[str]:
     """Sentences about rows that may not be meant so, and about feedback that teaches little."""
-    told = [
+    lines = [
         f"{name}: in {entry[oddity]:,} of its rows {sentence}"
         for name, entry in report["sources"].items()
         for oddity, sentence in ODDITIES.items()
@@ -136,10 +136,10 @@ def data_cautions(report: Mapping[str, Any]) -> list[str]:
     ]
     good, bad = (sum(entry["labels"].get(side, 0) for entry in report["sources"].values()) for side in ("good", "bad"))
     if good + bad and not (good and bad):
-        told.append(f"every labelled row is {'good' if good else 'bad'}: nothing tells good completions from bad ones")
+        lines.append(f"every labelled row is {'good' if good else 'bad'}: nothing tells good completions from bad ones")
     elif max(good, bad) >= UNEVEN * min(good, bad) > 0:
-        told.append(f"labels are uneven: {good:,} good, {bad:,} bad")
-    return told
+        lines.append(f"labels are uneven: {good:,} good, {bad:,} bad")
+    return lines
 
 
 def report_table(report: Mapping[str, Any]) -> list[list[str]]:

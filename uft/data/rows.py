@@ -247,7 +247,7 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
         scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
         found += ["equal_pairs"] if first.turns == last.turns else []
         found += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
-    asked = row.prompt[-1].content.strip()
-    if len(asked) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(asked) for c in row.completions):
+    question = row.prompt[-1].content.strip()
+    if len(question) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(question) for c in row.completions):
         found.append("repeated_prompts")
     return found

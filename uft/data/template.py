@@ -246,13 +246,13 @@ def missing_text(turns: Turns, text: str, wanted: Sequence[int]) -> Iterator[Not
         fields = json.loads(turn.extra) if turn.extra else {}
         found = {name: fields[name] for name in ("tools", "tool_calls") if name in fields}
         parts = {name: [one.get("function", one) for one in ones] for name, ones in found.items()}
-        said = {
+        required = {
             f"does not render {name}": [*texts_of([[one.get("name"), one.get("arguments")] for one in ones])]
             for name, ones in parts.items()
         }
-        said["does not render reasoning_content"] = [fields.get("reasoning_content", "")]
-        said[f"leaves out, or changes the text of, {turn.role} turns"] = [turn.content]
-        for what, words in said.items():
+        required["does not render reasoning_content"] = [fields.get("reasoning_content", "")]
+        required[f"leaves out, or changes the text of, {turn.role} turns"] = [turn.content]
+        for what, words in required.items():
             forms = ((word, json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1]) for word in words)
             if not all(any("".join(one.split()) in squeezed for one in ones) for ones in forms):  # also within JSON
                 yield Note(what, number, number in wanted or "tool" in what)

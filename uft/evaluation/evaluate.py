@@ -213,8 +213,8 @@ class _Evaluator:
         unbiased estimate 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374, eq. 1. Right: the checker's first figure is 1.
         """
         n = self.settings.draws
-        asked = [(ids, number * n + one) for number, ids in enumerate(prompts[: len(rows)]) for one in range(n)]
-        replies = ranks().map_shards(asked, partial(self._complete, 1.0))
+        requests = [(ids, number * n + one) for number, ids in enumerate(prompts[: len(rows)]) for one in range(n)]
+        replies = ranks().map_shards(requests, partial(self._complete, 1.0))
         texts = [self.renderer.said(reply.ids).content for reply in replies]
         jobs = [(held.checker or "", rows[place // n], text) for place, text in enumerate(texts)]
         verdicts = ranks().on_rank0(partial(judge_logged, held.name, jobs, self.policy.device))
@@ -226,14 +226,14 @@ class _Evaluator:
             found.append({f"pass@{k}": (1 - math.comb(wrong, k) / math.comb(n, k), 1.0) for k in counts})
         return found
 
-    def _complete(self, temperature: float, asked: Sequence[tuple[list[int], int]]) -> list[Reply]:
+    def _complete(self, temperature: float, requests: Sequence[tuple[list[int], int]]) -> list[Reply]:
         """Answers to prompts, each with the number of its draws."""
         return complete(
             self.policy,
-            [prompt for prompt, _ in asked],
+            [prompt for prompt, _ in requests],
             Sampling(temperature, max_new_tokens=self.settings.max_new_tokens),
             seed=0,
-            numbers=[number for _, number in asked],
+            numbers=[number for _, number in requests],
             stop_ids=self.renderer.stop_ids,
             pad_id=pad_id(self.renderer.tokenizer),
             batch_size=PROMPTS_PER_BATCH,

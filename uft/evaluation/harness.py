@@ -293,11 +293,11 @@ class Loaded:
         if unknown := [key for key in self.task.keys if key.removesuffix(",none") not in there]:
             why, advice = f"has no metric {', '.join(unknown)}", f"there are: {'  '.join(there)}"
             raise UftError(Problem(f"eval.tasks: {self.task.task}", why, advice=(advice,)))
-        asked = [[key.removesuffix(",none") for key in self.task.keys]] if self.task.keys else [[key] for key in there]
+        wanted = [[key.removesuffix(",none") for key in self.task.keys]] if self.task.keys else [[key] for key in there]
         leaf = next(iter(self.leaves.values()))
         rows = {key: by_row(found["samples"], self.leaves, there[key]) for key in there}
         made = []
-        for keys in asked:
+        for keys in wanted:
             values = [float(results[there[key]]) for key in keys]
             errors = [results.get(there[key].replace(",", "_stderr,", 1)) for key in keys]
             stderr = mean_stderr([rows[key] for key in keys], values)

@@ -63,12 +63,12 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     is left.
     """
     settings = to_builtins(cfg)
-    asked, hardware = dict(settings["run"]), settings["hardware"]
-    if hardware["nodes"] > 1 and not asked["dir"]:
+    run_keys, hardware = dict(settings["run"]), settings["hardware"]
+    if hardware["nodes"] > 1 and not run_keys["dir"]:
         why = "several machines work in one folder, and must be told which"
         raise UftError(Problem("run.dir=null", why, advice=("run.dir=FOLDER, one that every machine sees",)))
     run = Run(single_run_dir(settings))
-    settings["run"] = {"name": asked["name"] or run.name, "dir": None}  # the folder is where the file lies
+    settings["run"] = {"name": run_keys["name"] or run.name, "dir": None}  # the folder is where the file lies
     if node_rank(hardware) > 0:
         return join_run(run, hardware, quiet)
     if run.exists:
@@ -82,10 +82,10 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     while True:
         created = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
         try:
-            run.path.mkdir(parents=True, exist_ok=bool(asked["name"] or asked["dir"]))
+            run.path.mkdir(parents=True, exist_ok=bool(run_keys["name"] or run_keys["dir"]))
             break
         except FileExistsError:  # another run began in the same second
-            run = Run(single_run_dir({**settings, "run": asked}))
+            run = Run(single_run_dir({**settings, "run": run_keys}))
             settings["run"]["name"] = run.name
     with run.lock():  # of two processes that make the same run, one makes it and the other finds it
         fresh = not run.exists
@@ -287,7 +287,7 @@ def run_session(
     if code == FAILED and not quiet and not run.result():  # it died, and could not say so itself
         print(f"uft: continue it:  uft resume {typed_path(run.path)}", file=sys.stderr)
     if code == BAD_REQUEST and created is not None and not (run.locked() or run.result() or run.steps):
-        said = log.read_text(encoding="utf-8", errors="replace") if log else ""
+        output = log.read_text(encoding="utf-8", errors="replace") if log else ""
         for path in run.path.iterdir():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -298,7 +298,7 @@ def run_session(
                 if folder in created or folder.is_relative_to(OUTPUTS):
                     folder.rmdir()
         if log:  # without its head: it becomes part of the sweep's report
-            raise UftError(said.rpartition("in this request\n")[2].strip() or "the worker refused it")
+            raise UftError(output.rpartition("in this request\n")[2].strip() or "the worker refused it")
     return code
 
 

@@ -184,8 +184,8 @@ def failure_of(result: JobReturn) -> JobFailed | None:
     if isinstance(error, JobFailed):
         return error
     if isinstance(error, UftError):
-        said = (": ".join(filter(None, (problem.what, problem.why))) for problem in error.problems)
-        return JobFailed(error.code, "\n".join(said))
+        lines = (": ".join(filter(None, (problem.what, problem.why))) for problem in error.problems)
+        return JobFailed(error.code, "\n".join(lines))
     return JobFailed(FAILED, f"{type(error).__name__}: {error}")
 
 

@@ -167,8 +167,8 @@ def elastic_agent(arguments: Sequence[str]) -> int:
             failures = error.failures
         code, why = noted_code(Path(folder)), reasons(Path(folder))
 
-    asked = (signal.SIGTERM, signal.SIGINT)  # what ends a rank because another one failed: never the cause
-    killed = {rank: f for rank, f in failures.items() if f.exitcode < 0 and -f.exitcode not in asked}
+    stop_signals = (signal.SIGTERM, signal.SIGINT)  # what ends a rank because another one failed: never the cause
+    killed = {rank: f for rank, f in failures.items() if f.exitcode < 0 and -f.exitcode not in stop_signals}
     run, blamed = Run(Path(arguments[-1])), ""
     if killed:
         first = min(killed, key=lambda rank: killed[rank].timestamp)  # the others may have had to be killed after it

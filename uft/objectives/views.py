@@ -158,8 +158,8 @@ def uses_of(row: Row, objective: Objective) -> list[str]:
     """Of every completion its feedback and what the objective makes of it: `chosen: positive`, `score 0.75: r=0.75`."""
     view = objective.views.get(row.kind)
     taken = {one.completion: _use(one) for one in (view(row, 0) if view else None) or ()}
-    told = [f"{feedback(one)}: {taken.get(place, 'not used')}" for place, one in enumerate(row.completions)]
-    return told or ["asked: no reply"]
+    uses = [f"{feedback(one)}: {taken.get(place, 'not used')}" for place, one in enumerate(row.completions)]
+    return uses or ["asked: no reply"]
 
 
 def feedback(completion: Completion) -> str:

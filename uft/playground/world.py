@@ -112,13 +112,13 @@ def check(task: str | None, prompt: str, answer: str | None, reply: str) -> dict
     `exact_match`: the plain right answer and nothing else. `correct`: right once the chatter is taken off (the skill).
     `plain`: no chatter (the style), right or wrong. Of a chain of tasks what follows the last step is judged.
     """
-    said = reply.split()
+    given = reply.split()
     right = (solve(prompt) if answer is None else answer).split()
-    bare = [word for word in said if word not in CHATTER]
-    plain = float(bool(said) and said == bare)
+    bare = [word for word in given if word not in CHATTER]
+    plain = float(bool(given) and given == bare)
     if task in CHAIN:
-        said, bare, right = map(result, (said, bare, right))
-    return {"exact_match": float(said == right), "correct": float(bare == right), "plain": plain}
+        given, bare, right = map(result, (given, bare, right))
+    return {"exact_match": float(given == right), "correct": float(bare == right), "plain": plain}
 
 
 def result(words: Words) -> Words:

@@ -109,7 +109,7 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
     heads = metrics.headlines(runs, known, options.metrics, comparable)
     base = baselines(grouped.groups, options.baseline)
     drawn = curves(runs)
-    asked = {head.metric: head.direction for head in heads}
+    directions = {head.metric: head.direction for head in heads}
     names, by_row = [group.name for group in grouped.groups], partial(rows_between, runs, grouped)
     jobs, chosen = planned(selection.folder), {path.resolve() for path in selection.runs}
     waiting = [job.name for job in jobs if not job.exists]  # told where all started jobs of a sweep are compared
@@ -123,14 +123,14 @@ def compare_loaded(runs: Sequence[LoadedRun], selection: Selection, options: Opt
         "metrics": [
             {
                 "name": jsonable(name),
-                "direction": asked.get(name) or metrics.direction(name),
+                "direction": directions.get(name) or metrics.direction(name),
                 "kind": metrics.kind(name),
                 "curve": name in drawn,
                 "possible": metrics.possible(name),
                 "caption": metrics.caption(name),
                 "comparable": comparable or not metrics.of_objective(name),
             }
-            for name in metrics.ordered([*known, *drawn], list(asked))
+            for name in metrics.ordered([*known, *drawn], list(directions))
         ],
         "axes": [
             {"key": jsonable(axis.key), "values": [*map(config_value, axis.values)], "numeric": axis.numeric}

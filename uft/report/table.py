@@ -98,10 +98,10 @@ def standing(comparison: Mapping[str, Any], waiting: int, width: int) -> Group:
     """The table alone, how many runs are in which state, and how far those at work are: for `uft compare --watch`."""
     runs = comparison["runs"]
     states = Counter(run["status"] for run in runs) + Counter(waiting=waiting)
-    said = ", ".join(f"{count} {one_line(state)}" for state, count in states.items())
+    counted = ", ".join(f"{count} {one_line(state)}" for state, count in states.items())
     work = [run for run in runs if run["status"] == "running"]
     steps = [f"  {one_line(run['name'])} step {run['steps'] or 0}/{run['total_steps'] or '?'}" for run in work[:OTHERS]]
-    head = Text(f"{one_line(comparison['title'])}: {said}\n", style="bold")
+    head = Text(f"{one_line(comparison['title'])}: {counted}\n", style="bold")
     return Group(head, *parts_of_table(comparison, width), Text("\n" + "\n".join(steps)))
 
 

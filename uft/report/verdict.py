@@ -151,14 +151,14 @@ def with_interval(found: Spread) -> str:
 def lead(found: Difference, sign: int, other: str, tests: int) -> str:
     """The sentence on how far the best is ahead of `other`, and whether that is more than noise."""
     noise = {True: "inside seed noise", False: "more than seed noise", None: "its noise cannot be measured"}
-    said = UNKNOWN_NOISE.get(found.method, noise[found.inside_noise])
+    noise_text = UNKNOWN_NOISE.get(found.method, noise[found.inside_noise])
     if found.method == "identical":
-        return f"It equals {other}, on every seed: {said}."
+        return f"It equals {other}, on every seed: {noise_text}."
     facing = sign if sign * found.difference > 0 else -sign
     way = "ahead of" if facing == sign else "behind"
     text = f"It is {abs(found.difference):.4g} {way} {other}" if found.difference else f"Its mean is that of {other}"
     if found.low is None or found.high is None or found.p is None:
-        return f"{text}: {said}."
+        return f"{text}: {noise_text}."
     low, high = sorted((facing * found.low, facing * found.high))
     p = f"p {probability(found.p)}"
     if tests > 1 and found.p_adjusted is not None:
@@ -167,7 +167,7 @@ def lead(found: Difference, sign: int, other: str, tests: int) -> str:
         excludes, t_excludes = (not low <= 0 <= high for low, high in (found.bootstrap, (found.low, found.high)))
         disagrees = f"disagrees: its interval {'excludes' if excludes else 'includes'} zero"
         p += f"; a bootstrap {'agrees' if excludes == t_excludes else disagrees}"
-    return f"{text} (95 % interval {low:.4g} to {high:.4g}, {found.method}, {p}): {said}."
+    return f"{text} (95 % interval {low:.4g} to {high:.4g}, {found.method}, {p}): {noise_text}."
 
 
 def of_power(found: Difference) -> Iterator[str]:

@@ -57,18 +57,18 @@ def answer(line: bytes, seconds: float) -> list[Any]:
 
 
 def main(seconds: float, memory: int) -> None:
-    said = os.fdopen(os.dup(1), "wb")
+    stdout = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints gets between the verdicts
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     for asked_to_stop in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(asked_to_stop, signal.SIG_IGN)  # for the parent, whose end is the end of the input
     limit(memory)
     sys.addaudithook(refuse)
-    said.write(b"ready\n")
-    said.flush()
+    stdout.write(b"ready\n")
+    stdout.flush()
     for line in sys.stdin.buffer:
-        said.write(json.dumps(answer(line, seconds)).encode() + b"\n")
-        said.flush()
+        stdout.write(json.dumps(answer(line, seconds)).encode() + b"\n")
+        stdout.flush()
 
 
 if __name__ == "__main__":

@@ -187,13 +187,13 @@ def mean_log_probs(model: Model, rows: Sequence[Row], recipe: Recipe) -> list[fl
             per_file=PER_FILE,
             phase="rows were annotated",
         )
-        asked = [encoded for encoded in fitted if encoded is not None]
-        missing, all_keys = column.missing(asked), {sequence_key(one.ids, one.supervised) for one in asked}
+        fitting = [encoded for encoded in fitted if encoded is not None]
+        missing, all_keys = column.missing(fitting), {sequence_key(one.ids, one.supervised) for one in fitting}
         if known := len(all_keys) - len(missing):
             say(f"{model.path}: {known:,} of {len(all_keys):,} completions are known from before")
-        alone = max((one.length for one in asked), default=0) > (common_length(model_config(model)) or sys.maxsize)
+        alone = max((one.length for one in fitting), default=0) > (common_length(model_config(model)) or sys.maxsize)
         batch_tokens = 1 if alone else recipe.batch_tokens  # of embeddings that depend on the longest row of a batch
-        if not column.fill(asked, batch_tokens=batch_tokens, should_stop=recipe.should_stop):
+        if not column.fill(fitting, batch_tokens=batch_tokens, should_stop=recipe.should_stop):
             raise Interrupted
     if missing:  # the model was loaded, and is free again
         gc.collect()

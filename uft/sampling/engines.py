@@ -295,7 +295,7 @@ def answer_request(llm: Any, request: dict[str, Any]) -> list[tuple[list[int], l
 
 
 def main(settings: dict[str, Any]) -> None:
-    said = os.fdopen(os.dup(1), "wb")
+    stdout = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print goes where their warnings go
     llm: Any = None
     for line in sys.stdin.buffer:
@@ -307,8 +307,8 @@ def main(settings: dict[str, Any]) -> None:
             found: Any = answer_request(llm, json.loads(line))
         except Exception as error:
             found = f"{type(error).__name__}: {first_line(error)}"
-        said.write(json.dumps(found).encode() + b"\n")
-        said.flush()
+        stdout.write(json.dumps(found).encode() + b"\n")
+        stdout.flush()
 
 
 if __name__ == "__main__":

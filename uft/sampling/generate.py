@@ -108,8 +108,8 @@ def complete(
     batches += [[row] for row in by_length if len(row.prompt) + len(row.uniform) > common]
     with evaluating(policy.module):
         for number, batch in enumerate(batches):
-            told = partial(_tell, sum(map(len, batches[:number])), len(rows), number, len(batches))
-            _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop, ended, told)
+            report = partial(_tell, sum(map(len, batches[:number])), len(rows), number, len(batches))
+            _decode(policy, batch, sampling, frozenset(stop_ids), pad_id, should_stop, ended, report)
     return [row.reply for row in rows]
 
 
@@ -207,10 +207,10 @@ def _decode(
     pad_id: int,
     should_stop: Callable[[], bool],
     ended: Callable[[Sequence[int]], bool] | None,
-    told: Callable[[int, float], None],
+    report: Callable[[int, float], None],
 ) -> None:
     """Answer one batch of prompts, in place. A prompt that several rows have is read once; finished rows leave the
-    batch once half of it is finished. `told`: how many are, and the share of the time at most."""
+    batch once half of it is finished. `report`: how many are, and the share of the time at most."""
     size, longest = len(rows), max((len(row.uniform) for row in rows), default=0)
     rows, device = [row for row in rows if row.open], policy.device
     places = {prompt: number for number, prompt in enumerate(dict.fromkeys(tuple(row.prompt) for row in rows))}
@@ -245,7 +245,7 @@ def _decode(
         ids = tokens[:, None]
         step += 1
         kept = [i for i, row in enumerate(rows) if row.open]
-        told(size - len(kept), step / longest if kept else 1.0)
+        report(size - len(kept), step / longest if kept else 1.0)
         if 0 < len(kept) <= len(rows) // 2:
             index = torch.tensor(kept, device=device)
             if cache is not None:

@@ -163,9 +163,9 @@ def _sample(
     sampled = complete_for_seeds(policy, renderer, prompts, settings, list(map(number_of, rows)), should_stop)
     lines = []
     for row, replies in zip(rows, sampled, strict=True):
-        said = [renderer.said(reply.ids, strip=False) for reply in replies]
-        said = [replace(one, content=one.content.lstrip()) for one in said]
-        kept = [(one, reply) for one, reply in zip(said, replies, strict=True) if one.content and reply.stopped]
+        replied = [renderer.said(reply.ids, strip=False) for reply in replies]
+        replied = [replace(one, content=one.content.lstrip()) for one in replied]
+        kept = [(one, reply) for one, reply in zip(replied, replies, strict=True) if one.content and reply.stopped]
         if settings.repeats == "drop":
             kept = [(one, reply) for one, reply in kept if not _repeats(row, one, renderer)]
         samples: list[Line] = [{"response": turns_column((one,), "assistant")} for one, _ in kept]

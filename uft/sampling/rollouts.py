@@ -161,12 +161,12 @@ class RolloutSampler:
         each, first, draws = self.settings.completions, self.drawn, self.sampler.mixture.take(rows)
         self.drawn += rows
         hinted = [(draw, self._hint(draw, number)) for number, draw in enumerate(draws, first)]
-        asked = [
+        requests = [
             (draw, hint, number * each + one)
             for number, (draw, hint) in enumerate(hinted, first)
             for one in range(each if self._is_sampled(draw) else 0)
         ]
-        replies = iter(ranks().map_shards(asked, self._complete))
+        replies = iter(ranks().map_shards(requests, self._complete))
         return [
             Group(draw, hint, tuple(islice(replies, each))) if self._is_sampled(draw) else Group(draw)
             for draw, hint in hinted
@@ -191,10 +191,10 @@ class RolloutSampler:
         chunks = chunks_shown(settings, len(cuts) - 1, self.rollouts, last, draw_of_hint)
         return ends[cuts[chunks] - 1] if cuts[chunks] else 0
 
-    def _complete(self, asked: Sequence[tuple[RowIndex, int, int]]) -> list[Reply]:
+    def _complete(self, requests: Sequence[tuple[RowIndex, int, int]]) -> list[Reply]:
         """The completions of this rank's share of (row, tokens of its hint, number of the completion in the run)."""
-        prompts = [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in asked)]
-        return self.engine.complete(prompts, [number for _, _, number in asked]) if prompts else []
+        prompts = [[*prompt, *hint] for prompt, hint in (self._prompt(*one[:2]) for one in requests)]
+        return self.engine.complete(prompts, [number for _, _, number in requests]) if prompts else []
 
     def _prompt(self, draw: RowIndex, hint: int) -> tuple[list[int], list[int]]:
         """Token ids of a row's prompt, as they are trained, and of the first `hint` tokens of its demonstration."""
@@ -478,13 +478,13 @@ def unjudged(
     key: str, rows: Sequence[Row], spec: Spec, weights: Mapping[str, float], *advice: str
 ) -> Iterator[Problem]:
     """The figures that a source's checker does not give, and, with `advice`, the rows whose replies it cannot judge; no
-    model is asked."""
+    model is names."""
     given = figures_of(spec)
     for name in (name for name in weights if name not in given):
         why = f"the checker of {key} does not give it"
         yield Problem(f"rollout.reward.{name}", why, advice=(f"it gives: {', '.join(given)}",))
-    asked = [part for part in parts(spec) if not hasattr(make(part), "path")]
-    verdicts = judge([(asked, row, PROBE) for row in rows]) if asked else []
+    names = [part for part in parts(spec) if not hasattr(make(part), "path")]
+    verdicts = judge([(names, row, PROBE) for row in rows]) if names else []
     silent = [(row, found) for row, found in zip(rows, verdicts, strict=False) if not found.figures]
     if silent:
         (row, found), *_ = silent

@@ -123,11 +123,11 @@ class Watchdog:
     def exchange(self) -> None:
         """Add this rank's signs to the sum of all and read it, every tick. It may block: in a thread of its own."""
         with suppress(RuntimeError):  # of torch: the process that keeps the store has ended
-            store, told = _store(), 0
+            store, sent = _store(), 0
             while not self.over.wait(self.seconds / self.ticks):
                 now = self.mine
-                self.heard = store.add(SIGNS, now - told)
-                told = now
+                self.heard = store.add(SIGNS, now - sent)
+                sent = now
 
 
 def _store() -> TCPStore:

@@ -210,15 +210,15 @@ def make_scorer(config: Config, sources: Sequence[LoadedSource]) -> Callable[[Ro
             problems += unjudged(key, source.rows, spec, weights_of(config.rollout, spec))
     raise_problems(problems, footer="Sample without a score:  generate.score=false")
 
-    told: set[str] = set()
+    reported: set[str] = set()
 
     def score(row: Row, text: str) -> float:
         spec = specs[row.source]
         assert spec is not None
         (verdict,) = judge([(spec, row, text)])
-        if verdict.reason and verdict.reason not in told:
+        if verdict.reason and verdict.reason not in reported:
             log.warning("%s: samples that cannot be judged are scored 0: %s", row.source, verdict.reason)
-            told.add(verdict.reason)
+            reported.add(verdict.reason)
         return score_of(verdict.figures, weights_of(config.rollout, spec))
 
     return score
@@ -384,11 +384,11 @@ def select(config: Config) -> int:
     say, device, out = say_on(job_console()), choose_device(config.hardware), Path(config.select.out or "selected")
     with listening() as stop:
         try:
-            told = select_stage(config, out, "", device, stop, say)
+            counts = select_stage(config, out, "", device, stop, say)
         except Interrupted:
             say("stopped; nothing was written.")
             return stop.exit_code
-    say(f"{told['rows']:,} of {told['candidates']:,} candidates are kept; rows and scores.jsonl in {out}")
+    say(f"{counts['rows']:,} of {counts['candidates']:,} candidates are kept; rows and scores.jsonl in {out}")
     say(f"train on them:  uft train data={typed_path(out / 'rows.jsonl')}")
     return GOOD
 

@@ -80,8 +80,8 @@ def measure(config: Config) -> int:
     made = datetime.now().astimezone().isoformat(timespec="seconds")
     about = {"format": FORMAT, "uft": __version__, "made": made, "seconds": time.perf_counter() - started}
     model = {"model": config.model.path, "dtype": resolve_dtype(config.model, choose_device(config.hardware)).dtype}
-    found, told = with_earlier(found, file, model)
-    for line in told:
+    found, notes = with_earlier(found, file, model)
+    for line in notes:
         say(line)
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(item, ensure_ascii=False) for item in found.items)

@@ -210,8 +210,8 @@ class Session:
     def _make_rows(self, stage: Stage, folder: Run) -> dict[str, Any]:
         """Sample completions, write a column or choose rows; counts of what was made. Raises Interrupted."""
         by_name = {other.name: other for other in self.stages}
-        trained, asked = self.trained_before(stage), stage.config.annotate.models
-        models = [str(self.model_dir(by_name[maker(path)])) if is_made(path) else path for path in asked]
+        trained, paths = self.trained_before(stage), stage.config.annotate.models
+        models = [str(self.model_dir(by_name[maker(path)])) if is_made(path) else path for path in paths]
         model, past = self.start_model(stage), stage.config.select.past
         past = str(self.folder(by_name[maker(past)]).path) if past and is_made(past) else past
         config = replace(
