@@ -203,7 +203,6 @@ class Comparison:
 def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The settings of `uft train OVERRIDES`, nested, as a run would freeze them. UftError with all that is wrong."""
     from uft.cli.verbs import with_sources
-    from uft.config.compose import require
-    from uft.config.files import Request
+    from uft.config.compose import compose
 
-    return require(Request(tuple(with_sources(list(overrides))))).settings
+    return compose(with_sources(list(overrides)))

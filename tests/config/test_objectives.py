@@ -15,7 +15,7 @@ SCHEMA = """
 import sys
 from uft.config.compose import compose
 cfg = compose(["objective=dpo", "objective.beta=0.3"])
-assert cfg.objective.beta == 0.3
+assert cfg["objective"]["beta"] == 0.3
 heavy = [name for name in ("torch", "transformers", "datasets", "wandb") if name in sys.modules]
 assert not heavy, heavy
 left = [name for name in sys.modules if name.startswith("uft.objectives")]

@@ -49,15 +49,11 @@ def expected(file: Path, models: list[Model]) -> list[Any]:
 
 def job_here(*overrides: str) -> None:
     """The worker's own job within this process, which is spared seconds of imports."""
-    from omegaconf import OmegaConf
-
     from uft.config.compose import compose
     from uft.config.frozen import to_config
     from uft.training.making import annotate
 
-    settings = OmegaConf.to_container(compose(list(overrides)), resolve=True)
-    assert isinstance(settings, dict)
-    assert annotate(to_config({str(key): value for key, value in settings.items()})) == 0
+    assert annotate(to_config(compose(list(overrides)))) == 0
 
 
 def quiet(*sources: tuple[str, Path]) -> list[str]:

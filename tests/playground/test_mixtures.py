@@ -22,8 +22,8 @@ DRAWN = {
 
 @cache
 def load(name, *overrides):
-    data = compose([f"data={name}", *overrides]).data
-    loaded = load_sources(data_settings(data))
+    data = data_settings(compose([f"data={name}", *overrides])["data"])
+    loaded = load_sources(data)
     portions = [portion(source.name, source.rows, data.sources[source.name].share) for source in loaded]
     weights = mixture_weights(portions, data.ratio)
     return loaded, dict(zip([source.name for source in loaded], weights, strict=True))

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from uft.config.compose import compose
 from uft.config.frozen import to_config
@@ -91,7 +90,7 @@ def test_the_command_that_is_shown_composes_to_what_was_written(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     spaced = tmp_path / 'a "b" \\'
     sources = {"mine": Source(path="x", share=0.5, checker="exact", columns={"prompt": "q"}), "other": Source(path="y")}
-    data = replace(to_config(OmegaConf.to_container(compose(["data=mix"]), resolve=True)).data, sources=sources)
+    data = replace(to_config(compose(["data=mix"])).data, sources=sources)
     written = {
         "mine": AnnotatedSource(Path("r.jsonl"), Path("eval/r.jsonl"), 1, 0),
         "other": AnnotatedSource(spaced, None, 1, 0),
@@ -100,7 +99,7 @@ def test_the_command_that_is_shown_composes_to_what_was_written(tmp_path, monkey
 
     words = shlex.split(train_command(data, "baseline_logp", written))
     assert words[:2] == ["uft", "train"]
-    found = to_config(OmegaConf.to_container(compose(words[2:]), resolve=True))
+    found = to_config(compose(words[2:]))
     assert found.data.sources == annotated_data(data, written).sources
     assert found.data.sources["other"].path == str(spaced)
     assert found.objective["name"] == "poft"

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from uft.config.checks import NOT_TYPED, OBJECTIVE, REWARD, AbsentKey, Draft, Setting, adapter, faults, path_of
 from uft.config.files import (
     BROKEN,
@@ -68,9 +66,9 @@ class Examined:
         return {key_of(problem.what) for problem in self.problems}
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration of `uft train OVERRIDES`. Raises UftError with every problem."""
-    return OmegaConf.create(require(Request(tuple(overrides))).settings)
+def compose(overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of `uft train OVERRIDES`, nested. Raises UftError with every problem."""
+    return require(Request(tuple(overrides))).settings
 
 
 def require(request: Request) -> Examined:

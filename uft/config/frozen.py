@@ -39,14 +39,8 @@ STAGE = re.compile(r"^stages\.[^.]+\.")
 
 
 def to_builtins(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as builtins (of a DictConfig too), references replaced by what they refer to."""
-    if not isinstance(cfg, dict):
-        from omegaconf import DictConfig, OmegaConf
-
-        content = OmegaConf.to_container(cfg, resolve=False) if isinstance(cfg, DictConfig) else dict(cfg)
-        assert isinstance(content, dict)
-        cfg = {str(key): value for key, value in content.items()}
-    value, _ = resolved({key: item for key, item in cfg.items() if key != "hydra"})
+    """A configuration with references replaced by what they refer to."""
+    value, _ = resolved(cfg)
     if not value.get("stages"):  # most runs are of one piece, and say nothing of stages
         value.pop("stages", None)
     return value

@@ -106,10 +106,6 @@ class Data:
 
 def data_settings(content: Mapping[str, Any]) -> Data:
     """The settings of a mixture from a mapping with its keys; absent keys have their defaults."""
-    if not isinstance(content, dict):  # a node of OmegaConf's
-        from omegaconf import OmegaConf
-
-        content = OmegaConf.to_container(content)  # type: ignore[assignment]
     return Data(**{"name": "data", **content})
 
 

@@ -170,17 +170,12 @@ def _encode(
         problems = [Problem("data.train_on=marked", why, advice=advice)]
     raise_problems(problems)
     if long and too_long == "error":
-        these = f"{long} of {number} rows are longer than train.max_length={max_length}"
-        raise UftError(
-            Problem(
-                f"data.sources.{name}",
-                f"{these}; the longest has {longest} tokens",
-                advice=(
-                    "leave them out or cut them:  data.too_long=drop|truncate",
-                    f"or make room:  train.max_length={longest}",
-                ),
-            )
+        why = f"{long} of {number} rows are longer than train.max_length={max_length}; the longest has {longest} tokens"
+        ways = (
+            "leave them out or cut them:  data.too_long=drop|truncate",
+            f"or make room:  train.max_length={longest}",
         )
+        raise UftError(Problem(f"data.sources.{name}", why, advice=ways))
     edges = (*EDGES, max(longest, EDGES[-1] + 1))
     return LengthReport(
         **counts,
@@ -309,12 +304,9 @@ def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | 
     lost = next((note for one in tokens for note in one.notes if note.lost), None)
     if lost is None or renderer.lost_text == "keep":
         return None
-    return Problem(
-        f"row {row.id}",
-        f"{renderer.name} {lost.what}: turn {lost.turn + 1} would not be learned as the row has it",
-        where="data.template",
-        advice=(*advice_about(renderer), "use another data.template, or learn what it writes:  data.lost_text=keep"),
-    )
+    why = f"{renderer.name} {lost.what}: turn {lost.turn + 1} would not be learned as the row has it"
+    advice = (*advice_about(renderer), "use another data.template, or learn what it writes:  data.lost_text=keep")
+    return Problem(f"row {row.id}", why, "data.template", advice)
 
 
 def _mask_fault(row: Sequence[Tokens], renderer: Renderer) -> str | None:
@@ -358,19 +350,16 @@ POLICIES: dict[str, Callable[[tuple[Tokens, ...], int], Fitted]] = {
 def _policy_counts(before: Sequence[tuple[Tokens, ...]], after: Sequence[Fitted]) -> dict[str, int]:
     """The counts of a report, of rows before and after the length policy."""
     kept = [row for row in after if row is not None]
-    supervised, before_supervised = (
-        sum(int(one.supervised.sum()) for row in rows for one in row) for rows in (kept, before)
-    )
+    sums = [sum(int(one.supervised.sum()) for row in rows for one in row) for rows in (kept, before)]
+    pairs = zip(before, after, strict=True)
     return {
         "rows": len(kept),
         "completions": sum(bool(one.supervised.any()) for row in kept for one in row),
         "tokens": sum(map(_token_count, kept)),
-        "supervised": supervised,
-        "touched": sum(
-            new is not None and _token_count(new) < _token_count(old) for old, new in zip(before, after, strict=True)
-        ),
+        "supervised": sums[0],
+        "touched": sum(new is not None and _token_count(new) < _token_count(old) for old, new in pairs),
         "dropped": len(before) - len(kept),
-        "supervised_lost": before_supervised - supervised,
+        "supervised_lost": sums[1] - sums[0],
     }
 
 

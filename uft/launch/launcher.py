@@ -20,11 +20,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-
 from uft import __version__
 from uft.config.compose import Examined
-from uft.config.frozen import ABSENT, frozen, may_change, to_builtins, to_yaml
+from uft.config.frozen import ABSENT, frozen, may_change, to_yaml
 from uft.config.messages import written
 from uft.config.parameters import defaults_of, objective_of
 from uft.config.stages import completed, data_nodes, differences
@@ -55,15 +53,14 @@ UNFINISHED_CREATION = {".lock", "overrides.yaml", "run.json"}
 PACKAGES = ("torch", "transformers", "datasets", "hydra-core", "omegaconf", "wandb", "peft", "safetensors", "numpy")
 
 
-def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] = (), quiet: bool = False) -> int:
-    """Train one run in its folder, or continue the run that is there; the exit code.
+def launch_train(asked: Mapping[str, Any], overrides: Sequence[str] = (), quiet: bool = False) -> int:
+    """Train one run of these settings in its folder, or continue the run that is there; the exit code.
 
     `quiet`: nothing is printed, console.log has all output (a job of a sweep, whose table shows its state).
     Raises UftError where the request cannot be carried out; whether the launcher or the worker refuses it, no folder
     is left.
     """
-    settings = to_builtins(cfg)
-    run_keys, hardware = dict(settings["run"]), settings["hardware"]
+    settings, run_keys, hardware = dict(asked), asked["run"], asked["hardware"]
     if hardware["nodes"] > 1 and not run_keys["dir"]:
         why = "several machines work in one folder, and must be told which"
         raise UftError(Problem("run.dir=null", why, advice=("run.dir=FOLDER, one that every machine sees",)))
@@ -85,7 +82,7 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
             run.path.mkdir(parents=True, exist_ok=bool(run_keys["name"] or run_keys["dir"]))
             break
         except FileExistsError:  # another run began in the same second
-            run = Run(single_run_dir({**settings, "run": run_keys}))
+            run = Run(single_run_dir(asked))
             settings["run"]["name"] = run.name
     with run.lock():  # of two processes that make the same run, one makes it and the other finds it
         fresh = not run.exists
@@ -98,12 +95,12 @@ def launch_train(cfg: DictConfig | Mapping[str, Any], overrides: Sequence[str] =
     return run_session(run, created, quiet=quiet) if fresh else continue_run(run, settings, quiet=quiet)
 
 
-def launch_job(job: str, cfg: DictConfig | Mapping[str, Any]) -> int:
+def launch_job(job: str, settings: Mapping[str, Any]) -> int:
     """Run a job that leaves no run folder (uft/training/jobs.py: JOBS) in a worker; the exit code."""
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         spec = Path(folder) / "config.yaml"
-        spec.write_text(frozen(cfg), encoding="utf-8")
-        ranks = torchrun_arguments(to_builtins(cfg)["hardware"]) if job in PARALLEL_JOBS else ()
+        spec.write_text(frozen(settings), encoding="utf-8")
+        ranks = torchrun_arguments(settings["hardware"]) if job in PARALLEL_JOBS else ()
         return run_worker(["--job", job, str(spec)], team=ranks)
 
 

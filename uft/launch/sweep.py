@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -122,7 +123,7 @@ class Sweep:
             folder = sweep_dir(sweep or sweep_name(list(self.axes), fixed))
         named = zip(lines, names, settings, strict=True)
         jobs = tuple(Job(tuple(line), folder / name, one) for line, name, one in named)
-        if _resumed_sweeps and not set(began := as_begun(jobs, self.axes)) <= set(lines[0]):
+        if RESUMING.get() and not set(began := as_begun(jobs, self.axes)) <= set(lines[0]):
             print(f"uft: as this sweep began, and unlike today's defaults:  {' '.join(began)}", flush=True)
             return self.jobs([[*line, *began] for line in lines])
         refuse_other_runs(jobs)
@@ -439,7 +440,8 @@ def sweep_dir(name: str, now: datetime | None = None) -> Path:
 
 # --- sweep.json
 
-_resumed_sweeps: list[Path] = []  # the one that `uft resume` continues: its commands are written down already
+RESUMING = ContextVar("RESUMING", default=False)
+"""Whether `uft resume` gives the commands of a sweep: they are written down already."""
 
 
 def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[str]]) -> None:
@@ -452,7 +454,7 @@ def record_sweep(folder: Path, jobs: Sequence[Job], axes: Mapping[str, Sequence[
         empty = {"format": 1, "name": folder.name, "made": now, "changed": now, "commands": [], "axes": {}, "jobs": []}
         sweep = {**empty, **read_json(file), "name": folder.name, "changed": now}
         command = {"words": sys.argv[1:], "cwd": str(Path.cwd())}
-        if not _resumed_sweeps:
+        if not RESUMING.get():
             others = [one for one in sweep["commands"] if {key: one.get(key) for key in command} != command]
             sweep["commands"] = [*others, {**command, "time": now}]
         for key, values in axes.items():
@@ -475,8 +477,8 @@ def resuming(folder: Path) -> Iterator[list[tuple[list[str], Path]]]:
     Commands that are given in this context are part of that sweep and no new requests.
     """
     commands = read_json(folder / SWEEP_FILE).get("commands", ())
-    _resumed_sweeps.append(folder)
+    before = RESUMING.set(True)
     try:
         yield [(list(command["words"]), Path(command["cwd"])) for command in commands]
     finally:
-        _resumed_sweeps.pop()
+        RESUMING.reset(before)

@@ -74,8 +74,9 @@ def write_gguf(folder: Path, out: Path) -> float:
         stem, _, ending = name.rpartition(".")
         rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         heads = rotated.get(stem.rpartition(".")[2])
-        if heads and architecture == gguf.MODEL_ARCH.LLAMA:
-            tensor = interleaved(tensor, heads)
+        if heads and architecture == gguf.MODEL_ARCH.LLAMA:  # its rotation wants the halves of every head interleaved
+            halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+            tensor = halves.swapaxes(1, 2).reshape(tensor.shape)
         if tensor.dtype == torch.bfloat16 and tensor.ndim > 1:
             data, kind = tensor.contiguous().view(torch.uint8).numpy(), gguf.GGMLQuantizationType.BF16
         else:
@@ -163,12 +164,6 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, backend: dict
     if tokenizer.chat_template:
         # marks of what is learned, which other programs do not know, as comments
         writer.add_chat_template(MARK.sub(r"{#\1 \2#}", str(tokenizer.chat_template)))
-
-
-def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """A query or key projection with the two halves of every head interleaved, as llama.cpp's rotation wants them."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 @torch.no_grad()

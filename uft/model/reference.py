@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -261,13 +261,13 @@ class ReferenceColumn:
         keys, most = sorted((key for key in sequences if key in absent), key=order), self.per_file or SEQUENCES_PER_FILE
         files = [{key: sequences[key] for key in keys[start : start + most]} for start in range(0, len(keys), most)]
 
-        def compute(share: Sequence[Mapping[bytes, TokenSequence]]) -> list[dict[bytes, np.ndarray] | None]:
-            return [self._compute(forward, part, batch_tokens, should_stop) for part in share]
-
         with activity(self.phase):
             forward = self.forward()
             for start in range(0, len(files), group.size):  # a file each
-                found = group.map_shards(files[start : start + group.size], compute)
+                found = group.map_shards(
+                    files[start : start + group.size],
+                    lambda share: [self._compute(forward, part, batch_tokens, should_stop) for part in share],
+                )
                 for number, values in enumerate(found):
                     if values is not None:
                         self.store.add(values, write=group.is_rank0 if group.sharded else number == group.rank)

@@ -387,18 +387,12 @@ def rollback(trainer: Trainer, examples: Sequence[Example], before: State, step:
     named = ", ".join(rows[:10]) + (f" and {len(rows) - 10} more" if len(rows) > 10 else "")
     if not named:
         named = "no single row; the step as a whole: " + ", ".join(item.row.id for item in examples[:10])
-    numbers = f"loss {float(step.loss)}, gradient norm {float(step.grad_norm)}"
+    why = f"the numbers are not finite: loss {float(step.loss)}, gradient norm {float(step.grad_norm)}"
     folder = trainer.save_checkpoint()
     trainer.publish_pending_checkpoint()
-    raise UftError(
-        Problem(
-            f"step {trainer.progress.step + 1}",
-            f"the numbers are not finite: {numbers}",
-            advice=(f"rows: {named}", f"the last good state is kept in {folder}"),
-        ),
-        footer="Look at the rows, lower optim.lr or train.max_grad_norm, and start again.",
-        code=FAILED,
-    )
+    advice = (f"rows: {named}", f"the last good state is kept in {folder}")
+    footer = "Look at the rows, lower optim.lr or train.max_grad_norm, and start again."
+    raise UftError(Problem(f"step {trainer.progress.step + 1}", why, advice=advice), footer=footer, code=FAILED)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
