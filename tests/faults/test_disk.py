@@ -123,11 +123,11 @@ def test_a_disk_that_is_really_full(small_disk, bench, new_run, undisturbed, roo
 def test_a_limit_on_the_size_of_files(tmp_path):
     """What the kernel says of it comes through safetensors, too."""
     run, limits = Run(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
-    checkpoint.save(run, 1, {"w": torch.zeros(10)}, {"progress": {}})
+    checkpoint.publish(run, checkpoint.begin(run, 1, {"w": torch.zeros(10)}, {"progress": {}}))
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(UftError) as told:
-            checkpoint.save(run, 2, {"w": torch.zeros(100_000)}, {"progress": {}})
+            checkpoint.begin(run, 2, {"w": torch.zeros(100_000)}, {"progress": {}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "step-000002" in str(told.value)

@@ -106,7 +106,7 @@ def test_weights_have_the_mode_that_the_umask_leaves_too(tmp_path, mask):
     before = os.umask(mask)
     try:
         run = create_run(tmp_path / "run", "a: 1\n", [])
-        saved = checkpoint.save(run, 3, {"w": torch.zeros(2)}, {"progress": {}})
+        saved = checkpoint.publish(run, checkpoint.begin(run, 3, {"w": torch.zeros(2)}, {"progress": {}}))
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in saved.iterdir()} == {0o666 & ~mask}

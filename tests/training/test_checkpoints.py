@@ -28,7 +28,7 @@ def run(tmp_path):
 def save(run: Run, step: int, value: float | None = None) -> Path:
     value = float(step) if value is None else value
     tensors = {"model/w": torch.full((2, 3), value), "random/cpu": torch.get_rng_state()}
-    return checkpoint.save(run, step, tensors, {"progress": {"step": step, "value": value}})
+    return checkpoint.publish(run, checkpoint.begin(run, step, tensors, {"progress": {"step": step, "value": value}}))
 
 
 def value_of(folder: Path) -> float:
@@ -55,8 +55,9 @@ def test_tensors_come_back_bit_for_bit(run):
         "odd": torch.tensor([float("nan"), float("inf"), -0.0]),
         "parameter": torch.nn.Parameter(torch.randn(2)),
     }
-    found, state = checkpoint.load(checkpoint.save(run, 7, tensors, {"feed": {"counts": {"ä": 3}}, "x": 0.1}))
-    assert state == {"feed": {"counts": {"ä": 3}}, "x": 0.1}
+    written = {"feed": {"counts": {"ä": 3}}, "x": 0.1}
+    found, state = checkpoint.load(checkpoint.publish(run, checkpoint.begin(run, 7, tensors, written)))
+    assert state == written
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype

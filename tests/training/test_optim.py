@@ -134,7 +134,7 @@ def test_saved_and_loaded_equals_never_stopped(case, tmp_path):
         **add_prefix("model", straight),
         **add_prefix("optimiser", checkpoint.optimiser_tensors(optimiser, straight)),
     }
-    found, _ = checkpoint.load(checkpoint.save(run, 3, tensors, {}))
+    found, _ = checkpoint.load(checkpoint.publish(run, checkpoint.begin(run, 3, tensors, {})))
     advance(straight, optimiser, range(3, 6))
 
     resumed = small()

@@ -106,7 +106,7 @@ class Renderer:
         rendering: str = "whole",
     ) -> None:
         self.tokenizer, self.lost_text, self.train_on, self.rendering = tokenizer, lost_text, train_on, rendering
-        self._told = False
+        self._start_told = False
         self.learned = False  # whether the model that answers was trained on replies that this one rendered
         self._strategy: Plain | ChatTemplate
         if template == "plain" or (template == "auto" and not getattr(tokenizer, "chat_template", None)):
@@ -172,8 +172,8 @@ class Renderer:
         if system is not None or learned_turns(turns, 0, self.train_on)[:1] != [0]:
             return self.prompt_ids(row.prompt, system)
         encoded = self.encode(row.prompt, turns, row.id)
-        if not self._told and any(note.what == OTHER_START for note in encoded.notes):
-            self._told = True
+        if not self._start_told and any(note.what == OTHER_START for note in encoded.notes):
+            self._start_told = True
             log.warning("%s %s: answers start from the text of training", self.name, OTHER_START)
         return encoded.ids[: encoded.prompt_length].tolist()
 
@@ -246,8 +246,8 @@ class ChatTemplate:
             return self._generated(conversations, whole, names)
         rendered = self._render_rows(whole, names)
         encodings = self._specials.encode([one.text for one in rendered])
-        rows = zip(conversations, whole, names, rendered, encodings, strict=True)
-        return [self._tokens(turns, len(prompt), one, ids, name) for (prompt, _), turns, name, one, ids in rows]
+        firsts = [len(prompt) for prompt, _ in conversations]
+        return [self._tokens(*row) for row in zip(whole, firsts, rendered, encodings, names, strict=True)]
 
     def encode_prompts(self, prompts: Sequence[Turns], names: Sequence[str]) -> list[Tokens]:
         texts, notes = [], []

@@ -101,7 +101,7 @@ def launch_job(job: str, settings: Mapping[str, Any]) -> int:
         spec = Path(folder) / "config.yaml"
         spec.write_text(frozen(settings), encoding="utf-8")
         ranks = torchrun_arguments(settings["hardware"]) if job in PARALLEL_JOBS else ()
-        return run_worker(["--job", job, str(spec)], team=ranks)
+        return run_worker(["--job", job, str(spec)], torchrun=ranks)
 
 
 def join_run(run: Run, hardware: Mapping[str, Any], quiet: bool) -> int:
@@ -113,7 +113,7 @@ def join_run(run: Run, hardware: Mapping[str, Any], quiet: bool) -> int:
             raise UftError(Problem(str(run.path), why, advice=("do both machines see this folder?",)))
         time.sleep(0.5)
     log = run.path.resolve() / f"console-{node_rank(hardware)}.log" if quiet else None
-    return run_worker([str(run.path.resolve())], log=log, team=torchrun_arguments(hardware))
+    return run_worker([str(run.path.resolve())], log=log, torchrun=torchrun_arguments(hardware))
 
 
 def continue_run(

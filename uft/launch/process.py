@@ -57,13 +57,13 @@ def run_worker(
     arguments: Sequence[str],
     cwd: Path | None = None,
     log: Path | None = None,
-    team: Sequence[str] = (),
-    more: Mapping[str, str] | None = None,
+    torchrun: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
 ) -> int:
     """Run `python -m uft.launch.worker ARGUMENTS` to its end; the exit code. In a sweep the worker is forked.
 
-    `team`: options of `torchrun` where several processes train one model (`torchrun_arguments`);
-    `more`: variables added to the child's environment.
+    `torchrun`: its options where several processes train one model (`torchrun_arguments`); `variables`: added to the
+    child's environment.
 
     With `log` (its console.log) nothing is printed here, and its stderr is appended to that file.
 
@@ -71,11 +71,11 @@ def run_worker(
     A child that was ended by a signal we forwarded counts as stopped; one killed by anything else has failed.
     """
     sent, killed_before = list[int](), oom_kills()
-    environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(more or {})}
-    command = [*AGENT, *team, "-m", "uft.launch.worker", *arguments] if team else [*COMMAND, *arguments]
+    environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(variables or {})}
+    command = [*AGENT, *torchrun, "-m", "uft.launch.worker", *arguments] if torchrun else [*COMMAND, *arguments]
     with forwarding(sent, quiet=log is not None) as children, output(log) as (out, err):
         child: Child | None = None
-        if server := None if team else forkserver.server_for(command, environment):
+        if server := None if torchrun else forkserver.server_for(command, environment):
             children[:] = [server.process]  # a signal that comes while it still imports ends it
             child = None if sent else server.fork(COMMAND[-1], arguments, environment, cwd, (0, out, err))
             if child is None:  # it is lost: from here on Popen

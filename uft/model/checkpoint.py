@@ -49,14 +49,6 @@ class Damaged(Exception):
 # --- Writing.
 
 
-def save(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write and publish `step-XXXXXX`; its folder. Saving a step that is there already replaces it.
-
-    Raises UftError (code 1) where the disk is full; the earlier checkpoints are as they were.
-    """
-    return publish(run, begin(run, step, tensors, state))
-
-
 def begin(run: Run, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
     """Write a checkpoint beside its place; the hidden folder, to which shards may be added until it is published."""
     folder = _hidden(run.checkpoints_dir / f"step-{step:06d}", UNFINISHED)
@@ -89,7 +81,8 @@ def _gloo_group() -> dist.ProcessGroup:
 
 
 def publish(run: Run, folder: Path) -> Path:
-    """Checksum and flush the hidden `folder`, then rename it to its final name; that name."""
+    """Checksum and flush the hidden `folder`, then rename it to its final name, which is returned; an older one of that
+    name is replaced. Raises UftError (code 1) where the disk is full; the earlier checkpoints are as they were."""
     place = final(folder)
     replaced = _hidden(place, REPLACED)
     with _writing(run, folder):

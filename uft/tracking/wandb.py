@@ -64,7 +64,7 @@ class Wandb:
     _shift: int = field(default=0, init=False)  # W&B's `_step` minus the step
     _waiting: Queue[Row | None] = field(default_factory=Queue, init=False)  # None ends the thread
     _sender: threading.Thread | None = field(default=None, init=False)
-    _told: bool = field(default=False, init=False)  # of the failure
+    _failure_told: bool = field(default=False, init=False)  # of the failure
 
     def start(self) -> None:
         """Open the W&B run. Raises UftError if it is to be online and there is no key that W&B accepts."""
@@ -222,8 +222,8 @@ class Wandb:
             self.failure = self.failure or f"it does not keep up: {WAITING} rows wait"
         if not self.failure:
             self._waiting.put((step, values))
-        if self.failure and not self._told:
-            self._told = True
+        if self.failure and not self._failure_told:
+            self._failure_told = True
             self.say(f"W&B stopped taking metrics ({self.failure}); metrics.jsonl has everything.")
 
     def _await_sender(self) -> bool:
