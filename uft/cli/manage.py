@@ -34,6 +34,7 @@ from uft.runs import (
 )
 from uft.tracking.console import (
     HEADLINES,
+    bare_table,
     duration,
     expect_durations,
     phase_status,
@@ -137,10 +138,9 @@ def print_tables(found: list[dict[str, Any]], long: Sequence[str] = ()) -> None:
 
 def runs_table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], long: Sequence[str] = ()) -> Table:
     """Runs of one folder with their state, steps and these metrics of the evaluation."""
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = bare_table()
     table.add_column("  run", overflow="fold")
     texts = ["started from"] if any("started_from" in row for row in rows) else []
     for name in ("state", "steps", *long, *metrics, *texts):

@@ -128,11 +128,8 @@ def sources(settings: Settings) -> Iterator[Broken]:
         ends = source.get("score_range")
         if ends is not None and not (len(ends) == 2 and ends[0] < ends[1]):
             yield broken(f"{key}.score_range", "must be [lowest, highest]")
-    for key in (
-        "select.rows",
-        "data.holdout",
-        *(f"data.sources.{name}.holdout" for name in settings["data"]["sources"]),
-    ):
+    of_sources = (f"data.sources.{name}.holdout" for name in settings["data"]["sources"])
+    for key in ("select.rows", "data.holdout", *of_sources):
         amount = value_at(settings, tuple(key.split(".")))
         if amount is not None and amount > 1 and amount != int(amount):
             yield broken(key, "must be a share below 1 or a whole number of rows")
@@ -238,11 +235,8 @@ def objective(settings: Settings) -> Iterator[Broken]:
     for key, why in made.problems():
         yield broken(f"objective.{key}", why)
     if settings["teacher"]["path"] is None and made.needs.teacher:
-        yield broken(
-            "teacher.path",
-            "names the model to learn from, and is not given",
-            "teacher.path=some/model   (a folder or a hub id)",
-        )
+        why, advice = "names the model to learn from, and is not given", "teacher.path=some/model"
+        yield broken("teacher.path", why, f"{advice}   (a folder or a hub id)")
 
 
 def rewards(settings: Settings) -> Iterator[Broken]:

@@ -167,9 +167,8 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example], mismatched: Sequence[Example] = ()) -> StepBatches:
         padding = self._batches(examples[:1]) if ranks().sharded else ()
-        return StepBatches(
-            examples, self._batches(local_shard(examples)), self._batches(local_shard(mismatched)), padding
-        )
+        own, others = self._batches(local_shard(examples)), self._batches(local_shard(mismatched))
+        return StepBatches(examples, own, others, padding)
 
     def _batches(self, examples: Sequence[Example]) -> list[Batch]:
         made = micro_batches(examples, self.micro_batch_tokens, self.pad_id, self.layout)

@@ -161,9 +161,8 @@ def to_records(row: Row) -> list[dict[str, Any]]:
     if kind is Kind.SCORED:
         lines = [({"completion": r, "score": c.score}, (c,)) for r, c in zip(replies, row.completions, strict=True)]
     end = {name: value for name, value in (("answer", row.answer), ("task", row.task)) if value is not None}
-    return [
-        {**start, **columns, **_annotation_columns(completions), **end, **row.facts} for columns, completions in lines
-    ]
+    own = ({**columns, **_annotation_columns(completions)} for columns, completions in lines)
+    return [{**start, **columns, **end, **row.facts} for columns in own]
 
 
 def _annotation_columns(completions: Sequence[Completion]) -> dict[str, Any]:

@@ -171,8 +171,8 @@ class Sweep:
         head += ["the sweep was stopped"] if self.stopped else []
         lines = ["", f"uft: {' and '.join(head)}", ""]
         for job, failure in self.failed.items():
-            said = [f"      {line}".rstrip() for line in failure.message.splitlines()]
-            lines += [f"  {job.folder.name}", *said, f"      {job.folder}", ""]
+            why = [f"      {line}".rstrip() for line in failure.message.splitlines()]
+            lines += [f"  {job.folder.name}", *why, f"      {job.folder}", ""]
         print(visible("\n".join([*lines, last])), file=sys.stderr)
         return self.stopped[0] if self.stopped else FAILED
 

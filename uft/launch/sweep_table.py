@@ -26,7 +26,7 @@ from uft.launch.process import signalled
 from uft.report.metrics import HEADLINES as CRITERIA
 from uft.report.metrics import LIKELIHOOD, direction
 from uft.runs import Run
-from uft.tracking.console import duration, number, printable, shorten
+from uft.tracking.console import bare_table, duration, is_terminal, number, printable, shorten
 from uft.tracking.metrics import PREFIX
 
 if TYPE_CHECKING:
@@ -141,15 +141,14 @@ class SweepTable:
     """
 
     def __init__(self, name: str, expected: int = 0, interactive: bool | None = None) -> None:
-        terminal = sys.stdout.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
         self.name, self.expected, self.interval = name, expected, INTERVAL
-        self.interactive = terminal if interactive is None else interactive
+        self.interactive = is_terminal(sys.stdout) if interactive is None else interactive
         self.clock = time.monotonic
         self._opened = self.clock()
         self._jobs: dict[Path, JobState] = {}
         self._lock = threading.RLock()
         self._began: tuple[float, float] | None = None  # when the first job was seen at work, and the share done then
-        self._told: set[Path] = set()  # jobs whose end was printed
+        self._printed: set[Path] = set()  # jobs whose end was printed
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._print_lines, daemon=True, name="uft-sweep")
         self._live: Live | None = None
@@ -160,7 +159,7 @@ class SweepTable:
         with self._lock:
             jobs = {folder: JobState(folder) for folder in folders}
             self._jobs |= jobs
-            self._told |= {folder for folder, job in jobs.items() if job.status in ENDED}
+            self._printed |= {folder for folder, job in jobs.items() if job.status in ENDED}
 
     def end(self, folder: Path, status: str, error: str = "") -> None:
         """The launcher returned from a job; this goes before what its folder says."""
@@ -251,8 +250,8 @@ class SweepTable:
             done, left = sum(job.status == "finished" for job in jobs), self.seconds_left()
             for job in jobs:
                 gone = job.status == "interrupted" and not (job.returned or self._over.is_set())
-                if job.status in ENDED and not gone and job.folder not in self._told:
-                    self._told.add(job.folder)
+                if job.status in ENDED and not gone and job.folder not in self._printed:
+                    self._printed.add(job.folder)
                     parts = [f"{job.status} at step {job.steps_text}", job.best_text, job.reason]
                     parts += [f"left {duration(left)}"] if left and done < self.total else []
                     line = f"{done} of {self.total} done: {job.folder.name} " + ", ".join(filter(None, parts))
@@ -293,14 +292,13 @@ def best_job(jobs: Iterable[JobState]) -> JobState | None:
 def jobs_table(jobs: list[JobState], room: int) -> Table:
     """The jobs in their order. Where there are more than `room`, the running and failed ones, the best one, and those
     that come next are shown."""
-    from rich.table import Table
     from rich.text import Text
 
     known = [job.metric for job in jobs if job.best is not None] or [job.metric for job in jobs if job.metric]
     metrics = list(dict.fromkeys(known))
     best, ranks = best_job(jobs), {"running": 0, "failed": 1, "waiting": 3}
     order = sorted(range(len(jobs)), key=lambda n: (2 if jobs[n] is best else ranks.get(jobs[n].status, 4), n))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = bare_table()
     headline = Text(f"best {printable(metrics[0].removeprefix(PREFIX))}" if len(metrics) == 1 else "best")
     table.add_column("job", no_wrap=True, overflow="ellipsis")
     table.add_column("state", no_wrap=True)

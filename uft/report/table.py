@@ -20,7 +20,7 @@ from rich.text import Text
 
 from uft.report.metrics import fixed, places, plural
 from uft.report.verdict import ALONE, BETTER, SELECTED
-from uft.tracking.console import printable, shorten, table_console
+from uft.tracking.console import bare_table, printable, shorten, table_console
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -123,7 +123,7 @@ def parts_of_table(comparison: Mapping[str, Any], width: int) -> list[Table | Te
         count, done = len(group["runs"]), len(finished.intersection(group["runs"]))
         runs.append(str(count) if done == count else f"{done} of {count}")
     name_width = max(min(max(map(len, names)), width // 2), len("  configuration"))
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    shown = bare_table()
     shown.add_column("  configuration", overflow="fold", min_width=name_width)
     shown.add_column("runs", justify="right", no_wrap=True)
     columns: list[list[Text]] = [[Text(name) for name in names], [Text(text) for text in runs]]

@@ -56,6 +56,18 @@ def table_console(quiet: bool = False) -> RichConsole:
     return RichConsole(width=None if sys.stdout.isatty() else TABLE_WIDTH, highlight=False, quiet=quiet)
 
 
+def bare_table() -> Table:
+    """A table without lines, its columns two spaces apart."""
+    from rich.table import Table
+
+    return Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether lines of this stream can be written over."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+
 QUIET = 2.0  # seconds without output after which a terminal is told what goes on
 PHASES, MOST_PHASES = "phases.json", 100  # the file of their durations in the cache folder, and of how many jobs
 
@@ -110,7 +122,7 @@ def phase_line() -> str:
 def phase_status() -> Iterator[None]:
     """Within, a terminal is told what goes on, how far and how long still, when nothing else was said for a while."""
     stream = sys.stdout
-    if not stream.isatty() or os.environ.get("TERM", "") in ("", "dumb"):
+    if not is_terminal(stream):
         yield
         return
     status, over = StatusStream(stream), threading.Event()
@@ -164,10 +176,8 @@ class Console:
     ) -> None:
         self.stream: TextIO | None = stream
         self.total_steps = total_steps
-        if interactive is None:
-            interactive = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
-        self.interactive = interactive
-        self.color = interactive and not os.environ.get("NO_COLOR")
+        self.interactive = is_terminal(stream) if interactive is None else interactive
+        self.color = self.interactive and not os.environ.get("NO_COLOR")
         self._log = open(log_file, "a", encoding="utf-8", errors="backslashreplace") if log_file else None  # noqa: SIM115
         self._live = ""  # the step line that stands unfinished on the terminal
         self._terms: dict[str, None] = {}
@@ -175,7 +185,7 @@ class Console:
         self._evaluations: dict[int, Mapping[str, float]] = {}
         self._first: list[Mapping[str, float]] = []  # training lines of the stage, and its latest
         self._latest: deque[Mapping[str, float]] = deque(maxlen=FEW)
-        self._told: set[str] = set()  # kinds of collapse that were reported since the start or the last evaluation
+        self._reported: set[str] = set()  # kinds of collapse that were reported since the start or the last evaluation
         self.marks: dict[str, int] = {}  # evaluations that stay in the table, by name: the ends of stages
 
     def message(self, text: str) -> None:
@@ -187,7 +197,7 @@ class Console:
         self._terms = {}  # the next steps may be another objective's
         self._first.clear()
         self._latest.clear()
-        self._told.clear()
+        self._reported.clear()
         self._heading(title)
         self._print(card(rows, self._width()) + "\n")
 
@@ -231,8 +241,8 @@ class Console:
         self._terms.update(dict.fromkeys(names))
         self._keep({**metrics, "step": step})
         notes = self._collapses(metrics)
-        for what in [what for what in notes if what not in self._told]:
-            self._told.add(what)
+        for what in [what for what in notes if what not in self._reported]:
+            self._reported.add(what)
             self.message(f"caution: {notes[what]}")
         line = partial(step_line, step, self.total_steps, metrics, tuple(self._terms), self._eta(step, metrics))
         if not self.interactive:
@@ -249,7 +259,7 @@ class Console:
             self._evaluations[step] = dict(evaluation.metrics)
             self._rich(evaluation_table(step, self._evaluations, self.marks))
             notes = self._collapses({})
-            self._told |= notes.keys()
+            self._reported |= notes.keys()
             unbroken: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
             folded = [textwrap.fill(note, max(self._width(), 20), **unbroken) for note in notes.values()]
             self._print("\n" + "".join(f"{note}\n" for note in folded))

@@ -99,16 +99,12 @@ class ModelCard:
         keys = {key: value for key, value in config.objective.items() if key not in ("name", "method")}
         file = groups(config_dirs()).get("objective", {}).get(config.objective["name"])
         lines = ["## Objective"] + ([opening_comment(file)] if file else [])
-        optim = config.optim
-        rate = (
-            f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule} schedule, batch of {config.train.batch_size}"
-        )
+        optim, batch = config.optim, config.train.batch_size
+        rate = f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule} schedule, batch of {batch}"
         adapter = f"; LoRA of rank {config.model.lora.rank}" if config.model.adapter == "lora" else ""
         settings = ", ".join(f"{key}={value}" for key, value in keys.items())
-        return [
-            *lines,
-            "\n".join(filter(None, [settings and f"Settings: `{settings}`.", f"Optimiser: {rate}{adapter}."])),
-        ]
+        lines.append((f"Settings: `{settings}`.\n" if settings else "") + f"Optimiser: {rate}{adapter}.")
+        return lines
 
     def data(self) -> list[str]:
         found = [record for part in self.run.stages or [self.run] if (record := read_json(part.path / "data.json"))]
@@ -132,9 +128,8 @@ class ModelCard:
         code, versions = info.get("code") or {}, info.get("versions") or {}
         commit = f", commit {code['commit'][:10]}" if code.get("commit") else ""
         changed = " with changes that are not committed" if code.get("dirty") else ""
-        packages = ", ".join(
-            f"{name} {versions[name]}" for name in ("torch", "transformers", "peft") if name in versions
-        )
+        there = [name for name in ("torch", "transformers", "peft") if name in versions]
+        packages = ", ".join(f"{name} {versions[name]}" for name in there)
         started = f" Started from: {before}." if (before := lineage(info)) else ""
         return f"uft {versions.get('uft', '')}{commit}{changed}, {packages}, seed {self.config.seed}.{started}"
 

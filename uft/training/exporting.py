@@ -72,9 +72,8 @@ def export_checked(
             say(f"the exported model was not wholly compared with the one in memory: {unknown}")
         return why
 
-    export(
-        policy, tokenizer, folder, dtype, stop_ids=renderer.stop_ids, problem=problem, card=card.text if card else None
-    )
+    text = card.text if card else None
+    export(policy, tokenizer, folder, dtype, stop_ids=renderer.stop_ids, problem=problem, card=text)
 
 
 @dataclass(frozen=True)
@@ -134,10 +133,8 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
         stops = [str(renderer.tokenizer.decode([token])) for token in sorted(renderer.stop_ids)]
         text, missing = modelfile(file.name, load_tokenizer(Model(name="", path=str(to))), stops)
         (to / "Modelfile").write_text(text, encoding="utf-8")
-        say(
-            f"serve it:  cd {shown(to)} && ollama create {file.stem} -f Modelfile"
-            + (f"   ({missing})" if missing else "")
-        )
+        note = f"   ({missing})" if missing else ""
+        say(f"serve it:  cd {shown(to)} && ollama create {file.stem} -f Modelfile{note}")
 
 
 def trained_policy(source: WeightsSource) -> tuple[Config, Policy]:
@@ -156,13 +153,10 @@ def trained_policy(source: WeightsSource) -> tuple[Config, Policy]:
 def conversations(run: Run, renderer: Renderer) -> list[Tokens]:
     """Conversations that the export is tried on: answers of the run to held-out prompts, and two questions."""
     last = list(read_samples(run).values())[-1:]
-    pairs = {
-        one["prompt"]: one["reply"] for samples in last for one in samples if one["prompt"] and one["reply"].strip()
-    }
-    found = []
-    for prompt, reply in (pairs | QUESTIONS).items():
-        found.append(renderer.encode((Message("user", prompt),), (Message("assistant", reply),)))
-    return [tokens for tokens in found if tokens.targets]
+    answered = [one for samples in last for one in samples if one["prompt"] and one["reply"].strip()]
+    pairs = {one["prompt"]: one["reply"] for one in answered} | QUESTIONS
+    turns = (((Message("user", prompt),), (Message("assistant", reply),)) for prompt, reply in pairs.items())
+    return [tokens for prompt, reply in turns if (tokens := renderer.encode(prompt, reply)).targets]
 
 
 def keep_adapter(folder: Path) -> None:

@@ -131,14 +131,14 @@ def show_stage_data(config: Config, data: StageData, console: Console) -> None:
         for cells in lines[1:]:
             table.add_row(*cells)
         console.print(table, "")
-    told = [f"not read: {line}" for line in data_omissions(data.record["sources"])]
-    told += [f"caution: {line}" for line in data_cautions(data.record)]
+    notes = [f"not read: {line}" for line in data_omissions(data.record["sources"])]
+    notes += [f"caution: {line}" for line in data_cautions(data.record)]
     try:
         make_sampler(config, data.dataset, data.objective)
     except UftError as refused:
         for problem in refused.problems:
-            told += [f"training stops:  {problem.what}  {problem.why}", *(f"    {line}" for line in problem.advice)]
-    for line in (*told, "") if told else ():
+            notes += [f"training stops:  {problem.what}  {problem.why}", *(f"    {line}" for line in problem.advice)]
+    for line in (*notes, "") if notes else ():
         console.print(line, markup=False, highlight=False)
     console.print("[bold]tokens per completion with its prompt[/bold]")
     for line in length_histogram(merged_lengths([source.report for source in data.dataset.train])):

@@ -158,9 +158,9 @@ def generate_stage(
             why = f"all {made.left_out:,} samples are without text, cut before their end{repeats}: nothing to train on"
             raise UftError(Problem(f"generate.max_new_tokens={config.generate.max_new_tokens}", why), code=FAILED)
         ranks().on_rank0(lambda: os.replace(part, out))
-    told = {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
-    say("  ".join(f"{name}: {number:,}" for name, number in told.items()))
-    return told
+    made_of = {"rows": made.rows, "completions": made.negatives, "left_out": made.left_out, "repeats": made.repeats}
+    say("  ".join(f"{name}: {number:,}" for name, number in made_of.items()))
+    return made_of
 
 
 def sample_rows(

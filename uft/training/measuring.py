@@ -38,7 +38,7 @@ from uft.model.reference import make_reference
 from uft.rewards import spec_of
 from uft.runs import cache_root, shown, write_atomically, write_json
 from uft.sampling.generate import Interrupted
-from uft.tracking.console import printable, table_console
+from uft.tracking.console import bare_table, printable, table_console
 from uft.tracking.metrics import collapses
 from uft.training.dataset import make_renderer, tokenize_held_out
 from uft.training.liveness import Stop, listening
@@ -242,7 +242,7 @@ def on_tasks(config: Config, stop: Stop, say: Say) -> Measured:
 def tables(found: Measured) -> list[Table | Text]:
     """Of rows: a line per metric, a column for all of them and for each source. Of tasks: a line per figure."""
     if "harness" in found.about:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        table = bare_table()
         for name in ("  figure", "value ± standard error", "rows", "shots", "chat template", "task version"):
             table.add_column(name, justify="left" if name == "  figure" else "right", overflow="fold")
         for name, one in found.figures.items():
@@ -253,7 +253,7 @@ def tables(found: Measured) -> list[Table | Text]:
         return [Text(""), table, Text(f"  {found.about['harness']}", style="dim")]
     sources = [*found.about["sources"]]
     columns = ["", *(f"{name}/" for name in sources)] if len(sources) > 1 else [""]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = bare_table()
     for name in ("  metric", "all rows", *sources)[: 1 + len(columns)]:
         table.add_column(printable(name), justify="left" if name == "  metric" else "right", overflow="fold")
     metrics = [name.removeprefix("eval/") for name in found.figures if name.count("/") == 1]

@@ -109,9 +109,9 @@ class Prepared:
             ),
             (objective.needs.mismatched and config.train.batch_size == 1, ONE_ROW),
         ]
-        told = [*(text for holds, text in found if holds), *idle_keys(config)]
+        holding = [*(text for holds, text in found if holds), *idle_keys(config)]
         certain = counted_as_certain(self.data.sampler, objective)
-        return [*told, *objective.cautions(), *certain, *data_cautions(self.data.record)]
+        return [*holding, *objective.cautions(), *certain, *data_cautions(self.data.record)]
 
     @cached_property
     def memory(self) -> dict[str, int]:

@@ -299,9 +299,8 @@ class Trainer:
             others |= add_prefix(_random(rank), generators)
         step = self.progress.step
         if not ranks().sharded:
-            return ranks().on_rank0(
-                lambda: self._publish(checkpoint.begin(self.run, step, {**learned, **others}, values))
-            )
+            tensors = {**learned, **others}
+            return ranks().on_rank0(lambda: self._publish(checkpoint.begin(self.run, step, tensors, values)))
         self.publish_pending_checkpoint()
         folder = ranks().on_rank0(lambda: checkpoint.begin(self.run, step, others, values))
         self.pending_checkpoint = (checkpoint.begin_shards(folder, learned), folder)
