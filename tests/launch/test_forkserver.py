@@ -57,7 +57,8 @@ def test_a_fork_is_the_process_that_a_start_is(server, tmp_path, capfd, monkeypa
         with monkeypatch.context() as context:
             context.setattr(forkserver.Current, "server", current)
             context.setattr(forkserver.Current, "wanted", False)
-            assert process.run_worker(["describe", "a word"], cwd=elsewhere, variables={"CUDA_VISIBLE_DEVICES": "1"}) == 0
+            variables = {"CUDA_VISIBLE_DEVICES": "1"}
+            assert process.run_worker(["describe", "a word"], cwd=elsewhere, variables=variables) == 0
         said, handler = capfd.readouterr().out.splitlines()
         assert handler == "an exit handler"
         found.append(json.loads(said))
