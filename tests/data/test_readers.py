@@ -241,3 +241,12 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path, packing, form):
     with pyarrow.output_stream(str(file), compression="detect") as out:
         out.write(text.encode())
     assert [record for _, record in reader_of(file)(file)] == [{"a": "x"}, {"a": "y"}]
+
+
+def test_a_header_among_the_rows_and_another_encoding_are_told(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("prompt,completion\nq,a\nprompt,completion\nr,b\n")
+    found = list(tables(place(file))[0])
+    assert [one if isinstance(one, str) else one["prompt"] for _, one in found] == ["q", "is the header once more", "r"]
+    file.write_bytes("prompt,completion\nq,a\n".encode("utf-16"))
+    assert list(tables(place(file))[0]) == [(1, "the file is UTF-16; save it as UTF-8")]

@@ -29,7 +29,7 @@ from uft.data.messages import Unreadable, facts_of, is_blank
 from uft.data.readers import READERS, Found, reader_of, suffix_of, with_names
 from uft.data.rows import Kind, Row, content_digest, oddities, slice_bounds
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table, row_schema
-from uft.data.unread import FEEDBACK, Unread, says_more, unread_feedback, unread_meaning
+from uft.data.unread import FEEDBACK, Unread, is_verdict, says_more, unread_feedback, unread_meaning
 from uft.errors import BAD_REQUEST, Problem, UftError, did_you_mean, first_line, tame
 from uft.heartbeat import activity, beat, report_progress
 from uft.runs import cache_root, file_digest
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
-CODE_VERSION = 8  # raise it when this code makes other rows of the same files, or lays them out otherwise
+CODE_VERSION = 9  # raise it when this code makes other rows of the same files, or lays them out otherwise
 CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
@@ -125,7 +125,9 @@ def load_sources(settings: Data) -> list[LoadedSource]:
         if not found.rows and found.held_out and not found.apart:
             own = settings.sources[name].holdout
             amount = settings.holdout if own is None else own
-            problems.append(Problem(f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"))
+            key, why = f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"
+            line = f"evaluate on no row of it:  data.sources.{name}.holdout=0"
+            problems.append(Problem(key, why, advice=(line,)))
         elif not found.rows and not (strict and unusable):
             why = f"no row could be used: {unusable[0].why}" if unusable else "there are no rows in it"
             advice = tuple(unusable[0].advice) if unusable else ()
@@ -252,8 +254,12 @@ def _parse_table(
     omitted.unread += left.columns
     if form is not None:
         names = name, source.columns, scan.columns
-        texts = left.texts | formats.rename(scan.texts, source.columns, source.kind)
-        within = None if source.kind else unread_feedback(form, left.columns, *names, texts)  # messages and objects
+        texts, verdicts = (
+            found | formats.rename(scanned, source.columns, source.kind)
+            for found, scanned in ((left.texts, scan.texts), (left.words, scan.words))
+        )
+        told = left.columns  # of messages and objects as well
+        within = None if source.kind else unread_feedback(form, told, *names, texts, verdicts)
         found = (problem or within, unread_meaning(form, left, *names))
         omitted.refused += [one for one in found if one is not None]
 
@@ -294,8 +300,9 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
     columns = {column for column in usual if told.get(column) or column not in FEEDBACK}
     mapped = [ours for ours, theirs in source.columns.items() if theirs and ours not in source.facts]
     form = formats.recognise(columns, source.kind, mapped, name)
-    texts = formats.rename(table.texts, source.columns, source.kind)
-    return form, None if source.kind else unread_feedback(form, told, name, source.columns, table.columns, texts)
+    texts, verdicts = (formats.rename(one, source.columns, source.kind) for one in (table.texts, table.words))
+    names = name, source.columns, table.columns
+    return form, None if source.kind else unread_feedback(form, told, *names, texts, verdicts)
 
 
 # --- Places: files, folders, the hub and the playground. `datasets` is imported when a path asks for it.
@@ -308,6 +315,7 @@ class Scan:
     columns: Counter[str] = field(default_factory=Counter)  # column -> records that have it
     told: Counter[str] = field(default_factory=Counter)  # column -> records in which it says something
     texts: Counter[str] = field(default_factory=Counter)  # column -> records in which it says more than a grade
+    words: Counter[str] = field(default_factory=Counter)  # column -> records in which it is a word for good or bad
     count: int = 0  # records that could be read
     kept: list[Found] = field(default_factory=list)  # all of them, of a small file
 
@@ -338,6 +346,7 @@ class RecordTable:
                 found.columns.update(record.keys())
                 found.told.update({column: int(not is_blank(value)) for column, value in record.items()})
                 found.texts.update({column: int(says_more(value, self.textual)) for column, value in record.items()})
+                found.words.update(column for column, value in record.items() if is_verdict(value))
                 found.count += 1
             if self.small:
                 found.kept.append((number, record))
