@@ -288,8 +288,9 @@ class ChatTemplate:
         tokens = self._supervise(rendered.text, encoded, spans)
         notes = [*self._changes(turns, wanted, found), *self._omissions(turns, wanted, rendered.text)]
         notes += self._open_ends(tokens, wanted)
-        for number in set(wanted) & set(found.places) if found and self._has_marks else ():
-            if not tokens.supervised[slice(*token_span(encoded.offsets, found.places[number]))].all():
+        places = found.places if found and self._has_marks else {}
+        for number in sorted(set(wanted) & set(places)):
+            if not tokens.supervised[slice(*token_span(encoded.offsets, places[number]))].all():
                 notes.append(Note("does not mark the whole text of assistant turns", number))
         if tokens.supervised.any():
             first = wanted[0]

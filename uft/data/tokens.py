@@ -306,8 +306,8 @@ class EncodedRows(Sequence[tuple[Tokens, ...]]):
 def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | None:
     """The reason to refuse a row: a mask that makes no sense, or supervised text that the template changes."""
     if renderer.train_on != "marked" and not all(learned_turns(c.turns, 0, renderer.train_on) for c in row.completions):
-        why = "every assistant turn of a completion is marked as not to be learned"
-        return Problem(f"row {row.id}", why, advice=("give one a weight of 1, or leave the row out",))
+        unlearned = "every assistant turn of a completion is marked as not to be learned"
+        return Problem(f"row {row.id}", unlearned, advice=("give one a weight of 1, or leave the row out",))
     if why := _mask_fault(tokens, renderer) if row.completions else None:
         return Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template")
     lost = next((note for one in tokens for note in one.notes if note.lost), None)
