@@ -368,8 +368,15 @@ class Place:
 
 
 _BUILTIN = "builtin:"
-_SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
-_SPLIT_NAME = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?=[-_.\d]|$)", re.IGNORECASE)
+_SPLIT_WORDS = {
+    "train": "train training",
+    "test": "test testing eval evaluation",
+    "validation": "validation valid val dev",
+}
+_SPLITS = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
+_SPLIT_NAME = re.compile(
+    rf"(?:^|[-_.])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?=[-_.\d]|$)", re.IGNORECASE
+)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -446,9 +453,9 @@ def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
     files = sorted(p for p in path.iterdir() if p.is_file() and reader_of(p))
     if (path / "README.md").is_file() or not files:
         return [_hub(str(path), place)], []
-    # names may tell splits apart (train-00.jsonl, test.jsonl); else all files are of any split
-    named = {file: _SPLITS[match[1].lower()] for file in files if (match := _SPLIT_NAME.match(file.stem))}
-    if named:
+    # names may tell splits apart (train-00.jsonl, rows_test.jsonl); else all files are of any split
+    named = {file: _SPLITS[match[1].lower()] for file in files if (match := _SPLIT_NAME.search(file.stem))}
+    if any(_SPLIT_NAME.match(file.stem) for file in named) or len(set(named.values())) > 1:
         files = [file for file in files if named.get(file) == _SPLITS.get(place.split, place.split)]
     if not files:
         splits = f"splits: {_listing(set(named.values()))}"
