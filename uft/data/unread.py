@@ -81,6 +81,7 @@ _VERDICTS = (
 )
 VERDICTS = frozenset(" ".join(_VERDICTS).split())
 """Words for good and bad that make a column a grade whatever its name is."""
+_LONGEST_VERDICT = 24  # characters; every text of every record is asked
 CONTEXT = ("input", "context")
 INPUTS = (*CONTEXT, "prompt", "question", "instruction")
 """Columns whose text belongs to the prompt."""
@@ -172,7 +173,7 @@ def says_more(value: Any, cell: bool) -> bool:
 
 def is_verdict(value: Any) -> bool:
     """Whether a value is a word that is said of an answer, and of little else."""
-    return isinstance(value, str) and label_value(value) in VERDICTS
+    return isinstance(value, str) and len(value) < _LONGEST_VERDICT and label_value(value) in VERDICTS
 
 
 def _is_against(name: str, value: Any, fields: Record) -> bool:
