@@ -69,8 +69,13 @@ ALONE = {  # words, and the one complaint about them
         "needs whole weights on every device",
     ),
     ("seed=x",): ("seed", "must be a whole number"),  # and not the seeds that refer to it
+    ("optim.lr=inf",): ("optim.lr", "must be a finite number"),
+    ("objective=dpo", "objective.beta=1e400"): ("objective.beta", "must be a finite number"),
+    ("data=null",): ("data", "no such file in conf/data"),
+    ("train.steps =3",): ("train.steps ", "has a space beside ="),
 }
 SILENT = [
+    ("reward=null", "debug=null", "experiment=null", "sweep=null"),  # as conf/config.yaml has them
     ("train.epochs=7", "train.steps=null", "optim.warmup=300", "optim.lr=0", "data.ratio=0"),
     ("optim.warmup=199", "model.adapter=lora", "reference.mode=adapter_off", "data.ratio=1", "data.holdout=12"),
     ("objective=distill", "teacher.path=some/model"),

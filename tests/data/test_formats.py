@@ -1,9 +1,15 @@
 """Recognising a format by its columns, and saying so when it cannot be."""
 
+import json
+from decimal import Decimal
+
 import pytest
 
+from uft.config.schema import data_settings
 from uft.data.formats import FIELDS, FORMATS, check_mapping, from_text, recognise, rename
+from uft.data.messages import Unreadable
 from uft.data.rows import Kind
+from uft.data.sources import load_sources
 from uft.errors import UftError
 
 KNOWN = {
@@ -104,3 +110,118 @@ def test_an_answer_beside_a_prompt_is_its_reply_unless_there_is_another():
         form = recognise(record)
         row = form.read(rename(record, {}), None)
         assert (row.kind, [one.text for one in row.completions], row.answer) == (kind, replies, answer)
+
+
+ASKED, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"name": "w", "arguments": {"a": 1}}
+
+
+def called(**call):
+    return {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+
+@pytest.mark.parametrize(
+    ("record", "reply"),
+    [
+        ({"messages": json.dumps([{"id": 1, **ASKED}, {"id": 2, **SAID}])}, "a"),
+        ({"prompt": json.dumps([{"id": 1, **ASKED}]), "completion": json.dumps({"id": 2, **SAID})}, "a"),
+        ({"prompt": "q", "completion": '{"role": "user", "name": "Ann"}'}, '{"role": "user", "name": "Ann"}'),
+        ({"messages": [{"role": "user", "content": ["q"]}, {"role": "assistant", "content": ["a", "b"]}]}, "ab"),
+        (called(function=json.dumps(CALL)), CALL),
+        (called(function={"name": "w", "arguments": json.dumps(json.dumps({"a": 1}))}), CALL),
+        (called(name="w", arguments=""), {"name": "w", "arguments": {}}),
+        (called(name="w"), {"name": "w", "arguments": {}}),
+        ({"messages": [ASKED, {"role": "tool_call", "content": json.dumps(CALL)}]}, CALL),
+        ({"messages": [ASKED, SAID | {"weight": "0.0"}]}, "context"),
+        ({"prompt": "q", "completion": "a", "score": "0.5"}, 0.5),
+        ({"prompt": "q", "completion": "a", "score": Decimal("0.25")}, 0.25),
+    ],
+)
+def test_values_in_other_forms_are_what_they_say(record, reply):
+    row = recognise(rename(record, {})).read(rename(record, {}))
+    (turn,) = row.completions[0].turns
+    calls = json.loads(turn.extra)["tool_calls"] if turn.extra else [None]
+    found = [row.completions[0].score, calls[0] and calls[0].get("function", calls[0])]
+    found += ["context" if turn.learned is False else turn.content]
+    assert next(one for one in found if one is not None) == reply
+    assert [turn.content for turn in row.prompt] == ["q"]
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"prompt": "q", "completion": "\u200b\ufeff "}, "completion has nothing but invisible characters"),
+        ({"messages": [ASKED | {"content": None}, SAID]}, "messages[0] (user) content is null (fields: role, content)"),
+        ({"prompt": '[{"role": "critic", "content": "q"}, {"role": "user", "content": "q"}]'}, "unknown role 'critic'"),
+        ({"prompt": "q", "chosen": ["a"], "rejected": ["b", "c"]}, "chosen is a list of texts (1), and a row has one"),
+        (called(name="w", parameters={"a": 1}), "a call with parameters: they are called arguments"),
+        (
+            {"chosen": [ASKED | {"content": "q "}, SAID], "rejected": [ASKED, SAID]},
+            "chosen and rejected share no prompt: their turns number 1 differ in white space",
+        ),
+        ({"prompt": "q", "completion": "a", "score": "high"}, "score is text, not a number"),
+        ({"prompt": "q", "completion": "a", "score": float("inf")}, "score is inf, outside 0 to 1"),
+    ],
+)
+def test_values_that_say_nothing_are_refused_in_words(record, why):
+    with pytest.raises(Unreadable) as error:
+        recognise(rename(record, {})).read(rename(record, {}))
+    assert why in str(error.value)
+    assert not any("score_range" in line for line in error.value.advice), "no range holds it"
+
+
+PLAIN, CONVERSATION = {"prompt": "q", "completion": "a"}, {"messages": [ASKED, SAID]}
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        *((PLAIN | {name: "rejected"}, f"columns.label={name}") for name in ("status", "review", "emoji")),
+        *(
+            (PLAIN | {name: 0}, f"columns.label={name}")
+            for name in ("is_valid_answer", "rlhf_label", "answer_ok", "keep")
+        ),
+        *((PLAIN | {name: 1}, "make a column label of it") for name in ("num_thumbs_down", "unsafe_label", "discard")),
+        (PLAIN | {"annotations": [{"label": "bad"}]}, "annotations.label (1 row) may say how good"),
+        (PLAIN | {"meta": '{"rating": 1}'}, "meta.rating (1 row) may say how good"),
+        ({"messages": json.dumps([ASKED, SAID | {"rating": 1}])}, "messages.rating (1 row) may say how good"),
+        ({"messages": [ASKED, SAID | {"is_trainable": False}]}, "call it weight in the messages"),
+        ({"messages": [ASKED, SAID | {"skip_loss": True}]}, "messages.skip_loss (1 row) may say how much is learned"),
+        (
+            {"messages": [ASKED, SAID | {"content": [{"type": "text", "text": "a", "weight": 0}]}]},
+            "messages.content.weight (1 row) may say how much is learned",
+        ),
+        (PLAIN | {"train_on_input": True}, "train_on_input (1 row) may say how much is learned"),
+        (PLAIN | {"Complex_CoT": "hm"}, "columns.reasoning_content=Complex_CoT"),
+        (PLAIN | {"thought_process": "hm"}, "columns.reasoning_content=thought_process"),
+        (PLAIN | {"options": ["x", "y"]}, "options (1 row) holds text that the conversation lacks"),
+        (CONVERSATION | {"response": "b"}, "follows the conversation:  data.sources.mine.columns.prompt=messages"),
+        ({"messages": [ASKED], "output": "b"}, "leave it unread:  data.sources.mine.columns.output=''"),
+        ({"prompt": "q", "response_a": "yes", "response_b": "no"}, "columns.rejected=response_b"),
+        (PAIR | {"margin": -1.5}, "margin (1 row) may say that the rejected side is the better one"),
+        (PAIR | {"chosen_rank": 2, "rejected_rank": 1}, "chosen_rank (1 row) may say that the rejected side"),
+    ],
+)
+def test_names_and_values_that_change_a_row_s_meaning_are_refused(tmp_path, record, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(UftError) as error:
+        load_sources(data_settings({"sources": {"mine": {"path": str(path)}}, "holdout": 0}))
+    assert words in str(error.value)
+
+
+def test_bookkeeping_beside_rows_is_told_only(tmp_path):
+    kept = {
+        "reasoning_effort": "high",
+        "reasoning_tokens": 7,
+        "margin": 0.3,
+        "loss": 2.5,
+        "train_id": 1,
+        "table_id": "x",
+    }
+    kept |= {"topic_label": 1, "response": "a", "type": "code", "correct_answer": "42", "options": ["q"]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(CONVERSATION | kept) + "\n")
+    (source,) = load_sources(data_settings({"sources": {"mine": {"path": str(path)}}, "holdout": 0}))
+    assert sorted(source.omitted.unread) == sorted({*kept, "completion"} - {"response"})

@@ -122,6 +122,8 @@ def test_turns_of_weight_0_are_context_and_train_on_chooses(tokenizer, base_toke
     first = said(ASKED, wrong | {"weight": 1}, no, right)
     for template in (AGENT, MARKED):
         assert learned(tokenizer, first, template, train_on="marked") == "5<|im_end|>"
+    with pytest.raises(UftError, match=r"row \S+ +every assistant turn of a completion is marked as not to be learned"):
+        tokenize("mine", [said(ASKED, wrong | {"weight": 0})], Renderer(tokenizer), 1000)
     marked = Renderer(tokenizer, train_on="marked")
     with pytest.raises(UftError, match="no token is supervised"):
         tokenize("mine", [first, plain], marked, 1000)

@@ -241,3 +241,23 @@ def test_compressed_files_are_read_as_what_they_hold(tmp_path, packing, form):
     with pyarrow.output_stream(str(file), compression="detect") as out:
         out.write(text.encode())
     assert [record for _, record in reader_of(file)(file)] == [{"a": "x"}, {"a": "y"}]
+
+
+def test_a_header_among_the_rows_and_another_encoding_are_told(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text("prompt,completion\nq,a\nprompt,completion\nr,b\n")
+    found = list(tables(place(file))[0])
+    assert [one if isinstance(one, str) else one["prompt"] for _, one in found] == ["q", "is the header once more", "r"]
+    file.write_bytes("prompt,completion\nq,a\n".encode("utf-16"))
+    assert list(tables(place(file))[0]) == [(1, "the file is UTF-16; save it as UTF-8")]
+
+
+@pytest.mark.parametrize("other", ["rows_test", "rows-dev", "rows.eval", "rows_validation-0"])
+def test_a_split_may_be_the_last_word_of_a_file_s_name(tmp_path, other):
+    write_jsonl(tmp_path / "rows_train.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / f"{other}.jsonl", ROWS[1:])
+    found, left_out = open_place(place(tmp_path))
+    assert (fields(found), left_out) == (ROWS[:1], [f"{other}.jsonl"])
+    (tmp_path / "more").mkdir()
+    write_jsonl(tmp_path / "more" / "unit_test.jsonl", ROWS)
+    assert fields(tables(place(tmp_path / "more"))) == ROWS, "a name alone tells nothing apart"

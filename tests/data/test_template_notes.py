@@ -62,8 +62,25 @@ TWICE = row(4, [ASKED], [("a", "<think>so</think>1"), ASKED, ("a", "<think>so</t
         (HEAD + CHANNEL + FOOT, [PLAIN, TOOL], [(OTHER_START, 2, 0)]),
         (HEAD + TURN + "{% endfor %}", [PLAIN], [(OTHER_START, 1, 0)]),
         (HEAD + ENDS + FOOT, [PLAIN, TOOL, TWICE], [("has no supervised end of assistant turns", 2, 2)]),
+        (
+            HEAD + TURN.replace("m['content']", "m['content'].split() | join(' ')") + FOOT,
+            [PLAIN, row(5, [("u", "q  r")], [("a", "x\n  y")])],
+            [(f"changes the white space within {role} turns", 1, 5) for role in ("user", "assistant")],
+        ),
+        (
+            HEAD + "{% if m['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' + m['content'][:2] }}{% generation %}"
+            "{{ m['content'][2:] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+            + TURN
+            + "{% endif %}"
+            + FOOT,
+            [row(6, [ASKED], [("a", "12 34")])],
+            [("does not mark the whole text of assistant turns", 1, 6), (OTHER_START, 1, 6)],
+        ),
     ],
-    ids=["nothing", "no branch", "mistral", "thoughts", "channel", "no generation prompt", "open end"],
+    ids=[
+        *("nothing", "no branch", "mistral", "thoughts", "channel", "no generation prompt", "open end"),
+        *("white space", "half marked"),
+    ],
 )
 def test_differences_are_told_with_their_count_also_by_a_cache(tokenizer, tmp_path, caplog, template, rows, notes):
     renderer = with_template(tokenizer, template)
@@ -90,6 +107,16 @@ def test_differences_are_told_with_their_count_also_by_a_cache(tokenizer, tmp_pa
             "leaves out assistant",
         ),
         (HEAD + TURN.replace("m['content']", "m['content'] | upper") + FOOT, PLAIN, "changes the text of assistant"),
+        (
+            HEAD.replace("messages", "messages | reverse") + TURN + FOOT,
+            PLAIN,
+            "changes the order of user turns: turn 1",
+        ),
+        (
+            HEAD + TURN.replace("m['content']", "m['content'] + m['content']") + FOOT,
+            PLAIN,
+            "repeats user turns: turn 1",
+        ),
     ],
 )
 def test_supervised_text_that_is_lost_is_refused_unless_it_may_be(tokenizer, tmp_path, template, lossy, why):

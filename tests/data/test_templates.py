@@ -92,9 +92,14 @@ def test_a_template_that_asks_for_the_date_is_told_the_one_of_the_settings(token
     assert default.digest != other.digest == again.digest
     with pytest.raises(UftError, match=r"data\.date=yesterday"):
         Renderer(tokenizer, date="yesterday")
-    tokenizer.chat_template = "{% set form = '%d' %}{{ strftime_now(form) }}" + chatml_template
-    with pytest.raises(UftError, match="asks for the date in a form"):
-        Renderer(tokenizer)
+    for changing, why in (
+        ("{% set form = '%d' %}{{ strftime_now(form) }}", "asks for the date in a form"),
+        ("{% set now = strftime_now %}{{ now('%d') }}", "asks for the date in a form"),
+        ("{{ ['a', 'b'] | random }}", "writes something else each time"),
+    ):
+        tokenizer.chat_template = changing + chatml_template
+        with pytest.raises(UftError, match=why):
+            Renderer(tokenizer)
     tokenizer.chat_template = chatml_template
     assert Renderer(tokenizer).digest == Renderer(tokenizer, date="2024-07-26").digest
 

@@ -161,6 +161,12 @@ def test_an_interval_is_for_a_search(worker, capsys):
     assert "hydra/sweeper=uft_optuna" in capsys.readouterr().err
 
 
+def test_values_that_are_none_or_twice_there_are_no_axis(worker, capsys):
+    for words, why in (("seed=range(0)", "names no value"), ("seed=1,1", "names a value twice")):
+        assert sweep(words) == 2
+        assert f"{words}  {why}" in capsys.readouterr().err
+
+
 def test_the_rows_of_a_mixture_are_read_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     read = []

@@ -121,7 +121,12 @@ def test_every_failure_to_load_is_one_line_that_names_the_file(model_folder: Pat
     newer = json.loads((model_folder / "tokenizer.json").read_text()) | {"model": {"type": "FutureModel"}}
     scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
     save_file(weights | {scale: torch.ones(1)}, tmp_path / "fp8", metadata={"format": "pt"})
+    broken = weights | {"model.norm.weight": weights["model.norm.weight"] * float("nan")}
+    save_file(broken, tmp_path / "nan", metadata={"format": "pt"})
+    save_file({name: one.to(torch.int8) for name, one in weights.items()}, tmp_path / "int8", metadata={"format": "pt"})
     narrow = json.loads(config) | {"num_attention_heads": 3}
+    rows, width = weights["model.embed_tokens.weight"].shape
+    larger = json.loads(config) | {"vocab_size": rows + 7}
     cases: dict[str, dict[str, Any]] = {
         "model.safetensors is a pointer of Git LFS": {"model.safetensors": pointer},
         "model.safetensors is damaged or cut off": {"model.safetensors": whole[:-100]},
@@ -134,6 +139,14 @@ def test_every_failure_to_load_is_one_line_that_names_the_file(model_folder: Pat
         "adapter_config.json lies beside the model": {"adapter_config.json": "{}"},
         "its files are quantised": {"model.safetensors": (tmp_path / "fp8").read_bytes()},
         "the model cannot be loaded: ": {"model.safetensors": None},
+        "name two sets of weights": {"model.safetensors.index.json": json.dumps(index)},
+        "model.safetensors.index.json is not there": {
+            "model.safetensors": None,
+            "model-00001-of-00002.safetensors": whole,
+        },
+        "hold NaN or infinity": {"model.safetensors": (tmp_path / "nan").read_bytes()},
+        "is I8": {"model.safetensors": (tmp_path / "int8").read_bytes()},
+        f"[{rows}, {width}] in its files, [{rows + 7}, {width}] by config.json": {"config.json": json.dumps(larger)},
         "cannot be loaded": {"config.json": json.dumps(narrow)},
         "no_such_type": {"config.json": json.dumps({"model_type": "no_such_type"})},
     }

@@ -288,6 +288,8 @@ class Draft:
         if fault.type in BOUNDS:
             value = float(fault.value) if bare(kind) is float else fault.value
             return self._against_rule(path, value, f"must be {BOUNDS[fault.type]} {fault.bound:g}", ())
+        if fault.type == "finite_number":
+            return self._against_rule(path, fault.value, "must be a finite number", ())
         return self.wrong_type(setting, fault.value)
 
     def where(self, path: KeyPath) -> str:

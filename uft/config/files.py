@@ -447,6 +447,8 @@ def endless(word: str) -> bool:
 def _unreadable(line: str, error: HydraException) -> Problem:
     key, equals, value = line.partition("=")
     advice = innermost_line(error)
+    if key != key.strip() or value != value.strip():
+        return Problem(line, "has a space beside =", COMMAND_LINE, (f"write  {key.strip()}={value.strip()}",))
     if not equals:  # sft is objective=sft
         options = [f"{group}={key}" for group, files in groups(config_dirs()).items() if key in files]
         advice = f"did you mean  {' or '.join(options)} ?" if options else f"write  {key}=VALUE"
@@ -475,8 +477,11 @@ def _choose(override: Override, files: Files, words: Words) -> None:
         words.problems.append(Problem(line, f"{group} has a choice already", COMMAND_LINE, plain))
         words.mended += [meant] if isinstance(value, str) and files.has(group, value) else []
         return
+    if value is None and not override.is_delete() and files.composed(()).options.get(group) is None:
+        words.choices.append(f"~{group}")  # Hydra's word for no choice, where its own files say null
+        return
     asked = [] if override.is_delete() else value if isinstance(value, list) else [value]
-    options = [str(option) for option in asked if option is not None]
+    options = ["null" if option is None else str(option) for option in asked]
     lost = next((option for option in options if not files.has(group, option)), None)
     each = f"a run for each of them:  -m {group}={','.join(options)}"
     if lost is None and len(options) > 1 and group in SINGLE:

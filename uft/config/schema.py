@@ -8,14 +8,16 @@ imports torch, Hydra or OmegaConf.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from uft.config.messages import bare
 
@@ -42,8 +44,14 @@ def _exact(*refused: type) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _finite(value: float) -> float:
+    if math.isinf(value):  # NaN is in no range
+        raise PydanticCustomError("finite_number", "infinite")
+    return value
+
+
 Int = Annotated[int, _exact(bool, float)]
-Float = Annotated[float, _exact(bool)]
+Float = Annotated[float, _exact(bool), AfterValidator(_finite)]
 
 
 def _key(default: Any, help: str, **rules: Any) -> Any:

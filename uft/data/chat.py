@@ -52,6 +52,7 @@ from uft.data.template import (
     check_arguments,
     forms_for,
     marked_parts,
+    misplaced,
     missing_text,
     rendering_digest,
     template_file,
@@ -87,11 +88,10 @@ class Renderer:
     """Renders with the tokenizer's chat template, a template file, or plainly.
 
     `template`: auto (the tokenizer's chat template, else plain), plain, a training form (`uft.data.template.FORMS`), or
-    the path of a Jinja file. `lost_text`: error
-    or keep rows whose supervised text the template leaves out or changes. `date`: the day, as YYYY-MM-DD, for templates
-    that ask for it, so that two days give the same tokens. `arguments`: further variables of the template.
-    `train_on`: all, last or marked assistant turns. `special_text`: special tokens that a message spells are read as
-    text or as tokens. `rendering`: a conversation is rendered whole, or every reply as it is generated.
+    the path of a Jinja file. `lost_text`: error or keep rows whose supervised text the template leaves out or changes.
+    `date`: the day, as YYYY-MM-DD, for templates that ask for it, so that two days give the same tokens. `arguments`:
+    further variables of the template. `train_on`: all, last or marked assistant turns. `special_text`: special tokens
+    that a message spells are read as text or as tokens. `rendering`: whole, or every reply as it is generated.
     """
 
     def __init__(
@@ -202,6 +202,7 @@ def _read_template(path: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 _MARK = "\ue000{}\ue001"  # private-use characters: no template and hardly a text contains them
 _MARKED = re.compile("\ue000(\\d+)\ue001")
+_SPACED = "changes the white space within"
 _EXCERPT = 160  # characters of a row shown in an error
 
 
@@ -277,11 +278,12 @@ class ChatTemplate:
                 replies = (self._reply_spans(turns, number, found, rendered.text, name) for number in wanted)
                 spans = [span for reply in replies for span in reply]
         tokens = self._supervise(rendered.text, encoded, spans)
-        notes = [
-            *self._changes(turns, wanted, found),
-            *self._omissions(turns, wanted, rendered.text),
-            *self._open_ends(tokens, wanted),
-        ]
+        notes = [*self._changes(turns, wanted, found), *self._omissions(turns, wanted, rendered.text)]
+        notes += self._open_ends(tokens, wanted)
+        places = found.places if found and self._has_marks else {}
+        for number in sorted(set(wanted) & set(places)):
+            if not tokens.supervised[slice(*token_span(encoded.offsets, places[number]))].all():
+                notes.append(Note("does not mark the whole text of assistant turns", number))
         if tokens.supervised.any():
             start, length = self._generation_start(turns[: wanted[0]], found), tokens.prompt_length
             same_text = start == rendered.text[: encoded.offsets[length][0]]
@@ -448,13 +450,15 @@ class ChatTemplate:
 
     def _changes(self, turns: Turns, wanted: Sequence[int], found: Contents | None) -> Iterator[Note]:
         """Turns that the template leaves out, or whose text it changes, white space aside."""
+        moved = misplaced(turns, self._skeleton(turns)[1::2]) if found is not None else {}
         for number, turn in enumerate(turns):
             if found is not None:
-                change = "" if number in found.places or not turn.content else "leaves out"
+                change = moved.get(number, "" if number in found.places or not turn.content else "leaves out")
             else:
                 change = self._change(turns, number)
-            if change:
-                yield Note(f"{change} {turn.role} turns", number, number in wanted)
+            if change:  # of white space no more than is told
+                lost = number in moved or (number in wanted and change != _SPACED)
+                yield Note(f"{change} {turn.role} turns", number, lost)
 
     def _omissions(self, turns: Turns, wanted: Sequence[int], text: str) -> Iterator[Note]:
         """Fields of turns that the template does not render. Of reasoning, that of earlier turns may be context."""
@@ -487,7 +491,9 @@ class ChatTemplate:
             return ""
         if END not in text:
             return "leaves out"
-        return "" if "".join(content.split()) in "".join(text.split()) else "changes the text of"
+        if "".join(content.split()) not in "".join(text.split()):
+            return "changes the text of"
+        return "" if content in text else _SPACED
 
     def _open_ends(self, tokens: Tokens, wanted: Sequence[int]) -> Iterator[Note]:
         """Replies before the last whose end-of-turn token is not supervised; that of the last is checked for all."""

@@ -28,6 +28,7 @@ from uft.data.messages import (
     is_blank,
     is_number,
     listed,
+    number_of,
     optional_text,
     read_conversation,
     read_dialogue,
@@ -391,15 +392,17 @@ def scale(value: Any, low: float, high: float, field: str) -> float:
     """`value` in [low, high] brought to [0, 1]."""
     if value is None:
         raise Unreadable(f"{field} is missing")
+    value = number_of(value)
     if not is_number(value):
-        raise Unreadable(f"{field} is {type_name(value)}, not a number")
+        advice = ["read it as good or bad:  {source}.columns.label=score"] if isinstance(value, bool) else []
+        raise Unreadable(f"{field} is {type_name(value)}, not a number", *(advice if field == "score" else ()))
     if not high > low:
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is empty")
     if math.isinf(high - low):
         raise Unreadable(f"the range of {field}, {low:g} to {high:g}, is too wide")
     if not low <= value <= high:  # NaN is in no range
-        advice = "on another scale:  {source}.score_range=[LOWEST,HIGHEST]"
-        raise Unreadable(f"{field} is {excerpt(value)}, outside {low:g} to {high:g}", advice)
+        advice = ["on another scale:  {source}.score_range=[LOWEST,HIGHEST]"] if abs(value) <= LARGEST else []
+        raise Unreadable(f"{field} is {excerpt(value)}, outside {low:g} to {high:g}", *advice)
     return float((value - low) / (high - low))
 
 

@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from decimal import Decimal
 from typing import Any
 
 from uft.data.rows import MESSAGE_FIELDS, Message, Turns
@@ -26,7 +27,7 @@ _ROLE_NAMES = {
     "system": "system developer",
     "user": "user human prompter",
     "assistant": "assistant gpt chatgpt bot model",
-    "tool": "tool function observation ipython",
+    "tool": "tool function observation ipython tool_response tool_result",
 }
 ROLES = {theirs: ours for ours, names in _ROLE_NAMES.items() for theirs in names.split()}
 """Their name of a role: ours."""
@@ -37,7 +38,6 @@ LEARNED = ("weight", "train", "training", "loss_mask")
 """Names of the mark, 0 or 1, that tells whether a row or an assistant turn is learned."""
 MARKS = (*LEARNED, "loss")
 """Those of a turn."""
-_FLAGS = {"true": True, "false": False, "1": True, "0": False}
 _TEXTS = ("role", "from", "content", "value", "function_call")
 MESSAGE_KEYS = frozenset({*_TEXTS, *MESSAGE_FIELDS, *REASONING, *MARKS}) - {"name"}
 """All that is read of a message."""
@@ -45,7 +45,13 @@ MESSAGE_KEYS = frozenset({*_TEXTS, *MESSAGE_FIELDS, *REASONING, *MARKS}) - {"nam
 _PLAIN = {"role", "content"}
 """Fields of most messages."""
 _TYPES = {"str": "text", "NoneType": "null", "dict": "an object", "list": "a list", "bool": "true/false"}
-_MESSAGES_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
+_PART_TYPES = (None, "text", "input_text", "output_text")
+_CALLS = ("function_call", "tool_call")
+"""Roles of a turn that is a call of a tool."""
+_ARGUMENTS = ("parameters", "input", "args", "kwargs", "params")
+"""Other names of the arguments of a call, which no template reads."""
+_OBJECTS_TEXT = re.compile(r"\s*(?:\[\s*)?\{\s*['\"]")
+_INVISIBLE = re.compile(r"[\s\x00\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff]*")
 _TRANSCRIPT = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
@@ -78,8 +84,10 @@ def read_text(value: Any, field: str) -> str:
         raise Unreadable(f"{field} is missing")
     if not isinstance(value, str):
         raise Unreadable(f"{field} is {type_name(value)}, not text")
-    if not value.strip():
+    if is_blank(value):
         raise Unreadable(f"{field} is empty")
+    if _INVISIBLE.fullmatch(value) and not field.startswith(("rejected", "negatives")):  # a bad answer may be that
+        raise Unreadable(f"{field} has nothing but invisible characters")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # a lone surrogate, escaped in JSON or left by a file in another encoding
@@ -124,20 +132,32 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def number_of(value: Any) -> Any:
+    """The number that a text, or a decimal of a table, says; else the value."""
+    with suppress(ValueError):
+        return float(value) if isinstance(value, (str, Decimal)) else value
+    return value
+
+
 def unpacked(value: Any) -> Any:
     """A message as a list of one, and a list of messages that came as JSON or Python text as that list."""
     if isinstance(value, dict) and role_of(value) is not None:
         return [value]
-    if isinstance(value, str) and _MESSAGES_TEXT.match(value):
-        found = listed(value)
-        if isinstance(found, list) and all(isinstance(one, dict) and role_of(one) for one in found):
+    if isinstance(value, str) and _OBJECTS_TEXT.match(value):
+        found = listed(value, "[{")
+        found = [found] if isinstance(found, dict) else found
+        if isinstance(found, list) and any(isinstance(one, dict) and _is_message(one) for one in found):
             return found
     return value
 
 
-def listed(value: Any) -> Any:
+def _is_message(item: Record) -> bool:
+    return role_of(item) is not None and not {"content", "value"}.isdisjoint(item)
+
+
+def listed(value: Any, begins: str = "[") -> Any:
     """The list that a text cell holds as JSON or Python text; else the value."""
-    for parse in (json.loads, ast.literal_eval) if isinstance(value, str) and value.lstrip()[:1] == "[" else ():
+    for parse in (json.loads, ast.literal_eval) if isinstance(value, str) and value.lstrip()[:1] in (*begins,) else ():
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return parse(value)
     return value
@@ -156,6 +176,8 @@ def read_prompt(value: Any, field: str = "prompt") -> Turns:
 def read_reply(value: Any, field: str = "completion") -> Turns:
     """The turns after the prompt: a string is one assistant turn, messages start and end with one."""
     value = unpacked(value)
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        raise Unreadable(f"{field} is a list of texts ({len(value)}), and a row has one: write a row for each")
     if not isinstance(value, (list, tuple)):
         return (Message("assistant", read_text(value, field)),)
     return check_reply(read_conversation(value, field), field)
@@ -272,7 +294,7 @@ def _read_message(item: Any, field: str) -> Message | None:
     """One turn; None for a blank system turn, which many data sets have."""
     if not isinstance(item, dict):
         raise Unreadable(f"{field} is {type_name(item)}, not a message")
-    if _one_of(item, "role", "from") == "function_call":  # a turn of its own for a call, in ShareGPT's form
+    if _one_of(item, "role", "from") in _CALLS:  # a turn of its own for a call, in ShareGPT's form
         item = {**item, "role": "assistant", "from": None, "content": None, "value": None} | {
             "function_call": _one_of(item, "content", "value")
         }
@@ -290,12 +312,13 @@ def _read_message(item: Any, field: str) -> Message | None:
         if any(value != values[0] for value in values):
             raise Unreadable(f"{field} has fields that contradict each other: {keys}")
     if isinstance(content, list):  # content parts; text is all that can be trained on here
-        for part in content:
+        parts = [{"text": part} if isinstance(part, str) else part for part in content]
+        for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
             is_text = isinstance(part, dict) and isinstance(part.get("text"), str)
-            if not is_text or kind not in (None, "text", "input_text", "output_text"):
+            if not is_text or kind not in _PART_TYPES:
                 raise Unreadable(f"{field} has a part that is not text" + (f": {excerpt(kind)}" if kind else ""))
-        content = "".join(part["text"] for part in content)
+        content = "".join(part["text"] for part in parts)
     refuse_media(item, field)
     said = [name for name in (*REASONING, "tool_calls", "function_call") if not is_blank(item.get(name))]
     if said and role != "assistant":
@@ -306,8 +329,9 @@ def _read_message(item: Any, field: str) -> Message | None:
     learned = _read_learned(item, field) if role == "assistant" else None
     if is_blank(content) and {"tool_calls", "function_call"} & set(said):
         return Message(role, "", extra, learned)
-    if content is None and not {"content", "value"} & item.keys():
-        raise Unreadable(f"{field} ({role}) has neither content nor value (fields: {', '.join(map(str, item))[:80]})")
+    if content is None:
+        why = "content is null" if {"content", "value"} & item.keys() else "has neither content nor value"
+        raise Unreadable(f"{field} ({role}) {why} (fields: {', '.join(map(str, item))[:80]})")
     return Message(role, read_text(content, f"{field} ({role})"), extra, learned)
 
 
@@ -339,9 +363,7 @@ def read_extra(item: Record, field: str) -> str:
             items = value if isinstance(value, list) else []
             odd = next((f" with {type_name(one)}" for one in items if not isinstance(one, dict)), "")
             raise Unreadable(f"{field}{name} is {type_name(value)}{odd}, not a list of objects")
-        if name == "tool_calls" and not all(one.get("name", (one.get("function") or one).get("name")) for one in value):
-            raise Unreadable(f"{field}tool_calls has a call without a name")
-        found[name] = [_with_arguments(one) for one in value] if name == "tool_calls" else value
+        found[name] = [_read_call(one, f"{field}tool_calls") for one in value] if name == "tool_calls" else value
     try:
         return read_text(json.dumps(found, ensure_ascii=False), f"{field}{', '.join(found)}") if found else ""
     except (TypeError, ValueError) as error:
@@ -370,15 +392,20 @@ def _parsed(value: Any) -> Any:
     return value
 
 
-def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+def _read_call(call: dict[str, Any], field: str, name: Any = None) -> dict[str, Any]:
     """A tool call whose arguments are an object, as templates want them, where they came as JSON text."""
-    function = call.get("function")
+    function = _parsed(call.get("function"))
     if isinstance(function, dict):
-        return {**call, "function": _with_arguments(function)}
-    with suppress(ValueError, TypeError):
-        found = json.loads(call["arguments"]) if isinstance(call.get("arguments"), str) else None
-        return {**call, "arguments": found} if isinstance(found, dict) else call
-    return call
+        return {**call, "function": _read_call(function, field, call.get("name"))}
+    if is_blank(call.get("name", name)):
+        raise Unreadable(f"{field} has a call without a name")
+    arguments = call.get("arguments")
+    if "arguments" not in call and (other := [name for name in _ARGUMENTS if not is_blank(call.get(name))]):
+        raise Unreadable(f"{field} has a call with {other[0]}: they are called arguments")
+    if "arguments" not in call or (isinstance(arguments, str) and is_blank(arguments)):
+        return {**call, "arguments": {}}  # templates refuse, or write, a call that has none
+    found = _parsed(_parsed(arguments))  # JSON that was written as JSON once more
+    return {**call, "arguments": found} if isinstance(found, dict) else call
 
 
 def _read_learned(item: Record, field: str) -> bool | None:
@@ -395,7 +422,8 @@ def _read_learned(item: Record, field: str) -> bool | None:
 def flag(value: Any) -> bool | None:
     """A truth value, also as 0 or 1 or as text; None for all else."""
     if isinstance(value, str):
-        return _FLAGS.get(value.strip().lower())
+        word = value.strip().lower()
+        value = word == "true" if word in ("true", "false") else number_of(word)
     return bool(value) if isinstance(value, (bool, int, float)) and value in (0, 1) else None
 
 
@@ -452,7 +480,10 @@ def split_pair(chosen: Turns, rejected: Turns) -> tuple[Turns, Turns, Turns]:
         if left != right:
             break
     if shared == 0:
-        raise Unreadable("chosen and rejected share no prompt")
+        place = next((n for n, (left, right) in enumerate(zip(chosen, rejected, strict=False)) if left != right), 0)
+        texts = ["".join(side[place].content.split()) for side in (chosen, rejected)]
+        how = " in white space" if texts[0] == texts[1] and chosen[place].role == rejected[place].role else ""
+        raise Unreadable(f"chosen and rejected share no prompt: their turns number {place + 1} differ{how}")
     prompt = check_prompt(chosen[:shared], "chosen")
     return prompt, check_reply(chosen[shared:], "chosen"), check_reply(rejected[shared:], "rejected")
 

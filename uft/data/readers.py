@@ -120,13 +120,18 @@ def _csv(path: Path) -> Iterator[Found]:
         rows = csv.reader(handle, delimiter="\t" if suffix_of(path) == ".tsv" else ",")
         try:
             header: list[str] = next(rows, [])
+            if header and "\x00" in header[0] and header[0][:1] in ("\udcff", "\udcfe"):
+                yield 1, "the file is UTF-16; save it as UTF-8"
+                return
             if repeated := _repeated(header):
                 yield 1, f"names a column twice: {repeated[:200]}"
                 return
             start = rows.line_num + 1
             for cells in rows:
                 number, start = start, rows.line_num + 1
-                if len(cells) == len(header):
+                if cells == header:
+                    yield number, "is the header once more"
+                elif len(cells) == len(header):
                     yield number, dict(zip(header, cells, strict=True))
                 elif cells:
                     yield number, f"has {len(cells)} cells under {len(header)} columns"

@@ -29,6 +29,7 @@ ODDITIES = {
     "unless data.template=plain data.special_text=tokens",
     "null_fields": "a tool or a call of one has fields that are null, as tables leave them that were joined: the "
     "template writes them as null",
+    "text_arguments": "a call of a tool has arguments that are a text and no JSON object: templates write it as a text",
     "void_replies": "a reply is nothing but None, null or NaN, as a program writes an empty cell",
     "template_marks": "a text spells marks of chat templates (<|im_start|>): letters, unless data.special_text=tokens",
 }

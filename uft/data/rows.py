@@ -238,6 +238,7 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
     if _HEADER.search(row.prompt[-1].content):
         found.append("rendered_prompts")
     found += ["null_fields"] if any(": null" in turn.extra for turn in said) else []
+    found += ["text_arguments"] if any('"arguments": "' in turn.extra for turn in said) else []
     found += ["void_replies"] if any(one.text.strip().lower() in _VOID for one in row.completions) else []
     if not row.completions:
         return found
@@ -245,7 +246,8 @@ def oddities(row: Row, sampling: Any = None) -> list[str]:
     found += [FLAT] if last.log_prob is not None and _flat(sampling) else []
     if first.preferred is not None:
         scores = [c.annotations[SCORE] for c in (first, last) if SCORE in c.annotations]
-        found += ["equal_pairs"] if first.turns == last.turns else []
+        said_by = ([(turn.content.strip(), turn.extra) for turn in side.turns] for side in (first, last))
+        found += ["equal_pairs"] if next(said_by) == next(said_by) else []
         found += ["contrary_scores"] if len(scores) == 2 and scores[0] < scores[1] else []
     question = row.prompt[-1].content.strip()
     if len(question) >= _REPEATED and all(c.turns[0].content.lstrip().startswith(question) for c in row.completions):

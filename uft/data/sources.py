@@ -29,7 +29,7 @@ from uft.data.messages import Unreadable, facts_of, is_blank
 from uft.data.readers import READERS, Found, reader_of, suffix_of, with_names
 from uft.data.rows import Kind, Row, content_digest, oddities, slice_bounds
 from uft.data.table import Corrupt, RowCollector, RowTable, hold_out, kinds, open_table, row_schema
-from uft.data.unread import FEEDBACK, Unread, says_more, unread_feedback, unread_meaning
+from uft.data.unread import FEEDBACK, Unread, is_verdict, says_more, unread_feedback, unread_meaning
 from uft.errors import BAD_REQUEST, Problem, UftError, did_you_mean, first_line, tame
 from uft.heartbeat import activity, beat, report_progress
 from uft.runs import cache_root, file_digest
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPELLED_OUT = 20  # bad rows told one by one; the rest are counted
-CODE_VERSION = 8  # raise it when this code makes other rows of the same files, or lays them out otherwise
+CODE_VERSION = 9  # raise it when this code makes other rows of the same files, or lays them out otherwise
 CACHED_BYTES = 1 << 17  # smaller files are parsed sooner than looked up
 KEPT_BYTES = 4 << 20  # records of larger files are not all in memory
 
@@ -125,7 +125,9 @@ def load_sources(settings: Data) -> list[LoadedSource]:
         if not found.rows and found.held_out and not found.apart:
             own = settings.sources[name].holdout
             amount = settings.holdout if own is None else own
-            problems.append(Problem(f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"))
+            key, why = f"data.sources.{name}.holdout={amount:g}", "leaves no row to train on"
+            line = f"evaluate on no row of it:  data.sources.{name}.holdout=0"
+            problems.append(Problem(key, why, advice=(line,)))
         elif not found.rows and not (strict and unusable):
             why = f"no row could be used: {unusable[0].why}" if unusable else "there are no rows in it"
             advice = tuple(unusable[0].advice) if unusable else ()
@@ -254,8 +256,11 @@ def _parse_table(
     omitted.unread += left.columns
     if form is not None:
         names = name, source.columns, scan.columns
-        texts = left.texts | formats.rename(scan.texts, source.columns, source.kind)
-        within = unread_feedback(form, left.columns, *names, texts)  # messages and objects
+        texts, verdicts = (
+            found | formats.rename(scanned, source.columns, source.kind)
+            for found, scanned in ((left.texts, scan.texts), (left.words, scan.words))
+        )
+        within = unread_feedback(form, left.columns, *names, texts, verdicts)  # messages and objects
         feedback = None if source.kind else problem or next(within, None)
         found = (feedback, unread_meaning(form, left, *names))
         omitted.refused += [one for one in found if one is not None]
@@ -297,8 +302,8 @@ def _recognise(name: str, source: Source, table: Scan) -> tuple[Format, Problem 
     columns = {column for column in usual if told.get(column) or column not in FEEDBACK}
     mapped = [ours for ours, theirs in source.columns.items() if theirs and ours not in source.facts]
     form = formats.recognise(columns, source.kind, mapped, name)
-    texts = formats.rename(table.texts, source.columns, source.kind)
-    feedback = unread_feedback(form, told, name, source.columns, table.columns, texts)
+    texts, verdicts = (formats.rename(one, source.columns, source.kind) for one in (table.texts, table.words))
+    feedback = unread_feedback(form, told, name, source.columns, table.columns, texts, verdicts)
     return form, None if source.kind else next(feedback, None)
 
 
@@ -312,6 +317,7 @@ class Scan:
     columns: Counter[str] = field(default_factory=Counter)  # column -> records that have it
     told: Counter[str] = field(default_factory=Counter)  # column -> records in which it says something
     texts: Counter[str] = field(default_factory=Counter)  # column -> records in which it says more than a grade
+    words: Counter[str] = field(default_factory=Counter)  # column -> records in which it is a word for good or bad
     count: int = 0  # records that could be read
     kept: list[Found] = field(default_factory=list)  # all of them, of a small file
 
@@ -342,6 +348,7 @@ class RecordTable:
                 found.columns.update(record.keys())
                 found.told.update({column: int(not is_blank(value)) for column, value in record.items()})
                 found.texts.update({column: int(says_more(value, self.textual)) for column, value in record.items()})
+                found.words.update(column for column, value in record.items() if is_verdict(value))
                 found.count += 1
             if self.small:
                 found.kept.append((number, record))
@@ -363,8 +370,15 @@ class Place:
 
 
 _BUILTIN = "builtin:"
-_SPLITS = {"train": "train", "test": "test", "validation": "validation", "valid": "validation", "val": "validation"}
-_SPLIT_NAME = re.compile(rf"({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?=[-_.\d]|$)", re.IGNORECASE)
+_SPLIT_WORDS = {
+    "train": "train training",
+    "test": "test testing eval evaluation",
+    "validation": "validation valid val dev",
+}
+_SPLITS = {word: split for split, words in _SPLIT_WORDS.items() for word in words.split()}
+_SPLIT_NAME = re.compile(
+    rf"(?:^|[-_.])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?=[-_.\d]|$)", re.IGNORECASE
+)
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
@@ -441,9 +455,9 @@ def _folder(path: Path, place: Place) -> tuple[list[RecordTable], list[str]]:
     files = sorted(p for p in path.iterdir() if p.is_file() and reader_of(p))
     if (path / "README.md").is_file() or not files:
         return [_hub(str(path), place)], []
-    # names may tell splits apart (train-00.jsonl, test.jsonl); else all files are of any split
-    named = {file: _SPLITS[match[1].lower()] for file in files if (match := _SPLIT_NAME.match(file.stem))}
-    if named:
+    # names may tell splits apart (train-00.jsonl, rows_test.jsonl); else all files are of any split
+    named = {file: _SPLITS[match[1].lower()] for file in files if (match := _SPLIT_NAME.search(file.stem))}
+    if any(_SPLIT_NAME.match(file.stem) for file in named) or len(set(named.values())) > 1:
         files = [file for file in files if named.get(file) == _SPLITS.get(place.split, place.split)]
     if not files:
         splits = f"splits: {_listing(set(named.values()))}"

@@ -152,10 +152,18 @@ def with_date(template: str, day: str, name: str) -> str:
     except ValueError:
         raise UftError(Problem(f"data.date={day}", "no date of the form YYYY-MM-DD")) from None
     fixed = _NOW.sub(lambda call: json.dumps(begins.strftime(call[1] or call[2] or "")), template)
-    if re.search(r"strftime_now\s*\(", fixed):
-        why = "asks for the date in a form that is not written out, so data.date cannot be set in its place"
-        raise UftError(Problem("data.template", f"{name} {why}", advice=("use another data.template",)))
+    for pattern, does in CHANGING.items():
+        if re.search(pattern, fixed):
+            raise UftError(Problem("data.template", f"{name} {does}", advice=("use another data.template",)))
     return fixed
+
+
+CHANGING = {
+    r"strftime_now(?!\s+is\s)": "asks for the date in a form that is not written out, so data.date cannot be set "
+    "in its place",
+    r"\|\s*random\b|\blipsum\b": "writes something else each time (random): what is trained is not what is generated",
+}
+"""Words of templates whose text depends on more than the conversation, each with what they do."""
 
 
 # --- Replies as they are generated. A template may write a reply otherwise where it is not the last one, or drop a part
@@ -256,6 +264,15 @@ def missing_text(turns: Turns, text: str, wanted: Sequence[int]) -> Iterator[Not
             forms = ((word, json.dumps(word, ensure_ascii=False)[1:-1], json.dumps(word)[1:-1]) for word in words)
             if not all(any("".join(one.split()) in squeezed for one in ones) for ones in forms):  # also within JSON
                 yield Note(what, number, number in wanted or "tool" in what)
+
+
+def misplaced(turns: Turns, written: Sequence[str]) -> dict[int, str]:
+    """Turns whose contents a template writes twice, or behind a later turn, each with the verb for it. A system prompt
+    may stand anywhere. `written`: the numbers of the turns in the template's order."""
+    order = [int(number) for number in written]
+    said = [number for number in order if turns[number].role != "system"]
+    late = {one for place, one in enumerate(said) if max(said[:place], default=-1) > one}
+    return dict.fromkeys(late, "changes the order of") | {one: "repeats" for one in said if said.count(one) > 1}
 
 
 def marked_parts(field: str, value: Any) -> tuple[Any, list[str]]:

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from uft.data.chat import Renderer, Tokens, advice_about, finish
+from uft.data.plain import learned_turns
 from uft.data.rows import Row, content_digest
 from uft.data.table import Corrupt, TableFile, TableWriter, open_table, pick
 from uft.errors import Problem, UftError, raise_problems
@@ -28,7 +29,7 @@ from uft.heartbeat import activity, report_progress
 
 log = logging.getLogger(__name__)
 
-CODE_VERSION = 7  # raise it when this code makes other tokens of the same rows, or lays them out otherwise
+CODE_VERSION = 8  # raise it when this code makes other tokens of the same rows, or lays them out otherwise
 CHUNK = 1024  # conversations tokenised at once, or a few more: a row is not divided
 FAULTS_SHOWN = 5  # rows with a wrong mask that are told one by one
 
@@ -299,6 +300,9 @@ class EncodedRows(Sequence[tuple[Tokens, ...]]):
 
 def _fault(row: Row, tokens: Sequence[Tokens], renderer: Renderer) -> Problem | None:
     """The reason to refuse a row: a mask that makes no sense, or supervised text that the template changes."""
+    if renderer.train_on != "marked" and not all(learned_turns(c.turns, 0, renderer.train_on) for c in row.completions):
+        unlearned = "every assistant turn of a completion is marked as not to be learned"
+        return Problem(f"row {row.id}", unlearned, advice=("give one a weight of 1, or leave the row out",))
     if why := _mask_fault(tokens, renderer) if row.completions else None:
         return Problem(f"row {row.id}", f"{why} under {renderer.name}", where="data.template")
     lost = next((note for one in tokens for note in one.notes if note.lost), None)

@@ -14,7 +14,19 @@ from functools import lru_cache
 from typing import Any
 
 from uft.data.formats import ALIASES, COMMON, LABELS, Format, aliases, label_value
-from uft.data.messages import MARKS, MEDIA, MESSAGE_KEYS, Record, is_blank, is_number, role_of, texts_of, unpacked
+from uft.data.messages import (
+    MARKS,
+    MEDIA,
+    MESSAGE_KEYS,
+    Record,
+    is_blank,
+    is_number,
+    listed,
+    number_of,
+    role_of,
+    texts_of,
+    unpacked,
+)
 from uft.data.records import SIDES, rating
 from uft.data.rows import Kind, Row
 from uft.errors import Problem
@@ -32,23 +44,29 @@ _IF_GRADE = (
     "good chosen preferred accept acceptable acceptability approve approved verdict pass passed pass_rate success",
     "successful solved valid verified right harmless safety stars judge judgment judgement win won like thumb",
     "reaction sentiment evaluation eval eval_result accuracy utility advantage return returns value outcome",
-    "result annotation upvoted",
+    "result annotation upvoted ok okay best selected keep kept use usable useful usefulness include included",
+    "positive polarity points karma ups upvote exact_match acc solve pass_at_1 resolved",
 )
 _FAULT = (
     "bad rejected incorrect wrong toxic toxicity harmful unsafe hallucination hallucinated dislike flagged downvoted",
-    "error edited needs_edit rank ranking",
+    "error edited needs_edit rank ranking negative disliked downvote downs harmfulness hate spam discard drop remove",
 )
 _FAULTS = frozenset(" ".join(_FAULT).split())
+_FAULT_WORDS = _FAULTS | frozenset(["down", "downvotes", "dislikes", "not", "no"])
 _IF_GRADES = frozenset(" ".join(_IF_GRADE).split()) | _FAULTS
 """Further names, of columns that hold nothing but truth values, numbers or words for good and bad; of a fault: those
 that are true of a bad completion."""
 _WHOSE = "is was has kto human user annotator rater expert response answer completion reply output assistant model llm"
 _OF_WHOM = frozenset({*_WHOSE.split(), "final", "overall"})
 """First words of a grade's name that say whose or of what it is."""
+_BEFORE = _OF_WHOM | {"n", "num", "number", "total", "mean", "avg"}
+_BEHIND = frozenset(["label", "flag", "value", "count"])
+_IS = frozenset(["is", "was", "has"])
+"""First and last words that a grade's name may have around it, where nothing but grades stands in the column."""
 _GRADE_ENDS = re.compile("(?:score|rating|reward|vote)s?|feedback|grade|helpful|correct")
 _OTHERS = (
     "language lang lid langid fasttext similarity embedding retrieval rerank bm25 dedup overlap url domain source",
-    "document question prompt instruction query input difficulty complexity perplexity category",
+    "document question prompt instruction query input difficulty complexity perplexity category topic intent cluster",
 )
 _OF_OTHERS = frozenset(" ".join(_OTHERS).split())
 """First words of a score or rating that is no grade of the completion: language_score, prompt_rating."""
@@ -56,30 +74,48 @@ _WORD = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
 _CHOICE = "preference preferences preferred winner better safer choice flipped swapped tie"
 CHOICES = frozenset(["label", "labels", *_CHOICE.split()])
 """Words of columns that say which of two completions is the better one."""
+_MARGINS = frozenset(["margin", "gap", "delta"])
+_VERDICTS = (
+    "good bad desirable undesirable chosen rejected accepted correct incorrect like dislike upvote downvote thumbs_up",
+    "thumbs_down 👍 👎 pass fail passed failed accept reject approved disapproved preferred dispreferred",
+)
+VERDICTS = frozenset(" ".join(_VERDICTS).split())
+"""Words for good and bad that make a column a grade whatever its name is."""
+_LONGEST_VERDICT = 24  # characters; every text of every record is asked
 CONTEXT = ("input", "context")
 INPUTS = (*CONTEXT, "prompt", "question", "instruction")
 """Columns whose text belongs to the prompt."""
-_TEXTS = re.compile("(?:.*_)?(?:passages?|documents?|docs|background|knowledge|evidence|paragraphs?|articles?)")
-"""Other names of a context."""
+_TEXTS = re.compile(
+    "(?:.*_)?(?:passages?|documents?|docs|background|knowledge|evidence|paragraphs?|articles?|story|stories|abstract"
+    "|snippets?|excerpts?|transcript|choices|options)|(?:table|db|sql)?_?schemas?|tables?|query|instructions|pre_?prompt"
+)
+"""Other names of a context, or of a part of the question."""
 _MEDIA = "images? imgs? pictures? photos? audios? videos? screenshots? pixel_values attachments?".replace(" ", "|")
-_THOUGHT = "reasoning thinking think thoughts? cot rationales? scratchpad chain_of_thought".replace(" ", "|")
+_THOUGHT = "reasoning thinking think thoughts? cot rationales? scratchpad chain_of_thought monologue".replace(" ", "|")
+_ABOUT = "effort|model|type|mode|level|style|language|source|id|tokens|length|score"
 _PARTS = {  # the field that reads a part of a conversation, "" for none: names of columns that hold one
     "system": "(?:system|sys|developer)(?:_(?:prompt|message|msg|instructions?|text|content))?|preamble|persona",
     "history": "(?:.*_)?history|(?:previous|earlier|past|prior)_(?:turns|messages|conversations?|dialogue?s?|context)",
     "tools": "(?:.*_)?(?:tools|functions|apis)|(?:tool|function|api)_(?:schemas?|def(?:inition)?s?|description|specs?)",
-    "reasoning_content": f"(?:.*_)?(?:{_THOUGHT})(?:_(?:content|text|traces?|details|blocks|steps))?",
+    "reasoning_content": f"(?:.*_)?(?:{_THOUGHT})(?:_(?!(?:.*_)?(?:{_ABOUT})$).*)?",
     "": "(?:tool|function)_calls?|chat_template_kwargs|"
     f"(?:.*_)?(?:{_MEDIA})(?:_(?:urls?|paths?|files?|bytes|data|base64))?",
 }
-_ADDRESSED = {f"{turns}.{name}" for turns in ("messages", "conversations") for name in ("channel", "recipient")}
-"""Fields of messages of gpt-oss that say that a turn is a thought or a call."""
+_ADDRESSED = "channel recipient analysis reflection".split()  # noqa: SIM905
+"""Fields of messages that say that a turn is a thought or a call, or hold one."""
 _REPLIES = re.compile(
     "(?:model_|assistant_|bot_)?(?:responses?|completions?|outputs?|reply|replies|generations?)(?:_?[a-z0-9])?"
 )
 """Columns of replies beside a prompt."""
 _WEIGHS = re.compile(
     "(?:.*_)?(?:masks?|weights?)|is_(?:train|target)|train(?:able|_on|_detail)|training_detail|learn|supervised?"
+    "|(?:mask|loss|train)_(?:spans?|ranges?|tokens?)"
 )
+_MAY_WEIGH = re.compile(
+    r"(?:.*_)?(?:train|trainable|trained|learn|learned|supervised?|masked|mask)(?:_(?!(?:.*_)?(?:id|idx|index|split)$).*)?"
+    r"|(?:is|do|no|not|in|use|skip|ignore|compute|only|.*_in|.*_only)_loss|loss_(?:scale|factor)"
+)
+"""The same, of columns that hold nothing but truth values and numbers."""
 _UNLEARNED = re.compile("(?:do_not|no|not)_train|(?:is_)?(?:ignored?|skip(?:ped)?|excluded?|deleted|masked)")
 """Names of a weight or mark that tells how much is learned; those of the second are not read as one."""
 _SIDES = {
@@ -98,7 +134,10 @@ class Unread:
 
     columns: Counter[str] = field(default_factory=Counter)  # column or column.field -> rows in which it says something
     texts: Counter[str] = field(default_factory=Counter)  # column.field -> rows in which it is more than a grade
+    words: Counter[str] = field(default_factory=Counter)  # column.field -> rows in which it is a word for good or bad
     lacking: Counter[str] = field(default_factory=Counter)  # column -> rows whose prompt lacks its text
+    replies: Counter[str] = field(default_factory=Counter)  # column -> rows whose replies lack its text
+    against: Counter[str] = field(default_factory=Counter)  # column of a pair -> rows in which rejected is the better
     contrary: Counter[tuple[str, str]] = field(default_factory=Counter)  # a field's other name, and the field
     labels: set[float] = field(default_factory=set)  # that are numbers
 
@@ -107,6 +146,13 @@ class Unread:
         told = dict(unread(form, fields))
         self.columns.update(told.keys())
         self.texts.update(name for name, value in told.items() if "." in name and says_more(value, True))
+        self.words.update(name for name, value in told.items() if "." in name and is_verdict(value))
+        if form.kind is Kind.PREFERENCE and not settled:
+            self.against.update(name for name, value in told.items() if _is_against(name, value, fields))
+        if not {"messages", "conversations"}.isdisjoint(form.required) and form.kind is not Kind.PREFERENCE:
+            said = {turn.content.strip() for one in row.completions for turn in one.turns}
+            found = ((name, texts_of(value)) for name, value in told.items() if _REPLIES.fullmatch(name))
+            self.replies.update(name for name, texts in found if any(text.strip() not in said for text in texts))
         contexts = [] if settled else [name for name in told if _TEXTS.fullmatch("_".join(_words(name)))]
         for name in (*INPUTS, *contexts):
             if name in fields and name not in form.columns:
@@ -123,6 +169,22 @@ def says_more(value: Any, cell: bool) -> bool:
     word = label_value(value)
     number = isinstance(word, (bool, int, float)) and (cell or not isinstance(value, str))
     return not (is_blank(value) or number or word in LABELS)
+
+
+def is_verdict(value: Any) -> bool:
+    """Whether a value is a word that is said of an answer, and of little else."""
+    return isinstance(value, str) and len(value) < _LONGEST_VERDICT and label_value(value) in VERDICTS
+
+
+def _is_against(name: str, value: Any, fields: Record) -> bool:
+    """Whether a number of a pair says that the rejected side is the better one: a margin below 0, or its rank."""
+    words, number = _words(name), number_of(value)
+    if not is_number(number):
+        return False
+    if not _MARGINS.isdisjoint(words):
+        return bool(number < 0)
+    other = number_of(fields.get(name.replace("chosen", "rejected")))
+    return "rank" in words and "chosen" in words and is_number(other) and bool(number > other)
 
 
 def _within(value: Any, row: Row) -> bool:
@@ -148,12 +210,21 @@ def unread(form: Format, fields: Record) -> Iterator[tuple[str, Any]]:
     yield from ((side, value) for side, value in sides if value and rating(value) is None)
     for column in form.columns & fields.keys():
         keys = COMPLETION_KEYS if column == "completions" else MESSAGE_KEYS
-        items = fields[column] if isinstance(fields[column], list) else [fields[column]]
-        named = ((key, value, item) for item in items if isinstance(item, dict) for key, value in item.items())
+        value = listed(unpacked(fields[column]))
+        items = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, dict)]
+        named = ((key, value, item) for item in items for key, value in item.items())
         yield from (
             (f"{column}.{key}", value)
             for key, value, item in named
             if not is_blank(value) and _ignored(key, keys, item)
+        )
+        contents = (found for item in items if isinstance(found := item.get("content"), list))
+        parts = (part for content in contents for part in content if isinstance(part, dict))
+        yield from (
+            (f"{column}.content.{key}", value)
+            for part in parts
+            for key, value in part.items()
+            if key not in ("type", "text") and not is_blank(value)
         )
 
 
@@ -165,8 +236,12 @@ def _ignored(key: str, keys: frozenset[str], item: Mapping[str, Any]) -> bool:
 
 
 def _grades_within(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Grades in an object, a list of objects, or a text that holds one as JSON."""
+    value = listed(value, "[{")
+    for item in value if isinstance(value, list) else ():
+        yield from _grades_within(path, item) if isinstance(item, dict) else ()
     for key, inner in value.items() if isinstance(value, dict) else ():
-        if isinstance(inner, dict):
+        if isinstance(inner, (dict, list)):
             yield from _grades_within(f"{path}.{key}", inner)
         elif not is_blank(inner) and (_grades(key) or _grade_word(key) in _IF_GRADES):
             yield f"{path}.{key}", inner
@@ -179,32 +254,37 @@ def unread_feedback(
     mapped: Mapping[str, str],
     theirs: Mapping[str, int],
     texts: Mapping[str, int],
+    verdicts: Mapping[str, int],
 ) -> Iterator[Problem]:
     """Problems of columns that say how good completions are, or hold others, or parts of the conversation, beside a
     format that takes them as right, or as a pair, and knows no such parts. The first is the one to tell: a column may
     look like several of them, and the more certain look comes first.
 
-    `columns`: rows that have each under our names; `texts`: those in which it is more than a grade; `theirs`: all
-    columns of the file; `mapped`: ours -> theirs.
+    `columns`: rows that have each under our names; `texts`: those in which it is more than a grade; `verdicts`: those
+    in which it is a word for good or bad; `theirs`: all columns of the file; `mapped`: ours -> theirs.
     """
     told = [name for name, count in sorted(columns.items()) if count and name not in form.columns | COMMON]
     words, key = {name: "_".join(_words(name)) for name in told}, f"data.sources.{source}"
     full = {name for name in told if texts.get(name)}
     leave = f"leave it unread:  {key}.kind={form.kind.value}"
     weights, unlearned = ([n for n in told if names.fullmatch(words[n])] for names in (_WEIGHS, _UNLEARNED))
-    if names := weights or unlearned:
+    may = [n for n in told if n not in full and words[n] not in MARKS and _MAY_WEIGH.fullmatch(words[n])]
+    if names := weights or unlearned or may:
         why = f"{_counted(names, columns)} may say how much is learned of the reply"
-        line = f"read it:  {key}.columns.weight={names[0]}"
-        yield Problem(key, why, advice=(line, leave) if weights and "." not in names[0] else (leave,))
+        line = [f"read it:  {key}.columns.weight={names[0]}"] if weights and names[0] not in full else []
+        line = ["call it weight in the messages: 1 is learned, 0 is context; or"] if "." in names[0] else line
+        yield Problem(key, why, advice=(*line, leave))
     for ours, pattern in _PARTS.items():
         found = (name for name in told if name in full and name not in MEDIA)  # those are refused row by row
-        if names := [name for name in found if re.fullmatch(pattern, words[name]) or (not ours and name in _ADDRESSED)]:
+        within = (not ours and "." in name and words[name] in _ADDRESSED for name in told)
+        addressed = {name for name, is_part in zip(told, within, strict=True) if is_part}
+        if names := [name for name in found if re.fullmatch(pattern, words[name]) or name in addressed]:
             part = "reply" if ours == "reasoning_content" or "call" in words[names[0]] else "conversation"
             why = f"{_counted(names, columns)} may be a part of the {part}"
             read = f"read it:  {key}.columns.{ours}={names[0]}"
             readable = ours and "." not in names[0] and not _side(names[0].partition("_")[0])
             yield Problem(key, why, advice=(read, leave) if readable else (leave,))
-    if form.kind is Kind.PROMPT and (replies := [n for n in told if n in full and _REPLIES.fullmatch(words[n])]):
+    if form.kind is Kind.PROMPT and (replies := [n for n in told if _REPLIES.fullmatch(words[n])]):
         both = ("chosen", "rejected") if len(replies) == 2 else ("completion",)
         pair = " ".join(f"{key}.columns.{one}={name}" for one, name in zip(both, replies, strict=False))
         why = f"{_counted(replies, columns)} may hold replies, but the format {form.name} has none"
@@ -226,17 +306,18 @@ def unread_feedback(
         pair = " ".join(f"{key}.columns.{ours}={name}" for ours, name in sorted(named.items()) if ours != name)
         why = f"{_counted([*sides.values()], columns)} is a side of a pair, but the format {form.name} takes one reply"
         yield Problem(key, why, advice=(f"read both as a pair:  {pair}", leave))
-    graded = [name for name in told if _grades(name) or (name not in full and _grade_word(name) in _IF_GRADES)]
+    verdict = {name for name in told if verdicts.get(name) == columns[name]}
+    graded = [n for n in told if _grades(n) or n in verdict or (n not in full and _may_grade(n))]
     if not graded:
         return
     first = min(graded, key=lambda name: "." in name)
     lines: tuple[str, ...] = (
         f"read it as a score:  {key}.columns.score={first} {key}.score_range=[LOWEST,HIGHEST]",
         f"read it as good or bad:  {key}.columns.label={first}",
-    )
+    )[first in verdict :]
     if "." in first:
         lines = ("make a column of it, or a weight of 0 or 1 in each message",)
-    elif _grade_word(first) in _FAULTS:  # the lower, the better
+    elif not _FAULT_WORDS.isdisjoint(_words(first)):  # the lower, the better
         lines = ("make a column label of it, which is true where the completion is good, or",)
     why = f"{_counted(graded, columns)} may say how good a completion is"
     why += f", but the format {form.name} takes every completion as right"
@@ -257,6 +338,17 @@ def unread_meaning(
             why = f"{_counted([name], {name: count})} says something else than {ours}, which it is another name of"
             lines = (f"read it:  {key}.columns.{ours}={name}", f"leave it unread:  {key}.columns.{name}=''")
             return Problem(key, why, advice=lines)
+    if names := sorted(found.against):
+        why = f"{_counted(names, found.against)} may say that the rejected side is the better one"
+        leave = f"leave it unread:  {key}.kind={form.kind.value}"
+        return Problem(key, why, advice=("make chosen the better side of every pair, or", leave))
+    if names := sorted(found.replies):
+        conversation = next(name for name in ("messages", "conversations") if name in form.required)
+        follows = f"it follows the conversation:  {key}.columns.prompt={_original(conversation, mapped, theirs)}"
+        own = [_original(name, mapped, theirs) for name in names]
+        leave = "leave it unread:  " + " ".join(f"{key}.columns.{name}=''" for name in own)
+        why = f"{_counted(own, dict(zip(own, found.replies.values(), strict=True)))} holds text that the replies lack"
+        return Problem(key, why, advice=(follows, leave))
     lacking = sorted(name for name, count in found.lacking.items() if count)
     if not lacking:
         return None
@@ -291,7 +383,7 @@ def _original(ours: str, mapped: Mapping[str, str], theirs: Mapping[str, int]) -
 @lru_cache(1024)  # every row asks for its columns
 def _words(name: str) -> tuple[str, ...]:
     """The words of a column's name, or of a field's (`messages.userRating`), in lower case."""
-    return tuple(word.lower() for word in _WORD.findall(name.rpartition(".")[2]))
+    return tuple(word.lower() for word in _WORD.findall(name.rpartition(".")[2].replace("CoT", "Cot")))
 
 
 def _side(name: str) -> str:
@@ -306,6 +398,19 @@ def _grade_word(name: str) -> str:
     while words[1:] and words[0] in _OF_WHOM:
         words = words[1:]
     return "_".join(words)
+
+
+def _may_grade(name: str) -> bool:
+    """Whether a column that holds nothing but grades is one by its name: num_thumbs_up, is_valid_answer, rlhf_label."""
+    first, *words = _words(name) or ("",)
+    if words and words[-1] in ("label", "labels") and first not in _OF_OTHERS:
+        return True
+    words, nouns = [first, *words], _OF_WHOM if first in _IS else frozenset[str]()
+    while words[1:] and words[0] in _BEFORE:
+        words = words[1:]
+    while words[1:] and words[-1] in _BEHIND | nouns:
+        words = words[:-1]
+    return not {_grade_word(name), "_".join(words)}.isdisjoint(_IF_GRADES) or "_".join(words) in FEEDBACK
 
 
 def _grades(name: str) -> bool:

@@ -255,6 +255,9 @@ def expand(
             why, advice = "an interval is no list of values", "list the values, or search it:  hydra/sweeper=uft_optuna"
             raise UftError(Problem(str(override.input_line), why, "command line", (advice,)))
         values[key] = list(override.sweep_string_iterator())
+        if not values[key] or len(set(values[key])) < len(values[key]):
+            why = "names no value" if not values[key] else "names a value twice"
+            raise UftError(Problem(str(override.input_line), why, COMMAND_LINE))
         swept[key] = None
     if arms or (arms is not None and ARM in values):
         values, swept = {ARM: values.get(ARM, list(arms)), **values}, {ARM: None, **swept}

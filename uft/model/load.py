@@ -37,7 +37,7 @@ from uft.model.policy import (
     own_dropout,
     switch_off_dropout,
 )
-from uft.model.precision import plain_state, quantise, resolve_dtype, storage_dtype, why_precision
+from uft.model.precision import check_weights, plain_state, quantise, resolve_dtype, storage_dtype, why_precision
 from uft.model.sharded import load_sharded
 from uft.playground import world
 from uft.runs import cache_root, clear_left, find_weights, is_checkpoint
@@ -217,15 +217,21 @@ def _read_base(model: Model, key: str) -> Any:
         return plain_model(trained, DTYPES[storage_dtype(model)], plain_state(trained.base))
     with _explained(what, "the model cannot be loaded", model, place):
         _refuse_kernels(place, model)
+        if folder := folder_of(place):
+            check_weights(folder, what)
         loaded: Any = auto_model().from_pretrained(
             place.path,
             dtype=DTYPES[storage_dtype(model)],
             **({} if model.attention == "auto" else {"attn_implementation": model.attention}),
             **_access(place, model),
             use_safetensors=True,  # a pickle can run code
+            ignore_mismatched_sizes=True,  # to be told by name below
             output_loading_info=True,
         )
     module, info = loaded
+    if sizes := sorted(info["mismatched_keys"]):
+        lines = tuple(f"{name}: {[*held]} in its files, {[*own]} by config.json" for name, held, own in sizes[:5])
+        raise UftError(Problem(what, f"{len(sizes)} of its weights have another shape", advice=lines))
     if absent := sorted(info["missing_keys"]):
         why = f"{len(absent)} of its weights are not in its files (they would be random)"
         raise UftError(Problem(what, why, advice=tuple(absent[:5])))
@@ -237,7 +243,11 @@ def _read_base(model: Model, key: str) -> Any:
     if quantised := sorted(dtypes - {"float64", "float32", "bfloat16", "float16"}):
         why = f"its weights are quantised ({', '.join(quantised)}), and can neither be trained nor exported"
         raise UftError(Problem(what, why, advice=("give the folder of a model that is not quantised",)))
+    if broken := [name for name, p in module.named_parameters() if not p.sum(dtype=torch.float32).isfinite()]:
+        raise UftError(Problem(what, f"{len(broken)} of its weights hold NaN or infinity", advice=tuple(broken[:5])))
     module.uft_notes = []
+    if pickles := sorted(file.name for file in Path(place.path).glob("pytorch_model*.bin")):
+        module.uft_notes.append(f"{pickles[0]} beside its safetensors is not read")
     if unused:
         shown = ", ".join([*unused[:3], *(["..."] if unused[3:] else [])])
         module.uft_notes.append(f"{len(unused)} weights of its files are not used, and not exported: {shown}")
@@ -339,8 +349,9 @@ def _explained(what: str, why: str, model: Model, place: Location | None = None)
         if model.trust_remote_code and not isinstance(error, OSError | ValueError | ImportError | KeyError):
             raise
         folder = place and folder_of(place)
-        advice = tuple(line for word, line in ADVICE.items() if word in str(error))
-        first = (folder and broken_file(folder)) or first_line(error)
+        broken = broken_file(folder) if folder else None
+        advice = tuple(line for word, line in ADVICE.items() if word in str(error) and not broken)
+        first = broken or first_line(error)
         raise UftError(Problem(what, f"{why}: {first}", advice=advice)) from error
 
 

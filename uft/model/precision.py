@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,3 +125,27 @@ def plain_state(base: nn.Module) -> Mapping[str, Tensor]:
         elif not any(name.startswith(f"{owner}.") for owner in quantised):  # their scales
             state[name] = tensor
     return state
+
+
+WHOLE = ("model.safetensors", "model.safetensors.index.json")
+"""The file of all weights, or of the names of those that hold a part each."""
+
+
+def check_weights(folder: Path, what: str) -> None:
+    """UftError for two sets of weights, for parts without their index, and for whole numbers or eight bits, which would
+    be loaded as the values. Damaged files are told as they are loaded."""
+    from safetensors import SafetensorError, safe_open
+
+    there, files = [name for name in WHOLE if (folder / name).is_file()], sorted(folder.glob("model*.safetensors"))
+    if len(there) == 2:
+        why = f"{' and '.join(WHOLE)} are both there, and name two sets of weights"
+        raise UftError(Problem(what, why, advice=("move one of them away",)))
+    if files and not there:
+        raise UftError(Problem(what, f"{WHOLE[1]} is not there, and {files[0].name} may be a part of the weights"))
+    for file in files:
+        kinds = dict[str, str]()
+        with suppress(SafetensorError), safe_open(file, framework="np") as held:
+            kinds = {name: held.get_slice(name).get_dtype() for name in held.keys() if name.endswith(".weight")}  # noqa: SIM118
+        if odd := next((name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")), None):
+            why = f"its weights are quantised, and can neither be trained nor exported: {odd} is {kinds[odd]}"
+            raise UftError(Problem(what, why, advice=("give the folder of a model that is not quantised",)))
