@@ -14,11 +14,15 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "trl": {},
         "trl-checkpointing": {"gradient_checkpointing": True},  # as it is shipped
         "trl-padding-free": {"padding_free": True},
+        "trl-padding-free-bf16": {"padding_free": True, "bf16": True},
+        "trl-bf16": {"bf16": True},
     },
     "dpo": {
         "trl": {},
         "trl-checkpointing": {"gradient_checkpointing": True},  # as it is shipped
         "trl-precomputed": {"precompute_ref_log_probs": True},
+        "trl-precomputed-bf16": {"precompute_ref_log_probs": True, "bf16": True},
+        "trl-bf16": {"bf16": True},
     },
 }
 """Objective -> way -> TRL's arguments. Without `trl-checkpointing` activations are kept, which is faster."""

@@ -10,7 +10,7 @@ which works everywhere and is the fastest on a CPU. Neither makes a mask of the 
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -111,8 +111,18 @@ def compute_dtype(query: Tensor) -> torch.dtype:
     return query.dtype
 
 
+@cache
+def is_slow_in_half(device: torch.device) -> bool:
+    """Whether torch's kernel takes no longer in float32: on a CPU without AMX, where the backward pass of a short span
+    takes up to three times as long in bfloat16."""
+    return device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
 def loop(query: Tensor, key: Tensor, value: Tensor, spans: Spans, dropout: float, scaling: float | None) -> Tensor:
     """One SDPA call per span."""
+    if compute_dtype(query) in HALF and is_slow_in_half(query.device):
+        with torch.autocast(query.device.type, enabled=False):
+            return loop(query.float(), key.float(), value.float(), spans, dropout, scaling).to(value.dtype)
     lengths = [span.length for span in spans]
     # split, not slices: the gradient of a slice is as large as all of the pack
     keys, values = key.split(lengths, 2), value.split(lengths, 2)

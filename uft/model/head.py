@@ -35,6 +35,9 @@ GPU_ROWS, GPU_STEP, GPU_SHARE = (1024, 4096), 64, 32
 """Rows of a chunk on a GPU, which wants more of them at a time: least and most, a multiple of 64, so many that logits
 in float32 and their gradient take a 32nd of its memory."""
 
+BLOCK_ROWS = 2048
+"""Rows of the weight's gradient that are made at a time where their product is narrower than it."""
+
 STRETCH = 2
 """A part of up to so many chunks is taken as one: the memory costs less than computing its logits twice would."""
 
@@ -67,16 +70,12 @@ class Head:
         log_probs, argmax = _SelectedLogProbs.apply(hidden, weight, bias, self, target_ids, with_argmax)
         return log_probs, argmax if with_argmax else None
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        """(n, V) transformed logits in at least float32, newly allocated, or in `out` if that has their dtype.
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, room: Room | None = None) -> Tensor:
+        """(n, V) transformed logits in at least float32, newly allocated, or in the first n rows of `room`.
 
-        `hidden` (n, H) and `weight` (V, H) are in `dtype`; `out` (n, V) in `dtype`, or in float32 where products have
-        it (`widens`).
+        `hidden` (n, H) and `weight` (V, H) are in `dtype`.
         """
-        if out is not None and out.dtype != hidden.dtype:
-            logits = torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
-        else:
-            logits = _at_least_float32(torch.mm(hidden, weight.T, out=out))
+        logits = _at_least_float32(torch.mm(hidden, weight.T)) if room is None else room.product(hidden, weight)
         if bias is not None:
             logits += bias
         return self.transform.apply_(logits)
@@ -96,10 +95,11 @@ class Head:
         self._add_parts(sums, hidden, target_ids, parts, loss_grad, with_argmax)
         sums.backward(states, projection.weight, projection.bias)
 
-    def buffer(self, hidden: Tensor, rows: int) -> Tensor:
-        """(rows, V) room for logits."""
-        wide = self.dtype == torch.bfloat16 and widens(hidden.device)
-        return hidden.new_empty(rows, self.vocabulary, dtype=torch.float32 if wide else self.dtype)
+    def room(self, hidden: Tensor, rows: int) -> Room:
+        """Room for the logits of so many rows."""
+        wide = torch.promote_types(self.dtype, torch.float32)
+        shape, apart = (rows, self.vocabulary), self.dtype != wide and not widens(hidden.device)
+        return Room(hidden.new_empty(shape, dtype=wide), hidden.new_empty(shape, dtype=self.dtype) if apart else None)
 
     def _add_parts(
         self,
@@ -111,7 +111,7 @@ class Head:
         with_argmax: bool,
     ) -> None:
         """Add the gradients of every part to `sums`; a part of more than STRETCH chunks goes the two-stage way."""
-        projection, buffer = self.projection, self.buffer(hidden, 0)
+        projection, room = self.projection, self.room(hidden, 0)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(self.dtype), self.matrix()
             for part in parts:
@@ -124,11 +124,12 @@ class Head:
                     if sums.hidden is not None and leaf.grad is not None:
                         sums.hidden[part] = leaf.grad
                     continue
-                if len(buffer) < count:
-                    buffer = self.buffer(hidden, 0)  # free it before another is allocated
-                    buffer = self.buffer(hidden, max(count, self.rows))
-                logits = self.logits(inputs[part], matrix, projection.bias, out=buffer[:count])
-                sums.add(part, self._logits_grad(logits, wanted, part, loss_grad, with_argmax), inputs, matrix)
+                if len(room.wide) < count:
+                    room = self.room(hidden, 0)  # free it before another is allocated
+                    room = self.room(hidden, max(count, self.rows))
+                logits = self.logits(inputs[part], matrix, projection.bias, room)
+                gradient = self._logits_grad(logits, wanted, part, loss_grad, with_argmax)
+                sums.add(part, room.narrowed(gradient), inputs, matrix)
 
     def _logits_grad(
         self, logits: Tensor, target_ids: Tensor, part: slice, loss_grad: LossGrad, with_argmax: bool
@@ -141,6 +142,28 @@ class Head:
         incoming = loss_grad(part, (picked - peak - total.log()).squeeze(1), argmax)[:, None].to(mass.dtype)
         gradient = mass.mul_(-incoming / total).scatter_add_(1, target_ids[:, None], incoming)
         return self.transform.backward_(gradient, logits)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory for a chunk of logits and then their gradient, used again by every chunk: to get that much from the
+    operating system takes a CPU longer than to fill it."""
+
+    wide: Tensor  # (rows, V) at least float32
+    narrow: Tensor | None  # (rows, V) as the products give and take them, where that is not `wide`
+
+    def product(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """(n, H), (V, H) -> (n, V) their product, in `wide`."""
+        out = self.wide[: len(hidden)]
+        if self.narrow is not None:
+            return out.copy_(torch.mm(hidden, weight.T, out=self.narrow[: len(hidden)]))
+        if out.dtype != hidden.dtype:
+            return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+        return torch.mm(hidden, weight.T, out=out)
+
+    def narrowed(self, gradient: Tensor) -> Tensor:
+        """(n, V) as products take it."""
+        return gradient if self.narrow is None else self.narrow[: len(gradient)].copy_(gradient)
 
 
 class _Gradients:
@@ -172,7 +195,8 @@ class _Gradients:
         elif widens(self.weight.device):
             torch.addmm(self.weight, gradient.T, inputs[part], out_dtype=self.weight.dtype, out=self.weight)
         else:
-            self.weight += gradient.T @ inputs[part]
+            for some in _chunks(len(self.weight), BLOCK_ROWS):  # a block is added while the cache holds it
+                self.weight[some] += gradient[:, some].T @ inputs[part]
 
     def backward(self, *tensors: Tensor | None) -> None:
         """Send them on to the three tensors and into their graphs."""
@@ -308,11 +332,12 @@ class _SelectedLogProbs(torch.autograd.Function):
         normaliser = torch.empty_like(log_probs)
         argmax = torch.empty_like(target_ids if with_argmax else target_ids[:0])
         keep = count <= rows and any(ctx.needs_input_grad)
-        logits = buffer = head.buffer(hidden, min(count, rows))
+        room = head.room(hidden, min(count, rows))
+        logits = room.wide
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(dtype), head.matrix()
             for part in _chunks(count, rows):
-                logits = head.logits(inputs[part], matrix, bias, out=buffer[: part.stop - part.start])
+                logits = head.logits(inputs[part], matrix, bias, room)
                 picked = logits.gather(1, target_ids[part, None]).squeeze(1)
                 if with_argmax:
                     argmax[part] = logits.argmax(1)
@@ -330,15 +355,15 @@ class _SelectedLogProbs(torch.autograd.Function):
         head, sums = ctx.head, _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             inputs, matrix = hidden.to(head.dtype), head.matrix()
+            room = head.room(hidden, min(len(hidden), ctx.rows) if kept is None else 0)
             for part in _chunks(hidden.shape[0], ctx.rows):
-                room = None if kept is not None else head.buffer(hidden, part.stop - part.start)
                 logits = kept if kept is not None else head.logits(inputs[part], matrix, bias, room)
                 apart = kept is not None or head.transform.softcap is not None  # the logits themselves are needed
                 shifted = logits - normaliser[part, None] if apart else logits.sub_(normaliser[part, None])
                 gradient = shifted.exp_().neg_()  # onehot - softmax, times the incoming gradient
                 gradient.scatter_add_(1, target_ids[part, None], gradient.new_ones(gradient.shape[0], 1))
                 head.transform.backward_(gradient.mul_(incoming[part, None]), logits)
-                sums.add(part, gradient, inputs, matrix)
+                sums.add(part, gradient if kept is not None else room.narrowed(gradient), inputs, matrix)
         return sums.hidden, sums.weight, sums.bias, None, None, None
 
 
