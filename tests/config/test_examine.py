@@ -263,6 +263,18 @@ def test_the_rate_of_ones_own_experiment_is_for_whatever_model_it_is_given(tmp_p
     assert settings["optim"]["lr"] == 3e-6
 
 
+@pytest.mark.parametrize(
+    ("line", "what"), [("optim: {0.5: 1}", "optim.0.5"), ("7: 1", "7"), ("train: {on: 1}", "train.")]
+)
+def test_a_key_that_is_not_text_is_a_key_like_others(tmp_path, monkeypatch, line, what):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "conf-user" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"# @package _global_\n{line}\n")
+    (problem,) = examine(Request(("experiment=mine",))).problems
+    assert (problem.what.startswith(what), problem.why[:11]) == (True, "no such key")
+
+
 def test_a_rate_for_all_weights_is_not_kept_for_an_adapter():
     for model, adapter, rate in (
         ("smollm2_135m", "none", 2e-5),

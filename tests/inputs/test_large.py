@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from uft.playground.world import CONTENT
+
 pytestmark = pytest.mark.slow
 ROWS = int(os.environ.get("LARGE_ROWS", "1000000"))
 FIXED, PER_ROW = 60e6, 90  # bytes over a run of a thousand rows: blocks and buffers; indexes, and pages of token files
@@ -28,10 +30,8 @@ MEASURED = (  # a program that runs another and tells the peak of the largest pr
 def written(path: Path, count: int) -> Path:
     with open(path, "w", encoding="utf-8") as file:
         for n in range(count):
-            prompt = (
-                f"On day {n} somebody had {n % 977} apples and bought {n % 613} more. How many apples are there now?"
-            )
-            reply = f"There are {n % 977} + {n % 613} = {n % 977 + n % 613} apples now."
+            words = [CONTENT[n // len(CONTENT) ** place % len(CONTENT)] for place in range(6)]  # another row each
+            prompt, reply = " ".join(3 * words), " ".join(2 * words)
             file.write(json.dumps({"prompt": prompt, "completion": reply}) + "\n")
     return path
 

@@ -101,9 +101,8 @@ class Words:
 def items_of(objective: Objective, count: int = 10) -> list[Example]:
     """Rows of all kinds that the objective takes something of, one of them twice."""
     words, found = Words(), []
-    kinds = [
-        kind for kind in Kind if kind in objective.views and (kind is not Kind.ROLLOUT or len(objective.views) == 1)
-    ]
+    sampled = len(objective.views) == 1 or getattr(objective, "shown", "") == "group"  # alone it has no advantage
+    kinds = [kind for kind in Kind if kind in objective.views and (kind is not Kind.ROLLOUT or sampled)]
     for number in range(count):
         row, encoded = words.row(kinds[number % len(kinds)], number)
         item = make_example(row, encoded, number, 0, lambda row, visit: objective.views[row.kind](row, visit))

@@ -120,6 +120,26 @@ def test_a_folder_that_is_another_model_is_not_kept_but_its_adapter_is(tokenizer
     assert (tmp_path / "model-adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_through_many_layers_is_no_difference_and_another_weight_is(dtype, tokenizer, tmp_path):
+    """In bfloat16 the log-probs of this model are up to a third off, far above the rounding of a shallow one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    deep = SMALL | {"num_hidden_layers": 24, "initializer_range": 0.5}
+    policy = Policy(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **deep)), "bfloat16").eval()
+    policy.cast_once()
+    folder, name = export(policy, tokenizer, tmp_path / "model", dtype), str(dtype).removeprefix("torch.")
+    assert reload.compare(policy, folder, ROWS, 0, dtype=name) == ("", "")
+    assert (policy.dtype, policy.head.dtype) == ("bfloat16", torch.bfloat16)
+    with torch.no_grad():  # what only a comparison without rounding sees; and two layers that were exchanged
+        weight, other = (policy.base.model.layers[layer].mlp.down_proj.weight for layer in (11, 12))
+        changed = other.clone() if dtype == torch.bfloat16 else weight * 1.01
+        weight.copy_(changed)
+    why, _ = reload.compare(policy, folder, ROWS, 0, dtype=name)
+    assert "of 2 differ by up to" in why
+
+
 @pytest.mark.slow
 def test_a_process_of_its_own_says_the_same_or_why_it_cannot(tokenizer, tmp_path, monkeypatch):
     policy = adapted("llama", tmp_path / "base", ["q_proj"])

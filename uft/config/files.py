@@ -200,7 +200,7 @@ class Files:
         if not code:
             try:
                 with application(self.request):
-                    values = OmegaConf.to_container(compose(self.request.config_name, words))  # type: ignore[assignment]
+                    values = text_keys(OmegaConf.to_container(compose(self.request.config_name, words)))
             except BROKEN as error:  # a list where a group of keys has to stand, for one
                 draft = Draft.laid([setting for file in files for setting in file])
                 values, problems = draft.values, [] if draft.problems else [translate(error)]
@@ -218,10 +218,17 @@ class Files:
 @lru_cache(maxsize=256)
 def leaves_in(file: Path, modified: int) -> list[tuple[KeyPath, Any, int | None]]:
     """(path, value, line) of every leaf of a YAML file that was written at that time."""
-    content = OmegaConf.to_container(OmegaConf.load(file))
+    content = text_keys(OmegaConf.to_container(OmegaConf.load(file)))
     assert isinstance(content, dict)
     lines = line_numbers(file.read_text(encoding="utf-8"))
     return [(path, value, lines.get(path)) for path, value in leaves(content) if path[:1] not in ((), ("defaults",))]
+
+
+def text_keys(values: Any) -> Any:
+    """The same with text for every key, as paths have it: in YAML `1` and `true` are keys that are none."""
+    if isinstance(values, list):
+        return [text_keys(value) for value in values]
+    return {str(key): text_keys(value) for key, value in values.items()} if isinstance(values, dict) else values
 
 
 def line_numbers(text: str) -> dict[tuple[str, ...], int]:

@@ -61,7 +61,7 @@ class Head:
 
     def matrix(self) -> Tensor:
         """(V, H) the weight in `dtype`, without a graph."""
-        copy = getattr(self.projection, "narrow", None)  # see `passes.narrow_linears`
+        copy = getattr(self.projection, "narrow", None) if self.dtype == torch.bfloat16 else None  # `passes.NarrowCopy`
         return self.projection.weight.detach().to(self.dtype) if copy is None else copy.refresh()
 
     def __call__(self, hidden: Tensor, target_ids: Tensor, with_argmax: bool = False) -> tuple[Tensor, Tensor | None]:

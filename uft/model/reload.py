@@ -12,7 +12,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,26 +35,32 @@ RELOAD_TIMEOUT = 3600.0  # seconds, for a large model on the CPU
 TOLERANCE = {"float32": (5e-4, 2e-4), "bfloat16": (5e-2, 3e-2)}
 """Largest and mean difference of log-probs, each by unit of their own largest and mean size; by the narrowest precision
 of the forward, the policy's weights and the folder: rounding, no more."""
+ROUNDING = 3
+"""How many times the difference that bfloat16 makes to plain transformers itself, on these rows, may be that of a
+policy or a folder in bfloat16: it grows with the number of layers, and no constant bounds it."""
 AS_LIKELY = 4  # times the first of them: difference of two tokens' log-probs of which either may be the greedy one
 
 
 def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
     """Log-probs of the targets of every row, and the greedy answer to every prompt, by transformers alone in float32.
 
-    `request`: rows of {"ids", "targets" (positions)}, prompts of ids, trust_remote_code. `error`: an answer that
-    transformers could not generate.
+    `request`: rows of {"ids", "targets" (positions)}, prompts of ids, trust_remote_code, and whether to tell log-probs
+    in bfloat16 as well (`rounded`). `error`: an answer that transformers could not generate.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    found: dict[str, Any] = {"log_probs": [], "greedy": [], "error": ""}
+    found: dict[str, Any] = {"greedy": [], "error": ""}
     options = {"local_files_only": True, "trust_remote_code": request["trust_remote_code"]}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
     model.eval()
+
+    def log_probs_of(row: dict[str, Any]) -> list[float]:
+        ids, targets = torch.tensor([row["ids"]]), torch.tensor(row["targets"])
+        log_probs = model(input_ids=ids).logits[0].float().log_softmax(-1)
+        return log_probs[targets - 1, ids[0, targets]].tolist()
+
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for row in request["rows"]:
-            ids, targets = torch.tensor([row["ids"]]), torch.tensor(row["targets"])
-            log_probs = model(input_ids=ids).logits[0].float().log_softmax(-1)
-            found["log_probs"].append(log_probs[targets - 1, ids[0, targets]].tolist())
+        found["log_probs"] = [log_probs_of(row) for row in request["rows"]]
         eos = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig()  # its own, as a penalty of repetitions, would be laid under ours
         greedy = GenerationConfig(
@@ -65,6 +73,8 @@ def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
                 found["greedy"].append(answer[0, len(prompt) :].tolist())
         except Exception as error:  # of a model whose cache plain transformers cannot handle either
             found["error"] = f"{type(error).__name__}: {error}"
+        model.to(torch.bfloat16)
+        found["rounded"] = [log_probs_of(row) for row in request["rows"] if request["narrow"]]
     return found
 
 
@@ -86,59 +96,78 @@ def compare(
     positions = getattr(policy.base.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     rows = [one for one in rows if one.targets and one.prompt_length]
     short = [one for one in rows if one.prompt_length + NEW_TOKENS <= positions]
+    narrow = dtype == "bfloat16" or (policy.dtype == "bfloat16" and not _can_widen(policy))
     request: dict[str, Any] = {
         "rows": [{"ids": one.ids.tolist(), "targets": (one.supervised[1:].nonzero()[0] + 1).tolist()} for one in rows],
         "prompts": [one.ids[: one.prompt_length].tolist() for one in short[:2]],
         "new_tokens": NEW_TOKENS,
         "pad_id": pad_id,
         "trust_remote_code": trust_remote_code,
+        "narrow": narrow,
     }
-    parameters = list(policy.module.parameters())
     alone = policy.size >= OWN_PROCESS
     found = ranks().on_rank0(lambda: _answered(folder, request, alone))
     if found.get("broken"):
         return f"transformers cannot load it: {found['broken']}", ""
     if "log_probs" not in found:
         return "", found["error"]
-    narrow = "bfloat16" in (policy.dtype, dtype) or any(parameter.dtype == torch.bfloat16 for parameter in parameters)
-    tolerance = TOLERANCE["bfloat16" if narrow else "float32"]
     training = policy.module.training
     policy.eval()
     try:
-        return _difference(policy, rows, request["prompts"], found, tolerance), found["error"]
+        with _widened(policy):
+            return _difference(policy, rows, request["prompts"], found, narrow), found["error"]
     finally:
         policy.train(training)
 
 
+def _can_widen(policy: Policy) -> bool:
+    """Whether the policy can multiply in float32: its weights are, no shard casts them, and its attention does."""
+    plain = all(type(p) is torch.nn.Parameter and p.dtype == torch.float32 for p in policy.module.parameters())
+    return plain and "flash" not in policy.attention
+
+
+@contextmanager
+def _widened(policy: Policy) -> Iterator[None]:
+    """Within, a policy that can multiply in float32 does: what is compared is weights, and not how they are rounded."""
+    kept = policy.dtype, policy.head
+    if policy.dtype == "float32" or not _can_widen(policy):
+        yield
+        return
+    policy.dtype, policy.head = "float32", policy.head and replace(policy.head, dtype=torch.float32)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks would be compiled again
+            yield
+    finally:
+        policy.dtype, policy.head = kept
+
+
 @torch.no_grad()
 def _difference(
-    policy: Policy,
-    rows: Sequence[Tokens],
-    prompts: Sequence[list[int]],
-    found: Mapping[str, Any],
-    tolerance: tuple[float, float],
+    policy: Policy, rows: Sequence[Tokens], prompts: Sequence[list[int]], found: Mapping[str, Any], narrow: bool
 ) -> str:
-    for number, (row, theirs) in enumerate(zip(rows, found["log_probs"], strict=True), 1):
-        if why := _other_log_probs(policy, row, theirs, tolerance):
-            return f"log-probs of row {number} of {len(rows)} {why}"
-    answers_of = zip(prompts, found["greedy"], strict=False)
-    differing = (_other_answer(policy, *pair, AS_LIKELY * tolerance[0]) for pair in answers_of)
-    return next(filter(None, differing), "")
-
-
-def _other_log_probs(policy: Policy, row: Tokens, theirs: list[float], tolerance: tuple[float, float]) -> str:
     from uft.model.policy import idle_adapters
 
-    batch = _batch(policy, row.ids, row.supervised)
-    ours = policy(batch).log_probs.float().cpu()
-    difference, size = (ours - torch.tensor(theirs)).abs(), ours.abs()
-    largest, mean = float(difference.max()), float(difference.mean())
-    most = [limit * max(1.0, float(of)) for limit, of in zip(tolerance, (size.max(), size.mean()), strict=True)]
-    if largest <= most[0] and mean <= most[1]:  # false for what is not a number
-        return ""
-    why = f"differ by up to {largest:.2g}, {mean:.2g} on average"
-    idle = ", ".join(idle_adapters(policy, batch)[:3])
-    return f"{why} (the model does not call layers that have an adapter: {idle})" if idle else why
+    rounding = [_statistics(one, other) for one, other in zip(found["rounded"], found["log_probs"], strict=narrow)]
+    limits = TOLERANCE["bfloat16" if narrow else "float32"]
+    least = [ROUNDING * max(of_rows) for of_rows in zip(*rounding, strict=True)] or [0.0, 0.0]
+    for number, (row, theirs) in enumerate(zip(rows, found["log_probs"], strict=True), 1):
+        batch = _batch(policy, row.ids, row.supervised)
+        ours = policy(batch).log_probs.tolist()
+        apart, sizes = _statistics(ours, theirs), _statistics(ours, [0.0] * len(ours))
+        most = [max(limit * max(1.0, size), one) for limit, size, one in zip(limits, sizes, least, strict=True)]
+        if not all(one <= limit for one, limit in zip(apart, most, strict=True)):  # nor where it is not a number
+            why = f"log-probs of row {number} of {len(rows)} differ by up to {apart[0]:.2g}, {apart[1]:.2g} on average"
+            idle = ", ".join(idle_adapters(policy, batch)[:3])
+            return f"{why} (the model does not call layers that have an adapter: {idle})" if idle else why
+    answers_of = zip(prompts, found["greedy"], strict=False)
+    as_likely = AS_LIKELY * max(limits[0], least[0])
+    return next(filter(None, (_other_answer(policy, *pair, as_likely) for pair in answers_of)), "")
+
+
+def _statistics(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float]:
+    """The largest and the mean difference."""
+    apart = np.abs(np.subtract(ours, theirs))
+    return float(apart.max()), float(apart.mean())
 
 
 def _other_answer(policy: Policy, prompt: list[int], answer: list[int], as_likely: float) -> str:

@@ -323,6 +323,9 @@ def choose_device(hardware: Hardware) -> torch.device:
         raise UftError(Problem(f"hardware.device={name}", "this machine has none", advice=(f"there is: {usable}",)))
     if name == "cpu" and hardware.keep_memory:
         keep_freed_memory()
+    # oneDNN, which makes products in bfloat16, keeps about a megabyte for each of the last 1,024 shapes, and packs come
+    # in many; so few are those of one pass. It is read with the first product.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = hardware.tf32
