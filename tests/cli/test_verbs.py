@@ -329,3 +329,10 @@ def test_a_run_of_several_stages(tmp_path):
     assert sources["instruct"]["path"] == str(tmp_path / "run/stages/1-baseline/rows.jsonl"), "rows that a stage made"
     assert sources["pairs"]["path"] == "builtin:playground/pairs"
     assert settings["model"]["path"] == str(tmp_path / "run/model")
+
+
+def test_a_model_of_the_configuration_goes_by_its_name(worker, capfd):
+    """Where runs and folders go by theirs: to look at an answer before anything was trained."""
+    assert main(["generate", "playground", "sure the answer"]) == main(["eval", "playground", "eval.rows=4"]) == 0
+    assert capfd.readouterr().out.count("builtin:playground") == 2
+    assert main(["generate", "playgruond", "sure"]) == 2

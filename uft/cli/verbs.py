@@ -90,7 +90,7 @@ def generate(arguments: list[str]) -> int:
     if re.search(r"\s", named) and not os.path.exists(named):
         advice = f"uft generate last {shlex.quote(named)}"
         raise UftError(Problem(named, "which model answers is not said", "command line", (advice,)))
-    source = find_weights(named)
+    source = model_named(named)
     asked, words = questions(arguments[1:])
     with tempfile.TemporaryDirectory(prefix="uft-") as folder:
         prompts = gathered(asked, Path(folder)) if asked else None
@@ -113,9 +113,9 @@ def eval(arguments: list[str]) -> int:
     if others:
         each = tuple(f"uft eval {word}" for word in (named, *others))
         raise UftError(Problem(" ".join((named, *others)), "one model is measured at a time", "command line", each))
-    source = find_weights(named)
+    source = model_named(named)
     if source.run is None:
-        return run_verb("eval", [f"model.path={quote(named)}", *arguments[1:]])
+        return run_verb("eval", [f"model.path={quote(source.path)}", *arguments[1:]])
     settings, begun = as_found(source, arguments), source.config
     settings["reference"]["path"] = source.run.found(begun["reference"]["path"] or begun["model"]["path"])
     settings = change(settings, measured)
@@ -134,7 +134,7 @@ def chat(arguments: list[str]) -> int:
         raise UftError(Problem(" ".join(named), "one model, or two side by side", "command line"))
     from uft.cli.chat import talk
 
-    sources = [find_weights(name) for name in named] or [newest_weights()]
+    sources = [model_named(name) for name in named] or [newest_weights()]
     talk([(source.name, settings_of(source, words)) for source in sources])
     return GOOD
 
@@ -167,6 +167,16 @@ def gathered(asked: Sequence[str], folder: Path) -> Path:
     out = folder / "prompts.jsonl"
     out.write_text("".join(json.dumps({"prompt": column}) + "\n" for column in columns), encoding="utf-8")
     return out
+
+
+def model_named(word: str) -> WeightsSource:
+    """Weights by a word as `find_weights` reads it, or else by the name of a model of the configuration."""
+    try:
+        return find_weights(word)
+    except UftError:
+        if word not in groups(config_dirs()).get("model", {}):
+            raise
+        return WeightsSource(checked(Request((f"model={word}",))).settings["model"]["path"])
 
 
 def settings_of(source: WeightsSource, words: Sequence[str], prompts: Path | None = None) -> dict[str, Any]:
