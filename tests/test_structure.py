@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
 
 MOST = {
-    "product lines": 34_929,
+    "product lines": 34_934,
     "modules": 123,
     "functions named once": 446,
     "circles of files": 0,
     "circles of packages": 0,
     "uses of private names": 4,
-    "test lines": 38_292,
+    "test lines": 38_294,
 }
 FILE_LINES, FUNCTION_LINES = 600, 80
 LONGER = 0

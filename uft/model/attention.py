@@ -120,7 +120,7 @@ def is_slow_in_half(device: torch.device) -> bool:
 
 def loop(query: Tensor, key: Tensor, value: Tensor, spans: Spans, dropout: float, scaling: float | None) -> Tensor:
     """One SDPA call per span."""
-    if compute_dtype(query) in HALF and is_slow_in_half(query.device):
+    if is_slow_in_half(query.device) and compute_dtype(query) in HALF:
         with torch.autocast(query.device.type, enabled=False):
             return loop(query.float(), key.float(), value.float(), spans, dropout, scaling).to(value.dtype)
     lengths = [span.length for span in spans]

@@ -243,9 +243,14 @@ def _read_base(model: Model, key: str) -> Any:
     if quantised := sorted(dtypes - {"float64", "float32", "bfloat16", "float16"}):
         why = f"its weights are quantised ({', '.join(quantised)}), and can neither be trained nor exported"
         raise UftError(Problem(what, why, advice=("give the folder of a model that is not quantised",)))
-    if broken := [name for name, p in module.named_parameters() if not p.sum(dtype=torch.float32).isfinite()]:
-        raise UftError(Problem(what, f"{len(broken)} of its weights hold NaN or infinity", advice=tuple(broken[:5])))
+    broken = [(name, p) for name, p in module.named_parameters() if not p.sum(dtype=torch.float32).isfinite()]
+    words: Any = module.get_input_embeddings().weight
+    if names := [name for name, p in broken if p is not words]:
+        raise UftError(Problem(what, f"{len(names)} of its weights hold NaN or infinity", advice=tuple(names[:5])))
     module.uft_notes = []
+    if broken:  # a run without these words is sound, and another fails with its row
+        rows = int((~words.isfinite().all(1)).sum())
+        module.uft_notes.append(f"the embeddings of {rows:,} of its tokens hold NaN or infinity")
     if pickles := sorted(file.name for file in Path(place.path).glob("pytorch_model*.bin")):
         module.uft_notes.append(f"{pickles[0]} beside its safetensors is not read")
     if unused:
