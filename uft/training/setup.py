@@ -323,8 +323,8 @@ def choose_device(hardware: Hardware) -> torch.device:
         raise UftError(Problem(f"hardware.device={name}", "this machine has none", advice=(f"there is: {usable}",)))
     if name == "cpu" and hardware.keep_memory:
         keep_freed_memory()
-    # oneDNN, which makes products in bfloat16, keeps about a megabyte for each of the last 1,024 shapes, and packs come
-    # in many; so few are those of one pass. It is read with the first product.
+    # torch and oneDNN each keep what was made for the last 1,024 shapes of products in bfloat16, and packs come in many
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
