@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "uft").rglob("*.py")) + sorted((ROOT / "hydra_plugins").rglob("*.py"))
 
 MOST = {
-    "product lines": 34_934,
+    "product lines": 34_942,
     "modules": 123,
     "functions named once": 446,
     "circles of files": 0,

@@ -293,6 +293,7 @@ class WeightsSource:
     config: dict[str, Any] = field(default_factory=dict)  # of the run, or of the stage that they are of
     step: int | None = None  # of the whole run
     is_checkpoint: bool = False
+    option: str | None = None  # of the group `model`, where that names them
 
     @property
     def model(self) -> dict[str, Any]:
@@ -302,8 +303,8 @@ class WeightsSource:
 
     @property
     def name(self) -> str:
-        """RUN, RUN@STEP of a checkpoint, or the last part of a model's path."""
-        named = self.run.name if self.run else self.path.rstrip("/").rpartition("/")[2]
+        """RUN, RUN@STEP of a checkpoint, or of a model its option or the last part of its path."""
+        named = self.run.name if self.run else self.option or self.path.rstrip("/").rpartition("/")[2]
         return f"{named}@{self.step}" if self.is_checkpoint else named
 
 

@@ -115,7 +115,7 @@ def eval(arguments: list[str]) -> int:
         raise UftError(Problem(" ".join((named, *others)), "one model is measured at a time", "command line", each))
     source = model_named(named)
     if source.run is None:
-        return run_verb("eval", [f"model.path={quote(source.path)}", *arguments[1:]])
+        return run_verb("eval", [choice_of(source), *arguments[1:]])
     settings, begun = as_found(source, arguments), source.config
     settings["reference"]["path"] = source.run.found(begun["reference"]["path"] or begun["model"]["path"])
     settings = change(settings, measured)
@@ -176,14 +176,20 @@ def model_named(word: str) -> WeightsSource:
     except UftError:
         if word not in groups(config_dirs()).get("model", {}):
             raise
-        return WeightsSource(checked(Request((f"model={word}",))).settings["model"]["path"])
+        path = checked(Request((f"model={word}",))).settings["model"]["path"]
+        return WeightsSource(path, option=word)
+
+
+def choice_of(source: WeightsSource) -> str:
+    """The override that loads a model that is no run; an option brings its other keys along."""
+    return f"model={source.option}" if source.option else f"model.path={quote(source.path)}"
 
 
 def settings_of(source: WeightsSource, words: Sequence[str], prompts: Path | None = None) -> dict[str, Any]:
     """The configuration under which these weights answer: that of their run, else the default one, with `words`."""
     if source.run is None:
         asked = {} if prompts is None else {"prompts": str(prompts)}
-        whole = checked(Request(tuple(with_sources([f"model.path={quote(source.path)}", *words])))).settings
+        whole = checked(Request(tuple(with_sources([choice_of(source), *words])))).settings
         return whole | {"generate": {**whole["generate"], **asked}}
     settings = as_found(source, words)
     if prompts is not None:

@@ -101,7 +101,7 @@ _PARTS = {  # the field that reads a part of a conversation, "" for none: names 
     "": "(?:tool|function)_calls?|chat_template_kwargs|"
     f"(?:.*_)?(?:{_MEDIA})(?:_(?:urls?|paths?|files?|bytes|data|base64))?",
 }
-_ADDRESSED = "channel recipient analysis reflection".split()  # noqa: SIM905
+_ADDRESSED = frozenset(["channel", "recipient", "analysis", "reflection"])
 """Fields of messages that say that a turn is a thought or a call, or hold one."""
 _REPLIES = re.compile(
     "(?:model_|assistant_|bot_)?(?:responses?|completions?|outputs?|reply|replies|generations?)(?:_?[a-z0-9])?"
@@ -172,7 +172,7 @@ def says_more(value: Any, cell: bool) -> bool:
 
 
 def is_verdict(value: Any) -> bool:
-    """Whether a value is a word that is said of an answer, and of little else."""
+    """Whether a value is one of the words that grade an answer as good or bad (`VERDICTS`)."""
     return isinstance(value, str) and len(value) < _LONGEST_VERDICT and label_value(value) in VERDICTS
 
 
@@ -276,8 +276,7 @@ def unread_feedback(
         yield Problem(key, why, advice=(*line, leave))
     for ours, pattern in _PARTS.items():
         found = (name for name in told if name in full and name not in MEDIA)  # those are refused row by row
-        within = (not ours and "." in name and words[name] in _ADDRESSED for name in told)
-        addressed = {name for name, is_part in zip(told, within, strict=True) if is_part}
+        addressed = {name for name in told if not ours and "." in name and words[name] in _ADDRESSED}
         if names := [name for name in found if re.fullmatch(pattern, words[name]) or name in addressed]:
             part = "reply" if ours == "reasoning_content" or "call" in words[names[0]] else "conversation"
             why = f"{_counted(names, columns)} may be a part of the {part}"

@@ -49,7 +49,7 @@ def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    found: dict[str, Any] = {"greedy": [], "error": ""}
+    found: dict[str, Any] = {"greedy": [], "rounded": [], "error": ""}
     options = {"local_files_only": True, "trust_remote_code": request["trust_remote_code"]}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options)
     model.eval()
@@ -73,8 +73,9 @@ def answers(folder: str, request: dict[str, Any]) -> dict[str, Any]:
                 found["greedy"].append(answer[0, len(prompt) :].tolist())
         except Exception as error:  # of a model whose cache plain transformers cannot handle either
             found["error"] = f"{type(error).__name__}: {error}"
-        model.to(torch.bfloat16)
-        found["rounded"] = [log_probs_of(row) for row in request["rows"] if request["narrow"]]
+        if request["narrow"]:
+            model.to(torch.bfloat16)
+            found["rounded"] = [log_probs_of(row) for row in request["rows"]]
     return found
 
 
@@ -147,7 +148,8 @@ def _difference(
 ) -> str:
     from uft.model.policy import idle_adapters
 
-    rounding = [_statistics(one, other) for one, other in zip(found["rounded"], found["log_probs"], strict=narrow)]
+    pairs = zip(found["rounded"] or found["log_probs"], found["log_probs"], strict=True)
+    rounding = [_statistics(one, other) for one, other in pairs]
     limits = TOLERANCE["bfloat16" if narrow else "float32"]
     least = [ROUNDING * max(of_rows) for of_rows in zip(*rounding, strict=True)] or [0.0, 0.0]
     for number, (row, theirs) in enumerate(zip(rows, found["log_probs"], strict=True), 1):
