@@ -38,7 +38,9 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         self.driver.get("about:blank")
         self.clear_logs()
-        self.driver.get(self.written[name].as_uri() + hash)
+        self.driver.get(address := self.written[name].as_uri() + hash)
+        # Under load the driver can return before the scripts have run, and what is chosen till then is lost.
+        self.until("document.readyState === 'complete' && document.URL.startsWith(arguments[0])", address.split("#")[0])
         self.here = name if (width, height) == (1280, 900) and not hash else ""
 
     def reset(self, name: str, comparison) -> None:
@@ -69,7 +71,8 @@ class Browser:
     def choose(self, selector: str, value: str) -> None:
         """As if typed: a value and the event that follows it."""
         change = "const node = document.querySelector(arguments[0]); node.value = arguments[1];"
-        self.js(f"{change} node.dispatchEvent(new Event('input', {{bubbles: true}}))", selector, value)
+        event = "node.dispatchEvent(new Event('input', {bubbles: true})); return node.value"
+        assert self.js(f"{change} {event}", selector, value) == value, f"{selector} has no {value}"
 
     def texts(self, selector: str) -> list[str]:
         return self.js("return [...document.querySelectorAll(arguments[0])].map(n => n.innerText.trim())", selector)

@@ -147,6 +147,7 @@ def test_one_bad_arm_flattens_nothing(page):
 
 def test_a_plot_for_every_objective(page, mixed):
     page.choose("#scatter-controls [name=per]", "objective.name")
+    page.until("document.getElementById('scatter').data?.some(trace => trace.xaxis === 'x3')")
     traces = page.chart("#scatter", "{uft: trace.uft, group: trace.group, axis: trace.xaxis}")
     axes = {"ift": "x", "sft": "x2", "uft": "x3"}
     names = {group["id"]: group["name"].split()[0] for group in mixed["groups"]}
