@@ -1,7 +1,7 @@
 """The playground's results as a Markdown table: `python scripts/playground_table.py outputs/DATE/playground`.
 
 Runs that differ only in their seed are one row: mean ± standard deviation over seeds (n - 1; none for a single seed).
-What the columns mean: docs/playground.md.
+With `--search` a row is the best trial of an arm of sweep=playground_search. What the columns mean: docs/playground.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import yaml
 
 from uft.runs import Run, find_runs
 from uft.tracking.metrics import read_metrics
@@ -33,17 +35,21 @@ def arm(run: Run) -> str:
     return re.sub(r"-?seed\d+(-\d+)*$", "", run.name) or run.path.resolve().parent.name
 
 
+def seed_of(run: Run) -> Any:
+    return yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")).get("seed")
+
+
 def complete(metrics: Metrics) -> bool:
     return all(isinstance(metrics.get(name), (int, float)) for name in COLUMNS.values())
 
 
-def measured(runs: Iterable[Run]) -> dict[str, list[Metrics]]:
-    """Arm -> last metrics of each of its finished runs, by arm. What cannot be used is told on stderr."""
-    found: dict[str, list[Metrics]] = defaultdict(list)
+def measured(runs: Iterable[Run]) -> dict[str, dict[Any, Metrics]]:
+    """Arm -> seed -> last metrics of its finished run, by arm. What cannot be used is told on stderr."""
+    found: dict[str, dict[Any, Metrics]] = defaultdict(dict)
     for run in runs:
         metrics = run.result().get("final", {})
         if run.status == "finished" and complete(metrics):
-            found[arm(run)].append(metrics)
+            found[arm(run)][seed_of(run)] = metrics
         else:
             print(f"left out: {run.path} ({run.status})", file=sys.stderr)
     return dict(sorted(found.items()))
@@ -60,7 +66,7 @@ def cell(values: Sequence[float]) -> str:
     return f"{mean(values):.2f}{spread}"
 
 
-def table(rows: Mapping[str, list[Metrics]]) -> str:
+def table(rows: Mapping[str, Sequence[Metrics]]) -> str:
     lines = [f"| arm | {' | '.join(COLUMNS)} | seeds |", "|---" * (len(COLUMNS) + 2) + "|"]
     for name, runs in rows.items():
         cells = [cell([float(metrics[key]) for metrics in runs]) for key in COLUMNS.values()]
@@ -68,16 +74,51 @@ def table(rows: Mapping[str, list[Metrics]]) -> str:
     return "\n".join(lines)
 
 
+def score(metrics: Metrics) -> float:
+    """The search's rule: the mean of new, style and skill."""
+    return mean(float(metrics[COLUMNS[name]]) for name in ("new", "style", "skill"))
+
+
+def search_table(rows: Mapping[str, Mapping[Any, Metrics]]) -> str:
+    """`rows`: ARM.SETTING-lrRATE -> seed -> metrics. A row an arm, with the best of its other setting."""
+    trials: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)  # arm -> (setting, rate) -> score
+    for name, seeds in rows.items():
+        setting, _, rate = name.partition("-lr")
+        arm, _, setting = setting.partition(".")
+        trials[arm][setting, rate] = mean(map(score, seeds.values()))
+    lines = ["| arm | trials | setting | learning rate | mean of three | the other setting |", "|---" * 6 + "|"]
+    for arm, scores in trials.items():
+        best = max(scores, key=scores.__getitem__)
+        other = max((value for (setting, _), value in scores.items() if setting != best[0]), default=None)
+        cells = (
+            arm,
+            str(len(scores)),
+            best[0],
+            best[1],
+            f"{scores[best]:.2f}",
+            "" if other is None else f"{other:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder of a sweep, or any folder above runs")
-    folder = parser.parse_args().folder
-    runs = find_runs(folder)
+    parser.add_argument("--search", action="store_true", help="the best trial of every arm")
+    asked = parser.parse_args()
+    runs = find_runs(asked.folder)
     rows = measured(runs)
     if not rows:
-        parser.error(f"no finished runs with the playground's figures in {folder}")
-    base = untrained(runs)
-    print(table({**({"base": base} if base else {}), **rows}))
+        parser.error(f"no finished runs with the playground's figures in {asked.folder}")
+    if asked.search:
+        return print(search_table(rows))
+    base = {"base": untrained(runs)}
+    print(
+        table(
+            {name: metrics for name, metrics in base.items() if metrics} | {n: [*s.values()] for n, s in rows.items()}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ LIKELIHOODS = ("eval/instruct/nll", "eval/pairs/nll")
 def fake_run(folder, values, status="finished", before=None):
     folder.mkdir(parents=True)
     names = (*FIGURES, *LIKELIHOODS)
-    (folder / "config.yaml").write_text("seed: 1\n")
+    (folder / "config.yaml").write_text(f"seed: {folder.name[-1]}\n")
     (folder / "run.json").write_text("{}")
     result = {"status": status, "final": dict(zip(names, values, strict=True))}
     (folder / "result.json").write_text(json.dumps(result))
@@ -94,14 +94,13 @@ def fake_run(folder, values, status="finished", before=None):
 
 @pytest.fixture
 def table(monkeypatch, capsys):
-    """table(folder) -> (what it ended with, stdout, stderr)."""
+    """table(word, ..., script=NAME) -> (what it ended with, stdout, stderr)."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    main = importlib.import_module("playground_table").main
 
-    def run(folder):
-        monkeypatch.setattr(sys, "argv", ["playground_table.py", str(folder)])
+    def run(*words, script="playground_table"):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
         try:
-            main()
+            importlib.import_module(script).main()
         except SystemExit as ended:
             return ended.code, *capsys.readouterr()
         return 0, *capsys.readouterr()
@@ -139,3 +138,51 @@ def test_a_sweep_over_seeds_alone_is_called_by_its_name_and_an_empty_folder_an_e
     code, _, err = table(tmp_path / "empty")
     assert code != 0
     assert "no finished runs" in err
+
+
+def test_the_best_trial_of_every_arm_of_the_search(tmp_path, table):
+    for name, share in (("sft.token-lr0.001", 0.3), ("sft.token-lr0.003", 0.6), ("sft.sequence-lr0.001", 0.5)):
+        fake_run(tmp_path / f"{name}-seed0", (share, share, share, 1.0, 1.0))
+    code, out, err = table(tmp_path, "--search")
+    assert code == 0, err
+    [row] = out.splitlines()[2:]
+    assert cells(row) == ["sft", "3", "token", "0.003", "0.60", "0.50"]
+
+
+@pytest.fixture
+def claims(tmp_path, table):
+    """claims({arm: shares of its seeds}) -> claim -> (means, the difference, its verdict)."""
+
+    def run(arms):
+        for arm, shares in arms.items():
+            for seed, share in enumerate(shares, 1):
+                fake_run(tmp_path / f"{arm}-seed{seed}", (share, share, share, 1 - share, 1 - share))
+        code, out, err = table(tmp_path, script="claims")
+        assert code == 0, err
+        found = [cells(row) for row in out.splitlines()[2:]]
+        return {row[0]: (row[3], row[4], row[5], row[7]) for row in found}
+
+    return run
+
+
+def test_a_claim_holds_or_not_by_more_than_the_noise_of_seeds(claims):
+    found = claims({
+        "uft_alone": (0.81, 0.83, 0.82), "sft_alone": (0.60, 0.61, 0.60),
+        "ift_alone": (0.30, 0.32, 0.31), "sft_then_dpo": (0.58, 0.66, 0.60),
+        "dynamic_ft": (0.20, 0.90, 0.50), "sft": (0.50, 0.50, 0.50),
+        "rpo_pairs": (0.50, 0.51, 0.52), "dpo": (0.20, 0.21, 0.21),
+        "online_dpo": (0.70,), "dpo_150": (0.60,),
+    })  # fmt: skip
+    assert found["UFT on demonstrations alone beats SFT on them"][::3] == ("`uft_alone` 0.82", "**holds**")
+    assert found["IFT beats SFT on the same rows"][3] == "does not hold"
+    assert found["IFT on SFT's rows is as good as SFT, then DPO: new"][3] == "does not hold"
+    assert found["Dynamic FT generalises better than SFT"][3] == "inside noise"
+    fall = found["RPO stops the fall of the chosen likelihood"]
+    assert fall == ("`rpo_pairs` 0.49", "`dpo` 0.79", "+0.30 [+0.29, +0.32]", "**holds**")
+    assert found["DPO on own samples beats DPO on the file's pairs"][2:] == ("+0.10", "one seed")
+    assert found["PDS beats a random half"][3] == "not measured"
+
+
+def test_as_good_as_means_within_five_points(claims):
+    found = claims({"ift_alone": (0.59, 0.60, 0.61), "sft_then_dpo": (0.60, 0.60, 0.61)})
+    assert found["IFT on SFT's rows is as good as SFT, then DPO: new"][3] == "**holds**"
