@@ -67,12 +67,16 @@ def amount(text: str) -> float:
 
 
 @pytest.mark.slow
-def test_the_plan_is_what_the_step_takes(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plan_is_what_the_step_takes(folder: Path, dtype: str) -> None:
     words = ("objective=sft", "data=files", f"+data.sources.rows.path={folder}/rows.jsonl", "data.holdout=0")
     size = ("model=custom", f"model.path={folder}/model", "train.batch_size=12", "train.micro_batch_tokens=4096")
-    command = [sys.executable, "-m", "uft", "check", *words, *size, "hardware=cpu", "train.max_length=2048"]
+    more = ("hardware=cpu", "train.max_length=2048", f"model.dtype={dtype}")
+    command = [sys.executable, "-m", "uft", "check", *words, *size, *more]
     done = program.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     took, expected = re.search(r"model took (\S+) of it; planned for this step: (\S+)", done.stdout).groups()  # type: ignore[union-attr]
     assert amount(took) == pytest.approx(amount(expected), rel=0.15), done.stdout
-    assert re.search(r"plan: about \S+ on one device \(weights", done.stdout)
+    first, [later] = (re.findall(rf"{before} [^(]*\((weights[^)]*)\)", done.stdout) for before in ("plan:", " memory"))
+    assert first == [" ".join(later.split())], "before the model is read, and after"
+    assert ("copies in bfloat16" in later) == (dtype == "bfloat16")

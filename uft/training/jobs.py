@@ -173,7 +173,10 @@ def paper_plan(config: Config, device: torch.device) -> str:
         mode = choose_mode(config.model, compared, visits, needs.distributions)[0]
         if compared.path is not None and mode == "copy":
             other = shape_of(empty_policy(at_path(config.model, compared.path), key))
-    parts = planned_memory(config, shape_of(empty_policy(config.model)), mode, other=other)
+    policy = empty_policy(config.model)
+    if config.hardware.sharding != "full":
+        policy.cast_once()
+    parts = planned_memory(config, shape_of(policy), mode, other=other)
     devices = config.hardware.processes * config.hardware.nodes
     where = f"each of {devices} devices" if devices > 1 else "one device"
     named = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
