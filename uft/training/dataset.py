@@ -405,6 +405,9 @@ class RunData:
             for number, source in enumerate(loaded):
                 if is_made(stage.config.data.sources[source.name].path):
                     apart = np.isin(prompt_words(source.rows), held_out)
+                    if apart.all():
+                        why = f"no row is left to train on: the prompts of all {len(apart):,} are held out"
+                        raise UftError(Problem(f"data.sources.{source.name} of stage {stage.name}", why))
                     rows = pick(source.rows, np.flatnonzero(~apart).tolist())
                     loaded[number] = replace(source, rows=rows, digest=content_digest(rows))
         dataset = read_train_data(config, self.tokenizer, loaded)
