@@ -22,7 +22,9 @@ from uft.errors import GOOD, INTERRUPTED, STOPPED, UftError
 from uft.model import reference
 from uft.sampling import annotate as annotation
 from uft.training import making
+from uft.training.liveness import Stop
 from uft.training.making import AnnotatedSource, annotated_data, train_command, write_column
+from uft.training.setup import Work
 
 Configure = Callable[..., Config]
 
@@ -34,7 +36,7 @@ def job(model_folder):
     def run(config: Config, out: Path, column: str = "baseline_logp") -> dict[str, AnnotatedSource]:
         models = [str(model_folder)] if column == "baseline_logp" else []
         asked = replace(config.annotate, column=column, models=models)
-        return write_column(replace(config, annotate=asked), out, torch.device("cpu"))
+        return write_column(Work(replace(config, annotate=asked), torch.device("cpu"), Stop(), lambda line: None), out)
 
     return run
 

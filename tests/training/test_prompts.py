@@ -199,13 +199,14 @@ def test_a_model_answers_prompts_and_a_stopped_job_goes_on(prompts, tmp_path):
     from uft.sampling.generate import Interrupted
     from uft.training.liveness import Stop
     from uft.training.making import drawn_sources, sample_rows
+    from uft.training.setup import Work
 
     seeds = ("generate.seeds=[0,1,2]", "generate.batch_size=4", "generate.max_new_tokens=30")
     config = prompts("sft", *seeds)
 
     def job(out, stop=None):
-        arguments = (config.model.path, torch.device("cpu"), stop or Stop(), lambda text: None)
-        return sample_rows(config, drawn_sources(config), out, *arguments)
+        work = Work(config, torch.device("cpu"), stop or Stop(), lambda text: None)
+        return sample_rows(work, drawn_sources(config), out, config.model.path)
 
     whole = tmp_path / "whole.jsonl"
     made = job(whole)

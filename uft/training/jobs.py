@@ -32,14 +32,12 @@ from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import card, count
 from uft.training.card import stage_card, start_card
 from uft.training.dataset import StageData, has_made_rows, make_sampler, read_run_data
-from uft.training.liveness import listening
-from uft.training.making import annotate, drawn_sources, generate, job_console, say_on, select
+from uft.training.making import annotate, drawn_sources, generate, job, job_console, say_on, select
 from uft.training.measuring import measure
 from uft.training.setup import (
     Prepared,
-    Stopped,
+    Work,
     check_start,
-    choose_device,
     pause,
     planned_memory,
     prepare_stage,
@@ -54,46 +52,39 @@ GIGABYTE = 1e9
 NOT_THERE = "its rows are made by a stage before it, and are checked when they are there"
 
 
-def check(config: Config) -> int:
+@job
+def check(work: Work) -> None:
     """Prepare every stage as `train` does, in a folder that vanishes, and take its largest step; train nothing.
 
     Every stage starts from the run's first model here: the models that stages leave have the same shape.
     """
-    console, stages, device = job_console(), stages_of(config), choose_device(config.hardware)
-    say = say_on(console)
+    config, say, stages = work.config, work.say, stages_of(work.config)
     for stage in stages:
         if stage.do == "fit":
-            say(f"{stage.name} {paper_plan(stage.config, device)}".lstrip())
+            say(f"{stage.name} {paper_plan(stage.config, work.device)}".lstrip())
     say("")
-    before = used_memory(device) if len(stages) == 1 else None
-    with tempfile.TemporaryDirectory(prefix="uft-check-") as folder, listening() as stop:
+    before = used_memory(work.device) if len(stages) == 1 else None
+    with tempfile.TemporaryDirectory(prefix="uft-check-") as folder:
         run = Run(Path(folder))
-        try:
-            data = read_run_data(run, config, stages)
-            pause(stop)
-            for stage in stages:
-                prepared = None
-                if stage.name in data.stages:
-                    prepared = prepare_stage(
-                        run, config, stage, stage.config.model, data, device, stop, lambda text: None
-                    )
-                if stage is stages[0]:
-                    lines = stage_card(prepared) if prepared and not stage.name else ()
-                    overview = start_card(run, config, stages, data, "nothing is tracked", lines)
-                    say(card([line for line in overview if line[0] not in ("run", "output")]))
-                if stage.name:
-                    say(f"\nstage {stage.number} of {len(stages)}: {stage.name} ({stage.do})")
-                    own = [line for line in stage_card(prepared) if line[0] != "evaluation"] if prepared else []
-                    say(card(own) if prepared else f"  {rows_there(stage.config)}")
-                if prepared:
-                    check_start(prepared.trainer, prepared.reference)
-                    say(f"\n{largest_step(prepared, before)}")
-                    pause(stop)
-        except Stopped:
-            say("stopped")
-            return stop.exit_code
+        data = read_run_data(run, config, stages)
+        pause(work.stop)
+        for stage in stages:
+            prepared = None
+            if stage.name in data.stages:
+                prepared = prepare_stage(replace(work, say=lambda text: None), stage, stage.config.model, data)
+            if stage is stages[0]:
+                lines = stage_card(prepared) if prepared and not stage.name else ()
+                overview = start_card(run, config, stages, data, "nothing is tracked", lines)
+                say(card([line for line in overview if line[0] not in ("run", "output")]))
+            if stage.name:
+                say(f"\nstage {stage.number} of {len(stages)}: {stage.name} ({stage.do})")
+                own = [line for line in stage_card(prepared) if line[0] != "evaluation"] if prepared else []
+                say(card(own) if prepared else f"  {rows_there(stage.config)}")
+            if prepared:
+                check_start(prepared.trainer, prepared.reference)
+                say(f"\n{largest_step(prepared, before)}")
+                pause(work.stop)
     say("\nAll is well: the same request will train.  No run was made.")
-    return GOOD
 
 
 def show_data(config: Config) -> int:

@@ -27,7 +27,7 @@ from uft.config.schema import Config
 from uft.data.report import data_omissions
 from uft.data.sources import load_sources
 from uft.data.table import keep_pandas_out
-from uft.errors import GOOD, Problem, UftError
+from uft.errors import Problem, UftError
 from uft.evaluation.evaluate import Evaluation, HeldOut, evaluate
 from uft.evaluation.measures import mean_stderr
 from uft.model.layout import settle_layout
@@ -37,13 +37,11 @@ from uft.model.precision import resolve_dtype
 from uft.model.reference import make_reference
 from uft.rewards import spec_of
 from uft.runs import cache_root, shown, write_atomically, write_json
-from uft.sampling.generate import Interrupted
-from uft.tracking.console import bare_table, printable, table_console
+from uft.tracking.console import bare_table, printable
 from uft.tracking.metrics import collapses
 from uft.training.dataset import make_renderer, tokenize_held_out
-from uft.training.liveness import Stop, listening
-from uft.training.making import say_on
-from uft.training.setup import Say, choose_device, loaded_policy
+from uft.training.making import job, job_console
+from uft.training.setup import Say, Work, loaded_policy
 from uft.training.trainer import tokens_per_pass
 
 FORMAT = 1
@@ -60,26 +58,22 @@ class Measured:
     items: list[dict[str, Any]]
 
 
-def measure(config: Config) -> int:
+@job
+def measure(work: Work) -> None:
     """Evaluate `config.model` on the tasks that are asked for, else on rows; print the table and write the files."""
-    console, started = table_console(), time.perf_counter()
-    say = say_on(console)
+    config, say, started = work.config, work.say, time.perf_counter()
     if config.eval.tasks and find_spec("lm_eval") is None:
         advice = ("pip install 'uft-lm[lmeval]'",)
         raise UftError(Problem("eval.tasks", "needs lm-evaluation-harness, which is not installed", advice=advice))
     say(f"measuring {config.model.path}")
-    with listening() as stop:
-        try:
-            found = on_tasks(config, stop, say) if config.eval.tasks else on_rows(config, stop, say)
-        except Interrupted:
-            say("stopped; nothing was written")
-            return stop.exit_code
+    work.stopped = "stopped; nothing was written"
+    found = on_tasks(work) if config.eval.tasks else on_rows(work)
     for table in tables(found):
-        console.print(table)
+        job_console().print(table)
     file = output_file(config)
     made = datetime.now().astimezone().isoformat(timespec="seconds")
     about = {"format": FORMAT, "uft": __version__, "made": made, "seconds": time.perf_counter() - started}
-    model = {"model": config.model.path, "dtype": resolve_dtype(config.model, choose_device(config.hardware)).dtype}
+    model = {"model": config.model.path, "dtype": resolve_dtype(config.model, work.device).dtype}
     found, notes = with_earlier(found, file, model)
     for line in notes:
         say(line)
@@ -88,7 +82,6 @@ def measure(config: Config) -> int:
     write_atomically(file.with_suffix(".items.jsonl"), "".join(f"{line}\n" for line in lines))
     write_json(file, about | model | found.about | {"figures": found.figures})
     say(f"\n  {shown(file.resolve())}  {shown(file.with_suffix('.items.jsonl').resolve())}")
-    return GOOD
 
 
 def with_earlier(found: Measured, file: Path, model: Mapping[str, Any]) -> tuple[Measured, list[str]]:
@@ -158,19 +151,20 @@ def output_file(config: Config) -> Path:
     return out / f"{re.sub(r'[^A-Za-z0-9_.+-]', '_', model + names)}.json"
 
 
-def load_evaluated(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int) -> Policy:
+def load_evaluated(work: Work, tokenizer: PreTrainedTokenizerBase, longest: int) -> Policy:
     """The model, in the layout of `train.packing`; `longest`: tokens of the longest sequence."""
-    policy = loaded_policy(config, choose_device(config.hardware), tokenizer)
-    settle_layout(policy, config.train.packing, min(longest, policy.positions or longest))
+    policy = loaded_policy(work.config, work.device, tokenizer)
+    settle_layout(policy, work.config.train.packing, min(longest, policy.positions or longest))
     return policy
 
 
 # --- On rows
 
 
-def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
+def on_rows(work: Work) -> Measured:
     """The evaluation of training, on the held-out rows of every source, or on all rows of one that holds none out."""
     keep_pandas_out()
+    config, say = work.config, work.say
     tokenizer = load_tokenizer(config.model)
     renderer = make_renderer(tokenizer, config.data)
     loaded = load_sources(config.data)
@@ -184,7 +178,7 @@ def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
         raise UftError(Problem("data", "no source has a row to measure", advice=("rows of yours:  data=FILE",)))
     held = [HeldOut(one.source, one.rows, one.encoded, checkers[one.source]) for one in tokenized]
     longest = max(int(one.encoded.longest.max(initial=0)) for one in tokenized)
-    policy = load_evaluated(config, tokenizer, longest)
+    policy = load_evaluated(work, tokenizer, longest)
     reference = None
     if config.reference.path is not None:
         reference = make_reference(
@@ -202,7 +196,9 @@ def on_rows(config: Config, stop: Stop, say: Say) -> Measured:
         kind = "rows, none of which is held out" if name in whole else "held-out rows"
         say(f"{name}: {counts['rows']:,} of {counts['of']:,} {kind} (eval.rows={config.eval.rows})")
     budget = tokens_per_pass(config)
-    found = evaluate(policy, reference, held, renderer, config.eval, stop.between_passes, micro_batch_tokens=budget)
+    found = evaluate(
+        policy, reference, held, renderer, config.eval, work.stop.between_passes, micro_batch_tokens=budget
+    )
     digests = {source.name: source.digest for source in loaded}
     about = {"data": config.data.name, "sources": rows, "digests": digests, "template": renderer.digest}
     about |= {name: getattr(config.eval, name) for name in ("rows", "generate_rows", "max_new_tokens")}
@@ -223,15 +219,16 @@ def row_figures(found: Evaluation) -> dict[str, dict[str, Any]]:
 # --- On tasks
 
 
-def on_tasks(config: Config, stop: Stop, say: Say) -> Measured:
+def on_tasks(work: Work) -> Measured:
     """The tasks of `eval.tasks` over the model's own tokenizer, and its chat template where a task wants it."""
     from uft.evaluation.harness import PackedLM, load_tasks, run_tasks
 
+    config = work.config
     tokenizer = load_tokenizer(config.model)
-    tasks = load_tasks(tokenizer, config.eval, say)
-    policy = load_evaluated(config, tokenizer, config.train.max_length)
-    lm = PackedLM(policy, tokenizer, tokens_per_pass(config), stop.between_passes, now_and_then(say))
-    figures, items = run_tasks(lm, tasks, config.eval, say)
+    tasks = load_tasks(tokenizer, config.eval, work.say)
+    policy = load_evaluated(work, tokenizer, config.train.max_length)
+    lm = PackedLM(policy, tokenizer, tokens_per_pass(config), work.stop.between_passes, now_and_then(work.say))
+    figures, items = run_tasks(lm, tasks, config.eval, work.say)
     about = {"harness": f"lm_eval {version('lm_eval')}", "task_rows": config.eval.task_rows}
     return Measured({one.name: asdict(one) for one in figures}, about | {"task_tokens": config.eval.task_tokens}, items)
 

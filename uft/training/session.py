@@ -48,6 +48,7 @@ from uft.training.liveness import Stop, watching
 from uft.training.setup import (
     Prepared,
     Stopped,
+    Work,
     check_positions,
     check_record,
     check_start,
@@ -111,6 +112,10 @@ class Session:
     opened: bool = False  # whether this session has written anything: a bad request is refused before that
     data: RunData = field(init=False)
 
+    @property
+    def work(self) -> Work:
+        return Work(self.config, self.device, self.stop, self.console.message)
+
     def begin(self) -> None:
         """Find out where the run stands, and read and check the data of all stages."""
         self.device = choose_device(self.config.hardware)
@@ -159,14 +164,13 @@ class Session:
             self.data.read_training(stage)
             self.data.stages[stage.name].refuse_other_data(folder)
             ranks().on_rank0(lambda: self._write_data(stage))
-        say, model = self.console.message, self.start_model(stage)
-        prepared = prepare_stage(self.run, self.config, stage, model, self.data, self.device, self.stop, say)
+        prepared = prepare_stage(self.work, stage, self.start_model(stage), self.data)
         trainer, renderer = prepared.trainer, prepared.data.dataset.renderer
         for other in self.stages:  # rows of later stages that do not fit are told before the first step
             if other.name in self.data.stages:
                 check_positions(trainer.policy, self.data.stages[other.name], other.config)
         checks = check_record(prepared, check_start(trainer, prepared.reference))
-        step = resume(trainer, say)
+        step = resume(trainer, self.console.message)
         if step < 0 and ranks().is_rank0:
             write_json(folder.path / "check.json", checks)
         self.data.steps[stage.name] = trainer.steps  # of the checkpoint, unless it was extended
@@ -223,7 +227,7 @@ class Session:
         sampled_by = f"stage:{trained[-1].name}" if trained else stage.config.model.path
         from uft.training.making import ROW_STAGES  # here: most runs make no rows, and start without these imports
 
-        return ROW_STAGES[stage.do](config, folder.path, sampled_by, self.device, self.stop, self.console.message)
+        return ROW_STAGES[stage.do](replace(self.work, config=config), folder.path, sampled_by)
 
     def _start_tracking(self, resumed_step: int, stage_lines: Card = ()) -> None:
         """Before the first line of this session: record data and machine, start the tracker, show the card.

@@ -72,6 +72,17 @@ STAYS: dict[str, Any] = {"mode": "auto", "sync_every": None}
 Say = Callable[[str], None]
 
 
+@dataclass
+class Work:
+    """A job, or a stage of a run: its settings, the device, the signals that end it, and who hears of it."""
+
+    config: Config
+    device: torch.device
+    stop: Stop
+    say: Say
+    stopped: str = "stopped"  # what is said where a signal ended it
+
+
 class Stopped(Exception):
     """Asked to stop before there was anything new worth a checkpoint."""
 
@@ -139,21 +150,19 @@ def idle_keys(config: Config) -> list[str]:
     return cautions
 
 
-def prepare_stage(
-    run: Run, config: Config, stage: Stage, model: Model, data: RunData, device: torch.device, stop: Stop, say: Say
-) -> Prepared:
+def prepare_stage(work: Work, stage: Stage, model: Model, data: RunData) -> Prepared:
     """`prepare` a stage of a run that starts from `model`, with the references that the run gives it."""
-    initial, own = config.model, replace(stage.config, model=model)
+    config, initial, own = work.config, work.config.model, replace(stage.config, model=model)
     if stage.reference == "initial" and model.path != initial.path:
         own = replace(own, reference=replace(own.reference, path=initial.path))
     reference = (initial if own.reference.path == initial.path else model, own.reference)
-    part, folder = data.stages[stage.name], Run(run.path / stage.folder)
+    part, folder = data.stages[stage.name], Run(data.run.path / stage.folder)
     eval_reference = None
     if stage.name and data.held_out:
         # named by its path, so that it is the same model in every stage, with and without an adapter
         eval_reference = (initial, replace(config.reference, path=config.reference.path or initial.path, **STAYS))
     reference_model = None if part.objective.needs.teacher else reference
-    return prepare(folder, own, device, stop, say, part, reference_model, eval_reference)
+    return prepare(folder, own, work.device, work.stop, work.say, part, reference_model, eval_reference)
 
 
 def prepare(
