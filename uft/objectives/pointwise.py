@@ -18,17 +18,13 @@ from uft.objectives.base import Forward, Loss, Needs, Objective, StepContext, Te
 Tensor = torch.Tensor
 
 
-def squared_error(z: Tensor, target: Tensor) -> Tensor:
-    """(S,) (sigmoid(z) - r)^2 (UFT eq. 7; UNA eqs. 11-13, whose printed minus is a typo). Saturates at both ends."""
-    return (torch.sigmoid(z) - target) ** 2
-
-
-def cross_entropy(z: Tensor, target: Tensor) -> Tensor:
-    """(S,) -r log sigmoid(z) - (1 - r) log sigmoid(-z), stable for any z; r may be soft."""
-    return target * softplus(-z) + (1 - target) * softplus(z)
-
-
-REGRESSION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": squared_error, "bce": cross_entropy}
+REGRESSION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    # UFT eq. 7; UNA eqs. 11-13, whose printed minus is a typo; saturates at both ends
+    "mse": lambda z, target: (torch.sigmoid(z) - target) ** 2,
+    # -r log sigmoid(z) - (1 - r) log sigmoid(-z), stable for any z; r may be soft
+    "bce": lambda z, target: target * softplus(-z) + (1 - target) * softplus(z),
+}
+"""From z and an explicit reward r, (S,) each, to a loss (S,)."""
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,10 @@ REDUCTIONS = {
 
 
 def selected(row: Row, visit: int, *, shown: str, gate: int) -> Selection:
-    """The sampled completions with their scores, and the demonstration as `shown` says."""
-    own = views.advantaged(row, visit)
+    """The sampled completions with their scores, and the demonstration as `shown` says. On which side an own one
+    stands, its advantage decides."""
+    places = [i for i, completion in enumerate(row.completions) if views.is_own(completion)]
+    own = tuple(Selected(i, Role.OWN, views.reward(row.completions[i])) for i in places)
     if shown == "none":
         return own
     demonstrations = tuple(Selected(i, Role.POSITIVE) for i in views.demonstrations(row))
@@ -211,10 +213,6 @@ class PolicyGradient(Objective):
             return terms.units(batch, sequences) * float(self.longest or 1)
         return terms.reduced_count(batch, reduction, sequences)
 
-    def reduced(self, batch: Batch, values: Tensor, sequences: Tensor, reduction: str) -> Tensor:
-        """() sum of `values` (N,) over `sequences` (S,) bool, in those units."""
-        return terms.reduced_total(batch, values, "token" if reduction == "constant" else reduction, sequences)
-
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         groups = self.groups(batch, torch.zeros_like(batch.target) if self.kl_in == "reward" else None)
         counted, tokens = groups.live, terms.reduced_count(batch, "token", groups.own)
@@ -258,7 +256,7 @@ class PolicyGradient(Objective):
 
         entropy = -log_probs.detach() if output.entropy is None else terms.promote(output.entropy)
         totals = {
-            "pg": self.reduced(batch, surrogate, groups.live, self.reduction),
+            "pg": terms.reduced_total(batch, surrogate, self.reduction, groups.live),
             "nll": terms.nll_total(batch, log_probs),
             "entropy": torch.where(own, entropy, 0.0).sum(),
             "ratio": mean_of(ratio),
@@ -271,10 +269,10 @@ class PolicyGradient(Objective):
             in_group = self.shown == "group"
             values = -weight * log_probs * (advantage if in_group else 1.0)
             reduction = self.reduction if in_group else self.shown_reduction
-            totals["shown"] = self.reduced(batch, values, groups.shown, reduction)
+            totals["shown"] = terms.reduced_total(batch, values, reduction, groups.shown)
         if self.kl > 0:
             divergence = KL[self.kl_kind](difference.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
-            totals["kl"] = self.reduced(batch, divergence, groups.own, self.reduction)
+            totals["kl"] = terms.reduced_total(batch, divergence, self.reduction, groups.own)
         mu = self.mixed(context.step)
         weights = {"pg": 1 - mu if self.mix else 1.0, "shown": self.shown_weight * (mu if self.mix else 1.0)}
         weights |= {"kl": self.kl} if self.kl > 0 and self.kl_in == "loss" else {}
