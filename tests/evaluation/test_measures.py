@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from uft.data.rows import Completion, Message, Row
-from uft.evaluation.measures import MEASURES, NOTHING, Scored, ScoredRow, Tally, measured, pair_of
+from uft.evaluation.measures import NOTHING, Scored, ScoredRow, Tally, measured, pair_of
 
 
 def said(text, **feedback):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from uft.config.compose import compose
 from uft.config.frozen import to_config
@@ -22,7 +21,6 @@ from uft.errors import GOOD, INTERRUPTED, STOPPED, UftError
 from uft.model import reference
 from uft.sampling import annotate as annotation
 from uft.training import making
-from uft.training.liveness import Stop
 from uft.training.making import AnnotatedSource, annotated_data, train_command, write_column
 from uft.training.setup import Work
 
@@ -36,7 +34,7 @@ def job(model_folder):
     def run(config: Config, out: Path, column: str = "baseline_logp") -> dict[str, AnnotatedSource]:
         models = [str(model_folder)] if column == "baseline_logp" else []
         asked = replace(config.annotate, column=column, models=models)
-        return write_column(Work(replace(config, annotate=asked), torch.device("cpu"), Stop(), lambda line: None), out)
+        return write_column(Work(replace(config, annotate=asked)), out)
 
     return run
 

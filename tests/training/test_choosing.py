@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from dying import StopAt, lines
 
 from uft.config.schema import Config
@@ -32,7 +31,7 @@ def choose(configure, files, tmp_path):
             config.data.sources[kind].share = share
         chosen = replace(config.select, **{"by": by, "rows": 3, "dim": 256, "steps": 2, "batch": 6, **settings})
         folder = tmp_path / out
-        work = Work(replace(config, select=chosen), torch.device("cpu"), stop or Stop(), lambda line: None)
+        work = Work(replace(config, select=chosen), stop=stop or Stop())
         return folder, making.select_stage(work, folder, "")
 
     return run

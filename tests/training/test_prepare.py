@@ -21,6 +21,7 @@ from uft.training.card import stage_card
 from uft.training.setup import (
     ONE_ROW,
     Stopped,
+    Work,
     check_start,
     choose_device,
     prepare,
@@ -51,7 +52,7 @@ def test_a_stop_is_seen_between_the_stages(configure, tmp_path):
     while True:
         stop = StopAt(looks)
         try:
-            prepare(run, config, torch.device("cpu"), stop)
+            prepare(run, Work(config, stop=stop))
         except Stopped:
             looks += 1
             continue

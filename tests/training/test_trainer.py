@@ -221,7 +221,8 @@ def test_what_a_step_asks_its_device_for(build, monkeypatch, objective):
         trainer.objective.state[name] = tensor.to(META)
 
     def step() -> Step:
-        return optimiser_step(trainer, rows, trainer.step_context(0), lr=0.1, max_grad_norm=1.0, defer_check=True)
+        trainer.defer_check = True
+        return optimiser_step(trainer, rows, trainer.step_context(0))
 
     if objective in WAITS:
         with pytest.raises((RuntimeError, NotImplementedError), match=r"[mM]eta"):

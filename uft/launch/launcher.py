@@ -384,11 +384,11 @@ def started_from(word: str | None) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a result, without importing it."""
-    found = dict.fromkeys(PACKAGES, "not installed")
+    known = dict.fromkeys(PACKAGES, "not installed")
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return {"uft": __version__, "python": platform.python_version(), "platform": platform.platform(), **found}
+            known[package] = version(package)
+    return {"uft": __version__, "python": platform.python_version(), "platform": platform.platform(), **known}
 
 
 def provenance() -> dict[str, Any]:

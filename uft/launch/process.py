@@ -71,18 +71,19 @@ def run_worker(
     A child that was ended by a signal we forwarded counts as stopped; one killed by anything else has failed.
     """
     sent, killed_before = list[int](), oom_kills()
-    environment = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(variables or {})}
+    env = {**os.environ, PARENT: str(os.getpid()), "PYTHONPATH": python_path(), **(variables or {})}
     command = [*AGENT, *torchrun, "-m", "uft.launch.worker", *arguments] if torchrun else [*COMMAND, *arguments]
-    with forwarding(sent, quiet=log is not None) as children, output(log) as (out, err):
+    with forwarding(sent, quiet=log is not None) as children, ExitStack() as files:
+        out, err = 1, 2
+        if log is not None:
+            out, err = (files.enter_context(open(path, "a")).fileno() for path in (os.devnull, log))
         child: Child | None = None
-        if server := None if torchrun else forkserver.server_for(command, environment):
+        if server := None if torchrun else forkserver.server_for(command, env):
             children[:] = [server.process]  # a signal that comes while it still imports ends it
-            child = None if sent else server.fork(COMMAND[-1], arguments, environment, cwd, (0, out, err))
+            child = None if sent else server.fork(COMMAND[-1], arguments, env, cwd, (0, out, err))
             if child is None:  # it is lost: from here on Popen
                 forkserver.Current.close()
-        child = child or subprocess.Popen(
-            command, start_new_session=True, env=environment, cwd=cwd, stdout=out, stderr=err
-        )
+        child = child or subprocess.Popen(command, start_new_session=True, env=env, cwd=cwd, stdout=out, stderr=err)
         children[:] = [child]
         for number in sent:  # one came in before there was a child
             child.send_signal(number)
@@ -102,16 +103,6 @@ def run_worker(
 
 
 Child = subprocess.Popen[bytes] | forkserver.Child
-
-
-@contextmanager
-def output(log: Path | None) -> Iterator[tuple[int, int]]:
-    """Descriptors of stdout and stderr for a child: ours, or with `log` no stdout and stderr appended to that file."""
-    if log is None:
-        yield 1, 2
-        return
-    with open(os.devnull, "w") as nothing, open(log, "a") as file:
-        yield nothing.fileno(), file.fileno()
 
 
 def cause(number: int, oom: int) -> str:

@@ -71,12 +71,12 @@ class UFT(Objective):
         return f"every scored completion and every pair counts once; log-ratios are {joined} over tokens"
 
     def problems(self) -> list[tuple[str, str]]:
-        found = terms.sequences_only(self.reduction)
+        problems = terms.sequences_only(self.reduction)
         kinds = [kind.value for kind in Kind]
         unknown = [name for name in self.kind_weights if name not in kinds]
-        found += [("kind_weights", f"{name} is no kind of row; kinds: {', '.join(kinds)}") for name in unknown]
+        problems += [("kind_weights", f"{name} is no kind of row; kinds: {', '.join(kinds)}") for name in unknown]
         bad = {n: w for n, w in self.kind_weights.items() if not (w >= 0 and math.isfinite(w))}
-        return found + [("kind_weights", f"{name}: {weight} is not a weight") for name, weight in bad.items()]
+        return problems + [("kind_weights", f"{name}: {weight} is not a weight") for name, weight in bad.items()]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         scored, compared = self.scored(batch), self.compared(batch)

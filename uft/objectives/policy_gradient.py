@@ -155,16 +155,16 @@ class PolicyGradient(Objective):
         return REDUCTIONS[self.reduction] + (f" ({self.longest})" if self.reduction == "constant" else "")
 
     def problems(self) -> list[tuple[str, str]]:
-        found = []
+        problems = []
         if self.kl > 0 and self.kl_kind == "k1" and self.kl_in == "loss":
-            found.append(("kl_kind", "k1 in the loss has no effect but noise: its expected gradient is 0"))
+            problems.append(("kl_kind", "k1 in the loss has no effect but noise: its expected gradient is 0"))
         if self.longest is None and (self.reduction == "constant" or self.overlong):
-            found.append(("longest", "give the tokens of the longest allowed completion"))
+            problems.append(("longest", "give the tokens of the longest allowed completion"))
         if self.mix is not None and (unlike := self.mix.keys() ^ {"peak", "valley", "warm", "decay"}):
-            found.append(("mix", f"has the keys peak, valley, warm and decay, not {', '.join(sorted(unlike))}"))
+            problems.append(("mix", f"has the keys peak, valley, warm and decay, not {', '.join(sorted(unlike))}"))
         if self.mix is not None and self.shown == "none":
-            found.append(("mix", "weighs demonstrations, which shown=none leaves out"))
-        return found
+            problems.append(("mix", "weighs demonstrations, which shown=none leaves out"))
+        return problems
 
     def cautions(self) -> list[str]:
         if self.kl > 0 and (self.kl_in, self.kl_kind) == ("loss", "k3"):
@@ -180,13 +180,12 @@ class PolicyGradient(Objective):
             over = batch.lengths - (self.longest - self.overlong)
             scores = scores - torch.where(own, over.clamp(min=0) / self.overlong, 0.0)
         rows, row = batch.example.numel(), batch.row
-        highest, lowest = (
-            scores.new_full((rows,), sign * -math.inf).scatter_reduce_(
-                0, row, torch.where(members, scores, sign * -math.inf), f"a{name}"
-            )
-            for sign, name in ((1, "max"), (-1, "min"))
-        )
-        flat = (highest <= lowest)[row]
+
+        def extreme(least: float, reduce: str) -> Tensor:
+            inside = torch.where(members, scores, least)
+            return scores.new_full((rows,), least).scatter_reduce_(0, row, inside, reduce)
+
+        flat = (extreme(-math.inf, "amax") <= extreme(math.inf, "amin"))[row]
         shaped = scores if penalty is None else scores - penalty
 
         def summed(values: Tensor) -> Tensor:

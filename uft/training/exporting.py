@@ -117,8 +117,12 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
     if config.train.check_model:
         what = f"log-probs of {min(len(rows), CHECKED)} conversations and greedy answers"
         say(f"read back with plain transformers: {what} are those of the run, up to rounding")
-    if wanted.adapter:
-        keep_adapter(to)
+    if wanted.adapter:  # it stands beside the merged model, which goes
+        for path in [*to.glob("*.safetensors*"), to / "config.json", to / "generation_config.json"]:
+            path.unlink(missing_ok=True)
+        for path in (to / "adapter").iterdir():
+            shutil.move(str(path), to / path.name)
+        (to / "adapter").rmdir()
     elif why := older_reader(to):
         say(f"transformers 4.57 may read it as another model: {why}")
     file = to / f"{to.resolve().name}.gguf"
@@ -157,12 +161,3 @@ def conversations(run: Run, renderer: Renderer) -> list[Tokens]:
     pairs = {one["prompt"]: one["reply"] for one in answered} | QUESTIONS
     turns = (((Message("user", prompt),), (Message("assistant", reply),)) for prompt, reply in pairs.items())
     return [tokens for prompt, reply in turns if (tokens := renderer.encode(prompt, reply)).targets]
-
-
-def keep_adapter(folder: Path) -> None:
-    """Leave the adapter alone in a folder that has it beside the merged model, and the tokenizer."""
-    for path in [*folder.glob("*.safetensors*"), folder / "config.json", folder / "generation_config.json"]:
-        path.unlink(missing_ok=True)
-    for path in (folder / "adapter").iterdir():
-        shutil.move(str(path), folder / path.name)
-    (folder / "adapter").rmdir()

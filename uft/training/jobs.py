@@ -21,14 +21,13 @@ from uft.data.rows import Kind
 from uft.errors import GOOD, UftError
 from uft.heartbeat import activity
 from uft.model.load import at_path, empty_policy
-from uft.model.memory import matrix_rate, peak_memory, shape_of, step_flops, used_memory
+from uft.model.memory import estimate, matrix_rate, peak_memory, shape_of, step_flops, used_memory
 from uft.model.policy import DTYPES
 from uft.model.precision import resolve_dtype
 from uft.model.reference import choose_mode
 from uft.objectives import make
 from uft.objectives.views import kind_table, uses_of
 from uft.runs import Run
-from uft.sampling.rollouts import RolloutSampler
 from uft.tracking.console import card, count
 from uft.training.card import stage_card, start_card
 from uft.training.dataset import StageData, has_made_rows, make_sampler, read_run_data
@@ -39,11 +38,10 @@ from uft.training.setup import (
     Work,
     check_start,
     pause,
-    planned_memory,
     prepare_stage,
     reference_settings,
 )
-from uft.training.trainer import oom_advice
+from uft.training.trainer import oom_advice, tokens_per_pass
 
 ROWS_SHOWN = 3  # per source, with their trained tokens coloured
 PREVIEW_ROWS = 200_000
@@ -164,7 +162,7 @@ def paper_plan(config: Config, device: torch.device) -> str:
         mode = choose_mode(config.model, compared, visits, needs.distributions)[0]
         if compared.path is not None and mode == "copy":
             other = shape_of(empty_policy(at_path(config.model, compared.path), key))
-    parts = planned_memory(config, shape_of(empty_policy(config.model)), mode, other=other)
+    parts = estimate(config, shape_of(empty_policy(config.model)), tokens_per_pass(config), mode, other)
     devices = config.hardware.processes * config.hardware.nodes
     where = f"each of {devices} devices" if devices > 1 else "one device"
     named = ", ".join(f"{part} {count(size)}B" for part, size in parts.items() if size)
@@ -184,8 +182,12 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     tokens, supervised, sampled = 0, 0, ""
     seconds = 0.0
     if trainer.rollouts:
-        longest = trainer.rollouts.take(config.train.batch_size)
-        sampled = rollout_cost(trainer.rollouts)
+        rollouts, most = trainer.rollouts, config.rollout.max_new_tokens
+        longest = rollouts.take(config.train.batch_size)
+        lengths = [len(reply.log_probs) for group in rollouts.latest for reply in group.replies]
+        mean = sum(lengths) / max(1, len(lengths))
+        sampled = f"rollouts: {len(lengths)} completions of {mean:.0f} tokens on average in {rollouts.seconds:.1f} s"
+        sampled += f", up to {rollouts.seconds * most / max(mean, 1):.1f} s if all had {most}\n"
     if longest:
         batches = trainer.collator(longest)
         started = time.perf_counter()
@@ -209,14 +211,6 @@ def largest_step(prepared: Prepared, memory_before: int | None = None) -> str:
     rate = config.hardware.processes * config.hardware.nodes * matrix_rate(device, DTYPES[trainer.policy.dtype])
     pace = f"  {count(work)}FLOP at {count(rate)}FLOP/s, as large matrices are multiplied here"
     return "\n".join([line, memory, f"{pace}: {work / rate:.1f} s at best"])
-
-
-def rollout_cost(rollouts: RolloutSampler) -> str:
-    """A line about the first rollout, and what it would take if every completion were as long as it may be."""
-    lengths = [len(reply.log_probs) for group in rollouts.latest for reply in group.replies]
-    seconds, most, mean = rollouts.seconds, rollouts.settings.max_new_tokens, sum(lengths) / max(1, len(lengths))
-    line = f"rollouts: {len(lengths)} completions of {mean:.0f} tokens on average in {seconds:.1f} s"
-    return f"{line}, up to {seconds * most / max(mean, 1):.1f} s if all had {most}\n"
 
 
 JOBS: dict[str, Callable[[Config], int]] = {

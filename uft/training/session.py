@@ -11,6 +11,7 @@ one stage is the one before the next.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import shlex
@@ -88,10 +89,13 @@ def run_console(run: Run) -> Iterator[Console]:
     with nullcontext(sys.stdout) if is_rank0 else open(os.devnull, "w") as stream:
         with writing(run.path / "console.log", code=BAD_REQUEST):
             console = Console(stream, run.path / "console.log" if is_rank0 else None)
+        handler, logger = logging.Handler(logging.WARNING), logging.getLogger("uft")
+        handler.emit = lambda record: console.message(record.getMessage())  # type: ignore[method-assign]
+        logger.addHandler(handler)
         try:
-            with console.hearing():
-                yield console
+            yield console
         finally:
+            logger.removeHandler(handler)
             console.close()
 
 
@@ -267,14 +271,14 @@ class Session:
 
     def _read_results(self) -> tuple[dict[str, dict[str, Any]], bool]:
         """(results of the stages that are finished, whether there are any or a checkpoint)."""
-        found: dict[str, dict[str, Any]] = {}
+        results: dict[str, dict[str, Any]] = {}
         for stage in self.stages:
             result = self.folder(stage).result()
             if result.get("status") != "finished":
                 checkpoint.recover(self.folder(stage))
-                return found, bool(found or self.folder(stage).checkpoints())
-            found[stage.name] = result
-        return found, True
+                return results, bool(results or self.folder(stage).checkpoints())
+            results[stage.name] = result
+        return results, True
 
     @property
     def before(self) -> Progress:
