@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +31,6 @@ SPLITS = {QWEN_SPLIT: "qwen2", QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|"): "l
 TOLERANCE = 1e-3
 """Largest difference of log-probs between the folder and the file read back, by unit of their size, both in float32."""
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
-
-
-def require_package() -> None:
-    """Raises UftError where the package gguf is not installed."""
-    if find_spec("gguf") is None:
-        advice = ("pip install 'uft-lm[gguf]'",)
-        raise UftError(Problem("--gguf", "needs the package gguf, which is not installed", advice=advice))
 
 
 def require_described(config: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -154,18 +154,7 @@ class Wandb:
         atexit.unregister(self._await_sender)
         if self._await_sender():
             try:
-                evaluated: dict[str, list[float]] = {}  # of every metric over all sources
-                for row in read_metrics(self.run):
-                    for name, value in row.items():
-                        if name.startswith("eval/") and name.count("/") == 1 and math.isfinite(value):
-                            evaluated.setdefault(name, []).append(value)
-                ends = {f"min/{name}": min(values) for name, values in evaluated.items()}
-                ends |= {f"max/{name}": max(values) for name, values in evaluated.items()}
-                result = self.run.result()
-                best = {f"best/{name}": value for name, value in (result.get("best") or {}).items()}
-                names = {"best/step": "best_step", "peak_memory_bytes": "peak_memory_bytes", "seconds": "seconds"}
-                took = {name: result[key] for name, key in names.items() if result.get(key) is not None}
-                found = {**summary, **ends, **best, **took, "status": status}
+                found = {**summary, **run_summary(self.run), "status": status}
                 handle.summary.update({panel(name): value for name, value in found.items()})
                 if exit_code == STOPPED:
                     handle.mark_preempting()  # W&B then shows "preempted" instead of "failed"
@@ -313,6 +302,20 @@ def about(run: Run) -> dict[str, Any]:
         "parameters": checks.get("parameters"),
         "rows": {name: source.get("rows") for name, source in data.get("sources", {}).items()},
     }
+
+
+def run_summary(run: Run) -> dict[str, Any]:
+    """`min/NAME` and `max/NAME` of every metric of the evaluation over all sources, the metric that chose the best
+    checkpoint, its step, and what the run took."""
+    result, found = run.result(), dict[str, Any]()
+    for row in read_metrics(run):
+        for name, value in row.items():
+            if name.startswith("eval/") and name.count("/") == 1 and math.isfinite(value):
+                found[f"min/{name}"] = min(value, found.get(f"min/{name}", value))
+                found[f"max/{name}"] = max(value, found.get(f"max/{name}", value))
+    found |= {f"best/{name}": value for name, value in (result.get("best") or {}).items()}
+    names = {"best/step": "best_step", "peak_memory_bytes": "peak_memory_bytes", "seconds": "seconds"}
+    return found | {name: result[key] for name, key in names.items() if result.get(key) is not None}
 
 
 def _has(handle: Any, name: str, value: Any) -> bool:

@@ -36,22 +36,19 @@ if TYPE_CHECKING:
     from uft.training.setup import Prepared
 
 PAPER = re.compile(r"(?:arXiv )?\b(\d{4}\.\d{5})\b")
-LOAD = """\
+READ = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER)
-messages = [{"role": "user", "content": "Hello"}]
+"""
+LOAD = f"""{READ}\
+messages = [{{"role": "user", "content": "Hello"}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```"""
-PLAIN = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
+PLAIN = f"""{READ}\
 print(tokenizer.decode(model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=64)[0]))
 ```"""
 ADAPTER = """\

@@ -9,6 +9,7 @@ import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from uft.data.chat import Renderer, Tokens
 from uft.data.rows import Message
 from uft.errors import Problem, UftError
 from uft.model.export import export, older_reader
-from uft.model.gguf import modelfile, require_described, require_package, write_gguf
+from uft.model.gguf import modelfile, require_described, write_gguf
 from uft.model.load import (
     checkpoint_config,
     checkpoint_policy,
@@ -101,8 +102,9 @@ def export_run(source: WeightsSource, wanted: Export, say: Say) -> None:
     if wanted.adapter and (wanted.gguf or wanted.ollama):
         raise UftError(Problem("--adapter", "is a part of a model, and GGUF holds a whole one", "command line"))
     described = wanted.gguf or wanted.ollama
-    if described:
-        require_package()
+    if described and find_spec("gguf") is None:
+        advice = ("pip install 'uft-lm[gguf]'",)
+        raise UftError(Problem("--gguf", "needs the package gguf, which is not installed", advice=advice))
     config, policy = trained_policy(source)
     if wanted.adapter and not policy.has_adapter:
         raise UftError(Problem("--adapter", f"{source.name} was trained without one", advice=("leave --adapter out",)))
