@@ -143,7 +143,7 @@ def steps(bench: Bench) -> Figures:
         marks: list[tuple[float, int, int]] = []
 
         class Marks:
-            def after_step(self, trainer: Any, step: Any, marks: list[tuple[float, int, int]] = marks) -> None:
+            def __call__(self, trainer: Any, step: Any, marks: list[tuple[float, int, int]] = marks) -> None:
                 synchronise()
                 marks.append((time.perf_counter(), step.tokens, step.supervised_tokens))
 

@@ -106,7 +106,7 @@ def measure(objective: str, way: str, place: Place, own: Path, warm_up: int, thr
     stopwatch, losses, tokens = Stopwatch(), [], []
 
     class Marks:
-        def after_step(self, trainer: Any, step: Any) -> None:
+        def __call__(self, trainer: Any, step: Any) -> None:
             losses.append(step.loss)
             tokens.append(step.tokens)
             stopwatch.mark()

@@ -115,7 +115,7 @@ class Saving:
         self.folder: Path | None = None
         self.steps: list[Step] = []
 
-    def after_step(self, trainer: Trainer, step: Step) -> None:
+    def __call__(self, trainer: Trainer, step: Step) -> None:
         self.steps.append(step)
         if trainer.progress.step == 1:
             self.folder = trainer.save_checkpoint()

@@ -123,7 +123,7 @@ def test_a_reference_moves_every_so_many_steps_and_the_evaluation_s_stays(build)
     assert expected.keys() == trainer.parameters.keys()
 
     class Follow:
-        def after_step(self, trainer, step):
+        def __call__(self, trainer, step):
             if trainer.progress.step % 2 == 0:
                 for name, weight in trainer.parameters.items():
                     expected[name] = 0.25 * weight.detach() + 0.75 * expected[name]

@@ -240,7 +240,7 @@ class Keep:
 
     step: Any = None
 
-    def after_step(self, trainer: Any, step: Any) -> None:
+    def __call__(self, trainer: Any, step: Any) -> None:
         self.step = step
 
 

@@ -409,7 +409,8 @@ class Recorder:
         trainer.publish_pending_checkpoint()
         return complete
 
-    def after_step(self, trainer: Trainer, step: Step) -> None:
+    def __call__(self, trainer: Trainer, step: Step) -> None:
+        """After a step."""
         self.tokens += step.tokens
         self.supervised += step.supervised_tokens
         number, cfg = trainer.progress.step, trainer.config.train

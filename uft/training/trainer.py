@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import torch
 
@@ -93,12 +93,6 @@ class Meter:
         self.sums = {n: (state[f"totals/{n}"].to(device), state[f"counts/{n}"].to(device)) for n in names}
 
 
-class Hook(Protocol):
-    """Something that happens after every step; `trainer.stop` is looked at between steps."""
-
-    def after_step(self, trainer: Trainer, step: Step) -> None: ...
-
-
 @dataclass
 class Trainer:
     """State and loop of training, put together by `setup.prepare` before the first step."""
@@ -117,7 +111,7 @@ class Trainer:
     total_rows: int  # rows the horizon draws; the last step may take fewer than a batch
     epoch_rows: int
     stop: Stop
-    hooks: Sequence[Hook] = ()
+    hooks: Sequence[Callable[[Trainer, Step], None]] = ()  # called after every step
     progress: Progress = field(default_factory=Progress)
     meter: Meter = field(default_factory=Meter)
     prefetcher: Prefetcher | None = None  # while it trains
@@ -146,7 +140,7 @@ class Trainer:
             while not self.complete and not self.stop.agreed():
                 step = self._step(self.prefetcher)
                 for hook in self.hooks:
-                    hook.after_step(self, step)
+                    hook(self, step)
             self.await_finite_check()
         except Interrupted:  # within a rollout, which is sampled anew
             self.await_finite_check()
